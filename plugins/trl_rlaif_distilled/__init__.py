@@ -1,0 +1,13 @@
+"""The labeler `distilled`: a judge's token probabilities, both orders, as soft labels (Lee et al. 2023)."""
+
+from trl_rlaif_distilled.labeler import DistilledLabeler
+
+from trl_rlaif import hookimpl
+
+__all__ = ["DistilledLabeler"]
+
+
+@hookimpl
+def register_labelers(register):
+    """Register the labeler under its name."""
+    register("distilled", DistilledLabeler)

@@ -1,0 +1,1 @@
+"""Tiny models, tokenizers and datasets, made on the spot."""

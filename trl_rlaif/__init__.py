@@ -1,0 +1,53 @@
+"""Public names of trl-rlaif, imported on first use so that importing the package stays cheap."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from trl_rlaif.hookspecs import hookimpl
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "RewardTrainer": "trl_rlaif.reward.trainer",
+    "RewardConfig": "trl_rlaif.reward.config",
+    "PPOTrainer": "trl_rlaif.ppo.trainer",
+    "PPOConfig": "trl_rlaif.ppo.config",
+    "SharedBase": "trl_rlaif.roles",
+    "Labeler": "trl_rlaif.components",
+    "RewardTransform": "trl_rlaif.components",
+    "DataSelector": "trl_rlaif.components",
+    "Options": "trl_rlaif.components",
+    "Pair": "trl_rlaif.data",
+    "Prompt": "trl_rlaif.data",
+    "Label": "trl_rlaif.events",
+    "Pool": "trl_rlaif.events",
+    "PreferenceScores": "trl_rlaif.events",
+    "Rollout": "trl_rlaif.events",
+    "Judge": "trl_rlaif.judging",
+    "RunError": "trl_rlaif.errors",
+    "UserError": "trl_rlaif.errors",
+}
+
+__all__ = ["__version__", "hookimpl", *_LAZY]
+
+if TYPE_CHECKING:
+    from trl_rlaif.components import DataSelector, Labeler, Options, RewardTransform
+    from trl_rlaif.data import Pair, Prompt
+    from trl_rlaif.errors import RunError, UserError
+    from trl_rlaif.events import Label, Pool, PreferenceScores, Rollout
+    from trl_rlaif.judging import Judge
+    from trl_rlaif.ppo.config import PPOConfig
+    from trl_rlaif.ppo.trainer import PPOTrainer
+    from trl_rlaif.reward.config import RewardConfig
+    from trl_rlaif.reward.trainer import RewardTrainer
+    from trl_rlaif.roles import SharedBase
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'trl_rlaif' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value

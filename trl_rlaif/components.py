@@ -1,0 +1,75 @@
+"""The three kinds of component that a plugin can bring, and their typed options."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    import torch
+
+    from trl_rlaif.data import Pair
+    from trl_rlaif.events import Label, Pool, PreferenceScores, Rollout
+    from trl_rlaif.judging import Judge
+
+
+class Options(BaseModel):
+    """Base of a component's options: unknown keys are refused, values cannot change later."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Component:
+    """What all components share: a recipe's options, validated, in ``self.options``."""
+
+    Options: ClassVar[type[Options]] = Options
+
+    def __init__(self, **options: Any) -> None:
+        self.options = self.Options(**options)
+
+
+class Labeler(Component, ABC):
+    """Turns pairs of responses into probabilities that the first is preferred."""
+
+    @abstractmethod
+    def label(self, pairs: Sequence[Pair], judge: Judge, done: Collection[str] = ()) -> Iterator[Label]:
+        """Yield one Label for each pair that is not done, in any order, as soon as it is known.
+
+        Args:
+            pairs: All pairs of the run, ids unique.
+            judge: The model to ask, with its prompt.
+            done: Ids whose labels are stored already; they must not be yielded again.
+
+        Yields:
+            Labels; a pair that cannot be judged has ``skipped`` set. What was yielded survives a kill.
+        """
+
+
+class RewardTransform(Component):
+    """Changes what a reward is: its loss while it is learned, its scores while PPO runs."""
+
+    def loss(self, scores: PreferenceScores) -> torch.Tensor | None:
+        """Mean loss over the comparisons (a scalar), or None to leave the trainer's own."""
+        return None
+
+    def transform(self, scores: torch.Tensor, rollout: Rollout) -> torch.Tensor:
+        """Map scores, shape (batch,), float32, to scores of the same shape. May update the state."""
+        return scores
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold to go on exactly where this transform is."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state that ``state_dict`` gave."""
+
+
+class DataSelector(Component, ABC):
+    """Chooses which prompts PPO trains on."""
+
+    @abstractmethod
+    def select(self, pool: Pool) -> Sequence[int]:
+        """Indices into the pool, in the dataset's order, to train on; must not be empty."""

@@ -1,0 +1,57 @@
+"""Errors that a user sees: what happened, where, and how to mend it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with the input.
+
+    Args:
+        what: What was found, in one sentence.
+        where: The file and line, row or key, for example ``prompts.jsonl:12``; empty if there is none.
+        fix: What to write instead; empty if it is obvious.
+    """
+
+    what: str
+    where: str = ""
+    fix: str = ""
+
+    def __str__(self) -> str:
+        message = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{message} {self.fix}" if self.fix else message
+
+
+class TrlRlaifError(Exception):
+    """Base of every error that is shown as a message and not as a traceback."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+        self.problems: tuple[Problem, ...] = (Problem(what, where, fix),)
+        super().__init__(str(self))
+
+    @classmethod
+    def from_problems(cls, problems: Sequence[Problem]) -> TrlRlaifError:
+        """Several problems found in one pass, reported together."""
+        first = problems[0]
+        error = cls(first.what, where=first.where, fix=first.fix)
+        error.problems = tuple(problems)
+        error.args = (str(error),)
+        return error
+
+    def __str__(self) -> str:
+        return "\n".join(str(problem) for problem in self.problems)
+
+
+class UserError(TrlRlaifError):
+    """The input was wrong: recipe, data, path or option. Exit code 2."""
+
+    exit_code = 2
+
+
+class RunError(TrlRlaifError):
+    """The input was right, and yet the run failed. Exit code 1."""

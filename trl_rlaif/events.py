@@ -1,0 +1,109 @@
+"""Frozen records that stages, components and hooks hand to each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a labeler says of a pair.
+
+    Args:
+        id: The pair's id.
+        p: Probability that response_1 is preferred, in [0, 1], after debiasing.
+        p_12: The same, from the order (response_1, response_2) alone.
+        p_21: The same, from the order (response_2, response_1) alone, mapped back to response_1.
+        mass_12, mass_21: Probability that the judge gave to all candidate answers together, in [0, 1].
+        rationale_12, rationale_21: What the judge wrote before it answered, if it was asked to.
+        judge: The judge's name.
+        skipped: Why the pair could not be judged; the numbers are then None.
+    """
+
+    id: str
+    p: float | None = None
+    p_12: float | None = None
+    p_21: float | None = None
+    mass_12: float | None = None
+    mass_21: float | None = None
+    rationale_12: str | None = None
+    rationale_21: str | None = None
+    judge: str = ""
+    skipped: str | None = None
+
+
+@dataclass(frozen=True)
+class PreferenceScores:
+    """A batch of comparisons as a reward model sees it, for a transform's loss.
+
+    Args:
+        chosen: Scores of the chosen responses, shape (batch,), float.
+        rejected: Scores of the rejected responses, shape (batch,), float.
+        p: Probability that chosen is preferred, shape (batch,), float in [0, 1].
+        categories: Kind of prompt of each row, or None where unknown.
+    """
+
+    chosen: torch.Tensor
+    rejected: torch.Tensor
+    p: torch.Tensor
+    categories: list[str | None]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One batch of sampled responses and all that the update needs of them.
+
+    B is the batch, P the padded prompt length, T the padded response length. Prompts are padded on the
+    left, responses on the right.
+
+    Args:
+        prompt_ids: (B, P) int64.
+        prompt_mask: (B, P) bool, True where a prompt token stands.
+        response_ids: (B, T) int64, as sampled; what follows the end is noise.
+        lengths: (B,) int64, tokens up to and with the end token, 0..T.
+        ended: (B,) bool, True where the end token was sampled.
+        logprobs: (B, T) float32, log-probability under the sampling policy at the sampling temperature.
+        ref_logprobs: (B, T) float32, the same under the reference.
+        values: (B, T) float32, value of the state before each response token.
+        prompts: What the dataset held: text or messages, B entries.
+        completions: The responses in the same form (text, or a list with one assistant message).
+        columns: The dataset's other columns, B entries each.
+    """
+
+    prompt_ids: torch.Tensor
+    prompt_mask: torch.Tensor
+    response_ids: torch.Tensor
+    lengths: torch.Tensor
+    ended: torch.Tensor
+    logprobs: torch.Tensor
+    ref_logprobs: torch.Tensor
+    values: torch.Tensor
+    prompts: list[Any]
+    completions: list[Any]
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+
+    @property
+    def categories(self) -> list[str | None]:
+        """Kind of prompt of each row, from the column ``category`` where there is one."""
+        return self.columns.get("category") or [None] * len(self.prompts)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Prompts with one response each of the starting policy, from which a selector chooses.
+
+    Args:
+        prompts: Text or messages, N entries.
+        responses: The responses in the same form, N entries.
+        scores: (N,) float32, the summed and transformed reward.
+        categories: Kind of prompt, or None where unknown, N entries.
+    """
+
+    prompts: list[Any]
+    responses: list[Any]
+    scores: torch.Tensor
+    categories: list[str | None]

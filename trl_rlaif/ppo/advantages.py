@@ -1,0 +1,79 @@
+"""Rewards per token, advantages and returns: pure functions of tensors."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+
+def kl_per_token(
+    logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: Literal["k1", "k3"]
+) -> torch.Tensor:
+    """Estimate of KL(policy || reference) from each sampled token (Schulman, "Approximating KL divergence").
+
+    Args:
+        logprobs, ref_logprobs: (B, T) float, log-probabilities of the sampled tokens, in nats.
+        estimator: k1 is log-ratio, unbiased; k3 is ratio - 1 - log-ratio, unbiased and never negative.
+
+    Returns:
+        (B, T), nats.
+    """
+    log_ratio = ref_logprobs - logprobs
+    return -log_ratio if estimator == "k1" else log_ratio.exp() - 1 - log_ratio
+
+
+def token_rewards(kl: torch.Tensor, scores: torch.Tensor, lengths: torch.Tensor, kl_coef: float) -> torch.Tensor:
+    """-kl_coef * KL on every token, and the score where the response ends (Ziegler et al. 2019, eq. 2).
+
+    The score lands on the step after the last token, or on the last one where the response fills the row.
+
+    Args:
+        kl: (B, T) nats, zero behind the end.
+        scores: (B,) float.
+        lengths: (B,) int64, response tokens.
+
+    Returns:
+        (B, T).
+    """
+    rewards = -kl_coef * kl
+    rows = torch.arange(len(rewards), device=rewards.device)
+    rewards[rows, lengths.clamp(max=rewards.shape[1] - 1)] += scores
+    return rewards
+
+
+def gae(
+    rewards: torch.Tensor, values: torch.Tensor, gamma: float, lam: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16), and returns.
+
+    Args:
+        rewards, values: (B, T); what lies behind the end must be zero.
+        gamma, lam: Discounts, in [0, 1].
+
+    Returns:
+        (advantages, returns), (B, T) each; returns = advantages + values.
+    """
+    advantages = torch.zeros_like(rewards)
+    following = torch.zeros_like(rewards[:, 0])
+    next_value = torch.zeros_like(following)
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        following = delta + gamma * lam * following
+        advantages[:, t] = following
+        next_value = values[:, t]
+    return advantages, advantages + values
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over the True positions of a boolean mask of the same shape; a scalar."""
+    return (values * mask).sum() / mask.sum()
+
+
+def masked_whiten(values: torch.Tensor, mask: torch.Tensor, *, shift_mean: bool = True) -> torch.Tensor:
+    """Values scaled to unit variance (unbiased) over the mask, and to zero mean if asked; zero outside it."""
+    count = mask.sum()
+    mean = masked_mean(values, mask)
+    variance = masked_mean((values - mean) ** 2, mask) * (count / (count - 1).clamp(min=1))
+    whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
+    return (whitened if shift_mean else whitened + mean).masked_fill(~mask, 0)

@@ -1,0 +1,135 @@
+"""Checkpoints of a PPO run, written whole or not at all, from which it goes on bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from trl_rlaif.errors import UserError
+
+if TYPE_CHECKING:
+    from trl_rlaif.ppo.trainer import PPOTrainer
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def find(folder: str | Path, wanted: str | Path | bool | None) -> Path | None:
+    """The checkpoint to go on from.
+
+    Args:
+        folder: Where the run keeps its checkpoints.
+        wanted: True for the newest one (None if there is none), a path, or None/False for a fresh start.
+
+    Raises:
+        UserError: The path given is no checkpoint.
+    """
+    if not wanted:
+        return None
+    if wanted is True:
+        found = _all(Path(folder))
+        return found[-1] if found else None
+    if not (Path(wanted) / "training.pt").is_file():
+        raise UserError("This is no PPO checkpoint.", where=str(wanted), fix="Give a folder checkpoint-N.")
+    return Path(wanted)
+
+
+def _all(folder: Path) -> list[Path]:
+    """Whole checkpoints, the oldest first: one is given its name only when it is complete."""
+    names = [p for p in folder.glob("checkpoint-*") if _NAME.fullmatch(p.name)]
+    return sorted(names, key=lambda p: int(_NAME.fullmatch(p.name)[1]))  # type: ignore[index]
+
+
+def save(trainer: PPOTrainer) -> Path:
+    """Write ``checkpoint-N`` into the output folder and drop what exceeds ``save_total_limit``."""
+    root = Path(trainer.args.output_dir)
+    target = root / f"checkpoint-{trainer.state.global_step}"
+    building = root / f".building-{target.name}"
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    trainer.save_model(str(building), _internal_call=True)
+    torch.save(_state(trainer), building / "training.pt")
+    trainer.state.save_to_json(str(building / "trainer_state.json"))
+    _sync(building)
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(building, target)
+    limit = trainer.args.save_total_limit
+    for old in _all(root)[:-limit] if limit else []:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def _sync(folder: Path) -> None:
+    """Force the files to disk before the folder gets its name: after a power cut the name must not lie."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _trainable(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _state(trainer: PPOTrainer) -> dict[str, Any]:
+    return {
+        "parameters": _trainable(trainer),
+        "optimizer": trainer.optimizer.state_dict(),
+        "scheduler": trainer.lr_scheduler.state_dict(),
+        "batches": trainer._batches.state_dict(),
+        "minibatch_order": trainer._minibatch_order.get_state(),
+        "transforms": [t.state_dict() for t in trainer.reward_transforms],
+        "random": {
+            "python": random.getstate(),
+            "numpy": np.random.get_state(),
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        },
+    }
+
+
+def load(trainer: PPOTrainer, folder: Path) -> None:
+    """Put everything back as it was when the checkpoint was written.
+
+    Raises:
+        UserError: The checkpoint belongs to another model or other transforms.
+    """
+    # Our own file: it holds the random generators' states, which are no tensors.
+    state = torch.load(folder / "training.pt", map_location="cpu", weights_only=False)
+    own = _trainable(trainer)
+    if own.keys() != state["parameters"].keys():
+        raise UserError("The checkpoint belongs to another model or LoRA configuration.", where=str(folder))
+    if len(state["transforms"]) != len(trainer.reward_transforms):
+        raise UserError("The checkpoint was written with other reward transforms.", where=str(folder))
+    for name, value in state["parameters"].items():
+        own[name].copy_(value)
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    trainer.lr_scheduler.load_state_dict(state["scheduler"])
+    for transform, its_state in zip(trainer.reward_transforms, state["transforms"], strict=True):
+        transform.load_state_dict(its_state)
+    trainer._batches.load_state_dict(state["batches"])
+    trainer._minibatch_order.set_state(state["minibatch_order"])
+    _load_trainer_state(trainer, folder)
+    randoms = state["random"]
+    random.setstate(randoms["python"])
+    np.random.set_state(randoms["numpy"])
+    torch.set_rng_state(randoms["torch"])
+    if randoms["cuda"]:
+        torch.cuda.set_rng_state_all(randoms["cuda"])
+
+
+def _load_trainer_state(trainer: PPOTrainer, folder: Path) -> None:
+    saved = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    known = {f.name for f in dataclasses.fields(trainer.state)}
+    for name in ("global_step", "episode", "epoch", "log_history"):
+        if name in known and name in saved:
+            setattr(trainer.state, name, saved[name])

@@ -1,0 +1,65 @@
+"""The losses of PPO (Schulman et al. 2017), pure functions of tensors."""
+
+from __future__ import annotations
+
+import torch
+
+from trl_rlaif.ppo.advantages import masked_mean
+
+
+def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probability of each token at a sampling temperature.
+
+    Args:
+        logits: (B, T, V).
+        tokens: (B, T) int64.
+        temperature: > 0.
+
+    Returns:
+        (B, T) float32, nats.
+    """
+    logits = logits.float() / temperature
+    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+def entropy(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Entropy of each position's distribution: (B, T, V) to (B, T) float32, nats."""
+    logits = logits.float() / temperature
+    return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
+
+
+def policy_loss(
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, clip: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clipped surrogate objective (eq. 7), to be minimised.
+
+    Args:
+        logprobs, old_logprobs, advantages: (B, T) float; old_logprobs and advantages without gradient.
+        mask: (B, T) bool, True on response tokens.
+        clip: Half-width of the ratio's interval around 1.
+
+    Returns:
+        (loss, share of tokens where the clipped term decides), two scalars.
+    """
+    ratio = (logprobs - old_logprobs).exp()
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
+    return masked_mean(torch.max(plain, clipped), mask), masked_mean((clipped > plain).float(), mask)
+
+
+def value_loss(
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor, clip: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Half the squared error to the returns, pessimistic over a clipped change of the values.
+
+    Args:
+        values, old_values, returns: (B, T) float.
+        mask: (B, T) bool, True on response tokens and on the step after the last.
+        clip: Largest change of a value that is believed in one update.
+
+    Returns:
+        (loss, share of steps where the clipped term decides), two scalars.
+    """
+    near = torch.clamp(values, old_values - clip, old_values + clip)
+    plain, clipped = (values - returns) ** 2, (near - returns) ** 2
+    return 0.5 * masked_mean(torch.max(plain, clipped), mask), masked_mean((clipped > plain).float(), mask)

@@ -1,0 +1,141 @@
+"""Prompt datasets in TRL's formats (text, conversational, tokenized) to batches for the rollout."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trl_rlaif.encoding import encode_prompt
+from trl_rlaif.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_MODEL_COLUMNS = ("input_ids", "attention_mask")
+
+
+def tokenize_prompts(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None, num_proc: int | None = None
+) -> Dataset:
+    """Add ``input_ids`` to a dataset with a ``prompt`` column; leave out what is too long.
+
+    Args:
+        dataset: ``prompt`` as text or as messages (TRL's standard and conversational prompt-only
+            formats), or ``input_ids`` already.
+        tokenizer: With a chat template, if the prompts are conversational.
+        max_length: Longest prompt in tokens that is kept, or None for all.
+
+    Raises:
+        UserError: Neither column is there, the dataset is empty, a row has no prompt, or every prompt is
+            too long.
+    """
+    if len(dataset) == 0:
+        raise UserError("The prompt dataset is empty.")
+    if "input_ids" not in dataset.column_names:
+        if "prompt" not in dataset.column_names:
+            raise UserError(
+                f"The prompt dataset has the columns {', '.join(dataset.column_names)}, and neither 'prompt' "
+                "nor 'input_ids'.",
+                fix="Rename the column that holds the prompts to 'prompt'.",
+            )
+        empty = [i for i, prompt in enumerate(dataset["prompt"]) if not prompt]
+        if empty:
+            raise UserError(f"{len(empty)} rows have no prompt; the first is row {empty[0]} (counted from 0).")
+        dataset = dataset.map(
+            lambda row: {"input_ids": encode_prompt(tokenizer, row["prompt"])},
+            num_proc=num_proc,
+            desc="Tokenizing prompts",
+        )
+    if max_length is None:
+        return dataset
+    kept = [i for i, ids in enumerate(dataset["input_ids"]) if len(ids) <= max_length]
+    if not kept:
+        raise UserError(
+            f"Every prompt is longer than {max_length} tokens.", fix="Raise max_prompt_length or shorten them."
+        )
+    if len(kept) < len(dataset):
+        logger.warning(
+            "%d of %d prompts are longer than %d tokens and are left out.",
+            len(dataset) - len(kept), len(dataset), max_length,
+        )  # fmt: skip
+        dataset = dataset.select(kept)
+    return dataset
+
+
+@dataclass
+class PromptCollator:
+    """Pads ``input_ids`` on the left and keeps the other columns as lists.
+
+    A batch holds input_ids (B, P) int64, attention_mask (B, P) int64, ``prompt`` (B entries, decoded from
+    the ids where the dataset has no such column) and ``columns`` (name to B entries).
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        width = max(len(row["input_ids"]) for row in rows)
+        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
+        mask = torch.zeros((len(rows), width), dtype=torch.long)
+        for i, row in enumerate(rows):
+            tokens = torch.as_tensor(row["input_ids"])
+            ids[i, width - len(tokens) :] = tokens
+            mask[i, width - len(tokens) :] = torch.as_tensor(row.get("attention_mask", 1))
+        prompts = (
+            [row["prompt"] for row in rows]
+            if "prompt" in rows[0]
+            else self.tokenizer.batch_decode([row["input_ids"] for row in rows], skip_special_tokens=True)
+        )
+        names = [name for name in rows[0] if name not in (*_MODEL_COLUMNS, "prompt")]
+        columns = {name: [row[name] for row in rows] for name in names}
+        return {"input_ids": ids, "attention_mask": mask, "prompt": prompts, "columns": columns}
+
+
+class BatchStream:
+    """Batches without end, one shuffled pass over the data after the other, that can be resumed exactly.
+
+    Where a pass begins the dataloader takes its order from torch's global generator, as the parent's does;
+    so the state is that generator's at the beginning of the pass, and how many batches were taken since.
+    """
+
+    def __init__(self, dataloader: Any) -> None:
+        self.dataloader = dataloader
+        self._iterator: Any = None
+        self._start = torch.get_rng_state()
+        self._taken = 0
+
+    def __next__(self) -> dict[str, Any]:
+        if self._iterator is None:
+            self._begin()
+        try:
+            batch = next(self._iterator)
+        except StopIteration:
+            if self._taken == 0:
+                raise UserError(
+                    "There are fewer prompts than one batch holds.",
+                    fix="Lower per_device_train_batch_size or gradient_accumulation_steps.",
+                ) from None
+            self._begin()
+            batch = next(self._iterator)
+        self._taken += 1
+        return batch
+
+    def _begin(self) -> None:
+        self._start, self._taken = torch.get_rng_state(), 0
+        self._iterator = iter(self.dataloader)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the data."""
+        return {"start": self._start, "taken": self._taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a place in the data. Disturbs torch's global generator; set that afterwards."""
+        torch.set_rng_state(state["start"])
+        self._begin()
+        for _ in range(state["taken"]):
+            next(self)

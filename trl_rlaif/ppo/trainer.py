@@ -1,0 +1,542 @@
+"""PPOTrainer: TRL's constructor, saving and callbacks around a training loop in short, overridable steps."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import set_seed
+from peft import LoraConfig, PeftModel
+from torch import nn
+
+from trl_rlaif.components import DataSelector, RewardTransform
+from trl_rlaif.errors import UserError
+from trl_rlaif.events import Pool, Rollout
+from trl_rlaif.plugins import Plugins, installed_plugins
+from trl_rlaif.ppo import advantages as adv
+from trl_rlaif.ppo import checkpoint, losses
+from trl_rlaif.ppo.actors import Actors, SeparateActors, SharedActors
+from trl_rlaif.ppo.config import PPOConfig
+from trl_rlaif.ppo.prompts import BatchStream, PromptCollator, tokenize_prompts
+from trl_rlaif.ppo.rewards import RewardFunc, call_reward, reward_name
+from trl_rlaif.ppo.rollout import generate, model_inputs, response_lengths
+from trl_rlaif.ppo.trl_base import TrlPPOTrainer
+from trl_rlaif.roles import SharedBase, save_adapter
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class PPOTrainer(TrlPPOTrainer):
+    """Drop-in for ``trl.experimental.ppo.PPOTrainer``, with pluggable rewards and one base for every role.
+
+    With what the parent takes, and nothing else, it gives the parent's numbers. Two faults of the parent
+    are mended: minibatches are shuffled from ``args.seed``, so that a run can be repeated; and with
+    ``num_mini_batches`` > 1 there is an optimizer step for every minibatch, and statistics are averaged
+    over the minibatches that there were.
+
+    Args:
+        args: PPOConfig (TRL's own works too).
+        processing_class: The tokenizer; None loads the one of ``model``'s path.
+        model: Causal language model, PeftModel or path. A SharedBase brings its own roles.
+        ref_model: A separate reference; None compares with the start (see SharedBase).
+        reward_model: A separate sequence classification model, or the folder of a reward adapter, which
+            becomes a role of the shared base. None where ``reward_funcs`` give all rewards.
+        train_dataset: ``prompt`` as text or messages, or ``input_ids``; other columns go to the functions.
+        value_model: A separate sequence classification model. None makes the value an adapter with a
+            scalar head on the policy's own frozen base.
+        data_collator, eval_dataset, optimizers, callbacks: As in the parent.
+        peft_config: LoRA of the policy. Without it, and without ``value_model``: rank 16 on all linear
+            layers.
+        reward_funcs: Functions with GRPOTrainer's signature, ``f(prompts, completions, **columns) ->
+            list[float]``, added to the reward model's score.
+        reward_transforms: Applied to the summed scores in this order.
+        data_selectors: Applied to the prompts, with one scored response each, before training.
+        plugins: Whose observing hooks are called; None takes all that are installed.
+    """
+
+    def __init__(
+        self,
+        args: PPOConfig,
+        processing_class: PreTrainedTokenizerBase | None,
+        model: PreTrainedModel | PeftModel | SharedBase | str,
+        ref_model: PreTrainedModel | None = None,
+        reward_model: nn.Module | str | Path | None = None,
+        train_dataset: Dataset | None = None,
+        value_model: nn.Module | None = None,
+        data_collator: Any = None,
+        eval_dataset: Dataset | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        callbacks: list[Any] | None = None,
+        peft_config: LoraConfig | None = None,
+        *,
+        reward_funcs: RewardFunc | Sequence[RewardFunc] = (),
+        reward_transforms: Sequence[RewardTransform] = (),
+        data_selectors: Sequence[DataSelector] = (),
+        plugins: Plugins | None = None,
+    ) -> None:
+        self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
+        self.reward_transforms = list(reward_transforms)
+        self.data_selectors = list(data_selectors)
+        self.plugins = plugins or installed_plugins()
+        if isinstance(model, str):
+            model, processing_class = _load(model, processing_class, args)
+        shared = _shared_base(model, value_model, ref_model, peft_config)
+        if shared is not None:
+            if isinstance(reward_model, str | Path):
+                shared.add_reward(reward_model)
+                reward_model = None
+            model, value_model, peft_config = shared.peft, shared.add_value(), None
+        has_reward = reward_model is not None or (shared is not None and "reward" in shared.heads)
+        if not has_reward and not self.reward_funcs:
+            raise UserError("There is no reward: pass reward_model or reward_funcs.")
+        train_dataset = self._tokenized(train_dataset, processing_class, model, args)
+        super().__init__(
+            args,
+            processing_class,
+            model,
+            ref_model,
+            # The parent moves whatever it is given to the device, and asks no more of it.
+            nn.Identity() if reward_model is None else reward_model,
+            train_dataset,
+            value_model,
+            data_collator or PromptCollator(processing_class),
+            eval_dataset if eval_dataset is None else self._tokenized(eval_dataset, processing_class, model, args),
+            optimizers,
+            callbacks,
+            peft_config,
+        )
+        self.reward_model = reward_model
+        self.shared = None if shared is None else shared.to(self.accelerator.device)
+        self._set_up_loop()
+
+    def _set_up_loop(self) -> None:
+        """What the loop needs beside the parent's attributes."""
+        args = self.args
+        for model in (self.ref_model, self.reward_model):
+            if model is not None:
+                model.eval()
+        # An optimizer step for each minibatch. The parent would also step in every micro-batch that falls
+        # on the last batch of the dataloader.
+        micro = -(-args.local_mini_batch_size // args.per_device_train_batch_size)
+        self.accelerator.gradient_state.plugin_kwargs.update(num_steps=micro, sync_with_dataloader=False)
+        self.temperature = args.temperature + 1e-7  # the parent's, so that temperature 0 is greedy
+        self._batches = BatchStream(self.dataloader)
+        self._minibatch_order = torch.Generator().manual_seed(self.local_seed)
+        self._selected = False
+
+    @staticmethod
+    def _tokenized(dataset: Any, tokenizer: Any, model: nn.Module, args: PPOConfig) -> Any:
+        if dataset is None:
+            raise UserError("train_dataset is required.")
+        limit = getattr(args, "max_prompt_length", None)
+        context = getattr(model.config, "max_position_embeddings", None)
+        if limit is None and context:
+            limit = context - args.response_length
+        return tokenize_prompts(dataset, tokenizer, max_length=limit, num_proc=args.dataset_num_proc)
+
+    @property
+    def actors(self) -> Actors:
+        """Who plays policy, value, reward and reference."""
+        if self.shared is not None:
+            return SharedActors(self.shared)
+        model = self.accelerator.unwrap_model(self.model)
+        reference = self.ref_adapter_name if self.ref_model is None else None
+        return SeparateActors(model.policy, self.ref_model, model.value_model, self.reward_model, reference)
+
+    # ---- The loop -------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> None:
+        """Run all updates.
+
+        Args:
+            resume_from_checkpoint: A checkpoint's folder, or True for the newest whole one in
+                ``args.output_dir`` (none is no error: training begins at the start).
+
+        Raises:
+            UserError: A reward function returned something other than a finite number a completion. What
+                was learned until then is saved as a checkpoint first.
+        """
+        self._begin(resume_from_checkpoint)
+        self._select_prompts()
+        while self.state.global_step < self.args.num_total_batches:
+            try:
+                rollout, scores = self.collect()
+            except UserError:
+                checkpoint.save(self)
+                raise
+            rewards = self.compute_rewards(rollout, scores)
+            self.plugins.notify("rewards_computed", trainer=self, rollout=rollout, rewards=rewards)
+            advantages, returns = self.compute_advantages(rollout, rewards)
+            stats = self.update(rollout, advantages, returns)
+            metrics = self.compute_metrics_of_update(rollout, scores, stats)
+            self._end_update(metrics)
+        self._end()
+
+    def collect(self) -> tuple[Rollout, torch.Tensor]:
+        """Sample the next batch of prompts and score it: the rollout, and its (B,) float32 scores."""
+        rollout = self.sample(next(self._batches))
+        self.plugins.notify("rollout_collected", trainer=self, rollout=rollout)
+        return rollout, self.transform(self.score(rollout), rollout)
+
+    @torch.no_grad()
+    def sample(self, batch: dict[str, Any]) -> Rollout:
+        """Responses to a batch of prompts, with log-probabilities and values."""
+        self.model.eval()
+        device = self.accelerator.device
+        prompt_ids = batch["input_ids"].to(device)
+        prompt_mask = batch["attention_mask"].to(device).bool()
+        chunks = torch.arange(len(prompt_ids)).split(self.args.local_rollout_forward_batch_size)
+        drawn = [self._generate(prompt_ids[c], prompt_mask[c]) for c in chunks]
+        width = max(ids.shape[1] for ids, _ in drawn)
+        pad = self.processing_class.pad_token_id
+        response_ids = torch.cat([nn.functional.pad(ids, (0, width - ids.shape[1]), value=pad) for ids, _ in drawn])
+        logprobs = torch.cat([nn.functional.pad(lp, (0, width - lp.shape[1])) for _, lp in drawn])
+        lengths, ended = response_lengths(response_ids, stop_id=self.stop_token_id, pad_id=pad)
+        completions = self._decode(response_ids, lengths, batch["prompt"])
+        rollout = Rollout(
+            prompt_ids, prompt_mask, response_ids, lengths, ended, logprobs, logprobs, logprobs,
+            batch["prompt"], completions, batch["columns"],
+        )  # fmt: skip
+        return self._with_references(rollout, chunks)
+
+    def _generate(self, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with self.actors.playing("policy"), self.accelerator.autocast():
+            return generate(
+                self.actors.generator(),
+                prompt_ids,
+                prompt_mask,
+                max_new_tokens=self.args.response_length,
+                temperature=self.temperature,
+                pad_id=self.processing_class.pad_token_id,
+                stop_id=self.stop_token_id,
+            )
+
+    def _decode(self, ids: torch.Tensor, lengths: torch.Tensor, prompts: list[Any]) -> list[Any]:
+        texts = self.processing_class.batch_decode(
+            [row[:n] for row, n in zip(ids.tolist(), lengths.tolist(), strict=True)], skip_special_tokens=True
+        )
+        return [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for text, prompt in zip(texts, prompts, strict=True)
+        ]
+
+    def _with_references(self, rollout: Rollout, chunks: Sequence[torch.Tensor]) -> Rollout:
+        """The rollout with the reference's log-probabilities and the values; nothing behind the ends."""
+        width = rollout.response_ids.shape[1]
+        references, values = [], []
+        for rows in chunks:
+            inputs = model_inputs(*self._sequences(rollout, rows))
+            with self.accelerator.autocast():
+                logits = self.actors.logits("reference", inputs, width + 1)[:, :-1]
+                values.append(self.actors.values(inputs, width + 1)[:, :-1].float())
+            references.append(losses.token_logprobs(logits, rollout.response_ids[rows], self.temperature))
+        mask, value_mask = _masks(rollout)
+        return replace(
+            rollout,
+            logprobs=rollout.logprobs.masked_fill(~mask, 0),
+            ref_logprobs=torch.cat(references).masked_fill(~mask, 0),
+            values=torch.cat(values).masked_fill(~value_mask, 0),
+        )
+
+    @staticmethod
+    def _sequences(rollout: Rollout, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (
+            rollout.prompt_ids[rows],
+            rollout.prompt_mask[rows],
+            rollout.response_ids[rows],
+            rollout.lengths[rows],
+        )
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout) -> torch.Tensor:
+        """Raw scores, (B,) float32: the reward model's plus every reward function's."""
+        device = self.accelerator.device
+        total = torch.zeros(len(rollout.prompts), device=device)
+        self._reward_parts: dict[str, float] = {}
+        if self.reward_model is not None or (self.shared is not None and "reward" in self.shared.heads):
+            rows = torch.arange(len(total)).split(self.args.local_rollout_forward_batch_size)
+            with self.accelerator.autocast():
+                parts = [self.actors.scores(model_inputs(*self._sequences(rollout, r))) for r in rows]
+            total = total + self._part("model", torch.cat(parts).float())
+        for function in self.reward_funcs:
+            scores = call_reward(function, rollout, trainer_state=self.state).to(device)
+            total = total + self._part(reward_name(function), scores)
+        if not total.isfinite().all():
+            raise UserError("The reward model gave a score that is not finite.")
+        return total
+
+    def _part(self, name: str, scores: torch.Tensor) -> torch.Tensor:
+        self._reward_parts[f"reward/{name}"] = self.accelerator.gather(scores).mean().item()
+        return scores
+
+    def transform(self, scores: torch.Tensor, rollout: Rollout) -> torch.Tensor:
+        """Scores after the reward transforms in their order, less the penalty for a missing end token."""
+        for transform in self.reward_transforms:
+            scores = transform.transform(scores, rollout)
+        if self.args.missing_eos_penalty is not None:
+            mask, _ = _masks(rollout)
+            ended = ((rollout.response_ids == self.processing_class.eos_token_id) & mask).any(1)
+            scores = torch.where(ended, scores, scores - self.args.missing_eos_penalty)
+        return scores
+
+    def compute_rewards(self, rollout: Rollout, scores: torch.Tensor) -> torch.Tensor:
+        """Rewards per token, (B, T) float32: KL paid on every token, the score at the end."""
+        kl = adv.kl_per_token(rollout.logprobs, rollout.ref_logprobs, self.args.kl_estimator)
+        rewards = adv.token_rewards(kl, scores, rollout.lengths, self.args.kl_coef)
+        if self.args.whiten_rewards:
+            rewards = adv.masked_whiten(rewards, _masks(rollout)[1], shift_mean=False)
+        return rewards
+
+    def compute_advantages(
+        self, rollout: Rollout, rewards: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Whitened advantages and returns, (B, T) float32 each."""
+        advantages, returns = adv.gae(rewards, rollout.values, self.args.gamma, self.args.lam)
+        return adv.masked_whiten(advantages, _masks(rollout)[0]), returns
+
+    def update(
+        self, rollout: Rollout, advantages: torch.Tensor, returns: torch.Tensor
+    ) -> dict[str, list[torch.Tensor]]:
+        """All epochs and minibatches of one update; statistics of every micro-batch by name."""
+        args = self.args
+        self.model.train()
+        stats: dict[str, list[torch.Tensor]] = defaultdict(list)
+        for _ in range(args.num_ppo_epochs):
+            order = torch.randperm(args.local_batch_size, generator=self._minibatch_order)
+            for minibatch in order.split(args.local_mini_batch_size):
+                micro_batches = minibatch.split(args.per_device_train_batch_size)
+                for rows in micro_batches:
+                    # Accelerate divides by the number of micro-batches; they may be of unequal size.
+                    weight = len(rows) * len(micro_batches) / len(minibatch)
+                    with self.accelerator.accumulate(self.model):
+                        step = self.micro_step(rollout, advantages, returns, rows, weight)
+                        self.optimizer.step()
+                        self.optimizer.zero_grad()
+                    for name, value in step.items():
+                        stats[name].append(value)
+        return stats
+
+    def micro_step(
+        self,
+        rollout: Rollout,
+        advantages: torch.Tensor,
+        returns: torch.Tensor,
+        rows: torch.Tensor,
+        weight: float = 1.0,
+    ) -> dict[str, torch.Tensor]:
+        """Gradients of one micro-batch. The value's graph is gone before the policy's is built."""
+        args = self.args
+        width = rollout.response_ids.shape[1]
+        mask, value_mask = (m[rows] for m in _masks(rollout))
+        inputs = model_inputs(*self._sequences(rollout, rows))
+        with self.actors.playing("value"):
+            with self.accelerator.autocast():
+                values = self.actors.values(inputs, width + 1)[:, :-1].float()
+            v_loss, v_clipped = losses.value_loss(
+                values, rollout.values[rows], returns[rows], value_mask, args.cliprange_value
+            )
+            self.accelerator.backward(args.vf_coef * v_loss * weight)
+        with self.actors.playing("policy"):
+            with self.accelerator.autocast():
+                logits = self.actors.logits("policy", inputs, width + 1)[:, :-1]
+            logprobs = losses.token_logprobs(logits, rollout.response_ids[rows], self.temperature)
+            logprobs = logprobs.masked_fill(~mask, 0)
+            p_loss, p_clipped = losses.policy_loss(
+                logprobs, rollout.logprobs[rows], advantages[rows], mask, args.cliprange
+            )
+            self.accelerator.backward(p_loss * weight)
+        with torch.no_grad():
+            difference = logprobs - rollout.logprobs[rows]
+            return {
+                "policy/approxkl_avg": 0.5 * (difference**2).mean(),
+                "policy/clipfrac_avg": p_clipped,
+                "loss/policy_avg": p_loss.detach(),
+                "loss/value_avg": v_loss.detach(),
+                "val/clipfrac_avg": v_clipped,
+                "policy/entropy_avg": adv.masked_mean(losses.entropy(logits, self.temperature), mask),
+                "val/ratio": difference.exp().mean(),
+            }
+
+    @torch.no_grad()
+    def compute_metrics_of_update(
+        self, rollout: Rollout, scores: torch.Tensor, stats: dict[str, list[torch.Tensor]]
+    ) -> dict[str, float]:
+        """The numbers of one update: the parent's by the parent's names, and the rollout's own."""
+        gather = self.accelerator.gather
+        kl = adv.kl_per_token(rollout.logprobs, rollout.ref_logprobs, self.args.kl_estimator).sum(1)
+        numbers = {
+            "objective/kl": kl,
+            "objective/entropy": -rollout.logprobs.sum(1),
+            "objective/non_score_reward": -self.args.kl_coef * kl,
+            "objective/rlhf_reward": scores - self.args.kl_coef * kl,
+            "objective/scores": scores,
+            "rollout/length": rollout.lengths.float(),
+            "rollout/ended": rollout.ended.float(),
+        }
+        metrics = {name: gather(value.float()).mean().item() for name, value in numbers.items()}
+        gathered = {name: gather(torch.stack(values)) for name, values in stats.items()}
+        metrics |= {name: values.mean().item() for name, values in gathered.items()}
+        ratio = gathered["val/ratio"]
+        metrics["val/ratio_var"] = ratio.var().item() if ratio.numel() > 1 else 0.0
+        metrics["val/num_eos_tokens"] = (
+            (rollout.response_ids == self.processing_class.eos_token_id).sum().item()
+        )
+        metrics |= self._reward_parts | self._category_scores(rollout, scores)
+        metrics["lr"] = self.lr_scheduler.get_last_lr()[0]
+        metrics["episode"] = self.state.episode + self.args.batch_size
+        return metrics
+
+    @staticmethod
+    def _category_scores(rollout: Rollout, scores: torch.Tensor) -> dict[str, float]:
+        by_category = defaultdict(list)
+        for category, score in zip(rollout.categories, scores.tolist(), strict=True):
+            if category is not None:
+                by_category[category].append(score)
+        return {f"reward/{name}": sum(values) / len(values) for name, values in by_category.items()}
+
+    # ---- Beginning and end ----------------------------------------------------------------------------
+
+    def _begin(self, resume_from_checkpoint: str | Path | bool | None) -> None:
+        args, state = self.args, self.state
+        self._started = time.monotonic()
+        state.global_step = state.episode = 0
+        state.max_steps = args.num_total_batches
+        state.num_train_epochs = args.total_episodes / self.train_dataset_len
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            value = getattr(args, name)
+            if value is not None:  # below 1 it is a share of all updates
+                setattr(state, name, -int(-state.max_steps * value // 1) if value < 1 else value)
+        if args.gradient_checkpointing:
+            self._enable_gradient_checkpointing()
+        found = checkpoint.find(args.output_dir, resume_from_checkpoint)
+        if found is not None:
+            checkpoint.load(self, found)
+        self.control = self.callback_handler.on_train_begin(args, state, self.control)
+
+    def _enable_gradient_checkpointing(self) -> None:
+        kwargs = self.args.gradient_checkpointing_kwargs or {"use_reentrant": False}
+        model = self.accelerator.unwrap_model(self.model)
+        for part in (model.policy,) if self.shared is not None else (model.policy, model.value_model):
+            part.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+    def _select_prompts(self) -> None:
+        """Let the selectors choose from the prompts, each with one scored response of the start."""
+        if not self.data_selectors or self._selected:
+            return
+        pool = self._pool()
+        kept = list(range(len(pool.prompts)))
+        for selector in self.data_selectors:
+            chosen = list(selector.select(pool))
+            if not chosen or not all(0 <= i < len(kept) for i in chosen):
+                raise UserError(f"The data selector {type(selector).__name__} chose no valid prompts.")
+            kept = [kept[i] for i in chosen]
+            pool = Pool(
+                [pool.prompts[i] for i in chosen],
+                [pool.responses[i] for i in chosen],
+                pool.scores[chosen],
+                [pool.categories[i] for i in chosen],
+            )
+        self._use_prompts(kept)
+
+    def _pool(self) -> Pool:
+        prompts, responses, scores, categories = [], [], [], []
+        for start in range(0, len(self.train_dataset), self.args.local_batch_size):
+            stop = min(start + self.args.local_batch_size, len(self.train_dataset))
+            rollout = self.sample(self.data_collator([self.train_dataset[i] for i in range(start, stop)]))
+            prompts += rollout.prompts
+            responses += rollout.completions
+            categories += rollout.categories
+            scores.append(self.transform(self.score(rollout), rollout).cpu())
+        return Pool(prompts, responses, torch.cat(scores), categories)
+
+    def _use_prompts(self, rows: list[int]) -> None:
+        self.train_dataset = self.train_dataset.select(rows)
+        loader = torch.utils.data.DataLoader(
+            self.train_dataset,
+            batch_size=self.local_dataloader_batch_size,
+            shuffle=True,
+            collate_fn=self.data_collator,
+            drop_last=True,
+        )
+        self.dataloader = self.accelerator.prepare(loader)
+        self._batches, self._selected = BatchStream(self.dataloader), True
+
+    def _end_update(self, metrics: dict[str, float]) -> None:
+        state = self.state
+        state.global_step += 1
+        state.episode += self.args.batch_size
+        state.epoch = state.episode / self.train_dataset_len
+        metrics["eps"] = int(state.episode / max(time.monotonic() - self._started, 1e-9))
+        self.plugins.notify("policy_updated", trainer=self, metrics=metrics)
+        self.log(metrics)
+        self.lr_scheduler.step()
+        self.control = self.callback_handler.on_step_end(self.args, state, self.control)
+        if self.control.should_save:
+            checkpoint.save(self)
+            self.control = self.callback_handler.on_save(self.args, state, self.control)
+
+    def _end(self) -> None:
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        self.model.eval()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the policy: its adapter alone, where it is one, so that PEFT loads it on the base."""
+        if self.shared is None:
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            save_adapter(self.shared.peft, "policy", folder)
+            self.processing_class.save_pretrained(folder)
+
+    def generate_completions(self, sampling: bool = False) -> None:
+        """Print prompts of ``eval_dataset`` with near-greedy responses and their scores."""
+        if self.eval_dataset is None:
+            return
+        before, self.temperature = self.temperature, 0.01
+        try:
+            for batch in self.eval_dataloader:
+                rollout = self.sample(batch)
+                rows = zip(rollout.prompts, rollout.completions, self.score(rollout).tolist(), strict=True)
+                for prompt, completion, score in rows:
+                    self.accelerator.print(f"{score:+.3f}  {str(prompt)[:80]!r} -> {str(completion)[:200]!r}")
+                if sampling:
+                    break
+        finally:
+            self.temperature = before
+
+
+def _masks(rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, T) bool each: response tokens; and the same with the step after the last, where the score lands."""
+    positions = torch.arange(rollout.response_ids.shape[1], device=rollout.lengths.device)
+    return positions < rollout.lengths[:, None], positions <= rollout.lengths[:, None]
+
+
+def _load(path: str, tokenizer: Any, args: PPOConfig) -> tuple[nn.Module, Any]:
+    from trl_rlaif.models import ModelSpec, load_model, load_tokenizer
+
+    set_seed(args.seed)
+    model = load_model(ModelSpec(path, "bfloat16" if args.bf16 else "float32"))
+    return model, tokenizer or load_tokenizer(path)
+
+
+def _shared_base(model: Any, value_model: Any, ref_model: Any, config: LoraConfig | None) -> SharedBase | None:
+    """One base for every role, unless the caller brought separate models."""
+    if isinstance(model, SharedBase):
+        return model
+    if value_model is not None:
+        return None
+    if ref_model is not None:
+        raise UserError(
+            "ref_model was given without value_model.",
+            fix="Give both for separate models, or neither for one base with adapters.",
+        )
+    if isinstance(model, PeftModel):
+        return SharedBase.around(model)
+    return SharedBase(model, config or LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))

@@ -1,0 +1,142 @@
+"""Turns what pydantic found wrong with a section or an option into problems in plain words."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from trl_rlaif.recipe.source import KeyPath, Source
+from trl_rlaif.recipe.wording import how_to_mend, nearest_or_all, shown
+
+_UNKNOWN_KEY = {"extra_forbidden", "invalid_key"}
+_OWN_MESSAGE = {"value_error", "assertion_error"}
+# Here the type alone would not say what is wrong, so pydantic's sentence is the better one.
+_NOT_THE_TYPE = {"string_pattern_mismatch", "multiple_of", "finite_number", "too_long", "string_too_long"}
+
+
+def report_invalid(
+    error: ValidationError, model: type[BaseModel], data: Any, source: Source, base: KeyPath, owner: str
+) -> None:
+    """Report each key that a model refused, once.
+
+    Args:
+        error: What validating ``data`` with ``model`` raised.
+        model: A section's model or a component's options.
+        data: What was validated.
+        source: Takes the problems.
+        base: Key path of ``data`` in the recipe.
+        owner: What the keys belong to, for example ``section 'sample'``.
+    """
+    seen = set()
+    for detail in error.errors(include_url=False):
+        path, value = _walk(data, detail["loc"])
+        kind = detail["type"]
+        # A union reports each of its branches; one problem a key is enough.
+        key = (path, detail["loc"][-1] if kind == "missing" else None)
+        if key in seen:
+            continue
+        seen.add(key)
+        what, fix = _describe(detail, model, path, value, owner)
+        source.report((*base, *path), what, fix)
+
+
+def _describe(
+    detail: Any, model: type[BaseModel], path: KeyPath, value: Any, owner: str
+) -> tuple[str, str]:
+    kind = detail["type"]
+    if kind == "missing":
+        absent = (*path, detail["loc"][-1])
+        hint, metadata = hint_at(model, absent)
+        return f"{owner} lacks the key '{dotted(absent)}'.", how_to_mend(hint, None, metadata)
+    if kind in _UNKNOWN_KEY:
+        known = keys_at(model, path[:-1])
+        return unknown_key(dotted(path), owner), nearest_or_all(str(path[-1]), known, "Known keys")
+    if kind in _OWN_MESSAGE:
+        cause = (detail.get("ctx") or {}).get("error")
+        fix = _sentence(str(cause) if cause is not None else detail["msg"])
+    else:
+        hint, metadata = hint_at(model, path)
+        fix = "" if kind in _NOT_THE_TYPE else how_to_mend(hint, value, metadata)
+        fix = fix or _sentence(detail["msg"])
+    if detail["loc"] and detail["loc"][-1] == "[key]":
+        return f"the name '{path[-1]}' in {owner} does not fit.", fix
+    if not path:
+        return f"{owner} does not fit.", fix
+    return wrong_value(dotted(path), owner, value), fix
+
+
+def unknown_key(key: str, owner: str) -> str:
+    """The sentence for a key that does not exist."""
+    return f"unknown key '{key}' in {owner}."
+
+
+def wrong_value(key: str, owner: str, value: Any) -> str:
+    """The sentence for a key with a value of the wrong type or range."""
+    return f"'{key}' in {owner} is {shown(value)}."
+
+
+def dotted(path: Sequence[Any]) -> str:
+    """A key path as ``--set`` writes it."""
+    return ".".join(map(str, path))
+
+
+def hint_at(model: Any, path: KeyPath) -> tuple[Any, Iterable[Any]]:
+    """The type that a model wants at a key path, and the field's metadata; Any where it is not known."""
+    hint, metadata = model, ()
+    for part in path:
+        hint, metadata = _inside(hint, part)
+    return hint, metadata
+
+
+def keys_at(model: Any, path: KeyPath) -> list[str]:
+    """The keys that a model allows at a key path."""
+    hint, _ = hint_at(model, path)
+    models = [member for member in _members(hint) if _is_model(member)]
+    return [field.alias or name for member in models for name, field in member.model_fields.items()]
+
+
+def _inside(hint: Any, part: Any) -> tuple[Any, Iterable[Any]]:
+    for member in _members(hint):
+        if _is_model(member):
+            for name, field in member.model_fields.items():
+                if part in (name, field.alias):
+                    return field.annotation, field.metadata
+        args = get_args(member)
+        if get_origin(member) is dict and args:
+            return args[1], ()
+        if get_origin(member) is list and args and isinstance(part, int):
+            return args[0], ()
+    return Any, ()
+
+
+def _members(hint: Any) -> list[Any]:
+    """The alternatives of a union, without annotations; the type itself where it is none."""
+    if get_origin(hint) is Annotated:
+        return _members(get_args(hint)[0])
+    if get_origin(hint) in (Union, types.UnionType):
+        return [member for arg in get_args(hint) for member in _members(arg)]
+    return [hint]
+
+
+def _is_model(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, BaseModel)
+
+
+def _walk(data: Any, loc: Sequence[Any]) -> tuple[KeyPath, Any]:
+    """The part of pydantic's location that are keys of the data (the rest names union branches)."""
+    path: KeyPath = ()
+    for part in loc:
+        in_dict = isinstance(data, dict) and part in data
+        in_list = isinstance(data, list) and isinstance(part, int) and part < len(data)
+        if in_dict or in_list:
+            data = data[part]
+            path = (*path, part)
+    return path, data
+
+
+def _sentence(text: str) -> str:
+    text = text[:1].upper() + text[1:]
+    return text if text.endswith((".", "!", "?")) else f"{text}."

@@ -1,0 +1,201 @@
+"""From a recipe's file to its typed sections, with every problem in it reported at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from trl_rlaif.errors import UserError
+from trl_rlaif.recipe.checking import dotted, report_invalid
+from trl_rlaif.recipe.paths import PathFinder, find_recipe
+from trl_rlaif.recipe.picking import pick_components
+from trl_rlaif.recipe.sections import (
+    SECTIONS,
+    ComponentLookup,
+    DataSection,
+    EvaluateSection,
+    LabelSection,
+    ModelSection,
+    ReportSection,
+    RewardSection,
+    RlSection,
+    RunSection,
+    SampleSection,
+    SftSection,
+    plain,
+)
+from trl_rlaif.recipe.source import KeyPath, Source, apply_overrides, read_source
+from trl_rlaif.recipe.together import check_together
+from trl_rlaif.recipe.trl_fields import CONFIG_CLASSES, take_config
+from trl_rlaif.recipe.wording import did_you_mean, nearest_or_all
+
+_REQUIRED = ("model", "data")
+_FUNCTION = re.compile(r"(?P<place>[^:]+):(?P<name>[A-Za-z_]\w*)")
+_MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe, checked. A stage whose section is None does not run.
+
+    Args:
+        source: The file it was read from, absolute.
+        places: ``file:line`` (or ``--set ...``) of each key path that was written.
+    """
+
+    run: RunSection
+    model: ModelSection
+    data: DataSection
+    sft: SftSection | None = None
+    sample: SampleSection | None = None
+    label: LabelSection | None = None
+    reward: RewardSection | None = None
+    rl: RlSection | None = None
+    evaluate: EvaluateSection | None = None
+    report: ReportSection | None = None
+    source: Path = field(default=Path(), compare=False)
+    places: Mapping[KeyPath, str] = field(default_factory=dict, compare=False, repr=False)
+
+    def line(self, key_path: KeyPath) -> str:
+        """``file:line`` of a key such as ``("rl", "kl_coef")``, or of what is nearest around it."""
+        return Source(self.source, str(self.source), {}, dict(self.places)).where(key_path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All sections with their defaults and absolute paths, as a recipe that parses to the same again."""
+        sections = {name: getattr(self, name) for name in SECTIONS}
+        return {name: plain(section) for name, section in sections.items() if section is not None}
+
+
+def parse_recipe(
+    recipe: str | Path, *, overrides: Sequence[str] = (), registry: ComponentLookup
+) -> Recipe:
+    """Read and check a recipe without loading a model.
+
+    A section that is written and left empty (``report:``) is present with its defaults. An override
+    ``rl=null`` removes the section. Relative paths are looked up beside the recipe, then in the current
+    folder, then among the packaged recipes.
+
+    Args:
+        recipe: A path, or the name of a packaged recipe.
+        overrides: ``key.path=value`` each, the value in YAML; list entries by index (``a.0.b=1``).
+        registry: The components that are installed.
+
+    Raises:
+        UserError: With every problem of the recipe, by line. A file that is not plain YAML is reported
+            before its contents are looked at.
+    """
+    path, label = find_recipe(recipe)
+    source = read_source(path, label)
+    apply_overrides(source, overrides)
+    sections = _Reader(source, registry).sections()
+    check_together(source)
+    if source.problems:
+        raise UserError.from_problems(source.in_order())
+    return Recipe(**sections, source=path, places=source.places)
+
+
+class _Reader:
+    """Reads each section: components and paths are resolved first, then the section's model checks the rest."""
+
+    def __init__(self, source: Source, registry: ComponentLookup) -> None:
+        self.source = source
+        self.registry = registry
+        self.finder = PathFinder.beside(source.path)
+
+    def sections(self) -> dict[str, Any]:
+        """The sections that are present; what is wrong is reported to the source."""
+        data = self.source.data
+        for name in data:
+            if name not in SECTIONS:
+                fix = nearest_or_all(str(name), SECTIONS, "Known sections")
+                self.source.report((name,), f"unknown section '{name}'.", fix)
+        for name in _REQUIRED:
+            if name not in data:
+                self.source.report((), f"the section '{name}' is missing.", f"Add '{name}:' with its keys.")
+        present = {name for name in SECTIONS if name in data} | {"run"}
+        return {name: self._section(name, data.get(name)) for name in SECTIONS if name in present}
+
+    def _section(self, name: str, written: Any) -> Any:
+        keys = {} if written is None else written
+        if not isinstance(keys, dict):
+            fix = "Write its keys below it, indented."
+            self.source.report((name,), f"section '{name}' is {_kind(keys)}, not a mapping.", fix)
+            return None
+        keys = dict(keys)
+        if name == "run":
+            keys.setdefault("name", _name_from(self.source.path))
+        self._resolve_paths(name, keys)
+        pick_components(name, keys, self.source, self.registry)
+        if name in CONFIG_CLASSES:
+            take_config(name, keys, self.source)
+        model = SECTIONS[name]
+        try:
+            return model.model_validate(keys)
+        except ValidationError as error:
+            report_invalid(error, model, keys, self.source, (name,), f"section '{name}'")
+            return None
+
+    def _resolve_paths(self, section: str, keys: dict[Any, Any]) -> None:
+        """Replace paths by absolute ones, in place."""
+        find = self.finder
+        if section == "model":
+            self._resolve(keys, "path", find.model, (section,))
+        elif section == "data":
+            for key in ("prompts", "eval_prompts", "pairs"):
+                self._resolve(keys, key, find.data, (section,))
+        elif section == "sft":
+            self._resolve(keys, "data", find.data, (section,))
+        elif section == "rl" and isinstance(keys.get("rewards"), list):
+            keys["rewards"] = list(keys["rewards"])
+            for index in range(len(keys["rewards"])):
+                self._resolve(keys["rewards"], index, self._reward, (section, "rewards"))
+        elif section in ("label", "evaluate"):
+            self._resolve(keys, "prompt", find.prompt, (section,))
+            if isinstance(keys.get("judge"), dict):
+                keys["judge"] = dict(keys["judge"])
+                self._resolve(keys["judge"], "path", find.model, (section, "judge"))
+            if isinstance(keys.get("sets"), dict):
+                keys["sets"] = dict(keys["sets"])
+                for name in keys["sets"]:
+                    self._resolve(keys["sets"], name, find.data, (section, "sets"))
+
+    def _resolve(self, holder: Any, key: Any, find: Callable[[str], str], path: KeyPath) -> None:
+        value = holder[key] if isinstance(holder, list) else holder.get(key)
+        if not isinstance(value, str) or not value:
+            return  # absent, or of a type that the section's model reports
+        try:
+            holder[key] = find(value)
+        except UserError as error:
+            for problem in error.problems:
+                what = f"'{dotted((*path[1:], key))}' in section '{path[0]}': {problem.what}"
+                self.source.report((*path, key), what, problem.fix)
+
+    def _reward(self, name: str) -> str:
+        """A reward of ``rl.rewards``; a .py file in it becomes absolute. Nothing is imported."""
+        if name in ("reward", "direct"):
+            return name
+        match = _FUNCTION.fullmatch(name)
+        if match and match["place"].endswith(".py"):
+            return f"{self.finder.code(match['place'])}:{match['name']}"
+        if match and _MODULE.fullmatch(match["place"]):
+            return name
+        near = did_you_mean(name, ["reward", "direct"])
+        raise UserError(
+            f"'{name}' is no reward.",
+            fix=near or "Write reward, direct, package.module:function or path/to/file.py:function.",
+        )
+
+
+def _kind(value: Any) -> str:
+    return "a list" if isinstance(value, list) else "a single value"
+
+
+def _name_from(path: Path) -> str:
+    """A run's name from its recipe's file, with what a folder's name should not hold replaced."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-")[:100]
+    return name or "run"

@@ -1,0 +1,150 @@
+"""Where a recipe, its data, its models and its prompts are found."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trl_rlaif.errors import UserError
+from trl_rlaif.recipe.wording import did_you_mean, nearest_or_all
+
+_DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?", re.ASCII)
+_MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+_FILE_ENDINGS = (
+    ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".gz", ".bz2", ".xz", ".zst",
+    ".zip", ".yaml", ".yml", ".py", ".gguf", ".safetensors", ".bin",
+)  # fmt: skip
+
+
+def recipes_dir() -> Path:
+    """The folder of the recipes that come with the package, and of their prompts and data.
+
+    In an installed wheel it lies in the package, in an editable install beside it.
+    """
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def packaged_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name, in alphabetical order."""
+    return {path.stem: path for path in sorted(recipes_dir().glob("*.yaml"))}
+
+
+def find_recipe(recipe: str | Path) -> tuple[Path, str]:
+    """The file that RECIPE means, and how to call it in messages.
+
+    A file of that path goes before a packaged recipe of that name.
+
+    Raises:
+        UserError: There is neither, or it is a folder.
+    """
+    path = Path(recipe).expanduser()
+    if path.exists() and not path.is_dir():
+        return path.resolve(), str(recipe)
+    packaged = packaged_recipes()
+    if str(recipe) in packaged:
+        return packaged[str(recipe)], str(packaged[str(recipe)])
+    if path.is_dir():
+        raise UserError("this is a folder, not a recipe.", where=str(recipe), fix="Name the .yaml file in it.")
+    near_files = [str(path.with_name(name)) for name in _names_in(path.parent) if name.endswith((".yaml", ".yml"))]
+    raise UserError(
+        f"there is no recipe '{recipe}', neither as a file nor in the package.",
+        fix=nearest_or_all(str(recipe), [*packaged, *near_files], "Packaged recipes"),
+    )
+
+
+def prompt_folder(prompt: str) -> Path:
+    """The folder of a prompt as a parsed recipe names it: a packaged prompt's name or a path."""
+    packaged = recipes_dir() / "prompts" / prompt
+    return packaged if _is_bare(prompt) and packaged.is_dir() else Path(prompt)
+
+
+@dataclass(frozen=True)
+class PathFinder:
+    """Looks names up beside the recipe first, then in the current folder, then among the packaged recipes.
+
+    Each method returns what the recipe should hold instead, and raises UserError where nothing is found.
+    """
+
+    folders: Sequence[Path]
+
+    @classmethod
+    def beside(cls, recipe: Path) -> PathFinder:
+        """For a recipe's file."""
+        return cls((recipe.parent, Path.cwd(), recipes_dir()))
+
+    def data(self, name: str) -> str:
+        """An absolute path, or a dataset's Hub id as it is: ``org/name`` or ``org/name:split``."""
+        is_id = bool(_DATASET_ID.fullmatch(name)) and not name.lower().endswith(_FILE_ENDINGS)
+        return self._path(name, is_id, "Write a path or a Hub id (org/name).")
+
+    def model(self, name: str) -> str:
+        """An absolute path, or a model's Hub id as it is: ``org/name`` or ``name``."""
+        is_id = bool(_MODEL_ID.fullmatch(name)) and not name.lower().endswith(_FILE_ENDINGS)
+        return self._path(name, is_id, "Write a Hub id, a model folder or a .gguf file.")
+
+    def prompt(self, name: str) -> str:
+        """A packaged prompt's name as it is, or the absolute path of a prompt folder."""
+        folder = recipes_dir() / "prompts"
+        if _is_bare(name) and (folder / name).is_dir():
+            return name
+        found = self.find(name)
+        if found is not None and found.is_dir():
+            return str(found)
+        if found is not None:
+            raise UserError(f"the prompt '{name}' is a file.", fix="Write the name of its folder.")
+        known = [*_names_in(folder), *self._siblings(name)]
+        raise UserError(
+            f"there is no prompt '{name}', neither in the package nor as a folder.",
+            fix=nearest_or_all(name, known, "Known"),
+        )
+
+    def code(self, name: str) -> str:
+        """The absolute path of a .py file."""
+        found = self.find(name)
+        if found is None or not found.is_file():
+            raise UserError(f"there is no file '{name}'.", fix=did_you_mean(name, self._siblings(name)))
+        return str(found)
+
+    def find(self, name: str) -> Path | None:
+        """The first that exists, absolute; None where none does."""
+        try:
+            candidates = [folder / Path(name).expanduser() for folder in self.folders]
+            found = next((path for path in candidates if path.exists()), None)
+        except (OSError, ValueError, RuntimeError):  # a name that is too long, holds a NUL, or '~nobody'
+            return None
+        # Not resolve(): a link in a model cache must keep the name under which its siblings are found.
+        return Path(os.path.abspath(found)) if found is not None else None
+
+    def _path(self, name: str, is_id: bool, otherwise: str) -> str:
+        found = self.find(name)
+        if found is not None:
+            return str(found)
+        if is_id:
+            return name
+        raise UserError(
+            f"there is no file or folder '{name}'.", fix=did_you_mean(name, self._siblings(name)) or otherwise
+        )
+
+    def _siblings(self, name: str) -> list[str]:
+        """Names that exist where ``name`` was looked for, written the way it is."""
+        parent = Path(name).parent
+        names: list[str] = []
+        for folder in self.folders:
+            names += [str(parent / sibling) for sibling in _names_in(folder / parent)]
+        return names
+
+
+def _is_bare(name: str) -> bool:
+    return Path(name).name == name and name not in (".", "..")
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return sorted(path.name for path in folder.iterdir())
+    except (OSError, ValueError):
+        return []

@@ -1,0 +1,235 @@
+"""The sections of a recipe as typed models: every key with its default, range and description."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    InstanceOf,
+    Tag,
+)
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True)
+class ComponentRef:
+    """A plugin's component as a recipe picks it: ``name`` or ``{name: {option: value}}``.
+
+    Args:
+        name: The name it is registered by.
+        options: Its options, validated, defaults filled in, as plain data.
+        where: The place in the recipe, for later messages.
+    """
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    where: str = field(default="", compare=False)
+
+
+class ComponentLookup(Protocol):
+    """What a recipe needs to know of the installed plugins.
+
+    Kinds are ``labeler``, ``reward_transform`` and ``data_selector``.
+    """
+
+    def names(self, kind: str) -> list[str]:
+        """The names of all installed components of a kind."""
+        ...
+
+    def options_model(self, kind: str, name: str) -> type[BaseModel]:
+        """The model of a component's options; it forbids unknown keys."""
+        ...
+
+
+def text_as_number(value: Any) -> Any:
+    """YAML 1.1 reads ``1e-5`` as text, because it wants a dot; it is taken as the number it is."""
+    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
+
+
+def safe_name(value: str) -> str:
+    """Refuse what could not be a folder's name everywhere."""
+    if not _SAFE_NAME.fullmatch(value):
+        raise ValueError("Write up to 100 letters, digits, '.', '_' and '-', beginning with a letter or digit.")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(text_as_number)]
+SafeName = Annotated[str, AfterValidator(safe_name)]
+Text = Annotated[str, Field(min_length=1)]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["none", "nf4"]
+Component = InstanceOf[ComponentRef]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are refused, no value is silently converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class RunSection(Section):
+    """``run``: the run as a whole."""
+
+    name: SafeName = Field(description="The run's name and its folder's. Default: the recipe file's name.")
+    seed: int = Field(42, ge=0, le=2**31 - 1, description="Seed of everything that is drawn at random.")
+
+
+class LoraSection(Section):
+    """``model.lora``: the adapters that are trained."""
+
+    r: int = Field(16, ge=1, description="Rank of the adapters.")
+    alpha: int = Field(32, ge=1, description="LoRA's alpha; updates are scaled by alpha / r.")
+    dropout: Number = Field(0.0, ge=0, lt=1, description="Dropout in front of the adapters.")
+    target_modules: Text | list[Text] = Field(
+        "all-linear", description="Module names that get an adapter, or 'all-linear'."
+    )
+
+
+class ModelSection(Section):
+    """``model``: the starting policy, which is the base that all roles share."""
+
+    path: Text = Field(description="A Hub id, a model folder or a .gguf file.")
+    dtype: Dtype = Field("auto", description="Floating-point type of the weights; auto takes the model's own.")
+    quantization: Quantization = Field("none", description="nf4 loads the base in 4 bits with bitsandbytes.")
+    lora: LoraSection = Field(default_factory=LoraSection, description="The adapters that are trained.")
+    matmul_precision: Literal["highest", "high", "medium"] = Field(
+        "highest", description="torch.set_float32_matmul_precision; high and medium allow TF32 and bfloat16."
+    )
+
+
+class JudgeSection(Section):
+    """A judge that is a model of its own."""
+
+    path: Text = Field(description="The judge's Hub id, model folder or .gguf file.")
+    dtype: Dtype = Field("auto", description="Floating-point type of the judge's weights.")
+    quantization: Quantization = Field("none", description="nf4 loads the judge in 4 bits with bitsandbytes.")
+
+
+def _judge_form(value: Any) -> str:
+    return "<model>" if isinstance(value, dict | JudgeSection) else "<same>"
+
+
+Judge = Annotated[
+    Annotated[Literal["same"], Tag("<same>")] | Annotated[JudgeSection, Tag("<model>")],
+    Discriminator(_judge_form),
+]
+
+
+class DataSection(Section):
+    """``data``: what the run reads."""
+
+    prompts: Text | None = Field(None, description="Prompts to train on: a file, a folder or a Hub id.")
+    eval_prompts: Text | None = Field(None, description="Prompts to evaluate on: a file, a folder or a Hub id.")
+    pairs: Text | None = Field(None, description="Pairs of responses that stand in for sampled ones.")
+    format: Literal["auto", "preference", "responses", "hh"] = Field(
+        "auto", description="How the pairs are laid out; auto looks at their columns."
+    )
+    category: Text = Field("category", description="The column that holds each prompt's category.")
+
+
+class SftSection(Section):
+    """``sft``: supervised fine-tuning before everything else. Other keys are SFTConfig's."""
+
+    data: Text = Field(description="What to fine-tune on: a file, a folder or a Hub id.")
+    config: dict[str, Any] = Field(default_factory=dict, description="Fields of trl.SFTConfig that are set.")
+
+
+class SampleSection(Section):
+    """``sample``: responses of the starting policy, drawn in pairs."""
+
+    num_responses: int = Field(2, ge=2, description="Responses drawn for each prompt.")
+    temperature: Number = Field(1.0, gt=0, description="Sampling temperature.")
+    top_p: Number = Field(1.0, gt=0, le=1, description="Nucleus sampling: the share of probability kept.")
+    max_new_tokens: int = Field(128, ge=1, description="Longest response in tokens.")
+    batch_size: int = Field(16, ge=1, description="Sequences generated at once.")
+    redraws: int = Field(3, ge=0, description="Times that identical or empty responses are drawn anew.")
+    seed: int | None = Field(None, ge=0, le=2**31 - 1, description="Seed of the sampling; null takes run.seed.")
+
+
+class LabelSection(Section):
+    """``label``: preferences from a judge."""
+
+    labeler: Component = Field(ComponentRef("distilled"), description="The labeler, with its options.")
+    judge: Judge = Field("same", description="'same' asks the run's own base; a mapping names another model.")
+    prompt: Text = Field("general", description="A packaged prompt's name, or a prompt folder.")
+    batch_tokens: int = Field(8192, ge=1, description="Tokens judged at once, padding included.")
+
+
+class RewardSection(Section):
+    """``reward``: the reward model. Other keys are RewardConfig's."""
+
+    transforms: list[Component] = Field(default_factory=list, description="Reward transforms, in order.")
+    eval_fraction: Number = Field(0.1, ge=0, le=0.9, description="Share of the preferences held out.")
+    config: dict[str, Any] = Field(default_factory=dict, description="Fields of trl.RewardConfig that are set.")
+
+
+class RlSection(Section):
+    """``rl``: reinforcement learning. Other keys are PPOConfig's."""
+
+    algorithm: Literal["ppo"] = Field("ppo", description="The algorithm.")
+    rewards: list[Text] = Field(
+        default_factory=lambda: ["reward"], min_length=1,
+        description="What is rewarded: 'reward' (the reward model), 'direct' (the judge), or module:function.",
+    )  # fmt: skip
+    transforms: list[Component] = Field(default_factory=list, description="Reward transforms, in order.")
+    selectors: list[Component] = Field(default_factory=list, description="Data selectors, in order.")
+    config: dict[str, Any] = Field(default_factory=dict, description="Fields of PPOConfig that are set.")
+
+
+class EvaluateSection(Section):
+    """``evaluate``: the trained policy against the start."""
+
+    judge: Judge = Field("same", description="'same' asks the run's own base; a mapping names another model.")
+    prompt: Text | None = Field(None, description="A prompt as in label; null takes label's.")
+    sets: dict[SafeName, Text] = Field(
+        default_factory=dict, description="Prompts by name; empty takes data.eval_prompts as 'test'."
+    )
+    max_new_tokens: int | None = Field(
+        None, ge=1, description="Longest response in tokens; null takes rl.response_length or sample's."
+    )
+    temperature: Number = Field(0.0, ge=0, description="Sampling temperature; 0 decodes greedily.")
+    batch_size: int = Field(16, ge=1, description="Sequences generated or judged at once.")
+
+
+class ReportSection(Section):
+    """``report``: one HTML page at the end. It has no keys."""
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "run": RunSection,
+    "model": ModelSection,
+    "data": DataSection,
+    "sft": SftSection,
+    "sample": SampleSection,
+    "label": LabelSection,
+    "reward": RewardSection,
+    "rl": RlSection,
+    "evaluate": EvaluateSection,
+    "report": ReportSection,
+}
+
+STAGES = ("sft", "sample", "label", "reward", "rl", "evaluate", "report")
+
+
+def plain(value: Any) -> Any:
+    """A section, or any value in one, as data that ``yaml.safe_dump`` writes and a recipe can hold again."""
+    if isinstance(value, ComponentRef):
+        return {value.name: plain(value.options)} if value.options else value.name
+    if isinstance(value, BaseModel):
+        keys = {name: plain(getattr(value, name)) for name in type(value).model_fields if name != "config"}
+        return {**keys, **plain(getattr(value, "config", {}))}
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return value

@@ -1,0 +1,302 @@
+"""A recipe's text as plain data that remembers the line of every key, and ``--set`` overrides on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trl_rlaif.errors import Problem, UserError
+
+MAX_BYTES = 1_000_000
+MAX_NODES = 100_000
+
+KeyPath = tuple[Any, ...]
+
+_TAG = "tag:yaml.org,2002:"
+_SCALAR_TAGS = {_TAG + name for name in ("null", "bool", "int", "float", "str", "timestamp")}
+
+
+@dataclass
+class Source:
+    """Plain data, where each key of it was written, and what was wrong with it so far.
+
+    Args:
+        path: The recipe's file.
+        label: The file's name as the user wrote it, for messages.
+        data: The recipe as dicts, lists and scalars; no object occurs in it twice.
+        places: ``file:line`` of each key path, or ``--set a.b=c`` where an override wrote it.
+    """
+
+    path: Path
+    label: str
+    data: dict[Any, Any]
+    places: dict[KeyPath, str]
+    problems: list[Problem] = field(default_factory=list)
+
+    def where(self, key_path: Sequence[Any] = ()) -> str:
+        """The place of a key, or of the nearest thing around it that was written."""
+        path = tuple(key_path)
+        while path and path not in self.places:
+            path = path[:-1]
+        return self.places.get(path, f"{self.label}:1")
+
+    def has(self, key_path: Sequence[Any]) -> bool:
+        """Whether the key was written (in the file or by an override)."""
+        return tuple(key_path) in self.places
+
+    def report(self, key_path: Sequence[Any], what: str, fix: str = "") -> None:
+        """Note a problem with a key."""
+        self.problems.append(Problem(what, self.where(key_path), fix))
+
+    def in_order(self) -> list[Problem]:
+        """The problems by line, those of overrides last, each only once."""
+
+        def order(problem: Problem) -> tuple[int, int]:
+            if not problem.where.startswith(f"{self.label}:"):
+                return (1, 0)
+            return (0, int(problem.where[len(self.label) + 1 :].split(":")[0]))
+
+        return sorted(dict.fromkeys(self.problems), key=order)
+
+
+def read_source(path: Path, label: str) -> Source:
+    """Read a recipe's file as safe YAML.
+
+    Raises:
+        UserError: The file cannot be read, is no UTF-8, is no valid or plain YAML, is too large, or
+            does not hold a mapping. Duplicate keys are noted in the result and do not stop the reading.
+    """
+    text = _read_text(path, label)
+
+    def place(mark: yaml.Mark) -> str:
+        return f"{label}:{mark.line + 1}"
+
+    data, places, problems = _read_yaml(text, place, label)
+    if data is None and set(places) <= {()}:
+        raise UserError(
+            "the recipe is empty.", where=f"{label}:1", fix="Write at least model, data and one stage."
+        )
+    if not isinstance(data, dict):
+        kind = "a list" if isinstance(data, list) else "a single value"
+        raise UserError(
+            f"the recipe is {kind}.", where=places[()], fix="Write its sections as keys, for example 'model:'."
+        )
+    return Source(path, label, data, places, problems)
+
+
+def _read_text(path: Path, label: str) -> str:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"the recipe cannot be read: {error.strerror}.", where=label) from None
+    if len(content) > MAX_BYTES:
+        raise UserError(
+            f"the recipe is larger than {MAX_BYTES:,} bytes.", where=label, fix="Keep data in files of its own."
+        )
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError("this line is not UTF-8 text.", where=f"{label}:{line}", fix="Save as UTF-8.") from None
+
+
+def _read_yaml(
+    text: str, place: Callable[[yaml.Mark], str], label: str
+) -> tuple[Any, dict[KeyPath, str], list[Problem]]:
+    """Data, places and problems of one YAML document; ``label`` names the text in a syntax error."""
+    loader = None
+    try:
+        loader = yaml.SafeLoader(text)
+        builder = _Builder(loader, place)
+        node = loader.get_single_node()
+        if node is None:
+            return None, {}, []
+        builder.count(node, {})
+        data = builder.build(node, ())
+    except yaml.MarkedYAMLError as error:
+        raise _syntax_error(error, label, place) from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        where = f"{label}:{line}" if not label.startswith("--set ") else label
+        raise UserError("this line holds a character that YAML does not allow.", where=where) from None
+    except RecursionError:
+        raise UserError("the YAML is nested too deeply.", where=label) from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+    if builder.fatal:
+        raise UserError.from_problems([*builder.fatal, *builder.problems])
+    return data, builder.places, builder.problems
+
+
+def _syntax_error(error: yaml.MarkedYAMLError, label: str, place: Callable[[yaml.Mark], str]) -> UserError:
+    mark = error.problem_mark or error.context_mark
+    where = label
+    if mark is not None:
+        where = place(mark)
+        where += f":{mark.column + 1}" if where.startswith(f"{label}:") else ""
+    detail = f"{error.problem or 'it cannot be read'}"
+    detail += f" ({error.context})" if error.context else ""
+    fix = "Indent with spaces, not with tabs." if "'\\t'" in detail else ""
+    return UserError(f"this is not valid YAML: {detail}.", where=where, fix=fix)
+
+
+class _Builder:
+    """Turns composed YAML nodes into fresh plain data, noting the place of every key path.
+
+    Every alias is expanded into a copy of its own, so that an override of one place changes only that one.
+    """
+
+    def __init__(self, loader: yaml.SafeLoader, place: Callable[[yaml.Mark], str]) -> None:
+        self.loader = loader
+        self.place = place
+        self.places: dict[KeyPath, str] = {}
+        self.problems: list[Problem] = []
+        self.fatal: list[Problem] = []
+
+    def count(self, node: yaml.Node, known: dict[int, int | None]) -> int:
+        """How many nodes the expanded tree has; refuses aliases that explode or contain themselves."""
+        if id(node) in known:
+            total = known[id(node)]
+            if total is None:
+                raise UserError("an alias contains itself.", where=self.place(node.start_mark))
+            return total
+        known[id(node)] = None
+        total = 1
+        if isinstance(node, yaml.MappingNode):
+            total += sum(self.count(key, known) + self.count(value, known) for key, value in node.value)
+        elif isinstance(node, yaml.SequenceNode):
+            total += sum(self.count(value, known) for value in node.value)
+        if total > MAX_NODES:
+            raise UserError(
+                f"the recipe holds more than {MAX_NODES:,} values once its aliases are expanded.",
+                where=self.place(node.start_mark), fix="Write it without nested aliases.",
+            )  # fmt: skip
+        known[id(node)] = total
+        return total
+
+    def build(self, node: yaml.Node, path: KeyPath) -> Any:
+        """The node's plain data."""
+        self.places.setdefault(path, self.place(node.start_mark))
+        if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
+            return self._mapping(node, path)
+        if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
+            return [self.build(item, (*path, index)) for index, item in enumerate(node.value)]
+        if isinstance(node, yaml.ScalarNode) and node.tag in _SCALAR_TAGS:
+            return self._scalar(node)
+        tag = node.tag.replace(_TAG, "!!")
+        self._refuse(node, f"the YAML tag '{tag}' is not allowed.", "Write a plain value; recipes run no code.")
+        return None
+
+    def _scalar(self, node: yaml.ScalarNode) -> Any:
+        try:
+            return self.loader.construct_object(node)
+        except (ValueError, KeyError, AttributeError):  # what PyYAML's constructors let escape
+            self._refuse(node, "this value cannot be read.", "Put it in quotes if it is meant as text.")
+            return None
+
+    def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[Any, Any]:
+        entries: dict[Any, tuple[yaml.Node, yaml.Node]] = {}
+        merged: list[tuple[Any, yaml.Node, yaml.Node]] = []
+        for key_node, value_node in node.value:
+            if key_node.tag == _TAG + "merge":
+                merged += self._merged(value_node)
+                continue
+            if not isinstance(key_node, yaml.ScalarNode):
+                self._refuse(key_node, "a list or mapping is used as a key.", "Use a name as the key.")
+                continue
+            key = self.build(key_node, ())
+            if key in entries:
+                first = entries[key][0].start_mark.line + 1
+                what = f"the key '{key}' is written twice; the first is in line {first}."
+                self.problems.append(Problem(what, self.place(key_node.start_mark), "Remove one of them."))
+            entries[key] = (key_node, value_node)
+        for key, key_node, value_node in merged:
+            entries.setdefault(key, (key_node, value_node))
+        data = {}
+        for key, (key_node, value_node) in entries.items():
+            self.places[(*path, key)] = self.place(key_node.start_mark)
+            data[key] = self.build(value_node, (*path, key))
+        return data
+
+    def _merged(self, node: yaml.Node) -> list[tuple[Any, yaml.Node, yaml.Node]]:
+        """Entries that ``<<`` brings in; of several with one key the first counts, as YAML wants it."""
+        if isinstance(node, yaml.SequenceNode):
+            return [entry for item in node.value for entry in self._merged(item)]
+        if not isinstance(node, yaml.MappingNode):
+            self._refuse(node, "'<<' is followed by something that is not a mapping.", "Write '<<: *name'.")
+            return []
+        own = [
+            (self.build(key, ()), key, value)
+            for key, value in node.value
+            if isinstance(key, yaml.ScalarNode) and key.tag != _TAG + "merge"
+        ]
+        nested = [entry for key, value in node.value if key.tag == _TAG + "merge" for entry in self._merged(value)]
+        return own + nested
+
+    def _refuse(self, node: yaml.Node, what: str, fix: str) -> None:
+        self.fatal.append(Problem(what, self.place(node.start_mark), fix))
+
+
+def apply_overrides(source: Source, overrides: Sequence[str]) -> None:
+    """Apply each ``a.b=value`` to the source in turn; what is malformed is noted as a problem."""
+    for override in overrides:
+        label = f"--set {override}"
+        try:
+            _apply(source, override, label)
+        except UserError as error:
+            source.problems += [Problem(p.what, label, p.fix) for p in error.problems]
+
+
+def _apply(source: Source, override: str, label: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise UserError("this is not key.path=value.", fix="Write for example --set sample.temperature=0.9.")
+    if not text.strip():
+        raise UserError("the value is missing.", fix="Write null, '' or {} if it is meant to be empty.")
+    value, _, problems = _read_yaml(text, lambda mark: label, label)
+    source.problems += problems
+    container, path = _container(source, parts, label)
+    last = _entry(container, parts[-1], path)
+    for place in [place for place in source.places if place[: len(path) + 1] == (*path, last)]:
+        del source.places[place]
+    if value is None and not path:
+        source.data.pop(last, None)
+        return
+    source.places[(*path, last)] = label
+    container[last] = value
+
+
+def _container(source: Source, parts: list[str], label: str) -> tuple[Any, KeyPath]:
+    """The dict or list that holds the last part, made where it is absent; and its key path."""
+    current: Any = source.data
+    path: KeyPath = ()
+    for part in parts[:-1]:
+        entry = _entry(current, part, path)
+        if isinstance(current, dict) and current.get(entry) is None:
+            current[entry] = {}
+            source.places.setdefault((*path, entry), label)
+        current = current[entry]
+        path = (*path, entry)
+        if not isinstance(current, dict | list):
+            name = ".".join(map(str, path))
+            raise UserError(f"'{name}' is a single value and has no keys.", fix=f"Set '{name}' as a whole.")
+    return current, path
+
+
+def _entry(container: Any, part: str, path: KeyPath) -> Any:
+    """The key or the list index that ``part`` stands for."""
+    if isinstance(container, dict):
+        return part
+    if part.isascii() and part.isdigit() and int(part) < len(container):
+        return int(part)
+    name = ".".join(map(str, path))
+    count = len(container)
+    fix = f"Write an index from 0 to {count - 1}." if count else f"Set '{name}' as a whole."
+    raise UserError(f"'{part}' is no index into '{name}', a list of {count}.", fix=fix)

@@ -1,0 +1,62 @@
+"""Checks between the sections of a recipe: what a stage needs of the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trl_rlaif.recipe.sections import STAGES
+from trl_rlaif.recipe.source import Source
+
+
+def check_together(source: Source) -> None:
+    """Report each stage that lacks what it works on."""
+    present = set(source.data)
+    if not present & set(STAGES):
+        source.report((), "the recipe has no stage.", f"Add at least one of {', '.join(STAGES)}.")
+    _check_pairs(source, present)
+    if "rl" in present:
+        _check_rl(source, present)
+    if "evaluate" in present:
+        _check_evaluate(source, present)
+
+
+def _check_pairs(source: Source, present: set[Any]) -> None:
+    pairs = _value(source, "data", "pairs") is not None
+    if "sample" in present and _value(source, "data", "prompts") is None:
+        source.report(("sample",), "'sample' has no prompts.", "Set data.prompts.")
+    if "sample" in present and pairs:
+        what = "data.pairs stand in for sampled responses, and the recipe also has 'sample'."
+        source.report(("data", "pairs"), what, "Remove one of the two.")
+    if "label" in present and "sample" not in present and not pairs:
+        source.report(("label",), "'label' has no pairs to judge.", "Add 'sample', or set data.pairs.")
+    if "reward" in present and "label" not in present:
+        layout = _value(source, "data", "format") or "auto"
+        if not pairs:
+            source.report(("reward",), "'reward' has no preferences to learn from.", "Add 'label'.")
+        elif layout == "auto":
+            what = "'reward' has no preferences to learn from: without 'label' the pairs' own are needed."
+            fix = "Add 'label', or set data.format to preference, responses or hh."
+            source.report(("reward",), what, fix)
+
+
+def _check_rl(source: Source, present: set[Any]) -> None:
+    if _value(source, "data", "prompts") is None:
+        source.report(("rl",), "'rl' has no prompts.", "Set data.prompts.")
+    rewards = _value(source, "rl", "rewards")
+    rewards = ["reward"] if rewards is None else rewards
+    if "reward" not in present and isinstance(rewards, list) and "reward" in rewards:
+        path = ("rl", "rewards", rewards.index("reward"))
+        what = "'rl' is rewarded by the reward model, and the recipe has no 'reward'."
+        source.report(path, what, "Add 'reward', or set rl.rewards to [direct] or to a function.")
+
+
+def _check_evaluate(source: Source, present: set[Any]) -> None:
+    if "rl" not in present:
+        source.report(("evaluate",), "'evaluate' has no trained policy to judge.", "Add 'rl'.")
+    if not _value(source, "evaluate", "sets") and _value(source, "data", "eval_prompts") is None:
+        source.report(("evaluate",), "'evaluate' has no prompts.", "Set data.eval_prompts or evaluate.sets.")
+
+
+def _value(source: Source, section: str, key: str) -> Any:
+    keys = source.data.get(section)
+    return keys.get(key) if isinstance(keys, dict) else None

@@ -1,0 +1,130 @@
+"""The keys of a section that are fields of a TRL configuration: their names, types and converted values."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import importlib
+import os
+import types
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pydantic import BeforeValidator, Strict, TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
+
+from trl_rlaif.recipe.checking import unknown_key, wrong_value
+from trl_rlaif.recipe.sections import SECTIONS, Number
+from trl_rlaif.recipe.source import Source
+from trl_rlaif.recipe.wording import did_you_mean, how_to_mend
+
+CONFIG_CLASSES = {
+    "sft": ("trl", "SFTConfig"),
+    "reward": ("trl", "RewardConfig"),
+    "rl": ("trl_rlaif.ppo.config", "PPOConfig"),
+}
+
+_FOLDER = "the run's folder is chosen with --output"
+_SEED = "set run.seed"
+_MODEL = "the model section says which model is loaded, and how"
+_COUNTED = "PPO works it out from the batch sizes: set per_device_train_batch_size, gradient_accumulation_steps"
+_COUNTED += " or num_mini_batches"
+_SET_BY_US = {
+    "output_dir": _FOLDER,
+    "logging_dir": _FOLDER,
+    "seed": _SEED,
+    "data_seed": _SEED,
+    "resume_from_checkpoint": "a run goes on with --resume",
+    "model_init_kwargs": _MODEL,
+    "sft_model_path": _MODEL,
+    "reward_model_path": "the reward section trains the reward model",
+    **dict.fromkeys(
+        ("world_size", "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size",
+         "local_mini_batch_size", "mini_batch_size"), _COUNTED,
+    ),
+}  # fmt: skip
+
+
+def own_keys(section: str) -> list[str]:
+    """The keys of a section that are not a configuration's."""
+    return [name for name in SECTIONS[section].model_fields if name != "config"]
+
+
+def take_config(section: str, keys: dict[Any, Any], source: Source) -> None:
+    """Move the configuration's fields among the section's keys into one dict at ``keys["config"]``, in place.
+
+    TRL is imported only if there are any. What does not fit is reported.
+    """
+    own = own_keys(section)
+    others = {key: keys.pop(key) for key in list(keys) if key not in own}
+    keys["config"] = {}
+    if not others:
+        return
+    hints = config_hints(section)
+    for key, value in others.items():
+        path, owner = (section, key), f"section '{section}'"
+        if key in _SET_BY_US and (key in hints or key == "logging_dir"):
+            source.report(path, f"'{key}' cannot be set in {owner}.", f"Remove it: {_SET_BY_US[key]}.")
+        elif key not in hints:
+            fix = did_you_mean(str(key), [*own, *hints])
+            fix = fix or f"Known keys: {', '.join(own)}, and the fields of {CONFIG_CLASSES[section][1]}."
+            source.report(path, unknown_key(str(key), owner), fix)
+        else:
+            try:
+                keys["config"][key] = convert(hints[key], value)
+            except ValidationError:
+                fix = how_to_mend(strict_hint(hints[key]), value)
+                source.report(path, wrong_value(key, owner, value), fix)
+
+
+def config_hints(section: str) -> dict[str, Any]:
+    """The configuration's fields with their types; Any where a type cannot be resolved."""
+    # TRL warns on stderr that its PPO is experimental, which a recipe's author can do nothing about.
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    module, name = CONFIG_CLASSES[section]
+    config = getattr(importlib.import_module(module), name)
+    try:
+        hints = get_type_hints(config)
+    except (NameError, TypeError, AttributeError):
+        hints = {}
+    return {field.name: hints.get(field.name, Any) for field in dataclasses.fields(config) if field.init}
+
+
+def convert(hint: Any, value: Any) -> Any:
+    """The value as a field of that type takes it, still plain data.
+
+    Raises:
+        pydantic.ValidationError: The value is of another type.
+    """
+    try:
+        adapter = TypeAdapter(strict_hint(hint))
+    except (PydanticUserError, TypeError):
+        return value
+    return adapter.validate_python(value)
+
+
+def strict_hint(hint: Any) -> Any:
+    """The type without silent conversions and with plain data only; Any for what YAML cannot hold."""
+    if hint in (int, bool, str):
+        return Annotated[hint, Strict()]
+    if hint is float:
+        return Annotated[Number, Strict()]
+    if hint in (None, type(None), dict, list) or get_origin(hint) is Literal:
+        return hint
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        values = tuple(member.value for member in hint)
+        literal = Literal[values]  # type: ignore[valid-type]
+        return Annotated[literal, BeforeValidator(_no)] if "no" in values else literal
+    args = get_args(hint)
+    if get_origin(hint) in (Union, types.UnionType):
+        if any(isinstance(arg, type) and issubclass(arg, enum.Enum) for arg in args):
+            # `SchedulerType | str` means: an enum's value. Any other text fails when training starts.
+            args = tuple(arg for arg in args if arg is not str)
+        return Union[tuple(strict_hint(arg) for arg in args)]  # noqa: UP007 - the members are computed
+    if get_origin(hint) in (list, dict):
+        return get_origin(hint)[tuple(strict_hint(arg) for arg in args)]
+    return Any
+
+
+def _no(value: Any) -> Any:
+    """``save_strategy: no`` reaches us as false, because YAML 1.1 reads it so."""
+    return "no" if value is False else value

@@ -1,0 +1,212 @@
+"""Chooses what each part of the page draws and says how to read it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from trl_rlaif.report import plots
+from trl_rlaif.report.content import Run, Sample, Series
+from trl_rlaif.report.wording import interval, label, number, scores, section
+
+MAX_CATEGORIES = 40
+_DRAWN_CATEGORIES = 12
+_DRAWN_LINES = 6
+_MAX_OTHER_METRICS = 60
+
+# Metric, heading, how to read it.
+_RL_PANELS = (
+    ("objective/scores", "Score", "Mean score of the responses; RL tries to raise it."),
+    ("objective/kl", "KL to the start, in nats", "How far the policy is from its start; the price of the score."),
+    ("objective/rlhf_reward", "Score less the KL price", "What PPO really maximises."),
+    ("objective/entropy", "Entropy", "Falling to near zero means that the responses have become all alike."),
+    ("rollout/length", "Response length, in tokens", "A drift may mean that the reward favours a length."),
+    ("loss/policy_avg", "Policy loss", "Noisy around zero is normal."),
+    ("loss/value_avg", "Value loss", "Should fall and then stay low."),
+    ("policy/approxkl_avg", "KL of one update", "Spikes mean that the steps are too big."),
+    ("policy/clipfrac_avg", "Clipped share", "Share of tokens whose step was cut by the clip."),
+    ("val/ratio", "Probability ratio", "New over old policy; should stay near 1."),
+    ("lr", "Learning rate", "The schedule as it was run."),
+)
+_NOT_PANELS = {"episode", "epoch"}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing with its heading, its numbers and how to read it."""
+
+    heading: str
+    svg: Markup
+    caption: str
+    values: str = ""
+
+
+@dataclass(frozen=True)
+class CategoryRow:
+    """Held-out numbers of one category; None where a number is not known."""
+
+    name: str
+    prompts: int
+    before: float | None
+    after: float | None
+    win_rate: float | None
+
+
+def sft_part(run: Run) -> list[Figure]:
+    """The curves of supervised fine-tuning; empty if nothing was logged."""
+    series = run.series.get("sft", {})
+    return _present(_curve(series, "SFT loss", "Should fall and level off.", {"loss": "loss", "eval_loss": "held-out"}))
+
+
+def reward_part(run: Run) -> dict[str, Any]:
+    """Curves and held-out accuracy of the reward model."""
+    series = run.series.get("reward", {})
+    result = section(run.results, "reward")
+    names = {"loss": "training", "eval_loss": "held-out"}
+    accuracies = {"accuracy": "training", "eval_accuracy": "held-out"}
+    return {
+        "figures": _present(
+            _curve(series, "Reward loss", "Held-out rising while training falls is overfitting.", names),
+            _curve(series, "Ranking accuracy", "Share of pairs ranked as their label does; chance is 0.5.", accuracies),
+        ),
+        "accuracy": number(result.get("accuracy")),
+        "interval": interval(result.get("accuracy_interval")),
+        "pairs": number(result.get("eval_pairs")),
+    }
+
+
+def label_part(run: Run) -> dict[str, Any]:
+    """The histogram of confidences, the table of winners, and the label stage's shares."""
+    labels, result = run.labels, section(run.results, "label")
+    histogram = None
+    if labels.confidences:
+        sure = sum(value >= 0.9 for value in labels.confidences)
+        title = f"Confidence of {len(labels.confidences):,} labels; {sure:,} are at 0.9 or more"
+        svg = Markup(plots.confidence_histogram(labels.confidences, title))
+        histogram = Figure(
+            "How sure the judge is", svg, "A label near 0.5 teaches the reward model little.",
+            f"{sure:,} of {len(labels.confidences):,} at 0.9 or more",
+        )
+    bias, mass, agreement = (section(result, key) for key in ("position_bias", "mass", "agreement"))
+    return {
+        "histogram": histogram,
+        "winners": labels.winners,
+        "asked_twice": sum(labels.winners.values()),
+        "ties": labels.ties,
+        "bias": _rate(bias, "rate"),
+        "agreement": _rate(agreement, "rate"),
+        "mass": {key: number(mass.get(key)) for key in ("mean", "min", "low")},
+        "confidence": number(result.get("mean_confidence")),
+    }
+
+
+def _rate(values: dict[str, Any], key: str) -> dict[str, Any]:
+    return {"rate": number(values.get(key)), "interval": interval(values.get("interval")), "n": number(values.get("n"))}
+
+
+def rl_part(run: Run) -> dict[str, Any]:
+    """Small multiples of the RL stage, and first and last value of every other metric."""
+    series = run.series.get("rl", {})
+    figures = [_curve(series, heading, caption, {key: heading}) for key, heading, caption in _RL_PANELS]
+    category_keys = [key for key in series if key.startswith("reward/") and not key.endswith(("/std", "/var", "/count"))]
+    if category_keys:
+        names = {key: label(key.removeprefix("reward/").removesuffix("/mean"), 24) for key in category_keys}
+        drawn = dict(list(names.items())[:_DRAWN_LINES])
+        caption = "No kind of prompt should rise at the cost of another."
+        if len(drawn) < len(names):
+            caption += f" The first {len(drawn)} of {len(names)} categories are drawn."
+        figures.insert(1, _curve(series, "Score by category", caption, drawn))
+    shown = {key for key, _, _ in _RL_PANELS} | set(category_keys) | _NOT_PANELS
+    others = [key for key in series if key not in shown]
+    table = [
+        (key, *scores(series[key][0][1], series[key][-1][1]), len(series[key]))
+        for key in sorted(others)[:_MAX_OTHER_METRICS]
+    ]
+    return {"figures": _present(*figures), "others": table, "left_out": max(len(others) - len(table), 0)}
+
+
+def _present(*figures: Figure | None) -> list[Figure]:
+    return [figure for figure in figures if figure is not None]
+
+
+def _curve(series: Series, heading: str, caption: str, names: dict[str, str]) -> Figure | None:
+    """One panel with the metrics of ``names`` (metric: name in the legend) that were logged; None if none was."""
+    found = [(name, series[key]) for key, name in names.items() if series.get(key)]
+    if not found:
+        return None
+    changes = []
+    for name, points in found:
+        first, last = scores(points[0][1], points[-1][1])
+        change = f"{first} → {last}" if len(points) > 1 else last
+        changes.append(f"{name} {change}" if len(found) > 1 else change)
+    said = f"{heading}, first and last logged value: {'; '.join(changes)}"
+    # Beyond two lines the numbers would be a wall: the drawing shows them.
+    values = "; ".join(changes) if len(changes) <= 2 else ""
+    return Figure(heading, Markup(plots.curves(found, said)), caption, values)
+
+
+def set_part(run: Run, name: str) -> dict[str, Any]:
+    """Reward before and after on one held-out set, over its prompts and by category."""
+    samples = [sample for sample in run.samples if sample.set == name]
+    pairs = [
+        (sample.reward_start, sample.reward_trained)
+        for sample in samples
+        if sample.reward_start is not None and sample.reward_trained is not None
+    ]
+    figures = _reward_figures(name, pairs) if pairs else []
+    values = next(
+        (section(v) for k, v in section(run.results, "evaluate", "sets").items() if (label(k) or "held-out") == name), {}
+    )
+    rows = _category_rows(samples, section(values, "by_category"))
+    drawn = [(row.name, row.before, row.after) for row in rows if row.before is not None and row.after is not None]
+    if len(drawn) > 1:
+        drawn = drawn[:_DRAWN_CATEGORIES]
+        title = f"Mean reward of each category on {name}, before and after training"
+        caption = "Means over this set's samples; the largest categories first."
+        figures.append(Figure("By category", Markup(plots.before_after(drawn, title)), caption))
+    return {
+        "name": name,
+        "figures": figures,
+        "categories": rows[:MAX_CATEGORIES],
+        "left_out": max(len(rows) - MAX_CATEGORIES, 0),
+    }
+
+
+def _reward_figures(name: str, pairs: list[tuple[float, float]]) -> list[Figure]:
+    better = sum(after > before for before, after in pairs)
+    worse = sum(after < before for before, after in pairs)
+    values = f"{better:,} up, {worse:,} down, {len(pairs) - better - worse:,} equal"
+    scatter = plots.paired_scatter(pairs, f"Reward on {name}, start against trained, per prompt: {values}")
+    before, after = [x for x, _ in pairs], [y for _, y in pairs]
+    both = plots.two_histograms(before, after, f"Distribution of the reward on {name}, start and trained")
+    return [
+        Figure("Prompt by prompt", Markup(scatter), "A point above the dashed line is a prompt whose reward rose.", values),
+        Figure("Distribution", Markup(both), "The whole of it should move, not only a few prompts at the edge."),
+    ]
+
+
+def _category_rows(samples: list[Sample], judged: dict[str, Any]) -> list[CategoryRow]:
+    rates = {label(key): section(value) for key, value in judged.items()}
+    sizes = Counter(sample.category for sample in samples)
+    rewards: dict[str, list[tuple[float, float]]] = {}
+    for sample in samples:
+        if sample.reward_start is not None and sample.reward_trained is not None:
+            rewards.setdefault(sample.category, []).append((sample.reward_start, sample.reward_trained))
+    rows = []
+    for category in dict.fromkeys([*rates, *sizes]):
+        found = rewards.get(category)
+        prompts = sizes.get(category) or int(number(rates.get(category, {}).get("n")) or 0)
+        rows.append(
+            CategoryRow(
+                category or "no category",
+                prompts,
+                sum(x for x, _ in found) / len(found) if found else None,
+                sum(y for _, y in found) / len(found) if found else None,
+                number(rates.get(category, {}).get("win_rate")),
+            )
+        )
+    named = [row for row in rows if row.name != "no category"]
+    return sorted(rows, key=lambda row: (-row.prompts, row.name)) if named else []

@@ -1,0 +1,370 @@
+"""What a run says in plain words: the summary, the verdicts and the warnings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from trl_rlaif.report.content import Run
+from trl_rlaif.report.wording import (
+    count,
+    interval,
+    label,
+    number,
+    percent,
+    reasons,
+    scores,
+    section,
+)
+
+POSITION_BIAS_LIMIT = 0.3
+MASS_LIMIT = 0.5
+KL_LIMIT = 10.0
+LONGER_LIMIT, SHORTER_LIMIT = 1.5, 0.5
+STAGES = ("sft", "sample", "label", "reward", "rl", "evaluate")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number with its interval and what may be said of it; ``tone`` is good, bad or unclear."""
+
+    value: float
+    interval: tuple[float, float] | None
+    text: str
+    interval_text: str
+    verdict: str
+    tone: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class SetResult:
+    """What the evaluation found on one set of held-out prompts."""
+
+    name: str
+    prompts: float | None
+    reward: Measure | None
+    win_rate: Measure | None
+    length_ratio: float | None
+    tokens: str
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """A line of the table of stages."""
+
+    name: str
+    state: str
+    did: str
+    skipped: str
+    seconds: float | None
+
+
+def set_results(run: Run) -> list[SetResult]:
+    """One record for each set of the evaluation, in the order of results.json."""
+    found = []
+    for name, values in section(run.results, "evaluate", "sets").items():
+        values = section(values)
+        before, after = number(values.get("tokens_start")), number(values.get("tokens_trained"))
+        tokens = f"{before:,.0f} → {after:,.0f} tokens" if before is not None and after is not None else ""
+        found.append(
+            SetResult(
+                name=label(name) or "held-out",
+                prompts=number(values.get("prompts")),
+                reward=_reward_gain(values),
+                win_rate=_win_rate(values),
+                length_ratio=after / before if before and after is not None else None,
+                tokens=tokens,
+            )
+        )
+    return found
+
+
+def _verdict(
+    value: float, ends: tuple[float, float] | None, neutral: float, words: tuple[str, str, str]
+) -> tuple[str, str]:
+    """Words and tone of a number beside its neutral value; ``words`` are for above, below and not clear."""
+    if ends is None:
+        return "no interval was computed, so chance cannot be ruled out", "unclear"
+    if ends[0] > neutral:
+        return words[0], "good"
+    if ends[1] < neutral:
+        return words[1], "bad"
+    return words[2], "unclear"
+
+
+def _reward_gain(values: dict[str, Any]) -> Measure | None:
+    gain = section(values, "reward_gain")
+    mean, ends = number(gain.get("mean")), interval(gain.get("interval"))
+    if mean is None:
+        return None
+    verdict, tone = _verdict(mean, ends, 0.0, ("it rose", "it fell", "no clear change"))
+    shown = scores(mean, *(ends or ()), sign=True)
+    before = number(section(values, "reward_start").get("mean"))
+    after = number(section(values, "reward_trained").get("mean"))
+    detail = ""
+    if before is not None and after is not None:
+        detail = "mean {} → {}".format(*scores(before, after))
+    between = f"{shown[1]} to {shown[2]}" if ends else ""
+    return Measure(mean, ends, shown[0], between, verdict, tone, detail)
+
+
+def _win_rate(values: dict[str, Any]) -> Measure | None:
+    rate, ends = number(values.get("win_rate")), interval(values.get("interval"))
+    if rate is None:
+        return None
+    words = ("preferred over the start", "the start is preferred", "no clear difference")
+    verdict, tone = _verdict(rate, ends, 0.5, words)
+    between = f"{percent(ends[0])} to {percent(ends[1])}" if ends else ""
+    parts = [
+        count(number(values.get(key)), one, many)
+        for key, one, many in (("wins", "win", "wins"), ("ties", "tie", "ties"), ("losses", "loss", "losses"))
+    ]
+    return Measure(rate, ends, percent(rate), between, verdict, tone, ", ".join(part for part in parts if part))
+
+
+def summary(run: Run, sets: list[SetResult]) -> list[str]:
+    """The run in a few plain sentences; a sentence for each thing that is known."""
+    sentences = [_about_model(run), _about_labels(run), _about_reward(run), _about_rl(run)]
+    for result in sets:
+        sentences.append(_about_set(result))
+    if not sets:
+        sentences.append(
+            "The trained policy was not evaluated on held-out prompts, so this page cannot say whether it got "
+            "better: a score that rises during training is no proof of that."
+        )
+    return [sentence for sentence in sentences if sentence]
+
+
+def model_settings(run: Run) -> str:
+    """The precision and adapter of the model, as ``bfloat16, NF4 base, LoRA rank 16``."""
+    model = section(run.recipe, "model")
+    quantization = label(model.get("quantization"), 20)
+    lora = section(model, "lora")
+    rank = label(lora.get("r", lora.get("rank")), 10)
+    parts = [
+        label(model.get("dtype"), 20),
+        f"{quantization.upper()} base" if quantization and quantization.lower() != "none" else "",
+        f"LoRA rank {rank}" if rank else "",
+    ]
+    return ", ".join(part for part in parts if part and part != "None")
+
+
+def algorithm(run: Run) -> str:
+    """The name of the RL algorithm as a reader knows it."""
+    name = label(section(run.recipe, "rl").get("algorithm"), 30)
+    return name.upper() if name.isalpha() and len(name) <= 5 else name or "RL"
+
+
+def _about_model(run: Run) -> str:
+    model = label(section(run.recipe, "model").get("path"), 120)
+    settings = model_settings(run)
+    return f"The start is {model}{f' ({settings})' if settings else ''}." if model else ""
+
+
+def judge_name(run: Run, stage: str) -> str:
+    """The judge of ``label`` or ``evaluate``: by the results, else by the recipe; empty if neither says."""
+    named = run.results and label(section(run.results, stage).get("judge"), 120)
+    if named:
+        return named
+    judge = section(run.recipe, stage).get("judge")
+    return label(judge.get("path") if isinstance(judge, dict) else judge, 120)
+
+
+def _about_labels(run: Run) -> str:
+    result = section(run.results, "label")
+    pairs, labeled = number(result.get("pairs")), number(result.get("labeled"))
+    if labeled is None:
+        return ""
+    judge = judge_name(run, "label")
+    who = "The same model, as the judge," if judge == "same" else f"The judge {judge}" if judge else "The judge"
+    of = f"{count(labeled)} of {count(pairs, 'pair')}" if pairs is not None else count(labeled, "pair")
+    sentence = f"{who} labeled {of} of responses."
+    agreement = section(result, "agreement")
+    rate, ends = number(agreement.get("rate")), interval(agreement.get("interval"))
+    if rate is not None:
+        over = count(number(agreement.get("n")), "pair")
+        sentence += f" It agrees with people on {percent(rate)}{f' of {over}' if over else ''}"
+        sentence += f" (interval {percent(ends[0])} to {percent(ends[1])})." if ends else "."
+    return sentence
+
+
+def _about_reward(run: Run) -> str:
+    result = section(run.results, "reward")
+    rate, ends = number(result.get("accuracy")), interval(result.get("accuracy_interval"))
+    if rate is None:
+        return ""
+    pairs = count(number(result.get("eval_pairs")), "held-out pair") or "the held-out pairs"
+    between = f" (interval {percent(ends[0])} to {percent(ends[1])})" if ends else ""
+    return f"The reward model ranks {percent(rate)} of {pairs} as their labels do{between}."
+
+
+def _about_rl(run: Run) -> str:
+    result = section(run.results, "rl")
+    updates, episodes = number(result.get("updates")), number(result.get("episodes"))
+    first, last = number(result.get("score_first")), number(result.get("score_last"))
+    if updates is None:
+        return ""
+    sentence = f"{algorithm(run)} made {count(updates, 'update')}"
+    sentence += f" on {count(episodes, 'response')}" if episodes is not None else ""
+    if first is not None and last is not None:
+        sentence += ", and the score on its own training prompts went from {} to {}".format(*scores(first, last))
+    return sentence + "."
+
+
+def _about_set(result: SetResult) -> str:
+    where = f"On the held-out set {result.name}"
+    parts = []
+    if result.reward:
+        what = {"it rose": "rose by", "it fell": "fell, by", "no clear change": "did not clearly change, by"}
+        verb = what.get(result.reward.verdict, "changed by")
+        between = f" (interval {result.reward.interval_text})" if result.reward.interval_text else ""
+        parts.append(f"the mean reward {verb} {result.reward.text}{between}")
+    if result.win_rate:
+        between = f" (interval {result.win_rate.interval_text})" if result.win_rate.interval_text else ""
+        verdict = result.win_rate.verdict
+        parts.append(f"the win rate against the start is {result.win_rate.text}{between}: {verdict}")
+    return f"{where}, {' and '.join(parts)}." if parts else f"{where}, there is no reward and no win rate."
+
+
+def kl_last(run: Run) -> float | None:
+    """KL to the start at the end of training, in nats: from results.json, else the last logged value."""
+    value = number(section(run.results, "rl").get("kl_last"))
+    points = run.series.get("rl", {}).get("objective/kl")
+    return points[-1][1] if value is None and points else value
+
+
+def warnings(run: Run, sets: list[SetResult]) -> list[str]:
+    """What a reader should know before believing the numbers."""
+    found = [*_label_warnings(run), *_reward_warnings(run)]
+    kl = kl_last(run)
+    if kl is not None and kl > KL_LIMIT:
+        found.append(
+            f"The policy went far from its start: KL is {scores(kl)[0]} nats at the end (more than "
+            f"{KL_LIMIT:.0f}). Read the samples for repetition and tricks; a higher KL price holds it closer."
+        )
+    for result in sets:
+        found.extend(_set_warnings(result))
+    extra = run.results.get("warnings")
+    if isinstance(extra, list):
+        found.extend(text for text in (label(item, 500) for item in extra[:50]) if text)
+    return found + run.notes
+
+
+def _label_warnings(run: Run) -> list[str]:
+    result = section(run.results, "label")
+    found = []
+    bias = number(section(result, "position_bias").get("rate"))
+    if bias is not None and bias > POSITION_BIAS_LIMIT:
+        found.append(
+            f"The judge is position-biased: in {percent(bias)} of the pairs the same position wins in both "
+            "orders, so those labels say more about the order than about the responses."
+        )
+    mass = number(section(result, "mass").get("mean"))
+    if mass is not None and mass < MASS_LIMIT:
+        found.append(
+            f"The judge puts only {percent(mass)} of its probability on the two answers that it was asked "
+            "for: it may not have understood the question. Look at the judge prompt."
+        )
+    return found
+
+
+def _reward_warnings(run: Run) -> list[str]:
+    ends = interval(section(run.results, "reward").get("accuracy_interval"))
+    if ends and ends[0] <= 0.5:
+        return [
+            "The reward model is not clearly better than a coin on held-out pairs (its interval "
+            f"reaches down to {percent(ends[0])}), so what RL gained on it means little."
+        ]
+    return []
+
+
+def _set_warnings(result: SetResult) -> list[str]:
+    found = []
+    ratio, win = result.length_ratio, result.win_rate
+    if ratio is not None and (ratio > LONGER_LIMIT or ratio < SHORTER_LIMIT):
+        found.append(
+            f"On {result.name} the responses got {ratio:.1f} times as long ({result.tokens}). Judges and reward "
+            "models often favour a length, so part of the change may be length alone."
+        )
+    if win and win.tone == "unclear":
+        reason = "contains 50%" if win.interval else "is missing"
+        found.append(f"The win rate on {result.name} is not clear: its interval {reason}. More prompts narrow it.")
+    if win and win.tone == "bad":
+        found.append(f"On {result.name} the judge prefers the start: the trained policy is worse there.")
+    if result.reward and result.reward.tone == "good" and win and win.tone != "good":
+        found.append(
+            f"On {result.name} the reward rose but the judge does not clearly prefer the responses: a sign that "
+            "the policy learned to please the reward model rather than to answer better."
+        )
+    return found
+
+
+def judge_caveat(run: Run) -> str:
+    """What the win rate cannot say, where the judge that measured is the one that labeled."""
+    labeler, examiner = judge_name(run, "label"), judge_name(run, "evaluate")
+    if not labeler or labeler != examiner or not section(run.results, "evaluate"):
+        return ""
+    return (
+        "The judge of the win rate is the one that gave the labels: the win rate says how well the policy "
+        "learned this judge's taste, which need not be what people prefer."
+    )
+
+
+def stage_rows(run: Run) -> list[StageRow]:
+    """A row for each stage that the recipe has or that left something behind."""
+    rows = []
+    for stage in STAGES:
+        result = section(run.results, stage)
+        started = _evidence(run, stage)
+        if stage == "sft" and not (result or started or "sft" in run.recipe):
+            continue
+        state = "done" if result else ("ran" if stage == "sft" else "not finished") if started else "not run"
+        did = _did(stage, result) if result else started
+        if stage == "sample" and state == "not run" and section(run.recipe, "data").get("pairs"):
+            did = "the pairs were given by data.pairs"
+        skipped = reasons(result.get("dropped" if stage == "sample" else "skipped"))
+        rows.append(StageRow(stage, state, did, skipped, number(result.get("seconds"))))
+    return rows
+
+
+def _evidence(run: Run, stage: str) -> str:
+    """What a stage without final numbers has left in the folder."""
+    if stage == "label" and run.labels.total:
+        return count(run.labels.total, "label") + " written"
+    if stage == "sample" and run.pairs and not section(run.recipe, "data").get("pairs"):
+        return count(run.pairs, "pair") + " written"
+    if stage == "evaluate" and run.samples:
+        return count(len(run.samples), "sample") + " written"
+    steps = {step for points in run.series.get(stage, {}).values() for step, _ in points}
+    return count(len(steps), "step") + " logged" if steps else ""
+
+
+def _did(stage: str, result: dict[str, Any]) -> str:
+    def amount(key: str, one: str) -> str:
+        return count(number(result.get(key)), one)
+
+    if stage == "sample":
+        redrawn = number(result.get("redrawn"))
+        parts = [amount("prompts", "prompt"), amount("pairs", "pair"), f"{count(redrawn)} redrawn" if redrawn else ""]
+    elif stage == "label":
+        confidence = number(result.get("mean_confidence"))
+        labeled, pairs = number(result.get("labeled")), number(result.get("pairs"))
+        parts = [
+            f"{count(labeled)} of {count(pairs, 'pair')}" if None not in (labeled, pairs) else count(labeled, "pair"),
+            f"mean confidence {percent(confidence)}" if confidence is not None else "",
+        ]
+    elif stage == "reward":
+        held_out = number(result.get("eval_pairs"))
+        parts = [amount("train_pairs", "pair"), f"{count(held_out)} held out" if held_out is not None else ""]
+    elif stage == "rl":
+        parts = [amount("updates", "update"), amount("episodes", "response")]
+    elif stage == "evaluate":
+        sets = section(result, "sets")
+        parts = [
+            f"{label(name, 30)}: {count(number(section(values).get('prompts')), 'prompt')}"
+            for name, values in list(sets.items())[:8]
+        ]
+    else:
+        parts = []
+    return ", ".join(part for part in parts if part)
