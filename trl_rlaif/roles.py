@@ -78,19 +78,26 @@ class SharedBase(nn.Module):
 
     Args:
         model: The base; all of it is frozen. Plain or NF4.
-        config: LoRA of the policy and the value.
-        start: Folder of an adapter (from SFT) that the policy begins as and is compared with.
+        policy: LoRA configuration of a new policy, or the folder of an adapter that it begins as.
+        reference: Folder of the adapter to compare with; None compares with the bare base.
     """
 
-    def __init__(self, model: PreTrainedModel, config: LoraConfig, *, start: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        policy: LoraConfig | str | Path,
+        *,
+        reference: str | Path | None = None,
+    ) -> None:
         super().__init__()
-        config = _for_causal_lm(_read_config(start) if start else config)
+        given = isinstance(policy, PeftConfig)
+        config = _for_causal_lm(policy if given else _read_config(policy))
         self.peft = get_peft_model(model, config, adapter_name="policy")
         self.heads = nn.ModuleDict()
-        if start:
-            state = _read_state(start)
-            set_peft_model_state_dict(self.peft, state, adapter_name="policy")
-            self.add_adapter("reference", config, state)
+        if not given:
+            set_peft_model_state_dict(self.peft, _read_state(policy), adapter_name="policy")
+        if reference is not None:
+            self.add_adapter("reference", _for_causal_lm(_read_config(reference)), _read_state(reference))
         self._set_trainable()
 
     @classmethod

@@ -303,9 +303,12 @@ def _usable(row: dict) -> dict:
 
 @pytest.mark.parametrize(
     ("human", "expected"),
-    [(1, 1), (2, 2), (0, 0), (None, None), ("2", 2), (1.0, 1), ("", None), ([], None), ([1, 1, 2], 1), ([2, 2, 2], 2),
-     ([1, 2], 0), ([0, 0, 1], 0), ([1, 0, 2], 0), ([1, 1, 0, 0], 0), ([1, 1, 0, 0, 1], 1), ([1, None], 1)],
-)  # fmt: skip
+    [
+        *((1, 1), (2, 2), (0, 0), (None, None), ("2", 2), (1.0, 1), ("", None), ([], None)),
+        *(([1, 1, 2], 1), ([2, 2, 2], 2), ([1, 2], 0), ([0, 0, 1], 0), ([1, 0, 2], 0), ([1, 1, 0, 0], 0)),
+        *(([1, 1, 0, 0, 1], 1), ([1, None], 1)),
+    ],
+)
 def test_human_votes(write, human, expected):
     pair = load_pairs(write({**RESPONSES, "human": human, "id": 5})).items[0]
     assert pair == Pair("5", "Q", "a", "b", None, expected, {})
@@ -320,7 +323,8 @@ def test_responses_keep_their_order(write):
 
 
 def test_a_transcript_turns_only_after_a_blank_line(write):
-    talk = "\n\nHuman: Who said\nHuman: hi?\nAssistant: me? A Human: word\n\nAssistant: You.\n\nAs Human: said\n\nHuman: OK"
+    talk = "\n\nHuman: Who said\nHuman: hi?\nAssistant: me? A Human: word"
+    talk += "\n\nAssistant: You.\n\nAs Human: said\n\nHuman: OK"
     pair = load_pairs(
         write({"chosen": talk + "\n\nAssistant: a\n\nb ", "rejected": talk + "\n\nAssistant: c"})
     ).items[0]

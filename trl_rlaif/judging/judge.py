@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,7 +29,7 @@ class Judge:
         prompt: What the judge is asked.
         name: How the labels call it.
         batch_tokens: Most tokens in a forward pass, padding counted.
-        context: Entered around every forward pass, for a judge that is a role of a shared base.
+        context: Called for a context around every forward pass, for a judge that is a role of a shared base.
     """
 
     model: PreTrainedModel
@@ -37,7 +37,7 @@ class Judge:
     prompt: JudgePrompt
     name: str
     batch_tokens: int = 8192
-    context: AbstractContextManager = field(default_factory=nullcontext)
+    context: Callable[[], AbstractContextManager] = nullcontext
 
     def __post_init__(self) -> None:
         self._drop, self._continuations = self._candidate_tokens()
@@ -80,7 +80,7 @@ class Judge:
     def logprobs(self, questions: Sequence[Sequence[int]]) -> torch.Tensor:
         """Log-probabilities of "1" and "2" after each encoded question: (N, 2) float32, one forward."""
         pad = self.tokenizer.pad_token_id
-        with self.context:
+        with self.context():
             return continuation_logprobs(
                 self.model, questions, self._continuations, 0 if pad is None else pad
             )

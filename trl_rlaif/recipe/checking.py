@@ -14,7 +14,7 @@ from trl_rlaif.recipe.wording import how_to_mend, nearest_or_all, shown
 _UNKNOWN_KEY = {"extra_forbidden", "invalid_key"}
 _OWN_MESSAGE = {"value_error", "assertion_error"}
 # Here the type alone would not say what is wrong, so pydantic's sentence is the better one.
-_NOT_THE_TYPE = {"string_pattern_mismatch", "multiple_of", "finite_number", "too_long", "string_too_long"}
+_NOT_THE_TYPE = {"string_pattern_mismatch", "multiple_of", "too_long", "string_too_long"}
 
 
 def report_invalid(
@@ -43,9 +43,7 @@ def report_invalid(
         source.report((*base, *path), what, fix)
 
 
-def _describe(
-    detail: Any, model: type[BaseModel], path: KeyPath, value: Any, owner: str
-) -> tuple[str, str]:
+def _describe(detail: Any, model: type[BaseModel], path: KeyPath, value: Any, owner: str) -> tuple[str, str]:
     kind = detail["type"]
     if kind == "missing":
         absent = (*path, detail["loc"][-1])

@@ -71,9 +71,7 @@ class Recipe:
         return {name: plain(section) for name, section in sections.items() if section is not None}
 
 
-def parse_recipe(
-    recipe: str | Path, *, overrides: Sequence[str] = (), registry: ComponentLookup
-) -> Recipe:
+def parse_recipe(recipe: str | Path, *, overrides: Sequence[str] = (), registry: ComponentLookup) -> Recipe:
     """Read and check a recipe without loading a model.
 
     A section that is written and left empty (``report:``) is present with its defaults. An override
@@ -100,7 +98,7 @@ def parse_recipe(
 
 
 class _Reader:
-    """Reads each section: components and paths are resolved first, then the section's model checks the rest."""
+    """Reads each section: components and paths first, then the section's model checks the rest."""
 
     def __init__(self, source: Source, registry: ComponentLookup) -> None:
         self.source = source

@@ -53,7 +53,8 @@ def _component(
         key = ".".join(map(str, path[1:]))
         what = wrong_value(key, f"section '{path[0]}'", written)
         if isinstance(written, dict) and len(written) > 1:
-            what = f"'{key}' in section '{path[0]}' holds {len(written)} keys, and should name one {_words(kind)}."
+            found = f"'{key}' in section '{path[0]}' holds {len(written)} keys"
+            what = f"{found}, and should name one {_words(kind)}."
         source.report(path, what, _HOW)
         return ComponentRef("", where=where)
     name, options = parts

@@ -59,7 +59,7 @@ def text_as_number(value: Any) -> Any:
 def safe_name(value: str) -> str:
     """Refuse what could not be a folder's name everywhere."""
     if not _SAFE_NAME.fullmatch(value):
-        raise ValueError("Write up to 100 letters, digits, '.', '_' and '-', beginning with a letter or digit.")
+        raise ValueError("Write up to 100 letters, digits, '.', '_' and '-', a letter or digit first.")
     return value
 
 
@@ -99,7 +99,7 @@ class ModelSection(Section):
     """``model``: the starting policy, which is the base that all roles share."""
 
     path: Text = Field(description="A Hub id, a model folder or a .gguf file.")
-    dtype: Dtype = Field("auto", description="Floating-point type of the weights; auto takes the model's own.")
+    dtype: Dtype = Field("auto", description="Type of the weights; auto takes the model's own.")
     quantization: Quantization = Field("none", description="nf4 loads the base in 4 bits with bitsandbytes.")
     lora: LoraSection = Field(default_factory=LoraSection, description="The adapters that are trained.")
     matmul_precision: Literal["highest", "high", "medium"] = Field(
@@ -129,7 +129,7 @@ class DataSection(Section):
     """``data``: what the run reads."""
 
     prompts: Text | None = Field(None, description="Prompts to train on: a file, a folder or a Hub id.")
-    eval_prompts: Text | None = Field(None, description="Prompts to evaluate on: a file, a folder or a Hub id.")
+    eval_prompts: Text | None = Field(None, description="Prompts to evaluate on, likewise.")
     pairs: Text | None = Field(None, description="Pairs of responses that stand in for sampled ones.")
     format: Literal["auto", "preference", "responses", "hh"] = Field(
         "auto", description="How the pairs are laid out; auto looks at their columns."
@@ -141,7 +141,7 @@ class SftSection(Section):
     """``sft``: supervised fine-tuning before everything else. Other keys are SFTConfig's."""
 
     data: Text = Field(description="What to fine-tune on: a file, a folder or a Hub id.")
-    config: dict[str, Any] = Field(default_factory=dict, description="Fields of trl.SFTConfig that are set.")
+    config: dict[str, Any] = Field(default_factory=dict, description="Fields of trl.SFTConfig.")
 
 
 class SampleSection(Section):
@@ -153,7 +153,7 @@ class SampleSection(Section):
     max_new_tokens: int = Field(128, ge=1, description="Longest response in tokens.")
     batch_size: int = Field(16, ge=1, description="Sequences generated at once.")
     redraws: int = Field(3, ge=0, description="Times that identical or empty responses are drawn anew.")
-    seed: int | None = Field(None, ge=0, le=2**31 - 1, description="Seed of the sampling; null takes run.seed.")
+    seed: int | None = Field(None, ge=0, le=2**31 - 1, description="Seed of sampling; null takes run.seed.")
 
 
 class LabelSection(Section):
@@ -170,7 +170,7 @@ class RewardSection(Section):
 
     transforms: list[Component] = Field(default_factory=list, description="Reward transforms, in order.")
     eval_fraction: Number = Field(0.1, ge=0, le=0.9, description="Share of the preferences held out.")
-    config: dict[str, Any] = Field(default_factory=dict, description="Fields of trl.RewardConfig that are set.")
+    config: dict[str, Any] = Field(default_factory=dict, description="Fields of trl.RewardConfig.")
 
 
 class RlSection(Section):
@@ -179,11 +179,11 @@ class RlSection(Section):
     algorithm: Literal["ppo"] = Field("ppo", description="The algorithm.")
     rewards: list[Text] = Field(
         default_factory=lambda: ["reward"], min_length=1,
-        description="What is rewarded: 'reward' (the reward model), 'direct' (the judge), or module:function.",
+        description="What gives rewards: 'reward' (the reward model), 'direct' (the judge), module:function.",
     )  # fmt: skip
     transforms: list[Component] = Field(default_factory=list, description="Reward transforms, in order.")
     selectors: list[Component] = Field(default_factory=list, description="Data selectors, in order.")
-    config: dict[str, Any] = Field(default_factory=dict, description="Fields of PPOConfig that are set.")
+    config: dict[str, Any] = Field(default_factory=dict, description="Fields of PPOConfig.")
 
 
 class EvaluateSection(Section):

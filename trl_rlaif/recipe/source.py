@@ -83,7 +83,9 @@ def read_source(path: Path, label: str) -> Source:
     if not isinstance(data, dict):
         kind = "a list" if isinstance(data, list) else "a single value"
         raise UserError(
-            f"the recipe is {kind}.", where=places[()], fix="Write its sections as keys, for example 'model:'."
+            f"the recipe is {kind}.",
+            where=places[()],
+            fix="Write its sections as keys, for example 'model:'.",
         )
     return Source(path, label, data, places, problems)
 
@@ -96,13 +98,15 @@ def _read_text(path: Path, label: str) -> str:
         raise UserError(f"the recipe cannot be read: {error.strerror}.", where=label) from None
     if len(content) > MAX_BYTES:
         raise UserError(
-            f"the recipe is larger than {MAX_BYTES:,} bytes.", where=label, fix="Keep data in files of its own."
+            f"the recipe is larger than {MAX_BYTES:,} bytes.",
+            where=label,
+            fix="Keep data in files of its own.",
         )
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise UserError("this line is not UTF-8 text.", where=f"{label}:{line}", fix="Save as UTF-8.") from None
+        raise UserError("this line is not UTF-8.", where=f"{label}:{line}", fix="Save as UTF-8.") from None
 
 
 def _read_yaml(
@@ -190,7 +194,7 @@ class _Builder:
         if isinstance(node, yaml.ScalarNode) and node.tag in _SCALAR_TAGS:
             return self._scalar(node)
         tag = node.tag.replace(_TAG, "!!")
-        self._refuse(node, f"the YAML tag '{tag}' is not allowed.", "Write a plain value; recipes run no code.")
+        self._refuse(node, f"the YAML tag '{tag}' is not allowed.", "Write a plain value.")
         return None
 
     def _scalar(self, node: yaml.ScalarNode) -> Any:
@@ -207,10 +211,7 @@ class _Builder:
             if key_node.tag == _TAG + "merge":
                 merged += self._merged(value_node)
                 continue
-            if not isinstance(key_node, yaml.ScalarNode):
-                self._refuse(key_node, "a list or mapping is used as a key.", "Use a name as the key.")
-                continue
-            key = self.build(key_node, ())
+            key = self._key(key_node)
             if key in entries:
                 first = entries[key][0].start_mark.line + 1
                 what = f"the key '{key}' is written twice; the first is in line {first}."
@@ -228,16 +229,22 @@ class _Builder:
         """Entries that ``<<`` brings in; of several with one key the first counts, as YAML wants it."""
         if isinstance(node, yaml.SequenceNode):
             return [entry for item in node.value for entry in self._merged(item)]
-        if not isinstance(node, yaml.MappingNode):
-            self._refuse(node, "'<<' is followed by something that is not a mapping.", "Write '<<: *name'.")
+        if not isinstance(node, yaml.MappingNode) or node.tag != _TAG + "map":
+            self._refuse(node, "'<<' is not followed by a plain mapping.", "Write '<<: *name'.")
             return []
-        own = [
-            (self.build(key, ()), key, value)
-            for key, value in node.value
-            if isinstance(key, yaml.ScalarNode) and key.tag != _TAG + "merge"
-        ]
-        nested = [entry for key, value in node.value if key.tag == _TAG + "merge" for entry in self._merged(value)]
+        own, nested = [], []
+        for key, value in node.value:
+            if key.tag == _TAG + "merge":
+                nested += self._merged(value)
+            else:
+                own.append((self._key(key), key, value))
         return own + nested
+
+    def _key(self, node: yaml.Node) -> Any:
+        if not isinstance(node, yaml.ScalarNode):
+            self._refuse(node, "a list or mapping is used as a key.", "Use a name as the key.")
+            return None
+        return self.build(node, ())
 
     def _refuse(self, node: yaml.Node, what: str, fix: str) -> None:
         self.fatal.append(Problem(what, self.place(node.start_mark), fix))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import enum
 import importlib
-import os
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -26,8 +25,7 @@ CONFIG_CLASSES = {
 _FOLDER = "the run's folder is chosen with --output"
 _SEED = "set run.seed"
 _MODEL = "the model section says which model is loaded, and how"
-_COUNTED = "PPO works it out from the batch sizes: set per_device_train_batch_size, gradient_accumulation_steps"
-_COUNTED += " or num_mini_batches"
+_COUNTED = "it follows from per_device_train_batch_size, gradient_accumulation_steps and num_mini_batches"
 _SET_BY_US = {
     "output_dir": _FOLDER,
     "logging_dir": _FOLDER,
@@ -78,8 +76,6 @@ def take_config(section: str, keys: dict[Any, Any], source: Source) -> None:
 
 def config_hints(section: str) -> dict[str, Any]:
     """The configuration's fields with their types; Any where a type cannot be resolved."""
-    # TRL warns on stderr that its PPO is experimental, which a recipe's author can do nothing about.
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     module, name = CONFIG_CLASSES[section]
     config = getattr(importlib.import_module(module), name)
     try:

@@ -54,7 +54,7 @@ def how_to_mend(hint: Any, value: Any, metadata: Iterable[Any] = ()) -> str:
         return ""
     sentence = f"Write {wanted}."
     if isinstance(value, bool | datetime.date) and "text" in wanted:
-        sentence += " Put it in quotes if it is meant as text: YAML reads yes, no, on, off and dates otherwise."
+        sentence += " Put it in quotes if it is meant as text."
     return sentence
 
 
@@ -63,6 +63,7 @@ def expected(hint: Any, metadata: Iterable[Any] = ()) -> str:
     if get_origin(hint) is Annotated:
         hint, *inner = get_args(hint)
         return expected(hint, [*inner, *metadata])
+    metadata = list(metadata)
     limits = _limits(metadata)
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return _one_of([member.value for member in hint])
@@ -74,15 +75,15 @@ def expected(hint: Any, metadata: Iterable[Any] = ()) -> str:
         return simple[hint]
     if isinstance(hint, type) and issubclass(hint, BaseModel):
         return f"a mapping with some of the keys {', '.join(hint.model_fields)}"
-    return _expected_compound(hint)
+    return _expected_compound(hint, metadata)
 
 
-def _expected_compound(hint: Any) -> str:
+def _expected_compound(hint: Any, metadata: Iterable[Any]) -> str:
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
         return _one_of(args)
     if origin in (Union, types.UnionType):
-        parts = [expected(arg) for arg in args]
+        parts = [expected(arg, metadata) for arg in args]
         return " or ".join(dict.fromkeys(parts)) if all(parts) else ""
     if origin is list:
         return _list_of(expected(args[0]))

@@ -1,0 +1,104 @@
+"""A folder to write recipes in, a registry of made-up components, and short ways to parse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from trl_rlaif.errors import Problem, UserError
+from trl_rlaif.recipe import Recipe, parse_recipe
+
+
+class Options(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DistilledOptions(Options):
+    samples: int = Field(1, ge=1)
+
+
+class AdvantageOptions(Options):
+    margin: float = Field(1.0, gt=0)
+    bands: list[float] = []
+
+    @field_validator("bands")
+    @classmethod
+    def _ordered(cls, bands: list[float]) -> list[float]:
+        if bands != sorted(bands):
+            raise ValueError("bands must rise")
+        return bands
+
+
+class FakeRegistry:
+    """Two transforms, one labeler, one selector, and a labeler whose plugin is broken."""
+
+    components = {
+        ("labeler", "distilled"): DistilledOptions,
+        ("labeler", "broken"): None,
+        ("reward_transform", "advantage"): AdvantageOptions,
+        ("reward_transform", "regulator"): Options,
+        ("data_selector", "rehearsal"): Options,
+    }
+
+    def names(self, kind: str) -> list[str]:
+        return sorted(name for k, name in self.components if k == kind)
+
+    def options_model(self, kind: str, name: str) -> type[BaseModel]:
+        model = self.components[kind, name]
+        if model is None:
+            raise UserError("The plugin acme 1.0 cannot be imported.", fix="Uninstall acme.")
+        return model
+
+
+@pytest.fixture
+def registry() -> FakeRegistry:
+    return FakeRegistry()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with a data file for each purpose."""
+    for name in ("prompts.jsonl", "eval.jsonl", "pairs.jsonl", "sft.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    prompt = tmp_path / "own_prompt"
+    prompt.mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def parse(folder: Path, registry: FakeRegistry) -> Callable[..., Recipe]:
+    """Parse a text, as recipe.yaml in the current folder."""
+
+    def parse(text: str | bytes, *overrides: str, name: str = "recipe.yaml") -> Recipe:
+        Path(name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        return parse_recipe(name, overrides=overrides, registry=registry)
+
+    return parse
+
+
+@pytest.fixture
+def problems(parse: Callable[..., Recipe]) -> Callable[..., list[Problem]]:
+    """The problems of a text that must not parse."""
+
+    def problems(text: str | bytes, *overrides: str) -> list[Problem]:
+        with pytest.raises(UserError) as caught:
+            parse(text, *overrides)
+        return list(caught.value.problems)
+
+    return problems
+
+
+@pytest.fixture
+def only(problems: Callable[..., list[Problem]]) -> Callable[..., Problem]:
+    """The one problem of a text that must have no other."""
+
+    def only(text: str | bytes, *overrides: str) -> Problem:
+        found = problems(text, *overrides)
+        assert len(found) == 1, [str(problem) for problem in found]
+        return found[0]
+
+    return only

@@ -1,0 +1,87 @@
+"""What the stages of a recipe need of each other."""
+
+import pytest
+
+from trl_rlaif.errors import Problem
+
+MODEL = "model: {path: gpt2}\n"
+PROMPTS = MODEL + "data: {prompts: prompts.jsonl}\n"
+PAIRS = MODEL + "data:\n  pairs: pairs.jsonl\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "what", "fix"),
+    [
+        (MODEL + "data:\nsample:\n", 3, "'sample' has no prompts.", "Set data.prompts."),
+        (
+            PAIRS + "  prompts: prompts.jsonl\nsample:\n",
+            3,
+            "data.pairs stand in for",
+            "Remove one of the two.",
+        ),
+        (PROMPTS + "label:\n", 3, "'label' has no pairs to judge.", "Add 'sample', or set data.pairs."),
+        (PROMPTS + "sample:\nreward:\n", 4, "'reward' has no preferences to learn from.", "Add 'label'."),
+        (PAIRS + "reward:\n", 4, "'reward' has no preferences", "Add 'label', or set data.format to"),
+        (MODEL + "data:\nrl: {rewards: [direct]}\n", 3, "'rl' has no prompts.", "Set data.prompts."),
+        (PROMPTS + "rl:\n", 3, "'rl' is rewarded by the reward model,", "Add 'reward', or set rl.rewards"),
+        (PROMPTS + "rl:\n  rewards:\n  - direct\n  - reward\n", 6, "'rl' is rewarded by", "Add 'reward'"),
+        (PROMPTS + "rl: {rewards: [direct]}\nevaluate:\n", 4, "'evaluate' has no prompts.", "Set data.eval"),
+        (PROMPTS + "evaluate: {sets: {a: eval.jsonl}}\n", 3, "'evaluate' has no trained policy", "Add 'rl'."),
+        (PROMPTS, 1, "the recipe has no stage.", "Add at least one of sft, sample, label"),
+    ],
+)
+def test_stage_lacks_something(only, text, line, what, fix):
+    problem = only(text)
+    assert problem.where == f"recipe.yaml:{line}"
+    assert problem.what.startswith(what)
+    assert problem.fix.startswith(fix)
+
+
+@pytest.mark.parametrize("layout", ["preference", "responses", "hh"])
+def test_reward_may_learn_from_human_labels(parse, layout):
+    assert parse(PAIRS + f"  format: {layout}\nreward:\n").label is None
+
+
+def test_label_may_take_pairs(parse):
+    assert parse(PAIRS + "label:\nreward:\n").sample is None
+
+
+def test_evaluate_may_bring_its_own_sets(parse):
+    assert parse(PROMPTS + "rl: {rewards: [direct]}\nevaluate: {sets: {a: eval.jsonl}}\n").evaluate.sets
+
+
+def test_missing_required_sections(problems):
+    assert problems("\nreport:\n") == [
+        Problem("the section 'model' is missing.", "recipe.yaml:2", "Add 'model:' with its keys."),
+        Problem("the section 'data' is missing.", "recipe.yaml:2", "Add 'data:' with its keys."),
+    ]
+
+
+class TestRewardFunctions:
+    HEAD = PROMPTS + "rl:\n  rewards:\n"
+
+    def test_file_becomes_absolute_and_is_not_imported(self, parse, folder):
+        (folder / "mine.py").write_text("raise SystemExit('imported')\n")
+        assert parse(self.HEAD + "  - mine.py:brevity\n").rl.rewards == [f"{folder / 'mine.py'}:brevity"]
+
+    @pytest.mark.parametrize(
+        ("written", "what", "fix"),
+        [
+            ("rewards/min.py:f", "there is no file 'rewards/min.py'.", "Did you mean 'rewards/mine.py'?"),
+            ("direkt", "'direkt' is no reward.", "Did you mean 'direct'?"),
+            (
+                "my-module:f",
+                "'my-module:f' is no reward.",
+                "Write reward, direct, package.module:function or",
+            ),
+            ("module:", "'module:' is no reward.", "Write reward,"),
+            ("module:a.b", "'module:a.b' is no reward.", "Write reward,"),
+        ],
+    )
+    def test_wrong(self, only, folder, written, what, fix):
+        (folder / "rewards").mkdir()
+        (folder / "rewards" / "mine.py").touch()
+        problem = only(self.HEAD + f"  - '{written}'\n")
+        assert problem.where == "recipe.yaml:5"
+        assert problem.what == f"'rewards.0' in section 'rl': {what}"
+        assert problem.fix.startswith(fix)

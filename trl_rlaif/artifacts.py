@@ -1,0 +1,199 @@
+"""A run's folder: what lies in it, written whole or not at all, and which stages are complete."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from trl_rlaif.errors import RunError, UserError
+
+# What each stage leaves behind; a stage that is made anew begins by removing it.
+STAGE_ARTIFACTS = {
+    "sft": ["sft", "checkpoints/sft"],
+    "sample": ["pairs.jsonl", "pairs.partial.jsonl"],
+    "label": ["labels.jsonl", "preferences"],
+    "reward": ["reward", "checkpoints/reward"],
+    "rl": ["policy", "checkpoints/rl"],
+    "evaluate": ["samples.jsonl"],
+    "report": ["report.html"],
+}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file by new text (UTF-8): after a kill the old or the new one is there, never a half."""
+    building = path.with_name(f".{path.name}.building")
+    with building.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(building, path)
+
+
+def write_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Have ``write`` fill a folder, and give it its name only when it is whole."""
+    building = path.with_name(f".{path.name}.building")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    write(building)
+    shutil.rmtree(path, ignore_errors=True)
+    os.rename(building, path)
+
+
+def to_line(row: dict[str, Any]) -> str:
+    """One JSON line. A lone surrogate in generated text is escaped, not an error."""
+    line = json.dumps(row, ensure_ascii=False)
+    try:
+        line.encode("utf-8")
+    except UnicodeEncodeError:
+        line = json.dumps(row)
+    return line + "\n"
+
+
+def append_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Append rows to a JSON-lines file in one write, and see it on the disk."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(map(to_line, rows)))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All rows of a JSON-lines file of ours; [] where it is missing.
+
+    A last line that a kill cut off is removed from the file, so that what is appended stays readable.
+
+    Raises:
+        RunError: A line in the middle is broken: somebody changed the file.
+    """
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    rows = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise RunError(f"The line is no JSON: {error}", where=f"{path}:{number}") from None
+    return rows
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        path: Is made if it is missing.
+
+    Raises:
+        UserError: It cannot be made or written to.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).resolve()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._state.mkdir(exist_ok=True)
+            probe = self._state / "writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"The output folder cannot be written to: {error.strerror}.",
+                where=str(self.path),
+                fix="Name another one with --output.",
+            ) from None
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @property
+    def _state(self) -> Path:
+        return self.path / ".state"
+
+    @property
+    def is_used(self) -> bool:
+        """Whether a run lives here already."""
+        return (self / "recipe.yaml").exists()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep a second process out while a run writes here; the lock ends with the process."""
+        with (self._state / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError("Another process is running in this folder.", where=str(self.path)) from None
+            yield
+
+    # ---- Stages ---------------------------------------------------------------------------------------
+
+    def _marker(self, stage: str) -> dict[str, Any]:
+        path = self._state / f"{stage}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def is_complete(self, stage: str, fingerprint: str | None = None) -> bool:
+        """Whether a stage has ended; with a fingerprint, whether it did so with these very settings."""
+        marker = self._marker(stage)
+        return bool(marker.get("complete")) and fingerprint in (None, marker.get("fingerprint"))
+
+    def begin(self, stage: str, fingerprint: str) -> None:
+        """Open a stage: what it left behind under other settings, or complete, is removed first."""
+        marker = self._marker(stage)
+        if marker.get("fingerprint") != fingerprint or marker.get("complete"):
+            self.clear(stage)
+        write_atomically(
+            self._state / f"{stage}.json", json.dumps({"fingerprint": fingerprint, "complete": False})
+        )
+
+    def complete(self, stage: str, fingerprint: str) -> None:
+        """Close a stage: ``--resume`` skips it from now on."""
+        write_atomically(
+            self._state / f"{stage}.json", json.dumps({"fingerprint": fingerprint, "complete": True})
+        )
+
+    def clear(self, stage: str) -> None:
+        """Remove what a stage made: artefacts, numbers and metrics."""
+        (self._state / f"{stage}.json").unlink(missing_ok=True)
+        for name in STAGE_ARTIFACTS[stage]:
+            path = self / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        results = self.results()
+        if results.pop(stage, None) is not None:
+            write_atomically(self / "results.json", json.dumps(results, indent=2) + "\n")
+        self.drop_metrics(stage)
+
+    # ---- Numbers --------------------------------------------------------------------------------------
+
+    def results(self) -> dict[str, Any]:
+        """The final numbers of every stage that has ended."""
+        path = self / "results.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def add_results(self, stage: str, numbers: dict[str, Any]) -> None:
+        """Put one stage's final numbers into results.json."""
+        results = self.results() | {stage: numbers}
+        write_atomically(self / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+
+    def add_metrics(self, stage: str, step: int, numbers: dict[str, Any]) -> None:
+        """Append a logged step to metrics.jsonl."""
+        with (self / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(to_line({"stage": stage, "step": step, **numbers}))
+
+    def drop_metrics(self, stage: str, after: int = -1) -> None:
+        """Forget a stage's metrics behind a step, which are about to be computed again."""
+        rows = read_lines(self / "metrics.jsonl")
+        kept = [r for r in rows if r.get("stage") != stage or r.get("step", 0) <= after]
+        if len(kept) < len(rows):
+            write_atomically(self / "metrics.jsonl", "".join(map(to_line, kept)))

@@ -1,0 +1,5 @@
+"""Settings of reward training: TRL's own."""
+
+from trl import RewardConfig
+
+__all__ = ["RewardConfig"]
