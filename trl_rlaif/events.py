@@ -86,6 +86,16 @@ class Rollout:
     completions: list[Any]
     columns: dict[str, list[Any]] = field(default_factory=dict)
 
+    def masks(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T) bool each: response tokens; and the same with the step after the last.
+
+        The score lands on that step, so values and returns reach one step further than log-probabilities.
+        """
+        import torch
+
+        positions = torch.arange(self.response_ids.shape[1], device=self.lengths.device)
+        return positions < self.lengths[:, None], positions <= self.lengths[:, None]
+
     @property
     def categories(self) -> list[str | None]:
         """Kind of prompt of each row, from the column ``category`` where there is one."""

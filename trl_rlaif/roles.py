@@ -181,7 +181,9 @@ class SharedBase(nn.Module):
 
     def _head(self) -> nn.Linear:
         embedding = self.model.get_input_embeddings().weight
-        head = nn.Linear(self.model.config.get_text_config().hidden_size, 1, bias=False, device=embedding.device)
+        head = nn.Linear(
+            self.model.config.get_text_config().hidden_size, 1, bias=False, device=embedding.device
+        )
         nn.init.zeros_(head.weight)
         return head
 
@@ -221,4 +223,6 @@ def _read_state(folder: str | Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(Path(folder) / ADAPTER_FILE)
     except Exception as error:  # safetensors has its own exception type for a broken file
-        raise UserError(f"The adapter cannot be read: {error}", where=str(Path(folder) / ADAPTER_FILE)) from None
+        raise UserError(
+            f"The adapter cannot be read: {error}", where=str(Path(folder) / ADAPTER_FILE)
+        ) from None

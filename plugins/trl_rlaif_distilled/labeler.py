@@ -6,9 +6,8 @@ from collections.abc import Collection, Iterator, Sequence
 
 from pydantic import Field
 
-from trl_rlaif_distilled.debias import Debias, combine, preference
-
 from trl_rlaif import Judge, Label, Labeler, Options, Pair
+from trl_rlaif_distilled.debias import Debias, combine, preference
 
 
 class DistilledOptions(Options):

@@ -83,4 +83,16 @@ def make_scorer(vocab_size: int = 400, *, seed: int = 1) -> LlamaForSequenceClas
 def make_gpt2(vocab_size: int = 400, *, seed: int = 0) -> GPT2LMHeadModel:
     """A two-layer GPT-2 with random float32 weights."""
     torch.manual_seed(seed)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=512)).eval()
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=512)
+    ).eval()
+
+
+def save_tiny_model(folder: object, *, seed: int = 0) -> str:
+    """A model folder as a recipe's ``model.path`` wants it; returns the path."""
+    tokenizer = make_tokenizer()
+    model = make_llama(len(tokenizer), seed=seed)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -166,3 +166,18 @@ def _load(source: str | Path, parse: Callable[[Row, str], T]) -> Loaded[T]:
         )
         raise UserError(what, where=str(source), fix="Give data with at least one usable row.")
     return loaded
+
+
+def load_rows(source: str | Path) -> list[dict]:
+    """Rows of any source as they are, for data in a format of its own.
+
+    Raises:
+        UserError: As ``load_prompts``, but for what it says of prompts.
+    """
+    problems = Problems()
+    _, rows = open_source(source, problems)
+    values = [row.values for row in rows]
+    if not values:
+        problems.add("There are no rows.", where=str(source))
+    problems.raise_if_any()
+    return values

@@ -50,7 +50,9 @@ class JudgePrompt:
             try:
                 parts[part] = (folder / filename).read_text(encoding="utf-8").strip()
             except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"A prompt's {part} cannot be read: {error}", where=str(folder / filename)) from None
+                raise UserError(
+                    f"A prompt's {part} cannot be read: {error}", where=str(folder / filename)
+                ) from None
         prompt = cls(folder.name, **parts)
         prompt.render("", "", "")
         return prompt

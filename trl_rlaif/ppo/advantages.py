@@ -7,9 +7,7 @@ from typing import Literal
 import torch
 
 
-def kl_per_token(
-    logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: Literal["k1", "k3"]
-) -> torch.Tensor:
+def kl_per_token(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: Literal["k1", "k3"]) -> torch.Tensor:
     """Estimate of KL(policy || reference) from each sampled token (Schulman, "Approximating KL divergence").
 
     Args:
@@ -42,9 +40,7 @@ def token_rewards(kl: torch.Tensor, scores: torch.Tensor, lengths: torch.Tensor,
     return rewards
 
 
-def gae(
-    rewards: torch.Tensor, values: torch.Tensor, gamma: float, lam: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def gae(rewards: torch.Tensor, values: torch.Tensor, gamma: float, lam: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Generalized advantage estimation (Schulman et al. 2016, eq. 16), and returns.
 
     Args:

@@ -29,7 +29,11 @@ def entropy(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 
 
 def policy_loss(
-    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, clip: float
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    clip: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Clipped surrogate objective (eq. 7), to be minimised.
 

@@ -21,7 +21,11 @@ _MODEL_COLUMNS = ("input_ids", "attention_mask")
 
 
 def tokenize_prompts(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None, num_proc: int | None = None
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    num_proc: int | None = None,
 ) -> Dataset:
     """Add ``input_ids`` to a dataset with a ``prompt`` column; leave out what is too long.
 
@@ -57,7 +61,8 @@ def tokenize_prompts(
     kept = [i for i, ids in enumerate(dataset["input_ids"]) if len(ids) <= max_length]
     if not kept:
         raise UserError(
-            f"Every prompt is longer than {max_length} tokens.", fix="Raise max_prompt_length or shorten them."
+            f"Every prompt is longer than {max_length} tokens.",
+            fix="Raise max_prompt_length or shorten them.",
         )
     if len(kept) < len(dataset):
         logger.warning(

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import set_seed
 from peft import LoraConfig, PeftModel
 from torch import nn
 
@@ -22,9 +21,12 @@ from trl_rlaif.ppo import advantages as adv
 from trl_rlaif.ppo import checkpoint, losses
 from trl_rlaif.ppo.actors import Actors, SeparateActors, SharedActors
 from trl_rlaif.ppo.config import PPOConfig
-from trl_rlaif.ppo.prompts import BatchStream, PromptCollator, tokenize_prompts
+from trl_rlaif.ppo.construction import load_policy, prompt_loader, shared_base, tokenized
+from trl_rlaif.ppo.metrics import update_metrics
+from trl_rlaif.ppo.prompts import BatchStream, PromptCollator
 from trl_rlaif.ppo.rewards import RewardFunc, call_reward, reward_name
 from trl_rlaif.ppo.rollout import generate, model_inputs, response_lengths
+from trl_rlaif.ppo.selection import select_rows
 from trl_rlaif.ppo.trl_base import TrlPPOTrainer
 from trl_rlaif.roles import SharedBase, save_adapter
 
@@ -86,8 +88,8 @@ class PPOTrainer(TrlPPOTrainer):
         self.data_selectors = list(data_selectors)
         self.plugins = plugins or installed_plugins()
         if isinstance(model, str):
-            model, processing_class = _load(model, processing_class, args)
-        shared = _shared_base(model, value_model, ref_model, peft_config)
+            model, processing_class = load_policy(model, processing_class, args)
+        shared = shared_base(model, value_model, ref_model, peft_config)
         if shared is not None:
             if isinstance(reward_model, str | Path):
                 shared.add_reward(reward_model)
@@ -96,7 +98,7 @@ class PPOTrainer(TrlPPOTrainer):
         has_reward = reward_model is not None or (shared is not None and "reward" in shared.heads)
         if not has_reward and not self.reward_funcs:
             raise UserError("There is no reward: pass reward_model or reward_funcs.")
-        train_dataset = self._tokenized(train_dataset, processing_class, model, args)
+        train_dataset = tokenized(train_dataset, processing_class, model, args)
         super().__init__(
             args,
             processing_class,
@@ -107,7 +109,7 @@ class PPOTrainer(TrlPPOTrainer):
             train_dataset,
             value_model,
             data_collator or PromptCollator(processing_class),
-            eval_dataset if eval_dataset is None else self._tokenized(eval_dataset, processing_class, model, args),
+            eval_dataset if eval_dataset is None else tokenized(eval_dataset, processing_class, model, args),
             optimizers,
             callbacks,
             peft_config,
@@ -130,16 +132,6 @@ class PPOTrainer(TrlPPOTrainer):
         self._batches = BatchStream(self.dataloader)
         self._minibatch_order = torch.Generator().manual_seed(self.local_seed)
         self._selected = False
-
-    @staticmethod
-    def _tokenized(dataset: Any, tokenizer: Any, model: nn.Module, args: PPOConfig) -> Any:
-        if dataset is None:
-            raise UserError("train_dataset is required.")
-        limit = getattr(args, "max_prompt_length", None)
-        context = getattr(model.config, "max_position_embeddings", None)
-        if limit is None and context:
-            limit = context - args.response_length
-        return tokenize_prompts(dataset, tokenizer, max_length=limit, num_proc=args.dataset_num_proc)
 
     @property
     def actors(self) -> Actors:
@@ -175,7 +167,7 @@ class PPOTrainer(TrlPPOTrainer):
             self.plugins.notify("rewards_computed", trainer=self, rollout=rollout, rewards=rewards)
             advantages, returns = self.compute_advantages(rollout, rewards)
             stats = self.update(rollout, advantages, returns)
-            metrics = self.compute_metrics_of_update(rollout, scores, stats)
+            metrics = self.compute_metrics(rollout, scores, stats)
             self._end_update(metrics)
         self._end()
 
@@ -237,7 +229,7 @@ class PPOTrainer(TrlPPOTrainer):
                 logits = self.actors.logits("reference", inputs, width + 1)[:, :-1]
                 values.append(self.actors.values(inputs, width + 1)[:, :-1].float())
             references.append(losses.token_logprobs(logits, rollout.response_ids[rows], self.temperature))
-        mask, value_mask = _masks(rollout)
+        mask, value_mask = rollout.masks()
         return replace(
             rollout,
             logprobs=rollout.logprobs.masked_fill(~mask, 0),
@@ -281,7 +273,7 @@ class PPOTrainer(TrlPPOTrainer):
         for transform in self.reward_transforms:
             scores = transform.transform(scores, rollout)
         if self.args.missing_eos_penalty is not None:
-            mask, _ = _masks(rollout)
+            mask, _ = rollout.masks()
             ended = ((rollout.response_ids == self.processing_class.eos_token_id) & mask).any(1)
             scores = torch.where(ended, scores, scores - self.args.missing_eos_penalty)
         return scores
@@ -291,15 +283,13 @@ class PPOTrainer(TrlPPOTrainer):
         kl = adv.kl_per_token(rollout.logprobs, rollout.ref_logprobs, self.args.kl_estimator)
         rewards = adv.token_rewards(kl, scores, rollout.lengths, self.args.kl_coef)
         if self.args.whiten_rewards:
-            rewards = adv.masked_whiten(rewards, _masks(rollout)[1], shift_mean=False)
+            rewards = adv.masked_whiten(rewards, rollout.masks()[1], shift_mean=False)
         return rewards
 
-    def compute_advantages(
-        self, rollout: Rollout, rewards: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def compute_advantages(self, rollout: Rollout, rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Whitened advantages and returns, (B, T) float32 each."""
         advantages, returns = adv.gae(rewards, rollout.values, self.args.gamma, self.args.lam)
-        return adv.masked_whiten(advantages, _masks(rollout)[0]), returns
+        return adv.masked_whiten(advantages, rollout.masks()[0]), returns
 
     def update(
         self, rollout: Rollout, advantages: torch.Tensor, returns: torch.Tensor
@@ -334,7 +324,7 @@ class PPOTrainer(TrlPPOTrainer):
         """Gradients of one micro-batch. The value's graph is gone before the policy's is built."""
         args = self.args
         width = rollout.response_ids.shape[1]
-        mask, value_mask = (m[rows] for m in _masks(rollout))
+        mask, value_mask = (m[rows] for m in rollout.masks())
         inputs = model_inputs(*self._sequences(rollout, rows))
         with self.actors.playing("value"):
             with self.accelerator.autocast():
@@ -364,42 +354,15 @@ class PPOTrainer(TrlPPOTrainer):
                 "val/ratio": difference.exp().mean(),
             }
 
-    @torch.no_grad()
-    def compute_metrics_of_update(
+    def compute_metrics(
         self, rollout: Rollout, scores: torch.Tensor, stats: dict[str, list[torch.Tensor]]
     ) -> dict[str, float]:
         """The numbers of one update: the parent's by the parent's names, and the rollout's own."""
-        gather = self.accelerator.gather
-        kl = adv.kl_per_token(rollout.logprobs, rollout.ref_logprobs, self.args.kl_estimator).sum(1)
-        numbers = {
-            "objective/kl": kl,
-            "objective/entropy": -rollout.logprobs.sum(1),
-            "objective/non_score_reward": -self.args.kl_coef * kl,
-            "objective/rlhf_reward": scores - self.args.kl_coef * kl,
-            "objective/scores": scores,
-            "rollout/length": rollout.lengths.float(),
-            "rollout/ended": rollout.ended.float(),
-        }
-        metrics = {name: gather(value.float()).mean().item() for name, value in numbers.items()}
-        gathered = {name: gather(torch.stack(values)) for name, values in stats.items()}
-        metrics |= {name: values.mean().item() for name, values in gathered.items()}
-        ratio = gathered["val/ratio"]
-        metrics["val/ratio_var"] = ratio.var().item() if ratio.numel() > 1 else 0.0
-        metrics["val/num_eos_tokens"] = (
-            (rollout.response_ids == self.processing_class.eos_token_id).sum().item()
-        )
-        metrics |= self._reward_parts | self._category_scores(rollout, scores)
+        metrics = update_metrics(rollout, scores, stats, self.args, self.accelerator.gather)
+        metrics["val/num_eos_tokens"] = (rollout.response_ids == self.processing_class.eos_token_id).sum().item()
         metrics["lr"] = self.lr_scheduler.get_last_lr()[0]
         metrics["episode"] = self.state.episode + self.args.batch_size
-        return metrics
-
-    @staticmethod
-    def _category_scores(rollout: Rollout, scores: torch.Tensor) -> dict[str, float]:
-        by_category = defaultdict(list)
-        for category, score in zip(rollout.categories, scores.tolist(), strict=True):
-            if category is not None:
-                by_category[category].append(score)
-        return {f"reward/{name}": sum(values) / len(values) for name, values in by_category.items()}
+        return metrics | self._reward_parts
 
     # ---- Beginning and end ----------------------------------------------------------------------------
 
@@ -430,20 +393,10 @@ class PPOTrainer(TrlPPOTrainer):
         """Let the selectors choose from the prompts, each with one scored response of the start."""
         if not self.data_selectors or self._selected:
             return
-        pool = self._pool()
-        kept = list(range(len(pool.prompts)))
-        for selector in self.data_selectors:
-            chosen = list(selector.select(pool))
-            if not chosen or not all(0 <= i < len(kept) for i in chosen):
-                raise UserError(f"The data selector {type(selector).__name__} chose no valid prompts.")
-            kept = [kept[i] for i in chosen]
-            pool = Pool(
-                [pool.prompts[i] for i in chosen],
-                [pool.responses[i] for i in chosen],
-                pool.scores[chosen],
-                [pool.categories[i] for i in chosen],
-            )
-        self._use_prompts(kept)
+        rows = select_rows(self.data_selectors, self._pool())
+        self.train_dataset = self.train_dataset.select(rows)
+        self.dataloader = self.accelerator.prepare(prompt_loader(self))
+        self._batches, self._selected = BatchStream(self.dataloader), True
 
     def _pool(self) -> Pool:
         prompts, responses, scores, categories = [], [], [], []
@@ -455,18 +408,6 @@ class PPOTrainer(TrlPPOTrainer):
             categories += rollout.categories
             scores.append(self.transform(self.score(rollout), rollout).cpu())
         return Pool(prompts, responses, torch.cat(scores), categories)
-
-    def _use_prompts(self, rows: list[int]) -> None:
-        self.train_dataset = self.train_dataset.select(rows)
-        loader = torch.utils.data.DataLoader(
-            self.train_dataset,
-            batch_size=self.local_dataloader_batch_size,
-            shuffle=True,
-            collate_fn=self.data_collator,
-            drop_last=True,
-        )
-        self.dataloader = self.accelerator.prepare(loader)
-        self._batches, self._selected = BatchStream(self.dataloader), True
 
     def _end_update(self, metrics: dict[str, float]) -> None:
         state = self.state
@@ -510,33 +451,3 @@ class PPOTrainer(TrlPPOTrainer):
                     break
         finally:
             self.temperature = before
-
-
-def _masks(rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, T) bool each: response tokens; and the same with the step after the last, where the score lands."""
-    positions = torch.arange(rollout.response_ids.shape[1], device=rollout.lengths.device)
-    return positions < rollout.lengths[:, None], positions <= rollout.lengths[:, None]
-
-
-def _load(path: str, tokenizer: Any, args: PPOConfig) -> tuple[nn.Module, Any]:
-    from trl_rlaif.models import ModelSpec, load_model, load_tokenizer
-
-    set_seed(args.seed)
-    model = load_model(ModelSpec(path, "bfloat16" if args.bf16 else "float32"))
-    return model, tokenizer or load_tokenizer(path)
-
-
-def _shared_base(model: Any, value_model: Any, ref_model: Any, config: LoraConfig | None) -> SharedBase | None:
-    """One base for every role, unless the caller brought separate models."""
-    if isinstance(model, SharedBase):
-        return model
-    if value_model is not None:
-        return None
-    if ref_model is not None:
-        raise UserError(
-            "ref_model was given without value_model.",
-            fix="Give both for separate models, or neither for one base with adapters.",
-        )
-    if isinstance(model, PeftModel):
-        return SharedBase.around(model)
-    return SharedBase(model, config or LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))

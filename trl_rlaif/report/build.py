@@ -77,6 +77,7 @@ def _page(run: Run) -> dict[str, Any]:
         "run": run,
         "subtitle": _subtitle(run),
         "summary": findings.summary(run, sets),
+        "results": max(len(sets), 1),
         "sets": sets,
         "caveat": findings.judge_caveat(run),
         "warnings": findings.warnings(run, sets),
@@ -105,7 +106,7 @@ def _subtitle(run: Run) -> str:
 
 
 def _set_names(run: Run) -> list[str]:
-    """The evaluated sets in the order of results.json, then those that only samples.jsonl names; at most 12."""
+    """The evaluated sets in the order of results.json, then others of samples.jsonl; at most 12."""
     named = [wording.label(name) or "held-out" for name in wording.section(run.results, "evaluate", "sets")]
     sampled = [sample.set for sample in run.samples]
     return list(dict.fromkeys(named + sampled))[:12]

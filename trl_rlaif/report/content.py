@@ -15,6 +15,7 @@ MAX_SAMPLES = 200
 MAX_RECIPE_CHARACTERS = 100_000
 # Beyond this a drawing library's arithmetic overflows, and no honest metric goes there.
 _LARGEST_DRAWN = 1e30
+_RESTORE = "Restore the run's own copy."
 
 Series = dict[str, list[tuple[float, float]]]
 
@@ -114,9 +115,9 @@ def _read_recipe(folder: Path) -> tuple[dict[str, Any], str]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError("recipe.yaml is not valid YAML.", where=where, fix="Restore the run's own copy.") from error
+        raise UserError("recipe.yaml is not valid YAML.", where=where, fix=_RESTORE) from error
     if not isinstance(recipe, dict):
-        raise UserError("recipe.yaml holds no sections.", where=str(path), fix="Restore the run's own copy.")
+        raise UserError("recipe.yaml holds no sections.", where=str(path), fix=_RESTORE)
     lines = (shorten(line) for line in text[:MAX_RECIPE_CHARACTERS].split("\n"))
     shown = "\n".join(f"{line} … ({cut:,} characters left out)" if cut else line for line, cut in lines)
     if len(text) > MAX_RECIPE_CHARACTERS:
@@ -138,7 +139,7 @@ def _read_results(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def _lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON Lines file; a last line that was cut off is passed over, other bad ones are noted."""
+    """The objects of a JSON Lines file; a last line that was cut off is passed over, others are noted."""
     if not path.is_file():
         return
     unreadable = 0
@@ -156,7 +157,7 @@ def _lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
                 unreadable += 1
     if unreadable:
         lines = "1 line" if unreadable == 1 else f"{unreadable:,} lines"
-        notes.append(f"{lines} of {path.name} could not be read and {'is' if unreadable == 1 else 'are'} left out.")
+        notes.append(f"{lines} of {path.name} could not be read and left out.")
 
 
 def _read_series(path: Path, notes: list[str]) -> dict[str, Series]:
@@ -223,7 +224,8 @@ def _turns(prompt: Any) -> list[Turn]:
     if not isinstance(prompt, list):
         return [_turn("", prompt)]
     shown = [
-        _turn(label(message.get("role"), 30), message.get("content")) if isinstance(message, dict)
+        _turn(label(message.get("role"), 30), message.get("content"))
+        if isinstance(message, dict)
         else _turn("", message)
         for message in prompt[:20]
     ]

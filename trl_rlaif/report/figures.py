@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from trl_rlaif.report import plots
 from trl_rlaif.report.content import Run, Sample, Series
+from trl_rlaif.report.findings import reward_accuracy
 from trl_rlaif.report.wording import interval, label, number, scores, section
 
 MAX_CATEGORIES = 40
@@ -20,10 +21,10 @@ _MAX_OTHER_METRICS = 60
 # Metric, heading, how to read it.
 _RL_PANELS = (
     ("objective/scores", "Score", "Mean score of the responses; RL tries to raise it."),
-    ("objective/kl", "KL to the start, in nats", "How far the policy is from its start; the price of the score."),
-    ("objective/rlhf_reward", "Score less the KL price", "What PPO really maximises."),
+    ("objective/kl", "KL to the start, in nats", "Distance of the policy from its start."),
+    ("objective/rlhf_reward", "Score less the KL price", "What PPO really maximizes."),
     ("objective/entropy", "Entropy", "Falling to near zero means that the responses have become all alike."),
-    ("rollout/length", "Response length, in tokens", "A drift may mean that the reward favours a length."),
+    ("rollout/length", "Response length, in tokens", "A drift may mean that the reward favors a length."),
     ("loss/policy_avg", "Policy loss", "Noisy around zero is normal."),
     ("loss/value_avg", "Value loss", "Should fall and then stay low."),
     ("policy/approxkl_avg", "KL of one update", "Spikes mean that the steps are too big."),
@@ -32,6 +33,7 @@ _RL_PANELS = (
     ("lr", "Learning rate", "The schedule as it was run."),
 )
 _NOT_PANELS = {"episode", "epoch"}
+_NOT_MEANS = ("/std", "/var", "/count")
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class CategoryRow:
 def sft_part(run: Run) -> list[Figure]:
     """The curves of supervised fine-tuning; empty if nothing was logged."""
     series = run.series.get("sft", {})
-    return _present(_curve(series, "SFT loss", "Should fall and level off.", {"loss": "loss", "eval_loss": "held-out"}))
+    names = {"loss": "training", "eval_loss": "held-out"}
+    return _present(_curve(series, "SFT loss", "Should fall and level off.", names))
 
 
 def reward_part(run: Run) -> dict[str, Any]:
@@ -70,10 +73,11 @@ def reward_part(run: Run) -> dict[str, Any]:
     return {
         "figures": _present(
             _curve(series, "Reward loss", "Held-out rising while training falls is overfitting.", names),
-            _curve(series, "Ranking accuracy", "Share of pairs ranked as their label does; chance is 0.5.", accuracies),
+            _curve(
+                series, "Ranking accuracy", "Share of pairs ranked as labeled; chance is 0.5.", accuracies
+            ),
         ),
-        "accuracy": number(result.get("accuracy")),
-        "interval": interval(result.get("accuracy_interval")),
+        "accuracy": reward_accuracy(run),
         "pairs": number(result.get("eval_pairs")),
     }
 
@@ -87,7 +91,9 @@ def label_part(run: Run) -> dict[str, Any]:
         title = f"Confidence of {len(labels.confidences):,} labels; {sure:,} are at 0.9 or more"
         svg = Markup(plots.confidence_histogram(labels.confidences, title))
         histogram = Figure(
-            "How sure the judge is", svg, "A label near 0.5 teaches the reward model little.",
+            "How sure the judge is",
+            svg,
+            "A label near 0.5 teaches the reward model little.",
             f"{sure:,} of {len(labels.confidences):,} at 0.9 or more",
         )
     bias, mass, agreement = (section(result, key) for key in ("position_bias", "mass", "agreement"))
@@ -96,22 +102,23 @@ def label_part(run: Run) -> dict[str, Any]:
         "winners": labels.winners,
         "asked_twice": sum(labels.winners.values()),
         "ties": labels.ties,
-        "bias": _rate(bias, "rate"),
-        "agreement": _rate(agreement, "rate"),
+        "bias": _rate(bias),
+        "agreement": _rate(agreement),
         "mass": {key: number(mass.get(key)) for key in ("mean", "min", "low")},
         "confidence": number(result.get("mean_confidence")),
     }
 
 
-def _rate(values: dict[str, Any], key: str) -> dict[str, Any]:
-    return {"rate": number(values.get(key)), "interval": interval(values.get("interval")), "n": number(values.get("n"))}
+def _rate(values: dict[str, Any]) -> dict[str, Any]:
+    rate, amount = number(values.get("rate")), number(values.get("n"))
+    return {"rate": rate, "interval": interval(values.get("interval")), "n": amount}
 
 
 def rl_part(run: Run) -> dict[str, Any]:
     """Small multiples of the RL stage, and first and last value of every other metric."""
     series = run.series.get("rl", {})
     figures = [_curve(series, heading, caption, {key: heading}) for key, heading, caption in _RL_PANELS]
-    category_keys = [key for key in series if key.startswith("reward/") and not key.endswith(("/std", "/var", "/count"))]
+    category_keys = [key for key in series if key.startswith("reward/") and not key.endswith(_NOT_MEANS)]
     if category_keys:
         names = {key: label(key.removeprefix("reward/").removesuffix("/mean"), 24) for key in category_keys}
         drawn = dict(list(names.items())[:_DRAWN_LINES])
@@ -133,7 +140,7 @@ def _present(*figures: Figure | None) -> list[Figure]:
 
 
 def _curve(series: Series, heading: str, caption: str, names: dict[str, str]) -> Figure | None:
-    """One panel with the metrics of ``names`` (metric: name in the legend) that were logged; None if none was."""
+    """One panel with the metrics of ``names`` (metric: its name in the legend); None if none was logged."""
     found = [(name, series[key]) for key, name in names.items() if series.get(key)]
     if not found:
         return None
@@ -157,11 +164,14 @@ def set_part(run: Run, name: str) -> dict[str, Any]:
         if sample.reward_start is not None and sample.reward_trained is not None
     ]
     figures = _reward_figures(name, pairs) if pairs else []
-    values = next(
-        (section(v) for k, v in section(run.results, "evaluate", "sets").items() if (label(k) or "held-out") == name), {}
-    )
-    rows = _category_rows(samples, section(values, "by_category"))
-    drawn = [(row.name, row.before, row.after) for row in rows if row.before is not None and row.after is not None]
+    judged: dict[str, Any] = {}
+    for key, values in section(run.results, "evaluate", "sets").items():
+        if (label(key) or "held-out") == name:
+            judged = section(values, "by_category")
+    rows = _category_rows(samples, judged)
+    drawn = [
+        (row.name, row.before, row.after) for row in rows if row.before is not None and row.after is not None
+    ]
     if len(drawn) > 1:
         drawn = drawn[:_DRAWN_CATEGORIES]
         title = f"Mean reward of each category on {name}, before and after training"
@@ -183,8 +193,8 @@ def _reward_figures(name: str, pairs: list[tuple[float, float]]) -> list[Figure]
     before, after = [x for x, _ in pairs], [y for _, y in pairs]
     both = plots.two_histograms(before, after, f"Distribution of the reward on {name}, start and trained")
     return [
-        Figure("Prompt by prompt", Markup(scatter), "A point above the dashed line is a prompt whose reward rose.", values),
-        Figure("Distribution", Markup(both), "The whole of it should move, not only a few prompts at the edge."),
+        Figure("Prompt by prompt", Markup(scatter), "Above the dashed line, the reward rose.", values),
+        Figure("Distribution", Markup(both), "All of it should move, not a few prompts at the edge."),
     ]
 
 

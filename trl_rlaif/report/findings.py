@@ -7,6 +7,7 @@ from typing import Any
 
 from trl_rlaif.report.content import Run
 from trl_rlaif.report.wording import (
+    MINUS,
     count,
     interval,
     label,
@@ -116,23 +117,34 @@ def _win_rate(values: dict[str, Any]) -> Measure | None:
     words = ("preferred over the start", "the start is preferred", "no clear difference")
     verdict, tone = _verdict(rate, ends, 0.5, words)
     between = f"{percent(ends[0])} to {percent(ends[1])}" if ends else ""
-    parts = [
-        count(number(values.get(key)), one, many)
-        for key, one, many in (("wins", "win", "wins"), ("ties", "tie", "ties"), ("losses", "loss", "losses"))
-    ]
-    return Measure(rate, ends, percent(rate), between, verdict, tone, ", ".join(part for part in parts if part))
+    nouns = (("wins", "win"), ("ties", "tie"), ("losses", "loss"))
+    counts = [count(number(values.get(many)), one, many) for many, one in nouns]
+    detail = ", ".join(part for part in counts if part)
+    return Measure(rate, ends, percent(rate), between, verdict, tone, detail)
+
+
+def reward_accuracy(run: Run) -> Measure | None:
+    """How often the reward model ranks a held-out pair as its label does; None if it was not measured."""
+    result = section(run.results, "reward")
+    rate, ends = number(result.get("accuracy")), interval(result.get("accuracy_interval"))
+    if rate is None:
+        return None
+    verdict, tone = _verdict(
+        rate, ends, 0.5, ("better than chance", "worse than chance", "no clear difference")
+    )
+    between = f"{percent(ends[0])} to {percent(ends[1])}" if ends else ""
+    return Measure(rate, ends, percent(rate), between, verdict, tone, "")
 
 
 def summary(run: Run, sets: list[SetResult]) -> list[str]:
-    """The run in a few plain sentences; a sentence for each thing that is known."""
-    sentences = [_about_model(run), _about_labels(run), _about_reward(run), _about_rl(run)]
-    for result in sets:
-        sentences.append(_about_set(result))
+    """What came out, then how it was made, in a few plain sentences: one for each thing that is known."""
+    sentences = [_about_set(result) for result in sets]
     if not sets:
         sentences.append(
-            "The trained policy was not evaluated on held-out prompts, so this page cannot say whether it got "
-            "better: a score that rises during training is no proof of that."
+            "The trained policy was not evaluated on held-out prompts, so this page cannot say whether "
+            "it got better: a score that rises during training is no proof of that."
         )
+    sentences += [_about_model(run), _about_labels(run), _about_reward(run), _about_rl(run)]
     return [sentence for sentence in sentences if sentence]
 
 
@@ -177,9 +189,9 @@ def _about_labels(run: Run) -> str:
     if labeled is None:
         return ""
     judge = judge_name(run, "label")
-    who = "The same model, as the judge," if judge == "same" else f"The judge {judge}" if judge else "The judge"
+    who = "The same model, as the judge," if judge == "same" else f"The judge {judge}".rstrip()
     of = f"{count(labeled)} of {count(pairs, 'pair')}" if pairs is not None else count(labeled, "pair")
-    sentence = f"{who} labeled {of} of responses."
+    sentence = f"{who} labeled {of}."
     agreement = section(result, "agreement")
     rate, ends = number(agreement.get("rate")), interval(agreement.get("interval"))
     if rate is not None:
@@ -190,13 +202,13 @@ def _about_labels(run: Run) -> str:
 
 
 def _about_reward(run: Run) -> str:
-    result = section(run.results, "reward")
-    rate, ends = number(result.get("accuracy")), interval(result.get("accuracy_interval"))
-    if rate is None:
+    accuracy = reward_accuracy(run)
+    if accuracy is None:
         return ""
-    pairs = count(number(result.get("eval_pairs")), "held-out pair") or "the held-out pairs"
-    between = f" (interval {percent(ends[0])} to {percent(ends[1])})" if ends else ""
-    return f"The reward model ranks {percent(rate)} of {pairs} as their labels do{between}."
+    amount = number(section(run.results, "reward").get("eval_pairs"))
+    pairs = count(amount, "held-out pair") or "the held-out pairs"
+    between = f" (interval {accuracy.interval_text})" if accuracy.interval_text else ""
+    return f"The reward model ranks {accuracy.text} of {pairs} as their labels do{between}."
 
 
 def _about_rl(run: Run) -> str:
@@ -208,18 +220,21 @@ def _about_rl(run: Run) -> str:
     sentence = f"{algorithm(run)} made {count(updates, 'update')}"
     sentence += f" on {count(episodes, 'response')}" if episodes is not None else ""
     if first is not None and last is not None:
-        sentence += ", and the score on its own training prompts went from {} to {}".format(*scores(first, last))
+        change = "{} to {}".format(*scores(first, last))
+        sentence += f", and the score on its own training prompts went from {change}"
     return sentence + "."
 
 
 def _about_set(result: SetResult) -> str:
-    where = f"On the held-out set {result.name}"
+    named = result.name.lower().replace("-", " ") in ("held out", "eval", "test")
+    where = "On held-out prompts" if named else f"On the held-out prompts of {result.name}"
     parts = []
     if result.reward:
-        what = {"it rose": "rose by", "it fell": "fell, by", "no clear change": "did not clearly change, by"}
-        verb = what.get(result.reward.verdict, "changed by")
-        between = f" (interval {result.reward.interval_text})" if result.reward.interval_text else ""
-        parts.append(f"the mean reward {verb} {result.reward.text}{between}")
+        between = f"interval {result.reward.interval_text}" if result.reward.interval_text else "no interval"
+        amount = result.reward.text.lstrip("+" + MINUS)
+        verb = {"good": f"rose by {amount} (", "bad": f"fell by {amount} ("}
+        said = verb.get(result.reward.tone, f"did not clearly change ({result.reward.text}, ")
+        parts.append(f"the mean reward {said}{between})")
     if result.win_rate:
         between = f" (interval {result.win_rate.interval_text})" if result.win_rate.interval_text else ""
         verdict = result.win_rate.verdict
@@ -284,17 +299,19 @@ def _set_warnings(result: SetResult) -> list[str]:
     ratio, win = result.length_ratio, result.win_rate
     if ratio is not None and (ratio > LONGER_LIMIT or ratio < SHORTER_LIMIT):
         found.append(
-            f"On {result.name} the responses got {ratio:.1f} times as long ({result.tokens}). Judges and reward "
-            "models often favour a length, so part of the change may be length alone."
+            f"On {result.name} the responses got {ratio:.1f} times as long ({result.tokens}). Judges and "
+            "reward models often favor a length, so part of the change may be length alone."
         )
     if win and win.tone == "unclear":
-        reason = "contains 50%" if win.interval else "is missing"
-        found.append(f"The win rate on {result.name} is not clear: its interval {reason}. More prompts narrow it.")
+        reason = "contains 50%, so there is no clear difference" if win.interval else "is missing"
+        found.append(
+            f"The win rate on {result.name} is not clear: its interval {reason}. More prompts narrow it."
+        )
     if win and win.tone == "bad":
         found.append(f"On {result.name} the judge prefers the start: the trained policy is worse there.")
     if result.reward and result.reward.tone == "good" and win and win.tone != "good":
         found.append(
-            f"On {result.name} the reward rose but the judge does not clearly prefer the responses: a sign that "
+            f"On {result.name} the reward rose but the judge does not clearly prefer the responses: perhaps "
             "the policy learned to please the reward model rather than to answer better."
         )
     return found
@@ -346,12 +363,14 @@ def _did(stage: str, result: dict[str, Any]) -> str:
 
     if stage == "sample":
         redrawn = number(result.get("redrawn"))
-        parts = [amount("prompts", "prompt"), amount("pairs", "pair"), f"{count(redrawn)} redrawn" if redrawn else ""]
+        again = f"{count(redrawn)} redrawn" if redrawn else ""
+        parts = [amount("prompts", "prompt"), amount("pairs", "pair"), again]
     elif stage == "label":
         confidence = number(result.get("mean_confidence"))
         labeled, pairs = number(result.get("labeled")), number(result.get("pairs"))
+        known = labeled is not None and pairs is not None
         parts = [
-            f"{count(labeled)} of {count(pairs, 'pair')}" if None not in (labeled, pairs) else count(labeled, "pair"),
+            f"{count(labeled)} of {count(pairs, 'pair')}" if known else count(labeled, "pair"),
             f"mean confidence {percent(confidence)}" if confidence is not None else "",
         ]
     elif stage == "reward":

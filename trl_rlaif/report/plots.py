@@ -14,12 +14,12 @@ from trl_rlaif.report.wording import clean
 
 Points = Sequence[tuple[float, float]]
 
-# Okabe and Ito's colours, told apart by colour-blind readers too; the page swaps each for a lighter one in the dark.
+# Okabe and Ito's colours, which colour-blind readers tell apart too; the page has its own shade of each.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _INK, _GRID = "#7a7f87", "#7a7f88"
 _MAX_POINTS = 800
 _SMOOTH_FROM = 40
-_SIZE = (5.4, 3.0)
+_SIZE = (4.4, 2.6)
 
 _STYLE: dict[str, Any] = {
     "svg.hashsalt": "trl-rlaif",
@@ -51,7 +51,7 @@ _STYLE: dict[str, Any] = {
 
 
 def curves(named: Sequence[tuple[str, Points]], title: str, x_label: str = "step") -> str:
-    """Lines over steps, each ``(name, [(step, value), ...])``; a long noisy one also gets its running mean."""
+    """Lines over steps, each ``(name, [(step, value), ...])``; a long one gets its running mean too."""
 
     def draw(axes: Any) -> None:
         for index, (name, points) in enumerate(named):
@@ -60,7 +60,7 @@ def curves(named: Sequence[tuple[str, Points]], title: str, x_label: str = "step
             steps, values = _thin(points)
             marker = "o" if len(steps) <= 12 else ""
             shown = name if len(named) > 1 else None
-            if len(steps) >= _SMOOTH_FROM:
+            if len(steps) >= _SMOOTH_FROM and _noisy(values):
                 axes.plot(steps, values, color=colour, linewidth=1.0, alpha=0.35)
                 values = _running_mean(values, max(len(values) // 20, 2))
             axes.plot(steps, values, style, color=colour, marker=marker, markersize=4, label=shown)
@@ -80,6 +80,7 @@ def confidence_histogram(confidences: Sequence[float], title: str) -> str:
         axes.set_xlim(0.49, 1.01)
         axes.set_xlabel("confidence of the label, max(p, 1 − p)")
         axes.set_ylabel("pairs")
+        axes.yaxis.get_major_locator().set_params(integer=True)
         axes.grid(False, axis="x")
 
     return _svg(draw, title)
@@ -100,7 +101,7 @@ def paired_scatter(pairs: Points, title: str) -> str:
         axes.set_xlabel("reward of the start")
         axes.set_ylabel("reward when trained")
 
-    return _svg(draw, title, (5.4, 4.2))
+    return _svg(draw, title, (4.4, 3.4))
 
 
 def two_histograms(before: Sequence[float], after: Sequence[float], title: str) -> str:
@@ -117,10 +118,11 @@ def two_histograms(before: Sequence[float], after: Sequence[float], title: str) 
             axes.hist(values, bins=edges, histtype="step", linewidth=2.0, color=colour, label=name)
         axes.set_xlabel("reward")
         axes.set_ylabel("prompts")
+        axes.yaxis.get_major_locator().set_params(integer=True)
         axes.grid(False, axis="x")
         _legend(axes, 2)
 
-    return _svg(draw, title, (5.4, 4.2))
+    return _svg(draw, title, (4.4, 3.4))
 
 
 def before_after(rows: Sequence[tuple[str, float, float]], title: str) -> str:
@@ -139,12 +141,18 @@ def before_after(rows: Sequence[tuple[str, float, float]], title: str) -> str:
         axes.grid(False, axis="y")
         _legend(axes, 2)
 
-    return _svg(draw, title, (5.4, 1.5 + 0.36 * len(rows)))
+    return _svg(draw, title, (4.4, max(3.4, 1.3 + 0.34 * len(rows))))
 
 
 def _legend(axes: Any, columns: int) -> None:
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, borderaxespad=0.2, handlelength=1.2,
-                columnspacing=1.4)
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(0, 1.0),
+        ncols=columns,
+        borderaxespad=0.2,
+        handlelength=1.2,
+        columnspacing=1.4,
+    )
 
 
 def _thin(points: Points) -> tuple[list[float], list[float]]:
@@ -155,6 +163,12 @@ def _thin(points: Points) -> tuple[list[float], list[float]]:
         [sum(x for x, _ in block) / len(block) for block in blocks],
         [sum(y for _, y in block) / len(block) for block in blocks],
     )
+
+
+def _noisy(values: list[float]) -> bool:
+    """Whether the line turns often: a smooth schedule would only be bent by a running mean."""
+    turns = sum((b - a) * (c - b) < 0 for a, b, c in zip(values, values[1:], values[2:], strict=False))
+    return turns > len(values) / 5
 
 
 def _running_mean(values: list[float], reach: int) -> list[float]:
@@ -177,7 +191,7 @@ def _house_style() -> Iterator[None]:
 
 
 def _svg(draw: Callable[[Any], None], title: str, size: tuple[float, float] = _SIZE) -> str:
-    """Runs ``draw`` on fresh axes and returns the figure as an ``<svg>`` element that reads ``title`` aloud."""
+    """Runs ``draw`` on fresh axes and returns the figure as an ``<svg>`` element titled ``title``."""
     with _house_style():
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -191,7 +205,7 @@ def _svg(draw: Callable[[Any], None], title: str, size: tuple[float, float] = _S
 
 
 def _for_page(svg: bytes, title: str) -> str:
-    """The same drawing without what would reach beyond it: prolog, metadata, global style, ids nobody refers to."""
+    """The same drawing without what would reach beyond it: prolog, metadata, global style, spare ids."""
     root = ET.fromstring(svg)
     width, height = root.get("viewBox", "0 0 1 1").split()[2:]
     used = _references(root)
@@ -216,7 +230,8 @@ def _for_page(svg: bytes, title: str) -> str:
         element.attrib.clear()
         element.attrib.update(attributes)
     root.attrib.clear()
-    root.attrib.update({"class": "plot", "viewBox": f"0 0 {width} {height}", "role": "img", "aria-label": title})
+    box = f"0 0 {width} {height}"
+    root.attrib.update({"class": "plot", "viewBox": box, "role": "img", "aria-label": title})
     heading = ET.Element("title")
     heading.text = title
     root.insert(0, heading)
@@ -234,7 +249,7 @@ def _references(root: ET.Element) -> set[str]:
 
 
 def _follow_page(style: str) -> str:
-    """The fixed colours of a style attribute as the page's: grey as the text's, each series as its variable."""
+    """The fixed colours of a style attribute as the page's own: the text's, and a variable a series."""
     style = style.replace(_INK, "currentColor").replace(_GRID, "currentColor")
     for index, colour in enumerate(COLOURS):
         style = style.replace(colour, f"var(--series-{index + 1})")

@@ -10,7 +10,7 @@ from typing import Any
 SHOWN_CHARACTERS = 4_000
 MINUS = "\u2212"
 
-# What an HTML or XML parser may refuse: control characters but tab and newline, lone surrogates, noncharacters.
+# What HTML or XML may refuse: control characters but tab and newline, lone surrogates, noncharacters.
 _UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 
 
@@ -81,7 +81,7 @@ def scores(*values: float, sign: bool = False) -> list[str]:
     else:
         style = ".3f" if largest < 1 else ".2f" if largest < 100 else ",.1f"
     plus = "+" if sign else ""
-    return [f"{value:{plus}{style}}".replace("-", MINUS) for value in values]
+    return [f"{value:{plus}{style}}".replace("-", MINUS) if value else "0" for value in values]
 
 
 def score(value: float | None, *, sign: bool = False) -> str:
@@ -103,7 +103,7 @@ def duration(seconds: float | None) -> str:
 
 
 def reasons(value: Any) -> str:
-    """What was left out: ``{reason: count}`` as ``reason 3, other 1``, or a bare count; empty if nothing was."""
+    """What was left out: ``{reason: count}`` as ``reason 3, other 1``, or a bare count; else empty."""
     if isinstance(value, Mapping):
         found = [(label(key, 60), number(amount)) for key, amount in list(value.items())[:12]]
         return ", ".join(f"{key} {count(amount)}" for key, amount in found if amount)

@@ -1,0 +1,60 @@
+"""Recipes on tiny models, for runs of the real stages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import yaml
+
+from trl_rlaif.plugins import installed_plugins
+from trl_rlaif.recipe import Recipe, parse_recipe
+
+WORDS = "quick brown fox lazy dog capital city country judge over".split()
+
+
+def write_prompts(path: Path, count: int = 10, start: int = 0) -> Path:
+    """A prompt file with ids, two categories and ``count`` different prompts."""
+    rows = [
+        {"id": f"p{i}", "prompt": f"what is the {WORDS[i % 10]} {i}?", "category": ("a", "b")[i % 2]}
+        for i in range(start, start + count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_recipe(folder: Path, model: str, **sections: object) -> Path:
+    """recipe.yaml beside its prompt files, with tiny settings; ``section=None`` leaves a section out."""
+    write_prompts(folder / "train.jsonl")
+    write_prompts(folder / "test.jsonl", 4, start=20)
+    recipe = {
+        "run": {"name": "tiny", "seed": 7},
+        "model": {"path": model, "dtype": "float32", "lora": {"r": 4, "alpha": 8}},
+        "data": {"prompts": "train.jsonl", "eval_prompts": "test.jsonl"},
+        "sample": {"max_new_tokens": 8, "batch_size": 4},
+        "label": {"batch_tokens": 2048},
+        "reward": {"eval_fraction": 0.3, "per_device_train_batch_size": 4, "num_train_epochs": 2},
+        "rl": {
+            "total_episodes": 24,
+            "per_device_train_batch_size": 4,
+            "response_length": 8,
+            "num_ppo_epochs": 1,
+            "learning_rate": 1e-3,
+            "save_steps": 1,
+        },
+        "evaluate": {"max_new_tokens": 8},
+        "report": {},
+    }
+    for name, section in sections.items():
+        if section is None:
+            recipe.pop(name, None)
+        else:
+            recipe[name] = {**recipe.get(name, {}), **section}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return path
+
+
+def tiny_recipe(folder: Path, model: str, **sections: object) -> Recipe:
+    """The same, parsed."""
+    return parse_recipe(write_recipe(folder, model, **sections), registry=installed_plugins().registry)

@@ -1,0 +1,459 @@
+"""The report of a run's folder: what it says, what it leaves out, and that no text of a model can act in it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trl_rlaif.errors import RunError, UserError
+from trl_rlaif.report import write_report
+
+HOSTILE = (
+    "<script>alert(1)</script></title></style></svg>-->]]><img src=x onerror=alert(2)>"
+    '" onmouseover="alert(3)" \' {{ 7*7 }} $\\frac$ \x00\x1b[31m \ud800 \ufffe & &lt;'
+)
+
+RECIPE = {
+    "run": {"name": "tiny", "seed": 7},
+    "model": {"path": "org/model", "dtype": "bfloat16", "quantization": "nf4", "lora": {"r": 8}},
+    "data": {"prompts": "prompts.jsonl"},
+    "label": {"judge": "same"},
+    "rl": {"algorithm": "ppo"},
+    "evaluate": {"judge": "same"},
+    "versions": {"trl-rlaif": "0.1.0", "trl": "1.12.0"},
+    "command": "trl-rlaif run tiny --set run.seed=7",
+}
+
+
+def make_results() -> dict:
+    gain = {"mean": 0.563, "interval": [0.471, 0.652]}
+    held_out = {
+        "prompts": 40, "win_rate": 0.6375, "interval": [0.548, 0.717], "wins": 24, "ties": 3, "losses": 13,
+        "reward_start": {"mean": -0.151, "interval": [-0.24, -0.06]},
+        "reward_trained": {"mean": 0.412, "interval": [0.33, 0.49]},
+        "reward_gain": gain, "tokens_start": 48.2, "tokens_trained": 57.4,
+        "by_category": {"code": {"win_rate": 0.7, "n": 20}, "chat": {"win_rate": 0.575, "n": 20}},
+    }  # fmt: skip
+    return {
+        "sample": {"prompts": 321, "pairs": 612, "dropped": {"too long": 9}, "redrawn": 2, "seconds": 734},
+        "label": {
+            "pairs": 612, "labeled": 598, "skipped": {"no answer": 14}, "mean_confidence": 0.764,
+            "position_bias": {"rate": 0.123, "interval": [0.101, 0.149], "n": 598, "first": 0.1, "second": 0.02},
+            "mass": {"mean": 0.965, "min": 0.71, "low": 0},
+            "agreement": {"rate": 0.713, "interval": [0.648, 0.771], "n": 200}, "judge": "judge-a", "seconds": 4.2,
+        },
+        "reward": {
+            "train_pairs": 500, "eval_pairs": 98, "skipped": 0,
+            "accuracy": 0.722, "accuracy_interval": [0.622, 0.804], "seconds": 305,
+        },
+        "rl": {
+            "updates": 12, "episodes": 3840, "score_first": -0.193, "score_last": 0.812, "kl_last": 5.62,
+            "seconds": 5421,
+        },
+        "evaluate": {"judge": "judge-b", "sets": {"held-out": held_out}, "seconds": 388},
+    }  # fmt: skip
+
+
+def make_run(folder: Path, text: str = "plain words", category: str = "code") -> Path:
+    """A whole run's folder; ``text`` and ``category`` go wherever a model or a user can write."""
+    folder.mkdir(exist_ok=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE, sort_keys=False))
+    metrics = [{"stage": "sft", "step": s, "loss": 2 / s} for s in range(1, 6)]
+    metrics += [
+        {"stage": "reward", "step": s, "loss": 0.7 / s, "accuracy": 0.6, "eval_accuracy": 0.61}
+        for s in range(1, 6)
+    ]
+    metrics += [
+        {
+            "stage": "rl", "step": s, "objective/kl": 0.1 * s, "objective/scores": 0.2 * s, "loss/policy_avg": -0.01,
+            "rollout/length": 40 + s, f"reward/{category}": 0.1 * s, "reward/chat": 0.2, "extra/metric": 3.25,
+        }
+        for s in range(1, 13)
+    ]  # fmt: skip
+    labels = [
+        {
+            "id": i,
+            "p": 0.2 + 0.06 * i,
+            "p_12": 0.3 + 0.05 * i,
+            "p_21": 0.1 + 0.05 * i,
+            "mass_12": 1,
+            "judge": text,
+        }
+        for i in range(10)
+    ]
+    samples = [
+        {
+            "set": "held-out", "id": i, "category": category if i % 2 else "chat", "start": text,
+            "trained": f"{text} {i}",
+            "prompt": [{"role": text, "content": text}] if i % 2 else text,
+            "reward_start": -0.1 * i, "reward_trained": 0.1 * i, "p_trained": 0.6,
+        }
+        for i in range(10)
+    ]  # fmt: skip
+    pairs = [
+        {"id": i, "prompt": text, "response_1": text, "response_2": text, "category": category}
+        for i in range(10)
+    ]
+    for name, rows in (("metrics", metrics), ("labels", labels), ("samples", samples), ("pairs", pairs)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "results.json").write_text(json.dumps(make_results()))
+    return folder
+
+
+def set_results(folder: Path, change) -> None:
+    path = folder / "results.json"
+    results = json.loads(path.read_text())
+    change(results)
+    path.write_text(json.dumps(results))
+
+
+class Page(HTMLParser):
+    """What a browser would make of the page: scripts, elements with their attributes, and the visible text."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.words: list[str] = []
+        self._inside = ""
+        self.feed(source)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self._inside = tag if tag in ("script", "style") else ""
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        self._inside = ""
+
+    def handle_data(self, data):
+        if self._inside == "script":
+            self.scripts[-1] += data
+        elif not self._inside:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def read(folder: Path) -> Page:
+    return Page(write_report(folder).read_text(encoding="utf-8"))
+
+
+def part(page: Page, start: str, end: str) -> str:
+    """The text between two headings; the last occurrence of each, since the navigation names them too."""
+    text = page.text
+    begin = text.rindex(start)
+    return text[begin : text.index(end, begin + len(start))]
+
+
+def test_page_shows_the_numbers_of_the_results(tmp_path):
+    page = read(make_run(tmp_path / "run"))
+    for shown in (
+        "rose by 0.563 (interval +0.471 to +0.652)",
+        "63.7% (interval 54.8% to 71.7%): preferred over the start",
+        "24 wins, 3 ties, 13 losses",
+        "mean −0.151 → 0.412",
+        "48 → 57 tokens",
+        "321 prompts, 612 pairs, 2 redrawn",
+        "too long 9",
+        "598 of 612 pairs, mean confidence 76.4%",
+        "no answer 14",
+        "12.3% (interval 10.1% to 14.9%), 598 pairs",
+        "71.3% (interval 64.8% to 77.1%), 200 pairs",
+        "72.2%",
+        "interval 62.2% to 80.4%",
+        "12 updates, 3,840 responses",
+        "went from −0.193 to 0.812",
+        "12 min 14 s",
+        "1 h 30 min",
+        "judge-a",
+        "70.0%",
+        "trl-rlaif run tiny --set run.seed=7",
+        "1.12.0",
+        "extra/metric 3.25 3.25 12 times",
+    ):
+        assert shown in page.text, shown
+    assert "No warnings" in page.text
+
+
+def test_position_table_counts_winners_in_both_orders(tmp_path):
+    folder = make_run(tmp_path / "run")
+    votes = [(0.9, 0.8), (0.9, 0.8), (0.9, 0.8), (0.7, 0.2), (0.7, 0.2), (0.3, 0.6), (0.1, 0.1), (0.5, 0.9)]
+    rows = [{"id": i, "p": (a + b) / 2, "p_12": a, "p_21": b} for i, (a, b) in enumerate(votes)]
+    (folder / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = part(read(folder), "Does the order decide?", "Green")
+    assert "3 42.9% · same response 2 28.6% · first place" in text
+    assert "1 14.3% · second place 1 14.3% · same response" in text
+    assert "1 pair with an exact tie" in read(folder).text
+
+
+@pytest.mark.parametrize(
+    ("stage", "files", "heading", "following"),
+    [
+        ("label", ["labels.jsonl"], "Labels of the judge", "Reward model"),
+        ("reward", [], "Reward model", "Reinforcement learning"),
+        ("rl", [], "Reinforcement learning", "Reward on held-out prompts, before"),
+        ("evaluate", ["samples.jsonl"], "Reward on held-out prompts, before and after", "Sample responses"),
+        ("evaluate", ["samples.jsonl"], "Sample responses", "Repeat it"),
+        ("sample", ["pairs.jsonl"], None, None),
+        ("sft", [], None, None),
+    ],
+)
+def test_missing_stage_is_said_and_not_invented(tmp_path, stage, files, heading, following):
+    folder = make_run(tmp_path / "run")
+    set_results(folder, lambda results: results.pop(stage, None))
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text(
+        "\n".join(ln for ln in lines if f'"stage": "{stage}"' not in ln) + "\n"
+    )
+    for name in files:
+        (folder / name).unlink()
+    page = read(folder)
+    if heading:
+        assert part(page, heading, following).removeprefix(heading).strip() == "Not run."
+    table = part(page, "Stage State", "Labels of the judge")
+    assert f"{stage} not run" in table or (stage == "sft" and "sft" not in table)
+    if stage == "evaluate":
+        assert "cannot say whether it got better" in page.text
+        assert "rose by" not in page.text
+    if stage == "sft":
+        assert "Supervised" not in page.text
+
+
+def test_recipe_alone_gives_a_page(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("run: {name: bare}\n")
+    page = read(tmp_path)
+    assert "bare" in page.text
+    assert page.text.count("Not run.") == 5
+    assert not any(tag == "svg" for tag, _ in page.elements)
+
+
+def test_unfinished_stage_says_how_far_it_came(tmp_path):
+    folder = make_run(tmp_path / "run")
+    (folder / "results.json").unlink()
+    table = part(read(folder), "Stage State", "Labels of the judge")
+    for row in (
+        "sft ran 5 steps logged",
+        "label not finished 10 labels written",
+        "rl not finished 12 steps logged",
+    ):
+        assert row in table
+
+
+def test_cut_last_line_is_passed_over_and_other_bad_lines_are_named(tmp_path):
+    folder = make_run(tmp_path / "run")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "rl", "step": 99, "objective/sc')
+    page = read(folder)
+    assert "could not be read" not in page.text
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('\n[1]\n{"stage": "rl", "step": 13, "objective/scores": 9.5}\n')
+    page = read(folder)
+    assert "2 lines of metrics.jsonl could not be read" in page.text
+    assert "0.20 → 9.50" in page.text
+
+
+def test_not_finite_numbers_are_left_out_and_named(tmp_path):
+    folder = make_run(tmp_path / "run")
+    with (folder / "metrics.jsonl").open("a") as file:
+        for step, value in ((20, "NaN"), (21, "Infinity"), (22, "1e308"), (23, "-1e400")):
+            file.write(f'{{"stage": "rl", "step": {step}, "objective/kl": {value}, "loss/value_avg": NaN}}\n')
+    set_results(folder, lambda results: results["evaluate"]["sets"]["held-out"].update(win_rate=float("nan")))
+    set_results(folder, lambda results: results["rl"].update(kl_last=float("inf"), seconds=-1))
+    page = read(folder)
+    assert "metric objective/kl was NaN, infinite or beyond 1e30 4 times" in page.text
+    assert "nan" not in page.text.lower().replace("nan, infinite", "")
+    assert "Value loss" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda r: r["label"]["position_bias"].update(rate=0.31), "position-biased: in 31.0%"),
+        (lambda r: r["label"]["mass"].update(mean=0.42), "only 42.0% of its probability"),
+        (lambda r: r["rl"].update(kl_last=12.5), "KL is 12.50 nats"),
+        (lambda r: r["evaluate"]["sets"]["held-out"].update(tokens_trained=100), "got 2.1 times as long"),
+        (lambda r: r["evaluate"]["sets"]["held-out"].update(tokens_trained=20), "got 0.4 times as long"),
+        (lambda r: r["evaluate"]["sets"]["held-out"].update(interval=[0.5, 0.7]), "no clear difference"),
+        (
+            lambda r: r["evaluate"]["sets"]["held-out"].update(interval=[0.3, 0.4]),
+            "the judge prefers the start",
+        ),
+        (lambda r: r["evaluate"]["sets"]["held-out"].update(interval=[0.4, 0.7]), "please the reward model"),
+        (
+            lambda r: r["evaluate"]["sets"]["held-out"]["reward_gain"].update(interval=[-0.1, 1]),
+            "did not clearly",
+        ),
+        (lambda r: r["reward"].update(accuracy_interval=[0.45, 0.8]), "not clearly better than a coin"),
+        (lambda r: r.update(warnings=["The prompts were cut."]), "The prompts were cut."),
+        (lambda r: r["evaluate"].update(judge="judge-a"), "is the one that gave the labels"),
+    ],
+)
+def test_each_doubt_is_said(tmp_path, change, said):
+    folder = make_run(tmp_path / "run")
+    for drawn in folder.glob("*.jsonl"):
+        drawn.unlink()
+    assert said not in read(folder).text
+    set_results(folder, change)
+    assert said in read(folder).text
+
+
+def test_hostile_text_stays_text(tmp_path):
+    folder = make_run(tmp_path / "run", text=HOSTILE, category=HOSTILE)
+    recipe = {**RECIPE, "run": {"name": HOSTILE[:60]}, "command": HOSTILE, "versions": {HOSTILE: HOSTILE}}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    results = make_results()
+    held_out = results["evaluate"]["sets"].pop("held-out")
+    held_out["by_category"] = {HOSTILE: {"win_rate": 0.5, "n": 3}}
+    results["evaluate"]["sets"][HOSTILE] = held_out
+    results["sample"]["dropped"] = {HOSTILE: 3}
+    results["label"]["judge"] = HOSTILE
+    results["warnings"] = [HOSTILE]
+    (folder / "results.json").write_text(json.dumps(results))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(
+            json.dumps({"stage": "rl", "step": 20, HOSTILE: 1.0, f"reward/{HOSTILE}": float("nan")}) + "\n"
+        )
+
+    page = read(folder)
+    assert "<script>alert(1)</script></title></style></svg>-->" in page.text
+    assert "{{ 7*7 }} $\\frac$ \ufffd\ufffd[31m \ufffd \ufffd & &lt;" in page.text
+    assert_only_our_script(page)
+
+
+def assert_only_our_script(page: Page) -> None:
+    assert len(page.scripts) == 1
+    digest = base64.b64encode(hashlib.sha256(page.scripts[0].encode()).digest()).decode()
+    policy = next(a["content"] for t, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
+    assert f"script-src 'sha256-{digest}';" in policy and policy.startswith("default-src 'none';")
+    tags = {tag for tag, _ in page.elements}
+    assert not tags & {"img", "iframe", "object", "embed", "link", "base", "foreignobject", "animate", "set"}
+    for tag, attributes in page.elements:
+        for name, value in attributes.items():
+            assert not name.startswith("on"), (tag, name)
+            if name in ("href", "src", "xlink:href", "action"):
+                assert value and value.startswith("#"), (tag, name, value)
+
+
+def test_plain_page_reaches_for_nothing_outside(tmp_path):
+    path = write_report(make_run(tmp_path / "run"))
+    source = path.read_text(encoding="utf-8")
+    assert_only_our_script(Page(source))
+    for outside in ("http://", "https://", "@import", "url(h", "innerHTML"):
+        assert outside not in source, outside
+
+
+def test_drawings_are_titled_and_share_no_ids(tmp_path):
+    page = read(make_run(tmp_path / "run"))
+    drawings = [attributes for tag, attributes in page.elements if tag == "svg"]
+    assert len(drawings) >= 10
+    assert all(a["role"] == "img" and a["aria-label"] for a in drawings)
+    ids = [a["id"] for _, a in page.elements if "id" in a]
+    assert len(ids) == len(set(ids))
+
+
+def test_huge_text_is_cut_with_a_note(tmp_path):
+    folder = make_run(tmp_path / "run")
+    row = {"set": "held-out", "prompt": "x" * 1_000_000, "start": "y" * 4_000, "trained": "z" * 4_001}
+    (folder / "samples.jsonl").write_text(json.dumps(row) + "\n")
+    page = read(folder)
+    assert "996,000 more characters not shown here" in page.text
+    assert "… 1 more character not shown here" in page.text
+    assert "y" * 4_000 in page.text and "z" * 4_001 not in page.text
+    assert (folder / "report.html").stat().st_size < 1_000_000
+
+
+def test_at_most_two_hundred_samples_are_shown(tmp_path):
+    folder = make_run(tmp_path / "run")
+    rows = [{"set": "held-out", "prompt": f"prompt-{i}.", "start": "a", "trained": "b"} for i in range(500)]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = read(folder)
+    assert sum(tag == "article" for tag, _ in page.elements) == 200
+    assert "200 of the 500 samples" in page.text
+    assert "prompt-0." in page.text and "prompt-497." in page.text
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{", '"x"', '{"rl": 3, "evaluate": {"sets": [1]}, "label": {"mass": "a"}}']
+)
+def test_results_of_another_shape_do_not_stop_the_report(tmp_path, content):
+    folder = make_run(tmp_path / "run")
+    (folder / "metrics.jsonl").unlink()
+    (folder / "results.json").write_text(content)
+    assert "tiny" in read(folder).text
+
+
+def test_rows_of_another_shape_do_not_stop_the_report(tmp_path):
+    folder = make_run(tmp_path / "run")
+    rows = [
+        {},
+        {"set": 3, "prompt": None, "start": {"a": [1]}, "trained": 5, "category": ["x"], "reward_start": "1"},
+        {"prompt": [1, {"role": None}, None], "reward_start": 1e300, "reward_trained": 2, "p_trained": 7},
+        {
+            "prompt": [{"role": "user", "content": [{"type": "text"}]}] * 30,
+            "reward_start": 2,
+            "reward_trained": 2,
+        },
+    ]
+    for name in ("samples", "labels", "pairs", "metrics"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "… 10 more messages" in read(folder).text
+
+
+def test_same_folder_gives_same_bytes(tmp_path):
+    folder = make_run(tmp_path / "run")
+    first = write_report(folder).read_bytes()
+    assert write_report(str(folder)).read_bytes() == first
+    # Another process has other string hashes and no warmed state.
+    code = f"from trl_rlaif.report import write_report; write_report({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONHASHSEED": "5"})
+    assert (folder / "report.html").read_bytes() == first
+    names = {"recipe.yaml", "metrics.jsonl", "labels.jsonl", "samples.jsonl", "pairs.jsonl", "results.json"}
+    assert {path.name for path in folder.iterdir()} == names | {"report.html"}
+
+
+@pytest.mark.parametrize("recipe", [None, "a: [", "- 1\n"])
+def test_no_run_folder_is_the_users_error(tmp_path, recipe):
+    if recipe is not None:
+        (tmp_path / "recipe.yaml").write_text(recipe)
+    with pytest.raises(UserError, match="recipe.yaml"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+    with pytest.raises(UserError):
+        write_report(tmp_path / "nowhere")
+
+
+def test_failed_write_keeps_the_old_page(tmp_path, monkeypatch):
+    folder = make_run(tmp_path / "run")
+    (folder / "report.html").write_text("old")
+
+    def refuse(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(RunError, match="No space left"):
+        write_report(folder)
+    assert (folder / "report.html").read_text() == "old"
+    assert not [path for path in folder.iterdir() if path.name.startswith(".report")]
+
+
+def test_importing_the_report_is_cheap():
+    code = (
+        "import sys, trl_rlaif.report; "
+        "print([m for m in ('matplotlib', 'torch', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,146 @@
+"""The command `trl-rlaif`: arguments and exit codes."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trl_rlaif.errors import TrlRlaifError, UserError
+
+app = typer.Typer(
+    help="Align language models with AI feedback.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+recipes_app = typer.Typer(help="The recipes that come with the package.")
+app.add_typer(recipes_app, name="recipes")
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe's path, or the name of a packaged one.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a key: --set rl.kl_coef=0.1 (repeatable).")
+]
+FolderArgument = Annotated[Path, typer.Argument(help="A run's folder.")]
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+) -> None:
+    """Align language models with AI feedback."""
+    context.obj = {"debug": debug}
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    output: Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/NAME.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a run in this folder was.")] = False,
+    only: Annotated[str | None, typer.Option(help="Run these stages alone: --only label,reward.")] = None,
+) -> None:
+    """Run a recipe: from prompts to an aligned policy and a report."""
+    from trl_rlaif.plugins import installed_plugins
+    from trl_rlaif.progress import say
+    from trl_rlaif.recipe import parse_recipe
+    from trl_rlaif.runner import run_recipe
+
+    plugins = installed_plugins()
+    parsed = parse_recipe(recipe, overrides=set_ or (), registry=plugins.registry)
+    folder = run_recipe(
+        parsed,
+        plugins,
+        output or Path("runs") / parsed.run.name,
+        resume=resume,
+        only=[stage.strip() for stage in only.split(",")] if only else (),
+        command=shlex.join(["trl-rlaif", *sys.argv[1:]]),
+    )
+    say(f"The run is in {folder.path}")
+    if (folder / "report.html").exists():
+        say(f"Report: {folder / 'report.html'}")
+
+
+@app.command()
+def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
+    """Check a recipe without loading a model: exit code 0, or 2 with what to write instead."""
+    from trl_rlaif.plugins import installed_plugins
+    from trl_rlaif.recipe import parse_recipe
+    from trl_rlaif.runner import active_stages
+
+    parsed = parse_recipe(recipe, overrides=set_ or (), registry=installed_plugins().registry)
+    typer.echo(f"{parsed.source}: good. Stages: {', '.join(active_stages(parsed))}")
+
+
+@recipes_app.callback(invoke_without_command=True)
+def list_recipes(context: typer.Context) -> None:
+    """List the recipes that come with the package."""
+    if context.invoked_subcommand is not None:
+        return
+    from trl_rlaif.recipe import packaged_recipes
+
+    for name, path in packaged_recipes().items():
+        first = path.read_text(encoding="utf-8").splitlines()[0]
+        typer.echo(f"{name:<16}{first.lstrip('# ')}")
+
+
+@recipes_app.command("show")
+def show_recipe(name: Annotated[str, typer.Argument(help="The recipe's name.")]) -> None:
+    """Print a packaged recipe, to be saved and changed."""
+    from trl_rlaif.recipe import packaged_recipes
+
+    found = packaged_recipes()
+    if name not in found:
+        raise UserError(f"There is no packaged recipe '{name}'.", fix=f"There are: {', '.join(found)}.")
+    typer.echo(found[name].read_text(encoding="utf-8"), nl=False)
+
+
+@app.command()
+def plugins() -> None:
+    """List every component installed: kind, name, distribution, version, options."""
+    from trl_rlaif.plugins import installed_plugins
+
+    for found in installed_plugins().registry:
+        typer.echo(f"{found.kind:<18}{found.name:<24}{found.distribution} {found.version}")
+        for option, field in found.component.Options.model_fields.items():
+            default = "required" if field.is_required() else f"default {field.default!r}"
+            typer.echo(f"    {option}: {default}. {field.description or ''}".rstrip())
+
+
+@app.command()
+def report(folder: FolderArgument) -> None:
+    """Build report.html again from a run's folder."""
+    from trl_rlaif.report import write_report
+
+    typer.echo(write_report(folder))
+
+
+def main() -> None:
+    """Entry point: one message on stderr for an error, a traceback only with --debug."""
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except TrlRlaifError as error:
+        if debug:
+            raise
+        _stop(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _stop("Stopped. What was done is kept: add --resume to go on.", 130)
+    except OSError as error:
+        if debug:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _stop(f"{where}{error.strerror or error} What was done is kept: --resume goes on.", 1)
+    except Exception as error:
+        if debug:
+            raise
+        _stop(f"{type(error).__name__}: {error}\nAdd --debug behind trl-rlaif for the traceback.", 1)
+
+
+def _stop(message: str, code: int) -> None:
+    typer.echo(f"trl-rlaif: {message}", err=True)
+    raise SystemExit(code)

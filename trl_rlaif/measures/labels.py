@@ -1,0 +1,57 @@
+"""What a labeler's output says of the labeler: agreement, position bias, mass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from trl_rlaif.measures.intervals import wilson
+
+
+def agreement(p: Sequence[float], human: Sequence[int | None]) -> dict[str, Any] | None:
+    """AI labeler alignment: share of pairs where the label's choice is the human's (Lee et al. 2023, 3.3).
+
+    Args:
+        p: N probabilities that response_1 is preferred.
+        human: N choices: 1, 2, 0 for a tie or None for unknown; ties and unknowns are left out.
+
+    Returns:
+        ``rate``, ``interval`` (95%, Wilson) and ``n``; a label of exactly 0.5 counts half. None if there
+        is nothing to compare with.
+    """
+    counted = [(a, h) for a, h in zip(p, human, strict=True) if h in (1, 2)]
+    if not counted:
+        return None
+    hits = sum(0.5 if a == 0.5 else float((a > 0.5) == (h == 1)) for a, h in counted)
+    return {"rate": hits / len(counted), "interval": wilson(hits, len(counted)), "n": len(counted)}
+
+
+def position_bias(p_12: Sequence[float], p_21: Sequence[float]) -> dict[str, Any] | None:
+    """Share of pairs where the same position wins in both orders (Lee et al. 2023, section 2.1).
+
+    Args:
+        p_12, p_21: N probabilities that response_1 is preferred, shown first and shown second.
+
+    Returns:
+        ``rate``, ``interval`` (95%, Wilson), ``n``, and how often the ``first`` and the ``second`` position
+        won both times; None without pairs.
+    """
+    n = len(p_12)
+    if n == 0:
+        return None
+    first = sum(a > 0.5 > b for a, b in zip(p_12, p_21, strict=True))
+    second = sum(a < 0.5 < b for a, b in zip(p_12, p_21, strict=True))
+    return {
+        "rate": (first + second) / n,
+        "interval": wilson(first + second, n),
+        "n": n,
+        "first": first,
+        "second": second,
+    }
+
+
+def summarize_mass(masses: Sequence[float], low: float = 0.5) -> dict[str, Any] | None:
+    """Mean, minimum and number of low masses; a low mass says that the judge did not get the question."""
+    if not masses:
+        return None
+    return {"mean": sum(masses) / len(masses), "min": min(masses), "low": sum(m < low for m in masses)}

@@ -1,0 +1,68 @@
+"""What a PPOTrainer is built from: models, roles, tokenized prompts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import set_seed
+from peft import LoraConfig, PeftModel
+from torch import nn
+from torch.utils.data import DataLoader
+
+from trl_rlaif.errors import UserError
+from trl_rlaif.models import ModelSpec, load_model, load_tokenizer
+from trl_rlaif.ppo.prompts import tokenize_prompts
+from trl_rlaif.roles import SharedBase
+
+if TYPE_CHECKING:
+    from trl_rlaif.ppo.config import PPOConfig
+    from trl_rlaif.ppo.trainer import PPOTrainer
+
+
+def load_policy(path: str, tokenizer: Any, args: PPOConfig) -> tuple[nn.Module, Any]:
+    """The policy of a path, and the tokenizer that was given or else the path's."""
+    set_seed(args.seed)
+    model = load_model(ModelSpec(path, "bfloat16" if args.bf16 else "float32"))
+    return model, tokenizer or load_tokenizer(path)
+
+
+def shared_base(model: Any, value_model: Any, ref_model: Any, config: LoraConfig | None) -> SharedBase | None:
+    """One base for every role, unless the caller brought separate models (then None).
+
+    Raises:
+        UserError: A separate reference without a separate value model.
+    """
+    if isinstance(model, SharedBase):
+        return model
+    if value_model is not None:
+        return None
+    if ref_model is not None:
+        raise UserError(
+            "ref_model was given without value_model.",
+            fix="Give both for separate models, or neither for one base with adapters.",
+        )
+    if isinstance(model, PeftModel):
+        return SharedBase.around(model)
+    return SharedBase(model, config or LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+
+
+def tokenized(dataset: Any, tokenizer: Any, model: nn.Module, args: PPOConfig) -> Any:
+    """A prompt dataset with ``input_ids``, without what leaves no room for the response."""
+    if dataset is None:
+        raise UserError("train_dataset is required.")
+    limit = getattr(args, "max_prompt_length", None)
+    context = getattr(model.config, "max_position_embeddings", None)
+    if limit is None and context:
+        limit = context - args.response_length
+    return tokenize_prompts(dataset, tokenizer, max_length=limit, num_proc=args.dataset_num_proc)
+
+
+def prompt_loader(trainer: PPOTrainer) -> DataLoader:
+    """The parent's dataloader, over the trainer's present prompts."""
+    return DataLoader(
+        trainer.train_dataset,
+        batch_size=trainer.local_dataloader_batch_size,
+        shuffle=True,
+        collate_fn=trainer.data_collator,
+        drop_last=True,  # every update has the same number of rows
+    )

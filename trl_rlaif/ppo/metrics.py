@@ -1,0 +1,56 @@
+"""The numbers of one PPO update."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from trl_rlaif.events import Rollout
+from trl_rlaif.ppo.advantages import kl_per_token
+
+
+@torch.no_grad()
+def update_metrics(
+    rollout: Rollout,
+    scores: torch.Tensor,
+    stats: dict[str, list[torch.Tensor]],
+    args: Any,
+    gather: Callable[[torch.Tensor], torch.Tensor],
+) -> dict[str, float]:
+    """Means over all processes, by the parent's names; lengths and scores by category beside them.
+
+    Args:
+        rollout: What was sampled.
+        scores: (B,) float32, transformed.
+        stats: Statistics of every micro-batch, scalars by name.
+        args: PPOConfig.
+        gather: Joins a tensor of every process.
+    """
+    kl = kl_per_token(rollout.logprobs, rollout.ref_logprobs, args.kl_estimator).sum(1)
+    numbers = {
+        "objective/kl": kl,
+        "objective/entropy": -rollout.logprobs.sum(1),
+        "objective/non_score_reward": -args.kl_coef * kl,
+        "objective/rlhf_reward": scores - args.kl_coef * kl,
+        "objective/scores": scores,
+        "rollout/length": rollout.lengths.float(),
+        "rollout/ended": rollout.ended.float(),
+    }
+    metrics = {name: gather(value.float()).mean().item() for name, value in numbers.items()}
+    gathered = {name: gather(torch.stack(values)) for name, values in stats.items()}
+    metrics |= {name: values.mean().item() for name, values in gathered.items()}
+    ratio = gathered["val/ratio"]
+    # The parent's is NaN with a single micro-batch.
+    metrics["val/ratio_var"] = ratio.var().item() if ratio.numel() > 1 else 0.0
+    return metrics | _by_category(rollout, scores)
+
+
+def _by_category(rollout: Rollout, scores: torch.Tensor) -> dict[str, float]:
+    by_category = defaultdict(list)
+    for category, score in zip(rollout.categories, scores.tolist(), strict=True):
+        if category is not None:
+            by_category[category].append(score)
+    return {f"reward/{name}": sum(values) / len(values) for name, values in by_category.items()}

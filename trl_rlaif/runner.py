@@ -1,0 +1,188 @@
+"""Runs a recipe's stages in order into a run's folder, whole or from where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trl_rlaif import __version__
+from trl_rlaif.artifacts import RunFolder, write_atomically
+from trl_rlaif.errors import UserError
+from trl_rlaif.plugins import Plugins
+from trl_rlaif.progress import say
+from trl_rlaif.recipe import STAGES, Recipe
+
+PACKAGES = ("trl", "transformers", "peft", "accelerate", "datasets", "torch", "bitsandbytes")
+
+# Sections that every stage depends on.
+_COMMON = ("run", "model", "data")
+
+
+def active_stages(recipe: Recipe) -> list[str]:
+    """The stages that a recipe runs, in order. Pairs from data take the place of ``sample``."""
+    return [
+        stage
+        for stage in STAGES
+        if getattr(recipe, stage) is not None or (stage == "sample" and recipe.data.pairs)
+    ]
+
+
+def fingerprints(recipe: Recipe) -> dict[str, str]:
+    """For each stage what its artefact depends on: its section, the stages before it, and the input files."""
+    plain = recipe.to_dict()
+    common = {name: plain[name] for name in _COMMON}
+    common["run"] = {"seed": recipe.run.seed}  # a new name changes nothing
+    inputs = {k: _identity(v) for k, v in plain["data"].items() if isinstance(v, str)}
+    before, result = json.dumps([common, inputs], sort_keys=True, default=str), {}
+    for stage in active_stages(recipe):
+        own = json.dumps(plain.get(stage, {}), sort_keys=True, default=str)
+        before = hashlib.sha256(f"{before}\n{stage}\n{own}".encode()).hexdigest()
+        result[stage] = before
+    return result
+
+
+def _identity(path: str) -> str | None:
+    """A data file's content: a touched or moved file is the same input, a changed one is not."""
+    file = Path(path)
+    if not file.is_file():
+        return None
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def run_recipe(
+    recipe: Recipe,
+    plugins: Plugins,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    only: Sequence[str] = (),
+    command: str = "",
+) -> RunFolder:
+    """Run a recipe.
+
+    Args:
+        recipe: Checked.
+        plugins: Whose components it names.
+        output: The run's folder.
+        resume: Go on in a folder that is used already, and skip what is complete.
+        only: Run these stages alone; what they stand on must be complete.
+        command: How the run was started, for the report.
+
+    Raises:
+        UserError: The folder is used already, is not writable, or lacks what a stage stands on.
+    """
+    folder = RunFolder(output)
+    with folder.locked():
+        if folder.is_used and not resume and not only:
+            raise UserError(
+                "A run lives in this folder already.",
+                where=str(folder.path),
+                fix="Add --resume to go on with it, or name another folder with --output.",
+            )
+        prints = fingerprints(recipe)
+        _check_only(folder, prints, only)
+        _write_recipe(recipe, folder, command)
+        _quiet_libraries()
+        _run_stages(recipe, plugins, folder, prints, resume, only)
+    return folder
+
+
+def _check_only(folder: RunFolder, prints: dict[str, str], only: Sequence[str]) -> None:
+    unknown = [stage for stage in only if stage not in prints]
+    if unknown:
+        raise UserError(f"This recipe has no stage '{unknown[0]}'.", fix=f"It has: {', '.join(prints)}.")
+    for stage in only:
+        for earlier in list(prints)[: list(prints).index(stage)]:
+            if earlier not in only and not folder.is_complete(earlier, prints[earlier]):
+                raise UserError(
+                    f"The stage '{stage}' stands on '{earlier}', which is not complete in {folder.path} "
+                    "with these settings.",
+                    fix=f"Run it first: --only {earlier},{stage}",
+                )
+
+
+def _run_stages(
+    recipe: Recipe,
+    plugins: Plugins,
+    folder: RunFolder,
+    prints: dict[str, str],
+    resume: bool,
+    only: Sequence[str],
+) -> None:
+    from trl_rlaif.stages.context import Context
+
+    context = Context(recipe, folder, plugins)
+    for stage, fingerprint in prints.items():
+        if only and stage not in only:
+            continue
+        # The report costs seconds, and what it shows may have changed.
+        if folder.is_complete(stage, fingerprint) and resume and stage != "report":
+            say(f"{stage}: complete already")
+            continue
+        folder.begin(stage, fingerprint)
+        started = time.monotonic()
+        numbers = importlib.import_module(f"trl_rlaif.stages.{stage}").run(context)
+        folder.add_results(stage, numbers)
+        folder.complete(stage, fingerprint)
+        say(f"{stage}: done in {time.monotonic() - started:.0f} s. {summary(stage, numbers)}".rstrip())
+
+
+def summary(stage: str, numbers: dict[str, Any]) -> str:
+    """What a stage's line says of its numbers."""
+    if stage == "sample":
+        dropped = ", ".join(f"{n} {reason}" for reason, n in numbers["dropped"].items())
+        return f"{numbers['pairs']} pairs" + (f" (dropped: {dropped})" if dropped else "")
+    if stage == "label":
+        bias = numbers["position_bias"]
+        skipped = ", ".join(f"{n} {reason}" for reason, n in numbers["skipped"].items())
+        return (
+            f"{numbers['labeled']} of {numbers['pairs']} pairs"
+            + (f" (skipped: {skipped})" if skipped else "")
+            + (f", position bias {bias['rate']:.0%}" if bias else "")
+        )
+    if stage == "reward" and numbers.get("accuracy") is not None:
+        low, high = numbers["accuracy_interval"]
+        return f"accuracy {numbers['accuracy']:.0%} on held-out pairs ({low:.0%} to {high:.0%})"
+    if stage == "rl" and "score_first" in numbers:
+        return f"score {numbers['score_first']:+.3f} -> {numbers['score_last']:+.3f}, KL {numbers['kl_last']:.2f}"
+    if stage == "evaluate":
+        return "; ".join(
+            f"{name}: wins {s['win_rate']:.0%} ({s['interval'][0]:.0%} to {s['interval'][1]:.0%})"
+            for name, s in numbers["sets"].items()
+            if "win_rate" in s
+        )
+    return ""
+
+
+def _write_recipe(recipe: Recipe, folder: RunFolder, command: str) -> None:
+    versions = {"trl-rlaif": __version__} | {name: version(name) for name in PACKAGES}
+    content = recipe.to_dict() | {"versions": versions, "command": command}
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    write_atomically(folder / "recipe.yaml", text)
+
+
+def _quiet_libraries() -> None:
+    """Leave the terminal to the progress bars: what these libraries print of their own work is no news."""
+    import logging
+    import warnings
+
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")

@@ -1,0 +1,89 @@
+"""Responses of a policy to prompts, in batches that can be repeated one by one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+
+def derived_seed(*parts: object) -> int:
+    """A seed that depends on its parts alone, the same on every machine: 0..2**31-1."""
+    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode("utf-8", "replace")).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+@contextmanager
+def seeded(*parts: object) -> Iterator[None]:
+    """Draw from a generator seeded by the parts inside, and leave torch's own as it was."""
+    devices = range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(derived_seed(*parts))
+        yield
+
+
+@torch.no_grad()
+def sample_responses(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    num_responses: int = 1,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float = 1.0,
+) -> list[list[list[int]]]:
+    """Responses to encoded prompts in one batch.
+
+    Args:
+        model: Causal language model in the right role.
+        tokenizer: With padding and end tokens.
+        prompts: N token lists.
+        num_responses: K, drawn for each prompt.
+        max_new_tokens: Longest response.
+        temperature: 0 decodes greedily.
+        top_p: Nucleus, in (0, 1].
+
+    Returns:
+        N lists of K token lists, without the end token.
+    """
+    device = next(model.parameters()).device
+    width = max(map(len, prompts))
+    pad = tokenizer.pad_token_id
+    ids = torch.full((len(prompts), width), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.as_tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    how = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        if temperature > 0
+        else {"do_sample": False}
+    )
+    sequences = model.generate(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        generation_config=GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            num_return_sequences=num_responses,
+            pad_token_id=pad,
+            eos_token_id=tokenizer.eos_token_id,
+            **how,
+        ),
+    )
+    rows = [_until(row, tokenizer.eos_token_id, pad) for row in sequences[:, width:].tolist()]
+    return [rows[i : i + num_responses] for i in range(0, len(rows), num_responses)]
+
+
+def _until(tokens: list[int], *ends: int) -> list[int]:
+    stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[:stop]
+
+
+def length_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Indices in batches of ``size`` of like length, the longest first; follows from the arguments alone."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    return [order[i : i + size] for i in range(0, len(order), size)]

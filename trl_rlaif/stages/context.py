@@ -1,0 +1,189 @@
+"""What every stage is given: the recipe, the run's folder, the plugins, and the models by what they are for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl_rlaif.artifacts import RunFolder, read_lines
+from trl_rlaif.data import Pair, load_prompts
+from trl_rlaif.encoding import PromptLike, chat_prompt, encode_prompt
+from trl_rlaif.errors import UserError
+from trl_rlaif.judging import Judge, JudgePrompt
+from trl_rlaif.models import ModelSpec, load_model, load_tokenizer
+from trl_rlaif.plugins import Plugins
+from trl_rlaif.recipe import JudgeSection, Recipe, prompt_folder
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+
+@dataclass
+class Context:
+    """One run. Models are loaded when a stage asks for them and go when it ends."""
+
+    recipe: Recipe
+    folder: RunFolder
+    plugins: Plugins
+    warnings: list[str] = field(default_factory=list)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's tokenizer."""
+        return load_tokenizer(self.recipe.model.path)
+
+    @property
+    def model_spec(self) -> ModelSpec:
+        """The base as the recipe describes it."""
+        model = self.recipe.model
+        return ModelSpec(model.path, model.dtype, model.quantization)
+
+    @property
+    def lora(self) -> LoraConfig:
+        """The adapters that are trained."""
+        from peft import LoraConfig
+
+        lora = self.recipe.model.lora
+        return LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=lora.target_modules,
+            task_type="CAUSAL_LM",
+        )
+
+    @property
+    def start(self) -> Path | None:
+        """The adapter that the policy starts as, where the recipe has the stage sft."""
+        return self.folder / "sft" if self.recipe.sft else None
+
+    def load_base(self) -> PreTrainedModel:
+        """The frozen base, on the device."""
+        import torch
+
+        torch.set_float32_matmul_precision(self.recipe.model.matmul_precision)
+        model = load_model(self.model_spec).eval().requires_grad_(False)
+        return model if self.model_spec.quantization == "nf4" else model.to(_device())
+
+    def judge(
+        self, section: str | JudgeSection, prompt: str, batch_tokens: int, base: Any = None, **options: Any
+    ) -> Judge:
+        """The judge that a section names; ``same`` is the base itself.
+
+        Args:
+            base: The base where it is already loaded, for ``same``.
+        """
+        template = JudgePrompt.load(prompt_folder(prompt))
+        if isinstance(section, str):
+            model = base if base is not None else self.load_base()
+            name = self.recipe.model.path
+            return Judge(model, self.tokenizer, template, name, batch_tokens, **options)
+        spec = ModelSpec(section.path, section.dtype, section.quantization)
+        model = load_model(spec).eval().requires_grad_(False)
+        model = model if spec.quantization == "nf4" else model.to(_device())
+        return Judge(model, load_tokenizer(section.path), template, section.path, batch_tokens)
+
+    def chat(self, prompt: PromptLike) -> PromptLike:
+        """A prompt in the form that the base was taught."""
+        return chat_prompt(prompt, self.tokenizer)
+
+    def encoded_prompts(
+        self, source: str, room: int, base: Any
+    ) -> tuple[list[Any], list[list[int]], dict[str, int]]:
+        """Prompts with their tokens, and what was skipped by reason.
+
+        Args:
+            source: A prompt file, folder or Hub id.
+            room: Tokens to keep free for the response.
+            base: The model, for its context length.
+
+        Raises:
+            UserError: No prompt is left.
+        """
+        loaded = load_prompts(source, category=self.recipe.data.category)
+        skipped = loaded.skip_counts()
+        limit = (getattr(base.config, "max_position_embeddings", None) or 10**9) - room
+        prompts, tokens = [], []
+        for prompt in loaded.items:
+            ids = encode_prompt(self.tokenizer, self.chat(prompt.prompt))
+            if len(ids) > limit:
+                skipped["prompt longer than the context"] = (
+                    skipped.get("prompt longer than the context", 0) + 1
+                )
+            else:
+                prompts.append(prompt)
+                tokens.append(ids)
+        if not prompts:
+            raise UserError("Every prompt is longer than the model's context.", where=source)
+        return prompts, tokens, skipped
+
+    def pairs(self) -> list[Pair]:
+        """The pairs of this run, from pairs.jsonl."""
+        rows = read_lines(self.folder / "pairs.jsonl")
+        known = ("id", "prompt", "response_1", "response_2", "category", "human")
+        return [
+            Pair(*(row.get(k) for k in known), {k: v for k, v in row.items() if k not in known})
+            for row in rows
+        ]
+
+    def transforms(self, section: str) -> list[Any]:
+        """The reward transforms that a section names, in its order."""
+        refs = getattr(self.recipe, section).transforms
+        return [self.plugins.registry.create("reward_transform", r.name, r.options) for r in refs]
+
+    def labeler(self) -> Any:
+        """The labeler that the recipe names, or the default one."""
+        if self.recipe.label is None:
+            return self.plugins.registry.create("labeler", "distilled")
+        ref = self.recipe.label.labeler
+        return self.plugins.registry.create("labeler", ref.name, ref.options)
+
+    def trainer_arguments(self, stage: str, config: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of a TRL config: the recipe's, over defaults that fit this run."""
+        defaults = {
+            "bf16": self.recipe.model.dtype == "bfloat16",
+            "report_to": "none",
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "save_strategy": "no",
+        }
+        # Naming save_steps asks for saving.
+        if "save_steps" in config:
+            defaults["save_strategy"] = "steps"
+        fixed = {"output_dir": str(self.folder / "checkpoints" / stage), "seed": self.recipe.run.seed}
+        return defaults | config | fixed
+
+    def callback(self, stage: str, description: str) -> TrainerCallback:
+        """Writes a trainer's logs to metrics.jsonl and drives the progress bar."""
+        from trl_rlaif.stages.callback import StageCallback
+
+        return StageCallback(self.folder, stage, description)
+
+
+def _device() -> str:
+    from accelerate import PartialState
+
+    return str(PartialState().device)
+
+
+def describe_counts(counts: dict[str, int]) -> str:
+    """Counts by reason for one line: ``3 empty, 1 identical``."""
+    return ", ".join(f"{n} {reason}" for reason, n in counts.items())
+
+
+def pair_row(pair: Pair) -> dict[str, Any]:
+    """A pair as a line of pairs.jsonl. What else the data had must not overwrite what is known."""
+    known = {
+        "id": pair.id,
+        "prompt": pair.prompt,
+        "response_1": pair.response_1,
+        "response_2": pair.response_2,
+        "category": pair.category,
+        "human": pair.human,
+    }
+    extra = {k: v for k, v in pair.extra.items() if k not in known}
+    return json.loads(json.dumps(known | extra, default=str))

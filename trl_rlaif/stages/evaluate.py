@@ -1,0 +1,182 @@
+"""The trained policy against the start on held-out prompts: win rate by the judge, and reward of both."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from typing import Any
+
+import torch
+
+from trl_rlaif.artifacts import to_line, write_atomically
+from trl_rlaif.data import Pair, Prompt
+from trl_rlaif.encoding import encode_response
+from trl_rlaif.judging import Judge
+from trl_rlaif.judging.scoring import token_batches
+from trl_rlaif.measures import bootstrap_mean, win_rate
+from trl_rlaif.ppo.actors import SharedActors
+from trl_rlaif.ppo.rollout import model_inputs
+from trl_rlaif.progress import progress_bar
+from trl_rlaif.roles import SharedBase
+from trl_rlaif.sampling import length_batches, sample_responses, seeded
+from trl_rlaif.stages.context import Context
+
+BATCH_TOKENS = 8192
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Write ``samples.jsonl``; return win rates and rewards by set."""
+    section, recipe, started = context.recipe.evaluate, context.recipe, time.monotonic()
+    shared = SharedBase(context.load_base(), context.folder / "policy", reference=context.start)
+    if recipe.reward and "reward" in recipe.rl.rewards:
+        shared.add_reward(context.folder / "reward")
+    shared.to(shared.model.device).eval()
+    label = recipe.label
+    prompt = section.prompt or (label.prompt if label else "general")
+    batch_tokens = label.batch_tokens if label else BATCH_TOKENS
+    # The same base without an adapter is the judge, where the judge is "same".
+    judge = context.judge(
+        section.judge, prompt, batch_tokens, shared.model, context=lambda: shared.role(None)
+    )
+    samples, sets = [], {}
+    for name, source in (section.sets or {"test": recipe.data.eval_prompts}).items():
+        rows, skipped = _compare(context, shared, judge, name, source)
+        samples += rows
+        sets[name] = _numbers(rows, recipe.run.seed) | {"skipped": skipped}
+    write_atomically(context.folder / "samples.jsonl", "".join(map(to_line, samples)))
+    return {"judge": judge.name, "sets": sets, "seconds": time.monotonic() - started}
+
+
+def _compare(
+    context: Context, shared: SharedBase, judge: Judge, name: str, source: str
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """One line a prompt: both responses, their rewards, and the judge's probability for the trained one."""
+    length = _max_new_tokens(context)
+    prompts, tokens, skipped = context.encoded_prompts(source, length, shared.model)
+    start = _responses(context, shared, shared.reference, f"{name}: start", prompts, tokens, length)
+    trained = _responses(context, shared, "policy", f"{name}: trained", prompts, tokens, length)
+    preferred = _preferred(context, judge, name, prompts, start, trained)
+    rewards = [None, None]
+    if "reward" in shared.heads:
+        rewards = [_rewards(context, shared, tokens, texts) for texts in (start, trained)]
+    rows = []
+    for i, item in enumerate(prompts):
+        rows.append(
+            {
+                "set": name,
+                "id": item.id,
+                "prompt": item.prompt,
+                "category": item.category,
+                "start": start[i],
+                "trained": trained[i],
+                "tokens_start": len(encode_response(context.tokenizer, start[i])) - 1,
+                "tokens_trained": len(encode_response(context.tokenizer, trained[i])) - 1,
+                "reward_start": rewards[0][i] if rewards[0] else None,
+                "reward_trained": rewards[1][i] if rewards[1] else None,
+                "p_trained": preferred[i],
+            }
+        )
+    return rows, skipped
+
+
+def _max_new_tokens(context: Context) -> int:
+    recipe = context.recipe
+    given = recipe.evaluate.max_new_tokens or recipe.rl.config.get("response_length")
+    return given or (recipe.sample.max_new_tokens if recipe.sample else 128)
+
+
+def _responses(
+    context: Context,
+    shared: SharedBase,
+    role: str | None,
+    description: str,
+    prompts: list[Prompt],
+    tokens: list[list[int]],
+    length: int,
+) -> list[str]:
+    """One response a prompt under a role, in the prompts' order."""
+    section = context.recipe.evaluate
+    texts = [""] * len(prompts)
+    with progress_bar(f"Answering ({description})", len(prompts)) as advance, shared.role(role):
+        for batch in length_batches([len(t) for t in tokens], section.batch_size):
+            with seeded(context.recipe.run.seed, "evaluate", *(prompts[i].id for i in batch)):
+                drawn = sample_responses(
+                    shared.model,
+                    context.tokenizer,
+                    [tokens[i] for i in batch],
+                    max_new_tokens=length,
+                    temperature=section.temperature,
+                )
+            for i, (ids,) in zip(batch, drawn, strict=True):
+                texts[i] = context.tokenizer.decode(ids, skip_special_tokens=True).strip()
+            advance(len(batch))
+    return texts
+
+
+def _preferred(
+    context: Context, judge: Judge, name: str, prompts: list[Prompt], start: list[str], trained: list[str]
+) -> list[float | None]:
+    """The judge's probability that the trained response is better; equal responses are a tie unasked."""
+    result: list[float | None] = [0.5] * len(prompts)
+    different = [i for i in range(len(prompts)) if start[i] != trained[i]]
+    pairs = [Pair(str(i), prompts[i].prompt, trained[i], start[i]) for i in different]
+    with progress_bar(f"Judging ({name})", len(pairs)) as advance:
+        for label in context.labeler().label(pairs, judge):
+            result[int(label.id)] = label.p
+            advance(1)
+    return result
+
+
+@torch.no_grad()
+def _rewards(
+    context: Context, shared: SharedBase, prompts: list[list[int]], responses: list[str]
+) -> list[float]:
+    """Scores of the reward role for each response, read at its end token."""
+    encoded = [encode_response(context.tokenizer, text) for text in responses]
+    lengths = [len(p) + len(r) for p, r in zip(prompts, encoded, strict=True)]
+    device, pad = shared.model.device, context.tokenizer.pad_token_id
+    scores = [0.0] * len(prompts)
+    for batch in token_batches(lengths, BATCH_TOKENS):
+        p, r = max(len(prompts[i]) for i in batch), max(len(encoded[i]) for i in batch)
+        prompt_ids = torch.full((len(batch), p), pad)
+        mask = torch.zeros_like(prompt_ids, dtype=torch.bool)
+        response_ids = torch.full((len(batch), r), pad)
+        for row, i in enumerate(batch):
+            prompt_ids[row, p - len(prompts[i]) :] = torch.as_tensor(prompts[i])
+            mask[row, p - len(prompts[i]) :] = True
+            response_ids[row, : len(encoded[i])] = torch.as_tensor(encoded[i])
+        sizes = torch.tensor([len(encoded[i]) for i in batch])
+        inputs = model_inputs(*(t.to(device) for t in (prompt_ids, mask, response_ids, sizes)))
+        for i, score in zip(batch, SharedActors(shared).scores(inputs).float().tolist(), strict=True):
+            scores[i] = score
+    return scores
+
+
+def _numbers(rows: list[dict[str, Any]], seed: int) -> dict[str, Any]:
+    judged = [row for row in rows if row["p_trained"] is not None]
+    numbers: dict[str, Any] = {"prompts": len(rows), "unjudged": len(rows) - len(judged)}
+    if judged:
+        numbers |= win_rate([row["p_trained"] for row in judged], seed=seed)
+    for side in ("start", "trained"):
+        numbers[f"tokens_{side}"] = statistics.fmean(row[f"tokens_{side}"] for row in rows)
+        numbers[f"reward_{side}"] = _mean([row[f"reward_{side}"] for row in rows], seed)
+    gains = [
+        None if row["reward_start"] is None else row["reward_trained"] - row["reward_start"] for row in rows
+    ]
+    numbers["reward_gain"] = _mean(gains, seed)
+    by_category = defaultdict(list)
+    for row in judged:
+        if row["category"] is not None:
+            by_category[row["category"]].append(row["p_trained"])
+    numbers["by_category"] = {
+        category: {"win_rate": win_rate(p)["win_rate"], "n": len(p)} for category, p in by_category.items()
+    }
+    return numbers
+
+
+def _mean(values: list[float | None], seed: int) -> dict[str, Any] | None:
+    """Mean and 95% bootstrap interval over prompts; None where there is no reward model."""
+    if any(value is None for value in values):
+        return None
+    return {"mean": statistics.fmean(values), "interval": bootstrap_mean(values, seed=seed)}

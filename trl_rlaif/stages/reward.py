@@ -1,0 +1,165 @@
+"""The reward model: a LoRA adapter with a score head, trained on the soft labels."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trl_rlaif.artifacts import write_folder
+from trl_rlaif.encoding import encode_prompt, encode_response
+from trl_rlaif.errors import UserError
+from trl_rlaif.judging.scoring import token_batches
+from trl_rlaif.measures import wilson
+from trl_rlaif.stages.context import Context
+from trl_rlaif.stages.label import write_preferences
+from trl_rlaif.stages.sft import last_checkpoint
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+HUMAN_P = {1: 1.0, 2: 0.0, 0: 0.5}
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Train ``reward/``; return its accuracy on held-out pairs."""
+    from trl_rlaif.reward.config import RewardConfig
+
+    section, started = context.recipe.reward, time.monotonic()
+    if context.recipe.label is None:
+        _preferences_of_people(context)
+    arguments = context.trainer_arguments("reward", section.config)
+    config = RewardConfig(**{"gradient_checkpointing": False} | arguments)
+    train, held_out, too_long = _datasets(context, section.eval_fraction, config.max_length)
+    torch.manual_seed(context.recipe.run.seed)
+    trainer = _trainer(context, config, train)
+    callback = context.callback("reward", "Training the reward model")
+    callback.attach(trainer)
+    try:
+        trainer.train(resume_from_checkpoint=last_checkpoint(arguments["output_dir"]))
+    finally:
+        callback.close()
+    write_folder(context.folder / "reward", lambda folder: _save(trainer, context.tokenizer, folder))
+    numbers = {"train_pairs": len(train), "eval_pairs": len(held_out), "skipped": too_long}
+    if len(held_out):
+        numbers |= _held_out_accuracy(context, trainer, held_out)
+    return numbers | {"seconds": time.monotonic() - started}
+
+
+def _preferences_of_people(context: Context) -> None:
+    """Without the stage label, the data's human choices are the labels."""
+    pairs = context.pairs()
+    p = {pair.id: HUMAN_P[pair.human] for pair in pairs if pair.human is not None}
+    if not p:
+        raise UserError(
+            "There is no stage label, and no pair says which response a person preferred.",
+            where=context.recipe.line(("reward",)),
+            fix="Add a label section, or pairs with human choices.",
+        )
+    write_preferences(context, pairs, p)
+
+
+def _datasets(
+    context: Context, eval_fraction: float, max_length: int | None
+) -> tuple[Dataset, Dataset, dict[str, int]]:
+    """Tokenized training and held-out pairs, and how many were too long."""
+    from datasets import load_from_disk
+
+    dataset = load_from_disk(str(context.folder / "preferences"))
+    tokenized = dataset.map(
+        lambda row: tokenize_preference(context.tokenizer, row),
+        remove_columns=[c for c in dataset.column_names if c not in ("p", "category")],
+        load_from_cache_file=False,
+    )
+    kept = [
+        i
+        for i, row in enumerate(tokenized)
+        if max_length is None or max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= max_length
+    ]
+    too_long = {"longer than max_length": len(tokenized) - len(kept)} if len(kept) < len(tokenized) else {}
+    tokenized = tokenized.select(kept)
+    n_eval = round(len(tokenized) * eval_fraction)
+    if len(tokenized) - n_eval < 1:
+        raise UserError(
+            f"{len(tokenized)} usable preferences are too few to train on.",
+            where=context.recipe.line(("reward",)),
+            fix="Give more pairs, or raise reward.max_length.",
+        )
+    shuffled = tokenized.shuffle(seed=context.recipe.run.seed)
+    return shuffled.select(range(n_eval, len(shuffled))), shuffled.select(range(n_eval)), too_long
+
+
+def tokenize_preference(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> dict[str, list[int]]:
+    """``chosen_ids`` and ``rejected_ids`` of a preference: prompt, response and end token, as PPO has them."""
+    prompt = encode_prompt(tokenizer, row["prompt"])
+
+    def text(response: Any) -> str:
+        return response if isinstance(response, str) else response[0]["content"]
+
+    return {
+        "chosen_ids": prompt + encode_response(tokenizer, text(row["chosen"])),
+        "rejected_ids": prompt + encode_response(tokenizer, text(row["rejected"])),
+    }
+
+
+def _trainer(context: Context, config: Any, train: Dataset) -> Any:
+    from trl_rlaif.models import load_model
+    from trl_rlaif.reward.trainer import RewardTrainer
+
+    torch.set_float32_matmul_precision(context.recipe.model.matmul_precision)
+    lora = context.lora
+    lora.task_type, lora.modules_to_save = "SEQ_CLS", ["score"]
+    return RewardTrainer(
+        model=load_model(context.model_spec, num_labels=1),
+        args=config,
+        train_dataset=train,
+        processing_class=context.tokenizer,
+        peft_config=lora,
+        reward_transforms=context.transforms("reward"),
+    )
+
+
+def _save(trainer: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    trainer.model.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+    for i, transform in enumerate(trainer.reward_transforms):
+        torch.save(transform.state_dict(), folder / f"transform_{i}.pt")
+
+
+def _held_out_accuracy(context: Context, trainer: Any, held_out: Dataset) -> dict[str, Any]:
+    """Share of held-out pairs that the model ranks as their label does; a label of 0.5 is left out."""
+    decided = [row for row in held_out if row["p"] != 0.5]
+    if not decided:
+        return {"accuracy": None, "accuracy_interval": None}
+    pad = context.tokenizer.pad_token_id
+    chosen = score_sequences(trainer.model, [row["chosen_ids"] for row in decided], pad)
+    rejected = score_sequences(trainer.model, [row["rejected_ids"] for row in decided], pad)
+    hits = int((chosen > rejected).sum())
+    return {"accuracy": hits / len(decided), "accuracy_interval": wilson(hits, len(decided))}
+
+
+@torch.no_grad()
+def score_sequences(
+    model: Any, sequences: list[list[int]], pad_id: int, batch_tokens: int = 8192
+) -> torch.Tensor:
+    """Scores of whole token sequences by a sequence classification model.
+
+    Returns:
+        (N,) float32, on the CPU, in the order given.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    scores = torch.empty(len(sequences))
+    for batch in token_batches([len(s) for s in sequences], batch_tokens):
+        width = max(len(sequences[i]) for i in batch)
+        ids = torch.full((len(batch), width), pad_id)
+        mask = torch.zeros_like(ids)
+        for row, i in enumerate(batch):
+            ids[row, : len(sequences[i])] = torch.as_tensor(sequences[i])
+            mask[row, : len(sequences[i])] = 1
+        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+        scores[batch] = logits.float().squeeze(-1).cpu()
+    return scores

@@ -1,0 +1,119 @@
+"""Reinforcement learning: PPO on one base, with the reward adapter, reward functions, or both."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl_rlaif.artifacts import write_folder
+from trl_rlaif.errors import UserError
+from trl_rlaif.stages.context import Context
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# A tenth of the updates may be lost to a kill, where the recipe says nothing of save_steps.
+_SAVES = 10
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Train ``policy/``; return the first and last numbers of the run itself."""
+    from trl_rlaif.ppo.config import PPOConfig
+    from trl_rlaif.ppo.trainer import PPOTrainer
+    from trl_rlaif.roles import SharedBase
+
+    section, started = context.recipe.rl, time.monotonic()
+    arguments = context.trainer_arguments("rl", section.config)
+    if "save_strategy" not in section.config:
+        arguments["save_strategy"] = "steps"
+        arguments.setdefault("save_steps", 1 / _SAVES)
+        arguments.setdefault("save_total_limit", 2)
+    # The default of the loop is TRL's, none; a policy that shall learn to stop needs one.
+    if "stop_token_id" not in arguments:
+        arguments.setdefault("stop_token", "eos")
+    config = PPOConfig(**{"gradient_checkpointing": False, "num_sample_generations": 0} | arguments)
+    base = context.load_base()
+    dataset, skipped = _prompts(context, base, config)
+    shared = SharedBase(base, context.start or context.lora, reference=context.start)
+    trainer = PPOTrainer(
+        config,
+        context.tokenizer,
+        shared,
+        reward_model=context.folder / "reward" if "reward" in section.rewards else None,
+        train_dataset=dataset,
+        reward_funcs=[load_function(name) for name in section.rewards if name != "reward"],
+        reward_transforms=context.transforms("rl"),
+        data_selectors=[
+            context.plugins.registry.create("data_selector", ref.name, ref.options)
+            for ref in section.selectors
+        ],
+        plugins=context.plugins,
+    )
+    callback = context.callback("rl", "Training the policy")
+    callback.attach(trainer)
+    try:
+        trainer.train(resume_from_checkpoint=True)
+    finally:
+        callback.close()
+    write_folder(context.folder / "policy", lambda folder: trainer.save_model(str(folder)))
+    return _numbers(trainer, skipped) | {"seconds": time.monotonic() - started}
+
+
+def _prompts(context: Context, base: Any, config: Any) -> tuple[Dataset, dict[str, int]]:
+    from datasets import Dataset
+
+    room = config.response_length
+    prompts, tokens, skipped = context.encoded_prompts(context.recipe.data.prompts, room, base)
+    rows = [
+        {"id": p.id, "prompt": context.chat(p.prompt), "category": p.category, "input_ids": ids}
+        for p, ids in zip(prompts, tokens, strict=True)
+    ]
+    extra = set.intersection(*(set(p.extra) for p in prompts)) - set(rows[0])
+    for row, prompt in zip(rows, prompts, strict=True):
+        row |= {name: prompt.extra[name] for name in extra}
+    return Dataset.from_list(rows), skipped
+
+
+def load_function(name: str) -> Any:
+    """A reward function from ``package.module:function`` or ``path/to/file.py:function``.
+
+    Raises:
+        UserError: It cannot be imported, or is not callable.
+    """
+    place, _, attribute = name.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+        function = getattr(module, attribute)
+    except Exception as error:  # whatever the user's own module raises
+        raise UserError(
+            f"The reward '{name}' cannot be imported: {type(error).__name__}: {error}",
+            fix="Write package.module:function or path/to/file.py:function.",
+        ) from error
+    if not callable(function):
+        raise UserError(f"The reward '{name}' is not a function.")
+    return function
+
+
+def _numbers(trainer: Any, skipped: dict[str, int]) -> dict[str, Any]:
+    logged = [entry for entry in trainer.state.log_history if "objective/scores" in entry]
+    numbers = {
+        "updates": trainer.state.global_step,
+        "episodes": trainer.state.episode,
+        "prompts": len(trainer.train_dataset),
+        "skipped": skipped,
+    }
+    if logged:
+        numbers |= {
+            "score_first": logged[0]["objective/scores"],
+            "score_last": logged[-1]["objective/scores"],
+            "kl_last": logged[-1]["objective/kl"],
+        }
+    return numbers

@@ -1,0 +1,139 @@
+"""Pairs of responses: drawn from the starting policy, or read from the recipe's data."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from trl_rlaif.artifacts import append_lines, read_lines, to_line, write_atomically
+from trl_rlaif.data import Pair, Prompt, load_pairs
+from trl_rlaif.errors import UserError
+from trl_rlaif.progress import progress_bar
+from trl_rlaif.recipe import SampleSection
+from trl_rlaif.sampling import length_batches, sample_responses, seeded
+from trl_rlaif.stages.context import Context, pair_row
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Write ``pairs.jsonl`` and return how many there are, and what was dropped and why."""
+    return _read_pairs(context) if context.recipe.data.pairs else _sample_pairs(context)
+
+
+def _read_pairs(context: Context) -> dict[str, Any]:
+    data, started = context.recipe.data, time.monotonic()
+    loaded = load_pairs(data.pairs, format=data.format, category=data.category, seed=context.recipe.run.seed)
+    _write_pairs(context, [pair_row(pair) for pair in loaded.items])
+    return {
+        "pairs": len(loaded.items),
+        "dropped": loaded.skip_counts(),
+        "seconds": time.monotonic() - started,
+    }
+
+
+def _sample_pairs(context: Context) -> dict[str, Any]:
+    section, started = context.recipe.sample, time.monotonic()
+    base = context.load_base()
+    model, role = starting_policy(context, base)
+    prompts, tokens, skipped = context.encoded_prompts(
+        context.recipe.data.prompts, section.max_new_tokens, base
+    )
+    partial = context.folder / "pairs.partial.jsonl"
+    done = {row["id"]: row for row in read_lines(partial)}
+    seed = context.recipe.run.seed if section.seed is None else section.seed
+    sampler = _Sampler(context, section, model, seed)
+    batches = length_batches([len(t) for t in tokens], max(1, section.batch_size // section.num_responses))
+    with progress_bar("Sampling", len(prompts), len(done)) as advance, role:
+        for batch in batches:
+            todo = [i for i in batch if prompts[i].id not in done]
+            if not todo:
+                continue
+            # The whole batch is drawn again even where a kill left part of it: the draws depend on it.
+            rows = sampler.draw([prompts[i] for i in batch], [tokens[i] for i in batch])
+            fresh = [row for row in rows if row["id"] not in done]
+            append_lines(partial, fresh)
+            done |= {row["id"]: row for row in fresh}
+            advance(len(fresh))
+    rows = [done[prompt.id] for prompt in prompts]
+    pairs = [{k: v for k, v in row.items() if k != "redraws"} for row in rows if "dropped" not in row]
+    dropped = dict(Counter(row["dropped"] for row in rows if "dropped" in row))
+    if not pairs:
+        raise UserError(
+            "No prompt gave two different responses.", fix="Raise sample.temperature or sample.redraws."
+        )
+    _write_pairs(context, pairs)
+    partial.unlink()
+    return {
+        "prompts": len(prompts),
+        "pairs": len(pairs),
+        "dropped": skipped | dropped,
+        "redrawn": sum(row["redraws"] > 0 for row in rows),
+        "seconds": time.monotonic() - started,
+    }
+
+
+def starting_policy(context: Context, base: Any) -> tuple[Any, AbstractContextManager]:
+    """The model that samples, and the context in which it is the start: the base, or its sft adapter."""
+    if context.start is None:
+        return base, nullcontext()
+    from trl_rlaif.roles import SharedBase
+
+    shared = SharedBase(base, context.start)
+    return shared.model, shared.role("policy")
+
+
+def _write_pairs(context: Context, rows: list[dict[str, Any]]) -> None:
+    write_atomically(context.folder / "pairs.jsonl", "".join(map(to_line, rows)))
+
+
+@dataclass
+class _Sampler:
+    """Draws responses for a batch of prompts until two of them differ, or the redraws are used up."""
+
+    context: Context
+    section: SampleSection
+    model: Any
+    seed: int
+
+    def draw(self, prompts: list[Prompt], tokens: list[list[int]]) -> list[dict[str, Any]]:
+        """A row for each prompt: a pair, or ``dropped`` with the reason."""
+        responses: dict[str, list[str]] = {prompt.id: [] for prompt in prompts}
+        redraws = dict.fromkeys(responses, 0)
+        missing = list(range(len(prompts)))
+        for attempt in range(self.section.redraws + 1):
+            ids = [prompts[i].id for i in missing]
+            with seeded(self.seed, "sample", attempt, *ids):
+                drawn = sample_responses(
+                    self.model,
+                    self.context.tokenizer,
+                    [tokens[i] for i in missing],
+                    num_responses=self.section.num_responses,
+                    max_new_tokens=self.section.max_new_tokens,
+                    temperature=self.section.temperature,
+                    top_p=self.section.top_p,
+                )
+            for prompt_id, texts in zip(ids, drawn, strict=True):
+                responses[prompt_id] += self._texts(texts)
+                redraws[prompt_id] = attempt
+            missing = [i for i in missing if len(_different(responses[prompts[i].id])) < 2]
+            if not missing:
+                break
+        return [self._row(p, responses[p.id], redraws[p.id]) for p in prompts]
+
+    def _texts(self, drawn: list[list[int]]) -> list[str]:
+        return [t.strip() for t in self.context.tokenizer.batch_decode(drawn, skip_special_tokens=True)]
+
+    @staticmethod
+    def _row(prompt: Prompt, responses: list[str], redraws: int) -> dict[str, Any]:
+        different = _different(responses)
+        if len(different) < 2:
+            reason = "responses are identical" if different else "empty response"
+            return {"id": prompt.id, "dropped": reason, "redraws": redraws}
+        pair = Pair(prompt.id, prompt.prompt, *different[:2], prompt.category, None, prompt.extra)
+        return pair_row(pair) | {"redraws": redraws}
+
+
+def _different(responses: list[str]) -> list[str]:
+    return list(dict.fromkeys(text for text in responses if text))
