@@ -112,9 +112,7 @@ def test_missing_data(only, name, fix):
 
 
 def test_missing_evaluation_set_has_its_line(only):
-    problem = only(
-        HEAD + "  prompts: prompts.jsonl\nrl: {rewards: [direct]}\nevaluate:\n  sets:\n    a: evil.jsonl\n"
-    )
+    problem = only(HEAD + "  prompts: prompts.jsonl\nrl: {rewards: [direct]}\nevaluate:\n  sets:\n    a: evil.jsonl\n")
     assert (problem.where, problem.fix) == ("recipe.yaml:7", "Did you mean 'eval.jsonl'?")
 
 

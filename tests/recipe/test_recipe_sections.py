@@ -202,6 +202,15 @@ def test_lora_is_checked(problems):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("value", "key", "shown"),
+    [("[a, 3]", "lora.target_modules.1", "3"), ("3", "lora.target_modules", "3"), ("''", "lora.target_modules", '""')],
+)
+def test_each_wrong_entry_is_reported_once(only, value, key, shown):
+    problem = only(f"model: {{path: gpt2, lora: {{target_modules: {value}}}}}\ndata:\nreport:\n")
+    assert problem.what == f"'{key}' in section 'model' is {shown}."
+
+
 class TestComponents:
     HEAD = HEAD + "sample:\nlabel:\nreward:\n  transforms:\n"
 
@@ -236,17 +245,11 @@ class TestComponents:
         assert problem.fix == (fix or problem.fix)
 
     def test_option_has_its_own_line(self, only):
-        assert (
-            only(self.HEAD + "    - advantage:\n        margin: 2\n        margn: 3\n").where
-            == "recipe.yaml:9"
-        )
+        assert only(self.HEAD + "    - advantage:\n        margin: 2\n        margn: 3\n").where == "recipe.yaml:9"
 
     def test_option_that_is_not_indented(self, only):
         problem = only(self.HEAD + "    - advantage:\n      margin: 2\n")
-        assert (
-            problem.what
-            == "'transforms.0' in section 'reward' holds 2 keys, and should name one reward transform."
-        )
+        assert problem.what == "'transforms.0' in section 'reward' holds 2 keys, and should name one reward transform."
         assert "indented below the name" in problem.fix
 
     def test_not_a_list(self, only):
@@ -256,9 +259,7 @@ class TestComponents:
 
     def test_broken_plugin_is_named(self, only):
         problem = only(HEAD + "sample:\nlabel:\n  labeler: broken\n")
-        assert problem == Problem(
-            "The plugin acme 1.0 cannot be imported.", "recipe.yaml:5", "Uninstall acme."
-        )
+        assert problem == Problem("The plugin acme 1.0 cannot be imported.", "recipe.yaml:5", "Uninstall acme.")
 
 
 class TestTrlFields:
@@ -297,6 +298,7 @@ class TestTrlFields:
             ("zzzz: 1", "unknown key 'zzzz' in section 'rl'.",
              "Known keys: algorithm, rewards, transforms, selectors, and the fields of PPOConfig."),
             ("kl_coef: much", "'kl_coef' in section 'rl' is \"much\".", "Write a number."),
+            ("kl_coef: true", "'kl_coef' in section 'rl' is true.", "Write a number."),
             ("kl_coef:", "'kl_coef' in section 'rl' is empty (null).", "Write a number."),
             ("num_ppo_epochs: 3.7", "'num_ppo_epochs' in section 'rl' is 3.7.", "Write a whole number."),
             ("num_ppo_epochs: yes", "'num_ppo_epochs' in section 'rl' is true.", "Write a whole number."),

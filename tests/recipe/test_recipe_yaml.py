@@ -83,9 +83,7 @@ def test_override_of_an_alias_changes_one_place_only(parse):
 
 
 def test_duplicate_key(only):
-    problem = only(
-        "model: {path: gpt2}\ndata: {prompts: prompts.jsonl}\nsample:\n  top_p: 0.5\n  top_p: 0.6\n"
-    )
+    problem = only("model: {path: gpt2}\ndata: {prompts: prompts.jsonl}\nsample:\n  top_p: 0.5\n  top_p: 0.6\n")
     assert problem == Problem(
         "the key 'top_p' is written twice; the first is in line 4.", "recipe.yaml:5", "Remove one of them."
     )

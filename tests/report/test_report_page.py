@@ -1,4 +1,4 @@
-"""The report of a run's folder: what it says, what it leaves out, and that no text of a model can act in it."""
+"""The report of a run's folder: what it says, what it leaves out, and that no text in it can act."""
 
 from __future__ import annotations
 
@@ -47,9 +47,11 @@ def make_results() -> dict:
         "sample": {"prompts": 321, "pairs": 612, "dropped": {"too long": 9}, "redrawn": 2, "seconds": 734},
         "label": {
             "pairs": 612, "labeled": 598, "skipped": {"no answer": 14}, "mean_confidence": 0.764,
-            "position_bias": {"rate": 0.123, "interval": [0.101, 0.149], "n": 598, "first": 0.1, "second": 0.02},
+            "position_bias":
+                {"rate": 0.123, "interval": [0.101, 0.149], "n": 598, "first": 0.1, "second": 0.02},
             "mass": {"mean": 0.965, "min": 0.71, "low": 0},
-            "agreement": {"rate": 0.713, "interval": [0.648, 0.771], "n": 200}, "judge": "judge-a", "seconds": 4.2,
+            "agreement": {"rate": 0.713, "interval": [0.648, 0.771], "n": 200},
+            "judge": "judge-a", "seconds": 4.2,
         },
         "reward": {
             "train_pairs": 500, "eval_pairs": 98, "skipped": 0,
@@ -74,7 +76,8 @@ def make_run(folder: Path, text: str = "plain words", category: str = "code") ->
     ]
     metrics += [
         {
-            "stage": "rl", "step": s, "objective/kl": 0.1 * s, "objective/scores": 0.2 * s, "loss/policy_avg": -0.01,
+            "stage": "rl", "step": s, "objective/kl": 0.1 * s, "objective/scores": 0.2 * s,
+            "loss/policy_avg": -0.01,
             "rollout/length": 40 + s, f"reward/{category}": 0.1 * s, "reward/chat": 0.2, "extra/metric": 3.25,
         }
         for s in range(1, 13)
@@ -117,7 +120,7 @@ def set_results(folder: Path, change) -> None:
 
 
 class Page(HTMLParser):
-    """What a browser would make of the page: scripts, elements with their attributes, and the visible text."""
+    """What a browser would make of the page: scripts, elements with attributes, and the visible text."""
 
     def __init__(self, source: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -354,6 +357,15 @@ def test_plain_page_reaches_for_nothing_outside(tmp_path):
     assert_only_our_script(Page(source))
     for outside in ("http://", "https://", "@import", "url(h", "innerHTML"):
         assert outside not in source, outside
+
+
+def test_category_is_no_formula_and_no_markup_in_drawings(tmp_path):
+    category = "$\\frac$ </svg><b>"
+    folder = make_run(tmp_path / "run", category=category)
+    page = read(folder)
+    labels = write_report(folder).read_text(encoding="utf-8").count("$\\frac$ &lt;/svg&gt;&lt;b&gt;</text>")
+    assert labels == 2, "in the legend of the scores by category, and beside its means"
+    assert_only_our_script(page)
 
 
 def test_drawings_are_titled_and_share_no_ids(tmp_path):

@@ -128,9 +128,14 @@ def model_inputs(
 ) -> dict[str, torch.Tensor]:
     """Prompts and responses as one batch: padded on the left before, on the right behind.
 
+    Columns that are padding in every row are left out on the left.
+
     Returns:
-        input_ids, attention_mask and position_ids, (B, P + T) int64 each.
+        input_ids, attention_mask and position_ids, (B, at most P + T) int64 each; the last T columns
+        are the responses.
     """
+    first = int(prompt_mask.int().argmax(1).min())
+    prompt_ids, prompt_mask = prompt_ids[:, first:], prompt_mask[:, first:]
     width = response_ids.shape[1]
     response_mask = torch.arange(width, device=lengths.device) < lengths[:, None]
     mask = torch.cat((prompt_mask.bool(), response_mask), 1)

@@ -196,7 +196,7 @@ class PPOTrainer(TrlPPOTrainer):
             prompt_ids, prompt_mask, response_ids, lengths, ended, logprobs, logprobs, logprobs,
             batch["prompt"], completions, batch["columns"],
         )  # fmt: skip
-        return self._with_references(rollout, chunks)
+        return self._with_references(rollout)
 
     def _generate(self, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with self.actors.playing("policy"), self.accelerator.autocast():
@@ -219,23 +219,33 @@ class PPOTrainer(TrlPPOTrainer):
             for text, prompt in zip(texts, prompts, strict=True)
         ]
 
-    def _with_references(self, rollout: Rollout, chunks: Sequence[torch.Tensor]) -> Rollout:
+    def _with_references(self, rollout: Rollout) -> Rollout:
         """The rollout with the reference's log-probabilities and the values; nothing behind the ends."""
         width = rollout.response_ids.shape[1]
-        references, values = [], []
-        for rows in chunks:
+        references, values = torch.zeros_like(rollout.logprobs), torch.zeros_like(rollout.logprobs)
+        for rows in self._forward_chunks(rollout):
             inputs = model_inputs(*self._sequences(rollout, rows))
             with self.accelerator.autocast():
                 logits = self.actors.logits("reference", inputs, width + 1)[:, :-1]
-                values.append(self.actors.values(inputs, width + 1)[:, :-1].float())
-            references.append(losses.token_logprobs(logits, rollout.response_ids[rows], self.temperature))
+                values[rows] = self.actors.values(inputs, width + 1)[:, :-1].float()
+            references[rows] = losses.token_logprobs(logits, rollout.response_ids[rows], self.temperature)
         mask, value_mask = rollout.masks()
         return replace(
             rollout,
             logprobs=rollout.logprobs.masked_fill(~mask, 0),
-            ref_logprobs=torch.cat(references).masked_fill(~mask, 0),
-            values=torch.cat(values).masked_fill(~value_mask, 0),
+            ref_logprobs=references.masked_fill(~mask, 0),
+            values=values.masked_fill(~value_mask, 0),
         )
+
+    def _forward_chunks(self, rollout: Rollout) -> tuple[torch.Tensor, ...]:
+        """Rows of like length together, as many as a training step holds: little padding is computed."""
+        order = self._by_length(rollout, torch.arange(len(rollout.prompts)))
+        return order.split(self.args.per_device_train_batch_size)
+
+    @staticmethod
+    def _by_length(rollout: Rollout, rows: torch.Tensor) -> torch.Tensor:
+        lengths = rollout.prompt_mask.sum(1).cpu()
+        return rows[lengths[rows].argsort(stable=True)]
 
     @staticmethod
     def _sequences(rollout: Rollout, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -253,10 +263,11 @@ class PPOTrainer(TrlPPOTrainer):
         total = torch.zeros(len(rollout.prompts), device=device)
         self._reward_parts: dict[str, float] = {}
         if self.reward_model is not None or (self.shared is not None and "reward" in self.shared.heads):
-            rows = torch.arange(len(total)).split(self.args.local_rollout_forward_batch_size)
-            with self.accelerator.autocast():
-                parts = [self.actors.scores(model_inputs(*self._sequences(rollout, r))) for r in rows]
-            total = total + self._part("model", torch.cat(parts).float())
+            scores = torch.zeros_like(total)
+            for rows in self._forward_chunks(rollout):
+                with self.accelerator.autocast():
+                    scores[rows] = self.actors.scores(model_inputs(*self._sequences(rollout, rows))).float()
+            total = total + self._part("model", scores)
         for function in self.reward_funcs:
             scores = call_reward(function, rollout, trainer_state=self.state).to(device)
             total = total + self._part(reward_name(function), scores)
@@ -301,7 +312,7 @@ class PPOTrainer(TrlPPOTrainer):
         for _ in range(args.num_ppo_epochs):
             order = torch.randperm(args.local_batch_size, generator=self._minibatch_order)
             for minibatch in order.split(args.local_mini_batch_size):
-                micro_batches = minibatch.split(args.per_device_train_batch_size)
+                micro_batches = self._by_length(rollout, minibatch).split(args.per_device_train_batch_size)
                 for rows in micro_batches:
                     # Accelerate divides by the number of micro-batches; they may be of unequal size.
                     weight = len(rows) * len(micro_batches) / len(minibatch)

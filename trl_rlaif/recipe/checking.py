@@ -20,7 +20,7 @@ _NOT_THE_TYPE = {"string_pattern_mismatch", "multiple_of", "too_long", "string_t
 def report_invalid(
     error: ValidationError, model: type[BaseModel], data: Any, source: Source, base: KeyPath, owner: str
 ) -> None:
-    """Report each key that a model refused, once.
+    """Report each key that a model refused.
 
     Args:
         error: What validating ``data`` with ``model`` raised.
@@ -30,15 +30,13 @@ def report_invalid(
         base: Key path of ``data`` in the recipe.
         owner: What the keys belong to, for example ``section 'sample'``.
     """
-    seen = set()
-    for detail in error.errors(include_url=False):
-        path, value = _walk(data, detail["loc"])
-        kind = detail["type"]
-        # A union reports each of its branches; one problem a key is enough.
-        key = (path, detail["loc"][-1] if kind == "missing" else None)
-        if key in seen:
+    details = error.errors(include_url=False)
+    places = [_walk(data, detail["loc"]) for detail in details]
+    for detail, (path, value) in zip(details, places, strict=True):
+        # A union reports each of its branches: of `str | list[str]` for [a, 3] only the 3 is wrong.
+        deeper = any(len(other) > len(path) and other[: len(path)] == path for other, _ in places)
+        if deeper and detail["type"] not in {"missing", *_UNKNOWN_KEY}:
             continue
-        seen.add(key)
         what, fix = _describe(detail, model, path, value, owner)
         source.report((*base, *path), what, fix)
 

@@ -49,9 +49,7 @@ def find_recipe(recipe: str | Path) -> tuple[Path, str]:
     if str(recipe) in packaged:
         return packaged[str(recipe)], str(packaged[str(recipe)])
     if path.is_dir():
-        raise UserError(
-            "this is a folder, not a recipe.", where=str(recipe), fix="Name the .yaml file in it."
-        )
+        raise UserError("this is a folder, not a recipe.", where=str(recipe), fix="Name the .yaml file in it.")
     names = [name for name in _names_in(path.parent) if name.endswith((".yaml", ".yml"))]
     near_files = [str(path.with_name(name)) for name in names]
     raise UserError(

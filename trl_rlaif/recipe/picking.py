@@ -44,9 +44,7 @@ def pick_components(section: str, keys: dict[Any, Any], source: Source, registry
             keys[key] = []
 
 
-def _component(
-    written: Any, path: KeyPath, kind: str, source: Source, registry: ComponentLookup
-) -> ComponentRef:
+def _component(written: Any, path: KeyPath, kind: str, source: Source, registry: ComponentLookup) -> ComponentRef:
     where = source.where(path)
     parts = _name_and_options(written)
     if parts is None:

@@ -77,9 +77,7 @@ def read_source(path: Path, label: str) -> Source:
 
     data, places, problems = _read_yaml(text, place, label)
     if data is None and set(places) <= {()}:
-        raise UserError(
-            "the recipe is empty.", where=f"{label}:1", fix="Write at least model, data and one stage."
-        )
+        raise UserError("the recipe is empty.", where=f"{label}:1", fix="Write at least model, data and one stage.")
     if not isinstance(data, dict):
         kind = "a list" if isinstance(data, list) else "a single value"
         raise UserError(

@@ -198,7 +198,10 @@ def _svg(draw: Callable[[Any], None], title: str, size: tuple[float, float] = _S
 
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
-        draw(figure.subplots())
+        axes = figure.subplots()
+        draw(axes)
+        # Few enough that the labels never touch, whatever the numbers.
+        axes.locator_params(axis="x", nbins=5)
         file = io.BytesIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _for_page(file.getvalue(), clean(title))
