@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import sys
 from pathlib import Path
@@ -122,6 +123,8 @@ def report(folder: FolderArgument) -> None:
 def main() -> None:
     """Entry point: one message on stderr for an error, a traceback only with --debug."""
     debug = "--debug" in sys.argv
+    # It warns at import of a faster kernel that it could download; nobody asked.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app()
     except TrlRlaifError as error:

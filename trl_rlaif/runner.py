@@ -175,7 +175,6 @@ def _write_recipe(recipe: Recipe, folder: RunFolder, command: str) -> None:
 
 def _quiet_libraries() -> None:
     """Leave the terminal to the progress bars: what these libraries print of their own work is no news."""
-    import logging
     import warnings
 
     import datasets
@@ -184,5 +183,5 @@ def _quiet_libraries() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    warnings.filterwarnings("ignore", category=FutureWarning)

@@ -51,10 +51,10 @@ def make_tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _config(vocab_size: int, **extra: object) -> LlamaConfig:
+def _config(vocab_size: int, hidden_size: int, **extra: object) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=32,
+        hidden_size=hidden_size,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -68,16 +68,16 @@ def _config(vocab_size: int, **extra: object) -> LlamaConfig:
     )
 
 
-def make_llama(vocab_size: int = 400, *, seed: int = 0) -> LlamaForCausalLM:
+def make_llama(vocab_size: int = 400, *, seed: int = 0, hidden_size: int = 32) -> LlamaForCausalLM:
     """A two-layer Llama with random float32 weights."""
     torch.manual_seed(seed)
-    return LlamaForCausalLM(_config(vocab_size)).eval()
+    return LlamaForCausalLM(_config(vocab_size, hidden_size)).eval()
 
 
-def make_scorer(vocab_size: int = 400, *, seed: int = 1) -> LlamaForSequenceClassification:
+def make_scorer(vocab_size: int = 400, *, seed: int = 1, hidden_size: int = 32) -> LlamaForSequenceClassification:
     """The same shape with a scalar head: a reward or value model."""
     torch.manual_seed(seed)
-    return LlamaForSequenceClassification(_config(vocab_size, num_labels=1)).eval()
+    return LlamaForSequenceClassification(_config(vocab_size, hidden_size, num_labels=1)).eval()
 
 
 def make_gpt2(vocab_size: int = 400, *, seed: int = 0) -> GPT2LMHeadModel:

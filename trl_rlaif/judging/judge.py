@@ -11,7 +11,7 @@ import torch
 
 from trl_rlaif.encoding import PromptLike, encode_prompt
 from trl_rlaif.judging.prompt import JudgePrompt
-from trl_rlaif.judging.scoring import continuation_logprobs, token_batches
+from trl_rlaif.judging.scoring import ContinuationScorer, token_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,6 +41,8 @@ class Judge:
 
     def __post_init__(self) -> None:
         self._drop, self._continuations = self._candidate_tokens()
+        pad = self.tokenizer.pad_token_id
+        self._score = ContinuationScorer(self.model, 0 if pad is None else pad)
 
     @property
     def max_length(self) -> int:
@@ -81,8 +83,5 @@ class Judge:
 
     def logprobs(self, questions: Sequence[Sequence[int]]) -> torch.Tensor:
         """Log-probabilities of "1" and "2" after each encoded question: (N, 2) float32, one forward."""
-        pad = self.tokenizer.pad_token_id
         with self.context():
-            return continuation_logprobs(
-                self.model, questions, self._continuations, 0 if pad is None else pad
-            )
+            return self._score(questions, self._continuations)

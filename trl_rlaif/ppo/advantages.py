@@ -68,7 +68,7 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 def masked_whiten(values: torch.Tensor, mask: torch.Tensor, *, shift_mean: bool = True) -> torch.Tensor:
     """Values scaled to unit variance (unbiased) over the mask, and to zero mean if asked; zero outside it."""
-    count = mask.sum()
+    count = mask.sum().to(values.dtype)
     mean = masked_mean(values, mask)
     variance = masked_mean((values - mean) ** 2, mask) * (count / (count - 1).clamp(min=1))
     whitened = (values - mean) * torch.rsqrt(variance + 1e-8)

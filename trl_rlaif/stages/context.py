@@ -146,6 +146,8 @@ class Context:
         """Arguments of a TRL config: the recipe's, over defaults that fit this run."""
         defaults = {
             "bf16": self.recipe.model.dtype == "bfloat16",
+            # transformers refuses bf16 without a GPU unless it is told that the CPU is meant.
+            "use_cpu": _device() == "cpu",
             "report_to": "none",
             "logging_steps": 1,
             "disable_tqdm": True,

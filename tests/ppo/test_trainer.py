@@ -1,0 +1,342 @@
+"""The PPO loop: rewards of any kind, repeatable, resumable, and gradients where they belong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers.rewards import length_penalty, not_a_number
+from helpers.tiny import make_llama, make_scorer, make_tokenizer
+from peft import LoraConfig
+
+from trl_rlaif import DataSelector, PPOConfig, PPOTrainer, RewardTransform, UserError, hookimpl
+from trl_rlaif.plugins import Plugins, installed_plugins
+
+WORDS = "quick brown fox lazy dog capital city country judge over".split()
+
+
+def _dataset(chat=False):
+    prompts = [f"what is the {w}?" for w in WORDS]
+    rows = [[{"role": "user", "content": p}] for p in prompts] if chat else prompts
+    return Dataset.from_dict({"prompt": rows, "category": ["a", "b"] * 5, "answer": WORDS})
+
+
+def _trainer(folder, *, dataset=None, model=None, trainer_kwargs=None, **options):
+    tokenizer = make_tokenizer()
+    arguments = {
+        "per_device_train_batch_size": 4,
+        "total_episodes": 12,
+        "response_length": 8,
+        "learning_rate": 1e-2,
+        "num_ppo_epochs": 1,
+        "num_sample_generations": 0,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "stop_token": "eos",
+        **options,
+    }
+    torch.manual_seed(0)
+    kwargs = {"reward_funcs": [length_penalty], "peft_config": LoraConfig(r=4, target_modules="all-linear")}
+    return PPOTrainer(
+        PPOConfig(str(folder), **arguments),
+        tokenizer,
+        model or make_llama(len(tokenizer)),
+        train_dataset=_dataset() if dataset is None else dataset,
+        **{**kwargs, **(trainer_kwargs or {})},
+    )
+
+
+def _numbers(trainer):
+    return [{k: v for k, v in entry.items() if k != "eps"} for entry in trainer.state.log_history]
+
+
+def test_a_length_penalty_in_five_lines(tmp_path):
+    tokenizer, model = make_tokenizer(), make_llama(len(make_tokenizer()))
+    dataset = Dataset.from_dict({"prompt": ["what is a fox?", "what is a dog?"] * 4})
+    config = PPOConfig(str(tmp_path), per_device_train_batch_size=4, bf16=False, report_to="none", response_length=8)
+    trainer = PPOTrainer(config, tokenizer, model, train_dataset=dataset, reward_funcs=[length_penalty])
+    trainer.train()
+    assert trainer.state.global_step == 6  # 3 epochs of 8 prompts, 4 a batch
+    assert trainer.state.log_history[0]["reward/length_penalty"] < 0
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_reward_functions_see_prompts_completions_and_columns(tmp_path, chat):
+    seen = []
+
+    def reward(prompts, completions, completion_ids, answer, category, **rest):
+        seen.append((prompts, completions, completion_ids, answer, category))
+        return [float(len(a)) for a in answer]
+
+    trainer = _trainer(tmp_path, dataset=_dataset(chat), trainer_kwargs={"reward_funcs": reward})
+    trainer.train()
+    prompts, completions, ids, answers, categories = seen[0]
+    texts = [p[0]["content"] for p in prompts] if chat else prompts
+    assert [f"what is the {a}?" for a in answers] == texts
+    decoded = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
+    assert decoded == [c[0]["content"] if chat else c for c in completions]
+    mean = sum(len(a) for a in answers) / 4
+    assert trainer.state.log_history[0]["objective/scores"] == pytest.approx(mean)
+    a_scores = [len(a) for a, c in zip(answers, categories, strict=True) if c == "a"]
+    if a_scores:
+        assert trainer.state.log_history[0]["reward/a"] == pytest.approx(sum(a_scores) / len(a_scores))
+
+
+def test_rewards_of_model_and_functions_are_added(tmp_path):
+    tokenizer = make_tokenizer()
+    separate = {
+        "ref_model": make_llama(len(tokenizer)),
+        "reward_model": make_scorer(len(tokenizer), seed=1),
+        "value_model": make_scorer(len(tokenizer), seed=2),
+        "peft_config": None,
+    }
+    trainer = _trainer(tmp_path, trainer_kwargs=separate)
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert first["objective/scores"] == pytest.approx(first["reward/model"] + first["reward/length_penalty"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (not_a_number, "not_a_number.*nan for 1 of 4"),
+        (lambda prompts, completions, **c: [None] * 4, "None for 4 of 4"),
+        (lambda prompts, completions, **c: [1.0], "1 rewards for 4 completions"),
+        (lambda prompts, completions, **c: [float("inf")] * 4, "inf for 4"),
+    ],
+)
+def test_a_bad_reward_is_named_and_what_was_learned_is_kept(tmp_path, reward, message):
+    calls = []
+
+    def good_then_bad(prompts, completions, **columns):
+        calls.append(1)
+        if len(calls) < 3:
+            return [0.0] * len(prompts)
+        return reward(prompts, completions, **columns)
+
+    good_then_bad.__name__ = getattr(reward, "__name__", "reward")
+    trainer = _trainer(tmp_path, trainer_kwargs={"reward_funcs": [good_then_bad]})
+    with pytest.raises(UserError, match=message):
+        trainer.train()
+    assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").exists()
+
+
+def test_a_run_can_be_repeated_and_resumed_bit_for_bit(tmp_path):
+    """Whole, repeated, and stopped after two updates and resumed: the same numbers, to the last bit."""
+    options = {"num_mini_batches": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    whole = _trainer(tmp_path / "whole", total_episodes=24, **options)
+    whole.train()
+    stopped = _trainer(tmp_path / "stopped", total_episodes=24, save_strategy="steps", save_steps=2, **options)
+    original, steps = stopped.update, []
+
+    def fail_in_the_fourth(*args):
+        steps.append(1)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    stopped.update = fail_in_the_fourth
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    # A checkpoint that was cut off while it was written is passed over.
+    (tmp_path / "stopped" / ".building-checkpoint-3").mkdir()
+    torch.manual_seed(99)
+    resumed = _trainer(tmp_path / "stopped", total_episodes=24, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert len(_numbers(whole)) == 6
+    assert _numbers(resumed) == _numbers(whole)
+    for a, b in zip(whole.shared.parameters(), resumed.shared.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_wrong_checkpoint_is_named(tmp_path):
+    with pytest.raises(UserError, match="no PPO checkpoint"):
+        _trainer(tmp_path / "a").train(resume_from_checkpoint=tmp_path)
+    _trainer(tmp_path / "b", total_episodes=4, save_strategy="steps", save_steps=1).train()
+    other = _trainer(
+        tmp_path / "b", trainer_kwargs={"peft_config": LoraConfig(r=2, target_modules=["q_proj"])}
+    )
+    with pytest.raises(UserError, match="another model or LoRA"):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_minibatches_do_not_halve_the_statistics(tmp_path):
+    """TRL 1.12 averages over slots that it never filled: its val/ratio reads 0.5 with two minibatches."""
+    trainer = _trainer(
+        tmp_path, learning_rate=0.0, num_mini_batches=2, gradient_accumulation_steps=2, per_device_train_batch_size=2
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["val/ratio"] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_there_is_an_optimizer_step_for_every_minibatch(tmp_path):
+    trainer = _trainer(
+        tmp_path,
+        num_mini_batches=2,
+        gradient_accumulation_steps=4,
+        per_device_train_batch_size=2,
+        num_ppo_epochs=3,
+        total_episodes=8,
+    )
+    steps, optimizer = [], trainer.optimizer.optimizer
+    original = optimizer.step
+    optimizer.step = lambda *a, **k: (steps.append(1), original(*a, **k))
+    trainer.train()
+    assert len(steps) == 2 * 3
+
+
+def test_micro_batches_add_up_to_the_whole(tmp_path):
+    """One batch of 4, or 4 micro-batches of 1 with responses of one length: the same parameters."""
+    same_length = {"seed": 1, "stop_token": None, "total_episodes": 4, "dataset": _dataset().select([0, 1, 8, 9])}
+    whole = _trainer(tmp_path / "a", per_device_train_batch_size=4, **same_length)
+    parts = _trainer(
+        tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=4, **same_length
+    )
+    whole.train()
+    parts.train()
+    assert whole.state.log_history[0]["rollout/length"] == 8
+    for a, b in zip(whole.shared.parameters(), parts.shared.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+
+
+def test_gradient_checkpointing_changes_no_number(tmp_path):
+    plain = _trainer(tmp_path / "a", trainer_kwargs={"reward_funcs": [length_penalty]})
+    plain.train()
+    checkpointed = _trainer(tmp_path / "b", gradient_checkpointing=True)
+    checkpointed.train()
+    assert checkpointed.shared.model.is_gradient_checkpointing
+    for a, b in zip(_numbers(plain), _numbers(checkpointed), strict=True):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-6)
+
+
+def test_only_policy_and_value_learn(tmp_path):
+    trainer = _trainer(tmp_path)
+    before = {n: p.detach().clone() for n, p in trainer.shared.named_parameters()}
+    trainer.train()
+    changed = {n for n, p in trainer.shared.named_parameters() if not torch.equal(p, before[n])}
+    assert changed and all(".policy." in n or ".value." in n or n == "heads.value.weight" for n in changed)
+    assert any(".policy." in n for n in changed) and any(".value." in n for n in changed)
+
+
+def test_ppo_learns_what_is_rewarded(tmp_path):
+    """Reward = share of one token: it must rise far above chance."""
+
+    def share_of_x(prompts, completions, completion_ids, **columns):
+        return [sum(t == 90 for t in ids) / max(len(ids), 1) for ids in completion_ids]
+
+    trainer = _trainer(
+        tmp_path,
+        total_episodes=16 * 30,
+        per_device_train_batch_size=16,
+        num_ppo_epochs=4,
+        learning_rate=3e-2,
+        kl_coef=0.0,
+        stop_token=None,
+        temperature=1.0,
+        dataset=Dataset.from_dict({"prompt": [f"what is the {w}?" for w in WORDS * 2]}),
+        trainer_kwargs={"reward_funcs": [share_of_x]},
+    )
+    trainer.train()
+    scores = [e["objective/scores"] for e in trainer.state.log_history]
+    assert scores[0] < 0.05
+    assert scores[-1] > 0.8
+
+
+def test_transforms_apply_in_order_and_selectors_choose_prompts(tmp_path):
+    class Shift(RewardTransform):
+        def transform(self, scores, rollout):
+            return scores + 1
+
+    class Double(RewardTransform):
+        def transform(self, scores, rollout):
+            return scores * 2
+
+    class OnlyCategoryA(DataSelector):
+        def select(self, pool):
+            return [i for i, c in enumerate(pool.categories) if c == "a"]
+
+    seen = []
+
+    def zero(prompts, completions, category, **columns):
+        seen.extend(category)
+        return [0.0] * len(prompts)
+
+    trainer = _trainer(
+        tmp_path,
+        trainer_kwargs={
+            "reward_funcs": zero,
+            "reward_transforms": [Shift(), Double()],
+            "data_selectors": [OnlyCategoryA()],
+        },
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["objective/scores"] == 2.0
+    assert set(seen[:10]) == {"a", "b"}  # the pool: every prompt once
+    assert set(seen[10:]) == {"a"}
+
+
+def test_a_selector_that_chooses_nothing_is_named(tmp_path):
+    class Nothing(DataSelector):
+        def select(self, pool):
+            return []
+
+    with pytest.raises(UserError, match="Nothing chose 0 rows of 10"):
+        _trainer(tmp_path, trainer_kwargs={"data_selectors": [Nothing()]}).train()
+
+
+def test_observing_hooks_are_called(tmp_path):
+    calls = []
+
+    class Observer:
+        @hookimpl
+        def rollout_collected(self, trainer, rollout):
+            calls.append(("rollout", rollout.response_ids.shape[0]))
+
+        @hookimpl
+        def rewards_computed(self, rewards):
+            calls.append(("rewards", rewards.ndim))
+
+        @hookimpl
+        def policy_updated(self, metrics):
+            calls.append(("updated", "objective/kl" in metrics))
+
+    import pluggy
+
+    from trl_rlaif import hookspecs
+
+    manager = pluggy.PluginManager("trl_rlaif")
+    manager.add_hookspecs(hookspecs)
+    manager.register(Observer())
+    plugins = Plugins(manager, installed_plugins().registry)
+    _trainer(tmp_path, total_episodes=4, trainer_kwargs={"plugins": plugins}).train()
+    assert calls == [("rollout", 4), ("rewards", 2), ("updated", True)]
+
+
+def test_bad_prompt_datasets(tmp_path):
+    with pytest.raises(UserError, match="empty"):
+        _trainer(tmp_path, dataset=Dataset.from_dict({"prompt": []}))
+    with pytest.raises(UserError, match="text.*'prompt'"):
+        _trainer(tmp_path, dataset=Dataset.from_dict({"text": ["a"]}))
+    with pytest.raises(UserError, match="1 rows have no prompt; the first is row 1"):
+        _trainer(tmp_path, dataset=Dataset.from_dict({"prompt": ["a", ""]}))
+    with pytest.raises(UserError, match="longer than 2 tokens"):
+        _trainer(tmp_path, max_prompt_length=2)
+    with pytest.raises(UserError, match="fewer prompts than one batch"):
+        _trainer(tmp_path, dataset=_dataset().select([0, 1])).train()
+    with pytest.raises(UserError, match="no reward"):
+        _trainer(tmp_path, trainer_kwargs={"reward_funcs": ()})
+
+
+def test_the_saved_policy_is_an_adapter(tmp_path):
+    from peft import PeftModel
+
+    trainer = _trainer(tmp_path)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "policy"))
+    loaded = PeftModel.from_pretrained(make_llama(len(trainer.processing_class)), tmp_path / "policy").eval()
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad(), trainer.shared.role("policy"):
+        torch.testing.assert_close(trainer.shared.model(ids).logits, loaded(ids).logits, rtol=0, atol=0)
