@@ -33,7 +33,9 @@ def wide_reward_folder(tmp_path):
 
 def _reward_folder(tmp_path, hidden_size):
     torch.manual_seed(3)
-    model = get_peft_model(make_scorer(seed=0, hidden_size=hidden_size), _config(task_type="SEQ_CLS", modules_to_save=["score"]))
+    model = get_peft_model(
+        make_scorer(seed=0, hidden_size=hidden_size), _config(task_type="SEQ_CLS", modules_to_save=["score"])
+    )
     model.save_pretrained(tmp_path / "reward")
     return tmp_path / "reward"
 
@@ -90,7 +92,10 @@ def test_roles_leave_requires_grad_and_nesting_alone_also_after_an_exception():
     shared = SharedBase(make_llama(), _config())
     shared.add_value()
     before = {n: p.requires_grad for n, p in shared.named_parameters()}
-    assert {n.split(".lora_")[1].split(".")[1] for n, on in before.items() if on and "lora_" in n} == {"policy", "value"}
+    assert {n.split(".lora_")[1].split(".")[1] for n, on in before.items() if on and "lora_" in n} == {
+        "policy",
+        "value",
+    }
     assert before["heads.value.weight"]
     with torch.no_grad(), shared.role("policy"):
         policy = shared.model(IDS).logits

@@ -150,15 +150,11 @@ class RunFolder:
         marker = self._marker(stage)
         if marker.get("fingerprint") != fingerprint or marker.get("complete"):
             self.clear(stage)
-        write_atomically(
-            self._state / f"{stage}.json", json.dumps({"fingerprint": fingerprint, "complete": False})
-        )
+        write_atomically(self._state / f"{stage}.json", json.dumps({"fingerprint": fingerprint, "complete": False}))
 
     def complete(self, stage: str, fingerprint: str) -> None:
         """Close a stage: ``--resume`` skips it from now on."""
-        write_atomically(
-            self._state / f"{stage}.json", json.dumps({"fingerprint": fingerprint, "complete": True})
-        )
+        write_atomically(self._state / f"{stage}.json", json.dumps({"fingerprint": fingerprint, "complete": True}))
 
     def clear(self, stage: str) -> None:
         """Remove what a stage made: artefacts, numbers and metrics."""

@@ -64,9 +64,7 @@ def rebuild_gguf(gguf: Path) -> Path:
         UserError: The file cannot be read, or the package `gguf` is missing.
     """
     if importlib.util.find_spec("gguf") is None:
-        raise UserError(
-            f"Reading {gguf.name} needs the package gguf.", fix="Run: pip install 'trl-rlaif[gguf]'"
-        )
+        raise UserError(f"Reading {gguf.name} needs the package gguf.", fix="Run: pip install 'trl-rlaif[gguf]'")
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else (
             hashlib.sha256(file.read()).hexdigest()

@@ -191,7 +191,5 @@ def build_plugins(points: Iterable[EntryPoint]) -> Plugins:
 @cache
 def installed_plugins() -> Plugins:
     """All plugins that are installed in this environment, loaded once per process."""
-    points = sorted(
-        entry_points(group=ENTRY_POINT_GROUP), key=lambda p: (p.dist.name if p.dist else "", p.name)
-    )
+    points = sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda p: (p.dist.name if p.dist else "", p.name))
     return build_plugins(points)

@@ -131,9 +131,7 @@ class SharedBase(nn.Module):
             raise KeyError(f"no role '{name}'; there are {sorted(self.peft.peft_config)}")
         return active_adapter(self.peft, name)
 
-    def add_adapter(
-        self, name: str, config: PeftConfig, state: dict[str, torch.Tensor] | None = None
-    ) -> None:
+    def add_adapter(self, name: str, config: PeftConfig, state: dict[str, torch.Tensor] | None = None) -> None:
         """Add an adapter, new or with given weights."""
         self.peft.add_adapter(name, config)
         if state is not None:
@@ -181,9 +179,7 @@ class SharedBase(nn.Module):
 
     def _head(self) -> nn.Linear:
         embedding = self.model.get_input_embeddings().weight
-        head = nn.Linear(
-            self.model.config.get_text_config().hidden_size, 1, bias=False, device=embedding.device
-        )
+        head = nn.Linear(self.model.config.get_text_config().hidden_size, 1, bias=False, device=embedding.device)
         nn.init.zeros_(head.weight)
         return head
 
@@ -223,6 +219,4 @@ def _read_state(folder: str | Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(Path(folder) / ADAPTER_FILE)
     except Exception as error:  # safetensors has its own exception type for a broken file
-        raise UserError(
-            f"The adapter cannot be read: {error}", where=str(Path(folder) / ADAPTER_FILE)
-        ) from None
+        raise UserError(f"The adapter cannot be read: {error}", where=str(Path(folder) / ADAPTER_FILE)) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib
 import json
@@ -29,9 +30,7 @@ _COMMON = ("run", "model", "data")
 def active_stages(recipe: Recipe) -> list[str]:
     """The stages that a recipe runs, in order. Pairs from data take the place of ``sample``."""
     return [
-        stage
-        for stage in STAGES
-        if getattr(recipe, stage) is not None or (stage == "sample" and recipe.data.pairs)
+        stage for stage in STAGES if getattr(recipe, stage) is not None or (stage == "sample" and recipe.data.pairs)
     ]
 
 
@@ -136,6 +135,7 @@ def _run_stages(
         numbers = importlib.import_module(f"trl_rlaif.stages.{stage}").run(context)
         folder.add_results(stage, numbers)
         folder.complete(stage, fingerprint)
+        gc.collect()  # trainers are cycles: without this a stage's model would live into the next one
         say(f"{stage}: done in {time.monotonic() - started:.0f} s. {summary(stage, numbers)}".rstrip())
 
 

@@ -56,11 +56,7 @@ def _losses(trainer_class, folder, *, p=None, **options):
     [
         {},
         {"center_rewards_coefficient": 0.05},
-        {
-            "peft_config": LoraConfig(
-                task_type="SEQ_CLS", target_modules="all-linear", modules_to_save=["score"]
-            )
-        },
+        {"peft_config": LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", modules_to_save=["score"])},
     ],
     ids=["plain", "centred", "LoRA"],
 )

@@ -83,9 +83,7 @@ def make_scorer(vocab_size: int = 400, *, seed: int = 1, hidden_size: int = 32) 
 def make_gpt2(vocab_size: int = 400, *, seed: int = 0) -> GPT2LMHeadModel:
     """A two-layer GPT-2 with random float32 weights."""
     torch.manual_seed(seed)
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=512)
-    ).eval()
+    return GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=512)).eval()
 
 
 def save_tiny_model(folder: object, *, seed: int = 0) -> str:

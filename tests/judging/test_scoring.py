@@ -7,22 +7,36 @@ import copy
 import pytest
 import torch
 from helpers.tiny import make_gpt2, make_llama
+from transformers import MistralConfig, MistralForCausalLM
 
-from trl_rlaif.judging.scoring import continuation_logprobs, token_batches
+from trl_rlaif.judging.scoring import ContinuationScorer, token_batches
 
 VOCAB = 60
 PAD = 0
-_MODELS = {"llama": make_llama, "gpt2": make_gpt2}
+
+
+def wide_gpt2():
+    """A GPT-2 whose answers depend on the context: its own weights begin too small for that."""
+    model = make_gpt2(VOCAB)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(10 if weight.dim() > 1 else 1)
+    return model
 
 
 @pytest.fixture(scope="module")
 def models():
-    return {name: make(VOCAB) for name, make in _MODELS.items()}
+    return {"llama": make_llama(VOCAB), "gpt2": wide_gpt2()}
 
 
-@pytest.fixture(params=_MODELS)
+@pytest.fixture(params=["llama", "gpt2"])
 def model(request, models):
     return models[request.param]
+
+
+def logprobs(model, contexts, continuations, pad=PAD):
+    """From a scorer that has seen nothing before."""
+    return ContinuationScorer(model, pad)(contexts, continuations)
 
 
 def drawn(length, seed):
@@ -54,41 +68,93 @@ CONTINUATIONS = {
     "alone": [[13]],
     "the same twice": [[13, 4], [13, 4]],
 }
+# Shared beginnings of this many tokens are read from a cache, shorter ones are not.
+LONG = ContinuationScorer.MIN_PREFIX + 9
+CONTEXTS = {
+    "nothing shared": [drawn(length, length) for length in (1, 17, 2, 40, 17)],
+    "a long beginning shared": [drawn(LONG, 1) + drawn(length, length) for length in (1, 17, 2, 40, 17)],
+    "a short beginning shared": [drawn(5, 1) + drawn(length, length) for length in (1, 17, 40)],
+    "one goes on where another ends": [drawn(LONG, 1), drawn(LONG, 1) + drawn(8, 2), drawn(LONG, 1)],
+    "all the same": [drawn(LONG, 1)] * 3,
+    "one context": [drawn(LONG, 1)],
+}
+
+
+def assert_exact(result, expected):
+    """As near as float32 comes; the spread shows that the tolerance means something."""
+    assert result.shape == expected.shape and result.dtype == torch.float32 and result.device.type == "cpu"
+    torch.testing.assert_close(result.double(), expected, atol=1e-5, rtol=1e-6)
+    assert expected.numel() == 1 or expected.std() > 0.1
 
 
 @pytest.mark.parametrize("continuations", CONTINUATIONS.values(), ids=CONTINUATIONS)
-def test_equals_a_plain_float64_computation(model, continuations):
-    contexts = [drawn(length, length) for length in (1, 17, 2, 40, 17)]
-    expected = plain_logprobs(model, contexts, continuations)
-    result = continuation_logprobs(model, contexts, continuations, PAD)
-    assert result.shape == expected.shape and result.dtype == torch.float32 and result.device.type == "cpu"
-    torch.testing.assert_close(result.double(), expected, atol=1e-5, rtol=1e-6)
-    assert expected.std() > 0.1  # the tolerance means something
+def test_continuations_equal_a_plain_float64_computation(model, continuations):
+    contexts = CONTEXTS["nothing shared"]
+    assert_exact(logprobs(model, contexts, continuations), plain_logprobs(model, contexts, continuations))
+
+
+@pytest.mark.parametrize("contexts", CONTEXTS.values(), ids=CONTEXTS)
+def test_contexts_equal_a_plain_float64_computation(model, contexts):
+    continuations = CONTINUATIONS["prefix of another"]
+    assert_exact(logprobs(model, contexts, continuations), plain_logprobs(model, contexts, continuations))
+
+
+def test_one_scorer_for_many_batches(model):
+    """What it keeps of a batch serves the next where that begins alike, and never changes a number."""
+    scorer, continuations = ContinuationScorer(model, PAD), CONTINUATIONS["prefix of another"]
+    names = ["a long beginning shared", "one goes on where another ends", "nothing shared", "all the same"]
+    for name in [*names, *reversed(names)]:
+        result = scorer(CONTEXTS[name], continuations)
+        assert torch.equal(result, logprobs(model, CONTEXTS[name], continuations)), name
+
+
+def test_a_shared_beginning_is_computed_once(model):
+    seen = []
+    hook = model.register_forward_pre_hook(lambda *call: seen.append(call[2]["input_ids"].shape), with_kwargs=True)
+    try:
+        scorer = ContinuationScorer(model, PAD)
+        for _ in range(2):
+            scorer(CONTEXTS["a long beginning shared"][:2], [[11], [12]])
+    finally:
+        hook.remove()
+    assert seen == [(1, LONG), (2, 17), (2, 17)]
+
+
+@pytest.mark.xfail(
+    strict=True, reason="padding stands between the cached beginning and the rest, and a window counts it"
+)
+def test_a_sliding_window_counts_no_padding():
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MistralConfig(VOCAB, num_hidden_layers=2, sliding_window=32, initializer_range=0.3, **shape)
+    model = MistralForCausalLM(config).eval()
+    contexts, continuations = CONTEXTS["a long beginning shared"], CONTINUATIONS["single"]
+    assert_exact(logprobs(model, contexts, continuations), plain_logprobs(model, contexts, continuations))
 
 
 def test_a_context_does_not_depend_on_its_neighbours(model):
     continuations = CONTINUATIONS["prefix of another"]
     contexts = [drawn(5, 1), drawn(30, 2), drawn(1, 3)]
-    together = continuation_logprobs(model, contexts, continuations, PAD)
-    alone = torch.cat([continuation_logprobs(model, [c], continuations, PAD) for c in contexts])
+    together = logprobs(model, contexts, continuations)
+    alone = torch.cat([logprobs(model, [c], continuations) for c in contexts])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-6)
 
 
 def test_the_padding_id_does_not_matter(model):
     contexts = [drawn(5, 1), drawn(30, 2)]
-    first, second = (continuation_logprobs(model, contexts, [[11], [11, 10]], pad) for pad in (0, 37))
+    first, second = (logprobs(model, contexts, [[11], [11, 10]], pad) for pad in (0, 37))
     torch.testing.assert_close(first, second, atol=0, rtol=0)
 
 
 def test_a_longer_continuation_is_never_likelier_than_its_beginning(model):
-    result = continuation_logprobs(model, [drawn(9, 1)], [[11], [11, 10], [11, 10, 12]], PAD)[0]
+    result = logprobs(model, [drawn(9, 1)], [[11], [11, 10], [11, 10, 12]])[0]
     assert result[0] > result[1] > result[2]
-    everything = continuation_logprobs(model, [drawn(9, 1)], [[11, token] for token in range(VOCAB)], PAD)[0]
+    everything = logprobs(model, [drawn(9, 1)], [[11, token] for token in range(VOCAB)])[0]
     assert everything.exp().sum().item() == pytest.approx(result[0].exp().item(), rel=1e-5)
 
 
 def test_no_gradient_is_kept(model):
-    assert not continuation_logprobs(model, [[1, 2]], [[3]], PAD).requires_grad
+    assert not logprobs(model, [[1, 2]], [[3]]).requires_grad
 
 
 # ---- Batches --------------------------------------------------------------------------------------------

@@ -33,7 +33,9 @@ def _loop_gae(rewards, values, gamma, lam):
 def test_gae_is_the_plain_loop(random, gamma, lam):
     rewards = torch.randn(B, T, generator=random, dtype=torch.float64)
     values = torch.randn(B, T, generator=random, dtype=torch.float64)
-    for ours, theirs in zip(adv.gae(rewards, values, gamma, lam), _loop_gae(rewards.numpy(), values.numpy(), gamma, lam), strict=True):
+    for ours, theirs in zip(
+        adv.gae(rewards, values, gamma, lam), _loop_gae(rewards.numpy(), values.numpy(), gamma, lam), strict=True
+    ):
         np.testing.assert_allclose(ours, theirs, rtol=1e-13, atol=1e-13)
 
 

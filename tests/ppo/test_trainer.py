@@ -156,9 +156,7 @@ def test_a_wrong_checkpoint_is_named(tmp_path):
     with pytest.raises(UserError, match="no PPO checkpoint"):
         _trainer(tmp_path / "a").train(resume_from_checkpoint=tmp_path)
     _trainer(tmp_path / "b", total_episodes=4, save_strategy="steps", save_steps=1).train()
-    other = _trainer(
-        tmp_path / "b", trainer_kwargs={"peft_config": LoraConfig(r=2, target_modules=["q_proj"])}
-    )
+    other = _trainer(tmp_path / "b", trainer_kwargs={"peft_config": LoraConfig(r=2, target_modules=["q_proj"])})
     with pytest.raises(UserError, match="another model or LoRA"):
         other.train(resume_from_checkpoint=True)
 
@@ -192,9 +190,7 @@ def test_micro_batches_add_up_to_the_whole(tmp_path):
     """One batch of 4, or 4 micro-batches of 1 with responses of one length: the same parameters."""
     same_length = {"seed": 1, "stop_token": None, "total_episodes": 4, "dataset": _dataset().select([0, 1, 8, 9])}
     whole = _trainer(tmp_path / "a", per_device_train_batch_size=4, **same_length)
-    parts = _trainer(
-        tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=4, **same_length
-    )
+    parts = _trainer(tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=4, **same_length)
     whole.train()
     parts.train()
     assert whole.state.log_history[0]["rollout/length"] == 8

@@ -53,9 +53,7 @@ def check_text(value: str, key: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise RowError(
-            f"{key!r} holds half of a surrogate pair, which is not a character.", "Remove it."
-        ) from None
+        raise RowError(f"{key!r} holds half of a surrogate pair, which is not a character.", "Remove it.") from None
     return value
 
 
@@ -111,9 +109,7 @@ def parse_prompt(value: Any, key: str = "prompt") -> str | list[Message]:
     """Checks a prompt: a text, or messages of which the last is the user's; not blank."""
     if _blank(value):
         found = "missing" if value is None else "empty"
-        raise RowError(
-            f"The row has no prompt: {key!r} is {found}.", f'Write "{key}" as a text or a list of messages.'
-        )
+        raise RowError(f"The row has no prompt: {key!r} is {found}.", f'Write "{key}" as a text or a list of messages.')
     if isinstance(value, str):
         return check_text(value, key)
     if not isinstance(value, list):
@@ -125,9 +121,7 @@ def parse_prompt(value: Any, key: str = "prompt") -> str | list[Message]:
             "End it with the user turn to be answered.",
         )
     if not messages[-1]["content"].strip():
-        raise RowError(
-            f"The row has no prompt: the last user turn of {key!r} is empty.", "Write what the user says."
-        )
+        raise RowError(f"The row has no prompt: the last user turn of {key!r} is empty.", "Write what the user says.")
     return messages
 
 
@@ -140,9 +134,7 @@ def parse_prompt_row(row: dict[str, Any]) -> tuple[str | list[Message], set[str]
                 "Load it as pairs, or add the prompt.",
             )
         if "prompt" not in row:
-            raise RowError(
-                f"The row has no prompt: its columns are {_columns(row)}.", 'Add "prompt" or "messages".'
-            )
+            raise RowError(f"The row has no prompt: its columns are {_columns(row)}.", 'Add "prompt" or "messages".')
         return parse_prompt(row["prompt"]), {"prompt"}
     value = row["messages"]
     if isinstance(value, str) and value.strip():
@@ -305,9 +297,7 @@ def _split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
     if chosen[cut - 1 : cut] == " ":
         cut -= 1
     if not chosen[:cut].strip():
-        raise RowError(
-            "The row has no prompt: 'chosen' and 'rejected' share no beginning.", 'Add a "prompt" column.'
-        )
+        raise RowError("The row has no prompt: 'chosen' and 'rejected' share no beginning.", 'Add a "prompt" column.')
     return chosen[:cut], *_check_pair(chosen[cut:], rejected[cut:])
 
 
@@ -321,9 +311,7 @@ def _split_conversations(chosen: list[Message], rejected: list[Message]) -> tupl
     if not cut:
         if any(message["role"] == "user" for message in chosen + rejected):
             raise RowSkip(DIVERGED)
-        raise RowError(
-            "The row has no prompt: no user turn comes before the responses.", 'Add a "prompt" column.'
-        )
+        raise RowError("The row has no prompt: no user turn comes before the responses.", 'Add a "prompt" column.')
     first, second = _check_pair(_join(chosen[cut:]), _join(rejected[cut:]))
     return parse_prompt(chosen[:cut], "chosen"), first, second  # type: ignore[return-value]
 

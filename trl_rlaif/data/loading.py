@@ -161,9 +161,7 @@ def _load(source: str | Path, parse: Callable[[Row, str], T]) -> Loaded[T]:
     problems.raise_if_any()
     if not loaded.items:
         counts = ", ".join(f"{reason}: {count}" for reason, count in loaded.skip_counts().items())
-        what = (
-            f"All {len(loaded.skipped)} rows were skipped ({counts})." if counts else "The dataset is empty."
-        )
+        what = f"All {len(loaded.skipped)} rows were skipped ({counts})." if counts else "The dataset is empty."
         raise UserError(what, where=str(source), fix="Give data with at least one usable row.")
     return loaded
 

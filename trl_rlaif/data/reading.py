@@ -101,9 +101,7 @@ def _did_you_mean(path: Path) -> str:
 
 def _open_file(path: Path, problems: Problems) -> tuple[str, Iterator[Row]]:
     name = path.name.lower()
-    suffix = next(
-        (suffix for suffix in sorted(SUFFIXES, key=len, reverse=True) if name.endswith(suffix)), None
-    )
+    suffix = next((suffix for suffix in sorted(SUFFIXES, key=len, reverse=True) if name.endswith(suffix)), None)
     if suffix is None:
         raise UserError(
             f"Files of the kind {path.suffix or 'without a suffix'!r} are not read.",
@@ -130,9 +128,7 @@ def _check_head(path: Path, compressed: bool) -> None:
     with _readable(path), open(path, "rb") as stream:
         head = stream.read(2)
     if compressed and head and head != b"\x1f\x8b":
-        raise UserError(
-            "This is not gzip data.", where=str(path), fix="Compress it, or drop '.gz' from its name."
-        )
+        raise UserError("This is not gzip data.", where=str(path), fix="Compress it, or drop '.gz' from its name.")
     if not compressed and head == b"\x1f\x8b":
         raise UserError("This is gzip data.", where=str(path), fix="Name it .jsonl.gz, or decompress it.")
     if head in (b"\xff\xfe", b"\xfe\xff"):
@@ -172,9 +168,7 @@ def _read_jsonl(path: Path, problems: Problems) -> Iterator[Row]:
             # Files joined with `cat` can have a BOM in the middle, so it is dropped on every line.
             text = line.decode("utf-8").lstrip("\ufeff").strip()
         except UnicodeDecodeError as error:
-            problems.add(
-                f"Byte {error.start + 1} of the line is not UTF-8.", where=where, fix="Save it as UTF-8."
-            )
+            problems.add(f"Byte {error.start + 1} of the line is not UTF-8.", where=where, fix="Save it as UTF-8.")
             continue
         if not text:
             continue
@@ -202,9 +196,7 @@ def _read_text(path: Path) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            "The line is not UTF-8.", where=f"{path}:{line}", fix="Save the file as UTF-8."
-        ) from None
+        raise UserError("The line is not UTF-8.", where=f"{path}:{line}", fix="Save the file as UTF-8.") from None
 
 
 def _read_json(path: Path, problems: Problems) -> Iterator[Row]:

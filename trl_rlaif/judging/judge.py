@@ -50,9 +50,7 @@ class Judge:
         return getattr(self.model.config, "max_position_embeddings", None) or 10**9
 
     def _encode(self, text: str, opening: str) -> list[int]:
-        prompt: PromptLike = (
-            [{"role": "user", "content": text}] if self.tokenizer.chat_template else text + "\n\n"
-        )
+        prompt: PromptLike = [{"role": "user", "content": text}] if self.tokenizer.chat_template else text + "\n\n"
         return encode_prompt(self.tokenizer, prompt, opening=opening)
 
     def _candidate_tokens(self) -> tuple[int, list[list[int]]]:

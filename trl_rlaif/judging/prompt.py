@@ -42,17 +42,13 @@ class JudgePrompt:
         if not folder.is_dir():
             names = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
             near = difflib.get_close_matches(folder.name, names, n=1)
-            raise UserError(
-                f"There is no prompt folder {folder}.", fix=f"Did you mean '{near[0]}'?" if near else ""
-            )
+            raise UserError(f"There is no prompt folder {folder}.", fix=f"Did you mean '{near[0]}'?" if near else "")
         parts = {}
         for part, filename in _FILES.items():
             try:
                 parts[part] = (folder / filename).read_text(encoding="utf-8").strip()
             except (OSError, UnicodeDecodeError) as error:
-                raise UserError(
-                    f"A prompt's {part} cannot be read: {error}", where=str(folder / filename)
-                ) from None
+                raise UserError(f"A prompt's {part} cannot be read: {error}", where=str(folder / filename)) from None
         prompt = cls(folder.name, **parts)
         prompt.render("", "", "")
         return prompt

@@ -24,9 +24,7 @@ def _shared_prefix(rows: Sequence[Tokens]) -> int:
     return next((i for i in range(limit) if first[i] != last[i]), max(limit, 0))
 
 
-def _left_padded(
-    rows: Sequence[Tokens], cached: int, pad_id: int, device: torch.device
-) -> dict[str, torch.Tensor]:
+def _left_padded(rows: Sequence[Tokens], cached: int, pad_id: int, device: torch.device) -> dict[str, torch.Tensor]:
     """Rows without their first ``cached`` tokens, padded on the left behind those."""
     width = max(map(len, rows)) - cached
     ids = torch.full((len(rows), width), pad_id)

@@ -175,6 +175,8 @@ class _Reader:
 
     def _reward(self, name: str) -> str:
         """A reward of ``rl.rewards``; a .py file in it becomes absolute. Nothing is imported."""
+        if name == "direct" and name not in self.registry.names("labeler"):
+            raise UserError("'direct' is a labeler, and none of that name is installed.")
         if name in ("reward", "direct"):
             return name
         match = _FUNCTION.fullmatch(name)

@@ -92,8 +92,7 @@ def _page(run: Run) -> dict[str, Any]:
         "sample_categories": sorted({sample.category for sample in samples}),
         "preview": PREVIEW_CHARACTERS,
         "versions": [
-            (wording.label(key), wording.label(value))
-            for key, value in wording.section(run.recipe, "versions").items()
+            (wording.label(key), wording.label(value)) for key, value in wording.section(run.recipe, "versions").items()
         ],
         "seed": wording.label(wording.section(run.recipe, "run").get("seed")),
         "command": wording.label(run.recipe.get("command"), 2000),

@@ -49,9 +49,7 @@ class Labels:
 
     total: int = 0
     confidences: list[float] = field(default_factory=list)
-    winners: dict[tuple[int, int], int] = field(
-        default_factory=lambda: {(1, 1): 0, (1, 2): 0, (2, 1): 0, (2, 2): 0}
-    )
+    winners: dict[tuple[int, int], int] = field(default_factory=lambda: {(1, 1): 0, (1, 2): 0, (2, 1): 0, (2, 2): 0})
     ties: int = 0
 
 
@@ -183,8 +181,7 @@ def _read_series(path: Path, notes: list[str]) -> dict[str, Series]:
             "these points are not drawn."
         )
     return {
-        stage: {key: sorted(values.items()) for key, values in metrics.items()}
-        for stage, metrics in points.items()
+        stage: {key: sorted(values.items()) for key, values in metrics.items()} for stage, metrics in points.items()
     }
 
 

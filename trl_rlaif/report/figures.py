@@ -73,9 +73,7 @@ def reward_part(run: Run) -> dict[str, Any]:
     return {
         "figures": _present(
             _curve(series, "Reward loss", "Held-out rising while training falls is overfitting.", names),
-            _curve(
-                series, "Ranking accuracy", "Share of pairs ranked as labeled; chance is 0.5.", accuracies
-            ),
+            _curve(series, "Ranking accuracy", "Share of pairs ranked as labeled; chance is 0.5.", accuracies),
         ),
         "accuracy": reward_accuracy(run),
         "pairs": number(result.get("eval_pairs")),
@@ -169,9 +167,7 @@ def set_part(run: Run, name: str) -> dict[str, Any]:
         if (label(key) or "held-out") == name:
             judged = section(values, "by_category")
     rows = _category_rows(samples, judged)
-    drawn = [
-        (row.name, row.before, row.after) for row in rows if row.before is not None and row.after is not None
-    ]
+    drawn = [(row.name, row.before, row.after) for row in rows if row.before is not None and row.after is not None]
     if len(drawn) > 1:
         drawn = drawn[:_DRAWN_CATEGORIES]
         title = f"Mean reward of each category on {name}, before and after training"

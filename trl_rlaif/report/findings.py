@@ -129,9 +129,7 @@ def reward_accuracy(run: Run) -> Measure | None:
     rate, ends = number(result.get("accuracy")), interval(result.get("accuracy_interval"))
     if rate is None:
         return None
-    verdict, tone = _verdict(
-        rate, ends, 0.5, ("better than chance", "worse than chance", "no clear difference")
-    )
+    verdict, tone = _verdict(rate, ends, 0.5, ("better than chance", "worse than chance", "no clear difference"))
     between = f"{percent(ends[0])} to {percent(ends[1])}" if ends else ""
     return Measure(rate, ends, percent(rate), between, verdict, tone, "")
 
@@ -304,9 +302,7 @@ def _set_warnings(result: SetResult) -> list[str]:
         )
     if win and win.tone == "unclear":
         reason = "contains 50%, so there is no clear difference" if win.interval else "is missing"
-        found.append(
-            f"The win rate on {result.name} is not clear: its interval {reason}. More prompts narrow it."
-        )
+        found.append(f"The win rate on {result.name} is not clear: its interval {reason}. More prompts narrow it.")
     if win and win.tone == "bad":
         found.append(f"On {result.name} the judge prefers the start: the trained policy is worse there.")
     if result.reward and result.reward.tone == "good" and win and win.tone != "good":

@@ -64,9 +64,7 @@ class RewardTrainer(TrlRewardTrainer):
             chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
             if p is None:
                 p = torch.ones_like(chosen)
-            scores = PreferenceScores(
-                chosen, rejected, p.to(chosen.dtype), categories or [None] * len(chosen)
-            )
+            scores = PreferenceScores(chosen, rejected, p.to(chosen.dtype), categories or [None] * len(chosen))
             loss = self.preference_loss(scores, inputs.get("margin", 0.0))
             self._log_soft_metrics(scores, "train" if self.model.training else "eval")
         return (loss, outputs) if return_outputs else loss

@@ -91,9 +91,7 @@ class Context:
         """A prompt in the form that the base was taught."""
         return chat_prompt(prompt, self.tokenizer)
 
-    def encoded_prompts(
-        self, source: str, room: int, base: Any
-    ) -> tuple[list[Any], list[list[int]], dict[str, int]]:
+    def encoded_prompts(self, source: str, room: int, base: Any) -> tuple[list[Any], list[list[int]], dict[str, int]]:
         """Prompts with their tokens, and what was skipped by reason.
 
         Args:
@@ -111,9 +109,7 @@ class Context:
         for prompt in loaded.items:
             ids = encode_prompt(self.tokenizer, self.chat(prompt.prompt))
             if len(ids) > limit:
-                skipped["prompt longer than the context"] = (
-                    skipped.get("prompt longer than the context", 0) + 1
-                )
+                skipped["prompt longer than the context"] = skipped.get("prompt longer than the context", 0) + 1
             else:
                 prompts.append(prompt)
                 tokens.append(ids)
@@ -125,10 +121,7 @@ class Context:
         """The pairs of this run, from pairs.jsonl."""
         rows = read_lines(self.folder / "pairs.jsonl")
         known = ("id", "prompt", "response_1", "response_2", "category", "human")
-        return [
-            Pair(*(row.get(k) for k in known), {k: v for k, v in row.items() if k not in known})
-            for row in rows
-        ]
+        return [Pair(*(row.get(k) for k in known), {k: v for k, v in row.items() if k not in known}) for row in rows]
 
     def transforms(self, section: str) -> list[Any]:
         """The reward transforms that a section names, in its order."""

@@ -36,16 +36,25 @@ def run(context: Context) -> dict[str, Any]:
     prompt = section.prompt or (label.prompt if label else "general")
     batch_tokens = label.batch_tokens if label else BATCH_TOKENS
     # The same base without an adapter is the judge, where the judge is "same".
-    judge = context.judge(
-        section.judge, prompt, batch_tokens, shared.model, context=lambda: shared.role(None)
-    )
+    judge = context.judge(section.judge, prompt, batch_tokens, shared.model, context=lambda: shared.role(None))
     samples, sets = [], {}
     for name, source in (section.sets or {"test": recipe.data.eval_prompts}).items():
         rows, skipped = _compare(context, shared, judge, name, source)
         samples += rows
         sets[name] = _numbers(rows, recipe.run.seed) | {"skipped": skipped}
     write_atomically(context.folder / "samples.jsonl", "".join(map(to_line, samples)))
-    return {"judge": judge.name, "sets": sets, "seconds": time.monotonic() - started}
+    return {
+        "judge": judge.name,
+        "sets": sets,
+        "agreement": _agreement(context),
+        "seconds": time.monotonic() - started,
+    }
+
+
+def _agreement(context: Context) -> dict[str, Any]:
+    """Agreement with people's choices, where the data has them: of the labels, and of the reward model."""
+    results = context.folder.results()
+    return {stage: results.get(stage, {}).get("agreement") for stage in ("label", "reward")}
 
 
 def _compare(
@@ -129,9 +138,7 @@ def _preferred(
 
 
 @torch.no_grad()
-def _rewards(
-    context: Context, shared: SharedBase, prompts: list[list[int]], responses: list[str]
-) -> list[float]:
+def _rewards(context: Context, shared: SharedBase, prompts: list[list[int]], responses: list[str]) -> list[float]:
     """Scores of the reward role for each response, read at its end token."""
     encoded = [encode_response(context.tokenizer, text) for text in responses]
     lengths = [len(p) + len(r) for p, r in zip(prompts, encoded, strict=True)]
@@ -161,9 +168,7 @@ def _numbers(rows: list[dict[str, Any]], seed: int) -> dict[str, Any]:
     for side in ("start", "trained"):
         numbers[f"tokens_{side}"] = statistics.fmean(row[f"tokens_{side}"] for row in rows)
         numbers[f"reward_{side}"] = _mean([row[f"reward_{side}"] for row in rows], seed)
-    gains = [
-        None if row["reward_start"] is None else row["reward_trained"] - row["reward_start"] for row in rows
-    ]
+    gains = [None if row["reward_start"] is None else row["reward_trained"] - row["reward_start"] for row in rows]
     numbers["reward_gain"] = _mean(gains, seed)
     by_category = defaultdict(list)
     for row in judged:

@@ -67,7 +67,8 @@ def write_preferences(context: Context, pairs: list[Pair], p: dict[str, float]) 
 
     rows = [_preference(context, pair, p[pair.id]) for pair in pairs if pair.id in p]
     dataset = Dataset.from_list(rows)
-    features = Features({**dataset.features, "category": Value("string"), "p": Value("float64")})
+    # A column of None has no type of its own.
+    features = Features({**dataset.features, "category": Value("string"), "human": Value("bool")})
     dataset = dataset.cast(features)
     write_folder(context.folder / "preferences", lambda folder: dataset.save_to_disk(str(folder)))
 
@@ -85,4 +86,6 @@ def _preference(context: Context, pair: Pair, p: float) -> dict[str, Any]:
         "rejected": rejected,
         "p": p if first else 1 - p,
         "category": pair.category,
+        # Whether a person preferred the chosen one, too; None for a tie or where nobody was asked.
+        "human": (pair.human == 1) == first if pair.human in (1, 2) else None,
     }

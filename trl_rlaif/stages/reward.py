@@ -32,7 +32,9 @@ def run(context: Context) -> dict[str, Any]:
     if context.recipe.label is None:
         _preferences_of_people(context)
     arguments = context.trainer_arguments("reward", section.config)
-    config = RewardConfig(**{"gradient_checkpointing": False} | arguments)
+    # Pairs of like length in a batch: on mixed prompts half of all tokens would be padding.
+    defaults = {"gradient_checkpointing": False, "train_sampling_strategy": "group_by_length"}
+    config = RewardConfig(**defaults | arguments)
     train, held_out, too_long = _datasets(context, section.eval_fraction, config.max_length)
     torch.manual_seed(context.recipe.run.seed)
     trainer = _trainer(context, config, train)
@@ -71,14 +73,10 @@ def _datasets(
     dataset = load_from_disk(str(context.folder / "preferences"))
     tokenized = dataset.map(
         lambda row: tokenize_preference(context.tokenizer, row),
-        remove_columns=[c for c in dataset.column_names if c not in ("p", "category")],
+        remove_columns=[c for c in dataset.column_names if c not in ("p", "category", "human")],
         load_from_cache_file=False,
     )
-    kept = [
-        i
-        for i, row in enumerate(tokenized)
-        if max_length is None or max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= max_length
-    ]
+    kept = [i for i, row in enumerate(tokenized) if max_length is None or row["length"] <= max_length]
     too_long = {"longer than max_length": len(tokenized) - len(kept)} if len(kept) < len(tokenized) else {}
     tokenized = tokenized.select(kept)
     n_eval = round(len(tokenized) * eval_fraction)
@@ -92,17 +90,16 @@ def _datasets(
     return shuffled.select(range(n_eval, len(shuffled))), shuffled.select(range(n_eval)), too_long
 
 
-def tokenize_preference(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> dict[str, list[int]]:
-    """``chosen_ids`` and ``rejected_ids`` of a preference: prompt, response and end token, as PPO has them."""
+def tokenize_preference(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> dict[str, Any]:
+    """``chosen_ids`` and ``rejected_ids`` (prompt, response and end token, as PPO has them), and ``length``."""
     prompt = encode_prompt(tokenizer, row["prompt"])
 
     def text(response: Any) -> str:
         return response if isinstance(response, str) else response[0]["content"]
 
-    return {
-        "chosen_ids": prompt + encode_response(tokenizer, text(row["chosen"])),
-        "rejected_ids": prompt + encode_response(tokenizer, text(row["rejected"])),
-    }
+    chosen = prompt + encode_response(tokenizer, text(row["chosen"]))
+    rejected = prompt + encode_response(tokenizer, text(row["rejected"]))
+    return {"chosen_ids": chosen, "rejected_ids": rejected, "length": max(len(chosen), len(rejected))}
 
 
 def _trainer(context: Context, config: Any, train: Dataset) -> Any:
@@ -130,21 +127,27 @@ def _save(trainer: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Non
 
 
 def _held_out_accuracy(context: Context, trainer: Any, held_out: Dataset) -> dict[str, Any]:
-    """Share of held-out pairs that the model ranks as their label does; a label of 0.5 is left out."""
-    decided = [row for row in held_out if row["p"] != 0.5]
-    if not decided:
-        return {"accuracy": None, "accuracy_interval": None}
+    """Share of held-out pairs that the model ranks as their label does, and as people did.
+
+    A label of 0.5, a tie of the people's, and a pair that nobody was asked about are left out.
+    """
     pad = context.tokenizer.pad_token_id
-    chosen = score_sequences(trainer.model, [row["chosen_ids"] for row in decided], pad)
-    rejected = score_sequences(trainer.model, [row["rejected_ids"] for row in decided], pad)
-    hits = int((chosen > rejected).sum())
-    return {"accuracy": hits / len(decided), "accuracy_interval": wilson(hits, len(decided))}
+    chosen = score_sequences(trainer.model, held_out["chosen_ids"], pad)
+    rejected = score_sequences(trainer.model, held_out["rejected_ids"], pad)
+    right = (chosen > rejected).tolist()
+    labels = [hit for hit, p in zip(right, held_out["p"], strict=True) if p != 0.5]
+    people = [hit == human for hit, human in zip(right, held_out["human"], strict=True) if human is not None]
+    return {
+        "accuracy": sum(labels) / len(labels) if labels else None,
+        "accuracy_interval": wilson(sum(labels), len(labels)) if labels else None,
+        "agreement": {"rate": sum(people) / len(people), "interval": wilson(sum(people), len(people)), "n": len(people)}
+        if people
+        else None,
+    }
 
 
 @torch.no_grad()
-def score_sequences(
-    model: Any, sequences: list[list[int]], pad_id: int, batch_tokens: int = 8192
-) -> torch.Tensor:
+def score_sequences(model: Any, sequences: list[list[int]], pad_id: int, batch_tokens: int = 8192) -> torch.Tensor:
     """Scores of whole token sequences by a sequence classification model.
 
     Returns:

@@ -47,8 +47,7 @@ def run(context: Context) -> dict[str, Any]:
         reward_funcs=[load_function(name) for name in section.rewards if name != "reward"],
         reward_transforms=context.transforms("rl"),
         data_selectors=[
-            context.plugins.registry.create("data_selector", ref.name, ref.options)
-            for ref in section.selectors
+            context.plugins.registry.create("data_selector", ref.name, ref.options) for ref in section.selectors
         ],
         plugins=context.plugins,
     )

@@ -37,9 +37,7 @@ def _sample_pairs(context: Context) -> dict[str, Any]:
     section, started = context.recipe.sample, time.monotonic()
     base = context.load_base()
     model, role = starting_policy(context, base)
-    prompts, tokens, skipped = context.encoded_prompts(
-        context.recipe.data.prompts, section.max_new_tokens, base
-    )
+    prompts, tokens, skipped = context.encoded_prompts(context.recipe.data.prompts, section.max_new_tokens, base)
     partial = context.folder / "pairs.partial.jsonl"
     done = {row["id"]: row for row in read_lines(partial)}
     seed = context.recipe.run.seed if section.seed is None else section.seed
@@ -60,9 +58,7 @@ def _sample_pairs(context: Context) -> dict[str, Any]:
     pairs = [{k: v for k, v in row.items() if k != "redraws"} for row in rows if "dropped" not in row]
     dropped = dict(Counter(row["dropped"] for row in rows if "dropped" in row))
     if not pairs:
-        raise UserError(
-            "No prompt gave two different responses.", fix="Raise sample.temperature or sample.redraws."
-        )
+        raise UserError("No prompt gave two different responses.", fix="Raise sample.temperature or sample.redraws.")
     _write_pairs(context, pairs)
     partial.unlink()
     return {

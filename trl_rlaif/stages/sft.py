@@ -57,9 +57,7 @@ def _dataset(source: str) -> Any:
         )
     bad = [i for i, row in enumerate(rows, 1) if not all(row.get(column) for column in wanted)]
     if bad:
-        raise UserError(
-            f"{len(bad)} rows lack {' or '.join(sorted(wanted))}; the first is row {bad[0]}.", where=source
-        )
+        raise UserError(f"{len(bad)} rows lack {' or '.join(sorted(wanted))}; the first is row {bad[0]}.", where=source)
     return Dataset.from_list([{column: row[column] for column in wanted} for row in rows])
 
 

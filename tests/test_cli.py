@@ -1,0 +1,81 @@
+"""The command line: fast to answer, exit codes, and errors as messages."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from trl_rlaif import cli
+from trl_rlaif.errors import RunError, UserError
+
+
+def _main(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["trl-rlaif", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return stopped.value.code
+
+
+def test_help_loads_no_heavy_library():
+    code = (
+        "import sys; sys.argv = ['trl-rlaif', '--help']\n"
+        "from trl_rlaif.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('torch', 'transformers', 'trl', 'datasets', 'matplotlib') if m in sys.modules])"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "run" in output and output.strip().endswith("[]")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UserError("wrong", where="a:1", fix="right"), 2, "a:1: wrong right"),
+        (RunError("failed"), 1, "failed"),
+        (OSError(28, "No space left on device", "x.jsonl"), 1, "x.jsonl: No space left on device"),
+        (KeyboardInterrupt(), 130, "--resume"),
+        (ZeroDivisionError("by zero"), 1, "ZeroDivisionError: by zero"),
+    ],
+)
+def test_an_error_is_one_message(monkeypatch, capsys, error, code, message):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("trl_rlaif.recipe.parse_recipe", fail)
+    assert _main(monkeypatch, "check", "quickstart") == code
+    stderr = capsys.readouterr().err
+    assert message in stderr and "Traceback" not in stderr
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    def fail(*args, **kwargs):
+        raise UserError("wrong")
+
+    monkeypatch.setattr("trl_rlaif.recipe.parse_recipe", fail)
+    monkeypatch.setattr(sys, "argv", ["trl-rlaif", "--debug", "check", "quickstart"])
+    with pytest.raises(UserError):
+        cli.main()
+
+
+def test_packaged_recipes_are_listed_shown_and_good(monkeypatch, capsys, tmp_path):
+    assert _main(monkeypatch, "recipes") == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert "quickstart" in names
+    for name in names:
+        assert _main(monkeypatch, "check", name) == 0
+        assert _main(monkeypatch, "recipes", "show", name) == 0
+        assert f"trl-rlaif run {name}" in capsys.readouterr().out  # the exact command stands in the recipe
+    assert _main(monkeypatch, "recipes", "show", "quikstart") == 2
+
+
+def test_plugins_are_listed_with_their_options(monkeypatch, capsys):
+    assert _main(monkeypatch, "plugins") == 0
+    output = capsys.readouterr().out
+    assert "distilled" in output and "trl-rlaif 0.1.0" in output and "debias" in output
+
+
+def test_a_report_of_no_run(monkeypatch, capsys, tmp_path):
+    assert _main(monkeypatch, "report", str(tmp_path)) == 2
