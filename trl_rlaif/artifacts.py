@@ -37,22 +37,30 @@ def write_atomically(path: Path, text: str) -> None:
 
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:
     """Have ``write`` fill a folder, and give it its name only when it is whole."""
-    building = path.with_name(f".{path.name}.building")
-    shutil.rmtree(building, ignore_errors=True)
+    building, old = (path.with_name(f".{path.name}.{state}") for state in ("building", "old"))
+    for leftover in (building, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     building.mkdir(parents=True)
     write(building)
-    shutil.rmtree(path, ignore_errors=True)
+    if path.exists():
+        os.rename(path, old)
     os.rename(building, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    """JSON in UTF-8; a lone surrogate in generated text is escaped, not an error."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=indent)
+    return text + "\n"
 
 
 def to_line(row: dict[str, Any]) -> str:
-    """One JSON line. A lone surrogate in generated text is escaped, not an error."""
-    line = json.dumps(row, ensure_ascii=False)
-    try:
-        line.encode("utf-8")
-    except UnicodeEncodeError:
-        line = json.dumps(row)
-    return line + "\n"
+    """A row as one line of a JSON-lines file."""
+    return _to_json(row)
 
 
 def append_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -167,7 +175,7 @@ class RunFolder:
                 path.unlink(missing_ok=True)
         results = self.results()
         if results.pop(stage, None) is not None:
-            write_atomically(self / "results.json", json.dumps(results, indent=2) + "\n")
+            write_atomically(self / "results.json", _to_json(results, indent=2))
         self.drop_metrics(stage)
 
     # ---- Numbers --------------------------------------------------------------------------------------
@@ -180,7 +188,7 @@ class RunFolder:
     def add_results(self, stage: str, numbers: dict[str, Any]) -> None:
         """Put one stage's final numbers into results.json."""
         results = self.results() | {stage: numbers}
-        write_atomically(self / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        write_atomically(self / "results.json", _to_json(results, indent=2))
 
     def add_metrics(self, stage: str, step: int, numbers: dict[str, Any]) -> None:
         """Append a logged step to metrics.jsonl."""

@@ -45,14 +45,32 @@ def _special_pattern(tokens: tuple[str, ...]) -> re.Pattern[str] | None:
 
 
 def _specials(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
-    # Every added token is matched in text before tokenization, also those not flagged as special.
-    added = tokenizer.added_tokens_decoder.values() if hasattr(tokenizer, "added_tokens_decoder") else ()
-    tokens = {str(t) for t in tokenizer.all_special_tokens} | {t.content for t in added if t.special}
+    """Matches what a tokenizer would take for a control token; None if there is nothing of the kind."""
+    added = tokenizer.added_tokens_decoder.values()
+    tokens = {str(t) for t in tokenizer.all_special_tokens}
+    # Some control tokens, such as <think>, are added without the flag; added white space is no control.
+    tokens |= {t.content for t in added if t.special or re.fullmatch(r"[<\[].+[>\]]", t.content)}
     return _special_pattern(tuple(sorted(t for t in tokens if t)))
 
 
-def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
+def _plain(tokenizer: PreTrainedTokenizerBase, text: str, *, follows: bool) -> list[int]:
+    """Ids of text in which nothing is a control token: what looks like one is cut after its first character.
+
+    Args:
+        follows: Whether something stands before the text. A tokenizer may begin a text with a space of its
+            own, which must not come up in the middle.
+    """
+    pattern = _specials(tokenizer)
+    cuts = [match.start() + 1 for match in pattern.finditer(text)] if pattern else []
+    ids: list[int] = []
+    for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
+        piece = text[start:end]
+        if not piece:
+            continue
+        before = tokenizer.eos_token if follows or start else ""
+        encoded = tokenizer(before + piece, add_special_tokens=False)["input_ids"]
+        ids += encoded[1:] if before else encoded
+    return ids
 
 
 def _encode_parts(tokenizer: PreTrainedTokenizerBase, parts: Sequence[tuple[str, bool]]) -> list[int]:
@@ -64,28 +82,41 @@ def _encode_parts(tokenizer: PreTrainedTokenizerBase, parts: Sequence[tuple[str,
         pieces = [text] if is_data or pattern is None else pattern.split(text)
         for position, piece in enumerate(pieces):
             if position % 2:
-                ids += _plain(tokenizer, pending)
+                ids += _plain(tokenizer, pending, follows=bool(ids))
                 ids.append(tokenizer.convert_tokens_to_ids(piece))
                 pending = ""
             else:
                 pending += piece
-    return ids + _plain(tokenizer, pending)
+    return ids + _plain(tokenizer, pending, follows=bool(ids))
+
+
+def _first_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What a tokenizer puts before any text."""
+    full, bare = tokenizer("x")["input_ids"], tokenizer("x", add_special_tokens=False)["input_ids"]
+    count = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
+    return full[:count]
 
 
 def _render_parts(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], opening: str
 ) -> list[tuple[str, bool]]:
-    """The chat template's own text and the messages' contents, in order, told apart."""
-    marks = [f"\ue000{i}\ue001" for i in range(len(messages))]
-    marked = [{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)]
+    """The chat template's own text and the messages' contents, in order, told apart.
+
+    The template sees a mark in place of each content, with a space on both sides: where it takes a space
+    away, it trims contents, and so the content is trimmed there, too.
+    """
+    marks = {f"\ue000{i}\ue001": message["content"] for i, message in enumerate(messages)}
+    marked = [{**m, "content": f" {mark} "} for m, mark in zip(messages, marks, strict=True)]
     rendered = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True)
     parts: list[tuple[str, bool]] = []
-    for piece in re.split("(\ue000\\d+\ue001)", rendered):
-        if piece in marks:
-            parts.append((messages[marks.index(piece)]["content"], True))
-        else:
-            parts.append((piece, False))
-    return [*parts, (opening, True)]
+    end = 0
+    for found in re.finditer("( ?)(\ue000\\d+\ue001)( ?)", rendered):
+        content = marks[found[2]]
+        content = content if found[1] else content.lstrip()
+        content = content if found[3] else content.rstrip()
+        parts += [(rendered[end : found.start()], False), (content, True)]
+        end = found.end()
+    return [*parts, (rendered[end:], False), (opening, True)]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: PromptLike, *, opening: str = "") -> list[int]:
@@ -105,8 +136,9 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: PromptLike, *, ope
     """
     pattern = _specials(tokenizer)
     if isinstance(prompt, str):
-        hostile = pattern is not None and pattern.search(prompt) is not None
-        return tokenizer(prompt + opening, split_special_tokens=hostile)["input_ids"]
+        if pattern is None or not pattern.search(prompt):
+            return tokenizer(prompt + opening)["input_ids"]
+        return _first_ids(tokenizer) + _plain(tokenizer, prompt + opening, follows=False)
     if not tokenizer.chat_template:
         raise UserError(
             "The prompts are conversations, and the tokenizer has no chat template.",
@@ -122,7 +154,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: PromptLike, *, ope
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> list[int]:
     """Token ids of a response as a model would have sampled it, with the end token."""
-    return [*_plain(tokenizer, response), tokenizer.eos_token_id]
+    return [*_plain(tokenizer, response, follows=True), tokenizer.eos_token_id]
 
 
 def usable_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

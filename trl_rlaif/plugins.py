@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -98,7 +98,7 @@ class Registry:
             ]  # fmt: skip
             raise UserError.from_problems(problems) from None
 
-    def __iter__(self) -> Iterable[Registered]:
+    def __iter__(self) -> Iterator[Registered]:
         return iter(sorted(self._components.values(), key=lambda r: (r.kind, r.name)))
 
 
@@ -126,39 +126,58 @@ class Plugins:
                 ) from error
 
 
-def _load(entry_point: EntryPoint, label: str) -> Any:
+@dataclass(frozen=True)
+class _Origin:
+    """Where a plugin comes from: the distribution to blame, and the entry point that tells its plugins apart."""
+
+    distribution: str
+    version: str
+    entry_point: str
+
+    @classmethod
+    def of(cls, point: EntryPoint) -> _Origin:
+        return cls(point.dist.name, point.dist.version, point.name) if point.dist else cls(point.value, "", point.name)
+
+    def __str__(self) -> str:
+        return f"{self.distribution} {self.version} ({self.entry_point})"
+
+
+def _load(point: EntryPoint, origin: _Origin) -> Any:
     try:
-        return entry_point.load()
+        return point.load()
     except Exception as error:
         raise UserError(
-            f"The plugin {label} cannot be imported ({entry_point.value}): {type(error).__name__}: {error}",
-            fix=f"Mend or uninstall the distribution {label}.",
+            f"The plugin {origin} cannot be imported from '{point.value}': {type(error).__name__}: {error}",
+            fix=f"Mend or uninstall the distribution {origin.distribution}.",
         ) from error
 
 
-def _register_components(manager: pluggy.PluginManager, registry: Registry) -> None:
-    """Call each plugin's register_* hooks by itself, so that an error names the one to blame."""
-    for name, plugin in manager.list_name_plugin():
-        distribution, _, version = name.partition(" ")
-        for kind in KINDS:
-            hook = getattr(plugin, f"register_{kind}s", None)
-            if hook is None or manager.parse_hookimpl_opts(plugin, f"register_{kind}s") is None:
-                continue
+def _register(manager: pluggy.PluginManager, plugin: Any, origin: _Origin) -> None:
+    if manager.get_plugin(str(origin)) is not None or manager.is_registered(plugin):
+        raise UserError(f"The plugin {origin} is installed twice.", fix="Uninstall one of the two.")
+    try:
+        manager.register(plugin, name=str(origin))
+        manager.check_pending()
+    except pluggy.PluginValidationError as error:
+        raise UserError(f"The plugin {origin} does not fit: {error}") from error
 
-            def register(
-                component_name: str, component: type, kind: str = kind,
-                distribution: str = distribution, version: str = version,
-            ) -> None:  # fmt: skip
-                registry.add(kind, component_name, component, distribution, version)
 
+def _register_components(manager: pluggy.PluginManager, registry: Registry, plugin: Any, origin: _Origin) -> None:
+    """Call a plugin's register_* hooks by itself, so that an error names the one to blame."""
+    for kind in KINDS:
+        name = f"register_{kind}s"
+        own = [impl for impl in getattr(manager.hook, name).get_hookimpls() if impl.plugin is plugin]
+        for implementation in own:
             try:
-                hook(register)
+                implementation.function(
+                    lambda component_name, component, kind=kind: registry.add(
+                        kind, component_name, component, origin.distribution, origin.version
+                    )
+                )
             except UserError:
                 raise
             except Exception as error:
-                raise UserError(
-                    f"The plugin {distribution} failed in register_{kind}s: {type(error).__name__}: {error}"
-                ) from error
+                raise UserError(f"The plugin {origin} failed in {name}: {type(error).__name__}: {error}") from error
 
 
 def build_plugins(points: Iterable[EntryPoint]) -> Plugins:
@@ -168,28 +187,17 @@ def build_plugins(points: Iterable[EntryPoint]) -> Plugins:
         UserError: A plugin does not import, implements a hook that does not exist, or clashes with
             another; the message names the distribution.
     """
-    manager = pluggy.PluginManager("trl_rlaif")
+    manager, registry = pluggy.PluginManager("trl_rlaif"), Registry()
     manager.add_hookspecs(hookspecs)
     for point in points:
-        dist = point.dist
-        label = f"{dist.name} {dist.version}" if dist else point.value
-        plugin = _load(point, label)
-        # One distribution may bring several plugins: the entry point's name keeps them apart.
-        name = f"{label} ({point.name})"
-        if manager.get_plugin(name) is not None or manager.is_registered(plugin):
-            raise UserError(f"The plugin {name} is installed twice.", fix="Uninstall one of the two.")
-        try:
-            manager.register(plugin, name=name)
-            manager.check_pending()
-        except pluggy.PluginValidationError as error:
-            raise UserError(f"The plugin {label} does not fit: {error}") from error
-    registry = Registry()
-    _register_components(manager, registry)
+        origin = _Origin.of(point)
+        plugin = _load(point, origin)
+        _register(manager, plugin, origin)
+        _register_components(manager, registry, plugin, origin)
     return Plugins(manager, registry)
 
 
 @cache
 def installed_plugins() -> Plugins:
     """All plugins that are installed in this environment, loaded once per process."""
-    points = sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda p: (p.dist.name if p.dist else "", p.name))
-    return build_plugins(points)
+    return build_plugins(sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: str(_Origin.of(point))))

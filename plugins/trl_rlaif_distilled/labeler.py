@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 
 from pydantic import Field
@@ -54,6 +55,8 @@ class DistilledLabeler(Labeler):
                     yield self._label(fitting[i].id, first, second, judge.name)
 
     def _label(self, id: str, order_12: list[float], order_21: list[float], judge: str) -> Label:
+        if not all(map(math.isfinite, order_12 + order_21)):
+            return Label(id, judge=judge, skipped="the judge's probabilities are not finite")
         p_12, mass_12 = preference(order_12[0], order_12[1])
         # Shown second, response_1 is the candidate "2".
         p_21, mass_21 = preference(order_21[1], order_21[0])

@@ -159,9 +159,7 @@ def test_implicit_texts_agree_with_trl_where_words_differ_whole(write):
 
     row = {"chosen": "What is it? A tall tree.", "rejected": "What is it? My old house."}
     pair = load_pairs(write(row)).items[0]
-    assert {"prompt": pair.prompt, "chosen": sides(pair)[0], "rejected": sides(pair)[1]} == extract_prompt(
-        row
-    )
+    assert {"prompt": pair.prompt, "chosen": sides(pair)[0], "rejected": sides(pair)[1]} == extract_prompt(row)
 
 
 def test_the_order_is_a_fair_coin_that_everyone_throws_alike(write):
@@ -224,9 +222,7 @@ def test_auto_takes_one_format_a_file(write, first, second):
 
 def test_a_useless_first_row_does_not_decide_the_format(write):
     loaded = load_pairs(write({"chosen": None, "rejected": None}, HH))
-    assert [len(pair.prompt) for pair in loaded.items] == [1] and loaded.skip_counts() == {
-        "empty response": 1
-    }
+    assert [len(pair.prompt) for pair in loaded.items] == [1] and loaded.skip_counts() == {"empty response": 1}
 
 
 def test_a_named_format_overrules_the_guess(write):
@@ -279,9 +275,7 @@ def test_a_named_format_overrules_the_guess(write):
 def test_skips_are_counted_with_their_reason(write, row, reason):
     loaded = load_pairs(write({"id": "s", **row}, {"id": "t", **row}, _usable(row)))
     assert len(loaded.items) == 1
-    assert loaded.skipped[0] == Skip(loaded.skipped[0].where, reason) and loaded.skipped[0].where.endswith(
-        ":1"
-    )
+    assert loaded.skipped[0] == Skip(loaded.skipped[0].where, reason) and loaded.skipped[0].where.endswith(":1")
     assert loaded.skip_counts() == {reason: 2}
     assert f"All 2 rows were skipped ({reason}: 2)" in fails(write({"id": "s", **row}, {"id": "t", **row}))
 
@@ -325,9 +319,9 @@ def test_responses_keep_their_order(write):
 def test_a_transcript_turns_only_after_a_blank_line(write):
     talk = "\n\nHuman: Who said\nHuman: hi?\nAssistant: me? A Human: word"
     talk += "\n\nAssistant: You.\n\nAs Human: said\n\nHuman: OK"
-    pair = load_pairs(
-        write({"chosen": talk + "\n\nAssistant: a\n\nb ", "rejected": talk + "\n\nAssistant: c"})
-    ).items[0]
+    pair = load_pairs(write({"chosen": talk + "\n\nAssistant: a\n\nb ", "rejected": talk + "\n\nAssistant: c"})).items[
+        0
+    ]
     assert pair.prompt == [
         {"role": "user", "content": "Who said\nHuman: hi?\nAssistant: me? A Human: word"},
         says("You.\n\nAs Human: said"),

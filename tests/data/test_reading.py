@@ -46,9 +46,7 @@ def write_as(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "name", ["f.jsonl", "f.jsonl.gz", "f.json", "f.csv", "f.parquet", "saved", "F.JSONL"]
-)
+@pytest.mark.parametrize("name", ["f.jsonl", "f.jsonl.gz", "f.json", "f.csv", "f.parquet", "saved", "F.JSONL"])
 def test_every_kind_of_source_gives_the_same_prompts(tmp_path, name):
     items = load_prompts(write_as(tmp_path / name)).items
     assert [(item.id, item.prompt, item.extra) for item in items] == [
@@ -81,9 +79,7 @@ def test_a_saved_dataset_dict_names_its_splits(tmp_path):
 def test_automatic_ids_count_rows_and_errors_count_lines(tmp_path):
     path = tmp_path / "many.jsonl.gz"
     path.write_bytes(
-        gzip.compress(
-            b'\xef\xbb\xbf\n{"prompt": "a"}\r\n   \n\n\xef\xbb\xbf{"prompt": "b", "id": 7}\n{"prompt": "c"}'
-        )
+        gzip.compress(b'\xef\xbb\xbf\n{"prompt": "a"}\r\n   \n\n\xef\xbb\xbf{"prompt": "b", "id": 7}\n{"prompt": "c"}')
     )
     assert [item.id for item in load_prompts(path).items] == ["many-1", "7", "many-3"]
     path = tmp_path / "many.jsonl"
@@ -93,14 +89,10 @@ def test_automatic_ids_count_rows_and_errors_count_lines(tmp_path):
 
 def test_all_problems_of_a_file_are_found_in_one_pass(tmp_path):
     path = tmp_path / "bad.jsonl"
-    path.write_bytes(
-        b'{"prompt": "ok"}\n{"prompt": \n[1]\n{"prompt": "\xff"}\n"x"\n{"text": "y"}\n{"prompt": NaN}\n'
-    )
+    path.write_bytes(b'{"prompt": "ok"}\n{"prompt": \n[1]\n{"prompt": "\xff"}\n"x"\n{"text": "y"}\n{"prompt": NaN}\n')
     lines = fails(path).splitlines()
     assert [line.split(": ")[0] for line in lines] == [f"{path}:{number}" for number in range(2, 8)]
-    for line, part in zip(
-        lines, ["Invalid JSON", "a list", "UTF-8", "a text", "'text'", "no prompt"], strict=True
-    ):
+    for line, part in zip(lines, ["Invalid JSON", "a list", "UTF-8", "a text", "'text'", "no prompt"], strict=True):
         assert part in line
 
 
@@ -121,9 +113,7 @@ def test_json_that_breaks_the_parser_is_an_error_of_its_line(tmp_path, text):
 
 
 def test_broken_gzip(tmp_path):
-    whole = gzip.compress(
-        "".join(json.dumps({"prompt": f"{i * 7919}"}) + "\n" for i in range(50_000)).encode()
-    )
+    whole = gzip.compress("".join(json.dumps({"prompt": f"{i * 7919}"}) + "\n" for i in range(50_000)).encode())
     path = tmp_path / "f.jsonl.gz"
     for data in (whole[:-1000], whole[:5000] + b"\0" * 500 + whole[5500:], whole + b"garbage"):
         path.write_bytes(data)
@@ -225,9 +215,7 @@ def test_a_missing_file_suggests_its_neighbours(tmp_path, monkeypatch):
     assert "Did you mean '" + str(tmp_path / "prompts.jsonl") in fails(tmp_path / "promts.jsonl")
     assert "does not exist" in fails(tmp_path / "no" / "promts.jsonl")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        "datasets.load_dataset", lambda *args, **kwargs: pytest.fail("asked the Hub for a file")
-    )
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: pytest.fail("asked the Hub for a file"))
     assert "Did you mean 'prompts.jsonl'?" in fails("prompt.jsonl")
     assert "Did you mean 'prompts.jsonl'?" in fails("prompts.jsnl")
     assert "no such file" in fails("./prompts")
@@ -247,9 +235,7 @@ def test_other_files_and_empty_folders(tmp_path):
     assert "holds no data" in fails(tmp_path / "empty")
 
 
-@pytest.mark.parametrize(
-    ("source", "split"), [("org/some-data", "train"), ("org/some-data:test[:5]", "test[:5]")]
-)
+@pytest.mark.parametrize(("source", "split"), [("org/some-data", "train"), ("org/some-data:test[:5]", "test[:5]")])
 def test_hub_ids(monkeypatch, source, split):
     calls = []
     monkeypatch.setattr(

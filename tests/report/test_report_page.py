@@ -71,8 +71,7 @@ def make_run(folder: Path, text: str = "plain words", category: str = "code") ->
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE, sort_keys=False))
     metrics = [{"stage": "sft", "step": s, "loss": 2 / s} for s in range(1, 6)]
     metrics += [
-        {"stage": "reward", "step": s, "loss": 0.7 / s, "accuracy": 0.6, "eval_accuracy": 0.61}
-        for s in range(1, 6)
+        {"stage": "reward", "step": s, "loss": 0.7 / s, "accuracy": 0.6, "eval_accuracy": 0.61} for s in range(1, 6)
     ]
     metrics += [
         {
@@ -102,10 +101,7 @@ def make_run(folder: Path, text: str = "plain words", category: str = "code") ->
         }
         for i in range(10)
     ]  # fmt: skip
-    pairs = [
-        {"id": i, "prompt": text, "response_1": text, "response_2": text, "category": category}
-        for i in range(10)
-    ]
+    pairs = [{"id": i, "prompt": text, "response_1": text, "response_2": text, "category": category} for i in range(10)]
     for name, rows in (("metrics", metrics), ("labels", labels), ("samples", samples), ("pairs", pairs)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "results.json").write_text(json.dumps(make_results()))
@@ -219,9 +215,7 @@ def test_missing_stage_is_said_and_not_invented(tmp_path, stage, files, heading,
     folder = make_run(tmp_path / "run")
     set_results(folder, lambda results: results.pop(stage, None))
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    (folder / "metrics.jsonl").write_text(
-        "\n".join(ln for ln in lines if f'"stage": "{stage}"' not in ln) + "\n"
-    )
+    (folder / "metrics.jsonl").write_text("\n".join(ln for ln in lines if f'"stage": "{stage}"' not in ln) + "\n")
     for name in files:
         (folder / name).unlink()
     page = read(folder)
@@ -327,9 +321,7 @@ def test_hostile_text_stays_text(tmp_path):
     results["warnings"] = [HOSTILE]
     (folder / "results.json").write_text(json.dumps(results))
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write(
-            json.dumps({"stage": "rl", "step": 20, HOSTILE: 1.0, f"reward/{HOSTILE}": float("nan")}) + "\n"
-        )
+        file.write(json.dumps({"stage": "rl", "step": 20, HOSTILE: 1.0, f"reward/{HOSTILE}": float("nan")}) + "\n")
 
     page = read(folder)
     assert "<script>alert(1)</script></title></style></svg>-->" in page.text
@@ -398,9 +390,7 @@ def test_at_most_two_hundred_samples_are_shown(tmp_path):
     assert "prompt-0." in page.text and "prompt-497." in page.text
 
 
-@pytest.mark.parametrize(
-    "content", ["[]", "{", '"x"', '{"rl": 3, "evaluate": {"sets": [1]}, "label": {"mass": "a"}}']
-)
+@pytest.mark.parametrize("content", ["[]", "{", '"x"', '{"rl": 3, "evaluate": {"sets": [1]}, "label": {"mass": "a"}}'])
 def test_results_of_another_shape_do_not_stop_the_report(tmp_path, content):
     folder = make_run(tmp_path / "run")
     (folder / "metrics.jsonl").unlink()

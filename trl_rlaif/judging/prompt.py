@@ -6,7 +6,7 @@ import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import StrictUndefined, TemplateError
+from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from trl_rlaif.encoding import PromptLike, as_text
@@ -35,6 +35,8 @@ class JudgePrompt:
     def load(cls, folder: str | Path) -> JudgePrompt:
         """Read a prompt folder: base.txt, sample.jinja and ending.txt, UTF-8.
 
+        Line ends around a part do not count; a space at the end of the ending does.
+
         Raises:
             UserError: The folder or a file is missing, or the template does not compile.
         """
@@ -46,11 +48,14 @@ class JudgePrompt:
         parts = {}
         for part, filename in _FILES.items():
             try:
-                parts[part] = (folder / filename).read_text(encoding="utf-8").strip()
+                parts[part] = (folder / filename).read_text(encoding="utf-8").strip("\n")
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(f"A prompt's {part} cannot be read: {error}", where=str(folder / filename)) from None
         prompt = cls(folder.name, **parts)
-        prompt.render("", "", "")
+        try:
+            prompt.render("", "", "")
+        except UserError as error:
+            raise UserError(error.problems[0].what, where=str(folder / _FILES["sample"])) from None
         return prompt
 
     def render(self, prompt: PromptLike, response_1: str, response_2: str) -> str:
@@ -64,6 +69,8 @@ class JudgePrompt:
             sample = environment.from_string(self.sample).render(
                 context=as_text(prompt), response_1=response_1, response_2=response_2
             )
-        except TemplateError as error:
-            raise UserError(f"The sample template of the prompt '{self.name}' is wrong: {error}") from None
+        except Exception as error:  # Jinja's own errors, and whatever an expression in the template raises
+            raise UserError(
+                f"The sample template of the prompt '{self.name}' is wrong: {type(error).__name__}: {error}"
+            ) from None
         return f"{self.preamble}\n\n{sample}"

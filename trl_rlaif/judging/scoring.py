@@ -53,6 +53,8 @@ class ContinuationScorer:
 
     def __init__(self, model: torch.nn.Module, pad_id: int) -> None:
         self.model, self.pad_id = model, pad_id
+        # A sliding window counts positions in the row, the padding behind the cached prefix among them.
+        self._can_share = not getattr(model.config.get_text_config(), "sliding_window", None)
         self._prefix: Tokens = ()
         self._cache: DynamicCache | None = None
 
@@ -75,7 +77,8 @@ class ContinuationScorer:
         rows = [[*context, *prefix] for context in contexts for prefix in prefixes]
         keep = max(map(len, prefixes)) + 1
         shared = min(_shared_prefix(rows), min(map(len, contexts)) - 1)
-        shared = shared if shared >= self.MIN_PREFIX and len(rows) > 1 else 0
+        if not self._can_share or shared < self.MIN_PREFIX or len(rows) == 1:
+            shared = 0
         inputs = _left_padded(rows, shared, self.pad_id, device)
         if shared:
             inputs["past_key_values"] = self._cached(rows[0][:shared], len(rows), device)

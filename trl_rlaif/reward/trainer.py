@@ -50,7 +50,8 @@ class RewardTrainer(TrlRewardTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        for column in ("p", "category"):
+        # The length is for the sampler that groups by it, which sees the dataset after this choice.
+        for column in ("p", "category", self.args.length_column_name):
             if column not in self._signature_columns:
                 self._signature_columns.append(column)
 
