@@ -36,7 +36,6 @@ def test_help_loads_no_heavy_library():
         (UserError("wrong", where="a:1", fix="right"), 2, "a:1: wrong right"),
         (RunError("failed"), 1, "failed"),
         (OSError(28, "No space left on device", "x.jsonl"), 1, "x.jsonl: No space left on device"),
-        (KeyboardInterrupt(), 130, "--resume"),
         (ZeroDivisionError("by zero"), 1, "ZeroDivisionError: by zero"),
     ],
 )
@@ -48,6 +47,15 @@ def test_an_error_is_one_message(monkeypatch, capsys, error, code, message):
     assert _main(monkeypatch, "check", "quickstart") == code
     stderr = capsys.readouterr().err
     assert message in stderr and "Traceback" not in stderr
+
+
+def test_a_stopped_run_says_how_to_go_on(monkeypatch, capsys):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trl_rlaif.runner.run_recipe", stop)
+    assert _main(monkeypatch, "run", "quickstart") == 130
+    assert "--resume" in capsys.readouterr().err
 
 
 def test_debug_shows_the_traceback(monkeypatch):

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from trl_rlaif.errors import TrlRlaifError, UserError
+from trl_rlaif.errors import Interrupted, TrlRlaifError, UserError
 
 app = typer.Typer(
     help="Align language models with AI feedback.",
@@ -53,14 +53,17 @@ def run(
 
     plugins = installed_plugins()
     parsed = parse_recipe(recipe, overrides=set_ or (), registry=plugins.registry)
-    folder = run_recipe(
-        parsed,
-        plugins,
-        output or Path("runs") / parsed.run.name,
-        resume=resume,
-        only=[stage.strip() for stage in only.split(",")] if only else (),
-        command=shlex.join(["trl-rlaif", *sys.argv[1:]]),
-    )
+    try:
+        folder = run_recipe(
+            parsed,
+            plugins,
+            output or Path("runs") / parsed.run.name,
+            resume=resume,
+            only=[stage.strip() for stage in only.split(",")] if only else (),
+            command=shlex.join(["trl-rlaif", *sys.argv[1:]]),
+        )
+    except KeyboardInterrupt:  # typer would end without a word
+        raise Interrupted("Stopped. What was done is kept: add --resume to go on.") from None
     say(f"The run is in {folder.path}")
     if (folder / "report.html").exists():
         say(f"Report: {folder / 'report.html'}")
@@ -131,8 +134,6 @@ def main() -> None:
         if debug:
             raise
         _stop(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _stop("Stopped. What was done is kept: add --resume to go on.", 130)
     except OSError as error:
         if debug:
             raise

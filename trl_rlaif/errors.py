@@ -55,3 +55,9 @@ class UserError(TrlRlaifError):
 
 class RunError(TrlRlaifError):
     """The input was right, and yet the run failed. Exit code 1."""
+
+
+class Interrupted(TrlRlaifError):
+    """The user stopped the run. Exit code 130, as a shell has it for Ctrl-C."""
+
+    exit_code = 130

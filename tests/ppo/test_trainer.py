@@ -189,13 +189,24 @@ def test_there_is_an_optimizer_step_for_every_minibatch(tmp_path):
 def test_micro_batches_add_up_to_the_whole(tmp_path):
     """One batch of 4, or 4 micro-batches of 1 with responses of one length: the same parameters."""
     same_length = {"seed": 1, "stop_token": None, "total_episodes": 4, "dataset": _dataset().select([0, 1, 8, 9])}
-    whole = _trainer(tmp_path / "a", per_device_train_batch_size=4, **same_length)
-    parts = _trainer(tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=4, **same_length)
-    whole.train()
-    parts.train()
-    assert whole.state.log_history[0]["rollout/length"] == 8
-    for a, b in zip(whole.shared.parameters(), parts.shared.parameters(), strict=True):
+    trainers = []
+    for size in (4, 1):
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
+        trainer = _trainer(tmp_path / str(size), **same_length, **options)
+        trainer.train()
+        assert trainer.state.log_history[0]["rollout/length"] == 8
+        trainers.append(trainer)
+    for a, b in zip(*(t.shared.parameters() for t in trainers), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+
+
+def test_another_trainer_in_between_changes_nothing(tmp_path):
+    """Accelerate shares its accumulation state among trainers: a later one must not switch off our steps."""
+    trainer = _trainer(tmp_path / "a", total_episodes=4)
+    _trainer(tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    before = trainer.shared.heads["value"].weight.detach().clone()
+    trainer.train()
+    assert not torch.equal(before, trainer.shared.heads["value"].weight)
 
 
 def test_gradient_checkpointing_changes_no_number(tmp_path):

@@ -124,10 +124,6 @@ class PPOTrainer(TrlPPOTrainer):
         for model in (self.ref_model, self.reward_model):
             if model is not None:
                 model.eval()
-        # An optimizer step for each minibatch. The parent would also step in every micro-batch that falls
-        # on the last batch of the dataloader.
-        micro = -(-args.local_mini_batch_size // args.per_device_train_batch_size)
-        self.accelerator.gradient_state.plugin_kwargs.update(num_steps=micro, sync_with_dataloader=False)
         self.temperature = args.temperature + 1e-7  # the parent's, so that temperature 0 is greedy
         self._batches = BatchStream(self.dataloader)
         self._minibatch_order = torch.Generator().manual_seed(self.local_seed)
@@ -380,6 +376,11 @@ class PPOTrainer(TrlPPOTrainer):
     def _begin(self, resume_from_checkpoint: str | Path | bool | None) -> None:
         args, state = self.args, self.state
         self._started = time.monotonic()
+        # An optimizer step for each minibatch; the parent would also step in every micro-batch that falls on
+        # the last batch of the dataloader. Set here: accelerate shares this state among all trainers of a
+        # process, and another one may have been made since.
+        micro = -(-args.local_mini_batch_size // args.per_device_train_batch_size)
+        self.accelerator.gradient_state.plugin_kwargs.update(num_steps=micro, sync_with_dataloader=False)
         state.global_step = state.episode = 0
         state.max_steps = args.num_total_batches
         state.num_train_epochs = args.total_episodes / self.train_dataset_len
