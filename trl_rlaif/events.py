@@ -96,6 +96,14 @@ class Rollout:
         positions = torch.arange(self.response_ids.shape[1], device=self.lengths.device)
         return positions < self.lengths[:, None], positions <= self.lengths[:, None]
 
+    def sequences(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Prompt ids, prompt mask, response ids and lengths of some rows."""
+        return self.prompt_ids[rows], self.prompt_mask[rows], self.response_ids[rows], self.lengths[rows]
+
+    def by_length(self, rows: torch.Tensor) -> torch.Tensor:
+        """The same rows, (N,) int64, the shortest prompt first."""
+        return rows[self.prompt_mask.sum(1).cpu()[rows].argsort(stable=True)]
+
     @property
     def categories(self) -> list[str | None]:
         """Kind of prompt of each row, from the column ``category`` where there is one."""

@@ -17,7 +17,8 @@ def preference(logprob_1: float, logprob_2: float) -> tuple[float, float]:
     Returns:
         (p, mass): softmax over the two, in [0, 1]; and P("1") + P("2"), in [0, 1].
     """
-    return sigmoid(logprob_1 - logprob_2), math.exp(logprob_1) + math.exp(logprob_2)
+    mass = math.exp(logprob_1) + math.exp(logprob_2)
+    return sigmoid(logprob_1 - logprob_2), min(mass, 1.0)  # rounding may exceed 1
 
 
 def sigmoid(x: float) -> float:

@@ -86,10 +86,10 @@ def make_gpt2(vocab_size: int = 400, *, seed: int = 0) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=512)).eval()
 
 
-def save_tiny_model(folder: object, *, seed: int = 0) -> str:
+def save_tiny_model(folder: object, *, seed: int = 0, hidden_size: int = 32) -> str:
     """A model folder as a recipe's ``model.path`` wants it; returns the path."""
     tokenizer = make_tokenizer()
-    model = make_llama(len(tokenizer), seed=seed)
+    model = make_llama(len(tokenizer), seed=seed, hidden_size=hidden_size)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -60,7 +60,7 @@ def test_a_length_penalty_in_five_lines(tmp_path):
     trainer = PPOTrainer(config, tokenizer, model, train_dataset=dataset, reward_funcs=[length_penalty])
     trainer.train()
     assert trainer.state.global_step == 6  # 3 epochs of 8 prompts, 4 a batch
-    assert trainer.state.log_history[0]["reward/length_penalty"] < 0
+    assert trainer.state.log_history[0]["score/length_penalty"] < 0
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -96,7 +96,7 @@ def test_rewards_of_model_and_functions_are_added(tmp_path):
     trainer = _trainer(tmp_path, trainer_kwargs=separate)
     trainer.train()
     first = trainer.state.log_history[0]
-    assert first["objective/scores"] == pytest.approx(first["reward/model"] + first["reward/length_penalty"], rel=1e-5)
+    assert first["objective/scores"] == pytest.approx(first["score/model"] + first["score/length_penalty"], rel=1e-5)
 
 
 @pytest.mark.parametrize(

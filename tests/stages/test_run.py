@@ -9,6 +9,7 @@ import torch
 import yaml
 from datasets import load_from_disk
 from helpers.recipes import tiny_recipe
+from helpers.tiny import save_tiny_model
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
@@ -140,3 +141,22 @@ def test_sft_is_the_start_and_the_reference(tiny_model, tmp_path):
     step = read_lines(folder / "metrics.jsonl")[-1]
     assert step["stage"] == "rl" and step["objective/kl"] == pytest.approx(0, abs=1e-4)
     assert folder.results()["evaluate"]["sets"]["test"]["reward_gain"] is None
+
+
+def test_a_base_in_four_bits(tmp_path):
+    """QLoRA: the same run on an NF4 base, which bitsandbytes also computes on a CPU."""
+    model = save_tiny_model(tmp_path / "model", hidden_size=64)
+    recipe = tiny_recipe(
+        tmp_path,
+        model,
+        model={"dtype": "float32", "quantization": "nf4"},
+        reward={"num_train_epochs": 1},
+        rl={"total_episodes": 8},
+        report=None,
+    )
+    folder = run_recipe(recipe, installed_plugins(), tmp_path / "out")
+    results = folder.results()
+    assert results["rl"]["updates"] == 2
+    assert results["evaluate"]["sets"]["test"]["reward_gain"] is not None
+    base = AutoModelForCausalLM.from_pretrained(model)
+    PeftModel.from_pretrained(base, folder / "policy")  # the adapter fits the plain base, too

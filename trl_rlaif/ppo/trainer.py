@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,8 @@ from trl_rlaif.ppo.construction import load_policy, prompt_loader, shared_base, 
 from trl_rlaif.ppo.metrics import update_metrics
 from trl_rlaif.ppo.prompts import BatchStream, PromptCollator
 from trl_rlaif.ppo.rewards import RewardFunc, call_reward, reward_name
-from trl_rlaif.ppo.rollout import generate, model_inputs, response_lengths
+from trl_rlaif.ppo.rollout import model_inputs
+from trl_rlaif.ppo.sampler import RolloutSampler
 from trl_rlaif.ppo.selection import select_rows
 from trl_rlaif.ppo.trl_base import TrlPPOTrainer
 from trl_rlaif.roles import SharedBase, save_adapter
@@ -124,7 +124,7 @@ class PPOTrainer(TrlPPOTrainer):
         for model in (self.ref_model, self.reward_model):
             if model is not None:
                 model.eval()
-        self.temperature = args.temperature + 1e-7  # the parent's, so that temperature 0 is greedy
+        self._sampler = RolloutSampler(args, self.accelerator, self.processing_class, self.stop_token_id)
         self._batches = BatchStream(self.dataloader)
         self._minibatch_order = torch.Generator().manual_seed(self.local_seed)
         self._selected = False
@@ -173,84 +173,10 @@ class PPOTrainer(TrlPPOTrainer):
         self.plugins.notify("rollout_collected", trainer=self, rollout=rollout)
         return rollout, self.transform(self.score(rollout), rollout)
 
-    @torch.no_grad()
     def sample(self, batch: dict[str, Any]) -> Rollout:
         """Responses to a batch of prompts, with log-probabilities and values."""
         self.model.eval()
-        device = self.accelerator.device
-        prompt_ids = batch["input_ids"].to(device)
-        prompt_mask = batch["attention_mask"].to(device).bool()
-        chunks = torch.arange(len(prompt_ids)).split(self.args.local_rollout_forward_batch_size)
-        drawn = [self._generate(prompt_ids[c], prompt_mask[c]) for c in chunks]
-        width = max(ids.shape[1] for ids, _ in drawn)
-        pad = self.processing_class.pad_token_id
-        response_ids = torch.cat([nn.functional.pad(ids, (0, width - ids.shape[1]), value=pad) for ids, _ in drawn])
-        logprobs = torch.cat([nn.functional.pad(lp, (0, width - lp.shape[1])) for _, lp in drawn])
-        lengths, ended = response_lengths(response_ids, stop_id=self.stop_token_id, pad_id=pad)
-        completions = self._decode(response_ids, lengths, batch["prompt"])
-        rollout = Rollout(
-            prompt_ids, prompt_mask, response_ids, lengths, ended, logprobs, logprobs, logprobs,
-            batch["prompt"], completions, batch["columns"],
-        )  # fmt: skip
-        return self._with_references(rollout)
-
-    def _generate(self, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        with self.actors.playing("policy"), self.accelerator.autocast():
-            return generate(
-                self.actors.generator(),
-                prompt_ids,
-                prompt_mask,
-                max_new_tokens=self.args.response_length,
-                temperature=self.temperature,
-                pad_id=self.processing_class.pad_token_id,
-                stop_id=self.stop_token_id,
-            )
-
-    def _decode(self, ids: torch.Tensor, lengths: torch.Tensor, prompts: list[Any]) -> list[Any]:
-        texts = self.processing_class.batch_decode(
-            [row[:n] for row, n in zip(ids.tolist(), lengths.tolist(), strict=True)], skip_special_tokens=True
-        )
-        return [
-            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for text, prompt in zip(texts, prompts, strict=True)
-        ]
-
-    def _with_references(self, rollout: Rollout) -> Rollout:
-        """The rollout with the reference's log-probabilities and the values; nothing behind the ends."""
-        width = rollout.response_ids.shape[1]
-        references, values = torch.zeros_like(rollout.logprobs), torch.zeros_like(rollout.logprobs)
-        for rows in self._forward_chunks(rollout):
-            inputs = model_inputs(*self._sequences(rollout, rows))
-            with self.accelerator.autocast():
-                logits = self.actors.logits("reference", inputs, width + 1)[:, :-1]
-                values[rows] = self.actors.values(inputs, width + 1)[:, :-1].float()
-            references[rows] = losses.token_logprobs(logits, rollout.response_ids[rows], self.temperature)
-        mask, value_mask = rollout.masks()
-        return replace(
-            rollout,
-            logprobs=rollout.logprobs.masked_fill(~mask, 0),
-            ref_logprobs=references.masked_fill(~mask, 0),
-            values=values.masked_fill(~value_mask, 0),
-        )
-
-    def _forward_chunks(self, rollout: Rollout) -> tuple[torch.Tensor, ...]:
-        """Rows of like length together, as many as a training step holds: little padding is computed."""
-        order = self._by_length(rollout, torch.arange(len(rollout.prompts)))
-        return order.split(self.args.per_device_train_batch_size)
-
-    @staticmethod
-    def _by_length(rollout: Rollout, rows: torch.Tensor) -> torch.Tensor:
-        lengths = rollout.prompt_mask.sum(1).cpu()
-        return rows[lengths[rows].argsort(stable=True)]
-
-    @staticmethod
-    def _sequences(rollout: Rollout, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (
-            rollout.prompt_ids[rows],
-            rollout.prompt_mask[rows],
-            rollout.response_ids[rows],
-            rollout.lengths[rows],
-        )
+        return self._sampler.draw(self.actors, batch)
 
     @torch.no_grad()
     def score(self, rollout: Rollout) -> torch.Tensor:
@@ -259,11 +185,7 @@ class PPOTrainer(TrlPPOTrainer):
         total = torch.zeros(len(rollout.prompts), device=device)
         self._reward_parts: dict[str, float] = {}
         if self.reward_model is not None or (self.shared is not None and "reward" in self.shared.heads):
-            scores = torch.zeros_like(total)
-            for rows in self._forward_chunks(rollout):
-                with self.accelerator.autocast():
-                    scores[rows] = self.actors.scores(model_inputs(*self._sequences(rollout, rows))).float()
-            total = total + self._part("model", scores)
+            total = total + self._part("model", self._sampler.scores(self.actors, rollout))
         for function in self.reward_funcs:
             scores = call_reward(function, rollout, trainer_state=self.state).to(device)
             total = total + self._part(reward_name(function), scores)
@@ -272,7 +194,7 @@ class PPOTrainer(TrlPPOTrainer):
         return total
 
     def _part(self, name: str, scores: torch.Tensor) -> torch.Tensor:
-        self._reward_parts[f"reward/{name}"] = self.accelerator.gather(scores).mean().item()
+        self._reward_parts[f"score/{name}"] = self.accelerator.gather(scores).mean().item()
         return scores
 
     def transform(self, scores: torch.Tensor, rollout: Rollout) -> torch.Tensor:
@@ -308,7 +230,7 @@ class PPOTrainer(TrlPPOTrainer):
         for _ in range(args.num_ppo_epochs):
             order = torch.randperm(args.local_batch_size, generator=self._minibatch_order)
             for minibatch in order.split(args.local_mini_batch_size):
-                micro_batches = self._by_length(rollout, minibatch).split(args.per_device_train_batch_size)
+                micro_batches = rollout.by_length(minibatch).split(args.per_device_train_batch_size)
                 for rows in micro_batches:
                     # Accelerate divides by the number of micro-batches; they may be of unequal size.
                     weight = len(rows) * len(micro_batches) / len(minibatch)
@@ -332,7 +254,7 @@ class PPOTrainer(TrlPPOTrainer):
         args = self.args
         width = rollout.response_ids.shape[1]
         mask, value_mask = (m[rows] for m in rollout.masks())
-        inputs = model_inputs(*self._sequences(rollout, rows))
+        inputs = model_inputs(*rollout.sequences(rows))
         with self.actors.playing("value"):
             with self.accelerator.autocast():
                 values = self.actors.values(inputs, width + 1)[:, :-1].float()
@@ -343,7 +265,7 @@ class PPOTrainer(TrlPPOTrainer):
         with self.actors.playing("policy"):
             with self.accelerator.autocast():
                 logits = self.actors.logits("policy", inputs, width + 1)[:, :-1]
-            logprobs = losses.token_logprobs(logits, rollout.response_ids[rows], self.temperature)
+            logprobs = losses.token_logprobs(logits, rollout.response_ids[rows], self._sampler.temperature)
             logprobs = logprobs.masked_fill(~mask, 0)
             p_loss, p_clipped = losses.policy_loss(
                 logprobs, rollout.logprobs[rows], advantages[rows], mask, args.cliprange
@@ -357,7 +279,7 @@ class PPOTrainer(TrlPPOTrainer):
                 "loss/policy_avg": p_loss.detach(),
                 "loss/value_avg": v_loss.detach(),
                 "val/clipfrac_avg": v_clipped,
-                "policy/entropy_avg": adv.masked_mean(losses.entropy(logits, self.temperature), mask),
+                "policy/entropy_avg": adv.masked_mean(losses.entropy(logits, self._sampler.temperature), mask),
                 "val/ratio": difference.exp().mean(),
             }
 
@@ -452,7 +374,7 @@ class PPOTrainer(TrlPPOTrainer):
         """Print prompts of ``eval_dataset`` with near-greedy responses and their scores."""
         if self.eval_dataset is None:
             return
-        before, self.temperature = self.temperature, 0.01
+        before, self._sampler.temperature = self._sampler.temperature, 0.01
         try:
             for batch in self.eval_dataloader:
                 rollout = self.sample(batch)
@@ -462,4 +384,4 @@ class PPOTrainer(TrlPPOTrainer):
                 if sampling:
                     break
         finally:
-            self.temperature = before
+            self._sampler.temperature = before

@@ -1,0 +1,122 @@
+"""Fills rollouts: responses of the policy, and what reference, value and reward model say of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from torch.nn.functional import pad
+
+from trl_rlaif.events import Rollout
+from trl_rlaif.ppo.actors import Actors
+from trl_rlaif.ppo.losses import token_logprobs
+from trl_rlaif.ppo.rollout import generate, model_inputs, response_lengths
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from trl_rlaif.ppo.config import PPOConfig
+
+
+class RolloutSampler:
+    """Draws responses and runs the forward passes without gradient.
+
+    Args:
+        args: Response length, batch sizes and temperature.
+        accelerator: Its autocast is used.
+        tokenizer: Padding, and decoding of responses.
+        stop_id: The end token, or None to sample to the full length.
+    """
+
+    def __init__(
+        self, args: PPOConfig, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, stop_id: int | None
+    ) -> None:
+        self.args, self.accelerator, self.tokenizer, self.stop_id = args, accelerator, tokenizer, stop_id
+        self.temperature = args.temperature + 1e-7  # the parent's, so that temperature 0 is greedy
+
+    @torch.no_grad()
+    def draw(self, actors: Actors, batch: dict[str, Any]) -> Rollout:
+        """One response for each prompt of a batch of PromptCollator's."""
+        device = self.accelerator.device
+        prompt_ids = batch["input_ids"].to(device)
+        prompt_mask = batch["attention_mask"].to(device).bool()
+        response_ids, logprobs = self._generate(actors, prompt_ids, prompt_mask)
+        lengths, ended = response_lengths(response_ids, stop_id=self.stop_id, pad_id=self.tokenizer.pad_token_id)
+        rollout = Rollout(
+            prompt_ids=prompt_ids,
+            prompt_mask=prompt_mask,
+            response_ids=response_ids,
+            lengths=lengths,
+            ended=ended,
+            logprobs=logprobs,
+            ref_logprobs=torch.zeros_like(logprobs),
+            values=torch.zeros_like(logprobs),
+            prompts=batch["prompt"],
+            completions=self._decode(response_ids, lengths, batch["prompt"]),
+            columns=batch["columns"],
+        )
+        return self._judged(actors, rollout)
+
+    def _generate(
+        self, actors: Actors, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        size, pad_id = self.args.local_rollout_forward_batch_size, self.tokenizer.pad_token_id
+        with actors.playing("policy"), self.accelerator.autocast():
+            drawn = [
+                generate(
+                    actors.generator(),
+                    ids,
+                    mask,
+                    max_new_tokens=self.args.response_length,
+                    temperature=self.temperature,
+                    pad_id=pad_id,
+                    stop_id=self.stop_id,
+                )
+                for ids, mask in zip(prompt_ids.split(size), prompt_mask.split(size), strict=True)
+            ]
+        width = max(ids.shape[1] for ids, _ in drawn)
+        return (
+            torch.cat([pad(ids, (0, width - ids.shape[1]), value=pad_id) for ids, _ in drawn]),
+            torch.cat([pad(logprobs, (0, width - logprobs.shape[1])) for _, logprobs in drawn]),
+        )
+
+    def _decode(self, ids: torch.Tensor, lengths: torch.Tensor, prompts: list[Any]) -> list[Any]:
+        rows = [row[:n] for row, n in zip(ids.tolist(), lengths.tolist(), strict=True)]
+        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for text, prompt in zip(texts, prompts, strict=True)
+        ]
+
+    def _judged(self, actors: Actors, rollout: Rollout) -> Rollout:
+        """The rollout with the reference's log-probabilities and the values; zero behind the ends."""
+        width = rollout.response_ids.shape[1]
+        references, values = torch.zeros_like(rollout.logprobs), torch.zeros_like(rollout.logprobs)
+        for rows in self._chunks(rollout):
+            inputs = model_inputs(*rollout.sequences(rows))
+            with self.accelerator.autocast():
+                logits = actors.logits("reference", inputs, width + 1)[:, :-1]
+                values[rows] = actors.values(inputs, width + 1)[:, :-1].float()
+            references[rows] = token_logprobs(logits, rollout.response_ids[rows], self.temperature)
+        mask, value_mask = rollout.masks()
+        return replace(
+            rollout,
+            logprobs=rollout.logprobs.masked_fill(~mask, 0),
+            ref_logprobs=references.masked_fill(~mask, 0),
+            values=values.masked_fill(~value_mask, 0),
+        )
+
+    @torch.no_grad()
+    def scores(self, actors: Actors, rollout: Rollout) -> torch.Tensor:
+        """The reward model's score of each response: (B,) float32."""
+        scores = torch.zeros(len(rollout.prompts), device=self.accelerator.device)
+        for rows in self._chunks(rollout):
+            with self.accelerator.autocast():
+                scores[rows] = actors.scores(model_inputs(*rollout.sequences(rows))).float()
+        return scores
+
+    def _chunks(self, rollout: Rollout) -> tuple[torch.Tensor, ...]:
+        """Rows of like length together, as many as a training step holds: little padding is computed."""
+        return rollout.by_length(torch.arange(len(rollout.prompts))).split(self.args.per_device_train_batch_size)
