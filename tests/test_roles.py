@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_rlaif import SharedBase, UserError
+from trl_rlaif.models import keep_gradients
 from trl_rlaif.roles import save_adapter
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 4, 3, 7]])
@@ -49,7 +50,8 @@ def base_folder(request, tmp_path):
         kwargs["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
         )
-    return lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "base", **kwargs).eval()
+    # Both sides through the same kernel: see keep_gradients.
+    return lambda: keep_gradients(AutoModelForCausalLM.from_pretrained(tmp_path / "base", **kwargs)).eval()
 
 
 @torch.no_grad()
@@ -117,6 +119,25 @@ def test_gradients_reach_the_active_role_only():
     shared.head("value", shared.hidden("value", input_ids=IDS)).sum().backward()
     touched = {n for n, p in shared.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert touched and all(".value." in n for n in touched)
+
+
+def test_gradients_pass_a_four_bit_base_after_eval(base_folder, tmp_path):
+    """As PPO does it: a rollout in eval mode, then an update in train mode."""
+
+    def gradients(roll_out):
+        torch.manual_seed(6)
+        shared = SharedBase(base_folder(), _config())
+        if roll_out:
+            with torch.no_grad(), shared.eval().role("policy"):
+                shared.model(IDS)
+        with shared.train().role("policy"):
+            shared.model(IDS).logits.square().mean().backward()
+        return {n: p.grad for n, p in shared.named_parameters() if p.grad is not None}
+
+    fresh, after = gradients(False), gradients(True)
+    assert len(fresh) > 10 and all(g.abs().sum() > 0 for g in fresh.values())
+    assert fresh.keys() == after.keys()
+    assert all(torch.equal(fresh[n], after[n]) for n in fresh)
 
 
 def test_a_start_is_policy_and_reference(tmp_path):

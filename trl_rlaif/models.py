@@ -159,11 +159,25 @@ def load_model(spec: ModelSpec, *, num_labels: int | None = None) -> PreTrainedM
     path = resolve(spec.path)
     try:
         if num_labels is None:
-            return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+            return keep_gradients(AutoModelForCausalLM.from_pretrained(path, **kwargs))
         with suppress_seqcls_warning():
-            return AutoModelForSequenceClassification.from_pretrained(path, num_labels=num_labels, **kwargs)
+            model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=num_labels, **kwargs)
+        return keep_gradients(model)
     except (OSError, ValueError, KeyError) as error:
         raise _not_found("model", spec.path, error) from error
+
+
+def keep_gradients(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, whose 4-bit layers go on passing gradients on a CPU after a forward pass in eval mode.
+
+    bitsandbytes (0.49 and 0.50) packs such weights for good for an inference kernel on CPUs with AVX512-BF16,
+    and that kernel has no backward: adapters below it would silently get no gradient. Without the flag the
+    weights stay as they are.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def _not_found(what: str, path: str, error: Exception) -> UserError:

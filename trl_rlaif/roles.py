@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from trl_rlaif.errors import UserError
+from trl_rlaif.models import keep_gradients
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,7 +93,7 @@ class SharedBase(nn.Module):
         super().__init__()
         given = isinstance(policy, PeftConfig)
         config = _for_causal_lm(policy if given else _read_config(policy))
-        self.peft = get_peft_model(model, config, adapter_name="policy")
+        self.peft = get_peft_model(keep_gradients(model), config, adapter_name="policy")
         self.heads = nn.ModuleDict()
         if not given:
             set_peft_model_state_dict(self.peft, _read_state(policy), adapter_name="policy")
@@ -105,7 +106,7 @@ class SharedBase(nn.Module):
         """Roles on a PeftModel whose active adapter is already the policy; it goes by ``policy`` here."""
         shared = cls.__new__(cls)
         nn.Module.__init__(shared)
-        shared.peft, shared.heads = peft, nn.ModuleDict()
+        shared.peft, shared.heads = keep_gradients(peft), nn.ModuleDict()
         name = peft.active_adapter
         config = _for_causal_lm(peft.peft_config[name])
         state = get_peft_model_state_dict(peft, adapter_name=name)

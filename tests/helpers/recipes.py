@@ -23,13 +23,13 @@ def write_prompts(path: Path, count: int = 10, start: int = 0) -> Path:
     return path
 
 
-def write_recipe(folder: Path, model: str, **sections: object) -> Path:
+def write_recipe(folder: Path, model_path: str, /, **sections: object) -> Path:
     """recipe.yaml beside its prompt files, with tiny settings; ``section=None`` leaves a section out."""
     write_prompts(folder / "train.jsonl")
     write_prompts(folder / "test.jsonl", 4, start=20)
     recipe = {
         "run": {"name": "tiny", "seed": 7},
-        "model": {"path": model, "dtype": "float32", "lora": {"r": 4, "alpha": 8}},
+        "model": {"path": model_path, "dtype": "float32", "lora": {"r": 4, "alpha": 8}},
         "data": {"prompts": "train.jsonl", "eval_prompts": "test.jsonl"},
         "sample": {"max_new_tokens": 8, "batch_size": 4},
         "label": {"batch_tokens": 2048},
@@ -55,6 +55,6 @@ def write_recipe(folder: Path, model: str, **sections: object) -> Path:
     return path
 
 
-def tiny_recipe(folder: Path, model: str, **sections: object) -> Recipe:
+def tiny_recipe(folder: Path, model_path: str, /, **sections: object) -> Recipe:
     """The same, parsed."""
-    return parse_recipe(write_recipe(folder, model, **sections), registry=installed_plugins().registry)
+    return parse_recipe(write_recipe(folder, model_path, **sections), registry=installed_plugins().registry)

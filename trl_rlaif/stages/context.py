@@ -137,8 +137,10 @@ class Context:
 
     def trainer_arguments(self, stage: str, config: dict[str, Any]) -> dict[str, Any]:
         """Arguments of a TRL config: the recipe's, over defaults that fit this run."""
+        model = self.recipe.model
         defaults = {
-            "bf16": self.recipe.model.dtype == "bfloat16",
+            # TRL holds the adapters of a 4-bit base in bfloat16: only autocast lets them meet another dtype.
+            "bf16": model.dtype == "bfloat16" or model.quantization == "nf4",
             # transformers refuses bf16 without a GPU unless it is told that the CPU is meant.
             "use_cpu": _device() == "cpu",
             "report_to": "none",
