@@ -14,9 +14,11 @@ from peft import AutoPeftModelForSequenceClassification, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
+from trl_rlaif import SharedBase
 from trl_rlaif.artifacts import read_lines
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.runner import run_recipe
+from trl_rlaif.stages.reward import tokenize_preference
 
 
 @pytest.fixture(scope="module")
@@ -71,17 +73,19 @@ def test_peft_loads_the_policy(finished, tiny_model):
 
 
 def test_the_reward_folder_is_a_sequence_classifier(finished, tiny_model):
+    """What AutoPeftModel makes of reward/ scores like the reward role that PPO and evaluate use."""
     recipe, folder = finished
     model = AutoPeftModelForSequenceClassification.from_pretrained(folder / "reward", num_labels=1).eval()
-    sample = read_lines(folder / "samples.jsonl")[0]
-    tokenizer = AutoTokenizer.from_pretrained(folder / "reward")
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": sample["prompt"]}], tokenize=False, add_generation_prompt=True
+    shared = SharedBase(AutoModelForCausalLM.from_pretrained(tiny_model), folder / "policy")
+    shared.add_reward(folder / "reward")
+    row = tokenize_preference(
+        AutoTokenizer.from_pretrained(folder / "reward"), load_from_disk(str(folder / "preferences"))[0]
     )
-    ids = tokenizer(chat + sample["trained"] + tokenizer.eos_token, add_special_tokens=False, return_tensors="pt")
+    ids = torch.tensor([row["chosen_ids"]])
     with torch.no_grad():
-        score = model(**ids).logits.item()
-    assert score == pytest.approx(sample["reward_trained"], abs=1e-4)
+        score = shared.eval().head("reward", shared.hidden("reward", input_ids=ids)[:, -1])
+        assert score.item() == pytest.approx(model(ids).logits.item(), abs=1e-6)
+    assert score.item() != 0
 
 
 def test_dpo_takes_the_preferences_as_they_are(finished, tiny_model, tmp_path):

@@ -11,7 +11,6 @@ import torch
 
 from trl_rlaif.artifacts import to_line, write_atomically
 from trl_rlaif.data import Pair, Prompt
-from trl_rlaif.encoding import encode_response
 from trl_rlaif.judging import Judge
 from trl_rlaif.judging.scoring import token_batches
 from trl_rlaif.measures import bootstrap_mean, win_rate
@@ -65,27 +64,32 @@ def _compare(
     prompts, tokens, skipped = context.encoded_prompts(source, length, shared.model)
     start = _responses(context, shared, shared.reference, f"{name}: start", prompts, tokens, length)
     trained = _responses(context, shared, "policy", f"{name}: trained", prompts, tokens, length)
-    preferred = _preferred(context, judge, name, prompts, start, trained)
-    rewards = [None, None]
+    texts = [
+        [context.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in side] for side in (start, trained)
+    ]
+    preferred = _preferred(context, judge, name, prompts, *texts)
+    rewards: list[list[Any]] = [[None] * len(prompts)] * 2
     if "reward" in shared.heads:
-        rewards = [_rewards(context, shared, tokens, texts) for texts in (start, trained)]
-    rows = []
-    for i, item in enumerate(prompts):
-        rows.append(
-            {
-                "set": name,
-                "id": item.id,
-                "prompt": item.prompt,
-                "category": item.category,
-                "start": start[i],
-                "trained": trained[i],
-                "tokens_start": len(encode_response(context.tokenizer, start[i])) - 1,
-                "tokens_trained": len(encode_response(context.tokenizer, trained[i])) - 1,
-                "reward_start": rewards[0][i] if rewards[0] else None,
-                "reward_trained": rewards[1][i] if rewards[1] else None,
-                "p_trained": preferred[i],
-            }
-        )
+        rewards = [_rewards(context, shared, tokens, side) for side in (start, trained)]
+    end = context.tokenizer.eos_token_id
+    rows = [
+        {
+            "set": name,
+            "id": prompt.id,
+            "prompt": prompt.prompt,
+            "category": prompt.category,
+            "start": texts[0][i],
+            "trained": texts[1][i],
+            "tokens_start": len(start[i]),
+            "tokens_trained": len(trained[i]),
+            "ended_start": start[i][-1:] == [end],
+            "ended_trained": trained[i][-1:] == [end],
+            "reward_start": rewards[0][i],
+            "reward_trained": rewards[1][i],
+            "p_trained": preferred[i],
+        }
+        for i, prompt in enumerate(prompts)
+    ]
     return rows, skipped
 
 
@@ -103,10 +107,10 @@ def _responses(
     prompts: list[Prompt],
     tokens: list[list[int]],
     length: int,
-) -> list[str]:
-    """One response a prompt under a role, in the prompts' order."""
-    section = context.recipe.evaluate
-    texts = [""] * len(prompts)
+) -> list[list[int]]:
+    """Token ids of one response a prompt under a role, with the end token where it was drawn."""
+    section, end = context.recipe.evaluate, context.tokenizer.eos_token_id
+    responses: list[list[int]] = [[]] * len(prompts)
     with progress_bar(f"Answering ({description})", len(prompts)) as advance, shared.role(role):
         for batch in length_batches([len(t) for t in tokens], section.batch_size):
             with seeded(context.recipe.run.seed, "evaluate", *(prompts[i].id for i in batch)):
@@ -118,9 +122,10 @@ def _responses(
                     temperature=section.temperature,
                 )
             for i, (ids,) in zip(batch, drawn, strict=True):
-                texts[i] = context.tokenizer.decode(ids, skip_special_tokens=True).strip()
+                # Only an end token stops a response before its full length.
+                responses[i] = [*ids, end] if len(ids) < length else ids
             advance(len(batch))
-    return texts
+    return responses
 
 
 def _preferred(
@@ -138,9 +143,8 @@ def _preferred(
 
 
 @torch.no_grad()
-def _rewards(context: Context, shared: SharedBase, prompts: list[list[int]], responses: list[str]) -> list[float]:
-    """Scores of the reward role for each response, read at its end token."""
-    encoded = [encode_response(context.tokenizer, text) for text in responses]
+def _rewards(context: Context, shared: SharedBase, prompts: list[list[int]], encoded: list[list[int]]) -> list[float]:
+    """Scores of the reward role for responses as they were drawn: one that was cut off is scored so, as in PPO."""
     lengths = [len(p) + len(r) for p, r in zip(prompts, encoded, strict=True)]
     device, pad = shared.model.device, context.tokenizer.pad_token_id
     scores = [0.0] * len(prompts)
@@ -166,6 +170,7 @@ def _numbers(rows: list[dict[str, Any]], seed: int) -> dict[str, Any]:
     if judged:
         numbers |= win_rate([row["p_trained"] for row in judged], seed=seed)
     for side in ("start", "trained"):
+        numbers[f"ended_{side}"] = statistics.fmean(row[f"ended_{side}"] for row in rows)
         numbers[f"tokens_{side}"] = statistics.fmean(row[f"tokens_{side}"] for row in rows)
         numbers[f"reward_{side}"] = _mean([row[f"reward_{side}"] for row in rows], seed)
     gains = [None if row["reward_start"] is None else row["reward_trained"] - row["reward_start"] for row in rows]
