@@ -33,10 +33,11 @@ class AdvantageOptions(Options):
 
 
 class FakeRegistry:
-    """Two transforms, one labeler, one selector, and a labeler whose plugin is broken."""
+    """Two transforms, two labelers, one selector, and a labeler whose plugin is broken."""
 
     components = {
         ("labeler", "distilled"): DistilledOptions,
+        ("labeler", "direct"): Options,
         ("labeler", "broken"): None,
         ("reward_transform", "advantage"): AdvantageOptions,
         ("reward_transform", "regulator"): Options,
@@ -102,3 +103,17 @@ def only(problems: Callable[..., list[Problem]]) -> Callable[..., Problem]:
         return found[0]
 
     return only
+
+
+@pytest.fixture
+def parse_errors_of_direct(tmp_path: Path) -> str:
+    """What a recipe with direct rewards is told where no plugin brings them."""
+
+    class WithoutDirect(FakeRegistry):
+        components = {k: v for k, v in FakeRegistry.components.items() if k != ("labeler", "direct")}
+
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "r.yaml").write_text("model: {path: gpt2}\ndata: {prompts: prompts.jsonl}\nrl: {rewards: [direct]}\n")
+    with pytest.raises(UserError) as caught:
+        parse_recipe(tmp_path / "r.yaml", registry=WithoutDirect())
+    return str(caught.value)

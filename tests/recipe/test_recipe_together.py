@@ -85,3 +85,7 @@ class TestRewardFunctions:
         assert problem.where == "recipe.yaml:5"
         assert problem.what == f"'rewards.0' in section 'rl': {what}"
         assert problem.fix.startswith(fix)
+
+
+def test_direct_rewards_need_a_labeler_of_that_name(parse_errors_of_direct):
+    assert "'direct' is a labeler, and none of that name is installed." in parse_errors_of_direct
