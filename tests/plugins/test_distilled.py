@@ -34,11 +34,15 @@ def test_sigmoid_far_out():
     assert (sigmoid(math.inf), sigmoid(-math.inf)) == (1.0, 0.0)
 
 
-@pytest.mark.parametrize(("one", "two"), [(0.6, 0.3), (0.01, 0.02), (0.5, 0.5), (1.0, 1e-12)])
+@pytest.mark.parametrize(("one", "two"), [(0.6, 0.3), (0.01, 0.02), (0.5, 0.5), (1 - 1e-12, 1e-12)])
 def test_preference_is_the_softmax_over_the_two_and_their_mass(one, two):
     p, mass = preference(math.log(one), math.log(two))
     assert p == pytest.approx(one / (one + two), rel=1e-12)
     assert mass == pytest.approx(one + two, rel=1e-12)
+
+
+def test_rounding_gives_no_mass_above_one():
+    assert preference(math.log(0.5) + 1e-9, math.log(0.5) + 1e-9)[1] == 1.0
 
 
 def test_preference_of_candidates_that_are_both_unlikely():
