@@ -16,8 +16,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     from trl.experimental.ppo import PPOConfig as TrlPPOConfig
     from trl.experimental.ppo import PPOTrainer as TrlPPOTrainer
-    from trl.experimental.utils import get_reward
 if _silence is None:
     del os.environ["TRL_EXPERIMENTAL_SILENCE"]
 
-__all__ = ["TrlPPOConfig", "TrlPPOTrainer", "get_reward"]
+__all__ = ["TrlPPOConfig", "TrlPPOTrainer"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,6 @@ class Context:
     recipe: Recipe
     folder: RunFolder
     plugins: Plugins
-    warnings: list[str] = field(default_factory=list)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -165,11 +164,6 @@ def _device() -> str:
     from accelerate import PartialState
 
     return str(PartialState().device)
-
-
-def describe_counts(counts: dict[str, int]) -> str:
-    """Counts by reason for one line: ``3 empty, 1 identical``."""
-    return ", ".join(f"{n} {reason}" for reason, n in counts.items())
 
 
 def pair_row(pair: Pair) -> dict[str, Any]:
