@@ -124,9 +124,18 @@ def test_a_bad_reward_is_named_and_what_was_learned_is_kept(tmp_path, reward, me
     assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").exists()
 
 
-def test_a_run_can_be_repeated_and_resumed_bit_for_bit(tmp_path):
+class _Random(DataSelector):
+    """Chooses by chance: a resumed run that chose anew would train on other prompts."""
+
+    def select(self, pool):
+        return torch.randperm(len(pool.prompts))[:6].tolist()
+
+
+@pytest.mark.parametrize("selectors", [(), (_Random(),)], ids=["all prompts", "selected prompts"])
+def test_a_run_can_be_repeated_and_resumed_bit_for_bit(tmp_path, selectors):
     """Whole, repeated, and stopped after two updates and resumed: the same numbers, to the last bit."""
     options = {"num_mini_batches": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    options["trainer_kwargs"] = {"data_selectors": selectors}
     whole = _trainer(tmp_path / "whole", total_episodes=24, **options)
     whole.train()
     stopped = _trainer(tmp_path / "stopped", total_episodes=24, save_strategy="steps", save_steps=2, **options)

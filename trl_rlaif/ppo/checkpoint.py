@@ -85,6 +85,7 @@ def _state(trainer: PPOTrainer) -> dict[str, Any]:
         "parameters": _trainable(trainer),
         "optimizer": trainer.optimizer.state_dict(),
         "scheduler": trainer.lr_scheduler.state_dict(),
+        "selected_rows": trainer._selected_rows,
         "batches": trainer._batches.state_dict(),
         "minibatch_order": trainer._minibatch_order.get_state(),
         "transforms": [t.state_dict() for t in trainer.reward_transforms],
@@ -116,6 +117,9 @@ def load(trainer: PPOTrainer, folder: Path) -> None:
     trainer.lr_scheduler.load_state_dict(state["scheduler"])
     for transform, its_state in zip(trainer.reward_transforms, state["transforms"], strict=True):
         transform.load_state_dict(its_state)
+    # Only the start can choose: what it chose stays, and the place in the data is a place in that.
+    if state["selected_rows"] is not None and trainer._selected_rows is None:
+        trainer._train_on(state["selected_rows"])
     trainer._batches.load_state_dict(state["batches"])
     trainer._minibatch_order.set_state(state["minibatch_order"])
     _load_trainer_state(trainer, folder)

@@ -127,7 +127,7 @@ class PPOTrainer(TrlPPOTrainer):
         self._sampler = RolloutSampler(args, self.accelerator, self.processing_class, self.stop_token_id)
         self._batches = BatchStream(self.dataloader)
         self._minibatch_order = torch.Generator().manual_seed(self.local_seed)
-        self._selected = False
+        self._selected_rows: list[int] | None = None
 
     @property
     def actors(self) -> Actors:
@@ -325,12 +325,15 @@ class PPOTrainer(TrlPPOTrainer):
 
     def _select_prompts(self) -> None:
         """Let the selectors choose from the prompts, each with one scored response of the start."""
-        if not self.data_selectors or self._selected:
-            return
-        rows = select_rows(self.data_selectors, self._pool())
+        if self.data_selectors and self._selected_rows is None:
+            self._train_on(select_rows(self.data_selectors, self._pool()))
+
+    def _train_on(self, rows: list[int]) -> None:
+        """Train on these rows of the prompts from here on."""
+        self._selected_rows = rows
         self.train_dataset = self.train_dataset.select(rows)
         self.dataloader = self.accelerator.prepare(prompt_loader(self))
-        self._batches, self._selected = BatchStream(self.dataloader), True
+        self._batches = BatchStream(self.dataloader)
 
     def _pool(self) -> Pool:
         prompts, responses, scores, categories = [], [], [], []
