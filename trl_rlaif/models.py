@@ -159,7 +159,7 @@ def load_model(spec: ModelSpec, *, num_labels: int | None = None) -> PreTrainedM
     path = resolve(spec.path)
     try:
         if num_labels is None:
-            return keep_gradients(AutoModelForCausalLM.from_pretrained(path, **kwargs))
+            return contiguous_head(keep_gradients(AutoModelForCausalLM.from_pretrained(path, **kwargs)))
         with suppress_seqcls_warning():
             model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=num_labels, **kwargs)
         return keep_gradients(model)
@@ -178,6 +178,22 @@ def keep_gradients(model: PreTrainedModel) -> PreTrainedModel:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def contiguous_head(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, whose output embedding reads contiguous hidden states.
+
+    With ``logits_to_keep`` it is given a slice of all positions; torch (seen in 2.13) then multiplies by a
+    copy of the weights for every row, which took longer than the product itself.
+    """
+    head = model.get_output_embeddings()
+    if head is not None and not any(hook is _made_contiguous for hook in head._forward_pre_hooks.values()):
+        head.register_forward_pre_hook(_made_contiguous)
+    return model
+
+
+def _made_contiguous(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (inputs[0].contiguous(), *inputs[1:])
 
 
 def _not_found(what: str, path: str, error: Exception) -> UserError:

@@ -27,6 +27,12 @@ PAIRS = MODEL + "data:\n  pairs: pairs.jsonl\n"
         (PROMPTS + "rl:\n  rewards:\n  - direct\n  - reward\n", 6, "'rl' is rewarded by", "Add 'reward'"),
         (PROMPTS + "rl: {rewards: [direct]}\nevaluate:\n", 4, "'evaluate' has no prompts.", "Set data.eval"),
         (PROMPTS + "evaluate: {sets: {a: eval.jsonl}}\n", 3, "'evaluate' has no trained policy", "Add 'rl'."),
+        (
+            PROMPTS + "rl: {rewards: [direct]}\nevaluate: {sets: {a: eval.jsonl}, num_responses: 2}\n",
+            4,
+            "'evaluate' draws 2 responses a prompt at temperature 0",
+            "Set evaluate.temperature above 0, or leave the key out.",
+        ),
         (PROMPTS, 1, "the recipe has no stage.", "Add at least one of sft, sample, label"),
     ],
 )

@@ -62,6 +62,21 @@ def test_results_agree_with_the_artefacts(finished):
     assert results["rl"]["score_last"] == rl[-1]["objective/scores"]
 
 
+def test_evaluation_takes_the_mean_over_several_responses(tmp_path, tiny_model):
+    """A start against a policy that never moved: each prompt's means are over the same responses."""
+    recipe = tiny_recipe(
+        tmp_path, tiny_model, rl={"learning_rate": 0.0, "total_episodes": 4},
+        evaluate={"temperature": 1.0, "num_responses": 5}, report=None,
+    )  # fmt: skip
+    folder = run_recipe(recipe, installed_plugins(), tmp_path / "out")
+    samples = read_lines(folder / "samples.jsonl")
+    assert all(s["mean_reward_start"] == pytest.approx(s["mean_reward_trained"], abs=1e-6) for s in samples)
+    assert all(s["start"] == s["trained"] and s["p_trained"] == 0.5 for s in samples)
+    assert any(abs(s["mean_reward_start"] - s["reward_start"]) > 1e-4 for s in samples)  # the first is not the mean
+    assert any(s["tokens_start"] % 1 for s in samples)  # nor are all of one length
+    assert folder.results()["evaluate"]["sets"]["test"]["reward_gain"]["mean"] == pytest.approx(0, abs=1e-6)
+
+
 def test_peft_loads_the_policy(finished, tiny_model):
     _, folder = finished
     base = AutoModelForCausalLM.from_pretrained(tiny_model)

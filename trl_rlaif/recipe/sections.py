@@ -198,6 +198,9 @@ class EvaluateSection(Section):
         None, ge=1, description="Longest response in tokens; null takes rl.response_length or sample's."
     )
     temperature: Number = Field(0.0, ge=0, description="Sampling temperature; 0 decodes greedily.")
+    num_responses: int = Field(
+        1, ge=1, description="Responses a prompt of each policy: rewards are means over all, the first is judged."
+    )
     batch_size: int = Field(16, ge=1, description="Sequences generated or judged at once.")
 
 

@@ -55,6 +55,10 @@ def _check_evaluate(source: Source, present: set[Any]) -> None:
         source.report(("evaluate",), "'evaluate' has no trained policy to judge.", "Add 'rl'.")
     if not _value(source, "evaluate", "sets") and _value(source, "data", "eval_prompts") is None:
         source.report(("evaluate",), "'evaluate' has no prompts.", "Set data.eval_prompts or evaluate.sets.")
+    many = _value(source, "evaluate", "num_responses")
+    if isinstance(many, int) and many > 1 and not _value(source, "evaluate", "temperature"):
+        what = f"'evaluate' draws {many} responses a prompt at temperature 0, where all are the same."
+        source.report(("evaluate", "num_responses"), what, "Set evaluate.temperature above 0, or leave the key out.")
 
 
 def _value(source: Source, section: str, key: str) -> Any:

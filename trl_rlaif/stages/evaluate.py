@@ -59,38 +59,52 @@ def _agreement(context: Context) -> dict[str, Any]:
 def _compare(
     context: Context, shared: SharedBase, judge: Judge, name: str, source: str
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """One line a prompt: both responses, their rewards, and the judge's probability for the trained one."""
+    """One line a prompt: both first responses, the judge's probability for the trained one, means over all."""
     length = _max_new_tokens(context)
     prompts, tokens, skipped = context.encoded_prompts(source, length, shared.model)
-    start = _responses(context, shared, shared.reference, f"{name}: start", prompts, tokens, length)
-    trained = _responses(context, shared, "policy", f"{name}: trained", prompts, tokens, length)
-    texts = [
-        [context.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in side] for side in (start, trained)
-    ]
-    preferred = _preferred(context, judge, name, prompts, *texts)
-    rewards: list[list[Any]] = [[None] * len(prompts)] * 2
-    if "reward" in shared.heads:
-        rewards = [_rewards(context, shared, tokens, side) for side in (start, trained)]
-    end = context.tokenizer.eos_token_id
+    roles = {"start": shared.reference, "trained": "policy"}
+    drawn = {
+        side: _responses(context, shared, role, f"{name}: {side}", prompts, tokens, length)
+        for side, role in roles.items()
+    }
+    texts = {
+        side: [context.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids, *_ in responses]
+        for side, responses in drawn.items()
+    }
+    preferred = _preferred(context, judge, name, prompts, texts["start"], texts["trained"])
+    numbers = {side: _of_each_prompt(context, shared, tokens, responses) for side, responses in drawn.items()}
     rows = [
         {
             "set": name,
             "id": prompt.id,
             "prompt": prompt.prompt,
             "category": prompt.category,
-            "start": texts[0][i],
-            "trained": texts[1][i],
-            "tokens_start": len(start[i]),
-            "tokens_trained": len(trained[i]),
-            "ended_start": start[i][-1:] == [end],
-            "ended_trained": trained[i][-1:] == [end],
-            "reward_start": rewards[0][i],
-            "reward_trained": rewards[1][i],
+            **{side: texts[side][i] for side in roles},
+            **{f"{key}_{side}": values[i] for side in roles for key, values in numbers[side].items()},
             "p_trained": preferred[i],
         }
         for i, prompt in enumerate(prompts)
     ]
     return rows, skipped
+
+
+def _of_each_prompt(
+    context: Context, shared: SharedBase, tokens: list[list[int]], responses: list[list[list[int]]]
+) -> dict[str, list[Any]]:
+    """Means over each prompt's responses, and the first one's own reward (None without a reward model)."""
+    end, many = context.tokenizer.eos_token_id, len(responses[0])
+    rewards: list[Any] = [None] * len(tokens) * many
+    if "reward" in shared.heads:
+        rewards = _rewards(
+            context, shared, [p for p in tokens for _ in range(many)], [r for rs in responses for r in rs]
+        )
+    of_prompts = [rewards[i : i + many] for i in range(0, len(rewards), many)]
+    return {
+        "tokens": [statistics.fmean(len(r) for r in rs) for rs in responses],
+        "ended": [statistics.fmean(r[-1:] == [end] for r in rs) for rs in responses],
+        "reward": [rs[0] for rs in of_prompts],
+        "mean_reward": [None if None in rs else statistics.fmean(rs) for rs in of_prompts],
+    }
 
 
 def _max_new_tokens(context: Context) -> int:
@@ -107,23 +121,25 @@ def _responses(
     prompts: list[Prompt],
     tokens: list[list[int]],
     length: int,
-) -> list[list[int]]:
-    """Token ids of one response a prompt under a role, with the end token where it was drawn."""
+) -> list[list[list[int]]]:
+    """Token ids of each prompt's responses under a role, with the end token where it was drawn."""
     section, end = context.recipe.evaluate, context.tokenizer.eos_token_id
-    responses: list[list[int]] = [[]] * len(prompts)
+    responses: list[list[list[int]]] = [[]] * len(prompts)
+    batch_size = max(1, section.batch_size // section.num_responses)
     with progress_bar(f"Answering ({description})", len(prompts)) as advance, shared.role(role):
-        for batch in length_batches([len(t) for t in tokens], section.batch_size):
+        for batch in length_batches([len(t) for t in tokens], batch_size):
             with seeded(context.recipe.run.seed, "evaluate", *(prompts[i].id for i in batch)):
                 drawn = sample_responses(
                     shared.model,
                     context.tokenizer,
                     [tokens[i] for i in batch],
+                    num_responses=section.num_responses,
                     max_new_tokens=length,
                     temperature=section.temperature,
                 )
-            for i, (ids,) in zip(batch, drawn, strict=True):
+            for i, of_prompt in zip(batch, drawn, strict=True):
                 # Only an end token stops a response before its full length.
-                responses[i] = [*ids, end] if len(ids) < length else ids
+                responses[i] = [[*ids, end] if len(ids) < length else ids for ids in of_prompt]
             advance(len(batch))
     return responses
 
@@ -172,8 +188,9 @@ def _numbers(rows: list[dict[str, Any]], seed: int) -> dict[str, Any]:
     for side in ("start", "trained"):
         numbers[f"ended_{side}"] = statistics.fmean(row[f"ended_{side}"] for row in rows)
         numbers[f"tokens_{side}"] = statistics.fmean(row[f"tokens_{side}"] for row in rows)
-        numbers[f"reward_{side}"] = _mean([row[f"reward_{side}"] for row in rows], seed)
-    gains = [None if row["reward_start"] is None else row["reward_trained"] - row["reward_start"] for row in rows]
+        numbers[f"reward_{side}"] = _mean([row[f"mean_reward_{side}"] for row in rows], seed)
+    pairs = [(row["mean_reward_start"], row["mean_reward_trained"]) for row in rows]
+    gains = [None if start is None else trained - start for start, trained in pairs]
     numbers["reward_gain"] = _mean(gains, seed)
     by_category = defaultdict(list)
     for row in judged:
