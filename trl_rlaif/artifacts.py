@@ -17,7 +17,8 @@ from trl_rlaif.errors import RunError, UserError
 STAGE_ARTIFACTS = {
     "sft": ["sft", "checkpoints/sft"],
     "sample": ["pairs.jsonl", "pairs.partial.jsonl"],
-    "label": ["labels.jsonl", "preferences"],
+    # labels.jsonl stays: its lines are found by what determined them (labels/store.py).
+    "label": ["preferences"],
     "reward": ["reward", "checkpoints/reward"],
     "rl": ["policy", "checkpoints/rl"],
     "evaluate": ["samples.jsonl"],
@@ -109,8 +110,8 @@ class RunFolder:
         self.path = Path(path).resolve()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._state.mkdir(exist_ok=True)
-            probe = self._state / "writable"
+            self.state.mkdir(exist_ok=True)
+            probe = self.state / "writable"
             probe.touch()
             probe.unlink()
         except OSError as error:
@@ -124,7 +125,8 @@ class RunFolder:
         return self.path / name
 
     @property
-    def _state(self) -> Path:
+    def state(self) -> Path:
+        """Where a run keeps what only itself needs."""
         return self.path / ".state"
 
     @property
@@ -135,7 +137,7 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep a second process out while a run writes here; the lock ends with the process."""
-        with (self._state / "lock").open("w") as file:
+        with (self.state / "lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -145,7 +147,7 @@ class RunFolder:
     # ---- Stages ---------------------------------------------------------------------------------------
 
     def _marker(self, stage: str) -> dict[str, Any]:
-        path = self._state / f"{stage}.json"
+        path = self.state / f"{stage}.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def is_complete(self, stage: str, fingerprint: str | None = None) -> bool:
@@ -158,15 +160,15 @@ class RunFolder:
         marker = self._marker(stage)
         if marker.get("fingerprint") != fingerprint or marker.get("complete"):
             self.clear(stage)
-        write_atomically(self._state / f"{stage}.json", json.dumps({"fingerprint": fingerprint, "complete": False}))
+        write_atomically(self.state / f"{stage}.json", json.dumps({"fingerprint": fingerprint, "complete": False}))
 
     def complete(self, stage: str, fingerprint: str) -> None:
         """Close a stage: ``--resume`` skips it from now on."""
-        write_atomically(self._state / f"{stage}.json", json.dumps({"fingerprint": fingerprint, "complete": True}))
+        write_atomically(self.state / f"{stage}.json", json.dumps({"fingerprint": fingerprint, "complete": True}))
 
     def clear(self, stage: str) -> None:
         """Remove what a stage made: artefacts, numbers and metrics."""
-        (self._state / f"{stage}.json").unlink(missing_ok=True)
+        (self.state / f"{stage}.json").unlink(missing_ok=True)
         for name in STAGE_ARTIFACTS[stage]:
             path = self / name
             if path.is_dir():

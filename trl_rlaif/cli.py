@@ -44,6 +44,9 @@ def run(
     output: Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/NAME.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a run in this folder was.")] = False,
     only: Annotated[str | None, typer.Option(help="Run these stages alone: --only label,reward.")] = None,
+    shard: Annotated[
+        str | None, typer.Option(help="Label share i of n (--shard i/n) and end there; join labels.jsonl afterwards.")
+    ] = None,
 ) -> None:
     """Run a recipe: from prompts to an aligned policy and a report."""
     from trl_rlaif.plugins import installed_plugins
@@ -61,6 +64,7 @@ def run(
             resume=resume,
             only=[stage.strip() for stage in only.split(",")] if only else (),
             command=shlex.join(["trl-rlaif", *sys.argv[1:]]),
+            shard=shard,
         )
     except KeyboardInterrupt:  # typer would end without a word
         raise Interrupted("Stopped. What was done is kept: add --resume to go on.") from None

@@ -32,7 +32,12 @@ class Component:
 
 
 class Labeler(Component, ABC):
-    """Turns pairs of responses into probabilities that the first is preferred."""
+    """Turns pairs of responses into probabilities that the first is preferred.
+
+    One that is also callable, with GRPOTrainer's signature, can be a reward; ``judge`` is then whom it asks.
+    """
+
+    judge: Judge | None = None
 
     @abstractmethod
     def label(self, pairs: Sequence[Pair], judge: Judge, done: Collection[str] = ()) -> Iterator[Label]:

@@ -136,7 +136,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: PromptLike, *, ope
     """
     pattern = _specials(tokenizer)
     if isinstance(prompt, str):
-        if pattern is None or not pattern.search(prompt):
+        if pattern is None or not pattern.search(prompt + opening):
             return tokenizer(prompt + opening)["input_ids"]
         return _first_ids(tokenizer) + _plain(tokenizer, prompt + opening, follows=False)
     if not tokenizer.chat_template:
@@ -145,7 +145,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: PromptLike, *, ope
             fix="Use a chat model, set tokenizer.chat_template, or give the prompts as text.",
         )
     messages = list(prompt)
-    hostile = pattern is not None and any(pattern.search(m["content"]) for m in messages)
+    hostile = pattern is not None and any(pattern.search(text) for text in (*(m["content"] for m in messages), opening))
     if hostile:
         return _encode_parts(tokenizer, _render_parts(tokenizer, messages, opening))
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

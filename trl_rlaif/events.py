@@ -19,9 +19,12 @@ class Label:
         p_12: The same, from the order (response_1, response_2) alone.
         p_21: The same, from the order (response_2, response_1) alone, mapped back to response_1.
         mass_12, mass_21: Probability that the judge gave to all candidate answers together, in [0, 1].
-        rationale_12, rationale_21: What the judge wrote before it answered, if it was asked to.
+        rationale_12, rationale_21: What the judge wrote before it answered, if it was asked to; a list where
+            it wrote several.
         judge: The judge's name.
         skipped: Why the pair could not be judged; the numbers are then None.
+        score_1, score_2: Each response's own reward in [-1, 1], of a labeler that rates responses one by one.
+        spread_1, spread_2: Standard deviation of the reward under the judge's distribution, its uncertainty.
     """
 
     id: str
@@ -30,10 +33,14 @@ class Label:
     p_21: float | None = None
     mass_12: float | None = None
     mass_21: float | None = None
-    rationale_12: str | None = None
-    rationale_21: str | None = None
+    rationale_12: str | list[str] | None = None
+    rationale_21: str | list[str] | None = None
     judge: str = ""
     skipped: str | None = None
+    score_1: float | None = None
+    score_2: float | None = None
+    spread_1: float | None = None
+    spread_2: float | None = None
 
 
 @dataclass(frozen=True)

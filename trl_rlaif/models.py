@@ -116,6 +116,30 @@ def resolve(path: str) -> str:
     return path
 
 
+def model_revision(path: str) -> str:
+    """A name for a model's present weights: the Hub's commit, or a digest of a folder's files.
+
+    Of each file its name, size, beginning and end count: enough to tell two trainings apart, and quick.
+    """
+    from transformers import AutoConfig
+
+    folder = Path(resolve(path))
+    if not folder.is_dir():
+        try:
+            return getattr(AutoConfig.from_pretrained(str(folder)), "_commit_hash", None) or ""
+        except (OSError, ValueError) as error:
+            raise _not_found("model", path, error) from error
+    digest = hashlib.sha256()
+    for file in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".bin", ".model")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(1 << 20))
+            stream.seek(max(0, size - (1 << 20)))
+            digest.update(stream.read())
+    return digest.hexdigest()[:16]
+
+
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a padding token and padding on the left.
 

@@ -68,6 +68,7 @@ def run_recipe(
     resume: bool = False,
     only: Sequence[str] = (),
     command: str = "",
+    shard: str | None = None,
 ) -> RunFolder:
     """Run a recipe.
 
@@ -78,6 +79,8 @@ def run_recipe(
         resume: Go on in a folder that is used already, and skip what is complete.
         only: Run these stages alone; what they stand on must be complete.
         command: How the run was started, for the report.
+        shard: ``i/n`` labels this machine's share of the pairs, and ends there. The labels.jsonl of all
+            machines, joined, is what one machine would have made.
 
     Raises:
         UserError: The folder is used already, is not writable, or lacks what a stage stands on.
@@ -94,7 +97,7 @@ def run_recipe(
         _check_only(folder, prints, only)
         _write_recipe(recipe, folder, command)
         _quiet_libraries()
-        _run_stages(recipe, plugins, folder, prints, resume, only)
+        _run_stages(recipe, plugins, folder, prints, resume, only, shard)
     return folder
 
 
@@ -119,10 +122,11 @@ def _run_stages(
     prints: dict[str, str],
     resume: bool,
     only: Sequence[str],
+    shard: str | None,
 ) -> None:
-    from trl_rlaif.stages.context import Context
+    from trl_rlaif.stages.context import Context, Shard
 
-    context = Context(recipe, folder, plugins)
+    context = Context(recipe, folder, plugins, Shard.parse(shard) if shard else None)
     for stage, fingerprint in prints.items():
         if only and stage not in only:
             continue
@@ -134,6 +138,10 @@ def _run_stages(
         started = time.monotonic()
         numbers = importlib.import_module(f"trl_rlaif.stages.{stage}").run(context)
         folder.add_results(stage, numbers)
+        if shard and stage == "label":
+            say(f"label: share {shard} done. {summary(stage, numbers)}")
+            say(f"Join the machines' labels.jsonl into one, and run without --shard: {folder / 'labels.jsonl'}")
+            return
         folder.complete(stage, fingerprint)
         gc.collect()  # trainers are cycles: without this a stage's model would live into the next one
         say(f"{stage}: done in {time.monotonic() - started:.0f} s. {summary(stage, numbers)}".rstrip())
@@ -150,7 +158,9 @@ def summary(stage: str, numbers: dict[str, Any]) -> str:
         return (
             f"{numbers['labeled']} of {numbers['pairs']} pairs"
             + (f" (skipped: {skipped})" if skipped else "")
+            + (f", {numbers['made']} of them new" if numbers["made"] < numbers["labeled"] else "")
             + (f", position bias {bias['rate']:.0%}" if bias else "")
+            + (f", {numbers['agreement']['rate']:.0%} as people chose" if numbers["agreement"] else "")
         )
     if stage == "reward" and numbers.get("accuracy") is not None:
         low, high = numbers["accuracy_interval"]

@@ -3,22 +3,54 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Literal, NamedTuple
 
 Debias = Literal["mean_prob", "mean_logit"]
+Order = Literal["12", "21"]
 
 
-def preference(logprob_1: float, logprob_2: float) -> tuple[float, float]:
-    """Probability of the first candidate among the two, and the mass of both.
+class Preference(NamedTuple):
+    """What one order says of response_1.
 
     Args:
-        logprob_1, logprob_2: The judge's log-probabilities of "1" and "2", in nats.
+        logit: Log-odds of response_1; infinite where only one candidate was ever given.
+        p: The same as a probability.
+        mass: P("1") + P("2").
+    """
 
-    Returns:
-        (p, mass): softmax over the two, in [0, 1]; and P("1") + P("2"), in [0, 1].
+    logit: float
+    p: float
+    mass: float
+
+
+def preference(logprob_1: float, logprob_2: float) -> Preference:
+    """Preference for the first candidate among the two, and the mass of both.
+
+    Args:
+        logprob_1, logprob_2: The judge's log-probabilities of "1" and "2", in nats; one may be -inf.
     """
     mass = math.exp(logprob_1) + math.exp(logprob_2)
-    return sigmoid(logprob_1 - logprob_2), min(mass, 1.0)  # rounding may exceed 1
+    logit = logprob_1 - logprob_2
+    return Preference(logit, sigmoid(logit), min(mass, 1.0))  # rounding may exceed 1
+
+
+def mean_preference(order: Order, draws: Sequence[Sequence[float]]) -> Preference:
+    """Preference for response_1 from an order's distributions, one for each rationale, averaged.
+
+    Args:
+        order: Shown second ("21"), response_1 is the candidate "2".
+        draws: Log-probabilities of "1" and "2".
+    """
+    found = [preference(*(draw if order == "12" else reversed(draw))) for draw in draws]
+    if len(found) == 1:
+        return found[0]
+    p = fmean(one.p for one in found)
+    # Not log(p / (1 - p)): 1 - p rounds to nothing for a judge that is sure.
+    rest = fmean(sigmoid(-one.logit) for one in found)
+    logit = math.inf if rest == 0 else -math.inf if p == 0 else math.log(p) - math.log(rest)
+    return Preference(logit, p, fmean(one.mass for one in found))
 
 
 def sigmoid(x: float) -> float:
@@ -26,12 +58,11 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
 
-def combine(logit_12: float, logit_21: float, mode: Debias) -> float:
-    """One probability that response_1 is preferred, from both orders.
+def combine(logits: Sequence[float], mode: Debias) -> float:
+    """One probability that response_1 is preferred, from each order's log-odds of response_1.
 
     Args:
-        logit_12: Log-odds of response_1 when it is shown first.
-        logit_21: Log-odds of response_1 when it is shown second (already mapped back).
+        logits: One or two; the second order's mapped back to response_1.
         mode: ``mean_prob`` averages the probabilities (Lee et al. 2023, section 2.1); ``mean_logit``
             averages the log-odds, which cancels an additive bias exactly and keeps the confidence.
 
@@ -39,5 +70,7 @@ def combine(logit_12: float, logit_21: float, mode: Debias) -> float:
         p in [0, 1].
     """
     if mode == "mean_prob":
-        return (sigmoid(logit_12) + sigmoid(logit_21)) / 2
-    return sigmoid((logit_12 + logit_21) / 2)
+        return fmean(map(sigmoid, logits))
+    total = math.fsum(logits)
+    # Sure of both at once, as estimates from votes can be: the orders contradict each other.
+    return 0.5 if math.isnan(total) else sigmoid(total / len(logits))

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Sequence
+from typing import Literal
 
 from pydantic import Field
 
-from trl_rlaif import Judge, Label, Labeler, Options, Pair
-from trl_rlaif_distilled.debias import Debias, combine, preference
+from trl_rlaif import Answer, Judge, Label, Labeler, Options, Pair, Question, Thinking
+from trl_rlaif_distilled.debias import Debias, Order, combine, mean_preference
 
 
 class DistilledOptions(Options):
     """Options of `distilled`."""
 
+    preamble: Literal["base", "detailed"] = Field("base", description="How much the judge is told about its task.")
+    shots: int = Field(0, ge=0, le=8, description="Exemplars shown before the pair.")
+    thinking: bool = Field(False, description="Whether the judge writes a rationale first (chain of thought).")
+    rationales: int = Field(1, ge=1, description="Rationales a question; their distributions are averaged.")
+    rationale_tokens: int = Field(128, ge=1, description="Longest rationale in tokens.")
+    rationale_temperature: float | None = Field(
+        None, ge=0, description="Temperature of the rationales; null takes 0 for one, and 0.7 for several."
+    )
+    orders: Literal["both", "12", "21"] = Field(
+        "both", description="Orders that the judge is asked in; one alone is for ablations."
+    )
     debias: Debias = Field(
         "mean_logit",
         description="How the two orders become one: mean_prob (the paper's) or mean_logit, which "
         "cancels a position bias without losing confidence.",
     )
+    seed: int = Field(0, ge=0, description="Seed of the rationales.")
 
 
 class DistilledLabeler(Labeler):
@@ -27,38 +39,49 @@ class DistilledLabeler(Labeler):
     Options = DistilledOptions
 
     def label(self, pairs: Sequence[Pair], judge: Judge, done: Collection[str] = ()) -> Iterator[Label]:
-        """Yield one label a pair; both orders of a pair stand in one forward pass.
-
-        The batches follow from all pairs, also those in ``done``, so that a resumed run computes the
-        same numbers as an undisturbed one.
-        """
+        """Yield one label a pair."""
         done = set(done)
-        fitting, questions = [], []
-        for pair in pairs:
-            both = (
-                judge.encode(pair.prompt, pair.response_1, pair.response_2),
-                judge.encode(pair.prompt, pair.response_2, pair.response_1),
+        groups = [self._questions(pair, judge) for pair in pairs]
+        known = {index for index, pair in enumerate(pairs) if pair.id in done}
+        for index, answers in judge.ask(groups, ("1", "2"), thinking=self._thinking(), done=known):
+            yield self._label(pairs[index].id, answers, judge.name)
+
+    def _questions(self, pair: Pair, judge: Judge) -> list[Question]:
+        shown = {
+            "12": (pair.response_1, pair.response_2),
+            "21": (pair.response_2, pair.response_1),
+        }
+        options = self.options
+        return [
+            judge.prompt.compare(
+                pair.prompt, *shown[order], preamble=options.preamble, shots=options.shots, think=options.thinking
             )
-            if all(map(judge.fits, both)):
-                fitting.append(pair)
-                questions.append(both)
-            elif pair.id not in done:
-                yield Label(pair.id, judge=judge.name, skipped="longer than the judge's context")
+            for order in self._orders()
+        ]
 
-        lengths = [2 * max(map(len, both)) for both in questions]
-        for batch in judge.batches(lengths):
-            if all(fitting[i].id in done for i in batch):
-                continue
-            logprobs = judge.logprobs([q for i in batch for q in questions[i]]).view(-1, 2, 2).tolist()
-            for i, (first, second) in zip(batch, logprobs, strict=True):
-                if fitting[i].id not in done:
-                    yield self._label(fitting[i].id, first, second, judge.name)
+    def _orders(self) -> tuple[Order, ...]:
+        return ("12", "21") if self.options.orders == "both" else (self.options.orders,)
 
-    def _label(self, id: str, order_12: list[float], order_21: list[float], judge: str) -> Label:
-        if not all(map(math.isfinite, order_12 + order_21)):
-            return Label(id, judge=judge, skipped="the judge's probabilities are not finite")
-        p_12, mass_12 = preference(order_12[0], order_12[1])
-        # Shown second, response_1 is the candidate "2".
-        p_21, mass_21 = preference(order_21[1], order_21[0])
-        p = combine(order_12[0] - order_12[1], order_21[1] - order_21[0], self.options.debias)
-        return Label(id, p=p, p_12=p_12, p_21=p_21, mass_12=mass_12, mass_21=mass_21, judge=judge)
+    def _thinking(self) -> Thinking | None:
+        options = self.options
+        if not options.thinking:
+            return None
+        temperature = options.rationale_temperature
+        if temperature is None:
+            temperature = 0.0 if options.rationales == 1 else 0.7
+        return Thinking(options.rationales, options.rationale_tokens, temperature, options.seed)
+
+    def _label(self, id: str, answers: list[Answer], judge: str) -> Label:
+        rationales = {
+            f"rationale_{order}": answer.rationales[0] if len(answer.rationales) == 1 else list(answer.rationales)
+            for order, answer in zip(self._orders(), answers, strict=True)
+            if answer.rationales
+        }
+        failed = next((answer.failed for answer in answers if answer.failed), None)
+        if failed:
+            return Label(id, judge=judge, skipped=failed, **rationales)
+        read = {o: mean_preference(o, a.logprobs) for o, a in zip(self._orders(), answers, strict=True)}
+        p = combine([found.logit for found in read.values()], self.options.debias)
+        numbers = {f"p_{order}": found.p for order, found in read.items()}
+        numbers |= {f"mass_{order}": found.mass for order, found in read.items()}
+        return Label(id, p=p, judge=judge, **numbers, **rationales)

@@ -36,7 +36,7 @@ def test_the_folder_holds_what_the_architecture_says(finished):
     for name in ("preferences", "reward", "policy"):
         assert (folder / name).is_dir(), name
     label = read_lines(folder / "labels.jsonl")[0]
-    fields = "id p p_12 p_21 mass_12 mass_21 rationale_12 rationale_21 judge".split()
+    fields = "id p p_12 p_21 mass_12 mass_21 rationale_12 rationale_21 judge labeler setup pair".split()
     assert list(label) == fields
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     assert {"trl", "transformers", "peft", "torch"} <= recipe["versions"].keys()
@@ -132,8 +132,11 @@ def test_a_complete_run_is_skipped_and_a_changed_one_is_made_again(finished, tin
     )  # fmt: skip
     run_recipe(changed, installed_plugins(), folder.path, only=["label"])
     assert (folder / "pairs.jsonl").stat().st_mtime_ns == before[folder / "pairs.jsonl"]
-    for row in read_lines(folder / "labels.jsonl"):
-        assert row["p"] == pytest.approx((row["p_12"] + row["p_21"]) / 2)
+    labels, setup = read_lines(folder / "labels.jsonl"), folder.results()["label"]["setup"]
+    assert len(labels) == 20  # those of both settings
+    for row in labels:
+        if row["setup"] == setup:
+            assert row["p"] == pytest.approx((row["p_12"] + row["p_21"]) / 2)
 
 
 def test_sft_is_the_start_and_the_reference(tiny_model, tmp_path):

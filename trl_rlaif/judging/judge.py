@@ -1,85 +1,48 @@
-"""A causal language model that answers a judge's prompt with probabilities."""
+"""What every judge offers to labelers, wherever its model runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Sequence
 
-import torch
-
-from trl_rlaif.encoding import PromptLike, encode_prompt
 from trl_rlaif.judging.prompt import JudgePrompt
-from trl_rlaif.judging.scoring import ContinuationScorer, token_batches
+from trl_rlaif.judging.question import Answer, Question, Thinking
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-CANDIDATES = ("1", "2")
+Group = Sequence[Question]
 
 
-@dataclass
-class Judge:
-    """A model, its tokenizer and its prompt.
+class Judge(ABC):
+    """A language model that answers questions with probabilities.
 
     Args:
-        model: Causal language model; its dropout must be off.
-        tokenizer: With a chat template, the prompt goes through it; without, it is plain text.
-        prompt: What the judge is asked.
-        name: How the labels call it.
-        batch_tokens: Most tokens in a forward pass, padding counted.
-        context: Called for a context around every forward pass, for a judge that is a role of a shared base.
+        prompt: Makes the questions.
+        name: How the labels call the judge.
+        revision: What else determines its answers: the weights' version, the type that they are held in.
     """
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    prompt: JudgePrompt
-    name: str
-    batch_tokens: int = 8192
-    context: Callable[[], AbstractContextManager] = nullcontext
+    def __init__(self, prompt: JudgePrompt, name: str, revision: str = "") -> None:
+        self.prompt, self.name, self.revision = prompt, name, revision
 
-    def __post_init__(self) -> None:
-        self._drop, self._continuations = self._candidate_tokens()
-        pad = self.tokenizer.pad_token_id
-        self._score = ContinuationScorer(self.model, 0 if pad is None else pad)
+    @abstractmethod
+    def ask(
+        self,
+        groups: Sequence[Group],
+        candidates: Sequence[str],
+        *,
+        thinking: Thinking | None = None,
+        done: Collection[int] = (),
+    ) -> Iterator[tuple[int, list[Answer]]]:
+        """Answers to groups of questions, in any order, as soon as they are known.
 
-    @property
-    def max_length(self) -> int:
-        """Tokens that the model can read, the answer counted."""
-        return getattr(self.model.config, "max_position_embeddings", None) or 10**9
+        Args:
+            groups: Questions that belong together, such as a pair's two orders: they are answered together,
+                and what they begin with is computed once. All have the same ending.
+            candidates: The texts to choose from, such as "1" and "2".
+            thinking: Rationales to write first, if any.
+            done: Indices of groups whose answers are known already. The others are computed exactly as they
+                would be without it.
 
-    def _encode(self, text: str, opening: str) -> list[int]:
-        prompt: PromptLike = [{"role": "user", "content": text}] if self.tokenizer.chat_template else text + "\n\n"
-        return encode_prompt(self.tokenizer, prompt, opening=opening)
-
-    def _candidate_tokens(self) -> tuple[int, list[list[int]]]:
-        """How many tokens to take off the ending, and what stands there instead for each candidate.
-
-        Usually none come off. Where a tokenizer joins the ending's last characters with the candidate,
-        the continuations begin where all encodings part.
+        Yields:
+            The group's index, and an Answer for each of its questions. A question that cannot be answered
+            gives an Answer that says why.
         """
-        bare = self._encode("", self.prompt.ending)
-        full = [self._encode("", self.prompt.ending + c) for c in CANDIDATES]
-        shared = 0
-        while all(shared < len(f) - 1 and shared < len(bare) and f[shared] == bare[shared] for f in full):
-            shared += 1
-        return len(bare) - shared, [f[shared:] for f in full]
-
-    def encode(self, prompt: PromptLike, response_1: str, response_2: str) -> list[int]:
-        """Token ids of the whole question, up to where the candidates are read."""
-        ids = self._encode(self.prompt.render(prompt, response_1, response_2), self.prompt.ending)
-        return ids[: len(ids) - self._drop]
-
-    def fits(self, ids: Sequence[int]) -> bool:
-        """Whether a question and its answer fit into the model's context."""
-        return len(ids) + max(map(len, self._continuations)) <= self.max_length
-
-    def batches(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Indices in batches of like length within the token budget; follows from the lengths alone."""
-        return token_batches(lengths, self.batch_tokens)
-
-    def logprobs(self, questions: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Log-probabilities of "1" and "2" after each encoded question: (N, 2) float32, one forward."""
-        with self.context():
-            return self._score(questions, self._continuations)

@@ -1,44 +1,70 @@
-"""The judge's prompt as files: preamble, sample and ending."""
+"""The judge's prompt as files: preambles, exemplars, samples, rubric and endings."""
 
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+import hashlib
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any, Literal
 
 from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from trl_rlaif.encoding import PromptLike, as_text
 from trl_rlaif.errors import UserError
+from trl_rlaif.judging.question import Message, Question
+from trl_rlaif.judging.quoting import headers, quoted
 
-_FILES = {"preamble": "base.txt", "sample": "sample.jinja", "ending": "ending.txt"}
+Preamble = Literal["base", "detailed"]
+
+# Every file that a prompt folder may hold; the first three make a prompt.
+FILES = (
+    "base.txt", "sample.jinja", "ending.txt", "detailed.txt", "exemplars.jsonl", "thinking.txt",
+    "rubric.txt", "rating.jinja", "rating_ending.txt", "rating_thinking.txt",
+)  # fmt: skip
+_REQUIRED = FILES[:3]
+_VALUES = {"sample.jinja": ("context", "response_1", "response_2"), "rating.jinja": ("context", "response")}
+
+
+@dataclass(frozen=True)
+class Exemplar:
+    """A comparison with its solution, shown to the judge before the one that it has to make."""
+
+    context: str
+    response_1: str
+    response_2: str
+    rationale: str
+    preferred: Literal[1, 2]
 
 
 @dataclass(frozen=True)
 class JudgePrompt:
-    """A judge's prompt: preamble, then the sample, then the ending that the judge completes.
+    """What a judge is asked, made from the files of a folder.
 
     Args:
         name: The folder's name.
-        preamble: The task, and how to judge.
-        sample: Jinja source with ``context``, ``response_1`` and ``response_2``.
-        ending: What opens the judge's answer, for example ``Preferred Response=``.
+        parts: Content of its files by name. ``base.txt`` and ``detailed.txt`` are preambles,
+            ``sample.jinja`` a template with ``context``, ``response_1`` and ``response_2``, ``ending.txt``
+            what the judge completes with 1 or 2, ``thinking.txt`` what a rationale begins with. To rate one
+            response: ``rubric.txt``, ``rating.jinja`` with ``context`` and ``response``,
+            ``rating_ending.txt``, ``rating_thinking.txt``.
+        exemplars: From ``exemplars.jsonl``.
     """
 
     name: str
-    preamble: str
-    sample: str
-    ending: str
+    parts: dict[str, str]
+    exemplars: tuple[Exemplar, ...] = field(default=())
 
     @classmethod
     def load(cls, folder: str | Path) -> JudgePrompt:
-        """Read a prompt folder: base.txt, sample.jinja and ending.txt, UTF-8.
-
-        Line ends around a part do not count; a space at the end of the ending does.
+        """Read a prompt folder, UTF-8. Line ends around a part do not count; a space at an ending's end does.
 
         Raises:
-            UserError: The folder or a file is missing, or the template does not compile.
+            UserError: The folder or one of base.txt, sample.jinja and ending.txt is missing, a file cannot be
+                read, a template does not compile, an exemplar is not complete.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -46,31 +72,118 @@ class JudgePrompt:
             near = difflib.get_close_matches(folder.name, names, n=1)
             raise UserError(f"There is no prompt folder {folder}.", fix=f"Did you mean '{near[0]}'?" if near else "")
         parts = {}
-        for part, filename in _FILES.items():
+        for name in FILES:
+            if name not in _REQUIRED and not (folder / name).exists():
+                continue
             try:
-                parts[part] = (folder / filename).read_text(encoding="utf-8").strip("\n")
+                parts[name] = (folder / name).read_text(encoding="utf-8").strip("\r\n")
             except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"A prompt's {part} cannot be read: {error}", where=str(folder / filename)) from None
-        prompt = cls(folder.name, **parts)
-        try:
-            prompt.render("", "", "")
-        except UserError as error:
-            raise UserError(error.problems[0].what, where=str(folder / _FILES["sample"])) from None
+                raise UserError(f"A part of the prompt cannot be read: {error}", where=str(folder / name)) from None
+        lines = parts.pop("exemplars.jsonl", "").splitlines()
+        exemplars = tuple(_exemplar(line, f"{folder / 'exemplars.jsonl'}:{i}") for i, line in enumerate(lines, 1))
+        prompt = cls(folder.name, parts, exemplars)
+        for name in _VALUES.keys() & parts.keys():
+            try:
+                prompt._render(name, dict.fromkeys(_VALUES[name], ""))
+            except UserError as error:
+                raise UserError(error.problems[0].what, where=str(folder / name)) from None
         return prompt
 
-    def render(self, prompt: PromptLike, response_1: str, response_2: str) -> str:
-        """Preamble and sample as one text. The values are inserted, never parsed as templates.
+    @cached_property
+    def revision(self) -> str:
+        """Changes with any of the files: 16 hexadecimal digits."""
+        content = json.dumps([self.parts, [vars(e) for e in self.exemplars]], sort_keys=True)
+        return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+    def compare(
+        self,
+        prompt: PromptLike,
+        response_1: str,
+        response_2: str,
+        *,
+        preamble: Preamble = "base",
+        shots: int = 0,
+        think: bool = False,
+    ) -> Question:
+        """The question which of two responses is better; candidates are 1 and 2.
+
+        Args:
+            prompt: What was responded to.
+            response_1, response_2: In the order in which they are shown.
+            preamble: The short or the detailed one.
+            shots: Exemplars to show, 0..len(exemplars).
+            think: Whether a rationale comes first, in the exemplars too.
 
         Raises:
-            UserError: The template is wrong.
+            UserError: The folder lacks what is asked for.
         """
+        if shots > len(self.exemplars):
+            raise UserError(
+                f"The prompt '{self.name}' has {len(self.exemplars)} exemplars, and {shots} are asked for.",
+                fix="Lower shots, or add lines to exemplars.jsonl.",
+            )
+        thinking, ending = self._part("thinking.txt") if think else "", self._part("ending.txt")
+        messages: list[Message] = []
+        for shown in self.exemplars[:shots]:
+            values = {"context": shown.context, "response_1": shown.response_1, "response_2": shown.response_2}
+            rationale = f"{thinking} {shown.rationale}\n\n" if think else ""
+            messages.append({"role": "user", "content": self._filled("sample.jinja", values)})
+            messages.append({"role": "assistant", "content": f"{rationale}{ending}{shown.preferred}"})
+        values = {"context": as_text(prompt), "response_1": response_1, "response_2": response_2}
+        messages.append({"role": "user", "content": self._filled("sample.jinja", values)})
+        return self._question(f"{preamble}.txt", messages, ending, thinking)
+
+    def rate(self, prompt: PromptLike, response: str, *, think: bool = False) -> Question:
+        """The question how good a response is; candidates are 1 to 10.
+
+        Raises:
+            UserError: The folder lacks what is asked for.
+        """
+        values = {"context": as_text(prompt), "response": response}
+        messages = [{"role": "user", "content": self._filled("rating.jinja", values)}]
+        thinking = self._part("rating_thinking.txt") if think else ""
+        return self._question("rubric.txt", messages, self._part("rating_ending.txt"), thinking)
+
+    def _question(self, preamble: str, messages: list[Message], ending: str, thinking: str) -> Question:
+        messages[0] = {"role": "user", "content": f"{self._part(preamble)}\n\n{messages[0]['content']}"}
+        return Question(tuple(messages), ending, thinking)
+
+    def _part(self, name: str) -> str:
+        if name not in self.parts:
+            raise UserError(f"The prompt '{self.name}' has no file {name}, which these options need.")
+        return self.parts[name]
+
+    @cached_property
+    def _headers(self) -> frozenset[str]:
+        """Lines of the prompt's own that no judged text may imitate: the templates', and the endings."""
+        own = [self._render(name, dict.fromkeys(_VALUES[name], "")) for name in _VALUES.keys() & self.parts.keys()]
+        own += [text for name, text in self.parts.items() if name.endswith(("ending.txt", "thinking.txt"))]
+        return headers("\n".join(own))
+
+    def _filled(self, name: str, values: dict[str, str]) -> str:
+        return self._render(name, {key: quoted(text, self._headers) for key, text in values.items()})
+
+    def _render(self, name: str, values: dict[str, str]) -> str:
+        """A template with values, which are inserted and never parsed as templates themselves."""
         environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=False)
         try:
-            sample = environment.from_string(self.sample).render(
-                context=as_text(prompt), response_1=response_1, response_2=response_2
-            )
+            return environment.from_string(self._part(name)).render(**values)
+        except UserError:
+            raise
         except Exception as error:  # Jinja's own errors, and whatever an expression in the template raises
             raise UserError(
-                f"The sample template of the prompt '{self.name}' is wrong: {type(error).__name__}: {error}"
+                f"The template {name} of the prompt '{self.name}' is wrong: {type(error).__name__}: {error}"
             ) from None
-        return f"{self.preamble}\n\n{sample}"
+
+
+def _exemplar(line: str, where: str) -> Exemplar:
+    try:
+        row: Any = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"An exemplar is no JSON: {error}", where=where) from None
+    names = list(Exemplar.__dataclass_fields__)
+    if not isinstance(row, dict) or set(row) != set(names) or row["preferred"] not in (1, 2):
+        raise UserError(
+            "An exemplar is not complete.", where=where, fix=f"Give {', '.join(names)}; preferred is 1 or 2."
+        )
+    return Exemplar(**row)

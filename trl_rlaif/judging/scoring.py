@@ -2,90 +2,67 @@
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import DynamicCache
 
-Tokens = Sequence[int]
+from trl_rlaif.judging.packed import PackedModel, Tokens, packed_batches, packed_length, shared_prefix
 
-
-def _maximal_prefixes(continuations: Sequence[Tokens]) -> list[tuple[int, ...]]:
-    """What must stand behind the context so that every continuation's tokens are predicted once."""
-    prefixes = {tuple(c[:-1]) for c in continuations}
-    return sorted(p for p in prefixes if not any(q != p and q[: len(p)] == p for q in prefixes))
-
-
-def _shared_prefix(rows: Sequence[Tokens]) -> int:
-    """How many tokens all rows begin with; at least one token of each row stays outside."""
-    first, last = min(rows), max(rows)  # in lexicographic order these two differ the earliest
-    limit = min(map(len, rows)) - 1
-    return next((i for i in range(limit) if first[i] != last[i]), max(limit, 0))
-
-
-def _left_padded(rows: Sequence[Tokens], cached: int, pad_id: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Rows without their first ``cached`` tokens, padded on the left behind those."""
-    width = max(map(len, rows)) - cached
-    ids = torch.full((len(rows), width), pad_id)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) + cached :] = torch.as_tensor(row[cached:])
-        mask[i, width - len(row) + cached :] = 1
-    positions = (cached + mask.cumsum(1) - 1).clamp(min=0)
-    mask = torch.cat((mask.new_ones(len(rows), cached), mask), 1)
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "position_ids": positions.to(device)}
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class ContinuationScorer:
-    """Exact log-probabilities of continuations under one model.
+    """Log-probabilities of the same continuations after many contexts, each token computed once.
 
-    What all rows of a batch begin with, such as a judge's instructions, is computed once and kept until a
-    batch begins otherwise.
+    Contexts come in groups that begin alike, such as the two orders of a pair. Where the model's architecture
+    does not allow packing (see PackedModel), they are padded instead.
 
     Args:
-        model: A causal language model that takes ``logits_to_keep`` and a key-value cache.
+        model: Causal language model that takes ``logits_to_keep``.
+        continuations: K token lists, each at least one token.
+        longest: Tokens of the longest context that will come.
         pad_id: Any valid id; it is masked.
     """
 
     # Below this many shared tokens a cache costs more than it saves.
     MIN_PREFIX = 16
 
-    def __init__(self, model: torch.nn.Module, pad_id: int) -> None:
-        self.model, self.pad_id = model, pad_id
-        # A sliding window counts positions in the row, the padding behind the cached prefix among them.
-        self._can_share = not getattr(model.config.get_text_config(), "sliding_window", None)
-        self._prefix: Tokens = ()
-        self._cache: DynamicCache | None = None
+    def __init__(
+        self, model: PreTrainedModel, continuations: Sequence[Tokens], *, longest: int, pad_id: int = 0
+    ) -> None:
+        self.model, self.continuations, self.pad_id = model, continuations, pad_id
+        self._prefixes = _maximal_prefixes(continuations)
+        self._keep = max(map(len, self._prefixes)) + 1
+        self.packs = PackedModel.can_read(model, longest + self._keep)
+        self._packed = PackedModel(model)
+
+    def begin(self, contexts: Sequence[Tokens]) -> None:
+        """Compute what all contexts that will come begin with, once."""
+        shared = shared_prefix(contexts)
+        self._packed.cache(contexts[0][:shared] if self.packs and shared >= self.MIN_PREFIX else ())
+
+    def batches(self, groups: Sequence[Sequence[Tokens]], budget: int) -> list[list[int]]:
+        """Indices of groups in batches within a budget of tokens that are computed at once."""
+        if self.packs:
+            return packed_batches([packed_length(group, self._packed.cached) for group in groups], budget)
+        return token_batches([len(group) * max(map(len, group)) for group in groups], budget)
 
     @torch.no_grad()
-    def __call__(self, contexts: Sequence[Tokens], continuations: Sequence[Tokens]) -> torch.Tensor:
-        """log P(continuation | context) for every context and continuation.
+    def __call__(self, groups: Sequence[Sequence[Tokens]]) -> torch.Tensor:
+        """log P(continuation | context): (contexts, K) float32, nats, on the CPU, group by group.
 
         A continuation's log-probability is the sum over its tokens (methods.md, section 1). Continuations
-        that share a beginning, such as "1" and "10", share a row.
-
-        Args:
-            contexts: N token lists, each at least one token.
-            continuations: K token lists, each at least one token, the same for every context.
-
-        Returns:
-            (N, K) float32, nats, on the CPU.
+        that share a beginning, such as "1" and "10", share a sequence.
         """
-        device = next(self.model.parameters()).device
-        prefixes = _maximal_prefixes(continuations)
-        rows = [[*context, *prefix] for context in contexts for prefix in prefixes]
-        keep = max(map(len, prefixes)) + 1
-        shared = min(_shared_prefix(rows), min(map(len, contexts)) - 1)
-        if not self._can_share or shared < self.MIN_PREFIX or len(rows) == 1:
-            shared = 0
-        inputs = _left_padded(rows, shared, self.pad_id, device)
-        if shared:
-            inputs["past_key_values"] = self._cached(rows[0][:shared], len(rows), device)
-        logits = self.model(**inputs, use_cache=bool(shared), logits_to_keep=keep).logits[:, -keep:]
-        logprobs = logits.float().log_softmax(-1).view(len(contexts), len(prefixes), keep, -1)
-        result = torch.zeros(len(contexts), len(continuations), device=device)
-        for k, continuation in enumerate(continuations):
+        groups = [[[*context, *prefix] for context in group for prefix in self._prefixes] for group in groups]
+        logits = self._packed.logits(groups, self._keep) if self.packs else self._padded(groups)
+        keep, prefixes = self._keep, self._prefixes
+        logprobs = logits.float().log_softmax(-1).view(-1, len(prefixes), keep, logits.shape[-1])
+        result = torch.zeros(len(logprobs), len(self.continuations), device=logprobs.device)
+        for k, continuation in enumerate(self.continuations):
             body = tuple(continuation[:-1])
             row = next(i for i, prefix in enumerate(prefixes) if prefix[: len(body)] == body)
             for j, token in enumerate(continuation):
@@ -93,16 +70,23 @@ class ContinuationScorer:
                 result[:, k] += logprobs[:, row, position, token]
         return result.cpu()
 
-    def _cached(self, prefix: Tokens, rows: int, device: torch.device) -> DynamicCache:
-        """Keys and values of the prefix for so many rows; a forward pass may append to them."""
-        if self._cache is None or list(prefix) != list(self._prefix):
-            self._cache = DynamicCache(config=self.model.config)
-            ids = torch.as_tensor([list(prefix)], device=device)
-            self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-            self._prefix = prefix
-        cache = copy.deepcopy(self._cache)
-        cache.batch_repeat_interleave(rows)
-        return cache
+    def _padded(self, groups: Sequence[Sequence[Tokens]]) -> torch.Tensor:
+        rows = [tokens for group in groups for tokens in group]
+        width = max(map(len, rows))
+        ids = torch.full((len(rows), width), self.pad_id)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, width - len(row) :] = torch.as_tensor(row)
+            mask[i, width - len(row) :] = 1
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+        inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+        return self.model(**inputs, use_cache=False, logits_to_keep=self._keep).logits[:, -self._keep :]
+
+
+def _maximal_prefixes(continuations: Sequence[Tokens]) -> list[tuple[int, ...]]:
+    """What must stand behind the context so that every continuation's tokens are predicted once."""
+    prefixes = {tuple(c[:-1]) for c in continuations}
+    return sorted(p for p in prefixes if not any(q != p and q[: len(p)] == p for q in prefixes))
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -126,3 +110,14 @@ def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
             batches.append([i])
             width = lengths[i]
     return batches
+
+
+def subtract(whole: float, part: float) -> float:
+    """log(exp(whole) - exp(part)); -inf where rounding leaves nothing."""
+    return whole + math.log1p(-math.exp(part - whole)) if part < whole else -math.inf
+
+
+def add(a: float, b: float) -> float:
+    """log(exp(a) + exp(b))."""
+    high, low = max(a, b), min(a, b)
+    return high if low == -math.inf else high + math.log1p(math.exp(low - high))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from scipy.stats import binomtest
+
 from trl_rlaif.measures.intervals import wilson
 
 
@@ -55,3 +57,29 @@ def summarize_mass(masses: Sequence[float], low: float = 0.5) -> dict[str, Any] 
     if not masses:
         return None
     return {"mean": sum(masses) / len(masses), "min": min(masses), "low": sum(m < low for m in masses)}
+
+
+def compare_agreement(p: Sequence[float], other: Sequence[float], human: Sequence[int]) -> dict[str, Any] | None:
+    """Whether two labelers agree with people equally often, on the same pairs (exact McNemar test).
+
+    Args:
+        p, other: N probabilities each that response_1 is preferred.
+        human: N choices, 1 or 2.
+
+    Returns:
+        ``difference`` of the agreement rates, ``better`` and ``worse``: pairs that only the one or only the
+        other got right, and the two-sided ``p_value``; None without pairs. Exactly 0.5 is not right.
+    """
+    if not human:
+        return None
+    right = [[x != 0.5 and (x > 0.5) == (h == 1) for x, h in zip(xs, human, strict=True)] for xs in (p, other)]
+    better = sum(a and not b for a, b in zip(*right, strict=True))
+    worse = sum(b and not a for a, b in zip(*right, strict=True))
+    p_value = binomtest(better, better + worse).pvalue if better + worse else 1.0
+    return {
+        "difference": (better - worse) / len(human),
+        "better": better,
+        "worse": worse,
+        "p_value": float(p_value),
+        "n": len(human),
+    }

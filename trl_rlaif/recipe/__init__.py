@@ -18,6 +18,7 @@ from trl_rlaif.recipe.sections import (
     RlSection,
     RunSection,
     SampleSection,
+    ServerJudgeSection,
     SftSection,
 )
 
@@ -39,6 +40,7 @@ __all__ = [
     "RunSection",
     "SampleSection",
     "SftSection",
+    "ServerJudgeSection",
     "packaged_recipes",
     "parse_recipe",
     "prompt_folder",

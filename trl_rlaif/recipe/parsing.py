@@ -153,14 +153,26 @@ class _Reader:
             for index in range(len(keys["rewards"])):
                 self._resolve(keys["rewards"], index, self._reward, (section, "rewards"))
         elif section in ("label", "evaluate"):
-            self._resolve(keys, "prompt", find.prompt, (section,))
-            if isinstance(keys.get("judge"), dict):
-                keys["judge"] = dict(keys["judge"])
-                self._resolve(keys["judge"], "path", find.model, (section, "judge"))
+            self._resolve_judge(keys, (section,))
+            self._resolve(keys, "calibration", find.data, (section,))
+            if isinstance(keys.get("compare"), dict):
+                keys["compare"] = dict(keys["compare"])
+                for name, compared in keys["compare"].items():
+                    if isinstance(compared, dict):
+                        keys["compare"][name] = dict(compared)
+                        self._resolve_judge(keys["compare"][name], (section, "compare", name))
             if isinstance(keys.get("sets"), dict):
                 keys["sets"] = dict(keys["sets"])
                 for name in keys["sets"]:
                     self._resolve(keys["sets"], name, find.data, (section, "sets"))
+
+    def _resolve_judge(self, keys: dict[Any, Any], path: KeyPath) -> None:
+        """A judge's prompt folder and model; a model on a server is no path."""
+        self._resolve(keys, "prompt", self.finder.prompt, path)
+        if isinstance(keys.get("judge"), dict):
+            keys["judge"] = dict(keys["judge"])
+            if keys["judge"].get("backend") != "openai":
+                self._resolve(keys["judge"], "path", self.finder.model, (*path, "judge"))
 
     def _resolve(self, holder: Any, key: Any, find: Callable[[str], str], path: KeyPath) -> None:
         value = holder[key] if isinstance(holder, list) else holder.get(key)

@@ -42,6 +42,13 @@ def pick_components(section: str, keys: dict[Any, Any], source: Source, registry
             fix = f"Write a list of {_words(kind)}s, for example [name]."
             source.report(path, wrong_value(key, f"section '{section}'", keys[key]), fix)
             keys[key] = []
+    if section == "label" and isinstance(keys.get("compare"), dict):
+        keys["compare"] = dict(keys["compare"])
+        for name, compared in keys["compare"].items():
+            if isinstance(compared, dict) and "labeler" in compared:
+                path = (section, "compare", name, "labeler")
+                labeler = _component(compared["labeler"], path, "labeler", source, registry)
+                keys["compare"][name] = {**compared, "labeler": labeler}
 
 
 def _component(written: Any, path: KeyPath, kind: str, source: Source, registry: ComponentLookup) -> ComponentRef:

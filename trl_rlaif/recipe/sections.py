@@ -108,19 +108,42 @@ class ModelSection(Section):
 
 
 class JudgeSection(Section):
-    """A judge that is a model of its own."""
+    """A judge that is a model of its own, in this process."""
 
+    backend: Literal["transformers"] = Field("transformers", description="Where the judge runs.")
     path: Text = Field(description="The judge's Hub id, model folder or .gguf file.")
     dtype: Dtype = Field("auto", description="Floating-point type of the judge's weights.")
     quantization: Quantization = Field("none", description="nf4 loads the judge in 4 bits with bitsandbytes.")
 
 
+class ServerJudgeSection(Section):
+    """A judge on an OpenAI-compatible server."""
+
+    backend: Literal["openai"] = Field(description="openai: any server that speaks OpenAI's protocol.")
+    path: Text = Field(description="The model's name on the server.")
+    base_url: Text | None = Field(None, description="The server, such as http://localhost:8000/v1; null is OpenAI.")
+    api_key_env: Text = Field("OPENAI_API_KEY", description="The environment variable that holds the key.")
+    api: Literal["chat", "completions"] = Field("chat", description="completions asks base models in plain text.")
+    prefill: bool = Field(False, description="The server lets a chat answer begin with given text (vLLM does).")
+    top_logprobs: int = Field(20, ge=1, le=100, description="Likeliest tokens to ask for; many servers stop at 20.")
+    votes: int = Field(
+        0, ge=0, description="Answers to sample where a server gives no log-probabilities; 0 skips the pair."
+    )
+    concurrency: int = Field(8, ge=1, description="Requests at once.")
+    timeout: Number = Field(60.0, gt=0, description="Seconds that a request may take.")
+    max_retries: int = Field(6, ge=0, description="Times that a failed request is sent again, with growing waits.")
+
+
 def _judge_form(value: Any) -> str:
+    if isinstance(value, ServerJudgeSection) or (isinstance(value, dict) and value.get("backend") == "openai"):
+        return "<server>"
     return "<model>" if isinstance(value, dict | JudgeSection) else "<same>"
 
 
 Judge = Annotated[
-    Annotated[Literal["same"], Tag("<same>")] | Annotated[JudgeSection, Tag("<model>")],
+    Annotated[Literal["same"], Tag("<same>")]
+    | Annotated[JudgeSection, Tag("<model>")]
+    | Annotated[ServerJudgeSection, Tag("<server>")],
     Discriminator(_judge_form),
 ]
 
@@ -156,13 +179,31 @@ class SampleSection(Section):
     seed: int | None = Field(None, ge=0, le=2**31 - 1, description="Seed of sampling; null takes run.seed.")
 
 
+class ComparedSection(Section):
+    """Another labeler beside the main one; what it leaves out is the main one's."""
+
+    labeler: Component | None = Field(None, description="The labeler, with its options.")
+    judge: Judge | None = Field(None, description="The judge.")
+    prompt: Text | None = Field(None, description="A packaged prompt's name, or a prompt folder.")
+
+
 class LabelSection(Section):
     """``label``: preferences from a judge."""
 
     labeler: Component = Field(ComponentRef("distilled"), description="The labeler, with its options.")
     judge: Judge = Field("same", description="'same' asks the run's own base; a mapping names another model.")
     prompt: Text = Field("general", description="A packaged prompt's name, or a prompt folder.")
-    batch_tokens: int = Field(8192, ge=1, description="Tokens judged at once, padding included.")
+    batch_tokens: int = Field(2048, ge=1, description="Tokens that the judge computes at once.")
+    precision: Literal["auto", "highest", "high", "medium"] = Field(
+        "auto", description="Of float32 matrix products; auto takes the fastest that leaves labels within 1e-4."
+    )
+    min_confidence: Number = Field(0.5, ge=0.5, le=1, description="Pairs whose label is less sure are left out.")
+    calibration: Text | None = Field(
+        None, description="Pairs that people judged (20 or more): labels are calibrated on them."
+    )
+    compare: dict[SafeName, ComparedSection] = Field(
+        default_factory=dict, description="More labelers by name: the report compares them with the main one."
+    )
 
 
 class RewardSection(Section):

@@ -76,16 +76,18 @@ def read_run(folder: Path) -> Run:
     """
     recipe, recipe_text = _read_recipe(folder)
     notes: list[str] = []
+    results = _read_results(folder / "results.json", notes)
+    pairs = [row.get("id") for row in _lines(folder / "pairs.jsonl", notes)]
     name = label((recipe.get("run") or {}).get("name") if isinstance(recipe.get("run"), dict) else None)
     return Run(
         name=name or label(folder.resolve().name) or "run",
         recipe=recipe,
         recipe_text=recipe_text,
-        results=_read_results(folder / "results.json", notes),
+        results=results,
         series=_read_series(folder / "metrics.jsonl", notes),
-        labels=_read_labels(folder / "labels.jsonl", notes),
+        labels=_read_labels(folder / "labels.jsonl", results, pairs, notes),
         samples=_read_samples(folder / "samples.jsonl", notes),
-        pairs=sum(1 for _ in _lines(folder / "pairs.jsonl", notes)),
+        pairs=len(pairs),
         notes=notes,
     )
 
@@ -185,9 +187,15 @@ def _read_series(path: Path, notes: list[str]) -> dict[str, Series]:
     }
 
 
-def _read_labels(path: Path, notes: list[str]) -> Labels:
-    labels = Labels()
+def _read_labels(path: Path, results: dict[str, Any] | None, pairs: list[Any], notes: list[str]) -> Labels:
+    """The run's own labels: the file may also hold those of other labelers, and of pairs that are gone."""
+    setup = ((results or {}).get("label") or {}).get("setup")
+    latest, known = {}, {id for id in pairs if isinstance(id, str)}
     for row in _lines(path, notes):
+        if setup is None or (row.get("setup") == setup and row.get("id") in known):
+            latest[str(row.get("id"))] = row
+    labels = Labels()
+    for row in latest.values():
         labels.total += 1
         p, p_12, p_21 = (_probability(row.get(key)) for key in ("p", "p_12", "p_21"))
         if p is not None:

@@ -104,6 +104,40 @@ def label_part(run: Run) -> dict[str, Any]:
         "agreement": _rate(agreement),
         "mass": {key: number(mass.get(key)) for key in ("mean", "min", "low")},
         "confidence": number(result.get("mean_confidence")),
+        "ece": number(result.get("ece")),
+        "speed": number(result.get("pairs_per_second")),
+        "comparison": [_compared(name, values) for name, values in section(result, "comparison").items()],
+        "calibration": _calibration(section(result, "calibration")),
+    }
+
+
+def _compared(name: Any, values: Any) -> dict[str, Any]:
+    """One labeler's row in the table that compares them."""
+    values = values if isinstance(values, dict) else {}
+    against = section(values, "against_first")
+    return {
+        "name": label(name),
+        "agreement": _rate(section(values, "agreement")),
+        "bias": _rate(section(values, "position_bias")),
+        "mass": number(section(values, "mass").get("mean")),
+        "ece": number(values.get("ece")),
+        "speed": number(values.get("pairs_per_second")),
+        "difference": number(against.get("difference")),
+        "p_value": number(against.get("p_value")),
+    }
+
+
+def _calibration(values: dict[str, Any]) -> dict[str, Any] | None:
+    """Temperature, bias, and what they changed on pairs that they were not fitted to."""
+    if not values:
+        return None
+    held_out = section(values, "cross_validated")
+    return {
+        "temperature": number(values.get("temperature")),
+        "bias": number(values.get("position_bias")),
+        "pairs": number(values.get("pairs")),
+        "ece": [number(section(held_out, when).get("ece")) for when in ("before", "after")],
+        "agreement": [_rate(section(section(held_out, when), "agreement"))["rate"] for when in ("before", "after")],
     }
 
 

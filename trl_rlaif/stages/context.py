@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,14 +14,60 @@ from trl_rlaif.artifacts import RunFolder, read_lines
 from trl_rlaif.data import Pair, load_prompts
 from trl_rlaif.encoding import PromptLike, chat_prompt, encode_prompt
 from trl_rlaif.errors import UserError
-from trl_rlaif.judging import Judge, JudgePrompt
-from trl_rlaif.models import ModelSpec, load_model, load_tokenizer
+from trl_rlaif.judging import Judge, JudgePrompt, LocalJudge
+from trl_rlaif.judging.remote import RemoteJudge, Server
+from trl_rlaif.labels import Setup
+from trl_rlaif.models import ModelSpec, load_model, load_tokenizer, model_revision
 from trl_rlaif.plugins import Plugins
-from trl_rlaif.recipe import JudgeSection, Recipe, prompt_folder
+from trl_rlaif.recipe import ComponentRef, JudgeSection, Recipe, ServerJudgeSection, prompt_folder
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+    from trl_rlaif.components import Labeler
+
+
+@dataclass(frozen=True)
+class LabelTask:
+    """One labeler's work: its name in the report, and what it consists of."""
+
+    name: str
+    labeler: ComponentRef
+    judge: str | JudgeSection | ServerJudgeSection
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One machine's share of the pairs.
+
+    Args:
+        number: 1..count.
+        count: Machines.
+    """
+
+    number: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """From ``i/n``.
+
+        Raises:
+            UserError: It is none.
+        """
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+        if not match or not 1 <= int(match[1]) <= int(match[2]):
+            raise UserError(f"'{text}' is no share.", fix="Write --shard i/n with i from 1 to n, for example 2/4.")
+        return cls(int(match[1]), int(match[2]))
+
+    def of(self, pairs: Sequence[Pair]) -> list[Pair]:
+        """This machine's pairs: every n-th one."""
+        return list(pairs[self.number - 1 :: self.count])
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
 
 
 @dataclass
@@ -29,6 +77,7 @@ class Context:
     recipe: Recipe
     folder: RunFolder
     plugins: Plugins
+    shard: Shard | None = None
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -69,22 +118,67 @@ class Context:
         return model if self.model_spec.quantization == "nf4" else model.to(_device())
 
     def judge(
-        self, section: str | JudgeSection, prompt: str, batch_tokens: int, base: Any = None, **options: Any
+        self, section: str | JudgeSection | ServerJudgeSection, prompt: str, base: Any = None, **options: Any
     ) -> Judge:
         """The judge that a section names; ``same`` is the base itself.
 
         Args:
+            section: The judge.
+            prompt: Name or folder of its prompt.
             base: The base where it is already loaded, for ``same``.
+            options: LocalJudge's.
         """
         template = JudgePrompt.load(prompt_folder(prompt))
+        if isinstance(section, ServerJudgeSection):
+            server = Server(**section.model_dump(exclude={"backend", "path"}))
+            return RemoteJudge(section.path, template, server)
+        if self.recipe.label:
+            settings = {"batch_tokens": self.recipe.label.batch_tokens, "precision": self.recipe.label.precision}
+            options = settings | options
         if isinstance(section, str):
-            model = base if base is not None else self.load_base()
-            name = self.recipe.model.path
-            return Judge(model, self.tokenizer, template, name, batch_tokens, **options)
-        spec = ModelSpec(section.path, section.dtype, section.quantization)
-        model = load_model(spec).eval().requires_grad_(False)
-        model = model if spec.quantization == "nf4" else model.to(_device())
-        return Judge(model, load_tokenizer(section.path), template, section.path, batch_tokens)
+            model, tokenizer, name = (
+                base if base is not None else self.load_base(),
+                self.tokenizer,
+                self.recipe.model.path,
+            )
+        else:
+            spec = _spec(section)
+            model = load_model(spec).eval().requires_grad_(False)
+            model = model if spec.quantization == "nf4" else model.to(_device())
+            tokenizer, name = load_tokenizer(section.path), section.path
+        return LocalJudge(model, tokenizer, template, name, **options)
+
+    # ---- Labeling -------------------------------------------------------------------------------------
+
+    def label_tasks(self) -> list[LabelTask]:
+        """The labelers of the recipe; the first one's labels are what the reward model learns from."""
+        section = self.recipe.label
+        main = LabelTask("label", section.labeler, section.judge, section.prompt)
+        others = [
+            LabelTask(name, c.labeler or main.labeler, c.judge or main.judge, c.prompt or main.prompt)
+            for name, c in section.compare.items()
+        ]
+        return [main, *others]
+
+    def label_setup(self, task: LabelTask) -> Setup:
+        """What determines a task's labels. No model is loaded."""
+        judge = task.judge
+        if isinstance(judge, ServerJudgeSection):
+            name = judge.path
+            revision = f"{judge.base_url} {judge.api} {judge.prefill} {judge.votes} {judge.top_logprobs}"
+        else:
+            spec = self.model_spec if isinstance(judge, str) else _spec(judge)
+            name, revision = spec.path, f"{model_revision(spec.path)} {spec.dtype} {spec.quantization}"
+        prompt = JudgePrompt.load(prompt_folder(task.prompt))
+        return Setup(task.labeler.name, dict(task.labeler.options), name, revision, prompt.revision)
+
+    def label_judge(self, task: LabelTask) -> Judge:
+        """A task's judge, loaded."""
+        return self.judge(task.judge, task.prompt)
+
+    def create_labeler(self, ref: ComponentRef) -> Labeler:
+        """A labeler with its options."""
+        return self.plugins.registry.create("labeler", ref.name, ref.options)
 
     def chat(self, prompt: PromptLike) -> PromptLike:
         """A prompt in the form that the base was taught."""
@@ -127,12 +221,9 @@ class Context:
         refs = getattr(self.recipe, section).transforms
         return [self.plugins.registry.create("reward_transform", r.name, r.options) for r in refs]
 
-    def labeler(self) -> Any:
+    def labeler(self) -> Labeler:
         """The labeler that the recipe names, or the default one."""
-        if self.recipe.label is None:
-            return self.plugins.registry.create("labeler", "distilled")
-        ref = self.recipe.label.labeler
-        return self.plugins.registry.create("labeler", ref.name, ref.options)
+        return self.create_labeler(self.recipe.label.labeler if self.recipe.label else ComponentRef("distilled"))
 
     def trainer_arguments(self, stage: str, config: dict[str, Any]) -> dict[str, Any]:
         """Arguments of a TRL config: the recipe's, over defaults that fit this run."""
@@ -158,6 +249,10 @@ class Context:
         from trl_rlaif.stages.callback import StageCallback
 
         return StageCallback(self.folder, stage, description)
+
+
+def _spec(section: JudgeSection) -> ModelSpec:
+    return ModelSpec(section.path, section.dtype, section.quantization)
 
 
 def _device() -> str:

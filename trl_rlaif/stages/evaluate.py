@@ -33,9 +33,8 @@ def run(context: Context) -> dict[str, Any]:
     shared.to(shared.model.device).eval()
     label = recipe.label
     prompt = section.prompt or (label.prompt if label else "general")
-    batch_tokens = label.batch_tokens if label else BATCH_TOKENS
     # The same base without an adapter is the judge, where the judge is "same".
-    judge = context.judge(section.judge, prompt, batch_tokens, shared.model, context=lambda: shared.role(None))
+    judge = context.judge(section.judge, prompt, shared.model, context=lambda: shared.role(None))
     samples, sets = [], {}
     for name, source in (section.sets or {"test": recipe.data.eval_prompts}).items():
         rows, skipped = _compare(context, shared, judge, name, source)

@@ -1,60 +1,208 @@
-"""Soft labels from the judge, and the preference dataset that follows from them."""
+"""Soft labels from one or several judges, and the preference dataset that follows from them."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trl_rlaif.artifacts import append_lines, read_lines, write_folder
-from trl_rlaif.data import Pair
-from trl_rlaif.errors import RunError
-from trl_rlaif.measures import agreement, position_bias, summarize_mass
-from trl_rlaif.progress import progress_bar
-from trl_rlaif.stages.context import Context
+from trl_rlaif.artifacts import write_folder
+from trl_rlaif.data import Pair, load_pairs
+from trl_rlaif.errors import RunError, UserError
+from trl_rlaif.labels import Calibration, LabelStore, Setup
+from trl_rlaif.labels.calibration import held_out
+from trl_rlaif.labels.store import Plan, pair_key
+from trl_rlaif.measures import agreement, calibration_error, compare_agreement, position_bias, summarize_mass
+from trl_rlaif.progress import progress_bar, say
+from trl_rlaif.stages.context import Context, LabelTask
+
+if TYPE_CHECKING:
+    from trl_rlaif.judging import Judge
 
 # A judge with less than this on its candidates did not answer the question.
 LOW_MASS = 0.5
+# From here on a share is worth a warning.
+MANY = 0.5
 
 
 def run(context: Context) -> dict[str, Any]:
-    """Write ``labels.jsonl`` and ``preferences/``; return what the labels say of the labeler."""
-    section, started = context.recipe.label, time.monotonic()
-    pairs = context.pairs()
-    path = context.folder / "labels.jsonl"
-    rows = read_lines(path)
-    done = {row["id"] for row in rows}
-    if len(done) < len(pairs):
-        judge = context.judge(section.judge, section.prompt, section.batch_tokens)
-        with progress_bar("Labeling", len(pairs), len(done)) as advance:
-            for label in context.labeler().label(pairs, judge, done):
-                row = {k: v for k, v in asdict(label).items() if k != "skipped" or v is not None}
-                append_lines(path, [row])
-                rows.append(row)
-                advance(1)
-    labeled = {row["id"]: row for row in rows if row["p"] is not None}
+    """Write ``labels.jsonl`` and ``preferences/``; return what the labels say of the labelers."""
+    started = time.monotonic()
+    pairs, store = context.pairs(), LabelStore(context.folder / "labels.jsonl")
+    tasks = context.label_tasks()
+    rows = {task.name: _rows(context, store, task, pairs) for task in tasks}
+    main = tasks[0]
+    if context.shard:
+        return _of_shard(context, rows[main.name], pairs) | {"seconds": time.monotonic() - started}
+    numbers = rows[main.name].numbers(pairs)
+    labeled = rows[main.name].labeled
     if not labeled:
-        raise RunError("The judge could not label a single pair.", fix="See results.json for the reasons.")
-    write_preferences(context, pairs, {id: row["p"] for id, row in labeled.items()})
-    return _numbers(pairs, rows, labeled) | {"seconds": time.monotonic() - started}
+        raise RunError("The judge could not label a single pair.", fix=_reasons(numbers["skipped"]))
+    calibration, numbers["calibration"] = _calibrate(context, store, main, pairs, labeled)
+    p = {id: calibration.apply(row) if calibration else row["p"] for id, row in labeled.items()}
+    least = context.recipe.label.min_confidence
+    kept = {id: value for id, value in p.items() if max(value, 1 - value) >= least}
+    if not kept:
+        raise UserError(f"No label is as confident as {least}.", fix="Lower label.min_confidence.")
+    numbers["unsure"] = len(p) - len(kept)
+    write_preferences(context, pairs, kept)
+    if len(tasks) > 1:
+        numbers["comparison"] = _comparison({task.name: rows[task.name] for task in tasks}, pairs)
+    return numbers | {"broken_lines": store.broken, "seconds": time.monotonic() - started}
 
 
-def _numbers(pairs: list[Pair], rows: list[dict], labeled: dict[str, dict]) -> dict[str, Any]:
-    known = [pair for pair in pairs if pair.id in labeled]
-    p = [labeled[pair.id]["p"] for pair in known]
-    both = [r for r in labeled.values() if r["p_12"] is not None and r["p_21"] is not None]
-    masses = [r[k] for r in labeled.values() for k in ("mass_12", "mass_21") if r[k] is not None]
-    return {
-        "pairs": len(pairs),
-        "labeled": len(labeled),
-        "skipped": dict(Counter(row["skipped"] for row in rows if row.get("skipped"))),
-        "mean_confidence": sum(max(x, 1 - x) for x in p) / len(p),
-        "position_bias": position_bias([r["p_12"] for r in both], [r["p_21"] for r in both]),
-        "mass": summarize_mass(masses, LOW_MASS),
-        "agreement": agreement(p, [pair.human for pair in known]),
-        "judge": rows[0]["judge"],
+class _Rows:
+    """A task's labels, and what it took to make those that were missing."""
+
+    def __init__(self, setup: Setup, rows: dict[str, dict[str, Any]]) -> None:
+        self.setup, self.rows = setup, rows
+        self.made, self.seconds, self.probe = 0, 0.0, None
+
+    @property
+    def labeled(self) -> dict[str, dict[str, Any]]:
+        """Labels by id, without what could not be judged."""
+        return {id: row for id, row in self.rows.items() if row["p"] is not None}
+
+    def numbers(self, pairs: list[Pair]) -> dict[str, Any]:
+        """What the labels say of the labeler."""
+        labeled = self.labeled
+        known = [pair for pair in pairs if pair.id in labeled]
+        p, human = [labeled[pair.id]["p"] for pair in known], [pair.human for pair in known]
+        both = [r for r in labeled.values() if r["p_12"] is not None and r["p_21"] is not None]
+        masses = [r[k] for r in labeled.values() for k in ("mass_12", "mass_21") if r[k] is not None]
+        by_category: dict[str, list[Pair]] = {}
+        for pair in known:
+            if pair.category is not None and pair.human in (1, 2):
+                by_category.setdefault(pair.category, []).append(pair)
+        return {
+            "pairs": len(pairs),
+            "labeled": len(labeled),
+            "skipped": dict(Counter(row["skipped"] for row in self.rows.values() if row.get("skipped"))),
+            "mean_confidence": sum(max(x, 1 - x) for x in p) / len(p) if p else None,
+            "position_bias": position_bias([r["p_12"] for r in both], [r["p_21"] for r in both]),
+            "mass": summarize_mass(masses, LOW_MASS),
+            "agreement": agreement(p, human),
+            "agreement_by_category": {
+                name: agreement([labeled[pair.id]["p"] for pair in of], [pair.human for pair in of])
+                for name, of in by_category.items()
+            },
+            "ece": calibration_error(p, human),
+            "judge": self.setup.judge,
+            "labeler": self.setup.labeler,
+            "setup": self.setup.key,
+            "made": self.made,
+            "pairs_per_second": self.made / self.seconds if self.made else None,
+            "precision": asdict(self.probe) if self.probe else None,
+        }
+
+
+def _rows(context: Context, store: LabelStore, task: LabelTask, pairs: list[Pair]) -> _Rows:
+    """A task's labels of these pairs (of this machine's share of them); the missing ones are made now."""
+    mine = context.shard.of(pairs) if context.shard else pairs
+    setup = context.label_setup(task)
+    found = store.find(setup, mine)
+    result = _Rows(setup, found)
+    # What could not be judged is asked again: a server may be back.
+    missing = [pair for pair in mine if found.get(pair.id, {"p": None})["p"] is None]
+    plan = Plan(context.folder.state / f"label-{setup.key}.json", setup, missing, mine)
+    if plan.pairs:
+        _make(context, store, task, plan.pairs, result)
+        result.rows = store.find(setup, mine)
+    plan.end()
+    _warn(task, result)
+    return result
+
+
+def _make(context: Context, store: LabelStore, task: LabelTask, pairs: list[Pair], result: _Rows) -> None:
+    judge: Judge = context.label_judge(task)
+    by_id = {pair.id: pair for pair in pairs}
+    done = {id for id, row in store.find(result.setup, pairs).items() if row["p"] is not None}
+    labeler = context.create_labeler(task.labeler)
+    title = "Labeling" if task.name == "label" else f"Labeling ({task.name})"
+    started = time.monotonic()
+    with progress_bar(title, len(pairs), len(done)) as advance:
+        for label in labeler.label(pairs, judge, done):
+            store.add(result.setup, by_id[label.id], label)
+            result.made += 1
+            advance(1)
+    result.seconds, result.probe = time.monotonic() - started, getattr(judge, "probe", None)
+
+
+def _warn(task: LabelTask, result: _Rows) -> None:
+    labeled = list(result.labeled.values())
+    low = sum(r[k] is not None and r[k] < LOW_MASS for r in labeled for k in ("mass_12", "mass_21"))
+    if low > MANY * 2 * len(labeled):
+        say(
+            f"Warning ({task.name}): in {low} of {2 * len(labeled)} answers the judge gave its candidates less than "
+            f"{LOW_MASS:.0%} together. It may not understand the question: try another prompt, or a larger judge."
+        )
+    both = [r for r in labeled if r["p_12"] is not None and r["p_21"] is not None]
+    bias = position_bias([r["p_12"] for r in both], [r["p_21"] for r in both])
+    if bias and bias["rate"] > MANY:
+        say(
+            f"Warning ({task.name}): in {bias['rate']:.0%} of the pairs the judge preferred the same position both "
+            "times, whatever stood there."
+        )
+
+
+def _reasons(skipped: dict[str, int]) -> str:
+    return "; ".join(f"{count} pairs: {reason}" for reason, count in skipped.items())
+
+
+def _of_shard(context: Context, rows: _Rows, pairs: list[Pair]) -> dict[str, Any]:
+    mine = context.shard.of(pairs)
+    return rows.numbers(mine) | {"shard": str(context.shard)}
+
+
+def _calibrate(
+    context: Context, store: LabelStore, task: LabelTask, pairs: list[Pair], labeled: dict[str, dict[str, Any]]
+) -> tuple[Calibration | None, dict[str, Any] | None]:
+    """Fit to the file that label.calibration names; report before and after, on it and on the run's own pairs."""
+    path = context.recipe.label.calibration
+    if path is None:
+        return None, None
+    judged = [p for p in load_pairs(path, seed=context.recipe.run.seed).items if p.human in (1, 2)]
+    own = {pair_key(pair) for pair in pairs}
+    rows = _rows(context, store, LabelTask("calibration", task.labeler, task.judge, task.prompt), judged).labeled
+    known = [pair for pair in judged if pair.id in rows]
+    observed, human = [rows[pair.id] for pair in known], [pair.human for pair in known]
+    fitted = Calibration.fit(observed, human)
+    # Pairs of the run that calibration has not seen.
+    unseen = [p for p in pairs if p.id in labeled and p.human in (1, 2) and pair_key(p) not in map(pair_key, known)]
+    after, before = [fitted.apply(labeled[p.id]) for p in unseen], [labeled[p.id]["p"] for p in unseen]
+    choices = [p.human for p in unseen]
+    return fitted, {
+        "temperature": 1 / fitted.scale if fitted.scale else None,
+        "position_bias": fitted.bias,
+        "pairs": len(known),
+        "shared_with_run": sum(pair_key(pair) in own for pair in known),
+        "cross_validated": held_out(observed, human, seed=context.recipe.run.seed),
+        "run": {
+            "before": {"agreement": agreement(before, choices), "ece": calibration_error(before, choices)},
+            "after": {"agreement": agreement(after, choices), "ece": calibration_error(after, choices)},
+        },
     }
+
+
+def _comparison(rows: dict[str, _Rows], pairs: list[Pair]) -> dict[str, Any]:
+    """Each labeler's numbers, and whether it agrees with people more or less often than the first."""
+    first = next(iter(rows.values())).labeled
+    table = {}
+    for name, one in rows.items():
+        numbers, labeled = one.numbers(pairs), one.labeled
+        common = [p for p in pairs if p.id in labeled and p.id in first and p.human in (1, 2)]
+        table[name] = {k: numbers[k] for k in _COMPARED} | {
+            "against_first": compare_agreement(
+                [labeled[p.id]["p"] for p in common],
+                [first[p.id]["p"] for p in common],
+                [p.human for p in common],
+            )
+        }
+    return table
+
+
+_COMPARED = ("labeler", "judge", "labeled", "agreement", "position_bias", "mass", "ece", "pairs_per_second")
 
 
 def write_preferences(context: Context, pairs: list[Pair], p: dict[str, float]) -> None:

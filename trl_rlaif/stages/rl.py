@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from trl_rlaif.artifacts import write_folder
 from trl_rlaif.errors import UserError
+from trl_rlaif.recipe import ComponentRef
 from trl_rlaif.stages.context import Context
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from trl_rlaif.roles import SharedBase
 
 # A tenth of the updates may be lost to a kill, where the recipe says nothing of save_steps.
 _SAVES = 10
@@ -44,7 +47,7 @@ def run(context: Context) -> dict[str, Any]:
         shared,
         reward_model=context.folder / "reward" if "reward" in section.rewards else None,
         train_dataset=dataset,
-        reward_funcs=[load_function(name) for name in section.rewards if name != "reward"],
+        reward_funcs=[_reward(context, name, shared) for name in section.rewards if name != "reward"],
         reward_transforms=context.transforms("rl"),
         data_selectors=[
             context.plugins.registry.create("data_selector", ref.name, ref.options) for ref in section.selectors
@@ -59,6 +62,18 @@ def run(context: Context) -> dict[str, Any]:
         callback.close()
     write_folder(context.folder / "policy", lambda folder: trainer.save_model(str(folder)))
     return _numbers(trainer, skipped) | {"seconds": time.monotonic() - started}
+
+
+def _reward(context: Context, name: str, shared: SharedBase) -> Any:
+    """A function's or the judge's reward; the judge is the base itself without an adapter, if it is the same."""
+    if name != "direct":
+        return load_function(name)
+    section = context.recipe.label
+    judge, prompt = (section.judge, section.prompt) if section else ("same", "general")
+    labeled_so = section is not None and section.labeler.name == "direct"
+    labeler = context.create_labeler(section.labeler if labeled_so else ComponentRef("direct"))
+    labeler.judge = context.judge(judge, prompt, shared.model, context=lambda: shared.role(None))
+    return labeler
 
 
 def _prompts(context: Context, base: Any, config: Any) -> tuple[Dataset, dict[str, int]]:

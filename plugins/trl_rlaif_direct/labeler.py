@@ -1,0 +1,108 @@
+"""Rewards of single responses from a judge's distribution over the ratings 1 to 10."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+from pydantic import Field
+
+from trl_rlaif import Answer, Judge, Label, Labeler, Options, Pair, RunError, Thinking
+from trl_rlaif_direct.rating import RATINGS, Rating, preference, rating
+
+
+class DirectOptions(Options):
+    """Options of `direct`."""
+
+    thinking: bool = Field(False, description="Whether the judge writes a rationale first (chain of thought).")
+    rationales: int = Field(1, ge=1, description="Rationales a response; their distributions are averaged.")
+    rationale_tokens: int = Field(128, ge=1, description="Longest rationale in tokens.")
+    rationale_temperature: float | None = Field(
+        None, ge=0, description="Temperature of the rationales; null takes 0 for one, and 0.7 for several."
+    )
+    seed: int = Field(0, ge=0, description="Seed of the rationales.")
+
+
+class DirectLabeler(Labeler):
+    """Direct rewards (Lee et al. 2023, section 2.2.2; methods.md, section 2).
+
+    With a judge it is a reward function for PPOTrainer and for TRL's GRPOTrainer and RLOOTrainer:
+    ``reward_funcs=[DirectLabeler(judge)]``. As a labeler it rates both responses of a pair.
+
+    Args:
+        judge: Whom to ask when it is called as a reward function.
+        options: See DirectOptions.
+    """
+
+    Options = DirectOptions
+
+    def __init__(self, judge: Judge | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.judge = judge
+        self.__name__ = "direct"  # by which trainers call a reward function in their logs
+
+    def label(self, pairs: Sequence[Pair], judge: Judge, done: Collection[str] = ()) -> Iterator[Label]:
+        """Yield one label a pair; p is the probability that response_1 is rated higher, ties counted half."""
+        done, think = set(done), self.options.thinking
+        groups = [
+            [judge.prompt.rate(pair.prompt, response, think=think) for response in (pair.response_1, pair.response_2)]
+            for pair in pairs
+        ]
+        known = {index for index, pair in enumerate(pairs) if pair.id in done}
+        for index, answers in judge.ask(groups, RATINGS, thinking=self._thinking(), done=known):
+            yield self._label(pairs[index].id, answers, judge.name)
+
+    def rate(self, prompts: Sequence[Any], responses: Sequence[str], judge: Judge) -> list[Rating]:
+        """One rating a response.
+
+        Raises:
+            RunError: The judge could not rate one of them.
+        """
+        think = self.options.thinking
+        groups = [[judge.prompt.rate(p, r, think=think)] for p, r in zip(prompts, responses, strict=True)]
+        found: dict[int, Answer] = {}
+        for index, (answer,) in judge.ask(groups, RATINGS, thinking=self._thinking()):
+            if answer.failed:
+                raise RunError(f"The judge could not rate a response: {answer.failed}.")
+            found[index] = answer
+        return [rating(found[index].logprobs) for index in range(len(groups))]
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+        """Rewards in [-1, 1], with GRPOTrainer's signature. Completions are texts or lists of messages."""
+        if self.judge is None:
+            raise TypeError("DirectLabeler is called as a reward function and has no judge: DirectLabeler(judge).")
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        return [one.reward for one in self.rate(prompts, texts, self.judge)]
+
+    def _thinking(self) -> Thinking | None:
+        options = self.options
+        if not options.thinking:
+            return None
+        temperature = options.rationale_temperature
+        if temperature is None:
+            temperature = 0.0 if options.rationales == 1 else 0.7
+        return Thinking(options.rationales, options.rationale_tokens, temperature, options.seed)
+
+    def _label(self, id: str, answers: list[Answer], judge: str) -> Label:
+        # What the judge wrote of each response stands where distilled keeps that of each order.
+        rationales = {
+            name: answer.rationales[0] if len(answer.rationales) == 1 else list(answer.rationales)
+            for name, answer in zip(("rationale_12", "rationale_21"), answers, strict=True)
+            if answer.rationales
+        }
+        failed = next((answer.failed for answer in answers if answer.failed), None)
+        if failed:
+            return Label(id, judge=judge, skipped=failed, **rationales)
+        first, second = (rating(answer.logprobs) for answer in answers)
+        return Label(
+            id,
+            p=preference(first, second),
+            mass_12=first.mass,
+            mass_21=second.mass,
+            judge=judge,
+            score_1=first.reward,
+            score_2=second.reward,
+            spread_1=first.spread,
+            spread_2=second.spread,
+            **rationales,
+        )

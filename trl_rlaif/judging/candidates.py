@@ -1,0 +1,81 @@
+"""The answers that a judge chooses from, as tokens: probabilities of strings, whatever the tokenizer makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trl_rlaif.judging.scoring import add, subtract
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Candidates behind one ending.
+
+    Args:
+        dropped: Tokens to take off the ending: where a tokenizer joins the ending's last characters with the
+            candidate, the continuations begin where all encodings part. Usually none.
+        continuations: Token lists whose log-probabilities are needed.
+        whole: For each candidate, the continuations that spell it (their probabilities add up).
+        longer: For each candidate, the continuations that spell it and go on to another candidate, such as
+            "10" for "1" (their probability is not the candidate's).
+    """
+
+    dropped: int
+    continuations: list[list[int]]
+    whole: list[list[int]]
+    longer: list[list[int]]
+
+    @classmethod
+    def behind(
+        cls,
+        texts: Sequence[str],
+        ending: str,
+        encode: Callable[[str], list[int]],
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> Candidates:
+        """The candidates behind an ending.
+
+        Args:
+            texts: The candidates.
+            ending: What they complete.
+            encode: Token ids of a prompt that ends with the text given.
+            tokenizer: Its vocabulary is looked into for the rest of a longer candidate.
+        """
+        bare, full = encode(ending), [encode(ending + text) for text in texts]
+        shared = 0
+        while all(shared < len(f) - 1 and shared < len(bare) and f[shared] == bare[shared] for f in full):
+            shared += 1
+        continuations = [f[shared:] for f in full]
+        whole: list[list[int]] = [[i] for i in range(len(texts))]
+        longer: list[list[int]] = [[] for _ in texts]
+        vocabulary = tokenizer.get_vocab()
+        for i, short in enumerate(texts):
+            for j, long in enumerate(texts):
+                if long == short or not long.startswith(short):
+                    continue
+                joined = full[j][shared:]
+                if joined[: len(continuations[i])] == continuations[i]:
+                    longer[i].append(j)  # "10" is "1" and more tokens: P("1") must not hold it
+                elif (rest := long[len(short) :]) in vocabulary:
+                    # "10" is a token of its own; "1" and then "0" spells the same.
+                    continuations.append([*continuations[i], vocabulary[rest]])
+                    whole[j].append(len(continuations) - 1)
+                    longer[i].append(len(continuations) - 1)
+        return cls(len(bare) - shared, continuations, whole, longer)
+
+    def combine(self, logprobs: Sequence[float]) -> tuple[float, ...]:
+        """Log-probabilities of the candidates from those of the continuations, in nats."""
+        result = []
+        for whole, longer in zip(self.whole, self.longer, strict=True):
+            total = logprobs[whole[0]]
+            for other in whole[1:]:
+                total = add(total, logprobs[other])
+            for other in longer:
+                total = subtract(total, logprobs[other])
+            result.append(total)
+        return tuple(result)

@@ -1,0 +1,211 @@
+"""A judge whose model runs in this process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from trl_rlaif.encoding import PromptLike, encode_prompt
+from trl_rlaif.judging.candidates import Candidates
+from trl_rlaif.judging.judge import Group, Judge
+from trl_rlaif.judging.precision import Precision, Probe, choose_precision, matmul_precision
+from trl_rlaif.judging.prompt import JudgePrompt
+from trl_rlaif.judging.question import Answer, Question, Thinking
+from trl_rlaif.judging.scoring import ContinuationScorer
+from trl_rlaif.sampling import sample_responses, seeded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TOO_LONG = "longer than the judge's context"
+
+
+class LocalJudge(Judge):
+    """A causal language model of transformers.
+
+    Args:
+        model: In eval mode. Any dtype, NF4 too.
+        tokenizer: With a chat template, questions go through it; without, they are plain text.
+        prompt, name, revision: As of every judge.
+        batch_tokens: Most tokens that are computed at once.
+        context: Called for a context around every forward pass, for a judge that is a role of a shared base.
+        precision: Of float32 matrix products. "auto" takes the lowest that leaves the first questions' answers
+            within 1e-4; what it found is then in ``probe``.
+    """
+
+    PROBED = 4
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: JudgePrompt,
+        name: str,
+        *,
+        revision: str = "",
+        batch_tokens: int = 8192,
+        context: Callable[[], AbstractContextManager] = nullcontext,
+        precision: Literal["auto"] | Precision = "highest",
+    ) -> None:
+        super().__init__(prompt, name, revision)
+        self.model, self.tokenizer = model, tokenizer
+        self.batch_tokens, self.context, self.precision = batch_tokens, context, precision
+        self.probe: Probe | None = None
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the model can read, the answer counted."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+
+    def encode(self, question: Question, opening: str) -> list[int]:
+        """Token ids of a question and of what its answer begins with."""
+        return self._encode(question.messages, opening)
+
+    def _encode(self, messages: Sequence[dict[str, str]], opening: str) -> list[int]:
+        prompt: PromptLike = list(messages)
+        if not self.tokenizer.chat_template:
+            prompt = "".join(message["content"] + "\n\n" for message in messages)
+        return encode_prompt(self.tokenizer, prompt, opening=opening)
+
+    def candidates(self, texts: Sequence[str], ending: str) -> Candidates:
+        """The candidates as the tokenizer spells them behind an ending."""
+        empty = [{"role": "user", "content": ""}]
+        return Candidates.behind(texts, ending, lambda opening: self._encode(empty, opening), self.tokenizer)
+
+    def ask(
+        self,
+        groups: Sequence[Group],
+        candidates: Sequence[str],
+        *,
+        thinking: Thinking | None = None,
+        done: Collection[int] = (),
+    ) -> Iterator[tuple[int, list[Answer]]]:
+        """As of every judge. Batches follow from all groups, also those in ``done``."""
+        if not groups:
+            return
+        known = self.candidates(candidates, groups[0][0].ending)
+        room = max(map(len, known.continuations)) + (thinking.max_tokens if thinking else 0)
+        fitting, contexts = [], []
+        for index, group in enumerate(groups):
+            encoded = [self._context(q, known, q.thinking if thinking else None) for q in group]
+            if max(map(len, encoded)) + room <= self.max_length:
+                fitting.append(index)
+                contexts.append(encoded)
+            elif index not in done:
+                yield index, [Answer(failed=TOO_LONG)] * len(group)
+        if not contexts:
+            return
+        flat = [context for group in contexts for context in group]
+        longest = max(map(len, flat)) + (thinking.max_tokens if thinking else 0)
+        with self.context():
+            scorer = ContinuationScorer(self.model, known.continuations, longest=longest, pad_id=self._pad_id)
+        self._choose_precision(scorer, contexts)
+        with self._computing():
+            scorer.begin(flat)
+        for batch in scorer.batches(contexts, self.batch_tokens):
+            missing = [i for i in batch if fitting[i] not in done]
+            if not missing:
+                continue
+            # The whole batch, also where a part is known: what is computed together may change the last digits.
+            asked = [groups[fitting[i]] for i in batch]
+            if thinking is None:
+                answers = self._answers(scorer, known, [contexts[i] for i in batch])
+            else:
+                answers = self._after_thinking(scorer, known, asked, [contexts[i] for i in batch], thinking)
+            for i, answer in zip(batch, answers, strict=True):
+                if i in missing:
+                    yield fitting[i], answer
+
+    def _choose_precision(self, scorer: ContinuationScorer, contexts: Sequence[Sequence[list[int]]]) -> None:
+        if self.precision != "auto" or self.probe is not None or self.model.dtype != torch.float32:
+            return  # weights in less than float32 leave no choice
+        few = contexts[:: max(1, len(contexts) // self.PROBED)][: self.PROBED]
+
+        def probabilities() -> list[float]:
+            with self.context():
+                return scorer(few).softmax(-1).flatten().tolist()
+
+        self.probe = choose_precision(probabilities)
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        chosen = self.probe.precision if self.probe else "highest" if self.precision == "auto" else self.precision
+        with self.context(), matmul_precision(chosen):
+            yield
+
+    @property
+    def _pad_id(self) -> int:
+        return self.tokenizer.pad_token_id or 0
+
+    def _context(self, question: Question, known: Candidates, opening: str | None) -> list[int]:
+        """Up to where the candidates are read, or up to where the rationale begins."""
+        if opening is not None:
+            return self.encode(question, opening)
+        ids = self.encode(question, question.ending)
+        return ids[: len(ids) - known.dropped]
+
+    def _answers(
+        self, scorer: ContinuationScorer, known: Candidates, contexts: Sequence[Sequence[list[int]]]
+    ) -> list[list[Answer]]:
+        with self._computing():
+            rows = iter(scorer(contexts).tolist())
+        return [[_answer(known, next(rows)) for _ in group] for group in contexts]
+
+    def _after_thinking(
+        self,
+        scorer: ContinuationScorer,
+        known: Candidates,
+        asked: Sequence[Group],
+        contexts: Sequence[Sequence[list[int]]],
+        thinking: Thinking,
+    ) -> list[list[Answer]]:
+        """Step one writes the rationales, step two reads the distribution behind each of them."""
+        flat = [context for group in contexts for context in group]
+        rationales = iter(self._rationales(flat, asked[0][0].ending, thinking))
+        written = [[next(rationales) for _ in group] for group in asked]
+        # A question with each of its rationales is a group: they begin with the question itself.
+        behind = [
+            [self._context(_with(question, rationale), known, None) for rationale in of_question]
+            for group, of_group in zip(asked, written, strict=True)
+            for question, of_question in zip(group, of_group, strict=True)
+        ]
+        answers = iter(self._answers(scorer, known, behind))
+        return [[_joined(next(answers), of_question) for of_question in of_group] for of_group in written]
+
+    def _rationales(self, contexts: Sequence[list[int]], ending: str, thinking: Thinking) -> list[list[str]]:
+        with self._computing(), seeded(thinking.seed, "rationale", *contexts):
+            drawn = sample_responses(
+                self.model,
+                self.tokenizer,
+                contexts,
+                num_responses=thinking.rationales,
+                max_new_tokens=thinking.max_tokens,
+                temperature=thinking.temperature,
+            )
+        decode = self.tokenizer.batch_decode
+        # Where the judge goes on to the answer itself, the answer is not part of what it thought.
+        return [
+            [text.split(ending.strip())[0].strip() for text in decode(rows, skip_special_tokens=True)] for rows in drawn
+        ]
+
+
+def _with(question: Question, rationale: str) -> Question:
+    return Question(question.messages, f"{question.thinking} {rationale}\n\n{question.ending}")
+
+
+def _answer(known: Candidates, logprobs: list[float]) -> Answer:
+    if not all(map(math.isfinite, logprobs)):
+        return Answer(failed="the judge's probabilities are not finite")
+    return Answer((known.combine(logprobs),))
+
+
+def _joined(answers: list[Answer], rationales: list[str]) -> Answer:
+    """One answer of those behind each rationale."""
+    failed = next((answer.failed for answer in answers if answer.failed), None)
+    if failed:
+        return Answer(rationales=tuple(rationales), failed=failed)
+    return Answer(tuple(answer.logprobs[0] for answer in answers), tuple(rationales))

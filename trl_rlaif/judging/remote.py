@@ -1,0 +1,252 @@
+"""A judge behind an OpenAI-compatible server: vLLM, llama.cpp's server, or a hosted one."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from trl_rlaif.errors import UserError
+from trl_rlaif.judging.judge import Group, Judge
+from trl_rlaif.judging.prompt import JudgePrompt
+from trl_rlaif.judging.question import Answer, Message, Question, Thinking
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+# The share of the candidates' own mass that may hide behind a server's top-k before an answer is refused.
+HIDDEN = 1e-3
+
+
+@dataclass(frozen=True)
+class Server:
+    """How a judge's server is talked to.
+
+    Args:
+        base_url: None takes OPENAI_BASE_URL, or OpenAI's own.
+        api_key_env: The environment variable that holds the key. Local servers need none.
+        api: ``chat`` asks with messages, ``completions`` with plain text (base models).
+        prefill: The server lets a chat answer begin with given text (vLLM's continue_final_message).
+        top_logprobs: How many of the likeliest tokens to ask for; servers allow 5 to 20, or more.
+        votes: Where log-probabilities cannot be had: answers to sample instead. 0 gives up on the question.
+        concurrency: Requests at once.
+        timeout: Seconds that a request may take.
+        max_retries: After a rate limit, a server error, a dropped connection or a timeout. The wait grows,
+            and what the server asks for (Retry-After) is honoured.
+    """
+
+    base_url: str | None = None
+    api_key_env: str = "OPENAI_API_KEY"
+    api: Literal["chat", "completions"] = "chat"
+    prefill: bool = False
+    top_logprobs: int = 20
+    votes: int = 0
+    concurrency: int = 8
+    timeout: float = 60.0
+    max_retries: int = 6
+
+    def client(self) -> OpenAI:
+        """The official client.
+
+        Raises:
+            UserError: The package openai is not installed, or a key is needed and not set.
+        """
+        try:
+            from openai import OpenAI
+        except ImportError:
+            raise UserError(
+                "A judge on a server needs the package openai.", fix="pip install 'trl-rlaif[openai]'"
+            ) from None
+        key = os.environ.get(self.api_key_env)
+        if key is None and not (self.base_url or os.environ.get("OPENAI_BASE_URL")):
+            raise UserError(f"The environment variable {self.api_key_env} holds no key for the judge's server.")
+        return OpenAI(base_url=self.base_url, api_key=key or "none", timeout=self.timeout, max_retries=self.max_retries)
+
+
+class _Unreadable(Exception):
+    """The server answered, and the answer does not hold what was asked for."""
+
+
+class RemoteJudge(Judge):
+    """A model on a server.
+
+    Args:
+        model: Its name on the server.
+        prompt: Makes the questions.
+        server: How to talk to it.
+    """
+
+    def __init__(self, model: str, prompt: JudgePrompt, server: Server) -> None:
+        how = f"{server.base_url or 'openai'} {server.api} prefill={server.prefill} votes={server.votes}"
+        super().__init__(prompt, model, how)
+        self.server = server
+        self._client = server.client()
+
+    def ask(
+        self,
+        groups: Sequence[Group],
+        candidates: Sequence[str],
+        *,
+        thinking: Thinking | None = None,
+        done: Collection[int] = (),
+    ) -> Iterator[tuple[int, list[Answer]]]:
+        """As of every judge; several requests are under way at once.
+
+        Raises:
+            UserError: The server refuses this client altogether (key, model, address).
+        """
+        todo = iter([index for index in range(len(groups)) if index not in done])
+        pool = ThreadPoolExecutor(self.server.concurrency)
+        pending: dict[Future[list[Answer]], int] = {}
+        try:
+            while True:
+                # Few more than are under way: what is submitted cannot be taken back at once.
+                while len(pending) < 2 * self.server.concurrency and (index := next(todo, None)) is not None:
+                    pending[pool.submit(self._group, groups[index], candidates, thinking)] = index
+                if not pending:
+                    return
+                finished, _ = wait(pending, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    yield pending.pop(future), future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    # ---- One question ---------------------------------------------------------------------------------
+
+    def _group(self, group: Group, candidates: Sequence[str], thinking: Thinking | None) -> list[Answer]:
+        return [self._answer(question, candidates, thinking) for question in group]
+
+    def _answer(self, question: Question, candidates: Sequence[str], thinking: Thinking | None) -> Answer:
+        import openai
+
+        rationales: list[str] = []
+        try:
+            if thinking is None:
+                return Answer((self._distribution(question, candidates),))
+            rationales = [self._think(question, thinking, i) for i in range(thinking.rationales)]
+            behind = [self._distribution(_after(question, text), candidates) for text in rationales]
+            return Answer(tuple(behind), tuple(rationales))
+        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
+            raise UserError(
+                f"The judge's server refuses the request: {_short(error)}",
+                where=str(self._client.base_url),
+                fix=f"Check judge.path, judge.base_url and the key in {self.server.api_key_env}.",
+            ) from None
+        except (openai.APIError, _Unreadable, ValueError) as error:  # ValueError: what came is no JSON
+            return Answer(rationales=tuple(rationales), failed=_short(error))
+
+    def _think(self, question: Question, thinking: Thinking, number: int) -> str:
+        asked = replace(question, ending=question.thinking)
+        text = self._text(
+            self._request(
+                asked,
+                f"{question.thinking} Explain in a few sentences, and do not give your answer yet.",
+                max_tokens=thinking.max_tokens,
+                temperature=thinking.temperature,
+                seed=thinking.seed + number,
+            )
+        )
+        return text.split(question.ending.strip())[0].strip()
+
+    def _distribution(self, question: Question, candidates: Sequence[str]) -> tuple[float, ...]:
+        """Log-probabilities of the candidates; exact, or where they cannot be had from votes."""
+        instruction = f"Answer with one of {', '.join(candidates)} and nothing else."
+        try:
+            return self._exact(question, candidates, instruction)
+        except _Unreadable:
+            if not self.server.votes:
+                raise
+            return self._voted(question, candidates, instruction)
+
+    def _exact(self, question: Question, candidates: Sequence[str], instruction: str) -> tuple[float, ...]:
+        tokens = self._top(question, instruction)
+        found = [math.fsum(p for token, p in tokens if token.strip() == text) for text in candidates]
+        for i, short in enumerate(candidates):
+            for j, long in enumerate(candidates):
+                if long != short and long.startswith(short) and found[i] and not found[j] and self._continues:
+                    # "10" in two tokens: the second one is read behind the first.
+                    rest = self._top(replace(question, ending=question.ending + short), instruction)
+                    share = math.fsum(p for token, p in rest if token.strip() == long[len(short) :])
+                    found[i], found[j] = found[i] * (1 - share), found[i] * share
+        missing = [text for text, p in zip(candidates, found, strict=True) if p == 0]
+        hidden = max(0.0, 1 - math.fsum(p for _, p in tokens))
+        if missing and hidden > HIDDEN * math.fsum(found):
+            raise _Unreadable(
+                f"the server does not give the probability of {', '.join(missing)}: not among its "
+                f"{len(tokens)} likeliest tokens (set judge.votes to sample answers instead)"
+            )
+        return tuple(math.log(p) if p > 0 else -math.inf for p in found)
+
+    def _voted(self, question: Question, candidates: Sequence[str], instruction: str) -> tuple[float, ...]:
+        """Shares of sampled answers; what is no candidate counts as mass elsewhere."""
+        longest_first = sorted(candidates, key=len, reverse=True)
+        pattern = re.compile(r"\W*(" + "|".join(map(re.escape, longest_first)) + r")(?![0-9A-Za-z])")
+        votes: Counter[str] = Counter()
+        for number in range(self.server.votes):
+            text = self._text(self._request(question, instruction, max_tokens=4, temperature=1.0, seed=number))
+            match = pattern.match(text)
+            votes[match[1] if match else ""] += 1
+        if not votes.keys() & set(candidates):
+            raise _Unreadable(f"none of {self.server.votes} sampled answers is one of {', '.join(candidates)}")
+        return tuple(math.log(votes[text] / self.server.votes) if votes[text] else -math.inf for text in candidates)
+
+    # ---- Requests -------------------------------------------------------------------------------------
+
+    @property
+    def _continues(self) -> bool:
+        """Whether the model goes on where the given text ends."""
+        return self.server.prefill or self.server.api == "completions"
+
+    def _request(self, question: Question, instruction: str, **options: Any) -> Any:
+        """One choice of the server's for a question; ``instruction`` stands in for an ending it cannot begin with."""
+        if self.server.api == "completions":
+            text = "".join(f"{message['content']}\n\n" for message in question.messages)
+            made = self._client.completions.create(model=self.name, prompt=text + question.ending, **options)
+        else:
+            extra = {}
+            messages: list[Message] = list(question.messages)
+            if self.server.prefill:
+                messages.append({"role": "assistant", "content": question.ending})
+                extra = {"extra_body": {"continue_final_message": True, "add_generation_prompt": False}}
+            else:
+                last = messages[-1]
+                messages[-1] = {**last, "content": f"{last['content']}\n\n{instruction}"}
+            made = self._client.chat.completions.create(model=self.name, messages=messages, **options, **extra)
+        if not getattr(made, "choices", None):
+            raise _Unreadable("the server's answer holds no choice")
+        return made.choices[0]
+
+    def _text(self, choice: Any) -> str:
+        return (choice.text if self.server.api == "completions" else choice.message.content) or ""
+
+    def _top(self, question: Question, instruction: str) -> list[tuple[str, float]]:
+        """The likeliest first tokens of the answer, with their probabilities."""
+        top = self.server.top_logprobs
+        options: dict[str, Any] = {"max_tokens": 1, "temperature": 1.0}
+        options |= {"logprobs": top} if self.server.api == "completions" else {"logprobs": True, "top_logprobs": top}
+        choice = self._request(question, instruction, **options)
+        try:
+            if self.server.api == "completions":
+                pairs = list(choice.logprobs.top_logprobs[0].items())
+            else:
+                pairs = [(entry.token, entry.logprob) for entry in choice.logprobs.content[0].top_logprobs]
+            return [(token, math.exp(logprob)) for token, logprob in pairs]
+        except (AttributeError, IndexError, TypeError):
+            raise _Unreadable("the server gives no log-probabilities (set judge.votes to sample answers)") from None
+
+
+def _after(question: Question, rationale: str) -> Question:
+    """The question once the rationale is written: it stands in front of the ending."""
+    said: Message = {"role": "assistant", "content": f"{question.thinking} {rationale}".strip()}
+    ask: Message = {"role": "user", "content": "What is your answer?"}
+    return Question((*question.messages, said, ask), question.ending)
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text[:300]

@@ -1,0 +1,122 @@
+"""labels.jsonl: an append-only store in which every label is found by what determined it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from trl_rlaif.artifacts import append_lines, to_line, write_atomically
+from trl_rlaif.data import Pair
+from trl_rlaif.encoding import as_messages
+from trl_rlaif.events import Label
+
+# Fields of a label that most labelers leave empty; a line holds them only where they are not.
+_OPTIONAL = ("skipped", "score_1", "score_2", "spread_1", "spread_2")
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def pair_key(pair: Pair) -> str:
+    """What of a pair determines its label: the texts, whatever the pair is called."""
+    return _digest([(m["role"], m["content"]) for m in as_messages(pair.prompt)], pair.response_1, pair.response_2)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What determines a label beside the pair.
+
+    Args:
+        labeler: Name of the labeler.
+        options: Its options.
+        judge: Name of the judge.
+        judge_revision: Version of its weights, and how they are held.
+        prompt_revision: Changes with any file of the judge's prompt.
+    """
+
+    labeler: str
+    options: dict[str, Any]
+    judge: str
+    judge_revision: str
+    prompt_revision: str
+
+    @cached_property
+    def key(self) -> str:
+        """16 hexadecimal digits."""
+        return _digest(asdict(self))
+
+
+class LabelStore:
+    """The labels of a folder, of any number of setups.
+
+    A line is a label with the keys of its setup and its pair. Lines are only ever appended; of several with
+    the same keys the last one counts. Files of several machines are joined by concatenation.
+
+    Args:
+        path: labels.jsonl. What a power cut left of a last line is removed from it; a broken line elsewhere,
+            such as between two joined files, is passed over and counted in ``broken``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.broken = path, 0
+        self._rows: dict[tuple[str, str], dict[str, Any]] = {}
+        content = path.read_bytes() if path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            with path.open("r+b") as file:
+                file.truncate(len(whole))
+        for line in whole.splitlines():
+            try:
+                row = json.loads(line)
+                self._rows[row["setup"], row["pair"]] = row
+            except (ValueError, KeyError, TypeError):
+                self.broken += 1
+
+    def find(self, setup: Setup, pairs: Iterable[Pair]) -> dict[str, dict[str, Any]]:
+        """Labels that are known, by the pairs' ids."""
+        found = {pair.id: self._rows.get((setup.key, pair_key(pair))) for pair in pairs}
+        return {id: row for id, row in found.items() if row is not None}
+
+    def add(self, setup: Setup, pair: Pair, label: Label) -> None:
+        """Append a label, and see it on the disk."""
+        row = {f.name: getattr(label, f.name) for f in fields(label)}
+        row = {name: value for name, value in row.items() if value is not None or name not in _OPTIONAL}
+        row |= {"labeler": setup.labeler, "setup": setup.key, "pair": pair_key(pair)}
+        append_lines(self.path, [row])
+        self._rows[setup.key, row["pair"]] = row
+
+
+class Plan:
+    """Which pairs a pass over the data labels, kept on disk until it ends.
+
+    What is computed together may change a label's last digits; so a pass that was killed goes on with the
+    very batches that it began with, and those follow from the pairs of the plan.
+
+    Args:
+        path: A file of the run's state.
+        setup: The pass's setup.
+        missing: Pairs that have no label.
+        everything: All pairs of the pass.
+    """
+
+    def __init__(self, path: Path, setup: Setup, missing: Sequence[Pair], everything: Sequence[Pair]) -> None:
+        self.path = path
+        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        by_key = {pair_key(pair): pair for pair in everything}
+        keys = stored.get("pairs", []) if stored.get("setup") == setup.key else []
+        if keys and all(key in by_key for key in keys) and {pair_key(p) for p in missing} <= set(keys):
+            self.pairs = [by_key[key] for key in keys]
+            return
+        self.pairs = list(dict((pair_key(pair), pair) for pair in missing).values())
+        if self.pairs:
+            write_atomically(path, to_line({"setup": setup.key, "pairs": [pair_key(p) for p in self.pairs]}))
+
+    def end(self) -> None:
+        """The pass is complete."""
+        self.path.unlink(missing_ok=True)
