@@ -71,6 +71,6 @@ def combine(logits: Sequence[float], mode: Debias) -> float:
     """
     if mode == "mean_prob":
         return fmean(map(sigmoid, logits))
-    total = math.fsum(logits)
+    total = sum(logits)  # fsum refuses infinities of both signs
     # Sure of both at once, as estimates from votes can be: the orders contradict each other.
     return 0.5 if math.isnan(total) else sigmoid(total / len(logits))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import Literal
 
@@ -78,6 +79,8 @@ class DistilledLabeler(Labeler):
             if answer.rationales
         }
         failed = next((answer.failed for answer in answers if answer.failed), None)
+        if not failed and any(max(draw) == -math.inf for answer in answers for draw in answer.logprobs):
+            failed = "the judge gives neither candidate any probability"
         if failed:
             return Label(id, judge=judge, skipped=failed, **rationales)
         read = {o: mean_preference(o, a.logprobs) for o, a in zip(self._orders(), answers, strict=True)}

@@ -88,7 +88,7 @@ class LocalJudge(Judge):
         if not groups:
             return
         known = self.candidates(candidates, groups[0][0].ending)
-        room = max(map(len, known.continuations)) + (thinking.max_tokens if thinking else 0)
+        room = max(map(len, known.continuations)) + (self._behind(groups[0][0].ending, thinking) if thinking else 0)
         fitting, contexts = [], []
         for index, group in enumerate(groups):
             encoded = [self._context(q, known, q.thinking if thinking else None) for q in group]
@@ -100,7 +100,8 @@ class LocalJudge(Judge):
         if not contexts:
             return
         flat = [context for group in contexts for context in group]
-        longest = max(map(len, flat)) + (thinking.max_tokens if thinking else 0)
+        # Nobody knows how many tokens a rationale is read as: decoded, it may be split otherwise.
+        longest = self.max_length if thinking else max(map(len, flat))
         with self.context():
             scorer = ContinuationScorer(self.model, known.continuations, longest=longest, pad_id=self._pad_id)
         self._choose_precision(scorer, contexts)
@@ -119,6 +120,12 @@ class LocalJudge(Judge):
             for i, answer in zip(batch, answers, strict=True):
                 if i in missing:
                     yield fitting[i], answer
+
+    def _behind(self, ending: str, thinking: Thinking) -> int:
+        """Tokens that come between where a rationale begins and the candidates."""
+        empty = [{"role": "user", "content": ""}]
+        bare, full = self._encode(empty, ""), self._encode(empty, f" \n\n{ending}")
+        return thinking.max_tokens + len(full) - len(bare)
 
     def _choose_precision(self, scorer: ContinuationScorer, contexts: Sequence[Sequence[list[int]]]) -> None:
         if self.precision != "auto" or self.probe is not None or self.model.dtype != torch.float32:
@@ -151,6 +158,8 @@ class LocalJudge(Judge):
     def _answers(
         self, scorer: ContinuationScorer, known: Candidates, contexts: Sequence[Sequence[list[int]]]
     ) -> list[list[Answer]]:
+        if not contexts:
+            return []
         with self._computing():
             rows = iter(scorer(contexts).tolist())
         return [[_answer(known, next(rows)) for _ in group] for group in contexts]
@@ -164,37 +173,45 @@ class LocalJudge(Judge):
         thinking: Thinking,
     ) -> list[list[Answer]]:
         """Step one writes the rationales, step two reads the distribution behind each of them."""
+        limit = self.max_length - max(map(len, known.continuations))
         flat = [context for group in contexts for context in group]
         rationales = iter(self._rationales(flat, asked[0][0].ending, thinking))
         written = [[next(rationales) for _ in group] for group in asked]
         # A question with each of its rationales is a group: they begin with the question itself.
         behind = [
-            [self._context(_with(question, rationale), known, None) for rationale in of_question]
+            [self._context(self._with(question, rationale), known, None) for rationale in of_question]
             for group, of_group in zip(asked, written, strict=True)
             for question, of_question in zip(group, of_group, strict=True)
         ]
-        answers = iter(self._answers(scorer, known, behind))
+        fits = [max(map(len, contexts)) <= limit for contexts in behind]
+        readable = [contexts for contexts, fit in zip(behind, fits, strict=True) if fit]
+        read = iter(self._answers(scorer, known, readable))
+        answers = iter([next(read) if fit else [Answer(failed=TOO_LONG)] for fit in fits])
         return [[_joined(next(answers), of_question) for of_question in of_group] for of_group in written]
 
     def _rationales(self, contexts: Sequence[list[int]], ending: str, thinking: Thinking) -> list[list[str]]:
+        count = thinking.rationales
+        drawn_count = count if thinking.temperature > 0 else 1  # the likeliest one is the same each time
         with self._computing(), seeded(thinking.seed, "rationale", *contexts):
             drawn = sample_responses(
                 self.model,
                 self.tokenizer,
                 contexts,
-                num_responses=thinking.rationales,
+                num_responses=drawn_count,
                 max_new_tokens=thinking.max_tokens,
                 temperature=thinking.temperature,
             )
-        decode = self.tokenizer.batch_decode
-        # Where the judge goes on to the answer itself, the answer is not part of what it thought.
-        return [
-            [text.split(ending.strip())[0].strip() for text in decode(rows, skip_special_tokens=True)] for rows in drawn
-        ]
+        texts = [self.tokenizer.batch_decode(rows, skip_special_tokens=True) for rows in drawn]
+        return [[_thought(text, ending) for text in of_context] * (count // drawn_count) for of_context in texts]
+
+    def _with(self, question: Question, rationale: str) -> Question:
+        opening = f"{question.thinking} {self.prompt.quote(rationale)}\n\n{question.ending}"
+        return Question(question.messages, opening)
 
 
-def _with(question: Question, rationale: str) -> Question:
-    return Question(question.messages, f"{question.thinking} {rationale}\n\n{question.ending}")
+def _thought(text: str, ending: str) -> str:
+    """Where the judge goes on to the answer itself, the answer is not part of what it thought."""
+    return (text.split(ending.strip())[0] if ending.strip() else text).strip()
 
 
 def _answer(known: Candidates, logprobs: list[float]) -> Answer:

@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -61,8 +62,12 @@ class _Row:
         self.segments.append(segments)
 
 
+# What a trial of each model's architecture said.
+_tried: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
 _layout: ContextVar[_Layout] = ContextVar("_layout")
 _NAME = "trl_rlaif_packed"
+# What models hand to their attention that changes nothing here.
+_HARMLESS = {"dropout", "is_causal", "output_attentions", "position_ids", "sliding_window", "use_cache"}
 
 
 def _attention(
@@ -72,27 +77,40 @@ def _attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    **_: Any,
+    **more: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention within each group of a packed row, and to the prefix; the interface is transformers'."""
+    unknown = {name for name, value in more.items() if value is not None and value is not False} - _HARMLESS
+    if unknown:  # such as a soft cap: on a few tokens it may make a difference too small to be seen
+        raise NotImplementedError(f"attention with {', '.join(sorted(unknown))}")
     layout = _layout.get()
     if layout.keep is not None:
         layout.keep.append((key[0], value[0]))
     before = layout.prefix[module.layer_idx] if layout.prefix else None
     repeat = query.shape[1] // key.shape[1]
-    output = torch.empty_like(query)
+    cached = before[0].shape[1] if before is not None else 0
+    # The prefix is copied once a layer, and each group's own keys and values behind it.
+    longest = cached + max(end - start for start, end in layout.spans)
+    keys, values = (key.new_empty(key.shape[1], longest, x.shape[-1]) for x in (key, value))
+    if before is not None:
+        keys[:, :cached], values[:, :cached] = before
+    output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
     for (start, end), mask in zip(layout.spans, layout.masks, strict=True):
-        keys, values = key[0, :, start:end], value[0, :, start:end]
-        if before is not None:
-            keys, values = torch.cat((before[0], keys), 1), torch.cat((before[1], values), 1)
-        output[:, :, start:end] = scaled_dot_product_attention(
+        stop = cached + end - start
+        keys[:, cached:stop], values[:, cached:stop] = key[0, :, start:end], value[0, :, start:end]
+        k, v = keys[None, :, :stop], values[None, :, :stop]
+        if repeat > 1 and query.is_cuda:  # its fused kernels take no mask together with shared heads
+            k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+        found = scaled_dot_product_attention(
             query[:, :, start:end],
-            keys.repeat_interleave(repeat, 0)[None],
-            values.repeat_interleave(repeat, 0)[None],
+            k,
+            v,
             attn_mask=mask.to(query.dtype),
             scale=scaling,
+            enable_gqa=k.shape[1] != query.shape[1],
         )
-    return output.transpose(1, 2).contiguous(), None
+        output[:, start:end] = found.transpose(1, 2)
+    return output, None
 
 
 AttentionInterface.register(_NAME, _attention)
@@ -158,16 +176,23 @@ class PackedModel:
 
     @staticmethod
     def can_read(model: torch.nn.Module, longest: int) -> bool:
-        """Whether a model gives the same packed as plain, tried out on a few tokens.
+        """Whether a model gives the same packed as plain, tried out once on a few tokens.
 
         Some architectures add to the attention what this one does not know of (sinks, soft caps, biases).
 
         Args:
             longest: Tokens of the longest sequence that will come: a sliding window must not be shorter.
         """
-        window = getattr(model.config.get_text_config(), "sliding_window", None)
-        if window and longest > window:
+        config = model.config.get_text_config()
+        windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+        if any(window and longest > window for window in windows):
             return False
+        if model not in _tried:
+            _tried[model] = PackedModel._agrees(model)
+        return _tried[model]
+
+    @staticmethod
+    def _agrees(model: torch.nn.Module) -> bool:
         rows = [[*range(3, 20), *ends] for ends in ((5, 9, 4), (4, 8), (7,))]
         packed = PackedModel(model)
         try:

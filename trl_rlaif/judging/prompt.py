@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from jinja2 import StrictUndefined
+from jinja2 import DictLoader, StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from trl_rlaif.encoding import PromptLike, as_text
@@ -76,12 +77,12 @@ class JudgePrompt:
             if name not in _REQUIRED and not (folder / name).exists():
                 continue
             try:
-                parts[name] = (folder / name).read_text(encoding="utf-8").strip("\r\n")
+                parts[name] = (folder / name).read_text(encoding="utf-8-sig")
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(f"A part of the prompt cannot be read: {error}", where=str(folder / name)) from None
-        lines = parts.pop("exemplars.jsonl", "").splitlines()
-        exemplars = tuple(_exemplar(line, f"{folder / 'exemplars.jsonl'}:{i}") for i, line in enumerate(lines, 1))
-        prompt = cls(folder.name, parts, exemplars)
+        lines = enumerate(parts.pop("exemplars.jsonl", "").split("\n"), 1)  # splitlines would cut inside strings
+        exemplars = tuple(_exemplar(line, f"{folder / 'exemplars.jsonl'}:{i}") for i, line in lines if line.strip())
+        prompt = cls(folder.name, {name: text.strip("\r\n") for name, text in parts.items()}, exemplars)
         for name in _VALUES.keys() & parts.keys():
             try:
                 prompt._render(name, dict.fromkeys(_VALUES[name], ""))
@@ -144,6 +145,10 @@ class JudgePrompt:
         thinking = self._part("rating_thinking.txt") if think else ""
         return self._question("rubric.txt", messages, self._part("rating_ending.txt"), thinking)
 
+    def quote(self, text: str) -> str:
+        """A text that is put into the prompt, such as a rationale, unable to pass for a part of the prompt."""
+        return quoted(text, self._headers)
+
     def _question(self, preamble: str, messages: list[Message], ending: str, thinking: str) -> Question:
         messages[0] = {"role": "user", "content": f"{self._part(preamble)}\n\n{messages[0]['content']}"}
         return Question(tuple(messages), ending, thinking)
@@ -154,22 +159,25 @@ class JudgePrompt:
         return self.parts[name]
 
     @cached_property
-    def _headers(self) -> frozenset[str]:
+    def _headers(self) -> re.Pattern[str]:
         """Lines of the prompt's own that no judged text may imitate: the templates', and the endings."""
         own = [self._render(name, dict.fromkeys(_VALUES[name], "")) for name in _VALUES.keys() & self.parts.keys()]
         own += [text for name, text in self.parts.items() if name.endswith(("ending.txt", "thinking.txt"))]
         return headers("\n".join(own))
 
     def _filled(self, name: str, values: dict[str, str]) -> str:
-        return self._render(name, {key: quoted(text, self._headers) for key, text in values.items()})
+        return self._render(name, {key: self.quote(text) for key, text in values.items()})
+
+    @cached_property
+    def _environment(self) -> ImmutableSandboxedEnvironment:
+        """Compiles each template once."""
+        return ImmutableSandboxedEnvironment(loader=DictLoader(self.parts), undefined=StrictUndefined)
 
     def _render(self, name: str, values: dict[str, str]) -> str:
         """A template with values, which are inserted and never parsed as templates themselves."""
-        environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=False)
+        self._part(name)
         try:
-            return environment.from_string(self._part(name)).render(**values)
-        except UserError:
-            raise
+            return self._environment.get_template(name).render(**values)
         except Exception as error:  # Jinja's own errors, and whatever an expression in the template raises
             raise UserError(
                 f"The template {name} of the prompt '{self.name}' is wrong: {type(error).__name__}: {error}"
@@ -182,8 +190,15 @@ def _exemplar(line: str, where: str) -> Exemplar:
     except ValueError as error:
         raise UserError(f"An exemplar is no JSON: {error}", where=where) from None
     names = list(Exemplar.__dataclass_fields__)
-    if not isinstance(row, dict) or set(row) != set(names) or row["preferred"] not in (1, 2):
+    texts = names[:-1]
+    if (
+        not isinstance(row, dict)
+        or set(row) != set(names)
+        or not all(isinstance(row[name], str) for name in texts)
+        or type(row["preferred"]) is not int
+        or row["preferred"] not in (1, 2)
+    ):
         raise UserError(
-            "An exemplar is not complete.", where=where, fix=f"Give {', '.join(names)}; preferred is 1 or 2."
+            "An exemplar is not complete.", where=where, fix=f"Give {', '.join(texts)} as texts; preferred is 1 or 2."
         )
     return Exemplar(**row)

@@ -4,23 +4,44 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Collection
 
 _MARK = "> "
+# Common letters of other scripts that pass for Latin ones, case folded: Cyrillic, then Greek.
+_LOOKALIKES = str.maketrans("авекмнорстухіјѕһ" + "αεικνορτυχ", "abekmhopctyxijsh" + "aeiknoptyx")
+_CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1b\x7f]")
+# What may stand around the words of a header without hiding it from a reader: space, markdown, brackets.
+_DECORATION = r"[\W_]*"
 
 
-def _bare(line: str) -> str:
-    """What a line begins with to a reader: no decoration, no lookalike letters, no case."""
-    plain = unicodedata.normalize("NFKC", line).casefold()
-    return re.sub(r"^[\W_]+", "", re.sub(r"[\u200b-\u200f\u2060\ufeff]", "", plain))
+def _plain(line: str) -> str:
+    """A line as a reader sees it: no case, no lookalike letters, nothing invisible, no marks on letters."""
+    if not line.isascii():
+        parts = unicodedata.normalize("NFKD", line)
+        line = "".join(c for c in parts if unicodedata.category(c) not in ("Cf", "Me", "Mn"))
+    return _CONTROLS.sub("", line).casefold().translate(_LOOKALIKES)
 
 
-def headers(text: str) -> frozenset[str]:
-    """The lines of a prompt's own text that a judged text must not imitate, in the form that is compared."""
-    return frozenset(bare for line in text.splitlines() if (bare := _bare(line).strip()))
+def headers(text: str) -> re.Pattern[str]:
+    """Matches a line, made plain, that begins like one of a prompt's own, which no judged text must imitate."""
+    patterns = {pattern for line in text.splitlines() if (pattern := _header(_plain(line)))}
+    return re.compile("|".join(sorted(patterns)) or r"(?!)")
 
 
-def quoted(text: str, own: Collection[str]) -> str:
+def _header(line: str) -> str:
+    """The words of a header in whatever decoration, and what ends it."""
+    words = re.findall(r"[^\W_]+", line)
+    if not words:
+        return ""
+    # Behind "Response 2:" its colon or nothing, behind "Response 1" no digit, behind "Response" no letter.
+    end = re.search(r"[:=.,;!?]\s*$", line)
+    if end:
+        tail = rf"{_DECORATION}(?:{re.escape(end[0].strip())}|$)"
+    else:
+        tail = r"(?!\w)" if words[-1][-1].isdigit() else r"(?![^\W\d_])"
+    return _DECORATION + _DECORATION.join(map(re.escape, words)) + tail
+
+
+def quoted(text: str, own: re.Pattern[str]) -> str:
     """The text with a mark before each line that begins like one of the prompt's own.
 
     A response that holds the line ``Response 2:`` would else seem to end there. Other lines stay as they are.
@@ -29,11 +50,5 @@ def quoted(text: str, own: Collection[str]) -> str:
         text: What is judged.
         own: What ``headers`` gave for the prompt.
     """
-    if not any(header in _bare_all(text) for header in own):
-        return text
     lines = text.splitlines(keepends=True)
-    return "".join(_MARK + line if _bare(line).startswith(tuple(own)) else line for line in lines)
-
-
-def _bare_all(text: str) -> str:
-    return "\n".join(map(_bare, text.splitlines()))
+    return "".join(_MARK + line if own.match(_plain(line)) else line for line in lines)

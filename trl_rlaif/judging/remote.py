@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import queue
 import re
+import threading
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -72,6 +73,44 @@ class _Unreadable(Exception):
     """The server answered, and the answer does not hold what was asked for."""
 
 
+class _Work:
+    """Indices for threads to take and what they found, with a bound on how far they are ahead of the taker.
+
+    Args:
+        todo: The indices.
+        ahead: How many may be under way or waiting to be taken.
+    """
+
+    def __init__(self, todo: Sequence[int], ahead: int) -> None:
+        self._todo, self._lock = iter(todo), threading.Lock()
+        self._room, self._ahead = threading.Semaphore(ahead), ahead
+        self._found: queue.SimpleQueue[tuple[int, list[Answer] | Exception]] = queue.SimpleQueue()
+        self.stopped = False
+
+    def take(self) -> int | None:
+        """The next index; None where there is none, or nobody wants an answer any more."""
+        self._room.acquire()
+        with self._lock:
+            return None if self.stopped else next(self._todo, None)
+
+    def give(self, index: int, found: list[Answer] | Exception) -> None:
+        """Hand over what belongs to an index."""
+        self._found.put((index, found))
+
+    def next(self) -> tuple[int, list[Answer]]:
+        """What was found next; an error is raised."""
+        index, found = self._found.get()
+        self._room.release()
+        if isinstance(found, Exception):
+            raise found
+        return index, found
+
+    def stop(self) -> None:
+        """Let all threads end after the request that they are at."""
+        self.stopped = True
+        self._room.release(self._ahead)
+
+
 class RemoteJudge(Judge):
     """A model on a server.
 
@@ -100,26 +139,26 @@ class RemoteJudge(Judge):
         Raises:
             UserError: The server refuses this client altogether (key, model, address).
         """
-        todo = iter([index for index in range(len(groups)) if index not in done])
-        pool = ThreadPoolExecutor(self.server.concurrency)
-        pending: dict[Future[list[Answer]], int] = {}
+        todo = [index for index in range(len(groups)) if index not in done]
+        work = _Work(todo, ahead=2 * self.server.concurrency)
+
+        def answer_groups() -> None:
+            while (index := work.take()) is not None:
+                try:
+                    work.give(index, [self._answer(q, candidates, thinking) for q in groups[index] if not work.stopped])
+                except Exception as error:  # raised where the answers are awaited
+                    work.give(index, error)
+
+        for _ in range(min(self.server.concurrency, len(todo))):
+            # Daemons: a program that is stopped does not wait for a server that does not answer.
+            threading.Thread(target=answer_groups, daemon=True).start()
         try:
-            while True:
-                # Few more than are under way: what is submitted cannot be taken back at once.
-                while len(pending) < 2 * self.server.concurrency and (index := next(todo, None)) is not None:
-                    pending[pool.submit(self._group, groups[index], candidates, thinking)] = index
-                if not pending:
-                    return
-                finished, _ = wait(pending, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    yield pending.pop(future), future.result()
+            for _ in todo:
+                yield work.next()
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            work.stop()
 
     # ---- One question ---------------------------------------------------------------------------------
-
-    def _group(self, group: Group, candidates: Sequence[str], thinking: Thinking | None) -> list[Answer]:
-        return [self._answer(question, candidates, thinking) for question in group]
 
     def _answer(self, question: Question, candidates: Sequence[str], thinking: Thinking | None) -> Answer:
         import openai
@@ -151,14 +190,18 @@ class RemoteJudge(Judge):
                 seed=thinking.seed + number,
             )
         )
-        return text.split(question.ending.strip())[0].strip()
+        ending = question.ending.strip()
+        return (text.split(ending)[0] if ending else text).strip()
 
     def _distribution(self, question: Question, candidates: Sequence[str]) -> tuple[float, ...]:
         """Log-probabilities of the candidates; exact, or where they cannot be had from votes."""
+        import openai
+
         instruction = f"Answer with one of {', '.join(candidates)} and nothing else."
         try:
             return self._exact(question, candidates, instruction)
-        except _Unreadable:
+        # Some servers refuse a request for log-probabilities; what they refuse for another reason, they refuse again.
+        except (_Unreadable, openai.BadRequestError, openai.PermissionDeniedError, openai.UnprocessableEntityError):
             if not self.server.votes:
                 raise
             return self._voted(question, candidates, instruction)
@@ -166,15 +209,22 @@ class RemoteJudge(Judge):
     def _exact(self, question: Question, candidates: Sequence[str], instruction: str) -> tuple[float, ...]:
         tokens = self._top(question, instruction)
         found = [math.fsum(p for token, p in tokens if token.strip() == text) for text in candidates]
+        hidden = max(0.0, 1 - math.fsum(p for _, p in tokens))
         for i, short in enumerate(candidates):
             for j, long in enumerate(candidates):
-                if long != short and long.startswith(short) and found[i] and not found[j] and self._continues:
-                    # "10" in two tokens: the second one is read behind the first.
-                    rest = self._top(replace(question, ending=question.ending + short), instruction)
-                    share = math.fsum(p for token, p in rest if token.strip() == long[len(short) :])
-                    found[i], found[j] = found[i] * (1 - share), found[i] * share
+                if long == short or not long.startswith(short) or found[j] or not found[i]:
+                    continue
+                if not self._continues:
+                    # "1" may be the first of the two tokens of "10", and nothing can be sent behind it.
+                    hidden = max(hidden, found[i])
+                    continue
+                # "10" in two tokens: the second one is read behind the first.
+                rest = self._top(replace(question, ending=question.ending + short), instruction)
+                share = math.fsum(p for token, p in rest if token.strip() == long[len(short) :])
+                if not share:
+                    hidden = max(hidden, found[i] * (1 - math.fsum(p for _, p in rest)))
+                found[i], found[j] = found[i] * (1 - share), found[i] * share
         missing = [text for text, p in zip(candidates, found, strict=True) if p == 0]
-        hidden = max(0.0, 1 - math.fsum(p for _, p in tokens))
         if missing and hidden > HIDDEN * math.fsum(found):
             raise _Unreadable(
                 f"the server does not give the probability of {', '.join(missing)}: not among its "
@@ -185,7 +235,7 @@ class RemoteJudge(Judge):
     def _voted(self, question: Question, candidates: Sequence[str], instruction: str) -> tuple[float, ...]:
         """Shares of sampled answers; what is no candidate counts as mass elsewhere."""
         longest_first = sorted(candidates, key=len, reverse=True)
-        pattern = re.compile(r"\W*(" + "|".join(map(re.escape, longest_first)) + r")(?![0-9A-Za-z])")
+        pattern = re.compile(r"\W*(" + "|".join(map(re.escape, longest_first)) + r")(?![0-9A-Za-z]|\.\d)")
         votes: Counter[str] = Counter()
         for number in range(self.server.votes):
             text = self._text(self._request(question, instruction, max_tokens=4, temperature=1.0, seed=number))
@@ -222,7 +272,10 @@ class RemoteJudge(Judge):
         return made.choices[0]
 
     def _text(self, choice: Any) -> str:
-        return (choice.text if self.server.api == "completions" else choice.message.content) or ""
+        try:
+            return (choice.text if self.server.api == "completions" else choice.message.content) or ""
+        except AttributeError:
+            raise _Unreadable("the server's answer holds no text") from None
 
     def _top(self, question: Question, instruction: str) -> list[tuple[str, float]]:
         """The likeliest first tokens of the answer, with their probabilities."""
@@ -235,8 +288,11 @@ class RemoteJudge(Judge):
                 pairs = list(choice.logprobs.top_logprobs[0].items())
             else:
                 pairs = [(entry.token, entry.logprob) for entry in choice.logprobs.content[0].top_logprobs]
-            return [(token, math.exp(logprob)) for token, logprob in pairs]
-        except (AttributeError, IndexError, TypeError):
+            found = [(token, math.exp(logprob)) for token, logprob in pairs]
+            if any(math.isnan(p) for _, p in found):
+                raise ValueError
+            return found
+        except (AttributeError, IndexError, TypeError, ValueError, OverflowError):
             raise _Unreadable("the server gives no log-probabilities (set judge.votes to sample answers)") from None
 
 

@@ -38,11 +38,13 @@ class ContinuationScorer:
         self._keep = max(map(len, self._prefixes)) + 1
         self.packs = PackedModel.can_read(model, longest + self._keep)
         self._packed = PackedModel(model)
+        self._prefix: list[int] = []
 
     def begin(self, contexts: Sequence[Tokens]) -> None:
         """Compute what all contexts that will come begin with, once."""
-        shared = shared_prefix(contexts)
-        self._packed.cache(contexts[0][:shared] if self.packs and shared >= self.MIN_PREFIX else ())
+        shared = shared_prefix(contexts, least=self._keep)
+        self._prefix = list(contexts[0][:shared]) if self.packs and shared >= self.MIN_PREFIX else []
+        self._packed.cache(self._prefix)
 
     def batches(self, groups: Sequence[Sequence[Tokens]], budget: int) -> list[list[int]]:
         """Indices of groups in batches within a budget of tokens that are computed at once."""
@@ -58,7 +60,9 @@ class ContinuationScorer:
         that share a beginning, such as "1" and "10", share a sequence.
         """
         groups = [[[*context, *prefix] for context in group for prefix in self._prefixes] for group in groups]
-        logits = self._packed.logits(groups, self._keep) if self.packs else self._padded(groups)
+        # A context that comes later, such as one behind a rationale, may be in other tokens from early on.
+        packs = self.packs and all(row[: len(self._prefix)] == self._prefix for group in groups for row in group)
+        logits = self._packed.logits(groups, self._keep) if packs else self._padded(groups)
         keep, prefixes = self._keep, self._prefixes
         logprobs = logits.float().log_softmax(-1).view(-1, len(prefixes), keep, logits.shape[-1])
         result = torch.zeros(len(logprobs), len(self.continuations), device=logprobs.device)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import KFold
 
 from trl_rlaif.errors import UserError
 from trl_rlaif.measures import agreement, calibration_error
 
 # Fewer say nothing about a temperature.
 MIN_PAIRS = 20
+FOLDS = 5
 _EDGE = 1e-9
 
 
@@ -42,13 +42,15 @@ class Calibration:
             human: 1 or 2 for each.
 
         Raises:
-            UserError: Fewer than 20 pairs, or all choices are the same.
+            UserError: As ``check_choices``.
         """
-        if len(rows) < MIN_PAIRS or len(set(human)) < 2:
-            raise UserError(
-                f"{len(rows)} pairs with a person's choice are too few to calibrate with, or all choices are the same.",
-                fix=f"Give at least {MIN_PAIRS} pairs with both choices in label.calibration.",
-            )
+        check_choices(human)
+        return cls._likeliest(rows, human)
+
+    @classmethod
+    def _likeliest(cls, rows: Sequence[dict[str, Any]], human: Sequence[int]) -> Calibration:
+        from sklearn.linear_model import LogisticRegression
+
         features, targets = [], []
         for row, choice in zip(rows, human, strict=True):
             for logit, first in _observations(row):
@@ -64,11 +66,30 @@ class Calibration:
         return _sigmoid(math.fsum(logits) / len(logits))
 
 
+def check_choices(human: Sequence[int]) -> None:
+    """Refuse what says too little.
+
+    Raises:
+        UserError: Fewer than 20 pairs, or one of the two choices occurs less than twice.
+    """
+    counts = Counter(human)
+    if len(human) < MIN_PAIRS or min(counts[1], counts[2]) < 2:
+        raise UserError(
+            f"{len(human)} pairs with a person's choice ({counts[1]} for response 1, {counts[2]} for response 2) "
+            "are too few to calibrate with.",
+            fix=f"Give at least {MIN_PAIRS} pairs in label.calibration, two or more for each response.",
+        )
+
+
 def held_out(rows: Sequence[dict[str, Any]], human: Sequence[int], *, seed: int) -> dict[str, Any]:
     """Agreement and calibration error before and after, each pair calibrated without having been fitted to."""
     after = [0.0] * len(rows)
-    for train, test in KFold(5, shuffle=True, random_state=seed).split(np.arange(len(rows))):
-        fitted = Calibration.fit([rows[i] for i in train], [human[i] for i in train])
+    # Dealt out by choice: whatever fold is left out, both choices remain.
+    shuffled = sorted(np.random.default_rng(seed).permutation(len(rows)).tolist(), key=lambda i: human[i])
+    for fold in range(FOLDS):
+        test = shuffled[fold::FOLDS]
+        train = sorted(set(shuffled) - set(test))
+        fitted = Calibration._likeliest([rows[i] for i in train], [human[i] for i in train])
         for i in test:
             after[i] = fitted.apply(rows[i])
     before = [row["p"] for row in rows]

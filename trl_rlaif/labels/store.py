@@ -84,12 +84,14 @@ class LabelStore:
         return {id: row for id, row in found.items() if row is not None}
 
     def add(self, setup: Setup, pair: Pair, label: Label) -> None:
-        """Append a label, and see it on the disk."""
+        """Append a label, and see it on the disk. One that is there already, word for word, adds no line."""
         row = {f.name: getattr(label, f.name) for f in fields(label)}
         row = {name: value for name, value in row.items() if value is not None or name not in _OPTIONAL}
         row |= {"labeler": setup.labeler, "setup": setup.key, "pair": pair_key(pair)}
-        append_lines(self.path, [row])
-        self._rows[setup.key, row["pair"]] = row
+        # What cannot be judged is asked in every pass, and mostly fails as before.
+        if self._rows.get((setup.key, row["pair"])) != row:
+            append_lines(self.path, [row])
+            self._rows[setup.key, row["pair"]] = row
 
 
 class Plan:
@@ -110,7 +112,8 @@ class Plan:
         stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         by_key = {pair_key(pair): pair for pair in everything}
         keys = stored.get("pairs", []) if stored.get("setup") == setup.key else []
-        if keys and all(key in by_key for key in keys) and {pair_key(p) for p in missing} <= set(keys):
+        # With pairs that the plan does not know, it is made anew: nothing stays without a label.
+        if missing and all(key in by_key for key in keys) and {pair_key(p) for p in missing} <= set(keys):
             self.pairs = [by_key[key] for key in keys]
             return
         self.pairs = list(dict((pair_key(pair), pair) for pair in missing).values())
@@ -119,4 +122,6 @@ class Plan:
 
     def end(self) -> None:
         """The pass is complete."""
-        self.path.unlink(missing_ok=True)
+        # Without pairs this pass had none: the file may be that of another one, such as the calibration's.
+        if self.pairs:
+            self.path.unlink(missing_ok=True)

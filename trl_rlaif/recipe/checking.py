@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterable, Sequence
+from functools import reduce
+from operator import or_
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Tag, ValidationError
 
 from trl_rlaif.recipe.source import KeyPath, Source
 from trl_rlaif.recipe.wording import how_to_mend, nearest_or_all, shown
@@ -48,7 +50,7 @@ def _describe(detail: Any, model: type[BaseModel], path: KeyPath, value: Any, ow
         hint, metadata = hint_at(model, absent)
         return f"{owner} lacks the key '{dotted(absent)}'.", how_to_mend(hint, None, metadata)
     if kind in _UNKNOWN_KEY:
-        known = keys_at(model, path[:-1])
+        known = keys_at(model, path[:-1], detail["loc"])
         return unknown_key(dotted(path), owner), nearest_or_all(str(path[-1]), known, "Known keys")
     if kind in _OWN_MESSAGE:
         cause = (detail.get("ctx") or {}).get("error")
@@ -87,19 +89,25 @@ def hint_at(model: Any, path: KeyPath) -> tuple[Any, Iterable[Any]]:
     return hint, metadata
 
 
-def keys_at(model: Any, path: KeyPath) -> list[str]:
-    """The keys that a model allows at a key path."""
+def keys_at(model: Any, path: KeyPath, loc: Sequence[Any] = ()) -> list[str]:
+    """The keys that a model allows at a key path; of a union's, those of the form that ``loc`` names by its tag."""
     hint, _ = hint_at(model, path)
-    models = [member for member in _members(hint) if _is_model(member)]
+    models = [member for member in _members(hint, loc) if _is_model(member)]
     return [field.alias or name for member in models for name, field in member.model_fields.items()]
 
 
 def _inside(hint: Any, part: Any) -> tuple[Any, Iterable[Any]]:
+    fields = [
+        field
+        for member in _members(hint)
+        if _is_model(member)
+        for name, field in member.model_fields.items()
+        if part in (name, field.alias)
+    ]
+    if fields:
+        # Where several forms have the key, such as a judge's `backend`, all that they allow.
+        return reduce(or_, (field.annotation for field in fields)), fields[0].metadata
     for member in _members(hint):
-        if _is_model(member):
-            for name, field in member.model_fields.items():
-                if part in (name, field.alias):
-                    return field.annotation, field.metadata
         args = get_args(member)
         if get_origin(member) is dict and args:
             return args[1], ()
@@ -108,12 +116,18 @@ def _inside(hint: Any, part: Any) -> tuple[Any, Iterable[Any]]:
     return Any, ()
 
 
-def _members(hint: Any) -> list[Any]:
-    """The alternatives of a union, without annotations; the type itself where it is none."""
+def _members(hint: Any, loc: Sequence[Any] = ()) -> list[Any]:
+    """The alternatives of a union, without annotations; the type itself where it is none.
+
+    Args:
+        loc: Pydantic's location. Of tagged alternatives, only those count whose tag is in it, if any is.
+    """
     if get_origin(hint) is Annotated:
-        return _members(get_args(hint)[0])
+        return _members(get_args(hint)[0], loc)
     if get_origin(hint) in (Union, types.UnionType):
-        return [member for arg in get_args(hint) for member in _members(arg)]
+        args = get_args(hint)
+        named = [arg for arg in args if any(isinstance(m, Tag) and m.tag in loc for m in get_args(arg)[1:])]
+        return [member for arg in named or args for member in _members(arg, loc)]
     return [hint]
 
 

@@ -45,7 +45,7 @@ def pick_components(section: str, keys: dict[Any, Any], source: Source, registry
     if section == "label" and isinstance(keys.get("compare"), dict):
         keys["compare"] = dict(keys["compare"])
         for name, compared in keys["compare"].items():
-            if isinstance(compared, dict) and "labeler" in compared:
+            if isinstance(compared, dict) and compared.get("labeler") is not None:
                 path = (section, "compare", name, "labeler")
                 labeler = _component(compared["labeler"], path, "labeler", source, registry)
                 keys["compare"][name] = {**compared, "labeler": labeler}

@@ -63,6 +63,13 @@ def safe_name(value: str) -> str:
     return value
 
 
+def compared_name(value: str) -> str:
+    """As ``safe_name``; the main labeler's own name is taken."""
+    if value == "label":
+        raise ValueError("'label' is the main labeler's name.")
+    return safe_name(value)
+
+
 Number = Annotated[float, BeforeValidator(text_as_number)]
 SafeName = Annotated[str, AfterValidator(safe_name)]
 Text = Annotated[str, Field(min_length=1)]
@@ -201,7 +208,7 @@ class LabelSection(Section):
     calibration: Text | None = Field(
         None, description="Pairs that people judged (20 or more): labels are calibrated on them."
     )
-    compare: dict[SafeName, ComparedSection] = Field(
+    compare: dict[Annotated[str, AfterValidator(compared_name)], ComparedSection] = Field(
         default_factory=dict, description="More labelers by name: the report compares them with the main one."
     )
 

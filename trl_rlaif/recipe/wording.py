@@ -49,6 +49,8 @@ def nearest_or_all(name: str, known: Iterable[str], label: str) -> str:
 
 def how_to_mend(hint: Any, value: Any, metadata: Iterable[Any] = ()) -> str:
     """A sentence that says what to write in place of ``value`` where ``hint`` is the type wanted."""
+    if isinstance(value, str) and (near := did_you_mean(value, _texts(hint))):
+        return near
     wanted = expected(hint, metadata)
     if not wanted:
         return ""
@@ -56,6 +58,17 @@ def how_to_mend(hint: Any, value: Any, metadata: Iterable[Any] = ()) -> str:
     if isinstance(value, bool | datetime.date) and "text" in wanted:
         sentence += " Put it in quotes if it is meant as text."
     return sentence
+
+
+def _texts(hint: Any) -> list[str]:
+    """The texts that a type lists."""
+    if get_origin(hint) is Literal:
+        return [value for value in get_args(hint) if isinstance(value, str)]
+    if get_origin(hint) is Annotated:
+        return _texts(get_args(hint)[0])
+    if get_origin(hint) in (Union, types.UnionType):
+        return [text for arg in get_args(hint) for text in _texts(arg)]
+    return []
 
 
 def expected(hint: Any, metadata: Iterable[Any] = ()) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_rlaif.errors import UserError
-from trl_rlaif.report.wording import clean, label, number, shorten
+from trl_rlaif.report.wording import clean, label, number, section, shorten
 
 MAX_SAMPLES = 200
 MAX_RECIPE_CHARACTERS = 100_000
@@ -77,7 +77,7 @@ def read_run(folder: Path) -> Run:
     recipe, recipe_text = _read_recipe(folder)
     notes: list[str] = []
     results = _read_results(folder / "results.json", notes)
-    pairs = [row.get("id") for row in _lines(folder / "pairs.jsonl", notes)]
+    pairs = list(_lines(folder / "pairs.jsonl", notes))
     name = label((recipe.get("run") or {}).get("name") if isinstance(recipe.get("run"), dict) else None)
     return Run(
         name=name or label(folder.resolve().name) or "run",
@@ -187,15 +187,19 @@ def _read_series(path: Path, notes: list[str]) -> dict[str, Series]:
     }
 
 
-def _read_labels(path: Path, results: dict[str, Any] | None, pairs: list[Any], notes: list[str]) -> Labels:
-    """The run's own labels: the file may also hold those of other labelers, and of pairs that are gone."""
-    setup = ((results or {}).get("label") or {}).get("setup")
-    latest, known = {}, {id for id in pairs if isinstance(id, str)}
+def _read_labels(path: Path, results: dict[str, Any], pairs: list[dict[str, Any]], notes: list[str]) -> Labels:
+    """The run's own labels, one a pair: the file may also hold those of other labelers, and of pairs that are gone."""
+    setup = section(results, "label").get("setup")
+    latest = {}
     for row in _lines(path, notes):
-        if setup is None or (row.get("setup") == setup and row.get("id") in known):
+        if setup is None:
             latest[str(row.get("id"))] = row
+        elif row.get("setup") == setup:
+            latest[str(row.get("pair"))] = row
+    # A label is its pair's by the texts: the id in its line is what some pair with these texts was once called.
+    rows = list(latest.values()) if setup is None else [latest[key] for key in map(_key, pairs) if key in latest]
     labels = Labels()
-    for row in latest.values():
+    for row in rows:
         labels.total += 1
         p, p_12, p_21 = (_probability(row.get(key)) for key in ("p", "p_12", "p_21"))
         if p is not None:
@@ -207,6 +211,17 @@ def _read_labels(path: Path, results: dict[str, Any] | None, pairs: list[Any], n
         else:
             labels.winners[(1 if p_12 > 0.5 else 2, 1 if p_21 > 0.5 else 2)] += 1
     return labels
+
+
+def _key(pair: dict[str, Any]) -> str:
+    """A pair as labels.jsonl knows it; an empty string where the line is no pair."""
+    from trl_rlaif.data import Pair
+    from trl_rlaif.labels.store import pair_key
+
+    try:
+        return pair_key(Pair("", pair["prompt"], pair["response_1"], pair["response_2"]))
+    except (KeyError, TypeError):
+        return ""
 
 
 def _read_samples(path: Path, notes: list[str]) -> list[Sample]:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from trl_rlaif.artifacts import write_folder
 from trl_rlaif.data import Pair, load_pairs
 from trl_rlaif.errors import RunError, UserError
-from trl_rlaif.labels import Calibration, LabelStore, Setup
-from trl_rlaif.labels.calibration import held_out
+from trl_rlaif.labels import LabelStore, Setup
+from trl_rlaif.labels.calibration import Calibration, check_choices, held_out
 from trl_rlaif.labels.store import Plan, pair_key
 from trl_rlaif.measures import agreement, calibration_error, compare_agreement, position_bias, summarize_mass
 from trl_rlaif.progress import progress_bar, say
@@ -30,7 +30,7 @@ def run(context: Context) -> dict[str, Any]:
     """Write ``labels.jsonl`` and ``preferences/``; return what the labels say of the labelers."""
     started = time.monotonic()
     pairs, store = context.pairs(), LabelStore(context.folder / "labels.jsonl")
-    tasks = context.label_tasks()
+    tasks, judged = context.label_tasks(), _judged_by_people(context)
     rows = {task.name: _rows(context, store, task, pairs) for task in tasks}
     main = tasks[0]
     if context.shard:
@@ -39,7 +39,7 @@ def run(context: Context) -> dict[str, Any]:
     labeled = rows[main.name].labeled
     if not labeled:
         raise RunError("The judge could not label a single pair.", fix=_reasons(numbers["skipped"]))
-    calibration, numbers["calibration"] = _calibrate(context, store, main, pairs, labeled)
+    calibration, numbers["calibration"] = _calibrate(context, store, main, pairs, labeled, judged)
     p = {id: calibration.apply(row) if calibration else row["p"] for id, row in labeled.items()}
     least = context.recipe.label.min_confidence
     kept = {id: value for id, value in p.items() if max(value, 1 - value) >= least}
@@ -124,7 +124,7 @@ def _make(context: Context, store: LabelStore, task: LabelTask, pairs: list[Pair
     with progress_bar(title, len(pairs), len(done)) as advance:
         for label in labeler.label(pairs, judge, done):
             store.add(result.setup, by_id[label.id], label)
-            result.made += 1
+            result.made += label.p is not None
             advance(1)
     result.seconds, result.probe = time.monotonic() - started, getattr(judge, "probe", None)
 
@@ -155,21 +155,34 @@ def _of_shard(context: Context, rows: _Rows, pairs: list[Pair]) -> dict[str, Any
     return rows.numbers(mine) | {"shard": str(context.shard)}
 
 
-def _calibrate(
-    context: Context, store: LabelStore, task: LabelTask, pairs: list[Pair], labeled: dict[str, dict[str, Any]]
-) -> tuple[Calibration | None, dict[str, Any] | None]:
-    """Fit to the file that label.calibration names; report before and after, on it and on the run's own pairs."""
+def _judged_by_people(context: Context) -> list[Pair] | None:
+    """The pairs of label.calibration, read and checked before the judge's first answer; None without the key."""
     path = context.recipe.label.calibration
     if path is None:
-        return None, None
+        return None
     judged = [p for p in load_pairs(path, seed=context.recipe.run.seed).items if p.human in (1, 2)]
+    check_choices([pair.human for pair in judged])
+    return judged
+
+
+def _calibrate(
+    context: Context,
+    store: LabelStore,
+    task: LabelTask,
+    pairs: list[Pair],
+    labeled: dict[str, dict[str, Any]],
+    judged: list[Pair] | None,
+) -> tuple[Calibration | None, dict[str, Any] | None]:
+    """Fit to what people judged; report before and after, on it and on the run's own pairs."""
+    if judged is None:
+        return None, None
     own = {pair_key(pair) for pair in pairs}
     rows = _rows(context, store, LabelTask("calibration", task.labeler, task.judge, task.prompt), judged).labeled
     known = [pair for pair in judged if pair.id in rows]
     observed, human = [rows[pair.id] for pair in known], [pair.human for pair in known]
     fitted = Calibration.fit(observed, human)
-    # Pairs of the run that calibration has not seen.
-    unseen = [p for p in pairs if p.id in labeled and p.human in (1, 2) and pair_key(p) not in map(pair_key, known)]
+    seen = {pair_key(pair) for pair in known}
+    unseen = [p for p in pairs if p.id in labeled and p.human in (1, 2) and pair_key(p) not in seen]
     after, before = [fitted.apply(labeled[p.id]) for p in unseen], [labeled[p.id]["p"] for p in unseen]
     choices = [p.human for p in unseen]
     return fitted, {

@@ -1,0 +1,297 @@
+"""A scripted judge, prompts, and the tokenizers and models that real judges are tried with."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import re
+import string
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+from jinja2 import Environment
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
+from tokenizers import models as tokenizer_models
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from helpers.tiny import CHAT_TEMPLATE, make_tokenizer
+from trl_rlaif.judging import Answer, Judge, JudgePrompt, LocalJudge, Question, Thinking
+from trl_rlaif.recipe import prompt_folder
+
+# ---- Prompts --------------------------------------------------------------------------------------------
+
+PARTS = {
+    "base.txt": "You are a judge. Answer with 1 or 2 only.",
+    "detailed.txt": "You are a judge. Take your time, and answer with 1 or 2 only.",
+    "sample.jinja": "Request:\n{{ context }}\n\nResponse 1:\n{{ response_1 }}\n\nResponse 2:\n{{ response_2 }}",
+    "ending.txt": "Preferred Response=",
+    "thinking.txt": "Let us compare.",
+    "rubric.txt": "You are a judge. Answer with a number from 1 to 10.",
+    "rating.jinja": "Request:\n{{ context }}\n\nResponse:\n{{ response }}",
+    "rating_ending.txt": "Rating=",
+    "rating_thinking.txt": "Let us look at it.",
+}
+
+
+def make_prompt(**parts: str | None) -> JudgePrompt:
+    """A short prompt; ``ending="..."`` replaces ending.txt (or .jinja), None takes it away."""
+    merged: dict[str, str | None] = dict(PARTS)
+    for name, text in parts.items():
+        merged[f"{name}.jinja" if f"{name}.jinja" in PARTS else f"{name}.txt"] = text
+    return JudgePrompt("short", {name: text for name, text in merged.items() if text is not None})
+
+
+# ---- A scripted judge -----------------------------------------------------------------------------------
+
+
+def shown(prompt: JudgePrompt, question: Question) -> dict[str, str]:
+    """The texts in a question's sample: context with response_1 and response_2, or with response."""
+    for name in ("sample.jinja", "rating.jinja"):
+        keys = {key: f"\ue000{key}\ue001" for key in ("context", "response_1", "response_2", "response")}
+        rendered = Environment().from_string(prompt.parts[name]).render(**keys)
+        pattern = re.sub("\ue000(\\w+)\ue001", r"(?P<\1>.*)", re.escape(rendered))
+        if found := re.search(pattern + r"\Z", question.messages[-1]["content"], re.DOTALL):
+            return found.groupdict()
+    raise AssertionError("no sample of this prompt")
+
+
+class ScriptedJudge(Judge):
+    """Answers by a rule, the last group first.
+
+    Args:
+        rule: Called with a question's texts (context, response_1, response_2 in the order shown, or context,
+            response). Returns log-odds of the first candidate of two, a log-weight for each candidate, or a
+            text that says why there is no answer.
+        prompt: The packaged ``general`` by default.
+        mass: Probability of all candidates together.
+        rationale: What it writes: (texts, number of the rationale) -> rationale.
+
+    ``asked`` keeps the arguments of each call.
+    """
+
+    def __init__(
+        self,
+        rule: Callable[..., float | Sequence[float] | str],
+        *,
+        prompt: JudgePrompt | None = None,
+        name: str = "scripted",
+        revision: str = "",
+        mass: float = 0.9,
+        rationale: Callable[[dict[str, str], int], str] = lambda texts, number: f"because {number}",
+    ) -> None:
+        super().__init__(prompt or JudgePrompt.load(prompt_folder("general")), name, revision)
+        self.rule, self.mass, self.rationale = rule, mass, rationale
+        self.asked: list[dict[str, Any]] = []
+
+    def ask(
+        self,
+        groups: Sequence[Sequence[Question]],
+        candidates: Sequence[str],
+        *,
+        thinking: Thinking | None = None,
+        done: Collection[int] = (),
+    ) -> Iterator[tuple[int, list[Answer]]]:
+        """As of every judge."""
+        self.asked.append({"groups": groups, "candidates": candidates, "thinking": thinking, "done": done})
+        for index in reversed(range(len(groups))):
+            if index not in done:
+                yield index, [self._answer(question, len(candidates), thinking) for question in groups[index]]
+
+    def _answer(self, question: Question, count: int, thinking: Thinking | None) -> Answer:
+        texts = shown(self.prompt, question)
+        numbers = range(thinking.rationales) if thinking else ()
+        rationales = tuple(self.rationale(texts, number) for number in numbers)
+        found = self.rule(**texts)
+        if isinstance(found, str):
+            return Answer(rationales=rationales, failed=found)
+        weights = [found / 2, -found / 2] if isinstance(found, int | float) else list(found)
+        assert len(weights) == count
+        high = max(weights)
+        total = high + math.log(math.fsum(math.exp(weight - high) for weight in weights))
+        logprobs = tuple(math.log(self.mass) + weight - total for weight in weights)
+        return Answer((logprobs,) * max(1, len(rationales)), rationales)
+
+
+# ---- Tokenizers -----------------------------------------------------------------------------------------
+
+_TEXT = [
+    "You are a judge. Take your time, and answer with 1 or 2 only, or with a number from 1 to 10.",
+    "Request: Response 1: Response 2: Preferred Response= Rating= It is Response 1 It is Response 2",
+    "It is 1 It is 10 It is 10 Rating=10 Rating=10 10 10 10 10 10 It is 2 It is 2 It is 9 =10 =10 is 10",
+    "the quick brown fox jumps over the lazy dog and the capital of a country is a city, is it not?",
+] * 3
+
+
+def _wrapped(backend: Tokenizer, chat: bool, **tokens: str) -> PreTrainedTokenizerFast:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", **tokens)
+    if chat:
+        start, end = tokens["bos_token"], tokens["eos_token"]
+        tokenizer.chat_template = CHAT_TEMPLATE.replace("<|start|>", start).replace("<|end|>", end)
+    return tokenizer
+
+
+def joined_digits(*, chat: bool = True) -> PreTrainedTokenizerFast:
+    """Byte-level BPE that keeps digits together: "10" is one token, and " 1" too."""
+    backend = Tokenizer(tokenizer_models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = {"pad_token": "<|pad|>", "bos_token": "<|start|>", "eos_token": "<|end|>"}
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=list(special.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(_TEXT, trainer)
+    return _wrapped(backend, chat, **special)
+
+
+def sentence_pieces(*, chat: bool = True, unigram: bool = True) -> PreTrainedTokenizerFast:
+    """As SentencePiece does it: a space opens the next piece, "▁1" is one token; <s> begins plain text."""
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    alphabet = [*string.printable, "▁"]
+    shared = {"special_tokens": list(special.values()), "initial_alphabet": alphabet, "show_progress": False}
+    if unigram:
+        backend = Tokenizer(tokenizer_models.Unigram())
+        trainer: Any = trainers.UnigramTrainer(vocab_size=260, unk_token="<unk>", **shared)
+    else:
+        backend = Tokenizer(tokenizer_models.BPE(unk_token="<unk>"))
+        trainer = trainers.BpeTrainer(vocab_size=260, **shared)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    backend.train_from_iterator(_TEXT, trainer)
+    bos = ("<s>", backend.token_to_id("<s>"))
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[bos])
+    return _wrapped(backend, chat, **special)
+
+
+TOKENIZERS: dict[str, Callable[..., PreTrainedTokenizerFast]] = {
+    "split digits": make_tokenizer,
+    "joined digits": joined_digits,
+    "unigram": sentence_pieces,
+    "metaspace BPE": lambda **options: sentence_pieces(unigram=False, **options),
+}
+
+
+# ---- Models ---------------------------------------------------------------------------------------------
+
+_SHAPE = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.3,  # wide, so that answers differ visibly between questions
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GQA = {**_SHAPE, "num_key_value_heads": 2}
+
+
+def llama(*, length: int = 2048) -> torch.nn.Module:
+    """With fewer heads for keys than for queries."""
+    return _made(LlamaForCausalLM, LlamaConfig(max_position_embeddings=length, **_GQA))
+
+
+def gpt2(*, length: int = 2048) -> torch.nn.Module:
+    """With absolute positions."""
+    shape = {"vocab_size": 400, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
+    return _made(GPT2LMHeadModel, GPT2Config(n_positions=length, initializer_range=0.3, **shape))
+
+
+def mistral(*, window: int | None, length: int = 2048) -> torch.nn.Module:
+    """With a sliding window."""
+    config = MistralConfig(sliding_window=window, max_position_embeddings=length, **_GQA)
+    return _made(MistralForCausalLM, config)
+
+
+def _made(kind: type, config: Any) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return kind(config).eval()
+
+
+MODELS: dict[str, Callable[[], torch.nn.Module]] = {
+    "llama": llama,
+    "qwen2": lambda: _made(Qwen2ForCausalLM, Qwen2Config(max_position_embeddings=2048, **_GQA)),
+    "gpt-neox": lambda: _made(GPTNeoXForCausalLM, GPTNeoXConfig(max_position_embeddings=2048, **_SHAPE)),
+    "gpt2": gpt2,
+    "wide window": lambda: mistral(window=2048),
+    "narrow window": lambda: mistral(window=32),
+}
+
+
+# ---- What real judges are compared with -----------------------------------------------------------------
+
+
+def plain_text(judge: LocalJudge, question: Question, opening: str) -> str:
+    """A question up to what its answer begins with, as the chat template or plain text has it."""
+    if not judge.tokenizer.chat_template:
+        return "".join(f"{message['content']}\n\n" for message in question.messages) + opening
+    messages = list(question.messages)
+    return judge.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + opening
+
+
+@torch.no_grad()
+def path_probability(model: torch.nn.Module, context: Sequence[int], path: Sequence[int]) -> float:
+    """Probability of some tokens behind others: one forward pass over one sequence, in float64 from the logits on."""
+    ids = torch.tensor([[*context, *path]], device=next(model.parameters()).device)
+    logprobs = model(input_ids=ids).logits[0].double().log_softmax(-1)
+    return math.exp(sum(logprobs[len(context) + i - 1, token].item() for i, token in enumerate(path)))
+
+
+def plain_answer(
+    judge: LocalJudge, question: Question, candidates: Sequence[str], opening: str | None = None
+) -> list[float]:
+    """Log-probabilities of the candidates by their definition, one forward pass for each way to spell one.
+
+    A candidate is spelled as the tokenizer spells it at the end of the whole text. One that another begins with
+    ("1" and "10") is not given where the other is; the other may also be spelled in two.
+    """
+    text = plain_text(judge, question, question.ending if opening is None else opening)
+    special = {} if not judge.tokenizer.chat_template else {"add_special_tokens": False}
+
+    def encode(text: str) -> list[int]:
+        return judge.tokenizer(text, **special)["input_ids"]
+
+    whole = {candidate: encode(text + candidate) for candidate in candidates}
+    context = os.path.commonprefix([encode(text), *whole.values()])
+    paths = {candidate: {tuple(ids[len(context) :])} for candidate, ids in whole.items()}
+    for short in candidates:
+        for long in candidates:
+            if long != short and long.startswith(short):
+                (spelled,) = paths[short]
+                rest = judge.tokenizer.get_vocab()[long[len(short) :]]
+                paths[long].add((*spelled, rest))
+    p = {c: {path: path_probability(judge.model, context, path) for path in of} for c, of in paths.items()}
+    result = []
+    for candidate in candidates:
+        own = paths[candidate]
+        beyond = {
+            path: value
+            for other, of in p.items()
+            for path, value in of.items()
+            if other != candidate and any(path[: len(mine)] == mine for mine in own)
+        }
+        result.append(math.log(math.fsum(p[candidate].values()) - math.fsum(beyond.values())))
+    return result
+
+
+def in_double(judge: LocalJudge) -> LocalJudge:
+    """The same judge with weights in float64, as the truth to compare with."""
+    other = copy.copy(judge)
+    other.model = copy.deepcopy(judge.model).double()
+    return other

@@ -1,0 +1,337 @@
+"""A scripted server that speaks OpenAI's protocol, as a process of its own: answers by a rule, faults on order.
+
+A request's text orders how it is answered, with marks that a test puts into a prompt or a response:
+``[[fault=500 times=2]]`` fails twice and recovers, ``[[mass=0.9 p=0.7]]`` sets the probabilities. See ``Script``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.request import ProxyHandler, Request, build_opener
+
+# What a rationale goes on with, although it was asked not to.
+ENDING = "Preferred Response="
+WORD = "good"
+# What else the model may say, with its share of the mass that is not on the candidates.
+OTHERS = {"I": 0.6, "The": 0.4}
+
+_MARK = re.compile(r"\[\[(.+?)\]\]")
+_PAIR = re.compile(r"Response 1:\n(.*?)\n\nResponse 2:\n(.*?)(?:\n\n|$)", re.DOTALL)
+_DRAW = re.compile(r"Draw (\d+):")
+
+
+# ---- The rule ---------------------------------------------------------------------------------------------
+
+
+def share(first: str, second: str) -> float:
+    """Probability of the response shown first: its share of a word, each response having one more than it has."""
+    one, two = first.count(WORD) + 1, second.count(WORD) + 1
+    return one / (one + two)
+
+
+def ratings(text: str) -> list[float]:
+    """Probabilities of 1 to 10; the more often a response has the word, the higher is the likeliest."""
+    weights = [1 / (1 + abs(rating - 1 - 3 * text.count(WORD))) for rating in range(1, 11)]
+    return [weight / sum(weights) for weight in weights]
+
+
+@dataclass(frozen=True)
+class Script:
+    """How one request is answered, from the marks in its text; every value is written without spaces.
+
+    Args:
+        fault: 400, 401, 403, 404, 429, 500: that status; drop, hang, half, html, json, empty, blank, nan: see
+            ``_Handler``; refuse: 400 where log-probabilities are asked for, and only there.
+        times: The fault befalls the first so many requests with this very mark.
+        after: Seconds in Retry-After.
+        p: Probability of the first candidate within the candidates' mass; without it ``share``.
+        mass: What both candidates have together.
+        spellings: The tokens " 1" and "1" have a quarter and the rest of what 1 has.
+        split: "10" is two tokens.
+        ten: Nothing but 1 and 10, which has this probability.
+        logprobs: 0 leaves them out.
+        say: Sampled answers, divided by bars, by the request's seed; "_" is a space.
+    """
+
+    fault: str = ""
+    times: int = 1_000_000
+    after: float = 0.0
+    p: float | None = None
+    mass: float = 1.0
+    spellings: int = 0
+    split: int = 0
+    ten: float | None = None
+    logprobs: int = 1
+    say: str = "1"
+
+    @classmethod
+    def of(cls, text: str) -> Script:
+        """The marks of a text, later ones over earlier ones."""
+        types = {"times": int, "after": float, "p": float, "mass": float, "spellings": int, "split": int}
+        types |= {"logprobs": int, "ten": float}
+        values = dict(item.split("=", 1) for mark in _MARK.findall(text) for item in mark.split())
+        unknown = values.keys() - {f.name for f in fields(cls)}
+        assert not unknown, unknown
+        return cls(**{name: types.get(name, str)(value) for name, value in values.items()})
+
+    def next_token(self, text: str, rest: str) -> dict[str, float]:
+        """The model's distribution behind a text.
+
+        Args:
+            text: All that was sent, with the answer as far as it is given.
+            rest: Where the text goes on in mid-answer, what it ends with: "1" is then followed by "0" or not.
+        """
+        shown = _PAIR.findall(text)
+        if shown:
+            draws = [int(n) for n in _DRAW.findall(text)]
+            p = share(*shown[-1]) if self.p is None else self.p
+            p = p / (2 + draws[-1]) if draws else p  # what a rationale says counts
+            found = {"1": p, "2": 1 - p}
+        else:
+            found = {str(i): p for i, p in enumerate(ratings(text), 1)}
+            if self.ten is not None:
+                found = {"1": 1 - self.ten, "10": self.ten}
+            if self.split:
+                ten, one = found.pop("10"), found["1"]
+                if rest == "1":
+                    return {"0": ten / (one + ten), "\n": one / (one + ten)}
+                found["1"] = one + ten
+        tokens = {text: p * self.mass for text, p in found.items()}
+        if self.spellings:
+            tokens = {s + t: p * w for t, p in tokens.items() for s, w in ((" ", 0.25), ("", 0.75))}
+        if self.mass < 1:
+            tokens |= {text: (1 - self.mass) * w for text, w in OTHERS.items()}
+        return tokens
+
+
+# ---- The server's side ------------------------------------------------------------------------------------
+
+
+@dataclass
+class _State:
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    delay: float = 0.0
+    healed: bool = False
+    now: int = 0
+    most: int = 0
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    faults: Counter[str] = field(default_factory=Counter)
+
+    def begin(self, path: str, key: str | None, body: dict[str, Any]) -> None:
+        with self.lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+            self.requests.append({"time": time.monotonic(), "path": path, "key": key, "body": body})
+
+    def end(self) -> None:
+        with self.lock:
+            self.now -= 1
+
+    def fault(self, script: Script, text: str) -> str:
+        """The fault that befalls this request; empty for none."""
+        mark = str(_MARK.findall(text))
+        with self.lock:
+            if self.healed or self.faults[mark] >= script.times:
+                return ""
+            self.faults[mark] += bool(script.fault)
+        return script.fault
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    state: _State
+
+    def log_message(self, *args: Any) -> None:
+        """Nothing: a test's output is its own."""
+
+    def do_GET(self) -> None:
+        """What was asked so far."""
+        with self.state.lock:
+            seen = {"most": self.state.most, "requests": self.state.requests}
+        self._send(200, seen)
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/control":
+            with self.state.lock:
+                self.state.delay = body.get("delay", self.state.delay)
+                self.state.healed = body.get("healed", self.state.healed)
+            return self._send(200, {})
+        self.state.begin(self.path, self.headers.get("Authorization"), body)
+        chat = self.path == "/v1/chat/completions"
+        text = "\n\n".join(m["content"] for m in body["messages"]) if chat else body["prompt"]
+        script = Script.of(text)
+        fault = self.state.fault(script, text)
+        time.sleep(self.state.delay)
+        # Counted off before the answer goes out: behind it, the client's next request may be faster.
+        if fault != "hang":
+            self.state.end()
+        if fault == "refuse":
+            fault = "400" if body.get("logprobs") else ""
+        if fault:
+            return self._fail(fault, script, _answer(body, script, text, chat))
+        self._send(200, _answer(body, script, text, chat))
+
+    def _fail(self, fault: str, script: Script, answer: dict[str, Any]) -> None:
+        """Anything but the right answer."""
+        right = json.dumps(answer).encode()
+        if fault.isdigit():
+            message = {"400": "the context is too long", "401": "wrong key", "404": "no such model"}.get(fault, "sorry")
+            headers = {"Retry-After": str(script.after)} if script.after else {}
+            self._send(int(fault), {"error": {"message": message, "type": "scripted"}}, headers)
+        elif fault == "hang":
+            time.sleep(3)
+            self.state.end()
+            self.close_connection = True
+        elif fault == "drop":
+            self.close_connection = True  # without a byte of an answer
+        elif fault == "half":
+            self._send_bytes(200, right[: len(right) // 2], len(right), "application/json")
+            self.close_connection = True
+        elif fault == "html":
+            page = b"<html>a proxy's login page</html>"
+            self._send_bytes(200, page, len(page), "text/html")
+        elif fault == "json":
+            self._send_bytes(200, right[:-9], len(right) - 9, "application/json")
+        elif fault == "empty":
+            self._send(200, answer | {"choices": []})
+        elif fault == "blank":
+            self._send(200, answer | {"choices": [{"index": 0}]})
+        elif fault == "nan":
+            top = [{"token": token, "logprob": math.nan} for token in "12"]
+            content = [{"token": "1", "logprob": 0.0, "top_logprobs": top}]
+            self._send(200, answer | {"choices": [answer["choices"][0] | {"logprobs": {"content": content}}]})
+        else:
+            raise ValueError(fault)
+
+    def _send(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
+        data = json.dumps(content).encode()
+        self._send_bytes(status, data, len(data), "application/json", headers)
+
+    def _send_bytes(
+        self, status: int, data: bytes, length: int, kind: str, headers: dict[str, str] | None = None
+    ) -> None:
+        with contextlib.suppress(ConnectionError):  # a client that went away
+            self.send_response(status)
+            for name, value in {"Content-Type": kind, "Content-Length": str(length), **(headers or {})}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(data)
+
+
+def _answer(body: dict[str, Any], script: Script, text: str, chat: bool) -> dict[str, Any]:
+    said = body["messages"][-1]["content"] if chat and body["messages"][-1]["role"] == "assistant" else ""
+    rest = (text if not chat else said)[-1:]
+    tokens = sorted(script.next_token(text, rest).items(), key=lambda item: -item[1])
+    choices = []
+    for i in range(body.get("n", 1)):
+        seed = body.get("seed", 0) + i
+        if body["max_tokens"] > 4:
+            content = f" Draw {seed}: the {WORD} one wins.\n{ENDING}1, I think"
+        elif body["max_tokens"] > 1:
+            answers = script.say.split("|")
+            content = answers[seed % len(answers)].replace("_", " ")
+        else:
+            content = tokens[0][0]
+        wanted = script.logprobs and body.get("logprobs")
+        choices.append(_choice(i, content, tokens, body, chat) if wanted else _choice(i, content, [], body, chat))
+    kind = "chat.completion" if chat else "text_completion"
+    return {"id": "x", "object": kind, "created": 0, "model": body["model"], "choices": choices}
+
+
+def _choice(
+    index: int, content: str, tokens: list[tuple[str, float]], body: dict[str, Any], chat: bool
+) -> dict[str, Any]:
+    choice: dict[str, Any] = {"index": index, "finish_reason": "length", "logprobs": None}
+    count = body.get("top_logprobs", 0) if chat else body.get("logprobs") or 0
+    top = {token: math.log(p) for token, p in tokens[:count] if p > 0}
+    if not chat:
+        if tokens:
+            first = list(top.values())[:1]
+            choice["logprobs"] = {
+                "tokens": [content], "token_logprobs": first, "top_logprobs": [top], "text_offset": [0],
+            }  # fmt: skip
+        return choice | {"text": content}
+    if tokens:
+        entries = [{"token": token, "logprob": value, "bytes": list(token.encode())} for token, value in top.items()]
+        choice["logprobs"] = {"content": [{**entries[0], "top_logprobs": entries}]}
+    return choice | {"message": {"role": "assistant", "content": content}}
+
+
+def _serve() -> None:
+    _Handler.state = _State()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    print(server.server_address[1], flush=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    sys.stdin.read()  # ends with the process that started this one, however that ends
+    os._exit(0)
+
+
+# ---- The tests' side --------------------------------------------------------------------------------------
+
+
+class ScriptedServer:
+    """A server that is running.
+
+    Args:
+        port: On loopback.
+    """
+
+    def __init__(self, port: int) -> None:
+        self.root = f"http://127.0.0.1:{port}"
+        self.base_url = f"{self.root}/v1"
+        self._start = 0
+        self._opener = build_opener(ProxyHandler({}))
+
+    def _call(self, body: dict[str, Any] | None) -> dict[str, Any]:
+        data = None if body is None else json.dumps(body).encode()
+        with self._opener.open(Request(f"{self.root}/control", data), timeout=10) as answer:
+            return json.load(answer)
+
+    def set(self, **values: Any) -> None:
+        """``delay``: seconds before every answer. ``healed``: no more faults."""
+        self._call(values)
+
+    def forget(self) -> None:
+        """``requests`` begins anew."""
+        self._start = len(self._call(None)["requests"])
+
+    @property
+    def requests(self) -> list[dict[str, Any]]:
+        """Requests in the order of their arrival: time (seconds), path, key, body."""
+        return self._call(None)["requests"][self._start :]
+
+    @property
+    def most(self) -> int:
+        """The most requests that were under way at once."""
+        return self._call(None)["most"]
+
+
+@contextlib.contextmanager
+def scripted_server() -> Iterator[ScriptedServer]:
+    """A fresh server process, gone at the end."""
+    process = subprocess.Popen(
+        [sys.executable, "-I", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        yield ScriptedServer(int(process.stdout.readline()))
+    finally:
+        process.kill()
+        process.communicate()
+
+
+if __name__ == "__main__":
+    _serve()

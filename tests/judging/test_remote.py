@@ -1,0 +1,470 @@
+"""A judge behind a server: its probabilities against the server's rule, and what becomes of every fault."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import threading
+import time
+
+import pytest
+from datasets import load_from_disk
+from helpers import server as scripted
+from helpers.recipes import tiny_recipe
+from helpers.server import ENDING, scripted_server, share
+
+from trl_rlaif.artifacts import read_lines
+from trl_rlaif.errors import UserError
+from trl_rlaif.judging import JudgePrompt
+from trl_rlaif.judging.question import Thinking
+from trl_rlaif.judging.remote import RemoteJudge, Server
+from trl_rlaif.plugins import installed_plugins
+from trl_rlaif.runner import run_recipe
+
+PROMPT = JudgePrompt(
+    "short",
+    {
+        "base.txt": "Answer with 1 or 2 only.",
+        "sample.jinja": "Request:\n{{ context }}\n\nResponse 1:\n{{ response_1 }}\n\nResponse 2:\n{{ response_2 }}",
+        "ending.txt": ENDING,
+        "thinking.txt": "Let us compare.",
+        "rubric.txt": "Rate the response.",
+        "rating.jinja": "Request:\n{{ context }}\n\nResponse:\n{{ response }}",
+        "rating_ending.txt": "Rating: ",
+    },
+)
+ONE_TO_TEN = tuple(str(i) for i in range(1, 11))
+TEXTS = ("good good fox", "a dog")
+P = share(*TEXTS)
+
+
+@pytest.fixture(scope="module")
+def running():
+    with scripted_server() as one:
+        yield one
+
+
+@pytest.fixture
+def server(running):
+    """The server, with nothing asked so far and no delay."""
+    running.set(delay=0, healed=False)
+    running.forget()
+    return running
+
+
+@pytest.fixture(autouse=True)
+def quick_and_alone(monkeypatch):
+    """Waits between retries are short, unless the server asks for them; nothing of the user's own is used."""
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+def make_judge(server, **options):
+    options = {"timeout": 10.0, "max_retries": 2} | options
+    return RemoteJudge("scripted", PROMPT, Server(base_url=server.base_url, **options))
+
+
+def pair(context="what?", first=TEXTS[0], second=TEXTS[1], **options):
+    """Both orders of a pair."""
+    return [
+        PROMPT.compare(context, first, second, **options),
+        PROMPT.compare(context, second, first, **options),
+    ]
+
+
+def ask(judge, groups, candidates=("1", "2"), **options):
+    """Answers by the group's index."""
+    return dict(judge.ask(groups, candidates, **options))
+
+
+def ask_one(server, context="what?", candidates=("1", "2"), **options):
+    """The answer to a single comparison."""
+    question = PROMPT.compare(context, *TEXTS)
+    return ask(make_judge(server, **options), [[question]], candidates)[0][0]
+
+
+def logs(*probabilities):
+    return pytest.approx([math.log(p) for p in probabilities], abs=1e-9)
+
+
+# ---- Probabilities ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"prefill": True}, {"api": "completions"}], ids=str)
+def test_answers_are_the_servers_probabilities(server, options):
+    responses = [("good good fox", "a dog"), ("a dog", "good " * 7), ("good", "good fox")]
+    groups = [pair(f"what {i}? [[mass=0.9]]", *texts) for i, texts in enumerate(responses)]
+    found = ask(make_judge(server, **options), groups)
+    assert sorted(found) == [0, 1, 2] and len(server.requests) == 6
+    for index, texts in enumerate(responses):
+        for answer, p in zip(found[index], (share(*texts), share(*texts[::-1])), strict=True):
+            assert answer.failed is None and answer.rationales == ()
+            assert answer.logprobs[0] == logs(0.9 * p, 0.9 * (1 - p))
+
+
+def test_a_chat_request_without_prefill_asks_for_the_answer_alone(server, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "secret")
+    question = PROMPT.compare("what?", *TEXTS)
+    ask(make_judge(server, api_key_env="MY_KEY", top_logprobs=7), [[question]])
+    (sent,) = server.requests
+    assert sent["path"] == "/v1/chat/completions" and sent["key"] == "Bearer secret"
+    body = sent["body"]
+    assert body.pop("messages") == [
+        {
+            "role": "user",
+            "content": f"{question.messages[0]['content']}\n\nAnswer with one of 1, 2 and nothing else.",
+        }
+    ]
+    assert body == {"model": "scripted", "max_tokens": 1, "temperature": 1.0, "logprobs": True, "top_logprobs": 7}
+
+
+def test_prefill_begins_the_assistants_turn(server):
+    question = PROMPT.compare("what?", *TEXTS)
+    ask(make_judge(server, prefill=True), [[question]])
+    (sent,) = server.requests
+    assert sent["body"]["messages"] == [*question.messages, {"role": "assistant", "content": ENDING}]
+    assert sent["body"]["continue_final_message"] is True and sent["body"]["add_generation_prompt"] is False
+
+
+def test_completions_send_plain_text_up_to_the_ending(server):
+    question = PROMPT.compare("what?", *TEXTS)
+    ask(make_judge(server, api="completions", top_logprobs=5), [[question]])
+    (sent,) = server.requests
+    assert sent["path"] == "/v1/completions" and sent["key"] == "Bearer none"
+    assert sent["body"]["prompt"] == f"{question.messages[0]['content']}\n\n{ENDING}"
+    assert sent["body"]["logprobs"] == 5 and sent["body"]["max_tokens"] == 1
+
+
+@pytest.mark.parametrize("api", ["chat", "completions"])
+def test_spellings_of_a_candidate_are_added(server, api):
+    answer = ask_one(server, "what? [[spellings=1 mass=0.8]]", api=api)
+    assert answer.logprobs[0] == logs(0.8 * P, 0.8 * (1 - P))
+
+
+@pytest.mark.parametrize("options", [{}, {"prefill": True}, {"api": "completions"}], ids=str)
+def test_ten_is_one_token_or_two(server, options):
+    judge = make_judge(server, **options)
+    for text in ("a fox", "good good good fox"):
+        for split in (0, 1):
+            server.forget()
+            question = PROMPT.rate(f"what? [[split={split}]]", text)
+            (answer,) = ask(judge, [[question]], ONE_TO_TEN)[0]
+            if options or not split:
+                assert answer.logprobs[0] == logs(*scripted.ratings(text))
+                assert len(server.requests) == 1 + split
+            else:
+                # Nothing is sent behind "1" here: a judge that says 10 must not be taken to say 1.
+                assert "10" in answer.failed and "judge.votes" in answer.failed
+
+
+def test_a_second_token_behind_the_top_k_is_no_guess(server):
+    question = PROMPT.rate("what? [[split=1 ten=0.3]]", "a fox")
+    for top, failed in ((1, True), (2, False)):
+        judge = make_judge(server, api="completions", top_logprobs=top)
+        (answer,) = ask(judge, [[question]], ("1", "10"))[0]
+        assert (answer.failed is not None) == failed
+    assert answer.logprobs[0] == logs(0.7, 0.3)
+
+
+@pytest.mark.parametrize("api", ["chat", "completions"])
+def test_a_candidate_behind_the_top_k_is_no_guess(server, api):
+    context = "what? [[p=0.9 mass=0.5]]"  # 1: 0.45, I: 0.3, The: 0.2, 2: 0.05
+    answer = ask_one(server, context, api=api, top_logprobs=3)
+    assert answer.logprobs == () and "probability of 2:" in answer.failed and "judge.votes" in answer.failed
+    assert ask_one(server, context, api=api, top_logprobs=4).logprobs[0] == logs(0.45, 0.05)
+    assert len(server.requests) == 2  # an answer that lacks it would lack it again
+
+
+def test_a_tiny_mass_behind_the_top_k_is_none(server):
+    answer = ask_one(server, "what? [[p=0.9995]]", top_logprobs=1)
+    assert answer.failed is None and answer.logprobs[0] == (pytest.approx(math.log(0.9995)), -math.inf)
+    assert ask_one(server, "what? [[p=0.998]]", top_logprobs=1).failed
+
+
+def test_an_empty_ending_asks_too(server):
+    prompt = JudgePrompt("bare", PROMPT.parts | {"ending.txt": ""})
+    question = prompt.compare("what?", *TEXTS, think=True)
+    (answer,) = ask(make_judge(server), [[question]], thinking=Thinking())[0]
+    assert answer.failed is None and answer.rationales
+
+
+# ---- Votes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("api", ["chat", "completions"])
+def test_votes_are_shares_of_the_samples(server, api):
+    answer = ask_one(server, "what? [[logprobs=0 say=1|_2|1.|'1'|maybe]]", api=api, votes=5)
+    assert answer.logprobs[0] == logs(0.6, 0.2)
+    assert [r["body"].get("seed") for r in server.requests] == [None, 0, 1, 2, 3, 4]
+    assert server.requests[1]["body"]["temperature"] == 1.0
+
+
+def test_votes_stand_in_for_a_hidden_candidate(server):
+    answer = ask_one(server, "what? [[p=0.9 mass=0.5 say=1|2]]", top_logprobs=3, votes=4)
+    assert answer.logprobs[0] == logs(0.5, 0.5)
+
+
+@pytest.mark.parametrize("say", ["10|10|1|9|1st", "_10|10.|_1|9!|11", "10|10|1|9|1.5"])
+def test_a_vote_for_ten_is_none_for_one(server, say):
+    question = PROMPT.rate(f"what? [[logprobs=0 say={say}]]", "a fox")
+    (answer,) = ask(make_judge(server, votes=5), [[question]], ONE_TO_TEN)[0]
+    found = dict(zip(ONE_TO_TEN, answer.logprobs[0], strict=True))
+    assert (found["10"], found["1"], found["9"]) == tuple(map(math.log, (0.4, 0.2, 0.2)))
+    assert math.fsum(map(math.exp, found.values())) == pytest.approx(0.8)
+
+
+def test_votes_for_nothing_are_no_answer(server):
+    answer = ask_one(server, "what? [[logprobs=0 say=maybe]]", votes=3)
+    assert "none of 3" in answer.failed and "1, 2" in answer.failed
+
+
+def test_votes_are_asked_where_the_server_refuses_logprobs(server):
+    context = "what? [[fault=refuse say=1|1|1|2]]"
+    assert ask_one(server, context, votes=4).logprobs[0] == logs(0.75, 0.25)
+    assert "400" in ask_one(server, context).failed
+
+
+# ---- Faults -----------------------------------------------------------------------------------------------
+
+PASSING = ["429", "500", "drop", "hang", "half"]
+LASTING = {
+    "429": "429",
+    "500": "500",
+    "drop": "onnection",
+    "hang": "timed out",
+    "half": "onnection",
+    "json": "",
+    "html": "no choice",
+    "empty": "no choice",
+    "blank": "no",
+    "nan": "no log-probabilities",
+    "400": "context is too long",
+}
+
+
+@pytest.mark.parametrize("fault", PASSING)
+def test_a_fault_that_passes_leaves_no_trace(server, fault):
+    timeout = 0.3 if fault == "hang" else 10.0
+    answer = ask_one(server, f"recovers: [[fault={fault} times=2]]", timeout=timeout)
+    assert answer.logprobs[0] == logs(P, 1 - P)
+    assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize(("fault", "reason"), LASTING.items())
+def test_a_fault_that_lasts_costs_its_pair_alone(server, fault, reason):
+    groups = [pair("one?"), pair(f"two? [[fault={fault}]]"), pair("three?"), pair("four?")]
+    timeout = 0.3 if fault == "hang" else 10.0
+    found = ask(make_judge(server, timeout=timeout, max_retries=1), groups)
+    assert sorted(found) == [0, 1, 2, 3]
+    for index in (0, 2, 3):
+        assert [a.failed for a in found[index]] == [None, None]
+        assert found[index][0].logprobs[0] == logs(P, 1 - P)
+    for answer in found[1]:
+        assert answer.logprobs == () and answer.failed and reason in answer.failed
+    assert len(server.requests) == 6 + (4 if fault in PASSING else 2)
+
+
+@pytest.mark.parametrize("fault", ["blank", "empty", "html", "json"])
+def test_sampled_answers_may_be_broken_too(server, fault):
+    found = ask(make_judge(server), [pair(f"one? [[fault={fault}]]"), pair("two?")], thinking=Thinking())
+    assert found[0][0].failed and found[1][0].failed is None
+
+
+@pytest.mark.parametrize("api", ["chat", "completions"])
+def test_a_server_without_logprobs_is_told_apart(server, api):
+    found = ask(make_judge(server, api=api), [pair("one? [[logprobs=0]]"), pair("two?")])
+    assert "no log-probabilities (set judge.votes" in found[0][0].failed
+    assert found[1][0].failed is None
+
+
+@pytest.mark.parametrize("fault", ["401", "403", "404"])
+def test_a_refusal_stops_at_once(server, fault):
+    groups = [pair(f"{i}? [[fault={fault}]]") for i in range(50)]
+    with pytest.raises(UserError) as caught:
+        ask(make_judge(server, concurrency=2, api_key_env="MY_KEY"), groups)
+    message = str(caught.value)
+    assert server.base_url in message and fault in message
+    assert all(name in message for name in ("judge.path", "judge.base_url", "MY_KEY"))
+    time.sleep(0.2)
+    assert len(server.requests) <= 8
+
+
+def test_nobody_at_the_address_fails_every_pair():
+    with scripted_server() as gone:
+        judge = make_judge(gone, max_retries=1)
+    (answer, _) = ask(judge, [pair()])[0]
+    assert "onnection" in answer.failed
+
+
+def test_retry_after_is_honoured(server):
+    answer = ask_one(server, "waits: [[fault=429 times=1 after=1]]")
+    first, second = (request["time"] for request in server.requests)
+    assert answer.failed is None and 0.95 <= second - first < 2
+
+
+# ---- Several at once --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_concurrency_is_bounded_and_used(concurrency):
+    with scripted_server() as fresh:
+        fresh.set(delay=0.05)
+        found = ask(make_judge(fresh, concurrency=concurrency), [pair(f"{i}?") for i in range(8)])
+        assert len(found) == 8 and all(a.failed is None for answers in found.values() for a in answers)
+        assert fresh.most == concurrency
+
+
+def test_answers_come_as_soon_as_they_are_known(server):
+    groups = [pair("slow? [[fault=hang times=1]]"), pair("quick?")]
+    order = [index for index, _ in make_judge(server, timeout=1.0, concurrency=2).ask(groups, ("1", "2"))]
+    assert order == [1, 0]
+
+
+def test_done_groups_are_not_asked(server):
+    groups = [pair(f"number {i}?") for i in range(5)]
+    judge = make_judge(server)
+    found = ask(judge, groups, done={0, 2, 3})
+    assert sorted(found) == [1, 4]
+    asked = {r["body"]["messages"][0]["content"].split("number ")[1][0] for r in server.requests}
+    assert asked == {"1", "4"} and len(server.requests) == 4
+    server.forget()
+    assert ask(judge, groups, done=range(5)) == {} and server.requests == []
+    assert ask(judge, []) == {}
+
+
+def test_closing_early_ends_quickly():
+    groups = [[PROMPT.compare(f"{i}?", *TEXTS)] * 10 for i in range(40)]
+    groups[0] = groups[0][:1]
+    before = set(threading.enumerate())
+    with scripted_server() as fresh:
+        fresh.set(delay=0.1)
+        answers = make_judge(fresh, concurrency=3).ask(groups, ("1", "2"))
+        assert next(answers)[0] == 0
+        threads = set(threading.enumerate()) - before
+        # A thread that is no daemon would keep a stopped program waiting for its server.
+        assert len(threads) == 3 and all(thread.daemon for thread in threads)
+        sent, started = len(fresh.requests), time.monotonic()
+        answers.close()
+        assert time.monotonic() - started < 0.1
+        for thread in threads:
+            thread.join(timeout=5)
+        assert not any(thread.is_alive() for thread in threads)
+        assert len(fresh.requests) <= sent + 3
+
+
+def test_threads_wait_for_who_takes_their_answers(server):
+    answers = make_judge(server, concurrency=2).ask([[PROMPT.compare(f"{i}?", *TEXTS)] for i in range(30)], ("1", "2"))
+    next(answers)
+    time.sleep(0.3)
+    assert len(server.requests) <= 5  # the one taken, and four ahead of it
+    assert len(list(answers)) == 29
+
+
+# ---- Rationales -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"prefill": True}, {"api": "completions"}], ids=str)
+def test_a_rationale_is_written_cut_and_sent_back(server, options):
+    question = PROMPT.compare("what?", *TEXTS, think=True)
+    thinking = Thinking(rationales=2, max_tokens=50, temperature=0.7, seed=3)
+    (answer,) = ask(make_judge(server, **options), [[question]], thinking=thinking)[0]
+    assert answer.rationales == ("Draw 3: the good one wins.", "Draw 4: the good one wins.")
+    # The server's rule divides by 2 + the draw that it reads in front of the answer.
+    assert list(answer.logprobs[0]) == logs(P / 5, 1 - P / 5)
+    assert list(answer.logprobs[1]) == logs(P / 6, 1 - P / 6)
+    written, behind = server.requests[:2], server.requests[2:]
+    for request, seed in zip(written, (3, 4), strict=True):
+        body = request["body"]
+        assert (body["max_tokens"], body["temperature"], body["seed"]) == (50, 0.7, seed)
+        text = body["prompt"] if "prompt" in body else body["messages"][-1]["content"]
+        assert "Let us compare." in text and "Answer with one of" not in text and ENDING not in text
+    for request, rationale in zip(behind, answer.rationales, strict=True):
+        body = request["body"]
+        said = f"Let us compare. {rationale}"
+        if options.get("api"):
+            assert body["prompt"].endswith(f"\n\n{said}\n\nWhat is your answer?\n\n{ENDING}")
+        else:
+            assert body["messages"][1] == {"role": "assistant", "content": said}
+            assert body["messages"][2]["role"] == "user"
+            assert (body["messages"][-1]["content"] == ENDING) == bool(options)
+        assert body["max_tokens"] == 1
+
+
+def test_a_rationale_whose_answer_fails_is_kept(server):
+    question = PROMPT.compare("what? [[logprobs=0]]", *TEXTS, think=True)
+    (answer,) = ask(make_judge(server), [[question]], thinking=Thinking())[0]
+    assert answer.failed and answer.rationales == ("Draw 0: the good one wins.",)
+
+
+# ---- What a server needs ----------------------------------------------------------------------------------
+
+
+def test_a_hosted_judge_needs_its_key(monkeypatch):
+    with pytest.raises(UserError, match="MY_KEY"):
+        RemoteJudge("scripted", PROMPT, Server(api_key_env="MY_KEY"))
+    monkeypatch.setenv("MY_KEY", "secret")
+    assert RemoteJudge("scripted", PROMPT, Server(api_key_env="MY_KEY")).name == "scripted"
+
+
+def test_the_address_may_stand_in_the_environment(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
+    judge = RemoteJudge("scripted", PROMPT, Server())
+    assert ask(judge, [pair()])[0][0].logprobs[0] == logs(P, 1 - P)
+
+
+def test_a_missing_package_is_named_with_its_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(UserError, match=r"pip install 'trl-rlaif\[openai\]'"):
+        Server(base_url="http://127.0.0.1:9/v1").client()
+
+
+# ---- A run ------------------------------------------------------------------------------------------------
+
+
+def server_recipe(folder, model, server, **label):
+    """Labels from the server, and nothing behind them but the report."""
+    rows = [
+        {"prompt": f"number {i}?", "response_1": "good " * i + "fox", "response_2": "good dog", "human": 1 + i % 2}
+        for i in range(5)
+    ]
+    rows[3]["prompt"] += " [[fault=500]]"
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    judge = {"backend": "openai", "path": "scripted", "base_url": server.base_url, "max_retries": 1}
+    left_out = dict.fromkeys(("sample", "reward", "rl", "evaluate"))
+    data = {"prompts": None, "eval_prompts": None, "pairs": "pairs.jsonl"}
+    return tiny_recipe(folder, model, data=data, label={"judge": judge, "labeler": "distilled"} | label, **left_out)
+
+
+def test_a_run_skips_what_fails_and_asks_it_again_later(tmp_path, tiny_model, server):
+    plugins = installed_plugins()
+    recipe = server_recipe(tmp_path, tiny_model, server)
+    folder = run_recipe(recipe, plugins, tmp_path / "out")
+    results = folder.results()["label"]
+    assert (results["pairs"], results["labeled"], results["made"]) == (5, 4, 4)
+    ((reason, count),) = results["skipped"].items()
+    assert "500" in reason and count == 1
+    assert results["judge"] == "scripted" and (folder / "report.html").stat().st_size > 0
+    assert len(server.requests) == 4 * 2 + 2 * 2  # the failing pair's two orders are each tried again
+
+    number = {row["id"]: int(row["prompt"].split()[1].rstrip("?")) for row in read_lines(folder / "pairs.jsonl")}
+    labels = {number[row["id"]]: row for row in read_lines(folder / "labels.jsonl")}
+    assert labels[3]["p"] is None and labels[3]["skipped"] == reason
+    for i in (0, 1, 2, 4):
+        first, second = "good " * i + "fox", "good dog"
+        assert labels[i]["p_12"] == pytest.approx(share(first, second), abs=1e-9)
+        assert labels[i]["p_21"] == pytest.approx(1 - share(second, first), abs=1e-9)
+        assert labels[i]["mass_12"] == pytest.approx(1)
+    assert len(load_from_disk(folder / "preferences")) == 4
+
+    server.set(healed=True)
+    server.forget()
+    again = server_recipe(tmp_path, tiny_model, server, min_confidence=0.51)
+    results = run_recipe(again, plugins, tmp_path / "out", resume=True).results()["label"]
+    texts = [request["body"]["messages"][0]["content"] for request in server.requests]
+    assert len(texts) == 2 and all("number 3?" in text for text in texts)
+    assert (results["labeled"], results["made"], results["skipped"]) == (5, 1, {})
+    labels = {number[row["id"]]: row for row in read_lines(folder / "labels.jsonl")}  # the last line counts
+    assert labels[3]["p_12"] == pytest.approx(share("good " * 3 + "fox", "good dog"), abs=1e-9)

@@ -1,0 +1,261 @@
+"""Labels on the disk: what finds them again, what a kill or a join leaves of them, and what a pass still has to do."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from helpers.judges import PARTS, make_prompt
+
+from trl_rlaif import Label, Pair
+from trl_rlaif.judging import JudgePrompt
+from trl_rlaif.labels import LabelStore, Setup
+from trl_rlaif.labels.store import Plan, pair_key
+
+SETUP = Setup("distilled", {"debias": "mean_logit", "shots": 0}, "judge", "r1", "f00")
+PAIRS = [Pair(f"p{i}", f"prompt {i}", f"yes {i}", f"no {i}") for i in range(6)]
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "labels.jsonl"
+
+
+def fill(path, pairs=PAIRS, setup=SETUP, p=0.75):
+    """A file with a label for each pair."""
+    store = LabelStore(path)
+    for pair in pairs:
+        store.add(setup, pair, Label(pair.id, p=p, p_12=p, p_21=p, mass_12=1.0, mass_21=1.0, judge="judge"))
+    return store
+
+
+def found(path, pairs=PAIRS, setup=SETUP):
+    return {id: row["p"] for id, row in LabelStore(path).find(setup, pairs).items()}
+
+
+# ---- Keys -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": "prompt 0 "},
+        {"response_1": "Yes 0"},
+        {"response_2": "no  0"},
+        {"response_1": "no 0", "response_2": "yes 0"},
+        {"prompt": [{"role": "system", "content": "prompt 0"}]},
+        {"prompt": [{"role": "user", "content": "prompt"}, {"role": "user", "content": "0"}]},
+        {"prompt": "prompt 0yes 0", "response_1": ""},
+    ],
+)
+def test_a_pair_with_another_text_has_another_key(change):
+    assert pair_key(replace(PAIRS[0], **change)) != pair_key(PAIRS[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"id": "other"},
+        {"category": "code"},
+        {"human": 2},
+        {"extra": {"votes": [1]}},
+        {"prompt": [{"role": "user", "content": "prompt 0"}]},
+    ],
+)
+def test_what_is_not_shown_to_the_judge_is_not_in_a_pairs_key(change):
+    assert pair_key(replace(PAIRS[0], **change)) == pair_key(PAIRS[0])
+
+
+def test_any_text_has_a_key():
+    assert len({pair_key(replace(PAIRS[0], response_1=text)) for text in ("\ud800", "\0", "ä", "a\u0308", "")}) == 5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"labeler": "direct"},
+        {"options": {"debias": "mean_prob", "shots": 0}},
+        {"options": {"debias": "mean_logit"}},
+        {"judge": "judge-2"},
+        {"judge_revision": "r2"},
+        {"prompt_revision": "f01"},
+    ],
+)
+def test_each_part_of_a_setup_is_in_its_key(change):
+    assert replace(SETUP, **change).key != SETUP.key
+
+
+def test_a_setups_key_does_not_depend_on_the_order_of_the_options():
+    assert replace(SETUP, options=dict(reversed(SETUP.options.items()))).key == SETUP.key
+
+
+def test_the_prompts_revision_changes_with_each_of_its_files(tmp_path):
+    exemplar = {"context": "a", "response_1": "b", "response_2": "c", "rationale": "d", "preferred": 1}
+    parts = {**PARTS, "exemplars.jsonl": json.dumps(exemplar)}
+    for name, text in parts.items():
+        (tmp_path / name).write_text(text)
+    before = JudgePrompt.load(tmp_path).revision
+    assert JudgePrompt.load(tmp_path).revision == before != make_prompt().revision  # which has no exemplars
+    for name, text in parts.items():
+        (tmp_path / name).write_text(json.dumps(exemplar | {"rationale": "e"}) if "exemplars" in name else text + "!")
+        assert JudgePrompt.load(tmp_path).revision != before, name
+        (tmp_path / name).write_text(text)
+
+
+# ---- The file -------------------------------------------------------------------------------------------
+
+
+def test_a_label_comes_back_as_it_was(path):
+    label = Label("p0", p=1 / 3, p_12=0.1, p_21=None, mass_12=5e-324, rationale_12=["ä\ud800\u2028", "b\n"], judge="j")
+    LabelStore(path).add(SETUP, PAIRS[0], label)
+    row = LabelStore(path).find(SETUP, PAIRS)["p0"]
+    assert {name: row[name] for name in ("p", "p_12", "p_21", "mass_12", "rationale_12", "judge")} == {
+        "p": 1 / 3, "p_12": 0.1, "p_21": None, "mass_12": 5e-324, "rationale_12": ["ä\ud800\u2028", "b\n"], "judge": "j"
+    }  # fmt: skip
+    assert "score_1" not in row and "skipped" not in row  # a line is no longer than it has to be
+    assert path.read_bytes().count(b"\n") == 1
+
+
+def test_a_setup_finds_its_own_labels_alone(path):
+    fill(path, PAIRS[:3])
+    fill(path, PAIRS[:2], replace(SETUP, labeler="direct"), p=0.1)
+    assert found(path) == {"p0": 0.75, "p1": 0.75, "p2": 0.75}
+    assert found(path, setup=replace(SETUP, labeler="direct")) == {"p0": 0.1, "p1": 0.1}
+    assert found(path, setup=replace(SETUP, judge="nobody")) == {}
+
+
+def test_pairs_with_the_same_texts_share_a_label(path):
+    fill(path, PAIRS[:1])
+    renamed = [replace(PAIRS[0], id="a"), replace(PAIRS[0], id="b", category="x")]
+    assert found(path, renamed) == {"a": 0.75, "b": 0.75}
+
+
+@pytest.mark.parametrize("cut", [1, 30, 200])
+def test_a_last_line_that_was_cut_off_is_removed(path, cut):
+    fill(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut])
+    store = LabelStore(path)
+    assert store.broken == 0 and found(path).keys() == {f"p{i}" for i in range(5)}
+    # What comes next stands on a line of its own.
+    store.add(SETUP, PAIRS[5], Label("p5", p=0.25))
+    assert found(path) == dict.fromkeys(("p0", "p1", "p2", "p3", "p4"), 0.75) | {"p5": 0.25}
+    assert LabelStore(path).broken == 0
+
+
+def test_a_file_of_nothing_but_half_a_line(path):
+    path.write_bytes(b'{"id": "p0", "p')
+    assert found(path) == {} and path.read_bytes() == b""
+
+
+@pytest.mark.parametrize("broken", [b"{", b"[1]", b"3", b'{"p": 1}', b'{"setup": [], "pair": "x"}', b"\xff\xfe", b"\0"])
+def test_a_broken_line_is_passed_over_and_counted(path, broken):
+    fill(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:3], broken + b"\n", *lines[3:]]))
+    assert LabelStore(path).broken == 1
+    assert len(found(path)) == 6
+
+
+def test_a_file_that_was_cut_off_and_then_joined_with_another(tmp_path, path):
+    """The half line and the other file's first one are one broken line: their two pairs are asked again."""
+    fill(tmp_path / "a", PAIRS[:3])
+    fill(tmp_path / "b", PAIRS[3:])
+    path.write_bytes((tmp_path / "a").read_bytes()[:-40] + (tmp_path / "b").read_bytes())
+    assert LabelStore(path).broken == 1
+    assert found(path).keys() == {"p0", "p1", "p4", "p5"}
+
+
+def test_files_may_be_joined_in_any_order(tmp_path, path):
+    for name, pairs, setup in (("a", PAIRS[:2], SETUP), ("b", PAIRS[2:], SETUP), ("c", PAIRS, replace(SETUP, judge="x"))):
+        fill(tmp_path / name, pairs, setup)
+    parts = [(tmp_path / name).read_bytes() for name in "abc"]
+    path.write_bytes(b"".join(parts))
+    forwards = LabelStore(path).find(SETUP, PAIRS)
+    path.write_bytes(b"".join(reversed(parts)))
+    assert LabelStore(path).find(SETUP, PAIRS) == forwards and len(forwards) == 6
+
+
+def test_of_several_lines_with_the_same_keys_the_last_one_counts(path):
+    fill(path, PAIRS[:2], p=0.1)
+    fill(path, PAIRS[:1], p=0.9)
+    assert found(path) == {"p0": 0.9, "p1": 0.1}
+    assert len(path.read_bytes().splitlines()) == 3  # nothing is taken away
+
+
+def test_what_is_there_word_for_word_adds_no_line(path):
+    """A pair that is too long for the judge is asked in every pass, and a killed run has more passes."""
+    skipped = Label("p0", judge="j", skipped="too long")
+    for _ in range(3):
+        LabelStore(path).add(SETUP, PAIRS[0], skipped)
+    assert len(path.read_bytes().splitlines()) == 1
+    LabelStore(path).add(SETUP, PAIRS[0], Label("p0", p=0.5, judge="j"))
+    LabelStore(path).add(SETUP, PAIRS[0], skipped)
+    assert [json.loads(line)["p"] for line in path.read_bytes().splitlines()] == [None, 0.5, None]
+
+
+# ---- A pass over the data -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plan(tmp_path):
+    """Make a plan as a pass does; what it chose is shown by id."""
+
+    def make(missing, everything=PAIRS, setup=SETUP):
+        return Plan(tmp_path / "plan.json", setup, missing, everything)
+
+    return make
+
+
+def ids(plan):
+    return [pair.id for pair in plan.pairs]
+
+
+def test_a_pass_that_was_killed_goes_on_with_the_pairs_that_it_began_with(plan):
+    assert ids(plan(PAIRS[1:])) == ["p1", "p2", "p3", "p4", "p5"]
+    assert ids(plan(PAIRS[4:])) == ["p1", "p2", "p3", "p4", "p5"]  # the batches follow from all of them
+    assert ids(plan(list(reversed(PAIRS[1:])))) == ["p1", "p2", "p3", "p4", "p5"]
+
+
+def test_a_pass_that_has_ended_leaves_nothing(plan, tmp_path):
+    plan(PAIRS).end()
+    assert not list(tmp_path.iterdir())
+    assert ids(plan(PAIRS[4:])) == ["p4", "p5"]
+
+
+def test_a_plan_of_other_settings_is_ignored(plan):
+    plan(PAIRS)
+    assert ids(plan(PAIRS[4:], setup=replace(SETUP, judge="x"))) == ["p4", "p5"]
+
+
+def test_pairs_that_appeared_since_are_not_forgotten(plan):
+    """With pairs that the plan does not hold it is made anew, and then holds all that is missing."""
+    plan(PAIRS[:4], PAIRS[:4])
+    assert ids(plan(PAIRS[2:])) == ["p2", "p3", "p4", "p5"]
+    assert ids(plan(PAIRS[3:])) == ["p2", "p3", "p4", "p5"]
+
+
+def test_pairs_that_are_gone_are_not_asked(plan):
+    plan(PAIRS)
+    assert ids(plan(PAIRS[3:5], PAIRS[:5])) == ["p3", "p4"]
+
+
+def test_with_nothing_missing_there_is_nothing_to_do(plan):
+    plan(PAIRS)
+    assert ids(plan([])) == []
+
+
+def test_a_pass_without_pairs_of_its_own_leaves_anothers_plan(plan):
+    """The calibration's pairs are a pass of the same settings: on the way to it, a resumed run has none to make."""
+    calibration = [Pair(f"c{i}", "x", f"{i}", "no") for i in range(4)]
+    plan(calibration, calibration)
+    plan([]).end()
+    assert ids(plan(calibration[2:], calibration)) == ["c0", "c1", "c2", "c3"]
+
+
+def test_pairs_with_the_same_texts_are_asked_once(plan):
+    twins = [*PAIRS, replace(PAIRS[0], id="twin")]
+    first = ids(plan(twins, twins))
+    assert len(first) == 6 and {"p0", "twin"} & set(first)
+    assert ids(plan(twins[3:], twins)) == first
