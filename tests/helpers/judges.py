@@ -8,6 +8,7 @@ import os
 import re
 import string
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -136,35 +137,29 @@ _TEXT = [
 ] * 3
 
 
-def _wrapped(backend: Tokenizer, chat: bool, **tokens: str) -> PreTrainedTokenizerFast:
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", **tokens)
-    if chat:
-        start, end = tokens["bos_token"], tokens["eos_token"]
-        tokenizer.chat_template = CHAT_TEMPLATE.replace("<|start|>", start).replace("<|end|>", end)
-    return tokenizer
+_BYTES = {"pad_token": "<|pad|>", "bos_token": "<|start|>", "eos_token": "<|end|>"}
+_PIECES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
 
-def joined_digits(*, chat: bool = True) -> PreTrainedTokenizerFast:
-    """Byte-level BPE that keeps digits together: "10" is one token, and " 1" too."""
+@lru_cache
+def _trained_bytes() -> str:
     backend = Tokenizer(tokenizer_models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    special = {"pad_token": "<|pad|>", "bos_token": "<|start|>", "eos_token": "<|end|>"}
     trainer = trainers.BpeTrainer(
         vocab_size=400,
-        special_tokens=list(special.values()),
+        special_tokens=list(_BYTES.values()),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     backend.train_from_iterator(_TEXT, trainer)
-    return _wrapped(backend, chat, **special)
+    return backend.to_str()
 
 
-def sentence_pieces(*, chat: bool = True, unigram: bool = True) -> PreTrainedTokenizerFast:
-    """As SentencePiece does it: a space opens the next piece, "▁1" is one token; <s> begins plain text."""
-    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+@lru_cache
+def _trained_pieces(unigram: bool) -> str:
     alphabet = [*string.printable, "▁"]
-    shared = {"special_tokens": list(special.values()), "initial_alphabet": alphabet, "show_progress": False}
+    shared = {"special_tokens": list(_PIECES.values()), "initial_alphabet": alphabet, "show_progress": False}
     if unigram:
         backend = Tokenizer(tokenizer_models.Unigram())
         trainer: Any = trainers.UnigramTrainer(vocab_size=260, unk_token="<unk>", **shared)
@@ -176,7 +171,26 @@ def sentence_pieces(*, chat: bool = True, unigram: bool = True) -> PreTrainedTok
     backend.train_from_iterator(_TEXT, trainer)
     bos = ("<s>", backend.token_to_id("<s>"))
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[bos])
-    return _wrapped(backend, chat, **special)
+    return backend.to_str()
+
+
+def _wrapped(backend: str, chat: bool, tokens: dict[str, str]) -> PreTrainedTokenizerFast:
+    made = Tokenizer.from_str(backend)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, padding_side="left", **tokens)
+    if chat:
+        start, end = tokens["bos_token"], tokens["eos_token"]
+        tokenizer.chat_template = CHAT_TEMPLATE.replace("<|start|>", start).replace("<|end|>", end)
+    return tokenizer
+
+
+def joined_digits(*, chat: bool = True) -> PreTrainedTokenizerFast:
+    """Byte-level BPE that keeps digits together: "10" is one token, and " 1" too."""
+    return _wrapped(_trained_bytes(), chat, _BYTES)
+
+
+def sentence_pieces(*, chat: bool = True, unigram: bool = True) -> PreTrainedTokenizerFast:
+    """As SentencePiece does it: a space opens the next piece, "▁1" is one token; <s> begins plain text."""
+    return _wrapped(_trained_pieces(unigram), chat, _PIECES)
 
 
 TOKENIZERS: dict[str, Callable[..., PreTrainedTokenizerFast]] = {

@@ -78,6 +78,8 @@ def test_ten_is_one_and_zero():
 def test_both_spellings_of_ten_count():
     """Tokenizers with a token "10": summed over all that the model may say, each string once."""
     judge = make_judge(TOKENIZERS["joined digits"]())
+    with torch.no_grad():
+        judge.model.lm_head.weight.mul_(0.2)  # nothing is so unlikely that it would not be missed
     question = judge.prompt.rate(*TEXTS[:2])
     context = judge.encode(question, question.ending)
     one, zero, ten = judge.tokenizer.convert_tokens_to_ids(["1", "0", "10"])
@@ -85,7 +87,8 @@ def test_both_spellings_of_ten_count():
     behind_one = {token: path_probability(judge.model, context, [one, token]) for token in vocabulary}
     alone = math.fsum(p for token, p in behind_one.items() if token != zero)
     p_ten = path_probability(judge.model, context, [ten])
-    assert p_ten > 1e-6 and behind_one[zero] > 1e-6 and alone > 1e-6
+    assert min(p_ten, behind_one[zero]) / (p_ten + behind_one[zero]) > 50 * TOLERANCE
+    assert behind_one[zero] / alone > 50 * TOLERANCE
     found = answer(judge, question, RATINGS)
     assert found[0] == pytest.approx(math.log(alone), abs=TOLERANCE)
     assert found[9] == pytest.approx(math.log(p_ten + behind_one[zero]), abs=TOLERANCE)

@@ -3,51 +3,48 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
-from helpers.tiny import make_gpt2, make_llama
-from transformers import MistralConfig, MistralForCausalLM
+from helpers.judges import MODELS, mistral
 
-from trl_rlaif.judging.scoring import ContinuationScorer, token_batches
+from trl_rlaif.judging.scoring import ContinuationScorer, add, subtract, token_batches
 
-VOCAB = 60
-PAD = 0
-
-
-def wide_gpt2():
-    """A GPT-2 whose answers depend on the context: its own weights begin too small for that."""
-    model = make_gpt2(VOCAB)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(10 if weight.dim() > 1 else 1)
-    return model
+TOLERANCE = 5e-5  # nats against weights in float64; against the model itself it is less
+# Packed, packed with absolute positions, and padded.
+KINDS = ["llama", "gpt2", "narrow window"]
 
 
 @pytest.fixture(scope="module")
 def models():
-    return {"llama": make_llama(VOCAB), "gpt2": wide_gpt2()}
+    return {name: MODELS[name]() for name in KINDS}
 
 
-@pytest.fixture(params=["llama", "gpt2"])
+@pytest.fixture(params=KINDS)
 def model(request, models):
     return models[request.param]
 
 
-def logprobs(model, contexts, continuations, pad=PAD):
-    """From a scorer that has seen nothing before."""
-    return ContinuationScorer(model, pad)(contexts, continuations)
-
-
 def drawn(length, seed):
     """A token list, the padding's id and all others among them."""
-    return torch.randint(0, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.randint(0, 400, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def score(model, groups, continuations, *, begin=True, pad=0):
+    """From a scorer that has seen nothing before."""
+    contexts = [context for group in groups for context in group]
+    scorer = ContinuationScorer(model, continuations, longest=max(map(len, contexts)), pad_id=pad)
+    if begin:
+        scorer.begin(contexts)
+    return scorer(groups)
 
 
 @torch.no_grad()
-def plain_logprobs(model, contexts, continuations):
+def plain_logprobs(model, groups, continuations):
     """One unpadded sequence at a time in float64, the whole distribution at each position, summed."""
     double = copy.deepcopy(model).double()
+    contexts = [context for group in groups for context in group]
     result = torch.zeros(len(contexts), len(continuations), dtype=torch.float64)
     for i, context in enumerate(contexts):
         for k, continuation in enumerate(continuations):
@@ -65,96 +62,125 @@ CONTINUATIONS = {
     "prefix of another": [[11], [11, 10], [12], [11, 10, 10]],
     "shared beginning": [[20, 11], [20, 12], [21]],
     "one to ten": [*([i] for i in range(11, 20)), [11, 10]],
+    "different lengths": [[20, 21, 22, 23], [30], [31, 32]],
     "alone": [[13]],
     "the same twice": [[13, 4], [13, 4]],
 }
-# Shared beginnings of this many tokens are read from a cache, shorter ones are not.
-LONG = ContinuationScorer.MIN_PREFIX + 9
-CONTEXTS = {
-    "nothing shared": [drawn(length, length) for length in (1, 17, 2, 40, 17)],
-    "a long beginning shared": [drawn(LONG, 1) + drawn(length, length) for length in (1, 17, 2, 40, 17)],
-    "a short beginning shared": [drawn(5, 1) + drawn(length, length) for length in (1, 17, 40)],
-    "one goes on where another ends": [drawn(LONG, 1), drawn(LONG, 1) + drawn(8, 2), drawn(LONG, 1)],
-    "all the same": [drawn(LONG, 1)] * 3,
-    "one context": [drawn(LONG, 1)],
+LONG = drawn(ContinuationScorer.MIN_PREFIX + 9, 1)  # long enough to be computed once
+SHORT = LONG[:5]
+
+
+def pair(start, seed):
+    shared = [*start, *drawn(7, seed)]
+    return [[*shared, *drawn(4, seed + 1)], [*shared, *drawn(9, seed + 2)]]
+
+
+GROUPS = {
+    "nothing shared": [[drawn(length, length)] for length in (1, 17, 2, 40, 17)],
+    "pairs": [pair(LONG, 20), pair(LONG, 30), [LONG + drawn(3, 40)]],
+    "pairs with little shared": [pair(SHORT, 20), pair(SHORT, 30)],
+    "one goes on where another ends": [[LONG, LONG + drawn(8, 2)], [LONG]],
+    "all the same": [[LONG, LONG], [LONG]],
+    "one context": [[LONG]],
 }
 
 
 def assert_exact(result, expected):
     """As near as float32 comes; the spread shows that the tolerance means something."""
     assert result.shape == expected.shape and result.dtype == torch.float32 and result.device.type == "cpu"
-    torch.testing.assert_close(result.double(), expected, atol=1e-5, rtol=1e-6)
-    assert expected.numel() == 1 or expected.std() > 0.1
+    torch.testing.assert_close(result.double(), expected, atol=TOLERANCE, rtol=1e-6)
+    assert expected.unique().numel() == 1 or expected.std() > 0.1
 
 
 @pytest.mark.parametrize("continuations", CONTINUATIONS.values(), ids=CONTINUATIONS)
-def test_continuations_equal_a_plain_float64_computation(model, continuations):
-    contexts = CONTEXTS["nothing shared"]
-    assert_exact(logprobs(model, contexts, continuations), plain_logprobs(model, contexts, continuations))
+@pytest.mark.parametrize("case", ["nothing shared", "pairs", "one context"])
+def test_continuations_equal_a_plain_float64_computation(model, case, continuations):
+    assert_exact(score(model, GROUPS[case], continuations), plain_logprobs(model, GROUPS[case], continuations))
 
 
-@pytest.mark.parametrize("contexts", CONTEXTS.values(), ids=CONTEXTS)
-def test_contexts_equal_a_plain_float64_computation(model, contexts):
+@pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
+def test_groups_equal_a_plain_float64_computation(model, groups):
     continuations = CONTINUATIONS["prefix of another"]
-    assert_exact(logprobs(model, contexts, continuations), plain_logprobs(model, contexts, continuations))
+    expected = plain_logprobs(model, groups, continuations)
+    for begin in (True, False):
+        assert_exact(score(model, groups, continuations, begin=begin), expected)
+
+
+def test_what_begins_otherwise_than_said_is_still_exact(model):
+    """Behind a rationale the question's last tokens may be others than those that were computed before."""
+    continuations = CONTINUATIONS["single"]
+    scorer = ContinuationScorer(model, continuations, longest=100)
+    scorer.begin([LONG])
+    groups = [[[*LONG[:-5], *drawn(20, 3)]], [[*LONG, *drawn(3, 4)]]]
+    assert_exact(scorer(groups), plain_logprobs(model, groups, continuations))
 
 
 def test_one_scorer_for_many_batches(model):
-    """What it keeps of a batch serves the next where that begins alike, and never changes a number."""
-    scorer, continuations = ContinuationScorer(model, PAD), CONTINUATIONS["prefix of another"]
-    names = ["a long beginning shared", "one goes on where another ends", "nothing shared", "all the same"]
-    for name in [*names, *reversed(names)]:
-        result = scorer(CONTEXTS[name], continuations)
-        assert torch.equal(result, logprobs(model, CONTEXTS[name], continuations)), name
+    scorer = ContinuationScorer(model, CONTINUATIONS["prefix of another"], longest=100)
+    scorer.begin([context for group in GROUPS["pairs"] for context in group])
+    first = scorer(GROUPS["pairs"])
+    for group in GROUPS["pairs"]:
+        assert_exact(scorer([group]), plain_logprobs(model, [group], CONTINUATIONS["prefix of another"]))
+    assert torch.equal(scorer(GROUPS["pairs"]), first)
 
 
-def test_a_shared_beginning_is_computed_once(model):
-    seen = []
-    hook = model.register_forward_pre_hook(lambda *call: seen.append(call[2]["input_ids"].shape), with_kwargs=True)
-    try:
-        scorer = ContinuationScorer(model, PAD)
-        for _ in range(2):
-            scorer(CONTEXTS["a long beginning shared"][:2], [[11], [12]])
-    finally:
-        hook.remove()
-    assert seen == [(1, LONG), (2, 17), (2, 17)]
+def test_which_models_pack(models):
+    packs = {name: ContinuationScorer(model, [[1]], longest=60).packs for name, model in models.items()}
+    assert packs == {"llama": True, "gpt2": True, "narrow window": False}
 
 
-def test_a_sliding_window_counts_no_padding():
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = MistralConfig(vocab_size=VOCAB, num_hidden_layers=2, sliding_window=32, initializer_range=0.3, **shape)
-    model = MistralForCausalLM(config).eval()
-    contexts, continuations = CONTEXTS["a long beginning shared"], CONTINUATIONS["single"]
-    assert_exact(logprobs(model, contexts, continuations), plain_logprobs(model, contexts, continuations))
-
-
-def test_a_context_does_not_depend_on_its_neighbours(model):
-    continuations = CONTINUATIONS["prefix of another"]
-    contexts = [drawn(5, 1), drawn(30, 2), drawn(1, 3)]
-    together = logprobs(model, contexts, continuations)
-    alone = torch.cat([logprobs(model, [c], continuations) for c in contexts])
-    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-6)
+def test_a_window_counts_the_continuation():
+    """Four tokens are read behind the longest context: the last one is only predicted."""
+    model, continuations = mistral(window=30), [[1, 2, 3, 4, 5]]
+    packs = [ContinuationScorer(model, continuations, longest=longest).packs for longest in (25, 27)]
+    assert packs == [True, False]
+    for length in (24, 25, 26, 27):
+        groups = [[drawn(length, 1)], [drawn(length - 10, 2)]]
+        assert_exact(score(model, groups, continuations), plain_logprobs(model, groups, continuations))
 
 
 def test_the_padding_id_does_not_matter(model):
-    contexts = [drawn(5, 1), drawn(30, 2)]
-    first, second = (logprobs(model, contexts, [[11], [11, 10]], pad) for pad in (0, 37))
+    first, second = (score(model, GROUPS["nothing shared"], [[11], [11, 10]], pad=pad) for pad in (0, 37))
     torch.testing.assert_close(first, second, atol=0, rtol=0)
 
 
 def test_a_longer_continuation_is_never_likelier_than_its_beginning(model):
-    result = logprobs(model, [drawn(9, 1)], [[11], [11, 10], [11, 10, 12]])[0]
+    result = score(model, [[drawn(9, 1)]], [[11], [11, 10], [11, 10, 12]])[0]
     assert result[0] > result[1] > result[2]
-    everything = logprobs(model, [drawn(9, 1)], [[11, token] for token in range(VOCAB)])[0]
+    everything = score(model, [[drawn(9, 1)]], [[11, token] for token in range(400)])[0]
     assert everything.exp().sum().item() == pytest.approx(result[0].exp().item(), rel=1e-5)
 
 
 def test_no_gradient_is_kept(model):
-    assert not logprobs(model, [[1, 2]], [[3]]).requires_grad
+    assert not score(model, [[[1, 2]]], [[3]]).requires_grad
 
 
-# ---- Batches --------------------------------------------------------------------------------------------
+def test_batches_by_what_a_group_costs(models):
+    """Packed, what is shared is paid once; padded, each context is paid with the group's longest."""
+    groups = [[drawn(20, 1), drawn(20, 1)[:18] + drawn(2, 2)], [drawn(22, 3)]]
+    packed = ContinuationScorer(models["llama"], [[1]], longest=25)
+    padded = ContinuationScorer(models["narrow window"], [[1]], longest=25 + 32)
+    assert packed.packs and not padded.packs
+    assert packed.batches(groups, 44) == [[0, 1]] and len(packed.batches(groups, 43)) == 2
+    assert padded.batches(groups, 80) == [[0, 1]] and len(padded.batches(groups, 61)) == 2
+
+
+# ---- Sums of probabilities ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("a", "b"), [(0.3, 0.2), (0.5, 1e-9), (1e-300, 1e-301), (0.7, 0.0)])
+def test_add_and_subtract(a, b):
+    log_a, log_b = math.log(a), math.log(b) if b else -math.inf
+    assert add(log_a, log_b) == add(log_b, log_a) == pytest.approx(math.log(a + b), abs=1e-14)
+    assert subtract(log_a, log_b) == pytest.approx(math.log(a - b), abs=1e-14)
+
+
+def test_nothing_and_nothing():
+    assert add(-math.inf, -math.inf) == -math.inf
+    assert subtract(-1.0, -1.0) == subtract(-1.0, -0.999) == subtract(-math.inf, -math.inf) == -math.inf
+
+
+# ---- Padded batches -------------------------------------------------------------------------------------
 
 LENGTHS = [torch.randint(1, 90, (70,), generator=torch.Generator().manual_seed(s)).tolist() for s in range(3)]
 
@@ -179,15 +205,6 @@ def test_batches_are_as_full_as_they_can_be(lengths):
 
 def test_the_longest_come_first_and_ties_keep_their_order():
     assert token_batches([3, 5, 3, 5, 1], 10) == [[1, 3], [0, 2, 4]]
-
-
-def test_the_batches_follow_from_the_lengths_alone():
-    lengths = LENGTHS[0]
-    assert token_batches(lengths, 300) == token_batches(tuple(lengths), 300)
-    order = list(reversed(range(len(lengths))))
-    turned = token_batches([lengths[i] for i in order], 300)
-    widths = [sorted(lengths[i] for i in batch) for batch in token_batches(lengths, 300)]
-    assert [sorted(lengths[order[i]] for i in batch) for batch in turned] == widths
 
 
 def test_what_is_longer_than_the_budget_is_alone():

@@ -168,7 +168,11 @@ def test_a_file_that_was_cut_off_and_then_joined_with_another(tmp_path, path):
 
 
 def test_files_may_be_joined_in_any_order(tmp_path, path):
-    for name, pairs, setup in (("a", PAIRS[:2], SETUP), ("b", PAIRS[2:], SETUP), ("c", PAIRS, replace(SETUP, judge="x"))):
+    for name, pairs, setup in (
+        ("a", PAIRS[:2], SETUP),
+        ("b", PAIRS[2:], SETUP),
+        ("c", PAIRS, replace(SETUP, judge="x")),
+    ):
         fill(tmp_path / name, pairs, setup)
     parts = [(tmp_path / name).read_bytes() for name in "abc"]
     path.write_bytes(b"".join(parts))

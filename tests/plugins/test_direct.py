@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import shutil
 from typing import ClassVar
 
 import numpy as np
@@ -149,7 +151,9 @@ def test_what_is_done_is_named_to_the_judge_and_not_yielded():
 
 
 def test_a_response_that_cannot_be_rated_skips_its_pair():
-    labels = labeled(ScriptedJudge(lambda context, response: "too odd" if response == "odd" else say(context, response)))
+    labels = labeled(
+        ScriptedJudge(lambda context, response: "too odd" if response == "odd" else say(context, response))
+    )
     assert labels["b"].skipped == "too odd" and labels["b"].p is labels["b"].score_1 is None
     assert labels["a"].skipped is None
 
@@ -196,10 +200,19 @@ def test_a_reward_that_is_missing_is_no_zero():
         DirectLabeler()(prompts=["x"], completions=["good"])
 
 
-def local_judge(tiny_model):
+@pytest.fixture(scope="module")
+def roomy_model(tiny_model, tmp_path_factory):
+    """The tiny model with room for the packaged prompt, which its tokenizer spells letter by letter."""
+    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("roomy") / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
+    return str(folder)
+
+
+def local_judge(roomy_model):
     prompt = JudgePrompt.load(prompt_folder("general"))
-    model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
-    return LocalJudge(model, AutoTokenizer.from_pretrained(tiny_model), prompt, "tiny")
+    model = AutoModelForCausalLM.from_pretrained(roomy_model).eval()
+    return LocalJudge(model, AutoTokenizer.from_pretrained(roomy_model), prompt, "tiny")
 
 
 class Recording(DirectLabeler):
@@ -219,17 +232,19 @@ def recording(monkeypatch):
     return Recording
 
 
-def test_ppo_is_rewarded_by_the_base_without_its_adapter(tiny_model, tmp_path, monkeypatch, recording):
+def test_ppo_is_rewarded_by_the_base_without_its_adapter(roomy_model, tmp_path, monkeypatch, recording):
     """While the policy moves, its judge, which is the same base, stays what it was."""
     registered = installed_plugins().registry.find("labeler", "direct")
     monkeypatch.setitem(vars(registered), "component", recording)
     rest = dict.fromkeys(("sample", "label", "reward", "evaluate", "report"))
-    recipe = tiny_recipe(tmp_path, tiny_model, **rest, rl={"rewards": ["direct"], "total_episodes": 8, "learning_rate": 0.1})
+    recipe = tiny_recipe(
+        tmp_path, roomy_model, **rest, rl={"rewards": ["direct"], "total_episodes": 8, "learning_rate": 0.1}
+    )
     folder = run_recipe(recipe, installed_plugins(), tmp_path / "out")
     steps = [row for row in read_lines(folder / "metrics.jsonl") if row["stage"] == "rl"]
     assert len(steps) == len(recording.calls) == 2
     assert abs(steps[1]["objective/kl"]) > 1e-3  # the policy did move
-    judge = local_judge(tiny_model)
+    judge = local_judge(roomy_model)
     for step, (prompts, completions, rewards) in zip(steps, recording.calls, strict=True):
         assert step["score/direct"] == pytest.approx(sum(rewards) / len(rewards), abs=1e-6)
         assert step["objective/scores"] == pytest.approx(step["score/direct"], abs=1e-6)
@@ -241,7 +256,7 @@ def test_ppo_is_rewarded_by_the_base_without_its_adapter(tiny_model, tmp_path, m
 
 @pytest.mark.parametrize("conversational", [True, False], ids=["conversations", "texts"])
 @pytest.mark.parametrize("algorithm", ["GRPO", "RLOO"])
-def test_trls_own_trainers_are_rewarded(tiny_model, tmp_path, recording, algorithm, conversational):
+def test_trls_own_trainers_are_rewarded(roomy_model, tmp_path, recording, algorithm, conversational):
     import trl
 
     prompts = [f"what is {i}?" for i in range(4)]
@@ -252,11 +267,11 @@ def test_trls_own_trainers_are_rewarded(tiny_model, tmp_path, recording, algorit
         save_strategy="no",
     )  # fmt: skip
     trainer = getattr(trl, f"{algorithm}Trainer")(
-        model=AutoModelForCausalLM.from_pretrained(tiny_model),
-        reward_funcs=[recording(local_judge(tiny_model))],
+        model=AutoModelForCausalLM.from_pretrained(roomy_model),
+        reward_funcs=[recording(local_judge(roomy_model))],
         args=config,
         train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(tiny_model),
+        processing_class=AutoTokenizer.from_pretrained(roomy_model),
     )
     trainer.train()
     logged = [row["rewards/direct/mean"] for row in trainer.state.log_history if "rewards/direct/mean" in row]

@@ -1,136 +1,41 @@
-"""The labeler `distilled` with a scripted judge, and its formulas against plain mathematics."""
+"""The labeler `distilled` with a scripted judge."""
 
 from __future__ import annotations
 
 import math
+from statistics import fmean
 
 import pytest
-import torch
+from helpers.judges import ScriptedJudge, make_prompt, shown
 from trl_rlaif_distilled import DistilledLabeler
-from trl_rlaif_distilled.debias import combine, preference, sigmoid
 
-from trl_rlaif import Label, Pair, UserError
-from trl_rlaif.judging.scoring import token_batches
+from trl_rlaif import Answer, Judge, JudgePrompt, Label, Pair, Thinking, UserError
 from trl_rlaif.plugins import installed_plugins
-
-LOGITS = [-30.0, -3.0, -0.5, 0.0, 1e-9, 0.7, 4.0, 25.0]
+from trl_rlaif.recipe import prompt_folder
 
 
 def plain_sigmoid(x):
     return 1 / (1 + math.exp(-x))
 
 
-# ---- Formulas -------------------------------------------------------------------------------------------
+def draw(one, two):
+    """Log-probabilities of both candidates."""
+    return tuple(math.log(p) if p else -math.inf for p in (one, two))
 
 
-@pytest.mark.parametrize("x", LOGITS)
-def test_sigmoid(x):
-    assert sigmoid(x) == pytest.approx(plain_sigmoid(x), rel=1e-14)
-    assert sigmoid(x) + sigmoid(-x) == pytest.approx(1, abs=1e-15)
+# ---- Rules and pairs ------------------------------------------------------------------------------------
 
 
-def test_sigmoid_far_out():
-    assert (sigmoid(1000.0), sigmoid(-1000.0)) == (1.0, 0.0)
-    assert (sigmoid(math.inf), sigmoid(-math.inf)) == (1.0, 0.0)
+def longer(context, response_1, response_2):
+    return 0.3 * (len(response_1) - len(response_2))
 
 
-@pytest.mark.parametrize(("one", "two"), [(0.6, 0.3), (0.01, 0.02), (0.5, 0.5), (1 - 1e-12, 1e-12)])
-def test_preference_is_the_softmax_over_the_two_and_their_mass(one, two):
-    p, mass = preference(math.log(one), math.log(two))
-    assert p == pytest.approx(one / (one + two), rel=1e-12)
-    assert mass == pytest.approx(one + two, rel=1e-12)
-
-
-def test_rounding_gives_no_mass_above_one():
-    assert preference(math.log(0.5) + 1e-9, math.log(0.5) + 1e-9)[1] == 1.0
-
-
-def test_preference_of_candidates_that_are_both_unlikely():
-    p, mass = preference(-2000.0, -2001.0)
-    assert p == pytest.approx(plain_sigmoid(1.0)) and mass == 0.0
-    assert preference(-math.inf, -1.0)[0] == 0.0
-
-
-@pytest.mark.parametrize("a", LOGITS)
-@pytest.mark.parametrize("b", LOGITS)
-def test_combine(a, b):
-    assert combine(a, b, "mean_prob") == pytest.approx((plain_sigmoid(a) + plain_sigmoid(b)) / 2, rel=1e-12)
-    assert combine(a, b, "mean_logit") == pytest.approx(plain_sigmoid((a + b) / 2), rel=1e-12)
-
-
-@pytest.mark.parametrize("mode", ["mean_prob", "mean_logit"])
-def test_combine_has_the_symmetries_of_a_preference(mode):
-    for a in LOGITS:
-        assert combine(a, -a, mode) == pytest.approx(0.5, abs=1e-15)  # the orders contradict each other
-        assert combine(a, a, mode) == pytest.approx(plain_sigmoid(a), rel=1e-12)  # and here they agree
-        for b in LOGITS:
-            assert combine(a, b, mode) == combine(b, a, mode)
-            assert combine(a, b, mode) + combine(-a, -b, mode) == pytest.approx(1, abs=1e-14)
-
-
-@pytest.mark.parametrize("bias", [0.5, 4.0, -8.0])
-def test_mean_logit_cancels_an_additive_bias_and_mean_prob_does_not(bias):
-    """The judge's log-odds of what stands first are the truth plus a bias: it falls on either response."""
-    truth = 2.0
-    biased = (truth + bias, truth - bias)
-    assert combine(*biased, "mean_logit") == pytest.approx(sigmoid(truth), rel=1e-15)
-    squeezed = combine(*biased, "mean_prob")
-    assert 0.5 < squeezed < sigmoid(truth) - 0.005
-
-
-def test_far_out_logits_stay_probabilities():
-    for a in (1000.0, -1000.0):
-        for b in (1000.0, -1000.0):
-            assert combine(a, b, "mean_prob") == ((a > 0) + (b > 0)) / 2
-            assert combine(a, b, "mean_logit") == ((a > 0) + (b > 0)) / 2
-
-
-# ---- A scripted judge -----------------------------------------------------------------------------------
-
-
-class ScriptedJudge:
-    """Encodes a question as its characters, and answers by a rule.
-
-    Args:
-        rule: (prompt, first, second) -> log-odds of the one that is shown first.
-        limit: Longest question that fits.
-        batch_tokens: As Judge's.
-        mass: Probability of the two candidates together.
-        wobble: Adds to each log-probability what depends on all that is in the batch, as a real model's
-            rounding does, only more.
-    """
-
-    name = "scripted"
-
-    def __init__(self, rule, *, limit=10**9, batch_tokens=10**9, mass=0.9, wobble=0.0):
-        self.rule, self.limit, self.batch_tokens, self.mass, self.wobble = rule, limit, batch_tokens, mass, wobble
-        self.passes = []
-
-    def encode(self, prompt, response_1, response_2):
-        return [ord(c) for c in f"{prompt}\0{response_1}\0{response_2}"]
-
-    def fits(self, ids):
-        return len(ids) <= self.limit
-
-    def batches(self, lengths):
-        return token_batches(lengths, self.batch_tokens)
-
-    def logprobs(self, questions):
-        self.passes.append(len(questions))
-        context = sum(map(sum, questions)) % 97 / 97 * self.wobble
-        rows = []
-        for place, question in enumerate(questions):
-            odds = self.rule(*"".join(map(chr, question)).split("\0")) + context * (1 + place)
-            rows.append([math.log(self.mass * sigmoid(odds)), math.log(self.mass * sigmoid(-odds))])
-        return torch.tensor(rows, dtype=torch.float64)
-
-
-def longer(prompt, first, second):
-    return 0.3 * (len(first) - len(second))
-
-
-def always_first(prompt, first, second):
+def always_first(context, response_1, response_2):
     return 3.0
+
+
+def biased(context, response_1, response_2):
+    return longer(context, response_1, response_2) + 0.8
 
 
 def make_pairs(count=12):
@@ -141,6 +46,23 @@ def labels(pairs, judge, done=(), **options):
     found = list(DistilledLabeler(**options).label(pairs, judge, done))
     assert len({label.id for label in found}) == len(found)
     return {label.id: label for label in found}
+
+
+class FixedJudge(Judge):
+    """Gives the same answers to every pair."""
+
+    def __init__(self, *answers):
+        super().__init__(make_prompt(), "fixed")
+        self.answers = list(answers)
+
+    def ask(self, groups, candidates, *, thinking=None, done=()):
+        for index in range(len(groups)):
+            yield index, self.answers
+
+
+def label_of(*answers, **options):
+    [label] = labels([Pair("x", "p", "a", "b")], FixedJudge(*answers), **options).values()
+    return label
 
 
 # ---- Labels ---------------------------------------------------------------------------------------------
@@ -155,7 +77,7 @@ def test_a_judge_of_length_prefers_the_longer_in_either_place(debias):
         label = found[name]
         assert (label.p, label.p_12, label.p_21) == pytest.approx((expected,) * 3, rel=1e-9)
         assert (label.mass_12, label.mass_21) == pytest.approx((0.9, 0.9))
-        assert label.judge == "scripted" and label.skipped is None
+        assert label.judge == "scripted" and label.skipped is label.rationale_12 is label.score_1 is None
 
 
 @pytest.mark.parametrize("debias", ["mean_prob", "mean_logit"])
@@ -163,100 +85,183 @@ def test_a_judge_that_always_says_1_prefers_neither(debias):
     [label] = labels([Pair("x", "p", "a", "bb")], ScriptedJudge(always_first), debias=debias).values()
     assert label.p == pytest.approx(0.5, abs=1e-12)
     assert label.p_12 == pytest.approx(plain_sigmoid(3.0)) and label.p_21 == pytest.approx(plain_sigmoid(-3.0))
-    assert label.p_12 > 0.5 > label.p_21
 
 
 def test_mean_logit_is_the_default_and_undoes_a_bias():
     pair = Pair("x", "p", "a" * 9, "b" * 4)
-    judge = ScriptedJudge(lambda *shown: longer(*shown) + 3.0)
+    judge = ScriptedJudge(lambda **texts: longer(**texts) + 3.0)
     assert labels([pair], judge)["x"].p == pytest.approx(plain_sigmoid(1.5))
     paper = labels([pair], judge, debias="mean_prob")["x"]
     assert paper.p == pytest.approx((plain_sigmoid(4.5) + plain_sigmoid(-1.5)) / 2)
     assert paper.p == pytest.approx((paper.p_12 + paper.p_21) / 2)
 
 
+@pytest.mark.parametrize("debias", ["mean_prob", "mean_logit"])
+def test_one_order_alone(debias):
+    pairs = make_pairs()
+    both = labels(pairs, ScriptedJudge(biased), debias=debias)
+    for order, other in (("12", "21"), ("21", "12")):
+        judge = ScriptedJudge(biased)
+        for id, label in labels(pairs, judge, orders=order, debias=debias).items():
+            assert label.p == getattr(label, f"p_{order}") == getattr(both[id], f"p_{order}")
+            assert getattr(label, f"mass_{order}") == pytest.approx(0.9)
+            assert getattr(label, f"p_{other}") is getattr(label, f"mass_{other}") is None
+        assert all(len(group) == 1 for group in judge.asked[0]["groups"])
+
+
 def test_each_order_has_its_own_mass():
-    def rule(prompt, first, second):
-        judge.mass = 0.9 if first == "a" else 0.2
-        return 0.0
-
-    judge = ScriptedJudge(rule)
-    label = labels([Pair("x", "p", "a", "b")], judge)["x"]
+    label = label_of(Answer((draw(0.6, 0.3),)), Answer((draw(0.1, 0.1),)))
     assert (label.mass_12, label.mass_21) == pytest.approx((0.9, 0.2))
+    assert (label.p_12, label.p_21) == pytest.approx((2 / 3, 0.5))
 
 
-def test_swapping_the_responses_mirrors_the_label():
+@pytest.mark.parametrize("debias", ["mean_prob", "mean_logit"])
+def test_swapping_the_responses_mirrors_the_label(debias):
     pairs = make_pairs()
     swapped = [Pair(pair.id, pair.prompt, pair.response_2, pair.response_1) for pair in pairs]
-    judge = ScriptedJudge(lambda *shown: longer(*shown) + 0.8)
-    one, other = labels(pairs, judge), labels(swapped, judge)
+    one, other = (labels(found, ScriptedJudge(biased), debias=debias) for found in (pairs, swapped))
     for id in one:
         assert one[id].p == pytest.approx(1 - other[id].p, abs=1e-12)
         assert one[id].p_12 == pytest.approx(1 - other[id].p_21, abs=1e-12)
 
 
-def test_both_orders_of_a_pair_are_in_one_pass_within_the_budget():
-    judge = ScriptedJudge(longer, batch_tokens=150)
-    pairs = make_pairs()
-    assert len(labels(pairs, judge)) == 12
-    assert sum(judge.passes) == 24 and all(count % 2 == 0 for count in judge.passes) and len(judge.passes) > 3
-    assert max(judge.passes) * min(len(judge.encode(p.prompt, p.response_1, p.response_2)) for p in pairs) <= 150
+def test_a_conversation_is_judged_with_its_speakers():
+    messages = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "a fox"}]
+    judge = ScriptedJudge(lambda context, **_: 2.0 if context == "User: what?\n\nAssistant: a fox" else "wrong")
+    assert labels([Pair("x", messages, "a", "b")], judge)["x"].skipped is None
 
 
-# ---- Resuming -------------------------------------------------------------------------------------------
+# ---- What is asked --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kept", [1, 5, 11])
-def test_a_resumed_run_gives_the_same_numbers_bit_for_bit(kept):
-    """The wobble makes every number depend on its whole batch."""
-    pairs = make_pairs()
-    judge = ScriptedJudge(longer, batch_tokens=200, wobble=1e-3)
+@pytest.mark.parametrize("task", ["general", "summarization"])
+def test_a_group_is_a_pair_in_both_orders(task):
+    judge = ScriptedJudge(longer, prompt=JudgePrompt.load(prompt_folder(task)))
+    pairs = make_pairs(3)
+    labels(pairs, judge)
+    [asked] = judge.asked
+    assert asked["candidates"] == ("1", "2") and asked["thinking"] is None and not asked["done"]
+    for pair, group in zip(pairs, asked["groups"], strict=True):
+        texts = [shown(judge.prompt, question) for question in group]
+        assert [(t["context"], t["response_1"], t["response_2"]) for t in texts] == [
+            (pair.prompt, pair.response_1, pair.response_2),
+            (pair.prompt, pair.response_2, pair.response_1),
+        ]
+        assert all(q.thinking == "" and q.ending == judge.prompt.parts["ending.txt"] for q in group)
+
+
+def test_options_reach_the_question():
+    judge = ScriptedJudge(longer)
+    labels(make_pairs(1), judge, preamble="detailed", shots=3, thinking=True)
+    [[question, _]] = judge.asked[0]["groups"]
+    assert question == judge.prompt.compare("prompt 0", "a", "b" * 7, preamble="detailed", shots=3, think=True)
+    assert len(question.messages) == 7 and question.thinking
+
+
+def test_what_is_done_is_told_by_its_place():
+    pairs = make_pairs(5)
+    judge = ScriptedJudge(longer)
     undisturbed = labels(pairs, judge)
-    assert undisturbed != labels(pairs, ScriptedJudge(longer, batch_tokens=400, wobble=1e-3))  # it does
-    for done in (list(undisturbed)[:kept], sorted(undisturbed)[:kept], [pairs[0].id, pairs[-1].id]):
-        rest = labels(pairs, judge, done)
-        assert rest == {id: label for id, label in undisturbed.items() if id not in done}
+    rest = labels(pairs, judge, ["p3", "p0", "unknown"])
+    assert rest == {id: undisturbed[id] for id in ("p1", "p2", "p4")}
+    assert judge.asked[1]["done"] == {0, 3} and len(judge.asked[1]["groups"]) == 5
+    assert labels(pairs, judge, [pair.id for pair in pairs]) == {}
 
 
-def test_nothing_is_computed_for_batches_that_are_done():
-    pairs = make_pairs()
-    judge = ScriptedJudge(longer, batch_tokens=200)
-    order = list(labels(pairs, judge))
-    passes, judge.passes = judge.passes, []
-    labels(pairs, judge, order[: passes[0] // 2])
-    assert judge.passes == passes[1:]
-    judge.passes = []
-    assert labels(pairs, judge, order) == {} and judge.passes == []
-
-
-def test_labels_come_as_soon_as_their_batch_is_known():
-    judge = ScriptedJudge(longer, batch_tokens=200)
+def test_labels_come_as_soon_as_the_judge_knows():
+    judge = ScriptedJudge(longer)
     stream = DistilledLabeler().label(make_pairs(), judge)
-    assert judge.passes == []
-    next(stream)
-    assert len(judge.passes) == 1
-
-
-def test_a_pair_that_is_too_long_in_either_order_is_skipped_with_a_reason():
-    class Uneven(ScriptedJudge):
-        def encode(self, prompt, response_1, response_2):
-            extra = [120] * 60 if response_1 == "short" else []  # this order alone is too long
-            return super().encode(prompt, response_1, response_2) + extra
-
-    judge = Uneven(longer, limit=60)
-    pairs = [*make_pairs(3), Pair("long", "x", "y" * 99, "z"), Pair("uneven", "x", "y", "short")]
-    found = labels(pairs, judge)
-    assert set(found) == {"p0", "p1", "p2", "long", "uneven"}
-    reason = "longer than the judge's context"
-    assert found["long"] == Label("long", judge="scripted", skipped=reason)
-    assert found["uneven"] == Label("uneven", judge="scripted", skipped=reason)
-    assert all(found[id].p is not None and found[id].skipped is None for id in ("p0", "p1", "p2"))
-    assert sum(judge.passes) == 6
-    assert set(labels(pairs, judge, ["long", "p1"])) == {"p0", "p2", "uneven"}
+    assert judge.asked == []
+    assert next(stream).id == "p11"  # the scripted judge begins with the last
 
 
 def test_no_pairs_no_labels():
     assert labels([], ScriptedJudge(longer)) == {}
+
+
+# ---- Rationales -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, None),
+        ({"rationales": 5}, None),
+        ({"thinking": True}, Thinking(1, 128, 0.0, 0)),
+        ({"thinking": True, "rationales": 4}, Thinking(4, 128, 0.7, 0)),
+        ({"thinking": True, "rationale_temperature": 0.3, "seed": 8}, Thinking(1, 128, 0.3, 8)),
+        ({"thinking": True, "rationales": 2, "rationale_temperature": 0, "rationale_tokens": 9}, Thinking(2, 9, 0, 0)),
+    ],
+)
+def test_how_the_judge_thinks(options, expected):
+    judge = ScriptedJudge(longer)
+    labels(make_pairs(1), judge, **options)
+    assert judge.asked[0]["thinking"] == expected
+    assert bool(judge.asked[0]["groups"][0][0].thinking) == (expected is not None)
+
+
+def test_one_rationale_is_a_text_and_several_are_a_list():
+    judge = ScriptedJudge(longer, rationale=lambda texts, i: f"{texts['response_1']} {i}")
+    pairs = [Pair("x", "p", "a", "b")]
+    one, several = labels(pairs, judge, thinking=True)["x"], labels(pairs, judge, thinking=True, rationales=2)["x"]
+    assert (one.rationale_12, one.rationale_21) == ("a 0", "b 0")
+    assert (several.rationale_12, several.rationale_21) == (["a 0", "a 1"], ["b 0", "b 1"])
+    alone = labels(pairs, judge, thinking=True, orders="21")["x"]
+    assert (alone.rationale_12, alone.rationale_21) == (None, "b 0")
+
+
+@pytest.mark.parametrize("debias", ["mean_prob", "mean_logit"])
+def test_rationales_are_averaged_as_distributions(debias):
+    first, second = [(0.6, 0.2), (0.1, 0.4), (0.3, 0.3)], [(0.5, 0.25), (0.2, 0.6), (0.1, 0.1)]
+    answers = [Answer(tuple(draw(*pair) for pair in draws), ("x", "y", "z")) for draws in (first, second)]
+    label = label_of(*answers, debias=debias)
+    p_12 = fmean(one / (one + two) for one, two in first)
+    p_21 = fmean(two / (one + two) for one, two in second)
+    assert (label.p_12, label.p_21) == pytest.approx((p_12, p_21), rel=1e-12)
+    masses = [fmean(map(sum, draws)) for draws in (first, second)]
+    assert (label.mass_12, label.mass_21) == pytest.approx(masses, rel=1e-12)
+    odds = [math.log(p / (1 - p)) for p in (p_12, p_21)]
+    expected = (p_12 + p_21) / 2 if debias == "mean_prob" else plain_sigmoid(sum(odds) / 2)
+    assert label.p == pytest.approx(expected, rel=1e-12)
+
+
+# ---- What gives no label, and votes ---------------------------------------------------------------------
+
+
+def test_a_failed_answer_is_a_skipped_pair():
+    def rule(context, response_1, response_2):
+        return "too long" if context == "prompt 1" and response_1.startswith("b") else 1.0
+
+    found = labels(make_pairs(3), ScriptedJudge(rule))
+    assert found["p1"] == Label("p1", judge="scripted", skipped="too long")
+    assert all(found[id].p is not None and found[id].skipped is None for id in ("p0", "p2"))
+
+
+def test_a_skipped_pair_keeps_its_rationales():
+    written = Answer((draw(0.5, 0.4),), ("because",))
+    failed = Answer(rationales=("so", "thus"), failed="no answer")
+    expected = {"judge": "fixed", "skipped": "no answer"}
+    assert label_of(written, failed) == Label("x", rationale_12="because", rationale_21=["so", "thus"], **expected)
+    assert label_of(failed, Answer(failed="other")) == Label("x", rationale_12=["so", "thus"], **expected)
+
+
+@pytest.mark.parametrize("debias", ["mean_prob", "mean_logit"])
+def test_votes_that_all_fell_on_one_candidate(debias):
+    sure, other, half = Answer((draw(0.8, 0),)), Answer((draw(0, 0.6),)), Answer((draw(0.3, 0.3),))
+    agreed = label_of(sure, other, debias=debias)
+    assert (agreed.p, agreed.p_12, agreed.p_21, agreed.mass_12, agreed.mass_21) == pytest.approx((1, 1, 1, 0.8, 0.6))
+    assert label_of(other, sure, debias=debias).p == 0.0
+    assert label_of(sure, sure, debias=debias).p == 0.5  # the first one both times
+    assert label_of(half, sure, debias=debias).p == (0.25 if debias == "mean_prob" else 0.0)
+    several = label_of(Answer((draw(1, 0), draw(0, 1)), ("x", "y")), half, debias=debias)
+    assert several.p == several.p_12 == 0.5
+
+
+def test_a_judge_that_gives_neither_candidate_is_skipped():
+    nothing, half = (-math.inf, -math.inf), draw(0.3, 0.3)
+    for answers in ([Answer((half,)), Answer((nothing,))], [Answer((half, nothing), ("x", "y")), Answer((half,))]):
+        label = label_of(*answers)
+        assert label.p is None and label.skipped == "the judge gives neither candidate any probability"
 
 
 # ---- Options --------------------------------------------------------------------------------------------
@@ -268,7 +273,22 @@ def test_it_is_registered_under_its_name():
     assert installed_plugins().registry.create("labeler", "distilled").options.debias == "mean_logit"
 
 
-@pytest.mark.parametrize("options", [{"debais": "mean_prob"}, {"debias": "median"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"debais": "mean_prob"},
+        {"debias": "median"},
+        {"preamble": "long"},
+        {"shots": -1},
+        {"shots": 9},
+        {"rationales": 0},
+        {"rationale_tokens": 0},
+        {"rationale_temperature": -0.1},
+        {"orders": "1"},
+        {"seed": -1},
+    ],
+    ids=str,
+)
 def test_a_wrong_option_is_a_user_error(options):
     with pytest.raises(UserError) as caught:
         installed_plugins().registry.create("labeler", "distilled", options)
@@ -277,10 +297,9 @@ def test_a_wrong_option_is_a_user_error(options):
         assert part in str(caught.value)
 
 
-def test_an_answer_that_is_no_number_is_a_skipped_pair():
-    class Broken(ScriptedJudge):
-        def logprobs(self, questions):
-            return torch.full((len(questions), 2), math.nan)
-
-    [label] = labels([Pair("x", "p", "a", "b")], Broken(longer)).values()
-    assert label.p is None and label.skipped
+def test_a_prompt_that_lacks_what_an_option_needs_is_a_user_error():
+    judge = ScriptedJudge(longer, prompt=make_prompt(thinking=None))
+    with pytest.raises(UserError, match="thinking.txt"):
+        labels(make_pairs(1), judge, thinking=True)
+    with pytest.raises(UserError, match="0 exemplars"):
+        labels(make_pairs(1), judge, shots=1)

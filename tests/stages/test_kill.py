@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.killing import start_labeling
 from helpers.recipes import write_recipe
 from safetensors.torch import load_file
 
@@ -55,6 +58,38 @@ def test_killed_in_every_stage(tiny_model, tmp_path):
     for ours, theirs in zip(*steps, strict=True):
         ours.pop("eps"), theirs.pop("eps")
         assert ours == pytest.approx(theirs)
+
+
+def test_labels_survive_kills_at_random_moments(tiny_model, tmp_path):
+    """More moments, in the label stage alone: the same lines in the same order, to the last bit."""
+    rest = dict.fromkeys(("sample", "reward", "rl", "evaluate", "report"))
+    data = {"prompts": None, "pairs": "pairs.jsonl"}
+    recipe = write_recipe(tmp_path, tiny_model, label={"batch_tokens": 900}, data=data, **rest)
+    rows = [
+        {"prompt": f"what is {i}?", "response_1": "a city", "response_2": "the fox " * (i % 5 + 1)} for i in range(24)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    process = start_labeling(recipe, undisturbed, 0)
+    process.join(120)
+    assert process.exitcode == 0
+    lines = (undisturbed / "labels.jsonl").read_bytes().splitlines()
+    assert len(lines) == 24
+    for third in range(3):
+        goal = random.randrange(third * len(lines) // 3 + 1, (third + 1) * len(lines) // 3)
+        process = start_labeling(recipe, killed, 0.02)
+        deadline = time.monotonic() + 120
+        while len(read_lines_quietly(killed / "labels.jsonl")) < goal and time.monotonic() < deadline:
+            assert process.is_alive(), "ended before it could be killed"
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, 0.02))
+        process.kill()
+        process.join()
+        assert goal <= len(read_lines_quietly(killed / "labels.jsonl")) < len(lines)
+    process = start_labeling(recipe, killed, 0)
+    process.join(120)
+    assert process.exitcode == 0
+    assert (killed / "labels.jsonl").read_bytes() == (undisturbed / "labels.jsonl").read_bytes()
 
 
 def read_lines_quietly(path: Path) -> list[bytes]:

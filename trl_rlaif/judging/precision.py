@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ class Probe:
 
     Args:
         precision: The choice, for ``torch.set_float32_matmul_precision``.
-        deviation: Largest change of a probability under each precision tried, against "highest".
+        deviation: Largest change of a probability under each precision tried, against "highest"; 1 for no number.
     """
 
     precision: Precision
@@ -51,7 +52,8 @@ def choose_precision(probabilities: Callable[[], Sequence[float]]) -> Probe:
     for precision in ("medium", "high"):
         with matmul_precision(precision):
             found = probabilities()
-        deviation[precision] = max((abs(a - b) for a, b in zip(found, exact, strict=True)), default=0.0)
+        off = [abs(a - b) for a, b in zip(found, exact, strict=True)]
+        deviation[precision] = max((1.0 if math.isnan(x) else x for x in off), default=0.0)
         if deviation[precision] <= TOLERANCE:
             return Probe(precision, deviation)
     return Probe("highest", deviation)

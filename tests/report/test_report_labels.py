@@ -1,0 +1,188 @@
+"""The report's part on labels: whose labels it counts, how labelers compare, and what calibration did."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import pytest
+from report.test_report_page import HOSTILE, assert_only_our_script, make_run, part, read, set_results
+
+from trl_rlaif import Label, Pair
+from trl_rlaif.labels import LabelStore, Setup
+
+OURS = Setup("distilled", {}, "judge-a", "r", "f")
+THEIRS = Setup("direct", {}, "judge-a", "r", "f")
+
+
+def write_labels(folder, *, pairs, setup=OURS, votes=(0.9, 0.8)):
+    """Append labels of pairs named by their number."""
+    store = LabelStore(folder / "labels.jsonl")
+    for number in pairs:
+        store.add(setup, pair(number), Label(f"p{number}", p=sum(votes) / 2, p_12=votes[0], p_21=votes[1]))
+
+
+def pair(number):
+    return Pair(f"p{number}", f"prompt {number}", "yes", "no")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run with six pairs, whose label stage was complete."""
+    folder = make_run(tmp_path / "run")
+    (folder / "labels.jsonl").unlink()
+    rows = [asdict(pair(number)) for number in range(6)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    set_results(folder, lambda results: results["label"].update(setup=OURS.key))
+    return folder
+
+
+def shown(folder):
+    return part(read(folder), "Labels of the judge", "Reward model")
+
+
+# ---- Whose labels ---------------------------------------------------------------------------------------
+
+
+def test_labels_of_other_settings_and_other_pairs_are_not_counted(folder):
+    write_labels(folder, pairs=range(6))
+    write_labels(folder, pairs=range(6), setup=THEIRS, votes=(0.2, 0.9))
+    write_labels(folder, pairs=range(6, 40), votes=(0.2, 0.9))  # of pairs that were judged by people, or are gone
+    text = shown(folder)
+    assert "6 pairs asked in both orders" in text
+    assert "6 100.0% · same response" in text and "0 0.0% · second place" in text
+
+
+def test_a_label_is_its_pairs_by_the_texts(folder):
+    """Whatever the pair is called by now, and also where two pairs share it."""
+    write_labels(folder, pairs=range(5))
+    rows = [asdict(pair(number)) | {"id": f"renamed-{number}"} for number in (0, 1, 2)] + [asdict(pair(0))]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "4 pairs asked in both orders" in shown(folder)
+
+
+def test_of_several_labels_of_a_pair_the_last_one_counts(folder):
+    write_labels(folder, pairs=range(6), votes=(0.2, 0.9))
+    write_labels(folder, pairs=range(6))
+    assert "6 100.0% · same response" in shown(folder)
+
+
+def test_before_the_stage_is_complete_all_lines_count(folder):
+    write_labels(folder, pairs=range(4))
+    set_results(folder, lambda results: results.pop("label"))
+    assert "label not finished 4 labels written" in read(folder).text
+
+
+def test_broken_lines_are_noted(folder):
+    write_labels(folder, pairs=range(6))
+    lines = (folder / "labels.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "labels.jsonl").write_bytes(b"".join([*lines[:2], lines[2][:40] + lines[3], *lines[4:]]))
+    page = read(folder)
+    assert "1 line of labels.jsonl could not be read" in page.text
+    assert "4 pairs asked in both orders" in page.text
+
+
+@pytest.mark.parametrize("content", ["3", "[]", '"x"'])
+def test_a_label_stage_of_another_shape_does_not_stop_the_report(folder, content):
+    write_labels(folder, pairs=range(2))
+    set_results(folder, lambda results: results.update(label=json.loads(content)))
+    assert "2 labels written" in read(folder).text
+
+
+def test_rows_of_another_shape_do_not_stop_the_report(folder):
+    write_labels(folder, pairs=range(6))
+    with (folder / "pairs.jsonl").open("a") as file:
+        for row in (
+            {},
+            {"prompt": 3, "response_1": 1, "response_2": None},
+            {"prompt": [1], "response_1": "", "response_2": ""},
+        ):
+            file.write(json.dumps(row) + "\n")
+    with (folder / "labels.jsonl").open("a") as file:
+        for row in ({"setup": OURS.key}, {"setup": OURS.key, "pair": ["x"]}, {"setup": ["x"], "pair": 3}):
+            file.write(json.dumps(row) + "\n")
+    assert "6 pairs asked in both orders" in shown(folder)
+
+
+# ---- Labelers side by side ------------------------------------------------------------------------------
+
+
+def compared(rate=0.7, **changes):
+    return {
+        "labeler": "distilled", "judge": "judge-a", "labeled": 6, "mass": {"mean": 0.91, "min": 0.5, "low": 0},
+        "agreement": {"rate": rate, "interval": [rate - 0.1, rate + 0.1], "n": 200},
+        "position_bias": {"rate": 0.123, "interval": [0.1, 0.2], "n": 6, "first": 1, "second": 0},
+        "ece": 0.0423, "pairs_per_second": 12.3,
+        "against_first": {"difference": rate - 0.7, "better": 3, "worse": 9, "p_value": 0.146, "n": 200},
+    } | changes  # fmt: skip
+
+
+def test_labelers_are_shown_side_by_side(folder):
+    write_labels(folder, pairs=range(6))
+    table = {"label": compared(), "rated": compared(0.64, position_bias=None, pairs_per_second=None)}
+    set_results(folder, lambda results: results["label"].update(comparison=table))
+    text = shown(folder)
+    assert "Labeler Agreement against the first Position bias Mass ECE Pairs/s" in text
+    first, second = text.index("label 70.0% (60.0% to 80.0%)"), text.index("rated 64.0% (54.0% to 74.0%)")
+    assert first < second
+    assert "points" not in text[first:second]  # the first one is not compared with itself
+    assert "12.3% 91.0% 0.042 12.30" in text[first:second]
+    assert text[second:].startswith("rated 64.0% (54.0% to 74.0%) \u22126.00 points, p = 0.146 91.0% 0.042")
+    assert "an exact McNemar test" in text
+
+
+def test_without_other_labelers_there_is_no_table(folder):
+    write_labels(folder, pairs=range(6))
+    assert "McNemar" not in shown(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"against_first": None},
+        {"agreement": None, "mass": None, "position_bias": None, "ece": None},
+        {"agreement": {"rate": "x", "interval": [1]}, "against_first": {"difference": 0.1}},
+    ],
+)
+def test_numbers_that_are_not_known_stay_empty(folder, change):
+    write_labels(folder, pairs=range(6))
+    table = {"label": compared(), "rated": compared(**change), "odd": 3}
+    set_results(folder, lambda results: results["label"].update(comparison=table))
+    text = shown(folder)
+    assert "rated" in text and "odd" in text and "None" not in text
+
+
+def test_hostile_names_stay_text(folder):
+    write_labels(folder, pairs=range(6))
+    table = {HOSTILE: compared(labeler=HOSTILE, judge=HOSTILE), f"{HOSTILE}2": compared()}
+    set_results(folder, lambda results: results["label"].update(comparison=table, setup=OURS.key))
+    page = read(folder)
+    assert page.text.count("<script>alert(1)</script>") == 2
+    assert_only_our_script(page)
+
+
+# ---- Calibration ----------------------------------------------------------------------------------------
+
+
+def test_what_calibration_did_is_said(folder):
+    write_labels(folder, pairs=range(6))
+    numbers = {
+        "temperature": 2.5, "position_bias": 0.75, "pairs": 40, "shared_with_run": 0,
+        "cross_validated": {
+            "before": {"ece": 0.212, "agreement": {"rate": 0.625, "interval": [0.4, 0.7], "n": 40}},
+            "after": {"ece": 0.071, "agreement": {"rate": 0.65, "interval": [0.4, 0.7], "n": 40}},
+        },
+        "run": {"before": {"agreement": None, "ece": None}, "after": {"agreement": None, "ece": None}},
+    }  # fmt: skip
+    set_results(folder, lambda results: results["label"].update(calibration=numbers))
+    assert (
+        "Calibrated on 40 pairs that people judged: temperature 2.50, standing first is worth +0.750 nats. "
+        "Cross-validated, the calibration error goes from 0.212 to 0.071, agreement from 62.5% to 65.0%."
+    ) in shown(folder)
+
+
+@pytest.mark.parametrize("numbers", [None, {}, 3])
+def test_without_calibration_nothing_is_said(folder, numbers):
+    write_labels(folder, pairs=range(6))
+    set_results(folder, lambda results: results["label"].update(calibration=numbers))
+    assert "Calibrated" not in shown(folder)
