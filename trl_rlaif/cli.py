@@ -93,7 +93,7 @@ def list_recipes(context: typer.Context) -> None:
 
     for name, path in packaged_recipes().items():
         first = path.read_text(encoding="utf-8").splitlines()[0]
-        typer.echo(f"{name:<16}{first.lstrip('# ')}")
+        typer.echo(f"{name:<24}{first.lstrip('# ')}")
 
 
 @recipes_app.command("show")

@@ -19,7 +19,7 @@ from trl_rlaif.artifacts import RunFolder, write_atomically
 from trl_rlaif.errors import UserError
 from trl_rlaif.plugins import Plugins
 from trl_rlaif.progress import say
-from trl_rlaif.recipe import STAGES, Recipe
+from trl_rlaif.recipe import STAGES, Recipe, prompt_folder
 
 PACKAGES = ("trl", "transformers", "peft", "accelerate", "datasets", "torch", "bitsandbytes")
 
@@ -42,10 +42,23 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
     inputs = {k: _identity(v) for k, v in plain["data"].items() if isinstance(v, str)}
     before, result = json.dumps([common, inputs], sort_keys=True, default=str), {}
     for stage in active_stages(recipe):
-        own = json.dumps(plain.get(stage, {}), sort_keys=True, default=str)
+        own = json.dumps([plain.get(stage, {}), _files_of(recipe, stage)], sort_keys=True, default=str)
         before = hashlib.sha256(f"{before}\n{stage}\n{own}".encode()).hexdigest()
         result[stage] = before
     return result
+
+
+def _files_of(recipe: Recipe, stage: str) -> list[str | None]:
+    """What a stage's section reads beside the data: prompts, and pairs to calibrate on."""
+    from trl_rlaif.judging import JudgePrompt
+
+    section = getattr(recipe, stage)
+    if stage not in ("label", "evaluate") or section is None:
+        return []
+    prompts = [section.prompt, *(c.prompt for c in getattr(section, "compare", {}).values())]
+    revisions = [JudgePrompt.load(prompt_folder(name)).revision for name in prompts if name]
+    calibration = getattr(section, "calibration", None)
+    return [*revisions, _identity(calibration) if calibration else None]
 
 
 def _identity(path: str) -> str | None:
@@ -85,6 +98,8 @@ def run_recipe(
     Raises:
         UserError: The folder is used already, is not writable, or lacks what a stage stands on.
     """
+    if shard is not None:
+        _check_shard(recipe, shard)
     folder = RunFolder(output)
     with folder.locked():
         if folder.is_used and not resume and not only:
@@ -99,6 +114,14 @@ def run_recipe(
         _quiet_libraries()
         _run_stages(recipe, plugins, folder, prints, resume, only, shard)
     return folder
+
+
+def _check_shard(recipe: Recipe, shard: str) -> None:
+    from trl_rlaif.stages.context import Shard
+
+    Shard.parse(shard)
+    if recipe.label is None:
+        raise UserError("--shard divides the labeling, and this recipe has no 'label'.")
 
 
 def _check_only(folder: RunFolder, prints: dict[str, str], only: Sequence[str]) -> None:
@@ -126,19 +149,21 @@ def _run_stages(
 ) -> None:
     from trl_rlaif.stages.context import Context, Shard
 
-    context = Context(recipe, folder, plugins, Shard.parse(shard) if shard else None)
+    context = Context(recipe, folder, plugins, Shard.parse(shard) if shard is not None else None)
     for stage, fingerprint in prints.items():
         if only and stage not in only:
             continue
         # The report costs seconds, and what it shows may have changed.
         if folder.is_complete(stage, fingerprint) and resume and stage != "report":
             say(f"{stage}: complete already")
+            if shard is not None and stage == "label":
+                return
             continue
         folder.begin(stage, fingerprint)
         started = time.monotonic()
         numbers = importlib.import_module(f"trl_rlaif.stages.{stage}").run(context)
         folder.add_results(stage, numbers)
-        if shard and stage == "label":
+        if shard is not None and stage == "label":
             say(f"label: share {shard} done. {summary(stage, numbers)}")
             say(f"Join the machines' labels.jsonl into one, and run without --shard: {folder / 'labels.jsonl'}")
             return

@@ -168,7 +168,7 @@ class RemoteJudge(Judge):
             if thinking is None:
                 return Answer((self._distribution(question, candidates),))
             rationales = [self._think(question, thinking, i) for i in range(thinking.rationales)]
-            behind = [self._distribution(_after(question, text), candidates) for text in rationales]
+            behind = [self._distribution(_after(question, self.prompt.quote(text)), candidates) for text in rationales]
             return Answer(tuple(behind), tuple(rationales))
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise UserError(
@@ -225,7 +225,7 @@ class RemoteJudge(Judge):
                     hidden = max(hidden, found[i] * (1 - math.fsum(p for _, p in rest)))
                 found[i], found[j] = found[i] * (1 - share), found[i] * share
         missing = [text for text, p in zip(candidates, found, strict=True) if p == 0]
-        if missing and hidden > HIDDEN * math.fsum(found):
+        if missing and (hidden > HIDDEN * math.fsum(found) or not any(found)):
             raise _Unreadable(
                 f"the server does not give the probability of {', '.join(missing)}: not among its "
                 f"{len(tokens)} likeliest tokens (set judge.votes to sample answers instead)"

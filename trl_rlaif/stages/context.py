@@ -168,7 +168,9 @@ class Context:
             revision = f"{judge.base_url} {judge.api} {judge.prefill} {judge.votes} {judge.top_logprobs}"
         else:
             spec = self.model_spec if isinstance(judge, str) else _spec(judge)
-            name, revision = spec.path, f"{model_revision(spec.path)} {spec.dtype} {spec.quantization}"
+            # A folder's own name: on another machine the same model may lie elsewhere.
+            name = Path(spec.path).name if Path(spec.path).exists() else spec.path
+            revision = f"{model_revision(spec.path)} {spec.dtype} {spec.quantization}"
         prompt = JudgePrompt.load(prompt_folder(task.prompt))
         return Setup(task.labeler.name, dict(task.labeler.options), name, revision, prompt.revision)
 
