@@ -208,7 +208,7 @@ def test_a_stage_that_was_cut_off_keeps_what_it_has(folder):
     folder.begin("label", "A")
     fill(folder, "label")
     folder.begin("label", "A")
-    assert left(folder, "label") == (["labels.jsonl", "preferences"], True, True)
+    assert left(folder, "label") == (["preferences"], True, True)
     assert not folder.is_complete("label")
 
 
@@ -221,6 +221,16 @@ def test_a_complete_stage_begins_from_nothing_and_leaves_the_others_alone(filled
     for other in set(STAGE_ARTIFACTS) - {stage}:
         assert left(filled, other) == (STAGE_ARTIFACTS[other], True, True)
         assert filled.is_complete(other, "A")
+
+
+def test_labels_outlive_their_stage(folder):
+    """They are found by what determined them: a stage that is made anew takes those that still fit."""
+    (folder / "labels.jsonl").write_text("{}\n")
+    folder.begin("label", "A")
+    folder.complete("label", "A")
+    folder.begin("label", "B")
+    folder.clear("label")
+    assert (folder / "labels.jsonl").read_text() == "{}\n"
 
 
 def test_a_stage_that_was_cut_off_under_other_settings_begins_from_nothing(folder):
