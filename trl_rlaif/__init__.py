@@ -30,6 +30,7 @@ _LAZY = {
     "JudgePrompt": "trl_rlaif.judging",
     "Question": "trl_rlaif.judging",
     "Thinking": "trl_rlaif.judging",
+    "ThinkingOptions": "trl_rlaif.judging",
     "Answer": "trl_rlaif.judging",
     "RunError": "trl_rlaif.errors",
     "UserError": "trl_rlaif.errors",
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from trl_rlaif.data import Pair, Prompt
     from trl_rlaif.errors import RunError, UserError
     from trl_rlaif.events import Label, Pool, PreferenceScores, Rollout
-    from trl_rlaif.judging import Answer, Judge, JudgePrompt, LocalJudge, Question, Thinking
+    from trl_rlaif.judging import Answer, Judge, JudgePrompt, LocalJudge, Question, Thinking, ThinkingOptions
     from trl_rlaif.ppo.config import PPOConfig
     from trl_rlaif.ppo.trainer import PPOTrainer
     from trl_rlaif.reward.config import RewardConfig

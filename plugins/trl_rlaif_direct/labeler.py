@@ -5,22 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from pydantic import Field
-
-from trl_rlaif import Answer, Judge, Label, Labeler, Options, Pair, RunError, Thinking
+from trl_rlaif import Answer, Judge, Label, Labeler, Pair, RunError, ThinkingOptions
 from trl_rlaif_direct.rating import RATINGS, Rating, preference, rating
 
 
-class DirectOptions(Options):
+class DirectOptions(ThinkingOptions):
     """Options of `direct`."""
-
-    thinking: bool = Field(False, description="Whether the judge writes a rationale first (chain of thought).")
-    rationales: int = Field(1, ge=1, description="Rationales a response; their distributions are averaged.")
-    rationale_tokens: int = Field(128, ge=1, description="Longest rationale in tokens.")
-    rationale_temperature: float | None = Field(
-        None, ge=0, description="Temperature of the rationales; null takes 0 for one, and 0.7 for several."
-    )
-    seed: int = Field(0, ge=0, description="Seed of the rationales.")
 
 
 class DirectLabeler(Labeler):
@@ -49,7 +39,7 @@ class DirectLabeler(Labeler):
             for pair in pairs
         ]
         known = {index for index, pair in enumerate(pairs) if pair.id in done}
-        for index, answers in judge.ask(groups, RATINGS, thinking=self._thinking(), done=known):
+        for index, answers in judge.ask(groups, RATINGS, thinking=self.options.asked(), done=known):
             yield self._label(pairs[index].id, answers, judge.name)
 
     def rate(self, prompts: Sequence[Any], responses: Sequence[str], judge: Judge) -> list[Rating]:
@@ -61,7 +51,7 @@ class DirectLabeler(Labeler):
         think = self.options.thinking
         groups = [[judge.prompt.rate(p, r, think=think)] for p, r in zip(prompts, responses, strict=True)]
         found: dict[int, Answer] = {}
-        for index, (answer,) in judge.ask(groups, RATINGS, thinking=self._thinking()):
+        for index, (answer,) in judge.ask(groups, RATINGS, thinking=self.options.asked()):
             if answer.failed:
                 raise RunError(f"The judge could not rate a response: {answer.failed}.")
             found[index] = answer
@@ -74,22 +64,9 @@ class DirectLabeler(Labeler):
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
         return [one.reward for one in self.rate(prompts, texts, self.judge)]
 
-    def _thinking(self) -> Thinking | None:
-        options = self.options
-        if not options.thinking:
-            return None
-        temperature = options.rationale_temperature
-        if temperature is None:
-            temperature = 0.0 if options.rationales == 1 else 0.7
-        return Thinking(options.rationales, options.rationale_tokens, temperature, options.seed)
-
     def _label(self, id: str, answers: list[Answer], judge: str) -> Label:
         # What the judge wrote of each response stands where distilled keeps that of each order.
-        rationales = {
-            name: answer.rationales[0] if len(answer.rationales) == 1 else list(answer.rationales)
-            for name, answer in zip(("rationale_12", "rationale_21"), answers, strict=True)
-            if answer.rationales
-        }
+        rationales = dict(zip(("rationale_12", "rationale_21"), (a.rationale for a in answers), strict=True))
         failed = next((answer.failed for answer in answers if answer.failed), None)
         if failed:
             return Label(id, judge=judge, skipped=failed, **rationales)

@@ -8,21 +8,15 @@ from typing import Literal
 
 from pydantic import Field
 
-from trl_rlaif import Answer, Judge, Label, Labeler, Options, Pair, Question, Thinking
+from trl_rlaif import Answer, Judge, Label, Labeler, Pair, Question, ThinkingOptions
 from trl_rlaif_distilled.debias import Debias, Order, combine, mean_preference
 
 
-class DistilledOptions(Options):
+class DistilledOptions(ThinkingOptions):
     """Options of `distilled`."""
 
     preamble: Literal["base", "detailed"] = Field("base", description="How much the judge is told about its task.")
     shots: int = Field(0, ge=0, le=8, description="Exemplars shown before the pair.")
-    thinking: bool = Field(False, description="Whether the judge writes a rationale first (chain of thought).")
-    rationales: int = Field(1, ge=1, description="Rationales a question; their distributions are averaged.")
-    rationale_tokens: int = Field(128, ge=1, description="Longest rationale in tokens.")
-    rationale_temperature: float | None = Field(
-        None, ge=0, description="Temperature of the rationales; null takes 0 for one, and 0.7 for several."
-    )
     orders: Literal["both", "12", "21"] = Field(
         "both", description="Orders that the judge is asked in; one alone is for ablations."
     )
@@ -31,7 +25,6 @@ class DistilledOptions(Options):
         description="How the two orders become one: mean_prob (the paper's) or mean_logit, which "
         "cancels a position bias without losing confidence.",
     )
-    seed: int = Field(0, ge=0, description="Seed of the rationales.")
 
 
 class DistilledLabeler(Labeler):
@@ -44,7 +37,7 @@ class DistilledLabeler(Labeler):
         done = set(done)
         groups = [self._questions(pair, judge) for pair in pairs]
         known = {index for index, pair in enumerate(pairs) if pair.id in done}
-        for index, answers in judge.ask(groups, ("1", "2"), thinking=self._thinking(), done=known):
+        for index, answers in judge.ask(groups, ("1", "2"), thinking=self.options.asked(), done=known):
             yield self._label(pairs[index].id, answers, judge.name)
 
     def _questions(self, pair: Pair, judge: Judge) -> list[Question]:
@@ -63,21 +56,8 @@ class DistilledLabeler(Labeler):
     def _orders(self) -> tuple[Order, ...]:
         return ("12", "21") if self.options.orders == "both" else (self.options.orders,)
 
-    def _thinking(self) -> Thinking | None:
-        options = self.options
-        if not options.thinking:
-            return None
-        temperature = options.rationale_temperature
-        if temperature is None:
-            temperature = 0.0 if options.rationales == 1 else 0.7
-        return Thinking(options.rationales, options.rationale_tokens, temperature, options.seed)
-
     def _label(self, id: str, answers: list[Answer], judge: str) -> Label:
-        rationales = {
-            f"rationale_{order}": answer.rationales[0] if len(answer.rationales) == 1 else list(answer.rationales)
-            for order, answer in zip(self._orders(), answers, strict=True)
-            if answer.rationales
-        }
+        rationales = {f"rationale_{order}": a.rationale for order, a in zip(self._orders(), answers, strict=True)}
         failed = next((answer.failed for answer in answers if answer.failed), None)
         if not failed and any(max(draw) == -math.inf for answer in answers for draw in answer.logprobs):
             failed = "the judge gives neither candidate any probability"

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import Field
+
+from trl_rlaif.components import Options
+
 Message = dict[str, Any]
 
 
@@ -40,6 +44,27 @@ class Thinking:
     seed: int = 0
 
 
+class ThinkingOptions(Options):
+    """Options of every labeler whose judge may write a rationale before it answers."""
+
+    thinking: bool = Field(False, description="Whether the judge writes a rationale first (chain of thought).")
+    rationales: int = Field(1, ge=1, description="Rationales a question; their distributions are averaged.")
+    rationale_tokens: int = Field(128, ge=1, description="Longest rationale in tokens.")
+    rationale_temperature: float | None = Field(
+        None, ge=0, description="Temperature of the rationales; null takes 0 for one, and 0.7 for several."
+    )
+    seed: int = Field(0, ge=0, description="Seed of the rationales.")
+
+    def asked(self) -> Thinking | None:
+        """What the judge is asked to write; None without thinking."""
+        if not self.thinking:
+            return None
+        temperature = self.rationale_temperature
+        if temperature is None:
+            temperature = 0.0 if self.rationales == 1 else 0.7
+        return Thinking(self.rationales, self.rationale_tokens, temperature, self.seed)
+
+
 @dataclass(frozen=True)
 class Answer:
     """A judge's distribution over the candidates.
@@ -54,3 +79,8 @@ class Answer:
     logprobs: tuple[tuple[float, ...], ...] = ()
     rationales: tuple[str, ...] = ()
     failed: str | None = None
+
+    @property
+    def rationale(self) -> str | list[str] | None:
+        """As a label keeps it: one text, a list of several, or None."""
+        return list(self.rationales) if len(self.rationales) > 1 else next(iter(self.rationales), None)
