@@ -90,11 +90,10 @@ class ScriptedJudge(Judge):
         *,
         prompt: JudgePrompt | None = None,
         name: str = "scripted",
-        revision: str = "",
         mass: float = 0.9,
         rationale: Callable[[dict[str, str], int], str] = lambda texts, number: f"because {number}",
     ) -> None:
-        super().__init__(prompt or JudgePrompt.load(prompt_folder("general")), name, revision)
+        super().__init__(prompt or JudgePrompt.load(prompt_folder("general")), name)
         self.rule, self.mass, self.rationale = rule, mass, rationale
         self.asked: list[dict[str, Any]] = []
 

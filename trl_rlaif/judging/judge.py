@@ -17,11 +17,10 @@ class Judge(ABC):
     Args:
         prompt: Makes the questions.
         name: How the labels call the judge.
-        revision: What else determines its answers: the weights' version, the type that they are held in.
     """
 
-    def __init__(self, prompt: JudgePrompt, name: str, revision: str = "") -> None:
-        self.prompt, self.name, self.revision = prompt, name, revision
+    def __init__(self, prompt: JudgePrompt, name: str) -> None:
+        self.prompt, self.name = prompt, name
 
     @abstractmethod
     def ask(

@@ -30,7 +30,7 @@ class LocalJudge(Judge):
     Args:
         model: In eval mode. Any dtype, NF4 too.
         tokenizer: With a chat template, questions go through it; without, they are plain text.
-        prompt, name, revision: As of every judge.
+        prompt, name: As of every judge.
         batch_tokens: Most tokens that are computed at once.
         context: Called for a context around every forward pass, for a judge that is a role of a shared base.
         precision: Of float32 matrix products. "auto" takes the lowest that leaves the first questions' answers
@@ -46,12 +46,11 @@ class LocalJudge(Judge):
         prompt: JudgePrompt,
         name: str,
         *,
-        revision: str = "",
         batch_tokens: int = 8192,
         context: Callable[[], AbstractContextManager] = nullcontext,
         precision: Literal["auto"] | Precision = "highest",
     ) -> None:
-        super().__init__(prompt, name, revision)
+        super().__init__(prompt, name)
         self.model, self.tokenizer = model, tokenizer
         self.batch_tokens, self.context, self.precision = batch_tokens, context, precision
         self.probe: Probe | None = None

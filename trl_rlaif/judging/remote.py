@@ -121,8 +121,7 @@ class RemoteJudge(Judge):
     """
 
     def __init__(self, model: str, prompt: JudgePrompt, server: Server) -> None:
-        how = f"{server.base_url or 'openai'} {server.api} prefill={server.prefill} votes={server.votes}"
-        super().__init__(prompt, model, how)
+        super().__init__(prompt, model)
         self.server = server
         self._client = server.client()
 
