@@ -1,11 +1,12 @@
 """What each prompting technique of the RLAIF paper does for a small judge, against people's choices.
 
-    python benchmarks/labeler_ablation.py DATA [DATA ...] --pairs 300 --output benchmarks/results/labeler_ablation.md
+    python benchmarks/labeler_ablation.py DATA[=PROMPT] ... --pairs 300 --output benchmarks/results/labeler_ablation.md
 
-DATA are files of pairs with people's choices (a column `human`, or Anthropic's raw HH-RLHF transcripts). Each
-labeler runs through `trl-rlaif run` with `label.compare`, so an interrupted measurement goes on where it was.
-Reported for each: agreement with people (ties left out) and its 95% interval, position bias, mass, calibration
-error, all for both ways of joining the orders, and the calibration error after cross-validated calibration.
+DATA are files of pairs with people's choices (a column `human`, or Anthropic's raw HH-RLHF transcripts), PROMPT the
+folder of prompts to ask with (default: general). Each labeler is a run of its own over one shared store of labels, so
+an interrupted measurement goes on where it was. Reported for each: agreement with people (ties left out) and its 95%
+interval, position bias, mass, calibration error, all for both ways of joining the orders, and the calibration error
+after cross-validated calibration.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def main() -> None:
     args = _arguments()
     lines = [f"<!-- {args.command} -->", ""]
     for model in args.model:
-        for data in args.data:
-            lines += _measure(args, model, data)
+        for data, prompt in args.data:
+            lines += _measure(args, model, data, prompt)
             if args.output:
                 args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
@@ -52,44 +53,49 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", nargs="+", type=Path)
+    parser.add_argument("data", nargs="+", type=_data_and_prompt, metavar="DATA[=PROMPT]")
     parser.add_argument("--model", action="append", help="may be given several times")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--pairs", type=int, default=300)
     parser.add_argument("--cot-pairs", type=int, default=100, help="pairs for the variant that writes rationales")
-    parser.add_argument("--prompt", default="general")
     parser.add_argument("--runs", type=Path, default=Path("runs/labeler_ablation"))
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     args.model = args.model or ["HuggingFaceTB/SmolLM2-135M-Instruct"]
     args.command = (
         "python benchmarks/labeler_ablation.py "
-        + " ".join(f"{p.name}" for p in args.data)
+        + " ".join(f"{data.name}={prompt}" for data, prompt in args.data)
+        + "".join(f" --model {Path(model).name}" for model in args.model)
         + f" --pairs {args.pairs} --cot-pairs {args.cot_pairs} --dtype {args.dtype}"
     )
     return args
 
 
-def _measure(args: argparse.Namespace, model: str, data: Path) -> list[str]:
+def _data_and_prompt(text: str) -> tuple[Path, str]:
+    path, _, prompt = text.partition("=")
+    return Path(path), prompt or "general"
+
+
+def _measure(args: argparse.Namespace, model: str, data: Path, prompt: str) -> list[str]:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl-rlaif"))
     lines = [
         f"## {model.rsplit('/', 1)[-1]} on {data.name}",
         "",
-        f"{args.dtype}, prompt `{args.prompt}`; {versions}",
+        f"{args.dtype}, prompt `{prompt}`; {versions}",
         "",
     ]
     lines += [
         "| labeler | pairs | agreement, mean_logit | agreement, mean_prob | position bias | mass | "
-        "ECE logit / prob | ECE calibrated | pairs/s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "ECE logit / prob | ECE calibrated |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, options in VARIANTS.items():
         count = args.cot_pairs if options.get("thinking") else args.pairs
-        lines.append(f"| {name} | {_row(args, model, data, options, count)} |")
+        lines.append(f"| {name} | {_row(args, model, data, prompt, options, count)} |")
     return [*lines, ""]
 
 
-def _row(args: argparse.Namespace, model: str, data: Path, options: dict[str, Any], count: int) -> str:
+def _row(args: argparse.Namespace, model: str, data: Path, prompt: str, options: dict[str, Any], count: int) -> str:
     folder = args.runs / f"{model.rsplit('/', 1)[-1]}-{data.name.split('.')[0]}-{count}"
     folder.mkdir(parents=True, exist_ok=True)
     pairs = folder / "pairs-in.jsonl"
@@ -99,7 +105,7 @@ def _row(args: argparse.Namespace, model: str, data: Path, options: dict[str, An
     recipe = {
         "model": {"path": model, "dtype": args.dtype},
         "data": {"pairs": str(pairs.resolve())},
-        "label": {"labeler": {"distilled": options}, "prompt": args.prompt},
+        "label": {"labeler": {"distilled": options}, "prompt": prompt},
     }
     path = folder / "ablation.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
@@ -117,7 +123,6 @@ def _row(args: argparse.Namespace, model: str, data: Path, options: dict[str, An
     decided = [i for i, choice in enumerate(human) if choice in (1, 2)]
     after = held_out([rows[i] for i in decided], [human[i] for i in decided], seed=0)["after"]["ece"]
     bias = position_bias([row["p_12"] for row in rows], [row["p_21"] for row in rows])
-    speed = numbers["pairs_per_second"]
     return " | ".join(
         (
             f"{len(decided)} of {len(judged)}",
@@ -127,7 +132,6 @@ def _row(args: argparse.Namespace, model: str, data: Path, options: dict[str, An
             f"{numbers['mass']['mean']:.2f}",
             f"{calibration_error(logit, human):.3f} / {calibration_error(prob, human):.3f}",
             f"{after:.3f}",
-            f"{speed:.1f}" if speed else "from store",
         )
     )
 
