@@ -16,6 +16,8 @@ from jinja2 import Environment
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers import models as tokenizer_models
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -232,6 +234,13 @@ def mistral(*, window: int | None, length: int = 2048) -> torch.nn.Module:
     return _made(MistralForCausalLM, config)
 
 
+def chunked(*, chunk: int = 32, length: int = 2048) -> torch.nn.Module:
+    """Said to attend in chunks, which packing does not know, so that it is padded; in truth it does not."""
+    model = llama(length=length)
+    model.config.attention_chunk_size = chunk
+    return model
+
+
 def _made(kind: type, config: Any) -> torch.nn.Module:
     torch.manual_seed(0)
     return kind(config).eval()
@@ -244,6 +253,11 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
     "gpt2": gpt2,
     "wide window": lambda: mistral(window=2048),
     "narrow window": lambda: mistral(window=32),
+    "mixed windows": lambda: _made(
+        Gemma3ForCausalLM,
+        Gemma3TextConfig(sliding_window=16, layer_types=["sliding_attention", "full_attention"], head_dim=16, **_GQA),
+    ),
+    "padded": chunked,
 }
 
 

@@ -94,10 +94,10 @@ def test_answers_of_every_kind_of_model(name, batch_tokens, packs):
     judge = make_judge(MODELS[name](), prompt=prompt, batch_tokens=batch_tokens)
     groups = both_orders(prompt, PAIRS[:4], preamble="detailed", shots=2)
     assert_exact(judge, groups, ("1", "2"), asked(judge, groups))
-    assert packs == [name != "narrow window"]
+    assert packs == [name != "padded"]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "narrow window"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "narrow window", "padded"])
 def test_the_padding_side_does_not_matter(name):
     judge = make_judge(MODELS[name]())
     groups, found = both_orders(judge.prompt), []
@@ -229,7 +229,7 @@ def test_packed_batches_keep_the_budget(counted):
 
 
 @pytest.mark.parametrize("thinking", [None, Thinking(2, 4, 1.0)], ids=["at once", "thinking"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "narrow window"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "narrow window", "padded"])
 def test_what_is_left_is_answered_bit_for_bit_as_in_an_undisturbed_run(name, thinking):
     judge = make_judge(MODELS[name](), batch_tokens=800)
     groups = both_orders(judge.prompt, PAIRS * 2, think=thinking is not None)
@@ -240,7 +240,7 @@ def test_what_is_left_is_answered_bit_for_bit_as_in_an_undisturbed_run(name, thi
         assert rest == {index: undisturbed[index] for index in order if index not in done}
 
 
-@pytest.mark.parametrize("name", ["llama", "narrow window"])
+@pytest.mark.parametrize("name", ["llama", "padded"])
 def test_what_is_left_is_computed_in_the_same_batches(name):
     """The same passes over the same tokens, except those whose answers are all known."""
     judge, seen = make_judge(MODELS[name](), batch_tokens=800), []
@@ -295,7 +295,7 @@ def with_nan(model, row):
 
 
 @pytest.mark.parametrize("thinking", [None, Thinking(1, 3)], ids=["at once", "thinking"])
-@pytest.mark.parametrize("name", ["llama", "narrow window"])
+@pytest.mark.parametrize("name", ["llama", "padded"])
 def test_a_model_of_no_numbers_gives_no_answers(name, thinking):
     model = with_nan(MODELS[name](), lambda m: m.lm_head.weight[7])
     judge = make_judge(model)
@@ -307,7 +307,7 @@ def test_a_model_of_no_numbers_gives_no_answers(name, thinking):
             assert len(answer.rationales) == (thinking is not None)
 
 
-@pytest.mark.parametrize("name", ["llama", "narrow window"])
+@pytest.mark.parametrize("name", ["llama", "padded"])
 def test_what_one_text_brings_about_leaves_the_others_alone(name):
     """The embedding of a letter that stands in one pair only is broken."""
     judge = make_judge(MODELS[name]())

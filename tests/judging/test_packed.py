@@ -9,7 +9,7 @@ from transformers import BloomConfig, BloomForCausalLM, Gemma2Config, Gemma2ForC
 
 from trl_rlaif.judging.packed import PackedModel, packed_batches, packed_length, shared_prefix
 
-PACKING = ["llama", "qwen2", "gpt-neox", "gpt2", "wide window"]
+PACKING = ["llama", "qwen2", "gpt-neox", "gpt2", "wide window", "narrow window", "mixed windows"]
 TOLERANCE = 2e-5  # nats; what holds is about 5e-6
 
 
@@ -95,9 +95,12 @@ def test_these_can_be_packed(models, name):
     assert PackedModel.can_read(models[name], 1000)
 
 
-def test_a_window_must_not_be_shorter_than_the_longest_sequence():
-    model = mistral(window=100)
-    assert [PackedModel.can_read(model, length) for length in (99, 100, 101)] == [True, True, False]
+def test_a_window_that_sequences_exceed_must_be_told_to_the_attention():
+    for model in (mistral(window=40), MODELS["mixed windows"]()):
+        assert all(PackedModel.can_read(model, length) for length in (40, 41, 1000))
+    silent = llama()
+    silent.config.sliding_window = 40
+    assert [PackedModel.can_read(silent, length) for length in (40, 41)] == [True, False]
 
 
 def test_chunks_of_attention_count_as_a_window():

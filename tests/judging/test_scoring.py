@@ -7,13 +7,13 @@ import math
 
 import pytest
 import torch
-from helpers.judges import MODELS, mistral
+from helpers.judges import MODELS, chunked
 
 from trl_rlaif.judging.scoring import ContinuationScorer, add, subtract, token_batches
 
 TOLERANCE = 5e-5  # nats against weights in float64; against the model itself it is less
 # Packed, packed with absolute positions, and padded.
-KINDS = ["llama", "gpt2", "narrow window"]
+KINDS = ["llama", "gpt2", "narrow window", "padded"]
 
 
 @pytest.fixture(scope="module")
@@ -126,12 +126,12 @@ def test_one_scorer_for_many_batches(model):
 
 def test_which_models_pack(models):
     packs = {name: ContinuationScorer(model, [[1]], longest=60).packs for name, model in models.items()}
-    assert packs == {"llama": True, "gpt2": True, "narrow window": False}
+    assert packs == {"llama": True, "gpt2": True, "narrow window": True, "padded": False}
 
 
-def test_a_window_counts_the_continuation():
+def test_a_chunk_counts_the_continuation():
     """Four tokens are read behind the longest context: the last one is only predicted."""
-    model, continuations = mistral(window=30), [[1, 2, 3, 4, 5]]
+    model, continuations = chunked(chunk=30), [[1, 2, 3, 4, 5]]
     packs = [ContinuationScorer(model, continuations, longest=longest).packs for longest in (25, 27)]
     assert packs == [True, False]
     for length in (24, 25, 26, 27):
@@ -159,7 +159,7 @@ def test_batches_by_what_a_group_costs(models):
     """Packed, what is shared is paid once; padded, each context is paid with the group's longest."""
     groups = [[drawn(20, 1), drawn(20, 1)[:18] + drawn(2, 2)], [drawn(22, 3)]]
     packed = ContinuationScorer(models["llama"], [[1]], longest=25)
-    padded = ContinuationScorer(models["narrow window"], [[1]], longest=25 + 32)
+    padded = ContinuationScorer(models["padded"], [[1]], longest=25 + 32)
     assert packed.packs and not padded.packs
     assert packed.batches(groups, 44) == [[0, 1]] and len(packed.batches(groups, 43)) == 2
     assert padded.batches(groups, 80) == [[0, 1]] and len(padded.batches(groups, 61)) == 2

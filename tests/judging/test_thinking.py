@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.judges import TOKENIZERS, gpt2, llama, make_prompt, mistral, plain_answer, plain_text
+from helpers.judges import TOKENIZERS, chunked, gpt2, llama, make_prompt, plain_answer, plain_text
 from helpers.tiny import make_tokenizer
 
 from trl_rlaif.judging import Answer, LocalJudge, Thinking
@@ -84,7 +84,7 @@ def test_a_rationale_stands_in_front_of_the_ending(written, monkeypatch):
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@pytest.mark.parametrize("make", [llama, lambda: mistral(window=32)], ids=["packed", "padded"])
+@pytest.mark.parametrize("make", [llama, chunked], ids=["packed", "padded"])
 def test_every_order_and_every_rationale_has_its_own_distribution(name, make, written):
     judge = make_judge(make(), TOKENIZERS[name]())
     groups = both_orders(judge.prompt, PAIRS[:2])

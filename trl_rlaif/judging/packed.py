@@ -23,16 +23,40 @@ class _Layout:
     """Who sees whom in a packed row.
 
     Args:
+        groups: For each group the starts and ends of its segments in the row: first what its sequences share,
+            then each sequence's own tokens, which see the prefix, what is shared, and themselves.
         prefix: Keys and values by layer of what stands before every group, (heads, P, width) each.
-        spans: Start and end of each group in the row.
-        masks: For each group (its tokens, P + its tokens), added to the attention scores.
         keep: Where keys and values are to be kept, a list that is filled layer by layer.
+        windows: Filled with every layer's sliding window.
+        masks: Those of this row so far.
     """
 
-    spans: list[tuple[int, int]]
-    masks: list[torch.Tensor]
+    groups: list[list[tuple[int, int]]]
     prefix: KeyValues | None = None
     keep: KeyValues | None = None
+    windows: list[int | None] | None = None
+    masks: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def cached(self) -> int:
+        """Tokens of the prefix."""
+        return self.prefix[0][0].shape[1] if self.prefix else 0
+
+    @property
+    def longest(self) -> int:
+        """Most tokens that one token of the row sees."""
+        lengths = [[end - start for start, end in segments] for segments in self.groups]
+        return self.cached + max(shared + max(own, default=0) for shared, *own in lengths)
+
+    def mask(self, query: torch.Tensor, seen: int, window: int | None) -> torch.Tensor:
+        """(tokens, seen), added to the scores of the last tokens, which see ``window`` tokens up to themselves."""
+        count = query.shape[2]
+        key = count, seen, min(window or seen, seen)
+        if key not in self.masks:
+            full = query.new_full((count, seen), float("-inf"))
+            own = seen - count  # the column of the first of these tokens
+            self.masks[key] = full.triu(own + 1) + full.tril(own - key[2])
+        return self.masks[key]
 
 
 @dataclass
@@ -41,33 +65,31 @@ class _Row:
 
     ids: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
-    spans: list[tuple[int, int]] = field(default_factory=list)
-    segments: list[list[tuple[int, int]]] = field(default_factory=list)
+    groups: list[list[tuple[int, int]]] = field(default_factory=list)
     wanted: list[int] = field(default_factory=list)
 
     def add(self, group: Sequence[Tokens], cached: int, keep: int) -> None:
         """A group of sequences without their first ``cached`` tokens: what they share, then each one's own."""
-        start = len(self.ids)
         shared = shared_prefix(group, least=keep)
-        self.ids += group[0][cached:shared]
-        self.positions += range(cached, shared)
-        segments = [(0, shared - cached)]
+        segments = [self._append(group[0], cached, shared)]
         for tokens in group:
-            begin = len(self.ids) - start
-            self.ids += tokens[shared:]
-            self.positions += range(shared, len(tokens))
-            segments.append((begin, len(self.ids) - start))
+            segments.append(self._append(tokens, shared, len(tokens)))
             self.wanted += range(len(self.ids) - keep, len(self.ids))
-        self.spans.append((start, len(self.ids)))
-        self.segments.append(segments)
+        self.groups.append(segments)
+
+    def _append(self, tokens: Tokens, first: int, stop: int) -> tuple[int, int]:
+        start = len(self.ids)
+        self.ids += tokens[first:stop]
+        self.positions += range(first, stop)
+        return start, len(self.ids)
 
 
-# What a trial of each model's architecture said.
-_tried: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
+# What a trial of each model said.
+_tried: WeakKeyDictionary[torch.nn.Module, list[int | None] | None] = WeakKeyDictionary()
 _layout: ContextVar[_Layout] = ContextVar("_layout")
 _NAME = "trl_rlaif_packed"
 # What models hand to their attention that changes nothing here.
-_HARMLESS = {"dropout", "is_causal", "output_attentions", "position_ids", "sliding_window", "use_cache"}
+_HARMLESS = {"dropout", "is_causal", "output_attentions", "position_ids", "use_cache"}
 
 
 def _attention(
@@ -77,6 +99,7 @@ def _attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     **more: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention within each group of a packed row, and to the prefix; the interface is transformers'."""
@@ -86,30 +109,31 @@ def _attention(
     layout = _layout.get()
     if layout.keep is not None:
         layout.keep.append((key[0], value[0]))
-    before = layout.prefix[module.layer_idx] if layout.prefix else None
-    repeat = query.shape[1] // key.shape[1]
-    cached = before[0].shape[1] if before is not None else 0
-    # The prefix is copied once a layer, and each group's own keys and values behind it.
-    longest = cached + max(end - start for start, end in layout.spans)
-    keys, values = (key.new_empty(key.shape[1], longest, x.shape[-1]) for x in (key, value))
-    if before is not None:
-        keys[:, :cached], values[:, :cached] = before
+    if layout.windows is not None:
+        layout.windows.append(sliding_window)
+    cached, heads = layout.cached, key.shape[1]
+    # The prefix is copied once a layer. Behind it come what a group shares, and behind that each of its segments
+    # in turn: what a token does not see is not computed either.
+    keys, values = (key.new_empty(heads, layout.longest, x.shape[-1]) for x in (key, value))
+    if layout.prefix:
+        keys[:, :cached], values[:, :cached] = layout.prefix[module.layer_idx]
     output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
-    for (start, end), mask in zip(layout.spans, layout.masks, strict=True):
-        stop = cached + end - start
-        keys[:, cached:stop], values[:, cached:stop] = key[0, :, start:end], value[0, :, start:end]
-        k, v = keys[None, :, :stop], values[None, :, :stop]
-        if repeat > 1 and query.is_cuda:  # its fused kernels take no mask together with shared heads
-            k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-        found = scaled_dot_product_attention(
-            query[:, :, start:end],
-            k,
-            v,
-            attn_mask=mask.to(query.dtype),
-            scale=scaling,
-            enable_gqa=k.shape[1] != query.shape[1],
-        )
-        output[:, start:end] = found.transpose(1, 2)
+    for segments in layout.groups:
+        behind = cached
+        for i, (start, end) in enumerate(segments):
+            stop = behind + end - start
+            keys[:, behind:stop], values[:, behind:stop] = key[0, :, start:end], value[0, :, start:end]
+            if end > start:
+                q, k, v = query[:, :, start:end], keys[None, :, :stop], values[None, :, :stop]
+                if k.shape[1] != q.shape[1] and q.is_cuda:  # its fused kernels take no mask together with shared heads
+                    k, v = (x.repeat_interleave(q.shape[1] // heads, 1) for x in (k, v))
+                mask = layout.mask(q, stop, sliding_window)
+                found = scaled_dot_product_attention(
+                    q, k, v, attn_mask=mask, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
+                )
+                output[:, start:end] = found.transpose(1, 2)
+            if i == 0:
+                behind = stop
     return output, None
 
 
@@ -166,7 +190,7 @@ class PackedModel:
     sequence and nothing else.
 
     Args:
-        model: Of transformers, with full attention, in eval mode.
+        model: Of transformers, with full attention or sliding windows, in eval mode.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -181,32 +205,39 @@ class PackedModel:
         Some architectures add to the attention what this one does not know of (sinks, soft caps, biases).
 
         Args:
-            longest: Tokens of the longest sequence that will come: a sliding window must not be shorter.
+            longest: Tokens of the longest sequence that will come. Where that exceeds a sliding window, the
+                layers that have it must say so; attention in chunks must not be exceeded.
         """
         config = model.config.get_text_config()
-        windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-        if any(window and longest > window for window in windows):
+        window, chunk = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+        if chunk and longest > chunk:
             return False
         if model not in _tried:
-            _tried[model] = PackedModel._agrees(model)
-        return _tried[model]
+            _tried[model] = PackedModel._try_out(model)
+        told = _tried[model]
+        if told is None or not window or longest <= window:
+            return told is not None
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+        return told == [window if kind == "sliding_attention" else None for kind in kinds]
 
     @staticmethod
-    def _agrees(model: torch.nn.Module) -> bool:
+    def _try_out(model: torch.nn.Module) -> list[int | None] | None:
+        """Every layer's sliding window as it told the attention, or None where packing changes the result."""
         rows = [[*range(3, 20), *ends] for ends in ((5, 9, 4), (4, 8), (7,))]
         packed = PackedModel(model)
+        windows: list[int | None] = []
         try:
-            packed.cache(rows[0][:6])
+            packed.cache(rows[0][:6], windows=windows)
             found = packed.logits([rows[:2], rows[2:]], 1)[:, 0].float().log_softmax(-1)
         except Exception:  # whatever an architecture raises that takes no such attention
-            return False
+            return None
         device = found.device
         with torch.no_grad():
             plain = [model(input_ids=torch.tensor([row], device=device), use_cache=False) for row in rows]
         expected = torch.stack([out.logits[0, -1] for out in plain]).float().log_softmax(-1)
         # Below float32 rounding alone makes a difference; what a wrong mask makes is larger by far.
         tolerance = 1e-3 if model.dtype == torch.float32 else 0.25
-        return bool((found - expected).abs().max() < tolerance)
+        return windows if (found - expected).abs().max() < tolerance else None
 
     @property
     def cached(self) -> int:
@@ -214,13 +245,17 @@ class PackedModel:
         return len(self._prefix)
 
     @torch.no_grad()
-    def cache(self, prefix: Tokens) -> None:
-        """Compute a prefix, which all sequences begin with from here on; it may be empty."""
+    def cache(self, prefix: Tokens, *, windows: list[int | None] | None = None) -> None:
+        """Compute a prefix, which all sequences begin with from here on; it may be empty.
+
+        Args:
+            windows: Filled with the sliding window of every layer.
+        """
         if list(prefix) == list(self._prefix):
             return
         self._prefix, self._cache = list(prefix), None
         if prefix:
-            layout = _Layout([(0, len(prefix))], [self._causal(len(prefix))], keep=[])
+            layout = _Layout([[(0, len(prefix))]], keep=[], windows=windows)
             self._forward(list(prefix), list(range(len(prefix))), [len(prefix) - 1], layout)
             self._cache = layout.keep
 
@@ -238,8 +273,7 @@ class PackedModel:
         row = _Row()
         for group in groups:
             row.add(group, self.cached, keep)
-        masks = [self._mask(segments) for segments in row.segments]
-        logits = self._forward(row.ids, row.positions, row.wanted, _Layout(row.spans, masks, self._cache))
+        logits = self._forward(row.ids, row.positions, row.wanted, _Layout(row.groups, self._cache))
         return logits.view(-1, keep, logits.shape[-1])
 
     def _forward(self, ids: list[int], positions: list[int], wanted: list[int], layout: _Layout) -> torch.Tensor:
@@ -251,16 +285,3 @@ class PackedModel:
                 logits_to_keep=torch.tensor(wanted, device=device),
                 use_cache=False,
             ).logits[0]
-
-    def _causal(self, length: int) -> torch.Tensor:
-        full = torch.full((length, length), float("-inf"), dtype=self.model.dtype, device=self.model.device)
-        return full.triu(1)
-
-    def _mask(self, segments: list[tuple[int, int]]) -> torch.Tensor:
-        """The first segment is seen by all others, which do not see each other."""
-        prefix, shared, length = self.cached, segments[0][1], segments[-1][1]
-        mask = torch.full((length, length), float("-inf"), dtype=self.model.dtype, device=self.model.device)
-        mask[:, :shared] = 0
-        for start, end in segments:
-            mask[start:end, start:end] = self._causal(end - start)
-        return torch.cat((mask.new_zeros(length, prefix), mask), 1)
