@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -14,22 +15,27 @@ from trl_rlaif.roles import SharedBase, active_adapter, backbone, inner_model
 class Actors(Protocol):
     """Forward passes of the four parts. ``inputs`` are input_ids, attention_mask and position_ids.
 
-    ``keep`` is the number of positions wanted at the end of each row. A part that learns must run its
-    backward pass inside its own ``playing`` context: gradient checkpointing computes the forward again
-    there, and has to meet the same adapter.
+    A part that learns must run its backward pass inside its own ``playing`` context: gradient checkpointing
+    computes the forward again there, and has to meet the same adapter.
     """
+
+    one_trunk: bool
+    """Whether the value is read off the policy's own hidden states, so that one forward pass gives both."""
 
     def playing(self, part: str) -> AbstractContextManager:
         """Context for a part: policy, value, reward or reference."""
 
-    def generator(self) -> nn.Module:
-        """The policy as a model with ``generate``; use it inside ``playing("policy")``."""
+    def model(self, part: str) -> nn.Module:
+        """The causal language model of policy or reference; use it inside ``playing(part)``."""
 
-    def logits(self, part: str, inputs: dict[str, torch.Tensor], keep: int) -> torch.Tensor:
-        """(B, keep, V) next-token logits of policy or reference; position i predicts token i + 1."""
+    def trained(self) -> Sequence[nn.Module]:
+        """The models of transformers that gradients pass through."""
 
-    def values(self, inputs: dict[str, torch.Tensor], keep: int) -> torch.Tensor:
-        """(B, keep) values of the states after the last ``keep`` tokens."""
+    def value_hidden(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """(B, S, H) hidden states that the value head reads; use it inside ``playing("value")``."""
+
+    def value_head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Values of hidden states: their shape less the last axis."""
 
     def scores(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """(B,) scores of whole responses, read at each row's last token."""
@@ -40,19 +46,24 @@ class SharedActors:
 
     def __init__(self, shared: SharedBase) -> None:
         self.shared = shared
+        self.one_trunk = "value" not in shared.peft.peft_config
 
     def playing(self, part: str) -> AbstractContextManager:
+        if part == "value" and self.one_trunk:
+            part = "policy"
         return self.shared.role(self.shared.reference if part == "reference" else part)
 
-    def generator(self) -> nn.Module:
+    def model(self, part: str) -> nn.Module:
         return self.shared.model
 
-    def logits(self, part: str, inputs: dict[str, torch.Tensor], keep: int) -> torch.Tensor:
-        with self.playing(part):
-            return self.shared.model(**inputs, use_cache=False, logits_to_keep=keep).logits
+    def trained(self) -> Sequence[nn.Module]:
+        return (self.shared.model,)
 
-    def values(self, inputs: dict[str, torch.Tensor], keep: int) -> torch.Tensor:
-        return self.shared.head("value", self.shared.hidden("value", **inputs)[:, -keep:])
+    def value_hidden(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.shared.hidden("policy" if self.one_trunk else "value", **inputs)
+
+    def value_head(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.shared.head("value", hidden)
 
     def scores(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         return self.shared.head("reward", last_hidden(self.shared.hidden("reward", **inputs), inputs))
@@ -70,6 +81,8 @@ class SeparateActors:
         ref_adapter: Name of the reference's adapter on the policy.
     """
 
+    one_trunk = False
+
     def __init__(
         self,
         policy: nn.Module,
@@ -86,17 +99,17 @@ class SeparateActors:
             return active_adapter(self.policy, self.ref_adapter)
         return nullcontext()
 
-    def generator(self) -> nn.Module:
-        return inner_model(self.policy)
+    def model(self, part: str) -> nn.Module:
+        return inner_model(self.policy if part == "policy" or self.reference is None else self.reference)
 
-    def logits(self, part: str, inputs: dict[str, torch.Tensor], keep: int) -> torch.Tensor:
-        model = self.policy if part == "policy" or self.reference is None else self.reference
-        with self.playing(part):
-            return inner_model(model)(**inputs, use_cache=False, logits_to_keep=keep).logits
+    def trained(self) -> Sequence[nn.Module]:
+        return inner_model(self.policy), inner_model(self.value)
 
-    def values(self, inputs: dict[str, torch.Tensor], keep: int) -> torch.Tensor:
-        hidden = backbone(self.value)(**inputs, use_cache=False).last_hidden_state
-        return inner_model(self.value).score(hidden[:, -keep:]).squeeze(-1)
+    def value_hidden(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return backbone(self.value)(**inputs, use_cache=False).last_hidden_state
+
+    def value_head(self, hidden: torch.Tensor) -> torch.Tensor:
+        return inner_model(self.value).score(hidden).squeeze(-1)
 
     def scores(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         hidden = backbone(self.reward)(**inputs, use_cache=False).last_hidden_state

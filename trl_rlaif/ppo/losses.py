@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from trl_rlaif.ppo.advantages import masked_mean
-
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
     """Log-probability of each token at a sampling temperature.
@@ -34,6 +32,7 @@ def policy_loss(
     advantages: torch.Tensor,
     mask: torch.Tensor,
     clip: float,
+    count: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Clipped surrogate objective (eq. 7), to be minimised.
 
@@ -41,6 +40,7 @@ def policy_loss(
         logprobs, old_logprobs, advantages: (B, T) float; old_logprobs and advantages without gradient.
         mask: (B, T) bool, True on response tokens.
         clip: Half-width of the ratio's interval around 1.
+        count: What sums are divided by; None takes the mask's own count. A part of a batch needs the whole's.
 
     Returns:
         (loss, share of tokens where the clipped term decides), two scalars.
@@ -48,11 +48,17 @@ def policy_loss(
     ratio = (logprobs - old_logprobs).exp()
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
-    return masked_mean(torch.max(plain, clipped), mask), masked_mean((clipped > plain).float(), mask)
+    count = mask.sum() if count is None else count
+    return (torch.max(plain, clipped) * mask).sum() / count, ((clipped > plain) * mask).sum() / count
 
 
 def value_loss(
-    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor, clip: float
+    values: torch.Tensor,
+    old_values: torch.Tensor,
+    returns: torch.Tensor,
+    mask: torch.Tensor,
+    clip: float,
+    count: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Half the squared error to the returns, pessimistic over a clipped change of the values.
 
@@ -60,10 +66,12 @@ def value_loss(
         values, old_values, returns: (B, T) float.
         mask: (B, T) bool, True on response tokens and on the step after the last.
         clip: Largest change of a value that is believed in one update.
+        count: As of ``policy_loss``.
 
     Returns:
         (loss, share of steps where the clipped term decides), two scalars.
     """
     near = torch.clamp(values, old_values - clip, old_values + clip)
     plain, clipped = (values - returns) ** 2, (near - returns) ** 2
-    return 0.5 * masked_mean(torch.max(plain, clipped), mask), masked_mean((clipped > plain).float(), mask)
+    count = mask.sum() if count is None else count
+    return 0.5 * (torch.max(plain, clipped) * mask).sum() / count, ((clipped > plain) * mask).sum() / count

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from trl_rlaif.ppo.cache import block_cache
+
 
 class LogprobRecorder(LogitsProcessor):
     """Applies the sampling temperature and keeps the log-probability of each token that is then drawn.
@@ -79,11 +81,13 @@ def generate(
         (response_ids, logprobs): (B, T) int64 and float32; T is at most ``max_new_tokens``.
     """
     recorder = LogprobRecorder(temperature)
+    cache = block_cache(model)
     with _bare_generation_config(model):
         sequences = model.generate(
             input_ids=prompt_ids.masked_fill(~prompt_mask.bool(), 0),
             attention_mask=prompt_mask.long(),
             logits_processor=LogitsProcessorList([recorder]),
+            **({} if cache is None else {"past_key_values": cache}),
             generation_config=GenerationConfig(
                 max_new_tokens=max_new_tokens,
                 do_sample=True,

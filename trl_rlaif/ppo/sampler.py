@@ -10,9 +10,11 @@ from accelerate import Accelerator
 from torch.nn.functional import pad
 
 from trl_rlaif.events import Rollout
+from trl_rlaif.ppo import passes
 from trl_rlaif.ppo.actors import Actors
-from trl_rlaif.ppo.losses import token_logprobs
-from trl_rlaif.ppo.rollout import generate, model_inputs, response_lengths
+from trl_rlaif.ppo.passes import Passage
+from trl_rlaif.ppo.precision import autocast, held_head
+from trl_rlaif.ppo.rollout import generate, response_lengths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,7 +27,7 @@ class RolloutSampler:
 
     Args:
         args: Response length, batch sizes and temperature.
-        accelerator: Its autocast is used.
+        accelerator: Its device is used.
         tokenizer: Padding, and decoding of responses.
         stop_id: The end token, or None to sample to the full length.
     """
@@ -63,10 +65,11 @@ class RolloutSampler:
         self, actors: Actors, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         size, pad_id = self.args.local_rollout_forward_batch_size, self.tokenizer.pad_token_id
-        with actors.playing("policy"), self.accelerator.autocast():
+        model = actors.model("policy")
+        with actors.playing("policy"), autocast(self.args, self.accelerator.device), held_head(model):
             drawn = [
                 generate(
-                    actors.generator(),
+                    model,
                     ids,
                     mask,
                     max_new_tokens=self.args.response_length,
@@ -92,19 +95,18 @@ class RolloutSampler:
 
     def _judged(self, actors: Actors, rollout: Rollout) -> Rollout:
         """The rollout with the reference's log-probabilities and the values; zero behind the ends."""
-        width = rollout.response_ids.shape[1]
+        mask, value_mask = rollout.masks()
         references, values = torch.zeros_like(rollout.logprobs), torch.zeros_like(rollout.logprobs)
         for rows in self._chunks(rollout):
-            inputs = model_inputs(*rollout.sequences(rows))
-            with self.accelerator.autocast():
-                logits = actors.logits("reference", inputs, width + 1)[:, :-1]
-                values[rows] = actors.values(inputs, width + 1)[:, :-1].float()
-            references[rows] = token_logprobs(logits, rollout.response_ids[rows], self.temperature)
-        mask, value_mask = rollout.masks()
+            passage = Passage.of(rollout, rows)
+            with autocast(self.args, self.accelerator.device):
+                found, _ = passes.logprobs(actors, "reference", passage, self.temperature)
+                values[rows, : passage.value_width] = passes.values(actors, passage)
+            references[rows, : passage.width] = found
         return replace(
             rollout,
             logprobs=rollout.logprobs.masked_fill(~mask, 0),
-            ref_logprobs=references.masked_fill(~mask, 0),
+            ref_logprobs=references,
             values=values.masked_fill(~value_mask, 0),
         )
 
@@ -113,8 +115,8 @@ class RolloutSampler:
         """The reward model's score of each response: (B,) float32."""
         scores = torch.zeros(len(rollout.prompts), device=self.accelerator.device)
         for rows in self._chunks(rollout):
-            with self.accelerator.autocast():
-                scores[rows] = actors.scores(model_inputs(*rollout.sequences(rows))).float()
+            with autocast(self.args, self.accelerator.device):
+                scores[rows] = actors.scores(Passage.of(rollout, rows).inputs(last=True)).float()
         return scores
 
     def _chunks(self, rollout: Rollout) -> tuple[torch.Tensor, ...]:

@@ -17,14 +17,16 @@ from trl_rlaif.errors import UserError
 from trl_rlaif.events import Pool, Rollout
 from trl_rlaif.plugins import Plugins, installed_plugins
 from trl_rlaif.ppo import advantages as adv
-from trl_rlaif.ppo import checkpoint, losses
+from trl_rlaif.ppo import checkpoint
 from trl_rlaif.ppo.actors import Actors, SeparateActors, SharedActors
 from trl_rlaif.ppo.config import PPOConfig
 from trl_rlaif.ppo.construction import load_policy, prompt_loader, shared_base, tokenized
+from trl_rlaif.ppo.gradients import MicroBatch, Objective
+from trl_rlaif.ppo.lean_lora import make_lean
 from trl_rlaif.ppo.metrics import update_metrics
+from trl_rlaif.ppo.precision import hold_frozen_weights
 from trl_rlaif.ppo.prompts import BatchStream, PromptCollator
 from trl_rlaif.ppo.rewards import RewardFunc, call_reward, reward_name
-from trl_rlaif.ppo.rollout import model_inputs
 from trl_rlaif.ppo.sampler import RolloutSampler
 from trl_rlaif.ppo.selection import select_rows
 from trl_rlaif.ppo.trl_base import TrlPPOTrainer
@@ -124,6 +126,12 @@ class PPOTrainer(TrlPPOTrainer):
         for model in (self.ref_model, self.reward_model):
             if model is not None:
                 model.eval()
+        if args.fp16:
+            raise UserError("fp16 is not supported in PPO.", fix="Use bf16, or neither for float32.")
+        if self.shared is not None:
+            make_lean(self.shared.peft)
+            if args.bf16:
+                hold_frozen_weights(self.shared)
         self._sampler = RolloutSampler(args, self.accelerator, self.processing_class, self.stop_token_id)
         self._batches = BatchStream(self.dataloader)
         self._minibatch_order = torch.Generator().manual_seed(self.local_seed)
@@ -250,38 +258,9 @@ class PPOTrainer(TrlPPOTrainer):
         rows: torch.Tensor,
         weight: float = 1.0,
     ) -> dict[str, torch.Tensor]:
-        """Gradients of one micro-batch. The value's graph is gone before the policy's is built."""
-        args = self.args
-        width = rollout.response_ids.shape[1]
-        mask, value_mask = (m[rows] for m in rollout.masks())
-        inputs = model_inputs(*rollout.sequences(rows))
-        with self.actors.playing("value"):
-            with self.accelerator.autocast():
-                values = self.actors.values(inputs, width + 1)[:, :-1].float()
-            v_loss, v_clipped = losses.value_loss(
-                values, rollout.values[rows], returns[rows], value_mask, args.cliprange_value
-            )
-            self.accelerator.backward(args.vf_coef * v_loss * weight)
-        with self.actors.playing("policy"):
-            with self.accelerator.autocast():
-                logits = self.actors.logits("policy", inputs, width + 1)[:, :-1]
-            logprobs = losses.token_logprobs(logits, rollout.response_ids[rows], self._sampler.temperature)
-            logprobs = logprobs.masked_fill(~mask, 0)
-            p_loss, p_clipped = losses.policy_loss(
-                logprobs, rollout.logprobs[rows], advantages[rows], mask, args.cliprange
-            )
-            self.accelerator.backward(p_loss * weight)
-        with torch.no_grad():
-            difference = logprobs - rollout.logprobs[rows]
-            return {
-                "policy/approxkl_avg": 0.5 * (difference**2).mean(),
-                "policy/clipfrac_avg": p_clipped,
-                "loss/policy_avg": p_loss.detach(),
-                "loss/value_avg": v_loss.detach(),
-                "val/clipfrac_avg": v_clipped,
-                "policy/entropy_avg": adv.masked_mean(losses.entropy(logits, self._sampler.temperature), mask),
-                "val/ratio": difference.exp().mean(),
-            }
+        """Gradients of one micro-batch, and its statistics."""
+        objective = Objective(self.actors, self.accelerator, self.args, self._sampler.temperature)
+        return objective.backward(MicroBatch(rollout, advantages, returns, rows, weight))
 
     def compute_metrics(
         self, rollout: Rollout, scores: torch.Tensor, stats: dict[str, list[torch.Tensor]]

@@ -1,0 +1,300 @@
+"""PPO's time and memory: TRL's stock PPOTrainer and this one, side by side on the same machine.
+
+    python benchmarks/ppo.py --output benchmarks/results/ppo.json
+    python benchmarks/ppo.py --response 256 --output benchmarks/results/ppo.json
+
+Stock is `trl.experimental.ppo.PPOTrainer` as its documentation sets it up: a LoRA policy, a separate value model and
+a separate reward model, and its own defaults. Ours gets the same model, LoRA, prompts, batch, response length and
+defaults, with all roles on one base. Each measurement is a process of its own; both sides alternate. Time is the
+fastest update after the first, by phase. Memory is the peak resident set above the import of the libraries, once as
+it is and once with MALLOC_MMAP_THRESHOLD_=65536 (much of the first is heap that glibc keeps); on a GPU the peak of
+allocated memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+from functools import wraps
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+SIDES = ("stock", "ours")
+_seconds: dict[str, float] = defaultdict(float)
+
+
+def main() -> None:
+    """Run both sides in alternation, print their ratios, and append what was measured to the results."""
+    args = _arguments()
+    if args.side:
+        print(json.dumps(_measure(args)))
+        return
+    runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    readings = [None] if args.cuda else [None, "65536"]
+    for _ in range(args.rounds):
+        for threshold in readings:
+            for side in args.sides:
+                runs[side, threshold].append(_run(side, threshold))
+    result: dict[str, Any] = {"command": " ".join(["python", "benchmarks/ppo.py", *sys.argv[1:]])} | _setting(args)
+    for side in args.sides:
+        plain, mapped = runs[side, None], runs.get((side, "65536"), [])
+        fastest = min((update for run in plain for update in run["updates"]), key=lambda update: update["total"])
+        result[side] = {
+            "seconds": {name: round(value, 2) for name, value in fastest.items()},
+            "peak_gib": round(min(run["peak"] for run in plain) / 2**30, 2),
+        }
+        if mapped:
+            result[side]["peak_gib_mapped"] = round(min(run["peak"] for run in mapped) / 2**30, 2)
+    if len(args.sides) == 2:
+        stock, ours = result["stock"], result["ours"]
+        result["ratio"] = {"seconds": round(ours["seconds"]["total"] / stock["seconds"]["total"], 3)} | {
+            name: round(ours[name] / stock[name], 3) for name in ("peak_gib", "peak_gib_mapped") if name in stock
+        }
+    print(json.dumps(result, indent=2))
+    if args.output:
+        known = json.loads(args.output.read_text()) if args.output.exists() else []
+        args.output.write_text(json.dumps([*known, result], indent=2) + "\n")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=64, help="tokens")
+    parser.add_argument("--response", type=int, default=32, help="tokens, all of them sampled")
+    parser.add_argument("--updates", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="PPOConfig of this project's side")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--cuda", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="print where this side's time goes")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, help="results are appended to this JSON list")
+    return parser.parse_args()
+
+
+def _run(side: str, threshold: str | None) -> dict[str, Any]:
+    environment = os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1"}
+    if threshold:
+        environment["MALLOC_MMAP_THRESHOLD_"] = threshold
+    command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    lines = done.stdout.strip().splitlines()
+    if len(lines) > 1:
+        print("\n".join(lines[:-1]))
+    return json.loads(lines[-1])
+
+
+def _setting(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "model": args.model,
+        "batch": args.batch,
+        "prompt_tokens": args.prompt,
+        "response_tokens": args.response,
+        "set": args.set,
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")}
+        | {"python": platform.python_version()},
+        "cores": os.cpu_count(),
+    }
+
+
+# ---- One side, in a process of its own ------------------------------------------------------------------
+
+
+def _measure(args: argparse.Namespace) -> dict[str, Any]:
+    import peft  # noqa: F401
+    import torch
+    import trl  # noqa: F401
+
+    import trl_rlaif  # noqa: F401
+
+    gc.collect()
+    imported = _resident()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _stock(args, folder) if args.side == "stock" else _ours(args, folder)
+        updates = _timed_updates(trainer)
+        if args.profile:
+            with torch.profiler.profile() as profile:
+                trainer.train()
+            print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=40, max_name_column_width=50))
+        else:
+            trainer.train()
+    if args.cuda:
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - imported
+    return {"updates": updates[1:] or updates, "peak": peak}
+
+
+def _resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def _config(kind: type, args: argparse.Namespace, folder: str, **more: Any) -> Any:
+    return kind(
+        output_dir=folder,
+        per_device_train_batch_size=args.batch,
+        gradient_accumulation_steps=1,
+        total_episodes=args.batch * args.updates,
+        response_length=args.response,
+        num_sample_generations=0,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=not args.cuda,
+        disable_tqdm=True,
+        **more,
+    )
+
+
+def _parts(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
+    """Model, tokenizer, prompts of exactly so many random tokens, and LoRA."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+
+    from trl_rlaif.models import ModelSpec, load_model, load_tokenizer
+
+    torch.manual_seed(0)
+    model = load_model(ModelSpec(args.model))
+    tokenizer = load_tokenizer(args.model)
+    ids = torch.randint(1000, 20000, (args.batch * args.updates, args.prompt)).tolist()
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    return model, tokenizer, Dataset.from_dict({"input_ids": ids}), lora
+
+
+def _classifier(args: argparse.Namespace) -> Any:
+    from trl_rlaif.models import ModelSpec, load_model
+
+    return load_model(ModelSpec(args.model), num_labels=1)
+
+
+def _stock(args: argparse.Namespace, folder: str) -> Any:
+    from transformers import DataCollatorWithPadding
+    from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
+
+    model, tokenizer, data, lora = _parts(args)
+    _time(ppo_trainer, "batch_generation", "generation")
+    trainer = PPOTrainer(
+        _config(PPOConfig, args, folder),
+        tokenizer,
+        model,
+        None,
+        _classifier(args),
+        data,
+        _classifier(args),
+        DataCollatorWithPadding(tokenizer),
+        eval_dataset=data,
+        peft_config=lora,
+    )
+    accumulate = trainer.accelerator.accumulate
+
+    @contextmanager
+    def timed(*models: Any) -> Any:
+        started = time.perf_counter()
+        with accumulate(*models):
+            yield
+        _seconds["update"] += time.perf_counter() - started
+
+    trainer.accelerator.accumulate = timed
+    _time(ppo_trainer.gc, "collect", "garbage")
+    return trainer
+
+
+def _ours(args: argparse.Namespace, folder: str) -> Any:
+    import torch
+    import yaml
+    from peft import LoraConfig
+
+    from trl_rlaif import PPOConfig, PPOTrainer
+    from trl_rlaif.roles import SharedBase, save_adapter
+
+    model, tokenizer, data, lora = _parts(args)
+    more = {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in args.set)}
+    shared = SharedBase(model, lora)
+    # A reward adapter of the same size with a head, as the reward stage writes it.
+    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="SEQ_CLS")
+    shared.add_adapter("made", config)
+    reward = Path(folder) / "reward"
+    save_adapter(shared.peft, "made", reward)
+    shared.peft.delete_adapter("made")
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(reward / "adapter_model.safetensors")
+    state["base_model.model.score.weight"] = torch.randn(1, model.config.hidden_size) * 0.02
+    save_file(state, reward / "adapter_model.safetensors", {"format": "pt"})
+    trainer = PPOTrainer(
+        _config(PPOConfig, args, folder, **more),
+        tokenizer,
+        shared,
+        reward_model=reward,
+        train_dataset=data,
+    )
+    _time(trainer._sampler, "_generate", "generation")
+    _time(trainer._sampler, "_judged", "forwards")
+    _time(trainer._sampler, "scores", "forwards")
+    _time(trainer, "update", "update")
+    return trainer
+
+
+def _time(owner: Any, name: str, phase: str) -> None:
+    function = getattr(owner, name)
+
+    @wraps(function)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _synchronize()
+            _seconds[phase] += time.perf_counter() - started
+
+    setattr(owner, name, timed)
+
+
+def _synchronize() -> None:
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def _timed_updates(trainer: Any) -> list[dict[str, float]]:
+    """Filled with every update's seconds by phase while the trainer runs."""
+    from transformers import TrainerCallback
+
+    updates: list[dict[str, float]] = []
+
+    class Clock(TrainerCallback):
+        """Closes an update's account when the next one begins."""
+
+        def __init__(self) -> None:
+            self.started = 0.0
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            _synchronize()
+            now = time.perf_counter()
+            updates.append({**_seconds, "total": now - self.started})
+            _seconds.clear()
+            self.started = now
+
+    trainer.add_callback(Clock())
+    return updates
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The gradients of one micro-batch: policy and value, one after the other or off one trunk."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from trl_rlaif.events import Rollout
+from trl_rlaif.ppo import losses, passes
+from trl_rlaif.ppo.actors import Actors
+from trl_rlaif.ppo.cpu_attention import float32_attention
+from trl_rlaif.ppo.passes import Passage
+from trl_rlaif.ppo.precision import autocast
+
+Stats = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of a rollout that are normalized together.
+
+    Args:
+        advantages, returns: (B, T) float32 of the whole rollout.
+        rows: (b,) int64, which of them.
+        weight: Of this micro-batch's losses in the step.
+    """
+
+    rollout: Rollout
+    advantages: torch.Tensor
+    returns: torch.Tensor
+    rows: torch.Tensor
+    weight: float = 1.0
+
+    def parts(self, tokens: int | None) -> Iterator[torch.Tensor]:
+        """The rows in parts of at most so many tokens, padding counted, and of at least one row."""
+        if tokens is None:
+            yield self.rows
+            return
+        prompts, lengths = self.rollout.prompt_mask.sum(1).tolist(), self.rollout.lengths.tolist()
+        part: list[int] = []
+        for row in self.rows.tolist():
+            grown = [*part, row]
+            width = max(prompts[i] for i in grown) + max(lengths[i] for i in grown)
+            if part and width * len(grown) > tokens:
+                yield torch.tensor(part)
+                grown = [row]
+            part = grown
+        yield torch.tensor(part)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """PPO's losses on the actors (Schulman et al. 2017, eq. 7 and 9), and their backward passes."""
+
+    actors: Actors
+    accelerator: Accelerator
+    args: Any
+    temperature: float
+
+    def backward(self, batch: MicroBatch) -> Stats:
+        """Add a micro-batch's gradients; its statistics, scalars by name.
+
+        A part's graph is gone before the next one's is built; the parts' gradients add up to the whole's.
+        """
+        masks = batch.rollout.masks()
+        counts = tuple(mask[batch.rows].sum() for mask in masks)
+        stats: Stats = defaultdict(lambda: torch.zeros((), device=counts[0].device))
+        for rows in batch.parts(getattr(self.args, "micro_batch_tokens", None)):
+            passage = Passage.of(batch.rollout, rows)
+            part = self._one_trunk if self.actors.one_trunk else self._two_passes
+            with float32_attention(*self.actors.trained()) if self.args.bf16 else nullcontext():
+                found = part(batch, passage, counts)
+            for name, value in found.items():
+                stats[name] = stats[name] + value
+        stats["val/ratio"] = stats["val/ratio"] + 1  # of the distance from 1, which padding has not
+        return dict(stats)
+
+    def _two_passes(self, batch: MicroBatch, passage: Passage, counts: tuple[torch.Tensor, ...]) -> Stats:
+        """The value's graph is gone before the policy's is built."""
+        with self.actors.playing("value"):
+            with autocast(self.args, self.accelerator.device):
+                values = passes.values(self.actors, passage)
+            v_loss, stats = self._value_loss(batch, passage, values, counts[1])
+            self.accelerator.backward(v_loss)
+        with self.actors.playing("policy"):
+            with autocast(self.args, self.accelerator.device):
+                logprobs, entropy = passes.logprobs(self.actors, "policy", passage, self.temperature)
+            p_loss, policy_stats = self._policy_loss(batch, passage, logprobs, entropy, counts[0])
+            self.accelerator.backward(p_loss)
+        return stats | policy_stats
+
+    def _one_trunk(self, batch: MicroBatch, passage: Passage, counts: tuple[torch.Tensor, ...]) -> Stats:
+        with self.actors.playing("policy"):
+            with autocast(self.args, self.accelerator.device):
+                logprobs, entropy, values = passes.together(self.actors, passage, self.temperature)
+            v_loss, stats = self._value_loss(batch, passage, values, counts[1])
+            p_loss, policy_stats = self._policy_loss(batch, passage, logprobs, entropy, counts[0])
+            self.accelerator.backward(p_loss + v_loss)
+        return stats | policy_stats
+
+    def _value_loss(
+        self, batch: MicroBatch, passage: Passage, values: torch.Tensor, count: torch.Tensor
+    ) -> tuple[torch.Tensor, Stats]:
+        old, returns = (x[passage.rows, : passage.value_width] for x in (batch.rollout.values, batch.returns))
+        loss, clipped = losses.value_loss(values, old, returns, passage.value_mask, self.args.cliprange_value, count)
+        stats = {"loss/value_avg": loss.detach(), "val/clipfrac_avg": clipped}
+        return self.args.vf_coef * loss * batch.weight, stats
+
+    def _policy_loss(
+        self,
+        batch: MicroBatch,
+        passage: Passage,
+        logprobs: torch.Tensor,
+        entropy: torch.Tensor,
+        count: torch.Tensor,
+    ) -> tuple[torch.Tensor, Stats]:
+        old, advantages = (x[passage.rows, : passage.width] for x in (batch.rollout.logprobs, batch.advantages))
+        loss, clipped = losses.policy_loss(logprobs, old, advantages, passage.mask, self.args.cliprange, count)
+        # The parent's means go over all positions, padding too.
+        positions = len(batch.rows) * batch.rollout.response_ids.shape[1]
+        with torch.no_grad():
+            difference = logprobs - old
+            stats = {
+                "loss/policy_avg": loss.detach(),
+                "policy/clipfrac_avg": clipped,
+                "policy/approxkl_avg": 0.5 * (difference**2).sum() / positions,
+                "policy/entropy_avg": entropy.sum() / count,
+                "val/ratio": (difference.exp() - 1).sum() / positions,
+            }
+        return loss * batch.weight, stats

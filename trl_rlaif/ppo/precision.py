@@ -1,0 +1,64 @@
+"""The precision of a PPO run's forward passes: bfloat16 where the arguments say so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from trl_rlaif.roles import SharedBase
+
+
+def autocast(args: Any, device: torch.device) -> AbstractContextManager:
+    """bfloat16 autocast with ``args.bf16``, else nothing.
+
+    The parent hands ``bf16`` to nobody: with transformers 5 its accelerator is left without a precision, or with
+    that of whatever trainer ran before in the same process.
+    """
+    return torch.autocast(device.type, dtype=torch.bfloat16) if args.bf16 else nullcontext()
+
+
+class HeldLinear(nn.Linear):
+    """A frozen layer held in bfloat16. Outside of autocast it takes any float, and gives back the same."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if torch.is_autocast_enabled(input.device.type) or input.dtype == self.weight.dtype:
+            return super().forward(input)
+        return super().forward(input.to(self.weight.dtype)).to(input.dtype)
+
+
+def hold_frozen_weights(shared: SharedBase) -> None:
+    """Hold the base's frozen linear layers in what autocast makes of them in every forward pass.
+
+    The results under autocast are the same to the last bit, without the copies; the memory is half. Weights that
+    the input embedding shares are left alone, and what is in less than float32 already.
+    """
+    embedding = shared.model.get_input_embeddings().weight
+    for name, module in shared.model.named_modules():
+        if type(module) is not nn.Linear or "lora_" in name or module.weight is embedding:
+            continue
+        if module.weight.dtype == torch.float32 and not module.weight.requires_grad:
+            module.weight.data = module.weight.data.to(torch.bfloat16)
+            module.__class__ = HeldLinear
+
+
+@contextmanager
+def held_head(model: nn.Module) -> Iterator[None]:
+    """Hold an output embedding that shares the input's float32 weights in bfloat16 for a while.
+
+    Generating casts it for every token otherwise; what autocast computes stays the same.
+    """
+    head = model.get_output_embeddings()
+    device = next(model.parameters()).device.type
+    if type(head) is not nn.Linear or not torch.is_autocast_enabled(device) or head.weight.requires_grad:
+        yield
+        return
+    before = head.weight
+    head.weight = nn.Parameter(before.to(torch.get_autocast_dtype(device)), requires_grad=False)
+    try:
+        yield
+    finally:
+        head.weight = before
