@@ -139,10 +139,15 @@ class SharedBase(nn.Module):
             set_peft_model_state_dict(self.peft, state, adapter_name=name)
         self._set_trainable()
 
-    def add_value(self) -> ValueView:
-        """Add the value role: an adapter like the policy's, and a head that starts at zero."""
-        if "value" not in self.peft.peft_config:
-            self.add_adapter("value", self.peft.peft_config["policy"])
+    def add_value(self, *, trunk: bool = False) -> ValueView:
+        """Add the value role: an adapter like the policy's, and a head that starts at zero.
+
+        Args:
+            trunk: The head alone; it reads the policy's own hidden states.
+        """
+        if "value" not in self.heads:
+            if not trunk:
+                self.add_adapter("value", self.peft.peft_config["policy"])
             self.heads["value"] = self._head()
         return ValueView(self)
 
@@ -199,7 +204,8 @@ class ValueView(nn.Module):
         super().__init__()
         self.score = shared.heads["value"]
         # Not a submodule: the base belongs to the policy, and must not be saved or moved twice.
-        self.backbone = lambda **inputs: shared.hidden("value", **inputs)
+        role = "value" if "value" in shared.peft.peft_config else "policy"
+        self.backbone = lambda **inputs: shared.hidden(role, **inputs)
 
 
 def _for_causal_lm(config: PeftConfig) -> PeftConfig:

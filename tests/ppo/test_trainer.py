@@ -5,52 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from datasets import Dataset
+from helpers.ppo import WORDS
+from helpers.ppo import numbers as _numbers
+from helpers.ppo import prompts as _dataset
+from helpers.ppo import small_trainer as _trainer
 from helpers.rewards import length_penalty, not_a_number
 from helpers.tiny import make_llama, make_scorer, make_tokenizer
 from peft import LoraConfig
 
 from trl_rlaif import DataSelector, PPOConfig, PPOTrainer, RewardTransform, UserError, hookimpl
 from trl_rlaif.plugins import Plugins, installed_plugins
-
-WORDS = "quick brown fox lazy dog capital city country judge over".split()
-
-
-def _dataset(chat=False):
-    prompts = [f"what is the {w}?" for w in WORDS]
-    rows = [[{"role": "user", "content": p}] for p in prompts] if chat else prompts
-    return Dataset.from_dict({"prompt": rows, "category": ["a", "b"] * 5, "answer": WORDS})
-
-
-def _trainer(folder, *, dataset=None, model=None, trainer_kwargs=None, **options):
-    tokenizer = make_tokenizer()
-    arguments = {
-        "per_device_train_batch_size": 4,
-        "total_episodes": 12,
-        "response_length": 8,
-        "learning_rate": 1e-2,
-        "num_ppo_epochs": 1,
-        "num_sample_generations": 0,
-        "bf16": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        "stop_token": "eos",
-        **options,
-    }
-    torch.manual_seed(0)
-    kwargs = {"reward_funcs": [length_penalty], "peft_config": LoraConfig(r=4, target_modules="all-linear")}
-    return PPOTrainer(
-        PPOConfig(str(folder), **arguments),
-        tokenizer,
-        model or make_llama(len(tokenizer)),
-        train_dataset=_dataset() if dataset is None else dataset,
-        **{**kwargs, **(trainer_kwargs or {})},
-    )
-
-
-def _numbers(trainer):
-    return [{k: v for k, v in entry.items() if k != "eps"} for entry in trainer.state.log_history]
 
 
 def test_a_length_penalty_in_five_lines(tmp_path):

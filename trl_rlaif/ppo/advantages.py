@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -61,15 +62,26 @@ def gae(rewards: torch.Tensor, values: torch.Tensor, gamma: float, lam: float) -
     return advantages, advantages + values
 
 
-def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over the True positions of a boolean mask of the same shape; a scalar."""
-    return (values * mask).sum() / mask.sum()
+def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Share of the returns' variance that the values account for: 1 is perfect, 0 as good as a constant."""
+    returns, errors = returns[mask], (returns - values)[mask]
+    return 1 - errors.var(correction=0) / returns.var(correction=0).clamp(min=1e-12)
 
 
-def masked_whiten(values: torch.Tensor, mask: torch.Tensor, *, shift_mean: bool = True) -> torch.Tensor:
-    """Values scaled to unit variance (unbiased) over the mask, and to zero mean if asked; zero outside it."""
-    count = mask.sum().to(values.dtype)
-    mean = masked_mean(values, mask)
-    variance = masked_mean((values - mean) ** 2, mask) * (count / (count - 1).clamp(min=1))
+def masked_whiten(
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    shift_mean: bool = True,
+    total: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
+) -> torch.Tensor:
+    """Values scaled to unit variance (unbiased) over the mask, and to zero mean if asked; zero outside it.
+
+    Args:
+        total: Sums a scalar over all processes, which are then whitened as one.
+    """
+    count = total(mask.sum().to(values.dtype))
+    mean = total((values * mask).sum()) / count
+    variance = total(((values - mean) ** 2 * mask).sum()) / (count - 1).clamp(min=1)
     whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
     return (whitened if shift_mean else whitened + mean).masked_fill(~mask, 0)

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from trl_rlaif.ppo.trainer import PPOTrainer
 
 _NAME = re.compile(r"checkpoint-(\d+)")
+_CONTENT = "content.json"
+_PROGRESS = ("global_step", "episode", "epoch", "log_history")
+_RESTORED = (*_PROGRESS, "best_metric", "best_model_checkpoint", "best_global_step")
+BEST = "objective/rlhf_reward"
 
 
 def find(folder: str | Path, wanted: str | Path | bool | None) -> Path | None:
@@ -37,19 +41,54 @@ def find(folder: str | Path, wanted: str | Path | bool | None) -> Path | None:
     if wanted is True:
         found = _all(Path(folder))
         return found[-1] if found else None
-    if not (Path(wanted) / "training.pt").is_file():
-        raise UserError("This is no PPO checkpoint.", where=str(wanted), fix="Give a folder checkpoint-N.")
+    if not _is_whole(Path(wanted)):
+        what = "This is no PPO checkpoint, or only a part of one."
+        raise UserError(what, where=str(wanted), fix="Give a folder checkpoint-N.")
     return Path(wanted)
 
 
 def _all(folder: Path) -> list[Path]:
     """Whole checkpoints, the oldest first: one is given its name only when it is complete."""
-    names = [p for p in folder.glob("checkpoint-*") if _NAME.fullmatch(p.name)]
+    names = [p for p in folder.glob("checkpoint-*") if _NAME.fullmatch(p.name) and _is_whole(p)]
     return sorted(names, key=lambda p: int(_NAME.fullmatch(p.name)[1]))  # type: ignore[index]
 
 
+def _sizes(folder: Path) -> dict[str, int]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != _CONTENT)
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether every file is there in its full length: a disk may lose what a power cut caught in its cache."""
+    try:
+        return json.loads((folder / _CONTENT).read_text(encoding="utf-8")) == _sizes(folder)
+    except (OSError, ValueError):
+        return False
+
+
+def _is_best(trainer: PPOTrainer) -> bool:
+    """Whether the updates since the last checkpoint were the best so far, by ``metric_for_best_model``."""
+    args, state = trainer.args, trainer.state
+    name = args.metric_for_best_model or BEST
+    last = trainer._last_saved_step
+    recent = [entry[name] for entry in state.log_history if name in entry and entry["step"] > last]
+    trainer._last_saved_step = state.global_step
+    if not recent:
+        return False
+    mean = sum(recent) / len(recent)
+    sign = -1 if args.greater_is_better is False else 1
+    if state.best_metric is not None and sign * mean <= sign * state.best_metric:
+        return False
+    state.best_metric = mean
+    return True
+
+
 def save(trainer: PPOTrainer) -> Path:
-    """Write ``checkpoint-N`` into the output folder and drop what exceeds ``save_total_limit``."""
+    """Write ``checkpoint-N`` into the output folder and drop what exceeds ``save_total_limit``.
+
+    The best one stays beside the last ones: that before which the mean of ``metric_for_best_model``
+    (objective/rlhf_reward, unless the arguments name another) was highest. ``trainer_state.json`` names it.
+    """
     root = Path(trainer.args.output_dir)
     target = root / f"checkpoint-{trainer.state.global_step}"
     building = root / f".building-{target.name}"
@@ -57,13 +96,18 @@ def save(trainer: PPOTrainer) -> Path:
     building.mkdir(parents=True)
     trainer.save_model(str(building), _internal_call=True)
     torch.save(_state(trainer), building / "training.pt")
+    if _is_best(trainer):
+        trainer.state.best_model_checkpoint = str(target)
+        trainer.state.best_global_step = trainer.state.global_step
     trainer.state.save_to_json(str(building / "trainer_state.json"))
+    (building / _CONTENT).write_text(json.dumps(_sizes(building)), encoding="utf-8")
     _sync(building)
     shutil.rmtree(target, ignore_errors=True)
     os.rename(building, target)
     limit = trainer.args.save_total_limit
     for old in _all(root)[:-limit] if limit else []:
-        shutil.rmtree(old, ignore_errors=True)
+        if str(old) != trainer.state.best_model_checkpoint:
+            shutil.rmtree(old, ignore_errors=True)
     return target
 
 
@@ -88,6 +132,7 @@ def _state(trainer: PPOTrainer) -> dict[str, Any]:
         "selected_rows": trainer._selected_rows,
         "batches": trainer._batches.state_dict(),
         "minibatch_order": trainer._minibatch_order.get_state(),
+        "kl_coef": trainer.kl_weight.coef,
         "transforms": [t.state_dict() for t in trainer.reward_transforms],
         "random": {
             "python": random.getstate(),
@@ -121,6 +166,7 @@ def load(trainer: PPOTrainer, folder: Path) -> None:
     if state["selected_rows"] is not None and trainer._selected_rows is None:
         trainer._train_on(state["selected_rows"])
     trainer._batches.load_state_dict(state["batches"])
+    trainer.kl_weight.coef = state["kl_coef"]
     trainer._minibatch_order.set_state(state["minibatch_order"])
     _load_trainer_state(trainer, folder)
     randoms = state["random"]
@@ -134,6 +180,15 @@ def load(trainer: PPOTrainer, folder: Path) -> None:
 def _load_trainer_state(trainer: PPOTrainer, folder: Path) -> None:
     saved = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     known = {f.name for f in dataclasses.fields(trainer.state)}
-    for name in ("global_step", "episode", "epoch", "log_history"):
+    for name in (
+        "global_step",
+        "episode",
+        "epoch",
+        "log_history",
+        "best_metric",
+        "best_model_checkpoint",
+        "best_global_step",
+    ):
         if name in known and name in saved:
             setattr(trainer.state, name, saved[name])
+    trainer._last_saved_step = trainer.state.global_step

@@ -2,9 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
+from trl_rlaif.errors import Problem, UserError
 from trl_rlaif.ppo.trl_base import TrlPPOConfig
+
+# REINFORCE with a learned baseline as in Lee et al. 2023: one pass over each batch, whose ratio is 1, returns without
+# discount, and (1 - beta) * reward - beta * KL with beta = 0.05 at sampling temperature 0.9.
+PRESETS: dict[str, dict[str, Any]] = {
+    "ppo": {},
+    "reinforce": {
+        "num_ppo_epochs": 1,
+        "num_mini_batches": 1,
+        "cliprange": math.inf,
+        "gamma": 1.0,
+        "lam": 1.0,
+        "kl_coef": 0.05,
+        "kl_weighting": "weighted",
+        "temperature": 0.9,
+    },
+}
+
+
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -14,9 +37,62 @@ class PPOConfig(TrlPPOConfig):
     Args:
         max_prompt_length: Longest prompt in tokens; a longer one is left out, counted and reported.
             None takes what the model's context leaves beside ``response_length``.
+        value: Where the value lives on a shared base: ``adapter``, one of its own, or ``trunk``, a head on the
+            policy's hidden states (no second forward and backward pass, but the two share their features).
+        micro_batch_tokens: Most tokens, padding counted, that one forward and backward pass holds. A larger
+            micro-batch is computed in parts whose gradients add up to the same. None: no limit.
+        kl_weighting: ``additive`` is score - beta * KL (Peng et al. 2023), ``weighted`` is (1 - beta) * score -
+            beta * KL (Lee et al. 2023).
+        kl_target: KL to the reference, in nats a response, that ``kl_coef`` is steered to (Ziegler et al. 2019,
+            sec. 2.2); None leaves it fixed.
+        kl_horizon: Episodes in which the steering takes effect.
+        max_update_kl: An update's remaining epochs are left out once the approximate KL between the policy and
+            the one that sampled exceeds this, in nats a token.
+        whiten_scores: Scale each batch's scores to zero mean and unit variance.
+        score_clip: Scores are kept within plus and minus this, after whitening; > 0.
+        length_penalty: Taken from the score for a response of full length, in proportion for a shorter one.
     """
 
-    max_prompt_length: int | None = field(
-        default=None,
-        metadata={"help": "Longest prompt in tokens; longer ones are left out, counted and reported."},
+    max_prompt_length: int | None = _setting(
+        None, "Longest prompt in tokens; longer ones are left out, counted and reported."
     )
+    value: Literal["adapter", "trunk"] = _setting("adapter", "The value: an adapter, or a head on the policy's trunk.")
+    micro_batch_tokens: int | None = _setting(None, "Most tokens in one forward and backward pass; None: no limit.")
+    kl_weighting: Literal["additive", "weighted"] = _setting(
+        "additive", "score - beta KL, or (1 - beta) score - beta KL."
+    )
+    kl_target: float | None = _setting(None, "KL in nats a response that kl_coef is steered to; None: fixed.")
+    kl_horizon: int = _setting(10_000, "Episodes in which the steering of kl_coef takes effect.")
+    max_update_kl: float | None = _setting(None, "Stop an update's epochs beyond this approximate KL, nats a token.")
+    whiten_scores: bool = _setting(False, "Scale each batch's scores to zero mean and unit variance.")
+    score_clip: float | None = _setting(None, "Keep scores within plus and minus this; None: no limit.")
+    length_penalty: float = _setting(0.0, "Taken from the score of a response of full length, else in proportion.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choices = {"value": ("adapter", "trunk"), "kl_weighting": ("additive", "weighted")}
+        problems = [
+            Problem(f"{name} is {getattr(self, name)!r}.", fix=f"Choose one of: {', '.join(allowed)}.")
+            for name, allowed in choices.items()
+            if getattr(self, name) not in allowed
+        ]
+        positive = ("micro_batch_tokens", "kl_target", "kl_horizon", "max_update_kl", "score_clip")
+        problems += [
+            Problem(f"{name} is {getattr(self, name)}; it must be above 0.")
+            for name in positive
+            if getattr(self, name) is not None and not getattr(self, name) > 0
+        ]
+        if self.kl_weighting == "weighted" and not 0 <= self.kl_coef <= 1:
+            problems.append(Problem(f"kl_coef is {self.kl_coef}; with kl_weighting: weighted it is a share, 0 to 1."))
+        if self.kl_weighting == "weighted" and self.kl_target is not None:
+            problems.append(Problem("kl_target steers the additive weight.", fix="Leave out kl_weighting: weighted."))
+        if problems:
+            raise UserError.from_problems(problems)
+
+
+def with_defaults(args: TrlPPOConfig) -> TrlPPOConfig:
+    """TRL's own arguments with the defaults of what is added here."""
+    for setting in fields(PPOConfig):
+        if not hasattr(args, setting.name):
+            setattr(args, setting.name, setting.default)
+    return args

@@ -71,7 +71,7 @@ class Objective:
         masks = batch.rollout.masks()
         counts = tuple(mask[batch.rows].sum() for mask in masks)
         stats: Stats = defaultdict(lambda: torch.zeros((), device=counts[0].device))
-        for rows in batch.parts(getattr(self.args, "micro_batch_tokens", None)):
+        for rows in batch.parts(self.args.micro_batch_tokens):
             passage = Passage.of(batch.rollout, rows)
             part = self._one_trunk if self.actors.one_trunk else self._two_passes
             with float32_attention(*self.actors.trained()) if self.args.bf16 else nullcontext():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -17,7 +16,8 @@ def update_metrics(
     rollout: Rollout,
     scores: torch.Tensor,
     stats: dict[str, list[torch.Tensor]],
-    args: Any,
+    weights: tuple[float, float],
+    kl_estimator: str,
     gather: Callable[[torch.Tensor], torch.Tensor],
 ) -> dict[str, float]:
     """Means over all processes, by the parent's names; lengths and scores by category beside them.
@@ -26,15 +26,16 @@ def update_metrics(
         rollout: What was sampled.
         scores: (B,) float32, transformed.
         stats: Statistics of every micro-batch, scalars by name.
-        args: PPOConfig.
+        weights: Of the score and of the KL in the objective.
+        kl_estimator: k1 or k3.
         gather: Joins a tensor of every process.
     """
-    kl = kl_per_token(rollout.logprobs, rollout.ref_logprobs, args.kl_estimator).sum(1)
+    kl = kl_per_token(rollout.logprobs, rollout.ref_logprobs, kl_estimator).sum(1)
     numbers = {
         "objective/kl": kl,
         "objective/entropy": -rollout.logprobs.sum(1),
-        "objective/non_score_reward": -args.kl_coef * kl,
-        "objective/rlhf_reward": scores - args.kl_coef * kl,
+        "objective/non_score_reward": -weights[1] * kl,
+        "objective/rlhf_reward": weights[0] * scores - weights[1] * kl,
         "objective/scores": scores,
         "rollout/length": rollout.lengths.float(),
         "rollout/ended": rollout.ended.float(),

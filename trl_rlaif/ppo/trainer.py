@@ -19,15 +19,18 @@ from trl_rlaif.plugins import Plugins, installed_plugins
 from trl_rlaif.ppo import advantages as adv
 from trl_rlaif.ppo import checkpoint
 from trl_rlaif.ppo.actors import Actors, SeparateActors, SharedActors
-from trl_rlaif.ppo.config import PPOConfig
+from trl_rlaif.ppo.config import PPOConfig, with_defaults
 from trl_rlaif.ppo.construction import load_policy, prompt_loader, shared_base, tokenized
 from trl_rlaif.ppo.gradients import MicroBatch, Objective
+from trl_rlaif.ppo.head import is_plain
 from trl_rlaif.ppo.lean_lora import make_lean
 from trl_rlaif.ppo.metrics import update_metrics
 from trl_rlaif.ppo.precision import hold_frozen_weights
+from trl_rlaif.ppo.processes import average_gradients
 from trl_rlaif.ppo.prompts import BatchStream, PromptCollator
 from trl_rlaif.ppo.rewards import RewardFunc, call_reward, reward_name
 from trl_rlaif.ppo.sampler import RolloutSampler
+from trl_rlaif.ppo.scores import KLWeight, shaped_scores
 from trl_rlaif.ppo.selection import select_rows
 from trl_rlaif.ppo.trl_base import TrlPPOTrainer
 from trl_rlaif.roles import SharedBase, save_adapter
@@ -85,6 +88,7 @@ class PPOTrainer(TrlPPOTrainer):
         data_selectors: Sequence[DataSelector] = (),
         plugins: Plugins | None = None,
     ) -> None:
+        args = with_defaults(args)
         self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
         self.reward_transforms = list(reward_transforms)
         self.data_selectors = list(data_selectors)
@@ -92,11 +96,19 @@ class PPOTrainer(TrlPPOTrainer):
         if isinstance(model, str):
             model, processing_class = load_policy(model, processing_class, args)
         shared = shared_base(model, value_model, ref_model, peft_config)
+        if shared is None and args.value == "trunk":
+            raise UserError("value: trunk needs one base for every role.", fix="Leave out value_model.")
         if shared is not None:
+            if args.value == "trunk" and not is_plain(shared.model):
+                raise UserError(
+                    "value: trunk cannot read this model: its scores are more than its hidden states times its "
+                    "output embedding.",
+                    fix="Use value: adapter.",
+                )
             if isinstance(reward_model, str | Path):
                 shared.add_reward(reward_model)
                 reward_model = None
-            model, value_model, peft_config = shared.peft, shared.add_value(), None
+            model, value_model, peft_config = shared.peft, shared.add_value(trunk=args.value == "trunk"), None
         has_reward = reward_model is not None or (shared is not None and "reward" in shared.heads)
         if not has_reward and not self.reward_funcs:
             raise UserError("There is no reward: pass reward_model or reward_funcs.")
@@ -136,6 +148,7 @@ class PPOTrainer(TrlPPOTrainer):
         self._batches = BatchStream(self.dataloader)
         self._minibatch_order = torch.Generator().manual_seed(self.local_seed)
         self._selected_rows: list[int] | None = None
+        self.kl_weight = KLWeight(args.kl_coef, args.kl_target, args.kl_horizon)
 
     @property
     def actors(self) -> Actors:
@@ -206,27 +219,30 @@ class PPOTrainer(TrlPPOTrainer):
         return scores
 
     def transform(self, scores: torch.Tensor, rollout: Rollout) -> torch.Tensor:
-        """Scores after the reward transforms in their order, less the penalty for a missing end token."""
+        """Scores after the reward transforms in their order, then whitened, clipped and less penalties."""
         for transform in self.reward_transforms:
             scores = transform.transform(scores, rollout)
-        if self.args.missing_eos_penalty is not None:
-            mask, _ = rollout.masks()
-            ended = ((rollout.response_ids == self.processing_class.eos_token_id) & mask).any(1)
-            scores = torch.where(ended, scores, scores - self.args.missing_eos_penalty)
-        return scores
+        eos_id = self.processing_class.eos_token_id
+        return shaped_scores(scores, rollout, self.args, eos_id, self.accelerator.gather)
 
     def compute_rewards(self, rollout: Rollout, scores: torch.Tensor) -> torch.Tensor:
         """Rewards per token, (B, T) float32: KL paid on every token, the score at the end."""
         kl = adv.kl_per_token(rollout.logprobs, rollout.ref_logprobs, self.args.kl_estimator)
-        rewards = adv.token_rewards(kl, scores, rollout.lengths, self.args.kl_coef)
+        if self.args.kl_weighting == "weighted":
+            scores = (1 - self.kl_weight.coef) * scores
+        rewards = adv.token_rewards(kl, scores, rollout.lengths, self.kl_weight.coef)
         if self.args.whiten_rewards:
-            rewards = adv.masked_whiten(rewards, rollout.masks()[1], shift_mean=False)
+            rewards = adv.masked_whiten(rewards, rollout.masks()[1], shift_mean=False, total=self._total)
         return rewards
 
     def compute_advantages(self, rollout: Rollout, rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Whitened advantages and returns, (B, T) float32 each."""
         advantages, returns = adv.gae(rewards, rollout.values, self.args.gamma, self.args.lam)
-        return adv.masked_whiten(advantages, rollout.masks()[0]), returns
+        return adv.masked_whiten(advantages, rollout.masks()[0], total=self._total), returns
+
+    def _total(self, value: torch.Tensor) -> torch.Tensor:
+        """A sum over all processes."""
+        return self.accelerator.reduce(value, "sum")
 
     def update(
         self, rollout: Rollout, advantages: torch.Tensor, returns: torch.Tensor
@@ -235,7 +251,9 @@ class PPOTrainer(TrlPPOTrainer):
         args = self.args
         self.model.train()
         stats: dict[str, list[torch.Tensor]] = defaultdict(list)
-        for _ in range(args.num_ppo_epochs):
+        for epoch in range(args.num_ppo_epochs):
+            if epoch and self._went_too_far(stats["policy/approxkl_avg"][-1]):
+                break
             order = torch.randperm(args.local_batch_size, generator=self._minibatch_order)
             for minibatch in order.split(args.local_mini_batch_size):
                 micro_batches = rollout.by_length(minibatch).split(args.per_device_train_batch_size)
@@ -244,11 +262,19 @@ class PPOTrainer(TrlPPOTrainer):
                     weight = len(rows) * len(micro_batches) / len(minibatch)
                     with self.accelerator.accumulate(self.model):
                         step = self.micro_step(rollout, advantages, returns, rows, weight)
+                        average_gradients(self.accelerator, self.model)
                         self.optimizer.step()
                         self.optimizer.zero_grad()
                     for name, value in step.items():
                         stats[name].append(value)
+            self._epochs_done = epoch + 1
+        stats["val/explained_variance"] = [adv.explained_variance(rollout.values, returns, rollout.masks()[1])]
         return stats
+
+    def _went_too_far(self, approximate_kl: torch.Tensor) -> bool:
+        """Whether the last micro-batch moved the policy further than ``max_update_kl``, over all processes."""
+        limit = self.args.max_update_kl
+        return limit is not None and self.accelerator.gather(approximate_kl).mean().item() > limit
 
     def micro_step(
         self,
@@ -266,7 +292,12 @@ class PPOTrainer(TrlPPOTrainer):
         self, rollout: Rollout, scores: torch.Tensor, stats: dict[str, list[torch.Tensor]]
     ) -> dict[str, float]:
         """The numbers of one update: the parent's by the parent's names, and the rollout's own."""
-        metrics = update_metrics(rollout, scores, stats, self.args, self.accelerator.gather)
+        weighted = self.args.kl_weighting == "weighted"
+        weights = (1 - self.kl_weight.coef if weighted else 1.0), self.kl_weight.coef
+        metrics = update_metrics(rollout, scores, stats, weights, self.args.kl_estimator, self.accelerator.gather)
+        metrics["objective/kl_coef"] = self.kl_weight.coef
+        metrics["policy/epochs"] = self._epochs_done
+        self.kl_weight.observe(metrics["objective/kl"], self.args.batch_size)
         metrics["val/num_eos_tokens"] = (rollout.response_ids == self.processing_class.eos_token_id).sum().item()
         metrics["lr"] = self.lr_scheduler.get_last_lr()[0]
         metrics["episode"] = self.state.episode + self.args.batch_size
@@ -282,7 +313,7 @@ class PPOTrainer(TrlPPOTrainer):
         # process, and another one may have been made since.
         micro = -(-args.local_mini_batch_size // args.per_device_train_batch_size)
         self.accelerator.gradient_state.plugin_kwargs.update(num_steps=micro, sync_with_dataloader=False)
-        state.global_step = state.episode = 0
+        state.global_step = state.episode = self._last_saved_step = 0
         state.max_steps = args.num_total_batches
         state.num_train_epochs = args.total_episodes / self.train_dataset_len
         for name in ("logging_steps", "eval_steps", "save_steps"):

@@ -224,7 +224,11 @@ class RewardSection(Section):
 class RlSection(Section):
     """``rl``: reinforcement learning. Other keys are PPOConfig's."""
 
-    algorithm: Literal["ppo"] = Field("ppo", description="The algorithm.")
+    algorithm: Literal["ppo", "reinforce"] = Field(
+        "ppo",
+        description="'reinforce' is PPO with one pass over each batch and no clipped ratio (Lee et al. 2023); what "
+        "it presets, other keys here override.",
+    )
     rewards: list[Text] = Field(
         default_factory=lambda: ["reward"], min_length=1,
         description="What gives rewards: 'reward' (the reward model), 'direct' (the judge), module:function.",

@@ -24,12 +24,14 @@ _SAVES = 10
 
 def run(context: Context) -> dict[str, Any]:
     """Train ``policy/``; return the first and last numbers of the run itself."""
-    from trl_rlaif.ppo.config import PPOConfig
+    import torch
+
+    from trl_rlaif.ppo.config import PRESETS, PPOConfig
     from trl_rlaif.ppo.trainer import PPOTrainer
     from trl_rlaif.roles import SharedBase
 
     section, started = context.recipe.rl, time.monotonic()
-    arguments = context.trainer_arguments("rl", section.config)
+    arguments = PRESETS[section.algorithm] | context.trainer_arguments("rl", section.config)
     if "save_strategy" not in section.config:
         arguments["save_strategy"] = "steps"
         arguments.setdefault("save_steps", 1 / _SAVES)
@@ -37,7 +39,9 @@ def run(context: Context) -> dict[str, Any]:
     # The default of the loop is TRL's, none; a policy that shall learn to stop needs one.
     if "stop_token_id" not in arguments:
         arguments.setdefault("stop_token", "eos")
-    config = PPOConfig(**{"gradient_checkpointing": False, "num_sample_generations": 0} | arguments)
+    # Computing twice to save memory pays on a GPU.
+    lean = {"gradient_checkpointing": torch.cuda.is_available(), "num_sample_generations": 0}
+    config = PPOConfig(**lean | arguments)
     base = context.load_base()
     dataset, skipped = _prompts(context, base, config)
     shared = SharedBase(base, context.start or context.lora, reference=context.start)
