@@ -84,6 +84,16 @@ def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
     typer.echo(f"{parsed.source}: good. Stages: {', '.join(active_stages(parsed))}")
 
 
+@app.command()
+def memory(recipe: RecipeArgument, set_: SetOption = None) -> None:
+    """Predict what a recipe needs on a GPU, part by part, and which cards hold it; no weights are loaded."""
+    from trl_rlaif.memory import describe
+    from trl_rlaif.plugins import installed_plugins
+    from trl_rlaif.recipe import parse_recipe
+
+    typer.echo(describe(parse_recipe(recipe, overrides=set_ or (), registry=installed_plugins().registry)))
+
+
 @recipes_app.callback(invoke_without_command=True)
 def list_recipes(context: typer.Context) -> None:
     """List the recipes that come with the package."""

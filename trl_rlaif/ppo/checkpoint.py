@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 
 from trl_rlaif.errors import UserError
 
@@ -88,14 +89,23 @@ def save(trainer: PPOTrainer) -> Path:
 
     The best one stays beside the last ones: that before which the mean of ``metric_for_best_model``
     (objective/rlhf_reward, unless the arguments name another) was highest. ``trainer_state.json`` names it.
+    Of several processes the first one writes, and the others wait for it.
     """
     root = Path(trainer.args.output_dir)
     target = root / f"checkpoint-{trainer.state.global_step}"
+    state = _state(trainer)  # every process adds its random states
+    if trainer.accelerator.is_main_process:
+        _write(trainer, state, root, target)
+    trainer.accelerator.wait_for_everyone()
+    return target
+
+
+def _write(trainer: PPOTrainer, state: dict[str, Any], root: Path, target: Path) -> None:
     building = root / f".building-{target.name}"
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     trainer.save_model(str(building), _internal_call=True)
-    torch.save(_state(trainer), building / "training.pt")
+    torch.save(state, building / "training.pt")
     if _is_best(trainer):
         trainer.state.best_model_checkpoint = str(target)
         trainer.state.best_global_step = trainer.state.global_step
@@ -108,7 +118,6 @@ def save(trainer: PPOTrainer) -> Path:
     for old in _all(root)[:-limit] if limit else []:
         if str(old) != trainer.state.best_model_checkpoint:
             shutil.rmtree(old, ignore_errors=True)
-    return target
 
 
 def _sync(folder: Path) -> None:
@@ -134,12 +143,16 @@ def _state(trainer: PPOTrainer) -> dict[str, Any]:
         "minibatch_order": trainer._minibatch_order.get_state(),
         "kl_coef": trainer.kl_weight.coef,
         "transforms": [t.state_dict() for t in trainer.reward_transforms],
-        "random": {
-            "python": random.getstate(),
-            "numpy": np.random.get_state(),
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        },
+        "random": gather_object([_random_states()]),
+    }
+
+
+def _random_states() -> dict[str, Any]:
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
 
 
@@ -169,7 +182,13 @@ def load(trainer: PPOTrainer, folder: Path) -> None:
     trainer.kl_weight.coef = state["kl_coef"]
     trainer._minibatch_order.set_state(state["minibatch_order"])
     _load_trainer_state(trainer, folder)
-    randoms = state["random"]
+    if len(state["random"]) != trainer.accelerator.num_processes:
+        raise UserError(
+            f"The checkpoint was written by {len(state['random'])} processes; these are "
+            f"{trainer.accelerator.num_processes}.",
+            where=str(folder),
+        )
+    randoms = state["random"][trainer.accelerator.process_index]
     random.setstate(randoms["python"])
     np.random.set_state(randoms["numpy"])
     torch.set_rng_state(randoms["torch"])

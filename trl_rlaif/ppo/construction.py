@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from trl_rlaif.errors import UserError
 from trl_rlaif.models import ModelSpec, load_model, load_tokenizer
+from trl_rlaif.ppo.head import is_plain
 from trl_rlaif.ppo.prompts import tokenize_prompts
 from trl_rlaif.roles import SharedBase
 
@@ -44,6 +45,22 @@ def shared_base(model: Any, value_model: Any, ref_model: Any, config: LoraConfig
     if isinstance(model, PeftModel):
         return SharedBase.around(model)
     return SharedBase(model, config or LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+
+
+def check_trunk(shared: SharedBase | None) -> None:
+    """Refuse a value on the policy's trunk where there is none to share.
+
+    Raises:
+        UserError: The models are separate, or the head does not simply read the trunk's hidden states.
+    """
+    if shared is None:
+        raise UserError("value: trunk needs one base for every role.", fix="Leave out value_model.")
+    if not is_plain(shared.model):
+        raise UserError(
+            "value: trunk cannot read this model: its scores are more than its hidden states times its output "
+            "embedding.",
+            fix="Use value: adapter.",
+        )
 
 
 def tokenized(dataset: Any, tokenizer: Any, model: nn.Module, args: PPOConfig) -> Any:

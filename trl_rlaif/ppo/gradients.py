@@ -69,7 +69,7 @@ class Objective:
         A part's graph is gone before the next one's is built; the parts' gradients add up to the whole's.
         """
         masks = batch.rollout.masks()
-        counts = tuple(mask[batch.rows].sum() for mask in masks)
+        counts = tuple(mask[batch.rows].sum().clamp(min=1) for mask in masks)
         stats: Stats = defaultdict(lambda: torch.zeros((), device=counts[0].device))
         for rows in batch.parts(self.args.micro_batch_tokens):
             passage = Passage.of(batch.rollout, rows)

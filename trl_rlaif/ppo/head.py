@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from trl_rlaif.ppo.precision import HeldLinear
 from trl_rlaif.roles import backbone, inner_model
 
 # Scores that are alive at once: 128 MiB in float32, whatever the vocabulary and the batch.
@@ -24,7 +25,7 @@ def is_plain(model: nn.Module) -> bool:
     """
     inner = inner_model(model)
     head = inner.get_output_embeddings()
-    if type(head) is not nn.Linear or head.weight.requires_grad:
+    if type(head) not in (nn.Linear, HeldLinear) or head.weight.requires_grad:
         return False
     if inner not in _plain:
         ids = torch.arange(3, 12, device=head.weight.device)[None]
@@ -59,8 +60,8 @@ def token_logprobs_of(
         (logprobs, entropy), (N,) float32 each, nats. The first passes gradients to ``hidden``. The second does not,
         and is zero where no gradient is recorded.
     """
-    if not len(hidden):
-        return hidden.new_zeros(0, dtype=torch.float32), hidden.new_zeros(0, dtype=torch.float32)
+    if not len(hidden):  # with a graph all the same: a batch of empty responses has a backward pass too
+        return hidden.float().sum(-1), hidden.new_zeros(0, dtype=torch.float32)
     return _TokenLogprobs.apply(hidden, head.weight, head.bias, tokens, temperature)
 
 
@@ -76,20 +77,9 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        weight, bias = weight.to(dtype), bias if bias is None else bias.to(dtype)
-        logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
-        entropy = torch.zeros_like(logprobs)
         slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for rows in torch.arange(len(hidden), device=hidden.device).split(max(16, HEAD_ELEMENTS // len(weight))):
-            scores = linear(hidden[rows].to(dtype), weight, bias).float().div_(temperature)
-            log_z = scores.logsumexp(-1)
-            logprobs[rows] = scores.gather(1, tokens[rows, None])[:, 0] - log_z
-            if slope is None:
-                continue
-            probabilities = (scores - log_z[:, None]).exp_()
-            entropy[rows] = log_z - torch.linalg.vecdot(probabilities, scores)
-            expected = linear(probabilities.to(dtype), weight.t())
-            slope[rows] = ((weight[tokens[rows]].float() - expected.float()) / temperature).to(slope.dtype)
+        with torch.autocast(device, enabled=False):  # which would round products of float32 probabilities
+            logprobs, entropy = _chunk_by_chunk(hidden, weight.to(dtype), bias, tokens, temperature, slope)
         if slope is not None:
             ctx.save_for_backward(slope)
         ctx.mark_non_differentiable(entropy)
@@ -99,3 +89,28 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, by_logprob: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (slope,) = ctx.saved_tensors
         return slope * by_logprob[:, None].to(slope.dtype), None, None, None, None
+
+
+def _chunk_by_chunk(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    tokens: torch.Tensor,
+    temperature: float,
+    slope: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities and entropies; ``slope``, if given, is filled with the former's gradients."""
+    dtype, bias = weight.dtype, bias if bias is None else bias.to(weight.dtype)
+    logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
+    entropy = torch.zeros_like(logprobs)
+    for rows in torch.arange(len(hidden), device=hidden.device).split(max(16, HEAD_ELEMENTS // len(weight))):
+        scores = linear(hidden[rows].to(dtype), weight, bias).float().div_(temperature)
+        log_z = scores.logsumexp(-1)
+        logprobs[rows] = scores.gather(1, tokens[rows, None])[:, 0] - log_z
+        if slope is None:
+            continue
+        probabilities = (scores - log_z[:, None]).exp_()
+        entropy[rows] = log_z - torch.linalg.vecdot(probabilities, scores)
+        expected = linear(probabilities.to(dtype), weight.t())
+        slope[rows] = ((weight[tokens[rows]].float() - expected.float()) / temperature).to(slope.dtype)
+    return logprobs, entropy

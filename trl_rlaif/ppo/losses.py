@@ -48,7 +48,7 @@ def policy_loss(
     ratio = (logprobs - old_logprobs).exp()
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
-    count = mask.sum() if count is None else count
+    count = mask.sum().clamp(min=1) if count is None else count
     return (torch.max(plain, clipped) * mask).sum() / count, ((clipped > plain) * mask).sum() / count
 
 
@@ -73,5 +73,5 @@ def value_loss(
     """
     near = torch.clamp(values, old_values - clip, old_values + clip)
     plain, clipped = (values - returns) ** 2, (near - returns) ** 2
-    count = mask.sum() if count is None else count
+    count = mask.sum().clamp(min=1) if count is None else count
     return 0.5 * (torch.max(plain, clipped) * mask).sum() / count, ((clipped > plain) * mask).sum() / count

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable
 
 import torch
+from accelerate.utils import gather_object
 
 from trl_rlaif.events import Rollout
 from trl_rlaif.ppo.advantages import kl_per_token
@@ -50,8 +51,9 @@ def update_metrics(
 
 
 def _by_category(rollout: Rollout, scores: torch.Tensor) -> dict[str, float]:
+    """Mean score of each category, over all processes."""
     by_category = defaultdict(list)
-    for category, score in zip(rollout.categories, scores.tolist(), strict=True):
+    for category, score in gather_object(list(zip(rollout.categories, scores.tolist(), strict=True))):
         if category is not None:
             by_category[category].append(score)
     return {f"reward/{name}": sum(values) / len(values) for name, values in by_category.items()}

@@ -40,8 +40,10 @@ def hold_frozen_weights(shared: SharedBase) -> None:
     for name, module in shared.model.named_modules():
         if type(module) is not nn.Linear or "lora_" in name or module.weight is embedding:
             continue
-        if module.weight.dtype == torch.float32 and not module.weight.requires_grad:
-            module.weight.data = module.weight.data.to(torch.bfloat16)
+        parameters = [p for p in (module.weight, module.bias) if p is not None]
+        if module.weight.dtype == torch.float32 and not any(p.requires_grad for p in parameters):
+            for parameter in parameters:
+                parameter.data = parameter.data.to(torch.bfloat16)
             module.__class__ = HeldLinear
 
 

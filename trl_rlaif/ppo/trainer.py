@@ -20,9 +20,8 @@ from trl_rlaif.ppo import advantages as adv
 from trl_rlaif.ppo import checkpoint
 from trl_rlaif.ppo.actors import Actors, SeparateActors, SharedActors
 from trl_rlaif.ppo.config import PPOConfig, with_defaults
-from trl_rlaif.ppo.construction import load_policy, prompt_loader, shared_base, tokenized
+from trl_rlaif.ppo.construction import check_trunk, load_policy, prompt_loader, shared_base, tokenized
 from trl_rlaif.ppo.gradients import MicroBatch, Objective
-from trl_rlaif.ppo.head import is_plain
 from trl_rlaif.ppo.lean_lora import make_lean
 from trl_rlaif.ppo.metrics import update_metrics
 from trl_rlaif.ppo.precision import hold_frozen_weights
@@ -96,15 +95,9 @@ class PPOTrainer(TrlPPOTrainer):
         if isinstance(model, str):
             model, processing_class = load_policy(model, processing_class, args)
         shared = shared_base(model, value_model, ref_model, peft_config)
-        if shared is None and args.value == "trunk":
-            raise UserError("value: trunk needs one base for every role.", fix="Leave out value_model.")
+        if args.value == "trunk":
+            check_trunk(shared)
         if shared is not None:
-            if args.value == "trunk" and not is_plain(shared.model):
-                raise UserError(
-                    "value: trunk cannot read this model: its scores are more than its hidden states times its "
-                    "output embedding.",
-                    fix="Use value: adapter.",
-                )
             if isinstance(reward_model, str | Path):
                 shared.add_reward(reward_model)
                 reward_model = None
@@ -178,7 +171,8 @@ class PPOTrainer(TrlPPOTrainer):
             try:
                 rollout, scores = self.collect()
             except UserError:
-                checkpoint.save(self)
+                if self.accelerator.num_processes == 1:  # the others know nothing of it, and would be waited for
+                    checkpoint.save(self)
                 raise
             rewards = self.compute_rewards(rollout, scores)
             self.plugins.notify("rewards_computed", trainer=self, rollout=rollout, rewards=rewards)
@@ -298,7 +292,8 @@ class PPOTrainer(TrlPPOTrainer):
         metrics["objective/kl_coef"] = self.kl_weight.coef
         metrics["policy/epochs"] = self._epochs_done
         self.kl_weight.observe(metrics["objective/kl"], self.args.batch_size)
-        metrics["val/num_eos_tokens"] = (rollout.response_ids == self.processing_class.eos_token_id).sum().item()
+        ends = (rollout.response_ids == self.processing_class.eos_token_id).sum()
+        metrics["val/num_eos_tokens"] = self.accelerator.reduce(ends, "sum").item()
         metrics["lr"] = self.lr_scheduler.get_last_lr()[0]
         metrics["episode"] = self.state.episode + self.args.batch_size
         return metrics | self._reward_parts

@@ -16,6 +16,7 @@ from trl_rlaif.stages.context import Context
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from trl_rlaif.recipe import Recipe
     from trl_rlaif.roles import SharedBase
 
 # A tenth of the updates may be lost to a kill, where the recipe says nothing of save_steps.
@@ -31,6 +32,8 @@ def run(context: Context) -> dict[str, Any]:
     from trl_rlaif.roles import SharedBase
 
     section, started = context.recipe.rl, time.monotonic()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     arguments = PRESETS[section.algorithm] | context.trainer_arguments("rl", section.config)
     if "save_strategy" not in section.config:
         arguments["save_strategy"] = "steps"
@@ -65,7 +68,20 @@ def run(context: Context) -> dict[str, Any]:
     finally:
         callback.close()
     write_folder(context.folder / "policy", lambda folder: trainer.save_model(str(folder)))
-    return _numbers(trainer, skipped) | {"seconds": time.monotonic() - started}
+    return _numbers(trainer, skipped) | gpu_memory(context.recipe) | {"seconds": time.monotonic() - started}
+
+
+def gpu_memory(recipe: Recipe) -> dict[str, Any]:
+    """The stage's peak of allocated GPU memory as `trl-rlaif memory` predicts it and as it was, in bytes."""
+    import torch
+
+    from trl_rlaif.memory import plan_memory
+
+    if not torch.cuda.is_available():
+        return {}
+    plan = plan_memory(recipe)
+    predicted = max(plan.predict(phase, stage) for stage, phase in plan.phases() if stage == "rl")
+    return {"gpu_memory": {"predicted": predicted, "measured": torch.cuda.max_memory_allocated()}}
 
 
 def _reward(context: Context, name: str, shared: SharedBase) -> Any:

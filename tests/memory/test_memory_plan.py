@@ -1,0 +1,189 @@
+"""The plan of a recipe: its parts, phases and peak, the packaged recipes' predictions, and the command."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+from helpers.recipes import write_recipe
+from transformers import LlamaConfig, Qwen2Config
+
+from trl_rlaif import cli
+from trl_rlaif.errors import UserError
+from trl_rlaif.memory import CONTEXT_BYTES, MARGIN, ModelShape, advise, plan_memory
+from trl_rlaif.plugins import installed_plugins
+from trl_rlaif.recipe import packaged_recipes, parse_recipe
+
+QWEN = {"dtype": "bfloat16", "max_position_embeddings": 32768}
+QWEN_05B = Qwen2Config(
+    vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+    num_key_value_heads=2, tie_word_embeddings=True, **QWEN,
+)  # fmt: skip
+QWEN_3B = Qwen2Config(
+    vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
+    num_key_value_heads=2, tie_word_embeddings=True, **QWEN,
+)  # fmt: skip
+QWEN_7B = Qwen2Config(
+    vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+    num_key_value_heads=4, tie_word_embeddings=False, **QWEN,
+)  # fmt: skip
+LLAMA_8B = LlamaConfig(
+    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=8, tie_word_embeddings=False, max_position_embeddings=131072, dtype="bfloat16",
+)  # fmt: skip
+
+
+@pytest.fixture
+def parse(tmp_path, tiny_model):
+    """Parse the tiny recipe with overrides."""
+
+    def parse(*overrides, **sections):
+        path = write_recipe(tmp_path, tiny_model, **sections)
+        return parse_recipe(path, overrides=overrides, registry=installed_plugins().registry)
+
+    return parse
+
+
+def _parts(plan, stage="rl", when="always"):
+    return {part.name: part.bytes for part in plan.parts if (part.stage, part.when) == (stage, when)}
+
+
+def _matching(plan, text, **where):
+    return sum(size for name, size in _parts(plan, **where).items() if text in name)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "billions"),
+    [("qlora_8gb", QWEN_05B, 0.49), ("qlora_12gb", QWEN_3B, 3.09), ("qlora_24gb", QWEN_7B, 7.62)],
+)
+def test_the_packaged_recipes_say_what_they_need(name, config, billions):
+    recipe = parse_recipe(name, registry=installed_plugins().registry)
+    text = packaged_recipes()[name].read_text(encoding="utf-8")
+    shape = ModelShape.from_config(config)
+    plan = plan_memory(recipe, shape)
+    said = float(re.search(r"predicts a peak of ([\d.]+) GiB", text)[1])
+    assert shape.numel / 1e9 == pytest.approx(billions, abs=0.005)
+    assert said == round(plan.peak / 2**30, 2)
+    assert not plan.notes  # nothing had to be assumed
+    card = int(re.search(r"a GPU with (\d+) GB", text)[1])
+    assert {a.card: a.fits for a in advise(recipe, shape, plan)}[card]
+
+
+def test_an_8b_llama_needs_1_gib_more_than_the_largest_recipe_says():
+    recipe = parse_recipe("qlora_24gb", registry=installed_plugins().registry)
+    more = plan_memory(recipe, LLAMA_8B).peak - plan_memory(recipe, QWEN_7B).peak
+    assert 0.9 < more / 2**30 < 1.2
+
+
+def test_an_8b_policy_with_all_roles_stays_under_12_gb():
+    """Batch 4 x (256 + 256), the size that the project promises."""
+    keys = ["per_device_train_batch_size=4", "gradient_accumulation_steps=1", "max_prompt_length=256"]
+    overrides = [f"rl.{key}" for key in keys]
+    plan = plan_memory(parse_recipe("qlora_24gb", overrides=overrides, registry=installed_plugins().registry), LLAMA_8B)
+    assert _parts(plan, when="update: layers").keys() >= {"hidden states, one a layer, 4 x 512 tokens"}
+    assert max(plan.predict(phase) for stage, phase in plan.phases() if stage == "rl") < 11 * 2**30
+
+
+def test_the_peak_is_the_largest_phase_with_margin_and_context(parse):
+    plan = plan_memory(parse())
+    phases = {at: plan.predict(at[1], at[0]) for at in plan.phases()}
+    assert {stage for stage, _ in phases} == {"sample", "label", "reward", "rl", "evaluate"}
+    assert plan.allocated == max(phases.values()) == phases[plan.largest]
+    assert plan.peak == plan.allocated + int(MARGIN * plan.allocated) + CONTEXT_BYTES
+    always, head = sum(_parts(plan).values()), sum(_parts(plan, when="update: output head").values())
+    assert plan.predict("update: output head") == always + head
+    assert plan.predict("update") == max(plan.predict("update: layers"), plan.predict("update: output head"))
+    with pytest.raises(KeyError):
+        plan.predict("update", "sft")
+
+
+def test_every_role_is_counted(parse):
+    alone = plan_memory(parse("rl.rewards=['os:getcwd']"))
+    with_reward = plan_memory(parse())
+    assert _matching(with_reward, "reward adapter") > _matching(alone, "reward adapter") == 0
+    assert any("os:getcwd" in note for note in alone.notes)
+    with_start = plan_memory(parse(sft={"data": "train.jsonl"}))
+    one = _matching(with_reward, "reward adapter")
+    assert _matching(with_start, "reference adapter") == one and _matching(with_reward, "reference adapter") == 0
+    # Policy, value and the value's head of 32 weights: weights, gradients, two states of AdamW.
+    assert _matching(with_reward, "policy and value") == 4 * (2 * one + 4 * 32)
+
+
+def test_a_value_head_on_the_policys_trunk_needs_no_adapter(parse, monkeypatch):
+    one = _matching(plan_memory(parse()), "reward adapter")
+    recipe = parse()
+    recipe.rl.config["value"] = "trunk"
+    assert _matching(plan_memory(recipe), "policy adapter and value head") == 4 * (one + 4 * 32)
+
+
+def test_settings_change_what_they_should(parse):
+    def predicted(phase, *overrides):
+        return plan_memory(parse(*overrides)).predict(phase)
+
+    layers = "update: layers"
+    assert predicted(layers, "rl.gradient_checkpointing=false") > predicted(layers)
+    assert predicted(layers, "rl.per_device_train_batch_size=8") > predicted(layers)
+    large = "model.lora.r=256"  # bitsandbytes keeps the states of small tensors in 32 bits
+    assert predicted(layers, large, "rl.optim=adamw_8bit") < predicted(layers, large)
+    assert predicted(layers, "model.quantization=nf4") < predicted(layers)
+    assert predicted("generation", "rl.local_rollout_forward_batch_size=1") < predicted("generation")
+    # More accumulation is a larger batch of prompts, and nothing else.
+    more = "rl.gradient_accumulation_steps=8"
+    assert predicted("generation", more) > predicted("generation") and predicted(layers, more) == predicted(layers)
+
+
+def test_paged_states_do_not_count_towards_the_peak(parse):
+    big = ["model.lora.r=4096", "rl.optim=paged_adamw_8bit"]
+    plan = plan_memory(parse(*big))
+    paged = sum(part.bytes for part in plan.parts if part.paged)
+    resident = plan_memory(parse(big[0], "rl.optim=adamw_8bit"))
+    assert paged > 0 and plan.predict("update") == resident.predict("update") - paged
+
+
+def test_the_prompt_length_is_assumed_aloud(parse):
+    assert any("512 tokens" in note for note in plan_memory(parse()).notes)
+    told = plan_memory(parse("rl.max_prompt_length=100"))
+    assert not told.notes
+    assert any("4 x 108 tokens" in name for name in _parts(told, when="update: layers"))
+
+
+def test_a_judge_of_its_own_is_counted(parse, tiny_model):
+    direct = {"rewards": ["direct"]}
+    same = plan_memory(parse(rl=direct, reward=None, label={"labeler": "direct"}, evaluate=None))
+    section = {"labeler": "direct", "judge": {"path": tiny_model, "dtype": "float32"}}
+    other = plan_memory(parse(rl=direct, reward=None, label=section, evaluate=None))
+    weights = _matching(same, "base: weights")
+    assert _matching(other, "judge: weights") == weights and _matching(same, "judge: weights") == 0
+    assert ("rl", "judging") in same.phases()
+    assert _matching(other, "judge: weights", stage="label") == weights
+    assert _matching(other, "base: weights", stage="label") == 0
+
+
+def test_a_model_that_is_not_there_is_an_error(parse):
+    with pytest.raises(UserError, match="config.json is enough"):
+        plan_memory(parse("model.path=no/such-model"))
+
+
+def test_config_json_is_enough(parse, tmp_path):
+    LLAMA_8B.save_pretrained(tmp_path / "bare")
+    plan = plan_memory(parse(f"model.path={tmp_path / 'bare'}", "model.quantization=nf4"))
+    assert 3.3 < _matching(plan, "base: weights") / 2**30 < 3.4
+
+
+def _command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["trl-rlaif", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return stopped.value.code
+
+
+def test_the_command_prints_parts_phases_and_cards(monkeypatch, capsys, tmp_path, tiny_model):
+    path = str(write_recipe(tmp_path, tiny_model))
+    assert _command(monkeypatch, "memory", path, "--set", "rl.max_prompt_length=64") == 0
+    lines = capsys.readouterr().out.splitlines()
+    plan = plan_memory(parse_recipe(path, overrides=["rl.max_prompt_length=64"], registry=installed_plugins().registry))
+    assert f"At the peak, in {plan.largest[0]}, {plan.largest[1]}" in "\n".join(lines)
+    assert f"{plan.peak / 2**30:.2f}" == next(line for line in lines if line.startswith("peak")).split()[-1]
+    assert [line.split()[0] for line in lines if " GB  " in line] == ["8", "12", "16", "24", "48", "80"]
+    assert _command(monkeypatch, "memory", path, "--set", "model.path=no/such-model") == 2

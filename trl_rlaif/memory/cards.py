@@ -1,0 +1,140 @@
+"""Which cards hold a plan, and which settings would make it fit on a smaller one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from trl_rlaif.memory.counting import ModelShape
+from trl_rlaif.memory.plan import MemoryPlan, plan_memory
+from trl_rlaif.memory.settings import rl_batch, setting, with_settings
+from trl_rlaif.recipe import Recipe
+
+# What the cards are sold as, in GB.
+CARDS = (8, 12, 16, 24, 48, 80)
+# Of which the driver, error correction and often a display take some.
+_USABLE = 0.97
+_TRAINED = ("sft", "reward", "rl")
+_SHORTEST_RESPONSE = 32
+
+Changes = dict[tuple[str, str], Any]
+
+
+@dataclass(frozen=True)
+class Advice:
+    """How a card fares.
+
+    Args:
+        card: Its size in GB.
+        fits: Whether it holds the plan as it is.
+        settings: What would make it fit, as ``--set`` takes it; empty if it fits, or if nothing does.
+    """
+
+    card: int
+    fits: bool
+    settings: tuple[str, ...] = ()
+
+
+def capacity(card: int) -> int:
+    """Bytes that a run may use on a card of that many GB."""
+    return int(card * 2**30 * _USABLE)
+
+
+def advise(recipe: Recipe, shape: ModelShape, plan: MemoryPlan) -> list[Advice]:
+    """For each card whether it holds the plan, and else what would make it fit.
+
+    Settings are tried in the order of what they cost: time first, then what is learned.
+
+    Args:
+        recipe: What the plan was made of.
+        shape: Of its model.
+        plan: The plan.
+    """
+    advice = []
+    for card in CARDS:
+        room = capacity(card)
+        fits = plan.peak <= room
+        advice.append(Advice(card, fits, () if fits else _as_text(_first_that_fits(recipe, shape, room))))
+    return advice
+
+
+def _first_that_fits(recipe: Recipe, shape: ModelShape, room: int) -> Changes:
+    """The first combination that fits, without the changes that it does not need; empty if there is none."""
+
+    def fits(changes: Changes) -> bool:
+        return plan_memory(with_settings(recipe, changes), shape).peak <= room
+
+    taken: Changes = {}
+    steps: list[Changes] = []
+    for step in _steps(recipe):
+        taken = taken | step
+        steps.append(step)
+        if fits(taken):
+            return _needed(steps, fits)
+    return {}
+
+
+def _needed(steps: list[Changes], fits: Any) -> Changes:
+    """The steps less those without which it also fits: the costliest are given up first."""
+    kept = list(steps)
+    for step in reversed(steps):
+        others = [s for s in kept if s is not step]
+        if fits(_joined(others)):
+            kept = others
+    return _joined(kept)
+
+
+def _joined(steps: list[Changes]) -> Changes:
+    return {key: value for step in steps for key, value in step.items()}
+
+
+def _steps(recipe: Recipe) -> Iterator[Changes]:
+    """Changes in the order of what they cost."""
+    trained = [stage for stage in _TRAINED if getattr(recipe, stage) is not None]
+    for stage in trained:
+        if not setting(recipe, stage, "gradient_checkpointing"):
+            yield {(stage, "gradient_checkpointing"): True}
+    for stage in trained:
+        if "8bit" not in str(setting(recipe, stage, "optim")):
+            yield {(stage, "optim"): "paged_adamw_8bit"}
+    for stage in trained:
+        rows = setting(recipe, stage, "per_device_train_batch_size")
+        steps = setting(recipe, stage, "gradient_accumulation_steps") or 1
+        while rows > 1 and rows % 2 == 0:
+            rows, steps = rows // 2, steps * 2
+            yield {(stage, "per_device_train_batch_size"): rows, (stage, "gradient_accumulation_steps"): steps}
+    if recipe.model.quantization == "none":
+        # In 4 bits the stages compute in bfloat16, unless the recipe says otherwise.
+        yield {("model", "quantization"): "nf4"}
+    yield from _smaller_batches(recipe)
+    if recipe.rl is not None:
+        response = setting(recipe, "rl", "response_length")
+        while response >= 2 * _SHORTEST_RESPONSE:
+            response //= 2
+            yield {("rl", "response_length"): response}
+
+
+def _smaller_batches(recipe: Recipe) -> Iterator[Changes]:
+    """Fewer sequences at once where nothing is trained: it costs time alone."""
+    sizes: dict[tuple[str, str], int] = {}
+    if recipe.rl is not None:
+        at_once = setting(recipe, "rl", "local_rollout_forward_batch_size") or 64
+        sizes["rl", "local_rollout_forward_batch_size"] = min(at_once, rl_batch(recipe))
+    for stage in ("sample", "evaluate"):
+        if getattr(recipe, stage) is not None:
+            sizes[stage, "batch_size"] = getattr(recipe, stage).batch_size
+    if recipe.label is not None:
+        sizes["label", "batch_tokens"] = recipe.label.batch_tokens
+    for key, size in sizes.items():
+        least = 512 if key == ("label", "batch_tokens") else 1
+        while size >= 2 * least:
+            size //= 2
+            yield {key: size}
+
+
+def _as_text(changes: Changes) -> tuple[str, ...]:
+    def plain(value: Any) -> str:
+        return str(value).lower() if isinstance(value, bool) else str(value)
+
+    return tuple(f"{section}.{key}={plain(value)}" for (section, key), value in changes.items())

@@ -1,0 +1,152 @@
+"""The plan: every part of every stage, and the peak that follows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from trl_rlaif.errors import UserError
+from trl_rlaif.memory.counting import ModelShape
+from trl_rlaif.models import resolve
+from trl_rlaif.recipe import JudgeSection, Recipe
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# The driver's context, CUDA kernels that are loaded, and the workspaces of cuBLAS.
+CONTEXT_BYTES = 600 * 2**20
+# What the caching allocator holds in pieces that fit nothing, as a share of what is allocated.
+MARGIN = 0.05
+ALWAYS = "always"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Memory for one purpose.
+
+    Args:
+        name: What it is.
+        bytes: How much.
+        when: ``always``, or the phase of the stage that it lives in, such as ``update: layers``.
+        stage: The stage.
+        paged: It lives in paged memory and moves to the CPU when the GPU is full, so that it does not
+            count towards the peak.
+    """
+
+    name: str
+    bytes: int
+    when: str
+    stage: str
+    paged: bool = False
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a run will need on each GPU.
+
+    Args:
+        parts: Of all stages, in order.
+        notes: What was assumed, and what is not counted.
+    """
+
+    parts: tuple[Part, ...]
+    notes: tuple[str, ...] = ()
+
+    def phases(self) -> list[tuple[str, str]]:
+        """(stage, phase) of everything that is predicted, in order."""
+        return list(dict.fromkeys((part.stage, part.when) for part in self.parts if part.when != ALWAYS))
+
+    def predict(self, phase: str, stage: str = "rl") -> int:
+        """Bytes that are allocated at the peak of a phase, as ``torch.cuda.max_memory_allocated`` counts them.
+
+        Args:
+            phase: ``update: layers``, or ``update`` for the largest of the phases that begin so.
+            stage: The stage.
+
+        Raises:
+            KeyError: The plan has no such phase.
+        """
+        names = [when for of, when in self.phases() if of == stage and (when == phase or when.startswith(f"{phase}:"))]
+        if not names:
+            raise KeyError(f"no phase '{phase}' in stage '{stage}'")
+        static = self._sum(stage, ALWAYS)
+        return static + max(self._sum(stage, name) for name in names)
+
+    @property
+    def largest(self) -> tuple[str, str]:
+        """(stage, phase) of the peak."""
+        return max(self.phases(), key=lambda at: self.predict(at[1], at[0]))
+
+    @property
+    def allocated(self) -> int:
+        """Bytes allocated at the peak of the whole run."""
+        stage, phase = self.largest
+        return self.predict(phase, stage)
+
+    @property
+    def margin(self) -> int:
+        """Bytes lost to fragmentation at the peak."""
+        return int(MARGIN * self.allocated)
+
+    @property
+    def peak(self) -> int:
+        """Bytes that a card must have: what is allocated, the margin, and the context."""
+        return self.allocated + self.margin + CONTEXT_BYTES
+
+    def _sum(self, stage: str, when: str) -> int:
+        return sum(p.bytes for p in self.parts if (p.stage, p.when) == (stage, when) and not p.paged)
+
+
+def load_config(path: str) -> PretrainedConfig:
+    """A model's configuration; its weights are not read.
+
+    Args:
+        path: Hub id, folder, or .gguf file.
+
+    Raises:
+        UserError: It cannot be found or read.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(resolve(path))
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"The configuration of '{path}' cannot be read: {reason}",
+            fix="Its config.json is enough: give a Hub id (and check the network or HF_HUB_OFFLINE) or a folder "
+            "in model.path.",
+        ) from error
+
+
+def plan_memory(recipe: Recipe, model_config: PretrainedConfig | ModelShape | None = None) -> MemoryPlan:
+    """Predict what a recipe needs on a GPU. No weights are loaded.
+
+    Args:
+        recipe: The recipe.
+        model_config: The configuration of ``model.path``, or its shape; None reads it.
+
+    Raises:
+        UserError: The configuration cannot be read, or the adapters fit no layer of it.
+    """
+    from trl_rlaif.memory.stages import STAGE_PARTS, Run
+
+    if model_config is None:
+        model_config = load_config(recipe.model.path)
+    shape = model_config if isinstance(model_config, ModelShape) else ModelShape.from_config(model_config)
+    run = Run(recipe, shape, judge=_judge_shape(recipe))
+    parts: list[Part] = []
+    for stage, parts_of in STAGE_PARTS.items():
+        if getattr(recipe, stage) is not None:
+            parts += [replace(part, stage=stage) for part in parts_of(run) if part.bytes]
+    if not parts:
+        raise UserError("No stage of this recipe needs a GPU.", where=str(recipe.source))
+    return MemoryPlan(tuple(parts), tuple(dict.fromkeys(run.notes)))
+
+
+def _judge_shape(recipe: Recipe) -> ModelShape | None:
+    """Shape of the judge that is loaded beside the base, if there is one."""
+    section = recipe.label
+    if section is None or not isinstance(section.judge, JudgeSection):
+        return None
+    return ModelShape.from_config(load_config(section.judge.path))

@@ -1,0 +1,61 @@
+"""What a stage will run with: the recipe's keys over the stage's own and the configuration's defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from functools import cache
+from typing import Any
+
+from trl_rlaif.recipe import Recipe
+from trl_rlaif.recipe.trl_fields import CONFIG_CLASSES
+
+# What a stage sets where the recipe does not.
+_STAGE_DEFAULTS = {"rl": {"gradient_checkpointing": True}, "reward": {"gradient_checkpointing": False}, "sft": {}}
+
+
+@cache
+def _class_defaults(stage: str) -> dict[str, Any]:
+    module, name = CONFIG_CLASSES[stage]
+    fields = dataclasses.fields(getattr(importlib.import_module(module), name))
+    return {field.name: None if field.default is dataclasses.MISSING else field.default for field in fields}
+
+
+def setting(recipe: Recipe, stage: str, key: str) -> Any:
+    """The value of a key of ``sft``, ``reward`` or ``rl``; None where nothing says one."""
+    section = getattr(recipe, stage)
+    if key in type(section).model_fields:
+        return getattr(section, key)
+    if key in section.config:
+        return section.config[key]
+    if key == "bf16":  # as Context.trainer_arguments has it
+        return recipe.model.dtype == "bfloat16" or recipe.model.quantization == "nf4"
+    return _STAGE_DEFAULTS[stage].get(key, _class_defaults(stage).get(key))
+
+
+def with_settings(recipe: Recipe, changes: dict[tuple[str, str], Any]) -> Recipe:
+    """A recipe with other values, unchecked: only for plans.
+
+    Args:
+        changes: Values by (section, key).
+    """
+    sections: dict[str, Any] = {}
+    for (name, key), value in changes.items():
+        section = sections.get(name) or getattr(recipe, name)
+        if key in type(section).model_fields:
+            sections[name] = section.model_copy(update={key: value})
+        else:
+            sections[name] = section.model_copy(update={"config": {**section.config, key: value}})
+    return dataclasses.replace(recipe, **sections)
+
+
+def rl_batch(recipe: Recipe) -> int:
+    """Prompts of one update on one device."""
+    values = (
+        setting(recipe, "rl", key)
+        for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches")
+    )
+    batch = 1
+    for value in values:
+        batch *= value or 1
+    return batch

@@ -1,0 +1,59 @@
+"""A plan in plain text."""
+
+from __future__ import annotations
+
+from trl_rlaif.memory.cards import Advice, advise
+from trl_rlaif.memory.counting import ModelShape
+from trl_rlaif.memory.plan import ALWAYS, CONTEXT_BYTES, MARGIN, MemoryPlan, load_config, plan_memory
+from trl_rlaif.recipe import Recipe
+
+_WIDTH = 72
+
+
+def describe(recipe: Recipe) -> str:
+    """What ``trl-rlaif memory`` prints: parts, stages, peak and cards.
+
+    Raises:
+        UserError: The model's configuration cannot be read, or does not suit the recipe.
+    """
+    shape = ModelShape.from_config(load_config(recipe.model.path))
+    plan = plan_memory(recipe, shape)
+    lines = [f"{recipe.model.path}: {shape.numel / 1e9:.2f} billion parameters, {shape.layers} layers", ""]
+    lines += _peak_stage(plan) + [""] + _all_phases(plan) + [""]
+    lines += [_card(advice) for advice in advise(recipe, shape, plan)]
+    if plan.notes:
+        lines += ["", *plan.notes]
+    return "\n".join(lines)
+
+
+def _peak_stage(plan: MemoryPlan) -> list[str]:
+    """Every part that is there at the peak, and their sum."""
+    stage, phase = plan.largest
+    lines = [f"{f'At the peak, in {stage}, {phase}':<{_WIDTH}}{'GiB':>8}"]
+    parts = [part for part in plan.parts if part.stage == stage and part.when in (ALWAYS, phase)]
+    lines += [_line(part.name, part.bytes) for part in parts if not part.paged]
+    lines += [
+        _line("CUDA context and workspaces", CONTEXT_BYTES),
+        _line(f"fragmentation, {MARGIN:.0%} of what is allocated", plan.margin),
+        _line("peak", plan.peak, indent=""),
+    ]
+    paged = [_line(part.name, part.bytes) for part in parts if part.paged]
+    return lines + (["beside it, in memory that moves to the CPU when room is short", *paged] if paged else [])
+
+
+def _all_phases(plan: MemoryPlan) -> list[str]:
+    lines = [f"{'Allocated by phase':<{_WIDTH}}{'GiB':>8}"]
+    return lines + [_line(f"{stage}, {phase}", plan.predict(phase, stage)) for stage, phase in plan.phases()]
+
+
+def _card(advice: Advice) -> str:
+    start = f"{advice.card:>4} GB  "
+    if advice.fits:
+        return f"{start}fits"
+    if not advice.settings:
+        return f"{start}too small, with all settings that were tried"
+    return f"{start}fits with " + " ".join(f"--set {setting}" for setting in advice.settings)
+
+
+def _line(name: str, size: int, *, indent: str = "  ") -> str:
+    return f"{indent + name:<{_WIDTH}}{size / 2**30:>8.2f}"
