@@ -41,7 +41,9 @@ KINDS = {
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """PEFT asks whether the GPU's autocast is on, and then leaves a 4-bit layer's input as it is."""
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: True)
+    # Asked by device, the truth: torch's own context puts back what it was told when it began.
+    asked = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: asked(*device) if device else True)
 
 
 def _shared(folder, kind, config, model_class=LlamaForCausalLM, targets="all-linear", checkpointing=False):

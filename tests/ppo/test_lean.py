@@ -119,12 +119,9 @@ def test_lean_layers_are_no_less_exact_in_bfloat16(quantization, long_way, tmp_p
 
 
 def test_without_adapters_lean_layers_are_the_base(long_way):
-    base = make_llama()
-    expected = base(IDS).logits.detach()
-    _, lean = _pair(base)
+    _, lean = _pair()
     with torch.no_grad(), active_adapter(lean, None):
-        torch.testing.assert_close(lean(IDS).logits, expected, rtol=0, atol=0)
-    assert not long_way
+        assert torch.equal(lean(IDS).logits, make_llama()(IDS).logits) and not long_way
 
 
 FALLBACKS = {
@@ -252,13 +249,11 @@ def test_held_weights_change_nothing_under_autocast(kind, tied):
     assert all(2 * p.nbytes == weights[n].nbytes for n, p in shared.named_parameters() if n in linear)
     _assert_close(_run(shared.peft, autocast=True), expected, rtol=0, atol=0)
     for name, parameter in shared.named_parameters():
-        if name.endswith("bias"):
-            continue  # small enough to be held in either
-        assert parameter.dtype == (torch.bfloat16 if name in linear else torch.float32)
+        # (A bias is small enough to be held in either.)
+        assert name.endswith("bias") or parameter.dtype == (torch.bfloat16 if name in linear else torch.float32)
         assert torch.equal(parameter.float(), weights[name].to(parameter.dtype).float())
         assert parameter.requires_grad == (".policy." in name)
-    head = shared.model.get_output_embeddings()
-    assert (head.weight is shared.model.get_input_embeddings().weight) == tied == (type(head) is not HeldLinear)
+    assert (type(shared.model.get_output_embeddings()) is HeldLinear) != tied
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Qwen2"])

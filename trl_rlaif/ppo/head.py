@@ -29,14 +29,15 @@ def is_plain(model: nn.Module) -> bool:
         return False
     if inner not in _plain:
         ids = torch.arange(3, 12, device=head.weight.device)[None]
-        training = inner.training
+        modes = {module: module.training for module in inner.modules()}
         with torch.no_grad():
             inner.eval()
             try:
                 hidden = backbone(inner)(input_ids=ids, use_cache=False).last_hidden_state
                 found = inner(input_ids=ids, use_cache=False).logits
             finally:
-                inner.train(training)
+                for module, training in modes.items():
+                    module.training = training
             expected = head(hidden)
             _plain[inner] = found.shape == expected.shape and torch.equal(found, expected)
     return _plain[inner]
@@ -105,12 +106,12 @@ def _chunk_by_chunk(
     entropy = torch.zeros_like(logprobs)
     for rows in torch.arange(len(hidden), device=hidden.device).split(max(16, HEAD_ELEMENTS // len(weight))):
         scores = linear(hidden[rows].to(dtype), weight, bias).float().div_(temperature)
-        log_z = scores.logsumexp(-1)
-        logprobs[rows] = scores.gather(1, tokens[rows, None])[:, 0] - log_z
+        every = scores.sub_(scores.logsumexp(-1, keepdim=True))
+        logprobs[rows] = every.gather(1, tokens[rows, None])[:, 0]
         if slope is None:
             continue
-        probabilities = (scores - log_z[:, None]).exp_()
-        entropy[rows] = log_z - torch.linalg.vecdot(probabilities, scores)
+        probabilities = every.exp()
+        entropy[rows] = -torch.linalg.vecdot(probabilities, every)
         expected = linear(probabilities.to(dtype), weight.t())
         slope[rows] = ((weight[tokens[rows]].float() - expected.float()) / temperature).to(slope.dtype)
     return logprobs, entropy

@@ -37,14 +37,17 @@ class _Lean:
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         name = self._short_way()
-        if args or kwargs or name is None:
+        # A 4-bit layer gives back what it is given; PEFT keeps float32 there, where a cast input would not.
+        autocast = torch.is_autocast_enabled(x.device.type)
+        quantized = autocast and x.dtype == torch.float32 and self.base_layer.weight.dtype == torch.uint8
+        if args or kwargs or name is None or quantized:
             return super().forward(x, *args, **kwargs)
         x = cast_once(x)
         base = self.base_layer(x)
         if not name:
             return base
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        if not torch.is_autocast_enabled(x.device.type) and not x.dtype == base.dtype == a.dtype:
+        if not autocast and not x.dtype == base.dtype == a.dtype:
             return super().forward(x)
         inner = linear(x, a).flatten(0, -2)
         return torch.addmm(base.flatten(0, -2), inner, b.t(), alpha=self.scaling[name]).view_as(base)
@@ -70,7 +73,7 @@ def cast_once(x: torch.Tensor) -> torch.Tensor:
 
     Query, key and value projections, each with its adapter, would otherwise make six copies of it and keep three.
     """
-    if x.dtype != torch.float32 or not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != torch.float32 or x.is_inference() or not torch.is_autocast_enabled(x.device.type):
         return x
     known = getattr(_thread, "cast", None)
     grad = torch.is_grad_enabled()
