@@ -167,3 +167,15 @@ def test_explained_variance():
     r, e = returns[mask].double().numpy(), (returns - guess)[mask].double().numpy()
     assert explained_variance(guess, returns, mask).item() == pytest.approx(1 - e.var() / r.var(), abs=1e-6)
     assert explained_variance(returns, returns, mask).item() == 1.0
+
+
+@pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit"])
+def test_the_optimizer_may_keep_its_states_in_8_bits(tmp_path, optim):
+    """bitsandbytes' optimizers, as `trl-rlaif memory` advises; tensors below 4096 elements stay in 32 bits there."""
+    trainer = small_trainer(tmp_path, optim=optim)
+    before = {n: p.clone() for n, p in trainer.shared.named_parameters() if ".policy." in n and "lora_B" in n}
+    trainer.train()
+    assert "AdamW" in type(trainer.optimizer.optimizer).__name__
+    assert type(trainer.optimizer.optimizer).__module__.startswith("bitsandbytes")
+    after = dict(trainer.shared.named_parameters())
+    assert any((after[name] != value).any() for name, value in before.items())
