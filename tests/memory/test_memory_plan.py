@@ -85,6 +85,20 @@ def test_an_8b_policy_with_all_roles_stays_under_12_gb():
     assert max(plan.predict(phase) for stage, phase in plan.phases() if stage == "rl") < 11 * 2**30
 
 
+def test_micro_batch_tokens_make_an_update_as_small_as_that_many_rows(parse):
+    keys = ["rl.max_prompt_length=24", "rl.response_length=8"]
+    whole, split, two = (
+        plan_memory(parse(*keys, *more))
+        for more in (
+            ["rl.per_device_train_batch_size=8"],
+            ["rl.per_device_train_batch_size=8", "rl.micro_batch_tokens=70"],
+            ["rl.per_device_train_batch_size=2", "rl.gradient_accumulation_steps=4"],
+        )
+    )
+    assert split.predict("update") == two.predict("update") < whole.predict("update")
+    assert split.predict("scoring") == whole.predict("scoring")
+
+
 def test_the_peak_is_the_largest_phase_with_margin_and_context(parse):
     plan = plan_memory(parse())
     phases = {at: plan.predict(at[1], at[0]) for at in plan.phases()}

@@ -201,6 +201,10 @@ def rl(run: Run) -> list[Part]:
     at_once = min(rl_batch(recipe), setting(recipe, "rl", "local_rollout_forward_batch_size") or 64)
     chunk = min(_head_chunk(run.shape), rows * response)
     hidden = rows * length * activations.precision.stream * run.shape.hidden
+    # An update takes a micro-batch in parts where the recipe limits their tokens.
+    limit = setting(recipe, "rl", "micro_batch_tokens")
+    trained = max(1, min(rows, limit // length)) if limit else rows
+    learned = min(chunk, trained * response)
     parts = [
         *_roles(run),
         *_generation(activations, at_once, prompt, response, BLOCK),
@@ -209,8 +213,8 @@ def rl(run: Run) -> list[Part]:
         Part("last hidden states", hidden, "scoring: output head", ""),
         Part(f"output head, {chunk} tokens at a time", activations.head(chunk, gradient=False),
              "scoring: output head", ""),
-        *_update(activations, rows, length, bool(setting(recipe, "rl", "gradient_checkpointing")),
-                 activations.head(chunk, gradient=True), chunk),
+        *_update(activations, trained, length, bool(setting(recipe, "rl", "gradient_checkpointing")),
+                 activations.head(learned, gradient=True), learned),
     ]  # fmt: skip
     if "direct" in recipe.rl.rewards:
         parts += _judge(run, recipe.label.judge if recipe.label else "same", alone=False)
