@@ -46,7 +46,7 @@ class MicroBatch:
         part: list[int] = []
         for row in self.rows.tolist():
             grown = [*part, row]
-            width = max(prompts[i] for i in grown) + max(lengths[i] for i in grown)
+            width = max(prompts[i] for i in grown) + max(1, *(lengths[i] for i in grown))
             if part and width * len(grown) > tokens:
                 yield torch.tensor(part)
                 grown = [row]

@@ -179,6 +179,7 @@ class PPOTrainer(TrlPPOTrainer):
             advantages, returns = self.compute_advantages(rollout, rewards)
             stats = self.update(rollout, advantages, returns)
             metrics = self.compute_metrics(rollout, scores, stats)
+            self.kl_weight.observe(metrics["objective/kl"], self.args.batch_size)
             self._end_update(metrics)
         self._end()
 
@@ -291,7 +292,6 @@ class PPOTrainer(TrlPPOTrainer):
         metrics = update_metrics(rollout, scores, stats, weights, self.args.kl_estimator, self.accelerator.gather)
         metrics["objective/kl_coef"] = self.kl_weight.coef
         metrics["policy/epochs"] = self._epochs_done
-        self.kl_weight.observe(metrics["objective/kl"], self.args.batch_size)
         ends = (rollout.response_ids == self.processing_class.eos_token_id).sum()
         metrics["val/num_eos_tokens"] = self.accelerator.reduce(ends, "sum").item()
         metrics["lr"] = self.lr_scheduler.get_last_lr()[0]
