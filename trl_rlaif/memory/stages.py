@@ -221,8 +221,6 @@ def rl(run: Run) -> list[Part]:
     functions = [name for name in recipe.rl.rewards if name not in ("reward", "direct")]
     if functions:
         run.notes.append(f"What {', '.join(functions)} needs on the GPU is not counted.")
-    if setting(recipe, "rl", "generation") == "vllm":
-        run.notes.append("What vLLM reserves on this GPU is not counted.")
     return parts
 
 
