@@ -76,6 +76,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--updates", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="PPOConfig of this project's side")
+    parser.add_argument("--dtype", default="auto", help="of this project's model; stock's is what the checkpoint has")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--cuda", action="store_true")
     parser.add_argument("--profile", action="store_true", help="print where this side's time goes")
@@ -102,6 +103,7 @@ def _setting(args: argparse.Namespace) -> dict[str, Any]:
         "batch": args.batch,
         "prompt_tokens": args.prompt,
         "response_tokens": args.response,
+        "dtype": args.dtype,
         "set": args.set,
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")}
         | {"python": platform.python_version()},
@@ -167,7 +169,7 @@ def _parts(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     from trl_rlaif.models import ModelSpec, load_model, load_tokenizer
 
     torch.manual_seed(0)
-    model = load_model(ModelSpec(args.model))
+    model = load_model(ModelSpec(args.model, dtype=args.dtype if args.side == "ours" else "auto"))
     tokenizer = load_tokenizer(args.model)
     ids = torch.randint(1000, 20000, (args.batch * args.updates, args.prompt)).tolist()
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")

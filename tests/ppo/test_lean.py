@@ -15,9 +15,9 @@ from peft import LoraConfig, get_peft_model
 
 from trl_rlaif import SharedBase
 from trl_rlaif.models import keep_gradients
-from trl_rlaif.ppo import cache, rollout
+from trl_rlaif.ppo import cache, cpu_attention, rollout
 from trl_rlaif.ppo.cache import BlockLayer, block_cache
-from trl_rlaif.ppo.cpu_attention import float32_attention
+from trl_rlaif.ppo.cpu_attention import trainable_attention, whole_attention
 from trl_rlaif.ppo.lean_lora import cast_once, make_lean
 from trl_rlaif.ppo.precision import HeldLinear, held_head, hold_frozen_weights
 from trl_rlaif.roles import active_adapter
@@ -284,16 +284,54 @@ def test_a_tied_head_is_held_for_a_while():
         assert head.weight is before
 
 
-def test_attention_in_float32_is_nearer_to_the_truth():
+def test_attention_for_training_is_nearer_to_the_truth():
     model, eager = get_peft_model(make_llama(), _lora()), make_llama()
     eager.set_attn_implementation("eager")
     exact, rounded = _run(model), _run(model, autocast=True)
-    with float32_attention(model.get_base_model(), eager):
+    with trainable_attention(model.get_base_model(), eager):
         assert model.config._attn_implementation not in ("sdpa", "eager")
         assert eager.config._attn_implementation == "eager"
         found = _run(model, autocast=True)
     assert model.config._attn_implementation == "sdpa"
     assert 0 < _error(found, exact) < 1.05 * _error(rounded, exact) < 0.1
-    with pytest.raises(RuntimeError), float32_attention(model.get_base_model()):
+    with pytest.raises(RuntimeError), trainable_attention(model.get_base_model()):
         raise RuntimeError
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("ways", [(128, 256), (0, 256), (0, 0)])  # by whole products, torch in float32, torch
+def test_every_way_of_attention_gives_the_same_gradients(ways, monkeypatch):
+    monkeypatch.setattr(cpu_attention, "WHOLE_UP_TO", ways[0])
+    monkeypatch.setattr(cpu_attention, "FLOAT32_UP_TO", ways[1])
+    model = get_peft_model(make_llama(), _lora())
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    exact = _gradients(model, mask)
+    with trainable_attention(model.get_base_model()), _bfloat16():
+        found = _gradients(model, mask)
+    assert 0 < (found - exact).norm() < 2**-4 * exact.norm()  # torch alone: 0.044
+
+
+def _gradients(model, mask) -> torch.Tensor:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    loss = (model(IDS, attention_mask=mask).logits.float() * mask[..., None]).square().sum()
+    return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, parameters)])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_whole_attention_is_exact(masked):
+    query, key, value = (torch.randn(2, heads, 7, 4, dtype=torch.float64, requires_grad=True) for heads in (6, 2, 2))
+    mask = torch.ones(2, 1, 7, 7, dtype=torch.bool).tril()
+    if masked:  # padding on the left, whose own rows see everything, as transformers has it
+        mask[0, :, :, :3], mask[0, :, :3] = False, True
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True
+    )
+    found = whole_attention(query, key, value, cpu_attention._bias(mask if masked else None, 7), 0.3)
+    direction = torch.randn_like(expected)
+    inputs = (query, key, value)
+    pairs = zip(
+        (found, *torch.autograd.grad(found, inputs, direction)),
+        (expected, *torch.autograd.grad(expected, inputs, direction)),
+        strict=True,
+    )
+    assert all(torch.allclose(f, e, rtol=0, atol=2e-6) for f, e in pairs)  # scores and softmax are float32

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from trl_rlaif.events import Rollout
 from trl_rlaif.ppo import losses, passes
 from trl_rlaif.ppo.actors import Actors
-from trl_rlaif.ppo.cpu_attention import float32_attention
+from trl_rlaif.ppo.cpu_attention import trainable_attention
 from trl_rlaif.ppo.passes import Passage
 from trl_rlaif.ppo.precision import autocast
 
@@ -74,7 +74,7 @@ class Objective:
         for rows in batch.parts(self.args.micro_batch_tokens):
             passage = Passage.of(batch.rollout, rows)
             part = self._one_trunk if self.actors.one_trunk else self._two_passes
-            with float32_attention(*self.actors.trained()) if self.args.bf16 else nullcontext():
+            with trainable_attention(*self.actors.trained()) if self.args.bf16 else nullcontext():
                 found = part(batch, passage, counts)
             for name, value in found.items():
                 stats[name] = stats[name] + value
