@@ -122,10 +122,10 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     import trl_rlaif  # noqa: F401
 
     gc.collect()
-    imported = _resident()
+    imported = resident()
     with tempfile.TemporaryDirectory() as folder:
         trainer = _stock(args, folder) if args.side == "stock" else _ours(args, folder)
-        updates = _timed_updates(trainer)
+        updates = timed_updates(trainer)
         if args.profile:
             with torch.profiler.profile() as profile:
                 trainer.train()
@@ -139,7 +139,8 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     return {"updates": updates[1:] or updates, "peak": peak}
 
 
-def _resident() -> int:
+def resident() -> int:
+    """Bytes of this process that are in memory now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
 
@@ -184,10 +185,9 @@ def _classifier(args: argparse.Namespace) -> Any:
 
 def _stock(args: argparse.Namespace, folder: str) -> Any:
     from transformers import DataCollatorWithPadding
-    from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     model, tokenizer, data, lora = _parts(args)
-    _time(ppo_trainer, "batch_generation", "generation")
     trainer = PPOTrainer(
         _config(PPOConfig, args, folder),
         tokenizer,
@@ -200,6 +200,16 @@ def _stock(args: argparse.Namespace, folder: str) -> Any:
         eval_dataset=data,
         peft_config=lora,
     )
+    clock_stock(trainer)
+    return trainer
+
+
+def clock_stock(trainer: Any) -> None:
+    """Account for the seconds of the stock trainer's phases."""
+    from trl.experimental.ppo import ppo_trainer
+
+    time_phase(ppo_trainer, "batch_generation", "generation")
+    time_phase(ppo_trainer.gc, "collect", "garbage")
     accumulate = trainer.accelerator.accumulate
 
     @contextmanager
@@ -207,35 +217,22 @@ def _stock(args: argparse.Namespace, folder: str) -> Any:
         started = time.perf_counter()
         with accumulate(*models):
             yield
+        synchronize()
         _seconds["update"] += time.perf_counter() - started
 
     trainer.accelerator.accumulate = timed
-    _time(ppo_trainer.gc, "collect", "garbage")
-    return trainer
 
 
 def _ours(args: argparse.Namespace, folder: str) -> Any:
-    import torch
     import yaml
-    from peft import LoraConfig
 
     from trl_rlaif import PPOConfig, PPOTrainer
-    from trl_rlaif.roles import SharedBase, save_adapter
+    from trl_rlaif.roles import SharedBase
 
     model, tokenizer, data, lora = _parts(args)
     more = {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in args.set)}
     shared = SharedBase(model, lora)
-    # A reward adapter of the same size with a head, as the reward stage writes it.
-    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="SEQ_CLS")
-    shared.add_adapter("made", config)
-    reward = Path(folder) / "reward"
-    save_adapter(shared.peft, "made", reward)
-    shared.peft.delete_adapter("made")
-    from safetensors.torch import load_file, save_file
-
-    state = load_file(reward / "adapter_model.safetensors")
-    state["base_model.model.score.weight"] = torch.randn(1, model.config.hidden_size) * 0.02
-    save_file(state, reward / "adapter_model.safetensors", {"format": "pt"})
+    reward = reward_adapter(shared, Path(folder) / "reward")
     trainer = PPOTrainer(
         _config(PPOConfig, args, folder, **more),
         tokenizer,
@@ -243,14 +240,41 @@ def _ours(args: argparse.Namespace, folder: str) -> Any:
         reward_model=reward,
         train_dataset=data,
     )
-    _time(trainer._sampler, "_generate", "generation")
-    _time(trainer._sampler, "_judged", "forwards")
-    _time(trainer._sampler, "scores", "forwards")
-    _time(trainer, "update", "update")
+    for owner, name, phase in our_phases(trainer):
+        time_phase(owner, name, phase)
     return trainer
 
 
-def _time(owner: Any, name: str, phase: str) -> None:
+def our_phases(trainer: Any) -> list[tuple[Any, str, str]]:
+    """(owner, method, phase) of what this project's loop spends its time and memory on."""
+    return [
+        (trainer._sampler, "_generate", "generation"),
+        (trainer._sampler, "_judged", "forwards"),
+        (trainer._sampler, "scores", "forwards"),
+        (trainer, "update", "update"),
+    ]
+
+
+def reward_adapter(shared: Any, folder: Path) -> Path:
+    """A random reward adapter of the policy's size with a head, written as the reward stage writes it."""
+    import torch
+    from peft import LoraConfig
+    from safetensors.torch import load_file, save_file
+
+    from trl_rlaif.roles import save_adapter
+
+    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="SEQ_CLS")
+    shared.add_adapter("made", config)
+    save_adapter(shared.peft, "made", folder)
+    shared.peft.delete_adapter("made")
+    state = load_file(folder / "adapter_model.safetensors")
+    state["base_model.model.score.weight"] = torch.randn(1, shared.model.config.hidden_size) * 0.02
+    save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})
+    return folder
+
+
+def time_phase(owner: Any, name: str, phase: str) -> None:
+    """Count the seconds of a function towards a phase."""
     function = getattr(owner, name)
 
     @wraps(function)
@@ -259,20 +283,21 @@ def _time(owner: Any, name: str, phase: str) -> None:
         try:
             return function(*args, **kwargs)
         finally:
-            _synchronize()
+            synchronize()
             _seconds[phase] += time.perf_counter() - started
 
     setattr(owner, name, timed)
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
+    """Wait for the GPU, if there is one in use."""
     import torch
 
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
-def _timed_updates(trainer: Any) -> list[dict[str, float]]:
+def timed_updates(trainer: Any) -> list[dict[str, float]]:
     """Filled with every update's seconds by phase while the trainer runs."""
     from transformers import TrainerCallback
 
@@ -288,7 +313,7 @@ def _timed_updates(trainer: Any) -> list[dict[str, float]]:
             self.started = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            _synchronize()
+            synchronize()
             now = time.perf_counter()
             updates.append({**_seconds, "total": now - self.started})
             _seconds.clear()

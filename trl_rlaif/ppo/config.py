@@ -51,6 +51,10 @@ class PPOConfig(TrlPPOConfig):
         whiten_scores: Scale each batch's scores to zero mean and unit variance.
         score_clip: Scores are kept within plus and minus this, after whitening; > 0.
         length_penalty: Taken from the score for a response of full length, in proportion for a shorter one.
+        generation: What draws the responses: ``transformers``, or ``vllm`` through TRL's integration. The old
+            log-probabilities are the policy's own either way.
+        vllm_*: As in TRL's GRPOConfig; those of the server, or of the colocated engine, as ``vllm_mode`` says.
+            Prompts that leave no room for the response in ``vllm_max_model_length`` are left out.
     """
 
     max_prompt_length: int | None = _setting(
@@ -67,16 +71,33 @@ class PPOConfig(TrlPPOConfig):
     whiten_scores: bool = _setting(False, "Scale each batch's scores to zero mean and unit variance.")
     score_clip: float | None = _setting(None, "Keep scores within plus and minus this; None: no limit.")
     length_penalty: float = _setting(0.0, "Taken from the score of a response of full length, else in proportion.")
+    generation: Literal["transformers", "vllm"] = _setting("transformers", "What draws the responses.")
+    vllm_mode: Literal["colocate", "server"] = _setting("colocate", "On the training GPUs, or a server of its own.")
+    vllm_server_base_url: str | None = _setting(None, "The server's address, in place of host and port.")
+    vllm_server_host: str = _setting("0.0.0.0", "The server's host.")
+    vllm_server_port: int = _setting(8000, "The server's port.")
+    vllm_server_timeout: float = _setting(240.0, "Seconds to wait until the server is up.")
+    vllm_group_port: int = _setting(51216, "Port over which the server is sent the weights.")
+    vllm_gpu_memory_utilization: float = _setting(0.3, "Share of a GPU's memory for the colocated engine, 0 to 1.")
+    vllm_tensor_parallel_size: int = _setting(1, "GPUs that one colocated engine is spread over.")
+    vllm_max_model_length: int | None = _setting(None, "Most tokens of prompt and response; None: the model's context.")
+    vllm_enable_sleep_mode: bool = _setting(False, "Free the colocated engine's memory while the policy is trained.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choices = {"value": ("adapter", "trunk"), "kl_weighting": ("additive", "weighted")}
+        choices = {
+            "value": ("adapter", "trunk"),
+            "kl_weighting": ("additive", "weighted"),
+            "generation": ("transformers", "vllm"),
+            "vllm_mode": ("colocate", "server"),
+        }
         problems = [
             Problem(f"{name} is {getattr(self, name)!r}.", fix=f"Choose one of: {', '.join(allowed)}.")
             for name, allowed in choices.items()
             if getattr(self, name) not in allowed
         ]
         positive = ("micro_batch_tokens", "kl_target", "kl_horizon", "max_update_kl", "score_clip")
+        positive += ("vllm_server_timeout", "vllm_tensor_parallel_size")
         problems += [
             Problem(f"{name} is {getattr(self, name)}; it must be above 0.")
             for name in positive
@@ -86,6 +107,17 @@ class PPOConfig(TrlPPOConfig):
             problems.append(Problem(f"kl_coef is {self.kl_coef}; with kl_weighting: weighted it is a share, 0 to 1."))
         if self.kl_weighting == "weighted" and self.kl_target is not None:
             problems.append(Problem("kl_target steers the additive weight.", fix="Leave out kl_weighting: weighted."))
+        if not 0 < self.vllm_gpu_memory_utilization <= 1:
+            found = self.vllm_gpu_memory_utilization
+            problems.append(Problem(f"vllm_gpu_memory_utilization is {found}; it is a share, above 0 and up to 1."))
+        room, needed = self.vllm_max_model_length, (self.max_prompt_length or 1) + self.response_length
+        if room is not None and room < needed:
+            problems.append(
+                Problem(
+                    f"vllm_max_model_length is {room}; prompt and response need {needed} tokens.",
+                    fix="Raise it, or lower max_prompt_length or response_length.",
+                )
+            )
         if problems:
             raise UserError.from_problems(problems)
 

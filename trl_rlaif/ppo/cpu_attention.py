@@ -34,11 +34,11 @@ def _attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    length, trained = query.shape[2], torch.is_grad_enabled() and query.requires_grad
-    usual = dropout == 0 and query.shape[2] == key.shape[2] and kwargs.get("position_bias") is None
+    length = query.shape[2]
+    usual = dropout == 0 and length == key.shape[2] and kwargs.get("position_bias") is None
     # Rotary embeddings leave queries and keys in float32; torch's kernel would round them here, under autocast.
     low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-    if not (trained and usual and low == torch.bfloat16 and length <= FLOAT32_UP_TO):
+    if not (usual and low == torch.bfloat16 and length <= FLOAT32_UP_TO):
         kwargs |= {"dropout": dropout, "scaling": scaling}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     scaling = scaling or query.shape[3] ** -0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,11 @@ from torch.nn.functional import pad
 from trl_rlaif.events import Rollout
 from trl_rlaif.ppo import passes
 from trl_rlaif.ppo.actors import Actors
+from trl_rlaif.ppo.cpu_attention import trainable_attention
 from trl_rlaif.ppo.passes import Passage
 from trl_rlaif.ppo.precision import autocast, held_head
 from trl_rlaif.ppo.rollout import generate, response_lengths
+from trl_rlaif.ppo.vllm import VLLMSampler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,6 +40,7 @@ class RolloutSampler:
     ) -> None:
         self.args, self.accelerator, self.tokenizer, self.stop_id = args, accelerator, tokenizer, stop_id
         self.temperature = args.temperature + 1e-7  # the parent's, so that temperature 0 is greedy
+        self._vllm = VLLMSampler(args, accelerator, tokenizer, stop_id) if args.generation == "vllm" else None
 
     @torch.no_grad()
     def draw(self, actors: Actors, batch: dict[str, Any]) -> Rollout:
@@ -44,22 +48,26 @@ class RolloutSampler:
         device = self.accelerator.device
         prompt_ids = batch["input_ids"].to(device)
         prompt_mask = batch["attention_mask"].to(device).bool()
-        response_ids, logprobs = self._generate(actors, prompt_ids, prompt_mask)
+        if self._vllm is None:
+            response_ids, logprobs = self._generate(actors, prompt_ids, prompt_mask)
+        else:
+            response_ids, logprobs = self._vllm.generate(actors, prompt_ids, prompt_mask, self.temperature), None
         lengths, ended = response_lengths(response_ids, stop_id=self.stop_id, pad_id=self.tokenizer.pad_token_id)
+        zeros = torch.zeros(response_ids.shape, device=device)
         rollout = Rollout(
             prompt_ids=prompt_ids,
             prompt_mask=prompt_mask,
             response_ids=response_ids,
             lengths=lengths,
             ended=ended,
-            logprobs=logprobs,
-            ref_logprobs=torch.zeros_like(logprobs),
-            values=torch.zeros_like(logprobs),
+            logprobs=zeros if logprobs is None else logprobs,
+            ref_logprobs=zeros,
+            values=zeros,
             prompts=batch["prompt"],
             completions=self._decode(response_ids, lengths, batch["prompt"]),
             columns=batch["columns"],
         )
-        return self._judged(actors, rollout)
+        return self._judged(actors, rollout if logprobs is not None else self._with_logprobs(actors, rollout))
 
     def _generate(
         self, actors: Actors, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor
@@ -92,6 +100,21 @@ class RolloutSampler:
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for text, prompt in zip(texts, prompts, strict=True)
         ]
+
+    def _with_logprobs(self, actors: Actors, rollout: Rollout) -> Rollout:
+        """The rollout with the policy's log-probabilities, of responses that another engine drew.
+
+        That engine's own are not taken: its kernels and its precision differ, and PPO's ratio divides by these. It
+        is 1 at the first step only if the model that is trained has said both.
+        """
+        logprobs = torch.zeros_like(rollout.logprobs)
+        with trainable_attention(*actors.trained()) if self.args.bf16 else nullcontext():  # as in the step
+            for rows in self._chunks(rollout):
+                passage = Passage.of(rollout, rows)
+                with autocast(self.args, self.accelerator.device):
+                    found, _ = passes.logprobs(actors, "policy", passage, self.temperature)
+                logprobs[rows, : passage.width] = found
+        return replace(rollout, logprobs=logprobs)
 
     def _judged(self, actors: Actors, rollout: Rollout) -> Rollout:
         """The rollout with the reference's log-probabilities and the values; zero behind the ends."""
