@@ -45,7 +45,7 @@ def main() -> None:
     for _ in range(args.rounds):
         for threshold in readings:
             for side in args.sides:
-                runs[side, threshold].append(_run(side, threshold))
+                runs[side, threshold].append(run_side(__file__, side, threshold))
     result: dict[str, Any] = {"command": " ".join(["python", "benchmarks/ppo.py", *sys.argv[1:]])} | _setting(args)
     for side in args.sides:
         plain, mapped = runs[side, None], runs.get((side, "65536"), [])
@@ -85,11 +85,12 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _run(side: str, threshold: str | None) -> dict[str, Any]:
+def run_side(script: str, side: str, threshold: str | None) -> dict[str, Any]:
+    """What one side of a script measures in a process of its own."""
     environment = os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1"}
     if threshold:
         environment["MALLOC_MMAP_THRESHOLD_"] = threshold
-    command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
+    command = [sys.executable, script, *sys.argv[1:], "--side", side]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     lines = done.stdout.strip().splitlines()
     if len(lines) > 1:

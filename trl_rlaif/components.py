@@ -54,7 +54,13 @@ class Labeler(Component, ABC):
 
 
 class RewardTransform(Component):
-    """Changes what a reward is: its loss while it is learned, its scores while PPO runs."""
+    """Changes what a reward is: its loss while it is learned, its scores while PPO runs.
+
+    Attributes:
+        needs_expected: The reward model gets a second output, e(x), read at the last prompt token.
+    """
+
+    needs_expected: ClassVar[bool] = False
 
     def loss(self, scores: PreferenceScores) -> torch.Tensor | None:
         """Mean loss over the comparisons (a scalar), or None to leave the trainer's own."""
@@ -63,6 +69,10 @@ class RewardTransform(Component):
     def transform(self, scores: torch.Tensor, rollout: Rollout) -> torch.Tensor:
         """Map scores, shape (batch,), float32, to scores of the same shape. May update the state."""
         return scores
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers to log after each update, by name."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold to go on exactly where this transform is."""

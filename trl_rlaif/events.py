@@ -52,12 +52,20 @@ class PreferenceScores:
         rejected: Scores of the rejected responses, shape (batch,), float.
         p: Probability that chosen is preferred, shape (batch,), float in [0, 1].
         categories: Kind of prompt of each row, or None where unknown.
+        expected: e(x), the reward expected for each prompt, shape (batch,), float; only for a transform that
+            ``needs_expected``.
+        chosen_log_ratios: log pi(y|x) - log pi'_k(y|x) of the chosen responses under K other policies, shape
+            (batch, K), float, where the data has them.
+        rejected_log_ratios: The same of the rejected responses.
     """
 
     chosen: torch.Tensor
     rejected: torch.Tensor
     p: torch.Tensor
     categories: list[str | None]
+    expected: torch.Tensor | None = None
+    chosen_log_ratios: torch.Tensor | None = None
+    rejected_log_ratios: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,8 @@ class Rollout:
         prompts: What the dataset held: text or messages, B entries.
         completions: The responses in the same form (text, or a list with one assistant message).
         columns: The dataset's other columns, B entries each.
+        expected: (B,) float32, e(x) by a reward model that has such a head, once the rollout is scored.
+        reward_parts: (B,) float32 scores by reward, whose sum the reward transforms begin with.
     """
 
     prompt_ids: torch.Tensor
@@ -92,6 +102,8 @@ class Rollout:
     prompts: list[Any]
     completions: list[Any]
     columns: dict[str, list[Any]] = field(default_factory=dict)
+    expected: torch.Tensor | None = None
+    reward_parts: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def masks(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, T) bool each: response tokens; and the same with the step after the last.

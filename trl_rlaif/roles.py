@@ -161,8 +161,8 @@ class SharedBase(nn.Module):
         score = [k for k in state if k.endswith("score.weight")]
         if not score:
             raise UserError("The reward adapter has no score head.", where=str(folder))
-        head = self._head()
         weight = state.pop(score[0])
+        head = self._head(len(weight))  # two numbers, where there is an e(x)
         if weight.shape != head.weight.shape:
             raise UserError(
                 f"The reward head reads {weight.shape[-1]} features, the base has {head.weight.shape[-1]}: "
@@ -179,13 +179,14 @@ class SharedBase(nn.Module):
             return backbone(self.peft)(**inputs, use_cache=False).last_hidden_state
 
     def head(self, role: str, hidden: torch.Tensor) -> torch.Tensor:
-        """A role's scalar of each hidden state: the shape of ``hidden`` less the last axis, float32."""
+        """A role's numbers of each hidden state: (..., H) to (..., outputs), float32."""
         head = self.heads[role]
-        return head(hidden.to(head.weight.dtype)).squeeze(-1)
+        return head(hidden.to(head.weight.dtype))
 
-    def _head(self) -> nn.Linear:
+    def _head(self, outputs: int = 1) -> nn.Linear:
         embedding = self.model.get_input_embeddings().weight
-        head = nn.Linear(self.model.config.get_text_config().hidden_size, 1, bias=False, device=embedding.device)
+        width = self.model.config.get_text_config().hidden_size
+        head = nn.Linear(width, outputs, bias=False, device=embedding.device)
         nn.init.zeros_(head.weight)
         return head
 

@@ -65,8 +65,8 @@ def test_losses_equal_the_parents(tmp_path, options):
     without_p = _losses(RewardTrainer, tmp_path / "ours", **dict(options))
     hard = _losses(RewardTrainer, tmp_path / "hard", p=1.0, **dict(options))
     assert len(parent) == 8
-    assert without_p == pytest.approx(parent, abs=1e-6, rel=0)
-    assert hard == pytest.approx(parent, abs=1e-6, rel=0)
+    assert without_p == pytest.approx(parent, abs=1e-5, rel=0)  # pairs are packed
+    assert hard == pytest.approx(parent, abs=1e-5, rel=0)  # pairs are packed
     assert len({round(loss, 4) for loss in parent}) > 4  # it learns: the comparison is not of constants
 
 

@@ -110,7 +110,7 @@ def test_values_and_what_one_pass_gives_are_those_of_each_sequence_alone(trunk):
             expected = _alone(shared, "policy" if trunk else "value", rollout, row)
             steps = passage.value_mask[i].sum()
             assert steps == min(LENGTHS[row] + 1, 6)
-            torch.testing.assert_close(values[i, :steps], shared.head("value", expected[2])[:steps].float(), **CLOSE)
+            torch.testing.assert_close(values[i, :steps], shared.head("value", expected[2])[:steps, 0].float(), **CLOSE)
             if trunk:
                 torch.testing.assert_close(logprobs[i, : LENGTHS[row]].double(), expected[0], **CLOSE)
                 torch.testing.assert_close(entropy[i, : LENGTHS[row]].double(), expected[1], **CLOSE)
@@ -221,7 +221,7 @@ def test_gradients_are_those_of_the_two_losses(trunk):
     logprobs, values = torch.zeros(masks[0].shape).double(), torch.zeros(masks[0].shape).double()
     for i, row in enumerate(rows.tolist()):
         logprobs[i, : LENGTHS[row]] = _alone(shared, "policy", rollout, row)[0]
-        found = shared.head("value", _alone(shared, "policy" if trunk else "value", rollout, row)[2])
+        found = shared.head("value", _alone(shared, "policy" if trunk else "value", rollout, row)[2])[:, 0]
         values[i, : LENGTHS[row] + 1] = found[: values.shape[1]]
     p_loss, _ = losses.policy_loss(logprobs, rollout.logprobs[rows], batch.advantages[rows], masks[0], CLIP)
     v_loss, _ = losses.value_loss(values, rollout.values[rows], batch.returns[rows], masks[1], CLIP)

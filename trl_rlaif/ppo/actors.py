@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -37,8 +37,11 @@ class Actors(Protocol):
     def value_head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Values of hidden states: their shape less the last axis."""
 
-    def scores(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """(B,) scores of whole responses, read at each row's last token."""
+    def scores(self, inputs: dict[str, torch.Tensor], prompt_end: int) -> torch.Tensor:
+        """(B, 1) scores of whole responses, read at each row's last token; or (B, 2), where the head has an e(x).
+
+        That one is read at the column ``prompt_end``, where every row's prompt ends.
+        """
 
 
 class SharedActors:
@@ -63,10 +66,11 @@ class SharedActors:
         return self.shared.hidden("policy" if self.one_trunk else "value", **inputs)
 
     def value_head(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.shared.head("value", hidden)
+        return self.shared.head("value", hidden).squeeze(-1)
 
-    def scores(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        return self.shared.head("reward", last_hidden(self.shared.hidden("reward", **inputs), inputs))
+    def scores(self, inputs: dict[str, torch.Tensor], prompt_end: int) -> torch.Tensor:
+        hidden = self.shared.hidden("reward", **inputs)
+        return _scores(lambda states: self.shared.head("reward", states), hidden, inputs, prompt_end)
 
 
 class SeparateActors:
@@ -111,9 +115,18 @@ class SeparateActors:
     def value_head(self, hidden: torch.Tensor) -> torch.Tensor:
         return inner_model(self.value).score(hidden).squeeze(-1)
 
-    def scores(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def scores(self, inputs: dict[str, torch.Tensor], prompt_end: int) -> torch.Tensor:
         hidden = backbone(self.reward)(**inputs, use_cache=False).last_hidden_state
-        return inner_model(self.reward).score(last_hidden(hidden, inputs)).squeeze(-1)
+        return _scores(inner_model(self.reward).score, hidden, inputs, prompt_end)
+
+
+def _scores(
+    head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, inputs: dict[str, torch.Tensor], prompt_end: int
+) -> torch.Tensor:
+    scores = head(last_hidden(hidden, inputs))
+    if scores.shape[-1] == 2:
+        scores = torch.stack((scores[:, 0], head(hidden[:, prompt_end])[:, 1]), 1)
+    return scores
 
 
 def last_hidden(hidden: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -134,13 +134,16 @@ class RolloutSampler:
         )
 
     @torch.no_grad()
-    def scores(self, actors: Actors, rollout: Rollout) -> torch.Tensor:
-        """The reward model's score of each response: (B,) float32."""
-        scores = torch.zeros(len(rollout.prompts), device=self.accelerator.device)
+    def scores(self, actors: Actors, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The reward model's score of each response, and e(x) where it has one: (B,) float32 each."""
+        found, order = [], []
         for rows in self._chunks(rollout):
+            passage = Passage.of(rollout, rows)
             with autocast(self.args, self.accelerator.device):
-                scores[rows] = actors.scores(Passage.of(rollout, rows).inputs(last=True)).float()
-        return scores
+                found.append(actors.scores(passage.inputs(last=True), -passage.width - 1).float())
+            order.append(rows)
+        scores = torch.cat(found)[torch.cat(order).argsort()]
+        return scores[:, 0], scores[:, 1] if scores.shape[1] > 1 else None
 
     def _chunks(self, rollout: Rollout) -> tuple[torch.Tensor, ...]:
         """Rows of like length together, as many as a training step holds: little padding is computed."""

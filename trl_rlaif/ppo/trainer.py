@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -198,23 +199,22 @@ class PPOTrainer(TrlPPOTrainer):
     def score(self, rollout: Rollout) -> torch.Tensor:
         """Raw scores, (B,) float32: the reward model's plus every reward function's."""
         device = self.accelerator.device
-        total = torch.zeros(len(rollout.prompts), device=device)
-        self._reward_parts: dict[str, float] = {}
+        parts: dict[str, torch.Tensor] = {}
+        self._expected = None
         if self.reward_model is not None or (self.shared is not None and "reward" in self.shared.heads):
-            total = total + self._part("model", self._sampler.scores(self.actors, rollout))
+            parts["model"], self._expected = self._sampler.scores(self.actors, rollout)
         for function in self.reward_funcs:
-            scores = call_reward(function, rollout, trainer_state=self.state).to(device)
-            total = total + self._part(reward_name(function), scores)
+            name, scores = reward_name(function), call_reward(function, rollout, trainer_state=self.state).to(device)
+            parts[name] = parts[name] + scores if name in parts else scores
+        self._reward_parts = parts
+        total = sum(parts.values(), torch.zeros(len(rollout.prompts), device=device))
         if not total.isfinite().all():
             raise UserError("The reward model gave a score that is not finite.")
         return total
 
-    def _part(self, name: str, scores: torch.Tensor) -> torch.Tensor:
-        self._reward_parts[f"score/{name}"] = self.accelerator.gather(scores).mean().item()
-        return scores
-
     def transform(self, scores: torch.Tensor, rollout: Rollout) -> torch.Tensor:
         """Scores after the reward transforms in their order, then whitened, clipped and less penalties."""
+        rollout = replace(rollout, expected=self._expected, reward_parts=self._reward_parts)
         for transform in self.reward_transforms:
             scores = transform.transform(scores, rollout)
         eos_id = self.processing_class.eos_token_id
@@ -296,7 +296,11 @@ class PPOTrainer(TrlPPOTrainer):
         metrics["val/num_eos_tokens"] = self.accelerator.reduce(ends, "sum").item()
         metrics["lr"] = self.lr_scheduler.get_last_lr()[0]
         metrics["episode"] = self.state.episode + self.args.batch_size
-        return metrics | self._reward_parts
+        for name, scores in self._reward_parts.items():
+            metrics[f"score/{name}"] = self.accelerator.gather(scores).mean().item()
+        for transform in self.reward_transforms:
+            metrics |= transform.metrics()
+        return metrics
 
     # ---- Beginning and end ----------------------------------------------------------------------------
 

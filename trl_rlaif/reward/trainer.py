@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,15 @@ from trl_rlaif.components import RewardTransform
 from trl_rlaif.errors import UserError
 from trl_rlaif.events import PreferenceScores
 from trl_rlaif.reward.collator import SoftPreferenceCollator
+from trl_rlaif.reward.heads import add_expected
 from trl_rlaif.reward.losses import soft_preference_loss
+from trl_rlaif.reward.scoring import PairScorer, can_pack
+from trl_rlaif.roles import inner_model
+
+logger = logging.getLogger(__name__)
+
+# What a dataset may hold for the loss, beside what the parent reads.
+COLUMNS = ("p", "category", "prompt_length", "chosen_log_ratios", "rejected_log_ratios")
 
 
 class RewardTrainer(TrlRewardTrainer):
@@ -21,22 +30,47 @@ class RewardTrainer(TrlRewardTrainer):
     A column ``p``, the probability in [0, 1] that ``chosen`` is preferred, makes the labels soft (Lee et
     al. 2023, section 3.1). Without it and without transforms the parent's loss is computed.
 
+    A pair is computed as one row in which what both responses begin with stands once, where the model allows it:
+    the parent computes every prompt twice, and pads. The numbers are the parent's.
+
     Args:
         *args, **kwargs: Everything that the parent takes.
         reward_transforms: Components that bring a loss of their own; at most one of them may.
+        packing: None packs pairs where the model allows it and no data_collator is given; True insists on it.
+        batch_tokens: Most tokens, padding counted, of one forward pass over packed pairs. A batch is computed in
+            parts of like length.
 
     Raises:
-        UserError: A ``p`` is missing or lies outside [0, 1].
+        UserError: A ``p`` is missing or lies outside [0, 1]; or packing is True and cannot be.
     """
 
-    def __init__(self, *args: Any, reward_transforms: Sequence[RewardTransform] = (), **kwargs: Any) -> None:
-        self.reward_transforms = list(reward_transforms)
+    def __init__(
+        self,
+        *args: Any,
+        reward_transforms: Sequence[RewardTransform] = (),
+        packing: bool | None = None,
+        batch_tokens: int = 8192,
+        **kwargs: Any,
+    ) -> None:
+        self.reward_transforms, self.batch_tokens = list(reward_transforms), batch_tokens
         super().__init__(*args, **kwargs)
+        if any(transform.needs_expected for transform in self.reward_transforms):
+            add_expected(self.model)
         if kwargs.get("data_collator") is None and (len(args) < 3 or args[2] is None):
             self.data_collator = SoftPreferenceCollator(
                 pad_token_id=self.processing_class.pad_token_id,
                 pad_to_multiple_of=self.args.pad_to_multiple_of,
+                packed=packing is not False and self._can_pack(insist=packing is True),
             )
+
+    def _can_pack(self, *, insist: bool) -> bool:
+        if can_pack(self.model):
+            return True
+        what = f"{type(inner_model(self.model)).__name__} cannot be trained on packed pairs"
+        if insist:
+            raise UserError(f"{what}.", fix="Leave out packing=True.")
+        logger.info("%s; every prompt is computed twice.", what)
+        return False
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         if "p" in (getattr(dataset, "column_names", None) or ()):
@@ -51,7 +85,7 @@ class RewardTrainer(TrlRewardTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         # The length is for the sampler that groups by it, which sees the dataset after this choice.
-        for column in ("p", "category", self.args.length_column_name):
+        for column in (*COLUMNS, self.args.length_column_name):
             if column not in self._signature_columns:
                 self._signature_columns.append(column)
 
@@ -59,13 +93,24 @@ class RewardTrainer(TrlRewardTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The parent's loss and metrics; with soft labels or a transform, the loss that they ask for."""
-        p, categories = inputs.pop("p", None), inputs.pop("category", None)
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if p is not None or self.reward_transforms:
+        own = {name: inputs.pop(name, None) for name in ("p", "category", "chosen_log_ratios", "rejected_log_ratios")}
+        scorer = PairScorer(model, self.accelerator.unwrap_model(model), self.batch_tokens)
+        if "segments" not in inputs and not any(t.needs_expected for t in self.reward_transforms):
+            inputs.pop("prompt_end", None)
+            scorer = model  # exactly the parent's way
+        loss, outputs = super().compute_loss(scorer, inputs, True, num_items_in_batch)
+        if own["p"] is not None or self.reward_transforms:
             chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
-            if p is None:
-                p = torch.ones_like(chosen)
-            scores = PreferenceScores(chosen, rejected, p.to(chosen.dtype), categories or [None] * len(chosen))
+            p = torch.ones_like(chosen) if own["p"] is None else own["p"].to(chosen.dtype)
+            scores = PreferenceScores(
+                chosen,
+                rejected,
+                p,
+                own["category"] or [None] * len(chosen),
+                getattr(scorer, "expected", None),
+                own["chosen_log_ratios"],
+                own["rejected_log_ratios"],
+            )
             loss = self.preference_loss(scores, inputs.get("margin", 0.0))
             self._log_soft_metrics(scores, "train" if self.model.training else "eval")
         return (loss, outputs) if return_outputs else loss

@@ -70,6 +70,11 @@ class Shard:
         return f"{self.number}/{self.count}"
 
 
+def transform_file(name: str) -> str:
+    """Where the folder reward/ keeps the state of a transform."""
+    return f"transform_{name}.pt"
+
+
 @dataclass
 class Context:
     """One run. Models are loaded when a stage asks for them and go when it ends."""
@@ -219,9 +224,25 @@ class Context:
         return [Pair(*(row.get(k) for k in known), {k: v for k, v in row.items() if k not in known}) for row in rows]
 
     def transforms(self, section: str) -> list[Any]:
-        """The reward transforms that a section names, in its order."""
-        refs = getattr(self.recipe, section).transforms
-        return [self.plugins.registry.create("reward_transform", r.name, r.options) for r in refs]
+        """The reward transforms that a section names, in its order.
+
+        One that the reward model was trained with has in the stage rl the state of that training, and its options
+        too, unless the section rl gives some itself.
+        """
+        import torch
+
+        trained = {ref.name: ref.options for ref in self.recipe.reward.transforms} if self.recipe.reward else {}
+        found = []
+        for ref in getattr(self.recipe, section).transforms:
+            known = section == "rl" and ref.name in trained
+            transform = self.plugins.registry.create("reward_transform", ref.name, ref.options)
+            if known and transform.options == type(transform).Options():
+                transform = self.plugins.registry.create("reward_transform", ref.name, trained[ref.name])
+            found.append(transform)
+            path = self.folder / "reward" / transform_file(ref.name)
+            if known and path.exists():
+                transform.load_state_dict(torch.load(path, weights_only=True))
+        return found
 
     def labeler(self) -> Labeler:
         """The labeler that the recipe names, or the default one."""

@@ -174,7 +174,8 @@ def _rewards(context: Context, shared: SharedBase, prompts: list[list[int]], enc
             response_ids[row, : len(encoded[i])] = torch.as_tensor(encoded[i])
         sizes = torch.tensor([len(encoded[i]) for i in batch])
         inputs = model_inputs(*(t.to(device) for t in (prompt_ids, mask, response_ids, sizes)))
-        for i, score in zip(batch, SharedActors(shared).scores(inputs).float().tolist(), strict=True):
+        found = SharedActors(shared).scores(inputs, -r - 1)[:, 0]
+        for i, score in zip(batch, found.float().tolist(), strict=True):
             scores[i] = score
     return scores
 

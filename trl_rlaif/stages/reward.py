@@ -11,9 +11,11 @@ import torch
 from trl_rlaif.artifacts import write_folder
 from trl_rlaif.encoding import encode_prompt, encode_response
 from trl_rlaif.errors import UserError
-from trl_rlaif.judging.scoring import token_batches
-from trl_rlaif.measures import wilson
-from trl_rlaif.stages.context import Context
+from trl_rlaif.events import Rollout
+from trl_rlaif.measures import calibration_error, category_figures, wilson
+from trl_rlaif.measures.categories import UNNAMED
+from trl_rlaif.reward.scoring import score_pairs
+from trl_rlaif.stages.context import Context, transform_file
 from trl_rlaif.stages.label import write_preferences
 from trl_rlaif.stages.sft import last_checkpoint
 
@@ -44,10 +46,10 @@ def run(context: Context) -> dict[str, Any]:
         trainer.train(resume_from_checkpoint=last_checkpoint(arguments["output_dir"]))
     finally:
         callback.close()
-    write_folder(context.folder / "reward", lambda folder: _save(trainer, context.tokenizer, folder))
+    write_folder(context.folder / "reward", lambda folder: _save(trainer, context, folder))
     numbers = {"train_pairs": len(train), "eval_pairs": len(held_out), "skipped": too_long}
     if len(held_out):
-        numbers |= _held_out_accuracy(context, trainer, held_out)
+        numbers |= _held_out_numbers(context, trainer, held_out)
     return numbers | {"seconds": time.monotonic() - started}
 
 
@@ -91,7 +93,7 @@ def _datasets(
 
 
 def tokenize_preference(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> dict[str, Any]:
-    """``chosen_ids`` and ``rejected_ids`` (prompt, response and end token, as PPO has them), and ``length``."""
+    """``chosen_ids`` and ``rejected_ids`` (prompt, response and end token, as PPO has them), and their lengths."""
     prompt = encode_prompt(tokenizer, row["prompt"])
 
     def text(response: Any) -> str:
@@ -99,7 +101,12 @@ def tokenize_preference(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any])
 
     chosen = prompt + encode_response(tokenizer, text(row["chosen"]))
     rejected = prompt + encode_response(tokenizer, text(row["rejected"]))
-    return {"chosen_ids": chosen, "rejected_ids": rejected, "length": max(len(chosen), len(rejected))}
+    return {
+        "chosen_ids": chosen,
+        "rejected_ids": rejected,
+        "prompt_length": len(prompt),
+        "length": max(len(chosen), len(rejected)),
+    }
 
 
 def _trainer(context: Context, config: Any, train: Dataset) -> Any:
@@ -119,50 +126,68 @@ def _trainer(context: Context, config: Any, train: Dataset) -> Any:
     )
 
 
-def _save(trainer: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def _save(trainer: Any, context: Context, folder: Path) -> None:
     trainer.model.save_pretrained(str(folder))
-    tokenizer.save_pretrained(str(folder))
-    for i, transform in enumerate(trainer.reward_transforms):
-        torch.save(transform.state_dict(), folder / f"transform_{i}.pt")
+    context.tokenizer.save_pretrained(str(folder))
+    for ref, transform in zip(context.recipe.reward.transforms, trainer.reward_transforms, strict=True):
+        torch.save(transform.state_dict(), folder / transform_file(ref.name))
 
 
-def _held_out_accuracy(context: Context, trainer: Any, held_out: Dataset) -> dict[str, Any]:
-    """Share of held-out pairs that the model ranks as their label does, and as people did.
+def _held_out_numbers(context: Context, trainer: Any, held_out: Dataset) -> dict[str, Any]:
+    """What the model makes of held-out pairs: ranking, calibration, and its scores by kind of prompt.
 
-    A label of 0.5, a tie of the people's, and a pair that nobody was asked about are left out.
+    A label of 0.5, a tie of the people's, and a pair that nobody was asked about are left out of the ranking.
     """
-    pad = context.tokenizer.pad_token_id
-    chosen = score_sequences(trainer.model, held_out["chosen_ids"], pad)
-    rejected = score_sequences(trainer.model, held_out["rejected_ids"], pad)
-    right = (chosen > rejected).tolist()
+    size = trainer.args.per_device_eval_batch_size
+    chosen, rejected, expected = score_pairs(trainer.model, held_out, trainer.data_collator, size, trainer.batch_tokens)
+    right, categories = (chosen > rejected).tolist(), list(held_out["category"])
     labels = [hit for hit, p in zip(right, held_out["p"], strict=True) if p != 0.5]
     people = [hit == human for hit, human in zip(right, held_out["human"], strict=True) if human is not None]
+    choices = [0 if p == 0.5 else 1 if p > 0.5 else 2 for p in held_out["p"]]
+    raw = torch.cat((chosen, rejected))
+    after = transformed(trainer.reward_transforms, raw, expected, categories)
     return {
         "accuracy": sum(labels) / len(labels) if labels else None,
         "accuracy_interval": wilson(sum(labels), len(labels)) if labels else None,
         "agreement": {"rate": sum(people) / len(people), "interval": wilson(sum(people), len(people)), "n": len(people)}
         if people
         else None,
+        "ece": calibration_error(torch.sigmoid(chosen - rejected).tolist(), choices),
+        "scores": category_figures(raw.tolist(), categories * 2) | {"accuracy": _by_category(right, held_out)},
+        "transformed": None if after is None else category_figures(after.tolist(), categories * 2),
     }
 
 
-@torch.no_grad()
-def score_sequences(model: Any, sequences: list[list[int]], pad_id: int, batch_tokens: int = 8192) -> torch.Tensor:
-    """Scores of whole token sequences by a sequence classification model.
+def _by_category(right: list[bool], held_out: Dataset) -> dict[str, float]:
+    hits: dict[str, list[bool]] = {}
+    for hit, category, p in zip(right, held_out["category"], held_out["p"], strict=True):
+        if p != 0.5:
+            hits.setdefault(category or UNNAMED, []).append(hit)
+    return {name: sum(found) / len(found) for name, found in sorted(hits.items())}
 
-    Returns:
-        (N,) float32, on the CPU, in the order given.
-    """
-    model.eval()
-    device = next(model.parameters()).device
-    scores = torch.empty(len(sequences))
-    for batch in token_batches([len(s) for s in sequences], batch_tokens):
-        width = max(len(sequences[i]) for i in batch)
-        ids = torch.full((len(batch), width), pad_id)
-        mask = torch.zeros_like(ids)
-        for row, i in enumerate(batch):
-            ids[row, : len(sequences[i])] = torch.as_tensor(sequences[i])
-            mask[row, : len(sequences[i])] = 1
-        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
-        scores[batch] = logits.float().squeeze(-1).cpu()
-    return scores
+
+def transformed(
+    transforms: list[Any], raw: torch.Tensor, expected: torch.Tensor | None, categories: list[str | None]
+) -> torch.Tensor | None:
+    """Scores of chosen, then rejected responses as the transforms give them to PPO; None without transforms."""
+    if not transforms:
+        return None
+    nothing = torch.zeros(len(raw), 1)
+    rollout = Rollout(
+        prompt_ids=nothing.long(),
+        prompt_mask=nothing.bool(),
+        response_ids=nothing.long(),
+        lengths=nothing[:, 0].long(),
+        ended=nothing[:, 0].bool(),
+        logprobs=nothing,
+        ref_logprobs=nothing,
+        values=nothing,
+        prompts=[""] * len(raw),
+        completions=[""] * len(raw),
+        columns={"category": categories * 2},
+        expected=None if expected is None else expected.repeat(2),
+        reward_parts={"model": raw},
+    )
+    for transform in transforms:
+        raw = transform.transform(raw, rollout)
+    return raw

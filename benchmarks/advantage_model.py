@@ -1,0 +1,251 @@
+"""The Advantage Model against plain and centred reward models, on people's preferences.
+
+    python benchmarks/advantage_model.py pandalm_600.jsonl hh_rlhf_harmless_base_1500.jsonl.gz --runs runs/advantage \
+        --output benchmarks/results/advantage_model.md
+
+Every arm gets the same pairs, adapter, steps and seed: a plain reward model, one with TRL's
+`center_rewards_coefficient`, and the Advantage Model at several margins. Reported on held-out pairs, as mean over the
+seeds with a 95% t-interval: accuracy, calibration error of sigmoid(chosen - rejected), relative spread (standard
+deviation of the category means over that of all scores), largest over smallest standard deviation of a category. The
+score is r, or a = r - e of an Advantage Model; "regulated" is the same through the distribution regulator, whose
+figures come from the training pairs. Every finished run is stored, so that an interrupted measurement goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from collections import defaultdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from trl_rlaif.measures import calibration_error, category_figures
+
+# PandaLM names applications; these are the kinds of request that they stand for.
+KINDS = {
+    "writing": "Gmail Blogger Messenger Telegram LinkedIn Twitter Instagram Facebook Reddit Quora Wysa Meetup Indeed",
+    "language": "Grammarly merriam-webster.com ludwig.guru Doulingo https://cohere.ai/",
+    "media": "IMDB Netflix Spotify YouTube Goodreads https://abcnotation.com/ ESPN",
+    "places": "tripadvisor.com Yelp yelp Redfin Tasty Weather",
+    "knowledge": "Wikipedia Coursera Socratic",
+    "office": "Jira",
+}
+KEYWORDS = {
+    "office": ("MS ", "Google Sheet", "Google Docs", "Google Meet"),
+    "knowledge": ("Wolfram", "National", "CNN", "Sudoku", "Google Search", "Socratic"),
+    "places": ("real estate",),
+    "writing": ("Amazon", "Play Store"),
+}
+METRICS = ("accuracy", "ece", "relative_spread", "std_ratio")
+
+
+def main() -> None:
+    """Train what is not stored yet, then write the table."""
+    args = _arguments()
+    arms: dict[str, dict[str, Any]] = {"plain": {}, "centred": {"centre": args.centre}}
+    arms |= {f"advantage, m = {m:g}": {"margin": m} for m in args.margins}
+    args.runs.mkdir(parents=True, exist_ok=True)
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for seed in range(args.seeds):
+        for name, arm in arms.items():
+            path = args.runs / f"{name.replace(' ', '')}-{seed}-{args.train}-{args.learning_rate}.json"
+            if not path.exists():
+                scores = _train(args, arm, seed)
+                path.write_text(json.dumps(scores), encoding="utf-8")
+                print(name, seed, {key: _rounded(value) for key, value in _numbers(scores).items()}, flush=True)
+            found[name].append(json.loads(path.read_text(encoding="utf-8")))
+    lines = _table(args, found)
+    print("\n".join(lines))
+    if args.output:
+        args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="+", type=Path)
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--margins", type=float, nargs="+", default=[1.0, 2.0, 4.0])
+    parser.add_argument("--centre", type=float, default=0.01, help="center_rewards_coefficient, TRL's own suggestion")
+    parser.add_argument("--train", type=int, default=480, help="pairs")
+    parser.add_argument("--held-out", type=int, default=320, help="pairs")
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--max-tokens", type=int, default=512, help="longer pairs are left out")
+    parser.add_argument("--runs", type=Path, default=Path("runs/advantage_model"))
+    parser.add_argument("--output", type=Path)
+    return parser.parse_args()
+
+
+def kind(category: str | None) -> str:
+    """One of about seven kinds of prompt."""
+    if category is None:
+        return "harmless dialogue"
+    for name, words in KINDS.items():
+        if category in words.split():
+            return name
+    return next((name for name, words in KEYWORDS.items() if any(w in category for w in words)), "other")
+
+
+def _pairs(args: argparse.Namespace) -> list[Any]:
+    from trl_rlaif.data import load_pairs
+
+    return [pair for path in args.data for pair in load_pairs(str(path)).items if pair.human in (1, 2)]
+
+
+def _train(args: argparse.Namespace, arm: dict[str, Any], seed: int) -> dict[str, Any]:
+    """One arm with one seed: scores of the held-out pairs, and those of the training pairs for the regulator."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import RewardConfig
+    from trl_rlaif_advantage import AdvantageModel
+
+    from trl_rlaif import RewardTrainer
+    from trl_rlaif.models import ModelSpec, load_model, load_tokenizer
+    from trl_rlaif.reward.scoring import score_pairs
+
+    tokenizer = load_tokenizer(args.model)
+    rows = _rows(args, tokenizer, seed)
+    train, held_out = rows[: args.train], rows[args.train : args.train + args.held_out]
+    transforms = [AdvantageModel(margin=arm["margin"])] if "margin" in arm else []
+    torch.manual_seed(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = RewardTrainer(
+            model=load_model(ModelSpec(args.model), num_labels=1),
+            args=RewardConfig(
+                folder,
+                seed=seed,
+                per_device_train_batch_size=8,
+                num_train_epochs=1,
+                learning_rate=args.learning_rate,
+                warmup_steps=0.1,
+                center_rewards_coefficient=arm.get("centre"),
+                gradient_checkpointing=False,
+                use_cpu=not torch.cuda.is_available(),
+                max_length=None,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_list(train),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(
+                r=16, lora_alpha=32, target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=["score"]
+            ),
+            reward_transforms=transforms,
+        )
+        trainer.train()
+    found: dict[str, Any] = {"arm": arm, "seed": seed}
+    for name, part in (("train", train), ("held_out", held_out)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=not torch.cuda.is_available()):
+            chosen, rejected, expected = score_pairs(trainer.model, part, trainer.data_collator, 16, 8192)
+        expected = torch.zeros_like(chosen) if expected is None else expected
+        found[name] = {
+            "chosen": (chosen - expected).tolist(),
+            "rejected": (rejected - expected).tolist(),
+            "category": [row["category"] for row in part],
+        }
+    return found
+
+
+def _rows(args: argparse.Namespace, tokenizer: Any, seed: int) -> list[dict[str, Any]]:
+    """Tokenized pairs in an order of the seed's; half of them harmless dialogue, if there are so many others."""
+    from trl_rlaif.stages.reward import tokenize_preference
+
+    rows: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+    for pair in _pairs(args):
+        first, second = (pair.response_1, pair.response_2) if pair.human == 1 else (pair.response_2, pair.response_1)
+        row = tokenize_preference(tokenizer, {"prompt": pair.prompt, "chosen": first, "rejected": second})
+        if row["length"] <= args.max_tokens:
+            category = kind(pair.category)
+            rows[category == "harmless dialogue"].append({**row, "category": category})
+    for part in rows.values():
+        random.Random(seed).shuffle(part)
+    wanted = args.train + args.held_out
+    others = min(len(rows[False]), wanted // 2)
+    mixed = rows[False][:others] + rows[True][: wanted - others]
+    random.Random(seed).shuffle(mixed)
+    if len(mixed) < wanted:
+        sys.exit(f"{len(mixed)} usable pairs, {wanted} wanted")
+    return mixed
+
+
+def _numbers(scores: dict[str, Any], *, regulated: bool = False) -> dict[str, float]:
+    part = scores["held_out"]
+    chosen, rejected = np.array(part["chosen"]), np.array(part["rejected"])
+    every, categories = [*chosen, *rejected], part["category"] * 2
+    if regulated:
+        every = _regulated(scores, every, categories)
+        chosen, rejected = np.array(every[: len(chosen)]), np.array(every[len(chosen) :])
+    figures = category_figures(every, categories)
+    p = 1 / (1 + np.exp(rejected - chosen))
+    return {
+        "accuracy": float(np.mean(chosen > rejected)),
+        "ece": calibration_error(p.tolist(), [1] * len(p)),
+        "relative_spread": figures["relative_spread"],
+        "std_ratio": figures["std_ratio"],
+    }
+
+
+def _regulated(scores: dict[str, Any], every: list[float], categories: list[str]) -> list[float]:
+    """Held-out scores under the figures that the regulator has of the training pairs' scores."""
+    from trl_rlaif_regulator import DistributionRegulator
+
+    regulator, part = DistributionRegulator(share=1e-6), scores["train"]
+    regulator.running.add(zip(part["category"] * 2, [*part["chosen"], *part["rejected"]], strict=True))
+    bound, found = regulator.options.bound, []
+    for score, category in zip(every, categories, strict=True):
+        mean, std = regulator.running.figures(category)
+        found.append(float(bound * np.tanh((score - mean) / std / bound)))
+    return found
+
+
+def _table(args: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) -> list[str]:
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "trl-rlaif"))
+    files = " ".join(path.name for path in args.data)
+    lines = [
+        f"<!-- python benchmarks/advantage_model.py {files} --seeds {args.seeds} --train {args.train} "
+        f"--held-out {args.held_out} --learning-rate {args.learning_rate:g} -->",
+        "",
+        f"{args.model.rsplit('/', 1)[-1]}, {versions}; mean over {args.seeds} seeds and 95% interval",
+        "",
+        "| reward model | accuracy | ECE | relative spread | std ratio |",
+        "|---|---|---|---|---|",
+    ]
+    for name, runs in found.items():
+        for regulated in (False, True):
+            numbers = [_numbers(run, regulated=regulated) for run in runs]
+            cells = " | ".join(_interval([n[metric] for n in numbers]) for metric in METRICS)
+            lines.append(f"| {name}{', regulated' if regulated else ''} | {cells} |")
+    lines += ["", "Mean / standard deviation of the scores by category, over all seeds:", ""]
+    names = sorted({c for runs in found.values() for run in runs for c in run["held_out"]["category"]})
+    lines += ["| reward model | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    for name, runs in found.items():
+        every = [s for run in runs for s in (*run["held_out"]["chosen"], *run["held_out"]["rejected"])]
+        categories = [c for run in runs for c in run["held_out"]["category"] * 2]
+        by = category_figures(every, categories)["categories"]
+        lines.append(f"| {name} | " + " | ".join(f"{by[c]['mean']:+.2f} / {by[c]['std']:.2f}" for c in names) + " |")
+    return lines
+
+
+def _interval(values: list[float]) -> str:
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return f"{mean:.3f}"
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return f"{mean:.3f} ± {half:.3f}"
+
+
+def _rounded(value: float) -> float:
+    return round(value, 3)
+
+
+if __name__ == "__main__":
+    main()

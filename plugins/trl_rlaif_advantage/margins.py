@@ -1,0 +1,65 @@
+"""Margins by category that adapt until a category's scores spread as they should."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+# Margins move within this factor of where they began.
+RANGE = 4.0
+# The part of a running figure that one batch makes up.
+SHARE = 0.05
+
+
+class AdaptiveMargins:
+    """Margin of each category, steered by the running variance of its advantages.
+
+    Where the standard deviation of a category is above ``band`` its margin shrinks a little with every batch, below
+    it grows: a narrower corridor draws the scores together.
+
+    Args:
+        start: First margin by category; ``default`` for all others.
+        band: Lowest and highest standard deviation that is left alone.
+        rate: Relative change of a margin in one batch.
+    """
+
+    def __init__(self, start: dict[str, float], default: float, band: tuple[float, float], rate: float) -> None:
+        self.start, self.default, self.band, self.rate = start, default, band, rate
+        self.factor: dict[str, float] = {}
+        self._moments: dict[str, list[float]] = {}  # weight, mean, mean square
+
+    def of(self, category: str | None) -> float:
+        """The margin of a category."""
+        return self.start.get(category, self.default) * self.factor.get(_name(category), 1.0)
+
+    def std(self, category: str | None) -> float:
+        """Running standard deviation of a category's advantages; NaN before the first."""
+        weight, mean, square = self._moments.get(_name(category), (0.0, 0.0, 0.0))
+        return math.sqrt(max(square / weight - (mean / weight) ** 2, 0.0)) if weight else math.nan
+
+    def observe(self, batch: list[tuple[str | None, list[float]]]) -> None:
+        """Take in a batch: of each prompt its category, and the advantages of its responses."""
+        rows: dict[str, list[float]] = {}
+        for category, values in batch:
+            rows.setdefault(_name(category), []).extend(values)
+        low, high = self.band
+        for name, values in rows.items():
+            moments = self._moments.setdefault(name, [0.0, 0.0, 0.0])
+            found = (1.0, sum(values) / len(values), sum(v * v for v in values) / len(values))
+            # A weight kept beside the sums corrects for the start at zero.
+            moments[:] = [(1 - SHARE) * old + SHARE * new for old, new in zip(moments, found, strict=True)]
+            std = self.std(name or None)
+            step = 1 - self.rate if std > high else 1 + self.rate if std < low else 1.0
+            self.factor[name] = min(max(self.factor.get(name, 1.0) * step, 1 / RANGE), RANGE)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Factors and running figures."""
+        return {"factor": dict(self.factor), "moments": {k: list(v) for k, v in self._moments.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` gave."""
+        self.factor, self._moments = dict(state["factor"]), {k: list(v) for k, v in state["moments"].items()}
+
+
+def _name(category: str | None) -> str:
+    return category or ""

@@ -1,0 +1,88 @@
+"""Small reward transforms."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from accelerate.utils import gather_object
+from pydantic import Field, model_validator
+
+from trl_rlaif import Options, RewardTransform, Rollout, UserError
+
+
+class ClipOptions(Options):
+    """What can be set in a recipe."""
+
+    low: float = Field(-5.0, description="Scores are at least this.")
+    high: float = Field(5.0, description="Scores are at most this.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ClipOptions:
+        if not self.low < self.high:
+            raise ValueError("low must be below high")
+        return self
+
+
+class Clip(RewardTransform):
+    """Keeps scores within two limits."""
+
+    Options = ClipOptions
+
+    def transform(self, scores: torch.Tensor, rollout: Rollout) -> torch.Tensor:
+        return scores.clamp(self.options.low, self.options.high)
+
+
+class Whiten(RewardTransform):
+    """Gives the scores of each batch, over all processes, zero mean and unit variance."""
+
+    def transform(self, scores: torch.Tensor, rollout: Rollout) -> torch.Tensor:
+        every = torch.tensor(gather_object(scores.tolist()), device=scores.device)
+        return (scores - every.mean()) / (every.std(correction=0) + 1e-8)
+
+
+class EnsembleOptions(Options):
+    """What can be set in a recipe."""
+
+    join: Literal["mean", "min", "pessimistic"] = Field("pessimistic", description="pessimistic: mean - k std.")
+    k: float = Field(1.0, ge=0, description="How many standard deviations the pessimistic mean is lowered by.")
+
+
+class Ensemble(RewardTransform):
+    """Joins several rewards by more than their sum: against over-optimisation of one (Coste et al. 2023).
+
+    It takes the rewards themselves, so it stands first.
+    """
+
+    Options = EnsembleOptions
+
+    def transform(self, scores: torch.Tensor, rollout: Rollout) -> torch.Tensor:
+        """(B,) float32.
+
+        Raises:
+            UserError: There is only one reward.
+        """
+        parts = torch.stack(list(rollout.reward_parts.values()))
+        if len(parts) < 2:
+            raise UserError("ensemble needs two rewards or more.", fix="Name them in rl.rewards.")
+        if self.options.join == "min":
+            return parts.amin(0)
+        mean = parts.mean(0)
+        return mean if self.options.join == "mean" else mean - self.options.k * parts.std(0, correction=0)
+
+
+class LengthPenaltyOptions(Options):
+    """What can be set in a recipe."""
+
+    per_token: float = Field(0.001, ge=0, description="Taken from the score for every token beyond free.")
+    free: int = Field(0, ge=0, description="Response tokens that cost nothing.")
+
+
+class LengthPenalty(RewardTransform):
+    """Makes long responses dearer by the token."""
+
+    Options = LengthPenaltyOptions
+
+    def transform(self, scores: torch.Tensor, rollout: Rollout) -> torch.Tensor:
+        beyond = (rollout.lengths - self.options.free).clamp(min=0).to(scores.device)
+        return scores - self.options.per_token * beyond

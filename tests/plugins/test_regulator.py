@@ -1,0 +1,140 @@
+"""The distribution regulator and the small transforms, against plain computations."""
+
+from __future__ import annotations
+
+import logging
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from trl_rlaif_regulator import Clip, DistributionRegulator, Ensemble, LengthPenalty, Whiten
+from trl_rlaif_regulator.running import Moments, RunningScores
+
+from trl_rlaif import UserError
+
+
+def _rollout(categories: list[str | None], *, kl: float = 0.0) -> SimpleNamespace:
+    count = len(categories)
+    mask = torch.ones(count, 4, dtype=torch.bool)
+    return SimpleNamespace(
+        categories=categories,
+        logprobs=torch.full((count, 4), kl / 4),
+        ref_logprobs=torch.zeros(count, 4),
+        masks=lambda: (mask, mask),
+        lengths=torch.arange(1, count + 1),
+    )
+
+
+def _task(seed: int, count: int = 60, rise: float = 0.0) -> tuple[torch.Tensor, list[str]]:
+    """Scores whose mean and spread depend on the kind of prompt alone."""
+    generator = torch.Generator().manual_seed(seed)
+    categories = ["code", "chat", "maths"] * (count // 3)
+    mean = torch.tensor([4.0 + rise, -1.0, 0.5] * (count // 3))
+    std = torch.tensor([2.0, 0.3, 1.0] * (count // 3))
+    return mean + std * torch.randn(count, generator=generator), categories
+
+
+def test_running_figures_are_weighted_means_without_bias():
+    moments, share = Moments(), 0.1
+    batches = [[1.0, 3.0], [2.0], [-4.0, 0.5, 7.0]]
+    weights, values = [], []
+    for batch in batches:
+        moments.add(batch, share)
+        keep = (1 - share) ** len(batch)
+        weights = [w * keep for w in weights] + [(1 - keep) / len(batch)] * len(batch)
+        values += batch
+    assert moments.mean == pytest.approx(np.average(values, weights=weights), rel=1e-12)
+    assert moments.second == pytest.approx(np.average(np.square(values), weights=weights), rel=1e-12)
+    assert moments.count == 6
+
+
+def test_few_scores_count_little_and_unseen_categories_have_the_pooled_figures():
+    running = RunningScores(share=0.001, prior=10)
+    assert running.figures("any") == (0.0, 1.0)
+    running.add([("often", x) for x in (1.0, 3.0) * 500] + [("seldom", 50.0)])
+    pooled = running.figures(None)
+    assert running.figures("never") == pooled == running.figures("")
+    mean, std = running.figures("often")
+    assert mean == pytest.approx(2, abs=0.01) and std == pytest.approx(1, abs=0.05)
+    assert running.figures("seldom")[0] == pytest.approx((50 + 10 * pooled[0]) / 11, rel=1e-9)
+
+
+def test_no_category_is_worth_more_than_another():
+    regulator = DistributionRegulator(warm_up=1, prior=0)
+    for seed in range(30):
+        scores, categories = _task(seed)
+        found = regulator.transform(scores, _rollout(categories))
+        assert found.abs().max() <= 3
+    by = {name: found[[c == name for c in categories]] for name in set(categories)}
+    raw = {name: scores[[c == name for c in categories]] for name in set(categories)}
+    assert max(abs(x.mean()) for x in by.values()) < 0.6 < 3 < max(x.mean() for x in raw.values())
+    assert max(x.std() for x in by.values()) / min(x.std() for x in by.values()) < 1.6
+    for name, x in by.items():  # the order within a category stays
+        assert torch.equal(x.argsort(), raw[name].argsort())
+    mean, std = regulator.running.figures("code")
+    z = (scores[0].item() - mean) / std
+    assert found[0].item() == pytest.approx(3 * math.tanh(z / 3), abs=1e-5)
+
+
+def test_while_it_warms_up_all_are_scaled_alike():
+    regulator = DistributionRegulator(warm_up=2)
+    scores, categories = _task(0)
+    found = regulator.transform(scores, _rollout(categories))
+    assert torch.equal(found.argsort(), scores.argsort())  # one increasing map for all
+
+
+def test_scores_that_are_all_alike_are_zero_and_not_noise():
+    regulator = DistributionRegulator(warm_up=0, prior=0)
+    found = regulator.transform(torch.full((6,), 0.1), _rollout(["a", "b"] * 3))
+    assert found.abs().max() < 1e-3
+
+
+def test_its_state_goes_on_where_it_was():
+    whole, first, second = (DistributionRegulator() for _ in range(3))
+    for seed in range(6):
+        scores, categories = _task(seed)
+        expected = whole.transform(scores, _rollout(categories))
+        if seed == 3:
+            second.load_state_dict(first.state_dict())
+        found = (first if seed < 3 else second).transform(scores, _rollout(categories))
+        assert torch.equal(found, expected)
+    assert second.metrics() == whole.metrics()
+
+
+@pytest.mark.parametrize(("rise", "kl", "alarm"), [(4.0, 20.0, True), (4.0, 5.0, False), (0.0, 20.0, False)])
+def test_a_category_that_rises_beyond_its_kl_budget_raises_an_alarm(rise, kl, alarm, caplog):
+    regulator = DistributionRegulator(share=0.05)
+    for seed in range(12):
+        scores, categories = _task(seed, rise=rise if seed > 2 else 0.0)
+        with caplog.at_level(logging.WARNING):
+            regulator.transform(scores, _rollout(categories, kl=kl))
+    numbers = regulator.metrics()
+    assert [numbers[f"regulator/{name}/drift"] for name in ("code", "chat", "maths")] == [float(alarm), 0, 0]
+    assert any("Scores of 'code' have risen" in record.message for record in caplog.records) == alarm
+    assert numbers["regulator/code/mean"] == pytest.approx(4 + rise, abs=0.7)
+
+
+def test_small_transforms():
+    scores, rollout = torch.tensor([-7.0, 0.5, 9.0, 2.0]), _rollout([None] * 4)
+    assert Clip(low=-1, high=2).transform(scores, rollout).tolist() == [-1, 0.5, 2, 2]
+    white = Whiten().transform(scores, rollout)
+    assert white.mean().abs() < 1e-6 and white.std(correction=0).item() == pytest.approx(1)
+    assert LengthPenalty(per_token=0.5, free=2).transform(scores, rollout).tolist() == [-7, 0.5, 8.5, 1.0]
+    with pytest.raises(ValidationError):
+        Clip(low=1, high=1)
+
+
+def test_an_ensemble_joins_the_rewards_themselves():
+    parts = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, -2.0])}
+    rollout = SimpleNamespace(reward_parts=parts)
+
+    def joined(**options):
+        return Ensemble(**options).transform(torch.tensor([4.0, 0.0]), rollout).tolist()
+
+    assert joined(join="mean") == [2, 0] and joined(join="min") == [1, -2]
+    assert joined(k=0.5) == [1.5, -1]
+    with pytest.raises(UserError, match="two rewards or more"):
+        Ensemble().transform(torch.zeros(2), SimpleNamespace(reward_parts={"a": parts["a"]}))

@@ -1,0 +1,61 @@
+"""A run with the Advantage Model and the regulator, from pairs to a policy, on a tiny model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.recipes import tiny_recipe
+from transformers import AutoModelForCausalLM
+
+from trl_rlaif import SharedBase, load_reward_model
+from trl_rlaif.artifacts import read_lines
+from trl_rlaif.plugins import installed_plugins
+from trl_rlaif.runner import run_recipe
+from trl_rlaif.stages.context import Context
+
+TRANSFORMS = {
+    "reward": {"transforms": [{"advantage": {"margin": 0.9, "adapt": "variance"}}]},
+    "rl": {"transforms": ["advantage", {"distribution_regulator": {"warm_up": 1}}]},
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model, tmp_path_factory):
+    base = tmp_path_factory.mktemp("advantage")
+    recipe = tiny_recipe(base, tiny_model, report=None, **TRANSFORMS)
+    return recipe, run_recipe(recipe, installed_plugins(), base / "out")
+
+
+def test_the_results_tell_before_from_after(finished):
+    numbers = finished[1].results()["reward"]
+    before, after = numbers["scores"], numbers["transformed"]
+    assert set(before["categories"]) == set(after["categories"]) == {"a", "b"}
+    assert before["categories"]["a"]["mean"] != after["categories"]["a"]["mean"]  # e(x) is no longer zero
+    assert 0 <= numbers["ece"] <= 1 and set(before["accuracy"]) <= {"a", "b"}
+
+
+def test_ppo_gets_bounded_regulated_scores_and_logs_them(finished):
+    rows = [row for row in read_lines(finished[1] / "metrics.jsonl") if row["stage"] == "rl"]
+    assert {"regulator/a/mean", "regulator/b/std", "regulator/all/mean", "regulator/a/drift"} <= set(rows[-1])
+    assert all(abs(row["regulator/all/mean"]) <= 4 * 0.9 for row in rows)
+
+
+def test_ppo_takes_over_the_options_and_the_margins_of_reward_training(finished):
+    recipe, folder = finished
+    trained = torch.load(folder / "reward" / "transform_advantage.pt", weights_only=True)
+    assert trained["factor"]
+    transform = Context(recipe, folder, installed_plugins()).transforms("rl")[0]
+    assert transform.options.margin == 0.9 and transform.state_dict() == trained
+
+
+def test_the_reward_model_loads_as_one_thing(finished, tiny_model):
+    _, folder = finished
+    model = load_reward_model(folder / "reward")
+    shared = SharedBase(AutoModelForCausalLM.from_pretrained(tiny_model), folder / "policy")
+    shared.add_reward(folder / "reward")
+    ids = torch.tensor([[5, 9, 12, 3, 7]])
+    with torch.no_grad():
+        expected = model(ids).logits
+        found = shared.eval().head("reward", shared.hidden("reward", input_ids=ids)[:, -1])
+    assert expected.shape == (1, 2) and expected.abs().min() > 0
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

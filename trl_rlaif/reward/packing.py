@@ -1,0 +1,108 @@
+"""Preference pairs as rows in which what both responses begin with stands once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trl_rlaif.judging.packed import shared_prefix
+
+PREFIX, CHOSEN, REJECTED, PADDING = 0, 1, 2, 3
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """One pair: what its sequences share, the rest of chosen, the rest of rejected.
+
+    Args:
+        ids, positions, segments: (S,) each; segments are PREFIX, CHOSEN or REJECTED.
+        ends: Indices in the row of the last prompt token, and of the last tokens of chosen and rejected.
+    """
+
+    ids: list[int]
+    positions: list[int]
+    segments: list[int]
+    ends: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, chosen: list[int], rejected: list[int], prompt_length: int | None = None) -> PackedRow:
+        """Pack two sequences of at least one token each.
+
+        Args:
+            prompt_length: Tokens of the prompt. None takes all that the two share, which may be more: two answers
+                often begin alike.
+        """
+        shared = shared_prefix((chosen, rejected))
+        # Where nothing is shared, not even a start token, the first token of chosen stands in for the prompt.
+        prompt = max(1, shared if prompt_length is None else min(prompt_length, shared))
+        return cls(
+            ids=chosen + rejected[shared:],
+            positions=[*range(len(chosen)), *range(shared, len(rejected))],
+            segments=[PREFIX] * shared + [CHOSEN] * (len(chosen) - shared) + [REJECTED] * (len(rejected) - shared),
+            ends=(prompt - 1, len(chosen) - 1, len(chosen) + len(rejected) - shared - 1),
+        )
+
+
+def packed_mask(segments: torch.Tensor) -> torch.Tensor:
+    """Who sees whom: the prefix itself, each continuation the prefix and itself, nobody what comes later.
+
+    Args:
+        segments: (B, S) int.
+
+    Returns:
+        (B, 1, S, S) bool, True where the row's token sees the column's. Padding sees itself: a softmax over nothing
+        is no number.
+    """
+    row, column = segments[:, :, None], segments[:, None, :]
+    seen = (column == PREFIX) & (row != PADDING) | (column == row)
+    return seen.tril()[:, None]
+
+
+def row_groups(lengths: list[int], budget: int, slack: float = 0.8) -> list[list[int]]:
+    """Rows to compute together: of like length, and within a token budget.
+
+    Args:
+        lengths: Tokens of each row.
+        budget: Most tokens of a group, padding counted; a longer row is a group of its own.
+        slack: The shortest row of a group has at least this share of the longest one's tokens.
+
+    Returns:
+        Indices by group, the longest rows first.
+    """
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        longest = lengths[groups[-1][0]] if groups else 0
+        if groups and lengths[i] >= slack * longest and longest * (len(groups[-1]) + 1) <= budget:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def pack(rows: list[PackedRow], pad_id: int) -> dict[str, torch.Tensor]:
+    """A batch of packed rows, padded on the right.
+
+    Returns:
+        input_ids, position_ids, segments and attention_mask, (B, S) int64 each, and ends, (B, 3) int64.
+    """
+    width = max(len(row.ids) for row in rows)
+
+    def filled(name: str, value: int) -> torch.Tensor:
+        return torch.tensor([getattr(row, name) + [value] * (width - len(row.ids)) for row in rows])
+
+    segments = filled("segments", PADDING)
+    return {
+        "input_ids": filled("ids", pad_id),
+        "position_ids": filled("positions", 0),
+        "segments": segments,
+        "attention_mask": (segments != PADDING).long(),
+        "ends": torch.tensor([row.ends for row in rows]),
+    }
+
+
+def packed_row_of(example: dict[str, Any]) -> PackedRow:
+    """The packed row of a dataset's example: ``chosen_ids``, ``rejected_ids`` and perhaps ``prompt_length``."""
+    chosen, rejected = list(example["chosen_ids"]), list(example["rejected_ids"])
+    return PackedRow.of(chosen, rejected, example.get("prompt_length"))
