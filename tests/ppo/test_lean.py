@@ -18,7 +18,7 @@ from trl_rlaif.models import keep_gradients
 from trl_rlaif.ppo import cache, cpu_attention, rollout
 from trl_rlaif.ppo.cache import BlockLayer, block_cache
 from trl_rlaif.ppo.cpu_attention import trainable_attention, whole_attention
-from trl_rlaif.ppo.lean_lora import cast_once, make_lean
+from trl_rlaif.ppo.lean_lora import cast_once, held_adapter, make_lean
 from trl_rlaif.ppo.precision import HeldLinear, held_head, hold_frozen_weights
 from trl_rlaif.roles import active_adapter
 
@@ -335,3 +335,24 @@ def test_whole_attention_is_exact(masked):
         strict=True,
     )
     assert all(torch.allclose(f, e, rtol=0, atol=2e-6) for f, e in pairs)  # scores and softmax are float32
+
+
+@torch.no_grad()
+def test_a_held_adapter_computes_the_same_to_the_last_bit():
+    model = get_peft_model(make_llama(), _lora()).eval()
+    model.add_adapter("other", _lora())
+    make_lean(model)
+    layers = [layer for layer in model.modules() if hasattr(layer, "lora_A")]
+    with _bfloat16():
+        for name in ("default", "other", None):
+            with active_adapter(model, name):
+                expected = model(IDS).logits
+                with held_adapter(model):
+                    assert all((layer._held is not None) == (name is not None) for layer in layers)
+                    assert torch.equal(model(IDS).logits, expected)
+                assert all(layer._held is None for layer in layers)
+        with pytest.raises(RuntimeError), held_adapter(model):
+            raise RuntimeError
+    assert all(layer._held is None for layer in layers)
+    with held_adapter(model):  # outside of autocast there is nothing to save
+        assert all(layer._held is None for layer in layers)

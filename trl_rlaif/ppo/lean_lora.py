@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -35,7 +37,15 @@ def _lean(kind: type) -> type:
 class _Lean:
     """One product behind the base's, added where that one lies; PEFT makes five tensors of it."""
 
+    # The active adapter's weights as autocast has them, A and the transpose of B, and its scaling; see held_adapter.
+    _held: tuple[torch.Tensor, torch.Tensor, float] | None = None
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._held is not None and not args and not kwargs:
+            a, b, scaling = self._held
+            x = cast_once(x)
+            base = self.base_layer(x)
+            return torch.addmm(base.flatten(0, -2), linear(x, a).flatten(0, -2), b, alpha=scaling).view_as(base)
         name = self._short_way()
         # A 4-bit layer gives back what it is given; PEFT keeps float32 there, where a cast input would not.
         autocast = torch.is_autocast_enabled(x.device.type)
@@ -66,6 +76,32 @@ class _Lean:
             and (not self.training or isinstance(self.lora_dropout[names[0]], nn.Identity))
         )
         return names[0] if plain else None
+
+
+@contextmanager
+def held_adapter(model: nn.Module) -> Iterator[None]:
+    """Hold the active adapter's weights in autocast's precision while tokens are generated.
+
+    Autocast casts them for every token otherwise. What is computed stays the same to the last bit; nothing inside may
+    switch the adapter, or ask for gradients.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, _Lean)]
+    device = next(model.parameters()).device
+    held = []
+    try:
+        if torch.is_autocast_enabled(device.type) and not torch.is_grad_enabled():
+            dtype = torch.get_autocast_dtype(device.type)
+            for layer in layers:
+                name = layer._short_way()
+                # On a 4-bit layer float32 inputs go PEFT's way, see above.
+                if name and layer.base_layer.weight.dtype != torch.uint8:
+                    a, b = (part[name].weight.detach().to(dtype) for part in (layer.lora_A, layer.lora_B))
+                    layer._held = a, b.t(), layer.scaling[name]
+                    held.append(layer)
+        yield
+    finally:
+        for layer in held:
+            del layer._held
 
 
 def cast_once(x: torch.Tensor) -> torch.Tensor:

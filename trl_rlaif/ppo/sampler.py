@@ -14,6 +14,7 @@ from trl_rlaif.events import Rollout
 from trl_rlaif.ppo import passes
 from trl_rlaif.ppo.actors import Actors
 from trl_rlaif.ppo.cpu_attention import trainable_attention
+from trl_rlaif.ppo.lean_lora import held_adapter
 from trl_rlaif.ppo.passes import Passage
 from trl_rlaif.ppo.precision import autocast, held_head
 from trl_rlaif.ppo.rollout import generate, response_lengths
@@ -74,7 +75,8 @@ class RolloutSampler:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         size, pad_id = self.args.local_rollout_forward_batch_size, self.tokenizer.pad_token_id
         model = actors.model("policy")
-        with actors.playing("policy"), autocast(self.args, self.accelerator.device), held_head(model):
+        precision = autocast(self.args, self.accelerator.device)
+        with actors.playing("policy"), precision, held_head(model), held_adapter(model):
             drawn = [
                 generate(
                     model,
