@@ -6,6 +6,7 @@ As a script, with tests/ on PYTHONPATH, this is one process of a run in several.
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import zlib
 from pathlib import Path
@@ -22,6 +23,8 @@ from trl_rlaif import PPOConfig, PPOTrainer
 
 WORDS = "the what is a yes no fox dog city moon red blue".split()
 RESPONSE_LENGTH = 4
+# With use_cpu accelerate forgets DeepSpeed; without a GPU it then has to be told how processes talk.
+_ON_CPU = {"ddp_backend": "gloo"} if "ACCELERATE_USE_DEEPSPEED" in os.environ else {"use_cpu": True}
 
 
 def make_word_tokenizer() -> PreTrainedTokenizerFast:
@@ -61,7 +64,7 @@ def make_trainer(
         "temperature": 1.0,
         "num_sample_generations": 0,
         "lr_scheduler_type": "constant",
-        "use_cpu": True,
+        **_ON_CPU,
         "bf16": False,
         "gradient_checkpointing": False,
         "report_to": "none",
@@ -139,17 +142,17 @@ def run(folder: Path, *, rows: int, accumulation: int = 1) -> dict[str, Any]:
     drawn: list[list[str]] = []
     sample = trainer.sample
     trainer.sample = lambda batch: (drawn.append(list(batch["prompt"])), sample(batch))[1]
-    start = _trainable(trainer)
+    start = trainable(trainer)
     trainer.train()
     return {
         "metrics": trainer.state.log_history,
         "start": start,
-        "parameters": _trainable(trainer),
+        "parameters": trainable(trainer),
         "prompts": drawn,
     }
 
 
-def _trainable(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
+def trainable(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in trainer.shared.named_parameters() if p.requires_grad}
 
 
@@ -160,7 +163,9 @@ def main(output: str, rows: str) -> None:
     torch.set_num_threads(1)
     folder = Path(output)
     result = run(folder / "run", rows=int(rows))
-    torch.save({**result, "processes": PartialState().num_processes}, folder / f"{PartialState().process_index}.pt")
+    state = PartialState()
+    started = {"processes": state.num_processes, "kind": state.distributed_type.value}
+    torch.save(result | started, folder / f"{state.process_index}.pt")
 
 
 if __name__ == "__main__":

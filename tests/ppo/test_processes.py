@@ -1,15 +1,18 @@
-"""Two processes give what one gives with the same prompts: the rewards, the losses and the adapters."""
+"""Two processes give what one gives with the same prompts, go on where they were stopped, and stop together."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from helpers import ppo_task
+from helpers import ppo_processes, ppo_task
 
 from trl_rlaif.recipe.paths import recipes_dir
 
@@ -40,29 +43,45 @@ def one(tmp_path_factory):
     return ppo_task.run(tmp_path_factory.mktemp("one"), rows=4, accumulation=2)
 
 
+@pytest.fixture(scope="module", params=["ddp", "zero2"])
+def kind(request):
+    """The packaged configuration of accelerate's that two processes are started with."""
+    if request.param != "ddp" and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two(tmp_path_factory, kind):
     """The run in two processes with four prompts each: the results of rank 0 and of rank 1."""
-    folder = tmp_path_factory.mktemp("two")
-    _launch("--num_processes", "2", ppo_task.__file__, str(folder), "4")
-    results = [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+    results = _launch(kind, ppo_task.__file__, tmp_path_factory.mktemp("two"), "4")
     assert [r["processes"] for r in results] == [2, 2]
     return results
 
 
-def _launch(*arguments: str) -> None:
-    """``accelerate launch`` as users start it, with the packaged configuration, on gloo instead of GPUs."""
-    config = recipes_dir() / "accelerate" / "ddp.yaml"
+@pytest.fixture(scope="module")
+def more(tmp_path_factory, kind):
+    """What only several processes can show, of rank 0 and of rank 1."""
+    folder = tmp_path_factory.mktemp("more")
+    return _launch(kind, ppo_processes.__file__, folder, "resumed", "selected", "failed")
+
+
+def _launch(kind: str, script: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
+    """``accelerate launch`` as users start it, with a packaged configuration, on gloo instead of GPUs."""
+    config = recipes_dir() / "accelerate" / f"{kind}.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += ["--mixed_precision", "no", "--num_processes", "2", script, str(folder), *arguments]
     environment = os.environ | {
         # `--cpu` cannot be used: without MPI accelerate then starts a single process, and does not say so.
-        "ACCELERATE_USE_CPU": "true",
         "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
+    if kind == "ddp":
+        environment["ACCELERATE_USE_CPU"] = "true"
     process = subprocess.Popen(
-        [*command, "--mixed_precision", "no", *arguments],
+        command,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -70,11 +89,14 @@ def _launch(*arguments: str) -> None:
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=600)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # the workers too: killing the launcher alone leaves them behind
         pytest.fail(f"The processes did not end:\n{process.communicate()[0][-4000:]}")
     assert process.returncode == 0, output[-4000:]
+    results = [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+    assert [r["kind"] for r in results] == ["MULTI_CPU" if kind == "ddp" else "DEEPSPEED"] * 2
+    return results
 
 
 def test_each_process_draws_for_its_own_half_of_the_prompts(one, two):
@@ -105,3 +127,36 @@ def test_the_adapters_are_those_of_one_process(one, two, rank):
     for name in theirs:
         assert not torch.equal(theirs[name], one["start"][name]), f"{name} has not learned: nothing is compared"
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_resumed_run_goes_on_bit_for_bit(more, rank):
+    whole, resumed = (more[rank]["resumed"][name] for name in ("whole", "resumed"))
+    assert len(whole["prompts"]) == 5 and whole["prompts"][2:] == resumed["prompts"]
+    assert whole["metrics"] == resumed["metrics"]
+    for name, value in whole["parameters"].items():
+        assert torch.equal(value, resumed["parameters"][name]), name
+
+
+def test_selectors_choose_once_from_all_prompts(more):
+    first, second = (result["selected"] for result in more)
+    prompts, categories = first["dataset"]["prompt"], first["dataset"]["category"]
+    assert first["pool"] == (prompts, 9, 9, categories)
+    assert second["pool"] is None, "the second process has chosen too"
+    assert first["rows"] == second["rows"] and len(first["rows"]) == 8
+    for update in (0, 1):
+        drawn = first["prompts"][update] + second["prompts"][update]
+        assert sorted(drawn) == sorted(prompts[i] for i in first["rows"])
+
+
+def test_a_reward_that_fails_in_one_process_stops_both(more):
+    first, second = (result["failed"]["raised"] for result in more)
+    assert (second["kind"], second["message"]) == ("ZeroDivisionError", "division by zero")
+    assert first["kind"] == "RunError" and "Process 1 failed: ZeroDivisionError: division by zero" in first["message"]
+
+
+def test_a_wrong_reward_in_one_process_stops_both_with_a_checkpoint(more):
+    first, second = (result["failed"]["nan"] for result in more)
+    assert first["kind"] == second["kind"] == "UserError"
+    assert "returned nan for 4 of 4" in second["message"] and first["message"].endswith(second["message"])
+    assert first["checkpoints"] == second["checkpoints"] == ["checkpoint-1"]

@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import gather_object
 
 from trl_rlaif.errors import UserError
+from trl_rlaif.ppo import zero
 
 if TYPE_CHECKING:
     from trl_rlaif.ppo.trainer import PPOTrainer
@@ -89,21 +90,27 @@ def save(trainer: PPOTrainer) -> Path:
 
     The best one stays beside the last ones: that before which the mean of ``metric_for_best_model``
     (objective/rlhf_reward, unless the arguments name another) was highest. ``trainer_state.json`` names it.
-    Of several processes the first one writes, and the others wait for it.
+    Of several processes the first one writes, and the others wait for it; with DeepSpeed each one adds its
+    share of the optimizer.
     """
     root = Path(trainer.args.output_dir)
     target = root / f"checkpoint-{trainer.state.global_step}"
-    state = _state(trainer)  # every process adds its random states
-    if trainer.accelerator.is_main_process:
-        _write(trainer, state, root, target)
-    trainer.accelerator.wait_for_everyone()
+    building = root / f".building-{target.name}"
+    accelerator = trainer.accelerator
+    state = _state(trainer)  # every process adds its own part
+    if accelerator.is_main_process:
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    zero.save_share(trainer, building)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        _write(trainer, state, building, target)
+    accelerator.wait_for_everyone()
     return target
 
 
-def _write(trainer: PPOTrainer, state: dict[str, Any], root: Path, target: Path) -> None:
-    building = root / f".building-{target.name}"
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
+def _write(trainer: PPOTrainer, state: dict[str, Any], building: Path, target: Path) -> None:
     trainer.save_model(str(building), _internal_call=True)
     torch.save(state, building / "training.pt")
     if _is_best(trainer):
@@ -115,7 +122,7 @@ def _write(trainer: PPOTrainer, state: dict[str, Any], root: Path, target: Path)
     shutil.rmtree(target, ignore_errors=True)
     os.rename(building, target)
     limit = trainer.args.save_total_limit
-    for old in _all(root)[:-limit] if limit else []:
+    for old in _all(target.parent)[:-limit] if limit else []:
         if str(old) != trainer.state.best_model_checkpoint:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -136,19 +143,20 @@ def _trainable(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
 def _state(trainer: PPOTrainer) -> dict[str, Any]:
     return {
         "parameters": _trainable(trainer),
-        "optimizer": trainer.optimizer.state_dict(),
+        "optimizer": None if zero.enabled(trainer.accelerator) else trainer.optimizer.state_dict(),
         "scheduler": trainer.lr_scheduler.state_dict(),
         "selected_rows": trainer._selected_rows,
-        "batches": trainer._batches.state_dict(),
-        "minibatch_order": trainer._minibatch_order.get_state(),
         "kl_coef": trainer.kl_weight.coef,
-        "transforms": [t.state_dict() for t in trainer.reward_transforms],
-        "random": gather_object([_random_states()]),
+        "processes": gather_object([_own_state(trainer)]),
     }
 
 
-def _random_states() -> dict[str, Any]:
+def _own_state(trainer: PPOTrainer) -> dict[str, Any]:
+    """What differs from process to process."""
     return {
+        "batches": trainer._batches.state_dict(),
+        "minibatch_order": trainer._minibatch_order.get_state(),
+        "transforms": [t.state_dict() for t in trainer.reward_transforms],
         "python": random.getstate(),
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
@@ -160,40 +168,45 @@ def load(trainer: PPOTrainer, folder: Path) -> None:
     """Put everything back as it was when the checkpoint was written.
 
     Raises:
-        UserError: The checkpoint belongs to another model or other transforms.
+        UserError: The checkpoint belongs to another model, other transforms or another number of processes.
     """
     # Our own file: it holds the random generators' states, which are no tensors.
     state = torch.load(folder / "training.pt", map_location="cpu", weights_only=False)
     own = _trainable(trainer)
     if own.keys() != state["parameters"].keys():
         raise UserError("The checkpoint belongs to another model or LoRA configuration.", where=str(folder))
-    if len(state["transforms"]) != len(trainer.reward_transforms):
+    if len(state["processes"]) != trainer.accelerator.num_processes:
+        raise UserError(
+            f"The checkpoint was written by {len(state['processes'])} processes; these are "
+            f"{trainer.accelerator.num_processes}.",
+            where=str(folder),
+        )
+    mine = state["processes"][trainer.accelerator.process_index]
+    if len(mine["transforms"]) != len(trainer.reward_transforms):
         raise UserError("The checkpoint was written with other reward transforms.", where=str(folder))
     for name, value in state["parameters"].items():
         own[name].copy_(value)
-    trainer.optimizer.load_state_dict(state["optimizer"])
+    if zero.enabled(trainer.accelerator):
+        zero.load_share(trainer, folder)
+    elif state["optimizer"] is None:
+        raise UserError("The checkpoint was written with DeepSpeed.", where=str(folder))
+    else:
+        trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.lr_scheduler.load_state_dict(state["scheduler"])
-    for transform, its_state in zip(trainer.reward_transforms, state["transforms"], strict=True):
+    for transform, its_state in zip(trainer.reward_transforms, mine["transforms"], strict=True):
         transform.load_state_dict(its_state)
     # Only the start can choose: what it chose stays, and the place in the data is a place in that.
     if state["selected_rows"] is not None and trainer._selected_rows is None:
         trainer._train_on(state["selected_rows"])
-    trainer._batches.load_state_dict(state["batches"])
+    trainer._batches.load_state_dict(mine["batches"])
     trainer.kl_weight.coef = state["kl_coef"]
-    trainer._minibatch_order.set_state(state["minibatch_order"])
+    trainer._minibatch_order.set_state(mine["minibatch_order"])
     _load_trainer_state(trainer, folder)
-    if len(state["random"]) != trainer.accelerator.num_processes:
-        raise UserError(
-            f"The checkpoint was written by {len(state['random'])} processes; these are "
-            f"{trainer.accelerator.num_processes}.",
-            where=str(folder),
-        )
-    randoms = state["random"][trainer.accelerator.process_index]
-    random.setstate(randoms["python"])
-    np.random.set_state(randoms["numpy"])
-    torch.set_rng_state(randoms["torch"])
-    if randoms["cuda"]:
-        torch.cuda.set_rng_state_all(randoms["cuda"])
+    random.setstate(mine["python"])
+    np.random.set_state(mine["numpy"])
+    torch.set_rng_state(mine["torch"])
+    if mine["cuda"]:
+        torch.cuda.set_rng_state_all(mine["cuda"])
 
 
 def _load_trainer_state(trainer: PPOTrainer, folder: Path) -> None:

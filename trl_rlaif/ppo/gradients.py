@@ -17,6 +17,7 @@ from trl_rlaif.ppo.actors import Actors
 from trl_rlaif.ppo.cpu_attention import trainable_attention
 from trl_rlaif.ppo.passes import Passage
 from trl_rlaif.ppo.precision import autocast
+from trl_rlaif.ppo.processes import backward, equal_count
 
 Stats = dict[str, torch.Tensor]
 
@@ -71,38 +72,53 @@ class Objective:
         masks = batch.rollout.masks()
         counts = tuple(mask[batch.rows].sum().clamp(min=1) for mask in masks)
         stats: Stats = defaultdict(lambda: torch.zeros((), device=counts[0].device))
-        for rows in batch.parts(self.args.micro_batch_tokens):
+        parts = self._parts(batch)
+        for i, rows in enumerate(parts):
             passage = Passage.of(batch.rollout, rows)
             part = self._one_trunk if self.actors.one_trunk else self._two_passes
             with trainable_attention(*self.actors.trained()) if self.args.bf16 else nullcontext():
-                found = part(batch, passage, counts)
+                found = part(batch, passage, counts, last=i == len(parts) - 1)
             for name, value in found.items():
                 stats[name] = stats[name] + value
         stats["val/ratio"] = stats["val/ratio"] + 1  # of the distance from 1, which padding has not
         return dict(stats)
 
-    def _two_passes(self, batch: MicroBatch, passage: Passage, counts: tuple[torch.Tensor, ...]) -> Stats:
+    def _parts(self, batch: MicroBatch) -> list[torch.Tensor]:
+        """The batch in parts, of which there are equally many in processes that go through them side by side."""
+        parts = list(batch.parts(self.args.micro_batch_tokens))
+        if self.args.micro_batch_tokens is not None:
+            for _ in range(equal_count(self.accelerator, len(parts)) - len(parts)):
+                largest = max(range(len(parts)), key=lambda i: len(parts[i]))
+                parts[largest : largest + 1] = parts[largest].tensor_split(2)
+        return parts
+
+    def _two_passes(
+        self, batch: MicroBatch, passage: Passage, counts: tuple[torch.Tensor, ...], *, last: bool
+    ) -> Stats:
         """The value's graph is gone before the policy's is built."""
         with self.actors.playing("value"):
             with autocast(self.args, self.accelerator.device):
                 values = passes.values(self.actors, passage)
             v_loss, stats = self._value_loss(batch, passage, values, counts[1])
-            self.accelerator.backward(v_loss)
+            self._backward(v_loss, last=False)
         with self.actors.playing("policy"):
             with autocast(self.args, self.accelerator.device):
                 logprobs, entropy = passes.logprobs(self.actors, "policy", passage, self.temperature)
             p_loss, policy_stats = self._policy_loss(batch, passage, logprobs, entropy, counts[0])
-            self.accelerator.backward(p_loss)
+            self._backward(p_loss, last=last)
         return stats | policy_stats
 
-    def _one_trunk(self, batch: MicroBatch, passage: Passage, counts: tuple[torch.Tensor, ...]) -> Stats:
+    def _one_trunk(self, batch: MicroBatch, passage: Passage, counts: tuple[torch.Tensor, ...], *, last: bool) -> Stats:
         with self.actors.playing("policy"):
             with autocast(self.args, self.accelerator.device):
                 logprobs, entropy, values = passes.together(self.actors, passage, self.temperature)
             v_loss, stats = self._value_loss(batch, passage, values, counts[1])
             p_loss, policy_stats = self._policy_loss(batch, passage, logprobs, entropy, counts[0])
-            self.accelerator.backward(p_loss + v_loss)
+            self._backward(p_loss + v_loss, last=last)
         return stats | policy_stats
+
+    def _backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        backward(self.accelerator, loss, last=last)
 
     def _value_loss(
         self, batch: MicroBatch, passage: Passage, values: torch.Tensor, count: torch.Tensor

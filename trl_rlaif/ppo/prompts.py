@@ -105,14 +105,14 @@ class BatchStream:
     """Batches without end, one shuffled pass over the data after the other, that can be resumed exactly.
 
     Where a pass begins the dataloader takes its order from torch's global generator, as the parent's does;
-    so the state is that generator's at the beginning of the pass, and how many batches were taken since.
+    so the state is that generator's at the beginning of the pass, and how many batches were taken since. In
+    several processes accelerate gives the order a generator of its own, whose state is kept as well.
     """
 
     def __init__(self, dataloader: Any) -> None:
         self.dataloader = dataloader
         self._iterator: Any = None
-        self._start = torch.get_rng_state()
-        self._taken = 0
+        self._start, self._taken = self._generators(), 0
 
     def __next__(self) -> dict[str, Any]:
         if self._iterator is None:
@@ -131,16 +131,28 @@ class BatchStream:
         return batch
 
     def _begin(self) -> None:
-        self._start, self._taken = torch.get_rng_state(), 0
+        self._start, self._taken = self._generators(), 0
         self._iterator = iter(self.dataloader)
 
+    def _generators(self) -> dict[str, torch.Tensor]:
+        states = {"start": torch.get_rng_state()}
+        if self._order is not None:
+            states["order"] = self._order.get_state()
+        return states
+
+    @property
+    def _order(self) -> torch.Generator | None:
+        return getattr(self.dataloader, "synchronized_generator", None)
+
     def state_dict(self) -> dict[str, Any]:
-        """The place in the data."""
-        return {"start": self._start, "taken": self._taken}
+        """The place in the data, in this process."""
+        return {**self._start, "taken": self._taken}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a place in the data. Disturbs torch's global generator; set that afterwards."""
         torch.set_rng_state(state["start"])
+        if self._order is not None:
+            self._order.set_state(state["order"])
         self._begin()
         for _ in range(state["taken"]):
             next(self)

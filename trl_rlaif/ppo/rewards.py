@@ -14,6 +14,7 @@ from trl_rlaif.errors import UserError
 
 if TYPE_CHECKING:
     from trl_rlaif.events import Rollout
+    from trl_rlaif.ppo.trainer import PPOTrainer
 
 RewardFunc = Callable[..., Any]
 
@@ -21,6 +22,25 @@ RewardFunc = Callable[..., Any]
 def reward_name(function: RewardFunc) -> str:
     """What the metrics call a reward function."""
     return getattr(function, "__name__", type(function).__name__)
+
+
+def score_parts(trainer: PPOTrainer, rollout: Rollout) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    """The raw scores of the reward model and of every function by name, and the former's e(x): (B,) float32 each.
+
+    Raises:
+        UserError: As ``call_reward``, or the reward model gave a score that is not finite.
+    """
+    parts: dict[str, torch.Tensor] = {}
+    expected = None
+    if trainer.reward_model is not None or (trainer.shared is not None and "reward" in trainer.shared.heads):
+        parts["model"], expected = trainer._sampler.scores(trainer.actors, rollout)
+    for function in trainer.reward_funcs:
+        name = reward_name(function)
+        scores = call_reward(function, rollout, trainer_state=trainer.state).to(trainer.accelerator.device)
+        parts[name] = parts[name] + scores if name in parts else scores
+    if not all(scores.isfinite().all() for scores in parts.values()):
+        raise UserError("The reward model gave a score that is not finite.")
+    return parts, expected
 
 
 def call_reward(function: RewardFunc, rollout: Rollout, **extra: Any) -> torch.Tensor:

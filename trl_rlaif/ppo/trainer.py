@@ -15,10 +15,10 @@ from torch import nn
 
 from trl_rlaif.components import DataSelector, RewardTransform
 from trl_rlaif.errors import UserError
-from trl_rlaif.events import Pool, Rollout
+from trl_rlaif.events import Rollout
 from trl_rlaif.plugins import Plugins, installed_plugins
 from trl_rlaif.ppo import advantages as adv
-from trl_rlaif.ppo import checkpoint
+from trl_rlaif.ppo import checkpoint, zero
 from trl_rlaif.ppo.actors import Actors, SeparateActors, SharedActors
 from trl_rlaif.ppo.config import PPOConfig, with_defaults
 from trl_rlaif.ppo.construction import check_trunk, load_policy, prompt_loader, shared_base, tokenized
@@ -26,12 +26,12 @@ from trl_rlaif.ppo.gradients import MicroBatch, Objective
 from trl_rlaif.ppo.lean_lora import make_lean
 from trl_rlaif.ppo.metrics import update_metrics
 from trl_rlaif.ppo.precision import hold_frozen_weights
-from trl_rlaif.ppo.processes import average_gradients
+from trl_rlaif.ppo.processes import average_gradients, failing_together
 from trl_rlaif.ppo.prompts import BatchStream, PromptCollator
-from trl_rlaif.ppo.rewards import RewardFunc, call_reward, reward_name
+from trl_rlaif.ppo.rewards import RewardFunc, score_parts
 from trl_rlaif.ppo.sampler import RolloutSampler
 from trl_rlaif.ppo.scores import KLWeight, shaped_scores
-from trl_rlaif.ppo.selection import select_rows
+from trl_rlaif.ppo.selection import chosen_rows
 from trl_rlaif.ppo.trl_base import TrlPPOTrainer
 from trl_rlaif.roles import SharedBase, save_adapter
 
@@ -112,8 +112,7 @@ class PPOTrainer(TrlPPOTrainer):
             processing_class,
             model,
             ref_model,
-            # The parent moves whatever it is given to the device, and asks no more of it.
-            nn.Identity() if reward_model is None else reward_model,
+            zero.NoRewardModel() if reward_model is None else reward_model,
             train_dataset,
             value_model,
             data_collator or PromptCollator(processing_class),
@@ -124,7 +123,14 @@ class PPOTrainer(TrlPPOTrainer):
         )
         self.reward_model = reward_model
         self.shared = None if shared is None else shared.to(self.accelerator.device)
+        zero.take_back_models(self)
         self._set_up_loop()
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the parent, where DeepSpeed needs it by other rules."""
+        super().create_optimizer(*args, **kwargs)
+        zero.tell(self.accelerator, self.optimizer)
+        return self.optimizer
 
     def _set_up_loop(self) -> None:
         """What the loop needs beside the parent's attributes."""
@@ -172,8 +178,7 @@ class PPOTrainer(TrlPPOTrainer):
             try:
                 rollout, scores = self.collect()
             except UserError:
-                if self.accelerator.num_processes == 1:  # the others know nothing of it, and would be waited for
-                    checkpoint.save(self)
+                checkpoint.save(self)
                 raise
             rewards = self.compute_rewards(rollout, scores)
             self.plugins.notify("rewards_computed", trainer=self, rollout=rollout, rewards=rewards)
@@ -198,19 +203,10 @@ class PPOTrainer(TrlPPOTrainer):
     @torch.no_grad()
     def score(self, rollout: Rollout) -> torch.Tensor:
         """Raw scores, (B,) float32: the reward model's plus every reward function's."""
-        device = self.accelerator.device
-        parts: dict[str, torch.Tensor] = {}
-        self._expected = None
-        if self.reward_model is not None or (self.shared is not None and "reward" in self.shared.heads):
-            parts["model"], self._expected = self._sampler.scores(self.actors, rollout)
-        for function in self.reward_funcs:
-            name, scores = reward_name(function), call_reward(function, rollout, trainer_state=self.state).to(device)
-            parts[name] = parts[name] + scores if name in parts else scores
+        with failing_together(self.accelerator):
+            parts, self._expected = score_parts(self, rollout)
         self._reward_parts = parts
-        total = sum(parts.values(), torch.zeros(len(rollout.prompts), device=device))
-        if not total.isfinite().all():
-            raise UserError("The reward model gave a score that is not finite.")
-        return total
+        return sum(parts.values(), torch.zeros(len(rollout.prompts), device=self.accelerator.device))
 
     def transform(self, scores: torch.Tensor, rollout: Rollout) -> torch.Tensor:
         """Scores after the reward transforms in their order, then whitened, clipped and less penalties."""
@@ -335,7 +331,7 @@ class PPOTrainer(TrlPPOTrainer):
     def _select_prompts(self) -> None:
         """Let the selectors choose from the prompts, each with one scored response of the start."""
         if self.data_selectors and self._selected_rows is None:
-            self._train_on(select_rows(self.data_selectors, self._pool()))
+            self._train_on(chosen_rows(self))
 
     def _train_on(self, rows: list[int]) -> None:
         """Train on these rows of the prompts from here on."""
@@ -343,17 +339,6 @@ class PPOTrainer(TrlPPOTrainer):
         self.train_dataset = self.train_dataset.select(rows)
         self.dataloader = self.accelerator.prepare(prompt_loader(self))
         self._batches = BatchStream(self.dataloader)
-
-    def _pool(self) -> Pool:
-        prompts, responses, scores, categories = [], [], [], []
-        for start in range(0, len(self.train_dataset), self.args.local_batch_size):
-            stop = min(start + self.args.local_batch_size, len(self.train_dataset))
-            rollout = self.sample(self.data_collator([self.train_dataset[i] for i in range(start, stop)]))
-            prompts += rollout.prompts
-            responses += rollout.completions
-            categories += rollout.categories
-            scores.append(self.transform(self.score(rollout), rollout).cpu())
-        return Pool(prompts, responses, torch.cat(scores), categories)
 
     def _end_update(self, metrics: dict[str, float]) -> None:
         state = self.state

@@ -1,0 +1,128 @@
+"""What only several processes can show: as a script, with tests/ on PYTHONPATH, this is one of them."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from helpers import ppo_task
+from trl_rlaif.components import DataSelector, RewardTransform
+
+
+class RunningMean(RewardTransform):
+    """Scores less the mean of all that this process saw: another one in each process."""
+
+    def __init__(self) -> None:
+        self.total, self.count = 0.0, 0
+
+    def transform(self, scores: torch.Tensor, rollout: Any) -> torch.Tensor:
+        self.total, self.count = self.total + scores.sum().item(), self.count + len(scores)
+        return scores - self.total / self.count
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"total": self.total, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.total, self.count = state["total"], state["count"]
+
+
+class AnyEight(DataSelector):
+    """Eight rows by chance, others in each process that is asked."""
+
+    def __init__(self) -> None:
+        self.pool: Any = None
+
+    def select(self, pool: Any) -> list[int]:
+        self.pool = pool
+        return random.Random(PartialState().process_index).sample(range(len(pool.prompts)), 8)
+
+
+def _trainer(folder: Path, *, prompts: int, updates: int, **options: Any) -> Any:
+    """Eight prompts an update in two processes, in two minibatches of two micro-batches a process."""
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "num_mini_batches": 2}
+    settings |= {"total_episodes": updates * 8, "num_ppo_epochs": 2, "learning_rate": 1e-2}
+    settings |= {"lr_scheduler_type": "linear", "kl_coef": 0.05}
+    trainer = ppo_task.make_trainer(folder, prompts=prompts, **settings, **options)
+    trainer.drawn = []
+    sample = trainer.sample
+    trainer.sample = lambda batch: (trainer.drawn.append(list(batch["prompt"])), sample(batch))[1]
+    return trainer
+
+
+def _seen(trainer: Any) -> dict[str, Any]:
+    metrics = [{k: v for k, v in entry.items() if k != "eps"} for entry in trainer.state.log_history]
+    return {"metrics": metrics, "prompts": trainer.drawn, "parameters": ppo_task.trainable(trainer)}
+
+
+def resumed(folder: Path) -> dict[str, Any]:
+    """Five updates in one go, and the last three again from a checkpoint in the middle of a pass over the data."""
+    seen = {}
+    for name in ("whole", "resumed"):
+        options = {"save_strategy": "steps", "save_steps": 2} if name == "whole" else {}
+        trainer = _trainer(folder / name, prompts=24, updates=5, **options)
+        trainer.reward_transforms = [RunningMean()]
+        if name == "resumed":
+            torch.manual_seed(99)
+        trainer.train(resume_from_checkpoint=None if name == "whole" else folder / "whole" / "checkpoint-2")
+        seen[name] = _seen(trainer)
+    return seen
+
+
+def selected(folder: Path) -> dict[str, Any]:
+    """Two updates after a choice from nine prompts, which two processes cannot share evenly."""
+    trainer = _trainer(folder, prompts=9, updates=2)
+    selector = AnyEight()
+    trainer.data_selectors = [selector]
+    trainer.train()
+    pool = selector.pool
+    return {
+        "rows": trainer._selected_rows,
+        "pool": None if pool is None else (pool.prompts, len(pool.responses), len(pool.scores), pool.categories),
+        "dataset": ppo_task.make_prompts(9).to_dict(),
+        "prompts": trainer.drawn[-2:],
+    }
+
+
+def failed(folder: Path) -> dict[str, Any]:
+    """What each process stops with when a reward function raises in one, and when it gives a NaN in one."""
+    return {
+        "raised": _stopped(folder / "raised", lambda count: 1 / 0),
+        "nan": _stopped(folder / "nan", lambda count: [float("nan")] * count),
+    }
+
+
+def _stopped(folder: Path, failing: Callable[[int], list[float]]) -> dict[str, Any]:
+    trainer = _trainer(folder, prompts=24, updates=3)
+
+    def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        fails = PartialState().process_index == 1 and trainer.state.global_step == 1
+        return failing(len(prompts)) if fails else ppo_task.share_of_yes(prompts, completions)
+
+    trainer.reward_funcs = [reward]
+    try:
+        trainer.train()
+    except Exception as error:
+        kind, message = type(error).__name__, str(error)
+    else:
+        kind, message = "nothing", ""
+    PartialState().wait_for_everyone()
+    return {"kind": kind, "message": message, "checkpoints": sorted(p.name for p in folder.glob("checkpoint-*"))}
+
+
+def main(output: str, *names: str) -> None:
+    """Do what is named; each process writes what it saw to ``output/RANK.pt``."""
+    torch.set_num_threads(1)
+    folder = Path(output)
+    found = {name: globals()[name](folder / name) for name in names}
+    found["kind"] = PartialState().distributed_type.value
+    torch.save(found, folder / f"{PartialState().process_index}.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
