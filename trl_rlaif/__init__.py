@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "RewardTrainer": "trl_rlaif.reward.trainer",
     "RewardConfig": "trl_rlaif.reward.config",
+    "add_log_ratios": "trl_rlaif.reward.ratios",
     "load_reward_model": "trl_rlaif.reward.loading",
     "PPOTrainer": "trl_rlaif.ppo.trainer",
     "PPOConfig": "trl_rlaif.ppo.config",
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from trl_rlaif.ppo.trainer import PPOTrainer
     from trl_rlaif.reward.config import RewardConfig
     from trl_rlaif.reward.loading import load_reward_model
+    from trl_rlaif.reward.ratios import add_log_ratios
     from trl_rlaif.reward.trainer import RewardTrainer
     from trl_rlaif.roles import SharedBase
 

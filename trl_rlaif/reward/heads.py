@@ -36,11 +36,13 @@ def add_expected(model: nn.Module) -> None:
         raise UserError("The head 'score' is not trained.", fix="LoraConfig(modules_to_save=['score'], ...)")
     for head in heads:
         if head.out_features == 1:
-            _widen(head)
+            widen(head)
     inner.config.num_labels = inner.num_labels = 2
 
 
-def _widen(head: nn.Linear) -> None:
+@torch.no_grad()
+def widen(head: nn.Linear) -> None:
+    """Give a head with one output a second one, at zero."""
     trained = head.weight.requires_grad
     head.weight = nn.Parameter(torch.cat((head.weight, torch.zeros_like(head.weight))), requires_grad=trained)
     if head.bias is not None:

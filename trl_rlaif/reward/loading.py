@@ -33,18 +33,25 @@ def load_reward_model(
     """
     from peft import PeftConfig, PeftModel
     from peft.utils import load_peft_weights
+    from transformers import AutoConfig
 
-    from trl_rlaif.models import ModelSpec, load_model
+    from trl_rlaif.models import ModelSpec, load_model, resolve
+    from trl_rlaif.reward.heads import widen
 
     try:
         config = PeftConfig.from_pretrained(str(path))
     except ValueError:  # not an adapter
-        from transformers import AutoConfig
-
         outputs = AutoConfig.from_pretrained(str(path)).num_labels
         return load_model(ModelSpec(str(path), dtype, quantization), num_labels=outputs).eval()
     heads = [weight for name, weight in load_peft_weights(str(path), device="cpu").items() if "score.weight" in name]
     if not heads:
         raise UserError("The adapter has no score head: it is not a reward model's.", where=str(path))
-    base = load_model(ModelSpec(config.base_model_name_or_path, dtype, quantization), num_labels=len(heads[0]))
+    spec, outputs = ModelSpec(config.base_model_name_or_path, dtype, quantization), len(heads[0])
+    base_config = AutoConfig.from_pretrained(resolve(spec.path))
+    # A base with a head of its own keeps that one's size while it is loaded; the adapter brings another head.
+    classifies = any("SequenceClassification" in name for name in base_config.architectures or ())
+    base = load_model(spec, num_labels=base_config.num_labels if classifies else outputs)
+    if base.score.out_features < outputs:
+        widen(base.score)
+        base.config.num_labels = base.num_labels = outputs
     return PeftModel.from_pretrained(base, str(path)).eval()

@@ -1,0 +1,99 @@
+"""RewardTrainer with the Advantage Model: packed or padded, LoRA or NF4, trained and loaded again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers.tiny import make_scorer, make_tokenizer
+from peft import LoraConfig
+from trl import RewardConfig
+from trl_rlaif_advantage import AdvantageModel
+
+from trl_rlaif import RewardTrainer, load_reward_model
+from trl_rlaif.models import ModelSpec, load_model
+
+LORA = LoraConfig(r=4, task_type="SEQ_CLS", target_modules="all-linear", modules_to_save=["score"])
+
+
+def _data(k: int) -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(3, 400, (count,), generator=generator).tolist()
+
+    rows = []
+    for i in range(12):
+        prompt = tokens(4 + i % 5)
+        row = {
+            "chosen_ids": prompt + tokens(3 + i % 7),
+            "rejected_ids": prompt + tokens(2 + i % 4),
+            "prompt_length": len(prompt) - i % 2,
+            "p": [1.0, 0.8, 0.3][i % 3],
+            "category": ["code", "chat"][i % 2],
+        }
+        if k:
+            ratios = torch.randn(2, k, generator=generator).tolist()
+            row |= {"chosen_log_ratios": ratios[0], "rejected_log_ratios": ratios[1]}
+        rows.append(row)
+    return Dataset.from_list(rows)
+
+
+def _trainer(folder, model, k: int = 0, *, lora: bool = True, bf16: bool = False, **options) -> RewardTrainer:
+    args = RewardConfig(
+        str(folder),
+        per_device_train_batch_size=4,
+        num_train_epochs=2,
+        learning_rate=1e-3,
+        logging_steps=1,
+        bf16=bf16,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    return RewardTrainer(
+        model=model,
+        args=args,
+        train_dataset=_data(k),
+        processing_class=make_tokenizer(),
+        peft_config=LORA if lora else None,
+        reward_transforms=[AdvantageModel(margin=1.0)],
+        **options,
+    )
+
+
+def _losses(trainer: RewardTrainer) -> list[float]:
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["LoRA", "full"])
+@pytest.mark.parametrize("k", [0, 2])
+def test_packed_and_padded_pairs_train_alike(tmp_path, k, lora):
+    packed, padded = (
+        _losses(_trainer(tmp_path, make_scorer(), k, lora=lora, packing=way, batch_tokens=40)) for way in (True, False)
+    )
+    assert len(packed) == 6 and packed == pytest.approx(padded, rel=1e-5)
+    assert len({round(loss, 3) for loss in packed}) > 3
+    if k:
+        assert packed[0] != pytest.approx(_losses(_trainer(tmp_path, make_scorer(), 0, lora=lora))[0], abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "NF4", "full"])
+def test_it_learns_e_and_loads_again_as_one_thing(tmp_path, kind):
+    base = tmp_path / "base"
+    make_scorer(hidden_size=64).save_pretrained(base)
+    quantization = "nf4" if kind == "NF4" else "none"
+    model = load_model(ModelSpec(str(base), "float32", quantization), num_labels=1)
+    trainer = _trainer(tmp_path / "run", model, lora=kind != "full", bf16=kind == "NF4")
+    losses = _losses(trainer)
+    assert sum(losses[3:]) < sum(losses[:3])
+    trainer.save_model(str(tmp_path / "reward"))
+    again = load_reward_model(tmp_path / "reward", dtype="float32", quantization=quantization)
+    ids = torch.tensor([[5, 9, 12, 3, 7]])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind == "NF4"):  # as it was trained
+        expected, found = trainer.model.eval()(ids).logits.float(), again(ids).logits.float()
+    assert found.shape == (1, 2) and found[0, 1].abs() > 1e-4  # e(x) has left its zero
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
