@@ -81,7 +81,7 @@ def test_the_reward_role_scores_like_the_classifier(reward_folder):
     shared = SharedBase(_causal_from(make_scorer(seed=0)), _config())
     shared.add_reward(reward_folder)
     ours = shared.eval().head("reward", shared.hidden("reward", input_ids=IDS)[:, -1])
-    torch.testing.assert_close(ours, scorer(IDS).logits.squeeze(-1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours, scorer(IDS).logits, rtol=1e-6, atol=1e-6)
 
 
 def _causal_from(scorer):
