@@ -1,0 +1,98 @@
+"""Clusters of embeddings, by scikit-learn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from trl_rlaif.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Method = Literal["kmeans", "minibatch_kmeans", "gaussian_mixture"]
+
+# The silhouette compares every point with every other one.
+SILHOUETTE_POINTS = 2_000
+CANDIDATES = (2, 3, 4, 6, 8, 12, 16, 24, 32)
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """A fitted clustering.
+
+    Args:
+        labels: (N,) int64, the cluster of every row that it was fitted to, 0..c-1, the largest cluster first.
+        centres: (c, H) float64.
+        silhouette: Of a sample of the rows, -1..1; None for a single cluster.
+    """
+
+    labels: np.ndarray
+    centres: np.ndarray
+    silhouette: float | None
+
+    def nearest(self, embeddings: np.ndarray) -> np.ndarray:
+        """(M,) int64, the cluster whose centre is nearest to each row of (M, H)."""
+        squares = (self.centres**2).sum(1)
+        return (squares - 2 * np.asarray(embeddings, dtype=np.float64) @ self.centres.T).argmin(1)
+
+
+def cluster(
+    embeddings: np.ndarray,
+    clusters: int | Literal["auto"] = "auto",
+    *,
+    method: Method = "kmeans",
+    seed: int = 0,
+    candidates: Sequence[int] = CANDIDATES,
+) -> Clusters:
+    """Cluster rows.
+
+    Args:
+        embeddings: (N, H) float.
+        clusters: How many; "auto" takes the candidate with the best silhouette (Rousseeuw 1987) on 2,000 rows.
+        method: ``minibatch_kmeans`` for many rows; ``gaussian_mixture`` with diagonal covariances.
+        seed: The same seed gives the same clusters.
+        candidates: What "auto" tries; those above N - 1 are left out.
+
+    Raises:
+        UserError: More clusters than rows.
+    """
+    if clusters != "auto":
+        if not 1 <= clusters <= len(embeddings):
+            raise UserError(f"{clusters} clusters of {len(embeddings)} prompts.", fix="Ask for fewer, or for auto.")
+        return _fit(embeddings, clusters, method, seed)
+    fits = [_fit(embeddings, count, method, seed) for count in candidates if count < len(embeddings)]
+    scored = [fit for fit in fits if fit.silhouette is not None]
+    return max(scored, key=lambda fit: fit.silhouette) if scored else _fit(embeddings, 1, method, seed)
+
+
+def _fit(embeddings: np.ndarray, count: int, method: Method, seed: int) -> Clusters:
+    model = _model(count, method, seed)
+    found = model.fit_predict(embeddings)
+    centres = model.means_ if method == "gaussian_mixture" else model.cluster_centers_
+    order = np.argsort(-np.bincount(found, minlength=count), kind="stable")
+    return Clusters(np.argsort(order)[found], centres[order].astype(np.float64), _silhouette(embeddings, found, seed))
+
+
+def _model(count: int, method: Method, seed: int) -> Any:
+    from sklearn.cluster import KMeans, MiniBatchKMeans
+    from sklearn.mixture import GaussianMixture
+
+    if method == "gaussian_mixture":
+        return GaussianMixture(count, covariance_type="diag", random_state=seed)
+    if method == "minibatch_kmeans":
+        return MiniBatchKMeans(count, batch_size=4096, n_init=3, random_state=seed)
+    return KMeans(count, n_init=4, random_state=seed)
+
+
+def _silhouette(embeddings: np.ndarray, labels: np.ndarray, seed: int) -> float | None:
+    from sklearn.metrics import silhouette_score
+
+    rows = np.arange(len(labels))
+    if len(rows) > SILHOUETTE_POINTS:
+        rows = np.random.default_rng(seed).choice(rows, SILHOUETTE_POINTS, replace=False)
+    if not 1 < len(np.unique(labels[rows])) < len(rows):
+        return None
+    return float(silhouette_score(embeddings[rows], labels[rows]))

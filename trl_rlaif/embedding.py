@@ -1,0 +1,49 @@
+"""Embeddings of prompts by a language model's own hidden states: nothing else is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from trl_rlaif.judging.scoring import token_batches
+from trl_rlaif.roles import backbone
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+
+@torch.no_grad()
+def mean_hidden_states(model: nn.Module, prompts: Sequence[Sequence[int]], *, batch_tokens: int = 8192) -> np.ndarray:
+    """Mean of the last hidden states over each prompt's tokens, less the mean of all prompts, at unit length.
+
+    What all prompts share, such as a chat template, points them all in one direction; without it they differ by what
+    they say.
+
+    Args:
+        model: Language model of transformers, plain or PEFT, in the role that is meant (the bare base, as a rule).
+        prompts: N token sequences of at least one token.
+        batch_tokens: Most tokens, padding counted, of one forward pass.
+
+    Returns:
+        (N, H) float32.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    found: torch.Tensor | None = None
+    for batch in token_batches([len(p) for p in prompts], batch_tokens):
+        width = max(len(prompts[i]) for i in batch)
+        ids, mask = torch.zeros(2, len(batch), width, dtype=torch.long)
+        for row, i in enumerate(batch):
+            ids[row, : len(prompts[i])] = torch.as_tensor(prompts[i])
+            mask[row, : len(prompts[i])] = 1
+        ids, mask = ids.to(device), mask.to(device)
+        hidden = backbone(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.float()
+        means = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        if found is None:
+            found = torch.empty(len(prompts), means.shape[1])
+        found[batch] = means.cpu()
+    found = found - found.mean(0)
+    return torch.nn.functional.normalize(found, dim=1).numpy()
