@@ -11,7 +11,7 @@ from sklearn.metrics import adjusted_rand_score, silhouette_score
 
 from trl_rlaif import SharedBase, UserError
 from trl_rlaif.clustering import cluster
-from trl_rlaif.embedding import mean_hidden_states
+from trl_rlaif.embedding import directions, mean_hidden_states
 from trl_rlaif.roles import backbone
 
 PROMPTS = [[5, 6, 7], [9], [4, 4, 8, 9, 10, 11], [7, 3]]
@@ -19,17 +19,18 @@ PROMPTS = [[5, 6, 7], [9], [4, 4, 8, 9, 10, 11], [7, 3]]
 
 @pytest.mark.parametrize("tokens", [10**6, 3])
 @pytest.mark.parametrize("make", [make_llama, make_gpt2])
-def test_embeddings_are_centred_means_at_unit_length(make, tokens):
+def test_embeddings_are_means_over_tokens(make, tokens):
     model = make()
     with torch.no_grad():
         means = torch.stack(
             [backbone(model)(input_ids=torch.tensor([p])).last_hidden_state[0].double().mean(0) for p in PROMPTS]
         )
-    centred = means - means.mean(0)
-    expected = centred / centred.norm(dim=1, keepdim=True)
     found = mean_hidden_states(model, PROMPTS, batch_tokens=tokens)
     assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected.numpy(), atol=2e-6)
+    np.testing.assert_allclose(found, means.numpy(), atol=2e-6)
+    centred = means - means.mean(0)
+    expected = centred / centred.norm(dim=1, keepdim=True)
+    np.testing.assert_allclose(directions(found, found.mean(0)), expected.numpy(), atol=2e-6)
 
 
 def test_embeddings_of_a_shared_base_are_those_of_the_role():

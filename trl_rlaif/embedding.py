@@ -5,22 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from trl_rlaif.judging.scoring import token_batches
 from trl_rlaif.roles import backbone
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import nn
 
 
 @torch.no_grad()
 def mean_hidden_states(model: nn.Module, prompts: Sequence[Sequence[int]], *, batch_tokens: int = 8192) -> np.ndarray:
-    """Mean of the last hidden states over each prompt's tokens, less the mean of all prompts, at unit length.
-
-    What all prompts share, such as a chat template, points them all in one direction; without it they differ by what
-    they say.
+    """Mean of the last hidden states over each prompt's tokens.
 
     Args:
         model: Language model of transformers, plain or PEFT, in the role that is meant (the bare base, as a rule).
@@ -45,5 +42,14 @@ def mean_hidden_states(model: nn.Module, prompts: Sequence[Sequence[int]], *, ba
         if found is None:
             found = torch.empty(len(prompts), means.shape[1])
         found[batch] = means.cpu()
-    found = found - found.mean(0)
-    return torch.nn.functional.normalize(found, dim=1).numpy()
+    return found.numpy()
+
+
+def directions(embeddings: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """Embeddings less a centre, at unit length: (N, H) and (H,) to (N, H).
+
+    What all prompts share, such as a chat template, points them all in one direction; without it they differ by what
+    they say.
+    """
+    apart = embeddings - centre
+    return apart / np.maximum(np.linalg.norm(apart, axis=1, keepdims=True), 1e-12)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from helpers.recipes import tiny_recipe
@@ -59,3 +61,15 @@ def test_the_reward_model_loads_as_one_thing(finished, tiny_model):
         found = shared.eval().head("reward", shared.hidden("reward", input_ids=ids)[:, -1])
     assert expected.shape == (1, 2) and expected.abs().min() > 0
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_prompts_without_categories_get_clusters(tiny_model, tmp_path):
+    recipe = tiny_recipe(tmp_path, tiny_model, report=None, data={"category": "nowhere", "clusters": 2}, **TRANSFORMS)
+    folder = run_recipe(recipe, installed_plugins(), tmp_path / "out")
+    names = {"cluster 1", "cluster 2"}
+    assert {pair["category"] for pair in read_lines(folder / "pairs.jsonl")} == names
+    assert set(folder.results()["reward"]["scores"]["categories"]) <= names
+    rows = [row for row in read_lines(folder / "metrics.jsonl") if row["stage"] == "rl"]
+    assert {f"regulator/{name}/mean" for name in names} <= set(rows[-1])
+    assert {sample["category"] for sample in read_lines(folder / "samples.jsonl")} <= names
+    assert len(json.loads((folder / "clusters.json").read_text())["centres"]) == 2

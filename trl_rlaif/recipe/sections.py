@@ -165,6 +165,9 @@ class DataSection(Section):
         "auto", description="How the pairs are laid out; auto looks at their columns."
     )
     category: Text = Field("category", description="The column that holds each prompt's category.")
+    clusters: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        None, description="Prompts without categories get so many, clusters of their embeddings; auto: by silhouette."
+    )
 
 
 class SftSection(Section):

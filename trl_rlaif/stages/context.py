@@ -20,6 +20,7 @@ from trl_rlaif.labels import Setup
 from trl_rlaif.models import ModelSpec, load_model, load_tokenizer, model_revision
 from trl_rlaif.plugins import Plugins
 from trl_rlaif.recipe import ComponentRef, JudgeSection, Recipe, ServerJudgeSection, prompt_folder
+from trl_rlaif.stages.categories import categorized
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -215,7 +216,7 @@ class Context:
                 tokens.append(ids)
         if not prompts:
             raise UserError("Every prompt is longer than the model's context.", where=source)
-        return prompts, tokens, skipped
+        return categorized(self, prompts, tokens, base), tokens, skipped
 
     def pairs(self) -> list[Pair]:
         """The pairs of this run, from pairs.jsonl."""
