@@ -74,6 +74,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
     import trl
     from peft import LoraConfig
     from transformers import TrainerCallback
@@ -96,6 +97,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         def on_epoch_end(self, *_: Any, **__: Any) -> None:
             seconds.append(time.perf_counter() - self.started)
 
+    torch.manual_seed(0)  # both sides begin with the same head
     with tempfile.TemporaryDirectory() as folder:
         trainer = kind(
             model=load_model(ModelSpec(args.model), num_labels=1),
