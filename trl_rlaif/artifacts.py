@@ -19,7 +19,7 @@ STAGE_ARTIFACTS = {
     "sample": ["pairs.jsonl", "pairs.partial.jsonl"],
     # labels.jsonl stays: its lines are found by what determined them (labels/store.py).
     "label": ["preferences"],
-    "reward": ["reward", "checkpoints/reward"],
+    "reward": ["reward", "reward_scores.jsonl", "checkpoints/reward"],
     "rl": ["policy", "checkpoints/rl"],
     "evaluate": ["samples.jsonl"],
     "report": ["report.html"],

@@ -10,7 +10,7 @@ from helpers.recipes import tiny_recipe
 from transformers import AutoModelForCausalLM
 
 from trl_rlaif import SharedBase, load_reward_model
-from trl_rlaif.artifacts import read_lines
+from trl_rlaif.artifacts import STAGE_ARTIFACTS, read_lines
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.runner import run_recipe
 from trl_rlaif.stages.context import Context
@@ -73,3 +73,18 @@ def test_prompts_without_categories_get_clusters(tiny_model, tmp_path):
     assert {f"regulator/{name}/mean" for name in names} <= set(rows[-1])
     assert {sample["category"] for sample in read_lines(folder / "samples.jsonl")} <= names
     assert len(json.loads((folder / "clusters.json").read_text())["centres"]) == 2
+
+
+def test_the_scores_of_held_out_pairs_are_kept_and_made_anew_with_their_stage(finished):
+    folder = finished[1]
+    rows, numbers = read_lines(folder / "reward_scores.jsonl"), folder.results()["reward"]
+    assert len(rows) == numbers["eval_pairs"] > 0
+    columns = ["category", "p", "chosen", "rejected", "chosen_after", "rejected_after"]
+    assert all(list(row) == columns and 0.5 <= row["p"] <= 1 for row in rows)
+    for key, names in (("scores", columns[2:4]), ("transformed", columns[4:])):
+        for category, figures in numbers[key]["categories"].items():
+            found = [row[name] for name in names for row in rows if row["category"] == category]
+            assert figures["n"] == len(found) and figures["mean"] == pytest.approx(sum(found) / len(found))
+    clear = [row["chosen"] > row["rejected"] for row in rows if row["p"] != 0.5]
+    assert numbers["accuracy"] == pytest.approx(sum(clear) / len(clear))
+    assert "reward_scores.jsonl" in STAGE_ARTIFACTS["reward"]

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from trl_rlaif.errors import RunError
-from trl_rlaif.report import findings, wording
+from trl_rlaif.report import doubts, findings, wording
 from trl_rlaif.report.content import MAX_SAMPLES, Run, read_run, spread
 from trl_rlaif.report.figures import label_part, reward_part, rl_part, set_part, sft_part
+from trl_rlaif.report.score_figures import score_part
 
 _HERE = Path(__file__).parent
 PREVIEW_CHARACTERS = 700
@@ -79,12 +80,13 @@ def _page(run: Run) -> dict[str, Any]:
         "summary": findings.summary(run, sets),
         "results": max(len(sets), 1),
         "sets": sets,
-        "caveat": findings.judge_caveat(run),
-        "warnings": findings.warnings(run, sets),
+        "caveat": doubts.judge_caveat(run),
+        "warnings": doubts.warnings(run, sets),
         "stages": findings.stage_rows(run),
         "sft": sft_part(run),
         "labels": label_part(run),
         "reward": reward_part(run),
+        "scores": score_part(run),
         "rl": rl_part(run),
         "held_out": [set_part(run, name) for name in _set_names(run)],
         "samples": samples,

@@ -15,6 +15,8 @@ MAX_SAMPLES = 200
 MAX_RECIPE_CHARACTERS = 100_000
 # Beyond this a drawing library's arithmetic overflows, and no honest metric goes there.
 _LARGEST_DRAWN = 1e30
+# A metric's name may hold a category's: what is cut off would be lost.
+_METRIC_NAME = 300
 _RESTORE = "Restore the run's own copy."
 
 Series = dict[str, list[tuple[float, float]]]
@@ -43,6 +45,16 @@ class Sample:
     p_trained: float | None
 
 
+@dataclass(frozen=True)
+class ScoredPair:
+    """A held-out pair's scores, (chosen, rejected), ``before`` and ``after`` the reward transforms (None without)."""
+
+    category: str
+    p: float | None
+    before: tuple[float, float]
+    after: tuple[float, float] | None
+
+
 @dataclass
 class Labels:
     """What labels.jsonl says: confidences in 0.5..1 and the winner's table, keyed (order 1-2, order 2-1)."""
@@ -64,6 +76,7 @@ class Run:
     series: dict[str, Series]
     labels: Labels
     samples: list[Sample]
+    scored: list[ScoredPair]
     pairs: int
     notes: list[str]
 
@@ -87,6 +100,7 @@ def read_run(folder: Path) -> Run:
         series=_read_series(folder / "metrics.jsonl", notes),
         labels=_read_labels(folder / "labels.jsonl", results, pairs, notes),
         samples=_read_samples(folder / "samples.jsonl", notes),
+        scored=_read_scored(folder / "reward_scores.jsonl", notes),
         pairs=len(pairs),
         notes=notes,
     )
@@ -172,7 +186,7 @@ def _read_series(path: Path, notes: list[str]) -> dict[str, Series]:
         for key, raw in row.items():
             if key in ("stage", "step") or isinstance(raw, bool) or not isinstance(raw, (int, float)):
                 continue
-            key, value = label(key), number(raw)
+            key, value = label(key, _METRIC_NAME), number(raw)
             if value is None or abs(value) > _LARGEST_DRAWN:
                 not_finite[key] = not_finite.get(key, 0) + 1
             else:
@@ -238,6 +252,20 @@ def _read_samples(path: Path, notes: list[str]) -> list[Sample]:
         )
         for row in _lines(path, notes)
     ]
+
+
+def _read_scored(path: Path, notes: list[str]) -> list[ScoredPair]:
+    scored = []
+    for row in _lines(path, notes):
+        before, after = _both(row, "chosen", "rejected"), _both(row, "chosen_after", "rejected_after")
+        if before is not None:
+            scored.append(ScoredPair(label(row.get("category")), _probability(row.get("p")), before, after))
+    return scored
+
+
+def _both(row: dict[str, Any], first: str, second: str) -> tuple[float, float] | None:
+    one, other = _drawable(row.get(first)), _drawable(row.get(second))
+    return None if one is None or other is None else (one, other)
 
 
 def _turns(prompt: Any) -> list[Turn]:

@@ -1,4 +1,4 @@
-"""What a run says in plain words: the summary, the verdicts and the warnings."""
+"""What a run says in plain words: the summary, the verdicts and the table of stages."""
 
 from __future__ import annotations
 
@@ -18,10 +18,6 @@ from trl_rlaif.report.wording import (
     section,
 )
 
-POSITION_BIAS_LIMIT = 0.3
-MASS_LIMIT = 0.5
-KL_LIMIT = 10.0
-LONGER_LIMIT, SHORTER_LIMIT = 1.5, 0.5
 STAGES = ("sft", "sample", "label", "reward", "rl", "evaluate")
 
 
@@ -245,83 +241,6 @@ def kl_last(run: Run) -> float | None:
     value = number(section(run.results, "rl").get("kl_last"))
     points = run.series.get("rl", {}).get("objective/kl")
     return points[-1][1] if value is None and points else value
-
-
-def warnings(run: Run, sets: list[SetResult]) -> list[str]:
-    """What a reader should know before believing the numbers."""
-    found = [*_label_warnings(run), *_reward_warnings(run)]
-    kl = kl_last(run)
-    if kl is not None and kl > KL_LIMIT:
-        found.append(
-            f"The policy went far from its start: KL is {scores(kl)[0]} nats at the end (more than "
-            f"{KL_LIMIT:.0f}). Read the samples for repetition and tricks; a higher KL price holds it closer."
-        )
-    for result in sets:
-        found.extend(_set_warnings(result))
-    extra = run.results.get("warnings")
-    if isinstance(extra, list):
-        found.extend(text for text in (label(item, 500) for item in extra[:50]) if text)
-    return found + run.notes
-
-
-def _label_warnings(run: Run) -> list[str]:
-    result = section(run.results, "label")
-    found = []
-    bias = number(section(result, "position_bias").get("rate"))
-    if bias is not None and bias > POSITION_BIAS_LIMIT:
-        found.append(
-            f"The judge is position-biased: in {percent(bias)} of the pairs the same position wins in both "
-            "orders, so those labels say more about the order than about the responses."
-        )
-    mass = number(section(result, "mass").get("mean"))
-    if mass is not None and mass < MASS_LIMIT:
-        found.append(
-            f"The judge puts only {percent(mass)} of its probability on the two answers that it was asked "
-            "for: it may not have understood the question. Look at the judge prompt."
-        )
-    return found
-
-
-def _reward_warnings(run: Run) -> list[str]:
-    ends = interval(section(run.results, "reward").get("accuracy_interval"))
-    if ends and ends[0] <= 0.5:
-        return [
-            "The reward model is not clearly better than a coin on held-out pairs (its interval "
-            f"reaches down to {percent(ends[0])}), so what RL gained on it means little."
-        ]
-    return []
-
-
-def _set_warnings(result: SetResult) -> list[str]:
-    found = []
-    ratio, win = result.length_ratio, result.win_rate
-    if ratio is not None and (ratio > LONGER_LIMIT or ratio < SHORTER_LIMIT):
-        found.append(
-            f"On {result.name} the responses got {ratio:.1f} times as long ({result.tokens}). Judges and "
-            "reward models often favor a length, so part of the change may be length alone."
-        )
-    if win and win.tone == "unclear":
-        reason = "contains 50%, so there is no clear difference" if win.interval else "is missing"
-        found.append(f"The win rate on {result.name} is not clear: its interval {reason}. More prompts narrow it.")
-    if win and win.tone == "bad":
-        found.append(f"On {result.name} the judge prefers the start: the trained policy is worse there.")
-    if result.reward and result.reward.tone == "good" and win and win.tone != "good":
-        found.append(
-            f"On {result.name} the reward rose but the judge does not clearly prefer the responses: perhaps "
-            "the policy learned to please the reward model rather than to answer better."
-        )
-    return found
-
-
-def judge_caveat(run: Run) -> str:
-    """What the win rate cannot say, where the judge that measured is the one that labeled."""
-    labeler, examiner = judge_name(run, "label"), judge_name(run, "evaluate")
-    if not labeler or labeler != examiner or not section(run.results, "evaluate"):
-        return ""
-    return (
-        "The judge of the win rate is the one that gave the labels: the win rate says how well the policy "
-        "learned this judge's taste, which need not be what people prefer."
-    )
 
 
 def stage_rows(run: Run) -> list[StageRow]:

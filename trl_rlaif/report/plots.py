@@ -130,7 +130,7 @@ def before_after(rows: Sequence[tuple[str, float, float]], title: str) -> str:
 
     def draw(axes: Any) -> None:
         places = list(range(len(rows)))[::-1]
-        names = [name if len(name) <= 22 else name[:21] + "…" for name, _, _ in rows]
+        names = [_short(name) for name, _, _ in rows]
         for place, (_, before, after) in zip(places, rows, strict=True):
             axes.plot((before, after), (place, place), color=_INK, linewidth=1.6, alpha=0.6, zorder=1)
         axes.scatter([row[1] for row in rows], places, s=46, color=COLOURS[1], label="start", zorder=2)
@@ -142,6 +142,49 @@ def before_after(rows: Sequence[tuple[str, float, float]], title: str) -> str:
         _legend(axes, 2)
 
     return _svg(draw, title, (4.4, max(3.4, 1.3 + 0.34 * len(rows))))
+
+
+def ridges(rows: Sequence[tuple[str, Points, float]], title: str, colour: int) -> str:
+    """A row for each ``(name, [(score, density), ...], mean)`` over one axis; all rows are of the same height."""
+
+    def draw(axes: Any) -> None:
+        places = list(range(len(rows)))[::-1]
+        for place, (_, points, _) in zip(places, rows, strict=True):
+            highest = max(density for _, density in points)
+            found = [score for score, _ in points]
+            line = [place + 0.85 * density / highest for _, density in points]
+            axes.fill_between(found, place, line, color=COLOURS[colour], alpha=0.3, linewidth=0)
+            axes.plot(found, line, color=COLOURS[colour], linewidth=1.4)
+        axes.scatter([mean for _, _, mean in rows], places, s=20, color=_INK, linewidths=0, zorder=3)
+        axes.set_yticks(places, [_short(name) for name, _, _ in rows])
+        axes.set_ylim(-0.2, len(rows))
+        axes.set_xlabel("score")
+        axes.grid(False, axis="y")
+
+    return _svg(draw, title, (4.4, max(2.6, 0.9 + 0.4 * len(rows))))
+
+
+def reliability(bins: Sequence[tuple[float, float, tuple[float, float], int]], title: str) -> str:
+    """Points ``(confidence, share right, its interval, pairs)``; on the dashed line both shares are the same."""
+
+    def draw(axes: Any) -> None:
+        axes.plot((0.5, 1), (0.5, 1), color=_INK, linewidth=1.0, linestyle=(0, (4, 3)))
+        for confidence, _, ends, pairs in bins:
+            axes.plot((confidence, confidence), ends, color=COLOURS[0], linewidth=2.0, alpha=0.45)
+            shown = str(pairs) if pairs < 10_000 else f"{pairs / 1000:.0f}k"
+            axes.text(confidence, 1.04, shown, ha="center", va="bottom", fontsize=8)
+        axes.scatter([row[0] for row in bins], [row[1] for row in bins], s=30, color=COLOURS[0], zorder=3)
+        axes.set_xlim(0.48, 1.02)
+        axes.set_ylim(-0.04, 1.14)
+        axes.set_yticks((0, 0.25, 0.5, 0.75, 1))
+        axes.set_xlabel("confidence")
+        axes.set_ylabel("share right")
+
+    return _svg(draw, title, (4.4, 3.4))
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 22 else name[:21] + "…"
 
 
 def _legend(axes: Any, columns: int) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trl_rlaif.artifacts import write_folder
+from trl_rlaif.artifacts import to_line, write_atomically, write_folder
 from trl_rlaif.encoding import encode_prompt, encode_response
 from trl_rlaif.errors import UserError
 from trl_rlaif.events import Rollout
@@ -27,7 +27,7 @@ HUMAN_P = {1: 1.0, 2: 0.0, 0: 0.5}
 
 
 def run(context: Context) -> dict[str, Any]:
-    """Train ``reward/``; return its accuracy on held-out pairs."""
+    """Train ``reward/``, and write ``reward_scores.jsonl``; return its accuracy on held-out pairs."""
     from trl_rlaif.reward.config import RewardConfig
 
     section, started = context.recipe.reward, time.monotonic()
@@ -146,6 +146,7 @@ def _held_out_numbers(context: Context, trainer: Any, held_out: Dataset) -> dict
     choices = [0 if p == 0.5 else 1 if p > 0.5 else 2 for p in held_out["p"]]
     raw = torch.cat((chosen, rejected))
     after = transformed(trainer.reward_transforms, raw, expected, categories)
+    _write_scores(context.folder / "reward_scores.jsonl", held_out, raw, after)
     return {
         "accuracy": sum(labels) / len(labels) if labels else None,
         "accuracy_interval": wilson(sum(labels), len(labels)) if labels else None,
@@ -156,6 +157,16 @@ def _held_out_numbers(context: Context, trainer: Any, held_out: Dataset) -> dict
         "scores": category_figures(raw.tolist(), categories * 2) | {"accuracy": _by_category(right, held_out)},
         "transformed": None if after is None else category_figures(after.tolist(), categories * 2),
     }
+
+
+def _write_scores(path: Path, held_out: Dataset, raw: torch.Tensor, after: torch.Tensor | None) -> None:
+    """A line a held-out pair: its scores as the model gives them and, with transforms, as PPO gets them."""
+    columns = {"category": list(held_out["category"]), "p": list(held_out["p"])}
+    columns["chosen"], columns["rejected"] = (half.tolist() for half in raw.chunk(2))
+    if after is not None:
+        columns["chosen_after"], columns["rejected_after"] = (half.tolist() for half in after.chunk(2))
+    rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+    write_atomically(path, "".join(map(to_line, rows)))
 
 
 def _by_category(right: list[bool], held_out: Dataset) -> dict[str, float]:

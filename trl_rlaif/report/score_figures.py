@@ -1,0 +1,211 @@
+"""The reward model's scores of held-out pairs: their densities by category, their calibration and their table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from trl_rlaif.report import plots
+from trl_rlaif.report.content import Run, ScoredPair
+from trl_rlaif.report.figures import MAX_CATEGORIES, Figure
+from trl_rlaif.report.wording import count, label, number, score, scores, section
+
+MAX_RIDGES = 8
+# With fewer scores a kernel density would draw hills that are only its kernel.
+LEAST_FOR_DENSITY = 20
+_GRID = 160
+_BARS = 24
+_BINS = 10
+_NO_CATEGORY = "no category"
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """One category's numbers from results.json; ``before`` and ``after`` hold mean and std, None where unknown."""
+
+    name: str
+    pairs: float | None
+    accuracy: float | None
+    before: dict[str, float | None]
+    after: dict[str, float | None]
+
+
+def score_part(run: Run) -> dict[str, Any] | None:
+    """Densities, reliability diagram, table and spread; None for a folder without reward_scores.jsonl."""
+    if not run.scored:
+        return None
+    result = section(run.results, "reward")
+    before, after = section(result, "scores"), section(result, "transformed")
+    rows = _rows(before, after)
+    return {
+        "figures": _densities(run.scored) + _reliability(run.scored, number(result.get("ece"))),
+        "rows": rows[:MAX_CATEGORIES],
+        "left_out": max(len(rows) - MAX_CATEGORIES, 0),
+        "transformed": bool(after),
+        "spread": _spread(number(before.get("relative_spread")), number(after.get("relative_spread"))),
+    }
+
+
+# ---- Densities ------------------------------------------------------------------------------------------
+
+
+def _densities(scored: list[ScoredPair]) -> list[Figure]:
+    """The scores by category, before the transforms and, where there are any, after them."""
+    drawn = largest_categories(scored)
+    before = {name: [value for pair in pairs for value in pair.before] for name, pairs in drawn.items()}
+    after = {name: [value for pair in pairs for value in pair.after or ()] for name, pairs in drawn.items()}
+    if not any(after.values()):
+        return [_ridges("Scores", "As the model gives them.", before, 1)]
+    wanted = "Rows that lie over each other mean that no kind of prompt is scored higher than another."
+    return [
+        _ridges("Scores before the transforms", "As the model gives them.", before, 1),
+        _ridges("Scores after the transforms", wanted, after, 0),
+    ]
+
+
+def _ridges(heading: str, caption: str, named: dict[str, list[float]], colour: int) -> Figure:
+    named = {name: values for name, values in named.items() if values}
+    every = [value for values in named.values() for value in values]
+    ends = (min(every), max(every))
+    rows = [(name, density(values, ends), sum(values) / len(values)) for name, values in named.items()]
+    title = f"{heading} of {count(len(every) // 2, 'held-out pair')}, by category"
+    caption += " Each row is as high as the others; the dot is its mean."
+    return Figure(heading, Markup(plots.ridges(rows, title, colour)), caption, count(len(every), "score"))
+
+
+def largest_categories(scored: list[ScoredPair]) -> dict[str, list[ScoredPair]]:
+    """The pairs of at most ``MAX_RIDGES`` categories, the largest first; smaller ones are joined in the last."""
+    found: dict[str, list[ScoredPair]] = {}
+    for pair in scored:
+        found.setdefault(pair.category or _NO_CATEGORY, []).append(pair)
+    ordered = sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))
+    if len(ordered) <= MAX_RIDGES:
+        return dict(ordered)
+    named, rest = ordered[: MAX_RIDGES - 1], ordered[MAX_RIDGES - 1 :]
+    joined = [pair for _, pairs in rest for pair in pairs]
+    return dict(named) | {f"other ({len(rest)} categories)": joined}
+
+
+def density(values: Sequence[float], ends: tuple[float, float]) -> list[tuple[float, float]]:
+    """A line over the scores, never below 0 and somewhere above it.
+
+    Args:
+        values: At least one finite score.
+        ends: Least and greatest score of the whole drawing, over which bars are laid.
+
+    Returns:
+        (score, density) in order: a Gaussian kernel density with Scott's bandwidth (Scott 1992), or the outline of a
+        histogram where the scores are few or all the same.
+    """
+    import numpy as np
+    from scipy.stats import gaussian_kde
+
+    low, high = min(values), max(values)
+    if len(values) < LEAST_FOR_DENSITY or _same(low, high):
+        return _outline(values, ends)
+    kernel = gaussian_kde(values)
+    reach = 3 * math.sqrt(float(kernel.covariance[0, 0]))
+    grid = np.linspace(low - reach, high + reach, _GRID)
+    return list(zip(grid.tolist(), kernel(grid).tolist(), strict=True))
+
+
+def _outline(values: Sequence[float], ends: tuple[float, float]) -> list[tuple[float, float]]:
+    import numpy as np
+
+    low, high = ends
+    if _same(low, high):
+        margin = 0.5 * max(abs(low), abs(high), 1.0)
+        low, high = low - margin, high + margin
+    heights, edges = np.histogram(values, bins=_BARS, range=(low, high), density=True)
+    corners = [(float(edges[0]), 0.0)]
+    for height, left, right in zip(heights.tolist(), edges.tolist(), edges[1:].tolist(), strict=False):
+        corners += [(left, height), (right, height)]
+    return [*corners, (float(edges[-1]), 0.0)]
+
+
+def _same(low: float, high: float) -> bool:
+    return high - low < 1e-9 * max(abs(low), abs(high), 1.0)
+
+
+# ---- Calibration ----------------------------------------------------------------------------------------
+
+
+def reliability_bins(scored: list[ScoredPair]) -> list[tuple[float, float, int]]:
+    """Mean confidence, share right and number of pairs of each bin that has any, in the order of confidence.
+
+    The bins are those of ``calibration_error``: ten of equal width over the confidences 0.5..1 of
+    sigmoid(chosen - rejected). Pairs whose label is a tie are left out; equal scores are half right.
+    """
+    bins: dict[int, list[tuple[float, float]]] = {}
+    for pair in scored:
+        if pair.p is None or pair.p == 0.5:
+            continue
+        margin = pair.before[0] - pair.before[1]
+        # Written so that no margin overflows.
+        confidence = 1 / (1 + math.exp(-min(abs(margin), 700.0)))
+        right = 0.5 if margin == 0 else float((margin > 0) == (pair.p > 0.5))
+        bins.setdefault(min(int((confidence - 0.5) * 2 * _BINS), _BINS - 1), []).append((confidence, right))
+    return [
+        (sum(c for c, _ in found) / len(found), sum(r for _, r in found) / len(found), len(found))
+        for _, found in sorted(bins.items())
+    ]
+
+
+def _reliability(scored: list[ScoredPair], ece: float | None) -> list[Figure]:
+    from trl_rlaif.measures import wilson
+
+    bins = reliability_bins(scored)
+    if not bins:
+        return []
+    points = [(confidence, right, wilson(right * n, n), n) for confidence, right, n in bins]
+    pairs = count(sum(n for _, _, n in bins), "held-out pair")
+    said = f"ECE {score(ece)}" if ece is not None else ""
+    title = f"How often the reward model is right, by its confidence, on {pairs}{f': {said}' if said else ''}"
+    caption = (
+        "Confidence is sigmoid(chosen − rejected), or 1 minus that where it is below 0.5. Below the dashed line the "
+        "model is too sure, above it not sure enough. At the top the pairs of each bin; bars are 95% intervals."
+    )
+    return [Figure("Is its confidence right?", Markup(plots.reliability(points, title)), caption, said)]
+
+
+# ---- Numbers of results.json ----------------------------------------------------------------------------
+
+
+def _rows(before: dict[str, Any], after: dict[str, Any]) -> list[ScoreRow]:
+    """A row a category, the largest first."""
+    from trl_rlaif.measures.categories import UNNAMED
+
+    accuracy = section(before, "accuracy")
+    rows = []
+    for name, values in section(before, "categories").items():
+        values, n = section(values), number(section(values).get("n"))
+        rows.append(
+            ScoreRow(
+                name=_NO_CATEGORY if name == UNNAMED else label(name) or _NO_CATEGORY,
+                # Every pair has two scores.
+                pairs=None if n is None else n / 2,
+                accuracy=number(accuracy.get(name)),
+                before=_moments(values),
+                after=_moments(section(after, "categories", name)),
+            )
+        )
+    return sorted(rows, key=lambda row: (-(row.pairs or 0), row.name))
+
+
+def _moments(values: dict[str, Any]) -> dict[str, float | None]:
+    return {key: number(values.get(key)) for key in ("mean", "std")}
+
+
+def _spread(before: float | None, after: float | None) -> str:
+    if before is None:
+        return ""
+    shown = scores(before, *(() if after is None else (after,)))
+    then = f" before the reward transforms, and {shown[1]} times after them" if after is not None else ""
+    return (
+        f"The mean scores of the categories have a standard deviation of {shown[0]} times that of all "
+        f"scores{then} (relative spread; at 0 no kind of prompt is scored higher than another)."
+    )
