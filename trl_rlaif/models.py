@@ -116,6 +116,10 @@ def resolve(path: str) -> str:
     return path
 
 
+# What of a folder decides on a model's answers: weights, configuration, tokenizer, and the chat template.
+REVISION_FILES = (".json", ".jinja", ".safetensors", ".bin", ".model")
+
+
 def model_revision(path: str) -> str:
     """A name for a model's present weights: the Hub's commit, or a digest of a folder's files.
 
@@ -130,7 +134,7 @@ def model_revision(path: str) -> str:
         except (OSError, ValueError) as error:
             raise _not_found("model", path, error) from error
     digest = hashlib.sha256()
-    for file in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".bin", ".model")):
+    for file in sorted(p for p in folder.iterdir() if p.suffix in REVISION_FILES):
         size = file.stat().st_size
         digest.update(f"{file.name} {size} ".encode())
         with file.open("rb") as stream:
