@@ -63,8 +63,13 @@ def main() -> None:
         }
     print(json.dumps(result, indent=2))
     if args.output:
-        known = json.loads(args.output.read_text()) if args.output.exists() else []
-        args.output.write_text(json.dumps([*known, result], indent=2) + "\n")
+        append(args.output, result)
+
+
+def append(output: Path, result: dict[str, Any]) -> None:
+    """Add a result to a JSON list."""
+    known = json.loads(output.read_text()) if output.exists() else []
+    output.write_text(json.dumps([*known, result], indent=2) + "\n")
 
 
 def _arguments() -> argparse.Namespace:

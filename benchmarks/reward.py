@@ -23,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ppo import SIDES, resident, run_side
+from ppo import SIDES, append, resident, run_side
 
 
 def main() -> None:
@@ -55,8 +55,7 @@ def main() -> None:
     result["ratio"] = {name: round(ours[name] / stock[name], 3) for name in names}
     print(json.dumps(result, indent=2))
     if args.output:
-        known = json.loads(args.output.read_text()) if args.output.exists() else []
-        args.output.write_text(json.dumps([*known, result], indent=2) + "\n")
+        append(args.output, result)
 
 
 def _arguments() -> argparse.Namespace:

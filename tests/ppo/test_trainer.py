@@ -320,3 +320,16 @@ def test_the_saved_policy_is_an_adapter(tmp_path):
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad(), trainer.shared.role("policy"):
         torch.testing.assert_close(trainer.shared.model(ids).logits, loaded(ids).logits, rtol=0, atol=0)
+
+
+def test_a_subclass_may_score_by_itself(tmp_path):
+    """`score` is a step to override: what the built-in one finds beside its sum is not asked for."""
+
+    class Own(PPOTrainer):
+        def score(self, rollout):
+            return rollout.lengths.float()
+
+    trainer = _trainer(tmp_path, trainer_kwargs={"reward_transforms": [RewardTransform()]})
+    trainer.__class__ = Own
+    trainer.train()
+    assert trainer.state.log_history[0]["objective/scores"] > 0

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _CONTENT = "content.json"
-_PROGRESS = ("global_step", "episode", "epoch", "log_history")
-_RESTORED = (*_PROGRESS, "best_metric", "best_model_checkpoint", "best_global_step")
+_BEST_FIELDS = ("best_metric", "best_model_checkpoint", "best_global_step")
+_RESTORED = ("global_step", "episode", "epoch", "log_history", *_BEST_FIELDS)
 BEST = "objective/rlhf_reward"
 
 
@@ -212,15 +212,7 @@ def load(trainer: PPOTrainer, folder: Path) -> None:
 def _load_trainer_state(trainer: PPOTrainer, folder: Path) -> None:
     saved = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     known = {f.name for f in dataclasses.fields(trainer.state)}
-    for name in (
-        "global_step",
-        "episode",
-        "epoch",
-        "log_history",
-        "best_metric",
-        "best_model_checkpoint",
-        "best_global_step",
-    ):
+    for name in _RESTORED:
         if name in known and name in saved:
             setattr(trainer.state, name, saved[name])
     trainer._last_saved_step = trainer.state.global_step

@@ -148,6 +148,9 @@ class PPOTrainer(TrlPPOTrainer):
         self._batches = BatchStream(self.dataloader)
         self._minibatch_order = torch.Generator().manual_seed(self.local_seed)
         self._selected_rows: list[int] | None = None
+        # What `score` found beside its sum; a subclass that scores otherwise leaves them empty.
+        self._reward_parts: dict[str, torch.Tensor] = {}
+        self._expected: torch.Tensor | None = None
         self.kl_weight = KLWeight(args.kl_coef, args.kl_target, args.kl_horizon)
 
     @property
