@@ -15,11 +15,11 @@ from transformers.masking_utils import sdpa_mask
 
 _NAME = "trl_rlaif_cpu"
 
-# Forward and backward of 8 sequences, 9 heads of 64 over 3 of keys, in ms on 2 cores with torch 2.13:
+# benchmarks/attention.py on 2 cores, torch 2.13, forward and backward in ms:
 #   tokens             96   160   224   320
-#   torch, bfloat16    17    32    45    63
-#   torch, float32      8    16    33    63
-#   whole_attention     4    17    35    69   (and its probabilities take memory by the square)
+#   torch, bfloat16    14    26    27    44
+#   torch, float32      5    14    25    44
+#   whole_attention     4    15    40    80   (and its probabilities take memory by the square)
 WHOLE_UP_TO = 128
 FLOAT32_UP_TO = 256
 
