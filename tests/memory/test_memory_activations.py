@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from trl_rlaif.compute import head
+from trl_rlaif.compute.lean_lora import make_lean
+from trl_rlaif.compute.precision import hold_frozen_weights
 from trl_rlaif.memory import Activations, ModelShape, Precision, adapter
 from trl_rlaif.models import ModelSpec, load_model
-from trl_rlaif.ppo import head
-from trl_rlaif.ppo.lean_lora import make_lean
-from trl_rlaif.ppo.precision import hold_frozen_weights
 from trl_rlaif.recipe import LoraSection
 from trl_rlaif.roles import SharedBase
 
@@ -59,7 +59,7 @@ def _shared(folder, kind, config, model_class=LlamaForCausalLM, targets="all-lin
     if lean:  # as PPOTrainer does
         make_lean(shared.peft)
         if autocast:
-            hold_frozen_weights(shared)
+            hold_frozen_weights(shared.model)
     return shared
 
 

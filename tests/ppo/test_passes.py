@@ -12,12 +12,12 @@ from peft import LoraConfig
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from trl_rlaif import SharedBase
+from trl_rlaif.compute.head import is_plain
+from trl_rlaif.compute.lean_lora import make_lean
 from trl_rlaif.events import Rollout
 from trl_rlaif.ppo import losses, passes
 from trl_rlaif.ppo.actors import SharedActors
 from trl_rlaif.ppo.gradients import MicroBatch, Objective
-from trl_rlaif.ppo.head import is_plain
-from trl_rlaif.ppo.lean_lora import make_lean
 from trl_rlaif.ppo.passes import Passage
 from trl_rlaif.roles import backbone
 

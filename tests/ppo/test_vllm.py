@@ -18,11 +18,11 @@ from trl import GRPOConfig
 from trl.generation import vllm_generation
 
 from trl_rlaif import PPOConfig, SharedBase, UserError
+from trl_rlaif.compute.lean_lora import make_lean
+from trl_rlaif.compute.precision import HeldLinear, hold_frozen_weights
 from trl_rlaif.models import ModelSpec, load_model
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.ppo import vllm
-from trl_rlaif.ppo.lean_lora import make_lean
-from trl_rlaif.ppo.precision import HeldLinear, hold_frozen_weights
 from trl_rlaif.ppo.rollout import generate, response_lengths
 from trl_rlaif.ppo.vllm import MergedPolicy
 from trl_rlaif.recipe import parse_recipe
@@ -144,7 +144,7 @@ def _shared(kind, folder):
     shared.add_value()
     make_lean(shared.peft)
     if kind == "held":
-        hold_frozen_weights(shared)
+        hold_frozen_weights(shared.model)
         assert sum(isinstance(module, HeldLinear) for module in shared.modules()) == 15
     return shared.eval()
 

@@ -226,7 +226,7 @@ def rl(run: Run) -> list[Part]:
 
 def _head_chunk(shape: ModelShape) -> int:
     """Tokens whose logits the loop computes at once; a whole response's would be the largest tensor of the run."""
-    from trl_rlaif.ppo.head import HEAD_ELEMENTS
+    from trl_rlaif.compute.head import HEAD_ELEMENTS
 
     return max(16, HEAD_ELEMENTS // shape.vocab)
 

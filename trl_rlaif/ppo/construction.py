@@ -9,9 +9,9 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 
+from trl_rlaif.compute.head import is_plain
 from trl_rlaif.errors import UserError
 from trl_rlaif.models import ModelSpec, load_model, load_tokenizer
-from trl_rlaif.ppo.head import is_plain
 from trl_rlaif.ppo.prompts import tokenize_prompts
 from trl_rlaif.roles import SharedBase
 

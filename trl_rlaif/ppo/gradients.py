@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from trl_rlaif.compute.cpu_attention import trainable_attention
+from trl_rlaif.compute.precision import autocast
 from trl_rlaif.events import Rollout
 from trl_rlaif.ppo import losses, passes
 from trl_rlaif.ppo.actors import Actors
-from trl_rlaif.ppo.cpu_attention import trainable_attention
 from trl_rlaif.ppo.passes import Passage
-from trl_rlaif.ppo.precision import autocast
 from trl_rlaif.ppo.processes import backward, equal_count
 
 Stats = dict[str, torch.Tensor]

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from trl_rlaif.compute.head import is_plain, token_logprobs_of
 from trl_rlaif.events import Rollout
 from trl_rlaif.ppo.actors import Actors
-from trl_rlaif.ppo.head import is_plain, token_logprobs_of
 from trl_rlaif.ppo.losses import entropy, token_logprobs
 from trl_rlaif.ppo.rollout import model_inputs
 from trl_rlaif.roles import backbone, inner_model

@@ -10,13 +10,13 @@ import torch
 from accelerate import Accelerator
 from torch.nn.functional import pad
 
+from trl_rlaif.compute.cpu_attention import trainable_attention
+from trl_rlaif.compute.lean_lora import held_adapter
+from trl_rlaif.compute.precision import autocast, held_head
 from trl_rlaif.events import Rollout
 from trl_rlaif.ppo import passes
 from trl_rlaif.ppo.actors import Actors
-from trl_rlaif.ppo.cpu_attention import trainable_attention
-from trl_rlaif.ppo.lean_lora import held_adapter
 from trl_rlaif.ppo.passes import Passage
-from trl_rlaif.ppo.precision import autocast, held_head
 from trl_rlaif.ppo.rollout import generate, response_lengths
 from trl_rlaif.ppo.vllm import VLLMSampler
 

@@ -14,6 +14,8 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 
 from trl_rlaif.components import DataSelector, RewardTransform
+from trl_rlaif.compute.lean_lora import make_lean
+from trl_rlaif.compute.precision import hold_frozen_weights
 from trl_rlaif.errors import UserError
 from trl_rlaif.events import Rollout
 from trl_rlaif.plugins import Plugins, installed_plugins
@@ -23,9 +25,7 @@ from trl_rlaif.ppo.actors import Actors, SeparateActors, SharedActors
 from trl_rlaif.ppo.config import PPOConfig, with_defaults
 from trl_rlaif.ppo.construction import check_trunk, load_policy, prompt_loader, shared_base, tokenized
 from trl_rlaif.ppo.gradients import MicroBatch, Objective
-from trl_rlaif.ppo.lean_lora import make_lean
 from trl_rlaif.ppo.metrics import update_metrics
-from trl_rlaif.ppo.precision import hold_frozen_weights
 from trl_rlaif.ppo.processes import average_gradients, failing_together
 from trl_rlaif.ppo.prompts import BatchStream, PromptCollator
 from trl_rlaif.ppo.rewards import RewardFunc, score_parts
@@ -143,7 +143,7 @@ class PPOTrainer(TrlPPOTrainer):
         if self.shared is not None:
             make_lean(self.shared.peft)
             if args.bf16:
-                hold_frozen_weights(self.shared)
+                hold_frozen_weights(self.shared.model)
         self._sampler = RolloutSampler(args, self.accelerator, self.processing_class, self.stop_token_id)
         self._batches = BatchStream(self.dataloader)
         self._minibatch_order = torch.Generator().manual_seed(self.local_seed)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trl_rlaif.compute.head import is_plain, token_logprobs_of
 from trl_rlaif.errors import UserError
 from trl_rlaif.judging.scoring import token_batches
-from trl_rlaif.ppo.head import is_plain, token_logprobs_of
 from trl_rlaif.roles import backbone, inner_model
 
 if TYPE_CHECKING:

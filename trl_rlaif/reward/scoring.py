@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from trl_rlaif.compute import cpu_attention
 from trl_rlaif.reward.collator import SoftPreferenceCollator
 from trl_rlaif.reward.heads import active_head
 from trl_rlaif.reward.packing import PackedRow, pack, packed_mask, row_groups
@@ -64,16 +65,18 @@ class PairScorer:
             ids, positions, segments = (
                 inputs[name][rows, : lengths[group[0]]] for name in ("input_ids", "position_ids", "segments")
             )
-            mask = packed_mask(segments)
-            if inner_model(self.unwrapped).config._attn_implementation != "sdpa":  # what is added to the scores
-                dtype = inner_model(self.unwrapped).get_input_embeddings().weight.dtype
-                mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
-                    ~mask, torch.finfo(dtype).min
-                )
+            mask = self._attention_mask(segments)
             hidden = self._hidden(input_ids=ids, attention_mask=mask, position_ids=positions)
             found.append(hidden[torch.arange(len(rows), device=rows.device)[:, None], inputs["ends"][rows]])
         order = torch.tensor([i for group in groups for i in group]).argsort()
         return torch.cat(found)[order.to(found[0].device)]
+
+    def _attention_mask(self, segments: torch.Tensor) -> torch.Tensor:
+        mask, inner = packed_mask(segments), inner_model(self.unwrapped)
+        if inner.config._attn_implementation in ("sdpa", cpu_attention.NAME):
+            return mask
+        dtype = inner.get_input_embeddings().weight.dtype  # the others add it to the scores
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
     def _hidden(self, **inputs: torch.Tensor) -> torch.Tensor:
         with _last_hidden(backbone(self.unwrapped)) as caught:

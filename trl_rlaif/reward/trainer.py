@@ -7,9 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate import DistributedType
+from peft import PeftModel
 from trl import RewardTrainer as TrlRewardTrainer
 
 from trl_rlaif.components import RewardTransform
+from trl_rlaif.compute.cpu_attention import trainable_attention
+from trl_rlaif.compute.lean_lora import make_lean
+from trl_rlaif.compute.precision import held_frozen_weights
 from trl_rlaif.errors import UserError
 from trl_rlaif.events import PreferenceScores
 from trl_rlaif.reward.collator import SoftPreferenceCollator
@@ -54,6 +59,8 @@ class RewardTrainer(TrlRewardTrainer):
     ) -> None:
         self.reward_transforms, self.batch_tokens = list(reward_transforms), batch_tokens
         super().__init__(*args, **kwargs)
+        if isinstance(self.model, PeftModel):
+            make_lean(self.model)
         if any(transform.needs_expected for transform in self.reward_transforms):
             add_expected(self.model)
         if kwargs.get("data_collator") is None and (len(args) < 3 or args[2] is None):
@@ -88,6 +95,20 @@ class RewardTrainer(TrlRewardTrainer):
         for column in (*COLUMNS, self.args.length_column_name):
             if column not in self._signature_columns:
                 self._signature_columns.append(column)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the parent. Under bfloat16 autocast, frozen weights below adapters are held in it meanwhile."""
+        # The base is not part of what checkpoints of an adapter hold; what shards parameters wants one precision.
+        alone = self.accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU)
+        if isinstance(self.model, PeftModel) and self.accelerator.mixed_precision == "bf16" and alone:
+            with held_frozen_weights(inner_model(self.model)):
+                return super().train(*args, **kwargs)
+        return super().train(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # Around the backward pass too: gradient checkpointing computes the forward pass again there.
+        with trainable_attention(inner_model(self.model)):
+            return super().training_step(*args, **kwargs)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from trl_rlaif.ppo.precision import HeldLinear
+from trl_rlaif.compute.precision import HeldLinear
 from trl_rlaif.roles import backbone, inner_model
 
 # Scores that are alive at once: 128 MiB in float32, whatever the vocabulary and the batch.

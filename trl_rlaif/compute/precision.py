@@ -1,4 +1,4 @@
-"""The precision of a PPO run's forward passes: bfloat16 where the arguments say so."""
+"""The precision of forward passes: bfloat16 where the arguments say so, from weights that are held in it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-
-from trl_rlaif.roles import SharedBase
 
 
 def autocast(args: Any, device: torch.device) -> AbstractContextManager:
@@ -30,21 +28,46 @@ class HeldLinear(nn.Linear):
         return super().forward(input.to(self.weight.dtype)).to(input.dtype)
 
 
-def hold_frozen_weights(shared: SharedBase) -> None:
-    """Hold the base's frozen linear layers in what autocast makes of them in every forward pass.
+def hold_frozen_weights(model: nn.Module) -> None:
+    """Hold a model's frozen linear layers in what autocast makes of them in every forward pass.
 
     The results under autocast are the same to the last bit, without the copies; the memory is half. Weights that
     the input embedding shares are left alone, and what is in less than float32 already.
     """
-    embedding = shared.model.get_input_embeddings().weight
-    for name, module in shared.model.named_modules():
+    for layer, parameters in _holdable(model):
+        for parameter in parameters:
+            parameter.data = parameter.data.to(torch.bfloat16)
+        layer.__class__ = HeldLinear
+
+
+@contextmanager
+def held_frozen_weights(model: nn.Module) -> Iterator[None]:
+    """``hold_frozen_weights`` for a while: every weight is what it was afterwards, to the last bit."""
+    # Only copies that cannot be made again from bfloat16 are kept: many a checkpoint was saved in it.
+    before = [
+        (layer, [(p, None if torch.equal(p, p.bfloat16().float()) else p.data) for p in parameters])
+        for layer, parameters in _holdable(model)
+    ]
+    try:
+        hold_frozen_weights(model)
+        yield
+    finally:
+        for layer, kept in before:
+            for parameter, data in kept:
+                parameter.data = parameter.data.float() if data is None else data.to(parameter.device)
+            layer.__class__ = nn.Linear
+
+
+def _holdable(model: nn.Module) -> list[tuple[nn.Linear, list[nn.Parameter]]]:
+    embedding = model.get_input_embeddings().weight
+    found = []
+    for name, module in model.named_modules():
         if type(module) is not nn.Linear or "lora_" in name or module.weight is embedding:
             continue
         parameters = [p for p in (module.weight, module.bias) if p is not None]
         if module.weight.dtype == torch.float32 and not any(p.requires_grad for p in parameters):
-            for parameter in parameters:
-                parameter.data = parameter.data.to(torch.bfloat16)
-            module.__class__ = HeldLinear
+            found.append((module, parameters))
+    return found
 
 
 @contextmanager

@@ -14,12 +14,13 @@ from helpers.tiny import make_gpt2, make_llama
 from peft import LoraConfig, get_peft_model
 
 from trl_rlaif import SharedBase
+from trl_rlaif.compute import cpu_attention
+from trl_rlaif.compute.cpu_attention import trainable_attention, whole_attention
+from trl_rlaif.compute.lean_lora import cast_once, held_adapter, make_lean
+from trl_rlaif.compute.precision import HeldLinear, held_head, hold_frozen_weights
 from trl_rlaif.models import keep_gradients
-from trl_rlaif.ppo import cache, cpu_attention, rollout
+from trl_rlaif.ppo import cache, rollout
 from trl_rlaif.ppo.cache import BlockLayer, block_cache
-from trl_rlaif.ppo.cpu_attention import trainable_attention, whole_attention
-from trl_rlaif.ppo.lean_lora import cast_once, held_adapter, make_lean
-from trl_rlaif.ppo.precision import HeldLinear, held_head, hold_frozen_weights
 from trl_rlaif.roles import active_adapter
 
 IDS = torch.tensor([[5, 6, 7, 8, 3], [9, 4, 3, 7, 11]])
@@ -244,7 +245,7 @@ def test_held_weights_change_nothing_under_autocast(kind, tied):
     weights = {n: p.detach().clone() for n, p in shared.named_parameters()}
     linear = [n for n in weights if n.endswith(("base_layer.weight", "lm_head.weight"))]
     expected = _run(shared.peft, autocast=True)
-    hold_frozen_weights(shared)
+    hold_frozen_weights(shared.model)
     assert len(linear) == 14 + (not tied)
     assert all(2 * p.nbytes == weights[n].nbytes for n, p in shared.named_parameters() if n in linear)
     _assert_close(_run(shared.peft, autocast=True), expected, rtol=0, atol=0)
@@ -260,7 +261,7 @@ def test_held_weights_change_nothing_under_autocast(kind, tied):
 def test_held_weights_work_outside_of_autocast(kind):
     shared = _held(kind, tied=False)
     expected = shared.model(IDS).logits
-    hold_frozen_weights(shared)
+    hold_frozen_weights(shared.model)
     found = shared.model(IDS).logits
     assert found.dtype == torch.float32
     assert (found - expected).norm() < 2**-5 * expected.norm()

@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from trl_rlaif import SharedBase
-from trl_rlaif.ppo import head as head_module
-from trl_rlaif.ppo.head import is_plain, token_logprobs_of
-from trl_rlaif.ppo.precision import hold_frozen_weights
+from trl_rlaif.compute import head as head_module
+from trl_rlaif.compute.head import is_plain, token_logprobs_of
+from trl_rlaif.compute.precision import hold_frozen_weights
 
 TOKENS, WIDTH, VOCABULARY = 50, 32, 120
 
@@ -185,7 +185,7 @@ def test_adapters_below_the_head_leave_it_plain_and_one_on_it_does_not():
 def test_a_head_held_in_bfloat16_stays_plain():
     """Else every pass of a bf16 run on a model with an untied head computes the scores of the whole vocabulary."""
     shared = SharedBase(make_llama(), LoraConfig(r=2, target_modules="all-linear"))
-    hold_frozen_weights(shared)
+    hold_frozen_weights(shared.model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert is_plain(shared.model)
 

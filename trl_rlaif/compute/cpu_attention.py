@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-_NAME = "trl_rlaif_cpu"
+NAME = "trl_rlaif_cpu"
 
 # benchmarks/attention.py on 2 cores, torch 2.13, forward and backward in ms:
 #   tokens             96   160   224   320
@@ -113,8 +113,8 @@ class _WholeAttention(torch.autograd.Function):
         return by_query, by_key, by_value.view(keys), None, None
 
 
-AttentionInterface.register(_NAME, _attention)
-AttentionMaskInterface.register(_NAME, sdpa_mask)
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 @contextmanager
@@ -124,7 +124,7 @@ def trainable_attention(*models: nn.Module) -> Iterator[None]:
     changed = [config for config in configs.values() if config._attn_implementation == "sdpa"]
     try:
         for config in changed:
-            config._attn_implementation = _NAME
+            config._attn_implementation = NAME
         yield
     finally:
         for config in changed:
