@@ -13,7 +13,9 @@ from peft import LoraConfig, get_peft_model
 from trl import RewardConfig
 
 from trl_rlaif import RewardTrainer, UserError
+from trl_rlaif.compute import cpu_attention
 from trl_rlaif.models import keep_gradients
+from trl_rlaif.reward import scoring
 from trl_rlaif.reward.collator import SoftPreferenceCollator
 from trl_rlaif.reward.heads import add_expected
 from trl_rlaif.reward.packing import PADDING, PackedRow, pack, packed_mask, row_groups
@@ -57,6 +59,14 @@ def _batch(packed: bool, **columns) -> dict:
     return SoftPreferenceCollator(pad_token_id=0, packed=packed)(_examples(**columns))
 
 
+@pytest.fixture(params=["rows", "groups"])
+def layout(request, monkeypatch):
+    """How packed pairs reach the model: behind each other, as on a CPU, or below each other, as elsewhere."""
+    if request.param == "groups":
+        monkeypatch.setattr(scoring, "_reads_rows", lambda _inner: False)
+    return request.param
+
+
 @pytest.mark.parametrize(
     ("chosen", "rejected", "prompt", "row"),
     [
@@ -97,7 +107,7 @@ def test_groups_are_of_like_length_and_within_the_budget(budget):
 @pytest.mark.parametrize("budget", [10**6, 24])
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
-def test_packed_scores_and_gradients_are_those_of_plain_sequences(kind, lora, budget):
+def test_packed_scores_and_gradients_are_those_of_plain_sequences(kind, lora, budget, layout):
     model = _model(kind).double()
     if lora:
         model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **LORA)).double()
@@ -130,7 +140,7 @@ def _alone(model, ids) -> torch.Tensor:
     return scorer._head(scorer._hidden(input_ids=torch.tensor([ids])))[0]
 
 
-def test_on_an_nf4_base(tmp_path):
+def test_on_an_nf4_base(tmp_path, layout):
     _model("llama").save_pretrained(tmp_path)
     nf4 = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     load = transformers.AutoModelForSequenceClassification.from_pretrained
@@ -141,11 +151,38 @@ def test_on_an_nf4_base(tmp_path):
     torch.testing.assert_close(packed, padded, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "packs"), [("llama", True), ("qwen2", True), ("gpt2", True), ("windowed", False)])
-def test_what_can_be_packed(kind, packs):
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "windowed"])
+def test_what_can_be_packed(kind, layout):
     model = _model(kind).train()
-    assert can_pack(model) == packs
+    assert can_pack(model) == (kind != "windowed" or layout == "rows")
     assert model.training
+
+
+def test_windows_hold_in_packed_rows():
+    model = _model("windowed").double()
+    scorer = PairScorer(model, model, 10**6)
+    found = scorer(**_batch(True)).logits[:, 0].view(2, -1)
+    assert scorer.windows == [4, 4]
+    for i, pair in enumerate(PAIRS):
+        for j, ids in enumerate(pair):
+            assert found[j, i].item() == pytest.approx(_alone(model, ids)[-1, 0].item(), abs=1e-10)
+    plain = _model("llama").double()
+    plain.load_state_dict(model.state_dict())
+    assert (PairScorer(plain, plain, 10**6)(**_batch(True)).logits[:, 0] - found.flatten()).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("change", ["window", "soft cap", "chunks"])
+def test_attention_that_is_not_known_is_not_packed(change, monkeypatch):
+    model = _model("llama")
+    if change == "window":  # spoken of in the configuration, and not told to the attention
+        model.config.sliding_window = 4096
+    if change == "chunks":
+        model.config.attention_chunk_size = 4096
+    if change == "soft cap":
+        original = cpu_attention.refuse_unknown
+        monkeypatch.setattr(cpu_attention, "refuse_unknown", lambda more: original({**more, "softcap": 30.0}))
+    assert not scoring._reads_rows(model)
+    assert can_pack(model) == (change != "window")
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -157,6 +194,7 @@ def test_eager_attention_packs_too(kind):
 
 def test_an_attention_that_ignores_the_mask_is_found_out(monkeypatch):
     model = _model("llama")
+    model.set_attn_implementation("eager")
     forward = type(model.model).forward
     monkeypatch.setattr(type(model.model), "forward", lambda self, *a, attention_mask=None, **k: forward(self, *a, **k))
     assert not can_pack(model)
@@ -170,14 +208,16 @@ def _trainer(folder, model, **kwargs):
 
 
 def test_what_cannot_be_packed_is_said_once(tmp_path, caplog):
+    model = _model("windowed")
+    model.set_attn_implementation("eager")
     with caplog.at_level(logging.INFO, "trl_rlaif"):
-        trainer = _trainer(tmp_path, _model("windowed"))
+        trainer = _trainer(tmp_path, model)
     assert not trainer.data_collator.packed
     assert [record.message for record in caplog.records if record.name.startswith("trl_rlaif.reward")] == [
         "MistralForSequenceClassification cannot be trained on packed pairs; every prompt is computed twice."
     ]
     with pytest.raises(UserError, match="cannot be trained on packed pairs"):
-        _trainer(tmp_path, _model("windowed"), packing=True)
+        _trainer(tmp_path, model, packing=True)
     assert not _trainer(tmp_path, _model("llama"), packing=False).data_collator.packed
 
 

@@ -75,7 +75,8 @@ def test_packed_and_padded_pairs_train_alike(tmp_path, k, lora):
     packed, padded = (
         _losses(_trainer(tmp_path, make_scorer(), k, lora=lora, packing=way, batch_tokens=40)) for way in (True, False)
     )
-    assert len(packed) == 6 and packed == pytest.approx(padded, rel=1e-5)
+    assert len(packed) == 6 and packed[0] == pytest.approx(padded[0], rel=1e-6)
+    assert packed == pytest.approx(padded, rel=1e-4)  # AdamW makes a step of full size from a gradient's rounding
     assert len({round(loss, 3) for loss in packed}) > 3
     if k:
         assert packed[0] != pytest.approx(_losses(_trainer(tmp_path, make_scorer(), 0, lora=lora))[0], abs=1e-3)

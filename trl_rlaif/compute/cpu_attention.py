@@ -1,9 +1,10 @@
-"""Attention for training in bfloat16 on a CPU, where torch's own kernel has a slow backward pass."""
+"""Attention for training on a CPU: bfloat16's, where torch's own kernel has a slow backward pass, and by rows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +25,57 @@ WHOLE_UP_TO = 128
 FLOAT32_UP_TO = 256
 
 
+# What models hand to their attention that changes nothing here.
+_HARMLESS = {"dropout", "is_causal", "output_attentions", "position_ids", "use_cache"}
+
+
+def refuse_unknown(options: dict[str, Any]) -> None:
+    """Raise NotImplementedError where a model asks its attention for more than it does here, such as a soft cap.
+
+    On the few tokens of a trial it may make a difference too small to be seen.
+    """
+    unknown = {name for name, value in options.items() if value is not None and value is not False} - _HARMLESS
+    if unknown:
+        raise NotImplementedError(f"attention with {', '.join(sorted(unknown))}")
+
+
+def sliding_windows(config: Any) -> list[int | None]:
+    """The window of every layer that a configuration speaks of; None for a layer that sees all."""
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if not getattr(config, "use_sliding_window", True):
+        window = None
+    kinds = kinds or ["sliding_attention"] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+@dataclass
+class PairRows:
+    """Pairs one behind the other in a single sequence: what a pair's two sequences share, and the rest of each.
+
+    Given to a model as the argument ``packed_rows``, inside ``trainable_attention``; ``attention_mask`` is not read.
+
+    Args:
+        lengths: (shared, chosen, rejected) tokens of each pair.
+        windows: Filled with the sliding window of every layer.
+        masks: Those made so far, by (queries, keys, window).
+    """
+
+    lengths: list[tuple[int, int, int]]
+    windows: list[int | None] = field(default_factory=list)
+    masks: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
+
+    def mask(self, queries: int, keys: int, window: int | None) -> torch.Tensor | None:
+        """(queries, keys) bool: the last tokens of a sequence, and what they see of it; None for all of a triangle."""
+        if queries == keys and (window is None or window >= keys):
+            return None
+        kind = queries, keys, min(window or keys, keys)
+        if kind not in self.masks:
+            every, own = torch.ones(queries, keys, dtype=torch.bool), keys - queries
+            self.masks[kind] = every.tril(own) & every.triu(own - kind[2] + 1)
+        return self.masks[kind]
+
+
 def _attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -32,31 +84,71 @@ def _attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    packed_rows: PairRows | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
+    if packed_rows is not None:
+        window = kwargs.pop("sliding_window", None)
+        refuse_unknown(kwargs)
+        packed_rows.windows.append(window)
+        return _by_rows(query, key, value, packed_rows, window, dropout, scaling), None
     length = query.shape[2]
     usual = dropout == 0 and length == key.shape[2] and kwargs.get("position_bias") is None
-    # Rotary embeddings leave queries and keys in float32; torch's kernel would round them here, under autocast.
-    low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-    if not (usual and low == torch.bfloat16 and length <= FLOAT32_UP_TO):
+    if not (usual and _low(query) == torch.bfloat16 and length <= FLOAT32_UP_TO):
         kwargs |= {"dropout": dropout, "scaling": scaling}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return _fastest(query, key, value, attention_mask, dropout, scaling).transpose(1, 2).contiguous(), None
+
+
+def _by_rows(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: PairRows,
+    window: int | None,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Attention within each pair; no more is computed than is seen. (1, S, H, D)."""
+    found, start = [], 0
+    for shared, chosen, rejected in rows.lengths:
+        prefix, middle = slice(start, start + shared), start + shared + chosen
+        first, second = slice(start, middle), slice(middle, middle + rejected)
+        q, k, v = (x[:, :, first] for x in (query, key, value))
+        found.append(_fastest(q, k, v, rows.mask(shared + chosen, shared + chosen, window), dropout, scaling))
+        if rejected:
+            q = query[:, :, second]
+            k, v = (torch.cat((x[:, :, prefix], x[:, :, second]), 2) for x in (key, value))
+            found.append(_fastest(q, k, v, rows.mask(rejected, shared + rejected, window), dropout, scaling))
+        start = middle + rejected
+    return torch.cat([part.transpose(1, 2) for part in found], 1)
+
+
+def _low(query: torch.Tensor) -> torch.dtype:
+    """The precision to compute in. Rotary embeddings leave queries and keys in float32, also under autocast."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+
+
+def _fastest(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    """(B, H, Q, D) by the way that is the fastest for its length; no mask means that of a causal model."""
+    low, seen = _low(query), key.shape[2]
     scaling = scaling or query.shape[3] ** -0.5
     with torch.autocast("cpu", enabled=False):
-        if length <= WHOLE_UP_TO:
+        if low == torch.bfloat16 and seen <= WHOLE_UP_TO and not dropout:
             q, k, v = (x.to(low) for x in (query, key, value))
-            output = whole_attention(q, k, v, _bias(attention_mask, length), scaling)
-        else:
-            output = scaled_dot_product_attention(
-                query.float(),
-                key.float(),
-                value.float(),
-                attn_mask=attention_mask,
-                is_causal=attention_mask is None,
-                scale=scaling,
-                enable_gqa=True,
-            ).to(low)
-    return output.transpose(1, 2).contiguous(), None
+            return whole_attention(q, k, v, _bias(mask, seen), scaling)
+        short = low == torch.bfloat16 and seen <= FLOAT32_UP_TO
+        q, k, v = (x.float() if short else x.to(low) for x in (query, key, value))
+        return scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=True
+        ).to(low)
 
 
 def _bias(mask: torch.Tensor | None, length: int) -> torch.Tensor:
@@ -74,12 +166,12 @@ def whole_attention(
     """Softmax attention by four matrix products, keeping the probabilities for the backward pass.
 
     Args:
-        query: (B, H, S, D), of any float dtype. Scores and softmax are float32, other products its dtype.
+        query: (B, H, Q, D), of any float dtype. Scores and softmax are float32, other products its dtype.
         key, value: (B, K, S, D); H is a multiple of K, and query heads share keys in runs of H / K.
-        bias: (1 or B, 1, S, S) float32, added to the scaled scores.
+        bias: (Q, S) or (1 or B, 1, Q, S) float32, added to the scaled scores.
 
     Returns:
-        (B, H, S, D).
+        (B, H, Q, D).
     """
     return _WholeAttention.apply(query, key, value, bias, scaling)
 
@@ -89,12 +181,12 @@ class _WholeAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        (batch, heads, length, width), kv_heads = query.shape, key.shape[1]
+        (batch, heads, length, width), (_, kv_heads, seen, _) = query.shape, key.shape
         # The query heads that share a head of keys become rows of one matrix: nothing is repeated.
         q = query.reshape(batch * kv_heads, -1, width)
-        k, v = (x.reshape(batch * kv_heads, length, width) for x in (key, value))
-        scores = torch.bmm(q.float(), k.float().transpose(1, 2)).view(batch, heads, length, length)
-        probabilities = scores.mul_(scaling).add_(bias).softmax(-1).to(query.dtype).view(batch * kv_heads, -1, length)
+        k, v = (x.reshape(batch * kv_heads, seen, width) for x in (key, value))
+        scores = torch.bmm(q.float(), k.float().transpose(1, 2)).view(batch, heads, length, seen)
+        probabilities = scores.mul_(scaling).add_(bias).softmax(-1).to(query.dtype).view(batch * kv_heads, -1, seen)
         ctx.save_for_backward(q, k, v, probabilities)
         ctx.scaling, ctx.shapes = scaling, (query.shape, key.shape)
         return torch.bmm(probabilities, v).view(query.shape)

@@ -14,6 +14,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from trl_rlaif.compute.cpu_attention import refuse_unknown, sliding_windows
+
 Tokens = Sequence[int]
 KeyValues = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -88,8 +90,6 @@ class _Row:
 _tried: WeakKeyDictionary[torch.nn.Module, list[int | None] | None] = WeakKeyDictionary()
 _layout: ContextVar[_Layout] = ContextVar("_layout")
 _NAME = "trl_rlaif_packed"
-# What models hand to their attention that changes nothing here.
-_HARMLESS = {"dropout", "is_causal", "output_attentions", "position_ids", "use_cache"}
 
 
 def _attention(
@@ -103,9 +103,7 @@ def _attention(
     **more: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention within each group of a packed row, and to the prefix; the interface is transformers'."""
-    unknown = {name for name, value in more.items() if value is not None and value is not False} - _HARMLESS
-    if unknown:  # such as a soft cap: on a few tokens it may make a difference too small to be seen
-        raise NotImplementedError(f"attention with {', '.join(sorted(unknown))}")
+    refuse_unknown(more)
     layout = _layout.get()
     if layout.keep is not None:
         layout.keep.append((key[0], value[0]))
@@ -217,8 +215,7 @@ class PackedModel:
         told = _tried[model]
         if told is None or not window or longest <= window:
             return told is not None
-        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-        return told == [window if kind == "sliding_attention" else None for kind in kinds]
+        return told == sliding_windows(config)
 
     @staticmethod
     def _try_out(model: torch.nn.Module) -> list[int | None] | None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from trl_rlaif.compute import cpu_attention
+from trl_rlaif.compute.cpu_attention import PairRows, sliding_windows, trainable_attention
+from trl_rlaif.judging.packed import packed_batches
 from trl_rlaif.reward.collator import SoftPreferenceCollator
 from trl_rlaif.reward.heads import active_head
-from trl_rlaif.reward.packing import PackedRow, pack, packed_mask, row_groups
+from trl_rlaif.reward.packing import CHOSEN, PADDING, PREFIX, REJECTED, PackedRow, pack, packed_mask, row_groups
 from trl_rlaif.roles import backbone, inner_model
 
 
@@ -32,6 +35,7 @@ class PairScorer:
     def __init__(self, model: nn.Module, unwrapped: nn.Module, batch_tokens: int) -> None:
         self.model, self.unwrapped, self.batch_tokens = model, unwrapped, batch_tokens
         self.expected: torch.Tensor | None = None
+        self.windows: list[int | None] = []
 
     def __call__(self, **inputs: Any) -> SequenceClassifierOutput:
         """Scores of a batch of ``SoftPreferenceCollator``'s.
@@ -58,18 +62,40 @@ class PairScorer:
     def _packed(self, inputs: dict[str, Any]) -> torch.Tensor:
         """(B, 3, H) hidden states at the ends of prompt, chosen and rejected."""
         lengths = inputs["attention_mask"].sum(1).tolist()
-        groups = row_groups(lengths, self.batch_tokens)
+        if _reads_rows(inner_model(self.unwrapped)):
+            groups, compute = packed_batches(lengths, self.batch_tokens), self._behind_each_other
+        else:
+            groups, compute = row_groups(lengths, self.batch_tokens), self._below_each_other
         found = []
         for group in groups:
-            rows = torch.tensor(group, device=inputs["input_ids"].device)
-            ids, positions, segments = (
-                inputs[name][rows, : lengths[group[0]]] for name in ("input_ids", "position_ids", "segments")
-            )
-            mask = self._attention_mask(segments)
-            hidden = self._hidden(input_ids=ids, attention_mask=mask, position_ids=positions)
-            found.append(hidden[torch.arange(len(rows), device=rows.device)[:, None], inputs["ends"][rows]])
+            rows, width = torch.tensor(group, device=inputs["input_ids"].device), lengths[group[0]]
+            columns = (inputs[name][rows, :width] for name in ("input_ids", "position_ids", "segments"))
+            found.append(compute(*columns, inputs["ends"][rows]))
         order = torch.tensor([i for group in groups for i in group]).argsort()
         return torch.cat(found)[order.to(found[0].device)]
+
+    def _below_each_other(
+        self, ids: torch.Tensor, positions: torch.Tensor, segments: torch.Tensor, ends: torch.Tensor
+    ) -> torch.Tensor:
+        hidden = self._hidden(input_ids=ids, attention_mask=self._attention_mask(segments), position_ids=positions)
+        return hidden[torch.arange(len(ends), device=ends.device)[:, None], ends]
+
+    def _behind_each_other(
+        self, ids: torch.Tensor, positions: torch.Tensor, segments: torch.Tensor, ends: torch.Tensor
+    ) -> torch.Tensor:
+        """The same without padding: larger products, fewer of them, and attention row by row."""
+        kept = segments != PADDING
+        kinds = [(segments == kind).sum(1).tolist() for kind in (PREFIX, CHOSEN, REJECTED)]
+        rows = PairRows(list(zip(*kinds, strict=True)))
+        hidden = self._hidden(
+            input_ids=ids[kept][None],
+            position_ids=positions[kept][None],
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),  # of four dimensions: no model makes its own
+            packed_rows=rows,
+        )
+        self.windows = rows.windows
+        starts = kept.sum(1).cumsum(0) - kept.sum(1)
+        return hidden[0, starts[:, None] + ends]
 
     def _attention_mask(self, segments: torch.Tensor) -> torch.Tensor:
         mask, inner = packed_mask(segments), inner_model(self.unwrapped)
@@ -78,8 +104,8 @@ class PairScorer:
         dtype = inner.get_input_embeddings().weight.dtype  # the others add it to the scores
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
-    def _hidden(self, **inputs: torch.Tensor) -> torch.Tensor:
-        with _last_hidden(backbone(self.unwrapped)) as caught:
+    def _hidden(self, **inputs: Any) -> torch.Tensor:
+        with _last_hidden(backbone(self.unwrapped)) as caught, trainable_attention(inner_model(self.unwrapped)):
             self.model(**inputs, use_cache=False)
         return caught[0]
 
@@ -128,16 +154,38 @@ def _last_hidden(body: nn.Module) -> Iterator[list[torch.Tensor]]:
         handle.remove()
 
 
-@torch.no_grad()
+_reading: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def _reads_rows(inner: nn.Module) -> bool:
+    """Whether a model on a CPU gives pairs behind each other the scores of plain sequences; tried out once."""
+    if inner.device.type != "cpu" or inner.config._attn_implementation not in ("sdpa", cpu_attention.NAME):
+        return False
+    if inner not in _reading:
+        config = inner.config.get_text_config()
+        _reading[inner] = True  # for the trial, which asks again
+        tried = None if getattr(config, "attention_chunk_size", None) else _packs_exactly(inner)
+        # A window is longer than the trial's rows: that every layer told its own has to do.
+        _reading[inner] = tried is not None and tried.windows == sliding_windows(config)
+    return _reading[inner]
+
+
 def can_pack(model: nn.Module) -> bool:
     """Whether a model gives packed rows the scores of plain ones, tried out once on a few tokens.
 
     Some attentions take no mask of their own (FlashAttention), or see only a window of the tokens before, and some
     models keep a state that runs through the row.
     """
-    config = inner_model(model).config.get_text_config()
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+    if _reads_rows(inner_model(model)):
+        return True
+    if any(sliding_windows(inner_model(model).config.get_text_config())):
         return False  # the mask would have to know the window
+    return _packs_exactly(model) is not None
+
+
+@torch.no_grad()
+def _packs_exactly(model: nn.Module) -> PairScorer | None:
+    """The scorer that was tried on a model, or None where it gave other scores than plain sequences have."""
     pairs = [([5, 9, 4, 7, 8], [5, 9, 4, 6, 3, 9]), ([4, 8, 3], [4, 7])]
     device = next(model.parameters()).device
     batch = {name: x.to(device) for name, x in pack([PackedRow.of(*pair) for pair in pairs], 0).items()}
@@ -149,11 +197,11 @@ def can_pack(model: nn.Module) -> bool:
         plain = [scorer._hidden(input_ids=torch.tensor([ids], device=device)) for pair in pairs for ids in pair]
         scorer._head(found)
     except Exception:  # whatever an architecture raises that takes no such mask, or has no such head
-        return False
+        return None
     finally:
         for module, training in modes.items():
             module.training = training
     expected = torch.stack([hidden[0, -1] for hidden in plain]).view_as(found).float()
     # Below float32 rounding alone makes a difference; what a wrong mask makes is larger by far.
     tolerance = 1e-4 if found.dtype == torch.float32 and not getattr(model, "is_quantized", False) else 0.05
-    return bool((found.float() - expected).norm() < tolerance * expected.norm())
+    return scorer if (found.float() - expected).norm() < tolerance * expected.norm() else None

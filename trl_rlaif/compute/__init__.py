@@ -1,0 +1,1 @@
+"""The same numbers from less work: LoRA layers, attention, precision and output heads, for every trainer."""
