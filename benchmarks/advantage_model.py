@@ -55,7 +55,8 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for seed in range(args.seeds):
         for name, arm in arms.items():
-            path = args.runs / f"{name.replace(' ', '')}-{seed}-{args.train}-{args.learning_rate}.json"
+            settings = f"{args.train}x{args.epochs}-{args.held_out}-{args.max_tokens}-{args.learning_rate:g}"
+            path = args.runs / f"{name.replace(' ', '')}-{seed}-{settings}.json"
             if not path.exists():
                 scores = _train(args, arm, seed)
                 path.write_text(json.dumps(scores), encoding="utf-8")
@@ -75,9 +76,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--margins", type=float, nargs="+", default=[1.0, 2.0, 4.0])
     parser.add_argument("--centre", type=float, default=0.01, help="center_rewards_coefficient, TRL's own suggestion")
     parser.add_argument("--train", type=int, default=480, help="pairs")
-    parser.add_argument("--held-out", type=int, default=320, help="pairs")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--held-out", type=int, default=400, help="pairs")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--max-tokens", type=int, default=512, help="longer pairs are left out")
+    parser.add_argument("--max-tokens", type=int, default=256, help="longer pairs are left out")
     parser.add_argument("--runs", type=Path, default=Path("runs/advantage_model"))
     parser.add_argument("--output", type=Path)
     return parser.parse_args()
@@ -123,7 +125,7 @@ def _train(args: argparse.Namespace, arm: dict[str, Any], seed: int) -> dict[str
                 folder,
                 seed=seed,
                 per_device_train_batch_size=8,
-                num_train_epochs=1,
+                num_train_epochs=args.epochs,
                 learning_rate=args.learning_rate,
                 warmup_steps=0.1,
                 center_rewards_coefficient=arm.get("centre"),
@@ -143,7 +145,7 @@ def _train(args: argparse.Namespace, arm: dict[str, Any], seed: int) -> dict[str
         )
         trainer.train()
     found: dict[str, Any] = {"arm": arm, "seed": seed}
-    for name, part in (("train", train), ("held_out", held_out)):
+    for name, part in (("train", train[: args.held_out // 2]), ("held_out", held_out)):
         with torch.autocast("cpu", torch.bfloat16, enabled=not torch.cuda.is_available()):
             chosen, rejected, expected = score_pairs(trainer.model, part, trainer.data_collator, 16, 8192)
         expected = torch.zeros_like(chosen) if expected is None else expected
@@ -212,7 +214,8 @@ def _table(args: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) -> 
     files = " ".join(path.name for path in args.data)
     lines = [
         f"<!-- python benchmarks/advantage_model.py {files} --seeds {args.seeds} --train {args.train} "
-        f"--held-out {args.held_out} --learning-rate {args.learning_rate:g} -->",
+        f"--epochs {args.epochs} --held-out {args.held_out} --learning-rate {args.learning_rate:g} "
+        f"--max-tokens {args.max_tokens} -->",
         "",
         f"{args.model.rsplit('/', 1)[-1]}, {versions}; mean over {args.seeds} seeds and 95% interval",
         "",
