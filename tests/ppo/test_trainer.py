@@ -15,6 +15,7 @@ from peft import LoraConfig
 
 from trl_rlaif import DataSelector, PPOConfig, PPOTrainer, RewardTransform, UserError, hookimpl
 from trl_rlaif.plugins import Plugins, installed_plugins
+from trl_rlaif.reward.heads import add_expected
 
 
 def test_a_length_penalty_in_five_lines(tmp_path):
@@ -86,6 +87,26 @@ def test_a_bad_reward_is_named_and_what_was_learned_is_kept(tmp_path, reward, me
     with pytest.raises(UserError, match=message):
         trainer.train()
     assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("with_expected", [False, True])
+def test_a_separate_reward_model_beside_a_shared_base(tmp_path, with_expected):
+    """The policy is an adapter, the reward a model of its own: each response alone gives the same scores."""
+    model = make_scorer(len(make_tokenizer()), seed=1)
+    if with_expected:
+        add_expected(model)
+        torch.nn.init.normal_(model.score.weight)
+    trainer = _trainer(tmp_path, trainer_kwargs={"reward_model": model, "reward_funcs": []})
+    rollout = trainer.sample(next(trainer._batches))
+    scores = trainer.score(rollout)
+    for i, score in enumerate(scores.tolist()):
+        prompt = rollout.prompt_ids[i][rollout.prompt_mask[i].bool()]
+        ids = torch.cat((prompt, rollout.response_ids[i, : rollout.lengths[i]]))
+        with torch.no_grad():
+            found = model.score(model.model(ids[None]).last_hidden_state[0])
+        assert score == pytest.approx(found[-1, 0].item(), abs=1e-5)
+        if with_expected:
+            assert trainer._expected[i].item() == pytest.approx(found[len(prompt) - 1, 1].item(), abs=1e-5)
 
 
 class _Random(DataSelector):

@@ -45,10 +45,10 @@ class Actors(Protocol):
 
 
 class SharedActors:
-    """All parts on one base."""
+    """All parts on one base; the reward may be a separate model."""
 
-    def __init__(self, shared: SharedBase) -> None:
-        self.shared = shared
+    def __init__(self, shared: SharedBase, reward: nn.Module | None = None) -> None:
+        self.shared, self.reward = shared, reward
         self.one_trunk = "value" not in shared.peft.peft_config
 
     def playing(self, part: str) -> AbstractContextManager:
@@ -69,6 +69,8 @@ class SharedActors:
         return self.shared.head("value", hidden).squeeze(-1)
 
     def scores(self, inputs: dict[str, torch.Tensor], prompt_end: int) -> torch.Tensor:
+        if self.reward is not None:
+            return _separate_scores(self.reward, inputs, prompt_end)
         hidden = self.shared.hidden("reward", **inputs)
         return _scores(lambda states: self.shared.head("reward", states), hidden, inputs, prompt_end)
 
@@ -116,8 +118,12 @@ class SeparateActors:
         return inner_model(self.value).score(hidden).squeeze(-1)
 
     def scores(self, inputs: dict[str, torch.Tensor], prompt_end: int) -> torch.Tensor:
-        hidden = backbone(self.reward)(**inputs, use_cache=False).last_hidden_state
-        return _scores(inner_model(self.reward).score, hidden, inputs, prompt_end)
+        return _separate_scores(self.reward, inputs, prompt_end)
+
+
+def _separate_scores(reward: nn.Module, inputs: dict[str, torch.Tensor], prompt_end: int) -> torch.Tensor:
+    hidden = backbone(reward)(**inputs, use_cache=False).last_hidden_state
+    return _scores(inner_model(reward).score, hidden, inputs, prompt_end)
 
 
 def _scores(

@@ -157,7 +157,7 @@ class PPOTrainer(TrlPPOTrainer):
     def actors(self) -> Actors:
         """Who plays policy, value, reward and reference."""
         if self.shared is not None:
-            return SharedActors(self.shared)
+            return SharedActors(self.shared, self.reward_model)
         model = self.accelerator.unwrap_model(self.model)
         reference = self.ref_adapter_name if self.ref_model is None else None
         return SeparateActors(model.policy, self.ref_model, model.value_model, self.reward_model, reference)
