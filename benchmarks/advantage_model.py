@@ -8,12 +8,14 @@ Every arm gets the same pairs, adapter, steps and seed: a plain reward model, on
 seeds with a 95% t-interval: accuracy, calibration error of sigmoid(chosen - rejected), relative spread (standard
 deviation of the category means over that of all scores), largest over smallest standard deviation of a category. The
 score is r, or a = r - e of an Advantage Model; "regulated" is the same through the distribution regulator, whose
-figures come from the training pairs. Every finished run is stored, so that an interrupted measurement goes on.
+figures come from the training pairs. LoRA sits on the upper layers; what the frozen ones below make of every pair is
+computed once for all runs. Every finished run is stored, so that an interrupted measurement goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import random
 import sys
@@ -53,12 +55,13 @@ def main() -> None:
     arms |= {f"advantage, m = {m:g}": {"margin": m} for m in args.margins}
     args.runs.mkdir(parents=True, exist_ok=True)
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    rows, base = _computed_below(args)
     for seed in range(args.seeds):
         for name, arm in arms.items():
             settings = f"{args.train}x{args.epochs}-{args.held_out}-{args.max_tokens}-{args.learning_rate:g}"
             path = args.runs / f"{name.replace(' ', '')}-{seed}-{settings}.json"
             if not path.exists():
-                scores = _train(args, arm, seed)
+                scores = _train(args, arm, seed, rows, copy.deepcopy(base))
                 path.write_text(json.dumps(scores), encoding="utf-8")
                 print(name, seed, {key: _rounded(value) for key, value in _numbers(scores).items()}, flush=True)
             found[name].append(json.loads(path.read_text(encoding="utf-8")))
@@ -72,6 +75,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="+", type=Path)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--layers", type=int, default=10, help="upper layers, which get adapters")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--margins", type=float, nargs="+", default=[1.0, 2.0, 4.0])
     parser.add_argument("--centre", type=float, default=0.01, help="center_rewards_coefficient, TRL's own suggestion")
@@ -101,8 +105,55 @@ def _pairs(args: argparse.Namespace) -> list[Any]:
     return [pair for path in args.data for pair in load_pairs(str(path)).items if pair.human in (1, 2)]
 
 
-def _train(args: argparse.Namespace, arm: dict[str, Any], seed: int) -> dict[str, Any]:
-    """One arm with one seed: scores of the held-out pairs, and those of the training pairs for the regulator."""
+def _computed_below(args: argparse.Namespace) -> tuple[list[dict[str, Any]], Any]:
+    """The pairs, and the upper layers as a model of their own.
+
+    Its vocabulary is every token of every pair in its place, its embedding what the lower layers make of it: the
+    same scores and gradients, for the price of the upper layers.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    from trl_rlaif.compute.cpu_attention import PairRows, trainable_attention
+    from trl_rlaif.models import ModelSpec, load_model, load_tokenizer
+    from trl_rlaif.reward.packing import CHOSEN, PREFIX, REJECTED, packed_row_of
+
+    tokenizer = load_tokenizer(args.model)
+    rows = _rows(args, tokenizer)
+    model = load_model(ModelSpec(args.model), num_labels=1).eval()
+    lower = len(model.model.layers) - args.layers
+    states: list[torch.Tensor] = []
+    hook = model.model.layers[lower].register_forward_pre_hook(lambda _module, inputs: states.append(inputs[0][0]))
+    first = tokenizer.pad_token_id + 1
+    with torch.no_grad(), trainable_attention(model):
+        for row in rows:
+            packed = packed_row_of(row)
+            shared, chosen, rejected = (packed.segments.count(kind) for kind in (PREFIX, CHOSEN, REJECTED))
+            model(
+                input_ids=torch.tensor([packed.ids]),
+                position_ids=torch.tensor([packed.positions]),
+                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),
+                packed_rows=PairRows([(shared, chosen, rejected)]),
+                use_cache=False,
+            )
+            places = list(range(first, first + len(packed.ids)))
+            first += len(places)
+            row["chosen_ids"] = places[: shared + chosen]
+            row["rejected_ids"] = places[:shared] + places[shared + chosen :]
+    hook.remove()
+    model.config.num_hidden_layers, model.config.vocab_size = args.layers, first
+    upper = AutoModelForSequenceClassification.from_config(model.config, dtype=torch.float32)
+    upper.model.layers.load_state_dict(model.model.layers[lower:].state_dict())
+    upper.model.norm.load_state_dict(model.model.norm.state_dict())
+    with torch.no_grad():
+        upper.model.embed_tokens.weight[tokenizer.pad_token_id + 1 :] = torch.cat(states)
+    return rows, upper
+
+
+def _train(
+    args: argparse.Namespace, arm: dict[str, Any], seed: int, rows: list[dict[str, Any]], model: Any
+) -> dict[str, Any]:
+    """One arm with one seed: scores of the held-out pairs, and those of training pairs for the regulator."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -110,17 +161,17 @@ def _train(args: argparse.Namespace, arm: dict[str, Any], seed: int) -> dict[str
     from trl_rlaif_advantage import AdvantageModel
 
     from trl_rlaif import RewardTrainer
-    from trl_rlaif.models import ModelSpec, load_model, load_tokenizer
+    from trl_rlaif.models import load_tokenizer
     from trl_rlaif.reward.scoring import score_pairs
 
-    tokenizer = load_tokenizer(args.model)
-    rows = _rows(args, tokenizer, seed)
-    train, held_out = rows[: args.train], rows[args.train : args.train + args.held_out]
+    rows = random.Random(seed).sample(rows, args.train + args.held_out)
+    train, held_out = rows[: args.train], rows[args.train :]
     transforms = [AdvantageModel(margin=arm["margin"])] if "margin" in arm else []
     torch.manual_seed(seed)
+    model.score.reset_parameters()
     with tempfile.TemporaryDirectory() as folder:
         trainer = RewardTrainer(
-            model=load_model(ModelSpec(args.model), num_labels=1),
+            model=model,
             args=RewardConfig(
                 folder,
                 seed=seed,
@@ -137,7 +188,7 @@ def _train(args: argparse.Namespace, arm: dict[str, Any], seed: int) -> dict[str
                 disable_tqdm=True,
             ),
             train_dataset=Dataset.from_list(train),
-            processing_class=tokenizer,
+            processing_class=load_tokenizer(args.model),
             peft_config=LoraConfig(
                 r=16, lora_alpha=32, target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=["score"]
             ),
@@ -157,8 +208,8 @@ def _train(args: argparse.Namespace, arm: dict[str, Any], seed: int) -> dict[str
     return found
 
 
-def _rows(args: argparse.Namespace, tokenizer: Any, seed: int) -> list[dict[str, Any]]:
-    """Tokenized pairs in an order of the seed's; half of them harmless dialogue, if there are so many others."""
+def _rows(args: argparse.Namespace, tokenizer: Any) -> list[dict[str, Any]]:
+    """Tokenized pairs that are short enough: all that are not harmless dialogue, and as many that are."""
     from trl_rlaif.stages.reward import tokenize_preference
 
     rows: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
@@ -168,15 +219,10 @@ def _rows(args: argparse.Namespace, tokenizer: Any, seed: int) -> list[dict[str,
         if row["length"] <= args.max_tokens:
             category = kind(pair.category)
             rows[category == "harmless dialogue"].append({**row, "category": category})
-    for part in rows.values():
-        random.Random(seed).shuffle(part)
-    wanted = args.train + args.held_out
-    others = min(len(rows[False]), wanted // 2)
-    mixed = rows[False][:others] + rows[True][: wanted - others]
-    random.Random(seed).shuffle(mixed)
-    if len(mixed) < wanted:
-        sys.exit(f"{len(mixed)} usable pairs, {wanted} wanted")
-    return mixed
+    dialogue = random.Random(0).sample(rows[True], min(len(rows[False]), len(rows[True])))
+    if len(rows[False]) + len(dialogue) < args.train + args.held_out:
+        sys.exit(f"{len(rows[False]) + len(dialogue)} usable pairs are too few")
+    return rows[False] + dialogue
 
 
 def _numbers(scores: dict[str, Any], *, regulated: bool = False) -> dict[str, float]:
@@ -217,7 +263,8 @@ def _table(args: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) -> 
         f"--epochs {args.epochs} --held-out {args.held_out} --learning-rate {args.learning_rate:g} "
         f"--max-tokens {args.max_tokens} -->",
         "",
-        f"{args.model.rsplit('/', 1)[-1]}, {versions}; mean over {args.seeds} seeds and 95% interval",
+        f"{args.model.rsplit('/', 1)[-1]}, LoRA on its upper {args.layers} layers, {versions};",
+        f"mean over {args.seeds} seeds and 95% interval",
         "",
         "| reward model | accuracy | ECE | relative spread | std ratio |",
         "|---|---|---|---|---|",

@@ -21,8 +21,8 @@ LEAST_STD = 1e-3
 class RegulatorOptions(Options):
     """What can be set in a recipe."""
 
-    bound: float = Field(3.0, gt=0, description="Scores end within plus and minus this, softly: bound tanh(z / bound).")
-    share: float = Field(0.005, gt=0, lt=1, description="Of one new score in the running mean and variance.")
+    bound: float = Field(3.0, gt=0, description="Scores end within so many standard deviations: bound tanh(z / bound).")
+    share: float = Field(0.0005, gt=0, lt=1, description="Of one new score in the running mean and variance.")
     prior: float = Field(16.0, ge=0, description="All categories' figures count as this many scores of each.")
     warm_up: int = Field(2, ge=0, description="Batches in which all categories are scaled alike, by pooled figures.")
     drift: float = Field(1.0, gt=0, description="Alarm: a category's mean has risen by so many standard deviations ...")
@@ -41,10 +41,11 @@ class DistributionRegulator(RewardTransform):
         self.running = RunningScores(self.options.share, self.options.prior)
         self.batches = 0
         self.start: dict[str, tuple[float, float]] = {}
+        self.unit: float | None = None
         self._numbers: dict[str, float] = {}
 
     def transform(self, scores: torch.Tensor, rollout: Rollout) -> torch.Tensor:
-        """(B,) float32 within plus and minus ``bound``; a category's scores have mean 0 and variance 1 or less.
+        """(B,) float32, in which all categories have mean 0 and the same variance, at the start 1 at most.
 
         Every process takes in every process's scores, so that all regulate alike.
         """
@@ -57,18 +58,34 @@ class DistributionRegulator(RewardTransform):
         figures = [self.running.figures(category if known else None) for category in rollout.categories]
         mean, std = torch.tensor(figures, device=scores.device, dtype=scores.dtype).unbind(1)
         scaled = (scores - mean) / std.clamp(min=LEAST_STD)
-        return self.options.bound * torch.tanh(scaled / self.options.bound)
+        return self._spread() * self.options.bound * torch.tanh(scaled / self.options.bound)
+
+    def _spread(self) -> float:
+        """What a standard deviation of a category becomes: the same for all of them, at the start 1 at most.
+
+        It is never more than the scores' own, nor does it stay 1 while they come closer together, as they do when a
+        policy learns: ever more would be paid for ever smaller differences, against the same price of a KL.
+        """
+        spread = self.running.within()
+        if self.unit is None and self.batches >= max(1, self.options.warm_up):
+            self.unit = max(spread, 1.0)
+        return spread / (self.unit or max(spread, 1.0))
 
     def metrics(self) -> dict[str, float]:
         """Running mean and standard deviation of each category before regulation, and 1 where it drifts."""
         return self._numbers
 
     def state_dict(self) -> dict[str, Any]:
-        return {"running": self.running.state_dict(), "batches": self.batches, "start": dict(self.start)}
+        return {
+            "running": self.running.state_dict(),
+            "batches": self.batches,
+            "start": dict(self.start),
+            "unit": self.unit,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.running.load_state_dict(state["running"])
-        self.batches, self.start = state["batches"], dict(state["start"])
+        self.batches, self.start, self.unit = state["batches"], dict(state["start"]), state["unit"]
 
     def _watch(self, rows: list[tuple[str | None, float, float]]) -> None:
         """Signs of reward hacking: the score of a kind of prompt rises while its KL budget is overdrawn."""

@@ -71,6 +71,12 @@ class RunningScores:
         moments = self.moments[name]
         return moments.mean, math.sqrt(max(moments.second - moments.mean**2, 0.0))
 
+    def within(self) -> float:
+        """Standard deviation of the scores about their own category's mean, 0 before the first."""
+        own = [m for name, m in self.moments.items() if name != POOLED] or list(self.moments.values())
+        weight = sum(m.weight for m in own)
+        return math.sqrt(max(sum(m.weight * (m.second - m.mean**2) for m in own) / weight, 0.0)) if weight else 0.0
+
     def figures(self, category: str | None) -> tuple[float, float]:
         """Mean and standard deviation of a category, drawn towards the pooled ones.
 

@@ -67,7 +67,7 @@ def test_no_category_is_worth_more_than_another():
     for seed in range(30):
         scores, categories = _task(seed)
         found = regulator.transform(scores, _rollout(categories))
-        assert found.abs().max() <= 3
+        assert found.abs().max() <= 3 * regulator.running.within() / regulator.unit
     by = {name: found[[c == name for c in categories]] for name in set(categories)}
     raw = {name: scores[[c == name for c in categories]] for name in set(categories)}
     assert max(abs(x.mean()) for x in by.values()) < 0.6 < 3 < max(x.mean() for x in raw.values())
@@ -76,7 +76,30 @@ def test_no_category_is_worth_more_than_another():
         assert torch.equal(x.argsort(), raw[name].argsort())
     mean, std = regulator.running.figures("code")
     z = (scores[0].item() - mean) / std
-    assert found[0].item() == pytest.approx(3 * math.tanh(z / 3), abs=1e-5)
+    spread = regulator.running.within() / regulator.unit
+    assert spread == pytest.approx(1, abs=0.3)  # against 20 scores of each in the first batch
+    assert found[0].item() == pytest.approx(spread * 3 * math.tanh(z / 3), abs=1e-5)
+
+
+def test_the_spread_within_categories_is_that_of_the_residuals():
+    running = RunningScores(share=1e-9, prior=0)
+    scores, categories = _task(3, 600)
+    running.add(zip(categories, scores.tolist(), strict=True))
+    own = np.array([np.var(scores.numpy()[[c == name for c in categories]]) for name in ("code", "chat", "maths")])
+    assert running.within() == pytest.approx(math.sqrt(own.mean()), rel=1e-5)
+    assert RunningScores(0.1, 1).within() == 0
+
+
+@pytest.mark.parametrize("size", [0.2, 5.0])
+def test_smaller_differences_are_never_paid_more(size):
+    """A policy that learns has scores that lie ever closer together; scores begin with a spread of 1 at most."""
+    regulator, spreads = DistributionRegulator(share=0.05, warm_up=1), []
+    for step, narrowing in enumerate([1.0] * 10 + [0.1] * 10):
+        scores = size * narrowing * torch.randn(90, generator=torch.Generator().manual_seed(step))
+        found = regulator.transform(scores, _rollout(["code", "chat", "maths"] * 30))
+        spreads.append(found.std().item())
+    assert spreads[9] == pytest.approx(min(size, 1.0), rel=0.25)
+    assert spreads[-1] == pytest.approx(0.1 * min(size, 1.0), rel=0.25)
 
 
 def test_while_it_warms_up_all_are_scaled_alike():
