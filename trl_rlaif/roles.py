@@ -139,6 +139,18 @@ class SharedBase(nn.Module):
             set_peft_model_state_dict(self.peft, state, adapter_name=name)
         self._set_trainable()
 
+    def load_adapter(self, name: str, folder: str | Path) -> None:
+        """Add an adapter from a folder that PEFT wrote; ``role(name)`` plays it.
+
+        Raises:
+            UserError: There is none, or it fits another base.
+        """
+        config, state = _for_causal_lm(_read_config(folder)), _read_state(folder)
+        try:
+            self.add_adapter(name, config, state)
+        except RuntimeError as error:  # PyTorch's word for a tensor of another shape
+            raise UserError(f"The adapter does not fit this base: {error}", where=str(folder)) from None
+
     def add_value(self, *, trunk: bool = False) -> ValueView:
         """Add the value role: an adapter like the policy's, and a head that starts at zero.
 

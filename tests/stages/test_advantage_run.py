@@ -7,11 +7,14 @@ import json
 import pytest
 import torch
 from helpers.recipes import tiny_recipe
+from helpers.tiny import make_llama
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from trl_rlaif import SharedBase, load_reward_model
+from trl_rlaif import RewardTrainer, SharedBase, UserError, load_reward_model
 from trl_rlaif.artifacts import STAGE_ARTIFACTS, read_lines
 from trl_rlaif.plugins import installed_plugins
+from trl_rlaif.reward.ratios import response_logprobs
 from trl_rlaif.runner import run_recipe
 from trl_rlaif.stages.context import Context
 
@@ -88,3 +91,35 @@ def test_the_scores_of_held_out_pairs_are_kept_and_made_anew_with_their_stage(fi
     clear = [row["chosen"] > row["rejected"] for row in rows if row["p"] != 0.5]
     assert numbers["accuracy"] == pytest.approx(sum(clear) / len(clear))
     assert "reward_scores.jsonl" in STAGE_ARTIFACTS["reward"]
+
+
+def test_policies_that_wrote_the_responses_become_importance_weights(finished, tiny_model, tmp_path, monkeypatch):
+    seen = []
+    original = RewardTrainer.__init__
+
+    def watched(self, *args, **kwargs):
+        seen.append((kwargs["train_dataset"], kwargs["packing"], kwargs["batch_tokens"]))
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(RewardTrainer, "__init__", watched)
+    other = str(finished[1] / "policy")
+    reward = {**TRANSFORMS["reward"], "policies": ["base", other], "packing": False, "batch_tokens": 99}
+    recipe = tiny_recipe(tmp_path, tiny_model, report=None, rl=None, evaluate=None, reward=reward)
+    run_recipe(recipe, installed_plugins(), tmp_path / "out")
+    ((data, *options),) = seen
+    assert options == [False, 99]
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    plain = response_logprobs(base, data["chosen_ids"], data["prompt_length"])
+    moved = response_logprobs(PeftModel.from_pretrained(base, other), data["chosen_ids"], data["prompt_length"])
+    ratios = torch.tensor(data["chosen_log_ratios"], dtype=torch.float64)
+    assert ratios[:, 0].tolist() == [0.0] * len(data)  # the start is a new adapter on the base
+    torch.testing.assert_close(ratios[:, 1], plain - moved, rtol=0, atol=1e-4)
+    assert (plain - moved).abs().max() > 1e-3
+
+
+def test_an_adapter_of_another_base_is_named(tiny_model, tmp_path):
+    get_peft_model(make_llama(hidden_size=64), LoraConfig(r=4, target_modules="all-linear")).save_pretrained(tmp_path)
+    shared = SharedBase(AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(r=4, target_modules="all-linear"))
+    with pytest.raises(UserError, match="does not fit this base") as error:
+        shared.load_adapter("other", tmp_path)
+    assert error.value.problems[0].where == str(tmp_path)

@@ -148,10 +148,10 @@ class _Reader:
                 self._resolve(keys, key, find.data, (section,))
         elif section == "sft":
             self._resolve(keys, "data", find.data, (section,))
-        elif section == "rl" and isinstance(keys.get("rewards"), list):
-            keys["rewards"] = list(keys["rewards"])
-            for index in range(len(keys["rewards"])):
-                self._resolve(keys["rewards"], index, self._reward, (section, "rewards"))
+        elif section == "reward":
+            self._resolve_list(keys, "policies", self._policy, section)
+        elif section == "rl":
+            self._resolve_list(keys, "rewards", self._reward, section)
         elif section in ("label", "evaluate"):
             self._resolve_judge(keys, (section,))
             self._resolve(keys, "calibration", find.data, (section,))
@@ -165,6 +165,12 @@ class _Reader:
                 keys["sets"] = dict(keys["sets"])
                 for name in keys["sets"]:
                     self._resolve(keys["sets"], name, find.data, (section, "sets"))
+
+    def _resolve_list(self, keys: dict[Any, Any], key: str, find: Callable[[str], str], section: str) -> None:
+        if isinstance(keys.get(key), list):
+            keys[key] = list(keys[key])
+            for index in range(len(keys[key])):
+                self._resolve(keys[key], index, find, (section, key))
 
     def _resolve_judge(self, keys: dict[Any, Any], path: KeyPath) -> None:
         """A judge's prompt folder and model; a model on a server is no path."""
@@ -184,6 +190,10 @@ class _Reader:
             for problem in error.problems:
                 what = f"'{dotted((*path[1:], key))}' in section '{path[0]}': {problem.what}"
                 self.source.report((*path, key), what, problem.fix)
+
+    def _policy(self, name: str) -> str:
+        """An entry of ``reward.policies``."""
+        return name if name == "base" else self.finder.model(name)
 
     def _reward(self, name: str) -> str:
         """A reward of ``rl.rewards``; a .py file in it becomes absolute. Nothing is imported."""

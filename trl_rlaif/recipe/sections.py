@@ -221,6 +221,15 @@ class RewardSection(Section):
 
     transforms: list[Component] = Field(default_factory=list, description="Reward transforms, in order.")
     eval_fraction: Number = Field(0.1, ge=0, le=0.9, description="Share of the preferences held out.")
+    policies: list[Text] = Field(
+        default_factory=list,
+        description="Who else wrote the responses: adapter folders, or 'base'. Their likelihoods become the importance "
+        "weights of 'advantage'.",
+    )
+    packing: bool | None = Field(
+        None, description="A pair is one row, its prompt computed once; null does so where the model allows it."
+    )
+    batch_tokens: int = Field(8192, ge=1, description="Tokens of packed pairs that are computed at once.")
     config: dict[str, Any] = Field(default_factory=dict, description="Fields of trl.RewardConfig.")
 
 

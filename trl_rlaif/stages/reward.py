@@ -38,6 +38,8 @@ def run(context: Context) -> dict[str, Any]:
     defaults = {"gradient_checkpointing": False, "train_sampling_strategy": "group_by_length"}
     config = RewardConfig(**defaults | arguments)
     train, held_out, too_long = _datasets(context, section.eval_fraction, config.max_length)
+    if section.policies:
+        train = _with_log_ratios(context, train)
     torch.manual_seed(context.recipe.run.seed)
     trainer = _trainer(context, config, train)
     callback = context.callback("reward", "Training the reward model")
@@ -92,6 +94,24 @@ def _datasets(
     return shuffled.select(range(n_eval, len(shuffled))), shuffled.select(range(n_eval)), too_long
 
 
+def _with_log_ratios(context: Context, train: Dataset) -> Dataset:
+    """The training pairs with the start's importance weights against the named policies."""
+    from trl_rlaif.reward.ratios import add_log_ratios
+    from trl_rlaif.roles import SharedBase
+
+    shared = SharedBase(context.load_base(), context.start or context.lora)
+    roles: list[str | None] = []
+    for k, folder in enumerate(context.recipe.reward.policies):
+        roles.append(None if folder == "base" else f"writer{k}")
+        if folder != "base":
+            shared.load_adapter(f"writer{k}", folder)
+
+    def playing(role: str | None) -> Any:
+        return lambda: (shared.role(role), shared.model)
+
+    return add_log_ratios(train, playing("policy"), [playing(role) for role in roles])
+
+
 def tokenize_preference(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> dict[str, Any]:
     """``chosen_ids`` and ``rejected_ids`` (prompt, response and end token, as PPO has them), and their lengths."""
     prompt = encode_prompt(tokenizer, row["prompt"])
@@ -123,6 +143,8 @@ def _trainer(context: Context, config: Any, train: Dataset) -> Any:
         processing_class=context.tokenizer,
         peft_config=lora,
         reward_transforms=context.transforms("reward"),
+        packing=context.recipe.reward.packing,
+        batch_tokens=context.recipe.reward.batch_tokens,
     )
 
 
