@@ -20,6 +20,10 @@ QWEN_05B = Qwen2Config(
     vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
     num_key_value_heads=2, tie_word_embeddings=True, **QWEN,
 )  # fmt: skip
+QWEN_15B = Qwen2Config(
+    vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+    num_key_value_heads=2, tie_word_embeddings=True, **QWEN,
+)  # fmt: skip
 QWEN_3B = Qwen2Config(
     vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
     num_key_value_heads=2, tie_word_embeddings=True, **QWEN,
@@ -55,7 +59,12 @@ def _matching(plan, text, **where):
 
 @pytest.mark.parametrize(
     ("name", "config", "billions"),
-    [("qlora_8gb", QWEN_05B, 0.49), ("qlora_12gb", QWEN_3B, 3.09), ("qlora_24gb", QWEN_7B, 7.62)],
+    [
+        ("advantage", QWEN_15B, 1.54),
+        ("qlora_8gb", QWEN_05B, 0.49),
+        ("qlora_12gb", QWEN_3B, 3.09),
+        ("qlora_24gb", QWEN_7B, 7.62),
+    ],
 )
 def test_the_packaged_recipes_say_what_they_need(name, config, billions):
     recipe = parse_recipe(name, registry=installed_plugins().registry)

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from helpers import ppo_processes, ppo_task
-
-from trl_rlaif.recipe.paths import recipes_dir
+from helpers.processes import launch
 
 # Not compared: what is measured in time, and the variance over micro-batches, which are others in each run.
 METRICS = [
@@ -54,7 +47,7 @@ def kind(request):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory, kind):
     """The run in two processes with four prompts each: the results of rank 0 and of rank 1."""
-    results = _launch(kind, ppo_task.__file__, tmp_path_factory.mktemp("two"), "4")
+    results = launch(kind, ppo_task.__file__, tmp_path_factory.mktemp("two"), "4")
     assert [r["processes"] for r in results] == [2, 2]
     return results
 
@@ -63,40 +56,7 @@ def two(tmp_path_factory, kind):
 def more(tmp_path_factory, kind):
     """What only several processes can show, of rank 0 and of rank 1."""
     folder = tmp_path_factory.mktemp("more")
-    return _launch(kind, ppo_processes.__file__, folder, "resumed", "selected", "failed")
-
-
-def _launch(kind: str, script: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
-    """``accelerate launch`` as users start it, with a packaged configuration, on gloo instead of GPUs."""
-    config = recipes_dir() / "accelerate" / f"{kind}.yaml"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += ["--mixed_precision", "no", "--num_processes", "2", script, str(folder), *arguments]
-    environment = os.environ | {
-        # `--cpu` cannot be used: without MPI accelerate then starts a single process, and does not say so.
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }
-    if kind == "ddp":
-        environment["ACCELERATE_USE_CPU"] = "true"
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=600)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the workers too: killing the launcher alone leaves them behind
-        pytest.fail(f"The processes did not end:\n{process.communicate()[0][-4000:]}")
-    assert process.returncode == 0, output[-4000:]
-    results = [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
-    assert [r["kind"] for r in results] == ["MULTI_CPU" if kind == "ddp" else "DEEPSPEED"] * 2
-    return results
+    return launch(kind, ppo_processes.__file__, folder, "resumed", "selected", "failed")
 
 
 def test_each_process_draws_for_its_own_half_of_the_prompts(one, two):

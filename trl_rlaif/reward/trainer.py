@@ -72,6 +72,10 @@ class RewardTrainer(TrlRewardTrainer):
 
     def _can_pack(self, *, insist: bool) -> bool:
         if can_pack(self.model):
+            if self.args.ddp_broadcast_buffers is None and self.accelerator.ddp_handler is not None:
+                # DDP would wait for every process in every forward pass, and they make different numbers of them.
+                # What models have in buffers (rotary frequencies) is the same everywhere.
+                self.accelerator.ddp_handler.broadcast_buffers = False
             return True
         what = f"{type(inner_model(self.model)).__name__} cannot be trained on packed pairs"
         if insist:

@@ -1,0 +1,94 @@
+"""Reward training on packed pairs of many lengths; as a script, with tests/ on PYTHONPATH, one process of several."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from trl import RewardConfig
+from trl_rlaif_advantage import AdvantageModel
+
+from helpers.tiny import make_scorer, make_tokenizer
+from trl_rlaif import RewardTrainer
+from trl_rlaif.reward import scoring
+
+
+def _pairs() -> Dataset:
+    """Long pairs and short ones in turn: two processes with half a batch each need different numbers of passes."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(3, 400, (count,), generator=generator).tolist()
+
+    rows = []
+    for i in range(24):
+        prompt = tokens(20 if i % 4 == 0 else 3)
+        chosen, rejected = prompt + tokens(3 + i % 7), prompt + tokens(2 + i % 4)
+        rows.append(
+            {"chosen_ids": chosen, "rejected_ids": rejected, "prompt_length": len(prompt), "category": "ab"[i % 2]}
+        )
+    return Dataset.from_list(rows)
+
+
+def run(folder: Path, *, batch: int, rows: bool) -> dict[str, Any]:
+    """Six steps of four pairs over all processes, ``batch`` of them in this one.
+
+    Args:
+        rows: Pairs stand behind each other, as on a CPU; else below each other, as on a GPU.
+
+    Returns:
+        losses; parameters, the trainable ones by name; factors, of the adaptive margins; forwards, passes made.
+    """
+    if not rows:
+        scoring._reads_rows = lambda _inner: False
+    args = RewardConfig(
+        str(folder),
+        per_device_train_batch_size=batch,
+        num_train_epochs=1,
+        learning_rate=1e-3,
+        logging_steps=1,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    transform = AdvantageModel(adapt="variance", std_band=(0.01, 0.02))
+    torch.manual_seed(0)
+    trainer = RewardTrainer(
+        model=make_scorer(),
+        args=args,
+        train_dataset=_pairs(),
+        processing_class=make_tokenizer(),
+        peft_config=LoraConfig(r=4, task_type="SEQ_CLS", target_modules="all-linear", modules_to_save=["score"]),
+        reward_transforms=[transform],
+        batch_tokens=40,
+    )
+    forwards: list[int] = []
+    trainer.model.register_forward_pre_hook(lambda *_: forwards.append(trainer.state.global_step))
+    trainer.train()
+    return {
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "parameters": {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad},
+        "factors": dict(transform.margins.factor),
+        "forwards": [forwards.count(step) for step in range(6)],
+    }
+
+
+def main(output: str, rows: str) -> None:
+    """Run as one of two processes; each writes what it saw to ``output/RANK.pt``."""
+    from accelerate import PartialState
+
+    torch.set_num_threads(1)
+    result = run(Path(output) / "run", batch=2, rows=rows == "rows")
+    state = PartialState()
+    torch.save(result | {"kind": state.distributed_type.value}, Path(output) / f"{state.process_index}.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
