@@ -110,17 +110,16 @@ def _by_rows(
     scaling: float | None,
 ) -> torch.Tensor:
     """Attention within each pair; no more is computed than is seen. (1, S, H, D)."""
-    found, start = [], 0
-    for shared, chosen, rejected in rows.lengths:
-        prefix, middle = slice(start, start + shared), start + shared + chosen
-        first, second = slice(start, middle), slice(middle, middle + rejected)
-        q, k, v = (x[:, :, first] for x in (query, key, value))
-        found.append(_fastest(q, k, v, rows.mask(shared + chosen, shared + chosen, window), dropout, scaling))
-        if rejected:
-            q = query[:, :, second]
-            k, v = (torch.cat((x[:, :, prefix], x[:, :, second]), 2) for x in (key, value))
-            found.append(_fastest(q, k, v, rows.mask(rejected, shared + rejected, window), dropout, scaling))
-        start = middle + rejected
+    # Split once: the backward pass of a slice would fill a tensor of the whole row's size for each pair.
+    queries = query.split([n for shared, chosen, rejected in rows.lengths for n in (shared + chosen, rejected)], 2)
+    keys, values = (x.split([n for lengths in rows.lengths for n in lengths], 2) for x in (key, value))
+    found = []
+    for i, lengths in enumerate(rows.lengths):
+        for own, q in enumerate(queries[2 * i : 2 * i + 2], 1):
+            if q.shape[2]:
+                k, v = (torch.cat((x[3 * i], x[3 * i + own]), 2) for x in (keys, values))
+                mask = rows.mask(q.shape[2], lengths[0] + lengths[own], window)
+                found.append(_fastest(q, k, v, mask, dropout, scaling))
     return torch.cat([part.transpose(1, 2) for part in found], 1)
 
 
