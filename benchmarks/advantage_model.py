@@ -58,7 +58,8 @@ def main() -> None:
     rows, base = _computed_below(args)
     for seed in range(args.seeds):
         for name, arm in arms.items():
-            settings = f"{args.train}x{args.epochs}-{args.held_out}-{args.max_tokens}-{args.learning_rate:g}"
+            size = f"{args.train}x{args.epochs}-{args.held_out}-{args.max_tokens}"
+            settings = f"{args.layers}-{size}-{args.learning_rate:g}"
             path = args.runs / f"{name.replace(' ', '')}-{seed}-{settings}.json"
             if not path.exists():
                 scores = _train(args, arm, seed, rows, copy.deepcopy(base))
@@ -75,14 +76,14 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="+", type=Path)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-    parser.add_argument("--layers", type=int, default=10, help="upper layers, which get adapters")
+    parser.add_argument("--layers", type=int, default=4, help="upper layers, which get adapters")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--margins", type=float, nargs="+", default=[1.0, 2.0, 4.0])
     parser.add_argument("--centre", type=float, default=0.01, help="center_rewards_coefficient, TRL's own suggestion")
-    parser.add_argument("--train", type=int, default=480, help="pairs")
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--held-out", type=int, default=400, help="pairs")
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--train", type=int, default=600, help="pairs")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--held-out", type=int, default=330, help="pairs")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--max-tokens", type=int, default=256, help="longer pairs are left out")
     parser.add_argument("--runs", type=Path, default=Path("runs/advantage_model"))
     parser.add_argument("--output", type=Path)
@@ -125,7 +126,7 @@ def _computed_below(args: argparse.Namespace) -> tuple[list[dict[str, Any]], Any
     states: list[torch.Tensor] = []
     hook = model.model.layers[lower].register_forward_pre_hook(lambda _module, inputs: states.append(inputs[0][0]))
     first = tokenizer.pad_token_id + 1
-    with torch.no_grad(), trainable_attention(model):
+    with torch.no_grad(), trainable_attention(model), torch.autocast("cpu", torch.bfloat16):
         for row in rows:
             packed = packed_row_of(row)
             shared, chosen, rejected = (packed.segments.count(kind) for kind in (PREFIX, CHOSEN, REJECTED))
