@@ -294,6 +294,10 @@ def test_not_finite_numbers_are_left_out_and_named(tmp_path):
             lambda r: r["evaluate"]["sets"]["held-out"]["reward_gain"].update(interval=[-0.1, 1]),
             "did not clearly",
         ),
+        (
+            lambda r: r["evaluate"]["sets"]["held-out"]["by_category"]["chat"].update(drift=True),
+            "the reward rose on prompts of chat, and there the judge prefers the start",
+        ),
         (lambda r: r["reward"].update(accuracy_interval=[0.45, 0.8]), "not clearly better than a coin"),
         (lambda r: r.update(warnings=["The prompts were cut."]), "The prompts were cut."),
         (lambda r: r["evaluate"].update(judge="judge-a"), "is the one that gave the labels"),

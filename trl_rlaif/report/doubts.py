@@ -26,6 +26,7 @@ def warnings(run: Run, sets: list[SetResult]) -> list[str]:
         )
     for result in sets:
         found.extend(_set_warnings(result))
+    found.extend(_disagreements(run))
     extra = run.results.get("warnings")
     if isinstance(extra, list):
         found.extend(text for text in (label(item, 500) for item in extra[:50]) if text)
@@ -71,13 +72,30 @@ def _drift_warnings(run: Run) -> list[str]:
     if not first:
         return []
     named = sorted(first.items(), key=lambda item: (item[1], item[0]))
-    shown = [f"{name} (from step {count(step)})" for name, step in named[:MAX_DRIFTING]]
-    if len(named) > MAX_DRIFTING:
-        shown.append(f"{len(named) - MAX_DRIFTING:,} more")
+    shown = _some_of([f"{name} (from step {count(step)})" for name, step in named])
     return [
-        f"Scores rose while the policy was far from its start on prompts of {', '.join(shown)}: it may be gaming "
-        "the reward there. Read these samples before you believe their scores."
+        f"Scores rose while the policy was far from its start on prompts of {shown}: it may be gaming the reward "
+        "there. Read these samples before you believe their scores."
     ]
+
+
+def _disagreements(run: Run) -> list[str]:
+    """Kinds of prompt on which the reward rose while the judge prefers the start."""
+    found = []
+    for name, values in section(run.results, "evaluate", "sets").items():
+        judged = section(values, "by_category")
+        drifting = sorted(label(c, 200) for c in judged if section(judged, c).get("drift") is True)
+        if drifting:
+            found.append(
+                f"On {label(name) or 'held-out'}, the reward rose on prompts of {_some_of(drifting)}, and there the "
+                "judge prefers the start: the policy may be gaming the reward."
+            )
+    return found
+
+
+def _some_of(names: list[str]) -> str:
+    more = [f"{len(names) - MAX_DRIFTING:,} more"] if len(names) > MAX_DRIFTING else []
+    return ", ".join(names[:MAX_DRIFTING] + more)
 
 
 def _set_warnings(result: SetResult) -> list[str]:

@@ -22,6 +22,8 @@ from trl_rlaif.sampling import length_batches, sample_responses, seeded
 from trl_rlaif.stages.context import Context
 
 BATCH_TOKENS = 8192
+# Prompts of a category below which a win rate says nothing.
+FEWEST_FOR_DRIFT = 5
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -193,13 +195,21 @@ def _numbers(rows: list[dict[str, Any]], seed: int) -> dict[str, Any]:
     gains = [None if start is None else trained - start for start, trained in pairs]
     numbers["reward_gain"] = _mean(gains, seed)
     by_category = defaultdict(list)
-    for row in judged:
-        if row["category"] is not None:
-            by_category[row["category"]].append(row["p_trained"])
-    numbers["by_category"] = {
-        category: {"win_rate": win_rate(p)["win_rate"], "n": len(p)} for category, p in by_category.items()
-    }
+    for row, gain in zip(rows, gains, strict=True):
+        if row["category"] is not None and row["p_trained"] is not None:
+            by_category[row["category"]].append((row["p_trained"], gain))
+    numbers["by_category"] = {category: _of_category(found, seed) for category, found in by_category.items()}
     return numbers
+
+
+def _of_category(found: list[tuple[float, float | None]], seed: int) -> dict[str, Any]:
+    """The judge's word on a kind of prompt, beside what the reward model says of it."""
+    preferred, gains = zip(*found, strict=True)
+    win = win_rate(preferred)["win_rate"]
+    gain = _mean(list(gains), seed)
+    # The reward surely rose, and the judge prefers the start: a sign of reward hacking.
+    drift = len(found) >= FEWEST_FOR_DRIFT and gain is not None and gain["interval"][0] > 0 and win < 0.5
+    return {"win_rate": win, "n": len(found), "reward_gain": gain, "drift": drift}
 
 
 def _mean(values: list[float | None], seed: int) -> dict[str, Any] | None:
