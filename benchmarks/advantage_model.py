@@ -119,6 +119,12 @@ def _computed_below(args: argparse.Namespace) -> tuple[list[dict[str, Any]], Any
     from trl_rlaif.models import ModelSpec, load_model, load_tokenizer
     from trl_rlaif.reward.packing import CHOSEN, PREFIX, REJECTED, packed_row_of
 
+    known = args.runs / f"below-{args.layers}-{args.max_tokens}.pt"
+    if known.exists():
+        rows, config, state = torch.load(known, weights_only=False)
+        upper = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        upper.load_state_dict(state)
+        return rows, upper
     tokenizer = load_tokenizer(args.model)
     rows = _rows(args, tokenizer)
     model = load_model(ModelSpec(args.model), num_labels=1).eval()
@@ -148,6 +154,7 @@ def _computed_below(args: argparse.Namespace) -> tuple[list[dict[str, Any]], Any
     upper.model.norm.load_state_dict(model.model.norm.state_dict())
     with torch.no_grad():
         upper.model.embed_tokens.weight[tokenizer.pad_token_id + 1 :] = torch.cat(states)
+    torch.save((rows, model.config, upper.state_dict()), known)
     return rows, upper
 
 
