@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy
 import pytest
 import torch
 from datasets import Dataset
@@ -354,3 +355,31 @@ def test_a_subclass_may_score_by_itself(tmp_path):
     trainer.__class__ = Own
     trainer.train()
     assert trainer.state.log_history[0]["objective/scores"] > 0
+
+
+def test_spreads_between_categories_are_logged_before_and_after_each_transform(tmp_path):
+    class Doubled(RewardTransform):
+        def transform(self, scores, rollout):
+            return 2 * scores
+
+    class OfA(RewardTransform):
+        def transform(self, scores, rollout):
+            return scores + torch.tensor([10.0 if c == "a" else 0.0 for c in rollout.categories])
+
+    def by_answer(prompts, completions, answer, **columns):
+        return [float(len(a)) for a in answer]
+
+    kwargs = {"reward_funcs": by_answer, "reward_transforms": [Doubled(), OfA()]}
+    trainer = _trainer(tmp_path, per_device_train_batch_size=8, total_episodes=8, trainer_kwargs=kwargs)
+    rollout = trainer.sample(next(trainer._batches))
+    raw = trainer.score(rollout)
+    trainer.transform(raw, rollout)
+    of_a = numpy.array([c == "a" for c in rollout.categories])
+
+    def spread(scores):
+        return numpy.std([scores[of_a].mean(), scores[~of_a].mean()]) / numpy.std(scores)
+
+    scores = raw.double().numpy()
+    expected = [spread(scores), spread(2 * scores), spread(2 * scores + 10 * of_a)]
+    assert list(trainer._spreads) == ["spread/raw", "spread/Doubled", "spread/OfA"]
+    assert list(trainer._spreads.values()) == pytest.approx(expected, rel=1e-6)

@@ -36,6 +36,7 @@ def test_the_results_tell_before_from_after(finished):
     before, after = numbers["scores"], numbers["transformed"]
     assert set(before["categories"]) == set(after["categories"]) == {"a", "b"}
     assert before["categories"]["a"]["mean"] != after["categories"]["a"]["mean"]  # e(x) is no longer zero
+    assert numbers["after_each"] == {"advantage": after}
     assert 0 <= numbers["ece"] <= 1 and set(before["accuracy"]) <= {"a", "b"}
 
 
@@ -43,6 +44,9 @@ def test_ppo_gets_bounded_regulated_scores_and_logs_them(finished):
     rows = [row for row in read_lines(finished[1] / "metrics.jsonl") if row["stage"] == "rl"]
     assert {"regulator/a/mean", "regulator/b/std", "regulator/all/mean", "regulator/a/drift"} <= set(rows[-1])
     assert all(abs(row["regulator/all/mean"]) <= 4 * 0.9 for row in rows)
+    spreads = {"raw", "AdvantageModel", "DistributionRegulator"}
+    assert set(finished[1].results()["rl"]["spread_last"]) == spreads
+    assert all(row[f"spread/{name}"] >= 0 for row in rows for name in spreads)
 
 
 def test_ppo_takes_over_the_options_and_the_margins_of_reward_training(finished):

@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import gather_object
 
 from trl_rlaif.events import Rollout
+from trl_rlaif.measures import category_figures
 from trl_rlaif.ppo.advantages import kl_per_token
 
 
@@ -48,6 +49,24 @@ def update_metrics(
     # The parent's is NaN with a single micro-batch.
     metrics["val/ratio_var"] = ratio.var().item() if ratio.numel() > 1 else 0.0
     return metrics | _by_category(rollout, scores)
+
+
+def category_spreads(rollout: Rollout, steps: dict[str, list[float]]) -> dict[str, float]:
+    """How far the kinds of prompt lie apart, over all processes, as ``spread/<step>``.
+
+    Standard deviation of the category means over that of all scores: 0 where no kind is worth more than another.
+
+    Args:
+        rollout: What was scored.
+        steps: B scores by name: raw, and after each reward transform.
+    """
+    columns = zip(rollout.categories, *steps.values(), strict=True)
+    categories, *found = zip(*gather_object(list(columns)), strict=True) if steps else ((),)
+    spreads = {
+        f"spread/{name}": category_figures(scores, categories)["relative_spread"]
+        for name, scores in zip(steps, found, strict=True)
+    }
+    return {name: spread for name, spread in spreads.items() if spread is not None}
 
 
 def _by_category(rollout: Rollout, scores: torch.Tensor) -> dict[str, float]:

@@ -25,7 +25,7 @@ from trl_rlaif.ppo.actors import Actors, SeparateActors, SharedActors
 from trl_rlaif.ppo.config import PPOConfig, with_defaults
 from trl_rlaif.ppo.construction import check_trunk, load_policy, prompt_loader, shared_base, tokenized
 from trl_rlaif.ppo.gradients import MicroBatch, Objective
-from trl_rlaif.ppo.metrics import update_metrics
+from trl_rlaif.ppo.metrics import category_spreads, update_metrics
 from trl_rlaif.ppo.processes import average_gradients, failing_together
 from trl_rlaif.ppo.prompts import BatchStream, PromptCollator
 from trl_rlaif.ppo.rewards import RewardFunc, score_parts
@@ -151,6 +151,7 @@ class PPOTrainer(TrlPPOTrainer):
         # What `score` found beside its sum; a subclass that scores otherwise leaves them empty.
         self._reward_parts: dict[str, torch.Tensor] = {}
         self._expected: torch.Tensor | None = None
+        self._spreads: dict[str, float] = {}
         self.kl_weight = KLWeight(args.kl_coef, args.kl_target, args.kl_horizon)
 
     @property
@@ -214,8 +215,11 @@ class PPOTrainer(TrlPPOTrainer):
     def transform(self, scores: torch.Tensor, rollout: Rollout) -> torch.Tensor:
         """Scores after the reward transforms in their order, then whitened, clipped and less penalties."""
         rollout = replace(rollout, expected=self._expected, reward_parts=self._reward_parts)
+        steps = {"raw": scores.tolist()} if self.reward_transforms else {}
         for transform in self.reward_transforms:
             scores = transform.transform(scores, rollout)
+            steps[type(transform).__name__] = scores.tolist()
+        self._spreads = category_spreads(rollout, steps)
         eos_id = self.processing_class.eos_token_id
         return shaped_scores(scores, rollout, self.args, eos_id, self.accelerator.gather)
 
@@ -295,6 +299,7 @@ class PPOTrainer(TrlPPOTrainer):
         metrics["val/num_eos_tokens"] = self.accelerator.reduce(ends, "sum").item()
         metrics["lr"] = self.lr_scheduler.get_last_lr()[0]
         metrics["episode"] = self.state.episode + self.args.batch_size
+        metrics |= self._spreads
         for name, scores in self._reward_parts.items():
             metrics[f"score/{name}"] = self.accelerator.gather(scores).mean().item()
         for transform in self.reward_transforms:

@@ -167,7 +167,10 @@ def _held_out_numbers(context: Context, trainer: Any, held_out: Dataset) -> dict
     people = [hit == human for hit, human in zip(right, held_out["human"], strict=True) if human is not None]
     choices = [0 if p == 0.5 else 1 if p > 0.5 else 2 for p in held_out["p"]]
     raw = torch.cat((chosen, rejected))
-    after = transformed(trainer.reward_transforms, raw, expected, categories)
+    names = [ref.name for ref in context.recipe.reward.transforms]
+    steps = transformed(trainer.reward_transforms, raw, expected, categories)
+    figures = [category_figures(scores.tolist(), categories * 2) for scores in steps]
+    after = steps[-1] if steps else None
     _write_scores(context.folder / "reward_scores.jsonl", held_out, raw, after)
     return {
         "accuracy": sum(labels) / len(labels) if labels else None,
@@ -177,7 +180,8 @@ def _held_out_numbers(context: Context, trainer: Any, held_out: Dataset) -> dict
         else None,
         "ece": calibration_error(torch.sigmoid(chosen - rejected).tolist(), choices),
         "scores": category_figures(raw.tolist(), categories * 2) | {"accuracy": _by_category(right, held_out)},
-        "transformed": None if after is None else category_figures(after.tolist(), categories * 2),
+        "after_each": dict(zip(names, figures, strict=True)),
+        "transformed": figures[-1] if figures else None,
     }
 
 
@@ -201,10 +205,8 @@ def _by_category(right: list[bool], held_out: Dataset) -> dict[str, float]:
 
 def transformed(
     transforms: list[Any], raw: torch.Tensor, expected: torch.Tensor | None, categories: list[str | None]
-) -> torch.Tensor | None:
-    """Scores of chosen, then rejected responses as the transforms give them to PPO; None without transforms."""
-    if not transforms:
-        return None
+) -> list[torch.Tensor]:
+    """Scores of chosen, then rejected responses after each of the transforms, as PPO gets them."""
     nothing = torch.zeros(len(raw), 1)
     rollout = Rollout(
         prompt_ids=nothing.long(),
@@ -221,6 +223,7 @@ def transformed(
         expected=None if expected is None else expected.repeat(2),
         reward_parts={"model": raw},
     )
+    steps = []
     for transform in transforms:
-        raw = transform.transform(raw, rollout)
-    return raw
+        steps.append(raw := transform.transform(raw, rollout))
+    return steps

@@ -150,4 +150,7 @@ def _numbers(trainer: Any, skipped: dict[str, int]) -> dict[str, Any]:
             "score_last": logged[-1]["objective/scores"],
             "kl_last": logged[-1]["objective/kl"],
         }
+        # Between kinds of prompt, before and after each reward transform.
+        name = "spread/"
+        numbers["spread_last"] = {k.removeprefix(name): v for k, v in logged[-1].items() if k.startswith(name)}
     return numbers
