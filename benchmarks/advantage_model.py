@@ -36,7 +36,7 @@ KINDS = {
     "language": "Grammarly merriam-webster.com ludwig.guru Doulingo https://cohere.ai/",
     "media": "IMDB Netflix Spotify YouTube Goodreads https://abcnotation.com/ ESPN",
     "places": "tripadvisor.com Yelp yelp Redfin Tasty Weather",
-    "knowledge": "Wikipedia Coursera Socratic",
+    "knowledge": "Wikipedia Coursera Socratic instructables",
     "office": "Jira",
 }
 KEYWORDS = {
