@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -51,6 +52,12 @@ class Labeler(Component, ABC):
         Yields:
             Labels; a pair that cannot be judged has ``skipped`` set. What was yielded survives a kill.
         """
+
+
+def numbered(name: str, known: Collection[str]) -> str:
+    """A name that is not known yet: itself, or with the first free number behind it."""
+    free = (f"{name} {i}" for i in itertools.count(2))
+    return name if name not in known else next(n for n in free if n not in known)
 
 
 class RewardTransform(Component):

@@ -147,9 +147,14 @@ class SharedBase(nn.Module):
         """
         config, state = _for_causal_lm(_read_config(folder)), _read_state(folder)
         try:
-            self.add_adapter(name, config, state)
-        except RuntimeError as error:  # PyTorch's word for a tensor of another shape
+            self.peft.add_adapter(name, config)
+            unknown = set_peft_model_state_dict(self.peft, state, adapter_name=name).unexpected_keys
+        except (RuntimeError, ValueError) as error:  # a tensor of another shape, or no layer of that name
             raise UserError(f"The adapter does not fit this base: {error}", where=str(folder)) from None
+        if unknown:
+            what = f"The adapter does not fit this base: it holds weights for {len(unknown)} more layers"
+            raise UserError(f"{what}, such as {unknown[0]}.", where=str(folder))
+        self._set_trainable()
 
     def add_value(self, *, trunk: bool = False) -> ValueView:
         """Add the value role: an adapter like the policy's, and a head that starts at zero.

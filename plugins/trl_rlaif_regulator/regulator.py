@@ -61,13 +61,14 @@ class DistributionRegulator(RewardTransform):
         return self._spread() * self.options.bound * torch.tanh(scaled / self.options.bound)
 
     def _spread(self) -> float:
-        """What a standard deviation of a category becomes: the same for all of them, at the start 1 at most.
+        """What a standard deviation of a category becomes: the same for all of them.
 
-        It is never more than the scores' own, nor does it stay 1 while they come closer together, as they do when a
-        policy learns: ever more would be paid for ever smaller differences, against the same price of a KL.
+        The scores' own spread, brought down to 1 where it is above that once it is known. From then on it follows the
+        scores: were it always 1, ever more would be paid for ever smaller differences as a policy learns and its
+        scores come closer together, against the same price of a KL.
         """
-        spread = self.running.within()
-        if self.unit is None and self.batches >= max(1, self.options.warm_up):
+        spread, known = self.running.within()
+        if self.unit is None and known and self.batches >= max(1, self.options.warm_up):
             self.unit = max(spread, 1.0)
         return spread / (self.unit or max(spread, 1.0))
 
@@ -85,7 +86,7 @@ class DistributionRegulator(RewardTransform):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.running.load_state_dict(state["running"])
-        self.batches, self.start, self.unit = state["batches"], dict(state["start"]), state["unit"]
+        self.batches, self.start, self.unit = state["batches"], dict(state["start"]), state.get("unit")
 
     def _watch(self, rows: list[tuple[str | None, float, float]]) -> None:
         """Signs of reward hacking: the score of a kind of prompt rises while its KL budget is overdrawn."""

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 POOLED = ""
+UNNAMED = None  # in a state
+# Degrees of freedom from which a spread is known well enough (to about a fifth).
+ENOUGH = 16
 
 
 @dataclass
@@ -55,27 +58,40 @@ class RunningScores:
     def __init__(self, share: float, prior: float) -> None:
         self.share, self.prior = share, prior
         self.moments: dict[str, Moments] = {}
+        self.unnamed = Moments()  # of the scores without a category
 
     def add(self, scores: Iterable[tuple[str | None, float]]) -> None:
         """Take in a batch of scores with their categories."""
         rows: dict[str, list[float]] = defaultdict(list)
+        scores = list(scores)
         for category, score in scores:
             rows[POOLED].append(score)
             if category:
                 rows[category].append(score)
         for name, values in rows.items():
             self.moments.setdefault(name, Moments()).add(values, self.share)
+        unnamed = [score for category, score in scores if not category]
+        if unnamed:
+            self.unnamed.add(unnamed, self.share)
 
     def own(self, name: str) -> tuple[float, float]:
         """Mean and standard deviation of a known category alone."""
         moments = self.moments[name]
         return moments.mean, math.sqrt(max(moments.second - moments.mean**2, 0.0))
 
-    def within(self) -> float:
-        """Standard deviation of the scores about their own category's mean, 0 before the first."""
-        own = [m for name, m in self.moments.items() if name != POOLED] or list(self.moments.values())
-        weight = sum(m.weight for m in own)
-        return math.sqrt(max(sum(m.weight * (m.second - m.mean**2) for m in own) / weight, 0.0)) if weight else 0.0
+    def within(self) -> tuple[float, bool]:
+        """Standard deviation of the scores about their own category's mean, 0 before the first.
+
+        Returns:
+            It, and whether it comes from enough scores; until then it is that of all scores together.
+        """
+        own = [m for name, m in self.moments.items() if name != POOLED] + [self.unnamed]
+        counts = [min(m.count, 1 / self.share) for m in own]
+        free = sum(max(n - 1, 0) for n in counts)
+        if free < ENOUGH:
+            return (self.own(POOLED)[1] if POOLED in self.moments else 0.0), False
+        squares = sum(n * (m.second - m.mean**2) for n, m in zip(counts, own, strict=True) if n > 1)
+        return math.sqrt(max(squares / free, 0.0)), True
 
     def figures(self, category: str | None) -> tuple[float, float]:
         """Mean and standard deviation of a category, drawn towards the pooled ones.
@@ -96,8 +112,11 @@ class RunningScores:
 
     def state_dict(self) -> dict[str, Any]:
         """The figures of every category."""
-        return {name: (m.weight, m.total, m.squares, m.count) for name, m in self.moments.items()}
+        found = {name: (m.weight, m.total, m.squares, m.count) for name, m in self.moments.items()}
+        u = self.unnamed
+        return found | {UNNAMED: (u.weight, u.total, u.squares, u.count)} if u.count else found
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what ``state_dict`` gave."""
-        self.moments = {name: Moments(*values) for name, values in state.items()}
+        self.moments = {name: Moments(*values) for name, values in state.items() if name != UNNAMED}
+        self.unnamed = Moments(*state.get(UNNAMED, ()))

@@ -357,3 +357,23 @@ def test_a_held_adapter_computes_the_same_to_the_last_bit():
     assert all(layer._held is None for layer in layers)
     with held_adapter(model):  # outside of autocast there is nothing to save
         assert all(layer._held is None for layer in layers)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "narrow values"])
+def test_attention_that_is_not_the_usual_one_stays_what_it_is(kind):
+    """An encoder's tokens see all others, with a mask or without; values may be narrower than keys."""
+    torch.manual_seed(0)
+    if kind == "encoder":
+        config = transformers.BertConfig(vocab_size=60, **SIZES)
+        model = transformers.BertForSequenceClassification(config).eval()
+    else:
+        config = transformers.DeepseekV3Config(
+            vocab_size=60, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
+            qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=2, **SIZES,
+        )  # fmt: skip
+        model = transformers.DeepseekV3ForCausalLM(config).eval()
+    with torch.no_grad(), _bfloat16():
+        expected = model(input_ids=IDS).logits
+        with trainable_attention(model):
+            found = model(input_ids=IDS).logits
+    torch.testing.assert_close(found, expected, rtol=0.03, atol=0.03)

@@ -21,6 +21,7 @@ from trl import RewardConfig
 from trl import RewardTrainer as ParentTrainer
 
 from trl_rlaif import RewardTrainer
+from trl_rlaif.models import keep_gradients
 
 WORDS = "quick brown fox lazy dog capital city country judge over".split()
 
@@ -132,12 +133,13 @@ def test_loss_and_gradients_equal_the_parents_in_float32(tmp_path, kind, weights
     found = []
     for trainer_class in (ParentTrainer, RewardTrainer):
         load = AutoModelForSequenceClassification.from_pretrained
-        model = load(tmp_path / "base", dtype=torch.float32, quantization_config=quantization)
+        model = keep_gradients(load(tmp_path / "base", dtype=torch.float32, quantization_config=quantization))
         config = None if weights == "full" else LoraConfig(task_type="SEQ_CLS", **lora)
         found.append(_loss_and_gradients(trainer_class, tmp_path / "run", model, config))
     (loss, gradients, _), (our_loss, our_gradients, packed) = found
     assert packed is True
     assert our_loss == pytest.approx(loss, rel=1e-5)
     assert our_gradients.keys() == gradients.keys() and len(gradients) > 4
-    for name, gradient in gradients.items():
-        assert (our_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+    largest = max(gradient.norm() for gradient in gradients.values())
+    for name, gradient in gradients.items():  # what cancels between chosen and rejected is rounding alone
+        assert (our_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7 * largest, name

@@ -67,7 +67,7 @@ def test_no_category_is_worth_more_than_another():
     for seed in range(30):
         scores, categories = _task(seed)
         found = regulator.transform(scores, _rollout(categories))
-        assert found.abs().max() <= 3 * regulator.running.within() / regulator.unit
+        assert found.abs().max() <= 3 * regulator.running.within()[0] / regulator.unit
     by = {name: found[[c == name for c in categories]] for name in set(categories)}
     raw = {name: scores[[c == name for c in categories]] for name in set(categories)}
     assert max(abs(x.mean()) for x in by.values()) < 0.6 < 3 < max(x.mean() for x in raw.values())
@@ -76,7 +76,7 @@ def test_no_category_is_worth_more_than_another():
         assert torch.equal(x.argsort(), raw[name].argsort())
     mean, std = regulator.running.figures("code")
     z = (scores[0].item() - mean) / std
-    spread = regulator.running.within() / regulator.unit
+    spread = regulator.running.within()[0] / regulator.unit
     assert spread == pytest.approx(1, abs=0.3)  # against 20 scores of each in the first batch
     assert found[0].item() == pytest.approx(spread * 3 * math.tanh(z / 3), abs=1e-5)
 
@@ -85,9 +85,22 @@ def test_the_spread_within_categories_is_that_of_the_residuals():
     running = RunningScores(share=1e-9, prior=0)
     scores, categories = _task(3, 600)
     running.add(zip(categories, scores.tolist(), strict=True))
-    own = np.array([np.var(scores.numpy()[[c == name for c in categories]]) for name in ("code", "chat", "maths")])
-    assert running.within() == pytest.approx(math.sqrt(own.mean()), rel=1e-5)
-    assert RunningScores(0.1, 1).within() == 0
+    running.add([(None, 5.0), (None, 9.0)])  # prompts without a category are a kind of their own
+    parts = [scores.numpy()[[c == name for c in categories]] for name in ("code", "chat", "maths")] + [np.array([5, 9])]
+    expected = sum(((x - x.mean()) ** 2).sum() for x in parts) / sum(len(x) - 1 for x in parts)
+    assert running.within() == (pytest.approx(math.sqrt(expected), rel=1e-5), True)
+    assert RunningScores(0.1, 1).within() == (0, False)
+
+
+@pytest.mark.parametrize(("kinds", "batch"), [(8, 8), (30, 16), (20, 8), (100, 32), (4, 1), (None, 8)])
+def test_many_categories_in_small_batches_neither_silence_nor_inflate_the_reward(kinds, batch):
+    regulator, generator = DistributionRegulator(), torch.Generator().manual_seed(0)
+    for step in range(150):
+        scores = 4 * torch.randn(batch, generator=generator)
+        names = [f"c{(step * batch + i) % kinds}" if kinds else None for i in range(batch)]
+        regulator.transform(scores, _rollout(names))
+        spread = regulator._spread()
+        assert spread <= 1.35 and (spread > 0.7 or step * batch < 16)
 
 
 @pytest.mark.parametrize("size", [0.2, 5.0])
@@ -125,6 +138,8 @@ def test_its_state_goes_on_where_it_was():
         found = (first if seed < 3 else second).transform(scores, _rollout(categories))
         assert torch.equal(found, expected)
     assert second.metrics() == whole.metrics()
+    old = {name: value for name, value in whole.state_dict().items() if name != "unit"}
+    second.load_state_dict(old)  # from before it had one
 
 
 @pytest.mark.parametrize(("rise", "kl", "alarm"), [(4.0, 20.0, True), (4.0, 5.0, False), (0.0, 20.0, False)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy
 import pytest
 import torch
@@ -16,6 +18,7 @@ from peft import LoraConfig
 
 from trl_rlaif import DataSelector, PPOConfig, PPOTrainer, RewardTransform, UserError, hookimpl
 from trl_rlaif.plugins import Plugins, installed_plugins
+from trl_rlaif.ppo.metrics import category_spreads
 from trl_rlaif.reward.heads import add_expected
 
 
@@ -362,6 +365,11 @@ def test_spreads_between_categories_are_logged_before_and_after_each_transform(t
         def transform(self, scores, rollout):
             return 2 * scores
 
+    class Again(Doubled):
+        pass
+
+    Again.__name__ = "Doubled"
+
     class OfA(RewardTransform):
         def transform(self, scores, rollout):
             return scores + torch.tensor([10.0 if c == "a" else 0.0 for c in rollout.categories])
@@ -369,7 +377,7 @@ def test_spreads_between_categories_are_logged_before_and_after_each_transform(t
     def by_answer(prompts, completions, answer, **columns):
         return [float(len(a)) for a in answer]
 
-    kwargs = {"reward_funcs": by_answer, "reward_transforms": [Doubled(), OfA()]}
+    kwargs = {"reward_funcs": by_answer, "reward_transforms": [Doubled(), Again(), OfA()]}
     trainer = _trainer(tmp_path, per_device_train_batch_size=8, total_episodes=8, trainer_kwargs=kwargs)
     rollout = trainer.sample(next(trainer._batches))
     raw = trainer.score(rollout)
@@ -377,9 +385,23 @@ def test_spreads_between_categories_are_logged_before_and_after_each_transform(t
     of_a = numpy.array([c == "a" for c in rollout.categories])
 
     def spread(scores):
-        return numpy.std([scores[of_a].mean(), scores[~of_a].mean()]) / numpy.std(scores)
+        a, b = scores[of_a], scores[~of_a]
+        within = (len(a) * a.var() + len(b) * b.var()) / (len(scores) - 2)
+        chance = within * (1 / len(a) + 1 / len(b)) / 2
+        return max(numpy.var([a.mean(), b.mean()], ddof=1) - chance, 0) ** 0.5 / scores.std()
 
     scores = raw.double().numpy()
-    expected = [spread(scores), spread(2 * scores), spread(2 * scores + 10 * of_a)]
-    assert list(trainer._spreads) == ["spread/raw", "spread/Doubled", "spread/OfA"]
+    expected = [spread(scores), spread(2 * scores), spread(4 * scores), spread(4 * scores + 10 * of_a)]
+    assert list(trainer._spreads) == ["spread/raw", "spread/Doubled", "spread/Doubled 2", "spread/OfA"]
     assert list(trainer._spreads.values()) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [16, 64, 400])
+def test_kinds_of_prompt_that_are_alike_have_no_spread_however_small_the_batch(size):
+    generator, found = numpy.random.default_rng(0), []
+    for _ in range(200):
+        rollout = SimpleNamespace(categories=[f"c{i % 8}" for i in range(size)])
+        found.append(category_spreads(rollout, {"raw": generator.normal(size=size).tolist()})["spread/raw"])
+    assert numpy.mean(numpy.square(found)) < 0.7 / size**0.5  # of the variance; its floor at 0 leaves a little
+    one_each = SimpleNamespace(categories=["a", "b", "c"])
+    assert category_spreads(one_each, {"raw": [1.0, 2.0, 3.0]}) == {}  # cannot be told from chance

@@ -158,6 +158,18 @@ def test_what_can_be_packed(kind, layout):
     assert model.training
 
 
+def test_windows_are_not_packed_for_another_device():
+    model = _model("windowed")
+    assert can_pack(model, torch.device("cpu")) and not can_pack(model, torch.device("cuda"))
+
+
+def test_groups_refuse_windows(monkeypatch):
+    model = _model("windowed")
+    monkeypatch.setattr(scoring, "_reads_rows", lambda _inner: False)
+    with pytest.raises(UserError, match="sliding windows"):
+        PairScorer(model, model, 10**6)(**_batch(True))
+
+
 def test_windows_hold_in_packed_rows():
     model = _model("windowed").double()
     scorer = PairScorer(model, model, 10**6)
@@ -182,7 +194,7 @@ def test_attention_that_is_not_known_is_not_packed(change, monkeypatch):
         original = cpu_attention.refuse_unknown
         monkeypatch.setattr(cpu_attention, "refuse_unknown", lambda more: original({**more, "softcap": 30.0}))
     assert not scoring._reads_rows(model)
-    assert can_pack(model) == (change != "window")
+    assert can_pack(model) == (change == "soft cap")  # groups keep to the model's own attention
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

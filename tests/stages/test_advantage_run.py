@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 import torch
 from helpers.recipes import tiny_recipe
-from helpers.tiny import make_llama
+from helpers.tiny import make_gpt2, make_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -121,9 +122,15 @@ def test_policies_that_wrote_the_responses_become_importance_weights(finished, t
     assert (plain - moved).abs().max() > 1e-3
 
 
-def test_an_adapter_of_another_base_is_named(tiny_model, tmp_path):
-    get_peft_model(make_llama(hidden_size=64), LoraConfig(r=4, target_modules="all-linear")).save_pretrained(tmp_path)
-    shared = SharedBase(AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(r=4, target_modules="all-linear"))
+@pytest.mark.parametrize("other", ["wider", "deeper", "gpt2", "more"])
+def test_an_adapter_of_another_base_is_named(tiny_model, tmp_path, other):
+    lora = {"r": 4, "target_modules": "all-linear"}
+    base = {"wider": lambda: make_llama(hidden_size=64), "gpt2": make_gpt2}.get(other, make_llama)()
+    if other == "deeper":
+        base.model.layers.append(copy.deepcopy(base.model.layers[0]))
+    modules = ["lm_head"] if other == "more" else None
+    get_peft_model(base, LoraConfig(**lora, modules_to_save=modules)).save_pretrained(tmp_path)
+    shared = SharedBase(AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(**lora))
     with pytest.raises(UserError, match="does not fit this base") as error:
         shared.load_adapter("other", tmp_path)
     assert error.value.problems[0].where == str(tmp_path)

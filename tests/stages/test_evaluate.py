@@ -31,3 +31,11 @@ def test_without_a_reward_model_nothing_drifts():
     assert _numbers(rows, seed=1)["by_category"]["code"] == {
         "win_rate": 0.0, "n": 8, "reward_gain": None, "drift": False
     }  # fmt: skip
+
+
+def test_a_judge_that_is_of_two_minds_raises_no_alarm():
+    rows = _rows("code", 0.1, 1.0, 5)
+    for row in rows[:2]:
+        row["p_trained"] = 0.9
+    code = _numbers(rows, seed=1)["by_category"]["code"]
+    assert code["win_rate"] == 0.4 and not code["drift"]

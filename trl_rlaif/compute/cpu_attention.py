@@ -41,11 +41,10 @@ def refuse_unknown(options: dict[str, Any]) -> None:
 
 def sliding_windows(config: Any) -> list[int | None]:
     """The window of every layer that a configuration speaks of; None for a layer that sees all."""
-    kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     if not getattr(config, "use_sliding_window", True):
         window = None
-    kinds = kinds or ["sliding_attention"] * config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * getattr(config, "num_hidden_layers", 0)
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
@@ -94,6 +93,9 @@ def _attention(
         return _by_rows(query, key, value, packed_rows, window, dropout, scaling), None
     length = query.shape[2]
     usual = dropout == 0 and length == key.shape[2] and kwargs.get("position_bias") is None
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    usual = usual and (causal or attention_mask is not None)  # without a mask, an encoder's tokens see all others
     if not (usual and _low(query) == torch.bfloat16 and length <= FLOAT32_UP_TO):
         kwargs |= {"dropout": dropout, "scaling": scaling}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -140,7 +142,7 @@ def _fastest(
     low, seen = _low(query), key.shape[2]
     scaling = scaling or query.shape[3] ** -0.5
     with torch.autocast("cpu", enabled=False):
-        if low == torch.bfloat16 and seen <= WHOLE_UP_TO and not dropout:
+        if low == torch.bfloat16 and seen <= WHOLE_UP_TO and not dropout and key.shape[3] == value.shape[3]:
             q, k, v = (x.to(low) for x in (query, key, value))
             return whole_attention(q, k, v, _bias(mask, seen), scaling)
         short = low == torch.bfloat16 and seen <= FLOAT32_UP_TO

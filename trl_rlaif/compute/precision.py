@@ -43,9 +43,9 @@ def hold_frozen_weights(model: nn.Module) -> None:
 @contextmanager
 def held_frozen_weights(model: nn.Module) -> Iterator[None]:
     """``hold_frozen_weights`` for a while: every weight is what it was afterwards, to the last bit."""
-    # Only copies that cannot be made again from bfloat16 are kept: many a checkpoint was saved in it.
+    # Only copies that cannot be made again from bfloat16 are kept (many a checkpoint was saved in it), none on a GPU.
     before = [
-        (layer, [(p, None if torch.equal(p, p.bfloat16().float()) else p.data) for p in parameters])
+        (layer, [(p, None if torch.equal(p, p.bfloat16().float()) else p.data.cpu()) for p in parameters])
         for layer, parameters in _holdable(model)
     ]
     try:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from accelerate.utils import gather_object
 
 from trl_rlaif.events import Rollout
-from trl_rlaif.measures import category_figures
 from trl_rlaif.ppo.advantages import kl_per_token
 
 
@@ -54,19 +55,32 @@ def update_metrics(
 def category_spreads(rollout: Rollout, steps: dict[str, list[float]]) -> dict[str, float]:
     """How far the kinds of prompt lie apart, over all processes, as ``spread/<step>``.
 
-    Standard deviation of the category means over that of all scores: 0 where no kind is worth more than another.
+    Standard deviation of the categories' true means over that of all scores: near 0 where no kind is worth more than
+    another. What chance alone makes of means over few scores is taken off (one-way random effects).
 
     Args:
         rollout: What was scored.
         steps: B scores by name: raw, and after each reward transform.
     """
-    columns = zip(rollout.categories, *steps.values(), strict=True)
-    categories, *found = zip(*gather_object(list(columns)), strict=True) if steps else ((),)
-    spreads = {
-        f"spread/{name}": category_figures(scores, categories)["relative_spread"]
-        for name, scores in zip(steps, found, strict=True)
-    }
+    if not steps:
+        return {}
+    categories, *found = zip(*gather_object(list(zip(rollout.categories, *steps.values(), strict=True))), strict=True)
+    spreads = {f"spread/{name}": _spread(scores, categories) for name, scores in zip(steps, found, strict=True)}
     return {name: spread for name, spread in spreads.items() if spread is not None}
+
+
+def _spread(scores: Sequence[float], categories: Sequence[str | None]) -> float | None:
+    """None where a spread cannot be told from chance: one category, or no category with two scores."""
+    by: dict[str | None, list[float]] = defaultdict(list)
+    for score, category in zip(scores, categories, strict=True):
+        by[category].append(score)
+    free, every = len(scores) - len(by), statistics.pvariance(scores)
+    if len(by) < 2 or not free or not every:
+        return None
+    within = sum(len(v) * statistics.pvariance(v) for v in by.values()) / free
+    chance = within * statistics.fmean(1 / len(v) for v in by.values())
+    between = statistics.variance([statistics.fmean(v) for v in by.values()])
+    return math.sqrt(max(between - chance, 0.0) / every)
 
 
 def _by_category(rollout: Rollout, scores: torch.Tensor) -> dict[str, float]:

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
 
-from trl_rlaif.components import DataSelector, RewardTransform
+from trl_rlaif.components import DataSelector, RewardTransform, numbered
 from trl_rlaif.compute.lean_lora import make_lean
 from trl_rlaif.compute.precision import hold_frozen_weights
 from trl_rlaif.errors import UserError
@@ -218,7 +218,7 @@ class PPOTrainer(TrlPPOTrainer):
         steps = {"raw": scores.tolist()} if self.reward_transforms else {}
         for transform in self.reward_transforms:
             scores = transform.transform(scores, rollout)
-            steps[type(transform).__name__] = scores.tolist()
+            steps[numbered(type(transform).__name__, steps)] = scores.tolist()
         self._spreads = category_spreads(rollout, steps)
         eos_id = self.processing_class.eos_token_id
         return shaped_scores(scores, rollout, self.args, eos_id, self.accelerator.gather)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,6 +13,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from trl_rlaif.compute import cpu_attention
 from trl_rlaif.compute.cpu_attention import PairRows, sliding_windows, trainable_attention
+from trl_rlaif.errors import UserError
 from trl_rlaif.judging.packed import packed_batches
 from trl_rlaif.reward.collator import SoftPreferenceCollator
 from trl_rlaif.reward.heads import active_head
@@ -60,10 +61,15 @@ class PairScorer:
         return torch.stack((prompt, chosen, rejected), 1)
 
     def _packed(self, inputs: dict[str, Any]) -> torch.Tensor:
-        """(B, 3, H) hidden states at the ends of prompt, chosen and rejected."""
+        """(B, 3, H) hidden states at the ends of prompt, chosen and rejected.
+
+        Either all pairs in one sequence, with attention pair by pair, or as a padded batch with a mask of (B, 1, S, S).
+        """
         lengths = inputs["attention_mask"].sum(1).tolist()
         if _reads_rows(inner_model(self.unwrapped)):
             groups, compute = packed_batches(lengths, self.batch_tokens), self._behind_each_other
+        elif any(sliding_windows(inner_model(self.unwrapped).config.get_text_config())):
+            raise UserError("Packed pairs cannot keep to this model's sliding windows here.", fix="packing=False")
         else:
             groups, compute = row_groups(lengths, self.batch_tokens), self._below_each_other
         found = []
@@ -162,40 +168,51 @@ def _reads_rows(inner: nn.Module) -> bool:
     if inner.device.type != "cpu" or inner.config._attn_implementation not in ("sdpa", cpu_attention.NAME):
         return False
     if inner not in _reading:
-        config = inner.config.get_text_config()
-        _reading[inner] = True  # for the trial, which asks again
-        tried = None if getattr(config, "attention_chunk_size", None) else _packs_exactly(inner)
-        # A window is longer than the trial's rows: that every layer told its own has to do.
-        _reading[inner] = tried is not None and tried.windows == sliding_windows(config)
+        config, windows = inner.config.get_text_config(), None
+        try:
+            _reading[inner] = True  # for the trial, which asks again
+            tried = None if getattr(config, "attention_chunk_size", None) else _tried(inner)
+            windows = None if tried is None else tried.windows
+        finally:
+            # A window is longer than the trial's rows: that every layer told its own has to do.
+            _reading[inner] = windows is not None and windows == sliding_windows(config)
     return _reading[inner]
 
 
-def can_pack(model: nn.Module) -> bool:
+def can_pack(model: nn.Module, device: torch.device | None = None) -> bool:
     """Whether a model gives packed rows the scores of plain ones, tried out once on a few tokens.
 
     Some attentions take no mask of their own (FlashAttention), or see only a window of the tokens before, and some
     models keep a state that runs through the row.
+
+    Args:
+        device: Where it will be computed; None is where it lies.
     """
-    if _reads_rows(inner_model(model)):
+    inner = inner_model(model)
+    if (device or inner.device).type == "cpu" and _reads_rows(inner):
         return True
-    if any(sliding_windows(inner_model(model).config.get_text_config())):
-        return False  # the mask would have to know the window
-    return _packs_exactly(model) is not None
+    config = inner.config.get_text_config()
+    if any(sliding_windows(config)) or getattr(config, "attention_chunk_size", None):
+        return False  # the mask would have to know of it
+    return _tried(model) is not None
 
 
 @torch.no_grad()
-def _packs_exactly(model: nn.Module) -> PairScorer | None:
+def _tried(model: nn.Module) -> PairScorer | None:
     """The scorer that was tried on a model, or None where it gave other scores than plain sequences have."""
     pairs = [([5, 9, 4, 7, 8], [5, 9, 4, 6, 3, 9]), ([4, 8, 3], [4, 7])]
     device = next(model.parameters()).device
     batch = {name: x.to(device) for name, x in pack([PackedRow.of(*pair) for pair in pairs], 0).items()}
     modes = {module: module.training for module in model.modules()}
+    # On a 4-bit base TRL makes adapters and head bfloat16, which fit the rest under autocast alone.
+    mixed = len({p.dtype for p in model.parameters() if p.is_floating_point()}) > 1
     model.eval()
     try:
         scorer = PairScorer(model, model, batch_tokens=2**20)
-        found = scorer._packed(batch)[:, 1:]
-        plain = [scorer._hidden(input_ids=torch.tensor([ids], device=device)) for pair in pairs for ids in pair]
-        scorer._head(found)
+        with torch.autocast(device.type, torch.bfloat16) if mixed else nullcontext():
+            found = scorer._packed(batch)[:, 1:]
+            plain = [scorer._hidden(input_ids=torch.tensor([ids], device=device)) for pair in pairs for ids in pair]
+            scorer._head(found)
     except Exception:  # whatever an architecture raises that takes no such mask, or has no such head
         return None
     finally:
@@ -203,5 +220,6 @@ def _packs_exactly(model: nn.Module) -> PairScorer | None:
             module.training = training
     expected = torch.stack([hidden[0, -1] for hidden in plain]).view_as(found).float()
     # Below float32 rounding alone makes a difference; what a wrong mask makes is larger by far.
-    tolerance = 1e-4 if found.dtype == torch.float32 and not getattr(model, "is_quantized", False) else 0.05
+    exact = found.dtype == torch.float32 and not mixed and not getattr(model, "is_quantized", False)
+    tolerance = 1e-4 if exact else 0.05
     return scorer if (found.float() - expected).norm() < tolerance * expected.norm() else None

@@ -59,8 +59,8 @@ class RewardTrainer(TrlRewardTrainer):
     ) -> None:
         self.reward_transforms, self.batch_tokens = list(reward_transforms), batch_tokens
         super().__init__(*args, **kwargs)
-        if isinstance(self.model, PeftModel):
-            make_lean(self.model)
+        if isinstance(self.model, PeftModel) and self.accelerator.distributed_type != DistributedType.FSDP:
+            make_lean(self.model)  # FSDP gathers a layer's weights when that layer itself is called
         if any(transform.needs_expected for transform in self.reward_transforms):
             add_expected(self.model)
         if kwargs.get("data_collator") is None and (len(args) < 3 or args[2] is None):
@@ -71,7 +71,7 @@ class RewardTrainer(TrlRewardTrainer):
             )
 
     def _can_pack(self, *, insist: bool) -> bool:
-        if can_pack(self.model):
+        if can_pack(self.model, self.args.device):  # where it is trained: it may still lie elsewhere
             if self.args.ddp_broadcast_buffers is None and self.accelerator.ddp_handler is not None:
                 # DDP would wait for every process in every forward pass, and they make different numbers of them.
                 # What models have in buffers (rotary frequencies) is the same everywhere.
@@ -101,7 +101,7 @@ class RewardTrainer(TrlRewardTrainer):
                 self._signature_columns.append(column)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in the parent. Under bfloat16 autocast, frozen weights below adapters are held in it meanwhile."""
+        """As in the parent. Under bfloat16 autocast, a PeftModel's frozen linear layers are held in it meanwhile."""
         # The base is not part of what checkpoints of an adapter hold; what shards parameters wants one precision.
         alone = self.accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU)
         if isinstance(self.model, PeftModel) and self.accelerator.mixed_precision == "bf16" and alone:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trl_rlaif.artifacts import to_line, write_atomically, write_folder
+from trl_rlaif.components import numbered
 from trl_rlaif.encoding import encode_prompt, encode_response
 from trl_rlaif.errors import UserError
 from trl_rlaif.events import Rollout
@@ -167,7 +168,9 @@ def _held_out_numbers(context: Context, trainer: Any, held_out: Dataset) -> dict
     people = [hit == human for hit, human in zip(right, held_out["human"], strict=True) if human is not None]
     choices = [0 if p == 0.5 else 1 if p > 0.5 else 2 for p in held_out["p"]]
     raw = torch.cat((chosen, rejected))
-    names = [ref.name for ref in context.recipe.reward.transforms]
+    names: list[str] = []
+    for ref in context.recipe.reward.transforms:
+        names.append(numbered(ref.name, names))
     steps = transformed(trainer.reward_transforms, raw, expected, categories)
     figures = [category_figures(scores.tolist(), categories * 2) for scores in steps]
     after = steps[-1] if steps else None
@@ -225,5 +228,6 @@ def transformed(
     )
     steps = []
     for transform in transforms:
-        steps.append(raw := transform.transform(raw, rollout))
+        raw = transform.transform(raw.clone(), rollout)  # which may change what it is given
+        steps.append(raw)
     return steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import statistics
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,7 +151,15 @@ def _numbers(trainer: Any, skipped: dict[str, int]) -> dict[str, Any]:
             "score_last": logged[-1]["objective/scores"],
             "kl_last": logged[-1]["objective/kl"],
         }
-        # Between kinds of prompt, before and after each reward transform.
-        name = "spread/"
-        numbers["spread_last"] = {k.removeprefix(name): v for k, v in logged[-1].items() if k.startswith(name)}
+        numbers["spread_last"] = _last_spreads(logged[-10:])
     return numbers
+
+
+def _last_spreads(logged: list[dict[str, float]]) -> dict[str, float]:
+    """Between kinds of prompt, before and after each reward transform: means over what was logged."""
+    found: dict[str, list[float]] = {}
+    for entry in logged:
+        for name, value in entry.items():
+            if name.startswith("spread/"):
+                found.setdefault(name.removeprefix("spread/"), []).append(value)
+    return {name: statistics.fmean(values) for name, values in found.items()}
