@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from tables import interval
 
 from trl_rlaif.measures import calibration_error, category_figures
 
@@ -280,7 +280,7 @@ def _table(args: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) -> 
     for name, runs in found.items():
         for regulated in (False, True):
             numbers = [_numbers(run, regulated=regulated) for run in runs]
-            cells = " | ".join(_interval([n[metric] for n in numbers]) for metric in METRICS)
+            cells = " | ".join(interval([n[metric] for n in numbers], 3) for metric in METRICS)
             lines.append(f"| {name}{', regulated' if regulated else ''} | {cells} |")
     lines += ["", "Mean / standard deviation of the scores by category, over all seeds:", ""]
     names = sorted({c for runs in found.values() for run in runs for c in run["held_out"]["category"]})
@@ -291,14 +291,6 @@ def _table(args: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) -> 
         by = category_figures(every, categories)["categories"]
         lines.append(f"| {name} | " + " | ".join(f"{by[c]['mean']:+.2f} / {by[c]['std']:.2f}" for c in names) + " |")
     return lines
-
-
-def _interval(values: list[float]) -> str:
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return f"{mean:.3f}"
-    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-    return f"{mean:.3f} ± {half:.3f}"
 
 
 def _rounded(value: float) -> float:

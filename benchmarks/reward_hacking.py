@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from scipy import stats
+from tables import interval
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -287,7 +287,7 @@ def _table(args: argparse.Namespace, found: dict[str, list[list[dict[str, float]
     ]
     for name, runs in found.items():
         rows = [_summary(run) for run in runs]
-        lines.append(f"| {name} | " + " | ".join(_interval([row[key] for row in rows]) for key in rows[0]) + " |")
+        lines.append(f"| {name} | " + " | ".join(interval([row[key] for row in rows], 2) for key in rows[0]) + " |")
     lines += ["", "True reward at a KL (nats a response) of about:", ""]
     levels = (0, 1, 2, 4, 6, 8, 12, 16)
     lines += ["| reward | " + " | ".join(map(str, levels)) + " |", "|---|" + "---|" * len(levels)]
@@ -310,13 +310,6 @@ def _summary(run: list[dict[str, float]]) -> dict[str, float]:
         "kl_last": smooth["kl"][-1],
         "other": smooth["other_kind"][-1],
     }
-
-
-def _interval(values: list[float]) -> str:
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return f"{mean:.2f}"
-    return f"{mean:.2f} ± {stats.t.ppf(0.975, len(values) - 1) * stats.sem(values):.2f}"
 
 
 if __name__ == "__main__":

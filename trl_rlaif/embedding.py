@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from trl_rlaif.judging.scoring import token_batches
 from trl_rlaif.roles import backbone
@@ -31,12 +32,8 @@ def mean_hidden_states(model: nn.Module, prompts: Sequence[Sequence[int]], *, ba
     device = next(model.parameters()).device
     found: torch.Tensor | None = None
     for batch in token_batches([len(p) for p in prompts], batch_tokens):
-        width = max(len(prompts[i]) for i in batch)
-        ids, mask = torch.zeros(2, len(batch), width, dtype=torch.long)
-        for row, i in enumerate(batch):
-            ids[row, : len(prompts[i])] = torch.as_tensor(prompts[i])
-            mask[row, : len(prompts[i])] = 1
-        ids, mask = ids.to(device), mask.to(device)
+        ids = pad_sequence([torch.as_tensor(prompts[i]) for i in batch], batch_first=True).to(device)
+        mask = pad_sequence([torch.ones(len(prompts[i]), dtype=torch.long) for i in batch], batch_first=True).to(device)
         hidden = backbone(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.float()
         means = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         if found is None:

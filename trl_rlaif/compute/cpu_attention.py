@@ -24,7 +24,6 @@ NAME = "trl_rlaif_cpu"
 WHOLE_UP_TO = 128
 FLOAT32_UP_TO = 256
 
-
 # What models hand to their attention that changes nothing here.
 _HARMLESS = {"dropout", "is_causal", "output_attentions", "position_ids", "use_cache"}
 

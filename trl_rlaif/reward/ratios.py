@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from trl_rlaif.compute.head import is_plain, token_logprobs_of
 from trl_rlaif.errors import UserError
@@ -36,15 +37,12 @@ def response_logprobs(
     inner, device = inner_model(model), next(model.parameters()).device
     found = torch.zeros(len(sequences), dtype=torch.float64)
     for batch in token_batches([len(s) for s in sequences], batch_tokens):
-        width = max(len(sequences[i]) for i in batch)
-        ids = torch.zeros(len(batch), width, dtype=torch.long)
-        wanted = torch.zeros(len(batch), width, dtype=torch.bool)
-        mask = torch.zeros(len(batch), width, dtype=torch.long)
-        for row, i in enumerate(batch):
-            ids[row, : len(sequences[i])] = torch.as_tensor(sequences[i])
-            mask[row, : len(sequences[i])] = 1
-            wanted[row, prompt_lengths[i] : len(sequences[i])] = True
-        ids, wanted, mask = ids.to(device), wanted.to(device), mask.to(device)
+        ids = pad_sequence([torch.as_tensor(sequences[i]) for i in batch], batch_first=True).to(device)
+        mask = pad_sequence([torch.ones(len(sequences[i]), dtype=torch.long) for i in batch], batch_first=True).to(
+            device
+        )
+        first = torch.tensor([prompt_lengths[i] for i in batch], device=device)
+        wanted = mask.bool() & (torch.arange(mask.shape[1], device=device) >= first[:, None])
         before = wanted.roll(-1, 1)  # the position that a token is read at is the one before it
         tokens = ids[wanted]
         if is_plain(inner):

@@ -31,10 +31,11 @@ class PairScorer:
         model: Sequence classification model with a linear head ``score``, plain, PEFT or wrapped.
         unwrapped: The same without what accelerate put around it.
         batch_tokens: Most tokens, padding counted, of one forward pass over packed rows.
+        as_rows: Packed pairs stand behind each other, without padding; None asks whether the model reads them so.
     """
 
-    def __init__(self, model: nn.Module, unwrapped: nn.Module, batch_tokens: int) -> None:
-        self.model, self.unwrapped, self.batch_tokens = model, unwrapped, batch_tokens
+    def __init__(self, model: nn.Module, unwrapped: nn.Module, batch_tokens: int, as_rows: bool | None = None) -> None:
+        self.model, self.unwrapped, self.batch_tokens, self.as_rows = model, unwrapped, batch_tokens, as_rows
         self.expected: torch.Tensor | None = None
         self.windows: list[int | None] = []
 
@@ -66,9 +67,10 @@ class PairScorer:
         Either all pairs in one sequence, with attention pair by pair, or as a padded batch with a mask of (B, 1, S, S).
         """
         lengths = inputs["attention_mask"].sum(1).tolist()
-        if _reads_rows(inner_model(self.unwrapped)):
+        inner = inner_model(self.unwrapped)
+        if _reads_rows(inner) if self.as_rows is None else self.as_rows:
             groups, compute = packed_batches(lengths, self.batch_tokens), self._behind_each_other
-        elif any(sliding_windows(inner_model(self.unwrapped).config.get_text_config())):
+        elif any(sliding_windows(inner.config.get_text_config())):
             raise UserError("Packed pairs cannot keep to this model's sliding windows here.", fix="packing=False")
         else:
             groups, compute = row_groups(lengths, self.batch_tokens), self._below_each_other
@@ -168,14 +170,10 @@ def _reads_rows(inner: nn.Module) -> bool:
     if inner.device.type != "cpu" or inner.config._attn_implementation not in ("sdpa", cpu_attention.NAME):
         return False
     if inner not in _reading:
-        config, windows = inner.config.get_text_config(), None
-        try:
-            _reading[inner] = True  # for the trial, which asks again
-            tried = None if getattr(config, "attention_chunk_size", None) else _tried(inner)
-            windows = None if tried is None else tried.windows
-        finally:
-            # A window is longer than the trial's rows: that every layer told its own has to do.
-            _reading[inner] = windows is not None and windows == sliding_windows(config)
+        config = inner.config.get_text_config()
+        tried = None if getattr(config, "attention_chunk_size", None) else _tried(inner, as_rows=True)
+        # A window is longer than the trial's rows: that every layer told its own has to do.
+        _reading[inner] = tried is not None and tried.windows == sliding_windows(config)
     return _reading[inner]
 
 
@@ -194,11 +192,11 @@ def can_pack(model: nn.Module, device: torch.device | None = None) -> bool:
     config = inner.config.get_text_config()
     if any(sliding_windows(config)) or getattr(config, "attention_chunk_size", None):
         return False  # the mask would have to know of it
-    return _tried(model) is not None
+    return _tried(model, as_rows=False) is not None
 
 
 @torch.no_grad()
-def _tried(model: nn.Module) -> PairScorer | None:
+def _tried(model: nn.Module, *, as_rows: bool) -> PairScorer | None:
     """The scorer that was tried on a model, or None where it gave other scores than plain sequences have."""
     pairs = [([5, 9, 4, 7, 8], [5, 9, 4, 6, 3, 9]), ([4, 8, 3], [4, 7])]
     device = next(model.parameters()).device
@@ -208,7 +206,7 @@ def _tried(model: nn.Module) -> PairScorer | None:
     mixed = len({p.dtype for p in model.parameters() if p.is_floating_point()}) > 1
     model.eval()
     try:
-        scorer = PairScorer(model, model, batch_tokens=2**20)
+        scorer = PairScorer(model, model, batch_tokens=2**20, as_rows=as_rows)
         with torch.autocast(device.type, torch.bfloat16) if mixed else nullcontext():
             found = scorer._packed(batch)[:, 1:]
             plain = [scorer._hidden(input_ids=torch.tensor([ids], device=device)) for pair in pairs for ids in pair]
