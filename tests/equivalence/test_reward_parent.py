@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from datasets import Dataset
+from helpers.reward import small_config
 from helpers.tiny import make_scorer, make_tokenizer
 from peft import LoraConfig
 from transformers import (
@@ -17,7 +18,6 @@ from transformers import (
     Qwen2Config,
     Qwen2ForSequenceClassification,
 )
-from trl import RewardConfig
 from trl import RewardTrainer as ParentTrainer
 
 from trl_rlaif import RewardTrainer
@@ -39,19 +39,7 @@ def _losses(trainer_class, folder, *, p=None, **options):
         rows = [{**row, "p": p} for row in rows]
     tokenizer = make_tokenizer()
     peft_config = options.pop("peft_config", None)
-    args = RewardConfig(
-        str(folder),
-        per_device_train_batch_size=3,
-        num_train_epochs=2,
-        learning_rate=1e-3,
-        logging_steps=1,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        **options,
-    )
+    args = small_config(folder, per_device_train_batch_size=3, num_train_epochs=2, **options)
     trainer = trainer_class(
         model=make_scorer(len(tokenizer)),
         args=args,
@@ -107,8 +95,11 @@ def _loss_and_gradients(trainer_class, folder, model, lora):
     for i in range(6):
         prompt = tokens(3 + 2 * i)
         rows.append({"chosen_ids": prompt + tokens(9 - i), "rejected_ids": prompt + tokens(2 + i)})
-    args = RewardConfig(str(folder), bf16=False, gradient_checkpointing=False, use_cpu=True, report_to="none")
-    options = {"args": args, "train_dataset": Dataset.from_list(rows), "processing_class": make_tokenizer()}
+    options = {
+        "args": small_config(folder),
+        "train_dataset": Dataset.from_list(rows),
+        "processing_class": make_tokenizer(),
+    }
     torch.manual_seed(1)
     trainer = trainer_class(model=model, peft_config=lora, **options)
     for parameter in trainer.model.parameters():

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from trl import RewardConfig
 from trl_rlaif_advantage import AdvantageModel
 
+from helpers.reward import small_config
 from helpers.tiny import make_scorer, make_tokenizer
 from trl_rlaif import RewardTrainer
 from trl_rlaif.reward import scoring
@@ -45,19 +45,7 @@ def run(folder: Path, *, batch: int, rows: bool) -> dict[str, Any]:
     """
     if not rows:
         scoring._reads_rows = lambda _inner: False
-    args = RewardConfig(
-        str(folder),
-        per_device_train_batch_size=batch,
-        num_train_epochs=1,
-        learning_rate=1e-3,
-        logging_steps=1,
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-    )
+    args = small_config(folder, per_device_train_batch_size=batch, num_train_epochs=1)
     transform = AdvantageModel(adapt="variance", std_band=(0.01, 0.02))
     torch.manual_seed(0)
     trainer = RewardTrainer(

@@ -8,9 +8,9 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
+from helpers.reward import small_config
 from helpers.tiny import make_scorer, make_tokenizer
 from peft import LoraConfig, get_peft_model
-from trl import RewardConfig
 
 from trl_rlaif import RewardTrainer, UserError
 from trl_rlaif.compute import cpu_attention
@@ -214,9 +214,10 @@ def test_an_attention_that_ignores_the_mask_is_found_out(monkeypatch):
 
 def _trainer(folder, model, **kwargs):
     tokenizer = make_tokenizer()
-    args = RewardConfig(str(folder), report_to="none", use_cpu=True, bf16=False)
     data = Dataset.from_list(_examples(prompt_length=[2, 1, 1, 3]))
-    return RewardTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer, **kwargs)
+    return RewardTrainer(
+        model=model, args=small_config(folder), train_dataset=data, processing_class=tokenizer, **kwargs
+    )
 
 
 def test_what_cannot_be_packed_is_said_once(tmp_path, caplog):

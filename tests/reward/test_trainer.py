@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from datasets import Dataset
+from helpers.reward import small_config
 from helpers.tiny import make_scorer, make_tokenizer
 from peft import LoraConfig
-from trl import RewardConfig
 from trl_rlaif_advantage import AdvantageModel
 
 from trl_rlaif import RewardTrainer, load_reward_model
@@ -41,19 +41,7 @@ def _data(k: int) -> Dataset:
 
 
 def _trainer(folder, model, k: int = 0, *, lora: bool = True, bf16: bool = False, **options) -> RewardTrainer:
-    args = RewardConfig(
-        str(folder),
-        per_device_train_batch_size=4,
-        num_train_epochs=2,
-        learning_rate=1e-3,
-        logging_steps=1,
-        bf16=bf16,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-    )
+    args = small_config(folder, per_device_train_batch_size=4, num_train_epochs=2, bf16=bf16)
     return RewardTrainer(
         model=model,
         args=args,
