@@ -26,7 +26,11 @@ _LAZY = {
     "Label": "trl_rlaif.events",
     "Pool": "trl_rlaif.events",
     "PreferenceScores": "trl_rlaif.events",
+    "RehearsalPair": "trl_rlaif.events",
     "Rollout": "trl_rlaif.events",
+    "Selection": "trl_rlaif.events",
+    "cluster": "trl_rlaif.clustering",
+    "directions": "trl_rlaif.embedding",
     "Judge": "trl_rlaif.judging",
     "LocalJudge": "trl_rlaif.judging",
     "JudgePrompt": "trl_rlaif.judging",
@@ -41,10 +45,12 @@ _LAZY = {
 __all__ = ["__version__", "hookimpl", *_LAZY]
 
 if TYPE_CHECKING:
+    from trl_rlaif.clustering import cluster
     from trl_rlaif.components import DataSelector, Labeler, Options, RewardTransform
     from trl_rlaif.data import Pair, Prompt
+    from trl_rlaif.embedding import directions
     from trl_rlaif.errors import RunError, UserError
-    from trl_rlaif.events import Label, Pool, PreferenceScores, Rollout
+    from trl_rlaif.events import Label, Pool, PreferenceScores, RehearsalPair, Rollout, Selection
     from trl_rlaif.judging import Answer, Judge, JudgePrompt, LocalJudge, Question, Thinking, ThinkingOptions
     from trl_rlaif.ppo.config import PPOConfig
     from trl_rlaif.ppo.trainer import PPOTrainer

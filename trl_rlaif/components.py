@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from trl_rlaif.data import Pair
-    from trl_rlaif.events import Label, Pool, PreferenceScores, Rollout
+    from trl_rlaif.events import Label, Pool, PreferenceScores, Rollout, Selection
     from trl_rlaif.judging import Judge
 
 
@@ -90,8 +90,17 @@ class RewardTransform(Component):
 
 
 class DataSelector(Component, ABC):
-    """Chooses which prompts PPO trains on."""
+    """Chooses which prompts PPO trains on, and which responses it rehearses."""
+
+    @property
+    def num_responses(self) -> int:
+        """Responses a prompt that the pool must hold."""
+        return 1
 
     @abstractmethod
-    def select(self, pool: Pool) -> Sequence[int]:
-        """Indices into the pool, in the dataset's order, to train on; must not be empty."""
+    def select(self, pool: Pool) -> Selection | Sequence[int]:
+        """Choose from scored responses of the policy.
+
+        Returns:
+            A Selection; or indices into the pool, whose prompts PPO trains on (not empty).
+        """

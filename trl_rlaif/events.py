@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 
@@ -131,16 +134,107 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Pool:
-    """Prompts with one response each of the starting policy, from which a selector chooses.
+    """Scored responses to prompts, from which selectors choose; a prompt may have several, one after the other.
 
     Args:
         prompts: Text or messages, N entries.
         responses: The responses in the same form, N entries.
-        scores: (N,) float32, the summed and transformed reward.
+        scores: (N,) float32, the summed and transformed reward; with the Advantage Model, r - e.
         categories: Kind of prompt, or None where unknown, N entries.
+        rows: (N,) int64, each prompt's row of the prompt dataset.
+        columns: The dataset's other columns, N entries each.
+        prompt_ids: N token sequences.
+        response_ids: N token sequences, as sampled, with the end token where it was drawn.
+        entropies: (N,) float32, -log pi(y|x) by token under the policy that sampled, nats.
+        embed: Computes the embeddings.
+        seed: Of what a selector draws at random.
     """
 
     prompts: list[Any]
     responses: list[Any]
     scores: torch.Tensor
     categories: list[str | None]
+    rows: torch.Tensor
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    prompt_ids: list[list[int]] = field(default_factory=list)
+    response_ids: list[list[int]] = field(default_factory=list)
+    entropies: torch.Tensor | None = None
+    embed: Callable[[], np.ndarray] | None = None
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @cached_property
+    def embeddings(self) -> np.ndarray:
+        """(N, H) float32, mean hidden states of the prompts under the frozen base; computed when first asked for."""
+        return self.embed()
+
+    def subset(self, indices: Sequence[int]) -> Pool:
+        """The same of some rows, in the order given."""
+        chosen = [int(i) for i in indices]
+        return Pool(
+            prompts=[self.prompts[i] for i in chosen],
+            responses=[self.responses[i] for i in chosen],
+            scores=self.scores[chosen],
+            categories=[self.categories[i] for i in chosen],
+            rows=self.rows[chosen],
+            columns={name: [values[i] for i in chosen] for name, values in self.columns.items()},
+            prompt_ids=[self.prompt_ids[i] for i in chosen],
+            response_ids=[self.response_ids[i] for i in chosen],
+            entropies=None if self.entropies is None else self.entropies[chosen],
+            embed=lambda: self.embeddings[chosen],
+            seed=self.seed,
+        )
+
+    def pair(self, index: int, *, why: str, cluster: int | None = None) -> RehearsalPair:
+        """A row as a pair to rehearse."""
+        return RehearsalPair(
+            prompt=self.prompts[index],
+            response=self.responses[index],
+            score=float(self.scores[index]),
+            cluster=cluster,
+            why=why,
+            prompt_ids=self.prompt_ids[index],
+            response_ids=self.response_ids[index],
+        )
+
+
+@dataclass(frozen=True)
+class RehearsalPair:
+    """A response that the policy shall not lose.
+
+    Args:
+        prompt, response: Text, or messages.
+        score: What it was chosen by; None where it is a user's own.
+        cluster: Kind of prompt, 0..c-1, where a selector clustered.
+        why: What it was chosen for, in words.
+        prompt_ids, response_ids: Tokens, the response's with its end token.
+    """
+
+    prompt: Any
+    response: Any
+    score: float | None
+    cluster: int | None
+    why: str
+    prompt_ids: list[int]
+    response_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a selector chose from a pool of N rows.
+
+    Args:
+        prompts: Rows whose prompts PPO trains on, in any order, repeated ones drawn more often; None leaves all.
+        strata: Of each of ``prompts``, a label: every batch then holds the labels in like shares.
+        rehearsal: What the policy rehearses.
+        clusters: (N,) ints, of each row, for the report's map.
+        embeddings: (N, H) float, by which they were clustered; None: the pool's own.
+    """
+
+    prompts: Sequence[int] | None = None
+    strata: Sequence[Hashable] | None = None
+    rehearsal: Sequence[RehearsalPair] = ()
+    clusters: Sequence[int] | None = None
+    embeddings: np.ndarray | None = None

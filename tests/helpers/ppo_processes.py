@@ -82,7 +82,7 @@ def selected(folder: Path) -> dict[str, Any]:
     trainer.train()
     pool = selector.pool
     return {
-        "rows": trainer._selected_rows,
+        "rows": trainer.chosen.rows,
         "pool": None if pool is None else (pool.prompts, len(pool.responses), len(pool.scores), pool.categories),
         "dataset": ppo_task.make_prompts(9).to_dict(),
         "prompts": trainer.drawn[-2:],

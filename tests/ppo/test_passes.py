@@ -17,7 +17,7 @@ from trl_rlaif.compute.lean_lora import make_lean
 from trl_rlaif.events import Rollout
 from trl_rlaif.ppo import losses, passes
 from trl_rlaif.ppo.actors import SharedActors
-from trl_rlaif.ppo.gradients import MicroBatch, Objective
+from trl_rlaif.ppo.gradients import MicroBatch, Objective, parts
 from trl_rlaif.ppo.passes import Passage
 from trl_rlaif.roles import backbone
 
@@ -147,12 +147,12 @@ def test_parts_hold_every_row_once_in_order_within_the_budget(tokens):
     def size(part):
         return Passage.of(rollout, part).inputs(last=True)["input_ids"].numel()
 
-    parts = list(_micro_batch(rollout, rows).parts(tokens))
-    assert torch.equal(torch.cat(parts), rows)
-    assert all(size(part) <= tokens for part in parts if len(part) > 1)
-    for part, following in zip(parts, parts[1:], strict=False):  # as few parts as the order allows
+    found = list(parts(rollout, rows, tokens))
+    assert torch.equal(torch.cat(found), rows)
+    assert all(size(part) <= tokens for part in found if len(part) > 1)
+    for part, following in zip(found, found[1:], strict=False):  # as few parts as the order allows
         assert size(torch.cat((part, following[:1]))) > tokens
-    assert torch.equal(next(_micro_batch(rollout, rows).parts(None)), rows)
+    assert torch.equal(next(parts(rollout, rows, None)), rows)
 
 
 def _old(shared: SharedBase, prompts=PROMPTS, lengths=LENGTHS) -> Rollout:
@@ -187,7 +187,7 @@ def _assert_equal(found, expected, **tolerance):
 def test_parts_add_up_to_the_whole(trunk, tokens):
     shared = _shared(trunk=trunk)
     batch = _micro_batch(_old(shared, (2, 5, 3, 1, 4, 5), (6, 1, 3, 1, 6, 2)), weight=0.5)
-    assert len(list(batch.parts(tokens))) > 1
+    assert len(list(parts(batch.rollout, batch.rows, tokens))) > 1
     whole = _backward(shared, batch)
     assert all(0 < whole[1][f"{name}/clipfrac_avg"] < 1 for name in ("policy", "val"))
     _assert_equal(_backward(shared, batch, tokens=tokens), whole, rtol=1e-5, atol=1e-7)

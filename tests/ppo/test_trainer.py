@@ -16,7 +16,7 @@ from helpers.rewards import length_penalty, not_a_number
 from helpers.tiny import make_llama, make_scorer, make_tokenizer
 from peft import LoraConfig
 
-from trl_rlaif import DataSelector, PPOConfig, PPOTrainer, RewardTransform, UserError, hookimpl
+from trl_rlaif import DataSelector, PPOConfig, PPOTrainer, RewardTransform, Selection, UserError, hookimpl
 from trl_rlaif.plugins import Plugins, installed_plugins
 from trl_rlaif.ppo.metrics import category_spreads
 from trl_rlaif.reward.heads import add_expected
@@ -120,10 +120,30 @@ class _Random(DataSelector):
         return torch.randperm(len(pool.prompts))[:6].tolist()
 
 
-@pytest.mark.parametrize("selectors", [(), (_Random(),)], ids=["all prompts", "selected prompts"])
-def test_a_run_can_be_repeated_and_resumed_bit_for_bit(tmp_path, selectors):
+class _Everything(DataSelector):
+    """Prompts by chance in strata, and pairs of two responses a prompt."""
+
+    num_responses = 2
+
+    def select(self, pool):
+        chosen = torch.randperm(len(pool))[:8].tolist()
+        rehearsal = [pool.pair(i, why="by chance", cluster=i % 3) for i in range(0, len(pool), 3)]
+        return Selection(chosen, [i % 2 for i in chosen], rehearsal, clusters=[i % 3 for i in range(len(pool))])
+
+
+@pytest.mark.parametrize(
+    ("selectors", "more"),
+    [
+        ((), {}),
+        ((_Random(),), {}),
+        ((_Everything(),), {"rehearsal_coef": 0.5, "rehearsal_schedule": "cosine", "selection_every": 4}),
+    ],
+    ids=["all prompts", "selected prompts", "rehearsal, chosen anew"],
+)
+def test_a_run_can_be_repeated_and_resumed_bit_for_bit(tmp_path, selectors, more):
     """Whole, repeated, and stopped after two updates and resumed: the same numbers, to the last bit."""
-    options = {"num_mini_batches": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    options = dict(more)
+    options |= {"num_mini_batches": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
     options["trainer_kwargs"] = {"data_selectors": selectors}
     whole = _trainer(tmp_path / "whole", total_episodes=24, **options)
     whole.train()
@@ -146,6 +166,7 @@ def test_a_run_can_be_repeated_and_resumed_bit_for_bit(tmp_path, selectors):
     resumed.train(resume_from_checkpoint=True)
     assert len(_numbers(whole)) == 6
     assert _numbers(resumed) == _numbers(whole)
+    assert ("rehearsal/nll" in whole.state.log_history[0]) == bool(more)
     for a, b in zip(whole.shared.parameters(), resumed.shared.parameters(), strict=True):
         assert torch.equal(a, b)
 

@@ -16,7 +16,9 @@ import torch
 from accelerate.utils import gather_object
 
 from trl_rlaif.errors import UserError
+from trl_rlaif.events import RehearsalPair
 from trl_rlaif.ppo import zero
+from trl_rlaif.ppo.selection import Chosen
 
 if TYPE_CHECKING:
     from trl_rlaif.ppo.trainer import PPOTrainer
@@ -145,7 +147,7 @@ def _state(trainer: PPOTrainer) -> dict[str, Any]:
         "parameters": _trainable(trainer),
         "optimizer": None if zero.enabled(trainer.accelerator) else trainer.optimizer.state_dict(),
         "scheduler": trainer.lr_scheduler.state_dict(),
-        "selected_rows": trainer._selected_rows,
+        "chosen": None if trainer.chosen is None else dataclasses.asdict(trainer.chosen),
         "kl_coef": trainer.kl_weight.coef,
         "processes": gather_object([_own_state(trainer)]),
     }
@@ -156,6 +158,7 @@ def _own_state(trainer: PPOTrainer) -> dict[str, Any]:
     return {
         "batches": trainer._batches.state_dict(),
         "minibatch_order": trainer._minibatch_order.get_state(),
+        "rehearsal": trainer.rehearsal.state_dict(),
         "transforms": [t.state_dict() for t in trainer.reward_transforms],
         "python": random.getstate(),
         "numpy": np.random.get_state(),
@@ -195,9 +198,11 @@ def load(trainer: PPOTrainer, folder: Path) -> None:
     trainer.lr_scheduler.load_state_dict(state["scheduler"])
     for transform, its_state in zip(trainer.reward_transforms, mine["transforms"], strict=True):
         transform.load_state_dict(its_state)
-    # Only the start can choose: what it chose stays, and the place in the data is a place in that.
-    if state["selected_rows"] is not None and trainer._selected_rows is None:
-        trainer._train_on(state["selected_rows"])
+    # What was chosen stays: the place in the data is a place in that.
+    if state["chosen"] is not None:
+        pairs = [RehearsalPair(**pair) for pair in state["chosen"]["rehearsal"]]
+        trainer.apply(Chosen(**{**state["chosen"], "rehearsal": pairs}))
+    trainer.rehearsal.load_state_dict(mine["rehearsal"])
     trainer._batches.load_state_dict(mine["batches"])
     trainer.kl_weight.coef = state["kl_coef"]
     trainer._minibatch_order.set_state(mine["minibatch_order"])

@@ -51,6 +51,12 @@ class PPOConfig(TrlPPOConfig):
         whiten_scores: Scale each batch's scores to zero mean and unit variance.
         score_clip: Scores are kept within plus and minus this, after whitening; > 0.
         length_penalty: Taken from the score for a response of full length, in proportion for a shorter one.
+        selection_prompts: Prompts, drawn at random, to which the data selectors see responses; None: all.
+        selection_every: Updates after which the selectors choose anew, from the policy's responses then; None: once.
+        rehearsal_coef: gamma, the weight of the rehearsed pairs' NLL beside PPO's losses (Peng et al. 2023).
+        rehearsal_schedule: ``constant``; or gamma falls to zero over the run, ``linear`` or as half a ``cosine``.
+        rehearsal_batch_size: Pairs an optimizer step in each process; None: a quarter of a minibatch, an eighth with
+            ``value: trunk``.
         generation: What draws the responses: ``transformers``, or ``vllm`` through TRL's integration. The old
             log-probabilities are the policy's own either way.
         vllm_*: As in TRL's GRPOConfig; those of the server, or of the colocated engine, as ``vllm_mode`` says.
@@ -71,6 +77,11 @@ class PPOConfig(TrlPPOConfig):
     whiten_scores: bool = _setting(False, "Scale each batch's scores to zero mean and unit variance.")
     score_clip: float | None = _setting(None, "Keep scores within plus and minus this; None: no limit.")
     length_penalty: float = _setting(0.0, "Taken from the score of a response of full length, else in proportion.")
+    selection_prompts: int | None = _setting(None, "Prompts to which selectors see responses; None: all.")
+    selection_every: int | None = _setting(None, "Updates after which the selectors choose anew; None: once.")
+    rehearsal_coef: float = _setting(0.01, "gamma, the weight of the rehearsed pairs' NLL.")
+    rehearsal_schedule: Literal["constant", "linear", "cosine"] = _setting("constant", "gamma over the run.")
+    rehearsal_batch_size: int | None = _setting(None, "Pairs an optimizer step; None: a quarter of a minibatch.")
     generation: Literal["transformers", "vllm"] = _setting("transformers", "What draws the responses.")
     vllm_mode: Literal["colocate", "server"] = _setting("colocate", "On the training GPUs, or a server of its own.")
     vllm_server_base_url: str | None = _setting(None, "The server's address, in place of host and port.")
@@ -88,6 +99,7 @@ class PPOConfig(TrlPPOConfig):
         choices = {
             "value": ("adapter", "trunk"),
             "kl_weighting": ("additive", "weighted"),
+            "rehearsal_schedule": ("constant", "linear", "cosine"),
             "generation": ("transformers", "vllm"),
             "vllm_mode": ("colocate", "server"),
         }
@@ -97,12 +109,15 @@ class PPOConfig(TrlPPOConfig):
             if getattr(self, name) not in allowed
         ]
         positive = ("micro_batch_tokens", "kl_target", "kl_horizon", "max_update_kl", "score_clip")
+        positive += ("selection_prompts", "selection_every", "rehearsal_batch_size")
         positive += ("vllm_server_timeout", "vllm_tensor_parallel_size")
         problems += [
             Problem(f"{name} is {getattr(self, name)}; it must be above 0.")
             for name in positive
             if getattr(self, name) is not None and not getattr(self, name) > 0
         ]
+        if self.rehearsal_coef < 0:
+            problems.append(Problem(f"rehearsal_coef is {self.rehearsal_coef}; it must be 0 or above."))
         if self.kl_weighting == "weighted" and not 0 <= self.kl_coef <= 1:
             problems.append(Problem(f"kl_coef is {self.kl_coef}; with kl_weighting: weighted it is a share, 0 to 1."))
         if self.kl_weighting == "weighted" and self.kl_target is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import set_seed
@@ -13,6 +14,7 @@ from trl_rlaif.compute.head import is_plain
 from trl_rlaif.errors import UserError
 from trl_rlaif.models import ModelSpec, load_model, load_tokenizer
 from trl_rlaif.ppo.prompts import tokenize_prompts
+from trl_rlaif.ppo.selection import StratifiedSampler
 from trl_rlaif.roles import SharedBase
 
 if TYPE_CHECKING:
@@ -63,6 +65,14 @@ def check_trunk(shared: SharedBase | None) -> None:
         )
 
 
+def longest_row(model: nn.Module, args: PPOConfig) -> int | None:
+    """Most tokens of prompt and response together; None where nothing limits them."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    limit = getattr(args, "max_prompt_length", None)
+    limits = [n for n in (context, None if limit is None else limit + args.response_length) if n]
+    return min(limits, default=None)
+
+
 def tokenized(dataset: Any, tokenizer: Any, model: nn.Module, args: PPOConfig) -> Any:
     """A prompt dataset with ``input_ids``, without what leaves no room for the response."""
     if dataset is None:
@@ -76,12 +86,16 @@ def tokenized(dataset: Any, tokenizer: Any, model: nn.Module, args: PPOConfig) -
     return tokenize_prompts(dataset, tokenizer, max_length=limit, num_proc=args.dataset_num_proc)
 
 
-def prompt_loader(trainer: PPOTrainer) -> DataLoader:
-    """The parent's dataloader, over the trainer's present prompts."""
+def prompt_loader(trainer: PPOTrainer, strata: Sequence[Hashable] | None = None) -> DataLoader:
+    """The parent's dataloader, over the trainer's present prompts.
+
+    Args:
+        strata: A label for each prompt: every batch holds them in like shares.
+    """
     return DataLoader(
         trainer.train_dataset,
         batch_size=trainer.local_dataloader_batch_size,
-        shuffle=True,
+        **({"shuffle": True} if strata is None else {"sampler": StratifiedSampler(strata)}),
         collate_fn=trainer.data_collator,
         drop_last=True,  # every update has the same number of rows
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,21 +38,22 @@ class MicroBatch:
     rows: torch.Tensor
     weight: float = 1.0
 
-    def parts(self, tokens: int | None) -> Iterator[torch.Tensor]:
-        """The rows in parts of at most so many tokens, padding counted, and of at least one row."""
-        if tokens is None:
-            yield self.rows
-            return
-        prompts, lengths = self.rollout.prompt_mask.sum(1).tolist(), self.rollout.lengths.tolist()
-        part: list[int] = []
-        for row in self.rows.tolist():
-            grown = [*part, row]
-            width = max(prompts[i] for i in grown) + max(1, *(lengths[i] for i in grown))
-            if part and width * len(grown) > tokens:
-                yield torch.tensor(part)
-                grown = [row]
-            part = grown
-        yield torch.tensor(part)
+
+def parts(rollout: Rollout, rows: torch.Tensor, tokens: int | None) -> Iterator[torch.Tensor]:
+    """Rows in parts of at most so many tokens, padding counted, and of at least one row."""
+    if tokens is None:
+        yield rows
+        return
+    prompts, lengths = rollout.prompt_mask.sum(1).tolist(), rollout.lengths.tolist()
+    part: list[int] = []
+    for row in rows.tolist():
+        grown = [*part, row]
+        width = max(prompts[i] for i in grown) + max(1, *(lengths[i] for i in grown))
+        if part and width * len(grown) > tokens:
+            yield torch.tensor(part)
+            grown = [row]
+        part = grown
+    yield torch.tensor(part)
 
 
 @dataclass(frozen=True)
@@ -72,25 +73,55 @@ class Objective:
         masks = batch.rollout.masks()
         counts = tuple(mask[batch.rows].sum().clamp(min=1) for mask in masks)
         stats: Stats = defaultdict(lambda: torch.zeros((), device=counts[0].device))
-        parts = self._parts(batch)
-        for i, rows in enumerate(parts):
+        every = self._parts(batch.rollout, batch.rows)
+        for i, rows in enumerate(every):
             passage = Passage.of(batch.rollout, rows)
             part = self._one_trunk if self.actors.one_trunk else self._two_passes
-            with trainable_attention(*self.actors.trained()) if self.args.bf16 else nullcontext():
-                found = part(batch, passage, counts, last=i == len(parts) - 1)
+            with self._attention():
+                found = part(batch, passage, counts, last=i == len(every) - 1)
             for name, value in found.items():
                 stats[name] = stats[name] + value
         stats["val/ratio"] = stats["val/ratio"] + 1  # of the distance from 1, which padding has not
         return dict(stats)
 
-    def _parts(self, batch: MicroBatch) -> list[torch.Tensor]:
-        """The batch in parts, of which there are equally many in processes that go through them side by side."""
-        parts = list(batch.parts(self.args.micro_batch_tokens))
+    def rehearse(self, pairs: Rollout, coef: float) -> torch.Tensor:
+        """Add the gradients of ``coef`` times the mean NLL of the response tokens (Peng et al. 2023, Selective Rehearsal).
+
+        To be called once an optimizer step, before its last micro-batch.
+
+        Args:
+            pairs: Of which prompts and responses are read; at least one token of a response.
+            coef: gamma.
+
+        Returns:
+            The NLL, nats a token, a scalar.
+        """
+        nll, tokens = torch.zeros((), device=pairs.lengths.device), pairs.lengths.sum()
+        # Accelerate divides by the number of micro-batches, and there is one rehearsal for all of them.
+        scale = coef * self.accelerator.gradient_accumulation_steps
+        for micro_batch in pairs.by_length(torch.arange(len(pairs.prompts))).split(
+            self.args.per_device_train_batch_size
+        ):
+            for rows in self._parts(pairs, micro_batch):
+                with self._attention(), self.actors.playing("policy"):
+                    with autocast(self.args, self.accelerator.device):
+                        logprobs, _ = passes.logprobs(self.actors, "policy", Passage.of(pairs, rows), 1.0)
+                    part = -logprobs.sum() / tokens
+                    self._backward(scale * part, last=False)
+                nll += part.detach()
+        return nll
+
+    def _attention(self) -> AbstractContextManager:
+        return trainable_attention(*self.actors.trained()) if self.args.bf16 else nullcontext()
+
+    def _parts(self, rollout: Rollout, rows: torch.Tensor) -> list[torch.Tensor]:
+        """Rows in parts, of which there are equally many in processes that go through them side by side."""
+        found = list(parts(rollout, rows, self.args.micro_batch_tokens))
         if self.args.micro_batch_tokens is not None:
-            for _ in range(equal_count(self.accelerator, len(parts)) - len(parts)):
-                largest = max(range(len(parts)), key=lambda i: len(parts[i]))
-                parts[largest : largest + 1] = parts[largest].tensor_split(2)
-        return parts
+            for _ in range(equal_count(self.accelerator, len(found)) - len(found)):
+                largest = max(range(len(found)), key=lambda i: len(found[i]))
+                found[largest : largest + 1] = found[largest].tensor_split(2)
+        return found
 
     def _two_passes(
         self, batch: MicroBatch, passage: Passage, counts: tuple[torch.Tensor, ...], *, last: bool

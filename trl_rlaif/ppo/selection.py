@@ -1,82 +1,222 @@
-"""Which prompts PPO trains on: the selectors' choice from a pool, one for all processes."""
+"""What PPO trains on and what it rehearses: the selectors' choice from a pool, one for all processes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
+from torch.utils.data import RandomSampler
 
+from trl_rlaif.artifacts import to_line, write_atomically
 from trl_rlaif.components import DataSelector
 from trl_rlaif.errors import UserError
-from trl_rlaif.events import Pool
+from trl_rlaif.events import Pool, RehearsalPair, Selection
 from trl_rlaif.ppo.processes import failing_together
+from trl_rlaif.ppo.rehearsal import lines
 
 if TYPE_CHECKING:
     from trl_rlaif.ppo.trainer import PPOTrainer
 
+# Points of the report's map; more would only hide each other.
+MAP_POINTS = 2_000
+REHEARSAL_FILE, MAP_FILE = "rehearsal.jsonl", "selection_map.jsonl"
 
-def chosen_rows(trainer: PPOTrainer) -> list[int]:
-    """The selectors' choice from the trainer's prompts, each with one scored response of the present policy.
 
-    Every process draws and scores a share of the pool; the first one chooses from all of it.
+@dataclass(frozen=True)
+class Chosen:
+    """What all selectors together chose.
+
+    Args:
+        rows: Of the prompt dataset, to train on; None for all of it.
+        strata: A label for each of ``rows``, or None.
+        rehearsal: Pairs to rehearse.
+        map: Points of the report's map of clusters: x, y, cluster, chosen, prompt.
+    """
+
+    rows: list[int] | None = None
+    strata: list[Hashable] | None = None
+    rehearsal: list[RehearsalPair] = field(default_factory=list)
+    map: list[dict[str, Any]] = field(default_factory=list)
+
+
+def choose(trainer: PPOTrainer) -> Chosen:
+    """The selectors' choice from the trainer's prompts, with scored responses of the present policy.
+
+    Every process draws and scores a share of the pool; the first one chooses from all of it. The reward transforms'
+    state is afterwards what it was: a pool is no training data.
 
     Raises:
-        UserError: As ``select_rows``.
+        UserError: As ``select``.
     """
-    accelerator, rows = trainer.accelerator, []
-    pool = _pool(trainer)
+    accelerator, chosen = trainer.accelerator, Chosen()
+    states = [transform.state_dict() for transform in trainer.reward_transforms]
+    pool = draw_pool(trainer, max(selector.num_responses for selector in trainer.data_selectors))
+    for transform, state in zip(trainer.reward_transforms, states, strict=True):
+        transform.load_state_dict(state)
     with failing_together(accelerator):
         if accelerator.is_main_process:
-            rows = select_rows(trainer.data_selectors, pool)
-    return broadcast_object_list([rows])[0]
+            chosen = select(trainer.data_selectors, pool)
+    return broadcast_object_list([chosen])[0]
 
 
-def _pool(trainer: PPOTrainer) -> Pool:
-    processes, total = trainer.accelerator.num_processes, len(trainer.train_dataset)
-    share = -(-total // processes)
+def draw_pool(trainer: PPOTrainer, num_responses: int = 1) -> Pool:
+    """Scored responses of the present policy to ``args.selection_prompts`` of the trainer's prompts, or to all.
+
+    Every process draws a share, and has all of it in the end.
+    """
+    dataset, seed, limit = trainer.every_prompt, trainer.args.seed, trainer.args.selection_prompts
+    rows = list(range(len(dataset)))
+    if limit is not None and limit < len(rows):
+        rows = sorted(np.random.default_rng(seed).choice(len(rows), limit, replace=False).tolist())
+    rows = [row for row in rows for _ in range(num_responses)]
+    processes, size = trainer.accelerator.num_processes, trainer.args.local_batch_size
+    share = -(-len(rows) // processes)
     begin = trainer.accelerator.process_index * share
-    size = trainer.args.local_batch_size
-    parts = []
+    found: list[tuple[Any, ...]] = []
     for start in range(begin, begin + share, size):
         # What is beyond the last prompt is a repetition, so that all processes draw equally many.
-        rows = [i % total for i in range(start, min(start + size, begin + share))]
-        rollout = trainer.sample(trainer.data_collator([trainer.train_dataset[i] for i in rows]))
+        batch = [rows[i % len(rows)] for i in range(start, min(start + size, begin + share))]
+        rollout = trainer.sample(trainer.data_collator([dataset[i] for i in batch]))
         scores = trainer.transform(trainer.score(rollout), rollout).cpu()
-        parts.append(Pool(rollout.prompts, rollout.completions, scores, rollout.categories))
-    parts = gather_object(parts)
+        entropies = -rollout.logprobs.sum(1) / rollout.lengths.clamp(min=1)
+        found += zip(
+            rollout.prompts,
+            rollout.completions,
+            scores.tolist(),
+            rollout.categories,
+            [[int(t) for t, m in zip(*row, strict=True) if m] for row in _rows(rollout.prompt_ids, rollout.prompt_mask)],
+            [ids[:n] for ids, n in _rows(rollout.response_ids, rollout.lengths)],
+            entropies.tolist(),
+            [{name: values[i] for name, values in rollout.columns.items()} for i in range(len(batch))],
+            strict=True,
+        )
+    found = gather_object(found)[: len(rows)]
+    prompts, responses, scores, categories, prompt_ids, response_ids, entropies, columns = map(
+        list, zip(*found, strict=True)
+    )
     return Pool(
-        [prompt for part in parts for prompt in part.prompts][:total],
-        [response for part in parts for response in part.responses][:total],
-        torch.cat([part.scores for part in parts])[:total],
-        [category for part in parts for category in part.categories][:total],
+        prompts=prompts,
+        responses=responses,
+        scores=torch.tensor(scores),
+        categories=categories,
+        rows=torch.tensor(rows),
+        columns={name: [values[name] for values in columns] for name in columns[0]},
+        prompt_ids=prompt_ids,
+        response_ids=response_ids,
+        entropies=torch.tensor(entropies),
+        embed=lambda: _embeddings(trainer, prompt_ids, num_responses),
+        seed=seed,
     )
 
 
-def select_rows(selectors: Sequence[DataSelector], pool: Pool) -> list[int]:
-    """Apply selectors one after the other, each to what the one before left.
+def _rows(*tensors: torch.Tensor) -> list[tuple[Any, ...]]:
+    return list(zip(*(tensor.tolist() for tensor in tensors), strict=True))
 
-    Returns:
-        Indices into the pool that was given.
+
+def _embeddings(trainer: PPOTrainer, prompt_ids: list[list[int]], repeats: int) -> np.ndarray:
+    """By the frozen base; a prompt's responses stand one behind the other."""
+    from trl_rlaif.embedding import mean_hidden_states
+    from trl_rlaif.roles import active_adapter
+
+    model = trainer.actors.model("policy")
+    with active_adapter(model, None):
+        return mean_hidden_states(model, prompt_ids[::repeats]).repeat(repeats, axis=0)
+
+
+def select(selectors: Sequence[DataSelector], pool: Pool) -> Chosen:
+    """Apply selectors one after the other, each to the prompts that the one before left.
 
     Raises:
-        UserError: A selector chose nothing, or an index that is not there.
+        UserError: A selector chose no prompt, or an index that is not there.
     """
-    kept = list(range(len(pool.prompts)))
+    rows: list[int] | None = None
+    strata: dict[int, Hashable] = {}
+    rehearsal: list[RehearsalPair] = []
+    points: list[dict[str, Any]] = []
     for selector in selectors:
-        chosen = [int(i) for i in selector.select(pool)]
-        if not chosen or not all(0 <= i < len(kept) for i in chosen):
+        found = selector.select(pool)
+        selection = found if isinstance(found, Selection) else Selection(prompts=list(found))
+        rehearsal += selection.rehearsal
+        if selection.clusters is not None:
+            points = map_points(pool, selection)
+        if selection.prompts is None:
+            continue
+        chosen = [int(i) for i in selection.prompts]
+        if not chosen or not all(0 <= i < len(pool) for i in chosen):
             raise UserError(
-                f"The data selector {type(selector).__name__} chose {len(chosen)} rows of {len(kept)}"
+                f"The data selector {type(selector).__name__} chose {len(chosen)} rows of {len(pool)}"
                 + (", one of which is not there." if chosen else "."),
                 fix="It must return at least one index of the pool, counted from 0.",
             )
-        kept = [kept[i] for i in chosen]
-        pool = Pool(
-            [pool.prompts[i] for i in chosen],
-            [pool.responses[i] for i in chosen],
-            pool.scores[chosen],
-            [pool.categories[i] for i in chosen],
-        )
-    return kept
+        rows = [int(pool.rows[i]) for i in chosen]
+        if selection.strata is not None:
+            strata = dict(zip(rows, selection.strata, strict=True))
+        kept = set(rows)
+        pool = pool.subset([i for i, row in enumerate(pool.rows.tolist()) if row in kept])
+    return Chosen(rows, [strata[row] for row in rows] if strata else None, rehearsal, points)
+
+
+def map_points(pool: Pool, selection: Selection) -> list[dict[str, Any]]:
+    """A pool's prompts on the first two principal components of their embeddings, the rehearsed ones marked."""
+    from sklearn.decomposition import PCA
+
+    from trl_rlaif.encoding import as_text
+
+    chosen = {tuple(pair.prompt_ids) for pair in selection.rehearsal}
+    marked = np.array([tuple(ids) in chosen for ids in pool.prompt_ids])
+    first = np.unique(pool.rows.numpy(), return_index=True)[1]
+    if len(first) > MAP_POINTS:
+        others = np.random.default_rng(pool.seed).permutation(first[~marked[first]])
+        first = np.sort(np.concatenate([first[marked[first]], others])[:MAP_POINTS])
+    embeddings = pool.embeddings if selection.embeddings is None else selection.embeddings
+    if len(first) < 2:
+        return []
+    places = PCA(2, random_state=pool.seed).fit_transform(embeddings[first])
+    return [
+        {
+            "x": float(x),
+            "y": float(y),
+            "cluster": int(selection.clusters[i]),
+            "chosen": bool(marked[i]),
+            "prompt": as_text(pool.prompts[i])[:200],
+        }
+        for i, (x, y) in zip(first.tolist(), places, strict=True)
+    ]
+
+
+def write_selection(folder: Path, chosen: Chosen, rehearsed: Sequence[RehearsalPair]) -> None:
+    """Write rehearsal.jsonl and selection_map.jsonl, for the reader's eyes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in ((REHEARSAL_FILE, lines(rehearsed)), (MAP_FILE, chosen.map)):
+        if rows:
+            write_atomically(folder / name, "".join(map(to_line, rows)))
+
+
+class StratifiedSampler(RandomSampler):
+    """A shuffled pass over rows in which every stretch holds the labels in like shares.
+
+    Args:
+        strata: A label for each row.
+    """
+
+    def __init__(self, strata: Sequence[Hashable]) -> None:
+        super().__init__(strata)
+        self._strata: dict[Hashable, list[int]] = {}
+        for row, label in enumerate(strata):
+            self._strata.setdefault(label, []).append(row)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = self.generator  # accelerate's, in several processes
+        if generator is None:
+            generator = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
+        places: list[tuple[float, int]] = []
+        for rows in self._strata.values():
+            order = torch.randperm(len(rows), generator=generator).tolist()
+            begin = torch.rand((), generator=generator).item()
+            places += [((i + begin) / len(rows), rows[k]) for i, k in enumerate(order)]
+        yield from (row for _, row in sorted(places))

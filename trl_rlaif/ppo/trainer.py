@@ -20,10 +20,17 @@ from trl_rlaif.errors import UserError
 from trl_rlaif.events import Rollout
 from trl_rlaif.plugins import Plugins, installed_plugins
 from trl_rlaif.ppo import advantages as adv
-from trl_rlaif.ppo import checkpoint, zero
+from trl_rlaif.ppo import checkpoint, rehearsal, zero
 from trl_rlaif.ppo.actors import Actors, SeparateActors, SharedActors
 from trl_rlaif.ppo.config import PPOConfig, with_defaults
-from trl_rlaif.ppo.construction import check_trunk, load_policy, prompt_loader, shared_base, tokenized
+from trl_rlaif.ppo.construction import (
+    check_trunk,
+    load_policy,
+    longest_row,
+    prompt_loader,
+    shared_base,
+    tokenized,
+)
 from trl_rlaif.ppo.gradients import MicroBatch, Objective
 from trl_rlaif.ppo.metrics import category_spreads, update_metrics
 from trl_rlaif.ppo.processes import average_gradients, failing_together
@@ -31,7 +38,8 @@ from trl_rlaif.ppo.prompts import BatchStream, PromptCollator
 from trl_rlaif.ppo.rewards import RewardFunc, score_parts
 from trl_rlaif.ppo.sampler import RolloutSampler
 from trl_rlaif.ppo.scores import KLWeight, shaped_scores
-from trl_rlaif.ppo.selection import chosen_rows
+from trl_rlaif.ppo.rehearsal import Rehearsal, as_rollout, given_pairs
+from trl_rlaif.ppo.selection import Chosen, choose, write_selection
 from trl_rlaif.ppo.trl_base import TrlPPOTrainer
 from trl_rlaif.roles import SharedBase, save_adapter
 
@@ -64,7 +72,8 @@ class PPOTrainer(TrlPPOTrainer):
         reward_funcs: Functions with GRPOTrainer's signature, ``f(prompts, completions, **columns) ->
             list[float]``, added to the reward model's score.
         reward_transforms: Applied to the summed scores in this order.
-        data_selectors: Applied to the prompts, with one scored response each, before training.
+        data_selectors: Choose, from scored responses of the start, what is trained on and what is rehearsed.
+        rehearsal_dataset: Pairs of the user's own to rehearse: ``prompt`` and ``completion``, as text or messages.
         plugins: Whose observing hooks are called; None takes all that are installed.
     """
 
@@ -86,6 +95,7 @@ class PPOTrainer(TrlPPOTrainer):
         reward_funcs: RewardFunc | Sequence[RewardFunc] = (),
         reward_transforms: Sequence[RewardTransform] = (),
         data_selectors: Sequence[DataSelector] = (),
+        rehearsal_dataset: Dataset | None = None,
         plugins: Plugins | None = None,
     ) -> None:
         args = with_defaults(args)
@@ -107,6 +117,8 @@ class PPOTrainer(TrlPPOTrainer):
         if not has_reward and not self.reward_funcs:
             raise UserError("There is no reward: pass reward_model or reward_funcs.")
         train_dataset = tokenized(train_dataset, processing_class, model, args)
+        pairs = given_pairs(rehearsal_dataset, processing_class, max_length=longest_row(model, args))
+        self.rehearsal = Rehearsal(pairs)
         super().__init__(
             args,
             processing_class,
@@ -147,7 +159,10 @@ class PPOTrainer(TrlPPOTrainer):
         self._sampler = RolloutSampler(args, self.accelerator, self.processing_class, self.stop_token_id)
         self._batches = BatchStream(self.dataloader)
         self._minibatch_order = torch.Generator().manual_seed(self.local_seed)
-        self._selected_rows: list[int] | None = None
+        self.every_prompt = self.train_dataset
+        self.chosen: Chosen | None = None
+        self.rehearsal.seed(self.local_seed)
+        self._rehearsal_seconds = 0.0
         # What `score` found beside its sum; a subclass that scores otherwise leaves them empty.
         self._reward_parts: dict[str, torch.Tensor] = {}
         self._expected: torch.Tensor | None = None
@@ -177,8 +192,9 @@ class PPOTrainer(TrlPPOTrainer):
                 was learned until then is saved as a checkpoint first.
         """
         self._begin(resume_from_checkpoint)
-        self._select_prompts()
-        while self.state.global_step < self.args.num_total_batches:
+        while self.state.global_step < self.args.num_total_batches and not self.control.should_training_stop:
+            self._select()
+            began = time.monotonic()
             try:
                 rollout, scores = self.collect()
             except UserError:
@@ -190,6 +206,7 @@ class PPOTrainer(TrlPPOTrainer):
             stats = self.update(rollout, advantages, returns)
             metrics = self.compute_metrics(rollout, scores, stats)
             self.kl_weight.observe(metrics["objective/kl"], self.args.batch_size)
+            metrics["time/update"] = time.monotonic() - began
             self._end_update(metrics)
         self._end()
 
@@ -259,6 +276,8 @@ class PPOTrainer(TrlPPOTrainer):
                     # Accelerate divides by the number of micro-batches; they may be of unequal size.
                     weight = len(rows) * len(micro_batches) / len(minibatch)
                     with self.accelerator.accumulate(self.model):
+                        if self.rehearsal.pairs and self.accelerator.sync_gradients:
+                            stats["rehearsal/nll"].append(self.rehearse())
                         step = self.micro_step(rollout, advantages, returns, rows, weight)
                         average_gradients(self.accelerator, self.model)
                         self.optimizer.step()
@@ -283,8 +302,30 @@ class PPOTrainer(TrlPPOTrainer):
         weight: float = 1.0,
     ) -> dict[str, torch.Tensor]:
         """Gradients of one micro-batch, and its statistics."""
-        objective = Objective(self.actors, self.accelerator, self.args, self._sampler.temperature)
-        return objective.backward(MicroBatch(rollout, advantages, returns, rows, weight))
+        return self._objective.backward(MicroBatch(rollout, advantages, returns, rows, weight))
+
+    def rehearse(self) -> torch.Tensor:
+        """Add the gradients of a batch of pairs to rehearse to an optimizer step; its NLL, nats a token."""
+        began = self._clock()
+        pairs = as_rollout(self.rehearsal.draw(rehearsal.batch_size(self.args)), self.accelerator.device)
+        nll = self._objective.rehearse(pairs, self.rehearsal_coef)
+        self._rehearsal_seconds += self._clock() - began
+        return nll
+
+    @property
+    def rehearsal_coef(self) -> float:
+        """gamma at this update."""
+        return rehearsal.weight(self.args, self.state.global_step / self.args.num_total_batches)
+
+    @property
+    def _objective(self) -> Objective:
+        return Objective(self.actors, self.accelerator, self.args, self._sampler.temperature)
+
+    def _clock(self) -> float:
+        """Seconds, once the device has done what it was given."""
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.monotonic()
 
     def compute_metrics(
         self, rollout: Rollout, scores: torch.Tensor, stats: dict[str, list[torch.Tensor]]
@@ -300,6 +341,10 @@ class PPOTrainer(TrlPPOTrainer):
         metrics["lr"] = self.lr_scheduler.get_last_lr()[0]
         metrics["episode"] = self.state.episode + self.args.batch_size
         metrics |= self._spreads
+        if self.rehearsal.pairs:
+            metrics["rehearsal/coef"] = self.rehearsal_coef
+            metrics["rehearsal/pairs"] = len(self.rehearsal.pairs)
+            metrics["time/rehearsal"], self._rehearsal_seconds = self._rehearsal_seconds, 0.0
         for name, scores in self._reward_parts.items():
             metrics[f"score/{name}"] = self.accelerator.gather(scores).mean().item()
         for transform in self.reward_transforms:
@@ -336,17 +381,24 @@ class PPOTrainer(TrlPPOTrainer):
         for part in (model.policy,) if self.shared is not None else (model.policy, model.value_model):
             part.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
-    def _select_prompts(self) -> None:
-        """Let the selectors choose from the prompts, each with one scored response of the start."""
-        if self.data_selectors and self._selected_rows is None:
-            self._train_on(chosen_rows(self))
+    def _select(self) -> None:
+        """Let the selectors choose, at the start and every ``selection_every`` updates."""
+        every, step = self.args.selection_every, self.state.global_step
+        due = self.chosen is None or (every is not None and step > 0 and step % every == 0)
+        if self.data_selectors and due:
+            self.apply(choose(self))
 
-    def _train_on(self, rows: list[int]) -> None:
-        """Train on these rows of the prompts from here on."""
-        self._selected_rows = rows
-        self.train_dataset = self.train_dataset.select(rows)
-        self.dataloader = self.accelerator.prepare(prompt_loader(self))
-        self._batches = BatchStream(self.dataloader)
+    def apply(self, chosen: Chosen) -> None:
+        """Train on what was chosen, and rehearse it, from here on."""
+        before, self.chosen = self.chosen, chosen
+        self.rehearsal.fill(chosen.rehearsal)
+        if (chosen.rows, chosen.strata) != ((before.rows, before.strata) if before else (None, None)):
+            rows = range(len(self.every_prompt)) if chosen.rows is None else chosen.rows
+            self.train_dataset = self.every_prompt.select(rows)
+            self.dataloader = self.accelerator.prepare(prompt_loader(self, chosen.strata))
+            self._batches = BatchStream(self.dataloader)
+        if self.accelerator.is_main_process:
+            write_selection(Path(self.args.output_dir), chosen, self.rehearsal.pairs)
 
     def _end_update(self, metrics: dict[str, float]) -> None:
         state = self.state
