@@ -20,7 +20,7 @@ STAGE_ARTIFACTS = {
     # labels.jsonl stays: its lines are found by what determined them (labels/store.py).
     "label": ["preferences"],
     "reward": ["reward", "reward_scores.jsonl", "checkpoints/reward"],
-    "rl": ["policy", "checkpoints/rl"],
+    "rl": ["policy", "rehearsal.jsonl", "selection_map.jsonl", "checkpoints/rl"],
     "evaluate": ["samples.jsonl"],
     "report": ["report.html"],
 }

@@ -49,16 +49,19 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
 
 
 def _files_of(recipe: Recipe, stage: str) -> list[str | None]:
-    """What a stage's section reads beside the data: prompts, and pairs to calibrate on."""
+    """What a stage's section reads beside the data: prompts, pairs to calibrate on, data of its own."""
     from trl_rlaif.judging import JudgePrompt
 
     section = getattr(recipe, stage)
-    if stage not in ("label", "evaluate") or section is None:
+    if section is None:
         return []
+    own = [getattr(section, name, None) for name in ("data", "rehearsal")] + [*getattr(section, "sets", {}).values()]
+    if stage not in ("label", "evaluate"):
+        return [_identity(path) for path in own if path]
     prompts = [section.prompt, *(c.prompt for c in getattr(section, "compare", {}).values())]
     revisions = [JudgePrompt.load(prompt_folder(name)).revision for name in prompts if name]
     calibration = getattr(section, "calibration", None)
-    return [*revisions, _identity(calibration) if calibration else None]
+    return [*revisions, *(_identity(path) for path in [calibration, *own] if path)]
 
 
 def _identity(path: str) -> str | None:

@@ -49,4 +49,5 @@ def small_trainer(folder, *, dataset=None, model=None, trainer_kwargs=None, **op
 
 def numbers(trainer):
     """What was logged, without what depends on the clock."""
-    return [{k: v for k, v in entry.items() if k != "eps" and not k.startswith("time/")} for entry in trainer.state.log_history]
+    timed = ("eps", "time/")
+    return [{k: v for k, v in entry.items() if not k.startswith(timed)} for entry in trainer.state.log_history]

@@ -85,7 +85,7 @@ class Objective:
         return dict(stats)
 
     def rehearse(self, pairs: Rollout, coef: float) -> torch.Tensor:
-        """Add the gradients of ``coef`` times the mean NLL of the response tokens (Peng et al. 2023, Selective Rehearsal).
+        """Add the gradients of ``coef`` times the mean NLL of the response tokens (Peng et al. 2023).
 
         To be called once an optimizer step, before its last micro-batch.
 

@@ -1,4 +1,4 @@
-"""What the policy rehearses beside PPO (Peng et al. 2023, Selective Rehearsal): the pairs, their batches, the weight."""
+"""What the policy rehearses beside PPO (Peng et al. 2023): the pairs, their batches, the weight of their NLL."""
 
 from __future__ import annotations
 

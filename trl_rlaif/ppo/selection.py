@@ -89,8 +89,8 @@ def draw_pool(trainer: PPOTrainer, num_responses: int = 1) -> Pool:
             rollout.completions,
             scores.tolist(),
             rollout.categories,
-            [[int(t) for t, m in zip(*row, strict=True) if m] for row in _rows(rollout.prompt_ids, rollout.prompt_mask)],
-            [ids[:n] for ids, n in _rows(rollout.response_ids, rollout.lengths)],
+            [ids[mask].tolist() for ids, mask in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)],
+            [ids[:n].tolist() for ids, n in zip(rollout.response_ids, rollout.lengths.tolist(), strict=True)],
             entropies.tolist(),
             [{name: values[i] for name, values in rollout.columns.items()} for i in range(len(batch))],
             strict=True,
@@ -112,10 +112,6 @@ def draw_pool(trainer: PPOTrainer, num_responses: int = 1) -> Pool:
         embed=lambda: _embeddings(trainer, prompt_ids, num_responses),
         seed=seed,
     )
-
-
-def _rows(*tensors: torch.Tensor) -> list[tuple[Any, ...]]:
-    return list(zip(*(tensor.tolist() for tensor in tensors), strict=True))
 
 
 def _embeddings(trainer: PPOTrainer, prompt_ids: list[list[int]], repeats: int) -> np.ndarray:

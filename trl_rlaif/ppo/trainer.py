@@ -35,10 +35,10 @@ from trl_rlaif.ppo.gradients import MicroBatch, Objective
 from trl_rlaif.ppo.metrics import category_spreads, update_metrics
 from trl_rlaif.ppo.processes import average_gradients, failing_together
 from trl_rlaif.ppo.prompts import BatchStream, PromptCollator
+from trl_rlaif.ppo.rehearsal import Rehearsal, as_rollout, given_pairs
 from trl_rlaif.ppo.rewards import RewardFunc, score_parts
 from trl_rlaif.ppo.sampler import RolloutSampler
 from trl_rlaif.ppo.scores import KLWeight, shaped_scores
-from trl_rlaif.ppo.rehearsal import Rehearsal, as_rollout, given_pairs
 from trl_rlaif.ppo.selection import Chosen, choose, write_selection
 from trl_rlaif.ppo.trl_base import TrlPPOTrainer
 from trl_rlaif.roles import SharedBase, save_adapter

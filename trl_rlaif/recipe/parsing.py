@@ -152,6 +152,7 @@ class _Reader:
             self._resolve_list(keys, "policies", self._policy, section)
         elif section == "rl":
             self._resolve_list(keys, "rewards", self._reward, section)
+            self._resolve(keys, "rehearsal", find.data, (section,))
         elif section in ("label", "evaluate"):
             self._resolve_judge(keys, (section,))
             self._resolve(keys, "calibration", find.data, (section,))

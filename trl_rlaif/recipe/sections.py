@@ -247,6 +247,10 @@ class RlSection(Section):
     )  # fmt: skip
     transforms: list[Component] = Field(default_factory=list, description="Reward transforms, in order.")
     selectors: list[Component] = Field(default_factory=list, description="Data selectors, in order.")
+    rehearsal: Text | None = Field(
+        None,
+        description="Prompts with completions of your own to rehearse: a file, a folder or a Hub id.",
+    )
     config: dict[str, Any] = Field(default_factory=dict, description="Fields of PPOConfig.")
 
 

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_rlaif.artifacts import write_folder
+from trl_rlaif.artifacts import write_atomically, write_folder
+from trl_rlaif.data import load_rows
 from trl_rlaif.errors import UserError
 from trl_rlaif.recipe import ComponentRef
 from trl_rlaif.stages.context import Context
@@ -17,6 +18,8 @@ from trl_rlaif.stages.context import Context
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from trl_rlaif.ppo.config import PPOConfig
+    from trl_rlaif.ppo.trainer import PPOTrainer
     from trl_rlaif.recipe import Recipe
     from trl_rlaif.roles import SharedBase
 
@@ -28,13 +31,52 @@ def run(context: Context) -> dict[str, Any]:
     """Train ``policy/``; return the first and last numbers of the run itself."""
     import torch
 
-    from trl_rlaif.ppo.config import PRESETS, PPOConfig
+    started = time.monotonic()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    trainer, skipped = build_trainer(context)
+    callback = context.callback("rl", "Training the policy")
+    callback.attach(trainer)
+    try:
+        trainer.train(resume_from_checkpoint=True)
+    finally:
+        callback.close()
+    _keep_selection(context, trainer)
+    write_folder(context.folder / "policy", lambda folder: trainer.save_model(str(folder)))
+    return _numbers(trainer, skipped) | gpu_memory(context.recipe) | {"seconds": time.monotonic() - started}
+
+
+def build_trainer(context: Context) -> tuple[PPOTrainer, dict[str, int]]:
+    """The trainer that the recipe describes, and how many prompts were skipped by reason."""
     from trl_rlaif.ppo.trainer import PPOTrainer
     from trl_rlaif.roles import SharedBase
 
-    section, started = context.recipe.rl, time.monotonic()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    section, config = context.recipe.rl, _config(context)
+    base = context.load_base()
+    dataset, skipped = _prompts(context, base, config)
+    shared = SharedBase(base, context.start or context.lora, reference=context.start)
+    create = context.plugins.registry.create
+    trainer = PPOTrainer(
+        config,
+        context.tokenizer,
+        shared,
+        reward_model=context.folder / "reward" if "reward" in section.rewards else None,
+        train_dataset=dataset,
+        reward_funcs=[_reward(context, name, shared) for name in section.rewards if name != "reward"],
+        reward_transforms=context.transforms("rl"),
+        data_selectors=[create("data_selector", ref.name, ref.options) for ref in section.selectors],
+        rehearsal_dataset=_rehearsal(context),
+        plugins=context.plugins,
+    )
+    return trainer, skipped
+
+
+def _config(context: Context) -> PPOConfig:
+    import torch
+
+    from trl_rlaif.ppo.config import PRESETS, PPOConfig
+
+    section = context.recipe.rl
     arguments = PRESETS[section.algorithm] | context.trainer_arguments("rl", section.config)
     if "save_strategy" not in section.config:
         arguments["save_strategy"] = "steps"
@@ -45,31 +87,17 @@ def run(context: Context) -> dict[str, Any]:
         arguments.setdefault("stop_token", "eos")
     # Computing twice to save memory pays on a GPU.
     lean = {"gradient_checkpointing": torch.cuda.is_available(), "num_sample_generations": 0}
-    config = PPOConfig(**lean | arguments)
-    base = context.load_base()
-    dataset, skipped = _prompts(context, base, config)
-    shared = SharedBase(base, context.start or context.lora, reference=context.start)
-    trainer = PPOTrainer(
-        config,
-        context.tokenizer,
-        shared,
-        reward_model=context.folder / "reward" if "reward" in section.rewards else None,
-        train_dataset=dataset,
-        reward_funcs=[_reward(context, name, shared) for name in section.rewards if name != "reward"],
-        reward_transforms=context.transforms("rl"),
-        data_selectors=[
-            context.plugins.registry.create("data_selector", ref.name, ref.options) for ref in section.selectors
-        ],
-        plugins=context.plugins,
-    )
-    callback = context.callback("rl", "Training the policy")
-    callback.attach(trainer)
-    try:
-        trainer.train(resume_from_checkpoint=True)
-    finally:
-        callback.close()
-    write_folder(context.folder / "policy", lambda folder: trainer.save_model(str(folder)))
-    return _numbers(trainer, skipped) | gpu_memory(context.recipe) | {"seconds": time.monotonic() - started}
+    return PPOConfig(**lean | arguments)
+
+
+def _keep_selection(context: Context, trainer: PPOTrainer) -> None:
+    """What was rehearsed, and the map of the prompts, out of the checkpoints' folder."""
+    from trl_rlaif.ppo.selection import MAP_FILE, REHEARSAL_FILE
+
+    for name in (REHEARSAL_FILE, MAP_FILE):
+        found = Path(trainer.args.output_dir) / name
+        if found.exists():
+            write_atomically(context.folder / name, found.read_text(encoding="utf-8"))
 
 
 def gpu_memory(recipe: Recipe) -> dict[str, Any]:
@@ -112,6 +140,20 @@ def _prompts(context: Context, base: Any, config: Any) -> tuple[Dataset, dict[st
     return Dataset.from_list(rows), skipped
 
 
+def _rehearsal(context: Context) -> Dataset | None:
+    from datasets import Dataset
+
+    source = context.recipe.rl.rehearsal
+    if source is None:
+        return None
+    rows = load_rows(source)
+    lacking = [i for i, row in enumerate(rows, 1) if not row.get("prompt") or not row.get("completion")]
+    if lacking:
+        what = f"{len(lacking)} rows to rehearse lack 'prompt' or 'completion'; the first is row {lacking[0]}."
+        raise UserError(what, where=source)
+    return Dataset.from_list([{"prompt": context.chat(row["prompt"]), "completion": row["completion"]} for row in rows])
+
+
 def load_function(name: str) -> Any:
     """A reward function from ``package.module:function`` or ``path/to/file.py:function``.
 
@@ -152,6 +194,14 @@ def _numbers(trainer: Any, skipped: dict[str, int]) -> dict[str, Any]:
             "kl_last": logged[-1]["objective/kl"],
         }
         numbers["spread_last"] = _last_spreads(logged[-10:])
+    if trainer.rehearsal.pairs and logged:
+        seconds = {name: sum(entry[f"time/{name}"] for entry in logged) for name in ("rehearsal", "update")}
+        numbers["rehearsal"] = {
+            "pairs": len(trainer.rehearsal.pairs),
+            "nll_first": logged[0]["rehearsal/nll"],
+            "nll_last": logged[-1]["rehearsal/nll"],
+            "share_of_time": seconds["rehearsal"] / seconds["update"],
+        }
     return numbers
 
 
