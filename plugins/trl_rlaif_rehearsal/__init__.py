@@ -1,0 +1,16 @@
+"""Data selectors: what PPO rehearses and trains on, and what rejection sampling accepts."""
+
+from __future__ import annotations
+
+from trl_rlaif import hookimpl
+from trl_rlaif_rehearsal.prompts import PromptSelection
+from trl_rlaif_rehearsal.selective import SelectiveRehearsal
+
+__all__ = ["PromptSelection", "SelectiveRehearsal"]
+
+
+@hookimpl
+def register_data_selectors(register):
+    """Register every selector under its name."""
+    register("selective_rehearsal", SelectiveRehearsal)
+    register("prompt_selection", PromptSelection)
