@@ -16,7 +16,7 @@ from trl_rlaif_advantage.margins import AdaptiveMargins
 class AdvantageOptions(Options):
     """What can be set in a recipe."""
 
-    margin: float = Field(2.0, gt=0, description="m: a preferred response is kept below +m, the other above -m.")
+    margin: float = Field(4.0, gt=0, description="m: a preferred response is kept below +m, the other above -m.")
     margins: dict[str, float] = Field({}, description="m of some categories; the others take margin.")
     adapt: Literal["fixed", "variance"] = Field("fixed", description="variance: m follows each category's spread.")
     std_band: tuple[float, float] = Field((0.6, 1.2), description="Spread that adapt: variance leaves alone.")
