@@ -146,8 +146,10 @@ class Pool:
         prompt_ids: N token sequences.
         response_ids: N token sequences, as sampled, with the end token where it was drawn.
         entropies: (N,) float32, -log pi(y|x) by token under the policy that sampled, nats.
+        kl: (N,) float32, the estimated KL between that policy and the reference, nats a response.
         embed: Computes the embeddings.
         seed: Of what a selector draws at random.
+        selection: How many selections of this run came before; a resumed run goes on counting.
     """
 
     prompts: list[Any]
@@ -159,8 +161,10 @@ class Pool:
     prompt_ids: list[list[int]] = field(default_factory=list)
     response_ids: list[list[int]] = field(default_factory=list)
     entropies: torch.Tensor | None = None
+    kl: torch.Tensor | None = None
     embed: Callable[[], np.ndarray] | None = None
     seed: int = 0
+    selection: int = 0
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -183,8 +187,10 @@ class Pool:
             prompt_ids=[self.prompt_ids[i] for i in chosen],
             response_ids=[self.response_ids[i] for i in chosen],
             entropies=None if self.entropies is None else self.entropies[chosen],
+            kl=None if self.kl is None else self.kl[chosen],
             embed=lambda: self.embeddings[chosen],
             seed=self.seed,
+            selection=self.selection,
         )
 
     def pair(self, index: int, *, why: str, cluster: int | None = None) -> RehearsalPair:

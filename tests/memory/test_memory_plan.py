@@ -61,6 +61,7 @@ def _matching(plan, text, **where):
     ("name", "config", "billions"),
     [
         ("advantage", QWEN_15B, 1.54),
+        ("selective_rehearsal", QWEN_15B, 1.54),
         ("qlora_8gb", QWEN_05B, 0.49),
         ("qlora_12gb", QWEN_3B, 3.09),
         ("qlora_24gb", QWEN_7B, 7.62),

@@ -23,6 +23,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "kl_weighting": "weighted",
         "temperature": 0.9,
     },
+    # Nothing there reads a value.
+    "rejection_sampling": {"value": "trunk"},
 }
 
 

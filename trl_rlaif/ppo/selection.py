@@ -16,6 +16,7 @@ from trl_rlaif.artifacts import to_line, write_atomically
 from trl_rlaif.components import DataSelector
 from trl_rlaif.errors import UserError
 from trl_rlaif.events import Pool, RehearsalPair, Selection
+from trl_rlaif.ppo.advantages import kl_per_token
 from trl_rlaif.ppo.processes import failing_together
 from trl_rlaif.ppo.rehearsal import lines
 
@@ -55,7 +56,8 @@ def choose(trainer: PPOTrainer) -> Chosen:
     """
     accelerator, chosen = trainer.accelerator, Chosen()
     states = [transform.state_dict() for transform in trainer.reward_transforms]
-    pool = draw_pool(trainer, max(selector.num_responses for selector in trainer.data_selectors))
+    every, updates = trainer.args.selection_every, trainer.state.global_step
+    pool = draw_pool(trainer, responses_needed(trainer), selection=updates // every if every else 0)
     for transform, state in zip(trainer.reward_transforms, states, strict=True):
         transform.load_state_dict(state)
     with failing_together(accelerator):
@@ -64,15 +66,25 @@ def choose(trainer: PPOTrainer) -> Chosen:
     return broadcast_object_list([chosen])[0]
 
 
-def draw_pool(trainer: PPOTrainer, num_responses: int = 1) -> Pool:
+def responses_needed(trainer: PPOTrainer) -> int:
+    """Responses a prompt that the trainer's selectors need."""
+    return max(selector.num_responses for selector in trainer.data_selectors)
+
+
+def draw_pool(trainer: PPOTrainer, num_responses: int = 1, *, selection: int = 0) -> Pool:
     """Scored responses of the present policy to ``args.selection_prompts`` of the trainer's prompts, or to all.
 
     Every process draws a share, and has all of it in the end.
+
+    Args:
+        trainer: Whose policy, rewards and transforms are used.
+        num_responses: Responses a prompt.
+        selection: How many selections came before: each one draws prompts of its own, where not all are drawn.
     """
     dataset, seed, limit = trainer.every_prompt, trainer.args.seed, trainer.args.selection_prompts
     rows = list(range(len(dataset)))
     if limit is not None and limit < len(rows):
-        rows = sorted(np.random.default_rng(seed).choice(len(rows), limit, replace=False).tolist())
+        rows = sorted(np.random.default_rng(seed + selection).choice(len(rows), limit, replace=False).tolist())
     rows = [row for row in rows for _ in range(num_responses)]
     processes, size = trainer.accelerator.num_processes, trainer.args.local_batch_size
     share = -(-len(rows) // processes)
@@ -84,6 +96,7 @@ def draw_pool(trainer: PPOTrainer, num_responses: int = 1) -> Pool:
         rollout = trainer.sample(trainer.data_collator([dataset[i] for i in batch]))
         scores = trainer.transform(trainer.score(rollout), rollout).cpu()
         entropies = -rollout.logprobs.sum(1) / rollout.lengths.clamp(min=1)
+        kl = kl_per_token(rollout.logprobs, rollout.ref_logprobs, trainer.args.kl_estimator).sum(1)
         found += zip(
             rollout.prompts,
             rollout.completions,
@@ -92,11 +105,12 @@ def draw_pool(trainer: PPOTrainer, num_responses: int = 1) -> Pool:
             [ids[mask].tolist() for ids, mask in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)],
             [ids[:n].tolist() for ids, n in zip(rollout.response_ids, rollout.lengths.tolist(), strict=True)],
             entropies.tolist(),
+            kl.tolist(),
             [{name: values[i] for name, values in rollout.columns.items()} for i in range(len(batch))],
             strict=True,
         )
     found = gather_object(found)[: len(rows)]
-    prompts, responses, scores, categories, prompt_ids, response_ids, entropies, columns = map(
+    prompts, responses, scores, categories, prompt_ids, response_ids, entropies, kl, columns = map(
         list, zip(*found, strict=True)
     )
     return Pool(
@@ -109,8 +123,10 @@ def draw_pool(trainer: PPOTrainer, num_responses: int = 1) -> Pool:
         prompt_ids=prompt_ids,
         response_ids=response_ids,
         entropies=torch.tensor(entropies),
+        kl=torch.tensor(kl),
         embed=lambda: _embeddings(trainer, prompt_ids, num_responses),
         seed=seed,
+        selection=selection,
     )
 
 

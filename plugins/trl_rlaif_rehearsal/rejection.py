@@ -1,0 +1,105 @@
+"""Rejection sampling: of each prompt's responses the best one (RAFT), or all above a threshold (ReST)."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Annotated, Literal, TypeVar
+
+import numpy as np
+from pydantic import Field, field_validator, model_validator
+
+from trl_rlaif import DataSelector, Options, Pool, RehearsalPair, Selection
+
+_T = TypeVar("_T")
+_Score = Annotated[float, Field(allow_inf_nan=False)]
+_Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class RejectionOptions(Options):
+    """Options of ``rejection_sampling``."""
+
+    num_responses: int = Field(4, ge=1, description="Responses drawn for each prompt.")
+    keep: Literal["best", "above"] = Field(
+        "best", description="'best': of each prompt the best response (RAFT); 'above': all above the threshold (ReST)."
+    )
+    threshold: _Score | list[_Score] | None = Field(
+        None, description="Score below which nothing is accepted; a list rises from selection to selection."
+    )
+    quantile: _Share | list[_Share] | None = Field(
+        None, description="Share of the pool's scores, 0 to 1, below which nothing is accepted; a list rises likewise."
+    )
+
+    @field_validator("threshold", "quantile")
+    @classmethod
+    def _rising(cls, value: float | list[float] | None) -> float | list[float] | None:
+        if isinstance(value, list) and not value:
+            raise ValueError("Write at least one number, or null.")
+        if isinstance(value, list) and any(later <= earlier for earlier, later in pairwise(value)):
+            raise ValueError("Write numbers each of which is above the one before; the last one stays.")
+        return value
+
+    @model_validator(mode="after")
+    def _bounded(self) -> RejectionOptions:
+        if self.keep == "above" and self.threshold is None and self.quantile is None:
+            raise ValueError("With keep: above write a threshold or a quantile, else everything is accepted.")
+        return self
+
+
+class RejectionSampling(DataSelector):
+    """Accepts responses by their scores (RAFT, Dong et al. 2023; ReST, Gulcehre et al. 2023).
+
+    With ``rl.algorithm: rejection_sampling`` the policy is fine-tuned on them; with PPO it rehearses them beside. A
+    score equal to the threshold is accepted. With both a threshold and a quantile a score must reach both.
+    """
+
+    Options = RejectionOptions
+
+    @property
+    def num_responses(self) -> int:
+        return self.options.num_responses
+
+    def select(self, pool: Pool) -> Selection:
+        bounds = self._bounds(pool)
+        known: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
+        pairs: list[RehearsalPair] = []
+        for i, why in self._candidates(pool):
+            score = pool.scores[i].item()
+            same = tuple(pool.prompt_ids[i]), tuple(pool.response_ids[i])
+            if not pool.response_ids[i] or same in known or any(score < bound for bound, _ in bounds):
+                continue
+            known.add(same)
+            reasons = [why, *(f"at least {name}" for _, name in bounds)]
+            pairs.append(pool.pair(i, why=f"score {score:.4g}, {', '.join(reason for reason in reasons if reason)}"))
+        return Selection(rehearsal=pairs)
+
+    def _bounds(self, pool: Pool) -> list[tuple[float, str]]:
+        """What a score must reach in this selection, and what that is called."""
+        bounds: list[tuple[float, str]] = []
+        if self.options.threshold is not None:
+            # Rounded as the scores are, or 0.7 would be refused at a threshold of 0.7.
+            value = float(np.float32(_at(self.options.threshold, pool.selection)))
+            bounds.append((value, f"the threshold {value:.4g}"))
+        if self.options.quantile is not None:
+            share = _at(self.options.quantile, pool.selection)
+            # One of the scores themselves: no rounding between two of them refuses the best.
+            value = float(np.quantile(pool.scores.double().numpy(), share, method="higher"))
+            bounds.append((value, f"{value:.4g}, the {share:g} quantile of {len(pool)} scores"))
+        return bounds
+
+    def _candidates(self, pool: Pool) -> list[tuple[int, str]]:
+        """Rows that may be accepted, in the pool's order, and what speaks for each one."""
+        if self.options.keep == "above":
+            return [(i, "") for i in range(len(pool))]
+        of_prompt: dict[int, list[int]] = {}
+        for i, row in enumerate(pool.rows.tolist()):
+            of_prompt.setdefault(row, []).append(i)
+        best = [
+            (max(rows, key=lambda i: (bool(pool.response_ids[i]), pool.scores[i].item())), len(rows))
+            for rows in of_prompt.values()
+        ]
+        return [(i, f"the best of {count} to its prompt") for i, count in best]
+
+
+def _at(values: _T | list[_T], selection: int) -> _T:
+    """The value of a selection, counted from 0; the last one stays."""
+    return values[min(selection, len(values) - 1)] if isinstance(values, list) else values
