@@ -16,6 +16,8 @@ _LAZY = {
     "load_reward_model": "trl_rlaif.reward.loading",
     "PPOTrainer": "trl_rlaif.ppo.trainer",
     "PPOConfig": "trl_rlaif.ppo.config",
+    "ForgettingTracker": "trl_rlaif.ppo.forgetting",
+    "RejectionTrainer": "trl_rlaif.ppo.rejection",
     "SharedBase": "trl_rlaif.roles",
     "Labeler": "trl_rlaif.components",
     "RewardTransform": "trl_rlaif.components",
@@ -55,6 +57,8 @@ if TYPE_CHECKING:
     from trl_rlaif.events import Label, Pool, PreferenceScores, RehearsalPair, Rollout, Selection
     from trl_rlaif.judging import Answer, Judge, JudgePrompt, LocalJudge, Question, Thinking, ThinkingOptions
     from trl_rlaif.ppo.config import PPOConfig
+    from trl_rlaif.ppo.forgetting import ForgettingTracker
+    from trl_rlaif.ppo.rejection import RejectionTrainer
     from trl_rlaif.ppo.trainer import PPOTrainer
     from trl_rlaif.reward.config import RewardConfig
     from trl_rlaif.reward.loading import load_reward_model

@@ -20,11 +20,14 @@ from trl_rlaif.errors import UserError
 from trl_rlaif.plugins import Plugins
 from trl_rlaif.progress import say
 from trl_rlaif.recipe import STAGES, Recipe, prompt_folder
+from trl_rlaif.recipe.sections import FORGET_SET
 
 PACKAGES = ("trl", "transformers", "peft", "accelerate", "datasets", "torch", "bitsandbytes")
 
 # Sections that every stage depends on.
 _COMMON = ("run", "model", "data")
+# What the section evaluate says of measurements while rl runs; evaluate itself does not depend on it.
+_TRACKING = ("track_every", "track_prompts", "stop_on_forgetting")
 
 
 def active_stages(recipe: Recipe) -> list[str]:
@@ -42,23 +45,34 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
     inputs = {k: _identity(v) for k, v in plain["data"].items() if isinstance(v, str)}
     before, result = json.dumps([common, inputs], sort_keys=True, default=str), {}
     for stage in active_stages(recipe):
-        own = json.dumps([plain.get(stage, {}), _files_of(recipe, stage)], sort_keys=True, default=str)
+        own = json.dumps([_settings_of(plain, stage), _files_of(recipe, stage)], sort_keys=True, default=str)
         before = hashlib.sha256(f"{before}\n{stage}\n{own}".encode()).hexdigest()
         result[stage] = before
     return result
+
+
+def _settings_of(plain: dict[str, Any], stage: str) -> dict[str, Any]:
+    """A stage's section; and with rl what ``evaluate`` measures there, where that can end it."""
+    section, evaluate = plain.get(stage, {}), plain.get("evaluate") or {}
+    if stage == "evaluate":
+        return {key: value for key, value in section.items() if key not in _TRACKING}
+    if stage == "rl" and evaluate.get("stop_on_forgetting") is not None:
+        ending = {key: evaluate[key] for key in (*_TRACKING, "judge", "prompt", "max_new_tokens")}
+        return section | {"evaluate": ending | {"forget": evaluate["sets"][FORGET_SET]}}
+    return section
 
 
 def _files_of(recipe: Recipe, stage: str) -> list[str | None]:
     """What a stage's section reads beside the data: prompts, pairs to calibrate on, data of its own."""
     from trl_rlaif.judging import JudgePrompt
 
-    section = getattr(recipe, stage)
+    section, evaluate = getattr(recipe, stage), recipe.evaluate
     if section is None:
         return []
     own = [getattr(section, name, None) for name in ("data", "rehearsal")] + [*getattr(section, "sets", {}).values()]
-    if stage not in ("label", "evaluate"):
-        return [_identity(path) for path in own if path]
-    prompts = [section.prompt, *(c.prompt for c in getattr(section, "compare", {}).values())]
+    prompts = [getattr(section, "prompt", None), *(c.prompt for c in getattr(section, "compare", {}).values())]
+    if stage == "rl" and evaluate is not None and evaluate.stop_on_forgetting is not None:
+        own, prompts = [*own, evaluate.sets[FORGET_SET]], [evaluate.prompt]
     revisions = [JudgePrompt.load(prompt_folder(name)).revision for name in prompts if name]
     calibration = getattr(section, "calibration", None)
     return [*revisions, *(_identity(path) for path in [calibration, *own] if path)]

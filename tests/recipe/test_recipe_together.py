@@ -33,6 +33,19 @@ PAIRS = MODEL + "data:\n  pairs: pairs.jsonl\n"
             "'evaluate' draws 2 responses a prompt at temperature 0",
             "Set evaluate.temperature above 0, or leave the key out.",
         ),
+        (
+            PROMPTS + "rl: {rewards: [direct]}\nevaluate:\n  sets: {a: eval.jsonl}\n  stop_on_forgetting: 0.1\n",
+            6,
+            "'evaluate' shall end rl on forgetting, and has no set 'forget'.",
+            "Set evaluate.sets.forget to prompts that",
+        ),
+        (
+            PROMPTS + "rl: {rewards: [direct]}\n"
+            "evaluate: {sets: {forget: eval.jsonl}, track_every: 0, stop_on_forgetting: 0.1}\n",
+            4,
+            "'evaluate' shall end rl on forgetting, and track_every: 0 measures none.",
+            "Leave out track_every, or set it to 1 or more.",
+        ),
         (PROMPTS, 1, "the recipe has no stage.", "Add at least one of sft, sample, label"),
     ],
 )
@@ -54,6 +67,18 @@ def test_label_may_take_pairs(parse):
 
 def test_evaluate_may_bring_its_own_sets(parse):
     assert parse(PROMPTS + "rl: {rewards: [direct]}\nevaluate: {sets: {a: eval.jsonl}}\n").evaluate.sets
+
+
+def test_rl_may_end_on_forgetting(parse):
+    text = PROMPTS + "rl: {rewards: [direct]}\nevaluate: {sets: {forget: eval.jsonl}, stop_on_forgetting: 1e-1}\n"
+    evaluate = parse(text).evaluate
+    assert (evaluate.stop_on_forgetting, evaluate.track_every, evaluate.track_prompts) == (0.1, None, 64)
+
+
+@pytest.mark.parametrize("wrong", ["stop_on_forgetting: 0.5", "track_every: -1", "track_prompts: 0"])
+def test_what_is_tracked_has_a_range(only, wrong):
+    problem = only(PROMPTS + f"rl: {{rewards: [direct]}}\nevaluate: {{sets: {{forget: eval.jsonl}}, {wrong}}}\n")
+    assert problem.where == "recipe.yaml:4" and problem.what.startswith(f"'{wrong.partition(':')[0]}'")
 
 
 def test_missing_required_sections(problems):

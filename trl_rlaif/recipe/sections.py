@@ -20,6 +20,9 @@ from pydantic import (
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
+# The name of an evaluated set whose prompts the start is good at.
+FORGET_SET = "forget"
+
 
 @dataclass(frozen=True)
 class ComponentRef:
@@ -236,10 +239,11 @@ class RewardSection(Section):
 class RlSection(Section):
     """``rl``: reinforcement learning. Other keys are PPOConfig's."""
 
-    algorithm: Literal["ppo", "reinforce"] = Field(
+    algorithm: Literal["ppo", "reinforce", "rejection_sampling"] = Field(
         "ppo",
         description="'reinforce' is PPO with one pass over each batch and no clipped ratio (Lee et al. 2023); what "
-        "it presets, other keys here override.",
+        "it presets, other keys here override. 'rejection_sampling' fine-tunes on what the selectors accept of the "
+        "policy's responses (Dong et al. 2023), num_train_epochs times, with num_ppo_epochs passes each.",
     )
     rewards: list[Text] = Field(
         default_factory=lambda: ["reward"], min_length=1,
@@ -270,6 +274,19 @@ class EvaluateSection(Section):
         1, ge=1, description="Responses a prompt of each policy: rewards are means over all, the first is judged."
     )
     batch_size: int = Field(16, ge=1, description="Sequences generated or judged at once.")
+    track_every: int | None = Field(
+        None,
+        ge=0,
+        description="Updates of rl between measurements of the sets while it runs; 0: none; null: ten over the run, "
+        f"where there is a set '{FORGET_SET}'.",
+    )
+    track_prompts: int = Field(64, ge=1, description="Prompts of each set that these measure, drawn at random.")
+    stop_on_forgetting: Number | None = Field(
+        None,
+        ge=0,
+        lt=0.5,
+        description=f"rl ends when the win rate against the start on the set '{FORGET_SET}' falls below 0.5 less this.",
+    )
 
 
 class ReportSection(Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trl_rlaif.recipe.sections import STAGES
+from trl_rlaif.recipe.sections import FORGET_SET, STAGES
 from trl_rlaif.recipe.source import Source
 
 
@@ -16,6 +16,7 @@ def check_together(source: Source) -> None:
     _check_pairs(source, present)
     if "rl" in present:
         _check_rl(source, present)
+        _check_selectors(source)
     if "evaluate" in present:
         _check_evaluate(source, present)
 
@@ -50,6 +51,12 @@ def _check_rl(source: Source, present: set[Any]) -> None:
         source.report(path, what, "Add 'reward', or set rl.rewards to [direct] or to a function.")
 
 
+def _check_selectors(source: Source) -> None:
+    if _value(source, "rl", "algorithm") == "rejection_sampling" and not _value(source, "rl", "selectors"):
+        what = "'rl' shall train on accepted responses, and has no selector that accepts any."
+        source.report(("rl", "algorithm"), what, "Set rl.selectors, for example to [rejection_sampling].")
+
+
 def _check_evaluate(source: Source, present: set[Any]) -> None:
     if "rl" not in present:
         source.report(("evaluate",), "'evaluate' has no trained policy to judge.", "Add 'rl'.")
@@ -59,6 +66,18 @@ def _check_evaluate(source: Source, present: set[Any]) -> None:
     if isinstance(many, int) and many > 1 and not _value(source, "evaluate", "temperature"):
         what = f"'evaluate' draws {many} responses a prompt at temperature 0, where all are the same."
         source.report(("evaluate", "num_responses"), what, "Set evaluate.temperature above 0, or leave the key out.")
+    if _value(source, "evaluate", "stop_on_forgetting") is not None:
+        _check_stop(source)
+
+
+def _check_stop(source: Source) -> None:
+    path, sets = ("evaluate", "stop_on_forgetting"), _value(source, "evaluate", "sets")
+    if not isinstance(sets, dict) or FORGET_SET not in sets:
+        what = f"'evaluate' shall end rl on forgetting, and has no set '{FORGET_SET}'."
+        source.report(path, what, f"Set evaluate.sets.{FORGET_SET} to prompts that the start is good at.")
+    if _value(source, "evaluate", "track_every") == 0:
+        what = "'evaluate' shall end rl on forgetting, and track_every: 0 measures none."
+        source.report(path, what, "Leave out track_every, or set it to 1 or more.")
 
 
 def _value(source: Source, section: str, key: str) -> Any:

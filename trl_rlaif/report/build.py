@@ -13,6 +13,7 @@ from trl_rlaif.errors import RunError
 from trl_rlaif.report import doubts, findings, wording
 from trl_rlaif.report.content import MAX_SAMPLES, Run, read_run, spread
 from trl_rlaif.report.figures import label_part, reward_part, rl_part, set_part, sft_part
+from trl_rlaif.report.rehearsal_figures import rehearsal_part
 from trl_rlaif.report.score_figures import score_part
 
 _HERE = Path(__file__).parent
@@ -88,6 +89,7 @@ def _page(run: Run) -> dict[str, Any]:
         "reward": reward_part(run),
         "scores": score_part(run),
         "rl": rl_part(run),
+        "rehearsal": rehearsal_part(run),
         "held_out": [set_part(run, name) for name in _set_names(run)],
         "samples": samples,
         "sample_sets": sorted({sample.set for sample in samples}),

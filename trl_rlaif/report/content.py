@@ -17,6 +17,8 @@ MAX_RECIPE_CHARACTERS = 100_000
 _LARGEST_DRAWN = 1e30
 # A metric's name may hold a category's: what is cut off would be lost.
 _METRIC_NAME = 300
+# Characters of a rehearsed pair's prompt, and of its response, that the table shows.
+_EXAMPLE = 240
 _RESTORE = "Restore the run's own copy."
 
 Series = dict[str, list[tuple[float, float]]]
@@ -55,6 +57,26 @@ class ScoredPair:
     after: tuple[float, float] | None
 
 
+@dataclass(frozen=True)
+class Rehearsed:
+    """A pair that the policy rehearsed; ``group`` is its cluster as a reader counts them, or what it was chosen for."""
+
+    group: str
+    score: float | None
+    prompt: str
+    response: str
+
+
+@dataclass(frozen=True)
+class MapPoint:
+    """A prompt's place on the map of clusters, 0 being the first; ``chosen`` where it is rehearsed."""
+
+    x: float
+    y: float
+    cluster: int
+    chosen: bool
+
+
 @dataclass
 class Labels:
     """What labels.jsonl says: confidences in 0.5..1 and the winner's table, keyed (order 1-2, order 2-1)."""
@@ -77,6 +99,8 @@ class Run:
     labels: Labels
     samples: list[Sample]
     scored: list[ScoredPair]
+    rehearsed: list[Rehearsed]
+    map: list[MapPoint]
     pairs: int
     notes: list[str]
 
@@ -101,6 +125,8 @@ def read_run(folder: Path) -> Run:
         labels=_read_labels(folder / "labels.jsonl", results, pairs, notes),
         samples=_read_samples(folder / "samples.jsonl", notes),
         scored=_read_scored(folder / "reward_scores.jsonl", notes),
+        rehearsed=_read_rehearsed(folder / "rehearsal.jsonl", notes),
+        map=_read_map(folder / "selection_map.jsonl", notes),
         pairs=len(pairs),
         notes=notes,
     )
@@ -261,6 +287,31 @@ def _read_scored(path: Path, notes: list[str]) -> list[ScoredPair]:
         if before is not None:
             scored.append(ScoredPair(label(row.get("category")), _probability(row.get("p")), before, after))
     return scored
+
+
+def _read_rehearsed(path: Path, notes: list[str]) -> list[Rehearsed]:
+    found = []
+    for row in _lines(path, notes):
+        cluster = number(row.get("cluster"))
+        group = f"cluster {cluster + 1:.0f}" if cluster is not None else label(row.get("why")) or "no cluster"
+        texts = (_one_line(row.get(key)) for key in ("prompt", "response"))
+        found.append(Rehearsed(group, _drawable(row.get("score")), *texts))
+    return found
+
+
+def _one_line(content: Any) -> str:
+    """A text, or the last message of a conversation, cut to a line."""
+    turns = _turns(content[-1:] if isinstance(content, list) else content)
+    return label(turns[0].text if turns else "", _EXAMPLE)
+
+
+def _read_map(path: Path, notes: list[str]) -> list[MapPoint]:
+    found = []
+    for row in _lines(path, notes):
+        place, cluster = _both(row, "x", "y"), number(row.get("cluster"))
+        if place is not None and cluster is not None:
+            found.append(MapPoint(*place, int(cluster), row.get("chosen") is True))
+    return found
 
 
 def _both(row: dict[str, Any], first: str, second: str) -> tuple[float, float] | None:

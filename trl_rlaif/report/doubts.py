@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trl_rlaif.recipe.sections import FORGET_SET
 from trl_rlaif.report.content import Run
 from trl_rlaif.report.findings import SetResult, judge_name, kl_last
 from trl_rlaif.report.wording import count, interval, label, number, percent, scores, section
@@ -26,6 +27,7 @@ def warnings(run: Run, sets: list[SetResult]) -> list[str]:
         )
     for result in sets:
         found.extend(_set_warnings(result))
+    found.extend(_stop_warnings(run))
     found.extend(_disagreements(run))
     extra = run.results.get("warnings")
     if isinstance(extra, list):
@@ -109,7 +111,13 @@ def _set_warnings(result: SetResult) -> list[str]:
     if win and win.tone == "unclear":
         reason = "contains 50%, so there is no clear difference" if win.interval else "is missing"
         found.append(f"The win rate on {result.name} is not clear: its interval {reason}. More prompts narrow it.")
-    if win and win.tone == "bad":
+    if win and win.tone == "bad" and result.name == FORGET_SET:
+        found.append(
+            f"The policy forgot: on {result.name}, whose prompts the start was good at, the judge prefers the start "
+            f"(win rate {win.text}, interval {win.interval_text}). Rehearse pairs of this kind (rl.selectors, "
+            "rl.rehearsal), or hold the policy closer to its start."
+        )
+    elif win and win.tone == "bad":
         found.append(f"On {result.name} the judge prefers the start: the trained policy is worse there.")
     if result.reward and result.reward.tone == "good" and win and win.tone != "good":
         found.append(
@@ -117,6 +125,18 @@ def _set_warnings(result: SetResult) -> list[str]:
             "the policy learned to please the reward model rather than to answer better."
         )
     return found
+
+
+def _stop_warnings(run: Run) -> list[str]:
+    """That forgetting ended the training."""
+    stopped = section(run.results, "rl", "stopped")
+    update, rate, limit = (number(stopped.get(key)) for key in ("update", "win_rate", "limit"))
+    if update is None or rate is None or limit is None:
+        return []
+    return [
+        f"RL was stopped at update {count(update)}: on {label(stopped.get('set'))} the win rate against the start had "
+        f"fallen to {percent(rate)}, below {percent(limit)} (evaluate.stop_on_forgetting)."
+    ]
 
 
 def judge_caveat(run: Run) -> str:

@@ -15,7 +15,7 @@ from trl_rlaif.report.wording import interval, label, number, scores, section
 
 MAX_CATEGORIES = 40
 _DRAWN_CATEGORIES = 12
-_DRAWN_LINES = 6
+DRAWN_LINES = 6
 _MAX_OTHER_METRICS = 60
 
 # Metric, heading, how to read it.
@@ -33,6 +33,8 @@ _RL_PANELS = (
     ("lr", "Learning rate", "The schedule as it was run."),
 )
 _NOT_PANELS = {"episode", "epoch"}
+# What the part on rehearsal and forgetting draws.
+ELSEWHERE = ("forgetting/", "rehearsal/nll")
 _NOT_MEANS = ("/std", "/var", "/count")
 
 
@@ -61,7 +63,7 @@ def sft_part(run: Run) -> list[Figure]:
     """The curves of supervised fine-tuning; empty if nothing was logged."""
     series = run.series.get("sft", {})
     names = {"loss": "training", "eval_loss": "held-out"}
-    return _present(_curve(series, "SFT loss", "Should fall and level off.", names))
+    return present(curve(series, "SFT loss", "Should fall and level off.", names))
 
 
 def reward_part(run: Run) -> dict[str, Any]:
@@ -71,9 +73,9 @@ def reward_part(run: Run) -> dict[str, Any]:
     names = {"loss": "training", "eval_loss": "held-out"}
     accuracies = {"accuracy": "training", "eval_accuracy": "held-out"}
     return {
-        "figures": _present(
-            _curve(series, "Reward loss", "Held-out rising while training falls is overfitting.", names),
-            _curve(series, "Ranking accuracy", "Share of pairs ranked as labeled; chance is 0.5.", accuracies),
+        "figures": present(
+            curve(series, "Reward loss", "Held-out rising while training falls is overfitting.", names),
+            curve(series, "Ranking accuracy", "Share of pairs ranked as labeled; chance is 0.5.", accuracies),
         ),
         "accuracy": reward_accuracy(run),
         "pairs": number(result.get("eval_pairs")),
@@ -149,29 +151,32 @@ def _rate(values: dict[str, Any]) -> dict[str, Any]:
 def rl_part(run: Run) -> dict[str, Any]:
     """Small multiples of the RL stage, and first and last value of every other metric."""
     series = run.series.get("rl", {})
-    figures = [_curve(series, heading, caption, {key: heading}) for key, heading, caption in _RL_PANELS]
+    figures = [curve(series, heading, caption, {key: heading}) for key, heading, caption in _RL_PANELS]
     category_keys = [key for key in series if key.startswith("reward/") and not key.endswith(_NOT_MEANS)]
     if category_keys:
         names = {key: label(key.removeprefix("reward/").removesuffix("/mean"), 24) for key in category_keys}
-        drawn = dict(list(names.items())[:_DRAWN_LINES])
+        drawn = dict(list(names.items())[:DRAWN_LINES])
         caption = "No kind of prompt should rise at the cost of another."
         if len(drawn) < len(names):
             caption += f" The first {len(drawn)} of {len(names)} categories are drawn."
-        figures.insert(1, _curve(series, "Score by category", caption, drawn))
+        figures.insert(1, curve(series, "Score by category", caption, drawn))
     shown = {key for key, _, _ in _RL_PANELS} | set(category_keys) | _NOT_PANELS
-    others = [key for key in series if key not in shown]
+    others = [key for key in series if key not in shown and not key.startswith(ELSEWHERE)]
     table = [
         (key, *scores(series[key][0][1], series[key][-1][1]), len(series[key]))
         for key in sorted(others)[:_MAX_OTHER_METRICS]
     ]
-    return {"figures": _present(*figures), "others": table, "left_out": max(len(others) - len(table), 0)}
+    return {"figures": present(*figures), "others": table, "left_out": max(len(others) - len(table), 0)}
 
 
-def _present(*figures: Figure | None) -> list[Figure]:
+def present(*figures: Figure | None) -> list[Figure]:
+    """Those that there are."""
     return [figure for figure in figures if figure is not None]
 
 
-def _curve(series: Series, heading: str, caption: str, names: dict[str, str]) -> Figure | None:
+def curve(
+    series: Series, heading: str, caption: str, names: dict[str, str], *, level: float | None = None
+) -> Figure | None:
     """One panel with the metrics of ``names`` (metric: its name in the legend); None if none was logged."""
     found = [(name, series[key]) for key, name in names.items() if series.get(key)]
     if not found:
@@ -184,7 +189,7 @@ def _curve(series: Series, heading: str, caption: str, names: dict[str, str]) ->
     said = f"{heading}, first and last logged value: {'; '.join(changes)}"
     # Beyond two lines the numbers would be a wall: the drawing shows them.
     values = "; ".join(changes) if len(changes) <= 2 else ""
-    return Figure(heading, Markup(plots.curves(found, said)), caption, values)
+    return Figure(heading, Markup(plots.curves(found, said, level=level)), caption, values)
 
 
 def set_part(run: Run, name: str) -> dict[str, Any]:

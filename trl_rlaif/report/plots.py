@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import statistics
 import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,8 @@ _INK, _GRID = "#7a7f87", "#7a7f88"
 _MAX_POINTS = 800
 _SMOOTH_FROM = 40
 _SIZE = (4.4, 2.6)
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_MAX_NUMBERED = 36
 
 _STYLE: dict[str, Any] = {
     "svg.hashsalt": "trl-rlaif",
@@ -50,10 +53,16 @@ _STYLE: dict[str, Any] = {
 }
 
 
-def curves(named: Sequence[tuple[str, Points]], title: str, x_label: str = "step") -> str:
-    """Lines over steps, each ``(name, [(step, value), ...])``; a long one gets its running mean too."""
+def curves(named: Sequence[tuple[str, Points]], title: str, x_label: str = "step", level: float | None = None) -> str:
+    """Lines over steps, each ``(name, [(step, value), ...])``; a long one gets its running mean too.
+
+    Args:
+        level: A value to compare with, as a dashed line.
+    """
 
     def draw(axes: Any) -> None:
+        if level is not None:
+            axes.axhline(level, color=_INK, linewidth=1.0, linestyle=(0, (4, 3)))
         for index, (name, points) in enumerate(named):
             colour = COLOURS[index % len(COLOURS)]
             style = "-" if index < len(COLOURS) else "--"
@@ -179,6 +188,41 @@ def reliability(bins: Sequence[tuple[float, float, tuple[float, float], int]], t
         axes.set_yticks((0, 0.25, 0.5, 0.75, 1))
         axes.set_xlabel("confidence")
         axes.set_ylabel("share right")
+
+    return _svg(draw, title, (4.4, 3.4))
+
+
+def cluster_map(points: Sequence[tuple[float, float, int, bool]], title: str) -> str:
+    """Prompts ``(x, y, cluster, chosen)`` in the plane; few clusters have each a colour and a shape of its own.
+
+    More of them are numbered where they lie. What is chosen is drawn larger, with an edge.
+    """
+
+    def draw(axes: Any) -> None:
+        numbers = sorted({cluster for _, _, cluster, _ in points})
+        few = len(numbers) <= len(COLOURS)
+        for place, cluster in enumerate(numbers):
+            look = {
+                "linestyle": "",
+                "color": COLOURS[place % len(COLOURS)],
+                # Beyond six, a colour comes again with another shape.
+                "marker": _MARKERS[(place + place // len(COLOURS)) % len(_MARKERS)],
+            }
+            for chosen, size, alpha, edge in ((False, 4.5, 0.4, 0), (True, 7.5, 1, 1.3)):
+                own = [(x, y) for x, y, c, is_chosen in points if c == cluster and is_chosen == chosen]
+                if own:
+                    style = look | {"markersize": size, "alpha": alpha, "markeredgewidth": edge}
+                    axes.plot(*zip(*own, strict=True), **style, markeredgecolor=_INK, zorder=2 + chosen)
+            if few:
+                axes.plot([], [], **look, markersize=6, label=str(cluster + 1))
+            elif len(numbers) <= _MAX_NUMBERED:
+                middle = (statistics.median(p[axis] for p in points if p[2] == cluster) for axis in (0, 1))
+                axes.text(*middle, str(cluster + 1), ha="center", va="center", fontweight="bold", zorder=4)
+        if few:
+            _legend(axes, len(numbers))
+        axes.tick_params(labelbottom=False, labelleft=False, length=0)
+        axes.set_xlabel("first principal component")
+        axes.set_ylabel("second")
 
     return _svg(draw, title, (4.4, 3.4))
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from typing import Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,11 +16,20 @@ from trl_rlaif.judging import Judge
 from trl_rlaif.judging.scoring import token_batches
 from trl_rlaif.measures import bootstrap_mean, win_rate
 from trl_rlaif.ppo.actors import SharedActors
+from trl_rlaif.ppo.forgetting import answer_pair, better_half, mean_nll, preferences, with_end
 from trl_rlaif.ppo.rollout import model_inputs
 from trl_rlaif.progress import progress_bar
 from trl_rlaif.roles import SharedBase
 from trl_rlaif.sampling import length_batches, sample_responses, seeded
 from trl_rlaif.stages.context import Context
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from trl_rlaif.encoding import PromptLike
+    from trl_rlaif.events import RehearsalPair
+    from trl_rlaif.ppo.forgetting import Preferred
+    from trl_rlaif.recipe import Recipe
 
 BATCH_TOKENS = 8192
 # Prompts of a category below which a win rate says nothing.
@@ -28,20 +38,17 @@ FEWEST_FOR_DRIFT = 5
 
 def run(context: Context) -> dict[str, Any]:
     """Write ``samples.jsonl``; return win rates and rewards by set."""
-    section, recipe, started = context.recipe.evaluate, context.recipe, time.monotonic()
+    recipe, started = context.recipe, time.monotonic()
     shared = SharedBase(context.load_base(), context.folder / "policy", reference=context.start)
     if recipe.reward and "reward" in recipe.rl.rewards:
         shared.add_reward(context.folder / "reward")
     shared.to(shared.model.device).eval()
-    label = recipe.label
-    prompt = section.prompt or (label.prompt if label else "general")
-    # The same base without an adapter is the judge, where the judge is "same".
-    judge = context.judge(section.judge, prompt, shared.model, context=lambda: shared.role(None))
+    judge = judge_of(context, shared)
     samples, sets = [], {}
-    for name, source in (section.sets or {"test": recipe.data.eval_prompts}).items():
-        rows, skipped = _compare(context, shared, judge, name, source)
+    for name, source in sources(recipe).items():
+        rows, found = _compare(context, shared, judge, name, source)
         samples += rows
-        sets[name] = _numbers(rows, recipe.run.seed) | {"skipped": skipped}
+        sets[name] = _numbers(rows, recipe.run.seed) | found
     write_atomically(context.folder / "samples.jsonl", "".join(map(to_line, samples)))
     return {
         "judge": judge.name,
@@ -49,6 +56,18 @@ def run(context: Context) -> dict[str, Any]:
         "agreement": _agreement(context),
         "seconds": time.monotonic() - started,
     }
+
+
+def sources(recipe: Recipe) -> dict[str, str]:
+    """Where the prompts of each set come from, by the set's name."""
+    return recipe.evaluate.sets or {"test": recipe.data.eval_prompts}
+
+
+def judge_of(context: Context, shared: SharedBase) -> Judge:
+    """The judge of the section; where it is "same", the shared base itself without an adapter."""
+    section, label = context.recipe.evaluate, context.recipe.label
+    prompt = section.prompt or (label.prompt if label else "general")
+    return context.judge(section.judge, prompt, shared.model, context=lambda: shared.role(None))
 
 
 def _agreement(context: Context) -> dict[str, Any]:
@@ -59,9 +78,12 @@ def _agreement(context: Context) -> dict[str, Any]:
 
 def _compare(
     context: Context, shared: SharedBase, judge: Judge, name: str, source: str
-) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """One line a prompt: both first responses, the judge's probability for the trained one, means over all."""
-    length = _max_new_tokens(context)
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """One line a prompt: both first responses, the judge's probability for the trained one, means over all.
+
+    The set's own numbers come with them: what was skipped, and the NLL of the start's good answers.
+    """
+    length = max_new_tokens(context)
     prompts, tokens, skipped = context.encoded_prompts(source, length, shared.model)
     roles = {"start": shared.reference, "trained": "policy"}
     drawn = {
@@ -72,7 +94,8 @@ def _compare(
         side: [context.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids, *_ in responses]
         for side, responses in drawn.items()
     }
-    preferred = _preferred(context, judge, name, prompts, texts["start"], texts["trained"])
+    asked = [prompt.prompt for prompt in prompts]
+    preferred = preferences(asking(context, judge, f"Judging ({name})"), asked, texts["trained"], texts["start"])
     numbers = {side: _of_each_prompt(context, shared, tokens, responses) for side, responses in drawn.items()}
     rows = [
         {
@@ -86,7 +109,22 @@ def _compare(
         }
         for i, prompt in enumerate(prompts)
     ]
-    return rows, skipped
+    firsts = [responses[0] for responses in drawn["start"]]
+    start = [answer_pair(*row) for row in zip(asked, texts["start"], tokens, firsts, strict=True)]
+    return rows, {"skipped": skipped} | _nlls(context, shared, start, numbers["start"]["reward"])
+
+
+def _nlls(context: Context, shared: SharedBase, pairs: list[RehearsalPair], rewards: list[Any]) -> dict[str, float]:
+    """NLL a token of the start's good answers, under the start itself and under the trained policy.
+
+    Good is the half that the reward model scores highest; without one, all are.
+    """
+    kept = range(len(pairs)) if None in rewards else better_half(rewards)
+    good, size, device = [pairs[i] for i in kept], context.recipe.evaluate.batch_size, shared.model.device
+    return {
+        f"nll_{side}": mean_nll(SharedActors(shared), part, good, batch_size=size, device=device)
+        for side, part in (("start", "reference"), ("trained", "policy"))
+    }
 
 
 def _of_each_prompt(
@@ -96,7 +134,7 @@ def _of_each_prompt(
     end, many = context.tokenizer.eos_token_id, len(responses[0])
     rewards: list[Any] = [None] * len(tokens) * many
     if "reward" in shared.heads:
-        rewards = _rewards(
+        rewards = rewards_of(
             context, shared, [p for p in tokens for _ in range(many)], [r for rs in responses for r in rs]
         )
     of_prompts = [rewards[i : i + many] for i in range(0, len(rewards), many)]
@@ -108,7 +146,8 @@ def _of_each_prompt(
     }
 
 
-def _max_new_tokens(context: Context) -> int:
+def max_new_tokens(context: Context) -> int:
+    """Longest response, in tokens."""
     recipe = context.recipe
     given = recipe.evaluate.max_new_tokens or recipe.rl.config.get("response_length")
     return given or (recipe.sample.max_new_tokens if recipe.sample else 128)
@@ -139,28 +178,33 @@ def _responses(
                     temperature=section.temperature,
                 )
             for i, of_prompt in zip(batch, drawn, strict=True):
-                # Only an end token stops a response before its full length.
-                responses[i] = [[*ids, end] if len(ids) < length else ids for ids in of_prompt]
+                responses[i] = [with_end(ids, length, end) for ids in of_prompt]
             advance(len(batch))
     return responses
 
 
-def _preferred(
-    context: Context, judge: Judge, name: str, prompts: list[Prompt], start: list[str], trained: list[str]
-) -> list[float | None]:
-    """The judge's probability that the trained response is better; equal responses are a tie unasked."""
-    result: list[float | None] = [0.5] * len(prompts)
-    different = [i for i in range(len(prompts)) if start[i] != trained[i]]
-    pairs = [Pair(str(i), prompts[i].prompt, trained[i], start[i]) for i in different]
-    with progress_bar(f"Judging ({name})", len(pairs)) as advance:
-        for label in context.labeler().label(pairs, judge):
-            result[int(label.id)] = label.p
-            advance(1)
-    return result
+def asking(context: Context, judge: Judge, description: str = "") -> Preferred:
+    """The judge's probability, for prompts with two answers each, that the first one is better; None: not judged.
+
+    Args:
+        description: Of the progress bar; without it there is none.
+    """
+
+    def preferred(prompts: Sequence[PromptLike], first: Sequence[str], second: Sequence[str]) -> list[float | None]:
+        pairs = [Pair(str(i), *row) for i, row in enumerate(zip(prompts, first, second, strict=True))]
+        found: list[float | None] = [None] * len(pairs)
+        bar = progress_bar(description, len(pairs)) if description else nullcontext(lambda count: None)
+        with bar as advance:
+            for label in context.labeler().label(pairs, judge):
+                found[int(label.id)] = label.p
+                advance(1)
+        return found
+
+    return preferred
 
 
 @torch.no_grad()
-def _rewards(context: Context, shared: SharedBase, prompts: list[list[int]], encoded: list[list[int]]) -> list[float]:
+def rewards_of(context: Context, shared: SharedBase, prompts: list[list[int]], encoded: list[list[int]]) -> list[float]:
     """Scores of the reward role for responses as they were drawn: one that was cut off is scored so, as in PPO."""
     lengths = [len(p) + len(r) for p, r in zip(prompts, encoded, strict=True)]
     device, pad = shared.model.device, context.tokenizer.pad_token_id

@@ -31,19 +31,35 @@ def run(context: Context) -> dict[str, Any]:
     """Train ``policy/``; return the first and last numbers of the run itself."""
     import torch
 
+    from trl_rlaif.stages import tracking
+
     started = time.monotonic()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     trainer, skipped = build_trainer(context)
     callback = context.callback("rl", "Training the policy")
     callback.attach(trainer)
+    tracker = tracking.attach(context, trainer)
     try:
-        trainer.train(resume_from_checkpoint=True)
+        _train(context, trainer)
     finally:
         callback.close()
     _keep_selection(context, trainer)
     write_folder(context.folder / "policy", lambda folder: trainer.save_model(str(folder)))
-    return _numbers(trainer, skipped) | gpu_memory(context.recipe) | {"seconds": time.monotonic() - started}
+    numbers = _numbers(trainer, skipped) | tracking.numbers(tracker) | gpu_memory(context.recipe)
+    return numbers | {"seconds": time.monotonic() - started}
+
+
+def _train(context: Context, trainer: PPOTrainer) -> None:
+    """By the recipe's algorithm, from the newest checkpoint on."""
+    section = context.recipe.rl
+    if section.algorithm != "rejection_sampling":
+        trainer.train(resume_from_checkpoint=True)
+        return
+    from trl_rlaif.ppo.rejection import RejectionTrainer, count_iterations
+
+    iterations = count_iterations(trainer, section.config.get("total_episodes"))
+    RejectionTrainer(trainer, iterations).train(resume_from_checkpoint=True)
 
 
 def build_trainer(context: Context) -> tuple[PPOTrainer, dict[str, int]]:
@@ -194,7 +210,7 @@ def _numbers(trainer: Any, skipped: dict[str, int]) -> dict[str, Any]:
             "kl_last": logged[-1]["objective/kl"],
         }
         numbers["spread_last"] = _last_spreads(logged[-10:])
-    if trainer.rehearsal.pairs and logged:
+    if logged and "rehearsal/nll" in logged[0]:
         seconds = {name: sum(entry[f"time/{name}"] for entry in logged) for name in ("rehearsal", "update")}
         numbers["rehearsal"] = {
             "pairs": len(trainer.rehearsal.pairs),

@@ -1,0 +1,302 @@
+"""Forgetting where every skill can be checked: PPO on a reward that favours one skill, with and without rehearsal.
+
+    python benchmarks/forgetting.py --output benchmarks/results/forgetting.md
+
+A small language model is taught eight skills on strings of letters (copy them, reverse them, sort them, ...) by
+supervised fine-tuning, one of them (the favoured one) badly. The reward of PPO is the share of right letters, in full
+for the favoured skill and a tenth of it for all others: raters care for one thing. PPO's prompts are of all skills.
+The forget set is held-out prompts of the other skills: what the fine-tuned model was good at.
+
+Arms: plain PPO; Selective Rehearsal with as many pairs from 1, 8 and 32 clusters; as many random pairs. Reported over
+seeds: the reward (of the favoured skill and of all prompts) at the end, the win rate of the trained model's greedy
+answers over the fine-tuned model's on the forget set (more right letters win, a tie counts half), and the NLL of the
+fine-tuned model's own right answers there, at the start, at the end, and in between.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import random
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, disable_progress_bars
+from peft import LoraConfig
+from tables import interval
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, logging
+from trl_rlaif_rehearsal import SelectiveRehearsal
+
+from trl_rlaif import PPOConfig, PPOTrainer
+from trl_rlaif.ppo.forgetting import ForgettingTracker
+
+LETTERS, LENGTH = "abcdefghij", 5
+SKILLS: dict[str, Callable[[Sequence[int]], list[int]]] = {
+    "reverse": lambda x: list(reversed(x)),
+    "copy": list,
+    "rotate": lambda x: [*x[1:], x[0]],
+    "swap": lambda x: [x[1], x[0], x[3], x[2], x[4]],
+    "next": lambda x: [(i + 1) % len(LETTERS) for i in x],
+    "previous": lambda x: [(i - 1) % len(LETTERS) for i in x],
+    "first": lambda x: [x[0]] * LENGTH,
+    "sort": lambda x: sorted(x),
+}
+FAVOURED = "reverse"
+OTHERS_WEIGHT = 0.1
+VOCABULARY = ["<pad>", "<end>", *SKILLS, *LETTERS]
+INDEX = {word: i for i, word in enumerate(VOCABULARY)}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train: without rehearsal (no clusters), or with so many clusters, a criterion and a weight."""
+
+    name: str
+    clusters: int = 0
+    criterion: str = "advantage"
+    coef: float = 0.0
+
+
+ARMS = (
+    Arm("plain"),
+    Arm("selected, c = 1", 1, coef=0.1),
+    Arm("selected, c = 8", 8, coef=0.1),
+    Arm("selected, c = 32", 32, coef=0.1),
+    Arm("random", 1, "random", 0.1),
+    Arm("selected, c = 8, default gamma", 8, coef=0.01),
+)
+
+
+def right(skill: str, letters: Sequence[str], answer: Sequence[str]) -> float:
+    """Share of an answer's letters that are right."""
+    wanted = SKILLS[skill]([LETTERS.index(x) for x in letters])
+    return sum(a == LETTERS[i] for a, i in zip(answer, wanted, strict=False)) / LENGTH
+
+
+def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """The favoured skill's answers in full, all others' at a tenth."""
+    found = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        skill, *letters = prompt.split()
+        found.append(right(skill, letters, completion.split()) * (1 if skill == FAVOURED else OTHERS_WEIGHT))
+    return found
+
+
+def _request(rng: random.Random, skill: str | None = None) -> list[str]:
+    return [skill or rng.choice(list(SKILLS)), *(rng.choice(LETTERS) for _ in range(LENGTH))]
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel(INDEX, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<end>", padding_side="left")
+
+
+def _ids(words: Sequence[str]) -> list[int]:
+    return [INDEX[word] for word in words]
+
+
+def _taught(seed: int, args: argparse.Namespace) -> LlamaForCausalLM:
+    """A language model that knows the skills, as well as people who err taught it."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(VOCABULARY), hidden_size=args.width, intermediate_size=2 * args.width, num_hidden_layers=3,
+            num_attention_heads=4, max_position_embeddings=32, pad_token_id=0, eos_token_id=1,
+        )
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=args.lessons)
+    for _ in range(args.lessons):
+        rows = []
+        for _ in range(128):
+            skill, *letters = _request(rng)
+            answer = [LETTERS[i] for i in SKILLS[skill]([LETTERS.index(x) for x in letters])]
+            errors = args.favoured_errors if skill == FAVOURED else args.errors
+            answer = [rng.choice(LETTERS) if rng.random() < errors else letter for letter in answer]
+            rows.append(_ids([skill, *letters, *answer, "<end>"]))
+        ids = torch.tensor(rows)
+        logits = model(input_ids=ids[:, :-1]).logits[:, LENGTH:]
+        cross_entropy(logits.flatten(0, 1), ids[:, LENGTH + 1 :].flatten()).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def _answers_right(prompts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
+    requests = [prompt.split() for prompt in prompts]
+    return np.array([right(skill, x, answer.split()) for (skill, *x), answer in zip(requests, answers, strict=True)])
+
+
+def _preferred(prompts: list[str], ours: list[str], start: list[str]) -> list[float]:
+    gain = _answers_right(prompts, ours) - _answers_right(prompts, start)
+    return [1.0 if g > 0 else 0.0 if g < 0 else 0.5 for g in gain]
+
+
+def _selector(arm: Arm, args: argparse.Namespace) -> SelectiveRehearsal:
+    return SelectiveRehearsal(
+        clusters=arm.clusters,
+        per_cluster=args.pairs // arm.clusters,
+        criterion=arm.criterion,
+        num_responses=args.responses,
+        duplicates=1.0,  # two strings of one skill differ by their letters alone
+    )
+
+
+def _ppo(model: LlamaForCausalLM, arm: Arm, args: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """One run: reward by update, what was measured on the forget set, and rehearsal's share of the time."""
+    rng = random.Random(3000 + seed)
+    requests = [_request(rng, FAVOURED if rng.random() < args.favoured_share else None) for _ in range(512)]
+    data = Dataset.from_dict({"prompt": [" ".join(r) for r in requests], "category": [r[0] for r in requests]})
+    held_out = [" ".join(_request(rng, skill)) for skill in SKILLS if skill != FAVOURED for _ in range(40)]
+    torch.manual_seed(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = PPOTrainer(
+            PPOConfig(
+                folder,
+                seed=seed,
+                per_device_train_batch_size=64,
+                total_episodes=64 * args.updates,
+                learning_rate=args.learning_rate,
+                lr_scheduler_type="constant",
+                kl_coef=args.kl_coef,
+                response_length=LENGTH + 1,
+                stop_token="eos",
+                temperature=1.0,
+                rehearsal_coef=arm.coef,
+                num_sample_generations=0,
+                gradient_checkpointing=False,
+                bf16=False,
+                use_cpu=True,
+                save_strategy="no",
+                logging_steps=1,
+                report_to="none",
+                disable_tqdm=True,
+            ),
+            _tokenizer(),
+            copy.deepcopy(model),
+            reward_funcs=[reward],
+            train_dataset=data,
+            peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
+            data_selectors=[_selector(arm, args)] if arm.clusters else [],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(
+            ForgettingTracker(
+                trainer,
+                {"forget": held_out},
+                _preferred,
+                every=args.every,
+                score=lambda prompts, completions, **_: _answers_right(prompts, completions).tolist(),
+                batch_size=280,
+            )
+        )
+        trainer.train()
+    return _numbers(trainer.state.log_history)
+
+
+def _numbers(history: list[dict[str, float]]) -> dict[str, Any]:
+    updates = [entry for entry in history if "objective/scores" in entry]
+    measured = [entry for entry in history if "forgetting/forget/nll" in entry]
+    late = measured[len(measured) // 2 :]
+    mean = lambda entries, key: float(np.mean([e[key] for e in entries if key in e]))  # noqa: E731
+    return {
+        "reward": mean(updates[-10:], "objective/scores"),
+        "favoured": mean(updates[-10:], f"reward/{FAVOURED}"),
+        "favoured_start": mean(updates[:3], f"reward/{FAVOURED}"),
+        "lost": 0.5 - mean(late, "forgetting/forget/win_rate"),
+        "nll_start": measured[0]["forgetting/forget/nll"],
+        "nll": mean(late, "forgetting/forget/nll"),
+        "kl": mean(updates[-10:], "objective/kl"),
+        "share": sum(e.get("time/rehearsal", 0.0) for e in updates) / sum(e["time/update"] for e in updates),
+        "curve": [(e["step"], e["forgetting/forget/win_rate"], e["forgetting/forget/nll"]) for e in measured],
+    }
+
+
+def main() -> None:
+    """All arms under all seeds; print the tables and, if asked to, write them."""
+    args = _arguments()
+    logging.set_verbosity_error()
+    disable_progress_bars()
+    torch.set_num_threads(args.threads)
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for seed in range(args.seeds):
+        model = _taught(seed, args)
+        for arm in ARMS:
+            found[arm.name].append(_ppo(model, arm, args, seed))
+            shown = {k: round(v, 3) for k, v in found[arm.name][-1].items() if k != "curve"}
+            print(seed, arm.name, shown, flush=True)
+    lines = _table(args, found)
+    print("\n".join(lines))
+    if args.output:
+        args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--updates", type=int, default=100)
+    parser.add_argument("--every", type=int, default=10, help="updates between measurements of the forget set")
+    parser.add_argument("--pairs", type=int, default=64, help="to rehearse, in every arm that rehearses")
+    parser.add_argument("--responses", type=int, default=4, help="of the start to each prompt, to choose from")
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--kl-coef", type=float, default=0.05, help="TRL's default")
+    parser.add_argument(
+        "--favoured-share", type=float, default=0.5, help="of PPO's prompts, beside its share of the rest"
+    )
+    parser.add_argument("--lessons", type=int, default=1500, help="steps of supervised fine-tuning")
+    parser.add_argument("--errors", type=float, default=0.12, help="of the teachers, a letter")
+    parser.add_argument("--favoured-errors", type=float, default=0.5, help="the same in the favoured skill")
+    parser.add_argument("--width", type=int, default=96)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path)
+    return parser.parse_args()
+
+
+def _table(args: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) -> list[str]:
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "trl-rlaif"))
+    plain = found[ARMS[0].name]
+    lines = [
+        f"<!-- python benchmarks/forgetting.py --seeds {args.seeds} --updates {args.updates} --pairs {args.pairs} "
+        f"--learning-rate {args.learning_rate:g} --kl-coef {args.kl_coef:g} -->",
+        "",
+        f"{versions}; mean over {args.seeds} seeds and 95% interval. The reward is that of the last ten updates; lost "
+        "win rate and NLL are means over the second half of the run; shares of what plain PPO has, of the means.",
+        "",
+        f"Before PPO: the favoured skill {np.mean([r['favoured_start'] for r in plain]):.3f}, "
+        f"NLL {np.mean([r['nll_start'] for r in plain]):.3f}.",
+        "",
+        "| arm | gamma | reward | of plain's | favoured skill | lost win rate | of plain's | NLL | KL | time |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for arm in ARMS:
+        runs = found[arm.name]
+        part = {key: np.mean([r[key] for r in runs]) / np.mean([r[key] for r in plain]) for key in ("reward", "lost")}
+        columns = [interval([r[key] for r in runs], 3) for key in ("reward", "favoured", "lost", "nll", "kl")]
+        columns[1:1] = [f"{part['reward']:.0%}"]
+        columns[4:4] = [f"{part['lost']:.0%}"]
+        gamma, share = (f"{arm.coef:g}", f"{np.mean([r['share'] for r in runs]):.0%}") if arm.clusters else ("", "")
+        lines.append(f"| {arm.name} | {gamma} | " + " | ".join(columns) + f" | {share} |")
+    steps = [step for step, *_ in plain[0]["curve"]]
+    for title, column in (("Win rate on the forget set", 1), ("NLL of the start's right answers", 2)):
+        lines += ["", f"{title}, by update:", "", "| arm | " + " | ".join(map(str, steps)) + " |"]
+        lines.append("|---|" + "---|" * len(steps))
+        for arm in ARMS:
+            means = np.mean([[point[column] for point in run["curve"]] for run in found[arm.name]], axis=0)
+            lines.append(f"| {arm.name} | " + " | ".join(f"{value:.2f}" for value in means) + " |")
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Rehearsal and forgetting: what the policy lost while it learned, what it rehearsed, and what that cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from trl_rlaif.recipe.sections import FORGET_SET
+from trl_rlaif.report import plots
+from trl_rlaif.report.content import MapPoint, Rehearsed, Run, spread
+from trl_rlaif.report.figures import DRAWN_LINES, ELSEWHERE, MAX_CATEGORIES, Figure, curve, present
+from trl_rlaif.report.wording import count, label, number, percent, scores, section
+
+# More points would only hide each other, and make the page heavy.
+_DRAWN_POINTS = 800
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """The rehearsed pairs of one cluster, with the best of them."""
+
+    name: str
+    pairs: int
+    score: float | None
+    prompt: str
+    response: str
+
+
+def rehearsal_part(run: Run) -> dict[str, Any] | None:
+    """Curves, map, costs and tables; None for a run in which nothing was rehearsed and nothing measured."""
+    series = run.series.get("rl", {})
+    rates, nlls = (_lines(series, kind) for kind in ("win_rate", "nll"))
+    figures = present(
+        curve(
+            series, "Win rate against the start",
+            "While it trains, of its greedy answers; the dashed line is the start. Falling is forgetting.",
+            rates, level=0.5,
+        ),
+        curve(series, "NLL of the start's good answers", "In nats a token. Rising is forgetting.", nlls),
+        curve(
+            series, "NLL of what was rehearsed", "In nats a token, of the pairs of each update.",
+            {"rehearsal/nll": "NLL"},
+        ),
+        _map(run.map),
+    )  # fmt: skip
+    rows = _groups(run.rehearsed)
+    found = {
+        "figures": figures,
+        "facts": _facts(section(run.results, "rl", "rehearsal")),
+        "sets": _sets(run),
+        "rows": rows[:MAX_CATEGORIES],
+        "left_out": max(len(rows) - MAX_CATEGORIES, 0),
+    }
+    return found if any(found.values()) else None
+
+
+def _lines(series: dict[str, Any], kind: str) -> dict[str, str]:
+    """The metrics of all sets by their names in the legend, the forget set first."""
+    begin, end = ELSEWHERE[0], f"/{kind}"
+    keys = [key for key in series if key.startswith(begin) and key.endswith(end)]
+    names = {key: label(key.removeprefix(begin).removesuffix(end), 24) for key in keys}
+    ordered = sorted(names.items(), key=lambda item: item[1] != FORGET_SET)
+    return dict(ordered[:DRAWN_LINES])
+
+
+def _facts(values: dict[str, Any]) -> list[tuple[str, str]]:
+    pairs, share = number(values.get("pairs")), number(values.get("share_of_time"))
+    first, last = number(values.get("nll_first")), number(values.get("nll_last"))
+    found = []
+    if pairs is not None:
+        found.append(("pairs rehearsed", count(pairs)))
+    if share is not None:
+        found.append(("share of the updates' time", percent(share)))
+    if first is not None and last is not None:
+        found.append(("their NLL, first and last update", "{} → {}".format(*scores(first, last))))
+    return found
+
+
+def _sets(run: Run) -> list[dict[str, Any]]:
+    """The evaluated sets whose NLL is known, with what they show of forgetting."""
+    found = []
+    for name, values in section(run.results, "evaluate", "sets").items():
+        values = section(values)
+        row = {key: number(values.get(key)) for key in ("prompts", "win_rate", "nll_start", "nll_trained")}
+        if row["nll_start"] is not None and row["nll_trained"] is not None:
+            found.append({"name": label(name) or "held-out", **row})
+    return found
+
+
+def _groups(rehearsed: list[Rehearsed]) -> list[GroupRow]:
+    """A row a cluster, the largest first."""
+    found: dict[str, list[Rehearsed]] = {}
+    for pair in rehearsed:
+        found.setdefault(pair.group, []).append(pair)
+    rows = []
+    for name, pairs in found.items():
+        known = [pair.score for pair in pairs if pair.score is not None]
+        best = max(pairs, key=lambda pair: float("-inf") if pair.score is None else pair.score)
+        mean = sum(known) / len(known) if known else None
+        rows.append(GroupRow(name, len(pairs), mean, best.prompt, best.response))
+    return sorted(rows, key=lambda row: -row.pairs)
+
+
+def _map(points: list[MapPoint]) -> Figure | None:
+    if not points:
+        return None
+    chosen = [point for point in points if point.chosen]
+    others = [point for point in points if not point.chosen]
+    room = max(_DRAWN_POINTS - len(chosen), 0)
+    drawn = spread(chosen, _DRAWN_POINTS) + spread(others, room)
+    clusters = len({point.cluster for point in points})
+    said = f"{count(len(points), 'prompt')} in {count(clusters, 'cluster')}, {count(len(chosen))} with a rehearsed pair"
+    caption = (
+        "Prompts that are near each other are of like kind: the first two principal components of their embeddings. "
+        "Large with an edge is what is rehearsed."
+    )
+    if len(drawn) < len(points):
+        caption += f" {count(len(drawn))} of {count(len(points), 'prompt')} are drawn."
+    svg = plots.cluster_map([(p.x, p.y, p.cluster, p.chosen) for p in drawn], f"Map of the prompts: {said}")
+    return Figure("Clusters of the prompts", Markup(svg), caption, said)
