@@ -164,6 +164,8 @@ def _run_stages(
     only: Sequence[str],
     shard: str | None,
 ) -> None:
+    from transformers import set_seed
+
     from trl_rlaif.stages.context import Context, Shard
 
     context = Context(recipe, folder, plugins, Shard.parse(shard) if shard is not None else None)
@@ -178,6 +180,8 @@ def _run_stages(
             continue
         folder.begin(stage, fingerprint)
         started = time.monotonic()
+        # New adapters are drawn before any trainer sets its seed: a resumed run must draw the same.
+        set_seed(recipe.run.seed)
         numbers = importlib.import_module(f"trl_rlaif.stages.{stage}").run(context)
         folder.add_results(stage, numbers)
         if shard is not None and stage == "label":

@@ -25,6 +25,21 @@ def seeded(*parts: object) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def bare_generation_config(model: torch.nn.Module) -> Iterator[None]:
+    """Keep a checkpoint's own sampling settings (top-k, repetition penalty) out.
+
+    generate() merges them into whatever it is given, and the sampled distribution would no longer be the
+    one whose log-probabilities PPO uses.
+    """
+    before = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
 @torch.no_grad()
 def sample_responses(
     model: torch.nn.Module,
@@ -63,17 +78,18 @@ def sample_responses(
         if temperature > 0
         else {"do_sample": False}
     )
-    sequences = model.generate(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
-        generation_config=GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            num_return_sequences=num_responses,
-            pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id,
-            **how,
-        ),
-    )
+    with bare_generation_config(model):
+        sequences = model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=GenerationConfig(
+                max_new_tokens=max_new_tokens,
+                num_return_sequences=num_responses,
+                pad_token_id=pad,
+                eos_token_id=tokenizer.eos_token_id,
+                **how,
+            ),
+        )
     rows = [_until(row, tokenizer.eos_token_id, pad) for row in sequences[:, width:].tolist()]
     return [rows[i : i + num_responses] for i in range(0, len(rows), num_responses)]
 

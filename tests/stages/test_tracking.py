@@ -198,3 +198,23 @@ def test_what_can_end_rl_makes_it_anew(prints, tmp_path):
     (tmp_path / "forget.jsonl").write_text('{"prompt": "another"}\n')
     again = fingerprints(parse_recipe(tmp_path / "recipe.yaml", registry=installed_plugins().registry))
     assert "rl" in changed(moved, again)
+
+
+def test_pairs_of_the_users_own_alone_are_shown_too(tiny_model, tmp_path):
+    rows = [{"prompt": f"what is {i}?", "completion": " a city"} for i in range(4)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = recipe(tmp_path, tiny_model, rl={**RL, **PENALTY, "rehearsal": "own.jsonl"}, evaluate=None, **ALONE)
+    folder = run_recipe(found, installed_plugins(), tmp_path / "out")
+    assert [line["why"] for line in read_lines(folder / "rehearsal.jsonl")] == ["given"] * 4
+    assert folder.results()["rl"]["rehearsal"]["pairs"] == 4
+
+
+def test_a_stage_begins_with_the_same_adapters_whatever_was_drawn_before(tiny_model, tmp_path):
+    """A run that is killed before its first checkpoint begins again; it must not begin as another one."""
+    found = recipe(tmp_path, tiny_model, rl={**RL, **PENALTY}, evaluate=None, **ALONE)
+    policies = []
+    for name in ("first", "second"):
+        torch.rand(len(policies) + 1)
+        folder = run_recipe(found, installed_plugins(), tmp_path / name)
+        policies.append((folder / "policy" / "adapter_model.safetensors").read_bytes())
+    assert policies[0] == policies[1]

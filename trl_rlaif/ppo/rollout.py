@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from trl_rlaif.ppo.cache import block_cache
+from trl_rlaif.sampling import bare_generation_config
 
 
 class LogprobRecorder(LogitsProcessor):
@@ -40,21 +38,6 @@ class LogprobRecorder(LogitsProcessor):
         return torch.cat(self._logprobs, 1)
 
 
-@contextmanager
-def _bare_generation_config(model: nn.Module) -> Iterator[None]:
-    """Keep a checkpoint's own sampling settings (top-k, repetition penalty) out.
-
-    generate() merges them into whatever it is given, and the sampled distribution would no longer be the
-    one whose log-probabilities PPO uses.
-    """
-    before = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = before
-
-
 @torch.no_grad()
 def generate(
     model: nn.Module,
@@ -82,7 +65,7 @@ def generate(
     """
     recorder = LogprobRecorder(temperature)
     cache = block_cache(model)
-    with _bare_generation_config(model):
+    with bare_generation_config(model):
         sequences = model.generate(
             input_ids=prompt_ids.masked_fill(~prompt_mask.bool(), 0),
             attention_mask=prompt_mask.long(),

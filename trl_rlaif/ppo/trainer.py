@@ -373,6 +373,8 @@ class PPOTrainer(TrlPPOTrainer):
         found = checkpoint.find(args.output_dir, resume_from_checkpoint)
         if found is not None:
             checkpoint.load(self, found)
+        if self.rehearsal.given and not self.data_selectors and self.accelerator.is_main_process:
+            write_selection(Path(args.output_dir), Chosen(), self.rehearsal.pairs)
         self.control = self.callback_handler.on_train_begin(args, state, self.control)
 
     def _enable_gradient_checkpointing(self) -> None:
