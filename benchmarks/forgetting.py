@@ -4,8 +4,9 @@
 
 A small language model is taught eight skills on strings of letters (copy them, reverse them, sort them, ...) by
 supervised fine-tuning, one of them (the favoured one) badly. The reward of PPO is the share of right letters, in full
-for the favoured skill and a tenth of it for all others: raters care for one thing. PPO's prompts are of all skills.
-The forget set is held-out prompts of the other skills: what the fine-tuned model was good at.
+for the favoured skill and a tenth of it for all others: raters care for one thing. So do PPO's prompts: nine of ten are
+of that skill, the others of all. The forget set is held-out prompts of the other skills: what the fine-tuned model was
+good at. The KL penalty is weak; with TRL's default of 0.05 plain PPO hardly forgets here.
 
 Arms: plain PPO; Selective Rehearsal with as many pairs from 1, 8 and 32 clusters; as many random pairs. Reported over
 seeds: the reward (of the favoured skill and of all prompts) at the end, the win rate of the trained model's greedy
@@ -63,16 +64,22 @@ class Arm:
     name: str
     clusters: int = 0
     criterion: str = "advantage"
-    coef: float = 0.0
+    coef: float = 1.0
+
+    @property
+    def title(self) -> str:
+        """Its name, with its weight where it has one."""
+        return f"{self.name}, gamma = {self.coef:g}" if self.clusters else self.name
 
 
 ARMS = (
     Arm("plain"),
-    Arm("selected, c = 1", 1, coef=0.1),
+    Arm("selected, c = 1", 1),
+    Arm("selected, c = 8", 8),
+    Arm("selected, c = 32", 32),
+    Arm("random", 1, "random"),
     Arm("selected, c = 8", 8, coef=0.1),
-    Arm("selected, c = 32", 32, coef=0.1),
-    Arm("random", 1, "random", 0.1),
-    Arm("selected, c = 8, default gamma", 8, coef=0.01),
+    Arm("selected, c = 8", 8, coef=0.01),
 )
 
 
@@ -230,13 +237,13 @@ def main() -> None:
     logging.set_verbosity_error()
     disable_progress_bars()
     torch.set_num_threads(args.threads)
-    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    found: dict[Arm, list[dict[str, Any]]] = defaultdict(list)
     for seed in range(args.seeds):
         model = _taught(seed, args)
         for arm in ARMS:
-            found[arm.name].append(_ppo(model, arm, args, seed))
-            shown = {k: round(v, 3) for k, v in found[arm.name][-1].items() if k != "curve"}
-            print(seed, arm.name, shown, flush=True)
+            found[arm].append(_ppo(model, arm, args, seed))
+            shown = {k: round(v, 3) for k, v in found[arm][-1].items() if k != "curve"}
+            print(seed, arm, shown, flush=True)
     lines = _table(args, found)
     print("\n".join(lines))
     if args.output:
@@ -250,8 +257,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=10, help="updates between measurements of the forget set")
     parser.add_argument("--pairs", type=int, default=64, help="to rehearse, in every arm that rehearses")
     parser.add_argument("--responses", type=int, default=4, help="of the start to each prompt, to choose from")
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--kl-coef", type=float, default=0.05, help="TRL's default")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--kl-coef", type=float, default=0.002)
     parser.add_argument(
         "--favoured-share", type=float, default=0.5, help="of PPO's prompts, beside its share of the rest"
     )
@@ -264,12 +271,13 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _table(args: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) -> list[str]:
+def _table(args: argparse.Namespace, found: dict[Arm, list[dict[str, Any]]]) -> list[str]:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "trl-rlaif"))
-    plain = found[ARMS[0].name]
+    plain = found[ARMS[0]]
     lines = [
         f"<!-- python benchmarks/forgetting.py --seeds {args.seeds} --updates {args.updates} --pairs {args.pairs} "
-        f"--learning-rate {args.learning_rate:g} --kl-coef {args.kl_coef:g} -->",
+        f"--learning-rate {args.learning_rate:g} --kl-coef {args.kl_coef:g} "
+        f"--favoured-share {args.favoured_share:g} -->",
         "",
         f"{versions}; mean over {args.seeds} seeds and 95% interval. The reward is that of the last ten updates; lost "
         "win rate and NLL are means over the second half of the run; shares of what plain PPO has, of the means.",
@@ -281,7 +289,7 @@ def _table(args: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) -> 
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for arm in ARMS:
-        runs = found[arm.name]
+        runs = found[arm]
         part = {key: np.mean([r[key] for r in runs]) / np.mean([r[key] for r in plain]) for key in ("reward", "lost")}
         columns = [interval([r[key] for r in runs], 3) for key in ("reward", "favoured", "lost", "nll", "kl")]
         columns[1:1] = [f"{part['reward']:.0%}"]
@@ -293,8 +301,8 @@ def _table(args: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) -> 
         lines += ["", f"{title}, by update:", "", "| arm | " + " | ".join(map(str, steps)) + " |"]
         lines.append("|---|" + "---|" * len(steps))
         for arm in ARMS:
-            means = np.mean([[point[column] for point in run["curve"]] for run in found[arm.name]], axis=0)
-            lines.append(f"| {arm.name} | " + " | ".join(f"{value:.2f}" for value in means) + " |")
+            means = np.mean([[point[column] for point in run["curve"]] for run in found[arm]], axis=0)
+            lines.append(f"| {arm.title} | " + " | ".join(f"{value:.2f}" for value in means) + " |")
     return lines
 
 

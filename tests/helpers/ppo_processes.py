@@ -12,7 +12,9 @@ import torch
 from accelerate import PartialState
 
 from helpers import ppo_task
+from helpers.ppo import numbers
 from trl_rlaif.components import DataSelector, RewardTransform
+from trl_rlaif.events import Selection
 
 
 class RunningMean(RewardTransform):
@@ -33,14 +35,15 @@ class RunningMean(RewardTransform):
 
 
 class AnyEight(DataSelector):
-    """Eight rows by chance, others in each process that is asked."""
+    """Eight rows by chance, others in each process that is asked, in two strata, and every pair to rehearse."""
 
     def __init__(self) -> None:
         self.pool: Any = None
 
-    def select(self, pool: Any) -> list[int]:
+    def select(self, pool: Any) -> Selection:
         self.pool = pool
-        return random.Random(PartialState().process_index).sample(range(len(pool.prompts)), 8)
+        rows = random.Random(PartialState().process_index).sample(range(len(pool)), 8)
+        return Selection(rows, [i >= 4 for i in range(8)], [pool.pair(i, why="all") for i in range(len(pool))])
 
 
 def _trainer(folder: Path, *, prompts: int, updates: int, **options: Any) -> Any:
@@ -56,8 +59,7 @@ def _trainer(folder: Path, *, prompts: int, updates: int, **options: Any) -> Any
 
 
 def _seen(trainer: Any) -> dict[str, Any]:
-    metrics = [{k: v for k, v in entry.items() if k != "eps"} for entry in trainer.state.log_history]
-    return {"metrics": metrics, "prompts": trainer.drawn, "parameters": ppo_task.trainable(trainer)}
+    return {"metrics": numbers(trainer), "prompts": trainer.drawn, "parameters": ppo_task.trainable(trainer)}
 
 
 def resumed(folder: Path) -> dict[str, Any]:
@@ -83,6 +85,9 @@ def selected(folder: Path) -> dict[str, Any]:
     pool = selector.pool
     return {
         "rows": trainer.chosen.rows,
+        "pairs": [pair.response for pair in trainer.rehearsal.pairs],
+        "rehearsed": trainer.state.log_history[-1]["rehearsal/nll"],
+        "parameters": ppo_task.trainable(trainer),
         "pool": None if pool is None else (pool.prompts, len(pool.responses), len(pool.scores), pool.categories),
         "dataset": ppo_task.make_prompts(9).to_dict(),
         "prompts": trainer.drawn[-2:],

@@ -104,9 +104,19 @@ def test_selectors_choose_once_from_all_prompts(more):
     assert first["pool"] == (prompts, 9, 9, categories)
     assert second["pool"] is None, "the second process has chosen too"
     assert first["rows"] == second["rows"] and len(first["rows"]) == 8
+    strata = {prompts[row]: i >= 4 for i, row in enumerate(first["rows"])}
     for update in (0, 1):
-        drawn = first["prompts"][update] + second["prompts"][update]
-        assert sorted(drawn) == sorted(prompts[i] for i in first["rows"])
+        halves = [result["selected"]["prompts"][update] for result in more]
+        assert sorted(halves[0] + halves[1]) == sorted(prompts[i] for i in first["rows"])
+        assert sum(strata[prompt] for prompt in halves[0]) == 2  # every batch has both strata in like shares
+
+
+def test_processes_rehearse_the_same_pairs_and_learn_the_same_from_them(more):
+    first, second = (result["selected"] for result in more)
+    assert first["pairs"] == second["pairs"] and len(first["pairs"]) == 9
+    assert first["rehearsed"] == second["rehearsed"] > 0
+    for name, value in first["parameters"].items():
+        assert torch.equal(value, second["parameters"][name]), name
 
 
 def test_a_reward_that_fails_in_one_process_stops_both(more):
