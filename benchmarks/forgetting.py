@@ -31,10 +31,10 @@ import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
+from settings import QUIET, word_tokenizer
 from tables import interval
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, logging
+from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, logging
 from trl_rlaif_rehearsal import SelectiveRehearsal
 
 from trl_rlaif import PPOConfig, PPOTrainer
@@ -100,12 +100,6 @@ def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[f
 
 def _request(rng: random.Random, skill: str | None = None) -> list[str]:
     return [skill or rng.choice(list(SKILLS)), *(rng.choice(LETTERS) for _ in range(LENGTH))]
-
-
-def _tokenizer() -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.WordLevel(INDEX, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<end>", padding_side="left")
 
 
 def _ids(words: Sequence[str]) -> list[int]:
@@ -183,15 +177,10 @@ def _ppo(model: LlamaForCausalLM, arm: Arm, args: argparse.Namespace, seed: int)
                 temperature=1.0,
                 rehearsal_coef=arm.coef,
                 num_sample_generations=0,
-                gradient_checkpointing=False,
-                bf16=False,
-                use_cpu=True,
-                save_strategy="no",
                 logging_steps=1,
-                report_to="none",
-                disable_tqdm=True,
+                **QUIET,
             ),
-            _tokenizer(),
+            word_tokenizer(INDEX),
             copy.deepcopy(model),
             reward_funcs=[reward],
             train_dataset=data,
@@ -260,7 +249,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--kl-coef", type=float, default=0.002)
     parser.add_argument(
-        "--favoured-share", type=float, default=0.5, help="of PPO's prompts, beside its share of the rest"
+        "--favoured-share", type=float, default=0.9, help="of PPO's prompts, beside its share of the rest"
     )
     parser.add_argument("--lessons", type=int, default=1500, help="steps of supervised fine-tuning")
     parser.add_argument("--errors", type=float, default=0.12, help="of the teachers, a letter")

@@ -23,6 +23,7 @@ import torch
 from advantage_model import kind
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
+from settings import QUIET
 from transformers import PrinterCallback, logging
 from trl_rlaif_distilled import DistilledLabeler
 from trl_rlaif_rehearsal import SelectiveRehearsal
@@ -134,13 +135,8 @@ def _ppo(
                 temperature=1.0,
                 rehearsal_coef=coef,
                 num_sample_generations=0,
-                gradient_checkpointing=False,
-                bf16=False,
-                use_cpu=True,
-                save_strategy="no",
                 logging_steps=1,
-                report_to="none",
-                disable_tqdm=True,
+                **QUIET,
             ),
             tokenizer,
             shared,

@@ -31,14 +31,13 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from settings import QUIET, word_tokenizer
 from tables import interval
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
-    PreTrainedTokenizerFast,
     PrinterCallback,
     logging,
 )
@@ -191,26 +190,15 @@ def _proxy(
                 num_train_epochs=4,
                 learning_rate=5e-4,
                 center_rewards_coefficient=args.centre if name == "centred" else None,
-                gradient_checkpointing=False,
-                bf16=False,
-                use_cpu=True,
-                save_strategy="no",
                 logging_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
+                **QUIET,
             ),
             train_dataset=Dataset.from_list(rows),
-            processing_class=_tokenizer(),
+            processing_class=word_tokenizer(INDEX),
             reward_transforms=transforms,
         )
         trainer.train()
     return scorer.eval(), [*transforms, *([DistributionRegulator()] if name.endswith("regulator") else [])]
-
-
-def _tokenizer() -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.WordLevel(INDEX, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<end>", padding_side="left")
 
 
 class _Watched(PPOTrainer):
@@ -253,15 +241,10 @@ def _ppo(
                 response_length=LENGTH,
                 temperature=1.0,
                 num_sample_generations=0,
-                gradient_checkpointing=False,
-                bf16=False,
-                use_cpu=True,
-                save_strategy="no",
                 logging_steps=1,
-                report_to="none",
-                disable_tqdm=True,
+                **QUIET,
             ),
-            _tokenizer(),
+            word_tokenizer(INDEX),
             copy.deepcopy(policy),
             reward_model=scorer,
             train_dataset=data,

@@ -86,6 +86,14 @@ def tokenized(dataset: Any, tokenizer: Any, model: nn.Module, args: PPOConfig) -
     return tokenize_prompts(dataset, tokenizer, max_length=limit, num_proc=args.dataset_num_proc)
 
 
+def enable_gradient_checkpointing(trainer: PPOTrainer) -> None:
+    """Of what learns: the shared base, or policy and value."""
+    kwargs = trainer.args.gradient_checkpointing_kwargs or {"use_reentrant": False}
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    for part in (model.policy,) if trainer.shared is not None else (model.policy, model.value_model):
+        part.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+
 def prompt_loader(trainer: PPOTrainer, strata: Sequence[Hashable] | None = None) -> DataLoader:
     """The parent's dataloader, over the trainer's present prompts.
 

@@ -6,12 +6,16 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import gather_object
 
 from trl_rlaif.events import Rollout
 from trl_rlaif.ppo.advantages import kl_per_token
+
+if TYPE_CHECKING:
+    from trl_rlaif.ppo.trainer import PPOTrainer
 
 
 @torch.no_grad()
@@ -50,6 +54,28 @@ def update_metrics(
     # The parent's is NaN with a single micro-batch.
     metrics["val/ratio_var"] = ratio.var().item() if ratio.numel() > 1 else 0.0
     return metrics | _by_category(rollout, scores)
+
+
+def loop_metrics(trainer: PPOTrainer, rollout: Rollout) -> dict[str, float]:
+    """What the loop itself knows of an update: weights, places in the run, rehearsal, parts of the reward."""
+    metrics = {
+        "objective/kl_coef": trainer.kl_weight.coef,
+        "policy/epochs": trainer._epochs_done,
+        "lr": trainer.lr_scheduler.get_last_lr()[0],
+        "episode": trainer.state.episode + trainer.args.batch_size,
+    }
+    ends = (rollout.response_ids == trainer.processing_class.eos_token_id).sum()
+    metrics["val/num_eos_tokens"] = trainer.accelerator.reduce(ends, "sum").item()
+    metrics |= trainer._spreads
+    if trainer.rehearsal.pairs:
+        metrics["rehearsal/coef"] = trainer.rehearsal_coef
+        metrics["rehearsal/pairs"] = len(trainer.rehearsal.pairs)
+        metrics["time/rehearsal"], trainer._rehearsal_seconds = trainer._rehearsal_seconds, 0.0
+    for name, scores in trainer._reward_parts.items():
+        metrics[f"score/{name}"] = trainer.accelerator.gather(scores).mean().item()
+    for transform in trainer.reward_transforms:
+        metrics |= transform.metrics()
+    return metrics
 
 
 def category_spreads(rollout: Rollout, steps: dict[str, list[float]]) -> dict[str, float]:

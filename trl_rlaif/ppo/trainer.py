@@ -25,6 +25,7 @@ from trl_rlaif.ppo.actors import Actors, SeparateActors, SharedActors
 from trl_rlaif.ppo.config import PPOConfig, with_defaults
 from trl_rlaif.ppo.construction import (
     check_trunk,
+    enable_gradient_checkpointing,
     load_policy,
     longest_row,
     prompt_loader,
@@ -32,7 +33,7 @@ from trl_rlaif.ppo.construction import (
     tokenized,
 )
 from trl_rlaif.ppo.gradients import MicroBatch, Objective
-from trl_rlaif.ppo.metrics import category_spreads, update_metrics
+from trl_rlaif.ppo.metrics import category_spreads, loop_metrics, update_metrics
 from trl_rlaif.ppo.processes import average_gradients, failing_together
 from trl_rlaif.ppo.prompts import BatchStream, PromptCollator
 from trl_rlaif.ppo.rehearsal import Rehearsal, as_rollout, given_pairs
@@ -334,22 +335,7 @@ class PPOTrainer(TrlPPOTrainer):
         weighted = self.args.kl_weighting == "weighted"
         weights = (1 - self.kl_weight.coef if weighted else 1.0), self.kl_weight.coef
         metrics = update_metrics(rollout, scores, stats, weights, self.args.kl_estimator, self.accelerator.gather)
-        metrics["objective/kl_coef"] = self.kl_weight.coef
-        metrics["policy/epochs"] = self._epochs_done
-        ends = (rollout.response_ids == self.processing_class.eos_token_id).sum()
-        metrics["val/num_eos_tokens"] = self.accelerator.reduce(ends, "sum").item()
-        metrics["lr"] = self.lr_scheduler.get_last_lr()[0]
-        metrics["episode"] = self.state.episode + self.args.batch_size
-        metrics |= self._spreads
-        if self.rehearsal.pairs:
-            metrics["rehearsal/coef"] = self.rehearsal_coef
-            metrics["rehearsal/pairs"] = len(self.rehearsal.pairs)
-            metrics["time/rehearsal"], self._rehearsal_seconds = self._rehearsal_seconds, 0.0
-        for name, scores in self._reward_parts.items():
-            metrics[f"score/{name}"] = self.accelerator.gather(scores).mean().item()
-        for transform in self.reward_transforms:
-            metrics |= transform.metrics()
-        return metrics
+        return metrics | loop_metrics(self, rollout)
 
     # ---- Beginning and end ----------------------------------------------------------------------------
 
@@ -369,19 +355,13 @@ class PPOTrainer(TrlPPOTrainer):
             if value is not None:  # below 1 it is a share of all updates
                 setattr(state, name, -int(-state.max_steps * value // 1) if value < 1 else value)
         if args.gradient_checkpointing:
-            self._enable_gradient_checkpointing()
+            enable_gradient_checkpointing(self)
         found = checkpoint.find(args.output_dir, resume_from_checkpoint)
         if found is not None:
             checkpoint.load(self, found)
         if self.rehearsal.given and not self.data_selectors and self.accelerator.is_main_process:
             write_selection(Path(args.output_dir), Chosen(), self.rehearsal.pairs)
         self.control = self.callback_handler.on_train_begin(args, state, self.control)
-
-    def _enable_gradient_checkpointing(self) -> None:
-        kwargs = self.args.gradient_checkpointing_kwargs or {"use_reentrant": False}
-        model = self.accelerator.unwrap_model(self.model)
-        for part in (model.policy,) if self.shared is not None else (model.policy, model.value_model):
-            part.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
     def _select(self) -> None:
         """Let the selectors choose, at the start and every ``selection_every`` updates."""
