@@ -158,7 +158,7 @@ def _selector(arm: Arm, args: argparse.Namespace) -> SelectiveRehearsal:
 def _ppo(model: LlamaForCausalLM, arm: Arm, args: argparse.Namespace, seed: int) -> dict[str, Any]:
     """One run: reward by update, what was measured on the forget set, and rehearsal's share of the time."""
     rng = random.Random(3000 + seed)
-    requests = [_request(rng, FAVOURED if rng.random() < args.favoured_share else None) for _ in range(512)]
+    requests = [_request(rng, FAVOURED if rng.random() < args.favoured_share else None) for _ in range(args.prompts)]
     data = Dataset.from_dict({"prompt": [" ".join(r) for r in requests], "category": [r[0] for r in requests]})
     held_out = [" ".join(_request(rng, skill)) for skill in SKILLS if skill != FAVOURED for _ in range(40)]
     torch.manual_seed(seed)
@@ -244,6 +244,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--updates", type=int, default=100)
     parser.add_argument("--every", type=int, default=10, help="updates between measurements of the forget set")
+    parser.add_argument("--prompts", type=int, default=1024)
     parser.add_argument("--pairs", type=int, default=64, help="to rehearse, in every arm that rehearses")
     parser.add_argument("--responses", type=int, default=4, help="of the start to each prompt, to choose from")
     parser.add_argument("--learning-rate", type=float, default=2e-3)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import random
 import tempfile
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -74,9 +73,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--updates", type=int, default=30)
     parser.add_argument("--every", type=int, default=10)
     parser.add_argument("--held-out", type=int, default=24)
-    parser.add_argument("--gammas", type=float, nargs="*", default=[0.1])
+    parser.add_argument("--gammas", type=float, nargs="*", default=[1.0])
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--kl-coef", type=float, default=0.01)
+    parser.add_argument("--value", choices=["trunk", "adapter"], default="trunk")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path)
@@ -126,7 +126,7 @@ def _ppo(
                 gradient_accumulation_steps=4,
                 total_episodes=16 * args.updates,
                 num_ppo_epochs=2,
-                value="trunk",
+                value=args.value,
                 learning_rate=args.learning_rate,
                 lr_scheduler_type="constant",
                 kl_coef=args.kl_coef,
@@ -146,7 +146,6 @@ def _ppo(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(ForgettingTracker(trainer, {"forget": held_out}, preferred, every=args.every))
-        began = time.monotonic()
         trainer.train()
     history = trainer.state.log_history
     updates = [entry for entry in history if "objective/scores" in entry]
@@ -157,7 +156,6 @@ def _ppo(
         "reward": sum(late) / len(late),
         "kl": updates[-1]["objective/kl"],
         "share": sum(e.get("time/rehearsal", 0.0) for e in updates) / sum(e["time/update"] for e in updates),
-        "minutes": (time.monotonic() - began) / 60,
         "curve": [
             (e["step"], e["forgetting/forget/win_rate"], e["forgetting/forget/nll"])
             for e in history
@@ -176,16 +174,17 @@ def _table(args: argparse.Namespace, found: dict[str, dict[str, Any]], held_out:
         f"{versions}; one seed, {held_out} held-out prompts; the reward is the mean of the last ten updates on the "
         "favoured kind.",
         "",
-        "| arm | reward at the start | reward | KL | time of rehearsal | minutes | "
+        "| arm | reward at the start | reward | KL | time of rehearsal | "
         + " | ".join(f"win rate, {step}" for step, *_ in plain["curve"]) + " | "
         + " | ".join(f"NLL, {step}" for step, *_ in plain["curve"]) + " |",
-        "|---|---|---|---|---|---|" + "---|" * (2 * len(plain["curve"])),
+        "|---|---|---|---|---|" + "---|" * (2 * len(plain["curve"])),
     ]  # fmt: skip
     for name, run in found.items():
         rates, nlls = [f"{rate:.2f}" for _, rate, _ in run["curve"]], [f"{nll:.2f}" for *_, nll in run["curve"]]
         lines.append(
             f"| {name} | {run['reward_start']:.2f} | {run['reward']:.2f} | {run['kl']:.1f} | {run['share']:.0%} | "
-            f"{run['minutes']:.0f} | " + " | ".join(rates + nlls) + " |"
+            + " | ".join(rates + nlls)
+            + " |"
         )
     return lines
 
