@@ -1,17 +1,17 @@
-"""Forgetting where every skill can be checked: PPO on a reward that favours one skill, with and without rehearsal.
+"""Forgetting where every answer can be checked: PPO on a reward that favours one subject, with and without rehearsal.
 
     python benchmarks/forgetting.py --output benchmarks/results/forgetting.md
 
-A small language model is taught eight skills on strings of letters (copy them, reverse them, sort them, ...) by
-supervised fine-tuning, one of them (the favoured one) badly. The reward of PPO is the share of right letters, in full
-for the favoured skill and a tenth of it for all others: raters care for one thing. So do PPO's prompts: nine of ten are
-of that skill, the others of all. The forget set is held-out prompts of the other skills: what the fine-tuned model was
-good at. The KL penalty is weak; with TRL's default of 0.05 plain PPO hardly forgets here.
+A small language model is taught eight subjects by supervised fine-tuning: to each of sixteen questions of a subject
+there is one right answer of five words, however the question is put. One subject (the favoured one) is taught badly.
+The reward of PPO is the share of right words, in full for the favoured subject and a tenth of it for all others:
+raters care for one thing. The forget set is held-out wordings of the other subjects' questions: what the fine-tuned
+model was good at. There is no KL penalty by default; it, too, holds a policy near its start.
 
-Arms: plain PPO; Selective Rehearsal with as many pairs from 1, 8 and 32 clusters; as many random pairs. Reported over
-seeds: the reward (of the favoured skill and of all prompts) at the end, the win rate of the trained model's greedy
-answers over the fine-tuned model's on the forget set (more right letters win, a tie counts half), and the NLL of the
-fine-tuned model's own right answers there, at the start, at the end, and in between.
+Arms: plain PPO; Selective Rehearsal with as many pairs from 1, 8 and 32 clusters; as many random pairs; smaller weights
+gamma. Reported over seeds: the reward (of all prompts and of the favoured subject) at the end, the win rate of the
+trained model's greedy answers over the fine-tuned model's on the forget set (more right words win, a tie counts half),
+and the NLL of the better half of the fine-tuned model's own answers there, over the run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import copy
 import random
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -40,21 +40,20 @@ from trl_rlaif_rehearsal import SelectiveRehearsal
 from trl_rlaif import PPOConfig, PPOTrainer
 from trl_rlaif.ppo.forgetting import ForgettingTracker
 
-LETTERS, LENGTH = "abcdefghij", 5
-SKILLS: dict[str, Callable[[Sequence[int]], list[int]]] = {
-    "reverse": lambda x: list(reversed(x)),
-    "copy": list,
-    "rotate": lambda x: [*x[1:], x[0]],
-    "swap": lambda x: [x[1], x[0], x[3], x[2], x[4]],
-    "next": lambda x: [(i + 1) % len(LETTERS) for i in x],
-    "previous": lambda x: [(i - 1) % len(LETTERS) for i in x],
-    "first": lambda x: [x[0]] * LENGTH,
-    "sort": lambda x: sorted(x),
-}
-FAVOURED = "reverse"
-OTHERS_WEIGHT = 0.1
-VOCABULARY = ["<pad>", "<end>", *SKILLS, *LETTERS]
+SUBJECTS = ("history", "botany", "cooking", "music", "sailing", "chess", "weather", "law")
+FAVOURED, OTHERS_WEIGHT = SUBJECTS[0], 0.1
+QUESTIONS, WORDINGS, WORDS, LENGTH = 16, 8, 40, 5
+VOCABULARY = [
+    "<pad>", "<end>", *SUBJECTS, *(f"question{i}" for i in range(QUESTIONS)), *(f"wording{i}" for i in range(WORDINGS)),
+    *(f"word{i}" for i in range(WORDS)),
+]  # fmt: skip
 INDEX = {word: i for i, word in enumerate(VOCABULARY)}
+_facts = random.Random(0)
+ANSWERS = {
+    (subject, f"question{i}"): [f"word{_facts.randrange(WORDS)}" for _ in range(LENGTH)]
+    for subject in SUBJECTS
+    for i in range(QUESTIONS)
+}
 
 
 @dataclass(frozen=True)
@@ -83,23 +82,22 @@ ARMS = (
 )
 
 
-def right(skill: str, letters: Sequence[str], answer: Sequence[str]) -> float:
-    """Share of an answer's letters that are right."""
-    wanted = SKILLS[skill]([LETTERS.index(x) for x in letters])
-    return sum(a == LETTERS[i] for a, i in zip(answer, wanted, strict=False)) / LENGTH
+def right(prompt: str, answer: str) -> float:
+    """Share of an answer's words that are right."""
+    subject, question, _ = prompt.split()
+    wanted = ANSWERS[subject, question]
+    return sum(a == b for a, b in zip(answer.split(), wanted, strict=False)) / LENGTH
 
 
-def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-    """The favoured skill's answers in full, all others' at a tenth."""
-    found = []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        skill, *letters = prompt.split()
-        found.append(right(skill, letters, completion.split()) * (1 if skill == FAVOURED else OTHERS_WEIGHT))
-    return found
+def reward(prompts: list[str], completions: list[str], category: list[str], **columns: Any) -> list[float]:
+    """The favoured subject's answers in full, all others' at a tenth."""
+    rows = zip(prompts, completions, category, strict=True)
+    return [right(p, c) * (1.0 if subject == FAVOURED else OTHERS_WEIGHT) for p, c, subject in rows]
 
 
-def _request(rng: random.Random, skill: str | None = None) -> list[str]:
-    return [skill or rng.choice(list(SKILLS)), *(rng.choice(LETTERS) for _ in range(LENGTH))]
+def _request(rng: random.Random, subject: str | None = None) -> str:
+    subject = subject or rng.choice(SUBJECTS)
+    return f"{subject} question{rng.randrange(QUESTIONS)} wording{rng.randrange(WORDINGS)}"
 
 
 def _ids(words: Sequence[str]) -> list[int]:
@@ -107,7 +105,7 @@ def _ids(words: Sequence[str]) -> list[int]:
 
 
 def _taught(seed: int, args: argparse.Namespace) -> LlamaForCausalLM:
-    """A language model that knows the skills, as well as people who err taught it."""
+    """A language model that knows the subjects, as well as people who err taught it."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
@@ -121,28 +119,27 @@ def _taught(seed: int, args: argparse.Namespace) -> LlamaForCausalLM:
     for _ in range(args.lessons):
         rows = []
         for _ in range(128):
-            skill, *letters = _request(rng)
-            answer = [LETTERS[i] for i in SKILLS[skill]([LETTERS.index(x) for x in letters])]
-            errors = args.favoured_errors if skill == FAVOURED else args.errors
-            answer = [rng.choice(LETTERS) if rng.random() < errors else letter for letter in answer]
-            rows.append(_ids([skill, *letters, *answer, "<end>"]))
+            request = _request(rng).split()
+            errors = args.favoured_errors if request[0] == FAVOURED else args.errors
+            answer = ANSWERS[request[0], request[1]]
+            answer = [f"word{rng.randrange(WORDS)}" if rng.random() < errors else word for word in answer]
+            rows.append(_ids([*request, *answer, "<end>"]))
         ids = torch.tensor(rows)
-        logits = model(input_ids=ids[:, :-1]).logits[:, LENGTH:]
-        cross_entropy(logits.flatten(0, 1), ids[:, LENGTH + 1 :].flatten()).backward()
+        logits = model(input_ids=ids[:, :-1]).logits[:, 2:]
+        cross_entropy(logits.flatten(0, 1), ids[:, 3:].flatten()).backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
     return model.eval()
 
 
-def _answers_right(prompts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
-    requests = [prompt.split() for prompt in prompts]
-    return np.array([right(skill, x, answer.split()) for (skill, *x), answer in zip(requests, answers, strict=True)])
+def _all_right(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+    return [right(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 def _preferred(prompts: list[str], ours: list[str], start: list[str]) -> list[float]:
-    gain = _answers_right(prompts, ours) - _answers_right(prompts, start)
-    return [1.0 if g > 0 else 0.0 if g < 0 else 0.5 for g in gain]
+    gains = np.sign(np.subtract(_all_right(prompts, ours), _all_right(prompts, start)))
+    return ((gains + 1) / 2).tolist()
 
 
 def _selector(arm: Arm, args: argparse.Namespace) -> SelectiveRehearsal:
@@ -151,7 +148,7 @@ def _selector(arm: Arm, args: argparse.Namespace) -> SelectiveRehearsal:
         per_cluster=args.pairs // arm.clusters,
         criterion=arm.criterion,
         num_responses=args.responses,
-        duplicates=1.0,  # two strings of one skill differ by their letters alone
+        duplicates=1.0,  # two wordings of a question are near, and both may be rehearsed
     )
 
 
@@ -159,8 +156,10 @@ def _ppo(model: LlamaForCausalLM, arm: Arm, args: argparse.Namespace, seed: int)
     """One run: reward by update, what was measured on the forget set, and rehearsal's share of the time."""
     rng = random.Random(3000 + seed)
     requests = [_request(rng, FAVOURED if rng.random() < args.favoured_share else None) for _ in range(args.prompts)]
-    data = Dataset.from_dict({"prompt": [" ".join(r) for r in requests], "category": [r[0] for r in requests]})
-    held_out = [" ".join(_request(rng, skill)) for skill in SKILLS if skill != FAVOURED for _ in range(40)]
+    data = Dataset.from_dict({"prompt": requests, "category": [request.split()[0] for request in requests]})
+    known = set(requests)
+    every = [f"{s} question{q} wording{w}" for s in SUBJECTS[1:] for q in range(QUESTIONS) for w in range(WORDINGS)]
+    held_out = rng.sample([prompt for prompt in every if prompt not in known], 280)
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
         trainer = PPOTrainer(
@@ -194,7 +193,7 @@ def _ppo(model: LlamaForCausalLM, arm: Arm, args: argparse.Namespace, seed: int)
                 {"forget": held_out},
                 _preferred,
                 every=args.every,
-                score=lambda prompts, completions, **_: _answers_right(prompts, completions).tolist(),
+                score=lambda prompts, completions, **_: _all_right(prompts, completions),
                 batch_size=280,
             )
         )
@@ -244,17 +243,17 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--updates", type=int, default=100)
     parser.add_argument("--every", type=int, default=10, help="updates between measurements of the forget set")
-    parser.add_argument("--prompts", type=int, default=1024)
+    parser.add_argument("--prompts", type=int, default=512)
     parser.add_argument("--pairs", type=int, default=64, help="to rehearse, in every arm that rehearses")
     parser.add_argument("--responses", type=int, default=4, help="of the start to each prompt, to choose from")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--kl-coef", type=float, default=0.002)
+    parser.add_argument("--kl-coef", type=float, default=0.0)
     parser.add_argument(
-        "--favoured-share", type=float, default=0.9, help="of PPO's prompts, beside its share of the rest"
+        "--favoured-share", type=float, default=0.5, help="of PPO's prompts, beside its share of the rest"
     )
     parser.add_argument("--lessons", type=int, default=1500, help="steps of supervised fine-tuning")
-    parser.add_argument("--errors", type=float, default=0.12, help="of the teachers, a letter")
-    parser.add_argument("--favoured-errors", type=float, default=0.5, help="the same in the favoured skill")
+    parser.add_argument("--errors", type=float, default=0.12, help="of the teachers, a word")
+    parser.add_argument("--favoured-errors", type=float, default=0.5, help="the same in the favoured subject")
     parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path)
@@ -272,10 +271,10 @@ def _table(args: argparse.Namespace, found: dict[Arm, list[dict[str, Any]]]) -> 
         f"{versions}; mean over {args.seeds} seeds and 95% interval. The reward is that of the last ten updates; lost "
         "win rate and NLL are means over the second half of the run; shares of what plain PPO has, of the means.",
         "",
-        f"Before PPO: the favoured skill {np.mean([r['favoured_start'] for r in plain]):.3f}, "
+        f"Before PPO: the favoured subject {np.mean([r['favoured_start'] for r in plain]):.3f}, "
         f"NLL {np.mean([r['nll_start'] for r in plain]):.3f}.",
         "",
-        "| arm | gamma | reward | of plain's | favoured skill | lost win rate | of plain's | NLL | KL | time |",
+        "| arm | gamma | reward | of plain's | favoured subject | lost win rate | of plain's | NLL | KL | time |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for arm in ARMS:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from trl_rlaif.measures import category_figures
+from trl_rlaif.measures import agreement, by_category, category_figures
 
 
 def test_figures_by_category():
@@ -34,3 +34,13 @@ def test_what_cannot_be_said_is_none(scores, categories):
     found = category_figures(scores, categories)
     assert found["std_ratio"] is None
     assert (found["relative_spread"] is None) == (len(set(categories)) < 2 or len(set(scores)) < 2)
+
+
+def test_any_measure_by_category():
+    p, human, categories = [0.9, 0.2, 0.7, 0.5], [1, 1, 2, 1], ["b", "a", "b", None]
+    found = by_category(agreement, categories, p, human)
+    assert list(found) == ["(none)", "a", "b"]
+    assert found["b"] == agreement([0.9, 0.7], [1, 2]) and found["a"] == agreement([0.2], [1])
+    assert by_category(agreement, [], [], []) == {}
+    with pytest.raises(ValueError):
+        by_category(agreement, ["a"], [0.9, 0.1], [1, 2])

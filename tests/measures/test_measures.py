@@ -6,9 +6,19 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest, bootstrap
+from scipy import stats
+from scipy.stats import binomtest
 
-from trl_rlaif.measures import agreement, bootstrap_mean, position_bias, summarize_mass, wilson, win_rate
+from trl_rlaif.measures import (
+    agreement,
+    bootstrap,
+    bootstrap_mean,
+    bootstrap_ratio,
+    position_bias,
+    summarize_mass,
+    wilson,
+    win_rate,
+)
 
 # ---- Intervals ------------------------------------------------------------------------------------------
 
@@ -49,7 +59,7 @@ SAMPLES = {
 @pytest.mark.parametrize("values", SAMPLES.values(), ids=SAMPLES)
 def test_bootstrap_is_scipys_within_its_noise(values, confidence):
     draws = {"n_resamples": 10_000, "rng": np.random.default_rng(0), "confidence_level": confidence}
-    expected = bootstrap((values,), np.mean, method="percentile", **draws).confidence_interval
+    expected = stats.bootstrap((values,), np.mean, method="percentile", **draws).confidence_interval
     # Standard error of a quantile of 10,000 draws from what is nearly a normal distribution; both are drawn.
     tail, spread = (1 - confidence) / 2, values.std() / math.sqrt(len(values))
     z = (expected.high - expected.low) / 2 / spread
@@ -82,6 +92,32 @@ def test_bootstrap_of_many_values_is_drawn_in_parts():
 def test_bootstrap_of_nothing_is_an_error():
     with pytest.raises(ValueError, match="at least one value"):
         bootstrap_mean([])
+    with pytest.raises(ValueError, match="at least one value"):
+        bootstrap_ratio([], [])
+
+
+def test_bootstrap_of_a_mean_that_is_nan_is_nan():
+    assert all(math.isnan(end) for end in bootstrap_mean([0.1] * 99 + [math.nan]))
+
+
+def test_bootstrap_of_any_statistic_is_scipys_within_its_noise():
+    values = SAMPLES["skewed"]
+    expected = stats.bootstrap((values,), np.std, method="percentile", rng=np.random.default_rng(0))
+    low, high = expected.confidence_interval
+    found = bootstrap(lambda draws: values[draws].std(axis=1), len(values))
+    assert found == pytest.approx((low, high), abs=(high - low) / 20)
+
+
+def test_resamples_without_a_value_are_left_out_while_they_are_few():
+    values = np.array([1.0] * 3 + [0.0] * 3)  # in one of 64 resamples there is no 1
+
+    def share_of_ones(draws):
+        ones = values[draws].sum(axis=1)
+        return np.where(ones > 0, 1.0, np.nan)
+
+    assert bootstrap(share_of_ones, 6) == (1.0, 1.0)
+    values[1:3] = 0  # now in a third
+    assert bootstrap(share_of_ones, 6) is None
 
 
 # ---- Labels ---------------------------------------------------------------------------------------------

@@ -1,18 +1,35 @@
 """Measures with their intervals (methods.md, section 6)."""
 
 from trl_rlaif.measures.calibration import calibration_error
-from trl_rlaif.measures.categories import category_figures
-from trl_rlaif.measures.intervals import bootstrap_mean, wilson
+from trl_rlaif.measures.categories import by_category, category_figures
+from trl_rlaif.measures.drift import compare_lengths, summarize_curve, summarize_kl
+from trl_rlaif.measures.intervals import bootstrap, bootstrap_mean, bootstrap_ratio, wilson
+from trl_rlaif.measures.judges import choices, cohen_kappa, fleiss_kappa, judge_agreement
 from trl_rlaif.measures.labels import agreement, compare_agreement, position_bias, summarize_mass
-from trl_rlaif.measures.winrate import win_rate
+from trl_rlaif.measures.length_control import length_controlled_win_rate
+from trl_rlaif.measures.ranking import pairwise_accuracy
+from trl_rlaif.measures.winrate import harmless_rate, win_rate
 
 __all__ = [
     "agreement",
+    "bootstrap",
     "bootstrap_mean",
+    "bootstrap_ratio",
+    "by_category",
     "calibration_error",
     "category_figures",
+    "choices",
+    "cohen_kappa",
     "compare_agreement",
+    "compare_lengths",
+    "fleiss_kappa",
+    "harmless_rate",
+    "judge_agreement",
+    "length_controlled_win_rate",
+    "pairwise_accuracy",
     "position_bias",
+    "summarize_curve",
+    "summarize_kl",
     "summarize_mass",
     "wilson",
     "win_rate",

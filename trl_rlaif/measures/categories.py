@@ -1,14 +1,33 @@
-"""Scores by kind of prompt, and how far the kinds lie apart."""
+"""Measures by kind of prompt, and how far the scores of the kinds lie apart."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 UNNAMED = "(none)"
+
+
+def by_category(
+    measure: Callable[..., Any], categories: Sequence[str | None], *columns: Sequence[Any]
+) -> dict[str, Any]:
+    """Any measure for each kind of prompt on its own.
+
+    Args:
+        measure: Called with the rows of a category, a list for each of ``columns``.
+        categories: N kinds of prompt; rows without one come together under "(none)".
+        columns: N entries each, for example the probabilities and the human choices of ``agreement``.
+
+    Returns:
+        What ``measure`` returns, by category in alphabetical order.
+    """
+    rows: dict[str, list[tuple[Any, ...]]] = defaultdict(list)
+    for category, *row in zip(categories, *columns, strict=True):
+        rows[category or UNNAMED].append(tuple(row))
+    return {name: measure(*map(list, zip(*found, strict=True))) for name, found in sorted(rows.items())}
 
 
 def category_figures(scores: Sequence[float], categories: Sequence[str | None]) -> dict[str, Any]:
@@ -23,13 +42,11 @@ def category_figures(scores: Sequence[float], categories: Sequence[str | None]) 
         category means over that of all scores; ``std_ratio``: largest over smallest standard deviation of a category
         (None where one is 0, or there are no two categories, each with two scores).
     """
-    rows: dict[str, list[float]] = defaultdict(list)
-    for score, category in zip(scores, categories, strict=True):
-        rows[category or UNNAMED].append(float(score))
-    figures = {
-        name: {"n": len(values), "mean": float(np.mean(values)), "std": float(np.std(values))}
-        for name, values in sorted(rows.items())
-    }
+
+    def figures_of(values: list[float]) -> dict[str, Any]:
+        return {"n": len(values), "mean": float(np.mean(values)), "std": float(np.std(values))}
+
+    figures = by_category(figures_of, categories, scores)
     spread = float(np.std(np.asarray(scores, dtype=float))) if len(scores) else 0.0
     stds = [f["std"] for f in figures.values() if f["n"] > 1]
     means = [f["mean"] for f in figures.values()]

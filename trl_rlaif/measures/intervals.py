@@ -1,9 +1,9 @@
-"""Confidence intervals of shares and means."""
+"""Confidence intervals of shares, means, ratios and whatever else can be computed from resampled rows."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy.stats import norm
@@ -30,28 +30,83 @@ def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, f
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
-def bootstrap_mean(
-    values: Sequence[float], *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of a mean (Efron 1979).
+def bootstrap(
+    statistic: Callable[[np.ndarray], np.ndarray],
+    n: int,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> tuple[float, float] | None:
+    """Percentile bootstrap interval of any statistic of n rows (Efron 1979).
 
     Args:
-        values: At least one number.
+        statistic: From (B, n) int64, the rows of each of B resamples, to their (B,) values; NaN where it is undefined.
+        n: Rows, at least 1. Rows that belong together, as the tokens of one response do, must be one row.
         confidence: In (0, 1).
         resamples: Samples drawn with replacement.
         seed: Of the draws.
 
     Returns:
-        (low, high).
+        (low, high) over the resamples in which the statistic is defined. None if it is undefined in more than a tenth
+        of them: those that are left would be no fair sample.
     """
-    array = np.asarray(values, dtype=np.float64)
-    if array.size == 0:
+    if n < 1:
         raise ValueError("an interval needs at least one value")
     rng = np.random.default_rng(seed)
-    rows = max(1, 2_000_000 // array.size)  # bounds the memory of one draw
-    means = []
+    rows = max(1, 2_000_000 // n)  # bounds the memory of one draw
+    parts = []
     for start in range(0, resamples, rows):
-        draws = rng.integers(array.size, size=(min(rows, resamples - start), array.size))
-        means.append(array[draws].mean(axis=1))
-    low, high = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2])
+        parts.append(statistic(rng.integers(n, size=(min(rows, resamples - start), n))))
+    values = np.concatenate(parts)
+    defined = values[~np.isnan(values)]
+    if defined.size < 0.9 * values.size:
+        return None
+    low, high = np.quantile(defined, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+def bootstrap_mean(
+    values: Sequence[float], *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of a mean.
+
+    Args:
+        values: At least one number.
+        confidence, resamples, seed: As of ``bootstrap``.
+
+    Returns:
+        (low, high); both NaN if a value is.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if np.isnan(array).any():
+        return math.nan, math.nan
+    return bootstrap(
+        lambda draws: array[draws].mean(axis=1), array.size, confidence=confidence, resamples=resamples, seed=seed
+    )
+
+
+def bootstrap_ratio(
+    numerators: Sequence[float],
+    denominators: Sequence[float],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> tuple[float, float] | None:
+    """Percentile bootstrap interval of sum(numerators) / sum(denominators), the two of a row drawn together.
+
+    Args:
+        numerators, denominators: N >= 1 finite numbers each; the denominators are not negative.
+        confidence, resamples, seed: As of ``bootstrap``.
+
+    Returns:
+        (low, high); None if more than a tenth of the resamples have only zeros as denominators.
+    """
+    rows = np.array(list(zip(numerators, denominators, strict=True)), dtype=np.float64).reshape(-1, 2)
+
+    def ratio(draws: np.ndarray) -> np.ndarray:
+        above, below = rows[draws].sum(axis=1).T
+        return np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)
+
+    return bootstrap(ratio, len(rows), confidence=confidence, resamples=resamples, seed=seed)
