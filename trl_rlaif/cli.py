@@ -137,6 +137,23 @@ def report(folder: FolderArgument) -> None:
     typer.echo(write_report(folder))
 
 
+@app.command()
+def rate(
+    folder: FolderArgument,
+    rater: Annotated[str | None, typer.Option(help="Who rates. Default: your user name; with --result: all.")] = None,
+    set_: Annotated[str | None, typer.Option("--set", help="Rate this set alone.")] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on this machine. Default: a free one.")] = 0,
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="Print the page's address only.")] = False,
+    result: Annotated[bool, typer.Option("--result", help="Print what the votes say, without the page.")] = False,
+) -> None:
+    """Judge the responses yourself, blind, in a local web page; the votes stay in the run's folder."""
+    from trl_rlaif.rating import describe, people_results, rate_run
+
+    if not result:
+        rate_run(folder, rater=rater, only=set_, port=port, browser=not no_browser)
+    typer.echo(describe(people_results(folder, rater=rater if result else None, only=set_)))
+
+
 def main() -> None:
     """Entry point: one message on stderr for an error, a traceback only with --debug."""
     debug = "--debug" in sys.argv

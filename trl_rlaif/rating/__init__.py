@@ -1,0 +1,7 @@
+"""People as the judge: two responses side by side in a local page, blind, and the win rate of their votes."""
+
+from trl_rlaif.rating.pairs import Comparison, read_comparisons
+from trl_rlaif.rating.results import describe, people_results
+from trl_rlaif.rating.server import rate_run
+
+__all__ = ["Comparison", "describe", "people_results", "rate_run", "read_comparisons"]
