@@ -49,7 +49,7 @@ def reward(prompts: list[Any], completions: list[Any], category: list[str], **co
 
 
 def main() -> None:
-    """Both arms, one after the other; print the table and, if asked to, write it."""
+    """One arm a gamma, one after the other; print the table and, if asked to, write it."""
     args = _arguments()
     logging.set_verbosity_error()
     disable_progress_bars()
@@ -58,7 +58,7 @@ def main() -> None:
     tokenizer = load_tokenizer(MODEL)
     train, held_out = _prompts(args, tokenizer)
     found = {}
-    for name, coef in {"plain": 0.0, **{f"selective, gamma = {g:g}": g for g in args.gammas}}.items():
+    for name, coef in {f"selective, gamma = {g:g}" if g else "plain": g for g in args.gammas}.items():
         found[name] = _ppo(coef, args, tokenizer, train, held_out)
         print(name, {k: round(v, 3) for k, v in found[name].items() if k != "curve"}, found[name]["curve"], flush=True)
     lines = _table(args, found, len(held_out))
@@ -73,7 +73,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--updates", type=int, default=30)
     parser.add_argument("--every", type=int, default=10)
     parser.add_argument("--held-out", type=int, default=24)
-    parser.add_argument("--gammas", type=float, nargs="*", default=[1.0])
+    parser.add_argument("--gammas", type=float, nargs="*", default=[0.0, 0.01, 0.1, 1.0], help="0 is plain PPO")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--kl-coef", type=float, default=0.01)
     parser.add_argument("--value", choices=["trunk", "adapter"], default="trunk")
@@ -166,8 +166,11 @@ def _ppo(
 
 def _table(args: argparse.Namespace, found: dict[str, dict[str, Any]], held_out: int) -> list[str]:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "trl-rlaif"))
-    plain = found["plain"]
-    command = f"python benchmarks/forgetting_smollm2.py pandalm_600.jsonl --updates {args.updates} --seed {args.seed}"
+    steps = [step for step, *_ in next(iter(found.values()))["curve"]]
+    command = (
+        f"python benchmarks/forgetting_smollm2.py pandalm_600.jsonl --updates {args.updates} --seed {args.seed} "
+        f"--value {args.value} --gammas {' '.join(f'{g:g}' for g in args.gammas)}"
+    )
     lines = [
         f"<!-- {command} -->",
         "",
@@ -175,9 +178,8 @@ def _table(args: argparse.Namespace, found: dict[str, dict[str, Any]], held_out:
         "favoured kind.",
         "",
         "| arm | reward at the start | reward | KL | time of rehearsal | "
-        + " | ".join(f"win rate, {step}" for step, *_ in plain["curve"]) + " | "
-        + " | ".join(f"NLL, {step}" for step, *_ in plain["curve"]) + " |",
-        "|---|---|---|---|---|" + "---|" * (2 * len(plain["curve"])),
+        + " | ".join(f"{of}, {step}" for of in ("win rate", "NLL") for step in steps) + " |",
+        "|---|---|---|---|---|" + "---|" * (2 * len(steps)),
     ]  # fmt: skip
     for name, run in found.items():
         rates, nlls = [f"{rate:.2f}" for _, rate, _ in run["curve"]], [f"{nll:.2f}" for *_, nll in run["curve"]]
