@@ -190,5 +190,11 @@ def test_win_rates_of_both_sides_add_up():
     assert (one["wins"], one["ties"]) == (other["losses"], other["ties"])
 
 
+@pytest.mark.parametrize("nothing", [[], (), np.array([])])
+def test_win_rate_of_nothing_is_an_error(nothing):
+    with pytest.raises(ValueError, match="at least one comparison"):
+        win_rate(nothing)
+
+
 def test_win_rate_of_ties_only():
     assert win_rate([0.5, 0.5]) == {"win_rate": 0.5, "interval": (0.5, 0.5), "wins": 0, "ties": 2, "losses": 0}

@@ -184,6 +184,14 @@ def test_a_judge_of_its_own_is_counted(parse, tiny_model):
     assert _matching(other, "base: weights", stage="label") == 0
 
 
+def test_evaluates_judges_that_are_not_counted_are_named(parse, tiny_model):
+    own = {"judge": {"path": tiny_model}}
+    evaluate = {"judges": {"a": own, "b": {"judge": "same"}, "c": own}}
+    notes = plan_memory(parse("rl.max_prompt_length=24", evaluate=evaluate)).notes
+    assert notes == ("Models of their own among evaluate.judges (a, c) are not counted.",)
+    assert not plan_memory(parse("rl.max_prompt_length=24", evaluate={"judges": {"b": {"judge": "same"}}})).notes
+
+
 def test_a_model_that_is_not_there_is_an_error(parse):
     with pytest.raises(UserError, match="config.json is enough"):
         plan_memory(parse("model.path=no/such-model"))

@@ -8,10 +8,12 @@ from trl_rlaif.measures.judges import choices, cohen_kappa, fleiss_kappa, judge_
 from trl_rlaif.measures.labels import agreement, compare_agreement, position_bias, summarize_mass
 from trl_rlaif.measures.length_control import length_controlled_win_rate
 from trl_rlaif.measures.ranking import pairwise_accuracy
+from trl_rlaif.measures.tournament import all_against_all
 from trl_rlaif.measures.winrate import harmless_rate, win_rate
 
 __all__ = [
     "agreement",
+    "all_against_all",
     "bootstrap",
     "bootstrap_mean",
     "bootstrap_ratio",

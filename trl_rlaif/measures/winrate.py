@@ -17,7 +17,12 @@ def win_rate(p: Sequence[float], *, seed: int = 0) -> dict[str, Any]:
 
     Returns:
         ``win_rate``, ``interval`` (95%, bootstrap over the comparisons), ``wins``, ``ties``, ``losses``.
+
+    Raises:
+        ValueError: There is no comparison.
     """
+    if not len(p):
+        raise ValueError("a win rate needs at least one comparison")
     points = [0.5 if x == 0.5 else float(x > 0.5) for x in p]
     return {
         "win_rate": sum(points) / len(points),

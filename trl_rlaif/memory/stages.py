@@ -273,6 +273,9 @@ def evaluate(run: Run) -> list[Part]:
     parts = [*run.base(), Part(f"{adapters} adapters (frozen)", adapters * FLOAT32 * run.adapter.numel, ALWAYS, "")]
     if isinstance(section.judge, JudgeSection):
         run.notes.append("The judge of 'evaluate' is a model of its own, and is not counted.")
+    own = [name for name, further in section.judges.items() if isinstance(further.judge, JudgeSection)]
+    if own:
+        run.notes.append(f"Models of their own among evaluate.judges ({', '.join(own)}) are not counted.")
     rows = max(1, section.batch_size // section.num_responses) * section.num_responses
     return [
         *parts,

@@ -1,34 +1,29 @@
-"""The trained policy against the start on held-out prompts: win rate by the judge, and reward of both."""
+"""The trained policy against the start on held-out prompts: win rates by the judges, and reward of both."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections import defaultdict
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from trl_rlaif.artifacts import to_line, write_atomically
-from trl_rlaif.data import Pair, Prompt
-from trl_rlaif.judging import Judge
+from trl_rlaif.data import Prompt
 from trl_rlaif.judging.scoring import token_batches
 from trl_rlaif.measures import bootstrap_mean, win_rate
 from trl_rlaif.ppo.actors import SharedActors
-from trl_rlaif.ppo.forgetting import answer_pair, better_half, mean_nll, preferences, with_end
+from trl_rlaif.ppo.forgetting import answer_pair, better_half, mean_nll, with_end
 from trl_rlaif.ppo.rollout import model_inputs
 from trl_rlaif.progress import progress_bar
 from trl_rlaif.roles import SharedBase
 from trl_rlaif.sampling import length_batches, sample_responses, seeded
 from trl_rlaif.stages.context import Context
+from trl_rlaif.stages.judges import MAIN, ask_judges, check_servers, judged_numbers
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from trl_rlaif.encoding import PromptLike
     from trl_rlaif.events import RehearsalPair
-    from trl_rlaif.ppo.forgetting import Preferred
     from trl_rlaif.recipe import Recipe
 
 BATCH_TOKENS = 8192
@@ -39,20 +34,23 @@ FEWEST_FOR_DRIFT = 5
 def run(context: Context) -> dict[str, Any]:
     """Write ``samples.jsonl``; return win rates and rewards by set."""
     recipe, started = context.recipe, time.monotonic()
+    check_servers(context)
     shared = SharedBase(context.load_base(), context.folder / "policy", reference=context.start)
     if recipe.reward and "reward" in recipe.rl.rewards:
         shared.add_reward(context.folder / "reward")
     shared.to(shared.model.device).eval()
-    judge = judge_of(context, shared)
-    samples, sets = [], {}
+    rows, found = {}, {}
     for name, source in sources(recipe).items():
-        rows, found = _compare(context, shared, judge, name, source)
-        samples += rows
-        sets[name] = _numbers(rows, recipe.run.seed) | found
+        rows[name], found[name] = _answers(context, shared, name, source)
+    models = ask_judges(context, shared, rows)
+    samples, seed = [row for of_set in rows.values() for row in of_set], recipe.run.seed
     write_atomically(context.folder / "samples.jsonl", "".join(map(to_line, samples)))
     return {
-        "judge": judge.name,
-        "sets": sets,
+        "judge": models[MAIN],
+        "sets": {
+            name: judged_numbers(of_set, models, seed) | _numbers(of_set, seed) | found[name]
+            for name, of_set in rows.items()
+        },
         "agreement": _agreement(context),
         "seconds": time.monotonic() - started,
     }
@@ -63,23 +61,16 @@ def sources(recipe: Recipe) -> dict[str, str]:
     return recipe.evaluate.sets or {"test": recipe.data.eval_prompts}
 
 
-def judge_of(context: Context, shared: SharedBase) -> Judge:
-    """The judge of the section; where it is "same", the shared base itself without an adapter."""
-    section, label = context.recipe.evaluate, context.recipe.label
-    prompt = section.prompt or (label.prompt if label else "general")
-    return context.judge(section.judge, prompt, shared.model, context=lambda: shared.role(None))
-
-
 def _agreement(context: Context) -> dict[str, Any]:
     """Agreement with people's choices, where the data has them: of the labels, and of the reward model."""
     results = context.folder.results()
     return {stage: results.get(stage, {}).get("agreement") for stage in ("label", "reward")}
 
 
-def _compare(
-    context: Context, shared: SharedBase, judge: Judge, name: str, source: str
+def _answers(
+    context: Context, shared: SharedBase, name: str, source: str
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """One line a prompt: both first responses, the judge's probability for the trained one, means over all.
+    """One line a prompt: both first responses, and means over all.
 
     The set's own numbers come with them: what was skipped, and the NLL of the start's good answers.
     """
@@ -94,8 +85,6 @@ def _compare(
         side: [context.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids, *_ in responses]
         for side, responses in drawn.items()
     }
-    asked = [prompt.prompt for prompt in prompts]
-    preferred = preferences(asking(context, judge, f"Judging ({name})"), asked, texts["trained"], texts["start"])
     numbers = {side: _of_each_prompt(context, shared, tokens, responses) for side, responses in drawn.items()}
     rows = [
         {
@@ -105,11 +94,10 @@ def _compare(
             "category": prompt.category,
             **{side: texts[side][i] for side in roles},
             **{f"{key}_{side}": values[i] for side in roles for key, values in numbers[side].items()},
-            "p_trained": preferred[i],
         }
         for i, prompt in enumerate(prompts)
     ]
-    firsts = [responses[0] for responses in drawn["start"]]
+    asked, firsts = [prompt.prompt for prompt in prompts], [responses[0] for responses in drawn["start"]]
     start = [answer_pair(*row) for row in zip(asked, texts["start"], tokens, firsts, strict=True)]
     return rows, {"skipped": skipped} | _nlls(context, shared, start, numbers["start"]["reward"])
 
@@ -166,7 +154,7 @@ def _responses(
     section, end = context.recipe.evaluate, context.tokenizer.eos_token_id
     responses: list[list[list[int]]] = [[]] * len(prompts)
     batch_size = max(1, section.batch_size // section.num_responses)
-    with progress_bar(f"Answering ({description})", len(prompts)) as advance, shared.role(role):
+    with progress_bar(f"Answering ({description})", len(prompts), unit="prompts") as advance, shared.role(role):
         for batch in length_batches([len(t) for t in tokens], batch_size):
             with seeded(context.recipe.run.seed, "evaluate", *(prompts[i].id for i in batch)):
                 drawn = sample_responses(
@@ -181,26 +169,6 @@ def _responses(
                 responses[i] = [with_end(ids, length, end) for ids in of_prompt]
             advance(len(batch))
     return responses
-
-
-def asking(context: Context, judge: Judge, description: str = "") -> Preferred:
-    """The judge's probability, for prompts with two answers each, that the first one is better; None: not judged.
-
-    Args:
-        description: Of the progress bar; without it there is none.
-    """
-
-    def preferred(prompts: Sequence[PromptLike], first: Sequence[str], second: Sequence[str]) -> list[float | None]:
-        pairs = [Pair(str(i), *row) for i, row in enumerate(zip(prompts, first, second, strict=True))]
-        found: list[float | None] = [None] * len(pairs)
-        bar = progress_bar(description, len(pairs)) if description else nullcontext(lambda count: None)
-        with bar as advance:
-            for label in context.labeler().label(pairs, judge):
-                found[int(label.id)] = label.p
-                advance(1)
-        return found
-
-    return preferred
 
 
 @torch.no_grad()
@@ -227,10 +195,7 @@ def rewards_of(context: Context, shared: SharedBase, prompts: list[list[int]], e
 
 
 def _numbers(rows: list[dict[str, Any]], seed: int) -> dict[str, Any]:
-    judged = [row for row in rows if row["p_trained"] is not None]
-    numbers: dict[str, Any] = {"prompts": len(rows), "unjudged": len(rows) - len(judged)}
-    if judged:
-        numbers |= win_rate([row["p_trained"] for row in judged], seed=seed)
+    numbers: dict[str, Any] = {"prompts": len(rows)}
     for side in ("start", "trained"):
         numbers[f"ended_{side}"] = statistics.fmean(row[f"ended_{side}"] for row in rows)
         numbers[f"tokens_{side}"] = statistics.fmean(row[f"tokens_{side}"] for row in rows)

@@ -11,20 +11,18 @@ import torch
 from trl_rlaif.artifacts import to_line, write_atomically, write_folder
 from trl_rlaif.components import numbered
 from trl_rlaif.encoding import encode_prompt, encode_response
-from trl_rlaif.errors import UserError
+from trl_rlaif.errors import RunError, UserError
 from trl_rlaif.events import Rollout
-from trl_rlaif.measures import calibration_error, category_figures, wilson
-from trl_rlaif.measures.categories import UNNAMED
+from trl_rlaif.measures import calibration_error, category_figures, choices, pairwise_accuracy
+from trl_rlaif.progress import progress_bar
 from trl_rlaif.reward.scoring import score_pairs
 from trl_rlaif.stages.context import Context, transform_file
-from trl_rlaif.stages.label import write_preferences
+from trl_rlaif.stages.label import preferences_of_people
 from trl_rlaif.stages.sft import last_checkpoint
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-HUMAN_P = {1: 1.0, 2: 0.0, 0: 0.5}
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -33,7 +31,7 @@ def run(context: Context) -> dict[str, Any]:
 
     section, started = context.recipe.reward, time.monotonic()
     if context.recipe.label is None:
-        _preferences_of_people(context)
+        preferences_of_people(context, "reward")
     arguments = context.trainer_arguments("reward", section.config)
     # Pairs of like length in a batch: on mixed prompts half of all tokens would be padding.
     defaults = {"gradient_checkpointing": False, "train_sampling_strategy": "group_by_length"}
@@ -54,19 +52,6 @@ def run(context: Context) -> dict[str, Any]:
     if len(held_out):
         numbers |= _held_out_numbers(context, trainer, held_out)
     return numbers | {"seconds": time.monotonic() - started}
-
-
-def _preferences_of_people(context: Context) -> None:
-    """Without the stage label, the data's human choices are the labels."""
-    pairs = context.pairs()
-    p = {pair.id: HUMAN_P[pair.human] for pair in pairs if pair.human is not None}
-    if not p:
-        raise UserError(
-            "There is no stage label, and no pair says which response a person preferred.",
-            where=context.recipe.line(("reward",)),
-            fix="Add a label section, or pairs with human choices.",
-        )
-    write_preferences(context, pairs, p)
 
 
 def _datasets(
@@ -110,7 +95,10 @@ def _with_log_ratios(context: Context, train: Dataset) -> Dataset:
     def playing(role: str | None) -> Any:
         return lambda: (shared.role(role), shared.model)
 
-    return add_log_ratios(train, playing("policy"), [playing(role) for role in roles])
+    with progress_bar("Importance weights", len(train), unit="pairs") as advance:
+        found = add_log_ratios(train, playing("policy"), [playing(role) for role in roles])
+        advance(len(train))
+    return found
 
 
 def tokenize_preference(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> dict[str, Any]:
@@ -159,15 +147,23 @@ def _save(trainer: Any, context: Context, folder: Path) -> None:
 def _held_out_numbers(context: Context, trainer: Any, held_out: Dataset) -> dict[str, Any]:
     """What the model makes of held-out pairs: ranking, calibration, and its scores by kind of prompt.
 
-    A label of 0.5, a tie of the people's, and a pair that nobody was asked about are left out of the ranking.
+    A label of 0.5, a tie of the people's, and a pair that nobody was asked about are left out of the ranking; equal
+    scores count half.
+
+    Raises:
+        RunError: A score is not finite.
     """
     size = trainer.args.per_device_eval_batch_size
-    chosen, rejected, expected = score_pairs(trainer.model, held_out, trainer.data_collator, size, trainer.batch_tokens)
-    right, categories = (chosen > rejected).tolist(), list(held_out["category"])
-    labels = [hit for hit, p in zip(right, held_out["p"], strict=True) if p != 0.5]
-    people = [hit == human for hit, human in zip(right, held_out["human"], strict=True) if human is not None]
-    choices = [0 if p == 0.5 else 1 if p > 0.5 else 2 for p in held_out["p"]]
-    raw = torch.cat((chosen, rejected))
+    with progress_bar("Scoring held-out pairs", len(held_out), unit="pairs") as advance:
+        chosen, rejected, expected = score_pairs(
+            trainer.model, held_out, trainer.data_collator, size, trainer.batch_tokens
+        )
+        advance(len(held_out))
+    raw, categories = torch.cat((chosen, rejected)), list(held_out["category"])
+    if not raw.isfinite().all():
+        raise RunError("The reward model's scores are not finite: its training has diverged.",
+                       fix="Lower reward.learning_rate.")  # fmt: skip
+    labels, people = _ranking(chosen.tolist(), rejected.tolist(), held_out)
     names: list[str] = []
     for ref in context.recipe.reward.transforms:
         names.append(numbered(ref.name, names))
@@ -176,16 +172,26 @@ def _held_out_numbers(context: Context, trainer: Any, held_out: Dataset) -> dict
     after = steps[-1] if steps else None
     _write_scores(context.folder / "reward_scores.jsonl", held_out, raw, after)
     return {
-        "accuracy": sum(labels) / len(labels) if labels else None,
-        "accuracy_interval": wilson(sum(labels), len(labels)) if labels else None,
-        "agreement": {"rate": sum(people) / len(people), "interval": wilson(sum(people), len(people)), "n": len(people)}
-        if people
-        else None,
-        "ece": calibration_error(torch.sigmoid(chosen - rejected).tolist(), choices),
-        "scores": category_figures(raw.tolist(), categories * 2) | {"accuracy": _by_category(right, held_out)},
+        "accuracy": labels["rate"] if labels else None,
+        "accuracy_interval": labels["interval"] if labels else None,
+        "agreement": people,
+        "ece": calibration_error(torch.sigmoid(chosen - rejected).tolist(), choices(held_out["p"])),
+        "scores": category_figures(raw.tolist(), categories * 2)
+        | {"accuracy": {name: of["rate"] for name, of in labels["by_category"].items()} if labels else {}},
         "after_each": dict(zip(names, figures, strict=True)),
         "transformed": figures[-1] if figures else None,
     }
+
+
+def _ranking(
+    chosen: list[float], rejected: list[float], held_out: Dataset
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Accuracy by the labels, by category too, and by people's choices; None where there are none."""
+    rows = list(zip(chosen, rejected, held_out["category"], held_out["p"], held_out["human"], strict=True))
+    sure = [(c, r, category) for c, r, category, p, _ in rows if p != 0.5]
+    asked = [(c, r) if human else (r, c) for c, r, _, _, human in rows if human is not None]
+    labels = pairwise_accuracy(*zip(*sure, strict=True)) if sure else None
+    return labels, pairwise_accuracy(*zip(*asked, strict=True)) if asked else None
 
 
 def _write_scores(path: Path, held_out: Dataset, raw: torch.Tensor, after: torch.Tensor | None) -> None:
@@ -196,14 +202,6 @@ def _write_scores(path: Path, held_out: Dataset, raw: torch.Tensor, after: torch
         columns["chosen_after"], columns["rejected_after"] = (half.tolist() for half in after.chunk(2))
     rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
     write_atomically(path, "".join(map(to_line, rows)))
-
-
-def _by_category(right: list[bool], held_out: Dataset) -> dict[str, float]:
-    hits: dict[str, list[bool]] = {}
-    for hit, category, p in zip(right, held_out["category"], held_out["p"], strict=True):
-        if p != 0.5:
-            hits.setdefault(category or UNNAMED, []).append(hit)
-    return {name: sum(found) / len(found) for name, found in sorted(hits.items())}
 
 
 def transformed(

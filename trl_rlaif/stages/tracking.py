@@ -11,7 +11,8 @@ from trl_rlaif.ppo.forgetting import ForgettingTracker
 from trl_rlaif.recipe.sections import FORGET_SET
 from trl_rlaif.sampling import derived_seed
 from trl_rlaif.stages.context import Context
-from trl_rlaif.stages.evaluate import asking, judge_of, max_new_tokens, rewards_of, sources
+from trl_rlaif.stages.evaluate import max_new_tokens, rewards_of, sources
+from trl_rlaif.stages.judges import asking, judge_of
 
 if TYPE_CHECKING:
     from trl_rlaif.encoding import PromptLike
@@ -40,7 +41,7 @@ def attach(context: Context, trainer: PPOTrainer) -> ForgettingTracker | None:
     tracker = ForgettingTracker(
         trainer,
         {name: _drawn(context, trainer, name, source) for name, source in sources(context.recipe).items()},
-        asking(context, judge_of(context, shared)),
+        asking(context, judge_of(context, shared), "Judging what is forgotten"),
         every=section.track_every or EVERY,
         score=score if "reward" in shared.heads else None,
         stop_below={} if stop is None else {FORGET_SET: 0.5 - stop},
