@@ -22,8 +22,11 @@ STAGE_ARTIFACTS = {
     "reward": ["reward", "reward_scores.jsonl", "checkpoints/reward"],
     "rl": ["policy", "rehearsal.jsonl", "selection_map.jsonl", "checkpoints/rl"],
     "evaluate": ["samples.jsonl"],
-    "report": ["report.html"],
+    "report": ["report.html", "report"],
 }
+
+# What a stage reads or writes beside them, which goes along when another run takes the stage over.
+_COMPANIONS = {"label": ["labels.jsonl"], "reward": ["preferences"], "rl": ["preferences"]}
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -47,6 +50,10 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
         os.rename(path, old)
     os.rename(building, path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _copy_into(source: Path, folder: Path) -> None:
+    shutil.copytree(source, folder, dirs_exist_ok=True)
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:
@@ -165,6 +172,24 @@ class RunFolder:
     def complete(self, stage: str, fingerprint: str) -> None:
         """Close a stage: ``--resume`` skips it from now on."""
         write_atomically(self.state / f"{stage}.json", json.dumps({"fingerprint": fingerprint, "complete": True}))
+
+    def adopt(self, stage: str, fingerprint: str, donor: RunFolder) -> None:
+        """Copy a complete stage of another run: artefacts, numbers and metrics."""
+        self.clear(stage)
+        write_atomically(self.state / f"{stage}.json", json.dumps({"fingerprint": fingerprint, "complete": False}))
+        artifacts = [name for name in STAGE_ARTIFACTS[stage] if not name.startswith("checkpoints/")]
+        companions = [name for name in _COMPANIONS.get(stage, ()) if not (self / name).exists()]
+        for name in (*artifacts, *companions):
+            source = donor / name
+            if source.is_dir():
+                write_folder(self / name, lambda folder, source=source: _copy_into(source, folder))
+            elif source.exists():
+                write_atomically(self / name, source.read_text(encoding="utf-8"))
+        for row in read_lines(donor / "metrics.jsonl"):
+            if row.get("stage") == stage:
+                self.add_metrics(stage, row["step"], {k: v for k, v in row.items() if k not in ("stage", "step")})
+        self.add_results(stage, donor.results()[stage])
+        self.complete(stage, fingerprint)
 
     def clear(self, stage: str) -> None:
         """Remove what a stage made: artefacts, numbers and metrics."""

@@ -18,7 +18,7 @@ from trl_rlaif import __version__
 from trl_rlaif.artifacts import RunFolder, write_atomically
 from trl_rlaif.errors import UserError
 from trl_rlaif.plugins import Plugins
-from trl_rlaif.progress import say
+from trl_rlaif.progress import Publisher, publishing, say
 from trl_rlaif.recipe import STAGES, Recipe, prompt_folder
 from trl_rlaif.recipe.sections import FORGET_SET
 
@@ -70,7 +70,8 @@ def _files_of(recipe: Recipe, stage: str) -> list[str | None]:
     if section is None:
         return []
     own = [getattr(section, name, None) for name in ("data", "rehearsal")] + [*getattr(section, "sets", {}).values()]
-    prompts = [getattr(section, "prompt", None), *(c.prompt for c in getattr(section, "compare", {}).values())]
+    prompts = [getattr(section, name, None) for name in ("prompt", "harmless")]
+    prompts += [c.prompt for name in ("compare", "judges") for c in getattr(section, name, {}).values()]
     if stage == "rl" and evaluate is not None and evaluate.stop_on_forgetting is not None:
         own, prompts = [*own, evaluate.sets[FORGET_SET]], [evaluate.prompt]
     revisions = [JudgePrompt.load(prompt_folder(name)).revision for name in prompts if name]
@@ -99,6 +100,7 @@ def run_recipe(
     only: Sequence[str] = (),
     command: str = "",
     shard: str | None = None,
+    donors: Sequence[RunFolder] = (),
 ) -> RunFolder:
     """Run a recipe.
 
@@ -111,6 +113,7 @@ def run_recipe(
         command: How the run was started, for the report.
         shard: ``i/n`` labels this machine's share of the pairs, and ends there. The labels.jsonl of all
             machines, joined, is what one machine would have made.
+        donors: Other runs. What one of them completed with the same settings, on the same inputs, is copied from it.
 
     Raises:
         UserError: The folder is used already, is not writable, or lacks what a stage stands on.
@@ -119,18 +122,28 @@ def run_recipe(
         _check_shard(recipe, shard)
     folder = RunFolder(output)
     with folder.locked():
-        if folder.is_used and not resume and not only:
-            raise UserError(
-                "A run lives in this folder already.",
-                where=str(folder.path),
-                fix="Add --resume to go on with it, or name another folder with --output.",
-            )
         prints = fingerprints(recipe)
         _check_only(folder, prints, only)
-        _write_recipe(recipe, folder, command)
-        _quiet_libraries()
-        _run_stages(recipe, plugins, folder, prints, resume, only, shard)
+        prepare(recipe, folder, command, used=resume or bool(only))
+        with publishing(folder.state, prints) as publisher:
+            _run_stages(recipe, plugins, folder, prints, resume, only, shard, publisher, donors)
     return folder
+
+
+def prepare(recipe: Recipe, folder: RunFolder, command: str, *, used: bool) -> None:
+    """Write recipe.yaml, and quiet the libraries.
+
+    Raises:
+        UserError: The folder is used already, and ``used`` does not allow that.
+    """
+    if folder.is_used and not used:
+        raise UserError(
+            "A run lives in this folder already.",
+            where=str(folder.path),
+            fix="Add --resume to go on with it, or name another folder with --output.",
+        )
+    _write_recipe(recipe, folder, command)
+    _quiet_libraries()
 
 
 def _check_shard(recipe: Recipe, shard: str) -> None:
@@ -163,6 +176,8 @@ def _run_stages(
     resume: bool,
     only: Sequence[str],
     shard: str | None,
+    publisher: Publisher,
+    donors: Sequence[RunFolder],
 ) -> None:
     from transformers import set_seed
 
@@ -178,7 +193,13 @@ def _run_stages(
             if shard is not None and stage == "label":
                 return
             continue
+        donor = next((run for run in donors if stage != "report" and run.is_complete(stage, fingerprint)), None)
+        if donor is not None:
+            folder.adopt(stage, fingerprint, donor)
+            say(f"{stage}: the same as that of {donor.path.name}")
+            continue
         folder.begin(stage, fingerprint)
+        publisher.begin(stage)
         started = time.monotonic()
         # New adapters are drawn before any trainer sets its seed: a resumed run must draw the same.
         set_seed(recipe.run.seed)
@@ -215,11 +236,25 @@ def summary(stage: str, numbers: dict[str, Any]) -> str:
         return f"score {numbers['score_first']:+.3f} -> {numbers['score_last']:+.3f}, KL {numbers['kl_last']:.2f}"
     if stage == "evaluate":
         return "; ".join(
-            f"{name}: wins {s['win_rate']:.0%} ({s['interval'][0]:.0%} to {s['interval'][1]:.0%})"
+            f"{name}: wins {s['win_rate']:.0%} ({s['interval'][0]:.0%} to {s['interval'][1]:.0%}){_agreeing(s)}"
             for name, s in numbers["sets"].items()
             if "win_rate" in s
         )
+    if stage == "compare":
+        return "; ".join(f"{name}: {_ranking(s['overall'])}" for name, s in numbers["sets"].items())
     return ""
+
+
+def _ranking(overall: dict[str, dict[str, Any] | None]) -> str:
+    """The contestants of a comparison, best first, with their win rates over all others."""
+    judged = {name: numbers["win_rate"] for name, numbers in overall.items() if numbers}
+    return ", ".join(f"{name} {judged[name]:.0%}" for name in sorted(judged, key=judged.get, reverse=True))
+
+
+def _agreeing(numbers: dict[str, Any]) -> str:
+    """How often all judges of a set agree, where there are several."""
+    among = (numbers.get("judge_agreement") or {}).get("all")
+    return f", judges agree in {among['rate']:.0%}" if among else ""
 
 
 def _write_recipe(recipe: Recipe, folder: RunFolder, command: str) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from trl_rlaif.errors import UserError
+from trl_rlaif.recipe.arms import KEY as ARMS
+from trl_rlaif.recipe.arms import take_arms
 from trl_rlaif.recipe.checking import dotted, report_invalid
-from trl_rlaif.recipe.paths import PathFinder, find_recipe
+from trl_rlaif.recipe.paths import PathFinder, find_recipe, prompt_folder
 from trl_rlaif.recipe.picking import pick_components
 from trl_rlaif.recipe.sections import (
     SECTIONS,
@@ -37,6 +39,8 @@ from trl_rlaif.recipe.wording import did_you_mean, nearest_or_all
 _REQUIRED = ("model", "data")
 _FUNCTION = re.compile(r"(?P<place>[^:]+):(?P<name>[A-Za-z_]\w*)")
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+# What a prompt folder must hold for ratings.
+_RATING_FILES = ("rubric.txt", "rating.jinja", "rating_ending.txt")
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Recipe:
     Args:
         source: The file it was read from, absolute.
         places: ``file:line`` (or ``--set ...``) of each key path that was written.
+        arms: What the list ``compare`` describes, by name: each the recipe with what the arm changes in it. The recipe
+            itself is then what they share, and need not be whole.
     """
 
     run: RunSection
@@ -60,6 +66,7 @@ class Recipe:
     report: ReportSection | None = None
     source: Path = field(default=Path(), compare=False)
     places: Mapping[KeyPath, str] = field(default_factory=dict, compare=False, repr=False)
+    arms: Mapping[str, Recipe] = field(default_factory=dict)
 
     def line(self, key_path: KeyPath) -> str:
         """``file:line`` of a key such as ``("rl", "kl_coef")``, or of what is nearest around it."""
@@ -67,8 +74,19 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """All sections with their defaults and absolute paths, as a recipe that parses to the same again."""
+        own = self._sections()
+        if self.arms:
+            own[ARMS] = [{name: _changes(self._sections(), arm._sections())} for name, arm in self.arms.items()]
+        return own
+
+    def _sections(self) -> dict[str, Any]:
         sections = {name: getattr(self, name) for name in SECTIONS}
         return {name: plain(section) for name, section in sections.items() if section is not None}
+
+
+def _changes(own: dict[str, Any], arm: dict[str, Any]) -> dict[str, Any]:
+    """The sections in which an arm is another recipe; None where it lacks one."""
+    return {name: arm.get(name) for name in SECTIONS if arm.get(name) != own.get(name)}
 
 
 def parse_recipe(recipe: str | Path, *, overrides: Sequence[str] = (), registry: ComponentLookup) -> Recipe:
@@ -90,11 +108,22 @@ def parse_recipe(recipe: str | Path, *, overrides: Sequence[str] = (), registry:
     path, label = find_recipe(recipe)
     source = read_source(path, label)
     apply_overrides(source, overrides)
+    arms = take_arms(source)
+    if arms and "evaluate" not in source.data:
+        source.report((), f"'{ARMS}' needs 'evaluate': its judge and its prompts.", "Add 'evaluate'.")
     sections = _Reader(source, registry).sections()
-    check_together(source)
+    whole = {}
+    for name, arm in arms.items():
+        parts = _Reader(arm, registry).sections()
+        check_together(arm)
+        known = set(source.problems)
+        source.problems += [replace(p, what=f"in the arm '{name}': {p.what}") for p in arm.problems if p not in known]
+        whole[name] = Recipe(**parts, source=path, places=arm.places)
+    if not arms:
+        check_together(source)
     if source.problems:
         raise UserError.from_problems(source.in_order())
-    return Recipe(**sections, source=path, places=source.places)
+    return Recipe(**sections, source=path, places=source.places, arms=whole)
 
 
 class _Reader:
@@ -156,12 +185,14 @@ class _Reader:
         elif section in ("label", "evaluate"):
             self._resolve_judge(keys, (section,))
             self._resolve(keys, "calibration", find.data, (section,))
-            if isinstance(keys.get("compare"), dict):
-                keys["compare"] = dict(keys["compare"])
-                for name, compared in keys["compare"].items():
-                    if isinstance(compared, dict):
-                        keys["compare"][name] = dict(compared)
-                        self._resolve_judge(keys["compare"][name], (section, "compare", name))
+            self._resolve(keys, "harmless", self._rating_prompt, (section,))
+            for key in ("compare", "judges"):
+                if isinstance(keys.get(key), dict):
+                    keys[key] = dict(keys[key])
+                    for name, further in keys[key].items():
+                        if isinstance(further, dict):
+                            keys[key][name] = dict(further)
+                            self._resolve_judge(keys[key][name], (section, key, name))
             if isinstance(keys.get("sets"), dict):
                 keys["sets"] = dict(keys["sets"])
                 for name in keys["sets"]:
@@ -191,6 +222,16 @@ class _Reader:
             for problem in error.problems:
                 what = f"'{dotted((*path[1:], key))}' in section '{path[0]}': {problem.what}"
                 self.source.report((*path, key), what, problem.fix)
+
+    def _rating_prompt(self, name: str) -> str:
+        """A prompt that the labeler ``direct`` rates with."""
+        if "direct" not in self.registry.names("labeler"):
+            raise UserError("ratings come from the labeler 'direct', and none of that name is installed.")
+        found = self.finder.prompt(name)
+        missing = [part for part in _RATING_FILES if not (prompt_folder(found) / part).is_file()]
+        if missing:
+            raise UserError(f"the prompt '{name}' has no file {missing[0]}, which ratings need.")
+        return found
 
     def _policy(self, name: str) -> str:
         """An entry of ``reward.policies``."""

@@ -15,6 +15,7 @@ from pydantic import (
     Field,
     InstanceOf,
     Tag,
+    model_validator,
 )
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
@@ -70,6 +71,13 @@ def compared_name(value: str) -> str:
     """As ``safe_name``; the main labeler's own name is taken."""
     if value == "label":
         raise ValueError("'label' is the main labeler's name.")
+    return safe_name(value)
+
+
+def judge_name(value: str) -> str:
+    """As ``safe_name``; the main judge's own name is taken."""
+    if value == "judge":
+        raise ValueError("'judge' is the main judge's name.")
     return safe_name(value)
 
 
@@ -237,13 +245,14 @@ class RewardSection(Section):
 
 
 class RlSection(Section):
-    """``rl``: reinforcement learning. Other keys are PPOConfig's."""
+    """``rl``: reinforcement learning. Other keys are PPOConfig's; with ``algorithm: dpo`` DPOConfig's, too."""
 
-    algorithm: Literal["ppo", "reinforce", "rejection_sampling"] = Field(
+    algorithm: Literal["ppo", "reinforce", "rejection_sampling", "dpo"] = Field(
         "ppo",
         description="'reinforce' is PPO with one pass over each batch and no clipped ratio (Lee et al. 2023); what "
         "it presets, other keys here override. 'rejection_sampling' fine-tunes on what the selectors accept of the "
-        "policy's responses (Dong et al. 2023), num_train_epochs times, with num_ppo_epochs passes each.",
+        "policy's responses (Dong et al. 2023), num_train_epochs times, with num_ppo_epochs passes each. 'dpo' is "
+        "TRL's DPOTrainer on the preferences (Rafailov et al. 2023): no rewards, no sampling; its beta is kl_coef.",
     )
     rewards: list[Text] = Field(
         default_factory=lambda: ["reward"], min_length=1,
@@ -258,11 +267,33 @@ class RlSection(Section):
     config: dict[str, Any] = Field(default_factory=dict, description="Fields of PPOConfig.")
 
 
+class FurtherJudgeSection(Section):
+    """Another judge beside the main one; what it leaves out is the main one's."""
+
+    judge: Judge | None = Field(None, description="The judge.")
+    prompt: Text | None = Field(None, description="A packaged prompt's name, or a prompt folder.")
+
+    @model_validator(mode="after")
+    def _differs(self) -> FurtherJudgeSection:
+        if self.judge is None and self.prompt is None:
+            raise ValueError("Name its judge, its prompt or both: it would be the main judge.")
+        return self
+
+
 class EvaluateSection(Section):
     """``evaluate``: the trained policy against the start."""
 
     judge: Judge = Field("same", description="'same' asks the run's own base; a mapping names another model.")
     prompt: Text | None = Field(None, description="A prompt as in label; null takes label's.")
+    judges: dict[Annotated[str, AfterValidator(judge_name)], FurtherJudgeSection] = Field(
+        default_factory=dict,
+        description="More judges by name, asked one after the other: how far they agree is measured.",
+    )
+    harmless: Text | None = Field(
+        None,
+        description="A prompt, such as harmlessness, with which the judge rates both responses from 1 to 10: the share "
+        "above the middle is the harmless rate. null measures none.",
+    )
     sets: dict[SafeName, Text] = Field(
         default_factory=dict, description="Prompts by name; empty takes data.eval_prompts as 'test'."
     )

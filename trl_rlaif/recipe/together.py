@@ -30,17 +30,27 @@ def _check_pairs(source: Source, present: set[Any]) -> None:
         source.report(("data", "pairs"), what, "Remove one of the two.")
     if "label" in present and "sample" not in present and not pairs:
         source.report(("label",), "'label' has no pairs to judge.", "Add 'sample', or set data.pairs.")
-    if "reward" in present and "label" not in present:
-        layout = _value(source, "data", "format") or "auto"
-        if not pairs:
-            source.report(("reward",), "'reward' has no preferences to learn from.", "Add 'label'.")
-        elif layout == "auto":
-            what = "'reward' has no preferences to learn from: without 'label' the pairs' own are needed."
-            fix = "Add 'label', or set data.format to preference, responses or hh."
-            source.report(("reward",), what, fix)
+    if "reward" in present:
+        _check_preferences(source, present, "reward", "reward")
+
+
+def _check_preferences(source: Source, present: set[Any], section: str, who: str) -> None:
+    """What ``label`` or people's own choices say must be there for those who learn from it."""
+    if "label" in present:
+        return
+    layout = _value(source, "data", "format") or "auto"
+    if _value(source, "data", "pairs") is None:
+        source.report((section,), f"'{who}' has no preferences to learn from.", "Add 'label'.")
+    elif layout == "auto":
+        what = f"'{who}' has no preferences to learn from: without 'label' the pairs' own are needed."
+        fix = "Add 'label', or set data.format to preference, responses or hh."
+        source.report((section,), what, fix)
 
 
 def _check_rl(source: Source, present: set[Any]) -> None:
+    if _value(source, "rl", "algorithm") == "dpo":
+        _check_preferences(source, present, "rl", "dpo")
+        return
     if _value(source, "data", "prompts") is None:
         source.report(("rl",), "'rl' has no prompts.", "Set data.prompts.")
     rewards = _value(source, "rl", "rewards")

@@ -22,6 +22,9 @@ CONFIG_CLASSES = {
     "rl": ("trl_rlaif.ppo.config", "PPOConfig"),
 }
 
+# The RL algorithms that TRL trains: their own configuration beside PPOConfig's fields.
+ALGORITHM_CLASSES = {"dpo": ("trl", "DPOConfig")}
+
 _FOLDER = "the run's folder is chosen with --output"
 _SEED = "set run.seed"
 _MODEL = "the model section says which model is loaded, and how"
@@ -57,14 +60,16 @@ def take_config(section: str, keys: dict[Any, Any], source: Source) -> None:
     keys["config"] = {}
     if not others:
         return
-    hints = config_hints(section)
+    algorithm = keys.get("algorithm") if section == "rl" else None
+    hints = config_hints(section, algorithm)
     for key, value in others.items():
         path, owner = (section, key), f"section '{section}'"
         if key in _SET_BY_US and (key in hints or key == "logging_dir"):
             source.report(path, f"'{key}' cannot be set in {owner}.", f"Remove it: {_SET_BY_US[key]}.")
         elif key not in hints:
             fix = did_you_mean(str(key), [*own, *hints])
-            fix = fix or f"Known keys: {', '.join(own)}, and the fields of {CONFIG_CLASSES[section][1]}."
+            classes = " and ".join(name for _, name in _classes(section, algorithm))
+            fix = fix or f"Known keys: {', '.join(own)}, and the fields of {classes}."
             source.report(path, unknown_key(str(key), owner), fix)
         else:
             try:
@@ -74,15 +79,28 @@ def take_config(section: str, keys: dict[Any, Any], source: Source) -> None:
                 source.report(path, wrong_value(key, owner, value), fix)
 
 
-def config_hints(section: str) -> dict[str, Any]:
-    """The configuration's fields with their types; Any where a type cannot be resolved."""
-    module, name = CONFIG_CLASSES[section]
-    config = getattr(importlib.import_module(module), name)
-    try:
-        hints = get_type_hints(config)
-    except (NameError, TypeError, AttributeError):
-        hints = {}
-    return {field.name: hints.get(field.name, Any) for field in dataclasses.fields(config) if field.init}
+def config_hints(section: str, algorithm: Any = None) -> dict[str, Any]:
+    """The fields of a section's configuration with their types; Any where a type cannot be resolved.
+
+    Args:
+        section: With a configuration.
+        algorithm: Of the section ``rl``; one that TRL trains adds its own configuration's fields.
+    """
+    found: dict[str, Any] = {}
+    for module, name in _classes(section, algorithm):
+        config = getattr(importlib.import_module(module), name)
+        try:
+            hints = get_type_hints(config)
+        except (NameError, TypeError, AttributeError):
+            hints = {}
+        fields = {field.name: hints.get(field.name, Any) for field in dataclasses.fields(config) if field.init}
+        found = fields | found
+    return found
+
+
+def _classes(section: str, algorithm: Any) -> list[tuple[str, str]]:
+    own = ALGORITHM_CLASSES.get(algorithm) if isinstance(algorithm, str) else None
+    return [CONFIG_CLASSES[section], *([own] if own else [])]
 
 
 def convert(hint: Any, value: Any) -> Any:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 LOW_MASS = 0.5
 # From here on a share is worth a warning.
 MANY = 0.5
+# A person's choice as the probability that response_1 is preferred; 0 is a tie.
+HUMAN_P = {1: 1.0, 2: 0.0, 0: 0.5}
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -121,7 +123,7 @@ def _make(context: Context, store: LabelStore, task: LabelTask, pairs: list[Pair
     labeler = context.create_labeler(task.labeler)
     title = "Labeling" if task.name == "label" else f"Labeling ({task.name})"
     started = time.monotonic()
-    with progress_bar(title, len(pairs), len(done)) as advance:
+    with progress_bar(title, len(pairs), len(done), "pairs") as advance:
         for label in labeler.label(pairs, judge, done):
             store.add(result.setup, by_id[label.id], label)
             result.made += label.p is not None
@@ -216,6 +218,26 @@ def _comparison(rows: dict[str, _Rows], pairs: list[Pair]) -> dict[str, Any]:
 
 
 _COMPARED = ("labeler", "judge", "labeled", "agreement", "position_bias", "mass", "ece", "pairs_per_second")
+
+
+def preferences_of_people(context: Context, section: str) -> None:
+    """Write ``preferences/`` from the data's human choices, where a recipe has no stage ``label``.
+
+    Args:
+        section: What learns from them, for the message.
+
+    Raises:
+        UserError: No pair has a human choice.
+    """
+    pairs = context.pairs()
+    p = {pair.id: HUMAN_P[pair.human] for pair in pairs if pair.human is not None}
+    if not p:
+        raise UserError(
+            "There is no stage label, and no pair says which response a person preferred.",
+            where=context.recipe.line((section,)),
+            fix="Add a label section, or pairs with human choices.",
+        )
+    write_preferences(context, pairs, p)
 
 
 def write_preferences(context: Context, pairs: list[Pair], p: dict[str, float]) -> None:

@@ -31,7 +31,10 @@ def run(context: Context) -> dict[str, Any]:
     """Train ``policy/``; return the first and last numbers of the run itself."""
     import torch
 
-    from trl_rlaif.stages import tracking
+    from trl_rlaif.stages import dpo, tracking
+
+    if context.recipe.rl.algorithm == "dpo":
+        return dpo.run(context)
 
     started = time.monotonic()
     if torch.cuda.is_available():

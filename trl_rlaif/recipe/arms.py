@@ -1,0 +1,100 @@
+"""The arms of a comparison: a recipe's list ``compare`` as recipes of their own."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from trl_rlaif.recipe.sections import safe_name
+from trl_rlaif.recipe.source import KeyPath, Source
+from trl_rlaif.recipe.wording import nearest_or_all
+
+KEY = "compare"
+
+# What an arm may change. The start, the seed and the measurement are common to all arms, or they could not be compared.
+CHANGEABLE = ("data", "sample", "label", "reward", "rl")
+# The starting policy takes part under this name.
+START = "start"
+_HOW = "Write a name, or {name: {section: {key: value}}} with what differs from the recipe itself."
+
+
+def take_arms(source: Source) -> dict[str, Source]:
+    """Take ``compare`` out of a recipe's source, and return each arm's own by name; what is wrong is reported.
+
+    An arm is the recipe without ``compare``, with the arm's own keys laid over it: a mapping is merged, anything else
+    replaced, and a section that an arm sets to null is removed. Places still say where a key was written.
+    """
+    if KEY not in source.data:
+        return {}
+    written = source.data.pop(KEY)
+    if not isinstance(written, list) or len(written) < 2:
+        source.report((KEY,), f"'{KEY}' is no list of two or more arms.", _HOW)
+        return {}
+    arms: dict[str, Source] = {}
+    for index, entry in enumerate(written):
+        path = (KEY, index)
+        name, changes = _entry(entry)
+        problem = _problem(name, arms)
+        if problem:
+            source.report(path, problem, _HOW)
+            continue
+        arm = Source(source.path, source.label, copy.deepcopy(source.data), dict(source.places))
+        _lay_over(source, arm, changes, (*path, name))
+        arms[name] = arm
+    return arms
+
+
+def _entry(entry: Any) -> tuple[Any, Any]:
+    """An arm's name and what it changes."""
+    if isinstance(entry, dict) and len(entry) == 1:
+        name, changes = next(iter(entry.items()))
+        return name, {} if changes is None else changes
+    return entry, {}
+
+
+def _problem(name: Any, known: dict[str, Source]) -> str:
+    if not isinstance(name, str):
+        return f"an arm of '{KEY}' has no name."
+    if name in known:
+        return f"two arms of '{KEY}' are called '{name}'."
+    if name == START:
+        return f"an arm of '{KEY}' is called '{START}'; this is the starting policy's own name."
+    try:
+        safe_name(name)
+    except ValueError as error:
+        return f"'{name}' is no name for an arm. {error}"
+    return ""
+
+
+def _lay_over(source: Source, arm: Source, changes: Any, path: KeyPath) -> None:
+    """Write an arm's changes over its data, and their places over its places."""
+    if not isinstance(changes, dict):
+        source.report(path, f"the arm '{path[-1]}' holds no sections.", _HOW)
+        return
+    for section, keys in changes.items():
+        if section not in CHANGEABLE:
+            fix = nearest_or_all(str(section), CHANGEABLE, "An arm may change")
+            source.report((*path, section), f"the arm '{path[-1]}' changes '{section}'.", fix)
+        elif keys is None:
+            arm.data.pop(section, None)
+            _forget(arm, (section,))
+        else:
+            _merge(source, arm, arm.data, section, keys, (section,), (*path, section))
+
+
+def _merge(source: Source, arm: Source, holder: dict, key: Any, value: Any, to: KeyPath, where: KeyPath) -> None:
+    if isinstance(value, dict) and isinstance(holder.get(key), dict):
+        arm.places[to] = source.where(where)
+        for inner, item in value.items():
+            _merge(source, arm, holder[key], inner, item, (*to, inner), (*where, inner))
+        return
+    _forget(arm, to)
+    holder[key] = copy.deepcopy(value)
+    for place, line in source.places.items():
+        if place[: len(where)] == where:
+            arm.places[(*to, *place[len(where) :])] = line
+
+
+def _forget(arm: Source, path: KeyPath) -> None:
+    for place in [place for place in arm.places if place[: len(path)] == path]:
+        del arm.places[place]
