@@ -1,24 +1,31 @@
-"""What README.md must say, and which public names must explain themselves."""
+"""What README.md and docs/ must say, whose code must run, and which public names must explain themselves."""
 
 from __future__ import annotations
 
 import inspect
+import math
 import re
+import shlex
 import sys
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pluggy
 import pytest
+import torch
+import yaml
 
 import trl_rlaif
-from trl_rlaif import hookspecs
+from trl_rlaif import UserError, cli, hookspecs, testing
 from trl_rlaif.data import Pair
-from trl_rlaif.plugins import ENTRY_POINT_GROUP, build_plugins
+from trl_rlaif.plugins import ENTRY_POINT_GROUP, KINDS, build_plugins
+from trl_rlaif.testing import make_rollout
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PLUGINS = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
 
 
 def _hooks():
@@ -39,8 +46,8 @@ def test_there_is_something_to_look_for():
 
 
 @pytest.mark.parametrize("signature", _hooks())
-def test_the_readme_documents_every_hook(signature):
-    assert f"`{signature}`" in README
+def test_the_docs_have_every_hook(signature):
+    assert f"`{signature}`" in PLUGINS
 
 
 @pytest.mark.parametrize("recipe", _recipes())
@@ -48,26 +55,146 @@ def test_the_readme_lists_every_recipe(recipe):
     assert f"recipes/{recipe}.yaml" in README
 
 
-def test_what_the_readme_calls_a_hook_or_a_recipe_exists():
+def test_what_the_docs_call_a_hook_or_a_recipe_exists():
     names = {hook.partition("(")[0] for hook in _hooks()}
-    calls = re.findall(r"\b(\w+)\(([\w, ]*)\)", README)
+    calls = re.findall(r"`(\w+)\(([\w, ]*)\)`", README + PLUGINS)
     written = {f"{name}({args})" for name, args in calls if name in names or name.startswith("register_")}
     assert written == set(_hooks())
     assert set(re.findall(r"recipes/([\w-]+)\.yaml", README)) == set(_recipes())
 
 
-def test_the_readmes_plugin_works(monkeypatch):
-    source = next(code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "@hookimpl" in code)
-    plugin = ModuleType("readme_plugin")
-    monkeypatch.setitem(sys.modules, plugin.__name__, plugin)
-    exec(compile(source, "README.md", "exec"), vars(plugin))
-    point = EntryPoint("readme", plugin.__name__, ENTRY_POINT_GROUP)
-    vars(point).update(dist=SimpleNamespace(name="readme", version="0"))
+# ---- Plugins ----------------------------------------------------------------------------------------------
+
+
+def _examples():
+    """By title, the blocks of each section of docs/plugins.md: (language, text)."""
+    sections = re.split(r"^## ", PLUGINS, flags=re.MULTILINE)[1:]
+    blocks = {s.partition("\n")[0]: re.findall(r"```(\w+)\n(.*?)```", s, re.DOTALL) for s in sections}
+    return {title: found for title, found in blocks.items() if found}
+
+
+def _plugin(source, monkeypatch, name="page_plugin"):
+    """A page's code as an installed plugin: its module, and what it registers."""
+    module = ModuleType(name)
+    monkeypatch.setitem(sys.modules, name, module)
+    exec(compile(source, "plugins.md", "exec", dont_inherit=True), vars(module))
+    point = EntryPoint("page", name, ENTRY_POINT_GROUP)
+    vars(point).update(dist=SimpleNamespace(name="page", version="0"))
+    return module, build_plugins([point])
+
+
+def test_there_is_an_example_of_every_kind():
+    sources = [source for blocks in _examples().values() for language, source in blocks if language == "python"]
+    for kind in KINDS:
+        assert any(f"def register_{kind}s(register)" in source for source in sources)
+
+
+COMPONENTS = [title for title, blocks in _examples().items() if blocks[-1][0] == "yaml"]
+
+
+@pytest.mark.parametrize("title", COMPONENTS)
+def test_an_example_is_a_plugin_that_passes_its_test(title, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")  # the example's own server
+    (_, source), (_, test), (_, recipe) = _examples()[title]
+    module, plugins = _plugin(source, monkeypatch)
+    exec(compile(test, title, "exec", dont_inherit=True), vars(module))
+    (found,) = plugins.registry
+    section = next(iter(yaml.safe_load(recipe).values()))
+    named = section.get("labeler") or (section.get("transforms") or section.get("selectors"))[0]
+    assert plugins.registry.create(found.kind, found.name, named[found.name])
+
+
+def test_there_are_examples_with_tests():
+    assert len(COMPONENTS) == 4
+
+
+def test_the_keyword_reward_is_a_reward_too(monkeypatch):
+    module, _ = _plugin(_examples()["A labeler that is also a reward"][0][1], monkeypatch)
+    labeler = module.KeywordReward(words={"fox": 2.0, "dog": -1.0})
+    assert labeler(["x", "x"], ["A fox, a Fox", [{"role": "assistant", "content": "dog"}]]) == [4.0, -1.0]
+    [label] = labeler.label([Pair("a", "x", "fox", "dog")], None)
+    assert label.p == pytest.approx(1 / (1 + math.exp(-3)))
+
+
+def test_the_http_judge_skips_what_the_server_cannot_judge(monkeypatch):
+    module, _ = _plugin(_examples()["A judge behind an HTTP API"][0][1], monkeypatch)
+    labeler = module.HttpJudge(url="http://judge")
+    answers = {"good": 0.9, "bad": 0.3}
+    monkeypatch.setattr(labeler, "ask", lambda prompt, first, second: answers[first])
+    labels = {la.id: la for la in labeler.label([Pair("a", "x", "good", "bad"), Pair("b", "x", "good", "odd")], None)}
+    assert labels["a"].p == pytest.approx((0.9 + 0.7) / 2) and labels["a"].p_21 == pytest.approx(0.7)
+    assert labels["b"].skipped == "KeyError: 'odd'"
+
+
+def test_the_mix_is_in_units_of_the_rewards_spreads(monkeypatch):
+    module, _ = _plugin(_examples()["A transform that mixes two rewards"][0][1], monkeypatch)
+    rollout = make_rollout(2)
+    rollout = replace(
+        rollout, reward_parts={"model": torch.tensor([100.0, -100.0]), "direct": torch.tensor([0.0, 0.2])}
+    )
+    mixed = module.Mix(weights={"model": 1.0, "direct": 0.5}).transform(torch.zeros(2), rollout)
+    assert mixed.tolist() == pytest.approx([1.0, -1.0 + 0.5 * math.sqrt(2)])
+    with pytest.raises(UserError, match="no reward 'other'"):
+        module.Mix(weights={"other": 1.0}).transform(torch.zeros(2), rollout)
+
+
+def test_the_watching_plugin_watches(monkeypatch, capsys):
+    _, plugins = _plugin(_examples()["A plugin that watches"][0][1], monkeypatch)
+    rollout, trainer = make_rollout(3), SimpleNamespace(state=SimpleNamespace(global_step=4))
+    plugins.notify("rollout_collected", trainer=trainer, rollout=replace(rollout, ended=torch.zeros(3).bool()))
+    plugins.notify("rewards_computed", trainer=trainer, rollout=rollout, rewards=torch.ones(3, 7))
+    metrics = {"objective/kl": 3.0, "objective/scores": -1.5}
+    plugins.notify("policy_updated", trainer=trainer, metrics=metrics)
+    assert metrics["watch/kl_per_score"] == 2.0
+    printed = capsys.readouterr().out
+    assert "Update 4: no response came to an end." in printed and "7.000 a response, over 3 responses" in printed
+
+
+def test_what_the_section_on_checks_shows_runs():
+    blocks = _examples()["The checks"]
+    assert len(blocks) == 1
+    exec(compile(blocks[0][1], "plugins.md", "exec", dont_inherit=True), {})
+
+
+def test_the_docs_name_the_whole_test_kit():
+    missing = [name for name in testing.__all__ if f"`{name}" not in PLUGINS and not name.isupper()]
+    assert not missing
+
+
+def test_the_readmes_way_to_a_plugin(tmp_path, monkeypatch):
+    """Its first command makes the folder whose file it shows, and its recipe names the component."""
+    section = README.partition("## Write a plugin\n")[2].partition("\n## ")[0]
+    command = next(line for line in section.splitlines() if "trl-rlaif new-plugin" in line)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", shlex.split(command, comments=True))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    [shown] = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    [file] = re.findall(r"\*\*Edit\*\* `(.*?)`", section)
+    written = (tmp_path / "my-words" / file).read_text()
+    assert stopped.value.code == 0 and shown in written
+    monkeypatch.syspath_prepend(tmp_path / "my-words")
+    point = EntryPoint("my_words", "my_words", ENTRY_POINT_GROUP)
+    vars(point).update(dist=SimpleNamespace(name="my-words", version="0"))
     registry = build_plugins([point]).registry
-    [name] = registry.names("labeler")
-    pairs = [Pair("a", "x", "please, please", "no"), Pair("b", "x", "no", "Please"), Pair("c", "x", "", "")]
-    labels = {label.id: label.p for label in registry.create("labeler", name).label(pairs, None, done={"c"})}
-    assert labels.keys() == {"a", "b"} and labels["a"] > 0.5 > labels["b"]
+    for name in ("my_words", "my_words.labeler"):
+        monkeypatch.delitem(sys.modules, name)
+    [recipe] = re.findall(r"`(label: .*?)`", section)
+    [(name, options)] = yaml.safe_load(recipe)["label"]["labeler"].items()
+    labeler = registry.create("labeler", name, options)
+    [label] = labeler.label([Pair("a", "x", "fox", "dog")], None)
+    assert label.p > 0.5
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/plugins.md", "docs/stock_trl.md"])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    headings = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, re.M)}
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("#"):
+            assert target[1:] in headings
+        elif "://" not in target:
+            assert ((ROOT / page).parent / target.partition("#")[0]).exists(), target
 
 
 @pytest.mark.parametrize("name", [name for name in trl_rlaif.__all__ if not name.startswith("__")])

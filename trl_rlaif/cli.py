@@ -49,6 +49,7 @@ def run(
     ] = None,
 ) -> None:
     """Run a recipe: from prompts to an aligned policy and a report."""
+    from trl_rlaif.comparison import run_comparison
     from trl_rlaif.plugins import installed_plugins
     from trl_rlaif.progress import say
     from trl_rlaif.recipe import parse_recipe
@@ -56,16 +57,18 @@ def run(
 
     plugins = installed_plugins()
     parsed = parse_recipe(recipe, overrides=set_ or (), registry=plugins.registry)
-    try:
-        folder = run_recipe(
-            parsed,
-            plugins,
-            output or Path("runs") / parsed.run.name,
-            resume=resume,
-            only=[stage.strip() for stage in only.split(",")] if only else (),
-            command=shlex.join(["trl-rlaif", *sys.argv[1:]]),
-            shard=shard,
+    place, command = output or Path("runs") / parsed.run.name, shlex.join(["trl-rlaif", *sys.argv[1:]])
+    stages = [stage.strip() for stage in only.split(",")] if only else []
+    if parsed.arms and (stages or shard):
+        raise UserError(
+            f"A recipe with 'compare' runs as a whole, without {'--only' if stages else '--shard'}.",
+            fix="Leave it out; --resume skips what is complete.",
         )
+    try:
+        if parsed.arms:
+            folder = run_comparison(parsed, plugins, place, resume=resume, command=command)
+        else:
+            folder = run_recipe(parsed, plugins, place, resume=resume, only=stages, command=command, shard=shard)
     except KeyboardInterrupt:  # typer would end without a word
         raise Interrupted("Stopped. What was done is kept: add --resume to go on.") from None
     say(f"The run is in {folder.path}")
@@ -81,7 +84,12 @@ def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
     from trl_rlaif.runner import active_stages
 
     parsed = parse_recipe(recipe, overrides=set_ or (), registry=installed_plugins().registry)
-    typer.echo(f"{parsed.source}: good. Stages: {', '.join(active_stages(parsed))}")
+    if not parsed.arms:
+        typer.echo(f"{parsed.source}: good. Stages: {', '.join(active_stages(parsed))}")
+        return
+    typer.echo(f"{parsed.source}: good. Arms:")
+    for name, arm in parsed.arms.items():
+        typer.echo(f"    {name}: {', '.join(active_stages(arm))}")
 
 
 @app.command()
@@ -129,12 +137,38 @@ def plugins() -> None:
             typer.echo(f"    {option}: {default}. {field.description or ''}".rstrip())
 
 
+@app.command("new-plugin")
+def new_plugin(
+    name: Annotated[str, typer.Argument(help="The plugin's name, as pip will know it: my-words.")],
+    kind: Annotated[str, typer.Option(help="labeler, reward-transform or data-selector.")] = "labeler",
+    output: Annotated[Path | None, typer.Option(help="The new folder. Default: NAME in the current one.")] = None,
+) -> None:
+    """Write a plugin of your own to begin with: a folder that pip installs, with a component and its test."""
+    from trl_rlaif.scaffold import create_plugin
+
+    folder = create_plugin(name, kind, output)
+    place = shlex.quote(str(folder))
+    typer.echo(f"The plugin is in {folder}. Try it:\n    cd {place}\n    pip install -e '.[test]'\n    pytest")
+
+
 @app.command()
 def report(folder: FolderArgument) -> None:
     """Build report.html again from a run's folder."""
     from trl_rlaif.report import write_report
 
     typer.echo(write_report(folder))
+
+
+@app.command()
+def status(
+    folder: FolderArgument,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again every 2 s until the run ends.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="One line of JSON, for machines.")] = False,
+) -> None:
+    """Say what a run is doing, from another terminal; its folder is only read."""
+    from trl_rlaif.status import show
+
+    show(folder, watch=watch, as_json=json_)
 
 
 @app.command()

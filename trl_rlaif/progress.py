@@ -1,61 +1,258 @@
-"""Progress bars, and one line for each finished stage, on stderr."""
+"""How far a run is: bars on stderr, lines where there is no terminal, and a small file for ``trl-rlaif status``."""
 
 from __future__ import annotations
 
+import json
+import os
+import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from trl_rlaif.report.wording import duration
 
 console = Console(stderr=True, highlight=False)
 
 # Without a terminal a bar cannot be redrawn; then a line is written this often.
 LINE_SECONDS = 20.0
+# A run's progress is written to its folder this often at most.
+PUBLISH_SECONDS = 1.0
+PROGRESS_FILE = "progress.json"
+
+
+@dataclass
+class Meter:
+    """What one bar knows: what is done, and how fast.
+
+    Args:
+        description: What is being done.
+        total: How much there is to do.
+        done: How much of it is done; what was done before the meter began does not count for the rate.
+        unit: What is counted, in the plural; empty where it has no name.
+    """
+
+    description: str
+    total: int
+    done: int = 0
+    unit: str = ""
+    first: int = field(init=False)
+    started: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.first, self.started = self.done, time.monotonic()
+
+    @property
+    def rate(self) -> float | None:
+        """Units a second since the meter began; None before the first."""
+        seconds, made = time.monotonic() - self.started, self.done - self.first
+        return made / seconds if made > 0 and seconds > 0 else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At this rate; None before the first unit."""
+        rate = self.rate
+        return max(self.total - self.done, 0) / rate if rate else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the file tells of it."""
+        return {
+            "description": self.description,
+            "done": self.done,
+            "total": self.total,
+            "unit": self.unit,
+            "rate": self.rate,
+            "seconds_left": self.seconds_left,
+        }
+
+
+def pace(rate: float | None, seconds_left: float | None, unit: str = "") -> str:
+    """``3.2 pairs/s, 25 s left``; slow ones by the minute or the hour. Empty where the rate is not known."""
+    if not rate:
+        return ""
+    per, seconds = next(((p, s) for p, s in (("s", 1), ("min", 60)) if rate * s >= 1), ("h", 3600))
+    amount = rate * seconds
+    speed = f"{amount:.0f}" if amount >= 100 else f"{amount:.1f}"
+    left = f", {duration(seconds_left)} left" if seconds_left is not None else ""
+    return f"{speed}{' ' + unit if unit else ''}/{per}{left}"
+
+
+# The bars that are shown now, the outermost first.
+_open: list[Meter] = []
 
 
 @contextmanager
-def progress_bar(description: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """A bar with rate and time left; yields a function that adds to what is done."""
-    if not console.is_terminal:
-        yield _lines(description, total, done)
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(description, total=total, completed=done)
-        yield lambda count: bar.advance(task, count)
+def progress_bar(description: str, total: int, done: int = 0, unit: str = "") -> Iterator[Callable[[int], None]]:
+    """A bar with rate and time left; yields a function that adds to what is done. Bars may be nested.
+
+    Args:
+        description: What is being done.
+        total: How much there is to do.
+        done: How much of it is done already.
+        unit: What is counted, in the plural, for the rate: ``pairs`` makes it ``3.2 pairs/s``.
+    """
+    meter = Meter(description, total, done, unit)
+    show = _drawn if console.is_terminal else _written
+    _open.append(meter)
+    _publish(at_once=True)
+    try:
+        with show(meter) as shown:
+
+            def advance(count: int) -> None:
+                meter.done += count
+                shown()
+                _publish()
+
+            yield advance
+    finally:
+        _open.remove(meter)
+        _publish(at_once=True)
 
 
-def _lines(description: str, total: int, done: int) -> Callable[[int], None]:
-    start, first, last = time.monotonic(), done, time.monotonic()
+class _Pace(ProgressColumn):
+    """Rate and time left, in the words that are used everywhere."""
 
-    def advance(count: int) -> None:
-        nonlocal done, last
-        done += count
+    def render(self, task: Task) -> Text:
+        meter: Meter = task.fields["meter"]
+        return Text(pace(meter.rate, meter.seconds_left, meter.unit))
+
+
+_columns = (
+    TextColumn("{task.description}", markup=False),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeElapsedColumn(),
+    _Pace(),
+)
+# A terminal can hold one live display: nested bars are lines of it.
+_display: Progress | None = None
+
+
+@contextmanager
+def _drawn(meter: Meter) -> Iterator[Callable[[], None]]:
+    global _display
+    outermost = _display is None
+    if outermost:
+        _display = Progress(*_columns, console=console, transient=True)
+        _display.start()
+    display = _display
+    task = display.add_task(meter.description, total=meter.total, completed=meter.done, meter=meter)
+    try:
+        yield lambda: display.update(task, completed=meter.done)
+    finally:
+        display.remove_task(task)
+        if outermost:
+            _display = None
+            display.stop()
+
+
+@contextmanager
+def _written(meter: Meter) -> Iterator[Callable[[], None]]:
+    last = meter.started
+
+    def write() -> None:
+        nonlocal last
         now = time.monotonic()
         if now - last >= LINE_SECONDS:
             last = now
-            left = (now - start) / max(done - first, 1) * (total - done)
-            say(f"  {description}: {done} of {total}, about {left:.0f} s left")
+            words = pace(meter.rate, meter.seconds_left, meter.unit)
+            say(f"  {meter.description}: {meter.done} of {meter.total}" + (f", {words}" if words else ""))
 
-    return advance
+    yield write
 
 
 def say(message: str) -> None:
     """One line for the person who waits; its text is never taken for markup."""
     console.print(message, markup=False, soft_wrap=True)
+
+
+# ---- The file that `trl-rlaif status` reads ---------------------------------------------------------------
+
+
+class Publisher:
+    """Keeps ``progress.json`` in a run's folder up to date, at most once a second, and never fails a run.
+
+    Args:
+        path: The file.
+        stages: The run's stages in order, each with its fingerprint.
+    """
+
+    def __init__(self, path: Path, stages: Mapping[str, str]) -> None:
+        self._path, self._last = path, 0.0
+        now = time.time()
+        self._state: dict[str, Any] = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "cwd": os.getcwd(),
+            "stages": dict(stages),
+            "stage": None,
+            "started_at": now,
+            "stage_started_at": now,
+            "outcome": None,
+        }
+
+    def begin(self, stage: str) -> None:
+        """Say which stage is at work from now on."""
+        self._state |= {"stage": stage, "stage_started_at": time.time()}
+        self.publish(at_once=True)
+
+    def end(self, outcome: str) -> None:
+        """Say how the run ended: ``done``, or why it stopped."""
+        self._state["outcome"] = outcome
+        self.publish(at_once=True)
+
+    def publish(self, *, at_once: bool = False) -> None:
+        """Write what is known now, if it is time."""
+        now = time.monotonic()
+        if not at_once and now - self._last < PUBLISH_SECONDS:
+            return
+        self._last = now
+        bars = [meter.to_dict() for meter in _open]
+        text = json.dumps(self._state | {"updated_at": time.time(), "bars": bars})
+        building = self._path.with_name(f".{self._path.name}.building")
+        try:
+            # Not synced to the disk: what matters is that a reader finds a whole file, and that this costs nothing.
+            building.write_text(text, encoding="utf-8")
+            os.replace(building, self._path)
+        except OSError:
+            pass  # a full disk must not end a run for the sake of its progress
+
+
+_publisher: Publisher | None = None
+
+
+def _publish(*, at_once: bool = False) -> None:
+    if _publisher is not None:
+        _publisher.publish(at_once=at_once)
+
+
+@contextmanager
+def publishing(state: Path, stages: Mapping[str, str]) -> Iterator[Publisher]:
+    """Publish every bar that is shown inside, and how it ended.
+
+    Args:
+        state: The folder for it: a run's ``.state``.
+        stages: As of Publisher.
+    """
+    global _publisher
+    before, _publisher = _publisher, Publisher(state / PROGRESS_FILE, stages)
+    publisher = _publisher
+    publisher.publish(at_once=True)
+    try:
+        yield publisher
+    except KeyboardInterrupt:
+        publisher.end("it was stopped")
+        raise
+    except BaseException as error:
+        publisher.end(f"{type(error).__name__}: {error}"[:2000])
+        raise
+    else:
+        publisher.end("done")
+    finally:
+        _publisher = before

@@ -25,7 +25,8 @@ class StageCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A resumed run computes these steps again.
         self._folder.drop_metrics(self._stage, after=state.global_step)
-        self._advance = self._stack.enter_context(progress_bar(self._description, state.max_steps, state.global_step))
+        bar = progress_bar(self._description, state.max_steps, state.global_step, "steps")
+        self._advance = self._stack.enter_context(bar)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._advance is not None:

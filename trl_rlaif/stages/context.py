@@ -258,6 +258,7 @@ class Context:
             # transformers refuses bf16 without a GPU unless it is told that the CPU is meant.
             "use_cpu": _device() == "cpu",
             "report_to": "none",
+            "run_name": self.recipe.run.name,  # what a tracker calls it
             "logging_steps": 1,
             "disable_tqdm": True,
             "save_strategy": "no",

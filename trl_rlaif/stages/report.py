@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
+from trl_rlaif.progress import progress_bar
 from trl_rlaif.report import write_report
 from trl_rlaif.stages.context import Context
 
 
 def run(context: Context) -> dict[str, Any]:
     """Write ``report.html``."""
-    return {"path": write_report(context.folder.path).name}
+    started = time.monotonic()
+    with progress_bar("Writing the report", 1) as advance:
+        path = write_report(context.folder.path)
+        advance(1)
+    return {"path": path.name, "seconds": time.monotonic() - started}

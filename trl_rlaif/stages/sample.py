@@ -43,7 +43,7 @@ def _sample_pairs(context: Context) -> dict[str, Any]:
     seed = context.recipe.run.seed if section.seed is None else section.seed
     sampler = _Sampler(context, section, model, seed)
     batches = length_batches([len(t) for t in tokens], max(1, section.batch_size // section.num_responses))
-    with progress_bar("Sampling", len(prompts), len(done)) as advance, role:
+    with progress_bar("Sampling", len(prompts), len(done), "prompts") as advance, role:
         for batch in batches:
             todo = [i for i in batch if prompts[i].id not in done]
             if not todo:

@@ -1,0 +1,397 @@
+"""What a run is doing, read from its folder by another process: nothing there is created, changed or kept locked."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import shlex
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from trl_rlaif.errors import UserError
+from trl_rlaif.progress import PROGRESS_FILE, pace
+from trl_rlaif.recipe import STAGES
+from trl_rlaif.report.wording import clean, duration, label
+from trl_rlaif.runner import summary
+
+# Between two looks of --watch.
+WATCH_SECONDS = 2.0
+# Of metrics.jsonl only the end is read.
+_TAIL_BYTES = 256 * 1024
+# What is worth a line of a stage that trains.
+_TOLD = {
+    "sft": ("loss", "mean_token_accuracy"),
+    "reward": ("loss", "accuracy", "margin"),
+    "rl": (
+        "objective/scores",
+        "objective/kl",
+        "rollout/length",
+        "rejection/accepted",
+        "loss",
+        "loss/sft",
+        "rewards/accuracies",
+    ),
+}
+_FORGETTING = "forgetting/"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Something that is being done.
+
+    Args:
+        description: What it is.
+        done, total: How far it is.
+        unit: What is counted; may be empty.
+        rate: Units a second; None before the first.
+        seconds_left: At this rate, from now on; None before the first.
+    """
+
+    description: str
+    done: int
+    total: int
+    unit: str
+    rate: float | None
+    seconds_left: float | None
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """A stage of the recipe.
+
+    Args:
+        name: The stage.
+        state: ``interrupted`` where it has begun, and nobody goes on with it.
+        seconds: What it took, or takes so far; None where it is not known.
+        summary: What its last line said, once it is done.
+        bars: What is being done in it, the outermost first.
+        step: The last logged one of a stage that trains, or None.
+        metrics: What was logged last, the few numbers that matter by name.
+    """
+
+    name: str
+    state: Literal["done", "running", "interrupted", "waiting"]
+    seconds: float | None = None
+    summary: str = ""
+    bars: tuple[Bar, ...] = ()
+    step: int | None = None
+    metrics: dict[str, float | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Status:
+    """A run.
+
+    Args:
+        folder: Its folder.
+        name: Its name.
+        state: ``done`` when every stage is; ``ended`` when its command did what it was asked (``--only``, ``--shard``)
+            and stages are left; ``interrupted`` when no process works on it any more.
+        stages: Those of the recipe, in order.
+        reason: Why it was interrupted; empty where the process had no time to say.
+        pid, host: Of the process that runs it, or ran it last; None where that is not known.
+        seconds: Since the process began; None unless it is running.
+        updated_at: When it last reported, in seconds since 1970; None where it never did.
+        resume: The command that goes on with it, and the folder in which it was given; empty where it is done or
+            running, or was not started by a command.
+        resume_in: That folder.
+    """
+
+    folder: str
+    name: str
+    state: Literal["running", "done", "ended", "interrupted"]
+    stages: tuple[StageStatus, ...]
+    reason: str = ""
+    pid: int | None = None
+    host: str | None = None
+    seconds: float | None = None
+    updated_at: float | None = None
+    resume: str = ""
+    resume_in: str = ""
+
+
+def read_status(folder: str | Path) -> Status:
+    """What the run in a folder is doing; the folder is only read.
+
+    Raises:
+        UserError: No run lives there.
+    """
+    folder = Path(folder)
+    recipe = _recipe(folder)
+    # Asked first: what is read afterwards is no older than this.
+    alive = _is_locked(folder / ".state" / "lock")
+    read = _Read(
+        folder, alive, _object(folder / ".state" / PROGRESS_FILE), _object(folder / "results.json"), time.time()
+    )
+    progress, prints = read.progress, read.progress.get("stages") or dict.fromkeys(_stages_of(recipe))
+    stages = tuple(read.stage(name, fingerprint) for name, fingerprint in prints.items())
+    state = "running" if alive else "ended" if progress.get("outcome") == "done" else "interrupted"
+    if stages and not alive and all(stage.state == "done" for stage in stages):
+        state = "done"
+    resume = _resume(recipe.get("command"), state)
+    run = recipe.get("run")
+    return Status(
+        folder=str(folder),
+        name=label(run.get("name") if isinstance(run, dict) else None) or folder.resolve().name,
+        state=state,
+        stages=stages,
+        reason=_one_line(progress.get("outcome")) if state == "interrupted" else "",
+        pid=progress.get("pid"),
+        host=progress.get("host"),
+        seconds=max(read.now - progress["started_at"], 0) if alive and "started_at" in progress else None,
+        updated_at=progress.get("updated_at"),
+        resume=resume,
+        resume_in=progress.get("cwd", "") if resume else "",
+    )
+
+
+def follow(folder: str | Path, seconds: float = WATCH_SECONDS) -> Iterator[Status]:
+    """The status again and again, until the run is no longer running.
+
+    Raises:
+        UserError: As ``read_status``.
+    """
+    while True:
+        found = read_status(folder)
+        yield found
+        if found.state != "running":
+            return
+        time.sleep(seconds)
+
+
+def show(folder: str | Path, *, watch: bool = False, as_json: bool = False) -> None:
+    """Print a run's status on stdout.
+
+    Args:
+        folder: The run's.
+        watch: Again and again until it ends, or the user has seen enough; a terminal is redrawn.
+        as_json: A line of JSON each time.
+
+    Raises:
+        UserError: As ``read_status``.
+    """
+    found = follow(folder) if watch else iter([read_status(folder)])
+    with suppress(KeyboardInterrupt):
+        if as_json:
+            for status in found:
+                print(json.dumps(asdict(status)), flush=True)
+            return
+        terminal = Console(highlight=False)
+        if not (watch and terminal.is_terminal):
+            for status in found:
+                print(describe(status), flush=True)
+            return
+        with Live(console=terminal, auto_refresh=False) as live:
+            for status in found:
+                live.update(Text(describe(status)), refresh=True)
+
+
+def describe(status: Status) -> str:
+    """A line for the run, one for each stage, and how to go on where it stands still."""
+    lines = [f"{status.name} ({status.folder}): {_of_run(status)}"]
+    lines += [f"  {stage.name:<10}{_of_stage(stage)}" for stage in status.stages]
+    lines += [f"            {_of_metrics(stage)}" for stage in status.stages if stage.metrics]
+    if status.state == "interrupted":
+        lines.append("What was done is kept; --resume goes on.")
+    if status.resume:
+        lines.append(f"Go on with: {status.resume}" + (f"   (in {status.resume_in})" if status.resume_in else ""))
+    return "\n".join(clean(line) for line in lines)
+
+
+def _of_run(status: Status) -> str:
+    process = f"process {status.pid} on {status.host}" if status.pid else "its process has not reported yet"
+    if status.state == "running":
+        since = f" for {duration(status.seconds)}" if status.seconds is not None else ""
+        return f"running{since} ({process})"
+    if status.state == "done":
+        return "done"
+    if status.state == "ended":
+        return "ended as asked; stages are left"
+    return "interrupted" + (f": {status.reason}" if status.reason else "; no process works on it")
+
+
+def _of_stage(stage: StageStatus) -> str:
+    took = duration(stage.seconds)
+    if stage.state == "done":
+        return f"done{f' in {took}' if took else ''}{f'. {stage.summary}' if stage.summary else ''}"
+    if stage.state == "waiting":
+        return f"waiting{f'; {stage.summary}' if stage.summary else ''}"
+    bars = [f"{bar.description} {bar.done} of {bar.total}{_pace(bar)}" for bar in stage.bars]
+    since = f" for {took}" if took and stage.state == "running" else ""
+    return f"{stage.state}{since}{': ' if bars else ''}{'; '.join(bars)}"
+
+
+def _pace(bar: Bar) -> str:
+    words = pace(bar.rate, bar.seconds_left, bar.unit)
+    return f" ({words})" if words else ""
+
+
+def _of_metrics(stage: StageStatus) -> str:
+    numbers = ", ".join(f"{name} {'nan' if value is None else f'{value:.4g}'}" for name, value in stage.metrics.items())
+    return f"step {stage.step}: {numbers}"
+
+
+# ---- Reading ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What was found in a run's folder at one moment."""
+
+    folder: Path
+    alive: bool
+    progress: dict[str, Any]
+    results: dict[str, Any]
+    now: float
+
+    def stage(self, name: str, fingerprint: str | None) -> StageStatus:
+        """A stage, by its marker in ``.state``, what the process says, and its results."""
+        marker, numbers = _object(self.folder / ".state" / f"{name}.json"), self.results.get(name) or {}
+        current = self.progress.get("stage") == name and self.progress.get("outcome") is None
+        if self.alive and current:
+            return self._running(name)
+        # One that was made with other settings is going to be made anew.
+        if marker.get("complete") and fingerprint in (None, marker.get("fingerprint")):
+            return StageStatus(name, "done", numbers.get("seconds"), summary(name, numbers) if numbers else "")
+        if numbers.get("shard"):
+            return StageStatus(name, "waiting", numbers.get("seconds"), f"share {numbers['shard']} is done")
+        if self.alive or not marker or marker.get("complete"):
+            return StageStatus(name, "waiting")
+        step, metrics = _last_metrics(self.folder / "metrics.jsonl", name)
+        bars = self._bars() if self.progress.get("stage") == name else ()
+        return StageStatus(name, "interrupted", bars=bars, step=step, metrics=metrics)
+
+    def _running(self, name: str) -> StageStatus:
+        seconds = max(self.now - self.progress.get("stage_started_at", self.now), 0)
+        step, metrics = _last_metrics(self.folder / "metrics.jsonl", name)
+        return StageStatus(name, "running", seconds, "", self._bars(), step, metrics)
+
+    def _bars(self) -> tuple[Bar, ...]:
+        """As they were written; the time that is left has grown shorter since."""
+        age = max(self.now - self.progress.get("updated_at", self.now), 0)
+        return tuple(_bar(bar, age if self.alive else None) for bar in self.progress.get("bars", ()))
+
+
+def _bar(bar: dict[str, Any], age: float | None) -> Bar:
+    """A bar that was written ``age`` seconds ago; None where nobody works on it any more."""
+    left = bar.get("seconds_left")
+    return Bar(
+        description=_one_line(bar.get("description")),
+        done=bar.get("done", 0),
+        total=bar.get("total", 0),
+        unit=_one_line(bar.get("unit")),
+        rate=None if age is None else bar.get("rate"),
+        seconds_left=None if age is None or left is None else max(left - age, 0.0),
+    )
+
+
+def _one_line(text: Any) -> str:
+    return label(text, 300)
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a process holds a run's lock (see ``RunFolder.locked``).
+
+    Asking for a shared lock needs no right to write. Where it is granted, it is given back at once.
+    """
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_UN)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        pass
+    return False
+
+
+def _recipe(folder: Path) -> dict[str, Any]:
+    path = folder / "recipe.yaml"
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) if (folder / ".state").is_dir() else None
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        recipe = None
+    if not isinstance(recipe, dict):
+        raise UserError(
+            "No run lives here: there is no readable recipe.yaml of one."
+            if folder.is_dir()
+            else "There is no such folder.",
+            where=str(folder),
+            fix="Name the folder that `trl-rlaif run` wrote.",
+        )
+    return recipe
+
+
+def _stages_of(recipe: dict[str, Any]) -> list[str]:
+    """The stages of a resolved recipe, where the run has not written down its own."""
+    data = recipe.get("data") or {}
+    return [s for s in STAGES if s in recipe or (s == "sample" and isinstance(data, dict) and data.get("pairs"))]
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one where the file is missing or broken."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _last_metrics(path: Path, stage: str) -> tuple[int | None, dict[str, float | None]]:
+    """The last logged step of a stage, and the newest value of each of the metrics that are told."""
+    told, step, found = _TOLD.get(stage, ()), None, {}
+    for row in reversed(_tail(path)):
+        if row.get("stage") != stage:
+            continue
+        step = row.get("step") if step is None else step
+        for name, value in row.items():
+            if name not in found and (name in told or (name.startswith(_FORGETTING) and name.endswith("/win_rate"))):
+                found[name] = value if isinstance(value, int | float) and math.isfinite(value) else None
+    ordered = sorted(found, key=lambda name: (name not in told, told.index(name) if name in told else 0, name))
+    return step, {name: found[name] for name in ordered}
+
+
+def _tail(path: Path) -> list[dict[str, Any]]:
+    """The last rows of a file that may be written to at this moment; what is cut off is passed over."""
+    try:
+        with path.open("rb") as file:
+            start = max(file.seek(0, 2) - _TAIL_BYTES, 0)
+            file.seek(start)
+            lines = file.read().split(b"\n")
+    except OSError:
+        return []
+    rows = []
+    for line in lines[1 if start else 0 : -1]:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def _resume(command: Any, state: str) -> str:
+    """The recorded command that goes on; empty where there is nothing to go on with, or it was started from Python."""
+    if state not in ("ended", "interrupted") or not isinstance(command, str):
+        return ""
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        return ""
+    if state == "ended":
+        if any(word.partition("=")[0] == "--shard" for word in words):
+            return ""  # the machines' labels have to be joined first
+        kept = [word for before, word in zip(["", *words], words, strict=False) if before != "--only"]
+        words = [word for word in kept if word.partition("=")[0] != "--only"]
+    return shlex.join(words if "--resume" in words else [*words, "--resume"]) if words else ""

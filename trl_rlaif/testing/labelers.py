@@ -1,0 +1,191 @@
+"""The contract of a labeler, line by line."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from trl_rlaif.components import Labeler
+from trl_rlaif.data import Pair
+from trl_rlaif.events import Label
+from trl_rlaif.judging import Judge
+from trl_rlaif.testing.checks import Subject, same
+from trl_rlaif.testing.data import make_pairs, make_ragged_pairs, make_rollout
+from trl_rlaif.testing.judges import ScriptedJudge
+
+_RANGES = {
+    "p": (0, 1), "p_12": (0, 1), "p_21": (0, 1), "mass_12": (0, 1), "mass_21": (0, 1),
+    "score_1": (-1, 1), "score_2": (-1, 1), "spread_1": (0, math.inf), "spread_2": (0, math.inf),
+}  # fmt: skip
+
+
+def check_labeler(
+    labeler: Labeler | type[Labeler],
+    *,
+    judge: Callable[[], Judge] = ScriptedJudge,
+    pairs: Sequence[Pair] | None = None,
+) -> None:
+    """Check that a labeler keeps its contract.
+
+    One label a pair, probabilities in [0, 1] as plain numbers, what is done left out, each label the same in every
+    run and whatever else is labeled, pairs as they were, ragged pairs labeled or skipped with a reason. One that is
+    callable is checked as a reward function too.
+
+    Args:
+        labeler: An instance, whose options are taken, or a class whose options all have defaults.
+        judge: Makes the judge that it asks; by default one whose answers are arbitrary and repeatable.
+        pairs: At least two that it can label, ids unique; made on the spot by default.
+
+    Raises:
+        AssertionError: With the labeler's name, what is wrong, and how to mend it.
+    """
+    check = _Check(Subject(labeler, Labeler), judge, list(pairs) if pairs else make_pairs())
+    labels = check.whole()
+    check.repeated(labels)
+    check.resumed(labels)
+    check.alone(labels)
+    check.empty()
+    check.ragged()
+    if callable(check.subject.fresh()):
+        check.reward_function()
+
+
+class _Check:
+    def __init__(self, subject: Subject, judge: Callable[[], Judge], pairs: list[Pair]) -> None:
+        self.subject, self.judge, self.pairs, self.fail = subject, judge, pairs, subject.fail
+
+    def label(self, pairs: Sequence[Pair], what: str, done: Collection[str] = ()) -> dict[str, Label]:
+        """A fresh instance's labels by id, each of them checked."""
+        given, known = copy.deepcopy(list(pairs)), copy.copy(done)
+        labeler, judge = self.subject.fresh(), self.judge()
+
+        def run() -> list[Any]:
+            found = labeler.label(given, judge, known)
+            if not isinstance(found, Iterator):
+                self.fail(
+                    f"label() returns a {type(found).__name__}",
+                    "Yield each label as soon as it is known: a kill then loses only what is in flight.",
+                )
+            return list(found)
+
+        labels = self._by_id(self.subject.call(f"label() on {what}", run), given, done)
+        if not same(given, list(pairs)) or known != done:
+            self.fail("label() changes the pairs or done", "Copy what you change: the run goes on with them.")
+        return labels
+
+    def _by_id(self, found: list[Any], pairs: Sequence[Pair], done: Collection[str]) -> dict[str, Label]:
+        labels: dict[str, Label] = {}
+        for label in found:
+            if not isinstance(label, Label):
+                self.fail(f"label() yields a {type(label).__name__}", "Yield trl_rlaif.Label(pair.id, p=...).")
+            if label.id not in {pair.id for pair in pairs}:
+                self.fail(f"label() yields the id {label.id!r}, which no pair has", "Pass the pair's id on as it is.")
+            if label.id in done:
+                self.fail(f"label() labels {label.id!r} again, although it is done", "Leave out the ids in done.")
+            if label.id in labels:
+                self.fail(f"label() yields two labels of {label.id!r}", "Yield exactly one a pair.")
+            self._check_values(label)
+            labels[label.id] = label
+        missing = [pair.id for pair in pairs if pair.id not in labels and pair.id not in done]
+        if missing:
+            self.fail(
+                f"label() gives no label of {missing[0]!r}",
+                "Yield one a pair; of what cannot be judged, Label(pair.id, skipped='why').",
+            )
+        return labels
+
+    def _check_values(self, label: Label) -> None:
+        for name, (low, high) in _RANGES.items():
+            value = getattr(label, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                self.fail(
+                    f"{name} of {label.id!r} is a {type(value).__name__}", "Make it a plain number, with float(...)."
+                )
+            if not low <= value <= high:
+                self.fail(f"{name} of {label.id!r} is {value}, outside [{low}, {high}]", "Normalize or clamp it.")
+        if (label.p is None) != bool(label.skipped):
+            self.fail(
+                f"the label of {label.id!r} has " + ("neither p nor" if label.p is None else "both p and")
+                + " a reason in skipped",
+                "Give it p; or skipped, where the pair cannot be judged.",
+            )  # fmt: skip
+        try:
+            json.dumps(asdict(label), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            self.fail(
+                f"the label of {label.id!r} cannot be written as JSON: {error}",
+                "Fill its fields with finite numbers and texts alone.",
+            )
+
+    def whole(self) -> dict[str, Label]:
+        """Labels of all pairs; one of them at least must be a label."""
+        labels = self.label(self.pairs, "ordinary pairs")
+        if all(label.skipped for label in labels.values()):
+            reason = next(iter(labels.values())).skipped
+            self.fail(
+                f"every pair is skipped: {reason}", "Pass pairs that it can label: check_labeler(..., pairs=...)."
+            )
+        return labels
+
+    def repeated(self, labels: dict[str, Label]) -> None:
+        again = self.label(self.pairs, "the same pairs a second time")
+        self._equal(labels, again, "in a second run", "Draw from a generator of your own, seeded by an option.")
+
+    def resumed(self, labels: dict[str, Label]) -> None:
+        done = {pair.id for pair in self.pairs[::2]}
+        rest = self.label(self.pairs, "pairs half of which are done", done)
+        if len(done) == len(self.pairs):
+            return
+        self._equal(
+            {id: label for id, label in labels.items() if id not in done}, rest, "where others are done",
+            "Make it depend on the pair alone, so that a run that was stopped goes on as it would have.",
+        )  # fmt: skip
+
+    def alone(self, labels: dict[str, Label]) -> None:
+        pair = self.pairs[-1]
+        found = self.label([pair], "a single pair")
+        self._equal({pair.id: labels[pair.id]}, found, "where it is labeled alone", "Make it depend on the pair alone.")
+
+    def empty(self) -> None:
+        self.label([], "no pairs")
+        self.label(self.pairs, "pairs that are all done", [pair.id for pair in self.pairs])
+
+    def ragged(self) -> None:
+        for pair in make_ragged_pairs():
+            self.label([pair], f"a pair with {pair.id}")
+
+    def _equal(self, first: dict[str, Label], second: dict[str, Label], when: str, fix: str) -> None:
+        for id, label in first.items():
+            if not same(label, second[id]):
+                self.fail(f"the label of {id!r} is another one {when}", fix)
+
+    def reward_function(self) -> None:
+        """With GRPOTrainer's signature: a finite number a completion, whichever form they have."""
+        if not isinstance(getattr(self.subject.fresh(), "__name__", None), str):
+            self.fail("is callable and has no __name__", "Set self.__name__: trainers call the reward by it in logs.")
+        for chat in (True, False):
+            rollout, labeler = make_rollout(chat=chat), self.subject.fresh()
+            labeler.judge = self.judge()
+            arguments = {
+                "prompts": rollout.prompts,
+                "completions": rollout.completions,
+                "completion_ids": rollout.response_ids.tolist(),
+                **rollout.columns,
+            }
+            given = copy.deepcopy(arguments)
+            what = f"calling it as a reward function on {'messages' if chat else 'texts'}"
+            rewards = self.subject.call(what, lambda labeler=labeler, given=given: labeler(**given))
+            count = len(rollout.prompts)
+            if not isinstance(rewards, list) or len(rewards) != count:
+                self.fail(f"{what} does not return a list of {count} rewards", "Return one number a completion.")
+            bad = [r for r in rewards if not isinstance(r, int | float) or not math.isfinite(r)]
+            if bad:
+                self.fail(f"{what} returns the reward {bad[0]!r}", "Return a finite number for every completion.")
+            if not same(given, arguments):
+                self.fail(f"{what} changes its arguments", "Copy what you change: the trainer goes on with them.")

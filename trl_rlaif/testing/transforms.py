@@ -1,0 +1,233 @@
+"""The contract of a reward transform, line by line."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from trl_rlaif.components import RewardTransform
+from trl_rlaif.events import PreferenceScores, Rollout
+from trl_rlaif.testing.checks import Subject, same, seeded
+from trl_rlaif.testing.data import HOSTILE, make_preference_scores, make_rollout
+
+_SEED = 0
+
+
+def check_reward_transform(
+    transform: RewardTransform | type[RewardTransform], *, rollouts: Sequence[Rollout] | None = None
+) -> None:
+    """Check that a reward transform keeps its contract.
+
+    Finite float32 scores of the same shape, the same in every run under a seed; a state that is its own, can be
+    saved, and lets a fresh instance go on exactly where the other one was; a loss that is None, or a finite scalar
+    with gradients; inputs as they were; batches of one, of equal scores, without categories, of any text.
+
+    Args:
+        transform: An instance, whose options are taken, or a class whose options all have defaults.
+        rollouts: At least two batches that it can transform, with ``reward_parts``; made on the spot by default.
+
+    Raises:
+        AssertionError: With the transform's name, what is wrong, and how to mend it.
+    """
+    subject = Subject(transform, RewardTransform)
+    expected = subject.cls.needs_expected
+    batches = list(rollouts) if rollouts else [make_rollout(seed=seed, expected=expected) for seed in range(4)]
+    check = _Check(subject, batches)
+    with seeded(_SEED):
+        check.scores()
+        check.repeated()
+        check.ragged()
+        check.loss()
+        check.state()
+
+
+def raw_scores(rollout: Rollout) -> torch.Tensor:
+    """(B,) float32, what the transforms begin with: the sum of the rewards."""
+    return sum(rollout.reward_parts.values(), torch.zeros(len(rollout.prompts)))
+
+
+class _Check:
+    def __init__(self, subject: Subject, batches: list[Rollout]) -> None:
+        self.subject, self.batches, self.fail = subject, batches, subject.fail
+        self.expected = subject.cls.needs_expected
+
+    def transform(self, transform: RewardTransform, rollout: Rollout, what: str, *, ragged: bool = False) -> Any:
+        """One batch's scores, checked; None where a ragged one is refused in words."""
+        scores, given = raw_scores(rollout), copy.deepcopy(rollout)
+        before = scores.clone()
+        where = f"transform() on {what}"
+        found = self.subject.call(where, lambda: transform.transform(scores, given), may_refuse=ragged)
+        if found is None and ragged:
+            return None
+        if not isinstance(found, torch.Tensor):
+            self.fail(f"{where} returns a {type(found).__name__}", "Return a tensor: one score a response.")
+        if found.shape != before.shape:
+            self.fail(
+                f"{where} returns the shape {tuple(found.shape)} for {tuple(before.shape)}",
+                "Return one score a response.",
+            )
+        if found.dtype != torch.float32:
+            self.fail(f"{where} returns {found.dtype}", "Return float32 scores, with .float().")
+        if not found.isfinite().all():
+            self.fail(
+                f"{where} returns scores that are not finite", "Guard divisions and logarithms: a spread may be 0."
+            )
+        if not same(scores, before) or not same(given, rollout):
+            self.fail(f"{where} changes its inputs", "Compute new tensors: the trainer logs the old ones.")
+        self.metrics(transform, what)
+        return found.detach().clone()
+
+    def metrics(self, transform: RewardTransform, what: str) -> None:
+        where = f"metrics() after {what}"
+        for name, value in self.subject.call(where, transform.metrics).items():
+            number = isinstance(value, int | float) and math.isfinite(value)
+            if not isinstance(name, str) or not number:
+                self.fail(f"{where} holds {name!r}: {value!r}", "Log finite plain numbers by name.")
+
+    def all(self, transform: RewardTransform) -> list[torch.Tensor]:
+        with seeded(_SEED):
+            return [self.transform(transform, batch, "an ordinary batch") for batch in self.batches]
+
+    def scores(self) -> None:
+        self.all(self.subject.fresh())
+
+    def repeated(self) -> None:
+        if not same(self.all(self.subject.fresh()), self.all(self.subject.fresh())):
+            self.fail(
+                "two instances give other scores to the same batches under the same seed",
+                "Draw from torch's generator, or one seeded by an option, and share nothing between instances.",
+            )
+
+    def ragged(self) -> None:
+        """Batches that training meets sooner or later, by a fresh instance each, and behind ordinary ones."""
+        texts = list(HOSTILE.values())
+        rollout = make_rollout(len(texts), expected=self.expected, chat=False)
+        equal = {name: torch.ones(6) for name in ("first", "second")}
+        new = {"category": ["never seen before", None, "", "a", "b", "a"]}
+        one = make_rollout(1, expected=self.expected)
+        for what, batch in {
+            "a batch of one": one,
+            "a batch without categories": make_rollout(expected=self.expected, categories=False),
+            "a batch of new and missing categories": replace(make_rollout(expected=self.expected), columns=new),
+            "a batch of equal scores": replace(make_rollout(expected=self.expected), reward_parts=equal),
+            "a batch of huge scores": replace(
+                one, reward_parts={"first": torch.tensor([1e6]), "second": torch.zeros(1)}
+            ),
+            "an empty response": replace(one, lengths=torch.tensor([0]), ended=torch.tensor([False])),
+            "hostile texts": replace(rollout, prompts=texts, completions=texts[::-1]),
+        }.items():
+            self.transform(self.subject.fresh(), batch, what, ragged=True)
+            used = self.subject.fresh()
+            self.all(used)
+            self.transform(used, batch, f"{what} behind ordinary ones", ragged=True)
+
+    # ---- The loss ---------------------------------------------------------------------------------------
+
+    def loss(self) -> None:
+        if self._loss(self.subject.fresh(), make_preference_scores(expected=self.expected), "comparisons") is None:
+            return
+        sure = make_preference_scores(expected=self.expected)
+        for what, scores in {
+            "comparisons with other policies": make_preference_scores(expected=self.expected, policies=2),
+            "a single comparison": make_preference_scores(1, expected=self.expected),
+            "comparisons without categories": make_preference_scores(expected=self.expected, categories=False),
+            "comparisons whose labels are sure": replace(sure, p=torch.tensor([0.0, 1.0] * 3)),
+            "scores far apart": replace(sure, chosen=(sure.chosen.detach() * 1e3).requires_grad_()),
+        }.items():
+            self._loss(self.subject.fresh(), scores, what)
+
+    def _loss(self, transform: RewardTransform, scores: PreferenceScores, what: str) -> torch.Tensor | None:
+        where, before = f"loss() on {what}", _values(scores)
+        loss = self.subject.call(where, lambda: transform.loss(scores))
+        if loss is None:
+            return None
+        if not isinstance(loss, torch.Tensor) or loss.dim() or not loss.isfinite():
+            shown = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) and loss.dim() else repr(loss)
+            self.fail(
+                f"{where} gives {shown}", "Return a finite scalar tensor, the mean over the comparisons, or None."
+            )
+        if not same(_values(scores), before):
+            self.fail(f"{where} changes its inputs", "Compute new tensors.")
+        learned = [scores.chosen, scores.rejected]
+        gradients = torch.autograd.grad(loss, learned, allow_unused=True) if loss.requires_grad else [None]
+        if any(g is None or not g.isfinite().all() for g in gradients):
+            self.fail(
+                f"{where} gives the scores no finite gradient",
+                "Compute it from scores.chosen and scores.rejected, without detach() or a logarithm of 0.",
+            )
+        return loss.detach()
+
+    # ---- The state --------------------------------------------------------------------------------------
+
+    def state(self) -> None:
+        """A checkpoint holds what it needs, and nothing else reaches into it."""
+        original = self._used()
+        state = self.subject.call("state_dict()", original.state_dict)
+        if not isinstance(state, dict):
+            self.fail(f"state_dict() returns a {type(state).__name__}", "Return a dict.")
+        kept = copy.deepcopy(state)
+        saved = self._saved(state)
+        ahead = self._ahead(original)
+        if not same(state, kept):
+            self.fail(
+                "what state_dict() returned changes as training goes on",
+                "Return copies: the trainer goes back to it after it has scored a pool of responses.",
+            )
+        heir = self.subject.fresh()
+        self._load(heir, saved)
+        if not same(self._ahead(heir), ahead):
+            self.fail(
+                "a fresh instance with its state gives other results",
+                "Put everything that it remembers into state_dict(), and take it over in load_state_dict().",
+            )
+        self._load(original, state)
+        if not same(self._ahead(original), ahead):
+            self.fail(
+                "loading a state does not take it back to it", "Replace in load_state_dict() all that it remembers."
+            )
+        if not same(state, kept):
+            self.fail("goes on in the state that was loaded", "Copy the values in load_state_dict().")
+
+    def _load(self, transform: RewardTransform, state: dict[str, Any]) -> None:
+        self.subject.call("load_state_dict() of what state_dict() gave", lambda: transform.load_state_dict(state))
+
+    def _used(self) -> RewardTransform:
+        """An instance that has been trained with and has transformed all batches but the last."""
+        transform = self.subject.fresh()
+        with seeded(_SEED):
+            for seed in range(3):
+                self._loss(transform, make_preference_scores(seed=seed, expected=self.expected), "comparisons")
+            for batch in self.batches[:-1]:
+                self.transform(transform, batch, "an ordinary batch")
+        return transform
+
+    def _ahead(self, transform: RewardTransform) -> list[Any]:
+        """What it gives next."""
+        with seeded(_SEED):
+            comparisons = make_preference_scores(seed=9, expected=self.expected)
+            found = [self._loss(transform, comparisons, "comparisons") for _ in range(2)]
+            found += [self.transform(transform, batch, "an ordinary batch") for batch in self.batches[-2:]]
+        return [*found, dict(transform.metrics())]
+
+    def _saved(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state as a checkpoint gives it back."""
+        file = io.BytesIO()
+        try:
+            torch.save(state, file)
+            file.seek(0)
+            return torch.load(file, weights_only=True)
+        except Exception as error:
+            self.fail(
+                f"its state cannot be saved and loaded: {error}",
+                "Keep tensors, numbers, texts, lists and dicts in state_dict(), no objects of your own.",
+            )
+
+
+def _values(scores: PreferenceScores) -> dict[str, Any]:
+    return {k: v.detach().clone() if isinstance(v, torch.Tensor) else copy.copy(v) for k, v in vars(scores).items()}
