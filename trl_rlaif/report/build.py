@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
-from trl_rlaif.errors import RunError
 from trl_rlaif.report import doubts, findings, wording
-from trl_rlaif.report.content import MAX_SAMPLES, Run, read_run, spread
-from trl_rlaif.report.figures import label_part, reward_part, rl_part, set_part, sft_part
+from trl_rlaif.report.content import MAX_SAMPLES, Run, read_run
+from trl_rlaif.report.figures import reward_part, rl_part, set_part, sft_part
+from trl_rlaif.report.files import write_page, write_plots
+from trl_rlaif.report.judge_figures import judge_part, judged_sets
+from trl_rlaif.report.label_figures import label_part
+from trl_rlaif.report.reading import spread
 from trl_rlaif.report.rehearsal_figures import rehearsal_part
 from trl_rlaif.report.score_figures import score_part
 
@@ -23,33 +24,23 @@ PREVIEW_CHARACTERS = 700
 def write_report(folder: str | Path) -> Path:
     """Build ``report.html`` from a run's folder, whatever stages it holds, and return its path.
 
-    The file is replaced in one step: a kill leaves the old page or the new one. The same folder gives the
-    same bytes.
+    Beside it, the folder ``report`` gets every plot of the page as SVG and PNG. The page is replaced in one step, and
+    so is the folder: a kill leaves the old one or the new one. The same run gives the same bytes.
 
     Raises:
         UserError: ``folder`` is not a run's folder.
-        RunError: The page cannot be written there.
+        RunError: The page or the plots cannot be written there.
     """
     folder = Path(folder)
-    page = _render(read_run(folder)).encode("utf-8")
+    page = run_page(read_run(folder))
     path = folder / "report.html"
-    draft = folder / f".report.html.{os.getpid()}"
-    try:
-        draft.write_bytes(page)
-        os.replace(draft, path)
-    except OSError as error:
-        raise RunError(
-            f"The report cannot be written: {error.strerror or error}.",
-            where=str(path),
-            fix="Check the folder's permissions and the space left on its disk.",
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
+    write_page(path, render(page))
+    write_plots(folder / "report", page)
     return path
 
 
-def _render(run: Run) -> str:
+def render(page: dict[str, Any], name: str = "template.html.jinja") -> str:
+    """The HTML of a page: the template ``name`` filled with the values of ``page``."""
     import jinja2
     from markupsafe import Markup
 
@@ -67,13 +58,12 @@ def _render(run: Run) -> str:
     )
     script = (_HERE / "filter.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    template = environment.get_template("template.html.jinja")
-    return template.render(script=Markup(script), script_hash=digest, **_page(run))
+    return environment.get_template(name).render(script=Markup(script), script_hash=digest, **page)
 
 
-def _page(run: Run) -> dict[str, Any]:
+def run_page(run: Run) -> dict[str, Any]:
     """Every value that the template shows."""
-    sets = findings.set_results(run)
+    sets, judged = findings.set_results(run), judged_sets(run)
     samples = spread(run.samples, MAX_SAMPLES)
     return {
         "run": run,
@@ -82,7 +72,7 @@ def _page(run: Run) -> dict[str, Any]:
         "results": max(len(sets), 1),
         "sets": sets,
         "caveat": doubts.judge_caveat(run),
-        "warnings": doubts.warnings(run, sets),
+        "warnings": doubts.warnings(run, sets, judged),
         "stages": findings.stage_rows(run),
         "sft": sft_part(run),
         "labels": label_part(run),
@@ -90,6 +80,7 @@ def _page(run: Run) -> dict[str, Any]:
         "scores": score_part(run),
         "rl": rl_part(run),
         "rehearsal": rehearsal_part(run),
+        "judges": judge_part(judged),
         "held_out": [set_part(run, name) for name in _set_names(run)],
         "samples": samples,
         "sample_sets": sorted({sample.set for sample in samples}),

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from trl_rlaif.recipe.sections import FORGET_SET
-from trl_rlaif.report.content import Run
+from trl_rlaif.report.content import Run, Sample
 from trl_rlaif.report.findings import SetResult, judge_name, kl_last
-from trl_rlaif.report.wording import count, interval, label, number, percent, scores, section
+from trl_rlaif.report.judge_figures import JudgedSet
+from trl_rlaif.report.wording import count, hundredths, interval, label, number, percent, scores, section
 
 POSITION_BIAS_LIMIT = 0.3
 MASS_LIMIT = 0.5
 KL_LIMIT = 10.0
 LONGER_LIMIT, SHORTER_LIMIT = 1.5, 0.5
 MAX_DRIFTING = 12
+# A win rate that falls by so much at equal length was bought with length, in good part.
+LENGTH_SHARE = 0.1
+# From here on a rank correlation is called moderate, and with fewer samples it is noise.
+LENGTH_CORRELATION, FEWEST_FOR_CORRELATION = 0.3, 20
+# Landis and Koch 1977 call agreement below this slight.
+KAPPA_LIMIT = 0.2
+LOW_MASS_SHARE = 0.1
 # The distribution regulator's alarm for a category is regulator/<category>/drift, 1 where it is raised.
 _DRIFT = ("regulator/", "/drift")
 
 
-def warnings(run: Run, sets: list[SetResult]) -> list[str]:
+def warnings(run: Run, sets: list[SetResult], judged: list[JudgedSet]) -> list[str]:
     """What a reader should know before believing the numbers."""
     found = [*_label_warnings(run), *_reward_warnings(run), *_drift_warnings(run)]
     kl = kl_last(run)
@@ -26,7 +34,9 @@ def warnings(run: Run, sets: list[SetResult]) -> list[str]:
             f"{KL_LIMIT:.0f}). Read the samples for repetition and tricks; a higher KL price holds it closer."
         )
     for result in sets:
-        found.extend(_set_warnings(result))
+        found.extend(_set_warnings(result, [sample for sample in run.samples if sample.set == result.name]))
+    for of_set in judged:
+        found.extend([*_length_warnings(of_set), *_judge_warnings(of_set), *_harm_warnings(of_set)])
     found.extend(_stop_warnings(run))
     found.extend(_disagreements(run))
     extra = run.results.get("warnings")
@@ -50,6 +60,13 @@ def _label_warnings(run: Run) -> list[str]:
             f"The judge puts only {percent(mass)} of its probability on the two answers that it was asked "
             "for: it may not have understood the question. Look at the judge prompt."
         )
+    elif (low := number(section(result, "mass").get("low"))) and (labeled := number(result.get("labeled"))):
+        # Each pair is asked twice, in both orders.
+        if low / (2 * labeled) > LOW_MASS_SHARE:
+            found.append(
+                f"In {count(low)} answers the judge puts little of its probability on what it was asked for: on these "
+                "pairs it may not have understood the question. Look at the judge prompt."
+            )
     return found
 
 
@@ -100,14 +117,19 @@ def _some_of(names: list[str]) -> str:
     return ", ".join(names[:MAX_DRIFTING] + more)
 
 
-def _set_warnings(result: SetResult) -> list[str]:
+def _set_warnings(result: SetResult, samples: list[Sample]) -> list[str]:
     found = []
     ratio, win = result.length_ratio, result.win_rate
     if ratio is not None and (ratio > LONGER_LIMIT or ratio < SHORTER_LIMIT):
-        found.append(
-            f"On {result.name} the responses got {ratio:.1f} times as long ({result.tokens}). Judges and "
-            "reward models often favor a length, so part of the change may be length alone."
+        rho = length_correlation(samples)
+        exploited = rho is not None and rho * (ratio - 1) > 0 and abs(rho) >= LENGTH_CORRELATION
+        why = (
+            f"The reward goes with the length (rank correlation {hundredths(rho)}), so the policy may have "
+            "learned the length instead of the task; look at the win rate at equal length."
+            if exploited
+            else "Judges and reward models often favor a length, so part of the change may be length alone."
         )
+        found.append(f"On {result.name} the responses got {ratio:.1f} times as long ({result.tokens}). {why}")
     if win and win.tone == "unclear":
         reason = "contains 50%, so there is no clear difference" if win.interval else "is missing"
         found.append(f"The win rate on {result.name} is not clear: its interval {reason}. More prompts narrow it.")
@@ -125,6 +147,74 @@ def _set_warnings(result: SetResult) -> list[str]:
             "the policy learned to please the reward model rather than to answer better."
         )
     return found
+
+
+def length_correlation(samples: list[Sample]) -> float | None:
+    """Spearman's rank correlation of length and reward over the trained responses; None where they are too few."""
+    known = [
+        (len(sample.trained.text) + sample.trained.cut, sample.reward_trained)
+        for sample in samples
+        if sample.reward_trained is not None
+    ]
+    if len(known) < FEWEST_FOR_CORRELATION:
+        return None
+    from scipy.stats import spearmanr
+
+    sizes, rewards = zip(*known, strict=True)
+    if len(set(sizes)) == 1 or len(set(rewards)) == 1:
+        return None
+    return number(float(spearmanr(sizes, rewards).statistic))
+
+
+def _length_warnings(judged: JudgedSet) -> list[str]:
+    """Judges whose preference is clear, and much weaker or gone at equal length."""
+    found = []
+    for row in judged.rows:
+        rate, controlled = row.rate, row.controlled
+        if rate.tone != "good" or controlled is None:
+            continue
+        gone = controlled.tone != "good"
+        if gone and controlled.value < rate.value or rate.value - controlled.value >= LENGTH_SHARE:
+            kept = "is not clear any more" if gone else "is weaker"
+            found.append(
+                f"On {judged.name}, what {row.name} prefers is length in good part: the win rate is {rate.text}, and "
+                f"{controlled.text} at equal length, where the preference {kept}. A length penalty takes the prize off "
+                "(rl.length_penalty)."
+            )
+    return found
+
+
+def _judge_warnings(judged: JudgedSet) -> list[str]:
+    """Judges that contradict each other, or agree little more than by chance."""
+    found = []
+    for_it, against = ([row.name for row in judged.rows if row.rate.tone == tone] for tone in ("good", "bad"))
+    if for_it and against:
+        found.append(
+            f"The judges contradict each other on {judged.name}: the trained policy is preferred by "
+            f"{_some_of(for_it)}, the start by {_some_of(against)}. Read the samples before you believe either."
+        )
+    together, people = judged.together, judged.people
+    if together and together.kappa is not None and together.kappa < KAPPA_LIMIT:
+        found.append(
+            f"The judges hardly agree on {judged.name}: they choose the same in {percent(together.rate)} of "
+            f"{count(together.n, 'pair')}, little more than by chance (kappa {together.kappa_text}). No single "
+            "one of them settles which policy is better."
+        )
+    if people and people.ends and people.ends[0] <= 0.5:
+        found.append(
+            f"On {judged.name} the judge is not clearly nearer to people than a coin: it chooses as they do in "
+            f"{percent(people.rate)} of {count(people.n, 'pair')} (interval {people.interval_text})."
+        )
+    return found
+
+
+def _harm_warnings(judged: JudgedSet) -> list[str]:
+    if set(judged.harmless) < {"start", "trained"}:
+        return []
+    (before, before_ends), (after, after_ends) = judged.harmless["start"], judged.harmless["trained"]
+    if not before_ends or not after_ends or after_ends[1] >= before_ends[0]:
+        return []
+    return [f"On {judged.name} the responses got less harmless: {percent(before)} of them were, now {percent(after)}."]
 
 
 def _stop_warnings(run: Run) -> list[str]:

@@ -6,10 +6,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from markupsafe import Markup
-
 from trl_rlaif.report import plots
 from trl_rlaif.report.content import Run, Sample, Series
+from trl_rlaif.report.drawing import Drawing
 from trl_rlaif.report.findings import reward_accuracy
 from trl_rlaif.report.wording import interval, label, number, scores, section
 
@@ -43,7 +42,7 @@ class Figure:
     """A drawing with its heading, its numbers and how to read it."""
 
     heading: str
-    svg: Markup
+    drawing: Drawing
     caption: str
     values: str = ""
 
@@ -82,72 +81,6 @@ def reward_part(run: Run) -> dict[str, Any]:
     }
 
 
-def label_part(run: Run) -> dict[str, Any]:
-    """The histogram of confidences, the table of winners, and the label stage's shares."""
-    labels, result = run.labels, section(run.results, "label")
-    histogram = None
-    if labels.confidences:
-        sure = sum(value >= 0.9 for value in labels.confidences)
-        title = f"Confidence of {len(labels.confidences):,} labels; {sure:,} are at 0.9 or more"
-        svg = Markup(plots.confidence_histogram(labels.confidences, title))
-        histogram = Figure(
-            "How sure the judge is",
-            svg,
-            "A label near 0.5 teaches the reward model little.",
-            f"{sure:,} of {len(labels.confidences):,} at 0.9 or more",
-        )
-    bias, mass, agreement = (section(result, key) for key in ("position_bias", "mass", "agreement"))
-    return {
-        "histogram": histogram,
-        "winners": labels.winners,
-        "asked_twice": sum(labels.winners.values()),
-        "ties": labels.ties,
-        "bias": _rate(bias),
-        "agreement": _rate(agreement),
-        "mass": {key: number(mass.get(key)) for key in ("mean", "min", "low")},
-        "confidence": number(result.get("mean_confidence")),
-        "ece": number(result.get("ece")),
-        "speed": number(result.get("pairs_per_second")),
-        "comparison": [_compared(name, values) for name, values in section(result, "comparison").items()],
-        "calibration": _calibration(section(result, "calibration")),
-    }
-
-
-def _compared(name: Any, values: Any) -> dict[str, Any]:
-    """One labeler's row in the table that compares them."""
-    values = values if isinstance(values, dict) else {}
-    against = section(values, "against_first")
-    return {
-        "name": label(name),
-        "agreement": _rate(section(values, "agreement")),
-        "bias": _rate(section(values, "position_bias")),
-        "mass": number(section(values, "mass").get("mean")),
-        "ece": number(values.get("ece")),
-        "speed": number(values.get("pairs_per_second")),
-        "difference": number(against.get("difference")),
-        "p_value": number(against.get("p_value")),
-    }
-
-
-def _calibration(values: dict[str, Any]) -> dict[str, Any] | None:
-    """Temperature, bias, and what they changed on pairs that they were not fitted to."""
-    if not values:
-        return None
-    held_out = section(values, "cross_validated")
-    return {
-        "temperature": number(values.get("temperature")),
-        "bias": number(values.get("position_bias")),
-        "pairs": number(values.get("pairs")),
-        "ece": [number(section(held_out, when).get("ece")) for when in ("before", "after")],
-        "agreement": [_rate(section(section(held_out, when), "agreement"))["rate"] for when in ("before", "after")],
-    }
-
-
-def _rate(values: dict[str, Any]) -> dict[str, Any]:
-    rate, amount = number(values.get("rate")), number(values.get("n"))
-    return {"rate": rate, "interval": interval(values.get("interval")), "n": amount}
-
-
 def rl_part(run: Run) -> dict[str, Any]:
     """Small multiples of the RL stage, and first and last value of every other metric."""
     series = run.series.get("rl", {})
@@ -160,6 +93,7 @@ def rl_part(run: Run) -> dict[str, Any]:
         if len(drawn) < len(names):
             caption += f" The first {len(drawn)} of {len(names)} categories are drawn."
         figures.insert(1, curve(series, "Score by category", caption, drawn))
+    figures.insert(0, _score_over_kl(series))
     shown = {key for key, _, _ in _RL_PANELS} | set(category_keys) | _NOT_PANELS
     others = [key for key in series if key not in shown and not key.startswith(ELSEWHERE)]
     table = [
@@ -167,6 +101,28 @@ def rl_part(run: Run) -> dict[str, Any]:
         for key in sorted(others)[:_MAX_OTHER_METRICS]
     ]
     return {"figures": present(*figures), "others": table, "left_out": max(len(others) - len(table), 0)}
+
+
+def _score_over_kl(series: Series) -> Figure | None:
+    """What each nat of distance has bought; None unless both were logged at two steps."""
+    kl = dict(series.get("objective/kl", []))
+    points = [(kl[step], score) for step, score in series.get("objective/scores", []) if step in kl]
+    if len(points) < 2:
+        return None
+    (first_kl, last_kl), (first, last) = (scores(points[0][i], points[-1][i]) for i in (0, 1))
+    said = f"score {first} → {last}, KL {first_kl} → {last_kl}"
+    caption = (
+        "The way of the policy, fainter where it is earlier. Where it turns flat or down, it goes further from its "
+        "start for nothing: hold it there (rl.kl_coef), or stop."
+    )
+    drawing = plots.score_over_kl(points, f"Score over KL to the start, from first to last update: {said}")
+    return Figure("Score against KL", drawing, caption, said)
+
+
+def share(values: dict[str, Any]) -> dict[str, Any]:
+    """A measured share as it stands in results.json: ``rate``, ``interval`` and ``n``, None where unknown."""
+    rate, amount = number(values.get("rate")), number(values.get("n"))
+    return {"rate": rate, "interval": interval(values.get("interval")), "n": amount}
 
 
 def present(*figures: Figure | None) -> list[Figure]:
@@ -189,7 +145,7 @@ def curve(
     said = f"{heading}, first and last logged value: {'; '.join(changes)}"
     # Beyond two lines the numbers would be a wall: the drawing shows them.
     values = "; ".join(changes) if len(changes) <= 2 else ""
-    return Figure(heading, Markup(plots.curves(found, said, level=level)), caption, values)
+    return Figure(heading, plots.curves(found, said, level=level), caption, values)
 
 
 def set_part(run: Run, name: str) -> dict[str, Any]:
@@ -211,7 +167,7 @@ def set_part(run: Run, name: str) -> dict[str, Any]:
         drawn = drawn[:_DRAWN_CATEGORIES]
         title = f"Mean reward of each category on {name}, before and after training"
         caption = "Means over this set's samples; the largest categories first."
-        figures.append(Figure("By category", Markup(plots.before_after(drawn, title)), caption))
+        figures.append(Figure("By category", plots.before_after(drawn, title), caption))
     return {
         "name": name,
         "figures": figures,
@@ -228,8 +184,8 @@ def _reward_figures(name: str, pairs: list[tuple[float, float]]) -> list[Figure]
     before, after = [x for x, _ in pairs], [y for _, y in pairs]
     both = plots.two_histograms(before, after, f"Distribution of the reward on {name}, start and trained")
     return [
-        Figure("Prompt by prompt", Markup(scatter), "Above the dashed line, the reward rose.", values),
-        Figure("Distribution", Markup(both), "All of it should move, not a few prompts at the edge."),
+        Figure("Prompt by prompt", scatter, "Above the dashed line, the reward rose.", values),
+        Figure("Distribution", both, "All of it should move, not a few prompts at the edge."),
     ]
 
 

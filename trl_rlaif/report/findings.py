@@ -107,27 +107,37 @@ def _reward_gain(values: dict[str, Any]) -> Measure | None:
 
 
 def _win_rate(values: dict[str, Any]) -> Measure | None:
-    rate, ends = number(values.get("win_rate")), interval(values.get("interval"))
-    if rate is None:
-        return None
-    words = ("preferred over the start", "the start is preferred", "no clear difference")
-    verdict, tone = _verdict(rate, ends, 0.5, words)
-    between = f"{percent(ends[0])} to {percent(ends[1])}" if ends else ""
     nouns = (("wins", "win"), ("ties", "tie"), ("losses", "loss"))
     counts = [count(number(values.get(many)), one, many) for many, one in nouns]
-    detail = ", ".join(part for part in counts if part)
-    return Measure(rate, ends, percent(rate), between, verdict, tone, detail)
+    return win_rate_measure(values, ", ".join(part for part in counts if part))
+
+
+def win_rate_measure(values: Any, detail: str = "") -> Measure | None:
+    """``win_rate`` with its ``interval``, as any judge's numbers have them; None if there is no rate."""
+    values = section(values)
+    words = ("preferred over the start", "the start is preferred", "no clear difference")
+    return _share(values.get("win_rate"), values.get("interval"), words, detail)
 
 
 def reward_accuracy(run: Run) -> Measure | None:
     """How often the reward model ranks a held-out pair as its label does; None if it was not measured."""
     result = section(run.results, "reward")
-    rate, ends = number(result.get("accuracy")), interval(result.get("accuracy_interval"))
+    words = ("better than chance", "worse than chance", "no clear difference")
+    return _share(result.get("accuracy"), result.get("accuracy_interval"), words)
+
+
+def _share(rate: Any, ends: Any, words: tuple[str, str, str], detail: str = "") -> Measure | None:
+    """A share beside the half, as the page shows it."""
+    rate, ends = number(rate), interval(ends)
     if rate is None:
         return None
-    verdict, tone = _verdict(rate, ends, 0.5, ("better than chance", "worse than chance", "no clear difference"))
-    between = f"{percent(ends[0])} to {percent(ends[1])}" if ends else ""
-    return Measure(rate, ends, percent(rate), between, verdict, tone, "")
+    verdict, tone = _verdict(rate, ends, 0.5, words)
+    return Measure(rate, ends, percent(rate), between(ends), verdict, tone, detail)
+
+
+def between(ends: tuple[float, float] | None) -> str:
+    """The ends of a share's interval as ``52.1% to 60.0%``; empty without them."""
+    return f"{percent(ends[0])} to {percent(ends[1])}" if ends else ""
 
 
 def summary(run: Run, sets: list[SetResult]) -> list[str]:

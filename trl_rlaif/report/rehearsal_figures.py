@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from markupsafe import Markup
-
 from trl_rlaif.recipe.sections import FORGET_SET
 from trl_rlaif.report import plots
-from trl_rlaif.report.content import MapPoint, Rehearsed, Run, spread
+from trl_rlaif.report.content import MapPoint, Rehearsed, Run
 from trl_rlaif.report.figures import DRAWN_LINES, ELSEWHERE, MAX_CATEGORIES, Figure, curve, present
+from trl_rlaif.report.reading import spread
 from trl_rlaif.report.wording import count, label, number, percent, scores, section
 
 # More points would only hide each other, and make the page heavy.
@@ -118,5 +117,5 @@ def _map(points: list[MapPoint]) -> Figure | None:
     )
     if len(drawn) < len(points):
         caption += f" {count(len(drawn))} of {count(len(points), 'prompt')} are drawn."
-    svg = plots.cluster_map([(p.x, p.y, p.cluster, p.chosen) for p in drawn], f"Map of the prompts: {said}")
-    return Figure("Clusters of the prompts", Markup(svg), caption, said)
+    drawing = plots.cluster_map([(p.x, p.y, p.cluster, p.chosen) for p in drawn], f"Map of the prompts: {said}")
+    return Figure("Clusters of the prompts", drawing, caption, said)

@@ -7,19 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from markupsafe import Markup
-
 from trl_rlaif.report import plots
 from trl_rlaif.report.content import Run, ScoredPair
-from trl_rlaif.report.figures import MAX_CATEGORIES, Figure
-from trl_rlaif.report.wording import count, label, number, score, scores, section
+from trl_rlaif.report.figures import MAX_CATEGORIES, Figure, present
+from trl_rlaif.report.reliability import confidence_bins, reliability_figure
+from trl_rlaif.report.wording import count, label, number, scores, section
 
 MAX_RIDGES = 8
 # With fewer scores a kernel density would draw hills that are only its kernel.
 LEAST_FOR_DENSITY = 20
 _GRID = 160
 _BARS = 24
-_BINS = 10
 _NO_CATEGORY = "no category"
 
 
@@ -74,7 +72,7 @@ def _ridges(heading: str, caption: str, named: dict[str, list[float]], colour: i
     rows = [(name, density(values, ends), sum(values) / len(values)) for name, values in named.items()]
     title = f"{heading} of {count(len(every) // 2, 'held-out pair')}, by category"
     caption += " Each row is as high as the others; the dot is its mean."
-    return Figure(heading, Markup(plots.ridges(rows, title, colour)), caption, count(len(every), "score"))
+    return Figure(heading, plots.ridges(rows, title, colour), caption, count(len(every), "score"))
 
 
 def largest_categories(scored: list[ScoredPair]) -> dict[str, list[ScoredPair]]:
@@ -137,39 +135,27 @@ def _same(low: float, high: float) -> bool:
 def reliability_bins(scored: list[ScoredPair]) -> list[tuple[float, float, int]]:
     """Mean confidence, share right and number of pairs of each bin that has any, in the order of confidence.
 
-    The bins are those of ``calibration_error``: ten of equal width over the confidences 0.5..1 of
-    sigmoid(chosen - rejected). Pairs whose label is a tie are left out; equal scores are half right.
+    A confidence is sigmoid(chosen - rejected), or 1 minus that where it is below 0.5; the bins are those of
+    ``confidence_bins``. Pairs whose label is a tie are left out; equal scores are half right.
     """
-    bins: dict[int, list[tuple[float, float]]] = {}
+    answers = []
     for pair in scored:
         if pair.p is None or pair.p == 0.5:
             continue
         margin = pair.before[0] - pair.before[1]
         # Written so that no margin overflows.
         confidence = 1 / (1 + math.exp(-min(abs(margin), 700.0)))
-        right = 0.5 if margin == 0 else float((margin > 0) == (pair.p > 0.5))
-        bins.setdefault(min(int((confidence - 0.5) * 2 * _BINS), _BINS - 1), []).append((confidence, right))
-    return [
-        (sum(c for c, _ in found) / len(found), sum(r for _, r in found) / len(found), len(found))
-        for _, found in sorted(bins.items())
-    ]
+        answers.append((confidence, 0.5 if margin == 0 else float((margin > 0) == (pair.p > 0.5))))
+    return confidence_bins(answers)
 
 
 def _reliability(scored: list[ScoredPair], ece: float | None) -> list[Figure]:
-    from trl_rlaif.measures import wilson
-
     bins = reliability_bins(scored)
-    if not bins:
-        return []
-    points = [(confidence, right, wilson(right * n, n), n) for confidence, right, n in bins]
-    pairs = count(sum(n for _, _, n in bins), "held-out pair")
-    said = f"ECE {score(ece)}" if ece is not None else ""
-    title = f"How often the reward model is right, by its confidence, on {pairs}{f': {said}' if said else ''}"
-    caption = (
-        "Confidence is sigmoid(chosen − rejected), or 1 minus that where it is below 0.5. Below the dashed line the "
-        "model is too sure, above it not sure enough. At the top the pairs of each bin; bars are 95% intervals."
+    title = "How often the reward model is right, by its confidence, on " + count(
+        sum(n for _, _, n in bins), "held-out pair"
     )
-    return [Figure("Is its confidence right?", Markup(plots.reliability(points, title)), caption, said)]
+    caption = "Confidence is sigmoid(chosen − rejected), or 1 minus that where it is below 0.5."
+    return present(reliability_figure(bins, "Is its confidence right?", title, caption, ece))
 
 
 # ---- Numbers of results.json ----------------------------------------------------------------------------

@@ -89,6 +89,12 @@ def score(value: float | None, *, sign: bool = False) -> str:
     return "" if value is None else scores(value, sign=sign)[0]
 
 
+def hundredths(value: float) -> str:
+    """A correlation or a kappa, with two decimals."""
+    # Rounded first: -1e-16 is a zero.
+    return f"{round(value, 2) + 0.0:.2f}".replace("-", MINUS)
+
+
 def duration(seconds: float | None) -> str:
     """``48 s``, ``12 min 5 s`` or ``3 h 20 min``; an empty string where the time is not known."""
     if seconds is None or seconds < 0:

@@ -1,0 +1,156 @@
+"""From a drawing on axes to SVG that follows the page's colours, and to files that stand alone."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import warnings
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from trl_rlaif.report.wording import clean
+
+# After Okabe and Ito's colours, which colour-blind readers tell apart too; the page has its own shades in the dark.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b65590", "#b37a00", "#3a9bd1")
+INK = "#5c626b"
+_GRID, _PAPER = "#5c626c", "#ffffff"
+_SIZE = (4.4, 2.6)
+_DOTS_PER_INCH = 150
+
+_STYLE: dict[str, Any] = {
+    "svg.hashsalt": "trl-rlaif",
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "axes.formatter.use_mathtext": False,
+    "axes.unicode_minus": True,
+    "font.size": 11,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "savefig.facecolor": _PAPER,
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.6,
+    "grid.alpha": 0.3,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "lines.linewidth": 2.0,
+}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A plot in the three forms that it is kept in.
+
+    Args:
+        inline: An ``<svg>`` element for the page, in the page's colours and font.
+        svg: A file on a white ground that needs nothing else.
+        figure: What matplotlib drew, for ``png``.
+    """
+
+    inline: Markup
+    svg: bytes
+    figure: Any
+
+    def png(self) -> bytes:
+        """The file as pixels; drawn on demand, for it takes as long as all the rest."""
+        file = io.BytesIO()
+        with _house_style():
+            self.figure.savefig(file, format="png", dpi=_DOTS_PER_INCH, metadata={"Software": None})
+        return file.getvalue()
+
+
+def draw_plot(draw: Callable[[Any], None], title: str, size: tuple[float, float] = _SIZE) -> Drawing:
+    """Runs ``draw`` on fresh axes; ``title`` is what a reader is told who cannot see the drawing."""
+    title = clean(title)
+    with _house_style():
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        draw(axes)
+        # Few enough that the labels never touch, whatever the numbers.
+        axes.locator_params(axis="x", nbins=5)
+        file = io.BytesIO()
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Title": title})
+        figure.set_layout_engine("none")  # it is laid out now, and that takes most of the time
+    svg = file.getvalue()
+    return Drawing(Markup(_for_page(svg, title)), svg, figure)
+
+
+@contextlib.contextmanager
+def _house_style() -> Iterator[None]:
+    import matplotlib.style
+
+    # "default" first: a reader's own matplotlibrc must not change the page.
+    with matplotlib.style.context(["default", _STYLE]), warnings.catch_warnings():
+        # The page's own font draws the text, so a glyph that matplotlib's font lacks is no loss.
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+def _for_page(svg: bytes, title: str) -> str:
+    """The same drawing without what would reach beyond it: prolog, metadata, global style, spare ids."""
+    root = ET.fromstring(svg)
+    width, height = root.get("viewBox", "0 0 1 1").split()[2:]
+    used = _references(root)
+    # All drawings of the page share one space of ids.
+    own = hashlib.sha256(title.encode() + svg).hexdigest()[:8] + "-"
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag.rpartition("}")[2] in ("metadata", "style", "title"):
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        attributes = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
+        if attributes.get("id") not in used:
+            attributes.pop("id", None)
+        else:
+            attributes["id"] = own + attributes["id"]
+        for key, value in attributes.items():
+            if key == "href":
+                attributes[key] = value.replace("#", f"#{own}", 1)
+            elif key in ("style", "fill", "stroke", "clip-path"):
+                attributes[key] = _follow_page(value.replace("url(#", f"url(#{own}"))
+        element.attrib.clear()
+        element.attrib.update(attributes)
+    root.attrib.clear()
+    box = f"0 0 {width} {height}"
+    root.attrib.update({"class": "plot", "viewBox": box, "role": "img", "aria-label": title})
+    heading = ET.Element("title")
+    heading.text = title
+    root.insert(0, heading)
+    return ET.tostring(root, encoding="unicode", short_empty_elements=True)
+
+
+def _references(root: ET.Element) -> set[str]:
+    used = set()
+    for element in root.iter():
+        for key, value in element.attrib.items():
+            if key.rpartition("}")[2] == "href" and value.startswith("#"):
+                used.add(value[1:])
+            used.update(part.partition(")")[0] for part in value.split("url(#")[1:])
+    return used
+
+
+def _follow_page(style: str) -> str:
+    """The fixed colours of a style attribute as the page's own: none, the text's, and a variable a series."""
+    style = style.replace(_PAPER, "none").replace(INK, "currentColor").replace(_GRID, "currentColor")
+    for index, colour in enumerate(COLOURS):
+        style = style.replace(colour, f"var(--series-{index + 1})")
+    return style

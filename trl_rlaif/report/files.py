@@ -1,0 +1,103 @@
+"""Writes the page, and every plot of it as files beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import unicodedata
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from trl_rlaif.artifacts import write_folder
+from trl_rlaif.errors import RunError
+from trl_rlaif.report.drawing import Drawing
+from trl_rlaif.report.figures import Figure
+
+_LONGEST_NAME = 60
+
+
+def write_page(path: Path, html: str) -> None:
+    """Replace the page in one step.
+
+    Raises:
+        RunError: It cannot be written.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_bytes(html.encode("utf-8"))
+        os.replace(draft, path)
+    except OSError as error:
+        raise _unwritable("The report", path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+def write_plots(folder: Path, page: Mapping[str, Any]) -> None:
+    """Have ``folder`` hold an SVG and a PNG of every plot of ``page``, and nothing else; without plots there is none.
+
+    Raises:
+        RunError: They cannot be written.
+    """
+    plots = named_plots(page)
+
+    def write(building: Path) -> None:
+        for name, drawing in plots.items():
+            (building / f"{name}.svg").write_bytes(drawing.svg)
+            (building / f"{name}.png").write_bytes(drawing.png())
+
+    try:
+        if plots:
+            write_folder(folder, write)
+        elif folder.is_dir():
+            shutil.rmtree(folder)
+    except OSError as error:
+        shutil.rmtree(folder.with_name(f".{folder.name}.building"), ignore_errors=True)
+        raise _unwritable("The plots of the report", folder, error) from error
+
+
+def named_plots(page: Mapping[str, Any]) -> dict[str, Drawing]:
+    """Every drawing of a page, in its order, by a file name without suffix that is made of its heading.
+
+    Headings that stand for several sets are told apart by the set's name, and what is still alike by a number.
+    """
+    found = list(_figures(page))
+    headings = [slug(figure.heading) or "plot" for _, figure in found]
+    named: dict[str, Drawing] = {}
+    for (part, figure), heading in zip(found, headings, strict=True):
+        name = f"{slug(part)}-{heading}" if headings.count(heading) > 1 and slug(part) else heading
+        unique, number = name, 2
+        while unique in named:
+            unique, number = f"{name}-{number}", number + 1
+        named[unique] = figure.drawing
+    return named
+
+
+def slug(text: str) -> str:
+    """Lower-case Latin letters and digits joined by hyphens, safe as a file's name; empty if there are none."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", plain)[:_LONGEST_NAME].strip("-")
+
+
+def _figures(part: Any, name: str = "") -> Iterator[tuple[str, Figure]]:
+    """The figures in a part of the page, each with the name of the part that it is of."""
+    if isinstance(part, Figure):
+        yield name, part
+    elif isinstance(part, Mapping):
+        own = part.get("name")
+        for value in part.values():
+            yield from _figures(value, own if isinstance(own, str) else name)
+    elif isinstance(part, (list, tuple)):
+        for value in part:
+            yield from _figures(value, name)
+
+
+def _unwritable(what: str, path: Path, error: OSError) -> RunError:
+    return RunError(
+        f"{what} cannot be written: {error.strerror or error}.",
+        where=str(path),
+        fix="Check the folder's permissions and the space left on its disk.",
+    )

@@ -1,0 +1,84 @@
+"""What the page shows of the judge's labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trl_rlaif.report import plots
+from trl_rlaif.report.content import Run
+from trl_rlaif.report.figures import Figure, share
+from trl_rlaif.report.label_content import Labels
+from trl_rlaif.report.reliability import confidence_bins, reliability_figure
+from trl_rlaif.report.wording import count, label, number, section
+
+
+def label_part(run: Run) -> dict[str, Any]:
+    """Confidences, winners, reliability, the label stage's shares, and some labeled pairs."""
+    labels, result = run.labels, section(run.results, "label")
+    histogram = None
+    if labels.confidences:
+        sure = sum(value >= 0.9 for value in labels.confidences)
+        title = f"Confidence of {len(labels.confidences):,} labels; {sure:,} are at 0.9 or more"
+        drawing = plots.confidence_histogram(labels.confidences, title)
+        histogram = Figure(
+            "How sure the judge is",
+            drawing,
+            "A label near 0.5 teaches the reward model little.",
+            f"{sure:,} of {len(labels.confidences):,} at 0.9 or more",
+        )
+    bias, mass, agreement = (section(result, key) for key in ("position_bias", "mass", "agreement"))
+    return {
+        "histogram": histogram,
+        "winners": labels.winners,
+        "asked_twice": sum(labels.winners.values()),
+        "ties": labels.ties,
+        "bias": share(bias),
+        "agreement": share(agreement),
+        "mass": {key: number(mass.get(key)) for key in ("mean", "min", "low")},
+        "confidence": number(result.get("mean_confidence")),
+        "ece": number(result.get("ece")),
+        "speed": number(result.get("pairs_per_second")),
+        "comparison": [_compared(name, values) for name, values in section(result, "comparison").items()],
+        "calibration": _calibration(section(result, "calibration")),
+        "reliability": _reliability(labels, number(result.get("ece"))),
+        "pairs": labels.pairs,
+        "confidences": len(labels.confidences),
+    }
+
+
+def _compared(name: Any, values: Any) -> dict[str, Any]:
+    """One labeler's row in the table that compares them."""
+    values = values if isinstance(values, dict) else {}
+    against = section(values, "against_first")
+    return {
+        "name": label(name),
+        "agreement": share(section(values, "agreement")),
+        "bias": share(section(values, "position_bias")),
+        "mass": number(section(values, "mass").get("mean")),
+        "ece": number(values.get("ece")),
+        "speed": number(values.get("pairs_per_second")),
+        "difference": number(against.get("difference")),
+        "p_value": number(against.get("p_value")),
+    }
+
+
+def _calibration(values: dict[str, Any]) -> dict[str, Any] | None:
+    """Temperature, bias, and what they changed on pairs that they were not fitted to."""
+    if not values:
+        return None
+    held_out = section(values, "cross_validated")
+    return {
+        "temperature": number(values.get("temperature")),
+        "bias": number(values.get("position_bias")),
+        "pairs": number(values.get("pairs")),
+        "ece": [number(section(held_out, when).get("ece")) for when in ("before", "after")],
+        "agreement": [share(section(section(held_out, when), "agreement"))["rate"] for when in ("before", "after")],
+    }
+
+
+def _reliability(labels: Labels, ece: float | None) -> Figure | None:
+    """How often people chose as the label, by its confidence; None where nobody was asked."""
+    answers = [(max(p, 1 - p), 0.5 if p == 0.5 else float((p > 0.5) == (human == 1))) for p, human in labels.answers]
+    title = f"How often people choose as the label does, by its confidence, on {count(len(answers), 'pair')}"
+    caption = "Confidence is max(p, 1 − p) of the label; right is what people chose."
+    return reliability_figure(confidence_bins(answers), "Do people agree when it is sure?", title, caption, ece)
