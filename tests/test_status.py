@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 
 import pytest
+import yaml
 from helpers.recipes import tiny_recipe, write_recipe
 from rich.console import Console
 
@@ -396,3 +398,25 @@ def test_a_finished_run_is_done(tiny_model, tmp_path):
     status = read_status(tmp_path / "out")
     assert (status.state, status.resume, _states(status)) == ("done", "", ["done"])
     assert status.stages[0].seconds > 0 and status.stages[0].summary
+
+
+def test_a_comparison_is_told_by_arms(tmp_path):
+    from trl_rlaif.status import describe
+
+    resolved = {"run": {"name": "all"}, "compare": [{"plain": {}}, {"direct": {}}, {"dpo": {}}], "rl": {}}
+    (tmp_path / ".state").mkdir()
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(resolved))
+    for name, complete in (("plain", True), ("direct", False)):
+        run = tmp_path / "arms" / name
+        (run / ".state").mkdir(parents=True)
+        (run / "recipe.yaml").write_text(yaml.safe_dump({"run": {"name": "all"}, "rl": {}}))
+        (run / ".state" / "rl.json").write_text(json.dumps({"fingerprint": "f", "complete": complete}))
+        (run / "results.json").write_text(json.dumps({"rl": {"seconds": 5.0}} if complete else {}))
+    with (tmp_path / ".state" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = read_status(tmp_path)
+        assert [(s.name, s.state) for s in found.stages] == [
+            ("plain", "done"), ("direct", "interrupted"), ("dpo", "waiting"), ("compare", "waiting"),
+        ]  # fmt: skip
+        assert found.stages[0].seconds == 5.0 and "interrupted: rl" in describe(found)
+    assert read_status(tmp_path).state == "interrupted"

@@ -21,6 +21,8 @@ from rich.text import Text
 from trl_rlaif.errors import UserError
 from trl_rlaif.progress import PROGRESS_FILE, pace
 from trl_rlaif.recipe import STAGES
+from trl_rlaif.recipe.arms import ARMS_FOLDER
+from trl_rlaif.recipe.arms import KEY as COMPARE
 from trl_rlaif.report.wording import clean, duration, label
 from trl_rlaif.runner import summary
 
@@ -123,6 +125,8 @@ class Status:
 def read_status(folder: str | Path) -> Status:
     """What the run in a folder is doing; the folder is only read.
 
+    Of a comparison the stages are its arms, each with what is being done in it, and at last ``compare``.
+
     Raises:
         UserError: No run lives there.
     """
@@ -134,7 +138,10 @@ def read_status(folder: str | Path) -> Status:
         folder, alive, _object(folder / ".state" / PROGRESS_FILE), _object(folder / "results.json"), time.time()
     )
     progress, prints = read.progress, read.progress.get("stages") or dict.fromkeys(_stages_of(recipe))
-    stages = tuple(read.stage(name, fingerprint) for name, fingerprint in prints.items())
+    if COMPARE in recipe:
+        stages = (*(_arm(folder / ARMS_FOLDER / name, alive) for name in _arms_of(recipe)), read.comparison())
+    else:
+        stages = tuple(read.stage(name, fingerprint) for name, fingerprint in prints.items())
     state = "running" if alive else "ended" if progress.get("outcome") == "done" else "interrupted"
     if stages and not alive and all(stage.state == "done" for stage in stages):
         state = "done"
@@ -153,6 +160,22 @@ def read_status(folder: str | Path) -> Status:
         resume=resume,
         resume_in=progress.get("cwd", "") if resume else "",
     )
+
+
+def _arm(folder: Path, alive: bool) -> StageStatus:
+    """An arm of a comparison as a stage: what its own run is doing."""
+    if not (folder / "recipe.yaml").is_file():
+        return StageStatus(folder.name, "waiting")
+    run = read_status(folder)
+    if run.state == "done":
+        seconds = [stage.seconds for stage in run.stages if stage.seconds is not None]
+        last = next((stage for stage in reversed(run.stages) if stage.summary), None)
+        return StageStatus(folder.name, "done", sum(seconds), last.summary if last else "")
+    at = next((stage for stage in run.stages if stage.state in ("running", "interrupted")), None)
+    if at is None:
+        return StageStatus(folder.name, "waiting" if alive else "interrupted")
+    bars = at.bars or (Bar(at.name, 0, 0, "", None, None),)
+    return StageStatus(folder.name, at.state, run.seconds, "", bars, at.step, at.metrics)
 
 
 def follow(folder: str | Path, seconds: float = WATCH_SECONDS) -> Iterator[Status]:
@@ -199,7 +222,8 @@ def show(folder: str | Path, *, watch: bool = False, as_json: bool = False) -> N
 def describe(status: Status) -> str:
     """A line for the run, one for each stage, and how to go on where it stands still."""
     lines = [f"{status.name} ({status.folder}): {_of_run(status)}"]
-    lines += [f"  {stage.name:<10}{_of_stage(stage)}" for stage in status.stages]
+    width = max([10, *(len(stage.name) + 2 for stage in status.stages)])
+    lines += [f"  {stage.name:<{width}}{_of_stage(stage)}" for stage in status.stages]
     lines += [f"            {_of_metrics(stage)}" for stage in status.stages if stage.metrics]
     if status.state == "interrupted":
         lines.append("What was done is kept; --resume goes on.")
@@ -226,7 +250,7 @@ def _of_stage(stage: StageStatus) -> str:
         return f"done{f' in {took}' if took else ''}{f'. {stage.summary}' if stage.summary else ''}"
     if stage.state == "waiting":
         return f"waiting{f'; {stage.summary}' if stage.summary else ''}"
-    bars = [f"{bar.description} {bar.done} of {bar.total}{_pace(bar)}" for bar in stage.bars]
+    bars = [bar.description + (f" {bar.done} of {bar.total}{_pace(bar)}" if bar.total else "") for bar in stage.bars]
     since = f" for {took}" if took and stage.state == "running" else ""
     return f"{stage.state}{since}{': ' if bars else ''}{'; '.join(bars)}"
 
@@ -270,6 +294,15 @@ class _Read:
         step, metrics = _last_metrics(self.folder / "metrics.jsonl", name)
         bars = self._bars() if self.progress.get("stage") == name else ()
         return StageStatus(name, "interrupted", bars=bars, step=step, metrics=metrics)
+
+    def comparison(self) -> StageStatus:
+        """The judging of all arms against each other, which has no marker: its results are the last thing written."""
+        if self.alive:
+            return self._running(COMPARE) if self.progress.get("stage") == COMPARE else StageStatus(COMPARE, "waiting")
+        numbers = self.results.get(COMPARE)
+        if numbers and self.progress.get("outcome") == "done":
+            return StageStatus(COMPARE, "done", numbers.get("seconds"), summary(COMPARE, numbers))
+        return StageStatus(COMPARE, "interrupted" if self.progress.get("stage") == COMPARE else "waiting")
 
     def _running(self, name: str) -> StageStatus:
         seconds = max(self.now - self.progress.get("stage_started_at", self.now), 0)
@@ -336,6 +369,12 @@ def _stages_of(recipe: dict[str, Any]) -> list[str]:
     """The stages of a resolved recipe, where the run has not written down its own."""
     data = recipe.get("data") or {}
     return [s for s in STAGES if s in recipe or (s == "sample" and isinstance(data, dict) and data.get("pairs"))]
+
+
+def _arms_of(recipe: dict[str, Any]) -> list[str]:
+    """The names of a resolved recipe's arms."""
+    arms = recipe[COMPARE] if isinstance(recipe[COMPARE], list) else []
+    return [name for arm in arms if isinstance(arm, dict) for name in arm if isinstance(name, str)]
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -8,11 +8,9 @@ from typing import Any
 
 from trl_rlaif.artifacts import RunFolder
 from trl_rlaif.plugins import Plugins
-from trl_rlaif.progress import say
+from trl_rlaif.progress import publishing, say
 from trl_rlaif.recipe import Recipe
-
-# Below it each arm has a run's folder of its own.
-ARMS_FOLDER = "arms"
+from trl_rlaif.recipe.arms import ARMS_FOLDER, KEY
 
 
 def run_comparison(
@@ -37,24 +35,26 @@ def run_comparison(
         UserError: The folder is used already, or is not writable.
     """
     from trl_rlaif.comparison.matches import play
+    from trl_rlaif.report import write_report
     from trl_rlaif.runner import prepare, run_recipe, summary
 
     folder, started = RunFolder(output), time.monotonic()
     with folder.locked():
         prepare(recipe, folder, command, used=resume)
-        runs: dict[str, RunFolder] = {}
-        for number, (name, arm) in enumerate(recipe.arms.items(), 1):
-            say(f"Arm {number} of {len(recipe.arms)}: {name}")
-            path = folder / ARMS_FOLDER / name
-            runs[name] = run_recipe(arm, plugins, path, resume=True, command=command, donors=list(runs.values()))
-        numbers = play(recipe, plugins, folder, runs)
-        numbers |= {"arms": {name: _of_arm(run) for name, run in runs.items()}}
-        folder.add_results("compare", numbers | {"seconds": time.monotonic() - started})
-        say(f"compare: done in {time.monotonic() - started:.0f} s. {summary('compare', numbers)}")
-        if recipe.report is not None:
-            from trl_rlaif.report import write_report
-
-            write_report(folder.path)
+        with publishing(folder.state, dict.fromkeys([*recipe.arms, KEY], "")) as publisher:
+            runs: dict[str, RunFolder] = {}
+            for number, (name, arm) in enumerate(recipe.arms.items(), 1):
+                say(f"Arm {number} of {len(recipe.arms)}: {name}")
+                publisher.begin(name)
+                path, donors = folder / ARMS_FOLDER / name, list(runs.values())
+                runs[name] = run_recipe(arm, plugins, path, resume=True, command=command, donors=donors)
+            publisher.begin(KEY)
+            numbers = play(recipe, plugins, folder, runs)
+            numbers |= {"arms": {name: _of_arm(run) for name, run in runs.items()}}
+            folder.add_results(KEY, numbers | {"seconds": time.monotonic() - started})
+            say(f"{KEY}: done in {time.monotonic() - started:.0f} s. {summary(KEY, numbers)}")
+            if recipe.report is not None:
+                write_report(folder.path)
     return folder
 
 

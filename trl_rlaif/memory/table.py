@@ -11,12 +11,15 @@ _WIDTH = 72
 
 
 def describe(recipe: Recipe) -> str:
-    """What ``trl-rlaif memory`` prints: parts, stages, peak and cards.
+    """What ``trl-rlaif memory`` prints: parts, stages, peak and cards; of a comparison for the arm that needs most.
 
     Raises:
         UserError: The model's configuration cannot be read, or does not suit the recipe.
     """
     shape = ModelShape.from_config(load_config(recipe.model.path))
+    if recipe.arms:
+        name = max(recipe.arms, key=lambda name: plan_memory(recipe.arms[name], shape).peak)
+        return f"The arm that needs most: {name}\n\n{describe(recipe.arms[name])}"
     plan = plan_memory(recipe, shape)
     lines = [f"{recipe.model.path}: {shape.numel / 1e9:.2f} billion parameters, {shape.layers} layers", ""]
     lines += _peak_stage(plan) + [""] + _all_phases(plan) + [""]

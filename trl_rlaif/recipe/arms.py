@@ -10,6 +10,8 @@ from trl_rlaif.recipe.source import KeyPath, Source
 from trl_rlaif.recipe.wording import nearest_or_all
 
 KEY = "compare"
+# In a comparison's folder, where each arm has a run's folder of its own.
+ARMS_FOLDER = "arms"
 
 # What an arm may change. The start, the seed and the measurement are common to all arms, or they could not be compared.
 CHANGEABLE = ("data", "sample", "label", "reward", "rl")

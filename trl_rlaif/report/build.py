@@ -7,7 +7,9 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from trl_rlaif.recipe.arms import KEY as COMPARE
 from trl_rlaif.report import doubts, findings, wording
+from trl_rlaif.report.comparison import comparison_page
 from trl_rlaif.report.content import MAX_SAMPLES, Run, read_run
 from trl_rlaif.report.figures import reward_part, rl_part, set_part, sft_part
 from trl_rlaif.report.files import write_page, write_plots
@@ -18,11 +20,12 @@ from trl_rlaif.report.rehearsal_figures import rehearsal_part
 from trl_rlaif.report.score_figures import score_part
 
 _HERE = Path(__file__).parent
+_RUN, _COMPARISON = "template.html.jinja", "comparison.html.jinja"
 PREVIEW_CHARACTERS = 700
 
 
 def write_report(folder: str | Path) -> Path:
-    """Build ``report.html`` from a run's folder, whatever stages it holds, and return its path.
+    """Build ``report.html`` from a run's or a comparison's folder, whatever it holds, and return its path.
 
     Beside it, the folder ``report`` gets every plot of the page as SVG and PNG. The page is replaced in one step, and
     so is the folder: a kill leaves the old one or the new one. The same run gives the same bytes.
@@ -32,14 +35,15 @@ def write_report(folder: str | Path) -> Path:
         RunError: The page or the plots cannot be written there.
     """
     folder = Path(folder)
-    page = run_page(read_run(folder))
-    path = folder / "report.html"
-    write_page(path, render(page))
+    run, path = read_run(folder), folder / "report.html"
+    compared = COMPARE in run.recipe
+    page = comparison_page(run, folder) if compared else run_page(run)
+    write_page(path, render(page, _COMPARISON if compared else _RUN))
     write_plots(folder / "report", page)
     return path
 
 
-def render(page: dict[str, Any], name: str = "template.html.jinja") -> str:
+def render(page: dict[str, Any], name: str = _RUN) -> str:
     """The HTML of a page: the template ``name`` filled with the values of ``page``."""
     import jinja2
     from markupsafe import Markup

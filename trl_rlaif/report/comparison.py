@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trl_rlaif.recipe.arms import ARMS_FOLDER, START
 from trl_rlaif.report import plots
 from trl_rlaif.report.content import Run
 from trl_rlaif.report.figures import Figure
@@ -17,7 +18,6 @@ from trl_rlaif.report.wording import count, label, number, section
 MAX_PROMPTS = 60
 MAX_ARMS = 24
 PREVIEW_CHARACTERS = 700
-_START = "start"
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _row(
         agreement=number(agreement.get("rate")),
         seconds=number(own.get("seconds")),
         # An arm's name is a folder's name: nothing else reaches the link.
-        report=f"arms/{key}/report.html" if own else "",
+        report=f"{ARMS_FOLDER}/{key}/report.html" if own else "",
     )
 
 
@@ -147,7 +147,13 @@ def _drawn(name: str, ranked: list[ArmRow]) -> list[Figure]:
     if len(moved) > 1:
         title = f"Win rate over all others against KL to the start on {name}"
         caption = "What was gained, against how far the policy went from the start."
-        figures.append(Figure("Win rate against KL", plots.named_points(moved, title), caption))
+        figures.append(
+            Figure(
+                "Win rate against KL",
+                plots.named_points(moved, title, ("KL to the start, in nats", "win rate")),
+                caption,
+            )
+        )
     return figures
 
 
@@ -160,7 +166,7 @@ def _summary(compare: dict[str, Any], sets: list[dict[str, Any]]) -> list[str]:
         if best is None:
             sentences.append(f"On {one['name']} nothing was judged.")
             continue
-        start = next((row for row in one["rows"] if row.name == _START), None)
+        start = next((row for row in one["rows"] if row.name == START), None)
         sentence = f"On {one['name']}, {best.name} wins most: {best.overall.text} of its comparisons"
         sentence += f" (interval {best.overall.interval_text})" if best.overall.interval_text else ""
         if start is not None and start.overall and start is not best:
@@ -182,10 +188,10 @@ def _asked(folder: Path, arms: list[Any], notes: list[str]) -> list[Asked]:
     for arm in arms:
         if not isinstance(arm, str) or Path(arm).name != arm:
             continue
-        for row in lines(folder / "arms" / arm / "samples.jsonl", notes):
+        for row in lines(folder / ARMS_FOLDER / arm / "samples.jsonl", notes):
             key = (label(row.get("set")) or "held-out", label(row.get("id")))
             if key not in found:
                 found[key] = Asked(key[0], label(row.get("category")), turns(row.get("prompt")), [])
-                found[key].answers.append((_START, turn("", row.get("start"))))
+                found[key].answers.append((START, turn("", row.get("start"))))
             found[key].answers.append((label(arm), turn("", row.get("trained"))))
     return list(found.values())

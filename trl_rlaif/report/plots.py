@@ -66,7 +66,11 @@ def score_over_kl(points: Points, title: str) -> Drawing:
     return draw_plot(draw, title, (4.4, 3.0))
 
 
-def win_rates(rows: Sequence[tuple[str, float, Ends | None, float | None, Ends | None]], title: str) -> Drawing:
+def win_rates(
+    rows: Sequence[tuple[str, float, Ends | None, float | None, Ends | None]],
+    title: str,
+    x_label: str = "win rate against the start",
+) -> Drawing:
     """A row a judge: ``(name, win rate, its interval, win rate at equal length, its interval)``, around the half."""
 
     def draw(axes: Any) -> None:
@@ -85,12 +89,26 @@ def win_rates(rows: Sequence[tuple[str, float, Ends | None, float | None, Ends |
         axes.set_yticks(places, [_short(row[0]) for row in rows])
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.set_xlim(0, 1)
-        axes.set_xlabel("win rate against the start")
+        axes.set_xlabel(x_label)
         axes.grid(False, axis="y")
         if both:
             _legend(axes, 2)
 
     return draw_plot(draw, title, (4.4, 1.5 + 0.42 * len(rows)))
+
+
+def named_points(points: Sequence[tuple[str, float, float]], title: str, labels: tuple[str, str]) -> Drawing:
+    """Points ``(name, x, y)`` with their names beside them; ``labels`` are those of the axes."""
+
+    def draw(axes: Any) -> None:
+        axes.plot([x for _, x, _ in points], [y for *_, y in points], "o", color=COLOURS[0], markersize=5)
+        for name, x, y in points:
+            axes.annotate(_short(name), (x, y), (5, 3), textcoords="offset points", fontsize=9)
+        axes.margins(0.18)
+        axes.set_xlabel(labels[0])
+        axes.set_ylabel(labels[1])
+
+    return draw_plot(draw, title, (4.4, 3.0))
 
 
 def confidence_histogram(confidences: Sequence[float], title: str) -> Drawing:
