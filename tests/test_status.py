@@ -129,7 +129,7 @@ def test_the_time_left_grows_shorter_without_a_word(folder, monkeypatch):
         told["bars"][0]["seconds_left"] = 5.0
         write_atomically(folder.state / PROGRESS_FILE, json.dumps(told))
         for seconds in (0, 3, 10**6):
-            monkeypatch.setattr("trl_rlaif.status.time.time", lambda s=seconds: told["updated_at"] + s)
+            monkeypatch.setattr("trl_rlaif.status.reading.time.time", lambda s=seconds: told["updated_at"] + s)
             left.append(read_status(folder.path).stages[1].bars[0].seconds_left)
 
     _labels(folder, look)
@@ -226,7 +226,7 @@ def test_it_answers_without_loading_a_heavy_library(folder):
 
 def test_watching_ends_with_the_run(folder, monkeypatch, capsys):
     looks = []
-    monkeypatch.setattr("trl_rlaif.status.time.sleep", lambda seconds: looks.append(seconds))
+    monkeypatch.setattr("trl_rlaif.status.showing.time.sleep", lambda seconds: looks.append(seconds))
 
     def watch():
         for status in follow(folder.path):
