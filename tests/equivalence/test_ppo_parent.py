@@ -1,4 +1,4 @@
-"""With nothing added, PPOTrainer gives the numbers of trl.experimental.ppo.PPOTrainer."""
+"""With nothing added, PPOTrainer gives the numbers of trl.experimental.ppo.PPOTrainer, where TRL has that."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from datasets import Dataset
 from helpers.tiny import make_llama, make_scorer, make_tokenizer
 from peft import LoraConfig
 from transformers import DataCollatorWithPadding
-from trl.experimental.ppo import PPOConfig as ParentConfig
-from trl.experimental.ppo import PPOTrainer as ParentTrainer
 
 from trl_rlaif import PPOConfig, PPOTrainer
+
+pytestmark = pytest.mark.trl
+parent_ppo = pytest.importorskip("trl.experimental.ppo", reason="TRL has none since 1.13", exc_type=ImportError)
 
 # All but policy/entropy_avg: the parent also averages over the padding behind a response's end.
 COMPARED = [
@@ -66,7 +67,7 @@ def _train(trainer_class, config_class, folder, *, lora=False, **options):
         make_scorer(len(tokenizer), seed=1),
         dataset,
         make_scorer(len(tokenizer), seed=2),
-        DataCollatorWithPadding(tokenizer) if trainer_class is ParentTrainer else None,
+        DataCollatorWithPadding(tokenizer) if trainer_class is parent_ppo.PPOTrainer else None,
         peft_config=peft_config,
     )
     logged = []
@@ -86,7 +87,7 @@ def _train(trainer_class, config_class, folder, *, lora=False, **options):
     ids=["defaults", "stop at eos", "k3 and discount", "LoRA policy"],
 )
 def test_three_updates_equal_the_parents(tmp_path, options):
-    parent = _train(ParentTrainer, ParentConfig, tmp_path / "parent", **options)
+    parent = _train(parent_ppo.PPOTrainer, parent_ppo.PPOConfig, tmp_path / "parent", **options)
     ours = _train(PPOTrainer, PPOConfig, tmp_path / "ours", **options)
     assert len(parent) == len(ours) == 3
     for theirs, mine in zip(parent, ours, strict=True):

@@ -23,6 +23,8 @@ from trl import RewardTrainer as ParentTrainer
 from trl_rlaif import RewardTrainer
 from trl_rlaif.models import keep_gradients
 
+pytestmark = pytest.mark.trl
+
 WORDS = "quick brown fox lazy dog capital city country judge over".split()
 
 

@@ -9,6 +9,8 @@ from helpers.ppo import numbers, small_trainer
 from trl_rlaif import UserError
 from trl_rlaif.ppo import checkpoint
 
+pytestmark = pytest.mark.trl
+
 
 def test_a_checkpoint_with_a_shortened_or_missing_file_is_passed_over(tmp_path):
     small_trainer(tmp_path, save_strategy="steps", save_steps=1).train()

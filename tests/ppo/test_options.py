@@ -15,7 +15,9 @@ from trl_rlaif.events import Rollout
 from trl_rlaif.ppo.advantages import explained_variance
 from trl_rlaif.ppo.config import PRESETS
 from trl_rlaif.ppo.scores import KLWeight, shaped_scores
-from trl_rlaif.ppo.trl_base import TrlPPOConfig
+from trl_rlaif.ppo.trl_base import BasePPOConfig
+
+pytestmark = pytest.mark.trl
 
 SCORES = [2.0, -1.0, 0.5, 7.0]
 
@@ -131,9 +133,9 @@ def test_reinforce_is_one_pass_without_a_clipped_ratio(tmp_path):
         assert logged["val/ratio"] == pytest.approx(1, abs=1e-5)
 
 
-def test_trls_own_arguments_get_the_defaults(tmp_path):
+def test_the_bases_arguments_get_the_defaults(tmp_path):
     options = {"per_device_train_batch_size": 4, "bf16": False, "report_to": "none", "response_length": 8}
-    theirs = TrlPPOConfig(str(tmp_path), total_episodes=4, num_sample_generations=0, **options)
+    theirs = BasePPOConfig(str(tmp_path), total_episodes=4, num_sample_generations=0, **options)
     trainer = small_trainer(tmp_path)
     other = type(trainer)(
         theirs, make_tokenizer(), make_llama(len(make_tokenizer())),

@@ -9,6 +9,8 @@ import torch
 from helpers import ppo_processes, ppo_task
 from helpers.processes import launch
 
+pytestmark = pytest.mark.trl
+
 # Not compared: what is measured in time, and the variance over micro-batches, which are others in each run.
 METRICS = [
     "objective/kl",

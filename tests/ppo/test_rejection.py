@@ -19,6 +19,8 @@ from trl_rlaif import DataSelector, RewardTransform, Selection, SharedBase, User
 from trl_rlaif.ppo.rejection import RejectionTrainer, as_dataset, count_iterations, sft_config
 from trl_rlaif.ppo.selection import draw_pool
 
+pytestmark = pytest.mark.trl
+
 
 class Watching(DataSelector):
     """Accepts by options as rejection_sampling does, and keeps what it saw."""

@@ -21,6 +21,8 @@ from trl_rlaif.plugins import Plugins, installed_plugins
 from trl_rlaif.ppo.metrics import category_spreads
 from trl_rlaif.reward.heads import add_expected
 
+pytestmark = pytest.mark.trl
+
 
 def test_a_length_penalty_in_five_lines(tmp_path):
     tokenizer, model = make_tokenizer(), make_llama(len(make_tokenizer()))

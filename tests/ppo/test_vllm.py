@@ -27,6 +27,8 @@ from trl_rlaif.ppo.rollout import generate, response_lengths
 from trl_rlaif.ppo.vllm import MergedPolicy
 from trl_rlaif.recipe import parse_recipe
 
+pytestmark = pytest.mark.trl
+
 IDS = torch.tensor([[5, 6, 7, 8, 3], [9, 4, 3, 7, 11]])
 PROMPTS = [f"what is the {'quick ' * i}fox?" for i in range(8)]
 SETTINGS = [f.name for f in PPOConfig.__dataclass_fields__.values() if f.name.startswith("vllm_")]

@@ -21,6 +21,8 @@ from trl_rlaif.reward.heads import add_expected
 from trl_rlaif.reward.packing import PADDING, PackedRow, pack, packed_mask, row_groups
 from trl_rlaif.reward.scoring import PairScorer, can_pack
 
+pytestmark = pytest.mark.trl
+
 PAIRS = [
     ([5, 9, 4, 7, 8, 2], [5, 9, 4, 6]),
     ([5, 3], [5, 3, 8, 8, 9, 10, 11, 12, 13]),

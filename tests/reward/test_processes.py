@@ -9,6 +9,8 @@ from helpers.processes import launch
 
 from trl_rlaif.reward import scoring
 
+pytestmark = pytest.mark.trl
+
 
 @pytest.mark.parametrize("layout", ["rows", "groups"])
 def test_two_processes_train_as_one(tmp_path, layout, monkeypatch):

@@ -14,6 +14,8 @@ from trl_rlaif import RewardTrainer, load_reward_model
 from trl_rlaif.compute.lean_lora import make_lean
 from trl_rlaif.models import ModelSpec, load_model
 
+pytestmark = pytest.mark.trl
+
 LORA = LoraConfig(r=4, task_type="SEQ_CLS", target_modules="all-linear", modules_to_save=["score"])
 
 

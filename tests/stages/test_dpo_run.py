@@ -20,6 +20,8 @@ from trl_rlaif.runner import run_recipe
 from trl_rlaif.stages.context import Context
 from trl_rlaif.stages.dpo import build_trainer
 
+pytestmark = pytest.mark.trl
+
 RL = {"algorithm": "dpo", "kl_coef": 0.3, "num_train_epochs": 2, "per_device_train_batch_size": 4}
 
 

@@ -18,6 +18,8 @@ from trl_rlaif.runner import run_recipe
 from trl_rlaif.stages.context import Context
 from trl_rlaif.stages.rl import build_trainer
 
+pytestmark = pytest.mark.trl
+
 RL = {
     "algorithm": "rejection_sampling",
     "rewards": ["reward", "helpers.rewards:length_penalty"],

@@ -20,6 +20,8 @@ from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.runner import run_recipe
 from trl_rlaif.stages.reward import tokenize_preference
 
+pytestmark = pytest.mark.trl
+
 
 @pytest.fixture(scope="module")
 def finished(tiny_model, tmp_path_factory):

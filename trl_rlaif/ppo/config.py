@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from trl_rlaif.errors import Problem, UserError
-from trl_rlaif.ppo.trl_base import TrlPPOConfig
+from trl_rlaif.ppo.own_config import setting
+from trl_rlaif.ppo.trl_base import BasePPOConfig
 
 # REINFORCE with a learned baseline as in Lee et al. 2023: one pass over each batch, whose ratio is 1, returns without
 # discount, and (1 - beta) * reward - beta * KL with beta = 0.05 at sampling temperature 0.9.
@@ -28,13 +29,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def _setting(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
-class PPOConfig(TrlPPOConfig):
-    """TRL's PPOConfig with what the loop here adds; every added field is off by default.
+class PPOConfig(BasePPOConfig):
+    """The PPOConfig of TRL 1.12 with what the loop here adds; every added field is off by default.
 
     Args:
         max_prompt_length: Longest prompt in tokens; a longer one is left out, counted and reported.
@@ -65,36 +62,36 @@ class PPOConfig(TrlPPOConfig):
             Prompts that leave no room for the response in ``vllm_max_model_length`` are left out.
     """
 
-    max_prompt_length: int | None = _setting(
+    max_prompt_length: int | None = setting(
         None, "Longest prompt in tokens; longer ones are left out, counted and reported."
     )
-    value: Literal["adapter", "trunk"] = _setting("adapter", "The value: an adapter, or a head on the policy's trunk.")
-    micro_batch_tokens: int | None = _setting(None, "Most tokens in one forward and backward pass; None: no limit.")
-    kl_weighting: Literal["additive", "weighted"] = _setting(
+    value: Literal["adapter", "trunk"] = setting("adapter", "The value: an adapter, or a head on the policy's trunk.")
+    micro_batch_tokens: int | None = setting(None, "Most tokens in one forward and backward pass; None: no limit.")
+    kl_weighting: Literal["additive", "weighted"] = setting(
         "additive", "score - beta KL, or (1 - beta) score - beta KL."
     )
-    kl_target: float | None = _setting(None, "KL in nats a response that kl_coef is steered to; None: fixed.")
-    kl_horizon: int = _setting(10_000, "Episodes in which the steering of kl_coef takes effect.")
-    max_update_kl: float | None = _setting(None, "Stop an update's epochs beyond this approximate KL, nats a token.")
-    whiten_scores: bool = _setting(False, "Scale each batch's scores to zero mean and unit variance.")
-    score_clip: float | None = _setting(None, "Keep scores within plus and minus this; None: no limit.")
-    length_penalty: float = _setting(0.0, "Taken from the score of a response of full length, else in proportion.")
-    selection_prompts: int | None = _setting(None, "Prompts to which selectors see responses; None: all.")
-    selection_every: int | None = _setting(None, "Updates after which the selectors choose anew; None: once.")
-    rehearsal_coef: float = _setting(0.01, "gamma, the weight of the rehearsed pairs' NLL.")
-    rehearsal_schedule: Literal["constant", "linear", "cosine"] = _setting("constant", "gamma over the run.")
-    rehearsal_batch_size: int | None = _setting(None, "Pairs an optimizer step; None: a quarter of a minibatch.")
-    generation: Literal["transformers", "vllm"] = _setting("transformers", "What draws the responses.")
-    vllm_mode: Literal["colocate", "server"] = _setting("colocate", "On the training GPUs, or a server of its own.")
-    vllm_server_base_url: str | None = _setting(None, "The server's address, in place of host and port.")
-    vllm_server_host: str = _setting("0.0.0.0", "The server's host.")
-    vllm_server_port: int = _setting(8000, "The server's port.")
-    vllm_server_timeout: float = _setting(240.0, "Seconds to wait until the server is up.")
-    vllm_group_port: int = _setting(51216, "Port over which the server is sent the weights.")
-    vllm_gpu_memory_utilization: float = _setting(0.3, "Share of a GPU's memory for the colocated engine, 0 to 1.")
-    vllm_tensor_parallel_size: int = _setting(1, "GPUs that one colocated engine is spread over.")
-    vllm_max_model_length: int | None = _setting(None, "Most tokens of prompt and response; None: the model's context.")
-    vllm_enable_sleep_mode: bool = _setting(False, "Free the colocated engine's memory while the policy is trained.")
+    kl_target: float | None = setting(None, "KL in nats a response that kl_coef is steered to; None: fixed.")
+    kl_horizon: int = setting(10_000, "Episodes in which the steering of kl_coef takes effect.")
+    max_update_kl: float | None = setting(None, "Stop an update's epochs beyond this approximate KL, nats a token.")
+    whiten_scores: bool = setting(False, "Scale each batch's scores to zero mean and unit variance.")
+    score_clip: float | None = setting(None, "Keep scores within plus and minus this; None: no limit.")
+    length_penalty: float = setting(0.0, "Taken from the score of a response of full length, else in proportion.")
+    selection_prompts: int | None = setting(None, "Prompts to which selectors see responses; None: all.")
+    selection_every: int | None = setting(None, "Updates after which the selectors choose anew; None: once.")
+    rehearsal_coef: float = setting(0.01, "gamma, the weight of the rehearsed pairs' NLL.")
+    rehearsal_schedule: Literal["constant", "linear", "cosine"] = setting("constant", "gamma over the run.")
+    rehearsal_batch_size: int | None = setting(None, "Pairs an optimizer step; None: a quarter of a minibatch.")
+    generation: Literal["transformers", "vllm"] = setting("transformers", "What draws the responses.")
+    vllm_mode: Literal["colocate", "server"] = setting("colocate", "On the training GPUs, or a server of its own.")
+    vllm_server_base_url: str | None = setting(None, "The server's address, in place of host and port.")
+    vllm_server_host: str = setting("0.0.0.0", "The server's host.")
+    vllm_server_port: int = setting(8000, "The server's port.")
+    vllm_server_timeout: float = setting(240.0, "Seconds to wait until the server is up.")
+    vllm_group_port: int = setting(51216, "Port over which the server is sent the weights.")
+    vllm_gpu_memory_utilization: float = setting(0.3, "Share of a GPU's memory for the colocated engine, 0 to 1.")
+    vllm_tensor_parallel_size: int = setting(1, "GPUs that one colocated engine is spread over.")
+    vllm_max_model_length: int | None = setting(None, "Most tokens of prompt and response; None: the model's context.")
+    vllm_enable_sleep_mode: bool = setting(False, "Free the colocated engine's memory while the policy is trained.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,9 +136,9 @@ class PPOConfig(TrlPPOConfig):
             raise UserError.from_problems(problems)
 
 
-def with_defaults(args: TrlPPOConfig) -> TrlPPOConfig:
-    """TRL's own arguments with the defaults of what is added here."""
-    for setting in fields(PPOConfig):
-        if not hasattr(args, setting.name):
-            setattr(args, setting.name, setting.default)
+def with_defaults(args: BasePPOConfig) -> BasePPOConfig:
+    """The arguments of TRL 1.12 with the defaults of what is added here."""
+    for added in fields(PPOConfig):
+        if not hasattr(args, added.name):
+            setattr(args, added.name, added.default)
     return args

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trl_rlaif.contracts import Origin, RewardError, origin_of
 from trl_rlaif.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,36 +52,53 @@ def call_reward(function: RewardFunc, rollout: Rollout, **extra: Any) -> torch.T
 
     Raises:
         UserError: Not one number a row, or one that is None, NaN or infinite; function and row are named.
+        RewardError: The same of a function that a recipe picked, or an exception in it.
     """
     ids = [row[:n].tolist() for row, n in zip(rollout.response_ids, rollout.lengths.tolist(), strict=True)]
-    result = function(
-        prompts=rollout.prompts,
-        completions=rollout.completions,
-        completion_ids=ids,
-        **rollout.columns,
-        **extra,
-    )
-    if inspect.isawaitable(result):
-        result = asyncio.run(_wait(result))
-    values = result.tolist() if isinstance(result, torch.Tensor) else list(result)
-    return _checked(values, reward_name(function), rollout.prompts)
+    origin = origin_of(function, "reward function")
+    with origin.blamed("the call", RewardError):
+        result = function(
+            prompts=rollout.prompts,
+            completions=rollout.completions,
+            completion_ids=ids,
+            **rollout.columns,
+            **extra,
+        )
+        if inspect.isawaitable(result):
+            result = asyncio.run(_wait(result))
+        values = result.tolist() if isinstance(result, torch.Tensor) else result
+    return _checked(values, origin, rollout.prompts)
 
 
 async def _wait(result: Any) -> Any:
     return await result
 
 
-def _checked(values: Sequence[Any], name: str, prompts: list[Any]) -> torch.Tensor:
+def _checked(values: Any, origin: Origin, prompts: list[Any]) -> torch.Tensor:
+    if not isinstance(values, Iterable) or isinstance(values, str):
+        what = f"returned {_shown(values)} for {len(prompts)} completions"
+        raise origin.error(what, "It must return a list with one number a completion.", RewardError)
+    values = list(values)
     if len(values) != len(prompts):
-        raise UserError(
-            f"The reward function '{name}' returned {len(values)} rewards for {len(prompts)} completions.",
-            fix="It must return one number a completion.",
-        )
-    bad = [i for i, v in enumerate(values) if v is None or not math.isfinite(v)]
+        what = f"returned {len(values)} rewards for {len(prompts)} completions"
+        raise origin.error(what, "It must return one number a completion.", RewardError)
+    bad = [i for i, value in enumerate(values) if not _is_finite(value)]
     if bad:
-        raise UserError(
-            f"The reward function '{name}' returned {values[bad[0]]} for {len(bad)} of {len(values)} "
-            f"completions; the first belongs to the prompt {str(prompts[bad[0]])[:200]!r}.",
-            fix="It must return a finite number for every completion.",
+        raise origin.error(
+            f"returned {_shown(values[bad[0]])} for {len(bad)} of {len(values)} completions; the first belongs to the "
+            f"prompt {_shown(prompts[bad[0]])!r}",
+            "It must return a finite number for every completion.",
+            RewardError,
         )
-    return torch.tensor(values, dtype=torch.float32)
+    return torch.tensor([float(value) for value in values], dtype=torch.float32)
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # no number, or a tensor of several
+        return False
+
+
+def _shown(value: Any) -> str:
+    return str(value)[:200]

@@ -14,11 +14,12 @@ from torch.utils.data import RandomSampler
 
 from trl_rlaif.artifacts import to_line, write_atomically
 from trl_rlaif.components import DataSelector
-from trl_rlaif.errors import UserError
+from trl_rlaif.contracts import check_num_responses, guarded, origin_of
 from trl_rlaif.events import Pool, RehearsalPair, Selection
 from trl_rlaif.ppo.advantages import kl_per_token
 from trl_rlaif.ppo.processes import failing_together
 from trl_rlaif.ppo.rehearsal import lines
+from trl_rlaif.progress import progress_bar
 
 if TYPE_CHECKING:
     from trl_rlaif.ppo.trainer import PPOTrainer
@@ -68,7 +69,12 @@ def choose(trainer: PPOTrainer) -> Chosen:
 
 def responses_needed(trainer: PPOTrainer) -> int:
     """Responses a prompt that the trainer's selectors need."""
-    return max(selector.num_responses for selector in trainer.data_selectors)
+    return max(map(_responses_needed, trainer.data_selectors))
+
+
+def _responses_needed(selector: DataSelector) -> int:
+    with origin_of(selector, "data selector").blamed("num_responses"):
+        return check_num_responses(selector.num_responses)
 
 
 def draw_pool(trainer: PPOTrainer, num_responses: int = 1, *, selection: int = 0) -> Pool:
@@ -90,7 +96,7 @@ def draw_pool(trainer: PPOTrainer, num_responses: int = 1, *, selection: int = 0
     share = -(-len(rows) // processes)
     begin = trainer.accelerator.process_index * share
     found: list[tuple[Any, ...]] = []
-    for start in range(begin, begin + share, size):
+    for start in _shown(trainer, range(begin, begin + share, size), share):
         # What is beyond the last prompt is a repetition, so that all processes draw equally many.
         batch = [rows[i % len(rows)] for i in range(start, min(start + size, begin + share))]
         rollout = trainer.sample(trainer.data_collator([dataset[i] for i in batch]))
@@ -130,6 +136,17 @@ def draw_pool(trainer: PPOTrainer, num_responses: int = 1, *, selection: int = 0
     )
 
 
+def _shown(trainer: PPOTrainer, starts: range, share: int) -> Iterator[int]:
+    """The batches' beginnings, with a progress bar over this process's share: a pool may take longer than an update."""
+    if not trainer.accelerator.is_main_process:
+        yield from starts
+        return
+    with progress_bar("Drawing responses to choose from", share, unit="responses") as advance:
+        for start in starts:
+            yield start
+            advance(min(starts.step, share - (start - starts.start)))
+
+
 def _embeddings(trainer: PPOTrainer, prompt_ids: list[list[int]], repeats: int) -> np.ndarray:
     """By the frozen base; a prompt's responses stand one behind the other."""
     from trl_rlaif.embedding import mean_hidden_states
@@ -144,27 +161,21 @@ def select(selectors: Sequence[DataSelector], pool: Pool) -> Chosen:
     """Apply selectors one after the other, each to the prompts that the one before left.
 
     Raises:
-        UserError: A selector chose no prompt, or an index that is not there.
+        UserError: A selector chose no prompt, an index that is not there, or what else its contract does not allow.
+        ComponentError: The same of one that a recipe picked, or an exception in it.
     """
     rows: list[int] | None = None
     strata: dict[int, Hashable] = {}
     rehearsal: list[RehearsalPair] = []
     points: list[dict[str, Any]] = []
     for selector in selectors:
-        found = selector.select(pool)
-        selection = found if isinstance(found, Selection) else Selection(prompts=list(found))
+        selection = guarded(selector).select(pool)
         rehearsal += selection.rehearsal
         if selection.clusters is not None:
             points = map_points(pool, selection)
         if selection.prompts is None:
             continue
         chosen = [int(i) for i in selection.prompts]
-        if not chosen or not all(0 <= i < len(pool) for i in chosen):
-            raise UserError(
-                f"The data selector {type(selector).__name__} chose {len(chosen)} rows of {len(pool)}"
-                + (", one of which is not there." if chosen else "."),
-                fix="It must return at least one index of the pool, counted from 0.",
-            )
         rows = [int(pool.rows[i]) for i in chosen]
         if selection.strata is not None:
             strata = dict(zip(rows, selection.strata, strict=True))

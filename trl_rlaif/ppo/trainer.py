@@ -41,7 +41,7 @@ from trl_rlaif.ppo.rewards import RewardFunc, score_parts
 from trl_rlaif.ppo.sampler import RolloutSampler
 from trl_rlaif.ppo.scores import KLWeight, shaped_scores
 from trl_rlaif.ppo.selection import Chosen, choose, write_selection
-from trl_rlaif.ppo.trl_base import TrlPPOTrainer
+from trl_rlaif.ppo.trl_base import BasePPOTrainer
 from trl_rlaif.roles import SharedBase, save_adapter
 
 if TYPE_CHECKING:
@@ -49,16 +49,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class PPOTrainer(TrlPPOTrainer):
-    """Drop-in for ``trl.experimental.ppo.PPOTrainer``, with pluggable rewards and one base for every role.
+class PPOTrainer(BasePPOTrainer):
+    """Drop-in for the ``PPOTrainer`` that TRL had until 1.12, with pluggable rewards and one base for every role.
 
-    With what the parent takes, and nothing else, it gives the parent's numbers. Two faults of the parent
+    With what that one takes, and nothing else, it gives that one's numbers, with any TRL. Two faults of it
     are mended: minibatches are shuffled from ``args.seed``, so that a run can be repeated; and with
     ``num_mini_batches`` > 1 there is an optimizer step for every minibatch, and statistics are averaged
     over the minibatches that there were.
 
     Args:
-        args: PPOConfig (TRL's own works too).
+        args: PPOConfig (TRL's own works too, where it has one).
         processing_class: The tokenizer; None loads the one of ``model``'s path.
         model: Causal language model, PeftModel or path. A SharedBase brings its own roles.
         ref_model: A separate reference; None compares with the start (see SharedBase).

@@ -1,7 +1,9 @@
-"""What is taken from TRL's own PPO trainer, and nothing else: the one module that a later TRL may change.
+"""What PPOTrainer and PPOConfig stand on, which depends on the TRL that is installed; nothing else here knows.
 
-From the parent come the constructor (batch sizes, optimizer, callbacks, dataloader, preparation with
-accelerate), ``log``, ``save_model`` and the model card. The training loop is ours.
+TRL 1.12 is the last that has a PPO trainer: up to it ours subclasses that one. Later it stands on
+``own_base`` and ``own_config``, which do the same. From either come the constructor (batch sizes, optimizer,
+callbacks, dataloader, preparation with accelerate), ``log``, ``save_model`` and the model card. The training loop is
+ours.
 """
 
 from __future__ import annotations
@@ -12,11 +14,16 @@ import warnings
 # TRL announces that `trl.experimental` may change; that is known here, and this module is the answer.
 _silence = os.environ.get("TRL_EXPERIMENTAL_SILENCE")
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)
-    from trl.experimental.ppo import PPOConfig as TrlPPOConfig
-    from trl.experimental.ppo import PPOTrainer as TrlPPOTrainer
-if _silence is None:
-    del os.environ["TRL_EXPERIMENTAL_SILENCE"]
+try:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from trl.experimental.ppo import PPOConfig as BasePPOConfig
+        from trl.experimental.ppo import PPOTrainer as BasePPOTrainer
+except ImportError:  # since TRL 1.13
+    from trl_rlaif.ppo.own_base import OwnPPOTrainer as BasePPOTrainer
+    from trl_rlaif.ppo.own_config import OwnPPOConfig as BasePPOConfig
+finally:
+    if _silence is None:
+        del os.environ["TRL_EXPERIMENTAL_SILENCE"]
 
-__all__ = ["TrlPPOConfig", "TrlPPOTrainer"]
+__all__ = ["BasePPOConfig", "BasePPOTrainer"]

@@ -15,6 +15,7 @@ from trl_rlaif.components import RewardTransform
 from trl_rlaif.compute.cpu_attention import trainable_attention
 from trl_rlaif.compute.lean_lora import make_lean
 from trl_rlaif.compute.precision import held_frozen_weights
+from trl_rlaif.contracts import guarded
 from trl_rlaif.errors import UserError
 from trl_rlaif.events import PreferenceScores
 from trl_rlaif.reward.collator import SoftPreferenceCollator
@@ -46,7 +47,8 @@ class RewardTrainer(TrlRewardTrainer):
             parts of like length.
 
     Raises:
-        UserError: A ``p`` is missing or lies outside [0, 1]; or packing is True and cannot be.
+        UserError: A ``p`` is missing or lies outside [0, 1]; packing is True and cannot be; or, while training, a
+            transform's loss is no finite scalar.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class RewardTrainer(TrlRewardTrainer):
         batch_tokens: int = 8192,
         **kwargs: Any,
     ) -> None:
-        self.reward_transforms, self.batch_tokens = list(reward_transforms), batch_tokens
+        self.reward_transforms, self.batch_tokens = [guarded(t) for t in reward_transforms], batch_tokens
         super().__init__(*args, **kwargs)
         if isinstance(self.model, PeftModel) and self.accelerator.distributed_type != DistributedType.FSDP:
             make_lean(self.model)  # FSDP gathers a layer's weights when that layer itself is called

@@ -1,0 +1,50 @@
+"""The same seed gives the same PPO, whatever the version of TRL."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ppo_metrics
+
+from trl_rlaif.ppo.own_base import OwnPPOTrainer
+from trl_rlaif.ppo.trl_base import BasePPOTrainer
+
+pytestmark = pytest.mark.trl
+
+# What tests/helpers/ppo_metrics.py wrote on TRL 1.12.0, with TRL's PPOTrainer as the base, and torch 2.13.0 on a CPU.
+# On the same machine TRL 1.16.0 and --own-base gave every one of these numbers to the last bit.
+EXPECTED = Path(__file__).parent / "ppo_metrics.json"
+
+
+def _assert_same(found, expected, **tolerance):
+    assert found.keys() == expected.keys()
+    for run, updates in expected.items():
+        assert len(found[run]) == len(updates) == 3
+        for mine, theirs in zip(found[run], updates, strict=True):
+            assert mine == pytest.approx(theirs, **tolerance), run
+
+
+@pytest.mark.skipif(
+    not torch.__version__.startswith("2.13."), reason="another torch rounds otherwise, and may sample so"
+)
+def test_every_version_gives_the_numbers_of_1_12(tmp_path):
+    expected = json.loads(EXPECTED.read_text(encoding="utf-8"))
+    # Float32 on another CPU: sums are taken in another order.
+    _assert_same(ppo_metrics.run(str(tmp_path)), expected["logged"], rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.skipif(BasePPOTrainer is OwnPPOTrainer, reason="TRL has no PPO trainer since 1.13")
+def test_our_own_base_gives_the_numbers_of_trls(tmp_path):
+    file = tmp_path / "own.json"
+    command = [sys.executable, ppo_metrics.__file__, str(file), "--own-base"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    own = json.loads(file.read_text(encoding="utf-8"))
+    assert own["base"] == "OwnPPOTrainer"
+    _assert_same(own["logged"], ppo_metrics.run(str(tmp_path / "trl")), rel=1e-6, abs=1e-7)
