@@ -15,6 +15,7 @@ from trl_rlaif.recipe.checking import unknown_key, wrong_value
 from trl_rlaif.recipe.sections import SECTIONS, Number
 from trl_rlaif.recipe.source import Source
 from trl_rlaif.recipe.wording import did_you_mean, how_to_mend
+from trl_rlaif.trl_version import check_trl
 
 CONFIG_CLASSES = {
     "sft": ("trl", "SFTConfig"),
@@ -86,6 +87,7 @@ def config_hints(section: str, algorithm: Any = None) -> dict[str, Any]:
         section: With a configuration.
         algorithm: Of the section ``rl``; one that TRL trains adds its own configuration's fields.
     """
+    check_trl()
     found: dict[str, Any] = {}
     for module, name in _classes(section, algorithm):
         config = getattr(importlib.import_module(module), name)

@@ -13,6 +13,7 @@ from trl_rlaif.roles import save_adapter
 from trl_rlaif.stages.context import Context
 from trl_rlaif.stages.label import preferences_of_people
 from trl_rlaif.stages.sft import last_checkpoint
+from trl_rlaif.trl_version import check_trl
 
 if TYPE_CHECKING:
     from trl import DPOConfig, DPOTrainer
@@ -48,6 +49,7 @@ def run(context: Context) -> dict[str, Any]:
 
 def build_trainer(context: Context) -> tuple[DPOTrainer, list[str]]:
     """The trainer that the recipe describes, and the keys of the recipe's section that it makes no use of."""
+    check_trl()
     from datasets import load_from_disk
     from peft import PeftModel
     from trl import DPOTrainer

@@ -10,12 +10,14 @@ from trl_rlaif.artifacts import write_folder
 from trl_rlaif.data import load_rows
 from trl_rlaif.errors import UserError
 from trl_rlaif.stages.context import Context
+from trl_rlaif.trl_version import check_trl
 
 _FORMATS = ({"messages"}, {"prompt", "completion"}, {"text"})
 
 
 def run(context: Context) -> dict[str, Any]:
     """Train ``sft/`` and return its final numbers."""
+    check_trl()
     from trl import SFTConfig, SFTTrainer
 
     section = context.recipe.sft
