@@ -1,4 +1,4 @@
-"""docs/moving_in.md: its scripts run as they stand on tiny models; the stock one gives TRL's numbers, where it has any."""
+"""docs/moving_in.md: its scripts run as they stand, on tiny models; the stock one gives TRL's own numbers."""
 
 from __future__ import annotations
 
