@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 import re
-import shlex
 import sys
 from dataclasses import replace
 from importlib.metadata import EntryPoint
@@ -18,7 +17,7 @@ import torch
 import yaml
 
 import trl_rlaif
-from trl_rlaif import UserError, cli, hookspecs, testing
+from trl_rlaif import UserError, hookspecs, testing
 from trl_rlaif.data import Pair
 from trl_rlaif.plugins import ENTRY_POINT_GROUP, KINDS, build_plugins
 from trl_rlaif.testing import make_rollout
@@ -159,31 +158,6 @@ def test_what_the_section_on_checks_shows_runs():
 def test_the_docs_name_the_whole_test_kit():
     missing = [name for name in testing.__all__ if f"`{name}" not in PLUGINS and not name.isupper()]
     assert not missing
-
-
-def test_the_readmes_way_to_a_plugin(tmp_path, monkeypatch):
-    """Its first command makes the folder whose file it shows, and its recipe names the component."""
-    section = README.partition("## Write a plugin\n")[2].partition("\n## ")[0]
-    command = next(line for line in section.splitlines() if "trl-rlaif new-plugin" in line)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", shlex.split(command, comments=True))
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    [shown] = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    [file] = re.findall(r"\*\*Edit\*\* `(.*?)`", section)
-    written = (tmp_path / "my-words" / file).read_text()
-    assert stopped.value.code == 0 and shown in written
-    monkeypatch.syspath_prepend(tmp_path / "my-words")
-    point = EntryPoint("my_words", "my_words", ENTRY_POINT_GROUP)
-    vars(point).update(dist=SimpleNamespace(name="my-words", version="0"))
-    registry = build_plugins([point]).registry
-    for name in ("my_words", "my_words.labeler"):
-        monkeypatch.delitem(sys.modules, name)
-    [recipe] = re.findall(r"`(label: .*?)`", section)
-    [(name, options)] = yaml.safe_load(recipe)["label"]["labeler"].items()
-    labeler = registry.create("labeler", name, options)
-    [label] = labeler.label([Pair("a", "x", "fox", "dog")], None)
-    assert label.p > 0.5
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/plugins.md", "docs/stock_trl.md"])

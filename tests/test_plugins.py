@@ -7,9 +7,10 @@ from importlib.metadata import EntryPoint
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from packaging.requirements import Requirement
 from pydantic import Field
 
-from trl_rlaif import DataSelector, Labeler, Options, RewardTransform, RunError, UserError, hookimpl
+from trl_rlaif import DataSelector, Labeler, Options, RewardTransform, RunError, UserError, __version__, hookimpl
 from trl_rlaif.plugins import ENTRY_POINT_GROUP, Plugins, Registry, build_plugins, installed_plugins
 
 
@@ -35,7 +36,7 @@ def make_point(monkeypatch):
     """Make the entry point of a plugin: a module with these hooks, of a distribution that is not installed."""
     count = 0
 
-    def make(*hooks, distribution="acme-words", version="1.2", name="words", module=None):
+    def make(*hooks, distribution="acme-words", version="1.2", name="words", module=None, requires=None):
         nonlocal count
         count += 1
         plugin = ModuleType(module or f"fake_plugin_{count}")
@@ -44,7 +45,8 @@ def make_point(monkeypatch):
         if module is None:
             monkeypatch.setitem(sys.modules, plugin.__name__, plugin)
         point = EntryPoint(name, plugin.__name__, ENTRY_POINT_GROUP)
-        vars(point).update(dist=distribution and SimpleNamespace(name=distribution, version=version))
+        dist = SimpleNamespace(name=distribution, version=version, requires=requires)
+        vars(point).update(dist=distribution and dist)
         return point
 
     return make
@@ -165,6 +167,29 @@ def test_a_module_that_fails_while_it_is_imported(make_point, tmp_path, monkeypa
     monkeypatch.delitem(sys.modules, "breaking_plugin", raising=False)
     text = message([make_point(module="breaking_plugin")])
     assert "acme-words 1.2" in text and "breaking_plugin" in text and "uninstall" in text
+
+
+@pytest.mark.parametrize("needed", ["trl-rlaif>=99", "trl_rlaif >= 99, != 100", "TRL-RLAIF<0.1; python_version > '3'"])
+def test_a_plugin_for_another_release_says_so_before_it_is_imported(make_point, needed):
+    text = message([make_point(module="no_such_module_anywhere", requires=["numpy", "trl>=1", needed])])
+    specifier = Requirement(needed).specifier
+    assert f"acme-words 1.2 (words) needs trl-rlaif {specifier}, and this is {__version__}." in text
+    assert "ModuleNotFoundError" not in text and "Install such a release" in text
+
+
+@pytest.mark.parametrize(
+    "needed",
+    [
+        "trl-rlaif",
+        f"trl-rlaif<=99,>={__version__}",
+        "trl-rlaif>=99; extra == 'new'",
+        "trl-rlaif>=99; python_version < '3'",
+        "trl-rlaif-more>=99",
+        "trl>=0",
+    ],
+)
+def test_a_plugin_for_this_release_is_loaded(make_point, needed):
+    assert list(build_plugins([make_point(labeler_hook(), requires=[needed])]).registry)
 
 
 def test_an_attribute_that_is_not_there(make_point):

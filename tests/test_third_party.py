@@ -1,8 +1,11 @@
-"""A plugin of somebody else's labels a recipe's pairs, as if it had been installed."""
+"""Somebody else's plugins: in a recipe, as if they had been installed, and installed in a fresh environment."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -23,6 +26,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(__file__).parent / "test_package"
 PAIRS = [
     {"id": "more", "prompt": "a", "response_1": "fox fox Fox", "response_2": "a fox", "category": "x", "human": 2},
@@ -117,3 +121,152 @@ def test_the_registry_names_its_distribution(plugins):
     assert found.distribution == "rlaif-keyword"
     with pytest.raises(UserError, match="rlaif-keyword: labeler 'keyword', option 'word'"):
         plugins.registry.create("labeler", "keyword")
+
+
+# ---- Installed ------------------------------------------------------------------------------------------
+
+
+class Environment:
+    """A fresh virtual environment with the project's wheel in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.bin, self.work = folder / "venv" / "bin", folder / "work"
+        self.work.mkdir()
+        self._call(sys.executable, "-m", "venv", folder / "venv")
+        self._call(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder, cwd=ROOT)
+        self.run("python", "-m", "pip", "install", "--no-deps", "--no-index", next(folder.glob("*.whl")))
+        self._share()
+
+    def _share(self) -> None:
+        """Lend it the packages that the project stands on.
+
+        They are gigabytes, which no test should download or copy. What a .pth file adds comes behind the environment's
+        own packages and has no .pth files read in it, so the checkout, which is installed there to be edited, stays
+        invisible.
+        """
+        shared = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+        [site] = self.bin.parent.glob("lib/python*/site-packages")
+        (site / "shared.pth").write_text("\n".join(shared) + "\n")
+        command = self.bin / "pytest"  # which pip would make; pytest is one of the shared packages
+        lines = (
+            f"#!{self.bin / 'python'}",
+            "import sys",
+            "from pytest import console_main",
+            "sys.exit(console_main())",
+        )
+        command.write_text("\n".join(lines) + "\n")
+        command.chmod(0o755)
+
+    def run(self, *command: object, code: int = 0) -> str:
+        """Output and errors of one of its commands, in its working folder."""
+        return self._call(self.bin / str(command[0]), *command[1:], cwd=self.work, code=code)
+
+    def shell(self, script: str) -> str:
+        """The same of lines for a shell."""
+        return self._call("bash", "-ec", script, cwd=self.work)
+
+    def _call(self, *command: object, cwd: Path | None = None, code: int = 0) -> str:
+        variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
+            "PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}",
+            "COLUMNS": "200",
+            # What a user's pip would load is shared already.
+            "PIP_NO_INDEX": "1",
+            "PIP_NO_DEPS": "1",
+            "PIP_NO_BUILD_ISOLATION": "0",  # by pip's logic: none
+            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        }
+        done = subprocess.run([str(part) for part in command], cwd=cwd, env=variables, capture_output=True, text=True)
+        assert done.returncode == code, f"{command}\n{done.stdout}\n{done.stderr}"
+        return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    return Environment(tmp_path_factory.mktemp("environment"))
+
+
+@pytest.fixture(scope="module")
+def with_plugins(environment):
+    """The environment, with two new plugins installed from wheels that pip built."""
+    environment.run("trl-rlaif", "new-plugin", "word-count")
+    environment.run("trl-rlaif", "new-plugin", "calm", "--kind", "reward-transform")
+    environment.run("python", "-m", "pip", "install", "--no-deps", "--no-build-isolation", "./word-count", "./calm")
+    return environment
+
+
+def test_two_new_plugins_are_installed_beside_the_project_and_run(with_plugins, tiny_model):
+    environment, work = with_plugins, with_plugins.work
+    listing = environment.run("trl-rlaif", "plugins")
+    assert re.search(r"^labeler +word_count +word-count 0\.1\.0$", listing, re.MULTILINE)
+    assert re.search(r"^reward_transform +calm +calm 0\.1\.0$", listing, re.MULTILINE)
+
+    (work / "test_origin.py").write_text(
+        "import sys, pathlib, calm, trl_rlaif, trl_rlaif.testing, trl_rlaif_distilled, word_count\n"
+        "def test_all_is_the_environments_own():\n"
+        "    for module in (calm, trl_rlaif, trl_rlaif.testing, trl_rlaif_distilled, word_count):\n"
+        "        assert pathlib.Path(module.__file__).is_relative_to(sys.prefix)\n"
+    )
+    assert "7 passed" in environment.run("pytest", "-q", "test_origin.py", "word-count", "calm")
+
+    rows = [{"prompt": f"what is {i}?", "response_1": "a fox", "response_2": "dog " * (i + 1)} for i in range(8)]
+    (work / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = write_recipe(
+        work,
+        tiny_model,
+        data={"pairs": "pairs.jsonl"},
+        label={"labeler": {"word_count": {"words": ["fox"], "weight": 2.0}}},
+        reward={"num_train_epochs": 1},
+        rl={"transforms": [{"calm": {"limit": 0.5}}], "total_episodes": 8},
+        **dict.fromkeys(("sample", "evaluate")),
+    )
+    assert "report: done" in environment.run("trl-rlaif", "run", recipe.name, "--output", "out")
+    out = work / "out"
+    assert [row["p"] for row in read_lines(out / "labels.jsonl")] == pytest.approx([0.880797] * 8, abs=1e-6)
+    logged = [row for row in read_lines(out / "metrics.jsonl") if "calm/mean" in row]
+    assert len(logged) == 2 and all(abs(row["objective/scores"]) <= 0.5 for row in logged)
+    assert (out / "policy" / "adapter_model.safetensors").exists() and (out / "report.html").exists()
+
+
+def test_an_installed_plugin_for_another_release_is_refused_before_a_run_begins(with_plugins):
+    environment = with_plugins
+    [metadata] = environment.bin.parent.glob("lib/python*/site-packages/calm-0.1.0.dist-info/METADATA")
+    text = metadata.read_text()
+    assert "\nRequires-Dist: trl-rlaif>=0.1\n" in text
+    metadata.write_text(text.replace("trl-rlaif>=0.1", "trl-rlaif>=99"))
+    try:
+        said = environment.run("trl-rlaif", "run", "quickstart", "--output", "never", code=2)
+    finally:
+        metadata.write_text(text)
+    assert "The plugin calm 0.1.0 (calm) needs trl-rlaif >=99, and this is 0.1.0." in said and "Traceback" not in said
+    assert not (environment.work / "never").exists()
+
+
+def test_the_readmes_way_to_a_plugin(environment, tiny_model):
+    """Its commands, file, recipe and check as they stand there, by someone who has seen nothing else."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("## Write a plugin\n")[2].partition("\n## ")[0]
+    commands = re.findall(r"^ {7}(\S.*)$", section, re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["trl-rlaif", "cd", "pip", "pytest", "trl-rlaif"]
+    said = environment.shell("\n".join(commands))
+    assert "3 passed" in said and re.search(r"^labeler +my_words +my-words 0\.1\.0$", said, re.MULTILINE)
+
+    [shown] = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    [file] = re.findall(r"\*\*Edit\*\* `(.*?)`", section)
+    plugin = environment.work / "my-words" / file
+    assert shown in plugin.read_text()
+    edited = shown.replace("if pair.id not in done:", 'if pair.id not in done and "?" in pair.prompt:')
+    assert edited != shown
+    plugin.write_text(plugin.read_text().replace(shown, edited))
+    said = environment._call(environment.bin / "pytest", cwd=environment.work / "my-words", code=1)
+    assert "label() gives no label of" in said  # as step 3 promises
+    plugin.write_text(plugin.read_text().replace(edited, shown.replace("1.0, gt=0", "3.0, gt=0")))
+
+    [label], [check] = re.findall(r"`(label: .*?)`", section), re.findall(r"`(trl-rlaif check (?:.*?))`", section)
+    pairs = [{"prompt": "Which?", "response_1": "A fox.", "response_2": "A dog."}]
+    (environment.work / "my-pairs.jsonl").write_text(json.dumps(pairs[0]) + "\n")
+    recipe = environment.work / check.split()[-1]
+    recipe.write_text(f"model: {{path: {tiny_model}}}\ndata: {{pairs: my-pairs.jsonl}}\n{label}\n")
+    said = environment.shell(f"{check}\n{check.replace('check', 'run')} --output mine")
+    assert "good. Stages: sample, label" in said and "label: done" in said
+    [row] = read_lines(environment.work / "mine" / "labels.jsonl")
+    assert row["p"] == pytest.approx(0.952574, abs=1e-6)  # logistic(3)

@@ -10,13 +10,16 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import pluggy
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from pydantic import BaseModel, ValidationError
 
-from trl_rlaif import hookspecs
+from trl_rlaif import __version__, hookspecs
 from trl_rlaif.components import Component, DataSelector, Labeler, RewardTransform
 from trl_rlaif.errors import Problem, RunError, UserError
 
 ENTRY_POINT_GROUP = "trl_rlaif"
+OWN_DISTRIBUTION = "trl-rlaif"
 
 KINDS: dict[str, type[Component]] = {
     "labeler": Labeler,
@@ -142,6 +145,24 @@ class _Origin:
         return f"{self.distribution} {self.version} ({self.entry_point})"
 
 
+def _check_requirement(point: EntryPoint, origin: _Origin) -> None:
+    """That this release is one that the plugin's distribution asks for: pip checks it only when it installs that one.
+
+    Before the import, which might fail for just this reason with other words.
+    """
+    for text in getattr(point.dist, "requires", None) or ():
+        if not text.lower().startswith("trl"):  # few are worth parsing
+            continue
+        needed = Requirement(text)
+        applies = needed.marker is None or needed.marker.evaluate({"extra": ""})
+        ours = canonicalize_name(needed.name) == canonicalize_name(OWN_DISTRIBUTION)
+        if ours and applies and not needed.specifier.contains(__version__, prereleases=True):
+            raise UserError(
+                f"The plugin {origin} needs {OWN_DISTRIBUTION} {needed.specifier}, and this is {__version__}.",
+                fix=f"Install such a release, or one of {origin.distribution} that fits, or uninstall it.",
+            )
+
+
 def _load(point: EntryPoint, origin: _Origin) -> Any:
     try:
         return point.load()
@@ -184,13 +205,14 @@ def build_plugins(points: Iterable[EntryPoint]) -> Plugins:
     """Load the given entry points into a fresh manager and registry.
 
     Raises:
-        UserError: A plugin does not import, implements a hook that does not exist, or clashes with
-            another; the message names the distribution.
+        UserError: A plugin does not import, needs another release of this library, implements a hook that does
+            not exist, or clashes with another; the message names the distribution.
     """
     manager, registry = pluggy.PluginManager("trl_rlaif"), Registry()
     manager.add_hookspecs(hookspecs)
     for point in points:
         origin = _Origin.of(point)
+        _check_requirement(point, origin)
         plugin = _load(point, origin)
         _register(manager, plugin, origin)
         _register_components(manager, registry, plugin, origin)

@@ -18,8 +18,8 @@ HOSTILE = "</script><script>alert(1)</script><b>bold</b>\x00"
 
 def sample(set_, index, arm):
     return {
-        "set": set_, "id": f"p{index}", "prompt": f"question {index} {HOSTILE}", "category": ("code", "chat")[index % 2],
-        "start": f"start says {index}", "trained": f"{arm} says {index} {HOSTILE}",
+        "set": set_, "id": f"p{index}", "prompt": f"question {index} {HOSTILE}",
+        "category": ("code", "chat")[index % 2], "start": f"start says {index}", "trained": f"{arm} says {index} {HOSTILE}",
     }  # fmt: skip
 
 
@@ -42,7 +42,12 @@ def compare_numbers(prompts=12):
 
 @pytest.fixture
 def folder(tmp_path):
-    recipe = {"run": {"name": "mine"}, "model": {"path": "a/b"}, "compare": [{"plain": {}}], "command": "trl-rlaif run x"}
+    recipe = {
+        "run": {"name": "mine"},
+        "model": {"path": "a/b"},
+        "compare": [{"plain": {}}],
+        "command": "trl-rlaif run x",
+    }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (tmp_path / "results.json").write_text(json.dumps({"compare": compare_numbers()}))
     for arm in NAMES[1:]:

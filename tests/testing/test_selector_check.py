@@ -144,7 +144,7 @@ BROKEN = [
     (GivesAText, "returns a str", "indices of the pool"),
     (GivesAMask, "returns a mask", "flatnonzero"),
     (GivesFractions, "returns 8.0, which is no index", "whole numbers"),
-    (FromOne, "returns the index 8 of a pool of 8", "counted from 0"),
+    (FromOne, "chose the index 8 of a pool of 8", "counted from 0"),
     (StrataAlone, "strata without prompts", "its label"),
     (TooManyStrata, "strata that do not belong", "one label"),
     (RehearsesTexts, "rehearses a list", "pool.pair("),

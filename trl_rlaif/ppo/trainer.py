@@ -16,6 +16,7 @@ from torch import nn
 from trl_rlaif.components import DataSelector, RewardTransform, numbered
 from trl_rlaif.compute.lean_lora import make_lean
 from trl_rlaif.compute.precision import hold_frozen_weights
+from trl_rlaif.contracts import guarded
 from trl_rlaif.errors import UserError
 from trl_rlaif.events import Rollout
 from trl_rlaif.plugins import Plugins, installed_plugins
@@ -101,7 +102,7 @@ class PPOTrainer(BasePPOTrainer):
     ) -> None:
         args = with_defaults(args)
         self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
-        self.reward_transforms = list(reward_transforms)
+        self.reward_transforms = [guarded(transform) for transform in reward_transforms]
         self.data_selectors = list(data_selectors)
         self.plugins = plugins or installed_plugins()
         if isinstance(model, str):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_rlaif.artifacts import RunFolder, read_lines
+from trl_rlaif.contracts import Origin, guarded
 from trl_rlaif.data import Pair, load_prompts
 from trl_rlaif.encoding import PromptLike, chat_prompt, encode_prompt
 from trl_rlaif.errors import UserError
@@ -184,9 +185,15 @@ class Context:
         """A task's judge, loaded."""
         return self.judge(task.judge, task.prompt)
 
+    def create(self, kind: str, ref: ComponentRef) -> Any:
+        """A component with its options, guarded: what it does wrong is said with its distribution and place."""
+        origin = Origin.of(self.plugins.registry.find(kind, ref.name), ref.where)
+        with origin.blamed("__init__()"):
+            return guarded(self.plugins.registry.create(kind, ref.name, ref.options), origin)
+
     def create_labeler(self, ref: ComponentRef) -> Labeler:
         """A labeler with its options."""
-        return self.plugins.registry.create("labeler", ref.name, ref.options)
+        return self.create("labeler", ref)
 
     def chat(self, prompt: PromptLike) -> PromptLike:
         """A prompt in the form that the base was taught."""
@@ -232,13 +239,13 @@ class Context:
         """
         import torch
 
-        trained = {ref.name: ref.options for ref in self.recipe.reward.transforms} if self.recipe.reward else {}
+        trained = {ref.name: ref for ref in self.recipe.reward.transforms} if self.recipe.reward else {}
         found = []
         for ref in getattr(self.recipe, section).transforms:
             known = section == "rl" and ref.name in trained
-            transform = self.plugins.registry.create("reward_transform", ref.name, ref.options)
+            transform = self.create("reward_transform", ref)
             if known and transform.options == type(transform).Options():
-                transform = self.plugins.registry.create("reward_transform", ref.name, trained[ref.name])
+                transform = self.create("reward_transform", replace(trained[ref.name], where=ref.where))
             found.append(transform)
             path = self.folder / "reward" / transform_file(ref.name)
             if known and path.exists():

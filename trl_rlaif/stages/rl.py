@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_rlaif.artifacts import write_atomically, write_folder
+from trl_rlaif.contracts import Origin, picked
 from trl_rlaif.data import load_rows
 from trl_rlaif.errors import UserError
 from trl_rlaif.recipe import ComponentRef
@@ -74,7 +75,6 @@ def build_trainer(context: Context) -> tuple[PPOTrainer, dict[str, int]]:
     base = context.load_base()
     dataset, skipped = _prompts(context, base, config)
     shared = SharedBase(base, context.start or context.lora, reference=context.start)
-    create = context.plugins.registry.create
     trainer = PPOTrainer(
         config,
         context.tokenizer,
@@ -83,7 +83,7 @@ def build_trainer(context: Context) -> tuple[PPOTrainer, dict[str, int]]:
         train_dataset=dataset,
         reward_funcs=[_reward(context, name, shared) for name in section.rewards if name != "reward"],
         reward_transforms=context.transforms("rl"),
-        data_selectors=[create("data_selector", ref.name, ref.options) for ref in section.selectors],
+        data_selectors=[context.create("data_selector", ref) for ref in section.selectors],
         rehearsal_dataset=_rehearsal(context),
         plugins=context.plugins,
     )
@@ -134,12 +134,17 @@ def gpu_memory(recipe: Recipe) -> dict[str, Any]:
 
 def _reward(context: Context, name: str, shared: SharedBase) -> Any:
     """A function's or the judge's reward; the judge is the base itself without an adapter, if it is the same."""
+    where = context.recipe.line(("rl", "rewards", context.recipe.rl.rewards.index(name)))
     if name != "direct":
-        return load_function(name)
+        place, _, attribute = name.rpartition(":")
+        origin = Origin(f"reward function '{attribute}' of {place}", where)
+        with origin.blamed("its import"):
+            return picked(load_function(name), origin)
     section = context.recipe.label
     judge, prompt = (section.judge, section.prompt) if section else ("same", "general")
     labeled_so = section is not None and section.labeler.name == "direct"
-    labeler = context.create_labeler(section.labeler if labeled_so else ComponentRef("direct"))
+    options = section.labeler.options if labeled_so else {}
+    labeler = context.create_labeler(ComponentRef("direct", options, where))
     labeler.judge = context.judge(judge, prompt, shared.model, context=lambda: shared.role(None))
     return labeler
 

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import ValidationError
 
 from trl_rlaif.components import Component, Options
+from trl_rlaif.contracts import Breach
 from trl_rlaif.errors import UserError
 
 C = TypeVar("C", bound=Component)
@@ -43,6 +44,14 @@ class Subject:
     def fail(self, what: str, fix: str) -> NoReturn:
         """Raise AssertionError: the component, what is wrong, how to mend it."""
         raise AssertionError(f"{self.name}: {what}. {fix}")
+
+    @contextmanager
+    def rules(self, where: str) -> Iterator[None]:
+        """A rule of ``trl_rlaif.contracts`` that is broken within is a failure of what ``where`` names."""
+        try:
+            yield
+        except Breach as breach:
+            self.fail(f"{where} {breach.what}", breach.fix)
 
     def fresh(self) -> Any:
         """A new instance with the same options, made as a recipe makes it."""

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from trl_rlaif.components import Labeler
+from trl_rlaif.contracts import checked_labels
 from trl_rlaif.data import Pair
 from trl_rlaif.events import Label
 from trl_rlaif.judging import Judge
 from trl_rlaif.testing.checks import Subject, same
 from trl_rlaif.testing.data import make_pairs, make_ragged_pairs, make_rollout
 from trl_rlaif.testing.judges import ScriptedJudge
-
-_RANGES = {
-    "p": (0, 1), "p_12": (0, 1), "p_21": (0, 1), "mass_12": (0, 1), "mass_21": (0, 1),
-    "score_1": (-1, 1), "score_2": (-1, 1), "spread_1": (0, math.inf), "spread_2": (0, math.inf),
-}  # fmt: skip
 
 
 def check_labeler(
@@ -78,50 +72,8 @@ class _Check:
         return labels
 
     def _by_id(self, found: list[Any], pairs: Sequence[Pair], done: Collection[str]) -> dict[str, Label]:
-        labels: dict[str, Label] = {}
-        for label in found:
-            if not isinstance(label, Label):
-                self.fail(f"label() yields a {type(label).__name__}", "Yield trl_rlaif.Label(pair.id, p=...).")
-            if label.id not in {pair.id for pair in pairs}:
-                self.fail(f"label() yields the id {label.id!r}, which no pair has", "Pass the pair's id on as it is.")
-            if label.id in done:
-                self.fail(f"label() labels {label.id!r} again, although it is done", "Leave out the ids in done.")
-            if label.id in labels:
-                self.fail(f"label() yields two labels of {label.id!r}", "Yield exactly one a pair.")
-            self._check_values(label)
-            labels[label.id] = label
-        missing = [pair.id for pair in pairs if pair.id not in labels and pair.id not in done]
-        if missing:
-            self.fail(
-                f"label() gives no label of {missing[0]!r}",
-                "Yield one a pair; of what cannot be judged, Label(pair.id, skipped='why').",
-            )
-        return labels
-
-    def _check_values(self, label: Label) -> None:
-        for name, (low, high) in _RANGES.items():
-            value = getattr(label, name)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                self.fail(
-                    f"{name} of {label.id!r} is a {type(value).__name__}", "Make it a plain number, with float(...)."
-                )
-            if not low <= value <= high:
-                self.fail(f"{name} of {label.id!r} is {value}, outside [{low}, {high}]", "Normalize or clamp it.")
-        if (label.p is None) != bool(label.skipped):
-            self.fail(
-                f"the label of {label.id!r} has " + ("neither p nor" if label.p is None else "both p and")
-                + " a reason in skipped",
-                "Give it p; or skipped, where the pair cannot be judged.",
-            )  # fmt: skip
-        try:
-            json.dumps(asdict(label), allow_nan=False)
-        except (TypeError, ValueError) as error:
-            self.fail(
-                f"the label of {label.id!r} cannot be written as JSON: {error}",
-                "Fill its fields with finite numbers and texts alone.",
-            )
+        with self.subject.rules("label()"):
+            return {label.id: label for label in checked_labels(found, pairs, done)}
 
     def whole(self) -> dict[str, Label]:
         """Labels of all pairs; one of them at least must be a label."""

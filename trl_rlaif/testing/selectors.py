@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
-import operator
 import pickle
-from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -14,7 +11,8 @@ import numpy as np
 import torch
 
 from trl_rlaif.components import DataSelector
-from trl_rlaif.events import Pool, RehearsalPair, Selection
+from trl_rlaif.contracts import check_num_responses, check_selection
+from trl_rlaif.events import Pool, Selection
 from trl_rlaif.testing.checks import Subject, same, seeded
 from trl_rlaif.testing.data import HOSTILE, make_pool
 
@@ -35,8 +33,8 @@ def check_data_selector(selector: DataSelector | type[DataSelector], *, pool: Po
     """
     subject = Subject(selector, DataSelector)
     count = subject.fresh().num_responses
-    if type(count) is not int or count < 1:
-        subject.fail(f"num_responses is {count!r}", "Make it a whole number, 1 or more.")
+    with subject.rules("it"):
+        check_num_responses(count)
     check = _Check(subject, count, pool or make_pool(num_responses=count))
     check.repeated()
     with seeded(0):
@@ -54,13 +52,8 @@ class _Check:
         found = self.subject.call(where, lambda: selector.select(given), may_refuse=ragged)
         if found is None and ragged:
             return None
-        if not isinstance(found, Selection):
-            if isinstance(found, str | bytes) or not isinstance(found, Iterable):
-                self.fail(f"{where} returns a {type(found).__name__}", "Return a Selection, or indices of the pool.")
-            found = Selection(prompts=list(found))
-        self._check_prompts(found, len(pool), where)
-        self._check_rehearsal(found.rehearsal, where)
-        self._check_clusters(found, len(pool), where)
+        with self.subject.rules(where):
+            found = check_selection(found, len(pool))
         if any(not same(getattr(given, f.name), getattr(pool, f.name)) for f in fields(Pool) if f.name != "embed"):
             self.fail(f"{where} changes the pool", "Copy what you change: the next selector is given the same pool.")
         try:
@@ -70,50 +63,6 @@ class _Check:
                 f"{where} returns what cannot be sent to other processes: {error}", "Keep to numbers, texts and arrays."
             )
         return found
-
-    def _check_prompts(self, found: Selection, size: int, where: str) -> None:
-        if found.prompts is None:
-            if found.strata is not None:
-                self.fail(f"{where} returns strata without prompts", "Give each of prompts its label.")
-            return
-        for index in found.prompts:
-            if isinstance(index, bool | np.bool_):
-                self.fail(f"{where} returns a mask", "Return indices, such as numpy.flatnonzero(mask).")
-            try:
-                whole = operator.index(index)
-            except TypeError:
-                self.fail(f"{where} returns {index!r}, which is no index", "Return whole numbers.")
-            if not 0 <= whole < size:
-                self.fail(
-                    f"{where} returns the index {whole} of a pool of {size}",
-                    "Return places in the pool, counted from 0, not rows of the dataset.",
-                )
-        if not len(found.prompts):
-            self.fail(
-                f"{where} leaves no prompt to train on",
-                "Choose at least one, raise a UserError that says what to change, or return Selection(prompts=None).",
-            )
-        if found.strata is None:
-            return
-        if len(found.strata) != len(found.prompts) or not all(isinstance(label, Hashable) for label in found.strata):
-            self.fail(f"{where} returns strata that do not belong to its prompts", "Give each of prompts one label.")
-
-    def _check_rehearsal(self, pairs: Sequence[Any], where: str) -> None:
-        for pair in pairs:
-            if not isinstance(pair, RehearsalPair):
-                self.fail(f"{where} rehearses a {type(pair).__name__}", "Make pairs with pool.pair(index, why='...').")
-            if not pair.prompt_ids or not pair.response_ids:
-                self.fail(f"{where} rehearses an empty prompt or response", "Leave out rows without response_ids.")
-            if pair.score is not None and not math.isfinite(pair.score):
-                self.fail(f"{where} rehearses a pair whose score is {pair.score}", "Leave it out.")
-
-    def _check_clusters(self, found: Selection, size: int, where: str) -> None:
-        if found.clusters is not None and len(found.clusters) != size:
-            self.fail(f"{where} returns {len(found.clusters)} clusters for {size} rows", "Give every row its cluster.")
-        if found.embeddings is not None:
-            shape = np.shape(found.embeddings)
-            if len(shape) != 2 or shape[0] != size or not np.isfinite(found.embeddings).all():
-                self.fail(f"{where} returns embeddings of the shape {shape}", f"Give a finite ({size}, H) array.")
 
     def repeated(self) -> None:
         """The same pool gives the same choice: to a fresh instance, and to one that has chosen before."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from trl_rlaif.components import RewardTransform
+from trl_rlaif.contracts import check_loss, check_scores
 from trl_rlaif.events import PreferenceScores, Rollout
 from trl_rlaif.testing.checks import Subject, same, seeded
 from trl_rlaif.testing.data import HOSTILE, make_preference_scores, make_rollout
@@ -65,19 +66,8 @@ class _Check:
         found = self.subject.call(where, lambda: transform.transform(scores, given), may_refuse=ragged)
         if found is None and ragged:
             return None
-        if not isinstance(found, torch.Tensor):
-            self.fail(f"{where} returns a {type(found).__name__}", "Return a tensor: one score a response.")
-        if found.shape != before.shape:
-            self.fail(
-                f"{where} returns the shape {tuple(found.shape)} for {tuple(before.shape)}",
-                "Return one score a response.",
-            )
-        if found.dtype != torch.float32:
-            self.fail(f"{where} returns {found.dtype}", "Return float32 scores, with .float().")
-        if not found.isfinite().all():
-            self.fail(
-                f"{where} returns scores that are not finite", "Guard divisions and logarithms: a spread may be 0."
-            )
+        with self.subject.rules(where):
+            check_scores(found, before)
         if not same(scores, before) or not same(given, rollout):
             self.fail(f"{where} changes its inputs", "Compute new tensors: the trainer logs the old ones.")
         self.metrics(transform, what)
@@ -147,11 +137,8 @@ class _Check:
         loss = self.subject.call(where, lambda: transform.loss(scores))
         if loss is None:
             return None
-        if not isinstance(loss, torch.Tensor) or loss.dim() or not loss.isfinite():
-            shown = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) and loss.dim() else repr(loss)
-            self.fail(
-                f"{where} gives {shown}", "Return a finite scalar tensor, the mean over the comparisons, or None."
-            )
+        with self.subject.rules(where):
+            check_loss(loss)
         if not same(_values(scores), before):
             self.fail(f"{where} changes its inputs", "Compute new tensors.")
         learned = [scores.chosen, scores.rejected]
