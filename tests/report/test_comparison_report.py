@@ -19,7 +19,8 @@ HOSTILE = "</script><script>alert(1)</script><b>bold</b>\x00"
 def sample(set_, index, arm):
     return {
         "set": set_, "id": f"p{index}", "prompt": f"question {index} {HOSTILE}",
-        "category": ("code", "chat")[index % 2], "start": f"start says {index}", "trained": f"{arm} says {index} {HOSTILE}",
+        "category": ("code", "chat")[index % 2],
+        "start": f"start says {index}", "trained": f"{arm} says {index} {HOSTILE}",
     }  # fmt: skip
 
 
