@@ -113,6 +113,7 @@ class SharedBase(nn.Module):
         shared.add_adapter("policy", config, state)
         shared.add_adapter("reference", config, state)
         peft.delete_adapter(name)
+        peft.set_adapter("policy")  # for a trainer that knows nothing of roles
         shared._set_trainable()
         return shared
 

@@ -169,7 +169,7 @@ def test_wrong_values_in_sample(only, line, value, fix):
         (
             "rl: {algorithm: grpo, rewards: [direct]}",
             "'algorithm' in section 'rl' is \"grpo\".",
-            "Write one of ppo, reinforce, rejection_sampling, dpo.",
+            "Write one of ppo, reinforce, rloo, grpo, rejection_sampling, dpo.",
         ),
         (
             "rl: {rewards: direct}",

@@ -162,11 +162,12 @@ class ForgettingTracker(TrainerCallback):
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Training goes on as if nothing had been computed inside; one process that fails stops all."""
-        trainer = self.trainer
+        trainer, training = self.trainer, self.trainer.model.training
         trainer.model.eval()
         seed = seeded(trainer.args.seed, "forgetting", trainer.state.global_step)
         with failing_together(trainer.accelerator), seed, torch.no_grad():
             yield
+        trainer.model.train(training)
 
     def _check(self, found: dict[str, float], step: int, control: Any) -> None:
         """End the run where a set's win rate has fallen below its limit."""

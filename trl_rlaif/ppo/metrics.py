@@ -66,11 +66,22 @@ def loop_metrics(trainer: PPOTrainer, rollout: Rollout) -> dict[str, float]:
     }
     ends = (rollout.response_ids == trainer.processing_class.eos_token_id).sum()
     metrics["val/num_eos_tokens"] = trainer.accelerator.reduce(ends, "sum").item()
-    metrics |= trainer._spreads
     if trainer.rehearsal.pairs:
         metrics["rehearsal/coef"] = trainer.rehearsal_coef
         metrics["rehearsal/pairs"] = len(trainer.rehearsal.pairs)
         metrics["time/rehearsal"], trainer._rehearsal_seconds = trainer._rehearsal_seconds, 0.0
+    return metrics | _of_rewards(trainer)
+
+
+def score_metrics(trainer: PPOTrainer, rollout: Rollout, scores: torch.Tensor) -> dict[str, float]:
+    """What is known of (B,) scores by themselves, over all processes: their mean, by category, and by reward."""
+    metrics = {"objective/scores": trainer.accelerator.gather(scores).mean().item()}
+    return metrics | _by_category(rollout, scores) | _of_rewards(trainer)
+
+
+def _of_rewards(trainer: PPOTrainer) -> dict[str, float]:
+    """Spreads between categories, parts of the reward, and the transforms' own numbers, of what was scored last."""
+    metrics = dict(trainer._spreads)
     for name, scores in trainer._reward_parts.items():
         metrics[f"score/{name}"] = trainer.accelerator.gather(scores).mean().item()
     for transform in trainer.reward_transforms:

@@ -245,14 +245,16 @@ class RewardSection(Section):
 
 
 class RlSection(Section):
-    """``rl``: reinforcement learning. Other keys are PPOConfig's; with ``algorithm: dpo`` DPOConfig's, too."""
+    """``rl``: reinforcement learning. Other keys are PPOConfig's; those of TRL's
+    configuration, too, where ``algorithm`` is a trainer of TRL's."""
 
-    algorithm: Literal["ppo", "reinforce", "rejection_sampling", "dpo"] = Field(
+    algorithm: Literal["ppo", "reinforce", "rloo", "grpo", "rejection_sampling", "dpo"] = Field(
         "ppo",
         description="'reinforce' is PPO with one pass over each batch and no clipped ratio (Lee et al. 2023); what "
-        "it presets, other keys here override. 'rejection_sampling' fine-tunes on what the selectors accept of the "
-        "policy's responses (Dong et al. 2023), num_train_epochs times, with num_ppo_epochs passes each. 'dpo' is "
-        "TRL's DPOTrainer on the preferences (Rafailov et al. 2023): no rewards, no sampling; its beta is kl_coef.",
+        "it presets, other keys here override. 'rloo' and 'grpo' are TRL's own trainers, with the rewards, transforms "
+        "and selectors named here. 'rejection_sampling' fine-tunes on what the selectors accept of the policy's "
+        "responses (Dong et al. 2023), num_train_epochs times, with num_ppo_epochs passes each. 'dpo' is TRL's "
+        "DPOTrainer on the preferences (Rafailov et al. 2023): no rewards, no sampling; its beta is kl_coef.",
     )
     rewards: list[Text] = Field(
         default_factory=lambda: ["reward"], min_length=1,

@@ -24,7 +24,7 @@ CONFIG_CLASSES = {
 }
 
 # The RL algorithms that TRL trains: their own configuration beside PPOConfig's fields.
-ALGORITHM_CLASSES = {"dpo": ("trl", "DPOConfig")}
+ALGORITHM_CLASSES = {"dpo": ("trl", "DPOConfig"), "rloo": ("trl", "RLOOConfig"), "grpo": ("trl", "GRPOConfig")}
 
 _FOLDER = "the run's folder is chosen with --output"
 _SEED = "set run.seed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import statistics
@@ -32,10 +33,12 @@ def run(context: Context) -> dict[str, Any]:
     """Train ``policy/``; return the first and last numbers of the run itself."""
     import torch
 
-    from trl_rlaif.stages import dpo, tracking
+    from trl_rlaif.stages import dpo, groups, tracking
 
     if context.recipe.rl.algorithm == "dpo":
         return dpo.run(context)
+    if context.recipe.rl.algorithm in groups.ALGORITHMS:
+        return groups.run(context)
 
     started = time.monotonic()
     if torch.cuda.is_available():
@@ -48,7 +51,7 @@ def run(context: Context) -> dict[str, Any]:
         _train(context, trainer)
     finally:
         callback.close()
-    _keep_selection(context, trainer)
+    keep_selection(context, trainer)
     write_folder(context.folder / "policy", lambda folder: trainer.save_model(str(folder)))
     numbers = _numbers(trainer, skipped) | tracking.numbers(tracker) | gpu_memory(context.recipe)
     return numbers | {"seconds": time.monotonic() - started}
@@ -68,15 +71,21 @@ def _train(context: Context, trainer: PPOTrainer) -> None:
 
 def build_trainer(context: Context) -> tuple[PPOTrainer, dict[str, int]]:
     """The trainer that the recipe describes, and how many prompts were skipped by reason."""
-    from trl_rlaif.ppo.trainer import PPOTrainer
     from trl_rlaif.roles import SharedBase
 
-    section, config = context.recipe.rl, _config(context)
-    base = context.load_base()
-    dataset, skipped = _prompts(context, base, config)
+    settings, base = config(context), context.load_base()
+    dataset, skipped = prompts(context, base, settings.response_length)
     shared = SharedBase(base, context.start or context.lora, reference=context.start)
-    trainer = PPOTrainer(
-        config,
+    return ppo_trainer(context, settings, shared, dataset), skipped
+
+
+def ppo_trainer(context: Context, settings: PPOConfig, shared: SharedBase, dataset: Dataset) -> PPOTrainer:
+    """A trainer on a base, with the recipe's rewards, transforms, selectors and pairs."""
+    from trl_rlaif.ppo.trainer import PPOTrainer
+
+    section = context.recipe.rl
+    return PPOTrainer(
+        settings,
         context.tokenizer,
         shared,
         reward_model=context.folder / "reward" if "reward" in section.rewards else None,
@@ -87,29 +96,41 @@ def build_trainer(context: Context) -> tuple[PPOTrainer, dict[str, int]]:
         rehearsal_dataset=_rehearsal(context),
         plugins=context.plugins,
     )
-    return trainer, skipped
 
 
-def _config(context: Context) -> PPOConfig:
-    import torch
-
+def config(context: Context) -> PPOConfig:
+    """PPO's settings: the recipe's own, over those of its algorithm and defaults that fit this run."""
     from trl_rlaif.ppo.config import PRESETS, PPOConfig
 
     section = context.recipe.rl
-    arguments = PRESETS[section.algorithm] | context.trainer_arguments("rl", section.config)
-    if "save_strategy" not in section.config:
-        arguments["save_strategy"] = "steps"
-        arguments.setdefault("save_steps", 1 / _SAVES)
-        arguments.setdefault("save_total_limit", 2)
+    known = {field.name for field in dataclasses.fields(PPOConfig)}
+    # A group trainer's own keys are not PPO's.
+    written = {key: value for key, value in section.config.items() if key in known}
+    arguments = PRESETS.get(section.algorithm, {}) | context.trainer_arguments("rl", written) | saving(written)
     # The default of the loop is TRL's, none; a policy that shall learn to stop needs one.
     if "stop_token_id" not in arguments:
         arguments.setdefault("stop_token", "eos")
     # Computing twice to save memory pays on a GPU.
-    lean = {"gradient_checkpointing": torch.cuda.is_available(), "num_sample_generations": 0}
+    lean = {"gradient_checkpointing": on_gpu(), "num_sample_generations": 0}
     return PPOConfig(**lean | arguments)
 
 
-def _keep_selection(context: Context, trainer: PPOTrainer) -> None:
+def saving(written: dict[str, Any]) -> dict[str, Any]:
+    """How often to save, where the recipe does not say: a tenth of the updates may be lost to a kill."""
+    if "save_strategy" in written:
+        return {}
+    defaults = {"save_steps": 1 / _SAVES, "save_total_limit": 2}
+    return {"save_strategy": "steps"} | {key: value for key, value in defaults.items() if key not in written}
+
+
+def on_gpu() -> bool:
+    """Whether there is one."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def keep_selection(context: Context, trainer: PPOTrainer) -> None:
     """What was rehearsed, and the map of the prompts, out of the checkpoints' folder."""
     from trl_rlaif.ppo.selection import MAP_FILE, REHEARSAL_FILE
 
@@ -149,17 +170,17 @@ def _reward(context: Context, name: str, shared: SharedBase) -> Any:
     return labeler
 
 
-def _prompts(context: Context, base: Any, config: Any) -> tuple[Dataset, dict[str, int]]:
+def prompts(context: Context, base: Any, room: int) -> tuple[Dataset, dict[str, int]]:
+    """The prompts that leave room for a response of so many tokens, and how many were skipped by reason."""
     from datasets import Dataset
 
-    room = config.response_length
-    prompts, tokens, skipped = context.encoded_prompts(context.recipe.data.prompts, room, base)
+    found, tokens, skipped = context.encoded_prompts(context.recipe.data.prompts, room, base)
     rows = [
         {"id": p.id, "prompt": context.chat(p.prompt), "category": p.category, "input_ids": ids}
-        for p, ids in zip(prompts, tokens, strict=True)
+        for p, ids in zip(found, tokens, strict=True)
     ]
-    extra = set.intersection(*(set(p.extra) for p in prompts)) - set(rows[0])
-    for row, prompt in zip(rows, prompts, strict=True):
+    extra = set.intersection(*(set(p.extra) for p in found)) - set(rows[0])
+    for row, prompt in zip(rows, found, strict=True):
         row |= {name: prompt.extra[name] for name in extra}
     return Dataset.from_list(rows), skipped
 

@@ -1,0 +1,175 @@
+"""`rl.algorithm: rloo | grpo` on a tiny model: TRL's own numbers with nothing added, and what is added beside them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers.recipes import tiny_recipe, write_recipe
+from peft import LoraConfig
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+from trl_rlaif import UserError
+from trl_rlaif.artifacts import RunFolder, read_lines
+from trl_rlaif.data import load_prompts
+from trl_rlaif.plugins import installed_plugins
+from trl_rlaif.ppo.forgetting import mean_nll
+from trl_rlaif.ppo.selection import choose
+from trl_rlaif.recipe import parse_recipe
+from trl_rlaif.runner import run_recipe
+from trl_rlaif.stages.context import Context
+from trl_rlaif.stages.groups import build_trainer
+
+pytestmark = pytest.mark.trl
+
+PLAIN = {"rewards": ["helpers.rewards:length_penalty"], "num_generations": 2, "kl_coef": 0.1, "save_steps": 100}
+NONE = {"sample": None, "label": None, "reward": None, "evaluate": None, "report": None}
+TRAINERS = {"rloo": (RLOOTrainer, RLOOConfig), "grpo": (GRPOTrainer, GRPOConfig)}
+
+
+def run(folder, model, algorithm, **sections):
+    recipe = tiny_recipe(folder, model, **sections | {"rl": PLAIN | {"algorithm": algorithm} | sections.get("rl", {})})
+    return run_recipe(recipe, installed_plugins(), folder / "out")
+
+
+def logged(folder):
+    return [row for row in read_lines(folder / "metrics.jsonl") if row["stage"] == "rl"]
+
+
+@pytest.mark.parametrize("algorithm", TRAINERS)
+def test_with_nothing_added_the_policy_is_trls(tiny_model, tmp_path, algorithm):
+    from helpers.rewards import length_penalty
+
+    folder = run(tmp_path, tiny_model, algorithm, **NONE)
+    trainer_class, config_class = TRAINERS[algorithm]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    prompts = [p.prompt for p in load_prompts(str(tmp_path / "train.jsonl"), category="category").items]
+    context = Context(tiny_recipe(tmp_path, tiny_model), folder, installed_plugins())
+    set_seed(7)
+    trainer = trainer_class(
+        model=AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32),
+        reward_funcs=[length_penalty],
+        args=config_class(
+            str(tmp_path / "plain"), beta=0.1, num_generations=2, max_completion_length=8, max_steps=6,
+            per_device_train_batch_size=4, learning_rate=1e-3, seed=7, bf16=False, gradient_checkpointing=False,
+            report_to="none", save_strategy="no", use_cpu=True, logging_steps=1,
+        ),
+        train_dataset=Dataset.from_dict({"prompt": [context.chat(p) for p in prompts]}),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )  # fmt: skip
+    trainer.train()
+    ours = logged(folder)
+    theirs = [row for row in trainer.state.log_history if "reward" in row]
+    assert len(ours) == len(theirs) == 6
+    for mine, plain in zip(ours, theirs, strict=True):
+        for name in ("reward", "kl", "loss", "completions/mean_length"):
+            assert mine[name] == pytest.approx(plain[name], rel=1e-4, abs=1e-6), name
+    trainer.save_model(str(tmp_path / "policy"))
+    plain = load_file(tmp_path / "policy" / "adapter_model.safetensors")
+    policy = load_file(folder / "policy" / "adapter_model.safetensors")
+    assert plain.keys() == policy.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(policy[name], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grpo")
+    rl = {
+        "algorithm": "grpo",
+        "rewards": ["reward", "helpers.rewards:length_penalty"],
+        "transforms": ["advantage", "distribution_regulator"],
+        "selectors": [{"selective_rehearsal": {"clusters": 2, "per_cluster": 2}}],
+        "rehearsal_coef": 0.5,
+        "cliprange": 0.1,
+        "gamma": 0.9,
+    }
+    recipe = tiny_recipe(
+        folder, tiny_model, rl=PLAIN | rl, reward={"transforms": ["advantage"]},
+        evaluate={"max_new_tokens": 8, "sets": {"forget": "test.jsonl"}, "track_every": 3},
+    )  # fmt: skip
+    return run_recipe(recipe, installed_plugins(), folder / "out")
+
+
+def test_rewards_transforms_and_pairs_take_part(finished):
+    rows, numbers = [row for row in logged(finished) if "reward" in row], finished.results()["rl"]
+    assert len(rows) == numbers["updates"] == 6 and numbers["episodes"] == 24
+    for row in rows:
+        assert row["reward"] == pytest.approx(row["objective/scores"], abs=1e-5)
+        assert {"score/model", "score/length_penalty", "rehearsal/nll", "kl"} <= row.keys()
+    assert {"reward/a", "reward/b"} <= {name for row in rows for name in row}
+    assert numbers["rehearsal"]["pairs"] == 4 and 0 < numbers["rehearsal"]["share_of_time"] < 1
+    assert len(read_lines(finished / "rehearsal.jsonl")) == 4
+    assert "gamma" in numbers["unused"] and not {"cliprange", "kl_coef", "total_episodes"} & set(numbers["unused"])
+
+
+def test_rehearsal_holds_what_it_rehearses(tiny_model, tmp_path):
+    found = {}
+    for coef in (0.0, 5.0):
+        folder = tmp_path / str(coef)
+        folder.mkdir()
+        selectors = [{"selective_rehearsal": {"clusters": 2, "per_cluster": 2}}]
+        rl = PLAIN | {"algorithm": "rloo", "selectors": selectors, "rehearsal_coef": coef, "learning_rate": 1e-2}
+        plugins, recipe = installed_plugins(), tiny_recipe(folder, tiny_model, rl=rl, **NONE)
+        trainer, _, _ = build_trainer(Context(recipe, RunFolder(folder / "out"), plugins))
+        scorer = trainer.scorer
+        scorer.apply(choose(scorer))
+        trainer.train()
+        pairs = scorer.rehearsal.pairs
+        found[coef] = mean_nll(scorer.actors, "policy", pairs, batch_size=4, device=torch.device("cpu"))
+    assert found[5.0] < found[0.0] - 0.1
+
+
+def test_forgetting_is_measured_and_the_report_is_there(finished):
+    rows = logged(finished)
+    assert [row["step"] for row in rows if "forgetting/forget/nll" in row] == [0, 3, 6]
+    assert finished.results()["rl"]["forgetting"]["forget"]["prompts"] == 4
+    assert (finished / "report.html").exists() and "win_rate" in finished.results()["evaluate"]["sets"]["forget"]
+
+
+def test_a_resumed_run_takes_up_the_transforms_state(finished, tiny_model, tmp_path):
+    import shutil
+
+    from trl_rlaif.groups.trainer import ScorerCallback
+
+    recipe = tiny_recipe(tmp_path, tiny_model, rl=PLAIN | {"algorithm": "rloo", "save_steps": 2,
+                         "transforms": ["distribution_regulator"]}, **NONE)  # fmt: skip
+    plugins = installed_plugins()
+    folder = run_recipe(recipe, plugins, tmp_path / "out")
+    trainer, _, _ = build_trainer(Context(recipe, folder, plugins))
+    kept = torch.load(folder / "checkpoints" / "rl" / "checkpoint-6" / "trl_rlaif.pt", weights_only=True)
+    [transform] = trainer.scorer.reward_transforms
+    assert str(transform.state_dict()) != str(kept["transforms"][0])
+    trainer.state.global_step, trainer.state.max_steps = 6, 6
+    ScorerCallback(trainer).on_train_begin(trainer.args, trainer.state, trainer.control)
+    assert str(transform.state_dict()) == str(kept["transforms"][0])
+    shutil.rmtree(folder / "checkpoints")
+
+
+def test_the_start_of_sft_is_policy_and_reference(tiny_model, tmp_path):
+    (tmp_path / "sft.jsonl").write_text(json.dumps({"prompt": "what?", "completion": "the fox"}) + "\n")
+    sft = {"data": "sft.jsonl", "max_steps": 2, "per_device_train_batch_size": 1, "learning_rate": 0.1}
+    recipe = tiny_recipe(tmp_path, tiny_model, sft=sft, rl=PLAIN | {"algorithm": "rloo"}, **NONE)
+    plugins = installed_plugins()
+    folder = run_recipe(recipe, plugins, tmp_path / "out", only=["sft"])
+    trainer, _, _ = build_trainer(Context(recipe, folder, plugins))
+    state, start = dict(trainer.model.named_parameters()), load_file(folder / "sft" / "adapter_model.safetensors")
+    for name, value in start.items():
+        for adapter in ("policy", "reference", "ref"):
+            parameter = state[name.replace(".weight", f".{adapter}.weight")]
+            torch.testing.assert_close(parameter.detach(), value, rtol=0, atol=0)
+            assert parameter.requires_grad == (adapter == "policy")
+
+
+def test_settings_that_do_not_fit_are_said(tiny_model, tmp_path):
+    recipe = tiny_recipe(tmp_path, tiny_model, rl=PLAIN | {"algorithm": "grpo", "num_generations": 3}, **NONE)
+    with pytest.raises(UserError, match="divisible by num_generations|num_generations"):
+        run_recipe(recipe, installed_plugins(), tmp_path / "out")
+    path = write_recipe(tmp_path, tiny_model, rl=PLAIN | {"algorithm": "grpo", "num_generation": 3}, **NONE)
+    with pytest.raises(UserError, match="num_generations"):
+        parse_recipe(path, registry=installed_plugins().registry)

@@ -1,0 +1,1 @@
+"""RLOO and GRPO: TRL's own trainers, with rewards, transforms, selectors, rehearsal and checkpoints as PPO has them."""

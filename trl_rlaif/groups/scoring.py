@@ -1,0 +1,60 @@
+"""All rewards of a run as one reward function for TRL's trainers: summed, transformed, and logged by PPO's names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trl_rlaif.events import RehearsalPair, Rollout
+from trl_rlaif.ppo.metrics import score_metrics
+from trl_rlaif.ppo.rehearsal import as_rollout
+
+if TYPE_CHECKING:
+    from trl_rlaif.ppo.trainer import PPOTrainer
+
+# What TRL hands to reward functions beside the dataset's columns.
+_TRAINERS_OWN = ("trainer_state", "log_extra", "log_metric", "environments")
+
+
+class GroupScore:
+    """What PPO would score, with GRPOTrainer's signature.
+
+    Attributes:
+        scorer: Whose reward model, functions and transforms score; to be set before the first call.
+    """
+
+    __name__ = "score"
+
+    def __init__(self) -> None:
+        self.scorer: PPOTrainer | None = None
+
+    @torch.no_grad()
+    def __call__(
+        self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], **columns: Any
+    ) -> list[float]:
+        """One finite number a completion.
+
+        Raises:
+            UserError: As ``PPOTrainer.score``.
+        """
+        scorer = self.scorer
+        own = {name: columns.pop(name) for name in _TRAINERS_OWN if name in columns}
+        rollout = self._rollout(prompts, completions, completion_ids, columns)
+        scorer.plugins.notify("rollout_collected", trainer=scorer, rollout=rollout)
+        scores = scorer.transform(scorer.score(rollout), rollout)
+        for name, value in score_metrics(scorer, rollout, scores).items():
+            own["log_metric"](name, value)
+        return scores.tolist()
+
+    def _rollout(
+        self, prompts: list[Any], completions: list[Any], completion_ids: Sequence[list[int]], columns: dict[str, Any]
+    ) -> Rollout:
+        prompt_ids = columns.pop("input_ids")
+        pairs = [RehearsalPair(*row, None, None, "", [*ids], [*response]) for *row, ids, response in zip(
+            prompts, completions, prompt_ids, completion_ids, strict=True)]  # fmt: skip
+        rollout = as_rollout(pairs, self.scorer.accelerator.device)
+        end = self.scorer.processing_class.eos_token_id
+        ended = torch.tensor([ids[-1:] == [end] for ids in completion_ids], device=rollout.lengths.device)
+        return Rollout(**vars(rollout) | {"ended": ended, "columns": columns})

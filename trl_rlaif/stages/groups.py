@@ -1,0 +1,133 @@
+"""RLOO and GRPO by TRL's own trainers, on the base, the rewards and the selectors of the recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl_rlaif.artifacts import write_folder
+from trl_rlaif.errors import UserError
+from trl_rlaif.progress import say
+from trl_rlaif.roles import SharedBase, save_adapter
+from trl_rlaif.sampling import seeded
+from trl_rlaif.stages import rl, tracking
+from trl_rlaif.stages.context import Context
+from trl_rlaif.stages.sft import last_checkpoint
+
+if TYPE_CHECKING:
+    from trl_rlaif.groups.trainer import Rehearsing
+    from trl_rlaif.ppo.trainer import PPOTrainer
+
+ALGORITHMS = ("rloo", "grpo")
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Train ``policy/``; return the first and last numbers of the run itself."""
+    from trl_rlaif.groups.trainer import Tracked
+    from trl_rlaif.ppo.selection import choose
+
+    started = time.monotonic()
+    trainer, skipped, unused = build_trainer(context)
+    if unused:
+        say(f"rl: {context.recipe.rl.algorithm} makes no use of {', '.join(unused)}.")
+    scorer = trainer.scorer
+    checkpoint = last_checkpoint(trainer.args.output_dir)
+    if scorer.data_selectors:
+        with seeded(context.recipe.run.seed, "selection"):
+            scorer.apply(choose(scorer))
+    trainer.train_dataset = scorer.train_dataset
+    callback = context.callback("rl", "Training the policy")
+    callback.attach(trainer)
+    tracker = tracking.attach(context, Tracked(trainer))
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        callback.close()
+    rl.keep_selection(context, scorer)
+    write_folder(context.folder / "policy", lambda folder: _save(context, scorer.shared, folder))
+    numbers = _numbers(trainer) | {"skipped": skipped, "unused": unused} | tracking.numbers(tracker)
+    return numbers | rl.gpu_memory(context.recipe) | {"seconds": time.monotonic() - started}
+
+
+def build_trainer(context: Context) -> tuple[Rehearsing, dict[str, int], list[str]]:
+    """TRL's trainer with a scorer; how many prompts were skipped by reason; keys of which nobody makes use."""
+    from trl_rlaif.groups.scoring import GroupScore
+    from trl_rlaif.groups.trainer import TRAINERS
+
+    trainer_class, config_class = TRAINERS[context.recipe.rl.algorithm]
+    config, unused = _config(context, config_class)
+    base, adapter = context.load_base(), context.lora
+    dataset, skipped = rl.prompts(context, base, config.max_completion_length)
+    if context.start is not None:
+        from peft import PeftModel
+
+        base, adapter = PeftModel.from_pretrained(base, context.start, is_trainable=True), None
+    score = GroupScore()
+    trainer = trainer_class(
+        model=base,
+        reward_funcs=[score],
+        args=config,
+        train_dataset=dataset,
+        processing_class=context.tokenizer,
+        peft_config=adapter,
+    )
+    # The scorer draws its own random numbers: TRL's trainer goes on as if it were alone.
+    with seeded(context.recipe.run.seed, "scorer"):
+        score.scorer = _scorer(context, trainer, dataset)
+    trainer.take(score.scorer)
+    return trainer, skipped, unused
+
+
+def _scorer(context: Context, trainer: Rehearsing, dataset: Any) -> PPOTrainer:
+    """A PPOTrainer that never trains: it scores, chooses and rehearses on the very base that TRL's trainer trains."""
+    steps = trainer.accelerator.gradient_state
+    before = dict(steps.plugin_kwargs)
+    shared = SharedBase.around(trainer.model)
+    config = dataclasses.replace(rl.config(context), value="trunk", response_length=trainer.args.max_completion_length)
+    scorer = rl.ppo_trainer(context, config, shared, dataset)
+    # Accelerate's one state of all trainers: TRL's trainer must go on to count as it did.
+    steps.plugin_kwargs = before
+    return scorer
+
+
+def _config(context: Context, config_class: type) -> tuple[Any, list[str]]:
+    from accelerate import PartialState
+
+    from trl_rlaif.groups.config import group_arguments
+
+    section = context.recipe.rl
+    own, unused = group_arguments(section.config, config_class, PartialState().num_processes)
+    arguments = context.trainer_arguments("rl", own) | rl.saving(own)
+    try:
+        return config_class(**{"gradient_checkpointing": rl.on_gpu()} | arguments), unused
+    except ValueError as error:  # TRL's words on settings that contradict each other
+        raise UserError(str(error), where=context.recipe.line(("rl",))) from error
+
+
+def _save(context: Context, shared: SharedBase, folder: Path) -> None:
+    save_adapter(shared.peft, "policy", folder)
+    context.tokenizer.save_pretrained(str(folder))
+
+
+def _numbers(trainer: Rehearsing) -> dict[str, Any]:
+    logged = [entry for entry in trainer.state.log_history if "objective/scores" in entry]
+    args, steps = trainer.args, trainer.state.global_step
+    drawn = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    numbers = {
+        "updates": steps,
+        "episodes": steps * drawn // trainer.num_iterations,
+        "prompts": len(trainer.train_dataset),
+    }
+    if logged:
+        numbers |= {"score_first": logged[0]["objective/scores"], "score_last": logged[-1]["objective/scores"]}
+        numbers |= {"kl_last": logged[-1]["kl"]} if "kl" in logged[-1] else {}
+    if logged and "rehearsal/nll" in logged[0]:
+        numbers["rehearsal"] = {
+            "pairs": len(trainer.scorer.rehearsal.pairs),
+            "nll_first": logged[0]["rehearsal/nll"],
+            "nll_last": logged[-1]["rehearsal/nll"],
+            "share_of_time": sum(e["time/rehearsal"] for e in logged) / sum(e["step_time"] for e in logged),
+        }
+    return numbers
