@@ -13,6 +13,10 @@ TRL ?= latest
 TRL_VENV := .venv-trl-$(TRL)
 TRL_PIP := $(TRL_VENV)/bin/pip install --quiet --disable-pip-version-check
 
+# A worker for each core, each with one thread; a file's tests stay together, since they share what was run once.
+PARALLEL ?= -n auto --dist loadfile
+PYTEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: quickstart test test-trl lint clean always
@@ -30,7 +34,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/trl-rlaif run quickstart --resume --output $(RUN)
 
 test: $(VENV)/.installed
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(TESTS)
+	$(PYTEST_ENV) $(BIN)/python -m pytest $(PARALLEL) $(TESTS)
 
 # That TRL, and everything else as in constraints.txt; where it wants other versions, as pip finds them. The newest is
 # looked up each time.
@@ -46,7 +50,7 @@ $(TRL_VENV)/.installed: pyproject.toml constraints.txt $(if $(filter latest,$(TR
 	touch $@
 
 test-trl: $(TRL_VENV)/.installed
-	HF_HUB_OFFLINE=1 $(TRL_VENV)/bin/python -m pytest $(if $(TESTS),$(TESTS),-m trl)
+	$(PYTEST_ENV) $(TRL_VENV)/bin/python -m pytest $(PARALLEL) $(if $(TESTS),$(TESTS),-m trl)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

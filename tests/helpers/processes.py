@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +16,19 @@ import torch
 from trl_rlaif.recipe.paths import recipes_dir
 
 
+def _free_port() -> int:
+    """Tests run beside each other: the default port would be another one's."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def launch(kind: str, script: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
     """``accelerate launch`` as users start it, with a packaged configuration, on gloo instead of GPUs."""
     config = recipes_dir() / "accelerate" / f"{kind}.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += ["--mixed_precision", "no", "--num_processes", "2", script, str(folder), *arguments]
+    command += ["--mixed_precision", "no", "--num_processes", "2", "--main_process_port", str(_free_port())]
+    command += [script, str(folder), *arguments]
     environment = os.environ | {
         # `--cpu` cannot be used: without MPI accelerate then starts a single process, and does not say so.
         "CUDA_VISIBLE_DEVICES": "",

@@ -32,7 +32,7 @@ def tracked(folder):
     return [row for row in read_lines(folder / "metrics.jsonl") if any(k.startswith("forgetting/") for k in row)]
 
 
-def loses(context, judge):
+def loses(context, judge, description=""):
     """In place of the judge: the start is always preferred."""
     return lambda prompts, policy, start: [0.0] * len(prompts)
 
@@ -69,7 +69,7 @@ def test_the_curve_begins_at_the_start_and_ends_at_what_evaluate_finds(finished)
 
 def test_the_report_shows_it(finished):
     page = (finished / "report.html").read_text(encoding="utf-8")
-    section = page[page.index('<h2 id="forgetting">') : page.index('<h2 id="held-out">')]
+    section = page[page.index('<h2 id="forgetting">') : page.index('<h2 id="judges">')]
     for shown in ("Win rate against the start", "NLL of the start's good answers", "NLL of what was rehearsed"):
         assert shown.replace("'", "&#39;") in section, shown
     assert section.count("<svg") == 4 and "10 prompts in 2 clusters" in section
