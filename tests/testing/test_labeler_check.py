@@ -38,7 +38,7 @@ class Fair(Labeler):
         DistilledLabeler(shots=2, preamble="detailed", orders="12"),
         DistilledLabeler(thinking=True, debias="mean_prob"),
     ],
-    ids=str,
+    ids=lambda component: getattr(component, "__name__", type(component).__name__),
 )
 def test_good_labelers_pass(labeler):
     check_labeler(labeler)

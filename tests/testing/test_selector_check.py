@@ -29,7 +29,7 @@ class Better(DataSelector):
         RejectionSampling(keep="above", threshold=[0.0, 0.5]),
         SelectiveRehearsal(criterion={"entropy": 1, "length": -1}, clusters=2, per_cluster=2),
     ],
-    ids=str,
+    ids=lambda component: getattr(component, "__name__", type(component).__name__),
 )
 def test_good_selectors_pass(selector):
     check_data_selector(selector)
