@@ -167,8 +167,8 @@ def test_wrong_values_in_sample(only, line, value, fix):
         ("sft: {data: ''}", "'data' in section 'sft' is \"\".", "Write text."),
         ("rl: {rewards: []}", "'rewards' in section 'rl' is an empty list.", "each entry text."),
         (
-            "rl: {algorithm: trpo, rewards: [direct]}",
-            "'algorithm' in section 'rl' is \"grpo\".",
+            "rl: {algorithm: sarsa, rewards: [direct]}",
+            "'algorithm' in section 'rl' is \"sarsa\".",
             "Write one of ppo, reinforce, rloo, grpo, rejection_sampling, dpo.",
         ),
         (
