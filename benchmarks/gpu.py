@@ -9,9 +9,9 @@ Nothing is downloaded: models of published Llama shapes get random bfloat16 weig
 is a process of its own with a time limit, and what it measured is appended to the results as soon as it ends.
 
 Ours is the `rl` stage of a packaged recipe: policy, value, reward and reference on one base in NF4. Stock is
-`trl.experimental.ppo.PPOTrainer` with the same settings as far as it knows them (it does not act on
-gradient_checkpointing), a LoRA policy, and value and reward models of their own: `stock-bf16` trains all of the value
-model, `stock-nf4` a LoRA of it, since 4-bit weights cannot be trained. Running out of memory is a result.
+`trl.experimental.ppo.PPOTrainer` (TRL 1.11 or 1.12) with the same settings as far as it knows them (it does not act
+on gradient_checkpointing), a LoRA policy, and value and reward models of their own: `stock-bf16` trains all of the
+value model, `stock-nf4` a LoRA of it, since 4-bit weights cannot be trained. Running out of memory is a result.
 
 Time is the fastest update after the first, by phase. Memory is the peak that torch allocated and reserved on the GPU,
 loading included, beside what `trl-rlaif memory` predicts for the same settings; on a CPU it is the peak resident set

@@ -3,12 +3,12 @@
     python benchmarks/ppo.py --output benchmarks/results/ppo.json
     python benchmarks/ppo.py --response 256 --output benchmarks/results/ppo.json
 
-Stock is `trl.experimental.ppo.PPOTrainer` as its documentation sets it up: a LoRA policy, a separate value model and
-a separate reward model, and its own defaults. Ours gets the same model, LoRA, prompts, batch, response length and
-defaults, with all roles on one base. Each measurement is a process of its own; both sides alternate. Time is the
-fastest update after the first, by phase. Memory is the peak resident set above the import of the libraries, once as
-it is and once with MALLOC_MMAP_THRESHOLD_=65536 (much of the first is heap that glibc keeps); on a GPU the peak of
-allocated memory.
+Stock is `trl.experimental.ppo.PPOTrainer` (TRL 1.11 or 1.12) as its documentation sets it up: a LoRA policy, a
+separate value model and a separate reward model, and its own defaults. Ours gets the same model, LoRA, prompts,
+batch, response length and defaults, with all roles on one base. Each measurement is a process of its own; both sides
+alternate. Time is the fastest update after the first, by phase. Memory is the peak resident set above the import of
+the libraries, once as it is and once with MALLOC_MMAP_THRESHOLD_=65536 (much of the first is heap that glibc keeps);
+on a GPU the peak of allocated memory.
 """
 
 from __future__ import annotations

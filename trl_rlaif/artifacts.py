@@ -1,4 +1,7 @@
-"""A run's folder: what lies in it, written whole or not at all, and which stages are complete."""
+"""A run's folder: what lies in it, written whole or not at all, and which stages are complete.
+
+Of several processes that share a run the first one writes; in the others what writes does nothing.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_rlaif.errors import RunError, UserError
+from trl_rlaif.several import is_first
 
 # What each stage leaves behind; a stage that is made anew begins by removing it.
 STAGE_ARTIFACTS = {
@@ -31,6 +35,8 @@ _COMPANIONS = {"label": ["labels.jsonl"], "reward": ["preferences"], "rl": ["pre
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file by new text (UTF-8): after a kill the old or the new one is there, never a half."""
+    if not is_first():
+        return
     building = path.with_name(f".{path.name}.building")
     with building.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -41,6 +47,8 @@ def write_atomically(path: Path, text: str) -> None:
 
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:
     """Have ``write`` fill a folder, and give it its name only when it is whole."""
+    if not is_first():
+        return
     building, old = (path.with_name(f".{path.name}.{state}") for state in ("building", "old"))
     for leftover in (building, old):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -73,6 +81,8 @@ def to_line(row: dict[str, Any]) -> str:
 
 def append_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Append rows to a JSON-lines file in one write, and see it on the disk."""
+    if not is_first():
+        return
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(map(to_line, rows)))
         file.flush()
@@ -120,7 +130,7 @@ class RunFolder:
             self.state.mkdir(exist_ok=True)
             probe = self.state / "writable"
             probe.touch()
-            probe.unlink()
+            probe.unlink(missing_ok=True)  # another process of the run may have been here
         except OSError as error:
             raise UserError(
                 f"The output folder cannot be written to: {error.strerror}.",
@@ -144,6 +154,9 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep a second process out while a run writes here; the lock ends with the process."""
+        if not is_first():
+            yield
+            return
         with (self.state / "lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -193,6 +206,8 @@ class RunFolder:
 
     def clear(self, stage: str) -> None:
         """Remove what a stage made: artefacts, numbers and metrics."""
+        if not is_first():
+            return
         (self.state / f"{stage}.json").unlink(missing_ok=True)
         for name in STAGE_ARTIFACTS[stage]:
             path = self / name
@@ -219,11 +234,14 @@ class RunFolder:
 
     def add_metrics(self, stage: str, step: int, numbers: dict[str, Any]) -> None:
         """Append a logged step to metrics.jsonl."""
-        with (self / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(to_line({"stage": stage, "step": step, **numbers}))
+        if is_first():
+            with (self / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(to_line({"stage": stage, "step": step, **numbers}))
 
     def drop_metrics(self, stage: str, after: int = -1) -> None:
         """Forget a stage's metrics behind a step, which are about to be computed again."""
+        if not is_first():
+            return
         rows = read_lines(self / "metrics.jsonl")
         kept = [r for r in rows if r.get("stage") != stage or r.get("step", 0) <= after]
         if len(kept) < len(rows):

@@ -49,16 +49,18 @@ def run(
     ] = None,
 ) -> None:
     """Run a recipe: from prompts to an aligned policy and a report."""
+    from trl_rlaif import several
     from trl_rlaif.comparison import run_comparison
     from trl_rlaif.plugins import installed_plugins
     from trl_rlaif.progress import say
     from trl_rlaif.recipe import parse_recipe
-    from trl_rlaif.runner import run_recipe
+    from trl_rlaif.runner import active_stages, run_recipe
 
     plugins = installed_plugins()
     parsed = parse_recipe(recipe, overrides=set_ or (), registry=plugins.registry)
     place, command = output or Path("runs") / parsed.run.name, shlex.join(["trl-rlaif", *sys.argv[1:]])
     stages = [stage.strip() for stage in only.split(",")] if only else []
+    several.check(active_stages(parsed), stages)
     if parsed.arms and (stages or shard):
         raise UserError(
             f"A recipe with 'compare' runs as a whole, without {'--only' if stages else '--shard'}.",
@@ -74,6 +76,7 @@ def run(
     say(f"The run is in {folder.path}")
     if (folder / "report.html").exists():
         say(f"Report: {folder / 'report.html'}")
+    several.leave()
 
 
 @app.command()

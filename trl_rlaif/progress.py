@@ -17,8 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from trl_rlaif.report.wording import duration
+from trl_rlaif.several import is_first
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, quiet=not is_first())
 
 # Without a terminal a bar cannot be redrawn; then a line is written this often.
 LINE_SECONDS = 20.0
@@ -210,6 +211,8 @@ class Publisher:
     def publish(self, *, at_once: bool = False) -> None:
         """Write what is known now, if it is time."""
         now = time.monotonic()
+        if not is_first():
+            return
         if not at_once and now - self._last < PUBLISH_SECONDS:
             return
         self._last = now

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from trl_rlaif import __version__
+from trl_rlaif import __version__, several
 from trl_rlaif.artifacts import RunFolder, write_atomically
 from trl_rlaif.errors import UserError
 from trl_rlaif.plugins import Plugins
@@ -199,6 +199,7 @@ def _run_stages(
             say(f"{stage}: the same as that of {donor.path.name}")
             continue
         folder.begin(stage, fingerprint)
+        several.wait()  # until it is clear what the stage finds
         publisher.begin(stage)
         started = time.monotonic()
         # New adapters are drawn before any trainer sets its seed: a resumed run must draw the same.

@@ -36,7 +36,7 @@ COMPARED = [
 ]
 
 
-def _train(trainer_class, config_class, folder, *, lora=False, **options):
+def _train(trainer_class, config_class, folder, *, lora=False, shown=0, **options):
     tokenizer = make_tokenizer()
     texts = [f"what is the {w}?" for w in "quick brown fox lazy dog capital city country judge over".split()]
     dataset = Dataset.from_dict({"input_ids": [tokenizer(t)["input_ids"] for t in texts]})
@@ -51,12 +51,13 @@ def _train(trainer_class, config_class, folder, *, lora=False, **options):
         total_episodes=12,
         response_length=12,
         learning_rate=1e-2,
-        num_sample_generations=0,
         bf16=False,
         report_to="none",
         save_strategy="no",
         gradient_checkpointing=False,
         disable_tqdm=True,
+        per_device_eval_batch_size=4,
+        num_sample_generations=shown,
         **options,
     )
     trainer = trainer_class(
@@ -68,6 +69,7 @@ def _train(trainer_class, config_class, folder, *, lora=False, **options):
         dataset,
         make_scorer(len(tokenizer), seed=2),
         DataCollatorWithPadding(tokenizer) if trainer_class is parent_ppo.PPOTrainer else None,
+        dataset.select(range(5)) if shown else None,
         peft_config=peft_config,
     )
     logged = []
@@ -83,8 +85,9 @@ def _train(trainer_class, config_class, folder, *, lora=False, **options):
         {"stop_token": "eos", "missing_eos_penalty": 1.0},
         {"kl_estimator": "k3", "gamma": 0.9, "kl_coef": 0.3},
         {"lora": True, "stop_token": "eos"},
+        {"shown": 2, "stop_token": "eos"},
     ],
-    ids=["defaults", "stop at eos", "k3 and discount", "LoRA policy"],
+    ids=["defaults", "stop at eos", "k3 and discount", "LoRA policy", "samples shown"],
 )
 def test_three_updates_equal_the_parents(tmp_path, options):
     parent = _train(parent_ppo.PPOTrainer, parent_ppo.PPOConfig, tmp_path / "parent", **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -133,22 +134,45 @@ def test_forgetting_is_measured_and_the_report_is_there(finished):
 
 
 def test_a_resumed_run_takes_up_the_transforms_state(finished, tiny_model, tmp_path):
-    import shutil
-
-    from trl_rlaif.groups.trainer import ScorerCallback
+    from trl_rlaif.groups.trainer import ScorerCallback, kept_state
 
     recipe = tiny_recipe(tmp_path, tiny_model, rl=PLAIN | {"algorithm": "rloo", "save_steps": 2,
                          "transforms": ["distribution_regulator"]}, **NONE)  # fmt: skip
     plugins = installed_plugins()
     folder = run_recipe(recipe, plugins, tmp_path / "out")
     trainer, _, _ = build_trainer(Context(recipe, folder, plugins))
-    kept = torch.load(folder / "checkpoints" / "rl" / "checkpoint-6" / "trl_rlaif.pt", weights_only=True)
+    [kept] = kept_state(folder / "checkpoints" / "rl" / "checkpoint-6")["processes"]
     [transform] = trainer.scorer.reward_transforms
     assert str(transform.state_dict()) != str(kept["transforms"][0])
     trainer.state.global_step, trainer.state.max_steps = 6, 6
     ScorerCallback(trainer).on_train_begin(trainer.args, trainer.state, trainer.control)
     assert str(transform.state_dict()) == str(kept["transforms"][0])
     shutil.rmtree(folder / "checkpoints")
+
+
+def test_a_resumed_run_goes_on_with_what_was_chosen_last(tiny_model, tmp_path):
+    selectors = [{"selective_rehearsal": {"clusters": 2, "per_cluster": 2}}]
+    rl = {"selectors": selectors, "selection_every": 2, "rehearsal_coef": 0.5, "save_steps": 2, "save_total_limit": 9}
+    recipe = tiny_recipe(tmp_path, tiny_model, rl=PLAIN | rl | {"algorithm": "grpo"}, **NONE)
+    folder = run_recipe(recipe, installed_plugins(), tmp_path / "out")
+    whole = [row for row in logged(folder) if "reward" in row]
+    policy = load_file(folder / "policy" / "adapter_model.safetensors")
+    pairs = read_lines(folder / "rehearsal.jsonl")
+    assert len({row["rehearsal/nll"] for row in whole}) == 6
+    # As a kill behind the fourth step leaves it.
+    shutil.rmtree(folder / "checkpoints" / "rl" / "checkpoint-6")
+    shutil.rmtree(folder / "policy")
+    (folder / "checkpoints" / "rl" / "rehearsal.jsonl").unlink()
+    marker = folder.state / "rl.json"
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"complete": False}))
+    run_recipe(recipe, installed_plugins(), tmp_path / "out", resume=True)
+    again = [row for row in logged(folder) if "reward" in row]
+    for before, after in zip(whole, again, strict=True):
+        same = {name for name in before if "time" not in name}
+        assert {n: after[n] for n in same} == pytest.approx({n: before[n] for n in same}, nan_ok=True)
+    assert read_lines(folder / "rehearsal.jsonl") == pairs
+    for name, value in load_file(folder / "policy" / "adapter_model.safetensors").items():
+        assert torch.equal(value, policy[name]), name
 
 
 def test_the_start_of_sft_is_policy_and_reference(tiny_model, tmp_path):

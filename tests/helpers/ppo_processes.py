@@ -13,8 +13,10 @@ from accelerate import PartialState
 
 from helpers import ppo_task
 from helpers.ppo import numbers
+from helpers.processes import write_result
 from trl_rlaif.components import DataSelector, RewardTransform
 from trl_rlaif.events import Selection
+from trl_rlaif.ppo import samples
 
 
 class RunningMean(RewardTransform):
@@ -94,6 +96,17 @@ def selected(folder: Path) -> dict[str, Any]:
     }
 
 
+def shown(folder: Path) -> dict[str, Any]:
+    """Responses to five prompts, which two processes cannot share evenly, in batches of two."""
+    trainer = _trainer(folder, prompts=8, updates=1, per_device_eval_batch_size=2)
+    trainer.eval_dataset = trainer.train_dataset.select(range(5))
+    return {
+        "prompts": trainer.eval_dataset["prompt"],
+        "all": samples.show(trainer, first_batch=False),
+        "first": samples.show(trainer, first_batch=True),
+    }
+
+
 def failed(folder: Path) -> dict[str, Any]:
     """What each process stops with when a reward function raises in one, and when it gives a NaN in one."""
     return {
@@ -124,9 +137,7 @@ def main(output: str, *names: str) -> None:
     """Do what is named; each process writes what it saw to ``output/RANK.pt``."""
     torch.set_num_threads(1)
     folder = Path(output)
-    found = {name: globals()[name](folder / name) for name in names}
-    found["kind"] = PartialState().distributed_type.value
-    torch.save(found, folder / f"{PartialState().process_index}.pt")
+    write_result(folder, {name: globals()[name](folder / name) for name in names})
 
 
 if __name__ == "__main__":

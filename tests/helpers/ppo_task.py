@@ -18,6 +18,7 @@ from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from helpers.processes import write_result
 from helpers.tiny import make_llama
 from trl_rlaif import PPOConfig, PPOTrainer
 
@@ -158,14 +159,8 @@ def trainable(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
 
 def main(output: str, rows: str) -> None:
     """Run as one of several processes; each writes what it saw to ``output/RANK.pt``."""
-    from accelerate import PartialState
-
     torch.set_num_threads(1)
-    folder = Path(output)
-    result = run(folder / "run", rows=int(rows))
-    state = PartialState()
-    started = {"processes": state.num_processes, "kind": state.distributed_type.value}
-    torch.save(result | started, folder / f"{state.process_index}.pt")
+    write_result(Path(output), run(Path(output) / "run", rows=int(rows)))
 
 
 if __name__ == "__main__":

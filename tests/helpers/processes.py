@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 
 from trl_rlaif.recipe.paths import recipes_dir
 
@@ -23,12 +24,32 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
+def write_result(folder: Path, result: dict[str, Any]) -> None:
+    """What a started process ends with: ``launch`` reads it."""
+    state = PartialState()
+    torch.save(
+        result | {"kind": state.distributed_type.value, "processes": state.num_processes},
+        folder / f"{state.process_index}.pt",
+    )
+    state.wait_for_everyone()
+    # Left to the interpreter's end, a thread of gloo's is now and then still alive, and aborts the process.
+    state.destroy_process_group()
+
+
 def launch(kind: str, script: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
-    """``accelerate launch`` as users start it, with a packaged configuration, on gloo instead of GPUs."""
+    """Run a script in two processes; what each of them wrote with ``write_result``."""
+    run_in_two(kind, script, str(folder), *arguments)
+    results = [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+    assert [r["kind"] for r in results] == ["MULTI_CPU" if kind == "ddp" else "DEEPSPEED"] * 2
+    return results
+
+
+def run_in_two(kind: str, *arguments: str) -> str:
+    """``accelerate launch`` as users start it, with a packaged configuration, on gloo; what was printed."""
     config = recipes_dir() / "accelerate" / f"{kind}.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     command += ["--mixed_precision", "no", "--num_processes", "2", "--main_process_port", str(_free_port())]
-    command += [script, str(folder), *arguments]
+    command += arguments
     environment = os.environ | {
         # `--cpu` cannot be used: without MPI accelerate then starts a single process, and does not say so.
         "CUDA_VISIBLE_DEVICES": "",
@@ -52,6 +73,4 @@ def launch(kind: str, script: str, folder: Path, *arguments: str) -> list[dict[s
         os.killpg(process.pid, signal.SIGKILL)  # the workers too: killing the launcher alone leaves them behind
         pytest.fail(f"The processes did not end:\n{process.communicate()[0][-4000:]}")
     assert process.returncode == 0, output[-4000:]
-    results = [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
-    assert [r["kind"] for r in results] == ["MULTI_CPU" if kind == "ddp" else "DEEPSPEED"] * 2
-    return results
+    return output

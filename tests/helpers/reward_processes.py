@@ -11,6 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl_rlaif_advantage import AdvantageModel
 
+from helpers.processes import write_result
 from helpers.reward import small_config
 from helpers.tiny import make_scorer, make_tokenizer
 from trl_rlaif import RewardTrainer
@@ -70,12 +71,8 @@ def run(folder: Path, *, batch: int, rows: bool) -> dict[str, Any]:
 
 def main(output: str, rows: str) -> None:
     """Run as one of two processes; each writes what it saw to ``output/RANK.pt``."""
-    from accelerate import PartialState
-
     torch.set_num_threads(1)
-    result = run(Path(output) / "run", batch=2, rows=rows == "rows")
-    state = PartialState()
-    torch.save(result | {"kind": state.distributed_type.value}, Path(output) / f"{state.process_index}.pt")
+    write_result(Path(output), run(Path(output) / "run", batch=2, rows=rows == "rows"))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from helpers.ppo import numbers, small_trainer
 from helpers.ppo_task import make_trainer
-from helpers.processes import launch
+from helpers.processes import launch, write_result
 from helpers.tiny import make_llama, make_scorer, make_tokenizer
 from peft import LoraConfig
 
@@ -318,9 +318,9 @@ def test_one_of_two_processes_measures_and_both_stop(tmp_path):
 def main(output: str) -> None:
     """Each process writes what it saw to ``output/RANK.pt``."""
     torch.set_num_threads(1)
-    folder, state = Path(output), PartialState()
-    found = {"stopping": _in_processes(folder / "stopping", False), "failing": _in_processes(folder / "failing", True)}
-    torch.save(found | {"kind": state.distributed_type.value}, folder / f"{state.process_index}.pt")
+    folder = Path(output)
+    stopping, failing = (_in_processes(folder / name, name == "failing") for name in ("stopping", "failing"))
+    write_result(folder, {"stopping": stopping, "failing": failing})
 
 
 if __name__ == "__main__":

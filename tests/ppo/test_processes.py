@@ -58,7 +58,7 @@ def two(tmp_path_factory, kind):
 def more(tmp_path_factory, kind):
     """What only several processes can show, of rank 0 and of rank 1."""
     folder = tmp_path_factory.mktemp("more")
-    return launch(kind, ppo_processes.__file__, folder, "resumed", "selected", "failed")
+    return launch(kind, ppo_processes.__file__, folder, "resumed", "selected", "shown", "failed")
 
 
 def test_each_process_draws_for_its_own_half_of_the_prompts(one, two):
@@ -119,6 +119,13 @@ def test_processes_rehearse_the_same_pairs_and_learn_the_same_from_them(more):
     assert first["rehearsed"] == second["rehearsed"] > 0
     for name, value in first["parameters"].items():
         assert torch.equal(value, second["parameters"][name]), name
+
+
+def test_every_prompt_is_shown_once(more):
+    first, second = (result["shown"] for result in more)
+    assert [prompt for prompt, _, _ in first["all"]] == first["prompts"]
+    assert [prompt for prompt, _, _ in first["first"]] == [first["prompts"][row] for row in (0, 1, 3, 4)]
+    assert (first["all"], first["first"]) == (second["all"], second["first"])
 
 
 def test_a_reward_that_fails_in_one_process_stops_both(more):

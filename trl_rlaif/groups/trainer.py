@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 
+from trl_rlaif.errors import UserError
 from trl_rlaif.ppo.selection import choose
 from trl_rlaif.trl_version import check_trl
 
@@ -66,18 +69,20 @@ class ScorerCallback(TrainerCallback):
         """The scorer counts as the trainer does; a resumed run takes up the transforms' state."""
         scorer = self.trainer.scorer
         scorer.state, scorer.args.num_total_batches = state, state.max_steps
-        path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / _STATE
-        if state.global_step and path.exists():
-            found = torch.load(path, weights_only=True)
-            for transform, kept in zip(scorer.reward_transforms, found["transforms"], strict=True):
-                transform.load_state_dict(kept)
-            scorer.rehearsal.load_state_dict(found["rehearsal"])
+        kept = kept_state(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        if kept is not None:
+            mine = _own_part(kept, scorer)
+            for transform, values in zip(scorer.reward_transforms, mine["transforms"], strict=True):
+                transform.load_state_dict(values)
+            scorer.rehearsal.load_state_dict(mine["rehearsal"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Choose anew what is rehearsed, where the configuration says so."""
+        """Choose anew what is rehearsed, where the configuration says so; TRL's dataloader keeps its prompts."""
         scorer, every = self.trainer.scorer, self.trainer.scorer.args.selection_every
         if every and scorer.data_selectors and state.global_step < state.max_steps and state.global_step % every == 0:
-            scorer.apply(choose(scorer))
+            training = self.trainer.model.training
+            scorer.apply(replace(choose(scorer), rows=scorer.chosen.rows, strata=scorer.chosen.strata))
+            self.trainer.model.train(training)  # by which TRL tells what it logs next from an evaluation
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Tell the plugins that watch."""
@@ -85,11 +90,30 @@ class ScorerCallback(TrainerCallback):
             self.trainer.scorer.plugins.notify("policy_updated", trainer=self.trainer, metrics=logs)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The transforms' state and the place in the pairs, beside TRL's own checkpoint."""
+        """What was chosen, and of every process the transforms' state and the place in the pairs, beside TRL's own."""
         scorer, folder = self.trainer.scorer, Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        transforms = [transform.state_dict() for transform in scorer.reward_transforms]
+        parts = gather_object([{"transforms": transforms, "rehearsal": scorer.rehearsal.state_dict()}])
         if state.is_world_process_zero and folder.is_dir():
-            states = [transform.state_dict() for transform in scorer.reward_transforms]
-            torch.save({"transforms": states, "rehearsal": scorer.rehearsal.state_dict()}, folder / _STATE)
+            chosen = None if scorer.chosen is None else scorer.chosen.to_dict()
+            torch.save({"chosen": chosen, "processes": parts}, folder / _STATE)
+
+
+def kept_state(checkpoint: str | Path) -> dict[str, Any] | None:
+    """What TRL's checkpoint keeps of ours: ``chosen``, and ``processes``, a part of each; or None."""
+    path = Path(checkpoint) / _STATE
+    # Our own file: of strata a selector may make anything that can be hashed.
+    return torch.load(path, weights_only=False) if path.exists() else None
+
+
+def _own_part(kept: dict[str, Any], scorer: PPOTrainer) -> dict[str, Any]:
+    count, parts = scorer.accelerator.num_processes, kept["processes"]
+    if len(parts) != count:
+        raise UserError(f"The checkpoint was written by {len(parts)} processes; these are {count}.")
+    mine = parts[scorer.accelerator.process_index]
+    if len(mine["transforms"]) != len(scorer.reward_transforms):
+        raise UserError("The checkpoint was written with other reward transforms.")
+    return mine
 
 
 class Tracked:

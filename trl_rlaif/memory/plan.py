@@ -129,7 +129,8 @@ def plan_memory(recipe: Recipe, model_config: PretrainedConfig | ModelShape | No
     Raises:
         UserError: The configuration cannot be read, or the adapters fit no layer of it.
     """
-    from trl_rlaif.memory.stages import STAGE_PARTS, Run
+    from trl_rlaif.memory.parts import Run
+    from trl_rlaif.memory.stages import STAGE_PARTS
 
     if model_config is None:
         model_config = load_config(recipe.model.path)

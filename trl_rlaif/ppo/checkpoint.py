@@ -16,7 +16,6 @@ import torch
 from accelerate.utils import gather_object
 
 from trl_rlaif.errors import UserError
-from trl_rlaif.events import RehearsalPair
 from trl_rlaif.ppo import zero
 from trl_rlaif.ppo.selection import Chosen
 
@@ -147,7 +146,7 @@ def _state(trainer: PPOTrainer) -> dict[str, Any]:
         "parameters": _trainable(trainer),
         "optimizer": None if zero.enabled(trainer.accelerator) else trainer.optimizer.state_dict(),
         "scheduler": trainer.lr_scheduler.state_dict(),
-        "chosen": None if trainer.chosen is None else dataclasses.asdict(trainer.chosen),
+        "chosen": None if trainer.chosen is None else trainer.chosen.to_dict(),
         "kl_coef": trainer.kl_weight.coef,
         "processes": gather_object([_own_state(trainer)]),
     }
@@ -200,8 +199,7 @@ def load(trainer: PPOTrainer, folder: Path) -> None:
         transform.load_state_dict(its_state)
     # What was chosen stays: the place in the data is a place in that.
     if state["chosen"] is not None:
-        pairs = [RehearsalPair(**pair) for pair in state["chosen"]["rehearsal"]]
-        trainer.apply(Chosen(**{**state["chosen"], "rehearsal": pairs}))
+        trainer.apply(Chosen.from_dict(state["chosen"]))
     trainer.rehearsal.load_state_dict(mine["rehearsal"])
     trainer._batches.load_state_dict(mine["batches"])
     trainer.kl_weight.coef = state["kl_coef"]

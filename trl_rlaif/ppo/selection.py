@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,15 @@ class Chosen:
     strata: list[Hashable] | None = None
     rehearsal: list[RehearsalPair] = field(default_factory=list)
     map: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Chosen:
+        """What ``to_dict`` gave."""
+        return cls(**{**values, "rehearsal": [RehearsalPair(**pair) for pair in values["rehearsal"]]})
 
 
 def choose(trainer: PPOTrainer) -> Chosen:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from trl_rlaif.errors import UserError
 from trl_rlaif.events import Rollout
 from trl_rlaif.plugins import Plugins, installed_plugins
 from trl_rlaif.ppo import advantages as adv
-from trl_rlaif.ppo import checkpoint, rehearsal, zero
+from trl_rlaif.ppo import checkpoint, rehearsal, samples, zero
 from trl_rlaif.ppo.actors import Actors, SeparateActors, SharedActors
 from trl_rlaif.ppo.config import PPOConfig, with_defaults
 from trl_rlaif.ppo.construction import (
@@ -197,11 +198,8 @@ class PPOTrainer(BasePPOTrainer):
         while self.state.global_step < self.args.num_total_batches and not self.control.should_training_stop:
             self._select()
             began = time.monotonic()
-            try:
+            with self._kept():
                 rollout, scores = self.collect()
-            except UserError:
-                checkpoint.save(self)
-                raise
             rewards = self.compute_rewards(rollout, scores)
             self.plugins.notify("rewards_computed", trainer=self, rollout=rollout, rewards=rewards)
             advantages, returns = self.compute_advantages(rollout, rewards)
@@ -211,6 +209,15 @@ class PPOTrainer(BasePPOTrainer):
             metrics["time/update"] = time.monotonic() - began
             self._end_update(metrics)
         self._end()
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        """Save what was learned, should a reward fail."""
+        try:
+            yield
+        except UserError:
+            checkpoint.save(self)
+            raise
 
     def collect(self) -> tuple[Rollout, torch.Tensor]:
         """Sample the next batch of prompts and score it: the rollout, and its (B,) float32 scores."""
@@ -284,6 +291,7 @@ class PPOTrainer(BasePPOTrainer):
                         average_gradients(self.accelerator, self.model)
                         self.optimizer.step()
                         self.optimizer.zero_grad()
+                    stats["rows"].append(torch.tensor(float(len(rows)), device=self.accelerator.device))
                     for name, value in step.items():
                         stats[name].append(value)
             self._epochs_done = epoch + 1
@@ -393,6 +401,9 @@ class PPOTrainer(BasePPOTrainer):
         self.log(metrics)
         self.lr_scheduler.step()
         self.control = self.callback_handler.on_step_end(self.args, state, self.control)
+        if samples.due(self):  # before a checkpoint is written: sampling moves the random numbers on
+            with self._kept():
+                self.generate_completions(sampling=True)
         if self.control.should_save:
             checkpoint.save(self)
             self.control = self.callback_handler.on_save(self.args, state, self.control)
@@ -411,17 +422,10 @@ class PPOTrainer(BasePPOTrainer):
             self.processing_class.save_pretrained(folder)
 
     def generate_completions(self, sampling: bool = False) -> None:
-        """Print prompts of ``eval_dataset`` with near-greedy responses and their scores."""
-        if self.eval_dataset is None:
-            return
-        before, self._sampler.temperature = self._sampler.temperature, 0.01
-        try:
-            for batch in self.eval_dataloader:
-                rollout = self.sample(batch)
-                rows = zip(rollout.prompts, rollout.completions, self.score(rollout).tolist(), strict=True)
-                for prompt, completion, score in rows:
-                    self.accelerator.print(f"{score:+.3f}  {str(prompt)[:80]!r} -> {str(completion)[:200]!r}")
-                if sampling:
-                    break
-        finally:
-            self._sampler.temperature = before
+        """Print prompts of ``eval_dataset`` with near-greedy responses and their scores.
+
+        Args:
+            sampling: Of the first batch alone, as ``num_sample_generations`` times in a run.
+        """
+        if self.eval_dataset is not None:
+            samples.show(self, first_batch=sampling)

@@ -7,9 +7,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trl_rlaif import several
 from trl_rlaif.artifacts import write_folder
 from trl_rlaif.progress import say
 from trl_rlaif.roles import save_adapter
+from trl_rlaif.stages import rl
 from trl_rlaif.stages.context import Context
 from trl_rlaif.stages.label import preferences_of_people
 from trl_rlaif.stages.sft import last_checkpoint
@@ -28,6 +30,7 @@ def run(context: Context) -> dict[str, Any]:
     started = time.monotonic()
     if context.recipe.label is None:
         preferences_of_people(context, "rl")
+        several.wait()
     trainer, ignored = build_trainer(context)
     if ignored:
         say(f"rl: dpo makes no use of {', '.join(ignored)}.")
@@ -81,7 +84,7 @@ def _config(context: Context) -> tuple[DPOConfig, list[str]]:
     known = {field.name for field in dataclasses.fields(DPOConfig) if field.init}
     ignored = sorted(set(written) - known)
     own = {key: value for key, value in written.items() if key in known}
-    lean = {"gradient_checkpointing": False}
+    lean = {"gradient_checkpointing": rl.on_gpu()}
     return DPOConfig(**lean | context.trainer_arguments("rl", own)), ignored
 
 

@@ -26,7 +26,6 @@ ALGORITHMS = ("rloo", "grpo")
 def run(context: Context) -> dict[str, Any]:
     """Train ``policy/``; return the first and last numbers of the run itself."""
     from trl_rlaif.groups.trainer import Tracked
-    from trl_rlaif.ppo.selection import choose
 
     started = time.monotonic()
     trainer, skipped, unused = build_trainer(context)
@@ -34,9 +33,7 @@ def run(context: Context) -> dict[str, Any]:
         say(f"rl: {context.recipe.rl.algorithm} makes no use of {', '.join(unused)}.")
     scorer = trainer.scorer
     checkpoint = last_checkpoint(trainer.args.output_dir)
-    if scorer.data_selectors:
-        with seeded(context.recipe.run.seed, "selection"):
-            scorer.apply(choose(scorer))
+    _select(context, scorer, checkpoint)
     trainer.train_dataset = scorer.train_dataset
     callback = context.callback("rl", "Training the policy")
     callback.attach(trainer)
@@ -49,6 +46,19 @@ def run(context: Context) -> dict[str, Any]:
     write_folder(context.folder / "policy", lambda folder: _save(context, scorer.shared, folder))
     numbers = _numbers(trainer) | {"skipped": skipped, "unused": unused} | tracking.numbers(tracker)
     return numbers | rl.gpu_memory(context.recipe) | {"seconds": time.monotonic() - started}
+
+
+def _select(context: Context, scorer: PPOTrainer, checkpoint: str | None) -> None:
+    """What is trained on and rehearsed: as a checkpoint has it, or else as the selectors choose."""
+    from trl_rlaif.groups.trainer import kept_state
+    from trl_rlaif.ppo.selection import Chosen, choose
+
+    kept = None if checkpoint is None else kept_state(checkpoint)
+    if kept is not None and kept["chosen"] is not None:
+        scorer.apply(Chosen.from_dict(kept["chosen"]))
+    elif scorer.data_selectors:
+        with seeded(context.recipe.run.seed, "selection"):
+            scorer.apply(choose(scorer))
 
 
 def build_trainer(context: Context) -> tuple[Rehearsing, dict[str, int], list[str]]:

@@ -1,0 +1,99 @@
+"""RLOO and GRPO in several processes: as a script, with tests/ on PYTHONPATH, this is one of them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+from helpers.processes import write_result
+from helpers.recipes import tiny_recipe
+from helpers.rewards import length_penalty
+from trl_rlaif.artifacts import RunFolder
+from trl_rlaif.data import load_prompts
+from trl_rlaif.plugins import installed_plugins
+from trl_rlaif.ppo.selection import choose
+from trl_rlaif.stages.context import Context
+from trl_rlaif.stages.groups import build_trainer
+
+TRAINERS = {"rloo": (RLOOTrainer, RLOOConfig), "grpo": (GRPOTrainer, GRPOConfig)}
+NONE = {"sample": None, "label": None, "reward": None, "evaluate": None, "report": None}
+SETTINGS = {
+    "rewards": ["helpers.rewards:length_penalty"],
+    "num_generations": 2,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "total_episodes": 24,
+    "kl_coef": 0.1,
+    "learning_rate": 1e-2,
+    "save_strategy": "no",
+}
+REHEARSED = {"selectors": [{"selective_rehearsal": {"clusters": 2, "per_cluster": 2}}], "rehearsal_coef": 2.0}
+
+
+def _seen(trainer: Any, parameters: Any) -> dict[str, Any]:
+    logged = [row for row in trainer.state.log_history if "reward" in row]
+    kept = {name.replace(".policy.", ".").replace(".default.", "."): p.detach().clone() for name, p in parameters}
+    return {"metrics": logged, "parameters": {name: value for name, value in kept.items() if "lora_" in name}}
+
+
+def ours(folder: Path, model: str, algorithm: str, **rl: Any) -> dict[str, Any]:
+    """Three steps of a recipe's trainer."""
+    with PartialState().main_process_first():
+        folder.mkdir(exist_ok=True)
+        recipe = tiny_recipe(folder, model, rl=SETTINGS | rl | {"algorithm": algorithm}, **NONE)
+    set_seed(7)
+    trainer, _, _ = build_trainer(Context(recipe, RunFolder(folder / "out"), installed_plugins()))
+    scorer = trainer.scorer
+    if scorer.data_selectors:
+        scorer.apply(choose(scorer))
+        trainer.train_dataset = scorer.train_dataset
+    trainer.train()
+    found = _seen(trainer, ((n, p) for n, p in scorer.shared.peft.named_parameters() if ".policy." in n))
+    return found | {"pairs": [pair.response for pair in scorer.rehearsal.pairs]}
+
+
+def plain(folder: Path, model: str, algorithm: str) -> dict[str, Any]:
+    """The same with TRL alone."""
+    trainer_class, config_class = TRAINERS[algorithm]
+    prompts = [p.prompt for p in load_prompts(str(folder / "train.jsonl"), category="category").items]
+    context = Context(tiny_recipe(folder, model), RunFolder(folder / "out"), installed_plugins())
+    set_seed(7)
+    trainer = trainer_class(
+        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        reward_funcs=[length_penalty],
+        args=config_class(
+            str(folder / "plain"), beta=0.1, num_generations=2, max_completion_length=8, max_steps=3,
+            per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2, seed=7, bf16=False,
+            gradient_checkpointing=False, report_to="none", save_strategy="no", use_cpu=True, logging_steps=1,
+        ),
+        train_dataset=Dataset.from_dict({"prompt": [context.chat(p) for p in prompts]}),
+        processing_class=AutoTokenizer.from_pretrained(model),
+        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )  # fmt: skip
+    trainer.train()
+    return _seen(trainer, trainer.accelerator.unwrap_model(trainer.model).named_parameters())
+
+
+def main(output: str, model: str) -> None:
+    """Each process writes what it saw to ``output/RANK.pt``."""
+    torch.set_num_threads(1)
+    folder, found = Path(output), {}
+    for name in TRAINERS:
+        found[name] = {
+            "ours": ours(folder / name, model, name),
+            "plain": plain(folder / name, model, name),
+            "rehearsed": ours(folder / f"{name}-rehearsed", model, name, **REHEARSED),
+        }
+    write_result(folder, found)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

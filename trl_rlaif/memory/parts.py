@@ -1,0 +1,162 @@
+"""What the parts of a plan are made from: a recipe with its shapes, and what training, generating and judging hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from trl_rlaif.memory.activations import FLOAT32, Activations, Precision
+from trl_rlaif.memory.counting import Adapter, ModelShape, adapter, optimizer_bytes, weight_bytes
+from trl_rlaif.memory.plan import ALWAYS, Part
+from trl_rlaif.memory.settings import setting
+from trl_rlaif.recipe import JudgeSection, Recipe
+
+# Prompts are this long where the recipe sets no limit.
+ASSUMED_PROMPT = 512
+# Tokens that a judge computes at once where no section says.
+JUDGE_TOKENS = 8192
+
+
+@dataclass
+class Run:
+    """A recipe with the shapes of its models; assumptions are collected in ``notes``.
+
+    Args:
+        recipe: The recipe.
+        shape: The base.
+        judge: A local judge that is another model.
+    """
+
+    recipe: Recipe
+    shape: ModelShape
+    judge: ModelShape | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def nf4(self) -> bool:
+        """Whether the base is quantized."""
+        return self.recipe.model.quantization == "nf4"
+
+    @property
+    def dtype(self) -> str:
+        """Type of all weights that are not quantized."""
+        if self.recipe.model.dtype != "auto":
+            return self.recipe.model.dtype
+        if self.shape.dtype is None:
+            self.notes.append("The model's configuration names no dtype: its weights are taken as bfloat16.")
+        return self.shape.dtype or "bfloat16"
+
+    @property
+    def item(self) -> int:
+        """Its bytes."""
+        return FLOAT32 if self.dtype == "float32" else 2
+
+    @cached_property
+    def adapter(self) -> Adapter:
+        """The adapter of each role."""
+        return adapter(self.shape, self.recipe.model.lora)
+
+    def activations(
+        self, stage: str | None, *, adapter_item: int = FLOAT32, bare: bool = False, lean: bool | None = None
+    ) -> Activations:
+        """Activations of a training stage; without one, of inference without autocast."""
+        autocast = bool(setting(self.recipe, stage, "bf16")) if stage else False
+        precision = Precision(self.item, autocast, self.nf4, adapter_item, stage == "rl" if lean is None else lean)
+        return Activations(self.shape, None if bare else self.adapter, precision)
+
+    @property
+    def prompt(self) -> int:
+        """Longest prompt in tokens."""
+        limit = setting(self.recipe, "rl", "max_prompt_length") if self.recipe.rl else None
+        if limit is None:
+            limit = ASSUMED_PROMPT
+            self.notes.append(f"Prompts are taken to have {limit} tokens at most; rl.max_prompt_length makes it so.")
+        return limit
+
+    def within(self, length: int) -> int:
+        """A length, at most the model's context."""
+        return min(length, self.shape.context or length)
+
+    def base(self, *, head: bool = True, held: bool = False) -> Iterator[Part]:
+        """The frozen base; ``held``: as PPO holds it under autocast."""
+        held = held and self.item == FLOAT32
+        dtype = f"{self.dtype}, linear layers bfloat16" if held else self.dtype
+        sizes = weight_bytes(self.shape, nf4=self.nf4, item=self.item, head=head, held=held)
+        yield from weights(self.shape, self.nf4, sizes, self.item, dtype, "base")
+
+
+def weights(shape: ModelShape, nf4: bool, sizes: tuple[int, int], item: int, dtype: str, what: str) -> Iterator[Part]:
+    quantized, rest = sizes
+    if not nf4:
+        yield Part(f"{what}: weights ({dtype})", rest, ALWAYS, "")
+        return
+    yield Part(f"{what}: weights (NF4, double quantization)", quantized, ALWAYS, "")
+    yield Part(f"{what}: embeddings, norms and output head ({dtype})", rest, ALWAYS, "")
+    largest = max((x.numel for x in shape.quantizable), default=0)
+    yield Part(f"{what}: one 4-bit weight, dequantized for a product", item * largest, ALWAYS, "")
+
+
+def trained(run: Run, stage: str, what: str, tensors: tuple[int, ...], item: int) -> Iterator[Part]:
+    """Weights, gradients and optimizer states of what a stage trains."""
+    optim = setting(run.recipe, stage, "optim")
+    optim = getattr(optim, "value", optim)  # transformers' default is an enum
+    size = item * sum(tensors)
+    resident, paged = optimizer_bytes(optim, tensors, item)
+    yield Part(f"{what}: weights", size, ALWAYS, "")
+    yield Part(f"{what}: gradients", size, ALWAYS, "")
+    yield Part(f"{what}: optimizer states ({optim})", resident, ALWAYS, "")
+    yield Part(f"{what}: optimizer states ({optim})", paged, ALWAYS, "", paged=True)
+
+
+def backward(activations: Activations, rows: int, length: int, checkpointing: bool) -> Iterator[Part]:
+    """The update without an output head."""
+    kept = activations.kept(rows, length, checkpointing=checkpointing)
+    peak = activations.peak(rows, length, checkpointing=checkpointing)
+    size = f"{rows} x {length} tokens"
+    how = f"hidden states, one a layer, {size}" if checkpointing else f"activations of all layers, {size}"
+    yield Part(how, kept, "update: layers", "")
+    yield Part("one layer, computed again" if checkpointing else "their gradients", peak - kept, "update: layers", "")
+
+
+def update(
+    activations: Activations, rows: int, length: int, checkpointing: bool, head: int, chunk: int
+) -> Iterator[Part]:
+    """The update with an output head, a chunk of tokens at a time."""
+    yield from backward(activations, rows, length, checkpointing)
+    # The last hidden state waits for the gradient that the head's chunks fill in.
+    hidden = rows * length * activations.precision.stream * activations.shape.hidden
+    yield Part("gradient of the last hidden state", hidden, "update: layers", "")
+    kept = activations.kept(rows, length, checkpointing=checkpointing)
+    how = "hidden states, one a layer" if checkpointing else "activations of all layers"
+    yield Part(f"{how}, {rows} x {length} tokens", kept + hidden, "update: output head", "")
+    yield Part(f"output head, {chunk} tokens at a time", head, "update: output head", "")
+
+
+def generation(activations: Activations, rows: int, prompt: int, response: int, block: int = 1) -> Iterator[Part]:
+    cache = activations.cache(rows, -(-(prompt + response) // block) * block)
+    for when in ("generation: prompts", "generation: tokens"):
+        yield Part(f"keys and values, {rows} x ({prompt} + {response}) tokens", cache, when, "")
+    yield Part("activations of the prompts", activations.live(rows, prompt), "generation: prompts", "")
+    step = activations.step_logits(rows) + activations.live(rows, 1)
+    # A cache that grows is copied a layer at a time.
+    yield Part("one step, with its logits", step + cache // activations.shape.layers, "generation: tokens", "")
+
+
+def judge_pass(run: Run, judge: object, *, alone: bool) -> Iterator[Part]:
+    """A judge's forward passes, and its weights where it is a model of its own or there is nothing else."""
+    section = run.recipe.label
+    tokens = section.batch_tokens if section else JUDGE_TOKENS
+    if isinstance(judge, JudgeSection) and run.judge is not None:
+        dtype = run.judge.dtype or "bfloat16" if judge.dtype == "auto" else judge.dtype
+        item = FLOAT32 if dtype == "float32" else 2
+        nf4 = judge.quantization == "nf4"
+        yield from weights(run.judge, nf4, weight_bytes(run.judge, nf4=nf4, item=item), item, dtype, "judge")
+        activations = Activations(run.judge, None, Precision(item, False, nf4))
+    elif isinstance(judge, str):
+        if alone:
+            yield from run.base()
+        activations = run.activations(None, bare=True)
+    else:  # a server
+        return
+    yield Part(f"a pass of the judge, {tokens} tokens", activations.live(1, tokens), "judging", "")
