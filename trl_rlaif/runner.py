@@ -234,7 +234,8 @@ def summary(stage: str, numbers: dict[str, Any]) -> str:
         low, high = numbers["accuracy_interval"]
         return f"accuracy {numbers['accuracy']:.0%} on held-out pairs ({low:.0%} to {high:.0%})"
     if stage == "rl" and "score_first" in numbers:
-        return f"score {numbers['score_first']:+.3f} -> {numbers['score_last']:+.3f}, KL {numbers['kl_last']:.2f}"
+        kl = f", KL {numbers['kl_last']:.2f}" if "kl_last" in numbers else ""  # GRPO without kl_coef measures none
+        return f"score {numbers['score_first']:+.3f} -> {numbers['score_last']:+.3f}{kl}"
     if stage == "evaluate":
         return "; ".join(
             f"{name}: wins {s['win_rate']:.0%} ({s['interval'][0]:.0%} to {s['interval'][1]:.0%}){_agreeing(s)}"

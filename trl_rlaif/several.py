@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from trl_rlaif.errors import UserError
 
@@ -21,21 +22,25 @@ def is_first() -> bool:
     return processes() == 1 or int(os.environ.get("RANK", 0)) == 0
 
 
+def join() -> Any:
+    """Accelerate's state of these processes; the first call joins them, on CPUs too where the launcher was told so."""
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")) if processes() > 1 else PartialState()
+
+
 def wait() -> None:
     """Go on when all have come here."""
     if processes() > 1:
-        from accelerate import PartialState
-
-        PartialState().wait_for_everyone()
+        join().wait_for_everyone()
 
 
 def leave() -> None:
     """End what joins the processes. Left to the interpreter's end, its threads now and then abort the process."""
     if processes() > 1:
-        from accelerate import PartialState
-
-        PartialState().wait_for_everyone()
-        PartialState().destroy_process_group()
+        wait()
+        join().destroy_process_group()
 
 
 def check(stages: Sequence[str], only: Sequence[str]) -> None:

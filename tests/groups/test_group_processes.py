@@ -23,6 +23,7 @@ def two(tiny_model, tmp_path_factory):
 def test_with_nothing_added_the_policy_is_trls(two, algorithm, rank):
     ours, plain = (two[rank][algorithm][name] for name in ("ours", "plain"))
     assert len(ours["metrics"]) == len(plain["metrics"]) == 3
+    assert abs(ours["metrics"][-1]["kl"]) > 1e-6  # the policy has moved: something is compared
     for mine, theirs in zip(ours["metrics"], plain["metrics"], strict=True):
         for name in ("reward", "kl", "loss", "completions/mean_length"):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name

@@ -27,7 +27,7 @@ from trl_rlaif.stages.groups import build_trainer
 
 pytestmark = pytest.mark.trl
 
-PLAIN = {"rewards": ["helpers.rewards:length_penalty"], "num_generations": 2, "kl_coef": 0.1, "save_steps": 100}
+PLAIN = {"rewards": ["helpers.rewards:even_share"], "num_generations": 2, "kl_coef": 0.1, "save_steps": 100}
 NONE = {"sample": None, "label": None, "reward": None, "evaluate": None, "report": None}
 TRAINERS = {"rloo": (RLOOTrainer, RLOOConfig), "grpo": (GRPOTrainer, GRPOConfig)}
 
@@ -43,7 +43,7 @@ def logged(folder):
 
 @pytest.mark.parametrize("algorithm", TRAINERS)
 def test_with_nothing_added_the_policy_is_trls(tiny_model, tmp_path, algorithm):
-    from helpers.rewards import length_penalty
+    from helpers.rewards import even_share
 
     folder = run(tmp_path, tiny_model, algorithm, **NONE)
     trainer_class, config_class = TRAINERS[algorithm]
@@ -53,7 +53,7 @@ def test_with_nothing_added_the_policy_is_trls(tiny_model, tmp_path, algorithm):
     set_seed(7)
     trainer = trainer_class(
         model=AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32),
-        reward_funcs=[length_penalty],
+        reward_funcs=[even_share],
         args=config_class(
             str(tmp_path / "plain"), beta=0.1, num_generations=2, max_completion_length=8, max_steps=6,
             per_device_train_batch_size=4, learning_rate=1e-3, seed=7, bf16=False, gradient_checkpointing=False,
@@ -67,6 +67,7 @@ def test_with_nothing_added_the_policy_is_trls(tiny_model, tmp_path, algorithm):
     ours = logged(folder)
     theirs = [row for row in trainer.state.log_history if "reward" in row]
     assert len(ours) == len(theirs) == 6
+    assert len({round(row["reward"], 6) for row in ours}) > 1 and abs(ours[-1]["kl"]) > 1e-6  # something is compared
     for mine, plain in zip(ours, theirs, strict=True):
         for name in ("reward", "kl", "loss", "completions/mean_length"):
             assert mine[name] == pytest.approx(plain[name], rel=1e-4, abs=1e-6), name

@@ -7,26 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from helpers.processes import write_result
-from helpers.recipes import tiny_recipe
-from helpers.rewards import length_penalty
+from helpers.recipes import write_recipe
+from helpers.rewards import even_share
+from trl_rlaif import several
 from trl_rlaif.artifacts import RunFolder
 from trl_rlaif.data import load_prompts
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.ppo.selection import choose
+from trl_rlaif.recipe import parse_recipe
 from trl_rlaif.stages.context import Context
 from trl_rlaif.stages.groups import build_trainer
 
 TRAINERS = {"rloo": (RLOOTrainer, RLOOConfig), "grpo": (GRPOTrainer, GRPOConfig)}
 NONE = {"sample": None, "label": None, "reward": None, "evaluate": None, "report": None}
 SETTINGS = {
-    "rewards": ["helpers.rewards:length_penalty"],
+    "rewards": ["helpers.rewards:even_share"],
     "num_generations": 2,
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 2,
@@ -44,13 +45,20 @@ def _seen(trainer: Any, parameters: Any) -> dict[str, Any]:
     return {"metrics": logged, "parameters": {name: value for name, value in kept.items() if "lora_" in name}}
 
 
+def _context(folder: Path, model: str, **sections: Any) -> Context:
+    several.wait()  # nobody reads any more what is written anew
+    if several.is_first():
+        folder.mkdir(exist_ok=True)
+        write_recipe(folder, model, **NONE | sections)
+    several.wait()
+    recipe = parse_recipe(folder / "recipe.yaml", registry=installed_plugins().registry)
+    return Context(recipe, RunFolder(folder / "out"), installed_plugins())
+
+
 def ours(folder: Path, model: str, algorithm: str, **rl: Any) -> dict[str, Any]:
     """Three steps of a recipe's trainer."""
-    with PartialState().main_process_first():
-        folder.mkdir(exist_ok=True)
-        recipe = tiny_recipe(folder, model, rl=SETTINGS | rl | {"algorithm": algorithm}, **NONE)
     set_seed(7)
-    trainer, _, _ = build_trainer(Context(recipe, RunFolder(folder / "out"), installed_plugins()))
+    trainer, _, _ = build_trainer(_context(folder, model, rl=SETTINGS | rl | {"algorithm": algorithm}))
     scorer = trainer.scorer
     if scorer.data_selectors:
         scorer.apply(choose(scorer))
@@ -63,12 +71,12 @@ def ours(folder: Path, model: str, algorithm: str, **rl: Any) -> dict[str, Any]:
 def plain(folder: Path, model: str, algorithm: str) -> dict[str, Any]:
     """The same with TRL alone."""
     trainer_class, config_class = TRAINERS[algorithm]
+    context = _context(folder, model, rl=SETTINGS | {"algorithm": algorithm})
     prompts = [p.prompt for p in load_prompts(str(folder / "train.jsonl"), category="category").items]
-    context = Context(tiny_recipe(folder, model), RunFolder(folder / "out"), installed_plugins())
     set_seed(7)
     trainer = trainer_class(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
-        reward_funcs=[length_penalty],
+        reward_funcs=[even_share],
         args=config_class(
             str(folder / "plain"), beta=0.1, num_generations=2, max_completion_length=8, max_steps=3,
             per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2, seed=7, bf16=False,

@@ -101,7 +101,7 @@ def shown(folder: Path) -> dict[str, Any]:
     trainer = _trainer(folder, prompts=8, updates=1, per_device_eval_batch_size=2)
     trainer.eval_dataset = trainer.train_dataset.select(range(5))
     return {
-        "prompts": trainer.eval_dataset["prompt"],
+        "prompts": list(trainer.eval_dataset["prompt"]),
         "all": samples.show(trainer, first_batch=False),
         "first": samples.show(trainer, first_batch=True),
     }

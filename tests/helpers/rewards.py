@@ -8,6 +8,11 @@ def length_penalty(prompts, completions, completion_ids, **columns):
     return [-len(ids) / 10 for ids in completion_ids]
 
 
+def even_share(prompts, completions, completion_ids, **columns):
+    """Share of tokens with an even number: it differs between responses of one length."""
+    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+
+
 def not_a_number(prompts, completions, **columns):
     """NaN for the last completion."""
     return [0.0] * (len(prompts) - 1) + [float("nan")]

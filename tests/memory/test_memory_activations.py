@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import contextmanager
 
 import pytest
 import torch
-from helpers.alive import Alive
 from peft import LoraConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from trl_rlaif.compute import head
@@ -103,12 +105,37 @@ def _kept(shared, kind):
     return sum(sizes.values())
 
 
+class _Alive(TorchDispatchMode):
+    """The most bytes of tensors that were alive at once, of those made inside."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known, self.sizes, self.now, self.peak = known, {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _add(self, storage):
+        if storage.data_ptr() not in self.known and storage._cdata not in self.sizes:
+            self.sizes[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self._remove, storage._cdata)
+
+    def _remove(self, key):
+        self.now -= self.sizes.pop(key)
+
+
 @contextmanager
 def _alive(shared, inputs):
     for parameter in shared.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)  # counted elsewhere
-    with Alive(_known(shared, inputs)) as alive:
+    with _Alive(_known(shared, inputs)) as alive:
         yield alive
 
 

@@ -134,6 +134,11 @@ def test_every_role_is_counted(parse):
     assert _matching(with_reward, "policy and value") == 4 * (2 * one + 4 * 32)
 
 
+def test_what_is_planned_as_ppo_is_said(parse):
+    notes = {name: " ".join(plan_memory(parse(f"rl.algorithm={name}")).notes) for name in ("ppo", "grpo")}
+    assert "grpo is planned as PPO" in notes["grpo"] and "planned as PPO" not in notes["ppo"]
+
+
 def test_a_value_head_on_the_policys_trunk_needs_no_adapter(parse, monkeypatch):
     one = _matching(plan_memory(parse()), "reward adapter")
     recipe = parse()

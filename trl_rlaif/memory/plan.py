@@ -129,8 +129,7 @@ def plan_memory(recipe: Recipe, model_config: PretrainedConfig | ModelShape | No
     Raises:
         UserError: The configuration cannot be read, or the adapters fit no layer of it.
     """
-    from trl_rlaif.memory.parts import Run
-    from trl_rlaif.memory.stages import STAGE_PARTS
+    from trl_rlaif.memory.stages import STAGE_PARTS, Run
 
     if model_config is None:
         model_config = load_config(recipe.model.path)

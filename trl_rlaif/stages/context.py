@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trl_rlaif import several
 from trl_rlaif.artifacts import RunFolder, read_lines
 from trl_rlaif.contracts import Origin, guarded
 from trl_rlaif.data import Pair, load_prompts
@@ -288,9 +289,7 @@ def _spec(section: JudgeSection) -> ModelSpec:
 
 
 def _device() -> str:
-    from accelerate import PartialState
-
-    return str(PartialState().device)
+    return str(several.join().device)
 
 
 def pair_row(pair: Pair) -> dict[str, Any]:

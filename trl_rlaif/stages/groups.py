@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trl_rlaif import several
 from trl_rlaif.artifacts import write_folder
 from trl_rlaif.errors import UserError
 from trl_rlaif.progress import say
@@ -103,12 +104,10 @@ def _scorer(context: Context, trainer: Rehearsing, dataset: Any) -> PPOTrainer:
 
 
 def _config(context: Context, config_class: type) -> tuple[Any, list[str]]:
-    from accelerate import PartialState
-
     from trl_rlaif.groups.config import group_arguments
 
     section = context.recipe.rl
-    own, unused = group_arguments(section.config, config_class, PartialState().num_processes)
+    own, unused = group_arguments(section.config, config_class, several.processes())
     arguments = context.trainer_arguments("rl", own) | rl.saving(own)
     try:
         return config_class(**{"gradient_checkpointing": rl.on_gpu()} | arguments), unused
