@@ -112,8 +112,8 @@ class SharedBase(nn.Module):
         state = get_peft_model_state_dict(peft, adapter_name=name)
         shared.add_adapter("policy", config, state)
         shared.add_adapter("reference", config, state)
-        peft.delete_adapter(name)
         peft.set_adapter("policy")  # for a trainer that knows nothing of roles
+        peft.delete_adapter(name)
         shared._set_trainable()
         return shared
 
