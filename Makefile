@@ -1,6 +1,6 @@
 # make quickstart   from prompts to an aligned policy on SmolLM2-135M, on a CPU
 # make test         the test suite
-# make test-trl     the tests that touch TRL, on another version of it: TRL=1.12.0, 1.11.0, or latest
+# make test-trl     the tests that touch TRL, on another version of it: TRL=1.12.0, or TRL=latest
 #                   TESTS=tests runs the whole suite there
 # make lint         ruff
 

@@ -210,9 +210,9 @@ class Publisher:
 
     def publish(self, *, at_once: bool = False) -> None:
         """Write what is known now, if it is time."""
-        now = time.monotonic()
         if not is_first():
             return
+        now = time.monotonic()
         if not at_once and now - self._last < PUBLISH_SECONDS:
             return
         self._last = now
