@@ -7,16 +7,12 @@ import shutil
 
 import pytest
 import torch
-from datasets import Dataset
+from helpers.group_processes import NONE, TRAINERS, plain_trainer
 from helpers.recipes import tiny_recipe, write_recipe
-from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from trl_rlaif import UserError
 from trl_rlaif.artifacts import RunFolder, read_lines
-from trl_rlaif.data import load_prompts
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.ppo.forgetting import mean_nll
 from trl_rlaif.ppo.selection import choose
@@ -28,8 +24,6 @@ from trl_rlaif.stages.groups import build_trainer
 pytestmark = pytest.mark.trl
 
 PLAIN = {"rewards": ["helpers.rewards:even_share"], "num_generations": 2, "kl_coef": 0.1, "save_steps": 100}
-NONE = {"sample": None, "label": None, "reward": None, "evaluate": None, "report": None}
-TRAINERS = {"rloo": (RLOOTrainer, RLOOConfig), "grpo": (GRPOTrainer, GRPOConfig)}
 
 
 def run(folder, model, algorithm, **sections):
@@ -43,26 +37,11 @@ def logged(folder):
 
 @pytest.mark.parametrize("algorithm", TRAINERS)
 def test_with_nothing_added_the_policy_is_trls(tiny_model, tmp_path, algorithm):
-    from helpers.rewards import even_share
-
     folder = run(tmp_path, tiny_model, algorithm, **NONE)
-    trainer_class, config_class = TRAINERS[algorithm]
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    prompts = [p.prompt for p in load_prompts(str(tmp_path / "train.jsonl"), category="category").items]
     context = Context(tiny_recipe(tmp_path, tiny_model), folder, installed_plugins())
-    set_seed(7)
-    trainer = trainer_class(
-        model=AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32),
-        reward_funcs=[even_share],
-        args=config_class(
-            str(tmp_path / "plain"), beta=0.1, num_generations=2, max_completion_length=8, max_steps=6,
-            per_device_train_batch_size=4, learning_rate=1e-3, seed=7, bf16=False, gradient_checkpointing=False,
-            report_to="none", save_strategy="no", use_cpu=True, logging_steps=1,
-        ),
-        train_dataset=Dataset.from_dict({"prompt": [context.chat(p) for p in prompts]}),
-        processing_class=tokenizer,
-        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
-    )  # fmt: skip
+    trainer = plain_trainer(
+        context, tmp_path, algorithm, max_steps=6, learning_rate=1e-3, per_device_train_batch_size=4
+    )
     trainer.train()
     ours = logged(folder)
     theirs = [row for row in trainer.state.log_history if "reward" in row]

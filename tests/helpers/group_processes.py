@@ -68,24 +68,31 @@ def ours(folder: Path, model: str, algorithm: str, **rl: Any) -> dict[str, Any]:
     return found | {"pairs": [pair.response for pair in scorer.rehearsal.pairs]}
 
 
-def plain(folder: Path, model: str, algorithm: str) -> dict[str, Any]:
-    """The same with TRL alone."""
+def plain_trainer(context: Context, folder: Path, algorithm: str, **options: Any) -> Any:
+    """TRL's trainer alone, on a recipe's prompts and model."""
     trainer_class, config_class = TRAINERS[algorithm]
-    context = _context(folder, model, rl=SETTINGS | {"algorithm": algorithm})
     prompts = [p.prompt for p in load_prompts(str(folder / "train.jsonl"), category="category").items]
+    model = context.recipe.model.path
     set_seed(7)
-    trainer = trainer_class(
+    return trainer_class(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         reward_funcs=[even_share],
         args=config_class(
-            str(folder / "plain"), beta=0.1, num_generations=2, max_completion_length=8, max_steps=3,
-            per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2, seed=7, bf16=False,
+            str(folder / "plain"), beta=0.1, num_generations=2, max_completion_length=8, seed=7, bf16=False,
             gradient_checkpointing=False, report_to="none", save_strategy="no", use_cpu=True, logging_steps=1,
+            **options,
         ),
         train_dataset=Dataset.from_dict({"prompt": [context.chat(p) for p in prompts]}),
         processing_class=AutoTokenizer.from_pretrained(model),
         peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
     )  # fmt: skip
+
+
+def plain(folder: Path, model: str, algorithm: str) -> dict[str, Any]:
+    """The same with TRL alone."""
+    context = _context(folder, model, rl=SETTINGS | {"algorithm": algorithm})
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    trainer = plain_trainer(context, folder, algorithm, max_steps=3, learning_rate=1e-2, **sizes)
     trainer.train()
     return _seen(trainer, trainer.accelerator.unwrap_model(trainer.model).named_parameters())
 
