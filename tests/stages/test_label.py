@@ -16,6 +16,7 @@ from stages.test_bad_input import run_cli
 from trl_rlaif import UserError
 from trl_rlaif.artifacts import read_lines
 from trl_rlaif.errors import RunError
+from trl_rlaif.judging.scoring import ContinuationScorer
 from trl_rlaif.labels import LabelStore
 from trl_rlaif.labels.calibration import Calibration, held_out
 from trl_rlaif.measures import agreement, calibration_error, compare_agreement
@@ -318,11 +319,22 @@ def stopping(monkeypatch, *, every=None, at=None):
 
 
 def test_interrupted_after_every_few_labels(label, tmp_path, monkeypatch):
-    """Two labelers and a calibration, stopped again and again: the same labels in the same order, to the last bit."""
+    """Two labelers and a calibration, stopped again and again: the same labels in the same order, to the last bit.
+
+    On many processors another batch gives the same bits, so the batches are compared, too.
+    """
+    batches, compute = [], ContinuationScorer.__call__
+
+    def recording(scorer, groups):
+        batches.append(tuple(tuple(context) for group in groups for context in group))
+        return compute(scorer, groups)
+
+    monkeypatch.setattr(ContinuationScorer, "__call__", recording)
     write_rows(tmp_path / "judged.jsonl", judged(20))
     pairs = [*make_pairs(10), {"id": "long", "prompt": "why " * 600, "response_1": "a", "response_2": "b"}]
     section = {"calibration": "judged.jsonl", "compare": {"rated": {"labeler": "direct"}}}
     undisturbed = label("undisturbed", pairs, **section)
+    wanted, batches[:] = set(batches), []
     written, stops, folder = stopping(monkeypatch, every=5), 0, None
     while folder is None:
         try:
@@ -330,9 +342,10 @@ def test_interrupted_after_every_few_labels(label, tmp_path, monkeypatch):
         except KeyboardInterrupt:
             stops += 1
     assert len(written) == 2 * 11 + 20 and stops == 42 // 5
+    assert set(batches) == wanted
     assert (folder / "labels.jsonl").read_bytes() == (undisturbed / "labels.jsonl").read_bytes()
     assert preferences(folder) == preferences(undisturbed)
-    assert not list(folder.state.glob("label-*"))
+    assert not [*folder.state.glob("label-*"), *folder.state.glob("calibration-*")]
 
 
 def test_pairs_that_appear_while_a_run_is_stopped_are_labeled_too(label, monkeypatch):

@@ -122,6 +122,4 @@ class Plan:
 
     def end(self) -> None:
         """The pass is complete."""
-        # Without pairs this pass had none: the file may be that of another one, such as the calibration's.
-        if self.pairs:
-            self.path.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)

@@ -99,15 +99,19 @@ class _Rows:
         }
 
 
-def _rows(context: Context, store: LabelStore, task: LabelTask, pairs: list[Pair]) -> _Rows:
-    """A task's labels of these pairs (of this machine's share of them); the missing ones are made now."""
+def _rows(context: Context, store: LabelStore, task: LabelTask, pairs: list[Pair], purpose: str = "label") -> _Rows:
+    """A task's labels of these pairs (of this machine's share of them); the missing ones are made now.
+
+    Args:
+        purpose: Passes over different pairs have different purposes, since a plan's file is named after it.
+    """
     mine = context.shard.of(pairs) if context.shard else pairs
     setup = context.label_setup(task)
     found = store.find(setup, mine)
     result = _Rows(setup, found)
     # What could not be judged is asked again: a server may be back.
     missing = [pair for pair in mine if found.get(pair.id, {"p": None})["p"] is None]
-    plan = Plan(context.folder.state / f"label-{setup.key}.json", setup, missing, mine)
+    plan = Plan(context.folder.state / f"{purpose}-{setup.key}.json", setup, missing, mine)
     if plan.pairs:
         _make(context, store, task, plan.pairs, result)
         result.rows = store.find(setup, mine)
@@ -179,7 +183,8 @@ def _calibrate(
     if judged is None:
         return None, None
     own = {pair_key(pair) for pair in pairs}
-    rows = _rows(context, store, LabelTask("calibration", task.labeler, task.judge, task.prompt), judged).labeled
+    calibration = LabelTask("calibration", task.labeler, task.judge, task.prompt)
+    rows = _rows(context, store, calibration, judged, "calibration").labeled
     known = [pair for pair in judged if pair.id in rows]
     observed, human = [rows[pair.id] for pair in known], [pair.human for pair in known]
     fitted = Calibration.fit(observed, human)
