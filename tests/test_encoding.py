@@ -264,12 +264,37 @@ def test_padding_of_its_own_is_kept(tokenizer):
     assert usable_tokenizer(tokenizer).pad_token == "<|pad|>"
 
 
-def test_without_a_spare_token_the_end_token_pads():
-    tokenizer = make_tokenizer()
-    tokenizer.pad_token = None
+@pytest.mark.parametrize(
+    ("spare", "expected"),
+    [
+        (
+            ["<|begin_of_tool|>", "<|reserved_special_token_0|>", "<|finetune_right_pad_id|>"],
+            "<|finetune_right_pad_id|>",
+        ),
+        (["<|fim_pad|>", "<unused7>", "<｜▁pad▁｜>"], "<｜▁pad▁｜>"),
+        (["<|fim_pad|>", "<unused7>"], "<unused7>"),
+        (["<|fim_pad|>"], "<|end|>"),  # it has a meaning of its own
+        ([], "<|end|>"),
+    ],
+)
+@pytest.mark.parametrize("special", [True, False])
+def test_padding_is_a_spare_token_of_the_vocabulary_or_else_the_end_token(spare, expected, special):
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel()
+    backend.train_from_iterator(_TEXT, trainers.BpeTrainer(special_tokens=["<|end|>"], show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|end|>")
+    tokenizer.add_tokens(spare, special_tokens=special)
     size = len(tokenizer)
-    assert usable_tokenizer(tokenizer).pad_token == "<|end|>"
+    assert usable_tokenizer(tokenizer).pad_token == expected
     assert len(tokenizer) == size  # a new token would need a new row in the model
+
+
+def test_padding_that_ends_a_turn_is_replaced():
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<|turn|>", "<pad>"], special_tokens=True)
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("<|end|>", "<|turn|>")
+    tokenizer.pad_token = "<|turn|>"
+    assert usable_tokenizer(tokenizer).pad_token == "<|pad|>"
 
 
 def test_no_end_token_is_a_user_error():
@@ -298,3 +323,45 @@ def test_chat_prompt_follows_the_template():
     assert chat_prompt("the dog", make_tokenizer()) == [{"role": "user", "content": "the dog"}]
     assert chat_prompt("the dog", make_tokenizer(chat=False)) == "the dog"
     assert chat_prompt(MESSAGES, make_tokenizer()) == MESSAGES
+
+
+# ---- Tokens that were added -----------------------------------------------------------------------------
+
+
+def with_added_tokens():
+    """As Qwen3 has <think>, Gemma <table> and DeepSeek <｜User｜>: one token each, and not flagged special."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>", "<table>", "<｜User｜>"])
+    tokenizer.chat_template = CHAT_TEMPLATE + "{# knows of <think> and </think> #}"
+    return tokenizer
+
+
+WRITTEN = [
+    "<think>\nthe fox?\n</think>\n\nthe dog",
+    "<table><tr>the fox</tr>",
+    "if (a<b && c>d) { return `x`; }\n\n\tdef f(): pass",
+    "狐狸跳过了懒狗。 🦊🐶 é",
+    "  the dog \n",
+]
+
+
+@pytest.mark.parametrize("text", WRITTEN)
+def test_a_response_is_in_the_tokens_that_a_policy_writes(text):
+    tokenizer = with_added_tokens()
+    messages = [{"role": "user", "content": "the dog"}]
+    prompt = encode_prompt(tokenizer, messages)
+    # The conversation as apply_chat_template tokenizes it, which is what models are trained on.
+    whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": text}], return_dict=True)
+    sampled = whole["input_ids"][len(prompt) :]
+    sampled = sampled[: sampled.index(tokenizer.eos_token_id) + 1]
+    assert encode_response(tokenizer, text) == sampled
+    # What judges and reward functions see of it leads back to the same tokens.
+    assert encode_response(tokenizer, tokenizer.decode(sampled, skip_special_tokens=True)) == sampled
+
+
+def test_in_a_prompt_markup_is_one_token_and_what_controls_a_conversation_is_text():
+    tokenizer = with_added_tokens()
+    ids = encode_prompt(tokenizer, [{"role": "user", "content": "<table> <think> <｜User｜> </think>"}])
+    single = tokenizer.convert_tokens_to_ids(["<table>", "<think>", "</think>", "<｜User｜>"])
+    assert [id for id in ids if id in single] == single[:1]
+    assert "<table> <think> <｜User｜> </think>" in tokenizer.decode(ids)

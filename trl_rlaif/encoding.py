@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from trl_rlaif.errors import UserError
+from trl_rlaif.stopping import end_of_turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,30 +39,52 @@ def chat_prompt(prompt: PromptLike, tokenizer: PreTrainedTokenizerBase) -> Promp
     return as_messages(prompt) if tokenizer.chat_template else prompt
 
 
-@lru_cache(maxsize=8)
-def _special_pattern(tokens: tuple[str, ...]) -> re.Pattern[str] | None:
-    if not tokens:
-        return None
-    return re.compile("(" + "|".join(re.escape(t) for t in sorted(tokens, key=len, reverse=True)) + ")")
+@dataclass(frozen=True)
+class _ControlTokens:
+    """Patterns of the tokens that text must not become; None where there are none.
+
+    Args:
+        flagged: Those that the tokenizer itself calls special.
+        all: Also those that were added without the flag: what the chat template writes, such as <think> or
+            DeepSeek's <｜User｜>, and others of that form. Markup that was added for its own sake, such as Gemma's
+            <table>, is text.
+    """
+
+    flagged: re.Pattern[str] | None
+    all: re.Pattern[str] | None
 
 
-def _specials(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
-    """Matches what a tokenizer would take for a control token; None if there is nothing of the kind."""
-    added = tokenizer.added_tokens_decoder.values()
-    tokens = {str(t) for t in tokenizer.all_special_tokens}
-    # Some control tokens, such as <think>, are added without the flag; added white space is no control.
-    tokens |= {t.content for t in added if t.special or re.fullmatch(r"[<\[].+[>\]]", t.content)}
-    return _special_pattern(tuple(sorted(t for t in tokens if t)))
+def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> _ControlTokens:
+    # What the answer depends on is part of the cache's key: users change all of it.
+    special = tuple(str(token) for token in tokenizer.all_special_tokens)
+    return _cached_control_tokens(tokenizer, special, str(tokenizer.chat_template or ""))
 
 
-def _plain(tokenizer: PreTrainedTokenizerBase, text: str, *, follows: bool) -> list[int]:
+@lru_cache(maxsize=16)
+def _cached_control_tokens(
+    tokenizer: PreTrainedTokenizerBase, special: tuple[str, ...], template: str
+) -> _ControlTokens:
+    added = [token for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
+    flagged = {*special, *(token.content for token in added if token.special)}
+    unflagged = {t.content for t in added if t.content in template or re.fullmatch(r"[<\[][|｜].+[>\]]", t.content)}
+    return _ControlTokens(_any_of(flagged), _any_of(flagged | unflagged))
+
+
+def _any_of(tokens: set[str]) -> re.Pattern[str] | None:
+    longest_first = sorted(filter(None, tokens), key=lambda token: (-len(token), token))
+    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
+
+
+def _plain(
+    tokenizer: PreTrainedTokenizerBase, text: str, pattern: re.Pattern[str] | None, *, follows: bool
+) -> list[int]:
     """Ids of text in which nothing is a control token: what looks like one is cut after its first character.
 
     Args:
+        pattern: Matches the control tokens.
         follows: Whether something stands before the text. A tokenizer may begin a text with a space of its
             own, which must not come up in the middle.
     """
-    pattern = _specials(tokenizer)
     cuts = [match.start() + 1 for match in pattern.finditer(text)] if pattern else []
     ids: list[int] = []
     for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
@@ -75,19 +99,19 @@ def _plain(tokenizer: PreTrainedTokenizerBase, text: str, *, follows: bool) -> l
 
 def _encode_parts(tokenizer: PreTrainedTokenizerBase, parts: Sequence[tuple[str, bool]]) -> list[int]:
     """Encode (text, is_data) parts; special tokens are parsed in what is not data only."""
-    pattern = _specials(tokenizer)
+    pattern = _control_tokens(tokenizer).all
     ids: list[int] = []
     pending = ""
     for text, is_data in parts:
         pieces = [text] if is_data or pattern is None else pattern.split(text)
         for position, piece in enumerate(pieces):
             if position % 2:
-                ids += _plain(tokenizer, pending, follows=bool(ids))
+                ids += _plain(tokenizer, pending, pattern, follows=bool(ids))
                 ids.append(tokenizer.convert_tokens_to_ids(piece))
                 pending = ""
             else:
                 pending += piece
-    return ids + _plain(tokenizer, pending, follows=bool(ids))
+    return ids + _plain(tokenizer, pending, pattern, follows=bool(ids))
 
 
 def _first_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -134,11 +158,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: PromptLike, *, ope
     Raises:
         UserError: Messages, and a tokenizer without chat template.
     """
-    pattern = _specials(tokenizer)
+    pattern = _control_tokens(tokenizer).all
     if isinstance(prompt, str):
         if pattern is None or not pattern.search(prompt + opening):
             return tokenizer(prompt + opening)["input_ids"]
-        return _first_ids(tokenizer) + _plain(tokenizer, prompt + opening, follows=False)
+        return _first_ids(tokenizer) + _plain(tokenizer, prompt + opening, pattern, follows=False)
     if not tokenizer.chat_template:
         raise UserError(
             "The prompts are conversations, and the tokenizer has no chat template.",
@@ -153,12 +177,16 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: PromptLike, *, ope
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> list[int]:
-    """Token ids of a response as a model would have sampled it, with the end token."""
-    return [*_plain(tokenizer, response, follows=True), tokenizer.eos_token_id]
+    """Token ids of a response as a model would have sampled it, with the end of its turn.
+
+    Only tokens that are flagged special are kept out: a policy writes others, such as <think>, as one token each.
+    """
+    flagged = _control_tokens(tokenizer).flagged
+    return [*_plain(tokenizer, response, flagged, follows=True), end_of_turn(tokenizer)]
 
 
 def usable_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer with a padding token that is not the end token, where its vocabulary has one.
+    """The tokenizer with a padding token that ends no response, where its vocabulary has one.
 
     With both the same, whoever finds the end of a response by looking for padding never sees the end
     token, and a policy does not learn to stop.
@@ -168,8 +196,19 @@ def usable_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
     """
     if tokenizer.eos_token_id is None:
         raise UserError("The tokenizer has no end-of-sequence token.", fix="Set tokenizer.eos_token.")
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        spare = [tokenizer.unk_token, *tokenizer.all_special_tokens]
-        usable = [t for t in spare if t and t not in (tokenizer.eos_token, tokenizer.bos_token)]
-        tokenizer.pad_token = usable[0] if usable else tokenizer.eos_token
+    ends = (tokenizer.eos_token_id, end_of_turn(tokenizer))
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
+        tokenizer.pad_token = _spare_token(tokenizer) or tokenizer.eos_token
     return tokenizer
+
+
+def _spare_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A token that no text and no template contains: meant for padding, or else reserved, unknown or special."""
+    template = str(tokenizer.chat_template or "")
+    used = {tokenizer.eos_token_id, tokenizer.bos_token_id, end_of_turn(tokenizer)}
+    spare = {id: t.content for id, t in sorted(tokenizer.added_tokens_decoder.items()) if t.content not in template}
+    meant = [t for t in spare.values() if re.fullmatch(r"[<\[]\W*pad\W*[>\]]|.*_pad_id.*", t, re.IGNORECASE)]
+    reserved = [t for t in spare.values() if re.search("reserved|unused", t, re.IGNORECASE)]
+    special = [str(t) for t in (tokenizer.unk_token, *tokenizer.all_special_tokens) if t and str(t) not in template]
+    candidates = (*meant, *reserved, *special)
+    return next((t for t in candidates if tokenizer.convert_tokens_to_ids(t) not in used), None)

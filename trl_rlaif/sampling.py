@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from trl_rlaif.stopping import stop_ids as all_stop_ids
+
 
 def derived_seed(*parts: object) -> int:
     """A seed that depends on its parts alone, the same on every machine: 0..2**31-1."""
@@ -50,24 +52,29 @@ def sample_responses(
     max_new_tokens: int,
     temperature: float,
     top_p: float = 1.0,
+    stop_ids: Sequence[int] | None = None,
+    keep_end: bool = False,
 ) -> list[list[list[int]]]:
     """Responses to encoded prompts in one batch.
 
     Args:
         model: Causal language model in the right role.
-        tokenizer: With padding and end tokens.
+        tokenizer: With a padding token.
         prompts: N token lists.
         num_responses: K, drawn for each prompt.
         max_new_tokens: Longest response.
         temperature: 0 decodes greedily.
         top_p: Nucleus, in (0, 1].
+        stop_ids: Tokens that end a response; None takes those of tokenizer and model.
+
+        keep_end: Keep the token that ended a response.
 
     Returns:
-        N lists of K token lists, without the end token.
+        N lists of K token lists.
     """
     device = next(model.parameters()).device
     width = max(map(len, prompts))
-    pad = tokenizer.pad_token_id
+    pad, stops = tokenizer.pad_token_id, all_stop_ids(tokenizer, model) if stop_ids is None else stop_ids
     ids = torch.full((len(prompts), width), pad)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
@@ -86,17 +93,17 @@ def sample_responses(
                 max_new_tokens=max_new_tokens,
                 num_return_sequences=num_responses,
                 pad_token_id=pad,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=list(stops),
                 **how,
             ),
         )
-    rows = [_until(row, tokenizer.eos_token_id, pad) for row in sequences[:, width:].tolist()]
+    rows = [_until(row, stops, pad, keep_end) for row in sequences[:, width:].tolist()]
     return [rows[i : i + num_responses] for i in range(0, len(rows), num_responses)]
 
 
-def _until(tokens: list[int], *ends: int) -> list[int]:
-    stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[:stop]
+def _until(tokens: list[int], stops: Sequence[int], pad: int, keep_end: bool) -> list[int]:
+    end = next((i for i, token in enumerate(tokens) if token in stops or token == pad), len(tokens))
+    return tokens[: end + 1] if keep_end and tokens[end : end + 1] != [pad] else tokens[:end]
 
 
 def length_batches(lengths: Sequence[int], size: int) -> list[list[int]]:

@@ -59,6 +59,7 @@ def _train(trainer_class, config_class, folder, *, lora=False, shown=0, **option
         per_device_eval_batch_size=4,
         num_sample_generations=shown,
         **options,
+        **({"score_at_end": False} if config_class is PPOConfig else {}),  # TRL scores a cut response without an end
     )
     trainer = trainer_class(
         args,

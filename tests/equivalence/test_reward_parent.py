@@ -41,6 +41,8 @@ def _losses(trainer_class, folder, *, p=None, **options):
         rows = [{**row, "p": p} for row in rows]
     tokenizer = make_tokenizer()
     peft_config = options.pop("peft_config", None)
+    # TRL reads scores at the line break that the template writes after the end of a turn.
+    where = {"score_at_end": False} if trainer_class is RewardTrainer else {}
     args = small_config(folder, per_device_train_batch_size=3, num_train_epochs=2, **options)
     trainer = trainer_class(
         model=make_scorer(len(tokenizer)),
@@ -48,6 +50,7 @@ def _losses(trainer_class, folder, *, p=None, **options):
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=peft_config,
+        **where,
     )
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -18,14 +18,14 @@ def _prompts():
 
 
 @pytest.mark.parametrize("make", [make_llama, make_gpt2])
-@pytest.mark.parametrize("stop", [STOP, None])
+@pytest.mark.parametrize("stop", [[STOP], []])
 def test_logprobs_are_those_of_a_forward_pass(make, stop):
     model, (ids, mask) = make(), _prompts()
     # What a checkpoint's own generation config asks for must not reach the rollout.
     model.generation_config.update(top_k=3, repetition_penalty=2.0)
     torch.manual_seed(5)
-    response, logprobs = generate(model, ids, mask, max_new_tokens=24, temperature=0.7, pad_id=PAD, stop_id=stop)
-    lengths, _ = response_lengths(response, stop_id=stop, pad_id=PAD)
+    response, logprobs = generate(model, ids, mask, max_new_tokens=24, temperature=0.7, pad_id=PAD, stop_ids=stop)
+    lengths, _ = response_lengths(response, stop_ids=stop, pad_id=PAD)
     inputs = model_inputs(ids, mask, response, lengths)
     width = response.shape[1]
     with torch.no_grad():
@@ -38,13 +38,13 @@ def test_logprobs_are_those_of_a_forward_pass(make, stop):
 
 def test_where_responses_end():
     response = torch.tensor([[5, 6, 7], [5, STOP, PAD], [STOP, 5, 5], [5, PAD, STOP], [5, 6, STOP]])
-    lengths, ended = response_lengths(response, stop_id=STOP, pad_id=PAD)
+    lengths, ended = response_lengths(response, stop_ids=[STOP], pad_id=PAD)
     assert lengths.tolist() == [3, 2, 1, 1, 3]
     assert ended.tolist() == [False, True, True, False, True]
 
 
 def test_an_end_token_that_is_also_padding_belongs_to_the_response():
-    lengths, ended = response_lengths(torch.tensor([[5, 2, 2], [5, 6, 7]]), stop_id=2, pad_id=2)
+    lengths, ended = response_lengths(torch.tensor([[5, 2, 2], [5, 6, 7]]), stop_ids=[2], pad_id=2)
     assert lengths.tolist() == [2, 3]
     assert ended.tolist() == [True, False]
 

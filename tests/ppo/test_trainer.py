@@ -107,7 +107,8 @@ def test_a_separate_reward_model_beside_a_shared_base(tmp_path, with_expected):
     scores = trainer.score(rollout)
     for i, score in enumerate(scores.tolist()):
         prompt = rollout.prompt_ids[i][rollout.prompt_mask[i].bool()]
-        ids = torch.cat((prompt, rollout.response_ids[i, : rollout.lengths[i]]))
+        response = rollout.response_ids[i, : rollout.lengths[i] - int(rollout.ended[i])]
+        ids = torch.cat((prompt, response, torch.tensor([trainer.processing_class.eos_token_id])))
         with torch.no_grad():
             found = model.score(model.model(ids[None]).last_hidden_state[0])
         assert score == pytest.approx(found[-1, 0].item(), abs=1e-5)

@@ -70,10 +70,10 @@ class Engine:
         self.calls.append((prompts, options))
         self.events.append("sample")
         # vLLM takes a prompt as it is, and gives a response up to its stop token and no further.
-        stop = next(iter(options["stop_token_ids"]), None)
         sampling = {"max_new_tokens": options["max_tokens"], "temperature": max(options["temperature"], 1e-7)}
         rows = [torch.tensor([prompt]) for prompt in prompts]
-        drawn = [generate(self.model, r, torch.ones_like(r), pad_id=0, stop_id=stop, **sampling)[0] for r in rows]
+        sampling |= {"pad_id": 0, "stop_ids": options["stop_token_ids"]}
+        drawn = [generate(self.model, row, torch.ones_like(row), **sampling)[0] for row in rows]
         return [row[0].tolist() for row in drawn]
 
 
@@ -270,7 +270,7 @@ def test_the_whole_distribution_is_sampled(stop, stops, engines, folder):
         "n": 1, "temperature": 0.7 + 1e-7, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
         "max_tokens": 8, "logprobs": None, "ignore_eos": True, "stop_token_ids": stops,
     }  # fmt: skip
-    lengths, ended = response_lengths(rollout.response_ids, stop_id=next(iter(stops), None), pad_id=0)
+    lengths, ended = response_lengths(rollout.response_ids, stop_ids=stops, pad_id=0)
     assert rollout.lengths.equal(lengths) and rollout.ended.equal(ended)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,7 +55,5 @@ class GroupScore:
         prompt_ids = columns.pop("input_ids")
         pairs = [RehearsalPair(*row, None, None, "", [*ids], [*response]) for *row, ids, response in zip(
             prompts, completions, prompt_ids, completion_ids, strict=True)]  # fmt: skip
-        rollout = as_rollout(pairs, self.scorer.accelerator.device)
-        end = self.scorer.processing_class.eos_token_id
-        ended = torch.tensor([ids[-1:] == [end] for ids in completion_ids], device=rollout.lengths.device)
-        return Rollout(**vars(rollout) | {"ended": ended, "columns": columns})
+        rollout = as_rollout(pairs, self.scorer.accelerator.device, self.scorer.end_ids)
+        return replace(rollout, columns=columns)

@@ -128,6 +128,11 @@ class Tracked:
         return self._trainer.scorer.actors
 
     @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end a response."""
+        return self._trainer.scorer.end_ids
+
+    @property
     def shared(self) -> Any:
         """The base of all roles."""
         return self._trainer.scorer.shared

@@ -36,6 +36,10 @@ class PPOConfig(BasePPOConfig):
     Args:
         max_prompt_length: Longest prompt in tokens; a longer one is left out, counted and reported.
             None takes what the model's context leaves beside ``response_length``.
+        stop_tokens: Tokens that end a response in place of ``stop_token``. With ``stop_token: eos``
+            the model's own end one: the end of turn of its chat template, its eos, and those of its generation config.
+        score_at_end: The reward model reads every response at the end of its turn, as it was trained on whole
+            responses; one that was cut at ``response_length`` gets that token appended. False: as sampled, as in TRL.
         value: Where the value lives on a shared base: ``adapter``, one of its own, or ``trunk``, a head on the
             policy's hidden states (no second forward and backward pass, but the two share their features).
         micro_batch_tokens: Most tokens, padding counted, that one forward and backward pass holds. A larger
@@ -65,6 +69,8 @@ class PPOConfig(BasePPOConfig):
     max_prompt_length: int | None = setting(
         None, "Longest prompt in tokens; longer ones are left out, counted and reported."
     )
+    stop_tokens: list[str] | None = setting(None, "Tokens that end a response, in place of the model's own.")
+    score_at_end: bool = setting(True, "Append the end of turn to cut responses for the reward model; False: as TRL.")
     value: Literal["adapter", "trunk"] = setting("adapter", "The value: an adapter, or a head on the policy's trunk.")
     micro_batch_tokens: int | None = setting(None, "Most tokens in one forward and backward pass; None: no limit.")
     kl_weighting: Literal["additive", "weighted"] = setting(
@@ -115,6 +121,9 @@ class PPOConfig(BasePPOConfig):
             for name in positive
             if getattr(self, name) is not None and not getattr(self, name) > 0
         ]
+        if self.stop_tokens is not None and (self.stop_token or self.stop_token_id is not None):
+            fix = "Leave out stop_token and stop_token_id."
+            problems.append(Problem("stop_tokens takes the place of stop_token and stop_token_id.", fix=fix))
         if self.rehearsal_coef < 0:
             problems.append(Problem(f"rehearsal_coef is {self.rehearsal_coef}; it must be 0 or above."))
         if self.kl_weighting == "weighted" and not 0 <= self.kl_coef <= 1:

@@ -16,6 +16,7 @@ from trl_rlaif.models import ModelSpec, load_model, load_tokenizer
 from trl_rlaif.ppo.prompts import tokenize_prompts
 from trl_rlaif.ppo.selection import StratifiedSampler
 from trl_rlaif.roles import SharedBase
+from trl_rlaif.stopping import named_stop_ids, stop_ids
 
 if TYPE_CHECKING:
     from trl_rlaif.ppo.config import PPOConfig
@@ -63,6 +64,15 @@ def check_trunk(shared: SharedBase | None) -> None:
             "embedding.",
             fix="Use value: adapter.",
         )
+
+
+def stop_ids_of(args: PPOConfig, tokenizer: Any, model: nn.Module) -> tuple[int, ...]:
+    """The tokens that end a response, as the arguments say; none where they ask for the full length."""
+    if args.stop_tokens is not None:
+        return named_stop_ids(tokenizer, args.stop_tokens)
+    if args.stop_token == "eos":
+        return stop_ids(tokenizer, model)
+    return () if args.stop_token_id is None else (args.stop_token_id,)
 
 
 def longest_row(model: nn.Module, args: PPOConfig) -> int | None:

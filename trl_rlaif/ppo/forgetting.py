@@ -231,9 +231,11 @@ class ForgettingTracker(TrainerCallback):
                     [prompt_ids[i] for i in batch],
                     max_new_tokens=self.max_new_tokens,
                     temperature=0,
+                    stop_ids=trainer.end_ids,
+                    keep_end=True,
                 )
                 for i, [ids] in zip(batch, drawn, strict=True):
-                    answers[i] = with_end(ids, self.max_new_tokens, tokenizer.eos_token_id)
+                    answers[i] = ids
         return answers
 
     def _texts(self, answers: list[list[int]]) -> list[str]:
@@ -257,11 +259,6 @@ class ForgettingTracker(TrainerCallback):
 
 
 # ---- Parts of it, which the stage evaluate shares --------------------------------------------------------
-
-
-def with_end(ids: Sequence[int], max_new_tokens: int, end_id: int) -> list[int]:
-    """A response as it was drawn: only an end token stops one before its full length."""
-    return [*ids, end_id] if len(ids) < max_new_tokens else list(ids)
 
 
 def answer_pair(prompt: PromptLike, text: str, prompt_ids: list[int], response_ids: list[int]) -> RehearsalPair:

@@ -72,7 +72,7 @@ def loop_metrics(trainer: PPOTrainer, rollout: Rollout) -> dict[str, float]:
         "lr": trainer.lr_scheduler.get_last_lr()[0],
         "episode": trainer.state.episode + trainer.args.batch_size,
     }
-    ends = (rollout.response_ids == trainer.processing_class.eos_token_id).sum()
+    ends = torch.isin(rollout.response_ids, rollout.response_ids.new_tensor(trainer.end_ids)).sum()
     metrics["val/num_eos_tokens"] = trainer.accelerator.reduce(ends, "sum").item()
     if trainer.rehearsal.pairs:
         metrics["rehearsal/coef"] = trainer.rehearsal_coef

@@ -80,7 +80,6 @@ class OwnPPOTrainer(Trainer):
         _check(args, model, ref_model, train_dataset, peft_config)
         eos_id = processing_class.eos_token_id
         self.stop_token_id = eos_id if args.stop_token == "eos" else args.stop_token_id
-        model.generation_config.eos_token_id = self.stop_token_id
         if peft_config is not None:
             model = with_adapter(model, peft_config, args)
         self.policy_model, self.value_model, self.reward_model = model, value_model, reward_model

@@ -94,6 +94,11 @@ def read_values(actors: Actors, hidden: torch.Tensor, passage: Passage) -> torch
     return actors.value_head(hidden[:, -passage.width - 1 :])[:, : passage.value_width].float()
 
 
+def scores(actors: Actors, passage: Passage) -> torch.Tensor:
+    """(b, 1) float32 scores of whole responses, read at their last tokens; (b, 2), where the head has an e(x)."""
+    return actors.scores(passage.inputs(last=True), -passage.width - 1).float()
+
+
 def together(actors: Actors, passage: Passage, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-probabilities, entropies and values of a policy whose own trunk carries the value head, from one pass."""
     with actors.playing("policy"):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from trl_rlaif.events import Rollout
 from trl_rlaif.ppo.cache import block_cache
 from trl_rlaif.sampling import bare_generation_config
 
@@ -47,7 +51,7 @@ def generate(
     max_new_tokens: int,
     temperature: float,
     pad_id: int,
-    stop_id: int | None,
+    stop_ids: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sample one response a prompt from the whole distribution at a temperature.
 
@@ -58,7 +62,7 @@ def generate(
         max_new_tokens: Longest response.
         temperature: > 0.
         pad_id: What fills a row after its end.
-        stop_id: The end token, or None to sample to the full length.
+        stop_ids: The tokens that end a response; without any, it is sampled to the full length.
 
     Returns:
         (response_ids, logprobs): (B, T) int64 and float32; T is at most ``max_new_tokens``.
@@ -78,36 +82,51 @@ def generate(
                 top_k=0,
                 top_p=1.0,
                 pad_token_id=pad_id,
-                eos_token_id=stop_id,
+                eos_token_id=list(stop_ids) or None,
             ),
         )
     return sequences[:, prompt_ids.shape[1] :], recorder.finish(sequences)
 
 
 def response_lengths(
-    response_ids: torch.Tensor, *, stop_id: int | None, pad_id: int
+    response_ids: torch.Tensor, *, stop_ids: Sequence[int], pad_id: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Where each response ends.
 
     Args:
         response_ids: (B, T) int64.
-        stop_id: The end token; it belongs to the response.
-        pad_id: Where it is not the end token it also ends a response, and does not belong to it.
+        stop_ids: The tokens that end a response; they belong to it.
+        pad_id: Where it is not one of them it also ends a response, and does not belong to it.
 
     Returns:
-        (lengths, ended): (B,) int64 in 0..T, and (B,) bool, True where the end token was sampled.
+        (lengths, ended): (B,) int64 in 0..T, and (B,) bool, True where a stop token was sampled.
     """
     width = response_ids.shape[1]
     positions = torch.arange(width, device=response_ids.device).expand_as(response_ids)
     lengths = torch.full_like(positions[:, 0], width)
-    ended = torch.zeros_like(lengths, dtype=torch.bool)
-    if pad_id != stop_id:
+    if pad_id not in stop_ids:
         lengths = positions.masked_fill(response_ids != pad_id, width).amin(1)
-    if stop_id is not None:
-        stop = positions.masked_fill(response_ids != stop_id, width).amin(1)
-        ended = stop < lengths
-        lengths = torch.where(ended, stop + 1, lengths)
-    return lengths, ended
+    stops = torch.isin(response_ids, response_ids.new_tensor(stop_ids))
+    stop = positions.masked_fill(~stops, width).amin(1)
+    ended = stop < lengths
+    return torch.where(ended, stop + 1, lengths), ended
+
+
+def end_of_turn_rows(rollout: Rollout, end_id: int) -> Rollout:
+    """The rollout with every response ended by the same token, as a reward model is trained on responses.
+
+    A response that ended with another stop token ends with this one, and one that was cut at the length limit gets it
+    appended: a score is read at the end of a turn, whether or not the policy came to it.
+
+    Args:
+        end_id: The end of a turn.
+    """
+    cut = ~rollout.ended
+    lengths = rollout.lengths + cut.long()
+    response_ids = nn.functional.pad(rollout.response_ids, (0, int(cut.any())))
+    rows = torch.arange(len(lengths), device=lengths.device)
+    response_ids[rows, lengths - 1] = end_id
+    return replace(rollout, response_ids=response_ids, lengths=lengths, ended=torch.ones_like(rollout.ended))
 
 
 def model_inputs(

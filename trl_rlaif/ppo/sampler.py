@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,9 @@ from trl_rlaif.events import Rollout
 from trl_rlaif.ppo import passes
 from trl_rlaif.ppo.actors import Actors
 from trl_rlaif.ppo.passes import Passage
-from trl_rlaif.ppo.rollout import generate, response_lengths
+from trl_rlaif.ppo.rollout import end_of_turn_rows, generate, response_lengths
 from trl_rlaif.ppo.vllm import VLLMSampler
+from trl_rlaif.stopping import end_of_turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,15 +35,15 @@ class RolloutSampler:
         args: Response length, batch sizes and temperature.
         accelerator: Its device is used.
         tokenizer: Padding, and decoding of responses.
-        stop_id: The end token, or None to sample to the full length.
+        stop_ids: The tokens that end a response; without any, it is sampled to the full length.
     """
 
     def __init__(
-        self, args: PPOConfig, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, stop_id: int | None
+        self, args: PPOConfig, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
     ) -> None:
-        self.args, self.accelerator, self.tokenizer, self.stop_id = args, accelerator, tokenizer, stop_id
+        self.args, self.accelerator, self.tokenizer, self.stop_ids = args, accelerator, tokenizer, stop_ids
         self.temperature = args.temperature + 1e-7  # the parent's, so that temperature 0 is greedy
-        self._vllm = VLLMSampler(args, accelerator, tokenizer, stop_id) if args.generation == "vllm" else None
+        self._vllm = VLLMSampler(args, accelerator, tokenizer, stop_ids) if args.generation == "vllm" else None
 
     @torch.no_grad()
     def draw(self, actors: Actors, batch: dict[str, Any]) -> Rollout:
@@ -53,7 +55,7 @@ class RolloutSampler:
             response_ids, logprobs = self._generate(actors, prompt_ids, prompt_mask)
         else:
             response_ids, logprobs = self._vllm.generate(actors, prompt_ids, prompt_mask, self.temperature), None
-        lengths, ended = response_lengths(response_ids, stop_id=self.stop_id, pad_id=self.tokenizer.pad_token_id)
+        lengths, ended = response_lengths(response_ids, stop_ids=self.stop_ids, pad_id=self.tokenizer.pad_token_id)
         zeros = torch.zeros(response_ids.shape, device=device)
         rollout = Rollout(
             prompt_ids=prompt_ids,
@@ -65,7 +67,7 @@ class RolloutSampler:
             ref_logprobs=zeros,
             values=zeros,
             prompts=batch["prompt"],
-            completions=self._decode(response_ids, lengths, batch["prompt"]),
+            completions=self._decode(response_ids, lengths - ended.long(), batch["prompt"]),
             columns=batch["columns"],
         )
         return self._judged(actors, rollout if logprobs is not None else self._with_logprobs(actors, rollout))
@@ -85,7 +87,7 @@ class RolloutSampler:
                     max_new_tokens=self.args.response_length,
                     temperature=self.temperature,
                     pad_id=pad_id,
-                    stop_id=self.stop_id,
+                    stop_ids=self.stop_ids,
                 )
                 for ids, mask in zip(prompt_ids.split(size), prompt_mask.split(size), strict=True)
             ]
@@ -138,11 +140,13 @@ class RolloutSampler:
     @torch.no_grad()
     def scores(self, actors: Actors, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The reward model's score of each response, and e(x) where it has one: (B,) float32 each."""
+        if self.stop_ids and self.args.score_at_end:
+            rollout = end_of_turn_rows(rollout, end_of_turn(self.tokenizer))
         found, order = [], []
         for rows in self._chunks(rollout):
             passage = Passage.of(rollout, rows)
             with autocast(self.args, self.accelerator.device):
-                found.append(actors.scores(passage.inputs(last=True), -passage.width - 1).float())
+                found.append(passes.scores(actors, passage))
             order.append(rows)
         scores = torch.cat(found)[torch.cat(order).argsort()]
         return scores[:, 0], scores[:, 1] if scores.shape[1] > 1 else None

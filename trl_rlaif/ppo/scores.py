@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ def shaped_scores(
     scores: torch.Tensor,
     rollout: Rollout,
     args: Any,
-    eos_id: int | None,
+    end_ids: Sequence[int],
     gather: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
 ) -> torch.Tensor:
     """Scores whitened, then clipped, then less the penalties, each as far as ``args`` ask for it.
@@ -23,7 +23,7 @@ def shaped_scores(
 
     Args:
         scores: (B,) float32, after the reward transforms.
-        eos_id: The end token, whose absence ``missing_eos_penalty`` is for.
+        end_ids: The tokens that end a response; ``missing_eos_penalty`` is for one without any of them.
         gather: Joins the scores of all processes.
 
     Returns:
@@ -36,7 +36,8 @@ def shaped_scores(
         scores = scores.clamp(-args.score_clip, args.score_clip)
     if args.missing_eos_penalty is not None:
         mask, _ = rollout.masks()
-        ended = ((rollout.response_ids == eos_id) & mask).any(1)
+        ends = torch.isin(rollout.response_ids, rollout.response_ids.new_tensor(end_ids))
+        ended = (ends & mask).any(1)
         scores = torch.where(ended, scores, scores - args.missing_eos_penalty)
     if args.length_penalty:
         scores = scores - args.length_penalty * rollout.lengths / args.response_length

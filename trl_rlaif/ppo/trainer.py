@@ -32,6 +32,7 @@ from trl_rlaif.ppo.construction import (
     longest_row,
     prompt_loader,
     shared_base,
+    stop_ids_of,
     tokenized,
 )
 from trl_rlaif.ppo.gradients import MicroBatch, Objective
@@ -122,6 +123,8 @@ class PPOTrainer(BasePPOTrainer):
         train_dataset = tokenized(train_dataset, processing_class, model, args)
         pairs = given_pairs(rehearsal_dataset, processing_class, max_length=longest_row(model, args))
         self.rehearsal = Rehearsal(pairs)
+        self.stop_ids = stop_ids_of(args, processing_class, model)
+        configured = model.generation_config.eos_token_id
         super().__init__(
             args,
             processing_class,
@@ -136,6 +139,8 @@ class PPOTrainer(BasePPOTrainer):
             callbacks,
             peft_config,
         )
+        # TRL's trainer puts its own stop token there, with which the policy would be saved.
+        self.policy_model.generation_config.eos_token_id = configured
         self.reward_model = reward_model
         self.shared = None if shared is None else shared.to(self.accelerator.device)
         zero.take_back_models(self)
@@ -159,7 +164,7 @@ class PPOTrainer(BasePPOTrainer):
             make_lean(self.shared.peft)
             if args.bf16:
                 hold_frozen_weights(self.shared.model)
-        self._sampler = RolloutSampler(args, self.accelerator, self.processing_class, self.stop_token_id)
+        self._sampler = RolloutSampler(args, self.accelerator, self.processing_class, self.stop_ids)
         self._batches = BatchStream(self.dataloader)
         self._minibatch_order = torch.Generator().manual_seed(self.local_seed)
         self.every_prompt = self.train_dataset
@@ -171,6 +176,11 @@ class PPOTrainer(BasePPOTrainer):
         self._expected: torch.Tensor | None = None
         self._spreads: dict[str, float] = {}
         self.kl_weight = KLWeight(args.kl_coef, args.kl_target, args.kl_horizon)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that count as a response's end where it is not cut there."""
+        return self.stop_ids or (self.processing_class.eos_token_id,)
 
     @property
     def actors(self) -> Actors:
@@ -246,8 +256,7 @@ class PPOTrainer(BasePPOTrainer):
             scores = transform.transform(scores, rollout)
             steps[numbered(type(transform).__name__, steps)] = scores.tolist()
         self._spreads = category_spreads(rollout, steps)
-        eos_id = self.processing_class.eos_token_id
-        return shaped_scores(scores, rollout, self.args, eos_id, self.accelerator.gather)
+        return shaped_scores(scores, rollout, self.args, self.end_ids, self.accelerator.gather)
 
     def compute_rewards(self, rollout: Rollout, scores: torch.Tensor) -> torch.Tensor:
         """Rewards per token, (B, T) float32: KL paid on every token, the score at the end."""

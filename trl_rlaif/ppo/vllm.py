@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,21 +35,21 @@ class VLLMSampler:
         args: Response length, and where vLLM runs.
         accelerator: With several processes each passes its own prompts, as many as the others; TRL gathers them.
         tokenizer: Padding.
-        stop_id: The end token, or None to sample to the full length.
+        stop_ids: The tokens that end a response; without any, it is sampled to the full length.
 
     Raises:
         UserError: vLLM is not installed.
     """
 
     def __init__(
-        self, args: PPOConfig, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, stop_id: int | None
+        self, args: PPOConfig, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
     ) -> None:
         if not is_vllm_available():
             raise UserError(
                 "generation: vllm needs the package vllm.",
                 fix="Run: pip install 'trl-rlaif[vllm]', or leave out generation: vllm.",
             )
-        self.args, self.accelerator, self.tokenizer, self.stop_id = args, accelerator, tokenizer, stop_id
+        self.args, self.accelerator, self.tokenizer, self.stop_ids = args, accelerator, tokenizer, stop_ids
         self._engine: VLLMGeneration | None = None
         self._held: list[int] | None = None
 
@@ -110,7 +110,7 @@ class VLLMSampler:
             max_completion_length=args.response_length,
             logprobs=None,
             # vLLM would also stop at every end token of the checkpoint's generation config.
-            generation_kwargs={"ignore_eos": True, "stop_token_ids": [] if self.stop_id is None else [self.stop_id]},
+            generation_kwargs={"ignore_eos": True, "stop_token_ids": list(self.stop_ids)},
         )
 
     def _hand_over(self, model: nn.Module) -> None:

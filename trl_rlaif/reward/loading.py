@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from trl_rlaif.errors import UserError
 
@@ -26,7 +26,8 @@ def load_reward_model(
 
     Returns:
         A model in eval mode whose ``logits`` are (B, 1), or (B, 2) of an Advantage Model: r(x, y), and what was e(x)
-        if the last token was the prompt's.
+        if the last token was the prompt's. They are read at the last token that ``attention_mask`` keeps, whatever
+        pads the rows.
 
     Raises:
         UserError: There is no such model, or an adapter without a score head.
@@ -42,7 +43,7 @@ def load_reward_model(
         config = PeftConfig.from_pretrained(str(path))
     except ValueError:  # not an adapter
         outputs = AutoConfig.from_pretrained(str(path)).num_labels
-        return load_model(ModelSpec(str(path), dtype, quantization), num_labels=outputs).eval()
+        return _reading_by_mask(load_model(ModelSpec(str(path), dtype, quantization), num_labels=outputs).eval())
     heads = [weight for name, weight in load_peft_weights(str(path), device="cpu").items() if "score.weight" in name]
     if not heads:
         raise UserError("The adapter has no score head: it is not a reward model's.", where=str(path))
@@ -54,4 +55,41 @@ def load_reward_model(
     if base.score.out_features < outputs:
         widen(base.score)
         base.config.num_labels = base.num_labels = outputs
-    return PeftModel.from_pretrained(base, str(path)).eval()
+    return PeftModel.from_pretrained(_reading_by_mask(base), str(path)).eval()
+
+
+def _reading_by_mask(model: PreTrainedModel) -> PreTrainedModel:
+    hooks = _ForeignPadding()
+    model.register_forward_pre_hook(hooks.put_in, with_kwargs=True)
+    model.register_forward_hook(hooks.take_out, always_call=True)
+    return model
+
+
+class _ForeignPadding:
+    """Gives a classifier of transformers, which looks for a row's end by its padding, padding that no row contains.
+
+    Where the padding token also ends responses, as is usual for models without one of its own, it would read a score at
+    the token before the end.
+    """
+
+    def __init__(self) -> None:
+        self._own: int | None = None
+
+    def put_in(
+        self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Before a forward pass."""
+        config = model.config.get_text_config()
+        self._own = config.pad_token_id
+        ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
+        if ids is None or (mask is not None and mask.dim() != 2):
+            return args, kwargs
+        present = set(ids.flatten().tolist() if mask is None else ids[mask.bool()].tolist())
+        config.pad_token_id = next(id for id in range(len(present) + 1) if id not in present)
+        if mask is not None:
+            kwargs["input_ids"], args = ids.masked_fill(~mask.bool(), config.pad_token_id), args[1:]
+        return args, kwargs
+
+    def take_out(self, model: PreTrainedModel, *_: Any) -> None:
+        """After it."""
+        model.config.get_text_config().pad_token_id = self._own

@@ -16,6 +16,7 @@ from trl_rlaif.compute.cpu_attention import trainable_attention
 from trl_rlaif.compute.lean_lora import make_lean
 from trl_rlaif.compute.precision import held_frozen_weights
 from trl_rlaif.contracts import guarded
+from trl_rlaif.encoding import usable_tokenizer
 from trl_rlaif.errors import UserError
 from trl_rlaif.events import PreferenceScores
 from trl_rlaif.reward.collator import SoftPreferenceCollator
@@ -23,6 +24,7 @@ from trl_rlaif.reward.heads import add_expected
 from trl_rlaif.reward.losses import soft_preference_loss
 from trl_rlaif.reward.scoring import PairScorer, can_pack
 from trl_rlaif.roles import inner_model
+from trl_rlaif.stopping import ended_row, stop_ids
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +41,17 @@ class RewardTrainer(TrlRewardTrainer):
     A pair is computed as one row in which what both responses begin with stands once, where the model allows it:
     the parent computes every prompt twice, and pads. The numbers are the parent's.
 
+    A score is read at the end of a turn, as PPOTrainer reads it. The parent reads it at a row's last token, which may
+    be what the chat template writes after the turn, such as a line break; and, where the padding token also ends
+    turns, at the token before the end.
+
     Args:
         *args, **kwargs: Everything that the parent takes.
         reward_transforms: Components that bring a loss of their own; at most one of them may.
         packing: None packs pairs where the model allows it and no data_collator is given; True insists on it.
         batch_tokens: Most tokens, padding counted, of one forward pass over packed pairs. A batch is computed in
             parts of like length.
+        score_at_end: False reads scores where the parent does. A dataset that brings ``chosen_ids`` is taken as it is.
 
     Raises:
         UserError: A ``p`` is missing or lies outside [0, 1]; packing is True and cannot be; or, while training, a
@@ -57,10 +64,16 @@ class RewardTrainer(TrlRewardTrainer):
         reward_transforms: Sequence[RewardTransform] = (),
         packing: bool | None = None,
         batch_tokens: int = 8192,
+        score_at_end: bool = True,
         **kwargs: Any,
     ) -> None:
         self.reward_transforms, self.batch_tokens = [guarded(t) for t in reward_transforms], batch_tokens
+        self.score_at_end = score_at_end
         super().__init__(*args, **kwargs)
+        if score_at_end:
+            # Also of the model: whoever loads it with a plain transformers class finds a row's end by it.
+            pad_id = usable_tokenizer(self.processing_class).pad_token_id
+            inner_model(self.model).config.get_text_config().pad_token_id = pad_id
         if isinstance(self.model, PeftModel) and self.accelerator.distributed_type != DistributedType.FSDP:
             make_lean(self.model)  # FSDP gathers a layer's weights when that layer itself is called
         if any(transform.needs_expected for transform in self.reward_transforms):
@@ -85,7 +98,7 @@ class RewardTrainer(TrlRewardTrainer):
         logger.info("%s; every prompt is computed twice.", what)
         return False
 
-    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, *args: Any, **kwargs: Any) -> Any:
         if "p" in (getattr(dataset, "column_names", None) or ()):
             bad = [i for i, p in enumerate(dataset["p"]) if p is None or not 0 <= p <= 1]
             if bad:
@@ -93,7 +106,15 @@ class RewardTrainer(TrlRewardTrainer):
                     f"{len(bad)} rows have no label p in [0, 1]; the first is row {bad[0]} (counted from 0), "
                     f"with {dataset[bad[0]]['p']}."
                 )
-        return super()._prepare_dataset(dataset, *args, **kwargs)
+        tokenized = "chosen_ids" in (getattr(dataset, "column_names", None) or next(iter(dataset)))
+        dataset = super()._prepare_dataset(dataset, processing_class, *args, **kwargs)
+        if tokenized or not self.score_at_end:
+            return dataset
+
+        def ended(row: dict[str, Any]) -> dict[str, Any]:
+            return {name: ended_row(row[name], processing_class) for name in ("chosen_ids", "rejected_ids")}
+
+        return dataset.map(ended)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -122,7 +143,8 @@ class RewardTrainer(TrlRewardTrainer):
         """The parent's loss and metrics; with soft labels or a transform, the loss that they ask for."""
         own = {name: inputs.pop(name, None) for name in ("p", "category", "chosen_log_ratios", "rejected_log_ratios")}
         scorer = PairScorer(model, self.accelerator.unwrap_model(model), self.batch_tokens)
-        if "segments" not in inputs and not any(t.needs_expected for t in self.reward_transforms):
+        reads_padding = self.score_at_end and self.processing_class.pad_token_id in stop_ids(self.processing_class)
+        if "segments" not in inputs and not any(t.needs_expected for t in self.reward_transforms) and not reads_padding:
             inputs.pop("prompt_end", None)
             scorer = model  # exactly the parent's way
         loss, outputs = super().compute_loss(scorer, inputs, True, num_items_in_batch)

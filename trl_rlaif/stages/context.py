@@ -23,6 +23,7 @@ from trl_rlaif.models import ModelSpec, load_model, load_tokenizer, model_revisi
 from trl_rlaif.plugins import Plugins
 from trl_rlaif.recipe import ComponentRef, JudgeSection, Recipe, ServerJudgeSection, prompt_folder
 from trl_rlaif.stages.categories import categorized
+from trl_rlaif.stopping import named_stop_ids, stop_ids
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -124,6 +125,11 @@ class Context:
         torch.set_float32_matmul_precision(self.recipe.model.matmul_precision)
         model = load_model(self.model_spec).eval().requires_grad_(False)
         return model if self.model_spec.quantization == "nf4" else model.to(_device())
+
+    def stop_ids(self, model: PreTrainedModel) -> tuple[int, ...]:
+        """The tokens that end a response of the policy: ``rl.stop_tokens``, or else the model's own."""
+        named = self.recipe.rl.config.get("stop_tokens") if self.recipe.rl else None
+        return stop_ids(self.tokenizer, model) if named is None else named_stop_ids(self.tokenizer, named)
 
     def judge(
         self, section: str | JudgeSection | ServerJudgeSection, prompt: str, base: Any = None, **options: Any

@@ -13,14 +13,18 @@ from trl_rlaif.artifacts import to_line, write_atomically
 from trl_rlaif.data import Prompt
 from trl_rlaif.judging.scoring import token_batches
 from trl_rlaif.measures import bootstrap_mean, win_rate
+from trl_rlaif.ppo import passes
 from trl_rlaif.ppo.actors import SharedActors
-from trl_rlaif.ppo.forgetting import answer_pair, better_half, mean_nll, with_end
-from trl_rlaif.ppo.rollout import model_inputs
+from trl_rlaif.ppo.forgetting import answer_pair, better_half, mean_nll
+from trl_rlaif.ppo.passes import Passage
+from trl_rlaif.ppo.rehearsal import as_rollout
+from trl_rlaif.ppo.rollout import end_of_turn_rows
 from trl_rlaif.progress import progress_bar
 from trl_rlaif.roles import SharedBase
 from trl_rlaif.sampling import length_batches, sample_responses, seeded
 from trl_rlaif.stages.context import Context
 from trl_rlaif.stages.judges import MAIN, ask_judges, check_servers, judged_numbers
+from trl_rlaif.stopping import end_of_turn
 
 if TYPE_CHECKING:
     from trl_rlaif.events import RehearsalPair
@@ -119,7 +123,7 @@ def _of_each_prompt(
     context: Context, shared: SharedBase, tokens: list[list[int]], responses: list[list[list[int]]]
 ) -> dict[str, list[Any]]:
     """Means over each prompt's responses, and the first one's own reward (None without a reward model)."""
-    end, many = context.tokenizer.eos_token_id, len(responses[0])
+    stops, many = context.stop_ids(shared.model), len(responses[0])
     rewards: list[Any] = [None] * len(tokens) * many
     if "reward" in shared.heads:
         rewards = rewards_of(
@@ -128,7 +132,7 @@ def _of_each_prompt(
     of_prompts = [rewards[i : i + many] for i in range(0, len(rewards), many)]
     return {
         "tokens": [statistics.fmean(len(r) for r in rs) for rs in responses],
-        "ended": [statistics.fmean(r[-1:] == [end] for r in rs) for rs in responses],
+        "ended": [statistics.fmean(bool(r) and r[-1] in stops for r in rs) for rs in responses],
         "reward": [rs[0] for rs in of_prompts],
         "mean_reward": [None if None in rs else statistics.fmean(rs) for rs in of_prompts],
     }
@@ -151,7 +155,7 @@ def _responses(
     length: int,
 ) -> list[list[list[int]]]:
     """Token ids of each prompt's responses under a role, with the end token where it was drawn."""
-    section, end = context.recipe.evaluate, context.tokenizer.eos_token_id
+    section, stops = context.recipe.evaluate, context.stop_ids(shared.model)
     responses: list[list[list[int]]] = [[]] * len(prompts)
     batch_size = max(1, section.batch_size // section.num_responses)
     with progress_bar(f"Answering ({description})", len(prompts), unit="prompts") as advance, shared.role(role):
@@ -164,32 +168,27 @@ def _responses(
                     num_responses=section.num_responses,
                     max_new_tokens=length,
                     temperature=section.temperature,
+                    stop_ids=stops,
+                    keep_end=True,
                 )
             for i, of_prompt in zip(batch, drawn, strict=True):
-                responses[i] = [with_end(ids, length, end) for ids in of_prompt]
+                responses[i] = of_prompt
             advance(len(batch))
     return responses
 
 
 @torch.no_grad()
 def rewards_of(context: Context, shared: SharedBase, prompts: list[list[int]], encoded: list[list[int]]) -> list[float]:
-    """Scores of the reward role for responses as they were drawn: one that was cut off is scored so, as in PPO."""
-    lengths = [len(p) + len(r) for p, r in zip(prompts, encoded, strict=True)]
-    device, pad = shared.model.device, context.tokenizer.pad_token_id
-    scores = [0.0] * len(prompts)
-    for batch in token_batches(lengths, BATCH_TOKENS):
-        p, r = max(len(prompts[i]) for i in batch), max(len(encoded[i]) for i in batch)
-        prompt_ids = torch.full((len(batch), p), pad)
-        mask = torch.zeros_like(prompt_ids, dtype=torch.bool)
-        response_ids = torch.full((len(batch), r), pad)
-        for row, i in enumerate(batch):
-            prompt_ids[row, p - len(prompts[i]) :] = torch.as_tensor(prompts[i])
-            mask[row, p - len(prompts[i]) :] = True
-            response_ids[row, : len(encoded[i])] = torch.as_tensor(encoded[i])
-        sizes = torch.tensor([len(encoded[i]) for i in batch])
-        inputs = model_inputs(*(t.to(device) for t in (prompt_ids, mask, response_ids, sizes)))
-        found = SharedActors(shared).scores(inputs, -r - 1)[:, 0]
-        for i, score in zip(batch, found.float().tolist(), strict=True):
+    """Scores of the reward role for responses as they were drawn, read at the end of their turns, as in PPO."""
+    pairs = [answer_pair("", "", *row) for row in zip(prompts, encoded, strict=True)]
+    actors, stops, end_id = SharedActors(shared), context.stop_ids(shared.model), end_of_turn(context.tokenizer)
+    scores = [0.0] * len(pairs)
+    for batch in token_batches([len(p.prompt_ids) + len(p.response_ids) for p in pairs], BATCH_TOKENS):
+        rollout = as_rollout([pairs[i] for i in batch], shared.model.device, stops)
+        if context.recipe.rl.config.get("score_at_end", True):
+            rollout = end_of_turn_rows(rollout, end_id)
+        found = passes.scores(actors, Passage.of(rollout, torch.arange(len(batch))))[:, 0]
+        for i, score in zip(batch, found.tolist(), strict=True):
             scores[i] = score
     return scores
 

@@ -70,6 +70,9 @@ def build_trainer(context: Context) -> tuple[Rehearsing, dict[str, int], list[st
     trainer_class, config_class = TRAINERS[context.recipe.rl.algorithm]
     config, unused = _config(context, config_class)
     base, adapter = context.load_base(), context.lora
+    stops = list(context.stop_ids(base))
+    ends = {"stop_token_ids": stops, "ignore_eos": True} if config.use_vllm else {"eos_token_id": stops}
+    config.generation_kwargs = ends | (config.generation_kwargs or {})
     dataset, skipped = rl.prompts(context, base, config.max_completion_length)
     if context.start is not None:
         from peft import PeftModel
@@ -84,6 +87,7 @@ def build_trainer(context: Context) -> tuple[Rehearsing, dict[str, int], list[st
         processing_class=context.tokenizer,
         peft_config=adapter,
     )
+    trainer.eos_token_ids = stops  # by which TRL masks; its own always have the tokenizer's eos among them
     # The scorer draws its own random numbers: TRL's trainer goes on as if it were alone.
     with seeded(context.recipe.run.seed, "scorer"):
         score.scorer = _scorer(context, trainer, dataset)

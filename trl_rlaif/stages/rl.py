@@ -108,7 +108,7 @@ def config(context: Context) -> PPOConfig:
     written = {key: value for key, value in section.config.items() if key in known}
     arguments = PRESETS.get(section.algorithm, {}) | context.trainer_arguments("rl", written) | saving(written)
     # The default of the loop is TRL's, none; a policy that shall learn to stop needs one.
-    if "stop_token_id" not in arguments:
+    if not {"stop_token_id", "stop_tokens"} & set(arguments):
         arguments.setdefault("stop_token", "eos")
     # Computing twice to save memory pays on a GPU.
     lean = {"gradient_checkpointing": on_gpu(), "num_sample_generations": 0}

@@ -109,6 +109,7 @@ class _Sampler:
                     max_new_tokens=self.section.max_new_tokens,
                     temperature=self.section.temperature,
                     top_p=self.section.top_p,
+                    stop_ids=self.context.stop_ids(self.model),
                 )
             for prompt_id, texts in zip(ids, drawn, strict=True):
                 responses[prompt_id] += self._texts(texts)

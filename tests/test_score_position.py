@@ -1,0 +1,184 @@
+"""Where a score is read: every path reads the same token, which is the end of the response's turn."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers.ppo import prompts, small_trainer
+from helpers.reward import small_config
+from helpers.tiny import make_llama, make_scorer, make_tokenizer
+from peft import LoraConfig
+from trl import RewardTrainer as ParentTrainer
+
+from trl_rlaif import RewardTrainer, SharedBase, load_reward_model
+from trl_rlaif.encoding import encode_prompt, encode_response
+from trl_rlaif.events import RehearsalPair
+from trl_rlaif.ppo.rehearsal import as_rollout
+from trl_rlaif.ppo.rollout import end_of_turn_rows
+from trl_rlaif.reward.collator import SoftPreferenceCollator
+from trl_rlaif.reward.scoring import score_pairs
+from trl_rlaif.stages.reward import tokenize_preference
+
+pytestmark = pytest.mark.trl
+ANSWERS = ["the fox", "a lazy dog is a city", "the quick brown fox jumps over", "no"]
+PROMPTS = [[{"role": "user", "content": text}] for text in ("what is it?", "the capital city of the country?")]
+LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+
+
+def tokenizer_with(pad):
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = pad
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def reward(tmp_path_factory):
+    """A reward adapter with a head, and the base that it belongs to."""
+    folder = tmp_path_factory.mktemp("reward")
+    make_llama(seed=3).save_pretrained(folder / "base")
+    torch.manual_seed(0)
+    trainer = RewardTrainer(
+        model=str(folder / "base"),
+        args=small_config(folder / "run", model_init_kwargs={"num_labels": 1, "dtype": "float32"}),
+        train_dataset=Dataset.from_list([{"chosen_ids": [5, 2], "rejected_ids": [6, 2]}]),
+        processing_class=make_tokenizer(),
+        peft_config=LoraConfig(task_type="SEQ_CLS", modules_to_save=["score"], **LORA),
+    )
+    torch.nn.init.normal_(trainer.model.base_model.model.score.modules_to_save["default"].weight)
+    trainer.save_model(str(folder / "adapter"))
+    return folder
+
+
+def rows_of(tokenizer):
+    """Pairs of prompt and answer in tokens, as the recipe's reward stage has them."""
+    examples = []
+    for i, prompt in enumerate(PROMPTS):
+        pair = {"prompt": prompt, "chosen": ANSWERS[2 * i], "rejected": ANSWERS[2 * i + 1]}
+        examples.append(tokenize_preference(tokenizer, pair))
+    return examples
+
+
+def read_plainly(reward, rows):
+    """The head's number of the last token's hidden state, of each row by itself."""
+    model = load_reward_model(reward / "adapter", dtype="float32").base_model.model
+    with torch.no_grad():
+        hidden = [model.model(torch.tensor([row])).last_hidden_state[0, -1] for row in rows]
+        return model.score(torch.stack(hidden))[:, 0]
+
+
+def ppo_trainer(reward, folder, tokenizer, **options):
+    base = SharedBase(load_base(reward), LoraConfig(**LORA))
+    trainer = small_trainer(
+        folder,
+        model=base,
+        dataset=prompts(chat=True),
+        trainer_kwargs={"reward_funcs": [], "reward_model": reward / "adapter", "peft_config": None},
+        **options,
+    )
+    trainer.processing_class = trainer._sampler.tokenizer = tokenizer
+    return trainer
+
+
+def load_base(reward):
+    from trl_rlaif.models import ModelSpec, load_model
+
+    return load_model(ModelSpec(str(reward / "base"), "float32"))
+
+
+@pytest.mark.parametrize("pad", ["<|pad|>", "<|end|>"])
+def test_every_path_reads_the_same_token(reward, tmp_path, pad):
+    """Also where padding is the end token: by the mask, and not by looking for padding."""
+    tokenizer = tokenizer_with(pad)
+    examples = rows_of(tokenizer)
+    rows = [row[name] for row in examples for name in ("chosen_ids", "rejected_ids")]
+    assert all(row[-1] == tokenizer.eos_token_id for row in rows)
+    expected = read_plainly(reward, rows)
+    model = load_reward_model(reward / "adapter", dtype="float32")
+
+    for packed in (True, False):
+        collator = SoftPreferenceCollator(pad_token_id=tokenizer.pad_token_id, packed=packed)
+        chosen, rejected, _ = score_pairs(model, examples, collator, batch=2, tokens=64)
+        torch.testing.assert_close(torch.stack((chosen, rejected), 1).flatten(), expected, rtol=1e-5, atol=1e-5)
+
+    for side in ("right", "left"):
+        tokenizer.padding_side = side
+        batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+        with torch.no_grad():
+            found = model(**batch).logits[:, 0]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+    # PPO: drawn responses end, or are cut right before their end.
+    trainer = ppo_trainer(reward, tmp_path, tokenizer)
+    pairs = [RehearsalPair("", "", None, None, "", row[:n], row[n:]) for row, n in zip(
+        rows, [length for e in examples for length in [e["prompt_length"]] * 2], strict=True)]  # fmt: skip
+    cut = [RehearsalPair(**{**vars(pair), "response_ids": pair.response_ids[:-1]}) for pair in pairs]
+    for drawn in (pairs, cut, [pairs[0], cut[1], cut[2], pairs[3]]):
+        rollout = as_rollout(drawn, torch.device("cpu"), trainer.stop_ids)
+        torch.testing.assert_close(trainer.score(rollout), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("packing", [None, False])
+@pytest.mark.parametrize("pad", ["<|pad|>", "<|end|>"])
+def test_the_reward_trainers_first_loss_is_that_of_the_last_tokens(tmp_path, pad, packing):
+    tokenizer = tokenizer_with(pad)
+    rows = [{name: row[name] for name in ("chosen_ids", "rejected_ids")} for row in rows_of(tokenizer)]
+    model = make_scorer(len(tokenizer))
+
+    def first_loss(trainer_class, **more):
+        args = small_config(tmp_path, per_device_train_batch_size=2, max_steps=1)
+        trainer = trainer_class(model=copy.deepcopy(model), args=args, train_dataset=Dataset.from_list(rows),
+                                processing_class=tokenizer, **more)  # fmt: skip
+        trainer.train()
+        return trainer.state.log_history[0]["loss"]
+
+    with torch.no_grad():
+        scores = [[model.score(model.model(torch.tensor([ids])).last_hidden_state[0, -1]) for ids in row.values()]
+                  for row in rows]  # fmt: skip
+    expected = -torch.stack([torch.nn.functional.logsigmoid(c - r) for c, r in scores]).mean().item()
+    assert first_loss(RewardTrainer, packing=packing) == pytest.approx(expected, abs=1e-5)
+    if pad == "<|pad|>":  # TRL reads there, too
+        assert first_loss(ParentTrainer) == pytest.approx(expected, abs=1e-5)
+
+
+def test_conversations_are_read_at_the_turns_end_and_in_the_tokens_of_ppo(tmp_path):
+    tokenizer = make_tokenizer()
+    rows = [
+        {"prompt": prompt, "chosen": [{"role": "assistant", "content": ANSWERS[i]}],
+         "rejected": [{"role": "assistant", "content": ANSWERS[i + 2]}]}
+        for i, prompt in enumerate(PROMPTS)
+    ]  # fmt: skip
+    trainer = RewardTrainer(
+        model=make_scorer(len(tokenizer)), args=small_config(tmp_path), train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    for row, found in zip(rows, trainer.train_dataset, strict=True):
+        prompt = encode_prompt(tokenizer, row["prompt"])
+        for side in ("chosen", "rejected"):
+            assert found[f"{side}_ids"] == prompt + encode_response(tokenizer, row[side][0]["content"])
+
+
+def test_a_row_for_the_reward_model_ends_with_the_end_of_turn():
+    """One that ended with another token gets that one, and one that was cut gets it appended."""
+    stops = (7, 2, 9)
+    drawn = [[5, 6, 7], [5, 2], [9], [5, 6, 8]]
+    pairs = [RehearsalPair("", "", None, None, "", [4], ids) for ids in drawn]
+    rollout = end_of_turn_rows(as_rollout(pairs, torch.device("cpu"), stops), 7)
+    found = [ids[:n].tolist() for ids, n in zip(rollout.response_ids, rollout.lengths.tolist(), strict=True)]
+    assert found == [[5, 6, 7], [5, 7], [7], [5, 6, 8, 7]]
+    assert rollout.ended.all() and pairs[1].response_ids == [5, 2]
+
+
+def test_what_rewards_and_judges_see_ends_before_the_stop_token(tmp_path):
+    """Also where that token is text: many models' end of turn is not flagged special."""
+    stops = [token for token, id in make_tokenizer().get_vocab().items() if id % 4 == 0]
+    trainer = small_trainer(tmp_path, dataset=prompts(chat=True), stop_token=None, stop_tokens=stops)
+    rollout = trainer.sample(next(trainer._batches))
+    assert rollout.ended.any()
+    for ids, n, ended, [message] in zip(
+        rollout.response_ids, rollout.lengths, rollout.ended, rollout.completions, strict=True
+    ):
+        assert ended == (ids[n - 1] in trainer.stop_ids)
+        assert message["content"] == trainer.processing_class.decode(ids[: n - int(ended)], skip_special_tokens=True)
