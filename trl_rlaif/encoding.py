@@ -7,11 +7,12 @@ very layout of tokens that it was trained on (prompt, response, end token).
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from trl_rlaif.chat_templates import Conversation
 from trl_rlaif.errors import UserError
 from trl_rlaif.stopping import end_of_turn
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PromptLike = str | Sequence[dict[str, Any]]
+
+# The attribute of a tokenizer that holds the variables for its chat template.
+_KWARGS = "_trl_rlaif_template_kwargs"
 
 
 def as_messages(prompt: PromptLike) -> list[dict[str, Any]]:
@@ -121,59 +125,94 @@ def _first_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return full[:count]
 
 
-def _render_parts(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], opening: str
-) -> list[tuple[str, bool]]:
-    """The chat template's own text and the messages' contents, in order, told apart.
-
-    The template sees a mark in place of each content, with a space on both sides: where it takes a space
-    away, it trims contents, and so the content is trimmed there, too.
-    """
-    marks = {f"\ue000{i}\ue001": message["content"] for i, message in enumerate(messages)}
-    marked = [{**m, "content": f" {mark} "} for m, mark in zip(messages, marks, strict=True)]
-    rendered = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True)
-    parts: list[tuple[str, bool]] = []
-    end = 0
-    for found in re.finditer("( ?)(\ue000\\d+\ue001)( ?)", rendered):
-        content = marks[found[2]]
-        content = content if found[1] else content.lstrip()
-        content = content if found[3] else content.rstrip()
-        parts += [(rendered[end : found.start()], False), (content, True)]
-        end = found.end()
-    return [*parts, (rendered[end:], False), (opening, True)]
+def template_kwargs(tokenizer: PreTrainedTokenizerBase, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Variables for a tokenizer's chat template: its own, set by ``set_template_kwargs``, and those given over them."""
+    return {**getattr(tokenizer, _KWARGS, {}), **(given or {})}
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: PromptLike, *, opening: str = "") -> list[int]:
-    """Token ids of a prompt up to where the response begins.
+def set_template_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer, with which every prompt is encoded with these variables of its chat template from here on.
+
+    They are not saved with it. Where there is a keyword or a column ``chat_template_kwargs``, as in TRL, that comes
+    on top.
 
     Args:
-        tokenizer: With a chat template, if the prompt is a list of messages.
-        prompt: Text (encoded as it is, with the tokenizer's own first token), or messages (through the
-            chat template, up to the assistant's turn).
-        opening: Text that opens the response, such as a judge's ending.
-
-    Returns:
-        Ids. Text that looks like a special token stays text.
-
-    Raises:
-        UserError: Messages, and a tokenizer without chat template.
+        tokenizer: Is changed.
+        kwargs: Such as ``{"enable_thinking": False}`` or ``{"reasoning_effort": "low"}``.
     """
+    setattr(tokenizer, _KWARGS, dict(kwargs))
+    return tokenizer
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, parts: Sequence[tuple[str, bool]]) -> list[int]:
+    """Encode (text, is_data) parts, at once where no data looks like a control token."""
     pattern = _control_tokens(tokenizer).all
-    if isinstance(prompt, str):
-        if pattern is None or not pattern.search(prompt + opening):
-            return tokenizer(prompt + opening)["input_ids"]
-        return _first_ids(tokenizer) + _plain(tokenizer, prompt + opening, pattern, follows=False)
+    if pattern is None or not any(is_data and pattern.search(text) for text, is_data in parts):
+        return tokenizer("".join(text for text, _ in parts), add_special_tokens=False)["input_ids"]
+    return _encode_parts(tokenizer, parts)
+
+
+def _conversation(
+    tokenizer: PreTrainedTokenizerBase, messages: PromptLike, kwargs: Mapping[str, Any] | None
+) -> Conversation:
     if not tokenizer.chat_template:
         raise UserError(
             "The prompts are conversations, and the tokenizer has no chat template.",
             fix="Use a chat model, set tokenizer.chat_template, or give the prompts as text.",
         )
-    messages = list(prompt)
-    hostile = pattern is not None and any(pattern.search(text) for text in (*(m["content"] for m in messages), opening))
-    if hostile:
-        return _encode_parts(tokenizer, _render_parts(tokenizer, messages, opening))
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer(rendered + opening, add_special_tokens=False)["input_ids"]
+    return Conversation(tokenizer, messages, _control_tokens(tokenizer).all, template_kwargs(tokenizer, kwargs))
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: PromptLike,
+    *,
+    opening: str | None = None,
+    thought: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Token ids of a prompt up to where the response begins.
+
+    Args:
+        tokenizer: With a chat template, if the prompt is a list of messages.
+        prompt: Text (encoded as it is, with the tokenizer's own first token), or messages (through the
+            chat template, up to the assistant's turn; where the last message is the assistant's, up to its end).
+        opening: Text that opens the response, such as a judge's ending. It is put where the template puts what an
+            assistant says, behind a thinking block that the template opens.
+        thought: What the model thought before the opening, where ``thinking_prompt`` is not None.
+        chat_template_kwargs: Variables for the template, over the tokenizer's own.
+
+    Returns:
+        Ids. Text that looks like a special token stays text.
+
+    Raises:
+        UserError: Messages, and a tokenizer without chat template, or one that has no place for the opening.
+    """
+    pattern = _control_tokens(tokenizer).all
+    if isinstance(prompt, str):
+        text = prompt + (opening or "")
+        if pattern is None or not pattern.search(text):
+            return tokenizer(text)["input_ids"]
+        return _first_ids(tokenizer) + _plain(tokenizer, text, pattern, follows=False)
+    conversation = _conversation(tokenizer, prompt, chat_template_kwargs)
+    if thought is not None:
+        return _encode(tokenizer, conversation.answer_behind(thought, opening or ""))
+    return _encode(tokenizer, conversation.prompt() if opening is None else conversation.answer(opening))
+
+
+def thinking_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict[str, Any]],
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[list[int], str] | None:
+    """Token ids of messages up to where the model's own thoughts begin, and the text with which it ends them.
+
+    None where the tokenizer's chat template has no thoughts, or ``chat_template_kwargs`` switch them off.
+    """
+    conversation = _conversation(tokenizer, messages, chat_template_kwargs)
+    parts = conversation.thinking()
+    return None if parts is None else (_encode(tokenizer, parts), conversation.thought_end)
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> list[int]:

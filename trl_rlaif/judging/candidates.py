@@ -68,6 +68,10 @@ class Candidates:
                     longer[i].append(len(continuations) - 1)
         return cls(len(bare) - shared, continuations, whole, longer)
 
+    def cut(self, ids: list[int]) -> list[int]:
+        """Token ids of a prompt that ends with the ending, up to where the continuations begin."""
+        return ids[: len(ids) - self.dropped]
+
     def combine(self, logprobs: Sequence[float]) -> tuple[float, ...]:
         """Log-probabilities of the candidates from those of the continuations, in nats."""
         result = []

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from trl_rlaif.encoding import PromptLike, encode_prompt
+from trl_rlaif.encoding import template_kwargs
 from trl_rlaif.judging.candidates import Candidates
 from trl_rlaif.judging.judge import Group, Judge
 from trl_rlaif.judging.precision import Precision, Probe, choose_precision, matmul_precision
 from trl_rlaif.judging.prompt import JudgePrompt
 from trl_rlaif.judging.question import Answer, Question, Thinking
+from trl_rlaif.judging.rationales import Rationale, Thoughts, Writing
 from trl_rlaif.judging.scoring import ContinuationScorer
 from trl_rlaif.sampling import sample_responses, seeded
 
@@ -35,6 +36,11 @@ class LocalJudge(Judge):
         context: Called for a context around every forward pass, for a judge that is a role of a shared base.
         precision: Of float32 matrix products. "auto" takes the lowest that leaves the first questions' answers
             within 1e-4; what it found is then in ``probe``.
+        chat_template_kwargs: Variables for the chat template, such as ``enable_thinking``, over those that
+            ``set_template_kwargs`` gave the tokenizer.
+
+    A judge that thinks uses the model's own thoughts, where its chat template has a place for them and
+    ``enable_thinking`` is not False; else it writes a rationale that the prompt asks for.
     """
 
     PROBED = 4
@@ -49,9 +55,11 @@ class LocalJudge(Judge):
         batch_tokens: int = 8192,
         context: Callable[[], AbstractContextManager] = nullcontext,
         precision: Literal["auto"] | Precision = "highest",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(prompt, name)
         self.model, self.tokenizer = model, tokenizer
+        self.template_kwargs = template_kwargs(tokenizer, chat_template_kwargs)
         self.batch_tokens, self.context, self.precision = batch_tokens, context, precision
         self.probe: Probe | None = None
 
@@ -62,18 +70,16 @@ class LocalJudge(Judge):
 
     def encode(self, question: Question, opening: str) -> list[int]:
         """Token ids of a question and of what its answer begins with."""
-        return self._encode(question.messages, opening)
+        return self._writing(None).encode(question.messages, opening)
 
-    def _encode(self, messages: Sequence[dict[str, str]], opening: str) -> list[int]:
-        prompt: PromptLike = list(messages)
-        if not self.tokenizer.chat_template:
-            prompt = "".join(message["content"] + "\n\n" for message in messages)
-        return encode_prompt(self.tokenizer, prompt, opening=opening)
-
-    def candidates(self, texts: Sequence[str], ending: str) -> Candidates:
+    def candidates(self, texts: Sequence[str], ending: str, thinking: Thinking | None = None) -> Candidates:
         """The candidates as the tokenizer spells them behind an ending."""
-        empty = [{"role": "user", "content": ""}]
-        return Candidates.behind(texts, ending, lambda opening: self._encode(empty, opening), self.tokenizer)
+        return Candidates.behind(texts, ending, self._writing(thinking).opened, self.tokenizer)
+
+    def _writing(self, thinking: Thinking | None) -> Writing:
+        """How questions are put, with what is written before the answer."""
+        how = self.tokenizer, self.prompt, self.template_kwargs
+        return Writing(*how) if thinking is None else Thoughts.of(*how) or Rationale(*how)
 
     def ask(
         self,
@@ -86,11 +92,14 @@ class LocalJudge(Judge):
         """As of every judge. Batches follow from all groups, also those in ``done``."""
         if not groups:
             return
-        known = self.candidates(candidates, groups[0][0].ending)
-        room = max(map(len, known.continuations)) + (self._behind(groups[0][0].ending, thinking) if thinking else 0)
+        writing, ending = self._writing(thinking), groups[0][0].ending
+        known = self.candidates(candidates, ending, thinking)
+        room = max(map(len, known.continuations))
+        if thinking:
+            room += thinking.max_tokens + writing.room(ending)
         fitting, contexts = [], []
         for index, group in enumerate(groups):
-            encoded = [self._context(q, known, q.thinking if thinking else None) for q in group]
+            encoded = [writing.begin(q) if thinking else known.cut(writing.begin(q)) for q in group]
             if max(map(len, encoded)) + room <= self.max_length:
                 fitting.append(index)
                 contexts.append(encoded)
@@ -115,16 +124,10 @@ class LocalJudge(Judge):
             if thinking is None:
                 answers = self._answers(scorer, known, [contexts[i] for i in batch])
             else:
-                answers = self._after_thinking(scorer, known, asked, [contexts[i] for i in batch], thinking)
+                answers = self._behind(scorer, known, asked, [contexts[i] for i in batch], thinking)
             for i, answer in zip(batch, answers, strict=True):
                 if i in missing:
                     yield fitting[i], answer
-
-    def _behind(self, ending: str, thinking: Thinking) -> int:
-        """Tokens that come between where a rationale begins and the candidates."""
-        empty = [{"role": "user", "content": ""}]
-        bare, full = self._encode(empty, ""), self._encode(empty, f" \n\n{ending}")
-        return thinking.max_tokens + len(full) - len(bare)
 
     def _choose_precision(self, scorer: ContinuationScorer, contexts: Sequence[Sequence[list[int]]]) -> None:
         if self.precision != "auto" or self.probe is not None or self.model.dtype != torch.float32:
@@ -147,13 +150,6 @@ class LocalJudge(Judge):
     def _pad_id(self) -> int:
         return self.tokenizer.pad_token_id or 0
 
-    def _context(self, question: Question, known: Candidates, opening: str | None) -> list[int]:
-        """Up to where the candidates are read, or up to where the rationale begins."""
-        if opening is not None:
-            return self.encode(question, opening)
-        ids = self.encode(question, question.ending)
-        return ids[: len(ids) - known.dropped]
-
     def _answers(
         self, scorer: ContinuationScorer, known: Candidates, contexts: Sequence[Sequence[list[int]]]
     ) -> list[list[Answer]]:
@@ -163,7 +159,7 @@ class LocalJudge(Judge):
             rows = iter(scorer(contexts).tolist())
         return [[_answer(known, next(rows)) for _ in group] for group in contexts]
 
-    def _after_thinking(
+    def _behind(
         self,
         scorer: ContinuationScorer,
         known: Candidates,
@@ -172,13 +168,13 @@ class LocalJudge(Judge):
         thinking: Thinking,
     ) -> list[list[Answer]]:
         """Step one writes the rationales, step two reads the distribution behind each of them."""
-        limit = self.max_length - max(map(len, known.continuations))
+        limit, writing = self.max_length - max(map(len, known.continuations)), self._writing(thinking)
         flat = [context for group in contexts for context in group]
-        rationales = iter(self._rationales(flat, asked[0][0].ending, thinking))
+        rationales = iter(self._rationales(writing, flat, asked[0][0].ending, thinking))
         written = [[next(rationales) for _ in group] for group in asked]
         # A question with each of its rationales is a group: they begin with the question itself.
         behind = [
-            [self._context(self._with(question, rationale), known, None) for rationale in of_question]
+            [known.cut(writing.behind(question, rationale)) for rationale in of_question]
             for group, of_group in zip(asked, written, strict=True)
             for question, of_question in zip(group, of_group, strict=True)
         ]
@@ -188,7 +184,9 @@ class LocalJudge(Judge):
         answers = iter([next(read) if fit else [Answer(failed=TOO_LONG)] for fit in fits])
         return [[_joined(next(answers), of_question) for of_question in of_group] for of_group in written]
 
-    def _rationales(self, contexts: Sequence[list[int]], ending: str, thinking: Thinking) -> list[list[str]]:
+    def _rationales(
+        self, writing: Rationale, contexts: Sequence[list[int]], ending: str, thinking: Thinking
+    ) -> list[list[str]]:
         count = thinking.rationales
         drawn_count = count if thinking.temperature > 0 else 1  # the likeliest one is the same each time
         with self._computing(), seeded(thinking.seed, "rationale", *contexts):
@@ -200,17 +198,7 @@ class LocalJudge(Judge):
                 max_new_tokens=thinking.max_tokens,
                 temperature=thinking.temperature,
             )
-        texts = [self.tokenizer.batch_decode(rows, skip_special_tokens=True) for rows in drawn]
-        return [[_thought(text, ending) for text in of_context] * (count // drawn_count) for of_context in texts]
-
-    def _with(self, question: Question, rationale: str) -> Question:
-        opening = f"{question.thinking} {self.prompt.quote(rationale)}\n\n{question.ending}"
-        return Question(question.messages, opening)
-
-
-def _thought(text: str, ending: str) -> str:
-    """Where the judge goes on to the answer itself, the answer is not part of what it thought."""
-    return (text.split(ending.strip())[0] if ending.strip() else text).strip()
+        return [writing.texts(rows, ending) * (count // drawn_count) for rows in drawn]
 
 
 def _answer(known: Candidates, logprobs: list[float]) -> Answer:

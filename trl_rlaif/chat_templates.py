@@ -1,0 +1,176 @@
+"""Conversations as a chat template writes them: what of it is data, and where answers and thoughts begin."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from trl_rlaif.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Text, and whether it is data, in which nothing is a control token.
+Parts = list[tuple[str, bool]]
+
+# Marks of places in a template's text. U+E000 in the data is marked itself, so that no data passes for one.
+_ANSWER, _THOUGHT = "\ue000\ue001", "\ue000\ue000\ue001"
+_DATA = re.compile("\ue000(\\d+)\ue001")
+# The names under which templates read what a message's author thought.
+_THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning")
+# A thinking block that a text ends in, and the one that an assistant's message may begin with.
+_NAME = r"[\w:]*(?:think|thought|reason)[\w:]*"
+_OPENED = re.compile(rf"([<\[])({_NAME})([>\]])\s*$", re.IGNORECASE)
+_SAID_THOUGHT = re.compile(r"\s*(?:<think>|\[THINK\])?(.*?)(?:</think>|\[/THINK\])", re.DOTALL)
+# What a generation prompt says that leaves the model in the midst of its thoughts, unless it is closed again.
+_THINKS = re.compile(r"think|thought|reason|analysis", re.IGNORECASE)
+_CLOSES = re.compile(r"</|\[/|end", re.IGNORECASE)
+
+
+class Conversation:
+    """Messages and the chat template that renders them.
+
+    What looks like a control token in the messages reaches the template as a mark and becomes data again in what it
+    wrote. The thinking block that an assistant's message begins with is no such text: the template sees it as it
+    is, and drops it or keeps it.
+
+    Args:
+        tokenizer: With a chat template.
+        messages: With ``role`` and ``content``; what else they have is handed to the template.
+        control: Matches what the tokenizer would take for a control token; None for nothing.
+        kwargs: Variables for the template, such as ``enable_thinking``.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        messages: Sequence[dict[str, Any]],
+        control: re.Pattern[str] | None,
+        kwargs: dict[str, Any],
+    ) -> None:
+        self._tokenizer, self._control, self._kwargs = tokenizer, control, kwargs
+        self._lookalike = re.compile("\ue000" if control is None else f"{control.pattern}|\ue000")
+        self._data: list[str] = []
+        self._messages = [self._marked_message(message) for message in messages]
+
+    # ---- Data -----------------------------------------------------------------------------------------
+
+    def _marked_message(self, message: dict[str, Any]) -> dict[str, Any]:
+        given = {key: value for key, value in message.items() if value is not None}
+        content = given.get("content")
+        thought = given.get("role") == "assistant" and isinstance(content, str) and _SAID_THOUGHT.match(content)
+        marked = self._marked(given)
+        if thought:
+            start, end = thought.span(1)
+            pieces = self._marked([thought[1], content[thought.end() :]])
+            marked["content"] = content[:start] + pieces[0] + content[end : thought.end()] + pieces[1]
+        return marked
+
+    def _marked(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self._lookalike.sub(self._mark, value)
+        if isinstance(value, dict):
+            return {self._marked(key): self._marked(item) for key, item in value.items()}
+        return [self._marked(item) for item in value] if isinstance(value, list | tuple) else value
+
+    def _mark(self, found: re.Match[str]) -> str:
+        self._data.append(found[0])
+        return f"\ue000{len(self._data) - 1}\ue001"
+
+    def _parts(self, text: str) -> Parts:
+        pieces = _DATA.split(text)
+        return [(self._data[int(piece)], True) if i % 2 else (piece, False) for i, piece in enumerate(pieces)]
+
+    # ---- What the template writes ---------------------------------------------------------------------
+
+    def _render(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        return self._tokenizer.apply_chat_template(messages, tokenize=False, **{**self._kwargs, **options})
+
+    @property
+    def _continues(self) -> bool:
+        """Whether the last message is the assistant's own, which it goes on with."""
+        return self._messages[-1]["role"] == "assistant"
+
+    def _prompt(self) -> str:
+        if self._continues:
+            return self._render(self._messages, continue_final_message=True)
+        return self._render(self._messages, add_generation_prompt=True)
+
+    def _said(self, **fields: str) -> str | None:
+        """The conversation with one more message of the assistant's; None where the template takes none."""
+        try:
+            return self._render([*self._messages, {"role": "assistant", **fields}], add_generation_prompt=False)
+        except Exception:  # whatever an expression in a template raises
+            return None
+
+    def _answer_start(self) -> str:
+        """The text up to where an answer begins: behind whatever a message of the assistant's opens with."""
+        prompt = self._prompt()
+        if self._continues:
+            return prompt
+        said = self._said(content=_ANSWER)
+        if said is not None and _ANSWER not in said:
+            raise UserError(
+                "The chat template leaves out what an assistant says, so there is no place for the answer's beginning.",
+                fix="Set tokenizer.chat_template to one that writes messages whose content is a text.",
+            )
+        before = said[: said.rindex(_ANSWER)] if said else ""
+        start = prompt if prompt.startswith(before) else before
+        opened = _OPENED.search(start)
+        own = start[len(before) or -40 :] if start == prompt else ""
+        if not opened and _THINKS.search(own) and not _CLOSES.search(own):
+            raise UserError(
+                f"The chat template leaves no place for an answer without thoughts: it begins the model's turn with "
+                f"{own[-40:]!r}.",
+                fix="Switch its thinking off with chat_template_kwargs (many templates take enable_thinking: false).",
+            )
+        return start + _closing(opened) if opened else start
+
+    def _thought_places(self) -> tuple[str, str] | None:
+        """The text up to where a thought begins, and that from its end to the answer."""
+        prompt = self._prompt()
+        said = self._said(content=_ANSWER, **dict.fromkeys(_THOUGHT_FIELDS, _THOUGHT)) or ""
+        start, _, rest = said.partition(_THOUGHT)
+        # A template that is told not to think has closed the block already, or opened none.
+        if _ANSWER in rest and start.startswith(prompt):
+            return start, rest[: rest.rindex(_ANSWER)]
+        opened = _OPENED.search(prompt)
+        return (prompt, _closing(opened)) if opened else None
+
+    # ---- Prompts --------------------------------------------------------------------------------------
+
+    def prompt(self) -> Parts:
+        """Up to where the assistant's turn begins, or where its own last message breaks off."""
+        return self._parts(self._prompt())
+
+    def answer(self, opening: str) -> Parts:
+        """Up to the end of what an answer opens with, which no thoughts precede.
+
+        Raises:
+            UserError: The template offers no place for that.
+        """
+        return [*self._parts(self._answer_start()), (opening, True)]
+
+    def thinking(self) -> Parts | None:
+        """Up to where the model's own thoughts begin; None where the template has none, or they are switched off."""
+        places = self._thought_places()
+        return places and self._parts(places[0])
+
+    def answer_behind(self, thought: str, opening: str) -> Parts:
+        """As ``answer``, behind a thought; only where ``thinking`` is not None."""
+        start, close = self._thought_places()
+        return [*self._parts(start), (thought, True), (close, False), (opening, True)]
+
+    @property
+    def thought_end(self) -> str:
+        """What the model ends its thoughts with; only where ``thinking`` is not None."""
+        close = self._thought_places()[1].strip()
+        token = self._control.search(close) if self._control else None
+        return token[0] if token else close
+
+
+def _closing(opened: re.Match[str]) -> str:
+    """What closes a thinking block, laid out as it was opened."""
+    line = "\n" if opened[0].endswith("\n") else ""
+    return f"{line}{opened[1]}/{opened[2]}{opened[3]}{line * 2}"

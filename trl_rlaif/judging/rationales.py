@@ -1,0 +1,111 @@
+"""What a local judge writes before it answers: a rationale that its prompt asks for, or the model's own thoughts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from trl_rlaif.encoding import encode_prompt, thinking_prompt
+from trl_rlaif.judging.prompt import JudgePrompt
+from trl_rlaif.judging.question import Message, Question
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_EMPTY: list[Message] = [{"role": "user", "content": ""}]
+
+
+class Writing:
+    """Questions as tokens, with what is written before their endings: here, nothing.
+
+    Args:
+        tokenizer: With a chat template, questions go through it; without, they are plain text.
+        prompt: Whose headers no rationale may imitate.
+        kwargs: Variables for the chat template.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: JudgePrompt, kwargs: Mapping[str, Any]) -> None:
+        self.tokenizer, self.prompt, self.kwargs = tokenizer, prompt, kwargs
+
+    def encode(self, messages: Sequence[Message], opening: str, thought: str | None = None) -> list[int]:
+        """Token ids of messages and of what their answer begins with."""
+        if not self.tokenizer.chat_template:
+            text = "".join(message["content"] + "\n\n" for message in messages)
+            return encode_prompt(self.tokenizer, text, opening=opening)
+        how = {"opening": opening, "thought": thought, "chat_template_kwargs": self.kwargs}
+        return encode_prompt(self.tokenizer, list(messages), **how)
+
+    def opened(self, opening: str) -> list[int]:
+        """Token ids of a question without words, as far as an ending and a candidate make them differ."""
+        return self.encode(_EMPTY, opening)
+
+    def begin(self, question: Question) -> list[int]:
+        """Token ids up to where the judge begins to write or to answer."""
+        return self.encode(question.messages, question.ending)
+
+
+class Rationale(Writing):
+    """A rationale behind the prompt's own request; it is put in front of the ending (chain of thought in two steps)."""
+
+    def begin(self, question: Question) -> list[int]:
+        """Token ids up to where the rationale begins."""
+        return self.encode(question.messages, question.thinking)
+
+    def behind(self, question: Question, text: str) -> list[int]:
+        """Token ids up to where the candidates are read, behind what was written."""
+        opening = f"{question.thinking} {self.prompt.quote(text)}\n\n{question.ending}"
+        return self.encode(question.messages, opening)
+
+    def room(self, ending: str) -> int:
+        """Tokens between a rationale and the candidates."""
+        return len(self.encode(_EMPTY, f" \n\n{ending}")) - len(self.encode(_EMPTY, ""))
+
+    def texts(self, rows: Sequence[Sequence[int]], ending: str) -> list[str]:
+        """What was written. Where the judge goes on to the answer itself, that is no part of what it thought."""
+        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return [(text.split(ending.strip())[0] if ending.strip() else text).strip() for text in texts]
+
+
+class Thoughts(Rationale):
+    """The model's own thoughts, in the place that its chat template has for them.
+
+    Args:
+        tokenizer, prompt, kwargs: As of every writing.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: JudgePrompt, kwargs: Mapping[str, Any]) -> None:
+        # Templates that think on demand are asked to. The others do not read it.
+        super().__init__(tokenizer, prompt, {"enable_thinking": True, **kwargs})
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, prompt: JudgePrompt, kwargs: Mapping[str, Any]) -> Thoughts | None:
+        """None where the model has no thoughts of its own, or they are switched off."""
+        if not tokenizer.chat_template or kwargs.get("enable_thinking") is False:
+            return None
+        made = cls(tokenizer, prompt, kwargs)
+        return made if made._begun(_EMPTY) is not None else None
+
+    def _begun(self, messages: Sequence[Message]) -> tuple[list[int], str] | None:
+        return thinking_prompt(self.tokenizer, list(messages), chat_template_kwargs=self.kwargs)
+
+    def opened(self, opening: str) -> list[int]:
+        """As of every writing, behind a thought."""
+        return self.encode(_EMPTY, opening, thought="x")
+
+    def begin(self, question: Question) -> list[int]:
+        """Token ids up to where the thoughts begin."""
+        return self._begun(question.messages)[0]
+
+    def behind(self, question: Question, text: str) -> list[int]:
+        """Token ids up to where the candidates are read: the thoughts are closed, whether or not the model did."""
+        return self.encode(question.messages, question.ending, thought=text)
+
+    def room(self, ending: str) -> int:
+        """Tokens between the thoughts and the candidates."""
+        return len(self.opened(ending)) - len(self._begun(_EMPTY)[0])
+
+    def texts(self, rows: Sequence[Sequence[int]], ending: str) -> list[str]:
+        """What was thought: up to where the model ended its thoughts, or up to the budget."""
+        end = self._begun(_EMPTY)[1]
+        # Whole, because what ends a thought often is a special token.
+        return [text.split(end)[0].strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=False)]
