@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from helpers.judges import MODELS, chunked
+from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
 from trl_rlaif.judging.scoring import ContinuationScorer, add, subtract, token_batches
 
@@ -113,6 +114,19 @@ def test_what_begins_otherwise_than_said_is_still_exact(model):
     scorer.begin([LONG])
     groups = [[[*LONG[:-5], *drawn(20, 3)]], [[*LONG, *drawn(3, 4)]]]
     assert_exact(scorer(groups), plain_logprobs(model, groups, continuations))
+
+
+def test_a_recurrent_state_has_read_no_padding():
+    """Each token's state holds all that came before it: padding in front of a text would be part of it."""
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_window_size": 8, "lru_width": 32}
+    shape = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+    model = RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**heads, **shape)).eval()
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.3)  # wide, so that answers differ visibly
+    groups = [[drawn(length, length)] for length in (3, 30, 17)]
+    continuations = [[11], [12, 13]]
+    assert not ContinuationScorer(model, continuations, longest=30).packs
+    assert_exact(score(model, groups, continuations), plain_logprobs(model, groups, continuations))
 
 
 def test_one_scorer_for_many_batches(model):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from trl_rlaif.judging.packed import PackedModel, Tokens, packed_batches, packed_length, shared_prefix
 
@@ -75,16 +76,17 @@ class ContinuationScorer:
         return result.cpu()
 
     def _padded(self, groups: Sequence[Sequence[Tokens]]) -> torch.Tensor:
-        rows = [tokens for group in groups for tokens in group]
-        width = max(map(len, rows))
-        ids = torch.full((len(rows), width), self.pad_id)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, width - len(row) :] = torch.as_tensor(row)
-            mask[i, width - len(row) :] = 1
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-        inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
-        return self.model(**inputs, use_cache=False, logits_to_keep=self._keep).logits[:, -self._keep :]
+        """Padded on the right: no token sees what comes after it, and a recurrent state has read nothing before it."""
+        rows = [torch.as_tensor(tokens) for group in groups for tokens in group]
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        wanted = lengths[:, None] + torch.arange(-self._keep, 0)
+        # The head computes the same positions of all rows; each row's own are picked from these.
+        positions, picked = wanted.unique(return_inverse=True)
+        ids, mask, positions, picked = (tensor.to(self.model.device) for tensor in (ids, mask, positions, picked))
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=positions).logits
+        return logits[torch.arange(len(rows), device=logits.device)[:, None], picked]
 
 
 def _maximal_prefixes(continuations: Sequence[Tokens]) -> list[tuple[int, ...]]:
