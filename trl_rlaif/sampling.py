@@ -27,6 +27,18 @@ def seeded(*parts: object) -> Iterator[None]:
         yield
 
 
+def random_state() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The state of torch's generators, of the CPU and of every GPU."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+
+def set_random_state(state: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
+    """Draw again what was drawn after ``random_state``."""
+    torch.set_rng_state(state[0])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])
+
+
 @contextmanager
 def bare_generation_config(model: torch.nn.Module) -> Iterator[None]:
     """Keep a checkpoint's own sampling settings (top-k, repetition penalty) out.

@@ -43,9 +43,11 @@ class BlockLayer(DynamicLayer):
 
 
 def block_cache(model: torch.nn.Module) -> DynamicCache | None:
-    """A cache for one call of ``generate``; None where the model keeps something else than keys and values."""
+    """A cache for one call of ``generate``; None where the model keeps something else than growing keys and values."""
     if not getattr(type(model), "_supports_default_dynamic_cache", lambda: False)():
         return None
     cache = DynamicCache(config=model.config.get_text_config())
+    if cache.layers and not any(type(layer) is DynamicLayer for layer in cache.layers):
+        return None  # such a model may know its cache by another name, as Mamba does
     cache.layers = [BlockLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

@@ -58,12 +58,17 @@ def parts(rollout: Rollout, rows: torch.Tensor, tokens: int | None) -> Iterator[
 
 @dataclass(frozen=True)
 class Objective:
-    """PPO's losses on the actors (Schulman et al. 2017, eq. 7 and 9), and their backward passes."""
+    """PPO's losses on the actors (Schulman et al. 2017, eq. 7 and 9), and their backward passes.
+
+    Args:
+        pads: Whether a forward pass may hold prompts of different lengths.
+    """
 
     actors: Actors
     accelerator: Accelerator
     args: Any
     temperature: float
+    pads: bool = True
 
     def backward(self, batch: MicroBatch) -> Stats:
         """Add a micro-batch's gradients; its statistics, scalars by name.
@@ -116,8 +121,9 @@ class Objective:
 
     def _parts(self, rollout: Rollout, rows: torch.Tensor) -> list[torch.Tensor]:
         """Rows in parts, of which there are equally many in processes that go through them side by side."""
-        found = list(parts(rollout, rows, self.args.micro_batch_tokens))
-        if self.args.micro_batch_tokens is not None:
+        groups = [rows] if self.pads else passes.equal_prompts(rollout.prompt_mask, rows)
+        found = [part for group in groups for part in parts(rollout, group, self.args.micro_batch_tokens)]
+        if self.args.micro_batch_tokens is not None or not self.pads:
             for _ in range(equal_count(self.accelerator, len(found)) - len(found)):
                 largest = max(range(len(found)), key=lambda i: len(found[i]))
                 found[largest : largest + 1] = found[largest].tensor_split(2)

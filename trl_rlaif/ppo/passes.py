@@ -56,6 +56,17 @@ class Passage:
         return model_inputs(prompt_ids, prompt_mask, response_ids[:, :width], lengths.clamp(max=width))
 
 
+def equal_prompts(mask: torch.Tensor, rows: torch.Tensor) -> list[torch.Tensor]:
+    """Rows in groups whose prompts have the same length, so that none is padded on the left; the shortest first.
+
+    Args:
+        mask: (B, P) bool, True where a prompt token stands.
+        rows: (N,) int64, which, on the CPU.
+    """
+    lengths = mask.sum(1).cpu()[rows]
+    return [rows[lengths == length] for length in lengths.unique()]
+
+
 def logprobs(actors: Actors, part: str, passage: Passage, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of the response tokens under policy or reference, and their entropies.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,11 +16,13 @@ from trl_rlaif.compute.cpu_attention import trainable_attention
 from trl_rlaif.compute.lean_lora import held_adapter
 from trl_rlaif.compute.precision import autocast, held_head
 from trl_rlaif.events import Rollout
-from trl_rlaif.ppo import passes
+from trl_rlaif.ppo import passes, verification
 from trl_rlaif.ppo.actors import Actors
 from trl_rlaif.ppo.passes import Passage
+from trl_rlaif.ppo.processes import failing_together
 from trl_rlaif.ppo.rollout import end_of_turn_rows, generate, response_lengths
 from trl_rlaif.ppo.vllm import VLLMSampler
+from trl_rlaif.sampling import random_state, set_random_state
 from trl_rlaif.stopping import end_of_turn
 
 if TYPE_CHECKING:
@@ -28,14 +31,28 @@ if TYPE_CHECKING:
     from trl_rlaif.ppo.config import PPOConfig
 
 
+logger = logging.getLogger(__name__)
+
+# Kinds of rollouts that are verified once each.
+_ANY, _PADDED = "any", "padded"
+
+
 class RolloutSampler:
     """Draws responses and runs the forward passes without gradient.
 
+    The first rollout, and the first whose prompts are padded, is compared with plain forward passes of a few of its
+    rows: with some models, transformers itself is wrong where prompts are padded on the left, or with a cache.
+
     Args:
         args: Response length, batch sizes and temperature.
-        accelerator: Its device is used.
+        accelerator: Its device is used. Several processes draw equally often, and decide together.
         tokenizer: Padding, and decoding of responses.
         stop_ids: The tokens that end a response; without any, it is sampled to the full length.
+
+    Attributes:
+        pads: Whether a batch may hold prompts of different lengths. False once padding has changed the numbers.
+        records: Whether the log-probabilities recorded while sampling are used. False once they were wrong, and with
+            vLLM; a forward pass gives them then.
     """
 
     def __init__(
@@ -44,10 +61,57 @@ class RolloutSampler:
         self.args, self.accelerator, self.tokenizer, self.stop_ids = args, accelerator, tokenizer, stop_ids
         self.temperature = args.temperature + 1e-7  # the parent's, so that temperature 0 is greedy
         self._vllm = VLLMSampler(args, accelerator, tokenizer, stop_ids) if args.generation == "vllm" else None
+        self.pads, self.records = True, self._vllm is None
+        self._unverified = {_ANY, _PADDED}
 
     @torch.no_grad()
     def draw(self, actors: Actors, batch: dict[str, Any]) -> Rollout:
-        """One response for each prompt of a batch of PromptCollator's."""
+        """One response for each prompt of a batch of PromptCollator's.
+
+        Raises:
+            UserError: The model's log-probabilities are wrong, without padding and without a cache too.
+        """
+        kinds = self._to_verify(batch["attention_mask"])
+        before = random_state() if kinds else None
+        rollout = self._draw(actors, batch)
+        while kinds and not self._verify(actors, rollout, padded=_PADDED in kinds):
+            set_random_state(before)  # a resumed run finds this out again, and must draw the same
+            rollout = self._draw(actors, batch)
+        return rollout
+
+    def _to_verify(self, mask: torch.Tensor) -> set[str]:
+        """The kinds that a rollout belongs to, in all processes together; none if all of them were verified before."""
+        if not self._unverified:
+            return set()
+        padded = torch.tensor([bool((mask == 0).any())], device=self.accelerator.device)
+        kinds = {_ANY, _PADDED} if self.accelerator.gather(padded).any() else {_ANY}
+        due = kinds & self._unverified
+        self._unverified -= kinds
+        return kinds if due else set()
+
+    def _verify(self, actors: Actors, rollout: Rollout, *, padded: bool) -> bool:
+        """Whether the log-probabilities are right; if not, they are computed in another way from here on."""
+        model = actors.model("policy")
+        with failing_together(self.accelerator):
+            forward = self._forward(actors, rollout, verification.chosen_rows(rollout))
+            own = verification.deviations(
+                actors, rollout, forward, self.args, self.accelerator.device, self.temperature
+            )
+        found, limit = verification.worst(own, self.accelerator), verification.tolerance(model, self.args)
+        name = type(model).__name__
+        if found.within(limit):
+            return True
+        if self.pads and padded:
+            self.pads = False
+            logger.warning(verification.PADDING, name, found)
+        elif self.records and replace(found, sampling=0.0).within(limit) and found.sampling <= verification.MOST:
+            self.records = False
+            logger.warning(verification.CACHE, name, found)
+        else:
+            raise verification.error(name, found, limit)
+        return False
+
+    def _draw(self, actors: Actors, batch: dict[str, Any]) -> Rollout:
         device = self.accelerator.device
         prompt_ids = batch["input_ids"].to(device)
         prompt_mask = batch["attention_mask"].to(device).bool()
@@ -70,32 +134,40 @@ class RolloutSampler:
             completions=self._decode(response_ids, lengths - ended.long(), batch["prompt"]),
             columns=batch["columns"],
         )
-        return self._judged(actors, rollout if logprobs is not None else self._with_logprobs(actors, rollout))
+        return self._judged(actors, rollout if self.records else self._with_logprobs(actors, rollout))
 
     def _generate(
         self, actors: Actors, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        size, pad_id = self.args.local_rollout_forward_batch_size, self.tokenizer.pad_token_id
-        model = actors.model("policy")
-        precision = autocast(self.args, self.accelerator.device)
+        pad_id, model = self.tokenizer.pad_token_id, actors.model("policy")
+        precision, batches = autocast(self.args, self.accelerator.device), self._prompt_batches(prompt_mask)
         with actors.playing("policy"), precision, held_head(model), held_adapter(model):
             drawn = [
                 generate(
                     model,
-                    ids,
-                    mask,
+                    prompt_ids[rows, first:],
+                    prompt_mask[rows, first:],
                     max_new_tokens=self.args.response_length,
                     temperature=self.temperature,
                     pad_id=pad_id,
                     stop_ids=self.stop_ids,
                 )
-                for ids, mask in zip(prompt_ids.split(size), prompt_mask.split(size), strict=True)
+                for rows, first in batches
             ]
         width = max(ids.shape[1] for ids, _ in drawn)
+        order = torch.cat([rows for rows, _ in batches]).argsort()
         return (
-            torch.cat([pad(ids, (0, width - ids.shape[1]), value=pad_id) for ids, _ in drawn]),
-            torch.cat([pad(logprobs, (0, width - logprobs.shape[1])) for _, logprobs in drawn]),
+            torch.cat([pad(ids, (0, width - ids.shape[1]), value=pad_id) for ids, _ in drawn])[order],
+            torch.cat([pad(logprobs, (0, width - logprobs.shape[1])) for _, logprobs in drawn])[order],
         )
+
+    def _prompt_batches(self, mask: torch.Tensor) -> list[tuple[torch.Tensor, int]]:
+        """Rows that are sampled at once, and the column where their prompts begin."""
+        rows, size = torch.arange(len(mask)), self.args.local_rollout_forward_batch_size
+        if self.pads:
+            return [(part, 0) for part in rows.split(size)]
+        groups = passes.equal_prompts(mask, rows)
+        return [(part, int(mask[part[0]].int().argmax())) for group in groups for part in group.split(size)]
 
     def _decode(self, ids: torch.Tensor, lengths: torch.Tensor, prompts: list[Any]) -> list[Any]:
         rows = [row[:n] for row, n in zip(ids.tolist(), lengths.tolist(), strict=True)]
@@ -106,19 +178,23 @@ class RolloutSampler:
         ]
 
     def _with_logprobs(self, actors: Actors, rollout: Rollout) -> Rollout:
-        """The rollout with the policy's log-probabilities, of responses that another engine drew.
+        """The rollout with the policy's log-probabilities by a forward pass, of responses that another engine drew.
 
         That engine's own are not taken: its kernels and its precision differ, and PPO's ratio divides by these. It
         is 1 at the first step only if the model that is trained has said both.
         """
+        return replace(rollout, logprobs=self._forward(actors, rollout, torch.arange(len(rollout.prompts))))
+
+    def _forward(self, actors: Actors, rollout: Rollout, rows: torch.Tensor) -> torch.Tensor:
+        """(B, T) float32: the policy's log-probabilities of some rows by a forward pass, as in the step; else zero."""
         logprobs = torch.zeros_like(rollout.logprobs)
-        with trainable_attention(*actors.trained()) if self.args.bf16 else nullcontext():  # as in the step
-            for rows in self._chunks(rollout):
-                passage = Passage.of(rollout, rows)
+        with trainable_attention(*actors.trained()) if self.args.bf16 else nullcontext():
+            for chunk in self._chunks(rollout, rows):
+                passage = Passage.of(rollout, chunk)
                 with autocast(self.args, self.accelerator.device):
                     found, _ = passes.logprobs(actors, "policy", passage, self.temperature)
-                logprobs[rows, : passage.width] = found
-        return replace(rollout, logprobs=logprobs)
+                logprobs[chunk, : passage.width] = found
+        return logprobs
 
     def _judged(self, actors: Actors, rollout: Rollout) -> Rollout:
         """The rollout with the reference's log-probabilities and the values; zero behind the ends."""
@@ -151,6 +227,8 @@ class RolloutSampler:
         scores = torch.cat(found)[torch.cat(order).argsort()]
         return scores[:, 0], scores[:, 1] if scores.shape[1] > 1 else None
 
-    def _chunks(self, rollout: Rollout) -> tuple[torch.Tensor, ...]:
-        """Rows of like length together, as many as a training step holds: little padding is computed."""
-        return rollout.by_length(torch.arange(len(rollout.prompts))).split(self.args.per_device_train_batch_size)
+    def _chunks(self, rollout: Rollout, rows: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """Rows of like length together, as many as a training step holds: little padding is computed, or none."""
+        rows = rollout.by_length(torch.arange(len(rollout.prompts)) if rows is None else rows)
+        groups = [rows] if self.pads else passes.equal_prompts(rollout.prompt_mask, rows)
+        return [part for group in groups for part in group.split(self.args.per_device_train_batch_size)]

@@ -338,7 +338,7 @@ class PPOTrainer(BasePPOTrainer):
 
     @property
     def _objective(self) -> Objective:
-        return Objective(self.actors, self.accelerator, self.args, self._sampler.temperature)
+        return Objective(self.actors, self.accelerator, self.args, self._sampler.temperature, self._sampler.pads)
 
     def _clock(self) -> float:
         """Seconds, once the device has done what it was given."""
