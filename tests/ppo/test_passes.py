@@ -94,9 +94,10 @@ def test_logprobs_are_those_of_each_sequence_alone(base, part):
             torch.testing.assert_close(entropy[-1][: len(expected[1])].double(), expected[1], **CLOSE)
 
 
-@pytest.mark.parametrize("trunk", [False, True])
-def test_values_and_what_one_pass_gives_are_those_of_each_sequence_alone(trunk):
-    shared, rollout = _shared(trunk=trunk), _rollout()
+@pytest.mark.parametrize(("trunk", "base"), [(False, make_llama), (True, make_llama), (True, _gemma2)])
+def test_values_and_what_one_pass_gives_are_those_of_each_sequence_alone(trunk, base):
+    shared = _shared(trunk=trunk, base=base(60), dtype=torch.float64 if base is make_llama else torch.float32)
+    rollout = _rollout()
     actors = SharedActors(shared)
     assert actors.one_trunk == trunk
     for rows in torch.tensor([5, 4, 3, 2, 1, 0]), torch.tensor([3, 2]), torch.tensor([1]):
@@ -167,11 +168,13 @@ def _old(shared: SharedBase, prompts=PROMPTS, lengths=LENGTHS) -> Rollout:
     return _rollout(prompts, lengths, old=[x * m for x, m in zip(old, rollout.masks(), strict=True)])
 
 
-def _backward(shared: SharedBase, batch: MicroBatch, *, tokens: int | None = None, bf16: bool = False):
+def _backward(
+    shared: SharedBase, batch: MicroBatch, *, tokens: int | None = None, bf16: bool = False, pads: bool = True
+):
     """Gradients by name, and statistics."""
     args = SimpleNamespace(bf16=bf16, micro_batch_tokens=tokens, vf_coef=VF_COEF, cliprange=CLIP, cliprange_value=CLIP)
     shared.zero_grad()
-    stats = Objective(SharedActors(shared), Accelerator(cpu=True), args, TEMPERATURE).backward(batch)
+    stats = Objective(SharedActors(shared), Accelerator(cpu=True), args, TEMPERATURE, pads).backward(batch)
     return {n: p.grad for n, p in shared.named_parameters() if p.grad is not None}, stats
 
 
@@ -191,6 +194,17 @@ def test_parts_add_up_to_the_whole(trunk, tokens):
     whole = _backward(shared, batch)
     assert all(0 < whole[1][f"{name}/clipfrac_avg"] < 1 for name in ("policy", "val"))
     _assert_equal(_backward(shared, batch, tokens=tokens), whole, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("trunk", [False, True])
+@pytest.mark.parametrize("tokens", [None, 12])
+def test_prompts_of_equal_length_add_up_to_the_whole_and_are_never_padded(trunk, tokens, monkeypatch):
+    shared, seen, inputs = _shared(trunk=trunk), [], Passage.inputs
+    batch = _micro_batch(_old(shared), weight=0.5)
+    whole = _backward(shared, batch)
+    monkeypatch.setattr(Passage, "inputs", lambda *a, **k: seen.append(inputs(*a, **k)) or seen[-1])
+    _assert_equal(_backward(shared, batch, tokens=tokens, pads=False), whole, rtol=1e-5, atol=1e-7)
+    assert len(seen) >= len(set(PROMPTS)) and all(found["attention_mask"][:, 0].all() for found in seen)
 
 
 @pytest.mark.parametrize("trunk", [False, True])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.tiny import make_gpt2, make_llama
+from transformers import MambaConfig, MambaForCausalLM
 
 from trl_rlaif.ppo.losses import token_logprobs
 from trl_rlaif.ppo.rollout import generate, model_inputs, response_lengths
@@ -17,7 +18,14 @@ def _prompts():
     return ids, ids != PAD
 
 
-@pytest.mark.parametrize("make", [make_llama, make_gpt2])
+def _make_mamba():
+    """It keeps no keys and values, and knows its cache by another name."""
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=400, hidden_size=32, num_hidden_layers=2, state_size=8, initializer_range=0.3)
+    return MambaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("make", [make_llama, make_gpt2, _make_mamba])
 @pytest.mark.parametrize("stop", [[STOP], []])
 def test_logprobs_are_those_of_a_forward_pass(make, stop):
     model, (ids, mask) = make(), _prompts()

@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 
 from trl_rlaif.errors import UserError
+from trl_rlaif.groups.verification import verify
 from trl_rlaif.ppo.selection import choose
 from trl_rlaif.trl_version import check_trl
 
@@ -66,7 +67,8 @@ class ScorerCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The scorer counts as the trainer does; a resumed run takes up the transforms' state."""
+        """Verify the model; the scorer counts as the trainer does; a resumed run takes up the transforms' state."""
+        verify(self.trainer)
         scorer = self.trainer.scorer
         scorer.state, scorer.args.num_total_batches = state, state.max_steps
         kept = kept_state(Path(args.output_dir) / f"checkpoint-{state.global_step}")

@@ -10,7 +10,6 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 
-from trl_rlaif.compute.head import is_plain
 from trl_rlaif.errors import UserError
 from trl_rlaif.models import ModelSpec, load_model, load_tokenizer
 from trl_rlaif.ppo.prompts import tokenize_prompts
@@ -54,16 +53,10 @@ def check_trunk(shared: SharedBase | None) -> None:
     """Refuse a value on the policy's trunk where there is none to share.
 
     Raises:
-        UserError: The models are separate, or the head does not simply read the trunk's hidden states.
+        UserError: The models are separate.
     """
     if shared is None:
         raise UserError("value: trunk needs one base for every role.", fix="Leave out value_model.")
-    if not is_plain(shared.model):
-        raise UserError(
-            "value: trunk cannot read this model: its scores are more than its hidden states times its output "
-            "embedding.",
-            fix="Use value: adapter.",
-        )
 
 
 def stop_ids_of(args: PPOConfig, tokenizer: Any, model: nn.Module) -> tuple[int, ...]:

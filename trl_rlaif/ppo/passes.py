@@ -79,10 +79,15 @@ def logprobs(actors: Actors, part: str, passage: Passage, temperature: float) ->
         if is_plain(model):
             hidden = backbone(model)(**inputs, use_cache=False).last_hidden_state[:, -passage.width :]
             return from_hidden(model, hidden, passage, temperature)
-        logits = inner_model(model)(**inputs, use_cache=False, logits_to_keep=passage.width).logits[passage.mask]
-        tokens = passage.tokens[passage.mask]
-        found = token_logprobs(logits, tokens, temperature), entropy(logits.detach(), temperature)
-        return _spread(found[0], passage.mask), _spread(found[1], passage.mask)
+        logits = inner_model(model)(**inputs, use_cache=False, logits_to_keep=passage.width).logits
+        return from_logits(logits, passage, temperature)
+
+
+def from_logits(logits: torch.Tensor, passage: Passage, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same from (b, width, V) scores of any model."""
+    mask, logits = passage.mask, logits[passage.mask]
+    found = token_logprobs(logits, passage.tokens[mask], temperature), entropy(logits.detach(), temperature)
+    return _spread(found[0], mask), _spread(found[1], mask)
 
 
 def from_hidden(
@@ -113,9 +118,27 @@ def scores(actors: Actors, passage: Passage) -> torch.Tensor:
 def together(actors: Actors, passage: Passage, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-probabilities, entropies and values of a policy whose own trunk carries the value head, from one pass."""
     with actors.playing("policy"):
-        hidden = actors.value_hidden(passage.inputs(last=True))
-        found = from_hidden(actors.model("policy"), hidden[:, -passage.width - 1 : -1], passage, temperature)
+        model, inputs, width = actors.model("policy"), passage.inputs(last=True), passage.width
+        if is_plain(model):
+            hidden = actors.value_hidden(inputs)
+            found = from_hidden(model, hidden[:, -width - 1 : -1], passage, temperature)
+        else:
+            hidden, logits = _hidden_and_logits(model, inputs, width + 1)
+            found = from_logits(logits[:, :-1], passage, temperature)
         return *found, read_values(actors, hidden, passage)
+
+
+def _hidden_and_logits(
+    model: torch.nn.Module, inputs: dict[str, torch.Tensor], keep: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(b, S, H) hidden states and the last (b, keep, V) scores, whatever the model makes of the former."""
+    kept: list[torch.Tensor] = []
+    hook = backbone(model).register_forward_hook(lambda _, __, output: kept.append(output.last_hidden_state))
+    try:
+        logits = inner_model(model)(**inputs, use_cache=False, logits_to_keep=keep).logits
+    finally:
+        hook.remove()
+    return kept[0], logits
 
 
 def _spread(flat: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -91,20 +91,19 @@ class RolloutSampler:
 
     def _verify(self, actors: Actors, rollout: Rollout, *, padded: bool) -> bool:
         """Whether the log-probabilities are right; if not, they are computed in another way from here on."""
-        model = actors.model("policy")
         with failing_together(self.accelerator):
             forward = self._forward(actors, rollout, verification.chosen_rows(rollout))
             own = verification.deviations(
                 actors, rollout, forward, self.args, self.accelerator.device, self.temperature
             )
-        found, limit = verification.worst(own, self.accelerator), verification.tolerance(model, self.args)
-        name = type(model).__name__
+        found, limit = verification.worst(own, self.accelerator), verification.tolerance(actors, self.args)
+        name = type(actors.model("policy")).__name__
         if found.within(limit):
             return True
         if self.pads and padded:
             self.pads = False
             logger.warning(verification.PADDING, name, found)
-        elif self.records and replace(found, sampling=0.0).within(limit) and found.sampling <= verification.MOST:
+        elif self.records and found.forward_within(limit) and found.sampling <= verification.MOST:
             self.records = False
             logger.warning(verification.CACHE, name, found)
         else:

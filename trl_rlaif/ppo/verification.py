@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,9 +21,10 @@ from trl_rlaif.ppo.losses import token_logprobs
 from trl_rlaif.roles import inner_model
 
 ROWS = 4
+_SCORES = HEAD_ELEMENTS // 4  # of one row that are alive at once: of them there are several copies
 # Mean differences in nats that rounding explains. With tiny random models of 60 families, which amplify it, and with
 # SmolLM2-135M, the largest were 2e-5 in float32 and 0.1 in bfloat16; faults of padding or of the cache made 1e-3 to 2.
-_LEAST = 5e-4
+_LEAST = 2e-4
 _EPSILONS = 32
 # Beyond it the responses are no longer the policy's, whatever their log-probabilities are.
 MOST = _EPSILONS * torch.finfo(torch.bfloat16).eps
@@ -58,7 +59,11 @@ class Deviations:
 
     def within(self, limit: float) -> bool:
         """Whether none is larger, or not a number."""
-        return all(found <= limit for found in (self.sampling, self.policy, self.reference))
+        return self.forward_within(limit) and self.sampling <= limit
+
+    def forward_within(self, limit: float) -> bool:
+        """The same of the forward passes alone."""
+        return self.policy <= limit and self.reference <= limit
 
     def __str__(self) -> str:
         return f"{self.sampling:.2g} while sampling, {self.policy:.2g} in the policy's forward pass, " + (
@@ -66,13 +71,15 @@ class Deviations:
         )
 
 
-def tolerance(model: nn.Module, args: Any) -> float:
+def tolerance(actors: Actors, args: Any) -> float:
     """The mean difference in nats a token that rounding explains, in the precision in use.
 
-    32 units of the coarsest rounding: 0.25 in bfloat16 and NF4, 0.03 in float16 and TF32; 5e-4 in float32.
+    32 units of the coarsest rounding: 0.25 in bfloat16 and NF4, 0.03 in float16 and TF32; 2e-4 in float32.
     """
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    dtypes |= {m.compute_dtype for m in model.modules() if isinstance(getattr(m, "compute_dtype", None), torch.dtype)}
+    models: list[nn.Module] = [actors.model(part) for part in ("policy", "reference")]
+    dtypes = {p.dtype for model in models for p in model.parameters() if p.is_floating_point()}
+    computed = (getattr(module, "compute_dtype", None) for model in models for module in model.modules())
+    dtypes |= {dtype for dtype in computed if isinstance(dtype, torch.dtype)}  # of 4-bit layers
     if args.bf16:
         dtypes.add(torch.bfloat16)
     coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
@@ -115,14 +122,14 @@ def worst(own: Deviations, accelerator: Accelerator) -> Deviations:
     return Deviations(*every[:, :3].amax(0).tolist(), int(every[:, 3].sum()))
 
 
-def error(name: str, found: Deviations, limit: float) -> UserError:
+def error(name: str, found: Deviations, limit: float, *, fix: str = "") -> UserError:
     """For a model whose log-probabilities are wrong whatever is tried."""
-    forward_is_right = replace(found, sampling=0.0).within(limit)
     return UserError(
         f"{name}: log-probabilities of {found.tokens} sampled tokens differ from those of a plain forward pass by "
-        f"{found}, in nats a token; rounding explains {limit:.2g}. PPO cannot learn from them. The fault is in this "
-        f"model's code in transformers {transformers.__version__}.",
-        fix=("Set generation: vllm, or use" if forward_is_right else "Use")
+        f"{found}, in nats a token; rounding explains {limit:.2g}. A policy cannot learn from them. The fault is in "
+        f"transformers {transformers.__version__} or TRL, in the code for this model.",
+        fix=fix
+        or ("Set generation: vllm, or use" if found.forward_within(limit) else "Use")
         + " another version of transformers, or another model.",
     )
 
@@ -131,7 +138,7 @@ def _plain(actors: Actors, part: str, rollout: Rollout, row: int, temperature: f
     """(n,) float32 log-probabilities of a row's response, or of its beginning where the vocabulary is large."""
     with actors.playing(part):
         model = inner_model(actors.model(part))
-        most = max(16, HEAD_ELEMENTS // model.config.get_text_config().vocab_size)
+        most = max(16, _SCORES // model.config.get_text_config().vocab_size)
         response = rollout.response_ids[row][: min(int(rollout.lengths[row]), most)]
         ids = torch.cat((rollout.prompt_ids[row][rollout.prompt_mask[row]], response))[None]
         # The scores of a long prompt would take more memory than a training step does.

@@ -1,0 +1,228 @@
+"""The first rollout is compared with plain forward passes: what transformers gets wrong is avoided or refused."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from accelerate import Accelerator
+from datasets import Dataset
+from helpers.ppo import small_trainer
+from helpers.tiny import make_llama, make_tokenizer
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig
+
+from trl_rlaif import SharedBase, UserError
+from trl_rlaif.compute.lean_lora import make_lean
+from trl_rlaif.ppo import passes, verification
+from trl_rlaif.ppo.actors import SharedActors
+from trl_rlaif.ppo.sampler import RolloutSampler
+
+PROMPTS = (30, 4, 11, 30, 7)
+TEMPERATURE = 0.7
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 400,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# Wrong where prompts are padded on the left: RecurrentGemma altogether, MiniMax while it samples. Zamba2 is wrong
+# with a cache, padded or not.
+FAULTY = {
+    "RecurrentGemma": {"num_hidden_layers": 3, "attention_window_size": 16, "lru_width": 32},
+    "MiniMax": {
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "block_size": 16,
+    },
+    "Zamba2": {
+        "num_hidden_layers": 2,
+        "layers_block_type": ["mamba", "hybrid"],
+        "hybrid_layer_ids": [1],
+        "n_mamba_heads": 4,
+        "mamba_headdim": 16,
+        "mamba_d_state": 8,
+        "mamba_ngroups": 1,
+        "num_mem_blocks": 1,
+        "attention_head_dim": 16,
+        "kv_channels": 8,
+        "num_key_value_heads": 4,
+        "time_step_min": 0.1,  # what its cached step leaves out
+    },
+}
+
+
+def _faulty(family: str):
+    """A tiny model of a family, with weights so large that its faults show."""
+    if not hasattr(transformers, f"{family}ForCausalLM"):
+        pytest.skip(f"this transformers has no {family}")
+    config = getattr(transformers, f"{family}Config")(**SIZES | FAULTY[family])
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() >= 2 and "A_log" not in name:
+            parameter.data.copy_(0.25 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def _actors(model) -> SharedActors:
+    torch.manual_seed(0)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    shared = SharedBase(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+    shared.add_value()
+    make_lean(shared.peft)
+    return SharedActors(shared.eval())
+
+
+def _sampler(**options) -> RolloutSampler:
+    arguments = {
+        "temperature": TEMPERATURE,
+        "generation": "transformers",
+        "local_rollout_forward_batch_size": 4,
+        "per_device_train_batch_size": 2,
+        "response_length": 12,
+        "bf16": False,
+    }
+    return RolloutSampler(SimpleNamespace(**arguments | options), Accelerator(cpu=True), make_tokenizer(), None)
+
+
+def _batch(lengths=PROMPTS):
+    generator = torch.Generator().manual_seed(3)
+    mask = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
+    ids = torch.randint(3, 300, mask.shape, generator=generator).masked_fill(~mask, 0)
+    return {"input_ids": ids, "attention_mask": mask.long(), "prompt": [""] * len(lengths), "columns": {}}
+
+
+def _draw(sampler, actors, batch=None, seed=5):
+    torch.manual_seed(seed)
+    return sampler.draw(actors, batch or _batch())
+
+
+@torch.no_grad()
+def _plain(actors, part, rollout):
+    """(B, T): every sequence alone, as anybody would call transformers."""
+    found = torch.zeros_like(rollout.logprobs)
+    with actors.playing(part):
+        for i, n in enumerate(rollout.lengths.tolist()):
+            prompt, response = rollout.prompt_ids[i][rollout.prompt_mask[i]], rollout.response_ids[i][:n]
+            logits = actors.model(part)(input_ids=torch.cat((prompt, response))[None]).logits[0, len(prompt) - 1 : -1]
+            found[i, :n] = (logits / TEMPERATURE).log_softmax(-1).gather(1, response[:, None])[:, 0]
+    return found
+
+
+@pytest.mark.parametrize("family", FAULTY)
+def test_what_padding_or_a_cache_changes_is_computed_in_another_way(family, caplog):
+    actors, sampler = _actors(_faulty(family)), _sampler()
+    with caplog.at_level(logging.WARNING):
+        rollout = _draw(sampler, actors)
+    torch.testing.assert_close(rollout.logprobs, _plain(actors, "policy", rollout), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rollout.ref_logprobs, _plain(actors, "reference", rollout), rtol=1e-4, atol=1e-4)
+    assert sampler.records == (family != "Zamba2")
+    assert f"{family}ForCausalLM: log-probabilities differ" in caplog.text
+    # From now on it does so at once.
+    again = _draw(sampler, actors)
+    assert torch.equal(again.response_ids, rollout.response_ids) and torch.equal(again.values, rollout.values)
+
+
+def test_a_fault_of_padding_is_seen_through_bfloat16():
+    actors, sampler = _actors(_faulty("RecurrentGemma")), _sampler(bf16=True)
+    _draw(sampler, actors)
+    assert not sampler.pads and sampler.records
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_sound_model_is_verified_without_a_trace(monkeypatch, caplog, bf16):
+    actors, calls = _actors(make_llama()), []
+    verify = RolloutSampler._verify
+    monkeypatch.setattr(RolloutSampler, "_verify", lambda *a, **k: calls.append(k) or verify(*a, **k))
+    sampler, unverified = _sampler(bf16=bf16), _sampler(bf16=bf16)
+    unverified._unverified = set()
+    for lengths in ((6, 6), PROMPTS, PROMPTS, (6, 6)):
+        batch = _batch(lengths)
+        found, state = _draw(sampler, actors, batch), torch.get_rng_state()
+        expected = _draw(unverified, actors, batch)
+        assert torch.equal(torch.get_rng_state(), state)
+        for name in ("response_ids", "logprobs", "ref_logprobs", "values"):
+            assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    assert calls == [{"padded": False}, {"padded": True}]
+    assert sampler.pads and sampler.records and not caplog.records
+
+
+def test_a_model_that_nothing_helps_is_refused(monkeypatch):
+    logprobs = passes.logprobs
+    monkeypatch.setattr(passes, "logprobs", lambda *a: tuple(x + 0.1 / TEMPERATURE for x in logprobs(*a)))
+    with pytest.raises(UserError, match=r"LlamaForCausalLM: .*0.1 in the policy's .* another model\.") as raised:
+        _draw(_sampler(), _actors(make_llama()))
+    assert "vllm" not in str(raised.value)
+
+
+def test_responses_of_another_distribution_are_refused(monkeypatch):
+    """The forward passes are right, and what was sampled is not: their log-probabilities would hide that."""
+    generate = RolloutSampler._generate
+
+    def wrong(*arguments):
+        response_ids, logprobs = generate(*arguments)
+        return response_ids, logprobs - 1
+
+    monkeypatch.setattr(RolloutSampler, "_generate", wrong)
+    with pytest.raises(UserError, match="Set generation: vllm"):
+        _draw(_sampler(), _actors(make_llama()))
+
+
+def test_rows_are_those_that_are_padded_most_and_what_pads_them():
+    actors, sampler = _actors(make_llama()), _sampler()
+    for lengths, rows in (((30, 4, 11, 30, 7), [1, 4, 2, 3]), ((5, 3), [1, 0]), ((5,), [0])):
+        assert verification.chosen_rows(_draw(sampler, actors, _batch(lengths))).tolist() == rows
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bf16", "matmul", "limit"),
+    [
+        (torch.float32, False, "highest", 2e-4),
+        (torch.float32, False, "high", 1 / 32),
+        (torch.float32, True, "highest", 0.25),
+        (torch.bfloat16, False, "highest", 0.25),
+        (torch.float16, False, "highest", 1 / 32),
+    ],
+)
+def test_the_tolerance_is_that_of_the_precision(dtype, bf16, matmul, limit):
+    actors, before = _actors(make_llama().to(dtype)), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(matmul)
+    try:
+        assert verification.tolerance(actors, SimpleNamespace(bf16=bf16)) == limit
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_nf4_is_held_to_its_own_precision(tmp_path):
+    make_llama(hidden_size=64).save_pretrained(tmp_path)
+    for dtype, limit in ((torch.bfloat16, 0.25), (torch.float32, 2e-4)):
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=config, dtype=torch.float32
+        )
+        actors, sampler = _actors(model), _sampler()
+        _draw(sampler, actors)
+        assert sampler.pads and sampler.records
+        assert verification.tolerance(actors, sampler.args) == limit
+
+
+def test_the_kl_is_zero_and_the_ratio_one_before_the_first_update(tmp_path):
+    """They are 10 nats a response and more where MiniMax has sampled with padding."""
+    options = {"num_mini_batches": 1, "total_episodes": 8, "per_device_train_batch_size": 8}
+    prompts = Dataset.from_dict({"prompt": ["what is the " + "quick " * n for n in range(16)]})
+    trainer = small_trainer(tmp_path, model=_faulty("MiniMax"), dataset=prompts, **options)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert abs(logged["objective/kl"]) < 1e-3 and logged["policy/approxkl_avg"] < 1e-8
+    assert logged["val/ratio"] == pytest.approx(1, abs=1e-4)
