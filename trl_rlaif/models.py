@@ -161,7 +161,9 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(spec: ModelSpec, *, num_labels: int | None = None) -> PreTrainedModel:
-    """A causal language model, or with ``num_labels`` its sequence classification sibling.
+    """A causal language model, or with ``num_labels`` the classifier on the same backbone.
+
+    A family that transformers has no classifier of gets one here (``classifier.register_classifier``).
 
     Args:
         spec: Which, and how its weights are held. NF4 computes in bfloat16, or in ``spec.dtype``.
@@ -173,6 +175,8 @@ def load_model(spec: ModelSpec, *, num_labels: int | None = None) -> PreTrainedM
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
     from trl.trainer.reward_trainer import suppress_seqcls_warning
+
+    from trl_rlaif.classifier import classifier_config
 
     kwargs: dict[str, Any] = {"dtype": spec.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype)}
     if spec.quantization == "nf4":
@@ -189,7 +193,8 @@ def load_model(spec: ModelSpec, *, num_labels: int | None = None) -> PreTrainedM
         if num_labels is None:
             return contiguous_head(keep_gradients(AutoModelForCausalLM.from_pretrained(path, **kwargs)))
         with suppress_seqcls_warning():
-            model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=num_labels, **kwargs)
+            config = classifier_config(path, num_labels)
+            model = AutoModelForSequenceClassification.from_pretrained(path, config=config, **kwargs)
         return keep_gradients(model)
     except (OSError, ValueError, KeyError) as error:
         raise _not_found("model", spec.path, error) from error

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -13,12 +13,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from trl_rlaif.errors import UserError
 from trl_rlaif.models import keep_gradients
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -50,9 +48,15 @@ def inner_model(model: nn.Module) -> nn.Module:
 
 
 def backbone(model: nn.Module) -> nn.Module:
-    """The transformer below a model's head: it gives ``last_hidden_state``."""
+    """The transformer below a model's head, of a multimodal one that of its text: it gives ``last_hidden_state``.
+
+    It is the innermost model of transformers that holds the token embedding: names of attributes differ by family.
+    """
     inner = inner_model(model)
-    return getattr(inner, inner.base_model_prefix)
+    embedding = inner.get_input_embeddings()
+    above = takewhile(lambda module: module is not embedding, inner.modules())
+    holders = [m for m in above if isinstance(m, PreTrainedModel) and embedding in m.modules()]
+    return holders[-1] if len(holders) > 1 else getattr(inner, inner.base_model_prefix)
 
 
 def save_adapter(model: PeftModel, name: str, folder: str | Path) -> None:

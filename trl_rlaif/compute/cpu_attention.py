@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -13,6 +15,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from trl_rlaif.compute.trial import trial
+from trl_rlaif.roles import backbone
 
 NAME = "trl_rlaif_cpu"
 
@@ -36,6 +41,15 @@ def refuse_unknown(options: dict[str, Any]) -> None:
     unknown = {name for name, value in options.items() if value is not None and value is not False} - _HARMLESS
     if unknown:
         raise NotImplementedError(f"attention with {', '.join(sorted(unknown))}")
+
+
+def refuse_own_mask(mask: torch.Tensor | None) -> None:
+    """Raise NotImplementedError where a model made a mask, which is not read here.
+
+    Doge adds to its mask what it learns of every key: zero at first, so that no trial would show it.
+    """
+    if mask is not None and mask.numel() > 1:
+        raise NotImplementedError("attention with a mask of the model's own")
 
 
 def sliding_windows(config: Any) -> list[int | None]:
@@ -85,9 +99,11 @@ def _attention(
     packed_rows: PairRows | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
+    _calls.set(_calls.get() + 1)
     if packed_rows is not None:
         window = kwargs.pop("sliding_window", None)
         refuse_unknown(kwargs)
+        refuse_own_mask(attention_mask)
         packed_rows.windows.append(window)
         return _by_rows(query, key, value, packed_rows, window, dropout, scaling), None
     length = query.shape[2]
@@ -205,19 +221,55 @@ class _WholeAttention(torch.autograd.Function):
         return by_query, by_key, by_value.view(keys), None, None
 
 
+# What a trial of each model said; and how often this attention was called.
+_interface: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_calls: ContextVar[int] = ContextVar("_calls", default=0)
 AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 @contextmanager
 def trainable_attention(*models: nn.Module) -> Iterator[None]:
-    """Inside, on CPUs, attention in bfloat16 takes the way whose backward pass is the fastest for its length."""
-    configs = {id(model.config): model.config for model in models if model.device.type == "cpu"}
-    changed = [config for config in configs.values() if config._attn_implementation == "sdpa"]
+    """Inside, on CPUs, attention in bfloat16 takes the way whose backward pass is the fastest for its length.
+
+    Models whose attention does not go through transformers' interface are left alone.
+    """
+    changed = [model.config.get_text_config() for model in models if _takes_interface(model)]
+    with _implementation(NAME, *changed):
+        yield
+
+
+@contextmanager
+def _implementation(name: str, *configs: Any) -> Iterator[None]:
+    before = [config._attn_implementation for config in configs]
     try:
-        for config in changed:
-            config._attn_implementation = NAME
+        for config in configs:
+            config._attn_implementation = name
         yield
     finally:
-        for config in changed:
-            config._attn_implementation = "sdpa"
+        for config, own in reversed(list(zip(configs, before, strict=True))):
+            config._attn_implementation = own
+
+
+def _takes_interface(model: nn.Module) -> bool:
+    """Whether attention on a CPU goes through transformers' interface, with the same results; tried out once.
+
+    Some models compare the name of their attention with those that they know, and compute something else for others.
+    """
+    config = model.config.get_text_config()
+    if model.device.type != "cpu" or config._attn_implementation != "sdpa":
+        return False
+    if model not in _interface:
+        ids, before = torch.arange(3, 12)[None], _calls.get()
+        mask = torch.ones_like(ids).index_fill_(1, torch.tensor([8]), 0)
+        inputs = {"input_ids": ids.expand(2, -1), "attention_mask": torch.cat((mask, mask | 1)), "use_cache": False}
+        with trial(model):
+            try:
+                expected = backbone(model)(**inputs).last_hidden_state
+                with _implementation(NAME, config):
+                    found = backbone(model)(**inputs).last_hidden_state
+                same = torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+            except Exception:  # whatever an architecture raises at a name that it does not know
+                same = False
+        _interface[model] = same and _calls.get() > before
+    return _interface[model]

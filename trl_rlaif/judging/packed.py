@@ -14,7 +14,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from trl_rlaif.compute.cpu_attention import refuse_unknown, sliding_windows
+from trl_rlaif.compute.cpu_attention import refuse_own_mask, refuse_unknown, sliding_windows
+from trl_rlaif.compute.trial import trial
 
 Tokens = Sequence[int]
 KeyValues = list[tuple[torch.Tensor, torch.Tensor]]
@@ -104,6 +105,7 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention within each group of a packed row, and to the prefix; the interface is transformers'."""
     refuse_unknown(more)
+    refuse_own_mask(attention_mask)
     layout = _layout.get()
     if layout.keep is not None:
         layout.keep.append((key[0], value[0]))
@@ -140,7 +142,7 @@ AttentionInterface.register(_NAME, _attention)
 
 @contextmanager
 def _packed(model: torch.nn.Module, layout: _Layout) -> Iterator[None]:
-    config = model.config
+    config = model.config.get_text_config()
     before, token = config._attn_implementation, _layout.set(layout)
     config._attn_implementation = _NAME
     try:
@@ -223,18 +225,15 @@ class PackedModel:
         rows = [[*range(3, 20), *ends] for ends in ((5, 9, 4), (4, 8), (7,))]
         packed = PackedModel(model)
         windows: list[int | None] = []
-        try:
-            packed.cache(rows[0][:6], windows=windows)
-            found = packed.logits([rows[:2], rows[2:]], 1)[:, 0].float().log_softmax(-1)
-        except Exception:  # whatever an architecture raises that takes no such attention
-            return None
-        device = found.device
-        with torch.no_grad():
-            plain = [model(input_ids=torch.tensor([row], device=device), use_cache=False) for row in rows]
+        with trial(model):
+            try:
+                packed.cache(rows[0][:6], windows=windows)
+                found = packed.logits([rows[:2], rows[2:]], 1)[:, 0].float().log_softmax(-1)
+            except Exception:  # whatever an architecture raises that takes no such attention
+                return None
+            plain = [model(input_ids=torch.tensor([row], device=found.device), use_cache=False) for row in rows]
         expected = torch.stack([out.logits[0, -1] for out in plain]).float().log_softmax(-1)
-        # Below float32 rounding alone makes a difference; what a wrong mask makes is larger by far.
-        tolerance = 1e-3 if model.dtype == torch.float32 else 0.25
-        return windows if (found - expected).abs().max() < tolerance else None
+        return windows if windows and (found - expected).abs().max() < 1e-3 else None
 
     @property
     def cached(self) -> int:

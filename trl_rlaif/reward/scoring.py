@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,6 +13,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from trl_rlaif.compute import cpu_attention
 from trl_rlaif.compute.cpu_attention import PairRows, sliding_windows, trainable_attention
+from trl_rlaif.compute.trial import trial
 from trl_rlaif.errors import UserError
 from trl_rlaif.judging.packed import packed_batches
 from trl_rlaif.reward.collator import SoftPreferenceCollator
@@ -107,13 +108,13 @@ class PairScorer:
 
     def _attention_mask(self, segments: torch.Tensor) -> torch.Tensor:
         mask, inner = packed_mask(segments), inner_model(self.unwrapped)
-        if inner.config._attn_implementation in ("sdpa", cpu_attention.NAME):
+        if inner.config.get_text_config()._attn_implementation in ("sdpa", cpu_attention.NAME):
             return mask
         dtype = inner.get_input_embeddings().weight.dtype  # the others add it to the scores
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
     def _hidden(self, **inputs: Any) -> torch.Tensor:
-        with _last_hidden(backbone(self.unwrapped)) as caught, trainable_attention(inner_model(self.unwrapped)):
+        with trainable_attention(inner_model(self.unwrapped)), _last_hidden(backbone(self.unwrapped)) as caught:
             self.model(**inputs, use_cache=False)
         return caught[0]
 
@@ -167,10 +168,10 @@ _reading: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 def _reads_rows(inner: nn.Module) -> bool:
     """Whether a model on a CPU gives pairs behind each other the scores of plain sequences; tried out once."""
-    if inner.device.type != "cpu" or inner.config._attn_implementation not in ("sdpa", cpu_attention.NAME):
+    config = inner.config.get_text_config()
+    if inner.device.type != "cpu" or config._attn_implementation not in ("sdpa", cpu_attention.NAME):
         return False
     if inner not in _reading:
-        config = inner.config.get_text_config()
         tried = None if getattr(config, "attention_chunk_size", None) else _tried(inner, as_rows=True)
         # A window is longer than the trial's rows: that every layer told its own has to do.
         _reading[inner] = tried is not None and tried.windows == sliding_windows(config)
@@ -195,29 +196,18 @@ def can_pack(model: nn.Module, device: torch.device | None = None) -> bool:
     return _tried(model, as_rows=False) is not None
 
 
-@torch.no_grad()
 def _tried(model: nn.Module, *, as_rows: bool) -> PairScorer | None:
     """The scorer that was tried on a model, or None where it gave other scores than plain sequences have."""
     pairs = [([5, 9, 4, 7, 8], [5, 9, 4, 6, 3, 9]), ([4, 8, 3], [4, 7])]
     device = next(model.parameters()).device
     batch = {name: x.to(device) for name, x in pack([PackedRow.of(*pair) for pair in pairs], 0).items()}
-    modes = {module: module.training for module in model.modules()}
-    # On a 4-bit base TRL makes adapters and head bfloat16, which fit the rest under autocast alone.
-    mixed = len({p.dtype for p in model.parameters() if p.is_floating_point()}) > 1
-    model.eval()
-    try:
-        scorer = PairScorer(model, model, batch_tokens=2**20, as_rows=as_rows)
-        with torch.autocast(device.type, torch.bfloat16) if mixed else nullcontext():
+    scorer = PairScorer(model, model, batch_tokens=2**20, as_rows=as_rows)
+    with trial(model):
+        try:
             found = scorer._packed(batch)[:, 1:]
             plain = [scorer._hidden(input_ids=torch.tensor([ids], device=device)) for pair in pairs for ids in pair]
             scorer._head(found)
-    except Exception:  # whatever an architecture raises that takes no such mask, or has no such head
-        return None
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    expected = torch.stack([hidden[0, -1] for hidden in plain]).view_as(found).float()
-    # Below float32 rounding alone makes a difference; what a wrong mask makes is larger by far.
-    exact = found.dtype == torch.float32 and not mixed and not getattr(model, "is_quantized", False)
-    tolerance = 1e-4 if exact else 0.05
-    return scorer if (found.float() - expected).norm() < tolerance * expected.norm() else None
+        except Exception:  # whatever an architecture raises that takes no such mask, or has no such head
+            return None
+    expected = torch.stack([hidden[0, -1] for hidden in plain]).view_as(found)
+    return scorer if (found - expected).norm() < 1e-4 * expected.norm() else None

@@ -1,0 +1,72 @@
+"""Sequence classification models for every causal family, also where transformers has no class for one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.modeling_layers import GenericForSequenceClassification
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PretrainedConfig
+
+
+def classifier_config(path: str, num_labels: int) -> PretrainedConfig:
+    """The configuration of the classifier that has the same backbone as a checkpoint's causal language model.
+
+    Of some multimodal checkpoints transformers makes a causal model of text alone, but a classifier of everything,
+    whose layers have other names: an adapter of one would not fit the other. This is the text model's then.
+
+    Args:
+        path: Hub id or folder.
+        num_labels: Outputs of the head.
+
+    Returns:
+        A configuration that ``AutoModelForSequenceClassification`` knows a class for, if one can be made.
+    """
+    config = AutoConfig.from_pretrained(path)
+    causal = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if causal is not None and causal.config_class is not type(config):
+        quantized = getattr(config, "quantization_config", None)
+        config = config.get_text_config()
+        if quantized is not None:
+            config.quantization_config = quantized
+    config.num_labels = num_labels
+    register_classifier(type(config))
+    return config
+
+
+def register_classifier(config_class: type[PretrainedConfig]) -> None:
+    """Let ``AutoModelForSequenceClassification`` of this process know a class for a causal family without one.
+
+    It is made as transformers makes its own, by ``GenericForSequenceClassification``: the causal model's backbone
+    below a linear head ``score``. A plain transformers in another process cannot load what it saves.
+    """
+    causal = AutoModelForCausalLM._model_mapping.get(config_class, None)
+    if causal is None or config_class in AutoModelForSequenceClassification._model_mapping:
+        return
+    family = next(base for base in causal.__mro__ if PreTrainedModel in base.__bases__)
+    name = f"{family.__name__.removesuffix('PreTrainedModel')}ForSequenceClassification"
+    members = {
+        "base_model_prefix": family.base_model_prefix or "model",
+        "config_class": config_class,
+        # What renames a checkpoint's weights is found by where a class belongs to.
+        "__module__": causal.__module__,
+    }
+    classifier = type(name, (_Classifier, family), members)
+    AutoModelForSequenceClassification.register(config_class, classifier, exist_ok=True)
+
+
+class _Classifier(GenericForSequenceClassification):
+    """transformers' generic classifier, also on backbones whose output lacks fields that it reads (Mamba)."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)
+        getattr(self, self.base_model_prefix).register_forward_hook(_whole_output)
+
+
+def _whole_output(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+    for name in ("past_key_values", "attentions"):
+        if not hasattr(output, name):
+            setattr(output, name, None)
