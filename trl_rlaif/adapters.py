@@ -6,6 +6,7 @@ import copy
 import re
 import warnings
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
@@ -17,6 +18,20 @@ from transformers.pytorch_utils import Conv1D
 
 from trl_rlaif.errors import UserError
 from trl_rlaif.roles import backbone
+
+if TYPE_CHECKING:
+    from trl_rlaif.recipe import LoraSection
+
+
+def lora_config(section: LoraSection) -> LoraConfig:
+    """What a recipe's ``model.lora`` says, for a causal language model."""
+    return LoraConfig(
+        r=section.r,
+        lora_alpha=section.alpha,
+        lora_dropout=section.dropout,
+        target_modules=section.target_modules,
+        task_type="CAUSAL_LM",
+    )
 
 
 def fitted(config: PeftConfig, model: nn.Module) -> PeftConfig:

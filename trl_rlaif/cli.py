@@ -81,12 +81,14 @@ def run(
 
 @app.command()
 def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
-    """Check a recipe without loading a model: exit code 0, or 2 with what to write instead."""
+    """Check a recipe and its model's configuration, without weights: exit code 0, or 2 with what to write instead."""
     from trl_rlaif.plugins import installed_plugins
     from trl_rlaif.recipe import parse_recipe
+    from trl_rlaif.recipe.base_model import check_base
     from trl_rlaif.runner import active_stages
 
     parsed = parse_recipe(recipe, overrides=set_ or (), registry=installed_plugins().registry)
+    check_base(parsed)
     if not parsed.arms:
         typer.echo(f"{parsed.source}: good. Stages: {', '.join(active_stages(parsed))}")
         return

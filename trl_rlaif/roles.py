@@ -85,6 +85,9 @@ class SharedBase(nn.Module):
         model: The base; all of it is frozen. Plain or NF4.
         policy: LoRA configuration of a new policy, or the folder of an adapter that it begins as.
         reference: Folder of the adapter to compare with; None compares with the bare base.
+
+    Raises:
+        UserError: The policy's adapter cannot work on its targets; of a multimodal base it is on the text model alone.
     """
 
     def __init__(
@@ -94,9 +97,11 @@ class SharedBase(nn.Module):
         *,
         reference: str | Path | None = None,
     ) -> None:
+        from trl_rlaif.adapters import fitted  # which needs this module
+
         super().__init__()
         given = isinstance(policy, PeftConfig)
-        config = _for_causal_lm(policy if given else _read_config(policy))
+        config = fitted(_for_causal_lm(policy if given else _read_config(policy)), model)
         self.peft = get_peft_model(keep_gradients(model), config, adapter_name="policy")
         self.heads = nn.ModuleDict()
         if not given:
@@ -150,9 +155,11 @@ class SharedBase(nn.Module):
         Raises:
             UserError: There is none, or it fits another base.
         """
-        config, state = _for_causal_lm(_read_config(folder)), _read_state(folder)
+        self._load(name, _read_config(folder), _read_state(folder), folder)
+
+    def _load(self, name: str, config: PeftConfig, state: dict[str, torch.Tensor], folder: str | Path) -> None:
         try:
-            self.peft.add_adapter(name, config)
+            self.peft.add_adapter(name, _for_causal_lm(config))
             unknown = set_peft_model_state_dict(self.peft, state, adapter_name=name).unexpected_keys
         except (RuntimeError, ValueError) as error:  # a tensor of another shape, or no layer of that name
             raise UserError(f"The adapter does not fit this base: {error}", where=str(folder)) from None
@@ -192,8 +199,8 @@ class SharedBase(nn.Module):
                 where=str(folder),
             )
         head.weight.data.copy_(weight)
+        self._load("reward", config, state, folder)
         self.heads["reward"] = head.requires_grad_(False)
-        self.add_adapter("reward", _for_causal_lm(config), state)
 
     def hidden(self, role: str | None, **inputs: torch.Tensor) -> torch.Tensor:
         """Last hidden states under a role: (batch, sequence, hidden), in the base's dtype."""

@@ -20,6 +20,7 @@ from trl_rlaif.errors import UserError
 from trl_rlaif.plugins import Plugins
 from trl_rlaif.progress import Publisher, publishing, say
 from trl_rlaif.recipe import STAGES, Recipe, prompt_folder
+from trl_rlaif.recipe.base_model import check_base
 from trl_rlaif.recipe.sections import FORGET_SET
 
 PACKAGES = ("trl", "transformers", "peft", "accelerate", "datasets", "torch", "bitsandbytes")
@@ -116,10 +117,12 @@ def run_recipe(
         donors: Other runs. What one of them completed with the same settings, on the same inputs, is copied from it.
 
     Raises:
-        UserError: The folder is used already, is not writable, or lacks what a stage stands on.
+        UserError: The folder is used already, is not writable, or lacks what a stage stands on; or the base cannot do
+            what the recipe asks of it.
     """
     if shard is not None:
         _check_shard(recipe, shard)
+    check_base(recipe)  # before anything is paid for
     folder = RunFolder(output)
     with folder.locked():
         prints = fingerprints(recipe)

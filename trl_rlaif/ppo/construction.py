@@ -70,7 +70,7 @@ def stop_ids_of(args: PPOConfig, tokenizer: Any, model: nn.Module) -> tuple[int,
 
 def longest_row(model: nn.Module, args: PPOConfig) -> int | None:
     """Most tokens of prompt and response together; None where nothing limits them."""
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     limit = getattr(args, "max_prompt_length", None)
     limits = [n for n in (context, None if limit is None else limit + args.response_length) if n]
     return min(limits, default=None)
@@ -81,7 +81,7 @@ def tokenized(dataset: Any, tokenizer: Any, model: nn.Module, args: PPOConfig) -
     if dataset is None:
         raise UserError("train_dataset is required.")
     limit = getattr(args, "max_prompt_length", None)
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if args.generation == "vllm" and args.vllm_max_model_length:
         context = min(context or args.vllm_max_model_length, args.vllm_max_model_length)
     if limit is None and context:

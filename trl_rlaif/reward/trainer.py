@@ -11,6 +11,8 @@ from accelerate import DistributedType
 from peft import PeftModel
 from trl import RewardTrainer as TrlRewardTrainer
 
+from trl_rlaif.adapters import fitted
+from trl_rlaif.classifier import weightless
 from trl_rlaif.components import RewardTransform
 from trl_rlaif.compute.cpu_attention import trainable_attention
 from trl_rlaif.compute.lean_lora import make_lean
@@ -54,8 +56,8 @@ class RewardTrainer(TrlRewardTrainer):
         score_at_end: False reads scores where the parent does. A dataset that brings ``chosen_ids`` is taken as it is.
 
     Raises:
-        UserError: A ``p`` is missing or lies outside [0, 1]; packing is True and cannot be; or, while training, a
-            transform's loss is no finite scalar.
+        UserError: A ``p`` is missing or lies outside [0, 1]; packing is True and cannot be; an adapter cannot work on
+            its targets; or, while training, a transform's loss is no finite scalar.
     """
 
     def __init__(
@@ -69,6 +71,11 @@ class RewardTrainer(TrlRewardTrainer):
     ) -> None:
         self.reward_transforms, self.batch_tokens = [guarded(t) for t in reward_transforms], batch_tokens
         self.score_at_end = score_at_end
+        model = kwargs["model"] if "model" in kwargs else args[0]
+        if isinstance(model, str):
+            model = weightless(model)  # whose class the parent finds then
+        if kwargs.get("peft_config") is not None:
+            kwargs["peft_config"] = fitted(kwargs["peft_config"], model)
         super().__init__(*args, **kwargs)
         if score_at_end:
             # Also of the model: whoever loads it with a plain transformers class finds a row's end by it.

@@ -102,16 +102,9 @@ class Context:
     @property
     def lora(self) -> LoraConfig:
         """The adapters that are trained."""
-        from peft import LoraConfig
+        from trl_rlaif.adapters import lora_config
 
-        lora = self.recipe.model.lora
-        return LoraConfig(
-            r=lora.r,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=lora.target_modules,
-            task_type="CAUSAL_LM",
-        )
+        return lora_config(self.recipe.model.lora)
 
     @property
     def start(self) -> Path | None:
@@ -219,7 +212,7 @@ class Context:
         """
         loaded = load_prompts(source, category=self.recipe.data.category)
         skipped = loaded.skip_counts()
-        limit = (getattr(base.config, "max_position_embeddings", None) or 10**9) - room
+        limit = (getattr(base.config.get_text_config(), "max_position_embeddings", None) or 10**9) - room
         prompts, tokens = [], []
         for prompt in loaded.items:
             ids = encode_prompt(self.tokenizer, self.chat(prompt.prompt))

@@ -57,9 +57,12 @@ def build_trainer(context: Context) -> tuple[DPOTrainer, list[str]]:
     from peft import PeftModel
     from trl import DPOTrainer
 
+    from trl_rlaif.adapters import fitted
+
     config, ignored = _config(context)
     dataset = load_from_disk(str(context.folder / "preferences"))
-    model, adapter = context.load_base(), context.lora
+    model = context.load_base()
+    adapter = fitted(context.lora, model)
     if context.start is not None:
         model = PeftModel.from_pretrained(model, context.start, is_trainable=True)
         adapter = None  # the policy begins as the start's, of which TRL keeps a frozen copy as reference

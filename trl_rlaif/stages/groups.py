@@ -64,12 +64,14 @@ def _select(context: Context, scorer: PPOTrainer, checkpoint: str | None) -> Non
 
 def build_trainer(context: Context) -> tuple[Rehearsing, dict[str, int], list[str]]:
     """TRL's trainer with a scorer; how many prompts were skipped by reason; keys of which nobody makes use."""
+    from trl_rlaif.adapters import fitted
     from trl_rlaif.groups.scoring import GroupScore
     from trl_rlaif.groups.trainer import TRAINERS
 
     trainer_class, config_class = TRAINERS[context.recipe.rl.algorithm]
     config, unused = _config(context, config_class)
-    base, adapter = context.load_base(), context.lora
+    base = context.load_base()
+    adapter = fitted(context.lora, base)
     stops = list(context.stop_ids(base))
     ends = {"stop_token_ids": stops, "ignore_eos": True} if config.use_vllm else {"eos_token_id": stops}
     config.generation_kwargs = ends | (config.generation_kwargs or {})

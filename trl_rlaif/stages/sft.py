@@ -20,16 +20,19 @@ def run(context: Context) -> dict[str, Any]:
     check_trl()
     from trl import SFTConfig, SFTTrainer
 
+    from trl_rlaif.adapters import fitted
+
     section = context.recipe.sft
     started = time.monotonic()
     dataset = _dataset(section.data)
     arguments = context.trainer_arguments("sft", section.config)
+    base = context.load_base()
     trainer = SFTTrainer(
-        model=context.load_base(),
+        model=base,
         args=SFTConfig(**arguments),
         train_dataset=dataset,
         processing_class=context.tokenizer,
-        peft_config=context.lora,
+        peft_config=fitted(context.lora, base),
     )
     callback = context.callback("sft", "Fine-tuning")
     callback.attach(trainer)

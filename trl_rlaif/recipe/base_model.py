@@ -1,0 +1,47 @@
+"""What of a recipe its base cannot do, found from the base's configuration: nothing is loaded or computed."""
+
+from __future__ import annotations
+
+from trl_rlaif.errors import UserError
+from trl_rlaif.models import PACKAGED
+from trl_rlaif.recipe.parsing import Recipe
+
+
+def check_base(recipe: Recipe) -> None:
+    """Try the recipe's adapters on its base without weights.
+
+    A base whose configuration cannot be read here, such as a Hub id without a network, is not checked.
+
+    Raises:
+        UserError: transformers has no causal language model of this kind, or the adapters cannot work on it.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from trl_rlaif.adapters import fitted, lora_config
+
+    path = recipe.model.path
+    if path in PACKAGED or path.endswith(".gguf"):  # to read its configuration is to convert the whole model
+        return
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError):
+        return
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        if "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
+            return
+        raise UserError(
+            f"transformers has no causal language model of the kind '{config.model_type}'.",
+            where=recipe.line(("model", "path")),
+            fix="Name a model that AutoModelForCausalLM loads.",
+        )
+    if not any(r.sft or r.reward or r.rl for r in (recipe, *recipe.arms.values())):
+        return
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    try:
+        fitted(lora_config(recipe.model.lora), model)
+    except UserError as error:
+        problem = error.problems[0]
+        where = recipe.line(("model", "lora", "target_modules"))
+        raise UserError(problem.what, where=where, fix=problem.fix) from None
