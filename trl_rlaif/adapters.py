@@ -53,7 +53,7 @@ def fitted(config: PeftConfig, model: nn.Module) -> PeftConfig:
     everything = str(config.target_modules).lower() == "all-linear"
     others = [
         name
-        for name, part in _beside_text(model)
+        for name, part in beside_text(model)
         for inside, module in part.named_modules(prefix=name)
         if isinstance(module, nn.Linear) and (everything or check_target_module_exists(config, inside))
     ]
@@ -63,7 +63,7 @@ def fitted(config: PeftConfig, model: nn.Module) -> PeftConfig:
     return config
 
 
-def _beside_text(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+def beside_text(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     """The parts of a model, with their names, that are neither its text model, nor around it, nor a head."""
     text, heads = backbone(model), (model.get_output_embeddings(), getattr(model, "score", None))
     path = next(name for name, module in model.named_modules() if module is text).split(".")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from helpers.tiny import make_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from helpers.tiny import make_tokenizer
 
 _TOKENS = {"vocab_size": 400, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _USUAL = {
@@ -20,7 +21,12 @@ _USUAL = {
     "max_position_embeddings": 512,
 }
 _MAMBA = {"hidden_size": 64, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 16, "state_size": 16}
-_LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+_LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
 _TEXT = {
     "granite": _USUAL,
     "doge": _USUAL,

@@ -27,12 +27,17 @@ _LAST = {"o_proj", "out_proj", "down_proj", "dense", "dense_4h_to_h", "c_proj", 
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer: its name in the model, its width, and the decoder layer that it lies in, if any."""
+    """A linear layer: its name in the model, its width, and the decoder layer that it lies in, if any.
+
+    Args:
+        adaptable: Whether it may get an adapter: not in what reads images or sound.
+    """
 
     name: str
     inputs: int
     outputs: int
     layer: int | None
+    adaptable: bool = True
 
     @property
     def numel(self) -> int:
@@ -143,12 +148,14 @@ def _linears(model: Any) -> tuple[Linear, ...]:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    found = []
+    from trl_rlaif.adapters import beside_text
+
+    found, beside = [], {module for _, part in beside_text(model) for module in part.modules()}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D):
             outputs, inputs = module.weight.shape if isinstance(module, nn.Linear) else module.weight.T.shape
             layer = next((int(piece) for piece in name.split(".") if piece.isdigit()), None)
-            found.append(Linear(name, inputs, outputs, layer))
+            found.append(Linear(name, inputs, outputs, layer, module not in beside))
     return tuple(found)
 
 
@@ -216,13 +223,13 @@ def adapter(shape: ModelShape, lora: LoraSection) -> Adapter:
     Raises:
         UserError: No linear layer has one of these names.
     """
-    wanted = lora.target_modules
+    wanted, adaptable = lora.target_modules, [x for x in shape.linears if x.adaptable]
     if wanted == "all-linear":
-        targets = [x for x in shape.linears if x.name != shape.head]
+        targets = [x for x in adaptable if x.name != shape.head]
     elif isinstance(wanted, str):
-        targets = [x for x in shape.linears if re.fullmatch(wanted, x.name)]
+        targets = [x for x in adaptable if re.fullmatch(wanted, x.name)]
     else:
-        targets = [x for x in shape.linears if any(x.name == w or x.name.endswith(f".{w}") for w in wanted)]
+        targets = [x for x in adaptable if any(x.name == w or x.name.endswith(f".{w}") for w in wanted)]
     if not targets:
         names = sorted({x.name.rpartition(".")[2] for x in shape.linears})
         raise UserError(

@@ -1,0 +1,69 @@
+"""What the base cannot do is said before anything is paid for, from its configuration alone."""
+
+from __future__ import annotations
+
+import pytest
+from helpers.families import family_config
+from transformers import ViTConfig
+
+from trl_rlaif import UserError
+from trl_rlaif.plugins import installed_plugins
+from trl_rlaif.recipe import parse_recipe
+from trl_rlaif.recipe.base_model import check_base
+from trl_rlaif.runner import run_recipe
+
+RECIPE = """model:
+  path: base
+  lora:
+    r: 4
+    target_modules: {targets}
+data: {{prompts: prompts.jsonl}}
+sample: {{}}
+label: {{}}
+"""
+REWARD = "reward: {}\n"
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hello"}\n')
+
+    def recipe(config, targets="all-linear", more=REWARD):
+        config.save_pretrained(tmp_path / "base")  # no weights
+        (tmp_path / "recipe.yaml").write_text(RECIPE.format(targets=targets) + more)
+        return parse_recipe("recipe.yaml", registry=installed_plugins().registry)
+
+    return recipe
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason", "good"), [("mamba2", "out_proj", "[in_proj]"), ("llama4_text", "router", "[q_proj, v_proj]")]
+)
+def test_targets_on_which_no_adapter_can_work(recipe, kind, reason, good):
+    parsed = recipe(family_config(kind))
+    with pytest.raises(UserError, match=reason) as caught:
+        check_base(parsed)
+    assert caught.value.problems[0].where == "recipe.yaml:5"
+    with pytest.raises(UserError, match=reason):
+        run_recipe(parsed, installed_plugins(), "run")
+    check_base(recipe(family_config(kind), targets=good))
+    check_base(recipe(family_config(kind), more=""))  # nothing is trained
+
+
+@pytest.mark.parametrize("kind", ["granite", "gemma3", "qwen3_5"])
+def test_bases_that_can_do_it(recipe, kind):
+    check_base(recipe(family_config(kind)))
+
+
+def test_a_base_that_is_no_language_model(recipe):
+    with pytest.raises(UserError, match="'vit'"):
+        check_base(recipe(ViTConfig(hidden_size=32, num_hidden_layers=1)))
+
+
+def test_a_base_that_is_not_here_is_not_checked(recipe):
+    recipe(ViTConfig())
+    parsed = parse_recipe(
+        "recipe.yaml", overrides=["model.path=somebody/a-model"], registry=installed_plugins().registry
+    )
+    check_base(parsed)
