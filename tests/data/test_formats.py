@@ -75,12 +75,14 @@ def test_messages_lose_the_answer_and_everything_but_role_and_content(write):
         ({"prompt": True}, "'prompt' is a truth value"),
         ({"prompt": {"role": "user"}}, "'prompt' is an object"),
         ({"prompt": ["hi"]}, "Message 1 of 'prompt'"),
-        ({"prompt": [{"from": "human", "value": "hi"}]}, '"role": "user"'),
+        ({"prompt": [{"speaker": "human", "text": "hi"}]}, '"role": "user"'),
+        ({"prompt": [{"from": "narrator", "value": "hi"}]}, 'Unknown role "narrator"'),
         ({"prompt": [{"role": "human", "content": "hi"}]}, 'Unknown role "human"'),
         ({"prompt": [{"role": ["user"], "content": "hi"}]}, "Unknown role"),
         ({"prompt": [{"role": "user", "content": None}]}, "content of message 1 of 'prompt' is null"),
         ({"prompt": [{"role": "user", "content": " "}]}, "no prompt"),
-        ({"prompt": [USER, says("Blue.")]}, "ends with the role 'assistant'"),
+        ({"prompt": [USER, {"role": "system", "content": "a"}]}, "ends with the role 'system'"),
+        ({"prompt": [says("Blue.")]}, "no user turn"),
         ({"messages": [says("Blue.")]}, "no prompt"),
         ({"messages": "hi"}, "'messages' is a text"),
         ({"prompt": "\ud800"}, "surrogate"),
@@ -88,7 +90,8 @@ def test_messages_lose_the_answer_and_everything_but_role_and_content(write):
         ({"prompt": "a", "id": [1]}, "'id' is a list"),
         ({"prompt": "a", "id": True}, "'id' is a truth value"),
         ({"prompt": "a", "category": ["x"]}, "'category' is a list"),
-        ({"chosen": "a", "rejected": "b"}, "Load it as pairs"),
+        ({"chosen": "a", "rejected": "b"}, "share no beginning"),
+        ({"response_1": "a", "response_2": "b"}, "no prompt"),
     ],
 )
 def test_wrong_prompts(write, row, part):
@@ -232,7 +235,7 @@ def test_a_named_format_overrules_the_guess(write):
     assert "no 'response_1'" in fails(write(PREFERENCE), format="responses")
     assert "not a transcript" in fails(write(PREFERENCE), format="hh")
     assert "no 'chosen'" in fails(write(RESPONSES), format="hh")
-    assert "preference, responses, hh" in fails(write(HH), format="dpo")
+    assert "preference, responses, hh, kto, scored" in fails(write(HH), format="dpo")
 
 
 # Skips

@@ -229,8 +229,8 @@ def test_names_that_cannot_be_data(source, monkeypatch):
 
 
 def test_other_files_and_empty_folders(tmp_path):
-    (tmp_path / "notes.txt").write_text("hello")
-    assert ".jsonl.gz" in fails(tmp_path / "notes.txt") and "'.txt'" in fails(tmp_path / "notes.txt")
+    (tmp_path / "notes.doc").write_text("hello")
+    assert ".jsonl.gz" in fails(tmp_path / "notes.doc") and "'.doc'" in fails(tmp_path / "notes.doc")
     (tmp_path / "empty").mkdir()
     assert "holds no data" in fails(tmp_path / "empty")
 

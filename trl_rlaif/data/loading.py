@@ -3,64 +3,97 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import Any, Generic, Literal, TypeVar, get_args
 
-from trl_rlaif.data import formats
+from trl_rlaif.data import fields, formats
+from trl_rlaif.data.messages import RowError, RowSkip, parse_prompt
 from trl_rlaif.data.reading import Problems, Row, open_source
 from trl_rlaif.data.records import Loaded, Message, Pair, Prompt, Skip
+from trl_rlaif.data.scored import Unpaired, scored_pairs
+from trl_rlaif.data.splitting import EMPTY_RESPONSE
 from trl_rlaif.errors import UserError
 
-PairFormat = Literal["auto", "preference", "responses", "hh"]
+PairFormat = Literal["auto", "preference", "responses", "hh", "kto", "scored"]
+ScoredPairs = Literal["all", "best_worst"]
+
+REPEATED = "repeated prompt of a preference file"
+_PROMPT_COLUMNS = ("id", "category", *formats.PROMPT_KEYS, "input", "system")
 
 T = TypeVar("T")
+A = TypeVar("A")
 
 
-def load_prompts(source: str | Path, *, category: str = "category") -> Loaded[Prompt]:
+def load_prompts(
+    source: str | Path, *, category: str = "category", columns: Mapping[str, str] | None = None
+) -> Loaded[Prompt]:
     """Reads prompts.
 
-    A row has a ``prompt``, which is a text or a list of messages that ends with a user turn, or
-    ``messages``, whose assistant turns at the end are dropped. All rows are of one kind.
+    A row has a ``prompt``, which is a text, or a list of messages that ends with a user turn or with the beginning of
+    the answer; or ``messages`` or ShareGPT's ``conversations``, whose assistant turns at the end are dropped; or
+    Alpaca's ``instruction`` and ``input``. A row of a preference file has the prompt that `load_pairs` finds; where
+    such a file repeats one, it is read once. All rows are of one kind.
 
     Args:
-        source: A .jsonl, .jsonl.gz, .json (one list), .csv or .parquet file; a folder written by
-            `datasets.save_to_disk` or readable by `datasets.load_dataset`; or a Hub id. A folder or an
-            id may end with ``:split``; without it, the split is ``train``.
+        source: A .jsonl, .json (one list), .csv or .txt (a prompt a line) file, each also with .gz, or a .parquet
+            file; a folder written by `datasets.save_to_disk` or readable by `datasets.load_dataset`; or a Hub id. A
+            folder or an id may end with ``:split``; without it, the split is ``train``.
         category: The column with the kind of prompt; rows without it have None.
+        columns: What the file calls the columns, such as ``{"prompt": "question"}``.
 
     Raises:
         UserError: The source or some of its rows are wrong; up to ten problems with their places.
     """
-    uniform = _Uniform()
+    uniform, known = _Uniform(), set[str]()
 
     def parse(row: Row, row_id: str) -> Prompt:
         prompt, used = formats.parse_prompt_row(row.values)
         uniform.check_prompt(prompt, row.where)
+        if formats.is_preference(row.values):
+            text = json.dumps(prompt)
+            if text in known:
+                raise RowSkip(REPEATED)
+            known.add(text)
         return Prompt(row_id, prompt, *_rest(row, category, used))
 
-    return _load(source, parse)
+    return _Loading(source, columns, _PROMPT_COLUMNS, parse).loaded()
 
 
 def load_pairs(
-    source: str | Path, *, format: PairFormat = "auto", category: str = "category", seed: int = 42
+    source: str | Path,
+    *,
+    format: PairFormat = "auto",
+    category: str = "category",
+    seed: int = 42,
+    columns: Mapping[str, str] | None = None,
+    scored: ScoredPairs = "all",
 ) -> Loaded[Pair]:
     r"""Reads prompts with two responses each.
 
-    Formats: ``preference`` is TRL's (``chosen`` and ``rejected``, with a ``prompt`` or beginning with the
-    same one); ``responses`` has ``prompt``, ``response_1``, ``response_2`` and maybe ``human`` (1, 2, 0 for
-    a tie, or a list of votes); ``hh`` is Anthropic's raw transcripts (``"\n\nHuman: ...\n\nAssistant: ..."``
-    in ``chosen`` and ``rejected``). ``auto`` goes by the first row, and all rows have to be like it.
+    Formats: ``preference`` is TRL's (``chosen`` and ``rejected``, with a prompt as in `load_prompts`, which they may
+    repeat, or beginning with the same one); ``responses`` has a prompt, ``response_1``, ``response_2`` and maybe
+    ``human`` (1, 2, 0 for a tie, or a list of votes); ``hh`` is Anthropic's raw transcripts
+    (``"\n\nHuman: ...\n\nAssistant: ..."`` in ``chosen`` and ``rejected``); ``kto`` has a prompt, a ``completion``
+    and a ``label``, true or false, and a good row makes a pair with the next bad one of the same prompt; ``scored``
+    has a prompt, ``responses`` or ``completions``, and ``scores``. ``auto`` goes by the first row, and all rows have
+    to be like it.
 
     Rows with an empty response, with identical responses, or whose conversations part before the last
-    turn are skipped and counted. For ``preference`` and ``hh``, which of the two responses comes first
-    is decided by a hash of the seed and the id, the same on every machine.
+    turn are skipped and counted; so are KTO's rows that find no other. Where two responses come as better and worse,
+    which of them comes first is decided by a hash of the seed and the id, the same on every machine. Equal
+    ``score_chosen`` and ``score_rejected``, and equal scores, are a tie: ``human`` is 0. A ``margin`` is kept in
+    ``extra`` as a number.
 
     Args:
         source: As in `load_prompts`.
         format: The format of every row.
         category: The column with the kind of prompt; rows without it have None.
         seed: Seeds the order of the two responses.
+        columns: What the file calls the columns, such as ``{"response_1": "answer_a"}``.
+        scored: Which pairs of scored responses: all, or the best against the worst.
 
     Raises:
         UserError: The source or some of its rows are wrong (up to ten problems with their places), or
@@ -68,27 +101,46 @@ def load_pairs(
     """
     if format not in get_args(PairFormat):
         raise UserError(f"Unknown format {format!r}.", fix=f"Use one of {', '.join(get_args(PairFormat))}.")
-    uniform = _Uniform()
+    pairs = _Pairs(format, category, seed, scored)
+    read = (*_PROMPT_COLUMNS, *formats.RESPONSE_KEYS)
+    return _Loading(source, columns, read, pairs.parse, pairs.split, pairs.unpaired.left).loaded()
 
-    def parse(row: Row, row_id: str) -> Pair:
-        shape = format if format != "auto" else uniform.check_shape(row)
+
+class _Pairs:
+    """From rows to pairs: each row to the preference rows that it makes, and these to pairs."""
+
+    def __init__(self, format: PairFormat, category: str, seed: int, scored: ScoredPairs) -> None:
+        self.format, self.category, self.seed, self.scored = format, category, seed, scored
+        self.uniform, self.unpaired, self.shape = _Uniform(), Unpaired(), ""
+
+    def split(self, row: Row, row_id: str) -> Iterable[Row]:
+        """The row itself; of scored and KTO's rows, the preference rows that follow from it."""
+        shape = self.format if self.format != "auto" else self.uniform.check_shape(row)
         formats.check_columns(row.values, shape)
-        human, used = None, {"prompt", "chosen", "rejected"}
-        if shape == "responses":
-            used = {"prompt", "response_1", "response_2", "human"}
-            prompt, first, second = formats.parse_responses(row.values)
-            human = formats.parse_human(row.values.get("human"))
-        else:
-            parse_sides = formats.parse_hh if shape == "hh" else formats.parse_preference
-            prompt, first, second = parse_sides(row.values)
-            human = 1
-            if _flipped(seed, row_id):
-                first, second, human = second, first, 2
-        uniform.check_prompt(prompt, row.where)
-        kind, extra = _rest(row, category, used)
-        return Pair(row_id, prompt, first, second, kind, human, extra)
+        self.shape = "preference" if shape in ("kto", "scored") else shape
+        if shape == "scored":
+            return list(scored_pairs(row, row_id, self.scored))
+        return list(self.unpaired.pairs(row, row_id)) if shape == "kto" else [row]
 
-    return _load(source, parse)
+    def parse(self, row: Row, row_id: str) -> Pair:
+        """A pair of what ``split`` gave last."""
+        values, human = row.values, None
+        if self.shape == "responses":
+            used = {"response_1", "response_2", "human"}
+            prompt, first, second = formats.parse_responses(values)
+            human = fields.parse_human(values.get("human"))
+        else:
+            used = {"chosen", "rejected"}
+            parse_sides = formats.parse_hh if self.shape == "hh" else formats.parse_preference
+            prompt, first, second = parse_sides(values)
+            human = 1
+            if _flipped(self.seed, row_id):
+                first, second, human = second, first, 2
+            human = 0 if formats.is_tie(values) else human
+        self.uniform.check_prompt(prompt, row.where)
+        kind, extra = _rest(row, self.category, used | formats.prompt_columns(values))
+        margin = fields.parse_number(extra.pop("margin", None), "margin")
+        return Pair(row_id, prompt, first, second, kind, human, extra | ({} if margin is None else {"margin": margin}))
 
 
 def _flipped(seed: int, row_id: str) -> bool:
@@ -98,7 +150,7 @@ def _flipped(seed: int, row_id: str) -> bool:
 def _rest(row: Row, category: str, used: set[str]) -> tuple[str | None, dict]:
     """The category of a row, and the columns that nothing else used."""
     extra = {key: value for key, value in row.values.items() if key not in used | {"id", category}}
-    return formats.parse_category(row.values.get(category), category), extra
+    return fields.parse_category(row.values.get(category), category), extra
 
 
 class _Uniform:
@@ -111,11 +163,11 @@ class _Uniform:
     def check_shape(self, row: Row) -> str:
         shape = formats.detect_format(row.values)
         if shape is None:
-            raise formats.RowSkip(formats.EMPTY_RESPONSE)
+            raise RowSkip(EMPTY_RESPONSE)
         self.shape = self.shape or (shape, row.where)
         expected, where = self.shape
         if shape == "implicit" and expected == "preference":
-            formats.parse_prompt(None)
+            parse_prompt(None)
         self._compare(_SHAPES[shape], _SHAPES[expected], where)
         return shape
 
@@ -127,7 +179,7 @@ class _Uniform:
     @staticmethod
     def _compare(found: str, expected: str, where: str) -> None:
         if found != expected:
-            raise formats.RowError(
+            raise RowError(
                 f"Mixed formats in one file: this row has {found}, and {where} has {expected}.",
                 "Put each format in a file of its own.",
             )
@@ -138,44 +190,96 @@ _SHAPES = {
     "implicit": "chosen and rejected that begin with the prompt",
     "responses": "response_1 and response_2",
     "hh": "Human/Assistant transcripts",
+    "kto": "completion and label",
+    "scored": "responses and scores",
 }
 
 
-def _load(source: str | Path, parse: Callable[[Row, str], T]) -> Loaded[T]:
-    problems = Problems()
-    stem, rows = open_source(source, problems)
-    loaded: Loaded[T] = Loaded([], [])
-    seen: dict[str, str] = {}
-    for row in rows:
+def _as_it_is(row: Row, row_id: str) -> Iterable[Row]:
+    return [row]
+
+
+@dataclass
+class _Loading(Generic[T]):
+    """One pass over a source.
+
+    Args:
+        columns: What the file calls the columns.
+        read: The columns that this kind of data has a use for.
+        parse: From a row and its id to an item.
+        split: From a row and its id to the rows that are parsed.
+        left: Rows that are skipped in the end.
+    """
+
+    source: str | Path
+    columns: Mapping[str, str] | None
+    read: Collection[str]
+    parse: Callable[[Row, str], T]
+    split: Callable[[Row, str], Iterable[Row]] = _as_it_is
+    left: Callable[[], list[Skip]] = list
+    problems: Problems = field(default_factory=Problems)
+
+    def loaded(self) -> Loaded[T]:
+        stem, rows = open_source(self.source, self.problems)
+        self.names = fields.Columns(self.columns or {}, self.read)
+        self.found, self.ids = Loaded[T]([], []), dict[str, str]()
+        for row in map(self.names.renamed, rows):
+            row_id = self._attempt(row, self._id, f"{stem}-{row.number}")
+            pieces = None if row_id is None else self._attempt(row, self.split, row_id)
+            for piece in pieces or ():
+                item = self._attempt(piece, self._item, row_id)
+                if item is not None:
+                    self.found.items.append(item)
+        self.names.check()
+        self.problems.raise_if_any()
+        self.found.skipped.extend(self.left())
+        if not self.found.items:
+            counts = ", ".join(f"{reason}: {count}" for reason, count in self.found.skip_counts().items())
+            many = len(self.found.skipped)
+            what = f"All {many} rows were skipped ({counts})." if counts else "The dataset is empty."
+            raise UserError(what, where=str(self.source), fix="Give data with at least one usable row.")
+        return self.found
+
+    def _id(self, row: Row, default: str) -> str:
+        return fields.parse_id(row.values.get("id"), default)
+
+    def _item(self, row: Row, default: str) -> T:
+        row_id = self._id(row, default)
+        if row_id in self.ids:
+            fix = 'Give every row an id of its own, or leave "id" out of all rows.'
+            raise RowError(f"The id {row_id!r} is already used at {self.ids[row_id]}.", fix)
+        self.ids[row_id] = row.where
+        return self.parse(row, row_id)
+
+    def _attempt(self, row: Row, do: Callable[[Row, str], A], given: str) -> A | None:
+        """What comes out of a row; None where it is skipped or wrong."""
         try:
-            row_id = formats.parse_id(row.values.get("id"), f"{stem}-{row.number}")
-            if row_id in seen:
-                fix = 'Give every row an id of its own, or leave "id" out of all rows.'
-                raise formats.RowError(f"The id {row_id!r} is already used at {seen[row_id]}.", fix)
-            seen[row_id] = row.where
-            loaded.items.append(parse(row, row_id))
-        except formats.RowSkip as skip:
-            loaded.skipped.append(Skip(row.where, skip.reason))
-        except formats.RowError as error:
-            problems.add(error.what, where=row.where, fix=error.fix)
-    problems.raise_if_any()
-    if not loaded.items:
-        counts = ", ".join(f"{reason}: {count}" for reason, count in loaded.skip_counts().items())
-        what = f"All {len(loaded.skipped)} rows were skipped ({counts})." if counts else "The dataset is empty."
-        raise UserError(what, where=str(source), fix="Give data with at least one usable row.")
-    return loaded
+            return do(row, given)
+        except RowSkip as skip:
+            self.found.skipped.append(Skip(row.where, skip.reason))
+        except RowError as error:
+            self.problems.add(self.names.explained(error.what), where=row.where, fix=error.fix)
+        return None
 
 
-def load_rows(source: str | Path) -> list[dict]:
+def load_rows(
+    source: str | Path, *, columns: Mapping[str, str] | None = None, read: Collection[str] = ()
+) -> list[dict[str, Any]]:
     """Rows of any source as they are, for data in a format of its own.
+
+    Args:
+        source: As in `load_prompts`.
+        columns: What the file calls the columns.
+        read: The columns that are of use.
 
     Raises:
         UserError: As ``load_prompts``, but for what it says of prompts.
     """
-    problems = Problems()
+    problems, names = Problems(), fields.Columns(columns or {}, read)
     _, rows = open_source(source, problems)
-    values = [row.values for row in rows]
+    values = [names.renamed(row).values for row in rows]
     if not values:
         problems.add("There are no rows.", where=str(source))
+    names.check()
     problems.raise_if_any()
     return values

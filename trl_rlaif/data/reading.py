@@ -19,7 +19,7 @@ from typing import Any
 
 from trl_rlaif.errors import Problem, UserError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".txt", ".parquet")
 _HUB_ID = re.compile(r"(?P<name>\w[\w.-]*(?:/\w[\w.-]*)?)(?::(?P<split>.+))?")
 _HUB_ID_MAX = 96
 
@@ -100,18 +100,21 @@ def _did_you_mean(path: Path) -> str:
 
 
 def _open_file(path: Path, problems: Problems) -> tuple[str, Iterator[Row]]:
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".txt": _read_txt}
     name = path.name.lower()
-    suffix = next((suffix for suffix in sorted(SUFFIXES, key=len, reverse=True) if name.endswith(suffix)), None)
-    if suffix is None:
+    compressed = name.endswith(".gz")
+    suffix = os.path.splitext(name.removesuffix(".gz"))[1]
+    if suffix == ".parquet" and not compressed:
+        return path.name[: -len(suffix)], _read_parquet(path, problems)
+    if suffix not in readers:
         raise UserError(
             f"Files of the kind {path.suffix or 'without a suffix'!r} are not read.",
             where=str(path),
             fix=f"Use one of {', '.join(SUFFIXES)}.",
         )
-    readers = {".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
-    if suffix != ".parquet":
-        _check_head(path, compressed=suffix.endswith(".gz"))
-    return path.name[: -len(suffix)], readers.get(suffix, _read_jsonl)(path, problems)
+    _check_head(path, compressed)
+    stem = path.name[: -len(suffix) - len(".gz") * compressed]
+    return stem, readers[suffix](path, problems)
 
 
 @contextmanager
@@ -123,16 +126,27 @@ def _readable(path: Path) -> Iterator[None]:
         raise UserError(f"The file cannot be read: {error.strerror or error}.", where=str(path)) from error
 
 
+# What a file begins with that is no text, or no data at all.
+_HEADS = {
+    b"PAR1": ("This is Parquet data.", "Name it .parquet."),
+    b"PK\x03\x04": ("This is a zip archive.", "Unpack it."),
+    b"version https://git-lfs": ("This is a pointer of Git LFS, not the data.", "Run `git lfs pull`."),
+    b"\xff\xfe": ("The text is UTF-16.", "Save it as UTF-8."),
+    b"\xfe\xff": ("The text is UTF-16.", "Save it as UTF-8."),
+}
+
+
 def _check_head(path: Path, compressed: bool) -> None:
     """Names a wrong container or encoding once, where every line would fail with it."""
     with _readable(path), open(path, "rb") as stream:
-        head = stream.read(2)
-    if compressed and head and head != b"\x1f\x8b":
+        head = stream.read(32)
+    if compressed and head and not head.startswith(b"\x1f\x8b"):
         raise UserError("This is not gzip data.", where=str(path), fix="Compress it, or drop '.gz' from its name.")
-    if not compressed and head == b"\x1f\x8b":
-        raise UserError("This is gzip data.", where=str(path), fix="Name it .jsonl.gz, or decompress it.")
-    if head in (b"\xff\xfe", b"\xfe\xff"):
-        raise UserError("The text is UTF-16.", where=str(path), fix="Save it as UTF-8.")
+    if not compressed and head.startswith(b"\x1f\x8b"):
+        raise UserError("This is gzip data.", where=str(path), fix=f"Name it {path.name}.gz, or decompress it.")
+    for beginning, (what, fix) in _HEADS.items():
+        if head.startswith(beginning):
+            raise UserError(what, where=str(path), fix=fix)
 
 
 def _lines(path: Path, problems: Problems) -> Iterator[tuple[int, bytes]]:
@@ -160,21 +174,31 @@ def _parse_json(text: str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def _read_jsonl(path: Path, problems: Problems) -> Iterator[Row]:
-    number = 0
-    for line_number, line in _lines(path, problems):
-        where = f"{path}:{line_number}"
+def _text_lines(path: Path, problems: Problems) -> Iterator[tuple[str, str]]:
+    """(place, text) of each line that is not blank."""
+    for number, line in _lines(path, problems):
+        where = f"{path}:{number}"
         try:
             # Files joined with `cat` can have a BOM in the middle, so it is dropped on every line.
-            text = line.decode("utf-8").lstrip("\ufeff").strip()
+            text = line.decode("utf-8").lstrip("\ufeff")
         except UnicodeDecodeError as error:
             problems.add(f"Byte {error.start + 1} of the line is not UTF-8.", where=where, fix="Save it as UTF-8.")
             continue
-        if not text:
-            continue
-        number += 1
+        if text.strip():
+            yield where, text
+
+
+def _read_txt(path: Path, problems: Problems) -> Iterator[Row]:
+    for number, (where, text) in enumerate(_text_lines(path, problems), 1):
+        if number == 1 and text.startswith("{") and text.rstrip().endswith("}"):
+            raise UserError("The line is a JSON object, not a prompt.", where=where, fix="Name the file .jsonl.")
+        yield Row(where, number, {"prompt": text.rstrip("\r\n")})
+
+
+def _read_jsonl(path: Path, problems: Problems) -> Iterator[Row]:
+    for number, (where, text) in enumerate(_text_lines(path, problems), 1):
         try:
-            values = _parse_json(text)
+            values = _parse_json(text.strip())
         except ValueError as error:
             problems.add(f"Invalid JSON: {error}.", where=where, fix="Write one JSON object per line.")
             continue
@@ -190,8 +214,13 @@ def _read_jsonl(path: Path, problems: Problems) -> Iterator[Row]:
 
 
 def _read_text(path: Path) -> str:
-    with _readable(path):
-        data = path.read_bytes()
+    opener = gzip.open if path.name.lower().endswith(".gz") else open
+    with _readable(path), opener(path, "rb") as stream:
+        try:
+            data = stream.read()
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            fix = "Download or compress the file again."
+            raise UserError(f"The gzip data is broken ({_one_line(error)}).", where=str(path), fix=fix) from None
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -1,0 +1,182 @@
+"""Texts and conversations of a row: their roles, their contents, and what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from trl_rlaif.data.reading import kind_of
+from trl_rlaif.data.records import Message
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# The names that ShareGPT's files and those like them give to who speaks ("from").
+_SHAREGPT = {
+    **{role: role for role in ROLES},
+    **dict.fromkeys(("human",), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bard", "bing", "bot", "model", "function_call"), "assistant"),
+    **dict.fromkeys(("observation", "function_response"), "tool"),
+}
+_TEXT_PARTS = ("text", "input_text", "output_text")
+
+
+class RowError(Exception):
+    """The row is wrong: ``what`` was found and ``fix`` says what to write instead."""
+
+    def __init__(self, what: str, fix: str = "") -> None:
+        super().__init__(what)
+        self.what, self.fix = what, fix
+
+
+class RowSkip(Exception):
+    """The row is in order but of no use, for example because a response is empty."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def short(value: Any) -> str:
+    """A value as JSON, cut to 60 characters."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def blank(value: Any) -> bool:
+    """Whether a value is null, an empty list, or white space."""
+    return value is None or value == [] or (isinstance(value, str) and not value.strip())
+
+
+def check_text(value: str, key: str) -> str:
+    """Returns ``value`` if it can be written as UTF-8: JSON's escapes can spell half a character."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RowError(f"{key!r} holds half of a surrogate pair, which is not a character.", "Remove it.") from None
+    return value
+
+
+def parse_messages(value: Sequence[Any], key: str, *, null_response: bool = False) -> list[Message]:
+    """Checks a conversation and returns its roles and contents.
+
+    A developer's turn becomes a system turn, its older name, which every chat template knows. Text parts of a
+    content are joined without anything in between, as chat templates do.
+
+    Args:
+        value: The messages, with role and content, or ShareGPT's from and value; other keys are left out.
+        key: The column's name, for the error.
+        null_response: Whether an assistant's content may be null, and counts as empty.
+
+    Raises:
+        RowError: One of them is no message of text.
+    """
+    messages: list[Message] = []
+    for number, message in enumerate(value, 1):
+        name = f"message {number} of {key!r}"
+        role, content = _role_and_content(message, name)
+        if content is None and role == "assistant" and null_response:
+            content = ""
+        content = check_text(_joined(content, name), key)
+        if role == "developer" and messages and messages[-1]["role"] == "system":
+            messages[-1]["content"] += f"\n\n{content}"
+        else:
+            messages.append({"role": "system" if role == "developer" else role, "content": content})
+    return messages
+
+
+def _role_and_content(message: Any, name: str) -> tuple[str, Any]:
+    if isinstance(message, dict) and message.get("tool_calls"):
+        raise RowError(f"{_upper(name)} calls tools, and only text is read.", "Write the call as text in its content.")
+    if isinstance(message, dict) and "role" in message and "content" in message:
+        role, known = message["role"], {role: role for role in ROLES}
+    elif isinstance(message, dict) and "from" in message and "value" in message:
+        role, known = message["from"], _SHAREGPT
+    else:
+        raise RowError(
+            f"{_upper(name)} is not an object with a role and a content.",
+            'Write {"role": "user", "content": "..."}.',
+        )
+    if not isinstance(role, str) or role not in known:
+        raise RowError(f"Unknown role {short(role)} in {name}.", f"Use one of {', '.join(known)}.")
+    return known[role], message.get("content", message.get("value"))
+
+
+def _joined(content: Any, name: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise RowError(f"The content of {name} is {kind_of(content)}.", "Write a text.")
+    for number, part in enumerate(content, 1):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in _TEXT_PARTS or not isinstance(part.get("text"), str):
+            found = f"of the type {short(kind)}" if kind else f"{kind_of(part)} without a type"
+            found = "without a text" if kind in _TEXT_PARTS else found
+            raise RowError(
+                f"Part {number} of the content of {name} is {found}, and only text is read.",
+                'Write {"type": "text", "text": "..."}, or leave the row out.',
+            )
+    return "".join(part["text"] for part in content)
+
+
+def _upper(name: str) -> str:
+    return name[0].upper() + name[1:]
+
+
+def parse_prompt(value: Any, key: str = "prompt") -> str | list[Message]:
+    """Checks a prompt: a text, or messages with a user turn; not blank.
+
+    The last turn is to be answered (the user's or a tool's), or is an assistant's, which the response continues.
+    """
+    if blank(value):
+        found = "missing" if value is None else "empty"
+        raise RowError(f"The row has no prompt: {key!r} is {found}.", f'Write "{key}" as a text or a list of messages.')
+    if isinstance(value, str):
+        return check_text(value, key)
+    if not isinstance(value, list):
+        raise RowError(f"{key!r} is {kind_of(value)}.", "Write a text or a list of messages.")
+    messages = parse_messages(value, key)
+    # A last turn without a word is where the response begins, as after no turn at all.
+    while messages and messages[-1]["role"] == "assistant" and not messages[-1]["content"].strip():
+        messages.pop()
+    if not messages or messages[-1]["role"] == "system":
+        raise RowError(
+            f"{key!r} ends with the role {value[-1].get('role', value[-1].get('from'))!r}.",
+            "End it with the user turn to be answered.",
+        )
+    users = [message for message in messages if message["role"] == "user"]
+    if not users:
+        raise RowError(f"The row has no prompt: {key!r} has no user turn.", "Add what the user says.")
+    if not users[-1]["content"].strip():
+        raise RowError(f"The row has no prompt: the last user turn of {key!r} is empty.", "Write what the user says.")
+    return messages
+
+
+def before_answer(value: Any, key: str) -> Any:
+    """A conversation without the assistant's turns at its end; a text is refused, all else left to others."""
+    if isinstance(value, str) and value.strip():
+        raise RowError(f"{key!r} is a text.", 'Write a list of messages, or name the column "prompt".')
+    if not isinstance(value, list):
+        return value
+    end = len(value)
+    while end and _is_assistant(value[end - 1]):
+        end -= 1
+    return value[:end]
+
+
+def _is_assistant(message: Any) -> bool:
+    if not isinstance(message, dict):
+        return False
+    role = message.get("role", message.get("from"))
+    return isinstance(role, str) and _SHAREGPT.get(role) == "assistant"
+
+
+def join_responses(messages: Sequence[Message]) -> str | None:
+    """The contents of assistant messages, joined by a blank line; None where somebody else speaks."""
+    if any(message["role"] != "assistant" for message in messages):
+        return None
+    return "\n\n".join(message["content"] for message in messages if message["content"].strip())
+
+
+def same_turn(first: Message, second: Message) -> bool:
+    """Whether two turns say the same, whatever the white space."""
+    return first["role"] == second["role"] and first["content"].split() == second["content"].split()

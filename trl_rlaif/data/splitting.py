@@ -1,0 +1,167 @@
+"""Where the prompt of two texts or conversations ends and their responses begin."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from trl_rlaif.data.messages import (
+    RowError,
+    RowSkip,
+    blank,
+    check_text,
+    join_responses,
+    parse_messages,
+    parse_prompt,
+    same_turn,
+)
+from trl_rlaif.data.reading import kind_of
+from trl_rlaif.data.records import Message
+from trl_rlaif.data.transcripts import is_transcript, parse_transcript
+
+EMPTY_RESPONSE = "empty response"
+IDENTICAL = "responses are identical"
+DIVERGED = "transcripts differ before the last turn"
+NO_RESPONSE_TURN = "transcript does not end with an assistant turn"
+EMPTY_PROMPT = "empty prompt"
+OTHER_PROMPT = "conversation does not begin with the prompt"
+
+
+def shared_prompt(row: dict[str, Any]) -> str | list[Message]:
+    """The prompt of a preference row that has no column for it.
+
+    That is what chosen and rejected begin with, up to the last user turn of conversations. Rows that are of no use as
+    pairs still have a prompt: their responses may be equal or missing.
+    """
+    sides = {key: read_side(row[key], key) for key in ("chosen", "rejected") if not blank(row.get(key))}
+    if not sides:
+        raise RowSkip(EMPTY_PROMPT)
+    if any(isinstance(side, str) and not is_transcript(side) for side in sides.values()):
+        if len(sides) < 2:
+            raise RowSkip(EMPTY_RESPONSE)
+        check_alike(*sides.values())
+        return split_texts(*sides.values())[0]
+    talks = [
+        parse_transcript(side, key) if isinstance(side, str) else parse_messages(side, key, null_response=True)
+        for key, side in sides.items()
+    ]
+    cut = _last_user(talks[0], _shared(*talks) if len(talks) == 2 else len(talks[0]))
+    if not cut or not talks[0][cut - 1]["content"].strip():
+        raise RowSkip(EMPTY_PROMPT)
+    return parse_prompt(talks[0][:cut], "chosen")
+
+
+def read_side(value: Any, key: str) -> str | list[Any]:
+    """``chosen`` or ``rejected``: a text or messages; one message stands for a list of one."""
+    value = [value] if isinstance(value, dict) else value
+    if not isinstance(value, (str, list)):
+        raise RowError(f"{key!r} is {kind_of(value)}.", "Write a text or a list of messages.")
+    return check_text(value, key) if isinstance(value, str) else value
+
+
+def check_alike(chosen: Any, rejected: Any) -> None:
+    """Raises RowError where one response is a text and the other messages."""
+    if type(chosen) is not type(rejected):
+        raise RowError(
+            f"'chosen' is {kind_of(chosen)} and 'rejected' is {kind_of(rejected)}.",
+            "Write both in the same way.",
+        )
+
+
+def join(messages: Sequence[Message]) -> str:
+    """The text of a response; RowSkip where somebody else than the assistant speaks."""
+    joined = join_responses(messages)
+    if joined is None:
+        raise RowSkip(DIVERGED)
+    return joined
+
+
+def check_pair(first: str, second: str) -> tuple[str, str]:
+    """Both responses as they are; RowSkip where one is empty or both are the same."""
+    if not first.strip() or not second.strip():
+        raise RowSkip(EMPTY_RESPONSE)
+    if first.strip() == second.strip():
+        raise RowSkip(IDENTICAL)
+    return first, second
+
+
+def split_after(
+    explicit: str | list[Message], chosen: list[Message], rejected: list[Message]
+) -> tuple[list[Message], str, str]:
+    """Splits two conversations after the prompt that they repeat, and after what else they share of users' turns.
+
+    A system turn with which both begin belongs to a prompt that has none.
+    """
+    if isinstance(explicit, str):
+        is_talk = explicit.lstrip().startswith("Human:")
+        explicit = parse_transcript(explicit, "prompt") if is_talk else [{"role": "user", "content": explicit}]
+        explicit = parse_prompt(explicit)
+    first, second = _after(explicit, chosen), _after(explicit, rejected)
+    cut = _last_user(first, _shared(first, second))
+    prompt = [*explicit, *first[:cut]]
+    if prompt[0]["role"] != "system" and chosen[0] == rejected[0] and chosen[0]["role"] == "system":
+        prompt = [chosen[0], *prompt]
+    return prompt, *check_pair(join(first[cut:]), join(second[cut:]))
+
+
+def _after(prompt: list[Message], side: list[Message]) -> list[Message]:
+    """What follows the prompt in a conversation that repeats it; all of one that begins with the answer.
+
+    White space and system turns may differ. Where the prompt ends with the beginning of the answer, the rest of it
+    is what follows.
+    """
+    wanted = [turn for turn in prompt if turn["role"] != "system"]
+    spoken = [turn for turn in side if turn["role"] != "system"]
+    begun, rest = wanted[-1], spoken[len(wanted) - 1 :]
+    if all(map(same_turn, wanted[:-1], spoken)) and rest:
+        if same_turn(begun, rest[0]):
+            return rest[1:]
+        if begun["role"] == rest[0]["role"] == "assistant" and rest[0]["content"].startswith(begun["content"]):
+            return [{**rest[0], "content": rest[0]["content"][len(begun["content"]) :]}, *rest[1:]]
+    if spoken and spoken[0]["role"] != "assistant":
+        raise RowSkip(OTHER_PROMPT)
+    return side
+
+
+def _shared(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """The length of the beginning that the two share."""
+    shortest = min(len(first), len(second))
+    return next((index for index in range(shortest) if first[index] != second[index]), shortest)
+
+
+def _last_user(messages: Sequence[Message], end: int) -> int:
+    """How many of the first ``end`` messages there are up to the last user turn; 0 where there is none."""
+    return next((index for index in range(end, 0, -1) if messages[index - 1]["role"] in ("user", "tool")), 0)
+
+
+def split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """Splits two texts after the prompt that they share.
+
+    As trl's `extract_prompt`, and a space in between goes to the responses; but words are not cut in
+    two, because a judge reads the responses as they are.
+    """
+    if chosen.strip() == rejected.strip():
+        raise RowSkip(IDENTICAL)
+    cut = _shared(chosen, rejected)
+    word = re.search(r"(?<=\s)\S+$", chosen[:cut])
+    if word and any(text[cut : cut + 1].strip() for text in (chosen, rejected)):
+        cut = word.start()
+    if chosen[cut - 1 : cut] == " ":
+        cut -= 1
+    if not chosen[:cut].strip():
+        raise RowError("The row has no prompt: 'chosen' and 'rejected' share no beginning.", 'Add a "prompt" column.')
+    return chosen[:cut], *check_pair(chosen[cut:], rejected[cut:])
+
+
+def split_conversations(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], str, str]:
+    """Splits two conversations after the last user turn that they share."""
+    if chosen == rejected:
+        raise RowSkip(IDENTICAL)
+    cut = _last_user(chosen, _shared(chosen, rejected))
+    if not cut:
+        if any(message["role"] == "user" for message in chosen + rejected):
+            raise RowSkip(DIVERGED)
+        raise RowError("The row has no prompt: no user turn comes before the responses.", 'Add a "prompt" column.')
+    first, second = check_pair(join(chosen[cut:]), join(rejected[cut:]))
+    return parse_prompt(chosen[:cut], "chosen"), first, second  # type: ignore[return-value]
