@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
+
 from trl_rlaif.chat_templates import Conversation
 from trl_rlaif.errors import UserError
 from trl_rlaif.stopping import end_of_turn
@@ -39,8 +41,12 @@ def as_text(prompt: PromptLike) -> str:
 
 
 def chat_prompt(prompt: PromptLike, tokenizer: PreTrainedTokenizerBase) -> PromptLike:
-    """A text prompt in the form that the model was taught: messages where it has a chat template."""
-    return as_messages(prompt) if tokenizer.chat_template else prompt
+    """A text prompt in the form that the model was taught: messages where it has a chat template.
+
+    A text that a chat template rendered already is not wrapped again (see ``is_rendered``).
+    """
+    prompt = as_rendered(prompt, tokenizer)
+    return as_messages(prompt) if tokenizer.chat_template and not isinstance(prompt, RenderedText) else prompt
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,72 @@ def _first_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return full[:count]
 
 
+# ---- Text that a chat template rendered already ------------------------------------------------------------
+
+
+class RenderedText(str):
+    """A text whose control tokens are meant: made of what users give as prompts, and of nothing else."""
+
+    __slots__ = ()
+
+
+def _openings(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """The control tokens with which the chat template begins, whoever speaks first."""
+    pattern, found = _control_tokens(tokenizer).all, set()
+    for roles in (("user",), ("system", "user")):
+        try:
+            messages = [{"role": role, "content": "x"} for role in roles]
+            rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError:  # a template without system turns
+            continue
+        while pattern is not None and (token := pattern.match(rendered)):
+            found.add(token[0])
+            rendered = rendered[token.end() :]
+    return found
+
+
+def is_rendered(prompt: PromptLike, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a text was rendered by a chat template: it begins with a control token as the tokenizer's own does."""
+    pattern = _control_tokens(tokenizer).all
+    if not isinstance(prompt, str) or not tokenizer.chat_template or pattern is None:
+        return False
+    token = pattern.match(prompt)
+    return token is not None and token[0] in _openings(tokenizer)
+
+
+def as_rendered(prompt: PromptLike, tokenizer: PreTrainedTokenizerBase) -> PromptLike:
+    """A prompt that a chat template rendered as RenderedText; any other as it is.
+
+    The first token that the template writes may be missing there. It is added, but where the tokenizer puts it before
+    every text anyway, here and in TRL's trainers.
+    """
+    if not is_rendered(prompt, tokenizer):
+        return prompt
+    bos = tokenizer.bos_token
+    if not bos or bos not in _openings(tokenizer):
+        return RenderedText(prompt)
+    bare = prompt.removeprefix(bos)
+    own = _first_ids(tokenizer) == [tokenizer.bos_token_id] and is_rendered(bare, tokenizer)
+    return RenderedText(bare if own else bos + bare)
+
+
+def _rendered_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of RenderedText, control tokens and all."""
+    bos = tokenizer.bos_token
+    missing = bos and bos in _openings(tokenizer) and not text.startswith(bos)
+    return tokenizer(bos + text if missing else text, add_special_tokens=False)["input_ids"]
+
+
+def without_end_of_turn(tokenizer: PreTrainedTokenizerBase, response: str) -> str:
+    """A response without what the chat template writes after an assistant's turn, if it ends so."""
+    end = tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer))
+    found = response.rstrip()
+    return found.removesuffix(end).rstrip() if end and found.endswith(end) else response
+
+
+# ---- Prompts ------------------------------------------------------------------------------------------------
+
+
 def template_kwargs(tokenizer: PreTrainedTokenizerBase, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Variables for a tokenizer's chat template: its own, set by ``set_template_kwargs``, and those given over them."""
     return {**getattr(tokenizer, _KWARGS, {}), **(given or {})}
@@ -183,12 +255,14 @@ def encode_prompt(
         chat_template_kwargs: Variables for the template, over the tokenizer's own.
 
     Returns:
-        Ids. Text that looks like a special token stays text.
+        Ids. Text that looks like a special token stays text, but in a RenderedText.
 
     Raises:
         UserError: Messages, and a tokenizer without chat template, or one that has no place for the opening.
     """
     pattern = _control_tokens(tokenizer).all
+    if isinstance(prompt, RenderedText):
+        return _rendered_ids(tokenizer, prompt) + _plain(tokenizer, opening or "", pattern, follows=True)
     if isinstance(prompt, str):
         text = prompt + (opening or "")
         if pattern is None or not pattern.search(text):

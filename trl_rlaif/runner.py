@@ -225,17 +225,18 @@ def summary(stage: str, numbers: dict[str, Any]) -> str:
         return f"{numbers['pairs']} pairs" + (f" (dropped: {dropped})" if dropped else "")
     if stage == "label":
         bias = numbers["position_bias"]
-        skipped = ", ".join(f"{n} {reason}" for reason, n in numbers["skipped"].items())
         return (
             f"{numbers['labeled']} of {numbers['pairs']} pairs"
-            + (f" (skipped: {skipped})" if skipped else "")
+            + _skipped(numbers)
             + (f", {numbers['made']} of them new" if numbers["made"] < numbers["labeled"] else "")
             + (f", position bias {bias['rate']:.0%}" if bias else "")
             + (f", {numbers['agreement']['rate']:.0%} as people chose" if numbers["agreement"] else "")
         )
     if stage == "reward" and numbers.get("accuracy") is not None:
         low, high = numbers["accuracy_interval"]
-        return f"accuracy {numbers['accuracy']:.0%} on held-out pairs ({low:.0%} to {high:.0%})"
+        return f"accuracy {numbers['accuracy']:.0%} on held-out pairs ({low:.0%} to {high:.0%}){_skipped(numbers)}"
+    if stage == "rl" and "pairs" in numbers:
+        return f"{numbers['pairs']} pairs{_skipped(numbers)}"
     if stage == "rl" and "score_first" in numbers:
         kl = f", KL {numbers['kl_last']:.2f}" if "kl_last" in numbers else ""  # GRPO without kl_coef measures none
         return f"score {numbers['score_first']:+.3f} -> {numbers['score_last']:+.3f}{kl}"
@@ -248,6 +249,11 @@ def summary(stage: str, numbers: dict[str, Any]) -> str:
     if stage == "compare":
         return "; ".join(f"{name}: {_ranking(s['overall'])}" for name, s in numbers["sets"].items())
     return ""
+
+
+def _skipped(numbers: dict[str, Any]) -> str:
+    skipped = ", ".join(f"{n} {reason}" for reason, n in (numbers.get("skipped") or {}).items())
+    return f" (skipped: {skipped})" if skipped else ""
 
 
 def _ranking(overall: dict[str, dict[str, Any] | None]) -> str:

@@ -1,6 +1,21 @@
 """Reading prompts and response pairs from files, folders and the Hub into checked records."""
 
-from trl_rlaif.data.loading import PairFormat, load_pairs, load_prompts, load_rows
+from trl_rlaif.data.finetuning import load_finetuning
+from trl_rlaif.data.formats import COLUMNS
+from trl_rlaif.data.loading import PairFormat, ScoredPairs, load_pairs, load_prompts, load_rows
 from trl_rlaif.data.records import Loaded, Message, Pair, Prompt, Skip
 
-__all__ = ["Loaded", "Message", "Pair", "PairFormat", "Prompt", "Skip", "load_pairs", "load_prompts", "load_rows"]
+__all__ = [
+    "COLUMNS",
+    "Loaded",
+    "Message",
+    "Pair",
+    "PairFormat",
+    "Prompt",
+    "ScoredPairs",
+    "Skip",
+    "load_finetuning",
+    "load_pairs",
+    "load_prompts",
+    "load_rows",
+]

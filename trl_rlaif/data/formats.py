@@ -34,6 +34,9 @@ SCORED_KEYS = ("responses", "completions")
 # What a row of a preference file says of its responses, which is no concern of its prompt.
 RESPONSE_KEYS = ("chosen", "rejected", "response_1", "response_2", "human", "score_chosen", "score_rejected", "margin")
 RESPONSE_KEYS += ("completion", "label", *SCORED_KEYS, "scores")
+PROMPT_COLUMNS = ("id", "category", *PROMPT_KEYS, "input", "system")
+# Every name under which anything is read.
+COLUMNS = (*PROMPT_COLUMNS, *RESPONSE_KEYS, "output", "text")
 
 
 # Prompts
@@ -54,9 +57,15 @@ def find_prompt(row: dict[str, Any]) -> str | list[Message] | None:
     if key == "instruction":
         return parse_prompt(alpaca_prompt(row), key)
     turns = before_answer(row[key], key)
-    if turns and isinstance(row.get("system"), str) and row["system"].strip():
-        turns = [{"role": "system", "content": row["system"]}, *turns]
-    return parse_prompt(turns, key)
+    return parse_prompt(with_system(row, turns) if turns else turns, key)
+
+
+def with_system(row: dict[str, Any], turns: Any) -> Any:
+    """A conversation with the column ``system`` as its first turn, where there is one with text."""
+    system = row.get("system")
+    if not isinstance(turns, list) or not isinstance(system, str) or not system.strip():
+        return turns
+    return [{"role": "system", "content": system}, *turns]
 
 
 def prompt_columns(row: dict[str, Any]) -> set[str]:

@@ -21,7 +21,6 @@ PairFormat = Literal["auto", "preference", "responses", "hh", "kto", "scored"]
 ScoredPairs = Literal["all", "best_worst"]
 
 REPEATED = "repeated prompt of a preference file"
-_PROMPT_COLUMNS = ("id", "category", *formats.PROMPT_KEYS, "input", "system")
 
 T = TypeVar("T")
 A = TypeVar("A")
@@ -59,7 +58,7 @@ def load_prompts(
             known.add(text)
         return Prompt(row_id, prompt, *_rest(row, category, used))
 
-    return _Loading(source, columns, _PROMPT_COLUMNS, parse).loaded()
+    return _Loading(source, columns, formats.PROMPT_COLUMNS, parse).loaded()
 
 
 def load_pairs(
@@ -102,7 +101,7 @@ def load_pairs(
     if format not in get_args(PairFormat):
         raise UserError(f"Unknown format {format!r}.", fix=f"Use one of {', '.join(get_args(PairFormat))}.")
     pairs = _Pairs(format, category, seed, scored)
-    read = (*_PROMPT_COLUMNS, *formats.RESPONSE_KEYS)
+    read = (*formats.PROMPT_COLUMNS, *formats.RESPONSE_KEYS)
     return _Loading(source, columns, read, pairs.parse, pairs.split, pairs.unpaired.left).loaded()
 
 

@@ -72,16 +72,33 @@ def parse_messages(value: Sequence[Any], key: str, *, null_response: bool = Fals
     """
     messages: list[Message] = []
     for number, message in enumerate(value, 1):
-        name = f"message {number} of {key!r}"
-        role, content = _role_and_content(message, name)
-        if content is None and role == "assistant" and null_response:
-            content = ""
-        content = check_text(_joined(content, name), key)
+        role, content = _parsed(message, number, key, null_response)
         if role == "developer" and messages and messages[-1]["role"] == "system":
             messages[-1]["content"] += f"\n\n{content}"
         else:
             messages.append({"role": "system" if role == "developer" else role, "content": content})
     return messages
+
+
+def plain_turns(value: Sequence[Any], key: str) -> list[dict[str, Any]]:
+    """A conversation for TRL's trainers: as ``parse_messages``, but turns keep their other keys and may call tools."""
+    turns: list[dict[str, Any]] = []
+    for number, message in enumerate(value, 1):
+        if isinstance(message, dict) and message.get("tool_calls"):
+            turns.append(message)
+            continue
+        role, content = _parsed(message, number, key, null_response=True)
+        rest = {name: item for name, item in message.items() if name not in ("from", "value")}
+        turns.append({**rest, "role": "system" if role == "developer" else role, "content": content})
+    return turns
+
+
+def _parsed(message: Any, number: int, key: str, null_response: bool) -> tuple[str, str]:
+    """The role and the text of a message."""
+    name = f"message {number} of {key!r}"
+    role, content = _role_and_content(message, name)
+    content = "" if content is None and role == "assistant" and null_response else content
+    return role, check_text(_joined(content, name), key)
 
 
 def _role_and_content(message: Any, name: str) -> tuple[str, Any]:

@@ -18,8 +18,14 @@ from pydantic import (
     model_validator,
 )
 
+from trl_rlaif.data import COLUMNS, PairFormat, ScoredPairs
+from trl_rlaif.recipe.wording import nearest_or_all, shown
+
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+# Whose columns may be named apart: the keys of ``data``, and data that other sections name.
+SOURCES = ("prompts", "eval_prompts", "pairs", "sft", "calibration", "rehearsal")
 
 # The name of an evaluated set whose prompts the start is good at.
 FORGET_SET = "forget"
@@ -79,6 +85,17 @@ def judge_name(value: str) -> str:
     if value == "judge":
         raise ValueError("'judge' is the main judge's name.")
     return safe_name(value)
+
+
+def known_columns(value: dict[str, str | dict[str, str]]) -> dict[str, str | dict[str, str]]:
+    """Refuse names under which nothing is read."""
+    for key, column in value.items():
+        if (key in SOURCES) != isinstance(column, dict):
+            raise ValueError(f"'{key}' is {shown(column)}. " + nearest_or_all(key, COLUMNS, "Names that are read"))
+        for name in column if isinstance(column, dict) else [key]:
+            if name not in COLUMNS:
+                raise ValueError(f"Nothing is read as '{name}'. " + nearest_or_all(name, COLUMNS, "Names"))
+    return value
 
 
 Number = Annotated[float, BeforeValidator(text_as_number)]
@@ -172,13 +189,34 @@ class DataSection(Section):
     prompts: Text | None = Field(None, description="Prompts to train on: a file, a folder or a Hub id.")
     eval_prompts: Text | None = Field(None, description="Prompts to evaluate on, likewise.")
     pairs: Text | None = Field(None, description="Pairs of responses that stand in for sampled ones.")
-    format: Literal["auto", "preference", "responses", "hh"] = Field(
-        "auto", description="How the pairs are laid out; auto looks at their columns."
+    format: PairFormat = Field("auto", description="How the pairs are laid out; auto looks at their columns.")
+    scored_pairs: ScoredPairs = Field(
+        "all", description="Pairs of responses with scores: all, or best_worst, the best against the worst."
+    )
+    columns: Annotated[dict[str, Text | dict[str, Text]], AfterValidator(known_columns)] = Field(
+        default_factory=dict,
+        description="What the files call their columns, such as {prompt: question}; of one of them alone, "
+        "{eval_prompts: {prompt: text}}.",
     )
     category: Text = Field("category", description="The column that holds each prompt's category.")
     clusters: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
         None, description="Prompts without categories get so many, clusters of their embeddings; auto: by silhouette."
     )
+
+    @model_validator(mode="after")
+    def _one_category(self) -> DataSection:
+        if self.category != "category" and any("category" in self.columns_of(source) for source in SOURCES):
+            raise ValueError("Set category or columns.category, not both.")
+        return self
+
+    def columns_of(self, source: str) -> dict[str, str]:
+        """What a source's file calls the columns.
+
+        Args:
+            source: One of SOURCES.
+        """
+        for_all = {key: column for key, column in self.columns.items() if isinstance(column, str)}
+        return for_all | dict(self.columns.get(source, {}))
 
 
 class SftSection(Section):

@@ -43,7 +43,7 @@ def _check_preferences(source: Source, present: set[Any], section: str, who: str
         source.report((section,), f"'{who}' has no preferences to learn from.", "Add 'label'.")
     elif layout == "auto":
         what = f"'{who}' has no preferences to learn from: without 'label' the pairs' own are needed."
-        fix = "Add 'label', or set data.format to preference, responses or hh."
+        fix = "Add 'label', or set data.format to preference, responses, hh, kto or scored."
         source.report((section,), what, fix)
 
 

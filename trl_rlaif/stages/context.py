@@ -14,13 +14,14 @@ from trl_rlaif import several
 from trl_rlaif.artifacts import RunFolder, read_lines
 from trl_rlaif.contracts import Origin, guarded
 from trl_rlaif.data import Pair, load_prompts
-from trl_rlaif.encoding import PromptLike, chat_prompt, encode_prompt
+from trl_rlaif.encoding import PromptLike, chat_prompt, encode_prompt, is_rendered
 from trl_rlaif.errors import UserError
 from trl_rlaif.judging import Judge, JudgePrompt, LocalJudge
 from trl_rlaif.judging.remote import RemoteJudge, Server
 from trl_rlaif.labels import Setup
 from trl_rlaif.models import ModelSpec, load_model, load_tokenizer, model_revision
 from trl_rlaif.plugins import Plugins
+from trl_rlaif.progress import say
 from trl_rlaif.recipe import ComponentRef, JudgeSection, Recipe, ServerJudgeSection, prompt_folder
 from trl_rlaif.stages.categories import categorized
 from trl_rlaif.stopping import named_stop_ids, stop_ids
@@ -199,18 +200,23 @@ class Context:
         """A prompt in the form that the base was taught."""
         return chat_prompt(prompt, self.tokenizer)
 
-    def encoded_prompts(self, source: str, room: int, base: Any) -> tuple[list[Any], list[list[int]], dict[str, int]]:
+    def encoded_prompts(
+        self, source: str, room: int, base: Any, key: str = "prompts"
+    ) -> tuple[list[Any], list[list[int]], dict[str, int]]:
         """Prompts with their tokens, and what was skipped by reason.
 
         Args:
             source: A prompt file, folder or Hub id.
             room: Tokens to keep free for the response.
             base: The model, for its context length.
+            key: Whose columns the source has: those of ``prompts`` or ``eval_prompts``.
 
         Raises:
             UserError: No prompt is left.
         """
-        loaded = load_prompts(source, category=self.recipe.data.category)
+        data = self.recipe.data
+        loaded = load_prompts(source, category=data.category, columns=data.columns_of(key))
+        self.say_of_prompts(source, [prompt.prompt for prompt in loaded.items])
         skipped = loaded.skip_counts()
         limit = (getattr(base.config.get_text_config(), "max_position_embeddings", None) or 10**9) - room
         prompts, tokens = [], []
@@ -224,6 +230,18 @@ class Context:
         if not prompts:
             raise UserError("Every prompt is longer than the model's context.", where=source)
         return categorized(self, prompts, tokens, base), tokens, skipped
+
+    def say_of_prompts(self, source: str, prompts: Sequence[PromptLike]) -> None:
+        """Say what is taken otherwise than as a question: rendered prompts, and those that begin the answer."""
+        rendered = sum(is_rendered(prompt, self.tokenizer) for prompt in prompts)
+        if rendered:
+            say(
+                f"{source}: {rendered} of {len(prompts)} prompts begin with the control tokens of the model. "
+                "They are taken as rendered by its chat template, and not wrapped in it again."
+            )
+        begun = sum(not isinstance(prompt, str) and prompt[-1]["role"] == "assistant" for prompt in prompts)
+        if begun:
+            say(f"{source}: {begun} of {len(prompts)} prompts end with an assistant turn. The responses continue it.")
 
     def pairs(self) -> list[Pair]:
         """The pairs of this run, from pairs.jsonl."""

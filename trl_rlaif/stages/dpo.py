@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from trl_rlaif import several
 from trl_rlaif.artifacts import write_folder
+from trl_rlaif.errors import UserError
 from trl_rlaif.progress import say
 from trl_rlaif.roles import save_adapter
 from trl_rlaif.stages import rl
 from trl_rlaif.stages.context import Context
-from trl_rlaif.stages.label import preferences_of_people
+from trl_rlaif.stages.label import TIE, is_even, preferences_of_people
 from trl_rlaif.stages.sft import last_checkpoint
 from trl_rlaif.trl_version import check_trl
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
 # DPO's beta is the price of KL to the start in the very objective that PPO maximizes (Rafailov et al. 2023, eq. 3).
@@ -28,10 +30,15 @@ _ADAPTER = "default"
 def run(context: Context) -> dict[str, Any]:
     """Train ``policy/`` on ``preferences/``; return its final numbers."""
     started = time.monotonic()
+    skipped = {}
     if context.recipe.label is None:
-        preferences_of_people(context, "rl")
+        skipped = preferences_of_people(context, "rl")
         several.wait()
     trainer, ignored = build_trainer(context)
+    ties = len(_preferences(context)) - len(trainer.train_dataset)
+    if ties:
+        skipped[TIE] = skipped.get(TIE, 0) + ties
+        say(f"rl: {ties} preferences are ties, from which dpo cannot learn. They are left out.")
     if ignored:
         say(f"rl: dpo makes no use of {', '.join(ignored)}.")
     callback = context.callback("rl", "Training the policy")
@@ -45,6 +52,7 @@ def run(context: Context) -> dict[str, Any]:
         "updates": trainer.state.global_step,
         "pairs": len(trainer.train_dataset),
         "loss": output.training_loss,
+        "skipped": skipped,
         "ignored": ignored,
         "seconds": time.monotonic() - started,
     }
@@ -53,14 +61,19 @@ def run(context: Context) -> dict[str, Any]:
 def build_trainer(context: Context) -> tuple[DPOTrainer, list[str]]:
     """The trainer that the recipe describes, and the keys of the recipe's section that it makes no use of."""
     check_trl()
-    from datasets import load_from_disk
     from peft import PeftModel
     from trl import DPOTrainer
 
     from trl_rlaif.adapters import fitted
 
     config, ignored = _config(context)
-    dataset = load_from_disk(str(context.folder / "preferences"))
+    dataset = _sure(_preferences(context))
+    if not len(dataset):
+        raise UserError(
+            "Every preference is a tie, from which dpo cannot learn.",
+            where=context.recipe.line(("rl",)),
+            fix="Give pairs of which one response is better, or another judge.",
+        )
     model = context.load_base()
     adapter = fitted(context.lora, model)
     if context.start is not None:
@@ -69,11 +82,38 @@ def build_trainer(context: Context) -> tuple[DPOTrainer, list[str]]:
     trainer = DPOTrainer(
         model=model,
         args=config,
-        train_dataset=dataset.select_columns(["prompt", "chosen", "rejected"]),
+        train_dataset=dataset,
         processing_class=context.tokenizer,
         peft_config=adapter,
     )
     return trainer, ignored
+
+
+def _preferences(context: Context) -> Dataset:
+    from datasets import load_from_disk
+
+    return load_from_disk(str(context.folder / "preferences"))
+
+
+def _sure(dataset: Dataset) -> Dataset:
+    """The preferences as TRL's trainer reads them, without ties: it takes every chosen response as the better one.
+
+    What a prompt already says for the assistant becomes the beginning of both responses. TRL would open another turn
+    after it; and the log-probabilities of what both begin with cancel in the loss.
+    """
+    dataset = dataset.select([i for i, p in enumerate(dataset["p"]) if not is_even(p)])
+    dataset = dataset.select_columns(["prompt", "chosen", "rejected"])
+    begun = [not isinstance(prompt, str) and prompt[-1]["role"] == "assistant" for prompt in dataset["prompt"]]
+    return dataset.map(_joined, load_from_cache_file=False) if any(begun) else dataset
+
+
+def _joined(row: dict[str, Any]) -> dict[str, Any]:
+    last = row["prompt"][-1]
+    if last["role"] != "assistant":
+        return row
+    responses = {key: last["content"] + row[key][0]["content"] for key in ("chosen", "rejected")}
+    turns = {key: [{"role": "assistant", "content": text}] for key, text in responses.items()}
+    return {"prompt": row["prompt"][:-1], **turns}
 
 
 def _config(context: Context) -> tuple[DPOConfig, list[str]]:

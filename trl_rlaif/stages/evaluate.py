@@ -79,7 +79,7 @@ def _answers(
     The set's own numbers come with them: what was skipped, and the NLL of the start's good answers.
     """
     length = max_new_tokens(context)
-    prompts, tokens, skipped = context.encoded_prompts(source, length, shared.model)
+    prompts, tokens, skipped = context.encoded_prompts(source, length, shared.model, "eval_prompts")
     roles = {"start": shared.reference, "trained": "policy"}
     drawn = {
         side: _responses(context, shared, role, f"{name}: {side}", prompts, tokens, length)

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 LOW_MASS = 0.5
 # From here on a share is worth a warning.
 MANY = 0.5
-# A person's choice as the probability that response_1 is preferred; 0 is a tie.
-HUMAN_P = {1: 1.0, 2: 0.0, 0: 0.5}
+# A person's choice as the probability that response_1 is preferred.
+HUMAN_P = {1: 1.0, 2: 0.0}
+# Why a pair is left out where chosen is taken as surely better.
+TIE = "tie"
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -163,10 +165,13 @@ def _of_shard(context: Context, rows: _Rows, pairs: list[Pair]) -> dict[str, Any
 
 def _judged_by_people(context: Context) -> list[Pair] | None:
     """The pairs of label.calibration, read and checked before the judge's first answer; None without the key."""
-    path = context.recipe.label.calibration
+    path, data = context.recipe.label.calibration, context.recipe.data
     if path is None:
         return None
-    judged = [p for p in load_pairs(path, seed=context.recipe.run.seed).items if p.human in (1, 2)]
+    pairs = load_pairs(
+        path, seed=context.recipe.run.seed, columns=data.columns_of("calibration"), scored=data.scored_pairs
+    )
+    judged = [p for p in pairs.items if p.human in (1, 2)]
     check_choices([pair.human for pair in judged])
     return judged
 
@@ -225,17 +230,27 @@ def _comparison(rows: dict[str, _Rows], pairs: list[Pair]) -> dict[str, Any]:
 _COMPARED = ("labeler", "judge", "labeled", "agreement", "position_bias", "mass", "ece", "pairs_per_second")
 
 
-def preferences_of_people(context: Context, section: str) -> None:
+def is_even(p: float) -> bool:
+    """Whether a probability prefers neither response, but for the last digits of a mean over both orders."""
+    return abs(p - 0.5) < 1e-9
+
+
+def preferences_of_people(context: Context, section: str) -> dict[str, int]:
     """Write ``preferences/`` from the data's human choices, where a recipe has no stage ``label``.
+
+    They are sure: what is learned from them takes every chosen response as the better one. So ties are left out.
 
     Args:
         section: What learns from them, for the message.
 
+    Returns:
+        How many pairs were left out, by reason.
+
     Raises:
-        UserError: No pair has a human choice.
+        UserError: No pair has a human choice for one of its responses.
     """
     pairs = context.pairs()
-    p = {pair.id: HUMAN_P[pair.human] for pair in pairs if pair.human is not None}
+    p = {pair.id: HUMAN_P[pair.human] for pair in pairs if pair.human in HUMAN_P}
     if not p:
         raise UserError(
             "There is no stage label, and no pair says which response a person preferred.",
@@ -243,18 +258,25 @@ def preferences_of_people(context: Context, section: str) -> None:
             fix="Add a label section, or pairs with human choices.",
         )
     write_preferences(context, pairs, p)
+    ties = sum(pair.human == 0 for pair in pairs)
+    unknown = len(pairs) - len(p) - ties
+    return {reason: count for reason, count in ((TIE, ties), ("no human choice", unknown)) if count}
 
 
 def write_preferences(context: Context, pairs: list[Pair], p: dict[str, float]) -> None:
     """Write ``preferences/``: TRL's preference format, with ``p``, the probability of ``chosen``.
+
+    Where pairs have a margin, there is TRL's column ``margin``, too.
 
     Args:
         p: Probability that response_1 is preferred, by pair id; pairs that are not in it are left out.
     """
     from datasets import Dataset, Features, Value
 
-    rows = [_preference(context, pair, p[pair.id]) for pair in pairs if pair.id in p]
-    dataset = Dataset.from_list(rows)
+    kept = [pair for pair in pairs if pair.id in p]
+    dataset = Dataset.from_list([_preference(context, pair, p[pair.id]) for pair in kept])
+    if any("margin" in pair.extra for pair in kept if pair.human in HUMAN_P):
+        dataset = dataset.add_column("margin", [_margin(pair, p[pair.id]) for pair in kept])
     # A column of None has no type of its own.
     features = Features({**dataset.features, "category": Value("string"), "human": Value("bool")})
     dataset = dataset.cast(features)
@@ -277,3 +299,9 @@ def _preference(context: Context, pair: Pair, p: float) -> dict[str, Any]:
         # Whether a person preferred the chosen one, too; None for a tie or where nobody was asked.
         "human": (pair.human == 1) == first if pair.human in (1, 2) else None,
     }
+
+
+def _margin(pair: Pair, p: float) -> float:
+    """How much better people found their choice, where it is the chosen one; else nothing is known of a margin."""
+    agrees = pair.human in HUMAN_P and (pair.human == 1) == (p >= 0.5)
+    return float(pair.extra.get("margin") or 0.0) if agrees else 0.0

@@ -10,7 +10,7 @@ import torch
 
 from trl_rlaif.artifacts import to_line, write_atomically, write_folder
 from trl_rlaif.components import numbered
-from trl_rlaif.encoding import encode_prompt, encode_response
+from trl_rlaif.encoding import as_rendered, encode_prompt, encode_response
 from trl_rlaif.errors import RunError, UserError
 from trl_rlaif.events import Rollout
 from trl_rlaif.measures import calibration_error, category_figures, choices, pairwise_accuracy
@@ -30,8 +30,7 @@ def run(context: Context) -> dict[str, Any]:
     from trl_rlaif.reward.config import RewardConfig
 
     section, started = context.recipe.reward, time.monotonic()
-    if context.recipe.label is None:
-        preferences_of_people(context, "reward")
+    left_out = preferences_of_people(context, "reward") if context.recipe.label is None else {}
     arguments = context.trainer_arguments("reward", section.config)
     # Pairs of like length in a batch: on mixed prompts half of all tokens would be padding.
     defaults = {"gradient_checkpointing": False, "train_sampling_strategy": "group_by_length"}
@@ -48,7 +47,7 @@ def run(context: Context) -> dict[str, Any]:
     finally:
         callback.close()
     write_folder(context.folder / "reward", lambda folder: _save(trainer, context, folder))
-    numbers = {"train_pairs": len(train), "eval_pairs": len(held_out), "skipped": too_long}
+    numbers = {"train_pairs": len(train), "eval_pairs": len(held_out), "skipped": left_out | too_long}
     if len(held_out):
         numbers |= _held_out_numbers(context, trainer, held_out)
     return numbers | {"seconds": time.monotonic() - started}
@@ -63,7 +62,7 @@ def _datasets(
     dataset = load_from_disk(str(context.folder / "preferences"))
     tokenized = dataset.map(
         lambda row: tokenize_preference(context.tokenizer, row),
-        remove_columns=[c for c in dataset.column_names if c not in ("p", "category", "human")],
+        remove_columns=[c for c in dataset.column_names if c not in ("p", "category", "human", "margin")],
         load_from_cache_file=False,
     )
     kept = [i for i, row in enumerate(tokenized) if max_length is None or row["length"] <= max_length]
@@ -103,7 +102,7 @@ def _with_log_ratios(context: Context, train: Dataset) -> Dataset:
 
 def tokenize_preference(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> dict[str, Any]:
     """``chosen_ids`` and ``rejected_ids`` (prompt, response and end token, as PPO has them), and their lengths."""
-    prompt = encode_prompt(tokenizer, row["prompt"])
+    prompt = encode_prompt(tokenizer, as_rendered(row["prompt"], tokenizer))
 
     def text(response: Any) -> str:
         return response if isinstance(response, str) else response[0]["content"]

@@ -191,7 +191,8 @@ def _rehearsal(context: Context) -> Dataset | None:
     source = context.recipe.rl.rehearsal
     if source is None:
         return None
-    rows = load_rows(source)
+    columns = context.recipe.data.columns_of("rehearsal")
+    rows = load_rows(source, columns=columns, read=("prompt", "completion"))
     lacking = [i for i, row in enumerate(rows, 1) if not row.get("prompt") or not row.get("completion")]
     if lacking:
         what = f"{len(lacking)} rows to rehearse lack 'prompt' or 'completion'; the first is row {lacking[0]}."

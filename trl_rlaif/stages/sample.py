@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trl_rlaif.artifacts import append_lines, read_lines, to_line, write_atomically
 from trl_rlaif.data import Pair, Prompt, load_pairs
+from trl_rlaif.encoding import is_rendered, without_end_of_turn
 from trl_rlaif.errors import UserError
 from trl_rlaif.progress import progress_bar
 from trl_rlaif.recipe import SampleSection
@@ -24,13 +25,30 @@ def run(context: Context) -> dict[str, Any]:
 
 def _read_pairs(context: Context) -> dict[str, Any]:
     data, started = context.recipe.data, time.monotonic()
-    loaded = load_pairs(data.pairs, format=data.format, category=data.category, seed=context.recipe.run.seed)
-    _write_pairs(context, [pair_row(pair) for pair in loaded.items])
+    loaded = load_pairs(
+        data.pairs,
+        format=data.format,
+        category=data.category,
+        seed=context.recipe.run.seed,
+        columns=data.columns_of("pairs"),
+        scored=data.scored_pairs,
+    )
+    context.say_of_prompts(data.pairs, [pair.prompt for pair in loaded.items])
+    _write_pairs(context, [pair_row(_without_control_tokens(context, pair)) for pair in loaded.items])
     return {
         "pairs": len(loaded.items),
+        "ties": sum(pair.human == 0 for pair in loaded.items),
         "dropped": loaded.skip_counts(),
         "seconds": time.monotonic() - started,
     }
+
+
+def _without_control_tokens(context: Context, pair: Pair) -> Pair:
+    """Rendered responses end with the chat template's end of turn, which is no text of theirs."""
+    if not is_rendered(pair.prompt, context.tokenizer):
+        return pair
+    first, second = (without_end_of_turn(context.tokenizer, text) for text in (pair.response_1, pair.response_2))
+    return replace(pair, response_1=first, response_2=second)
 
 
 def _sample_pairs(context: Context) -> dict[str, Any]:

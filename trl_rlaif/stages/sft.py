@@ -7,24 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from trl_rlaif.artifacts import write_folder
-from trl_rlaif.data import load_rows
-from trl_rlaif.errors import UserError
+from trl_rlaif.data import load_finetuning
 from trl_rlaif.stages.context import Context
 from trl_rlaif.trl_version import check_trl
-
-_FORMATS = ({"messages"}, {"prompt", "completion"}, {"text"})
 
 
 def run(context: Context) -> dict[str, Any]:
     """Train ``sft/`` and return its final numbers."""
     check_trl()
+    from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     from trl_rlaif.adapters import fitted
 
     section = context.recipe.sft
     started = time.monotonic()
-    dataset = _dataset(section.data)
+    names = context.recipe.data.columns_of("sft")
+    rows = load_finetuning(section.data, names=names, chat=bool(context.tokenizer.chat_template))
+    dataset = Dataset.from_list(rows)
     arguments = context.trainer_arguments("sft", section.config)
     base = context.load_base()
     trainer = SFTTrainer(
@@ -46,24 +46,6 @@ def run(context: Context) -> dict[str, Any]:
 
 def _save(trainer: Any, folder: Path) -> None:
     trainer.save_model(str(folder))
-
-
-def _dataset(source: str) -> Any:
-    from datasets import Dataset
-
-    rows = load_rows(source)
-    columns = set(rows[0])
-    wanted = next((form for form in _FORMATS if form <= columns), None)
-    if wanted is None:
-        raise UserError(
-            f"Fine-tuning data needs 'messages', 'prompt' and 'completion', or 'text'; this has "
-            f"{', '.join(sorted(columns))}.",
-            where=source,
-        )
-    bad = [i for i, row in enumerate(rows, 1) if not all(row.get(column) for column in wanted)]
-    if bad:
-        raise UserError(f"{len(bad)} rows lack {' or '.join(sorted(wanted))}; the first is row {bad[0]}.", where=source)
-    return Dataset.from_list([{column: row[column] for column in wanted} for row in rows])
 
 
 def last_checkpoint(folder: str | Path) -> str | None:

@@ -63,7 +63,8 @@ def numbers(tracker: ForgettingTracker | None) -> dict[str, Any]:
 def _drawn(context: Context, trainer: PPOTrainer, name: str, source: str) -> list[PromptLike]:
     """Some prompts of a set, in the form that the base was taught, and in the set's order."""
     recipe = context.recipe
-    prompts, _, _ = context.encoded_prompts(source, max_new_tokens(context), trainer.shared.model)
+    length, model = max_new_tokens(context), trainer.shared.model
+    prompts, _, _ = context.encoded_prompts(source, length, model, "eval_prompts")
     if len(prompts) > recipe.evaluate.track_prompts:
         generator = np.random.default_rng(derived_seed(recipe.run.seed, "track", name))
         chosen = sorted(generator.choice(len(prompts), recipe.evaluate.track_prompts, replace=False).tolist())
