@@ -261,3 +261,44 @@ def test_a_hub_that_cannot_be_reached(monkeypatch, tmp_path):
 def test_importing_the_module_is_light():
     code = "import sys, trl_rlaif.data; sys.exit(bool({'torch', 'datasets', 'pyarrow'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_text_files_have_a_prompt_a_line(tmp_path):
+    path = tmp_path / "f.txt"
+    path.write_bytes("\ufeffOne?\r\n\n  \n Zwei für Ö? \nlast".encode())
+    items = load_prompts(path).items
+    assert [(item.id, item.prompt) for item in items] == [("f-1", "One?"), ("f-2", " Zwei für Ö? "), ("f-3", "last")]
+    path.write_bytes(b"good\nbad \xff\n")
+    assert fails(path) == f"{path}:2: Byte 5 of the line is not UTF-8. Save it as UTF-8."
+    path.write_bytes(b"\n \n")
+    assert "empty" in fails(path)
+    path.write_text('{"prompt": "a"}\n')
+    assert f"{path}:1: The line is a JSON object, not a prompt. Name the file .jsonl." in fails(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("f.txt.gz", "a\nb\n"), ("f.csv.gz", "prompt\na\nb\n"), ("f.JSON.gz", '[{"prompt": "a"}, {"prompt": "b"}]')],
+)
+def test_every_text_file_may_be_compressed(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(text.encode()))
+    assert [(item.id, item.prompt) for item in load_prompts(path).items] == [("f-1", "a"), ("f-2", "b")]
+    path.write_bytes(gzip.compress(text.encode() * 200)[:-9])
+    assert "gzip data is broken" in fails(path).splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("data", "fix"),
+    [
+        (b"PAR1\x15\x04", "Name it .parquet."),
+        (b"PK\x03\x04\x14\x00", "Unpack it."),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".txt"])
+def test_data_of_another_kind_is_named_once(tmp_path, data, fix, suffix):
+    path = tmp_path / f"f{suffix}"
+    path.write_bytes(data)
+    message = fails(path)
+    assert message.startswith(f"{path}: ") and fix in message and len(message.splitlines()) == 1

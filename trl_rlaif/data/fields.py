@@ -58,8 +58,8 @@ class Columns:
     """
 
     def __init__(self, names: Mapping[str, str], read: Collection[str]) -> None:
-        self.names = names
-        self._missing = {key: column for key, column in names.items() if key in read}
+        self.names, self._read = names, {key for key in names if key in read}
+        self._missing = {key: names[key] for key in self._read}
         self._first, self._seen = "", dict[str, None]()
 
     def renamed(self, row: Row) -> Row:
@@ -70,7 +70,7 @@ class Columns:
         self._seen |= dict.fromkeys(row.values)
         self._missing = {key: column for key, column in self._missing.items() if column not in row.values}
         found = {key: row.values[column] for key, column in self.names.items() if column in row.values}
-        hidden = {*found, *self._missing, *self.names.values()}
+        hidden = {*found, *self._read, *self.names.values()}
         return replace(row, values=found | {key: value for key, value in row.values.items() if key not in hidden})
 
     def explained(self, what: str) -> str:
@@ -82,7 +82,7 @@ class Columns:
         """Raises UserError where no row had one of the columns."""
         if not self._missing or not self._first:
             return
-        key, column = next(iter(self._missing.items()))
+        key, column = min(self._missing.items())
         near = difflib.get_close_matches(column, self._seen, n=1)
         raise UserError(
             f"There is no column {column!r}, which data.columns names as {key!r}.",

@@ -77,12 +77,18 @@ def join(messages: Sequence[Message]) -> str:
     return joined
 
 
-def check_pair(first: str, second: str) -> tuple[str, str]:
-    """Both responses as they are; RowSkip where one is empty or both are the same."""
+def unusable(first: str, second: str) -> str | None:
+    """Why two responses make no pair, if they do not."""
     if not first.strip() or not second.strip():
-        raise RowSkip(EMPTY_RESPONSE)
-    if first.strip() == second.strip():
-        raise RowSkip(IDENTICAL)
+        return EMPTY_RESPONSE
+    return IDENTICAL if first.strip() == second.strip() else None
+
+
+def check_pair(first: str, second: str) -> tuple[str, str]:
+    """Both responses as they are; RowSkip where they make no pair."""
+    reason = unusable(first, second)
+    if reason is not None:
+        raise RowSkip(reason)
     return first, second
 
 

@@ -76,6 +76,12 @@ def build_trainer(context: Context) -> tuple[Rehearsing, dict[str, int], list[st
     ends = {"stop_token_ids": stops, "ignore_eos": True} if config.use_vllm else {"eos_token_id": stops}
     config.generation_kwargs = ends | (config.generation_kwargs or {})
     dataset, skipped = rl.prompts(context, base, config.max_completion_length)
+    if any(not isinstance(prompt, str) and prompt[-1]["role"] == "assistant" for prompt in dataset["prompt"]):
+        raise UserError(  # TRL would end that turn and open another one
+            f"A prompt ends with an assistant turn, which {context.recipe.rl.algorithm} does not continue.",
+            where=context.recipe.data.prompts,
+            fix="Use another algorithm, or end the prompts with a user turn.",
+        )
     if context.start is not None:
         from peft import PeftModel
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from trl_rlaif.artifacts import append_lines, read_lines, to_line, write_atomically
 from trl_rlaif.data import Pair, Prompt, load_pairs
+from trl_rlaif.data.splitting import unusable
 from trl_rlaif.encoding import is_rendered, without_end_of_turn
 from trl_rlaif.errors import UserError
 from trl_rlaif.progress import progress_bar
@@ -34,11 +35,18 @@ def _read_pairs(context: Context) -> dict[str, Any]:
         scored=data.scored_pairs,
     )
     context.say_of_prompts(data.pairs, [pair.prompt for pair in loaded.items])
-    _write_pairs(context, [pair_row(_without_control_tokens(context, pair)) for pair in loaded.items])
+    pairs, dropped = [], Counter(loaded.skip_counts())
+    for pair in (_without_control_tokens(context, pair) for pair in loaded.items):
+        reason = unusable(pair.response_1, pair.response_2)
+        if reason is None:
+            pairs.append(pair)
+        else:
+            dropped[reason] += 1
+    _write_pairs(context, [pair_row(pair) for pair in pairs])
     return {
-        "pairs": len(loaded.items),
-        "ties": sum(pair.human == 0 for pair in loaded.items),
-        "dropped": loaded.skip_counts(),
+        "pairs": len(pairs),
+        "ties": sum(pair.human == 0 for pair in pairs),
+        "dropped": dict(dropped),
         "seconds": time.monotonic() - started,
     }
 
