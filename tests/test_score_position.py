@@ -17,7 +17,8 @@ from trl_rlaif import RewardTrainer, SharedBase, load_reward_model
 from trl_rlaif.encoding import encode_prompt, encode_response
 from trl_rlaif.events import RehearsalPair
 from trl_rlaif.ppo.rehearsal import as_rollout
-from trl_rlaif.ppo.rollout import end_of_turn_rows
+from trl_rlaif.ppo.rollout import scored_rows
+from trl_rlaif.responses import ResponseReader
 from trl_rlaif.reward.collator import SoftPreferenceCollator
 from trl_rlaif.reward.scoring import score_pairs
 from trl_rlaif.stages.reward import tokenize_preference
@@ -116,7 +117,7 @@ def test_every_path_reads_the_same_token(reward, tmp_path, pad):
         rows, [length for e in examples for length in [e["prompt_length"]] * 2], strict=True)]  # fmt: skip
     cut = [RehearsalPair(**{**vars(pair), "response_ids": pair.response_ids[:-1]}) for pair in pairs]
     for drawn in (pairs, cut, [pairs[0], cut[1], cut[2], pairs[3]]):
-        rollout = as_rollout(drawn, torch.device("cpu"), trainer.stop_ids)
+        rollout = as_rollout(drawn, torch.device("cpu"))
         torch.testing.assert_close(trainer.score(rollout), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -162,13 +163,14 @@ def test_conversations_are_read_at_the_turns_end_and_in_the_tokens_of_ppo(tmp_pa
 
 def test_a_row_for_the_reward_model_ends_with_the_end_of_turn():
     """One that ended with another token gets that one, and one that was cut gets it appended."""
-    stops = (7, 2, 9)
-    drawn = [[5, 6, 7], [5, 2], [9], [5, 6, 8]]
+    tokenizer = make_tokenizer()
+    reader, end = ResponseReader(tokenizer, (tokenizer.eos_token_id, 9)), tokenizer.eos_token_id
+    drawn = [[5, 6, end], [5, 9], [9], [5, 6, 8]]
     pairs = [RehearsalPair("", "", None, None, "", [4], ids) for ids in drawn]
-    rollout = end_of_turn_rows(as_rollout(pairs, torch.device("cpu"), stops), 7)
+    rollout = scored_rows(as_rollout(pairs, torch.device("cpu")), reader)
     found = [ids[:n].tolist() for ids, n in zip(rollout.response_ids, rollout.lengths.tolist(), strict=True)]
-    assert found == [[5, 6, 7], [5, 7], [7], [5, 6, 8, 7]]
-    assert rollout.ended.all() and pairs[1].response_ids == [5, 2]
+    assert found == [[5, 6, end], [5, end], [end], [5, 6, 8, end]]
+    assert pairs[1].response_ids == [5, 9]
 
 
 def test_what_rewards_and_judges_see_ends_before_the_stop_token(tmp_path):
@@ -180,5 +182,5 @@ def test_what_rewards_and_judges_see_ends_before_the_stop_token(tmp_path):
     for ids, n, ended, [message] in zip(
         rollout.response_ids, rollout.lengths, rollout.ended, rollout.completions, strict=True
     ):
-        assert ended == (ids[n - 1] in trainer.stop_ids)
+        assert ended == (ids[n - 1] in trainer.reader.stop_ids)
         assert message["content"] == trainer.processing_class.decode(ids[: n - int(ended)], skip_special_tokens=True)

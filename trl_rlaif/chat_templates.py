@@ -169,6 +169,20 @@ class Conversation:
         token = self._control.search(close) if self._control else None
         return token[0] if token else close
 
+    def reasoning_marks(self) -> tuple[str, str, str] | None:
+        """How a response tells its reasoning from its answer; None where the template has no reasoning.
+
+        Returns:
+            What begins the reasoning (empty where the prompt ends with it), what leads from there to the answer, and
+            what an answer without reasoning begins with.
+        """
+        prompt, places = self._prompt(), self._thought_places()
+        if places is None:
+            return None
+        said = self._said(content=_ANSWER) or ""
+        header = said[len(prompt) : said.rindex(_ANSWER)] if _ANSWER in said and said.startswith(prompt) else ""
+        return tuple(text.strip() for text in (places[0][len(prompt) :], places[1], header))
+
 
 def _closing(opened: re.Match[str]) -> str:
     """What closes a thinking block, laid out as it was opened."""

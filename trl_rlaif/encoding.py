@@ -289,6 +289,23 @@ def thinking_prompt(
     return None if parts is None else (_encode(tokenizer, parts), conversation.thought_end)
 
 
+def reasoning_marks(
+    tokenizer: PreTrainedTokenizerBase, tags: Sequence[str] | None = None
+) -> tuple[str, str, str] | None:
+    """How a response tells its reasoning from its answer, by the chat template (see ``Conversation.reasoning_marks``).
+
+    Args:
+        tags: What reasoning begins and ends with, in place of what the template says.
+    """
+    if not tokenizer.chat_template:
+        return tags and (*tags, "")
+    conversation = _conversation(tokenizer, as_messages("x"), None)
+    if tags is None:
+        return conversation.reasoning_marks()
+    prompt = "".join(text for text, _ in conversation.prompt())
+    return ("" if prompt.rstrip().endswith(tags[0]) else tags[0], tags[1], "")
+
+
 def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> list[int]:
     """Token ids of a response as a model would have sampled it, with the end of its turn.
 

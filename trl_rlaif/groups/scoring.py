@@ -42,18 +42,20 @@ class GroupScore:
         """
         scorer = self.scorer
         own = {name: columns.pop(name) for name in _TRAINERS_OWN if name in columns}
-        rollout = self._rollout(prompts, completions, completion_ids, columns)
+        rollout = self._rollout(prompts, completion_ids, columns)
         scorer.plugins.notify("rollout_collected", trainer=scorer, rollout=rollout)
         scores = scorer.transform(scorer.score(rollout), rollout)
         for name, value in score_metrics(scorer, rollout, scores).items():
             own["log_metric"](name, value)
         return scores.tolist()
 
-    def _rollout(
-        self, prompts: list[Any], completions: list[Any], completion_ids: Sequence[list[int]], columns: dict[str, Any]
-    ) -> Rollout:
-        prompt_ids = columns.pop("input_ids")
-        pairs = [RehearsalPair(*row, None, None, "", [*ids], [*response]) for *row, ids, response in zip(
-            prompts, completions, prompt_ids, completion_ids, strict=True)]  # fmt: skip
-        rollout = as_rollout(pairs, self.scorer.accelerator.device, self.scorer.end_ids)
+    def _rollout(self, prompts: list[Any], completion_ids: Sequence[list[int]], columns: dict[str, Any]) -> Rollout:
+        responses = [self.scorer.reader.read(ids) for ids in completion_ids]
+        pairs = [
+            RehearsalPair(prompt, response.as_completion(prompt), None, None, "", [*prompt_ids], [*ids])
+            for prompt, response, prompt_ids, ids in zip(
+                prompts, responses, columns.pop("input_ids"), completion_ids, strict=True
+            )
+        ]
+        rollout = as_rollout(pairs, self.scorer.accelerator.device, [response.ended for response in responses])
         return replace(rollout, columns=columns)

@@ -135,6 +135,11 @@ class Tracked:
         return self._trainer.scorer.end_ids
 
     @property
+    def reader(self) -> Any:
+        """What reads responses."""
+        return self._trainer.scorer.reader
+
+    @property
     def shared(self) -> Any:
         """The base of all roles."""
         return self._trainer.scorer.shared

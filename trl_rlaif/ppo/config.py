@@ -40,6 +40,9 @@ class PPOConfig(BasePPOConfig):
             the model's own end one: the end of turn of its chat template, its eos, and those of its generation config.
         score_at_end: The reward model reads every response at the end of its turn, as it was trained on whole
             responses; one that was cut at ``response_length`` gets that token appended. False: as sampled, as in TRL.
+        reasoning: ``strip`` takes a response's reasoning out of what reward model, functions, judges and selectors
+            see, ``keep`` leaves it there. A response whose reasoning never ended counts as cut.
+        reasoning_tags: What reasoning begins and ends with; None: as the chat template says.
         value: Where the value lives on a shared base: ``adapter``, one of its own, or ``trunk``, a head on the
             policy's hidden states (no second forward and backward pass, but the two share their features).
         micro_batch_tokens: Most tokens, padding counted, that one forward and backward pass holds. A larger
@@ -71,6 +74,8 @@ class PPOConfig(BasePPOConfig):
     )
     stop_tokens: list[str] | None = setting(None, "Tokens that end a response, in place of the model's own.")
     score_at_end: bool = setting(True, "Append the end of turn to cut responses for the reward model; False: as TRL.")
+    reasoning: Literal["strip", "keep"] = setting("strip", "What rewards see of a response's reasoning.")
+    reasoning_tags: list[str] | None = setting(None, "What reasoning begins and ends with; None: by the template.")
     value: Literal["adapter", "trunk"] = setting("adapter", "The value: an adapter, or a head on the policy's trunk.")
     micro_batch_tokens: int | None = setting(None, "Most tokens in one forward and backward pass; None: no limit.")
     kl_weighting: Literal["additive", "weighted"] = setting(
@@ -102,6 +107,7 @@ class PPOConfig(BasePPOConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         choices = {
+            "reasoning": ("strip", "keep"),
             "value": ("adapter", "trunk"),
             "kl_weighting": ("additive", "weighted"),
             "rehearsal_schedule": ("constant", "linear", "cosine"),

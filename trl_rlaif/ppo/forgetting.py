@@ -239,8 +239,7 @@ class ForgettingTracker(TrainerCallback):
         return answers
 
     def _texts(self, answers: list[list[int]]) -> list[str]:
-        texts = self.trainer.processing_class.batch_decode(answers, skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        return [self.trainer.reader.read(ids).answer.strip() for ids in answers]
 
     def _encoded(self, name: str, prompt: PromptLike) -> list[int]:
         model, ids = self.trainer.actors.model("policy"), encode_prompt(self.trainer.processing_class, prompt)

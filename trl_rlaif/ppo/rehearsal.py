@@ -84,13 +84,12 @@ def weight(args: PPOConfig, progress: float) -> float:
     return args.rehearsal_coef
 
 
-def as_rollout(pairs: Sequence[RehearsalPair], device: torch.device, stop_ids: Sequence[int] | None = None) -> Rollout:
+def as_rollout(pairs: Sequence[RehearsalPair], device: torch.device, ended: Sequence[bool] | None = None) -> Rollout:
     """Pairs as a rollout whose prompts and responses alone are meant.
 
     Args:
-        stop_ids: Tokens by which a response has ended; None: all have.
+        ended: Whether each response has; None: all have.
     """
-    ended = [stop_ids is None or (bool(ids) and ids[-1] in stop_ids) for ids in (pair.response_ids for pair in pairs)]
     prompts = [torch.tensor(pair.prompt_ids) for pair in pairs]
     responses = [torch.tensor(pair.response_ids) for pair in pairs]
     prompt_ids, mask = (
@@ -104,7 +103,7 @@ def as_rollout(pairs: Sequence[RehearsalPair], device: torch.device, stop_ids: S
         prompt_mask=mask,
         response_ids=response_ids,
         lengths=torch.tensor([len(ids) for ids in responses], device=device),
-        ended=torch.tensor(ended, device=device),
+        ended=torch.tensor([True] * len(pairs) if ended is None else list(ended), device=device),
         logprobs=zeros,
         ref_logprobs=zeros,
         values=zeros,

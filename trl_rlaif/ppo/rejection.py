@@ -135,7 +135,7 @@ class RejectionTrainer:
         """The numbers of one iteration before it fine-tunes."""
         trainer, scores = self.trainer, [pair.score for pair in accepted(chosen)]
         lengths = [len(ids) for ids in pool.response_ids]
-        ended = [bool(ids) and ids[-1] in trainer.stop_ids for ids in pool.response_ids]
+        ended = [trainer.reader.read(ids).ended for ids in pool.response_ids]
         metrics = {
             "objective/scores": pool.scores.mean().item(),
             "objective/kl": pool.kl.mean().item(),

@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from trl_rlaif.events import Rollout
 from trl_rlaif.ppo.cache import block_cache
+from trl_rlaif.responses import ResponseReader
 from trl_rlaif.sampling import bare_generation_config
 
 
@@ -112,21 +114,19 @@ def response_lengths(
     return torch.where(ended, stop + 1, lengths), ended
 
 
-def end_of_turn_rows(rollout: Rollout, end_id: int) -> Rollout:
-    """The rollout with every response ended by the same token, as a reward model is trained on responses.
+def scored_rows(rollout: Rollout, reader: ResponseReader) -> Rollout:
+    """The rollout's responses as a reward model was trained on responses: the answer, and the end of a turn.
 
-    A response that ended with another stop token ends with this one, and one that was cut at the length limit gets it
+    A response that ended with another stop token ends with that one, and one that was cut at the length limit gets it
     appended: a score is read at the end of a turn, whether or not the policy came to it.
-
-    Args:
-        end_id: The end of a turn.
     """
-    cut = ~rollout.ended
-    lengths = rollout.lengths + cut.long()
-    response_ids = nn.functional.pad(rollout.response_ids, (0, int(cut.any())))
-    rows = torch.arange(len(lengths), device=lengths.device)
-    response_ids[rows, lengths - 1] = end_id
-    return replace(rollout, response_ids=response_ids, lengths=lengths, ended=torch.ones_like(rollout.ended))
+    rows = [
+        torch.tensor(reader.row(ids[:n]))
+        for ids, n in zip(rollout.response_ids.tolist(), rollout.lengths.tolist(), strict=True)
+    ]
+    device = rollout.lengths.device
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return replace(rollout, response_ids=pad_sequence(rows, batch_first=True).to(device), lengths=lengths)
 
 
 def model_inputs(

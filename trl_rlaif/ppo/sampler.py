@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -20,14 +19,12 @@ from trl_rlaif.ppo import passes, verification
 from trl_rlaif.ppo.actors import Actors
 from trl_rlaif.ppo.passes import Passage
 from trl_rlaif.ppo.processes import failing_together
-from trl_rlaif.ppo.rollout import end_of_turn_rows, generate, response_lengths
+from trl_rlaif.ppo.rollout import generate, response_lengths, scored_rows
 from trl_rlaif.ppo.vllm import VLLMSampler
+from trl_rlaif.responses import ResponseReader
 from trl_rlaif.sampling import random_state, set_random_state
-from trl_rlaif.stopping import end_of_turn
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from trl_rlaif.ppo.config import PPOConfig
 
 
@@ -46,8 +43,7 @@ class RolloutSampler:
     Args:
         args: Response length, batch sizes and temperature.
         accelerator: Its device is used. Several processes draw equally often, and decide together.
-        tokenizer: Padding, and decoding of responses.
-        stop_ids: The tokens that end a response; without any, it is sampled to the full length.
+        reader: Reads responses; without stop tokens, they are sampled to the full length.
 
     Attributes:
         pads: Whether a batch may hold prompts of different lengths. False once padding has changed the numbers.
@@ -55,12 +51,11 @@ class RolloutSampler:
             vLLM; a forward pass gives them then.
     """
 
-    def __init__(
-        self, args: PPOConfig, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
-    ) -> None:
-        self.args, self.accelerator, self.tokenizer, self.stop_ids = args, accelerator, tokenizer, stop_ids
+    def __init__(self, args: PPOConfig, accelerator: Accelerator, reader: ResponseReader) -> None:
+        self.args, self.accelerator, self.reader, self.tokenizer = args, accelerator, reader, reader.tokenizer
         self.temperature = args.temperature + 1e-7  # the parent's, so that temperature 0 is greedy
-        self._vllm = VLLMSampler(args, accelerator, tokenizer, stop_ids) if args.generation == "vllm" else None
+        uses_vllm = args.generation == "vllm"
+        self._vllm = VLLMSampler(args, accelerator, self.tokenizer, reader.stop_ids) if uses_vllm else None
         self.pads, self.records = True, self._vllm is None
         self._unverified = {_ANY, _PADDED}
 
@@ -118,19 +113,21 @@ class RolloutSampler:
             response_ids, logprobs = self._generate(actors, prompt_ids, prompt_mask)
         else:
             response_ids, logprobs = self._vllm.generate(actors, prompt_ids, prompt_mask, self.temperature), None
-        lengths, ended = response_lengths(response_ids, stop_ids=self.stop_ids, pad_id=self.tokenizer.pad_token_id)
+        pad_id = self.tokenizer.pad_token_id
+        lengths, _ = response_lengths(response_ids, stop_ids=self.reader.stop_ids, pad_id=pad_id)
+        responses = [self.reader.read(ids[:n]) for ids, n in zip(response_ids.tolist(), lengths.tolist(), strict=True)]
         zeros = torch.zeros(response_ids.shape, device=device)
         rollout = Rollout(
             prompt_ids=prompt_ids,
             prompt_mask=prompt_mask,
             response_ids=response_ids,
             lengths=lengths,
-            ended=ended,
+            ended=torch.tensor([response.ended for response in responses], device=device),
             logprobs=zeros if logprobs is None else logprobs,
             ref_logprobs=zeros,
             values=zeros,
             prompts=batch["prompt"],
-            completions=self._decode(response_ids, lengths - ended.long(), batch["prompt"]),
+            completions=[r.as_completion(prompt) for r, prompt in zip(responses, batch["prompt"], strict=True)],
             columns=batch["columns"],
         )
         return self._judged(actors, rollout if self.records else self._with_logprobs(actors, rollout))
@@ -149,7 +146,7 @@ class RolloutSampler:
                     max_new_tokens=self.args.response_length,
                     temperature=self.temperature,
                     pad_id=pad_id,
-                    stop_ids=self.stop_ids,
+                    stop_ids=self.reader.stop_ids,
                 )
                 for rows, first in batches
             ]
@@ -167,14 +164,6 @@ class RolloutSampler:
             return [(part, 0) for part in rows.split(size)]
         groups = passes.equal_prompts(mask, rows)
         return [(part, int(mask[part[0]].int().argmax())) for group in groups for part in group.split(size)]
-
-    def _decode(self, ids: torch.Tensor, lengths: torch.Tensor, prompts: list[Any]) -> list[Any]:
-        rows = [row[:n] for row, n in zip(ids.tolist(), lengths.tolist(), strict=True)]
-        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
-        return [
-            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for text, prompt in zip(texts, prompts, strict=True)
-        ]
 
     def _with_logprobs(self, actors: Actors, rollout: Rollout) -> Rollout:
         """The rollout with the policy's log-probabilities by a forward pass, of responses that another engine drew.
@@ -215,8 +204,8 @@ class RolloutSampler:
     @torch.no_grad()
     def scores(self, actors: Actors, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The reward model's score of each response, and e(x) where it has one: (B,) float32 each."""
-        if self.stop_ids and self.args.score_at_end:
-            rollout = end_of_turn_rows(rollout, end_of_turn(self.tokenizer))
+        if self.reader.stop_ids and self.args.score_at_end:
+            rollout = scored_rows(rollout, self.reader)
         found, order = [], []
         for rows in self._chunks(rollout):
             passage = Passage.of(rollout, rows)

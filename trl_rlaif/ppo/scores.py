@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ def shaped_scores(
     scores: torch.Tensor,
     rollout: Rollout,
     args: Any,
-    end_ids: Sequence[int],
+    ended: torch.Tensor,
     gather: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
 ) -> torch.Tensor:
     """Scores whitened, then clipped, then less the penalties, each as far as ``args`` ask for it.
@@ -23,7 +23,7 @@ def shaped_scores(
 
     Args:
         scores: (B,) float32, after the reward transforms.
-        end_ids: The tokens that end a response; ``missing_eos_penalty`` is for one without any of them.
+        ended: (B,) bool; ``missing_eos_penalty`` is for the others.
         gather: Joins the scores of all processes.
 
     Returns:
@@ -35,9 +35,6 @@ def shaped_scores(
     if args.score_clip is not None:
         scores = scores.clamp(-args.score_clip, args.score_clip)
     if args.missing_eos_penalty is not None:
-        mask, _ = rollout.masks()
-        ends = torch.isin(rollout.response_ids, rollout.response_ids.new_tensor(end_ids))
-        ended = (ends & mask).any(1)
         scores = torch.where(ended, scores, scores - args.missing_eos_penalty)
     if args.length_penalty:
         scores = scores - args.length_penalty * rollout.lengths / args.response_length

@@ -45,6 +45,7 @@ from trl_rlaif.ppo.sampler import RolloutSampler
 from trl_rlaif.ppo.scores import KLWeight, shaped_scores
 from trl_rlaif.ppo.selection import Chosen, choose, write_selection
 from trl_rlaif.ppo.trl_base import BasePPOTrainer
+from trl_rlaif.responses import ResponseReader
 from trl_rlaif.roles import SharedBase, save_adapter
 
 if TYPE_CHECKING:
@@ -123,7 +124,8 @@ class PPOTrainer(BasePPOTrainer):
         train_dataset = tokenized(train_dataset, processing_class, model, args)
         pairs = given_pairs(rehearsal_dataset, processing_class, max_length=longest_row(model, args))
         self.rehearsal = Rehearsal(pairs)
-        self.stop_ids = stop_ids_of(args, processing_class, model)
+        stop_ids = stop_ids_of(args, processing_class, model)
+        self.reader = ResponseReader(processing_class, stop_ids, reasoning=args.reasoning, tags=args.reasoning_tags)
         configured = model.generation_config.eos_token_id
         super().__init__(
             args,
@@ -164,7 +166,7 @@ class PPOTrainer(BasePPOTrainer):
             make_lean(self.shared.peft)
             if args.bf16:
                 hold_frozen_weights(self.shared.model)
-        self._sampler = RolloutSampler(args, self.accelerator, self.processing_class, self.stop_ids)
+        self._sampler = RolloutSampler(args, self.accelerator, self.reader)
         self._batches = BatchStream(self.dataloader)
         self._minibatch_order = torch.Generator().manual_seed(self.local_seed)
         self.every_prompt = self.train_dataset
@@ -179,8 +181,8 @@ class PPOTrainer(BasePPOTrainer):
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """The tokens that count as a response's end where it is not cut there."""
-        return self.stop_ids or (self.processing_class.eos_token_id,)
+        """The tokens that count as a response's end, whether or not sampling stops there."""
+        return self.reader.stop_ids or (self.processing_class.eos_token_id,)
 
     @property
     def actors(self) -> Actors:
@@ -256,7 +258,10 @@ class PPOTrainer(BasePPOTrainer):
             scores = transform.transform(scores, rollout)
             steps[numbered(type(transform).__name__, steps)] = scores.tolist()
         self._spreads = category_spreads(rollout, steps)
-        return shaped_scores(scores, rollout, self.args, self.end_ids, self.accelerator.gather)
+        ended = rollout.ended
+        if not self.reader.stop_ids:  # as in TRL, an end within a response counts
+            ended = (torch.isin(rollout.response_ids, self.processing_class.eos_token_id) & rollout.masks()[0]).any(1)
+        return shaped_scores(scores, rollout, self.args, ended, self.accelerator.gather)
 
     def compute_rewards(self, rollout: Rollout, scores: torch.Tensor) -> torch.Tensor:
         """Rewards per token, (B, T) float32: KL paid on every token, the score at the end."""

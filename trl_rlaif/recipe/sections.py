@@ -137,6 +137,12 @@ class ModelSection(Section):
     dtype: Dtype = Field("auto", description="Type of the weights; auto takes the model's own.")
     quantization: Quantization = Field("none", description="nf4 loads the base in 4 bits with bitsandbytes.")
     lora: LoraSection = Field(default_factory=LoraSection, description="The adapters that are trained.")
+    reasoning: Literal["strip", "keep"] = Field(
+        "strip", description="Whether rewards, judges and reports see a response without its reasoning, or with it."
+    )
+    reasoning_tags: list[Text] | None = Field(
+        None, min_length=2, max_length=2, description="What reasoning begins and ends with; null: by the chat template."
+    )
     matmul_precision: Literal["highest", "high", "medium"] = Field(
         "highest", description="torch.set_float32_matmul_precision; high and medium allow TF32 and bfloat16."
     )

@@ -23,6 +23,7 @@ from trl_rlaif.models import ModelSpec, load_model, load_tokenizer, model_revisi
 from trl_rlaif.plugins import Plugins
 from trl_rlaif.progress import say
 from trl_rlaif.recipe import ComponentRef, JudgeSection, Recipe, ServerJudgeSection, prompt_folder
+from trl_rlaif.responses import ResponseReader
 from trl_rlaif.stages.categories import categorized
 from trl_rlaif.stopping import named_stop_ids, stop_ids
 
@@ -124,6 +125,13 @@ class Context:
         """The tokens that end a response of the policy: ``rl.stop_tokens``, or else the model's own."""
         named = self.recipe.rl.config.get("stop_tokens") if self.recipe.rl else None
         return stop_ids(self.tokenizer, model) if named is None else named_stop_ids(self.tokenizer, named)
+
+    def reader(self, model: PreTrainedModel) -> ResponseReader:
+        """What reads the policy's responses."""
+        section = self.recipe.model
+        return ResponseReader(
+            self.tokenizer, self.stop_ids(model), reasoning=section.reasoning, tags=section.reasoning_tags
+        )
 
     def judge(
         self, section: str | JudgeSection | ServerJudgeSection, prompt: str, base: Any = None, **options: Any

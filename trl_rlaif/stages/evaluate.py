@@ -18,13 +18,12 @@ from trl_rlaif.ppo.actors import SharedActors
 from trl_rlaif.ppo.forgetting import answer_pair, better_half, mean_nll
 from trl_rlaif.ppo.passes import Passage
 from trl_rlaif.ppo.rehearsal import as_rollout
-from trl_rlaif.ppo.rollout import end_of_turn_rows
+from trl_rlaif.ppo.rollout import scored_rows
 from trl_rlaif.progress import progress_bar
 from trl_rlaif.roles import SharedBase
 from trl_rlaif.sampling import length_batches, sample_responses, seeded
 from trl_rlaif.stages.context import Context
 from trl_rlaif.stages.judges import MAIN, ask_judges, check_servers, judged_numbers
-from trl_rlaif.stopping import end_of_turn
 
 if TYPE_CHECKING:
     from trl_rlaif.events import RehearsalPair
@@ -78,17 +77,14 @@ def _answers(
 
     The set's own numbers come with them: what was skipped, and the NLL of the start's good answers.
     """
-    length = max_new_tokens(context)
+    length, reader = max_new_tokens(context), context.reader(shared.model)
     prompts, tokens, skipped = context.encoded_prompts(source, length, shared.model, "eval_prompts")
     roles = {"start": shared.reference, "trained": "policy"}
     drawn = {
         side: _responses(context, shared, role, f"{name}: {side}", prompts, tokens, length)
         for side, role in roles.items()
     }
-    texts = {
-        side: [context.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids, *_ in responses]
-        for side, responses in drawn.items()
-    }
+    texts = {side: [reader.read(ids).answer.strip() for ids, *_ in responses] for side, responses in drawn.items()}
     numbers = {side: _of_each_prompt(context, shared, tokens, responses) for side, responses in drawn.items()}
     rows = [
         {
@@ -123,7 +119,7 @@ def _of_each_prompt(
     context: Context, shared: SharedBase, tokens: list[list[int]], responses: list[list[list[int]]]
 ) -> dict[str, list[Any]]:
     """Means over each prompt's responses, and the first one's own reward (None without a reward model)."""
-    stops, many = context.stop_ids(shared.model), len(responses[0])
+    reader, many = context.reader(shared.model), len(responses[0])
     rewards: list[Any] = [None] * len(tokens) * many
     if "reward" in shared.heads:
         rewards = rewards_of(
@@ -132,7 +128,7 @@ def _of_each_prompt(
     of_prompts = [rewards[i : i + many] for i in range(0, len(rewards), many)]
     return {
         "tokens": [statistics.fmean(len(r) for r in rs) for rs in responses],
-        "ended": [statistics.fmean(bool(r) and r[-1] in stops for r in rs) for rs in responses],
+        "ended": [statistics.fmean(reader.read(r).ended for r in rs) for rs in responses],
         "reward": [rs[0] for rs in of_prompts],
         "mean_reward": [None if None in rs else statistics.fmean(rs) for rs in of_prompts],
     }
@@ -181,12 +177,12 @@ def _responses(
 def rewards_of(context: Context, shared: SharedBase, prompts: list[list[int]], encoded: list[list[int]]) -> list[float]:
     """Scores of the reward role for responses as they were drawn, read at the end of their turns, as in PPO."""
     pairs = [answer_pair("", "", *row) for row in zip(prompts, encoded, strict=True)]
-    actors, stops, end_id = SharedActors(shared), context.stop_ids(shared.model), end_of_turn(context.tokenizer)
+    actors, reader = SharedActors(shared), context.reader(shared.model)
     scores = [0.0] * len(pairs)
     for batch in token_batches([len(p.prompt_ids) + len(p.response_ids) for p in pairs], BATCH_TOKENS):
-        rollout = as_rollout([pairs[i] for i in batch], shared.model.device, stops)
+        rollout = as_rollout([pairs[i] for i in batch], shared.model.device)
         if context.recipe.rl.config.get("score_at_end", True):
-            rollout = end_of_turn_rows(rollout, end_id)
+            rollout = scored_rows(rollout, reader)
         found = passes.scores(actors, Passage.of(rollout, torch.arange(len(batch))))[:, 0]
         for i, score in zip(batch, found.tolist(), strict=True):
             scores[i] = score

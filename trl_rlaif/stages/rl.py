@@ -112,6 +112,8 @@ def config(context: Context) -> PPOConfig:
         arguments.setdefault("stop_token", "eos")
     # Computing twice to save memory pays on a GPU.
     lean = {"gradient_checkpointing": on_gpu(), "num_sample_generations": 0}
+    model = context.recipe.model
+    lean |= {"reasoning": model.reasoning, "reasoning_tags": model.reasoning_tags}
     return PPOConfig(**lean | arguments)
 
 

@@ -15,8 +15,12 @@ from trl_rlaif.encoding import is_rendered, without_end_of_turn
 from trl_rlaif.errors import UserError
 from trl_rlaif.progress import progress_bar
 from trl_rlaif.recipe import SampleSection
+from trl_rlaif.responses import Response
 from trl_rlaif.sampling import length_batches, sample_responses, seeded
 from trl_rlaif.stages.context import Context, pair_row
+
+# What is counted of a prompt's draws, and belongs to no pair.
+_DRAWN = ("redraws", "responses", "ended")
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -81,7 +85,7 @@ def _sample_pairs(context: Context) -> dict[str, Any]:
             done |= {row["id"]: row for row in fresh}
             advance(len(fresh))
     rows = [done[prompt.id] for prompt in prompts]
-    pairs = [{k: v for k, v in row.items() if k != "redraws"} for row in rows if "dropped" not in row]
+    pairs = [{k: v for k, v in row.items() if k not in _DRAWN} for row in rows if "dropped" not in row]
     dropped = dict(Counter(row["dropped"] for row in rows if "dropped" in row))
     if not pairs:
         raise UserError("No prompt gave two different responses.", fix="Raise sample.temperature or sample.redraws.")
@@ -92,6 +96,7 @@ def _sample_pairs(context: Context) -> dict[str, Any]:
         "pairs": len(pairs),
         "dropped": skipped | dropped,
         "redrawn": sum(row["redraws"] > 0 for row in rows),
+        "ended": _share_ended(rows),
         "seconds": time.monotonic() - started,
     }
 
@@ -121,7 +126,8 @@ class _Sampler:
 
     def draw(self, prompts: list[Prompt], tokens: list[list[int]]) -> list[dict[str, Any]]:
         """A row for each prompt: a pair, or ``dropped`` with the reason."""
-        responses: dict[str, list[str]] = {prompt.id: [] for prompt in prompts}
+        responses: dict[str, list[Response]] = {prompt.id: [] for prompt in prompts}
+        reader = self.context.reader(self.model)
         redraws = dict.fromkeys(responses, 0)
         missing = list(range(len(prompts)))
         for attempt in range(self.section.redraws + 1):
@@ -135,28 +141,38 @@ class _Sampler:
                     max_new_tokens=self.section.max_new_tokens,
                     temperature=self.section.temperature,
                     top_p=self.section.top_p,
-                    stop_ids=self.context.stop_ids(self.model),
+                    stop_ids=reader.stop_ids,
+                    keep_end=True,
                 )
-            for prompt_id, texts in zip(ids, drawn, strict=True):
-                responses[prompt_id] += self._texts(texts)
+            for prompt_id, of_prompt in zip(ids, drawn, strict=True):
+                responses[prompt_id] += map(reader.read, of_prompt)
                 redraws[prompt_id] = attempt
             missing = [i for i in missing if len(_different(responses[prompts[i].id])) < 2]
             if not missing:
                 break
         return [self._row(p, responses[p.id], redraws[p.id]) for p in prompts]
 
-    def _texts(self, drawn: list[list[int]]) -> list[str]:
-        return [t.strip() for t in self.context.tokenizer.batch_decode(drawn, skip_special_tokens=True)]
-
     @staticmethod
-    def _row(prompt: Prompt, responses: list[str], redraws: int) -> dict[str, Any]:
+    def _row(prompt: Prompt, responses: list[Response], redraws: int) -> dict[str, Any]:
+        drawn = {"redraws": redraws, "responses": len(responses), "ended": sum(r.ended for r in responses)}
         different = _different(responses)
         if len(different) < 2:
-            reason = "responses are identical" if different else "empty response"
-            return {"id": prompt.id, "dropped": reason, "redraws": redraws}
-        pair = Pair(prompt.id, prompt.prompt, *different[:2], prompt.category, None, prompt.extra)
-        return pair_row(pair) | {"redraws": redraws}
+            cut = "reasoning without an answer" if any(r.reasoning for r in responses) else "empty response"
+            return {"id": prompt.id, "dropped": "responses are identical" if different else cut, **drawn}
+        first, second, *_ = different
+        reasoning = {"reasoning_1": first.reasoning, "reasoning_2": second.reasoning}
+        extra = prompt.extra | {name: text for name, text in reasoning.items() if text is not None}
+        answers = first.answer.strip(), second.answer.strip()
+        return pair_row(Pair(prompt.id, prompt.prompt, *answers, prompt.category, None, extra)) | drawn
 
 
-def _different(responses: list[str]) -> list[str]:
-    return list(dict.fromkeys(text for text in responses if text))
+def _different(responses: list[Response]) -> list[Response]:
+    """The first of each answer, without empty ones."""
+    by_answer: dict[str, Response] = {}
+    for response in responses:
+        by_answer.setdefault(response.answer.strip(), response)
+    return [response for answer, response in by_answer.items() if answer]
+
+
+def _share_ended(rows: list[dict[str, Any]]) -> float:
+    return sum(row["ended"] for row in rows) / sum(row["responses"] for row in rows)

@@ -1,0 +1,147 @@
+"""Responses of models that reason: the answer, the reasoning beside it, and the tokens that a reward model reads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.ppo import prompts, small_trainer
+from helpers.tiny import CHAT_TEMPLATE, make_llama, make_tokenizer
+
+from trl_rlaif.encoding import encode_response
+from trl_rlaif.errors import UserError
+from trl_rlaif.events import RehearsalPair
+from trl_rlaif.ppo.rehearsal import as_rollout
+from trl_rlaif.responses import ResponseReader
+
+# An assistant's message with its reasoning as the templates of Qwen3, of DeepSeek R1 (whose prompt opens the block),
+# and of gpt-oss write it, in short.
+_TURNS = "{% for m in messages %}{{ '<|start|>' + m['role'] }}{% if m['role'] == 'assistant' %}"
+_END = "{% else %}{{ '\n' + m['content'] }}{% endif %}{{ '<|end|>' }}{% endfor %}{% if add_generation_prompt %}"
+QWEN = (
+    _TURNS
+    + "{{ '\n<think>\n' + (m['reasoning_content'] or '') + '\n</think>\n\n' + m['content'] }}"
+    + _END
+    + "{{ '<|start|>assistant\n' }}{% if enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    + "{% endif %}"
+)
+OPENED = (
+    _TURNS
+    + "{{ '\n' + m['content'].split('</think>')[-1] }}"
+    + _END
+    + "{{ '<|start|>assistant\n<think>\n' }}{% endif %}"
+)
+CHANNELS = (
+    _TURNS
+    + "{% if m['thinking'] %}{{ '<|channel|>analysis<|message|>' + m['thinking'] + '<|close|><|start|>assistant' }}"
+    + "{% endif %}{{ '<|channel|>final<|message|>' + m['content'] }}"
+    + _END
+    + "{{ '<|start|>assistant' }}{% endif %}"
+)
+
+
+def make(template, tags=True):
+    tokenizer = make_tokenizer()
+    if tags:
+        tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.add_tokens(["<|channel|>", "<|message|>", "<|close|>"], special_tokens=True)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def read(tokenizer, text, **options):
+    """What the reader makes of these tokens, and the text of the answer's."""
+    reader = ResponseReader(tokenizer, (tokenizer.eos_token_id,), **options)
+    response = reader.read(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return response.answer, response.reasoning, response.ended, tokenizer.decode(response.answer_ids)
+
+
+CASES = [
+    (QWEN, "<think>\nhm\n</think>\n\nthe dog<|end|>", ("the dog", "hm", True, "the dog")),
+    (QWEN, "<think>\n\n</think>\n\nthe dog<|end|>", ("the dog", None, True, "the dog")),
+    (QWEN, "the dog<|end|>", ("the dog", None, True, "the dog")),
+    (QWEN, "<think>\nhm\n</think>\n\nthe", ("the", "hm", False, "the")),
+    (QWEN, "<think>\nhm", ("", "hm", False, "")),
+    (QWEN, "<think>\nhm<|end|>", ("", "hm", False, "")),  # reasoning that never ended is a response that was cut
+    (QWEN, "<think>hm</think>a </think> b<|end|>", ("a </think> b", "hm", True, "a </think> b")),  # nothing hides
+    (OPENED, "hm\n</think>\n\nthe dog<|end|>", ("the dog", "hm", True, "the dog")),
+    (OPENED, "hm, the dog<|end|>", ("", "hm, the dog", False, "")),
+    (
+        CHANNELS,
+        "<|channel|>analysis<|message|>hm<|close|><|start|>assistant<|channel|>final<|message|>the dog<|end|>",
+        ("the dog", "hm", True, "the dog"),
+    ),
+    (CHANNELS, "<|channel|>final<|message|>the dog<|end|>", ("the dog", None, True, "the dog")),
+    (CHANNELS, "<|channel|>analysis<|message|>hm<|close|><|start|>assistant", (
+        "", "hm<|close|><|start|>assistant", False, "")),
+    (CHAT_TEMPLATE, "<think>hm</think>the dog<|end|>", ("the dog", "hm", True, "the dog")),  # by the vocabulary
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("template", "text", "expected"), CASES)
+def test_reasoning_is_told_from_the_answer(template, text, expected):
+    assert read(make(template), text) == expected
+
+
+def test_reasoning_may_be_kept_and_is_where_no_tags_are_known():
+    text = "<think>\nhm\n</think>\n\nthe dog<|end|>"
+    kept = text.removesuffix("<|end|>")
+    assert read(make(QWEN), text, reasoning="keep") == (kept, None, True, kept)
+    assert read(make(CHAT_TEMPLATE, tags=False), text) == (kept, None, True, kept)
+
+
+def test_tags_can_be_named():
+    tokenizer = make(CHAT_TEMPLATE, tags=False)
+    found = read(tokenizer, "[thought]hm[answer] the dog<|end|>", tags=["[thought]", "[answer]"])
+    assert found == (" the dog", "hm", True, " the dog")
+    with pytest.raises(UserError, match="reasoning_tags"):
+        ResponseReader(tokenizer, (), tags=["<think>"])
+
+
+def test_without_stop_tokens_nothing_has_ended():
+    tokenizer = make(QWEN)
+    assert not ResponseReader(tokenizer, ()).read([5, tokenizer.eos_token_id]).ended
+
+
+@pytest.mark.parametrize("answer", ["the dog", "<table>\n\n狐狸 🦊</table>", "`a<b`\n\n  and"])
+def test_the_reward_model_reads_an_answer_in_the_tokens_that_it_was_trained_on(answer):
+    tokenizer = make(QWEN)
+    reader = ResponseReader(tokenizer, (tokenizer.eos_token_id,))
+    sampled = tokenizer(f"<think>\nhm\n</think>\n\n{answer}<|end|>", add_special_tokens=False)["input_ids"]
+    assert reader.row(sampled) == reader.row(sampled[:-1]) == encode_response(tokenizer, answer)
+
+
+def test_in_ppo_rewards_see_answers_and_the_reasoning_beside_them(tmp_path):
+    seen = []
+
+    def watch(completions, completion_ids, **_):
+        seen.extend(zip([message for [message] in completions], completion_ids, strict=True))
+        return [0.0] * len(completions)
+
+    tokenizer = make(QWEN)
+    trainer = small_trainer(
+        tmp_path, dataset=prompts(chat=True), model=make_llama(len(tokenizer)),
+        trainer_kwargs={"reward_funcs": [watch]}, missing_eos_penalty=2.0,
+    )  # fmt: skip
+    trainer.reader = trainer._sampler.reader = ResponseReader(tokenizer, (tokenizer.eos_token_id,))
+    texts = ["<think>\nhm\n</think>\n\nthe dog<|end|>", "<think>\nhm<|end|>"]
+    rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+    def generate(_actors, prompt_ids, _mask):
+        width = max(map(len, rows))
+        padded = [rows[i % 2] + [tokenizer.pad_token_id] * (width - len(rows[i % 2])) for i in range(len(prompt_ids))]
+        return torch.tensor(padded), torch.zeros(len(padded), width)
+
+    trainer._sampler._generate, trainer._sampler._unverified = generate, set()
+    rollout = trainer.sample(next(trainer._batches))
+    scores = trainer.transform(trainer.score(rollout), rollout)
+    finished = {"role": "assistant", "content": "the dog", "reasoning_content": "hm"}
+    assert seen[:2] == [(finished, rows[0]), ({**finished, "content": ""}, rows[1])]
+    assert rollout.ended.tolist() == [True, False] * 2
+    assert scores.tolist() == [0.0, -2.0] * 2
+
+
+def test_a_rehearsal_pair_is_trained_on_as_it_was_sampled():
+    """What is stripped for rewards stays in what the policy learns from."""
+    ids = [5, 6, 2]
+    rollout = as_rollout([RehearsalPair("", "", None, None, "", [4], ids)], torch.device("cpu"))
+    assert rollout.response_ids.tolist() == [ids] and rollout.ended.all()
