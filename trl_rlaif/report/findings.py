@@ -212,7 +212,16 @@ def _about_reward(run: Run) -> str:
     amount = number(section(run.results, "reward").get("eval_pairs"))
     pairs = count(amount, "held-out pair") or "the held-out pairs"
     between = f" (interval {accuracy.interval_text})" if accuracy.interval_text else ""
-    return f"The reward model ranks {accuracy.text} of {pairs} as their labels do{between}."
+    ranking = f"The reward model ranks {accuracy.text} of {pairs} as their labels do{between}."
+    without = section(run.results, "reward", "without_end")
+    correlation, difference = number(without.get("correlation")), number(without.get("difference"))
+    if correlation is None or difference is None:
+        return ranking
+    return (
+        f"{ranking} It scores a response at the end of its turn, which is appended to one that was cut at the length "
+        f"limit. Read at the token before, scores would correlate with these at {correlation:.2f}, and ending would be "
+        f"worth {scores(difference, sign=True)[0]} by itself."
+    )
 
 
 def _about_rl(run: Run) -> str:
@@ -226,6 +235,9 @@ def _about_rl(run: Run) -> str:
     if first is not None and last is not None:
         change = "{} to {}".format(*scores(first, last))
         sentence += f", and the score on its own training prompts went from {change}"
+    ended = [number(result.get(f"ended_{when}")) for when in ("first", "last")]
+    if None not in ended:
+        sentence += "; of its responses {} ended by themselves at first, {} at last".format(*map(percent, ended))
     return sentence + "."
 
 
@@ -289,7 +301,9 @@ def _did(stage: str, result: dict[str, Any]) -> str:
     if stage == "sample":
         redrawn = number(result.get("redrawn"))
         again = f"{count(redrawn)} redrawn" if redrawn else ""
-        parts = [amount("prompts", "prompt"), amount("pairs", "pair"), again]
+        share = number(result.get("ended"))
+        ended = f"{percent(share)} of the responses ended by themselves" if share is not None else ""
+        parts = [amount("prompts", "prompt"), amount("pairs", "pair"), again, ended]
     elif stage == "label":
         confidence = number(result.get("mean_confidence"))
         labeled, pairs = number(result.get("labeled")), number(result.get("pairs"))

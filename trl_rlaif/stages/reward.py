@@ -162,6 +162,10 @@ def _held_out_numbers(context: Context, trainer: Any, held_out: Dataset) -> dict
     if not raw.isfinite().all():
         raise RunError("The reward model's scores are not finite: its training has diverged.",
                        fix="Lower reward.learning_rate.")  # fmt: skip
+    without_end = [
+        {**row, "chosen_ids": row["chosen_ids"][:-1], "rejected_ids": row["rejected_ids"][:-1]} for row in held_out
+    ]
+    cut = torch.cat(score_pairs(trainer.model, without_end, trainer.data_collator, size, trainer.batch_tokens)[:2])
     labels, people = _ranking(chosen.tolist(), rejected.tolist(), held_out)
     names: list[str] = []
     for ref in context.recipe.reward.transforms:
@@ -177,9 +181,20 @@ def _held_out_numbers(context: Context, trainer: Any, held_out: Dataset) -> dict
         "ece": calibration_error(torch.sigmoid(chosen - rejected).tolist(), choices(held_out["p"])),
         "scores": category_figures(raw.tolist(), categories * 2)
         | {"accuracy": {name: of["rate"] for name, of in labels["by_category"].items()} if labels else {}},
+        "without_end": _without_end(raw, cut),
         "after_each": dict(zip(names, figures, strict=True)),
         "transformed": figures[-1] if figures else None,
     }
+
+
+def _without_end(scores: torch.Tensor, cut: torch.Tensor) -> dict[str, float | None]:
+    """How scores read at the end of a turn relate to those read at the last token before it, at which none is trained.
+
+    Nobody uses the latter: that token is appended to a response that was cut. They tell what it would cost otherwise.
+    """
+    both = torch.stack((scores, cut)).double()
+    correlation = torch.corrcoef(both)[0, 1].item() if both.std(1).min() > 0 else None
+    return {"correlation": correlation, "difference": (both[0] - both[1]).mean().item()}
 
 
 def _ranking(

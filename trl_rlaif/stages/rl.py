@@ -240,6 +240,8 @@ def _numbers(trainer: Any, skipped: dict[str, int]) -> dict[str, Any]:
             "score_first": logged[0]["objective/scores"],
             "score_last": logged[-1]["objective/scores"],
             "kl_last": logged[-1]["objective/kl"],
+            "ended_first": logged[0]["rollout/ended"],
+            "ended_last": logged[-1]["rollout/ended"],
         }
         numbers["spread_last"] = _last_spreads(logged[-10:])
     if logged and "rehearsal/nll" in logged[0]:
