@@ -148,6 +148,7 @@ def test_repeated_ids_name_both_rows(write):
         ({"chosen": "It is black", "rejected": "It is blue"}, "It is", " black", " blue"),
         ({"chosen": "Q?\nA: Yes", "rejected": "Q?\nA: Yes, so"}, "Q?\nA:", " Yes", " Yes, so"),
         ({"chosen": "Q?\nYes", "rejected": "Q?\nNo"}, "Q?\n", "Yes", "No"),
+        ({"chosen": "Is it?\nYes", "rejected": "Is it?\nNo"}, "Is it?\n", "Yes", "No"),
         ({"chosen": "天空？蓝", "rejected": "天空？绿"}, "天空？", "蓝", "绿"),
     ],
 )

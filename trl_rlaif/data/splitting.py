@@ -150,7 +150,7 @@ def split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
     if chosen.strip() == rejected.strip():
         raise RowSkip(IDENTICAL)
     cut = _shared(chosen, rejected)
-    word = re.search(r"(?<=\s)\S+$", chosen[:cut])
+    word = re.search(r"(?<=\s)\S+\Z", chosen[:cut])
     if word and any(text[cut : cut + 1].strip() for text in (chosen, rejected)):
         cut = word.start()
     if chosen[cut - 1 : cut] == " ":
