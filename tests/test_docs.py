@@ -160,7 +160,7 @@ def test_the_docs_name_the_whole_test_kit():
     assert not missing
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/plugins.md", "docs/stock_trl.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/data.md", "docs/plugins.md", "docs/stock_trl.md"])
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     headings = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, re.M)}
