@@ -54,6 +54,7 @@ def run(
     from trl_rlaif.plugins import installed_plugins
     from trl_rlaif.progress import say
     from trl_rlaif.recipe import parse_recipe
+    from trl_rlaif.recipe.inputs import check_data
     from trl_rlaif.runner import active_stages, run_recipe
 
     plugins = installed_plugins()
@@ -66,6 +67,9 @@ def run(
             f"A recipe with 'compare' runs as a whole, without {'--only' if stages else '--shard'}.",
             fix="Leave it out; --resume skips what is complete.",
         )
+    if not resume and not stages:
+        for each in parsed.arms.values() or [parsed]:
+            check_data(each)
     try:
         if parsed.arms:
             folder = run_comparison(parsed, plugins, place, resume=resume, command=command)
@@ -85,9 +89,12 @@ def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
     from trl_rlaif.plugins import installed_plugins
     from trl_rlaif.recipe import parse_recipe
     from trl_rlaif.recipe.base_model import check_base
+    from trl_rlaif.recipe.inputs import check_data
     from trl_rlaif.runner import active_stages
 
     parsed = parse_recipe(recipe, overrides=set_ or (), registry=installed_plugins().registry)
+    for each in parsed.arms.values() or [parsed]:
+        check_data(each)
     check_base(parsed)
     if not parsed.arms:
         typer.echo(f"{parsed.source}: good. Stages: {', '.join(active_stages(parsed))}")

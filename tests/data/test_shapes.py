@@ -51,6 +51,8 @@ SYSTEM = {"role": "system", "content": "Be kind."}
         (ALPACA, "Add.\n\n1 2", {"output": "3"}),
         ({**ALPACA, "input": ""}, "Add.", {"output": "3"}),
         ({"instruction": "Add."}, "Add.", {}),
+        ({"instruction": "Sky?", "system": "Be kind."}, [SYSTEM, USER], {}),
+        ({"instruction": "Sky?", "system": ""}, [USER], {}),
         ({"conversations": [{"from": "human", "value": "Sky?"}, {"from": "gpt", "value": "Blue."}]}, [USER], {}),
         (
             {"system": "Be kind.", "conversations": [{"from": "human", "value": "Sky?"}]},

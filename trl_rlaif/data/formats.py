@@ -28,7 +28,7 @@ from trl_rlaif.data.transcripts import is_transcript, parse_transcript
 # The columns in which a prompt is looked for, in this order; of Alpaca's, "input" goes with "instruction".
 PROMPT_KEYS = ("prompt", "messages", "conversations", "instruction")
 # What belongs to a prompt beside them.
-_BESIDE = {"instruction": {"input"}, "messages": {"system"}, "conversations": {"system"}}
+_BESIDE = {"instruction": {"input", "system"}, "messages": {"system"}, "conversations": {"system"}}
 # The columns of a list of responses, of which each has a score.
 SCORED_KEYS = ("responses", "completions")
 # What a row of a preference file says of its responses, which is no concern of its prompt.
@@ -45,8 +45,8 @@ COLUMNS = (*PROMPT_COLUMNS, *RESPONSE_KEYS, "output", "text")
 def find_prompt(row: dict[str, Any]) -> str | list[Message] | None:
     """The prompt of the columns that hold nothing else; None where the row has no such column.
 
-    That is ``prompt``; ``messages`` or ``conversations`` up to the answer, with a ``system`` column in front; or
-    Alpaca's ``instruction``, and ``input`` after a blank line.
+    That is ``prompt``; ``messages`` or ``conversations`` up to the answer; or Alpaca's ``instruction``, and ``input``
+    after a blank line. With the last three, a column ``system`` is the first turn.
     """
     key = next((key for key in PROMPT_KEYS if row.get(key) is not None), None)
     key = key or next((key for key in PROMPT_KEYS if key in row), None)
@@ -55,7 +55,8 @@ def find_prompt(row: dict[str, Any]) -> str | list[Message] | None:
     if key == "prompt":
         return parse_prompt(row["prompt"])
     if key == "instruction":
-        return parse_prompt(alpaca_prompt(row), key)
+        prompt = parse_prompt(alpaca_prompt(row), key)
+        return with_system(row, [{"role": "user", "content": prompt}]) if "system" in row else prompt
     turns = before_answer(row[key], key)
     return parse_prompt(with_system(row, turns) if turns else turns, key)
 

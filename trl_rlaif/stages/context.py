@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from trl_rlaif import several
 from trl_rlaif.artifacts import RunFolder, read_lines
 from trl_rlaif.contracts import Origin, guarded
-from trl_rlaif.data import Pair, load_prompts
+from trl_rlaif.data import Pair
 from trl_rlaif.encoding import PromptLike, chat_prompt, encode_prompt, is_rendered
 from trl_rlaif.errors import UserError
 from trl_rlaif.judging import Judge, JudgePrompt, LocalJudge
@@ -23,6 +23,7 @@ from trl_rlaif.models import ModelSpec, load_model, load_tokenizer, model_revisi
 from trl_rlaif.plugins import Plugins
 from trl_rlaif.progress import say
 from trl_rlaif.recipe import ComponentRef, JudgeSection, Recipe, ServerJudgeSection, prompt_folder
+from trl_rlaif.recipe.inputs import read_prompts
 from trl_rlaif.responses import ResponseReader
 from trl_rlaif.stages.categories import categorized
 from trl_rlaif.stopping import named_stop_ids, stop_ids
@@ -222,8 +223,7 @@ class Context:
         Raises:
             UserError: No prompt is left.
         """
-        data = self.recipe.data
-        loaded = load_prompts(source, category=data.category, columns=data.columns_of(key))
+        loaded = read_prompts(self.recipe, source, key)
         self.say_of_prompts(source, [prompt.prompt for prompt in loaded.items])
         skipped = loaded.skip_counts()
         limit = (getattr(base.config.get_text_config(), "max_position_embeddings", None) or 10**9) - room

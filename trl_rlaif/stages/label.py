@@ -8,13 +8,14 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from trl_rlaif.artifacts import write_folder
-from trl_rlaif.data import Pair, load_pairs
+from trl_rlaif.data import Pair
 from trl_rlaif.errors import RunError, UserError
 from trl_rlaif.labels import LabelStore, Setup
 from trl_rlaif.labels.calibration import Calibration, check_choices, held_out
 from trl_rlaif.labels.store import Plan, pair_key
 from trl_rlaif.measures import agreement, calibration_error, compare_agreement, position_bias, summarize_mass
 from trl_rlaif.progress import progress_bar, say
+from trl_rlaif.recipe.inputs import read_calibration
 from trl_rlaif.stages.context import Context, LabelTask
 
 if TYPE_CHECKING:
@@ -165,13 +166,9 @@ def _of_shard(context: Context, rows: _Rows, pairs: list[Pair]) -> dict[str, Any
 
 def _judged_by_people(context: Context) -> list[Pair] | None:
     """The pairs of label.calibration, read and checked before the judge's first answer; None without the key."""
-    path, data = context.recipe.label.calibration, context.recipe.data
-    if path is None:
+    if context.recipe.label.calibration is None:
         return None
-    pairs = load_pairs(
-        path, seed=context.recipe.run.seed, columns=data.columns_of("calibration"), scored=data.scored_pairs
-    )
-    judged = [p for p in pairs.items if p.human in (1, 2)]
+    judged = [p for p in read_calibration(context.recipe).items if p.human in (1, 2)]
     check_choices([pair.human for pair in judged])
     return judged
 

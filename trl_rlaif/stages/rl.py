@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from trl_rlaif.artifacts import write_atomically, write_folder
 from trl_rlaif.contracts import Origin, picked
-from trl_rlaif.data import load_rows
 from trl_rlaif.errors import UserError
 from trl_rlaif.recipe import ComponentRef
+from trl_rlaif.recipe.inputs import read_rehearsal
 from trl_rlaif.stages.context import Context
 
 if TYPE_CHECKING:
@@ -190,15 +190,9 @@ def prompts(context: Context, base: Any, room: int) -> tuple[Dataset, dict[str, 
 def _rehearsal(context: Context) -> Dataset | None:
     from datasets import Dataset
 
-    source = context.recipe.rl.rehearsal
-    if source is None:
+    if context.recipe.rl.rehearsal is None:
         return None
-    columns = context.recipe.data.columns_of("rehearsal")
-    rows = load_rows(source, columns=columns, read=("prompt", "completion"))
-    lacking = [i for i, row in enumerate(rows, 1) if not row.get("prompt") or not row.get("completion")]
-    if lacking:
-        what = f"{len(lacking)} rows to rehearse lack 'prompt' or 'completion'; the first is row {lacking[0]}."
-        raise UserError(what, where=source)
+    rows = read_rehearsal(context.recipe)
     return Dataset.from_list([{"prompt": context.chat(row["prompt"]), "completion": row["completion"]} for row in rows])
 
 

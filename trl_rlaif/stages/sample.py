@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trl_rlaif.artifacts import append_lines, read_lines, to_line, write_atomically
-from trl_rlaif.data import Pair, Prompt, load_pairs
+from trl_rlaif.data import Pair, Prompt
 from trl_rlaif.data.splitting import unusable
 from trl_rlaif.encoding import is_rendered, without_end_of_turn
 from trl_rlaif.errors import UserError
 from trl_rlaif.progress import progress_bar
 from trl_rlaif.recipe import SampleSection
+from trl_rlaif.recipe.inputs import read_pairs
 from trl_rlaif.responses import Response
 from trl_rlaif.sampling import length_batches, sample_responses, seeded
 from trl_rlaif.stages.context import Context, pair_row
@@ -29,16 +30,8 @@ def run(context: Context) -> dict[str, Any]:
 
 
 def _read_pairs(context: Context) -> dict[str, Any]:
-    data, started = context.recipe.data, time.monotonic()
-    loaded = load_pairs(
-        data.pairs,
-        format=data.format,
-        category=data.category,
-        seed=context.recipe.run.seed,
-        columns=data.columns_of("pairs"),
-        scored=data.scored_pairs,
-    )
-    context.say_of_prompts(data.pairs, [pair.prompt for pair in loaded.items])
+    started, loaded = time.monotonic(), read_pairs(context.recipe)
+    context.say_of_prompts(context.recipe.data.pairs, [pair.prompt for pair in loaded.items])
     pairs, dropped = [], Counter(loaded.skip_counts())
     for pair in (_without_control_tokens(context, pair) for pair in loaded.items):
         reason = unusable(pair.response_1, pair.response_2)

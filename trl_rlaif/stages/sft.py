@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_rlaif.artifacts import write_folder
-from trl_rlaif.data import load_finetuning
+from trl_rlaif.recipe.inputs import read_finetuning
 from trl_rlaif.stages.context import Context
 from trl_rlaif.trl_version import check_trl
 
@@ -22,9 +22,7 @@ def run(context: Context) -> dict[str, Any]:
 
     section = context.recipe.sft
     started = time.monotonic()
-    names = context.recipe.data.columns_of("sft")
-    rows = load_finetuning(section.data, names=names, chat=bool(context.tokenizer.chat_template))
-    dataset = Dataset.from_list(rows)
+    dataset = Dataset.from_list(read_finetuning(context.recipe, chat=bool(context.tokenizer.chat_template)))
     arguments = context.trainer_arguments("sft", section.config)
     base = context.load_base()
     trainer = SFTTrainer(
