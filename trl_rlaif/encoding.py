@@ -140,8 +140,13 @@ class RenderedText(str):
     __slots__ = ()
 
 
-def _openings(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+def _openings(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
     """The control tokens with which the chat template begins, whoever speaks first."""
+    return _openings_of(tokenizer, str(tokenizer.chat_template), tokenizer.bos_token)
+
+
+@lru_cache(maxsize=8)  # rendering is too slow for every prompt
+def _openings_of(tokenizer: PreTrainedTokenizerBase, template: str, bos: str | None) -> frozenset[str]:
     pattern, found = _control_tokens(tokenizer).all, set()
     for roles in (("user",), ("system", "user")):
         try:
@@ -152,16 +157,14 @@ def _openings(tokenizer: PreTrainedTokenizerBase) -> set[str]:
         while pattern is not None and (token := pattern.match(rendered)):
             found.add(token[0])
             rendered = rendered[token.end() :]
-    return found
+    return frozenset(found)
 
 
 def is_rendered(prompt: PromptLike, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a text was rendered by a chat template: it begins with a control token as the tokenizer's own does."""
-    pattern = _control_tokens(tokenizer).all
-    if not isinstance(prompt, str) or not tokenizer.chat_template or pattern is None:
+    if not isinstance(prompt, str) or not tokenizer.chat_template:
         return False
-    token = pattern.match(prompt)
-    return token is not None and token[0] in _openings(tokenizer)
+    return prompt.startswith(tuple(_openings(tokenizer)))
 
 
 def as_rendered(prompt: PromptLike, tokenizer: PreTrainedTokenizerBase) -> PromptLike:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 Message = dict[str, str]
-"""One turn of a conversation: ``{"role": "system" | "user" | "assistant", "content": text}``."""
+"""One turn of a conversation: ``{"role": "system" | "user" | "assistant" | "tool", "content": text}``."""
 
 T = TypeVar("T")
 
@@ -18,7 +18,8 @@ class Prompt:
 
     Args:
         id: Unique within its source.
-        prompt: A text, or a conversation that ends with a user turn. Never blank.
+        prompt: A text, or a conversation that ends with the turn to be answered (a user's or a tool's), or with an
+            assistant's, which the response continues. Never blank.
         category: The kind of prompt, if the data says.
         extra: The other columns of the row, as they were.
     """
@@ -35,7 +36,8 @@ class Pair:
 
     Args:
         id: Unique within its source.
-        prompt: A text, or a conversation that ends with a user turn. Never blank.
+        prompt: A text, or a conversation that ends with the turn to be answered (a user's or a tool's), or with an
+            assistant's, which the response continues. Never blank.
         response_1: The first response.
         response_2: The second response. The order says nothing about which one is better.
         category: The kind of prompt, if the data says.
