@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from bitsandbytes.optim import AdamW8bit
+from helpers.families import make_family
 from helpers.tiny import make_gpt2, make_llama
 from peft import LoraConfig
 from transformers import Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config
@@ -83,8 +85,9 @@ def test_adapters(targets):
     assert {p.dtype for p in made} == {torch.float32}
 
 
-def test_adapters_of_another_architecture():
-    model = make_gpt2()
+@pytest.mark.parametrize("make", [make_gpt2, partial(make_family, "gemma3")])
+def test_adapters_of_another_architecture(make):
+    model = make()
     found = adapter(ModelShape.from_config(model.config), LoraSection(r=4))
     shared = SharedBase(model, LoraConfig(r=4, target_modules="all-linear"))
     assert found.numel == sum(p.numel() for name, p in shared.named_parameters() if ".policy." in name)
