@@ -50,7 +50,14 @@ def test_targets_that_cannot_work_are_refused_with_targets_that_can(kind, reason
     assert changed.isfinite().all() and not torch.allclose(plain, changed)
 
 
-def test_so_does_the_reward_trainer(tmp_path):
+def test_an_adapter_that_would_change_nothing_is_refused():
+    """Mamba multiplies by dt_proj's weight itself: an adapter around that layer gets no gradient, and says nothing."""
+    with pytest.raises(UserError, match="without calling them") as caught:
+        SharedBase(make_family("mamba"), LoraConfig(r=2, target_modules=["dt_proj"]))
+    assert caught.value.problems[0].fix.endswith("[in_proj, x_proj].")
+
+
+def test_the_reward_trainer_refuses_them_too(tmp_path):
     folder = save_family("mamba2", tmp_path / "model")
     with pytest.raises(UserError, match=r"target_modules: \[in_proj\]"):
         RewardTrainer(

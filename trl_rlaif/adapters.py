@@ -74,21 +74,22 @@ def beside_text(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _check_targets(config: LoraConfig, kind: type[PreTrainedModel], model_config: PretrainedConfig) -> None:
-    """Try the adapter on a twin of the model that has no weights."""
-    with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+    """Try the adapter on twins of the model that have no weights: where PEFT raises, it leaves a half-made adapter."""
+
+    def refusal(config: LoraConfig) -> str | None:
+        return _refusal(kind(copy.deepcopy(model_config)), copy.deepcopy(config))
+
+    with torch.device("meta"), torch.no_grad(), warnings.catch_warnings(action="ignore"):
         try:
             twin = kind(copy.deepcopy(model_config))
         except Exception:  # a class that is made in another way: PEFT has the last word then
             return
-        reason = _refusal(twin, config)
+        reason = refusal(config)
         if reason is None:
             return
-        names = {
-            name.rpartition(".")[2]
-            for name, module in backbone(twin).named_modules()
-            if isinstance(module, nn.Linear | Conv1D)
-        }
-        good = [name for name in sorted(names) if _refusal(twin, LoraConfig(target_modules=[name])) is None]
+        linears = [name for name, part in backbone(twin).named_modules() if isinstance(part, nn.Linear | Conv1D)]
+        names = sorted({name.rpartition(".")[2] for name in linears})
+        good = [name for name in names if refusal(LoraConfig(target_modules=[name])) is None]
     raise UserError(
         f"No adapter can work on target_modules {_shown(config.target_modules)} of {kind.__name__}: {reason}",
         fix=f"These can have one: target_modules: [{', '.join(good)}].",
@@ -96,15 +97,32 @@ def _check_targets(config: LoraConfig, kind: type[PreTrainedModel], model_config
 
 
 def _refusal(twin: PreTrainedModel, config: LoraConfig) -> str | None:
-    """Why an adapter cannot work on a model, or None where it can; the model is left without one."""
+    """Why an adapter cannot work on a model, or None where it can."""
     try:
-        peft = get_peft_model(twin, copy.deepcopy(config))
+        peft = get_peft_model(twin, config)
     except ValueError as error:
         return str(error).strip().rstrip(".") + "."
-    layers = {name.rpartition(".")[2]: layer for name, layer in peft.named_modules() if isinstance(layer, LoraLayer)}
-    odd = sorted(name for name, layer in layers.items() if not _gives_tensor(layer.get_base_layer()))
-    peft.unload()
-    return f"{', '.join(odd)} gives more than a tensor, to which nothing can be added." if odd else None
+    layers = {name: layer for name, layer in peft.named_modules() if isinstance(layer, LoraLayer)}
+    odd = {name.rpartition(".")[2] for name, layer in layers.items() if not _gives_tensor(layer.get_base_layer())}
+    if odd:
+        return f"{', '.join(sorted(odd))} gives more than a tensor, to which nothing can be added."
+    if _all_idle(twin, list(layers.values())):
+        return "the model reads these layers' weights without calling them, so that an adapter would change nothing."
+    return None
+
+
+def _all_idle(twin: PreTrainedModel, layers: list[LoraLayer]) -> bool:
+    """Whether a forward pass calls none of these layers, as Mamba its dt_proj; False where that cannot be tried."""
+    called: list[nn.Module] = []
+    hooks = [layer.register_forward_hook(lambda layer, *_: called.append(layer)) for layer in layers]
+    try:
+        twin(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False)
+        return not called
+    except Exception:  # without values, experts cannot be chosen, say
+        return False
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _gives_tensor(layer: nn.Module) -> bool:

@@ -30,6 +30,7 @@ _LINEAR = {
 _TEXT = {
     "granite": _USUAL,
     "doge": _USUAL,
+    "mamba": {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8},
     "mamba2": _MAMBA | {"n_groups": 1, "expand": 2, "chunk_size": 32},
     "falcon": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True}
     | {"new_decoder_architecture": False, "multi_query": False},
