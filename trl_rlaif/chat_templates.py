@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
+from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from trl_rlaif.errors import UserError
@@ -26,6 +28,18 @@ _SAID_THOUGHT = re.compile(r"\s*(?:<think>|\[THINK\])?(.*?)(?:</think>|\[/THINK\
 # What a generation prompt says that leaves the model in the midst of its thoughts, unless it is closed again.
 _THINKS = re.compile(r"think|thought|reason|analysis", re.IGNORECASE)
 _CLOSES = re.compile(r"</|\[/|end", re.IGNORECASE)
+
+_TODAY = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
+
+
+def has_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer's chat template writes today's date."""
+    return isinstance(tokenizer.chat_template, str) and _TODAY.search(tokenizer.chat_template) is not None
+
+
+def dated(template: str, day: date) -> str:
+    """A chat template that takes a given day for today, so that it writes tomorrow what it writes now."""
+    return _TODAY.sub(lambda found: json.dumps(day.strftime(found[2])), template)
 
 
 class Conversation:

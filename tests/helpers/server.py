@@ -64,6 +64,8 @@ class Script:
         ten: Nothing but 1 and 10, which has this probability.
         logprobs: 0 leaves them out.
         say: Sampled answers, divided by bars, by the request's seed; "_" is a space.
+        think: The model thinks this before it says anything, unless ``enable_thinking`` is false; "tags" leaves the
+            thoughts in the text, any other word is told apart by the field of this name.
     """
 
     fault: str = ""
@@ -76,6 +78,7 @@ class Script:
     ten: float | None = None
     logprobs: int = 1
     say: str = "1"
+    think: str = ""
 
     @classmethod
     def of(cls, text: str) -> Script:
@@ -235,6 +238,7 @@ class _Handler(BaseHTTPRequestHandler):
 def _answer(body: dict[str, Any], script: Script, text: str, chat: bool) -> dict[str, Any]:
     said = body["messages"][-1]["content"] if chat and body["messages"][-1]["role"] == "assistant" else ""
     rest = (text if not chat else said)[-1:]
+    thinks = script.think if body.get("chat_template_kwargs", {}).get("enable_thinking") is not False else ""
     tokens = sorted(script.next_token(text, rest).items(), key=lambda item: -item[1])
     choices = []
     for i in range(body.get("n", 1)):
@@ -246,8 +250,11 @@ def _answer(body: dict[str, Any], script: Script, text: str, chat: bool) -> dict
             content = answers[seed % len(answers)].replace("_", " ")
         else:
             content = tokens[0][0]
+        if thinks:
+            tokens = [("Okay", 0.9), ("Hm", 0.1)]
         wanted = script.logprobs and body.get("logprobs")
-        choices.append(_choice(i, content, tokens, body, chat) if wanted else _choice(i, content, [], body, chat))
+        choice = _choice(i, content, tokens, body, chat) if wanted else _choice(i, content, [], body, chat)
+        choices.append(_thoughtful(choice, thinks, body["max_tokens"]) if thinks else choice)
     kind = "chat.completion" if chat else "text_completion"
     return {"id": "x", "object": kind, "created": 0, "model": body["model"], "choices": choices}
 
@@ -269,6 +276,15 @@ def _choice(
         entries = [{"token": token, "logprob": value, "bytes": list(token.encode())} for token, value in top.items()]
         choice["logprobs"] = {"content": [{**entries[0], "top_logprobs": entries}]}
     return choice | {"message": {"role": "assistant", "content": content}}
+
+
+def _thoughtful(choice: dict[str, Any], field: str, budget: int) -> dict[str, Any]:
+    """The answer of a model that thinks first; a small budget is spent on that alone."""
+    said = choice["message"]["content"] if budget > 9 else None
+    if field == "tags":
+        said = f"<think>\nOkay, the word.\n</think>\n\n{said}" if said else "<think>\nOkay,"
+        return choice | {"message": {"role": "assistant", "content": said}}
+    return choice | {"message": {"role": "assistant", "content": said, field: "Okay, the word.\n"}}
 
 
 def _serve() -> None:

@@ -191,6 +191,49 @@ def test_an_empty_ending_asks_too(server):
     assert answer.failed is None and answer.rationales
 
 
+# ---- Reasoning models -------------------------------------------------------------------------------------
+
+
+def test_the_chat_templates_variables_go_along(server):
+    options = {"chat_template_kwargs": {"reasoning_effort": "low"}}
+    for more in ({}, {"prefill": True}):
+        assert ask_one(server, **options, **more).logprobs[0] == logs(P, 1 - P)
+    ask_one(server)
+    bodies = [request["body"] for request in server.requests]
+    assert [body.get("chat_template_kwargs") for body in bodies] == [{"reasoning_effort": "low"}] * 2 + [None]
+    assert bodies[1]["continue_final_message"] is True and bodies[1]["add_generation_prompt"] is False
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "tags"])
+def test_what_the_model_thinks_is_the_rationale_and_the_answer_is_read_without(server, field):
+    question = PROMPT.compare(f"what? [[think={field}]]", *TEXTS, think=True)
+    judge = make_judge(server, chat_template_kwargs={"enable_thinking": True})
+    [answer] = ask(judge, [[question]], thinking=Thinking(1, 50, 0.0, 6))[0]
+    assert [" ".join(text.split()) for text in answer.rationales] == ["Okay, the word. Draw 6: the good one wins."]
+    assert answer.logprobs[0] == logs(P / 8, 1 - P / 8)  # read behind what was thought
+    first, second = (request["body"] for request in server.requests)
+    assert [b["chat_template_kwargs"] for b in (first, second)] == [
+        {"enable_thinking": True},
+        {"enable_thinking": False},
+    ]
+    assert first["max_tokens"] == 50
+
+
+@pytest.mark.parametrize(("field", "thought"), [("reasoning", "Okay, the word."), ("tags", "Okay,")])
+def test_thoughts_that_use_up_the_budget_are_the_rationale(server, field, thought):
+    question = PROMPT.compare(f"what? [[think={field}]]", *TEXTS, think=True)
+    judge = make_judge(server, chat_template_kwargs={"enable_thinking": True})
+    [answer] = ask(judge, [[question]], thinking=Thinking(1, 9))[0]
+    assert answer.failed is None and answer.rationales == (thought,)
+
+
+def test_a_model_that_thinks_before_it_answers_is_told_how_to_stop(server):
+    answer = ask_one(server, "what? [[think=reasoning]]")
+    assert "1, 2" in answer.failed and "judge.chat_template_kwargs" in answer.failed
+    assert "enable_thinking: false" in answer.failed
+    assert ask_one(server, "what? [[think=reasoning]]", chat_template_kwargs={"enable_thinking": False}).failed is None
+
+
 # ---- Votes ------------------------------------------------------------------------------------------------
 
 

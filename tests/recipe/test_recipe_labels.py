@@ -131,7 +131,7 @@ class TestServerJudge:
         assert problem == Problem(
             "unknown key 'judge.base_url' in section 'label'.",
             "recipe.yaml:7",
-            "Known keys: backend, path, dtype, quantization.",
+            "Known keys: backend, path, dtype, quantization, chat_template_kwargs.",
         )
         assert "dtype" not in only(self.HEAD + "    path: x\n    dtype: auto\n").fix
 

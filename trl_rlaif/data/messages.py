@@ -56,14 +56,18 @@ def check_text(value: str, key: str) -> str:
     return value
 
 
+# What chat templates read of a message beside its role and content: an author's thoughts, and what tools answer to.
+_BESIDE = ("name", "reasoning_content", "reasoning", "thinking", "tool_call_id")
+
+
 def parse_messages(value: Sequence[Any], key: str, *, null_response: bool = False) -> list[Message]:
-    """Checks a conversation and returns its roles and contents.
+    """Checks a conversation and returns its roles and contents, and what else chat templates read.
 
     A developer's turn becomes a system turn, its older name, which every chat template knows. Text parts of a
     content are joined without anything in between, as chat templates do.
 
     Args:
-        value: The messages, with role and content, or ShareGPT's from and value; other keys are left out.
+        value: The messages, with role and content, or ShareGPT's from and value; keys that no template reads are left out.
         key: The column's name, for the error.
         null_response: Whether an assistant's content may be null, and counts as empty.
 
@@ -76,7 +80,8 @@ def parse_messages(value: Sequence[Any], key: str, *, null_response: bool = Fals
         if role == "developer" and messages and messages[-1]["role"] == "system":
             messages[-1]["content"] += f"\n\n{content}"
         else:
-            messages.append({"role": "system" if role == "developer" else role, "content": content})
+            beside = {name: message[name] for name in _BESIDE if message.get(name) is not None}
+            messages.append({"role": "system" if role == "developer" else role, "content": content, **beside})
     return messages
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-Message = dict[str, str]
+Message = dict[str, Any]
 """One turn of a conversation: ``{"role": "system" | "user" | "assistant" | "tool", "content": text}``."""
 
 T = TypeVar("T")

@@ -8,8 +8,8 @@ import queue
 import re
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from trl_rlaif.errors import UserError
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 # The share of the candidates' own mass that may hide behind a server's top-k before an answer is refused.
 HIDDEN = 1e-3
+
+# A reasoning model's marks, where the server leaves its thoughts in the text.
+_THOUGHT_MARKS = re.compile(r"</?think>|\[/?THINK\]")
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Server:
         timeout: Seconds that a request may take.
         max_retries: After a rate limit, a server error, a dropped connection or a timeout. The wait grows,
             and what the server asks for (Retry-After) is honoured.
+        chat_template_kwargs: Sent along with every chat request, as vLLM, SGLang and llama.cpp's server take them.
+            Where ``enable_thinking`` is among them, it is for rationales: the answer itself is asked for without.
     """
 
     base_url: str | None = None
@@ -50,6 +55,7 @@ class Server:
     concurrency: int = 8
     timeout: float = 60.0
     max_retries: int = 6
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def client(self) -> OpenAI:
         """The official client.
@@ -179,18 +185,19 @@ class RemoteJudge(Judge):
             return Answer(rationales=tuple(rationales), failed=_short(error))
 
     def _think(self, question: Question, thinking: Thinking, number: int) -> str:
-        asked = replace(question, ending=question.thinking)
-        text = self._text(
-            self._request(
-                asked,
-                f"{question.thinking} Explain in a few sentences, and do not give your answer yet.",
-                max_tokens=thinking.max_tokens,
-                temperature=thinking.temperature,
-                seed=thinking.seed + number,
-            )
+        """What the model thought of its own accord, and what it explained when it was asked to."""
+        choice = self._request(
+            replace(question, ending=question.thinking),
+            f"{question.thinking} Explain in a few sentences, and do not give your answer yet.",
+            thinks=True,
+            max_tokens=thinking.max_tokens,
+            temperature=thinking.temperature,
+            seed=thinking.seed + number,
         )
-        ending = question.ending.strip()
-        return (text.split(ending)[0] if ending else text).strip()
+        # Its marks would make the chat template drop the thoughts when it is shown them.
+        said, ending = _THOUGHT_MARKS.sub("", self._said(choice)), question.ending.strip()
+        explained = (said.split(ending)[0] if ending else said).strip()
+        return "\n\n".join(text for text in (_reasoning(choice).strip(), explained) if text)
 
     def _distribution(self, question: Question, candidates: Sequence[str]) -> tuple[float, ...]:
         """Log-probabilities of the candidates; exact, or where they cannot be had from votes."""
@@ -206,7 +213,7 @@ class RemoteJudge(Judge):
             return self._voted(question, candidates, instruction)
 
     def _exact(self, question: Question, candidates: Sequence[str], instruction: str) -> tuple[float, ...]:
-        tokens = self._top(question, instruction)
+        tokens, thinks = self._top(question, instruction)
         found = [math.fsum(p for token, p in tokens if token.strip() == text) for text in candidates]
         hidden = max(0.0, 1 - math.fsum(p for _, p in tokens))
         for i, short in enumerate(candidates):
@@ -218,16 +225,19 @@ class RemoteJudge(Judge):
                     hidden = max(hidden, found[i])
                     continue
                 # "10" in two tokens: the second one is read behind the first.
-                rest = self._top(replace(question, ending=question.ending + short), instruction)
+                rest, _ = self._top(replace(question, ending=question.ending + short), instruction)
                 share = math.fsum(p for token, p in rest if token.strip() == long[len(short) :])
                 if not share:
                     hidden = max(hidden, found[i] * (1 - math.fsum(p for _, p in rest)))
                 found[i], found[j] = found[i] * (1 - share), found[i] * share
         missing = [text for text, p in zip(candidates, found, strict=True) if p == 0]
         if missing and (hidden > HIDDEN * math.fsum(found) or not any(found)):
+            advice = "judge.votes to sample answers instead"
+            if thinks:
+                advice = "judge.chat_template_kwargs so that the model does not think first: {enable_thinking: false}"
             raise _Unreadable(
                 f"the server does not give the probability of {', '.join(missing)}: not among its "
-                f"{len(tokens)} likeliest tokens (set judge.votes to sample answers instead)"
+                f"{len(tokens)} likeliest tokens (set {advice})"
             )
         return tuple(math.log(p) if p > 0 else -math.inf for p in found)
 
@@ -237,8 +247,9 @@ class RemoteJudge(Judge):
         pattern = re.compile(r"\W*(" + "|".join(map(re.escape, longest_first)) + r")(?![0-9A-Za-z]|\.\d)")
         votes: Counter[str] = Counter()
         for number in range(self.server.votes):
-            text = self._text(self._request(question, instruction, max_tokens=4, temperature=1.0, seed=number))
-            match = pattern.match(text)
+            choice = self._request(question, instruction, max_tokens=4, temperature=1.0, seed=number)
+            # Some servers take all of an answer for thoughts that their end does not follow.
+            match = pattern.match(self._said(choice) or _reasoning(choice))
             votes[match[1] if match else ""] += 1
         if not votes.keys() & set(candidates):
             raise _Unreadable(f"none of {self.server.votes} sampled answers is one of {', '.join(candidates)}")
@@ -251,33 +262,47 @@ class RemoteJudge(Judge):
         """Whether the model goes on where the given text ends."""
         return self.server.prefill or self.server.api == "completions"
 
-    def _request(self, question: Question, instruction: str, **options: Any) -> Any:
-        """One choice of the server's for a question; ``instruction`` stands in for an ending it cannot begin with."""
+    def _request(self, question: Question, instruction: str, *, thinks: bool = False, **options: Any) -> Any:
+        """One choice of the server's for a question.
+
+        Args:
+            question: Up to its ending.
+            instruction: Stands in for an ending that the answer cannot begin with.
+            thinks: Whether the model's own thoughts are welcome.
+            options: Of the request.
+        """
         if self.server.api == "completions":
             text = "".join(f"{message['content']}\n\n" for message in question.messages)
             made = self._client.completions.create(model=self.name, prompt=text + question.ending, **options)
         else:
-            extra = {}
+            body = self._template_body(thinks)
             messages: list[Message] = list(question.messages)
             if self.server.prefill:
                 messages.append({"role": "assistant", "content": question.ending})
-                extra = {"extra_body": {"continue_final_message": True, "add_generation_prompt": False}}
+                body |= {"continue_final_message": True, "add_generation_prompt": False}
             else:
                 last = messages[-1]
                 messages[-1] = {**last, "content": f"{last['content']}\n\n{instruction}"}
+            extra = {"extra_body": body} if body else {}
             made = self._client.chat.completions.create(model=self.name, messages=messages, **options, **extra)
         if not getattr(made, "choices", None):
             raise _Unreadable("the server's answer holds no choice")
         return made.choices[0]
 
-    def _text(self, choice: Any) -> str:
+    def _template_body(self, thinks: bool) -> dict[str, Any]:
+        kwargs = dict(self.server.chat_template_kwargs)
+        if "enable_thinking" in kwargs and not thinks:
+            kwargs["enable_thinking"] = False
+        return {"chat_template_kwargs": kwargs} if kwargs else {}
+
+    def _said(self, choice: Any) -> str:
         try:
             return (choice.text if self.server.api == "completions" else choice.message.content) or ""
         except AttributeError:
             raise _Unreadable("the server's answer holds no text") from None
 
-    def _top(self, question: Question, instruction: str) -> list[tuple[str, float]]:
-        """The likeliest first tokens of the answer, with their probabilities."""
+    def _top(self, question: Question, instruction: str) -> tuple[list[tuple[str, float]], bool]:
+        """The likeliest first tokens of the answer with their probabilities, and whether they are of a thought."""
         top = self.server.top_logprobs
         options: dict[str, Any] = {"max_tokens": 1, "temperature": 1.0}
         options |= {"logprobs": top} if self.server.api == "completions" else {"logprobs": True, "top_logprobs": top}
@@ -290,9 +315,16 @@ class RemoteJudge(Judge):
             found = [(token, math.exp(logprob)) for token, logprob in pairs]
             if any(math.isnan(p) for _, p in found):
                 raise ValueError
-            return found
+            return found, bool(_reasoning(choice))
         except (AttributeError, IndexError, TypeError, ValueError, OverflowError):
             raise _Unreadable("the server gives no log-probabilities (set judge.votes to sample answers)") from None
+
+
+def _reasoning(choice: Any) -> str:
+    """A reasoning model's thoughts, where the server tells them from the answer."""
+    message = getattr(choice, "message", None)
+    told = (getattr(message, name, None) for name in ("reasoning_content", "reasoning"))
+    return next((text for text in told if isinstance(text, str) and text), "")
 
 
 def _after(question: Question, rationale: str) -> Question:

@@ -104,6 +104,13 @@ Text = Annotated[str, Field(min_length=1)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "nf4"]
 Component = InstanceOf[ComponentRef]
+TemplateKwargs = Annotated[
+    dict[str, Any],
+    Field(
+        default_factory=dict,
+        description="Variables for its chat template, such as {enable_thinking: false} or {reasoning_effort: low}.",
+    ),
+]
 
 
 class Section(BaseModel):
@@ -146,6 +153,7 @@ class ModelSection(Section):
     matmul_precision: Literal["highest", "high", "medium"] = Field(
         "highest", description="torch.set_float32_matmul_precision; high and medium allow TF32 and bfloat16."
     )
+    chat_template_kwargs: TemplateKwargs
 
 
 class JudgeSection(Section):
@@ -155,6 +163,11 @@ class JudgeSection(Section):
     path: Text = Field(description="The judge's Hub id, model folder or .gguf file.")
     dtype: Dtype = Field("auto", description="Floating-point type of the judge's weights.")
     quantization: Quantization = Field("none", description="nf4 loads the judge in 4 bits with bitsandbytes.")
+    chat_template_kwargs: TemplateKwargs
+
+    def __hash__(self) -> int:
+        """By content, so that a judge that is asked twice is loaded once."""
+        return hash(self.model_dump_json())
 
 
 class ServerJudgeSection(Section):
@@ -173,6 +186,17 @@ class ServerJudgeSection(Section):
     concurrency: int = Field(8, ge=1, description="Requests at once.")
     timeout: Number = Field(60.0, gt=0, description="Seconds that a request may take.")
     max_retries: int = Field(6, ge=0, description="Times that a failed request is sent again, with growing waits.")
+    chat_template_kwargs: TemplateKwargs
+
+    def __hash__(self) -> int:
+        """By content, so that a judge that is asked twice is connected to once."""
+        return hash(self.model_dump_json())
+
+    @model_validator(mode="after")
+    def _templated(self) -> ServerJudgeSection:
+        if self.api == "completions" and self.chat_template_kwargs:
+            raise ValueError("api: completions sends plain text: leave out chat_template_kwargs, or set api: chat.")
+        return self
 
 
 def _judge_form(value: Any) -> str:

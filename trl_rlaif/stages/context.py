@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_rlaif import several
-from trl_rlaif.artifacts import RunFolder, read_lines
+from trl_rlaif.artifacts import RunFolder, read_lines, write_atomically
+from trl_rlaif.chat_templates import dated, has_date
 from trl_rlaif.contracts import Origin, guarded
 from trl_rlaif.data import Pair
-from trl_rlaif.encoding import PromptLike, chat_prompt, encode_prompt, is_rendered
+from trl_rlaif.encoding import PromptLike, chat_prompt, encode_prompt, is_rendered, set_template_kwargs
 from trl_rlaif.errors import UserError
 from trl_rlaif.judging import Judge, JudgePrompt, LocalJudge
 from trl_rlaif.judging.remote import RemoteJudge, Server
@@ -29,6 +31,7 @@ from trl_rlaif.stages.categories import categorized
 from trl_rlaif.stopping import named_stop_ids, stop_ids
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from peft import LoraConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
@@ -90,11 +93,37 @@ class Context:
     folder: RunFolder
     plugins: Plugins
     shard: Shard | None = None
+    _judges: dict[str, PreTrainedTokenizerBase] = field(default_factory=dict)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The base's tokenizer."""
-        return load_tokenizer(self.recipe.model.path)
+        """The base's tokenizer, with the variables for its chat template."""
+        model = self.recipe.model
+        return self._templated(load_tokenizer(model.path), model.chat_template_kwargs)
+
+    @cached_property
+    def date(self) -> date:
+        """The day on which chat templates think that the run takes place: that on which it first asked."""
+        path = self.folder.state / "date"
+        if not path.exists():
+            write_atomically(path, date.today().isoformat())
+        return date.fromisoformat(path.read_text(encoding="utf-8")) if path.exists() else date.today()
+
+    def _templated(self, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase:
+        today = {"chat_template": dated(tokenizer.chat_template, self.date)} if has_date(tokenizer) else {}
+        return set_template_kwargs(tokenizer, today | kwargs)
+
+    def _judge_tokenizer(self, judge: str | JudgeSection) -> PreTrainedTokenizerBase:
+        if isinstance(judge, str):
+            return self.tokenizer
+        if judge.path not in self._judges:
+            self._judges[judge.path] = self._templated(load_tokenizer(judge.path), {})
+        return self._judges[judge.path]
+
+    def with_template_kwargs(self, dataset: Dataset) -> Dataset:
+        """A dataset for a trainer of TRL's that renders conversations itself, with the base's variables for that."""
+        kwargs = self.recipe.model.chat_template_kwargs
+        return dataset.map(lambda _: {"chat_template_kwargs": kwargs}) if kwargs else dataset
 
     @property
     def model_spec(self) -> ModelSpec:
@@ -162,7 +191,8 @@ class Context:
             spec = _spec(section)
             model = load_model(spec).eval().requires_grad_(False)
             model = model if spec.quantization == "nf4" else model.to(_device())
-            tokenizer, name = load_tokenizer(section.path), section.path
+            tokenizer, name = self._judge_tokenizer(section), section.path
+            options = {"chat_template_kwargs": section.chat_template_kwargs} | options
         return LocalJudge(model, tokenizer, template, name, **options)
 
     # ---- Labeling -------------------------------------------------------------------------------------
@@ -183,11 +213,15 @@ class Context:
         if isinstance(judge, ServerJudgeSection):
             name = judge.path
             revision = f"{judge.base_url} {judge.api} {judge.prefill} {judge.votes} {judge.top_logprobs}"
+            revision += _told(judge.chat_template_kwargs)
         else:
             spec = self.model_spec if isinstance(judge, str) else _spec(judge)
             # A folder's own name: on another machine the same model may lie elsewhere.
             name = Path(spec.path).name if Path(spec.path).exists() else spec.path
             revision = f"{model_revision(spec.path)} {spec.dtype} {spec.quantization}"
+            revision += _told((self.recipe.model if isinstance(judge, str) else judge).chat_template_kwargs)
+            if has_date(self._judge_tokenizer(judge)):
+                revision += f" {self.date}"
         prompt = JudgePrompt.load(prompt_folder(task.prompt))
         return Setup(task.labeler.name, dict(task.labeler.options), name, revision, prompt.revision)
 
@@ -311,6 +345,11 @@ class Context:
 
 def _spec(section: JudgeSection) -> ModelSpec:
     return ModelSpec(section.path, section.dtype, section.quantization)
+
+
+def _told(kwargs: dict[str, Any]) -> str:
+    """What a judge's chat template is told, as a part of its revision; nothing where it is told nothing."""
+    return f" {json.dumps(kwargs, sort_keys=True)}" if kwargs else ""
 
 
 def _device() -> str:

@@ -82,7 +82,7 @@ def build_trainer(context: Context) -> tuple[DPOTrainer, list[str]]:
     trainer = DPOTrainer(
         model=model,
         args=config,
-        train_dataset=dataset,
+        train_dataset=context.with_template_kwargs(dataset),
         processing_class=context.tokenizer,
         peft_config=adapter,
     )

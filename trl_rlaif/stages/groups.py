@@ -121,8 +121,10 @@ def _config(context: Context, config_class: type) -> tuple[Any, list[str]]:
     section = context.recipe.rl
     own, unused = group_arguments(section.config, config_class, several.processes())
     arguments = context.trainer_arguments("rl", own) | rl.saving(own)
+    kwargs = context.recipe.model.chat_template_kwargs
+    defaults = {"gradient_checkpointing": rl.on_gpu()} | ({"chat_template_kwargs": kwargs} if kwargs else {})
     try:
-        return config_class(**{"gradient_checkpointing": rl.on_gpu()} | arguments), unused
+        return config_class(**defaults | arguments), unused
     except ValueError as error:  # TRL's words on settings that contradict each other
         raise UserError(str(error), where=context.recipe.line(("rl",))) from error
 

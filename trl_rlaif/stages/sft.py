@@ -22,7 +22,8 @@ def run(context: Context) -> dict[str, Any]:
 
     section = context.recipe.sft
     started = time.monotonic()
-    dataset = Dataset.from_list(read_finetuning(context.recipe, chat=bool(context.tokenizer.chat_template)))
+    rows = read_finetuning(context.recipe, chat=bool(context.tokenizer.chat_template))
+    dataset = context.with_template_kwargs(Dataset.from_list(rows))
     arguments = context.trainer_arguments("sft", section.config)
     base = context.load_base()
     trainer = SFTTrainer(
