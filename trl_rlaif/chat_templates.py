@@ -181,7 +181,7 @@ class Conversation:
         """What the model ends its thoughts with; only where ``thinking`` is not None."""
         close = self._thought_places()[1].strip()
         token = self._control.search(close) if self._control else None
-        return token[0] if token else close
+        return close[: token.end()] if token else close
 
     def reasoning_marks(self) -> tuple[str, str, str] | None:
         """How a response tells its reasoning from its answer; None where the template has no reasoning.

@@ -116,8 +116,10 @@ def resolve(path: str) -> str:
     return path
 
 
-# What of a folder decides on a model's answers: weights, configuration, tokenizer, and the chat template.
-REVISION_FILES = (".json", ".jinja", ".safetensors", ".bin", ".model")
+# What of a folder decides on a model's answers: weights, configuration, code, tokenizer, and the chat template.
+REVISION_FILES = (".json", ".jinja", ".safetensors", ".bin", ".pt", ".pth", ".py", ".model", ".txt", ".tiktoken")
+# Where a model with several chat templates keeps those that are not its default.
+_TEMPLATES = "additional_chat_templates"
 
 
 def model_revision(path: str) -> str:
@@ -134,9 +136,10 @@ def model_revision(path: str) -> str:
         except (OSError, ValueError) as error:
             raise _not_found("model", path, error) from error
     digest = hashlib.sha256()
-    for file in sorted(p for p in folder.iterdir() if p.suffix in REVISION_FILES):
+    files = [*folder.iterdir(), *folder.glob(f"{_TEMPLATES}/*.jinja")]
+    for file in sorted(p for p in files if p.suffix in REVISION_FILES and p.is_file()):
         size = file.stat().st_size
-        digest.update(f"{file.name} {size} ".encode())
+        digest.update(f"{file.relative_to(folder)} {size} ".encode())
         with file.open("rb") as stream:
             digest.update(stream.read(1 << 20))
             stream.seek(max(0, size - (1 << 20)))
@@ -148,12 +151,27 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a padding token and padding on the left.
 
     Raises:
-        UserError: It cannot be found or read.
+        UserError: It cannot be found or read, or is in Mistral's own format alone.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, MistralCommonBackend, PreTrainedTokenizerFast
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve(path))
+        if isinstance(
+            tokenizer, MistralCommonBackend
+        ):  # preferred where mistral-common is installed; it has no template
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(resolve(path))
+            if tokenizer.eos_token is None:  # made of tekken.json, which has no such names
+                raise ImportError("mistral-common")
+    except ImportError as error:
+        if "mistral" not in str(error).lower():
+            raise UserError(f"The tokenizer '{path}' cannot be loaded: {_reason(error)}") from error
+        raise UserError(
+            f"The tokenizer '{path}' cannot be used: it is in Mistral's own format alone (tekken.json), which has "
+            "no chat template and cannot tell control tokens from text.",
+            fix="Name a repository or folder of the model that has tokenizer.json, tokenizer_config.json and a chat "
+            "template, such as one that was converted for transformers.",
+        ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _not_found("tokenizer", path, error) from error
     tokenizer.padding_side = "left"
@@ -229,9 +247,12 @@ def _made_contiguous(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return (inputs[0].contiguous(), *inputs[1:])
 
 
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
 def _not_found(what: str, path: str, error: Exception) -> UserError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return UserError(
-        f"The {what} '{path}' cannot be loaded: {reason}",
+        f"The {what} '{path}' cannot be loaded: {_reason(error)}",
         fix="Give a Hub id (and check the network or HF_HUB_OFFLINE), a folder, or a .gguf file in model.path.",
     )
