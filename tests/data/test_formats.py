@@ -55,7 +55,13 @@ def test_prompts_keep_category_and_other_columns(write):
     ]
 
 
-def test_messages_lose_the_answer_and_everything_but_role_and_content(write):
+def test_messages_keep_what_else_their_template_may_read(write):
+    said = {**says("Blue."), "reasoning_content": "sky", "tool_calls": [{"name": "look"}], "name": None}
+    [item] = load_prompts(write({"prompt": [USER, said, USER]})).items
+    assert item.prompt == [USER, {key: value for key, value in said.items() if key != "name"}, USER]
+
+
+def test_messages_lose_the_answer_and_keys_without_a_value(write):
     row = {"messages": [{**USER, "name": None}, says("Blue."), says("Really.")], "prompt": None}
     conversational = {"prompt": [{"role": "system", "content": ""}, USER], "messages": [USER]}
     items = load_prompts(write(row, conversational)).items

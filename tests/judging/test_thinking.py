@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from helpers.judges import TOKENIZERS, chunked, gpt2, llama, make_prompt, plain_answer, plain_text
-from helpers.tiny import make_tokenizer
+from helpers.judges import TOKENIZERS, chunked, gpt2, llama, make_prompt, path_probability, plain_answer, plain_text
+from helpers.tiny import CHAT_TEMPLATE, make_tokenizer
 
 from trl_rlaif.judging import Answer, LocalJudge, Thinking
 from trl_rlaif.judging import local as local_module
@@ -202,3 +204,100 @@ def test_the_longest_question_that_fits_with_its_rationale(make, written):
     found = asked(judge, groups, thinking=thinking)
     assert found[0] == [Answer(rationales=("#" * 11,), failed=TOO_LONG)] * 2
     assert [answer.failed for answer in found[1]] == [None] * 2
+
+
+# ---- The model's own thoughts -----------------------------------------------------------------------------
+
+# As Qwen3's: thoughts where a message has some, and an empty block where it has none.
+THINKING = CHAT_TEMPLATE.replace(
+    "m['content'] +",
+    "('<think>\\n' ~ (m.reasoning_content or '') ~ '\\n</think>\\n\\n' if m.role == 'assistant' else '') "
+    "+ m['content'] +",
+)
+
+
+def thinking_judge(**options):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = THINKING
+    return make_judge(tokenizer=tokenizer, **options)
+
+
+def thought_text(judge, question, thought):
+    """What the template writes of an answer with a thought, up to the answer's ending."""
+    said = {"role": "assistant", "content": f"{question.ending}QQ", "reasoning_content": thought}
+    return judge.tokenizer.apply_chat_template([*question.messages, said], tokenize=False).split("QQ")[0]
+
+
+def path_logprobs(judge, text, candidates=("1", "2")):
+    """Plain log-probabilities of candidates of one token behind a text."""
+    ids, [*first] = judge.tokenizer(text, add_special_tokens=False)["input_ids"], candidates
+    paths = [judge.tokenizer(text + c, add_special_tokens=False)["input_ids"][len(ids) :] for c in first]
+    return [math.log(path_probability(judge.model, ids, path)) for path in paths]
+
+
+@pytest.mark.parametrize(
+    ("written_text", "thought"),
+    [
+        ("it is\na city\n</think>\n\nPreferred Response=1", "it is\na city"),
+        ("the budget ends in the mid", "the budget ends in the mid"),
+        ("or Preferred Response=1?\nResponse 1: a</think>\n2", "or Preferred Response=1?\nResponse 1: a"),
+        ("</think>\n\n", ""),
+    ],
+    ids=["closed", "at the budget", "talks of the answer", "nothing"],
+)
+def test_the_models_own_thoughts_are_closed_and_the_ending_read_behind(written, monkeypatch, written_text, thought):
+    judge = thinking_judge()
+    groups = both_orders(judge.prompt, PAIRS[:2])
+    log, second = written(judge, lambda text, i: written_text), read_behind(judge, monkeypatch)
+    found = asked(judge, groups, thinking=Thinking(1, 20))
+    begun = [text for texts, _ in log for text in texts]
+    assert len(begun) == 4 and all(text.endswith("assistant\n<think>\n") for text in begun)
+    assert all(options["max_new_tokens"] == 20 for _, options in log)
+    expected = {thought_text(judge, question, thought) for group in groups for question in group}
+    assert {text for group in second for text in group} == expected
+    for group, answers in zip(groups, (found[0], found[1]), strict=True):
+        for question, answer in zip(group, answers, strict=True):
+            assert answer.failed is None and answer.rationales == (thought,)
+            plain = path_logprobs(judge, thought_text(judge, question, thought))
+            assert answer.logprobs[0] == pytest.approx(plain, abs=TOLERANCE)
+
+
+def test_a_model_whose_thoughts_are_switched_off_writes_the_prompts_rationale(written, monkeypatch):
+    judge = thinking_judge(chat_template_kwargs={"enable_thinking": False})
+    log, second = written(judge, lambda text, i: "it is a city"), read_behind(judge, monkeypatch)
+    [answer] = asked(judge, [[judge.prompt.compare(*PAIRS[0], think=True)]], thinking=Thinking(1, 20))[0]
+    assert log[0][0][0].endswith("assistant\n<think>\n\n</think>\n\nLet us compare.")
+    assert second[0][0].endswith("</think>\n\nLet us compare. it is a city\n\nPreferred Response=")
+    assert answer.rationales == ("it is a city",)
+
+
+def test_without_thinking_the_answer_is_read_behind_an_empty_block():
+    judge = thinking_judge()
+    question = judge.prompt.compare(*PAIRS[0])
+    [answer] = asked(judge, [[question]])[0]
+    plain = path_logprobs(judge, thought_text(judge, question, ""))
+    assert answer.logprobs[0] == pytest.approx(plain, abs=TOLERANCE)
+
+
+def test_the_longest_question_that_fits_with_its_thoughts(written):
+    judge = thinking_judge()
+    question = judge.prompt.compare(*PAIRS[0], think=True)
+    text = thought_text(judge, question, "#" * 10)
+    length = len(judge.tokenizer(f"{text}1", add_special_tokens=False)["input_ids"])
+    for extra, failed in ((0, None), (-1, TOO_LONG)):
+        judge = thinking_judge(model=llama(length=length + extra))
+        written(judge, lambda text, i: "#" * 10)
+        [answer] = asked(judge, [[question]], thinking=Thinking(1, 10))[0]
+        assert answer.failed == failed
+
+
+def test_thoughts_are_really_drawn():
+    judge = thinking_judge()
+    groups = both_orders(judge.prompt, PAIRS[:1])
+    first, again = (asked(judge, groups, thinking=Thinking(2, 6, 1.0, 5)) for _ in range(2))
+    assert first == again and len(set(first[0][0].rationales)) == 2
+    for question, answer in zip(groups[0], first[0], strict=True):
+        for thought, logprobs in zip(answer.rationales, answer.logprobs, strict=True):
+            plain = path_logprobs(judge, thought_text(judge, question, thought))
+            assert logprobs == pytest.approx(plain, abs=TOLERANCE)

@@ -198,3 +198,24 @@ class TestCompare:
 
     def test_not_a_mapping(self, only):
         assert only(HEAD + "  compare: [direct]\n").fix == "Write a mapping."
+
+
+# ---- Variables for chat templates -------------------------------------------------------------------------
+
+
+def test_variables_for_the_chat_templates_of_the_model_and_each_judge(parse):
+    text = HEAD.replace("path: gpt2", "path: gpt2, chat_template_kwargs: {enable_thinking: true}")
+    judge = "{path: gpt2, chat_template_kwargs: {reasoning_effort: low, builtin_tools: [a]}}"
+    recipe = parse(
+        f"{text}  judge: {judge}\n  compare: {{hosted: {{judge: {judge.replace('{', '{backend: openai, ', 1)}}}}}\n"
+    )
+    assert recipe.model.chat_template_kwargs == {"enable_thinking": True}
+    for section in (recipe.label.judge, recipe.label.compare["hosted"].judge):
+        assert section.chat_template_kwargs == {"reasoning_effort": "low", "builtin_tools": ["a"]}
+        assert {section: 1}[section.model_copy(deep=True)] == 1  # whoever is asked twice is loaded once
+
+
+def test_plain_text_has_no_chat_template(only):
+    keys = "backend: openai, path: x, api: completions, chat_template_kwargs: {enable_thinking: false}"
+    problem = only(HEAD + f"  judge: {{{keys}}}\n")
+    assert problem.fix == "Plain text has no chat template: leave out chat_template_kwargs, or set api: chat."

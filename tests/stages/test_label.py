@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
+from datetime import date
 from pathlib import Path
 
 import pytest
 from datasets import load_from_disk
 from helpers.judges import PARTS
 from helpers.recipes import WORDS, tiny_recipe, write_recipe
+from helpers.tiny import CHAT_TEMPLATE
 from scipy.stats import binomtest
 from stages.test_bad_input import run_cli
 
@@ -22,6 +25,7 @@ from trl_rlaif.labels.calibration import Calibration, held_out
 from trl_rlaif.measures import agreement, calibration_error, compare_agreement
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.runner import run_recipe
+from trl_rlaif.stages import context as context_module
 from trl_rlaif.stages.context import Context
 
 NO_MORE = {"sample": None, "reward": None, "rl": None, "evaluate": None, "report": None}
@@ -61,9 +65,14 @@ def label(tiny_model, tmp_path):
         (tmp_path / "prompt").mkdir(exist_ok=True)
         (tmp_path / "prompt" / name).write_text(text)
 
-    def run(output="out", pairs=12, shard=None, report=None, **section):
+    def run(output="out", pairs=12, shard=None, report=None, model=None, **section):
         write_rows(tmp_path / "pairs.jsonl", make_pairs(pairs) if isinstance(pairs, int) else pairs)
-        sections = {**NO_MORE, "report": report, "data": {"prompts": None, "pairs": "pairs.jsonl"}}
+        sections = {
+            **NO_MORE,
+            "report": report,
+            "model": model or {},
+            "data": {"prompts": None, "pairs": "pairs.jsonl"},
+        }
         keys = {"prompt": "prompt", "batch_tokens": 600, "precision": "highest", **section}
         recipe = tiny_recipe(tmp_path, tiny_model, **sections, label=keys)
         return run_recipe(recipe, installed_plugins(), tmp_path / output, resume=True, shard=shard)
@@ -95,6 +104,49 @@ def no_judge(monkeypatch):
 
 
 # ---- What is made, and what is kept ---------------------------------------------------------------------
+
+
+class Tomorrow(date):
+    """From now on it is the second of January 2031."""
+
+    @classmethod
+    def today(cls):
+        return cls(2031, 1, 2)
+
+
+def templated(tiny_model, folder, template):
+    """The tiny model with another chat template."""
+    shutil.copytree(tiny_model, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    return str(folder)
+
+
+def test_what_a_chat_template_is_told_makes_labels_anew(tiny_model, tmp_path, label):
+    variable = CHAT_TEMPLATE.replace("{% for", "{{ effort }}{% for", 1)
+    own, judge = templated(tiny_model, tmp_path / "own", variable), {"path": str(tmp_path / "own")}
+    first = results(label(judge=judge))
+    second = results(label(judge={**judge, "chat_template_kwargs": {"effort": "the lazy dog " * 9}}))
+    assert (first["made"], second["made"]) == (12, 12) and first["setup"] != second["setup"]
+    folder = label(judge="same", model={"path": own, "chat_template_kwargs": {"effort": "the lazy dog " * 9}})
+    same = own_labels(folder)
+    assert results(folder)["made"] == 12 and results(folder)["setup"] not in (first["setup"], second["setup"])
+    told = [row["p"] for row in read_lines(folder / "labels.jsonl") if row["setup"] == second["setup"]]
+    assert [row["p"] for row in same.values()] == told  # the same model, told the same
+
+
+def test_a_run_that_is_resumed_on_another_day_labels_as_on_the_first(tiny_model, tmp_path, label, monkeypatch):
+    today = CHAT_TEMPLATE.replace("{% for", "{{ strftime_now('%d %B %Y') * 9 }}{% for", 1)
+    judge = {"path": templated(tiny_model, tmp_path / "dated", today)}
+    folder = label(judge=judge, pairs=6)
+    before, day = own_labels(folder), (folder.state / "date").read_text()
+    assert day == date.today().isoformat()
+    monkeypatch.setattr(context_module, "date", Tomorrow)
+    folder = label(judge=judge)  # six more pairs, on the next day
+    assert results(folder)["made"] == 6 and {id: own_labels(folder)[id] for id in before} == before
+    other = label("other", judge=judge)
+    assert results(other)["setup"] != results(folder)["setup"] and (other.state / "date").read_text() == "2031-01-02"
+    first, later = own_labels(folder), own_labels(other)
+    assert all(abs(first[id]["p"] - later[id]["p"]) > 1e-6 for id in first)  # the date does change the answers
 
 
 def test_another_option_labels_anew_and_keeps_the_old_lines(label):

@@ -89,7 +89,7 @@ class Thoughts(Rationale):
         return thinking_prompt(self.tokenizer, list(messages), chat_template_kwargs=self.kwargs)
 
     def opened(self, opening: str) -> list[int]:
-        """As of every writing, behind a thought."""
+        """As of every writing, behind a thought of one token."""
         return self.encode(_EMPTY, opening, thought="x")
 
     def begin(self, question: Question) -> list[int]:
@@ -102,7 +102,7 @@ class Thoughts(Rationale):
 
     def room(self, ending: str) -> int:
         """Tokens between the thoughts and the candidates."""
-        return len(self.opened(ending)) - len(self._begun(_EMPTY)[0])
+        return len(self.opened(ending)) - len(self._begun(_EMPTY)[0]) - 1  # the thought's own token
 
     def texts(self, rows: Sequence[Sequence[int]], ending: str) -> list[str]:
         """What was thought: up to where the model ended its thoughts, or up to the budget."""

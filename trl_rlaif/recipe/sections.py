@@ -195,7 +195,7 @@ class ServerJudgeSection(Section):
     @model_validator(mode="after")
     def _templated(self) -> ServerJudgeSection:
         if self.api == "completions" and self.chat_template_kwargs:
-            raise ValueError("api: completions sends plain text: leave out chat_template_kwargs, or set api: chat.")
+            raise ValueError("Plain text has no chat template: leave out chat_template_kwargs, or set api: chat.")
         return self
 
 
