@@ -32,6 +32,7 @@ _LAZY = {
     "Rollout": "trl_rlaif.events",
     "Selection": "trl_rlaif.events",
     "as_text": "trl_rlaif.encoding",
+    "set_template_kwargs": "trl_rlaif.encoding",
     "cluster": "trl_rlaif.clustering",
     "directions": "trl_rlaif.embedding",
     "Judge": "trl_rlaif.judging",
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
     from trl_rlaif.components import DataSelector, Labeler, Options, RewardTransform
     from trl_rlaif.data import Pair, Prompt
     from trl_rlaif.embedding import directions
-    from trl_rlaif.encoding import as_text
+    from trl_rlaif.encoding import as_text, set_template_kwargs
     from trl_rlaif.errors import RunError, UserError
     from trl_rlaif.events import Label, Pool, PreferenceScores, RehearsalPair, Rollout, Selection
     from trl_rlaif.judging import Answer, Judge, JudgePrompt, LocalJudge, Question, Thinking, ThinkingOptions

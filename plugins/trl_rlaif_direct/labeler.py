@@ -14,7 +14,7 @@ class DirectOptions(ThinkingOptions):
 
 
 class DirectLabeler(Labeler):
-    """Direct rewards (Lee et al. 2023, section 2.2.2; methods.md, section 2).
+    """Direct rewards (Lee et al. 2023, section 2.2.2).
 
     With a judge it is a reward function for PPOTrainer and for TRL's GRPOTrainer and RLOOTrainer:
     ``reward_funcs=[DirectLabeler(judge)]``. As a labeler it rates both responses of a pair.

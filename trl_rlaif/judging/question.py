@@ -29,11 +29,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Thinking:
-    """A rationale before the answer (chain of thought; methods.md, section 1).
+    """A rationale before the answer (chain of thought; Lee et al. 2023, section 2.1).
 
     Args:
         rationales: Written for each question; their distributions are averaged (self-consistency).
-        max_tokens: Longest rationale.
+        max_tokens: Longest rationale, or the budget of a model's own thoughts: they are closed there.
         temperature: 0 writes the likeliest one.
         seed: Of what is drawn.
     """
@@ -47,9 +47,11 @@ class Thinking:
 class ThinkingOptions(Options):
     """Options of every labeler whose judge may write a rationale before it answers."""
 
-    thinking: bool = Field(False, description="Whether the judge writes a rationale first (chain of thought).")
+    thinking: bool = Field(
+        False, description="Whether the judge thinks first: the model's own thoughts, or else a rationale."
+    )
     rationales: int = Field(1, ge=1, description="Rationales a question; their distributions are averaged.")
-    rationale_tokens: int = Field(128, ge=1, description="Longest rationale in tokens.")
+    rationale_tokens: int = Field(128, ge=1, description="Longest rationale or thought in tokens.")
     rationale_temperature: float | None = Field(
         None, ge=0, description="Temperature of the rationales; null takes 0 for one, and 0.7 for several."
     )

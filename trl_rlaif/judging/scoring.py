@@ -57,7 +57,7 @@ class ContinuationScorer:
     def __call__(self, groups: Sequence[Sequence[Tokens]]) -> torch.Tensor:
         """log P(continuation | context): (contexts, K) float32, nats, on the CPU, group by group.
 
-        A continuation's log-probability is the sum over its tokens (methods.md, section 1). Continuations
+        A continuation's log-probability is the sum over its tokens. Continuations
         that share a beginning, such as "1" and "10", share a sequence.
         """
         groups = [[[*context, *prefix] for context in group for prefix in self._prefixes] for group in groups]

@@ -36,7 +36,8 @@ class Setup:
         labeler: Name of the labeler.
         options: Its options.
         judge: Name of the judge.
-        judge_revision: Version of its weights, and how they are held.
+        judge_revision: Version of its weights and tokenizer, how they are held, what its chat template is told, and
+            the date that this writes.
         prompt_revision: Changes with any file of the judge's prompt.
     """
 
