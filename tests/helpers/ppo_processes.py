@@ -16,7 +16,7 @@ from helpers.ppo import numbers
 from helpers.processes import write_result
 from trl_rlaif.components import DataSelector, RewardTransform
 from trl_rlaif.events import Selection
-from trl_rlaif.ppo import samples
+from trl_rlaif.ppo import passes, samples
 
 
 class RunningMean(RewardTransform):
@@ -123,14 +123,29 @@ def _stopped(folder: Path, failing: Callable[[int], list[float]]) -> dict[str, A
         return failing(len(prompts)) if fails else ppo_task.share_of_yes(prompts, completions)
 
     trainer.reward_funcs = [reward]
+    kind, message = _end(trainer)
+    PartialState().wait_for_everyone()
+    return {"kind": kind, "message": message, "checkpoints": sorted(p.name for p in folder.glob("checkpoint-*"))}
+
+
+def refused(folder: Path) -> tuple[str, str]:
+    """What each process stops with when forward passes are wrong in one."""
+    logprobs = passes.logprobs
+    if PartialState().process_index == 1:
+        passes.logprobs = lambda *arguments: tuple(found + 1 for found in logprobs(*arguments))
+    try:
+        return _end(_trainer(folder, prompts=24, updates=1))
+    finally:
+        passes.logprobs = logprobs
+
+
+def _end(trainer: Any) -> tuple[str, str]:
+    """The kind of error that training ends with, and its message."""
     try:
         trainer.train()
     except Exception as error:
-        kind, message = type(error).__name__, str(error)
-    else:
-        kind, message = "nothing", ""
-    PartialState().wait_for_everyone()
-    return {"kind": kind, "message": message, "checkpoints": sorted(p.name for p in folder.glob("checkpoint-*"))}
+        return type(error).__name__, str(error)
+    return "nothing", ""
 
 
 def main(output: str, *names: str) -> None:

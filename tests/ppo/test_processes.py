@@ -58,7 +58,7 @@ def two(tmp_path_factory, kind):
 def more(tmp_path_factory, kind):
     """What only several processes can show, of rank 0 and of rank 1."""
     folder = tmp_path_factory.mktemp("more")
-    return launch(kind, ppo_processes.__file__, folder, "resumed", "selected", "shown", "failed")
+    return launch(kind, ppo_processes.__file__, folder, "resumed", "selected", "shown", "failed", "refused")
 
 
 def test_each_process_draws_for_its_own_half_of_the_prompts(one, two):
@@ -139,3 +139,9 @@ def test_a_wrong_reward_in_one_process_stops_both_with_a_checkpoint(more):
     assert first["kind"] == second["kind"] == "UserError"
     assert "returned nan for 4 of 4" in second["message"] and first["message"].endswith(second["message"])
     assert first["checkpoints"] == second["checkpoints"] == ["checkpoint-1"]
+
+
+def test_both_refuse_a_model_whose_numbers_are_wrong_in_one(more):
+    assert [result["refused"][0] for result in more] == ["UserError"] * 2
+    assert more[0]["refused"] == more[1]["refused"]
+    assert "the policy's forward pass" in more[0]["refused"][1]

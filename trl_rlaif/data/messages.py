@@ -67,7 +67,8 @@ def parse_messages(value: Sequence[Any], key: str, *, null_response: bool = Fals
     content are joined without anything in between, as chat templates do.
 
     Args:
-        value: The messages, with role and content, or ShareGPT's from and value; keys that no template reads are left out.
+        value: The messages, with role and content, or ShareGPT's from and value; keys that no template reads are left
+            out.
         key: The column's name, for the error.
         null_response: Whether an assistant's content may be null, and counts as empty.
 
