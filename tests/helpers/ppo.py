@@ -19,8 +19,9 @@ def prompts(chat=False):
     return Dataset.from_dict({"prompt": rows, "category": ["a", "b"] * 5, "answer": WORDS})
 
 
-def small_trainer(folder, *, dataset=None, model=None, trainer_kwargs=None, **options):
+def small_trainer(folder, *, dataset=None, model=None, trainer_kwargs=None, template=None, **options):
     tokenizer = make_tokenizer()
+    tokenizer.chat_template = template or tokenizer.chat_template
     arguments = {
         "per_device_train_batch_size": 4,
         "total_episodes": 12,

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from helpers.ppo import numbers, small_trainer
-from helpers.tiny import make_llama, make_tokenizer
+from helpers.tiny import CHAT_TEMPLATE, make_llama, make_tokenizer
 
 from trl_rlaif import PPOConfig, UserError
 from trl_rlaif.events import Rollout
@@ -39,7 +40,7 @@ def _shaped(**options):
     defaults = {"whiten_scores": False, "score_clip": None, "missing_eos_penalty": None, "length_penalty": 0.0}
     args = SimpleNamespace(**{"response_length": 8, **defaults, **options})
     rollout = _rollout([8, 4, 2, 8], [False, True, True, True])
-    return shaped_scores(torch.tensor(SCORES), rollout, args, 2).tolist()
+    return shaped_scores(torch.tensor(SCORES), rollout, args, rollout.ended).tolist()
 
 
 def test_scores_stay_as_they_are_unless_asked():
@@ -181,3 +182,26 @@ def test_the_optimizer_may_keep_its_states_in_8_bits(tmp_path, optim):
     assert type(trainer.optimizer.optimizer).__module__.startswith("bitsandbytes")
     after = dict(trainer.shared.named_parameters())
     assert any((after[name] != value).any() for name, value in before.items())
+
+
+def test_variables_of_the_chat_template_reach_the_prompts(tmp_path):
+    """Those of the configuration, and over them a row's own, as in TRL."""
+    tokenizer = make_tokenizer()
+    template = CHAT_TEMPLATE + "{% if enable_thinking is false %}no thoughts{% endif %}"
+    rows = [[{"role": "user", "content": word}] for word in ("fox", "dog", "city", "judge")]
+    kwargs = [{"enable_thinking": i > 1} for i in range(4)]
+    dataset = Dataset.from_dict({"prompt": rows, "chat_template_kwargs": kwargs})
+
+    def encoded(dataset, **options):
+        trainer = small_trainer(tmp_path, dataset=dataset, template=template, **options)
+        return trainer.processing_class.batch_decode(list(trainer.train_dataset["input_ids"]))
+
+    tokenizer.chat_template = template
+
+    def wanted(row, thinking):
+        return tokenizer.apply_chat_template(row, tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
+
+    assert encoded(dataset) == [wanted(row, i > 1) for i, row in enumerate(rows)]
+    without = dataset.remove_columns("chat_template_kwargs")
+    assert encoded(without, chat_template_kwargs={"enable_thinking": False}) == [wanted(row, False) for row in rows]
+    assert encoded(dataset, chat_template_kwargs={"enable_thinking": True}) == encoded(dataset)

@@ -40,6 +40,8 @@ class PPOConfig(BasePPOConfig):
             the model's own end one: the end of turn of its chat template, its eos, and those of its generation config.
         score_at_end: The reward model reads every response at the end of its turn, as it was trained on whole
             responses; one that was cut at ``response_length`` gets that token appended. False: as sampled, as in TRL.
+        chat_template_kwargs: Variables for the chat template of conversational prompts, such as ``enable_thinking``; a
+            column of that name has a row's own, as in TRL.
         reasoning: ``strip`` takes a response's reasoning out of what reward model, functions, judges and selectors
             see, ``keep`` leaves it there. A response whose reasoning never ended counts as cut.
         reasoning_tags: What reasoning begins and ends with; None: as the chat template says.
@@ -74,6 +76,7 @@ class PPOConfig(BasePPOConfig):
     )
     stop_tokens: list[str] | None = setting(None, "Tokens that end a response, in place of the model's own.")
     score_at_end: bool = setting(True, "Append the end of turn to cut responses for the reward model; False: as TRL.")
+    chat_template_kwargs: dict | None = setting(None, "Variables for the chat template, such as enable_thinking.")
     reasoning: Literal["strip", "keep"] = setting("strip", "What rewards see of a response's reasoning.")
     reasoning_tags: list[str] | None = setting(None, "What reasoning begins and ends with; None: by the template.")
     value: Literal["adapter", "trunk"] = setting("adapter", "The value: an adapter, or a head on the policy's trunk.")

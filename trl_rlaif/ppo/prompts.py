@@ -32,7 +32,8 @@ def tokenize_prompts(
     Args:
         dataset: ``prompt`` as text or as messages (TRL's standard and conversational prompt-only
             formats), or ``input_ids`` already.
-        tokenizer: With a chat template, if the prompts are conversational.
+        tokenizer: With a chat template, if the prompts are conversational. A column ``chat_template_kwargs`` holds
+            variables for it.
         max_length: Longest prompt in tokens that is kept, or None for all.
 
     Raises:
@@ -52,7 +53,11 @@ def tokenize_prompts(
         if empty:
             raise UserError(f"{len(empty)} rows have no prompt; the first is row {empty[0]} (counted from 0).")
         dataset = dataset.map(
-            lambda row: {"input_ids": encode_prompt(tokenizer, row["prompt"])},
+            lambda row: {
+                "input_ids": encode_prompt(
+                    tokenizer, row["prompt"], chat_template_kwargs=row.get("chat_template_kwargs")
+                )
+            },
             num_proc=num_proc,
             desc="Tokenizing prompts",
         )

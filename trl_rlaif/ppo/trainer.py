@@ -18,6 +18,7 @@ from trl_rlaif.components import DataSelector, RewardTransform, numbered
 from trl_rlaif.compute.lean_lora import make_lean
 from trl_rlaif.compute.precision import hold_frozen_weights
 from trl_rlaif.contracts import guarded
+from trl_rlaif.encoding import set_template_kwargs
 from trl_rlaif.errors import UserError
 from trl_rlaif.events import Rollout
 from trl_rlaif.plugins import Plugins, installed_plugins
@@ -110,6 +111,8 @@ class PPOTrainer(BasePPOTrainer):
         self.plugins = plugins or installed_plugins()
         if isinstance(model, str):
             model, processing_class = load_policy(model, processing_class, args)
+        if args.chat_template_kwargs is not None:
+            set_template_kwargs(processing_class, args.chat_template_kwargs)
         shared = shared_base(model, value_model, ref_model, peft_config)
         if args.value == "trunk":
             check_trunk(shared)
