@@ -222,7 +222,8 @@ def summary(stage: str, numbers: dict[str, Any]) -> str:
     """What a stage's line says of its numbers."""
     if stage == "sample":
         dropped = ", ".join(f"{n} {reason}" for reason, n in numbers["dropped"].items())
-        return f"{numbers['pairs']} pairs" + (f" (dropped: {dropped})" if dropped else "")
+        ties = f", {numbers['ties']} of them ties" if numbers.get("ties") else ""
+        return f"{numbers['pairs']} pairs{ties}" + (f" (dropped: {dropped})" if dropped else "")
     if stage == "label":
         bias = numbers["position_bias"]
         return (

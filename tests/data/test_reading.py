@@ -171,6 +171,16 @@ def test_csv_cells(tmp_path):
     assert [item.extra["n"] for item in items] == ["1", None, "0"]
 
 
+@pytest.mark.parametrize("written", [json.dumps, str])
+def test_messages_in_a_csv(tmp_path, written):
+    turns, path = [{"role": "user", "content": 'It\'s "blue"?'}], tmp_path / "f.csv"
+    with open(path, "w", newline="") as stream:
+        csv.writer(stream).writerows([["prompt"], [written(turns)]])
+    assert load_prompts(path).items[0].prompt == turns
+    path.write_text('prompt\n"[{not messages}]"\n')
+    assert load_prompts(path).items[0].prompt == "[{not messages}]"
+
+
 @pytest.mark.parametrize(
     ("text", "part"),
     [

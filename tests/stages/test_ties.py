@@ -55,7 +55,7 @@ def test_the_reward_model_learns_from_no_tie_of_peoples(tiny_model, tmp_path):
     results = folder.results()
     assert results["reward"]["train_pairs"] == 6
     assert results["reward"]["skipped"] == {"tie": 3, "no human choice": 3}
-    assert results["sample"]["ties"] == 3
+    assert results["sample"]["ties"] == 3 and summary("sample", results["sample"]) == "12 pairs, 3 of them ties"
 
 
 def test_dpo_learns_from_no_tie_of_peoples(tiny_model, tmp_path):

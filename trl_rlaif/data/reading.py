@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import difflib
 import gzip
@@ -264,10 +265,22 @@ def _read_csv(path: Path, problems: Problems) -> Iterator[Row]:
     for number, cells in enumerate(table[1:], 1):
         where = f"{path}: row {number}"
         if len(cells) == len(header):
-            # A CSV cannot tell an empty cell from a missing one.
-            yield Row(where, number, {name: cell or None for name, cell in zip(header, cells, strict=True)})
+            yield Row(where, number, {name: _cell(cell) for name, cell in zip(header, cells, strict=True)})
         else:
             problems.add(f"The row has {len(cells)} cells, and the header has {len(header)}.", where=where)
+
+
+def _cell(text: str) -> Any:
+    """A cell's text; messages as JSON or pandas writes them are messages; an empty cell is a missing one."""
+    if text.startswith("[{"):
+        for parse in (_parse_json, ast.literal_eval):
+            try:
+                found = parse(text)
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+            if isinstance(found, list) and all(isinstance(item, dict) for item in found):
+                return found
+    return text or None
 
 
 @contextmanager
