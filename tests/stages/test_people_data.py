@@ -17,6 +17,7 @@ from trl_rlaif.runner import run_recipe
 from trl_rlaif.stages import dpo
 from trl_rlaif.stages.context import Context
 from trl_rlaif.stages.reward import tokenize_preference
+from trl_rlaif.stages.rl import prompts as prompts_of_rl
 
 NO_MORE = {"label": None, "reward": None, "rl": None, "evaluate": None, "report": None}
 
@@ -79,13 +80,24 @@ def rendered(tokenizer, text, answer=None):
 def test_rendered_prompts_are_not_wrapped_again(tiny_model, tmp_path, capsys):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     prompts = [rendered(tokenizer, f"what is {word}?") for word in WORDS[:3]]
-    data = {"prompts": write(tmp_path / "q.jsonl", *({"prompt": prompt} for prompt in [*prompts, "plain <|start|>"]))}
+    data = {"prompts": write(tmp_path / "q.jsonl", *({"prompt": prompt} for prompt in prompts))}
     context = context_of(tmp_path, tiny_model, data=data)
-    err = capsys.readouterr().err
-    assert "3 of 4 prompts begin with the control tokens of the model" in err
-    _, tokens, _ = context.encoded_prompts(context.recipe.data.prompts, 8, context.load_base())
-    assert tokens[:3] == [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-    assert tokens[3] == encode_prompt(tokenizer, [{"role": "user", "content": "plain <|start|>"}])
+    assert "3 of 3 prompts begin with the control tokens of the model. They are taken as" in capsys.readouterr().err
+    dataset, _ = prompts_of_rl(context, context.load_base(), 8)
+    assert dataset["prompt"][:] == prompts
+    assert dataset["input_ids"][:] == [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts]
+
+
+def test_one_that_looks_rendered_among_others_stays_text(tiny_model, tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    texts = [rendered(tokenizer, "what is quick?"), "what is brown?"]
+    data = {"prompts": write(tmp_path / "q.jsonl", *({"prompt": text} for text in texts))}
+    context = context_of(tmp_path, tiny_model, data=data)
+    assert "1 of 2 prompts begin with the control tokens of the model. As the others do not" in capsys.readouterr().err
+    turns = [[{"role": "user", "content": text}] for text in texts]
+    dataset, _ = prompts_of_rl(context, context.load_base(), 8)
+    assert dataset["prompt"][:] == turns
+    assert dataset["input_ids"][:] == [encode_prompt(tokenizer, prompt) for prompt in turns]
 
 
 def test_rendered_pairs_reach_the_reward_model_as_conversations_do(tiny_model, tmp_path):

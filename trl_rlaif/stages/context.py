@@ -9,14 +9,14 @@ from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from trl_rlaif import several
 from trl_rlaif.artifacts import RunFolder, read_lines, write_atomically
 from trl_rlaif.chat_templates import dated, has_date
 from trl_rlaif.contracts import Origin, guarded
-from trl_rlaif.data import Pair
-from trl_rlaif.encoding import PromptLike, chat_prompt, encode_prompt, is_rendered, set_template_kwargs
+from trl_rlaif.data import Pair, Prompt
+from trl_rlaif.encoding import PromptLike, as_messages, chat_prompt, encode_prompt, is_rendered, set_template_kwargs
 from trl_rlaif.errors import UserError
 from trl_rlaif.judging import Judge, JudgePrompt, LocalJudge
 from trl_rlaif.judging.remote import RemoteJudge, Server
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
     from trl_rlaif.components import Labeler
+
+P = TypeVar("P", Prompt, Pair)
 
 
 @dataclass(frozen=True)
@@ -258,11 +260,10 @@ class Context:
             UserError: No prompt is left.
         """
         loaded = read_prompts(self.recipe, source, key)
-        self.say_of_prompts(source, [prompt.prompt for prompt in loaded.items])
         skipped = loaded.skip_counts()
         limit = (getattr(base.config.get_text_config(), "max_position_embeddings", None) or 10**9) - room
         prompts, tokens = [], []
-        for prompt in loaded.items:
+        for prompt in self.as_meant(source, loaded.items):
             ids = encode_prompt(self.tokenizer, self.chat(prompt.prompt))
             if len(ids) > limit:
                 skipped["prompt longer than the context"] = skipped.get("prompt longer than the context", 0) + 1
@@ -273,17 +274,25 @@ class Context:
             raise UserError("Every prompt is longer than the model's context.", where=source)
         return categorized(self, prompts, tokens, base), tokens, skipped
 
-    def say_of_prompts(self, source: str, prompts: Sequence[PromptLike]) -> None:
-        """Say what is taken otherwise than as a question: rendered prompts, and those that begin the answer."""
-        rendered = sum(is_rendered(prompt, self.tokenizer) for prompt in prompts)
+    def as_meant(self, source: str, items: Sequence[P]) -> Sequence[P]:
+        """Prompts or pairs of a source, and a word on those that are taken otherwise than as a question.
+
+        Prompts that begin with control tokens were rendered if all of the source's do. A single one among others is
+        the text of a user: nobody's data can slip control tokens in.
+        """
+        rendered = sum(is_rendered(item.prompt, self.tokenizer) for item in items)
         if rendered:
             say(
-                f"{source}: {rendered} of {len(prompts)} prompts begin with the control tokens of the model. "
-                "They are taken as rendered by its chat template, and not wrapped in it again."
-            )
-        begun = sum(not isinstance(prompt, str) and prompt[-1]["role"] == "assistant" for prompt in prompts)
+                f"{source}: {rendered} of {len(items)} prompts begin with the control tokens of the model. "
+                + ("They are taken as rendered by its chat template, and not wrapped in it again."
+                   if rendered == len(items) else "As the others do not, they are taken as text of the user.")
+            )  # fmt: skip
+        if 0 < rendered < len(items):
+            items = [replace(item, prompt=as_messages(item.prompt)) for item in items]
+        begun = sum(not isinstance(item.prompt, str) and item.prompt[-1]["role"] == "assistant" for item in items)
         if begun:
-            say(f"{source}: {begun} of {len(prompts)} prompts end with an assistant turn. The responses continue it.")
+            say(f"{source}: {begun} of {len(items)} prompts end with an assistant turn. The responses continue it.")
+        return items
 
     def pairs(self) -> list[Pair]:
         """The pairs of this run, from pairs.jsonl."""

@@ -31,9 +31,9 @@ def run(context: Context) -> dict[str, Any]:
 
 def _read_pairs(context: Context) -> dict[str, Any]:
     started, loaded = time.monotonic(), read_pairs(context.recipe)
-    context.say_of_prompts(context.recipe.data.pairs, [pair.prompt for pair in loaded.items])
+    items = context.as_meant(context.recipe.data.pairs, loaded.items)
     pairs, dropped = [], Counter(loaded.skip_counts())
-    for pair in (_without_control_tokens(context, pair) for pair in loaded.items):
+    for pair in (_without_control_tokens(context, pair) for pair in items):
         reason = unusable(pair.response_1, pair.response_2)
         if reason is None:
             pairs.append(pair)
