@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from datetime import date
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from trl_rlaif.errors import UserError
@@ -42,6 +43,11 @@ def dated(template: str, day: date) -> str:
     return _TODAY.sub(lambda found: json.dumps(day.strftime(found[2])), template)
 
 
+@lru_cache(maxsize=8)
+def _lookalikes(control: re.Pattern[str] | None) -> re.Pattern[str]:
+    return re.compile("\ue000" if control is None else f"{control.pattern}|\ue000")
+
+
 class Conversation:
     """Messages and the chat template that renders them.
 
@@ -63,8 +69,8 @@ class Conversation:
         control: re.Pattern[str] | None,
         kwargs: dict[str, Any],
     ) -> None:
-        self._tokenizer, self._control, self._kwargs = tokenizer, control, kwargs
-        self._lookalike = re.compile("\ue000" if control is None else f"{control.pattern}|\ue000")
+        self._tokenizer, self.control, self._kwargs = tokenizer, control, kwargs
+        self._lookalike = _lookalikes(control)
         self._data: list[str] = []
         self._messages = [self._marked_message(message) for message in messages]
 
@@ -180,7 +186,7 @@ class Conversation:
     def thought_end(self) -> str:
         """What the model ends its thoughts with; only where ``thinking`` is not None."""
         close = self._thought_places()[1].strip()
-        token = self._control.search(close) if self._control else None
+        token = self.control.search(close) if self.control else None
         return close[: token.end()] if token else close
 
     def reasoning_marks(self) -> tuple[str, str, str] | None:

@@ -153,13 +153,12 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     Raises:
         UserError: It cannot be found or read, or is in Mistral's own format alone.
     """
-    from transformers import AutoTokenizer, MistralCommonBackend, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve(path))
-        if isinstance(
-            tokenizer, MistralCommonBackend
-        ):  # preferred where mistral-common is installed; it has no template
+        # What transformers prefers where mistral-common is installed; it has no chat template.
+        if type(tokenizer).__name__.startswith("MistralCommon"):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(resolve(path))
             if tokenizer.eos_token is None:  # made of tekken.json, which has no such names
                 raise ImportError("mistral-common")
