@@ -205,3 +205,16 @@ def test_variables_of_the_chat_template_reach_the_prompts(tmp_path):
     without = dataset.remove_columns("chat_template_kwargs")
     assert encoded(without, chat_template_kwargs={"enable_thinking": False}) == [wanted(row, False) for row in rows]
     assert encoded(dataset, chat_template_kwargs={"enable_thinking": True}) == encoded(dataset)
+
+
+def test_rendered_prompts_keep_their_control_tokens(tmp_path):
+    """If all of them begin as the chat template does; a single one is the text of a user."""
+    tokenizer = make_tokenizer()
+    rendered = [
+        tokenizer.apply_chat_template([{"role": "user", "content": word}], tokenize=False, add_generation_prompt=True)
+        for word in ("fox", "dog", "city", "judge")
+    ]
+    ids = list(small_trainer(tmp_path, dataset=Dataset.from_dict({"prompt": rendered})).train_dataset["input_ids"])
+    assert ids == tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    mixed = small_trainer(tmp_path, dataset=Dataset.from_dict({"prompt": [*rendered[:3], "a fox"]})).train_dataset
+    assert not any(tokenizer.eos_token_id in row for row in mixed["input_ids"])

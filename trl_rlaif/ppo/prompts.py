@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trl_rlaif.encoding import encode_prompt
+from trl_rlaif.encoding import as_rendered, encode_prompt, is_rendered
 from trl_rlaif.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def tokenize_prompts(
 
     Args:
         dataset: ``prompt`` as text or as messages (TRL's standard and conversational prompt-only
-            formats), or ``input_ids`` already.
+            formats), or ``input_ids`` already. Texts that all begin as the chat template does were rendered by it.
         tokenizer: With a chat template, if the prompts are conversational. A column ``chat_template_kwargs`` holds
             variables for it.
         max_length: Longest prompt in tokens that is kept, or None for all.
@@ -52,12 +52,17 @@ def tokenize_prompts(
         empty = [i for i, prompt in enumerate(dataset["prompt"]) if not prompt]
         if empty:
             raise UserError(f"{len(empty)} rows have no prompt; the first is row {empty[0]} (counted from 0).")
+        rendered = all(is_rendered(prompt, tokenizer) for prompt in dataset["prompt"])
+        if rendered:
+            logger.warning("The prompts begin with control tokens, and are taken as rendered by the chat template.")
+
+        def encoded(row: dict[str, Any]) -> dict[str, list[int]]:
+            prompt = as_rendered(row["prompt"], tokenizer) if rendered else row["prompt"]
+            kwargs = row.get("chat_template_kwargs")
+            return {"input_ids": encode_prompt(tokenizer, prompt, chat_template_kwargs=kwargs)}
+
         dataset = dataset.map(
-            lambda row: {
-                "input_ids": encode_prompt(
-                    tokenizer, row["prompt"], chat_template_kwargs=row.get("chat_template_kwargs")
-                )
-            },
+            encoded,
             num_proc=num_proc,
             desc="Tokenizing prompts",
         )
