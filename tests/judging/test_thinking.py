@@ -78,7 +78,8 @@ def test_a_rationale_stands_in_front_of_the_ending(written, monkeypatch):
     [answer] = asked(judge, [[question]], thinking=Thinking(1, 20))[0]
     [(first, options)] = log
     assert first == [plain_text(judge, question, "Let us compare.")]
-    assert options == {"num_responses": 1, "max_new_tokens": 20, "temperature": 0.0}
+    stops = (judge.tokenizer.eos_token_id,)
+    assert options == {"num_responses": 1, "max_new_tokens": 20, "temperature": 0.0, "stop_ids": stops}
     opening = "Let us compare. it is a city\n\nPreferred Response="
     assert second == [[plain_text(judge, question, opening)]]
     assert answer.rationales == ("it is a city",)
@@ -254,6 +255,8 @@ def test_the_models_own_thoughts_are_closed_and_the_ending_read_behind(written, 
     begun = [text for texts, _ in log for text in texts]
     assert len(begun) == 4 and all(text.endswith("assistant\n<think>\n") for text in begun)
     assert all(options["max_new_tokens"] == 20 for _, options in log)
+    end = judge.tokenizer.convert_tokens_to_ids("</think>")
+    assert all(options["stop_ids"] == (judge.tokenizer.eos_token_id, end) for _, options in log)
     expected = {thought_text(judge, question, thought) for group in groups for question in group}
     assert {text for group in second for text in group} == expected
     for group, answers in zip(groups, (found[0], found[1]), strict=True):

@@ -197,6 +197,7 @@ class LocalJudge(Judge):
                 num_responses=drawn_count,
                 max_new_tokens=thinking.max_tokens,
                 temperature=thinking.temperature,
+                stop_ids=writing.stop_ids(self.model),
             )
         return [writing.texts(rows, ending) * (count // drawn_count) for rows in drawn]
 

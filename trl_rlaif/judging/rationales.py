@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from trl_rlaif.encoding import encode_prompt, thinking_prompt
 from trl_rlaif.judging.prompt import JudgePrompt
 from trl_rlaif.judging.question import Message, Question
+from trl_rlaif.stopping import stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,6 +57,10 @@ class Rationale(Writing):
         opening = f"{question.thinking} {self.prompt.quote(text)}\n\n{question.ending}"
         return self.encode(question.messages, opening)
 
+    def stop_ids(self, model: Any) -> tuple[int, ...]:
+        """The tokens that end what is written."""
+        return stop_ids(self.tokenizer, model)
+
     def room(self, ending: str) -> int:
         """Tokens between a rationale and the candidates."""
         return len(self.encode(_EMPTY, f" \n\n{ending}")) - len(self.encode(_EMPTY, ""))
@@ -99,6 +104,11 @@ class Thoughts(Rationale):
     def behind(self, question: Question, text: str) -> list[int]:
         """Token ids up to where the candidates are read: the thoughts are closed, whether or not the model did."""
         return self.encode(question.messages, question.ending, thought=text)
+
+    def stop_ids(self, model: Any) -> tuple[int, ...]:
+        """The tokens that end what is written; also what the model ends its thoughts with, if that is one token."""
+        end = self.tokenizer(self._begun(_EMPTY)[1], add_special_tokens=False)["input_ids"]
+        return (*super().stop_ids(model), *(end if len(end) == 1 else ()))
 
     def room(self, ending: str) -> int:
         """Tokens between the thoughts and the candidates."""
