@@ -43,9 +43,11 @@ def end(tokenizer: Any) -> str:
     shown = f"`{tokenizer.convert_ids_to_tokens(own)}`"
     if tokenizer.chat_template:
         said = _rendered(tokenizer, {"role": "assistant", "content": "Four."})
-        expected = tokenizer(said, add_special_tokens=False)["input_ids"]
-        prompt = encode_prompt(tokenizer, ASKED, opening="Four.")
-        shown += same([*prompt, own], expected[: len(prompt) + 1])
+        answered, whole = (
+            tokenizer(text, add_special_tokens=False)["input_ids"] for text in (said[: said.rindex("Four.") + 5], said)
+        )
+        after = [id for id in whole[len(answered) :] if tokenizer.decode([id]).strip()]
+        shown += same([own], after[:1])
     others = [tokenizer.convert_ids_to_tokens(id) for id in stop_ids(tokenizer) if id != own]
     return shown + "".join(f", also `{token}`" for token in others)
 
@@ -121,9 +123,13 @@ def padding(tokenizer: Any) -> str:
 def tags(tokenizer: Any) -> str:
     """Whether the reward trainer sees, of what a policy writes, the tokens that PPO scores."""
     reader, wrong = ResponseReader(tokenizer, stop_ids(tokenizer)), []
+    opening, close, _ = reasoning_marks(tokenizer) or ("none", "", "")
+    # Where the prompt opens the reasoning, a response without its end would be all reasoning.
+    before = [] if opening else tokenizer(f"hm{close}\n\n", add_special_tokens=False)["input_ids"]
     for text in WRITTEN:
-        sampled = [*_sampled(tokenizer, text), end_of_turn(tokenizer)]
-        if not reader.row(sampled) == sampled == encode_response(tokenizer, reader.read(sampled).answer):
+        answer = [*_sampled(tokenizer, text), end_of_turn(tokenizer)]
+        sampled = before + answer
+        if not reader.row(sampled) == answer == encode_response(tokenizer, reader.read(sampled).answer):
             wrong.append(text)
     return f"{len(WRITTEN)} texts the same" + same(wrong, [])
 
