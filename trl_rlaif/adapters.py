@@ -79,7 +79,8 @@ def _check_targets(config: LoraConfig, kind: type[PreTrainedModel], model_config
     def refusal(config: LoraConfig) -> str | None:
         return _refusal(kind(copy.deepcopy(model_config)), copy.deepcopy(config))
 
-    with torch.device("meta"), torch.no_grad(), warnings.catch_warnings(action="ignore"):
+    with torch.device("meta"), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
             twin = kind(copy.deepcopy(model_config))
         except Exception:  # a class that is made in another way: PEFT has the last word then
