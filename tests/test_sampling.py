@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from helpers.tiny import make_llama, make_tokenizer
+from ppo.test_verification import _faulty as faulty
 
-from trl_rlaif.sampling import sample_responses
+from trl_rlaif.sampling import padded_together, sample_responses
 
 
 def test_a_checkpoints_own_sampling_settings_stay_out():
@@ -22,3 +24,16 @@ def test_a_checkpoints_own_sampling_settings_stay_out():
     settings.repetition_penalty, settings.top_k, settings.do_sample = 5.0, 1, True
     assert [drawn(0), drawn(1.0)] == before
     assert model.generation_config is settings
+
+
+@pytest.mark.parametrize("family", ["RecurrentGemma", "MiniMax"])
+def test_models_that_left_padding_changes_are_sampled_without(family):
+    tokenizer, model = make_tokenizer(), faulty(family)
+    prompts = [tokenizer(text)["input_ids"] for text in ("what is it?", "the quick brown fox jumps over", "no", "go")]
+    sampling = {"max_new_tokens": 8, "temperature": 0, "stop_ids": ()}
+    alone = [sample_responses(model, tokenizer, [prompt], **sampling)[0] for prompt in prompts]
+    assert sample_responses(model, tokenizer, prompts, **sampling) == alone
+    lengths = [len(prompt) for prompt in prompts]
+    groups = padded_together(model, lengths)
+    assert len(groups) == len(set(lengths)) > 1 and sorted(sum(groups, [])) == [0, 1, 2, 3]
+    assert padded_together(make_llama(), lengths) == [[0, 1, 2, 3]]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from trl_rlaif.compute.trial import trial
+from trl_rlaif.roles import inner_model
 from trl_rlaif.stopping import stop_ids as all_stop_ids
 
 
@@ -84,6 +87,15 @@ def sample_responses(
     Returns:
         N lists of K token lists.
     """
+    groups = padded_together(model, [len(prompt) for prompt in prompts])
+    if len(groups) > 1:
+        settings = {"num_responses": num_responses, "max_new_tokens": max_new_tokens, "temperature": temperature}
+        settings |= {"top_p": top_p, "stop_ids": stop_ids, "keep_end": keep_end}
+        drawn = {}
+        for group in groups:
+            of_group = sample_responses(model, tokenizer, [prompts[i] for i in group], **settings)
+            drawn |= dict(zip(group, of_group, strict=True))
+        return [drawn[i] for i in range(len(prompts))]
     device = next(model.parameters()).device
     width = max(map(len, prompts))
     pad, stops = tokenizer.pad_token_id, all_stop_ids(tokenizer, model) if stop_ids is None else stop_ids
@@ -116,6 +128,43 @@ def sample_responses(
 def _until(tokens: list[int], stops: Sequence[int], pad: int, keep_end: bool) -> list[int]:
     end = next((i for i, token in enumerate(tokens) if token in stops or token == pad), len(tokens))
     return tokens[: end + 1] if keep_end and tokens[end : end + 1] != [pad] else tokens[:end]
+
+
+_padding_works: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
+
+
+def padded_together(model: torch.nn.Module, lengths: Sequence[int]) -> list[list[int]]:
+    """Indices of prompts that a model may be given in one batch, padded on the left.
+
+    That is all of them, except with models that transformers then computes wrong (RecurrentGemma, MiniMax): their
+    batches hold prompts of equal length. It is tried once for each model.
+    """
+    inner = inner_model(model)
+    if len(set(lengths)) <= 1:
+        return [list(range(len(lengths)))]
+    if inner not in _padding_works:
+        _padding_works[inner] = _left_padding_works(inner)
+    if _padding_works[inner]:
+        return [list(range(len(lengths)))]
+    return [[i for i, length in enumerate(lengths) if length == of_group] for of_group in sorted(set(lengths))]
+
+
+def _left_padding_works(model: torch.nn.Module) -> bool:
+    """Whether a few tokens are generated from a padded prompt with the scores that they have without padding."""
+    prompt, padding = [5, 9, 4, 7, 8, 6, 3], [0] * 5
+    config = GenerationConfig(max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    config.pad_token_id = 0
+    found = []
+    with trial(model), bare_generation_config(model):
+        for ids, mask in ((prompt, [1] * 7), (padding + prompt, padding + [1] * 7)):
+            inputs = {"input_ids": ids, "attention_mask": mask}
+            inputs = {name: torch.tensor([row], device=model.device) for name, row in inputs.items()}
+            try:
+                logits = model.generate(**inputs, generation_config=config).logits
+            except RuntimeError:  # of Mamba in bfloat16, which reads weights where a trial cannot raise them
+                return True
+            found.append(torch.cat(logits).float().log_softmax(-1))
+    return (found[0] - found[1]).abs().max().item() < 1e-3
 
 
 def length_batches(lengths: Sequence[int], size: int) -> list[list[int]]:

@@ -20,6 +20,7 @@ from trl_rlaif.compute.lean_lora import make_lean
 from trl_rlaif.ppo import passes, verification
 from trl_rlaif.ppo.actors import SharedActors
 from trl_rlaif.ppo.sampler import RolloutSampler
+from trl_rlaif.responses import ResponseReader
 
 PROMPTS = (30, 4, 11, 30, 7)
 TEMPERATURE = 0.7
@@ -93,7 +94,9 @@ def _sampler(**options) -> RolloutSampler:
         "response_length": 12,
         "bf16": False,
     }
-    return RolloutSampler(SimpleNamespace(**arguments | options), Accelerator(cpu=True), make_tokenizer(), None)
+    return RolloutSampler(
+        SimpleNamespace(**arguments | options), Accelerator(cpu=True), ResponseReader(make_tokenizer(), ())
+    )
 
 
 def _batch(lengths=PROMPTS):

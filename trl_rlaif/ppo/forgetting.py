@@ -25,7 +25,7 @@ from trl_rlaif.ppo.actors import Actors
 from trl_rlaif.ppo.passes import Passage
 from trl_rlaif.ppo.processes import failing_together
 from trl_rlaif.ppo.rehearsal import as_rollout
-from trl_rlaif.sampling import length_batches, sample_responses, seeded
+from trl_rlaif.sampling import length_batches, padded_together, sample_responses, seeded
 
 if TYPE_CHECKING:
     from trl_rlaif.ppo.trainer import PPOTrainer
@@ -309,7 +309,8 @@ def mean_nll(
     """
     total = 0.0
     for batch in length_batches([len(p.prompt_ids) + len(p.response_ids) for p in pairs], batch_size):
-        rollout = as_rollout([pairs[i] for i in batch], device)
-        logprobs, _ = passes.logprobs(actors, part, Passage.of(rollout, torch.arange(len(batch))), 1.0)
-        total -= logprobs.double().sum().item()
+        for group in padded_together(actors.model(part), [len(pairs[i].prompt_ids) for i in batch]):
+            rollout = as_rollout([pairs[batch[i]] for i in group], device)
+            logprobs, _ = passes.logprobs(actors, part, Passage.of(rollout, torch.arange(len(group))), 1.0)
+            total -= logprobs.double().sum().item()
     return total / sum(len(pair.response_ids) for pair in pairs)

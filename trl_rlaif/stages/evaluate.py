@@ -21,7 +21,7 @@ from trl_rlaif.ppo.rehearsal import as_rollout
 from trl_rlaif.ppo.rollout import scored_rows
 from trl_rlaif.progress import progress_bar
 from trl_rlaif.roles import SharedBase
-from trl_rlaif.sampling import length_batches, sample_responses, seeded
+from trl_rlaif.sampling import length_batches, padded_together, sample_responses, seeded
 from trl_rlaif.stages.context import Context
 from trl_rlaif.stages.judges import MAIN, ask_judges, check_servers, judged_numbers
 
@@ -179,7 +179,12 @@ def rewards_of(context: Context, shared: SharedBase, prompts: list[list[int]], e
     pairs = [answer_pair("", "", *row) for row in zip(prompts, encoded, strict=True)]
     actors, reader = SharedActors(shared), context.reader(shared.model)
     scores = [0.0] * len(pairs)
-    for batch in token_batches([len(p.prompt_ids) + len(p.response_ids) for p in pairs], BATCH_TOKENS):
+    batches = token_batches([len(p.prompt_ids) + len(p.response_ids) for p in pairs], BATCH_TOKENS)
+    for batch in (
+        [whole[i] for i in group]
+        for whole in batches
+        for group in padded_together(shared.model, [len(pairs[i].prompt_ids) for i in whole])
+    ):
         rollout = as_rollout([pairs[i] for i in batch], shared.model.device)
         if context.recipe.rl.config.get("score_at_end", True):
             rollout = scored_rows(rollout, reader)
