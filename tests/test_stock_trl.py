@@ -101,6 +101,7 @@ def test_the_advantage_loss_is_the_librarys(given, tmp_path, monkeypatch):
         train_dataset=given["comparisons"],
         reward_transforms=[AdvantageModel(margin=4.0)],
         packing=False,
+        score_at_end=False,  # as TRL's
     )
     ours.model.load_state_dict(names["trainer"].model.state_dict())
     losses = []

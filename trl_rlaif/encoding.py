@@ -55,9 +55,9 @@ class _ControlTokens:
 
     Args:
         flagged: Those that the tokenizer itself calls special.
-        all: Also those that were added without the flag: what the chat template writes, such as <think> or
-            DeepSeek's <｜User｜>, and others of that form. Markup that was added for its own sake, such as Gemma's
-            <table>, is text.
+        all: Also those that were added without the flag: <think>, what the chat template writes, such as DeepSeek's
+            <｜User｜>, and others of that form. Markup that was added for its own sake, such as Gemma's <table>, is
+            text.
     """
 
     flagged: re.Pattern[str] | None
@@ -76,7 +76,8 @@ def _cached_control_tokens(
 ) -> _ControlTokens:
     added = [token for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
     flagged = {*special, *(token.content for token in added if token.special)}
-    unflagged = {t.content for t in added if t.content in template or re.fullmatch(r"[<\[][|｜].+[>\]]", t.content)}
+    controls = re.compile(r"[<\[][|｜].+[>\]]|</?think>")
+    unflagged = {t.content for t in added if t.content in template or controls.fullmatch(t.content)}
     return _ControlTokens(_any_of(flagged), _any_of(flagged | unflagged))
 
 

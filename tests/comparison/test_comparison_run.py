@@ -29,7 +29,7 @@ ARMS = [
 @pytest.fixture(scope="module")
 def recipe(tiny_model, tmp_path_factory):
     base = tmp_path_factory.mktemp("comparison")
-    path = write_recipe(base, tiny_model, rl={"total_episodes": 8})
+    path = write_recipe(base, tiny_model, rl={"total_episodes": 8, "learning_rate": 3e-2})
     path.write_text(path.read_text() + yaml.safe_dump({"compare": ARMS}))
     return parse_recipe(path, registry=installed_plugins().registry)
 

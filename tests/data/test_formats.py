@@ -56,7 +56,7 @@ def test_prompts_keep_category_and_other_columns(write):
 
 
 def test_messages_keep_what_else_their_template_may_read(write):
-    said = {**says("Blue."), "reasoning_content": "sky", "tool_calls": [{"name": "look"}], "name": None}
+    said = {**says("Blue."), "reasoning_content": "sky", "name": None}
     [item] = load_prompts(write({"prompt": [USER, said, USER]})).items
     assert item.prompt == [USER, {key: value for key, value in said.items() if key != "name"}, USER]
 

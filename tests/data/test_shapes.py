@@ -73,7 +73,7 @@ SYSTEM = {"role": "system", "content": "Be kind."}
         ),
         (
             {"messages": [USER, says("look up"), {"role": "tool", "content": "blue", "name": "see"}, says("Blue.")]},
-            [USER, says("look up"), {"role": "tool", "content": "blue"}],
+            [USER, says("look up"), {"role": "tool", "content": "blue", "name": "see"}],
             {},
         ),
         (

@@ -33,7 +33,8 @@ def numbers(monkeypatch, tmp_path):
         trainer = SimpleNamespace(
             args=args, model=None, data_collator=None, batch_tokens=None, reward_transforms=[]
         )  # fmt: skip
-        return reward._held_out_numbers(context, trainer, Dataset.from_dict(ROWS))
+        ids = {f"{side}_ids": [[5, 2]] * len(chosen) for side in ("chosen", "rejected")}
+        return reward._held_out_numbers(context, trainer, Dataset.from_dict(ROWS | ids))
 
     return numbers
 

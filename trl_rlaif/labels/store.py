@@ -123,4 +123,5 @@ class Plan:
 
     def end(self) -> None:
         """The pass is complete."""
-        self.path.unlink(missing_ok=True)
+        if self.pairs:  # else the file, if there is one, is another pass's
+            self.path.unlink(missing_ok=True)
