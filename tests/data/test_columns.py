@@ -1,22 +1,9 @@
 """The names that a file has for its columns."""
 
-import json
-from pathlib import Path
-
 import pytest
 
 from trl_rlaif.data import load_finetuning, load_pairs, load_prompts, load_rows
 from trl_rlaif.errors import UserError
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(*rows: dict, name: str = "f.jsonl") -> Path:
-        path = tmp_path / name
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return path
-
-    return write
 
 
 def fails(load, source, **kwargs) -> str:

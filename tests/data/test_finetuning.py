@@ -1,24 +1,12 @@
 """Fine-tuning data in the forms that TRL's SFTTrainer reads."""
 
-import json
-from pathlib import Path
-
 import pytest
+from helpers.data import USER, says
 
 from trl_rlaif.data import load_finetuning
 from trl_rlaif.errors import UserError
 
-USER, ANSWER = {"role": "user", "content": "Sky?"}, {"role": "assistant", "content": "Blue."}
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(*rows: dict) -> Path:
-        path = tmp_path / "f.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return path
-
-    return write
+ANSWER = says("Blue.")
 
 
 def fails(source, **kwargs) -> str:

@@ -5,37 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers.data import USER, fails, says, sides
 
 from trl_rlaif.data import Pair, Skip, load_pairs, load_prompts
-from trl_rlaif.errors import UserError
 
 REAL = Path(__file__).resolve().parents[2].parent / "shared" / "data"
-USER = {"role": "user", "content": "Sky?"}
-
-
-def says(text: str) -> dict:
-    return {"role": "assistant", "content": text}
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(*rows: dict) -> Path:
-        path = tmp_path / "f.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return path
-
-    return write
-
-
-def fails(source, load=load_pairs, **kwargs) -> str:
-    with pytest.raises(UserError) as caught:
-        load(source, **kwargs)
-    return str(caught.value)
-
-
-def sides(pair: Pair) -> tuple[str, str]:
-    """(preferred, other)"""
-    return (pair.response_1, pair.response_2) if pair.human == 1 else (pair.response_2, pair.response_1)
 
 
 # Prompts

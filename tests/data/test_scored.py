@@ -1,22 +1,9 @@
 """Pairs out of scored responses, and out of responses that were found good or bad."""
 
-import json
-from pathlib import Path
-
 import pytest
 
 from trl_rlaif.data import load_pairs, load_prompts
 from trl_rlaif.errors import UserError
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(*rows: dict, name: str = "f.jsonl") -> Path:
-        path = tmp_path / name
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return path
-
-    return write
 
 
 def fails(source, **kwargs) -> str:

@@ -1,41 +1,14 @@
 """The shapes that other projects' data comes in: Alpaca, ShareGPT, preference files as prompts, whole conversations."""
 
-import json
 from pathlib import Path
 
 import pytest
+from helpers.data import USER, fails, says, sides
 
-from trl_rlaif.data import Pair, load_pairs, load_prompts
-from trl_rlaif.errors import UserError
+from trl_rlaif.data import load_pairs, load_prompts
 
 REAL = Path(__file__).resolve().parents[2].parent / "shared" / "data"
-USER = {"role": "user", "content": "Sky?"}
 HH = {"chosen": "\n\nHuman: Q\n\nAssistant: a", "rejected": "\n\nHuman: Q\n\nAssistant: b"}
-
-
-def says(text: str) -> dict:
-    return {"role": "assistant", "content": text}
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(*rows: dict) -> Path:
-        path = tmp_path / "f.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return path
-
-    return write
-
-
-def fails(source, load=load_pairs, **kwargs) -> str:
-    with pytest.raises(UserError) as caught:
-        load(source, **kwargs)
-    return str(caught.value)
-
-
-def sides(pair: Pair) -> tuple[str, str]:
-    """(preferred, other)"""
-    return (pair.response_1, pair.response_2) if pair.human == 1 else (pair.response_2, pair.response_1)
 
 
 # Shapes of others: Alpaca, ShareGPT, parts, tools
