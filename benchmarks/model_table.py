@@ -189,7 +189,8 @@ FAMILY_CELLS: dict[tuple[str, ...], Callable[[Path], Difference]] = {
 HEAD = """# Models
 
 For each model family, how far results of trl-rlaif are from a plain computation of the same: the largest difference
-seen, with tiny models of random weights in float32. Rounding alone makes up to about 1e-4.
+seen, with tiny models of random weights in float32. Rounding alone makes up to about 1e-4,
+and up to 1e-3 with the linear attention of Qwen3-Next and Qwen3.5, which is computed in chunks or token by token.
 
 - judge: log-probabilities of answers, in nats, against transformers on one sequence at a time: no padding, no cache.
 - reward losses: three optimizer steps against TRL's own RewardTrainer, on the same model.

@@ -203,7 +203,7 @@ def load_model(spec: ModelSpec, *, num_labels: int | None = None) -> PreTrainedM
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute,
-            llm_int8_skip_modules=["score", "lm_head"],
+            llm_int8_skip_modules=["score", "lm_head", "dt_proj"],  # Mamba reads the last one's weight as a matrix
         )
     path = resolve(spec.path)
     try:
