@@ -12,12 +12,13 @@ import argparse
 import copy
 import logging
 import os
+import re
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -272,8 +273,12 @@ def table(first: str, kinds: Iterable[Kind], functions: Mapping[tuple[str, ...],
     lines = ["| " + " | ".join((first, *columns)) + " |", "|---" * (len(columns) + 1) + "|"]
     for kind, context in kinds:
         began = time.monotonic()
-        with context as value:
-            row = [cell for names, compute in functions.items() for cell in cells(value, names, compute, notes)]
+        try:
+            with context as value:
+                row = [cell for names, compute in functions.items() for cell in cells(value, names, compute, notes)]
+        except UserError as error:
+            where = tempfile.gettempdir()  # a folder's name says nothing
+            row = [notes("refused", re.sub(rf"'{where}[^']*'", "'FOLDER'", str(error)))] * len(columns)
         lines.append("| " + " | ".join((kind, *(cell.replace("|", "\\|") for cell in row))) + " |")
         print(lines[-1], f"{time.monotonic() - began:.1f} s", flush=True)
     return "\n".join([*lines, "", *(f"{i}. {text}" for i, text in enumerate(notes.texts, 1)), ""])
@@ -302,8 +307,7 @@ def main() -> None:
     families = ((name, saved(name)) for name in options.families or model_zoo.installed())
     text = HEAD.format(versions=versions) + "\n" + table("family", families, FAMILY_CELLS)
     if not options.families:
-        kinds = ((name, nullcontext(tokenizer)) for name, tokenizer in real_tokenizers.tokenizers())
-        text += "\n" + TOKENIZERS_HEAD + "\n" + table("tokenizer", kinds, tokenizer_checks.CELLS)
+        text += f"\n{TOKENIZERS_HEAD}\n{table('tokenizer', real_tokenizers.tokenizers(), tokenizer_checks.CELLS)}"
     if options.output:
         options.output.write_text(text, encoding="utf-8")
 

