@@ -15,18 +15,20 @@ def check_base(recipe: Recipe) -> None:
     Raises:
         UserError: transformers has no causal language model of this kind, or the adapters cannot work on it.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from trl_rlaif.adapters import fitted, lora_config
-
     path = recipe.model.path
     if path in PACKAGED or path.endswith(".gguf"):  # to read its configuration is to convert the whole model
         return
+    from transformers import AutoConfig  # what else is imported takes seconds, which not every check has to pay
+
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError):
         return
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from trl_rlaif.adapters import fitted, lora_config
+
     if type(config) not in AutoModelForCausalLM._model_mapping:
         if "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
             return
