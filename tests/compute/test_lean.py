@@ -193,7 +193,7 @@ def _generate(model, prompt_tokens):
     torch.manual_seed(2)
     ids = torch.randint(3, 60, (3, prompt_tokens))
     mask = torch.arange(prompt_tokens) >= torch.tensor([0, 2, prompt_tokens - 1])[:, None]
-    options = {"max_new_tokens": 30, "temperature": 0.8, "pad_id": 0, "stop_ids": []}
+    options = {"max_new_tokens": 30, "temperature": 0.8, "pad_id": 0, "stop_id": None}
     return rollout.generate(model, ids, mask, **options)
 
 

@@ -32,7 +32,7 @@ def test_logprobs_are_those_of_a_forward_pass(make, stop):
     # What a checkpoint's own generation config asks for must not reach the rollout.
     model.generation_config.update(top_k=3, repetition_penalty=2.0)
     torch.manual_seed(5)
-    response, logprobs = generate(model, ids, mask, max_new_tokens=24, temperature=0.7, pad_id=PAD, stop_ids=stop)
+    response, logprobs = generate(model, ids, mask, max_new_tokens=24, temperature=0.7, pad_id=PAD, stop_id=stop)
     lengths, _ = response_lengths(response, stop_ids=stop, pad_id=PAD)
     inputs = model_inputs(ids, mask, response, lengths)
     width = response.shape[1]

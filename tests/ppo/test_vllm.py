@@ -72,7 +72,7 @@ class Engine:
         # vLLM takes a prompt as it is, and gives a response up to its stop token and no further.
         sampling = {"max_new_tokens": options["max_tokens"], "temperature": max(options["temperature"], 1e-7)}
         rows = [torch.tensor([prompt]) for prompt in prompts]
-        sampling |= {"pad_id": 0, "stop_ids": options["stop_token_ids"]}
+        sampling |= {"pad_id": 0, "stop_id": options["stop_token_ids"]}
         drawn = [generate(self.model, row, torch.ones_like(row), **sampling)[0] for row in rows]
         return [row[0].tolist() for row in drawn]
 

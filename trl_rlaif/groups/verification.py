@@ -67,7 +67,7 @@ def _sampled(trainer: Rehearsing, model: Any) -> Rollout:
             max_new_tokens=min(_TOKENS, args.max_completion_length),
             temperature=args.temperature,
             pad_id=tokenizer.pad_token_id,
-            stop_ids=scorer.end_ids,
+            stop_id=scorer.end_ids,
         )
     lengths, _ = response_lengths(response_ids, stop_ids=scorer.end_ids, pad_id=tokenizer.pad_token_id)
     return replace(rollout, response_ids=response_ids, lengths=lengths, logprobs=logprobs)

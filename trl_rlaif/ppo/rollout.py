@@ -53,7 +53,7 @@ def generate(
     max_new_tokens: int,
     temperature: float,
     pad_id: int,
-    stop_ids: Sequence[int],
+    stop_id: int | Sequence[int] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sample one response a prompt from the whole distribution at a temperature.
 
@@ -64,7 +64,7 @@ def generate(
         max_new_tokens: Longest response.
         temperature: > 0.
         pad_id: What fills a row after its end.
-        stop_ids: The tokens that end a response; without any, it is sampled to the full length.
+        stop_id: The token that ends a response, or several; None samples to the full length.
 
     Returns:
         (response_ids, logprobs): (B, T) int64 and float32; T is at most ``max_new_tokens``.
@@ -84,7 +84,7 @@ def generate(
                 top_k=0,
                 top_p=1.0,
                 pad_token_id=pad_id,
-                eos_token_id=list(stop_ids) or None,
+                eos_token_id=stop_id if isinstance(stop_id, int) else list(stop_id or ()) or None,
             ),
         )
     return sequences[:, prompt_ids.shape[1] :], recorder.finish(sequences)

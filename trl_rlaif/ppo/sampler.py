@@ -146,7 +146,7 @@ class RolloutSampler:
                     max_new_tokens=self.args.response_length,
                     temperature=self.temperature,
                     pad_id=pad_id,
-                    stop_ids=self.reader.stop_ids,
+                    stop_id=self.reader.stop_ids,
                 )
                 for rows, first in batches
             ]
