@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -11,8 +11,12 @@ from test_responses import CHANNELS, OPENED, QWEN
 
 from trl_rlaif.encoding import usable_tokenizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import tokenizer_checks  # noqa: E402
+# By its path: in benchmarks/ there are modules with the names of folders here.
+_SPEC = importlib.util.spec_from_file_location(
+    "tokenizer_checks", Path(__file__).resolve().parents[1] / "benchmarks" / "tokenizer_checks.py"
+)
+tokenizer_checks = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(tokenizer_checks)
 
 
 def make(template, *, added=(), special=(), pad="<|pad|>"):

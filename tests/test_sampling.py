@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.faulty import faulty
 from helpers.tiny import make_llama, make_tokenizer
-from ppo.test_verification import _faulty as faulty
 
 from trl_rlaif.sampling import padded_together, sample_responses
 

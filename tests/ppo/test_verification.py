@@ -10,6 +10,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from datasets import Dataset
+from helpers.faulty import FAULTY, faulty
 from helpers.ppo import small_trainer
 from helpers.tiny import make_llama, make_tokenizer
 from peft import LoraConfig
@@ -24,56 +25,6 @@ from trl_rlaif.responses import ResponseReader
 
 PROMPTS = (30, 4, 11, 30, 7)
 TEMPERATURE = 0.7
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 400,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-# Wrong where prompts are padded on the left: RecurrentGemma altogether, MiniMax while it samples. Zamba2 is wrong
-# with a cache, padded or not.
-FAULTY = {
-    "RecurrentGemma": {"num_hidden_layers": 3, "attention_window_size": 16, "lru_width": 32},
-    "MiniMax": {
-        "num_hidden_layers": 2,
-        "head_dim": 8,
-        "layer_types": ["linear_attention", "full_attention"],
-        "num_local_experts": 2,
-        "num_experts_per_tok": 1,
-        "block_size": 16,
-    },
-    "Zamba2": {
-        "num_hidden_layers": 2,
-        "layers_block_type": ["mamba", "hybrid"],
-        "hybrid_layer_ids": [1],
-        "n_mamba_heads": 4,
-        "mamba_headdim": 16,
-        "mamba_d_state": 8,
-        "mamba_ngroups": 1,
-        "num_mem_blocks": 1,
-        "attention_head_dim": 16,
-        "kv_channels": 8,
-        "num_key_value_heads": 4,
-        "time_step_min": 0.1,  # what its cached step leaves out
-    },
-}
-
-
-def _faulty(family: str):
-    """A tiny model of a family, with weights so large that its faults show."""
-    if not hasattr(transformers, f"{family}ForCausalLM"):
-        pytest.skip(f"this transformers has no {family}")
-    config = getattr(transformers, f"{family}Config")(**SIZES | FAULTY[family])
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() >= 2 and "A_log" not in name:
-            parameter.data.copy_(0.25 * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 def _actors(model) -> SharedActors:
@@ -125,7 +76,7 @@ def _plain(actors, part, rollout):
 
 @pytest.mark.parametrize("family", FAULTY)
 def test_what_padding_or_a_cache_changes_is_computed_in_another_way(family, caplog):
-    actors, sampler = _actors(_faulty(family)), _sampler()
+    actors, sampler = _actors(faulty(family)), _sampler()
     with caplog.at_level(logging.WARNING):
         rollout = _draw(sampler, actors)
     torch.testing.assert_close(rollout.logprobs, _plain(actors, "policy", rollout), rtol=1e-4, atol=1e-4)
@@ -138,7 +89,7 @@ def test_what_padding_or_a_cache_changes_is_computed_in_another_way(family, capl
 
 
 def test_a_fault_of_padding_is_seen_through_bfloat16():
-    actors, sampler = _actors(_faulty("RecurrentGemma")), _sampler(bf16=True)
+    actors, sampler = _actors(faulty("RecurrentGemma")), _sampler(bf16=True)
     _draw(sampler, actors)
     assert not sampler.pads and sampler.records
 
@@ -224,7 +175,7 @@ def test_the_kl_is_zero_and_the_ratio_one_before_the_first_update(tmp_path):
     """They are 10 nats a response and more where MiniMax has sampled with padding."""
     options = {"num_mini_batches": 1, "total_episodes": 8, "per_device_train_batch_size": 8}
     prompts = Dataset.from_dict({"prompt": ["what is the " + "quick " * n for n in range(16)]})
-    trainer = small_trainer(tmp_path, model=_faulty("MiniMax"), dataset=prompts, **options)
+    trainer = small_trainer(tmp_path, model=faulty("MiniMax"), dataset=prompts, **options)
     trainer.train()
     logged = trainer.state.log_history[0]
     assert abs(logged["objective/kl"]) < 1e-3 and logged["policy/approxkl_avg"] < 1e-8

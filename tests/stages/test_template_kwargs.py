@@ -44,7 +44,7 @@ def test_our_prompts(context):
 def test_dpo(context):
     made = context("dpo")
     said = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
-    Dataset.from_list([{"prompt": TURN, **said}] * 4).save_to_disk(str(made.folder / "preferences"))
+    Dataset.from_list([{"prompt": TURN, "p": 0.9, **said}] * 4).save_to_disk(str(made.folder / "preferences"))
     trainer, _ = dpo.build_trainer(made)
     row = trainer.train_dataset[0]
     assert made.tokenizer.decode(row["prompt_ids"]).startswith("the fox<|start|>user")
