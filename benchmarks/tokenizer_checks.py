@@ -123,9 +123,9 @@ def padding(tokenizer: Any) -> str:
 def tags(tokenizer: Any) -> str:
     """Whether the reward trainer sees, of what a policy writes, the tokens that PPO scores."""
     reader, wrong = ResponseReader(tokenizer, stop_ids(tokenizer)), []
-    opening, close, _ = reasoning_marks(tokenizer) or ("none", "", "")
+    _, close, _ = reasoning_marks(tokenizer) or ("", "", "")
     # Where the prompt opens the reasoning, a response without its end would be all reasoning.
-    before = [] if opening else tokenizer(f"hm{close}\n\n", add_special_tokens=False)["input_ids"]
+    before = tokenizer(f"hm{close}\n\n", add_special_tokens=False)["input_ids"] if reader.prompted else []
     for text in WRITTEN:
         answer = [*_sampled(tokenizer, text), end_of_turn(tokenizer)]
         sampled = before + answer

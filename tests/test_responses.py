@@ -7,7 +7,7 @@ import torch
 from helpers.ppo import prompts, small_trainer
 from helpers.tiny import CHAT_TEMPLATE, make_llama, make_tokenizer
 
-from trl_rlaif.encoding import encode_response
+from trl_rlaif.encoding import encode_prompt, encode_response
 from trl_rlaif.errors import UserError
 from trl_rlaif.events import RehearsalPair
 from trl_rlaif.ppo.rehearsal import as_rollout
@@ -63,6 +63,7 @@ CASES = [
     (QWEN, "<think>\nhm", ("", "hm", False, "")),
     (QWEN, "<think>\nhm<|end|>", ("", "hm", False, "")),  # reasoning that never ended is a response that was cut
     (QWEN, "<think>hm</think>a </think> b<|end|>", ("a </think> b", "hm", True, "a </think> b")),  # nothing hides
+    (QWEN, "hello </think> b<|end|>", ("hello </think> b", None, True, "hello </think> b")),
     (OPENED, "hm\n</think>\n\nthe dog<|end|>", ("the dog", "hm", True, "the dog")),
     (OPENED, "hm, the dog<|end|>", ("", "hm, the dog", False, "")),
     (
@@ -80,6 +81,18 @@ CASES = [
 @pytest.mark.parametrize(("template", "text", "expected"), CASES)
 def test_reasoning_is_told_from_the_answer(template, text, expected):
     assert read(make(template), text) == expected
+
+
+def test_whether_reasoning_has_begun_is_read_off_each_prompt():
+    """A text, a turn that is continued, or one whose thoughts are switched off, under a template that opens a block."""
+    tokenizer = make(OPENED)
+    reader = ResponseReader(tokenizer, (tokenizer.eos_token_id,))
+    ids = tokenizer("hm, the dog<|end|>", add_special_tokens=False)["input_ids"]
+    user = {"role": "user", "content": "a dog?"}
+    for prompt in ("a dog?", [user, {"role": "assistant", "content": "Well,"}]):
+        found = reader.read(ids, encode_prompt(tokenizer, prompt))
+        assert (found.answer, found.reasoning, found.ended) == ("hm, the dog", None, True)
+    assert reader.read(ids, encode_prompt(tokenizer, [user])).answer == "" and reader.prompted
 
 
 def test_reasoning_may_be_kept_and_is_where_no_tags_are_known():

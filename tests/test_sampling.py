@@ -37,3 +37,13 @@ def test_models_that_left_padding_changes_are_sampled_without(family):
     groups = padded_together(model, lengths)
     assert len(groups) == len(set(lengths)) > 1 and sorted(sum(groups, [])) == [0, 1, 2, 3]
     assert padded_together(make_llama(), lengths) == [[0, 1, 2, 3]]
+
+
+def test_an_end_token_that_is_also_padding_is_kept():
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    model, end = make_llama(len(tokenizer)), tokenizer.eos_token_id
+    model.lm_head.register_forward_hook(lambda _m, _i, logits: logits.index_fill(-1, torch.tensor([end]), 100.0))
+    sampling = {"max_new_tokens": 3, "temperature": 0}
+    assert sample_responses(model, tokenizer, [[5]], keep_end=True, **sampling) == [[[end]]]
+    assert sample_responses(model, tokenizer, [[5]], **sampling) == [[[]]]

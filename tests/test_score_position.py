@@ -108,8 +108,12 @@ def test_every_path_reads_the_same_token(reward, tmp_path, pad):
         tokenizer.padding_side = side
         batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
         with torch.no_grad():
-            found = model(**batch).logits[:, 0]
+            found, by_position = (
+                model(**batch).logits[:, 0],
+                model(batch["input_ids"], batch["attention_mask"]).logits[:, 0],
+            )
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(by_position, expected, rtol=1e-5, atol=1e-5)
 
     # PPO: drawn responses end, or are cut right before their end.
     trainer = ppo_trainer(reward, tmp_path, tokenizer)

@@ -193,15 +193,17 @@ class Conversation:
         """How a response tells its reasoning from its answer; None where the template has no reasoning.
 
         Returns:
-            What begins the reasoning (empty where the prompt ends with it), what leads from there to the answer, and
-            what an answer without reasoning begins with.
+            What begins the reasoning, in the response or at the end of the prompt; what leads from there to the answer;
+            and what an answer without reasoning begins with.
         """
         prompt, places = self._prompt(), self._thought_places()
         if places is None:
             return None
         said = self._said(content=_ANSWER) or ""
         header = said[len(prompt) : said.rindex(_ANSWER)] if _ANSWER in said and said.startswith(prompt) else ""
-        return tuple(text.strip() for text in (places[0][len(prompt) :], places[1], header))
+        opened = _OPENED.search(prompt)
+        opening = places[0][len(prompt) :] or (opened[0] if opened else "")
+        return tuple(text.strip() for text in (opening, places[1], header))
 
 
 def _closing(opened: re.Match[str]) -> str:

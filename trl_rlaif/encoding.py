@@ -301,13 +301,9 @@ def reasoning_marks(
     Args:
         tags: What reasoning begins and ends with, in place of what the template says.
     """
-    if not tokenizer.chat_template:
+    if tags is not None or not tokenizer.chat_template:
         return tags and (*tags, "")
-    conversation = _conversation(tokenizer, as_messages("x"), None)
-    if tags is None:
-        return conversation.reasoning_marks()
-    prompt = "".join(text for text, _ in conversation.prompt())
-    return ("" if prompt.rstrip().endswith(tags[0]) else tags[0], tags[1], "")
+    return _conversation(tokenizer, as_messages("x"), None).reasoning_marks()
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> list[int]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-from trl_rlaif.encoding import PromptLike, reasoning_marks
+from trl_rlaif.encoding import PromptLike, as_messages, encode_prompt, reasoning_marks
 from trl_rlaif.errors import UserError
 from trl_rlaif.stopping import end_of_turn
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 # The marks of reasoning in a model whose vocabulary has them, while its template does not tell.
 _COMMON_TAGS = ("<think>", "</think>")
+# Tokens at the end of a prompt among which what begins the reasoning is looked for.
+_TAIL = 16
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,23 @@ class ResponseReader:
         self.tokenizer, self.stop_ids, self.end_id = tokenizer, tuple(stop_ids), end_of_turn(tokenizer)
         self._marks = _marks(tokenizer, tags) if reasoning == "strip" else None
 
-    def read(self, ids: Sequence[int]) -> Response:
-        """A response of any number of tokens, with the one that ended it, where there was one."""
+    @cached_property
+    def prompted(self) -> bool:
+        """Whether the chat template's own prompt begins the reasoning."""
+        if self._marks is None or not self.tokenizer.chat_template:
+            return False
+        return self._begins_reasoning(encode_prompt(self.tokenizer, as_messages("x")))
+
+    def _begins_reasoning(self, prompt_ids: Sequence[int]) -> bool:
+        return self._raw(list(prompt_ids[-_TAIL:])).rstrip().endswith(self._marks[0])
+
+    def read(self, ids: Sequence[int], prompt_ids: Sequence[int] | None = None) -> Response:
+        """A response of any number of tokens, with the one that ended it, where there was one.
+
+        Args:
+            ids: The response.
+            prompt_ids: Its prompt, which may begin the reasoning; None: as the chat template's own prompts do.
+        """
         ids = list(ids)
         ended = bool(ids) and ids[-1] in self.stop_ids
         ids = ids[:-1] if ended else ids
@@ -75,21 +93,23 @@ class ResponseReader:
             return Response(self._text(ids), None, ids, ended)
         opening, close, header = self._marks
         text = self._raw(ids)
+        begun = self.prompted if prompt_ids is None else self._begins_reasoning(prompt_ids)
         if header and text.lstrip().startswith(header):
             start = self._first(ids, lambda text: text.lstrip().startswith(header))
             # An empty block of reasoning is none.
             return self._answered(ids, start, None, ended)
-        if close in text:
-            start = self._first(ids, lambda text: close in text)
-            reasoning = text[: text.index(close)].lstrip().removeprefix(opening)
-            return self._answered(ids, start, reasoning.strip() or None, ended)
-        if not opening or text.lstrip().startswith(opening):
-            return Response("", text.lstrip().removeprefix(opening).strip(), [], ended=False)
-        return Response(self._text(ids), None, ids, ended)
+        if not begun and not text.lstrip().startswith(opening):
+            # What ends reasoning may also be what an answer is about; it must not hide what comes before it.
+            return Response(self._text(ids), None, ids, ended)
+        reasoning, closed, _ = text.lstrip().removeprefix(opening).partition(close)
+        if not closed:
+            return Response("", reasoning.strip(), [], ended=False)
+        start = self._first(ids, lambda text: close in text)
+        return self._answered(ids, start, reasoning.strip() or None, ended)
 
-    def row(self, ids: Sequence[int]) -> list[int]:
+    def row(self, ids: Sequence[int], prompt_ids: Sequence[int] | None = None) -> list[int]:
         """A response's tokens as a reward model reads them: the answer's as sampled, and the end of a turn."""
-        return [*self.read(ids).answer_ids, self.end_id]
+        return [*self.read(ids, prompt_ids).answer_ids, self.end_id]
 
     def _answered(self, ids: list[int], start: int, reasoning: str | None, ended: bool) -> Response:
         while start < len(ids) and not self._raw(ids[start : start + 1]).strip():

@@ -127,7 +127,7 @@ def sample_responses(
 
 def _until(tokens: list[int], stops: Sequence[int], pad: int, keep_end: bool) -> list[int]:
     end = next((i for i, token in enumerate(tokens) if token in stops or token == pad), len(tokens))
-    return tokens[: end + 1] if keep_end and tokens[end : end + 1] != [pad] else tokens[:end]
+    return tokens[: end + 1] if keep_end and end < len(tokens) and tokens[end] in stops else tokens[:end]
 
 
 _padding_works: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()

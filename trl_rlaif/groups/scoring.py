@@ -50,12 +50,11 @@ class GroupScore:
         return scores.tolist()
 
     def _rollout(self, prompts: list[Any], completion_ids: Sequence[list[int]], columns: dict[str, Any]) -> Rollout:
-        responses = [self.scorer.reader.read(ids) for ids in completion_ids]
+        prompt_ids, read = columns.pop("input_ids"), self.scorer.reader.read
+        responses = [read(ids, prompt) for ids, prompt in zip(completion_ids, prompt_ids, strict=True)]
         pairs = [
-            RehearsalPair(prompt, response.as_completion(prompt), None, None, "", [*prompt_ids], [*ids])
-            for prompt, response, prompt_ids, ids in zip(
-                prompts, responses, columns.pop("input_ids"), completion_ids, strict=True
-            )
+            RehearsalPair(prompt, response.as_completion(prompt), None, None, "", [*of_prompt], [*ids])
+            for prompt, response, of_prompt, ids in zip(prompts, responses, prompt_ids, completion_ids, strict=True)
         ]
         rollout = as_rollout(pairs, self.scorer.accelerator.device, [response.ended for response in responses])
         return replace(rollout, columns=columns)

@@ -85,7 +85,7 @@ def tokenized(dataset: Any, tokenizer: Any, model: nn.Module, args: PPOConfig) -
     if args.generation == "vllm" and args.vllm_max_model_length:
         context = min(context or args.vllm_max_model_length, args.vllm_max_model_length)
     if limit is None and context:
-        limit = context - args.response_length
+        limit = context - args.response_length - args.score_at_end  # which a cut response gets one more token for
     return tokenize_prompts(dataset, tokenizer, max_length=limit, num_proc=args.dataset_num_proc)
 
 

@@ -193,7 +193,7 @@ class ForgettingTracker(TrainerCallback):
         for name, start in self.start.items():
             given: Sequence[float | None] = [0.5]
             if not is_start:
-                answers = self._texts(self._answers("policy", start.prompt_ids))
+                answers = self._texts(self._answers("policy", start.prompt_ids), start.prompt_ids)
                 given = preferences(self.preferred, start.prompts, answers, start.texts)
             judged = [p for p in given if p is not None]
             if judged:
@@ -208,7 +208,7 @@ class ForgettingTracker(TrainerCallback):
         for name, rows in self._sets.items():
             prompts, prompt_ids = (list(column) for column in zip(*rows, strict=True))
             answers = self._answers("reference", prompt_ids)
-            texts, kept = self._texts(answers), range(len(rows))
+            texts, kept = self._texts(answers, prompt_ids), range(len(rows))
             if self.score is not None:
                 with autocast(self.trainer.args, self._device):
                     scores = self.score(
@@ -238,8 +238,9 @@ class ForgettingTracker(TrainerCallback):
                     answers[i] = ids
         return answers
 
-    def _texts(self, answers: list[list[int]]) -> list[str]:
-        return [self.trainer.reader.read(ids).answer.strip() for ids in answers]
+    def _texts(self, answers: list[list[int]], prompt_ids: list[list[int]]) -> list[str]:
+        read = self.trainer.reader.read
+        return [read(ids, prompt).answer.strip() for ids, prompt in zip(answers, prompt_ids, strict=True)]
 
     def _encoded(self, name: str, prompt: PromptLike) -> list[int]:
         model, ids = self.trainer.actors.model("policy"), encode_prompt(self.trainer.processing_class, prompt)

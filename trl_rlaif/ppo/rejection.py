@@ -135,7 +135,10 @@ class RejectionTrainer:
         """The numbers of one iteration before it fine-tunes."""
         trainer, scores = self.trainer, [pair.score for pair in accepted(chosen)]
         lengths = [len(ids) for ids in pool.response_ids]
-        ended = [trainer.reader.read(ids).ended for ids in pool.response_ids]
+        ended = [
+            trainer.reader.read(ids, prompt).ended
+            for ids, prompt in zip(pool.response_ids, pool.prompt_ids, strict=True)
+        ]
         metrics = {
             "objective/scores": pool.scores.mean().item(),
             "objective/kl": pool.kl.mean().item(),

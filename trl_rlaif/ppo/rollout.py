@@ -121,8 +121,14 @@ def scored_rows(rollout: Rollout, reader: ResponseReader) -> Rollout:
     appended: a score is read at the end of a turn, whether or not the policy came to it.
     """
     rows = [
-        torch.tensor(reader.row(ids[:n]))
-        for ids, n in zip(rollout.response_ids.tolist(), rollout.lengths.tolist(), strict=True)
+        torch.tensor(reader.row(ids[:n], prompt[mask].tolist()))
+        for ids, n, prompt, mask in zip(
+            rollout.response_ids.tolist(),
+            rollout.lengths.tolist(),
+            rollout.prompt_ids,
+            rollout.prompt_mask,
+            strict=True,
+        )
     ]
     device = rollout.lengths.device
     lengths = torch.tensor([len(row) for row in rows], device=device)

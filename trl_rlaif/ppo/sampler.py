@@ -115,7 +115,12 @@ class RolloutSampler:
             response_ids, logprobs = self._vllm.generate(actors, prompt_ids, prompt_mask, self.temperature), None
         pad_id = self.tokenizer.pad_token_id
         lengths, _ = response_lengths(response_ids, stop_ids=self.reader.stop_ids, pad_id=pad_id)
-        responses = [self.reader.read(ids[:n]) for ids, n in zip(response_ids.tolist(), lengths.tolist(), strict=True)]
+        responses = [
+            self.reader.read(ids[:n], prompt[mask].tolist())
+            for ids, n, prompt, mask in zip(
+                response_ids.tolist(), lengths.tolist(), prompt_ids, prompt_mask, strict=True
+            )
+        ]
         zeros = torch.zeros(response_ids.shape, device=device)
         rollout = Rollout(
             prompt_ids=prompt_ids,

@@ -263,7 +263,7 @@ class PPOTrainer(BasePPOTrainer):
         self._spreads = category_spreads(rollout, steps)
         ended = rollout.ended
         if not self.reader.stop_ids:  # as in TRL, an end within a response counts
-            ended = (torch.isin(rollout.response_ids, self.processing_class.eos_token_id) & rollout.masks()[0]).any(1)
+            ended = (rollout.response_ids == self.processing_class.eos_token_id).any(1)
         return shaped_scores(scores, rollout, self.args, ended, self.accelerator.gather)
 
     def compute_rewards(self, rollout: Rollout, scores: torch.Tensor) -> torch.Tensor:

@@ -35,6 +35,9 @@ _SET_BY_US = {
     "logging_dir": _FOLDER,
     "seed": _SEED,
     "data_seed": _SEED,
+    **dict.fromkeys(
+        ("reasoning", "reasoning_tags", "chat_template_kwargs"), "the section model says it for every stage"
+    ),
     "resume_from_checkpoint": "a run goes on with --resume",
     "model_init_kwargs": _MODEL,
     "sft_model_path": _MODEL,

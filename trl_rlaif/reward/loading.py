@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -55,7 +56,7 @@ def load_reward_model(
     if base.score.out_features < outputs:
         widen(base.score)
         base.config.num_labels = base.num_labels = outputs
-    return PeftModel.from_pretrained(_reading_by_mask(base), str(path)).eval()
+    return _reading_by_mask(PeftModel.from_pretrained(base, str(path)).eval())
 
 
 def _reading_by_mask(model: PreTrainedModel) -> PreTrainedModel:
@@ -78,17 +79,16 @@ class _ForeignPadding:
     def put_in(
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Before a forward pass."""
+        """Before a forward pass with ``input_ids`` and a mask of two dimensions; others stay as they are."""
         config = model.config.get_text_config()
         self._own = config.pad_token_id
-        ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
-        if ids is None or (mask is not None and mask.dim() != 2):
+        given = {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
+        ids, mask = given.get("input_ids"), given.get("attention_mask")
+        if ids is None or mask is None or mask.dim() != 2:
             return args, kwargs
-        present = set(ids.flatten().tolist() if mask is None else ids[mask.bool()].tolist())
+        present = set(ids[mask.bool()].tolist())
         config.pad_token_id = next(id for id in range(len(present) + 1) if id not in present)
-        if mask is not None:
-            kwargs["input_ids"], args = ids.masked_fill(~mask.bool(), config.pad_token_id), args[1:]
-        return args, kwargs
+        return (), {**given, "input_ids": ids.masked_fill(~mask.bool(), config.pad_token_id)}
 
     def take_out(self, model: PreTrainedModel, *_: Any) -> None:
         """After it."""

@@ -77,7 +77,8 @@ class RewardTrainer(TrlRewardTrainer):
         if kwargs.get("peft_config") is not None:
             kwargs["peft_config"] = fitted(kwargs["peft_config"], model)
         super().__init__(*args, **kwargs)
-        if score_at_end:
+        own_collator = kwargs.get("data_collator") is None and (len(args) < 3 or args[2] is None)
+        if score_at_end and own_collator and self.processing_class.eos_token_id is not None:
             # Also of the model: whoever loads it with a plain transformers class finds a row's end by it.
             pad_id = usable_tokenizer(self.processing_class).pad_token_id
             inner_model(self.model).config.get_text_config().pad_token_id = pad_id
@@ -85,7 +86,7 @@ class RewardTrainer(TrlRewardTrainer):
             make_lean(self.model)  # FSDP gathers a layer's weights when that layer itself is called
         if any(transform.needs_expected for transform in self.reward_transforms):
             add_expected(self.model)
-        if kwargs.get("data_collator") is None and (len(args) < 3 or args[2] is None):
+        if own_collator:
             self.data_collator = SoftPreferenceCollator(
                 pad_token_id=self.processing_class.pad_token_id,
                 pad_to_multiple_of=self.args.pad_to_multiple_of,
@@ -150,7 +151,8 @@ class RewardTrainer(TrlRewardTrainer):
         """The parent's loss and metrics; with soft labels or a transform, the loss that they ask for."""
         own = {name: inputs.pop(name, None) for name in ("p", "category", "chosen_log_ratios", "rejected_log_ratios")}
         scorer = PairScorer(model, self.accelerator.unwrap_model(model), self.batch_tokens)
-        reads_padding = self.score_at_end and self.processing_class.pad_token_id in stop_ids(self.processing_class)
+        reads_padding = "prompt_end" in inputs and self.processing_class.pad_token_id in stop_ids(self.processing_class)
+        reads_padding = reads_padding and self.score_at_end
         if "segments" not in inputs and not any(t.needs_expected for t in self.reward_transforms) and not reads_padding:
             inputs.pop("prompt_end", None)
             scorer = model  # exactly the parent's way

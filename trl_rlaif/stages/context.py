@@ -154,9 +154,13 @@ class Context:
         return model if self.model_spec.quantization == "nf4" else model.to(_device())
 
     def stop_ids(self, model: PreTrainedModel) -> tuple[int, ...]:
-        """The tokens that end a response of the policy: ``rl.stop_tokens``, or else the model's own."""
-        named = self.recipe.rl.config.get("stop_tokens") if self.recipe.rl else None
-        return stop_ids(self.tokenizer, model) if named is None else named_stop_ids(self.tokenizer, named)
+        """The tokens that end a response of the policy: those that the section rl names, or else the model's own."""
+        config = self.recipe.rl.config if self.recipe.rl else {}
+        if config.get("stop_tokens") is not None:
+            return named_stop_ids(self.tokenizer, config["stop_tokens"])
+        if config.get("stop_token_id") is not None:
+            return (config["stop_token_id"],)
+        return stop_ids(self.tokenizer, model)
 
     def reader(self, model: PreTrainedModel) -> ResponseReader:
         """What reads the policy's responses."""
@@ -262,6 +266,7 @@ class Context:
         loaded = read_prompts(self.recipe, source, key)
         skipped = loaded.skip_counts()
         limit = (getattr(base.config.get_text_config(), "max_position_embeddings", None) or 10**9) - room
+        limit -= 1  # for the end of turn, where a cut response is scored
         prompts, tokens = [], []
         for prompt in self.as_meant(source, loaded.items):
             ids = encode_prompt(self.tokenizer, self.chat(prompt.prompt))

@@ -84,7 +84,10 @@ def _answers(
         side: _responses(context, shared, role, f"{name}: {side}", prompts, tokens, length)
         for side, role in roles.items()
     }
-    texts = {side: [reader.read(ids).answer.strip() for ids, *_ in responses] for side, responses in drawn.items()}
+    texts = {
+        side: [reader.read(ids, prompt).answer.strip() for (ids, *_), prompt in zip(responses, tokens, strict=True)]
+        for side, responses in drawn.items()
+    }
     numbers = {side: _of_each_prompt(context, shared, tokens, responses) for side, responses in drawn.items()}
     rows = [
         {
@@ -128,7 +131,10 @@ def _of_each_prompt(
     of_prompts = [rewards[i : i + many] for i in range(0, len(rewards), many)]
     return {
         "tokens": [statistics.fmean(len(r) for r in rs) for rs in responses],
-        "ended": [statistics.fmean(reader.read(r).ended for r in rs) for rs in responses],
+        "ended": [
+            statistics.fmean(reader.read(r, prompt).ended for r in rs)
+            for rs, prompt in zip(responses, tokens, strict=True)
+        ],
         "reward": [rs[0] for rs in of_prompts],
         "mean_reward": [None if None in rs else statistics.fmean(rs) for rs in of_prompts],
     }

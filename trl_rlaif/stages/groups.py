@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,7 @@ def build_trainer(context: Context) -> tuple[Rehearsing, dict[str, int], list[st
     config, unused = _config(context, config_class)
     base = context.load_base()
     adapter = fitted(context.lora, base)
-    stops = list(context.stop_ids(base))
+    stops = _stop_ids(context, base)
     ends = {"stop_token_ids": stops, "ignore_eos": True} if config.use_vllm else {"eos_token_id": stops}
     config.generation_kwargs = ends | (config.generation_kwargs or {})
     dataset, skipped = rl.prompts(context, base, config.max_completion_length)
@@ -95,12 +96,34 @@ def build_trainer(context: Context) -> tuple[Rehearsing, dict[str, int], list[st
         processing_class=context.tokenizer,
         peft_config=adapter,
     )
-    trainer.eos_token_ids = stops  # by which TRL masks; its own always have the tokenizer's eos among them
+    if hasattr(trainer, "eos_token_ids"):
+        trainer.eos_token_ids = stops  # by which TRL masks; its own always have the tokenizer's eos among them
     # The scorer draws its own random numbers: TRL's trainer goes on as if it were alone.
     with seeded(context.recipe.run.seed, "scorer"):
         score.scorer = _scorer(context, trainer, dataset)
     trainer.take(score.scorer)
     return trainer, skipped, unused
+
+
+def _stop_ids(context: Context, base: Any) -> list[int]:
+    """The tokens that end a response, as far as the installed TRL knows of several.
+
+    Raises:
+        UserError: It masks responses by the tokenizer's eos alone (until TRL 1.14), which does not end these.
+    """
+    from trl import RLOOTrainer
+
+    stops, eos_id = list(context.stop_ids(base)), context.tokenizer.eos_token_id
+    if "eos_token_ids" in inspect.getsource(RLOOTrainer) or stops == [eos_id]:
+        return stops
+    if eos_id != stops[0]:
+        raise UserError(
+            f"This TRL knows one end of a response, {context.tokenizer.eos_token!r}, and the model's end of turn is "
+            f"{context.tokenizer.convert_ids_to_tokens(stops[0])!r}.",
+            where=context.recipe.line(("rl", "algorithm")),
+            fix="Run: pip install -U trl; or set algorithm: ppo.",
+        )
+    return [eos_id]
 
 
 def _scorer(context: Context, trainer: Rehearsing, dataset: Any) -> PPOTrainer:

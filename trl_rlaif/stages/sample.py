@@ -137,9 +137,9 @@ class _Sampler:
                     stop_ids=reader.stop_ids,
                     keep_end=True,
                 )
-            for prompt_id, of_prompt in zip(ids, drawn, strict=True):
-                responses[prompt_id] += map(reader.read, of_prompt)
-                redraws[prompt_id] = attempt
+            for i, of_prompt in zip(missing, drawn, strict=True):
+                responses[prompts[i].id] += [reader.read(response, tokens[i]) for response in of_prompt]
+                redraws[prompts[i].id] = attempt
             missing = [i for i in missing if len(_different(responses[prompts[i].id])) < 2]
             if not missing:
                 break
@@ -167,5 +167,6 @@ def _different(responses: list[Response]) -> list[Response]:
     return [response for answer, response in by_answer.items() if answer]
 
 
-def _share_ended(rows: list[dict[str, Any]]) -> float:
-    return sum(row["ended"] for row in rows) / sum(row["responses"] for row in rows)
+def _share_ended(rows: list[dict[str, Any]]) -> float | None:
+    counted = [row for row in rows if "ended" in row]  # not those of an earlier release
+    return sum(row["ended"] for row in counted) / sum(row["responses"] for row in counted) if counted else None
