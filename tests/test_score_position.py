@@ -11,7 +11,9 @@ from helpers.ppo import prompts, small_trainer
 from helpers.reward import small_config
 from helpers.tiny import make_llama, make_scorer, make_tokenizer
 from peft import LoraConfig
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 from trl import RewardTrainer as ParentTrainer
+from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from trl_rlaif import RewardTrainer, SharedBase, load_reward_model
 from trl_rlaif.encoding import encode_prompt, encode_response
@@ -188,3 +190,34 @@ def test_what_rewards_and_judges_see_ends_before_the_stop_token(tmp_path):
     ):
         assert ended == (ids[n - 1] in trainer.reader.stop_ids)
         assert message["content"] == trainer.processing_class.decode(ids[: n - int(ended)], skip_special_tokens=True)
+
+
+def test_there_is_room_for_the_end_of_a_turn_behind_the_longest_response(tmp_path):
+    """Where positions are learned, one token more than the model has would be an error in the midst of a run."""
+    tokenizer, lengths = make_tokenizer(), (5, 15, 16)
+    dataset = Dataset.from_list([{"input_ids": [5] * length} for length in lengths for _ in range(4)])
+    torch.manual_seed(0)
+    shape = {"vocab_size": len(tokenizer), "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 24}
+    reward = GPT2ForSequenceClassification(GPT2Config(num_labels=1, pad_token_id=0, **shape)).eval()
+    lora = LoraConfig(r=2, target_modules=["c_attn"])
+    trainer = small_trainer(
+        tmp_path, dataset=dataset, model=GPT2LMHeadModel(GPT2Config(**shape)).eval(), response_length=8,
+        stop_token=None, stop_tokens=["<|pad|>"],
+        trainer_kwargs={"reward_funcs": [], "reward_model": reward, "peft_config": lora},
+    )  # fmt: skip
+    assert {len(ids) for ids in trainer.train_dataset["input_ids"]} == {5, 15}
+    rows = trainer.data_collator([row for row in trainer.train_dataset if len(row["input_ids"]) == 15])
+    rollout = trainer.sample(rows)
+    assert not rollout.ended.all() and trainer.score(rollout).isfinite().all()
+
+
+def test_a_data_collator_of_the_users_own_keeps_its_padding(tmp_path):
+    tokenizer = tokenizer_with("<|end|>")
+    rows = [{name: row[name] for name in ("chosen_ids", "rejected_ids")} for row in rows_of(tokenizer)]
+    trainer = RewardTrainer(
+        model=make_scorer(len(tokenizer)), args=small_config(tmp_path), train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer, data_collator=DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id),
+    )  # fmt: skip
+    assert trainer.processing_class.pad_token == "<|end|>"
+    assert trainer.model.config.pad_token_id == tokenizer.eos_token_id
+    assert trainer.compute_loss(trainer.model, trainer.data_collator(rows)).isfinite()

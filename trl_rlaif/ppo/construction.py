@@ -82,10 +82,12 @@ def tokenized(dataset: Any, tokenizer: Any, model: nn.Module, args: PPOConfig) -
         raise UserError("train_dataset is required.")
     limit = getattr(args, "max_prompt_length", None)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context and args.score_at_end:
+        context -= 1  # for the end of turn with which a cut response is scored
     if args.generation == "vllm" and args.vllm_max_model_length:
         context = min(context or args.vllm_max_model_length, args.vllm_max_model_length)
     if limit is None and context:
-        limit = context - args.response_length - args.score_at_end  # which a cut response gets one more token for
+        limit = context - args.response_length
     return tokenize_prompts(dataset, tokenizer, max_length=limit, num_proc=args.dataset_num_proc)
 
 
