@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from helpers.ppo import numbers, small_trainer
 from helpers.tiny import CHAT_TEMPLATE, make_llama, make_tokenizer
+from transformers import HfArgumentParser
 
 from trl_rlaif import PPOConfig, UserError
 from trl_rlaif.events import Rollout
@@ -218,3 +219,12 @@ def test_rendered_prompts_keep_their_control_tokens(tmp_path):
     assert ids == tokenizer(rendered, add_special_tokens=False)["input_ids"]
     mixed = small_trainer(tmp_path, dataset=Dataset.from_dict({"prompt": [*rendered[:3], "a fox"]})).train_dataset
     assert not any(tokenizer.eos_token_id in row for row in mixed["input_ids"])
+
+
+def test_a_command_line_has_every_option(tmp_path):
+    """As TRL's scripts parse their arguments."""
+    given = ["--output_dir", str(tmp_path), "--bf16", "False", "--stop_tokens", "<turn>", "<eos>"]
+    given += ["--chat_template_kwargs", '{"enable_thinking": false}', "--reasoning_tags", "[", "]"]
+    [found] = HfArgumentParser(PPOConfig).parse_args_into_dataclasses(given)
+    assert found.stop_tokens == ["<turn>", "<eos>"] and found.reasoning_tags == ["[", "]"]
+    assert found.chat_template_kwargs == {"enable_thinking": False} and found.score_at_end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -36,7 +37,7 @@ class PPOConfig(BasePPOConfig):
     Args:
         max_prompt_length: Longest prompt in tokens; a longer one is left out, counted and reported.
             None takes what the model's context leaves beside ``response_length``.
-        stop_tokens: Tokens, as texts or ids, that end a response in place of ``stop_token``. With ``stop_token: eos``
+        stop_tokens: Tokens that end a response in place of ``stop_token``. With ``stop_token: eos``
             the model's own end one: the end of turn of its chat template, its eos, and those of its generation config.
         score_at_end: The reward model reads every response at the end of its turn, as it was trained on whole
             responses; one that was cut at ``response_length`` gets that token appended. False: as sampled, as in TRL.
@@ -74,9 +75,9 @@ class PPOConfig(BasePPOConfig):
     max_prompt_length: int | None = setting(
         None, "Longest prompt in tokens; longer ones are left out, counted and reported."
     )
-    stop_tokens: list[str | int] | None = setting(None, "Tokens that end a response, in place of the model's own.")
+    stop_tokens: list[str] | None = setting(None, "Tokens that end a response, in place of the model's own.")
     score_at_end: bool = setting(True, "Append the end of turn to cut responses for the reward model; False: as TRL.")
-    chat_template_kwargs: dict | None = setting(None, "Variables for the chat template, such as enable_thinking.")
+    chat_template_kwargs: dict | str | None = setting(None, "Variables for the chat template, such as enable_thinking.")
     reasoning: Literal["strip", "keep"] = setting("strip", "What rewards see of a response's reasoning.")
     reasoning_tags: list[str] | None = setting(None, "What reasoning begins and ends with; None: by the template.")
     value: Literal["adapter", "trunk"] = setting("adapter", "The value: an adapter, or a head on the policy's trunk.")
@@ -109,6 +110,8 @@ class PPOConfig(BasePPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.chat_template_kwargs, str):  # from a command line
+            self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
         choices = {
             "reasoning": ("strip", "keep"),
             "value": ("adapter", "trunk"),
