@@ -130,7 +130,19 @@ def run_recipe(
         prepare(recipe, folder, command, used=resume or bool(only))
         with publishing(folder.state, prints) as publisher:
             _run_stages(recipe, plugins, folder, prints, resume, only, shard, publisher, donors)
+        if shard is None:
+            _say_signs(folder)
     return folder
+
+
+def _say_signs(folder: RunFolder) -> None:
+    """Say at the run's end why it may have learned nothing, as the report does in its first lines."""
+    from trl_rlaif.report.content import read_run
+    from trl_rlaif.report.no_learning import signs_of_no_learning
+
+    signs = signs_of_no_learning(read_run(folder.path))
+    if signs:
+        say("\n- ".join(["This run may have learned nothing:", *signs]))
 
 
 def prepare(recipe: Recipe, folder: RunFolder, command: str, *, used: bool) -> None:

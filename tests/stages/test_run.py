@@ -64,6 +64,15 @@ def test_results_agree_with_the_artefacts(finished):
     assert results["rl"]["score_last"] == rl[-1]["objective/scores"]
 
 
+def test_a_run_that_learned_nothing_says_so_at_its_end(tmp_path, tiny_model, capsys):
+    recipe = tiny_recipe(tmp_path, tiny_model, rl={"learning_rate": 0.0}, evaluate=None, report=None)
+    folder = run_recipe(recipe, installed_plugins(), tmp_path / "out")
+    said = " ".join(capsys.readouterr().err.split("This run may have learned nothing:")[1].split())
+    assert "The policy did not move: its KL to the reference stayed below 0.001 nats." in said
+    rl = [row for row in read_lines(folder / "metrics.jsonl") if row["stage"] == "rl"]
+    assert all(1 <= row["rollout/distinct"] <= 4 for row in rl)
+
+
 def test_evaluation_takes_the_mean_over_several_responses(tmp_path, tiny_model):
     """A start against a policy that never moved: each prompt's means are over the same responses."""
     recipe = tiny_recipe(

@@ -5,7 +5,13 @@ from trl_rlaif.measures.categories import by_category, category_figures
 from trl_rlaif.measures.drift import compare_lengths, summarize_curve, summarize_kl
 from trl_rlaif.measures.intervals import bootstrap, bootstrap_mean, bootstrap_ratio, wilson
 from trl_rlaif.measures.judges import choices, cohen_kappa, fleiss_kappa, judge_agreement
-from trl_rlaif.measures.labels import agreement, compare_agreement, position_bias, summarize_mass
+from trl_rlaif.measures.labels import (
+    agreement,
+    compare_agreement,
+    length_preference,
+    position_bias,
+    summarize_mass,
+)
 from trl_rlaif.measures.length_control import length_controlled_win_rate
 from trl_rlaif.measures.ranking import pairwise_accuracy
 from trl_rlaif.measures.tournament import all_against_all
@@ -28,6 +34,7 @@ __all__ = [
     "harmless_rate",
     "judge_agreement",
     "length_controlled_win_rate",
+    "length_preference",
     "pairwise_accuracy",
     "position_bias",
     "summarize_curve",

@@ -7,7 +7,7 @@ from typing import Any
 
 from scipy.stats import binomtest
 
-from trl_rlaif.measures.intervals import wilson
+from trl_rlaif.measures.intervals import bootstrap_mean, wilson
 
 
 def agreement(p: Sequence[float], human: Sequence[int | None]) -> dict[str, Any] | None:
@@ -26,6 +26,41 @@ def agreement(p: Sequence[float], human: Sequence[int | None]) -> dict[str, Any]
         return None
     hits = sum(0.5 if a == 0.5 else float((a > 0.5) == (h == 1)) for a, h in counted)
     return {"rate": hits / len(counted), "interval": wilson(hits, len(counted)), "n": len(counted)}
+
+
+def length_preference(
+    p: Sequence[float], human: Sequence[int | None], lengths: Sequence[tuple[int, int]]
+) -> dict[str, Any] | None:
+    """How often the labels and the people prefer the longer response, on the same pairs.
+
+    Args:
+        p: N probabilities that response_1 is preferred; exactly 0.5 counts half.
+        human: N choices: 1, 2, 0 for a tie, which counts half, or None for unknown, which is left out.
+        lengths: N pairs of the lengths of response_1 and response_2; pairs of equal length are left out.
+
+    Returns:
+        ``judge`` and ``people``, shares in [0, 1]; ``interval`` (95%, bootstrap over the pairs) of ``judge`` -
+        ``people``; ``n``. None without such pairs.
+    """
+    rows = [
+        (_points(x > 0.5, x == 0.5, first > second), _points(choice == 1, choice == 0, first > second))
+        for x, choice, (first, second) in zip(p, human, lengths, strict=True)
+        if choice is not None and first != second
+    ]
+    if not rows:
+        return None
+    judge, people = zip(*rows, strict=True)
+    return {
+        "judge": sum(judge) / len(rows),
+        "people": sum(people) / len(rows),
+        "interval": bootstrap_mean([a - b for a, b in rows]),
+        "n": len(rows),
+    }
+
+
+def _points(first: bool, tie: bool, wanted: bool) -> float:
+    """1 where the first response is preferred just when it is wanted, a half for a tie, else 0."""
+    return 0.5 if tie else float(first == wanted)
 
 
 def position_bias(p_12: Sequence[float], p_21: Sequence[float]) -> dict[str, Any] | None:

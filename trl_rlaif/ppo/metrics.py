@@ -47,7 +47,8 @@ def update_metrics(
         "rollout/length": rollout.lengths.float(),
         "rollout/ended": rollout.ended.float(),
     }
-    metrics = {name: gather(value.float()).mean().item() for name, value in numbers.items()}
+    metrics = {"rollout/distinct": distinct_responses(rollout)}
+    metrics |= {name: gather(value.float()).mean().item() for name, value in numbers.items()}
     gathered = {name: gather(torch.stack(values)) for name, values in stats.items()}
     rows = gathered.pop("rows", None)
     metrics |= {name: _mean(values, rows) for name, values in gathered.items()}
@@ -55,6 +56,12 @@ def update_metrics(
     # The parent's is NaN with a single micro-batch.
     metrics["val/ratio_var"] = ratio.var().item() if ratio.numel() > 1 else 0.0
     return metrics | _by_category(rollout, scores)
+
+
+def distinct_responses(rollout: Rollout) -> int:
+    """How many different responses there are, over all processes."""
+    rows = zip(rollout.response_ids.tolist(), rollout.lengths.tolist(), strict=True)
+    return len(set(gather_object([tuple(ids[:length]) for ids, length in rows])))
 
 
 def _mean(values: torch.Tensor, rows: torch.Tensor | None) -> float:
@@ -83,7 +90,12 @@ def loop_metrics(trainer: PPOTrainer, rollout: Rollout) -> dict[str, float]:
 
 def score_metrics(trainer: PPOTrainer, rollout: Rollout, scores: torch.Tensor) -> dict[str, float]:
     """What is known of (B,) scores by themselves, over all processes: their mean, by category, and by reward."""
-    metrics = {"objective/scores": trainer.accelerator.gather(scores).mean().item()}
+    gather = trainer.accelerator.gather
+    metrics = {
+        "objective/scores": gather(scores).mean().item(),
+        "rollout/ended": gather(rollout.ended.float()).mean().item(),
+        "rollout/distinct": distinct_responses(rollout),
+    }
     return metrics | _by_category(rollout, scores) | _of_rewards(trainer)
 
 

@@ -145,6 +145,7 @@ class RejectionTrainer:
             "objective/entropy": sum(e * n for e, n in zip(pool.entropies.tolist(), lengths, strict=True)) / len(pool),
             "rollout/length": sum(lengths) / len(pool),
             "rollout/ended": sum(ended) / len(pool),
+            "rollout/distinct": len(set(map(tuple, pool.response_ids))),
             "rejection/accepted": len(scores) / len(pool),
             "rejection/threshold": min(scores),
             "rejection/score": sum(scores) / len(scores),

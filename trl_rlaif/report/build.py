@@ -15,6 +15,7 @@ from trl_rlaif.report.figures import reward_part, rl_part, set_part, sft_part
 from trl_rlaif.report.files import write_page, write_plots
 from trl_rlaif.report.judge_figures import judge_part, judged_sets
 from trl_rlaif.report.label_figures import label_part
+from trl_rlaif.report.no_learning import signs_of_no_learning
 from trl_rlaif.report.reading import spread
 from trl_rlaif.report.rehearsal_figures import rehearsal_part
 from trl_rlaif.report.score_figures import score_part
@@ -76,6 +77,7 @@ def run_page(run: Run) -> dict[str, Any]:
         "results": max(len(sets), 1),
         "sets": sets,
         "caveat": doubts.judge_caveat(run),
+        "no_learning": signs_of_no_learning(run),
         "warnings": doubts.warnings(run, sets, judged),
         "stages": findings.stage_rows(run),
         "sft": sft_part(run),

@@ -6,7 +6,7 @@ from trl_rlaif.recipe.sections import FORGET_SET
 from trl_rlaif.report.content import Run, Sample
 from trl_rlaif.report.findings import SetResult, judge_name, kl_last
 from trl_rlaif.report.judge_figures import JudgedSet
-from trl_rlaif.report.wording import count, hundredths, interval, label, number, percent, scores, section
+from trl_rlaif.report.wording import count, hundredths, label, number, percent, scores, section
 
 POSITION_BIAS_LIMIT = 0.3
 MASS_LIMIT = 0.5
@@ -26,7 +26,7 @@ _DRIFT = ("regulator/", "/drift")
 
 def warnings(run: Run, sets: list[SetResult], judged: list[JudgedSet]) -> list[str]:
     """What a reader should know before believing the numbers."""
-    found = [*_label_warnings(run), *_reward_warnings(run), *_drift_warnings(run)]
+    found = [*_label_warnings(run), *_drift_warnings(run)]
     kl = kl_last(run)
     if kl is not None and kl > KL_LIMIT:
         found.append(
@@ -68,16 +68,6 @@ def _label_warnings(run: Run) -> list[str]:
                 "pairs it may not have understood the question. Look at the judge prompt."
             )
     return found
-
-
-def _reward_warnings(run: Run) -> list[str]:
-    ends = interval(section(run.results, "reward").get("accuracy_interval"))
-    if ends and ends[0] <= 0.5:
-        return [
-            "The reward model is not clearly better than a coin on held-out pairs (its interval "
-            f"reaches down to {percent(ends[0])}), so what RL gained on it means little."
-        ]
-    return []
 
 
 def _drift_warnings(run: Run) -> list[str]:

@@ -168,6 +168,7 @@ def _numbers(trainer: Rehearsing) -> dict[str, Any]:
     }
     if logged:
         numbers |= {"score_first": logged[0]["objective/scores"], "score_last": logged[-1]["objective/scores"]}
+        numbers |= {"ended_first": logged[0]["rollout/ended"], "ended_last": logged[-1]["rollout/ended"]}
         numbers |= {"kl_last": logged[-1]["kl"]} if "kl" in logged[-1] else {}
     if logged and "rehearsal/nll" in logged[0]:
         numbers["rehearsal"] = {

@@ -13,7 +13,14 @@ from trl_rlaif.errors import RunError, UserError
 from trl_rlaif.labels import LabelStore, Setup
 from trl_rlaif.labels.calibration import Calibration, check_choices, held_out
 from trl_rlaif.labels.store import Plan, pair_key
-from trl_rlaif.measures import agreement, calibration_error, compare_agreement, position_bias, summarize_mass
+from trl_rlaif.measures import (
+    agreement,
+    calibration_error,
+    compare_agreement,
+    length_preference,
+    position_bias,
+    summarize_mass,
+)
 from trl_rlaif.progress import progress_bar, say
 from trl_rlaif.recipe.inputs import read_calibration
 from trl_rlaif.stages.context import Context, LabelTask
@@ -92,6 +99,9 @@ class _Rows:
                 name: agreement([labeled[pair.id]["p"] for pair in of], [pair.human for pair in of])
                 for name, of in by_category.items()
             },
+            "length_preference": length_preference(
+                p, human, [(len(pair.response_1), len(pair.response_2)) for pair in known]
+            ),
             "ece": calibration_error(p, human),
             "judge": self.setup.judge,
             "labeler": self.setup.labeler,
