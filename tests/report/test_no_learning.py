@@ -116,7 +116,7 @@ def test_length_preference():
     p, human = [0.9, 0.2, 0.5, 0.8, 0.9, 0.7], [1, 2, 1, 0, None, 2]
     lengths = [(9, 3), (3, 9), (9, 3), (3, 9), (9, 3), (5, 5)]
     found = length_preference(p, human, lengths)
-    # The judge prefers the longer one, the longer one, neither, the shorter one; people thrice the longer, once neither.
+    # The judge: longer, longer, neither, shorter. People: longer, longer, longer, neither.
     assert (found["judge"], found["people"], found["n"]) == (2.5 / 4, 3.5 / 4, 4)
     low, high = found["interval"]
     assert -0.5 <= low < -0.25 < high <= 0
