@@ -6,13 +6,15 @@ import json
 import math
 import random
 import statistics
+from dataclasses import replace
 
 import pytest
 from report.test_report_page import HOSTILE, Page, assert_only_our_script, make_run, part, read, set_results
 
-from trl_rlaif.measures import calibration_error, category_figures
+from trl_rlaif.measures import category_figures
 from trl_rlaif.report.content import ScoredPair
 from trl_rlaif.report.score_figures import MAX_RIDGES, density, largest_categories, reliability_bins
+from trl_rlaif.stages import reward
 
 TRANSFORMED = ("chosen_after", "rejected_after")
 
@@ -42,7 +44,11 @@ def put(folder, rows):
         return category_figures([row[first] for row in rows] + [row[second] for row in rows], categories)
 
     names = {row["category"] or "(none)" for row in rows}
-    numbers = {"ece": 0.0625, "scores": figures("chosen", "rejected") | {"accuracy": dict.fromkeys(names, 0.875)}}
+    numbers = {
+        "ece": 0.0625,
+        "ece_against": "labels",
+        "scores": figures("chosen", "rejected") | {"accuracy": dict.fromkeys(names, 0.875)},
+    }
     numbers["transformed"] = figures(*TRANSFORMED) if all(TRANSFORMED[0] in row for row in rows) else None
     set_results(folder, lambda results: results["reward"].update(numbers))
 
@@ -65,7 +71,7 @@ def drawings(page):
 
 
 def pairs_of(*rows):
-    return [ScoredPair(category, p, (chosen, rejected), None) for category, p, chosen, rejected in rows]
+    return [ScoredPair(category, p, None, (chosen, rejected), None) for category, p, chosen, rejected in rows]
 
 
 # ---- Densities ------------------------------------------------------------------------------------------
@@ -120,25 +126,35 @@ def sigmoid(x):
 
 def test_the_bins_count_who_was_right():
     rows = [("a", 1.0, 0.5, 0.0), ("a", 0.7, 0.0, 0.5), ("b", 0.2, 0.0, 0.45), ("b", 1.0, 3.0, -3.0), ("b", 0.5, 9, 0)]
-    (first, second) = reliability_bins(pairs_of(*rows))
     confidence = (2 * sigmoid(0.5) + sigmoid(0.45)) / 3
-    assert first == pytest.approx((confidence, 2 / 3, 3)) and second == pytest.approx((sigmoid(6), 1, 1))
+    (first, second), asked = reliability_bins(pairs_of(*rows))
+    assert not asked  # and so a label of 0.7 is right 7 times in 10
+    assert first == pytest.approx((confidence, (1.0 + 0.3 + 0.8) / 3, 3))
+    assert second == pytest.approx(((sigmoid(6) + sigmoid(9)) / 2, 0.75, 2))
+    people = [True, False, False, None, None]
+    (only,), asked = reliability_bins([replace(pair, human=h) for pair, h in zip(pairs_of(*rows), people, strict=True)])
+    assert asked and only == pytest.approx((confidence, 1.0, 3))
 
 
-def test_the_bins_give_the_ece_of_the_results():
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_the_bins_give_the_ece_of_the_results(share):
     draw = random.Random(5)
-    pairs = pairs_of(*(("a", draw.choice((0.1, 0.5, 0.9)), draw.gauss(0, 2), draw.gauss(0, 2)) for _ in range(300)))
-    bins, total = reliability_bins(pairs), sum(pair.p != 0.5 for pair in pairs)
-    assert sum(n for _, _, n in bins) == total
-    human = [{0.1: 2, 0.5: 0, 0.9: 1}[pair.p] for pair in pairs]
-    expected = calibration_error([sigmoid(pair.before[0] - pair.before[1]) for pair in pairs], human)
-    assert sum(n / total * abs(right - confidence) for confidence, right, n in bins) == pytest.approx(expected)
+    rows = (("a", draw.choice((0.1, 0.5, 0.9)), draw.gauss(0, 2), draw.gauss(0, 2)) for _ in range(300))
+    pairs = [replace(pair, human=draw.random() < 0.7 if draw.random() < share else None) for pair in pairs_of(*rows)]
+    bins, asked = reliability_bins(pairs)
+    held_out = {"p": [pair.p for pair in pairs], "human": [pair.human for pair in pairs]}
+    expected = reward._calibration([sigmoid(pair.before[0] - pair.before[1]) for pair in pairs], held_out)
+    total = sum(n for _, _, n in bins)
+    assert (expected["ece_against"], expected["ece_pairs"]) == ("people" if asked else "labels", total)
+    assert asked == (share > 0) and total < 200 if asked else total == 300
+    ece = sum(n / total * abs(right - confidence) for confidence, right, n in bins)
+    assert ece == pytest.approx(expected["ece"], abs=1e-12)
 
 
 def test_equal_scores_are_half_right_and_far_ones_do_not_overflow():
-    bins = reliability_bins(pairs_of(("a", 1.0, 2.0, 2.0), ("a", 1.0, 1e30, -1e30), ("a", 1.0, -1e30, 1e30)))
+    bins, _ = reliability_bins(pairs_of(("a", 1.0, 2.0, 2.0), ("a", 1.0, 1e30, -1e30), ("a", 1.0, -1e30, 1e30)))
     assert bins == [(0.5, 0.5, 1), (1.0, 0.5, 2)]
-    assert reliability_bins([ScoredPair("a", None, (1.0, 0.0), None), *pairs_of(("a", 0.5, 1, 0))]) == []
+    assert reliability_bins([ScoredPair("a", None, None, (1.0, 0.0), None)]) == ([], False)
 
 
 # ---- The page -------------------------------------------------------------------------------------------
@@ -152,7 +168,7 @@ def test_the_page_shows_scores_before_and_after(folder):
     assert drawings(page)[:3] == [
         "Scores before the transforms of 60 held-out pairs, by category",
         "Scores after the transforms of 60 held-out pairs, by category",
-        "How often the reward model is right, by its confidence, on 60 held-out pairs: ECE 0.062",
+        "How often the reward model chooses as the labels do, by its confidence, on 60 held-out pairs: ECE 0.062",
     ]
     before, after = (
         [row[a] for row in rows] + [row[b] for row in rows] for a, b in (("chosen", "rejected"), TRANSFORMED)
@@ -176,7 +192,7 @@ def test_without_transforms_there_is_one_drawing_of_the_scores(folder):
     page = read(folder)
     assert [title.split(" of ")[0] for title in drawings(page)[:2]] == [
         "Scores",
-        "How often the reward model is right, by its confidence, on 60 held-out pairs: ECE 0.062",
+        "How often the reward model chooses as the labels do, by its confidence, on 60 held-out pairs: ECE 0.062",
     ]
     text = shown(page)
     assert "Category Pairs Accuracy Mean Std chat 30" in text and "transforms" not in text and "after" not in text
@@ -200,8 +216,7 @@ def test_small_and_degenerate_data_give_a_page(folder, rows, transforms):
     put(folder, rows if transforms else plain(rows))
     page = read(folder)
     assert "nan" not in page.text.lower() and "None" not in page.text
-    ties = all(row["p"] == 0.5 for row in rows)
-    assert len([title for title in drawings(page) if "held-out pair" in title]) == 1 + transforms + (not ties)
+    assert len([title for title in drawings(page) if "held-out pair" in title]) == 2 + transforms
     assert "no category 60 87.5%" in shown(page) or rows[0]["category"] is not None
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from scipy.integrate import quad
+from scipy.special import expit, logit
+from sklearn.calibration import calibration_curve
 
 from trl_rlaif.errors import RunError
 from trl_rlaif.measures import wilson
@@ -59,3 +63,40 @@ def test_without_labels_or_people_there_is_no_accuracy(numbers, monkeypatch):
 def test_a_diverged_model_is_an_error(numbers):
     with pytest.raises(RunError, match="diverged"):
         numbers([float("nan"), *CHOSEN[1:]], REJECTED)
+
+
+# ---- Calibration ----------------------------------------------------------------------------------------
+
+SOFT = 0.5 + (np.arange(2000) + 0.5) / 4000  # labels, uniform in 0.5..1
+
+
+def integrated(factor):
+    """Mean of sigmoid(factor * logit(p)) - p over p uniform in 0.5..1: what is claimed more than happens.
+
+    The confidence is at least p in every bin, so that this is the calibration error, whatever the bins.
+    """
+    return 2 * quad(lambda p: expit(factor * logit(p)) - p, 0.5, 1, epsabs=1e-10)[0]
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0, 8.0])
+def test_the_more_confident_model_is_not_the_better_calibrated_one(numbers, monkeypatch, factor):
+    rows = {"p": SOFT.tolist(), "category": [None] * len(SOFT), "human": [None] * len(SOFT)}
+    monkeypatch.setattr(f"{__name__}.ROWS", rows)
+    found = numbers((factor * logit(SOFT)).tolist(), [0.0] * len(SOFT))
+    assert found["ece"] == pytest.approx(integrated(factor), abs=1e-4)  # 2000 midpoints, scores in float32
+    assert (found["ece_against"], found["ece_pairs"]) == ("labels", len(SOFT))
+
+
+@pytest.mark.parametrize("asked", [1.0, 0.3])
+def test_what_people_chose_is_the_outcome_where_there_is_any(numbers, monkeypatch, asked):
+    draw = np.random.default_rng(0)
+    chosen = draw.random(len(SOFT)) < SOFT**2  # people agree less than the labels say
+    human = [bool(x) if draw.random() < asked else None for x in chosen]
+    rows = {"p": SOFT.tolist(), "category": [None] * len(SOFT), "human": human}
+    monkeypatch.setattr(f"{__name__}.ROWS", rows)
+    found = numbers(logit(SOFT).tolist(), [0.0] * len(SOFT))
+    known = [(p, h) for p, h in zip(SOFT, human, strict=True) if h is not None]
+    right, predicted = calibration_curve([h for _, h in known], [p for p, _ in known], n_bins=20)  # width 0.05, as here
+    counts = np.histogram([p for p, _ in known], bins=np.linspace(0.5, 1, 11))[0]
+    assert found["ece"] == pytest.approx(float(counts @ abs(right - predicted)) / len(known), abs=1e-6)
+    assert (found["ece_against"], found["ece_pairs"]) == ("people", len(known))

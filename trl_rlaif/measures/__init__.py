@@ -1,6 +1,6 @@
 """Measures with their intervals (methods.md, section 6)."""
 
-from trl_rlaif.measures.calibration import calibration_error
+from trl_rlaif.measures.calibration import calibration_bins, calibration_error, outcome_calibration_error
 from trl_rlaif.measures.categories import by_category, category_figures
 from trl_rlaif.measures.drift import compare_lengths, summarize_curve, summarize_kl
 from trl_rlaif.measures.intervals import bootstrap, bootstrap_mean, bootstrap_ratio, wilson
@@ -24,6 +24,7 @@ __all__ = [
     "bootstrap_mean",
     "bootstrap_ratio",
     "by_category",
+    "calibration_bins",
     "calibration_error",
     "category_figures",
     "choices",
@@ -35,6 +36,7 @@ __all__ = [
     "judge_agreement",
     "length_controlled_win_rate",
     "length_preference",
+    "outcome_calibration_error",
     "pairwise_accuracy",
     "position_bias",
     "summarize_curve",

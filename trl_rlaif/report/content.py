@@ -42,10 +42,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class ScoredPair:
-    """A held-out pair's scores, (chosen, rejected), ``before`` and ``after`` the reward transforms (None without)."""
+    """A held-out pair's scores, (chosen, rejected), ``before`` and ``after`` the reward transforms (None without).
+
+    ``human`` says whether a person preferred the chosen response, too; None where nobody was asked.
+    """
 
     category: str
     p: float | None
+    human: bool | None
     before: tuple[float, float]
     after: tuple[float, float] | None
 
@@ -210,7 +214,8 @@ def _read_scored(path: Path, notes: list[str]) -> list[ScoredPair]:
     for row in lines(path, notes):
         before, after = both(row, "chosen", "rejected"), both(row, "chosen_after", "rejected_after")
         if before is not None:
-            scored.append(ScoredPair(label(row.get("category")), probability(row.get("p")), before, after))
+            human = row.get("human") if isinstance(row.get("human"), bool) else None
+            scored.append(ScoredPair(label(row.get("category")), probability(row.get("p")), human, before, after))
     return scored
 
 

@@ -8,7 +8,7 @@ from trl_rlaif.report import plots
 from trl_rlaif.report.content import Run
 from trl_rlaif.report.figures import Figure, share
 from trl_rlaif.report.label_content import Labels
-from trl_rlaif.report.reliability import confidence_bins, reliability_figure
+from trl_rlaif.report.reliability import reliability_figure
 from trl_rlaif.report.wording import count, label, number, section
 
 
@@ -78,7 +78,9 @@ def _calibration(values: dict[str, Any]) -> dict[str, Any] | None:
 
 def _reliability(labels: Labels, ece: float | None) -> Figure | None:
     """How often people chose as the label, by its confidence; None where nobody was asked."""
-    answers = [(max(p, 1 - p), 0.5 if p == 0.5 else float((p > 0.5) == (human == 1))) for p, human in labels.answers]
-    title = f"How often people choose as the label does, by its confidence, on {count(len(answers), 'pair')}"
+    from trl_rlaif.measures import calibration_bins
+
+    bins = calibration_bins([p for p, _ in labels.answers], [float(human == 1) for _, human in labels.answers])
+    title = f"How often people choose as the label does, by its confidence, on {count(len(labels.answers), 'pair')}"
     caption = "Confidence is max(p, 1 − p) of the label; right is what people chose."
-    return reliability_figure(confidence_bins(answers), "Do people agree when it is sure?", title, caption, ece)
+    return reliability_figure(bins, "Do people agree when it is sure?", title, caption, ece)

@@ -10,7 +10,7 @@ from typing import Any
 from trl_rlaif.report import plots
 from trl_rlaif.report.content import Run, ScoredPair
 from trl_rlaif.report.figures import MAX_CATEGORIES, Figure, present
-from trl_rlaif.report.reliability import confidence_bins, reliability_figure
+from trl_rlaif.report.reliability import reliability_figure
 from trl_rlaif.report.wording import count, label, number, scores, section
 
 MAX_RIDGES = 8
@@ -40,7 +40,7 @@ def score_part(run: Run) -> dict[str, Any] | None:
     before, after = section(result, "scores"), section(result, "transformed")
     rows = _rows(before, after)
     return {
-        "figures": _densities(run.scored) + _reliability(run.scored, number(result.get("ece"))),
+        "figures": _densities(run.scored) + _reliability(run.scored, _ece(result)),
         "rows": rows[:MAX_CATEGORIES],
         "left_out": max(len(rows) - MAX_CATEGORIES, 0),
         "transformed": bool(after),
@@ -132,29 +132,34 @@ def _same(low: float, high: float) -> bool:
 # ---- Calibration ----------------------------------------------------------------------------------------
 
 
-def reliability_bins(scored: list[ScoredPair]) -> list[tuple[float, float, int]]:
-    """Mean confidence, share right and number of pairs of each bin that has any, in the order of confidence.
+def reliability_bins(scored: list[ScoredPair]) -> tuple[list[tuple[float, float, int]], bool]:
+    """The bins of sigmoid(chosen - rejected), and whether their outcomes are people's choices.
 
-    A confidence is sigmoid(chosen - rejected), or 1 minus that where it is below 0.5; the bins are those of
-    ``confidence_bins``. Pairs whose label is a tie are left out; equal scores are half right.
+    They are where people chose in any of the pairs, and only those pairs count; else the outcomes are the soft labels.
     """
-    answers = []
-    for pair in scored:
-        if pair.p is None or pair.p == 0.5:
-            continue
-        margin = pair.before[0] - pair.before[1]
-        # Written so that no margin overflows.
-        confidence = 1 / (1 + math.exp(-min(abs(margin), 700.0)))
-        answers.append((confidence, 0.5 if margin == 0 else float((margin > 0) == (pair.p > 0.5))))
-    return confidence_bins(answers)
+    from trl_rlaif.measures import calibration_bins
+
+    # Limited so that no margin overflows.
+    p = [1 / (1 + math.exp(-min(max(pair.before[0] - pair.before[1], -700.0), 700.0))) for pair in scored]
+    people = [None if pair.human is None else float(pair.human) for pair in scored]
+    asked = any(choice is not None for choice in people)
+    return calibration_bins(p, people if asked else [pair.p for pair in scored]), asked
+
+
+def _ece(result: dict[str, Any]) -> float | None:
+    """None from a run that does not say what it is measured against: it was the rounded label."""
+    return number(result.get("ece")) if result.get("ece_against") else None
 
 
 def _reliability(scored: list[ScoredPair], ece: float | None) -> list[Figure]:
-    bins = reliability_bins(scored)
-    title = "How often the reward model is right, by its confidence, on " + count(
-        sum(n for _, _, n in bins), "held-out pair"
+    bins, asked = reliability_bins(scored)
+    pairs = count(sum(n for _, _, n in bins), "held-out pair")
+    title = (
+        f"How often the reward model chooses as {'people' if asked else 'the labels'} do, by its confidence, on {pairs}"
     )
     caption = "Confidence is sigmoid(chosen − rejected), or 1 minus that where it is below 0.5."
+    if not asked:
+        caption += " Nobody was asked: how often it is right is the mean of the labels' own probabilities."
     return present(reliability_figure(bins, "Is its confidence right?", title, caption, ece))
 
 

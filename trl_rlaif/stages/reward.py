@@ -13,7 +13,7 @@ from trl_rlaif.components import numbered
 from trl_rlaif.encoding import as_rendered, encode_prompt, encode_response
 from trl_rlaif.errors import RunError, UserError
 from trl_rlaif.events import Rollout
-from trl_rlaif.measures import calibration_error, category_figures, choices, pairwise_accuracy
+from trl_rlaif.measures import category_figures, outcome_calibration_error, pairwise_accuracy
 from trl_rlaif.progress import progress_bar
 from trl_rlaif.reward.scoring import score_pairs
 from trl_rlaif.stages.context import Context, transform_file
@@ -178,13 +178,22 @@ def _held_out_numbers(context: Context, trainer: Any, held_out: Dataset) -> dict
         "accuracy": labels["rate"] if labels else None,
         "accuracy_interval": labels["interval"] if labels else None,
         "agreement": people,
-        "ece": calibration_error(torch.sigmoid(chosen - rejected).tolist(), choices(held_out["p"])),
+        **_calibration(torch.sigmoid(chosen - rejected).tolist(), held_out),
         "scores": category_figures(raw.tolist(), categories * 2)
         | {"accuracy": {name: of["rate"] for name, of in labels["by_category"].items()} if labels else {}},
         "without_end": _without_end(raw, cut),
         "after_each": dict(zip(names, figures, strict=True)),
         "transformed": figures[-1] if figures else None,
     }
+
+
+def _calibration(p: list[float], held_out: Dataset) -> dict[str, Any]:
+    """Calibration error of sigmoid(chosen - rejected) where people chose, or else against the soft labels."""
+    people = [None if human is None else float(human) for human in held_out["human"]]
+    asked = len(people) - people.count(None)
+    outcomes = people if asked else list(held_out["p"])
+    against, pairs = ("people", asked) if asked else ("labels", len(outcomes))
+    return {"ece": outcome_calibration_error(p, outcomes), "ece_against": against, "ece_pairs": pairs}
 
 
 def _without_end(scores: torch.Tensor, cut: torch.Tensor) -> dict[str, float | None]:
@@ -210,7 +219,7 @@ def _ranking(
 
 def _write_scores(path: Path, held_out: Dataset, raw: torch.Tensor, after: torch.Tensor | None) -> None:
     """A line a held-out pair: its scores as the model gives them and, with transforms, as PPO gets them."""
-    columns = {"category": list(held_out["category"]), "p": list(held_out["p"])}
+    columns = {name: list(held_out[name]) for name in ("category", "p", "human")}
     columns["chosen"], columns["rejected"] = (half.tolist() for half in raw.chunk(2))
     if after is not None:
         columns["chosen_after"], columns["rejected_after"] = (half.tolist() for half in after.chunk(2))
