@@ -5,11 +5,12 @@
 
 Every arm gets the same pairs, adapter, steps and seed: a plain reward model, one with TRL's
 `center_rewards_coefficient`, and the Advantage Model at several margins. Reported on held-out pairs, as mean over the
-seeds with a 95% t-interval: accuracy, calibration error of sigmoid(chosen - rejected) against people's choices, relative
-spread (standard deviation of the category means over that of all scores), largest over smallest standard deviation of a
-category. The score is r, or a = r - e of an Advantage Model; "regulated" is the same through the distribution regulator,
-whose figures come from the training pairs. LoRA sits on the upper layers; what the frozen ones below make of every pair is
-computed once for all runs. Every finished run is stored, so that an interrupted measurement goes on.
+seeds with a 95% t-interval: accuracy, calibration error of sigmoid(chosen - rejected) against people's choices,
+relative spread (standard deviation of the category means over that of all scores), largest over smallest standard
+deviation of a category. The score is r, or a = r - e of an Advantage Model; "regulated" is the same through the
+distribution regulator, whose figures come from the training pairs. LoRA sits on the upper layers; what the frozen
+ones below make of every pair is computed once for all runs. Every finished run is stored, so that an interrupted
+measurement goes on.
 """
 
 from __future__ import annotations

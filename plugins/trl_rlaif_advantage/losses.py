@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.nn.functional import logsigmoid
 
 
-def advantage(
-    reward: torch.Tensor,
-    expected: torch.Tensor,
-    log_ratios: torch.Tensor | None = None,
-    *,
-    weight: float = 2.0,
-    max_ratio: float = 10.0,
-) -> torch.Tensor:
-    """What a response earns over what is expected for its prompt.
+def ratio_share(log_ratios: torch.Tensor, weight: float, max_share: float) -> torch.Tensor:
+    """The part of r that other policies' importance weights take away: sum_k (1 / N) (pi / pi'_k), bounded.
 
-    a = r - ((N - 1) / N) e - sum_k (1 / N) (pi / pi'_k) r; without other policies r - e.
+    What is left to r, 1 less this share, must stay positive: a ratio beyond N would turn the ranking upside down. So
+    the ratios of a response are scaled together until their sum is at most N * max_share.
+
+    Args:
+        log_ratios: log pi(y|x) - log pi'_k(y|x) of whole responses, (B, K) float.
+        weight: N, the weight of the current policy, at least 1.
+        max_share: In (0, 1).
+
+    Returns:
+        (B,) float32 in [0, max_share].
+    """
+    share = log_ratios.float().logsumexp(-1) - math.log(weight)
+    return share.clamp(max=math.log(max_share)).exp()
+
+
+def advantage(
+    reward: torch.Tensor, expected: torch.Tensor, share: torch.Tensor | float = 0.0, weight: float | None = None
+) -> torch.Tensor:
+    """What a response earns over what is expected for its prompt (Peng et al. 2023, section 3.1).
+
+    a = (1 - share) r - ((N - 1) / N) e; without other policies, r - e.
 
     Args:
         reward: r(x, y), (B,) float.
         expected: e(x), (B,) float.
-        log_ratios: log pi(y|x) - log pi'_k(y|x) of whole responses, (B, K) float, or None for K = 0.
-        weight: N, the weight of the current policy, at least 1.
-        max_ratio: Importance weights pi / pi'_k are at most this; clipped before they are exponentiated.
+        share: Of other policies' ratios, (B,) or a number in [0, 1), by ``ratio_share``.
+        weight: N, the weight of the current policy, at least 1; None without other policies.
 
     Returns:
         (B,) float32.
     """
-    reward, expected = reward.float(), expected.float()
-    if log_ratios is None or log_ratios.shape[-1] == 0:
-        return reward - expected
-    ratios = log_ratios.float().clamp(max=torch.tensor(max_ratio).log().item()).exp()
-    return reward - (weight - 1) / weight * expected - ratios.sum(-1) / weight * reward
+    part = 1.0 if weight is None else (weight - 1) / weight
+    return (1 - share) * reward.float() - part * expected.float()
 
 
 def advantage_loss(

@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 from pydantic import Field, field_validator
 
 from trl_rlaif import Options, PreferenceScores, RewardTransform, Rollout, UserError
-from trl_rlaif_advantage.losses import advantage, advantage_loss
+from trl_rlaif_advantage.losses import advantage, advantage_loss, ratio_share
 from trl_rlaif_advantage.margins import AdaptiveMargins
 
 
@@ -22,7 +22,12 @@ class AdvantageOptions(Options):
     std_band: tuple[float, float] = Field((0.6, 1.2), description="Spread that adapt: variance leaves alone.")
     rate: float = Field(0.02, gt=0, lt=1, description="Relative change of m in one batch under adapt: variance.")
     weight: float = Field(2.0, ge=1, description="N: the current policy's weight against others (log-ratio columns).")
-    max_ratio: float = Field(10.0, gt=0, description="Importance weights are at most this.")
+    max_share: float = Field(
+        0.5,
+        gt=0,
+        lt=1,
+        description="The others' importance weights take at most this share of r; 1 would turn it round.",
+    )
 
     @field_validator("margins")
     @classmethod
@@ -40,7 +45,13 @@ class AdvantageOptions(Options):
 
 
 class AdvantageModel(RewardTransform):
-    """Learns a(x, y) = r(x, y) - e(x), bounded on every kind of prompt (Peng et al. 2023)."""
+    """Learns a(x, y) = r(x, y) - e(x), bounded on every kind of prompt (Peng et al. 2023).
+
+    Trained with the log-ratios of other policies, a is (1 - share) r - ((N - 1) / N) e, and RL is paid the same. The
+    share reweighs a response that another policy wrote. RL's responses are the policy's own, and the other policies are
+    not loaded: the mean share of the training responses stands in. Paying r in place of (1 - share) r would move the
+    mean of a away from 0, by an amount that depends on the prompt.
+    """
 
     Options = AdvantageOptions
     needs_expected = True
@@ -49,12 +60,16 @@ class AdvantageModel(RewardTransform):
         super().__init__(**options)
         chosen = self.options
         self.margins = AdaptiveMargins(chosen.margins, chosen.margin, chosen.std_band, chosen.rate)
+        # Of a training with other policies: N, and the sum and the number of its responses' shares.
+        self._trained: dict[str, float] = {}
 
     def loss(self, scores: PreferenceScores) -> torch.Tensor:
-        """The three-term loss, a scalar. With ``adapt: variance`` the margins move while gradients are recorded."""
-        options = {"weight": self.options.weight, "max_ratio": self.options.max_ratio}
-        chosen = advantage(scores.chosen, scores.expected, scores.chosen_log_ratios, **options)
-        rejected = advantage(scores.rejected, scores.expected, scores.rejected_log_ratios, **options)
+        """The three-term loss, a scalar. What RL needs to know of the training is kept while gradients are recorded."""
+        *shares, weight = self._shares(scores)
+        chosen, rejected = (
+            advantage(score, scores.expected, share, weight)
+            for score, share in zip((scores.chosen, scores.rejected), shares, strict=True)
+        )
         margins = self._margins(scores.categories, chosen.device)
         if self.options.adapt == "variance" and torch.is_grad_enabled():
             # Every process sees every batch, so that all have the same margins.
@@ -63,7 +78,7 @@ class AdvantageModel(RewardTransform):
         return advantage_loss(chosen, rejected, scores.p, margins)
 
     def transform(self, scores: torch.Tensor, rollout: Rollout) -> torch.Tensor:
-        """r - e within plus and minus m, (B,) float32: what lies beyond has never been trained.
+        """a(x, y) within plus and minus m, (B,) float32: what lies beyond has never been trained.
 
         Raises:
             UserError: The reward model has no e(x).
@@ -74,13 +89,30 @@ class AdvantageModel(RewardTransform):
                 fix="Train it with reward: {transforms: [advantage]}, or leave advantage out of rl.transforms.",
             )
         margins = self._margins(rollout.categories, scores.device)
-        return advantage(scores, rollout.expected).clamp(-margins, margins)
+        trained = self._trained
+        share = trained["share"] / trained["responses"] if trained else 0.0
+        return advantage(scores, rollout.expected, share, trained.get("weight")).clamp(-margins, margins)
 
     def state_dict(self) -> dict[str, Any]:
-        return self.margins.state_dict()
+        return self.margins.state_dict() | {"policies": dict(self._trained)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.margins.load_state_dict(state)
+        self._trained = dict(state.get("policies", {}))  # older states have none: they pay r - e
+
+    def _shares(self, scores: PreferenceScores) -> tuple[torch.Tensor | float, torch.Tensor | float, float | None]:
+        """What the other policies' ratios take of r, chosen and rejected, and N; (0, 0, None) without them."""
+        ratios, weight = (scores.chosen_log_ratios, scores.rejected_log_ratios), self.options.weight
+        if ratios[0] is None or not ratios[0].shape[-1]:
+            return 0.0, 0.0, None
+        chosen, rejected = (ratio_share(x, weight, self.options.max_share) for x in ratios)
+        if torch.is_grad_enabled():
+            found = gather_object([((chosen + rejected).sum().item(), 2 * len(chosen))])
+            share, responses = (sum(column) for column in zip(*found, strict=True))
+            known = self._trained or {"share": 0.0, "responses": 0}
+            share, responses = known["share"] + share, known["responses"] + responses
+            self._trained = {"weight": weight, "share": share, "responses": responses}
+        return chosen, rejected, weight
 
     def _margins(self, categories: list[str | None], device: torch.device) -> torch.Tensor:
         return torch.tensor([self.margins.of(category) for category in categories], device=device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,7 +111,7 @@ def test_policies_that_wrote_the_responses_become_importance_weights(finished, t
     other = str(finished[1] / "policy")
     reward = {**TRANSFORMS["reward"], "policies": ["base", other], "packing": False, "batch_tokens": 99}
     recipe = tiny_recipe(tmp_path, tiny_model, report=None, rl=None, evaluate=None, reward=reward)
-    run_recipe(recipe, installed_plugins(), tmp_path / "out")
+    folder = run_recipe(recipe, installed_plugins(), tmp_path / "out")
     ((data, *options),) = seen
     assert options == [False, 99]
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
@@ -120,6 +121,15 @@ def test_policies_that_wrote_the_responses_become_importance_weights(finished, t
     assert ratios[:, 0].tolist() == [0.0] * len(data)  # the start is a new adapter on the base
     torch.testing.assert_close(ratios[:, 1], plain - moved, rtol=0, atol=1e-4)
     assert (plain - moved).abs().max() > 1e-3
+    # RL pays the a that was trained: its state says with which N and how large shares.
+    every = torch.cat(
+        [torch.tensor(data[f"{side}_log_ratios"], dtype=torch.float64) for side in ("chosen", "rejected")]
+    )
+    recipe = tiny_recipe(tmp_path, tiny_model, report=None, evaluate=None, **TRANSFORMS | {"reward": reward})
+    transform = Context(recipe, folder, installed_plugins()).transforms("rl")[0]
+    paid = transform.transform(torch.tensor([0.5]), SimpleNamespace(expected=torch.tensor([0.3]), categories=[None]))
+    share = (every.exp().sum(1) / 2).clamp(max=0.5).mean().item()
+    assert paid.item() == pytest.approx((1 - share) * 0.5 - 0.5 * 0.3, abs=1e-6)
 
 
 @pytest.mark.parametrize("other", ["wider", "deeper", "gpt2", "more"])
