@@ -3,14 +3,14 @@
     python benchmarks/advantage_model.py pandalm_600.jsonl hh_rlhf_harmless_base_1500.jsonl.gz --runs runs/advantage \
         --output benchmarks/results/advantage_model.md
 
-Every arm gets the same pairs, adapter, steps and seed: a plain reward model, one with TRL's
-`center_rewards_coefficient`, and the Advantage Model at several margins. Reported on held-out pairs, as mean over the
-seeds with a 95% t-interval: accuracy, calibration error of sigmoid(chosen - rejected) against people's choices,
-relative spread (standard deviation of the category means over that of all scores), largest over smallest standard
-deviation of a category. The score is r, or a = r - e of an Advantage Model; "regulated" is the same through the
-distribution regulator, whose figures come from the training pairs. LoRA sits on the upper layers; what the frozen
-ones below make of every pair is computed once for all runs. Every finished run is stored, so that an interrupted
-measurement goes on.
+Every arm gets the same pairs (all pairs of a prompt are held out together), adapter, steps and seed: a plain reward
+model, one with TRL's `center_rewards_coefficient`, and the Advantage Model at several margins. Reported on held-out
+pairs, as mean over the seeds with a 95% t-interval: accuracy, calibration error of sigmoid(chosen - rejected) against
+people's choices, relative spread (standard deviation of the category means over that of all scores), largest over
+smallest standard deviation of a category. The score is r, or a = r - e of an Advantage Model; "regulated" is the same
+through the distribution regulator, whose figures come from the training pairs. LoRA sits on the upper layers; what
+the frozen ones below make of every pair is computed once for all runs. Every finished run is stored, so that an
+interrupted measurement goes on.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main() -> None:
     rows, base = _computed_below(args)
     for seed in range(args.seeds):
         for name, arm in arms.items():
-            size = f"{args.train}x{args.epochs}-{args.held_out}-{args.max_tokens}"
+            size = f"{args.train}x{args.epochs}-{args.held_out}p-{args.max_tokens}"  # p: held out by prompt
             settings = f"{args.layers}-{size}-{args.learning_rate:g}"
             path = args.runs / f"{name.replace(' ', '')}-{seed}-{settings}.json"
             if not path.exists():
@@ -120,7 +120,7 @@ def _computed_below(args: argparse.Namespace) -> tuple[list[dict[str, Any]], Any
     from trl_rlaif.models import ModelSpec, load_model, load_tokenizer
     from trl_rlaif.reward.packing import CHOSEN, PREFIX, REJECTED, packed_row_of
 
-    known = args.runs / f"below-{args.layers}-{args.max_tokens}.pt"
+    known = args.runs / f"below-{args.layers}-{args.max_tokens}p.pt"
     if known.exists():
         rows, config, state = torch.load(known, weights_only=False)
         upper = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
@@ -170,11 +170,13 @@ def _train(
     from trl_rlaif_advantage import AdvantageModel
 
     from trl_rlaif import RewardTrainer
+    from trl_rlaif.data.overlap import split_by_group
     from trl_rlaif.models import load_tokenizer
     from trl_rlaif.reward.scoring import score_pairs
 
     rows = random.Random(seed).sample(rows, args.train + args.held_out)
-    train, held_out = rows[: args.train], rows[args.train :]
+    training, others = split_by_group([row["prompt_key"] for row in rows], args.held_out / len(rows), seed)
+    train, held_out = [rows[i] for i in training], [rows[i] for i in others]
     transforms = [AdvantageModel(margin=arm["margin"])] if "margin" in arm else []
     torch.manual_seed(seed)
     model.score.reset_parameters()
@@ -219,6 +221,7 @@ def _train(
 
 def _rows(args: argparse.Namespace, tokenizer: Any) -> list[dict[str, Any]]:
     """Tokenized pairs that are short enough: all that are not harmless dialogue, and as many that are."""
+    from trl_rlaif.data.overlap import prompt_key
     from trl_rlaif.stages.reward import tokenize_preference
 
     rows: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
@@ -227,7 +230,8 @@ def _rows(args: argparse.Namespace, tokenizer: Any) -> list[dict[str, Any]]:
         row = tokenize_preference(tokenizer, {"prompt": pair.prompt, "chosen": first, "rejected": second})
         if row["length"] <= args.max_tokens:
             category = kind(pair.category)
-            rows[category == "harmless dialogue"].append({**row, "category": category})
+            row |= {"category": category, "prompt_key": prompt_key(pair.prompt)}
+            rows[category == "harmless dialogue"].append(row)
     dialogue = random.Random(0).sample(rows[True], min(len(rows[False]), len(rows[True])))
     if len(rows[False]) + len(dialogue) < args.train + args.held_out:
         sys.exit(f"{len(rows[False]) + len(dialogue)} usable pairs are too few")

@@ -74,6 +74,7 @@ def test_packaged_recipes_are_listed_shown_and_good(monkeypatch, capsys, tmp_pat
     assert "quickstart" in names
     for name in names:
         assert _main(monkeypatch, "check", name) == 0
+        assert "Warning" not in capsys.readouterr().err  # nothing that it evaluates is trained on
         assert _main(monkeypatch, "recipes", "show", name) == 0
         assert f"trl-rlaif run {name}" in capsys.readouterr().out  # the exact command stands in the recipe
     assert _main(monkeypatch, "recipes", "show", "quikstart") == 2

@@ -6,11 +6,14 @@ import logging
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trl_rlaif.errors import Interrupted, TrlRlaifError, UserError
+
+if TYPE_CHECKING:
+    from trl_rlaif.recipe import Recipe
 
 app = typer.Typer(
     help="Align language models with AI feedback.",
@@ -54,7 +57,6 @@ def run(
     from trl_rlaif.plugins import installed_plugins
     from trl_rlaif.progress import say
     from trl_rlaif.recipe import parse_recipe
-    from trl_rlaif.recipe.inputs import check_data
     from trl_rlaif.runner import active_stages, run_recipe
 
     plugins = installed_plugins()
@@ -68,8 +70,7 @@ def run(
             fix="Leave it out; --resume skips what is complete.",
         )
     if not resume and not stages:
-        for each in parsed.arms.values() or [parsed]:
-            check_data(each)
+        _check_inputs(parsed)
     try:
         if parsed.arms:
             folder = run_comparison(parsed, plugins, place, resume=resume, command=command)
@@ -89,12 +90,10 @@ def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
     from trl_rlaif.plugins import installed_plugins
     from trl_rlaif.recipe import parse_recipe
     from trl_rlaif.recipe.base_model import check_base
-    from trl_rlaif.recipe.inputs import check_data
     from trl_rlaif.runner import active_stages
 
     parsed = parse_recipe(recipe, overrides=set_ or (), registry=installed_plugins().registry)
-    for each in parsed.arms.values() or [parsed]:
-        check_data(each)
+    _check_inputs(parsed)
     check_base(parsed)
     if not parsed.arms:
         typer.echo(f"{parsed.source}: good. Stages: {', '.join(active_stages(parsed))}")
@@ -102,6 +101,19 @@ def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
     typer.echo(f"{parsed.source}: good. Arms:")
     for name, arm in parsed.arms.items():
         typer.echo(f"    {name}: {', '.join(active_stages(arm))}")
+
+
+def _check_inputs(parsed: Recipe) -> None:
+    """Read the data files of the recipe or of each of its arms; warn of prompts that are held out and trained on."""
+    from trl_rlaif.progress import say
+    from trl_rlaif.recipe.inputs import SMALL_FILE, check_data, overlap_warning, prompt_overlaps
+
+    warnings: dict[str, None] = {}
+    for each in parsed.arms.values() or [parsed]:
+        check_data(each)
+        warnings |= dict.fromkeys(map(overlap_warning, prompt_overlaps(each, largest=SMALL_FILE)))
+    for warning in warnings:
+        say(warning)
 
 
 @app.command()

@@ -7,7 +7,9 @@ from helpers.recipes import tiny_recipe, write_recipe
 from stages.test_bad_input import run_cli
 
 from trl_rlaif.errors import UserError
-from trl_rlaif.recipe.inputs import check_data
+from trl_rlaif.plugins import installed_plugins
+from trl_rlaif.recipe.inputs import check_data, prompt_overlaps
+from trl_rlaif.runner import run_recipe
 
 
 def write(path, *rows):
@@ -49,3 +51,73 @@ def test_the_command_line_checks_before_it_runs(tmp_path, monkeypatch, capsys):
         code, stderr = run_cli(monkeypatch, capsys, *arguments)
         assert code == 2 and f"{tmp_path / 'test.jsonl'}:2: 'prompt' is a number" in stderr
     assert not (tmp_path / "out").exists()
+
+
+# ---- Prompts that are held out and trained on -------------------------------------------------------------
+
+
+def prompts(path, *numbers, text="What is {}?"):
+    return write(path, *({"id": f"{path.stem}{i}", "prompt": text.format(i)} for i in numbers))
+
+
+def leaking(base):
+    """A recipe whose files share prompts: some in another spelling, some with a system turn, some within a talk."""
+    pair = {"response_1": "a", "response_2": "b"}
+    judged = [{"id": str(i), "prompt": f"What is {i}?", "human": 1 + i % 2} | pair for i in range(8, 30)]
+    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 6?"}]
+    old = [*({"prompt": [{"role": "user", "content": f"What is {i}?"}]} for i in (1, 2, 7, 29, 50)), {"prompt": system}]
+    talk = [{"role": "user", "content": f"What is {i}?"} for i in (1, 2)]
+    answers = [{"role": "assistant", "content": "It is."}] * 2
+    sft = {"messages": [talk[0], answers[0]]}, {"messages": [talk[1], answers[0], talk[0], answers[1]]}
+    return {
+        "data": {"prompts": prompts(base / "trained.jsonl", *range(10), text="what  is {}? "), "eval_prompts": None},
+        "sft": {"data": write(base / "sft.jsonl", *sft), "max_steps": 1},
+        "label": {"calibration": write(base / "judged.jsonl", *judged)},
+        "evaluate": {
+            "sets": {
+                "new": prompts(base / "new.jsonl", 100, 101),
+                "old": write(base / "old.jsonl", *old),
+                "forget": prompts(base / "forget.jsonl", 1, 50),
+            }
+        },
+    }
+
+
+OVERLAPS = [
+    ("evaluate.sets.forget", "sft.data", 2, 1),
+    ("evaluate.sets.forget", "data.prompts", 2, 1),
+    ("evaluate.sets.old", "label.calibration", 6, 1),
+    ("evaluate.sets.old", "sft.data", 6, 2),
+    ("evaluate.sets.old", "data.prompts", 6, 4),
+    ("label.calibration", "data.prompts", 22, 2),
+]
+
+
+def as_rows(found):
+    return [tuple(of[key] for key in ("held_out", "training", "prompts", "shared")) for of in found]
+
+
+def test_prompts_that_are_held_out_and_trained_on_are_counted(tmp_path):
+    recipe = tiny_recipe(tmp_path, "gpt2", **leaking(tmp_path))
+    assert as_rows(prompt_overlaps(recipe)) == OVERLAPS
+    smaller = (tmp_path / "judged.jsonl").stat().st_size - 1
+    found = as_rows(prompt_overlaps(recipe, largest=smaller))
+    assert found == [row for row in OVERLAPS if "label.calibration" not in row]
+    assert prompt_overlaps(tiny_recipe(tmp_path, "gpt2")) == []
+
+
+def test_check_warns_of_them(tmp_path, monkeypatch, tiny_model, capsys):
+    recipe = write_recipe(tmp_path, tiny_model, **leaking(tmp_path))
+    code, stderr = run_cli(monkeypatch, capsys, "check", recipe)
+    assert code == 0 and stderr.count("Warning: ") == len(OVERLAPS)
+    assert "4 of the 6 prompts of evaluate.sets.old are also in data.prompts." in stderr
+
+
+@pytest.mark.trl
+def test_the_run_counts_them(tmp_path, tiny_model, capsys):
+    sections = {"reward": None, "report": None, "rl": {"algorithm": "dpo", "max_steps": 1}}
+    recipe = tiny_recipe(tmp_path, tiny_model, **sections, **leaking(tmp_path))
+    results = run_recipe(recipe, installed_plugins(), tmp_path / "out").results()
+    assert as_rows(results["evaluate"]["overlaps"]) == OVERLAPS[:5]
+    assert as_rows(results["label"]["overlaps"]) == OVERLAPS[5:]
+    assert "2 of the 22 prompts of label.calibration are also in data.prompts." in capsys.readouterr().err

@@ -9,13 +9,17 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from helpers.recipes import tiny_recipe
 from scipy.integrate import quad
 from scipy.special import expit, logit
 from sklearn.calibration import calibration_curve
 
 from trl_rlaif.errors import RunError
 from trl_rlaif.measures import wilson
+from trl_rlaif.plugins import installed_plugins
+from trl_rlaif.runner import run_recipe
 from trl_rlaif.stages import reward
+from trl_rlaif.stages.context import Context
 
 ROWS = {
     "p": [0.9, 0.8, 0.7, 0.5, 1.0],
@@ -100,3 +104,26 @@ def test_what_people_chose_is_the_outcome_where_there_is_any(numbers, monkeypatc
     counts = np.histogram([p for p, _ in known], bins=np.linspace(0.5, 1, 11))[0]
     assert found["ece"] == pytest.approx(float(counts @ abs(right - predicted)) / len(known), abs=1e-6)
     assert (found["ece_against"], found["ece_pairs"]) == ("people", len(known))
+
+
+# ---- What is held out -----------------------------------------------------------------------------------
+
+
+@pytest.mark.trl
+def test_no_held_out_pair_has_its_prompt_in_training(tiny_model, tmp_path):
+    """Four pairs a prompt, as samplers and people's comparisons have them."""
+    rows = [
+        {"id": str(i), "prompt": f"what is {i // 4}?", "response_1": f"a {i}", "response_2": "the fox", "human": 1}
+        for i in range(160)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    nothing = dict.fromkeys(("sample", "label", "rl", "evaluate", "report"))
+    data = {"prompts": None, "pairs": "pairs.jsonl", "format": "responses"}
+    recipe = tiny_recipe(tmp_path, tiny_model, data=data, reward={"max_steps": 1, "eval_fraction": 0.375}, **nothing)
+    folder = run_recipe(recipe, installed_plugins(), tmp_path / "out")
+    train, held_out, _ = reward._datasets(Context(recipe, folder, installed_plugins()), 0.375, None)
+    trained = {tuple(row["chosen_ids"][: row["prompt_length"]]) for row in train}
+    leaked = sum(tuple(row["chosen_ids"][: row["prompt_length"]]) in trained for row in held_out)
+    assert (len(train), len(held_out), leaked) == (100, 60, 0)
+    numbers = folder.results()["reward"]
+    assert (numbers["train_pairs"], numbers["eval_pairs"], numbers["eval_prompts"]) == (100, 60, 15)

@@ -8,8 +8,16 @@ from functools import partial
 from typing import Any
 
 from trl_rlaif.data import Loaded, Pair, Prompt, load_finetuning, load_pairs, load_prompts, load_rows
+from trl_rlaif.data.overlap import finetuned_prompts, prompt_key
 from trl_rlaif.errors import Problem, UserError
+from trl_rlaif.progress import say
 from trl_rlaif.recipe.parsing import Recipe
+
+# Bytes of a data file up to which it is read a second time before a run, for what its prompts share with others.
+SMALL_FILE = 16 << 20
+# Keys of what is held out.
+_EVALUATED = ("evaluate.sets.", "data.eval_prompts")
+_CALIBRATION = "label.calibration"
 
 
 def read_prompts(recipe: Recipe, source: str, key: str = "prompts") -> Loaded[Prompt]:
@@ -63,7 +71,7 @@ def check_data(recipe: Recipe) -> None:
         UserError: With every problem of every file, where it would otherwise end a run that has computed for hours.
     """
     problems: list[Problem] = []
-    for source, read in _sources(recipe):
+    for _, source, read in _sources(recipe):
         if os.path.isfile(source):
             try:
                 read()
@@ -73,19 +81,74 @@ def check_data(recipe: Recipe) -> None:
         raise UserError.from_problems(list(dict.fromkeys(problems)))
 
 
-def _sources(recipe: Recipe) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Each source of data that the stages read, with how they do."""
+def prompt_overlaps(recipe: Recipe, largest: int | None = None) -> list[dict[str, Any]]:
+    """Where prompts that something is measured or calibrated on are also trained on.
+
+    Args:
+        recipe: Its evaluated sets are held against ``label.calibration`` and all that is trained on, and
+            ``label.calibration`` against the latter.
+        largest: Local files of at most so many bytes; None reads everything, from the Hub, too.
+
+    Returns:
+        For every two keys of the recipe that share prompts: ``held_out`` and ``training``, the keys; ``prompts``, the
+        number of different ones of the first; and ``shared``, how many of them the second has, too.
+    """
+    keys: dict[str, set[str]] = {}
+    for name, source, read in _sources(recipe):
+        if largest is None or (os.path.isfile(source) and os.path.getsize(source) <= largest):
+            try:
+                keys[name] = {prompt_key(prompt) for prompt in _prompts_of(read())}
+            except UserError:  # check_data says so, or the stage that reads it
+                continue
+    order = [name for name in keys if name.startswith(_EVALUATED)] + [name for name in keys if name == _CALIBRATION]
+    found = []
+    for i, name in enumerate(order):
+        for other in [*order[i + 1 :], *(key for key in keys if key not in order)]:
+            shared = len(keys[name] & keys[other])
+            if shared and not (name.startswith(_EVALUATED) and other.startswith(_EVALUATED)):
+                numbers = {"prompts": len(keys[name]), "shared": shared}
+                found.append({"held_out": name, "training": other} | numbers)
+    return found
+
+
+def warn_of_overlaps(recipe: Recipe, section: str) -> list[dict[str, Any]]:
+    """Warn of each of ``prompt_overlaps`` with what a section, ``evaluate`` or ``label``, holds out; return them."""
+    own = {"evaluate": _EVALUATED, "label": (_CALIBRATION,)}[section]
+    found = [of for of in prompt_overlaps(recipe) if of["held_out"].startswith(own)]
+    for of in found:
+        say(overlap_warning(of))
+    return found
+
+
+def overlap_warning(overlap: dict[str, Any]) -> str:
+    """One of ``prompt_overlaps``' in a sentence."""
+    shared, prompts, held_out, training = (overlap[k] for k in ("shared", "prompts", "held_out", "training"))
+    return (
+        f"Warning: {shared} of the {prompts} prompts of {held_out} are also in {training}. Results on these prompts may "
+        "not hold for new ones. Remove them from one of the two."
+    )
+
+
+def _prompts_of(rows: Any) -> Iterator[Any]:
+    for row in getattr(rows, "items", rows):
+        yield from finetuned_prompts(row) if isinstance(row, dict) else [row.prompt]
+
+
+def _sources(recipe: Recipe) -> Iterator[tuple[str, str, Callable[[], Any]]]:
+    """Each source of data that the stages read: its key in the recipe, itself, and how they read it."""
     data, rl, evaluate = recipe.data, recipe.rl, recipe.evaluate
     if recipe.sft:
-        yield recipe.sft.data, partial(read_finetuning, recipe)
+        yield "sft.data", recipe.sft.data, partial(read_finetuning, recipe)
     if data.prompts and (recipe.sample or (rl and rl.algorithm != "dpo")):
-        yield data.prompts, partial(read_prompts, recipe, data.prompts)
+        yield "data.prompts", data.prompts, partial(read_prompts, recipe, data.prompts)
     if data.pairs:
-        yield data.pairs, partial(read_pairs, recipe)
+        yield "data.pairs", data.pairs, partial(read_pairs, recipe)
     if recipe.label and recipe.label.calibration:
-        yield recipe.label.calibration, partial(read_calibration, recipe)
+        yield _CALIBRATION, recipe.label.calibration, partial(read_calibration, recipe)
     if rl and rl.rehearsal:
-        yield rl.rehearsal, partial(read_rehearsal, recipe)
-    sets = [*evaluate.sets.values()] or [data.eval_prompts] if evaluate else []
-    for source in filter(None, sets):
-        yield source, partial(read_prompts, recipe, source, "eval_prompts")
+        yield "rl.rehearsal", rl.rehearsal, partial(read_rehearsal, recipe)
+    if evaluate:
+        sets = {f"{_EVALUATED[0]}{name}": source for name, source in evaluate.sets.items()}
+        for name, source in (sets or {_EVALUATED[1]: data.eval_prompts}).items():
+            if source:
+                yield name, source, partial(read_prompts, recipe, source, "eval_prompts")

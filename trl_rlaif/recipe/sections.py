@@ -299,7 +299,9 @@ class RewardSection(Section):
     """``reward``: the reward model. Other keys are RewardConfig's."""
 
     transforms: list[Component] = Field(default_factory=list, description="Reward transforms, in order.")
-    eval_fraction: Number = Field(0.1, ge=0, le=0.9, description="Share of the preferences held out.")
+    eval_fraction: Number = Field(
+        0.1, ge=0, le=0.9, description="Share of the preferences held out, all pairs of a prompt together."
+    )
     policies: list[Text] = Field(
         default_factory=list,
         description="Who else wrote the responses: adapter folders, or 'base'. Their likelihoods become the importance "

@@ -20,6 +20,7 @@ from trl_rlaif.ppo.passes import Passage
 from trl_rlaif.ppo.rehearsal import as_rollout
 from trl_rlaif.ppo.rollout import scored_rows
 from trl_rlaif.progress import progress_bar
+from trl_rlaif.recipe.inputs import warn_of_overlaps
 from trl_rlaif.roles import SharedBase
 from trl_rlaif.sampling import length_batches, padded_together, sample_responses, seeded
 from trl_rlaif.stages.context import Context
@@ -55,6 +56,7 @@ def run(context: Context) -> dict[str, Any]:
             for name, of_set in rows.items()
         },
         "agreement": _agreement(context),
+        "overlaps": warn_of_overlaps(recipe, "evaluate"),
         "seconds": time.monotonic() - started,
     }
 

@@ -22,7 +22,7 @@ from trl_rlaif.measures import (
     summarize_mass,
 )
 from trl_rlaif.progress import progress_bar, say
-from trl_rlaif.recipe.inputs import read_calibration
+from trl_rlaif.recipe.inputs import read_calibration, warn_of_overlaps
 from trl_rlaif.stages.context import Context, LabelTask
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def run(context: Context) -> dict[str, Any]:
     if not labeled:
         raise RunError("The judge could not label a single pair.", fix=_reasons(numbers["skipped"]))
     calibration, numbers["calibration"] = _calibrate(context, store, main, pairs, labeled, judged)
+    numbers["overlaps"] = warn_of_overlaps(context.recipe, "label") if judged else []
     p = {id: calibration.apply(row) if calibration else row["p"] for id, row in labeled.items()}
     least = context.recipe.label.min_confidence
     kept = {id: value for id, value in p.items() if max(value, 1 - value) >= least}

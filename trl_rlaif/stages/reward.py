@@ -10,11 +10,12 @@ import torch
 
 from trl_rlaif.artifacts import to_line, write_atomically, write_folder
 from trl_rlaif.components import numbered
+from trl_rlaif.data.overlap import prompt_key, split_by_group
 from trl_rlaif.encoding import as_rendered, encode_prompt, encode_response
 from trl_rlaif.errors import RunError, UserError
 from trl_rlaif.events import Rollout
 from trl_rlaif.measures import category_figures, outcome_calibration_error, pairwise_accuracy
-from trl_rlaif.progress import progress_bar
+from trl_rlaif.progress import progress_bar, say
 from trl_rlaif.reward.scoring import score_pairs
 from trl_rlaif.stages.context import Context, transform_file
 from trl_rlaif.stages.label import preferences_of_people
@@ -47,7 +48,12 @@ def run(context: Context) -> dict[str, Any]:
     finally:
         callback.close()
     write_folder(context.folder / "reward", lambda folder: _save(trainer, context, folder))
-    numbers = {"train_pairs": len(train), "eval_pairs": len(held_out), "skipped": left_out | too_long}
+    numbers = {
+        "train_pairs": len(train),
+        "eval_pairs": len(held_out),
+        "eval_prompts": len(set(held_out["prompt_key"])),
+        "skipped": left_out | too_long,
+    }
     if len(held_out):
         numbers |= _held_out_numbers(context, trainer, held_out)
     return numbers | {"seconds": time.monotonic() - started}
@@ -56,27 +62,31 @@ def run(context: Context) -> dict[str, Any]:
 def _datasets(
     context: Context, eval_fraction: float, max_length: int | None
 ) -> tuple[Dataset, Dataset, dict[str, int]]:
-    """Tokenized training and held-out pairs, and how many were too long."""
+    """Tokenized training and held-out pairs, which share no prompt, and how many pairs were too long."""
     from datasets import load_from_disk
 
     dataset = load_from_disk(str(context.folder / "preferences"))
     tokenized = dataset.map(
-        lambda row: tokenize_preference(context.tokenizer, row),
+        lambda row: tokenize_preference(context.tokenizer, row) | {"prompt_key": prompt_key(row["prompt"])},
         remove_columns=[c for c in dataset.column_names if c not in ("p", "category", "human", "margin")],
         load_from_cache_file=False,
     )
     kept = [i for i, row in enumerate(tokenized) if max_length is None or row["length"] <= max_length]
     too_long = {"longer than max_length": len(tokenized) - len(kept)} if len(kept) < len(tokenized) else {}
     tokenized = tokenized.select(kept)
-    n_eval = round(len(tokenized) * eval_fraction)
-    if len(tokenized) - n_eval < 1:
+    if not len(tokenized):
         raise UserError(
-            f"{len(tokenized)} usable preferences are too few to train on.",
+            "There is no usable preference to train on.",
             where=context.recipe.line(("reward",)),
             fix="Give more pairs, or raise reward.max_length.",
         )
-    shuffled = tokenized.shuffle(seed=context.recipe.run.seed)
-    return shuffled.select(range(n_eval, len(shuffled))), shuffled.select(range(n_eval)), too_long
+    training, held_out = split_by_group(tokenized["prompt_key"], eval_fraction, context.recipe.run.seed)
+    if eval_fraction and not held_out:
+        say(
+            "Warning (reward): no pairs are held out. All pairs of a prompt are held out together, and no prompt has "
+            f"as few as {eval_fraction:.0%} of the {len(tokenized)} pairs. Raise reward.eval_fraction."
+        )
+    return tokenized.select(training), tokenized.select(held_out), too_long
 
 
 def _with_log_ratios(context: Context, train: Dataset) -> Dataset:
