@@ -88,10 +88,22 @@ def labeled(tiny_model, tmp_path):
     return labeled
 
 
-def test_dpo_leaves_out_labels_of_one_half(labeled, capsys):
-    context = labeled([0.9, 0.5, 0.2, (0.3 + 0.7) / 2, 0.1 + 0.2 + 0.2, 0.51])
-    assert dpo.run(context)["skipped"] == {"tie": 3}
-    assert "3 preferences are ties" in capsys.readouterr().err
+P = [0.9, 0.5, 0.2, (0.3 + 0.7) / 2, 0.1 + 0.2 + 0.2, 0.51]
+
+
+def test_dpo_learns_from_labels_of_one_half_that_both_are_equally_good(labeled):
+    numbers = dpo.run(labeled(P))
+    assert (numbers["pairs"], numbers["skipped"]) == (6, {})
+    assert numbers["labels"] == {"soft": True, "mean_confidence": pytest.approx(3.71 / 6), "ties": 3}
+
+
+def test_a_loss_that_takes_labels_as_sure_leaves_out_those_of_one_half(labeled, capsys):
+    context = labeled(P)
+    context.recipe.rl.config["loss_type"] = ["hinge"]
+    numbers = dpo.run(context)
+    assert (numbers["pairs"], numbers["skipped"]) == (3, {"tie": 3})
+    assert numbers["labels"] == {"soft": False, "mean_confidence": pytest.approx(3.71 / 6), "ties": 3}
+    assert "takes soft labels as sure" in (stderr := capsys.readouterr().err) and "3 of them are ties" in stderr
     # They stay in the labels: as soft ones they say that both are equally good.
     assert len(load_from_disk(str(context.folder / "preferences"))) == 6
 

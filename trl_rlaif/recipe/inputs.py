@@ -124,7 +124,7 @@ def overlap_warning(overlap: dict[str, Any]) -> str:
     """One of ``prompt_overlaps``' in a sentence."""
     shared, prompts, held_out, training = (overlap[k] for k in ("shared", "prompts", "held_out", "training"))
     return (
-        f"Warning: {shared} of the {prompts} prompts of {held_out} are also in {training}. Results on these prompts may "
+        f"Warning: {shared} of the {prompts} prompts of {held_out} are also in {training}. Results on these may "
         "not hold for new ones. Remove them from one of the two."
     )
 

@@ -35,10 +35,12 @@ def run(context: Context) -> dict[str, Any]:
         skipped = preferences_of_people(context, "rl")
         several.wait()
     trainer, ignored = build_trainer(context)
-    ties = len(_preferences(context)) - len(trainer.train_dataset)
-    if ties:
-        skipped[TIE] = skipped.get(TIE, 0) + ties
-        say(f"rl: {ties} preferences are ties, from which dpo cannot learn. They are left out.")
+    labels = _label_facts(context, soft="p" in trainer.train_dataset.column_names)
+    if not labels["soft"] and labels["mean_confidence"] < 1:
+        left_out = f" {labels['ties']} of them are ties, which are left out." if labels["ties"] else ""
+        say(f"rl: this loss takes soft labels as sure; rl.loss_type: [sigmoid] learns from their p.{left_out}")
+        if labels["ties"]:
+            skipped[TIE] = skipped.get(TIE, 0) + labels["ties"]
     if ignored:
         say(f"rl: dpo makes no use of {', '.join(ignored)}.")
     callback = context.callback("rl", "Training the policy")
@@ -52,6 +54,7 @@ def run(context: Context) -> dict[str, Any]:
         "updates": trainer.state.global_step,
         "pairs": len(trainer.train_dataset),
         "loss": output.training_loss,
+        "labels": labels,
         "skipped": skipped,
         "ignored": ignored,
         "seconds": time.monotonic() - started,
@@ -65,10 +68,12 @@ def build_trainer(context: Context) -> tuple[DPOTrainer, list[str]]:
     from trl import DPOTrainer
 
     from trl_rlaif.adapters import fitted
+    from trl_rlaif.stages.soft_dpo import SoftDPOTrainer, takes_soft_labels
 
     config, ignored = _config(context)
-    dataset = _sure(_preferences(context))
-    if not len(dataset):
+    soft = takes_soft_labels(config)
+    dataset = _readable(_preferences(context), soft=soft)
+    if all(map(is_even, _preferences(context)["p"])):
         raise UserError(
             "Every preference is a tie, from which dpo cannot learn.",
             where=context.recipe.line(("rl",)),
@@ -79,7 +84,7 @@ def build_trainer(context: Context) -> tuple[DPOTrainer, list[str]]:
     if context.start is not None:
         model = PeftModel.from_pretrained(model, context.start, is_trainable=True)
         adapter = None  # the policy begins as the start's, of which TRL keeps a frozen copy as reference
-    trainer = DPOTrainer(
+    trainer = (SoftDPOTrainer if soft else DPOTrainer)(
         model=model,
         args=config,
         train_dataset=context.with_template_kwargs(dataset),
@@ -95,14 +100,22 @@ def _preferences(context: Context) -> Dataset:
     return load_from_disk(str(context.folder / "preferences"))
 
 
-def _sure(dataset: Dataset) -> Dataset:
-    """The preferences as TRL's trainer reads them, without ties: it takes every chosen response as the better one.
+def _label_facts(context: Context, *, soft: bool) -> dict[str, Any]:
+    """What the labels are like, as results.json tells: 1 - mean confidence is the mean of their label smoothing."""
+    p = _preferences(context)["p"]
+    confidence = sum(max(x, 1 - x) for x in p) / len(p)
+    return {"soft": soft, "mean_confidence": confidence, "ties": sum(map(is_even, p))}
+
+
+def _readable(dataset: Dataset, *, soft: bool) -> Dataset:
+    """The preferences as the trainer reads them; without ties where it takes every chosen response as the better one.
 
     What a prompt already says for the assistant becomes the beginning of both responses. TRL would open another turn
     after it; and the log-probabilities of what both begin with cancel in the loss.
     """
-    dataset = dataset.select([i for i, p in enumerate(dataset["p"]) if not is_even(p)])
-    dataset = dataset.select_columns(["prompt", "chosen", "rejected"])
+    if not soft:
+        dataset = dataset.select([i for i, p in enumerate(dataset["p"]) if not is_even(p)])
+    dataset = dataset.select_columns(["prompt", "chosen", "rejected", *(["p"] if soft else [])])
     begun = [not isinstance(prompt, str) and prompt[-1]["role"] == "assistant" for prompt in dataset["prompt"]]
     return dataset.map(_joined, load_from_cache_file=False) if any(begun) else dataset
 
