@@ -12,6 +12,7 @@ from trl_rlaif_advantage import AdvantageModel
 
 from trl_rlaif import RewardTrainer, load_reward_model
 from trl_rlaif.compute.lean_lora import make_lean
+from trl_rlaif.encoding import encode_prompt
 from trl_rlaif.models import ModelSpec, load_model
 
 pytestmark = pytest.mark.trl
@@ -91,3 +92,59 @@ def test_it_learns_e_and_loads_again_as_one_thing(tmp_path, kind):
         expected, found = trainer.model.eval()(ids).logits.float(), again(ids).logits.float()
     assert found.shape == (1, 2) and found[0, 1].abs() > 1e-4  # e(x) has left its zero
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+# ---- Where e(x) is read in data that is not tokenized -----------------------------------------------------
+
+ANSWERS = [("the quick fox", "the quick dog"), ("a city of the country", "a city"), ("no", "the fox")]
+
+
+def _untokenized(form: str) -> list[dict]:
+    """Pairs whose responses begin alike, so that what both sequences share is more than the prompt."""
+    rows = []
+    for i, sides in enumerate(ANSWERS):
+        text = f"what is the {'quick ' * i}fox?"
+        prompt = [{"role": "system", "content": "judge"}, {"role": "user", "content": text}]
+        turns = [[{"role": "assistant", "content": side}] for side in sides]
+        if form == "text":
+            rows.append({"prompt": text, "chosen": f" {sides[0]}", "rejected": f" {sides[1]}"})
+        elif form == "messages":
+            rows.append({"prompt": prompt, "chosen": turns[0], "rejected": turns[1]})
+        else:
+            rows.append({"chosen": prompt + turns[0], "rejected": prompt + turns[1]})
+    return rows
+
+
+@pytest.mark.parametrize("score_at_end", [True, False])
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("form", ["text", "messages", "messages that repeat the prompt"])
+def test_e_is_read_at_the_end_of_the_prompt(tmp_path, form, packing, score_at_end):
+    rows, tokenizer = _untokenized(form), make_tokenizer()
+    trainer = RewardTrainer(
+        model=make_scorer(), args=small_config(tmp_path, per_device_train_batch_size=3),
+        train_dataset=Dataset.from_list(rows), processing_class=tokenizer, packing=packing, score_at_end=score_at_end,
+        reward_transforms=[AdvantageModel()],
+    )  # fmt: skip
+    torch.nn.init.normal_(trainer.model.score.weight)
+    seen = []
+    trainer.preference_loss = lambda scores, margin: seen.append(scores) or scores.chosen.sum()
+    trainer.model.eval()
+    (batch,) = trainer.get_train_dataloader()
+    with torch.no_grad():
+        trainer.compute_loss(trainer.model, batch)
+        plain = []
+        for row in rows:
+            prompt = row.get("prompt") or row["chosen"][:-1]
+            ids = torch.tensor([encode_prompt(tokenizer, prompt)])  # as PPO has it
+            plain.append(trainer.model.score(trainer.model.model(ids).last_hidden_state[0, -1])[1].item())
+    assert sorted(seen[0].expected.tolist()) == pytest.approx(sorted(plain), abs=1e-5)  # the loader shuffles
+    assert len({round(x, 3) for x in plain}) == 3
+
+
+def test_a_prompts_end_that_the_data_brings_is_kept(tmp_path):
+    rows = [row | {"prompt_length": 2} for row in _untokenized("messages")]
+    trainer = RewardTrainer(
+        model=make_scorer(), args=small_config(tmp_path), train_dataset=Dataset.from_list(rows),
+        processing_class=make_tokenizer(), reward_transforms=[AdvantageModel()],
+    )  # fmt: skip
+    assert trainer.train_dataset["prompt_length"] == [2, 2, 2]

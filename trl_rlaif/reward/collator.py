@@ -2,13 +2,51 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from trl import extract_prompt
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
+from trl_rlaif.judging.packed import shared_prefix
 from trl_rlaif.reward.packing import pack, packed_row_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def prompt_end(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Where the prompt of a row that TRL has tokenized ends, up to where the assistant's turn opens, as in PPO.
+
+    Args:
+        row: TRL's preference format with ``chosen_ids`` and ``rejected_ids``. The prompt is its ``prompt``, or the
+            messages with which ``chosen`` and ``rejected`` both begin.
+
+    Returns:
+        ``prompt_length``, in tokens; nothing for texts without a ``prompt``, or where the row says it already.
+    """
+    prompt = row.get("prompt")
+    if prompt is None and isinstance(row.get("chosen"), list):
+        prompt = extract_prompt(row)["prompt"]
+    if not prompt or row.get("prompt_length") is not None:
+        return {}
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt)["input_ids"]
+    else:
+        ids = tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=prompt[-1]["role"] != "assistant", tokenize=True, return_dict=True,
+            **_template_arguments(row),
+        )["input_ids"]  # fmt: skip
+    # Beyond what they share, tokens have merged across the prompt's end.
+    return {"prompt_length": min(shared_prefix((ids, row[side]), least=0) for side in ("chosen_ids", "rejected_ids"))}
+
+
+def _template_arguments(row: dict[str, Any]) -> dict[str, Any]:
+    """Those of TRL's trainers."""
+    tools = row.get("tools")
+    return {"tools": json.loads(tools) if isinstance(tools, str) else tools} | (row.get("chat_template_kwargs") or {})
 
 
 @dataclass

@@ -21,7 +21,7 @@ from trl_rlaif.contracts import guarded
 from trl_rlaif.encoding import usable_tokenizer
 from trl_rlaif.errors import UserError
 from trl_rlaif.events import PreferenceScores
-from trl_rlaif.reward.collator import SoftPreferenceCollator
+from trl_rlaif.reward.collator import SoftPreferenceCollator, prompt_end
 from trl_rlaif.reward.heads import add_expected
 from trl_rlaif.reward.losses import soft_preference_loss
 from trl_rlaif.reward.scoring import PairScorer, can_pack
@@ -53,7 +53,8 @@ class RewardTrainer(TrlRewardTrainer):
         packing: None packs pairs where the model allows it and no data_collator is given; True insists on it.
         batch_tokens: Most tokens, padding counted, of one forward pass over packed pairs. A batch is computed in
             parts of like length.
-        score_at_end: False reads scores where the parent does. A dataset that brings ``chosen_ids`` is taken as it is.
+        score_at_end: False reads scores where the parent does. A dataset that brings ``chosen_ids`` is taken as it is;
+            for a transform that reads e(x) it should bring ``prompt_length``, too.
 
     Raises:
         UserError: A ``p`` is missing or lies outside [0, 1]; packing is True and cannot be; an adapter cannot work on
@@ -116,13 +117,17 @@ class RewardTrainer(TrlRewardTrainer):
                 )
         tokenized = "chosen_ids" in (getattr(dataset, "column_names", None) or next(iter(dataset)))
         dataset = super()._prepare_dataset(dataset, processing_class, *args, **kwargs)
-        if tokenized or not self.score_at_end:
+        if tokenized:
             return dataset
+        reads_prompts = any(transform.needs_expected for transform in self.reward_transforms)
 
-        def ended(row: dict[str, Any]) -> dict[str, Any]:
-            return {name: ended_row(row[name], processing_class) for name in ("chosen_ids", "rejected_ids")}
+        def completed(row: dict[str, Any]) -> dict[str, Any]:
+            sides = ("chosen_ids", "rejected_ids") if self.score_at_end else ()
+            ended = {name: ended_row(row[name], processing_class) for name in sides}
+            # Without it the prompt would be all that the two share, and answers often begin alike.
+            return ended | (prompt_end(row, processing_class) if reads_prompts else {})
 
-        return dataset.map(ended)
+        return dataset.map(completed)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
