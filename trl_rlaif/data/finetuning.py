@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,20 @@ def load_finetuning(
     if not found:
         raise UserError("There are no rows.", where=str(source))
     return found
+
+
+def assistant_turns(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Conversations as TRL's ``prompt`` and ``completion``: a row for each turn of the assistant's.
+
+    Args:
+        rows: With ``messages``. What an assistant says before anybody has asked is no completion.
+    """
+    return [
+        {"prompt": row["messages"][:i], "completion": [turn]}
+        for row in rows
+        for i, turn in enumerate(row["messages"])
+        if i and turn["role"] == "assistant"
+    ]
 
 
 def _form(row: dict[str, Any]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+from trl_rlaif.data.finetuning import assistant_turns
 from trl_rlaif.data.records import Message
 
 
@@ -25,10 +26,8 @@ def prompt_key(prompt: str | Sequence[Message]) -> str:
 
 def finetuned_prompts(row: dict[str, Any]) -> list[str | list[Message]]:
     """The prompts whose answers a row of ``load_finetuning`` teaches; none of a plain text."""
-    if "messages" in row:
-        turns = row["messages"]
-        return [turns[:i] for i, turn in enumerate(turns) if i and turn["role"] == "assistant"]
-    return [row["prompt"]] if "prompt" in row else []
+    rows = assistant_turns([row]) if "messages" in row else [row]
+    return [each["prompt"] for each in rows if "prompt" in each]
 
 
 def split_by_group(groups: Sequence[str], share: float, seed: int) -> tuple[list[int], list[int]]:
