@@ -137,7 +137,7 @@ def test_dpo_learns_the_whole_turn(tiny_model, tmp_path):
     data = {"prompts": None, "pairs": write(tmp_path / "p.jsonl", row), "format": "preference"}
     context = context_of(tmp_path, tiny_model, sample=None, data=data, rl={"algorithm": "dpo"})
     dpo.preferences_of_people(context, "rl")
-    row = dpo._readable(dpo._preferences(context), soft=True)[0]
+    row = dpo._readable(dpo._preferences(context), soft=False)[0]
     assert row == {"prompt": BEGUN[:1], "chosen": says("It is the fox"), "rejected": says("It is a dog")}
 
 
