@@ -251,7 +251,7 @@ def summary(stage: str, numbers: dict[str, Any]) -> str:
     if stage == "rl" and "pairs" in numbers:
         return f"{numbers['pairs']} pairs{_skipped(numbers)}"
     if stage == "rl" and "score_first" in numbers:
-        kl = f", KL {numbers['kl_last']:.2f}" if "kl_last" in numbers else ""  # GRPO without kl_coef measures none
+        kl = f", KL {numbers['kl_last']:.2f}" if "kl_last" in numbers else ""  # GRPO with kl_coef: 0 measures none
         return f"score {numbers['score_first']:+.3f} -> {numbers['score_last']:+.3f}{kl}"
     if stage == "evaluate":
         return "; ".join(

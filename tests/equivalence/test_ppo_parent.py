@@ -59,7 +59,8 @@ def _train(trainer_class, config_class, folder, *, lora=False, shown=0, **option
         per_device_eval_batch_size=4,
         num_sample_generations=shown,
         **options,
-        **({"score_at_end": False} if config_class is PPOConfig else {}),  # TRL scores a cut response without an end
+        # TRL scores a cut response without an end, and averages losses over each micro-batch.
+        **({"score_at_end": False, "loss_reduction": "micro_batch"} if config_class is PPOConfig else {}),
     )
     trainer = trainer_class(
         args,

@@ -80,6 +80,7 @@ def finished(tiny_model, tmp_path_factory):
 def test_rewards_transforms_and_pairs_take_part(finished):
     rows, numbers = [row for row in logged(finished) if "reward" in row], finished.results()["rl"]
     assert len(rows) == numbers["updates"] == 6 and numbers["episodes"] == 24
+    assert numbers["kl_last"] == pytest.approx(rows[-1]["kl"] * rows[-1]["completions/mean_length"])  # as PPO's
     for row in rows:
         assert row["reward"] == pytest.approx(row["objective/scores"], abs=1e-5)
         assert {"score/model", "score/length_penalty", "rehearsal/nll", "kl"} <= row.keys()
@@ -177,3 +178,15 @@ def test_settings_that_do_not_fit_are_said(tiny_model, tmp_path):
     path = write_recipe(tmp_path, tiny_model, rl=PLAIN | {"algorithm": "grpo", "num_generation": 3}, **NONE)
     with pytest.raises(UserError, match="num_generations"):
         parse_recipe(path, registry=installed_plugins().registry)
+
+
+@pytest.mark.parametrize("algorithm", TRAINERS)
+@pytest.mark.parametrize(
+    ("written", "beta"),
+    [({}, 0.05), ({"kl_coef": 0.2}, 0.2), ({"beta": 0.3, "kl_coef": 0.2}, 0.3), ({"kl_coef": 0.0}, 0.0)],
+)
+def test_the_price_of_kl_is_the_documented_one(tiny_model, tmp_path, algorithm, written, beta):
+    rl = {"rewards": PLAIN["rewards"], "num_generations": 2, "algorithm": algorithm} | written
+    recipe = tiny_recipe(tmp_path, tiny_model, rl=rl, **NONE)
+    trainer, _, _ = build_trainer(Context(recipe, RunFolder(tmp_path / "out"), installed_plugins()))
+    assert trainer.beta == trainer.args.beta == beta

@@ -28,7 +28,7 @@ def run(folder: str) -> dict[str, list[dict[str, float]]]:
         "peft_config": None,
     }
     schedule = {"num_ppo_epochs": 2, "gradient_accumulation_steps": 2, "num_mini_batches": 2, "total_episodes": 24}
-    schedule["score_at_end"] = False  # as TRL does
+    schedule |= {"score_at_end": False, "loss_reduction": "micro_batch"}  # as TRL does
     found = {}
     for name, kwargs in {"one base": {}, "separate models": separate}.items():
         trainer = small_trainer(folder, trainer_kwargs=kwargs, **schedule)

@@ -17,7 +17,7 @@ from trl_rlaif.compute.lean_lora import make_lean
 from trl_rlaif.events import Rollout
 from trl_rlaif.ppo import losses, passes
 from trl_rlaif.ppo.actors import SharedActors
-from trl_rlaif.ppo.gradients import MicroBatch, Objective, parts
+from trl_rlaif.ppo.gradients import MicroBatch, Objective, divisors_of, parts
 from trl_rlaif.ppo.passes import Passage
 from trl_rlaif.roles import backbone
 
@@ -132,11 +132,12 @@ def test_a_passage_is_no_wider_than_its_rows(rows, width, value_width, prompt):
     assert all(torch.equal(short[name], whole[name][:, :-1]) for name in whole)
 
 
-def _micro_batch(rollout: Rollout, rows=None, weight: float = 1.0) -> MicroBatch:
+def _micro_batch(rollout: Rollout, rows=None) -> MicroBatch:
     torch.manual_seed(4)
     advantages, returns = torch.randn(2, *rollout.response_ids.shape)
     rows = torch.arange(len(rollout.prompts)) if rows is None else rows
-    return MicroBatch(rollout, advantages, returns, rows, weight)
+    [divisors] = divisors_of(rollout, [rows], Accelerator(cpu=True))
+    return MicroBatch(rollout, advantages, returns, rows, divisors)
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 12, 20, 33, 1000])
@@ -189,7 +190,7 @@ def _assert_equal(found, expected, **tolerance):
 @pytest.mark.parametrize("tokens", [1, 14, 20])
 def test_parts_add_up_to_the_whole(trunk, tokens):
     shared = _shared(trunk=trunk)
-    batch = _micro_batch(_old(shared, (2, 5, 3, 1, 4, 5), (6, 1, 3, 1, 6, 2)), weight=0.5)
+    batch = _micro_batch(_old(shared, (2, 5, 3, 1, 4, 5), (6, 1, 3, 1, 6, 2)))
     assert len(list(parts(batch.rollout, batch.rows, tokens))) > 1
     whole = _backward(shared, batch)
     assert all(0 < whole[1][f"{name}/clipfrac_avg"] < 1 for name in ("policy", "val"))
@@ -200,7 +201,7 @@ def test_parts_add_up_to_the_whole(trunk, tokens):
 @pytest.mark.parametrize("tokens", [None, 12])
 def test_prompts_of_equal_length_add_up_to_the_whole_and_are_never_padded(trunk, tokens, monkeypatch):
     shared, seen, inputs = _shared(trunk=trunk), [], Passage.inputs
-    batch = _micro_batch(_old(shared), weight=0.5)
+    batch = _micro_batch(_old(shared))
     whole = _backward(shared, batch)
     monkeypatch.setattr(Passage, "inputs", lambda *a, **k: seen.append(inputs(*a, **k)) or seen[-1])
     _assert_equal(_backward(shared, batch, tokens=tokens, pads=False), whole, rtol=1e-5, atol=1e-7)
@@ -230,7 +231,7 @@ def test_empty_responses_alone_teach_the_value_only(trunk):
 def test_gradients_are_those_of_the_two_losses(trunk):
     """Against plain autograd through each sequence alone."""
     shared = _shared(trunk=trunk)
-    batch = _micro_batch(_old(shared), rows := torch.tensor([5, 0, 3, 1]), weight=0.5)
+    batch = _micro_batch(_old(shared), rows := torch.tensor([5, 0, 3, 1]))
     rollout, masks = batch.rollout, [mask[rows] for mask in batch.rollout.masks()]
     logprobs, values = torch.zeros(masks[0].shape).double(), torch.zeros(masks[0].shape).double()
     for i, row in enumerate(rows.tolist()):
@@ -240,7 +241,7 @@ def test_gradients_are_those_of_the_two_losses(trunk):
     p_loss, _ = losses.policy_loss(logprobs, rollout.logprobs[rows], batch.advantages[rows], masks[0], CLIP)
     v_loss, _ = losses.value_loss(values, rollout.values[rows], batch.returns[rows], masks[1], CLIP)
     shared.zero_grad()
-    (batch.weight * (p_loss + VF_COEF * v_loss)).backward()
+    (p_loss + VF_COEF * v_loss).backward()
     expected = {n: p.grad for n, p in shared.named_parameters() if p.grad is not None}
     gradients, stats = _backward(shared, batch)
     _assert_equal([gradients], [expected], rtol=1e-5, atol=1e-6)

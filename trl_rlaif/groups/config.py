@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trl_rlaif.errors import UserError
+from trl_rlaif.ppo.config import PPOConfig
 
 # Where TRL calls the same thing otherwise. The price of KL and the clip are those of Schulman et al. 2017 and Shao et
 # al. 2024 alike, though TRL's GRPO pays KL in the loss and not in the reward.
@@ -45,6 +46,8 @@ def group_arguments(
     for ours, theirs in BY_ANOTHER_NAME.items():
         if ours in written and theirs in known:
             own.setdefault(theirs, written[ours])
+    # The documented default of kl_coef holds for every algorithm with a KL to the reference; GRPOConfig's own is 0.
+    own.setdefault("beta", PPOConfig.kl_coef)
     batch = _responses_a_step(own) * processes
     own.setdefault("num_generations", _generations(batch))
     if "total_episodes" in written and "max_steps" not in own:

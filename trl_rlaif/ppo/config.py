@@ -32,7 +32,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class PPOConfig(BasePPOConfig):
-    """The PPOConfig of TRL 1.12 with what the loop here adds; every added field is off by default.
+    """The PPOConfig of TRL 1.12 with additional fields.
+
+    The defaults are TRL's behavior except for two: ``score_at_end=False`` and ``loss_reduction="micro_batch"`` give the
+    numbers of TRL's trainer.
 
     Args:
         max_prompt_length: Longest prompt in tokens; a longer one is left out, counted and reported.
@@ -50,13 +53,16 @@ class PPOConfig(BasePPOConfig):
             policy's hidden states (no second forward and backward pass, but the two share their features).
         micro_batch_tokens: Most tokens, padding counted, that one forward and backward pass holds. A larger
             micro-batch is computed in parts whose gradients add up to the same. None: no limit.
+        loss_reduction: ``minibatch`` averages the losses over all tokens of an optimizer step, in every micro-batch and
+            process: halving per_device_train_batch_size and doubling gradient_accumulation_steps changes no gradient.
+            ``micro_batch`` averages over each micro-batch and then over these, as TRL's trainer does.
         kl_weighting: ``additive`` is score - beta * KL (Peng et al. 2023), ``weighted`` is (1 - beta) * score -
             beta * KL (Lee et al. 2023).
         kl_target: KL to the reference, in nats a response, that ``kl_coef`` is steered to (Ziegler et al. 2019,
             sec. 2.2); None leaves it fixed.
         kl_horizon: Episodes in which the steering takes effect.
         max_update_kl: An update's remaining epochs are left out once the approximate KL between the policy and
-            the one that sampled exceeds this, in nats a token.
+            the one that sampled exceeds this on the last minibatch of an epoch, in nats per response token.
         whiten_scores: Scale each batch's scores to zero mean and unit variance.
         score_clip: Scores are kept within plus and minus this, after whitening; > 0.
         length_penalty: Taken from the score for a response of full length, in proportion for a shorter one.
@@ -82,6 +88,9 @@ class PPOConfig(BasePPOConfig):
     reasoning_tags: list[str] | None = setting(None, "What reasoning begins and ends with; None: by the template.")
     value: Literal["adapter", "trunk"] = setting("adapter", "The value: an adapter, or a head on the policy's trunk.")
     micro_batch_tokens: int | None = setting(None, "Most tokens in one forward and backward pass; None: no limit.")
+    loss_reduction: Literal["minibatch", "micro_batch"] = setting(
+        "minibatch", "Losses are means over all tokens of an optimizer step, or over each micro-batch's (as TRL)."
+    )
     kl_weighting: Literal["additive", "weighted"] = setting(
         "additive", "score - beta KL, or (1 - beta) score - beta KL."
     )
@@ -115,6 +124,7 @@ class PPOConfig(BasePPOConfig):
         choices = {
             "reasoning": ("strip", "keep"),
             "value": ("adapter", "trunk"),
+            "loss_reduction": ("minibatch", "micro_batch"),
             "kl_weighting": ("additive", "weighted"),
             "rehearsal_schedule": ("constant", "linear", "cosine"),
             "generation": ("transformers", "vllm"),

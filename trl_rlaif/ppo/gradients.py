@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -20,23 +20,72 @@ from trl_rlaif.ppo.passes import Passage
 from trl_rlaif.ppo.processes import backward, equal_count
 
 Stats = dict[str, torch.Tensor]
+# The statistic that max_update_kl limits; it is not logged.
+UPDATE_KL = "update_kl"
+
+
+class Divisors(NamedTuple):
+    """What the sums over a micro-batch's tokens are divided by, scalars.
+
+    Accelerate averages the quotients over the micro-batches of a minibatch, and the processes average their gradients:
+    the divisors take account of both.
+
+    Args:
+        policy: Of the policy's loss, its clipped share and its entropy.
+        value: Of the value's loss and its clipped share.
+        logged: Of ``policy/approxkl_avg`` and ``val/ratio``.
+        tokens: Of the KL that ``max_update_kl`` limits.
+    """
+
+    policy: torch.Tensor
+    value: torch.Tensor
+    logged: torch.Tensor
+    tokens: torch.Tensor
+
+
+def divisors_of(
+    rollout: Rollout,
+    micro_batches: Sequence[torch.Tensor],
+    accelerator: Accelerator,
+    reduction: Literal["minibatch", "micro_batch"] = "minibatch",
+) -> list[Divisors]:
+    """The divisors of each micro-batch of one minibatch. All processes must ask together.
+
+    Args:
+        micro_batches: Rows of the rollout, (b,) int64 each; this process's.
+        reduction: ``minibatch`` gives every token of the minibatch the same weight, in all micro-batches and processes.
+            ``micro_batch`` is TRL's: a mean over each micro-batch, and of what is logged over its padding too.
+    """
+    masks, rows = rollout.masks(), torch.cat(list(micro_batches))
+    counts = torch.stack([mask[rows].sum() for mask in masks]).float()
+    shares = len(micro_batches) * accelerator.num_processes
+    tokens, steps = accelerator.reduce(counts, "sum").clamp(min=1) / shares
+    if reduction == "minibatch":
+        return [Divisors(tokens, steps, tokens, tokens)] * len(micro_batches)
+    positions = tokens.new_tensor(len(rows) * rollout.response_ids.shape[1] / len(micro_batches))
+    found = []
+    for part in micro_batches:
+        weight = len(part) * len(micro_batches) / len(rows)  # the last one may be smaller
+        policy, value = (mask[part].sum().clamp(min=1) / weight for mask in masks)
+        found.append(Divisors(policy, value, positions, tokens))
+    return found
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows of a rollout that are normalized together.
+    """Rows of a rollout whose gradients are computed together.
 
     Args:
         advantages, returns: (B, T) float32 of the whole rollout.
         rows: (b,) int64, which of them.
-        weight: Of this micro-batch's losses in the step.
+        divisors: Of sums over its tokens.
     """
 
     rollout: Rollout
     advantages: torch.Tensor
     returns: torch.Tensor
     rows: torch.Tensor
-    weight: float = 1.0
+    divisors: Divisors
 
 
 def parts(rollout: Rollout, rows: torch.Tensor, tokens: int | None) -> Iterator[torch.Tensor]:
@@ -75,15 +124,13 @@ class Objective:
 
         A part's graph is gone before the next one's is built; the parts' gradients add up to the whole's.
         """
-        masks = batch.rollout.masks()
-        counts = tuple(mask[batch.rows].sum().clamp(min=1) for mask in masks)
-        stats: Stats = defaultdict(lambda: torch.zeros((), device=counts[0].device))
+        stats: Stats = defaultdict(lambda: torch.zeros((), device=batch.rollout.lengths.device))
         every = self._parts(batch.rollout, batch.rows)
         for i, rows in enumerate(every):
             passage = Passage.of(batch.rollout, rows)
             part = self._one_trunk if self.actors.one_trunk else self._two_passes
             with self._attention():
-                found = part(batch, passage, counts, last=i == len(every) - 1)
+                found = part(batch, passage, last=i == len(every) - 1)
             for name, value in found.items():
                 stats[name] = stats[name] + value
         stats["val/ratio"] = stats["val/ratio"] + 1  # of the distance from 1, which padding has not
@@ -101,7 +148,9 @@ class Objective:
         Returns:
             The NLL, nats a token, a scalar.
         """
-        nll, tokens = torch.zeros((), device=pairs.lengths.device), pairs.lengths.sum()
+        nll = torch.zeros((), device=pairs.lengths.device)
+        # Every token of all processes counts alike; gradients, and the NLL that is logged, are averaged over them.
+        tokens = self.accelerator.reduce(pairs.lengths.sum().float(), "sum") / self.accelerator.num_processes
         # Accelerate divides by the number of micro-batches, and there is one rehearsal for all of them.
         scale = coef * self.accelerator.gradient_accumulation_steps
         for micro_batch in pairs.by_length(torch.arange(len(pairs.prompts))).split(
@@ -129,41 +178,38 @@ class Objective:
                 found[largest : largest + 1] = found[largest].tensor_split(2)
         return found
 
-    def _two_passes(
-        self, batch: MicroBatch, passage: Passage, counts: tuple[torch.Tensor, ...], *, last: bool
-    ) -> Stats:
+    def _two_passes(self, batch: MicroBatch, passage: Passage, *, last: bool) -> Stats:
         """The value's graph is gone before the policy's is built."""
         with self.actors.playing("value"):
             with autocast(self.args, self.accelerator.device):
                 values = passes.values(self.actors, passage)
-            v_loss, stats = self._value_loss(batch, passage, values, counts[1])
+            v_loss, stats = self._value_loss(batch, passage, values)
             self._backward(v_loss, last=False)
         with self.actors.playing("policy"):
             with autocast(self.args, self.accelerator.device):
                 logprobs, entropy = passes.logprobs(self.actors, "policy", passage, self.temperature)
-            p_loss, policy_stats = self._policy_loss(batch, passage, logprobs, entropy, counts[0])
+            p_loss, policy_stats = self._policy_loss(batch, passage, logprobs, entropy)
             self._backward(p_loss, last=last)
         return stats | policy_stats
 
-    def _one_trunk(self, batch: MicroBatch, passage: Passage, counts: tuple[torch.Tensor, ...], *, last: bool) -> Stats:
+    def _one_trunk(self, batch: MicroBatch, passage: Passage, *, last: bool) -> Stats:
         with self.actors.playing("policy"):
             with autocast(self.args, self.accelerator.device):
                 logprobs, entropy, values = passes.together(self.actors, passage, self.temperature)
-            v_loss, stats = self._value_loss(batch, passage, values, counts[1])
-            p_loss, policy_stats = self._policy_loss(batch, passage, logprobs, entropy, counts[0])
+            v_loss, stats = self._value_loss(batch, passage, values)
+            p_loss, policy_stats = self._policy_loss(batch, passage, logprobs, entropy)
             self._backward(p_loss + v_loss, last=last)
         return stats | policy_stats
 
     def _backward(self, loss: torch.Tensor, *, last: bool) -> None:
         backward(self.accelerator, loss, last=last)
 
-    def _value_loss(
-        self, batch: MicroBatch, passage: Passage, values: torch.Tensor, count: torch.Tensor
-    ) -> tuple[torch.Tensor, Stats]:
+    def _value_loss(self, batch: MicroBatch, passage: Passage, values: torch.Tensor) -> tuple[torch.Tensor, Stats]:
         old, returns = (x[passage.rows, : passage.value_width] for x in (batch.rollout.values, batch.returns))
-        loss, clipped = losses.value_loss(values, old, returns, passage.value_mask, self.args.cliprange_value, count)
+        mask, clip = passage.value_mask, self.args.cliprange_value
+        loss, clipped = losses.value_loss(values, old, returns, mask, clip, batch.divisors.value)
         stats = {"loss/value_avg": loss.detach(), "val/clipfrac_avg": clipped}
-        return self.args.vf_coef * loss * batch.weight, stats
+        return self.args.vf_coef * loss, stats
 
     def _policy_loss(
         self,
@@ -171,19 +217,19 @@ class Objective:
         passage: Passage,
         logprobs: torch.Tensor,
         entropy: torch.Tensor,
-        count: torch.Tensor,
     ) -> tuple[torch.Tensor, Stats]:
         old, advantages = (x[passage.rows, : passage.width] for x in (batch.rollout.logprobs, batch.advantages))
-        loss, clipped = losses.policy_loss(logprobs, old, advantages, passage.mask, self.args.cliprange, count)
-        # The parent's means go over all positions, padding too.
-        positions = len(batch.rows) * batch.rollout.response_ids.shape[1]
+        mask, clip, divisors = passage.mask, self.args.cliprange, batch.divisors
+        loss, clipped = losses.policy_loss(logprobs, old, advantages, mask, clip, divisors.policy)
         with torch.no_grad():
             difference = logprobs - old
+            squares = 0.5 * (difference**2).sum()
             stats = {
                 "loss/policy_avg": loss.detach(),
                 "policy/clipfrac_avg": clipped,
-                "policy/approxkl_avg": 0.5 * (difference**2).sum() / positions,
-                "policy/entropy_avg": entropy.sum() / count,
-                "val/ratio": (difference.exp() - 1).sum() / positions,
+                "policy/approxkl_avg": squares / divisors.logged,
+                "policy/entropy_avg": entropy.sum() / divisors.policy,
+                "val/ratio": (difference.exp() - 1).sum() / divisors.logged,
+                UPDATE_KL: squares / divisors.tokens,
             }
-        return loss * batch.weight, stats
+        return loss, stats

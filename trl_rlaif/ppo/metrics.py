@@ -32,7 +32,7 @@ def update_metrics(
     Args:
         rollout: What was sampled.
         scores: (B,) float32, transformed.
-        stats: Statistics of every micro-batch, scalars by name; ``rows`` are how many responses it had.
+        stats: Scalars by name, whose means over all of them and all processes are meant.
         weights: Of the score and of the KL in the objective.
         kl_estimator: k1 or k3.
         gather: Joins a tensor of every process.
@@ -50,10 +50,9 @@ def update_metrics(
     metrics = {"rollout/distinct": distinct_responses(rollout)}
     metrics |= {name: gather(value.float()).mean().item() for name, value in numbers.items()}
     gathered = {name: gather(torch.stack(values)) for name, values in stats.items()}
-    rows = gathered.pop("rows", None)
-    metrics |= {name: _mean(values, rows) for name, values in gathered.items()}
-    ratio = gathered["val/ratio"]
-    # The parent's is NaN with a single micro-batch.
+    metrics |= {name: values.mean().item() for name, values in gathered.items()}
+    ratio = gathered["val/ratio"].view(-1, len(stats["val/ratio"])).mean(0)
+    # TRL's is NaN where there is only one.
     metrics["val/ratio_var"] = ratio.var().item() if ratio.numel() > 1 else 0.0
     return metrics | _by_category(rollout, scores)
 
@@ -62,13 +61,6 @@ def distinct_responses(rollout: Rollout) -> int:
     """How many different responses there are, over all processes."""
     rows = zip(rollout.response_ids.tolist(), rollout.lengths.tolist(), strict=True)
     return len(set(gather_object([tuple(ids[:length]) for ids, length in rows])))
-
-
-def _mean(values: torch.Tensor, rows: torch.Tensor | None) -> float:
-    """Of (N,) statistics; of a micro-batch each, every response counts alike: the last one may be smaller."""
-    if rows is None or len(rows) != len(values):
-        return values.mean().item()
-    return ((values * rows).sum() / rows.sum()).item()
 
 
 def loop_metrics(trainer: PPOTrainer, rollout: Rollout) -> dict[str, float]:

@@ -36,7 +36,7 @@ from trl_rlaif.ppo.construction import (
     stop_ids_of,
     tokenized,
 )
-from trl_rlaif.ppo.gradients import MicroBatch, Objective
+from trl_rlaif.ppo.gradients import UPDATE_KL, Divisors, MicroBatch, Objective, divisors_of
 from trl_rlaif.ppo.metrics import category_spreads, loop_metrics, update_metrics
 from trl_rlaif.ppo.processes import average_gradients, failing_together
 from trl_rlaif.ppo.prompts import BatchStream, PromptCollator
@@ -57,8 +57,8 @@ if TYPE_CHECKING:
 class PPOTrainer(BasePPOTrainer):
     """Drop-in for the ``PPOTrainer`` that TRL had until 1.12, with pluggable rewards and one base for every role.
 
-    With what that one takes, and nothing else, it gives that one's numbers, with any TRL. Two faults of it
-    are mended: minibatches are shuffled from ``args.seed``, so that a run can be repeated; and with
+    With ``score_at_end=False`` and ``loss_reduction="micro_batch"`` it gives that one's numbers, with any TRL, and
+    fixes two of its bugs: minibatches are shuffled from ``args.seed``, so that a run can be repeated; and with
     ``num_mini_batches`` > 1 there is an optimizer step for every minibatch, and statistics are averaged
     over the minibatches that there were.
 
@@ -288,37 +288,58 @@ class PPOTrainer(BasePPOTrainer):
     def update(
         self, rollout: Rollout, advantages: torch.Tensor, returns: torch.Tensor
     ) -> dict[str, list[torch.Tensor]]:
-        """All epochs and minibatches of one update; statistics of every micro-batch by name."""
+        """All epochs and minibatches of one update; statistics by name, as ``minibatch_step`` gives them."""
         args = self.args
         self.model.train()
         stats: dict[str, list[torch.Tensor]] = defaultdict(list)
+        found: dict[str, list[torch.Tensor]] = {}
         for epoch in range(args.num_ppo_epochs):
-            if epoch and self._went_too_far(stats["policy/approxkl_avg"][-1]):
+            if epoch and self._went_too_far(found[UPDATE_KL]):
                 break
             order = torch.randperm(args.local_batch_size, generator=self._minibatch_order)
             for minibatch in order.split(args.local_mini_batch_size):
-                micro_batches = rollout.by_length(minibatch).split(args.per_device_train_batch_size)
-                for rows in micro_batches:
-                    # Accelerate divides by the number of micro-batches; they may be of unequal size.
-                    weight = len(rows) * len(micro_batches) / len(minibatch)
-                    with self.accelerator.accumulate(self.model):
-                        if self.rehearsal.pairs and self.accelerator.sync_gradients:
-                            stats["rehearsal/nll"].append(self.rehearse())
-                        step = self.micro_step(rollout, advantages, returns, rows, weight)
-                        average_gradients(self.accelerator, self.model)
-                        self.optimizer.step()
-                        self.optimizer.zero_grad()
-                    stats["rows"].append(torch.tensor(float(len(rows)), device=self.accelerator.device))
-                    for name, value in step.items():
-                        stats[name].append(value)
+                found = self.minibatch_step(rollout, advantages, returns, minibatch)
+                for name, values in found.items():
+                    stats[name] += values
             self._epochs_done = epoch + 1
+        stats.pop(UPDATE_KL, None)
         stats["val/explained_variance"] = [adv.explained_variance(rollout.values, returns, rollout.masks()[1])]
         return stats
 
-    def _went_too_far(self, approximate_kl: torch.Tensor) -> bool:
-        """Whether the last micro-batch moved the policy further than ``max_update_kl``, over all processes."""
+    def _went_too_far(self, moved: list[torch.Tensor]) -> bool:
+        """Whether the policy had moved further than ``max_update_kl`` by an epoch's last minibatch, in all processes.
+
+        Args:
+            moved: Scalars whose mean is the approximate KL, nats per token.
+        """
         limit = self.args.max_update_kl
-        return limit is not None and self.accelerator.gather(approximate_kl).mean().item() > limit
+        return limit is not None and self.accelerator.gather(torch.stack(moved)).mean().item() > limit
+
+    def minibatch_step(
+        self, rollout: Rollout, advantages: torch.Tensor, returns: torch.Tensor, minibatch: torch.Tensor
+    ) -> dict[str, list[torch.Tensor]]:
+        """One optimizer step; statistics by name, of the minibatch or, with TRL's means, of each micro-batch.
+
+        Args:
+            minibatch: (N,) int64, this process's rows of the rollout.
+        """
+        args = self.args
+        stats: dict[str, list[torch.Tensor]] = defaultdict(list)
+        micro_batches = rollout.by_length(minibatch).split(args.per_device_train_batch_size)
+        every = divisors_of(rollout, micro_batches, self.accelerator, args.loss_reduction)
+        for rows, divisors in zip(micro_batches, every, strict=True):
+            with self.accelerator.accumulate(self.model):
+                if self.rehearsal.pairs and self.accelerator.sync_gradients:
+                    stats["rehearsal/nll"].append(self.rehearse())
+                step = self.micro_step(rollout, advantages, returns, rows, divisors)
+                average_gradients(self.accelerator, self.model)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            for name, value in step.items():
+                stats[name].append(value)
+        if args.loss_reduction == "micro_batch":
+            return stats
+        return {name: [torch.stack(values).mean()] for name, values in stats.items()}
 
     def micro_step(
         self,
@@ -326,10 +347,10 @@ class PPOTrainer(BasePPOTrainer):
         advantages: torch.Tensor,
         returns: torch.Tensor,
         rows: torch.Tensor,
-        weight: float = 1.0,
+        divisors: Divisors,
     ) -> dict[str, torch.Tensor]:
         """Gradients of one micro-batch, and its statistics."""
-        return self._objective.backward(MicroBatch(rollout, advantages, returns, rows, weight))
+        return self._objective.backward(MicroBatch(rollout, advantages, returns, rows, divisors))
 
     def rehearse(self) -> torch.Tensor:
         """Add the gradients of a batch of pairs to rehearse to an optimizer step; its NLL, nats a token."""

@@ -169,7 +169,8 @@ def _numbers(trainer: Rehearsing) -> dict[str, Any]:
     if logged:
         numbers |= {"score_first": logged[0]["objective/scores"], "score_last": logged[-1]["objective/scores"]}
         numbers |= {"ended_first": logged[0]["rollout/ended"], "ended_last": logged[-1]["rollout/ended"]}
-        numbers |= {"kl_last": logged[-1]["kl"]} if "kl" in logged[-1] else {}
+        if "kl" in logged[-1]:  # TRL's is nats per token; PPO's, and what the report warns of, nats per response
+            numbers["kl_last"] = logged[-1]["kl"] * logged[-1]["completions/mean_length"]
     if logged and "rehearsal/nll" in logged[0]:
         numbers["rehearsal"] = {
             "pairs": len(trainer.scorer.rehearsal.pairs),
