@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 from trl_rlaif.errors import UserError
 from trl_rlaif.groups.verification import verify
 from trl_rlaif.ppo.selection import choose
+from trl_rlaif.resuming import SameRun, components
 from trl_rlaif.trl_version import check_trl
 
 check_trl()
@@ -29,13 +30,17 @@ class Rehearsing:
 
     Attributes:
         scorer: Whose rewards, selectors and pairs are used; its shared base is this trainer's model.
+        same_run: Compares a checkpoint with this run.
     """
 
     scorer: PPOTrainer | None = None
+    same_run: SameRun
 
     def take(self, scorer: PPOTrainer) -> None:
         """Train with this scorer from here on, and on the prompts that its selectors choose."""
         self.scorer = scorer
+        self.same_run = SameRun(self, lambda: scorer.every_prompt, **components(scorer))
+        self.add_callback(self.same_run)
         self.add_callback(ScorerCallback(self))
 
     def training_step(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> torch.Tensor:

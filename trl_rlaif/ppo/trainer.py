@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
 
+from trl_rlaif import resuming
 from trl_rlaif.components import DataSelector, RewardTransform, numbered
 from trl_rlaif.compute.lean_lora import make_lean
 from trl_rlaif.compute.precision import hold_frozen_weights
@@ -187,6 +189,13 @@ class PPOTrainer(BasePPOTrainer):
         """The tokens that count as a response's end, whether or not sampling stops there."""
         return self.reader.stop_ids or (self.processing_class.eos_token_id,)
 
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Settings and prompts of this run, which those of a checkpoint must equal."""
+        return resuming.identity(
+            self.args, self.every_prompt, self.accelerator.num_processes, **resuming.components(self)
+        )
+
     @property
     def actors(self) -> Actors:
         """Who plays policy, value, reward and reference."""
@@ -206,8 +215,9 @@ class PPOTrainer(BasePPOTrainer):
                 ``args.output_dir`` (none is no error: training begins at the start).
 
         Raises:
-            UserError: A reward function returned something other than a finite number a completion. What
-                was learned until then is saved as a checkpoint first.
+            UserError: The checkpoint is of a run with other settings or prompts. Or a reward function returned
+                something other than a finite number a completion; what was learned until then is saved as a
+                checkpoint first.
         """
         self._begin(resume_from_checkpoint)
         while self.state.global_step < self.args.num_total_batches and not self.control.should_training_stop:

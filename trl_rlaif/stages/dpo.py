@@ -11,6 +11,7 @@ from trl_rlaif import several
 from trl_rlaif.artifacts import write_folder
 from trl_rlaif.errors import UserError
 from trl_rlaif.progress import say
+from trl_rlaif.resuming import SameRun
 from trl_rlaif.roles import save_adapter
 from trl_rlaif.stages import rl
 from trl_rlaif.stages.context import Context
@@ -45,6 +46,7 @@ def run(context: Context) -> dict[str, Any]:
         say(f"rl: dpo makes no use of {', '.join(ignored)}.")
     callback = context.callback("rl", "Training the policy")
     callback.attach(trainer)
+    trainer.add_callback(SameRun(trainer))
     try:
         output = trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir))
     finally:

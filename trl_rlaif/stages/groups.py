@@ -35,6 +35,8 @@ def run(context: Context) -> dict[str, Any]:
         say(f"rl: {context.recipe.rl.algorithm} makes no use of {', '.join(unused)}.")
     scorer = trainer.scorer
     checkpoint = last_checkpoint(trainer.args.output_dir)
+    if checkpoint is not None:  # before what it chose is taken up: rows of the prompts that it knew
+        trainer.same_run.compare(Path(checkpoint))
     _select(context, scorer, checkpoint)
     trainer.train_dataset = scorer.train_dataset
     callback = context.callback("rl", "Training the policy")

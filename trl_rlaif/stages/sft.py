@@ -11,6 +11,7 @@ from trl_rlaif.data.finetuning import assistant_turns
 from trl_rlaif.errors import UserError
 from trl_rlaif.progress import say
 from trl_rlaif.recipe.inputs import read_finetuning
+from trl_rlaif.resuming import SameRun
 from trl_rlaif.stages.context import Context
 from trl_rlaif.trl_version import check_trl
 
@@ -25,6 +26,7 @@ def run(context: Context) -> dict[str, Any]:
     trainer = build_trainer(context)
     callback = context.callback("sft", "Fine-tuning")
     callback.attach(trainer)
+    trainer.add_callback(SameRun(trainer))
     try:
         output = trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir))
     finally:

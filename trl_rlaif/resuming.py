@@ -1,0 +1,207 @@
+"""What makes a resumed run the same run: its settings and its data, kept in every checkpoint and compared with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainingArguments
+
+from trl_rlaif.artifacts import write_atomically
+from trl_rlaif.errors import Problem, UserError
+from trl_rlaif.progress import say
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from trl_rlaif.ppo.trainer import PPOTrainer
+
+FILE = "run.json"
+BATCH_SIZE = "per_device_train_batch_size x gradient_accumulation_steps x processes"
+# Of the training arguments, those that decide what is learned. How a run computes, saves and logs may change.
+_LEARNING = {
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio", "warmup_steps", "weight_decay",
+    "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed", "data_seed",
+    "num_train_epochs", "max_steps", "label_smoothing_factor", "neftune_noise_alpha", "train_sampling_strategy",
+    "group_by_length", "dataloader_drop_last",
+}  # fmt: skip
+# Of the fields that TRL and PPOConfig add, those that do not: speed, memory, logs, paths, and what follows from others.
+_FREE = {
+    "dataset_num_proc", "local_rollout_forward_batch_size", "micro_batch_tokens", "num_sample_generations",
+    "sft_model_path", "reward_model_path", "model_init_kwargs", "trust_remote_code", "chat_template_path",
+    "ds3_gather_for_generation", "activation_offloading", "precompute_ref_batch_size", "pad_to_multiple_of",
+    "cache_implementation", "steps_per_generation", "num_generations_eval", "eval_packing", "num_completions_to_print",
+    "world_size", "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size", "local_mini_batch_size",
+    "mini_batch_size",
+}  # fmt: skip
+_FREE_PREFIXES = ("vllm_", "log_", "transformers_continuous_", "use_transformers_")
+# How long a run is may be changed on purpose.
+_LENGTH = {"total_episodes", "num_train_epochs", "max_steps"}
+# What a model computed differs by rounding from machine to machine.
+_COMPUTED = {"chosen_log_ratios", "rejected_log_ratios", "ref_chosen_logps", "ref_rejected_logps"}
+
+
+def identity(args: Any, dataset: Any, processes: int, **more: Any) -> dict[str, Any]:
+    """A run's settings and data, as JSON holds them.
+
+    Args:
+        args: The trainer's arguments.
+        dataset: What it trains on.
+        processes: That train together.
+        more: Further settings.
+
+    Returns:
+        ``settings`` by name; ``rows`` of the dataset, and a digest of each column's content in ``columns``. Neither
+        depends on where files are, or on what the datasets library cached.
+    """
+    names = {field.name for field in fields(args)}
+    own = {name for name in names - {f.name for f in fields(TrainingArguments)} if not name.startswith(_FREE_PREFIXES)}
+    settings = {name: getattr(args, name) for name in sorted((own - _FREE) | (names & _LEARNING))}
+    settings[BATCH_SIZE] = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+    settings |= {"processes": processes} | more
+    if settings.get("loss_reduction") == "micro_batch":  # only then does it matter how a batch is split
+        settings["per_device_train_batch_size"] = args.per_device_train_batch_size
+    plain = json.loads(json.dumps(settings, default=str))
+    rows = len(dataset) if hasattr(dataset, "__len__") else None
+    return {"settings": plain, "rows": rows, "columns": digests(dataset)}
+
+
+def components(trainer: PPOTrainer) -> dict[str, list[str]]:
+    """What scores and selects in a run, by name: settings that no argument holds."""
+    from trl_rlaif.ppo.rewards import reward_name
+
+    model = trainer.reward_model is not None or (trainer.shared is not None and "reward" in trainer.shared.heads)
+    return {
+        "rewards": ["model"] * model + [reward_name(function) for function in trainer.reward_funcs],
+        "reward_transforms": [type(transform).__name__ for transform in trainer.reward_transforms],
+        "data_selectors": [type(selector).__name__ for selector in trainer.data_selectors],
+    }
+
+
+def digests(dataset: Any) -> dict[str, str]:
+    """A digest of every column's content, by name; none of what is no ``datasets.Dataset``."""
+    import datasets
+
+    if not isinstance(dataset, datasets.Dataset):
+        return {}
+    found = {name: hashlib.sha256() for name in dataset.column_names if name not in _COMPUTED}
+    for table in dataset.with_format("arrow").iter(1_000):
+        for name, digest in found.items():
+            digest.update(_content(table.column(name).combine_chunks()))
+    return {name: digest.hexdigest() for name, digest in found.items()}
+
+
+def _content(column: pa.Array) -> bytes:
+    import pyarrow as pa
+
+    if pa.types.is_list(column.type) and pa.types.is_integer(column.type.value_type) and not column.null_count:
+        tokens = column.flatten()
+        if not tokens.null_count:  # token ids, of which there are many
+            parts = (column.value_lengths(), tokens)
+            return b"".join(part.to_numpy(zero_copy_only=False).astype("<i8").tobytes() for part in parts)
+    return json.dumps(column.to_pylist(), sort_keys=True, default=str).encode()
+
+
+def check(folder: Path, now: Mapping[str, Any]) -> None:
+    """Compare a checkpoint with the run that goes on from it; say it where the run's length was changed.
+
+    Args:
+        folder: The checkpoint's.
+        now: As ``identity`` gives it.
+
+    Raises:
+        UserError: A setting or the data are others. Every one that is, with both values.
+    """
+    try:
+        before = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        say(
+            f"Warning: {folder} has no {FILE}, because an earlier version wrote it or its writing was cut off. Whether "
+            "batch size, data and settings are still the same cannot be checked."
+        )
+        return
+    changed = {
+        name: (value, now["settings"][name])
+        for name, value in before["settings"].items()
+        if name in now["settings"] and now["settings"][name] != value
+    }
+    problems = [
+        Problem(f"{name} was {old} when the checkpoint was written, and is {new} now.", str(folder), "Set it back.")
+        for name, (old, new) in changed.items()
+        if name not in _LENGTH
+    ]
+    problems += [Problem(what, str(folder), "Train on the same data.") for what in _other_data(before, now)]
+    if problems:
+        last = problems[-1]
+        fix = f"{last.fix} Or start a new run in another folder: this one could not go on as it began."
+        raise UserError.from_problems([*problems[:-1], Problem(last.what, last.where, fix)])
+    for name in _LENGTH & changed.keys():
+        old, new = changed[name]
+        say(
+            f"Warning: {name} was {old} when {folder} was written, and is {new} now. The learning rate's schedule "
+            "follows it."
+        )
+
+
+def _other_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    if before["rows"] != now["rows"]:
+        return [
+            f"The training data had {before['rows']} rows when the checkpoint was written, and have {now['rows']} now."
+        ]
+    others = [name for name, digest in before["columns"].items() if now["columns"].get(name, digest) != digest]
+    return [
+        f"The column '{name}' of the training data is not what it was when the checkpoint was written."
+        for name in others
+    ]
+
+
+class SameRun(TrainerCallback):
+    """Has a trainer of transformers' write its identity into every checkpoint, and compare it when it resumes.
+
+    Args:
+        trainer: Whose.
+        dataset: Gives what it trains on; None takes its ``train_dataset``.
+        more: Further settings.
+    """
+
+    def __init__(self, trainer: Any, dataset: Callable[[], Any] | None = None, **more: Any) -> None:
+        self._trainer, self._dataset, self._more = trainer, dataset or (lambda: trainer.train_dataset), more
+        self._identity: dict[str, Any] = {}
+        self._compared: Path | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Of the trainer, as it is when this is first asked for."""
+        if not self._identity:
+            trainer = self._trainer
+            self._identity = identity(trainer.args, self._dataset(), trainer.accelerator.num_processes, **self._more)
+        return self._identity
+
+    def compare(self, folder: Path) -> None:
+        """Compare with a checkpoint, once.
+
+        Raises:
+            UserError: As ``check``.
+        """
+        if folder != self._compared:
+            check(folder, self.identity)
+            self._compared = folder
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Compare with the checkpoint that was loaded.
+
+        Raises:
+            UserError: As ``check``.
+        """
+        if state.global_step:
+            self.compare(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the identity."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            write_atomically(folder / FILE, json.dumps(self.identity, indent=1))
