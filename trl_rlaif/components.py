@@ -35,10 +35,12 @@ class Component:
 class Labeler(Component, ABC):
     """Turns pairs of responses into probabilities that the first is preferred.
 
-    One that is also callable, with GRPOTrainer's signature, can be a reward; ``judge`` is then whom it asks.
+    One that is also callable, with GRPOTrainer's signature, can be a reward; ``judge`` is then whom it asks, and
+    ``failed`` says why the last call returned None for some responses, one text each.
     """
 
     judge: Judge | None = None
+    failed: Sequence[str] = ()
 
     @abstractmethod
     def label(self, pairs: Sequence[Pair], judge: Judge, done: Collection[str] = ()) -> Iterator[Label]:
@@ -74,7 +76,11 @@ class RewardTransform(Component):
         return None
 
     def transform(self, scores: torch.Tensor, rollout: Rollout) -> torch.Tensor:
-        """Map scores, shape (batch,), float32, to scores of the same shape. May update the state."""
+        """Map scores, shape (batch,), float32, to scores of the same shape. May update the state.
+
+        Responses without a reward are left out of both arguments. Of several processes, one whose responses all lack
+        a reward is given a batch of 0, so that a transform which gathers scores waits for nobody.
+        """
         return scores
 
     def metrics(self) -> dict[str, float]:

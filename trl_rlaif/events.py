@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -90,8 +90,11 @@ class Rollout:
         prompts: What the dataset held: text or messages, B entries.
         completions: The responses in the same form (text, or a list with one assistant message).
         columns: The dataset's other columns, B entries each.
-        expected: (B,) float32, e(x) by a reward model that has such a head, once the rollout is scored.
-        reward_parts: (B,) float32 scores by reward, whose sum the reward transforms begin with.
+        expected: (B,) float32, e(x) by a reward model that has such a head, once the rollout is scored; weighted and
+            normalized as that model's scores are.
+        reward_parts: (B,) float32 scores by reward, weighted and normalized, whose sum the reward transforms begin
+            with; NaN where a reward is missing for a response that has another one.
+        scored: (B,) bool, False where a response has no reward at all and teaches nothing; None: all have one.
     """
 
     prompt_ids: torch.Tensor
@@ -107,6 +110,7 @@ class Rollout:
     columns: dict[str, list[Any]] = field(default_factory=dict)
     expected: torch.Tensor | None = None
     reward_parts: dict[str, torch.Tensor] = field(default_factory=dict)
+    scored: torch.Tensor | None = None
 
     def masks(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, T) bool each: response tokens; and the same with the step after the last.
@@ -117,6 +121,26 @@ class Rollout:
 
         positions = torch.arange(self.response_ids.shape[1], device=self.lengths.device)
         return positions < self.lengths[:, None], positions <= self.lengths[:, None]
+
+    def learned(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same masks, False in the rows of responses that have no reward."""
+        if self.scored is None:
+            return self.masks()
+        tokens, steps = self.masks()
+        return tokens & self.scored[:, None], steps & self.scored[:, None]
+
+    def select(self, rows: torch.Tensor) -> Rollout:
+        """Some rows as a rollout of their own: (N,) int64, or (B,) bool."""
+        indices = rows.nonzero()[:, 0].tolist() if str(rows.dtype) == "torch.bool" else rows.tolist()
+
+        def chosen(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: chosen(entries) for name, entries in value.items()}
+            if isinstance(value, list):
+                return [value[i] for i in indices]
+            return None if value is None else value[rows]
+
+        return Rollout(**{each.name: chosen(getattr(self, each.name)) for each in fields(self)})
 
     def sequences(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Prompt ids, prompt mask, response ids and lengths of some rows."""

@@ -74,9 +74,8 @@ def components(trainer: PPOTrainer) -> dict[str, list[str]]:
     """What scores and selects in a run, by name: settings that no argument holds."""
     from trl_rlaif.ppo.rewards import reward_name
 
-    model = trainer.reward_model is not None or (trainer.shared is not None and "reward" in trainer.shared.heads)
     return {
-        "rewards": ["model"] * model + [reward_name(function) for function in trainer.reward_funcs],
+        "rewards": ["model"] * trainer.has_reward_model + [reward_name(function) for function in trainer.reward_funcs],
         "reward_transforms": [type(transform).__name__ for transform in trainer.reward_transforms],
         "data_selectors": [type(selector).__name__ for selector in trainer.data_selectors],
     }

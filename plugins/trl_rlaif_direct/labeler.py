@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from trl_rlaif import Answer, Judge, Label, Labeler, Pair, RunError, ThinkingOptions
+from trl_rlaif import Answer, Judge, Label, Labeler, Pair, ThinkingOptions
 from trl_rlaif_direct.rating import RATINGS, Rating, preference, rating
 
 
@@ -29,6 +29,7 @@ class DirectLabeler(Labeler):
     def __init__(self, judge: Judge | None = None, **options: Any) -> None:
         super().__init__(**options)
         self.judge = judge
+        self.failed: list[str] = []
         self.__name__ = "direct"  # by which trainers call a reward function in their logs
 
     def label(self, pairs: Sequence[Pair], judge: Judge, done: Collection[str] = ()) -> Iterator[Label]:
@@ -42,27 +43,25 @@ class DirectLabeler(Labeler):
         for index, answers in judge.ask(groups, RATINGS, thinking=self.options.asked(), done=known):
             yield self._label(pairs[index].id, answers, judge.name)
 
-    def rate(self, prompts: Sequence[Any], responses: Sequence[str], judge: Judge) -> list[Rating]:
-        """One rating a response.
-
-        Raises:
-            RunError: The judge could not rate one of them.
-        """
+    def rate(self, prompts: Sequence[Any], responses: Sequence[str], judge: Judge) -> list[Rating | None]:
+        """One rating for each response; None where the judge has none, and ``failed`` then says why."""
         think = self.options.thinking
         groups = [[judge.prompt.rate(p, r, think=think)] for p, r in zip(prompts, responses, strict=True)]
-        found: dict[int, Answer] = {}
-        for index, (answer,) in judge.ask(groups, RATINGS, thinking=self.options.asked()):
-            if answer.failed:
-                raise RunError(f"The judge could not rate a response: {answer.failed}.")
-            found[index] = answer
-        return [rating(found[index].logprobs) for index in range(len(groups))]
+        asked = judge.ask(groups, RATINGS, thinking=self.options.asked())
+        found: dict[int, Answer] = {index: answer for index, (answer,) in asked}
+        answers = [found[index] for index in range(len(groups))]
+        self.failed = [answer.failed for answer in answers if answer.failed]
+        return [None if answer.failed else rating(answer.logprobs) for answer in answers]
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-        """Rewards in [-1, 1], with GRPOTrainer's signature. Completions are texts or lists of messages."""
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        """Rewards in [-1, 1], with GRPOTrainer's signature; None for a response that the judge cannot rate.
+
+        Completions are texts or lists of messages.
+        """
         if self.judge is None:
             raise TypeError("DirectLabeler is called as a reward function and has no judge: DirectLabeler(judge).")
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-        return [one.reward for one in self.rate(prompts, texts, self.judge)]
+        return [None if one is None else one.reward for one in self.rate(prompts, texts, self.judge)]
 
     def _label(self, id: str, answers: list[Answer], judge: str) -> Label:
         # What the judge wrote of each response stands where distilled keeps that of each order.

@@ -56,7 +56,7 @@ class DistributionRegulator(RewardTransform):
         self._watch(rows)
         known = self.batches > self.options.warm_up
         figures = [self.running.figures(category if known else None) for category in rollout.categories]
-        mean, std = torch.tensor(figures, device=scores.device, dtype=scores.dtype).unbind(1)
+        mean, std = torch.tensor(figures, device=scores.device, dtype=scores.dtype).view(-1, 2).unbind(1)
         scaled = (scores - mean) / std.clamp(min=LEAST_STD)
         return self._spread() * self.options.bound * torch.tanh(scaled / self.options.bound)
 

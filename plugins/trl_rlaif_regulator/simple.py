@@ -51,7 +51,8 @@ class EnsembleOptions(Options):
 class Ensemble(RewardTransform):
     """Joins several rewards by more than their sum: against over-optimisation of one (Coste et al. 2023).
 
-    It takes the rewards themselves, so it stands first.
+    It takes the rewards themselves, weighted and normalized, so it comes first. Of a response that lacks some of them
+    it joins the others.
     """
 
     Options = EnsembleOptions
@@ -66,9 +67,11 @@ class Ensemble(RewardTransform):
         if len(parts) < 2:
             raise UserError("ensemble needs two rewards or more.", fix="Name them in rl.rewards.")
         if self.options.join == "min":
-            return parts.amin(0)
-        mean = parts.mean(0)
-        return mean if self.options.join == "mean" else mean - self.options.k * parts.std(0, correction=0)
+            return parts.nan_to_num(torch.inf).amin(0)
+        mean = parts.nanmean(0)
+        if self.options.join == "mean":
+            return mean
+        return mean - self.options.k * ((parts - mean) ** 2).nanmean(0).sqrt()
 
 
 class LengthPenaltyOptions(Options):

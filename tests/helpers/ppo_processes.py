@@ -107,6 +107,21 @@ def shown(folder: Path) -> dict[str, Any]:
     }
 
 
+def missing(folder: Path) -> dict[str, Any]:
+    """Three updates, in the second of which no response of one process has a reward, and in the third half of all."""
+    trainer = _trainer(folder, prompts=24, updates=3, whiten_scores=True, reward_normalization="batch")
+
+    def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+        step, second = trainer.state.global_step, PartialState().process_index == 1
+        scores = ppo_task.share_of_yes(prompts, completions)
+        return [None if step == 1 and second or step == 2 and i % 2 else score for i, score in enumerate(scores)]
+
+    trainer.reward_funcs = [reward]
+    trainer.reward_transforms = [RunningMean()]
+    trainer.train()
+    return _seen(trainer) | {"unscored": trainer.unscored.total}
+
+
 def failed(folder: Path) -> dict[str, Any]:
     """What each process stops with when a reward function raises in one, and when it gives a NaN in one."""
     return {

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_rlaif_direct import DirectLabeler
 from trl_rlaif_direct.rating import RATINGS, preference, rating
 
-from trl_rlaif import JudgePrompt, LocalJudge, Pair, RunError, Thinking
+from trl_rlaif import JudgePrompt, LocalJudge, Pair, Thinking
 from trl_rlaif.artifacts import read_lines
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import prompt_folder
@@ -193,9 +193,11 @@ def test_rewards_come_in_the_order_of_the_completions():
 
 
 def test_a_reward_that_is_missing_is_no_zero():
-    labeler = DirectLabeler(ScriptedJudge(lambda context, response: "the server is down"))
-    with pytest.raises(RunError, match="the server is down"):
-        labeler(prompts=["x"], completions=["good"])
+    down = "the server is down"
+    labeler = DirectLabeler(ScriptedJudge(lambda context, response: down if response == "bad" else [1.0] * 10))
+    assert labeler(prompts=["x"] * 3, completions=["good", "bad", "good"]) == [pytest.approx(0), None, pytest.approx(0)]
+    assert labeler.failed == [down]
+    assert None not in labeler(prompts=["x"], completions=["good"]) and not labeler.failed
     with pytest.raises(TypeError, match="DirectLabeler\\(judge\\)"):
         DirectLabeler()(prompts=["x"], completions=["good"])
 

@@ -14,6 +14,7 @@ from trl_rlaif_regulator import Clip, DistributionRegulator, Ensemble, LengthPen
 from trl_rlaif_regulator.running import Moments, RunningScores
 
 from trl_rlaif import UserError
+from trl_rlaif.testing import make_rollout
 
 
 def _rollout(categories: list[str | None], *, kl: float = 0.0) -> SimpleNamespace:
@@ -176,3 +177,30 @@ def test_an_ensemble_joins_the_rewards_themselves():
     assert joined(k=0.5) == [1.5, -1]
     with pytest.raises(UserError, match="two rewards or more"):
         Ensemble().transform(torch.zeros(2), SimpleNamespace(reward_parts={"a": parts["a"]}))
+
+
+def test_the_ensemble_joins_the_rewards_that_a_response_has():
+    nan = math.nan
+    rollout = SimpleNamespace(
+        reward_parts={
+            "a": torch.tensor([4.0, nan, 1.0]),
+            "b": torch.tensor([0.0, 2.0, nan]),
+            "c": torch.tensor([2.0, 4.0, nan]),
+        }
+    )
+
+    def joined(**options):
+        return Ensemble(**options).transform(torch.zeros(3), rollout).tolist()
+
+    assert joined(join="mean") == [2, 3, 1] and joined(join="min") == [0, 2, 1]
+    assert joined(k=1.0) == pytest.approx([2 - math.sqrt(8 / 3), 2, 1])
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [DistributionRegulator(), Clip(), Whiten(), Ensemble(), LengthPenalty()],
+    ids=lambda t: type(t).__name__,
+)
+def test_a_process_whose_responses_all_lack_a_reward_takes_part_with_none(transform):
+    rollout = make_rollout(4).select(torch.tensor([], dtype=torch.int64))
+    assert transform.transform(torch.tensor([]), rollout).shape == (0,)

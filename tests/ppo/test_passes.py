@@ -109,7 +109,7 @@ def test_values_and_what_one_pass_gives_are_those_of_each_sequence_alone(trunk, 
             torch.testing.assert_close(again, values, rtol=0, atol=0)
         for i, row in enumerate(rows.tolist()):
             expected = _alone(shared, "policy" if trunk else "value", rollout, row)
-            steps = passage.value_mask[i].sum()
+            steps = passage.learned[1][i].sum()
             assert steps == min(LENGTHS[row] + 1, 6)
             torch.testing.assert_close(values[i, :steps], shared.head("value", expected[2])[:steps, 0].float(), **CLOSE)
             if trunk:
@@ -126,7 +126,7 @@ def test_a_passage_is_no_wider_than_its_rows(rows, width, value_width, prompt):
     assert (passage.width, passage.value_width) == (width, value_width)
     assert passage.tokens.shape == passage.mask.shape == (len(rows), width)
     assert passage.mask.sum(1).tolist() == [LENGTHS[row] for row in rows]
-    assert passage.value_mask.sum(1).tolist() == [min(LENGTHS[row] + 1, 6) for row in rows]
+    assert passage.learned[1].sum(1).tolist() == [min(LENGTHS[row] + 1, 6) for row in rows]
     whole, short = passage.inputs(last=True), passage.inputs(last=False)
     assert whole["input_ids"].shape == (len(rows), prompt + width)
     assert all(torch.equal(short[name], whole[name][:, :-1]) for name in whole)

@@ -58,7 +58,7 @@ def two(tmp_path_factory, kind):
 def more(tmp_path_factory, kind):
     """What only several processes can show, of rank 0 and of rank 1."""
     folder = tmp_path_factory.mktemp("more")
-    return launch(kind, ppo_processes.__file__, folder, "resumed", "selected", "shown", "failed", "refused")
+    return launch(kind, ppo_processes.__file__, folder, "resumed", "selected", "shown", "missing", "failed", "refused")
 
 
 def test_each_process_draws_for_its_own_half_of_the_prompts(one, two):
@@ -126,6 +126,15 @@ def test_every_prompt_is_shown_once(more):
     assert [prompt for prompt, _, _ in first["all"]] == first["prompts"]
     assert [prompt for prompt, _, _ in first["first"]] == [first["prompts"][row] for row in (0, 1, 3, 4)]
     assert (first["all"], first["first"]) == (second["all"], second["first"])
+
+
+def test_responses_without_a_reward_are_counted_over_both(more):
+    first, second = (results["missing"] for results in more)
+    assert first["unscored"] == second["unscored"] == 8
+    assert [entry["rollout/unscored"] for entry in first["metrics"]] == [0, 0.5, 0.5]
+    assert first["metrics"] == second["metrics"]
+    for name, value in first["parameters"].items():
+        assert value.isfinite().all() and torch.equal(value, second["parameters"][name])
 
 
 def test_a_reward_that_fails_in_one_process_stops_both(more):

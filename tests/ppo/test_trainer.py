@@ -74,7 +74,7 @@ def test_rewards_of_model_and_functions_are_added(tmp_path):
     ("reward", "message"),
     [
         (not_a_number, "not_a_number.*nan for 1 of 4"),
-        (lambda prompts, completions, **c: [None] * 4, "None for 4 of 4"),
+        (lambda prompts, completions, **c: [None, "1", None, 2.0], "1 for 1 of 4"),
         (lambda prompts, completions, **c: [1.0], "1 rewards for 4 completions"),
         (lambda prompts, completions, **c: [float("inf")] * 4, "inf for 4"),
     ],

@@ -21,7 +21,7 @@ BY_ANOTHER_NAME = {
 # What scores, chooses and rehearses beside TRL's trainer.
 _ELSEWHERE = {
     "total_episodes", "max_prompt_length", "stop_token", "stop_token_id", "stop_tokens", "score_at_end",
-    "missing_eos_penalty", "whiten_scores", "score_clip",
+    "missing_eos_penalty", "reward_normalization", "max_failed", "reward_timeout", "whiten_scores", "score_clip",
     "length_penalty", "selection_prompts", "selection_every", "rehearsal_coef", "rehearsal_schedule",
     "rehearsal_batch_size",
 }  # fmt: skip

@@ -24,18 +24,20 @@ class GroupScore:
 
     Attributes:
         scorer: Whose reward model, functions and transforms score; to be set before the first call.
+        missing: Of each completion of the last call, whether it has no reward.
     """
 
     __name__ = "score"
 
     def __init__(self) -> None:
         self.scorer: PPOTrainer | None = None
+        self.missing: list[bool] = []
 
     @torch.no_grad()
     def __call__(
         self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], **columns: Any
-    ) -> list[float]:
-        """One finite number a completion.
+    ) -> list[float | None]:
+        """One finite number for each completion, or None where it has no reward: TRL leaves it out of the baseline.
 
         Raises:
             UserError: As ``PPOTrainer.score``.
@@ -44,10 +46,13 @@ class GroupScore:
         own = {name: columns.pop(name) for name in _TRAINERS_OWN if name in columns}
         rollout = self._rollout(prompts, completion_ids, columns)
         scorer.plugins.notify("rollout_collected", trainer=scorer, rollout=rollout)
-        scores = scorer.transform(scorer.score(rollout), rollout)
+        scores = scorer.score(rollout)
+        scorer.unscored.observe(scores, scorer._failed)
+        scores = scorer.transform(scores, rollout)
         for name, value in score_metrics(scorer, rollout, scores).items():
             own["log_metric"](name, value)
-        return scores.tolist()
+        self.missing = scores.isnan().tolist()
+        return [None if missing else score for score, missing in zip(scores.tolist(), self.missing, strict=True)]
 
     def _rollout(self, prompts: list[Any], completion_ids: Sequence[list[int]], columns: dict[str, Any]) -> Rollout:
         prompt_ids, read = columns.pop("input_ids"), self.scorer.reader.read

@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 
+from trl_rlaif.contracts import RewardError
 from trl_rlaif.errors import UserError
 from trl_rlaif.groups.verification import verify
 from trl_rlaif.ppo.selection import choose
@@ -31,10 +32,12 @@ class Rehearsing:
     Attributes:
         scorer: Whose rewards, selectors and pairs are used; its shared base is this trainer's model.
         same_run: Compares a checkpoint with this run.
+        failure: What stopped the run, where too many responses had no reward.
     """
 
     scorer: PPOTrainer | None = None
     same_run: SameRun
+    failure: RewardError | None = None
 
     def take(self, scorer: PPOTrainer) -> None:
         """Train with this scorer from here on, and on the prompts that its selectors choose."""
@@ -42,6 +45,25 @@ class Rehearsing:
         self.same_run = SameRun(self, lambda: scorer.every_prompt, **components(scorer))
         self.add_callback(self.same_run)
         self.add_callback(ScorerCallback(self))
+
+    def train(self, *arguments: Any, **named: Any) -> Any:
+        """TRL's.
+
+        Raises:
+            RewardError: It stopped since too many responses had no reward. A checkpoint has been saved.
+        """
+        output = super().train(*arguments, **named)
+        if self.failure is not None:
+            raise self.failure
+        return output
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        """TRL's, in which a completion without a reward has the advantage 0, and here no KL in GRPO's loss either."""
+        output = super()._generate_and_score_completions(inputs)
+        if self.scorer is not None and isinstance(self, GRPOTrainer):
+            missing = torch.tensor(self.reward_funcs[0].missing, device=output["completion_mask"].device)
+            output["completion_mask"] = output["completion_mask"].masked_fill(missing[:, None], 0)
+        return output
 
     def training_step(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> torch.Tensor:
         """TRL's, and before the last micro-batch of an optimizer step the gradients of what is rehearsed."""
@@ -79,13 +101,20 @@ class ScorerCallback(TrainerCallback):
         kept = kept_state(Path(args.output_dir) / f"checkpoint-{state.global_step}")
         if kept is not None:
             mine = _own_part(kept, scorer)
-            for transform, values in zip(scorer.reward_transforms, mine["transforms"], strict=True):
-                transform.load_state_dict(values)
+            scorer.load_scoring_state(mine)
             scorer.rehearsal.load_state_dict(mine["rehearsal"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Choose anew what is rehearsed, where the configuration says so; TRL's dataloader keeps its prompts."""
+        """Stop with a checkpoint where too many responses had no reward.
+
+        Choose anew what is rehearsed, where the configuration says so; TRL's dataloader keeps its prompts.
+        """
         scorer, every = self.trainer.scorer, self.trainer.scorer.args.selection_every
+        self.trainer.failure = scorer.unscored.error()
+        if self.trainer.failure is not None:
+            scorer.unscored.forget()
+            control.should_save = control.should_training_stop = True
+            return
         if every and scorer.data_selectors and state.global_step < state.max_steps and state.global_step % every == 0:
             training = self.trainer.model.training
             scorer.apply(replace(choose(scorer), rows=scorer.chosen.rows, strata=scorer.chosen.strata))
@@ -99,8 +128,7 @@ class ScorerCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """What was chosen, and of every process the transforms' state and the place in the pairs, beside TRL's own."""
         scorer, folder = self.trainer.scorer, Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        transforms = [transform.state_dict() for transform in scorer.reward_transforms]
-        parts = gather_object([{"transforms": transforms, "rehearsal": scorer.rehearsal.state_dict()}])
+        parts = gather_object([{**scorer.scoring_state(), "rehearsal": scorer.rehearsal.state_dict()}])
         if state.is_world_process_zero and folder.is_dir():
             chosen = None if scorer.chosen is None else scorer.chosen.to_dict()
             torch.save({"chosen": chosen, "processes": parts}, folder / _STATE)
@@ -117,10 +145,7 @@ def _own_part(kept: dict[str, Any], scorer: PPOTrainer) -> dict[str, Any]:
     count, parts = scorer.accelerator.num_processes, kept["processes"]
     if len(parts) != count:
         raise UserError(f"The checkpoint was written by {len(parts)} processes; these are {count}.")
-    mine = parts[scorer.accelerator.process_index]
-    if len(mine["transforms"]) != len(scorer.reward_transforms):
-        raise UserError("The checkpoint was written with other reward transforms.")
-    return mine
+    return parts[scorer.accelerator.process_index]
 
 
 class Tracked:

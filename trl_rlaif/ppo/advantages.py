@@ -63,8 +63,13 @@ def gae(rewards: torch.Tensor, values: torch.Tensor, gamma: float, lam: float) -
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Share of the returns' variance that the values account for: 1 is perfect, 0 as good as a constant."""
+    """Share of the returns' variance that the values account for: 1 is perfect, 0 as good as a constant.
+
+    Without any returns it is 0.
+    """
     returns, errors = returns[mask], (returns - values)[mask]
+    if not len(returns):
+        return values.new_zeros(())
     return 1 - errors.var(correction=0) / returns.var(correction=0).clamp(min=1e-12)
 
 
@@ -80,7 +85,7 @@ def masked_whiten(
     Args:
         total: Sums a scalar over all processes, which are then whitened as one.
     """
-    count = total(mask.sum().to(values.dtype))
+    count = total(mask.sum().to(values.dtype)).clamp(min=1)
     mean = total((values * mask).sum()) / count
     variance = total(((values - mean) ** 2 * mask).sum()) / (count - 1).clamp(min=1)
     whitened = (values - mean) * torch.rsqrt(variance + 1e-8)

@@ -160,7 +160,7 @@ def _own_state(trainer: PPOTrainer) -> dict[str, Any]:
         "batches": trainer._batches.state_dict(),
         "minibatch_order": trainer._minibatch_order.get_state(),
         "rehearsal": trainer.rehearsal.state_dict(),
-        "transforms": [t.state_dict() for t in trainer.reward_transforms],
+        **trainer.scoring_state(),
         "python": random.getstate(),
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
@@ -199,8 +199,7 @@ def load(trainer: PPOTrainer, folder: Path) -> None:
     else:
         trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.lr_scheduler.load_state_dict(state["scheduler"])
-    for transform, its_state in zip(trainer.reward_transforms, mine["transforms"], strict=True):
-        transform.load_state_dict(its_state)
+    trainer.load_scoring_state(mine)
     # What was chosen stays: the place in the data is a place in that.
     if state["chosen"] is not None:
         trainer.apply(Chosen.from_dict(state["chosen"]))

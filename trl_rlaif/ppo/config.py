@@ -63,6 +63,15 @@ class PPOConfig(BasePPOConfig):
         kl_horizon: Episodes in which the steering takes effect.
         max_update_kl: An update's remaining epochs are left out once the approximate KL between the policy and
             the one that sampled exceeds this on the last minibatch of an epoch, in nats per response token.
+        reward_weights: Of the reward model, if there is one, then of ``reward_funcs`` in their order; None: 1 each.
+        reward_normalization: Of each reward before the weighted sum: ``none``; ``std``, divided by the standard
+            deviation of all of its values so far; ``batch``, to mean 0 and standard deviation 1 in each batch (see
+            ``RewardSum``).
+        max_failed: Share of an update's responses, 0 to 1, that may have no reward, and that a judge may fail to rate;
+            beyond it the run saves a checkpoint and stops. Of smaller updates the last 100 responses are counted.
+            Responses without a reward are left out of the losses, of whitening and of what transforms see.
+        reward_timeout: Seconds that a reward function may take for one batch. One that takes longer ends the run with
+            its name: an hour is more than a working call needs, and a night is too long to wait. None: no limit.
         whiten_scores: Scale each batch's scores to zero mean and unit variance.
         score_clip: Scores are kept within plus and minus this, after whitening; > 0.
         length_penalty: Taken from the score for a response of full length, in proportion for a shorter one.
@@ -97,6 +106,12 @@ class PPOConfig(BasePPOConfig):
     kl_target: float | None = setting(None, "KL in nats a response that kl_coef is steered to; None: fixed.")
     kl_horizon: int = setting(10_000, "Episodes in which the steering of kl_coef takes effect.")
     max_update_kl: float | None = setting(None, "Stop an update's epochs beyond this approximate KL, nats a token.")
+    reward_weights: list[float] | None = setting(None, "Of the reward model, then of the functions; None: 1 each.")
+    reward_normalization: Literal["none", "std", "batch"] = setting(
+        "none", "Divide each reward by its running standard deviation, or standardize it in each batch."
+    )
+    max_failed: float = setting(0.1, "Share of an update's responses that may have no reward.")
+    reward_timeout: float | None = setting(3600.0, "Seconds that a reward function may take; None: no limit.")
     whiten_scores: bool = setting(False, "Scale each batch's scores to zero mean and unit variance.")
     score_clip: float | None = setting(None, "Keep scores within plus and minus this; None: no limit.")
     length_penalty: float = setting(0.0, "Taken from the score of a response of full length, else in proportion.")
@@ -126,6 +141,7 @@ class PPOConfig(BasePPOConfig):
             "value": ("adapter", "trunk"),
             "loss_reduction": ("minibatch", "micro_batch"),
             "kl_weighting": ("additive", "weighted"),
+            "reward_normalization": ("none", "std", "batch"),
             "rehearsal_schedule": ("constant", "linear", "cosine"),
             "generation": ("transformers", "vllm"),
             "vllm_mode": ("colocate", "server"),
@@ -137,7 +153,7 @@ class PPOConfig(BasePPOConfig):
         ]
         positive = ("micro_batch_tokens", "kl_target", "kl_horizon", "max_update_kl", "score_clip")
         positive += ("selection_prompts", "selection_every", "rehearsal_batch_size")
-        positive += ("vllm_server_timeout", "vllm_tensor_parallel_size")
+        positive += ("reward_timeout", "vllm_server_timeout", "vllm_tensor_parallel_size")
         problems += [
             Problem(f"{name} is {getattr(self, name)}; it must be above 0.")
             for name in positive
@@ -146,6 +162,10 @@ class PPOConfig(BasePPOConfig):
         if self.stop_tokens is not None and (self.stop_token or self.stop_token_id is not None):
             fix = "Leave out stop_token and stop_token_id."
             problems.append(Problem("stop_tokens takes the place of stop_token and stop_token_id.", fix=fix))
+        if not 0 <= self.max_failed <= 1:
+            problems.append(Problem(f"max_failed is {self.max_failed}; it is a share, 0 to 1."))
+        if not all(map(math.isfinite, self.reward_weights or [])):
+            problems.append(Problem(f"reward_weights are {self.reward_weights}; they must be finite."))
         if self.rehearsal_coef < 0:
             problems.append(Problem(f"rehearsal_coef is {self.rehearsal_coef}; it must be 0 or above."))
         if self.kl_weighting == "weighted" and not 0 <= self.kl_coef <= 1:

@@ -56,17 +56,17 @@ def divisors_of(
         reduction: ``minibatch`` gives every token of the minibatch the same weight, in all micro-batches and processes.
             ``micro_batch`` is TRL's: a mean over each micro-batch, and of what is logged over its padding too.
     """
-    masks, rows = rollout.masks(), torch.cat(list(micro_batches))
-    counts = torch.stack([mask[rows].sum() for mask in masks]).float()
+    learned, rows = rollout.learned(), torch.cat(list(micro_batches))
+    counts = torch.stack([mask[rows].sum() for mask in (*learned, rollout.masks()[0])]).float()
     shares = len(micro_batches) * accelerator.num_processes
-    tokens, steps = accelerator.reduce(counts, "sum").clamp(min=1) / shares
+    policy, value, tokens = accelerator.reduce(counts, "sum").clamp(min=1) / shares
     if reduction == "minibatch":
-        return [Divisors(tokens, steps, tokens, tokens)] * len(micro_batches)
+        return [Divisors(policy, value, tokens, tokens)] * len(micro_batches)
     positions = tokens.new_tensor(len(rows) * rollout.response_ids.shape[1] / len(micro_batches))
     found = []
     for part in micro_batches:
         weight = len(part) * len(micro_batches) / len(rows)  # the last one may be smaller
-        policy, value = (mask[part].sum().clamp(min=1) / weight for mask in masks)
+        policy, value = (mask[part].sum().clamp(min=1) / weight for mask in learned)
         found.append(Divisors(policy, value, positions, tokens))
     return found
 
@@ -206,7 +206,7 @@ class Objective:
 
     def _value_loss(self, batch: MicroBatch, passage: Passage, values: torch.Tensor) -> tuple[torch.Tensor, Stats]:
         old, returns = (x[passage.rows, : passage.value_width] for x in (batch.rollout.values, batch.returns))
-        mask, clip = passage.value_mask, self.args.cliprange_value
+        mask, clip = passage.learned[1], self.args.cliprange_value
         loss, clipped = losses.value_loss(values, old, returns, mask, clip, batch.divisors.value)
         stats = {"loss/value_avg": loss.detach(), "val/clipfrac_avg": clipped}
         return self.args.vf_coef * loss, stats
@@ -219,7 +219,7 @@ class Objective:
         entropy: torch.Tensor,
     ) -> tuple[torch.Tensor, Stats]:
         old, advantages = (x[passage.rows, : passage.width] for x in (batch.rollout.logprobs, batch.advantages))
-        mask, clip, divisors = passage.mask, self.args.cliprange, batch.divisors
+        mask, clip, divisors = passage.learned[0], self.args.cliprange, batch.divisors
         loss, clipped = losses.policy_loss(logprobs, old, advantages, mask, clip, divisors.policy)
         with torch.no_grad():
             difference = logprobs - old
@@ -228,7 +228,7 @@ class Objective:
                 "loss/policy_avg": loss.detach(),
                 "policy/clipfrac_avg": clipped,
                 "policy/approxkl_avg": squares / divisors.logged,
-                "policy/entropy_avg": entropy.sum() / divisors.policy,
+                "policy/entropy_avg": (entropy * mask).sum() / divisors.policy,
                 "val/ratio": (difference.exp() - 1).sum() / divisors.logged,
                 UPDATE_KL: squares / divisors.tokens,
             }

@@ -31,7 +31,7 @@ def update_metrics(
 
     Args:
         rollout: What was sampled.
-        scores: (B,) float32, transformed.
+        scores: (B,) float32, transformed; means of them are over the responses that have a reward.
         stats: Scalars by name, whose means over all of them and all processes are meant.
         weights: Of the score and of the KL in the objective.
         kl_estimator: k1 or k3.
@@ -42,19 +42,30 @@ def update_metrics(
         "objective/kl": kl,
         "objective/entropy": -rollout.logprobs.sum(1),
         "objective/non_score_reward": -weights[1] * kl,
-        "objective/rlhf_reward": weights[0] * scores - weights[1] * kl,
-        "objective/scores": scores,
         "rollout/length": rollout.lengths.float(),
         "rollout/ended": rollout.ended.float(),
     }
     metrics = {"rollout/distinct": distinct_responses(rollout)}
     metrics |= {name: gather(value.float()).mean().item() for name, value in numbers.items()}
+    if rollout.scored is not None:
+        scores = scores.masked_fill(~rollout.scored, math.nan)
+    of_scores = {"objective/rlhf_reward": weights[0] * scores - weights[1] * kl, "objective/scores": scores}
+    metrics |= _means_of_known(of_scores, gather)
     gathered = {name: gather(torch.stack(values)) for name, values in stats.items()}
     metrics |= {name: values.mean().item() for name, values in gathered.items()}
     ratio = gathered["val/ratio"].view(-1, len(stats["val/ratio"])).mean(0)
     # TRL's is NaN where there is only one.
     metrics["val/ratio_var"] = ratio.var().item() if ratio.numel() > 1 else 0.0
     return metrics | _by_category(rollout, scores)
+
+
+def _means_of_known(
+    numbers: dict[str, torch.Tensor], gather: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, float]:
+    """Means over all processes of the entries that are not NaN; no entry for a name without any."""
+    every = {name: gather(values) for name, values in numbers.items()}
+    known = {name: values[~values.isnan()] for name, values in every.items()}
+    return {name: values.mean().item() for name, values in known.items() if len(values)}
 
 
 def distinct_responses(rollout: Rollout) -> int:
@@ -81,10 +92,12 @@ def loop_metrics(trainer: PPOTrainer, rollout: Rollout) -> dict[str, float]:
 
 
 def score_metrics(trainer: PPOTrainer, rollout: Rollout, scores: torch.Tensor) -> dict[str, float]:
-    """What is known of (B,) scores by themselves, over all processes: their mean, by category, and by reward."""
+    """What is known of (B,) scores by themselves, over all processes: their mean, by category, and by reward.
+
+    NaN where a response has none.
+    """
     gather = trainer.accelerator.gather
-    metrics = {
-        "objective/scores": gather(scores).mean().item(),
+    metrics = _means_of_known({"objective/scores": scores}, gather) | {
         "rollout/ended": gather(rollout.ended.float()).mean().item(),
         "rollout/distinct": distinct_responses(rollout),
     }
@@ -93,9 +106,7 @@ def score_metrics(trainer: PPOTrainer, rollout: Rollout, scores: torch.Tensor) -
 
 def _of_rewards(trainer: PPOTrainer) -> dict[str, float]:
     """Spreads between categories, parts of the reward, and the transforms' own numbers, of what was scored last."""
-    metrics = dict(trainer._spreads)
-    for name, scores in trainer._reward_parts.items():
-        metrics[f"score/{name}"] = trainer.accelerator.gather(scores).mean().item()
+    metrics = {"rollout/unscored": trainer.unscored.share} | trainer._spreads | trainer.reward_sum.take_metrics()
     for transform in trainer.reward_transforms:
         metrics |= transform.metrics()
     return metrics
@@ -136,6 +147,6 @@ def _by_category(rollout: Rollout, scores: torch.Tensor) -> dict[str, float]:
     """Mean score of each category, over all processes."""
     by_category = defaultdict(list)
     for category, score in gather_object(list(zip(rollout.categories, scores.tolist(), strict=True))):
-        if category is not None:
+        if category is not None and not math.isnan(score):
             by_category[category].append(score)
     return {f"reward/{name}": sum(values) / len(values) for name, values in by_category.items()}

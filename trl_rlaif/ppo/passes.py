@@ -45,9 +45,10 @@ class Passage:
         return self.rollout.masks()[0][self.rows, : self.width]
 
     @property
-    def value_mask(self) -> torch.Tensor:
-        """(b, value_width) bool, True where there is a value."""
-        return self.rollout.masks()[1][self.rows, : self.value_width]
+    def learned(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(b, width) and (b, value_width) bool: the tokens, and the steps with a value, of responses with a reward."""
+        tokens, steps = self.rollout.learned()
+        return tokens[self.rows, : self.width], steps[self.rows, : self.value_width]
 
     def inputs(self, *, last: bool) -> dict[str, torch.Tensor]:
         """For a model; without the ``last`` token where nobody reads what comes behind it."""

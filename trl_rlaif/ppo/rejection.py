@@ -39,7 +39,8 @@ class RejectionTrainer:
     The user's own pairs to rehearse are trained on in every iteration.
 
     Logged for each iteration: by PPO's names ``objective/scores``, ``objective/kl``, ``objective/entropy``,
-    ``rollout/length``, ``rollout/ended`` and ``reward/<category>``, means over all responses drawn;
+    ``rollout/length``, ``rollout/ended`` and ``reward/<category>``, means over all responses drawn that have a reward;
+    ``rollout/unscored``, the share of responses without one;
     ``rejection/accepted``, the share of them that was accepted, ``rejection/threshold`` and ``rejection/score``, the
     lowest and the mean score of those; and ``loss/sft``, nats a response token.
 
@@ -61,7 +62,7 @@ class RejectionTrainer:
             raise UserError("Rejection sampling does not run with DeepSpeed.", fix="Start it with DDP.")
         if iterations < 1:
             raise UserError(f"iterations is {iterations}; it must be 1 or more.")
-        self.trainer, self.iterations = trainer, iterations
+        self.trainer, self.iterations, self._unscored = trainer, iterations, 0
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> None:
         """Run all iterations.
@@ -89,7 +90,8 @@ class RejectionTrainer:
     def select(self) -> tuple[Pool, Chosen]:
         """Responses of the present policy, drawn from a seed of this iteration's own, and what was accepted."""
         trainer, accelerator, chosen = self.trainer, self.trainer.accelerator, Chosen()
-        states = [transform.state_dict() for transform in trainer.reward_transforms]
+        counted = trainer.unscored.total
+        before = trainer.scoring_state()
         set_seed(derived_seed(self._seed, accelerator.process_index))
         try:
             pool = draw_pool(trainer, responses_needed(trainer), selection=trainer.state.global_step)
@@ -105,10 +107,10 @@ class RejectionTrainer:
                 )
         except UserError:
             # A resumed run draws this pool again.
-            for transform, before in zip(trainer.reward_transforms, states, strict=True):
-                transform.load_state_dict(before)
+            trainer.load_scoring_state(before)
             checkpoint.save(trainer)
             raise
+        self._unscored = trainer.unscored.total - counted
         return pool, chosen
 
     def fine_tune(self, pairs: Sequence[RehearsalPair]) -> float:
@@ -145,12 +147,14 @@ class RejectionTrainer:
             "objective/entropy": sum(e * n for e, n in zip(pool.entropies.tolist(), lengths, strict=True)) / len(pool),
             "rollout/length": sum(lengths) / len(pool),
             "rollout/ended": sum(ended) / len(pool),
+            "rollout/unscored": self._unscored / (len(pool) + self._unscored),
             "rollout/distinct": len(set(map(tuple, pool.response_ids))),
             "rejection/accepted": len(scores) / len(pool),
             "rejection/threshold": min(scores),
             "rejection/score": sum(scores) / len(scores),
-            "episode": trainer.state.episode + len(pool),
+            "episode": trainer.state.episode + len(pool) + self._unscored,
         }
+        metrics |= trainer.reward_sum.take_metrics()
         for category in sorted({c for c in pool.categories if c is not None}):
             rows = [i for i, c in enumerate(pool.categories) if c == category]
             metrics[f"reward/{category}"] = pool.scores[rows].mean().item()
@@ -165,7 +169,7 @@ class RejectionTrainer:
     def _end_iteration(self, pool: Pool, metrics: dict[str, float]) -> None:
         trainer, state = self.trainer, self.trainer.state
         state.global_step += 1
-        state.episode += len(pool)
+        state.episode += len(pool) + self._unscored
         state.epoch = state.global_step * len(set(pool.rows.tolist())) / len(trainer.every_prompt)
         trainer.plugins.notify("policy_updated", trainer=trainer, metrics=metrics)
         trainer.log(metrics)

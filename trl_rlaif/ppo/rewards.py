@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
+import concurrent.futures
 import inspect
 import math
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trl_rlaif.components import numbered
 from trl_rlaif.contracts import Origin, RewardError, origin_of
 from trl_rlaif.errors import UserError
+from trl_rlaif.ppo.hanging import named_when_it_hangs, start, timed_out
 
 if TYPE_CHECKING:
     from trl_rlaif.events import Rollout
     from trl_rlaif.ppo.trainer import PPOTrainer
 
 RewardFunc = Callable[..., Any]
+MODEL = "model"
 
 
 def reward_name(function: RewardFunc) -> str:
@@ -25,69 +29,114 @@ def reward_name(function: RewardFunc) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def score_parts(trainer: PPOTrainer, rollout: Rollout) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-    """The raw scores of the reward model and of every function by name, and the former's e(x): (B,) float32 each.
+def reward_names(functions: Sequence[RewardFunc], *, model: bool) -> list[str]:
+    """What the metrics call all rewards, in the order of ``reward_weights``: the reward model, then the functions."""
+    names = [MODEL] if model else []
+    for function in functions:
+        names.append(numbered(reward_name(function), names))
+    return names
+
+
+def score_parts(
+    trainer: PPOTrainer, rollout: Rollout
+) -> tuple[dict[str, torch.Tensor], torch.Tensor | None, dict[str, list[str]]]:
+    """What every reward says of the responses.
+
+    Returns:
+        The raw scores of the reward model and of every function by name, (B,) float32 each, NaN where a function
+        returned None; the reward model's e(x), (B,) float32, or None; and by function what its attribute ``failed``
+        says after the call: why it could not score responses, a text each.
 
     Raises:
-        UserError: As ``call_reward``, or the reward model gave a score that is not finite.
+        UserError: As ``call_rewards``, or the reward model gave a score that is not finite.
     """
-    parts: dict[str, torch.Tensor] = {}
-    expected = None
-    if trainer.reward_model is not None or (trainer.shared is not None and "reward" in trainer.shared.heads):
-        parts["model"], expected = trainer._sampler.scores(trainer.actors, rollout)
-    for function in trainer.reward_funcs:
-        name = reward_name(function)
-        scores = call_reward(function, rollout, trainer_state=trainer.state).to(trainer.accelerator.device)
-        parts[name] = parts[name] + scores if name in parts else scores
-    if not all(scores.isfinite().all() for scores in parts.values()):
-        raise UserError("The reward model gave a score that is not finite.")
-    return parts, expected
+    functions, expected, model = trainer.reward_funcs, None, []
+    if trainer.has_reward_model:
+        scores, expected = trainer._sampler.scores(trainer.actors, rollout)
+        if not scores.isfinite().all():
+            raise UserError("The reward model gave a score that is not finite.")
+        model = [scores]
+    timeout = trainer.args.reward_timeout
+    found = call_rewards(functions, rollout, timeout=timeout, trainer_state=trainer.state)
+    device, names = trainer.accelerator.device, reward_names(functions, model=bool(model))
+    parts = dict(zip(names, [*model, *(scores.to(device) for scores in found)], strict=True))
+    failed = {name: getattr(f, "failed", ()) for name, f in zip(names[len(model) :], functions, strict=True)}
+    return parts, expected, {name: list(reasons) for name, reasons in failed.items() if reasons}
 
 
 def call_reward(function: RewardFunc, rollout: Rollout, **extra: Any) -> torch.Tensor:
-    """Call ``f(prompts=, completions=, completion_ids=, **columns)`` and check what it returns.
+    """What one function returns; see ``call_rewards``."""
+    return call_rewards([function], rollout, **extra)[0]
+
+
+def call_rewards(
+    functions: Sequence[RewardFunc], rollout: Rollout, *, timeout: float | None = None, **extra: Any
+) -> list[torch.Tensor]:
+    """Call ``f(prompts=, completions=, completion_ids=, **columns)`` of every function and check what it returns.
+
+    Functions that return an awaitable are awaited together, in an event loop of their own, while the others are
+    called one after the other in this thread.
+
+    Args:
+        timeout: Seconds after which a call that has not returned ends the run; None waits for ever.
+        extra: Further arguments of every call.
 
     Returns:
-        (B,) float32, finite.
+        For each function (B,) float32: finite, or NaN where it returned None.
 
     Raises:
-        UserError: Not one number a row, or one that is None, NaN or infinite; function and row are named.
+        UserError: Not one number or None for each row, one that is NaN or infinite, or no answer in time; the function
+            is named, and the row.
         RewardError: The same of a function that a recipe picked, or an exception in it.
     """
     ids = [row[:n].tolist() for row, n in zip(rollout.response_ids, rollout.lengths.tolist(), strict=True)]
-    origin = origin_of(function, "reward function")
+    given = {"prompts": rollout.prompts, "completions": rollout.completions, "completion_ids": ids}
+    given |= rollout.columns | extra
+    began, results, waiting = time.monotonic(), [], []
+    try:
+        for function in functions:
+            origin = origin_of(function, "reward function")
+            with origin.blamed("the call", RewardError), named_when_it_hangs(origin, timeout):
+                result = function(**given)
+                if inspect.isawaitable(result):
+                    result = start(result)
+                    waiting.append(result)
+            results.append((origin, result))
+        return [
+            _checked(_awaited(result, origin, began, timeout), origin, rollout.prompts) for origin, result in results
+        ]
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _awaited(result: Any, origin: Origin, began: float, timeout: float | None) -> Any:
+    """The result itself, or what an awaitable gave that was started when all calls began."""
+    if not isinstance(result, concurrent.futures.Future):
+        return result
+    left = None if timeout is None else max(0.0, began + timeout - time.monotonic())
+    if not concurrent.futures.wait([result], left).done:
+        raise timed_out(origin, timeout)
     with origin.blamed("the call", RewardError):
-        result = function(
-            prompts=rollout.prompts,
-            completions=rollout.completions,
-            completion_ids=ids,
-            **rollout.columns,
-            **extra,
-        )
-        if inspect.isawaitable(result):
-            result = asyncio.run(_wait(result))
-        values = result.tolist() if isinstance(result, torch.Tensor) else result
-    return _checked(values, origin, rollout.prompts)
-
-
-async def _wait(result: Any) -> Any:
-    return await result
+        return result.result()
 
 
 def _checked(values: Any, origin: Origin, prompts: list[Any]) -> torch.Tensor:
+    values = values.tolist() if isinstance(values, torch.Tensor) else values
     if not isinstance(values, Iterable) or isinstance(values, str):
         what = f"returned {_shown(values)} for {len(prompts)} completions"
-        raise origin.error(what, "It must return a list with one number a completion.", RewardError)
-    values = list(values)
+        raise origin.error(what, "It must return a list with one number or None for each completion.", RewardError)
+    given = list(values)
+    values = [math.nan if value is None else value for value in given]
     if len(values) != len(prompts):
         what = f"returned {len(values)} rewards for {len(prompts)} completions"
-        raise origin.error(what, "It must return one number a completion.", RewardError)
-    bad = [i for i, value in enumerate(values) if not _is_finite(value)]
+        raise origin.error(what, "It must return one number or None for each completion.", RewardError)
+    bad = [i for i, value in enumerate(given) if value is not None and not _is_finite(value)]
     if bad:
         raise origin.error(
-            f"returned {_shown(values[bad[0]])} for {len(bad)} of {len(values)} completions; the first belongs to the "
+            f"returned {_shown(given[bad[0]])} for {len(bad)} of {len(values)} completions; the first belongs to the "
             f"prompt {_shown(prompts[bad[0]])!r}",
-            "It must return a finite number for every completion.",
+            "It must return a finite number for every completion, or None where it has no reward for one.",
             RewardError,
         )
     return torch.tensor([float(value) for value in values], dtype=torch.float32)

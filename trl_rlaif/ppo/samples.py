@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
@@ -34,7 +35,7 @@ def show(trainer: PPOTrainer, *, first_batch: bool) -> list[tuple[str, str, floa
         first_batch: Of the prompts only the first ``per_device_eval_batch_size``, and print few of them.
 
     Returns:
-        Prompt, completion and score of every prompt, over all processes.
+        Prompt, completion and score of every prompt, over all processes; NaN where no reward scores a completion.
     """
     rows = _sampled(trainer, first_batch=first_batch)
     if trainer.accelerator.is_main_process:
@@ -54,6 +55,7 @@ def _sampled(trainer: PPOTrainer, *, first_batch: bool) -> list[tuple[str, str, 
     loader = DataLoader(own, args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
     found: list[tuple[str, str, float]] = []
     before, sampler.temperature = sampler.temperature, 0.01 + 1e-7  # the parent's
+    state = trainer.scoring_state()
     try:
         for batch in loader:
             rollout = trainer.sample(batch)
@@ -63,6 +65,7 @@ def _sampled(trainer: PPOTrainer, *, first_batch: bool) -> list[tuple[str, str, 
                 break
     finally:
         sampler.temperature = before
+        trainer.load_scoring_state(state)
     return gather_object(found)[:total]
 
 
@@ -75,7 +78,7 @@ def _print(rows: list[tuple[str, str, float]], step: int) -> None:
     table = Table(*_COLUMNS, title=f"Update {step}", show_lines=True)
     for prompt, completion, score in rows:
         # Square brackets of a response are no markup, and what would steer the terminal is not let through.
-        table.add_row(Text(clean(prompt)), Text(clean(completion)), f"{score:.3f}")
+        table.add_row(Text(clean(prompt)), Text(clean(completion)), "none" if math.isnan(score) else f"{score:.3f}")
     Console().print(table)
 
 

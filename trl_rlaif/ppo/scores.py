@@ -22,15 +22,17 @@ def shaped_scores(
     The penalties come last, so that no clip takes them back.
 
     Args:
-        scores: (B,) float32, after the reward transforms.
+        scores: (B,) float32, after the reward transforms; NaN where there is none.
         ended: (B,) bool; ``missing_eos_penalty`` is for the others.
         gather: Joins the scores of all processes.
 
     Returns:
-        (B,) float32.
+        (B,) float32, NaN where the scores are.
     """
     if args.whiten_scores:
         everyone = gather(scores)
+        everyone = everyone[~everyone.isnan()]
+    if args.whiten_scores and len(everyone):
         scores = (scores - everyone.mean()) * torch.rsqrt(everyone.var(correction=0) + 1e-8)
     if args.score_clip is not None:
         scores = scores.clamp(-args.score_clip, args.score_clip)

@@ -15,6 +15,7 @@ from torch.utils.data import RandomSampler
 from trl_rlaif.artifacts import to_line, write_atomically
 from trl_rlaif.components import DataSelector
 from trl_rlaif.contracts import check_num_responses, guarded, origin_of
+from trl_rlaif.errors import UserError
 from trl_rlaif.events import Pool, RehearsalPair, Selection
 from trl_rlaif.ppo.advantages import kl_per_token
 from trl_rlaif.ppo.processes import failing_together
@@ -65,11 +66,10 @@ def choose(trainer: PPOTrainer) -> Chosen:
         UserError: As ``select``.
     """
     accelerator, chosen = trainer.accelerator, Chosen()
-    states = [transform.state_dict() for transform in trainer.reward_transforms]
+    state = trainer.scoring_state()
     every, updates = trainer.args.selection_every, trainer.state.global_step
     pool = draw_pool(trainer, responses_needed(trainer), selection=updates // every if every else 0)
-    for transform, state in zip(trainer.reward_transforms, states, strict=True):
-        transform.load_state_dict(state)
+    trainer.load_scoring_state(state)
     with failing_together(accelerator):
         if accelerator.is_main_process:
             chosen = select(trainer.data_selectors, pool)
@@ -89,12 +89,15 @@ def _responses_needed(selector: DataSelector) -> int:
 def draw_pool(trainer: PPOTrainer, num_responses: int = 1, *, selection: int = 0) -> Pool:
     """Scored responses of the present policy to ``args.selection_prompts`` of the trainer's prompts, or to all.
 
-    Every process draws a share, and has all of it in the end.
+    Every process draws a share, and has all of it in the end. Responses without a reward are left out.
 
     Args:
         trainer: Whose policy, rewards and transforms are used.
         num_responses: Responses a prompt.
         selection: How many selections came before: each one draws prompts of its own, where not all are drawn.
+
+    Raises:
+        UserError: More than ``args.max_failed`` of the responses have no reward, or all have none.
     """
     dataset, seed, limit = trainer.every_prompt, trainer.args.seed, trainer.args.selection_prompts
     rows = list(range(len(dataset)))
@@ -109,7 +112,10 @@ def draw_pool(trainer: PPOTrainer, num_responses: int = 1, *, selection: int = 0
         # What is beyond the last prompt is a repetition, so that all processes draw equally many.
         batch = [rows[i % len(rows)] for i in range(start, min(start + size, begin + share))]
         rollout = trainer.sample(trainer.data_collator([dataset[i] for i in batch]))
-        scores = trainer.transform(trainer.score(rollout), rollout).cpu()
+        scores = trainer.score(rollout)
+        trainer.unscored.observe(scores, trainer._failed)
+        trainer.unscored.check()
+        scores = trainer.transform(scores, rollout).cpu()
         entropies = -rollout.logprobs.sum(1) / rollout.lengths.clamp(min=1)
         kl = kl_per_token(rollout.logprobs, rollout.ref_logprobs, trainer.args.kl_estimator).sum(1)
         found += zip(
@@ -128,7 +134,7 @@ def draw_pool(trainer: PPOTrainer, num_responses: int = 1, *, selection: int = 0
     prompts, responses, scores, categories, prompt_ids, response_ids, entropies, kl, columns = map(
         list, zip(*found, strict=True)
     )
-    return Pool(
+    pool = Pool(
         prompts=prompts,
         responses=responses,
         scores=torch.tensor(scores),
@@ -143,6 +149,10 @@ def draw_pool(trainer: PPOTrainer, num_responses: int = 1, *, selection: int = 0
         seed=seed,
         selection=selection,
     )
+    known = (~pool.scores.isnan()).nonzero()[:, 0].tolist()
+    if not known:
+        raise UserError("None of the responses to choose from has a reward.")
+    return pool if len(known) == len(pool) else pool.subset(known)
 
 
 def _shown(trainer: PPOTrainer, starts: range, share: int) -> Iterator[int]:

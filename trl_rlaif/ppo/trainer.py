@@ -43,11 +43,13 @@ from trl_rlaif.ppo.metrics import category_spreads, loop_metrics, update_metrics
 from trl_rlaif.ppo.processes import average_gradients, failing_together
 from trl_rlaif.ppo.prompts import BatchStream, PromptCollator
 from trl_rlaif.ppo.rehearsal import Rehearsal, as_rollout, given_pairs
-from trl_rlaif.ppo.rewards import RewardFunc, score_parts
+from trl_rlaif.ppo.reward_sum import RewardSum
+from trl_rlaif.ppo.rewards import RewardFunc, reward_names, score_parts
 from trl_rlaif.ppo.sampler import RolloutSampler
 from trl_rlaif.ppo.scores import KLWeight, shaped_scores
 from trl_rlaif.ppo.selection import Chosen, choose, write_selection
 from trl_rlaif.ppo.trl_base import BasePPOTrainer
+from trl_rlaif.ppo.unscored import Unscored
 from trl_rlaif.responses import ResponseReader
 from trl_rlaif.roles import SharedBase, save_adapter
 
@@ -78,7 +80,8 @@ class PPOTrainer(BasePPOTrainer):
         peft_config: LoRA of the policy. Without it, and without ``value_model``: rank 16 on all linear
             layers.
         reward_funcs: Functions with GRPOTrainer's signature, ``f(prompts, completions, **columns) ->
-            list[float]``, added to the reward model's score.
+            list[float]``, added to the reward model's score, as ``args.reward_weights`` weigh them. None in place of
+            a number: the function has no reward for that row.
         reward_transforms: Applied to the summed scores in this order.
         data_selectors: Choose, from scored responses of the start, what is trained on and what is rehearsed.
         rehearsal_dataset: Pairs of the user's own to rehearse: ``prompt`` and ``completion``, as text or messages.
@@ -181,6 +184,10 @@ class PPOTrainer(BasePPOTrainer):
         # What `score` found beside its sum; a subclass that scores otherwise leaves them empty.
         self._reward_parts: dict[str, torch.Tensor] = {}
         self._expected: torch.Tensor | None = None
+        self._failed: dict[str, list[str]] = {}
+        names = reward_names(self.reward_funcs, model=self.has_reward_model)
+        self.reward_sum = RewardSum(names, args.reward_weights, args.reward_normalization, self.accelerator.gather)
+        self.unscored = Unscored(args.max_failed)
         self._spreads: dict[str, float] = {}
         self.kl_weight = KLWeight(args.kl_coef, args.kl_target, args.kl_horizon)
 
@@ -205,6 +212,11 @@ class PPOTrainer(BasePPOTrainer):
         reference = self.ref_adapter_name if self.ref_model is None else None
         return SeparateActors(model.policy, self.ref_model, model.value_model, self.reward_model, reference)
 
+    @property
+    def has_reward_model(self) -> bool:
+        """Whether a model scores the responses, of its own or as a role of the shared base."""
+        return self.reward_model is not None or (self.shared is not None and "reward" in self.shared.heads)
+
     # ---- The loop -------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> None:
@@ -216,12 +228,13 @@ class PPOTrainer(BasePPOTrainer):
 
         Raises:
             UserError: The checkpoint is of a run with other settings or prompts. Or a reward function returned
-                something other than a finite number a completion; what was learned until then is saved as a
-                checkpoint first.
+                something other than a finite number or None for each completion, or more than ``args.max_failed`` of
+                the responses have no reward; what was learned until then is saved as a checkpoint first.
         """
         self._begin(resume_from_checkpoint)
         while self.state.global_step < self.args.num_total_batches and not self.control.should_training_stop:
-            self._select()
+            with self._kept():
+                self._select()
             began = time.monotonic()
             with self._kept():
                 rollout, scores = self.collect()
@@ -237,18 +250,28 @@ class PPOTrainer(BasePPOTrainer):
 
     @contextmanager
     def _kept(self) -> Iterator[None]:
-        """Save what was learned, should a reward fail."""
+        """Save what was learned, should a reward fail; a resumed run scores the same responses again."""
+        before = self.scoring_state()
         try:
             yield
         except UserError:
+            self.load_scoring_state(before)
             checkpoint.save(self)
             raise
 
     def collect(self) -> tuple[Rollout, torch.Tensor]:
-        """Sample the next batch of prompts and score it: the rollout, and its (B,) float32 scores."""
+        """Sample the next batch of prompts and score it.
+
+        Returns:
+            The rollout, whose ``scored`` is False where a response has no reward; and (B,) float32 scores, 0 there.
+        """
         rollout = self.sample(next(self._batches))
         self.plugins.notify("rollout_collected", trainer=self, rollout=rollout)
-        return rollout, self.transform(self.score(rollout), rollout)
+        scores = self.score(rollout)
+        self.unscored.observe(scores, self._failed)
+        self.unscored.check()
+        scores = self.transform(scores, rollout)
+        return replace(rollout, scored=~scores.isnan()), scores.masked_fill(scores.isnan(), 0)
 
     def sample(self, batch: dict[str, Any]) -> Rollout:
         """Responses to a batch of prompts, with log-probabilities and values."""
@@ -257,20 +280,28 @@ class PPOTrainer(BasePPOTrainer):
 
     @torch.no_grad()
     def score(self, rollout: Rollout) -> torch.Tensor:
-        """Raw scores, (B,) float32: the reward model's plus every reward function's."""
+        """Raw scores, (B,) float32: the weighted sum of all rewards (RewardSum), NaN where a response has none."""
         with failing_together(self.accelerator):
-            parts, self._expected = score_parts(self, rollout)
-        self._reward_parts = parts
-        return sum(parts.values(), torch.zeros(len(rollout.prompts), device=self.accelerator.device))
+            parts, expected, self._failed = score_parts(self, rollout)
+        scores, self._reward_parts, self._expected = self.reward_sum(parts, expected)
+        return scores
 
     def transform(self, scores: torch.Tensor, rollout: Rollout) -> torch.Tensor:
-        """Scores after the reward transforms in their order, then whitened, clipped and less penalties."""
-        rollout = replace(rollout, expected=self._expected, reward_parts=self._reward_parts)
-        steps = {"raw": scores.tolist()} if self.reward_transforms else {}
-        for transform in self.reward_transforms:
-            scores = transform.transform(scores, rollout)
-            steps[numbered(type(transform).__name__, steps)] = scores.tolist()
-        self._spreads = category_spreads(rollout, steps)
+        """Scores after the reward transforms in their order, then whitened, clipped and less penalties.
+
+        Transforms see the responses alone that have a reward; the scores of the others stay NaN.
+        """
+        known = ~scores.isnan()
+        self._spreads = {}
+        if self.reward_transforms and self.accelerator.gather(known).any():
+            seen = replace(rollout, expected=self._expected, reward_parts=self._reward_parts)
+            seen, found = (seen, scores) if known.all() else (seen.select(known), scores[known])
+            steps = {"raw": found.tolist()}
+            for transform in self.reward_transforms:
+                found = transform.transform(found, seen)
+                steps[numbered(type(transform).__name__, steps)] = found.tolist()
+            self._spreads = category_spreads(seen, steps)
+            scores = scores.masked_scatter(known, found)
         ended = rollout.ended
         if not self.reader.stop_ids:  # as in TRL, an end within a response counts
             ended = (rollout.response_ids == self.processing_class.eos_token_id).any(1)
@@ -283,13 +314,13 @@ class PPOTrainer(BasePPOTrainer):
             scores = (1 - self.kl_weight.coef) * scores
         rewards = adv.token_rewards(kl, scores, rollout.lengths, self.kl_weight.coef)
         if self.args.whiten_rewards:
-            rewards = adv.masked_whiten(rewards, rollout.masks()[1], shift_mean=False, total=self._total)
+            rewards = adv.masked_whiten(rewards, rollout.learned()[1], shift_mean=False, total=self._total)
         return rewards
 
     def compute_advantages(self, rollout: Rollout, rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Whitened advantages and returns, (B, T) float32 each."""
+        """Whitened advantages, zero for responses without a reward, and returns: (B, T) float32 each."""
         advantages, returns = adv.gae(rewards, rollout.values, self.args.gamma, self.args.lam)
-        return adv.masked_whiten(advantages, rollout.masks()[0], total=self._total), returns
+        return adv.masked_whiten(advantages, rollout.learned()[0], total=self._total), returns
 
     def _total(self, value: torch.Tensor) -> torch.Tensor:
         """A sum over all processes."""
@@ -313,7 +344,7 @@ class PPOTrainer(BasePPOTrainer):
                     stats[name] += values
             self._epochs_done = epoch + 1
         stats.pop(UPDATE_KL, None)
-        stats["val/explained_variance"] = [adv.explained_variance(rollout.values, returns, rollout.masks()[1])]
+        stats["val/explained_variance"] = [adv.explained_variance(rollout.values, returns, rollout.learned()[1])]
         return stats
 
     def _went_too_far(self, moved: list[torch.Tensor]) -> bool:
@@ -419,6 +450,26 @@ class PPOTrainer(BasePPOTrainer):
         if self.rehearsal.given and not self.data_selectors and self.accelerator.is_main_process:
             write_selection(Path(args.output_dir), Chosen(), self.rehearsal.pairs)
         self.control = self.callback_handler.on_train_begin(args, state, self.control)
+
+    def scoring_state(self) -> dict[str, Any]:
+        """What rewards and transforms remember, as plain values."""
+        transforms = [transform.state_dict() for transform in self.reward_transforms]
+        return {
+            "transforms": transforms, "rewards": self.reward_sum.state_dict(), "unscored": self.unscored.state_dict()
+        }  # fmt: skip
+
+    def load_scoring_state(self, state: dict[str, Any]) -> None:
+        """Go back to what ``scoring_state`` gave.
+
+        Raises:
+            UserError: It is of other reward transforms.
+        """
+        if len(state["transforms"]) != len(self.reward_transforms):
+            raise UserError("The checkpoint was written with other reward transforms.")
+        for transform, its_state in zip(self.reward_transforms, state["transforms"], strict=True):
+            transform.load_state_dict(its_state)
+        self.reward_sum.load_state_dict(state["rewards"])
+        self.unscored.load_state_dict(state["unscored"])
 
     def _select(self) -> None:
         """Let the selectors choose, at the start and every ``selection_every`` updates."""

@@ -27,7 +27,8 @@ def check_reward_transform(
 
     Finite float32 scores of the same shape, the same in every run under a seed; a state that is its own, can be
     saved, and lets a fresh instance go on exactly where the other one was; a loss that is None, or a finite scalar
-    with gradients; inputs as they were; batches of one, of equal scores, without categories, of any text.
+    with gradients; inputs as they were; batches of one, of equal scores, without categories, of any text, and with
+    responses that lack one of the rewards.
 
     Args:
         transform: An instance, whose options are taken, or a class whose options all have defaults.
@@ -49,8 +50,8 @@ def check_reward_transform(
 
 
 def raw_scores(rollout: Rollout) -> torch.Tensor:
-    """(B,) float32, what the transforms begin with: the sum of the rewards."""
-    return sum(rollout.reward_parts.values(), torch.zeros(len(rollout.prompts)))
+    """(B,) float32, what the transforms begin with: the sum of the rewards that each response has."""
+    return sum((part.nan_to_num() for part in rollout.reward_parts.values()), torch.zeros(len(rollout.prompts)))
 
 
 class _Check:
@@ -101,8 +102,12 @@ class _Check:
         equal = {name: torch.ones(6) for name in ("first", "second")}
         new = {"category": ["never seen before", None, "", "a", "b", "a"]}
         one = make_rollout(1, expected=self.expected)
+        lacking = {"first": torch.tensor([math.nan, 1.0] * 3), "second": torch.tensor([1.0, math.nan, *range(4)])}
         for what, batch in {
             "a batch of one": one,
+            "a batch with responses that lack a reward": replace(
+                make_rollout(expected=self.expected), reward_parts=lacking
+            ),
             "a batch without categories": make_rollout(expected=self.expected, categories=False),
             "a batch of new and missing categories": replace(make_rollout(expected=self.expected), columns=new),
             "a batch of equal scores": replace(make_rollout(expected=self.expected), reward_parts=equal),

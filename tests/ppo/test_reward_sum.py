@@ -1,0 +1,175 @@
+"""Several rewards as one: weights and normalizations against NumPy in float64, and the state that they keep."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers.ppo import numbers, small_trainer
+from helpers.rewards import even_share, length_penalty
+
+from trl_rlaif import RewardTransform, UserError
+from trl_rlaif.ppo.reward_sum import RewardSum
+
+pytestmark = pytest.mark.trl
+
+NAMES, WEIGHTS = ("model", "direct", "length"), (1.0, 0.5, -2.0)
+
+
+def _batches(seed=0, count=4, size=16):
+    """Rewards of very unlike scale, some of them missing."""
+    generator = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        rows = generator.normal((0, 9, -200), (1, 4, 300), (size, 3)).astype(np.float32)
+        rows[generator.random((size, 3)) < 0.2] = np.nan
+        rows[0] = np.nan
+        found.append(rows)
+    return found
+
+
+def _parts(rows):
+    return {name: torch.tensor(column) for name, column in zip(NAMES, rows.T, strict=True)}
+
+
+def _expected(batches, normalization):
+    """By their definitions, in float64."""
+    seen = []
+    for rows in (batch.astype(np.float64) for batch in batches):
+        seen.append(rows)
+        if normalization == "std":
+            rows = rows / np.nanstd(np.concatenate(seen), axis=0, ddof=1)
+        elif normalization == "batch":
+            rows = (rows - np.nanmean(rows, axis=0)) / np.nanstd(rows, axis=0, ddof=1)
+        sums = np.nansum(rows * WEIGHTS, axis=1)
+        sums[np.isnan(rows).all(1)] = np.nan  # as TRL's GRPOTrainer: no reward is no zero
+        yield sums
+
+
+@pytest.mark.parametrize("normalization", ["none", "std", "batch"])
+def test_scores_are_the_weighted_sums_of_normalized_rewards(normalization):
+    summed = RewardSum(NAMES, WEIGHTS, normalization)
+    for rows, wanted in zip(_batches(), _expected(_batches(), normalization), strict=True):
+        scores, weighted, _ = summed(_parts(rows))
+        assert scores.dtype == torch.float32
+        np.testing.assert_allclose(scores.double().numpy(), wanted, rtol=1e-5, atol=1e-4)
+        joined = torch.stack(list(weighted.values())).nansum(0)[1:]
+        torch.testing.assert_close(joined, scores[1:].nan_to_num(0), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("normalization", ["std", "batch"])
+def test_the_scale_of_a_reward_does_not_matter(normalization):
+    scores = []
+    for factor in (1.0, 1000.0):
+        summed = RewardSum(NAMES, WEIGHTS, normalization)
+        scores.append([summed(_parts(rows * [1, factor, 1]))[0] for rows in _batches()][-1])
+    torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_with_nothing_set_the_sum_is_the_sum_to_the_last_bit():
+    parts = {name: values.nan_to_num(0) for name, values in _parts(_batches()[0]).items()}
+    scores, weighted, _ = RewardSum(NAMES)(parts)
+    assert torch.equal(scores, parts["model"] + parts["direct"] + parts["length"])
+    assert all(torch.equal(weighted[name], parts[name]) for name in NAMES)
+
+
+@pytest.mark.parametrize(("normalization", "wanted"), [("none", 0.3), ("std", 0.3), ("batch", 0.0)])
+def test_a_reward_that_is_everywhere_the_same(normalization, wanted):
+    for values in (torch.full((7,), 0.3), torch.tensor([0.3])):
+        scores, _, _ = RewardSum(["model"], None, normalization)({"model": values})
+        assert scores.tolist() == pytest.approx([wanted] * len(values))
+    rounded = torch.tensor([0.3, 0.3 + 1e-7] * 4)  # float32's own noise is no difference
+    scores, _, _ = RewardSum(["model"], None, normalization)({"model": rounded})
+    assert scores.tolist() == pytest.approx([wanted] * 8, abs=1e-6)
+
+
+@pytest.mark.parametrize("normalization", ["none", "std", "batch"])
+def test_what_is_expected_is_mapped_as_the_rewards_are(normalization):
+    """The Advantage Model's r - e stays a difference of the same unit."""
+    rows, expected = _batches()[0], torch.linspace(-1, 1, 16)
+    _, weighted, mapped = RewardSum(NAMES, (0.25, 1, 1), normalization)(_parts(rows), expected)
+    reward, known = rows[:, 0].astype(np.float64), ~np.isnan(rows[:, 0])
+    scale = 1.0 if normalization == "none" else np.std(reward[known], ddof=1)
+    wanted = 0.25 * (reward - expected.double().numpy())[known] / scale
+    np.testing.assert_allclose((weighted["model"] - mapped).numpy()[known], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_reward_without_weight_makes_no_score():
+    summed = RewardSum(["a", "b"], [1.0, 0.0])
+    scores, _, _ = summed({"a": torch.tensor([1.0, math.nan]), "b": torch.tensor([5.0, 5.0])})
+    assert scores[0] == 1 and scores[1].isnan()
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"2 entries for 3 rewards: model, direct, length"):
+        RewardSum(NAMES, [1.0, 2.0])
+    with pytest.raises(UserError, match="weight 0"):
+        RewardSum(["a"], [0.0])
+    with pytest.raises(UserError, match="reward_weights"):
+        small_trainer(tmp_path, reward_weights=[1.0, 2.0])
+    with pytest.raises(UserError, match="reward_normalization is 'z'"):
+        small_trainer(tmp_path, reward_normalization="z")
+    with pytest.raises(UserError, match="finite"):
+        small_trainer(tmp_path, reward_weights=[math.nan])
+
+
+# ---- In a trainer ---------------------------------------------------------------------------------------
+
+
+def twins(prompts, completions, completion_ids, **columns):
+    return [100.0 * len(ids) for ids in completion_ids]
+
+
+def also_twins(prompts, completions, completion_ids, **columns):
+    return [sum(ids) % 7 for ids in completion_ids]
+
+
+also_twins.__name__ = "twins"
+
+
+class Seeing(RewardTransform):
+    """Keeps the weighted rewards and their sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def transform(self, scores, rollout):
+        self.seen.append((scores, rollout.reward_parts))
+        return scores
+
+
+def test_each_rewards_mean_spread_and_weight_are_logged(tmp_path):
+    seeing = Seeing()
+    kwargs = {"reward_funcs": [length_penalty, twins, also_twins], "reward_transforms": [seeing]}
+    trainer = small_trainer(tmp_path, trainer_kwargs=kwargs, reward_weights=[1.0, 0.01, 3.0], temperature=1.5)
+    trainer.train()
+    names = {"length_penalty": 1.0, "twins": 0.01, "twins 2": 3.0}
+    for entry, (scores, parts) in zip(numbers(trainer), seeing.seen, strict=True):
+        assert list(parts) == list(names)  # two functions of one name are two rewards
+        for name, weight in names.items():
+            raw = (parts[name].double() / weight).numpy()
+            assert entry[f"score/{name}"] == pytest.approx(raw.mean(), rel=1e-5)
+            assert entry[f"rewards/{name}/std"] == pytest.approx(raw.std(ddof=1), rel=1e-4, abs=1e-6)
+            assert entry[f"rewards/{name}/weight"] == weight and entry[f"rewards/{name}/none"] == 0
+        assert entry["objective/scores"] == pytest.approx(scores.mean().item(), rel=1e-5)
+        assert entry["objective/scores"] == pytest.approx(
+            sum(weight * entry[f"score/{name}"] for name, weight in names.items()), rel=1e-4
+        )
+
+
+@pytest.mark.parametrize("normalization", ["std", "batch"])
+def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, normalization):
+    kwargs = {"trainer_kwargs": {"reward_funcs": [even_share, twins]}, "reward_normalization": normalization}
+    whole = small_trainer(tmp_path / "whole", reward_weights=[1.0, 0.5], **kwargs)
+    whole.train()
+    options = {"save_strategy": "steps", "save_steps": 1, "reward_weights": [1.0, 0.5], **kwargs}
+    first = small_trainer(tmp_path / "parts", **options)
+    first.train()
+    again = small_trainer(tmp_path / "parts", **options)
+    again.train(resume_from_checkpoint=tmp_path / "parts" / "checkpoint-1")
+    assert numbers(again) == numbers(whole)
+    assert again.reward_sum.state_dict() == whole.reward_sum.state_dict()
+    assert len({entry["objective/scores"] for entry in numbers(whole)}) == 3 or normalization == "batch"
