@@ -35,7 +35,7 @@ _FREE = {
     "sft_model_path", "reward_model_path", "model_init_kwargs", "trust_remote_code", "chat_template_path",
     "ds3_gather_for_generation", "activation_offloading", "precompute_ref_batch_size", "pad_to_multiple_of",
     "cache_implementation", "steps_per_generation", "num_generations_eval", "eval_packing", "num_completions_to_print",
-    "world_size", "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size", "local_mini_batch_size",
+    "max_failed", "reward_timeout", "world_size", "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size", "local_mini_batch_size",
     "mini_batch_size",
 }  # fmt: skip
 _FREE_PREFIXES = ("vllm_", "log_", "transformers_continuous_", "use_transformers_")
@@ -72,10 +72,10 @@ def identity(args: Any, dataset: Any, processes: int, **more: Any) -> dict[str, 
 
 def components(trainer: PPOTrainer) -> dict[str, list[str]]:
     """What scores and selects in a run, by name: settings that no argument holds."""
-    from trl_rlaif.ppo.rewards import reward_name
+    from trl_rlaif.ppo.rewards import reward_names
 
     return {
-        "rewards": ["model"] * trainer.has_reward_model + [reward_name(function) for function in trainer.reward_funcs],
+        "rewards": reward_names(trainer.reward_funcs, model=trainer.has_reward_model),
         "reward_transforms": [type(transform).__name__ for transform in trainer.reward_transforms],
         "data_selectors": [type(selector).__name__ for selector in trainer.data_selectors],
     }
