@@ -35,7 +35,8 @@ _FREE = {
     "sft_model_path", "reward_model_path", "model_init_kwargs", "trust_remote_code", "chat_template_path",
     "ds3_gather_for_generation", "activation_offloading", "precompute_ref_batch_size", "pad_to_multiple_of",
     "cache_implementation", "steps_per_generation", "num_generations_eval", "eval_packing", "num_completions_to_print",
-    "max_failed", "reward_timeout", "world_size", "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size", "local_mini_batch_size",
+    "max_failed", "reward_timeout",
+    "world_size", "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size", "local_mini_batch_size",
     "mini_batch_size",
 }  # fmt: skip
 _FREE_PREFIXES = ("vllm_", "log_", "transformers_continuous_", "use_transformers_")

@@ -165,7 +165,7 @@ def test_wrong_values_in_sample(only, line, value, fix):
         ("label: {judge: {path: gpt2, dtyp: auto}}", "unknown key 'judge.dtyp' in", "mean 'dtype'?"),
         ("sft: {}", "section 'sft' lacks the key 'data'.", "Write text."),
         ("sft: {data: ''}", "'data' in section 'sft' is \"\".", "Write text."),
-        ("rl: {rewards: []}", "'rewards' in section 'rl' is an empty list.", "each entry text."),
+        ("rl: {rewards: []}", "'rewards' in section 'rl' is an empty list.", "each entry text or a mapping."),
         (
             "rl: {algorithm: sarsa, rewards: [direct]}",
             "'algorithm' in section 'rl' is \"sarsa\".",
@@ -174,9 +174,9 @@ def test_wrong_values_in_sample(only, line, value, fix):
         (
             "rl: {rewards: direct}",
             "'rewards' in section 'rl' is \"direct\".",
-            "Write a list, each entry text.",
+            "Write a list, each entry text or a mapping.",
         ),
-        ("rl: {rewards: [direct, 3]}", "'rewards.1' in section 'rl' is 3.", "Write text."),
+        ("rl: {rewards: [direct, 3]}", "'rewards.1' in section 'rl' is 3.", "Write text or a mapping."),
     ],
 )
 def test_wrong_sections_and_nested_keys(problems, text, what, fix):

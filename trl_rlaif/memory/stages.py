@@ -220,9 +220,9 @@ def rl(run: Run) -> list[Part]:
         run.notes.append(
             f"rl.algorithm: {recipe.rl.algorithm} is planned as PPO on the same base; TRL's trainer may differ."
         )
-    if "direct" in recipe.rl.rewards:
+    if "direct" in recipe.rl.reward_names:
         parts += _judge(run, recipe.label.judge if recipe.label else "same", alone=False)
-    functions = [name for name in recipe.rl.rewards if name not in ("reward", "direct")]
+    functions = [name for name in recipe.rl.reward_names if name not in ("reward", "direct")]
     if functions:
         run.notes.append(f"What {', '.join(functions)} needs on the GPU is not counted.")
     return parts
@@ -238,7 +238,7 @@ def _head_chunk(shape: ModelShape) -> int:
 def _roles(run: Run) -> Iterator[Part]:
     """The base with the adapters and heads of every role."""
     recipe = run.recipe
-    frozen = {"reward": "reward" in recipe.rl.rewards, "reference": recipe.sft is not None}
+    frozen = {"reward": "reward" in recipe.rl.reward_names, "reference": recipe.sft is not None}
     yield from run.base(held=bool(setting(recipe, "rl", "bf16")))
     tensors, what = run.adapter.tensors, "policy adapter and value head"
     if (setting(recipe, "rl", "value") or "adapter") == "adapter":
@@ -270,7 +270,7 @@ def _judge(run: Run, judge: object, *, alone: bool) -> Iterator[Part]:
 def evaluate(run: Run) -> list[Part]:
     """Responses of the policy and the start, rewards, and the judge, on one base."""
     recipe, section = run.recipe, run.recipe.evaluate
-    adapters = 1 + (recipe.sft is not None) + ("reward" in recipe.rl.rewards)
+    adapters = 1 + (recipe.sft is not None) + ("reward" in recipe.rl.reward_names)
     response = section.max_new_tokens or recipe.rl.config.get("response_length")
     response = response or (recipe.sample.max_new_tokens if recipe.sample else 128)
     activations = run.activations(None)

@@ -201,8 +201,14 @@ class _Reader:
     def _resolve_list(self, keys: dict[Any, Any], key: str, find: Callable[[str], str], section: str) -> None:
         if isinstance(keys.get(key), list):
             keys[key] = list(keys[key])
-            for index in range(len(keys[key])):
-                self._resolve(keys[key], index, find, (section, key))
+            for index, entry in enumerate(keys[key]):
+                if isinstance(entry, dict) and len(entry) == 1:  # a name with a weight
+                    [(name, weight)] = entry.items()
+                    holder = {index: name}
+                    self._resolve(holder, index, find, (section, key))
+                    keys[key][index] = {holder[index]: weight}
+                else:
+                    self._resolve(keys[key], index, find, (section, key))
 
     def _resolve_judge(self, keys: dict[Any, Any], path: KeyPath) -> None:
         """A judge's prompt folder and model; a model on a server is no path."""

@@ -87,6 +87,18 @@ def judge_name(value: str) -> str:
     return safe_name(value)
 
 
+def one_weight(value: str | dict[str, float]) -> str | dict[str, float]:
+    """Refuse an entry of ``rl.rewards`` that names several rewards, or none."""
+    if isinstance(value, dict) and len(value) != 1:
+        raise ValueError("Write each reward as an entry of its own: [{reward: 1.0}, {direct: 0.5}].")
+    return value
+
+
+def reward_name(entry: Any) -> Any:
+    """The reward that an entry of ``rl.rewards`` names: ``name`` or ``{name: weight}``."""
+    return next(iter(entry)) if isinstance(entry, dict) and len(entry) == 1 else entry
+
+
 def known_columns(value: dict[str, str | dict[str, str]]) -> dict[str, str | dict[str, str]]:
     """Refuse names under which nothing is read."""
     for key, column in value.items():
@@ -326,9 +338,10 @@ class RlSection(Section):
         "responses (Dong et al. 2023), num_train_epochs times, with num_ppo_epochs passes each. 'dpo' is TRL's "
         "DPOTrainer on the preferences (Rafailov et al. 2023): no rewards, no sampling; its beta is kl_coef.",
     )
-    rewards: list[Text] = Field(
+    rewards: list[Annotated[Text | dict[Text, Number], AfterValidator(one_weight)]] = Field(
         default_factory=lambda: ["reward"], min_length=1,
-        description="What gives rewards: 'reward' (the reward model), 'direct' (the judge), module:function.",
+        description="What gives rewards: 'reward' (the reward model), 'direct' (the judge), module:function; with "
+        "weights [{reward: 1.0}, {direct: 0.5}].",
     )  # fmt: skip
     transforms: list[Component] = Field(default_factory=list, description="Reward transforms, in order.")
     selectors: list[Component] = Field(default_factory=list, description="Data selectors, in order.")
@@ -337,6 +350,19 @@ class RlSection(Section):
         description="Prompts with completions of your own to rehearse: a file, a folder or a Hub id.",
     )
     config: dict[str, Any] = Field(default_factory=dict, description="Fields of PPOConfig.")
+
+    @property
+    def reward_names(self) -> list[str]:
+        """The rewards without their weights."""
+        return [reward_name(entry) for entry in self.rewards]
+
+    @property
+    def reward_weights(self) -> list[float] | None:
+        """Their weights, in the order of PPOConfig's: the reward model first. None where the recipe gives none."""
+        if all(isinstance(entry, str) for entry in self.rewards):
+            return None
+        entries = sorted(self.rewards, key=lambda entry: reward_name(entry) != "reward")
+        return [1.0 if isinstance(entry, str) else next(iter(entry.values())) for entry in entries]
 
 
 class FurtherJudgeSection(Section):

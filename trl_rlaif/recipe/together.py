@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trl_rlaif.recipe.sections import FORGET_SET, STAGES
+from trl_rlaif.recipe.sections import FORGET_SET, STAGES, reward_name
 from trl_rlaif.recipe.source import Source
 
 
@@ -55,7 +55,8 @@ def _check_rl(source: Source, present: set[Any]) -> None:
         source.report(("rl",), "'rl' has no prompts.", "Set data.prompts.")
     rewards = _value(source, "rl", "rewards")
     rewards = ["reward"] if rewards is None else rewards
-    if "reward" not in present and isinstance(rewards, list) and "reward" in rewards:
+    rewards = [reward_name(entry) for entry in rewards] if isinstance(rewards, list) else []
+    if "reward" not in present and "reward" in rewards:
         path = ("rl", "rewards", rewards.index("reward"))
         what = "'rl' is rewarded by the reward model, and the recipe has no 'reward'."
         source.report(path, what, "Add 'reward', or set rl.rewards to [direct] or to a function.")

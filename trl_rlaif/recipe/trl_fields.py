@@ -42,6 +42,7 @@ _SET_BY_US = {
     "model_init_kwargs": _MODEL,
     "sft_model_path": _MODEL,
     "reward_model_path": "the reward section trains the reward model",
+    "reward_weights": "rl.rewards takes them, as in [{reward: 1.0}, {direct: 0.5}]",
     **dict.fromkeys(
         ("world_size", "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size",
          "local_mini_batch_size", "mini_batch_size"), _COUNTED,

@@ -40,7 +40,7 @@ def run(context: Context) -> dict[str, Any]:
     recipe, started = context.recipe, time.monotonic()
     check_servers(context)
     shared = SharedBase(context.load_base(), context.folder / "policy", reference=context.start)
-    if recipe.reward and "reward" in recipe.rl.rewards:
+    if recipe.reward and "reward" in recipe.rl.reward_names:
         shared.add_reward(context.folder / "reward")
     shared.to(shared.model.device).eval()
     rows, found = {}, {}

@@ -48,7 +48,9 @@ def run(context: Context) -> dict[str, Any]:
         callback.close()
     rl.keep_selection(context, scorer)
     write_folder(context.folder / "policy", lambda folder: _save(context, scorer.shared, folder))
-    numbers = _numbers(trainer) | {"skipped": skipped, "unused": unused} | tracking.numbers(tracker)
+    numbers = (
+        _numbers(trainer) | rl.of_rewards(scorer) | {"skipped": skipped, "unused": unused} | tracking.numbers(tracker)
+    )
     return numbers | rl.gpu_memory(context.recipe) | {"seconds": time.monotonic() - started}
 
 

@@ -88,9 +88,9 @@ def ppo_trainer(context: Context, settings: PPOConfig, shared: SharedBase, datas
         settings,
         context.tokenizer,
         shared,
-        reward_model=context.folder / "reward" if "reward" in section.rewards else None,
+        reward_model=context.folder / "reward" if "reward" in section.reward_names else None,
         train_dataset=dataset,
-        reward_funcs=[_reward(context, name, shared) for name in section.rewards if name != "reward"],
+        reward_funcs=[_reward(context, name, shared) for name in section.reward_names if name != "reward"],
         reward_transforms=context.transforms("rl"),
         data_selectors=[context.create("data_selector", ref) for ref in section.selectors],
         rehearsal_dataset=_rehearsal(context),
@@ -114,7 +114,7 @@ def config(context: Context) -> PPOConfig:
     lean = {"gradient_checkpointing": on_gpu(), "num_sample_generations": 0}
     model = context.recipe.model
     lean |= {"reasoning": model.reasoning, "reasoning_tags": model.reasoning_tags}
-    return PPOConfig(**lean | arguments)
+    return PPOConfig(**lean | arguments, reward_weights=section.reward_weights)
 
 
 def saving(written: dict[str, Any]) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def gpu_memory(recipe: Recipe) -> dict[str, Any]:
 
 def _reward(context: Context, name: str, shared: SharedBase) -> Any:
     """A function's or the judge's reward; the judge is the base itself without an adapter, if it is the same."""
-    where = context.recipe.line(("rl", "rewards", context.recipe.rl.rewards.index(name)))
+    where = context.recipe.line(("rl", "rewards", context.recipe.rl.reward_names.index(name)))
     if name != "direct":
         place, _, attribute = name.rpartition(":")
         origin = Origin(f"reward function '{attribute}' of {place}", where)
@@ -238,6 +238,7 @@ def _numbers(trainer: Any, skipped: dict[str, int]) -> dict[str, Any]:
             "ended_last": logged[-1]["rollout/ended"],
         }
         numbers["spread_last"] = _last_spreads(logged[-10:])
+    numbers |= of_rewards(trainer)
     if logged and "rehearsal/nll" in logged[0]:
         seconds = {name: sum(entry[f"time/{name}"] for entry in logged) for name in ("rehearsal", "update")}
         numbers["rehearsal"] = {
@@ -247,6 +248,16 @@ def _numbers(trainer: Any, skipped: dict[str, int]) -> dict[str, Any]:
             "share_of_time": seconds["rehearsal"] / seconds["update"],
         }
     return numbers
+
+
+def of_rewards(scorer: PPOTrainer) -> dict[str, Any]:
+    """How many responses had no reward; and by reward its weight, its first and last mean, and its last spread."""
+    found: dict[str, dict[str, float]] = {}
+    for entry in scorer.state.log_history:
+        for name in (key.removeprefix("score/") for key in entry if key.startswith("score/")):
+            mean, std, weight = entry[f"score/{name}"], entry[f"rewards/{name}/std"], entry[f"rewards/{name}/weight"]
+            found.setdefault(name, {"weight": weight, "mean_first": mean}).update(mean_last=mean, std_last=std)
+    return {"unscored": scorer.unscored.total, "rewards": found}
 
 
 def _last_spreads(logged: list[dict[str, float]]) -> dict[str, float]:
