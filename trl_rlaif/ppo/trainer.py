@@ -468,8 +468,9 @@ class PPOTrainer(BasePPOTrainer):
             raise UserError("The checkpoint was written with other reward transforms.")
         for transform, its_state in zip(self.reward_transforms, state["transforms"], strict=True):
             transform.load_state_dict(its_state)
-        self.reward_sum.load_state_dict(state["rewards"])
-        self.unscored.load_state_dict(state["unscored"])
+        if "rewards" in state:  # checkpoints of earlier versions have neither
+            self.reward_sum.load_state_dict(state["rewards"])
+            self.unscored.load_state_dict(state["unscored"])
 
     def _select(self) -> None:
         """Let the selectors choose, at the start and every ``selection_every`` updates."""
