@@ -174,6 +174,16 @@ def test_trls_trainers_are_the_same_run_or_refused(tmp_path, kind):
         assert trainer.state.global_step == 4
 
 
+def test_a_reward_checkpoint_is_compared_wherever_it_was_put(tmp_path):
+    _trls("reward", tmp_path / "a", max_steps=2).train()
+    moved = shutil.move(tmp_path / "a" / "checkpoint-2", tmp_path / "moved")
+    with pytest.raises(UserError, match="of the training data is not what it was"):
+        _trls("reward", tmp_path / "b", first="fine").train(resume_from_checkpoint=str(moved))
+    trainer = _trls("reward", tmp_path / "b")
+    trainer.train(resume_from_checkpoint=str(moved))
+    assert trainer.state.global_step == 4
+
+
 RL = {"rewards": ["helpers.rewards:even_share"], "save_steps": 2, "save_total_limit": 9}
 
 

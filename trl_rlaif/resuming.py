@@ -171,7 +171,7 @@ class SameRun(TrainerCallback):
     def __init__(self, trainer: Any, dataset: Callable[[], Any] | None = None, **more: Any) -> None:
         self._trainer, self._dataset, self._more = trainer, dataset or (lambda: trainer.train_dataset), more
         self._identity: dict[str, Any] = {}
-        self._compared: Path | None = None
+        self._compared = False
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -182,23 +182,23 @@ class SameRun(TrainerCallback):
         return self._identity
 
     def compare(self, folder: Path) -> None:
-        """Compare with a checkpoint, once.
+        """Compare with a checkpoint; the next run of the trainer then does not.
 
         Raises:
             UserError: As ``check``.
         """
-        if folder != self._compared:
-            check(folder, self.identity)
-            self._compared = folder
+        check(folder, self.identity)
+        self._compared = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Compare with the checkpoint that was loaded.
+        """Compare with the checkpoint that was loaded, which is taken to be this trainer's own.
 
         Raises:
             UserError: As ``check``.
         """
-        if state.global_step:
-            self.compare(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        if state.global_step and not self._compared:
+            check(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.identity)
+        self._compared = False
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the identity."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,7 +80,8 @@ class RewardTrainer(TrlRewardTrainer):
         if kwargs.get("peft_config") is not None:
             kwargs["peft_config"] = fitted(kwargs["peft_config"], model)
         super().__init__(*args, **kwargs)
-        self.add_callback(SameRun(self, reward_transforms=[type(t).__name__ for t in self.reward_transforms]))
+        self._same_run = SameRun(self, reward_transforms=[type(t).__name__ for t in self.reward_transforms])
+        self.add_callback(self._same_run)
         own_collator = kwargs.get("data_collator") is None and (len(args) < 3 or args[2] is None)
         if score_at_end and own_collator and self.processing_class.eos_token_id is not None:
             # Also of the model: whoever loads it with a plain transformers class finds a row's end by it.
@@ -139,7 +141,14 @@ class RewardTrainer(TrlRewardTrainer):
                 self._signature_columns.append(column)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in the parent. Under bfloat16 autocast, a PeftModel's frozen linear layers are held in it meanwhile."""
+        """As in the parent. Under bfloat16 autocast, a PeftModel's frozen linear layers are held in it meanwhile.
+
+        Raises:
+            UserError: ``resume_from_checkpoint`` is of a run with other settings or data.
+        """
+        checkpoint = kwargs.get("resume_from_checkpoint", args[0] if args else None)
+        if isinstance(checkpoint, str | Path):
+            self._same_run.compare(Path(checkpoint))
         # The base is not part of what checkpoints of an adapter hold; what shards parameters wants one precision.
         alone = self.accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU)
         if isinstance(self.model, PeftModel) and self.accelerator.mixed_precision == "bf16" and alone:
