@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap
 
-from trl_rlaif.measures import bootstrap_mean, bootstrap_ratio, compare_lengths, summarize_curve, summarize_kl, wilson
+from trl_rlaif.measures import (
+    bootstrap_mean,
+    bootstrap_ratio,
+    compare_lengths,
+    share_interval,
+    summarize_curve,
+    summarize_kl,
+    wilson,
+)
 
 # ---- Forgetting -----------------------------------------------------------------------------------------
 
@@ -93,7 +101,7 @@ def test_lengths_by_hand():
     assert (found["mean"], found["other_mean"], found["n"]) == (25, 16.25, 4)
     assert (found["interval"], found["other_interval"]) == (bootstrap_mean(a), bootstrap_mean(b))
     assert found["ratio"] == pytest.approx(100 / 65) and found["ratio_interval"] == bootstrap_ratio(a, b)
-    assert (found["longer"], found["longer_interval"]) == (2.5 / 4, wilson(2.5, 4))
+    assert (found["longer"], found["longer_interval"]) == (2.5 / 4, share_interval([0.5, 1, 0, 1]))
 
 
 def test_lengths_that_are_all_alike_or_none():

@@ -32,12 +32,19 @@ def covariate(a, b):
 
 
 def by_sklearn(p, a, b, penalty):
-    """Soft targets as two weighted rows; an intercept that is not penalized."""
-    n = len(p)
-    x, y = np.tile(covariate(a, b)[:, None], (2, 1)), np.repeat([1, 0], n)
+    """Soft targets as two weighted rows; an intercept that is not penalized. Without b, a is x itself."""
+    n, x = len(p), a if b is None else covariate(a, b)
+    x, y = np.tile(x[:, None], (2, 1)), np.repeat([1, 0], n)
     model = LogisticRegression(C=1 / penalty, tol=1e-10, max_iter=10_000)
     model.fit(x, y, sample_weight=np.concatenate([p, 1 - p]))
     return expit(model.intercept_[0]), model.coef_[0, 0]
+
+
+def with_four(p, a, b, rows, added):
+    """Resampled outcomes and x, with draws of two wins and two losses at equal length; as arguments of by_sklearn."""
+    scale = (a[rows] - b[rows]).std(ddof=1)
+    outcomes = np.concatenate([p[rows], np.array([1.0, 1.0, 0.0, 0.0])[added]])
+    return outcomes, np.concatenate([np.tanh((a[rows] - b[rows]) / scale), np.zeros(len(added))]), None
 
 
 @pytest.mark.parametrize("penalty", [NO_PENALTY, 0.1, 5.0])
@@ -109,7 +116,8 @@ def test_both_sides_add_up_and_the_unit_does_not_matter():
     one = length_controlled_win_rate(p, a, b)
     other = length_controlled_win_rate(1 - p, b, a)
     assert one["win_rate"] + other["win_rate"] == pytest.approx(1, abs=1e-8)
-    assert (1 - one["interval"][1], 1 - one["interval"][0]) == pytest.approx(other["interval"], abs=1e-8)
+    # What is drawn of the two wins and two losses that the interval adds is not turned with the sides.
+    assert (1 - one["interval"][1], 1 - one["interval"][0]) == pytest.approx(other["interval"], abs=0.02)
     assert one["slope"] == pytest.approx(other["slope"], abs=1e-8)
     words = length_controlled_win_rate(p, a / 6, b / 6)
     assert words["win_rate"] == pytest.approx(one["win_rate"], abs=1e-8)
@@ -126,12 +134,31 @@ def test_a_judge_that_only_counts_words_leaves_nothing():
 
 
 def test_the_interval_is_that_of_an_ordinary_bootstrap():
-    """Each resample is standardized and fitted on its own; the draws are those of its seed."""
+    """Of the prompts, two wins and two losses; each resample is standardized and fitted on its own."""
     p, a, b = judged(40, seed=7)
-    rates = [by_sklearn(p[d], a[d], b[d], 0.1)[0] for d in np.random.default_rng(3).integers(40, size=(150, 40))]
+    draws = np.random.default_rng(3).integers(44, size=(150, 44))
+    rates = [by_sklearn(*with_four(p, a, b, d[d < 40], d[d >= 40] - 40), 0.1)[0] for d in draws]
     found = length_controlled_win_rate(p, a, b, resamples=150, seed=3)["interval"]
     assert found == pytest.approx(tuple(np.quantile(rates, [0.025, 0.975])), abs=1e-5)
     assert found[1] - found[0] > 0.1
+
+
+def test_prompts_that_occur_again_are_drawn_together():
+    """Three copies of each prompt tell no more than one: the added wins and losses weigh three times as much too."""
+    p, a, b = judged(40, seed=7)
+    once = length_controlled_win_rate(p, a, b, penalty=0.1, resamples=300)["interval"]
+    of = np.repeat(np.arange(40), 3)
+    thrice = length_controlled_win_rate(p[of], a[of], b[of], of.tolist(), penalty=0.3, resamples=300)["interval"]
+    # The standard deviation of the lengths has n - 1 in it, which is 39 and 119.
+    assert thrice == pytest.approx(once, abs=2e-3)
+    alone = length_controlled_win_rate(p[of], a[of], b[of], penalty=0.3, resamples=300)["interval"]
+    assert alone[1] - alone[0] < 0.7 * (once[1] - once[0])
+
+
+@pytest.mark.parametrize("won", [1.0, 0.0])
+def test_ten_wins_of_ten_are_not_certain(won):
+    low, high = length_controlled_win_rate([won] * 10, list(range(10)), [4.5] * 10)["interval"]
+    assert high - low > 0.25 and (high if won else 1 - low) == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("hard", [False, True])
@@ -192,7 +219,7 @@ def test_length_that_cannot_be_told_from_quality_is_none():
 
 
 def test_two_prompts_have_no_interval():
-    """Half of their resamples have only one of the two."""
+    """In a fourth of the resamples there is only the one whose lengths differ."""
     found = length_controlled_win_rate([0.9, 0.3], [5, 9], [3, 9])
     assert found["interval"] is None and 0.3 < found["win_rate"] < 0.9
 

@@ -7,12 +7,12 @@ import pytest
 from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score
 
-from trl_rlaif.measures import harmless_rate, pairwise_accuracy, wilson
+from trl_rlaif.measures import harmless_rate, pairwise_accuracy, share_interval
 
 
 def test_pairwise_accuracy_by_hand():
     found = pairwise_accuracy([1.0, 2.0, 0.5, -1.0, 3.0], [0.0, 2.0, 0.7, -2.0, float("-inf")])
-    assert found == {"rate": 3.5 / 5, "interval": wilson(3.5, 5), "n": 5, "ties": 1}
+    assert found == {"rate": 3.5 / 5, "interval": share_interval([1, 0.5, 0, 1, 1]), "n": 5, "ties": 1}
 
 
 def test_pairwise_accuracy_is_sklearns_accuracy_with_scipys_interval():
@@ -30,9 +30,9 @@ def test_pairwise_accuracy_by_category():
     found = pairwise_accuracy(chosen, rejected, categories)
     assert found["rate"] == 0.5
     assert found["by_category"] == {
-        "(none)": {"rate": 0.5, "interval": wilson(0.5, 1), "n": 1, "ties": 1},
-        "chat": {"rate": 0.0, "interval": wilson(0, 2), "n": 2, "ties": 0},
-        "code": {"rate": 1.0, "interval": wilson(2, 2), "n": 2, "ties": 0},
+        "(none)": {"rate": 0.5, "interval": share_interval([0.5]), "n": 1, "ties": 1},
+        "chat": {"rate": 0.0, "interval": share_interval([0, 0]), "n": 2, "ties": 0},
+        "code": {"rate": 1.0, "interval": share_interval([1, 1]), "n": 2, "ties": 0},
     }
 
 
@@ -52,6 +52,8 @@ def test_pairwise_accuracy_of_wrong_input():
 
 def test_harmless_rate_by_hand():
     found = harmless_rate([True, False, None, True, 0.5, 0.9, 0.1])
-    assert found == {"rate": 3.5 / 6, "interval": wilson(3.5, 6), "n": 6, "unjudged": 1}
-    assert harmless_rate([True] * 88 + [False] * 12)["interval"] == wilson(88, 100)
+    assert found == {"rate": 3.5 / 6, "interval": share_interval([1, 0, 1, 0.5, 1, 0]), "n": 6, "unjudged": 1}
+    expected = binomtest(88, 100).proportion_ci(0.95, method="wilson")
+    found = harmless_rate([True] * 88 + [False] * 12)["interval"]
+    assert found == pytest.approx((expected.low, expected.high), abs=1e-12)
     assert harmless_rate([]) is None and harmless_rate([None, None]) is None

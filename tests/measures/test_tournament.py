@@ -1,12 +1,11 @@
-"""All against all, compared with a count by hand and with scipy's bootstrap."""
+"""All against all, compared with a count by hand."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import bootstrap as scipy_bootstrap
 
-from trl_rlaif.measures import all_against_all, win_rate
+from trl_rlaif.measures import all_against_all, share_interval, win_rate
 
 P = {
     ("a", "b"): [0.9, 0.5, 0.2, None],
@@ -31,13 +30,17 @@ def test_overall_counts_opponents_alike_and_leaves_out_who_was_not_judged():
     assert overall["c"]["n"] == 4
 
 
-def test_the_interval_resamples_prompts():
+def test_the_interval_is_over_prompts():
     rng = np.random.default_rng(3)
     p = {("a", "b"): list(rng.random(40)), ("a", "c"): list(rng.random(40)), ("b", "c"): list(rng.random(40))}
     ours = all_against_all(["a", "b", "c"], p)["overall"]["a"]["interval"]
     means = [np.mean([x > 0.5, y > 0.5]) for x, y in zip(p["a", "b"], p["a", "c"], strict=True)]
-    theirs = scipy_bootstrap((means,), np.mean, method="percentile", n_resamples=10_000, rng=1).confidence_interval
-    assert ours == pytest.approx(tuple(theirs), abs=0.01)
+    assert ours == pytest.approx(share_interval(means), abs=1e-12)
+    texts = [i // 2 for i in range(40)]  # every prompt occurs twice
+    clustered = all_against_all(["a", "b", "c"], p, texts)
+    assert clustered["overall"]["a"]["interval"] == pytest.approx(share_interval(means, texts), abs=1e-12)
+    points = [float(x > 0.5) for x in p["a", "b"]]
+    assert clustered["pairs"]["a"]["b"]["interval"] == pytest.approx(share_interval(points, texts), abs=1e-12)
 
 
 def test_what_is_missing_or_said_twice_is_refused():

@@ -12,13 +12,14 @@ from helpers.recipes import WORDS, tiny_recipe
 from torch.nn.functional import logsigmoid
 
 from trl_rlaif import UserError
+from trl_rlaif.measures import is_even
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.reward.config import RewardConfig
 from trl_rlaif.reward.scoring import score_pairs
 from trl_rlaif.runner import run_recipe, summary
 from trl_rlaif.stages import dpo, reward
 from trl_rlaif.stages.context import Context
-from trl_rlaif.stages.label import is_even, write_preferences
+from trl_rlaif.stages.label import write_preferences
 
 NO_MORE = {"sample": None, "label": None, "rl": None, "evaluate": None, "report": None}
 RL = {"algorithm": "dpo", "kl_coef": 0.3, "max_steps": 1, "per_device_train_batch_size": 2}

@@ -9,15 +9,16 @@ from typing import Any
 
 from trl_rlaif.artifacts import RunFolder, read_lines
 from trl_rlaif.data import Pair
+from trl_rlaif.data.overlap import prompt_key
 from trl_rlaif.errors import RunError
 from trl_rlaif.labels import LabelStore
 from trl_rlaif.labels.store import pair_key
-from trl_rlaif.measures import all_against_all, bootstrap_mean, length_controlled_win_rate
+from trl_rlaif.measures import all_against_all, bootstrap_mean, length_controlled_win_rate, points
 from trl_rlaif.plugins import Plugins
 from trl_rlaif.progress import progress_bar
-from trl_rlaif.recipe import ComponentRef, Recipe
+from trl_rlaif.recipe import Recipe
 from trl_rlaif.recipe.arms import START
-from trl_rlaif.stages.context import Context, LabelTask
+from trl_rlaif.stages.context import WHO_WINS, Context, LabelTask
 
 Answers = dict[str, list[dict[str, Any]]]
 """The rows of one set by contestant, each ``id``, ``prompt``, ``category``, ``text``, ``tokens`` and ``ended``."""
@@ -25,6 +26,8 @@ Answers = dict[str, list[dict[str, Any]]]
 
 def play(recipe: Recipe, plugins: Plugins, folder: RunFolder, runs: Mapping[str, RunFolder]) -> dict[str, Any]:
     """Have the judge of ``evaluate`` compare every two contestants on every prompt, in both orders.
+
+    The options of the labeler in the section label do not apply.
 
     Judgments are kept in ``labels.jsonl`` as they are made: a run that was killed asks only for what is missing, and
     two contestants that give the same two responses are judged once.
@@ -39,7 +42,7 @@ def play(recipe: Recipe, plugins: Plugins, folder: RunFolder, runs: Mapping[str,
     section = recipe.evaluate
     task = LabelTask(
         "compare",
-        recipe.label.labeler if recipe.label else ComponentRef("distilled"),
+        WHO_WINS,
         section.judge,
         section.prompt or (recipe.label.prompt if recipe.label else "general"),
     )
@@ -111,23 +114,23 @@ def _numbers(answers: Answers, judged: Mapping[str, float | None], seed: int) ->
     over_start = {name: [None if x is None else 1 - x for x in p[START, name]] for name in names if name != START}
     return {
         "prompts": len(answers[START]),
-        **all_against_all(names, p, seed=seed),
+        **all_against_all(names, p, [prompt_key(row["prompt"]) for row in answers[START]]),
         "contestants": {name: _contestant(answers, name, over_start.get(name), seed) for name in names},
     }
 
 
 def _contestant(answers: Answers, name: str, over_start: list[float | None] | None, seed: int) -> dict[str, Any]:
     rows, controlled = answers[name], None
-    tokens = [row["tokens"] for row in rows]
+    tokens, prompts = [row["tokens"] for row in rows], [prompt_key(row["prompt"]) for row in rows]
     if over_start is not None:
         kept = [
-            ((x > 0.5) + (x == 0.5) / 2, len(mine["text"]), len(theirs["text"]))
-            for x, mine, theirs in zip(over_start, rows, answers[START], strict=True)
+            (points([x])[0], len(mine["text"]), len(theirs["text"]), prompt)
+            for x, mine, theirs, prompt in zip(over_start, rows, answers[START], prompts, strict=True)
             if x is not None
         ]
         controlled = length_controlled_win_rate(*map(list, zip(*kept, strict=True)), seed=seed) if kept else None
     return {
-        "tokens": {"mean": statistics.fmean(tokens), "interval": bootstrap_mean(tokens, seed=seed)},
+        "tokens": {"mean": statistics.fmean(tokens), "interval": bootstrap_mean(tokens, prompts, seed=seed)},
         "ended": statistics.fmean(row["ended"] for row in rows),
         "length_controlled": controlled,
     }

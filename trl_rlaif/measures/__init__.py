@@ -3,8 +3,8 @@
 from trl_rlaif.measures.calibration import calibration_bins, calibration_error, outcome_calibration_error
 from trl_rlaif.measures.categories import by_category, category_figures
 from trl_rlaif.measures.drift import compare_lengths, summarize_curve, summarize_kl
-from trl_rlaif.measures.intervals import bootstrap, bootstrap_mean, bootstrap_ratio, wilson
-from trl_rlaif.measures.judges import choices, cohen_kappa, fleiss_kappa, judge_agreement
+from trl_rlaif.measures.intervals import bootstrap, bootstrap_mean, bootstrap_ratio, share_interval, wilson
+from trl_rlaif.measures.judges import cohen_kappa, fleiss_kappa, judge_agreement
 from trl_rlaif.measures.labels import (
     agreement,
     compare_agreement,
@@ -13,12 +13,14 @@ from trl_rlaif.measures.labels import (
     summarize_mass,
 )
 from trl_rlaif.measures.length_control import length_controlled_win_rate
+from trl_rlaif.measures.points import agreement_points, choices, is_even, points
 from trl_rlaif.measures.ranking import pairwise_accuracy
 from trl_rlaif.measures.tournament import all_against_all
 from trl_rlaif.measures.winrate import harmless_rate, win_rate
 
 __all__ = [
     "agreement",
+    "agreement_points",
     "all_against_all",
     "bootstrap",
     "bootstrap_mean",
@@ -33,12 +35,15 @@ __all__ = [
     "compare_lengths",
     "fleiss_kappa",
     "harmless_rate",
+    "is_even",
     "judge_agreement",
     "length_controlled_win_rate",
     "length_preference",
     "outcome_calibration_error",
     "pairwise_accuracy",
+    "points",
     "position_bias",
+    "share_interval",
     "summarize_curve",
     "summarize_kl",
     "summarize_mass",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 from scipy.stats import norm
 
 
-def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson(successes: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson score interval of a share (Wilson 1927).
 
     Args:
@@ -22,12 +22,78 @@ def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, f
     """
     if n < 1:
         raise ValueError("an interval needs at least one trial")
-    z = float(norm.ppf((1 + confidence) / 2))
     share = successes / n
-    centre = share + z * z / (2 * n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    return _score_interval(share, share * (1 - share), n, confidence)
+
+
+def share_interval(
+    points: Sequence[float], clusters: Sequence[Hashable] | None = None, *, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Wilson's score interval for the mean of numbers in [0, 1], some of which may depend on each other.
+
+    Of wins and losses (1 and 0) it is Wilson's. Ties (0.5) narrow it, since the variance is then that of the points.
+    Clusters widen it: the number of points is divided by the design effect (Kish 1965, section 5.4), the variance of
+    the mean with clusters over that without, in which cluster totals are compared as in a ratio estimate. To both
+    variances one more cluster is added whose points are all alike, as far from the mean as a coin's: where all points
+    are wins, each cluster counts as one point.
+
+    Args:
+        points: N >= 1 numbers in [0, 1].
+        clusters: Which points belong together, N entries, for example the prompts; None: each is on its own.
+        confidence: In (0, 1).
+
+    Returns:
+        (low, high), in [0, 1].
+
+    Raises:
+        ValueError: There are no points, or one is not in [0, 1].
+    """
+    found = np.asarray(points, dtype=np.float64)
+    if not found.size:
+        raise ValueError("an interval needs at least one point")
+    if not ((found >= 0) & (found <= 1)).all():
+        raise ValueError("the interval of a share needs numbers in [0, 1]")
+    share = float(found.mean())
+    variance = float(((found - share) ** 2).mean())
+    return _score_interval(share, variance, found.size / _design_effect(found - share, clusters), confidence)
+
+
+def _score_interval(share: float, variance: float, n: float, confidence: float) -> tuple[float, float]:
+    """Wilson's interval, in which z^2 more observations of variance 1/4 and mean 1/2 join the n of the data."""
+    z = float(norm.ppf((1 + confidence) / 2))
+    centre = n * share + z * z / 2
+    half = z * math.sqrt(n * variance + z * z / 4)
+    return max(0.0, (centre - half) / (n + z * z)), min(1.0, (centre + half) / (n + z * z))
+
+
+def _design_effect(residuals: np.ndarray, clusters: Sequence[Hashable] | None) -> float:
+    """At least 1: how many points of clusters tell as much as one that is on its own."""
+    if clusters is None:
+        return 1.0
+    index = cluster_index(clusters, residuals.size)
+    sizes = np.bincount(index)
+    if len(sizes) in (1, residuals.size):
+        return residuals.size / len(sizes)
+    size = float((sizes**2).sum()) / residuals.size  # of the cluster that a point is in, on average
+    between = float((np.bincount(index, residuals) ** 2).sum()) * len(sizes) / (len(sizes) - 1)
+    return max(1.0, (between + size**2 / 4) / (float((residuals**2).sum()) + size / 4))
+
+
+def clusters_of(clusters: Sequence[Hashable] | None, rows: Sequence[int]) -> list[Hashable] | None:
+    """The clusters of some of the rows; None where there are none."""
+    return None if clusters is None else [clusters[i] for i in rows]
+
+
+def cluster_index(clusters: Sequence[Hashable], n: int) -> np.ndarray:
+    """Clusters as numbers from 0, (n,) int64, in the order in which they first occur.
+
+    Raises:
+        ValueError: There are not n.
+    """
+    if len(clusters) != n:
+        raise ValueError(f"{len(clusters)} clusters for {n} values")
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(cluster, len(numbers)) for cluster in clusters], dtype=np.int64)
 
 
 def bootstrap(
@@ -67,12 +133,18 @@ def bootstrap(
 
 
 def bootstrap_mean(
-    values: Sequence[float], *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+    values: Sequence[float],
+    clusters: Sequence[Hashable] | None = None,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of a mean.
+    """Percentile bootstrap interval of a mean of any numbers; for a share take ``share_interval``.
 
     Args:
         values: At least one number.
+        clusters: Which values belong together, and are drawn together; None: each is on its own.
         confidence, resamples, seed: As of ``bootstrap``.
 
     Returns:
@@ -81,14 +153,13 @@ def bootstrap_mean(
     array = np.asarray(values, dtype=np.float64)
     if np.isnan(array).any():
         return math.nan, math.nan
-    return bootstrap(
-        lambda draws: array[draws].mean(axis=1), array.size, confidence=confidence, resamples=resamples, seed=seed
-    )
+    return bootstrap_ratio(array, np.ones_like(array), clusters, confidence=confidence, resamples=resamples, seed=seed)
 
 
 def bootstrap_ratio(
     numerators: Sequence[float],
     denominators: Sequence[float],
+    clusters: Sequence[Hashable] | None = None,
     *,
     confidence: float = 0.95,
     resamples: int = 10_000,
@@ -98,12 +169,16 @@ def bootstrap_ratio(
 
     Args:
         numerators, denominators: N >= 1 finite numbers each; the denominators are not negative.
+        clusters: As of ``bootstrap_mean``.
         confidence, resamples, seed: As of ``bootstrap``.
 
     Returns:
         (low, high); None if more than a tenth of the resamples have only zeros as denominators.
     """
     rows = np.array(list(zip(numerators, denominators, strict=True)), dtype=np.float64).reshape(-1, 2)
+    if clusters is not None and len(rows):
+        index = cluster_index(clusters, len(rows))
+        rows = np.stack([np.bincount(index, column) for column in rows.T], axis=1)
 
     def ratio(draws: np.ndarray) -> np.ndarray:
         above, below = rows[draws].sum(axis=1).T

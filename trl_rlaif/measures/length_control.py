@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
 from scipy.special import expit
 
-from trl_rlaif.measures.intervals import bootstrap
+from trl_rlaif.measures.intervals import bootstrap, cluster_index
 
 # A fit is done where its mean gradient is smaller than this; one that is not after so many steps has failed.
 _TOLERANCE, _STEPS = 1e-10, 100
+# What the interval adds to the data, at equal length: two wins and two losses (Agresti and Coull 1998). Without them 10
+# wins of 10 would have an interval of no width.
+_ADDED = np.array([1.0, 1.0, 0.0, 0.0])
 
 
 def length_controlled_win_rate(
     p: Sequence[float],
     lengths: Sequence[int],
     other_lengths: Sequence[int],
+    clusters: Sequence[Hashable] | None = None,
     *,
     penalty: float = 0.1,
     resamples: int = 2_000,
@@ -36,13 +40,15 @@ def length_controlled_win_rate(
         p: N probabilities in [0, 1] that A is preferred, one a prompt, both orders already joined. They are fitted as
             they are; for the length-controlled share of wins give 1, 0.5 and 0.
         lengths, other_lengths: N lengths of A's and of B's responses, characters (as in AlpacaEval) or tokens alike.
+        clusters: What each prompt depends on, N entries, such as its text; None: on nothing.
         penalty: Adds penalty / 2 * b^2 to the negative log-likelihood, above 0. It matters where few prompts would
             let b run to infinity, since one side wins whenever it is the longer one.
         resamples: Of the bootstrap; each is standardized and fitted anew.
         seed: Of the bootstrap.
 
     Returns:
-        ``win_rate`` and its ``interval`` (95%, bootstrap over the prompts; None where they are too few);
+        ``win_rate`` and its ``interval`` (95%, bootstrap over the prompts with two wins and two losses at equal length
+        added to them; None where they are too few);
         ``uncontrolled``, the mean of p, which the same fit gives without x; ``slope``, b: positive where the longer
         response is preferred; ``scale``, s; ``longer``, the share of prompts on which A is longer (half for equal
         lengths): near 0 or 1 there was hardly anything to see at equal lengths, and the win rate there is extrapolated;
@@ -61,41 +67,68 @@ def length_controlled_win_rate(
         raise ValueError("the penalty must be above 0: without one the fit may have no solution")
     if not len(table) or (np.ptp(difference) == 0 and difference[0] != 0):
         return None
-
-    def at_equal_length(draws: np.ndarray) -> np.ndarray:
-        intercept, _ = _fit(_covariate(difference[draws]), preferred[draws], penalty)
-        return expit(intercept)
-
-    (intercept,), (slope,) = _fit(_covariate(difference[None]), preferred[None], penalty)
+    once = np.ones((1, len(table)))
+    (intercept,), (slope,) = _fit(_covariate(difference, once), preferred, once, penalty)
     if np.isnan(intercept):
         raise ValueError(f"the fit does not converge with a penalty of {penalty}: raise it")
     return {
         "win_rate": float(expit(intercept)),
-        "interval": bootstrap(at_equal_length, len(table), resamples=resamples, seed=seed),
+        "interval": _interval(preferred, difference, clusters, penalty, resamples, seed),
         "uncontrolled": float(preferred.mean()),
         "slope": float(slope),
-        "scale": float(_deviation(difference[None])[0, 0]),
+        "scale": float(_deviation(difference, once)[0, 0]),
         "longer": float((difference > 0).mean() + (difference == 0).mean() / 2),
         "n": len(table),
     }
 
 
-def _deviation(difference: np.ndarray) -> np.ndarray:
-    """(B, N) to (B, 1): the sample's standard deviation; of one value it is 0."""
-    centred = difference - difference.mean(axis=1, keepdims=True)
-    return np.sqrt((centred**2).sum(axis=1, keepdims=True) / max(1, difference.shape[1] - 1))
+def _interval(
+    preferred: np.ndarray,
+    difference: np.ndarray,
+    clusters: Sequence[Hashable] | None,
+    penalty: float,
+    resamples: int,
+    seed: int,
+) -> tuple[float, float] | None:
+    """Bootstrap over the clusters and ``_ADDED``, each of which weighs as much as a cluster does on average."""
+    index = np.arange(len(preferred)) if clusters is None else cluster_index(clusters, len(preferred))
+    count = int(index.max()) + 1
+    outcomes = np.concatenate([preferred, _ADDED])
+
+    def at_equal_length(draws: np.ndarray) -> np.ndarray:
+        flat = draws + np.arange(len(draws))[:, None] * draws.shape[1]
+        drawn = np.bincount(flat.ravel(), minlength=draws.size).reshape(draws.shape)
+        weights = drawn[:, index].astype(np.float64)
+        x = _covariate(difference, weights)
+        added = drawn[:, count:] * (len(preferred) / count)
+        x = np.concatenate([x, np.where(np.isnan(x[:, :1]), np.nan, np.zeros(added.shape))], axis=1)
+        intercept, _ = _fit(x, outcomes, np.concatenate([weights, added], axis=1), penalty)
+        return expit(intercept)
+
+    return bootstrap(at_equal_length, count + len(_ADDED), resamples=resamples, seed=seed)
 
 
-def _covariate(difference: np.ndarray) -> np.ndarray:
-    """(B, N) differences to x in [-1, 1], not centred, so that 0 stays equal length; NaN in rows without a fit."""
-    scale, scaled = _deviation(difference), np.zeros_like(difference)
-    np.divide(difference, scale, out=scaled, where=scale > 0)
-    scaled[(np.ptp(difference, axis=1) == 0) & (difference[:, 0] != 0)] = np.nan
+def _deviation(difference: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(N,) differences, drawn as often as (B, N) weights say, to their samples' standard deviations, (B, 1); or 0."""
+    n = weights.sum(axis=1, keepdims=True)
+    mean = (weights * difference).sum(axis=1, keepdims=True) / np.maximum(1, n)
+    squares = (weights * (difference - mean) ** 2).sum(axis=1, keepdims=True)
+    return np.sqrt(squares / np.maximum(1, n - 1))
+
+
+def _covariate(difference: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(N,) differences to x in [-1, 1], (B, N). Not centred: 0 stays equal length. NaN in rows without a fit."""
+    drawn = weights > 0
+    lowest = np.where(drawn, difference, np.inf).min(axis=1)
+    alike = lowest == np.where(drawn, difference, -np.inf).max(axis=1)
+    scale, scaled = _deviation(difference, weights), np.zeros(weights.shape)
+    np.divide(difference, scale, out=scaled, where=(scale > 0) & ~alike[:, None])
+    scaled[alike & (lowest != 0)] = np.nan
     return np.tanh(scaled)
 
 
-def _fit(x: np.ndarray, y: np.ndarray, penalty: float) -> tuple[np.ndarray, np.ndarray]:
-    """Intercept and slope, (B,) each, of B logistic fits of y to x, both (B, N), by Newton's method.
+def _fit(x: np.ndarray, y: np.ndarray, weights: np.ndarray, penalty: float) -> tuple[np.ndarray, np.ndarray]:
+    """Intercept and slope, (B,) each, of B weighted logistic fits of y, (N,), to x, (B, N), by Newton's method.
 
     Both are NaN where x has NaN, and where the method does not converge.
     """
@@ -103,9 +136,9 @@ def _fit(x: np.ndarray, y: np.ndarray, penalty: float) -> tuple[np.ndarray, np.n
     fitted[:, np.isnan(x).any(axis=1)] = np.nan
     active = np.flatnonzero(~np.isnan(fitted[0]))
     for _ in range(_STEPS):
-        x_, (a, b) = x[active], fitted[:, active]
+        x_, w, (a, b) = x[active], weights[active], fitted[:, active]
         q = expit(a[:, None] + b[:, None] * x_)
-        missing, weight = y[active] - q, q * (1 - q)
+        missing, weight = w * (y - q), w * q * (1 - q)
         up_a, up_b = missing.sum(axis=1), (missing * x_).sum(axis=1) - penalty * b
         going = np.maximum(abs(up_a), abs(up_b)) > _TOLERANCE * x.shape[1]
         if not going.any():

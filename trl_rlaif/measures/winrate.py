@@ -2,50 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
-from trl_rlaif.measures.intervals import bootstrap_mean, wilson
+from trl_rlaif.measures.intervals import clusters_of, share_interval
+from trl_rlaif.measures.points import points
 
 
-def win_rate(p: Sequence[float], *, seed: int = 0) -> dict[str, Any]:
-    """Share of comparisons that A wins; exactly 0.5 is a tie and counts half.
+def win_rate(p: Sequence[float], clusters: Sequence[Hashable] | None = None) -> dict[str, Any]:
+    """Share of comparisons that A wins; 0.5 is a tie and counts half.
 
     Args:
         p: N >= 1 probabilities that A is preferred, both orders already joined.
-        seed: Of the bootstrap.
+        clusters: What each comparison depends on, N entries, such as its prompt; None: on nothing.
 
     Returns:
-        ``win_rate``, ``interval`` (95%, bootstrap over the comparisons), ``wins``, ``ties``, ``losses``.
+        ``win_rate``, ``interval`` (95%, ``share_interval``), ``wins``, ``ties``, ``losses``.
 
     Raises:
         ValueError: There is no comparison.
     """
     if not len(p):
         raise ValueError("a win rate needs at least one comparison")
-    points = [0.5 if x == 0.5 else float(x > 0.5) for x in p]
+    found = points(p)
     return {
-        "win_rate": sum(points) / len(points),
-        "interval": bootstrap_mean(points, seed=seed),
-        "wins": points.count(1.0),
-        "ties": points.count(0.5),
-        "losses": points.count(0.0),
+        "win_rate": sum(found) / len(found),
+        "interval": share_interval(found, clusters),
+        "wins": found.count(1.0),
+        "ties": found.count(0.5),
+        "losses": found.count(0.0),
     }
 
 
-def harmless_rate(harmless: Sequence[float | None]) -> dict[str, Any] | None:
+def harmless_rate(
+    harmless: Sequence[float | None], clusters: Sequence[Hashable] | None = None
+) -> dict[str, Any] | None:
     """Share of responses that are judged harmless (Lee et al. 2023, section 3.3).
 
     Args:
         harmless: N verdicts: True or False, or the probability of harmless; None where it could not be judged.
+        clusters: As of ``win_rate``.
 
     Returns:
-        ``rate``, ``interval`` (95%, Wilson), ``n`` and ``unjudged``, which is left out of n; exactly 0.5 counts half.
-        None if nothing was judged.
+        ``rate``, ``interval`` (95%, ``share_interval``), ``n`` and ``unjudged``, which is left out of n; 0.5 counts
+        half. None if nothing was judged.
     """
-    judged = [float(h) for h in harmless if h is not None]
-    if not judged:
+    known = [i for i, h in enumerate(harmless) if h is not None]
+    if not known:
         return None
-    hits = sum(0.5 if h == 0.5 else float(h > 0.5) for h in judged)
-    n = len(judged)
-    return {"rate": hits / n, "interval": wilson(hits, n), "n": n, "unjudged": len(harmless) - n}
+    found = points([float(harmless[i]) for i in known])
+    interval = share_interval(found, clusters_of(clusters, known))
+    return {"rate": sum(found) / len(found), "interval": interval, "n": len(found),
+            "unjudged": len(harmless) - len(found)}  # fmt: skip

@@ -8,8 +8,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from trl_rlaif.data.overlap import prompt_key
 from trl_rlaif.errors import UserError
-from trl_rlaif.measures import agreement, win_rate
+from trl_rlaif.measures import agreement, choices, win_rate
 from trl_rlaif.rating.pairs import Comparison, Name, blind_order, of_set, read_comparisons
 from trl_rlaif.rating.votes import Standing, VoteFile
 from trl_rlaif.report.wording import count, label, percent
@@ -62,33 +63,33 @@ def of_votes(comparisons: Sequence[Comparison], standing: Standing, seed: int = 
     Args:
         comparisons: The set's pairs, at least one.
         standing: The votes, of other sets too.
-        seed: Of the blind order and of the bootstrap.
+        seed: Of the blind order.
 
     Returns:
         See ``people_results``. ``rated`` holds ``equal``, the ties that nobody was asked about.
     """
     names = {c.name for c in comparisons if not c.is_equal}
-    choices: dict[Name, list[float]] = defaultdict(list)
+    chosen: dict[Name, list[float]] = defaultdict(list)
     given = {rater: {n: p for n, p in votes.items() if n in names} for rater, votes in standing.items()}
     for votes in given.values():
         for name, choice in votes.items():
-            choices[name].append(choice)
+            chosen[name].append(choice)
     passed = {c.name for rater in given or [""] for c in _passed_ties(comparisons, rater, given.get(rater, {}), seed)}
     numbers: dict[str, Any] = {
         "pairs": len(comparisons),
-        "rated": len(choices) + len(passed),
+        "rated": len(chosen) + len(passed),
         "equal": len(passed),
         "votes": sum(map(len, given.values())),
         "raters": sum(bool(votes) for votes in given.values()),
     }
     if not numbers["rated"]:
         return numbers
-    p = {name: fmean(found) for name, found in choices.items()} | dict.fromkeys(passed, 0.5)
+    p = {name: fmean(found) for name, found in chosen.items()} | dict.fromkeys(passed, 0.5)
     in_order = [c for c in comparisons if c.name in p]
-    numbers |= win_rate([p[c.name] for c in in_order], seed=seed)
+    numbers |= win_rate([p[c.name] for c in in_order], [prompt_key(c.messages) for c in in_order])
     judged = [c for c in in_order if c.p_trained is not None and not c.is_equal]
-    people = [0 if p[c.name] == 0.5 else 1 if p[c.name] > 0.5 else 2 for c in judged]
-    return numbers | {"judge": agreement([c.p_trained for c in judged], people)}
+    people, prompts = choices([p[c.name] for c in judged]), [prompt_key(c.messages) for c in judged]
+    return numbers | {"judge": agreement([c.p_trained for c in judged], people, prompts)}
 
 
 def _passed_ties(comparisons: Sequence[Comparison], rater: str, voted: Collection[Name], seed: int) -> list[Comparison]:

@@ -63,7 +63,7 @@ def _compared(name: Any, values: Any) -> dict[str, Any]:
 
 
 def _calibration(values: dict[str, Any]) -> dict[str, Any] | None:
-    """Temperature, bias, and what they changed on pairs that they were not fitted to."""
+    """Temperature, bias, and what they changed on pairs that they were not fitted to, or why they are not used."""
     if not values:
         return None
     held_out = section(values, "cross_validated")
@@ -71,6 +71,7 @@ def _calibration(values: dict[str, Any]) -> dict[str, Any] | None:
         "temperature": number(values.get("temperature")),
         "bias": number(values.get("position_bias")),
         "pairs": number(values.get("pairs")),
+        "unused": None if values.get("used", True) else label(values.get("reason"), 300),
         "ece": [number(section(held_out, when).get("ece")) for when in ("before", "after")],
         "agreement": [share(section(section(held_out, when), "agreement"))["rate"] for when in ("before", "after")],
     }

@@ -203,8 +203,9 @@ class RewardTrainer(TrlRewardTrainer):
 
     @torch.no_grad()
     def _log_soft_metrics(self, scores: PreferenceScores, mode: str) -> None:
-        """Agreement with the label's own choice, where it makes one; the parent's counts ``chosen`` always."""
+        """Agreement with the label's choice, where it makes one; equal scores count half. TRL's counts ``chosen``."""
         decided = scores.p != 0.5
         if decided.any():
-            agree = ((scores.chosen > scores.rejected) == (scores.p > 0.5))[decided].float().mean()
+            same = (scores.chosen - scores.rejected).sign() * (scores.p - 0.5).sign()
+            agree = ((1 + same) / 2)[decided].mean()
             self._metrics[mode]["label_agreement"].append(self.accelerator.gather(agree).mean().item())

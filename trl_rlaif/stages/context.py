@@ -39,6 +39,11 @@ if TYPE_CHECKING:
 
 P = TypeVar("P", Prompt, Pair)
 
+# What decides which of two responses wins, in evaluate, compare and the forgetting tracker: both orders, the mean of
+# their log-odds, no rationales. The options of the section label do not apply: an ablation there, such as one order
+# alone, would give a judge that prefers a position a win rate of 100%.
+WHO_WINS = ComponentRef("distilled", {"orders": "both", "debias": "mean_logit"})
+
 
 @dataclass(frozen=True)
 class LabelTask:
@@ -325,10 +330,6 @@ class Context:
             if known and path.exists():
                 transform.load_state_dict(torch.load(path, weights_only=True))
         return found
-
-    def labeler(self) -> Labeler:
-        """The labeler that the recipe names, or the default one."""
-        return self.create_labeler(self.recipe.label.labeler if self.recipe.label else ComponentRef("distilled"))
 
     def trainer_arguments(self, stage: str, config: dict[str, Any]) -> dict[str, Any]:
         """Arguments of a TRL config: the recipe's, over defaults that fit this run."""

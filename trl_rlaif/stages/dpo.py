@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from trl_rlaif import several
 from trl_rlaif.artifacts import write_folder
 from trl_rlaif.errors import UserError
+from trl_rlaif.measures import is_even
 from trl_rlaif.progress import say
 from trl_rlaif.resuming import SameRun
 from trl_rlaif.roles import save_adapter
 from trl_rlaif.stages import rl
 from trl_rlaif.stages.context import Context
-from trl_rlaif.stages.label import TIE, is_even, preferences_of_people
+from trl_rlaif.stages.label import TIE, preferences_of_people
 from trl_rlaif.stages.sft import last_checkpoint
 from trl_rlaif.trl_version import check_trl
 

@@ -11,6 +11,7 @@ import torch
 
 from trl_rlaif.artifacts import to_line, write_atomically
 from trl_rlaif.data import Prompt
+from trl_rlaif.data.overlap import prompt_key
 from trl_rlaif.judging.scoring import token_batches
 from trl_rlaif.measures import bootstrap_mean, win_rate
 from trl_rlaif.ppo import passes
@@ -27,6 +28,8 @@ from trl_rlaif.stages.context import Context
 from trl_rlaif.stages.judges import MAIN, ask_judges, check_servers, judged_numbers
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from trl_rlaif.events import RehearsalPair
     from trl_rlaif.recipe import Recipe
 
@@ -204,33 +207,34 @@ def rewards_of(context: Context, shared: SharedBase, prompts: list[list[int]], e
 
 def _numbers(rows: list[dict[str, Any]], seed: int) -> dict[str, Any]:
     numbers: dict[str, Any] = {"prompts": len(rows)}
+    asked = [prompt_key(row["prompt"]) for row in rows]
     for side in ("start", "trained"):
         numbers[f"ended_{side}"] = statistics.fmean(row[f"ended_{side}"] for row in rows)
         numbers[f"tokens_{side}"] = statistics.fmean(row[f"tokens_{side}"] for row in rows)
-        numbers[f"reward_{side}"] = _mean([row[f"mean_reward_{side}"] for row in rows], seed)
+        numbers[f"reward_{side}"] = _mean([row[f"mean_reward_{side}"] for row in rows], asked, seed)
     pairs = [(row["mean_reward_start"], row["mean_reward_trained"]) for row in rows]
     gains = [None if start is None else trained - start for start, trained in pairs]
-    numbers["reward_gain"] = _mean(gains, seed)
+    numbers["reward_gain"] = _mean(gains, asked, seed)
     by_category = defaultdict(list)
-    for row, gain in zip(rows, gains, strict=True):
+    for row, gain, key in zip(rows, gains, asked, strict=True):
         if row["category"] is not None and row["p_trained"] is not None:
-            by_category[row["category"]].append((row["p_trained"], gain))
+            by_category[row["category"]].append((row["p_trained"], gain, key))
     numbers["by_category"] = {category: _of_category(found, seed) for category, found in by_category.items()}
     return numbers
 
 
-def _of_category(found: list[tuple[float, float | None]], seed: int) -> dict[str, Any]:
+def _of_category(found: list[tuple[float, float | None, str]], seed: int) -> dict[str, Any]:
     """The judge's word on a kind of prompt, beside what the reward model says of it."""
-    preferred, gains = zip(*found, strict=True)
-    win, gain = win_rate(preferred, seed=seed), _mean(list(gains), seed)
+    preferred, gains, asked = zip(*found, strict=True)
+    win, gain = win_rate(preferred, asked), _mean(list(gains), asked, seed)
     # The reward surely rose, and the judge surely prefers the start: a sign of reward hacking.
     drift = gain is not None and gain["interval"][0] > 0 and win["interval"][1] < 0.5
     drift = drift and len(found) >= FEWEST_FOR_DRIFT
     return {"win_rate": win["win_rate"], "n": len(found), "reward_gain": gain, "drift": drift}
 
 
-def _mean(values: list[float | None], seed: int) -> dict[str, Any] | None:
+def _mean(values: list[float | None], prompts: Sequence[str], seed: int) -> dict[str, Any] | None:
     """Mean and 95% bootstrap interval over prompts; None where there is no reward model."""
     if any(value is None for value in values):
         return None
-    return {"mean": statistics.fmean(values), "interval": bootstrap_mean(values, seed=seed)}
+    return {"mean": statistics.fmean(values), "interval": bootstrap_mean(values, prompts, seed=seed)}

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from trl_rlaif.data import Pair
+from trl_rlaif.data.overlap import prompt_key
 from trl_rlaif.judging import Judge, JudgePrompt
 from trl_rlaif.measures import (
     choices,
@@ -14,13 +15,14 @@ from trl_rlaif.measures import (
     harmless_rate,
     judge_agreement,
     length_controlled_win_rate,
+    points,
     win_rate,
 )
 from trl_rlaif.ppo.forgetting import preferences
 from trl_rlaif.progress import progress_bar, say
 from trl_rlaif.recipe import ComponentRef, JudgeSection, Recipe, ServerJudgeSection, prompt_folder
 from trl_rlaif.roles import SharedBase
-from trl_rlaif.stages.context import Context
+from trl_rlaif.stages.context import WHO_WINS, Context
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,6 +47,8 @@ def judge_of(context: Context, shared: SharedBase) -> Judge:
 def asking(context: Context, judge: Judge, description: str = "") -> Preferred:
     """The judge's probability, for prompts with two answers each, that the first one is better; None: not judged.
 
+    It is asked in both orders, whatever the section label says.
+
     Args:
         description: Of the progress bar; without it there is none.
     """
@@ -54,7 +58,7 @@ def asking(context: Context, judge: Judge, description: str = "") -> Preferred:
         found: list[float | None] = [None] * len(pairs)
         bar = progress_bar(description, len(pairs), unit="pairs") if description else nullcontext(lambda count: None)
         with bar as advance:
-            for label in context.labeler().label(pairs, judge):
+            for label in context.create_labeler(WHO_WINS).label(pairs, judge):
                 found[int(label.id)] = label.p
                 advance(1)
         return found
@@ -178,54 +182,56 @@ def judged_numbers(rows: Rows, models: dict[str, str], seed: int) -> dict[str, A
     further = [name for name in models if name != MAIN]
     p = {MAIN: [row["p_trained"] for row in rows]} | {n: [row["p_trained_by"][n] for row in rows] for n in further}
     lengths = tuple([len(row[side]) for row in rows] for side in ("trained", "start"))
+    prompts = [prompt_key(row["prompt"]) for row in rows]
     return {
-        **_verdict(p[MAIN], *lengths, seed),
-        "judges": {name: {"judge": models[name], **_verdict(p[name], *lengths, seed)} for name in further},
-        "judge_agreement": _agreement(rows, p, seed) if further else None,
-        "lengths": compare_lengths(*lengths, seed=seed),
-        "harmless": _harmless(rows),
+        **_verdict(p[MAIN], *lengths, prompts, seed),
+        "judges": {name: {"judge": models[name], **_verdict(p[name], *lengths, prompts, seed)} for name in further},
+        "judge_agreement": _agreement(rows, p, prompts) if further else None,
+        "lengths": compare_lengths(*lengths, prompts, seed=seed),
+        "harmless": _harmless(rows, prompts),
     }
 
 
-def _verdict(p: list[float | None], trained: list[int], start: list[int], seed: int) -> dict[str, Any]:
+def _verdict(
+    p: list[float | None], trained: list[int], start: list[int], prompts: list[str], seed: int
+) -> dict[str, Any]:
     """One judge's win rate, and what is left of it at equal lengths."""
-    judged = [row for row in zip(p, trained, start, strict=True) if row[0] is not None]
+    judged = [row for row in zip(p, trained, start, prompts, strict=True) if row[0] is not None]
     numbers: dict[str, Any] = {"unjudged": len(p) - len(judged), "length_controlled": None}
     if judged:
-        preferred, *lengths = zip(*judged, strict=True)
-        numbers |= win_rate(preferred, seed=seed)
-        numbers["length_controlled"] = _at_equal_length(preferred, *lengths, seed=seed)
+        preferred, *lengths, asked = zip(*judged, strict=True)
+        numbers |= win_rate(preferred, asked)
+        numbers["length_controlled"] = _at_equal_length(preferred, *lengths, asked, seed=seed)
     return numbers
 
 
 def _at_equal_length(
-    p: Sequence[float], trained: Sequence[int], start: Sequence[int], *, seed: int
+    p: Sequence[float], trained: Sequence[int], start: Sequence[int], prompts: Sequence[str], *, seed: int
 ) -> dict[str, Any] | None:
     """Of wins, ties as a half, as the win rate is: the two then differ by the length alone."""
-    wins = [0.5 if x == 0.5 else float(x > 0.5) for x in p]
     try:
-        return length_controlled_win_rate(wins, trained, start, seed=seed)
+        return length_controlled_win_rate(points(p), trained, start, prompts, seed=seed)
     except ValueError:  # shares and lengths are what they must be: the fit has not converged
         return None
 
 
-def _agreement(rows: Rows, p: dict[str, list[float | None]], seed: int) -> dict[str, Any]:
+def _agreement(rows: Rows, p: dict[str, list[float | None]], prompts: list[str]) -> dict[str, Any]:
     """Without equal responses, a tie that no judge was asked about: there all agree by definition."""
     different = [row["trained"] != row["start"] for row in rows]
     votes = {
         name: [vote if asked else None for vote, asked in zip(choices(of_judge), different, strict=True)]
         for name, of_judge in p.items()
     }
-    return judge_agreement(votes, seed=seed)
+    return judge_agreement(votes, prompts)
 
 
-def _harmless(rows: Rows) -> dict[str, Any] | None:
+def _harmless(rows: Rows, prompts: list[str]) -> dict[str, Any] | None:
     """A response is harmless where its expected rating lies above the middle of the scale; at the middle, half."""
     if "harmless_start" not in rows[0]:
         return None
     scores = {side: [row[f"harmless_{side}"] for row in rows] for side in ("start", "trained")}
     found = {
-        side: harmless_rate([None if s is None else 0.5 if s == 0 else float(s > 0) for s in of_side])
+        side: harmless_rate([None if s is None else (s + 1) / 2 for s in of_side], prompts)
         for side, of_side in scores.items()
     }
     return None if None in found.values() else found

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from trl_rlaif.artifacts import write_folder
 from trl_rlaif.data import Pair
+from trl_rlaif.data.overlap import prompt_key
 from trl_rlaif.errors import RunError, UserError
 from trl_rlaif.labels import LabelStore, Setup
-from trl_rlaif.labels.calibration import Calibration, check_choices, held_out
+from trl_rlaif.labels.calibration import Calibration, check_choices, cross_validate, why_too_few
 from trl_rlaif.labels.store import Plan, pair_key
 from trl_rlaif.measures import (
     agreement,
@@ -77,31 +78,44 @@ class _Rows:
         """Labels by id, without what could not be judged."""
         return {id: row for id, row in self.rows.items() if row["p"] is not None}
 
+    def position_bias(self, pairs: list[Pair]) -> dict[str, Any] | None:
+        """Of the pairs that were asked in both orders."""
+        labeled = self.labeled
+        known = [(labeled[pair.id], pair) for pair in pairs if pair.id in labeled]
+        found = [(row["p_12"], row["p_21"], prompt_key(pair.prompt)) for row, pair in known]
+        both = [row for row in found if None not in row]
+        return position_bias(*zip(*both, strict=True)) if both else None
+
     def numbers(self, pairs: list[Pair]) -> dict[str, Any]:
         """What the labels say of the labeler."""
         labeled = self.labeled
         known = [pair for pair in pairs if pair.id in labeled]
         p, human = [labeled[pair.id]["p"] for pair in known], [pair.human for pair in known]
-        both = [r for r in labeled.values() if r["p_12"] is not None and r["p_21"] is not None]
+        prompts = [prompt_key(pair.prompt) for pair in known]
         masses = [r[k] for r in labeled.values() for k in ("mass_12", "mass_21") if r[k] is not None]
         by_category: dict[str, list[Pair]] = {}
         for pair in known:
-            if pair.category is not None and pair.human in (1, 2):
+            if pair.category is not None and pair.human is not None:
                 by_category.setdefault(pair.category, []).append(pair)
         return {
             "pairs": len(pairs),
             "labeled": len(labeled),
             "skipped": dict(Counter(row["skipped"] for row in self.rows.values() if row.get("skipped"))),
             "mean_confidence": sum(max(x, 1 - x) for x in p) / len(p) if p else None,
-            "position_bias": position_bias([r["p_12"] for r in both], [r["p_21"] for r in both]),
+            "position_bias": self.position_bias(known),
             "mass": summarize_mass(masses, LOW_MASS),
-            "agreement": agreement(p, human),
+            "agreement": agreement(p, human, prompts),
             "agreement_by_category": {
-                name: agreement([labeled[pair.id]["p"] for pair in of], [pair.human for pair in of])
+                name: agreement(
+                    [labeled[pair.id]["p"] for pair in of],
+                    [pair.human for pair in of],
+                    [prompt_key(pair.prompt) for pair in of],
+                )
                 for name, of in by_category.items()
+                if any(pair.human != 0 for pair in of)
             },
             "length_preference": length_preference(
-                p, human, [(len(pair.response_1), len(pair.response_2)) for pair in known]
+                p, human, [(len(pair.response_1), len(pair.response_2)) for pair in known], prompts
             ),
             "ece": calibration_error(p, human),
             "judge": self.setup.judge,
@@ -130,7 +144,7 @@ def _rows(context: Context, store: LabelStore, task: LabelTask, pairs: list[Pair
         _make(context, store, task, plan.pairs, result)
         result.rows = store.find(setup, mine)
     plan.end()
-    _warn(task, result)
+    _warn(task, result, mine)
     return result
 
 
@@ -149,7 +163,7 @@ def _make(context: Context, store: LabelStore, task: LabelTask, pairs: list[Pair
     result.seconds, result.probe = time.monotonic() - started, getattr(judge, "probe", None)
 
 
-def _warn(task: LabelTask, result: _Rows) -> None:
+def _warn(task: LabelTask, result: _Rows, mine: list[Pair]) -> None:
     labeled = list(result.labeled.values())
     low = sum(r[k] is not None and r[k] < LOW_MASS for r in labeled for k in ("mass_12", "mass_21"))
     if low > MANY * 2 * len(labeled):
@@ -157,8 +171,7 @@ def _warn(task: LabelTask, result: _Rows) -> None:
             f"Warning ({task.name}): in {low} of {2 * len(labeled)} answers the judge gave its candidates less than "
             f"{LOW_MASS:.0%} together. It may not understand the question: try another prompt, or a larger judge."
         )
-    both = [r for r in labeled if r["p_12"] is not None and r["p_21"] is not None]
-    bias = position_bias([r["p_12"] for r in both], [r["p_21"] for r in both])
+    bias = result.position_bias(mine)
     if bias and bias["rate"] > MANY:
         say(
             f"Warning ({task.name}): in {bias['rate']:.0%} of the pairs the judge preferred the same position both "
@@ -192,7 +205,10 @@ def _calibrate(
     labeled: dict[str, dict[str, Any]],
     judged: list[Pair] | None,
 ) -> tuple[Calibration | None, dict[str, Any] | None]:
-    """Fit to what people judged; report before and after, on it and on the run's own pairs."""
+    """Fit to what people judged; report before and after, on it and on the run's own pairs.
+
+    The fit is None where cross-validation does not show that it helps.
+    """
     if judged is None:
         return None, None
     own = {pair_key(pair) for pair in pairs}
@@ -200,21 +216,58 @@ def _calibrate(
     rows = _rows(context, store, calibration, judged, "calibration").labeled
     known = [pair for pair in judged if pair.id in rows]
     observed, human = [rows[pair.id] for pair in known], [pair.human for pair in known]
-    fitted = Calibration.fit(observed, human)
-    seen = {pair_key(pair) for pair in known}
+    found: dict[str, Any] = {"used": False, "pairs": len(known)}
+    found["shared_with_run"] = sum(pair_key(pair) in own for pair in known)
+    reason, fitted = why_too_few(human), None
+    if reason is None:
+        mean_prob = task.labeler.options.get("debias") == "mean_prob"
+        fitted = Calibration.fit(observed, human, mean_prob=mean_prob)
+        crossed = cross_validate(
+            observed,
+            human,
+            [prompt_key(pair.prompt) for pair in known],
+            mean_prob=mean_prob,
+            seed=context.recipe.run.seed,
+        )
+        found |= {
+            "temperature": 1 / fitted.scale,
+            "position_bias": fitted.bias if fitted.has_bias(observed) else None,
+            "cross_validated": crossed,
+            "run": _on_run(fitted, pairs, labeled, {pair_key(pair) for pair in known}),
+        }
+        reason = _why_unused(crossed)
+    if reason is not None:
+        say(
+            f"Warning: the calibration is not used: {reason}. The labels stay as the judge gives them. More judged "
+            "pairs, of many prompts, can show whether it helps."
+        )
+        return None, found | {"reason": reason}
+    return fitted, found | {"used": True, "reason": None}
+
+
+def _why_unused(crossed: dict[str, Any] | None) -> str | None:
+    """The one-standard-error rule (Breiman et al. 1984): a fit costs something, so its gain must not be mere noise."""
+    if crossed is None:
+        return "all judged pairs are of one prompt, so it cannot be cross-validated"
+    if crossed["gain"] > crossed["standard_error"]:
+        return None
+    before, after = (crossed[when]["log_loss"] for when in ("before", "after"))
+    return (
+        f"cross-validation does not show that it helps (log-loss {before:.3f} before, {after:.3f} after, "
+        f"standard error of the difference {crossed['standard_error']:.3f})"
+    )
+
+
+def _on_run(
+    fitted: Calibration, pairs: list[Pair], labeled: dict[str, dict[str, Any]], seen: set[str]
+) -> dict[str, Any]:
+    """What a calibration makes of the run's own pairs that people judged, without those that it was fitted to."""
     unseen = [p for p in pairs if p.id in labeled and p.human in (1, 2) and pair_key(p) not in seen]
-    after, before = [fitted.apply(labeled[p.id]) for p in unseen], [labeled[p.id]["p"] for p in unseen]
-    choices = [p.human for p in unseen]
-    return fitted, {
-        "temperature": 1 / fitted.scale if fitted.scale else None,
-        "position_bias": fitted.bias,
-        "pairs": len(known),
-        "shared_with_run": sum(pair_key(pair) in own for pair in known),
-        "cross_validated": held_out(observed, human, seed=context.recipe.run.seed),
-        "run": {
-            "before": {"agreement": agreement(before, choices), "ece": calibration_error(before, choices)},
-            "after": {"agreement": agreement(after, choices), "ece": calibration_error(after, choices)},
-        },
+    human, prompts = [p.human for p in unseen], [prompt_key(p.prompt) for p in unseen]
+    before, after = [labeled[p.id]["p"] for p in unseen], [fitted.apply(labeled[p.id]) for p in unseen]
+    return {
+        when: {"agreement": agreement(p, human, prompts), "ece": calibration_error(p, human)}
+        for when, p in (("before", before), ("after", after))
     }
 
 
@@ -236,11 +289,6 @@ def _comparison(rows: dict[str, _Rows], pairs: list[Pair]) -> dict[str, Any]:
 
 
 _COMPARED = ("labeler", "judge", "labeled", "agreement", "position_bias", "mass", "ece", "pairs_per_second")
-
-
-def is_even(p: float) -> bool:
-    """Whether a probability prefers neither response, but for the last digits of a mean over both orders."""
-    return abs(p - 0.5) < 1e-9
 
 
 def preferences_of_people(context: Context, section: str) -> dict[str, int]:

@@ -14,7 +14,7 @@ from trl_rlaif.data.overlap import prompt_key, split_by_group
 from trl_rlaif.encoding import as_rendered, encode_prompt, encode_response
 from trl_rlaif.errors import RunError, UserError
 from trl_rlaif.events import Rollout
-from trl_rlaif.measures import category_figures, outcome_calibration_error, pairwise_accuracy
+from trl_rlaif.measures import category_figures, is_even, outcome_calibration_error, pairwise_accuracy
 from trl_rlaif.progress import progress_bar, say
 from trl_rlaif.reward.scoring import score_pairs
 from trl_rlaif.stages.context import Context, transform_file
@@ -220,11 +220,15 @@ def _ranking(
     chosen: list[float], rejected: list[float], held_out: Dataset
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """Accuracy by the labels, by category too, and by people's choices; None where there are none."""
-    rows = list(zip(chosen, rejected, held_out["category"], held_out["p"], held_out["human"], strict=True))
-    sure = [(c, r, category) for c, r, category, p, _ in rows if p != 0.5]
-    asked = [(c, r) if human else (r, c) for c, r, _, _, human in rows if human is not None]
+    columns = (held_out[name] for name in ("category", "prompt_key", "p", "human"))
+    rows = list(zip(chosen, rejected, *columns, strict=True))
+    sure = [row[:4] for row in rows if not is_even(row[4])]
+    asked = [(c, r, of) if human else (r, c, of) for c, r, _, of, _, human in rows if human is not None]
     labels = pairwise_accuracy(*zip(*sure, strict=True)) if sure else None
-    return labels, pairwise_accuracy(*zip(*asked, strict=True)) if asked else None
+    if not asked:
+        return labels, None
+    right, wrong, of = zip(*asked, strict=True)
+    return labels, pairwise_accuracy(right, wrong, clusters=of)
 
 
 def _write_scores(path: Path, held_out: Dataset, raw: torch.Tensor, after: torch.Tensor | None) -> None:
