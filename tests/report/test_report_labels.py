@@ -182,6 +182,21 @@ def test_what_calibration_did_is_said(folder):
     ) in shown(folder)
 
 
+def test_a_bias_that_cancels_is_not_shown_and_a_calibration_that_is_not_used_is_said(folder):
+    write_labels(folder, pairs=range(6))
+    numbers = {"used": True, "temperature": 2.5, "position_bias": None, "pairs": 40, "cross_validated": {}}
+    set_results(folder, lambda results: results["label"].update(calibration=numbers))
+    assert "temperature 2.50. Cross-validated" in shown(folder)
+    numbers |= {
+        "used": False,
+        "reason": "cross-validation does not show that it helps (log-loss 0.6 before, 0.7 after)",
+    }
+    set_results(folder, lambda results: results["label"].update(calibration=numbers))
+    text = shown(folder)
+    assert f"Not calibrated, though 40 pairs that people judged were given: {numbers['reason']}." in text
+    assert "Calibrated on" not in text
+
+
 @pytest.mark.parametrize("numbers", [None, {}, 3])
 def test_without_calibration_nothing_is_said(folder, numbers):
     write_labels(folder, pairs=range(6))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from types import SimpleNamespace
+
 import pytest
 import torch
 from datasets import Dataset
@@ -13,6 +16,7 @@ from trl_rlaif_advantage import AdvantageModel
 from trl_rlaif import RewardTrainer, load_reward_model
 from trl_rlaif.compute.lean_lora import make_lean
 from trl_rlaif.encoding import encode_prompt
+from trl_rlaif.events import PreferenceScores
 from trl_rlaif.models import ModelSpec, load_model
 
 pytestmark = pytest.mark.trl
@@ -148,3 +152,14 @@ def test_a_prompts_end_that_the_data_brings_is_kept(tmp_path):
         processing_class=make_tokenizer(), reward_transforms=[AdvantageModel()],
     )  # fmt: skip
     assert trainer.train_dataset["prompt_length"] == [2, 2, 2]
+
+
+def test_label_agreement_counts_equal_scores_half():
+    """Whichever response the label prefers; a label of one half is left out."""
+    logged = defaultdict(list)
+    trainer = SimpleNamespace(_metrics={"train": logged}, accelerator=SimpleNamespace(gather=lambda x: x))
+    chosen, rejected = torch.tensor([1.0, 2.0, 2.0, 0.0, 5.0]), torch.tensor([0.0, 2.0, 2.0, 3.0, 5.0])
+    p = torch.tensor([0.9, 0.8, 0.2, 0.7, 0.5])
+    scores = PreferenceScores(chosen, rejected, p, [None] * 5)
+    RewardTrainer._log_soft_metrics(trainer, scores, "train")
+    assert logged["label_agreement"] == [pytest.approx((1 + 0.5 + 0.5 + 0) / 4)]

@@ -23,13 +23,14 @@ from trl_rlaif import LocalJudge, Pair
 from trl_rlaif.artifacts import RunFolder, read_lines
 from trl_rlaif.errors import UserError
 from trl_rlaif.judging import JudgePrompt
+from trl_rlaif.measures import win_rate
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import prompt_folder
 from trl_rlaif.runner import fingerprints, run_recipe, summary
 from trl_rlaif.stages import context as context_module
 from trl_rlaif.stages import judges as judges_module
 from trl_rlaif.stages.context import Context
-from trl_rlaif.stages.judges import ask_judges, check_servers, judged_numbers
+from trl_rlaif.stages.judges import ask_judges, asking, check_servers, judged_numbers
 
 RL = {"rewards": ["helpers.rewards:length_penalty"], "total_episodes": 8, "learning_rate": 3e-2, "save_strategy": "no"}
 WITHOUT = {"sample": None, "label": None, "reward": None, "report": None}
@@ -230,6 +231,36 @@ def test_what_cannot_be_judged_is_no_vote_and_no_win(tmp_path, tiny_model, scrip
     assert numbers["harmless"] is None
 
 
+def _ablated(tmp_path, model, options):
+    """A run whose labels are made with these options."""
+    recipe = tiny_recipe(tmp_path, model, rl=RL, label={"labeler": {"distilled": options}}, reward=None, report=None)
+    return Context(recipe, RunFolder(tmp_path / "out"), installed_plugins())
+
+
+ABLATIONS = [{"orders": "12"}, {"orders": "21"}, {"debias": "mean_prob"}, {"thinking": True, "rationale_tokens": 8}]
+
+
+@pytest.mark.parametrize("options", ABLATIONS, ids=str)
+def test_a_judge_that_prefers_a_position_wins_nothing_whatever_the_labels_option(tmp_path, tiny_model, options):
+    """Which in evaluate, in the forgetting tracker and between arms would give one side all wins with one order."""
+    context = _ablated(tmp_path, tiny_model, options)
+    judge = ScriptedJudge(lambda context, response_1, response_2: 3.0)
+    prompts, policy, start = ["what is a fox?"] * 8, [f"one {i}" for i in range(8)], ["two"] * 8
+    found = asking(context, judge)(prompts, policy, start)
+    assert found == [0.5] * 8 and win_rate(found)["win_rate"] == 0.5
+    assert [len(group) for call in judge.asked for group in call["groups"]] == [2] * 8
+    assert all(call["thinking"] is None for call in judge.asked)
+    assert [context.label_tasks()[0].labeler.options[key] for key in options] == list(options.values())
+
+
+def test_a_judge_with_a_taste_and_a_position_is_heard_for_its_taste(tmp_path, tiny_model):
+    """Its confidence too: of the mean of log-odds, a bias takes nothing."""
+    context = _ablated(tmp_path, tiny_model, {"orders": "12"})
+    judge = ScriptedJudge(lambda context, response_1, response_2: 5.0 + len(response_1) - len(response_2))
+    found = asking(context, judge)(["p", "p"], ["abc", "a"], ["a", "abc"])
+    assert found == pytest.approx([1 / (1 + math.exp(-2)), 1 / (1 + math.exp(2))], abs=1e-12)
+
+
 def test_where_nothing_can_be_judged_there_is_no_win_rate(tmp_path, tiny_model, scripted, capsys):
     scripted(lambda **texts: "refused")
     rows = _rows()
@@ -252,7 +283,7 @@ def test_one_judge_alone_has_nobody_to_agree_with(tmp_path, tiny_model, scripted
 
 @pytest.mark.parametrize("fit", ["no variation", "no convergence"])
 def test_a_length_that_cannot_be_controlled_is_null(fit, monkeypatch):
-    rows = [{"start": "ab", "trained": "abc", "p_trained": p} for p in (0.2, 0.9, 0.8)]
+    rows = [{"prompt": f"p{p}", "start": "ab", "trained": "abc", "p_trained": p} for p in (0.2, 0.9, 0.8)]
     if fit == "no convergence":
         rows[0]["trained"] = "a"
 

@@ -18,10 +18,12 @@ from stages.test_bad_input import run_cli
 
 from trl_rlaif import UserError
 from trl_rlaif.artifacts import read_lines
+from trl_rlaif.data import Pair
 from trl_rlaif.errors import RunError
 from trl_rlaif.judging.scoring import ContinuationScorer
 from trl_rlaif.labels import LabelStore
-from trl_rlaif.labels.calibration import Calibration, held_out
+from trl_rlaif.labels.calibration import Calibration, cross_validate
+from trl_rlaif.labels.store import pair_key
 from trl_rlaif.measures import agreement, calibration_error, compare_agreement
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.runner import run_recipe
@@ -298,22 +300,32 @@ def judged(count, start=100):
     return [pair | {"human": 1 + i * 5 % 3 % 2} for i, pair in enumerate(make_pairs(count, start))]
 
 
-def test_labels_are_calibrated_on_pairs_that_people_judged(label, tmp_path, no_judge):
-    own = make_pairs(12)
-    shared = [pair | {"human": 2} for pair in own[:3]]
-    write_rows(tmp_path / "judged.jsonl", [*judged(21), *shared, *[r | {"human": 0} for r in judged(3, 200)]])
-    folder = label(calibration="judged.jsonl", report={})
+def choose_as(folder, rows):
+    """The rows with the choices that the run's judge makes, so that a lower temperature surely helps."""
+    labels = {row["pair"]: row["p"] for row in read_lines(folder / "labels.jsonl")}
+    pairs = {pair_key(Pair("", r["prompt"], r["response_1"], r["response_2"])): r for r in rows}
+    return [row | {"human": 1 if labels[key] > 0.5 else 2} for key, row in pairs.items()]
+
+
+@pytest.mark.parametrize("debias", ["mean_logit", "mean_prob"])
+def test_labels_are_calibrated_on_pairs_that_people_judged(label, tmp_path, no_judge, debias):
+    """The tiny judge is hardly sure of anything; people who choose as it does make its labels surer."""
+    labeler, own = {"distilled": {"debias": debias}}, make_pairs(12)
+    asked = label(output="asked", pairs=[*judged(21), *own[:3]], labeler=labeler)
+    given = choose_as(asked, [*judged(21), *own[:3]])
+    write_rows(tmp_path / "judged.jsonl", [*given, *[r | {"human": 0} for r in judged(3, 200)]])
+    folder = label(calibration="judged.jsonl", report={}, labeler=labeler)
     found, rows = results(folder)["calibration"], own_labels(folder)
     assert len(rows) == 12 + 21  # what is shared is labeled once, a tie not at all
-    assert (found["pairs"], found["shared_with_run"]) == (24, 3)
-    known = [*judged(21), *shared]
-    observed, human = [rows[pair["id"]] for pair in known], [pair["human"] for pair in known]
-    fitted = Calibration.fit(observed, human)
-    assert found["temperature"] == pytest.approx(1 / fitted.scale, rel=1e-6)
-    assert found["position_bias"] == pytest.approx(fitted.bias, rel=1e-6)
-    wanted = held_out(observed, human, seed=7)
-    for when in ("before", "after"):
-        assert found["cross_validated"][when]["ece"] == pytest.approx(wanted[when]["ece"], rel=1e-6)
+    assert (found["used"], found["reason"], found["pairs"], found["shared_with_run"]) == (True, None, 24, 3)
+    observed, human = [rows[pair["id"]] for pair in given], [pair["human"] for pair in given]
+    fitted = Calibration.fit(observed, human, mean_prob=debias == "mean_prob")
+    assert found["temperature"] == pytest.approx(1 / fitted.scale, rel=1e-6) and found["temperature"] < 1
+    assert found["position_bias"] == (None if debias == "mean_logit" else pytest.approx(fitted.bias, abs=1e-6))
+    prompts = [pair["prompt"] for pair in given]
+    wanted = cross_validate(observed, human, prompts, mean_prob=debias == "mean_prob", seed=7)
+    assert found["cross_validated"]["gain"] == pytest.approx(wanted["gain"], rel=1e-6)
+    assert found["cross_validated"]["gain"] > found["cross_validated"]["standard_error"]
     # The run's own pairs, without the three that were fitted to.
     unseen = [pair for pair in own[3:] if pair["human"]]
     p = [fitted.apply(rows[pair["id"]]) for pair in unseen]
@@ -325,16 +337,37 @@ def test_labels_are_calibrated_on_pairs_that_people_judged(label, tmp_path, no_j
         calibrated = fitted.apply(rows[row["id"]])
         assert row["p"] == pytest.approx(max(calibrated, 1 - calibrated), abs=1e-6)
     assert len(preferences(folder)) == 12
-    assert "Calibrated on 24 pairs that people judged" in (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text()
+    assert "Calibrated on 24 pairs that people judged" in page
+    assert ("standing first is worth" in page) == (debias == "mean_prob")
     # Without calibration again, and with it: no label is made.
     no_judge()
-    label()
+    label(labeler=labeler)
     assert results(folder)["calibration"] is None
     assert {row["id"]: row["p"] for row in preferences(folder)} == pytest.approx(
         {id: max(row["p"], 1 - row["p"]) for id, row in own_labels(folder).items() if id in {p["id"] for p in own}}
     )
-    label(calibration="judged.jsonl")
+    label(calibration="judged.jsonl", labeler=labeler)
     assert results(folder)["calibration"]["pairs"] == 24
+
+
+@pytest.mark.parametrize(("prompts", "reason"), [
+    ("own", "cross-validation does not show that it helps"), ("one", "all judged pairs are of one prompt"),
+])  # fmt: skip
+def test_a_calibration_that_shows_no_gain_is_left_out_and_said(label, tmp_path, capsys, prompts, reason):
+    """Choices that have nothing to do with the labels: they stay as the judge gives them."""
+    rows = judged(21) if prompts == "own" else [row | {"prompt": "what is a fox?"} for row in judged(21)]
+    write_rows(tmp_path / "judged.jsonl", rows)
+    folder = label(calibration="judged.jsonl", report={})
+    found, labels = results(folder)["calibration"], own_labels(folder)
+    assert (found["used"], found["pairs"]) == (False, 21) and reason in found["reason"]
+    assert found["temperature"] > 0
+    assert f"Warning: the calibration is not used: {reason}" in capsys.readouterr().err
+    for row in preferences(folder):
+        p = labels[row["id"]]["p"]
+        assert row["p"] == pytest.approx(max(p, 1 - p), abs=1e-12)
+    page = (folder / "report.html").read_text()
+    assert "Not calibrated, though 21 pairs that people judged were given" in page and reason in page
 
 
 @pytest.mark.parametrize("rows", [judged(19), [pair | {"human": 1} for pair in judged(30)], make_pairs(5)])

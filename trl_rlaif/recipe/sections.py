@@ -300,7 +300,9 @@ class LabelSection(Section):
     )
     min_confidence: Number = Field(0.5, ge=0.5, le=1, description="Pairs whose label is less sure are left out.")
     calibration: Text | None = Field(
-        None, description="Pairs that people judged (20 or more): labels are calibrated on them."
+        None,
+        description="Pairs that people judged (20 or more): labels are calibrated on them, if cross-validation shows "
+        "that it helps.",
     )
     compare: dict[Annotated[str, AfterValidator(compared_name)], ComparedSection] = Field(
         default_factory=dict, description="More labelers by name: the report compares them with the main one."
