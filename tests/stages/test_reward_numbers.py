@@ -15,7 +15,7 @@ from scipy.special import expit, logit
 from sklearn.calibration import calibration_curve
 
 from trl_rlaif.errors import RunError
-from trl_rlaif.measures import wilson
+from trl_rlaif.measures import share_interval
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.runner import run_recipe
 from trl_rlaif.stages import reward
@@ -33,7 +33,7 @@ CHOSEN, REJECTED = [1.0, 2.0, -1.0, 0.0, 3.0], [0.0, 2.0, 0.0, 1.0, 4.0]  # righ
 def numbers(monkeypatch, tmp_path):
     """Numbers of given scores."""
 
-    def numbers(chosen, rejected):
+    def numbers(chosen, rejected, prompts=None):
         scores = (torch.tensor(chosen), torch.tensor(rejected), None)
         monkeypatch.setattr(reward, "score_pairs", lambda *arguments: scores)
         context = SimpleNamespace(recipe=SimpleNamespace(reward=SimpleNamespace(transforms=[])), folder=tmp_path)
@@ -42,6 +42,7 @@ def numbers(monkeypatch, tmp_path):
             args=args, model=None, data_collator=None, batch_tokens=None, reward_transforms=[]
         )  # fmt: skip
         ids = {f"{side}_ids": [[5, 2]] * len(chosen) for side in ("chosen", "rejected")}
+        ids["prompt_key"] = prompts or [str(i) for i in range(len(chosen))]
         return reward._held_out_numbers(context, trainer, Dataset.from_dict(ROWS | ids))
 
     return numbers
@@ -49,11 +50,20 @@ def numbers(monkeypatch, tmp_path):
 
 def test_equal_scores_count_half(numbers):
     found = numbers(CHOSEN, REJECTED)
-    assert found["accuracy"] == 1.5 / 4 and found["accuracy_interval"] == wilson(1.5, 4)
+    assert found["accuracy"] == 1.5 / 4 and found["accuracy_interval"] == share_interval([1, 0.5, 0, 0])
     assert found["scores"]["accuracy"] == {"(none)": 0.0, "a": 0.75, "b": 0.0}
     people = found["agreement"]
-    assert (people["rate"], people["n"], people["ties"]) == (2.5 / 4, 4, 1) and people["interval"] == wilson(2.5, 4)
+    assert (people["rate"], people["n"], people["ties"]) == (2.5 / 4, 4, 1)
+    assert people["interval"] == share_interval([1, 0.5, 0, 1])
     assert json.loads(json.dumps(found))["accuracy"] == 0.375
+
+
+def test_pairs_of_one_prompt_are_one_cluster(numbers):
+    prompts = ["x", "x", "y", "z", "y"]
+    found = numbers(CHOSEN, REJECTED, prompts)
+    assert found["accuracy_interval"] == share_interval([1, 0.5, 0, 0], ["x", "x", "y", "y"])
+    assert found["agreement"]["interval"] == share_interval([1, 0.5, 0, 1], ["x", "x", "y", "y"])
+    assert found["accuracy_interval"] != numbers(CHOSEN, REJECTED)["accuracy_interval"]
 
 
 def test_without_labels_or_people_there_is_no_accuracy(numbers, monkeypatch):
