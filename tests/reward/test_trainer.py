@@ -163,3 +163,22 @@ def test_label_agreement_counts_equal_scores_half():
     scores = PreferenceScores(chosen, rejected, p, [None] * 5)
     RewardTrainer._log_soft_metrics(trainer, scores, "train")
     assert logged["label_agreement"] == [pytest.approx((1 + 0.5 + 0.5 + 0) / 4)]
+
+
+def test_a_resumed_run_ends_as_if_it_had_not_stopped(tmp_path):
+    """The margins that adapt, and what was seen of other policies' ratios, are part of a checkpoint."""
+
+    def trainer():
+        args = small_config(tmp_path, per_device_train_batch_size=4, num_train_epochs=2,
+                            save_strategy="steps", save_steps=2)  # fmt: skip
+        transform = AdvantageModel(margin=1.0, adapt="variance", rate=0.3)
+        return RewardTrainer(make_scorer(), args, train_dataset=_data(2), processing_class=make_tokenizer(),
+                             peft_config=LORA, reward_transforms=[transform])  # fmt: skip
+
+    whole, resumed = trainer(), trainer()
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    states = [one.reward_transforms[0].state_dict() for one in (whole, resumed)]
+    assert states[0] == states[1] and states[0]["policies"]["responses"] == 48
+    for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b), name

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType
+from accelerate.utils import gather_object
 from peft import PeftModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import RewardTrainer as TrlRewardTrainer
 
 from trl_rlaif.adapters import fitted
@@ -34,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 # What a dataset may hold for the loss, beside what the parent reads.
 COLUMNS = ("p", "category", "prompt_length", "chosen_log_ratios", "rejected_log_ratios")
+
+# The transforms' states in a checkpoint, a list for each process.
+TRANSFORMS = "reward_transforms.pt"
 
 
 class RewardTrainer(TrlRewardTrainer):
@@ -155,6 +160,21 @@ class RewardTrainer(TrlRewardTrainer):
             with held_frozen_weights(inner_model(self.model)):
                 return super().train(*args, **kwargs)
         return super().train(*args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.reward_transforms:
+            states = gather_object([[transform.state_dict() for transform in self.reward_transforms]])
+            if self.args.should_save:
+                folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+                torch.save(states, folder / TRANSFORMS)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.reward_transforms and (Path(checkpoint) / TRANSFORMS).exists():
+            states = torch.load(Path(checkpoint) / TRANSFORMS, weights_only=True)[self.accelerator.process_index]
+            for transform, state in zip(self.reward_transforms, states, strict=True):
+                transform.load_state_dict(state)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         # Around the backward pass too: gradient checkpointing computes the forward pass again there.
