@@ -90,7 +90,7 @@ def test_other_shapes_do_not_stop_the_report(folder, odd):
 
 def test_people_are_one_more_row(folder):
     rows = [
-        {"set": "held-out", "id": str(i), "prompt": "Hi", "start": f"a{i}", "trained": f"b{i}", "p_trained": 0.9}
+        {"set": "held-out", "id": str(i), "prompt": f"Hi {i}", "start": f"a{i}", "trained": f"b{i}", "p_trained": 0.9}
         for i in range(20)
     ]
     write_lines(folder / "samples.jsonl", rows)

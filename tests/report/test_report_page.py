@@ -306,6 +306,27 @@ def test_not_finite_numbers_are_left_out_and_named(tmp_path):
         ),
         (lambda r: r["reward"].update(accuracy_interval=[0.45, 0.8]), "not clearly better than a coin"),
         (lambda r: r.update(warnings=["The prompts were cut."]), "The prompts were cut."),
+        (
+            lambda r: r["label"].update(calibration={"used": False, "pairs": 20, "reason": "no gain is seen"}),
+            "The calibration was not used: no gain is seen. The labels are as confident as the judge.",
+        ),
+        (
+            lambda r: r["evaluate"].update(
+                overlaps=[{"held_out": "data.eval_prompts", "training": "data.prompts", "prompts": 40, "shared": 3}]
+            ),
+            "3 of the 40 prompts of data.eval_prompts are also in data.prompts.",
+        ),
+        (
+            lambda r: r["rl"].update(labels={"soft": False, "mean_confidence": 0.8, "ties": 2}),
+            "DPO took soft labels (mean confidence 80.0%) as sure.",
+        ),
+        (lambda r: r["rl"].update(unscored=64), "64 of 3,840 responses had no reward and were not trained on."),
+        (
+            lambda r: r["rl"].update(
+                rewards={"model": {"weight": 1.0, "std_last": 6.0}, "direct": {"weight": 0.5, "std_last": 0.2}}
+            ),
+            "The reward 'model' varies 60 times as much as 'direct', which hardly counts.",
+        ),
         (lambda r: r["evaluate"].update(judge="judge-a"), "is the one that gave the labels"),
     ],
 )
@@ -316,6 +337,15 @@ def test_each_doubt_is_said(tmp_path, change, said):
     assert said not in read(folder).text
     set_results(folder, change)
     assert said in read(folder).text
+
+
+def test_a_reward_that_scores_few_responses_is_named(tmp_path):
+    folder = make_run(tmp_path / "run")
+    set_results(folder, lambda r: r["rl"].update(rewards={"model": {"weight": 1.0}, "few": {"weight": 1.0}}))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"stage": "rl", "step": 12, "rewards/model/none": 0.0, "rewards/few/none": 0.75}) + "\n")
+    assert "The reward 'few' scored only 25.0% of the last responses." in read(folder).text
+    assert "The reward 'model' scored only" not in read(folder).text
 
 
 def test_hostile_text_stays_text(tmp_path):

@@ -20,13 +20,18 @@ LENGTH_CORRELATION, FEWEST_FOR_CORRELATION = 0.3, 20
 # Landis and Koch 1977 call agreement below this slight.
 KAPPA_LIMIT = 0.2
 LOW_MASS_SHARE = 0.1
+# From here on the smaller one of two summed rewards hardly counts.
+UNLIKE_SCALES = 10.0
+# A reward function that scores fewer responses than the rest leaves the sum of another kind on these.
+MISSING_SHARE = 0.1
 # The distribution regulator's alarm for a category is regulator/<category>/drift, 1 where it is raised.
 _DRIFT = ("regulator/", "/drift")
 
 
 def warnings(run: Run, sets: list[SetResult], judged: list[JudgedSet]) -> list[str]:
     """What a reader should know before believing the numbers."""
-    found = [*_label_warnings(run), *_drift_warnings(run)]
+    found = [*_overlap_warnings(run), *_label_warnings(run), *_training_warnings(run), *_score_warnings(run)]
+    found += _drift_warnings(run)
     kl = kl_last(run)
     if kl is not None and kl > KL_LIMIT:
         found.append(
@@ -48,6 +53,12 @@ def warnings(run: Run, sets: list[SetResult], judged: list[JudgedSet]) -> list[s
 def _label_warnings(run: Run) -> list[str]:
     result = section(run.results, "label")
     found = []
+    calibration = section(result, "calibration")
+    if calibration.get("used") is False:
+        found.append(
+            f"The calibration was not used: {label(calibration.get('reason'), 300)}. The labels are as confident as "
+            "the judge. More pairs in label.calibration may help."
+        )
     bias = number(section(result, "position_bias").get("rate"))
     if bias is not None and bias > POSITION_BIAS_LIMIT:
         found.append(
@@ -67,6 +78,78 @@ def _label_warnings(run: Run) -> list[str]:
                 f"In {count(low)} answers the judge puts little of its probability on what it was asked for: on these "
                 "pairs it may not have understood the question. Look at the judge prompt."
             )
+    return found
+
+
+def _overlap_warnings(run: Run) -> list[str]:
+    """Prompts that are held out and trained on."""
+    found = []
+    for stage in ("label", "evaluate"):
+        overlaps = section(run.results, stage).get("overlaps")
+        for overlap in overlaps[:20] if isinstance(overlaps, list) else []:
+            shared, prompts = (number(section({"x": overlap}, "x").get(key)) for key in ("shared", "prompts"))
+            if shared and prompts:
+                held_out, training = (label(overlap.get(key)) for key in ("held_out", "training"))
+                found.append(
+                    f"{count(shared)} of the {count(prompts, 'prompt')} of {held_out} are also in {training}. Results "
+                    "on these may not hold for new prompts. Remove them from one of the two."
+                )
+    return found
+
+
+def _training_warnings(run: Run) -> list[str]:
+    """What fine-tuning, reward model and DPO were trained on, where it is not what is usually meant."""
+    found, labels = [], section(run.results, "rl", "labels")
+    if section(run.results, "sft").get("loss_on") == "all tokens" and "assistant_only_loss" in section(
+        run.recipe, "sft"
+    ):
+        found.append("Fine-tuning also learned what users say. Remove assistant_only_loss: false from sft.")
+    pairs, wanted = (
+        number(section(parent, "reward").get(key))
+        for parent, key in ((run.results, "eval_pairs"), (run.recipe, "eval_fraction"))
+    )
+    if pairs == 0 and wanted:
+        found.append(
+            "No pairs were held out, so the reward model's accuracy is unknown. Give pairs on more prompts, or raise "
+            "reward.eval_fraction."
+        )
+    confidence = number(labels.get("mean_confidence"))
+    if labels.get("soft") is False and confidence is not None and confidence < 1:
+        found.append(
+            f"DPO took soft labels (mean confidence {percent(confidence)}) as sure. With rl.loss_type: [sigmoid] it "
+            "learns from their probabilities."
+        )
+    return found
+
+
+def _score_warnings(run: Run) -> list[str]:
+    """Responses without a reward, and rewards of unlike scale."""
+    result, found = section(run.results, "rl"), []
+    unscored, episodes = number(result.get("unscored")), number(result.get("episodes"))
+    if unscored and episodes:
+        found.append(
+            f"{count(unscored)} of {count(episodes, 'response')} had no reward and were not trained on. The run's "
+            "first warning gives the reason. Repair it, or add a reward that covers them."
+        )
+    rewards = section(result, "rewards")
+    weighted = {
+        name: abs(weight) * spread
+        for name in rewards
+        for weight, spread in [[number(section(rewards, name).get(key)) for key in ("weight", "std_last")]]
+        if weight and spread
+    }
+    if len(weighted) > 1 and section(run.recipe, "rl").get("reward_normalization") in (None, "none"):
+        large, small = max(weighted, key=weighted.get), min(weighted, key=weighted.get)
+        ratio = weighted[large] / weighted[small]
+        if ratio > UNLIKE_SCALES:
+            found.append(
+                f"The reward '{label(large)}' varies {count(round(ratio))} times as much as '{label(small)}', which "
+                "hardly counts. Set rl.reward_normalization: std, or weights in rl.rewards."
+            )
+    for key, points in run.series.get("rl", {}).items():
+        if key.startswith("rewards/") and key.endswith("/none") and points[-1][1] > MISSING_SHARE and len(rewards) > 1:
+            name = key.removeprefix("rewards/").removesuffix("/none")
+            found.append(f"The reward '{label(name)}' scored only {percent(1 - points[-1][1])} of the last responses.")
     return found
 
 
