@@ -10,7 +10,7 @@ from trl_rlaif.stages.evaluate import _numbers
 def _rows(category, preferred, gain, count=8):
     row = {"set": "test", "category": category, "ended_start": 1.0, "ended_trained": 1.0}
     row |= {"tokens_start": 9, "tokens_trained": 9, "p_trained": preferred, "mean_reward_start": 0.0}
-    return [row | {"mean_reward_trained": gain + 0.1 * (i % 3 - 1)} for i in range(count)]
+    return [row | {"prompt": f"{category} {i}", "mean_reward_trained": gain + 0.1 * (i % 3 - 1)} for i in range(count)]
 
 
 @pytest.mark.parametrize(
