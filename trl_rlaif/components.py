@@ -67,9 +67,12 @@ class RewardTransform(Component):
 
     Attributes:
         needs_expected: The reward model gets a second output, e(x), read at the last prompt token.
+        needs_kl: ``transform`` reads the rollout's ``logprobs`` or ``ref_logprobs``. RLOO and GRPO compute them for
+            such a transform alone; they cost two forward passes over every response.
     """
 
     needs_expected: ClassVar[bool] = False
+    needs_kl: ClassVar[bool] = False
 
     def loss(self, scores: PreferenceScores) -> torch.Tensor | None:
         """Mean loss over the comparisons (a scalar), or None to leave the trainer's own."""
@@ -82,6 +85,15 @@ class RewardTransform(Component):
         a reward is given a batch of 0, so that a transform which gathers scores waits for nobody.
         """
         return scores
+
+    def transform_pool(self, scores: torch.Tensor, rollout: Rollout) -> torch.Tensor:
+        """Map the scores of a whole pool of responses, which are compared with each other and with nothing else.
+
+        Called once per pool, by every process with its share of it: for data selectors, in rejection sampling, and for
+        the reward model's held-out pairs. By default the same as ``transform`` of one large batch. A transform that
+        remembers earlier scores overrides it, and maps the pool by the pool's own figures.
+        """
+        return self.transform(scores, rollout)
 
     def metrics(self) -> dict[str, float]:
         """Numbers to log after each update, by name."""

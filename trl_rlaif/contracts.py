@@ -254,8 +254,10 @@ def check_loss(loss: Any) -> None:
     raise Breach(f"gives {shown} as its loss", "Return a finite scalar tensor, the mean over the comparisons, or None.")
 
 
-def _transform(origin: Origin, transform: Callable[..., Any], scores: torch.Tensor, rollout: Rollout) -> torch.Tensor:
-    with origin.blamed("transform()"):
+def _transform(
+    method: str, origin: Origin, transform: Callable[..., Any], scores: torch.Tensor, rollout: Rollout
+) -> torch.Tensor:
+    with origin.blamed(f"{method}()"):
         found = transform(scores, rollout)
         check_scores(found, scores)
     return found
@@ -370,7 +372,8 @@ _METHODS: dict[type[Component], tuple[str, dict[str, Callable[..., Any]]]] = {
     Labeler: ("labeler", {"label": _label}),
     RewardTransform: (
         "reward transform",
-        {"transform": _transform, "loss": _loss}
+        {name: partial(_transform, name) for name in ("transform", "transform_pool")}
+        | {"loss": _loss}
         | {name: partial(_call, name) for name in ("metrics", "state_dict", "load_state_dict")},
     ),
     DataSelector: ("data selector", {"select": _select}),

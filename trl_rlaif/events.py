@@ -84,9 +84,10 @@ class Rollout:
         response_ids: (B, T) int64, as sampled; what follows the end is noise.
         lengths: (B,) int64, tokens up to and with the end token, 0..T.
         ended: (B,) bool, True where the end token was sampled.
-        logprobs: (B, T) float32, log-probability under the sampling policy at the sampling temperature.
+        logprobs: (B, T) float32, log-probability under the sampling policy at the sampling temperature. NaN in RLOO and
+            GRPO, where no transform ``needs_kl``.
         ref_logprobs: (B, T) float32, the same under the reference.
-        values: (B, T) float32, value of the state before each response token.
+        values: (B, T) float32, value of the state before each response token; 0 in RLOO and GRPO, which have none.
         prompts: What the dataset held: text or messages, B entries.
         completions: The responses in the same form (text, or a list with one assistant message).
         columns: The dataset's other columns, B entries each.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.tiny import make_gpt2, make_llama
 from transformers import MambaConfig, MambaForCausalLM
 
 from trl_rlaif.ppo.losses import token_logprobs
-from trl_rlaif.ppo.rollout import generate, model_inputs, response_lengths
+from trl_rlaif.ppo.rollout import generate, join_rollouts, model_inputs, response_lengths
+from trl_rlaif.testing import make_rollout
 
 PAD, STOP = 0, 2
 
@@ -55,6 +58,25 @@ def test_an_end_token_that_is_also_padding_belongs_to_the_response():
     lengths, ended = response_lengths(torch.tensor([[5, 2, 2], [5, 6, 7]]), stop_ids=[2], pad_id=2)
     assert lengths.tolist() == [2, 3]
     assert ended.tolist() == [True, False]
+
+
+def test_joined_rollouts_are_the_rows_of_each():
+    rollouts = [make_rollout(count, seed=count, expected=True) for count in (3, 5)]
+    narrow = replace(
+        rollouts[1],
+        **{name: getattr(rollouts[1], name)[:, 2:] for name in ("prompt_ids", "prompt_mask")},
+        **{name: getattr(rollouts[1], name)[:, :-3] for name in ("response_ids", "logprobs", "ref_logprobs", "values")},
+        lengths=rollouts[1].lengths.clamp(max=4),
+    )
+    joined = join_rollouts([rollouts[0], narrow])
+    for rows, rollout in ((slice(0, 3), rollouts[0]), (slice(3, 8), narrow)):
+        assert joined.prompts[rows] == rollout.prompts and joined.categories[rows] == rollout.categories
+        assert torch.equal(joined.expected[rows], rollout.expected)
+        assert torch.equal(joined.reward_parts["first"][rows], rollout.reward_parts["first"])
+        mask, wide = rollout.masks()[0], joined.masks()[0][rows]
+        for name in ("response_ids", "logprobs", "ref_logprobs"):
+            assert torch.equal(getattr(joined, name)[rows][wide], getattr(rollout, name)[mask])
+        assert torch.equal(joined.prompt_ids[rows][joined.prompt_mask[rows]], rollout.prompt_ids[rollout.prompt_mask])
 
 
 def test_inputs_leave_out_padding_that_all_rows_share():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from trl_rlaif_advantage import AdvantageModel
-from trl_rlaif_regulator import DistributionRegulator, Ensemble
+from trl_rlaif_regulator import DistributionRegulator, Ensemble, Whiten
 
 from trl_rlaif import RewardTransform, UserError
 from trl_rlaif.testing import check_reward_transform, make_rollout
@@ -43,9 +43,29 @@ class Noisy(Centred):
         return super().transform(scores, rollout) + torch.randn(len(scores))
 
 
+class NeedsKL(Centred):
+    """Without saying so."""
+
+    def transform(self, scores, rollout):
+        return scores - (rollout.logprobs - rollout.ref_logprobs).sum(1)
+
+
+class SaysSo(NeedsKL):
+    needs_kl = True
+
+
 @pytest.mark.parametrize(
     "transform",
-    [RewardTransform, Centred, Noisy, AdvantageModel(adapt="variance"), DistributionRegulator(warm_up=0), Ensemble],
+    [
+        RewardTransform,
+        Centred,
+        Noisy,
+        SaysSo,
+        AdvantageModel(adapt="variance"),
+        DistributionRegulator(warm_up=0),
+        Ensemble,
+        Whiten,
+    ],
 )
 def test_good_transforms_pass(transform):
     check_reward_transform(transform)
@@ -104,6 +124,11 @@ class NeedsExpected(Centred):
 
     def transform(self, scores, rollout):
         return scores - rollout.expected
+
+
+class PoolInHalves(Centred):
+    def transform_pool(self, scores, rollout):
+        return scores[: len(scores) // 2]
 
 
 class Shared(Centred):
@@ -203,6 +228,8 @@ BROKEN = [
     (Unguarded, "transform() on a batch of one returns scores that are not finite", "Guard divisions"),
     (NeedsCategories, "transform() on a batch without categories raises KeyError", "UserError"),
     (NeedsExpected, "transform() on an ordinary batch raises TypeError", "Make it cope"),
+    (NeedsKL, "reads logprobs or ref_logprobs, which RLOO and GRPO do not compute", "Set needs_kl = True"),
+    (PoolInHalves, "transform_pool() on a pool returns the shape (3,) for (6,)", "one score a response"),
     (Shared, "two instances give other scores", "share nothing"),
     (OwnDice, "two instances give other scores", "seeded by an option"),
     (LogsTensors, "metrics() after an ordinary batch holds 'mean'", "plain numbers"),

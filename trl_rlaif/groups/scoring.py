@@ -42,13 +42,16 @@ class GroupScore:
         Raises:
             UserError: As ``PPOTrainer.score``.
         """
-        scorer = self.scorer
+        scorer, policy = self.scorer, self.scorer.shared.peft
         own = {name: columns.pop(name) for name in _TRAINERS_OWN if name in columns}
+        training = policy.training
+        policy.eval()  # dropout of the adapters would make scores and KL noisy
         rollout = self._rollout(prompts, completion_ids, columns)
         scorer.plugins.notify("rollout_collected", trainer=scorer, rollout=rollout)
         scores = scorer.score(rollout)
         scorer.unscored.observe(scores, scorer._failed)
         scores = scorer.transform(scores, rollout)
+        policy.train(training)  # by which TRL tells training from evaluation
         for name, value in score_metrics(scorer, rollout, scores).items():
             own["log_metric"](name, value)
         self.missing = scores.isnan().tolist()
@@ -62,4 +65,9 @@ class GroupScore:
             for prompt, response, of_prompt, ids in zip(prompts, responses, prompt_ids, completion_ids, strict=True)
         ]
         rollout = as_rollout(pairs, self.scorer.accelerator.device, [response.ended for response in responses])
-        return replace(rollout, columns=columns)
+        rollout = replace(rollout, columns=columns)
+        if any(transform.needs_kl for transform in self.scorer.reward_transforms):
+            return self.scorer._sampler.compared(self.scorer.actors, rollout)
+        # Zeros would look like a KL of 0.
+        unknown = torch.full_like(rollout.logprobs, torch.nan)
+        return replace(rollout, logprobs=unknown, ref_logprobs=unknown)

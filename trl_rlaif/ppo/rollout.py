@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
@@ -133,6 +135,25 @@ def scored_rows(rollout: Rollout, reader: ResponseReader) -> Rollout:
     device = rollout.lengths.device
     lengths = torch.tensor([len(row) for row in rows], device=device)
     return replace(rollout, response_ids=pad_sequence(rows, batch_first=True).to(device), lengths=lengths)
+
+
+def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout:
+    """Rollouts with the same columns and rewards as one, padded where they are of different widths."""
+    values = {f.name: [getattr(rollout, f.name) for rollout in rollouts] for f in fields(Rollout)}
+    return Rollout(**{name: _join(parts, left=name.startswith("prompt_")) for name, parts in values.items()})
+
+
+def _join(parts: list[Any], *, left: bool = False) -> Any:
+    if isinstance(parts[0], torch.Tensor):
+        if parts[0].dim() < 2:
+            return torch.cat(parts)
+        width = max(part.shape[1] for part in parts)
+        return torch.cat(
+            [pad(part, ((width - part.shape[1], 0) if left else (0, width - part.shape[1]))) for part in parts]
+        )
+    if isinstance(parts[0], dict):
+        return {name: _join([part[name] for part in parts]) for name in parts[0]}
+    return None if parts[0] is None else [value for part in parts for value in part]
 
 
 def model_inputs(

@@ -178,14 +178,21 @@ class RolloutSampler:
         """
         return replace(rollout, logprobs=self._forward(actors, rollout, torch.arange(len(rollout.prompts))))
 
-    def _forward(self, actors: Actors, rollout: Rollout, rows: torch.Tensor) -> torch.Tensor:
-        """(B, T) float32: the policy's log-probabilities of some rows by a forward pass, as in the step; else zero."""
-        logprobs = torch.zeros_like(rollout.logprobs)
+    @torch.no_grad()
+    def compared(self, actors: Actors, rollout: Rollout) -> Rollout:
+        """The rollout with the log-probabilities of policy and reference by a forward pass each; zero after ends."""
+        rows = torch.arange(len(rollout.prompts))
+        references = self._forward(actors, rollout, rows, "reference")
+        return replace(self._with_logprobs(actors, rollout), ref_logprobs=references)
+
+    def _forward(self, actors: Actors, rollout: Rollout, rows: torch.Tensor, part: str = "policy") -> torch.Tensor:
+        """(B, T) float32: log-probabilities of some rows by a forward pass, the policy's as in the step; else zero."""
+        logprobs = torch.zeros(rollout.response_ids.shape, device=rollout.response_ids.device)
         with trainable_attention(*actors.trained()) if self.args.bf16 else nullcontext():
             for chunk in self._chunks(rollout, rows):
                 passage = Passage.of(rollout, chunk)
                 with autocast(self.args, self.accelerator.device):
-                    found, _ = passes.logprobs(actors, "policy", passage, self.temperature)
+                    found, _ = passes.logprobs(actors, part, passage, self.temperature)
                 logprobs[chunk, : passage.width] = found
         return logprobs
 

@@ -16,10 +16,11 @@ from trl_rlaif.artifacts import to_line, write_atomically
 from trl_rlaif.components import DataSelector
 from trl_rlaif.contracts import check_num_responses, guarded, origin_of
 from trl_rlaif.errors import UserError
-from trl_rlaif.events import Pool, RehearsalPair, Selection
+from trl_rlaif.events import Pool, RehearsalPair, Rollout, Selection
 from trl_rlaif.ppo.advantages import kl_per_token
 from trl_rlaif.ppo.processes import failing_together
 from trl_rlaif.ppo.rehearsal import lines
+from trl_rlaif.ppo.rollout import join_rollouts
 from trl_rlaif.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -99,38 +100,35 @@ def draw_pool(trainer: PPOTrainer, num_responses: int = 1, *, selection: int = 0
     Raises:
         UserError: More than ``args.max_failed`` of the responses have no reward, or all have none.
     """
-    dataset, seed, limit = trainer.every_prompt, trainer.args.seed, trainer.args.selection_prompts
-    rows = list(range(len(dataset)))
+    seed, limit = trainer.args.seed, trainer.args.selection_prompts
+    rows = list(range(len(trainer.every_prompt)))
     if limit is not None and limit < len(rows):
         rows = sorted(np.random.default_rng(seed + selection).choice(len(rows), limit, replace=False).tolist())
     rows = [row for row in rows for _ in range(num_responses)]
     processes, size = trainer.accelerator.num_processes, trainer.args.local_batch_size
     share = -(-len(rows) // processes)
     begin = trainer.accelerator.process_index * share
-    found: list[tuple[Any, ...]] = []
-    for start in _shown(trainer, range(begin, begin + share, size), share):
-        # What is beyond the last prompt is a repetition, so that all processes draw equally many.
-        batch = [rows[i % len(rows)] for i in range(start, min(start + size, begin + share))]
-        rollout = trainer.sample(trainer.data_collator([dataset[i] for i in batch]))
-        scores = trainer.score(rollout)
-        trainer.unscored.observe(scores, trainer._failed)
-        trainer.unscored.check()
-        scores = trainer.transform(scores, rollout).cpu()
-        entropies = -rollout.logprobs.sum(1) / rollout.lengths.clamp(min=1)
-        kl = kl_per_token(rollout.logprobs, rollout.ref_logprobs, trainer.args.kl_estimator).sum(1)
-        found += zip(
-            rollout.prompts,
-            rollout.completions,
-            scores.tolist(),
-            rollout.categories,
-            [ids[mask].tolist() for ids, mask in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)],
-            [ids[:n].tolist() for ids, n in zip(rollout.response_ids, rollout.lengths.tolist(), strict=True)],
-            entropies.tolist(),
-            kl.tolist(),
-            [{name: values[i] for name, values in rollout.columns.items()} for i in range(len(batch))],
-            strict=True,
-        )
-    found = gather_object(found)[: len(rows)]
+    # What is beyond the last prompt is a repetition, so that all processes draw equally many.
+    batches = [
+        [rows[i % len(rows)] for i in range(start, min(start + size, begin + share))]
+        for start in range(begin, begin + share, size)
+    ]
+    rollout, scores = _scored(trainer, batches, share)
+    entropies = -rollout.logprobs.sum(1) / rollout.lengths.clamp(min=1)
+    kl = kl_per_token(rollout.logprobs, rollout.ref_logprobs, trainer.args.kl_estimator).sum(1)
+    found = zip(
+        rollout.prompts,
+        rollout.completions,
+        scores.tolist(),
+        rollout.categories,
+        [ids[mask].tolist() for ids, mask in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)],
+        [ids[:n].tolist() for ids, n in zip(rollout.response_ids, rollout.lengths.tolist(), strict=True)],
+        entropies.tolist(),
+        kl.tolist(),
+        [{name: values[i] for name, values in rollout.columns.items()} for i in range(share)],
+        strict=True,
+    )
+    found = gather_object(list(found))[: len(rows)]
     prompts, responses, scores, categories, prompt_ids, response_ids, entropies, kl, columns = map(
         list, zip(*found, strict=True)
     )
@@ -155,15 +153,38 @@ def draw_pool(trainer: PPOTrainer, num_responses: int = 1, *, selection: int = 0
     return pool if len(known) == len(pool) else pool.subset(known)
 
 
-def _shown(trainer: PPOTrainer, starts: range, share: int) -> Iterator[int]:
-    """The batches' beginnings, with a progress bar over this process's share: a pool may take longer than an update."""
+def _scored(trainer: PPOTrainer, batches: list[list[int]], size: int) -> tuple[Rollout, torch.Tensor]:
+    """Responses to batches of prompts (rows) as one rollout, and their (size,) scores, transformed all at once.
+
+    A batch at a time they could not be compared: each would be mapped by other figures than the one before.
+    """
+    rollouts, scores, raw = [], [], []
+    state = trainer.reward_sum.state_dict()
+    for batch in _shown(trainer, batches, size):
+        rollouts.append(trainer.sample(trainer.data_collator([trainer.every_prompt[row] for row in batch])))
+        scores.append(trainer.score(rollouts[-1]))
+        raw.append(trainer._raw)
+        trainer.unscored.observe(scores[-1], trainer._failed)
+        trainer.unscored.check()
+    rollout, joined = join_rollouts(rollouts), torch.cat(scores)
+    parts, expected = raw[0]
+    if parts:  # summed again, since rewards are normalized by the whole pool, too
+        trainer.reward_sum.load_state_dict(state)
+        parts = {name: torch.cat([part[name] for part, _ in raw]) for name in parts}
+        expected = None if expected is None else torch.cat([each for _, each in raw])
+        joined, trainer._reward_parts, trainer._expected = trainer.reward_sum(parts, expected)
+    return rollout, trainer.transform(joined, rollout, pool=True)
+
+
+def _shown(trainer: PPOTrainer, batches: list[list[int]], size: int) -> Iterator[list[int]]:
+    """The batches, with a progress bar over this process's share: a pool may take longer than an update."""
     if not trainer.accelerator.is_main_process:
-        yield from starts
+        yield from batches
         return
-    with progress_bar("Drawing responses to choose from", share, unit="responses") as advance:
-        for start in starts:
-            yield start
-            advance(min(starts.step, share - (start - starts.start)))
+    with progress_bar("Drawing responses to choose from", size, unit="responses") as advance:
+        for batch in batches:
+            yield batch
+            advance(len(batch))
 
 
 def _embeddings(trainer: PPOTrainer, prompt_ids: list[list[int]], repeats: int) -> np.ndarray:

@@ -184,6 +184,7 @@ class PPOTrainer(BasePPOTrainer):
         # What `score` found beside its sum; a subclass that scores otherwise leaves them empty.
         self._reward_parts: dict[str, torch.Tensor] = {}
         self._expected: torch.Tensor | None = None
+        self._raw: tuple[dict[str, torch.Tensor], torch.Tensor | None] = {}, None  # the same before RewardSum
         self._failed: dict[str, list[str]] = {}
         names = reward_names(self.reward_funcs, model=self.has_reward_model)
         self.reward_sum = RewardSum(names, args.reward_weights, args.reward_normalization, self.accelerator.gather)
@@ -283,13 +284,17 @@ class PPOTrainer(BasePPOTrainer):
         """Raw scores, (B,) float32: the weighted sum of all rewards (RewardSum), NaN where a response has none."""
         with failing_together(self.accelerator):
             parts, expected, self._failed = score_parts(self, rollout)
+        self._raw = parts, expected
         scores, self._reward_parts, self._expected = self.reward_sum(parts, expected)
         return scores
 
-    def transform(self, scores: torch.Tensor, rollout: Rollout) -> torch.Tensor:
+    def transform(self, scores: torch.Tensor, rollout: Rollout, *, pool: bool = False) -> torch.Tensor:
         """Scores after the reward transforms in their order, then whitened, clipped and less penalties.
 
         Transforms see the responses alone that have a reward; the scores of the others stay NaN.
+
+        Args:
+            pool: These are all scores of a selector's pool, and not a batch to train on.
         """
         known = ~scores.isnan()
         self._spreads = {}
@@ -298,7 +303,7 @@ class PPOTrainer(BasePPOTrainer):
             seen, found = (seen, scores) if known.all() else (seen.select(known), scores[known])
             steps = {"raw": found.tolist()}
             for transform in self.reward_transforms:
-                found = transform.transform(found, seen)
+                found = (transform.transform_pool if pool else transform.transform)(found, seen)
                 steps[numbered(type(transform).__name__, steps)] = found.tolist()
             self._spreads = category_spreads(seen, steps)
             scores = scores.masked_scatter(known, found)

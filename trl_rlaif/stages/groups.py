@@ -135,7 +135,12 @@ def _scorer(context: Context, trainer: Rehearsing, dataset: Any) -> PPOTrainer:
     steps = trainer.accelerator.gradient_state
     before = dict(steps.plugin_kwargs)
     shared = SharedBase.around(trainer.model)
-    config = dataclasses.replace(rl.config(context), value="trunk", response_length=trainer.args.max_completion_length)
+    config = dataclasses.replace(
+        rl.config(context),
+        value="trunk",
+        response_length=trainer.args.max_completion_length,
+        temperature=trainer.args.temperature,  # whose default is TRL's, not PPO's
+    )
     scorer = rl.ppo_trainer(context, config, shared, dataset)
     # Accelerate's one state of all trainers: TRL's trainer must go on to count as it did.
     steps.plugin_kwargs = before

@@ -263,6 +263,6 @@ def transformed(
     )
     steps = []
     for transform in transforms:
-        raw = transform.transform(raw.clone(), rollout)  # which may change what it is given
+        raw = transform.transform_pool(raw.clone(), rollout)  # which may change what it is given
         steps.append(raw)
     return steps

@@ -27,8 +27,8 @@ def check_reward_transform(
 
     Finite float32 scores of the same shape, the same in every run under a seed; a state that is its own, can be
     saved, and lets a fresh instance go on exactly where the other one was; a loss that is None, or a finite scalar
-    with gradients; inputs as they were; batches of one, of equal scores, without categories, of any text, and with
-    responses that lack one of the rewards.
+    with gradients; inputs as they were; batches of one, of equal scores, without categories, of any text, with responses
+    that lack one of the rewards, and without log-probabilities, unless it ``needs_kl``; a whole pool at once.
 
     Args:
         transform: An instance, whose options are taken, or a class whose options all have defaults.
@@ -44,6 +44,7 @@ def check_reward_transform(
     with seeded(_SEED):
         check.scores()
         check.repeated()
+        check.without_logprobs()
         check.ragged()
         check.loss()
         check.state()
@@ -59,12 +60,14 @@ class _Check:
         self.subject, self.batches, self.fail = subject, batches, subject.fail
         self.expected = subject.cls.needs_expected
 
-    def transform(self, transform: RewardTransform, rollout: Rollout, what: str, *, ragged: bool = False) -> Any:
+    def transform(
+        self, transform: RewardTransform, rollout: Rollout, what: str, *, ragged: bool = False, name: str = "transform"
+    ) -> Any:
         """One batch's scores, checked; None where a ragged one is refused in words."""
         scores, given = raw_scores(rollout), copy.deepcopy(rollout)
         before = scores.clone()
-        where = f"transform() on {what}"
-        found = self.subject.call(where, lambda: transform.transform(scores, given), may_refuse=ragged)
+        where = f"{name}() on {what}"
+        found = self.subject.call(where, lambda: getattr(transform, name)(scores, given), may_refuse=ragged)
         if found is None and ragged:
             return None
         with self.subject.rules(where):
@@ -87,12 +90,37 @@ class _Check:
 
     def scores(self) -> None:
         self.all(self.subject.fresh())
+        used = self.subject.fresh()
+        self.all(used)
+        for transform in (self.subject.fresh(), used):
+            self.transform(transform, self.batches[-1], "a pool", name="transform_pool")
 
     def repeated(self) -> None:
         if not same(self.all(self.subject.fresh()), self.all(self.subject.fresh())):
             self.fail(
                 "two instances give other scores to the same batches under the same seed",
                 "Draw from torch's generator, or one seeded by an option, and share nothing between instances.",
+            )
+
+    def without_logprobs(self) -> None:
+        """As RLOO and GRPO hand rollouts over, unless they are told to compute more."""
+        if self.subject.cls.needs_kl:
+            return
+        batch, found = self.batches[0], []
+        unknown = torch.full_like(batch.logprobs, torch.nan)
+        for rollout in (batch, replace(batch, logprobs=unknown, ref_logprobs=unknown)):
+            transform = self.subject.fresh()
+            where = "transform() on a batch without log-probabilities"
+            with seeded(_SEED):
+                found.append(
+                    self.subject.call(
+                        where, lambda t=transform, r=rollout: t.transform(raw_scores(r), copy.deepcopy(r))
+                    )
+                )
+        if not same(*found):
+            self.fail(
+                "reads logprobs or ref_logprobs, which RLOO and GRPO do not compute for it",
+                "Set needs_kl = True on the class.",
             )
 
     def ragged(self) -> None:
