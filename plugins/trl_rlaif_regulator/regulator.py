@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import zlib
+from collections import defaultdict
+from dataclasses import astuple
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -10,12 +14,19 @@ from accelerate.utils import gather_object
 from pydantic import Field
 
 from trl_rlaif import Options, RewardTransform, Rollout
-from trl_rlaif_regulator.running import POOLED, RunningScores
+from trl_rlaif_regulator.drift import Rise
+from trl_rlaif_regulator.running import RunningScores
 
 logger = logging.getLogger(__name__)
 
 # Below this a category's scores are all alike, and there is nothing to scale.
 LEAST_STD = 1e-3
+# Of a score in the figures of a pool, in which all count alike.
+_ALL_ALIKE = 1e-9
+# What the metrics call the scores without a category.
+UNNAMED = "unnamed"
+# Category, score, KL and prompt (as a number) of a response.
+Row = tuple[str | None, float, float, int]
 
 
 class RegulatorOptions(Options):
@@ -23,24 +34,33 @@ class RegulatorOptions(Options):
 
     bound: float = Field(3.0, gt=0, description="Scores end within so many standard deviations: bound tanh(z / bound).")
     share: float = Field(0.0005, gt=0, lt=1, description="Of one new score in the running mean and variance.")
-    prior: float = Field(16.0, ge=0, description="All categories' figures count as this many scores of each.")
+    prior: float = Field(
+        16.0,
+        ge=0,
+        description="Other categories' figures count as this many scores at most: the fewer, the more they differ.",
+    )
     warm_up: int = Field(2, ge=0, description="Batches in which all categories are scaled alike, by pooled figures.")
-    drift: float = Field(1.0, gt=0, description="Alarm: a category's mean has risen by so many standard deviations ...")
+    drift: float = Field(
+        0.5,
+        gt=0,
+        description="Alarm: a category's mean has surely risen, by at least so many standard deviations ...",
+    )
     kl_budget: float = Field(
-        10.0, gt=0, description="... while its KL to the reference, in nats a response, is above this."
+        10.0, gt=0, description="... while its KL to the reference, in nats per response, is above this."
     )
 
 
 class DistributionRegulator(RewardTransform):
-    """Shifts, scales and bounds each category's scores by its running mean and variance."""
+    """Shifts, scales and bounds each category's scores by its running mean and standard deviation."""
 
     Options = RegulatorOptions
+    needs_kl = True
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.running = RunningScores(self.options.share, self.options.prior)
         self.batches = 0
-        self.start: dict[str, tuple[float, float]] = {}
+        self.rises: dict[str | None, Rise] = {}
         self.unit: float | None = None
         self._numbers: dict[str, float] = {}
 
@@ -49,26 +69,48 @@ class DistributionRegulator(RewardTransform):
 
         Every process takes in every process's scores, so that all regulate alike.
         """
+        self._take(scores, rollout)
+        if self.batches <= self.options.warm_up:
+            figures = dict.fromkeys(rollout.categories, self.running.pooled())
+        else:
+            table = self.running.table()
+            figures = {category: table[category or None] for category in set(rollout.categories)}
+        spread = self._spread(self.running, settled=self.batches >= max(1, self.options.warm_up))
+        return self._mapped(scores, [figures[category] for category in rollout.categories], spread)
+
+    def transform_pool(self, scores: torch.Tensor, rollout: Rollout) -> torch.Tensor:
+        """The same by the figures of the pool alone, whatever was running before."""
+        rows = self._take(scores, rollout)
+        pool = RunningScores(_ALL_ALIKE, self.options.prior)
+        pool.add((category, score) for category, score, _, _ in rows)
+        table = pool.table()
+        figures = [table[category or None] for category in rollout.categories]
+        return self._mapped(scores, figures, self._spread(pool, settled=True))
+
+    def _take(self, scores: torch.Tensor, rollout: Rollout) -> list[Row]:
+        """Take in the scores of all processes; they are returned."""
         kl = ((rollout.logprobs - rollout.ref_logprobs) * rollout.masks()[0]).sum(1)
-        rows = gather_object(list(zip(rollout.categories, scores.tolist(), kl.tolist(), strict=True)))
-        self.running.add((category, score) for category, score, _ in rows)
+        prompts = [zlib.crc32(repr(prompt).encode()) for prompt in rollout.prompts]
+        rows = gather_object(list(zip(rollout.categories, scores.tolist(), kl.tolist(), prompts, strict=True)))
+        self.running.add((category, score) for category, score, _, _ in rows)
         self.batches += 1
         self._watch(rows)
-        known = self.batches > self.options.warm_up
-        figures = [self.running.figures(category if known else None) for category in rollout.categories]
+        return rows
+
+    def _mapped(self, scores: torch.Tensor, figures: list[tuple[float, float]], spread: float) -> torch.Tensor:
         mean, std = torch.tensor(figures, device=scores.device, dtype=scores.dtype).view(-1, 2).unbind(1)
         scaled = (scores - mean) / std.clamp(min=LEAST_STD)
-        return self._spread() * self.options.bound * torch.tanh(scaled / self.options.bound)
+        return spread * self.options.bound * torch.tanh(scaled / self.options.bound)
 
-    def _spread(self) -> float:
+    def _spread(self, running: RunningScores, *, settled: bool) -> float:
         """What a standard deviation of a category becomes: the same for all of them.
 
         The scores' own spread, brought down to 1 where it is above that once it is known. From then on it follows the
         scores: were it always 1, ever more would be paid for ever smaller differences as a policy learns and its
         scores come closer together, against the same price of a KL.
         """
-        spread, known = self.running.within()
-        if self.unit is None and known and self.batches >= max(1, self.options.warm_up):
+        spread, known = running.within()
+        if self.unit is None and known and settled:
             self.unit = max(spread, 1.0)
         return spread / (self.unit or max(spread, 1.0))
 
@@ -80,36 +122,45 @@ class DistributionRegulator(RewardTransform):
         return {
             "running": self.running.state_dict(),
             "batches": self.batches,
-            "start": dict(self.start),
+            "rises": {category: astuple(rise) for category, rise in self.rises.items()},
             "unit": self.unit,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.running.load_state_dict(state["running"])
-        self.batches, self.start, self.unit = state["batches"], dict(state["start"]), state.get("unit")
+        self.batches, self.unit = state["batches"], state.get("unit")
+        self.rises = {category: Rise(*values) for category, values in state.get("rises", {}).items()}
 
-    def _watch(self, rows: list[tuple[str | None, float, float]]) -> None:
-        """Signs of reward hacking: the score of a kind of prompt rises while its KL budget is overdrawn."""
-        if self.batches == max(1, self.options.warm_up):
-            self.start = {name: self.running.own(name) for name in self.running.moments}
+    # ---- Signs of reward hacking: the score of a kind of prompt rises while its KL budget is overdrawn ----------
+
+    def _watch(self, rows: list[Row]) -> None:
+        """Take in the scores of all processes, by prompt, and say what rises."""
+        kinds: dict[str | None, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+        for category, score, kl, prompt in rows:
+            kinds[category or None][prompt].append((score, kl))
+        for category, prompts in kinds.items():
+            rise = self.rises.setdefault(category, Rise())
+            # In an order of chance: prompts of a pool come as the data has them, which may be from hard to easy.
+            for prompt in sorted(prompts):
+                rise.add(fmean(score for score, _ in prompts[prompt]))
         self._numbers = {}
         for name in self.running.moments:
             mean, std = self.running.own(name)
-            label = name or "all"
-            self._numbers |= {f"regulator/{label}/mean": mean, f"regulator/{label}/std": std}
-            if name == POOLED:
-                continue
-            began, spread = self.start.setdefault(name, (mean, std))
-            kls = [kl for category, _, kl in rows if category == name]
-            over = bool(kls) and sum(kls) / len(kls) > self.options.kl_budget
-            drifts = over and mean - began > self.options.drift * max(spread, LEAST_STD)
-            self._numbers[f"regulator/{name}/drift"] = float(drifts)
-            if drifts:
+            self._numbers |= {f"regulator/{name or 'all'}/mean": mean, f"regulator/{name or 'all'}/std": std}
+        for category, rise in self.rises.items():
+            kls = [kl for responses in kinds[category].values() for _, kl in responses]
+            drifts = bool(kls) and self._drifts(rise, fmean(kls))
+            self._numbers[f"regulator/{category or UNNAMED}/drift"] = float(drifts)
+            if drifts and not rise.raised:
+                rise.raised = True
                 logger.warning(
-                    "Scores of '%s' have risen from %.2f to %.2f while the policy is %.1f nats from the reference: "
-                    "it may be gaming the reward.",
-                    name,
-                    began,
-                    mean,
-                    sum(kls) / len(kls),
+                    "Scores of '%s' have risen from %.2f to %.2f while the policy is %.1f nats per response from the "
+                    "reference: it may be gaming the reward.",
+                    category or UNNAMED,
+                    rise.start,
+                    rise.recent,
+                    fmean(kls),
                 )
+
+    def _drifts(self, rise: Rise, kl: float) -> bool:
+        return kl > self.options.kl_budget and rise.size >= self.options.drift and rise.significant(len(self.rises))

@@ -1,4 +1,4 @@
-"""Running mean and variance of each category's scores, steadied by those of all."""
+"""Mean and standard deviation of each category's scores; few scores are steadied by the other categories."""
 
 from __future__ import annotations
 
@@ -8,10 +8,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from scipy.optimize import brentq
+from scipy.special import digamma, polygamma
+
 POOLED = ""
 UNNAMED = None  # in a state
 # Degrees of freedom from which a spread is known well enough (to about a fifth).
 ENOUGH = 16
+# Half of the fewest degrees of freedom that a prior of the variances may have; fewer than any that counts.
+_LEAST = 0.01
 
 
 @dataclass
@@ -30,10 +36,11 @@ class Moments:
     def add(self, values: list[float], share: float) -> None:
         """Take in a batch of scores, at least one."""
         keep = (1 - share) ** len(values)
+        new = 1 - keep  # one number in all three: what rounding does to a small one cancels
         mean, square = sum(values) / len(values), sum(v * v for v in values) / len(values)
-        self.weight = keep * self.weight + 1 - keep
-        self.total = keep * self.total + (1 - keep) * mean
-        self.squares = keep * self.squares + (1 - keep) * square
+        self.weight = keep * self.weight + new
+        self.total = keep * self.total + new * mean
+        self.squares = keep * self.squares + new * square
         self.count += len(values)
 
     @property
@@ -45,14 +52,19 @@ class Moments:
         """Mean square."""
         return self.squares / self.weight
 
+    @property
+    def variance(self) -> float:
+        """Mean square of the deviations from the mean."""
+        return max(self.second - self.mean**2, 0.0)
+
 
 class RunningScores:
     """Mean and standard deviation of the scores of each category.
 
     Args:
         share: Of one new score in the running figures, 0 < share < 1.
-        prior: The pooled figures count as much as this many scores of a category, so that one with few is near them
-            and an unseen one has them.
+        prior: The figures of the other categories count as this many scores of a category at most: as many where
+            categories are alike, ever fewer the more they differ. 0 leaves every category to itself.
     """
 
     def __init__(self, share: float, prior: float) -> None:
@@ -76,8 +88,11 @@ class RunningScores:
 
     def own(self, name: str) -> tuple[float, float]:
         """Mean and standard deviation of a known category alone."""
-        moments = self.moments[name]
-        return moments.mean, math.sqrt(max(moments.second - moments.mean**2, 0.0))
+        return self.moments[name].mean, math.sqrt(self.moments[name].variance)
+
+    def pooled(self) -> tuple[float, float]:
+        """Mean and standard deviation of all scores together, whatever their category: (0, 1) before the first."""
+        return self.own(POOLED) if self.moments else (0.0, 1.0)
 
     def within(self) -> tuple[float, bool]:
         """Standard deviation of the scores about their own category's mean, 0 before the first.
@@ -85,30 +100,61 @@ class RunningScores:
         Returns:
             It, and whether it comes from enough scores; until then it is that of all scores together.
         """
-        own = [m for name, m in self.moments.items() if name != POOLED] + [self.unnamed]
-        counts = [min(m.count, 1 / self.share) for m in own]
-        free = sum(max(n - 1, 0) for n in counts)
+        own = list(self._kinds().values())
+        free = sum(self._size(m) - 1 for m in own)
         if free < ENOUGH:
-            return (self.own(POOLED)[1] if POOLED in self.moments else 0.0), False
-        squares = sum(n * (m.second - m.mean**2) for n, m in zip(counts, own, strict=True) if n > 1)
-        return math.sqrt(max(squares / free, 0.0)), True
+            return (self.pooled()[1] if own else 0.0), False
+        return math.sqrt(sum(self._size(m) * m.variance for m in own) / free), True
 
     def figures(self, category: str | None) -> tuple[float, float]:
-        """Mean and standard deviation of a category, drawn towards the pooled ones.
+        """Mean and standard deviation of a category as ``table`` has them; of one never seen, the pooled ones."""
+        return self.table().get(category or UNNAMED, self.pooled())
 
-        As if ``prior`` of the scores behind a mean and a variance had been the pooled ones.
+    def table(self) -> dict[str | None, tuple[float, float]]:
+        """Mean and standard deviation of every category; None stands for the scores without one.
+
+        Empirical Bayes, in which the spread between categories is no part of the spread within them: means are drawn
+        to a common one as far as they may differ by chance (one-way random effects), and
+        variances on their logarithmic scale (Smyth 2004, eq. 4 to 6 of section 6.2).
         """
-        pooled = self.moments.get(POOLED)
-        if pooled is None:
-            return 0.0, 1.0
-        own = self.moments.get(category or POOLED, pooled)
-        spread = pooled.second - pooled.mean**2
-        # What the running figures remember, at most: a category of long ago is still known as well as a fresh one.
-        count = min(own.count, 1 / self.share) if own is not pooled else 0.0
-        part = count / (count + self.prior) if count + self.prior else 0.0
-        mean = part * own.mean + (1 - part) * pooled.mean
-        variance = part * (own.second - own.mean**2) + (1 - part) * spread
-        return mean, math.sqrt(max(variance, 0.0))
+        kinds = self._kinds()
+        if not sum(self._size(m) > 1 for m in kinds.values()):
+            return {name: self.pooled() for name in kinds}
+        sizes = np.array([self._size(m) for m in kinds.values()])
+        means = np.array([m.mean for m in kinds.values()])
+        variances = self._variances(sizes, np.array([m.variance for m in kinds.values()]))
+        if not self.prior or not variances.all():
+            drawn = means
+        else:
+            common, between = _random_effects(means, variances / sizes)
+            # A prior of k scores: its mean's variance is that of the mean of k scores.
+            prior = np.minimum(self.prior, variances / between) if between else self.prior
+            drawn = (sizes * means + prior * common) / (sizes + prior)
+        return dict(zip(kinds, zip(drawn.tolist(), np.sqrt(variances).tolist(), strict=True), strict=True))
+
+    def _variances(self, sizes: np.ndarray, variances: np.ndarray) -> np.ndarray:
+        """(C,) posterior variances: a scaled inverse chi-square prior, whose weight and place the categories tell."""
+        free, squares = sizes - 1, sizes * variances
+        known = (free > 0) & (squares > 0)
+        if not known.any():
+            return np.zeros_like(squares)
+        half = free[known] / 2
+        # log s^2 of normal scores has these moments about log sigma^2.
+        logs = np.log(squares[known] / free[known]) - digamma(half) + np.log(half)
+        common, spread = _random_effects(logs, polygamma(1, half))
+        half_prior = _inverse_trigamma(spread)
+        place = math.exp(common + (digamma(half_prior) - math.log(half_prior) if half_prior < math.inf else 0.0))
+        weight = min(self.prior, 2 * half_prior) if len(sizes) > 1 else 0.0
+        # Without a prior one score alone has no spread.
+        return np.where(weight + free > 0, (weight * place + squares) / np.maximum(weight + free, 1e-9), place)
+
+    def _kinds(self) -> dict[str | None, Moments]:
+        named = {name: moments for name, moments in self.moments.items() if name != POOLED}
+        return named | {UNNAMED: self.unnamed} if self.unnamed.count else named
+
+    def _size(self, moments: Moments) -> float:
+        """Scores that running figures remember: a category of long ago is still known as well as a fresh one."""
+        return min(moments.count, 1 / self.share)
 
     def state_dict(self) -> dict[str, Any]:
         """The figures of every category."""
@@ -120,3 +166,30 @@ class RunningScores:
         """Take over what ``state_dict`` gave."""
         self.moments = {name: Moments(*values) for name, values in state.items() if name != UNNAMED}
         self.unnamed = Moments(*state.get(UNNAMED, ()))
+
+
+def _random_effects(values: np.ndarray, variances: np.ndarray) -> tuple[float, float]:
+    """Common mean of (C,) values with errors of known variances, and the variance of the true values about it.
+
+    That variance is what leaves C - 1 in the weighted sum of squares, or 0 (Paule and Mandel 1982; a single value tells
+    nothing of it).
+    """
+
+    def common(between: float) -> float:
+        return np.average(values, weights=1 / (variances + between))
+
+    def excess(between: float) -> float:
+        return ((values - common(between)) ** 2 / (variances + between)).sum() - (len(values) - 1)
+
+    between = 0.0
+    if len(values) > 1 and excess(0.0) > 0:
+        most = ((values - values.mean()) ** 2).sum()  # at which the excess is 1 - (C - 1) at most
+        between = brentq(excess, 0.0, most, xtol=1e-9 * most)
+    return common(between), between
+
+
+def _inverse_trigamma(value: float) -> float:
+    """y > 0 with trigamma(y) = value; infinite for 0."""
+    if value <= polygamma(1, 1e6):
+        return math.inf
+    return brentq(lambda y: polygamma(1, y) - min(value, polygamma(1, _LEAST)), _LEAST, 1e6 + 1)

@@ -37,8 +37,10 @@ class Whiten(RewardTransform):
     """Gives the scores of each batch, over all processes, zero mean and unit variance."""
 
     def transform(self, scores: torch.Tensor, rollout: Rollout) -> torch.Tensor:
-        every = torch.tensor(gather_object(scores.tolist()), device=scores.device)
-        return (scores - every.mean()) / (every.std(correction=0) + 1e-8)
+        # In float64: the rounding of a float32 mean, divided by the spread of equal scores, would be noise.
+        every = torch.tensor(gather_object(scores.tolist()), dtype=torch.float64)
+        white = (scores.cpu().double() - every.mean()) / (every.std(correction=0) + 1e-8)
+        return white.to(scores)
 
 
 class EnsembleOptions(Options):

@@ -21,6 +21,7 @@ def _rollout(categories: list[str | None], *, kl: float = 0.0) -> SimpleNamespac
     count = len(categories)
     mask = torch.ones(count, 4, dtype=torch.bool)
     return SimpleNamespace(
+        prompts=[f"prompt {i}" for i in range(count)],
         categories=categories,
         logprobs=torch.full((count, 4), kl / 4),
         ref_logprobs=torch.zeros(count, 4),
@@ -52,15 +53,117 @@ def test_running_figures_are_weighted_means_without_bias():
     assert moments.count == 6
 
 
-def test_few_scores_count_little_and_unseen_categories_have_the_pooled_figures():
-    running = RunningScores(share=0.001, prior=10)
+# Kinds of prompt whose scores differ in place and spread: mean, standard deviation.
+KINDS = {"a": (0.0, 1.0), "b": (9.0, 4.0), "c": (-2.0, 0.3)}
+
+
+def _of_kinds(generator: np.random.Generator, each: int) -> tuple[np.ndarray, list[str]]:
+    categories = [name for name in KINDS for _ in range(each)]
+    mean, std = np.array([KINDS[name] for name in categories]).T
+    return mean + std * generator.standard_normal(len(categories)), categories
+
+
+@pytest.mark.parametrize(("count", "offsets", "within"), [(96, 0, 0.02), (96, 1e4, 0.02), (5600, 0, 0.002)])
+def test_after_enough_scores_every_category_has_its_own_mean_and_standard_deviation(count, offsets, within):
+    """Against numpy: a prior that held the spread between categories would leave 1 / 4 / .3 at .33 / .72 / .11."""
+    generator, running = np.random.default_rng(0), RunningScores(share=1e-9, prior=16)
+    every, categories = _of_kinds(generator, count)
+    every += [offsets * "abc".index(name) for name in categories]
+    for rows in np.array_split(generator.permutation(len(every)), count // 4):
+        running.add((categories[i], every[i]) for i in rows)
+    for name, (_, scale) in KINDS.items():
+        plain = every[[c == name for c in categories]]
+        mean, std = running.figures(name)
+        assert mean == pytest.approx(plain.mean(), abs=within * scale)
+        assert std == pytest.approx(plain.std(ddof=1), rel=within)
+
+
+def test_regulated_scores_are_plain_z_scores_of_their_category():
+    """Of the last 1,000 scores of each; the running figures remember about 2,000."""
+    generator, regulator = np.random.default_rng(1), DistributionRegulator(bound=1e6)
+    kept: dict[str, list[tuple[float, float]]] = {name: [] for name in KINDS}
+    for _ in range(280):
+        scores, categories = _of_kinds(generator, 20)
+        found = regulator.transform(torch.tensor(scores, dtype=torch.float32), _rollout(categories))
+        for category, score, regulated in zip(categories, scores, found.tolist(), strict=True):
+            kept[category].append((score, regulated))
+    last = {name: np.array(rows[-1000:]) for name, rows in kept.items()}
+    unit = regulator._spread(regulator.running, settled=True)
+    for score, regulated in (rows.T for rows in last.values()):
+        plain = (score - score.mean()) / score.std()
+        assert np.abs(regulated / unit - plain).max() < 0.2
+        assert (regulated / unit).mean() == pytest.approx(0, abs=0.05)
+        assert (regulated / unit).std() == pytest.approx(1, abs=0.05)
+
+
+def test_the_variances_prior_is_that_of_limma():
+    """Smyth 2004: scaled inverse chi-square, from categories with as many scores each; scipy solves it here."""
+    from scipy.optimize import brentq
+    from scipy.special import digamma, polygamma
+
+    generator, count = np.random.default_rng(5), 7
+    stds = np.sqrt(4 / generator.chisquare(4, 400))
+    rows = {f"c{i}": std * generator.standard_normal(count) for i, std in enumerate(stds)}
+    running = RunningScores(share=1e-9, prior=1e9)
+    running.add((name, score) for name, scores in rows.items() for score in scores)
+    squares, free = np.array([scores.var(ddof=1) for scores in rows.values()]), count - 1
+    logs = np.log(squares) - digamma(free / 2) + np.log(free / 2)
+    excess = logs.var(ddof=1) - polygamma(1, free / 2)
+    prior = 2 * brentq(lambda y: polygamma(1, y) - excess, 0.1, 100)
+    place = np.exp(logs.mean() + digamma(prior / 2) - np.log(prior / 2))
+    expected = np.sqrt((prior * place + free * squares) / (prior + free))
+    found = [running.figures(name)[1] for name in rows]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    # What it is for: nearer to the true ones than the plain standard deviations.
+    plain = np.log(np.sqrt(squares) / stds)
+    assert (np.log(np.array(found) / stds) ** 2).mean() < 0.7 * (plain**2).mean()
+
+
+def test_means_are_drawn_together_as_far_as_chance_explains_their_differences():
+    """One-way random effects (Paule and Mandel 1982), whatever the true spread between means."""
+    generator, count = np.random.default_rng(2), 4
+    for between in (0.0, 0.5, 30.0):
+        true = between * generator.standard_normal(200)
+        running = RunningScores(share=1e-9, prior=1e9)
+        rows = true[:, None] + generator.standard_normal((200, count))
+        running.add((f"c{i}", score) for i, scores in enumerate(rows) for score in scores)
+        found = np.array([running.figures(f"c{i}")[0] for i in range(200)])
+        best = between**2 / (between**2 + 1 / count)  # the Bayesian's share of the own mean
+        expected = ((best * rows.mean(1) + (1 - best) * rows.mean() - true) ** 2).mean()
+        assert ((found - true) ** 2).mean() < 1.25 * expected + 1e-3
+
+
+def test_a_fresh_category_takes_its_spread_from_the_others_and_explodes_nowhere():
+    generator, running = np.random.default_rng(3), RunningScores(share=1e-3, prior=16)
     assert running.figures("any") == (0.0, 1.0)
-    running.add([("often", x) for x in (1.0, 3.0) * 500] + [("seldom", 50.0)])
-    pooled = running.figures(None)
-    assert running.figures("never") == pooled == running.figures("")
-    mean, std = running.figures("often")
-    assert mean == pytest.approx(2, abs=0.01) and std == pytest.approx(1, abs=0.05)
-    assert running.figures("seldom")[0] == pytest.approx((50 + 10 * pooled[0]) / 11, rel=1e-9)
+    for _ in range(50):
+        scores, categories = _of_kinds(generator, 4)
+        running.add(zip(categories, scores, strict=True))
+    running.add([("one", 50.0), *(("three", score) for score in (7.0, 7.1, 6.9)), *[("equal", 4.0)] * 3])
+    table = running.table()
+    assert running.figures("never") == running.pooled()
+    for name, scores in {"one": [50.0], "three": [7.0, 7.1, 6.9], "equal": [4.0]}.items():
+        mean, std = table[name]
+        assert 0.01 < std < 4 and all(abs(score - mean) < 2.1 * std for score in scores)
+
+
+def test_scores_without_a_category_are_a_kind_of_their_own():
+    generator, regulator = np.random.default_rng(4), DistributionRegulator(warm_up=0)
+    for _ in range(40):
+        scores, categories = _of_kinds(generator, 8)
+        names = [None if name == "c" else name for name in categories]
+        found = regulator.transform(torch.tensor(scores, dtype=torch.float32), _rollout(names))
+    mean, std = regulator.running.figures(None)
+    assert (mean, std) == (pytest.approx(-2, abs=0.1), pytest.approx(0.3, rel=0.2))
+    spread = regulator._spread(regulator.running, settled=True)
+    expected = 3 * spread * np.tanh((scores[16:] - mean) / std / 3)
+    np.testing.assert_allclose(found[16:].numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_one_category_alone_keeps_its_own_figures():
+    running, scores = RunningScores(share=1e-9, prior=16), [3.0, 5.0, 10.0]
+    running.add(("only", score) for score in scores)
+    assert running.figures("only") == (pytest.approx(6.0), pytest.approx(np.std(scores, ddof=1)))
 
 
 def test_no_category_is_worth_more_than_another():
@@ -100,7 +203,7 @@ def test_many_categories_in_small_batches_neither_silence_nor_inflate_the_reward
         scores = 4 * torch.randn(batch, generator=generator)
         names = [f"c{(step * batch + i) % kinds}" if kinds else None for i in range(batch)]
         regulator.transform(scores, _rollout(names))
-        spread = regulator._spread()
+        spread = regulator._spread(regulator.running, settled=step > 0)
         assert spread <= 1.35 and (spread > 0.7 or step * batch < 16)
 
 
@@ -161,6 +264,7 @@ def test_small_transforms():
     assert Clip(low=-1, high=2).transform(scores, rollout).tolist() == [-1, 0.5, 2, 2]
     white = Whiten().transform(scores, rollout)
     assert white.mean().abs() < 1e-6 and white.std(correction=0).item() == pytest.approx(1)
+    assert Whiten().transform(torch.full((48,), 0.1), _rollout([None] * 48)).abs().max() < 1e-6
     assert LengthPenalty(per_token=0.5, free=2).transform(scores, rollout).tolist() == [-7, 0.5, 8.5, 1.0]
     with pytest.raises(ValidationError):
         Clip(low=1, high=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from helpers.ppo import numbers, small_trainer
@@ -13,6 +14,7 @@ from helpers.rewards import length_penalty
 from helpers.tiny import make_llama, make_scorer, make_tokenizer
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from trl_rlaif_regulator import DistributionRegulator
 from trl_rlaif_rehearsal.rejection import RejectionSampling
 
 from trl_rlaif import DataSelector, RewardTransform, Selection, SharedBase, UserError
@@ -159,6 +161,25 @@ class Drifting(RewardTransform):
 
     def load_state_dict(self, state):
         self.seen = state["seen"]
+
+
+def test_the_regulator_maps_every_iterations_pool_by_that_pool_and_watches_all_of_them(tmp_path):
+    """A batch at a time, the first responses of a pool would be mapped by other figures than the last."""
+    watching, regulator = Watching(num_responses=4), DistributionRegulator(prior=0, bound=1e6)
+    trainer = _task(tmp_path, selector=watching, prompts=16, per_device_train_batch_size=8)
+    trainer.reward_transforms = [regulator]
+    RejectionTrainer(trainer, 3).train()
+    for pool in watching.pools:
+        raw = np.array(share_of_yes(pool.prompts, pool.responses))
+        kinds, found = np.array(pool.categories), pool.scores.numpy()
+        free = sum(len(raw[kinds == kind]) - 1 for kind in "ab")
+        within = np.sqrt(sum(((raw - raw[kinds == kind].mean())[kinds == kind] ** 2).sum() for kind in "ab") / free)
+        for kind in "ab":
+            mine = raw[kinds == kind]
+            plain = within * (mine - mine.mean()) / mine.std(ddof=1)
+            np.testing.assert_allclose(found[kinds == kind], plain, atol=1e-4)
+    assert regulator.batches == 3 and {rise.count for rise in regulator.rises.values()} == {3 * 6, 3 * 10}  # prompts
+    assert all("regulator/a/drift" in entry for entry in trainer.state.log_history)
 
 
 OPTIONS = {"prompts": 16, "per_device_train_batch_size": 8, "save_strategy": "steps", "lr_scheduler_type": "linear"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -10,9 +11,10 @@ import pytest
 import torch
 from helpers.ppo import small_trainer
 from helpers.rewards import length_penalty
+from trl_rlaif_regulator import DistributionRegulator, Whiten
 
 from trl_rlaif import DataSelector, Pool, RewardTransform, Selection, UserError
-from trl_rlaif.ppo.selection import StratifiedSampler, draw_pool, select
+from trl_rlaif.ppo.selection import StratifiedSampler, choose, draw_pool, select
 from trl_rlaif.roles import active_adapter, backbone
 
 
@@ -138,6 +140,50 @@ def test_a_pool_holds_what_was_sampled_and_scored(tmp_path):
     assert set(lines[0]) == {"prompt", "response", "score", "cluster", "why"}
     points = [json.loads(line) for line in (tmp_path / "selection_map.jsonl").read_text().splitlines()]
     assert len(points) == 10 and all(point["chosen"] for point in points)
+
+
+def _by_kind(prompts, completions, completion_ids, category, **columns):
+    """Kinds of prompt with other means and other spreads; every response has a score of its own."""
+    own = [zlib.crc32(str(ids).encode()) % 997 / 100 for ids in completion_ids]
+    return [9 + 4 * x if kind == "a" else 0.3 * x - 2 for x, kind in zip(own, category, strict=True)]
+
+
+@pytest.mark.parametrize("pads", [True, False])
+@pytest.mark.parametrize(
+    ("transform", "options"),
+    [
+        (DistributionRegulator(prior=0, bound=1e6), {}),
+        (Whiten(), {}),
+        (None, {"whiten_scores": True}),
+        (None, {"reward_normalization": "batch"}),
+    ],
+)
+def test_a_pool_is_transformed_at_once_and_by_its_own_figures(tmp_path, transform, options, pads):
+    """Five batches make the pool; what was running before is of no account, and goes on as if there were no pool."""
+    kwargs = {"reward_funcs": [_by_kind], "reward_transforms": [] if transform is None else [transform]}
+    options = {"per_device_train_batch_size": 4, "total_episodes": 4, **options}
+    selector = Watching()
+    trainer = small_trainer(tmp_path, trainer_kwargs=kwargs | {"data_selectors": [selector]}, **options)
+    trainer._sampler.pads = pads
+    if isinstance(transform, DistributionRegulator):
+        transform.running.add([("a", 70.0), ("a", 71.0), ("b", 70.0), ("b", -70.0)] * 99)
+        transform.batches = 3
+        before = str(transform.state_dict())
+    chosen = choose(trainer)
+    pool, found = selector.pool, selector.pool.scores.numpy()
+    raw = np.array(_by_kind(pool.prompts, pool.responses, pool.response_ids, pool.categories))
+    kinds = np.array(pool.categories)
+    if not isinstance(transform, DistributionRegulator):
+        free = len(raw) - 1 if "reward_normalization" in options else len(raw)
+        np.testing.assert_allclose(found, (raw - raw.mean()) / raw.std() * (free / len(raw)) ** 0.5, atol=1e-4)
+        return
+    assert str(transform.state_dict()) == before and len(chosen.rehearsal) == 10
+    spreads = {found[kinds == kind].std() for kind in "ab"}
+    assert max(spreads) == pytest.approx(min(spreads), rel=1e-4)
+    for kind in "ab":
+        mine = raw[kinds == kind]
+        expected = (mine - mine.mean()) / mine.std(ddof=1)  # in units of the scores' own spread, 1 at most
+        np.testing.assert_allclose(found[kinds == kind], expected, atol=1e-4)
 
 
 def test_a_pools_entropies_are_minus_the_mean_log_probability_of_the_response(tmp_path):

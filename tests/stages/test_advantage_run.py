@@ -6,12 +6,14 @@ import copy
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers.recipes import tiny_recipe
 from helpers.tiny import make_gpt2, make_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
+from trl_rlaif_regulator import DistributionRegulator
 
 from trl_rlaif import RewardTrainer, SharedBase, UserError, load_reward_model
 from trl_rlaif.artifacts import STAGE_ARTIFACTS, read_lines
@@ -19,6 +21,7 @@ from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.reward.ratios import response_logprobs
 from trl_rlaif.runner import run_recipe
 from trl_rlaif.stages.context import Context
+from trl_rlaif.stages.reward import transformed
 
 TRANSFORMS = {
     "reward": {"transforms": [{"advantage": {"margin": 0.9, "adapt": "variance"}}]},
@@ -40,6 +43,18 @@ def test_the_results_tell_before_from_after(finished):
     assert before["categories"]["a"]["mean"] != after["categories"]["a"]["mean"]  # e(x) is no longer zero
     assert numbers["after_each"] == {"advantage": after}
     assert 0 <= numbers["ece"] <= 1 and set(before["accuracy"]) <= {"a", "b"}
+
+
+def test_held_out_scores_are_regulated_as_one_pool():
+    """Against numpy: every category has the same mean and standard deviation, as a selector would see them."""
+    generator, categories = torch.Generator().manual_seed(0), ["a", "b", "c"] * 20
+    scale, offset = (torch.tensor(values * 40) for values in ([1.0, 4.0, 0.3], [0.0, 9.0, -2.0]))
+    raw = offset + scale * torch.randn(120, generator=generator)
+    [found] = transformed([DistributionRegulator(prior=0, bound=1e6)], raw, None, categories)
+    for i in range(3):
+        plain = raw[i::3].numpy()
+        expected = (plain - plain.mean()) / plain.std(ddof=1)
+        np.testing.assert_allclose(found[i::3].numpy(), expected, atol=1e-4)
 
 
 def test_ppo_gets_bounded_regulated_scores_and_logs_them(finished):
