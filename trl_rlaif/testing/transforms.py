@@ -27,8 +27,8 @@ def check_reward_transform(
 
     Finite float32 scores of the same shape, the same in every run under a seed; a state that is its own, can be
     saved, and lets a fresh instance go on exactly where the other one was; a loss that is None, or a finite scalar
-    with gradients; inputs as they were; batches of one, of equal scores, without categories, of any text, with responses
-    that lack one of the rewards, and without log-probabilities, unless it ``needs_kl``; a whole pool at once.
+    with gradients; inputs as they were; batches of one, of equal scores, without categories, of any text, with
+    responses that lack one of the rewards, and without log-probabilities, unless it ``needs_kl``; a whole pool at once.
 
     Args:
         transform: An instance, whose options are taken, or a class whose options all have defaults.
