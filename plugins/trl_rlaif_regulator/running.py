@@ -16,6 +16,8 @@ POOLED = ""
 UNNAMED = None  # in a state
 # Degrees of freedom from which a spread is known well enough (to about a fifth).
 ENOUGH = 16
+# Of a mean square: float64's, some times over. What float32 scores can tell apart is above it.
+_ROUNDING = 1e-14
 # Half of the fewest degrees of freedom that a prior of the variances may have; fewer than any that counts.
 _LEAST = 0.01
 
@@ -54,8 +56,9 @@ class Moments:
 
     @property
     def variance(self) -> float:
-        """Mean square of the deviations from the mean."""
-        return max(self.second - self.mean**2, 0.0)
+        """Mean square of the deviations from the mean; 0 where it is no more than the rounding of equal scores."""
+        variance = self.second - self.mean**2
+        return variance if variance > _ROUNDING * self.second else 0.0
 
 
 class RunningScores:
@@ -114,8 +117,8 @@ class RunningScores:
         """Mean and standard deviation of every category; None stands for the scores without one.
 
         Empirical Bayes, in which the spread between categories is no part of the spread within them: means are drawn
-        to a common one as far as they may differ by chance (one-way random effects), and
-        variances on their logarithmic scale (Smyth 2004, eq. 4 to 6 of section 6.2).
+        to a common one as far as they may differ by chance (one-way random effects), and so are variances, on their
+        logarithmic scale (Smyth 2004, section 6.2).
         """
         kinds = self._kinds()
         if not sum(self._size(m) > 1 for m in kinds.values()):

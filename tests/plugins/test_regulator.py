@@ -139,10 +139,16 @@ def test_a_fresh_category_takes_its_spread_from_the_others_and_explodes_nowhere(
     for _ in range(50):
         scores, categories = _of_kinds(generator, 4)
         running.add(zip(categories, scores, strict=True))
-    running.add([("one", 50.0), *(("three", score) for score in (7.0, 7.1, 6.9)), *[("equal", 4.0)] * 3])
+    before = running.table()
+    running.add([("one", 50.0), *(("three", score) for score in (7.0, 7.1, 6.9)), *[("equal", 0.1)] * 3])
     table = running.table()
+    assert (
+        running.own("equal")[1] == 0
+    )  # and not the rounding of its mean square
+    for name in KINDS:
+        assert table[name] == pytest.approx(before[name], rel=0.02, abs=0.02)
     assert running.figures("never") == running.pooled()
-    for name, scores in {"one": [50.0], "three": [7.0, 7.1, 6.9], "equal": [4.0]}.items():
+    for name, scores in {"one": [50.0], "three": [7.0, 7.1, 6.9], "equal": [0.1]}.items():
         mean, std = table[name]
         assert 0.01 < std < 4 and all(abs(score - mean) < 2.1 * std for score in scores)
 
