@@ -142,9 +142,7 @@ def test_a_fresh_category_takes_its_spread_from_the_others_and_explodes_nowhere(
     before = running.table()
     running.add([("one", 50.0), *(("three", score) for score in (7.0, 7.1, 6.9)), *[("equal", 0.1)] * 3])
     table = running.table()
-    assert (
-        running.own("equal")[1] == 0
-    )  # and not the rounding of its mean square
+    assert running.own("equal")[1] == 0  # and not the rounding of its mean square
     for name in KINDS:
         assert table[name] == pytest.approx(before[name], rel=0.02, abs=0.02)
     assert running.figures("never") == running.pooled()
