@@ -35,7 +35,14 @@ from trl_rlaif_rehearsal.rejection import RejectionSampling  # noqa: E402
 from trl_rlaif_rehearsal.selective import SelectiveRehearsal  # noqa: E402
 
 from trl_rlaif.events import Pool  # noqa: E402
-from trl_rlaif.measures import agreement, calibration_error, pairwise_accuracy, position_bias, wilson  # noqa: E402
+from trl_rlaif.measures import (  # noqa: E402
+    agreement,
+    calibration_error,
+    outcome_calibration_error,
+    pairwise_accuracy,
+    position_bias,
+    wilson,
+)
 from trl_rlaif.ppo.advantages import kl_per_token, token_rewards  # noqa: E402
 
 RLAIF, PENG = "Lee et al. 2023", "Peng et al. 2023"
@@ -152,6 +159,13 @@ def advantage_model() -> float:
     return exact_models.reward_difference(advantage=True)
 
 
+@check("scores of a category to mean 0 and the standard deviation of all categories, (r - mean) / std before the bound",
+       f"{PENG}, distribution regulator (at RL time: this project)", "transform distribution_regulator", "reward",
+       1e-3)  # fmt: skip
+def regulator() -> float:
+    return exact_models.regulator_difference()
+
+
 @check("log pi(y|x) - log pi'(y|x) of whole responses", f"{PENG}, Advantage Model", "add_log_ratios", "nats", 1e-4)
 def log_ratios() -> float:
     return exact_models.log_ratio_difference()
@@ -160,13 +174,13 @@ def log_ratios() -> float:
 # ---- RL -------------------------------------------------------------------------------------------------------
 
 
-@check("log pi(y_t | x, y_<t) / T of policy and reference, and values, of sampled responses", f"{RLAIF}, 2.2.1",
+@check("log pi(y_t | x, y_<t) / T of policy and reference, and values, of sampled responses", RLAIF,
        "PPOTrainer.sample", "nats", 1e-4)  # fmt: skip
 def rollout() -> float:
     return exact_models.ppo_differences()["rollout"]
 
 
-@check("(1 - beta) r - beta KL at the last token, -beta KL at the others", f"{RLAIF}, 2.2.1, eq. 3",
+@check("(1 - beta) r - beta KL at the last token, -beta KL at the others", RLAIF,
        "PPOConfig(kl_weighting='weighted')", "reward", 1e-6)  # fmt: skip
 def objective() -> float:
     torch.manual_seed(0)
@@ -272,6 +286,19 @@ def ece() -> float:
     return abs(calibration_error(p, human) - expected)
 
 
+@check("ECE = sum_b n_b / n |mean of p - mean of s(r_1 - r_2)| against soft labels p", "Guo et al. 2017, eq. 3",
+       "results.json: reward.ece", "share", 1e-12)  # fmt: skip
+def soft_ece() -> float:
+    p, found = np.array(uniform(500, 0, 1, 9)), np.array(uniform(500, 0, 1, 10))
+    confidence = np.maximum(found, 1 - found)
+    outcome = np.where(found > 0.5, p, 1 - p)
+    bins = np.digitize(confidence, np.linspace(0.5, 1, 11)[1:-1])
+    expected = sum(
+        np.mean(bins == b) * abs(outcome[bins == b].mean() - confidence[bins == b].mean()) for b in set(bins.tolist())
+    )
+    return abs(outcome_calibration_error(found.tolist(), p.tolist()) - expected)
+
+
 @check("Wilson score interval", "Wilson 1927", "every share's interval", "share", 1e-12)
 def intervals() -> float:
     largest = 0.0
@@ -297,8 +324,9 @@ def table(differences: list[float], seconds: float) -> str:
         "",
         "    python benchmarks/exactness.py --output docs/correctness.md",
         "",
-        f"It took {seconds:.0f} s on {processor()}, with {versions}. s is the sigmoid. Differences of gradients and",
-        "losses are relative to the largest value; a count is a number of wrong choices.",
+        f"It took {seconds:.0f} s on {processor()}, with {versions}.",
+        "s is the sigmoid. Differences of gradients and losses are relative to the largest value; a count is a number",
+        "of wrong choices.",
         "",
         "| Formula | Source | Computed by | Largest difference | Limit |",
         "|---|---|---|---:|---:|",

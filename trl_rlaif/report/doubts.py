@@ -164,10 +164,12 @@ def _drift_warnings(run: Run) -> list[str]:
     if not first:
         return []
     named = sorted(first.items(), key=lambda item: (item[1], item[0]))
-    shown = _some_of([f"{name} (from step {count(step)})" for name, step in named])
+    kinds = {"unnamed": "no category"}
+    shown = _some_of([f"{kinds.get(name, name)} (from step {count(step)})" for name, step in named])
     return [
-        f"Scores rose while the policy was far from its start on prompts of {shown}: it may be gaming the reward "
-        "there. Read these samples before you believe their scores."
+        f"Scores rose by more than chance explains while the policy was far from its start on prompts of {shown}: it "
+        "may be gaming the reward there. Fewer than 5% of runs raise such an alarm without a rise. Read these samples "
+        "before you believe their scores."
     ]
 
 
