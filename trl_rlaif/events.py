@@ -91,8 +91,9 @@ class Rollout:
         prompts: What the dataset held: text or messages, B entries.
         completions: The responses in the same form (text, or a list with one assistant message).
         columns: The dataset's other columns, B entries each.
-        expected: (B,) float32, e(x) by a reward model that has such a head, once the rollout is scored; weighted and
-            normalized as that model's scores are.
+        model_scores: (B,) float32, r(x, y) by the reward model, if there is one, once the rollout is scored.
+        model_scale: What a unit of ``model_scores`` counts in the sum of the rewards: weight over normalization.
+        expected: (B,) float32, e(x) by a reward model that has such a head, in the unit of ``model_scores``.
         reward_parts: (B,) float32 scores by reward, weighted and normalized, whose sum the reward transforms begin
             with; NaN where a reward is missing for a response that has another one.
         scored: (B,) bool, False where a response has no reward at all and teaches nothing; None: all have one.
@@ -109,6 +110,8 @@ class Rollout:
     prompts: list[Any]
     completions: list[Any]
     columns: dict[str, list[Any]] = field(default_factory=dict)
+    model_scores: torch.Tensor | None = None
+    model_scale: float = 1.0
     expected: torch.Tensor | None = None
     reward_parts: dict[str, torch.Tensor] = field(default_factory=dict)
     scored: torch.Tensor | None = None
@@ -139,7 +142,7 @@ class Rollout:
                 return {name: chosen(entries) for name, entries in value.items()}
             if isinstance(value, list):
                 return [value[i] for i in indices]
-            return None if value is None else value[rows]
+            return value if value is None or isinstance(value, float) else value[rows]
 
         return Rollout(**{each.name: chosen(getattr(self, each.name)) for each in fields(self)})
 

@@ -78,7 +78,10 @@ class AdvantageModel(RewardTransform):
         return advantage_loss(chosen, rejected, scores.p, margins)
 
     def transform(self, scores: torch.Tensor, rollout: Rollout) -> torch.Tensor:
-        """a(x, y) within plus and minus m, (B,) float32: what lies beyond has never been trained.
+        """Scores in which a(x, y) takes the place of the reward model's r(x, y), (B,) float32.
+
+        a stays within plus and minus m: what lies beyond has never been trained. It is weighed as r was; other rewards
+        stay as they are.
 
         Raises:
             UserError: The reward model has no e(x).
@@ -91,7 +94,11 @@ class AdvantageModel(RewardTransform):
         margins = self._margins(rollout.categories, scores.device)
         trained = self._trained
         share = trained["share"] / trained["responses"] if trained else 0.0
-        return advantage(scores, rollout.expected, share, trained.get("weight")).clamp(-margins, margins)
+        if rollout.model_scores is None:
+            return advantage(scores, rollout.expected, share, trained.get("weight")).clamp(-margins, margins)
+        paid = advantage(rollout.model_scores, rollout.expected, share, trained.get("weight")).clamp(-margins, margins)
+        others = scores - rollout.reward_parts.get("model", 0)
+        return others + rollout.model_scale * paid
 
     def state_dict(self) -> dict[str, Any]:
         return self.margins.state_dict() | {"policies": dict(self._trained)}

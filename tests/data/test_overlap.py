@@ -6,29 +6,34 @@ import numpy as np
 import pytest
 from sklearn.model_selection import GroupShuffleSplit
 
-from trl_rlaif.data.overlap import finetuned_prompts, prompt_key, split_by_group
+from trl_rlaif.data.overlap import finetuned_prompts, prompt_key, question_key, split_by_group
 
 
 def user(text, **more):
     return {"role": "user", "content": text, **more}
 
 
-def test_white_space_case_and_system_turns_make_no_other_prompt():
+def test_white_space_and_case_make_no_other_prompt():
     same = [
         "What is  the capital\nof Laos? ",
         "what is the capital of Laos?",
         [user("What is the capital of Laos?")],
-        [{"role": "system", "content": "Be brief."}, user("What is the capital of Laos?")],
+        [user([{"type": "text", "text": "What is the capital "}, {"type": "text", "text": "of Laos?"}])],
     ]
     assert len(set(map(prompt_key, same))) == 1
+    under_instructions = [{"role": "system", "content": "Be brief."}, *same[2]]
+    assert question_key(under_instructions) == question_key(same[0]) == prompt_key(same[0])
+    # Where the system turn holds the document, prompts are not one cluster.
+    assert prompt_key(under_instructions) != prompt_key(same[0])
     others = [
         "What is the capital of Laos",
         [user("Hi"), {"role": "assistant", "content": "Hello."}, *same[2]],
         [user("Hi"), {"role": "assistant", "content": "Hi!"}, *same[2]],
         [*same[2], {"role": "assistant", "content": None, "tool_calls": []}],
+        [*same[2], {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "search"}}]}],
         [{"role": "tool", "content": "What is the capital of Laos?"}],
     ]
-    assert len({prompt_key(prompt) for prompt in [*others, same[0]]}) == 6
+    assert len({prompt_key(prompt) for prompt in [*others, same[0]]}) == 7
 
 
 def test_every_answer_of_a_conversation_has_its_prompt():

@@ -163,7 +163,7 @@ def test_rl_is_paid_what_was_trained(log_ratio, options):
     assert wanted.abs().max() < 4  # within the margin
     heir = AdvantageModel()  # the section rl may give other options: N is the training's
     heir.load_state_dict(torch.load(_stored(model.state_dict()), weights_only=True))
-    rollout = SimpleNamespace(expected=e, categories=[None] * 8)
+    rollout = SimpleNamespace(model_scores=None, expected=e, categories=[None] * 8)
     for paying in (model, heir):
         torch.testing.assert_close(paying.transform(r, rollout).double(), wanted, rtol=1e-5, atol=1e-6)
 
@@ -176,14 +176,16 @@ def test_rl_is_paid_with_the_mean_of_the_shares():
     with torch.no_grad():  # held-out pairs change nothing
         model.loss(PreferenceScores(ones, -ones, ones, [None] * 2, ones, log_ratios[2:], log_ratios[2:]))
     share = np.minimum(np.exp(log_ratios.double().numpy()) / 2, 0.5).mean()
-    paid = model.transform(torch.tensor([1.0, -2.0]), SimpleNamespace(expected=ones, categories=[None] * 2))
+    paid = model.transform(
+        torch.tensor([1.0, -2.0]), SimpleNamespace(model_scores=None, expected=ones, categories=[None] * 2)
+    )
     np.testing.assert_allclose(paid.numpy(), [1 - share - 0.5, -2 * (1 - share) - 0.5], rtol=1e-6)
 
 
 def test_a_state_that_knows_of_no_other_policies_pays_r_less_e():
     model = AdvantageModel()
     model.load_state_dict({"factor": {}, "moments": {}})
-    rollout = SimpleNamespace(expected=torch.tensor([0.5]), categories=[None])
+    rollout = SimpleNamespace(model_scores=None, expected=torch.tensor([0.5]), categories=[None])
     assert model.transform(torch.tensor([1.5]), rollout).tolist() == [1.0]
 
 
@@ -196,11 +198,13 @@ def _stored(state):
 
 def test_in_ppo_it_is_bounded_as_trained():
     model = AdvantageModel(margin=2.0, margins={"code": 0.5})
-    rollout = SimpleNamespace(expected=torch.tensor([0.5, 0.5, 0.5, -9.0]), categories=["chat", "code", "code", None])
+    rollout = SimpleNamespace(
+        model_scores=None, expected=torch.tensor([0.5, 0.5, 0.5, -9.0]), categories=["chat", "code", "code", None]
+    )
     found = model.transform(torch.tensor([1.0, 1.0, -8.0, 9.0]), rollout)
     assert found.tolist() == [0.5, 0.5, -0.5, 2.0]
     with pytest.raises(UserError, match=r"needs a reward model with e\(x\)"):
-        model.transform(torch.zeros(1), SimpleNamespace(expected=None, categories=[None]))
+        model.transform(torch.zeros(1), SimpleNamespace(model_scores=None, expected=None, categories=[None]))
 
 
 def test_margins_follow_the_spread_of_their_category():

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from helpers.ppo import numbers, small_trainer
 from helpers.rewards import even_share, length_penalty
+from trl_rlaif_advantage import AdvantageModel
 
 from trl_rlaif import RewardTransform, UserError
 from trl_rlaif.ppo.reward_sum import RewardSum
+from trl_rlaif.testing import make_rollout
 
 pytestmark = pytest.mark.trl
 
@@ -86,14 +89,20 @@ def test_a_reward_that_is_everywhere_the_same(normalization, wanted):
 
 
 @pytest.mark.parametrize("normalization", ["none", "std", "batch"])
-def test_what_is_expected_is_mapped_as_the_rewards_are(normalization):
-    """The Advantage Model's r - e stays a difference of the same unit."""
-    rows, expected = _batches()[0], torch.linspace(-1, 1, 16)
-    _, weighted, mapped = RewardSum(NAMES, (0.25, 1, 1), normalization)(_parts(rows), expected)
-    reward, known = rows[:, 0].astype(np.float64), ~np.isnan(rows[:, 0])
-    scale = 1.0 if normalization == "none" else np.std(reward[known], ddof=1)
-    wanted = 0.25 * (reward - expected.double().numpy())[known] / scale
-    np.testing.assert_allclose((weighted["model"] - mapped).numpy()[known], wanted, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("weight", [10.0, 0.25, 0.0])
+def test_the_advantage_is_that_of_the_reward_model_before_weights(normalization, weight):
+    """It is clipped in the unit in which it was trained, weighed as the model's score was, and others are added."""
+    rows, expected = np.nan_to_num(_batches()[0]), torch.linspace(-1, 1, 16)
+    parts = _parts(rows)
+    scores, weighted, scale = RewardSum(NAMES, (weight, 1, 1), normalization)(parts)
+    rollout = replace(make_rollout(16), expected=expected, reward_parts=weighted, model_scores=parts["model"],
+                      model_scale=scale)  # fmt: skip
+    found = AdvantageModel(margin=0.8).transform(scores, rollout)
+    reward = rows[:, 0].astype(np.float64)
+    unit = 1.0 if normalization == "none" else np.std(reward, ddof=1)
+    others = sum(weighted[name].double().numpy() for name in NAMES if name != "model")
+    wanted = others + weight / unit * np.clip(reward - expected.double().numpy(), -0.8, 0.8)
+    np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-5, atol=1e-3)  # of sums around 1,000
 
 
 def test_a_reward_without_weight_makes_no_score():

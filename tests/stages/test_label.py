@@ -321,7 +321,7 @@ def test_labels_are_calibrated_on_pairs_that_people_judged(label, tmp_path, no_j
     observed, human = [rows[pair["id"]] for pair in given], [pair["human"] for pair in given]
     fitted = Calibration.fit(observed, human, mean_prob=debias == "mean_prob")
     assert found["temperature"] == pytest.approx(1 / fitted.scale, rel=1e-6) and found["temperature"] < 1
-    assert found["position_bias"] == (None if debias == "mean_logit" else pytest.approx(fitted.bias, abs=1e-6))
+    assert found["position_bias"] is None  # both orders were asked
     prompts = [pair["prompt"] for pair in given]
     wanted = cross_validate(observed, human, prompts, mean_prob=debias == "mean_prob", seed=7)
     assert found["cross_validated"]["gain"] == pytest.approx(wanted["gain"], rel=1e-6)
@@ -339,7 +339,7 @@ def test_labels_are_calibrated_on_pairs_that_people_judged(label, tmp_path, no_j
     assert len(preferences(folder)) == 12
     page = (folder / "report.html").read_text()
     assert "Calibrated on 24 pairs that people judged" in page
-    assert ("standing first is worth" in page) == (debias == "mean_prob")
+    assert "standing first is worth" not in page
     # Without calibration again, and with it: no label is made.
     no_judge()
     label(labeler=labeler)

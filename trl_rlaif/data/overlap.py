@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -12,16 +13,20 @@ from trl_rlaif.data.records import Message
 
 
 def prompt_key(prompt: str | Sequence[Message]) -> str:
-    """A short text that is the same for prompts that ask the same.
+    """A short text that is the same for equal prompts, whatever the white space and the case of the letters.
 
-    That is what users, tools and the assistant say, whatever the white space and the case of the letters. System turns
-    do not count, and a text is the same as a conversation of one user turn.
+    A text is a conversation of one user turn.
     """
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    said = [
-        (turn["role"], _folded(turn.get("content"))) for turn in turns if turn["role"] not in ("system", "developer")
-    ]
-    return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
+    said = [(turn["role"], " ".join(_text(turn).split()).casefold(), turn.get("tool_calls")) for turn in turns]
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def question_key(prompt: str | Sequence[Message]) -> str:
+    """The same without system turns, for whether what is held out was trained on under other instructions."""
+    if isinstance(prompt, str):
+        return prompt_key(prompt)
+    return prompt_key([turn for turn in prompt if turn["role"] not in ("system", "developer")])
 
 
 def finetuned_prompts(row: dict[str, Any]) -> list[str | list[Message]]:
@@ -54,5 +59,7 @@ def split_by_group(groups: Sequence[str], share: float, seed: int) -> tuple[list
     return [i for i in range(len(groups)) if i not in chosen], sorted(held_out)
 
 
-def _folded(content: Any) -> str:
-    return " ".join(str(content or "").split()).casefold()
+def _text(turn: Message) -> str:
+    """What is said in a turn; text parts joined."""
+    content = turn.get("content") or ""
+    return content if isinstance(content, str) else "".join(str(part.get("text", part)) for part in content)

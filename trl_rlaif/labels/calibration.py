@@ -77,8 +77,13 @@ class Calibration:
         return cls(math.exp(best.x[0]), float(best.x[1]), mean_prob)
 
     def has_bias(self, rows: Sequence[dict[str, Any]]) -> bool:
-        """Whether the bias changes any of these labels; in the mean of both orders' log-odds it cancels."""
-        return bool(_observations(rows, self.mean_prob)[1].any())
+        """Whether these labels tell the bias: only those of one order do.
+
+        In the mean of both orders' log-odds it cancels, and the mean of their probabilities has two optima, of which
+        each mirrors the other.
+        """
+        first = _observations(rows, self.mean_prob)[1]
+        return bool((first.sum(axis=1) != 0).any())
 
     def apply(self, row: dict[str, Any]) -> float:
         """The calibrated probability that response_1 is preferred."""

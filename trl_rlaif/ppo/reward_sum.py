@@ -60,31 +60,29 @@ class RewardSum:
         self._moments: dict[str, Moments] = {}  # since the run began
         self._seen: dict[str, tuple[float, int, Moments]] = {}  # since the metrics were taken: weight, responses
 
-    def __call__(
-        self, parts: dict[str, torch.Tensor], expected: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor | None]:
+    def __call__(self, parts: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor], float]:
         """The score of each response.
 
         Args:
             parts: Raw rewards by name, (B,) float32 each, NaN where one is missing.
-            expected: The reward model's e(x), (B,) float32: it is shifted and scaled as that model's rewards are.
 
         Returns:
             Scores, (B,) float32, NaN where no reward of a weight other than 0 is there; the weighted, normalized
-            rewards by name, of which they are the sums; and e(x).
+            rewards by name, of which they are the sums; and what a unit of the reward model's counts there.
         """
         first = next(iter(parts.values()))
         weighted, scores, scored = {}, torch.zeros_like(first), torch.zeros_like(first, dtype=torch.bool)
+        model_scale = 1.0
         for (name, rewards), weight in zip(parts.items(), self.weights or [1.0] * len(parts), strict=True):
             shift, scale = self._figures(name, rewards, weight)
             weighted[name] = _mapped(rewards, shift, scale, weight)
-            if name == MODEL and expected is not None:
-                expected = _mapped(expected, shift, scale, weight)
+            if name == MODEL:
+                model_scale = weight / scale
             missing = rewards.isnan()
             scores = scores + weighted[name].masked_fill(missing, 0)
             if weight:
                 scored |= ~missing
-        return scores.masked_fill(~scored, math.nan), weighted, expected
+        return scores.masked_fill(~scored, math.nan), weighted, model_scale
 
     def _figures(self, name: str, rewards: torch.Tensor, weight: float) -> tuple[float, float]:
         """What is taken off a reward, and what it is divided by."""

@@ -153,7 +153,9 @@ def _join(parts: list[Any], *, left: bool = False) -> Any:
         )
     if isinstance(parts[0], dict):
         return {name: _join([part[name] for part in parts]) for name in parts[0]}
-    return None if parts[0] is None else [value for part in parts for value in part]
+    if parts[0] is None or isinstance(parts[0], float):
+        return parts[0]
+    return [value for part in parts for value in part]
 
 
 def model_inputs(

@@ -172,7 +172,7 @@ def _scored(trainer: PPOTrainer, batches: list[list[int]], size: int) -> tuple[R
         trainer.reward_sum.load_state_dict(state)
         parts = {name: torch.cat([part[name] for part, _ in raw]) for name in parts}
         expected = None if expected is None else torch.cat([each for _, each in raw])
-        joined, trainer._reward_parts, trainer._expected = trainer.reward_sum(parts, expected)
+        joined = trainer.sum_rewards(parts, expected)
     return rollout, trainer.transform(joined, rollout, pool=True)
 
 

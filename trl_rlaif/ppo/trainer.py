@@ -44,7 +44,7 @@ from trl_rlaif.ppo.processes import average_gradients, failing_together
 from trl_rlaif.ppo.prompts import BatchStream, PromptCollator
 from trl_rlaif.ppo.rehearsal import Rehearsal, as_rollout, given_pairs
 from trl_rlaif.ppo.reward_sum import RewardSum
-from trl_rlaif.ppo.rewards import RewardFunc, reward_names, score_parts
+from trl_rlaif.ppo.rewards import MODEL, RewardFunc, reward_names, score_parts
 from trl_rlaif.ppo.sampler import RolloutSampler
 from trl_rlaif.ppo.scores import KLWeight, shaped_scores
 from trl_rlaif.ppo.selection import Chosen, choose, write_selection
@@ -182,8 +182,7 @@ class PPOTrainer(BasePPOTrainer):
         self.rehearsal.seed(self.local_seed)
         self._rehearsal_seconds = 0.0
         # What `score` found beside its sum; a subclass that scores otherwise leaves them empty.
-        self._reward_parts: dict[str, torch.Tensor] = {}
-        self._expected: torch.Tensor | None = None
+        self._told: dict[str, Any] = {}
         self._raw: tuple[dict[str, torch.Tensor], torch.Tensor | None] = {}, None  # the same before RewardSum
         self._failed: dict[str, list[str]] = {}
         names = reward_names(self.reward_funcs, model=self.has_reward_model)
@@ -284,8 +283,15 @@ class PPOTrainer(BasePPOTrainer):
         """Raw scores, (B,) float32: the weighted sum of all rewards (RewardSum), NaN where a response has none."""
         with failing_together(self.accelerator):
             parts, expected, self._failed = score_parts(self, rollout)
+        return self.sum_rewards(parts, expected)
+
+    def sum_rewards(self, parts: dict[str, torch.Tensor], expected: torch.Tensor | None) -> torch.Tensor:
+        """The weighted sum of raw rewards by name (RewardSum); transforms are then told of them and of e(x)."""
+        scores, weighted, scale = self.reward_sum(parts)
         self._raw = parts, expected
-        scores, self._reward_parts, self._expected = self.reward_sum(parts, expected)
+        self._told = {
+            "reward_parts": weighted, "expected": expected, "model_scores": parts.get(MODEL), "model_scale": scale
+        }  # fmt: skip
         return scores
 
     def transform(self, scores: torch.Tensor, rollout: Rollout, *, pool: bool = False) -> torch.Tensor:
@@ -299,7 +305,7 @@ class PPOTrainer(BasePPOTrainer):
         known = ~scores.isnan()
         self._spreads = {}
         if self.reward_transforms and self.accelerator.gather(known).any():
-            seen = replace(rollout, expected=self._expected, reward_parts=self._reward_parts)
+            seen = replace(rollout, **self._told)
             seen, found = (seen, scores) if known.all() else (seen.select(known), scores[known])
             steps = {"raw": found.tolist()}
             for transform in self.reward_transforms:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from trl_rlaif.data import Loaded, Pair, Prompt, load_finetuning, load_pairs, load_prompts, load_rows
-from trl_rlaif.data.overlap import finetuned_prompts, prompt_key
+from trl_rlaif.data.overlap import finetuned_prompts, question_key
 from trl_rlaif.errors import Problem, UserError
 from trl_rlaif.progress import say
 from trl_rlaif.recipe.parsing import Recipe
@@ -97,7 +97,7 @@ def prompt_overlaps(recipe: Recipe, largest: int | None = None) -> list[dict[str
     for name, source, read in _sources(recipe):
         if largest is None or (os.path.isfile(source) and os.path.getsize(source) <= largest):
             try:
-                keys[name] = {prompt_key(prompt) for prompt in _prompts_of(read())}
+                keys[name] = {question_key(prompt) for prompt in _prompts_of(read())}
             except UserError:  # check_data says so, or the stage that reads it
                 continue
     order = [name for name in keys if name.startswith(_EVALUATED)] + [name for name in keys if name == _CALIBRATION]

@@ -258,6 +258,7 @@ def transformed(
         prompts=[""] * len(raw),
         completions=[""] * len(raw),
         columns={"category": categories * 2},
+        model_scores=raw,
         expected=None if expected is None else expected.repeat(2),
         reward_parts={"model": raw},
     )
