@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainingArguments
 from trl_rlaif.artifacts import write_atomically
 from trl_rlaif.errors import Problem, UserError
 from trl_rlaif.progress import say
+from trl_rlaif.recipe.sections import STOPPING_LIMITS
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,7 +36,7 @@ _FREE = {
     "sft_model_path", "reward_model_path", "model_init_kwargs", "trust_remote_code", "chat_template_path",
     "ds3_gather_for_generation", "activation_offloading", "precompute_ref_batch_size", "pad_to_multiple_of",
     "cache_implementation", "steps_per_generation", "num_generations_eval", "eval_packing", "num_completions_to_print",
-    "max_failed", "reward_timeout",
+    *STOPPING_LIMITS,
     "world_size", "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size", "local_mini_batch_size",
     "mini_batch_size",
 }  # fmt: skip

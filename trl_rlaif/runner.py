@@ -21,7 +21,7 @@ from trl_rlaif.plugins import Plugins
 from trl_rlaif.progress import Publisher, publishing, say
 from trl_rlaif.recipe import STAGES, Recipe, prompt_folder
 from trl_rlaif.recipe.base_model import check_base
-from trl_rlaif.recipe.sections import FORGET_SET
+from trl_rlaif.recipe.sections import FORGET_SET, STOPPING_LIMITS
 
 PACKAGES = ("trl", "transformers", "peft", "accelerate", "datasets", "torch", "bitsandbytes")
 
@@ -53,10 +53,12 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
 
 
 def _settings_of(plain: dict[str, Any], stage: str) -> dict[str, Any]:
-    """A stage's section; and with rl what ``evaluate`` measures there, where that can end it."""
+    """The settings that a stage's artefact depends on; for rl also those of ``evaluate`` that can end it."""
     section, evaluate = plain.get(stage, {}), plain.get("evaluate") or {}
     if stage == "evaluate":
         return {key: value for key, value in section.items() if key not in _TRACKING}
+    if stage == "rl":  # the message that stops a run asks for other limits: they must not make a new run of it
+        section = {key: value for key, value in section.items() if key not in STOPPING_LIMITS}
     if stage == "rl" and evaluate.get("stop_on_forgetting") is not None:
         ending = {key: evaluate[key] for key in (*_TRACKING, "judge", "prompt", "max_new_tokens")}
         return section | {"evaluate": ending | {"forget": evaluate["sets"][FORGET_SET]}}

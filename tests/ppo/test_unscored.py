@@ -7,17 +7,22 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers.group_processes import NONE
 from helpers.ppo import numbers, small_trainer
 from helpers.ppo import prompts as small_prompts
+from helpers.recipes import tiny_recipe
 from helpers.rewards import even_share
 from trl_rlaif_direct import DirectLabeler
 from trl_rlaif_regulator.regulator import DistributionRegulator
 from trl_rlaif_rehearsal.rejection import RejectionSampling
 
 from trl_rlaif import DataSelector, RewardTransform, Selection, UserError
+from trl_rlaif.artifacts import read_lines
+from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.ppo.checkpoint import find
 from trl_rlaif.ppo.rejection import RejectionTrainer
 from trl_rlaif.ppo.unscored import Unscored
+from trl_rlaif.runner import fingerprints, run_recipe
 from trl_rlaif.testing import ScriptedJudge
 
 pytestmark = pytest.mark.trl
@@ -266,3 +271,38 @@ def test_responses_that_are_shown_may_have_no_score(tmp_path, capsys):
     trainer.train()
     assert "none" in capsys.readouterr().out
     assert trainer.unscored.total == 3
+
+
+# ---- In a recipe ------------------------------------------------------------------------------------------
+
+
+def _limited(folder, model, **limits):
+    rl = {"rewards": ["helpers.rewards:even_share"], "total_episodes": 48, "save_strategy": "no"} | limits
+    return tiny_recipe(folder, model, rl=rl, **NONE)
+
+
+def test_a_stopped_recipe_continues_with_a_raised_limit(tiny_model, tmp_path, monkeypatch):
+    calls = []
+
+    def failing(prompts, completions, **columns):
+        calls.append(len(prompts))
+        return [None if len(calls) >= 4 and i else 1.0 + i for i in range(len(prompts))]
+
+    monkeypatch.setattr("helpers.rewards.even_share", failing)
+    with pytest.raises(UserError, match="max_failed"):
+        run_recipe(_limited(tmp_path, tiny_model), installed_plugins(), tmp_path / "out")
+    stopped_at = int(find(tmp_path / "out" / "checkpoints" / "rl", True).name.removeprefix("checkpoint-"))
+    assert len(calls) == stopped_at + 1 < 12
+    limits = {"max_failed": 1.0, "reward_timeout": 60}
+    folder = run_recipe(_limited(tmp_path, tiny_model, **limits), installed_plugins(), tmp_path / "out", resume=True)
+    assert len(calls) == 12 + 1  # the batch that stopped the run is scored again, and none before it
+    steps = [row["step"] for row in read_lines(folder / "metrics.jsonl") if row["stage"] == "rl"]
+    assert steps == list(range(1, 13))
+
+
+def test_limits_that_only_stop_a_run_are_no_part_of_a_fingerprint(tiny_model, tmp_path):
+    def prints(**limits):
+        return fingerprints(_limited(tmp_path, tiny_model, **limits))
+
+    assert prints() == prints(max_failed=0.5) == prints(reward_timeout=None, max_failed=0.1)
+    assert prints() != prints(kl_coef=0.5)

@@ -30,6 +30,10 @@ SOURCES = ("prompts", "eval_prompts", "pairs", "sft", "calibration", "rehearsal"
 # The name of an evaluated set whose prompts the start is good at.
 FORGET_SET = "forget"
 
+# Keys of ``rl`` that decide when failing rewards stop a run, and change nothing of what it learns. A stopped run may be
+# resumed with other values.
+STOPPING_LIMITS = ("max_failed", "reward_timeout")
+
 
 @dataclass(frozen=True)
 class ComponentRef:
