@@ -5,9 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.ppo import numbers, small_trainer
+from helpers.rewards import length_penalty
+from trl_rlaif_regulator.regulator import DistributionRegulator
+from trl_rlaif_rehearsal.rejection import RejectionSampling
 
-from trl_rlaif import UserError
+from trl_rlaif import DataSelector, Selection, UserError
 from trl_rlaif.ppo import checkpoint
+from trl_rlaif.ppo.rejection import RejectionTrainer
 
 pytestmark = pytest.mark.trl
 
@@ -82,3 +86,89 @@ def _failing_after(function, count):
         return function(*args)
 
     return run
+
+
+# ---- A reward that fails ----------------------------------------------------------------------------------
+
+
+class _Alternating(DataSelector):
+    """Takes the prompts with even or odd numbers in turn."""
+
+    def select(self, pool):
+        return Selection(prompts=list(range(pool.selection % 2, len(pool), 2)))
+
+
+def _broken_at(call):
+    """A reward function that draws random numbers, and of which one call fails."""
+    calls = []
+
+    def reward(prompts, completions, completion_ids, **columns):
+        noise = torch.rand(len(prompts)).tolist()
+        calls.append(1)
+        if len(calls) == call:
+            return [float("nan")] * len(prompts)
+        return [a + b for a, b in zip(length_penalty(prompts, completions, completion_ids), noise, strict=True)]
+
+    return reward
+
+
+def _drawing(folder, reward, transforms=(), **options):
+    """A trainer that keeps the prompts for which it draws in ``drawn``, by the update."""
+    kwargs = {"reward_funcs": reward, "reward_transforms": list(transforms)} | options.pop("trainer_kwargs", {})
+    settings = {"save_strategy": "steps", "save_steps": 1, "total_episodes": 24} | options
+    trainer = small_trainer(folder, trainer_kwargs=kwargs, **settings)
+    trainer.drawn, sample = [], trainer.sample
+    trainer.sample = lambda batch: (trainer.drawn.append((trainer.state.global_step, batch["prompt"])), sample(batch))[
+        1
+    ]
+    return trainer
+
+
+SELECTED = {"trainer_kwargs": {"data_selectors": [_Alternating()]}, "selection_every": 2}
+
+
+@pytest.mark.parametrize(
+    ("call", "left", "options"),
+    # Six updates draw a batch each, and a selection three: of 15 batches, 0 to 2 and 5 to 7 are for selections.
+    [
+        (1, 6, {}),
+        (2, 5, {}),
+        (4, 3, {"save_strategy": "no"}),
+        (2, 15, SELECTED),
+        (4, 12, SELECTED),  # what was selected before the update that failed is not selected again
+        (7, 10, SELECTED),
+        (9, 7, SELECTED),
+    ],
+)
+def test_a_run_in_which_a_reward_failed_is_resumed_bit_for_bit(tmp_path, call, left, options):
+    def trainer(folder, reward):
+        return _drawing(tmp_path / folder, reward, [DistributionRegulator()], **options)
+
+    whole = trainer("whole", _broken_at(0))
+    whole.train()
+    broken = trainer("broken", _broken_at(call))
+    with pytest.raises(UserError, match="finite"):
+        broken.train()
+    assert checkpoint.find(tmp_path / "broken", True).name == f"checkpoint-{broken.state.global_step}"
+    resumed = trainer("broken", _broken_at(0))
+    torch.manual_seed(99)
+    resumed.train(resume_from_checkpoint=True)
+    assert numbers(resumed) == numbers(whole)
+    assert resumed.drawn == whole.drawn[-left:]
+
+
+def test_rejection_sampling_in_which_a_reward_failed_is_resumed_bit_for_bit(tmp_path):
+    kwargs = {"data_selectors": [RejectionSampling(num_responses=2)]}
+
+    def train(folder, reward, **resuming):
+        trainer = _drawing(tmp_path / folder, reward, [DistributionRegulator()], trainer_kwargs=kwargs)
+        RejectionTrainer(trainer, 3).train(**resuming)
+        return trainer
+
+    whole = train("whole", _broken_at(0))
+    with pytest.raises(UserError, match="finite"):
+        train("broken", _broken_at(7))  # five batches an iteration
+    torch.manual_seed(99)
+    resumed = train("broken", _broken_at(0), resume_from_checkpoint=True)
+    assert numbers(resumed) == numbers(whole)
+    assert resumed.drawn == whole.drawn[5:]

@@ -87,19 +87,24 @@ def _is_best(trainer: PPOTrainer) -> bool:
     return True
 
 
-def save(trainer: PPOTrainer) -> Path:
+def save(trainer: PPOTrainer, own: dict[str, Any] | None = None) -> Path:
     """Write ``checkpoint-N`` into the output folder and drop what exceeds ``save_total_limit``.
 
     The best one stays beside the last ones: that before which the mean of ``metric_for_best_model``
     (objective/rlhf_reward, unless the arguments name another) was highest. ``trainer_state.json`` names it.
     Of several processes the first one writes, and the others wait for it; with DeepSpeed each one adds its
     share of the optimizer.
+
+    Args:
+        trainer: Whose run it is.
+        own: What ``own_state`` gave of this process at an earlier moment, from which a resumed run continues; None
+            takes the present one.
     """
     root = Path(trainer.args.output_dir)
     target = root / f"checkpoint-{trainer.state.global_step}"
     building = root / f".building-{target.name}"
     accelerator = trainer.accelerator
-    state = _state(trainer)  # every process adds its own part
+    state = _state(trainer, own)  # every process adds its own part
     if accelerator.is_main_process:
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
@@ -143,19 +148,20 @@ def _trainable(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
     return {name: p.data for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _state(trainer: PPOTrainer) -> dict[str, Any]:
+def _state(trainer: PPOTrainer, own: dict[str, Any] | None) -> dict[str, Any]:
     return {
         "parameters": _trainable(trainer),
         "optimizer": None if zero.enabled(trainer.accelerator) else trainer.optimizer.state_dict(),
         "scheduler": trainer.lr_scheduler.state_dict(),
         "chosen": None if trainer.chosen is None else trainer.chosen.to_dict(),
+        "selected_at": trainer._selected_at,
         "kl_coef": trainer.kl_weight.coef,
-        "processes": gather_object([_own_state(trainer)]),
+        "processes": gather_object([own_state(trainer) if own is None else own]),
     }
 
 
-def _own_state(trainer: PPOTrainer) -> dict[str, Any]:
-    """What differs from process to process."""
+def own_state(trainer: PPOTrainer) -> dict[str, Any]:
+    """What differs from process to process: the place in the data, random generators, what scoring remembers."""
     return {
         "batches": trainer._batches.state_dict(),
         "minibatch_order": trainer._minibatch_order.get_state(),
@@ -203,6 +209,7 @@ def load(trainer: PPOTrainer, folder: Path) -> None:
     # What was chosen stays: the place in the data is a place in that.
     if state["chosen"] is not None:
         trainer.apply(Chosen.from_dict(state["chosen"]))
+    trainer._selected_at = state.get("selected_at")  # checkpoints of earlier versions have none
     trainer.rehearsal.load_state_dict(mine["rehearsal"])
     trainer._batches.load_state_dict(mine["batches"])
     trainer.kl_weight.coef = state["kl_coef"]

@@ -163,6 +163,10 @@ class BatchStream:
         torch.set_rng_state(state["start"])
         if self._order is not None:
             self._order.set_state(state["order"])
+        self._iterator, self._taken = None, 0
+        self._start = self._generators()
+        if not state["taken"]:  # the pass begins with its first batch, and takes its order from the generator then
+            return
         self._begin()
         for _ in range(state["taken"]):
             next(self)

@@ -91,9 +91,8 @@ class RejectionTrainer:
         """Responses of the present policy, drawn from a seed of this iteration's own, and what was accepted."""
         trainer, accelerator, chosen = self.trainer, self.trainer.accelerator, Chosen()
         counted = trainer.unscored.total
-        before = trainer.scoring_state()
-        set_seed(derived_seed(self._seed, accelerator.process_index))
-        try:
+        with trainer._kept():
+            set_seed(derived_seed(self._seed, accelerator.process_index))
             pool = draw_pool(trainer, responses_needed(trainer), selection=trainer.state.global_step)
             with failing_together(accelerator):
                 if accelerator.is_main_process:
@@ -105,11 +104,6 @@ class RejectionTrainer:
                     f"best has a score of {pool.scores.max().item():.4g}.",
                     fix="Lower the selector's threshold, or raise its num_responses.",
                 )
-        except UserError:
-            # A resumed run draws this pool again.
-            trainer.load_scoring_state(before)
-            checkpoint.save(trainer)
-            raise
         self._unscored = trainer.unscored.total - counted
         return pool, chosen
 

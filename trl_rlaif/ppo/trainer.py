@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -179,6 +180,7 @@ class PPOTrainer(BasePPOTrainer):
         self._minibatch_order = torch.Generator().manual_seed(self.local_seed)
         self.every_prompt = self.train_dataset
         self.chosen: Chosen | None = None
+        self._selected_at: int | None = None  # the step of the last selection
         self.rehearsal.seed(self.local_seed)
         self._rehearsal_seconds = 0.0
         # What `score` found beside its sum; a subclass that scores otherwise leaves them empty.
@@ -249,14 +251,18 @@ class PPOTrainer(BasePPOTrainer):
         self._end()
 
     @contextmanager
-    def _kept(self) -> Iterator[None]:
-        """Save what was learned, should a reward fail; a resumed run scores the same responses again."""
-        before = self.scoring_state()
+    def _kept(self, *, repeated: bool = True) -> Iterator[None]:
+        """Save what was learned, should a reward fail.
+
+        Args:
+            repeated: A resumed run does the same again: for the same prompts, with the same random numbers. False: it
+                continues after it.
+        """
+        before = checkpoint.own_state(self)
         try:
             yield
         except UserError:
-            self.load_scoring_state(before)
-            checkpoint.save(self)
+            checkpoint.save(self, before if repeated else None)
             raise
 
     def collect(self) -> tuple[Rollout, torch.Tensor]:
@@ -463,8 +469,8 @@ class PPOTrainer(BasePPOTrainer):
         self.control = self.callback_handler.on_train_begin(args, state, self.control)
 
     def scoring_state(self) -> dict[str, Any]:
-        """What rewards and transforms remember, as plain values."""
-        transforms = [transform.state_dict() for transform in self.reward_transforms]
+        """What rewards and transforms remember, as plain values that scoring does not change later."""
+        transforms = [copy.deepcopy(transform.state_dict()) for transform in self.reward_transforms]
         return {
             "transforms": transforms, "rewards": self.reward_sum.state_dict(), "unscored": self.unscored.state_dict()
         }  # fmt: skip
@@ -486,9 +492,11 @@ class PPOTrainer(BasePPOTrainer):
     def _select(self) -> None:
         """Let the selectors choose, at the start and every ``selection_every`` updates."""
         every, step = self.args.selection_every, self.state.global_step
-        due = self.chosen is None or (every is not None and step > 0 and step % every == 0)
-        if self.data_selectors and due:
+        again = every is not None and step > 0 and step % every == 0
+        # A run that stopped between a selection and the end of its update is resumed with that selection.
+        if self.data_selectors and (self.chosen is None or (again and self._selected_at != step)):
             self.apply(choose(self))
+            self._selected_at = step
 
     def apply(self, chosen: Chosen) -> None:
         """Train on what was chosen, and rehearse it, from here on."""
@@ -513,7 +521,7 @@ class PPOTrainer(BasePPOTrainer):
         self.lr_scheduler.step()
         self.control = self.callback_handler.on_step_end(self.args, state, self.control)
         if samples.due(self):  # before a checkpoint is written: sampling moves the random numbers on
-            with self._kept():
+            with self._kept(repeated=False):
                 self.generate_completions(sampling=True)
         if self.control.should_save:
             checkpoint.save(self)
