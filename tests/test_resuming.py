@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import Dataset
@@ -14,13 +15,18 @@ from helpers.recipes import WORDS, tiny_recipe
 from helpers.tiny import make_llama, make_scorer, make_tokenizer
 from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl_rlaif_regulator import Clip
 from trl_rlaif_rehearsal.rejection import RejectionSampling
 
-from trl_rlaif import RewardConfig, RewardTrainer, UserError, resuming
+from trl_rlaif import RewardConfig, RewardTrainer, RewardTransform, UserError, resuming
+from trl_rlaif.artifacts import RunFolder
 from trl_rlaif.plugins import installed_plugins
+from trl_rlaif.ppo import checkpoint
 from trl_rlaif.ppo.rejection import RejectionTrainer
 from trl_rlaif.resuming import BATCH_SIZE, FILE, SameRun
 from trl_rlaif.runner import run_recipe
+from trl_rlaif.stages.context import Context
+from trl_rlaif.stages.groups import build_trainer
 
 pytestmark = pytest.mark.trl
 
@@ -98,6 +104,54 @@ def test_another_run_is_refused_with_both_values(stopped, tmp_path, options, fou
         assert "seed was 42" in str(error.value)
 
 
+class Foreign(RewardTransform):
+    """A third party's, which keeps its options elsewhere."""
+
+    def __init__(self):
+        pass
+
+
+def _without_options(checkpoint: Path) -> None:
+    """Leave a checkpoint as it was before it held the options of components and the scorer's settings."""
+    kept = json.loads((checkpoint / FILE).read_text())
+    kept["settings"] = {name: value for name, value in kept["settings"].items() if "." not in name}
+    (checkpoint / FILE).write_text(json.dumps(kept))
+    if (checkpoint / "content.json").exists():
+        sizes = json.loads((checkpoint / "content.json").read_text())
+        sizes[FILE] = (checkpoint / FILE).stat().st_size
+        (checkpoint / "content.json").write_text(json.dumps(sizes))
+
+
+def test_a_changed_option_of_a_component_is_refused_with_both_values(tmp_path):
+    def trainer(high=5.0, drawn=2):
+        transforms = [Clip(high=3.0), Foreign(), Clip(high=high)]
+        kwargs = {"reward_transforms": transforms, "data_selectors": [RejectionSampling(num_responses=drawn)]}
+        return _ppo(tmp_path, trainer_kwargs=kwargs)
+
+    first = trainer()
+    first._begin(None)
+    checkpoint.save(first)
+    with pytest.raises(UserError) as error:
+        trainer(high=4.0, drawn=3)._begin(True)
+    assert f"reward_transforms.Clip 2.high was 5.0 {WRITTEN}, and is 4.0 now." in str(error.value)
+    assert f"data_selectors.RejectionSampling.num_responses was 2 {WRITTEN}, and is 3 now." in str(error.value)
+    assert "Clip.high" not in str(error.value)
+    trainer()._begin(True)
+    _without_options(tmp_path / "checkpoint-0")
+    trainer(high=4.0, drawn=3)._begin(True)
+
+
+def test_options_that_json_cannot_hold_are_left_out():
+    class Odd(Clip):
+        class Options(Clip.Options):
+            model_config = {"arbitrary_types_allowed": True}
+            what: Any = None
+
+    found = resuming.named("reward_transforms", [Foreign(), Clip(), Odd(what=object())])
+    assert found["reward_transforms"] == ["Foreign", "Clip", "Odd"]
+    assert {name for name in found if "." in name} == {"reward_transforms.Clip.low", "reward_transforms.Clip.high"}
+
+
 def test_a_run_may_be_made_longer_and_says_so(stopped, tmp_path, capsys):
     resumed = _ppo(_copy(stopped, tmp_path), total_episodes=48)
     resumed.train(resume_from_checkpoint=True)
@@ -136,7 +190,7 @@ def _preferences(count, first="good"):
     return Dataset.from_dict({"prompt": prompts, "chosen": chosen, "rejected": ["bad"] * count})
 
 
-def _trls(kind, folder, *, first="good", **options):
+def _trls(kind, folder, *, first="good", transforms=(), **options):
     tokenizer, dataset = make_tokenizer(), _preferences(16, first)
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_strategy": "steps"}
     settings |= {"save_steps": 2, "num_train_epochs": 1, "bf16": False, "use_cpu": True, "report_to": "none"}
@@ -144,7 +198,7 @@ def _trls(kind, folder, *, first="good", **options):
     shared = {"processing_class": tokenizer, "peft_config": LoraConfig(r=2, target_modules="all-linear")}
     if kind == "reward":
         return RewardTrainer(make_scorer(len(tokenizer)), RewardConfig(str(folder), **settings), train_dataset=dataset,
-                             processing_class=tokenizer)  # fmt: skip
+                             processing_class=tokenizer, reward_transforms=transforms)  # fmt: skip
     if kind == "sft":
         dataset = dataset.select_columns(["prompt", "chosen"]).rename_column("chosen", "completion")
     trainer_class, config = {"sft": (SFTTrainer, SFTConfig), "dpo": (DPOTrainer, DPOConfig)}[kind]
@@ -172,6 +226,14 @@ def test_trls_trainers_are_the_same_run_or_refused(tmp_path, kind):
         trainer = _trls(kind, tmp_path, **options)
         trainer.train(resume_from_checkpoint=checkpoint)
         assert trainer.state.global_step == 4
+
+
+def test_a_reward_trainer_compares_the_options_of_its_transforms(tmp_path):
+    _trls("reward", tmp_path, transforms=[Clip(high=5.0)], max_steps=2).train()
+    with pytest.raises(UserError, match=rf"reward_transforms\.Clip\.high was 5\.0 {WRITTEN}, and is 4\.0 now"):
+        _trls("reward", tmp_path, transforms=[Clip(high=4.0)]).train(resume_from_checkpoint=True)
+    _without_options(tmp_path / "checkpoint-2")
+    _trls("reward", tmp_path, transforms=[Clip(high=4.0)]).train(resume_from_checkpoint=True)
 
 
 def test_a_reward_checkpoint_is_compared_wherever_it_was_put(tmp_path):
@@ -210,6 +272,31 @@ def test_a_recipe_whose_prompts_were_changed_in_their_folder_is_refused(tiny_mod
     Dataset.from_list(rows[:-1] + [rows[0]]).save_to_disk(str(tmp_path / "prompts"))
     with pytest.raises(UserError, match="of the training data is not what it was"):
         run_recipe(recipe, installed_plugins(), tmp_path / "out", resume=True)
+
+
+def test_a_group_trainer_compares_the_settings_of_its_scorer(tiny_model, tmp_path):
+    def trainer(**options):
+        rl = RL | {"algorithm": "grpo", "num_generations": 2, "transforms": [{"clip": {"high": 2.0}}]} | options
+        recipe = tiny_recipe(tmp_path, tiny_model, rl=rl, **NONE)
+        return build_trainer(Context(recipe, RunFolder(tmp_path / "out"), installed_plugins()))[0]
+
+    folder = tmp_path / "checkpoint-2"
+    folder.mkdir()
+    (folder / FILE).write_text(json.dumps(trainer().same_run.identity))
+    weighted = [{"helpers.rewards:even_share": 2.0}]
+    changed = {"whiten_scores": True, "rewards": weighted, "transforms": [{"clip": {"high": 3.0}}]}
+    with pytest.raises(UserError) as error:
+        trainer(**changed, max_failed=0.9, reward_timeout=5).same_run.compare(folder)
+    for found in (
+        f"rl.whiten_scores was False {WRITTEN}, and is True now.",
+        f"rl.reward_weights was None {WRITTEN}, and is [2.0] now.",
+        f"reward_transforms.Clip.high was 2.0 {WRITTEN}, and is 3.0 now.",
+    ):
+        assert found in str(error.value)
+    assert "max_failed" not in str(error.value) and "reward_timeout" not in str(error.value)
+    trainer(max_failed=0.9, reward_timeout=5).same_run.compare(folder)
+    _without_options(folder)
+    trainer(**changed).same_run.compare(folder)
 
 
 def test_a_digest_is_of_the_content_alone():

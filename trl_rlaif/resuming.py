@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel
 from transformers import TrainerCallback, TrainingArguments
 
 from trl_rlaif.artifacts import write_atomically
+from trl_rlaif.components import numbered
 from trl_rlaif.errors import Problem, UserError
 from trl_rlaif.progress import say
 from trl_rlaif.recipe.sections import STOPPING_LIMITS
@@ -72,19 +74,54 @@ def identity(args: Any, dataset: Any, processes: int, **more: Any) -> dict[str, 
     return {"settings": plain, "rows": rows, "columns": digests(dataset)}
 
 
-def components(trainer: PPOTrainer) -> dict[str, list[str]]:
-    """What scores and selects in a run, by name: settings that no argument holds."""
+def components(trainer: PPOTrainer) -> dict[str, Any]:
+    """What scores and selects in a run, with its options: settings that no argument holds."""
     from trl_rlaif.ppo.rewards import reward_names
 
+    names = reward_names(trainer.reward_funcs, model=trainer.has_reward_model)
+    functions = names[len(names) - len(trainer.reward_funcs) :]
     return {
-        "rewards": reward_names(trainer.reward_funcs, model=trainer.has_reward_model),
-        "reward_transforms": [type(transform).__name__ for transform in trainer.reward_transforms],
-        "data_selectors": [type(selector).__name__ for selector in trainer.data_selectors],
+        "rewards": names,
+        **_options("rewards", functions, trainer.reward_funcs),
+        **named("reward_transforms", trainer.reward_transforms),
+        **named("data_selectors", trainer.data_selectors),
     }
 
 
+def named(kind: str, found: Sequence[Any]) -> dict[str, Any]:
+    """Components by the names of their classes, in order, and each option of theirs by ``kind.name.option``.
+
+    Each option is an entry of its own, so that one which a later version adds is not missed in earlier checkpoints.
+
+    Args:
+        kind: The argument that holds them.
+        found: What it holds.
+    """
+    names: list[str] = []
+    for component in found:
+        names.append(numbered(type(component).__name__, names))
+    return {kind: [type(component).__name__ for component in found], **_options(kind, names, found)}
+
+
+def _options(kind: str, names: Sequence[str], found: Sequence[Any]) -> dict[str, Any]:
+    return {
+        f"{kind}.{name}.{option}": value
+        for name, component in zip(names, found, strict=True)
+        for option, value in _plain_options(component).items()
+    }
+
+
+def _plain_options(component: Any) -> dict[str, Any]:
+    """A component's options; {} where a third party's has none, or ones that JSON cannot hold."""
+    options = getattr(component, "options", None)
+    try:
+        return options.model_dump(mode="json") if isinstance(options, BaseModel) else {}
+    except ValueError:
+        return {}
+
+
 def digests(dataset: Any) -> dict[str, str]:
-    """A digest of every column's content, by name; none of what is no ``datasets.Dataset``."""
+    """A digest of each column's content, by name; empty if ``dataset`` is not a ``datasets.Dataset``."""
     import datasets
 
     if not isinstance(dataset, datasets.Dataset):
@@ -138,7 +175,7 @@ def check(folder: Path, now: Mapping[str, Any]) -> None:
     problems += [Problem(what, str(folder), "Train on the same data.") for what in _other_data(before, now)]
     if problems:
         last = problems[-1]
-        fix = f"{last.fix} Or start a new run in another folder: this one could not go on as it began."
+        fix = f"{last.fix} Or start a new run in another folder: a run is resumed only with its own settings and data."
         raise UserError.from_problems([*problems[:-1], Problem(last.what, last.where, fix)])
     for name in _LENGTH & changed.keys():
         old, new = changed[name]

@@ -9,6 +9,7 @@ from typing import Any
 
 from trl_rlaif.errors import UserError
 from trl_rlaif.ppo.config import PPOConfig
+from trl_rlaif.recipe.sections import STOPPING_LIMITS
 
 # Where TRL calls the same thing otherwise. The price of KL and the clip are those of Schulman et al. 2017 and Shao et
 # al. 2024 alike, though TRL's GRPO pays KL in the loss and not in the reward.
@@ -25,7 +26,14 @@ _ELSEWHERE = {
     "length_penalty", "selection_prompts", "selection_every", "rehearsal_coef", "rehearsal_schedule",
     "rehearsal_batch_size",
 }  # fmt: skip
+# Of these, what decides which scores and prompts a trainer learns from. The length of a run is TRL's max_steps.
+_SCORING = sorted(_ELSEWHERE - {"total_episodes", *STOPPING_LIMITS} | {"reward_weights"})
 MOST_GENERATIONS = 8
+
+
+def scoring_settings(args: PPOConfig) -> dict[str, Any]:
+    """A scorer's settings that TRL's configuration lacks, by ``rl.name``: TRL has another ``reward_weights``."""
+    return {f"rl.{name}": getattr(args, name) for name in _SCORING}
 
 
 def group_arguments(

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 from trl_rlaif.contracts import RewardError
 from trl_rlaif.errors import UserError
+from trl_rlaif.groups.config import scoring_settings
 from trl_rlaif.groups.verification import verify
 from trl_rlaif.ppo.selection import choose
 from trl_rlaif.resuming import SameRun, components
@@ -42,7 +43,8 @@ class Rehearsing:
     def take(self, scorer: PPOTrainer) -> None:
         """Train with this scorer from here on, and on the prompts that its selectors choose."""
         self.scorer = scorer
-        self.same_run = SameRun(self, lambda: scorer.every_prompt, **components(scorer))
+        settings = components(scorer) | scoring_settings(scorer.args)
+        self.same_run = SameRun(self, lambda: scorer.every_prompt, **settings)
         self.add_callback(self.same_run)
         self.add_callback(ScorerCallback(self))
 

@@ -24,7 +24,7 @@ from trl_rlaif.contracts import guarded
 from trl_rlaif.encoding import usable_tokenizer
 from trl_rlaif.errors import UserError
 from trl_rlaif.events import PreferenceScores
-from trl_rlaif.resuming import SameRun
+from trl_rlaif.resuming import SameRun, named
 from trl_rlaif.reward.collator import SoftPreferenceCollator, prompt_end
 from trl_rlaif.reward.heads import add_expected
 from trl_rlaif.reward.losses import soft_preference_loss
@@ -85,7 +85,7 @@ class RewardTrainer(TrlRewardTrainer):
         if kwargs.get("peft_config") is not None:
             kwargs["peft_config"] = fitted(kwargs["peft_config"], model)
         super().__init__(*args, **kwargs)
-        self._same_run = SameRun(self, reward_transforms=[type(t).__name__ for t in self.reward_transforms])
+        self._same_run = SameRun(self, **named("reward_transforms", self.reward_transforms))
         self.add_callback(self._same_run)
         own_collator = kwargs.get("data_collator") is None and (len(args) < 3 or args[2] is None)
         if score_at_end and own_collator and self.processing_class.eos_token_id is not None:
