@@ -48,6 +48,28 @@ def test_what_does_not_fit_is_reported(only, prompts, text, what):
     assert what in str(only(f"{_head()}  {text}\n"))
 
 
+@pytest.mark.parametrize(
+    ("written", "what"),
+    [
+        ("[{reward: 1.0}, {reward: 2.0}]", '"reward" is listed 2 times. Write it once: {reward: 3}.'),
+        ("[reward, direct, reward]", '"reward" is listed 2 times. Write it once: {reward: 2}.'),
+        ("[direct, {direct: 0.5}, direct]", '"direct" is listed 3 times. Write it once: {direct: 2.5}.'),
+        ("[my.rewards:f, my.rewards:g, my.rewards:f]", '"my.rewards:f" is listed 2 times'),
+        ("[mine.py:f, {./mine.py:f: 1}]", "mine.py:f"),  # the same file
+        ("[{reward: 0}]", "Every reward has the weight 0, which only logs it. Give at least one of them another"),
+        ("[{direct: 0.0}, {reward: -0.0}]", "another weight: [{direct: 1.0}]."),
+    ],
+)
+def test_weights_that_cannot_be_meant_are_refused_before_anything_is_paid_for(only, prompts, written, what):
+    problem = only(f"{_head()}  kl_coef: 0.1\n  rewards: {written}\n")
+    assert what in str(problem) and problem.where == "recipe.yaml:8"
+
+
+def test_a_reward_of_weight_0_may_be_logged_beside_others(parse, prompts):
+    recipe = parse(f"{_head()}  rewards: [{{direct: 0}}, reward, my.rewards:f, my.rewards:g]\n")
+    assert recipe.rl.reward_weights == [1.0, 0.0, 1.0, 1.0]
+
+
 def test_a_weighted_reward_model_needs_its_stage(only, prompts):
     problem = only("model: {path: gpt2}\ndata: {prompts: prompts.jsonl}\nrl:\n  rewards: [{reward: 1.0}]\n")
     assert "has no 'reward'" in problem.what

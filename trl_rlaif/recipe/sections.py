@@ -103,6 +103,32 @@ def reward_name(entry: Any) -> Any:
     return next(iter(entry)) if isinstance(entry, dict) and len(entry) == 1 else entry
 
 
+def reward_weight(entry: str | dict[str, float]) -> float:
+    """The weight of an entry of ``rl.rewards``."""
+    return 1.0 if isinstance(entry, str) else next(iter(entry.values()))
+
+
+def distinct_rewards(entries: list[str | dict[str, float]]) -> list[str | dict[str, float]]:
+    """Refuse a reward that is listed twice: each has one weight."""
+    weights: dict[str, list[float]] = {}
+    for entry in entries:
+        weights.setdefault(reward_name(entry), []).append(reward_weight(entry))
+    for name, given in weights.items():
+        if len(given) > 1:
+            raise ValueError(f"{shown(name)} is listed {len(given)} times. Write it once: {{{name}: {sum(given):g}}}.")
+    return entries
+
+
+def some_weight(entries: list[str | dict[str, float]]) -> list[str | dict[str, float]]:
+    """Refuse weights with which every score is 0."""
+    if not any(map(reward_weight, entries)):
+        raise ValueError(
+            "Every reward has the weight 0, which only logs it. Give at least one of them another weight: "
+            f"[{{{reward_name(entries[0])}: 1.0}}]."
+        )
+    return entries
+
+
 def known_columns(value: dict[str, str | dict[str, str]]) -> dict[str, str | dict[str, str]]:
     """Refuse names under which nothing is read."""
     for key, column in value.items():
@@ -344,10 +370,14 @@ class RlSection(Section):
         "responses (Dong et al. 2023), num_train_epochs times, with num_ppo_epochs passes each. 'dpo' is TRL's "
         "DPOTrainer on the preferences (Rafailov et al. 2023): no rewards, no sampling; its beta is kl_coef.",
     )
-    rewards: list[Annotated[Text | dict[Text, Number], AfterValidator(one_weight)]] = Field(
+    rewards: Annotated[
+        list[Annotated[Text | dict[Text, Number], AfterValidator(one_weight)]],
+        AfterValidator(distinct_rewards),
+        AfterValidator(some_weight),
+    ] = Field(
         default_factory=lambda: ["reward"], min_length=1,
         description="What gives rewards: 'reward' (the reward model), 'direct' (the judge), module:function; with "
-        "weights [{reward: 1.0}, {direct: 0.5}].",
+        "weights [{reward: 1.0}, {direct: 0.5}]; the weight 0 only logs a reward.",
     )  # fmt: skip
     transforms: list[Component] = Field(default_factory=list, description="Reward transforms, in order.")
     selectors: list[Component] = Field(default_factory=list, description="Data selectors, in order.")
@@ -368,7 +398,7 @@ class RlSection(Section):
         if all(isinstance(entry, str) for entry in self.rewards):
             return None
         entries = sorted(self.rewards, key=lambda entry: reward_name(entry) != "reward")
-        return [1.0 if isinstance(entry, str) else next(iter(entry.values())) for entry in entries]
+        return [reward_weight(entry) for entry in entries]
 
 
 class FurtherJudgeSection(Section):
