@@ -95,7 +95,8 @@ class Rollout:
         model_scale: What a unit of ``model_scores`` counts in the sum of the rewards: weight over normalization.
         expected: (B,) float32, e(x) by a reward model that has such a head, in the unit of ``model_scores``.
         reward_parts: (B,) float32 scores by reward, weighted and normalized, whose sum the reward transforms begin
-            with; NaN where a reward is missing for a response that has another one.
+            with; NaN where a reward is missing for a response that has another one. A reward of weight 0 is not among
+            them.
         scored: (B,) bool, False where a response has no reward at all and teaches nothing; None: all have one.
     """
 

@@ -53,8 +53,8 @@ class EnsembleOptions(Options):
 class Ensemble(RewardTransform):
     """Joins several rewards by more than their sum: against over-optimisation of one (Coste et al. 2023).
 
-    It takes the rewards themselves, weighted and normalized, so it comes first. Of a response that lacks some of them
-    it joins the others.
+    It takes the rewards themselves, weighted and normalized, so it comes first. For a response that lacks some of them
+    it joins the others. Rewards of weight 0 are only logged and have no say.
     """
 
     Options = EnsembleOptions
@@ -63,11 +63,13 @@ class Ensemble(RewardTransform):
         """(B,) float32.
 
         Raises:
-            UserError: There is only one reward.
+            UserError: Only one reward has a weight other than 0.
         """
+        if len(rollout.reward_parts) < 2:
+            raise UserError(
+                "ensemble needs two rewards or more, of a weight other than 0.", fix="Name them in rl.rewards."
+            )
         parts = torch.stack(list(rollout.reward_parts.values()))
-        if len(parts) < 2:
-            raise UserError("ensemble needs two rewards or more.", fix="Name them in rl.rewards.")
         if self.options.join == "min":
             return parts.nan_to_num(torch.inf).amin(0)
         mean = parts.nanmean(0)

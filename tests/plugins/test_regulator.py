@@ -14,6 +14,7 @@ from trl_rlaif_regulator import Clip, DistributionRegulator, Ensemble, LengthPen
 from trl_rlaif_regulator.running import Moments, RunningScores
 
 from trl_rlaif import UserError
+from trl_rlaif.ppo.reward_sum import RewardSum
 from trl_rlaif.testing import make_rollout
 
 
@@ -302,6 +303,20 @@ def test_the_ensemble_joins_the_rewards_that_a_response_has():
 
     assert joined(join="mean") == [2, 3, 1] and joined(join="min") == [0, 2, 1]
     assert joined(k=1.0) == pytest.approx([2 - math.sqrt(8 / 3), 2, 1])
+
+
+@pytest.mark.parametrize("options", [{"join": "mean"}, {"join": "min"}, {"join": "pessimistic", "k": 0.5}])
+def test_a_reward_without_weight_has_no_say_in_the_ensemble(options):
+    given = {"a": torch.tensor([1.0, 2.0]), "logged": torch.tensor([-100.0, 100.0]), "b": torch.tensor([3.0, 6.0])}
+
+    def joined(names, weights):
+        scores, parts, _ = RewardSum(names, weights)({name: given[name] for name in names})
+        return Ensemble(**options).transform(scores, SimpleNamespace(reward_parts=parts)).tolist()
+
+    wanted = joined(["a", "b"], [1.0, 1.0])
+    assert min(wanted) > 0 and joined(["a", "logged", "b"], [1.0, 0.0, 1.0]) == wanted
+    with pytest.raises(UserError, match="two rewards or more"):
+        joined(["a", "logged"], [1.0, 0.0])
 
 
 @pytest.mark.parametrize(

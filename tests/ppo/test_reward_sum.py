@@ -111,6 +111,22 @@ def test_a_reward_without_weight_makes_no_score():
     assert scores[0] == 1 and scores[1].isnan()
 
 
+@pytest.mark.parametrize("normalization", ["none", "std", "batch"])
+def test_a_reward_without_weight_is_logged_and_no_part_of_what_transforms_see(normalization):
+    summed = RewardSum(["a", "b", "c"], [1.0, 0.0, 2.0], normalization)
+    logged = torch.tensor([5.0, math.nan, 8.0])
+    scores, weighted, _ = summed({"a": torch.tensor([1.0, 2.0, 4.0]), "b": logged, "c": torch.tensor([3.0, 2.0, 2.5])})
+    assert list(weighted) == ["a", "c"]
+    torch.testing.assert_close(scores, weighted["a"] + weighted["c"])
+    metrics = {name: value for name, value in summed.take_metrics().items() if name.split("/")[1] == "b"}
+    assert metrics == {
+        "score/b": 6.5,
+        "rewards/b/std": pytest.approx(1.5 * math.sqrt(2)),
+        "rewards/b/none": pytest.approx(1 / 3),
+        "rewards/b/weight": 0.0,
+    }
+
+
 def test_weights_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"2 entries for 3 rewards: model, direct, length"):
         RewardSum(NAMES, [1.0, 2.0])
@@ -167,6 +183,17 @@ def test_each_rewards_mean_spread_and_weight_are_logged(tmp_path):
         assert entry["objective/scores"] == pytest.approx(
             sum(weight * entry[f"score/{name}"] for name, weight in names.items()), rel=1e-4
         )
+
+
+def test_transforms_do_not_see_a_reward_without_weight(tmp_path):
+    seeing = Seeing()
+    kwargs = {"reward_funcs": [length_penalty, twins, even_share], "reward_transforms": [seeing]}
+    trainer = small_trainer(tmp_path, trainer_kwargs=kwargs, reward_weights=[1.0, 0.0, 3.0])
+    trainer.train()
+    assert all(list(parts) == ["length_penalty", "even_share"] for _, parts in seeing.seen)
+    for entry in numbers(trainer):
+        assert entry["score/twins"] > 0 and entry["rewards/twins/weight"] == entry["rewards/twins/none"] == 0
+        assert "rewards/twins/std" in entry
 
 
 @pytest.mark.parametrize("normalization", ["std", "batch"])

@@ -22,7 +22,7 @@ class RewardSum:
     """The weighted sum of the rewards, each normalized first where that is asked for.
 
     s(x, y) = sum_k w_k z_k(x, y) over the rewards that a response has; as in TRL's GRPOTrainer, the weight of a missing
-    one is not shared out. z_k is
+    one is not shared out. A reward of weight 0 is only logged: it is not a part of the sum. z_k is
 
     - ``none``: r_k itself.
     - ``std``: r_k / s_k, with s_k the standard deviation of all r_k since the run began, this batch included. It keeps
@@ -68,20 +68,21 @@ class RewardSum:
 
         Returns:
             Scores, (B,) float32, NaN where no reward of a weight other than 0 is there; the weighted, normalized
-            rewards by name, of which they are the sums; and what a unit of the reward model's counts there.
+            rewards of such a weight by name, of which they are the sums; and what a unit of the reward model's counts
+            there.
         """
         first = next(iter(parts.values()))
         weighted, scores, scored = {}, torch.zeros_like(first), torch.zeros_like(first, dtype=torch.bool)
         model_scale = 1.0
         for (name, rewards), weight in zip(parts.items(), self.weights or [1.0] * len(parts), strict=True):
             shift, scale = self._figures(name, rewards, weight)
-            weighted[name] = _mapped(rewards, shift, scale, weight)
             if name == MODEL:
                 model_scale = weight / scale
-            missing = rewards.isnan()
+            if not weight:  # a transform that joins the parts would take its zeros for an opinion
+                continue
+            weighted[name], missing = _mapped(rewards, shift, scale, weight), rewards.isnan()
             scores = scores + weighted[name].masked_fill(missing, 0)
-            if weight:
-                scored |= ~missing
+            scored |= ~missing
         return scores.masked_fill(~scored, math.nan), weighted, model_scale
 
     def _figures(self, name: str, rewards: torch.Tensor, weight: float) -> tuple[float, float]:
