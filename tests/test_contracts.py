@@ -16,7 +16,7 @@ from trl_rlaif import DataSelector, Label, Labeler, RewardTransform, RunError, S
 from trl_rlaif.artifacts import read_lines
 from trl_rlaif.contracts import ComponentError, Origin, RewardError, guarded, picked
 from trl_rlaif.plugins import ENTRY_POINT_GROUP, Registered, build_plugins
-from trl_rlaif.ppo.rewards import call_reward
+from trl_rlaif.ppo.rewards import call_rewards
 from trl_rlaif.ppo.selection import responses_needed, select
 from trl_rlaif.reward.trainer import RewardTrainer
 from trl_rlaif.testing import make_pairs, make_pool, make_preference_scores, make_rollout
@@ -221,7 +221,7 @@ REWARDS = [
 @pytest.mark.parametrize(("function", "what"), REWARDS)
 def test_a_reward_function(function, what):
     function = picked(function, Origin("reward function 'acme' of acme-words 1.2", WHERE))
-    error = _message("reward function", lambda: call_reward(function, make_rollout(6)), what, error=RewardError)
+    error = _message("reward function", lambda: call_rewards([function], make_rollout(6)), what, error=RewardError)
     assert isinstance(error, UserError)  # upon which trainers save what was learned
 
 
@@ -232,7 +232,7 @@ def test_a_reward_function_that_raises():
     for function in (lambda **c: _raise(), later):
         function = picked(function, Origin("reward function 'acme' of acme-words 1.2", WHERE))
         error = _message(
-            "reward function", lambda f=function: call_reward(f, make_rollout(6)),
+            "reward function", lambda f=function: call_rewards([f], make_rollout(6)),
             "ValueError: no such word.", error=RewardError,
         )  # fmt: skip
         assert isinstance(error.__cause__, ValueError)
@@ -244,7 +244,7 @@ def test_a_reward_function_that_raises():
 @pytest.mark.parametrize(("function", "what"), REWARDS)
 def test_what_no_recipe_picked_breaks_a_rule_with_a_user_error(function, what):
     with pytest.raises(UserError, match="The reward function '<lambda>' returned") as caught:
-        call_reward(function, make_rollout(6))
+        call_rewards([function], make_rollout(6))
     assert type(caught.value) is UserError and what in str(caught.value)
 
     class Nothing(DataSelector):
@@ -257,7 +257,7 @@ def test_what_no_recipe_picked_breaks_a_rule_with_a_user_error(function, what):
 
 def test_what_no_recipe_picked_raises_what_it_raises():
     with pytest.raises(ValueError, match="no such word"):
-        call_reward(_raise, make_rollout(6))
+        call_rewards([_raise], make_rollout(6))
     with pytest.raises(ValueError, match="no such word"):
         select([type("Raises", (DataSelector,), {"select": _raise})()], make_pool(8, 1))
 

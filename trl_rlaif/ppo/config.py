@@ -70,8 +70,10 @@ class PPOConfig(BasePPOConfig):
         max_failed: Share of an update's responses, 0 to 1, that may have no reward, and that a judge may fail to rate;
             beyond it the run saves a checkpoint and stops. Of smaller updates the last 100 responses are counted.
             Responses without a reward are left out of the losses, of whitening and of what transforms see.
-        reward_timeout: Seconds that a reward function may take for one batch. One that takes longer ends the run with
-            its name: an hour is more than a working call needs, and a night is too long to wait. None: no limit.
+        reward_timeout: Seconds that each reward function may take for one batch, from its own start; asynchronous ones
+            run together, and are looked at once the others have returned. One that takes longer ends the run with its
+            name (and those of the others that wait, if it blocks the event loop that they share): an hour is more than
+            a working call needs, and a night is too long to wait. None: no limit.
         whiten_scores: Scale each batch's scores to zero mean and unit variance.
         score_clip: Scores are kept within plus and minus this, after whitening; > 0.
         length_penalty: Taken from the score for a response of full length, in proportion for a shorter one.
@@ -111,7 +113,7 @@ class PPOConfig(BasePPOConfig):
         "none", "Divide each reward by its running standard deviation, or standardize it in each batch."
     )
     max_failed: float = setting(0.1, "Share of an update's responses that may have no reward.")
-    reward_timeout: float | None = setting(3600.0, "Seconds that a reward function may take; None: no limit.")
+    reward_timeout: float | None = setting(3600.0, "Seconds that each reward function may take; None: no limit.")
     whiten_scores: bool = setting(False, "Scale each batch's scores to zero mean and unit variance.")
     score_clip: float | None = setting(None, "Keep scores within plus and minus this; None: no limit.")
     length_penalty: float = setting(0.0, "Taken from the score of a response of full length, else in proportion.")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import _thread
 import asyncio
+import concurrent.futures
 import signal
 import threading
-from collections.abc import Awaitable, Iterator
-from concurrent.futures import Future
+import time
+from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -16,8 +18,11 @@ from trl_rlaif.contracts import Origin, RewardError
 from trl_rlaif.errors import TrlRlaifError
 from trl_rlaif.progress import say
 
-_WHAT = "has not returned after {:g} seconds, the limit that reward_timeout sets"
-_FIX = "Find out what it waits for, or raise reward_timeout (null: no limit)."
+_WHAT = "not returned after {:g} seconds, the limit that reward_timeout sets"
+_FIX = "Find out what {} for, or raise reward_timeout (null: no limit)."
+_BLOCKED = "{} blocks the event loop of asynchronous rewards: call time.sleep, requests and such in asyncio.to_thread."
+# A free loop answers in a millisecond; more than this is for machines that are busy with other work.
+_ANSWER_SECONDS = 0.5
 
 
 class _Expired(BaseException):
@@ -36,18 +41,84 @@ def _loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
-def start(awaitable: Awaitable[Any]) -> Future:
-    """Begin to await in the loop of all asynchronous calls."""
+class AsyncCall:
+    """What a reward function gave to await, in the loop of all asynchronous calls from here on."""
 
-    async def waited() -> Any:
+    def __init__(self, origin: Origin, awaitable: Awaitable[Any]) -> None:
+        self.origin, self._given = origin, time.monotonic()
+        self.began: float | None = None  # set in the loop's thread
+        self._future = asyncio.run_coroutine_threadsafe(self._run(awaitable), _loop())
+
+    async def _run(self, awaitable: Awaitable[Any]) -> Any:
+        self.began = time.monotonic()  # not before: another call may have kept the loop until now
         return await awaitable
 
-    return asyncio.run_coroutine_threadsafe(waited(), _loop())
+    def result(self) -> Any:
+        """What the function returned.
+
+        Raises:
+            Exception: What it raised, as its origin has it.
+        """
+        with self.origin.blamed("the call", RewardError):
+            return self._future.result()
+
+    def returned(self) -> bool:
+        """Whether it has; raises as ``result``."""
+        if not self._future.done():
+            return False
+        self.result()
+        return True
+
+    def left(self, seconds: float) -> float:
+        """Seconds of its time that are left."""
+        return (self.began or self._given) + seconds - time.monotonic()
+
+    def cancel(self) -> None:
+        """Give it up, unless it has returned."""
+        self._future.cancel()
 
 
-def timed_out(origin: Origin, seconds: float) -> TrlRlaifError:
-    """The error that names a function whose time is up."""
-    return origin.error(_WHAT.format(seconds), _FIX, RewardError)
+def wait_for_all(calls: Sequence[AsyncCall], seconds: float | None) -> None:
+    """Wait until all calls have returned, or one raised.
+
+    Raises:
+        UserError, RewardError: One has not returned in its time.
+    """
+    while waiting := [call for call in calls if not call.returned()]:
+        left = None if seconds is None else min(call.left(seconds) for call in waiting)
+        if left is not None and left <= 0:
+            _check_time(waiting, seconds)
+        else:
+            futures = [call._future for call in waiting]
+            concurrent.futures.wait(futures, left, return_when=concurrent.futures.FIRST_COMPLETED)
+
+
+def _check_time(waiting: Sequence[AsyncCall], seconds: float) -> None:
+    """Name the calls whose time is up; where one call keeps the loop from the others, all that may be that one."""
+    blocked = _is_blocked()
+    waiting = [call for call in waiting if not call._future.done()]
+    begun = [call for call in waiting if call.began]
+    late = (begun or waiting) if blocked else [call for call in begun if call.left(seconds) <= 0]
+    if late:
+        who = "" if not blocked else "An earlier call" if not begun else "One of them" if begun[1:] else "It"
+        raise _timed_out([call.origin for call in late], seconds, blocks=who)
+
+
+def _is_blocked() -> bool:
+    """Whether a call keeps the event loop to itself."""
+    answered = threading.Event()
+    _loop().call_soon_threadsafe(answered.set)
+    return not answered.wait(_ANSWER_SECONDS)
+
+
+def _timed_out(origins: Sequence[Origin], seconds: float, blocks: str = "") -> TrlRlaifError:
+    """The error that names functions whose time is up, at the first one's place, and what ``blocks`` the loop."""
+    one = len(origins) == 1
+    named = replace(origins[0], who=" and the ".join(origin.who for origin in origins))
+    fix = _FIX.format("it waits" if one else "they wait")
+    if blocks:
+        fix = f"{_BLOCKED.format(blocks)} {fix}"
+    return named.error(("has " if one else "have ") + _WHAT.format(seconds), fix, RewardError)
 
 
 @contextmanager
@@ -72,7 +143,7 @@ def named_when_it_hangs(origin: Origin, seconds: float | None) -> Iterator[None]
             if state["done"]:
                 return
             state["expired"] = True
-            say(f"Warning: the {origin.who} {_WHAT.format(seconds)}.")
+            say(f"Warning: the {origin.who} has {_WHAT.format(seconds)}.")
             if main and hasattr(signal, "pthread_kill"):  # wakes a call that waits for the network, too
                 signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             elif main:
@@ -96,7 +167,7 @@ def named_when_it_hangs(origin: Origin, seconds: float | None) -> Iterator[None]
                 state["done"] = True
             watcher.cancel()
     except _Expired:
-        raise timed_out(origin, seconds) from None
+        raise _timed_out([origin], seconds) from None
     finally:
         if main:
             signal.signal(signal.SIGINT, before)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import inspect
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +12,7 @@ import torch
 from trl_rlaif.components import numbered
 from trl_rlaif.contracts import Origin, RewardError, origin_of
 from trl_rlaif.errors import UserError
-from trl_rlaif.ppo.hanging import named_when_it_hangs, start, timed_out
+from trl_rlaif.ppo.hanging import AsyncCall, named_when_it_hangs, wait_for_all
 
 if TYPE_CHECKING:
     from trl_rlaif.events import Rollout
@@ -64,61 +62,51 @@ def score_parts(
     return parts, expected, {name: list(reasons) for name, reasons in failed.items() if reasons}
 
 
-def call_reward(function: RewardFunc, rollout: Rollout, **extra: Any) -> torch.Tensor:
-    """What one function returns; see ``call_rewards``."""
-    return call_rewards([function], rollout, **extra)[0]
-
-
 def call_rewards(
     functions: Sequence[RewardFunc], rollout: Rollout, *, timeout: float | None = None, **extra: Any
 ) -> list[torch.Tensor]:
     """Call ``f(prompts=, completions=, completion_ids=, **columns)`` of every function and check what it returns.
 
-    Functions that return an awaitable are awaited together, in an event loop of their own, while the others are
-    called one after the other in this thread.
+    Coroutine functions start first and run together, in an event loop of their own. Meanwhile the others are called
+    in this thread, one after the other; an awaitable that one of them returns joins that loop.
 
     Args:
-        timeout: Seconds after which a call that has not returned ends the run; None waits for ever.
+        timeout: Seconds that each call may take from its own start; one that takes longer ends the run. Asynchronous
+            calls are looked at once the others have returned. None waits for ever.
         extra: Further arguments of every call.
 
     Returns:
-        For each function (B,) float32: finite, or NaN where it returned None.
+        For each function, in their order, (B,) float32: finite, or NaN where it returned None.
 
     Raises:
         UserError: Not one number or None for each row, one that is NaN or infinite, or no answer in time; the function
-            is named, and the row.
+            is named, and the row. Where one blocks the event loop, all that run in it are named.
         RewardError: The same of a function that a recipe picked, or an exception in it.
     """
     ids = [row[:n].tolist() for row, n in zip(rollout.response_ids, rollout.lengths.tolist(), strict=True)]
     given = {"prompts": rollout.prompts, "completions": rollout.completions, "completion_ids": ids}
     given |= rollout.columns | extra
-    began, results, waiting = time.monotonic(), [], []
+    origins = [origin_of(function, "reward function") for function in functions]
+    results: dict[int, Any] = {}
+    calls: dict[int, AsyncCall] = {}
     try:
-        for function in functions:
-            origin = origin_of(function, "reward function")
-            with origin.blamed("the call", RewardError), named_when_it_hangs(origin, timeout):
-                result = function(**given)
-                if inspect.isawaitable(result):
-                    result = start(result)
-                    waiting.append(result)
-            results.append((origin, result))
-        return [
-            _checked(_awaited(result, origin, began, timeout), origin, rollout.prompts) for origin, result in results
-        ]
+        for i in sorted(range(len(functions)), key=lambda i: not _is_coroutine_function(functions[i])):
+            with origins[i].blamed("the call", RewardError), named_when_it_hangs(origins[i], timeout):
+                results[i] = functions[i](**given)
+            if inspect.isawaitable(results[i]):
+                calls[i] = AsyncCall(origins[i], results[i])
+        wait_for_all(list(calls.values()), timeout)
+        results |= {i: call.result() for i, call in calls.items()}
     finally:
-        for future in waiting:
-            future.cancel()
+        for call in calls.values():
+            call.cancel()
+    return [_checked(results[i], origin, rollout.prompts) for i, origin in enumerate(origins)]
 
 
-def _awaited(result: Any, origin: Origin, began: float, timeout: float | None) -> Any:
-    """The result itself, or what an awaitable gave that was started when all calls began."""
-    if not isinstance(result, concurrent.futures.Future):
-        return result
-    left = None if timeout is None else max(0.0, began + timeout - time.monotonic())
-    if not concurrent.futures.wait([result], left).done:
-        raise timed_out(origin, timeout)
-    with origin.blamed("the call", RewardError):
-        return result.result()
+def _is_coroutine_function(function: RewardFunc) -> bool:
+    """Also of one that a recipe picked, which is wrapped, and of an object with such a ``__call__``."""
+    function = inspect.unwrap(function)
+    return any(map(inspect.iscoroutinefunction, (function, getattr(function, "__call__", None))))  # noqa: B004
 
 
 def _checked(values: Any, origin: Origin, prompts: list[Any]) -> torch.Tensor:
@@ -136,7 +124,7 @@ def _checked(values: Any, origin: Origin, prompts: list[Any]) -> torch.Tensor:
         raise origin.error(
             f"returned {_shown(given[bad[0]])} for {len(bad)} of {len(values)} completions; the first belongs to the "
             f"prompt {_shown(prompts[bad[0]])!r}",
-            "It must return a finite number for every completion, or None where it has no reward for one.",
+            "It must return a finite number for each completion, or None for a completion that it cannot score.",
             RewardError,
         )
     return torch.tensor([float(value) for value in values], dtype=torch.float32)
