@@ -85,7 +85,7 @@ def wait_for_all(calls: Sequence[AsyncCall], seconds: float | None) -> None:
         UserError, RewardError: One has not returned in its time.
     """
     while waiting := [call for call in calls if not call.returned()]:
-        left = None if seconds is None else min(call.left(seconds) for call in waiting)
+        left = None if seconds is None else min(call.left(seconds) for call in _begun(waiting) or waiting)
         if left is not None and left <= 0:
             _check_time(waiting, seconds)
         else:
@@ -97,11 +97,18 @@ def _check_time(waiting: Sequence[AsyncCall], seconds: float) -> None:
     """Name the calls whose time is up; where one call keeps the loop from the others, all that may be that one."""
     blocked = _is_blocked()
     waiting = [call for call in waiting if not call._future.done()]
-    begun = [call for call in waiting if call.began]
-    late = (begun or waiting) if blocked else [call for call in begun if call.left(seconds) <= 0]
-    if late:
+    begun = _begun(waiting)
+    late = [call for call in begun or waiting if call.left(seconds) <= 0]
+    if late and blocked:
+        late = begun or waiting
+    if late and (blocked or begun):
         who = "" if not blocked else "An earlier call" if not begun else "One of them" if begun[1:] else "It"
         raise _timed_out([call.origin for call in late], seconds, blocks=who)
+
+
+def _begun(calls: Sequence[AsyncCall]) -> list[AsyncCall]:
+    """Those that the loop has come to: the time of the others does not count yet."""
+    return [call for call in calls if call.began]
 
 
 def _is_blocked() -> bool:
