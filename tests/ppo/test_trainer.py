@@ -113,7 +113,7 @@ def test_a_separate_reward_model_beside_a_shared_base(tmp_path, with_expected):
             found = model.score(model.model(ids[None]).last_hidden_state[0])
         assert score == pytest.approx(found[-1, 0].item(), abs=1e-5)
         if with_expected:
-            assert trainer._expected[i].item() == pytest.approx(found[len(prompt) - 1, 1].item(), abs=1e-5)
+            assert trainer._told["expected"][i].item() == pytest.approx(found[len(prompt) - 1, 1].item(), abs=1e-5)
 
 
 class _Random(DataSelector):
