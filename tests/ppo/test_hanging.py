@@ -246,7 +246,15 @@ def test_a_call_runs_in_the_thread_of_training():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_ctrl_c_still_stops_a_call():
+@pytest.fixture
+def heeds_ctrl_c():
+    """A shell has what it runs in the background ignore Ctrl-C, and these tests with it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_still_stops_a_call(heeds_ctrl_c):
     def interrupted(prompts, **columns):
         signal.raise_signal(signal.SIGINT)
         time.sleep(60)
