@@ -167,22 +167,29 @@ def check(folder: Path, now: Mapping[str, Any]) -> None:
         for name, value in before["settings"].items()
         if name in now["settings"] and now["settings"][name] != value
     }
+    allowed = {name: effect for name in changed if (effect := _effect(name)) is not None}
     problems = [
         Problem(f"{name} was {old} when the checkpoint was written, and is {new} now.", str(folder), "Set it back.")
         for name, (old, new) in changed.items()
-        if name not in _LENGTH
+        if name not in allowed
     ]
     problems += [Problem(what, str(folder), "Train on the same data.") for what in _other_data(before, now)]
     if problems:
         last = problems[-1]
         fix = f"{last.fix} Or start a new run in another folder: a run is resumed only with its own settings and data."
         raise UserError.from_problems([*problems[:-1], Problem(last.what, last.where, fix)])
-    for name in _LENGTH & changed.keys():
+    for name, effect in allowed.items():
         old, new = changed[name]
-        say(
-            f"Warning: {name} was {old} when {folder} was written, and is {new} now. The learning rate's schedule "
-            "follows it."
-        )
+        say(f"Warning: {name} was {old} when {folder} was written, and is {new} now. {effect}")
+
+
+def _effect(name: str) -> str | None:
+    """What follows where a setting is changed that may be; None where it may not."""
+    if name in _LENGTH:
+        return "The learning rate's schedule follows it."
+    if name.startswith("data_selectors."):  # such as a threshold at which nothing was accepted
+        return "It takes effect with the next selection."
+    return None
 
 
 def _other_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -142,7 +142,9 @@ def test_policies_that_wrote_the_responses_become_importance_weights(finished, t
     )
     recipe = tiny_recipe(tmp_path, tiny_model, report=None, evaluate=None, **TRANSFORMS | {"reward": reward})
     transform = Context(recipe, folder, installed_plugins()).transforms("rl")[0]
-    paid = transform.transform(torch.tensor([0.5]), SimpleNamespace(expected=torch.tensor([0.3]), categories=[None]))
+    paid = transform.transform(
+        torch.tensor([0.5]), SimpleNamespace(model_scores=None, expected=torch.tensor([0.3]), categories=[None])
+    )
     share = (every.exp().sum(1) / 2).clamp(max=0.5).mean().item()
     assert paid.item() == pytest.approx((1 - share) * 0.5 - 0.5 * 0.3, abs=1e-6)
 

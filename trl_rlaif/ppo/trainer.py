@@ -262,6 +262,8 @@ class PPOTrainer(BasePPOTrainer):
         try:
             yield
         except UserError:
+            if repeated:
+                self.load_scoring_state(before)
             checkpoint.save(self, before if repeated else None)
             raise
 
