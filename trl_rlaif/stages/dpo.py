@@ -12,12 +12,11 @@ from trl_rlaif.artifacts import write_folder
 from trl_rlaif.errors import UserError
 from trl_rlaif.measures import is_even
 from trl_rlaif.progress import say
-from trl_rlaif.resuming import SameRun
 from trl_rlaif.roles import save_adapter
 from trl_rlaif.stages import rl
 from trl_rlaif.stages.context import Context
 from trl_rlaif.stages.label import TIE, preferences_of_people
-from trl_rlaif.stages.sft import last_checkpoint
+from trl_rlaif.stages.sft import train_from_last
 from trl_rlaif.trl_version import check_trl
 
 if TYPE_CHECKING:
@@ -45,13 +44,7 @@ def run(context: Context) -> dict[str, Any]:
             skipped[TIE] = skipped.get(TIE, 0) + labels["ties"]
     if ignored:
         say(f"rl: dpo makes no use of {', '.join(ignored)}.")
-    callback = context.callback("rl", "Training the policy")
-    callback.attach(trainer)
-    trainer.add_callback(SameRun(trainer))
-    try:
-        output = trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir))
-    finally:
-        callback.close()
+    output = train_from_last(context, trainer, "rl", "Training the policy")
     write_folder(context.folder / "policy", lambda folder: _save(context, trainer, folder))
     return _numbers(trainer) | {
         "updates": trainer.state.global_step,

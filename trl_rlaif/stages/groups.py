@@ -177,7 +177,8 @@ def _numbers(trainer: Rehearsing) -> dict[str, Any]:
     }
     if logged:
         numbers |= {"score_first": logged[0]["objective/scores"], "score_last": logged[-1]["objective/scores"]}
-        numbers |= {"ended_first": logged[0]["rollout/ended"], "ended_last": logged[-1]["rollout/ended"]}
+        ended = [entry["rollout/ended"] for entry in logged if "rollout/ended" in entry]  # earlier versions logged none
+        numbers |= {"ended_first": ended[0], "ended_last": ended[-1]} if ended else {}
         if "kl" in logged[-1]:  # TRL's is nats per token; PPO's, and what the report warns of, nats per response
             numbers["kl_last"] = logged[-1]["kl"] * logged[-1]["completions/mean_length"]
     if logged and "rehearsal/nll" in logged[0]:

@@ -255,6 +255,8 @@ def of_rewards(scorer: PPOTrainer) -> dict[str, Any]:
     found: dict[str, dict[str, float]] = {}
     for entry in scorer.state.log_history:
         for name in (key.removeprefix("score/") for key in entry if key.startswith("score/")):
+            if f"rewards/{name}/std" not in entry:  # an update before a checkpoint of an earlier version
+                continue
             mean, std, weight = entry[f"score/{name}"], entry[f"rewards/{name}/std"], entry[f"rewards/{name}/weight"]
             found.setdefault(name, {"weight": weight, "mean_first": mean}).update(mean_last=mean, std_last=std)
     return {"unscored": scorer.unscored.total, "rewards": found}

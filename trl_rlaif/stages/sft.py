@@ -24,13 +24,7 @@ def run(context: Context) -> dict[str, Any]:
     """Train ``sft/`` and return its final numbers."""
     started = time.monotonic()
     trainer = build_trainer(context)
-    callback = context.callback("sft", "Fine-tuning")
-    callback.attach(trainer)
-    trainer.add_callback(SameRun(trainer))
-    try:
-        output = trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir))
-    finally:
-        callback.close()
+    output = train_from_last(context, trainer, "sft", "Fine-tuning")
     write_folder(context.folder / "sft", lambda folder: _save(trainer, folder))
     return {
         "rows": len(trainer.train_dataset),
@@ -38,6 +32,17 @@ def run(context: Context) -> dict[str, Any]:
         "loss": output.training_loss,
         "seconds": time.monotonic() - started,
     }
+
+
+def train_from_last(context: Context, trainer: Any, stage: str, title: str) -> Any:
+    """Train from the newest checkpoint, if it is of the same run; what TRL's trainer returns."""
+    callback = context.callback(stage, title)
+    callback.attach(trainer)
+    trainer.add_callback(SameRun(trainer))
+    try:
+        return trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir))
+    finally:
+        callback.close()
 
 
 def build_trainer(context: Context) -> SFTTrainer:
