@@ -30,6 +30,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from gpu_ablation import ORDER
 from gpu_models import SIZES
 from gpu_table import describe
 
@@ -103,6 +104,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, help="tokens (default: 256)")
     parser.add_argument("--response", type=int, help="tokens, all of them sampled (default: 256)")
     parser.add_argument("--updates", type=int, default=3)
+    parser.add_argument("--ablate", action="store_true", help="7 updates, some with one kernel less; the table has all")
     parser.add_argument("--set", nargs="*", default=[], metavar="rl.KEY=VALUE", help="changes to the recipe")
     parser.add_argument("--limit", type=float, default=900, help="seconds for each step (a model, or a side)")
     parser.add_argument("--models", type=Path, help="folder to keep the random models in")
@@ -110,6 +112,8 @@ def _arguments() -> argparse.Namespace:
     for name, kind in (("--step", str), ("--card", int), ("--result", Path)):
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.ablate:
+        args.updates = len(ORDER)
     if args.output is None and args.device == "cuda":
         args.output = Path(__file__).parent / "results" / "gpu.json"
     return args

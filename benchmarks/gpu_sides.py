@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from gpu_ablation import ORDER, ablating
 from gpu_models import SIZES, Size, make_model
 from ppo import clock_stock, our_phases, resident, reward_adapter, time_phase, timed_updates
 
@@ -73,7 +74,9 @@ class Side:
         gc.collect()
         self.imported = resident()
         self.updates: list[dict[str, float]] = []
+        self.ablation: list[dict[str, Any]] = []
         self.peaks: dict[str, int] = {}
+        self.all_peaks: dict[str, int] = {}
         self.reserved = self.on_card = 0
         if self.cuda and args.card:
             from trl_rlaif.memory import CONTEXT_BYTES, capacity
@@ -88,6 +91,8 @@ class Side:
             trainer = (_ours if self.args.step == "ours" else _stock)(self, Path(folder))
             self.close("loading")
             self.updates = timed_updates(trainer)
+            if self.args.ablate:
+                trainer.add_callback(ablating(self))
             trainer.add_callback(_storing(self))
             trainer.train()
         self.store()
@@ -122,14 +127,18 @@ class Side:
         """Write what is known."""
         self.close("rest")
         later = self.updates[1:] or self.updates
+        if self.ablation:
+            later = [self.updates[i] for i, off in enumerate(ORDER) if off == () and 0 < i < len(self.updates)] or later
         found: dict[str, Any] = dict(self.known)
         if later:
             fastest = min(later, key=lambda update: update["total"])
             found["seconds"] = {name: round(value, 3) for name, value in fastest.items()}
             found["updates"] = [round(update["total"], 3) for update in self.updates]
         found["gib"] = self._memory()
+        if self.ablation:
+            found["ablation"] = self.ablation
         if self.cuda:
-            found["gib_by_phase"] = {phase: _gib(peak) for phase, peak in self.peaks.items()}
+            found["gib_by_phase"] = {phase: _gib(peak) for phase, peak in self._every_peak().items()}
         if "predicted_gib" in found and self.cuda:
             found["measured_over_predicted"] = round(found["gib"]["allocated"] / found["predicted_gib"], 3)
         if error is not None:
@@ -140,8 +149,12 @@ class Side:
         if not self.cuda:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             return {"resident": _gib(peak - self.imported)}
-        allocated = max(self.peaks.values())
+        allocated = max(self._every_peak().values())
         return {"allocated": _gib(allocated), "reserved": _gib(self.reserved), "on_card": _gib(self.on_card)}
+
+    def _every_peak(self) -> dict[str, int]:
+        names = {*self.peaks, *self.all_peaks}
+        return {name: max(self.peaks.get(name, 0), self.all_peaks.get(name, 0)) for name in names}
 
     def _setting(self) -> dict[str, Any]:
         args = self.args

@@ -30,7 +30,17 @@ def describe(record: dict[str, Any]) -> list[str]:
     for side, ratio in record["ratio"].items():
         seconds = [None, None, None, ratio["seconds"]]
         lines.append(_row(f"{side} / ours", [*seconds, *(ratio.get(name) for name in memory)]))
-    return lines + _predicted(record.get("ours", {}))
+    return lines + _ablated(record.get("ours", {})) + _predicted(record.get("ours", {}))
+
+
+def _ablated(ours: dict[str, Any]) -> list[str]:
+    lines = []
+    for update in ours.get("ablation", [])[1:]:
+        peaks = update["gib_by_phase"]
+        phases = " ".join(f"{phase} {peaks[phase]:.2f}" for phase in ("generation", "forwards", "update") if phase in peaks)
+        name = f"  without {update['without']}" if update["without"] else "  with all"
+        lines.append(f"{name:<34}" + "".join(f"{update['seconds'].get(p, 0):9.2f}" for p in _PHASES) + f"  {phases}")
+    return lines
 
 
 def _ended(found: dict[str, Any]) -> str:
