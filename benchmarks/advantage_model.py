@@ -3,7 +3,7 @@
     python benchmarks/advantage_model.py pandalm_600.jsonl hh_rlhf_harmless_base_1500.jsonl.gz --runs runs/advantage \
         --output benchmarks/results/advantage_model.md
 
-Every arm gets the same pairs (all pairs of a prompt are held out together), adapter, steps and seed: a plain reward
+Every variant gets the same pairs (all pairs of a prompt are held out together), adapter, steps and seed: a plain reward
 model, one with TRL's `center_rewards_coefficient`, and the Advantage Model at several margins. Reported on held-out
 pairs, as mean over the seeds with a 95% t-interval: accuracy, calibration error of sigmoid(chosen - rejected) against
 people's choices, relative spread (standard deviation of the category means over that of all scores), largest over
@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from tables import interval
 
-from trl_rlaif.measures import calibration_error, category_figures
+from trl_rlaif.evaluation import calibration_error, category_figures
 
 # PandaLM names applications; these are the kinds of request that they stand for.
 KINDS = {
@@ -52,18 +52,18 @@ METRICS = ("accuracy", "ece", "relative_spread", "std_ratio")
 def main() -> None:
     """Train what is not stored yet, then write the table."""
     args = _arguments()
-    arms: dict[str, dict[str, Any]] = {"plain": {}, "centred": {"centre": args.centre}}
-    arms |= {f"advantage, m = {m:g}": {"margin": m} for m in args.margins}
+    variants: dict[str, dict[str, Any]] = {"plain": {}, "centred": {"centre": args.centre}}
+    variants |= {f"advantage, m = {m:g}": {"margin": m} for m in args.margins}
     args.runs.mkdir(parents=True, exist_ok=True)
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     rows, base = _computed_below(args)
     for seed in range(args.seeds):
-        for name, arm in arms.items():
+        for name, variant in variants.items():
             size = f"{args.train}x{args.epochs}-{args.held_out}p-{args.max_tokens}"  # p: held out by prompt
             settings = f"{args.layers}-{size}-{args.learning_rate:g}"
             path = args.runs / f"{name.replace(' ', '')}-{seed}-{settings}.json"
             if not path.exists():
-                scores = _train(args, arm, seed, rows, copy.deepcopy(base))
+                scores = _train(args, variant, seed, rows, copy.deepcopy(base))
                 path.write_text(json.dumps(scores), encoding="utf-8")
                 print(name, seed, {key: _rounded(value) for key, value in _numbers(scores).items()}, flush=True)
             found[name].append(json.loads(path.read_text(encoding="utf-8")))
@@ -116,8 +116,8 @@ def _computed_below(args: argparse.Namespace) -> tuple[list[dict[str, Any]], Any
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from trl_rlaif.compute.cpu_attention import PairRows, trainable_attention
-    from trl_rlaif.models import ModelSpec, load_model, load_tokenizer
+    from trl_rlaif.models.kernels.attention import PairRows, trainable_attention
+    from trl_rlaif.models.loading import ModelSpec, load_model, load_tokenizer
     from trl_rlaif.reward.packing import CHOSEN, PREFIX, REJECTED, packed_row_of
 
     known = args.runs / f"below-{args.layers}-{args.max_tokens}p.pt"
@@ -160,9 +160,9 @@ def _computed_below(args: argparse.Namespace) -> tuple[list[dict[str, Any]], Any
 
 
 def _train(
-    args: argparse.Namespace, arm: dict[str, Any], seed: int, rows: list[dict[str, Any]], model: Any
+    args: argparse.Namespace, variant: dict[str, Any], seed: int, rows: list[dict[str, Any]], model: Any
 ) -> dict[str, Any]:
-    """One arm with one seed: scores of the held-out pairs, and those of training pairs for the regulator."""
+    """One variant with one seed: scores of the held-out pairs, and those of training pairs for the regulator."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -171,13 +171,13 @@ def _train(
 
     from trl_rlaif import RewardTrainer
     from trl_rlaif.data.overlap import split_by_group
-    from trl_rlaif.models import load_tokenizer
+    from trl_rlaif.models.loading import load_tokenizer
     from trl_rlaif.reward.scoring import score_pairs
 
     rows = random.Random(seed).sample(rows, args.train + args.held_out)
     training, others = split_by_group([row["prompt_key"] for row in rows], args.held_out / len(rows), seed)
     train, held_out = [rows[i] for i in training], [rows[i] for i in others]
-    transforms = [AdvantageModel(margin=arm["margin"])] if "margin" in arm else []
+    transforms = [AdvantageModel(margin=variant["margin"])] if "margin" in variant else []
     torch.manual_seed(seed)
     model.score.reset_parameters()
     with tempfile.TemporaryDirectory() as folder:
@@ -190,7 +190,7 @@ def _train(
                 num_train_epochs=args.epochs,
                 learning_rate=args.learning_rate,
                 warmup_steps=0.1,
-                center_rewards_coefficient=arm.get("centre"),
+                center_rewards_coefficient=variant.get("centre"),
                 gradient_checkpointing=False,
                 use_cpu=not torch.cuda.is_available(),
                 max_length=None,
@@ -206,7 +206,7 @@ def _train(
             reward_transforms=transforms,
         )
         trainer.train()
-    found: dict[str, Any] = {"arm": arm, "seed": seed}
+    found: dict[str, Any] = {"variant": variant, "seed": seed}
     for name, part in (("train", train[: args.held_out // 2]), ("held_out", held_out)):
         with torch.autocast("cpu", torch.bfloat16, enabled=not torch.cuda.is_available()):
             chosen, rejected, expected = score_pairs(trainer.model, part, trainer.data_collator, 16, 8192)
@@ -222,7 +222,7 @@ def _train(
 def _rows(args: argparse.Namespace, tokenizer: Any) -> list[dict[str, Any]]:
     """Tokenized pairs that are short enough: all that are not harmless dialogue, and as many that are."""
     from trl_rlaif.data.overlap import prompt_key
-    from trl_rlaif.stages.reward import tokenize_preference
+    from trl_rlaif.pipeline.stages.reward import tokenize_preference
 
     rows: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
     for pair in _pairs(args):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import scaled_dot_product_attention as torch_attention
 
-from trl_rlaif.compute.cpu_attention import _bias, whole_attention
+from trl_rlaif.models.kernels.attention import _bias, whole_attention
 
 ROWS, HEADS, KEY_HEADS, WIDTH = 8, 9, 3, 64  # SmolLM2-135M's, at batch 8
 

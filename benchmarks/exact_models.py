@@ -26,14 +26,14 @@ from trl_rlaif_regulator import DistributionRegulator
 
 from trl_rlaif import PPOConfig, PPOTrainer, RewardTrainer
 from trl_rlaif.data import Pair
-from trl_rlaif.events import RehearsalPair
 from trl_rlaif.judging.local import LocalJudge
 from trl_rlaif.judging.prompt import JudgePrompt
-from trl_rlaif.ppo.rehearsal import as_rollout
 from trl_rlaif.recipe import prompt_folder
 from trl_rlaif.reward.heads import active_head
-from trl_rlaif.reward.ratios import add_log_ratios
+from trl_rlaif.reward.log_ratios import add_log_ratios
+from trl_rlaif.rl.rehearsal import as_rollout
 from trl_rlaif.testing.models import make_llama, make_scorer, make_tokenizer
+from trl_rlaif.types import RehearsalPair
 
 WORDS = "quick brown fox lazy dog capital city country judge over".split()
 PAIRS = [

@@ -34,8 +34,7 @@ from trl_rlaif_distilled.debias import combine, mean_preference  # noqa: E402
 from trl_rlaif_rehearsal.rejection import RejectionSampling  # noqa: E402
 from trl_rlaif_rehearsal.selective import SelectiveRehearsal  # noqa: E402
 
-from trl_rlaif.events import Pool  # noqa: E402
-from trl_rlaif.measures import (  # noqa: E402
+from trl_rlaif.evaluation import (  # noqa: E402
     agreement,
     calibration_error,
     outcome_calibration_error,
@@ -43,7 +42,8 @@ from trl_rlaif.measures import (  # noqa: E402
     position_bias,
     wilson,
 )
-from trl_rlaif.ppo.advantages import kl_per_token, token_rewards  # noqa: E402
+from trl_rlaif.rl.ppo.advantages import kl_per_token, token_rewards  # noqa: E402
+from trl_rlaif.types import Pool  # noqa: E402
 
 RLAIF, PENG = "Lee et al. 2023", "Peng et al. 2023"
 

@@ -8,9 +8,9 @@ The reward of PPO is the share of right words, in full for the favoured subject 
 raters care for one thing. The forget set is held-out wordings of the other subjects' questions: what the fine-tuned
 model was good at. There is no KL penalty by default; it, too, holds a policy near its start.
 
-Arms: plain PPO; Selective Rehearsal with as many pairs from 1, 8 and 32 clusters; as many random pairs; smaller weights
-gamma. Reported over seeds: the reward (of all prompts and of the favoured subject) at the end, the win rate of the
-trained model's greedy answers over the fine-tuned model's on the forget set (more right words win, a tie counts half),
+Variants: plain PPO; Selective Rehearsal with as many pairs from 1, 8 and 32 clusters; as many random pairs; smaller
+weights gamma. Reported over seeds: the reward (of all prompts and of the favoured subject) at the end, the win rate
+of the trained model's greedy answers over the fine-tuned model's on the forget set (more right words win, a tie counts half),
 and the NLL of the better half of the fine-tuned model's own answers there, over the run.
 """
 
@@ -38,7 +38,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, logging
 from trl_rlaif_rehearsal import SelectiveRehearsal
 
 from trl_rlaif import PPOConfig, PPOTrainer
-from trl_rlaif.ppo.forgetting import ForgettingTracker
+from trl_rlaif.evaluation.forgetting import ForgettingTracker
 
 SUBJECTS = ("history", "botany", "cooking", "music", "sailing", "chess", "weather", "law")
 FAVOURED, OTHERS_WEIGHT = SUBJECTS[0], 0.1
@@ -57,7 +57,7 @@ ANSWERS = {
 
 
 @dataclass(frozen=True)
-class Arm:
+class Variant:
     """A way to train: without rehearsal (no clusters), or with so many clusters, a criterion and a weight."""
 
     name: str
@@ -71,14 +71,14 @@ class Arm:
         return f"{self.name}, gamma = {self.coef:g}" if self.clusters else self.name
 
 
-ARMS = (
-    Arm("plain"),
-    Arm("selected, c = 1", 1),
-    Arm("selected, c = 8", 8),
-    Arm("selected, c = 32", 32),
-    Arm("random", 1, "random"),
-    Arm("selected, c = 8", 8, coef=0.1),
-    Arm("selected, c = 8", 8, coef=0.01),
+VARIANTS = (
+    Variant("plain"),
+    Variant("selected, c = 1", 1),
+    Variant("selected, c = 8", 8),
+    Variant("selected, c = 32", 32),
+    Variant("random", 1, "random"),
+    Variant("selected, c = 8", 8, coef=0.1),
+    Variant("selected, c = 8", 8, coef=0.01),
 )
 
 
@@ -142,17 +142,17 @@ def _preferred(prompts: list[str], ours: list[str], start: list[str]) -> list[fl
     return ((gains + 1) / 2).tolist()
 
 
-def _selector(arm: Arm, args: argparse.Namespace) -> SelectiveRehearsal:
+def _selector(variant: Variant, args: argparse.Namespace) -> SelectiveRehearsal:
     return SelectiveRehearsal(
-        clusters=arm.clusters,
-        per_cluster=args.pairs // arm.clusters,
-        criterion=arm.criterion,
+        clusters=variant.clusters,
+        per_cluster=args.pairs // variant.clusters,
+        criterion=variant.criterion,
         num_responses=args.responses,
         duplicates=1.0,  # two wordings of a question are near, and both may be rehearsed
     )
 
 
-def _ppo(model: LlamaForCausalLM, arm: Arm, args: argparse.Namespace, seed: int) -> dict[str, Any]:
+def _ppo(model: LlamaForCausalLM, variant: Variant, args: argparse.Namespace, seed: int) -> dict[str, Any]:
     """One run: reward by update, what was measured on the forget set, and rehearsal's share of the time."""
     rng = random.Random(3000 + seed)
     requests = [_request(rng, FAVOURED if rng.random() < args.favoured_share else None) for _ in range(args.prompts)]
@@ -174,7 +174,7 @@ def _ppo(model: LlamaForCausalLM, arm: Arm, args: argparse.Namespace, seed: int)
                 response_length=LENGTH + 1,
                 stop_token="eos",
                 temperature=1.0,
-                rehearsal_coef=arm.coef,
+                rehearsal_coef=variant.coef,
                 num_sample_generations=0,
                 logging_steps=1,
                 **QUIET,
@@ -184,7 +184,7 @@ def _ppo(model: LlamaForCausalLM, arm: Arm, args: argparse.Namespace, seed: int)
             reward_funcs=[reward],
             train_dataset=data,
             peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
-            data_selectors=[_selector(arm, args)] if arm.clusters else [],
+            data_selectors=[_selector(variant, args)] if variant.clusters else [],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(
@@ -220,18 +220,18 @@ def _numbers(history: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """All arms under all seeds; print the tables and, if asked to, write them."""
+    """All variants under all seeds; print the tables and, if asked to, write them."""
     args = _arguments()
     logging.set_verbosity_error()
     disable_progress_bars()
     torch.set_num_threads(args.threads)
-    found: dict[Arm, list[dict[str, Any]]] = defaultdict(list)
+    found: dict[Variant, list[dict[str, Any]]] = defaultdict(list)
     for seed in range(args.seeds):
         model = _taught(seed, args)
-        for arm in ARMS:
-            found[arm].append(_ppo(model, arm, args, seed))
-            shown = {k: round(v, 3) for k, v in found[arm][-1].items() if k != "curve"}
-            print(seed, arm, shown, flush=True)
+        for variant in VARIANTS:
+            found[variant].append(_ppo(model, variant, args, seed))
+            shown = {k: round(v, 3) for k, v in found[variant][-1].items() if k != "curve"}
+            print(seed, variant, shown, flush=True)
     lines = _table(args, found)
     print("\n".join(lines))
     if args.output:
@@ -244,7 +244,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--updates", type=int, default=100)
     parser.add_argument("--every", type=int, default=10, help="updates between measurements of the forget set")
     parser.add_argument("--prompts", type=int, default=512)
-    parser.add_argument("--pairs", type=int, default=64, help="to rehearse, in every arm that rehearses")
+    parser.add_argument("--pairs", type=int, default=64, help="to rehearse, in every variant that rehearses")
     parser.add_argument("--responses", type=int, default=4, help="of the start to each prompt, to choose from")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--kl-coef", type=float, default=0.0)
@@ -260,9 +260,9 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _table(args: argparse.Namespace, found: dict[Arm, list[dict[str, Any]]]) -> list[str]:
+def _table(args: argparse.Namespace, found: dict[Variant, list[dict[str, Any]]]) -> list[str]:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "trl-rlaif"))
-    plain = found[ARMS[0]]
+    plain = found[VARIANTS[0]]
     lines = [
         f"<!-- python benchmarks/forgetting.py --seeds {args.seeds} --updates {args.updates} --pairs {args.pairs} "
         f"--learning-rate {args.learning_rate:g} --kl-coef {args.kl_coef:g} "
@@ -274,24 +274,26 @@ def _table(args: argparse.Namespace, found: dict[Arm, list[dict[str, Any]]]) -> 
         f"Before PPO: the favoured subject {np.mean([r['favoured_start'] for r in plain]):.3f}, "
         f"NLL {np.mean([r['nll_start'] for r in plain]):.3f}.",
         "",
-        "| arm | gamma | reward | of plain's | favoured subject | lost win rate | of plain's | NLL | KL | time |",
+        "| variant | gamma | reward | of plain's | favoured subject | lost win rate | of plain's | NLL | KL | time |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for arm in ARMS:
-        runs = found[arm]
+    for variant in VARIANTS:
+        runs = found[variant]
         part = {key: np.mean([r[key] for r in runs]) / np.mean([r[key] for r in plain]) for key in ("reward", "lost")}
         columns = [interval([r[key] for r in runs], 3) for key in ("reward", "favoured", "lost", "nll", "kl")]
         columns[1:1] = [f"{part['reward']:.0%}"]
         columns[4:4] = [f"{part['lost']:.0%}"]
-        gamma, share = (f"{arm.coef:g}", f"{np.mean([r['share'] for r in runs]):.0%}") if arm.clusters else ("", "")
-        lines.append(f"| {arm.name} | {gamma} | " + " | ".join(columns) + f" | {share} |")
+        gamma, share = (
+            (f"{variant.coef:g}", f"{np.mean([r['share'] for r in runs]):.0%}") if variant.clusters else ("", "")
+        )
+        lines.append(f"| {variant.name} | {gamma} | " + " | ".join(columns) + f" | {share} |")
     steps = [step for step, *_ in plain[0]["curve"]]
     for title, column in (("Win rate on the forget set", 1), ("NLL of the start's right answers", 2)):
-        lines += ["", f"{title}, by update:", "", "| arm | " + " | ".join(map(str, steps)) + " |"]
+        lines += ["", f"{title}, by update:", "", "| variant | " + " | ".join(map(str, steps)) + " |"]
         lines.append("|---|" + "---|" * len(steps))
-        for arm in ARMS:
-            means = np.mean([[point[column] for point in run["curve"]] for run in found[arm]], axis=0)
-            lines.append(f"| {arm.title} | " + " | ".join(f"{value:.2f}" for value in means) + " |")
+        for variant in VARIANTS:
+            means = np.mean([[point[column] for point in run["curve"]] for run in found[variant]], axis=0)
+            lines.append(f"| {variant.title} | " + " | ".join(f"{value:.2f}" for value in means) + " |")
     return lines
 
 

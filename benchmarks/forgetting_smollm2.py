@@ -30,8 +30,8 @@ from trl_rlaif_rehearsal import SelectiveRehearsal
 from trl_rlaif import JudgePrompt, LocalJudge, Pair, PPOConfig, PPOTrainer, SharedBase
 from trl_rlaif.data import load_pairs
 from trl_rlaif.encoding import chat_prompt, encode_prompt
-from trl_rlaif.models import ModelSpec, load_model, load_tokenizer
-from trl_rlaif.ppo.forgetting import ForgettingTracker
+from trl_rlaif.evaluation.forgetting import ForgettingTracker
+from trl_rlaif.models.loading import ModelSpec, load_model, load_tokenizer
 from trl_rlaif.recipe import prompt_folder
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -49,7 +49,7 @@ def reward(prompts: list[Any], completions: list[Any], category: list[str], **co
 
 
 def main() -> None:
-    """One arm a gamma, one after the other; print the table and, if asked to, write it."""
+    """One variant a gamma, one after the other; print the table and, if asked to, write it."""
     args = _arguments()
     logging.set_verbosity_error()
     disable_progress_bars()
@@ -177,7 +177,7 @@ def _table(args: argparse.Namespace, found: dict[str, dict[str, Any]], held_out:
         f"{versions}; one seed, {held_out} held-out prompts; the reward is the mean of the last ten updates on the "
         "favoured kind.",
         "",
-        "| arm | reward at the start | reward | KL | time of rehearsal | "
+        "| variant | reward at the start | reward | KL | time of rehearsal | "
         + " | ".join(f"{of}, {step}" for of in ("win rate", "NLL") for step in steps) + " |",
         "|---|---|---|---|---|" + "---|" * (2 * len(steps)),
     ]  # fmt: skip

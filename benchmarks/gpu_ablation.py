@@ -14,12 +14,12 @@ ORDER = ((), (), ("fused LoRA",), ("log-probability head",), ("block cache",), N
 @contextmanager
 def without(parts: tuple[str, ...] | None) -> Iterator[None]:
     """Compute as transformers and PEFT do what these kernels compute; None switches off all of them."""
-    from trl_rlaif.compute.lean_lora import _Lean
+    from trl_rlaif.models.kernels.fused_lora import _Fused
 
     switches = {
-        "fused LoRA": [patch.object(_Lean, "_short_way", lambda self: None)],
-        "log-probability head": [patch("trl_rlaif.ppo.passes.is_plain", lambda model: False)],
-        "block cache": [patch("trl_rlaif.ppo.rollout.block_cache", lambda model: None)],
+        "fused LoRA": [patch.object(_Fused, "_short_way", lambda self: None)],
+        "log-probability head": [patch("trl_rlaif.rl.forward.is_plain", lambda model: False)],
+        "block cache": [patch("trl_rlaif.rl.rollouts.block_cache", lambda model: None)],
     }
     with ExitStack() as undo:
         for part in switches if parts is None else parts:

@@ -250,9 +250,9 @@ def _prediction(recipe: Any) -> dict[str, Any]:
 
 def _settings(side: Side, folder: Path) -> tuple[Any, dict[str, Any]]:
     """The run as its stages see it, and PPOConfig's arguments in it."""
+    from trl_rlaif.pipeline.context import Context
     from trl_rlaif.plugins import installed_plugins
-    from trl_rlaif.ppo.config import PRESETS
-    from trl_rlaif.stages.context import Context
+    from trl_rlaif.rl.ppo.config import PRESETS
 
     context = Context(side.recipe, folder, installed_plugins())
     section = side.recipe.rl
@@ -262,7 +262,7 @@ def _settings(side: Side, folder: Path) -> tuple[Any, dict[str, Any]]:
 
 def _ours(side: Side, folder: Path) -> Any:
     from trl_rlaif import PPOConfig, PPOTrainer
-    from trl_rlaif.roles import SharedBase
+    from trl_rlaif.models.shared_model import SharedBase
 
     context, arguments = _settings(side, folder)
     shared = SharedBase(context.load_base(), context.lora)
@@ -285,7 +285,7 @@ def _stock(side: Side, folder: Path) -> Any:
     from transformers import DataCollatorWithPadding
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    from trl_rlaif.models import ModelSpec, load_model
+    from trl_rlaif.models.loading import ModelSpec, load_model
 
     context, arguments = _settings(side, folder)
     known = {field.name for field in fields(PPOConfig)}

@@ -37,7 +37,9 @@ def _ablated(ours: dict[str, Any]) -> list[str]:
     lines = []
     for update in ours.get("ablation", [])[1:]:
         peaks = update["gib_by_phase"]
-        phases = " ".join(f"{phase} {peaks[phase]:.2f}" for phase in ("generation", "forwards", "update") if phase in peaks)
+        phases = " ".join(
+            f"{phase} {peaks[phase]:.2f}" for phase in ("generation", "forwards", "update") if phase in peaks
+        )
         name = f"  without {update['without']}" if update["without"] else "  with all"
         lines.append(f"{name:<34}" + "".join(f"{update['seconds'].get(p, 0):9.2f}" for p in _PHASES) + f"  {phases}")
     return lines

@@ -41,7 +41,7 @@ from trl import RewardTrainer as TrlRewardTrainer  # noqa: E402
 
 from trl_rlaif import PPOConfig, PPOTrainer, RewardTrainer, UserError  # noqa: E402
 from trl_rlaif.judging.scoring import ContinuationScorer  # noqa: E402
-from trl_rlaif.models import ModelSpec, load_model  # noqa: E402
+from trl_rlaif.models.loading import ModelSpec, load_model  # noqa: E402
 from trl_rlaif.testing.models import make_tokenizer  # noqa: E402
 
 TOKENIZER = make_tokenizer()
@@ -162,18 +162,18 @@ def _rollout(folder: Path, targets: str) -> tuple[float, float]:
     worst = max(
         (found[i, : len(expected)] - expected).abs().max().item()
         for part, found in (("policy", rollout.logprobs), ("reference", rollout.ref_logprobs))
-        for i, expected in enumerate(_alone(trainer.actors, part, rollout))
+        for i, expected in enumerate(_alone(trainer.role_models, part, rollout))
     )
     return worst, (rollout.logprobs - rollout.ref_logprobs).sum(1).abs().max().item()
 
 
 @torch.no_grad()
-def _alone(actors: Any, part: str, rollout: Any) -> Iterator[torch.Tensor]:
+def _alone(role_models: Any, part: str, rollout: Any) -> Iterator[torch.Tensor]:
     """Log-probabilities of each response."""
-    model = actors.model(part)
+    model = role_models.model(part)
     for i, n in enumerate(rollout.lengths.tolist()):
         context, response = rollout.prompt_ids[i][rollout.prompt_mask[i]], rollout.response_ids[i][:n]
-        with actors.playing(part):
+        with role_models.role(part):
             logits = model(input_ids=torch.cat((context, response))[None], use_cache=False).logits[0].float()
         yield logits.log_softmax(-1)[len(context) - 1 : -1].gather(1, response[:, None])[:, 0]
 

@@ -173,7 +173,7 @@ def _parts(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     from datasets import Dataset
     from peft import LoraConfig
 
-    from trl_rlaif.models import ModelSpec, load_model, load_tokenizer
+    from trl_rlaif.models.loading import ModelSpec, load_model, load_tokenizer
 
     torch.manual_seed(0)
     model = load_model(ModelSpec(args.model, dtype=args.dtype if args.side == "ours" else "auto"))
@@ -184,7 +184,7 @@ def _parts(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
 
 
 def _classifier(args: argparse.Namespace) -> Any:
-    from trl_rlaif.models import ModelSpec, load_model
+    from trl_rlaif.models.loading import ModelSpec, load_model
 
     return load_model(ModelSpec(args.model), num_labels=1)
 
@@ -233,7 +233,7 @@ def _ours(args: argparse.Namespace, folder: str) -> Any:
     import yaml
 
     from trl_rlaif import PPOConfig, PPOTrainer
-    from trl_rlaif.roles import SharedBase
+    from trl_rlaif.models.shared_model import SharedBase
 
     model, tokenizer, data, lora = _parts(args)
     more = {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in args.set)}
@@ -254,9 +254,9 @@ def _ours(args: argparse.Namespace, folder: str) -> Any:
 def our_phases(trainer: Any) -> list[tuple[Any, str, str]]:
     """(owner, method, phase) of what this project's loop spends its time and memory on."""
     return [
-        (trainer._sampler, "_generate", "generation"),
-        (trainer._sampler, "_judged", "forwards"),
-        (trainer._sampler, "scores", "forwards"),
+        (trainer._generator, "_generate", "generation"),
+        (trainer._generator, "_judged", "forwards"),
+        (trainer._generator, "scores", "forwards"),
         (trainer, "update", "update"),
     ]
 
@@ -267,7 +267,7 @@ def reward_adapter(shared: Any, folder: Path) -> Path:
     from peft import LoraConfig
     from safetensors.torch import load_file, save_file
 
-    from trl_rlaif.roles import save_adapter
+    from trl_rlaif.models.shared_model import save_adapter
 
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="SEQ_CLS")
     shared.add_adapter("made", config)

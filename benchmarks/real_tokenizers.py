@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import trl
 from platformdirs import user_cache_path
 
-from trl_rlaif.models import load_tokenizer
+from trl_rlaif.models.loading import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -79,7 +79,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     from transformers import TrainerCallback
 
     import trl_rlaif
-    from trl_rlaif.models import ModelSpec, load_model, load_tokenizer
+    from trl_rlaif.models.loading import ModelSpec, load_model, load_tokenizer
 
     kind = trl.RewardTrainer if args.side == "stock" else trl_rlaif.RewardTrainer
     data = _dataset(args)

@@ -54,7 +54,7 @@ PER_KIND, LENGTH, TOPICS = 4, 6, 8
 WORDS = [f"{kind}-{quality}{i}" for kind in KINDS for quality in ("good", "bad") for i in range(PER_KIND)]
 VOCABULARY = ["<pad>", "<end>", *KINDS, *(f"topic{i}" for i in range(TOPICS)), *WORDS]
 INDEX = {word: i for i, word in enumerate(VOCABULARY)}
-ARMS = ("plain", "centred", "plain + regulator", "advantage", "advantage + regulator")
+VARIANTS = ("plain", "centred", "plain + regulator", "advantage", "advantage + regulator")
 
 
 def truth(kind: str, words: list[str]) -> float:
@@ -63,7 +63,7 @@ def truth(kind: str, words: list[str]) -> float:
 
 
 def main() -> None:
-    """All arms under all seeds; print the table and, if asked to, write it."""
+    """All variants under all seeds; print the table and, if asked to, write it."""
     args = _arguments()
     logging.set_verbosity_error()
     torch.set_num_threads(args.threads)
@@ -71,7 +71,7 @@ def main() -> None:
     for seed in range(args.seeds):
         policy = _taught_policy(seed)
         rated = _rated_scorer(seed)
-        for name in ARMS:
+        for name in VARIANTS:
             scorer, transforms = _proxy(name, rated, args, seed)
             found[name].append(_ppo(policy, scorer, transforms, args, seed))
             last = found[name][-1][-1]
@@ -168,7 +168,7 @@ def _rated_scorer(seed: int) -> LlamaForSequenceClassification:
 def _proxy(
     name: str, rated: LlamaForSequenceClassification, args: argparse.Namespace, seed: int
 ) -> tuple[LlamaForSequenceClassification, list[Any]]:
-    """The reward model of an arm, after the comparisons, and the transforms of its scores in PPO."""
+    """The reward model of a variant, after the comparisons, and the transforms of its scores in PPO."""
     scorer = copy.deepcopy(rated)
     rng, rows = random.Random(2000 + seed), []
     for _ in range(args.comparisons):

@@ -53,7 +53,7 @@ def test_a_stopped_run_says_how_to_go_on(monkeypatch, capsys):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("trl_rlaif.runner.run_recipe", stop)
+    monkeypatch.setattr("trl_rlaif.pipeline.runner.run_recipe", stop)
     assert _main(monkeypatch, "run", "quickstart") == 130
     assert "--resume" in capsys.readouterr().err
 

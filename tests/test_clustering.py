@@ -11,8 +11,8 @@ from sklearn.metrics import adjusted_rand_score, silhouette_score
 
 from trl_rlaif import SharedBase, UserError
 from trl_rlaif.clustering import cluster
-from trl_rlaif.embedding import directions, mean_hidden_states
-from trl_rlaif.roles import backbone
+from trl_rlaif.models.embedding import directions, mean_hidden_states
+from trl_rlaif.models.shared_model import backbone
 
 PROMPTS = [[5, 6, 7], [9], [4, 4, 8, 9, 10, 11], [7, 3]]
 

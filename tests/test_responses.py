@@ -9,9 +9,9 @@ from helpers.tiny import CHAT_TEMPLATE, make_llama, make_tokenizer
 
 from trl_rlaif.encoding import encode_prompt, encode_response
 from trl_rlaif.errors import UserError
-from trl_rlaif.events import RehearsalPair
-from trl_rlaif.ppo.rehearsal import as_rollout
 from trl_rlaif.responses import ResponseReader
+from trl_rlaif.rl.rehearsal import as_rollout
+from trl_rlaif.types import RehearsalPair
 
 # An assistant's message with its reasoning as the templates of Qwen3, of DeepSeek R1 (whose prompt opens the block),
 # and of gpt-oss write it, in short.
@@ -135,7 +135,7 @@ def test_in_ppo_rewards_see_answers_and_the_reasoning_beside_them(tmp_path):
         tmp_path, dataset=prompts(chat=True), model=make_llama(len(tokenizer)),
         trainer_kwargs={"reward_funcs": [watch]}, missing_eos_penalty=2.0,
     )  # fmt: skip
-    trainer.reader = trainer._sampler.reader = ResponseReader(tokenizer, (tokenizer.eos_token_id,))
+    trainer.reader = trainer._generator.reader = ResponseReader(tokenizer, (tokenizer.eos_token_id,))
     texts = ["<think>\nhm\n</think>\n\nthe dog<|end|>", "<think>\nhm<|end|>"]
     rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
@@ -144,7 +144,7 @@ def test_in_ppo_rewards_see_answers_and_the_reasoning_beside_them(tmp_path):
         padded = [rows[i % 2] + [tokenizer.pad_token_id] * (width - len(rows[i % 2])) for i in range(len(prompt_ids))]
         return torch.tensor(padded), torch.zeros(len(padded), width)
 
-    trainer._sampler._generate, trainer._sampler._unverified = generate, set()
+    trainer._generator._generate, trainer._generator._unverified = generate, set()
     rollout = trainer.sample(next(trainer._batches))
     scores = trainer.transform(trainer.score(rollout), rollout)
     finished = {"role": "assistant", "content": "the dog", "reasoning_content": "hm"}

@@ -19,14 +19,14 @@ from trl_rlaif_regulator import Clip
 from trl_rlaif_rehearsal.rejection import RejectionSampling
 
 from trl_rlaif import RewardConfig, RewardTrainer, RewardTransform, UserError, resuming
-from trl_rlaif.artifacts import RunFolder
+from trl_rlaif.pipeline.artifacts import RunFolder
+from trl_rlaif.pipeline.context import Context
+from trl_rlaif.pipeline.rl_groups import build_trainer
+from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.plugins import installed_plugins
-from trl_rlaif.ppo import checkpoint
-from trl_rlaif.ppo.rejection import RejectionTrainer
 from trl_rlaif.resuming import BATCH_SIZE, FILE, SameRun
-from trl_rlaif.runner import run_recipe
-from trl_rlaif.stages.context import Context
-from trl_rlaif.stages.groups import build_trainer
+from trl_rlaif.rl.ppo import checkpoint
+from trl_rlaif.rl.rejection import RejectionTrainer
 
 pytestmark = pytest.mark.trl
 

@@ -7,7 +7,7 @@ import torch
 from helpers.faulty import faulty
 from helpers.tiny import make_llama, make_tokenizer
 
-from trl_rlaif.sampling import padded_together, sample_responses
+from trl_rlaif.generation import padded_together, sample_responses
 
 
 def test_a_checkpoints_own_sampling_settings_stay_out():

@@ -17,13 +17,13 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from trl_rlaif import RewardTrainer, SharedBase, load_reward_model
 from trl_rlaif.encoding import encode_prompt, encode_response
-from trl_rlaif.events import RehearsalPair
-from trl_rlaif.ppo.rehearsal import as_rollout
-from trl_rlaif.ppo.rollout import scored_rows
+from trl_rlaif.pipeline.stages.reward import tokenize_preference
 from trl_rlaif.responses import ResponseReader
 from trl_rlaif.reward.collator import SoftPreferenceCollator
 from trl_rlaif.reward.scoring import score_pairs
-from trl_rlaif.stages.reward import tokenize_preference
+from trl_rlaif.rl.rehearsal import as_rollout
+from trl_rlaif.rl.rollouts import scored_rows
+from trl_rlaif.types import RehearsalPair
 
 pytestmark = pytest.mark.trl
 ANSWERS = ["the fox", "a lazy dog is a city", "the quick brown fox jumps over", "no"]
@@ -81,12 +81,12 @@ def ppo_trainer(reward, folder, tokenizer, **options):
         trainer_kwargs={"reward_funcs": [], "reward_model": reward / "adapter", "peft_config": None},
         **options,
     )
-    trainer.processing_class = trainer._sampler.tokenizer = tokenizer
+    trainer.processing_class = trainer._generator.tokenizer = tokenizer
     return trainer
 
 
 def load_base(reward):
-    from trl_rlaif.models import ModelSpec, load_model
+    from trl_rlaif.models.loading import ModelSpec, load_model
 
     return load_model(ModelSpec(str(reward / "base"), "float32"))
 

@@ -22,7 +22,7 @@ PAIRS = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from trl_rlaif.models import load_tokenizer
+    from trl_rlaif.models.loading import load_tokenizer
 
     return load_tokenizer(PATH)
 
@@ -30,7 +30,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def model():
     """In float32, which speaks as well, and answers exactly."""
-    from trl_rlaif.models import ModelSpec, load_model
+    from trl_rlaif.models.loading import ModelSpec, load_model
 
     return load_model(ModelSpec(PATH, "float32")).eval()
 
@@ -48,7 +48,7 @@ def make_judge(model, tokenizer):
 
 def test_the_rebuilt_model_is_plain_and_speaks(model, tokenizer, tmp_path):
     from trl_rlaif.encoding import as_messages, encode_prompt
-    from trl_rlaif.sampling import sample_responses
+    from trl_rlaif.generation import sample_responses
 
     assert not getattr(model, "is_quantized", False)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id

@@ -14,13 +14,14 @@ import yaml
 from helpers.recipes import tiny_recipe, write_recipe
 from rich.console import Console
 
-from trl_rlaif import progress, runner
-from trl_rlaif.artifacts import RunFolder, read_lines, write_atomically
+from trl_rlaif import progress
 from trl_rlaif.cli import app
 from trl_rlaif.errors import UserError
+from trl_rlaif.pipeline import runner
+from trl_rlaif.pipeline.artifacts import RunFolder, read_lines, write_atomically
+from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.progress import PROGRESS_FILE, Meter, pace, progress_bar, publishing
-from trl_rlaif.runner import run_recipe
 from trl_rlaif.status import describe, follow, read_status
 
 PRINTS = {"sample": "s", "label": "l", "reward": "r", "rl": "p"}
@@ -129,7 +130,7 @@ def test_the_time_left_grows_shorter_without_a_word(folder, monkeypatch):
         told["bars"][0]["seconds_left"] = 5.0
         write_atomically(folder.state / PROGRESS_FILE, json.dumps(told))
         for seconds in (0, 3, 10**6):
-            monkeypatch.setattr("trl_rlaif.status.reading.time.time", lambda s=seconds: told["updated_at"] + s)
+            monkeypatch.setattr("trl_rlaif.status.snapshot.time.time", lambda s=seconds: told["updated_at"] + s)
             left.append(read_status(folder.path).stages[1].bars[0].seconds_left)
 
     _labels(folder, look)
@@ -407,7 +408,7 @@ def test_a_comparison_is_told_by_arms(tmp_path):
     (tmp_path / ".state").mkdir()
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(resolved))
     for name, complete in (("plain", True), ("direct", False)):
-        run = tmp_path / "arms" / name
+        run = tmp_path / "variants" / name
         (run / ".state").mkdir(parents=True)
         (run / "recipe.yaml").write_text(yaml.safe_dump({"run": {"name": "all"}, "rl": {}}))
         (run / ".state" / "rl.json").write_text(json.dumps({"fingerprint": "f", "complete": complete}))

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from trl_rlaif.encoding import encode_prompt, encode_response
 from trl_rlaif.errors import UserError
-from trl_rlaif.sampling import sample_responses
+from trl_rlaif.generation import sample_responses
 from trl_rlaif.stopping import end_of_turn, named_stop_ids, stop_ids
 
 # What templates put after an assistant's turn, in the forms that are in use.

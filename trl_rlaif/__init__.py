@@ -12,29 +12,29 @@ __version__ = "0.1.0"
 _LAZY = {
     "RewardTrainer": "trl_rlaif.reward.trainer",
     "RewardConfig": "trl_rlaif.reward.config",
-    "add_log_ratios": "trl_rlaif.reward.ratios",
+    "add_log_ratios": "trl_rlaif.reward.log_ratios",
     "load_reward_model": "trl_rlaif.reward.loading",
-    "PPOTrainer": "trl_rlaif.ppo.trainer",
-    "PPOConfig": "trl_rlaif.ppo.config",
-    "ForgettingTracker": "trl_rlaif.ppo.forgetting",
-    "RejectionTrainer": "trl_rlaif.ppo.rejection",
-    "SharedBase": "trl_rlaif.roles",
+    "PPOTrainer": "trl_rlaif.rl.ppo.trainer",
+    "PPOConfig": "trl_rlaif.rl.ppo.config",
+    "ForgettingTracker": "trl_rlaif.evaluation.forgetting",
+    "RejectionTrainer": "trl_rlaif.rl.rejection",
+    "SharedBase": "trl_rlaif.models.shared_model",
     "Labeler": "trl_rlaif.components",
     "RewardTransform": "trl_rlaif.components",
     "DataSelector": "trl_rlaif.components",
     "Options": "trl_rlaif.components",
     "Pair": "trl_rlaif.data",
     "Prompt": "trl_rlaif.data",
-    "Label": "trl_rlaif.events",
-    "Pool": "trl_rlaif.events",
-    "PreferenceScores": "trl_rlaif.events",
-    "RehearsalPair": "trl_rlaif.events",
-    "Rollout": "trl_rlaif.events",
-    "Selection": "trl_rlaif.events",
+    "Label": "trl_rlaif.types",
+    "Pool": "trl_rlaif.types",
+    "PreferenceScores": "trl_rlaif.types",
+    "RehearsalPair": "trl_rlaif.types",
+    "Rollout": "trl_rlaif.types",
+    "Selection": "trl_rlaif.types",
     "as_text": "trl_rlaif.encoding",
     "set_template_kwargs": "trl_rlaif.encoding",
     "cluster": "trl_rlaif.clustering",
-    "directions": "trl_rlaif.embedding",
+    "directions": "trl_rlaif.models.embedding",
     "Judge": "trl_rlaif.judging",
     "LocalJudge": "trl_rlaif.judging",
     "JudgePrompt": "trl_rlaif.judging",
@@ -52,20 +52,20 @@ if TYPE_CHECKING:
     from trl_rlaif.clustering import cluster
     from trl_rlaif.components import DataSelector, Labeler, Options, RewardTransform
     from trl_rlaif.data import Pair, Prompt
-    from trl_rlaif.embedding import directions
     from trl_rlaif.encoding import as_text, set_template_kwargs
     from trl_rlaif.errors import RunError, UserError
-    from trl_rlaif.events import Label, Pool, PreferenceScores, RehearsalPair, Rollout, Selection
+    from trl_rlaif.evaluation.forgetting import ForgettingTracker
     from trl_rlaif.judging import Answer, Judge, JudgePrompt, LocalJudge, Question, Thinking, ThinkingOptions
-    from trl_rlaif.ppo.config import PPOConfig
-    from trl_rlaif.ppo.forgetting import ForgettingTracker
-    from trl_rlaif.ppo.rejection import RejectionTrainer
-    from trl_rlaif.ppo.trainer import PPOTrainer
+    from trl_rlaif.models.embedding import directions
+    from trl_rlaif.models.shared_model import SharedBase
     from trl_rlaif.reward.config import RewardConfig
     from trl_rlaif.reward.loading import load_reward_model
-    from trl_rlaif.reward.ratios import add_log_ratios
+    from trl_rlaif.reward.log_ratios import add_log_ratios
     from trl_rlaif.reward.trainer import RewardTrainer
-    from trl_rlaif.roles import SharedBase
+    from trl_rlaif.rl.ppo.config import PPOConfig
+    from trl_rlaif.rl.ppo.trainer import PPOTrainer
+    from trl_rlaif.rl.rejection import RejectionTrainer
+    from trl_rlaif.types import Label, Pool, PreferenceScores, RehearsalPair, Rollout, Selection
 
 
 def __getattr__(name: str) -> Any:

@@ -52,19 +52,19 @@ def run(
     ] = None,
 ) -> None:
     """Run a recipe: from prompts to an aligned policy and a report."""
-    from trl_rlaif import several
-    from trl_rlaif.comparison import run_comparison
+    from trl_rlaif import distributed
+    from trl_rlaif.experiments import run_comparison
+    from trl_rlaif.pipeline.runner import active_stages, run_recipe
     from trl_rlaif.plugins import installed_plugins
     from trl_rlaif.progress import say
     from trl_rlaif.recipe import parse_recipe
-    from trl_rlaif.runner import active_stages, run_recipe
 
     plugins = installed_plugins()
     parsed = parse_recipe(recipe, overrides=set_ or (), registry=plugins.registry)
     place, command = output or Path("runs") / parsed.run.name, shlex.join(["trl-rlaif", *sys.argv[1:]])
     stages = [stage.strip() for stage in only.split(",")] if only else []
-    several.check(active_stages(parsed), stages)
-    if parsed.arms and (stages or shard):
+    distributed.check(active_stages(parsed), stages)
+    if parsed.variants and (stages or shard):
         raise UserError(
             f"A recipe with 'compare' runs as a whole, without {'--only' if stages else '--shard'}.",
             fix="Leave it out; --resume skips what is complete.",
@@ -72,7 +72,7 @@ def run(
     if not resume and not stages:
         _check_inputs(parsed)
     try:
-        if parsed.arms:
+        if parsed.variants:
             folder = run_comparison(parsed, plugins, place, resume=resume, command=command)
         else:
             folder = run_recipe(parsed, plugins, place, resume=resume, only=stages, command=command, shard=shard)
@@ -81,35 +81,35 @@ def run(
     say(f"The run is in {folder.path}")
     if (folder / "report.html").exists():
         say(f"Report: {folder / 'report.html'}")
-    several.leave()
+    distributed.leave()
 
 
 @app.command()
 def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Check a recipe and its model's configuration, without weights: exit code 0, or 2 with what to write instead."""
+    from trl_rlaif.pipeline.runner import active_stages
     from trl_rlaif.plugins import installed_plugins
     from trl_rlaif.recipe import parse_recipe
     from trl_rlaif.recipe.base_model import check_base
-    from trl_rlaif.runner import active_stages
 
     parsed = parse_recipe(recipe, overrides=set_ or (), registry=installed_plugins().registry)
     _check_inputs(parsed)
     check_base(parsed)
-    if not parsed.arms:
+    if not parsed.variants:
         typer.echo(f"{parsed.source}: good. Stages: {', '.join(active_stages(parsed))}")
         return
-    typer.echo(f"{parsed.source}: good. Arms:")
-    for name, arm in parsed.arms.items():
-        typer.echo(f"    {name}: {', '.join(active_stages(arm))}")
+    typer.echo(f"{parsed.source}: good. Variants:")
+    for name, variant in parsed.variants.items():
+        typer.echo(f"    {name}: {', '.join(active_stages(variant))}")
 
 
 def _check_inputs(parsed: Recipe) -> None:
-    """Read the data files of the recipe or of each of its arms; warn of prompts that are held out and trained on."""
+    """Read the data files of the recipe or of all its variants; warn of prompts that are held out and trained on."""
     from trl_rlaif.progress import say
     from trl_rlaif.recipe.inputs import SMALL_FILE, check_data, overlap_warning, prompt_overlaps
 
     warnings: dict[str, None] = {}
-    for each in parsed.arms.values() or [parsed]:
+    for each in parsed.variants.values() or [parsed]:
         check_data(each)
         warnings |= dict.fromkeys(map(overlap_warning, prompt_overlaps(each, largest=SMALL_FILE)))
     for warning in warnings:

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import torch
 
     from trl_rlaif.data import Pair
-    from trl_rlaif.events import Label, Pool, PreferenceScores, Rollout, Selection
     from trl_rlaif.judging import Judge
+    from trl_rlaif.types import Label, Pool, PreferenceScores, Rollout, Selection
 
 
 class Options(BaseModel):

@@ -10,8 +10,8 @@ from pluggy import HookimplMarker, HookspecMarker
 if TYPE_CHECKING:
     import torch
 
-    from trl_rlaif.events import Rollout
-    from trl_rlaif.ppo.trainer import PPOTrainer
+    from trl_rlaif.rl.ppo.trainer import PPOTrainer
+    from trl_rlaif.types import Rollout
 
 hookspec = HookspecMarker("trl_rlaif")
 hookimpl = HookimplMarker("trl_rlaif")

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from trl_rlaif.report.wording import duration
-from trl_rlaif.several import is_first
+from trl_rlaif.distributed import is_first
+from trl_rlaif.report.formatting import duration
 
 console = Console(stderr=True, highlight=False, quiet=not is_first())
 

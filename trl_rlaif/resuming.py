@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 from transformers import TrainerCallback, TrainingArguments
 
-from trl_rlaif.artifacts import write_atomically
 from trl_rlaif.components import numbered
 from trl_rlaif.errors import Problem, UserError
+from trl_rlaif.pipeline.artifacts import write_atomically
 from trl_rlaif.progress import say
 from trl_rlaif.recipe.sections import STOPPING_LIMITS
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from trl_rlaif.ppo.trainer import PPOTrainer
+    from trl_rlaif.rl.ppo.trainer import PPOTrainer
 
 FILE = "run.json"
 BATCH_SIZE = "per_device_train_batch_size x gradient_accumulation_steps x processes"
@@ -76,7 +76,7 @@ def identity(args: Any, dataset: Any, processes: int, **more: Any) -> dict[str, 
 
 def components(trainer: PPOTrainer) -> dict[str, Any]:
     """What scores and selects in a run, with its options: settings that no argument holds."""
-    from trl_rlaif.ppo.rewards import reward_names
+    from trl_rlaif.rl.reward_functions import reward_names
 
     names = reward_names(trainer.reward_funcs, model=trainer.has_reward_model)
     functions = names[len(names) - len(trainer.reward_funcs) :]

@@ -21,7 +21,7 @@ from transformers import (
 from trl import RewardTrainer as ParentTrainer
 
 from trl_rlaif import RewardTrainer
-from trl_rlaif.models import keep_gradients
+from trl_rlaif.models.loading import keep_gradients
 
 pytestmark = pytest.mark.trl
 

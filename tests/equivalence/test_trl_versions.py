@@ -12,8 +12,8 @@ import pytest
 import torch
 from helpers import ppo_metrics
 
-from trl_rlaif.ppo.own_base import OwnPPOTrainer
-from trl_rlaif.ppo.trl_base import BasePPOTrainer
+from trl_rlaif.compat.ppo_trainer import OwnPPOTrainer
+from trl_rlaif.compat.trl_ppo import BasePPOTrainer
 
 pytestmark = pytest.mark.trl
 

@@ -15,14 +15,14 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from helpers.processes import write_result
 from helpers.recipes import write_recipe
 from helpers.rewards import even_share
-from trl_rlaif import several
-from trl_rlaif.artifacts import RunFolder
+from trl_rlaif import distributed
 from trl_rlaif.data import load_prompts
+from trl_rlaif.pipeline.artifacts import RunFolder
+from trl_rlaif.pipeline.context import Context
+from trl_rlaif.pipeline.rl_groups import build_trainer
 from trl_rlaif.plugins import installed_plugins
-from trl_rlaif.ppo.selection import choose
 from trl_rlaif.recipe import parse_recipe
-from trl_rlaif.stages.context import Context
-from trl_rlaif.stages.groups import build_trainer
+from trl_rlaif.rl.selection import choose
 
 TRAINERS = {"rloo": (RLOOTrainer, RLOOConfig), "grpo": (GRPOTrainer, GRPOConfig)}
 NONE = {"sample": None, "label": None, "reward": None, "evaluate": None, "report": None}
@@ -46,11 +46,11 @@ def _seen(trainer: Any, parameters: Any) -> dict[str, Any]:
 
 
 def _context(folder: Path, model: str, **sections: Any) -> Context:
-    several.wait()  # nobody reads any more what is written anew
-    if several.is_first():
+    distributed.wait()  # nobody reads any more what is written anew
+    if distributed.is_first():
         folder.mkdir(exist_ok=True)
         write_recipe(folder, model, **NONE | sections)
-    several.wait()
+    distributed.wait()
     recipe = parse_recipe(folder / "recipe.yaml", registry=installed_plugins().registry)
     return Context(recipe, RunFolder(folder / "out"), installed_plugins())
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 # What a run imports; loaded once, and every process begins with it.
 _PRELOADED = [
-    "trl_rlaif.runner",
-    "trl_rlaif.stages.sample",
-    "trl_rlaif.stages.label",
+    "trl_rlaif.pipeline.runner",
+    "trl_rlaif.pipeline.stages.sample",
+    "trl_rlaif.pipeline.stages.label",
     "trl_rlaif.labels.calibration",
     "trl_rlaif_distilled",
     "trl.trainer.reward_trainer",  # which loads peft and bitsandbytes, as a run does
@@ -32,9 +32,9 @@ def start_labeling(recipe: Path, output: Path, seconds: float) -> BaseProcess:
 
 def _label(recipe: str, output: str, seconds: float) -> None:
     from trl_rlaif.labels import LabelStore
+    from trl_rlaif.pipeline.runner import run_recipe
     from trl_rlaif.plugins import installed_plugins
     from trl_rlaif.recipe import parse_recipe
-    from trl_rlaif.runner import run_recipe
 
     add = LabelStore.add
 

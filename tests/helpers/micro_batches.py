@@ -13,7 +13,7 @@ import torch
 
 from helpers import ppo_task
 from helpers.processes import write_result
-from trl_rlaif.events import RehearsalPair, Rollout
+from trl_rlaif.types import RehearsalPair, Rollout
 
 ROWS, WIDTH, CLIP, VF_COEF, GAMMA = 8, 12, 0.2, 0.3, 0.05
 

@@ -43,6 +43,6 @@ if __name__ == "__main__":
         sys.modules["trl.experimental.ppo"] = None  # type: ignore[assignment]  # its import now fails
     with tempfile.TemporaryDirectory() as folder:
         logged = run(folder)
-    from trl_rlaif.ppo.trl_base import BasePPOTrainer
+    from trl_rlaif.compat.trl_ppo import BasePPOTrainer
 
     Path(sys.argv[1]).write_text(json.dumps({"base": BasePPOTrainer.__name__, "logged": logged}, indent=1) + "\n")

@@ -15,8 +15,8 @@ from helpers import ppo_task
 from helpers.ppo import numbers
 from helpers.processes import write_result
 from trl_rlaif.components import DataSelector, RewardTransform
-from trl_rlaif.events import Selection
-from trl_rlaif.ppo import passes, samples
+from trl_rlaif.rl import forward, log_completions
+from trl_rlaif.types import Selection
 
 
 class RunningMean(RewardTransform):
@@ -102,8 +102,8 @@ def shown(folder: Path) -> dict[str, Any]:
     trainer.eval_dataset = trainer.train_dataset.select(range(5))
     return {
         "prompts": list(trainer.eval_dataset["prompt"]),
-        "all": samples.show(trainer, first_batch=False),
-        "first": samples.show(trainer, first_batch=True),
+        "all": log_completions.show(trainer, first_batch=False),
+        "first": log_completions.show(trainer, first_batch=True),
     }
 
 
@@ -145,13 +145,13 @@ def _stopped(folder: Path, failing: Callable[[int], list[float]]) -> dict[str, A
 
 def refused(folder: Path) -> tuple[str, str]:
     """What each process stops with when forward passes are wrong in one."""
-    logprobs = passes.logprobs
+    logprobs = forward.logprobs
     if PartialState().process_index == 1:
-        passes.logprobs = lambda *arguments: tuple(found + 1 for found in logprobs(*arguments))
+        forward.logprobs = lambda *arguments: tuple(found + 1 for found in logprobs(*arguments))
     try:
         return _end(_trainer(folder, prompts=24, updates=1))
     finally:
-        passes.logprobs = logprobs
+        forward.logprobs = logprobs
 
 
 def _end(trainer: Any) -> tuple[str, str]:

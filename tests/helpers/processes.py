@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from trl_rlaif import several
+from trl_rlaif import distributed
 from trl_rlaif.recipe.paths import recipes_dir
 
 
@@ -30,7 +30,7 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
     state = PartialState()
     found = result | {"kind": state.distributed_type.value, "processes": state.num_processes}
     torch.save(found, folder / f"{state.process_index}.pt")
-    several.wait()
+    distributed.wait()
     sys.stdout.flush()
     # What the interpreter's end destroys in no certain order (a failed run's models, gloo's threads) now and then
     # aborts the process, which no test here is about.

@@ -12,9 +12,9 @@ from scipy.stats import norm
 from sklearn.metrics import log_loss
 
 from trl_rlaif import UserError
+from trl_rlaif.evaluation import agreement, calibration_error
 from trl_rlaif.labels import calibration
 from trl_rlaif.labels.calibration import FOLDS, MIN_PAIRS, REPEATS, Calibration, check_choices, cross_validate
-from trl_rlaif.measures import agreement, calibration_error
 
 
 def simulate(n, *, temperature, bias, seed=0, orders=("12", "21"), mean_prob=False):

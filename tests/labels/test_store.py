@@ -10,10 +10,10 @@ from helpers.judges import PARTS, make_prompt
 
 from trl_rlaif import Label, Pair
 from trl_rlaif.judging import JudgePrompt
-from trl_rlaif.labels import LabelStore, Setup
+from trl_rlaif.labels import LabelKey, LabelStore
 from trl_rlaif.labels.store import Plan, pair_key
 
-SETUP = Setup("distilled", {"debias": "mean_logit", "shots": 0}, "judge", "r1", "f00")
+SETUP = LabelKey("distilled", {"debias": "mean_logit", "shots": 0}, "judge", "r1", "f00")
 PAIRS = [Pair(f"p{i}", f"prompt {i}", f"yes {i}", f"no {i}") for i in range(6)]
 
 
@@ -22,16 +22,16 @@ def path(tmp_path):
     return tmp_path / "labels.jsonl"
 
 
-def fill(path, pairs=PAIRS, setup=SETUP, p=0.75):
+def fill(path, pairs=PAIRS, label_key=SETUP, p=0.75):
     """A file with a label for each pair."""
     store = LabelStore(path)
     for pair in pairs:
-        store.add(setup, pair, Label(pair.id, p=p, p_12=p, p_21=p, mass_12=1.0, mass_21=1.0, judge="judge"))
+        store.add(label_key, pair, Label(pair.id, p=p, p_12=p, p_21=p, mass_12=1.0, mass_21=1.0, judge="judge"))
     return store
 
 
-def found(path, pairs=PAIRS, setup=SETUP):
-    return {id: row["p"] for id, row in LabelStore(path).find(setup, pairs).items()}
+def found(path, pairs=PAIRS, label_key=SETUP):
+    return {id: row["p"] for id, row in LabelStore(path).find(label_key, pairs).items()}
 
 
 # ---- Keys -----------------------------------------------------------------------------------------------
@@ -82,11 +82,11 @@ def test_any_text_has_a_key():
         {"prompt_revision": "f01"},
     ],
 )
-def test_each_part_of_a_setup_is_in_its_key(change):
+def test_each_part_of_a_label_key_is_in_its_key(change):
     assert replace(SETUP, **change).key != SETUP.key
 
 
-def test_a_setups_key_does_not_depend_on_the_order_of_the_options():
+def test_a_label_keys_key_does_not_depend_on_the_order_of_the_options():
     assert replace(SETUP, options=dict(reversed(SETUP.options.items()))).key == SETUP.key
 
 
@@ -117,12 +117,12 @@ def test_a_label_comes_back_as_it_was(path):
     assert path.read_bytes().count(b"\n") == 1
 
 
-def test_a_setup_finds_its_own_labels_alone(path):
+def test_a_label_key_finds_its_own_labels_alone(path):
     fill(path, PAIRS[:3])
     fill(path, PAIRS[:2], replace(SETUP, labeler="direct"), p=0.1)
     assert found(path) == {"p0": 0.75, "p1": 0.75, "p2": 0.75}
-    assert found(path, setup=replace(SETUP, labeler="direct")) == {"p0": 0.1, "p1": 0.1}
-    assert found(path, setup=replace(SETUP, judge="nobody")) == {}
+    assert found(path, label_key=replace(SETUP, labeler="direct")) == {"p0": 0.1, "p1": 0.1}
+    assert found(path, label_key=replace(SETUP, judge="nobody")) == {}
 
 
 def test_pairs_with_the_same_texts_share_a_label(path):
@@ -149,7 +149,9 @@ def test_a_file_of_nothing_but_half_a_line(path):
     assert found(path) == {} and path.read_bytes() == b""
 
 
-@pytest.mark.parametrize("broken", [b"{", b"[1]", b"3", b'{"p": 1}', b'{"setup": [], "pair": "x"}', b"\xff\xfe", b"\0"])
+@pytest.mark.parametrize(
+    "broken", [b"{", b"[1]", b"3", b'{"p": 1}', b'{"label_key": [], "pair": "x"}', b"\xff\xfe", b"\0"]
+)
 def test_a_broken_line_is_passed_over_and_counted(path, broken):
     fill(path)
     lines = path.read_bytes().splitlines(keepends=True)
@@ -168,12 +170,12 @@ def test_a_file_that_was_cut_off_and_then_joined_with_another(tmp_path, path):
 
 
 def test_files_may_be_joined_in_any_order(tmp_path, path):
-    for name, pairs, setup in (
+    for name, pairs, label_key in (
         ("a", PAIRS[:2], SETUP),
         ("b", PAIRS[2:], SETUP),
         ("c", PAIRS, replace(SETUP, judge="x")),
     ):
-        fill(tmp_path / name, pairs, setup)
+        fill(tmp_path / name, pairs, label_key)
     parts = [(tmp_path / name).read_bytes() for name in "abc"]
     path.write_bytes(b"".join(parts))
     forwards = LabelStore(path).find(SETUP, PAIRS)
@@ -206,8 +208,8 @@ def test_what_is_there_word_for_word_adds_no_line(path):
 def plan(tmp_path):
     """Make a plan as a pass does; what it chose is shown by id."""
 
-    def make(missing, everything=PAIRS, setup=SETUP):
-        return Plan(tmp_path / "plan.json", setup, missing, everything)
+    def make(missing, everything=PAIRS, label_key=SETUP):
+        return Plan(tmp_path / "plan.json", label_key, missing, everything)
 
     return make
 
@@ -230,7 +232,7 @@ def test_a_pass_that_has_ended_leaves_nothing(plan, tmp_path):
 
 def test_a_plan_of_other_settings_is_ignored(plan):
     plan(PAIRS)
-    assert ids(plan(PAIRS[4:], setup=replace(SETUP, judge="x"))) == ["p4", "p5"]
+    assert ids(plan(PAIRS[4:], label_key=replace(SETUP, judge="x"))) == ["p4", "p5"]
 
 
 def test_pairs_that_appeared_since_are_not_forgotten(plan):

@@ -12,13 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from trl_rlaif.compute import head
-from trl_rlaif.compute.lean_lora import make_lean
-from trl_rlaif.compute.precision import hold_frozen_weights
 from trl_rlaif.memory import Activations, ModelShape, Precision, adapter
-from trl_rlaif.models import ModelSpec, load_model
+from trl_rlaif.models.kernels import logprob_head
+from trl_rlaif.models.kernels.fused_lora import fuse_lora
+from trl_rlaif.models.kernels.precision import cast_frozen_weights
+from trl_rlaif.models.loading import ModelSpec, load_model
+from trl_rlaif.models.shared_model import SharedBase
 from trl_rlaif.recipe import LoraSection
-from trl_rlaif.roles import SharedBase
 
 ROWS, LENGTH = 2, 96
 SIZES = {"vocab_size": 300, "num_hidden_layers": 4, "max_position_embeddings": 512}
@@ -57,9 +57,9 @@ def _shared(folder, kind, config, model_class=LlamaForCausalLM, targets="all-lin
     if checkpointing:
         shared.model.gradient_checkpointing_enable({"use_reentrant": False})
     if lean:  # as PPOTrainer does
-        make_lean(shared.peft)
+        fuse_lora(shared.peft)
         if autocast:
-            hold_frozen_weights(shared.model)
+            cast_frozen_weights(shared.model)
     return shared
 
 
@@ -215,13 +215,13 @@ def test_the_cache_is_as_large_as_predicted(tmp_path):
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_the_output_head_of_the_loop(tmp_path, gradient, monkeypatch):
-    monkeypatch.setattr(head, "HEAD_ELEMENTS", 300 * 32)
+    monkeypatch.setattr(logprob_head, "HEAD_ELEMENTS", 300 * 32)
     shared = _shared(tmp_path, "ppo bf16", LlamaConfig(**SMALL))
     hidden = torch.randn(256, 128, dtype=torch.bfloat16, requires_grad=gradient)
     inputs = {"hidden": hidden, "tokens": torch.randint(0, 300, (256,))}
     predicted = _predicted(shared, "ppo bf16").head(32, gradient=gradient)
     predicted += gradient * hidden.nbytes  # its gradient is computed along
     with _alive(shared, inputs) as alive, torch.autocast("cpu", torch.bfloat16):
-        head.token_logprobs_of(hidden, shared.model.get_output_embeddings(), inputs["tokens"], 1.0)
+        logprob_head.token_logprobs_of(hidden, shared.model.get_output_embeddings(), inputs["tokens"], 1.0)
     # The rest is a chunk of hidden states, which a real vocabulary dwarfs.
     assert 0 <= alive.peak - predicted < 0.1 * alive.peak + 5 * 32 * 128 * 4

@@ -14,13 +14,13 @@ from helpers.tiny import make_gpt2, make_llama
 from peft import LoraConfig
 from transformers import Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config
 
-from trl_rlaif.compute.precision import hold_frozen_weights
 from trl_rlaif.errors import UserError
 from trl_rlaif.memory import ModelShape, adapter, load_config, weight_bytes
 from trl_rlaif.memory.counting import optimizer_bytes
-from trl_rlaif.models import ModelSpec, load_model
+from trl_rlaif.models.kernels.precision import cast_frozen_weights
+from trl_rlaif.models.loading import ModelSpec, load_model
+from trl_rlaif.models.shared_model import SharedBase
 from trl_rlaif.recipe import LoraSection
-from trl_rlaif.roles import SharedBase
 
 
 def _storages(tensors):
@@ -67,7 +67,7 @@ def test_weights_as_ppo_holds_them(tied):
     config = make_llama().config
     config.tie_word_embeddings = tied
     shared = SharedBase(LlamaForCausalLM(config).requires_grad_(False), LoraConfig(r=4, target_modules="all-linear"))
-    hold_frozen_weights(shared.model)
+    cast_frozen_weights(shared.model)
     held = _storages(p for name, p in shared.named_parameters() if "lora_" not in name)
     assert weight_bytes(ModelShape.from_config(config), nf4=False, item=4, held=True) == (0, held)
 

@@ -14,7 +14,7 @@ from trl_rlaif_regulator import Clip, DistributionRegulator, Ensemble, LengthPen
 from trl_rlaif_regulator.running import Moments, RunningScores
 
 from trl_rlaif import UserError
-from trl_rlaif.ppo.reward_sum import RewardSum
+from trl_rlaif.rl.reward_sum import RewardSum
 from trl_rlaif.testing import make_rollout
 
 

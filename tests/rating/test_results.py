@@ -10,7 +10,7 @@ import pytest
 
 from trl_rlaif import cli
 from trl_rlaif.errors import RunError, UserError
-from trl_rlaif.measures import agreement, win_rate
+from trl_rlaif.evaluation import agreement, win_rate
 from trl_rlaif.rating import describe, people_results, rate_run, read_comparisons
 from trl_rlaif.rating.pairs import blind_order, trained_is_left
 from trl_rlaif.rating.session import Session

@@ -7,10 +7,10 @@ from helpers.families import family_config
 from transformers import ViTConfig
 
 from trl_rlaif import UserError
+from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import parse_recipe
 from trl_rlaif.recipe.base_model import check_base
-from trl_rlaif.runner import run_recipe
 
 RECIPE = """model:
   path: base

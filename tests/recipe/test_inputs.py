@@ -4,12 +4,12 @@ import json
 
 import pytest
 from helpers.recipes import tiny_recipe, write_recipe
-from stages.test_bad_input import run_cli
+from pipeline.stages.test_bad_input import run_cli
 
 from trl_rlaif.errors import UserError
+from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe.inputs import check_data, prompt_overlaps
-from trl_rlaif.runner import run_recipe
 
 
 def write(path, *rows):

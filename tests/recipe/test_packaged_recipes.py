@@ -92,8 +92,8 @@ def _first_rows(recipe: Path, name: str, rows: int, folder: Path) -> Path:
 def test_a_packaged_recipe_runs_to_its_end(name, model, tmp_path, empty_plots):
     changes = [word for text in tiny_overrides(packaged_recipes()[name], model, tmp_path) for word in ("--set", text)]
     app(["run", name, "--output", str(tmp_path / "out"), *changes], standalone_mode=False)
-    arms = list(tmp_path.glob("out/arms/*"))  # a comparison's runs
-    for folder in arms or [tmp_path / "out"]:
+    variants = list(tmp_path.glob("out/variants/*"))  # a comparison's runs
+    for folder in variants or [tmp_path / "out"]:
         status = read_status(folder)
         assert status.state == "done" and status.stages, status
     assert (tmp_path / "out" / "report.html").stat().st_size > 0

@@ -9,18 +9,18 @@ import xml.etree.ElementTree as ET
 import pytest
 import yaml
 
-from trl_rlaif.measures import all_against_all
+from trl_rlaif.evaluation import all_against_all
 from trl_rlaif.report import write_report
 
 NAMES = ["start", "plain", "stable", "dpo"]
 HOSTILE = "</script><script>alert(1)</script><b>bold</b>\x00"
 
 
-def sample(set_, index, arm):
+def sample(set_, index, variant):
     return {
         "set": set_, "id": f"p{index}", "prompt": f"question {index} {HOSTILE}",
         "category": ("code", "chat")[index % 2],
-        "start": f"start says {index}", "trained": f"{arm} says {index} {HOSTILE}",
+        "start": f"start says {index}", "trained": f"{variant} says {index} {HOSTILE}",
     }  # fmt: skip
 
 
@@ -36,9 +36,9 @@ def compare_numbers(prompts=12):
         name: {"tokens": {"mean": 20.5}, "ended": 0.75, "length_controlled": None if name == "start" else {
             "win_rate": 0.61, "interval": [0.5, 0.7]}} for name in NAMES
     }  # fmt: skip
-    arms = {name: {"kl": 1.5, "reward_accuracy": 0.6, "seconds": 100.0} for name in NAMES[1:]}
+    variants = {name: {"kl": 1.5, "reward_accuracy": 0.6, "seconds": 100.0} for name in NAMES[1:]}
     found = {"prompts": prompts, **all_against_all(NAMES, p), "contestants": contestants}
-    return {"judge": "some/judge", "sets": {"test": found}, "arms": arms}
+    return {"judge": "some/judge", "sets": {"test": found}, "variants": variants}
 
 
 @pytest.fixture
@@ -51,10 +51,10 @@ def folder(tmp_path):
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (tmp_path / "results.json").write_text(json.dumps({"compare": compare_numbers()}))
-    for arm in NAMES[1:]:
-        (tmp_path / "arms" / arm).mkdir(parents=True)
-        lines = [json.dumps(sample("test", index, arm)) + "\n" for index in range(12)]
-        (tmp_path / "arms" / arm / "samples.jsonl").write_text("".join(lines))
+    for variant in NAMES[1:]:
+        (tmp_path / "variants" / variant).mkdir(parents=True)
+        lines = [json.dumps(sample("test", index, variant)) + "\n" for index in range(12)]
+        (tmp_path / "variants" / variant / "samples.jsonl").write_text("".join(lines))
     return tmp_path
 
 
@@ -69,7 +69,7 @@ def test_every_two_arms_stand_in_the_table(folder):
         assert f'<th scope="row">{name}</th>' in text
         for other, pair in numbers["pairs"][name].items():
             assert f"{100 * pair['win_rate']:.1f}%" in text, (name, other)
-    assert "stable wins most" in text and 'href="arms/stable/report.html"' in text
+    assert "stable wins most" in text and 'href="variants/stable/report.html"' in text
     assert text.count("<article") == 12 and text.count("<h4>dpo</h4>") == 12
     assert "trl-rlaif run x" in text and "some/judge" in text
 
@@ -91,12 +91,12 @@ def test_its_plots_lie_beside_it(folder):
 @pytest.mark.parametrize("results", [{}, {"compare": 3}, {"compare": {"sets": {"test": {"overall": {"start": None}}}}}])
 def test_what_is_missing_is_no_error(folder, results):
     (folder / "results.json").write_text(json.dumps(results))
-    (folder / "arms" / "dpo" / "samples.jsonl").write_text("[]\n{not json\n")
+    (folder / "variants" / "dpo" / "samples.jsonl").write_text("[]\n{not json\n")
     assert "trl-rlaif comparison" in page(folder)
 
 
 def test_an_arm_that_is_no_folder_name_is_not_followed(folder):
     numbers = compare_numbers()
-    numbers["arms"]["../../etc"] = {"kl": 1.0}
+    numbers["variants"]["../../etc"] = {"kl": 1.0}
     (folder / "results.json").write_text(json.dumps({"compare": numbers}))
     assert "../../etc" not in page(folder)

@@ -8,10 +8,10 @@ import pytest
 from report.test_report_page import HOSTILE, assert_only_our_script, make_run, part, read, set_results
 
 from trl_rlaif.rating import read_comparisons
-from trl_rlaif.report.content import Sample
-from trl_rlaif.report.doubts import length_correlation
-from trl_rlaif.report.label_content import MAX_LABELED
-from trl_rlaif.report.reading import Turn
+from trl_rlaif.report.label_data import MAX_LABELED
+from trl_rlaif.report.parsing import Turn
+from trl_rlaif.report.run_data import Sample
+from trl_rlaif.report.warnings import length_correlation
 
 LARGE = {
     "judge": "org/large", "win_rate": 0.3, "interval": [0.2, 0.41], "wins": 12, "ties": 0, "losses": 26, "unjudged": 2,

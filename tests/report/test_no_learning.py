@@ -7,9 +7,9 @@ import json
 import pytest
 from report.test_report_page import make_run, read, set_results
 
-from trl_rlaif.measures import length_preference
-from trl_rlaif.report.content import read_run
+from trl_rlaif.evaluation import length_preference
 from trl_rlaif.report.no_learning import signs_of_no_learning
+from trl_rlaif.report.run_data import read_run
 
 UPDATES = 12
 

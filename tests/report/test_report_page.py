@@ -17,8 +17,8 @@ import yaml
 from trl_rlaif.errors import RunError, UserError
 from trl_rlaif.report import write_report
 from trl_rlaif.report.build import render, run_page
-from trl_rlaif.report.content import read_run
 from trl_rlaif.report.files import write_page
+from trl_rlaif.report.run_data import read_run
 
 HOSTILE = (
     "<script>alert(1)</script></title></style></svg>-->]]><img src=x onerror=alert(2)>"

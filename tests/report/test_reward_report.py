@@ -11,10 +11,10 @@ from dataclasses import replace
 import pytest
 from report.test_report_page import HOSTILE, Page, assert_only_our_script, make_run, part, read, set_results
 
-from trl_rlaif.measures import category_figures
-from trl_rlaif.report.content import ScoredPair
+from trl_rlaif.evaluation import category_figures
+from trl_rlaif.pipeline.stages import reward
+from trl_rlaif.report.run_data import ScoredPair
 from trl_rlaif.report.score_figures import MAX_RIDGES, density, largest_categories, reliability_bins
-from trl_rlaif.stages import reward
 
 TRANSFORMED = ("chosen_after", "rejected_after")
 

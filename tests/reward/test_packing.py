@@ -13,8 +13,8 @@ from helpers.tiny import make_scorer, make_tokenizer
 from peft import LoraConfig, get_peft_model
 
 from trl_rlaif import RewardTrainer, UserError
-from trl_rlaif.compute import cpu_attention
-from trl_rlaif.models import keep_gradients
+from trl_rlaif.models.kernels import attention
+from trl_rlaif.models.loading import keep_gradients
 from trl_rlaif.reward import scoring
 from trl_rlaif.reward.collator import SoftPreferenceCollator
 from trl_rlaif.reward.heads import add_expected
@@ -193,8 +193,8 @@ def test_attention_that_is_not_known_is_not_packed(change, monkeypatch):
     if change == "chunks":
         model.config.attention_chunk_size = 4096
     if change == "soft cap":
-        original = cpu_attention.refuse_unknown
-        monkeypatch.setattr(cpu_attention, "refuse_unknown", lambda more: original({**more, "softcap": 30.0}))
+        original = attention.refuse_unknown
+        monkeypatch.setattr(attention, "refuse_unknown", lambda more: original({**more, "softcap": 30.0}))
     assert not scoring._reads_rows(model)
     assert can_pack(model) == (change == "soft cap")  # groups keep to the model's own attention
 

@@ -9,7 +9,7 @@ from helpers.tiny import make_gpt2, make_llama
 from peft import LoraConfig
 
 from trl_rlaif import SharedBase, UserError
-from trl_rlaif.reward.ratios import add_log_ratios, response_logprobs
+from trl_rlaif.reward.log_ratios import add_log_ratios, response_logprobs
 
 ROWS = {
     "chosen_ids": [[5, 9, 4, 7, 8, 2], [5, 3], [6, 7, 8, 11, 12, 13, 14, 2]],

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from trl_rlaif.data.messages import RowError, blank, check_text, short
-from trl_rlaif.data.reading import Row, kind_of
+from trl_rlaif.data.rows import Row, kind_of
 from trl_rlaif.errors import UserError
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from trl_rlaif.data.fields import Columns, columns
 from trl_rlaif.data.formats import alpaca_prompt, with_system
 from trl_rlaif.data.messages import RowError, blank, plain_turns
-from trl_rlaif.data.reading import Problems, kind_of, open_source
+from trl_rlaif.data.rows import Problems, kind_of, open_source
 from trl_rlaif.errors import UserError
 
 _READ = ("messages", "conversations", "prompt", "completion", "instruction", "input", "output", "system", "text")

@@ -7,8 +7,7 @@ from typing import Any
 
 from trl_rlaif.data.fields import columns, parse_number
 from trl_rlaif.data.messages import RowError, RowSkip, before_answer, blank, check_text, parse_messages, parse_prompt
-from trl_rlaif.data.reading import kind_of
-from trl_rlaif.data.records import Message
+from trl_rlaif.data.rows import kind_of
 from trl_rlaif.data.splitting import (
     DIVERGED,
     EMPTY_PROMPT,
@@ -24,6 +23,7 @@ from trl_rlaif.data.splitting import (
     split_texts,
 )
 from trl_rlaif.data.transcripts import is_transcript, parse_transcript
+from trl_rlaif.types import Message
 
 # The columns in which a prompt is looked for, in this order; of Alpaca's, "input" goes with "instruction".
 PROMPT_KEYS = ("prompt", "messages", "conversations", "instruction")

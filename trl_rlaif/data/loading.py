@@ -11,11 +11,11 @@ from typing import Any, Generic, Literal, TypeVar, get_args
 
 from trl_rlaif.data import fields, formats
 from trl_rlaif.data.messages import RowError, RowSkip, parse_prompt
-from trl_rlaif.data.reading import Problems, Row, open_source
-from trl_rlaif.data.records import Loaded, Message, Pair, Prompt, Skip
+from trl_rlaif.data.rows import Problems, Row, open_source
 from trl_rlaif.data.scored import Unpaired, scored_pairs
 from trl_rlaif.data.splitting import EMPTY_RESPONSE
 from trl_rlaif.errors import UserError
+from trl_rlaif.types import Loaded, Message, Pair, Prompt, Skip
 
 PairFormat = Literal["auto", "preference", "responses", "hh", "kto", "scored"]
 ScoredPairs = Literal["all", "best_worst"]

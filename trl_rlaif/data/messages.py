@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from trl_rlaif.data.reading import kind_of
-from trl_rlaif.data.records import Message
+from trl_rlaif.data.rows import kind_of
+from trl_rlaif.types import Message
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # The names that ShareGPT's files and those like them give to who speaks ("from").

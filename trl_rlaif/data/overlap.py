@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trl_rlaif.data.finetuning import assistant_turns
-from trl_rlaif.data.records import Message
+from trl_rlaif.types import Message
 
 
 def prompt_key(prompt: str | Sequence[Message]) -> str:

@@ -11,9 +11,9 @@ from typing import Any
 from trl_rlaif.data.fields import parse_number
 from trl_rlaif.data.formats import SCORED_KEYS, find_prompt
 from trl_rlaif.data.messages import RowError, RowSkip, blank, parse_prompt, short
-from trl_rlaif.data.reading import Row, kind_of
-from trl_rlaif.data.records import Skip
+from trl_rlaif.data.rows import Row, kind_of
 from trl_rlaif.data.splitting import EMPTY_RESPONSE
+from trl_rlaif.types import Skip
 
 FEW = "fewer than two responses with a score"
 UNPAIRED = "no row of the same prompt with the other label"

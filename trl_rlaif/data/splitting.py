@@ -16,9 +16,9 @@ from trl_rlaif.data.messages import (
     parse_prompt,
     same_turn,
 )
-from trl_rlaif.data.reading import kind_of
-from trl_rlaif.data.records import Message
+from trl_rlaif.data.rows import kind_of
 from trl_rlaif.data.transcripts import is_transcript, parse_transcript
+from trl_rlaif.types import Message
 
 EMPTY_RESPONSE = "empty response"
 IDENTICAL = "responses are identical"

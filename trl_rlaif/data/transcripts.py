@@ -6,8 +6,8 @@ import re
 from typing import Any
 
 from trl_rlaif.data.messages import RowError, check_text
-from trl_rlaif.data.reading import kind_of
-from trl_rlaif.data.records import Message
+from trl_rlaif.data.rows import kind_of
+from trl_rlaif.types import Message
 
 # "Human:" inside a text starts a turn only after a blank line.
 _TURN = re.compile(r"\n\n(Human|Assistant):")

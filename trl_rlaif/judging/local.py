@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from trl_rlaif.encoding import template_kwargs
+from trl_rlaif.generation import sample_responses, seeded
 from trl_rlaif.judging.candidates import Candidates
 from trl_rlaif.judging.judge import Group, Judge
 from trl_rlaif.judging.precision import Precision, Probe, choose_precision, matmul_precision
@@ -17,7 +18,6 @@ from trl_rlaif.judging.prompt import JudgePrompt
 from trl_rlaif.judging.question import Answer, Question, Thinking
 from trl_rlaif.judging.rationales import Rationale, Thoughts, Writing
 from trl_rlaif.judging.scoring import ContinuationScorer
-from trl_rlaif.sampling import sample_responses, seeded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -14,8 +14,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from trl_rlaif.compute.cpu_attention import refuse_own_mask, refuse_unknown, sliding_windows
-from trl_rlaif.compute.trial import trial
+from trl_rlaif.models.kernels.attention import refuse_own_mask, refuse_unknown, sliding_windows
+from trl_rlaif.models.kernels.trial import trial
 
 Tokens = Sequence[int]
 KeyValues = list[tuple[torch.Tensor, torch.Tensor]]

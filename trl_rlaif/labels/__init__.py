@@ -1,5 +1,5 @@
 """Labels as a run keeps, calibrates and compares them."""
 
-from trl_rlaif.labels.store import LabelStore, Setup
+from trl_rlaif.labels.store import LabelKey, LabelStore
 
-__all__ = ["LabelStore", "Setup"]
+__all__ = ["LabelStore", "LabelKey"]

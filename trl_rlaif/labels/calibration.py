@@ -13,8 +13,8 @@ from scipy.optimize import minimize
 from scipy.special import expit, log_expit, logsumexp
 
 from trl_rlaif.errors import UserError
-from trl_rlaif.measures import agreement, calibration_error
-from trl_rlaif.measures.intervals import cluster_index
+from trl_rlaif.evaluation import agreement, calibration_error
+from trl_rlaif.evaluation.intervals import cluster_index
 
 # Fewer say nothing about a temperature.
 MIN_PAIRS = 20

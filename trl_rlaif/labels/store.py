@@ -10,10 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from trl_rlaif.artifacts import append_lines, to_line, write_atomically
 from trl_rlaif.data import Pair
 from trl_rlaif.encoding import as_messages
-from trl_rlaif.events import Label
+from trl_rlaif.pipeline.artifacts import append_lines, to_line, write_atomically
+from trl_rlaif.types import Label
 
 # Fields of a label that most labelers leave empty; a line holds them only where they are not.
 _OPTIONAL = ("skipped", "score_1", "score_2", "spread_1", "spread_2")
@@ -29,7 +29,7 @@ def pair_key(pair: Pair) -> str:
 
 
 @dataclass(frozen=True)
-class Setup:
+class LabelKey:
     """What determines a label beside the pair.
 
     Args:
@@ -54,9 +54,9 @@ class Setup:
 
 
 class LabelStore:
-    """The labels of a folder, of any number of setups.
+    """The labels of a folder, of any number of label_keys.
 
-    A line is a label with the keys of its setup and its pair. Lines are only ever appended; of several with
+    A line is a label with the keys of its label_key and its pair. Lines are only ever appended; of several with
     the same keys the last one counts. Files of several machines are joined by concatenation.
 
     Args:
@@ -75,24 +75,24 @@ class LabelStore:
         for line in whole.splitlines():
             try:
                 row = json.loads(line)
-                self._rows[row["setup"], row["pair"]] = row
+                self._rows[row["label_key"], row["pair"]] = row
             except (ValueError, KeyError, TypeError):
                 self.broken += 1
 
-    def find(self, setup: Setup, pairs: Iterable[Pair]) -> dict[str, dict[str, Any]]:
+    def find(self, label_key: LabelKey, pairs: Iterable[Pair]) -> dict[str, dict[str, Any]]:
         """Labels that are known, by the pairs' ids."""
-        found = {pair.id: self._rows.get((setup.key, pair_key(pair))) for pair in pairs}
+        found = {pair.id: self._rows.get((label_key.key, pair_key(pair))) for pair in pairs}
         return {id: row for id, row in found.items() if row is not None}
 
-    def add(self, setup: Setup, pair: Pair, label: Label) -> None:
+    def add(self, label_key: LabelKey, pair: Pair, label: Label) -> None:
         """Append a label, and see it on the disk. One that is there already, word for word, adds no line."""
         row = {f.name: getattr(label, f.name) for f in fields(label)}
         row = {name: value for name, value in row.items() if value is not None or name not in _OPTIONAL}
-        row |= {"labeler": setup.labeler, "setup": setup.key, "pair": pair_key(pair)}
+        row |= {"labeler": label_key.labeler, "label_key": label_key.key, "pair": pair_key(pair)}
         # What cannot be judged is asked in every pass, and mostly fails as before.
-        if self._rows.get((setup.key, row["pair"])) != row:
+        if self._rows.get((label_key.key, row["pair"])) != row:
             append_lines(self.path, [row])
-            self._rows[setup.key, row["pair"]] = row
+            self._rows[label_key.key, row["pair"]] = row
 
 
 class Plan:
@@ -103,23 +103,23 @@ class Plan:
 
     Args:
         path: A file of the run's state.
-        setup: The pass's setup.
+        label_key: The pass's label_key.
         missing: Pairs that have no label.
         everything: All pairs of the pass.
     """
 
-    def __init__(self, path: Path, setup: Setup, missing: Sequence[Pair], everything: Sequence[Pair]) -> None:
+    def __init__(self, path: Path, label_key: LabelKey, missing: Sequence[Pair], everything: Sequence[Pair]) -> None:
         self.path = path
         stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         by_key = {pair_key(pair): pair for pair in everything}
-        keys = stored.get("pairs", []) if stored.get("setup") == setup.key else []
+        keys = stored.get("pairs", []) if stored.get("label_key") == label_key.key else []
         # With pairs that the plan does not know, it is made anew: nothing stays without a label.
         if missing and all(key in by_key for key in keys) and {pair_key(p) for p in missing} <= set(keys):
             self.pairs = [by_key[key] for key in keys]
             return
         self.pairs = list(dict((pair_key(pair), pair) for pair in missing).values())
         if self.pairs:
-            write_atomically(path, to_line({"setup": setup.key, "pairs": [pair_key(p) for p in self.pairs]}))
+            write_atomically(path, to_line({"label_key": label_key.key, "pairs": [pair_key(p) for p in self.pairs]}))
 
     def end(self) -> None:
         """The pass is complete."""

@@ -1,8 +1,8 @@
 """What a run needs on a GPU, predicted from its recipe and the model's configuration alone."""
 
 from trl_rlaif.memory.activations import Activations, Precision
-from trl_rlaif.memory.cards import CARDS, Advice, advise, capacity
 from trl_rlaif.memory.counting import Adapter, ModelShape, adapter, weight_bytes
+from trl_rlaif.memory.gpus import CARDS, Advice, advise, capacity
 from trl_rlaif.memory.plan import CONTEXT_BYTES, MARGIN, MemoryPlan, Part, load_config, plan_memory
 from trl_rlaif.memory.table import describe
 

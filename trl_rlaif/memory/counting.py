@@ -148,7 +148,7 @@ def _linears(model: Any) -> tuple[Linear, ...]:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    from trl_rlaif.adapters import beside_text
+    from trl_rlaif.models.adapters import beside_text
 
     found, beside = [], {module for _, part in beside_text(model) for module in part.modules()}
     for name, module in model.named_modules():

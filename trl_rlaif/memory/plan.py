@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from trl_rlaif.errors import UserError
 from trl_rlaif.memory.counting import ModelShape
-from trl_rlaif.models import resolve
+from trl_rlaif.models.loading import resolve
 from trl_rlaif.recipe import JudgeSection, Recipe
 
 if TYPE_CHECKING:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from trl_rlaif.memory.cards import Advice, advise
 from trl_rlaif.memory.counting import ModelShape
+from trl_rlaif.memory.gpus import Advice, advise
 from trl_rlaif.memory.plan import ALWAYS, CONTEXT_BYTES, MARGIN, MemoryPlan, load_config, plan_memory
 from trl_rlaif.recipe import Recipe
 
@@ -11,15 +11,15 @@ _WIDTH = 72
 
 
 def describe(recipe: Recipe) -> str:
-    """What ``trl-rlaif memory`` prints: parts, stages, peak and cards; of a comparison for the arm that needs most.
+    """What ``trl-rlaif memory`` prints: parts, stages, peak and cards; of a comparison for the variant that needs most.
 
     Raises:
         UserError: The model's configuration cannot be read, or does not suit the recipe.
     """
     shape = ModelShape.from_config(load_config(recipe.model.path))
-    if recipe.arms:
-        name = max(recipe.arms, key=lambda name: plan_memory(recipe.arms[name], shape).peak)
-        return f"The arm that needs most: {name}\n\n{describe(recipe.arms[name])}"
+    if recipe.variants:
+        name = max(recipe.variants, key=lambda name: plan_memory(recipe.variants[name], shape).peak)
+        return f"The variant that needs most: {name}\n\n{describe(recipe.variants[name])}"
     plan = plan_memory(recipe, shape)
     lines = [f"{recipe.model.path}: {shape.numel / 1e9:.2f} billion parameters, {shape.layers} layers", ""]
     lines += _peak_stage(plan) + [""] + _all_phases(plan) + [""]

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trl_rlaif.artifacts import read_lines
 from trl_rlaif.data import Message, Pair
 from trl_rlaif.encoding import as_messages
 from trl_rlaif.errors import UserError
 from trl_rlaif.labels.store import pair_key
+from trl_rlaif.pipeline.artifacts import read_lines
 
 # What a vote is about: the set, the prompt's id in it, and a digest of the texts that were shown.
 Name = tuple[str, str, str]

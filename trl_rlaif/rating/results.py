@@ -10,10 +10,10 @@ from typing import Any
 
 from trl_rlaif.data.overlap import prompt_key
 from trl_rlaif.errors import UserError
-from trl_rlaif.measures import agreement, choices, win_rate
+from trl_rlaif.evaluation import agreement, choices, win_rate
 from trl_rlaif.rating.pairs import Comparison, Name, blind_order, of_set, read_comparisons
 from trl_rlaif.rating.votes import Standing, VoteFile
-from trl_rlaif.report.wording import count, label, percent
+from trl_rlaif.report.formatting import count, label, percent
 
 
 def people_results(run: str | Path, *, rater: str | None = None, only: str | None = None) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trl_rlaif.errors import UserError
-from trl_rlaif.models import PACKAGED
+from trl_rlaif.models.loading import PACKAGED
 from trl_rlaif.recipe.parsing import Recipe
 
 
@@ -27,7 +27,7 @@ def check_base(recipe: Recipe) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from trl_rlaif.adapters import fitted, lora_config
+    from trl_rlaif.models.adapters import fitted, lora_config
 
     if type(config) not in AutoModelForCausalLM._model_mapping:
         if "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
@@ -37,7 +37,7 @@ def check_base(recipe: Recipe) -> None:
             where=recipe.line(("model", "path")),
             fix="Name a model that AutoModelForCausalLM loads.",
         )
-    if not any(r.sft or r.reward or r.rl for r in (recipe, *recipe.arms.values())):
+    if not any(r.sft or r.reward or r.rl for r in (recipe, *recipe.variants.values())):
         return
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, Tag, ValidationError
 
+from trl_rlaif.recipe.formatting import how_to_mend, nearest_or_all, shown
 from trl_rlaif.recipe.source import KeyPath, Source
-from trl_rlaif.recipe.wording import how_to_mend, nearest_or_all, shown
 
 _UNKNOWN_KEY = {"extra_forbidden", "invalid_key"}
 _OWN_MESSAGE = {"value_error", "assertion_error"}

@@ -11,11 +11,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from trl_rlaif.errors import UserError
-from trl_rlaif.recipe.arms import KEY as ARMS
-from trl_rlaif.recipe.arms import take_arms
 from trl_rlaif.recipe.checking import dotted, report_invalid
+from trl_rlaif.recipe.component_refs import pick_components
+from trl_rlaif.recipe.cross_checks import check_together
+from trl_rlaif.recipe.formatting import did_you_mean, nearest_or_all
 from trl_rlaif.recipe.paths import PathFinder, find_recipe, prompt_folder
-from trl_rlaif.recipe.picking import pick_components
 from trl_rlaif.recipe.sections import (
     SECTIONS,
     ComponentLookup,
@@ -32,9 +32,9 @@ from trl_rlaif.recipe.sections import (
     plain,
 )
 from trl_rlaif.recipe.source import KeyPath, Source, apply_overrides, read_source
-from trl_rlaif.recipe.together import check_together
 from trl_rlaif.recipe.trl_fields import CONFIG_CLASSES, take_config
-from trl_rlaif.recipe.wording import did_you_mean, nearest_or_all
+from trl_rlaif.recipe.variants import KEY as VARIANTS
+from trl_rlaif.recipe.variants import take_arms
 
 _REQUIRED = ("model", "data")
 _FUNCTION = re.compile(r"(?P<place>[^:]+):(?P<name>[A-Za-z_]\w*)")
@@ -50,8 +50,8 @@ class Recipe:
     Args:
         source: The file it was read from, absolute.
         places: ``file:line`` (or ``--set ...``) of each key path that was written.
-        arms: What the list ``compare`` describes, by name: each the recipe with what the arm changes in it. The recipe
-            itself is then what they share, and need not be whole.
+        variants: What the list ``compare`` describes, by name: each the recipe with what the variant changes in it. The
+            recipe itself is then what they share, and need not be whole.
     """
 
     run: RunSection
@@ -66,7 +66,7 @@ class Recipe:
     report: ReportSection | None = None
     source: Path = field(default=Path(), compare=False)
     places: Mapping[KeyPath, str] = field(default_factory=dict, compare=False, repr=False)
-    arms: Mapping[str, Recipe] = field(default_factory=dict)
+    variants: Mapping[str, Recipe] = field(default_factory=dict)
 
     def line(self, key_path: KeyPath) -> str:
         """``file:line`` of a key such as ``("rl", "kl_coef")``, or of what is nearest around it."""
@@ -75,8 +75,10 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """All sections with their defaults and absolute paths, as a recipe that parses to the same again."""
         own = self._sections()
-        if self.arms:
-            own[ARMS] = [{name: _changes(self._sections(), arm._sections())} for name, arm in self.arms.items()]
+        if self.variants:
+            own[VARIANTS] = [
+                {name: _changes(self._sections(), variant._sections())} for name, variant in self.variants.items()
+            ]
         return own
 
     def _sections(self) -> dict[str, Any]:
@@ -84,9 +86,9 @@ class Recipe:
         return {name: plain(section) for name, section in sections.items() if section is not None}
 
 
-def _changes(own: dict[str, Any], arm: dict[str, Any]) -> dict[str, Any]:
-    """The sections in which an arm is another recipe; None where it lacks one."""
-    return {name: arm.get(name) for name in SECTIONS if arm.get(name) != own.get(name)}
+def _changes(own: dict[str, Any], variant: dict[str, Any]) -> dict[str, Any]:
+    """The sections in which a variant is another recipe; None where it lacks one."""
+    return {name: variant.get(name) for name in SECTIONS if variant.get(name) != own.get(name)}
 
 
 def parse_recipe(recipe: str | Path, *, overrides: Sequence[str] = (), registry: ComponentLookup) -> Recipe:
@@ -108,22 +110,24 @@ def parse_recipe(recipe: str | Path, *, overrides: Sequence[str] = (), registry:
     path, label = find_recipe(recipe)
     source = read_source(path, label)
     apply_overrides(source, overrides)
-    arms = take_arms(source)
-    if arms and "evaluate" not in source.data:
-        source.report((), f"'{ARMS}' needs 'evaluate': its judge and its prompts.", "Add 'evaluate'.")
+    variants = take_arms(source)
+    if variants and "evaluate" not in source.data:
+        source.report((), f"'{VARIANTS}' needs 'evaluate': its judge and its prompts.", "Add 'evaluate'.")
     sections = _Reader(source, registry).sections()
     whole = {}
-    for name, arm in arms.items():
-        parts = _Reader(arm, registry).sections()
-        check_together(arm)
+    for name, variant in variants.items():
+        parts = _Reader(variant, registry).sections()
+        check_together(variant)
         known = set(source.problems)
-        source.problems += [replace(p, what=f"in the arm '{name}': {p.what}") for p in arm.problems if p not in known]
-        whole[name] = Recipe(**parts, source=path, places=arm.places)
-    if not arms:
+        source.problems += [
+            replace(p, what=f"in the variant '{name}': {p.what}") for p in variant.problems if p not in known
+        ]
+        whole[name] = Recipe(**parts, source=path, places=variant.places)
+    if not variants:
         check_together(source)
     if source.problems:
         raise UserError.from_problems(source.in_order())
-    return Recipe(**sections, source=path, places=source.places, arms=whole)
+    return Recipe(**sections, source=path, places=source.places, variants=whole)
 
 
 class _Reader:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trl_rlaif.errors import UserError
-from trl_rlaif.recipe.wording import did_you_mean, nearest_or_all
+from trl_rlaif.recipe.formatting import did_you_mean, nearest_or_all
 
 _DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?", re.ASCII)
 _MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)

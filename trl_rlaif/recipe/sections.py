@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from trl_rlaif.data import COLUMNS, PairFormat, ScoredPairs
-from trl_rlaif.recipe.wording import nearest_or_all, shown
+from trl_rlaif.recipe.formatting import nearest_or_all, shown
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

@@ -7,21 +7,21 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from trl_rlaif.recipe.arms import KEY as COMPARE
-from trl_rlaif.report import doubts, findings, wording
-from trl_rlaif.report.comparison import comparison_page
-from trl_rlaif.report.content import MAX_SAMPLES, Run, read_run
+from trl_rlaif.recipe.variants import KEY as COMPARE
+from trl_rlaif.report import formatting, summary, warnings
+from trl_rlaif.report.experiments import comparison_page
 from trl_rlaif.report.figures import reward_part, rl_part, set_part, sft_part
 from trl_rlaif.report.files import write_page, write_plots
 from trl_rlaif.report.judge_figures import judge_part, judged_sets
 from trl_rlaif.report.label_figures import label_part
 from trl_rlaif.report.no_learning import signs_of_no_learning
-from trl_rlaif.report.reading import spread
+from trl_rlaif.report.parsing import spread
 from trl_rlaif.report.rehearsal_figures import rehearsal_part
+from trl_rlaif.report.run_data import MAX_SAMPLES, Run, read_run
 from trl_rlaif.report.score_figures import score_part
 
 _HERE = Path(__file__).parent
-_RUN, _COMPARISON = "template.html.jinja", "comparison.html.jinja"
+_RUN, _COMPARISON = "template.html.jinja", "experiments.html.jinja"
 PREVIEW_CHARACTERS = 700
 
 
@@ -56,10 +56,10 @@ def render(page: dict[str, Any], name: str = _RUN) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         # The last guard: no text reaches the page with a character that a parser may refuse.
-        finalize=lambda value: wording.clean(value) if type(value) is str else value,
+        finalize=lambda value: formatting.clean(value) if type(value) is str else value,
     )
     environment.filters.update(
-        count=wording.count, percent=wording.percent, score=wording.score, duration=wording.duration
+        count=formatting.count, percent=formatting.percent, score=formatting.score, duration=formatting.duration
     )
     script = (_HERE / "filter.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -68,18 +68,18 @@ def render(page: dict[str, Any], name: str = _RUN) -> str:
 
 def run_page(run: Run) -> dict[str, Any]:
     """Every value that the template shows."""
-    sets, judged = findings.set_results(run), judged_sets(run)
+    sets, judged = summary.set_results(run), judged_sets(run)
     samples = spread(run.samples, MAX_SAMPLES)
     return {
         "run": run,
         "subtitle": _subtitle(run),
-        "summary": findings.summary(run, sets),
+        "summary": summary.summary(run, sets),
         "results": max(len(sets), 1),
         "sets": sets,
-        "caveat": doubts.judge_caveat(run),
+        "caveat": warnings.judge_caveat(run),
         "no_learning": signs_of_no_learning(run),
-        "warnings": doubts.warnings(run, sets, judged),
-        "stages": findings.stage_rows(run),
+        "warnings": warnings.warnings(run, sets, judged),
+        "stages": summary.stage_rows(run),
         "sft": sft_part(run),
         "labels": label_part(run),
         "reward": reward_part(run),
@@ -93,20 +93,21 @@ def run_page(run: Run) -> dict[str, Any]:
         "sample_categories": sorted({sample.category for sample in samples}),
         "preview": PREVIEW_CHARACTERS,
         "versions": [
-            (wording.label(key), wording.label(value)) for key, value in wording.section(run.recipe, "versions").items()
+            (formatting.label(key), formatting.label(value))
+            for key, value in formatting.section(run.recipe, "versions").items()
         ],
-        "seed": wording.label(wording.section(run.recipe, "run").get("seed")),
-        "command": wording.label(run.recipe.get("command"), 2000),
+        "seed": formatting.label(formatting.section(run.recipe, "run").get("seed")),
+        "command": formatting.label(run.recipe.get("command"), 2000),
     }
 
 
 def _subtitle(run: Run) -> str:
-    model = wording.label(wording.section(run.recipe, "model").get("path"), 120)
-    return " · ".join(part for part in (model, findings.model_settings(run)) if part)
+    model = formatting.label(formatting.section(run.recipe, "model").get("path"), 120)
+    return " · ".join(part for part in (model, summary.model_settings(run)) if part)
 
 
 def _set_names(run: Run) -> list[str]:
     """The evaluated sets in the order of results.json, then others of samples.jsonl; at most 12."""
-    named = [wording.label(name) or "held-out" for name in wording.section(run.results, "evaluate", "sets")]
+    named = [formatting.label(name) or "held-out" for name in formatting.section(run.results, "evaluate", "sets")]
     sampled = [sample.set for sample in run.samples]
     return list(dict.fromkeys(named + sampled))[:12]

@@ -13,7 +13,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from trl_rlaif.report.wording import clean
+from trl_rlaif.report.formatting import clean
 
 # After Okabe and Ito's colours, which colour-blind readers tell apart too; the page has its own shades in the dark.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b65590", "#b37a00", "#3a9bd1")

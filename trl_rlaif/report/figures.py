@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from trl_rlaif.report import plots
-from trl_rlaif.report.content import Run, Sample, Series
 from trl_rlaif.report.drawing import Drawing
-from trl_rlaif.report.findings import reward_accuracy
-from trl_rlaif.report.wording import interval, label, number, scores, section
+from trl_rlaif.report.formatting import interval, label, number, scores, section
+from trl_rlaif.report.run_data import Run, Sample, Series
+from trl_rlaif.report.summary import reward_accuracy
 
 MAX_CATEGORIES = 40
 _DRAWN_CATEGORIES = 12

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from trl_rlaif.artifacts import write_folder
 from trl_rlaif.errors import RunError
+from trl_rlaif.pipeline.artifacts import write_folder
 from trl_rlaif.report.drawing import Drawing
 from trl_rlaif.report.figures import Figure
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trl_rlaif.report import plots
-from trl_rlaif.report.content import Run
 from trl_rlaif.report.figures import MAX_CATEGORIES, Figure
-from trl_rlaif.report.findings import Measure, between, judge_name, win_rate_measure
-from trl_rlaif.report.wording import count, hundredths, interval, label, number, percent, section
+from trl_rlaif.report.formatting import count, hundredths, interval, label, number, percent, section
+from trl_rlaif.report.run_data import Run
+from trl_rlaif.report.summary import Measure, between, judge_name, win_rate_measure
 
 # The judge whose numbers are the set's own; it has this name in ``judge_agreement``, too.
 MAIN = "judge"

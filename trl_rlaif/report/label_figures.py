@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from trl_rlaif.report import plots
-from trl_rlaif.report.content import Run
 from trl_rlaif.report.figures import Figure, share
-from trl_rlaif.report.label_content import Labels
+from trl_rlaif.report.formatting import count, label, number, section
+from trl_rlaif.report.label_data import Labels
 from trl_rlaif.report.reliability import reliability_figure
-from trl_rlaif.report.wording import count, label, number, section
+from trl_rlaif.report.run_data import Run
 
 
 def label_part(run: Run) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def _calibration(values: dict[str, Any]) -> dict[str, Any] | None:
 
 def _reliability(labels: Labels, ece: float | None) -> Figure | None:
     """How often people chose as the label, by its confidence; None where nobody was asked."""
-    from trl_rlaif.measures import calibration_bins
+    from trl_rlaif.evaluation import calibration_bins
 
     bins = calibration_bins([p for p, _ in labels.answers], [float(human == 1) for _, human in labels.answers])
     title = f"How often people choose as the label does, by its confidence, on {count(len(labels.answers), 'pair')}"

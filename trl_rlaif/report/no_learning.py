@@ -5,9 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from trl_rlaif.report.content import Run, Series
-from trl_rlaif.report.findings import between
-from trl_rlaif.report.wording import count, interval, label, number, percent, scores, section
+from trl_rlaif.report.formatting import count, interval, label, number, percent, scores, section
+from trl_rlaif.report.run_data import Run, Series
+from trl_rlaif.report.summary import between
 
 # Below this share of ended responses, a mean length or score describes the limit rather than the policy.
 FEW_END = 0.1

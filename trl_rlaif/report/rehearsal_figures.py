@@ -7,10 +7,10 @@ from typing import Any
 
 from trl_rlaif.recipe.sections import FORGET_SET
 from trl_rlaif.report import plots
-from trl_rlaif.report.content import MapPoint, Rehearsed, Run
 from trl_rlaif.report.figures import DRAWN_LINES, ELSEWHERE, MAX_CATEGORIES, Figure, curve, present
-from trl_rlaif.report.reading import spread
-from trl_rlaif.report.wording import count, label, number, percent, scores, section
+from trl_rlaif.report.formatting import count, label, number, percent, scores, section
+from trl_rlaif.report.parsing import spread
+from trl_rlaif.report.run_data import MapPoint, Rehearsed, Run
 
 # More points would only hide each other, and make the page heavy.
 _DRAWN_POINTS = 800

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from trl_rlaif.report import plots
 from trl_rlaif.report.figures import Figure
-from trl_rlaif.report.wording import score
+from trl_rlaif.report.formatting import score
 
 
 def reliability_figure(
     bins: list[tuple[float, float, int]], heading: str, title: str, caption: str, ece: float | None
 ) -> Figure | None:
     """The diagram of ``calibration_bins``, with Wilson intervals; None without any."""
-    from trl_rlaif.measures import wilson
+    from trl_rlaif.evaluation import wilson
 
     if not bins:
         return None

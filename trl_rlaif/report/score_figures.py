@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from trl_rlaif.report import plots
-from trl_rlaif.report.content import Run, ScoredPair
 from trl_rlaif.report.figures import MAX_CATEGORIES, Figure, present
+from trl_rlaif.report.formatting import count, label, number, scores, section
 from trl_rlaif.report.reliability import reliability_figure
-from trl_rlaif.report.wording import count, label, number, scores, section
+from trl_rlaif.report.run_data import Run, ScoredPair
 
 MAX_RIDGES = 8
 # With fewer scores a kernel density would draw hills that are only its kernel.
@@ -137,7 +137,7 @@ def reliability_bins(scored: list[ScoredPair]) -> tuple[list[tuple[float, float,
 
     They are where people chose in any of the pairs, and only those pairs count; else the outcomes are the soft labels.
     """
-    from trl_rlaif.measures import calibration_bins
+    from trl_rlaif.evaluation import calibration_bins
 
     # Limited so that no margin overflows.
     p = [1 / (1 + math.exp(-min(max(pair.before[0] - pair.before[1], -700.0), 700.0))) for pair in scored]
@@ -168,7 +168,7 @@ def _reliability(scored: list[ScoredPair], ece: float | None) -> list[Figure]:
 
 def _rows(before: dict[str, Any], after: dict[str, Any]) -> list[ScoreRow]:
     """A row a category, the largest first."""
-    from trl_rlaif.measures.categories import UNNAMED
+    from trl_rlaif.evaluation.categories import UNNAMED
 
     accuracy = section(before, "accuracy")
     rows = []

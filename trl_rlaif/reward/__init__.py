@@ -1,5 +1,5 @@
 """Reward models from soft labels."""
 
-from trl_rlaif.trl_version import check_trl
+from trl_rlaif.compat.trl_version import check_trl
 
 check_trl()  # here, since this comes before any import of TRL in this package

@@ -7,7 +7,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from trl_rlaif.errors import UserError
-from trl_rlaif.roles import inner_model
+from trl_rlaif.models.shared_model import inner_model
 
 
 def active_head(model: nn.Module) -> nn.Module:

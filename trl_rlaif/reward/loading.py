@@ -37,7 +37,7 @@ def load_reward_model(
     from peft.utils import load_peft_weights
     from transformers import AutoConfig
 
-    from trl_rlaif.models import ModelSpec, load_model, resolve
+    from trl_rlaif.models.loading import ModelSpec, load_model, resolve
     from trl_rlaif.reward.heads import widen
 
     try:

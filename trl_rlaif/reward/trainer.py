@@ -14,23 +14,23 @@ from peft import PeftModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import RewardTrainer as TrlRewardTrainer
 
-from trl_rlaif.adapters import fitted
-from trl_rlaif.classifier import weightless
 from trl_rlaif.components import RewardTransform
-from trl_rlaif.compute.cpu_attention import trainable_attention
-from trl_rlaif.compute.lean_lora import make_lean
-from trl_rlaif.compute.precision import held_frozen_weights
-from trl_rlaif.contracts import guarded
 from trl_rlaif.encoding import usable_tokenizer
 from trl_rlaif.errors import UserError
-from trl_rlaif.events import PreferenceScores
+from trl_rlaif.models.adapters import fitted
+from trl_rlaif.models.classifier import weightless
+from trl_rlaif.models.kernels.attention import trainable_attention
+from trl_rlaif.models.kernels.fused_lora import fuse_lora
+from trl_rlaif.models.kernels.precision import frozen_weights_cast
+from trl_rlaif.models.shared_model import inner_model
 from trl_rlaif.resuming import SameRun, named
 from trl_rlaif.reward.collator import SoftPreferenceCollator, prompt_end
 from trl_rlaif.reward.heads import add_expected
 from trl_rlaif.reward.losses import soft_preference_loss
 from trl_rlaif.reward.scoring import PairScorer, can_pack
-from trl_rlaif.roles import inner_model
 from trl_rlaif.stopping import ended_row, stop_ids
+from trl_rlaif.types import PreferenceScores
+from trl_rlaif.validation import validated
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class RewardTrainer(TrlRewardTrainer):
         score_at_end: bool = True,
         **kwargs: Any,
     ) -> None:
-        self.reward_transforms, self.batch_tokens = [guarded(t) for t in reward_transforms], batch_tokens
+        self.reward_transforms, self.batch_tokens = [validated(t) for t in reward_transforms], batch_tokens
         self.score_at_end = score_at_end
         model = kwargs["model"] if "model" in kwargs else args[0]
         if isinstance(model, str):
@@ -93,7 +93,7 @@ class RewardTrainer(TrlRewardTrainer):
             pad_id = usable_tokenizer(self.processing_class).pad_token_id
             inner_model(self.model).config.get_text_config().pad_token_id = pad_id
         if isinstance(self.model, PeftModel) and self.accelerator.distributed_type != DistributedType.FSDP:
-            make_lean(self.model)  # FSDP gathers a layer's weights when that layer itself is called
+            fuse_lora(self.model)  # FSDP gathers a layer's weights when that layer itself is called
         if any(transform.needs_expected for transform in self.reward_transforms):
             add_expected(self.model)
         if own_collator:
@@ -157,7 +157,7 @@ class RewardTrainer(TrlRewardTrainer):
         # The base is not part of what checkpoints of an adapter hold; what shards parameters wants one precision.
         alone = self.accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU)
         if isinstance(self.model, PeftModel) and self.accelerator.mixed_precision == "bf16" and alone:
-            with held_frozen_weights(inner_model(self.model)):
+            with frozen_weights_cast(inner_model(self.model)):
                 return super().train(*args, **kwargs)
         return super().train(*args, **kwargs)
 

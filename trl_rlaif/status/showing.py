@@ -14,8 +14,8 @@ from rich.live import Live
 from rich.text import Text
 
 from trl_rlaif.progress import pace
-from trl_rlaif.report.wording import clean, duration
-from trl_rlaif.status.reading import Bar, StageStatus, Status, read_status
+from trl_rlaif.report.formatting import clean, duration
+from trl_rlaif.status.snapshot import Bar, StageStatus, Status, read_status
 
 # Between two looks of --watch.
 WATCH_SECONDS = 2.0

@@ -12,8 +12,8 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import ValidationError
 
 from trl_rlaif.components import Component, Options
-from trl_rlaif.contracts import Breach
 from trl_rlaif.errors import UserError
+from trl_rlaif.validation import ContractViolation
 
 C = TypeVar("C", bound=Component)
 T = TypeVar("T")
@@ -47,11 +47,11 @@ class Subject:
 
     @contextmanager
     def rules(self, where: str) -> Iterator[None]:
-        """A rule of ``trl_rlaif.contracts`` that is broken within is a failure of what ``where`` names."""
+        """A rule of ``trl_rlaif.validation`` that is broken within is a failure of what ``where`` names."""
         try:
             yield
-        except Breach as breach:
-            self.fail(f"{where} {breach.what}", breach.fix)
+        except ContractViolation as violation:
+            self.fail(f"{where} {violation.what}", violation.fix)
 
     def fresh(self) -> Any:
         """A new instance with the same options, made as a recipe makes it."""

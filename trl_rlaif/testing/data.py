@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from trl_rlaif.data import Pair
-from trl_rlaif.events import Pool, PreferenceScores, Rollout
+from trl_rlaif.types import Pool, PreferenceScores, Rollout
 
 if TYPE_CHECKING:
     from datasets import Dataset

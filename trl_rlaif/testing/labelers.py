@@ -8,13 +8,13 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from trl_rlaif.components import Labeler
-from trl_rlaif.contracts import checked_labels
 from trl_rlaif.data import Pair
-from trl_rlaif.events import Label
 from trl_rlaif.judging import Judge
 from trl_rlaif.testing.checks import Subject, same
 from trl_rlaif.testing.data import make_pairs, make_ragged_pairs, make_rollout
 from trl_rlaif.testing.judges import ScriptedJudge
+from trl_rlaif.types import Label
+from trl_rlaif.validation import checked_labels
 
 
 def check_labeler(

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from trl_rlaif.components import DataSelector
-from trl_rlaif.contracts import check_num_responses, check_selection
-from trl_rlaif.events import Pool, Selection
 from trl_rlaif.testing.checks import Subject, same, seeded
 from trl_rlaif.testing.data import HOSTILE, make_pool
+from trl_rlaif.types import Pool, Selection
+from trl_rlaif.validation import check_num_responses, check_selection
 
 
 def check_data_selector(selector: DataSelector | type[DataSelector], *, pool: Pool | None = None) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from trl_rlaif.components import RewardTransform
-from trl_rlaif.contracts import check_loss, check_scores
-from trl_rlaif.events import PreferenceScores, Rollout
 from trl_rlaif.testing.checks import Subject, same, seeded
 from trl_rlaif.testing.data import HOSTILE, make_preference_scores, make_rollout
+from trl_rlaif.types import PreferenceScores, Rollout
+from trl_rlaif.validation import check_loss, check_scores
 
 _SEED = 0
 

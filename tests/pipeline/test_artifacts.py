@@ -1,0 +1,348 @@
+"""A run's folder: whole or not at all, readable after a kill, one process at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from trl_rlaif import RunError, UserError
+from trl_rlaif.pipeline.artifacts import (
+    STAGE_ARTIFACTS,
+    RunFolder,
+    append_lines,
+    read_lines,
+    to_line,
+    write_atomically,
+    write_folder,
+)
+
+LONE = "a\ud83d b"  # half of a surrogate pair, as byte-level models write it
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return RunFolder(tmp_path / "run")
+
+
+def visible(path):
+    """Names in a folder that a user sees."""
+    return sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
+
+
+# ---- Files and folders ----------------------------------------------------------------------------------
+
+
+def test_a_file_is_replaced(tmp_path):
+    path = tmp_path / "a.json"
+    write_atomically(path, "old é\n")
+    write_atomically(path, "new 漢\n")
+    assert path.read_bytes() == "new 漢\n".encode()
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_kill_before_the_end_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    write_atomically(path, "old")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    for name in ("replace", "fsync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, killed)
+            with pytest.raises(KeyboardInterrupt):
+                write_atomically(path, "new and longer")
+        assert path.read_text() == "old" and visible(tmp_path) == ["a.json"]
+    write_atomically(path, "new")  # what the kill left behind is in nobody's way
+    assert path.read_text() == "new"
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "deep" / "model"
+    write_folder(path, lambda new: (new / "old").write_text("1"))
+    write_folder(path, lambda new: (new / "new").write_text("2"))
+    assert visible(path) == ["new"] and [p.name for p in path.parent.iterdir()] == ["model"]
+
+
+def test_a_failure_while_a_folder_is_written_leaves_the_old_one(tmp_path):
+    path = tmp_path / "model"
+    write_folder(path, lambda new: (new / "weights").write_text("old"))
+
+    def fails(new):
+        (new / "weights").write_text("half of the n")
+        assert (path / "weights").read_text() == "old"  # as long as the new one is not whole
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        write_folder(path, fails)
+    assert (path / "weights").read_text() == "old" and visible(tmp_path) == ["model"]
+    write_folder(path, lambda new: (new / "other").write_text("new"))  # nothing of the half is left in it
+    assert [p.name for p in path.iterdir()] == ["other"]
+
+
+def test_a_first_failure_leaves_no_folder(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        write_folder(tmp_path / "model", lambda new: 1 / 0)
+    assert not (tmp_path / "model").exists()
+
+
+# ---- Lines ----------------------------------------------------------------------------------------------
+
+ROWS = [{"id": "é 漢 \u2028\u0085\x0b", "p": 0.1}, {"id": "a\nb\r\n", "p": None}, {"id": "<|end|>\x00", "n": [1, {}]}]
+
+
+def test_lines_come_back_as_they_were(tmp_path):
+    path = tmp_path / "labels.jsonl"
+    append_lines(path, ROWS[:1])
+    append_lines(path, ROWS[1:])
+    append_lines(path, [])
+    assert read_lines(path) == ROWS
+    assert path.read_bytes().count(b"\n") == 3 and "é 漢".encode() in path.read_bytes()
+
+
+def test_a_missing_file_has_no_lines(tmp_path):
+    assert read_lines(tmp_path / "none.jsonl") == []
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_a_lone_surrogate_is_escaped(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    append_lines(path, [{"text": LONE}, {"text": "é"}])
+    assert read_lines(path) == [{"text": LONE}, {"text": "é"}]
+    assert b"\\ud83d" in path.read_bytes() and path.read_bytes().decode("utf-8")
+    assert to_line({"text": "é"}) == '{"text": "é"}\n'
+
+
+@pytest.mark.parametrize("cut", [1, 2, 7, 12])
+def test_a_last_line_that_was_cut_off_is_removed(tmp_path, cut):
+    path = tmp_path / "labels.jsonl"
+    append_lines(path, ROWS)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut])
+    assert read_lines(path) == ROWS[:2]
+    append_lines(path, ROWS[2:])  # the next line does not run on from the broken one
+    assert path.read_bytes() == whole and read_lines(path) == ROWS
+
+
+def test_a_line_that_was_cut_within_a_character_is_removed(tmp_path):
+    path = tmp_path / "labels.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"b": "' + "漢".encode()[:2])
+    assert read_lines(path) == [{"a": 1}] and path.read_bytes() == b'{"a": 1}\n'
+
+
+def test_a_single_line_that_was_cut_off(tmp_path):
+    path = tmp_path / "labels.jsonl"
+    path.write_text('{"a"')
+    assert read_lines(path) == [] and path.read_text() == ""
+
+
+@pytest.mark.parametrize("broken", [b'{"b": ', b"", b"\xff\xfe", b"nonsense"])
+def test_a_broken_line_in_the_middle_is_named(tmp_path, broken):
+    path = tmp_path / "labels.jsonl"
+    content = b'{"a": 1}\n' + broken + b'\n{"c": 3}\n'
+    path.write_bytes(content)
+    with pytest.raises(RunError) as caught:
+        read_lines(path)
+    assert f"{path}:2" in str(caught.value) and caught.value.exit_code == 1
+    assert path.read_bytes() == content
+
+
+# ---- Stages ---------------------------------------------------------------------------------------------
+
+
+def fill(folder, stage):
+    """What a finished stage leaves behind."""
+    for name in STAGE_ARTIFACTS[stage]:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix:
+            path.write_text("x\n")
+        else:
+            path.mkdir()
+            (path / "weights").write_text("x")
+    folder.add_metrics(stage, 1, {"loss": 0.5})
+    folder.add_results(stage, {"n": 3})
+
+
+def left(folder, stage):
+    """Which of a stage's artefacts are there, and whether it has metrics and results."""
+    files = [name for name in STAGE_ARTIFACTS[stage] if (folder / name).exists()]
+    rows = [row for row in read_lines(folder / "metrics.jsonl") if row["stage"] == stage]
+    return files, bool(rows), stage in folder.results()
+
+
+@pytest.fixture
+def filled(folder):
+    """Every stage complete under the fingerprint A."""
+    for stage in STAGE_ARTIFACTS:
+        folder.begin(stage, "A")
+        fill(folder, stage)
+        folder.complete(stage, "A")
+    return folder
+
+
+def test_a_new_folder_holds_nothing(tmp_path):
+    folder = RunFolder(tmp_path / "a" / "b")
+    assert folder.path == (tmp_path / "a" / "b").resolve() and visible(folder.path) == []
+    assert not folder.is_used and folder.results() == {} and not folder.is_complete("label")
+    (folder / "recipe.yaml").write_text("")
+    assert folder.is_used and RunFolder(folder.path).is_used
+
+
+def test_a_stage_is_complete_when_it_says_so(folder):
+    assert not folder.is_complete("label", "A")
+    folder.begin("label", "A")
+    assert not folder.is_complete("label", "A") and not folder.is_complete("label")
+    folder.complete("label", "A")
+    again = RunFolder(folder.path)
+    assert again.is_complete("label", "A") and again.is_complete("label")
+    assert not again.is_complete("label", "B") and not again.is_complete("reward")
+
+
+def test_a_stage_that_was_cut_off_keeps_what_it_has(folder):
+    folder.begin("label", "A")
+    fill(folder, "label")
+    folder.begin("label", "A")
+    assert left(folder, "label") == (["preferences"], True, True)
+    assert not folder.is_complete("label")
+
+
+@pytest.mark.parametrize("fingerprint", ["A", "B"])
+@pytest.mark.parametrize("stage", STAGE_ARTIFACTS)
+def test_a_complete_stage_begins_from_nothing_and_leaves_the_others_alone(filled, stage, fingerprint):
+    filled.begin(stage, fingerprint)
+    assert left(filled, stage) == ([], False, False)
+    assert not filled.is_complete(stage)
+    for other in set(STAGE_ARTIFACTS) - {stage}:
+        assert left(filled, other) == (STAGE_ARTIFACTS[other], True, True)
+        assert filled.is_complete(other, "A")
+
+
+def test_labels_outlive_their_stage(folder):
+    """They are found by what determined them: a stage that is made anew takes those that still fit."""
+    (folder / "labels.jsonl").write_text("{}\n")
+    folder.begin("label", "A")
+    folder.complete("label", "A")
+    folder.begin("label", "B")
+    folder.clear("label")
+    assert (folder / "labels.jsonl").read_text() == "{}\n"
+
+
+def test_a_stage_that_was_cut_off_under_other_settings_begins_from_nothing(folder):
+    folder.begin("label", "A")
+    fill(folder, "label")
+    folder.begin("label", "B")
+    assert left(folder, "label") == ([], False, False)
+    folder.complete("label", "B")
+    assert folder.is_complete("label", "B") and not folder.is_complete("label", "A")
+
+
+def test_clearing_what_is_not_there_is_fine(folder):
+    for stage in STAGE_ARTIFACTS:
+        folder.clear(stage)
+    assert visible(folder.path) == []
+
+
+# ---- Numbers --------------------------------------------------------------------------------------------
+
+
+def test_results_of_stages_add_up(folder):
+    folder.add_results("sample", {"pairs": 3})
+    folder.add_results("label", {"judge": "é", "low": None})
+    folder.add_results("sample", {"pairs": 4})
+    expected = {"sample": {"pairs": 4}, "label": {"judge": "é", "low": None}}
+    assert folder.results() == expected == json.loads((folder / "results.json").read_text())
+
+
+def test_results_may_hold_a_lone_surrogate(folder):
+    folder.add_results("evaluate", {"example": LONE})
+    assert folder.results()["evaluate"]["example"] == LONE
+
+
+def test_metrics_behind_a_step_are_dropped_for_one_stage(folder):
+    for step in range(4):
+        folder.add_metrics("rl", step, {"kl": step / 10})
+        folder.add_metrics("reward", step, {"loss": LONE})
+    folder.drop_metrics("rl", after=1)
+    rows = read_lines(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows if row["stage"] == "rl"] == [0, 1]
+    assert rows[0] == {"stage": "rl", "step": 0, "kl": 0.0}
+    assert [row["step"] for row in rows if row["stage"] == "reward"] == [0, 1, 2, 3]
+    folder.drop_metrics("rl")
+    assert [row["stage"] for row in read_lines(folder / "metrics.jsonl")] == ["reward"] * 4
+
+
+def test_dropping_no_metrics_leaves_the_file_alone(folder):
+    folder.drop_metrics("rl")
+    assert not (folder / "metrics.jsonl").exists()
+    folder.add_metrics("rl", 1, {"kl": 0.1})
+    before = (folder / "metrics.jsonl").stat().st_ino
+    folder.drop_metrics("rl", after=1)
+    assert (folder / "metrics.jsonl").stat().st_ino == before
+
+
+def test_metrics_go_on_after_a_kill_in_a_line(folder):
+    for step in (1, 2):
+        folder.add_metrics("rl", step, {"kl": 0.1})
+    path = folder / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-5])
+    folder.drop_metrics("rl", after=1)  # what a trainer does when it begins
+    folder.add_metrics("rl", 2, {"kl": 0.2})
+    assert [(row["step"], row["kl"]) for row in read_lines(path)] == [(1, 0.1), (2, 0.2)]
+
+
+# ---- Who may write --------------------------------------------------------------------------------------
+
+
+def test_a_second_user_is_kept_out_until_the_first_is_done(folder):
+    second = RunFolder(folder.path)
+    with folder.locked():
+        with pytest.raises(UserError, match="Another process") as caught, second.locked():
+            pass
+        assert caught.value.exit_code == 2 and str(folder.path) in str(caught.value)
+    with second.locked():
+        pass
+
+
+def test_the_lock_ends_with_an_exception(folder):
+    with pytest.raises(ZeroDivisionError), folder.locked():
+        raise ZeroDivisionError
+    with folder.locked():
+        pass
+
+
+def test_the_lock_of_a_process_that_was_killed_is_gone(folder):
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    command = [sys.executable, "-c", hold, str(folder.path / ".state" / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"1\n"
+        with pytest.raises(UserError, match="Another process"), folder.locked():
+            pass
+        process.kill()
+        process.wait()
+        with folder.locked(), (folder.path / ".state" / "lock").open("w") as file, pytest.raises(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError) as caught:
+            RunFolder(path)
+        assert caught.value.exit_code == 2
+        assert str(path) in str(caught.value) and "--output" in str(caught.value)
+
+
+@pytest.mark.parametrize("blocked", [".state", ".state/writable"])
+def test_a_folder_that_cannot_be_written_to_is_a_user_error(tmp_path, blocked):
+    path = tmp_path / "run" / blocked
+    path.parent.mkdir(parents=True)
+    path.write_text("") if blocked == ".state" else path.mkdir()
+    with pytest.raises(UserError) as caught:
+        RunFolder(tmp_path / "run")
+    assert caught.value.exit_code == 2 and str(tmp_path / "run") in str(caught.value)

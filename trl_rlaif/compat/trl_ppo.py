@@ -1,0 +1,29 @@
+"""What PPOTrainer and PPOConfig stand on, which depends on the TRL that is installed; nothing else here knows.
+
+TRL 1.12 is the last that has a PPO trainer: up to it ours subclasses that one. Later it stands on
+``own_base`` and ``own_config``, which do the same. From either come the constructor (batch sizes, optimizer,
+callbacks, dataloader, preparation with accelerate), ``log``, ``save_model`` and the model card. The training loop is
+ours.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+# TRL announces that `trl.experimental` may change; that is known here, and this module is the answer.
+_silence = os.environ.get("TRL_EXPERIMENTAL_SILENCE")
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+try:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from trl.experimental.ppo import PPOConfig as BasePPOConfig
+        from trl.experimental.ppo import PPOTrainer as BasePPOTrainer
+except ImportError:  # since TRL 1.13
+    from trl_rlaif.compat.ppo_config import OwnPPOConfig as BasePPOConfig
+    from trl_rlaif.compat.ppo_trainer import OwnPPOTrainer as BasePPOTrainer
+finally:
+    if _silence is None:
+        del os.environ["TRL_EXPERIMENTAL_SILENCE"]
+
+__all__ = ["BasePPOConfig", "BasePPOTrainer"]

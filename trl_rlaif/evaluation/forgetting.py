@@ -1,0 +1,317 @@
+"""What the policy forgets while PPO trains it: on sets of prompts, its answers and the start's good ones."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from transformers import TrainerCallback
+
+from trl_rlaif.distributed import failing_together
+from trl_rlaif.encoding import PromptLike, encode_prompt
+from trl_rlaif.errors import UserError
+from trl_rlaif.evaluation import win_rate
+from trl_rlaif.generation import length_batches, padded_together, sample_responses, seeded
+from trl_rlaif.models.kernels.fused_lora import cast_adapter
+from trl_rlaif.models.kernels.precision import autocast, cast_head
+from trl_rlaif.models.role_models import RoleModels
+from trl_rlaif.rl import forward
+from trl_rlaif.rl.forward import RolloutSlice
+from trl_rlaif.rl.rehearsal import as_rollout
+from trl_rlaif.types import RehearsalPair
+
+if TYPE_CHECKING:
+    from trl_rlaif.rl.ppo.trainer import PPOTrainer
+
+logger = logging.getLogger(__name__)
+
+Preferred = Callable[[list[PromptLike], list[str], list[str]], Sequence[float | None]]
+
+_PREFIX = "forgetting/"
+
+
+@dataclass(frozen=True)
+class StartAnswers:
+    """What the start answers to a set of prompts, greedily.
+
+    Args:
+        prompts: Text, or messages, N entries.
+        prompt_ids: Their tokens, N sequences.
+        texts: The answers, N entries.
+        good: Those that are worth keeping, with the end token where there was one; at least one.
+    """
+
+    prompts: list[PromptLike]
+    prompt_ids: list[list[int]]
+    texts: list[str]
+    good: list[RehearsalPair]
+
+
+class ForgettingTracker(TrainerCallback):
+    """Measures on sets of prompts, while PPO trains, whether the policy loses what the start could.
+
+    ``trainer.add_callback(ForgettingTracker(trainer, sets, preferred))`` logs for each set
+    ``forgetting/<set>/win_rate``, the share of its greedy answers that are preferred over the start's (ties count
+    half), and ``forgetting/<set>/nll``, the NLL of the start's own good answers, nats a token at temperature 1; both
+    also before the first update, and ``time/forgetting`` beside them. Training is not disturbed: its numbers are those
+    of a run without. Of several processes the first one measures, and the others wait for it.
+
+    Args:
+        trainer: Its reference is the start.
+        sets: Prompts by name, as text or messages.
+        preferred: ``f(prompts, policy_answers, start_answers)`` gives for each prompt the probability that the
+            policy's answer is the better one, or None where that cannot be said. Equal answers are a tie unasked.
+        every: Updates between measurements; below 1 it is a share of all updates. The last one is measured too.
+        score: With GRPOTrainer's signature, given ``prompt_ids`` beside ``prompts``, ``completions`` and
+            ``completion_ids``: the half of the start's answers with the highest scores are its good ones. None: all.
+        stop_below: Win rates by set, 0..1, below which the run ends.
+        max_new_tokens: Of an answer; None takes ``args.response_length``.
+        batch_size: Sequences that are computed at once.
+
+    Attributes:
+        start: The start's answers by set, once training has begun (in the first process).
+        stopped: What ended the run: ``set``, ``update``, ``win_rate`` and the ``limit``; None if nothing did.
+
+    Raises:
+        UserError: A set is empty, ``stop_below`` names none, or a prompt leaves no room for its answer.
+    """
+
+    def __init__(
+        self,
+        trainer: PPOTrainer,
+        sets: Mapping[str, Sequence[PromptLike]],
+        preferred: Preferred,
+        *,
+        every: float = 0.1,
+        score: Callable[..., Sequence[float]] | None = None,
+        stop_below: Mapping[str, float] | None = None,
+        max_new_tokens: int | None = None,
+        batch_size: int = 16,
+    ) -> None:
+        self.trainer, self.preferred, self.score = trainer, preferred, score
+        self.every, self.batch_size = every, batch_size
+        self.stop_below = dict(stop_below or {})
+        self.max_new_tokens = max_new_tokens or trainer.args.response_length
+        unknown = [name for name in self.stop_below if name not in sets]
+        if unknown:
+            raise UserError(f"stop_below names '{unknown[0]}', and there is no such set.")
+        self.start: dict[str, StartAnswers] = {}
+        self.stopped: dict[str, Any] | None = None
+        self._sets = {name: [(prompt, self._encoded(name, prompt)) for prompt in found] for name, found in sets.items()}
+        empty = [name for name, found in self._sets.items() if not found]
+        if empty:
+            raise UserError(f"The set '{empty[0]}' has no prompts.")
+
+    # ---- What the trainer calls -----------------------------------------------------------------------
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the start's answers; measure, unless a resumed run has been measured before."""
+        self.stopped = None
+        logged = self._logged()
+        if state.global_step == 0 or not logged:
+            self._log(control, begin=True)
+            return
+        with self._alone():
+            if self.trainer.accelerator.is_main_process:
+                self._take_start()
+        # A run that was stopped must not go on because it was resumed.
+        self._check(logged[-1], logged[-1]["step"], control)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure, where it is time."""
+        every = self.every if self.every >= 1 else math.ceil(self.every * state.max_steps)
+        if state.global_step % every == 0 or state.global_step >= state.max_steps:
+            self._log(control)
+
+    # ---- Measuring ------------------------------------------------------------------------------------
+
+    def numbers(self) -> dict[str, dict[str, float]]:
+        """By set: how many prompts and good answers it has, and the first and the last of what was measured."""
+        found: dict[str, dict[str, float]] = {}
+        for name, start in self.start.items():
+            found[name] = {"prompts": len(start.prompts), "good": len(start.good)}
+            for key in ("win_rate", "nll"):
+                values = [entry[k] for entry in self._logged() if (k := f"{_PREFIX}{name}/{key}") in entry]
+                if values:
+                    found[name] |= {f"{key}_first": values[0], f"{key}_last": values[-1]}
+        return found
+
+    def _logged(self) -> list[dict[str, Any]]:
+        history = self.trainer.state.log_history
+        return [entry for entry in history if any(key.startswith(_PREFIX) for key in entry)]
+
+    def _log(self, control: Any, *, begin: bool = False) -> None:
+        trainer, began, found = self.trainer, time.monotonic(), {}
+        with self._alone():
+            if trainer.accelerator.is_main_process:
+                if begin:
+                    self._take_start()
+                # Before the first update the policy is the start.
+                found = self._measured(is_start=begin and trainer.state.global_step == 0)
+        found = broadcast_object_list([found])[0]
+        trainer.log({**found, "time/forgetting": time.monotonic() - began})
+        self._check(found, trainer.state.global_step, control)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Training goes on as if nothing had been computed inside; one process that fails stops all."""
+        trainer, training = self.trainer, self.trainer.model.training
+        trainer.model.eval()
+        seed = seeded(trainer.args.seed, "forgetting", trainer.state.global_step)
+        with failing_together(trainer.accelerator), seed, torch.no_grad():
+            yield
+        trainer.model.train(training)
+
+    def _check(self, found: dict[str, float], step: int, control: Any) -> None:
+        """End the run where a set's win rate has fallen below its limit."""
+        state = self.trainer.state
+        for name, limit in self.stop_below.items():
+            rate = found.get(f"{_PREFIX}{name}/win_rate")
+            if rate is None or rate >= limit or step >= state.max_steps:
+                continue
+            self.stopped = {"set": name, "update": step, "win_rate": rate, "limit": limit}
+            control.should_training_stop = True
+            # As transformers does at the end of a run.
+            control.should_save |= self.trainer.args.save_strategy != "no"
+            if self.trainer.accelerator.is_main_process:
+                logger.warning(
+                    "Stopped at update %d of %d: on the set '%s' the win rate against the start fell to %.1f%%, below "
+                    "%.1f%%.", step, state.max_steps, name, 100 * rate, 100 * limit,
+                )  # fmt: skip
+            return
+
+    def _measured(self, *, is_start: bool) -> dict[str, float]:
+        found: dict[str, float] = {}
+        role_models, part = self.trainer.role_models, "reference" if is_start else "policy"
+        for name, start in self.start.items():
+            given: Sequence[float | None] = [0.5]
+            if not is_start:
+                answers = self._texts(self._answers("policy", start.prompt_ids), start.prompt_ids)
+                given = preferences(self.preferred, start.prompts, answers, start.texts)
+            judged = [p for p in given if p is not None]
+            if judged:
+                found[f"{_PREFIX}{name}/win_rate"] = win_rate(judged)["win_rate"]
+            with autocast(self.trainer.args, self._device):
+                nll = mean_nll(role_models, part, start.good, batch_size=self.batch_size, device=self._device)
+            found[f"{_PREFIX}{name}/nll"] = nll
+        return found
+
+    def _take_start(self) -> None:
+        """The same after every resumption: they are greedy, and the reference does not change."""
+        for name, rows in self._sets.items():
+            prompts, prompt_ids = (list(column) for column in zip(*rows, strict=True))
+            answers = self._answers("reference", prompt_ids)
+            texts, kept = self._texts(answers, prompt_ids), range(len(rows))
+            if self.score is not None:
+                with autocast(self.trainer.args, self._device):
+                    scores = self.score(
+                        prompts=prompts, completions=texts, completion_ids=answers, prompt_ids=prompt_ids
+                    )
+                kept = better_half(scores)
+            good = [answer_pair(prompts[i], texts[i], prompt_ids[i], answers[i]) for i in kept]
+            self.start[name] = StartAnswers(prompts, prompt_ids, texts, good)
+
+    def _answers(self, part: str, prompt_ids: list[list[int]]) -> list[list[int]]:
+        """Greedy, with the end token where there was one."""
+        trainer, answers = self.trainer, [[]] * len(prompt_ids)
+        role_models, tokenizer = trainer.role_models, trainer.processing_class
+        model = role_models.model(part)
+        with role_models.role(part), autocast(trainer.args, self._device), cast_head(model), cast_adapter(model):
+            for batch in length_batches([len(ids) for ids in prompt_ids], self.batch_size):
+                drawn = sample_responses(
+                    model,
+                    tokenizer,
+                    [prompt_ids[i] for i in batch],
+                    max_new_tokens=self.max_new_tokens,
+                    temperature=0,
+                    stop_ids=trainer.end_ids,
+                    keep_end=True,
+                )
+                for i, [ids] in zip(batch, drawn, strict=True):
+                    answers[i] = ids
+        return answers
+
+    def _texts(self, answers: list[list[int]], prompt_ids: list[list[int]]) -> list[str]:
+        read = self.trainer.reader.read
+        return [read(ids, prompt).answer.strip() for ids, prompt in zip(answers, prompt_ids, strict=True)]
+
+    def _encoded(self, name: str, prompt: PromptLike) -> list[int]:
+        model, ids = self.trainer.role_models.model("policy"), encode_prompt(self.trainer.processing_class, prompt)
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if limit and len(ids) + self.max_new_tokens > limit:
+            raise UserError(
+                f"A prompt of the set '{name}' has {len(ids)} tokens: the model's {limit} leave no room for "
+                f"{self.max_new_tokens} more.",
+                fix="Leave it out, or lower max_new_tokens.",
+            )
+        return ids
+
+    @property
+    def _device(self) -> torch.device:
+        return self.trainer.accelerator.device
+
+
+# ---- Parts of it, which the stage evaluate shares --------------------------------------------------------
+
+
+def answer_pair(prompt: PromptLike, text: str, prompt_ids: list[int], response_ids: list[int]) -> RehearsalPair:
+    """One of the start's own answers, in the form in which NLLs are computed."""
+    return RehearsalPair(prompt, text, None, None, "the start's own answer", prompt_ids, response_ids)
+
+
+def better_half(scores: Sequence[float]) -> list[int]:
+    """Rows of the higher scores, in order; of N rows the half, rounded up. Of equal ones the first."""
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    return sorted(order[: -(-len(scores) // 2)])
+
+
+def preferences(
+    preferred: Preferred, prompts: Sequence[PromptLike], policy: Sequence[str], start: Sequence[str]
+) -> list[float | None]:
+    """Probability for each prompt that the policy's answer is preferred; equal answers are a tie, and nobody is asked.
+
+    Args:
+        preferred: As of ForgettingTracker.
+        prompts, policy, start: N prompts, and both answers to each.
+
+    Returns:
+        N values in [0, 1], None where ``preferred`` gives none.
+    """
+    found: list[float | None] = [0.5] * len(prompts)
+    different = [i for i in range(len(prompts)) if policy[i] != start[i]]
+    if different:
+        asked = preferred(*([column[i] for i in different] for column in (prompts, policy, start)))
+        for i, p in zip(different, asked, strict=True):
+            found[i] = None if p is None else float(p)
+    return found
+
+
+@torch.no_grad()
+def mean_nll(
+    role_models: RoleModels, part: str, pairs: Sequence[RehearsalPair], *, batch_size: int, device: torch.device
+) -> float:
+    """Mean NLL of the pairs' response tokens, the end token counted, under policy or reference.
+
+    Args:
+        role_models: Whose ``part`` is asked.
+        pairs: At least one response token among them.
+        batch_size: Pairs that are computed at once.
+        device: Of the models.
+
+    Returns:
+        Nats a token, at temperature 1: the mean over all tokens, as rehearsal minimizes it.
+    """
+    total = 0.0
+    for batch in length_batches([len(p.prompt_ids) + len(p.response_ids) for p in pairs], batch_size):
+        for group in padded_together(role_models.model(part), [len(pairs[i].prompt_ids) for i in batch]):
+            rollout = as_rollout([pairs[batch[i]] for i in group], device)
+            logprobs, _ = forward.logprobs(role_models, part, RolloutSlice.of(rollout, torch.arange(len(group))), 1.0)
+            total -= logprobs.double().sum().item()
+    return total / sum(len(pair.response_ids) for pair in pairs)

@@ -1,0 +1,237 @@
+"""The judges of the stage evaluate: who is asked about the responses, and what their words add up to."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+from trl_rlaif.data import Pair
+from trl_rlaif.data.overlap import prompt_key
+from trl_rlaif.evaluation import (
+    choices,
+    compare_lengths,
+    harmless_rate,
+    judge_agreement,
+    length_controlled_win_rate,
+    points,
+    win_rate,
+)
+from trl_rlaif.evaluation.forgetting import preferences
+from trl_rlaif.judging import Judge, JudgePrompt
+from trl_rlaif.models.shared_model import SharedBase
+from trl_rlaif.pipeline.context import WHO_WINS, Context
+from trl_rlaif.progress import progress_bar, say
+from trl_rlaif.recipe import ComponentRef, JudgeSection, Recipe, ServerJudgeSection, prompt_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from trl_rlaif.encoding import PromptLike
+    from trl_rlaif.evaluation.forgetting import Preferred
+
+# The main judge's name beside those of evaluate.judges.
+MAIN = "judge"
+
+Rows = list[dict[str, Any]]
+
+
+# ---- Asking ---------------------------------------------------------------------------------------------
+
+
+def judge_of(context: Context, shared: SharedBase) -> Judge:
+    """The main judge; where it is "same", the shared base itself without an adapter."""
+    return _load(context, shared, context.recipe.evaluate.judge, _main_prompt(context.recipe))
+
+
+def asking(context: Context, judge: Judge, description: str = "") -> Preferred:
+    """The judge's probability, for prompts with two answers each, that the first one is better; None: not judged.
+
+    It is asked in both orders, whatever the section label says.
+
+    Args:
+        description: Of the progress bar; without it there is none.
+    """
+
+    def preferred(prompts: Sequence[PromptLike], first: Sequence[str], second: Sequence[str]) -> list[float | None]:
+        pairs = [Pair(str(i), *row) for i, row in enumerate(zip(prompts, first, second, strict=True))]
+        found: list[float | None] = [None] * len(pairs)
+        bar = progress_bar(description, len(pairs), unit="pairs") if description else nullcontext(lambda count: None)
+        with bar as advance:
+            for label in context.create_labeler(WHO_WINS).label(pairs, judge):
+                found[int(label.id)] = label.p
+                advance(1)
+        return found
+
+    return preferred
+
+
+def check_servers(context: Context) -> None:
+    """Before any response is drawn: that a judge on a server has its key and its package.
+
+    Raises:
+        UserError: It has not.
+    """
+    for section, prompts in _by_model(context.recipe).items():
+        if isinstance(section, ServerJudgeSection):
+            context.judge(section, prompts[next(iter(prompts))])
+
+
+def ask_judges(context: Context, shared: SharedBase, sets: dict[str, Rows]) -> dict[str, str]:
+    """Ask every judge about the first responses to all prompts, and write its answers into their rows.
+
+    A judge that is a model of its own is loaded when its turn comes, and gone before the next one is loaded.
+
+    Args:
+        shared: The base, for judges that are "same".
+        sets: Rows by set, with ``prompt``, ``start`` and ``trained``. They get ``p_trained``, the main judge's
+            probability that the trained policy's response is the better one, with further judges ``p_trained_by``, the
+            same by their names, and with ``evaluate.harmless`` the ratings ``harmless_start`` and ``harmless_trained``
+            in [-1, 1]; None where it could not be judged.
+
+    Returns:
+        The model's name by judge, the main one first.
+    """
+    section = context.recipe.evaluate
+    for row in (row for rows in sets.values() for row in rows):
+        row["p_trained"] = None
+        row |= {"p_trained_by": dict.fromkeys(section.judges)} if section.judges else {}
+        row |= {"harmless_start": None, "harmless_trained": None} if section.harmless else {}
+    models: dict[str, str] = {}
+    for judge, prompts in _by_model(context.recipe).items():
+        models |= dict.fromkeys(prompts, _ask(context, shared, judge, prompts, sets))
+    return {name: models[name] for name in (MAIN, *section.judges)}
+
+
+def _main_prompt(recipe: Recipe) -> str:
+    return recipe.evaluate.prompt or (recipe.label.prompt if recipe.label else "general")
+
+
+def _by_model(recipe: Recipe) -> dict[str | JudgeSection | ServerJudgeSection, dict[str, str]]:
+    """The prompt of each judge by its name, by what it is: a model that judges twice is loaded once."""
+    section, main = recipe.evaluate, _main_prompt(recipe)
+    found: dict[Any, dict[str, str]] = {section.judge: {MAIN: main}}
+    for name, further in section.judges.items():
+        found.setdefault(further.judge or section.judge, {})[name] = further.prompt or main
+    return found
+
+
+def _load(context: Context, shared: SharedBase, section: str | JudgeSection | ServerJudgeSection, prompt: str) -> Judge:
+    return context.judge(section, prompt, shared.model, context=lambda: shared.role(None))
+
+
+def _ask(
+    context: Context,
+    shared: SharedBase,
+    section: str | JudgeSection | ServerJudgeSection,
+    prompts: dict[str, str],
+    sets: dict[str, Rows],
+) -> str:
+    """Ask one model with each of its prompts; its name. It is freed on return."""
+    judge, harmless = _load(context, shared, section, prompts[next(iter(prompts))]), context.recipe.evaluate.harmless
+    for name, prompt in prompts.items():
+        judge.prompt = JudgePrompt.load(prompt_folder(prompt))
+        for of, rows in sets.items():
+            _compare(context, judge, name, f"Judging ({of})" if name == MAIN else f"Judging ({of}, {name})", rows)
+    if MAIN in prompts and harmless:
+        judge.prompt = JudgePrompt.load(prompt_folder(harmless))
+        for of, rows in sets.items():
+            _rate(context, judge, f"Rating harmlessness ({of})", rows)
+    return judge.name
+
+
+def _compare(context: Context, judge: Judge, name: str, description: str, rows: Rows) -> None:
+    prompts, trained, start = ([row[key] for row in rows] for key in ("prompt", "trained", "start"))
+    found = preferences(asking(context, judge, description), prompts, trained, start)
+    for row, p in zip(rows, found, strict=True):
+        holder, key = (row, "p_trained") if name == MAIN else (row["p_trained_by"], name)
+        holder[key] = p
+
+
+def _rate(context: Context, judge: Judge, description: str, rows: Rows) -> None:
+    """Both responses of a prompt, or neither: their rates are of the same prompts."""
+    pairs = [Pair(str(i), row["prompt"], row["start"], row["trained"]) for i, row in enumerate(rows)]
+    skipped: Counter[str] = Counter()
+    with progress_bar(description, len(pairs), unit="pairs") as advance:
+        for label in context.create_labeler(ComponentRef("direct")).label(pairs, judge):
+            rows[int(label.id)] |= {"harmless_start": label.score_1, "harmless_trained": label.score_2}
+            skipped.update([label.skipped] if label.skipped else [])
+            advance(1)
+    if skipped.total() == len(pairs):
+        say(f"Warning: the judge could rate no response's harmlessness: {', '.join(skipped)}.")
+
+
+# ---- Numbers --------------------------------------------------------------------------------------------
+
+
+def judged_numbers(rows: Rows, models: dict[str, str], seed: int) -> dict[str, Any]:
+    """What the judges say of one set.
+
+    Args:
+        rows: As ``ask_judges`` leaves them, at least one.
+        models: What it returned.
+        seed: Of the bootstraps.
+
+    Returns:
+        Of the main judge ``unjudged``, what ``win_rate`` gives (left out where nothing was judged) and
+        ``length_controlled`` (None where it cannot be fitted); ``judges``, the same of each further one with its
+        ``judge``, the model's name; ``judge_agreement`` of all, as the measure gives it, over the prompts with two
+        different responses (None with one judge); ``lengths`` in characters, the trained policy's beside the start's;
+        ``harmless``: ``rate``, ``interval``, ``n`` and ``unjudged`` by side (None where none was measured).
+    """
+    further = [name for name in models if name != MAIN]
+    p = {MAIN: [row["p_trained"] for row in rows]} | {n: [row["p_trained_by"][n] for row in rows] for n in further}
+    lengths = tuple([len(row[side]) for row in rows] for side in ("trained", "start"))
+    prompts = [prompt_key(row["prompt"]) for row in rows]
+    return {
+        **_verdict(p[MAIN], *lengths, prompts, seed),
+        "judges": {name: {"judge": models[name], **_verdict(p[name], *lengths, prompts, seed)} for name in further},
+        "judge_agreement": _agreement(rows, p, prompts) if further else None,
+        "lengths": compare_lengths(*lengths, prompts, seed=seed),
+        "harmless": _harmless(rows, prompts),
+    }
+
+
+def _verdict(
+    p: list[float | None], trained: list[int], start: list[int], prompts: list[str], seed: int
+) -> dict[str, Any]:
+    """One judge's win rate, and what is left of it at equal lengths."""
+    judged = [row for row in zip(p, trained, start, prompts, strict=True) if row[0] is not None]
+    numbers: dict[str, Any] = {"unjudged": len(p) - len(judged), "length_controlled": None}
+    if judged:
+        preferred, *lengths, asked = zip(*judged, strict=True)
+        numbers |= win_rate(preferred, asked)
+        numbers["length_controlled"] = _at_equal_length(preferred, *lengths, asked, seed=seed)
+    return numbers
+
+
+def _at_equal_length(
+    p: Sequence[float], trained: Sequence[int], start: Sequence[int], prompts: Sequence[str], *, seed: int
+) -> dict[str, Any] | None:
+    """Of wins, ties as a half, as the win rate is: the two then differ by the length alone."""
+    try:
+        return length_controlled_win_rate(points(p), trained, start, prompts, seed=seed)
+    except ValueError:  # shares and lengths are what they must be: the fit has not converged
+        return None
+
+
+def _agreement(rows: Rows, p: dict[str, list[float | None]], prompts: list[str]) -> dict[str, Any]:
+    """Without equal responses, a tie that no judge was asked about: there all agree by definition."""
+    different = [row["trained"] != row["start"] for row in rows]
+    votes = {
+        name: [vote if asked else None for vote, asked in zip(choices(of_judge), different, strict=True)]
+        for name, of_judge in p.items()
+    }
+    return judge_agreement(votes, prompts)
+
+
+def _harmless(rows: Rows, prompts: list[str]) -> dict[str, Any] | None:
+    """A response is harmless where its expected rating lies above the middle of the scale; at the middle, half."""
+    if "harmless_start" not in rows[0]:
+        return None
+    scores = {side: [row[f"harmless_{side}"] for row in rows] for side in ("start", "trained")}
+    found = {
+        side: harmless_rate([None if s is None else (s + 1) / 2 for s in of_side], prompts)
+        for side, of_side in scores.items()
+    }
+    return None if None in found.values() else found

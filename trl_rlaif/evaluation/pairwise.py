@@ -1,0 +1,136 @@
+"""The responses of every variant, and of the start, judged against each other on the held-out prompts."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from trl_rlaif.data import Pair
+from trl_rlaif.data.overlap import prompt_key
+from trl_rlaif.errors import RunError
+from trl_rlaif.evaluation import all_against_all, bootstrap_mean, length_controlled_win_rate, points
+from trl_rlaif.labels import LabelStore
+from trl_rlaif.labels.store import pair_key
+from trl_rlaif.pipeline.artifacts import RunFolder, read_lines
+from trl_rlaif.pipeline.context import WHO_WINS, Context, LabelTask
+from trl_rlaif.plugins import Plugins
+from trl_rlaif.progress import progress_bar
+from trl_rlaif.recipe import Recipe
+from trl_rlaif.recipe.variants import START
+
+Answers = dict[str, list[dict[str, Any]]]
+"""The rows of one set by contestant, each ``id``, ``prompt``, ``category``, ``text``, ``tokens`` and ``ended``."""
+
+
+def play(recipe: Recipe, plugins: Plugins, folder: RunFolder, runs: Mapping[str, RunFolder]) -> dict[str, Any]:
+    """Have the judge of ``evaluate`` compare every two contestants on every prompt, in both orders.
+
+    The options of the labeler in the section label do not apply.
+
+    Judgments are kept in ``labels.jsonl`` as they are made: a run that was killed asks only for what is missing, and
+    two contestants that give the same two responses are judged once.
+
+    Returns:
+        ``judge``; and ``sets``: for each evaluated set the ``prompts``, the tables of ``all_against_all``, and under
+        ``contestants`` each one's mean length, share of responses that ended, and length-controlled win rate over the
+        start (None for the start itself).
+    """
+    sets = read_answers(runs)
+    context = Context(recipe, folder, plugins)
+    section = recipe.evaluate
+    task = LabelTask(
+        "compare",
+        WHO_WINS,
+        section.judge,
+        section.prompt or (recipe.label.prompt if recipe.label else "general"),
+    )
+    judged = _judge(context, task, {pair.id: pair for answers in sets.values() for pair in _pairs(answers)})
+    found = {name: _numbers(answers, judged, recipe.run.seed) for name, answers in sets.items()}
+    return {"judge": context.label_key(task).judge, "sets": found}
+
+
+def read_answers(runs: Mapping[str, RunFolder]) -> dict[str, Answers]:
+    """What every contestant answered on each set, the start first.
+
+    Raises:
+        RunError: Two variants answered different prompts.
+    """
+    sets: dict[str, Answers] = {}
+    for index, (name, run) in enumerate(runs.items()):
+        for row in read_lines(run / "samples.jsonl"):
+            answers = sets.setdefault(row["set"], {})
+            sides = {START: "start", name: "trained"} if index == 0 else {name: "trained"}
+            for contestant, side in sides.items():
+                answers.setdefault(contestant, []).append(
+                    {key: row[key] for key in ("id", "prompt", "category")}
+                    | {"text": row[side], "tokens": row[f"tokens_{side}"], "ended": row[f"ended_{side}"]}
+                )
+    for name, answers in sets.items():
+        asked = {contestant: [row["id"] for row in rows] for contestant, rows in answers.items()}
+        if len(answers) != len(runs) + 1 or any(ids != asked[START] for ids in asked.values()):
+            raise RunError(f"The variants did not answer the same prompts of the set '{name}'.")
+    return sets
+
+
+def _pairs(answers: Answers) -> list[Pair]:
+    """Every two contestants on every prompt where their responses differ, named by what is asked."""
+    pairs = []
+    for first, second in itertools.combinations(answers, 2):
+        for one, other in zip(answers[first], answers[second], strict=True):
+            if one["text"] != other["text"]:
+                pairs.append(_pair(one, other))
+    return pairs
+
+
+def _pair(one: dict[str, Any], other: dict[str, Any]) -> Pair:
+    pair = Pair("", one["prompt"], one["text"], other["text"], one["category"])
+    return Pair(pair_key(pair), pair.prompt, pair.response_1, pair.response_2, pair.category)
+
+
+def _judge(context: Context, task: LabelTask, pairs: dict[str, Pair]) -> dict[str, float | None]:
+    """Probability that response_1 is preferred, by the pair's key; None where it could not be judged."""
+    store, setup = LabelStore(context.folder / "labels.jsonl"), context.label_key(task)
+    known = store.find(setup, pairs.values())
+    # What could not be judged is asked again: a server may be back.
+    done = {key for key, row in known.items() if row["p"] is not None}
+    if len(done) < len(pairs):
+        labeler, judge = context.create_labeler(task.labeler), context.label_judge(task)
+        with progress_bar("Judging the variants", len(pairs), len(done)) as advance:
+            for label in labeler.label(list(pairs.values()), judge, done):
+                store.add(setup, pairs[label.id], label)
+                advance(1)
+    return {key: row["p"] for key, row in store.find(setup, pairs.values()).items()}
+
+
+def _numbers(answers: Answers, judged: Mapping[str, float | None], seed: int) -> dict[str, Any]:
+    def preferred(first: str, second: str) -> list[float | None]:
+        rows = zip(answers[first], answers[second], strict=True)
+        return [0.5 if a["text"] == b["text"] else judged.get(_pair(a, b).id) for a, b in rows]
+
+    names = list(answers)
+    p = {pair: preferred(*pair) for pair in itertools.combinations(names, 2)}
+    over_start = {name: [None if x is None else 1 - x for x in p[START, name]] for name in names if name != START}
+    return {
+        "prompts": len(answers[START]),
+        **all_against_all(names, p, [prompt_key(row["prompt"]) for row in answers[START]]),
+        "contestants": {name: _contestant(answers, name, over_start.get(name), seed) for name in names},
+    }
+
+
+def _contestant(answers: Answers, name: str, over_start: list[float | None] | None, seed: int) -> dict[str, Any]:
+    rows, controlled = answers[name], None
+    tokens, prompts = [row["tokens"] for row in rows], [prompt_key(row["prompt"]) for row in rows]
+    if over_start is not None:
+        kept = [
+            (points([x])[0], len(mine["text"]), len(theirs["text"]), prompt)
+            for x, mine, theirs, prompt in zip(over_start, rows, answers[START], prompts, strict=True)
+            if x is not None
+        ]
+        controlled = length_controlled_win_rate(*map(list, zip(*kept, strict=True)), seed=seed) if kept else None
+    return {
+        "tokens": {"mean": statistics.fmean(tokens), "interval": bootstrap_mean(tokens, prompts, seed=seed)},
+        "ended": statistics.fmean(row["ended"] for row in rows),
+        "length_controlled": controlled,
+    }

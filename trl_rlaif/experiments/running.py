@@ -1,0 +1,74 @@
+"""Runs a recipe's variants one after the other, shared stages only once, and compares their results."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from trl_rlaif.pipeline.artifacts import RunFolder
+from trl_rlaif.plugins import Plugins
+from trl_rlaif.progress import publishing, say
+from trl_rlaif.recipe import Recipe
+from trl_rlaif.recipe.variants import KEY, VARIANTS_FOLDER
+
+
+def run_comparison(
+    recipe: Recipe, plugins: Plugins, output: str | Path, *, resume: bool = False, command: str = ""
+) -> RunFolder:
+    """Run every variant of a recipe, and judge their responses and the start's against each other.
+
+    A stage that an earlier variant completed with the same settings, on the same inputs, is taken over from it.
+
+    Args:
+        recipe: With variants.
+        plugins: Whose components it names.
+        output: The comparison's folder.
+        resume: Go on in a folder that is used already.
+        command: How it was started, for the report.
+
+    Returns:
+        The folder: ``variants/NAME`` is the run of a variant, ``labels.jsonl`` holds every judgment between two of
+        them, and ``results.json`` under ``compare`` what follows from these.
+
+    Raises:
+        UserError: The folder is used already, or is not writable.
+    """
+    from trl_rlaif.evaluation.pairwise import play
+    from trl_rlaif.pipeline.runner import prepare, run_recipe, summary
+    from trl_rlaif.report import write_report
+
+    folder, started = RunFolder(output), time.monotonic()
+    with folder.locked():
+        prepare(recipe, folder, command, used=resume)
+        with publishing(folder.state, dict.fromkeys([*recipe.variants, KEY], "")) as publisher:
+            runs: dict[str, RunFolder] = {}
+            for number, (name, variant) in enumerate(recipe.variants.items(), 1):
+                say(f"Variant {number} of {len(recipe.variants)}: {name}")
+                publisher.begin(name)
+                path, donors = folder / VARIANTS_FOLDER / name, list(runs.values())
+                runs[name] = run_recipe(variant, plugins, path, resume=True, command=command, donors=donors)
+            publisher.begin(KEY)
+            numbers = play(recipe, plugins, folder, runs)
+            numbers |= {"variants": {name: _of_arm(run) for name, run in runs.items()}}
+            folder.add_results(KEY, numbers | {"seconds": time.monotonic() - started})
+            say(f"{KEY}: done in {time.monotonic() - started:.0f} s. {summary(KEY, numbers)}")
+            if recipe.report is not None:
+                write_report(folder.path)
+    return folder
+
+
+def _of_arm(run: RunFolder) -> dict[str, Any]:
+    """What a variant's own results say of it, as far as it has them."""
+    results = run.results()
+    label, reward, rl = (results.get(stage) or {} for stage in ("label", "reward", "rl"))
+    return {
+        "label_agreement": label.get("agreement"),
+        "reward_accuracy": reward.get("accuracy"),
+        "reward_agreement": reward.get("agreement"),
+        "kl": rl.get("kl_last"),
+        "score_first": rl.get("score_first"),
+        "score_last": rl.get("score_last"),
+        # Taken over from another variant or not: what this way of aligning takes by itself.
+        "seconds": sum((numbers or {}).get("seconds") or 0.0 for numbers in results.values()),
+    }

@@ -1,0 +1,173 @@
+"""Responses of a policy to prompts, in batches that can be repeated one by one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from trl_rlaif.models.kernels.trial import trial
+from trl_rlaif.models.shared_model import inner_model
+from trl_rlaif.stopping import stop_ids as all_stop_ids
+
+
+def derived_seed(*parts: object) -> int:
+    """A seed that depends on its parts alone, the same on every machine: 0..2**31-1."""
+    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode("utf-8", "replace")).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+@contextmanager
+def seeded(*parts: object) -> Iterator[None]:
+    """Draw from a generator seeded by the parts inside, and leave torch's own as it was."""
+    devices = range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(derived_seed(*parts))
+        yield
+
+
+def random_state() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The state of torch's generators, of the CPU and of every GPU."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+
+def set_random_state(state: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
+    """Draw again what was drawn after ``random_state``."""
+    torch.set_rng_state(state[0])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])
+
+
+@contextmanager
+def bare_generation_config(model: torch.nn.Module) -> Iterator[None]:
+    """Keep a checkpoint's own sampling settings (top-k, repetition penalty) out.
+
+    generate() merges them into whatever it is given, and the sampled distribution would no longer be the
+    one whose log-probabilities PPO uses.
+    """
+    before = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
+@torch.no_grad()
+def sample_responses(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    num_responses: int = 1,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float = 1.0,
+    stop_ids: Sequence[int] | None = None,
+    keep_end: bool = False,
+) -> list[list[list[int]]]:
+    """Responses to encoded prompts in one batch.
+
+    Args:
+        model: Causal language model in the right role.
+        tokenizer: With a padding token.
+        prompts: N token lists.
+        num_responses: K, drawn for each prompt.
+        max_new_tokens: Longest response.
+        temperature: 0 decodes greedily.
+        top_p: Nucleus, in (0, 1].
+        stop_ids: Tokens that end a response; None takes those of tokenizer and model.
+
+        keep_end: Keep the token that ended a response.
+
+    Returns:
+        N lists of K token lists.
+    """
+    groups = padded_together(model, [len(prompt) for prompt in prompts])
+    if len(groups) > 1:
+        settings = {"num_responses": num_responses, "max_new_tokens": max_new_tokens, "temperature": temperature}
+        settings |= {"top_p": top_p, "stop_ids": stop_ids, "keep_end": keep_end}
+        drawn = {}
+        for group in groups:
+            of_group = sample_responses(model, tokenizer, [prompts[i] for i in group], **settings)
+            drawn |= dict(zip(group, of_group, strict=True))
+        return [drawn[i] for i in range(len(prompts))]
+    device = next(model.parameters()).device
+    width = max(map(len, prompts))
+    pad, stops = tokenizer.pad_token_id, all_stop_ids(tokenizer, model) if stop_ids is None else stop_ids
+    ids = torch.full((len(prompts), width), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.as_tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    how = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        if temperature > 0
+        else {"do_sample": False}
+    )
+    with bare_generation_config(model):
+        sequences = model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=GenerationConfig(
+                max_new_tokens=max_new_tokens,
+                num_return_sequences=num_responses,
+                pad_token_id=pad,
+                eos_token_id=list(stops),
+                **how,
+            ),
+        )
+    rows = [_until(row, stops, pad, keep_end) for row in sequences[:, width:].tolist()]
+    return [rows[i : i + num_responses] for i in range(0, len(rows), num_responses)]
+
+
+def _until(tokens: list[int], stops: Sequence[int], pad: int, keep_end: bool) -> list[int]:
+    end = next((i for i, token in enumerate(tokens) if token in stops or token == pad), len(tokens))
+    return tokens[: end + 1] if keep_end and end < len(tokens) and tokens[end] in stops else tokens[:end]
+
+
+_padding_works: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
+
+
+def padded_together(model: torch.nn.Module, lengths: Sequence[int]) -> list[list[int]]:
+    """Indices of prompts that a model may be given in one batch, padded on the left.
+
+    That is all of them, except with models that transformers then computes wrong (RecurrentGemma, MiniMax): their
+    batches hold prompts of equal length. It is tried once for each model.
+    """
+    inner = inner_model(model)
+    if len(set(lengths)) <= 1:
+        return [list(range(len(lengths)))]
+    if inner not in _padding_works:
+        _padding_works[inner] = _left_padding_works(inner)
+    if _padding_works[inner]:
+        return [list(range(len(lengths)))]
+    return [[i for i, length in enumerate(lengths) if length == of_group] for of_group in sorted(set(lengths))]
+
+
+def _left_padding_works(model: torch.nn.Module) -> bool:
+    """Whether a few tokens are generated from a padded prompt with the scores that they have without padding."""
+    prompt, padding = [5, 9, 4, 7, 8, 6, 3], [0] * 5
+    config = GenerationConfig(max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    config.pad_token_id = 0
+    found = []
+    with trial(model), bare_generation_config(model):
+        for ids, mask in ((prompt, [1] * 7), (padding + prompt, padding + [1] * 7)):
+            inputs = {"input_ids": ids, "attention_mask": mask}
+            inputs = {name: torch.tensor([row], device=model.device) for name, row in inputs.items()}
+            try:
+                logits = model.generate(**inputs, generation_config=config).logits
+            except RuntimeError:  # of Mamba in bfloat16, which reads weights where a trial cannot raise them
+                return True
+            found.append(torch.cat(logits).float().log_softmax(-1))
+    return (found[0] - found[1]).abs().max().item() < 1e-3
+
+
+def length_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Indices in batches of ``size`` of like length, the longest first; follows from the arguments alone."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    return [order[i : i + size] for i in range(0, len(order), size)]

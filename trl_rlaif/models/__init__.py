@@ -1,0 +1,1 @@
+"""Models: loading, adapters, one frozen base with many roles, and kernels."""

@@ -1,0 +1,137 @@
+"""LoRA adapters that a model can take: on its text model alone, and on layers that an adapter can add to."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from trl_rlaif.errors import UserError
+from trl_rlaif.models.shared_model import backbone
+
+if TYPE_CHECKING:
+    from trl_rlaif.recipe import LoraSection
+
+
+def lora_config(section: LoraSection) -> LoraConfig:
+    """What a recipe's ``model.lora`` says, for a causal language model."""
+    return LoraConfig(
+        r=section.r,
+        lora_alpha=section.alpha,
+        lora_dropout=section.dropout,
+        target_modules=section.target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def fitted(config: PeftConfig, model: nn.Module) -> PeftConfig:
+    """An adapter's configuration as it fits a model: never on what reads images or sound.
+
+    Args:
+        config: Of a new adapter. Only LoRA's is looked at.
+        model: Of transformers, without adapters.
+
+    Returns:
+        A copy, with ``exclude_modules`` where the model is more than text and the targets would take that too.
+
+    Raises:
+        UserError: An adapter cannot work on one of the targets; the message names targets that it can work on.
+    """
+    if not isinstance(config, LoraConfig) or not isinstance(model, PreTrainedModel):
+        return config
+    config = copy.deepcopy(config)
+    everything = str(config.target_modules).lower() == "all-linear"
+    others = [
+        name
+        for name, part in beside_text(model)
+        for inside, module in part.named_modules(prefix=name)
+        if isinstance(module, nn.Linear) and (everything or check_target_module_exists(config, inside))
+    ]
+    if others and not config.exclude_modules:
+        config.exclude_modules = rf"({'|'.join(map(re.escape, dict.fromkeys(others)))})(\..*)?"
+    _check_targets(config, type(model), model.config)
+    return config
+
+
+def beside_text(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """The parts of a model, with their names, that are neither its text model, nor around it, nor a head."""
+    text, heads = backbone(model), (model.get_output_embeddings(), getattr(model, "score", None))
+    path = next(name for name, module in model.named_modules() if module is text).split(".")
+    for depth, step in enumerate(path):
+        for name, part in model.get_submodule(".".join(path[:depth])).named_children():
+            if name != step and not any(part is head for head in heads):
+                yield ".".join([*path[:depth], name]), part
+
+
+def _check_targets(config: LoraConfig, kind: type[PreTrainedModel], model_config: PretrainedConfig) -> None:
+    """Try the adapter on twins of the model that have no weights: where PEFT raises, it leaves a half-made adapter."""
+
+    def refusal(config: LoraConfig) -> str | None:
+        return _refusal(kind(copy.deepcopy(model_config)), copy.deepcopy(config))
+
+    with torch.device("meta"), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            twin = kind(copy.deepcopy(model_config))
+        except Exception:  # a class that is made in another way: PEFT has the last word then
+            return
+        reason = refusal(config)
+        if reason is None:
+            return
+        linears = [name for name, part in backbone(twin).named_modules() if isinstance(part, nn.Linear | Conv1D)]
+        names = sorted({name.rpartition(".")[2] for name in linears})
+        good = [name for name in names if refusal(LoraConfig(target_modules=[name])) is None]
+    raise UserError(
+        f"No adapter can work on target_modules {_shown(config.target_modules)} of {kind.__name__}: {reason}",
+        fix=f"These can have one: target_modules: [{', '.join(good)}].",
+    )
+
+
+def _refusal(twin: PreTrainedModel, config: LoraConfig) -> str | None:
+    """Why an adapter cannot work on a model, or None where it can."""
+    try:
+        peft = get_peft_model(twin, config)
+    except ValueError as error:
+        return str(error).strip().rstrip(".") + "."
+    layers = {name: layer for name, layer in peft.named_modules() if isinstance(layer, LoraLayer)}
+    odd = {name.rpartition(".")[2] for name, layer in layers.items() if not _gives_tensor(layer.get_base_layer())}
+    if odd:
+        return f"{', '.join(sorted(odd))} gives more than a tensor, to which nothing can be added."
+    if _all_idle(twin, list(layers.values())):
+        return "the model reads these layers' weights without calling them, so that an adapter would change nothing."
+    return None
+
+
+def _all_idle(twin: PreTrainedModel, layers: list[LoraLayer]) -> bool:
+    """Whether a forward pass calls none of these layers, as Mamba its dt_proj; False where that cannot be tried."""
+    called: list[nn.Module] = []
+    hooks = [layer.register_forward_hook(lambda layer, *_: called.append(layer)) for layer in layers]
+    try:
+        twin(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False)
+        return not called
+    except Exception:  # without values, experts cannot be chosen, say
+        return False
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _gives_tensor(layer: nn.Module) -> bool:
+    """Whether a linear layer's output is what LoRA adds to. Some routers of experts are linear layers by class."""
+    if not isinstance(layer, nn.Linear) or type(layer).forward is nn.Linear.forward:
+        return True
+    return isinstance(layer(torch.empty(1, layer.in_features)), torch.Tensor)
+
+
+def _shown(targets: object) -> str:
+    return f"'{targets}'" if isinstance(targets, str) else f"[{', '.join(sorted(targets or ()))}]"

@@ -1,0 +1,52 @@
+"""Embeddings of prompts by a language model's own hidden states: nothing else is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from trl_rlaif.judging.scoring import token_batches
+from trl_rlaif.models.shared_model import backbone
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@torch.no_grad()
+def mean_hidden_states(model: nn.Module, prompts: Sequence[Sequence[int]], *, batch_tokens: int = 8192) -> np.ndarray:
+    """Mean of the last hidden states over each prompt's tokens.
+
+    Args:
+        model: Language model of transformers, plain or PEFT, in the role that is meant (the bare base, as a rule).
+        prompts: N token sequences of at least one token.
+        batch_tokens: Most tokens, padding counted, of one forward pass.
+
+    Returns:
+        (N, H) float32.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    found: torch.Tensor | None = None
+    for batch in token_batches([len(p) for p in prompts], batch_tokens):
+        ids = pad_sequence([torch.as_tensor(prompts[i]) for i in batch], batch_first=True).to(device)
+        mask = pad_sequence([torch.ones(len(prompts[i]), dtype=torch.long) for i in batch], batch_first=True).to(device)
+        hidden = backbone(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.float()
+        means = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        if found is None:
+            found = torch.empty(len(prompts), means.shape[1])
+        found[batch] = means.cpu()
+    return found.numpy()
+
+
+def directions(embeddings: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """Embeddings less a centre, at unit length: (N, H) and (H,) to (N, H).
+
+    What all prompts share, such as a chat template, points them all in one direction; without it they differ by what
+    they say.
+    """
+    apart = embeddings - centre
+    return apart / np.maximum(np.linalg.norm(apart, axis=1, keepdims=True), 1e-12)

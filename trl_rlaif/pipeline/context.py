@@ -1,0 +1,385 @@
+"""What every stage is given: the recipe, the run's folder, the plugins, and the models by what they are for."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import date
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from trl_rlaif import distributed
+from trl_rlaif.chat_templates import dated, has_date
+from trl_rlaif.data import Pair, Prompt
+from trl_rlaif.encoding import PromptLike, as_messages, chat_prompt, encode_prompt, is_rendered, set_template_kwargs
+from trl_rlaif.errors import UserError
+from trl_rlaif.judging import Judge, JudgePrompt, LocalJudge
+from trl_rlaif.judging.remote import RemoteJudge, Server
+from trl_rlaif.labels import LabelKey
+from trl_rlaif.models.loading import ModelSpec, load_model, load_tokenizer, model_revision
+from trl_rlaif.pipeline.artifacts import RunFolder, read_lines, write_atomically
+from trl_rlaif.pipeline.categories import categorized
+from trl_rlaif.plugins import Plugins
+from trl_rlaif.progress import say
+from trl_rlaif.recipe import ComponentRef, JudgeSection, Recipe, ServerJudgeSection, prompt_folder
+from trl_rlaif.recipe.inputs import read_prompts
+from trl_rlaif.responses import ResponseReader
+from trl_rlaif.stopping import named_stop_ids, stop_ids
+from trl_rlaif.validation import Origin, validated
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+    from trl_rlaif.components import Labeler
+
+P = TypeVar("P", Prompt, Pair)
+
+# What decides which of two responses wins, in evaluate, compare and the forgetting tracker: both orders, the mean of
+# their log-odds, no rationales. The options of the section label do not apply: an ablation there, such as one order
+# alone, would give a judge that prefers a position a win rate of 100%.
+WHO_WINS = ComponentRef("distilled", {"orders": "both", "debias": "mean_logit"})
+
+
+@dataclass(frozen=True)
+class LabelTask:
+    """One labeler's work: its name in the report, and what it consists of."""
+
+    name: str
+    labeler: ComponentRef
+    judge: str | JudgeSection | ServerJudgeSection
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One machine's share of the pairs.
+
+    Args:
+        number: 1..count.
+        count: Machines.
+    """
+
+    number: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """From ``i/n``.
+
+        Raises:
+            UserError: It is none.
+        """
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+        if not match or not 1 <= int(match[1]) <= int(match[2]):
+            raise UserError(f"'{text}' is no share.", fix="Write --shard i/n with i from 1 to n, for example 2/4.")
+        return cls(int(match[1]), int(match[2]))
+
+    def of(self, pairs: Sequence[Pair]) -> list[Pair]:
+        """This machine's pairs: every n-th one."""
+        return list(pairs[self.number - 1 :: self.count])
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+
+def transform_file(name: str) -> str:
+    """Where the folder reward/ keeps the state of a transform."""
+    return f"transform_{name}.pt"
+
+
+@dataclass
+class Context:
+    """One run. Models are loaded when a stage asks for them and go when it ends."""
+
+    recipe: Recipe
+    folder: RunFolder
+    plugins: Plugins
+    shard: Shard | None = None
+    _judges: dict[str, PreTrainedTokenizerBase] = field(default_factory=dict)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's tokenizer, with the variables for its chat template."""
+        model = self.recipe.model
+        return self._templated(load_tokenizer(model.path), model.chat_template_kwargs)
+
+    @cached_property
+    def date(self) -> date:
+        """The day on which chat templates think that the run takes place: that on which it first asked."""
+        path = self.folder.state / "date"
+        if not path.exists():
+            write_atomically(path, date.today().isoformat())
+        return date.fromisoformat(path.read_text(encoding="utf-8")) if path.exists() else date.today()
+
+    def _templated(self, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase:
+        today = {"chat_template": dated(tokenizer.chat_template, self.date)} if has_date(tokenizer) else {}
+        return set_template_kwargs(tokenizer, today | kwargs)
+
+    def _judge_tokenizer(self, judge: str | JudgeSection) -> PreTrainedTokenizerBase:
+        if isinstance(judge, str):
+            return self.tokenizer
+        if judge.path not in self._judges:
+            self._judges[judge.path] = self._templated(load_tokenizer(judge.path), {})
+        return self._judges[judge.path]
+
+    def with_template_kwargs(self, dataset: Dataset) -> Dataset:
+        """A dataset for a trainer of TRL's that renders conversations itself, with the base's variables for that."""
+        kwargs = self.recipe.model.chat_template_kwargs
+        return dataset.map(lambda _: {"chat_template_kwargs": kwargs}) if kwargs else dataset
+
+    @property
+    def model_spec(self) -> ModelSpec:
+        """The base as the recipe describes it."""
+        model = self.recipe.model
+        return ModelSpec(model.path, model.dtype, model.quantization)
+
+    @property
+    def lora(self) -> LoraConfig:
+        """The adapters that are trained."""
+        from trl_rlaif.models.adapters import lora_config
+
+        return lora_config(self.recipe.model.lora)
+
+    @property
+    def start(self) -> Path | None:
+        """The adapter that the policy starts as, where the recipe has the stage sft."""
+        return self.folder / "sft" if self.recipe.sft else None
+
+    def load_base(self) -> PreTrainedModel:
+        """The frozen base, on the device."""
+        import torch
+
+        torch.set_float32_matmul_precision(self.recipe.model.matmul_precision)
+        model = load_model(self.model_spec).eval().requires_grad_(False)
+        return model if self.model_spec.quantization == "nf4" else model.to(_device())
+
+    def stop_ids(self, model: PreTrainedModel) -> tuple[int, ...]:
+        """The tokens that end a response of the policy: those that the section rl names, or else the model's own."""
+        config = self.recipe.rl.config if self.recipe.rl else {}
+        if config.get("stop_tokens") is not None:
+            return named_stop_ids(self.tokenizer, config["stop_tokens"])
+        if config.get("stop_token_id") is not None:
+            return (config["stop_token_id"],)
+        return stop_ids(self.tokenizer, model)
+
+    def reader(self, model: PreTrainedModel) -> ResponseReader:
+        """What reads the policy's responses."""
+        section = self.recipe.model
+        return ResponseReader(
+            self.tokenizer, self.stop_ids(model), reasoning=section.reasoning, tags=section.reasoning_tags
+        )
+
+    def judge(
+        self, section: str | JudgeSection | ServerJudgeSection, prompt: str, base: Any = None, **options: Any
+    ) -> Judge:
+        """The judge that a section names; ``same`` is the base itself.
+
+        Args:
+            section: The judge.
+            prompt: Name or folder of its prompt.
+            base: The base where it is already loaded, for ``same``.
+            options: LocalJudge's.
+        """
+        template = JudgePrompt.load(prompt_folder(prompt))
+        if isinstance(section, ServerJudgeSection):
+            server = Server(**section.model_dump(exclude={"backend", "path"}))
+            return RemoteJudge(section.path, template, server)
+        if self.recipe.label:
+            settings = {"batch_tokens": self.recipe.label.batch_tokens, "precision": self.recipe.label.precision}
+            options = settings | options
+        if isinstance(section, str):
+            model, tokenizer, name = (
+                base if base is not None else self.load_base(),
+                self.tokenizer,
+                self.recipe.model.path,
+            )
+        else:
+            spec = _spec(section)
+            model = load_model(spec).eval().requires_grad_(False)
+            model = model if spec.quantization == "nf4" else model.to(_device())
+            tokenizer, name = self._judge_tokenizer(section), section.path
+            options = {"chat_template_kwargs": section.chat_template_kwargs} | options
+        return LocalJudge(model, tokenizer, template, name, **options)
+
+    # ---- Labeling -------------------------------------------------------------------------------------
+
+    def label_tasks(self) -> list[LabelTask]:
+        """The labelers of the recipe; the first one's labels are what the reward model learns from."""
+        section = self.recipe.label
+        main = LabelTask("label", section.labeler, section.judge, section.prompt)
+        others = [
+            LabelTask(name, c.labeler or main.labeler, c.judge or main.judge, c.prompt or main.prompt)
+            for name, c in section.compare.items()
+        ]
+        return [main, *others]
+
+    def label_key(self, task: LabelTask) -> LabelKey:
+        """What determines a task's labels. No model is loaded."""
+        judge = task.judge
+        if isinstance(judge, ServerJudgeSection):
+            name = judge.path
+            revision = f"{judge.base_url} {judge.api} {judge.prefill} {judge.votes} {judge.top_logprobs}"
+            revision += _told(judge.chat_template_kwargs)
+        else:
+            spec = self.model_spec if isinstance(judge, str) else _spec(judge)
+            # A folder's own name: on another machine the same model may lie elsewhere.
+            name = Path(spec.path).name if Path(spec.path).exists() else spec.path
+            revision = f"{model_revision(spec.path)} {spec.dtype} {spec.quantization}"
+            revision += _told((self.recipe.model if isinstance(judge, str) else judge).chat_template_kwargs)
+            if has_date(self._judge_tokenizer(judge)):
+                revision += f" {self.date}"
+        prompt = JudgePrompt.load(prompt_folder(task.prompt))
+        return LabelKey(task.labeler.name, dict(task.labeler.options), name, revision, prompt.revision)
+
+    def label_judge(self, task: LabelTask) -> Judge:
+        """A task's judge, loaded."""
+        return self.judge(task.judge, task.prompt)
+
+    def create(self, kind: str, ref: ComponentRef) -> Any:
+        """A component with its options, validated: what it does wrong is said with its distribution and place."""
+        origin = Origin.of(self.plugins.registry.find(kind, ref.name), ref.where)
+        with origin.blamed("__init__()"):
+            return validated(self.plugins.registry.create(kind, ref.name, ref.options), origin)
+
+    def create_labeler(self, ref: ComponentRef) -> Labeler:
+        """A labeler with its options."""
+        return self.create("labeler", ref)
+
+    def chat(self, prompt: PromptLike) -> PromptLike:
+        """A prompt in the form that the base was taught."""
+        return chat_prompt(prompt, self.tokenizer)
+
+    def encoded_prompts(
+        self, source: str, room: int, base: Any, key: str = "prompts"
+    ) -> tuple[list[Any], list[list[int]], dict[str, int]]:
+        """Prompts with their tokens, and what was skipped by reason.
+
+        Args:
+            source: A prompt file, folder or Hub id.
+            room: Tokens to keep free for the response.
+            base: The model, for its context length.
+            key: Whose columns the source has: those of ``prompts`` or ``eval_prompts``.
+
+        Raises:
+            UserError: No prompt is left.
+        """
+        loaded = read_prompts(self.recipe, source, key)
+        skipped = loaded.skip_counts()
+        limit = (getattr(base.config.get_text_config(), "max_position_embeddings", None) or 10**9) - room
+        limit -= 1  # for the end of turn, where a cut response is scored
+        prompts, tokens = [], []
+        for prompt in self.as_meant(source, loaded.items):
+            ids = encode_prompt(self.tokenizer, self.chat(prompt.prompt))
+            if len(ids) > limit:
+                skipped["prompt longer than the context"] = skipped.get("prompt longer than the context", 0) + 1
+            else:
+                prompts.append(prompt)
+                tokens.append(ids)
+        if not prompts:
+            raise UserError("Every prompt is longer than the model's context.", where=source)
+        return categorized(self, prompts, tokens, base), tokens, skipped
+
+    def as_meant(self, source: str, items: Sequence[P]) -> Sequence[P]:
+        """Prompts or pairs of a source, and a word on those that are taken otherwise than as a question.
+
+        Prompts that begin with control tokens were rendered if all of the source's do. A single one among others is
+        the text of a user: nobody's data can slip control tokens in.
+        """
+        rendered = sum(is_rendered(item.prompt, self.tokenizer) for item in items)
+        if rendered:
+            say(
+                f"{source}: {rendered} of {len(items)} prompts begin with the control tokens of the model. "
+                + ("They are taken as rendered by its chat template, and not wrapped in it again."
+                   if rendered == len(items) else "As the others do not, they are taken as text of the user.")
+            )  # fmt: skip
+        if 0 < rendered < len(items):
+            items = [replace(item, prompt=as_messages(item.prompt)) for item in items]
+        begun = sum(not isinstance(item.prompt, str) and item.prompt[-1]["role"] == "assistant" for item in items)
+        if begun:
+            say(f"{source}: {begun} of {len(items)} prompts end with an assistant turn. The responses continue it.")
+        return items
+
+    def pairs(self) -> list[Pair]:
+        """The pairs of this run, from pairs.jsonl."""
+        rows = read_lines(self.folder / "pairs.jsonl")
+        known = ("id", "prompt", "response_1", "response_2", "category", "human")
+        return [Pair(*(row.get(k) for k in known), {k: v for k, v in row.items() if k not in known}) for row in rows]
+
+    def transforms(self, section: str) -> list[Any]:
+        """The reward transforms that a section names, in its order.
+
+        One that the reward model was trained with has in the stage rl the state of that training, and its options
+        too, unless the section rl gives some itself.
+        """
+        import torch
+
+        trained = {ref.name: ref for ref in self.recipe.reward.transforms} if self.recipe.reward else {}
+        found = []
+        for ref in getattr(self.recipe, section).transforms:
+            known = section == "rl" and ref.name in trained
+            transform = self.create("reward_transform", ref)
+            if known and transform.options == type(transform).Options():
+                transform = self.create("reward_transform", replace(trained[ref.name], where=ref.where))
+            found.append(transform)
+            path = self.folder / "reward" / transform_file(ref.name)
+            if known and path.exists():
+                transform.load_state_dict(torch.load(path, weights_only=True))
+        return found
+
+    def trainer_arguments(self, stage: str, config: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of a TRL config: the recipe's, over defaults that fit this run."""
+        model = self.recipe.model
+        defaults = {
+            # TRL holds the adapters of a 4-bit base in bfloat16: only autocast lets them meet another dtype.
+            "bf16": model.dtype == "bfloat16" or model.quantization == "nf4",
+            # transformers refuses bf16 without a GPU unless it is told that the CPU is meant.
+            "use_cpu": _device() == "cpu",
+            "report_to": "none",
+            "run_name": self.recipe.run.name,  # what a tracker calls it
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "save_strategy": "no",
+        }
+        # Naming save_steps asks for saving.
+        if "save_steps" in config:
+            defaults["save_strategy"] = "steps"
+        fixed = {"output_dir": str(self.folder / "checkpoints" / stage), "seed": self.recipe.run.seed}
+        return defaults | config | fixed
+
+    def callback(self, stage: str, description: str) -> TrainerCallback:
+        """Writes a trainer's logs to metrics.jsonl and drives the progress bar."""
+        from trl_rlaif.pipeline.callback import StageCallback
+
+        return StageCallback(self.folder, stage, description)
+
+
+def _spec(section: JudgeSection) -> ModelSpec:
+    return ModelSpec(section.path, section.dtype, section.quantization)
+
+
+def _told(kwargs: dict[str, Any]) -> str:
+    """What a judge's chat template is told, as a part of its revision; nothing where it is told nothing."""
+    return f" {json.dumps(kwargs, sort_keys=True)}" if kwargs else ""
+
+
+def _device() -> str:
+    return str(distributed.join().device)
+
+
+def pair_row(pair: Pair) -> dict[str, Any]:
+    """A pair as a line of pairs.jsonl. What else the data had must not overwrite what is known."""
+    known = {
+        "id": pair.id,
+        "prompt": pair.prompt,
+        "response_1": pair.response_1,
+        "response_2": pair.response_2,
+        "category": pair.category,
+        "human": pair.human,
+    }
+    extra = {k: v for k, v in pair.extra.items() if k not in known}
+    return json.loads(json.dumps(known | extra, default=str))

@@ -1,0 +1,192 @@
+"""RLOO and GRPO by TRL's own trainers, on the base, the rewards and the selectors of the recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl_rlaif import distributed
+from trl_rlaif.errors import UserError
+from trl_rlaif.generation import seeded
+from trl_rlaif.models.shared_model import SharedBase, save_adapter
+from trl_rlaif.pipeline import tracking
+from trl_rlaif.pipeline.artifacts import write_folder
+from trl_rlaif.pipeline.context import Context
+from trl_rlaif.pipeline.stages import rl
+from trl_rlaif.pipeline.stages.sft import last_checkpoint
+from trl_rlaif.progress import say
+
+if TYPE_CHECKING:
+    from trl_rlaif.rl.grpo_rloo.trainer import RehearsalMixin
+    from trl_rlaif.rl.ppo.trainer import PPOTrainer
+
+ALGORITHMS = ("rloo", "grpo")
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Train ``policy/``; return the first and last numbers of the run itself."""
+    from trl_rlaif.rl.grpo_rloo.trainer import Tracked
+
+    started = time.monotonic()
+    trainer, skipped, unused = build_trainer(context)
+    if unused:
+        say(f"rl: {context.recipe.rl.algorithm} makes no use of {', '.join(unused)}.")
+    scorer = trainer.scorer
+    checkpoint = last_checkpoint(trainer.args.output_dir)
+    if checkpoint is not None:  # before what it chose is taken up: rows of the prompts that it knew
+        trainer.same_run.compare(Path(checkpoint))
+    _select(context, scorer, checkpoint)
+    trainer.train_dataset = scorer.train_dataset
+    callback = context.callback("rl", "Training the policy")
+    callback.attach(trainer)
+    tracker = tracking.attach(context, Tracked(trainer))
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        callback.close()
+    rl.keep_selection(context, scorer)
+    write_folder(context.folder / "policy", lambda folder: _save(context, scorer.shared, folder))
+    numbers = (
+        _numbers(trainer) | rl.of_rewards(scorer) | {"skipped": skipped, "unused": unused} | tracking.numbers(tracker)
+    )
+    return numbers | rl.gpu_memory(context.recipe) | {"seconds": time.monotonic() - started}
+
+
+def _select(context: Context, scorer: PPOTrainer, checkpoint: str | None) -> None:
+    """What is trained on and rehearsed: as a checkpoint has it, or else as the selectors choose."""
+    from trl_rlaif.rl.grpo_rloo.trainer import kept_state
+    from trl_rlaif.rl.selection import MergedSelection, choose
+
+    kept = None if checkpoint is None else kept_state(checkpoint)
+    if kept is not None and kept["chosen"] is not None:
+        scorer.apply(MergedSelection.from_dict(kept["chosen"]))
+    elif scorer.data_selectors:
+        with seeded(context.recipe.run.seed, "selection"):
+            scorer.apply(choose(scorer))
+
+
+def build_trainer(context: Context) -> tuple[RehearsalMixin, dict[str, int], list[str]]:
+    """TRL's trainer with a scorer; how many prompts were skipped by reason; keys of which nobody makes use."""
+    from trl_rlaif.models.adapters import fitted
+    from trl_rlaif.rl.grpo_rloo.scoring import GroupScore
+    from trl_rlaif.rl.grpo_rloo.trainer import TRAINERS
+
+    trainer_class, config_class = TRAINERS[context.recipe.rl.algorithm]
+    config, unused = _config(context, config_class)
+    base = context.load_base()
+    adapter = fitted(context.lora, base)
+    stops = _stop_ids(context, base)
+    ends = {"stop_token_ids": stops, "ignore_eos": True} if config.use_vllm else {"eos_token_id": stops}
+    config.generation_kwargs = ends | (config.generation_kwargs or {})
+    dataset, skipped = rl.prompts(context, base, config.max_completion_length)
+    if any(not isinstance(prompt, str) and prompt[-1]["role"] == "assistant" for prompt in dataset["prompt"]):
+        raise UserError(  # TRL would end that turn and open another one
+            f"A prompt ends with an assistant turn, which {context.recipe.rl.algorithm} does not continue.",
+            where=context.recipe.data.prompts,
+            fix="Use another algorithm, or end the prompts with a user turn.",
+        )
+    if context.start is not None:
+        from peft import PeftModel
+
+        base, adapter = PeftModel.from_pretrained(base, context.start, is_trainable=True), None
+    score = GroupScore()
+    trainer = trainer_class(
+        model=base,
+        reward_funcs=[score],
+        args=config,
+        train_dataset=dataset,
+        processing_class=context.tokenizer,
+        peft_config=adapter,
+    )
+    if hasattr(trainer, "eos_token_ids"):
+        trainer.eos_token_ids = stops  # by which TRL masks; its own always have the tokenizer's eos among them
+    # The scorer draws its own random numbers: TRL's trainer goes on as if it were alone.
+    with seeded(context.recipe.run.seed, "scorer"):
+        score.scorer = _scorer(context, trainer, dataset)
+    trainer.take(score.scorer)
+    return trainer, skipped, unused
+
+
+def _stop_ids(context: Context, base: Any) -> list[int]:
+    """The tokens that end a response, as far as the installed TRL knows of several.
+
+    Raises:
+        UserError: It masks responses by the tokenizer's eos alone (until TRL 1.14), which does not end these.
+    """
+    from trl import RLOOTrainer
+
+    stops, eos_id = list(context.stop_ids(base)), context.tokenizer.eos_token_id
+    if "eos_token_ids" in inspect.getsource(RLOOTrainer) or stops == [eos_id]:
+        return stops
+    if eos_id != stops[0]:
+        raise UserError(
+            f"This TRL knows one end of a response, {context.tokenizer.eos_token!r}, and the model's end of turn is "
+            f"{context.tokenizer.convert_ids_to_tokens(stops[0])!r}.",
+            where=context.recipe.line(("rl", "algorithm")),
+            fix="Run: pip install -U trl; or set algorithm: ppo.",
+        )
+    return [eos_id]
+
+
+def _scorer(context: Context, trainer: RehearsalMixin, dataset: Any) -> PPOTrainer:
+    """A PPOTrainer that never trains: it scores, chooses and rehearses on the very base that TRL's trainer trains."""
+    steps = trainer.accelerator.gradient_state
+    before = dict(steps.plugin_kwargs)
+    shared = SharedBase.around(trainer.model)
+    config = dataclasses.replace(
+        rl.config(context),
+        value="trunk",
+        response_length=trainer.args.max_completion_length,
+        temperature=trainer.args.temperature,  # whose default is TRL's, not PPO's
+    )
+    scorer = rl.ppo_trainer(context, config, shared, dataset)
+    # Accelerate's one state of all trainers: TRL's trainer must go on to count as it did.
+    steps.plugin_kwargs = before
+    return scorer
+
+
+def _config(context: Context, config_class: type) -> tuple[Any, list[str]]:
+    from trl_rlaif.rl.grpo_rloo.config import group_arguments
+
+    section = context.recipe.rl
+    own, unused = group_arguments(section.config, config_class, distributed.processes())
+    arguments = context.trainer_arguments("rl", own) | rl.saving(own)
+    kwargs = context.recipe.model.chat_template_kwargs
+    defaults = {"gradient_checkpointing": rl.on_gpu()} | ({"chat_template_kwargs": kwargs} if kwargs else {})
+    try:
+        return config_class(**defaults | arguments), unused
+    except ValueError as error:  # TRL's words on settings that contradict each other
+        raise UserError(str(error), where=context.recipe.line(("rl",))) from error
+
+
+def _save(context: Context, shared: SharedBase, folder: Path) -> None:
+    save_adapter(shared.peft, "policy", folder)
+    context.tokenizer.save_pretrained(str(folder))
+
+
+def _numbers(trainer: RehearsalMixin) -> dict[str, Any]:
+    logged = [entry for entry in trainer.state.log_history if "objective/scores" in entry]
+    args, steps = trainer.args, trainer.state.global_step
+    drawn = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    numbers = {
+        "updates": steps,
+        "episodes": steps * drawn // trainer.num_iterations,
+        "prompts": len(trainer.train_dataset),
+    }
+    if logged:
+        numbers |= {"score_first": logged[0]["objective/scores"], "score_last": logged[-1]["objective/scores"]}
+        ended = [entry["rollout/ended"] for entry in logged if "rollout/ended" in entry]  # earlier versions logged none
+        numbers |= {"ended_first": ended[0], "ended_last": ended[-1]} if ended else {}
+        if "kl" in logged[-1]:  # TRL's is nats per token; PPO's, and what the report warns of, nats per response
+            numbers["kl_last"] = logged[-1]["kl"] * logged[-1]["completions/mean_length"]
+    if logged and "rehearsal/nll" in logged[0]:
+        numbers["rehearsal"] = {
+            "pairs": len(trainer.scorer.rehearsal.pairs),
+            "nll_first": logged[0]["rehearsal/nll"],
+            "nll_last": logged[-1]["rehearsal/nll"],
+            "share_of_time": sum(e["time/rehearsal"] for e in logged) / sum(e["step_time"] for e in logged),
+        }
+    return numbers

@@ -1,0 +1,272 @@
+"""Reinforcement learning: PPO on one base, with the reward adapter, reward functions, or both."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import statistics
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl_rlaif.errors import UserError
+from trl_rlaif.pipeline.artifacts import write_atomically, write_folder
+from trl_rlaif.pipeline.context import Context
+from trl_rlaif.recipe import ComponentRef
+from trl_rlaif.recipe.inputs import read_rehearsal
+from trl_rlaif.validation import Origin, tagged
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from trl_rlaif.models.shared_model import SharedBase
+    from trl_rlaif.recipe import Recipe
+    from trl_rlaif.rl.ppo.config import PPOConfig
+    from trl_rlaif.rl.ppo.trainer import PPOTrainer
+
+# A tenth of the updates may be lost to a kill, where the recipe says nothing of save_steps.
+_SAVES = 10
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Train ``policy/``; return the first and last numbers of the run itself."""
+    import torch
+
+    from trl_rlaif.pipeline import rl_dpo, rl_groups, tracking
+
+    if context.recipe.rl.algorithm == "dpo":
+        return rl_dpo.run(context)
+    if context.recipe.rl.algorithm in rl_groups.ALGORITHMS:
+        return rl_groups.run(context)
+
+    started = time.monotonic()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    trainer, skipped = build_trainer(context)
+    callback = context.callback("rl", "Training the policy")
+    callback.attach(trainer)
+    tracker = tracking.attach(context, trainer)
+    try:
+        _train(context, trainer)
+    finally:
+        callback.close()
+    keep_selection(context, trainer)
+    write_folder(context.folder / "policy", lambda folder: trainer.save_model(str(folder)))
+    numbers = _numbers(trainer, skipped) | tracking.numbers(tracker) | gpu_memory(context.recipe)
+    return numbers | {"seconds": time.monotonic() - started}
+
+
+def _train(context: Context, trainer: PPOTrainer) -> None:
+    """By the recipe's algorithm, from the newest checkpoint on."""
+    section = context.recipe.rl
+    if section.algorithm != "rejection_sampling":
+        trainer.train(resume_from_checkpoint=True)
+        return
+    from trl_rlaif.rl.rejection import RejectionTrainer, count_iterations
+
+    iterations = count_iterations(trainer, section.config.get("total_episodes"))
+    RejectionTrainer(trainer, iterations).train(resume_from_checkpoint=True)
+
+
+def build_trainer(context: Context) -> tuple[PPOTrainer, dict[str, int]]:
+    """The trainer that the recipe describes, and how many prompts were skipped by reason."""
+    from trl_rlaif.models.shared_model import SharedBase
+
+    settings, base = config(context), context.load_base()
+    dataset, skipped = prompts(context, base, settings.response_length)
+    shared = SharedBase(base, context.start or context.lora, reference=context.start)
+    return ppo_trainer(context, settings, shared, dataset), skipped
+
+
+def ppo_trainer(context: Context, settings: PPOConfig, shared: SharedBase, dataset: Dataset) -> PPOTrainer:
+    """A trainer on a base, with the recipe's rewards, transforms, selectors and pairs."""
+    from trl_rlaif.rl.ppo.trainer import PPOTrainer
+
+    section = context.recipe.rl
+    return PPOTrainer(
+        settings,
+        context.tokenizer,
+        shared,
+        reward_model=context.folder / "reward" if "reward" in section.reward_names else None,
+        train_dataset=dataset,
+        reward_funcs=[_reward(context, name, shared) for name in section.reward_names if name != "reward"],
+        reward_transforms=context.transforms("rl"),
+        data_selectors=[context.create("data_selector", ref) for ref in section.selectors],
+        rehearsal_dataset=_rehearsal(context),
+        plugins=context.plugins,
+    )
+
+
+def config(context: Context) -> PPOConfig:
+    """PPO's settings: the recipe's own, over those of its algorithm and defaults that fit this run."""
+    from trl_rlaif.rl.ppo.config import PRESETS, PPOConfig
+
+    section = context.recipe.rl
+    known = {field.name for field in dataclasses.fields(PPOConfig)}
+    # A group trainer's own keys are not PPO's.
+    written = {key: value for key, value in section.config.items() if key in known}
+    arguments = PRESETS.get(section.algorithm, {}) | context.trainer_arguments("rl", written) | saving(written)
+    # The default of the loop is TRL's, none; a policy that shall learn to stop needs one.
+    if not {"stop_token_id", "stop_tokens"} & set(arguments):
+        arguments.setdefault("stop_token", "eos")
+    # Computing twice to save memory pays on a GPU.
+    lean = {"gradient_checkpointing": on_gpu(), "num_sample_generations": 0}
+    model = context.recipe.model
+    lean |= {"reasoning": model.reasoning, "reasoning_tags": model.reasoning_tags}
+    return PPOConfig(**lean | arguments, reward_weights=section.reward_weights)
+
+
+def saving(written: dict[str, Any]) -> dict[str, Any]:
+    """How often to save, where the recipe does not say: a tenth of the updates may be lost to a kill."""
+    if "save_strategy" in written:
+        return {}
+    defaults = {"save_steps": 1 / _SAVES, "save_total_limit": 2}
+    return {"save_strategy": "steps"} | {key: value for key, value in defaults.items() if key not in written}
+
+
+def on_gpu() -> bool:
+    """Whether there is one."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def keep_selection(context: Context, trainer: PPOTrainer) -> None:
+    """What was rehearsed, and the map of the prompts, out of the checkpoints' folder."""
+    from trl_rlaif.rl.selection import MAP_FILE, REHEARSAL_FILE
+
+    for name in (REHEARSAL_FILE, MAP_FILE):
+        found = Path(trainer.args.output_dir) / name
+        if found.exists():
+            write_atomically(context.folder / name, found.read_text(encoding="utf-8"))
+
+
+def gpu_memory(recipe: Recipe) -> dict[str, Any]:
+    """The stage's peak of allocated GPU memory as `trl-rlaif memory` predicts it and as it was, in bytes."""
+    import torch
+
+    from trl_rlaif.memory import plan_memory
+
+    if not torch.cuda.is_available():
+        return {}
+    plan = plan_memory(recipe)
+    predicted = max(plan.predict(phase, stage) for stage, phase in plan.phases() if stage == "rl")
+    return {"gpu_memory": {"predicted": predicted, "measured": torch.cuda.max_memory_allocated()}}
+
+
+def _reward(context: Context, name: str, shared: SharedBase) -> Any:
+    """A function's or the judge's reward; the judge is the base itself without an adapter, if it is the same."""
+    where = context.recipe.line(("rl", "rewards", context.recipe.rl.reward_names.index(name)))
+    if name != "direct":
+        place, _, attribute = name.rpartition(":")
+        origin = Origin(f"reward function '{attribute}' of {place}", where)
+        with origin.blamed("its import"):
+            return tagged(load_function(name), origin)
+    section = context.recipe.label
+    judge, prompt = (section.judge, section.prompt) if section else ("same", "general")
+    labeled_so = section is not None and section.labeler.name == "direct"
+    options = section.labeler.options if labeled_so else {}
+    labeler = context.create_labeler(ComponentRef("direct", options, where))
+    labeler.judge = context.judge(judge, prompt, shared.model, context=lambda: shared.role(None))
+    return labeler
+
+
+def prompts(context: Context, base: Any, room: int) -> tuple[Dataset, dict[str, int]]:
+    """The prompts that leave room for a response of so many tokens, and how many were skipped by reason."""
+    from datasets import Dataset
+
+    found, tokens, skipped = context.encoded_prompts(context.recipe.data.prompts, room, base)
+    rows = [
+        {"id": p.id, "prompt": context.chat(p.prompt), "category": p.category, "input_ids": ids}
+        for p, ids in zip(found, tokens, strict=True)
+    ]
+    extra = set.intersection(*(set(p.extra) for p in found)) - set(rows[0])
+    for row, prompt in zip(rows, found, strict=True):
+        row |= {name: prompt.extra[name] for name in extra}
+    return Dataset.from_list(rows), skipped
+
+
+def _rehearsal(context: Context) -> Dataset | None:
+    from datasets import Dataset
+
+    if context.recipe.rl.rehearsal is None:
+        return None
+    rows = read_rehearsal(context.recipe)
+    return Dataset.from_list([{"prompt": context.chat(row["prompt"]), "completion": row["completion"]} for row in rows])
+
+
+def load_function(name: str) -> Any:
+    """A reward function from ``package.module:function`` or ``path/to/file.py:function``.
+
+    Raises:
+        UserError: It cannot be imported, or is not callable.
+    """
+    place, _, attribute = name.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+        function = getattr(module, attribute)
+    except Exception as error:  # whatever the user's own module raises
+        raise UserError(
+            f"The reward '{name}' cannot be imported: {type(error).__name__}: {error}",
+            fix="Write package.module:function or path/to/file.py:function.",
+        ) from error
+    if not callable(function):
+        raise UserError(f"The reward '{name}' is not a function.")
+    return function
+
+
+def _numbers(trainer: Any, skipped: dict[str, int]) -> dict[str, Any]:
+    logged = [entry for entry in trainer.state.log_history if "objective/scores" in entry]
+    numbers = {
+        "updates": trainer.state.global_step,
+        "episodes": trainer.state.episode,
+        "prompts": len(trainer.train_dataset),
+        "skipped": skipped,
+    }
+    if logged:
+        numbers |= {
+            "score_first": logged[0]["objective/scores"],
+            "score_last": logged[-1]["objective/scores"],
+            "kl_last": logged[-1]["objective/kl"],
+            "ended_first": logged[0]["rollout/ended"],
+            "ended_last": logged[-1]["rollout/ended"],
+        }
+        numbers["spread_last"] = _last_spreads(logged[-10:])
+    numbers |= of_rewards(trainer)
+    if logged and "rehearsal/nll" in logged[0]:
+        seconds = {name: sum(entry[f"time/{name}"] for entry in logged) for name in ("rehearsal", "update")}
+        numbers["rehearsal"] = {
+            "pairs": len(trainer.rehearsal.pairs),
+            "nll_first": logged[0]["rehearsal/nll"],
+            "nll_last": logged[-1]["rehearsal/nll"],
+            "share_of_time": seconds["rehearsal"] / seconds["update"],
+        }
+    return numbers
+
+
+def of_rewards(scorer: PPOTrainer) -> dict[str, Any]:
+    """How many responses had no reward; and by reward its weight, its first and last mean, and its last spread."""
+    found: dict[str, dict[str, float]] = {}
+    for entry in scorer.state.log_history:
+        for name in (key.removeprefix("score/") for key in entry if key.startswith("score/")):
+            if f"rewards/{name}/std" not in entry:  # an update before a checkpoint of an earlier version
+                continue
+            mean, std, weight = entry[f"score/{name}"], entry[f"rewards/{name}/std"], entry[f"rewards/{name}/weight"]
+            found.setdefault(name, {"weight": weight, "mean_first": mean}).update(mean_last=mean, std_last=std)
+    return {"unscored": scorer.unscored.total, "rewards": found}
+
+
+def _last_spreads(logged: list[dict[str, float]]) -> dict[str, float]:
+    """Between kinds of prompt, before and after each reward transform: means over what was logged."""
+    found: dict[str, list[float]] = {}
+    for entry in logged:
+        for name, value in entry.items():
+            if name.startswith("spread/"):
+                found.setdefault(name.removeprefix("spread/"), []).append(value)
+    return {name: statistics.fmean(values) for name, values in found.items()}

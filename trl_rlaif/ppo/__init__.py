@@ -1,5 +1,0 @@
-"""Proximal policy optimization in short, overridable steps."""
-
-from trl_rlaif.trl_version import check_trl
-
-check_trl()  # here, since this comes before any import of TRL in this package

@@ -1,0 +1,101 @@
+"""Reads the components that a recipe picks by name, and checks their options with the component's model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from trl_rlaif.errors import UserError
+from trl_rlaif.recipe.checking import report_invalid, wrong_value
+from trl_rlaif.recipe.formatting import nearest_or_all
+from trl_rlaif.recipe.sections import ComponentLookup, ComponentRef
+from trl_rlaif.recipe.source import KeyPath, Source
+
+# Key of a section -> kind of component, and whether it holds a list of them.
+_KEYS: dict[tuple[str, str], tuple[str, bool]] = {
+    ("label", "labeler"): ("labeler", False),
+    ("reward", "transforms"): ("reward_transform", True),
+    ("rl", "transforms"): ("reward_transform", True),
+    ("rl", "selectors"): ("data_selector", True),
+}
+_HOW = "Write 'name', or {name: {option: value}} with the options indented below the name."
+
+
+def pick_components(section: str, keys: dict[Any, Any], source: Source, registry: ComponentLookup) -> None:
+    """Replace each component that the section's keys name by a ComponentRef, in place.
+
+    What does not fit is reported, and a stand-in takes its place so that it is reported only once.
+    """
+    for (owner, key), (kind, many) in _KEYS.items():
+        if owner != section:
+            continue
+        path = (section, key)
+        if key == "labeler" and key not in keys:
+            keys[key] = "distilled"
+        if not many:
+            keys[key] = _component(keys[key], path, kind, source, registry)
+        elif key in keys and isinstance(keys[key], list):
+            entries = enumerate(keys[key])
+            keys[key] = [_component(item, (*path, i), kind, source, registry) for i, item in entries]
+        elif key in keys:
+            fix = f"Write a list of {_words(kind)}s, for example [name]."
+            source.report(path, wrong_value(key, f"section '{section}'", keys[key]), fix)
+            keys[key] = []
+    if section == "label" and isinstance(keys.get("compare"), dict):
+        keys["compare"] = dict(keys["compare"])
+        for name, compared in keys["compare"].items():
+            if isinstance(compared, dict) and compared.get("labeler") is not None:
+                path = (section, "compare", name, "labeler")
+                labeler = _component(compared["labeler"], path, "labeler", source, registry)
+                keys["compare"][name] = {**compared, "labeler": labeler}
+
+
+def _component(written: Any, path: KeyPath, kind: str, source: Source, registry: ComponentLookup) -> ComponentRef:
+    where = source.where(path)
+    parts = _name_and_options(written)
+    if parts is None:
+        key = ".".join(map(str, path[1:]))
+        what = wrong_value(key, f"section '{path[0]}'", written)
+        if isinstance(written, dict) and len(written) > 1:
+            found = f"'{key}' in section '{path[0]}' holds {len(written)} keys"
+            what = f"{found}, and should name one {_words(kind)}."
+        source.report(path, what, _HOW)
+        return ComponentRef("", where=where)
+    name, options = parts
+    try:
+        known = registry.names(kind)
+        if name not in known:
+            fix = nearest_or_all(name, known, "Installed")
+            source.report(path, f"there is no {_words(kind)} '{name}'.", fix)
+            return ComponentRef(name, where=where)
+        model = registry.options_model(kind, name)
+    except UserError as error:  # a plugin that cannot be used; its own message names the one to blame
+        for problem in error.problems:
+            source.report(path, problem.what, problem.fix)
+        return ComponentRef(name, where=where)
+    owner = f"the options of {_words(kind)} '{name}'"
+    base = (*path, name) if isinstance(written, dict) else path
+    if not isinstance(options, dict):
+        source.report(base, f"{owner} are not a mapping.", _HOW)
+        return ComponentRef(name, where=where)
+    try:
+        checked = model.model_validate(options)
+    except ValidationError as error:
+        report_invalid(error, model, options, source, base, owner)
+        return ComponentRef(name, where=where)
+    return ComponentRef(name, checked.model_dump(mode="json", by_alias=True), where)
+
+
+def _name_and_options(written: Any) -> tuple[str, Any] | None:
+    if isinstance(written, str) and written:
+        return written, {}
+    if isinstance(written, dict) and len(written) == 1:
+        [(name, options)] = written.items()
+        if isinstance(name, str) and name:
+            return name, {} if options is None else options
+    return None
+
+
+def _words(kind: str) -> str:
+    return kind.replace("_", " ")

@@ -1,0 +1,197 @@
+"""The page of a comparison: every variant against every other one, and what each one took."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trl_rlaif.recipe.variants import START, VARIANTS_FOLDER
+from trl_rlaif.report import plots
+from trl_rlaif.report.figures import Figure
+from trl_rlaif.report.formatting import count, label, number, section
+from trl_rlaif.report.parsing import Turn, lines, spread, turn, turns
+from trl_rlaif.report.run_data import Run
+from trl_rlaif.report.summary import Measure, model_settings, win_rate_measure
+
+MAX_PROMPTS = 60
+MAX_ARMS = 24
+PREVIEW_CHARACTERS = 700
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A policy's win rate over another one; None on the diagonal, and where nothing was judged."""
+
+    rate: Measure | None
+    over: str
+
+
+@dataclass(frozen=True)
+class ArmRow:
+    """One policy of a set, with what its own run says of it; None where that is not known."""
+
+    name: str
+    overall: Measure | None
+    controlled: Measure | None
+    cells: list[Cell]
+    tokens: float | None
+    ended: float | None
+    kl: float | None
+    accuracy: float | None
+    agreement: float | None
+    seconds: float | None
+    report: str
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A held-out prompt with every policy's answer."""
+
+    set: str
+    category: str
+    prompt: list[Turn]
+    answers: list[tuple[str, Turn]]
+
+
+def comparison_page(run: Run, folder: Path) -> dict[str, Any]:
+    """Every value that the template shows."""
+    compare = section(run.results, "compare")
+    sets = [_set(compare, name, values) for name, values in list(section(compare, "sets").items())[:12]]
+    asked = _asked(folder, list(section(compare, "variants"))[:MAX_ARMS], run.notes)
+    shown = spread(asked, MAX_PROMPTS)
+    return {
+        "run": run,
+        "subtitle": " · ".join(
+            part for part in (label(section(run.recipe, "model").get("path"), 120), model_settings(run)) if part
+        ),
+        "summary": _summary(compare, sets),
+        "sets": sets,
+        "notes": run.notes,
+        "asked": shown,
+        "all_asked": len(asked),
+        "asked_sets": sorted({one.set for one in shown}),
+        "asked_categories": sorted({one.category for one in shown}),
+        "preview": PREVIEW_CHARACTERS,
+        "versions": [(label(key), label(value)) for key, value in section(run.recipe, "versions").items()],
+        "seed": label(section(run.recipe, "run").get("seed")),
+        "command": label(run.recipe.get("command"), 2000),
+    }
+
+
+def _set(compare: dict[str, Any], name: Any, values: Any) -> dict[str, Any]:
+    values = section(values)
+    pairs, contestants = section(values, "pairs"), section(values, "contestants")
+    names = list(section(values, "overall"))[: MAX_ARMS + 1]
+    rows = [_row(compare, values, key, names, section(pairs, key), section(contestants, key)) for key in names]
+    ranked = sorted(rows, key=lambda row: -(row.overall.value if row.overall else -math.inf))
+    return {
+        "name": label(name) or "held-out",
+        "prompts": number(values.get("prompts")),
+        "columns": [label(key) for key in names],
+        "rows": rows,
+        "ranked": ranked,
+        "figures": _drawn(label(name), ranked),
+        "controlled": any(row.controlled for row in rows),
+    }
+
+
+def _row(
+    compare: dict[str, Any],
+    values: dict[str, Any],
+    key: str,
+    names: list[str],
+    pairs: dict[str, Any],
+    contestant: dict[str, Any],
+) -> ArmRow:
+    own = section(compare, "variants", key)
+    agreement = section(own, "label_agreement") or section(own, "reward_agreement")
+    return ArmRow(
+        name=label(key),
+        overall=win_rate_measure(section(values, "overall", key)),
+        controlled=win_rate_measure(contestant.get("length_controlled")),
+        cells=[Cell(win_rate_measure(pairs.get(other)) if other != key else None, label(other)) for other in names],
+        tokens=number(section(contestant, "tokens").get("mean")),
+        ended=number(contestant.get("ended")),
+        kl=number(own.get("kl")),
+        accuracy=number(own.get("reward_accuracy")),
+        agreement=number(agreement.get("rate")),
+        seconds=number(own.get("seconds")),
+        # A variant's name is a folder's name: nothing else reaches the link.
+        report=f"{VARIANTS_FOLDER}/{key}/report.html" if own else "",
+    )
+
+
+def _drawn(name: str, ranked: list[ArmRow]) -> list[Figure]:
+    points = [
+        (
+            row.name,
+            row.overall.value,
+            row.overall.interval,
+            row.controlled.value if row.controlled else None,
+            row.controlled.interval if row.controlled else None,
+        )
+        for row in ranked
+        if row.overall
+    ]
+    figures = []
+    if points:
+        said = "; ".join(f"{row.name} {row.overall.text}" for row in ranked if row.overall)
+        drawing = plots.win_rates(points, f"Win rate over all others on {name}: {said}", "win rate")
+        caption = "Over all others, best first; bars are 95% intervals."
+        if any(row.controlled for row in ranked):
+            caption += " At equal length: over the start alone."
+        figures.append(Figure("Win rate over all others", drawing, caption))
+    moved = [(row.name, row.kl, row.overall.value) for row in ranked if row.kl is not None and row.overall]
+    if len(moved) > 1:
+        title = f"Win rate over all others against KL to the start on {name}"
+        caption = "What was gained, against how far the policy went from the start."
+        figures.append(
+            Figure(
+                "Win rate against KL",
+                plots.named_points(moved, title, ("KL to the start, in nats", "win rate")),
+                caption,
+            )
+        )
+    return figures
+
+
+def _summary(compare: dict[str, Any], sets: list[dict[str, Any]]) -> list[str]:
+    variants = len(section(compare, "variants"))
+    judge = label(compare.get("judge"), 120)
+    sentences = []
+    for one in sets:
+        best = next((row for row in one["ranked"] if row.overall), None)
+        if best is None:
+            sentences.append(f"On {one['name']} nothing was judged.")
+            continue
+        start = next((row for row in one["rows"] if row.name == START), None)
+        sentence = f"On {one['name']}, {best.name} wins most: {best.overall.text} of its comparisons"
+        sentence += f" (interval {best.overall.interval_text})" if best.overall.interval_text else ""
+        if start is not None and start.overall and start is not best:
+            sentence += f"; the start wins {start.overall.text}"
+        sure = [cell.over for cell in best.cells if cell.rate and cell.rate.interval and cell.rate.interval[0] > 0.5]
+        beaten = f"It surely beats {', '.join(sure)}." if sure else "By its intervals, it surely beats none of them."
+        sentences.append(f"{sentence}. {beaten}")
+    prompts = ", ".join(count(one["prompts"], "prompt") for one in sets)
+    sentences.append(
+        f"{count(variants, 'variant')} and the start were compared on {prompts} by {judge or 'the judge'}, "
+        "each two of them in both orders."
+    )
+    return sentences
+
+
+def _asked(folder: Path, variants: list[Any], notes: list[str]) -> list[Asked]:
+    """Every prompt with all answers, from the variants' own samples."""
+    found: dict[tuple[str, str], Asked] = {}
+    for variant in variants:
+        if not isinstance(variant, str) or Path(variant).name != variant:
+            continue
+        for row in lines(folder / VARIANTS_FOLDER / variant / "samples.jsonl", notes):
+            key = (label(row.get("set")) or "held-out", label(row.get("id")))
+            if key not in found:
+                found[key] = Asked(key[0], label(row.get("category")), turns(row.get("prompt")), [])
+                found[key].answers.append((START, turn("", row.get("start"))))
+            found[key].answers.append((label(variant), turn("", row.get("trained"))))
+    return list(found.values())

@@ -1,0 +1,125 @@
+"""Reads labels.jsonl with the pairs that it is about: which labels are the run's own, and what they say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trl_rlaif.report.formatting import label, section
+from trl_rlaif.report.parsing import Turn, lines, probability, spread, turn, turns
+
+# Each holds up to two rationales, so that more would make the page heavy.
+MAX_LABELED = 30
+_MAX_RATIONALES = 3
+
+
+@dataclass(frozen=True)
+class Rationale:
+    """What a judge wrote before its answer; ``swapped`` where it was shown response 2 first."""
+
+    swapped: bool
+    turn: Turn
+
+
+@dataclass(frozen=True)
+class LabeledPair:
+    """A pair with its label; probabilities are that response 1 is preferred, None where they are not known."""
+
+    category: str
+    prompt: list[Turn]
+    responses: tuple[Turn, Turn]
+    p: float
+    p_12: float | None
+    p_21: float | None
+    human: int | None
+    rationales: list[Rationale]
+
+
+@dataclass
+class Labels:
+    """What labels.jsonl says: confidences in 0.5..1 and the winner's table, keyed (order 1-2, order 2-1).
+
+    ``answers`` holds (p, human choice) where a person chose 1 or 2; ``pairs`` some labeled pairs, evenly spaced.
+    """
+
+    total: int = 0
+    confidences: list[float] = field(default_factory=list)
+    winners: dict[tuple[int, int], int] = field(default_factory=lambda: {(1, 1): 0, (1, 2): 0, (2, 1): 0, (2, 2): 0})
+    ties: int = 0
+    answers: list[tuple[float, int]] = field(default_factory=list)
+    pairs: list[LabeledPair] = field(default_factory=list)
+
+
+def read_labels(path: Path, results: dict[str, Any], pairs: list[dict[str, Any]], notes: list[str]) -> Labels:
+    """The run's own labels, one a pair: the file may also hold those of other labelers, and of pairs that are gone."""
+    labels, known = Labels(), []
+    for row, pair in _own(path, results, pairs, notes):
+        labels.total += 1
+        p, p_12, p_21 = (probability(row.get(key)) for key in ("p", "p_12", "p_21"))
+        if p is not None:
+            labels.confidences.append(max(p, 1 - p))
+            known.append((row, pair))
+            if _human(pair):
+                labels.answers.append((p, pair["human"]))
+        if p_12 is None or p_21 is None:
+            continue
+        if p_12 == 0.5 or p_21 == 0.5:
+            labels.ties += 1
+        else:
+            labels.winners[(1 if p_12 > 0.5 else 2, 1 if p_21 > 0.5 else 2)] += 1
+    labels.pairs = [_labeled(row, pair) for row, pair in spread([k for k in known if k[1]], MAX_LABELED)]
+    return labels
+
+
+def _own(
+    path: Path, results: dict[str, Any], pairs: list[dict[str, Any]], notes: list[str]
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Each label with its pair, which is empty where it is not known."""
+    setup = section(results, "label").get("setup")
+    latest = {}
+    for row in lines(path, notes):
+        if setup is None:
+            latest[str(row.get("id"))] = row
+        elif row.get("setup") == setup:
+            latest[str(row.get("pair"))] = row
+    if setup is None:
+        by_id = {str(pair.get("id")): pair for pair in pairs}
+        return [(row, by_id.get(id, {})) for id, row in latest.items()]
+    # A label is its pair's by the texts: the id in its line is what some pair with these texts was once called.
+    return [(latest[key], pair) for key, pair in ((_key(pair), pair) for pair in pairs) if key in latest]
+
+
+def _key(pair: dict[str, Any]) -> str:
+    """A pair as labels.jsonl knows it; an empty string where the line is no pair."""
+    from trl_rlaif.data import Pair
+    from trl_rlaif.labels.store import pair_key
+
+    try:
+        return pair_key(Pair("", pair["prompt"], pair["response_1"], pair["response_2"]))
+    except (KeyError, TypeError):
+        return ""
+
+
+def _human(pair: dict[str, Any]) -> int | None:
+    choice = pair.get("human")
+    return choice if type(choice) is int and choice in (1, 2) else None
+
+
+def _labeled(row: dict[str, Any], pair: dict[str, Any]) -> LabeledPair:
+    rationales = []
+    for key, swapped in (("rationale_12", False), ("rationale_21", True)):
+        found = row.get(key)
+        # With self-consistency the judge has written several.
+        texts = found if isinstance(found, list) else [found]
+        rationales += [Rationale(swapped, turn("", text)) for text in texts[:_MAX_RATIONALES] if text]
+    return LabeledPair(
+        category=label(pair.get("category")),
+        prompt=turns(pair.get("prompt")),
+        responses=(turn("", pair.get("response_1")), turn("", pair.get("response_2"))),
+        p=row["p"],
+        p_12=probability(row.get("p_12")),
+        p_21=probability(row.get("p_21")),
+        human=_human(pair),
+        rationales=rationales,
+    )

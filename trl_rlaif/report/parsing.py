@@ -1,0 +1,89 @@
+"""What the readers of a run's files share: lines, texts and numbers, tolerant of whatever they find."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trl_rlaif.report.formatting import count, label, number, shorten
+
+# Beyond this a drawing library's arithmetic overflows, and no honest metric goes there.
+LARGEST_DRAWN = 1e30
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a prompt, cut to what is shown; ``cut`` is the number of characters left out."""
+
+    role: str
+    text: str
+    cut: int
+
+
+def lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON Lines file; a last line that was cut off is passed over, others are noted."""
+    if not path.is_file():
+        return
+    unreadable = 0
+    with path.open("rb") as file:
+        for raw in file:
+            if not raw.strip():
+                continue
+            try:
+                row = json.loads(raw.decode("utf-8", errors="replace"))
+            except (ValueError, RecursionError):
+                row = None
+            if isinstance(row, dict):
+                yield row
+            elif raw.endswith(b"\n"):
+                unreadable += 1
+    if unreadable:
+        notes.append(f"{count(unreadable, 'line')} of {path.name} could not be read and left out.")
+
+
+def spread(items: list[Any], limit: int) -> list[Any]:
+    """At most ``limit`` of the items, evenly spaced, in their order."""
+    if len(items) <= limit:
+        return items
+    return [items[index * len(items) // limit] for index in range(limit)]
+
+
+def both(row: dict[str, Any], first: str, second: str) -> tuple[float, float] | None:
+    """Two numbers of a line, or None if one of them cannot be drawn."""
+    one, other = drawable(row.get(first)), drawable(row.get(second))
+    return None if one is None or other is None else (one, other)
+
+
+def turns(prompt: Any) -> list[Turn]:
+    """A prompt's messages; a text is one."""
+    if not isinstance(prompt, list):
+        return [turn("", prompt)]
+    shown = [
+        turn(label(message.get("role"), 30), message.get("content")) if isinstance(message, dict) else turn("", message)
+        for message in prompt[:20]
+    ]
+    left_out = len(prompt) - len(shown)
+    return shown + ([Turn("", f"… {left_out:,} more messages", 0)] if left_out > 0 else [])
+
+
+def turn(role: str, content: Any) -> Turn:
+    """One message; content that is no text is shown as JSON."""
+    if content is None:
+        content = ""
+    text, cut = shorten(content if isinstance(content, str) else json.dumps(content, default=str))
+    return Turn(role, text, cut)
+
+
+def drawable(value: Any) -> float | None:
+    """A number that a drawing can hold, or None."""
+    value = number(value)
+    return value if value is not None and abs(value) <= LARGEST_DRAWN else None
+
+
+def probability(value: Any) -> float | None:
+    """A number in [0, 1], or None."""
+    value = number(value)
+    return value if value is not None and 0 <= value <= 1 else None

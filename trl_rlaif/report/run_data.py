@@ -1,0 +1,264 @@
+"""Reads a run's folder into plain data: tolerant of what is missing, cut off or not a number."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trl_rlaif.errors import RunError, UserError
+from trl_rlaif.report.formatting import clean, count, label, number, section, shorten
+from trl_rlaif.report.label_data import Labels, read_labels
+from trl_rlaif.report.parsing import LARGEST_DRAWN, Turn, both, drawable, lines, probability, turn, turns
+
+MAX_SAMPLES = 200
+MAX_RECIPE_CHARACTERS = 100_000
+# A metric's name may hold a category's: what is cut off would be lost.
+_METRIC_NAME = 300
+# Characters of a rehearsed pair's prompt, and of its response, that the table shows.
+_EXAMPLE = 240
+_MAX_JUDGES = 8
+_RESTORE = "Restore the run's own copy."
+
+Series = dict[str, list[tuple[float, float]]]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A held-out prompt with the answers of the starting and of the trained policy."""
+
+    set: str
+    category: str
+    prompt: list[Turn]
+    start: Turn
+    trained: Turn
+    reward_start: float | None
+    reward_trained: float | None
+    p_trained: float | None
+    # What the other judges say, by their names.
+    others: list[tuple[str, float]]
+
+
+@dataclass(frozen=True)
+class ScoredPair:
+    """A held-out pair's scores, (chosen, rejected), ``before`` and ``after`` the reward transforms (None without).
+
+    ``human`` says whether a person preferred the chosen response, too; None where nobody was asked.
+    """
+
+    category: str
+    p: float | None
+    human: bool | None
+    before: tuple[float, float]
+    after: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """A pair that the policy rehearsed; ``group`` is its cluster as a reader counts them, or what it was chosen for."""
+
+    group: str
+    score: float | None
+    prompt: str
+    response: str
+
+
+@dataclass(frozen=True)
+class MapPoint:
+    """A prompt's place on the map of clusters, 0 being the first; ``chosen`` where it is rehearsed."""
+
+    x: float
+    y: float
+    cluster: int
+    chosen: bool
+
+
+@dataclass
+class Run:
+    """A run's folder as plain data; what the folder does not hold is empty."""
+
+    name: str
+    recipe: dict[str, Any]
+    recipe_text: str
+    results: dict[str, Any]
+    series: dict[str, Series]
+    labels: Labels
+    samples: list[Sample]
+    scored: list[ScoredPair]
+    rehearsed: list[Rehearsed]
+    map: list[MapPoint]
+    people: dict[str, Any]
+    pairs: int
+    notes: list[str]
+
+
+def read_run(folder: Path) -> Run:
+    """Everything that the report shows of ``folder``.
+
+    Raises:
+        UserError: The folder does not exist, has no recipe.yaml, or its recipe.yaml is no YAML mapping.
+    """
+    recipe, recipe_text = _read_recipe(folder)
+    notes: list[str] = []
+    results = _read_results(folder / "results.json", notes)
+    pairs = list(lines(folder / "pairs.jsonl", notes))
+    name = label((recipe.get("run") or {}).get("name") if isinstance(recipe.get("run"), dict) else None)
+    return Run(
+        name=name or label(folder.resolve().name) or "run",
+        recipe=recipe,
+        recipe_text=recipe_text,
+        results=results,
+        series=_read_series(folder / "metrics.jsonl", notes),
+        labels=read_labels(folder / "labels.jsonl", results, pairs, notes),
+        samples=_read_samples(folder / "samples.jsonl", notes),
+        scored=_read_scored(folder / "reward_scores.jsonl", notes),
+        rehearsed=_read_rehearsed(folder / "rehearsal.jsonl", notes),
+        map=_read_map(folder / "selection_map.jsonl", notes),
+        people=_read_people(folder, notes),
+        pairs=len(pairs),
+        notes=notes,
+    )
+
+
+def _read_recipe(folder: Path) -> tuple[dict[str, Any], str]:
+    import yaml
+
+    path = folder / "recipe.yaml"
+    if not path.is_file():
+        raise UserError(
+            "This is not a run's folder: it has no recipe.yaml.",
+            where=str(folder),
+            fix="Give the folder that `trl-rlaif run` wrote.",
+        )
+    text = clean(path.read_text(encoding="utf-8", errors="replace"))
+    try:
+        recipe = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError("recipe.yaml is not valid YAML.", where=where, fix=_RESTORE) from error
+    if not isinstance(recipe, dict):
+        raise UserError("recipe.yaml holds no sections.", where=str(path), fix=_RESTORE)
+    lines = (shorten(line) for line in text[:MAX_RECIPE_CHARACTERS].split("\n"))
+    shown = "\n".join(f"{line} … ({cut:,} characters left out)" if cut else line for line, cut in lines)
+    if len(text) > MAX_RECIPE_CHARACTERS:
+        shown += f"\n… ({len(text) - MAX_RECIPE_CHARACTERS:,} characters left out)"
+    return recipe, shown
+
+
+def _read_results(path: Path, notes: list[str]) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        results = json.loads(path.read_bytes().decode("utf-8", errors="replace"))
+    except (ValueError, RecursionError):
+        results = None
+    if not isinstance(results, dict):
+        notes.append("results.json could not be read, so the final numbers are missing from this page.")
+        return {}
+    return results
+
+
+def _read_series(path: Path, notes: list[str]) -> dict[str, Series]:
+    # A resumed run logs some steps twice: the later line is what the run went on from.
+    points: dict[str, dict[str, dict[float, float]]] = {}
+    not_finite: dict[str, int] = {}
+    for row in lines(path, notes):
+        step = number(row.get("step"))
+        if step is None or abs(step) > LARGEST_DRAWN:
+            continue
+        stage = points.setdefault(label(row.get("stage")), {})
+        for key, raw in row.items():
+            if key in ("stage", "step") or isinstance(raw, bool) or not isinstance(raw, (int, float)):
+                continue
+            key, value = label(key, _METRIC_NAME), number(raw)
+            if value is None or abs(value) > LARGEST_DRAWN:
+                not_finite[key] = not_finite.get(key, 0) + 1
+            else:
+                stage.setdefault(key, {})[step] = value
+    for key, times in list(not_finite.items())[:20]:
+        notes.append(
+            f"The metric {key} was NaN, infinite or beyond 1e30 {times:,} time{'s' if times > 1 else ''}; "
+            "these points are not drawn."
+        )
+    return {
+        stage: {key: sorted(values.items()) for key, values in metrics.items()} for stage, metrics in points.items()
+    }
+
+
+def _read_samples(path: Path, notes: list[str]) -> list[Sample]:
+    return [
+        Sample(
+            set=label(row.get("set")) or "held-out",
+            category=label(row.get("category")),
+            prompt=turns(row.get("prompt")),
+            start=turn("", row.get("start")),
+            trained=turn("", row.get("trained")),
+            reward_start=drawable(row.get("reward_start")),
+            reward_trained=drawable(row.get("reward_trained")),
+            p_trained=probability(row.get("p_trained")),
+            others=_others(row.get("p_trained_by")),
+        )
+        for row in lines(path, notes)
+    ]
+
+
+def _others(by_judge: Any) -> list[tuple[str, float]]:
+    found = [(label(name), probability(p)) for name, p in section({"judges": by_judge}, "judges").items()]
+    return [(name, p) for name, p in found if p is not None][:_MAX_JUDGES]
+
+
+def _read_scored(path: Path, notes: list[str]) -> list[ScoredPair]:
+    scored = []
+    for row in lines(path, notes):
+        before, after = both(row, "chosen", "rejected"), both(row, "chosen_after", "rejected_after")
+        if before is not None:
+            human = row.get("human") if isinstance(row.get("human"), bool) else None
+            scored.append(ScoredPair(label(row.get("category")), probability(row.get("p")), human, before, after))
+    return scored
+
+
+def _read_rehearsed(path: Path, notes: list[str]) -> list[Rehearsed]:
+    found = []
+    for row in lines(path, notes):
+        cluster = number(row.get("cluster"))
+        group = f"cluster {cluster + 1:.0f}" if cluster is not None else label(row.get("why")) or "no cluster"
+        texts = (_one_line(row.get(key)) for key in ("prompt", "response"))
+        found.append(Rehearsed(group, drawable(row.get("score")), *texts))
+    return found
+
+
+def _one_line(content: Any) -> str:
+    """A text, or the last message of a conversation, cut to a line."""
+    last = turns(content[-1:] if isinstance(content, list) else content)
+    return label(last[0].text if last else "", _EXAMPLE)
+
+
+def _read_map(path: Path, notes: list[str]) -> list[MapPoint]:
+    found = []
+    for row in lines(path, notes):
+        place, cluster = both(row, "x", "y"), number(row.get("cluster"))
+        if place is not None and cluster is not None:
+            found.append(MapPoint(*place, int(cluster), row.get("chosen") is True))
+    return found
+
+
+def _read_people(folder: Path, notes: list[str]) -> dict[str, Any]:
+    """What ``people_results`` makes of the votes, by set; empty where nobody has voted."""
+    if not (folder / "votes.jsonl").is_file():
+        return {}
+    from trl_rlaif.rating import people_results
+
+    try:
+        found = people_results(folder)
+    except (UserError, RunError) as error:
+        notes.append(f"The votes of people could not be counted: {label(error.problems[0].what, 300)}")
+        return {}
+    except OSError as error:
+        notes.append(f"The votes of people could not be counted: {label(error.strerror, 300)}.")
+        return {}
+    if found["outdated"]:
+        votes = count(found["outdated"], "vote of people does", "votes of people do")
+        notes.append(f"{votes} not count: the responses have changed since.")
+    return found["sets"]

@@ -1,0 +1,328 @@
+"""What a run says in plain words: the summary, the verdicts and the table of stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from trl_rlaif.report.formatting import (
+    MINUS,
+    count,
+    interval,
+    label,
+    number,
+    percent,
+    reasons,
+    scores,
+    section,
+)
+from trl_rlaif.report.run_data import Run
+
+STAGES = ("sft", "sample", "label", "reward", "rl", "evaluate")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number with its interval and what may be said of it; ``tone`` is good, bad or unclear."""
+
+    value: float
+    interval: tuple[float, float] | None
+    text: str
+    interval_text: str
+    verdict: str
+    tone: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class SetResult:
+    """What the evaluation found on one set of held-out prompts."""
+
+    name: str
+    prompts: float | None
+    reward: Measure | None
+    win_rate: Measure | None
+    length_ratio: float | None
+    tokens: str
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """A line of the table of stages."""
+
+    name: str
+    state: str
+    did: str
+    skipped: str
+    seconds: float | None
+
+
+def set_results(run: Run) -> list[SetResult]:
+    """One record for each set of the evaluation, in the order of results.json."""
+    found = []
+    for name, values in section(run.results, "evaluate", "sets").items():
+        values = section(values)
+        before, after = number(values.get("tokens_start")), number(values.get("tokens_trained"))
+        tokens = f"{before:,.0f} → {after:,.0f} tokens" if before is not None and after is not None else ""
+        found.append(
+            SetResult(
+                name=label(name) or "held-out",
+                prompts=number(values.get("prompts")),
+                reward=_reward_gain(values),
+                win_rate=_win_rate(values),
+                length_ratio=after / before if before and after is not None else None,
+                tokens=tokens,
+            )
+        )
+    return found
+
+
+def _verdict(
+    value: float, ends: tuple[float, float] | None, neutral: float, words: tuple[str, str, str]
+) -> tuple[str, str]:
+    """Words and tone of a number beside its neutral value; ``words`` are for above, below and not clear."""
+    if ends is None:
+        return "no interval was computed, so chance cannot be ruled out", "unclear"
+    if ends[0] > neutral:
+        return words[0], "good"
+    if ends[1] < neutral:
+        return words[1], "bad"
+    return words[2], "unclear"
+
+
+def _reward_gain(values: dict[str, Any]) -> Measure | None:
+    gain = section(values, "reward_gain")
+    mean, ends = number(gain.get("mean")), interval(gain.get("interval"))
+    if mean is None:
+        return None
+    verdict, tone = _verdict(mean, ends, 0.0, ("it rose", "it fell", "no clear change"))
+    shown = scores(mean, *(ends or ()), sign=True)
+    before = number(section(values, "reward_start").get("mean"))
+    after = number(section(values, "reward_trained").get("mean"))
+    detail = ""
+    if before is not None and after is not None:
+        detail = "mean {} → {}".format(*scores(before, after))
+    between = f"{shown[1]} to {shown[2]}" if ends else ""
+    return Measure(mean, ends, shown[0], between, verdict, tone, detail)
+
+
+def _win_rate(values: dict[str, Any]) -> Measure | None:
+    nouns = (("wins", "win"), ("ties", "tie"), ("losses", "loss"))
+    counts = [count(number(values.get(many)), one, many) for many, one in nouns]
+    return win_rate_measure(values, ", ".join(part for part in counts if part))
+
+
+def win_rate_measure(values: Any, detail: str = "") -> Measure | None:
+    """``win_rate`` with its ``interval``, as any judge's numbers have them; None if there is no rate."""
+    values = section(values)
+    words = ("preferred over the start", "the start is preferred", "no clear difference")
+    return _share(values.get("win_rate"), values.get("interval"), words, detail)
+
+
+def reward_accuracy(run: Run) -> Measure | None:
+    """How often the reward model ranks a held-out pair as its label does; None if it was not measured."""
+    result = section(run.results, "reward")
+    words = ("better than chance", "worse than chance", "no clear difference")
+    return _share(result.get("accuracy"), result.get("accuracy_interval"), words)
+
+
+def _share(rate: Any, ends: Any, words: tuple[str, str, str], detail: str = "") -> Measure | None:
+    """A share beside the half, as the page shows it."""
+    rate, ends = number(rate), interval(ends)
+    if rate is None:
+        return None
+    verdict, tone = _verdict(rate, ends, 0.5, words)
+    return Measure(rate, ends, percent(rate), between(ends), verdict, tone, detail)
+
+
+def between(ends: tuple[float, float] | None) -> str:
+    """The ends of a share's interval as ``52.1% to 60.0%``; empty without them."""
+    return f"{percent(ends[0])} to {percent(ends[1])}" if ends else ""
+
+
+def summary(run: Run, sets: list[SetResult]) -> list[str]:
+    """What came out, then how it was made, in a few plain sentences: one for each thing that is known."""
+    sentences = [_about_set(result) for result in sets]
+    if not sets:
+        sentences.append(
+            "The trained policy was not evaluated on held-out prompts, so this page cannot say whether "
+            "it got better: a score that rises during training is no proof of that."
+        )
+    sentences += [_about_model(run), _about_labels(run), _about_reward(run), _about_rl(run)]
+    return [sentence for sentence in sentences if sentence]
+
+
+def model_settings(run: Run) -> str:
+    """The precision and adapter of the model, as ``bfloat16, NF4 base, LoRA rank 16``."""
+    model = section(run.recipe, "model")
+    quantization = label(model.get("quantization"), 20)
+    lora = section(model, "lora")
+    rank = label(lora.get("r", lora.get("rank")), 10)
+    parts = [
+        label(model.get("dtype"), 20),
+        f"{quantization.upper()} base" if quantization and quantization.lower() != "none" else "",
+        f"LoRA rank {rank}" if rank else "",
+    ]
+    return ", ".join(part for part in parts if part and part != "None")
+
+
+def algorithm(run: Run) -> str:
+    """The name of the RL algorithm as a reader knows it."""
+    name = label(section(run.recipe, "rl").get("algorithm"), 30)
+    return name.upper() if name.isalpha() and len(name) <= 5 else name or "RL"
+
+
+def _about_model(run: Run) -> str:
+    model = label(section(run.recipe, "model").get("path"), 120)
+    settings = model_settings(run)
+    return f"The start is {model}{f' ({settings})' if settings else ''}." if model else ""
+
+
+def judge_name(run: Run, stage: str) -> str:
+    """The judge of ``label`` or ``evaluate``: by the results, else by the recipe; empty if neither says."""
+    named = run.results and label(section(run.results, stage).get("judge"), 120)
+    if named:
+        return named
+    judge = section(run.recipe, stage).get("judge")
+    return label(judge.get("path") if isinstance(judge, dict) else judge, 120)
+
+
+def _about_labels(run: Run) -> str:
+    result = section(run.results, "label")
+    pairs, labeled = number(result.get("pairs")), number(result.get("labeled"))
+    if labeled is None:
+        return ""
+    judge = judge_name(run, "label")
+    who = "The same model, as the judge," if judge == "same" else f"The judge {judge}".rstrip()
+    of = f"{count(labeled)} of {count(pairs, 'pair')}" if pairs is not None else count(labeled, "pair")
+    sentence = f"{who} labeled {of}."
+    agreement = section(result, "agreement")
+    rate, ends = number(agreement.get("rate")), interval(agreement.get("interval"))
+    if rate is not None:
+        over = count(number(agreement.get("n")), "pair")
+        sentence += f" It agrees with people on {percent(rate)}{f' of {over}' if over else ''}"
+        sentence += f" (interval {percent(ends[0])} to {percent(ends[1])})." if ends else "."
+    return sentence
+
+
+def _about_reward(run: Run) -> str:
+    accuracy = reward_accuracy(run)
+    if accuracy is None:
+        return ""
+    amount = number(section(run.results, "reward").get("eval_pairs"))
+    pairs = count(amount, "held-out pair") or "the held-out pairs"
+    between = f" (interval {accuracy.interval_text})" if accuracy.interval_text else ""
+    ranking = f"The reward model ranks {accuracy.text} of {pairs} as their labels do{between}."
+    without = section(run.results, "reward", "without_end")
+    correlation, difference = number(without.get("correlation")), number(without.get("difference"))
+    if correlation is None or difference is None:
+        return ranking
+    return (
+        f"{ranking} It scores a response at the end of its turn, which is appended to one that was cut at the length "
+        f"limit. Read at the token before, scores would correlate with these at {correlation:.2f}, and ending would be "
+        f"worth {scores(difference, sign=True)[0]} by itself."
+    )
+
+
+def _about_rl(run: Run) -> str:
+    result = section(run.results, "rl")
+    updates, episodes = number(result.get("updates")), number(result.get("episodes"))
+    first, last = number(result.get("score_first")), number(result.get("score_last"))
+    if updates is None:
+        return ""
+    sentence = f"{algorithm(run)} made {count(updates, 'update')}"
+    sentence += f" on {count(episodes, 'response')}" if episodes is not None else ""
+    if first is not None and last is not None:
+        change = "{} to {}".format(*scores(first, last))
+        sentence += f", and the score on its own training prompts went from {change}"
+    ended = [number(result.get(f"ended_{when}")) for when in ("first", "last")]
+    if None not in ended:
+        sentence += "; of its responses {} ended by themselves at first, {} at last".format(*map(percent, ended))
+    return sentence + "."
+
+
+def _about_set(result: SetResult) -> str:
+    named = result.name.lower().replace("-", " ") in ("held out", "eval", "test")
+    where = "On held-out prompts" if named else f"On the held-out prompts of {result.name}"
+    parts = []
+    if result.reward:
+        between = f"interval {result.reward.interval_text}" if result.reward.interval_text else "no interval"
+        amount = result.reward.text.lstrip("+" + MINUS)
+        verb = {"good": f"rose by {amount} (", "bad": f"fell by {amount} ("}
+        said = verb.get(result.reward.tone, f"did not clearly change ({result.reward.text}, ")
+        parts.append(f"the mean reward {said}{between})")
+    if result.win_rate:
+        between = f" (interval {result.win_rate.interval_text})" if result.win_rate.interval_text else ""
+        verdict = result.win_rate.verdict
+        parts.append(f"the win rate against the start is {result.win_rate.text}{between}: {verdict}")
+    return f"{where}, {' and '.join(parts)}." if parts else f"{where}, there is no reward and no win rate."
+
+
+def kl_last(run: Run) -> float | None:
+    """KL to the start at the end of training, in nats: from results.json, else the last logged value."""
+    value = number(section(run.results, "rl").get("kl_last"))
+    points = run.series.get("rl", {}).get("objective/kl")
+    return points[-1][1] if value is None and points else value
+
+
+def stage_rows(run: Run) -> list[StageRow]:
+    """A row for each stage that the recipe has or that left something behind."""
+    rows = []
+    for stage in STAGES:
+        result = section(run.results, stage)
+        started = _evidence(run, stage)
+        if stage == "sft" and not (result or started or "sft" in run.recipe):
+            continue
+        state = "done" if result else ("ran" if stage == "sft" else "not finished") if started else "not run"
+        did = _did(stage, result) if result else started
+        if stage == "sample" and state == "not run" and section(run.recipe, "data").get("pairs"):
+            did = "the pairs were given by data.pairs"
+        skipped = reasons(result.get("dropped" if stage == "sample" else "skipped"))
+        rows.append(StageRow(stage, state, did, skipped, number(result.get("seconds"))))
+    return rows
+
+
+def _evidence(run: Run, stage: str) -> str:
+    """What a stage without final numbers has left in the folder."""
+    if stage == "label" and run.labels.total:
+        return count(run.labels.total, "label") + " written"
+    if stage == "sample" and run.pairs and not section(run.recipe, "data").get("pairs"):
+        return count(run.pairs, "pair") + " written"
+    if stage == "evaluate" and run.samples:
+        return count(len(run.samples), "sample") + " written"
+    steps = {step for points in run.series.get(stage, {}).values() for step, _ in points}
+    return count(len(steps), "step") + " logged" if steps else ""
+
+
+def _did(stage: str, result: dict[str, Any]) -> str:
+    def amount(key: str, one: str) -> str:
+        return count(number(result.get(key)), one)
+
+    if stage == "sample":
+        redrawn = number(result.get("redrawn"))
+        again = f"{count(redrawn)} redrawn" if redrawn else ""
+        share = number(result.get("ended"))
+        ended = f"{percent(share)} of the responses ended by themselves" if share is not None else ""
+        parts = [amount("prompts", "prompt"), amount("pairs", "pair"), again, ended]
+    elif stage == "label":
+        confidence = number(result.get("mean_confidence"))
+        labeled, pairs = number(result.get("labeled")), number(result.get("pairs"))
+        known = labeled is not None and pairs is not None
+        parts = [
+            f"{count(labeled)} of {count(pairs, 'pair')}" if known else count(labeled, "pair"),
+            f"mean confidence {percent(confidence)}" if confidence is not None else "",
+        ]
+    elif stage == "reward":
+        held_out = number(result.get("eval_pairs"))
+        parts = [amount("train_pairs", "pair"), f"{count(held_out)} held out" if held_out is not None else ""]
+    elif stage == "rl":
+        parts = [amount("updates", "update"), amount("episodes", "response")]
+    elif stage == "evaluate":
+        sets = section(result, "sets")
+        parts = [
+            f"{label(name, 30)}: {count(number(section(values).get('prompts')), 'prompt')}"
+            for name, values in list(sets.items())[:8]
+        ]
+    else:
+        parts = []
+    return ", ".join(part for part in parts if part)

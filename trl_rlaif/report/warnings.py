@@ -1,0 +1,315 @@
+"""What a reader should know before believing the numbers: the warnings and the judge's caveat."""
+
+from __future__ import annotations
+
+from trl_rlaif.recipe.sections import FORGET_SET
+from trl_rlaif.report.formatting import count, hundredths, label, number, percent, scores, section
+from trl_rlaif.report.judge_figures import JudgedSet
+from trl_rlaif.report.run_data import Run, Sample
+from trl_rlaif.report.summary import SetResult, judge_name, kl_last
+
+POSITION_BIAS_LIMIT = 0.3
+MASS_LIMIT = 0.5
+KL_LIMIT = 10.0
+LONGER_LIMIT, SHORTER_LIMIT = 1.5, 0.5
+MAX_DRIFTING = 12
+# A win rate that falls by so much at equal length was bought with length, in good part.
+LENGTH_SHARE = 0.1
+# From here on a rank correlation is called moderate, and with fewer samples it is noise.
+LENGTH_CORRELATION, FEWEST_FOR_CORRELATION = 0.3, 20
+# Landis and Koch 1977 call agreement below this slight.
+KAPPA_LIMIT = 0.2
+LOW_MASS_SHARE = 0.1
+# From here on the smaller one of two summed rewards hardly counts.
+UNLIKE_SCALES = 10.0
+# A reward function that scores fewer responses than the rest leaves the sum of another kind on these.
+MISSING_SHARE = 0.1
+# The distribution regulator's alarm for a category is regulator/<category>/drift, 1 where it is raised.
+_DRIFT = ("regulator/", "/drift")
+
+
+def warnings(run: Run, sets: list[SetResult], judged: list[JudgedSet]) -> list[str]:
+    """What a reader should know before believing the numbers."""
+    found = [*_overlap_warnings(run), *_label_warnings(run), *_training_warnings(run), *_score_warnings(run)]
+    found += _drift_warnings(run)
+    kl = kl_last(run)
+    if kl is not None and kl > KL_LIMIT:
+        found.append(
+            f"The policy went far from its start: KL is {scores(kl)[0]} nats at the end (more than "
+            f"{KL_LIMIT:.0f}). Read the samples for repetition and tricks; a higher KL price holds it closer."
+        )
+    for result in sets:
+        found.extend(_set_warnings(result, [sample for sample in run.samples if sample.set == result.name]))
+    for of_set in judged:
+        found.extend([*_length_warnings(of_set), *_judge_warnings(of_set), *_harm_warnings(of_set)])
+    found.extend(_stop_warnings(run))
+    found.extend(_disagreements(run))
+    extra = run.results.get("warnings")
+    if isinstance(extra, list):
+        found.extend(text for text in (label(item, 500) for item in extra[:50]) if text)
+    return found + run.notes
+
+
+def _label_warnings(run: Run) -> list[str]:
+    result = section(run.results, "label")
+    found = []
+    calibration = section(result, "calibration")
+    if calibration.get("used") is False:
+        found.append(
+            f"The calibration was not used: {label(calibration.get('reason'), 300)}. The labels are as confident as "
+            "the judge. More pairs in label.calibration may help."
+        )
+    bias = number(section(result, "position_bias").get("rate"))
+    if bias is not None and bias > POSITION_BIAS_LIMIT:
+        found.append(
+            f"The judge is position-biased: in {percent(bias)} of the pairs the same position wins in both "
+            "orders, so those labels say more about the order than about the responses."
+        )
+    mass = number(section(result, "mass").get("mean"))
+    if mass is not None and mass < MASS_LIMIT:
+        found.append(
+            f"The judge puts only {percent(mass)} of its probability on the two answers that it was asked "
+            "for: it may not have understood the question. Look at the judge prompt."
+        )
+    elif (low := number(section(result, "mass").get("low"))) and (labeled := number(result.get("labeled"))):
+        # Each pair is asked twice, in both orders.
+        if low / (2 * labeled) > LOW_MASS_SHARE:
+            found.append(
+                f"In {count(low)} answers the judge puts little of its probability on what it was asked for: on these "
+                "pairs it may not have understood the question. Look at the judge prompt."
+            )
+    return found
+
+
+def _overlap_warnings(run: Run) -> list[str]:
+    """Prompts that are held out and trained on."""
+    found = []
+    for stage in ("label", "evaluate"):
+        overlaps = section(run.results, stage).get("overlaps")
+        for overlap in overlaps[:20] if isinstance(overlaps, list) else []:
+            shared, prompts = (number(section({"x": overlap}, "x").get(key)) for key in ("shared", "prompts"))
+            if shared and prompts:
+                held_out, training = (label(overlap.get(key)) for key in ("held_out", "training"))
+                found.append(
+                    f"{count(shared)} of the {count(prompts, 'prompt')} of {held_out} are also in {training}. Results "
+                    "on these may not hold for new prompts. Remove them from one of the two."
+                )
+    return found
+
+
+def _training_warnings(run: Run) -> list[str]:
+    """What fine-tuning, reward model and DPO were trained on, where it is not what is usually meant."""
+    found, labels = [], section(run.results, "rl", "labels")
+    if section(run.results, "sft").get("loss_on") == "all tokens" and "assistant_only_loss" in section(
+        run.recipe, "sft"
+    ):
+        found.append("Fine-tuning also learned what users say. Remove assistant_only_loss: false from sft.")
+    pairs, wanted = (
+        number(section(parent, "reward").get(key))
+        for parent, key in ((run.results, "eval_pairs"), (run.recipe, "eval_fraction"))
+    )
+    if pairs == 0 and wanted:
+        found.append(
+            "No pairs were held out, so the reward model's accuracy is unknown. Give pairs on more prompts, or raise "
+            "reward.eval_fraction."
+        )
+    confidence = number(labels.get("mean_confidence"))
+    if labels.get("soft") is False and confidence is not None and confidence < 1:
+        found.append(
+            f"DPO took soft labels (mean confidence {percent(confidence)}) as sure. With rl.loss_type: [sigmoid] it "
+            "learns from their probabilities."
+        )
+    return found
+
+
+def _score_warnings(run: Run) -> list[str]:
+    """Responses without a reward, and rewards of unlike scale."""
+    result, found = section(run.results, "rl"), []
+    unscored, episodes = number(result.get("unscored")), number(result.get("episodes"))
+    if unscored and episodes:
+        found.append(
+            f"{count(unscored)} of {count(episodes, 'response')} had no reward and were not trained on. The run's "
+            "first warning gives the reason. Repair it, or add a reward that covers them."
+        )
+    rewards = section(result, "rewards")
+    weighted = {
+        name: abs(weight) * spread
+        for name in rewards
+        for weight, spread in [[number(section(rewards, name).get(key)) for key in ("weight", "std_last")]]
+        if weight and spread
+    }
+    if len(weighted) > 1 and section(run.recipe, "rl").get("reward_normalization") in (None, "none"):
+        large, small = max(weighted, key=weighted.get), min(weighted, key=weighted.get)
+        ratio = weighted[large] / weighted[small]
+        if ratio > UNLIKE_SCALES:
+            found.append(
+                f"The reward '{label(large)}' varies {count(round(ratio))} times as much as '{label(small)}', which "
+                "hardly counts. Set rl.reward_normalization: std, or weights in rl.rewards."
+            )
+    for key, points in run.series.get("rl", {}).items():
+        if key.startswith("rewards/") and key.endswith("/none") and points[-1][1] > MISSING_SHARE and len(rewards) > 1:
+            name = key.removeprefix("rewards/").removesuffix("/none")
+            found.append(f"The reward '{label(name)}' scored only {percent(1 - points[-1][1])} of the last responses.")
+    return found
+
+
+def _drift_warnings(run: Run) -> list[str]:
+    """The distribution regulator's alarms: each category with the first step at which it raised one."""
+    first: dict[str, float] = {}
+    for key, points in run.series.get("rl", {}).items():
+        if key.startswith(_DRIFT[0]) and key.endswith(_DRIFT[1]):
+            steps = [step for step, value in points if value == 1]
+            if steps:
+                first[key.removeprefix(_DRIFT[0]).removesuffix(_DRIFT[1])] = min(steps)
+    if not first:
+        return []
+    named = sorted(first.items(), key=lambda item: (item[1], item[0]))
+    kinds = {"unnamed": "no category"}
+    shown = _some_of([f"{kinds.get(name, name)} (from step {count(step)})" for name, step in named])
+    return [
+        f"Scores rose by more than chance explains while the policy was far from its start on prompts of {shown}: it "
+        "may be gaming the reward there. Fewer than 5% of runs raise such an alarm without a rise. Read these samples "
+        "before you believe their scores."
+    ]
+
+
+def _disagreements(run: Run) -> list[str]:
+    """Kinds of prompt on which the reward rose while the judge prefers the start."""
+    found = []
+    for name, values in section(run.results, "evaluate", "sets").items():
+        judged = section(values, "by_category")
+        drifting = sorted(label(c, 200) for c in judged if section(judged, c).get("drift") is True)
+        if drifting:
+            found.append(
+                f"On {label(name) or 'held-out'}, the reward rose on prompts of {_some_of(drifting)}, and there the "
+                "judge prefers the start: the policy may be gaming the reward."
+            )
+    return found
+
+
+def _some_of(names: list[str]) -> str:
+    more = [f"{len(names) - MAX_DRIFTING:,} more"] if len(names) > MAX_DRIFTING else []
+    return ", ".join(names[:MAX_DRIFTING] + more)
+
+
+def _set_warnings(result: SetResult, samples: list[Sample]) -> list[str]:
+    found = []
+    ratio, win = result.length_ratio, result.win_rate
+    if ratio is not None and (ratio > LONGER_LIMIT or ratio < SHORTER_LIMIT):
+        rho = length_correlation(samples)
+        exploited = rho is not None and rho * (ratio - 1) > 0 and abs(rho) >= LENGTH_CORRELATION
+        why = (
+            f"The reward goes with the length (rank correlation {hundredths(rho)}), so the policy may have "
+            "learned the length instead of the task; look at the win rate at equal length."
+            if exploited
+            else "Judges and reward models often favor a length, so part of the change may be length alone."
+        )
+        found.append(f"On {result.name} the responses got {ratio:.1f} times as long ({result.tokens}). {why}")
+    if win and win.tone == "unclear":
+        reason = "contains 50%, so there is no clear difference" if win.interval else "is missing"
+        found.append(f"The win rate on {result.name} is not clear: its interval {reason}. More prompts narrow it.")
+    if win and win.tone == "bad" and result.name == FORGET_SET:
+        found.append(
+            f"The policy forgot: on {result.name}, whose prompts the start was good at, the judge prefers the start "
+            f"(win rate {win.text}, interval {win.interval_text}). Rehearse pairs of this kind (rl.selectors, "
+            "rl.rehearsal), or hold the policy closer to its start."
+        )
+    elif win and win.tone == "bad":
+        found.append(f"On {result.name} the judge prefers the start: the trained policy is worse there.")
+    if result.reward and result.reward.tone == "good" and win and win.tone != "good":
+        found.append(
+            f"On {result.name} the reward rose but the judge does not clearly prefer the responses: perhaps "
+            "the policy learned to please the reward model rather than to answer better."
+        )
+    return found
+
+
+def length_correlation(samples: list[Sample]) -> float | None:
+    """Spearman's rank correlation of length and reward over the trained responses; None where they are too few."""
+    known = [
+        (len(sample.trained.text) + sample.trained.cut, sample.reward_trained)
+        for sample in samples
+        if sample.reward_trained is not None
+    ]
+    if len(known) < FEWEST_FOR_CORRELATION:
+        return None
+    from scipy.stats import spearmanr
+
+    sizes, rewards = zip(*known, strict=True)
+    if len(set(sizes)) == 1 or len(set(rewards)) == 1:
+        return None
+    return number(float(spearmanr(sizes, rewards).statistic))
+
+
+def _length_warnings(judged: JudgedSet) -> list[str]:
+    """Judges whose preference is clear, and much weaker or gone at equal length."""
+    found = []
+    for row in judged.rows:
+        rate, controlled = row.rate, row.controlled
+        if rate.tone != "good" or controlled is None:
+            continue
+        gone = controlled.tone != "good"
+        if gone and controlled.value < rate.value or rate.value - controlled.value >= LENGTH_SHARE:
+            kept = "is not clear any more" if gone else "is weaker"
+            found.append(
+                f"On {judged.name}, what {row.name} prefers is length in good part: the win rate is {rate.text}, and "
+                f"{controlled.text} at equal length, where the preference {kept}. A length penalty takes the prize off "
+                "(rl.length_penalty)."
+            )
+    return found
+
+
+def _judge_warnings(judged: JudgedSet) -> list[str]:
+    """Judges that contradict each other, or agree little more than by chance."""
+    found = []
+    for_it, against = ([row.name for row in judged.rows if row.rate.tone == tone] for tone in ("good", "bad"))
+    if for_it and against:
+        found.append(
+            f"The judges contradict each other on {judged.name}: the trained policy is preferred by "
+            f"{_some_of(for_it)}, the start by {_some_of(against)}. Read the samples before you believe either."
+        )
+    together, people = judged.together, judged.people
+    if together and together.kappa is not None and together.kappa < KAPPA_LIMIT:
+        found.append(
+            f"The judges hardly agree on {judged.name}: they choose the same in {percent(together.rate)} of "
+            f"{count(together.n, 'pair')}, little more than by chance (kappa {together.kappa_text}). No single "
+            "one of them settles which policy is better."
+        )
+    if people and people.ends and people.ends[0] <= 0.5:
+        found.append(
+            f"On {judged.name} the judge is not clearly nearer to people than a coin: it chooses as they do in "
+            f"{percent(people.rate)} of {count(people.n, 'pair')} (interval {people.interval_text})."
+        )
+    return found
+
+
+def _harm_warnings(judged: JudgedSet) -> list[str]:
+    if set(judged.harmless) < {"start", "trained"}:
+        return []
+    (before, before_ends), (after, after_ends) = judged.harmless["start"], judged.harmless["trained"]
+    if not before_ends or not after_ends or after_ends[1] >= before_ends[0]:
+        return []
+    return [f"On {judged.name} the responses got less harmless: {percent(before)} of them were, now {percent(after)}."]
+
+
+def _stop_warnings(run: Run) -> list[str]:
+    """That forgetting ended the training."""
+    stopped = section(run.results, "rl", "stopped")
+    update, rate, limit = (number(stopped.get(key)) for key in ("update", "win_rate", "limit"))
+    if update is None or rate is None or limit is None:
+        return []
+    return [
+        f"RL was stopped at update {count(update)}: on {label(stopped.get('set'))} the win rate against the start had "
+        f"fallen to {percent(rate)}, below {percent(limit)} (evaluate.stop_on_forgetting)."
+    ]
+
+
+def judge_caveat(run: Run) -> str:
+    """What the win rate cannot say, where the judge that measured is the one that labeled."""
+    labeler, examiner = judge_name(run, "label"), judge_name(run, "evaluate")
+    if not labeler or labeler != examiner or not section(run.results, "evaluate"):
+        return ""
+    return (
+        "The judge of the win rate is the one that gave the labels: the win rate says how well the policy "
+        "learned this judge's taste, which need not be what people prefer."
+    )

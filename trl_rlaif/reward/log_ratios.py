@@ -1,0 +1,89 @@
+"""How likely responses are under several policies: the importance weights of the Advantage Model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from trl_rlaif.errors import UserError
+from trl_rlaif.judging.scoring import token_batches
+from trl_rlaif.models.kernels.logprob_head import is_plain, token_logprobs_of
+from trl_rlaif.models.shared_model import backbone, inner_model
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@torch.no_grad()
+def response_logprobs(
+    model: Any, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int], *, batch_tokens: int = 8192
+) -> torch.Tensor:
+    """Log-probabilities of whole responses.
+
+    Args:
+        model: Causal language model, plain or PEFT, in the role that is meant.
+        sequences: N prompts with their responses, in tokens.
+        prompt_lengths: Tokens of each prompt, at least 1.
+        batch_tokens: Most tokens, padding counted, of one forward pass.
+
+    Returns:
+        (N,) float64, nats: the sum over the response's tokens.
+    """
+    model.eval()
+    inner, device = inner_model(model), next(model.parameters()).device
+    found = torch.zeros(len(sequences), dtype=torch.float64)
+    for batch in token_batches([len(s) for s in sequences], batch_tokens):
+        ids = pad_sequence([torch.as_tensor(sequences[i]) for i in batch], batch_first=True).to(device)
+        mask = pad_sequence([torch.ones(len(sequences[i]), dtype=torch.long) for i in batch], batch_first=True).to(
+            device
+        )
+        first = torch.tensor([prompt_lengths[i] for i in batch], device=device)
+        wanted = mask.bool() & (torch.arange(mask.shape[1], device=device) >= first[:, None])
+        before = wanted.roll(-1, 1)  # the position that a token is read at is the one before it
+        tokens = ids[wanted]
+        if is_plain(inner):
+            hidden = backbone(inner)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            logprobs, _ = token_logprobs_of(hidden[before], inner.get_output_embeddings(), tokens, 1.0)
+        else:
+            logits = inner(input_ids=ids, attention_mask=mask, use_cache=False).logits[before]
+            logprobs = logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        sums = torch.zeros(wanted.shape, dtype=torch.float64, device=device).masked_scatter(wanted, logprobs.double())
+        found[batch] = sums.sum(1).cpu()
+    return found
+
+
+def add_log_ratios(dataset: Dataset, policy: Any, others: Sequence[Any], **options: Any) -> Dataset:
+    """Columns ``chosen_log_ratios`` and ``rejected_log_ratios``: K numbers log pi(y|x) - log pi'_k(y|x) each.
+
+    A pass over the data before reward training, of K + 1 models.
+
+    Args:
+        dataset: With ``chosen_ids``, ``rejected_ids`` and ``prompt_length``.
+        policy: The current policy: a causal language model, or a function that gives a context manager and a model
+            (a role of a SharedBase, ``lambda: (shared.role("policy"), shared.model)``).
+        others: The K policies that wrote the responses, likewise.
+        **options: Of ``response_logprobs``.
+
+    Raises:
+        UserError: A column is missing.
+    """
+    missing = {"chosen_ids", "rejected_ids", "prompt_length"} - set(dataset.column_names)
+    if missing:
+        raise UserError(f"The dataset has no {' and no '.join(sorted(missing))}.", fix="Tokenize the pairs first.")
+    lengths = list(dataset["prompt_length"])
+    for name in ("chosen", "rejected"):
+        sequences = list(dataset[f"{name}_ids"])
+        own, *rest = (_under(model, sequences, lengths, options) for model in (policy, *others))
+        ratios = torch.stack([own - other for other in rest], 1) if rest else own.new_zeros(len(own), 0)
+        dataset = dataset.add_column(f"{name}_log_ratios", ratios.tolist())
+    return dataset
+
+
+def _under(model: Any, sequences: list[list[int]], lengths: list[int], options: dict[str, Any]) -> torch.Tensor:
+    context, model = (nullcontext(), model) if isinstance(model, torch.nn.Module) else model()
+    with context:
+        return response_logprobs(model, sequences, lengths, **options)

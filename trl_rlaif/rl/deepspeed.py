@@ -1,0 +1,85 @@
+"""DeepSpeed's ZeRO: what its engine has to be told, and each process's share of the optimizer in a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import nn
+
+from trl_rlaif.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from trl_rlaif.rl.ppo.trainer import PPOTrainer
+
+
+class NoRewardModel(nn.Module):
+    """What the parent is given for a reward model where there is none.
+
+    It moves it to the device, or makes a DeepSpeed engine of it, which asks for a ``config``.
+    """
+
+    config = None
+
+
+def enabled(accelerator: Accelerator) -> bool:
+    """Whether the process was started with DeepSpeed."""
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def tell(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
+    """Make DeepSpeed's engine, which is built next, do what the loop does without it.
+
+    Raises:
+        UserError: Stage 3, which shares out the weights: the loop reads them outside of the engine.
+    """
+    if not enabled(accelerator):
+        return
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin.zero_stage == 3:
+        raise UserError("PPO does not run with ZeRO-3, which shares out the weights.", fix="Set zero_stage: 2.")
+    settings = plugin.deepspeed_config
+    # The parent's loop clips no gradients, and neither does ours; accelerate would fill in 1.
+    if settings.get("gradient_clipping", "auto") == "auto":
+        settings["gradient_clipping"] = 0.0
+    # `args.bf16` decides, through autocast. DeepSpeed's own would round the trained weights in every pass.
+    settings["bf16"] = settings["fp16"] = {"enabled": False}
+    # DeepSpeed drops empty groups, and the scheduler, which is built on these, would count one more.
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+
+
+def take_back_models(trainer: PPOTrainer) -> None:
+    """Put the models themselves where the parent put engines; only the trained one needs its own."""
+    if enabled(trainer.accelerator):
+        trainer.deepspeed = trainer.model  # the parent's save_model wants it
+        if trainer.ref_model is not None:
+            trainer.ref_model = trainer.accelerator.unwrap_model(trainer.ref_model)
+
+
+def save_share(trainer: PPOTrainer, folder: Path) -> None:
+    """Write this process's share of the optimizer, where it is shared out."""
+    if enabled(trainer.accelerator):
+        torch.save(trainer.optimizer.state_dict(), _share(trainer, folder))
+
+
+def load_share(trainer: PPOTrainer, folder: Path) -> None:
+    """Put this process's share of the optimizer back.
+
+    Raises:
+        UserError: The checkpoint has none.
+    """
+    file = _share(trainer, folder)
+    if not file.exists():
+        raise UserError("The checkpoint was written without DeepSpeed.", where=str(folder))
+    # Our own file: it holds objects of DeepSpeed's beside tensors.
+    state: Any = torch.load(file, map_location="cpu", weights_only=False)
+    states = [state] * trainer.accelerator.num_processes  # it reads its own alone
+    trainer.optimizer.optimizer.load_state_dict(states, load_from_fp32_weights=True)
+
+
+def _share(trainer: PPOTrainer, folder: Path) -> Path:
+    return folder / f"optimizer-{trainer.accelerator.process_index}.pt"

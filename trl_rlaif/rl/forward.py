@@ -1,0 +1,153 @@
+"""Forward passes of the loop over rows of a rollout: what is read there, and nothing beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from trl_rlaif.models.kernels.logprob_head import is_plain, token_logprobs_of
+from trl_rlaif.models.role_models import RoleModels
+from trl_rlaif.models.shared_model import backbone, inner_model
+from trl_rlaif.rl.ppo.losses import entropy, token_logprobs
+from trl_rlaif.rl.rollouts import model_inputs
+from trl_rlaif.types import Rollout
+
+
+@dataclass(frozen=True)
+class RolloutSlice:
+    """Some rows of a rollout, no wider than they need to be.
+
+    Args:
+        rows: (b,) int64, which.
+        width: Response tokens of the longest of them, at least 1.
+        value_width: Steps up to the last that has a value: one more, where the rollout is wider.
+    """
+
+    rollout: Rollout
+    rows: torch.Tensor
+    width: int
+    value_width: int
+
+    @classmethod
+    def of(cls, rollout: Rollout, rows: torch.Tensor) -> RolloutSlice:
+        width = max(1, int(rollout.lengths[rows.to(rollout.lengths.device)].max()))
+        return cls(rollout, rows, width, min(width + 1, rollout.response_ids.shape[1]))
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """(b, width) int64."""
+        return self.rollout.response_ids[self.rows, : self.width]
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """(b, width) bool, True on response tokens."""
+        return self.rollout.masks()[0][self.rows, : self.width]
+
+    @property
+    def learned(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(b, width) and (b, value_width) bool: the tokens, and the steps with a value, of responses with a reward."""
+        tokens, steps = self.rollout.learned()
+        return tokens[self.rows, : self.width], steps[self.rows, : self.value_width]
+
+    def inputs(self, *, last: bool) -> dict[str, torch.Tensor]:
+        """For a model; without the ``last`` token where nobody reads what comes behind it."""
+        prompt_ids, prompt_mask, response_ids, lengths = self.rollout.sequences(self.rows)
+        width = self.width if last else self.width - 1
+        return model_inputs(prompt_ids, prompt_mask, response_ids[:, :width], lengths.clamp(max=width))
+
+
+def equal_prompts(mask: torch.Tensor, rows: torch.Tensor) -> list[torch.Tensor]:
+    """Rows in groups whose prompts have the same length, so that none is padded on the left; the shortest first.
+
+    Args:
+        mask: (B, P) bool, True where a prompt token stands.
+        rows: (N,) int64, which, on the CPU.
+    """
+    lengths = mask.sum(1).cpu()[rows]
+    return [rows[lengths == length] for length in lengths.unique()]
+
+
+def logprobs(
+    role_models: RoleModels, part: str, rollout_slice: RolloutSlice, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of the response tokens under policy or reference, and their entropies.
+
+    Returns:
+        (logprobs, entropy), (b, width) float32 each, nats, zero behind the ends. The entropy passes no gradient.
+    """
+    with role_models.role(part):
+        model = role_models.model(part)
+        inputs = rollout_slice.inputs(last=False)
+        if is_plain(model):
+            hidden = backbone(model)(**inputs, use_cache=False).last_hidden_state[:, -rollout_slice.width :]
+            return from_hidden(model, hidden, rollout_slice, temperature)
+        logits = inner_model(model)(**inputs, use_cache=False, logits_to_keep=rollout_slice.width).logits
+        return from_logits(logits, rollout_slice, temperature)
+
+
+def from_logits(
+    logits: torch.Tensor, rollout_slice: RolloutSlice, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same from (b, width, V) scores of any model."""
+    mask, logits = rollout_slice.mask, logits[rollout_slice.mask]
+    found = token_logprobs(logits, rollout_slice.tokens[mask], temperature), entropy(logits.detach(), temperature)
+    return _spread(found[0], mask), _spread(found[1], mask)
+
+
+def from_hidden(
+    model: torch.nn.Module, hidden: torch.Tensor, rollout_slice: RolloutSlice, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same from (b, width, H) hidden states, of a model whose head ``is_plain``."""
+    mask, head = rollout_slice.mask, inner_model(model).get_output_embeddings()
+    found = token_logprobs_of(hidden[mask], head, rollout_slice.tokens[mask], temperature)
+    return _spread(found[0], mask), _spread(found[1], mask)
+
+
+def values(role_models: RoleModels, rollout_slice: RolloutSlice) -> torch.Tensor:
+    """(b, value_width) float32 values of the states before each response token and behind the last."""
+    with role_models.role("value"):
+        return read_values(role_models, role_models.value_hidden(rollout_slice.inputs(last=True)), rollout_slice)
+
+
+def read_values(role_models: RoleModels, hidden: torch.Tensor, rollout_slice: RolloutSlice) -> torch.Tensor:
+    """The same from (b, S, H) hidden states of whole sequences."""
+    return role_models.value_head(hidden[:, -rollout_slice.width - 1 :])[:, : rollout_slice.value_width].float()
+
+
+def scores(role_models: RoleModels, rollout_slice: RolloutSlice) -> torch.Tensor:
+    """(b, 1) float32 scores of whole responses, read at their last tokens; (b, 2), where the head has an e(x)."""
+    return role_models.scores(rollout_slice.inputs(last=True), -rollout_slice.width - 1).float()
+
+
+def policy_and_value(
+    role_models: RoleModels, rollout_slice: RolloutSlice, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probabilities, entropies and values of a policy whose own trunk carries the value head, from one pass."""
+    with role_models.role("policy"):
+        model, inputs, width = role_models.model("policy"), rollout_slice.inputs(last=True), rollout_slice.width
+        if is_plain(model):
+            hidden = role_models.value_hidden(inputs)
+            found = from_hidden(model, hidden[:, -width - 1 : -1], rollout_slice, temperature)
+        else:
+            hidden, logits = _hidden_and_logits(model, inputs, width + 1)
+            found = from_logits(logits[:, :-1], rollout_slice, temperature)
+        return *found, read_values(role_models, hidden, rollout_slice)
+
+
+def _hidden_and_logits(
+    model: torch.nn.Module, inputs: dict[str, torch.Tensor], keep: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(b, S, H) hidden states and the last (b, keep, V) scores, whatever the model makes of the former."""
+    kept: list[torch.Tensor] = []
+    hook = backbone(model).register_forward_hook(lambda _, __, output: kept.append(output.last_hidden_state))
+    try:
+        logits = inner_model(model)(**inputs, use_cache=False, logits_to_keep=keep).logits
+    finally:
+        hook.remove()
+    return kept[0], logits
+
+
+def _spread(flat: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(b, T) with the entries of ``flat`` where the mask is True, and zero elsewhere."""
+    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)

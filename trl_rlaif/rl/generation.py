@@ -1,0 +1,236 @@
+"""Fills rollouts: responses of the policy, and what reference, value and reward model say of them."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from torch.nn.functional import pad
+
+from trl_rlaif.distributed import failing_together
+from trl_rlaif.generation import random_state, set_random_state
+from trl_rlaif.models.kernels.attention import trainable_attention
+from trl_rlaif.models.kernels.fused_lora import cast_adapter
+from trl_rlaif.models.kernels.precision import autocast, cast_head
+from trl_rlaif.models.role_models import RoleModels
+from trl_rlaif.responses import ResponseReader
+from trl_rlaif.rl import forward, verification
+from trl_rlaif.rl.forward import RolloutSlice
+from trl_rlaif.rl.rollouts import generate, response_lengths, scored_rows
+from trl_rlaif.rl.vllm import VLLMSampler
+from trl_rlaif.types import Rollout
+
+if TYPE_CHECKING:
+    from trl_rlaif.rl.ppo.config import PPOConfig
+
+
+logger = logging.getLogger(__name__)
+
+# Kinds of rollouts that are verified once each.
+_ANY, _PADDED = "any", "padded"
+
+
+class RolloutGenerator:
+    """Draws responses and runs the forward passes without gradient.
+
+    The first rollout, and the first whose prompts are padded, is compared with plain forward passes of a few of its
+    rows: with some models, transformers itself is wrong where prompts are padded on the left, or with a cache.
+
+    Args:
+        args: Response length, batch sizes and temperature.
+        accelerator: Its device is used. Several processes draw equally often, and decide together.
+        reader: Reads responses; without stop tokens, they are sampled to the full length.
+
+    Attributes:
+        pads: Whether a batch may hold prompts of different lengths. False once padding has changed the numbers.
+        records: Whether the log-probabilities recorded while sampling are used. False once they were wrong, and with
+            vLLM; a forward pass gives them then.
+    """
+
+    def __init__(self, args: PPOConfig, accelerator: Accelerator, reader: ResponseReader) -> None:
+        self.args, self.accelerator, self.reader, self.tokenizer = args, accelerator, reader, reader.tokenizer
+        self.temperature = args.temperature + 1e-7  # the parent's, so that temperature 0 is greedy
+        uses_vllm = args.generation == "vllm"
+        self._vllm = VLLMSampler(args, accelerator, self.tokenizer, reader.stop_ids) if uses_vllm else None
+        self.pads, self.records = True, self._vllm is None
+        self._unverified = {_ANY, _PADDED}
+
+    @torch.no_grad()
+    def draw(self, role_models: RoleModels, batch: dict[str, Any]) -> Rollout:
+        """One response for each prompt of a batch of PromptCollator's.
+
+        Raises:
+            UserError: The model's log-probabilities are wrong, without padding and without a cache too.
+        """
+        kinds = self._to_verify(batch["attention_mask"])
+        before = random_state() if kinds else None
+        rollout = self._draw(role_models, batch)
+        while kinds and not self._verify(role_models, rollout, padded=_PADDED in kinds):
+            set_random_state(before)  # a resumed run finds this out again, and must draw the same
+            rollout = self._draw(role_models, batch)
+        return rollout
+
+    def _to_verify(self, mask: torch.Tensor) -> set[str]:
+        """The kinds that a rollout belongs to, in all processes together; none if all of them were verified before."""
+        if not self._unverified:
+            return set()
+        padded = torch.tensor([bool((mask == 0).any())], device=self.accelerator.device)
+        kinds = {_ANY, _PADDED} if self.accelerator.gather(padded).any() else {_ANY}
+        due = kinds & self._unverified
+        self._unverified -= kinds
+        return kinds if due else set()
+
+    def _verify(self, role_models: RoleModels, rollout: Rollout, *, padded: bool) -> bool:
+        """Whether the log-probabilities are right; if not, they are computed in another way from here on."""
+        with failing_together(self.accelerator):
+            forward = self._forward(role_models, rollout, verification.chosen_rows(rollout))
+            own = verification.deviations(
+                role_models, rollout, forward, self.args, self.accelerator.device, self.temperature
+            )
+        found, limit = verification.worst(own, self.accelerator), verification.tolerance(role_models, self.args)
+        name = type(role_models.model("policy")).__name__
+        if found.within(limit):
+            return True
+        if self.pads and padded:
+            self.pads = False
+            logger.warning(verification.PADDING, name, found)
+        elif self.records and found.forward_within(limit) and found.sampling <= verification.MOST:
+            self.records = False
+            logger.warning(verification.CACHE, name, found)
+        else:
+            raise verification.error(name, found, limit)
+        return False
+
+    def _draw(self, role_models: RoleModels, batch: dict[str, Any]) -> Rollout:
+        device = self.accelerator.device
+        prompt_ids = batch["input_ids"].to(device)
+        prompt_mask = batch["attention_mask"].to(device).bool()
+        if self._vllm is None:
+            response_ids, logprobs = self._generate(role_models, prompt_ids, prompt_mask)
+        else:
+            response_ids, logprobs = self._vllm.generate(role_models, prompt_ids, prompt_mask, self.temperature), None
+        pad_id = self.tokenizer.pad_token_id
+        lengths, _ = response_lengths(response_ids, stop_ids=self.reader.stop_ids, pad_id=pad_id)
+        responses = [
+            self.reader.read(ids[:n], prompt[mask].tolist())
+            for ids, n, prompt, mask in zip(
+                response_ids.tolist(), lengths.tolist(), prompt_ids, prompt_mask, strict=True
+            )
+        ]
+        zeros = torch.zeros(response_ids.shape, device=device)
+        rollout = Rollout(
+            prompt_ids=prompt_ids,
+            prompt_mask=prompt_mask,
+            response_ids=response_ids,
+            lengths=lengths,
+            ended=torch.tensor([response.ended for response in responses], device=device),
+            logprobs=zeros if logprobs is None else logprobs,
+            ref_logprobs=zeros,
+            values=zeros,
+            prompts=batch["prompt"],
+            completions=[r.as_completion(prompt) for r, prompt in zip(responses, batch["prompt"], strict=True)],
+            columns=batch["columns"],
+        )
+        return self._judged(role_models, rollout if self.records else self._with_logprobs(role_models, rollout))
+
+    def _generate(
+        self, role_models: RoleModels, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        pad_id, model = self.tokenizer.pad_token_id, role_models.model("policy")
+        precision, batches = autocast(self.args, self.accelerator.device), self._prompt_batches(prompt_mask)
+        with role_models.role("policy"), precision, cast_head(model), cast_adapter(model):
+            drawn = [
+                generate(
+                    model,
+                    prompt_ids[rows, first:],
+                    prompt_mask[rows, first:],
+                    max_new_tokens=self.args.response_length,
+                    temperature=self.temperature,
+                    pad_id=pad_id,
+                    stop_id=self.reader.stop_ids,
+                )
+                for rows, first in batches
+            ]
+        width = max(ids.shape[1] for ids, _ in drawn)
+        order = torch.cat([rows for rows, _ in batches]).argsort()
+        return (
+            torch.cat([pad(ids, (0, width - ids.shape[1]), value=pad_id) for ids, _ in drawn])[order],
+            torch.cat([pad(logprobs, (0, width - logprobs.shape[1])) for _, logprobs in drawn])[order],
+        )
+
+    def _prompt_batches(self, mask: torch.Tensor) -> list[tuple[torch.Tensor, int]]:
+        """Rows that are sampled at once, and the column where their prompts begin."""
+        rows, size = torch.arange(len(mask)), self.args.local_rollout_forward_batch_size
+        if self.pads:
+            return [(part, 0) for part in rows.split(size)]
+        groups = forward.equal_prompts(mask, rows)
+        return [(part, int(mask[part[0]].int().argmax())) for group in groups for part in group.split(size)]
+
+    def _with_logprobs(self, role_models: RoleModels, rollout: Rollout) -> Rollout:
+        """The rollout with the policy's log-probabilities by a forward pass, of responses that another engine drew.
+
+        That engine's own are not taken: its kernels and its precision differ, and PPO's ratio divides by these. It
+        is 1 at the first step only if the model that is trained has said both.
+        """
+        return replace(rollout, logprobs=self._forward(role_models, rollout, torch.arange(len(rollout.prompts))))
+
+    @torch.no_grad()
+    def compared(self, role_models: RoleModels, rollout: Rollout) -> Rollout:
+        """The rollout with the log-probabilities of policy and reference by a forward pass each; zero after ends."""
+        rows = torch.arange(len(rollout.prompts))
+        references = self._forward(role_models, rollout, rows, "reference")
+        return replace(self._with_logprobs(role_models, rollout), ref_logprobs=references)
+
+    def _forward(
+        self, role_models: RoleModels, rollout: Rollout, rows: torch.Tensor, part: str = "policy"
+    ) -> torch.Tensor:
+        """(B, T) float32: log-probabilities of some rows by a forward pass, the policy's as in the step; else zero."""
+        logprobs = torch.zeros(rollout.response_ids.shape, device=rollout.response_ids.device)
+        with trainable_attention(*role_models.trained()) if self.args.bf16 else nullcontext():
+            for chunk in self._chunks(rollout, rows):
+                rollout_slice = RolloutSlice.of(rollout, chunk)
+                with autocast(self.args, self.accelerator.device):
+                    found, _ = forward.logprobs(role_models, part, rollout_slice, self.temperature)
+                logprobs[chunk, : rollout_slice.width] = found
+        return logprobs
+
+    def _judged(self, role_models: RoleModels, rollout: Rollout) -> Rollout:
+        """The rollout with the reference's log-probabilities and the values; zero behind the ends."""
+        mask, value_mask = rollout.masks()
+        references, values = torch.zeros_like(rollout.logprobs), torch.zeros_like(rollout.logprobs)
+        for rows in self._chunks(rollout):
+            rollout_slice = RolloutSlice.of(rollout, rows)
+            with autocast(self.args, self.accelerator.device):
+                found, _ = forward.logprobs(role_models, "reference", rollout_slice, self.temperature)
+                values[rows, : rollout_slice.value_width] = forward.values(role_models, rollout_slice)
+            references[rows, : rollout_slice.width] = found
+        return replace(
+            rollout,
+            logprobs=rollout.logprobs.masked_fill(~mask, 0),
+            ref_logprobs=references,
+            values=values.masked_fill(~value_mask, 0),
+        )
+
+    @torch.no_grad()
+    def scores(self, role_models: RoleModels, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The reward model's score of each response, and e(x) where it has one: (B,) float32 each."""
+        if self.reader.stop_ids and self.args.score_at_end:
+            rollout = scored_rows(rollout, self.reader)
+        found, order = [], []
+        for rows in self._chunks(rollout):
+            rollout_slice = RolloutSlice.of(rollout, rows)
+            with autocast(self.args, self.accelerator.device):
+                found.append(forward.scores(role_models, rollout_slice))
+            order.append(rows)
+        scores = torch.cat(found)[torch.cat(order).argsort()]
+        return scores[:, 0], scores[:, 1] if scores.shape[1] > 1 else None
+
+    def _chunks(self, rollout: Rollout, rows: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """Rows of like length together, as many as a training step holds: little padding is computed, or none."""
+        rows = rollout.by_length(torch.arange(len(rollout.prompts)) if rows is None else rows)
+        groups = [rows] if self.pads else forward.equal_prompts(rollout.prompt_mask, rows)
+        return [part for group in groups for part in group.split(self.args.per_device_train_batch_size)]

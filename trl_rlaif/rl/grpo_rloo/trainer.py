@@ -1,0 +1,187 @@
+"""TRL's RLOOTrainer and GRPOTrainer on a shared base, rehearsing beside their own loss."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+from transformers import Trainer, TrainerCallback
+
+from trl_rlaif.compat.trl_version import check_trl
+from trl_rlaif.errors import UserError
+from trl_rlaif.resuming import SameRun, components
+from trl_rlaif.rl.grpo_rloo.config import scoring_settings
+from trl_rlaif.rl.grpo_rloo.verification import verify
+from trl_rlaif.rl.selection import choose
+from trl_rlaif.validation import RewardError
+
+check_trl()
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer  # noqa: E402 - only a TRL that is known to work
+
+if TYPE_CHECKING:
+    from trl_rlaif.rl.ppo.trainer import PPOTrainer
+
+_STATE = "trl_rlaif.pt"
+
+
+class RehearsalMixin:
+    """Mixin: gamma * NLL of the scorer's rehearsal pairs joins each optimizer step (Peng et al. 2023).
+
+    Attributes:
+        scorer: Whose rewards, selectors and pairs are used; its shared base is this trainer's model.
+        same_run: Compares a checkpoint with this run.
+        failure: What stopped the run, where too many responses had no reward.
+    """
+
+    scorer: PPOTrainer | None = None
+    same_run: SameRun
+    failure: RewardError | None = None
+
+    def take(self, scorer: PPOTrainer) -> None:
+        """Train with this scorer from here on, and on the prompts that its selectors choose."""
+        self.scorer = scorer
+        settings = components(scorer) | scoring_settings(scorer.args)
+        self.same_run = SameRun(self, lambda: scorer.every_prompt, **settings)
+        self.add_callback(self.same_run)
+        self.add_callback(ScorerCallback(self))
+
+    def train(self, *arguments: Any, **named: Any) -> Any:
+        """TRL's.
+
+        Raises:
+            RewardError: It stopped since too many responses had no reward. A checkpoint has been saved.
+        """
+        output = super().train(*arguments, **named)
+        if self.failure is not None:
+            raise self.failure
+        return output
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        """TRL's, in which a completion without a reward has the advantage 0, and here no KL in GRPO's loss either."""
+        output = super()._generate_and_score_completions(inputs)
+        if self.scorer is not None and isinstance(self, GRPOTrainer):
+            missing = torch.tensor(self.reward_funcs[0].missing, device=output["completion_mask"].device)
+            output["completion_mask"] = output["completion_mask"].masked_fill(missing[:, None], 0)
+        return output
+
+    def training_step(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> torch.Tensor:
+        """TRL's, and before the last micro-batch of an optimizer step the gradients of what is rehearsed."""
+        # Before, not behind it: DDP averages what has gathered by then over all processes.
+        if self.scorer is not None and self.scorer.rehearsal.pairs and self.accelerator.sync_gradients:
+            model.train()
+            self._metrics["train"]["rehearsal/nll"].append(self.scorer.rehearse().item())
+            self._metrics["train"]["time/rehearsal"].append(self.scorer._rehearsal_seconds)
+            self.scorer._rehearsal_seconds = 0.0
+        return super().training_step(model, inputs, *arguments, **named)
+
+
+class RehearsalRLOOTrainer(RehearsalMixin, RLOOTrainer):
+    """RLOO (Ahmadian et al. 2024)."""
+
+
+class RehearsalGRPOTrainer(RehearsalMixin, GRPOTrainer):
+    """GRPO (Shao et al. 2024)."""
+
+
+TRAINERS = {"rloo": (RehearsalRLOOTrainer, RLOOConfig), "grpo": (RehearsalGRPOTrainer, GRPOConfig)}
+
+
+class ScorerCallback(TrainerCallback):
+    """Keeps the scorer in step with the trainer: its place in the run, its state in checkpoints, new selections."""
+
+    def __init__(self, trainer: RehearsalMixin) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Verify the model; the scorer counts as the trainer does; a resumed run takes up the transforms' state."""
+        verify(self.trainer)
+        scorer = self.trainer.scorer
+        scorer.state, scorer.args.num_total_batches = state, state.max_steps
+        kept = kept_state(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        if kept is not None:
+            mine = _own_part(kept, scorer)
+            scorer.load_scoring_state(mine)
+            scorer.rehearsal.load_state_dict(mine["rehearsal"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop with a checkpoint where too many responses had no reward.
+
+        Choose anew what is rehearsed, where the configuration says so; TRL's dataloader keeps its prompts.
+        """
+        scorer, every = self.trainer.scorer, self.trainer.scorer.args.selection_every
+        self.trainer.failure = scorer.unscored.error()
+        if self.trainer.failure is not None:
+            scorer.unscored.forget()
+            control.should_save = control.should_training_stop = True
+            return
+        if every and scorer.data_selectors and state.global_step < state.max_steps and state.global_step % every == 0:
+            training = self.trainer.model.training
+            scorer.apply(replace(choose(scorer), rows=scorer.chosen.rows, strata=scorer.chosen.strata))
+            self.trainer.model.train(training)  # by which TRL tells what it logs next from an evaluation
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Tell the plugins that watch."""
+        if logs and "reward" in logs:
+            self.trainer.scorer.plugins.notify("policy_updated", trainer=self.trainer, metrics=logs)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What was chosen, and of every process the transforms' state and the place in the pairs, beside TRL's own."""
+        scorer, folder = self.trainer.scorer, Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        parts = gather_object([{**scorer.scoring_state(), "rehearsal": scorer.rehearsal.state_dict()}])
+        if state.is_world_process_zero and folder.is_dir():
+            chosen = None if scorer.chosen is None else scorer.chosen.to_dict()
+            torch.save({"chosen": chosen, "processes": parts}, folder / _STATE)
+
+
+def kept_state(checkpoint: str | Path) -> dict[str, Any] | None:
+    """What TRL's checkpoint keeps of ours: ``chosen``, and ``processes``, a part of each; or None."""
+    path = Path(checkpoint) / _STATE
+    # Our own file: of strata a selector may make anything that can be hashed.
+    return torch.load(path, weights_only=False) if path.exists() else None
+
+
+def _own_part(kept: dict[str, Any], scorer: PPOTrainer) -> dict[str, Any]:
+    count, parts = scorer.accelerator.num_processes, kept["processes"]
+    if len(parts) != count:
+        raise UserError(f"The checkpoint was written by {len(parts)} processes; these are {count}.")
+    return parts[scorer.accelerator.process_index]
+
+
+class Tracked:
+    """A group trainer as the tracker of forgetting wants one: the trainer's loop, the scorer's models."""
+
+    def __init__(self, trainer: RehearsalMixin) -> None:
+        self._trainer = trainer
+
+    @property
+    def role_models(self) -> Any:
+        """Who plays policy and reference."""
+        return self._trainer.scorer.role_models
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end a response."""
+        return self._trainer.scorer.end_ids
+
+    @property
+    def reader(self) -> Any:
+        """What reads responses."""
+        return self._trainer.scorer.reader
+
+    @property
+    def shared(self) -> Any:
+        """The base of all roles."""
+        return self._trainer.scorer.shared
+
+    def log(self, logs: dict[str, float]) -> None:
+        """Without TRL's own log, which would take the numbers of the step that is under way along."""
+        control = self._trainer.control
+        due = control.should_log
+        Trainer.log(self._trainer, logs)
+        control.should_log = due  # transformers takes any log for the step's own
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trainer, name)

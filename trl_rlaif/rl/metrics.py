@@ -1,0 +1,152 @@
+"""The numbers of one PPO update."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import gather_object
+
+from trl_rlaif.rl.ppo.advantages import kl_per_token
+from trl_rlaif.types import Rollout
+
+if TYPE_CHECKING:
+    from trl_rlaif.rl.ppo.trainer import PPOTrainer
+
+
+@torch.no_grad()
+def update_metrics(
+    rollout: Rollout,
+    scores: torch.Tensor,
+    stats: dict[str, list[torch.Tensor]],
+    weights: tuple[float, float],
+    kl_estimator: str,
+    gather: Callable[[torch.Tensor], torch.Tensor],
+) -> dict[str, float]:
+    """Means over all processes, by the parent's names; lengths and scores by category beside them.
+
+    Args:
+        rollout: What was sampled.
+        scores: (B,) float32, transformed; means of them are over the responses that have a reward.
+        stats: Scalars by name, whose means over all of them and all processes are meant.
+        weights: Of the score and of the KL in the objective.
+        kl_estimator: k1 or k3.
+        gather: Joins a tensor of every process.
+    """
+    kl = kl_per_token(rollout.logprobs, rollout.ref_logprobs, kl_estimator).sum(1)
+    numbers = {
+        "objective/kl": kl,
+        "objective/entropy": -rollout.logprobs.sum(1),
+        "objective/non_score_reward": -weights[1] * kl,
+        "rollout/length": rollout.lengths.float(),
+        "rollout/ended": rollout.ended.float(),
+    }
+    metrics = {"rollout/distinct": distinct_responses(rollout)}
+    metrics |= {name: gather(value.float()).mean().item() for name, value in numbers.items()}
+    if rollout.scored is not None:
+        scores = scores.masked_fill(~rollout.scored, math.nan)
+    of_scores = {"objective/rlhf_reward": weights[0] * scores - weights[1] * kl, "objective/scores": scores}
+    metrics |= _means_of_known(of_scores, gather)
+    gathered = {name: gather(torch.stack(values)) for name, values in stats.items()}
+    metrics |= {name: values.mean().item() for name, values in gathered.items()}
+    ratio = gathered["val/ratio"].view(-1, len(stats["val/ratio"])).mean(0)
+    # TRL's is NaN where there is only one.
+    metrics["val/ratio_var"] = ratio.var().item() if ratio.numel() > 1 else 0.0
+    return metrics | _by_category(rollout, scores)
+
+
+def _means_of_known(
+    numbers: dict[str, torch.Tensor], gather: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, float]:
+    """Means over all processes of the entries that are not NaN; no entry for a name without any."""
+    every = {name: gather(values) for name, values in numbers.items()}
+    known = {name: values[~values.isnan()] for name, values in every.items()}
+    return {name: values.mean().item() for name, values in known.items() if len(values)}
+
+
+def distinct_responses(rollout: Rollout) -> int:
+    """How many different responses there are, over all processes."""
+    rows = zip(rollout.response_ids.tolist(), rollout.lengths.tolist(), strict=True)
+    return len(set(gather_object([tuple(ids[:length]) for ids, length in rows])))
+
+
+def loop_metrics(trainer: PPOTrainer, rollout: Rollout) -> dict[str, float]:
+    """What the loop itself knows of an update: weights, places in the run, rehearsal, parts of the reward."""
+    metrics = {
+        "objective/kl_coef": trainer.kl_controller.coef,
+        "policy/epochs": trainer._epochs_done,
+        "lr": trainer.lr_scheduler.get_last_lr()[0],
+        "episode": trainer.state.episode + trainer.args.batch_size,
+    }
+    ends = torch.isin(rollout.response_ids, rollout.response_ids.new_tensor(trainer.end_ids)).sum()
+    metrics["val/num_eos_tokens"] = trainer.accelerator.reduce(ends, "sum").item()
+    if trainer.rehearsal.pairs:
+        metrics["rehearsal/coef"] = trainer.rehearsal_coef
+        metrics["rehearsal/pairs"] = len(trainer.rehearsal.pairs)
+        metrics["time/rehearsal"], trainer._rehearsal_seconds = trainer._rehearsal_seconds, 0.0
+    return metrics | _of_rewards(trainer)
+
+
+def score_metrics(trainer: PPOTrainer, rollout: Rollout, scores: torch.Tensor) -> dict[str, float]:
+    """What is known of (B,) scores by themselves, over all processes: their mean, by category, and by reward.
+
+    NaN where a response has none.
+    """
+    gather = trainer.accelerator.gather
+    metrics = _means_of_known({"objective/scores": scores}, gather) | {
+        "rollout/ended": gather(rollout.ended.float()).mean().item(),
+        "rollout/distinct": distinct_responses(rollout),
+    }
+    return metrics | _by_category(rollout, scores) | _of_rewards(trainer)
+
+
+def _of_rewards(trainer: PPOTrainer) -> dict[str, float]:
+    """Spreads between categories, parts of the reward, and the transforms' own numbers, of what was scored last."""
+    metrics = {"rollout/unscored": trainer.unscored.share} | trainer._spreads | trainer.reward_sum.take_metrics()
+    for transform in trainer.reward_transforms:
+        metrics |= transform.metrics()
+    return metrics
+
+
+def category_spreads(rollout: Rollout, steps: dict[str, list[float]]) -> dict[str, float]:
+    """How far the kinds of prompt lie apart, over all processes, as ``spread/<step>``.
+
+    Standard deviation of the categories' true means over that of all scores: near 0 where no kind is worth more than
+    another. What chance alone makes of means over few scores is taken off (one-way random effects).
+
+    Args:
+        rollout: What was scored.
+        steps: B scores by name: raw, and after each reward transform.
+    """
+    if not steps:
+        return {}
+    categories, *found = zip(*gather_object(list(zip(rollout.categories, *steps.values(), strict=True))), strict=True)
+    spreads = {f"spread/{name}": _spread(scores, categories) for name, scores in zip(steps, found, strict=True)}
+    return {name: spread for name, spread in spreads.items() if spread is not None}
+
+
+def _spread(scores: Sequence[float], categories: Sequence[str | None]) -> float | None:
+    """None where a spread cannot be told from chance: one category, or no category with two scores."""
+    by: dict[str | None, list[float]] = defaultdict(list)
+    for score, category in zip(scores, categories, strict=True):
+        by[category].append(score)
+    free, every = len(scores) - len(by), statistics.pvariance(scores)
+    if len(by) < 2 or not free or not every:
+        return None
+    within = sum(len(v) * statistics.pvariance(v) for v in by.values()) / free
+    chance = within * statistics.fmean(1 / len(v) for v in by.values())
+    between = statistics.variance([statistics.fmean(v) for v in by.values()])
+    return math.sqrt(max(between - chance, 0.0) / every)
+
+
+def _by_category(rollout: Rollout, scores: torch.Tensor) -> dict[str, float]:
+    """Mean score of each category, over all processes."""
+    by_category = defaultdict(list)
+    for category, score in gather_object(list(zip(rollout.categories, scores.tolist(), strict=True))):
+        if category is not None and not math.isnan(score):
+            by_category[category].append(score)
+    return {f"reward/{name}": sum(values) / len(values) for name, values in by_category.items()}

@@ -1,0 +1,1 @@
+"""Proximal policy optimization in short, overridable steps."""

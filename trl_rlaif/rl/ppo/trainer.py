@@ -1,0 +1,553 @@
+"""PPOTrainer: TRL's constructor, saving and callbacks around a training loop in short, overridable steps."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import nn
+
+from trl_rlaif import resuming
+from trl_rlaif.compat.trl_ppo import BasePPOTrainer
+from trl_rlaif.components import DataSelector, RewardTransform, numbered
+from trl_rlaif.distributed import average_gradients, failing_together
+from trl_rlaif.encoding import set_template_kwargs
+from trl_rlaif.errors import UserError
+from trl_rlaif.models.kernels.fused_lora import fuse_lora
+from trl_rlaif.models.kernels.precision import cast_frozen_weights
+from trl_rlaif.models.role_models import RoleModels, SeparateRoleModels, SharedRoleModels
+from trl_rlaif.models.shared_model import SharedBase, save_adapter
+from trl_rlaif.plugins import Plugins, installed_plugins
+from trl_rlaif.responses import ResponseReader
+from trl_rlaif.rl import deepspeed, log_completions, rehearsal
+from trl_rlaif.rl.generation import RolloutGenerator
+from trl_rlaif.rl.metrics import category_spreads, loop_metrics, update_metrics
+from trl_rlaif.rl.ppo import advantages as adv
+from trl_rlaif.rl.ppo import checkpoint
+from trl_rlaif.rl.ppo.config import PPOConfig, with_defaults
+from trl_rlaif.rl.ppo.construction import (
+    check_trunk,
+    enable_gradient_checkpointing,
+    load_policy,
+    longest_row,
+    prompt_loader,
+    shared_base,
+    stop_ids_of,
+    tokenized,
+)
+from trl_rlaif.rl.ppo.update_step import UPDATE_KL, Divisors, MicroBatch, PPOStep, divisors_of
+from trl_rlaif.rl.prompts import BatchStream, PromptCollator
+from trl_rlaif.rl.rehearsal import Rehearsal, as_rollout, given_pairs
+from trl_rlaif.rl.reward_functions import MODEL, RewardFunc, reward_names, score_parts
+from trl_rlaif.rl.reward_shaping import AdaptiveKLController, shaped_scores
+from trl_rlaif.rl.reward_sum import RewardSum
+from trl_rlaif.rl.selection import MergedSelection, choose, write_selection
+from trl_rlaif.rl.unscored import Unscored
+from trl_rlaif.types import Rollout
+from trl_rlaif.validation import validated
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class PPOTrainer(BasePPOTrainer):
+    """Drop-in for the ``PPOTrainer`` that TRL had until 1.12, with pluggable rewards and one base for every role.
+
+    With ``score_at_end=False`` and ``loss_reduction="micro_batch"`` it gives that one's numbers, with any TRL, and
+    fixes two of its bugs: minibatches are shuffled from ``args.seed``, so that a run can be repeated; and with
+    ``num_mini_batches`` > 1 there is an optimizer step for every minibatch, and statistics are averaged
+    over the minibatches that there were.
+
+    Args:
+        args: PPOConfig (TRL's own works too, where it has one).
+        processing_class: The tokenizer; None loads the one of ``model``'s path.
+        model: Causal language model, PeftModel or path. A SharedBase brings its own roles.
+        ref_model: A separate reference; None compares with the start (see SharedBase).
+        reward_model: A separate sequence classification model, or the folder of a reward adapter, which
+            becomes a role of the shared base. None where ``reward_funcs`` give all rewards.
+        train_dataset: ``prompt`` as text or messages, or ``input_ids``; other columns go to the functions.
+        value_model: A separate sequence classification model. None makes the value an adapter with a
+            scalar head on the policy's own frozen base.
+        data_collator, eval_dataset, optimizers, callbacks: As in the parent.
+        peft_config: LoRA of the policy. Without it, and without ``value_model``: rank 16 on all linear
+            layers.
+        reward_funcs: Functions with GRPOTrainer's signature, ``f(prompts, completions, **columns) ->
+            list[float]``, added to the reward model's score, as ``args.reward_weights`` weigh them. None in place of
+            a number: the function has no reward for that row.
+        reward_transforms: Applied to the summed scores in this order.
+        data_selectors: Choose, from scored responses of the start, what is trained on and what is rehearsed.
+        rehearsal_dataset: Pairs of the user's own to rehearse: ``prompt`` and ``completion``, as text or messages.
+        plugins: Whose observing hooks are called; None takes all that are installed.
+    """
+
+    def __init__(
+        self,
+        args: PPOConfig,
+        processing_class: PreTrainedTokenizerBase | None,
+        model: PreTrainedModel | PeftModel | SharedBase | str,
+        ref_model: PreTrainedModel | None = None,
+        reward_model: nn.Module | str | Path | None = None,
+        train_dataset: Dataset | None = None,
+        value_model: nn.Module | None = None,
+        data_collator: Any = None,
+        eval_dataset: Dataset | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        callbacks: list[Any] | None = None,
+        peft_config: LoraConfig | None = None,
+        *,
+        reward_funcs: RewardFunc | Sequence[RewardFunc] = (),
+        reward_transforms: Sequence[RewardTransform] = (),
+        data_selectors: Sequence[DataSelector] = (),
+        rehearsal_dataset: Dataset | None = None,
+        plugins: Plugins | None = None,
+    ) -> None:
+        args = with_defaults(args)
+        self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
+        self.reward_transforms = [validated(transform) for transform in reward_transforms]
+        self.data_selectors = list(data_selectors)
+        self.plugins = plugins or installed_plugins()
+        if isinstance(model, str):
+            model, processing_class = load_policy(model, processing_class, args)
+        if args.chat_template_kwargs is not None:
+            set_template_kwargs(processing_class, args.chat_template_kwargs)
+        shared = shared_base(model, value_model, ref_model, peft_config)
+        if args.value == "trunk":
+            check_trunk(shared)
+        if shared is not None:
+            if isinstance(reward_model, str | Path):
+                shared.add_reward(reward_model)
+                reward_model = None
+            model, value_model, peft_config = shared.peft, shared.add_value(trunk=args.value == "trunk"), None
+        has_reward = reward_model is not None or (shared is not None and "reward" in shared.heads)
+        if not has_reward and not self.reward_funcs:
+            raise UserError("There is no reward: pass reward_model or reward_funcs.")
+        train_dataset = tokenized(train_dataset, processing_class, model, args)
+        pairs = given_pairs(rehearsal_dataset, processing_class, max_length=longest_row(model, args))
+        self.rehearsal = Rehearsal(pairs)
+        stop_ids = stop_ids_of(args, processing_class, model)
+        self.reader = ResponseReader(processing_class, stop_ids, reasoning=args.reasoning, tags=args.reasoning_tags)
+        configured = model.generation_config.eos_token_id
+        super().__init__(
+            args,
+            processing_class,
+            model,
+            ref_model,
+            deepspeed.NoRewardModel() if reward_model is None else reward_model,
+            train_dataset,
+            value_model,
+            data_collator or PromptCollator(processing_class),
+            eval_dataset if eval_dataset is None else tokenized(eval_dataset, processing_class, model, args),
+            optimizers,
+            callbacks,
+            peft_config,
+        )
+        # TRL's trainer puts its own stop token there, with which the policy would be saved.
+        self.policy_model.generation_config.eos_token_id = configured
+        self.reward_model = reward_model
+        self.shared = None if shared is None else shared.to(self.accelerator.device)
+        deepspeed.take_back_models(self)
+        self._set_up_loop()
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the parent, where DeepSpeed needs it by other rules."""
+        super().create_optimizer(*args, **kwargs)
+        deepspeed.tell(self.accelerator, self.optimizer)
+        return self.optimizer
+
+    def _set_up_loop(self) -> None:
+        """What the loop needs beside the parent's attributes."""
+        args = self.args
+        for model in (self.ref_model, self.reward_model):
+            if model is not None:
+                model.eval()
+        if args.fp16:
+            raise UserError("fp16 is not supported in PPO.", fix="Use bf16, or neither for float32.")
+        if self.shared is not None:
+            fuse_lora(self.shared.peft)
+            if args.bf16:
+                cast_frozen_weights(self.shared.model)
+        self._generator = RolloutGenerator(args, self.accelerator, self.reader)
+        self._batches = BatchStream(self.dataloader)
+        self._minibatch_order = torch.Generator().manual_seed(self.local_seed)
+        self.every_prompt = self.train_dataset
+        self.chosen: MergedSelection | None = None
+        self._selected_at: int | None = None  # the step of the last selection
+        self.rehearsal.seed(self.local_seed)
+        self._rehearsal_seconds = 0.0
+        # What `score` found beside its sum; a subclass that scores otherwise leaves them empty.
+        self._told: dict[str, Any] = {}
+        self._raw: tuple[dict[str, torch.Tensor], torch.Tensor | None] = {}, None  # the same before RewardSum
+        self._failed: dict[str, list[str]] = {}
+        names = reward_names(self.reward_funcs, model=self.has_reward_model)
+        self.reward_sum = RewardSum(names, args.reward_weights, args.reward_normalization, self.accelerator.gather)
+        self.unscored = Unscored(args.max_failed)
+        self._spreads: dict[str, float] = {}
+        self.kl_controller = AdaptiveKLController(args.kl_coef, args.kl_target, args.kl_horizon)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that count as a response's end, whether or not sampling stops there."""
+        return self.reader.stop_ids or (self.processing_class.eos_token_id,)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Settings and prompts of this run, which those of a checkpoint must equal."""
+        return resuming.identity(
+            self.args, self.every_prompt, self.accelerator.num_processes, **resuming.components(self)
+        )
+
+    @property
+    def role_models(self) -> RoleModels:
+        """Who plays policy, value, reward and reference."""
+        if self.shared is not None:
+            return SharedRoleModels(self.shared, self.reward_model)
+        model = self.accelerator.unwrap_model(self.model)
+        reference = self.ref_adapter_name if self.ref_model is None else None
+        return SeparateRoleModels(model.policy, self.ref_model, model.value_model, self.reward_model, reference)
+
+    @property
+    def has_reward_model(self) -> bool:
+        """Whether a model scores the responses, of its own or as a role of the shared base."""
+        return self.reward_model is not None or (self.shared is not None and "reward" in self.shared.heads)
+
+    # ---- The loop -------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> None:
+        """Run all updates.
+
+        Args:
+            resume_from_checkpoint: A checkpoint's folder, or True for the newest whole one in
+                ``args.output_dir`` (none is no error: training begins at the start).
+
+        Raises:
+            UserError: The checkpoint is of a run with other settings or prompts. Or a reward function returned
+                something other than a finite number or None for each completion, or more than ``args.max_failed`` of
+                the responses have no reward; what was learned until then is saved as a checkpoint first.
+        """
+        self._begin(resume_from_checkpoint)
+        while self.state.global_step < self.args.num_total_batches and not self.control.should_training_stop:
+            with self._kept():
+                self._select()
+            began = time.monotonic()
+            with self._kept():
+                rollout, scores = self.collect()
+            rewards = self.compute_rewards(rollout, scores)
+            self.plugins.notify("rewards_computed", trainer=self, rollout=rollout, rewards=rewards)
+            advantages, returns = self.compute_advantages(rollout, rewards)
+            stats = self.update(rollout, advantages, returns)
+            metrics = self.compute_metrics(rollout, scores, stats)
+            self.kl_controller.observe(metrics["objective/kl"], self.args.batch_size)
+            metrics["time/update"] = time.monotonic() - began
+            self._end_update(metrics)
+        self._end()
+
+    @contextmanager
+    def _kept(self, *, repeated: bool = True) -> Iterator[None]:
+        """Save what was learned, should a reward fail.
+
+        Args:
+            repeated: A resumed run does the same again: for the same prompts, with the same random numbers. False: it
+                continues after it.
+        """
+        before = checkpoint.own_state(self)
+        try:
+            yield
+        except UserError:
+            if repeated:
+                self.load_scoring_state(before)
+            checkpoint.save(self, before if repeated else None)
+            raise
+
+    def collect(self) -> tuple[Rollout, torch.Tensor]:
+        """Sample the next batch of prompts and score it.
+
+        Returns:
+            The rollout, whose ``scored`` is False where a response has no reward; and (B,) float32 scores, 0 there.
+        """
+        rollout = self.sample(next(self._batches))
+        self.plugins.notify("rollout_collected", trainer=self, rollout=rollout)
+        scores = self.score(rollout)
+        self.unscored.observe(scores, self._failed)
+        self.unscored.check()
+        scores = self.transform(scores, rollout)
+        return replace(rollout, scored=~scores.isnan()), scores.masked_fill(scores.isnan(), 0)
+
+    def sample(self, batch: dict[str, Any]) -> Rollout:
+        """Responses to a batch of prompts, with log-probabilities and values."""
+        self.model.eval()
+        return self._generator.draw(self.role_models, batch)
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout) -> torch.Tensor:
+        """Raw scores, (B,) float32: the weighted sum of all rewards (RewardSum), NaN where a response has none."""
+        with failing_together(self.accelerator):
+            parts, expected, self._failed = score_parts(self, rollout)
+        return self.sum_rewards(parts, expected)
+
+    def sum_rewards(self, parts: dict[str, torch.Tensor], expected: torch.Tensor | None) -> torch.Tensor:
+        """The weighted sum of raw rewards by name (RewardSum); transforms are then told of them and of e(x)."""
+        scores, weighted, scale = self.reward_sum(parts)
+        self._raw = parts, expected
+        self._told = {
+            "reward_parts": weighted, "expected": expected, "model_scores": parts.get(MODEL), "model_scale": scale
+        }  # fmt: skip
+        return scores
+
+    def transform(self, scores: torch.Tensor, rollout: Rollout, *, pool: bool = False) -> torch.Tensor:
+        """Scores after the reward transforms in their order, then whitened, clipped and less penalties.
+
+        Transforms see the responses alone that have a reward; the scores of the others stay NaN.
+
+        Args:
+            pool: These are all scores of a selector's pool, and not a batch to train on.
+        """
+        known = ~scores.isnan()
+        self._spreads = {}
+        if self.reward_transforms and self.accelerator.gather(known).any():
+            seen = replace(rollout, **self._told)
+            seen, found = (seen, scores) if known.all() else (seen.select(known), scores[known])
+            steps = {"raw": found.tolist()}
+            for transform in self.reward_transforms:
+                found = (transform.transform_pool if pool else transform.transform)(found, seen)
+                steps[numbered(type(transform).__name__, steps)] = found.tolist()
+            self._spreads = category_spreads(seen, steps)
+            scores = scores.masked_scatter(known, found)
+        ended = rollout.ended
+        if not self.reader.stop_ids:  # as in TRL, an end within a response counts
+            ended = (rollout.response_ids == self.processing_class.eos_token_id).any(1)
+        return shaped_scores(scores, rollout, self.args, ended, self.accelerator.gather)
+
+    def compute_rewards(self, rollout: Rollout, scores: torch.Tensor) -> torch.Tensor:
+        """Rewards per token, (B, T) float32: KL paid on every token, the score at the end."""
+        kl = adv.kl_per_token(rollout.logprobs, rollout.ref_logprobs, self.args.kl_estimator)
+        if self.args.kl_weighting == "weighted":
+            scores = (1 - self.kl_controller.coef) * scores
+        rewards = adv.token_rewards(kl, scores, rollout.lengths, self.kl_controller.coef)
+        if self.args.whiten_rewards:
+            rewards = adv.masked_whiten(rewards, rollout.learned()[1], shift_mean=False, total=self._total)
+        return rewards
+
+    def compute_advantages(self, rollout: Rollout, rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Whitened advantages, zero for responses without a reward, and returns: (B, T) float32 each."""
+        advantages, returns = adv.gae(rewards, rollout.values, self.args.gamma, self.args.lam)
+        return adv.masked_whiten(advantages, rollout.learned()[0], total=self._total), returns
+
+    def _total(self, value: torch.Tensor) -> torch.Tensor:
+        """A sum over all processes."""
+        return self.accelerator.reduce(value, "sum")
+
+    def update(
+        self, rollout: Rollout, advantages: torch.Tensor, returns: torch.Tensor
+    ) -> dict[str, list[torch.Tensor]]:
+        """All epochs and minibatches of one update; statistics by name, as ``minibatch_step`` gives them."""
+        args = self.args
+        self.model.train()
+        stats: dict[str, list[torch.Tensor]] = defaultdict(list)
+        found: dict[str, list[torch.Tensor]] = {}
+        for epoch in range(args.num_ppo_epochs):
+            if epoch and self._went_too_far(found[UPDATE_KL]):
+                break
+            order = torch.randperm(args.local_batch_size, generator=self._minibatch_order)
+            for minibatch in order.split(args.local_mini_batch_size):
+                found = self.minibatch_step(rollout, advantages, returns, minibatch)
+                for name, values in found.items():
+                    stats[name] += values
+            self._epochs_done = epoch + 1
+        stats.pop(UPDATE_KL, None)
+        stats["val/explained_variance"] = [adv.explained_variance(rollout.values, returns, rollout.learned()[1])]
+        return stats
+
+    def _went_too_far(self, moved: list[torch.Tensor]) -> bool:
+        """Whether the policy had moved further than ``max_update_kl`` by an epoch's last minibatch, in all processes.
+
+        Args:
+            moved: Scalars whose mean is the approximate KL, nats per token.
+        """
+        limit = self.args.max_update_kl
+        return limit is not None and self.accelerator.gather(torch.stack(moved)).mean().item() > limit
+
+    def minibatch_step(
+        self, rollout: Rollout, advantages: torch.Tensor, returns: torch.Tensor, minibatch: torch.Tensor
+    ) -> dict[str, list[torch.Tensor]]:
+        """One optimizer step; statistics by name, of the minibatch or, with TRL's means, of each micro-batch.
+
+        Args:
+            minibatch: (N,) int64, this process's rows of the rollout.
+        """
+        args = self.args
+        stats: dict[str, list[torch.Tensor]] = defaultdict(list)
+        micro_batches = rollout.by_length(minibatch).split(args.per_device_train_batch_size)
+        every = divisors_of(rollout, micro_batches, self.accelerator, args.loss_reduction)
+        for rows, divisors in zip(micro_batches, every, strict=True):
+            with self.accelerator.accumulate(self.model):
+                if self.rehearsal.pairs and self.accelerator.sync_gradients:
+                    stats["rehearsal/nll"].append(self.rehearse())
+                step = self.micro_step(rollout, advantages, returns, rows, divisors)
+                average_gradients(self.accelerator, self.model)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            for name, value in step.items():
+                stats[name].append(value)
+        if args.loss_reduction == "micro_batch":
+            return stats
+        return {name: [torch.stack(values).mean()] for name, values in stats.items()}
+
+    def micro_step(
+        self,
+        rollout: Rollout,
+        advantages: torch.Tensor,
+        returns: torch.Tensor,
+        rows: torch.Tensor,
+        divisors: Divisors,
+    ) -> dict[str, torch.Tensor]:
+        """Gradients of one micro-batch, and its statistics."""
+        return self._objective.backward(MicroBatch(rollout, advantages, returns, rows, divisors))
+
+    def rehearse(self) -> torch.Tensor:
+        """Add the gradients of a batch of pairs to rehearse to an optimizer step; its NLL, nats a token."""
+        began = self._clock()
+        pairs = as_rollout(self.rehearsal.draw(rehearsal.batch_size(self.args)), self.accelerator.device)
+        nll = self._objective.rehearse(pairs, self.rehearsal_coef)
+        self._rehearsal_seconds += self._clock() - began
+        return nll
+
+    @property
+    def rehearsal_coef(self) -> float:
+        """gamma at this update."""
+        return rehearsal.weight(self.args, self.state.global_step / self.args.num_total_batches)
+
+    @property
+    def _objective(self) -> PPOStep:
+        return PPOStep(self.role_models, self.accelerator, self.args, self._generator.temperature, self._generator.pads)
+
+    def _clock(self) -> float:
+        """Seconds, once the device has done what it was given."""
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.monotonic()
+
+    def compute_metrics(
+        self, rollout: Rollout, scores: torch.Tensor, stats: dict[str, list[torch.Tensor]]
+    ) -> dict[str, float]:
+        """The numbers of one update: the parent's by the parent's names, and the rollout's own."""
+        weighted = self.args.kl_weighting == "weighted"
+        weights = (1 - self.kl_controller.coef if weighted else 1.0), self.kl_controller.coef
+        metrics = update_metrics(rollout, scores, stats, weights, self.args.kl_estimator, self.accelerator.gather)
+        return metrics | loop_metrics(self, rollout)
+
+    # ---- Beginning and end ----------------------------------------------------------------------------
+
+    def _begin(self, resume_from_checkpoint: str | Path | bool | None) -> None:
+        args, state = self.args, self.state
+        self._started = time.monotonic()
+        # An optimizer step for each minibatch; the parent would also step in every micro-batch that falls on
+        # the last batch of the dataloader. Set here: accelerate shares this state among all trainers of a
+        # process, and another one may have been made since.
+        micro = -(-args.local_mini_batch_size // args.per_device_train_batch_size)
+        self.accelerator.gradient_state.plugin_kwargs.update(num_steps=micro, sync_with_dataloader=False)
+        state.global_step = state.episode = self._last_saved_step = 0
+        state.max_steps = args.num_total_batches
+        state.num_train_epochs = args.total_episodes / self.train_dataset_len
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            value = getattr(args, name)
+            if value is not None:  # below 1 it is a share of all updates
+                setattr(state, name, -int(-state.max_steps * value // 1) if value < 1 else value)
+        if args.gradient_checkpointing:
+            enable_gradient_checkpointing(self)
+        found = checkpoint.find(args.output_dir, resume_from_checkpoint)
+        if found is not None:
+            checkpoint.load(self, found)
+        if self.rehearsal.given and not self.data_selectors and self.accelerator.is_main_process:
+            write_selection(Path(args.output_dir), MergedSelection(), self.rehearsal.pairs)
+        self.control = self.callback_handler.on_train_begin(args, state, self.control)
+
+    def scoring_state(self) -> dict[str, Any]:
+        """What rewards and transforms remember, as plain values that scoring does not change later."""
+        transforms = [copy.deepcopy(transform.state_dict()) for transform in self.reward_transforms]
+        return {
+            "transforms": transforms, "rewards": self.reward_sum.state_dict(), "unscored": self.unscored.state_dict()
+        }  # fmt: skip
+
+    def load_scoring_state(self, state: dict[str, Any]) -> None:
+        """Go back to what ``scoring_state`` gave.
+
+        Raises:
+            UserError: It is of other reward transforms.
+        """
+        if len(state["transforms"]) != len(self.reward_transforms):
+            raise UserError("The checkpoint was written with other reward transforms.")
+        for transform, its_state in zip(self.reward_transforms, state["transforms"], strict=True):
+            transform.load_state_dict(its_state)
+        if "rewards" in state:  # checkpoints of earlier versions have neither
+            self.reward_sum.load_state_dict(state["rewards"])
+            self.unscored.load_state_dict(state["unscored"])
+
+    def _select(self) -> None:
+        """Let the selectors choose, at the start and every ``selection_every`` updates."""
+        every, step = self.args.selection_every, self.state.global_step
+        again = every is not None and step > 0 and step % every == 0
+        # A run that stopped between a selection and the end of its update is resumed with that selection.
+        if self.data_selectors and (self.chosen is None or (again and self._selected_at != step)):
+            self.apply(choose(self))
+            self._selected_at = step
+
+    def apply(self, chosen: MergedSelection) -> None:
+        """Train on what was chosen, and rehearse it, from here on."""
+        before, self.chosen = self.chosen, chosen
+        self.rehearsal.fill(chosen.rehearsal)
+        if (chosen.rows, chosen.strata) != ((before.rows, before.strata) if before else (None, None)):
+            rows = range(len(self.every_prompt)) if chosen.rows is None else chosen.rows
+            self.train_dataset = self.every_prompt.select(rows)
+            self.dataloader = self.accelerator.prepare(prompt_loader(self, chosen.strata))
+            self._batches = BatchStream(self.dataloader)
+        if self.accelerator.is_main_process:
+            write_selection(Path(self.args.output_dir), chosen, self.rehearsal.pairs)
+
+    def _end_update(self, metrics: dict[str, float]) -> None:
+        state = self.state
+        state.global_step += 1
+        state.episode += self.args.batch_size
+        state.epoch = state.episode / self.train_dataset_len
+        metrics["eps"] = int(state.episode / max(time.monotonic() - self._started, 1e-9))
+        self.plugins.notify("policy_updated", trainer=self, metrics=metrics)
+        self.log(metrics)
+        self.lr_scheduler.step()
+        self.control = self.callback_handler.on_step_end(self.args, state, self.control)
+        if log_completions.due(self):  # before a checkpoint is written: sampling moves the random numbers on
+            with self._kept(repeated=False):
+                self.generate_completions(sampling=True)
+        if self.control.should_save:
+            checkpoint.save(self)
+            self.control = self.callback_handler.on_save(self.args, state, self.control)
+
+    def _end(self) -> None:
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        self.model.eval()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the policy: its adapter alone, where it is one, so that PEFT loads it on the base."""
+        if self.shared is None:
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            save_adapter(self.shared.peft, "policy", folder)
+            self.processing_class.save_pretrained(folder)
+
+    def generate_completions(self, sampling: bool = False) -> None:
+        """Print prompts of ``eval_dataset`` with near-greedy responses and their scores.
+
+        Args:
+            sampling: Of the first batch alone, as ``num_sample_generations`` times in a run.
+        """
+        if self.eval_dataset is not None:
+            log_completions.show(self, first_batch=sampling)

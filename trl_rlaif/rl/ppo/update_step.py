@@ -1,0 +1,242 @@
+"""The gradients of one micro-batch: policy and value, one after the other or off one trunk."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from accelerate import Accelerator
+
+from trl_rlaif.distributed import backward, equal_count
+from trl_rlaif.models.kernels.attention import trainable_attention
+from trl_rlaif.models.kernels.precision import autocast
+from trl_rlaif.models.role_models import RoleModels
+from trl_rlaif.rl import forward
+from trl_rlaif.rl.forward import RolloutSlice
+from trl_rlaif.rl.ppo import losses
+from trl_rlaif.types import Rollout
+
+Stats = dict[str, torch.Tensor]
+# The statistic that max_update_kl limits; it is not logged.
+UPDATE_KL = "update_kl"
+
+
+class Divisors(NamedTuple):
+    """What the sums over a micro-batch's tokens are divided by, scalars.
+
+    Accelerate averages the quotients over the micro-batches of a minibatch, and the processes average their gradients:
+    the divisors take account of both.
+
+    Args:
+        policy: Of the policy's loss, its clipped share and its entropy.
+        value: Of the value's loss and its clipped share.
+        logged: Of ``policy/approxkl_avg`` and ``val/ratio``.
+        tokens: Of the KL that ``max_update_kl`` limits.
+    """
+
+    policy: torch.Tensor
+    value: torch.Tensor
+    logged: torch.Tensor
+    tokens: torch.Tensor
+
+
+def divisors_of(
+    rollout: Rollout,
+    micro_batches: Sequence[torch.Tensor],
+    accelerator: Accelerator,
+    reduction: Literal["minibatch", "micro_batch"] = "minibatch",
+) -> list[Divisors]:
+    """The divisors of each micro-batch of one minibatch. All processes must ask together.
+
+    Args:
+        micro_batches: Rows of the rollout, (b,) int64 each; this process's.
+        reduction: ``minibatch`` gives every token of the minibatch the same weight, in all micro-batches and processes.
+            ``micro_batch`` is TRL's: a mean over each micro-batch, and of what is logged over its padding too.
+    """
+    learned, rows = rollout.learned(), torch.cat(list(micro_batches))
+    counts = torch.stack([mask[rows].sum() for mask in (*learned, rollout.masks()[0])]).float()
+    shares = len(micro_batches) * accelerator.num_processes
+    policy, value, tokens = accelerator.reduce(counts, "sum").clamp(min=1) / shares
+    if reduction == "minibatch":
+        return [Divisors(policy, value, tokens, tokens)] * len(micro_batches)
+    positions = tokens.new_tensor(len(rows) * rollout.response_ids.shape[1] / len(micro_batches))
+    found = []
+    for part in micro_batches:
+        weight = len(part) * len(micro_batches) / len(rows)  # the last one may be smaller
+        policy, value = (mask[part].sum().clamp(min=1) / weight for mask in learned)
+        found.append(Divisors(policy, value, positions, tokens))
+    return found
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of a rollout whose gradients are computed together.
+
+    Args:
+        advantages, returns: (B, T) float32 of the whole rollout.
+        rows: (b,) int64, which of them.
+        divisors: Of sums over its tokens.
+    """
+
+    rollout: Rollout
+    advantages: torch.Tensor
+    returns: torch.Tensor
+    rows: torch.Tensor
+    divisors: Divisors
+
+
+def parts(rollout: Rollout, rows: torch.Tensor, tokens: int | None) -> Iterator[torch.Tensor]:
+    """Rows in parts of at most so many tokens, padding counted, and of at least one row."""
+    if tokens is None:
+        yield rows
+        return
+    prompts, lengths = rollout.prompt_mask.sum(1).tolist(), rollout.lengths.tolist()
+    part: list[int] = []
+    for row in rows.tolist():
+        grown = [*part, row]
+        width = max(prompts[i] for i in grown) + max(1, *(lengths[i] for i in grown))
+        if part and width * len(grown) > tokens:
+            yield torch.tensor(part)
+            grown = [row]
+        part = grown
+    yield torch.tensor(part)
+
+
+@dataclass(frozen=True)
+class PPOStep:
+    """PPO's losses on the role_models (Schulman et al. 2017, eq. 7 and 9), and their backward passes.
+
+    Args:
+        pads: Whether a forward pass may hold prompts of different lengths.
+    """
+
+    role_models: RoleModels
+    accelerator: Accelerator
+    args: Any
+    temperature: float
+    pads: bool = True
+
+    def backward(self, batch: MicroBatch) -> Stats:
+        """Add a micro-batch's gradients; its statistics, scalars by name.
+
+        A part's graph is gone before the next one's is built; the parts' gradients add up to the whole's.
+        """
+        stats: Stats = defaultdict(lambda: torch.zeros((), device=batch.rollout.lengths.device))
+        every = self._parts(batch.rollout, batch.rows)
+        for i, rows in enumerate(every):
+            rollout_slice = RolloutSlice.of(batch.rollout, rows)
+            part = self._one_trunk if self.role_models.one_trunk else self._two_passes
+            with self._attention():
+                found = part(batch, rollout_slice, last=i == len(every) - 1)
+            for name, value in found.items():
+                stats[name] = stats[name] + value
+        stats["val/ratio"] = stats["val/ratio"] + 1  # of the distance from 1, which padding has not
+        return dict(stats)
+
+    def rehearse(self, pairs: Rollout, coef: float) -> torch.Tensor:
+        """Add the gradients of ``coef`` times the mean NLL of the response tokens (Peng et al. 2023).
+
+        To be called once an optimizer step, before its last micro-batch.
+
+        Args:
+            pairs: Of which prompts and responses are read; at least one token of a response.
+            coef: gamma.
+
+        Returns:
+            The NLL, nats a token, a scalar.
+        """
+        nll = torch.zeros((), device=pairs.lengths.device)
+        # Every token of all processes counts alike; gradients, and the NLL that is logged, are averaged over them.
+        tokens = self.accelerator.reduce(pairs.lengths.sum().float(), "sum") / self.accelerator.num_processes
+        # Accelerate divides by the number of micro-batches, and there is one rehearsal for all of them.
+        scale = coef * self.accelerator.gradient_accumulation_steps
+        for micro_batch in pairs.by_length(torch.arange(len(pairs.prompts))).split(
+            self.args.per_device_train_batch_size
+        ):
+            for rows in self._parts(pairs, micro_batch):
+                with self._attention(), self.role_models.role("policy"):
+                    with autocast(self.args, self.accelerator.device):
+                        logprobs, _ = forward.logprobs(self.role_models, "policy", RolloutSlice.of(pairs, rows), 1.0)
+                    part = -logprobs.sum() / tokens
+                    self._backward(scale * part, last=False)
+                nll += part.detach()
+        return nll
+
+    def _attention(self) -> AbstractContextManager:
+        return trainable_attention(*self.role_models.trained()) if self.args.bf16 else nullcontext()
+
+    def _parts(self, rollout: Rollout, rows: torch.Tensor) -> list[torch.Tensor]:
+        """Rows in parts, of which there are equally many in processes that go through them side by side."""
+        groups = [rows] if self.pads else forward.equal_prompts(rollout.prompt_mask, rows)
+        found = [part for group in groups for part in parts(rollout, group, self.args.micro_batch_tokens)]
+        if self.args.micro_batch_tokens is not None or not self.pads:
+            for _ in range(equal_count(self.accelerator, len(found)) - len(found)):
+                largest = max(range(len(found)), key=lambda i: len(found[i]))
+                found[largest : largest + 1] = found[largest].tensor_split(2)
+        return found
+
+    def _two_passes(self, batch: MicroBatch, rollout_slice: RolloutSlice, *, last: bool) -> Stats:
+        """The value's graph is gone before the policy's is built."""
+        with self.role_models.role("value"):
+            with autocast(self.args, self.accelerator.device):
+                values = forward.values(self.role_models, rollout_slice)
+            v_loss, stats = self._value_loss(batch, rollout_slice, values)
+            self._backward(v_loss, last=False)
+        with self.role_models.role("policy"):
+            with autocast(self.args, self.accelerator.device):
+                logprobs, entropy = forward.logprobs(self.role_models, "policy", rollout_slice, self.temperature)
+            p_loss, policy_stats = self._policy_loss(batch, rollout_slice, logprobs, entropy)
+            self._backward(p_loss, last=last)
+        return stats | policy_stats
+
+    def _one_trunk(self, batch: MicroBatch, rollout_slice: RolloutSlice, *, last: bool) -> Stats:
+        with self.role_models.role("policy"):
+            with autocast(self.args, self.accelerator.device):
+                logprobs, entropy, values = forward.policy_and_value(self.role_models, rollout_slice, self.temperature)
+            v_loss, stats = self._value_loss(batch, rollout_slice, values)
+            p_loss, policy_stats = self._policy_loss(batch, rollout_slice, logprobs, entropy)
+            self._backward(p_loss + v_loss, last=last)
+        return stats | policy_stats
+
+    def _backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        backward(self.accelerator, loss, last=last)
+
+    def _value_loss(
+        self, batch: MicroBatch, rollout_slice: RolloutSlice, values: torch.Tensor
+    ) -> tuple[torch.Tensor, Stats]:
+        old, returns = (
+            x[rollout_slice.rows, : rollout_slice.value_width] for x in (batch.rollout.values, batch.returns)
+        )
+        mask, clip = rollout_slice.learned[1], self.args.cliprange_value
+        loss, clipped = losses.value_loss(values, old, returns, mask, clip, batch.divisors.value)
+        stats = {"loss/value_avg": loss.detach(), "val/clipfrac_avg": clipped}
+        return self.args.vf_coef * loss, stats
+
+    def _policy_loss(
+        self,
+        batch: MicroBatch,
+        rollout_slice: RolloutSlice,
+        logprobs: torch.Tensor,
+        entropy: torch.Tensor,
+    ) -> tuple[torch.Tensor, Stats]:
+        old, advantages = (
+            x[rollout_slice.rows, : rollout_slice.width] for x in (batch.rollout.logprobs, batch.advantages)
+        )
+        mask, clip, divisors = rollout_slice.learned[0], self.args.cliprange, batch.divisors
+        loss, clipped = losses.policy_loss(logprobs, old, advantages, mask, clip, divisors.policy)
+        with torch.no_grad():
+            difference = logprobs - old
+            squares = 0.5 * (difference**2).sum()
+            stats = {
+                "loss/policy_avg": loss.detach(),
+                "policy/clipfrac_avg": clipped,
+                "policy/approxkl_avg": squares / divisors.logged,
+                "policy/entropy_avg": (entropy * mask).sum() / divisors.policy,
+                "val/ratio": (difference.exp() - 1).sum() / divisors.logged,
+                UPDATE_KL: squares / divisors.tokens,
+            }
+        return loss, stats

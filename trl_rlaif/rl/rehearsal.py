@@ -1,0 +1,162 @@
+"""What the policy rehearses beside PPO (Peng et al. 2023): the pairs, their batches, the weight of their NLL."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from trl_rlaif.encoding import encode_prompt, encode_response
+from trl_rlaif.errors import UserError
+from trl_rlaif.types import RehearsalPair, Rollout
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from trl_rlaif.rl.ppo.config import PPOConfig
+
+logger = logging.getLogger(__name__)
+
+
+class Rehearsal:
+    """The pairs D_R, in shuffled passes.
+
+    Args:
+        given: The user's own pairs, which stay.
+    """
+
+    def __init__(self, given: Sequence[RehearsalPair] = ()) -> None:
+        self.given, self.pairs = list(given), list(given)
+        self._generator = torch.Generator()
+        self._order: list[int] = []
+
+    def seed(self, seed: int) -> None:
+        """Of the passes' order: another one in each process."""
+        self._generator.manual_seed(seed)
+
+    def fill(self, selected: Sequence[RehearsalPair]) -> None:
+        """Take these pairs in place of what was selected before. Those without a response are left out."""
+        self.pairs = [*self.given, *(pair for pair in selected if pair.response_ids)]
+        self._order = []
+
+    def draw(self, size: int) -> list[RehearsalPair]:
+        """The next pairs; each one comes once in a pass."""
+        drawn: list[int] = []
+        while len(drawn) < size:
+            if not self._order:
+                self._order = torch.randperm(len(self.pairs), generator=self._generator).tolist()
+            drawn.append(self._order.pop())
+        return [self.pairs[i] for i in drawn]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the pass, of this process."""
+        return {"generator": self._generator.get_state(), "order": list(self._order)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a place in the pass."""
+        self._generator.set_state(state["generator"])
+        self._order = list(state["order"])
+
+
+def batch_size(args: PPOConfig) -> int:
+    """Pairs an optimizer step, in each process.
+
+    By default a quarter of a minibatch, or an eighth where the value is read off the policy's trunk: rehearsal has one
+    forward and backward pass where PPO has two (or one), and PPO samples and scores beside.
+    """
+    if args.rehearsal_batch_size is not None:
+        return args.rehearsal_batch_size
+    return max(1, args.local_mini_batch_size // (8 if args.value == "trunk" else 4))
+
+
+def weight(args: PPOConfig, progress: float) -> float:
+    """gamma after a share of all updates, 0..1: constant, or falling to zero in a line or along half a cosine."""
+    if args.rehearsal_schedule == "linear":
+        return args.rehearsal_coef * (1 - progress)
+    if args.rehearsal_schedule == "cosine":
+        return args.rehearsal_coef * (1 + math.cos(math.pi * progress)) / 2
+    return args.rehearsal_coef
+
+
+def as_rollout(pairs: Sequence[RehearsalPair], device: torch.device, ended: Sequence[bool] | None = None) -> Rollout:
+    """Pairs as a rollout whose prompts and responses alone are meant.
+
+    Args:
+        ended: Whether each response has; None: all have.
+    """
+    prompts = [torch.tensor(pair.prompt_ids) for pair in pairs]
+    responses = [torch.tensor(pair.response_ids) for pair in pairs]
+    prompt_ids, mask = (
+        pad_sequence(rows, batch_first=True, padding_side="left").to(device)
+        for rows in (prompts, [torch.ones(len(ids), dtype=torch.bool) for ids in prompts])
+    )
+    response_ids = pad_sequence(responses, batch_first=True).to(device)
+    zeros = torch.zeros(response_ids.shape, device=device)
+    return Rollout(
+        prompt_ids=prompt_ids,
+        prompt_mask=mask,
+        response_ids=response_ids,
+        lengths=torch.tensor([len(ids) for ids in responses], device=device),
+        ended=torch.tensor([True] * len(pairs) if ended is None else list(ended), device=device),
+        logprobs=zeros,
+        ref_logprobs=zeros,
+        values=zeros,
+        prompts=[pair.prompt for pair in pairs],
+        completions=[pair.response for pair in pairs],
+    )
+
+
+def given_pairs(
+    dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None
+) -> list[RehearsalPair]:
+    """A user's own pairs in TRL's prompt-completion format, as text or as messages.
+
+    Args:
+        dataset: With ``prompt`` and ``completion``; None for no pairs.
+        tokenizer: With a chat template, if they are messages.
+        max_length: Most tokens of prompt and completion; longer pairs are left out, and counted.
+
+    Raises:
+        UserError: A column is missing, a completion is empty or no single assistant message, or every pair is too long.
+    """
+    if dataset is None:
+        return []
+    missing = {"prompt", "completion"} - set(dataset.column_names)
+    if missing:
+        raise UserError(
+            f"The rehearsal dataset has no column '{min(missing)}'; it has {', '.join(dataset.column_names)}.",
+            fix="Rename its columns to 'prompt' and 'completion'.",
+        )
+    pairs = [_given(row, number, tokenizer) for number, row in enumerate(dataset)]
+    kept = [p for p in pairs if max_length is None or len(p.prompt_ids) + len(p.response_ids) <= max_length]
+    if not kept:
+        raise UserError(f"Every pair to rehearse is longer than {max_length} tokens." if pairs else "It is empty.")
+    if len(kept) < len(pairs):
+        left_out = len(pairs) - len(kept)
+        logger.warning("%d of %d pairs to rehearse are longer than %d tokens.", left_out, len(pairs), max_length)
+    return kept
+
+
+def _given(row: dict[str, Any], number: int, tokenizer: PreTrainedTokenizerBase) -> RehearsalPair:
+    completion = row["completion"]
+    messages = completion if isinstance(completion, list) else [{"content": completion}]
+    text = messages[0].get("content") if len(messages) == 1 else None
+    if not text or not row["prompt"]:
+        raise UserError(
+            f"Row {number} of the rehearsal dataset (counted from 0) has no prompt, or no completion of one message.",
+            fix="Give a text, or a list with one assistant message.",
+        )
+    prompt_ids, response_ids = encode_prompt(tokenizer, row["prompt"]), encode_response(tokenizer, text)
+    return RehearsalPair(row["prompt"], completion, None, None, "given", prompt_ids, response_ids)
+
+
+def lines(pairs: Sequence[RehearsalPair]) -> list[dict[str, Any]]:
+    """Pairs as the lines of rehearsal.jsonl."""
+    names = [f.name for f in dataclasses.fields(RehearsalPair) if not f.name.endswith("_ids")]
+    return [{name: getattr(pair, name) for name in names} for pair in pairs]

@@ -1,0 +1,267 @@
+"""Rejection sampling (RAFT, ReST): the policy is fine-tuned on what its selectors accept of its own responses."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import datasets
+import torch
+from accelerate.utils import broadcast_object_list, set_seed
+from transformers import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from trl_rlaif.distributed import failing_together
+from trl_rlaif.errors import UserError
+from trl_rlaif.generation import derived_seed
+from trl_rlaif.models.kernels.attention import trainable_attention
+from trl_rlaif.rl import deepspeed
+from trl_rlaif.rl.ppo import checkpoint
+from trl_rlaif.rl.selection import MergedSelection, draw_pool, responses_needed, select
+from trl_rlaif.types import Pool, RehearsalPair
+
+if TYPE_CHECKING:
+    from trl_rlaif.models.shared_model import SharedBase
+    from trl_rlaif.rl.ppo.config import PPOConfig
+    from trl_rlaif.rl.ppo.trainer import PPOTrainer
+
+
+class RejectionTrainer:
+    """Draws scored responses, has the selectors accept some, fine-tunes the policy on them, and begins again.
+
+    D_n = {(x, y) : accepted, y ~ pi_n}, and pi_n+1 is pi_n after supervised training on D_n (RAFT, Dong et al. 2023;
+    ReST, Gulcehre et al. 2023). Each iteration has an optimizer and a learning rate schedule of its own, makes
+    ``num_ppo_epochs`` passes over what was accepted, and ends with a checkpoint, unless ``save_strategy`` is ``no``.
+    The user's own pairs to rehearse are trained on in every iteration.
+
+    Logged for each iteration: by PPO's names ``objective/scores``, ``objective/kl``, ``objective/entropy``,
+    ``rollout/length``, ``rollout/ended`` and ``reward/<category>``, means over all responses drawn that have a reward;
+    ``rollout/unscored``, the share of responses without one;
+    ``rejection/accepted``, the share of them that was accepted, ``rejection/threshold`` and ``rejection/score``, the
+    lowest and the mean score of those; and ``loss/sft``, nats a response token.
+
+    Args:
+        trainer: Prompts, sampling, rewards, transforms, selectors, logs and checkpoints are its own, and so are the
+            settings that fine-tuning shares with PPO. Its optimizer and its value are not used.
+        iterations: How often, at least once; see ``count_iterations``.
+
+    Raises:
+        UserError: The trainer has no selector or separate models, or was started with DeepSpeed.
+    """
+
+    def __init__(self, trainer: PPOTrainer, iterations: int) -> None:
+        if not trainer.data_selectors:
+            raise UserError("Rejection sampling needs a data selector that accepts responses.")
+        if trainer.shared is None:
+            raise UserError("Rejection sampling needs one base for every role.", fix="Leave out value_model.")
+        if deepspeed.enabled(trainer.accelerator):
+            raise UserError("Rejection sampling does not run with DeepSpeed.", fix="Start it with DDP.")
+        if iterations < 1:
+            raise UserError(f"iterations is {iterations}; it must be 1 or more.")
+        self.trainer, self.iterations, self._unscored = trainer, iterations, 0
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> None:
+        """Run all iterations.
+
+        Args:
+            resume_from_checkpoint: As in ``PPOTrainer.train``. What follows is what it would have been.
+
+        Raises:
+            UserError: Nothing was accepted, or a reward function returned something other than a finite number a
+                completion. A checkpoint with what was learned until then is there.
+        """
+        trainer, state = self.trainer, self.trainer.state
+        trainer.args.num_total_batches = self.iterations
+        trainer._begin(resume_from_checkpoint)
+        while state.global_step < self.iterations and not trainer.control.should_training_stop:
+            began = time.monotonic()
+            pool, chosen = self.select()
+            trainer.apply(chosen)
+            metrics = self.metrics(pool, chosen)
+            metrics["loss/sft"] = self.fine_tune(trainer.rehearsal.pairs)
+            metrics["time/update"] = time.monotonic() - began
+            self._end_iteration(pool, metrics)
+        trainer._end()
+
+    def select(self) -> tuple[Pool, MergedSelection]:
+        """Responses of the present policy, drawn from a seed of this iteration's own, and what was accepted."""
+        trainer, accelerator, chosen = self.trainer, self.trainer.accelerator, MergedSelection()
+        counted = trainer.unscored.total
+        with trainer._kept():
+            set_seed(derived_seed(self._seed, accelerator.process_index))
+            pool = draw_pool(trainer, responses_needed(trainer), selection=trainer.state.global_step)
+            with failing_together(accelerator):
+                if accelerator.is_main_process:
+                    chosen = select(trainer.data_selectors, pool)
+            chosen = broadcast_object_list([chosen])[0]
+            if not accepted(chosen):
+                raise UserError(
+                    f"Nothing was accepted in iteration {trainer.state.global_step + 1}: of {len(pool)} responses the "
+                    f"best has a score of {pool.scores.max().item():.4g}.",
+                    fix="Lower the selector's threshold, or raise its num_responses.",
+                )
+        self._unscored = trainer.unscored.total - counted
+        return pool, chosen
+
+    def fine_tune(self, pairs: Sequence[RehearsalPair]) -> float:
+        """Train the policy's adapter on pairs with TRL's SFTTrainer; the mean loss, nats a response token."""
+        trainer, shared = self.trainer, self.trainer.shared
+        attention = trainable_attention(shared.model) if trainer.args.bf16 else nullcontext()
+        with _roles_kept(shared), shared.role("policy"), attention:
+            # TRL casts what learns on a 4-bit base to bfloat16; the policy stays as PPO has it.
+            shared.peft.requires_grad_(False)
+            with _silent_datasets():
+                sft = SFTTrainer(
+                    model=shared.peft,
+                    args=sft_config(trainer.args, derived_seed(self._seed)),
+                    train_dataset=as_dataset(pairs),
+                    processing_class=trainer.processing_class,
+                )
+            for name, parameter in shared.peft.named_parameters():
+                parameter.requires_grad_(".policy." in name)
+            sft.remove_callback(PrinterCallback)
+            loss = torch.tensor([sft.train().training_loss], device=trainer.accelerator.device)
+        return trainer.accelerator.gather(loss).mean().item()
+
+    def metrics(self, pool: Pool, chosen: MergedSelection) -> dict[str, float]:
+        """The numbers of one iteration before it fine-tunes."""
+        trainer, scores = self.trainer, [pair.score for pair in accepted(chosen)]
+        lengths = [len(ids) for ids in pool.response_ids]
+        ended = [
+            trainer.reader.read(ids, prompt).ended
+            for ids, prompt in zip(pool.response_ids, pool.prompt_ids, strict=True)
+        ]
+        metrics = {
+            "objective/scores": pool.scores.mean().item(),
+            "objective/kl": pool.kl.mean().item(),
+            "objective/entropy": sum(e * n for e, n in zip(pool.entropies.tolist(), lengths, strict=True)) / len(pool),
+            "rollout/length": sum(lengths) / len(pool),
+            "rollout/ended": sum(ended) / len(pool),
+            "rollout/unscored": self._unscored / (len(pool) + self._unscored),
+            "rollout/distinct": len(set(map(tuple, pool.response_ids))),
+            "rejection/accepted": len(scores) / len(pool),
+            "rejection/threshold": min(scores),
+            "rejection/score": sum(scores) / len(scores),
+            "episode": trainer.state.episode + len(pool) + self._unscored,
+        }
+        metrics |= trainer.reward_sum.take_metrics()
+        for category in sorted({c for c in pool.categories if c is not None}):
+            rows = [i for i, c in enumerate(pool.categories) if c == category]
+            metrics[f"reward/{category}"] = pool.scores[rows].mean().item()
+        for transform in trainer.reward_transforms:
+            metrics |= transform.metrics()
+        return metrics
+
+    @property
+    def _seed(self) -> str:
+        return f"rejection sampling, {self.trainer.args.seed}, {self.trainer.state.global_step}"
+
+    def _end_iteration(self, pool: Pool, metrics: dict[str, float]) -> None:
+        trainer, state = self.trainer, self.trainer.state
+        state.global_step += 1
+        state.episode += len(pool) + self._unscored
+        state.epoch = state.global_step * len(set(pool.rows.tolist())) / len(trainer.every_prompt)
+        trainer.plugins.notify("policy_updated", trainer=trainer, metrics=metrics)
+        trainer.log(metrics)
+        trainer.control = trainer.callback_handler.on_step_end(trainer.args, state, trainer.control)
+        if trainer.args.save_strategy != "no":
+            checkpoint.save(trainer)
+            trainer.control = trainer.callback_handler.on_save(trainer.args, state, trainer.control)
+
+
+def count_iterations(trainer: PPOTrainer, total_episodes: int | None = None) -> int:
+    """How many iterations draw so many responses in all; at least one.
+
+    Args:
+        trainer: Whose prompts, selectors and settings tell how many responses an iteration draws.
+        total_episodes: None asks for ``num_train_epochs`` passes over the prompts. (The trainer's arguments always
+            hold a number, PPO's.)
+    """
+    every = len(trainer.every_prompt)
+    prompts, responses = min(trainer.args.selection_prompts or every, every), responses_needed(trainer)
+    passes = trainer.args.num_train_epochs * every if total_episodes is None else total_episodes / responses
+    return max(1, math.ceil(round(passes / prompts, 6)))
+
+
+def accepted(chosen: MergedSelection) -> list[RehearsalPair]:
+    """Those of the chosen pairs that can be trained on: they have a response, and a score."""
+    return [pair for pair in chosen.rehearsal if pair.response_ids and pair.score is not None]
+
+
+def as_dataset(pairs: Sequence[RehearsalPair]) -> datasets.Dataset:
+    """Pairs as SFTTrainer takes tokens: ``input_ids``, and a ``completion_mask`` that is 1 on the response."""
+    return datasets.Dataset.from_dict(
+        {
+            "input_ids": [[*pair.prompt_ids, *pair.response_ids] for pair in pairs],
+            "completion_mask": [[0] * len(pair.prompt_ids) + [1] * len(pair.response_ids) for pair in pairs],
+        }
+    )
+
+
+def sft_config(args: PPOConfig, seed: int) -> SFTConfig:
+    """PPO's settings where fine-tuning has them too: learning rate, its schedule, batch, optimizer, precision.
+
+    Logs, checkpoints and gradient checkpointing are left to the PPOTrainer around.
+    """
+    known = [field.name for field in fields(SFTConfig) if field.init]
+    carried = {name: getattr(args, name) for name in known if hasattr(args, name)}
+    checkpointing = {name: False for name in carried if name in ("gradient_checkpointing", "activation_checkpointing")}
+    own = {
+        "num_train_epochs": args.num_ppo_epochs,
+        "max_steps": -1,
+        "seed": seed,
+        "data_seed": None,
+        "max_length": None,  # as long as they were drawn
+        "completion_only_loss": True,
+        "report_to": "none",
+        "logging_strategy": "no",
+        "logging_first_step": False,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "load_best_model_at_end": False,
+        "push_to_hub": False,
+        "disable_tqdm": True,
+    }
+    return SFTConfig(**carried | checkpointing | own)
+
+
+@contextmanager
+def _roles_kept(shared: SharedBase) -> Iterator[None]:
+    """Undo what a trainer of transformers changes about a shared base, but for the weights it learns."""
+    learning = [(parameter, parameter.requires_grad) for parameter in shared.peft.parameters()]
+    use_cache = shared.model.config.use_cache
+    # TRL replaces the forward method by one that computes the loss, and accelerate by one under autocast.
+    methods = ("forward", "_original_forward")
+    modules = [
+        (module, {name: module.__dict__[name] for name in methods if name in module.__dict__})
+        for module in (shared.peft, shared.model)
+    ]
+    try:
+        yield
+    finally:
+        for module, before in modules:
+            for name in methods:
+                module.__dict__.pop(name, None)
+            module.__dict__.update(before)
+        shared.model.config.use_cache = use_cache
+        for parameter, required in learning:
+            parameter.requires_grad_(required)
+            parameter.grad = None
+        shared.eval()
+
+
+@contextmanager
+def _silent_datasets() -> Iterator[None]:
+    """No progress bars of a few rows, several in every iteration."""
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()

@@ -1,0 +1,64 @@
+"""From raw scores to what a response earns: whitening, clipping, penalties; and the weight of the KL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from trl_rlaif.types import Rollout
+
+
+def shaped_scores(
+    scores: torch.Tensor,
+    rollout: Rollout,
+    args: Any,
+    ended: torch.Tensor,
+    gather: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
+) -> torch.Tensor:
+    """Scores whitened, then clipped, then less the penalties, each as far as ``args`` ask for it.
+
+    The penalties come last, so that no clip takes them back.
+
+    Args:
+        scores: (B,) float32, after the reward transforms; NaN where there is none.
+        ended: (B,) bool; ``missing_eos_penalty`` is for the others.
+        gather: Joins the scores of all processes.
+
+    Returns:
+        (B,) float32, NaN where the scores are.
+    """
+    if args.whiten_scores:
+        everyone = gather(scores)
+        everyone = everyone[~everyone.isnan()]
+    if args.whiten_scores and len(everyone):
+        scores = (scores - everyone.mean()) * torch.rsqrt(everyone.var(correction=0) + 1e-8)
+    if args.score_clip is not None:
+        scores = scores.clamp(-args.score_clip, args.score_clip)
+    if args.missing_eos_penalty is not None:
+        scores = torch.where(ended, scores, scores - args.missing_eos_penalty)
+    if args.length_penalty:
+        scores = scores - args.length_penalty * rollout.lengths / args.response_length
+    return scores
+
+
+class AdaptiveKLController:
+    """The coefficient of the KL, fixed or steered to a target (Ziegler et al. 2019, sec. 2.2).
+
+    Args:
+        coef: At the start.
+        target: KL in nats a response, or None for a fixed coefficient.
+        horizon: Episodes in which a full error changes the coefficient by a fifth.
+    """
+
+    MOST = 0.2
+
+    def __init__(self, coef: float, target: float | None, horizon: int) -> None:
+        self.coef, self.target, self.horizon = coef, target, horizon
+
+    def observe(self, kl: float, episodes: int) -> None:
+        """Take account of the mean KL of so many responses."""
+        if self.target is not None:
+            error = min(max(kl / self.target - 1, -self.MOST), self.MOST)
+            self.coef *= 1 + error * episodes / self.horizon

@@ -1,0 +1,182 @@
+"""Sampling responses, with the log-probability of every token taken while it is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from trl_rlaif.generation import bare_generation_config
+from trl_rlaif.models.kernels.block_cache import block_cache
+from trl_rlaif.responses import ResponseReader
+from trl_rlaif.types import Rollout
+
+
+class LogprobRecorder(LogitsProcessor):
+    """Applies the sampling temperature and keeps the log-probability of each token that is then drawn.
+
+    Only the distribution of one step is alive at a time, where ``output_scores`` would keep all of them.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
+        self._logprobs: list[torch.Tensor] = []
+        self._distribution: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self._settle(input_ids)
+        scores = scores / self.temperature
+        self._distribution = scores.float().log_softmax(-1)
+        return scores
+
+    def _settle(self, input_ids: torch.Tensor) -> None:
+        if self._distribution is not None:
+            self._logprobs.append(self._distribution.gather(1, input_ids[:, -1:]))
+            self._distribution = None
+
+    def finish(self, sequences: torch.Tensor) -> torch.Tensor:
+        """(B, T) float32 log-probabilities of the sampled tokens."""
+        self._settle(sequences)
+        return torch.cat(self._logprobs, 1)
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    prompt_ids: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    pad_id: int,
+    stop_id: int | Sequence[int] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sample one response a prompt from the whole distribution at a temperature.
+
+    Args:
+        model: Causal language model in the right role.
+        prompt_ids: (B, P) int64, padded on the left.
+        prompt_mask: (B, P) bool or int64.
+        max_new_tokens: Longest response.
+        temperature: > 0.
+        pad_id: What fills a row after its end.
+        stop_id: The token that ends a response, or several; None samples to the full length.
+
+    Returns:
+        (response_ids, logprobs): (B, T) int64 and float32; T is at most ``max_new_tokens``.
+    """
+    recorder = LogprobRecorder(temperature)
+    cache = block_cache(model)
+    with bare_generation_config(model):
+        sequences = model.generate(
+            input_ids=prompt_ids.masked_fill(~prompt_mask.bool(), 0),
+            attention_mask=prompt_mask.long(),
+            logits_processor=LogitsProcessorList([recorder]),
+            **({} if cache is None else {"past_key_values": cache}),
+            generation_config=GenerationConfig(
+                max_new_tokens=max_new_tokens,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                pad_token_id=pad_id,
+                eos_token_id=stop_id if isinstance(stop_id, int) else list(stop_id or ()) or None,
+            ),
+        )
+    return sequences[:, prompt_ids.shape[1] :], recorder.finish(sequences)
+
+
+def response_lengths(
+    response_ids: torch.Tensor, *, stop_ids: Sequence[int], pad_id: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each response ends.
+
+    Args:
+        response_ids: (B, T) int64.
+        stop_ids: The tokens that end a response; they belong to it.
+        pad_id: Where it is not one of them it also ends a response, and does not belong to it.
+
+    Returns:
+        (lengths, ended): (B,) int64 in 0..T, and (B,) bool, True where a stop token was sampled.
+    """
+    width = response_ids.shape[1]
+    positions = torch.arange(width, device=response_ids.device).expand_as(response_ids)
+    lengths = torch.full_like(positions[:, 0], width)
+    if pad_id not in stop_ids:
+        lengths = positions.masked_fill(response_ids != pad_id, width).amin(1)
+    stops = torch.isin(response_ids, response_ids.new_tensor(stop_ids))
+    stop = positions.masked_fill(~stops, width).amin(1)
+    ended = stop < lengths
+    return torch.where(ended, stop + 1, lengths), ended
+
+
+def scored_rows(rollout: Rollout, reader: ResponseReader) -> Rollout:
+    """The rollout's responses as a reward model was trained on responses: the answer, and the end of a turn.
+
+    A response that ended with another stop token ends with that one, and one that was cut at the length limit gets it
+    appended: a score is read at the end of a turn, whether or not the policy came to it.
+    """
+    rows = [
+        torch.tensor(reader.row(ids[:n], prompt[mask].tolist()))
+        for ids, n, prompt, mask in zip(
+            rollout.response_ids.tolist(),
+            rollout.lengths.tolist(),
+            rollout.prompt_ids,
+            rollout.prompt_mask,
+            strict=True,
+        )
+    ]
+    device = rollout.lengths.device
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return replace(rollout, response_ids=pad_sequence(rows, batch_first=True).to(device), lengths=lengths)
+
+
+def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout:
+    """Rollouts with the same columns and rewards as one, padded where they are of different widths."""
+    values = {f.name: [getattr(rollout, f.name) for rollout in rollouts] for f in fields(Rollout)}
+    return Rollout(**{name: _join(parts, left=name.startswith("prompt_")) for name, parts in values.items()})
+
+
+def _join(parts: list[Any], *, left: bool = False) -> Any:
+    if isinstance(parts[0], torch.Tensor):
+        if parts[0].dim() < 2:
+            return torch.cat(parts)
+        width = max(part.shape[1] for part in parts)
+        return torch.cat(
+            [pad(part, ((width - part.shape[1], 0) if left else (0, width - part.shape[1]))) for part in parts]
+        )
+    if isinstance(parts[0], dict):
+        return {name: _join([part[name] for part in parts]) for name in parts[0]}
+    if parts[0] is None or isinstance(parts[0], float):
+        return parts[0]
+    return [value for part in parts for value in part]
+
+
+def model_inputs(
+    prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, response_ids: torch.Tensor, lengths: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Prompts and responses as one batch: padded on the left before, on the right behind.
+
+    Columns that are padding in every row are left out on the left.
+
+    Returns:
+        input_ids, attention_mask and position_ids, (B, at most P + T) int64 each; the last T columns
+        are the responses.
+    """
+    first = int(prompt_mask.int().argmax(1).min())
+    prompt_ids, prompt_mask = prompt_ids[:, first:], prompt_mask[:, first:]
+    width = response_ids.shape[1]
+    response_mask = torch.arange(width, device=lengths.device) < lengths[:, None]
+    mask = torch.cat((prompt_mask.bool(), response_mask), 1)
+    return {
+        "input_ids": torch.cat((prompt_ids, response_ids), 1).masked_fill(~mask, 0),
+        "attention_mask": mask.long(),
+        # Counted without the padding on the left.
+        "position_ids": mask.long().cumsum(1) - mask.long(),
+    }

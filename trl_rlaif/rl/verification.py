@@ -1,0 +1,155 @@
+"""Compares a rollout's log-probabilities with plain forward passes: one sequence at a time, no padding, no cache."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from trl_rlaif.errors import UserError
+from trl_rlaif.models.kernels.logprob_head import HEAD_ELEMENTS
+from trl_rlaif.models.kernels.precision import autocast
+from trl_rlaif.models.role_models import RoleModels
+from trl_rlaif.models.shared_model import inner_model
+from trl_rlaif.rl.ppo.losses import token_logprobs
+from trl_rlaif.types import Rollout
+
+ROWS = 4
+_SCORES = HEAD_ELEMENTS // 4  # of one row that are alive at once: of them there are several copies
+# Mean differences in nats that rounding explains. With tiny random models of 60 families, which amplify it, and with
+# SmolLM2-135M, the largest were 2e-5 in float32 and 0.1 in bfloat16; faults of padding or of the cache made 1e-3 to 2.
+_LEAST = 2e-4
+_EPSILONS = 32
+# Beyond it the responses are no longer the policy's, whatever their log-probabilities are.
+MOST = _EPSILONS * torch.finfo(torch.bfloat16).eps
+PADDING = (
+    "%s: log-probabilities differ from those of a plain forward pass by %s, in nats a token. From here on batches hold "
+    "prompts of equal length, without padding on the left, which takes longer."
+)
+CACHE = (
+    "%s: log-probabilities differ from those of a plain forward pass by %s, in nats a token. From here on they are "
+    "taken from a forward pass."
+)
+_MATMUL = {"high": 2.0**-10, "medium": 2.0**-7}  # TF32 and bfloat16
+
+
+@dataclass(frozen=True)
+class Deviations:
+    """Mean absolute differences between log-probabilities and those of plain forward passes, nats a token.
+
+    They are differences of scores: multiplied by the temperature, by which scores are divided.
+
+    Args:
+        sampling: Of the log-probabilities recorded with the responses.
+        policy: Of the policy's padded forward pass, as in a training step.
+        reference: Of the reference's.
+        tokens: Over how many tokens.
+    """
+
+    sampling: float
+    policy: float
+    reference: float
+    tokens: int
+
+    def within(self, limit: float) -> bool:
+        """Whether none is larger, or not a number."""
+        return self.forward_within(limit) and self.sampling <= limit
+
+    def forward_within(self, limit: float) -> bool:
+        """The same of the forward passes alone."""
+        return self.policy <= limit and self.reference <= limit
+
+    def __str__(self) -> str:
+        return f"{self.sampling:.2g} while sampling, {self.policy:.2g} in the policy's forward pass, " + (
+            f"{self.reference:.2g} in the reference's"
+        )
+
+
+def tolerance(role_models: RoleModels, args: Any) -> float:
+    """The mean difference in nats a token that rounding explains, in the precision in use.
+
+    32 units of the coarsest rounding: 0.25 in bfloat16 and NF4, 0.03 in float16 and TF32; 2e-4 in float32.
+    """
+    models: list[nn.Module] = [role_models.model(part) for part in ("policy", "reference")]
+    dtypes = {p.dtype for model in models for p in model.parameters() if p.is_floating_point()}
+    computed = (getattr(module, "compute_dtype", None) for model in models for module in model.modules())
+    dtypes |= {dtype for dtype in computed if isinstance(dtype, torch.dtype)}  # of 4-bit layers
+    if args.bf16:
+        dtypes.add(torch.bfloat16)
+    coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
+    return max(_LEAST, _EPSILONS * max(coarsest, _MATMUL.get(torch.get_float32_matmul_precision(), 0.0)))
+
+
+def chosen_rows(rollout: Rollout) -> torch.Tensor:
+    """The rows to compare, (at most 4,) int64 on the CPU: the shortest prompts, and the longest, which pads them."""
+    order = rollout.by_length(torch.arange(len(rollout.prompts)))
+    return torch.cat((order[:-1][: ROWS - 1], order[-1:]))
+
+
+@torch.no_grad()
+def deviations(
+    role_models: RoleModels,
+    rollout: Rollout,
+    forward: torch.Tensor,
+    args: Any,
+    device: torch.device,
+    temperature: float,
+) -> Deviations:
+    """How far some rows of a rollout are from plain forward passes of the same models in the same precision.
+
+    Args:
+        rollout: With the log-probabilities of policy and reference.
+        forward: (B, T) float32, the policy's log-probabilities by a forward pass; the chosen rows are read.
+        args: Whether there is bf16 autocast.
+        temperature: That of the rollout.
+    """
+    rows = chosen_rows(rollout)
+    found = rollout.logprobs, forward, rollout.ref_logprobs
+    sums, tokens = torch.zeros(3, dtype=torch.float64), 0
+    for row in rows.tolist():
+        with autocast(args, device):
+            policy, reference = (
+                _plain(role_models, part, rollout, row, temperature) for part in ("policy", "reference")
+            )
+        for i, (logprobs, plain) in enumerate(zip(found, (policy, policy, reference), strict=True)):
+            sums[i] += (logprobs[row, : len(plain)] - plain).abs().sum().cpu() * temperature
+        tokens += len(policy)
+    return Deviations(*(sums / max(1, tokens)).tolist(), tokens)
+
+
+def worst(own: Deviations, accelerator: Accelerator) -> Deviations:
+    """The largest deviations of all processes; one that is not a number is the largest."""
+    every = torch.tensor(gather_object([(own.sampling, own.policy, own.reference, own.tokens)]))
+    return Deviations(*every[:, :3].amax(0).tolist(), int(every[:, 3].sum()))
+
+
+def error(name: str, found: Deviations, limit: float, *, fix: str = "") -> UserError:
+    """For a model whose log-probabilities are wrong whatever is tried."""
+    return UserError(
+        f"{name}: log-probabilities of {found.tokens} sampled tokens differ from those of a plain forward pass by "
+        f"{found}, in nats a token; rounding explains {limit:.2g}. A policy cannot learn from them. The fault is in "
+        f"transformers {transformers.__version__} or TRL, in the code for this model.",
+        fix=fix
+        or ("Set generation: vllm, or use" if found.forward_within(limit) else "Use")
+        + " another version of transformers, or another model.",
+    )
+
+
+def _plain(role_models: RoleModels, part: str, rollout: Rollout, row: int, temperature: float) -> torch.Tensor:
+    """(n,) float32 log-probabilities of a row's response, or of its beginning where the vocabulary is large."""
+    with role_models.role(part):
+        model = inner_model(role_models.model(part))
+        most = max(16, _SCORES // model.config.get_text_config().vocab_size)
+        response = rollout.response_ids[row][: min(int(rollout.lengths[row]), most)]
+        ids = torch.cat((rollout.prompt_ids[row][rollout.prompt_mask[row]], response))[None]
+        # The scores of a long prompt would take more memory than a training step does.
+        known = "logits_to_keep" in inspect.signature(model.forward).parameters
+        keep = {"logits_to_keep": len(response) + 1} if known else {}
+        logits = model(input_ids=ids, use_cache=False, **keep).logits[:, -len(response) - 1 : -1]
+        return token_logprobs(logits, response[None], temperature)[0]

@@ -1,0 +1,339 @@
+"""Reads what a run is doing from its folder: nothing there is created, changed or kept locked."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import shlex
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from trl_rlaif.errors import UserError
+from trl_rlaif.pipeline.runner import summary
+from trl_rlaif.progress import PROGRESS_FILE
+from trl_rlaif.recipe import STAGES
+from trl_rlaif.recipe.variants import KEY as COMPARE
+from trl_rlaif.recipe.variants import VARIANTS_FOLDER
+from trl_rlaif.report.formatting import label
+
+# Of metrics.jsonl only the end is read.
+_TAIL_BYTES = 256 * 1024
+# What is worth a line of a stage that trains.
+_TOLD = {
+    "sft": ("loss", "mean_token_accuracy"),
+    "reward": ("loss", "accuracy", "margin"),
+    "rl": (
+        "objective/scores",
+        "objective/kl",
+        "rollout/length",
+        "rejection/accepted",
+        "loss",
+        "loss/sft",
+        "rewards/accuracies",
+    ),
+}
+_FORGETTING = "forgetting/"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Something that is being done.
+
+    Args:
+        description: What it is.
+        done, total: How far it is.
+        unit: What is counted; may be empty.
+        rate: Units a second; None before the first.
+        seconds_left: At this rate, from now on; None before the first.
+    """
+
+    description: str
+    done: int
+    total: int
+    unit: str
+    rate: float | None
+    seconds_left: float | None
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """A stage of the recipe.
+
+    Args:
+        name: The stage.
+        state: ``interrupted`` where it has begun, and nobody goes on with it.
+        seconds: What it took, or takes so far; None where it is not known.
+        summary: What its last line said, once it is done.
+        bars: What is being done in it, the outermost first.
+        step: The last logged one of a stage that trains, or None.
+        metrics: What was logged last, the few numbers that matter by name.
+    """
+
+    name: str
+    state: Literal["done", "running", "interrupted", "waiting"]
+    seconds: float | None = None
+    summary: str = ""
+    bars: tuple[Bar, ...] = ()
+    step: int | None = None
+    metrics: dict[str, float | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Status:
+    """A run.
+
+    Args:
+        folder: Its folder.
+        name: Its name.
+        state: ``done`` when every stage is; ``ended`` when its command did what it was asked (``--only``, ``--shard``)
+            and stages are left; ``interrupted`` when no process works on it any more.
+        stages: Those of the recipe, in order.
+        reason: Why it was interrupted; empty where the process had no time to say.
+        pid, host: Of the process that runs it, or ran it last; None where that is not known.
+        seconds: Since the process began; None unless it is running.
+        updated_at: When it last reported, in seconds since 1970; None where it never did.
+        resume: The command that goes on with it, and the folder in which it was given; empty where it is done or
+            running, or was not started by a command.
+        resume_in: That folder.
+    """
+
+    folder: str
+    name: str
+    state: Literal["running", "done", "ended", "interrupted"]
+    stages: tuple[StageStatus, ...]
+    reason: str = ""
+    pid: int | None = None
+    host: str | None = None
+    seconds: float | None = None
+    updated_at: float | None = None
+    resume: str = ""
+    resume_in: str = ""
+
+
+def read_status(folder: str | Path) -> Status:
+    """What the run in a folder is doing; the folder is only read.
+
+    Of a comparison the stages are its variants, each with what is being done in it, and at last ``compare``.
+
+    Raises:
+        UserError: No run lives there.
+    """
+    folder = Path(folder)
+    recipe = _recipe(folder)
+    # Asked first: what is read afterwards is no older than this.
+    alive = _is_locked(folder / ".state" / "lock")
+    read = _Read(
+        folder, alive, _object(folder / ".state" / PROGRESS_FILE), _object(folder / "results.json"), time.time()
+    )
+    progress, prints = read.progress, read.progress.get("stages") or dict.fromkeys(_stages_of(recipe))
+    if COMPARE in recipe:
+        stages = (*(_arm(folder / VARIANTS_FOLDER / name, alive) for name in _arms_of(recipe)), read.comparison())
+    else:
+        stages = tuple(read.stage(name, fingerprint) for name, fingerprint in prints.items())
+    state = "running" if alive else "ended" if progress.get("outcome") == "done" else "interrupted"
+    if stages and not alive and all(stage.state == "done" for stage in stages):
+        state = "done"
+    resume = _resume(recipe.get("command"), state)
+    run = recipe.get("run")
+    return Status(
+        folder=str(folder),
+        name=label(run.get("name") if isinstance(run, dict) else None) or folder.resolve().name,
+        state=state,
+        stages=stages,
+        reason=_one_line(progress.get("outcome")) if state == "interrupted" else "",
+        pid=progress.get("pid"),
+        host=progress.get("host"),
+        seconds=max(read.now - progress["started_at"], 0) if alive and "started_at" in progress else None,
+        updated_at=progress.get("updated_at"),
+        resume=resume,
+        resume_in=progress.get("cwd", "") if resume else "",
+    )
+
+
+def _arm(folder: Path, alive: bool) -> StageStatus:
+    """A variant of a comparison as a stage: what its own run is doing."""
+    if not (folder / "recipe.yaml").is_file():
+        return StageStatus(folder.name, "waiting")
+    run = read_status(folder)
+    if run.state == "done":
+        seconds = [stage.seconds for stage in run.stages if stage.seconds is not None]
+        last = next((stage for stage in reversed(run.stages) if stage.summary), None)
+        return StageStatus(folder.name, "done", sum(seconds), last.summary if last else "")
+    at = next((stage for stage in run.stages if stage.state in ("running", "interrupted")), None)
+    if at is None:
+        return StageStatus(folder.name, "waiting" if alive else "interrupted")
+    bars = at.bars or (Bar(at.name, 0, 0, "", None, None),)
+    return StageStatus(folder.name, at.state, run.seconds, "", bars, at.step, at.metrics)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What was found in a run's folder at one moment."""
+
+    folder: Path
+    alive: bool
+    progress: dict[str, Any]
+    results: dict[str, Any]
+    now: float
+
+    def stage(self, name: str, fingerprint: str | None) -> StageStatus:
+        """A stage, by its marker in ``.state``, what the process says, and its results."""
+        marker, numbers = _object(self.folder / ".state" / f"{name}.json"), self.results.get(name) or {}
+        current = self.progress.get("stage") == name and self.progress.get("outcome") is None
+        if self.alive and current:
+            return self._running(name)
+        # One that was made with other settings is going to be made anew.
+        if marker.get("complete") and fingerprint in (None, marker.get("fingerprint")):
+            return StageStatus(name, "done", numbers.get("seconds"), summary(name, numbers) if numbers else "")
+        if numbers.get("shard"):
+            return StageStatus(name, "waiting", numbers.get("seconds"), f"share {numbers['shard']} is done")
+        if self.alive or not marker or marker.get("complete"):
+            return StageStatus(name, "waiting")
+        step, metrics = _last_metrics(self.folder / "metrics.jsonl", name)
+        bars = self._bars() if self.progress.get("stage") == name else ()
+        return StageStatus(name, "interrupted", bars=bars, step=step, metrics=metrics)
+
+    def comparison(self) -> StageStatus:
+        """The judging of all variants against each other. It has no marker: its results are written last."""
+        if self.alive:
+            return self._running(COMPARE) if self.progress.get("stage") == COMPARE else StageStatus(COMPARE, "waiting")
+        numbers = self.results.get(COMPARE)
+        if numbers and self.progress.get("outcome") == "done":
+            return StageStatus(COMPARE, "done", numbers.get("seconds"), summary(COMPARE, numbers))
+        return StageStatus(COMPARE, "interrupted" if self.progress.get("stage") == COMPARE else "waiting")
+
+    def _running(self, name: str) -> StageStatus:
+        seconds = max(self.now - self.progress.get("stage_started_at", self.now), 0)
+        step, metrics = _last_metrics(self.folder / "metrics.jsonl", name)
+        return StageStatus(name, "running", seconds, "", self._bars(), step, metrics)
+
+    def _bars(self) -> tuple[Bar, ...]:
+        """As they were written; the time that is left has grown shorter since."""
+        age = max(self.now - self.progress.get("updated_at", self.now), 0)
+        return tuple(_bar(bar, age if self.alive else None) for bar in self.progress.get("bars", ()))
+
+
+def _bar(bar: dict[str, Any], age: float | None) -> Bar:
+    """A bar that was written ``age`` seconds ago; None where nobody works on it any more."""
+    left = bar.get("seconds_left")
+    return Bar(
+        description=_one_line(bar.get("description")),
+        done=bar.get("done", 0),
+        total=bar.get("total", 0),
+        unit=_one_line(bar.get("unit")),
+        rate=None if age is None else bar.get("rate"),
+        seconds_left=None if age is None or left is None else max(left - age, 0.0),
+    )
+
+
+def _one_line(text: Any) -> str:
+    return label(text, 300)
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a process holds a run's lock (see ``RunFolder.locked``).
+
+    Asking for a shared lock needs no right to write. Where it is granted, it is given back at once.
+    """
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_UN)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        pass
+    return False
+
+
+def _recipe(folder: Path) -> dict[str, Any]:
+    path = folder / "recipe.yaml"
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) if (folder / ".state").is_dir() else None
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        recipe = None
+    if not isinstance(recipe, dict):
+        raise UserError(
+            "No run lives here: there is no readable recipe.yaml of one."
+            if folder.is_dir()
+            else "There is no such folder.",
+            where=str(folder),
+            fix="Name the folder that `trl-rlaif run` wrote.",
+        )
+    return recipe
+
+
+def _stages_of(recipe: dict[str, Any]) -> list[str]:
+    """The stages of a resolved recipe, where the run has not written down its own."""
+    data = recipe.get("data") or {}
+    return [s for s in STAGES if s in recipe or (s == "sample" and isinstance(data, dict) and data.get("pairs"))]
+
+
+def _arms_of(recipe: dict[str, Any]) -> list[str]:
+    """The names of a resolved recipe's variants."""
+    variants = recipe[COMPARE] if isinstance(recipe[COMPARE], list) else []
+    return [name for variant in variants if isinstance(variant, dict) for name in variant if isinstance(name, str)]
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one where the file is missing or broken."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _last_metrics(path: Path, stage: str) -> tuple[int | None, dict[str, float | None]]:
+    """The last logged step of a stage, and the newest value of each of the metrics that are told."""
+    told, step, found = _TOLD.get(stage, ()), None, {}
+    for row in reversed(_tail(path)):
+        if row.get("stage") != stage:
+            continue
+        step = row.get("step") if step is None else step
+        for name, value in row.items():
+            if name not in found and (name in told or (name.startswith(_FORGETTING) and name.endswith("/win_rate"))):
+                found[name] = value if isinstance(value, int | float) and math.isfinite(value) else None
+    ordered = sorted(found, key=lambda name: (name not in told, told.index(name) if name in told else 0, name))
+    return step, {name: found[name] for name in ordered}
+
+
+def _tail(path: Path) -> list[dict[str, Any]]:
+    """The last rows of a file that may be written to at this moment; what is cut off is passed over."""
+    try:
+        with path.open("rb") as file:
+            start = max(file.seek(0, 2) - _TAIL_BYTES, 0)
+            file.seek(start)
+            lines = file.read().split(b"\n")
+    except OSError:
+        return []
+    rows = []
+    for line in lines[1 if start else 0 : -1]:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def _resume(command: Any, state: str) -> str:
+    """The recorded command that goes on; empty where there is nothing to go on with, or it was started from Python."""
+    if state not in ("ended", "interrupted") or not isinstance(command, str):
+        return ""
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        return ""
+    if state == "ended":
+        if any(word.partition("=")[0] == "--shard" for word in words):
+            return ""  # the machines' labels have to be joined first
+        kept = [word for before, word in zip(["", *words], words, strict=False) if before != "--only"]
+        words = [word for word in kept if word.partition("=")[0] != "--only"]
+    return shlex.join(words if "--resume" in words else [*words, "--resume"]) if words else ""

@@ -1,0 +1,348 @@
+"""The records that data, stages, components and hooks exchange: prompts, pairs, labels, rollouts, pools, selections."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+Message = dict[str, Any]
+"""One turn of a conversation: ``{"role": "system" | "user" | "assistant" | "tool", "content": text}``."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt.
+
+    Args:
+        id: Unique within its source.
+        prompt: A text, or a conversation that ends with the turn to be answered (a user's or a tool's), or with an
+            assistant's, which the response continues. Never blank.
+        category: The kind of prompt, if the data says.
+        extra: The other columns of the row, as they were.
+    """
+
+    id: str
+    prompt: str | list[Message]
+    category: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One prompt with two different, non-blank responses.
+
+    Args:
+        id: Unique within its source.
+        prompt: A text, or a conversation that ends with the turn to be answered (a user's or a tool's), or with an
+            assistant's, which the response continues. Never blank.
+        response_1: The first response.
+        response_2: The second response. The order says nothing about which one is better.
+        category: The kind of prompt, if the data says.
+        human: Which response a person preferred: 1 or 2; 0 for a tie; None if unknown.
+        extra: The other columns of the row, as they were.
+    """
+
+    id: str
+    prompt: str | list[Message]
+    response_1: str
+    response_2: str
+    category: str | None = None
+    human: int | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A row that was left out.
+
+    Args:
+        where: The file and line or row.
+        reason: A short phrase from a fixed set, for example ``"empty response"``.
+    """
+
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Loaded(Generic[T]):
+    """What came out of one source: the usable items in the order of the rows, and the rows left out."""
+
+    items: list[T]
+    skipped: list[Skip]
+
+    def skip_counts(self) -> dict[str, int]:
+        """How many rows were left out for each reason, the most frequent reason first."""
+        return dict(Counter(skip.reason for skip in self.skipped).most_common())
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a labeler says of a pair.
+
+    Args:
+        id: The pair's id.
+        p: Probability that response_1 is preferred, in [0, 1], after debiasing.
+        p_12: The same, from the order (response_1, response_2) alone.
+        p_21: The same, from the order (response_2, response_1) alone, mapped back to response_1.
+        mass_12, mass_21: Probability that the judge gave to all candidate answers together, in [0, 1].
+        rationale_12, rationale_21: What the judge wrote before it answered, if it was asked to; a list where
+            it wrote several.
+        judge: The judge's name.
+        skipped: Why the pair could not be judged; the numbers are then None.
+        score_1, score_2: Each response's own reward in [-1, 1], of a labeler that rates responses one by one.
+        spread_1, spread_2: Standard deviation of the reward under the judge's distribution, its uncertainty.
+    """
+
+    id: str
+    p: float | None = None
+    p_12: float | None = None
+    p_21: float | None = None
+    mass_12: float | None = None
+    mass_21: float | None = None
+    rationale_12: str | list[str] | None = None
+    rationale_21: str | list[str] | None = None
+    judge: str = ""
+    skipped: str | None = None
+    score_1: float | None = None
+    score_2: float | None = None
+    spread_1: float | None = None
+    spread_2: float | None = None
+
+
+@dataclass(frozen=True)
+class PreferenceScores:
+    """A batch of comparisons as a reward model sees it, for a transform's loss.
+
+    Args:
+        chosen: Scores of the chosen responses, shape (batch,), float.
+        rejected: Scores of the rejected responses, shape (batch,), float.
+        p: Probability that chosen is preferred, shape (batch,), float in [0, 1].
+        categories: Kind of prompt of each row, or None where unknown.
+        expected: e(x), the reward expected for each prompt, shape (batch,), float; only for a transform that
+            ``needs_expected``.
+        chosen_log_ratios: log pi(y|x) - log pi'_k(y|x) of the chosen responses under K other policies, shape
+            (batch, K), float, where the data has them.
+        rejected_log_ratios: The same of the rejected responses.
+    """
+
+    chosen: torch.Tensor
+    rejected: torch.Tensor
+    p: torch.Tensor
+    categories: list[str | None]
+    expected: torch.Tensor | None = None
+    chosen_log_ratios: torch.Tensor | None = None
+    rejected_log_ratios: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One batch of sampled responses and all that the update needs of them.
+
+    B is the batch, P the padded prompt length, T the padded response length. Prompts are padded on the
+    left, responses on the right.
+
+    Args:
+        prompt_ids: (B, P) int64.
+        prompt_mask: (B, P) bool, True where a prompt token stands.
+        response_ids: (B, T) int64, as sampled; what follows the end is noise.
+        lengths: (B,) int64, tokens up to and with the end token, 0..T.
+        ended: (B,) bool, True where the end token was sampled.
+        logprobs: (B, T) float32, log-probability under the sampling policy at the sampling temperature. NaN in RLOO and
+            GRPO, where no transform ``needs_kl``.
+        ref_logprobs: (B, T) float32, the same under the reference.
+        values: (B, T) float32, value of the state before each response token; 0 in RLOO and GRPO, which have none.
+        prompts: What the dataset held: text or messages, B entries.
+        completions: The responses in the same form (text, or a list with one assistant message).
+        columns: The dataset's other columns, B entries each.
+        model_scores: (B,) float32, r(x, y) by the reward model, if there is one, once the rollout is scored.
+        model_scale: What a unit of ``model_scores`` counts in the sum of the rewards: weight over normalization.
+        expected: (B,) float32, e(x) by a reward model that has such a head, in the unit of ``model_scores``.
+        reward_parts: (B,) float32 scores by reward, weighted and normalized, whose sum the reward transforms begin
+            with; NaN where a reward is missing for a response that has another one. A reward of weight 0 is not among
+            them.
+        scored: (B,) bool, False where a response has no reward at all and teaches nothing; None: all have one.
+    """
+
+    prompt_ids: torch.Tensor
+    prompt_mask: torch.Tensor
+    response_ids: torch.Tensor
+    lengths: torch.Tensor
+    ended: torch.Tensor
+    logprobs: torch.Tensor
+    ref_logprobs: torch.Tensor
+    values: torch.Tensor
+    prompts: list[Any]
+    completions: list[Any]
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    model_scores: torch.Tensor | None = None
+    model_scale: float = 1.0
+    expected: torch.Tensor | None = None
+    reward_parts: dict[str, torch.Tensor] = field(default_factory=dict)
+    scored: torch.Tensor | None = None
+
+    def masks(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T) bool each: response tokens; and the same with the step after the last.
+
+        The score lands on that step, so values and returns reach one step further than log-probabilities.
+        """
+        import torch
+
+        positions = torch.arange(self.response_ids.shape[1], device=self.lengths.device)
+        return positions < self.lengths[:, None], positions <= self.lengths[:, None]
+
+    def learned(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same masks, False in the rows of responses that have no reward."""
+        if self.scored is None:
+            return self.masks()
+        tokens, steps = self.masks()
+        return tokens & self.scored[:, None], steps & self.scored[:, None]
+
+    def select(self, rows: torch.Tensor) -> Rollout:
+        """Some rows as a rollout of their own: (N,) int64, or (B,) bool."""
+        indices = rows.nonzero()[:, 0].tolist() if str(rows.dtype) == "torch.bool" else rows.tolist()
+
+        def chosen(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: chosen(entries) for name, entries in value.items()}
+            if isinstance(value, list):
+                return [value[i] for i in indices]
+            return value if value is None or isinstance(value, float) else value[rows]
+
+        return Rollout(**{each.name: chosen(getattr(self, each.name)) for each in fields(self)})
+
+    def sequences(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Prompt ids, prompt mask, response ids and lengths of some rows."""
+        return self.prompt_ids[rows], self.prompt_mask[rows], self.response_ids[rows], self.lengths[rows]
+
+    def by_length(self, rows: torch.Tensor) -> torch.Tensor:
+        """The same rows, (N,) int64, the shortest prompt first."""
+        return rows[self.prompt_mask.sum(1).cpu()[rows].argsort(stable=True)]
+
+    @property
+    def categories(self) -> list[str | None]:
+        """Kind of prompt of each row, from the column ``category`` where there is one."""
+        return self.columns.get("category") or [None] * len(self.prompts)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Scored responses to prompts, from which selectors choose; a prompt may have several, one after the other.
+
+    Args:
+        prompts: Text or messages, N entries.
+        responses: The responses in the same form, N entries.
+        scores: (N,) float32, the summed and transformed reward; with the Advantage Model, r - e.
+        categories: Kind of prompt, or None where unknown, N entries.
+        rows: (N,) int64, each prompt's row of the prompt dataset.
+        columns: The dataset's other columns, N entries each.
+        prompt_ids: N token sequences.
+        response_ids: N token sequences, as sampled, with the end token where it was drawn.
+        entropies: (N,) float32, -log pi(y|x) by token under the policy that sampled, nats.
+        kl: (N,) float32, the estimated KL between that policy and the reference, nats a response.
+        embed: Computes the embeddings.
+        seed: Of what a selector draws at random.
+        selection: How many selections of this run came before; a resumed run goes on counting.
+    """
+
+    prompts: list[Any]
+    responses: list[Any]
+    scores: torch.Tensor
+    categories: list[str | None]
+    rows: torch.Tensor
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    prompt_ids: list[list[int]] = field(default_factory=list)
+    response_ids: list[list[int]] = field(default_factory=list)
+    entropies: torch.Tensor | None = None
+    kl: torch.Tensor | None = None
+    embed: Callable[[], np.ndarray] | None = None
+    seed: int = 0
+    selection: int = 0
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @cached_property
+    def embeddings(self) -> np.ndarray:
+        """(N, H) float32, mean hidden states of the prompts under the frozen base; computed when first asked for."""
+        return self.embed()
+
+    def subset(self, indices: Sequence[int]) -> Pool:
+        """The same of some rows, in the order given."""
+        chosen = [int(i) for i in indices]
+        return Pool(
+            prompts=[self.prompts[i] for i in chosen],
+            responses=[self.responses[i] for i in chosen],
+            scores=self.scores[chosen],
+            categories=[self.categories[i] for i in chosen],
+            rows=self.rows[chosen],
+            columns={name: [values[i] for i in chosen] for name, values in self.columns.items()},
+            prompt_ids=[self.prompt_ids[i] for i in chosen],
+            response_ids=[self.response_ids[i] for i in chosen],
+            entropies=None if self.entropies is None else self.entropies[chosen],
+            kl=None if self.kl is None else self.kl[chosen],
+            embed=lambda: self.embeddings[chosen],
+            seed=self.seed,
+            selection=self.selection,
+        )
+
+    def pair(self, index: int, *, why: str, cluster: int | None = None) -> RehearsalPair:
+        """A row as a pair to rehearse."""
+        return RehearsalPair(
+            prompt=self.prompts[index],
+            response=self.responses[index],
+            score=float(self.scores[index]),
+            cluster=cluster,
+            why=why,
+            prompt_ids=self.prompt_ids[index],
+            response_ids=self.response_ids[index],
+        )
+
+
+@dataclass(frozen=True)
+class RehearsalPair:
+    """A response that the policy shall not lose.
+
+    Args:
+        prompt, response: Text, or messages.
+        score: What it was chosen by; None where it is a user's own.
+        cluster: Kind of prompt, 0..c-1, where a selector clustered.
+        why: What it was chosen for, in words.
+        prompt_ids, response_ids: Tokens, the response's with its end token.
+    """
+
+    prompt: Any
+    response: Any
+    score: float | None
+    cluster: int | None
+    why: str
+    prompt_ids: list[int]
+    response_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a selector chose from a pool of N rows.
+
+    Args:
+        prompts: Rows whose prompts PPO trains on, in any order, repeated ones drawn more often; None leaves all.
+        strata: Of each of ``prompts``, a label: every batch then holds the labels in like shares.
+        rehearsal: What the policy rehearses.
+        clusters: (N,) ints, of each row, for the report's map.
+        embeddings: (N, H) float, by which they were clustered; None: the pool's own.
+    """
+
+    prompts: Sequence[int] | None = None
+    strata: Sequence[Hashable] | None = None
+    rehearsal: Sequence[RehearsalPair] = ()
+    clusters: Sequence[int] | None = None
+    embeddings: np.ndarray | None = None
