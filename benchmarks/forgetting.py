@@ -9,10 +9,9 @@ raters care for one thing. The forget set is held-out wordings of the other subj
 model was good at. There is no KL penalty by default; it, too, holds a policy near its start.
 
 Variants: plain PPO; Selective Rehearsal with as many pairs from 1, 8 and 32 clusters; as many random pairs; smaller
-weights gamma. Reported over seeds: the reward (of all prompts and of the favoured subject) at the end, the win rate
-of the trained model's greedy answers over the fine-tuned model's on the forget set (more right words win, a tie counts half),
-and the NLL of the better half of the fine-tuned model's own answers there, over the run.
-"""
+weights gamma. Reported over seeds: the reward (of all prompts and of the favoured subject) at the end, the win rate of
+the trained model's greedy answers over the fine-tuned model's on the forget set (more right words win, a tie counts
+half), and the NLL of the better half of the fine-tuned model's own answers there, over the run."""
 
 from __future__ import annotations
 

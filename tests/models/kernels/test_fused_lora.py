@@ -200,7 +200,7 @@ def _generate(model, prompt_tokens):
 @pytest.mark.parametrize("make", [make_llama, make_gpt2, _gemma2])
 @pytest.mark.parametrize(("block", "prompt_tokens"), [(8, 3), (8, 8), (8, 20), (128, 5)])
 def test_the_cache_by_blocks_changes_no_token(monkeypatch, make, block, prompt_tokens):
-    monkeypatch.setattr(block_cache_module, "BLOCK", block)
+    monkeypatch.setattr("trl_rlaif.models.kernels.block_cache.BLOCK", block)
     model, made = make(), []
     monkeypatch.setattr(rollouts, "block_cache", lambda m: made.append(block_cache(m)) or made[-1])
     found = _generate(model, prompt_tokens)
@@ -212,7 +212,7 @@ def test_the_cache_by_blocks_changes_no_token(monkeypatch, make, block, prompt_t
 
 
 def test_a_block_is_written_where_it_lies(monkeypatch):
-    monkeypatch.setattr(block_cache_module, "BLOCK", 8)
+    monkeypatch.setattr("trl_rlaif.models.kernels.block_cache.BLOCK", 8)
     layer, steps = BlockLayer(), [torch.randn(2, 2, 3, 1, 4) for _ in range(20)]
     places = [layer.update(*step)[0].data_ptr() for step in steps]
     assert len(set(places[:8])) == len(set(places[8:16])) == len(set(places[16:])) == 1

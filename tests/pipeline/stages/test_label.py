@@ -13,8 +13,8 @@ from datasets import load_from_disk
 from helpers.judges import PARTS
 from helpers.recipes import WORDS, tiny_recipe, write_recipe
 from helpers.tiny import CHAT_TEMPLATE
-from scipy.stats import binomtest
 from pipeline.stages.test_bad_input import run_cli
+from scipy.stats import binomtest
 
 from trl_rlaif import UserError
 from trl_rlaif.data import Pair
