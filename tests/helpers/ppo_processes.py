@@ -143,6 +143,16 @@ def _stopped(folder: Path, failing: Callable[[int], list[float]]) -> dict[str, A
     return {"kind": kind, "message": message, "checkpoints": sorted(p.name for p in folder.glob("checkpoint-*"))}
 
 
+def diverged(folder: Path) -> tuple[str, str, bool]:
+    """What each process stops with when gradients are NaN in one, and whether its weights are finite."""
+    trainer = _trainer(folder, prompts=24, updates=1)
+    if PartialState().process_index == 1:
+        backward = trainer.accelerator.backward
+        trainer.accelerator.backward = lambda loss, **kwargs: backward(loss * float("nan"), **kwargs)
+    kind, message = _end(trainer)
+    return kind, message, all(value.isfinite().all() for value in ppo_task.trainable(trainer).values())
+
+
 def refused(folder: Path) -> tuple[str, str]:
     """What each process stops with when forward passes are wrong in one."""
     logprobs = forward.logprobs

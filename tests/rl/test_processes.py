@@ -58,7 +58,8 @@ def two(tmp_path_factory, kind):
 def more(tmp_path_factory, kind):
     """What only several processes can show, of rank 0 and of rank 1."""
     folder = tmp_path_factory.mktemp("more")
-    return launch(kind, ppo_processes.__file__, folder, "resumed", "selected", "shown", "missing", "failed", "refused")
+    names = ("resumed", "selected", "shown", "missing", "failed", "diverged", "refused")
+    return launch(kind, ppo_processes.__file__, folder, *names)
 
 
 def test_each_process_draws_for_its_own_half_of_the_prompts(one, two):
@@ -148,6 +149,13 @@ def test_a_wrong_reward_in_one_process_stops_both_with_a_checkpoint(more):
     assert first["kind"] == second["kind"] == "UserError"
     assert "returned nan for 4 of 4" in second["message"] and first["message"].endswith(second["message"])
     assert first["checkpoints"] == second["checkpoints"] == ["checkpoint-1"]
+
+
+def test_gradients_that_are_nan_in_one_process_stop_both(more, kind):
+    first, second = (result["diverged"] for result in more)
+    assert first == second and first[0] == "RunError"
+    assert "stopped at update 1: its gradients are not finite" in first[1]
+    assert first[2] or kind == "zero2", "NaN has reached the weights"
 
 
 def test_both_refuse_a_model_whose_numbers_are_wrong_in_one(more):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from trl_rlaif.models.classifier import weightless
 from trl_rlaif.models.kernels.attention import trainable_attention
 from trl_rlaif.models.kernels.fused_lora import fuse_lora
 from trl_rlaif.models.kernels.precision import frozen_weights_cast
+from trl_rlaif.models.safe_training import safe_training
 from trl_rlaif.models.shared_model import inner_model
 from trl_rlaif.resuming import SameRun, named
 from trl_rlaif.reward.collator import SoftPreferenceCollator, prompt_end
@@ -150,6 +152,7 @@ class RewardTrainer(TrlRewardTrainer):
 
         Raises:
             UserError: ``resume_from_checkpoint`` is of a run with other settings or data.
+            RunError: A gradient is not finite.
         """
         checkpoint = kwargs.get("resume_from_checkpoint", args[0] if args else None)
         if isinstance(checkpoint, str | Path):
@@ -157,9 +160,11 @@ class RewardTrainer(TrlRewardTrainer):
         # The base is not part of what checkpoints of an adapter hold; what shards parameters wants one precision.
         alone = self.accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU)
         if isinstance(self.model, PeftModel) and self.accelerator.mixed_precision == "bf16" and alone:
-            with frozen_weights_cast(inner_model(self.model)):
-                return super().train(*args, **kwargs)
-        return super().train(*args, **kwargs)
+            precision = frozen_weights_cast(inner_model(self.model))
+        else:
+            precision = nullcontext()
+        with safe_training(self), precision:
+            return super().train(*args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

@@ -20,6 +20,7 @@ from trl_rlaif.distributed import failing_together
 from trl_rlaif.errors import UserError
 from trl_rlaif.generation import derived_seed
 from trl_rlaif.models.kernels.attention import trainable_attention
+from trl_rlaif.models.safe_training import safe_training
 from trl_rlaif.rl import deepspeed
 from trl_rlaif.rl.ppo import checkpoint
 from trl_rlaif.rl.selection import MergedSelection, draw_pool, responses_needed, select
@@ -125,7 +126,8 @@ class RejectionTrainer:
             for name, parameter in shared.peft.named_parameters():
                 parameter.requires_grad_(".policy." in name)
             sft.remove_callback(PrinterCallback)
-            loss = torch.tensor([sft.train().training_loss], device=trainer.accelerator.device)
+            with safe_training(sft):
+                loss = torch.tensor([sft.train().training_loss], device=trainer.accelerator.device)
         return trainer.accelerator.gather(loss).mean().item()
 
     def metrics(self, pool: Pool, chosen: MergedSelection) -> dict[str, float]:

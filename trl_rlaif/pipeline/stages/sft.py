@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from trl_rlaif.compat.trl_version import check_trl
 from trl_rlaif.data.finetuning import assistant_turns
 from trl_rlaif.errors import UserError
+from trl_rlaif.models.safe_training import safe_training
 from trl_rlaif.pipeline.artifacts import write_folder
 from trl_rlaif.pipeline.context import Context
 from trl_rlaif.progress import say
@@ -40,7 +41,8 @@ def train_from_last(context: Context, trainer: Any, stage: str, title: str) -> A
     callback.attach(trainer)
     trainer.add_callback(SameRun(trainer))
     try:
-        return trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir))
+        with safe_training(trainer):
+            return trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir))
     finally:
         callback.close()
 

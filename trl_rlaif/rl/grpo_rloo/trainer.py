@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 from trl_rlaif.compat.trl_version import check_trl
 from trl_rlaif.errors import UserError
+from trl_rlaif.models.safe_training import safe_training
 from trl_rlaif.resuming import SameRun, components
 from trl_rlaif.rl.grpo_rloo.config import scoring_settings
 from trl_rlaif.rl.grpo_rloo.verification import verify
@@ -53,8 +54,10 @@ class RehearsalMixin:
 
         Raises:
             RewardError: It stopped since too many responses had no reward. A checkpoint has been saved.
+            RunError: A gradient is not finite.
         """
-        output = super().train(*arguments, **named)
+        with safe_training(self):
+            output = super().train(*arguments, **named)
         if self.failure is not None:
             raise self.failure
         return output

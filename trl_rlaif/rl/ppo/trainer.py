@@ -25,6 +25,7 @@ from trl_rlaif.errors import UserError
 from trl_rlaif.models.kernels.fused_lora import fuse_lora
 from trl_rlaif.models.kernels.precision import cast_frozen_weights
 from trl_rlaif.models.role_models import RoleModels, SeparateRoleModels, SharedRoleModels
+from trl_rlaif.models.safe_training import check_gradients, safe_training
 from trl_rlaif.models.shared_model import SharedBase, save_adapter
 from trl_rlaif.plugins import Plugins, installed_plugins
 from trl_rlaif.responses import ResponseReader
@@ -233,7 +234,12 @@ class PPOTrainer(BasePPOTrainer):
             UserError: The checkpoint is of a run with other settings or prompts. Or a reward function returned
                 something other than a finite number or None for each completion, or more than ``args.max_failed`` of
                 the responses have no reward; what was learned until then is saved as a checkpoint first.
+            RunError: A gradient is not finite (``check_gradients``).
         """
+        with safe_training(self):
+            self._train(resume_from_checkpoint)
+
+    def _train(self, resume_from_checkpoint: str | Path | bool | None) -> None:
         self._begin(resume_from_checkpoint)
         while self.state.global_step < self.args.num_total_batches and not self.control.should_training_stop:
             with self._kept():
@@ -394,6 +400,8 @@ class PPOTrainer(BasePPOTrainer):
                     stats["rehearsal/nll"].append(self.rehearse())
                 step = self.micro_step(rollout, advantages, returns, rows, divisors)
                 average_gradients(self.accelerator, self.model)
+                if self.accelerator.sync_gradients:
+                    check_gradients(self.model, self.state.global_step + 1)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             for name, value in step.items():

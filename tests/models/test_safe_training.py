@@ -1,0 +1,138 @@
+"""Gradients that are not finite stop every trainer and leave the weights alone; cuDNN's attention is off meanwhile."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from helpers.group_processes import NONE
+from helpers.ppo import small_trainer
+from helpers.recipes import tiny_recipe, write_recipe
+from helpers.reward import small_config
+from helpers.tiny import make_llama, make_scorer, make_tokenizer
+from peft import LoraConfig
+from transformers import TrainerCallback
+from trl_rlaif_rehearsal.rejection import RejectionSampling
+
+from trl_rlaif import RewardTrainer, RunError, cli
+from trl_rlaif.models.safe_training import check_gradients
+from trl_rlaif.pipeline.artifacts import RunFolder
+from trl_rlaif.pipeline.context import Context
+from trl_rlaif.pipeline.rl_groups import build_trainer
+from trl_rlaif.plugins import installed_plugins
+from trl_rlaif.rl.rejection import RejectionTrainer
+
+pytestmark = pytest.mark.trl
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The second backward pass gives NaN; whether cuDNN's attention was allowed in each."""
+    seen, backward = [], Accelerator.backward
+
+    def poisoned(self, loss, **kwargs):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        backward(self, loss * (float("nan") if len(seen) == 2 else 1.0), **kwargs)
+
+    monkeypatch.setattr(Accelerator, "backward", poisoned)
+    return seen
+
+
+class Weights(TrainerCallback):
+    """What is trained, as it was after each step."""
+
+    def __init__(self, model):
+        self.model, self.steps = model, []
+
+    def now(self):
+        return {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def on_step_end(self, *args, **kwargs):
+        self.steps.append(self.now())
+
+
+def _stops(train, trainer, weights, passes, update):
+    trainer.add_callback(weights)
+    weights.steps.append(weights.now())
+    callbacks = list(trainer.callback_handler.callbacks)
+    with pytest.raises(RunError, match=rf"stopped at update {update}: its gradients are not finite \(.* the first is"):
+        train()
+    assert passes == [False] * len(passes) and torch.backends.cuda.cudnn_sdp_enabled()
+    assert trainer.callback_handler.callbacks == callbacks
+    now = weights.now()
+    assert now and all(value.isfinite().all() for value in now.values())
+    for name, value in weights.steps[update - 1].items():
+        assert torch.equal(value, now[name]), name
+
+
+def test_ppo(tmp_path, passes):
+    trainer = small_trainer(tmp_path)  # value and policy have a backward pass each
+    _stops(trainer.train, trainer, Weights(trainer.model), passes, update=1)
+
+
+def test_rejection_sampling(tmp_path, passes):
+    selector = RejectionSampling(num_responses=2)
+    trainer = small_trainer(tmp_path, trainer_kwargs={"data_selectors": [selector]}, gradient_accumulation_steps=2)
+    _stops(RejectionTrainer(trainer, 2).train, trainer, Weights(trainer.shared.peft), passes, update=1)
+
+
+def test_reward(tmp_path, passes):
+    rows = [{"chosen_ids": [5, 6, 7, i], "rejected_ids": [5, 6, 8, i, 9], "p": 0.8} for i in range(10, 18)]
+    trainer = RewardTrainer(
+        model=make_scorer(),
+        args=small_config(tmp_path, per_device_train_batch_size=4),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=make_tokenizer(),
+        peft_config=LoraConfig(r=4, task_type="SEQ_CLS", target_modules="all-linear", modules_to_save=["score"]),
+    )
+    _stops(trainer.train, trainer, Weights(trainer.model), passes, update=2)
+
+
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
+def test_rloo_and_grpo(tiny_model, tmp_path, passes, algorithm):
+    options = {"algorithm": algorithm, "rewards": ["helpers.rewards:even_share"], "num_generations": 4}
+    options |= {"per_device_train_batch_size": 8, "total_episodes": 48}
+    recipe = tiny_recipe(tmp_path, tiny_model, rl=options, **NONE)
+    trainer, _, _ = build_trainer(Context(recipe, RunFolder(tmp_path / "out"), installed_plugins()))
+    _stops(trainer.train, trainer, Weights(trainer.model), passes, update=2)
+
+
+def test_a_stage_ends_with_exit_code_1_and_without_a_model(tiny_model, tmp_path, passes, monkeypatch, capsys):
+    rows = [{"prompt": f"what is {i}?", "completion": "a fox"} for i in range(8)]
+    (tmp_path / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    section = {"data": "sft.jsonl", "max_steps": 3, "per_device_train_batch_size": 2, "save_steps": 1}
+    recipe = write_recipe(tmp_path, tiny_model, sft=section)
+    monkeypatch.setattr(
+        sys, "argv", ["trl-rlaif", "run", str(recipe), "--output", str(tmp_path / "out"), "--only", "sft"]
+    )
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1 and passes == [False, False]
+    assert "stopped at update 2: its gradients are not finite" in capsys.readouterr().err
+    folder = tmp_path / "out"
+    assert not (folder / "sft").exists()
+    assert [p.name for p in folder.rglob("checkpoint-*")] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_named(bad):
+    model = make_llama(20)
+    check_gradients(model, 1)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    check_gradients(model, 1)
+    name, parameter = list(model.named_parameters())[5]
+    parameter.grad.view(-1)[3] = bad
+    with pytest.raises(RunError, match=rf"update 7: .* \(1 of \d+ tensors, the first is {name}\)"):
+        check_gradients(model, 7)
+
+
+def test_weights_are_checked_where_gradients_are_kept_elsewhere():
+    model = make_llama(20)
+    model.lm_head.weight.data[0, 0] = float("nan")
+    with pytest.raises(RunError, match="lm_head"):
+        check_gradients(model, 1)

@@ -1,0 +1,74 @@
+"""The conditions under which every model is trained here: attention whose gradients are right, and finite gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from trl_rlaif.errors import RunError
+
+
+@contextmanager
+def safe_training(trainer: Any) -> Iterator[None]:
+    """Train inside: without cuDNN's attention, and, in transformers' loop, with ``check_gradients`` before each step.
+
+    Since torch 2.11 a Hopper GPU prefers cuDNN's attention, whose backward pass gives NaN for the queries of a row
+    that sees nothing, such as padding on the left (https://github.com/pytorch/pytorch/issues/196678).
+
+    Args:
+        trainer: Of transformers or TRL. A loop of its own calls ``check_gradients`` itself.
+    """
+    check, before = _GradientCheck(), torch.backends.cuda.cudnn_sdp_enabled()
+    trainer.add_callback(check)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+        trainer.remove_callback(check)
+
+
+class _GradientCheck(TrainerCallback):
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        check_gradients(model, state.global_step + 1)
+
+
+def check_gradients(model: nn.Module, update: int) -> None:
+    """Stop before an optimizer step that would take NaN or infinity into the weights, in all processes together.
+
+    Waits once for the device. DeepSpeed keeps gradients to itself and has taken its step by then: there the trained
+    weights are checked, and the run stops before any checkpoint of them.
+
+    Args:
+        model: Its gradients are complete, and averaged over the processes.
+        update: The number of the step, from 1, for the message.
+
+    Raises:
+        RunError: A gradient is not finite.
+    """
+    found = {
+        name: p.detach() if p.grad is None else p.grad
+        for name, p in model.named_parameters()
+        if p.requires_grad and p.numel()
+    }
+    device = next(model.parameters()).device
+    largest = torch._foreach_norm(list(found.values()), math.inf)
+    bad = torch.stack([~norm.isfinite().to(device) for norm in largest])
+    count = bad.sum()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(count)  # of what is shared out, another process may hold the part that is not
+    if not count.item():
+        return
+    names = [name for name, is_bad in zip(found, bad, strict=True) if is_bad]
+    here = f"{len(names)} of {len(found)} tensors, the first is {names[0]}" if names else "in another process"
+    raise RunError(
+        f"Training stopped at update {update}: its gradients are not finite ({here}). Nothing of it was saved.",
+        fix="Resume from the last checkpoint with a lower learning_rate or with bf16: false; if update "
+        f"{update} fails again, look for extreme rewards or losses just before it.",
+    )
