@@ -67,8 +67,8 @@ def cluster(
         return _fit(embeddings, clusters, method, seed)
     sample = _sample(embeddings, TRIAL_ROWS, seed)
     fits = {count: _fit(sample, count, method, seed) for count in candidates if count < len(sample)}
-    scored = [count for count, fit in fits.items() if fit.silhouette is not None]
-    best = max(scored, key=lambda count: fits[count].silhouette, default=1)
+    silhouettes = {count: fit.silhouette for count, fit in fits.items() if fit.silhouette is not None}
+    best = max(silhouettes, key=silhouettes.__getitem__, default=1)
     return fits[best] if best in fits and sample is embeddings else _fit(embeddings, best, method, seed)
 
 

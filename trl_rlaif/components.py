@@ -27,6 +27,7 @@ class Component:
     """What all components share: a recipe's options, validated, in ``self.options``."""
 
     Options: ClassVar[type[Options]] = Options
+    options: BaseModel  # a subclass that sets Options annotates this with it, for type checkers and editors
 
     def __init__(self, **options: Any) -> None:
         self.options = self.Options(**options)

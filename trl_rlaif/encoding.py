@@ -17,6 +17,7 @@ from jinja2 import TemplateError
 from trl_rlaif.chat_templates import Conversation
 from trl_rlaif.errors import UserError
 from trl_rlaif.stopping import end_of_turn
+from trl_rlaif.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -174,7 +175,7 @@ def as_rendered(prompt: PromptLike, tokenizer: PreTrainedTokenizerBase) -> Promp
     The first token that the template writes may be missing there. It is added, but where the tokenizer puts it before
     every text anyway, here and in TRL's trainers.
     """
-    if not is_rendered(prompt, tokenizer):
+    if not isinstance(prompt, str) or not is_rendered(prompt, tokenizer):
         return prompt
     bos = tokenizer.bos_token
     if not bos or bos not in _openings(tokenizer):
@@ -229,7 +230,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, parts: Sequence[tuple[str, bool]
 
 
 def _conversation(
-    tokenizer: PreTrainedTokenizerBase, messages: PromptLike, kwargs: Mapping[str, Any] | None
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], kwargs: Mapping[str, Any] | None
 ) -> Conversation:
     if not tokenizer.chat_template:
         raise UserError(
@@ -301,8 +302,11 @@ def reasoning_marks(
     Args:
         tags: What reasoning begins and ends with, in place of what the template says.
     """
-    if tags is not None or not tokenizer.chat_template:
-        return tags and (*tags, "")
+    if tags is not None:
+        opening, closing = tags
+        return opening, closing, ""
+    if not tokenizer.chat_template:
+        return None
     return _conversation(tokenizer, as_messages("x"), None).reasoning_marks()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -116,7 +116,7 @@ class ResponseReader:
             start += 1  # the line breaks before an answer
         return Response(self._text(ids[start:]), reasoning, ids[start:], ended)
 
-    def _first(self, ids: list[int], holds: object) -> int:
+    def _first(self, ids: list[int], holds: Callable[[str], bool]) -> int:
         """How many tokens it takes until this holds of their text, which then holds of more tokens, too."""
         return bisect_left(range(len(ids) + 1), True, key=lambda count: holds(self._raw(ids[:count])))
 

@@ -234,6 +234,10 @@ class Rollout:
         return self.columns.get("category") or [None] * len(self.prompts)
 
 
+def _no_embeddings() -> np.ndarray:
+    raise ValueError("This pool was made without `embed`, which computes its embeddings.")
+
+
 @dataclass(frozen=True)
 class Pool:
     """Scored responses to prompts, from which selectors choose; a prompt may have several, one after the other.
@@ -264,7 +268,7 @@ class Pool:
     response_ids: list[list[int]] = field(default_factory=list)
     entropies: torch.Tensor | None = None
     kl: torch.Tensor | None = None
-    embed: Callable[[], np.ndarray] | None = None
+    embed: Callable[[], np.ndarray] = _no_embeddings
     seed: int = 0
     selection: int = 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 # Margins move within this factor of where they began.
@@ -23,7 +24,7 @@ class AdaptiveMargins:
         rate: Relative change of a margin in one batch.
     """
 
-    def __init__(self, start: dict[str, float], default: float, band: tuple[float, float], rate: float) -> None:
+    def __init__(self, start: Mapping[Any, float], default: float, band: tuple[float, float], rate: float) -> None:
         self.start, self.default, self.band, self.rate = start, default, band, rate
         self.factor: dict[str, float] = {}
         self._moments: dict[str, list[float]] = {}  # weight, mean, mean square

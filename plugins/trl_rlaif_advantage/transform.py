@@ -54,6 +54,7 @@ class AdvantageModel(RewardTransform):
     """
 
     Options = AdvantageOptions
+    options: AdvantageOptions
     needs_expected = True
 
     def __init__(self, **options: Any) -> None:

@@ -25,6 +25,7 @@ class DirectLabeler(Labeler):
     """
 
     Options = DirectOptions
+    options: DirectOptions
 
     def __init__(self, judge: Judge | None = None, **options: Any) -> None:
         super().__init__(**options)
@@ -65,7 +66,9 @@ class DirectLabeler(Labeler):
 
     def _label(self, id: str, answers: list[Answer], judge: str) -> Label:
         # What the judge wrote of each response stands where distilled keeps that of each order.
-        rationales = dict(zip(("rationale_12", "rationale_21"), (a.rationale for a in answers), strict=True))
+        rationales: dict[str, Any] = dict(
+            zip(("rationale_12", "rationale_21"), (a.rationale for a in answers), strict=True)
+        )
         failed = next((answer.failed for answer in answers if answer.failed), None)
         if failed:
             return Label(id, judge=judge, skipped=failed, **rationales)

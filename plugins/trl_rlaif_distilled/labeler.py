@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -31,6 +31,7 @@ class DistilledLabeler(Labeler):
     """Soft labels from token probabilities (Lee et al. 2023, section 2.1)."""
 
     Options = DistilledOptions
+    options: DistilledOptions
 
     def label(self, pairs: Sequence[Pair], judge: Judge, done: Collection[str] = ()) -> Iterator[Label]:
         """Yield one label a pair."""
@@ -57,7 +58,9 @@ class DistilledLabeler(Labeler):
         return ("12", "21") if self.options.orders == "both" else (self.options.orders,)
 
     def _label(self, id: str, answers: list[Answer], judge: str) -> Label:
-        rationales = {f"rationale_{order}": a.rationale for order, a in zip(self._orders(), answers, strict=True)}
+        rationales: dict[str, Any] = {
+            f"rationale_{order}": a.rationale for order, a in zip(self._orders(), answers, strict=True)
+        }
         failed = next((answer.failed for answer in answers if answer.failed), None)
         if not failed and any(max(draw) == -math.inf for answer in answers for draw in answer.logprobs):
             failed = "the judge gives neither candidate any probability"
@@ -65,6 +68,6 @@ class DistilledLabeler(Labeler):
             return Label(id, judge=judge, skipped=failed, **rationales)
         read = {o: mean_preference(o, a.logprobs) for o, a in zip(self._orders(), answers, strict=True)}
         p = combine([found.logit for found in read.values()], self.options.debias)
-        numbers = {f"p_{order}": found.p for order, found in read.items()}
+        numbers: dict[str, Any] = {f"p_{order}": found.p for order, found in read.items()}
         numbers |= {f"mass_{order}": found.mass for order, found in read.items()}
         return Label(id, p=p, judge=judge, **numbers, **rationales)

@@ -54,6 +54,7 @@ class DistributionRegulator(RewardTransform):
     """Shifts, scales and bounds each category's scores by its running mean and standard deviation."""
 
     Options = RegulatorOptions
+    options: RegulatorOptions
     needs_kl = True
 
     def __init__(self, **options: Any) -> None:

@@ -137,7 +137,8 @@ class RunningScores:
 
     def _variances(self, sizes: np.ndarray, variances: np.ndarray) -> np.ndarray:
         """(C,) posterior variances: a scaled inverse chi-square prior, whose weight and place the categories tell."""
-        free, squares = sizes - 1, sizes * variances
+        free: np.ndarray = sizes - 1
+        squares = sizes * variances
         known = (free > 0) & (squares > 0)
         if not known.any():
             return np.zeros_like(squares)
@@ -152,7 +153,7 @@ class RunningScores:
         return np.where(weight + free > 0, (weight * place + squares) / np.maximum(weight + free, 1e-9), place)
 
     def _kinds(self) -> dict[str | None, Moments]:
-        named = {name: moments for name, moments in self.moments.items() if name != POOLED}
+        named: dict[str | None, Moments] = {name: moments for name, moments in self.moments.items() if name != POOLED}
         return named | {UNNAMED: self.unnamed} if self.unnamed.count else named
 
     def _size(self, moments: Moments) -> float:
@@ -161,11 +162,11 @@ class RunningScores:
 
     def state_dict(self) -> dict[str, Any]:
         """The figures of every category."""
-        found = {name: (m.weight, m.total, m.squares, m.count) for name, m in self.moments.items()}
+        found: dict[Any, Any] = {name: (m.weight, m.total, m.squares, m.count) for name, m in self.moments.items()}
         u = self.unnamed
         return found | {UNNAMED: (u.weight, u.total, u.squares, u.count)} if u.count else found
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[Any, Any]) -> None:
         """Take over what ``state_dict`` gave."""
         self.moments = {name: Moments(*values) for name, values in state.items() if name != UNNAMED}
         self.unnamed = Moments(*state.get(UNNAMED, ()))

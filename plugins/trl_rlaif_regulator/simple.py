@@ -28,6 +28,7 @@ class Clip(RewardTransform):
     """Keeps scores within two limits."""
 
     Options = ClipOptions
+    options: ClipOptions
 
     def transform(self, scores: torch.Tensor, rollout: Rollout) -> torch.Tensor:
         return scores.clamp(self.options.low, self.options.high)
@@ -58,6 +59,7 @@ class Ensemble(RewardTransform):
     """
 
     Options = EnsembleOptions
+    options: EnsembleOptions
 
     def transform(self, scores: torch.Tensor, rollout: Rollout) -> torch.Tensor:
         """(B,) float32.
@@ -89,6 +91,7 @@ class LengthPenalty(RewardTransform):
     """Makes long responses dearer by the token."""
 
     Options = LengthPenaltyOptions
+    options: LengthPenaltyOptions
 
     def transform(self, scores: torch.Tensor, rollout: Rollout) -> torch.Tensor:
         beyond = (rollout.lengths - self.options.free).clamp(min=0).to(scores.device)

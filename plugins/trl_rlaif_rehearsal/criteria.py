@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,7 @@ def _advantage(pool: Pool) -> np.ndarray:
 
 
 def _entropy(pool: Pool) -> np.ndarray:
+    assert pool.entropies is not None  # every pool that RL draws has them
     return -pool.entropies.numpy()  # what the policy is sure of comes first
 
 
@@ -45,7 +47,7 @@ CRITERIA: dict[str, Callable[[Pool], np.ndarray]] = {
 }
 
 
-def worth(pool: Pool, criterion: str | dict[str, float]) -> np.ndarray:
+def worth(pool: Pool, criterion: str | Mapping[Any, float]) -> np.ndarray:
     """How much each row is worth rehearsing, (N,) float64; more is better.
 
     Args:
@@ -57,6 +59,6 @@ def worth(pool: Pool, criterion: str | dict[str, float]) -> np.ndarray:
         return CRITERIA[criterion](pool).astype(np.float64)
     total = np.zeros(len(pool))
     for name, weight in criterion.items():
-        values = CRITERIA[name](pool).astype(np.float64)
+        values: np.ndarray = CRITERIA[name](pool).astype(np.float64)
         total += weight * (values - values.mean()) / (values.std() or 1.0)
     return total

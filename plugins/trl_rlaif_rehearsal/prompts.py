@@ -33,6 +33,7 @@ class PromptSelection(DataSelector):
     """Leaves out what teaches nothing (as DAPO's dynamic sampling, Yu et al. 2025), mixes in more of what is hard."""
 
     Options = PromptOptions
+    options: PromptOptions
 
     @property
     def num_responses(self) -> int:

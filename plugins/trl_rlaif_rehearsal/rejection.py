@@ -53,6 +53,7 @@ class RejectionSampling(DataSelector):
     """
 
     Options = RejectionOptions
+    options: RejectionOptions
 
     @property
     def num_responses(self) -> int:

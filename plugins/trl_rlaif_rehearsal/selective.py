@@ -29,7 +29,7 @@ class RehearsalOptions(ClusterOptions):
     @field_validator("clusters")
     @classmethod
     def _some(cls, value: int | str) -> int | str:
-        if value != "auto" and value < 1:
+        if isinstance(value, int) and value < 1:
             raise ValueError("Write a number of clusters, 1 or more, or auto.")
         return value
 
@@ -45,6 +45,7 @@ class SelectiveRehearsal(DataSelector):
     """Clusters the prompts and takes the best pairs of every cluster; PPO's prompts stay as they are."""
 
     Options = RehearsalOptions
+    options: RehearsalOptions
 
     @property
     def num_responses(self) -> int:

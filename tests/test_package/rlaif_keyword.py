@@ -21,6 +21,7 @@ class KeywordLabeler(Labeler):
     """Prefers the response that contains the word more often; pairs without it are skipped."""
 
     Options = KeywordOptions
+    options: KeywordOptions
 
     def label(self, pairs: Sequence[Pair], judge: Judge, done: Collection[str] = ()) -> Iterator[Label]:
         """Yield a label for each pair that is not done."""

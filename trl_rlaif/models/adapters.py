@@ -6,7 +6,7 @@ import copy
 import re
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
@@ -133,5 +133,5 @@ def _gives_tensor(layer: nn.Module) -> bool:
     return isinstance(layer(torch.empty(1, layer.in_features)), torch.Tensor)
 
 
-def _shown(targets: object) -> str:
+def _shown(targets: Any) -> str:
     return f"'{targets}'" if isinstance(targets, str) else f"[{', '.join(sorted(targets or ()))}]"

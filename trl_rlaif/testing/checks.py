@@ -28,7 +28,7 @@ class Subject:
     """
 
     def __init__(self, component: Any, base: type[Component]) -> None:
-        self.cls = component if isinstance(component, type) else type(component)
+        self.cls: Any = component if isinstance(component, type) else type(component)
         self.name = self.cls.__name__
         if not issubclass(self.cls, base):
             self.fail(f"is not a trl_rlaif.{base.__name__}", f"Write class {self.name}({base.__name__}).")

@@ -101,11 +101,11 @@ def _with_log_ratios(context: Context, train: Dataset) -> Dataset:
         if folder != "base":
             shared.load_adapter(f"writer{k}", folder)
 
-    def role(role: str | None) -> Any:
+    def as_role(role: str | None) -> Any:
         return lambda: (shared.role(role), shared.model)
 
     with progress_bar("Importance weights", len(train), unit="pairs") as advance:
-        found = add_log_ratios(train, role("policy"), [role(role) for role in roles])
+        found = add_log_ratios(train, as_role("policy"), [as_role(role) for role in roles])
         advance(len(train))
     return found
 
