@@ -24,8 +24,9 @@ from torch.nn.functional import linear
 from transformers import GenerationConfig
 
 from trl_rlaif import JudgePrompt, LocalJudge
+from trl_rlaif.batching import shared_prefix
 from trl_rlaif.data import load_pairs
-from trl_rlaif.judging.packed import packed_length, shared_prefix
+from trl_rlaif.judging.packed import packed_length
 from trl_rlaif.judging.precision import matmul_precision
 from trl_rlaif.models.loading import ModelSpec, load_model, load_tokenizer
 from trl_rlaif.recipe import prompt_folder

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from trl_rlaif.batching import equal_lengths, pad_rows
 from trl_rlaif.models.kernels.trial import trial
 from trl_rlaif.models.shared_model import inner_model
 from trl_rlaif.stopping import stop_ids as all_stop_ids
@@ -81,7 +82,6 @@ def sample_responses(
         temperature: 0 decodes greedily.
         top_p: Nucleus, in (0, 1].
         stop_ids: Tokens that end a response; None takes those of tokenizer and model.
-
         keep_end: Keep the token that ended a response.
 
     Returns:
@@ -97,13 +97,8 @@ def sample_responses(
             drawn |= dict(zip(group, of_group, strict=True))
         return [drawn[i] for i in range(len(prompts))]
     device = next(model.parameters()).device
-    width = max(map(len, prompts))
     pad, stops = tokenizer.pad_token_id, all_stop_ids(tokenizer, model) if stop_ids is None else stop_ids
-    ids = torch.full((len(prompts), width), pad)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.as_tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
+    ids, mask = pad_rows(prompts, pad, left=True)
     how = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         if temperature > 0
@@ -112,7 +107,7 @@ def sample_responses(
     with bare_generation_config(model):
         sequences = model.generate(
             input_ids=ids.to(device),
-            attention_mask=mask.to(device),
+            attention_mask=mask.long().to(device),
             generation_config=GenerationConfig(
                 max_new_tokens=max_new_tokens,
                 num_return_sequences=num_responses,
@@ -121,7 +116,7 @@ def sample_responses(
                 **how,
             ),
         )
-    rows = [_until(row, stops, pad, keep_end) for row in sequences[:, width:].tolist()]
+    rows = [_until(row, stops, pad, keep_end) for row in sequences[:, ids.shape[1] :].tolist()]
     return [rows[i : i + num_responses] for i in range(0, len(rows), num_responses)]
 
 
@@ -146,7 +141,7 @@ def padded_together(model: torch.nn.Module, lengths: Sequence[int]) -> list[list
         _padding_works[inner] = _left_padding_works(inner)
     if _padding_works[inner]:
         return [list(range(len(lengths)))]
-    return [[i for i, length in enumerate(lengths) if length == of_group] for of_group in sorted(set(lengths))]
+    return equal_lengths(lengths)
 
 
 def _left_padding_works(model: torch.nn.Module) -> bool:
@@ -165,9 +160,3 @@ def _left_padding_works(model: torch.nn.Module) -> bool:
                 return True
             found.append(torch.cat(logits).float().log_softmax(-1))
     return (found[0] - found[1]).abs().max().item() < 1e-3
-
-
-def length_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Indices in batches of ``size`` of like length, the longest first; follows from the arguments alone."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    return [order[i : i + size] for i in range(0, len(order), size)]

@@ -7,7 +7,7 @@ import torch
 from helpers.judges import MODELS, llama, mistral
 from transformers import BloomConfig, BloomForCausalLM, Gemma2Config, Gemma2ForCausalLM, GptOssConfig, GptOssForCausalLM
 
-from trl_rlaif.judging.packed import PackedModel, packed_batches, packed_length, shared_prefix
+from trl_rlaif.judging.packed import PackedModel, packed_length
 
 PACKING = ["llama", "qwen2", "gpt-neox", "gpt2", "wide window", "narrow window", "mixed windows"]
 TOLERANCE = 2e-5  # nats; what holds is about 5e-6
@@ -146,57 +146,7 @@ def test_a_model_of_numbers_that_are_not_finite_is_not_packed():
     assert not PackedModel.can_read(model, 50)
 
 
-# ---- What sequences share -------------------------------------------------------------------------------
-
-
-def test_shared_prefix():
-    assert shared_prefix([[1, 2, 3], [1, 2, 4]]) == 2
-    assert shared_prefix([[1, 2, 3], [1, 2, 4], [1, 5]]) == 1
-    assert shared_prefix([[1, 2], [3, 4]]) == 0
-    assert shared_prefix([[1, 2, 3], [1, 2]]) == 1  # at least one token of each stays outside
-    assert shared_prefix([[1, 2, 3]]) == 2
-    assert shared_prefix([[1, 2, 3], [1, 2, 3, 4, 5]], least=2) == 1
-    assert shared_prefix([[1], [1]], least=3) == 0
-
-
-def test_shared_prefix_in_any_order():
-    rows = [[*drawn(10, 1), *drawn(length, length)] for length in (3, 8, 5)]
-    expected = next(i for i in range(99) if len({tuple(row[: i + 1]) for row in rows}) > 1)
-    for turn in range(3):
-        assert shared_prefix(rows[turn:] + rows[:turn]) == expected
-
-
 def test_packed_length_counts_what_is_shared_once():
     group = [[1, 2, 3, 4], [1, 2, 5], [1, 2, 6, 7, 8]]
     assert packed_length(group) == 2 + 2 + 1 + 3
     assert packed_length(group, cached=1) == packed_length(group) - 1
-
-
-# ---- Batches --------------------------------------------------------------------------------------------
-
-LENGTHS = [torch.randint(1, 90, (70,), generator=torch.Generator().manual_seed(s)).tolist() for s in range(3)]
-
-
-@pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("budget", [90, 200, 1000, 10**6])
-def test_every_index_once_within_the_budget(lengths, budget):
-    batches = packed_batches(lengths, budget)
-    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-    assert all(sum(lengths[i] for i in batch) <= budget for batch in batches)
-    for batch, following in zip(batches, batches[1:], strict=False):
-        assert sum(lengths[i] for i in batch) + lengths[following[0]] > budget  # as full as it can be
-        assert min(lengths[i] for i in batch) >= max(lengths[i] for i in following)
-
-
-def test_the_longest_come_first_and_ties_keep_their_order():
-    assert packed_batches([3, 5, 3, 5, 1], 10) == [[1, 3], [0, 2, 4]]
-
-
-def test_what_is_longer_than_the_budget_is_alone():
-    assert packed_batches([50, 4, 120, 4], 100) == [[2], [0, 1, 3]]
-    assert packed_batches([101, 100, 99], 100) == [[0], [1], [2]]
-    assert packed_batches([5, 3, 4], 1) == [[0], [2], [1]]
-
-
-def test_nothing_makes_no_batch():
-    assert packed_batches([], 100) == []

@@ -10,7 +10,7 @@ import torch
 from helpers.judges import MODELS, chunked
 from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
-from trl_rlaif.judging.scoring import ContinuationScorer, add, subtract, token_batches
+from trl_rlaif.judging.scoring import ContinuationScorer, add, subtract
 
 TOLERANCE = 5e-5  # nats against weights in float64; against the model itself it is less
 # Packed, packed with absolute positions, and padded.
@@ -192,40 +192,3 @@ def test_add_and_subtract(a, b):
 def test_nothing_and_nothing():
     assert add(-math.inf, -math.inf) == -math.inf
     assert subtract(-1.0, -1.0) == subtract(-1.0, -0.999) == subtract(-math.inf, -math.inf) == -math.inf
-
-
-# ---- Padded batches -------------------------------------------------------------------------------------
-
-LENGTHS = [torch.randint(1, 90, (70,), generator=torch.Generator().manual_seed(s)).tolist() for s in range(3)]
-
-
-@pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("budget", [90, 200, 1000, 10**6])
-def test_every_index_once_within_the_budget(lengths, budget):
-    batches = token_batches(lengths, budget)
-    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-    for batch in batches:
-        assert len(batch) * max(lengths[i] for i in batch) <= budget
-
-
-@pytest.mark.parametrize("lengths", LENGTHS)
-def test_batches_are_as_full_as_they_can_be(lengths):
-    batches = token_batches(lengths, 400)
-    for batch, following in zip(batches, batches[1:], strict=False):
-        width = max(lengths[i] for i in batch)
-        assert (len(batch) + 1) * width > 400
-        assert min(lengths[i] for i in batch) >= max(lengths[i] for i in following)
-
-
-def test_the_longest_come_first_and_ties_keep_their_order():
-    assert token_batches([3, 5, 3, 5, 1], 10) == [[1, 3], [0, 2, 4]]
-
-
-def test_what_is_longer_than_the_budget_is_alone():
-    assert token_batches([50, 4, 120, 4], 100) == [[2], [0, 1], [3]]
-    assert token_batches([101, 100, 99], 100) == [[0], [1], [2]]
-    assert token_batches([100, 1], 50) == [[0], [1]]
-
-
-def test_nothing_makes_no_batch():
-    assert token_batches([], 100) == []

@@ -18,7 +18,7 @@ from trl_rlaif.models.loading import keep_gradients
 from trl_rlaif.reward import scoring
 from trl_rlaif.reward.collator import SoftPreferenceCollator
 from trl_rlaif.reward.heads import add_expected
-from trl_rlaif.reward.packing import PADDING, PackedRow, pack, packed_mask, row_groups
+from trl_rlaif.reward.packing import PADDING, PackedRow, pack, packed_mask
 from trl_rlaif.reward.scoring import PairScorer, can_pack
 
 pytestmark = pytest.mark.trl
@@ -91,19 +91,6 @@ def test_everybody_sees_their_own_sequence_alone():
             for j, kind in enumerate(kinds):
                 own = kind == by or (kind == 0 and by != PADDING)
                 assert row[i][j] == (own and j <= i)
-
-
-@pytest.mark.parametrize("budget", [1, 50, 200, 10**6])
-def test_groups_are_of_like_length_and_within_the_budget(budget):
-    lengths = [40, 7, 90, 41, 39, 88, 90, 6, 33]
-    groups = row_groups(lengths, budget)
-    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
-    for group in groups:
-        longest = lengths[group[0]]
-        assert longest == max(lengths[i] for i in group)
-        assert len(group) == 1 or (longest * len(group) <= budget and min(lengths[i] for i in group) >= 0.8 * longest)
-    if budget == 10**6:
-        assert [len(group) for group in groups] == [3, 4, 2]
 
 
 @pytest.mark.parametrize("budget", [10**6, 24])

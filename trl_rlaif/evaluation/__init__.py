@@ -1,8 +1,7 @@
-"""Measures with their intervals (methods.md, section 6)."""
+"""Measures with their intervals."""
 
 from trl_rlaif.evaluation.calibration import calibration_bins, calibration_error, outcome_calibration_error
 from trl_rlaif.evaluation.categories import by_category, category_figures
-from trl_rlaif.evaluation.drift import compare_lengths, summarize_curve, summarize_kl
 from trl_rlaif.evaluation.intervals import bootstrap, bootstrap_mean, bootstrap_ratio, share_interval, wilson
 from trl_rlaif.evaluation.judges import cohen_kappa, fleiss_kappa, judge_agreement
 from trl_rlaif.evaluation.labels import (
@@ -13,6 +12,7 @@ from trl_rlaif.evaluation.labels import (
     summarize_mass,
 )
 from trl_rlaif.evaluation.length_control import length_controlled_win_rate
+from trl_rlaif.evaluation.lengths import compare_lengths
 from trl_rlaif.evaluation.points import agreement_points, choices, is_even, points
 from trl_rlaif.evaluation.ranking import pairwise_accuracy
 from trl_rlaif.evaluation.tournament import all_against_all
@@ -44,8 +44,6 @@ __all__ = [
     "points",
     "position_bias",
     "share_interval",
-    "summarize_curve",
-    "summarize_kl",
     "summarize_mass",
     "wilson",
     "win_rate",

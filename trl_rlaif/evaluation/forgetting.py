@@ -14,11 +14,12 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
+from trl_rlaif.batching import length_batches
 from trl_rlaif.distributed import failing_together
 from trl_rlaif.encoding import PromptLike, encode_prompt
 from trl_rlaif.errors import UserError
 from trl_rlaif.evaluation import win_rate
-from trl_rlaif.generation import length_batches, padded_together, sample_responses, seeded
+from trl_rlaif.generation import padded_together, sample_responses, seeded
 from trl_rlaif.models.kernels.fused_lora import cast_adapter
 from trl_rlaif.models.kernels.precision import autocast, cast_head
 from trl_rlaif.models.role_models import RoleModels

@@ -59,15 +59,12 @@ def length_controlled_win_rate(
         ValueError: A p outside [0, 1], a length that is not finite, or a penalty with which the fit does not converge
             or that is not above 0.
     """
-    table = np.array(list(zip(p, lengths, other_lengths, strict=True)), dtype=np.float64).reshape(-1, 3)
-    preferred, difference = table[:, 0], table[:, 1] - table[:, 2]
-    if not np.isfinite(table).all() or (preferred < 0).any() or (preferred > 1).any():
-        raise ValueError("length control needs probabilities in [0, 1] and finite lengths")
     if not penalty > 0:
         raise ValueError("the penalty must be above 0: without one the fit may have no solution")
-    if not len(table) or (np.ptp(difference) == 0 and difference[0] != 0):
+    preferred, difference = _checked(p, lengths, other_lengths)
+    if not len(preferred) or (np.ptp(difference) == 0 and difference[0] != 0):
         return None
-    once = np.ones((1, len(table)))
+    once = np.ones((1, len(preferred)))
     (intercept,), (slope,) = _fit(_covariate(difference, once), preferred, once, penalty)
     if np.isnan(intercept):
         raise ValueError(f"the fit does not converge with a penalty of {penalty}: raise it")
@@ -78,8 +75,16 @@ def length_controlled_win_rate(
         "slope": float(slope),
         "scale": float(_deviation(difference, once)[0, 0]),
         "longer": float((difference > 0).mean() + (difference == 0).mean() / 2),
-        "n": len(table),
+        "n": len(preferred),
     }
+
+
+def _checked(p: Sequence[float], lengths: Sequence[int], other_lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities and differences of the lengths, (N,) each."""
+    preferred, own, other = np.array([p, lengths, other_lengths], dtype=np.float64)
+    if not np.isfinite(own - other).all() or not ((preferred >= 0) & (preferred <= 1)).all():
+        raise ValueError("length control needs probabilities in [0, 1] and finite lengths")
+    return preferred, own - other
 
 
 def _interval(

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from itertools import takewhile
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,10 +13,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from trl_rlaif.batching import Tokens, shared_prefix
 from trl_rlaif.models.kernels.attention import refuse_own_mask, refuse_unknown, sliding_windows
 from trl_rlaif.models.kernels.trial import trial
 
-Tokens = Sequence[int]
 KeyValues = list[tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -152,34 +151,10 @@ def _packed(model: torch.nn.Module, layout: _Layout) -> Iterator[None]:
         _layout.reset(token)
 
 
-def shared_prefix(rows: Sequence[Tokens], least: int = 1) -> int:
-    """How many tokens all rows begin with; at least ``least`` tokens of each row stay outside."""
-    first, last = min(rows), max(rows)  # in lexicographic order these two differ the earliest
-    same = sum(1 for _ in takewhile(lambda ab: ab[0] == ab[1], zip(first, last, strict=False)))
-    return max(0, min(same, min(map(len, rows)) - least))
-
-
 def packed_length(group: Sequence[Tokens], cached: int = 0) -> int:
     """Tokens that a group takes in a packed row behind a cached prefix."""
     shared = shared_prefix(group)
     return shared - cached + sum(len(tokens) - shared for tokens in group)
-
-
-def packed_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices in batches whose lengths add up to at most a token budget.
-
-    The longest come first (memory trouble shows at once); one that exceeds the budget is a batch of its own.
-    The result depends on the lengths alone.
-    """
-    batches: list[list[int]] = []
-    free = 0
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if not batches or lengths[i] > free:
-            batches.append([])
-            free = budget
-        batches[-1].append(i)
-        free -= lengths[i]
-    return batches
 
 
 class PackedModel:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
-from trl_rlaif.judging.packed import PackedModel, Tokens, packed_batches, packed_length, shared_prefix
+from trl_rlaif.batching import Tokens, packed_batches, pad_rows, shared_prefix, token_batches
+from trl_rlaif.judging.packed import PackedModel, packed_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,45 +77,19 @@ class ContinuationScorer:
 
     def _padded(self, groups: Sequence[Sequence[Tokens]]) -> torch.Tensor:
         """Padded on the right: no token sees what comes after it, and a recurrent state has read nothing before it."""
-        rows = [torch.as_tensor(tokens) for group in groups for tokens in group]
-        ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
-        lengths = torch.tensor([len(row) for row in rows])
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        wanted = lengths[:, None] + torch.arange(-self._keep, 0)
+        ids, mask = pad_rows((tokens for group in groups for tokens in group), self.pad_id)
+        wanted = mask.sum(1, keepdim=True) + torch.arange(-self._keep, 0)
         # The head computes the same positions of all rows; each row's own are picked from these.
         positions, picked = wanted.unique(return_inverse=True)
-        ids, mask, positions, picked = (tensor.to(self.model.device) for tensor in (ids, mask, positions, picked))
+        ids, mask, positions, picked = (x.to(self.model.device) for x in (ids, mask.long(), positions, picked))
         logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=positions).logits
-        return logits[torch.arange(len(rows), device=logits.device)[:, None], picked]
+        return logits[torch.arange(len(ids), device=logits.device)[:, None], picked]
 
 
 def _maximal_prefixes(continuations: Sequence[Tokens]) -> list[tuple[int, ...]]:
     """What must stand behind the context so that every continuation's tokens are predicted once."""
     prefixes = {tuple(c[:-1]) for c in continuations}
     return sorted(p for p in prefixes if not any(q != p and q[: len(p)] == p for q in prefixes))
-
-
-def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices in batches of like length whose padded size stays within a token budget.
-
-    Args:
-        lengths: Tokens of each item.
-        budget: Most tokens in a batch, padding counted; an item longer than that is a batch of its own.
-
-    Returns:
-        Batches, the longest first (memory trouble shows at once); ties keep their order. The result
-        depends on the lengths alone.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    batches: list[list[int]] = []
-    width = 0
-    for i in order:
-        if batches and (len(batches[-1]) + 1) * width <= budget:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-            width = lengths[i]
-    return batches
 
 
 def subtract(whole: float, part: float) -> float:

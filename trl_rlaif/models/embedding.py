@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
-from trl_rlaif.judging.scoring import token_batches
+from trl_rlaif.batching import pad_rows, token_batches
 from trl_rlaif.models.shared_model import backbone
 
 if TYPE_CHECKING:
@@ -32,8 +31,7 @@ def mean_hidden_states(model: nn.Module, prompts: Sequence[Sequence[int]], *, ba
     device = next(model.parameters()).device
     found: torch.Tensor | None = None
     for batch in token_batches([len(p) for p in prompts], batch_tokens):
-        ids = pad_sequence([torch.as_tensor(prompts[i]) for i in batch], batch_first=True).to(device)
-        mask = pad_sequence([torch.ones(len(prompts[i]), dtype=torch.long) for i in batch], batch_first=True).to(device)
+        ids, mask = (x.to(device, torch.long) for x in pad_rows(prompts[i] for i in batch))
         hidden = backbone(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.float()
         means = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         if found is None:

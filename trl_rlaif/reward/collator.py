@@ -10,7 +10,7 @@ import torch
 from trl import extract_prompt
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from trl_rlaif.judging.packed import shared_prefix
+from trl_rlaif.batching import shared_prefix
 from trl_rlaif.reward.packing import pack, packed_row_of
 
 if TYPE_CHECKING:

@@ -7,10 +7,9 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
+from trl_rlaif.batching import pad_rows, token_batches
 from trl_rlaif.errors import UserError
-from trl_rlaif.judging.scoring import token_batches
 from trl_rlaif.models.kernels.logprob_head import is_plain, token_logprobs_of
 from trl_rlaif.models.shared_model import backbone, inner_model
 
@@ -37,10 +36,7 @@ def response_logprobs(
     inner, device = inner_model(model), next(model.parameters()).device
     found = torch.zeros(len(sequences), dtype=torch.float64)
     for batch in token_batches([len(s) for s in sequences], batch_tokens):
-        ids = pad_sequence([torch.as_tensor(sequences[i]) for i in batch], batch_first=True).to(device)
-        mask = pad_sequence([torch.ones(len(sequences[i]), dtype=torch.long) for i in batch], batch_first=True).to(
-            device
-        )
+        ids, mask = (x.to(device, torch.long) for x in pad_rows(sequences[i] for i in batch))
         first = torch.tensor([prompt_lengths[i] for i in batch], device=device)
         wanted = mask.bool() & (torch.arange(mask.shape[1], device=device) >= first[:, None])
         before = wanted.roll(-1, 1)  # the position that a token is read at is the one before it

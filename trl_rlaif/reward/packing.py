@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from trl_rlaif.judging.packed import shared_prefix
+from trl_rlaif.batching import pad_rows, shared_prefix
 
 PREFIX, CHOSEN, REJECTED, PADDING = 0, 1, 2, 3
 
@@ -60,44 +60,18 @@ def packed_mask(segments: torch.Tensor) -> torch.Tensor:
     return seen.tril()[:, None]
 
 
-def row_groups(lengths: list[int], budget: int, slack: float = 0.8) -> list[list[int]]:
-    """Rows to compute together: of like length, and within a token budget.
-
-    Args:
-        lengths: Tokens of each row.
-        budget: Most tokens of a group, padding counted; a longer row is a group of its own.
-        slack: The shortest row of a group has at least this share of the longest one's tokens.
-
-    Returns:
-        Indices by group, the longest rows first.
-    """
-    groups: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        longest = lengths[groups[-1][0]] if groups else 0
-        if groups and lengths[i] >= slack * longest and longest * (len(groups[-1]) + 1) <= budget:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups
-
-
 def pack(rows: list[PackedRow], pad_id: int) -> dict[str, torch.Tensor]:
     """A batch of packed rows, padded on the right.
 
     Returns:
         input_ids, position_ids, segments and attention_mask, (B, S) int64 each, and ends, (B, 3) int64.
     """
-    width = max(len(row.ids) for row in rows)
-
-    def filled(name: str, value: int) -> torch.Tensor:
-        return torch.tensor([getattr(row, name) + [value] * (width - len(row.ids)) for row in rows])
-
-    segments = filled("segments", PADDING)
+    ids, mask = pad_rows((row.ids for row in rows), pad_id)
     return {
-        "input_ids": filled("ids", pad_id),
-        "position_ids": filled("positions", 0),
-        "segments": segments,
-        "attention_mask": (segments != PADDING).long(),
+        "input_ids": ids,
+        "position_ids": pad_rows(row.positions for row in rows)[0],
+        "segments": pad_rows((row.segments for row in rows), PADDING)[0],
+        "attention_mask": mask.long(),
         "ends": torch.tensor([row.ends for row in rows]),
     }
 

@@ -11,15 +11,15 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from trl_rlaif.batching import packed_batches, token_batches
 from trl_rlaif.errors import UserError
-from trl_rlaif.judging.packed import packed_batches
 from trl_rlaif.models.kernels import attention
 from trl_rlaif.models.kernels.attention import PairRows, sliding_windows, trainable_attention
 from trl_rlaif.models.kernels.trial import trial
 from trl_rlaif.models.shared_model import backbone, inner_model
 from trl_rlaif.reward.collator import SoftPreferenceCollator
 from trl_rlaif.reward.heads import active_head
-from trl_rlaif.reward.packing import CHOSEN, PADDING, PREFIX, REJECTED, PackedRow, pack, packed_mask, row_groups
+from trl_rlaif.reward.packing import CHOSEN, PADDING, PREFIX, REJECTED, PackedRow, pack, packed_mask
 
 
 class PairScorer:
@@ -74,7 +74,7 @@ class PairScorer:
         elif any(sliding_windows(inner.config.get_text_config())):
             raise UserError("Packed pairs cannot keep to this model's sliding windows here.", fix="packing=False")
         else:
-            groups, compute = row_groups(lengths, self.batch_tokens), self._below_each_other
+            groups, compute = token_batches(lengths, self.batch_tokens, slack=0.8), self._below_each_other
         found = []
         for group in groups:
             rows, width = torch.tensor(group, device=inputs["input_ids"].device), lengths[group[0]]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from trl_rlaif.batching import equal_lengths
 from trl_rlaif.models.kernels.logprob_head import is_plain, token_logprobs_of
 from trl_rlaif.models.role_models import RoleModels
 from trl_rlaif.models.shared_model import backbone, inner_model
@@ -64,8 +65,7 @@ def equal_prompts(mask: torch.Tensor, rows: torch.Tensor) -> list[torch.Tensor]:
         mask: (B, P) bool, True where a prompt token stands.
         rows: (N,) int64, which, on the CPU.
     """
-    lengths = mask.sum(1).cpu()[rows]
-    return [rows[lengths == length] for length in lengths.unique()]
+    return [rows[group] for group in equal_lengths(mask.sum(1).cpu()[rows].tolist())]
 
 
 def logprobs(

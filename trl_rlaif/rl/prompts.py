@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trl_rlaif.batching import pad_rows
 from trl_rlaif.encoding import as_rendered, encode_prompt, is_rendered
 from trl_rlaif.errors import UserError
 
@@ -94,13 +95,10 @@ class PromptCollator:
     tokenizer: PreTrainedTokenizerBase
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        width = max(len(row["input_ids"]) for row in rows)
-        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
-        mask = torch.zeros((len(rows), width), dtype=torch.long)
-        for i, row in enumerate(rows):
-            tokens = torch.as_tensor(row["input_ids"])
-            ids[i, width - len(tokens) :] = tokens
-            mask[i, width - len(tokens) :] = torch.as_tensor(row.get("attention_mask", 1))
+        ids, mask = pad_rows((row["input_ids"] for row in rows), self.tokenizer.pad_token_id, left=True)
+        mask = mask.long()
+        if "attention_mask" in rows[0]:
+            mask = pad_rows((row["attention_mask"] for row in rows), left=True)[0]
         prompts = (
             [row["prompt"] for row in rows]
             if "prompt" in rows[0]

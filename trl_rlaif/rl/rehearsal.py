@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
+from trl_rlaif.batching import pad_rows
 from trl_rlaif.encoding import encode_prompt, encode_response
 from trl_rlaif.errors import UserError
 from trl_rlaif.types import RehearsalPair, Rollout
@@ -90,19 +90,14 @@ def as_rollout(pairs: Sequence[RehearsalPair], device: torch.device, ended: Sequ
     Args:
         ended: Whether each response has; None: all have.
     """
-    prompts = [torch.tensor(pair.prompt_ids) for pair in pairs]
-    responses = [torch.tensor(pair.response_ids) for pair in pairs]
-    prompt_ids, mask = (
-        pad_sequence(rows, batch_first=True, padding_side="left").to(device)
-        for rows in (prompts, [torch.ones(len(ids), dtype=torch.bool) for ids in prompts])
-    )
-    response_ids = pad_sequence(responses, batch_first=True).to(device)
+    prompt_ids, prompt_mask = (x.to(device) for x in pad_rows((pair.prompt_ids for pair in pairs), left=True))
+    response_ids, mask = (x.to(device) for x in pad_rows(pair.response_ids for pair in pairs))
     zeros = torch.zeros(response_ids.shape, device=device)
     return Rollout(
         prompt_ids=prompt_ids,
-        prompt_mask=mask,
+        prompt_mask=prompt_mask,
         response_ids=response_ids,
-        lengths=torch.tensor([len(ids) for ids in responses], device=device),
+        lengths=mask.sum(1),
         ended=torch.tensor([True] * len(pairs) if ended is None else list(ended), device=device),
         logprobs=zeros,
         ref_logprobs=zeros,

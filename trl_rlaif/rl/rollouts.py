@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from trl_rlaif.batching import pad_rows
 from trl_rlaif.generation import bare_generation_config
 from trl_rlaif.models.kernels.block_cache import block_cache
 from trl_rlaif.responses import ResponseReader
@@ -123,7 +123,7 @@ def scored_rows(rollout: Rollout, reader: ResponseReader) -> Rollout:
     appended: a score is read at the end of a turn, whether or not the policy came to it.
     """
     rows = [
-        torch.tensor(reader.row(ids[:n], prompt[mask].tolist()))
+        reader.row(ids[:n], prompt[mask].tolist())
         for ids, n, prompt, mask in zip(
             rollout.response_ids.tolist(),
             rollout.lengths.tolist(),
@@ -132,9 +132,8 @@ def scored_rows(rollout: Rollout, reader: ResponseReader) -> Rollout:
             strict=True,
         )
     ]
-    device = rollout.lengths.device
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    return replace(rollout, response_ids=pad_sequence(rows, batch_first=True).to(device), lengths=lengths)
+    response_ids, mask = (x.to(rollout.lengths.device) for x in pad_rows(rows))
+    return replace(rollout, response_ids=response_ids, lengths=mask.sum(1))
 
 
 def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout:

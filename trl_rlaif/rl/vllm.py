@@ -15,6 +15,7 @@ from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 from trl.import_utils import is_vllm_available
 
+from trl_rlaif.batching import pad_rows
 from trl_rlaif.errors import UserError
 from trl_rlaif.models.role_models import RoleModels
 
@@ -78,10 +79,7 @@ class VLLMSampler:
             self._hand_over(model)
             self._engine.temperature = temperature if temperature >= _LOWEST_TEMPERATURE else 0.0
             _, responses, *_ = self._engine.generate(prompts=prompts, images=None, num_generations=1)
-        found = prompt_ids.new_full((len(responses), max(map(len, responses))), self.tokenizer.pad_token_id)
-        for row, response in zip(found, responses, strict=True):
-            row[: len(response)] = row.new_tensor(response)
-        return found
+        return pad_rows(responses, self.tokenizer.pad_token_id)[0].to(prompt_ids.device)
 
     def _start(self, model: nn.Module) -> VLLMGeneration:
         from trl.generation.vllm_generation import VLLMGeneration

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trl_rlaif.batching import length_batches, token_batches
 from trl_rlaif.data import Prompt
 from trl_rlaif.data.overlap import prompt_key
 from trl_rlaif.evaluation import bootstrap_mean, win_rate
 from trl_rlaif.evaluation.forgetting import answer_pair, better_half, mean_nll
 from trl_rlaif.evaluation.judge_panel import MAIN, ask_judges, check_servers, judged_numbers
-from trl_rlaif.generation import length_batches, padded_together, sample_responses, seeded
-from trl_rlaif.judging.scoring import token_batches
+from trl_rlaif.generation import padded_together, sample_responses, seeded
 from trl_rlaif.models.role_models import SharedRoleModels
 from trl_rlaif.models.shared_model import SharedBase
 from trl_rlaif.pipeline.artifacts import to_line, write_atomically

@@ -8,11 +8,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+from trl_rlaif.batching import length_batches
 from trl_rlaif.data import Pair, Prompt
 from trl_rlaif.data.splitting import unusable
 from trl_rlaif.encoding import is_rendered, without_end_of_turn
 from trl_rlaif.errors import UserError
-from trl_rlaif.generation import length_batches, sample_responses, seeded
+from trl_rlaif.generation import sample_responses, seeded
 from trl_rlaif.pipeline.artifacts import append_lines, read_lines, to_line, write_atomically
 from trl_rlaif.pipeline.context import Context, pair_row
 from trl_rlaif.progress import progress_bar

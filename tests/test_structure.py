@@ -1,0 +1,155 @@
+"""The shape of the code: no import circles, no long functions, nothing written twice."""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = {
+    ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
+    for root in (ROOT, ROOT / "plugins")
+    for path in sorted(root.glob("trl_rlaif*/**/*.py"))
+}
+# Being rebuilt; to be empty.
+KNOWN = {
+    "trl_rlaif.evaluation.forgetting",
+    "trl_rlaif.rl.ppo.trainer",
+    "trl_rlaif.rl.prompts",
+    "trl_rlaif.rl.selection",
+}
+LONGEST = 60
+TWICE = 6
+
+
+def tree(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+# ---- Imports --------------------------------------------------------------------------------------------
+
+
+def at_run_time(body):
+    """The statements that run when a module is imported: not in functions, not under TYPE_CHECKING."""
+    for node in body:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            yield from at_run_time(node.orelse)
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+            for block in ("body", "orelse", "finalbody"):
+                yield from at_run_time(getattr(node, block, []))
+            for handler in getattr(node, "handlers", []):
+                yield from at_run_time(handler.body)
+
+
+def imported(body):
+    """The dotted names that a module's statements import; a name taken from a module may be a module itself."""
+    for node in at_run_time(body):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def circle(bodies):
+    """The modules of an import circle, or None. To import a module is to import the packages around it first."""
+    graph = defaultdict(set)
+    for name, body in bodies.items():
+        for target in imported(body):
+            parts = target.split(".")
+            around = {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
+            # The packages around the importing module itself are being imported already.
+            graph[name] |= {m for m in around if m in bodies and m != name and not name.startswith(f"{m}.")}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return None
+
+
+def test_no_import_circles():
+    assert circle({name: tree(path).body for name, path in FILES.items()}) is None
+
+
+@pytest.mark.parametrize(
+    ("back", "found"),
+    [
+        ("from a import f", True),
+        ("import a", True),
+        ("try:\n    import a\nexcept ImportError:\n    pass", True),
+        ("class B:\n    import a", True),
+        ("def g():\n    import a", False),
+        ("if TYPE_CHECKING:\n    import a", False),
+    ],
+)
+def test_a_circle_is_seen(back, found):
+    sources = {"a": "from b import g", "b": back}
+    assert (circle({name: ast.parse(text).body for name, text in sources.items()}) is not None) == found
+
+
+def test_evaluation_does_not_import_rl():
+    importing = {
+        name
+        for name, path in FILES.items()
+        if name.startswith("trl_rlaif.evaluation") and name not in KNOWN
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("trl_rlaif.rl")
+    }
+    assert importing == set()
+
+
+# ---- Functions ------------------------------------------------------------------------------------------
+
+
+def test_functions_are_short():
+    found = {
+        f"{name}.{node.name}": node.end_lineno - node.lineno + 1
+        for name, path in FILES.items()
+        if name not in KNOWN
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert {name: lines for name, lines in found.items() if lines >= LONGEST} == {}
+
+
+# ---- Repetition -----------------------------------------------------------------------------------------
+
+
+def code_lines(module):
+    """(line number, text) of the code of a module, as ast writes it: no imports, docstrings, signatures, comments."""
+    for node in ast.walk(module):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [part for part in body if not isinstance(part, ast.Import | ast.ImportFrom)]
+            first = node.body[0] if node.body else None
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                node.body = node.body[1:]
+            node.body = node.body or [ast.Pass()]
+    text = ast.unparse(module).splitlines()
+    skipped = ("def ", "async def ", "class ", "@", "pass")
+    return [line.strip() for line in text if line and not line.strip().startswith(skipped)]
+
+
+def repeated(modules):
+    """Runs of ``TWICE`` lines that are in two places: the first line of each, with the modules."""
+    seen = defaultdict(list)
+    for name, module in modules.items():
+        lines = code_lines(module)
+        for start in range(len(lines) - TWICE + 1):
+            seen[tuple(lines[start : start + TWICE])].append(name)
+    return {lines: names for lines, names in seen.items() if len(names) > 1}
+
+
+def test_nothing_is_written_twice():
+    assert repeated({name: tree(path) for name, path in FILES.items()}) == {}
+
+
+def test_repetition_is_seen():
+    lines = [f"x{i} = f({i})" for i in range(TWICE)]
+    one, another = "\n".join(lines), "def f():\n    'Doc.'\n" + "\n".join(f"    {line}  # why" for line in lines)
+    assert repeated({"a": ast.parse(one), "b": ast.parse(another)})
+    assert not repeated({"a": ast.parse(one), "b": ast.parse("\n".join(lines[:-1]))})

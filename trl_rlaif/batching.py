@@ -1,0 +1,75 @@
+"""Which sequences share a forward pass, and how they are padded.
+
+The batches follow from the lengths alone: a run repeated or resumed computes the same sequences together, to the last
+digit. The longest come first, so that trouble with memory shows at once; sequences of equal length keep their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import takewhile
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+Tokens = Sequence[int]
+
+
+def length_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Indices in batches of ``size`` of like length."""
+    return _batches(lengths, lambda batch, _: len(batch) < size)
+
+
+def token_batches(lengths: Sequence[int], budget: int, *, slack: float = 0.0) -> list[list[int]]:
+    """Indices in batches of like length whose padded size is within a token budget.
+
+    Args:
+        lengths: Tokens of each item.
+        budget: Most tokens in a batch, padding counted; a longer item is a batch of its own.
+        slack: The shortest item of a batch has at least this share of the longest one's tokens.
+    """
+    return _batches(lengths, lambda batch, n: n >= slack * batch[0] and (len(batch) + 1) * batch[0] <= budget)
+
+
+def packed_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices in batches whose lengths add up to at most a token budget; a longer item is a batch of its own."""
+    return _batches(lengths, lambda batch, n: sum(batch) + n <= budget)
+
+
+def _batches(lengths: Sequence[int], fits: Callable[[list[int], int], bool]) -> list[list[int]]:
+    """Greedy batches; ``fits`` gets the lengths of the open one and the length of the next item."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and fits([lengths[j] for j in batches[-1]], lengths[i]):
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def equal_lengths(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices by length, the shortest first: batches without any padding, of a size that nobody chose."""
+    return [[i for i, n in enumerate(lengths) if n == length] for length in sorted(set(lengths))]
+
+
+def pad_rows(
+    rows: Iterable[Sequence[int] | torch.Tensor], value: int = 0, *, left: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of different lengths as one tensor.
+
+    Returns:
+        (rows, mask): (B, longest) int64, padded with ``value`` on the right, or on the ``left``, and (B, longest) bool,
+        False on padding.
+    """
+    tensors = [torch.as_tensor(row, dtype=torch.long) for row in rows]
+    side = "left" if left else "right"
+    padded = pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
+    kept = [torch.ones(len(row), dtype=torch.bool) for row in tensors]
+    return padded, pad_sequence(kept, batch_first=True, padding_side=side)
+
+
+def shared_prefix(rows: Sequence[Tokens], least: int = 1) -> int:
+    """How many tokens all rows begin with; at least ``least`` tokens of each row are left out of it."""
+    first, last = min(rows), max(rows)  # in lexicographic order these two differ the earliest
+    same = sum(1 for _ in takewhile(lambda ab: ab[0] == ab[1], zip(first, last, strict=False)))
+    return max(0, min(same, min(map(len, rows)) - least))
