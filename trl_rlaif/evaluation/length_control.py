@@ -47,13 +47,12 @@ def length_controlled_win_rate(
         seed: Of the bootstrap.
 
     Returns:
-        ``win_rate`` and its ``interval`` (95%, bootstrap over the prompts with two wins and two losses at equal length
-        added to them; None where they are too few);
-        ``uncontrolled``, the mean of p, which the same fit gives without x; ``slope``, b: positive where the longer
-        response is preferred; ``scale``, s; ``longer``, the share of prompts on which A is longer (half for equal
-        lengths): near 0 or 1 there was hardly anything to see at equal lengths, and the win rate there is extrapolated;
-        ``n``. None without prompts, and where the difference is the same on all of them and not zero, for then length
-        and quality cannot be told apart.
+        ``win_rate`` and its ``interval`` (95%, bootstrap over prompts, with two wins and losses at equal length added;
+        None for too few prompts); ``uncontrolled``, the mean of p, which the same fit gives without x; ``slope``, b:
+        positive where the longer response is preferred; ``scale``, s; ``longer``, the share of prompts on which A is
+        longer (half for equal lengths): near 0 or 1 the win rate at equal lengths is extrapolated; ``n``. None without
+        prompts, and where the difference is the same on all of them and not zero: length and quality cannot then be
+        told apart.
 
     Raises:
         ValueError: A p outside [0, 1], a length that is not finite, or a penalty with which the fit does not converge
