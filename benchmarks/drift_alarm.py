@@ -75,7 +75,7 @@ def _first_alarm(seed: int, shape: str, group: int, kind: str, size: float) -> i
             scores = (scores - kinds + generator.standard_normal(RESPONSES // group).repeat(group)) / 2**0.5 + kinds
         rise = size * (update / (UPDATES - 1) if kind == "in a line" else update >= UPDATES // 4)
         scores = scores + np.where(kinds == 0, rise, 0.0)
-        regulator.transform(torch.tensor(scores, dtype=torch.float32), _rollout(kinds, group))
+        regulator.transform(torch.tensor(scores, dtype=torch.float32), _batch(kinds, group))
         alarms = regulator.metrics()
         watched = range(CATEGORIES) if not size else [0]
         if any(alarms.get(f"regulator/c{i}/drift") for i in watched):
@@ -83,15 +83,12 @@ def _first_alarm(seed: int, shape: str, group: int, kind: str, size: float) -> i
     return None
 
 
-def _rollout(kinds: np.ndarray, group: int) -> SimpleNamespace:
-    """As much of a rollout as the regulator reads: 20 nats per response from the reference."""
-    mask = torch.ones(len(kinds), 1, dtype=torch.bool)
+def _batch(kinds: np.ndarray, group: int) -> SimpleNamespace:
+    """As much of a batch as the regulator reads: 20 nats per response from the reference."""
     return SimpleNamespace(
         prompts=[f"prompt {i // group}" for i in range(len(kinds))],
         categories=[f"c{kind}" for kind in kinds],
-        logprobs=torch.full(mask.shape, 20.0),
-        ref_logprobs=torch.zeros(mask.shape),
-        masks=lambda: (mask, mask),
+        kl=torch.full((len(kinds),), 20.0),
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -31,9 +30,8 @@ from trl_rlaif.judging.prompt import JudgePrompt
 from trl_rlaif.recipe import prompt_folder
 from trl_rlaif.reward.heads import active_head
 from trl_rlaif.reward.log_ratios import add_log_ratios
-from trl_rlaif.rl.rehearsal import as_rollout
 from trl_rlaif.testing.models import make_llama, make_scorer, make_tokenizer
-from trl_rlaif.types import RehearsalPair
+from trl_rlaif.types import ScoredBatch
 
 WORDS = "quick brown fox lazy dog capital city country judge over".split()
 PAIRS = [
@@ -197,9 +195,10 @@ def regulator_difference() -> float:
     raw = {name: (std * draw.standard_normal(5600) + mean).astype(np.float32) for name, (std, mean) in shapes.items()}
     categories = [name for name in raw for _ in raw[name]]
     every = torch.tensor(np.concatenate(list(raw.values())))
-    rollout = as_rollout([RehearsalPair("", "", None, None, "", [1], [1])] * len(every), torch.device("cpu"))
-    rollout = replace(rollout, columns={"category": categories})
-    found = DistributionRegulator().transform_pool(every, rollout).double().numpy()
+    nothing = torch.zeros(len(every))
+    texts = [""] * len(every)
+    batch = ScoredBatch(texts, texts, nothing.long(), nothing, {"category": categories})
+    found = DistributionRegulator().transform_pool(every, batch).double().numpy()
     z = np.concatenate([(x - x.mean()) / x.std() for x in (x.astype(np.float64) for x in raw.values())])
     within = math.sqrt(sum(x.astype(np.float64).var() for x in raw.values()) / len(raw))
     expected = min(within, 1.0) * 3 * np.tanh(z / 3)

@@ -20,7 +20,7 @@ import trl_rlaif
 from trl_rlaif import UserError, hookspecs, testing
 from trl_rlaif.data import Pair
 from trl_rlaif.plugins import ENTRY_POINT_GROUP, KINDS, build_plugins
-from trl_rlaif.testing import make_rollout
+from trl_rlaif.testing import make_rollout, make_scored_batch
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -127,14 +127,12 @@ def test_the_http_judge_skips_what_the_server_cannot_judge(monkeypatch):
 
 def test_the_mix_is_in_units_of_the_rewards_spreads(monkeypatch):
     module, _ = _plugin(_examples()["A transform that mixes two rewards"][0][1], monkeypatch)
-    rollout = make_rollout(2)
-    rollout = replace(
-        rollout, reward_parts={"model": torch.tensor([100.0, -100.0]), "direct": torch.tensor([0.0, 0.2])}
-    )
-    mixed = module.Mix(weights={"model": 1.0, "direct": 0.5}).transform(torch.zeros(2), rollout)
+    parts = {"model": torch.tensor([100.0, -100.0]), "direct": torch.tensor([0.0, 0.2])}
+    batch = replace(make_scored_batch(2), parts=parts)
+    mixed = module.Mix(weights={"model": 1.0, "direct": 0.5}).transform(torch.zeros(2), batch)
     assert mixed.tolist() == pytest.approx([1.0, -1.0 + 0.5 * math.sqrt(2)])
     with pytest.raises(UserError, match="no reward 'other'"):
-        module.Mix(weights={"other": 1.0}).transform(torch.zeros(2), rollout)
+        module.Mix(weights={"other": 1.0}).transform(torch.zeros(2), batch)
 
 
 def test_the_watching_plugin_watches(monkeypatch, capsys):

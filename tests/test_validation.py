@@ -18,7 +18,7 @@ from trl_rlaif.plugins import ENTRY_POINT_GROUP, Registered, build_plugins
 from trl_rlaif.reward.trainer import RewardTrainer
 from trl_rlaif.rl.reward_functions import call_rewards
 from trl_rlaif.rl.selection import responses_needed, select
-from trl_rlaif.testing import make_pairs, make_pool, make_preference_scores, make_rollout
+from trl_rlaif.testing import make_pairs, make_pool, make_preference_scores, make_rollout, make_scored_batch
 from trl_rlaif.validation import ComponentError, Origin, RewardError, tagged, validated
 
 WHERE = "my.yaml:7"
@@ -119,20 +119,20 @@ def test_an_interruption_is_nobodys_fault():
 @pytest.mark.parametrize(
     ("transform", "parts"),
     [
-        (lambda self, scores, rollout: scores.mean(), ["returns the shape () for (6,)"]),
-        (lambda self, scores, rollout: scores[1:], ["returns the shape (5,) for (6,)"]),
-        (lambda self, scores, rollout: scores / 0, ["not finite", "Guard divisions"]),
-        (lambda self, scores, rollout: scores.double(), ["returns torch.float64", ".float()"]),
-        (lambda self, scores, rollout: scores > 0, ["returns torch.bool"]),
-        (lambda self, scores, rollout: scores.to("meta"), ["returns scores on meta for cpu"]),
-        (lambda self, scores, rollout: None, ["returns a NoneType"]),
-        (lambda self, scores, rollout: scores.tolist(), ["returns a list"]),
+        (lambda self, scores, batch: scores.mean(), ["returns the shape () for (6,)"]),
+        (lambda self, scores, batch: scores[1:], ["returns the shape (5,) for (6,)"]),
+        (lambda self, scores, batch: scores / 0, ["not finite", "Guard divisions"]),
+        (lambda self, scores, batch: scores.double(), ["returns torch.float64", ".float()"]),
+        (lambda self, scores, batch: scores > 0, ["returns torch.bool"]),
+        (lambda self, scores, batch: scores.to("meta"), ["returns scores on meta for cpu"]),
+        (lambda self, scores, batch: None, ["returns a NoneType"]),
+        (lambda self, scores, batch: scores.tolist(), ["returns a list"]),
         (_raise, ["failed in transform(): ValueError: no such word."]),
     ],
 )
 def test_a_transforms_scores(transform, parts):
     component = _picked("reward_transform", RewardTransform, transform=transform)
-    _message("reward transform", lambda: component.transform(torch.ones(6), make_rollout()), *parts)
+    _message("reward transform", lambda: component.transform(torch.ones(6), make_scored_batch()), *parts)
 
 
 @pytest.mark.parametrize(
@@ -264,12 +264,12 @@ def test_what_no_recipe_picked_raises_what_it_raises():
 
 def test_a_guard_is_set_once_and_a_component_stays_what_it_is():
     class Doubled(RewardTransform):
-        def transform(self, scores, rollout):
+        def transform(self, scores, batch):
             return 2 * scores
 
     component = Doubled()
     assert validated(validated(component)) is component and type(component) is Doubled
-    assert component.transform(torch.ones(3), make_rollout(3)).tolist() == [2.0] * 3
+    assert component.transform(torch.ones(3), make_scored_batch(3)).tolist() == [2.0] * 3
     assert component.loss(make_preference_scores()) is None
 
 
@@ -297,7 +297,7 @@ class Words(Labeler):
 class Calm(RewardTransform):
     total = 0.0
 
-    def transform(self, scores, rollout):
+    def transform(self, scores, batch):
         self.total += scores.sum().item()
         return scores[:1] if Trouble.at("reward transform") else scores - self.total / 100
 
@@ -386,7 +386,7 @@ def length(prompts, completions, completion_ids, **columns):
 
 
 def test_a_run_of_rl_goes_on_as_if_nothing_had_happened(trouble, tiny_model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "test_contracts", sys.modules[__name__])
+    monkeypatch.setitem(sys.modules, "test_validation", sys.modules[__name__])
     (tmp_path / "rewards.py").write_text(REWARD)
     rl = {"rewards": ["rewards.py:length"], "transforms": ["acme"], "selectors": ["acme"], "selection_every": 2}
     rest = dict.fromkeys(("sample", "label", "reward", "evaluate", "report"))

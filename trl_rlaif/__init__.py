@@ -30,6 +30,7 @@ _LAZY = {
     "PreferenceScores": "trl_rlaif.types",
     "RehearsalPair": "trl_rlaif.types",
     "Rollout": "trl_rlaif.types",
+    "ScoredBatch": "trl_rlaif.types",
     "Selection": "trl_rlaif.types",
     "as_text": "trl_rlaif.encoding",
     "set_template_kwargs": "trl_rlaif.encoding",
@@ -65,7 +66,7 @@ if TYPE_CHECKING:
     from trl_rlaif.rl.ppo.config import PPOConfig
     from trl_rlaif.rl.ppo.trainer import PPOTrainer
     from trl_rlaif.rl.rejection import RejectionTrainer
-    from trl_rlaif.types import Label, Pool, PreferenceScores, RehearsalPair, Rollout, Selection
+    from trl_rlaif.types import Label, Pool, PreferenceScores, RehearsalPair, Rollout, ScoredBatch, Selection
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from trl_rlaif.data import Pair
     from trl_rlaif.judging import Judge
-    from trl_rlaif.types import Label, Pool, PreferenceScores, Rollout, Selection
+    from trl_rlaif.types import Label, Pool, PreferenceScores, ScoredBatch, Selection
 
 
 class Options(BaseModel):
@@ -68,8 +68,8 @@ class RewardTransform(Component):
 
     Attributes:
         needs_expected: The reward model gets a second output, e(x), read at the last prompt token.
-        needs_kl: ``transform`` reads the rollout's ``logprobs`` or ``ref_logprobs``. RLOO and GRPO compute them for
-            such a transform alone; they cost two forward passes over every response.
+        needs_kl: ``transform`` reads the batch's ``kl``. RLOO and GRPO compute it for such a transform alone, with two
+            forward passes over every response.
     """
 
     needs_expected: ClassVar[bool] = False
@@ -79,22 +79,22 @@ class RewardTransform(Component):
         """Mean loss over the comparisons (a scalar), or None to leave the trainer's own."""
         return None
 
-    def transform(self, scores: torch.Tensor, rollout: Rollout) -> torch.Tensor:
-        """Map scores, shape (batch,), float32, to scores of the same shape. May update the state.
+    def transform(self, scores: torch.Tensor, batch: ScoredBatch) -> torch.Tensor:
+        """Map scores, (B,) float32, to scores of the same shape. May update the state.
 
         Responses without a reward are left out of both arguments. Of several processes, one whose responses all lack
         a reward is given a batch of 0, so that a transform which gathers scores waits for nobody.
         """
         return scores
 
-    def transform_pool(self, scores: torch.Tensor, rollout: Rollout) -> torch.Tensor:
+    def transform_pool(self, scores: torch.Tensor, batch: ScoredBatch) -> torch.Tensor:
         """Map the scores of a whole pool of responses, which are compared with each other and with nothing else.
 
         Called once per pool, by every process with its share of it: for data selectors, in rejection sampling, and for
         the reward model's held-out pairs. By default the same as ``transform`` of one large batch. A transform that
         remembers earlier scores overrides it, and maps the pool by the pool's own figures.
         """
-        return self.transform(scores, rollout)
+        return self.transform(scores, batch)
 
     def metrics(self) -> dict[str, float]:
         """Numbers to log after each update, by name."""

@@ -164,12 +164,6 @@ class Rollout:
         prompts: What the dataset held: text or messages, B entries.
         completions: The responses in the same form (text, or a list with one assistant message).
         columns: The dataset's other columns, B entries each.
-        model_scores: (B,) float32, r(x, y) by the reward model, if there is one, once the rollout is scored.
-        model_scale: What a unit of ``model_scores`` counts in the sum of the rewards: weight over normalization.
-        expected: (B,) float32, e(x) by a reward model that has such a head, in the unit of ``model_scores``.
-        reward_parts: (B,) float32 scores by reward, weighted and normalized, whose sum the reward transforms begin
-            with; NaN where a reward is missing for a response that has another one. A reward of weight 0 is not among
-            them.
         scored: (B,) bool, False where a response has no reward at all and teaches nothing; None: all have one.
     """
 
@@ -184,10 +178,6 @@ class Rollout:
     prompts: list[Any]
     completions: list[Any]
     columns: dict[str, list[Any]] = field(default_factory=dict)
-    model_scores: torch.Tensor | None = None
-    model_scale: float = 1.0
-    expected: torch.Tensor | None = None
-    reward_parts: dict[str, torch.Tensor] = field(default_factory=dict)
     scored: torch.Tensor | None = None
 
     def masks(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -207,8 +197,60 @@ class Rollout:
         tokens, steps = self.masks()
         return tokens & self.scored[:, None], steps & self.scored[:, None]
 
-    def select(self, rows: torch.Tensor) -> Rollout:
-        """Some rows as a rollout of their own: (N,) int64, or (B,) bool."""
+    def sequences(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Prompt ids, prompt mask, response ids and lengths of some rows."""
+        return self.prompt_ids[rows], self.prompt_mask[rows], self.response_ids[rows], self.lengths[rows]
+
+    def by_length(self, rows: torch.Tensor) -> torch.Tensor:
+        """The same rows, (N,) int64, the shortest prompt first."""
+        return rows[self.prompt_mask.sum(1).cpu()[rows].argsort(stable=True)]
+
+    def kl(self) -> torch.Tensor:
+        """(B,) float32, the sum of each response's log-ratios to the reference: an estimate of its KL, in nats."""
+        return ((self.logprobs - self.ref_logprobs) * self.masks()[0]).sum(1)
+
+    @property
+    def categories(self) -> list[str | None]:
+        """Kind of prompt of each row, from the column ``category`` where there is one."""
+        return self.columns.get("category") or [None] * len(self.prompts)
+
+
+@dataclass(frozen=True)
+class ScoredBatch:
+    """Responses as a reward transform sees them: all of them have a reward.
+
+    Args:
+        prompts: What the dataset held: text or messages, B entries.
+        completions: The responses in the same form (text, or a list with one assistant message).
+        lengths: (B,) int64, response tokens, the end token counted.
+        kl: (B,) float32, the estimated KL between the policy that sampled and the reference, in nats per response: the
+            sum of the log-ratios of the sampled tokens. NaN where it is unknown: for the reward model's held-out pairs,
+            and in RLOO and GRPO unless a transform ``needs_kl``.
+        columns: The dataset's other columns, B entries each.
+        parts: (B,) float32 by reward, weighted and normalized, whose sum the first transform is given; NaN where a
+            response lacks this reward and has another. A reward of weight 0 is not among them.
+        model_scores: (B,) float32, r(x, y) of the reward model, if there is one.
+        model_scale: What a unit of ``model_scores`` counts in that sum: weight over normalization.
+        expected: (B,) float32, e(x) of a reward model that has such a head, in the unit of ``model_scores``.
+    """
+
+    prompts: list[Any]
+    completions: list[Any]
+    lengths: torch.Tensor
+    kl: torch.Tensor
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    parts: dict[str, torch.Tensor] = field(default_factory=dict)
+    model_scores: torch.Tensor | None = None
+    model_scale: float = 1.0
+    expected: torch.Tensor | None = None
+
+    @property
+    def categories(self) -> list[str | None]:
+        """The kind of prompt of each row, from the column ``category`` where there is one."""
+        return self.columns.get("category") or [None] * len(self.prompts)
+
+    def select(self, rows: torch.Tensor) -> ScoredBatch:
+        """Some rows, in their order: (N,) int64, or (B,) bool."""
         indices = rows.nonzero()[:, 0].tolist() if str(rows.dtype) == "torch.bool" else rows.tolist()
 
         def chosen(value: Any) -> Any:
@@ -218,20 +260,7 @@ class Rollout:
                 return [value[i] for i in indices]
             return value if value is None or isinstance(value, float) else value[rows]
 
-        return Rollout(**{each.name: chosen(getattr(self, each.name)) for each in fields(self)})
-
-    def sequences(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Prompt ids, prompt mask, response ids and lengths of some rows."""
-        return self.prompt_ids[rows], self.prompt_mask[rows], self.response_ids[rows], self.lengths[rows]
-
-    def by_length(self, rows: torch.Tensor) -> torch.Tensor:
-        """The same rows, (N,) int64, the shortest prompt first."""
-        return rows[self.prompt_mask.sum(1).cpu()[rows].argsort(stable=True)]
-
-    @property
-    def categories(self) -> list[str | None]:
-        """Kind of prompt of each row, from the column ``category`` where there is one."""
-        return self.columns.get("category") or [None] * len(self.prompts)
+        return ScoredBatch(**{each.name: chosen(getattr(self, each.name)) for each in fields(self)})
 
 
 def _no_embeddings() -> np.ndarray:

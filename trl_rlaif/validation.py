@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from trl_rlaif.data import Pair
     from trl_rlaif.judging import Judge
     from trl_rlaif.plugins import Registered
-    from trl_rlaif.types import Pool, PreferenceScores, Rollout
+    from trl_rlaif.types import Pool, PreferenceScores, ScoredBatch
 
 C = TypeVar("C", bound=Component)
 
@@ -265,10 +265,10 @@ def check_loss(loss: Any) -> None:
 
 
 def _transform(
-    method: str, origin: Origin, transform: Callable[..., Any], scores: torch.Tensor, rollout: Rollout
+    method: str, origin: Origin, transform: Callable[..., Any], scores: torch.Tensor, batch: ScoredBatch
 ) -> torch.Tensor:
     with origin.blamed(f"{method}()"):
-        found = transform(scores, rollout)
+        found = transform(scores, batch)
         check_scores(found, scores)
     return found
 

@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import gather_object
 from pydantic import Field, field_validator
 
-from trl_rlaif import Options, PreferenceScores, RewardTransform, Rollout, UserError
+from trl_rlaif import Options, PreferenceScores, RewardTransform, ScoredBatch, UserError
 from trl_rlaif_advantage.losses import advantage, advantage_loss, ratio_share
 from trl_rlaif_advantage.margins import AdaptiveMargins
 
@@ -78,7 +78,7 @@ class AdvantageModel(RewardTransform):
             self.margins.observe(gather_object(list(rows)))
         return advantage_loss(chosen, rejected, scores.p, margins)
 
-    def transform(self, scores: torch.Tensor, rollout: Rollout) -> torch.Tensor:
+    def transform(self, scores: torch.Tensor, batch: ScoredBatch) -> torch.Tensor:
         """Scores in which a(x, y) takes the place of the reward model's r(x, y), (B,) float32.
 
         a stays within plus and minus m: what lies beyond has never been trained. It is weighed as r was; other rewards
@@ -87,19 +87,19 @@ class AdvantageModel(RewardTransform):
         Raises:
             UserError: The reward model has no e(x).
         """
-        if rollout.expected is None:
+        if batch.expected is None:
             raise UserError(
                 "advantage needs a reward model with e(x), which this one has not.",
                 fix="Train it with reward: {transforms: [advantage]}, or leave advantage out of rl.transforms.",
             )
-        margins = self._margins(rollout.categories, scores.device)
+        margins = self._margins(batch.categories, scores.device)
         trained = self._trained
         share = trained["share"] / trained["responses"] if trained else 0.0
-        if rollout.model_scores is None:
-            return advantage(scores, rollout.expected, share, trained.get("weight")).clamp(-margins, margins)
-        paid = advantage(rollout.model_scores, rollout.expected, share, trained.get("weight")).clamp(-margins, margins)
-        others = scores - rollout.reward_parts.get("model", 0)
-        return others + rollout.model_scale * paid
+        if batch.model_scores is None:
+            return advantage(scores, batch.expected, share, trained.get("weight")).clamp(-margins, margins)
+        paid = advantage(batch.model_scores, batch.expected, share, trained.get("weight")).clamp(-margins, margins)
+        others = scores - batch.parts.get("model", 0)
+        return others + batch.model_scale * paid
 
     def state_dict(self) -> dict[str, Any]:
         return self.margins.state_dict() | {"policies": dict(self._trained)}

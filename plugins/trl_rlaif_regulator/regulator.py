@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import gather_object
 from pydantic import Field
 
-from trl_rlaif import Options, RewardTransform, Rollout
+from trl_rlaif import Options, RewardTransform, ScoredBatch
 from trl_rlaif_regulator.drift import Rise
 from trl_rlaif_regulator.running import RunningScores
 
@@ -65,34 +65,33 @@ class DistributionRegulator(RewardTransform):
         self.unit: float | None = None
         self._numbers: dict[str, float] = {}
 
-    def transform(self, scores: torch.Tensor, rollout: Rollout) -> torch.Tensor:
+    def transform(self, scores: torch.Tensor, batch: ScoredBatch) -> torch.Tensor:
         """(B,) float32, in which all categories have mean 0 and the same variance, at the start 1 at most.
 
         Every process takes in every process's scores, so that all regulate alike.
         """
-        self._take(scores, rollout)
+        self._take(scores, batch)
         if self.batches <= self.options.warm_up:
-            figures = dict.fromkeys(rollout.categories, self.running.pooled())
+            figures = dict.fromkeys(batch.categories, self.running.pooled())
         else:
             table = self.running.table()
-            figures = {category: table[category or None] for category in set(rollout.categories)}
+            figures = {category: table[category or None] for category in set(batch.categories)}
         spread = self._spread(self.running, settled=self.batches >= max(1, self.options.warm_up))
-        return self._mapped(scores, [figures[category] for category in rollout.categories], spread)
+        return self._mapped(scores, [figures[category] for category in batch.categories], spread)
 
-    def transform_pool(self, scores: torch.Tensor, rollout: Rollout) -> torch.Tensor:
+    def transform_pool(self, scores: torch.Tensor, batch: ScoredBatch) -> torch.Tensor:
         """The same by the figures of the pool alone, whatever was running before."""
-        rows = self._take(scores, rollout)
+        rows = self._take(scores, batch)
         pool = RunningScores(_ALL_ALIKE, self.options.prior)
         pool.add((category, score) for category, score, _, _ in rows)
         table = pool.table()
-        figures = [table[category or None] for category in rollout.categories]
+        figures = [table[category or None] for category in batch.categories]
         return self._mapped(scores, figures, self._spread(pool, settled=True))
 
-    def _take(self, scores: torch.Tensor, rollout: Rollout) -> list[Row]:
+    def _take(self, scores: torch.Tensor, batch: ScoredBatch) -> list[Row]:
         """Take in the scores of all processes; they are returned."""
-        kl = ((rollout.logprobs - rollout.ref_logprobs) * rollout.masks()[0]).sum(1)
-        prompts = [zlib.crc32(repr(prompt).encode()) for prompt in rollout.prompts]
-        rows = gather_object(list(zip(rollout.categories, scores.tolist(), kl.tolist(), prompts, strict=True)))
+        prompts = [zlib.crc32(repr(prompt).encode()) for prompt in batch.prompts]
+        rows = gather_object(list(zip(batch.categories, scores.tolist(), batch.kl.tolist(), prompts, strict=True)))
         self.running.add((category, score) for category, score, _, _ in rows)
         self.batches += 1
         self._watch(rows)

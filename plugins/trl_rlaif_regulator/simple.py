@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import gather_object
 from pydantic import Field, model_validator
 
-from trl_rlaif import Options, RewardTransform, Rollout, UserError
+from trl_rlaif import Options, RewardTransform, ScoredBatch, UserError
 
 
 class ClipOptions(Options):
@@ -30,14 +30,14 @@ class Clip(RewardTransform):
     Options = ClipOptions
     options: ClipOptions
 
-    def transform(self, scores: torch.Tensor, rollout: Rollout) -> torch.Tensor:
+    def transform(self, scores: torch.Tensor, batch: ScoredBatch) -> torch.Tensor:
         return scores.clamp(self.options.low, self.options.high)
 
 
 class Whiten(RewardTransform):
     """Gives the scores of each batch, over all processes, zero mean and unit variance."""
 
-    def transform(self, scores: torch.Tensor, rollout: Rollout) -> torch.Tensor:
+    def transform(self, scores: torch.Tensor, batch: ScoredBatch) -> torch.Tensor:
         # In float64: the rounding of a float32 mean, divided by the spread of equal scores, would be noise.
         every = torch.tensor(gather_object(scores.tolist()), dtype=torch.float64)
         white = (scores.cpu().double() - every.mean()) / (every.std(correction=0) + 1e-8)
@@ -61,17 +61,17 @@ class Ensemble(RewardTransform):
     Options = EnsembleOptions
     options: EnsembleOptions
 
-    def transform(self, scores: torch.Tensor, rollout: Rollout) -> torch.Tensor:
+    def transform(self, scores: torch.Tensor, batch: ScoredBatch) -> torch.Tensor:
         """(B,) float32.
 
         Raises:
             UserError: Only one reward has a weight other than 0.
         """
-        if len(rollout.reward_parts) < 2:
+        if len(batch.parts) < 2:
             raise UserError(
                 "ensemble needs two rewards or more, of a weight other than 0.", fix="Name them in rl.rewards."
             )
-        parts = torch.stack(list(rollout.reward_parts.values()))
+        parts = torch.stack(list(batch.parts.values()))
         if self.options.join == "min":
             return parts.nan_to_num(torch.inf).amin(0)
         mean = parts.nanmean(0)
@@ -93,6 +93,6 @@ class LengthPenalty(RewardTransform):
     Options = LengthPenaltyOptions
     options: LengthPenaltyOptions
 
-    def transform(self, scores: torch.Tensor, rollout: Rollout) -> torch.Tensor:
-        beyond = (rollout.lengths - self.options.free).clamp(min=0).to(scores.device)
+    def transform(self, scores: torch.Tensor, batch: ScoredBatch) -> torch.Tensor:
+        beyond = (batch.lengths - self.options.free).clamp(min=0).to(scores.device)
         return scores - self.options.per_token * beyond

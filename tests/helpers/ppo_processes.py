@@ -25,7 +25,7 @@ class RunningMean(RewardTransform):
     def __init__(self) -> None:
         self.total, self.count = 0.0, 0
 
-    def transform(self, scores: torch.Tensor, rollout: Any) -> torch.Tensor:
+    def transform(self, scores: torch.Tensor, batch: Any) -> torch.Tensor:
         self.total, self.count = self.total + scores.sum().item(), self.count + len(scores)
         return scores - self.total / self.count
 

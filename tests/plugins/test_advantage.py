@@ -163,9 +163,9 @@ def test_rl_is_paid_what_was_trained(log_ratio, options):
     assert wanted.abs().max() < 4  # within the margin
     heir = AdvantageModel()  # the section rl may give other options: N is the training's
     heir.load_state_dict(torch.load(_stored(model.state_dict()), weights_only=True))
-    rollout = SimpleNamespace(model_scores=None, expected=e, categories=[None] * 8)
+    batch = SimpleNamespace(model_scores=None, expected=e, categories=[None] * 8)
     for paying in (model, heir):
-        torch.testing.assert_close(paying.transform(r, rollout).double(), wanted, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(paying.transform(r, batch).double(), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_rl_is_paid_with_the_mean_of_the_shares():
@@ -185,8 +185,8 @@ def test_rl_is_paid_with_the_mean_of_the_shares():
 def test_a_state_that_knows_of_no_other_policies_pays_r_less_e():
     model = AdvantageModel()
     model.load_state_dict({"factor": {}, "moments": {}})
-    rollout = SimpleNamespace(model_scores=None, expected=torch.tensor([0.5]), categories=[None])
-    assert model.transform(torch.tensor([1.5]), rollout).tolist() == [1.0]
+    batch = SimpleNamespace(model_scores=None, expected=torch.tensor([0.5]), categories=[None])
+    assert model.transform(torch.tensor([1.5]), batch).tolist() == [1.0]
 
 
 def _stored(state):
@@ -198,10 +198,10 @@ def _stored(state):
 
 def test_in_ppo_it_is_bounded_as_trained():
     model = AdvantageModel(margin=2.0, margins={"code": 0.5})
-    rollout = SimpleNamespace(
+    batch = SimpleNamespace(
         model_scores=None, expected=torch.tensor([0.5, 0.5, 0.5, -9.0]), categories=["chat", "code", "code", None]
     )
-    found = model.transform(torch.tensor([1.0, 1.0, -8.0, 9.0]), rollout)
+    found = model.transform(torch.tensor([1.0, 1.0, -8.0, 9.0]), batch)
     assert found.tolist() == [0.5, 0.5, -0.5, 2.0]
     with pytest.raises(UserError, match=r"needs a reward model with e\(x\)"):
         model.transform(torch.zeros(1), SimpleNamespace(model_scores=None, expected=None, categories=[None]))

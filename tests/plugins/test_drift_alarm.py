@@ -83,14 +83,11 @@ def test_a_drift_is_found():
     assert sum(_first_alarm(seed, "normal", drift=1.0, categories=3) is not None for seed in range(30)) >= 28
 
 
-def _rollout(categories, *, group=1, kl=20.0):
-    mask = torch.ones(len(categories), 1, dtype=torch.bool)
+def _batch(categories, *, group=1, kl=20.0):
     return SimpleNamespace(
         prompts=[[{"role": "user", "content": f"{i // group}"}] for i in range(len(categories))],
         categories=categories,
-        logprobs=torch.full(mask.shape, kl),
-        ref_logprobs=torch.zeros(mask.shape),
-        masks=lambda: (mask, mask),
+        kl=torch.full((len(categories),), kl),
     )
 
 
@@ -102,7 +99,7 @@ def _alarms(regulator, generator, *, updates, rise=0.0, categories=("a", "b"), g
         noise = generator.standard_normal(prompts * group) * math.sqrt(1 - shared)
         noise += generator.standard_normal(prompts).repeat(group) * math.sqrt(shared)
         scores = noise + [rise * update / updates * (kind == categories[0]) for kind in kinds]
-        regulator.transform(torch.tensor(scores, dtype=torch.float32), _rollout(kinds, group=group))
+        regulator.transform(torch.tensor(scores, dtype=torch.float32), _batch(kinds, group=group))
         found |= {name for name, value in regulator.metrics().items() if name.endswith("/drift") and value}
     return found
 
@@ -122,7 +119,7 @@ def test_a_pool_that_is_sorted_by_its_scores_does_not_rise():
     scores, categories = torch.linspace(-2, 2, 400), ["a"] * 400
     regulator = DistributionRegulator()
     for _ in range(5):
-        regulator.transform_pool(scores, _rollout(categories))
+        regulator.transform_pool(scores, _batch(categories))
         assert regulator.metrics()["regulator/a/drift"] == 0
     assert regulator.rises["a"].count == 2000 and not regulator.rises["a"].significant(1)
 

@@ -15,18 +15,15 @@ from trl_rlaif_regulator.running import Moments, RunningScores
 
 from trl_rlaif import UserError
 from trl_rlaif.rl.reward_sum import RewardSum
-from trl_rlaif.testing import make_rollout
+from trl_rlaif.testing import make_scored_batch
 
 
-def _rollout(categories: list[str | None], *, kl: float = 0.0) -> SimpleNamespace:
+def _batch(categories: list[str | None], *, kl: float = 0.0) -> SimpleNamespace:
     count = len(categories)
-    mask = torch.ones(count, 4, dtype=torch.bool)
     return SimpleNamespace(
         prompts=[f"prompt {i}" for i in range(count)],
         categories=categories,
-        logprobs=torch.full((count, 4), kl / 4),
-        ref_logprobs=torch.zeros(count, 4),
-        masks=lambda: (mask, mask),
+        kl=torch.full((count,), kl),
         lengths=torch.arange(1, count + 1),
     )
 
@@ -85,7 +82,7 @@ def test_regulated_scores_are_plain_z_scores_of_their_category():
     kept: dict[str, list[tuple[float, float]]] = {name: [] for name in KINDS}
     for _ in range(280):
         scores, categories = _of_kinds(generator, 20)
-        found = regulator.transform(torch.tensor(scores, dtype=torch.float32), _rollout(categories))
+        found = regulator.transform(torch.tensor(scores, dtype=torch.float32), _batch(categories))
         for category, score, regulated in zip(categories, scores, found.tolist(), strict=True):
             kept[category].append((score, regulated))
     last = {name: np.array(rows[-1000:]) for name, rows in kept.items()}
@@ -157,7 +154,7 @@ def test_scores_without_a_category_are_a_kind_of_their_own():
     for _ in range(40):
         scores, categories = _of_kinds(generator, 8)
         names = [None if name == "c" else name for name in categories]
-        found = regulator.transform(torch.tensor(scores, dtype=torch.float32), _rollout(names))
+        found = regulator.transform(torch.tensor(scores, dtype=torch.float32), _batch(names))
     mean, std = regulator.running.figures(None)
     assert (mean, std) == (pytest.approx(-2, abs=0.1), pytest.approx(0.3, rel=0.2))
     spread = regulator._spread(regulator.running, settled=True)
@@ -175,7 +172,7 @@ def test_no_category_is_worth_more_than_another():
     regulator = DistributionRegulator(warm_up=1, prior=0)
     for seed in range(30):
         scores, categories = _task(seed)
-        found = regulator.transform(scores, _rollout(categories))
+        found = regulator.transform(scores, _batch(categories))
         assert found.abs().max() <= 3 * regulator.running.within()[0] / regulator.unit
     by = {name: found[[c == name for c in categories]] for name in set(categories)}
     raw = {name: scores[[c == name for c in categories]] for name in set(categories)}
@@ -207,7 +204,7 @@ def test_many_categories_in_small_batches_neither_silence_nor_inflate_the_reward
     for step in range(150):
         scores = 4 * torch.randn(batch, generator=generator)
         names = [f"c{(step * batch + i) % kinds}" if kinds else None for i in range(batch)]
-        regulator.transform(scores, _rollout(names))
+        regulator.transform(scores, _batch(names))
         spread = regulator._spread(regulator.running, settled=step > 0)
         assert spread <= 1.35 and (spread > 0.7 or step * batch < 16)
 
@@ -218,7 +215,7 @@ def test_smaller_differences_are_never_paid_more(size):
     regulator, spreads = DistributionRegulator(share=0.05, warm_up=1), []
     for step, narrowing in enumerate([1.0] * 10 + [0.1] * 10):
         scores = size * narrowing * torch.randn(90, generator=torch.Generator().manual_seed(step))
-        found = regulator.transform(scores, _rollout(["code", "chat", "maths"] * 30))
+        found = regulator.transform(scores, _batch(["code", "chat", "maths"] * 30))
         spreads.append(found.std().item())
     assert spreads[9] == pytest.approx(min(size, 1.0), rel=0.25)
     assert spreads[-1] == pytest.approx(0.1 * min(size, 1.0), rel=0.25)
@@ -227,13 +224,13 @@ def test_smaller_differences_are_never_paid_more(size):
 def test_while_it_warms_up_all_are_scaled_alike():
     regulator = DistributionRegulator(warm_up=2)
     scores, categories = _task(0)
-    found = regulator.transform(scores, _rollout(categories))
+    found = regulator.transform(scores, _batch(categories))
     assert torch.equal(found.argsort(), scores.argsort())  # one increasing map for all
 
 
 def test_scores_that_are_all_alike_are_zero_and_not_noise():
     regulator = DistributionRegulator(warm_up=0, prior=0)
-    found = regulator.transform(torch.full((6,), 0.1), _rollout(["a", "b"] * 3))
+    found = regulator.transform(torch.full((6,), 0.1), _batch(["a", "b"] * 3))
     assert found.abs().max() < 1e-3
 
 
@@ -241,10 +238,10 @@ def test_its_state_goes_on_where_it_was():
     whole, first, second = (DistributionRegulator() for _ in range(3))
     for seed in range(6):
         scores, categories = _task(seed)
-        expected = whole.transform(scores, _rollout(categories))
+        expected = whole.transform(scores, _batch(categories))
         if seed == 3:
             second.load_state_dict(first.state_dict())
-        found = (first if seed < 3 else second).transform(scores, _rollout(categories))
+        found = (first if seed < 3 else second).transform(scores, _batch(categories))
         assert torch.equal(found, expected)
     assert second.metrics() == whole.metrics()
     old = {name: value for name, value in whole.state_dict().items() if name != "unit"}
@@ -257,7 +254,7 @@ def test_a_category_that_rises_beyond_its_kl_budget_raises_an_alarm(rise, kl, al
     for seed in range(12):
         scores, categories = _task(seed, rise=rise if seed > 2 else 0.0)
         with caplog.at_level(logging.WARNING):
-            regulator.transform(scores, _rollout(categories, kl=kl))
+            regulator.transform(scores, _batch(categories, kl=kl))
     numbers = regulator.metrics()
     assert [numbers[f"regulator/{name}/drift"] for name in ("code", "chat", "maths")] == [float(alarm), 0, 0]
     assert any("Scores of 'code' have risen" in record.message for record in caplog.records) == alarm
@@ -265,33 +262,33 @@ def test_a_category_that_rises_beyond_its_kl_budget_raises_an_alarm(rise, kl, al
 
 
 def test_small_transforms():
-    scores, rollout = torch.tensor([-7.0, 0.5, 9.0, 2.0]), _rollout([None] * 4)
-    assert Clip(low=-1, high=2).transform(scores, rollout).tolist() == [-1, 0.5, 2, 2]
-    white = Whiten().transform(scores, rollout)
+    scores, batch = torch.tensor([-7.0, 0.5, 9.0, 2.0]), _batch([None] * 4)
+    assert Clip(low=-1, high=2).transform(scores, batch).tolist() == [-1, 0.5, 2, 2]
+    white = Whiten().transform(scores, batch)
     assert white.mean().abs() < 1e-6 and white.std(correction=0).item() == pytest.approx(1)
-    assert Whiten().transform(torch.full((48,), 0.1), _rollout([None] * 48)).abs().max() < 1e-6
-    assert LengthPenalty(per_token=0.5, free=2).transform(scores, rollout).tolist() == [-7, 0.5, 8.5, 1.0]
+    assert Whiten().transform(torch.full((48,), 0.1), _batch([None] * 48)).abs().max() < 1e-6
+    assert LengthPenalty(per_token=0.5, free=2).transform(scores, batch).tolist() == [-7, 0.5, 8.5, 1.0]
     with pytest.raises(ValidationError):
         Clip(low=1, high=1)
 
 
 def test_an_ensemble_joins_the_rewards_themselves():
     parts = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, -2.0])}
-    rollout = SimpleNamespace(reward_parts=parts)
+    batch = SimpleNamespace(parts=parts)
 
     def joined(**options):
-        return Ensemble(**options).transform(torch.tensor([4.0, 0.0]), rollout).tolist()
+        return Ensemble(**options).transform(torch.tensor([4.0, 0.0]), batch).tolist()
 
     assert joined(join="mean") == [2, 0] and joined(join="min") == [1, -2]
     assert joined(k=0.5) == [1.5, -1]
     with pytest.raises(UserError, match="two rewards or more"):
-        Ensemble().transform(torch.zeros(2), SimpleNamespace(reward_parts={"a": parts["a"]}))
+        Ensemble().transform(torch.zeros(2), SimpleNamespace(parts={"a": parts["a"]}))
 
 
 def test_the_ensemble_joins_the_rewards_that_a_response_has():
     nan = math.nan
-    rollout = SimpleNamespace(
-        reward_parts={
+    batch = SimpleNamespace(
+        parts={
             "a": torch.tensor([4.0, nan, 1.0]),
             "b": torch.tensor([0.0, 2.0, nan]),
             "c": torch.tensor([2.0, 4.0, nan]),
@@ -299,7 +296,7 @@ def test_the_ensemble_joins_the_rewards_that_a_response_has():
     )
 
     def joined(**options):
-        return Ensemble(**options).transform(torch.zeros(3), rollout).tolist()
+        return Ensemble(**options).transform(torch.zeros(3), batch).tolist()
 
     assert joined(join="mean") == [2, 3, 1] and joined(join="min") == [0, 2, 1]
     assert joined(k=1.0) == pytest.approx([2 - math.sqrt(8 / 3), 2, 1])
@@ -311,7 +308,7 @@ def test_a_reward_without_weight_has_no_say_in_the_ensemble(options):
 
     def joined(names, weights):
         scores, parts, _ = RewardSum(names, weights)({name: given[name] for name in names})
-        return Ensemble(**options).transform(scores, SimpleNamespace(reward_parts=parts)).tolist()
+        return Ensemble(**options).transform(scores, SimpleNamespace(parts=parts)).tolist()
 
     wanted = joined(["a", "b"], [1.0, 1.0])
     assert min(wanted) > 0 and joined(["a", "logged", "b"], [1.0, 0.0, 1.0]) == wanted
@@ -325,5 +322,5 @@ def test_a_reward_without_weight_has_no_say_in_the_ensemble(options):
     ids=lambda t: type(t).__name__,
 )
 def test_a_process_whose_responses_all_lack_a_reward_takes_part_with_none(transform):
-    rollout = make_rollout(4).select(torch.tensor([], dtype=torch.int64))
-    assert transform.transform(torch.tensor([]), rollout).shape == (0,)
+    batch = make_scored_batch(4).select(torch.tensor([], dtype=torch.int64))
+    assert transform.transform(torch.tensor([]), batch).shape == (0,)

@@ -149,7 +149,7 @@ class Drifting(RewardTransform):
         super().__init__()
         self.seen = 0
 
-    def transform(self, scores, rollout):
+    def transform(self, scores, batch):
         self.seen += len(scores)
         return scores - self.seen / 1e4
 

@@ -14,7 +14,7 @@ from trl_rlaif_advantage import AdvantageModel
 
 from trl_rlaif import RewardTransform, UserError
 from trl_rlaif.rl.reward_sum import RewardSum
-from trl_rlaif.testing import make_rollout
+from trl_rlaif.testing import make_scored_batch
 
 pytestmark = pytest.mark.trl
 
@@ -95,9 +95,9 @@ def test_the_advantage_is_that_of_the_reward_model_before_weights(normalization,
     rows, expected = np.nan_to_num(_batches()[0]), torch.linspace(-1, 1, 16)
     parts = _parts(rows)
     scores, weighted, scale = RewardSum(NAMES, (weight, 1, 1), normalization)(parts)
-    rollout = replace(make_rollout(16), expected=expected, reward_parts=weighted, model_scores=parts["model"],
-                      model_scale=scale)  # fmt: skip
-    found = AdvantageModel(margin=0.8).transform(scores, rollout)
+    batch = replace(make_scored_batch(16), expected=expected, parts=weighted, model_scores=parts["model"],
+                    model_scale=scale)  # fmt: skip
+    found = AdvantageModel(margin=0.8).transform(scores, batch)
     reward = rows[:, 0].astype(np.float64)
     unit = 1.0 if normalization == "none" else np.std(reward, ddof=1)
     others = sum(weighted[name].double().numpy() for name in NAMES if name != "model")
@@ -161,8 +161,8 @@ class Seeing(RewardTransform):
         super().__init__()
         self.seen = []
 
-    def transform(self, scores, rollout):
-        self.seen.append((scores, rollout.reward_parts))
+    def transform(self, scores, batch):
+        self.seen.append((scores, batch.parts))
         return scores
 
 

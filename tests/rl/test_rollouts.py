@@ -61,7 +61,7 @@ def test_an_end_token_that_is_also_padding_belongs_to_the_response():
 
 
 def test_joined_rollouts_are_the_rows_of_each():
-    rollouts = [make_rollout(count, seed=count, expected=True) for count in (3, 5)]
+    rollouts = [make_rollout(count, seed=count) for count in (3, 5)]
     narrow = replace(
         rollouts[1],
         **{name: getattr(rollouts[1], name)[:, 2:] for name in ("prompt_ids", "prompt_mask")},
@@ -71,8 +71,7 @@ def test_joined_rollouts_are_the_rows_of_each():
     joined = join_rollouts([rollouts[0], narrow])
     for rows, rollout in ((slice(0, 3), rollouts[0]), (slice(3, 8), narrow)):
         assert joined.prompts[rows] == rollout.prompts and joined.categories[rows] == rollout.categories
-        assert torch.equal(joined.expected[rows], rollout.expected)
-        assert torch.equal(joined.reward_parts["first"][rows], rollout.reward_parts["first"])
+        assert torch.equal(joined.lengths[rows], rollout.lengths)
         mask, wide = rollout.masks()[0], joined.masks()[0][rows]
         for name in ("response_ids", "logprobs", "ref_logprobs"):
             assert torch.equal(getattr(joined, name)[rows][wide], getattr(rollout, name)[mask])

@@ -95,7 +95,7 @@ class Halving(RewardTransform):
         super().__init__()
         self.seen = 0
 
-    def transform(self, scores, rollout):
+    def transform(self, scores, batch):
         self.seen += len(scores)
         return scores / 2
 

@@ -89,8 +89,8 @@ class Seeing(RewardTransform):
         super().__init__()
         self.seen = []
 
-    def transform(self, scores, rollout):
-        self.seen.append((scores, rollout))
+    def transform(self, scores, batch):
+        self.seen.append((scores, batch))
         return scores + 1
 
 
@@ -105,8 +105,8 @@ def test_transforms_and_whitening_see_the_scored_responses_alone(tmp_path, white
     [(given, seen)] = seeing.seen
     assert given.isfinite().all() and len(given) == len(seen.prompts) == 3
     assert seen.prompts == [rollout.prompts[i] for i in (0, 1, 3)]
-    assert torch.equal(seen.response_ids, rollout.response_ids[[0, 1, 3]])
-    assert torch.equal(seen.reward_parts["part"], given) and seen.columns["answer"][2] == rollout.columns["answer"][3]
+    assert torch.equal(seen.lengths, rollout.lengths[[0, 1, 3]]) and torch.equal(seen.kl, rollout.kl()[[0, 1, 3]])
+    assert torch.equal(seen.parts["part"], given) and seen.columns["answer"][2] == rollout.columns["answer"][3]
     if whiten:
         known = scores[rollout.scored].double().numpy()
         assert abs(known.mean()) < 1e-6 and known.std() == pytest.approx(1, abs=1e-4)

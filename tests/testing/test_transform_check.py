@@ -8,7 +8,7 @@ from trl_rlaif_advantage import AdvantageModel
 from trl_rlaif_regulator import DistributionRegulator, Ensemble, Whiten
 
 from trl_rlaif import RewardTransform, UserError
-from trl_rlaif.testing import check_reward_transform, make_rollout
+from trl_rlaif.testing import check_reward_transform, make_scored_batch
 
 
 class Centred(RewardTransform):
@@ -18,7 +18,7 @@ class Centred(RewardTransform):
         super().__init__(**options)
         self.means = []
 
-    def transform(self, scores, rollout):
+    def transform(self, scores, batch):
         self.means.append(scores.mean().item())
         return scores - sum(self.means) / len(self.means)
 
@@ -39,15 +39,15 @@ class Centred(RewardTransform):
 class Noisy(Centred):
     """Random, and repeatable under a seed."""
 
-    def transform(self, scores, rollout):
-        return super().transform(scores, rollout) + torch.randn(len(scores))
+    def transform(self, scores, batch):
+        return super().transform(scores, batch) + torch.randn(len(scores))
 
 
 class NeedsKL(Centred):
     """Without saying so."""
 
-    def transform(self, scores, rollout):
-        return scores - (rollout.logprobs - rollout.ref_logprobs).sum(1)
+    def transform(self, scores, batch):
+        return scores - batch.kl
 
 
 class SaysSo(NeedsKL):
@@ -71,63 +71,63 @@ def test_good_transforms_pass(transform):
     check_reward_transform(transform)
 
 
-def test_with_rollouts_of_ones_own():
+def test_with_batches_of_ones_own():
     seen = []
 
     class Looks(RewardTransform):
-        def transform(self, scores, rollout):
+        def transform(self, scores, batch):
             seen.append(len(scores))
             return scores
 
-    check_reward_transform(Looks(), rollouts=[make_rollout(17, seed=s) for s in range(2)])
+    check_reward_transform(Looks(), batches=[make_scored_batch(17, seed=s) for s in range(2)])
     assert 17 in seen
 
 
 class Mean(Centred):
-    def transform(self, scores, rollout):
+    def transform(self, scores, batch):
         return scores.mean()
 
 
 class AsList(Centred):
-    def transform(self, scores, rollout):
+    def transform(self, scores, batch):
         return scores.tolist()
 
 
 class Double(Centred):
-    def transform(self, scores, rollout):
+    def transform(self, scores, batch):
         return scores.double()
 
 
 class InPlace(Centred):
-    def transform(self, scores, rollout):
+    def transform(self, scores, batch):
         return scores.sub_(1)
 
 
 class Tidies(Centred):
-    def transform(self, scores, rollout):
-        rollout.columns.pop("category", None)
+    def transform(self, scores, batch):
+        batch.columns.pop("category", None)
         return scores
 
 
 class Unguarded(Centred):
-    def transform(self, scores, rollout):
+    def transform(self, scores, batch):
         return (scores - scores.mean()) / scores.std()
 
 
 class NeedsCategories(Centred):
-    def transform(self, scores, rollout):
-        return scores + torch.tensor([{"a": 0.0, "b": 1.0}[c] for c in rollout.categories])
+    def transform(self, scores, batch):
+        return scores + torch.tensor([{"a": 0.0, "b": 1.0}[c] for c in batch.categories])
 
 
 class NeedsExpected(Centred):
     """Without saying so."""
 
-    def transform(self, scores, rollout):
-        return scores - rollout.expected
+    def transform(self, scores, batch):
+        return scores - batch.expected
 
 
 class PoolInHalves(Centred):
-    def transform_pool(self, scores, rollout):
+    def transform_pool(self, scores, batch):
         return scores[: len(scores) // 2]
 
 
@@ -143,7 +143,7 @@ class Shared(Centred):
 class OwnDice(Centred):
     generator = torch.Generator()
 
-    def transform(self, scores, rollout):
+    def transform(self, scores, batch):
         return scores + torch.randn(len(scores), generator=self.generator)
 
 
@@ -228,7 +228,7 @@ BROKEN = [
     (Unguarded, "transform() on a batch of one returns scores that are not finite", "Guard divisions"),
     (NeedsCategories, "transform() on a batch without categories raises KeyError", "UserError"),
     (NeedsExpected, "transform() on an ordinary batch raises TypeError", "Make it cope"),
-    (NeedsKL, "reads logprobs or ref_logprobs, which RLOO and GRPO do not compute", "Set needs_kl = True"),
+    (NeedsKL, "reads the batch's kl, which RLOO and GRPO do not compute", "Set needs_kl = True"),
     (PoolInHalves, "transform_pool() on a pool returns the shape (3,) for (6,)", "one score a response"),
     (Shared, "two instances give other scores", "share nothing"),
     (OwnDice, "two instances give other scores", "seeded by an option"),
@@ -257,8 +257,8 @@ def test_what_is_broken_is_named(transform, what, fix):
 
 def test_a_ragged_batch_may_be_refused_in_words():
     class Strict(Centred):
-        def transform(self, scores, rollout):
-            if None in rollout.categories:
+        def transform(self, scores, batch):
+            if None in batch.categories:
                 raise UserError("It needs a category.", fix="Set data.category.")
             return scores
 

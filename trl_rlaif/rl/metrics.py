@@ -112,19 +112,19 @@ def _of_rewards(trainer: PPOTrainer) -> dict[str, float]:
     return metrics
 
 
-def category_spreads(rollout: Rollout, steps: dict[str, list[float]]) -> dict[str, float]:
+def category_spreads(categories: Sequence[str | None], steps: dict[str, list[float]]) -> dict[str, float]:
     """How far the kinds of prompt lie apart, over all processes, as ``spread/<step>``.
 
     Standard deviation of the categories' true means over that of all scores: near 0 where no kind is worth more than
     another. What chance alone makes of means over few scores is taken off (one-way random effects).
 
     Args:
-        rollout: What was scored.
+        categories: Of B responses.
         steps: B scores by name: raw, and after each reward transform.
     """
     if not steps:
         return {}
-    categories, *found = zip(*gather_object(list(zip(rollout.categories, *steps.values(), strict=True))), strict=True)
+    categories, *found = zip(*gather_object(list(zip(categories, *steps.values(), strict=True))), strict=True)
     spreads = {f"spread/{name}": _spread(scores, categories) for name, scores in zip(steps, found, strict=True)}
     return {name: spread for name, spread in spreads.items() if spread is not None}
 

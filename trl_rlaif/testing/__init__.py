@@ -27,6 +27,7 @@ _LAZY = {
     "make_prompt_dataset": "trl_rlaif.testing.data",
     "make_ragged_pairs": "trl_rlaif.testing.data",
     "make_rollout": "trl_rlaif.testing.data",
+    "make_scored_batch": "trl_rlaif.testing.data",
 }
 
 __all__ = list(_LAZY)
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         make_prompt_dataset,
         make_ragged_pairs,
         make_rollout,
+        make_scored_batch,
     )
     from trl_rlaif.testing.judges import ScriptedJudge, make_judge_prompt
     from trl_rlaif.testing.labelers import check_labeler

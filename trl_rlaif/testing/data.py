@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from trl_rlaif.data import Pair
-from trl_rlaif.types import Pool, PreferenceScores, Rollout
+from trl_rlaif.types import Pool, PreferenceScores, Rollout, ScoredBatch
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -122,16 +122,13 @@ def make_preference_scores(
     )
 
 
-def make_rollout(
-    batch: int = 6, *, seed: int = 0, expected: bool = False, categories: bool = True, chat: bool = True
-) -> Rollout:
-    """A scored rollout with two rewards in ``reward_parts``, whose sum the transforms begin with.
+def make_rollout(batch: int = 6, *, seed: int = 0, categories: bool = True, chat: bool = True) -> Rollout:
+    """A rollout before it is scored.
 
     Lengths go from the whole response down to nothing, where there are enough rows.
 
     Args:
         batch: B, responses.
-        expected: Whether there is an e(x).
         categories: Whether they are known.
         chat: Prompts and completions as messages, not as text.
     """
@@ -161,8 +158,33 @@ def make_rollout(
         prompts=[form("user", f"{i}. {_sentence(words)}?") for i in range(batch)],
         completions=[form("assistant", _sentence(words)) for _ in range(batch)],
         columns={"category": [("a", "b")[i % 2] for i in range(batch)]} if categories else {},
-        expected=normal(batch) if expected else None,
-        reward_parts={"first": normal(batch), "second": normal(batch)},
+    )
+
+
+def make_scored_batch(
+    batch: int = 6, *, seed: int = 0, expected: bool = False, categories: bool = True, chat: bool = True
+) -> ScoredBatch:
+    """The responses of ``make_rollout`` with two rewards in ``parts``, whose sum the transforms begin with.
+
+    Args:
+        batch: B, responses.
+        expected: Whether there is an e(x).
+        categories: Whether they are known.
+        chat: Prompts and completions as messages, not as text.
+    """
+    import torch
+
+    rollout = make_rollout(batch, seed=seed, categories=categories, chat=chat)
+    generator = torch.Generator().manual_seed(seed + 1)
+    first, second, e = (torch.randn(batch, generator=generator) for _ in range(3))
+    return ScoredBatch(
+        prompts=rollout.prompts,
+        completions=rollout.completions,
+        lengths=rollout.lengths,
+        kl=rollout.kl(),
+        columns=rollout.columns,
+        parts={"first": first, "second": second},
+        expected=e if expected else None,
     )
 
 

@@ -13,58 +13,64 @@ import torch
 
 from trl_rlaif.components import RewardTransform
 from trl_rlaif.testing.checks import Subject, same, seeded
-from trl_rlaif.testing.data import HOSTILE, make_preference_scores, make_rollout
-from trl_rlaif.types import PreferenceScores, Rollout
+from trl_rlaif.testing.data import HOSTILE, make_preference_scores, make_scored_batch
+from trl_rlaif.types import PreferenceScores, ScoredBatch
 from trl_rlaif.validation import check_loss, check_scores
 
 _SEED = 0
 
 
 def check_reward_transform(
-    transform: RewardTransform | type[RewardTransform], *, rollouts: Sequence[Rollout] | None = None
+    transform: RewardTransform | type[RewardTransform], *, batches: Sequence[ScoredBatch] | None = None
 ) -> None:
     """Check that a reward transform keeps its contract.
 
     Finite float32 scores of the same shape, the same in every run under a seed; a state that is its own, can be
     saved, and lets a fresh instance go on exactly where the other one was; a loss that is None, or a finite scalar
     with gradients; inputs as they were; batches of one, of equal scores, without categories, of any text, with
-    responses that lack one of the rewards, and without log-probabilities, unless it ``needs_kl``; a whole pool at once.
+    responses that lack one of the rewards, and without a KL, unless it ``needs_kl``; a whole pool at once.
 
     Args:
         transform: An instance, whose options are taken, or a class whose options all have defaults.
-        rollouts: At least two batches that it can transform, with ``reward_parts``; made on the spot by default.
+        batches: At least two that it can transform, with ``parts``; made on the spot by default.
 
     Raises:
         AssertionError: With the transform's name, what is wrong, and how to mend it.
     """
     subject = Subject(transform, RewardTransform)
     expected = subject.cls.needs_expected
-    batches = list(rollouts) if rollouts else [make_rollout(seed=seed, expected=expected) for seed in range(4)]
+    batches = list(batches) if batches else [make_scored_batch(seed=seed, expected=expected) for seed in range(4)]
     check = _Check(subject, batches)
     with seeded(_SEED):
         check.scores()
         check.repeated()
-        check.without_logprobs()
+        check.without_kl()
         check.ragged()
         check.loss()
         check.state()
 
 
-def raw_scores(rollout: Rollout) -> torch.Tensor:
+def raw_scores(batch: ScoredBatch) -> torch.Tensor:
     """(B,) float32, what the transforms begin with: the sum of the rewards that each response has."""
-    return sum((part.nan_to_num() for part in rollout.reward_parts.values()), torch.zeros(len(rollout.prompts)))
+    return sum((part.nan_to_num() for part in batch.parts.values()), torch.zeros(len(batch.prompts)))
 
 
 class _Check:
-    def __init__(self, subject: Subject, batches: list[Rollout]) -> None:
+    def __init__(self, subject: Subject, batches: list[ScoredBatch]) -> None:
         self.subject, self.batches, self.fail = subject, batches, subject.fail
         self.expected = subject.cls.needs_expected
 
     def transform(
-        self, transform: RewardTransform, rollout: Rollout, what: str, *, ragged: bool = False, name: str = "transform"
+        self,
+        transform: RewardTransform,
+        batch: ScoredBatch,
+        what: str,
+        *,
+        ragged: bool = False,
+        name: str = "transform",
     ) -> Any:
         """One batch's scores, checked; None where a ragged one is refused in words."""
-        scores, given = raw_scores(rollout), copy.deepcopy(rollout)
+        scores, given = raw_scores(batch), copy.deepcopy(batch)
         before = scores.clone()
         where = f"{name}() on {what}"
         found = self.subject.call(where, lambda: getattr(transform, name)(scores, given), may_refuse=ragged)
@@ -72,7 +78,7 @@ class _Check:
             return None
         with self.subject.rules(where):
             check_scores(found, before)
-        if not same(scores, before) or not same(given, rollout):
+        if not same(scores, before) or not same(given, batch):
             self.fail(f"{where} changes its inputs", "Compute new tensors: the trainer logs the old ones.")
         self.metrics(transform, what)
         return found.detach().clone()
@@ -102,48 +108,45 @@ class _Check:
                 "Draw from torch's generator, or one seeded by an option, and share nothing between instances.",
             )
 
-    def without_logprobs(self) -> None:
-        """As RLOO and GRPO hand rollouts over, unless they are told to compute more."""
+    def without_kl(self) -> None:
+        """As RLOO and GRPO hand batches over, unless they are told to compute it."""
         if self.subject.cls.needs_kl:
             return
         batch, found = self.batches[0], []
-        unknown = torch.full_like(batch.logprobs, torch.nan)
-        for rollout in (batch, replace(batch, logprobs=unknown, ref_logprobs=unknown)):
+        for given in (batch, replace(batch, kl=torch.full_like(batch.kl, torch.nan))):
             transform = self.subject.fresh()
-            where = "transform() on a batch without log-probabilities"
             with seeded(_SEED):
                 found.append(
                     self.subject.call(
-                        where, lambda t=transform, r=rollout: t.transform(raw_scores(r), copy.deepcopy(r))
+                        "transform() on a batch without a KL",
+                        lambda t=transform, b=given: t.transform(raw_scores(b), copy.deepcopy(b)),
                     )
                 )
         if not same(*found):
             self.fail(
-                "reads logprobs or ref_logprobs, which RLOO and GRPO do not compute for it",
+                "reads the batch's kl, which RLOO and GRPO do not compute for it",
                 "Set needs_kl = True on the class.",
             )
 
     def ragged(self) -> None:
         """Batches that training meets sooner or later, by a fresh instance each, and behind ordinary ones."""
         texts = list(HOSTILE.values())
-        rollout = make_rollout(len(texts), expected=self.expected, chat=False)
+        hostile = make_scored_batch(len(texts), expected=self.expected, chat=False)
         equal = {name: torch.ones(6) for name in ("first", "second")}
         new = {"category": ["never seen before", None, "", "a", "b", "a"]}
-        one = make_rollout(1, expected=self.expected)
+        one = make_scored_batch(1, expected=self.expected)
         lacking = {"first": torch.tensor([math.nan, 1.0] * 3), "second": torch.tensor([1.0, math.nan, *range(4)])}
         for what, batch in {
             "a batch of one": one,
             "a batch with responses that lack a reward": replace(
-                make_rollout(expected=self.expected), reward_parts=lacking
+                make_scored_batch(expected=self.expected), parts=lacking
             ),
-            "a batch without categories": make_rollout(expected=self.expected, categories=False),
-            "a batch of new and missing categories": replace(make_rollout(expected=self.expected), columns=new),
-            "a batch of equal scores": replace(make_rollout(expected=self.expected), reward_parts=equal),
-            "a batch of huge scores": replace(
-                one, reward_parts={"first": torch.tensor([1e6]), "second": torch.zeros(1)}
-            ),
-            "an empty response": replace(one, lengths=torch.tensor([0]), ended=torch.tensor([False])),
-            "hostile texts": replace(rollout, prompts=texts, completions=texts[::-1]),
+            "a batch without categories": make_scored_batch(expected=self.expected, categories=False),
+            "a batch of new and missing categories": replace(make_scored_batch(expected=self.expected), columns=new),
+            "a batch of equal scores": replace(make_scored_batch(expected=self.expected), parts=equal),
+            "a batch of huge scores": replace(one, parts={"first": torch.tensor([1e6]), "second": torch.zeros(1)}),
+            "an empty response": replace(one, lengths=torch.tensor([0])),
+            "hostile texts": replace(hostile, prompts=texts, completions=texts[::-1]),
         }.items():
             self.transform(self.subject.fresh(), batch, what, ragged=True)
             used = self.subject.fresh()

@@ -20,16 +20,16 @@ pytestmark = pytest.mark.trl
 
 
 class Looking(RewardTransform):
-    """Keeps the rollouts that it is given."""
+    """Keeps the batches that it is given."""
 
     needs_kl = True
 
     def __init__(self):
         super().__init__()
-        self.rollouts = []
+        self.batches = []
 
-    def transform(self, scores, rollout):
-        self.rollouts.append(rollout)
+    def transform(self, scores, batch):
+        self.batches.append(batch)
         return scores
 
 
@@ -74,17 +74,18 @@ def test_a_transform_that_needs_it_gets_the_kl_of_plain_forward_passes(tiny_mode
     assert trainer.scorer.args.temperature == trainer.args.temperature == (temperature or 1.0)
     _move(trainer)
     trainer.args.learning_rate = 0.0
+    rollouts, score = [], trainer.scorer.score
+    trainer.scorer.score = lambda rollout: rollouts.append(rollout) or score(rollout)
     trainer.train()
     assert trainer.model.training  # TRL's trainer goes on as it was
-    [rollout] = looking.rollouts
-    kl = ((rollout.logprobs - rollout.ref_logprobs) * rollout.masks()[0]).sum(1)
+    [batch], [rollout] = looking.batches, rollouts
     plain = [
         (_plain(trainer, rollout, row, "policy", trainer.args.temperature)
          - _plain(trainer, rollout, row, "reference", trainer.args.temperature)).sum().item()
         for row in range(len(rollout.prompts))
     ]  # fmt: skip
     assert max(map(abs, plain)) > 0.1
-    assert kl.tolist() == pytest.approx(plain, abs=2e-4)
+    assert batch.kl.tolist() == pytest.approx(plain, abs=2e-4)
 
 
 def test_without_such_a_transform_nothing_is_computed_and_nothing_looks_like_a_kl_of_zero(tiny_model, tmp_path):
@@ -92,8 +93,8 @@ def test_without_such_a_transform_nothing_is_computed_and_nothing_looks_like_a_k
     trainer = _trainer(tmp_path, tiny_model, "grpo", looking, rl={"max_steps": 1})
     trainer.scorer._generator.compared = None
     trainer.train()
-    [rollout] = looking.rollouts
-    assert rollout.logprobs.isnan().all() and rollout.ref_logprobs.isnan().all()
+    [batch] = looking.batches
+    assert batch.kl.isnan().all()
 
 
 def _rising(prompts, completions, trainer_state, **columns):

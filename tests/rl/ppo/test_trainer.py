@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy
 import pytest
 import torch
@@ -276,11 +274,11 @@ def test_ppo_learns_what_is_rewarded(tmp_path):
 
 def test_transforms_apply_in_order_and_selectors_choose_prompts(tmp_path):
     class Shift(RewardTransform):
-        def transform(self, scores, rollout):
+        def transform(self, scores, batch):
             return scores + 1
 
     class Double(RewardTransform):
-        def transform(self, scores, rollout):
+        def transform(self, scores, batch):
             return scores * 2
 
     class OnlyCategoryA(DataSelector):
@@ -386,7 +384,7 @@ def test_a_subclass_may_score_by_itself(tmp_path):
 
 def test_spreads_between_categories_are_logged_before_and_after_each_transform(tmp_path):
     class Doubled(RewardTransform):
-        def transform(self, scores, rollout):
+        def transform(self, scores, batch):
             return 2 * scores
 
     class Again(Doubled):
@@ -395,8 +393,8 @@ def test_spreads_between_categories_are_logged_before_and_after_each_transform(t
     Again.__name__ = "Doubled"
 
     class OfA(RewardTransform):
-        def transform(self, scores, rollout):
-            return scores + torch.tensor([10.0 if c == "a" else 0.0 for c in rollout.categories])
+        def transform(self, scores, batch):
+            return scores + torch.tensor([10.0 if c == "a" else 0.0 for c in batch.categories])
 
     def by_answer(prompts, completions, answer, **columns):
         return [float(len(a)) for a in answer]
@@ -424,8 +422,7 @@ def test_spreads_between_categories_are_logged_before_and_after_each_transform(t
 def test_kinds_of_prompt_that_are_alike_have_no_spread_however_small_the_batch(size):
     generator, found = numpy.random.default_rng(0), []
     for _ in range(200):
-        rollout = SimpleNamespace(categories=[f"c{i % 8}" for i in range(size)])
-        found.append(category_spreads(rollout, {"raw": generator.normal(size=size).tolist()})["spread/raw"])
+        categories = [f"c{i % 8}" for i in range(size)]
+        found.append(category_spreads(categories, {"raw": generator.normal(size=size).tolist()})["spread/raw"])
     assert numpy.mean(numpy.square(found)) < 0.7 / size**0.5  # of the variance; its floor at 0 leaves a little
-    one_each = SimpleNamespace(categories=["a", "b", "c"])
-    assert category_spreads(one_each, {"raw": [1.0, 2.0, 3.0]}) == {}  # cannot be told from chance
+    assert category_spreads(["a", "b", "c"], {"raw": [1.0, 2.0, 3.0]}) == {}  # cannot be told from chance

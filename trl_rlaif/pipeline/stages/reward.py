@@ -19,7 +19,7 @@ from trl_rlaif.pipeline.stages.label import preferences_of_people
 from trl_rlaif.pipeline.stages.sft import last_checkpoint
 from trl_rlaif.progress import progress_bar, say
 from trl_rlaif.reward.scoring import score_pairs
-from trl_rlaif.types import Rollout
+from trl_rlaif.types import ScoredBatch
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -245,25 +245,18 @@ def transformed(
     transforms: list[Any], raw: torch.Tensor, expected: torch.Tensor | None, categories: list[str | None]
 ) -> list[torch.Tensor]:
     """Scores of chosen, then rejected responses after each of the transforms, as PPO gets them."""
-    nothing = torch.zeros(len(raw), 1)
-    rollout = Rollout(
-        prompt_ids=nothing.long(),
-        prompt_mask=nothing.bool(),
-        response_ids=nothing.long(),
-        lengths=nothing[:, 0].long(),
-        ended=nothing[:, 0].bool(),
-        logprobs=nothing,
-        ref_logprobs=nothing,
-        values=nothing,
+    batch = ScoredBatch(
         prompts=[""] * len(raw),
         completions=[""] * len(raw),
+        lengths=torch.zeros(len(raw), dtype=torch.int64),
+        kl=torch.full_like(raw, torch.nan),
         columns={"category": categories * 2},
+        parts={"model": raw},
         model_scores=raw,
         expected=None if expected is None else expected.repeat(2),
-        reward_parts={"model": raw},
     )
     steps = []
     for transform in transforms:
-        raw = transform.transform_pool(raw.clone(), rollout)  # which may change what it is given
+        raw = transform.transform_pool(raw.clone(), batch)  # which may change what it is given
         steps.append(raw)
     return steps

@@ -53,7 +53,7 @@ from trl_rlaif.rl.reward_shaping import AdaptiveKLController, shaped_scores
 from trl_rlaif.rl.reward_sum import RewardSum
 from trl_rlaif.rl.selection import MergedSelection, choose, write_selection
 from trl_rlaif.rl.unscored import Unscored
-from trl_rlaif.types import Rollout
+from trl_rlaif.types import Rollout, ScoredBatch
 from trl_rlaif.validation import validated
 
 if TYPE_CHECKING:
@@ -305,7 +305,7 @@ class PPOTrainer(BasePPOTrainer):
         scores, weighted, scale = self.reward_sum(parts)
         self._raw = parts, expected
         self._told = {
-            "reward_parts": weighted, "expected": expected, "model_scores": parts.get(MODEL), "model_scale": scale
+            "parts": weighted, "expected": expected, "model_scores": parts.get(MODEL), "model_scale": scale
         }  # fmt: skip
         return scores
 
@@ -320,13 +320,15 @@ class PPOTrainer(BasePPOTrainer):
         known = ~scores.isnan()
         self._spreads = {}
         if self.reward_transforms and self.accelerator.gather(known).any():
-            seen = replace(rollout, **self._told)
+            seen = ScoredBatch(
+                rollout.prompts, rollout.completions, rollout.lengths, rollout.kl(), rollout.columns, **self._told
+            )
             seen, found = (seen, scores) if known.all() else (seen.select(known), scores[known])
             steps = {"raw": found.tolist()}
             for transform in self.reward_transforms:
                 found = (transform.transform_pool if pool else transform.transform)(found, seen)
                 steps[numbered(type(transform).__name__, steps)] = found.tolist()
-            self._spreads = category_spreads(seen, steps)
+            self._spreads = category_spreads(seen.categories, steps)
             scores = scores.masked_scatter(known, found)
         ended = rollout.ended
         if not self.reader.stop_ids:  # as in TRL, an end within a response counts
