@@ -144,6 +144,20 @@ class PreferenceScores:
     rejected_log_ratios: torch.Tensor | None = None
 
 
+def _select(batch: Any, rows: torch.Tensor) -> Any:
+    """A dataclass of tensors, lists and dicts of these, with B rows each, cut down to some of the rows."""
+    indices = rows.nonzero()[:, 0].tolist() if str(rows.dtype) == "torch.bool" else rows.tolist()
+
+    def chosen(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: chosen(entries) for name, entries in value.items()}
+        if isinstance(value, list):
+            return [value[i] for i in indices]
+        return value if value is None or isinstance(value, float) else value[rows]
+
+    return type(batch)(**{each.name: chosen(getattr(batch, each.name)) for each in fields(batch)})
+
+
 @dataclass(frozen=True)
 class Rollout:
     """One batch of sampled responses and all that the update needs of them.
@@ -196,6 +210,10 @@ class Rollout:
             return self.masks()
         tokens, steps = self.masks()
         return tokens & self.scored[:, None], steps & self.scored[:, None]
+
+    def select(self, rows: torch.Tensor) -> Rollout:
+        """Some rows, in their order: (N,) int64, or (B,) bool."""
+        return _select(self, rows)
 
     def sequences(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Prompt ids, prompt mask, response ids and lengths of some rows."""
@@ -251,16 +269,7 @@ class ScoredBatch:
 
     def select(self, rows: torch.Tensor) -> ScoredBatch:
         """Some rows, in their order: (N,) int64, or (B,) bool."""
-        indices = rows.nonzero()[:, 0].tolist() if str(rows.dtype) == "torch.bool" else rows.tolist()
-
-        def chosen(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {name: chosen(entries) for name, entries in value.items()}
-            if isinstance(value, list):
-                return [value[i] for i in indices]
-            return value if value is None or isinstance(value, float) else value[rows]
-
-        return ScoredBatch(**{each.name: chosen(getattr(self, each.name)) for each in fields(self)})
+        return _select(self, rows)
 
 
 def _no_embeddings() -> np.ndarray:
