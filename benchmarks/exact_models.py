@@ -238,9 +238,10 @@ def _length_reward(completions: list[str], **_: Any) -> list[float]:
 class _Recorder(PPOTrainer):
     """Keeps the rollout and its scores."""
 
-    def transform(self, scores: torch.Tensor, rollout: Any) -> torch.Tensor:
-        self.rollout, self.scores = rollout, super().transform(scores, rollout)
-        return self.scores
+    def transform(self, scores: Any, rollout: Any) -> Any:
+        found = super().transform(scores, rollout)
+        self.rollout, self.scores = rollout, found.total
+        return found
 
 
 @cache

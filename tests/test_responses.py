@@ -135,7 +135,9 @@ def test_in_ppo_rewards_see_answers_and_the_reasoning_beside_them(tmp_path):
         tmp_path, dataset=prompts(chat=True), model=make_llama(len(tokenizer)),
         trainer_kwargs={"reward_funcs": [watch]}, missing_eos_penalty=2.0,
     )  # fmt: skip
-    trainer.reader = trainer._generator.reader = ResponseReader(tokenizer, (tokenizer.eos_token_id,))
+    trainer.reader = trainer._generator.reader = trainer.rewards.reader = ResponseReader(
+        tokenizer, (tokenizer.eos_token_id,)
+    )
     texts = ["<think>\nhm\n</think>\n\nthe dog<|end|>", "<think>\nhm<|end|>"]
     rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
@@ -146,7 +148,7 @@ def test_in_ppo_rewards_see_answers_and_the_reasoning_beside_them(tmp_path):
 
     trainer._generator._generate, trainer._generator._unverified = generate, set()
     rollout = trainer.sample(next(trainer._batches))
-    scores = trainer.transform(trainer.score(rollout), rollout)
+    scores = trainer.transform(trainer.score(rollout), rollout).total
     finished = {"role": "assistant", "content": "the dog", "reasoning_content": "hm"}
     assert seen[:2] == [(finished, rows[0]), ({**finished, "content": ""}, rows[1])]
     assert rollout.ended.tolist() == [True, False] * 2

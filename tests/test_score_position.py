@@ -124,7 +124,7 @@ def test_every_path_reads_the_same_token(reward, tmp_path, pad):
     cut = [RehearsalPair(**{**vars(pair), "response_ids": pair.response_ids[:-1]}) for pair in pairs]
     for drawn in (pairs, cut, [pairs[0], cut[1], cut[2], pairs[3]]):
         rollout = as_rollout(drawn, torch.device("cpu"))
-        torch.testing.assert_close(trainer.score(rollout), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(trainer.score(rollout).total, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("packing", [None, False])
@@ -208,7 +208,7 @@ def test_there_is_room_for_the_end_of_a_turn_behind_the_longest_response(tmp_pat
     assert {len(ids) for ids in trainer.train_dataset["input_ids"]} == {5, 15}
     rows = trainer.data_collator([row for row in trainer.train_dataset if len(row["input_ids"]) == 15])
     rollout = trainer.sample(rows)
-    assert not rollout.ended.all() and trainer.score(rollout).isfinite().all()
+    assert not rollout.ended.all() and trainer.score(rollout).total.isfinite().all()
 
 
 def test_a_data_collator_of_the_users_own_keeps_its_padding(tmp_path):

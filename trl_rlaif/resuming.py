@@ -21,7 +21,7 @@ from trl_rlaif.recipe.sections import STOPPING_LIMITS
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from trl_rlaif.rl.ppo.trainer import PPOTrainer
+    from trl_rlaif.rl.scoring import RewardPipeline
 
 FILE = "run.json"
 BATCH_SIZE = "per_device_train_batch_size x gradient_accumulation_steps x processes"
@@ -74,17 +74,14 @@ def identity(args: Any, dataset: Any, processes: int, **more: Any) -> dict[str, 
     return {"settings": plain, "rows": rows, "columns": digests(dataset)}
 
 
-def components(trainer: PPOTrainer) -> dict[str, Any]:
+def components(rewards: RewardPipeline, selectors: Sequence[Any]) -> dict[str, Any]:
     """What scores and selects in a run, with its options: settings that no argument holds."""
-    from trl_rlaif.rl.reward_functions import reward_names
-
-    names = reward_names(trainer.reward_funcs, model=trainer.has_reward_model)
-    functions = names[len(names) - len(trainer.reward_funcs) :]
+    names = rewards.names
     return {
         "rewards": names,
-        **_options("rewards", functions, trainer.reward_funcs),
-        **named("reward_transforms", trainer.reward_transforms),
-        **named("data_selectors", trainer.data_selectors),
+        **_options("rewards", names[len(names) - len(rewards.functions) :], rewards.functions),
+        **named("reward_transforms", rewards.transforms),
+        **named("data_selectors", selectors),
     }
 
 

@@ -179,6 +179,7 @@ class Rollout:
         completions: The responses in the same form (text, or a list with one assistant message).
         columns: The dataset's other columns, B entries each.
         scored: (B,) bool, False where a response has no reward at all and teaches nothing; None: all have one.
+        metrics: Numbers of how it was scored, for the log.
     """
 
     prompt_ids: torch.Tensor
@@ -193,6 +194,7 @@ class Rollout:
     completions: list[Any]
     columns: dict[str, list[Any]] = field(default_factory=dict)
     scored: torch.Tensor | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
 
     def masks(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, T) bool each: response tokens; and the same with the step after the last.

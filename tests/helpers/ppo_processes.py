@@ -70,7 +70,7 @@ def resumed(folder: Path) -> dict[str, Any]:
     for name in ("whole", "resumed"):
         options = {"save_strategy": "steps", "save_steps": 2} if name == "whole" else {}
         trainer = _trainer(folder / name, prompts=24, updates=5, **options)
-        trainer.reward_transforms = [RunningMean()]
+        trainer.rewards.transforms = [RunningMean()]
         if name == "resumed":
             torch.manual_seed(99)
         trainer.train(resume_from_checkpoint=None if name == "whole" else folder / "whole" / "checkpoint-2")
@@ -116,10 +116,10 @@ def missing(folder: Path) -> dict[str, Any]:
         scores = ppo_task.share_of_yes(prompts, completions)
         return [None if step == 1 and second or step == 2 and i % 2 else score for i, score in enumerate(scores)]
 
-    trainer.reward_funcs = [reward]
-    trainer.reward_transforms = [RunningMean()]
+    trainer.rewards.functions = [reward]
+    trainer.rewards.transforms = [RunningMean()]
     trainer.train()
-    return _seen(trainer) | {"unscored": trainer.unscored.total}
+    return _seen(trainer) | {"unscored": trainer.rewards.unscored.total}
 
 
 def failed(folder: Path) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def _stopped(folder: Path, failing: Callable[[int], list[float]]) -> dict[str, A
         fails = PartialState().process_index == 1 and trainer.state.global_step == 1
         return failing(len(prompts)) if fails else ppo_task.share_of_yes(prompts, completions)
 
-    trainer.reward_funcs = [reward]
+    trainer.rewards.functions = [reward]
     kind, message = _end(trainer)
     PartialState().wait_for_everyone()
     return {"kind": kind, "message": message, "checkpoints": sorted(p.name for p in folder.glob("checkpoint-*"))}

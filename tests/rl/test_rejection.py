@@ -167,7 +167,7 @@ def test_the_regulator_maps_every_iterations_pool_by_that_pool_and_watches_all_o
     """A batch at a time, the first responses of a pool would be mapped by other figures than the last."""
     watching, regulator = Watching(num_responses=4), DistributionRegulator(prior=0, bound=1e6)
     trainer = _task(tmp_path, selector=watching, prompts=16, per_device_train_batch_size=8)
-    trainer.reward_transforms = [regulator]
+    trainer.rewards.transforms = [regulator]
     RejectionTrainer(trainer, 3).train()
     for pool in watching.pools:
         raw = np.array(share_of_yes(pool.prompts, pool.responses))
@@ -187,7 +187,7 @@ OPTIONS = {"prompts": 16, "per_device_train_batch_size": 8, "save_strategy": "st
 
 def _drifting(folder):
     trainer = _task(folder, selector=RejectionSampling(quantile=[0.3, 0.5, 0.7]), **OPTIONS)
-    trainer.reward_transforms = [Drifting()]
+    trainer.rewards.transforms = [Drifting()]
     return trainer
 
 
@@ -210,7 +210,7 @@ def test_a_run_can_be_repeated_whatever_was_drawn_before(tmp_path, whole):
     torch.rand(7)
     RejectionTrainer(again, 4).train()
     _same(again, whole)
-    assert whole.reward_transforms[0].seen == 4 * 16 * 4
+    assert whole.rewards.transforms[0].seen == 4 * 16 * 4
 
 
 @pytest.mark.parametrize("last", [1, 3])
@@ -238,14 +238,14 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, whole, last, monk
 def test_nothing_accepted_says_what_to_lower_and_what_was_learned_is_there(tmp_path):
     rising = RejectionSampling(keep="above", threshold=[0.2, 2.0])
     trainer = _task(tmp_path, selector=rising, **OPTIONS | {"save_strategy": "no"})
-    trainer.reward_transforms = [Drifting()]
+    trainer.rewards.transforms = [Drifting()]
     with pytest.raises(UserError, match="Nothing was accepted in iteration 2: of 64 responses the best has") as raised:
         RejectionTrainer(trainer, 3).train()
     assert "Lower the selector's threshold" in str(raised.value) and raised.value.exit_code == 2
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
-    assert trainer.reward_transforms[0].seen == 64  # of the first iteration alone
+    assert trainer.rewards.transforms[0].seen == 64  # of the first iteration alone
     lowered = _task(tmp_path, selector=RejectionSampling(keep="above", threshold=[0.2, 0.3]), **OPTIONS)
-    lowered.reward_transforms = [Drifting()]
+    lowered.rewards.transforms = [Drifting()]
     RejectionTrainer(lowered, 3).train(resume_from_checkpoint=True)
     assert [entry["step"] for entry in lowered.state.log_history] == [1, 2, 3]
 

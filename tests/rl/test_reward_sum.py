@@ -207,5 +207,5 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, normalization):
     again = small_trainer(tmp_path / "parts", **options)
     again.train(resume_from_checkpoint=tmp_path / "parts" / "checkpoint-1")
     assert numbers(again) == numbers(whole)
-    assert again.reward_sum.state_dict() == whole.reward_sum.state_dict()
+    assert again.rewards.sum.state_dict() == whole.rewards.sum.state_dict()
     assert len({entry["objective/scores"] for entry in numbers(whole)}) == 3 or normalization == "batch"

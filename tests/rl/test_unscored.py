@@ -79,7 +79,7 @@ def test_another_reward_counts_for_the_row(tmp_path):
     trainer._begin(None)
     rollout, scores = trainer.collect()
     assert rollout.scored.all() and scores[1] == 1 and (scores[[0, 2, 3]] > 1).any()
-    assert trainer.unscored.total == 0
+    assert trainer.rewards.unscored.total == 0
 
 
 class Seeing(RewardTransform):
@@ -110,7 +110,7 @@ def test_transforms_and_whitening_see_the_scored_responses_alone(tmp_path, white
     if whiten:
         known = scores[rollout.scored].double().numpy()
         assert abs(known.mean()) < 1e-6 and known.std() == pytest.approx(1, abs=1e-4)
-    assert trainer.reward_transforms[1].batches == 1
+    assert trainer.rewards.transforms[1].batches == 1
 
 
 def test_metrics_are_of_the_scored_responses_and_count_the_others(tmp_path):
@@ -123,7 +123,7 @@ def test_metrics_are_of_the_scored_responses_and_count_the_others(tmp_path):
         assert entry["objective/scores"] == entry["objective/rlhf_reward"] == 4
         assert entry["rollout/unscored"] == entry["rewards/marked/none"] == 0.25
         assert entry["rewards/marked/std"] == pytest.approx(np.std([2, 4, 6], ddof=1))
-    assert trainer.unscored.total == 3
+    assert trainer.rewards.unscored.total == 3
     assert all(math.isfinite(value) for entry in numbers(trainer) for value in entry.values())
 
 
@@ -149,7 +149,7 @@ def test_ppo_finishes_with_a_judge_that_drops_one_call_in_fifty(tmp_path, capsys
         tmp_path, trainer_kwargs={"reward_funcs": [labeler]}, per_device_train_batch_size=8, total_episodes=128
     )
     trainer.train()
-    assert len(calls) == 128 and trainer.state.global_step == 16 and trainer.unscored.total == 2
+    assert len(calls) == 128 and trainer.state.global_step == 16 and trainer.rewards.unscored.total == 2
     assert sum(entry["rollout/unscored"] for entry in numbers(trainer)) == 2 / 8
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("Warning: 1 of the last 8 responses have no reward. 'direct' failed for 1: the connection") == 1
@@ -203,7 +203,7 @@ def test_too_many_stop_the_run_with_a_checkpoint_and_its_resumption_continues(tm
     broken.clear()
     again = trainer()
     again.train(resume_from_checkpoint=True)
-    assert again.state.global_step == 12 and again.unscored.total == 8
+    assert again.state.global_step == 12 and again.rewards.unscored.total == 8
 
 
 def test_what_share_is_too_many():
@@ -259,7 +259,7 @@ def test_selectors_choose_from_scored_responses_and_the_pools_failures_are_not_c
     [pool] = pools
     assert len(pool) == 15 and pool.scores.isfinite().all()  # of 20, one in each batch of 4 is left out
     assert pool.prompts == [small_prompts()["prompt"][row] for row in pool.rows.tolist()]
-    assert trainer.unscored.total == 3
+    assert trainer.rewards.unscored.total == 3
 
 
 def test_responses_that_are_shown_may_have_no_score(tmp_path, capsys):
@@ -270,7 +270,7 @@ def test_responses_that_are_shown_may_have_no_score(tmp_path, capsys):
     )
     trainer.train()
     assert "none" in capsys.readouterr().out
-    assert trainer.unscored.total == 3
+    assert trainer.rewards.unscored.total == 3
 
 
 # ---- In a recipe ------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from rich.text import Text
 from torch.utils.data import DataLoader
 
 from trl_rlaif.report.formatting import clean
+from trl_rlaif.rl.scoring import Scores
 
 if TYPE_CHECKING:
     from trl_rlaif.rl.ppo.trainer import PPOTrainer
@@ -55,17 +56,17 @@ def _sampled(trainer: PPOTrainer, *, first_batch: bool) -> list[tuple[str, str, 
     loader = DataLoader(own, args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
     found: list[tuple[str, str, float]] = []
     before, sampler.temperature = sampler.temperature, 0.01 + 1e-7  # the parent's
-    state = trainer.scoring_state()
+    state = trainer.rewards.state_dict()
     try:
         for batch in loader:
             rollout = trainer.sample(batch)
             texts = map(_text, rollout.prompts), map(_text, rollout.completions)
-            found += zip(*texts, trainer.score(rollout).tolist(), strict=True)
+            found += zip(*texts, Scores.of(trainer.score(rollout)).total.tolist(), strict=True)
             if first_batch:
                 break
     finally:
         sampler.temperature = before
-        trainer.load_scoring_state(state)
+        trainer.rewards.load_state_dict(state)
     return gather_object(found)[:total]
 
 

@@ -88,28 +88,21 @@ def loop_metrics(trainer: PPOTrainer, rollout: Rollout) -> dict[str, float]:
         metrics["rehearsal/coef"] = trainer.rehearsal_coef
         metrics["rehearsal/pairs"] = len(trainer.rehearsal.pairs)
         metrics["time/rehearsal"], trainer._rehearsal_seconds = trainer._rehearsal_seconds, 0.0
-    return metrics | _of_rewards(trainer)
+    return metrics | rollout.metrics
 
 
-def score_metrics(trainer: PPOTrainer, rollout: Rollout, scores: torch.Tensor) -> dict[str, float]:
-    """What is known of (B,) scores by themselves, over all processes: their mean, by category, and by reward.
+def score_metrics(
+    rollout: Rollout, scores: torch.Tensor, gather: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, float]:
+    """What is known of (B,) scores by themselves, over all processes: their mean, and by category.
 
     NaN where a response has none.
     """
-    gather = trainer.accelerator.gather
     metrics = _means_of_known({"objective/scores": scores}, gather) | {
         "rollout/ended": gather(rollout.ended.float()).mean().item(),
         "rollout/distinct": distinct_responses(rollout),
     }
-    return metrics | _by_category(rollout, scores) | _of_rewards(trainer)
-
-
-def _of_rewards(trainer: PPOTrainer) -> dict[str, float]:
-    """Spreads between categories, parts of the reward, and the transforms' own numbers, of what was scored last."""
-    metrics = {"rollout/unscored": trainer.unscored.share} | trainer._spreads | trainer.reward_sum.take_metrics()
-    for transform in trainer.reward_transforms:
-        metrics |= transform.metrics()
-    return metrics
+    return metrics | _by_category(rollout, scores)
 
 
 def category_spreads(categories: Sequence[str | None], steps: dict[str, list[float]]) -> dict[str, float]:

@@ -92,7 +92,7 @@ class RejectionTrainer:
     def select(self) -> tuple[Pool, MergedSelection]:
         """Responses of the present policy, drawn from a seed of this iteration's own, and what was accepted."""
         trainer, accelerator, chosen = self.trainer, self.trainer.accelerator, MergedSelection()
-        counted = trainer.unscored.total
+        counted = trainer.rewards.unscored.total
         with trainer._kept():
             set_seed(derived_seed(self._seed, accelerator.process_index))
             pool = draw_pool(trainer, responses_needed(trainer), selection=trainer.state.global_step)
@@ -106,7 +106,7 @@ class RejectionTrainer:
                     f"best has a score of {pool.scores.max().item():.4g}.",
                     fix="Lower the selector's threshold, or raise its num_responses.",
                 )
-        self._unscored = trainer.unscored.total - counted
+        self._unscored = trainer.rewards.unscored.total - counted
         return pool, chosen
 
     def fine_tune(self, pairs: Sequence[RehearsalPair]) -> float:
@@ -151,11 +151,11 @@ class RejectionTrainer:
             "rejection/score": sum(scores) / len(scores),
             "episode": trainer.state.episode + len(pool) + self._unscored,
         }
-        metrics |= trainer.reward_sum.take_metrics()
+        metrics |= trainer.rewards.sum.take_metrics()
         for category in sorted({c for c in pool.categories if c is not None}):
             rows = [i for i, c in enumerate(pool.categories) if c == category]
             metrics[f"reward/{category}"] = pool.scores[rows].mean().item()
-        for transform in trainer.reward_transforms:
+        for transform in trainer.rewards.transforms:
             metrics |= transform.metrics()
         return metrics
 

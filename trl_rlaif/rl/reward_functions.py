@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trl_rlaif.components import numbered
-from trl_rlaif.errors import UserError
 from trl_rlaif.rl.reward_calls import AsyncCall, named_when_it_hangs, wait_for_all
 from trl_rlaif.validation import Origin, RewardError, origin_of
 
 if TYPE_CHECKING:
-    from trl_rlaif.rl.ppo.trainer import PPOTrainer
     from trl_rlaif.types import Rollout
 
 RewardFunc = Callable[..., Any]
@@ -33,33 +31,6 @@ def reward_names(functions: Sequence[RewardFunc], *, model: bool) -> list[str]:
     for function in functions:
         names.append(numbered(reward_name(function), names))
     return names
-
-
-def score_parts(
-    trainer: PPOTrainer, rollout: Rollout
-) -> tuple[dict[str, torch.Tensor], torch.Tensor | None, dict[str, list[str]]]:
-    """What every reward says of the responses.
-
-    Returns:
-        The raw scores of the reward model and of every function by name, (B,) float32 each, NaN where a function
-        returned None; the reward model's e(x), (B,) float32, or None; and by function what its attribute ``failed``
-        says after the call: why it could not score responses, a text each.
-
-    Raises:
-        UserError: As ``call_rewards``, or the reward model gave a score that is not finite.
-    """
-    functions, expected, model = trainer.reward_funcs, None, []
-    if trainer.has_reward_model:
-        scores, expected = trainer._generator.scores(trainer.role_models, rollout)
-        if not scores.isfinite().all():
-            raise UserError("The reward model gave a score that is not finite.")
-        model = [scores]
-    timeout = trainer.args.reward_timeout
-    found = call_rewards(functions, rollout, timeout=timeout, trainer_state=trainer.state)
-    device, names = trainer.accelerator.device, reward_names(functions, model=bool(model))
-    parts = dict(zip(names, [*model, *(scores.to(device) for scores in found)], strict=True))
-    failed = {name: getattr(f, "failed", ()) for name, f in zip(names[len(model) :], functions, strict=True)}
-    return parts, expected, {name: list(reasons) for name, reasons in failed.items() if reasons}
 
 
 def call_rewards(

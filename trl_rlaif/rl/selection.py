@@ -20,6 +20,7 @@ from trl_rlaif.progress import progress_bar
 from trl_rlaif.rl.ppo.advantages import kl_per_token
 from trl_rlaif.rl.rehearsal import lines
 from trl_rlaif.rl.rollouts import join_rollouts
+from trl_rlaif.rl.scoring import Scores
 from trl_rlaif.types import Pool, RehearsalPair, Rollout, Selection
 from trl_rlaif.validation import check_num_responses, origin_of, validated
 
@@ -67,10 +68,10 @@ def choose(trainer: PPOTrainer) -> MergedSelection:
         UserError: As ``select``.
     """
     accelerator, chosen = trainer.accelerator, MergedSelection()
-    state = trainer.scoring_state()
+    state = trainer.rewards.state_dict()
     every, updates = trainer.args.selection_every, trainer.state.global_step
     pool = draw_pool(trainer, responses_needed(trainer), selection=updates // every if every else 0)
-    trainer.load_scoring_state(state)
+    trainer.rewards.load_state_dict(state)
     with failing_together(accelerator):
         if accelerator.is_main_process:
             chosen = select(trainer.data_selectors, pool)
@@ -119,7 +120,7 @@ def draw_pool(trainer: PPOTrainer, num_responses: int = 1, *, selection: int = 0
     found = zip(
         rollout.prompts,
         rollout.completions,
-        scores.tolist(),
+        scores.total.tolist(),
         rollout.categories,
         [ids[mask].tolist() for ids, mask in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)],
         [ids[:n].tolist() for ids, n in zip(rollout.response_ids, rollout.lengths.tolist(), strict=True)],
@@ -153,27 +154,19 @@ def draw_pool(trainer: PPOTrainer, num_responses: int = 1, *, selection: int = 0
     return pool if len(known) == len(pool) else pool.subset(known)
 
 
-def _scored(trainer: PPOTrainer, batches: list[list[int]], size: int) -> tuple[Rollout, torch.Tensor]:
+def _scored(trainer: PPOTrainer, batches: list[list[int]], size: int) -> tuple[Rollout, Scores]:
     """Responses to batches of prompts (rows) as one rollout, and their (size,) scores, transformed all at once.
 
     A batch at a time they could not be compared: each would be mapped by other figures than the one before.
     """
-    rollouts, scores, raw = [], [], []
-    state = trainer.reward_sum.state_dict()
+    rollouts, scores, before = [], [], trainer.rewards.sum.state_dict()
     for batch in _shown(trainer, batches, size):
         rollouts.append(trainer.sample(trainer.data_collator([trainer.every_prompt[row] for row in batch])))
-        scores.append(trainer.score(rollouts[-1]))
-        raw.append(trainer._raw)
-        trainer.unscored.observe(scores[-1], trainer._failed)
-        trainer.unscored.check()
-    rollout, joined = join_rollouts(rollouts), torch.cat(scores)
-    parts, expected = raw[0]
-    if parts:  # summed again, since rewards are normalized by the whole pool, too
-        trainer.reward_sum.load_state_dict(state)
-        parts = {name: torch.cat([part[name] for part, _ in raw]) for name in parts}
-        expected = None if expected is None else torch.cat([each for _, each in raw])
-        joined = trainer.sum_rewards(parts, expected)
-    return rollout, trainer.transform(joined, rollout, pool=True)
+        scores.append(Scores.of(trainer.score(rollouts[-1])))
+        trainer.rewards.observe(scores[-1])
+        trainer.rewards.unscored.check()
+    rollout = join_rollouts(rollouts)
+    return rollout, Scores.of(trainer.transform(trainer.rewards.joined(scores, before), rollout, pool=True))
 
 
 def _shown(trainer: PPOTrainer, batches: list[list[int]], size: int) -> Iterator[list[int]]:

@@ -123,7 +123,7 @@ def test_a_resumed_run_takes_up_the_transforms_state(finished, tiny_model, tmp_p
     folder = run_recipe(recipe, plugins, tmp_path / "out")
     trainer, _, _ = build_trainer(Context(recipe, folder, plugins))
     [kept] = kept_state(folder / "checkpoints" / "rl" / "checkpoint-6")["processes"]
-    [transform] = trainer.scorer.reward_transforms
+    [transform] = trainer.scorer.rewards.transforms
     assert str(transform.state_dict()) != str(kept["transforms"][0])
     trainer.state.global_step, trainer.state.max_steps = 6, 6
     ScorerCallback(trainer).on_train_begin(trainer.args, trainer.state, trainer.control)

@@ -42,7 +42,7 @@ def _trainer(folder, path, algorithm, transform, **sections):
     sections = {"rl": rl | sections.pop("rl", {})} | NONE | sections
     recipe = tiny_recipe(folder, path, **sections)
     trainer, _, _ = build_trainer(Context(recipe, RunFolder(folder / "out"), installed_plugins()))
-    trainer.scorer.reward_transforms = [transform]
+    trainer.scorer.rewards.transforms = [transform]
     return trainer
 
 
@@ -74,8 +74,8 @@ def test_a_transform_that_needs_it_gets_the_kl_of_plain_forward_passes(tiny_mode
     assert trainer.scorer.args.temperature == trainer.args.temperature == (temperature or 1.0)
     _move(trainer)
     trainer.args.learning_rate = 0.0
-    rollouts, score = [], trainer.scorer.score
-    trainer.scorer.score = lambda rollout: rollouts.append(rollout) or score(rollout)
+    rollouts, score = [], trainer.scorer.rewards.score
+    trainer.scorer.rewards.score = lambda rollout, **more: rollouts.append(rollout) or score(rollout, **more)
     trainer.train()
     assert trainer.model.training  # TRL's trainer goes on as it was
     [batch], [rollout] = looking.batches, rollouts
@@ -109,7 +109,7 @@ def test_a_planted_drift_raises_an_alarm_in_its_category(tiny_model, tmp_path, a
     monkeypatch.setattr("trl_rlaif_regulator.drift.FEWEST", 8)  # a short run
     rl = {"max_steps": 24, "learning_rate": 0.0, "beta": 0.0, "per_device_train_batch_size": 8, "response_length": 4}
     trainer = _trainer(tmp_path, tiny_model, algorithm, DistributionRegulator(kl_budget=0.05), rl=rl)
-    trainer.scorer.reward_funcs = [_rising]
+    trainer.scorer.rewards.functions = [_rising]
     _move(trainer)
     trainer.train()
     rows = [row for row in trainer.state.log_history if "regulator/a/drift" in row]

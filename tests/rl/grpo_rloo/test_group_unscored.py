@@ -48,7 +48,7 @@ def _gradients(trainer, inputs):
 @pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
 def test_a_response_without_a_reward_has_no_gradient_and_no_part_in_the_baseline(tiny_model, tmp_path, algorithm):
     trainer = _trainer(tmp_path, tiny_model, algorithm)
-    trainer.scorer.reward_funcs = [_partly(trainer.scorer.reward_funcs[0])]
+    trainer.scorer.rewards.functions = [_partly(trainer.scorer.rewards.functions[0])]
     with torch.no_grad():  # away from the reference, so that its KL has a gradient
         generator = torch.Generator().manual_seed(0)
         for name, p in trainer.model.named_parameters():

@@ -141,7 +141,7 @@ def test_the_bases_arguments_get_the_defaults(tmp_path):
     trainer = small_trainer(tmp_path)
     other = type(trainer)(
         theirs, make_tokenizer(), make_llama(len(make_tokenizer())),
-        train_dataset=trainer.train_dataset, reward_funcs=trainer.reward_funcs,
+        train_dataset=trainer.train_dataset, reward_funcs=trainer.rewards.functions,
     )  # fmt: skip
     other.train()
     assert other.args.kl_weighting == "additive" and other.state.global_step == 1

@@ -102,7 +102,8 @@ def test_a_separate_reward_model_beside_a_shared_base(tmp_path, with_expected):
         torch.nn.init.normal_(model.score.weight)
     trainer = _trainer(tmp_path, trainer_kwargs={"reward_model": model, "reward_funcs": []})
     rollout = trainer.sample(next(trainer._batches))
-    scores = trainer.score(rollout)
+    found = trainer.score(rollout)
+    scores, expected = found.total, found.expected
     for i, score in enumerate(scores.tolist()):
         prompt = rollout.prompt_ids[i][rollout.prompt_mask[i].bool()]
         response = rollout.response_ids[i, : rollout.lengths[i] - int(rollout.ended[i])]
@@ -111,7 +112,7 @@ def test_a_separate_reward_model_beside_a_shared_base(tmp_path, with_expected):
             found = model.score(model.model(ids[None]).last_hidden_state[0])
         assert score == pytest.approx(found[-1, 0].item(), abs=1e-5)
         if with_expected:
-            assert trainer._told["expected"][i].item() == pytest.approx(found[len(prompt) - 1, 1].item(), abs=1e-5)
+            assert expected[i].item() == pytest.approx(found[len(prompt) - 1, 1].item(), abs=1e-5)
 
 
 class _Random(DataSelector):
@@ -403,7 +404,7 @@ def test_spreads_between_categories_are_logged_before_and_after_each_transform(t
     trainer = _trainer(tmp_path, per_device_train_batch_size=8, total_episodes=8, trainer_kwargs=kwargs)
     rollout = trainer.sample(next(trainer._batches))
     raw = trainer.score(rollout)
-    trainer.transform(raw, rollout)
+    spreads = trainer.transform(raw, rollout).spreads
     of_a = numpy.array([c == "a" for c in rollout.categories])
 
     def spread(scores):
@@ -412,10 +413,10 @@ def test_spreads_between_categories_are_logged_before_and_after_each_transform(t
         chance = within * (1 / len(a) + 1 / len(b)) / 2
         return max(numpy.var([a.mean(), b.mean()], ddof=1) - chance, 0) ** 0.5 / scores.std()
 
-    scores = raw.double().numpy()
+    scores = raw.total.double().numpy()
     expected = [spread(scores), spread(2 * scores), spread(4 * scores), spread(4 * scores + 10 * of_a)]
-    assert list(trainer._spreads) == ["spread/raw", "spread/Doubled", "spread/Doubled 2", "spread/OfA"]
-    assert list(trainer._spreads.values()) == pytest.approx(expected, rel=1e-6)
+    assert list(spreads) == ["spread/raw", "spread/Doubled", "spread/Doubled 2", "spread/OfA"]
+    assert list(spreads.values()) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("size", [16, 64, 400])

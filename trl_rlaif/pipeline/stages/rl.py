@@ -259,7 +259,7 @@ def of_rewards(scorer: PPOTrainer) -> dict[str, Any]:
                 continue
             mean, std, weight = entry[f"score/{name}"], entry[f"rewards/{name}/std"], entry[f"rewards/{name}/weight"]
             found.setdefault(name, {"weight": weight, "mean_first": mean}).update(mean_last=mean, std_last=std)
-    return {"unscored": scorer.unscored.total, "rewards": found}
+    return {"unscored": scorer.rewards.unscored.total, "rewards": found}
 
 
 def _last_spreads(logged: list[dict[str, float]]) -> dict[str, float]:

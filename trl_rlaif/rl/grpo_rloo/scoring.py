@@ -48,14 +48,16 @@ class GroupScore:
         policy.eval()  # dropout of the adapters would make scores and KL noisy
         rollout = self._rollout(prompts, completion_ids, columns)
         scorer.plugins.notify("rollout_collected", trainer=scorer, rollout=rollout)
-        scores = scorer.score(rollout)
-        scorer.unscored.observe(scores, scorer._failed)
-        scores = scorer.transform(scores, rollout)
+        scores = scorer.rewards.score(rollout, trainer_state=scorer.state)
+        scorer.rewards.observe(scores)
+        scores = scorer.rewards.transform(scores, rollout, rollout.kl())
         policy.train(training)  # by which TRL tells training from evaluation
-        for name, value in score_metrics(scorer, rollout, scores).items():
+        metrics = score_metrics(rollout, scores.total, scorer.accelerator.gather)
+        for name, value in (metrics | scorer.rewards.take_metrics(scores)).items():
             own["log_metric"](name, value)
-        self.missing = scores.isnan().tolist()
-        return [None if missing else score for score, missing in zip(scores.tolist(), self.missing, strict=True)]
+        self.missing = scores.total.isnan().tolist()
+        found = zip(scores.total.tolist(), self.missing, strict=True)
+        return [None if missing else score for score, missing in found]
 
     def _rollout(self, prompts: list[Any], completion_ids: Sequence[list[int]], columns: dict[str, Any]) -> Rollout:
         prompt_ids, read = columns.pop("input_ids"), self.scorer.reader.read
@@ -66,7 +68,7 @@ class GroupScore:
         ]
         rollout = as_rollout(pairs, self.scorer.accelerator.device, [response.ended for response in responses])
         rollout = replace(rollout, columns=columns)
-        if any(transform.needs_kl for transform in self.scorer.reward_transforms):
+        if self.scorer.rewards.needs_kl:
             return self.scorer._generator.compared(self.scorer.role_models, rollout)
         # Zeros would look like a KL of 0.
         unknown = torch.full_like(rollout.logprobs, torch.nan)

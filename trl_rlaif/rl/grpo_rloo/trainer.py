@@ -44,7 +44,7 @@ class RehearsalMixin:
     def take(self, scorer: PPOTrainer) -> None:
         """Train with this scorer from here on, and on the prompts that its selectors choose."""
         self.scorer = scorer
-        settings = components(scorer) | scoring_settings(scorer.args)
+        settings = components(scorer.rewards, scorer.data_selectors) | scoring_settings(scorer.args)
         self.same_run = SameRun(self, lambda: scorer.every_prompt, **settings)
         self.add_callback(self.same_run)
         self.add_callback(ScorerCallback(self))
@@ -106,7 +106,7 @@ class ScorerCallback(TrainerCallback):
         kept = kept_state(Path(args.output_dir) / f"checkpoint-{state.global_step}")
         if kept is not None:
             mine = _own_part(kept, scorer)
-            scorer.load_scoring_state(mine)
+            scorer.rewards.load_state_dict(mine)
             scorer.rehearsal.load_state_dict(mine["rehearsal"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -115,9 +115,9 @@ class ScorerCallback(TrainerCallback):
         Choose anew what is rehearsed, where the configuration says so; TRL's dataloader keeps its prompts.
         """
         scorer, every = self.trainer.scorer, self.trainer.scorer.args.selection_every
-        self.trainer.failure = scorer.unscored.error()
+        self.trainer.failure = scorer.rewards.unscored.error()
         if self.trainer.failure is not None:
-            scorer.unscored.forget()
+            scorer.rewards.unscored.forget()
             control.should_save = control.should_training_stop = True
             return
         if every and scorer.data_selectors and state.global_step < state.max_steps and state.global_step % every == 0:
@@ -133,7 +133,7 @@ class ScorerCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """What was chosen, and of every process the transforms' state and the place in the pairs, beside TRL's own."""
         scorer, folder = self.trainer.scorer, Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        parts = gather_object([{**scorer.scoring_state(), "rehearsal": scorer.rehearsal.state_dict()}])
+        parts = gather_object([{**scorer.rewards.state_dict(), "rehearsal": scorer.rehearsal.state_dict()}])
         if state.is_world_process_zero and folder.is_dir():
             chosen = None if scorer.chosen is None else scorer.chosen.to_dict()
             torch.save({"chosen": chosen, "processes": parts}, folder / _STATE)

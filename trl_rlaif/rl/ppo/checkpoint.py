@@ -166,7 +166,7 @@ def own_state(trainer: PPOTrainer) -> dict[str, Any]:
         "batches": trainer._batches.state_dict(),
         "minibatch_order": trainer._minibatch_order.get_state(),
         "rehearsal": trainer.rehearsal.state_dict(),
-        **trainer.scoring_state(),
+        **trainer.rewards.state_dict(),
         "python": random.getstate(),
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
@@ -194,7 +194,7 @@ def load(trainer: PPOTrainer, folder: Path) -> None:
             where=str(folder),
         )
     mine = state["processes"][trainer.accelerator.process_index]
-    if len(mine["transforms"]) != len(trainer.reward_transforms):
+    if len(mine["transforms"]) != len(trainer.rewards.transforms):
         raise UserError("The checkpoint was written with other reward transforms.", where=str(folder))
     for name, value in state["parameters"].items():
         own[name].copy_(value)
@@ -205,7 +205,7 @@ def load(trainer: PPOTrainer, folder: Path) -> None:
     else:
         trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.lr_scheduler.load_state_dict(state["scheduler"])
-    trainer.load_scoring_state(mine)
+    trainer.rewards.load_state_dict(mine)
     # What was chosen stays: the place in the data is a place in that.
     if state["chosen"] is not None:
         trainer.apply(MergedSelection.from_dict(state["chosen"]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -18,8 +17,8 @@ from torch import nn
 
 from trl_rlaif import resuming
 from trl_rlaif.compat.trl_ppo import BasePPOTrainer
-from trl_rlaif.components import DataSelector, RewardTransform, numbered
-from trl_rlaif.distributed import average_gradients, failing_together
+from trl_rlaif.components import DataSelector, RewardTransform
+from trl_rlaif.distributed import average_gradients
 from trl_rlaif.encoding import set_template_kwargs
 from trl_rlaif.errors import UserError
 from trl_rlaif.models.kernels.fused_lora import fuse_lora
@@ -31,7 +30,7 @@ from trl_rlaif.plugins import Plugins, installed_plugins
 from trl_rlaif.responses import ResponseReader
 from trl_rlaif.rl import deepspeed, log_completions, rehearsal
 from trl_rlaif.rl.generation import RolloutGenerator
-from trl_rlaif.rl.metrics import category_spreads, loop_metrics, update_metrics
+from trl_rlaif.rl.metrics import loop_metrics, update_metrics
 from trl_rlaif.rl.ppo import advantages as adv
 from trl_rlaif.rl.ppo import checkpoint
 from trl_rlaif.rl.ppo.config import PPOConfig, with_defaults
@@ -48,13 +47,11 @@ from trl_rlaif.rl.ppo.construction import (
 from trl_rlaif.rl.ppo.update_step import UPDATE_KL, Divisors, MicroBatch, PPOStep, divisors_of
 from trl_rlaif.rl.prompts import BatchStream, PromptCollator
 from trl_rlaif.rl.rehearsal import Rehearsal, as_rollout, given_pairs
-from trl_rlaif.rl.reward_functions import MODEL, RewardFunc, reward_names, score_parts
-from trl_rlaif.rl.reward_shaping import AdaptiveKLController, shaped_scores
-from trl_rlaif.rl.reward_sum import RewardSum
+from trl_rlaif.rl.reward_functions import RewardFunc
+from trl_rlaif.rl.reward_shaping import AdaptiveKLController
+from trl_rlaif.rl.scoring import RewardPipeline, Scores
 from trl_rlaif.rl.selection import MergedSelection, choose, write_selection
-from trl_rlaif.rl.unscored import Unscored
-from trl_rlaif.types import Rollout, ScoredBatch
-from trl_rlaif.validation import validated
+from trl_rlaif.types import Rollout
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -113,8 +110,7 @@ class PPOTrainer(BasePPOTrainer):
         plugins: Plugins | None = None,
     ) -> None:
         args = with_defaults(args)
-        self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
-        self.reward_transforms = [validated(transform) for transform in reward_transforms]
+        functions = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
         self.data_selectors = list(data_selectors)
         self.plugins = plugins or installed_plugins()
         if isinstance(model, str):
@@ -130,7 +126,7 @@ class PPOTrainer(BasePPOTrainer):
                 reward_model = None
             model, value_model, peft_config = shared.peft, shared.add_value(trunk=args.value == "trunk"), None
         has_reward = reward_model is not None or (shared is not None and "reward" in shared.heads)
-        if not has_reward and not self.reward_funcs:
+        if not has_reward and not functions:
             raise UserError("There is no reward: pass reward_model or reward_funcs.")
         train_dataset = tokenized(train_dataset, processing_class, model, args)
         pairs = given_pairs(rehearsal_dataset, processing_class, max_length=longest_row(model, args))
@@ -158,6 +154,8 @@ class PPOTrainer(BasePPOTrainer):
         self.shared = None if shared is None else shared.to(self.accelerator.device)
         deepspeed.take_back_models(self)
         self._set_up_loop()
+        model = (lambda rollout: self._generator.scores(self.role_models, rollout)) if has_reward else None
+        self.rewards = RewardPipeline(functions, reward_transforms, model, args, self.reader, self.accelerator)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As in the parent, where DeepSpeed needs it by other rules."""
@@ -185,14 +183,6 @@ class PPOTrainer(BasePPOTrainer):
         self._selected_at: int | None = None  # the step of the last selection
         self.rehearsal.seed(self.local_seed)
         self._rehearsal_seconds = 0.0
-        # What `score` found beside its sum; a subclass that scores otherwise leaves them empty.
-        self._told: dict[str, Any] = {}
-        self._raw: tuple[dict[str, torch.Tensor], torch.Tensor | None] = {}, None  # the same before RewardSum
-        self._failed: dict[str, list[str]] = {}
-        names = reward_names(self.reward_funcs, model=self.has_reward_model)
-        self.reward_sum = RewardSum(names, args.reward_weights, args.reward_normalization, self.accelerator.gather)
-        self.unscored = Unscored(args.max_failed)
-        self._spreads: dict[str, float] = {}
         self.kl_controller = AdaptiveKLController(args.kl_coef, args.kl_target, args.kl_horizon)
 
     @property
@@ -204,7 +194,10 @@ class PPOTrainer(BasePPOTrainer):
     def identity(self) -> dict[str, Any]:
         """Settings and prompts of this run, which those of a checkpoint must equal."""
         return resuming.identity(
-            self.args, self.every_prompt, self.accelerator.num_processes, **resuming.components(self)
+            self.args,
+            self.every_prompt,
+            self.accelerator.num_processes,
+            **resuming.components(self.rewards, self.data_selectors),
         )
 
     @property
@@ -215,11 +208,6 @@ class PPOTrainer(BasePPOTrainer):
         model = self.accelerator.unwrap_model(self.model)
         reference = self.ref_adapter_name if self.ref_model is None else None
         return SeparateRoleModels(model.policy, self.ref_model, model.value_model, self.reward_model, reference)
-
-    @property
-    def has_reward_model(self) -> bool:
-        """Whether a model scores the responses, of its own or as a role of the shared base."""
-        return self.reward_model is not None or (self.shared is not None and "reward" in self.shared.heads)
 
     # ---- The loop -------------------------------------------------------------------------------------
 
@@ -270,7 +258,7 @@ class PPOTrainer(BasePPOTrainer):
             yield
         except UserError:
             if repeated:
-                self.load_scoring_state(before)
+                self.rewards.load_state_dict(before)
             checkpoint.save(self, before if repeated else None)
             raise
 
@@ -278,62 +266,32 @@ class PPOTrainer(BasePPOTrainer):
         """Sample the next batch of prompts and score it.
 
         Returns:
-            The rollout, whose ``scored`` is False where a response has no reward; and (B,) float32 scores, 0 there.
+            The rollout, whose ``scored`` is False where a response has no reward, with the numbers of its scoring; and
+            (B,) float32 scores, 0 there.
         """
         rollout = self.sample(next(self._batches))
         self.plugins.notify("rollout_collected", trainer=self, rollout=rollout)
-        scores = self.score(rollout)
-        self.unscored.observe(scores, self._failed)
-        self.unscored.check()
-        scores = self.transform(scores, rollout)
-        return replace(rollout, scored=~scores.isnan()), scores.masked_fill(scores.isnan(), 0)
+        scores = Scores.of(self.score(rollout))
+        self.rewards.observe(scores)
+        self.rewards.unscored.check()
+        scores = Scores.of(self.transform(scores, rollout))
+        rollout = replace(rollout, scored=scores.scored, metrics=self.rewards.take_metrics(scores))
+        return rollout, scores.total.masked_fill(~scores.scored, 0)
 
     def sample(self, batch: dict[str, Any]) -> Rollout:
         """Responses to a batch of prompts, with log-probabilities and values."""
         self.model.eval()
         return self._generator.draw(self.role_models, batch)
 
-    @torch.no_grad()
-    def score(self, rollout: Rollout) -> torch.Tensor:
-        """Raw scores, (B,) float32: the weighted sum of all rewards (RewardSum), NaN where a response has none."""
-        with failing_together(self.accelerator):
-            parts, expected, self._failed = score_parts(self, rollout)
-        return self.sum_rewards(parts, expected)
+    def score(self, rollout: Rollout) -> Scores | torch.Tensor:
+        """The weighted sum of all rewards; an override may return (B,) float32, NaN where a response has none."""
+        return self.rewards.score(rollout, trainer_state=self.state)
 
-    def sum_rewards(self, parts: dict[str, torch.Tensor], expected: torch.Tensor | None) -> torch.Tensor:
-        """The weighted sum of raw rewards by name (RewardSum); transforms are then told of them and of e(x)."""
-        scores, weighted, scale = self.reward_sum(parts)
-        self._raw = parts, expected
-        self._told = {
-            "parts": weighted, "expected": expected, "model_scores": parts.get(MODEL), "model_scale": scale
-        }  # fmt: skip
-        return scores
-
-    def transform(self, scores: torch.Tensor, rollout: Rollout, *, pool: bool = False) -> torch.Tensor:
-        """Scores after the reward transforms in their order, then whitened, clipped and less penalties.
-
-        Transforms see the responses alone that have a reward; the scores of the others stay NaN.
-
-        Args:
-            pool: These are all scores of a selector's pool, and not a batch to train on.
-        """
-        known = ~scores.isnan()
-        self._spreads = {}
-        if self.reward_transforms and self.accelerator.gather(known).any():
-            seen = ScoredBatch(
-                rollout.prompts, rollout.completions, rollout.lengths, rollout.kl(), rollout.columns, **self._told
-            )
-            seen, found = (seen, scores) if known.all() else (seen.select(known), scores[known])
-            steps = {"raw": found.tolist()}
-            for transform in self.reward_transforms:
-                found = (transform.transform_pool if pool else transform.transform)(found, seen)
-                steps[numbered(type(transform).__name__, steps)] = found.tolist()
-            self._spreads = category_spreads(seen.categories, steps)
-            scores = scores.masked_scatter(known, found)
-        ended = rollout.ended
-        if not self.reader.stop_ids:  # as in TRL, an end within a response counts
-            ended = (rollout.response_ids == self.processing_class.eos_token_id).any(1)
-        return shaped_scores(scores, rollout, self.args, ended, self.accelerator.gather)
+    def transform(
+        self, scores: Scores | torch.Tensor, rollout: Rollout, *, pool: bool = False
+    ) -> Scores | torch.Tensor:
+        """Scores as they are paid: see ``RewardPipeline.transform``."""
+        return self.rewards.transform(Scores.of(scores), rollout, rollout.kl(), pool=pool)
 
     def compute_rewards(self, rollout: Rollout, scores: torch.Tensor) -> torch.Tensor:
         """Rewards per token, (B, T) float32: KL paid on every token, the score at the end."""
@@ -480,27 +438,6 @@ class PPOTrainer(BasePPOTrainer):
         if self.rehearsal.given and not self.data_selectors and self.accelerator.is_main_process:
             write_selection(Path(args.output_dir), MergedSelection(), self.rehearsal.pairs)
         self.control = self.callback_handler.on_train_begin(args, state, self.control)
-
-    def scoring_state(self) -> dict[str, Any]:
-        """What rewards and transforms remember, as plain values that scoring does not change later."""
-        transforms = [copy.deepcopy(transform.state_dict()) for transform in self.reward_transforms]
-        return {
-            "transforms": transforms, "rewards": self.reward_sum.state_dict(), "unscored": self.unscored.state_dict()
-        }  # fmt: skip
-
-    def load_scoring_state(self, state: dict[str, Any]) -> None:
-        """Go back to what ``scoring_state`` gave.
-
-        Raises:
-            UserError: It is of other reward transforms.
-        """
-        if len(state["transforms"]) != len(self.reward_transforms):
-            raise UserError("The checkpoint was written with other reward transforms.")
-        for transform, its_state in zip(self.reward_transforms, state["transforms"], strict=True):
-            transform.load_state_dict(its_state)
-        if "rewards" in state:  # checkpoints of earlier versions have neither
-            self.reward_sum.load_state_dict(state["rewards"])
-            self.unscored.load_state_dict(state["unscored"])
 
     def _select(self) -> None:
         """Let the selectors choose, at the start and every ``selection_every`` updates."""

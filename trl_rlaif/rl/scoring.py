@@ -1,0 +1,222 @@
+"""From responses to scores: reward model and functions, their weighted sum, transforms, and responses without any."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trl_rlaif.components import RewardTransform, numbered
+from trl_rlaif.distributed import failing_together
+from trl_rlaif.errors import UserError
+from trl_rlaif.rl.metrics import category_spreads
+from trl_rlaif.rl.reward_functions import MODEL, RewardFunc, call_rewards, reward_names
+from trl_rlaif.rl.reward_shaping import shaped_scores
+from trl_rlaif.rl.reward_sum import RewardSum
+from trl_rlaif.rl.unscored import Unscored
+from trl_rlaif.types import Rollout, ScoredBatch
+from trl_rlaif.validation import validated
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from trl_rlaif.responses import ResponseReader
+    from trl_rlaif.rl.ppo.config import PPOConfig
+
+ModelScores = Callable[[Rollout], tuple[torch.Tensor, torch.Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the rewards say of B responses. Multiplication and addition act on ``total`` alone.
+
+    Args:
+        total: (B,) float32, NaN where a response has no reward.
+        raw: (B,) float32 by reward, before weights and normalization; NaN where a response lacks it.
+        parts: (B,) float32 by reward, weighted and normalized: what ``total`` was summed from.
+        model_scale: What a unit of the reward model's score counts in the sum.
+        expected: (B,) float32, e(x) of a reward model that has such a head.
+        failed: By reward function, why it could not score responses, a text each.
+        spreads: By step, how far the kinds of prompt lie apart (``category_spreads``); once transformed.
+    """
+
+    total: torch.Tensor
+    raw: dict[str, torch.Tensor] = field(default_factory=dict)
+    parts: dict[str, torch.Tensor] = field(default_factory=dict)
+    model_scale: float = 1.0
+    expected: torch.Tensor | None = None
+    failed: dict[str, list[str]] = field(default_factory=dict)
+    spreads: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, found: Scores | torch.Tensor) -> Scores:
+        """What a step returned that a subclass may override with a tensor."""
+        return found if isinstance(found, Scores) else cls(found)
+
+    @property
+    def scored(self) -> torch.Tensor:
+        """(B,) bool, True where a response has a reward."""
+        return ~self.total.isnan()
+
+    def __mul__(self, factor: Any) -> Scores:
+        return replace(self, total=self.total * factor)
+
+    def __add__(self, bonus: Any) -> Scores:
+        return replace(self, total=self.total + bonus)
+
+    __rmul__, __radd__ = __mul__, __add__
+
+
+class RewardPipeline:
+    """All rewards of a run. What it remembers from batch to batch is in ``state_dict``.
+
+    Args:
+        functions: With GRPOTrainer's signature.
+        transforms: Applied to the sum in this order.
+        model: The reward model, if there is one: (B,) float32 scores of a batch of responses, and its e(x) or None.
+        args: Weights, normalization, limits, whitening, clipping and penalties.
+        reader: Whose stop tokens end a response.
+        accelerator: Joins the figures of all processes.
+
+    Raises:
+        UserError: Weights do not fit the rewards.
+    """
+
+    def __init__(
+        self,
+        functions: Sequence[RewardFunc],
+        transforms: Sequence[RewardTransform],
+        model: ModelScores | None,
+        args: PPOConfig,
+        reader: ResponseReader,
+        accelerator: Accelerator,
+    ) -> None:
+        self.functions, self.transforms = list(functions), [validated(transform) for transform in transforms]
+        self.model, self.args, self.reader, self.accelerator = model, args, reader, accelerator
+        self.sum = RewardSum(self.names, args.reward_weights, args.reward_normalization, accelerator.gather)
+        self.unscored = Unscored(args.max_failed)
+
+    @property
+    def names(self) -> list[str]:
+        """Of all rewards, as the metrics call them: the reward model's, then the functions'."""
+        return reward_names(self.functions, model=self.model is not None)
+
+    @property
+    def needs_kl(self) -> bool:
+        """Whether a transform reads the KL."""
+        return any(transform.needs_kl for transform in self.transforms)
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout, **extra: Any) -> Scores:
+        """What every reward says of the responses, summed.
+
+        Args:
+            extra: Further arguments of the reward functions.
+
+        Raises:
+            UserError: As ``call_rewards``, or the reward model gave a score that is not finite.
+        """
+        with failing_together(self.accelerator):
+            found, expected = [], None
+            if self.model is not None:
+                scores, expected = self.model(rollout)
+                if not scores.isfinite().all():
+                    raise UserError("The reward model gave a score that is not finite.")
+                found.append(scores)
+            device, timeout = self.accelerator.device, self.args.reward_timeout
+            called = call_rewards(self.functions, rollout, timeout=timeout, **extra)
+            raw = dict(zip(self.names, [*found, *(scores.to(device) for scores in called)], strict=True))
+            names = self.names[len(found) :]
+            failed = {name: list(getattr(f, "failed", ())) for name, f in zip(names, self.functions, strict=True)}
+        return self._summed(raw, expected, {name: reasons for name, reasons in failed.items() if reasons})
+
+    def _summed(
+        self, raw: dict[str, torch.Tensor], expected: torch.Tensor | None, failed: dict[str, list[str]]
+    ) -> Scores:
+        total, parts, scale = self.sum(raw)
+        return Scores(total, raw, parts, scale, expected, failed)
+
+    def joined(self, found: Sequence[Scores], before: dict[str, Any]) -> Scores:
+        """A pool's batches as one, summed again, since rewards are normalized by the whole pool.
+
+        Args:
+            found: Of each batch.
+            before: ``sum.state_dict()`` from before the first of them.
+        """
+        if not found[0].raw:
+            return Scores(torch.cat([scores.total for scores in found]))
+        self.sum.load_state_dict(before)
+        raw = {name: torch.cat([scores.raw[name] for scores in found]) for name in found[0].raw}
+        expected = None if found[0].expected is None else torch.cat([scores.expected for scores in found])
+        return self._summed(raw, expected, {})
+
+    def observe(self, scores: Scores) -> None:
+        """Count the responses without a reward."""
+        self.unscored.observe(scores.total, scores.failed)
+
+    def transform(self, scores: Scores, rollout: Rollout, kl: torch.Tensor, *, pool: bool = False) -> Scores:
+        """Scores after the transforms in their order, then whitened, clipped and less penalties.
+
+        Transforms see the responses alone that have a reward; the scores of the others stay NaN.
+
+        Args:
+            kl: (B,) float32, nats per response; NaN where it is unknown.
+            pool: These are all scores of a selector's pool, and not a batch to train on.
+        """
+        known, total, spreads = scores.scored, scores.total, {}
+        if self.transforms and self.accelerator.gather(known).any():
+            seen = ScoredBatch(
+                rollout.prompts,
+                rollout.completions,
+                rollout.lengths,
+                kl,
+                rollout.columns,
+                scores.parts,
+                scores.raw.get(MODEL),
+                scores.model_scale,
+                scores.expected,
+            )
+            seen, found = (seen, total) if known.all() else (seen.select(known), total[known])
+            steps = {"raw": found.tolist()}
+            for transform in self.transforms:
+                found = (transform.transform_pool if pool else transform.transform)(found, seen)
+                steps[numbered(type(transform).__name__, steps)] = found.tolist()
+            spreads = category_spreads(seen.categories, steps)
+            total = total.masked_scatter(known, found)
+        ended = rollout.ended
+        if not self.reader.stop_ids:  # as in TRL, an end within a response counts
+            ended = (rollout.response_ids == self.reader.tokenizer.eos_token_id).any(1)
+        total = shaped_scores(total, rollout, self.args, ended, self.accelerator.gather)
+        return replace(scores, total=total, spreads=spreads)
+
+    def take_metrics(self, scores: Scores) -> dict[str, float]:
+        """Numbers of what was scored since they were last taken, and the spreads and transforms' numbers of the last.
+
+        ``rollout/unscored`` is the share of responses without a reward; see ``RewardSum`` and ``category_spreads``.
+        """
+        metrics = {"rollout/unscored": self.unscored.share} | scores.spreads | self.sum.take_metrics()
+        for transform in self.transforms:
+            metrics |= transform.metrics()
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """What rewards and transforms remember, as plain values that scoring does not change later."""
+        transforms = [copy.deepcopy(transform.state_dict()) for transform in self.transforms]
+        return {"transforms": transforms, "rewards": self.sum.state_dict(), "unscored": self.unscored.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to what ``state_dict`` gave.
+
+        Raises:
+            UserError: It is of other reward transforms.
+        """
+        if len(state["transforms"]) != len(self.transforms):
+            raise UserError("The checkpoint was written with other reward transforms.")
+        for transform, its_state in zip(self.transforms, state["transforms"], strict=True):
+            transform.load_state_dict(its_state)
+        if "rewards" in state:  # checkpoints of earlier versions have neither
+            self.sum.load_state_dict(state["rewards"])
+            self.unscored.load_state_dict(state["unscored"])
