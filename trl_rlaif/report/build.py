@@ -22,7 +22,6 @@ from trl_rlaif.report.score_figures import score_part
 
 _HERE = Path(__file__).parent
 _RUN, _COMPARISON = "template.html.jinja", "experiments.html.jinja"
-PREVIEW_CHARACTERS = 700
 
 
 def write_report(folder: str | Path) -> Path:
@@ -71,8 +70,7 @@ def run_page(run: Run) -> dict[str, Any]:
     sets, judged = summary.set_results(run), judged_sets(run)
     samples = spread(run.samples, MAX_SAMPLES)
     return {
-        "run": run,
-        "subtitle": _subtitle(run),
+        **summary.page_head(run),
         "summary": summary.summary(run, sets),
         "results": max(len(sets), 1),
         "sets": sets,
@@ -91,19 +89,7 @@ def run_page(run: Run) -> dict[str, Any]:
         "samples": samples,
         "sample_sets": sorted({sample.set for sample in samples}),
         "sample_categories": sorted({sample.category for sample in samples}),
-        "preview": PREVIEW_CHARACTERS,
-        "versions": [
-            (formatting.label(key), formatting.label(value))
-            for key, value in formatting.section(run.recipe, "versions").items()
-        ],
-        "seed": formatting.label(formatting.section(run.recipe, "run").get("seed")),
-        "command": formatting.label(run.recipe.get("command"), 2000),
     }
-
-
-def _subtitle(run: Run) -> str:
-    model = formatting.label(formatting.section(run.recipe, "model").get("path"), 120)
-    return " · ".join(part for part in (model, summary.model_settings(run)) if part)
 
 
 def _set_names(run: Run) -> list[str]:

@@ -9,15 +9,14 @@ from typing import Any
 
 from trl_rlaif.recipe.variants import START, VARIANTS_FOLDER
 from trl_rlaif.report import plots
-from trl_rlaif.report.figures import Figure
+from trl_rlaif.report.figures import Figure, win_rates
 from trl_rlaif.report.formatting import count, label, number, section
 from trl_rlaif.report.parsing import Turn, lines, spread, turn, turns
 from trl_rlaif.report.run_data import Run
-from trl_rlaif.report.summary import Measure, model_settings, win_rate_measure
+from trl_rlaif.report.summary import Measure, page_head, win_rate_measure
 
 MAX_PROMPTS = 60
 MAX_ARMS = 24
-PREVIEW_CHARACTERS = 700
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,7 @@ def comparison_page(run: Run, folder: Path) -> dict[str, Any]:
     asked = _asked(folder, list(section(compare, "variants"))[:MAX_ARMS], run.notes)
     shown = spread(asked, MAX_PROMPTS)
     return {
-        "run": run,
-        "subtitle": " · ".join(
-            part for part in (label(section(run.recipe, "model").get("path"), 120), model_settings(run)) if part
-        ),
+        **page_head(run),
         "summary": _summary(compare, sets),
         "sets": sets,
         "notes": run.notes,
@@ -73,10 +69,6 @@ def comparison_page(run: Run, folder: Path) -> dict[str, Any]:
         "all_asked": len(asked),
         "asked_sets": sorted({one.set for one in shown}),
         "asked_categories": sorted({one.category for one in shown}),
-        "preview": PREVIEW_CHARACTERS,
-        "versions": [(label(key), label(value)) for key, value in section(run.recipe, "versions").items()],
-        "seed": label(section(run.recipe, "run").get("seed")),
-        "command": label(run.recipe.get("command"), 2000),
     }
 
 
@@ -124,36 +116,20 @@ def _row(
 
 
 def _drawn(name: str, ranked: list[ArmRow]) -> list[Figure]:
-    points = [
-        (
-            row.name,
-            row.overall.value,
-            row.overall.interval,
-            row.controlled.value if row.controlled else None,
-            row.controlled.interval if row.controlled else None,
-        )
-        for row in ranked
-        if row.overall
-    ]
+    judged = [row for row in ranked if row.overall]
     figures = []
-    if points:
-        said = "; ".join(f"{row.name} {row.overall.text}" for row in ranked if row.overall)
-        drawing = plots.win_rates(points, f"Win rate over all others on {name}: {said}", "win rate")
+    if judged:
         caption = "Over all others, best first; bars are 95% intervals."
         if any(row.controlled for row in ranked):
             caption += " At equal length: over the start alone."
-        figures.append(Figure("Win rate over all others", drawing, caption))
-    moved = [(row.name, row.kl, row.overall.value) for row in ranked if row.kl is not None and row.overall]
+        named, heading = [(row.name, row.overall, row.controlled) for row in judged], "Win rate over all others"
+        figures.append(win_rates(named, heading, f"{heading} on {name}", caption, "win rate"))
+    moved = [(row.name, row.kl, row.overall.value) for row in judged if row.kl is not None]
     if len(moved) > 1:
         title = f"Win rate over all others against KL to the start on {name}"
+        drawing = plots.named_points(moved, title, ("KL to the start, in nats", "win rate"))
         caption = "What was gained, against how far the policy went from the start."
-        figures.append(
-            Figure(
-                "Win rate against KL",
-                plots.named_points(moved, title, ("KL to the start, in nats", "win rate")),
-                caption,
-            )
-        )
+        figures.append(Figure("Win rate against KL", drawing, caption))
     return figures
 
 

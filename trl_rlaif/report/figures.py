@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from trl_rlaif.report import plots
 from trl_rlaif.report.drawing import Drawing
 from trl_rlaif.report.formatting import interval, label, number, scores, section
 from trl_rlaif.report.run_data import Run, Sample, Series
-from trl_rlaif.report.summary import reward_accuracy
+from trl_rlaif.report.summary import Measure, reward_accuracy
 
 MAX_CATEGORIES = 40
 _DRAWN_CATEGORIES = 12
@@ -125,6 +126,22 @@ def share(values: dict[str, Any]) -> dict[str, Any]:
     return {"rate": rate, "interval": interval(values.get("interval")), "n": amount}
 
 
+def win_rates(
+    rows: Sequence[tuple[str, Measure, Measure | None]], heading: str, title: str, caption: str, x_label: str
+) -> Figure:
+    """Rows (name, win rate, the same at equal length) with their intervals; the title says the win rates, too."""
+    said = "; ".join(f"{name} {rate.text}" for name, rate, _ in rows)
+    points = [
+        (name, rate.value, rate.interval, even and even.value, even and even.interval) for name, rate, even in rows
+    ]
+    return Figure(heading, plots.win_rates(points, f"{title}: {said}", x_label), caption)
+
+
+def first_rows(rows: list[Any]) -> dict[str, Any]:
+    """The rows of a table that are shown, and how many are left out."""
+    return {"rows": rows[:MAX_CATEGORIES], "left_out": max(len(rows) - MAX_CATEGORIES, 0)}
+
+
 def present(*figures: Figure | None) -> list[Figure]:
     """Those that there are."""
     return [figure for figure in figures if figure is not None]
@@ -168,12 +185,7 @@ def set_part(run: Run, name: str) -> dict[str, Any]:
         title = f"Mean reward of each category on {name}, before and after training"
         caption = "Means over this set's samples; the largest categories first."
         figures.append(Figure("By category", plots.before_after(drawn, title), caption))
-    return {
-        "name": name,
-        "figures": figures,
-        "categories": rows[:MAX_CATEGORIES],
-        "left_out": max(len(rows) - MAX_CATEGORIES, 0),
-    }
+    return {"name": name, "figures": figures, **first_rows(rows)}
 
 
 def _reward_figures(name: str, pairs: list[tuple[float, float]]) -> list[Figure]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl_rlaif.report import plots
-from trl_rlaif.report.figures import MAX_CATEGORIES, Figure
+from trl_rlaif.report.figures import MAX_CATEGORIES, Figure, win_rates
 from trl_rlaif.report.formatting import count, hundredths, interval, label, number, percent, section
 from trl_rlaif.report.run_data import Run
 from trl_rlaif.report.summary import Measure, between, judge_name, win_rate_measure
@@ -167,22 +166,12 @@ def _drawn(judged: JudgedSet) -> list[Figure]:
         return []
     # People come last, and are the ones that a reader must not miss.
     drawn = rows if len(rows) <= _DRAWN_JUDGES else [*rows[: _DRAWN_JUDGES - 1], rows[-1]]
-    points = [
-        (
-            row.name,
-            row.rate.value,
-            row.rate.interval,
-            row.controlled.value if row.controlled else None,
-            row.controlled.interval if row.controlled else None,
-        )
-        for row in drawn
-    ]
-    said = "; ".join(f"{row.name} {row.rate.text}" for row in drawn)
     caption = "Right of the dashed line, the trained policy is preferred; bars are 95% intervals."
     if len(drawn) < len(rows):
         caption += f" {len(drawn)} of {len(rows)} judges are drawn."
-    drawing = plots.win_rates(points, f"Win rate on {judged.name}, by judge: {said}")
-    return [Figure("Win rate by judge", drawing, caption)]
+    named = [(row.name, row.rate, row.controlled) for row in drawn]
+    title = f"Win rate on {judged.name}, by judge"
+    return [win_rates(named, "Win rate by judge", title, caption, "win rate against the start")]
 
 
 def _facts(judged: JudgedSet) -> list[tuple[str, str]]:

@@ -16,6 +16,7 @@ _MAX_WAY = 60
 _SMOOTH_FROM = 40
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _MAX_NUMBERED = 36
+_DASHED: dict[str, Any] = {"color": INK, "linewidth": 1.0, "linestyle": (0, (4, 3))}
 
 
 def curves(
@@ -29,7 +30,7 @@ def curves(
 
     def draw(axes: Any) -> None:
         if level is not None:
-            axes.axhline(level, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
+            axes.axhline(level, **_DASHED)
         for index, (name, points) in enumerate(named):
             colour = COLOURS[index % len(COLOURS)]
             style = "-" if index < len(COLOURS) else "--"
@@ -60,8 +61,7 @@ def score_over_kl(points: Points, title: str) -> Drawing:
         for place, name in ((0, "first"), (last, "last")):
             axes.annotate(name, (kl[place], scores[place]), (4, 4), textcoords="offset points", fontsize=9)
         axes.margins(0.1)
-        axes.set_xlabel("KL to the start, in nats")
-        axes.set_ylabel("score")
+        axes.set(xlabel="KL to the start, in nats", ylabel="score")
 
     return draw_plot(draw, title, (4.4, 3.0))
 
@@ -74,8 +74,8 @@ def win_rates(
     """A row a judge: ``(name, win rate, its interval, win rate at equal length, its interval)``, around the half."""
 
     def draw(axes: Any) -> None:
-        axes.axvline(0.5, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
-        places = list(range(len(rows)))[::-1]
+        axes.axvline(0.5, **_DASHED)
+        places = _rows(axes, [row[0] for row in rows])
         both = any(row[3] is not None for row in rows)
         looks = ((1, 0.12 if both else 0, COLOURS[0], "o", "win rate"), (3, -0.12, COLOURS[1], "s", "at equal length"))
         for column, shift, colour, marker, name in looks:
@@ -86,11 +86,7 @@ def win_rates(
                     axes.plot(ends, (place, place), color=colour, linewidth=2.0, alpha=0.45)
             if found:
                 axes.plot([x for _, x, _ in found], [y for y, _, _ in found], marker, color=colour, label=name)
-        axes.set_yticks(places, [_short(row[0]) for row in rows])
-        axes.set_ylim(-0.6, len(rows) - 0.4)
-        axes.set_xlim(0, 1)
-        axes.set_xlabel(x_label)
-        axes.grid(False, axis="y")
+        axes.set(xlim=(0, 1), xlabel=x_label)
         if both:
             _legend(axes, 2)
 
@@ -105,8 +101,7 @@ def named_points(points: Sequence[tuple[str, float, float]], title: str, labels:
         for name, x, y in points:
             axes.annotate(_short(name), (x, y), (5, 3), textcoords="offset points", fontsize=9)
         axes.margins(0.18)
-        axes.set_xlabel(labels[0])
-        axes.set_ylabel(labels[1])
+        axes.set(xlabel=labels[0], ylabel=labels[1])
 
     return draw_plot(draw, title, (4.4, 3.0))
 
@@ -119,9 +114,7 @@ def confidence_histogram(confidences: Sequence[float], title: str) -> Drawing:
         axes.hist(confidences, bins=edges, color=COLOURS[0], rwidth=0.9)
         axes.set_xlim(0.49, 1.01)
         axes.set_xlabel("confidence of the label, max(p, 1 − p)")
-        axes.set_ylabel("pairs")
-        axes.yaxis.get_major_locator().set_params(integer=True)
-        axes.grid(False, axis="x")
+        _counts(axes, "pairs")
 
     return draw_plot(draw, title)
 
@@ -134,12 +127,9 @@ def paired_scatter(pairs: Points, title: str) -> Drawing:
         low, high = min(before + after), max(before + after)
         margin = (high - low) * 0.05 or 0.5
         ends = (low - margin, high + margin)
-        axes.plot(ends, ends, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
+        axes.plot(ends, ends, **_DASHED)
         axes.scatter(before, after, s=22, color=COLOURS[0], alpha=0.55, linewidths=0)
-        axes.set_xlim(*ends)
-        axes.set_ylim(*ends)
-        axes.set_xlabel("reward of the start")
-        axes.set_ylabel("reward when trained")
+        axes.set(xlim=ends, ylim=ends, xlabel="reward of the start", ylabel="reward when trained")
 
     return draw_plot(draw, title, (4.4, 3.4))
 
@@ -157,9 +147,7 @@ def two_histograms(before: Sequence[float], after: Sequence[float], title: str) 
             axes.hist(values, bins=edges, color=colour, alpha=0.25)
             axes.hist(values, bins=edges, histtype="step", linewidth=2.0, color=colour, label=name)
         axes.set_xlabel("reward")
-        axes.set_ylabel("prompts")
-        axes.yaxis.get_major_locator().set_params(integer=True)
-        axes.grid(False, axis="x")
+        _counts(axes, "prompts")
         _legend(axes, 2)
 
     return draw_plot(draw, title, (4.4, 3.4))
@@ -169,16 +157,12 @@ def before_after(rows: Sequence[tuple[str, float, float]], title: str) -> Drawin
     """A line a category from its mean reward before to the one after: ``(name, before, after)``."""
 
     def draw(axes: Any) -> None:
-        places = list(range(len(rows)))[::-1]
-        names = [_short(name) for name, _, _ in rows]
+        places = _rows(axes, [name for name, _, _ in rows])
         for place, (_, before, after) in zip(places, rows, strict=True):
             axes.plot((before, after), (place, place), color=INK, linewidth=1.6, alpha=0.6, zorder=1)
         axes.scatter([row[1] for row in rows], places, s=46, color=COLOURS[1], label="start", zorder=2)
         axes.scatter([row[2] for row in rows], places, s=46, color=COLOURS[0], label="trained", zorder=3)
-        axes.set_yticks(places, names)
-        axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.set_xlabel("mean reward")
-        axes.grid(False, axis="y")
         _legend(axes, 2)
 
     return draw_plot(draw, title, (4.4, max(3.4, 1.3 + 0.34 * len(rows))))
@@ -188,7 +172,7 @@ def ridges(rows: Sequence[tuple[str, Points, float]], title: str, colour: int) -
     """A row for each ``(name, [(score, density), ...], mean)`` over one axis; all rows are of the same height."""
 
     def draw(axes: Any) -> None:
-        places = list(range(len(rows)))[::-1]
+        places = _rows(axes, [name for name, _, _ in rows], (0.2, 0))
         for place, (_, points, _) in zip(places, rows, strict=True):
             highest = max(density for _, density in points)
             found = [score for score, _ in points]
@@ -196,10 +180,7 @@ def ridges(rows: Sequence[tuple[str, Points, float]], title: str, colour: int) -
             axes.fill_between(found, place, line, color=COLOURS[colour], alpha=0.3, linewidth=0)
             axes.plot(found, line, color=COLOURS[colour], linewidth=1.4)
         axes.scatter([mean for _, _, mean in rows], places, s=20, color=INK, linewidths=0, zorder=3)
-        axes.set_yticks(places, [_short(name) for name, _, _ in rows])
-        axes.set_ylim(-0.2, len(rows))
         axes.set_xlabel("score")
-        axes.grid(False, axis="y")
 
     return draw_plot(draw, title, (4.4, max(2.6, 0.9 + 0.4 * len(rows))))
 
@@ -208,17 +189,14 @@ def reliability(bins: Sequence[tuple[float, float, tuple[float, float], int]], t
     """Points ``(confidence, share right, its interval, pairs)``; on the dashed line both shares are the same."""
 
     def draw(axes: Any) -> None:
-        axes.plot((0.5, 1), (0.5, 1), color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
+        axes.plot((0.5, 1), (0.5, 1), **_DASHED)
         for confidence, _, ends, pairs in bins:
             axes.plot((confidence, confidence), ends, color=COLOURS[0], linewidth=2.0, alpha=0.45)
             shown = str(pairs) if pairs < 10_000 else f"{pairs / 1000:.0f}k"
             axes.text(confidence, 1.04, shown, ha="center", va="bottom", fontsize=8)
         axes.scatter([row[0] for row in bins], [row[1] for row in bins], s=30, color=COLOURS[0], zorder=3)
-        axes.set_xlim(0.48, 1.02)
-        axes.set_ylim(-0.04, 1.14)
-        axes.set_yticks((0, 0.25, 0.5, 0.75, 1))
-        axes.set_xlabel("confidence")
-        axes.set_ylabel("share right")
+        axes.set(xlim=(0.48, 1.02), ylim=(-0.04, 1.14), yticks=(0, 0.25, 0.5, 0.75, 1))
+        axes.set(xlabel="confidence", ylabel="share right")
 
     return draw_plot(draw, title, (4.4, 3.4))
 
@@ -252,10 +230,25 @@ def cluster_map(points: Sequence[tuple[float, float, int, bool]], title: str) ->
         if few:
             _legend(axes, len(numbers))
         axes.tick_params(labelbottom=False, labelleft=False, length=0)
-        axes.set_xlabel("first principal component")
-        axes.set_ylabel("second")
+        axes.set(xlabel="first principal component", ylabel="second")
 
     return draw_plot(draw, title, (4.4, 3.4))
+
+
+def _rows(axes: Any, names: Sequence[str], room: tuple[float, float] = (0.6, -0.4)) -> list[int]:
+    """Where each row lies, the first one on top, with its name beside it; ``room`` is left below and above all."""
+    places = list(range(len(names)))[::-1]
+    axes.set_yticks(places, [_short(name) for name in names])
+    axes.set_ylim(-room[0], len(names) + room[1])
+    axes.grid(False, axis="y")
+    return places
+
+
+def _counts(axes: Any, what: str) -> None:
+    """The y axis of a histogram, and no lines up from the x axis."""
+    axes.set_ylabel(what)
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.grid(False, axis="x")
 
 
 def _short(name: str) -> str:
@@ -290,8 +283,5 @@ def _noisy(values: list[float]) -> bool:
 
 
 def _running_mean(values: list[float], reach: int) -> list[float]:
-    means = []
-    for index in range(len(values)):
-        near = values[max(index - reach, 0) : index + reach + 1]
-        means.append(sum(near) / len(near))
-    return means
+    near = (values[max(index - reach, 0) : index + reach + 1] for index in range(len(values)))
+    return [sum(part) / len(part) for part in near]

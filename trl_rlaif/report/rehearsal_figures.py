@@ -7,7 +7,7 @@ from typing import Any
 
 from trl_rlaif.recipe.sections import FORGET_SET
 from trl_rlaif.report import plots
-from trl_rlaif.report.figures import DRAWN_LINES, ELSEWHERE, MAX_CATEGORIES, Figure, curve, present
+from trl_rlaif.report.figures import DRAWN_LINES, ELSEWHERE, Figure, curve, first_rows, present
 from trl_rlaif.report.formatting import count, label, number, percent, scores, section
 from trl_rlaif.report.parsing import spread
 from trl_rlaif.report.run_data import MapPoint, Rehearsed, Run
@@ -49,8 +49,7 @@ def rehearsal_part(run: Run) -> dict[str, Any] | None:
         "figures": figures,
         "facts": _facts(section(run.results, "rl", "rehearsal")),
         "sets": _sets(run),
-        "rows": rows[:MAX_CATEGORIES],
-        "left_out": max(len(rows) - MAX_CATEGORIES, 0),
+        **first_rows(rows),
     }
     return found if any(found.values()) else None
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trl_rlaif.report import plots
-from trl_rlaif.report.figures import MAX_CATEGORIES, Figure, present
+from trl_rlaif.report.figures import Figure, first_rows, present
 from trl_rlaif.report.formatting import count, label, number, scores, section
 from trl_rlaif.report.reliability import reliability_figure
 from trl_rlaif.report.run_data import Run, ScoredPair
@@ -41,8 +41,7 @@ def score_part(run: Run) -> dict[str, Any] | None:
     rows = _rows(before, after)
     return {
         "figures": _densities(run.scored) + _reliability(run.scored, _ece(result)),
-        "rows": rows[:MAX_CATEGORIES],
-        "left_out": max(len(rows) - MAX_CATEGORIES, 0),
+        **first_rows(rows),
         "transformed": bool(after),
         "spread": _spread(number(before.get("relative_spread")), number(after.get("relative_spread"))),
     }

@@ -18,6 +18,8 @@ from trl_rlaif.report.formatting import (
 )
 from trl_rlaif.report.run_data import Run
 
+# Of a text that is longer, so much is shown before it is opened.
+PREVIEW_CHARACTERS = 700
 STAGES = ("sft", "sample", "label", "reward", "rl", "evaluate")
 
 
@@ -150,6 +152,19 @@ def summary(run: Run, sets: list[SetResult]) -> list[str]:
         )
     sentences += [_about_model(run), _about_labels(run), _about_reward(run), _about_rl(run)]
     return [sentence for sentence in sentences if sentence]
+
+
+def page_head(run: Run) -> dict[str, Any]:
+    """What the pages of a run and of a comparison have in common."""
+    model = label(section(run.recipe, "model").get("path"), 120)
+    return {
+        "run": run,
+        "subtitle": " · ".join(part for part in (model, model_settings(run)) if part),
+        "preview": PREVIEW_CHARACTERS,
+        "versions": [(label(key), label(value)) for key, value in section(run.recipe, "versions").items()],
+        "seed": label(section(run.recipe, "run").get("seed")),
+        "command": label(run.recipe.get("command"), 2000),
+    }
 
 
 def model_settings(run: Run) -> str:
