@@ -82,7 +82,7 @@ def _set(path: tuple[Any, ...], value: Any) -> str:
 
 def _first_rows(recipe: Path, name: str, rows: int, folder: Path) -> Path:
     """A copy of the beginning of a recipe's own data."""
-    found = Path(PathFinder.beside(recipe).data(name))
+    found = Path(PathFinder.beside(recipe, None).data(name))
     short = folder / f"{rows}_{found.name}"
     short.write_text("".join(found.read_text(encoding="utf-8").splitlines(keepends=True)[:rows]), encoding="utf-8")
     return short

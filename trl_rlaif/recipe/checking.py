@@ -14,6 +14,8 @@ from trl_rlaif.recipe.formatting import how_to_mend, nearest_or_all, shown
 from trl_rlaif.recipe.source import KeyPath, Source
 
 _UNKNOWN_KEY = {"extra_forbidden", "invalid_key"}
+# Of ``sections.Named``, whose message and fix are in the context.
+_NOT_FOUND = "not_found"
 _OWN_MESSAGE = {"value_error", "assertion_error"}
 # Here the type alone would not say what is wrong, so pydantic's sentence is the better one.
 _NOT_THE_TYPE = {"string_pattern_mismatch", "multiple_of", "too_long", "string_too_long"}
@@ -34,7 +36,14 @@ def report_invalid(
     """
     details = error.errors(include_url=False)
     places = [_walk(data, detail["loc"]) for detail in details]
+    not_found = {
+        path
+        for detail, (path, _) in zip(details, places, strict=True)
+        if detail["type"] == _NOT_FOUND and detail["loc"][-1] != "[key]"
+    }
     for detail, (path, value) in zip(details, places, strict=True):
+        if path in not_found and detail["type"] != _NOT_FOUND:
+            continue  # another branch of a union
         # A union reports each of its branches: of `str | list[str]` for [a, 3] only the 3 is wrong.
         deeper = any(len(other) > len(path) and other[: len(path)] == path for other, _ in places)
         if deeper and detail["type"] not in {"missing", *_UNKNOWN_KEY}:
@@ -52,6 +61,10 @@ def _describe(detail: Any, model: type[BaseModel], path: KeyPath, value: Any, ow
     if kind in _UNKNOWN_KEY:
         known = keys_at(model, path[:-1], detail["loc"])
         return unknown_key(dotted(path), owner), nearest_or_all(str(path[-1]), known, "Known keys")
+    if kind == _NOT_FOUND:
+        # A name that is itself a key, as of {reward: weight}, is meant as the entry that it is in.
+        entry = path[:-1] if detail["loc"][-1] == "[key]" else path
+        return f"'{dotted(entry)}' in {owner}: {detail['ctx']['what']}", detail["ctx"]["fix"]
     if kind in _OWN_MESSAGE:
         cause = (detail.get("ctx") or {}).get("error")
         fix = _sentence(str(cause) if cause is not None else detail["msg"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from trl_rlaif.errors import UserError
-from trl_rlaif.recipe.checking import dotted, report_invalid
+from trl_rlaif.recipe.checking import report_invalid
 from trl_rlaif.recipe.component_refs import pick_components
 from trl_rlaif.recipe.cross_checks import check_together
-from trl_rlaif.recipe.formatting import did_you_mean, nearest_or_all
-from trl_rlaif.recipe.paths import PathFinder, find_recipe, prompt_folder
+from trl_rlaif.recipe.formatting import nearest_or_all
+from trl_rlaif.recipe.paths import PathFinder, find_recipe
 from trl_rlaif.recipe.sections import (
     SECTIONS,
     ComponentLookup,
@@ -37,10 +37,6 @@ from trl_rlaif.recipe.variants import KEY as VARIANTS
 from trl_rlaif.recipe.variants import take_arms
 
 _REQUIRED = ("model", "data")
-_FUNCTION = re.compile(r"(?P<place>[^:]+):(?P<name>[A-Za-z_]\w*)")
-_MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
-# What a prompt folder must hold for ratings.
-_RATING_FILES = ("rubric.txt", "rating.jinja", "rating_ending.txt")
 
 
 @dataclass(frozen=True)
@@ -131,12 +127,12 @@ def parse_recipe(recipe: str | Path, *, overrides: Sequence[str] = (), registry:
 
 
 class _Reader:
-    """Reads each section: components and paths first, then the section's model checks the rest."""
+    """Reads each section: its components first, then the section's model looks up paths and checks the rest."""
 
     def __init__(self, source: Source, registry: ComponentLookup) -> None:
         self.source = source
         self.registry = registry
-        self.finder = PathFinder.beside(source.path)
+        self.finder = PathFinder.beside(source.path, registry)
 
     def sections(self) -> dict[str, Any]:
         """The sections that are present; what is wrong is reported to the source."""
@@ -160,109 +156,15 @@ class _Reader:
         keys = dict(keys)
         if name == "run":
             keys.setdefault("name", _name_from(self.source.path))
-        self._resolve_paths(name, keys)
         pick_components(name, keys, self.source, self.registry)
         if name in CONFIG_CLASSES:
             take_config(name, keys, self.source)
         model = SECTIONS[name]
         try:
-            return model.model_validate(keys)
+            return model.model_validate(keys, context=self.finder)
         except ValidationError as error:
             report_invalid(error, model, keys, self.source, (name,), f"section '{name}'")
             return None
-
-    def _resolve_paths(self, section: str, keys: dict[Any, Any]) -> None:
-        """Replace paths by absolute ones, in place."""
-        find = self.finder
-        if section == "model":
-            self._resolve(keys, "path", find.model, (section,))
-        elif section == "data":
-            for key in ("prompts", "eval_prompts", "pairs"):
-                self._resolve(keys, key, find.data, (section,))
-        elif section == "sft":
-            self._resolve(keys, "data", find.data, (section,))
-        elif section == "reward":
-            self._resolve_list(keys, "policies", self._policy, section)
-        elif section == "rl":
-            self._resolve_list(keys, "rewards", self._reward, section)
-            self._resolve(keys, "rehearsal", find.data, (section,))
-        elif section in ("label", "evaluate"):
-            self._resolve_judge(keys, (section,))
-            self._resolve(keys, "calibration", find.data, (section,))
-            self._resolve(keys, "harmless", self._rating_prompt, (section,))
-            for key in ("compare", "judges"):
-                if isinstance(keys.get(key), dict):
-                    keys[key] = dict(keys[key])
-                    for name, further in keys[key].items():
-                        if isinstance(further, dict):
-                            keys[key][name] = dict(further)
-                            self._resolve_judge(keys[key][name], (section, key, name))
-            if isinstance(keys.get("sets"), dict):
-                keys["sets"] = dict(keys["sets"])
-                for name in keys["sets"]:
-                    self._resolve(keys["sets"], name, find.data, (section, "sets"))
-
-    def _resolve_list(self, keys: dict[Any, Any], key: str, find: Callable[[str], str], section: str) -> None:
-        if isinstance(keys.get(key), list):
-            keys[key] = list(keys[key])
-            for index, entry in enumerate(keys[key]):
-                if isinstance(entry, dict) and len(entry) == 1:  # a name with a weight
-                    [(name, weight)] = entry.items()
-                    holder = {index: name}
-                    self._resolve(holder, index, find, (section, key))
-                    keys[key][index] = {holder[index]: weight}
-                else:
-                    self._resolve(keys[key], index, find, (section, key))
-
-    def _resolve_judge(self, keys: dict[Any, Any], path: KeyPath) -> None:
-        """A judge's prompt folder and model; a model on a server is no path."""
-        self._resolve(keys, "prompt", self.finder.prompt, path)
-        if isinstance(keys.get("judge"), dict):
-            keys["judge"] = dict(keys["judge"])
-            if keys["judge"].get("backend") != "openai":
-                self._resolve(keys["judge"], "path", self.finder.model, (*path, "judge"))
-
-    def _resolve(self, holder: Any, key: Any, find: Callable[[str], str], path: KeyPath) -> None:
-        value = holder[key] if isinstance(holder, list) else holder.get(key)
-        if not isinstance(value, str) or not value:
-            return  # absent, or of a type that the section's model reports
-        try:
-            holder[key] = find(value)
-        except UserError as error:
-            for problem in error.problems:
-                what = f"'{dotted((*path[1:], key))}' in section '{path[0]}': {problem.what}"
-                self.source.report((*path, key), what, problem.fix)
-
-    def _rating_prompt(self, name: str) -> str:
-        """A prompt that the labeler ``direct`` rates with."""
-        if "direct" not in self.registry.names("labeler"):
-            raise UserError("ratings come from the labeler 'direct', and none of that name is installed.")
-        found = self.finder.prompt(name)
-        missing = [part for part in _RATING_FILES if not (prompt_folder(found) / part).is_file()]
-        if missing:
-            raise UserError(f"the prompt '{name}' has no file {missing[0]}, which ratings need.")
-        return found
-
-    def _policy(self, name: str) -> str:
-        """An entry of ``reward.policies``."""
-        return name if name == "base" else self.finder.model(name)
-
-    def _reward(self, name: str) -> str:
-        """A reward of ``rl.rewards``; a .py file in it becomes absolute. Nothing is imported."""
-        if name == "direct" and name not in self.registry.names("labeler"):
-            raise UserError("'direct' is a labeler, and none of that name is installed.")
-        if name in ("reward", "direct"):
-            return name
-        match = _FUNCTION.fullmatch(name)
-        if match and match["place"].endswith(".py"):
-            return f"{self.finder.code(match['place'])}:{match['name']}"
-        if match and _MODULE.fullmatch(match["place"]):
-            return name
-        near = did_you_mean(name, ["reward", "direct"])
-        raise UserError(
-            f"'{name}' is no reward.",
-            fix=near or "Write reward, direct, package.module:function or path/to/file.py:function.",
-        )
 
 
 def _kind(value: Any) -> str:

@@ -7,9 +7,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trl_rlaif.errors import UserError
 from trl_rlaif.recipe.formatting import did_you_mean, nearest_or_all
+
+if TYPE_CHECKING:
+    from trl_rlaif.recipe.sections import ComponentLookup
 
 _DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?", re.ASCII)
 _MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
@@ -17,6 +21,11 @@ _FILE_ENDINGS = (
     ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".gz", ".bz2", ".xz", ".zst",
     ".zip", ".yaml", ".yml", ".py", ".gguf", ".safetensors", ".bin",
 )  # fmt: skip
+
+_FUNCTION = re.compile(r"(?P<place>[^:]+):(?P<name>[A-Za-z_]\w*)")
+_MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+# What a prompt folder must hold for ratings.
+_RATING_FILES = ("rubric.txt", "rating.jinja", "rating_ending.txt")
 
 
 def recipes_dir() -> Path:
@@ -69,14 +78,16 @@ class PathFinder:
     """Looks names up beside the recipe first, then in the current folder, then among the packaged recipes.
 
     Each method returns what the recipe should hold instead, and raises UserError where nothing is found.
+    ``sections.Named`` says which of them a key takes.
     """
 
     folders: Sequence[Path]
+    registry: ComponentLookup
 
     @classmethod
-    def beside(cls, recipe: Path) -> PathFinder:
+    def beside(cls, recipe: Path, registry: ComponentLookup) -> PathFinder:
         """For a recipe's file."""
-        return cls((recipe.parent, Path.cwd(), recipes_dir()))
+        return cls((recipe.parent, Path.cwd(), recipes_dir()), registry)
 
     def data(self, name: str) -> str:
         """An absolute path, or a dataset's Hub id as it is: ``org/name`` or ``org/name:split``."""
@@ -110,6 +121,37 @@ class PathFinder:
         if found is None or not found.is_file():
             raise UserError(f"there is no file '{name}'.", fix=did_you_mean(name, self._siblings(name)))
         return str(found)
+
+    def rating_prompt(self, name: str) -> str:
+        """A prompt that the labeler ``direct`` rates with."""
+        if "direct" not in self.registry.names("labeler"):
+            raise UserError("ratings come from the labeler 'direct', and none of that name is installed.")
+        found = self.prompt(name)
+        missing = [part for part in _RATING_FILES if not (prompt_folder(found) / part).is_file()]
+        if missing:
+            raise UserError(f"the prompt '{name}' has no file {missing[0]}, which ratings need.")
+        return found
+
+    def policy(self, name: str) -> str:
+        """An entry of ``reward.policies``."""
+        return name if name == "base" else self.model(name)
+
+    def reward(self, name: str) -> str:
+        """A reward of ``rl.rewards``; a .py file in it becomes absolute. Nothing is imported."""
+        if name == "direct" and name not in self.registry.names("labeler"):
+            raise UserError("'direct' is a labeler, and none of that name is installed.")
+        if name in ("reward", "direct"):
+            return name
+        match = _FUNCTION.fullmatch(name)
+        if match and match["place"].endswith(".py"):
+            return f"{self.code(match['place'])}:{match['name']}"
+        if match and _MODULE.fullmatch(match["place"]):
+            return name
+        near = did_you_mean(name, ["reward", "direct"])
+        raise UserError(
+            f"'{name}' is no reward.",
+            fix=near or "Write reward, direct, package.module:function or path/to/file.py:function.",
+        )
 
     def find(self, name: str) -> Path | None:
         """The first that exists, absolute; None where none does."""

@@ -13,12 +13,16 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    GetCoreSchemaHandler,
     InstanceOf,
     Tag,
+    ValidationInfo,
     model_validator,
 )
+from pydantic_core import PydanticCustomError, core_schema
 
 from trl_rlaif.data import COLUMNS, PairFormat, ScoredPairs
+from trl_rlaif.errors import UserError
 from trl_rlaif.recipe.formatting import nearest_or_all, shown
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
@@ -155,6 +159,35 @@ TemplateKwargs = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class Named:
+    """Marks a text that names something outside of the recipe, to be replaced by what the parser finds for it.
+
+    Args:
+        kind: The method of ``paths.PathFinder`` that looks it up.
+    """
+
+    kind: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.with_info_before_validator_function(self._found, handler(source))
+
+    def _found(self, value: Any, info: ValidationInfo) -> Any:
+        if info.context is None or not isinstance(value, str) or not value:
+            return value
+        try:
+            return getattr(info.context, self.kind)(value)
+        except UserError as error:
+            problem = error.problems[0]
+            raise PydanticCustomError("not_found", "{what}", {"what": problem.what, "fix": problem.fix}) from None
+
+
+DataPath = Annotated[Text, Named("data")]
+ModelPath = Annotated[Text, Named("model")]
+PromptFolder = Annotated[Text, Named("prompt")]
+Reward = Annotated[Text, Named("reward")]
+
+
 class Section(BaseModel):
     """Base of all sections: unknown keys are refused, no value is silently converted."""
 
@@ -182,7 +215,7 @@ class LoraSection(Section):
 class ModelSection(Section):
     """``model``: the starting policy, which is the base that all roles share."""
 
-    path: Text = Field(description="A Hub id, a model folder or a .gguf file.")
+    path: ModelPath = Field(description="A Hub id, a model folder or a .gguf file.")
     dtype: Dtype = Field("auto", description="Type of the weights; auto takes the model's own.")
     quantization: Quantization = Field("none", description="nf4 loads the base in 4 bits with bitsandbytes.")
     lora: LoraSection = Field(default_factory=LoraSection, description="The adapters that are trained.")
@@ -202,7 +235,7 @@ class JudgeSection(Section):
     """A judge that is a model of its own, in this process."""
 
     backend: Literal["transformers"] = Field("transformers", description="Where the judge runs.")
-    path: Text = Field(description="The judge's Hub id, model folder or .gguf file.")
+    path: ModelPath = Field(description="The judge's Hub id, model folder or .gguf file.")
     dtype: Dtype = Field("auto", description="Floating-point type of the judge's weights.")
     quantization: Quantization = Field("none", description="nf4 loads the judge in 4 bits with bitsandbytes.")
     chat_template_kwargs: TemplateKwargs
@@ -258,9 +291,9 @@ Judge = Annotated[
 class DataSection(Section):
     """``data``: what the run reads."""
 
-    prompts: Text | None = Field(None, description="Prompts to train on: a file, a folder or a Hub id.")
-    eval_prompts: Text | None = Field(None, description="Prompts to evaluate on, likewise.")
-    pairs: Text | None = Field(None, description="Pairs of responses that stand in for sampled ones.")
+    prompts: DataPath | None = Field(None, description="Prompts to train on: a file, a folder or a Hub id.")
+    eval_prompts: DataPath | None = Field(None, description="Prompts to evaluate on, likewise.")
+    pairs: DataPath | None = Field(None, description="Pairs of responses that stand in for sampled ones.")
     format: PairFormat = Field("auto", description="How the pairs are laid out; auto looks at their columns.")
     scored_pairs: ScoredPairs = Field(
         "all", description="Pairs of responses with scores: all, or best_worst, the best against the worst."
@@ -294,7 +327,7 @@ class DataSection(Section):
 class SftSection(Section):
     """``sft``: supervised fine-tuning before everything else. Other keys are SFTConfig's."""
 
-    data: Text = Field(description="What to fine-tune on: a file, a folder or a Hub id.")
+    data: DataPath = Field(description="What to fine-tune on: a file, a folder or a Hub id.")
     config: dict[str, Any] = Field(default_factory=dict, description="Fields of trl.SFTConfig.")
 
 
@@ -315,7 +348,7 @@ class ComparedSection(Section):
 
     labeler: Component | None = Field(None, description="The labeler, with its options.")
     judge: Judge | None = Field(None, description="The judge.")
-    prompt: Text | None = Field(None, description="A packaged prompt's name, or a prompt folder.")
+    prompt: PromptFolder | None = Field(None, description="A packaged prompt's name, or a prompt folder.")
 
 
 class LabelSection(Section):
@@ -323,13 +356,13 @@ class LabelSection(Section):
 
     labeler: Component = Field(ComponentRef("distilled"), description="The labeler, with its options.")
     judge: Judge = Field("same", description="'same' asks the run's own base; a mapping names another model.")
-    prompt: Text = Field("general", description="A packaged prompt's name, or a prompt folder.")
+    prompt: PromptFolder = Field("general", description="A packaged prompt's name, or a prompt folder.")
     batch_tokens: int = Field(2048, ge=1, description="Tokens that the judge computes at once.")
     precision: Literal["auto", "highest", "high", "medium"] = Field(
         "auto", description="Of float32 matrix products; auto takes the fastest that leaves labels within 1e-4."
     )
     min_confidence: Number = Field(0.5, ge=0.5, le=1, description="Pairs whose label is less sure are left out.")
-    calibration: Text | None = Field(
+    calibration: DataPath | None = Field(
         None,
         description="Pairs that people judged (20 or more): labels are calibrated on them, if cross-validation shows "
         "that it helps.",
@@ -346,7 +379,7 @@ class RewardSection(Section):
     eval_fraction: Number = Field(
         0.1, ge=0, le=0.9, description="Share of the preferences held out, all pairs of a prompt together."
     )
-    policies: list[Text] = Field(
+    policies: list[Annotated[Text, Named("policy")]] = Field(
         default_factory=list,
         description="Who else wrote the responses: adapter folders, or 'base'. Their likelihoods become the importance "
         "weights of 'advantage'.",
@@ -371,7 +404,7 @@ class RlSection(Section):
         "DPOTrainer on the preferences (Rafailov et al. 2023): no rewards, no sampling; its beta is kl_coef.",
     )
     rewards: Annotated[
-        list[Annotated[Text | dict[Text, Number], AfterValidator(one_weight)]],
+        list[Annotated[Reward | dict[Reward, Number], AfterValidator(one_weight)]],
         AfterValidator(distinct_rewards),
         AfterValidator(some_weight),
     ] = Field(
@@ -381,7 +414,7 @@ class RlSection(Section):
     )  # fmt: skip
     transforms: list[Component] = Field(default_factory=list, description="Reward transforms, in order.")
     selectors: list[Component] = Field(default_factory=list, description="Data selectors, in order.")
-    rehearsal: Text | None = Field(
+    rehearsal: DataPath | None = Field(
         None,
         description="Prompts with completions of your own to rehearse: a file, a folder or a Hub id.",
     )
@@ -405,7 +438,7 @@ class FurtherJudgeSection(Section):
     """Another judge beside the main one; what it leaves out is the main one's."""
 
     judge: Judge | None = Field(None, description="The judge.")
-    prompt: Text | None = Field(None, description="A packaged prompt's name, or a prompt folder.")
+    prompt: PromptFolder | None = Field(None, description="A packaged prompt's name, or a prompt folder.")
 
     @model_validator(mode="after")
     def _differs(self) -> FurtherJudgeSection:
@@ -418,17 +451,17 @@ class EvaluateSection(Section):
     """``evaluate``: the trained policy against the start."""
 
     judge: Judge = Field("same", description="'same' asks the run's own base; a mapping names another model.")
-    prompt: Text | None = Field(None, description="A prompt as in label; null takes label's.")
+    prompt: PromptFolder | None = Field(None, description="A prompt as in label; null takes label's.")
     judges: dict[Annotated[str, AfterValidator(judge_name)], FurtherJudgeSection] = Field(
         default_factory=dict,
         description="More judges by name, asked one after the other: how far they agree is measured.",
     )
-    harmless: Text | None = Field(
+    harmless: Annotated[Text, Named("rating_prompt")] | None = Field(
         None,
         description="A prompt, such as harmlessness, with which the judge rates both responses from 1 to 10: the share "
         "above the middle is the harmless rate. null measures none.",
     )
-    sets: dict[SafeName, Text] = Field(
+    sets: dict[SafeName, DataPath] = Field(
         default_factory=dict, description="Prompts by name; empty takes data.eval_prompts as 'test'."
     )
     max_new_tokens: int | None = Field(
