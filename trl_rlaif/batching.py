@@ -70,6 +70,7 @@ def pad_rows(
 
 def shared_prefix(rows: Sequence[Tokens], least: int = 1) -> int:
     """How many tokens all rows begin with; at least ``least`` tokens of each row are left out of it."""
-    first, last = min(rows), max(rows)  # in lexicographic order these two differ the earliest
+    # In lexicographic order these two differ the earliest.
+    first, last = min(rows), max(rows)  # type: ignore[type-var]
     same = sum(1 for _ in takewhile(lambda ab: ab[0] == ab[1], zip(first, last, strict=False)))
     return max(0, min(same, min(map(len, rows)) - least))

@@ -148,7 +148,7 @@ def _sources(recipe: Recipe) -> Iterator[tuple[str, str, Callable[[], Any]]]:
     if rl and rl.rehearsal:
         yield "rl.rehearsal", rl.rehearsal, partial(read_rehearsal, recipe)
     if evaluate:
-        sets = {f"{_EVALUATED[0]}{name}": source for name, source in evaluate.sets.items()}
+        sets: dict[str, str | None] = {f"{_EVALUATED[0]}{name}": source for name, source in evaluate.sets.items()}
         for name, source in (sets or {_EVALUATED[1]: data.eval_prompts}).items():
             if source:
                 yield name, source, partial(read_prompts, recipe, source, "eval_prompts")

@@ -44,10 +44,6 @@ class Source:
             path = path[:-1]
         return self.places.get(path, f"{self.label}:1")
 
-    def has(self, key_path: Sequence[Any]) -> bool:
-        """Whether the key was written (in the file or by an override)."""
-        return tuple(key_path) in self.places
-
     def report(self, key_path: Sequence[Any], what: str, fix: str = "") -> None:
         """Note a problem with a key."""
         self.problems.append(Problem(what, self.where(key_path), fix))

@@ -19,9 +19,9 @@ def clean(text: str) -> str:
     return _UNSHOWABLE.sub("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
-def shorten(text: str, limit: int = SHOWN_CHARACTERS) -> tuple[str, int]:
-    """The cleaned first ``limit`` characters, and how many characters were left out (0 if none)."""
-    return clean(text[:limit]), max(len(text) - limit, 0)
+def shorten(text: str) -> tuple[str, int]:
+    """The cleaned first ``SHOWN_CHARACTERS`` characters, and how many characters were left out (0 if none)."""
+    return clean(text[:SHOWN_CHARACTERS]), max(len(text) - SHOWN_CHARACTERS, 0)
 
 
 def label(value: Any, limit: int = 80) -> str:

@@ -19,9 +19,7 @@ _MAX_NUMBERED = 36
 _DASHED: dict[str, Any] = {"color": INK, "linewidth": 1.0, "linestyle": (0, (4, 3))}
 
 
-def curves(
-    named: Sequence[tuple[str, Points]], title: str, x_label: str = "step", level: float | None = None
-) -> Drawing:
+def curves(named: Sequence[tuple[str, Points]], title: str, level: float | None = None) -> Drawing:
     """Lines over steps, each ``(name, [(step, value), ...])``; a long one gets its running mean too.
 
     Args:
@@ -43,7 +41,7 @@ def curves(
             axes.plot(steps, values, style, color=colour, marker=marker, markersize=4, label=shown)
         if len(named) > 1:
             _legend(axes, min(len(named), 3))
-        axes.set_xlabel(x_label)
+        axes.set_xlabel("step")
 
     return draw_plot(draw, title)
 
