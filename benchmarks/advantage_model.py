@@ -116,7 +116,7 @@ def _computed_below(args: argparse.Namespace) -> tuple[list[dict[str, Any]], Any
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from trl_rlaif.models.kernels.attention import PairRows, trainable_attention
+    from trl_rlaif.models.kernels import PairRows, trainable_attention
     from trl_rlaif.models.loading import ModelSpec, load_model, load_tokenizer
     from trl_rlaif.reward.packing import CHOSEN, PREFIX, REJECTED, packed_row_of
 

@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from trl_rlaif.batching import equal_lengths, pad_rows
-from trl_rlaif.models.kernels.trial import trial
+from trl_rlaif.models.kernels import generation_cache, generation_kernels, trial
 from trl_rlaif.models.shared_model import inner_model
 from trl_rlaif.stopping import stop_ids as all_stop_ids
 
@@ -70,6 +70,7 @@ def sample_responses(
     top_p: float = 1.0,
     stop_ids: Sequence[int] | None = None,
     keep_end: bool = False,
+    bf16: bool | None = None,
 ) -> list[list[list[int]]]:
     """Responses to encoded prompts in one batch.
 
@@ -83,6 +84,7 @@ def sample_responses(
         top_p: Nucleus, in (0, 1].
         stop_ids: Tokens that end a response; None takes those of tokenizer and model.
         keep_end: Keep the token that ended a response.
+        bf16: Under bfloat16 autocast; None asks the model (``generation_kernels``).
 
     Returns:
         N lists of K token lists.
@@ -90,7 +92,7 @@ def sample_responses(
     groups = padded_together(model, [len(prompt) for prompt in prompts])
     if len(groups) > 1:
         settings = {"num_responses": num_responses, "max_new_tokens": max_new_tokens, "temperature": temperature}
-        settings |= {"top_p": top_p, "stop_ids": stop_ids, "keep_end": keep_end}
+        settings |= {"top_p": top_p, "stop_ids": stop_ids, "keep_end": keep_end, "bf16": bf16}
         drawn = {}
         for group in groups:
             of_group = sample_responses(model, tokenizer, [prompts[i] for i in group], **settings)
@@ -104,10 +106,11 @@ def sample_responses(
         if temperature > 0
         else {"do_sample": False}
     )
-    with bare_generation_config(model):
+    with bare_generation_config(model), generation_kernels(model, bf16):
         sequences = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.long().to(device),
+            **generation_cache(model),
             generation_config=GenerationConfig(
                 max_new_tokens=max_new_tokens,
                 num_return_sequences=num_responses,

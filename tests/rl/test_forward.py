@@ -12,8 +12,8 @@ from peft import LoraConfig
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from trl_rlaif import SharedBase
+from trl_rlaif.models.kernels import is_plain
 from trl_rlaif.models.kernels.fused_lora import fuse_lora
-from trl_rlaif.models.kernels.logprob_head import is_plain
 from trl_rlaif.models.role_models import SharedRoleModels
 from trl_rlaif.models.shared_model import backbone
 from trl_rlaif.rl import forward

@@ -20,8 +20,7 @@ from trl_rlaif.encoding import PromptLike, encode_prompt
 from trl_rlaif.errors import UserError
 from trl_rlaif.evaluation import win_rate
 from trl_rlaif.generation import padded_together, sample_responses, seeded
-from trl_rlaif.models.kernels.fused_lora import cast_adapter
-from trl_rlaif.models.kernels.precision import autocast, cast_head
+from trl_rlaif.models.kernels import autocast
 from trl_rlaif.models.role_models import RoleModels
 from trl_rlaif.rl import forward
 from trl_rlaif.rl.forward import RolloutSlice
@@ -224,7 +223,7 @@ class ForgettingTracker(TrainerCallback):
         trainer, answers = self.trainer, [[]] * len(prompt_ids)
         role_models, tokenizer = trainer.role_models, trainer.processing_class
         model = role_models.model(part)
-        with role_models.role(part), autocast(trainer.args, self._device), cast_head(model), cast_adapter(model):
+        with role_models.role(part):
             for batch in length_batches([len(ids) for ids in prompt_ids], self.batch_size):
                 drawn = sample_responses(
                     model,
@@ -234,6 +233,7 @@ class ForgettingTracker(TrainerCallback):
                     temperature=0,
                     stop_ids=trainer.end_ids,
                     keep_end=True,
+                    bf16=trainer.args.bf16,
                 )
                 for i, [ids] in zip(batch, drawn, strict=True):
                     answers[i] = ids

@@ -14,8 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from trl_rlaif.batching import Tokens, shared_prefix
-from trl_rlaif.models.kernels.attention import refuse_own_mask, refuse_unknown, sliding_windows
-from trl_rlaif.models.kernels.trial import trial
+from trl_rlaif.models.kernels import refuse_own_mask, refuse_unknown, sliding_windows, trial, used
 
 KeyValues = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -185,7 +184,7 @@ class PackedModel:
         """
         config = model.config.get_text_config()
         window, chunk = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-        if chunk and longest > chunk:
+        if not used("packing", model.device) or chunk and longest > chunk:
             return False
         if model not in _tried:
             _tried[model] = PackedModel._try_out(model)

@@ -192,7 +192,7 @@ def reward(run: Run) -> list[Part]:
 
 def rl(run: Run) -> list[Part]:
     """PPO on one base: generation, passes without gradient, update."""
-    from trl_rlaif.models.kernels.block_cache import BLOCK
+    from trl_rlaif.models.kernels import BLOCK
 
     recipe = run.recipe
     rows, response = (setting(recipe, "rl", key) for key in ("per_device_train_batch_size", "response_length"))
@@ -230,7 +230,7 @@ def rl(run: Run) -> list[Part]:
 
 def _head_chunk(shape: ModelShape) -> int:
     """Tokens whose logits the loop computes at once; a whole response's would be the largest tensor of the run."""
-    from trl_rlaif.models.kernels.logprob_head import HEAD_ELEMENTS
+    from trl_rlaif.models.kernels import HEAD_ELEMENTS
 
     return max(16, HEAD_ELEMENTS // shape.vocab)
 

@@ -10,7 +10,7 @@ import torch
 
 from trl_rlaif.batching import pad_rows, token_batches
 from trl_rlaif.errors import UserError
-from trl_rlaif.models.kernels.logprob_head import is_plain, token_logprobs_of
+from trl_rlaif.models.kernels import is_plain, token_logprobs_of
 from trl_rlaif.models.shared_model import backbone, inner_model
 
 if TYPE_CHECKING:

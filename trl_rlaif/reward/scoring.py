@@ -13,9 +13,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from trl_rlaif.batching import packed_batches, token_batches
 from trl_rlaif.errors import UserError
-from trl_rlaif.models.kernels import attention
-from trl_rlaif.models.kernels.attention import PairRows, sliding_windows, trainable_attention
-from trl_rlaif.models.kernels.trial import trial
+from trl_rlaif.models.kernels import PairRows, sliding_windows, takes_masks, trainable_attention, trial
 from trl_rlaif.models.shared_model import backbone, inner_model
 from trl_rlaif.reward.collator import SoftPreferenceCollator
 from trl_rlaif.reward.heads import active_head
@@ -108,7 +106,7 @@ class PairScorer:
 
     def _attention_mask(self, segments: torch.Tensor) -> torch.Tensor:
         mask, inner = packed_mask(segments), inner_model(self.unwrapped)
-        if inner.config.get_text_config()._attn_implementation in ("sdpa", attention.NAME):
+        if takes_masks(inner):
             return mask
         dtype = inner.get_input_embeddings().weight.dtype  # the others add it to the scores
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
@@ -169,7 +167,7 @@ _reading: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 def _reads_rows(inner: nn.Module) -> bool:
     """Whether a model on a CPU gives pairs behind each other the scores of plain sequences; tried out once."""
     config = inner.config.get_text_config()
-    if inner.device.type != "cpu" or config._attn_implementation not in ("sdpa", attention.NAME):
+    if inner.device.type != "cpu" or not takes_masks(inner):
         return False
     if inner not in _reading:
         tried = None if getattr(config, "attention_chunk_size", None) else _tried(inner, as_rows=True)

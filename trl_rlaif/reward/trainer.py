@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import DistributedType
 from accelerate.utils import gather_object
-from peft import PeftModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import RewardTrainer as TrlRewardTrainer
 
@@ -20,9 +18,7 @@ from trl_rlaif.encoding import usable_tokenizer
 from trl_rlaif.errors import UserError
 from trl_rlaif.models.adapters import fitted
 from trl_rlaif.models.classifier import weightless
-from trl_rlaif.models.kernels.attention import trainable_attention
-from trl_rlaif.models.kernels.fused_lora import fuse_lora
-from trl_rlaif.models.kernels.precision import frozen_weights_cast
+from trl_rlaif.models.kernels import training_kernels, used
 from trl_rlaif.models.safe_training import safe_training
 from trl_rlaif.models.shared_model import inner_model
 from trl_rlaif.resuming import SameRun, named
@@ -94,8 +90,6 @@ class RewardTrainer(TrlRewardTrainer):
             # Also of the model: whoever loads it with a plain transformers class finds a row's end by it.
             pad_id = usable_tokenizer(self.processing_class).pad_token_id
             inner_model(self.model).config.get_text_config().pad_token_id = pad_id
-        if isinstance(self.model, PeftModel) and self.accelerator.distributed_type != DistributedType.FSDP:
-            fuse_lora(self.model)  # FSDP gathers a layer's weights when that layer itself is called
         if any(transform.needs_expected for transform in self.reward_transforms):
             add_expected(self.model)
         if own_collator:
@@ -106,6 +100,8 @@ class RewardTrainer(TrlRewardTrainer):
             )
 
     def _can_pack(self, *, insist: bool) -> bool:
+        if not insist and not used("packing", self.args.device):
+            return False
         if can_pack(self.model, self.args.device):  # where it is trained: it may still lie elsewhere
             if self.args.ddp_broadcast_buffers is None and self.accelerator.ddp_handler is not None:
                 # DDP would wait for every process in every forward pass, and they make different numbers of them.
@@ -157,13 +153,10 @@ class RewardTrainer(TrlRewardTrainer):
         checkpoint = kwargs.get("resume_from_checkpoint", args[0] if args else None)
         if isinstance(checkpoint, str | Path):
             self._same_run.compare(Path(checkpoint))
-        # The base is not part of what checkpoints of an adapter hold; what shards parameters wants one precision.
-        alone = self.accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU)
-        if isinstance(self.model, PeftModel) and self.accelerator.mixed_precision == "bf16" and alone:
-            precision = frozen_weights_cast(inner_model(self.model))
-        else:
-            precision = nullcontext()
-        with safe_training(self), precision:
+        # FSDP gathers a layer's weights when that layer itself is called, and wants one precision.
+        sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        bf16 = self.accelerator.mixed_precision == "bf16"
+        with safe_training(self), training_kernels(self.model, bf16=bf16, packed=True, sharded=sharded):
             return super().train(*args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -180,11 +173,6 @@ class RewardTrainer(TrlRewardTrainer):
             states = torch.load(Path(checkpoint) / TRANSFORMS, weights_only=True)[self.accelerator.process_index]
             for transform, state in zip(self.reward_transforms, states, strict=True):
                 transform.load_state_dict(state)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        # Around the backward pass too: gradient checkpointing computes the forward pass again there.
-        with trainable_attention(inner_model(self.model)):
-            return super().training_step(*args, **kwargs)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from trl_rlaif.batching import equal_lengths
-from trl_rlaif.models.kernels.logprob_head import is_plain, token_logprobs_of
+from trl_rlaif.models.kernels import is_plain, token_logprobs_of
 from trl_rlaif.models.role_models import RoleModels
 from trl_rlaif.models.shared_model import backbone, inner_model
 from trl_rlaif.rl.ppo.losses import entropy, token_logprobs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +12,7 @@ from torch.nn.functional import pad
 
 from trl_rlaif.distributed import failing_together
 from trl_rlaif.generation import random_state, set_random_state
-from trl_rlaif.models.kernels.attention import trainable_attention
-from trl_rlaif.models.kernels.fused_lora import cast_adapter
-from trl_rlaif.models.kernels.precision import autocast, cast_head
+from trl_rlaif.models.kernels import autocast, generation_kernels
 from trl_rlaif.models.role_models import RoleModels
 from trl_rlaif.responses import ResponseReader
 from trl_rlaif.rl import forward, verification
@@ -141,8 +138,8 @@ class RolloutGenerator:
         self, role_models: RoleModels, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         pad_id, model = self.tokenizer.pad_token_id, role_models.model("policy")
-        precision, batches = autocast(self.args, self.accelerator.device), self._prompt_batches(prompt_mask)
-        with role_models.role("policy"), precision, cast_head(model), cast_adapter(model):
+        batches = self._prompt_batches(prompt_mask)
+        with role_models.role("policy"), generation_kernels(model, self.args.bf16):
             drawn = [
                 generate(
                     model,
@@ -190,12 +187,11 @@ class RolloutGenerator:
     ) -> torch.Tensor:
         """(B, T) float32: log-probabilities of some rows by a forward pass, the policy's as in the step; else zero."""
         logprobs = torch.zeros(rollout.response_ids.shape, device=rollout.response_ids.device)
-        with trainable_attention(*role_models.trained()) if self.args.bf16 else nullcontext():
-            for chunk in self._chunks(rollout, rows):
-                rollout_slice = RolloutSlice.of(rollout, chunk)
-                with autocast(self.args, self.accelerator.device):
-                    found, _ = forward.logprobs(role_models, part, rollout_slice, self.temperature)
-                logprobs[chunk, : rollout_slice.width] = found
+        for chunk in self._chunks(rollout, rows):
+            rollout_slice = RolloutSlice.of(rollout, chunk)
+            with autocast(self.args, self.accelerator.device):
+                found, _ = forward.logprobs(role_models, part, rollout_slice, self.temperature)
+            logprobs[chunk, : rollout_slice.width] = found
         return logprobs
 
     def _judged(self, role_models: RoleModels, rollout: Rollout) -> Rollout:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,6 @@ from trl import SFTConfig, SFTTrainer
 from trl_rlaif.distributed import failing_together
 from trl_rlaif.errors import UserError
 from trl_rlaif.generation import derived_seed
-from trl_rlaif.models.kernels.attention import trainable_attention
 from trl_rlaif.models.safe_training import safe_training
 from trl_rlaif.rl import deepspeed
 from trl_rlaif.rl.ppo import checkpoint
@@ -76,8 +75,13 @@ class RejectionTrainer:
             UserError: Nothing was accepted, or a reward function returned something other than a finite number a
                 completion. A checkpoint with what was learned until then is there.
         """
-        trainer, state = self.trainer, self.trainer.state
+        trainer = self.trainer
         trainer.args.num_total_batches = self.iterations
+        with trainer.kernels():
+            self._train(resume_from_checkpoint)
+
+    def _train(self, resume_from_checkpoint: str | Path | bool | None) -> None:
+        trainer, state = self.trainer, self.trainer.state
         trainer._begin(resume_from_checkpoint)
         while state.global_step < self.iterations and not trainer.control.should_training_stop:
             began = time.monotonic()
@@ -112,8 +116,7 @@ class RejectionTrainer:
     def fine_tune(self, pairs: Sequence[RehearsalPair]) -> float:
         """Train the policy's adapter on pairs with TRL's SFTTrainer; the mean loss, nats a response token."""
         trainer, shared = self.trainer, self.trainer.shared
-        attention = trainable_attention(shared.model) if trainer.args.bf16 else nullcontext()
-        with _roles_kept(shared), shared.role("policy"), attention:
+        with _roles_kept(shared), shared.role("policy"):
             # TRL casts what learns on a 4-bit base to bfloat16; the policy stays as PPO has it.
             shared.peft.requires_grad_(False)
             with _silent_datasets():

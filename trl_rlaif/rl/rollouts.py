@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from trl_rlaif.batching import pad_rows
 from trl_rlaif.generation import bare_generation_config
-from trl_rlaif.models.kernels.block_cache import block_cache
+from trl_rlaif.models.kernels import generation_cache
 from trl_rlaif.responses import ResponseReader
 from trl_rlaif.types import Rollout
 
@@ -72,13 +72,12 @@ def generate(
         (response_ids, logprobs): (B, T) int64 and float32; T is at most ``max_new_tokens``.
     """
     recorder = LogprobRecorder(temperature)
-    cache = block_cache(model)
     with bare_generation_config(model):
         sequences = model.generate(
             input_ids=prompt_ids.masked_fill(~prompt_mask.bool(), 0),
             attention_mask=prompt_mask.long(),
             logits_processor=LogitsProcessorList([recorder]),
-            **({} if cache is None else {"past_key_values": cache}),
+            **generation_cache(model),
             generation_config=GenerationConfig(
                 max_new_tokens=max_new_tokens,
                 do_sample=True,

@@ -14,9 +14,9 @@ from helpers.tiny import make_gpt2, make_llama
 from peft import LoraConfig, get_peft_model
 
 from trl_rlaif import SharedBase
-from trl_rlaif.models.kernels import attention
+from trl_rlaif.models.kernels import attention, kernels
 from trl_rlaif.models.kernels.attention import trainable_attention, whole_attention
-from trl_rlaif.models.kernels.block_cache import BlockLayer, block_cache
+from trl_rlaif.models.kernels.cache import BlockLayer, block_cache
 from trl_rlaif.models.kernels.fused_lora import cast_adapter, cast_once, fuse_lora
 from trl_rlaif.models.kernels.precision import CastLinear, cast_frozen_weights, cast_head
 from trl_rlaif.models.loading import keep_gradients
@@ -200,19 +200,20 @@ def _generate(model, prompt_tokens):
 @pytest.mark.parametrize("make", [make_llama, make_gpt2, _gemma2])
 @pytest.mark.parametrize(("block", "prompt_tokens"), [(8, 3), (8, 8), (8, 20), (128, 5)])
 def test_the_cache_by_blocks_changes_no_token(monkeypatch, make, block, prompt_tokens):
-    monkeypatch.setattr("trl_rlaif.models.kernels.block_cache.BLOCK", block)
+    monkeypatch.setattr("trl_rlaif.models.kernels.cache.BLOCK", block)
     model, made = make(), []
-    monkeypatch.setattr(rollouts, "block_cache", lambda m: made.append(block_cache(m)) or made[-1])
+    monkeypatch.setattr("trl_rlaif.models.kernels.block_cache", lambda m: made.append(block_cache(m)) or made[-1])
     found = _generate(model, prompt_tokens)
     blocks = [layer for layer in made[0].layers if isinstance(layer, BlockLayer)]
     assert blocks and all(layer.get_seq_length() == prompt_tokens + 29 for layer in blocks)
-    monkeypatch.setattr(rollouts, "block_cache", lambda m: None)
-    expected = _generate(model, prompt_tokens)
+    with kernels(block_cache=False):
+        expected = _generate(model, prompt_tokens)
+    assert len(made) == 1
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
 def test_a_block_is_written_where_it_lies(monkeypatch):
-    monkeypatch.setattr("trl_rlaif.models.kernels.block_cache.BLOCK", 8)
+    monkeypatch.setattr("trl_rlaif.models.kernels.cache.BLOCK", 8)
     layer, steps = BlockLayer(), [torch.randn(2, 2, 3, 1, 4) for _ in range(20)]
     places = [layer.update(*step)[0].data_ptr() for step in steps]
     assert len(set(places[:8])) == len(set(places[8:16])) == len(set(places[16:])) == 1

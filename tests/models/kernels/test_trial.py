@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from trl_rlaif.judging.packed import PackedModel
 from trl_rlaif.models.kernels.attention import NAME, trainable_attention
-from trl_rlaif.models.kernels.trial import trial
+from trl_rlaif.models.kernels.trials import trial
 from trl_rlaif.reward.collator import SoftPreferenceCollator
 from trl_rlaif.reward.scoring import PairScorer, can_pack
 

@@ -16,7 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from trl_rlaif.models.kernels.trial import trial
+from trl_rlaif.models.kernels.switches import used
+from trl_rlaif.models.kernels.trials import trial
 from trl_rlaif.models.shared_model import backbone
 
 NAME = "trl_rlaif_cpu"
@@ -111,7 +112,7 @@ def _attention(
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     usual = usual and (causal or attention_mask is not None)  # without a mask, an encoder's tokens see all others
-    if not (usual and _low(query) == torch.bfloat16 and length <= FLOAT32_UP_TO):
+    if not (usual and _is_slow(query) and length <= FLOAT32_UP_TO):
         kwargs |= {"dropout": dropout, "scaling": scaling}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return _fastest(query, key, value, attention_mask, dropout, scaling).transpose(1, 2).contiguous(), None
@@ -145,6 +146,11 @@ def _low(query: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
 
 
+def _is_slow(query: torch.Tensor) -> bool:
+    """Whether torch would compute in bfloat16, and is not left to do so."""
+    return _low(query) == torch.bfloat16 and used("cpu_attention", "cpu")
+
+
 def _fastest(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -156,11 +162,12 @@ def _fastest(
     """(B, H, Q, D) by the way that is the fastest for its length; no mask means that of a causal model."""
     low, seen = _low(query), key.shape[2]
     scaling = scaling or query.shape[3] ** -0.5
+    slow = _is_slow(query)
     with torch.autocast("cpu", enabled=False):
-        if low == torch.bfloat16 and seen <= WHOLE_UP_TO and not dropout and key.shape[3] == value.shape[3]:
+        if slow and seen <= WHOLE_UP_TO and not dropout and key.shape[3] == value.shape[3]:
             q, k, v = (x.to(low) for x in (query, key, value))
             return whole_attention(q, k, v, _bias(mask, seen), scaling)
-        short = low == torch.bfloat16 and seen <= FLOAT32_UP_TO
+        short = slow and seen <= FLOAT32_UP_TO
         q, k, v = (x.float() if short else x.to(low) for x in (query, key, value))
         return scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=True
@@ -237,6 +244,19 @@ def trainable_attention(*models: nn.Module) -> Iterator[None]:
     changed = [model.config.get_text_config() for model in models if _takes_interface(model)]
     with _implementation(NAME, *changed):
         yield
+
+
+@contextmanager
+def plain_attention(model: nn.Module) -> Iterator[None]:
+    """Attention as the model was loaded with, inside ``trainable_attention``: for what is not trained."""
+    config = model.config.get_text_config()
+    with _implementation("sdpa", *([config] if config._attn_implementation == NAME else [])):
+        yield
+
+
+def takes_masks(model: nn.Module) -> bool:
+    """Whether a model's attention takes boolean masks of (batch, 1, queries, keys)."""
+    return model.config.get_text_config()._attn_implementation in ("sdpa", NAME)
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn.functional import linear
@@ -18,11 +17,23 @@ from torch.nn.functional import linear
 _thread = threading.local()
 
 
-def fuse_lora(model: PeftModel) -> None:
-    """Let a model's LoRA layers on linear layers take the short way wherever it gives the same result."""
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer) and not isinstance(layer, _Fused) and _is_linear(layer):
-            layer.__class__ = _fused(type(layer))
+def fuse_lora(model: nn.Module) -> list[LoraLayer]:
+    """Let a model's LoRA layers on linear layers take the short way wherever it gives the same result; the layers."""
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and _is_linear(layer)]
+    for layer in layers:
+        layer.__class__ = _fused(type(layer))
+    return layers
+
+
+@contextmanager
+def fused_lora(model: nn.Module) -> Iterator[None]:
+    """``fuse_lora`` inside, and PEFT's layers again afterwards."""
+    layers = fuse_lora(model)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__class__ = type(layer).__bases__[1]
 
 
 def _is_linear(layer: LoraLayer) -> bool:
@@ -82,8 +93,8 @@ class _Fused:
 def cast_adapter(model: nn.Module) -> Iterator[None]:
     """Hold the active adapter's weights in autocast's precision while tokens are generated.
 
-    Autocast casts them for every token otherwise. What is computed stays the same to the last bit; nothing inside may
-    switch the adapter, or ask for gradients.
+    Autocast casts them for every token otherwise. What is computed stays the same to the last bit, but on a 4-bit layer
+    whose input is float32: that gives bfloat16 too. Nothing inside may switch the adapter, or ask for gradients.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, _Fused)]
     device = next(model.parameters()).device
@@ -93,8 +104,7 @@ def cast_adapter(model: nn.Module) -> Iterator[None]:
             dtype = torch.get_autocast_dtype(device.type)
             for layer in layers:
                 name = layer._short_way()
-                # On a 4-bit layer float32 inputs go PEFT's way, see above.
-                if name and layer.base_layer.weight.dtype != torch.uint8:
+                if name:
                     a, b = (part[name].weight.detach().to(dtype) for part in (layer.lora_A, layer.lora_B))
                     layer._cast = a, b.t(), layer.scaling[name]
                     held.append(layer)

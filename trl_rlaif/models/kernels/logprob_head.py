@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from trl_rlaif.models.kernels.precision import CastLinear
+from trl_rlaif.models.kernels.switches import used
 from trl_rlaif.models.shared_model import backbone, inner_model
 
 # Scores that are alive at once: 128 MiB in float32, whatever the vocabulary and the batch.
@@ -21,11 +22,12 @@ _plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 def is_plain(model: nn.Module) -> bool:
     """Whether a causal model's scores are its hidden states times its frozen output embedding, and no more.
 
-    Some architectures scale or cap their scores, and LoRA may sit on the output embedding; tried out once.
+    Some architectures scale or cap their scores, and LoRA may sit on the output embedding; tried out once. False where
+    the kernel ``logprob_head`` is off.
     """
     inner = inner_model(model)
     head = inner.get_output_embeddings()
-    if type(head) not in (nn.Linear, CastLinear) or head.weight.requires_grad:
+    if not used("logprob_head", inner.device) or type(head) not in (nn.Linear, CastLinear) or head.weight.requires_grad:
         return False
     if inner not in _plain:
         ids = torch.arange(3, 12, device=head.weight.device)[None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,7 @@ class RehearsalMixin:
             RewardError: It stopped since too many responses had no reward. A checkpoint has been saved.
             RunError: A gradient is not finite.
         """
-        with safe_training(self):
+        with safe_training(self), nullcontext() if self.scorer is None else self.scorer.kernels():
             output = super().train(*arguments, **named)
         if self.failure is not None:
             raise self.failure

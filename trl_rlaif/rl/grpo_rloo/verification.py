@@ -9,7 +9,7 @@ import torch
 
 from trl_rlaif.distributed import failing_together
 from trl_rlaif.generation import seeded
-from trl_rlaif.models.kernels.precision import autocast
+from trl_rlaif.models.kernels import autocast
 from trl_rlaif.rl import verification
 from trl_rlaif.rl.rehearsal import as_rollout
 from trl_rlaif.rl.rollouts import generate, model_inputs, response_lengths

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +21,7 @@ from trl_rlaif.components import DataSelector, RewardTransform
 from trl_rlaif.distributed import average_gradients
 from trl_rlaif.encoding import set_template_kwargs
 from trl_rlaif.errors import UserError
-from trl_rlaif.models.kernels.fused_lora import fuse_lora
-from trl_rlaif.models.kernels.precision import cast_frozen_weights
+from trl_rlaif.models.kernels import training_kernels
 from trl_rlaif.models.role_models import RoleModels, SeparateRoleModels, SharedRoleModels
 from trl_rlaif.models.safe_training import check_gradients, safe_training
 from trl_rlaif.models.shared_model import SharedBase, save_adapter
@@ -171,10 +170,6 @@ class PPOTrainer(BasePPOTrainer):
                 model.eval()
         if args.fp16:
             raise UserError("fp16 is not supported in PPO.", fix="Use bf16, or neither for float32.")
-        if self.shared is not None:
-            fuse_lora(self.shared.peft)
-            if args.bf16:
-                cast_frozen_weights(self.shared.model)
         self._generator = RolloutGenerator(args, self.accelerator, self.reader)
         self._batches = BatchStream(self.dataloader)
         self._minibatch_order = torch.Generator().manual_seed(self.local_seed)
@@ -224,7 +219,7 @@ class PPOTrainer(BasePPOTrainer):
                 the responses have no reward; what was learned until then is saved as a checkpoint first.
             RunError: A gradient is not finite (``check_gradients``).
         """
-        with safe_training(self):
+        with safe_training(self), self.kernels():
             self._train(resume_from_checkpoint)
 
     def _train(self, resume_from_checkpoint: str | Path | bool | None) -> None:
@@ -244,6 +239,11 @@ class PPOTrainer(BasePPOTrainer):
             metrics["time/update"] = time.monotonic() - began
             self._end_update(metrics)
         self._end()
+
+    def kernels(self) -> AbstractContextManager:
+        """``training_kernels`` of what is trained; afterwards the base is held in its own precision again."""
+        models = self.role_models.trained() if self.shared is None else [self.shared.peft]
+        return training_kernels(*models, bf16=self.args.bf16)
 
     @contextmanager
     def _kept(self, *, repeated: bool = True) -> Iterator[None]:

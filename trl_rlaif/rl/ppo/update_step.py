@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -12,8 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from trl_rlaif.distributed import backward, equal_count
-from trl_rlaif.models.kernels.attention import trainable_attention
-from trl_rlaif.models.kernels.precision import autocast
+from trl_rlaif.models.kernels import autocast
 from trl_rlaif.models.role_models import RoleModels
 from trl_rlaif.rl import forward
 from trl_rlaif.rl.forward import RolloutSlice
@@ -130,8 +128,7 @@ class PPOStep:
         for i, rows in enumerate(every):
             rollout_slice = RolloutSlice.of(batch.rollout, rows)
             part = self._one_trunk if self.role_models.one_trunk else self._two_passes
-            with self._attention():
-                found = part(batch, rollout_slice, last=i == len(every) - 1)
+            found = part(batch, rollout_slice, last=i == len(every) - 1)
             for name, value in found.items():
                 stats[name] = stats[name] + value
         stats["val/ratio"] = stats["val/ratio"] + 1  # of the distance from 1, which padding has not
@@ -158,16 +155,13 @@ class PPOStep:
             self.args.per_device_train_batch_size
         ):
             for rows in self._parts(pairs, micro_batch):
-                with self._attention(), self.role_models.role("policy"):
+                with self.role_models.role("policy"):
                     with autocast(self.args, self.accelerator.device):
                         logprobs, _ = forward.logprobs(self.role_models, "policy", RolloutSlice.of(pairs, rows), 1.0)
                     part = -logprobs.sum() / tokens
                     self._backward(scale * part, last=False)
                 nll += part.detach()
         return nll
-
-    def _attention(self) -> AbstractContextManager:
-        return trainable_attention(*self.role_models.trained()) if self.args.bf16 else nullcontext()
 
     def _parts(self, rollout: Rollout, rows: torch.Tensor) -> list[torch.Tensor]:
         """Rows in parts, of which there are equally many in processes that go through them side by side."""

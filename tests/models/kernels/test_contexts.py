@@ -1,0 +1,154 @@
+"""The two contexts of kernels: what they do is undone, no less exact, and can be switched off by part."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from helpers.ppo import small_trainer
+from helpers.tiny import make_llama, make_tokenizer
+from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import trl_rlaif
+from trl_rlaif import SharedBase
+from trl_rlaif.generation import sample_responses
+from trl_rlaif.models.kernels import DEFAULTS, generation_kernels, kernels, training_kernels, used
+from trl_rlaif.models.loading import keep_gradients
+
+IDS = torch.tensor([[5, 6, 7, 8, 3], [9, 4, 3, 7, 11]])
+
+
+class Ops(TorchDispatchMode):
+    """Counts what is dispatched."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _nf4(folder, dtype):
+    make_llama(hidden_size=64).save_pretrained(folder)
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model = keep_gradients(load(folder, dtype=dtype, quantization_config=config))
+    torch.manual_seed(1)
+    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+
+
+def _state(model):
+    kinds = [(type(m), m.config._attn_implementation if hasattr(m, "config") else None) for m in model.modules()]
+    return kinds, {n: (p.dtype, p.detach().clone()) for n, p in model.named_parameters()}
+
+
+def _assert_same(before, after):
+    assert before[0] == after[0] and before[1].keys() == after[1].keys()
+    for name, (dtype, value) in before[1].items():
+        assert after[1][name][0] == dtype and torch.equal(after[1][name][1], value), name
+
+
+@pytest.mark.parametrize("norms", [torch.bfloat16, torch.float32])
+def test_adapters_on_4_bit_layers_are_cast_once_and_no_less_exact(tmp_path, norms):
+    exact = _nf4(tmp_path, torch.float32)(IDS).logits
+    model = _nf4(tmp_path, torch.bfloat16)
+    for module in model.modules():
+        if "Norm" in type(module).__name__:
+            module.to(norms)  # TRL has them in float32
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with Ops() as plain:
+            pefts = model(IDS).logits.float()
+    with generation_kernels(model):
+        assert torch.is_autocast_enabled("cpu")
+        with Ops() as fused:
+            found = model(IDS).logits.float()
+    assert 0 < (found - exact).norm() < 1.1 * (pefts - exact).norm() < 0.2 * exact.norm()
+    # 14 layers, of which each casts A and B otherwise.
+    assert fused.counts["_to_copy"] <= plain.counts["_to_copy"] - 28
+    assert sum(fused.counts.values()) < sum(plain.counts.values()) - 28
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sampling_casts_where_a_bfloat16_base_has_adapters(dtype, monkeypatch):
+    tokenizer, seen = make_tokenizer(), []
+    plain = make_llama(len(tokenizer)).to(dtype)
+    adapted = SharedBase(copy.deepcopy(plain), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    for model in (plain, adapted.model):
+        model.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+        before = _state(model)
+        sample_responses(model, tokenizer, [[5, 6, 7]], max_new_tokens=2, temperature=0)
+        _assert_same(before, _state(model))
+        assert not torch.is_autocast_enabled("cpu")
+    assert seen == [False] * 2 + [dtype == torch.bfloat16] * 2
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_training_leaves_a_users_base_as_it_was(tmp_path, bf16):
+    model = make_llama(len(make_tokenizer()))
+    before = _state(copy.deepcopy(model))
+    trainer, seen = small_trainer(tmp_path, model=model, bf16=bf16, use_cpu=True, total_episodes=8), set()
+    update = trainer.update
+
+    def watched(*args):
+        layer = model.model.layers[0].self_attn.q_proj
+        seen.add((layer.base_layer.weight.dtype, type(layer).__name__, model.config._attn_implementation))
+        assert "trl_rlaif" not in model.config.to_json_string(), "a saved model would need this package"
+        return update(*args)
+
+    trainer.update = watched
+    trainer.train()
+    assert seen == {(torch.bfloat16, "LeanLinear", "trl_rlaif_cpu") if bf16 else (torch.float32, "LeanLinear", "sdpa")}
+    after = {n.replace("base_layer.", ""): p for n, p in model.named_parameters() if "lora_" not in n}
+    assert after.keys() == before[1].keys()
+    for name, (dtype, value) in before[1].items():
+        assert after[name].dtype == dtype and torch.equal(after[name], value), name
+    assert not any(type(m).__name__.startswith(("Lean", "Cast")) for m in model.modules())
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_generating_in_training_uses_the_models_own_attention():
+    model = make_llama()
+    with training_kernels(model, bf16=True):
+        assert model.config._attn_implementation == "trl_rlaif_cpu"
+        with generation_kernels(model):
+            assert model.config._attn_implementation == "sdpa"
+        assert model.config._attn_implementation == "trl_rlaif_cpu"
+
+
+def test_switches():
+    assert used("packing", "cpu") and used("block_cache", "cpu") and not used("block_cache", "cuda")
+    with kernels({"packing": False}, block_cache=True):
+        assert not used("packing", "cpu") and used("block_cache", "cuda")
+        with kernels(packing="auto"):
+            assert used("packing", "cpu") and used("block_cache", "cuda")
+    assert used("packing", "cpu") and not used("block_cache", "cuda")
+    with pytest.raises(ValueError, match="no kernel 'speed'; there are packing"), kernels(speed=True):
+        pass
+
+
+def test_every_kernel_can_be_switched_off(tmp_path):
+    """Nothing of ours is left, and the loop still runs."""
+    seen = []
+    with kernels(dict.fromkeys(DEFAULTS, False)):
+        model = make_llama(len(make_tokenizer()))
+        trainer = small_trainer(tmp_path, model=model, bf16=True, use_cpu=True, total_episodes=4)
+        update = trainer.update
+        trainer.update = lambda *args: (seen.extend(map(type, model.modules())), update(*args))[1]
+        trainer.train()
+    assert seen and not any(kind.__name__.startswith(("Lean", "Cast")) for kind in seen)
+
+
+def test_only_the_package_itself_knows_its_modules():
+    root = Path(trl_rlaif.__file__).parent
+    importing = re.compile(r"trl_rlaif\.models\.kernels\.\w+ import|models\.kernels import .*\battention\b")
+    inside = root / "models" / "kernels"
+    found = [f for f in root.rglob("*.py") if inside not in f.parents and importing.search(f.read_text("utf-8"))]
+    assert not found

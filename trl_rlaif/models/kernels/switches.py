@@ -1,0 +1,52 @@
+"""Which kernels are used: each on, off, or where it has been measured to pay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+
+Switch = Literal["auto"] | bool
+
+# By kernel, whether it is on by default on a CPU and on a GPU: where it saves 5% of time or memory of what it is used
+# in (benchmarks/results/kernels.md and gpu.md), or where a run would not fit without it. Not measured on a GPU: off.
+DEFAULTS: dict[str, tuple[bool, bool]] = {
+    "packing": (True, True),
+    "fused_lora": (True, True),
+    "block_cache": (True, False),
+    "logprob_head": (True, True),
+    "cpu_attention": (True, False),
+    "cast_weights": (True, True),
+}
+
+_chosen: dict[str, Switch] = {}
+
+
+@contextmanager
+def kernels(switches: Mapping[str, Switch] | None = None, /, **more: Switch) -> Iterator[None]:
+    """Switch kernels on or off in this process while inside; ``auto``, as without a word, asks ``DEFAULTS``.
+
+    Args:
+        switches, more: By name: packing, fused_lora, block_cache, logprob_head, cpu_attention, cast_weights.
+
+    Raises:
+        ValueError: There is no kernel of that name.
+    """
+    global _chosen
+    before, wanted = _chosen, {**(switches or {}), **more}
+    unknown = sorted(set(wanted) - set(DEFAULTS))
+    if unknown:
+        raise ValueError(f"There is no kernel '{unknown[0]}'; there are {', '.join(DEFAULTS)}.")
+    _chosen = before | wanted
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def used(kernel: str, device: torch.device | str) -> bool:
+    """Whether a kernel is to be used on a device."""
+    choice = _chosen.get(kernel, "auto")
+    return DEFAULTS[kernel][torch.device(device).type != "cpu"] if choice == "auto" else choice
