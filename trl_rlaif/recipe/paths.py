@@ -95,9 +95,10 @@ class PathFinder:
         return self._path(name, is_id, "Write a path or a Hub id (org/name).")
 
     def model(self, name: str) -> str:
-        """An absolute path, or a model's Hub id as it is: ``org/name`` or ``name``."""
+        """An absolute path, or as it is a model's Hub id, ``org/name`` or ``name``, or ``package:name``."""
         is_id = bool(_MODEL_ID.fullmatch(name)) and not name.lower().endswith(_FILE_ENDINGS)
-        return self._path(name, is_id, "Write a Hub id, a model folder or a .gguf file.")
+        is_id |= name.startswith("package:")
+        return self._path(name, is_id, "Write a Hub id, a model folder, a .gguf file or package:NAME.")
 
     def prompt(self, name: str) -> str:
         """A packaged prompt's name as it is, or the absolute path of a prompt folder."""

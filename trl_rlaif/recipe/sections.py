@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, get_args
 
 from pydantic import (
     AfterValidator,
@@ -37,6 +37,10 @@ FORGET_SET = "forget"
 # Keys of ``rl`` that decide when failing rewards stop a run, and change nothing of what it learns. A stopped run may be
 # resumed with other values.
 STOPPING_LIMITS = ("max_failed", "reward_timeout")
+
+# Ways to compute the same numbers with less work; see trl_rlaif.models.kernels.
+Kernel = Literal["packing", "fused_lora", "block_cache", "logprob_head", "cpu_attention", "cast_weights"]
+KERNELS = get_args(Kernel)
 
 
 @dataclass(frozen=True)
@@ -199,6 +203,9 @@ class RunSection(Section):
 
     name: SafeName = Field(description="The run's name and its folder's. Default: the recipe file's name.")
     seed: int = Field(42, ge=0, le=2**31 - 1, description="Seed of everything that is drawn at random.")
+    kernels: dict[Kernel, Literal["auto"] | bool] = Field(
+        default_factory=dict, description=f"Faster ways to compute, each on, off or auto: {', '.join(KERNELS)}."
+    )
 
 
 class LoraSection(Section):
@@ -215,7 +222,7 @@ class LoraSection(Section):
 class ModelSection(Section):
     """``model``: the starting policy, which is the base that all roles share."""
 
-    path: ModelPath = Field(description="A Hub id, a model folder or a .gguf file.")
+    path: ModelPath = Field(description="A Hub id, a model folder, a .gguf file or package:NAME, which holds one.")
     dtype: Dtype = Field("auto", description="Type of the weights; auto takes the model's own.")
     quantization: Quantization = Field("none", description="nf4 loads the base in 4 bits with bitsandbytes.")
     lora: LoraSection = Field(default_factory=LoraSection, description="The adapters that are trained.")
@@ -235,7 +242,7 @@ class JudgeSection(Section):
     """A judge that is a model of its own, in this process."""
 
     backend: Literal["transformers"] = Field("transformers", description="Where the judge runs.")
-    path: ModelPath = Field(description="The judge's Hub id, model folder or .gguf file.")
+    path: ModelPath = Field(description="The judge's Hub id, model folder, .gguf file or package:NAME.")
     dtype: Dtype = Field("auto", description="Floating-point type of the judge's weights.")
     quantization: Quantization = Field("none", description="nf4 loads the judge in 4 bits with bitsandbytes.")
     chat_template_kwargs: TemplateKwargs

@@ -11,15 +11,20 @@ import pytest
 import torch
 import transformers
 from helpers.ppo import small_trainer
+from helpers.recipes import tiny_recipe
 from helpers.tiny import make_llama, make_tokenizer
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import trl_rlaif
-from trl_rlaif import SharedBase
+from trl_rlaif import SharedBase, UserError
 from trl_rlaif.generation import sample_responses
 from trl_rlaif.models.kernels import DEFAULTS, generation_kernels, kernels, training_kernels, used
 from trl_rlaif.models.loading import keep_gradients
+from trl_rlaif.pipeline.runner import run_recipe
+from trl_rlaif.pipeline.stages import sample
+from trl_rlaif.plugins import installed_plugins
+from trl_rlaif.recipe.sections import KERNELS
 
 IDS = torch.tensor([[5, 6, 7, 8, 3], [9, 4, 3, 7, 11]])
 
@@ -132,6 +137,19 @@ def test_switches():
     assert used("packing", "cpu") and not used("block_cache", "cuda")
     with pytest.raises(ValueError, match="no kernel 'speed'; there are packing"), kernels(speed=True):
         pass
+
+
+def test_a_recipe_switches_kernels(tmp_path, tiny_model, monkeypatch):
+    assert set(KERNELS) == set(DEFAULTS)
+    recipe = tiny_recipe(tmp_path, tiny_model, run={"kernels": {"packing": False, "block_cache": "auto"}})
+    assert recipe.run.kernels == {"packing": False, "block_cache": "auto"}
+    for bad in ({"speed": True}, {"packing": "sometimes"}):
+        with pytest.raises(UserError, match="kernels"):
+            tiny_recipe(tmp_path, tiny_model, run={"kernels": bad})
+    seen = []
+    monkeypatch.setattr(sample, "run", lambda context: seen.append(used("packing", "cpu")) or {"pairs": 1})
+    run_recipe(recipe, installed_plugins(), tmp_path / "out", only=("sample",))
+    assert seen == [False] and used("packing", "cpu")
 
 
 def test_every_kernel_can_be_switched_off(tmp_path):
