@@ -3,6 +3,7 @@
 # make test-trl     the tests that touch TRL, on another version of it: TRL=1.12.0, or TRL=latest
 #                   TESTS=tests runs the whole suite there
 # make lint         ruff
+# make gpu-kit      what a GPU machine without a network lacks, for benchmarks/gpu/on_gpu.sh: TRL=1.12.0
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -19,7 +20,7 @@ PYTEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test test-trl lint clean always
+.PHONY: quickstart gpu-kit test test-trl lint clean always
 
 # torch goes first: what comes after it would otherwise choose a build of its own.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -50,6 +51,9 @@ $(TRL_VENV)/.installed: $(VENV)/.installed $(if $(filter latest,$(TRL)),always)
 
 test-trl: $(TRL_VENV)/.installed
 	$(PYTEST_ENV) $(TRL_VENV)/bin/python -m pytest $(PARALLEL) $(if $(TESTS),$(TESTS),-m trl)
+
+gpu-kit: $(VENV)/.installed
+	PYTHON=$(BIN)/python $(if $(filter latest,$(TRL)),,TRL=$(TRL)) bash benchmarks/gpu/make_kit.sh --model
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -18,20 +18,31 @@ from trl_rlaif.errors import RunError
 def safe_training(trainer: Any) -> Iterator[None]:
     """Train inside: without cuDNN's attention, and, in transformers' loop, with ``check_gradients`` before each step.
 
-    Since torch 2.11 a Hopper GPU prefers cuDNN's attention, whose backward pass gives NaN for the queries of a row
-    that sees nothing, such as padding on the left (https://github.com/pytorch/pytorch/issues/196678).
-
     Args:
         trainer: Of transformers or TRL. A loop of its own calls ``check_gradients`` itself.
     """
-    check, before = _GradientCheck(), torch.backends.cuda.cudnn_sdp_enabled()
+    check = _GradientCheck()
     trainer.add_callback(check)
+    try:
+        with without_cudnn_attention():
+            yield
+    finally:
+        trainer.remove_callback(check)
+
+
+@contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """Compute attention otherwise inside.
+
+    Since torch 2.11 a Hopper GPU prefers cuDNN's attention, whose backward pass gives NaN for the queries of a row
+    that sees nothing, such as padding on the left (https://github.com/pytorch/pytorch/issues/196678).
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
-        trainer.remove_callback(check)
 
 
 class _GradientCheck(TrainerCallback):

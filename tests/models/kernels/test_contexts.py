@@ -147,7 +147,8 @@ def test_a_recipe_switches_kernels(tmp_path, tiny_model, monkeypatch):
         with pytest.raises(UserError, match="kernels"):
             tiny_recipe(tmp_path, tiny_model, run={"kernels": bad})
     seen = []
-    monkeypatch.setattr(sample, "run", lambda context: seen.append(used("packing", "cpu")) or {"pairs": 1})
+    results = {"prompts": 1, "pairs": 1, "dropped": {}, "redrawn": 0, "ended": 1.0, "seconds": 0.0}
+    monkeypatch.setattr(sample, "run", lambda context: seen.append(used("packing", "cpu")) or results)
     run_recipe(recipe, installed_plugins(), tmp_path / "out", only=("sample",))
     assert seen == [False] and used("packing", "cpu")
 

@@ -17,8 +17,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from gpu_ablation import ORDER, ablating
-from gpu_models import SIZES, Size, make_model
+from ablation import ORDER, ablate
+from models import SIZES, Size, make_model
 from ppo import clock_stock, our_phases, resident, reward_adapter, time_phase, timed_updates
 
 _PACKAGES = ("torch", "bitsandbytes", "transformers", "trl", "peft", "accelerate")
@@ -92,7 +92,8 @@ class Side:
             self.close("loading")
             self.updates = timed_updates(trainer)
             if self.args.ablate:
-                trainer.add_callback(ablating(self))
+                ablate(trainer, self)
+                return
             trainer.add_callback(_storing(self))
             trainer.train()
         self.store()

@@ -1,8 +1,8 @@
 """PPO on one GPU: seconds and memory of this project and of TRL's stock trainer, and what was predicted.
 
-    python benchmarks/gpu.py
-    python benchmarks/gpu.py --sizes 8b --only ours --cards 12 --limit 500
-    python benchmarks/gpu.py --sizes tiny --device cpu
+    python benchmarks/gpu/gpu.py
+    python benchmarks/gpu/gpu.py --sizes 8b --only ours --cards 12 --limit 500
+    python benchmarks/gpu/gpu.py --sizes tiny --device cpu
 
 Nothing is downloaded: models of published Llama shapes get random bfloat16 weights, are saved to a temporary folder
 (16 GB for 8b; `--models` keeps them for the next command), and are loaded from there as any checkpoint is. Each step
@@ -30,9 +30,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from gpu_ablation import ORDER
-from gpu_models import SIZES
-from gpu_table import describe
+from models import SIZES
+from table import describe
 
 STOCK = ("stock-nf4", "stock-bf16")
 
@@ -41,7 +40,7 @@ def main() -> None:
     """Run every step in a process of its own; store and print what each measured."""
     args = _arguments()
     if args.step:
-        from gpu_sides import step
+        from sides import step
 
         step(args)
         return
@@ -57,7 +56,7 @@ def main() -> None:
 
 
 def _measure(args: argparse.Namespace, sides: list[str], size: str, models: Path, card: int | None) -> None:
-    record: dict[str, Any] = {"command": " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]])}
+    record: dict[str, Any] = {"command": " ".join(["python", "benchmarks/gpu/gpu.py", *sys.argv[1:]])}
     known = _stored(args.output)
     for side in sides:
         found = _run(args, side, size, models, card)
@@ -104,7 +103,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, help="tokens (default: 256)")
     parser.add_argument("--response", type=int, help="tokens, all of them sampled (default: 256)")
     parser.add_argument("--updates", type=int, default=3)
-    parser.add_argument("--ablate", action="store_true", help="7 updates, some with one kernel less; the table has all")
+    parser.add_argument("--ablate", action="store_true", help="8 updates, some with one kernel less; the table has all")
     parser.add_argument("--set", nargs="*", default=[], metavar="rl.KEY=VALUE", help="changes to the recipe")
     parser.add_argument("--limit", type=float, default=900, help="seconds for each step (a model, or a side)")
     parser.add_argument("--models", type=Path, help="folder to keep the random models in")
@@ -113,9 +112,9 @@ def _arguments() -> argparse.Namespace:
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.ablate:
-        args.updates = len(ORDER)
+        args.updates = 1
     if args.output is None and args.device == "cuda":
-        args.output = Path(__file__).parent / "results" / "gpu.json"
+        args.output = Path(__file__).parents[1] / "results" / "gpu.json"
     return args
 
 
@@ -123,6 +122,8 @@ def _run(args: argparse.Namespace, step: str, size: str, models: Path, card: int
     """One step in a process of its own: what it wrote, with ``error`` where it did not reach its end."""
     print(f"{size} {step} ...", file=sys.stderr, flush=True)
     environment = os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
+    above = str(Path(__file__).parents[1])  # whose parts the sides share
+    environment["PYTHONPATH"] = os.pathsep.join([above, *filter(None, [environment.get("PYTHONPATH")])])
     if args.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     environment.setdefault("CUDA_VISIBLE_DEVICES", "0")
