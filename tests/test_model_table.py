@@ -6,8 +6,8 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from helpers.templates import CHANNELS, OPENED, QWEN
 from helpers.tiny import CHAT_TEMPLATE, make_tokenizer
-from test_responses import CHANNELS, OPENED, QWEN
 
 from trl_rlaif.encoding import usable_tokenizer
 

@@ -86,6 +86,7 @@ def test_a_killed_run_asks_for_what_is_missing_only(recipe, finished):
     times = {
         name: os.stat(finished / "variants" / name / "policy").st_mtime_ns for name in ("plain", "advantage", "dpo")
     }
+    (finished / "variants").rename(finished / "arms")  # as an earlier version called it
     run_comparison(recipe, installed_plugins(), finished.path, resume=True)
     after = finished.results()["compare"]
     assert after["sets"] == before["sets"] and len(read_lines(path)) == len(lines)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
+from trl_rlaif import cli
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import Recipe, parse_recipe
 
@@ -58,3 +61,11 @@ def write_recipe(folder: Path, model_path: str, /, **sections: object) -> Path:
 def tiny_recipe(folder: Path, model_path: str, /, **sections: object) -> Recipe:
     """The same, parsed."""
     return parse_recipe(write_recipe(folder, model_path, **sections), registry=installed_plugins().registry)
+
+
+def run_cli(monkeypatch, capsys, *arguments):
+    """Exit code and stderr of `trl-rlaif ARGUMENTS`, in this process."""
+    monkeypatch.setattr(sys, "argv", ["trl-rlaif", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return stopped.value.code or 0, capsys.readouterr().err

@@ -3,8 +3,7 @@
 import json
 
 import pytest
-from helpers.recipes import tiny_recipe, write_recipe
-from pipeline.stages.test_bad_input import run_cli
+from helpers.recipes import run_cli, tiny_recipe, write_recipe
 
 from trl_rlaif.errors import UserError
 from trl_rlaif.pipeline.runner import run_recipe

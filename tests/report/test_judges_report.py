@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from report.test_report_page import HOSTILE, assert_only_our_script, make_run, part, read, set_results
+from helpers.report_pages import HOSTILE, assert_only_our_script, make_run, part, read, set_results
 
 from trl_rlaif.rating import read_comparisons
 from trl_rlaif.report.label_data import MAX_LABELED

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from report.test_report_page import make_run, read, set_results
+from helpers.report_pages import make_run, read, set_results
 
 from trl_rlaif.evaluation import length_preference
 from trl_rlaif.report.no_learning import signs_of_no_learning

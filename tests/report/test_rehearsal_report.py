@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from report.test_report_page import HOSTILE, assert_only_our_script, make_run, part, read, set_results
+from helpers.report_pages import HOSTILE, assert_only_our_script, make_run, part, read, set_results
 
 HEADINGS = ("Rehearsal and forgetting", "Reward on held-out prompts, before and after")
 

@@ -8,8 +8,8 @@ import shutil
 import xml.etree.ElementTree as ET
 
 import pytest
+from helpers.report_pages import HOSTILE, make_run
 from rating.conftest import Chromium
-from report.test_report_page import HOSTILE, make_run
 
 from trl_rlaif.errors import RunError
 from trl_rlaif.report import write_report

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 
 import pytest
-from report.test_report_page import HOSTILE, assert_only_our_script, make_run, part, read, set_results
+from helpers.report_pages import HOSTILE, assert_only_our_script, make_run, part, read, set_results
 
 from trl_rlaif import Label, Pair
 from trl_rlaif.labels import LabelKey, LabelStore
@@ -34,7 +34,7 @@ def folder(tmp_path):
         (folder / f"{drawn}.jsonl").unlink()
     rows = [asdict(pair(number)) for number in range(6)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    set_results(folder, lambda results: results["label"].update(label_key=OURS.key))
+    set_results(folder, lambda results: results["label"].update(setup=OURS.key))
     return folder
 
 
@@ -100,7 +100,7 @@ def test_rows_of_another_shape_do_not_stop_the_report(folder):
         ):
             file.write(json.dumps(row) + "\n")
     with (folder / "labels.jsonl").open("a") as file:
-        for row in ({"label_key": OURS.key}, {"label_key": OURS.key, "pair": ["x"]}, {"label_key": ["x"], "pair": 3}):
+        for row in ({"setup": OURS.key}, {"setup": OURS.key, "pair": ["x"]}, {"setup": ["x"], "pair": 3}):
             file.write(json.dumps(row) + "\n")
     assert "6 pairs asked in both orders" in shown(folder)
 
@@ -156,7 +156,7 @@ def test_numbers_that_are_not_known_stay_empty(folder, change):
 def test_hostile_names_stay_text(folder):
     write_labels(folder, pairs=range(6))
     table = {HOSTILE: compared(labeler=HOSTILE, judge=HOSTILE), f"{HOSTILE}2": compared()}
-    set_results(folder, lambda results: results["label"].update(comparison=table, label_key=OURS.key))
+    set_results(folder, lambda results: results["label"].update(comparison=table, setup=OURS.key))
     page = read(folder)
     assert page.text.count("<script>alert(1)</script>") == 2
     assert_only_our_script(page)

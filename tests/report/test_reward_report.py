@@ -9,7 +9,7 @@ import statistics
 from dataclasses import replace
 
 import pytest
-from report.test_report_page import HOSTILE, Page, assert_only_our_script, make_run, part, read, set_results
+from helpers.report_pages import HOSTILE, Page, assert_only_our_script, make_run, part, read, set_results
 
 from trl_rlaif.evaluation import category_figures
 from trl_rlaif.pipeline.stages import reward

@@ -42,6 +42,8 @@ def run_comparison(
     with folder.locked():
         prepare(recipe, folder, command, used=resume)
         with publishing(folder.state, dict.fromkeys([*recipe.variants, KEY], "")) as publisher:
+            if (folder / "arms").is_dir() and not (folder / VARIANTS_FOLDER).exists():
+                (folder / "arms").rename(folder / VARIANTS_FOLDER)  # their name until 0.1
             runs: dict[str, RunFolder] = {}
             for number, (name, variant) in enumerate(recipe.variants.items(), 1):
                 say(f"Variant {number} of {len(recipe.variants)}: {name}")
@@ -50,7 +52,7 @@ def run_comparison(
                 runs[name] = run_recipe(variant, plugins, path, resume=True, command=command, donors=donors)
             publisher.begin(KEY)
             numbers = play(recipe, plugins, folder, runs)
-            numbers |= {"variants": {name: _of_arm(run) for name, run in runs.items()}}
+            numbers |= {"variants": {name: _of_variant(run) for name, run in runs.items()}}
             folder.add_results(KEY, numbers | {"seconds": time.monotonic() - started})
             say(f"{KEY}: done in {time.monotonic() - started:.0f} s. {summary(KEY, numbers)}")
             if recipe.report is not None:
@@ -58,7 +60,7 @@ def run_comparison(
     return folder
 
 
-def _of_arm(run: RunFolder) -> dict[str, Any]:
+def _of_variant(run: RunFolder) -> dict[str, Any]:
     """What a variant's own results say of it, as far as it has them."""
     results = run.results()
     label, reward, rl = (results.get(stage) or {} for stage in ("label", "reward", "rl"))

@@ -54,10 +54,10 @@ class LabelKey:
 
 
 class LabelStore:
-    """The labels of a folder, of any number of label_keys.
+    """The labels of a folder, of any number of label keys.
 
-    A line is a label with the keys of its label_key and its pair. Lines are only ever appended; of several with
-    the same keys the last one counts. Files of several machines are joined by concatenation.
+    A line is a label with the keys that find it: ``setup`` (LabelKey.key) and ``pair``. Lines are only ever appended; of
+    several with the same keys the last one counts. Files of several machines are joined by concatenation.
 
     Args:
         path: labels.jsonl. What a power cut left of a last line is removed from it; a broken line elsewhere,
@@ -75,7 +75,7 @@ class LabelStore:
         for line in whole.splitlines():
             try:
                 row = json.loads(line)
-                self._rows[row["label_key"], row["pair"]] = row
+                self._rows[row["setup"], row["pair"]] = row
             except (ValueError, KeyError, TypeError):
                 self.broken += 1
 
@@ -88,7 +88,7 @@ class LabelStore:
         """Append a label, and see it on the disk. One that is there already, word for word, adds no line."""
         row = {f.name: getattr(label, f.name) for f in fields(label)}
         row = {name: value for name, value in row.items() if value is not None or name not in _OPTIONAL}
-        row |= {"labeler": label_key.labeler, "label_key": label_key.key, "pair": pair_key(pair)}
+        row |= {"labeler": label_key.labeler, "setup": label_key.key, "pair": pair_key(pair)}
         # What cannot be judged is asked in every pass, and mostly fails as before.
         if self._rows.get((label_key.key, row["pair"])) != row:
             append_lines(self.path, [row])
@@ -103,7 +103,7 @@ class Plan:
 
     Args:
         path: A file of the run's state.
-        label_key: The pass's label_key.
+        label_key: The labels' key.
         missing: Pairs that have no label.
         everything: All pairs of the pass.
     """
@@ -112,14 +112,14 @@ class Plan:
         self.path = path
         stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         by_key = {pair_key(pair): pair for pair in everything}
-        keys = stored.get("pairs", []) if stored.get("label_key") == label_key.key else []
+        keys = stored.get("pairs", []) if stored.get("setup") == label_key.key else []
         # With pairs that the plan does not know, it is made anew: nothing stays without a label.
         if missing and all(key in by_key for key in keys) and {pair_key(p) for p in missing} <= set(keys):
             self.pairs = [by_key[key] for key in keys]
             return
         self.pairs = list(dict((pair_key(pair), pair) for pair in missing).values())
         if self.pairs:
-            write_atomically(path, to_line({"label_key": label_key.key, "pairs": [pair_key(p) for p in self.pairs]}))
+            write_atomically(path, to_line({"setup": label_key.key, "pairs": [pair_key(p) for p in self.pairs]}))
 
     def end(self) -> None:
         """The pass is complete."""

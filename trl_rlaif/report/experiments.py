@@ -16,7 +16,7 @@ from trl_rlaif.report.run_data import Run
 from trl_rlaif.report.summary import Measure, page_head, win_rate_measure
 
 MAX_PROMPTS = 60
-MAX_ARMS = 24
+MAX_VARIANTS = 24
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def comparison_page(run: Run, folder: Path) -> dict[str, Any]:
     """Every value that the template shows."""
     compare = section(run.results, "compare")
     sets = [_set(compare, name, values) for name, values in list(section(compare, "sets").items())[:12]]
-    asked = _asked(folder, list(section(compare, "variants"))[:MAX_ARMS], run.notes)
+    asked = _asked(folder, list(section(compare, "variants"))[:MAX_VARIANTS], run.notes)
     shown = spread(asked, MAX_PROMPTS)
     return {
         **page_head(run),
@@ -75,7 +75,7 @@ def comparison_page(run: Run, folder: Path) -> dict[str, Any]:
 def _set(compare: dict[str, Any], name: Any, values: Any) -> dict[str, Any]:
     values = section(values)
     pairs, contestants = section(values, "pairs"), section(values, "contestants")
-    names = list(section(values, "overall"))[: MAX_ARMS + 1]
+    names = list(section(values, "overall"))[: MAX_VARIANTS + 1]
     rows = [_row(compare, values, key, names, section(pairs, key), section(contestants, key)) for key in names]
     ranked = sorted(rows, key=lambda row: -(row.overall.value if row.overall else -math.inf))
     return {

@@ -132,7 +132,10 @@ def read_status(folder: str | Path) -> Status:
     )
     progress, prints = read.progress, read.progress.get("stages") or dict.fromkeys(_stages_of(recipe))
     if COMPARE in recipe:
-        stages = (*(_arm(folder / VARIANTS_FOLDER / name, alive) for name in _arms_of(recipe)), read.comparison())
+        stages = (
+            *(_variant(folder / VARIANTS_FOLDER / name, alive) for name in _variants_of(recipe)),
+            read.comparison(),
+        )
     else:
         stages = tuple(read.stage(name, fingerprint) for name, fingerprint in prints.items())
     state = "running" if alive else "ended" if progress.get("outcome") == "done" else "interrupted"
@@ -155,7 +158,7 @@ def read_status(folder: str | Path) -> Status:
     )
 
 
-def _arm(folder: Path, alive: bool) -> StageStatus:
+def _variant(folder: Path, alive: bool) -> StageStatus:
     """A variant of a comparison as a stage: what its own run is doing."""
     if not (folder / "recipe.yaml").is_file():
         return StageStatus(folder.name, "waiting")
@@ -274,7 +277,7 @@ def _stages_of(recipe: dict[str, Any]) -> list[str]:
     return [s for s in STAGES if s in recipe or (s == "sample" and isinstance(data, dict) and data.get("pairs"))]
 
 
-def _arms_of(recipe: dict[str, Any]) -> list[str]:
+def _variants_of(recipe: dict[str, Any]) -> list[str]:
     """The names of a resolved recipe's variants."""
     variants = recipe[COMPARE] if isinstance(recipe[COMPARE], list) else []
     return [name for variant in variants if isinstance(variant, dict) for name in variant if isinstance(name, str)]

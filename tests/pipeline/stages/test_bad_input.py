@@ -4,23 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 
 import pytest
-from helpers.recipes import write_recipe
+from helpers.recipes import run_cli, write_recipe
 from transformers import AutoTokenizer
 
-from trl_rlaif import cli
 from trl_rlaif.pipeline.artifacts import read_lines
-
-
-def run_cli(monkeypatch, capsys, *arguments):
-    """Exit code and stderr of `trl-rlaif ARGUMENTS`, in this process."""
-    monkeypatch.setattr(sys, "argv", ["trl-rlaif", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    return stopped.value.code or 0, capsys.readouterr().err
-
 
 # Only the stages that read data: what is wrong must be found there.
 SHORT = {"reward": None, "rl": None, "evaluate": None, "report": None}

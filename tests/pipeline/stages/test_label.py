@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 from datasets import load_from_disk
 from helpers.judges import PARTS
-from helpers.recipes import WORDS, tiny_recipe, write_recipe
+from helpers.recipes import WORDS, run_cli, tiny_recipe, write_recipe
 from helpers.tiny import CHAT_TEMPLATE
-from pipeline.stages.test_bad_input import run_cli
 from scipy.stats import binomtest
 
 from trl_rlaif import UserError

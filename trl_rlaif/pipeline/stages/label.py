@@ -120,7 +120,7 @@ class _Rows:
             "ece": calibration_error(p, human),
             "judge": self.label_key.judge,
             "labeler": self.label_key.labeler,
-            "label_key": self.label_key.key,
+            "setup": self.label_key.key,
             "made": self.made,
             "pairs_per_second": self.made / self.seconds if self.made else None,
             "precision": asdict(self.probe) if self.probe else None,
