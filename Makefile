@@ -2,7 +2,8 @@
 # make test         the test suite
 # make test-trl     the tests that touch TRL, on another version of it: TRL=1.12.0, or TRL=latest
 #                   TESTS=tests runs the whole suite there
-# make lint         ruff
+# make test-fast    the same without the tests that are marked slow
+# make lint         ruff and mypy
 # make gpu-kit      what a GPU machine without a network lacks, for benchmarks/gpu/on_gpu.sh: TRL=1.12.0
 
 VENV ?= .venv
@@ -15,12 +16,12 @@ TRL_VENV := .venv-trl-$(TRL)
 TRL_PIP := $(TRL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 # A worker for each core, each with one thread; a file's tests stay together, since they share what was run once.
-PARALLEL ?= -n auto --dist loadfile
+PARALLEL ?= -n auto --dist loadfile --durations=30
 PYTEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart gpu-kit test test-trl lint clean always
+.PHONY: quickstart gpu-kit test test-fast test-trl lint clean always
 
 # torch goes first: what comes after it would otherwise choose a build of its own.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -36,6 +37,9 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(PYTEST_ENV) $(BIN)/python -m pytest $(PARALLEL) $(TESTS)
+
+test-fast: $(VENV)/.installed
+	$(PYTEST_ENV) $(BIN)/python -m pytest $(PARALLEL) -m 'not slow' $(TESTS)
 
 # A copy of the other environment with that TRL in it; where that wants other versions than constraints.txt, as pip finds
 # them. The newest is looked up each time.
@@ -58,6 +62,7 @@ gpu-kit: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) .venv-trl-* build dist *.egg-info

@@ -1,16 +1,11 @@
 """The shapes of prompts and pairs: what is read from them, what is skipped, and what is refused."""
 
 import hashlib
-import json
-from pathlib import Path
 
 import pytest
 from helpers.data import USER, fails, says, sides
 
 from trl_rlaif.data import Pair, Skip, load_pairs, load_prompts
-
-REAL = Path(__file__).resolve().parents[2].parent / "shared" / "data"
-
 
 # Prompts
 
@@ -320,28 +315,3 @@ def test_repeated_and_empty_turns(write):
     pair = load_pairs(write(row)).items[0]
     assert pair.prompt == [{"role": "user", "content": "Q\n\nR"}]
     assert sides(pair) == ("a\n\nb", "a")
-
-
-# Published data
-
-
-@pytest.mark.skipif(not REAL.is_dir(), reason="the measurement data is not beside the project")
-def test_published_transcripts():
-    loaded = load_pairs(REAL / "hh_rlhf_harmless_base_1500.jsonl.gz")
-    assert len(loaded.items) + len(loaded.skipped) == 1500 and len(loaded.skipped) < 10
-    for pair in loaded.items:
-        roles = [message["role"] for message in pair.prompt]
-        assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
-        texts = [message["content"] for message in pair.prompt] + [pair.response_1, pair.response_2]
-        assert not any("\n\nHuman:" in text or "\n\nAssistant:" in text or not text.strip() for text in texts)
-    assert 650 < sum(pair.human == 1 for pair in loaded.items) < 850
-
-
-@pytest.mark.skipif(not REAL.is_dir(), reason="the measurement data is not beside the project")
-def test_published_votes():
-    loaded = load_pairs(REAL / "pandalm_600.jsonl")
-    assert len(loaded.items) + len(loaded.skipped) == 600 and set(loaded.skip_counts()) == {"empty response"}
-    assert all(pair.category and pair.human in (0, 1, 2) and pair.extra == {} for pair in loaded.items)
-    raw = [json.loads(line) for line in (REAL / "pandalm_600.jsonl").read_text(encoding="utf-8").splitlines()]
-    votes = {row["id"]: row["human"] for row in raw}
-    assert all(pair.human in votes[pair.id] or pair.human == 0 for pair in loaded.items)

@@ -1,13 +1,10 @@
 """The shapes that other projects' data comes in: Alpaca, ShareGPT, preference files as prompts, whole conversations."""
 
-from pathlib import Path
-
 import pytest
 from helpers.data import USER, fails, says, sides
 
 from trl_rlaif.data import load_pairs, load_prompts
 
-REAL = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 HH = {"chosen": "\n\nHuman: Q\n\nAssistant: a", "rejected": "\n\nHuman: Q\n\nAssistant: b"}
 
 
@@ -187,13 +184,3 @@ def test_sharegpt_preferences(write):
     row |= {"chosen": {"from": "gpt", "value": "B"}, "rejected": {"from": "gpt", "value": "R"}}
     pair = load_pairs(write(row)).items[0]
     assert (pair.prompt, *sides(pair)) == ([USER], "B", "R")
-
-
-@pytest.mark.skipif(not REAL.is_dir(), reason="the measurement data is not beside the project")
-def test_prompts_of_published_transcripts_are_those_of_their_pairs():
-    path = REAL / "hh_rlhf_harmless_base_1500.jsonl.gz"
-    loaded = load_prompts(path)
-    prompts = {item.id: item.prompt for item in loaded.items}
-    assert len(prompts) + len(loaded.skipped) == 1500
-    pairs = [pair for pair in load_pairs(path).items if pair.id in prompts]
-    assert len(pairs) > 1490 and all(prompts[pair.id] == pair.prompt for pair in pairs)

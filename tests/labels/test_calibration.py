@@ -142,8 +142,8 @@ def test_apply_by_hand():
 
 
 def test_labels_that_are_quite_sure_stay_probabilities():
-    for p in (0.0, 1.0, 5e-324):
-        assert 0 <= Calibration(scale=40.0, bias=1.0).apply({"p_12": p, "p_21": p, "p": p}) <= 1
+    for p, expected in ((0.0, 0.0), (1.0, 1.0), (5e-324, 0.0)):
+        assert Calibration(scale=40.0, bias=1.0).apply({"p_12": p, "p_21": p, "p": p}) == pytest.approx(expected)
     rows, human = simulate(40, temperature=1.0, bias=0.0)
     rows[0] |= {"p_12": 1.0, "p_21": 0.0, "p": 1.0}
     assert 0 < Calibration.fit(rows, human).scale < 10

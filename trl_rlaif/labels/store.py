@@ -56,8 +56,8 @@ class LabelKey:
 class LabelStore:
     """The labels of a folder, of any number of label keys.
 
-    A line is a label with the keys that find it: ``setup`` (LabelKey.key) and ``pair``. Lines are only ever appended; of
-    several with the same keys the last one counts. Files of several machines are joined by concatenation.
+    A line is a label with the keys that find it, ``setup`` (LabelKey.key) and ``pair``. Lines are only ever appended;
+    of several with the same keys the last one counts. Files of several machines are joined by concatenation.
 
     Args:
         path: labels.jsonl. What a power cut left of a last line is removed from it; a broken line elsewhere,
