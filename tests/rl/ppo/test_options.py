@@ -130,7 +130,7 @@ def test_a_trunk_needs_one_base(tmp_path):
 
 def test_reinforce_is_one_pass_without_a_clipped_ratio(tmp_path):
     trainer, steps = small_trainer(tmp_path, **PRESETS["reinforce"]), []
-    trainer.optimizer.register_step_post_hook(lambda *_: steps.append(trainer.state.global_step))
+    trainer.optimizer.optimizer.register_step_post_hook(lambda *_: steps.append(trainer.state.global_step))
     # A ratio that is 1, as it is only before the first step on a rollout, is not clipped, however large advantages are.
     scale = trainer.compute_advantages
     trainer.compute_advantages = lambda *given: tuple(100 * x for x in scale(*given))
