@@ -19,7 +19,6 @@ FILES = {
 KNOWN = {
     "trl_rlaif.evaluation.forgetting",
     "trl_rlaif.rl.ppo.trainer",
-    "trl_rlaif.rl.prompts",
     "trl_rlaif.rl.selection",
 }
 LONGEST = 60

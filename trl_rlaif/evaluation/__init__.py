@@ -11,12 +11,17 @@ from trl_rlaif.evaluation.labels import (
     position_bias,
     summarize_mass,
 )
-from trl_rlaif.evaluation.length_control import length_controlled_win_rate
-from trl_rlaif.evaluation.lengths import compare_lengths
-from trl_rlaif.evaluation.points import agreement_points, choices, is_even, points
-from trl_rlaif.evaluation.ranking import pairwise_accuracy
-from trl_rlaif.evaluation.tournament import all_against_all
-from trl_rlaif.evaluation.win_rate import harmless_rate, win_rate
+from trl_rlaif.evaluation.length_control import compare_lengths, length_controlled_win_rate
+from trl_rlaif.evaluation.rates import (
+    agreement_points,
+    all_against_all,
+    choices,
+    harmless_rate,
+    is_even,
+    pairwise_accuracy,
+    points,
+    win_rate,
+)
 
 __all__ = [
     "agreement",

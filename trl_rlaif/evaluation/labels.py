@@ -8,7 +8,7 @@ from typing import Any
 from scipy.stats import binomtest
 
 from trl_rlaif.evaluation.intervals import bootstrap_mean, clusters_of, share_interval
-from trl_rlaif.evaluation.points import agreement_points
+from trl_rlaif.evaluation.rates import agreement_points
 
 # A person's choice as the probability that response_1 is preferred.
 _AS_P = {1: 1.0, 2: 0.0, 0: 0.5}

@@ -1,4 +1,4 @@
-"""The win rate that is left when length is taken out of it."""
+"""What a win rate owes to length: the lengths themselves, and what is left of it at equal ones."""
 
 from __future__ import annotations
 
@@ -8,13 +8,51 @@ from typing import Any
 import numpy as np
 from scipy.special import expit
 
-from trl_rlaif.evaluation.intervals import bootstrap, cluster_index
+from trl_rlaif.evaluation.intervals import bootstrap, bootstrap_mean, bootstrap_ratio, cluster_index, share_interval
 
 # A fit is done where its mean gradient is smaller than this; one that is not after so many steps has failed.
 _TOLERANCE, _STEPS = 1e-10, 100
 # What the interval adds to the data, at equal length: two wins and two losses (Agresti and Coull 1998). Without them 10
 # wins of 10 would have an interval of no width.
 _ADDED = np.array([1.0, 1.0, 0.0, 0.0])
+
+
+def compare_lengths(
+    lengths: Sequence[float],
+    other_lengths: Sequence[float],
+    clusters: Sequence[Hashable] | None = None,
+    *,
+    seed: int = 0,
+) -> dict[str, Any] | None:
+    """Length of A's responses beside that of B's to the same prompts: what a win rate may owe to length.
+
+    Args:
+        lengths, other_lengths: N lengths of A's and of B's responses, in characters or tokens alike.
+        clusters: What each prompt depends on, N entries, such as its text; None: on nothing.
+        seed: Of the bootstrap.
+
+    Returns:
+        ``mean`` and ``other_mean`` with ``interval`` and ``other_interval``; ``ratio`` of the means with
+        ``ratio_interval`` (all 95%, bootstrap over the prompts); ``longer``, the share of prompts on which A is longer,
+        half for equal lengths, with ``longer_interval`` (95%, ``share_interval``); ``n``. The ratio is None if all
+        of B's responses are empty. None without prompts.
+    """
+    pairs = list(zip(lengths, other_lengths, strict=True))
+    if not pairs:
+        return None
+    n, longer = len(pairs), [(a > b) + (a == b) / 2 for a, b in pairs]
+    total, other = sum(lengths), sum(other_lengths)
+    return {
+        "mean": total / n,
+        "interval": bootstrap_mean(lengths, clusters, seed=seed),
+        "other_mean": other / n,
+        "other_interval": bootstrap_mean(other_lengths, clusters, seed=seed),
+        "ratio": total / other if other else None,
+        "ratio_interval": bootstrap_ratio(lengths, other_lengths, clusters, seed=seed),
+        "longer": sum(longer) / n,
+        "longer_interval": share_interval(longer, clusters),
+        "n": n,
+    }
 
 
 def length_controlled_win_rate(

@@ -9,7 +9,7 @@ from typing import Any
 
 from trl_rlaif.report import plots
 from trl_rlaif.report.drawing import Drawing
-from trl_rlaif.report.formatting import interval, label, number, scores, section
+from trl_rlaif.report.formatting import interval, label, number, score, scores, section
 from trl_rlaif.report.run_data import Run, Sample, Series
 from trl_rlaif.report.summary import Measure, reward_accuracy
 
@@ -163,6 +163,23 @@ def curve(
     # Beyond two lines the numbers would be a wall: the drawing shows them.
     values = "; ".join(changes) if len(changes) <= 2 else ""
     return Figure(heading, plots.curves(found, said, level=level), caption, values)
+
+
+def reliability_figure(
+    bins: list[tuple[float, float, int]], heading: str, title: str, caption: str, ece: float | None
+) -> Figure | None:
+    """The diagram of ``calibration_bins``, with Wilson intervals; None without any."""
+    from trl_rlaif.evaluation import wilson
+
+    if not bins:
+        return None
+    points = [(confidence, right, wilson(right * n, n), n) for confidence, right, n in bins]
+    said = f"ECE {score(ece)}" if ece is not None else ""
+    caption += (
+        " Below the dashed line it is too sure, above it not sure enough. At the top the pairs of each bin; bars are "
+        "95% intervals."
+    )
+    return Figure(heading, plots.reliability(points, f"{title}{f': {said}' if said else ''}"), caption, said)
 
 
 def set_part(run: Run, name: str) -> dict[str, Any]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from trl_rlaif.report import plots
-from trl_rlaif.report.figures import Figure, share
+from trl_rlaif.report.figures import Figure, reliability_figure, share
 from trl_rlaif.report.formatting import count, label, number, section
 from trl_rlaif.report.label_data import Labels
-from trl_rlaif.report.reliability import reliability_figure
 from trl_rlaif.report.run_data import Run
 
 

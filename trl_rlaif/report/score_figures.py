@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from trl_rlaif.report import plots
-from trl_rlaif.report.figures import Figure, first_rows, present
+from trl_rlaif.report.figures import Figure, first_rows, present, reliability_figure
 from trl_rlaif.report.formatting import count, label, number, scores, section
-from trl_rlaif.report.reliability import reliability_figure
 from trl_rlaif.report.run_data import Run, ScoredPair
 
 MAX_RIDGES = 8

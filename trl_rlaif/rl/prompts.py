@@ -62,11 +62,7 @@ def tokenize_prompts(
             kwargs = row.get("chat_template_kwargs")
             return {"input_ids": encode_prompt(tokenizer, prompt, chat_template_kwargs=kwargs)}
 
-        dataset = dataset.map(
-            encoded,
-            num_proc=num_proc,
-            desc="Tokenizing prompts",
-        )
+        dataset = dataset.map(encoded, num_proc=num_proc, desc="Tokenizing prompts")
     if max_length is None:
         return dataset
     kept = [i for i, ids in enumerate(dataset["input_ids"]) if len(ids) <= max_length]
