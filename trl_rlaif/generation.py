@@ -89,38 +89,33 @@ def sample_responses(
     Returns:
         N lists of K token lists.
     """
-    groups = padded_together(model, [len(prompt) for prompt in prompts])
-    if len(groups) > 1:
-        settings = {"num_responses": num_responses, "max_new_tokens": max_new_tokens, "temperature": temperature}
-        settings |= {"top_p": top_p, "stop_ids": stop_ids, "keep_end": keep_end, "bf16": bf16}
-        drawn = {}
-        for group in groups:
-            of_group = sample_responses(model, tokenizer, [prompts[i] for i in group], **settings)
-            drawn |= dict(zip(group, of_group, strict=True))
-        return [drawn[i] for i in range(len(prompts))]
-    device = next(model.parameters()).device
     pad, stops = tokenizer.pad_token_id, all_stop_ids(tokenizer, model) if stop_ids is None else stop_ids
-    ids, mask = pad_rows(prompts, pad, left=True)
-    how = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        if temperature > 0
-        else {"do_sample": False}
+    drawing = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        num_return_sequences=num_responses,
+        pad_token_id=pad,
+        eos_token_id=list(stops),
+        **(drawing if temperature > 0 else {"do_sample": False}),
     )
+    responses: list[list[list[int]]] = [[]] * len(prompts)
+    for group in padded_together(model, [len(prompt) for prompt in prompts]):
+        rows = iter(_generated(model, [prompts[i] for i in group], config, bf16))
+        for i in group:
+            responses[i] = [_until(next(rows), stops, pad, keep_end) for _ in range(num_responses)]
+    return responses
+
+
+def _generated(
+    model: torch.nn.Module, prompts: Sequence[Sequence[int]], config: GenerationConfig, bf16: bool | None
+) -> list[list[int]]:
+    """The tokens behind each prompt of one batch, ``num_return_sequences`` rows for each."""
+    ids, mask = (x.to(next(model.parameters()).device) for x in pad_rows(prompts, config.pad_token_id, left=True))
     with bare_generation_config(model), generation_kernels(model, bf16):
         sequences = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.long().to(device),
-            **generation_cache(model),
-            generation_config=GenerationConfig(
-                max_new_tokens=max_new_tokens,
-                num_return_sequences=num_responses,
-                pad_token_id=pad,
-                eos_token_id=list(stops),
-                **how,
-            ),
+            input_ids=ids, attention_mask=mask.long(), **generation_cache(model), generation_config=config
         )
-    rows = [_until(row, stops, pad, keep_end) for row in sequences[:, ids.shape[1] :].tolist()]
-    return [rows[i : i + num_responses] for i in range(0, len(rows), num_responses)]
+    return sequences[:, ids.shape[1] :].tolist()
 
 
 def _until(tokens: list[int], stops: Sequence[int], pad: int, keep_end: bool) -> list[int]:

@@ -12,8 +12,8 @@ from helpers.recipes import write_recipe
 from trl_rlaif import RunError, UserError
 from trl_rlaif.data import Pair
 from trl_rlaif.evaluation import win_rate
-from trl_rlaif.evaluation.pairwise import read_answers
 from trl_rlaif.experiments import run_comparison
+from trl_rlaif.experiments.pairwise import read_answers
 from trl_rlaif.labels.store import pair_key
 from trl_rlaif.pipeline.artifacts import RunFolder, read_lines
 from trl_rlaif.plugins import installed_plugins

@@ -34,7 +34,7 @@ def run_comparison(
     Raises:
         UserError: The folder is used already, or is not writable.
     """
-    from trl_rlaif.evaluation.pairwise import play
+    from trl_rlaif.experiments.pairwise import play
     from trl_rlaif.pipeline.runner import prepare, run_recipe, summary
     from trl_rlaif.report import write_report
 
