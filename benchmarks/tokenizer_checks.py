@@ -10,7 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trl_rlaif.encoding import encode_prompt, encode_response, reasoning_marks
-from trl_rlaif.judging import JudgePrompt, LocalJudge
+from trl_rlaif.judging.local import LocalJudge
+from trl_rlaif.judging.prompt import JudgePrompt
 from trl_rlaif.recipe import prompt_folder
 from trl_rlaif.responses import ResponseReader
 from trl_rlaif.stopping import end_of_turn, stop_ids

@@ -36,13 +36,13 @@ _LAZY = {
     "set_template_kwargs": "trl_rlaif.encoding",
     "cluster": "trl_rlaif.clustering",
     "directions": "trl_rlaif.models.embedding",
-    "Judge": "trl_rlaif.judging",
-    "LocalJudge": "trl_rlaif.judging",
-    "JudgePrompt": "trl_rlaif.judging",
-    "Question": "trl_rlaif.judging",
-    "Thinking": "trl_rlaif.judging",
-    "ThinkingOptions": "trl_rlaif.judging",
-    "Answer": "trl_rlaif.judging",
+    "Judge": "trl_rlaif.judging.judge",
+    "LocalJudge": "trl_rlaif.judging.local",
+    "JudgePrompt": "trl_rlaif.judging.prompt",
+    "Question": "trl_rlaif.judging.question",
+    "Thinking": "trl_rlaif.judging.question",
+    "ThinkingOptions": "trl_rlaif.judging.question",
+    "Answer": "trl_rlaif.judging.question",
     "RunError": "trl_rlaif.errors",
     "UserError": "trl_rlaif.errors",
 }
@@ -56,7 +56,10 @@ if TYPE_CHECKING:
     from trl_rlaif.encoding import as_text, set_template_kwargs
     from trl_rlaif.errors import RunError, UserError
     from trl_rlaif.evaluation.forgetting import ForgettingTracker
-    from trl_rlaif.judging import Answer, Judge, JudgePrompt, LocalJudge, Question, Thinking, ThinkingOptions
+    from trl_rlaif.judging.judge import Judge
+    from trl_rlaif.judging.local import LocalJudge
+    from trl_rlaif.judging.prompt import JudgePrompt
+    from trl_rlaif.judging.question import Answer, Question, Thinking, ThinkingOptions
     from trl_rlaif.models.embedding import directions
     from trl_rlaif.models.shared_model import SharedBase
     from trl_rlaif.reward.config import RewardConfig

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from trl_rlaif.data import Pair
-    from trl_rlaif.judging import Judge
+    from trl_rlaif.judging.judge import Judge
     from trl_rlaif.types import Label, Pool, PreferenceScores, ScoredBatch, Selection
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from trl_rlaif.data import Pair
-    from trl_rlaif.judging import Judge
+    from trl_rlaif.judging.judge import Judge
     from trl_rlaif.plugins import Registered
     from trl_rlaif.types import Pool, PreferenceScores, ScoredBatch
 

@@ -30,7 +30,8 @@ from transformers import (
 )
 
 from helpers.tiny import CHAT_TEMPLATE, make_tokenizer
-from trl_rlaif.judging import LocalJudge, Question
+from trl_rlaif.judging.local import LocalJudge
+from trl_rlaif.judging.question import Question
 from trl_rlaif.testing.judges import PARTS, ScriptedJudge, shown
 from trl_rlaif.testing.judges import make_judge_prompt as make_prompt
 

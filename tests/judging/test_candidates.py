@@ -11,8 +11,8 @@ from helpers.tiny import CHAT_TEMPLATE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from trl_rlaif.judging import LocalJudge
 from trl_rlaif.judging.candidates import Candidates
+from trl_rlaif.judging.local import LocalJudge
 
 RATINGS = tuple(map(str, range(1, 11)))
 TEXTS = ("what is the capital?", "a city", "the lazy dog")

@@ -11,9 +11,10 @@ import torch
 from helpers.judges import MODELS, TOKENIZERS, gpt2, llama, make_prompt, plain_answer, plain_text
 from helpers.tiny import make_tokenizer
 
-from trl_rlaif.judging import Answer, JudgePrompt, LocalJudge, Thinking
+from trl_rlaif.judging.local import LocalJudge
 from trl_rlaif.judging.packed import PackedModel
-from trl_rlaif.judging.prompt import Exemplar
+from trl_rlaif.judging.prompt import Exemplar, JudgePrompt
+from trl_rlaif.judging.question import Answer, Thinking
 from trl_rlaif.judging.scoring import ContinuationScorer
 
 RATINGS = tuple(map(str, range(1, 11)))

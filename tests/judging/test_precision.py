@@ -7,8 +7,8 @@ import torch
 from helpers.judges import llama, make_prompt
 from helpers.tiny import make_tokenizer
 
-from trl_rlaif.judging import LocalJudge
 from trl_rlaif.judging import local as local_module
+from trl_rlaif.judging.local import LocalJudge
 from trl_rlaif.judging.precision import Probe, choose_precision, matmul_precision
 
 EXACT = [0.25, 0.5]

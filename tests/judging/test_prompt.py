@@ -11,8 +11,7 @@ import pytest
 from helpers.judges import PARTS, make_prompt, shown
 
 from trl_rlaif.errors import UserError
-from trl_rlaif.judging import JudgePrompt
-from trl_rlaif.judging.prompt import FILES
+from trl_rlaif.judging.prompt import FILES, JudgePrompt
 from trl_rlaif.recipe import prompt_folder
 
 TASKS = ["general", "harmlessness", "helpfulness", "summarization"]

@@ -7,7 +7,8 @@ from collections import Counter
 import pytest
 from helpers.judges import TOKENIZERS, llama, make_prompt, plain_text
 
-from trl_rlaif.judging import JudgePrompt, LocalJudge
+from trl_rlaif.judging.local import LocalJudge
+from trl_rlaif.judging.prompt import JudgePrompt
 from trl_rlaif.judging.quoting import headers, quoted
 from trl_rlaif.recipe import prompt_folder
 

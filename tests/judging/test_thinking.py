@@ -9,8 +9,9 @@ import torch
 from helpers.judges import TOKENIZERS, chunked, gpt2, llama, make_prompt, path_probability, plain_answer, plain_text
 from helpers.tiny import CHAT_TEMPLATE, make_tokenizer
 
-from trl_rlaif.judging import Answer, LocalJudge, Thinking
 from trl_rlaif.judging import local as local_module
+from trl_rlaif.judging.local import LocalJudge
+from trl_rlaif.judging.question import Answer, Thinking
 from trl_rlaif.judging.scoring import ContinuationScorer
 
 RATINGS = tuple(map(str, range(1, 11)))

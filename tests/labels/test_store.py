@@ -9,7 +9,7 @@ import pytest
 from helpers.judges import PARTS, make_prompt
 
 from trl_rlaif import Label, Pair
-from trl_rlaif.judging import JudgePrompt
+from trl_rlaif.judging.prompt import JudgePrompt
 from trl_rlaif.labels import LabelKey, LabelStore
 from trl_rlaif.labels.store import Plan, pair_key
 

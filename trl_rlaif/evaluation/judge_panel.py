@@ -18,7 +18,8 @@ from trl_rlaif.evaluation import (
     win_rate,
 )
 from trl_rlaif.evaluation.forgetting import preferences
-from trl_rlaif.judging import Judge, JudgePrompt
+from trl_rlaif.judging.judge import Judge
+from trl_rlaif.judging.prompt import JudgePrompt
 from trl_rlaif.models.shared_model import SharedBase
 from trl_rlaif.pipeline.context import WHO_WINS, Context
 from trl_rlaif.progress import progress_bar, say

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from trl_rlaif.batching import pad_rows, token_batches
-from trl_rlaif.models.shared_model import backbone
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,6 +26,8 @@ def mean_hidden_states(model: nn.Module, prompts: Sequence[Sequence[int]], *, ba
     Returns:
         (N, H) float32.
     """
+    from trl_rlaif.models.shared_model import backbone  # peft takes seconds to import, and plugins import this module
+
     model.eval()
     device = next(model.parameters()).device
     found: torch.Tensor | None = None

@@ -16,7 +16,9 @@ from trl_rlaif.chat_templates import dated, has_date
 from trl_rlaif.data import Pair, Prompt
 from trl_rlaif.encoding import PromptLike, as_messages, chat_prompt, encode_prompt, is_rendered, set_template_kwargs
 from trl_rlaif.errors import UserError
-from trl_rlaif.judging import Judge, JudgePrompt, LocalJudge
+from trl_rlaif.judging.judge import Judge
+from trl_rlaif.judging.local import LocalJudge
+from trl_rlaif.judging.prompt import JudgePrompt
 from trl_rlaif.judging.remote import RemoteJudge, Server
 from trl_rlaif.labels import LabelKey
 from trl_rlaif.models.loading import ModelSpec, load_model, load_tokenizer, model_revision

@@ -67,7 +67,7 @@ def _settings_of(plain: dict[str, Any], stage: str) -> dict[str, Any]:
 
 def _files_of(recipe: Recipe, stage: str) -> list[str | None]:
     """What a stage's section reads beside the data: prompts, pairs to calibrate on, data of its own."""
-    from trl_rlaif.judging import JudgePrompt
+    from trl_rlaif.judging.prompt import JudgePrompt
 
     section, evaluate = getattr(recipe, stage), recipe.evaluate
     if section is None:

@@ -10,7 +10,9 @@ from typing import Any
 
 from jinja2 import Environment
 
-from trl_rlaif.judging import Answer, Judge, JudgePrompt, Question, Thinking
+from trl_rlaif.judging.judge import Judge
+from trl_rlaif.judging.prompt import JudgePrompt
+from trl_rlaif.judging.question import Answer, Question, Thinking
 from trl_rlaif.recipe import prompt_folder
 
 PARTS = {

@@ -9,7 +9,7 @@ from typing import Any
 
 from trl_rlaif.components import Labeler
 from trl_rlaif.data import Pair
-from trl_rlaif.judging import Judge
+from trl_rlaif.judging.judge import Judge
 from trl_rlaif.testing.checks import Subject, same
 from trl_rlaif.testing.data import make_pairs, make_ragged_pairs, make_rollout
 from trl_rlaif.testing.judges import ScriptedJudge

@@ -24,7 +24,7 @@ from trl_rlaif.errors import UserError
 from trl_rlaif.evaluation import judge_panel as judges_module
 from trl_rlaif.evaluation import win_rate
 from trl_rlaif.evaluation.judge_panel import ask_judges, asking, check_servers, judged_numbers
-from trl_rlaif.judging import JudgePrompt
+from trl_rlaif.judging.prompt import JudgePrompt
 from trl_rlaif.pipeline import context as context_module
 from trl_rlaif.pipeline.artifacts import RunFolder, read_lines
 from trl_rlaif.pipeline.context import Context

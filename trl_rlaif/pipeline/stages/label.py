@@ -27,7 +27,7 @@ from trl_rlaif.progress import progress_bar, say
 from trl_rlaif.recipe.inputs import read_calibration, warn_of_overlaps
 
 if TYPE_CHECKING:
-    from trl_rlaif.judging import Judge
+    from trl_rlaif.judging.judge import Judge
 
 # A judge with less than this on its candidates did not answer the question.
 LOW_MASS = 0.5
