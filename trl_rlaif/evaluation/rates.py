@@ -155,7 +155,7 @@ def all_against_all(
         ValueError: Two policies lack their comparison, or have it twice, or the numbers of prompts differ.
     """
     table = {name: {other: None for other in names if other != name} for name in names}
-    won = {name: [] for name in names}
+    won: dict[str, list[list[float]]] = {name: [] for name in names}
     lengths = {len(values) for values in p.values()}
     if len(lengths) > 1:
         raise ValueError(f"the comparisons have different numbers of prompts: {sorted(lengths)}")
