@@ -38,13 +38,13 @@ LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 
 def ppo(args: argparse.Namespace, stack: ExitStack) -> Callable[[], Any]:
-    """One update of four responses, once over them."""
+    """One update, once over responses of 32 tokens to prompts of 64."""
     from datasets import Dataset
 
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     shared = SharedBase(load_model(ModelSpec(args.model, "float32")), LoraConfig(**LORA))
     prompts = Dataset.from_dict({"input_ids": _ids(args.batch, 64)})
-    settings = {"per_device_train_batch_size": args.batch, "total_episodes": args.batch, "response_length": 48}
+    settings = {"per_device_train_batch_size": args.batch, "total_episodes": args.batch, "response_length": 32}
     settings |= {"num_ppo_epochs": 1, "num_sample_generations": 0, "save_strategy": "no", "report_to": []}
     settings |= {"use_cpu": True, "bf16": True, "gradient_checkpointing": False, "disable_tqdm": True}
     return PPOTrainer(

@@ -37,6 +37,13 @@ def test_the_steps_on_a_cpu(tmp_path):
     assert b"checks ok" in done.stdout
 
 
+def test_no_operation_of_an_update_mixes_devices():
+    done = subprocess.run([sys.executable, str(GPU / "pretend.py")], capture_output=True, text=True)
+    phases = [line for line in done.stdout.splitlines() if line.startswith("==")]
+    assert done.returncode == 0 and len(phases) == 3, done.stderr[-3000:]
+    assert all(": 0 mixed, " in line for line in phases), done.stdout
+
+
 def test_a_wheel_loses_the_libraries_that_are_not_needed(tmp_path):
     wheel = tmp_path / "some.whl"
     kept = {"some/lib_cpu.so": b"1", "some/code.py": b"2"}

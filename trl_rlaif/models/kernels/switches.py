@@ -10,8 +10,8 @@ import torch
 
 Switch = Literal["auto"] | bool
 
-# By kernel, whether it is on by default on a CPU and on a GPU: where it saves 5% of time or memory of what it is used
-# in (benchmarks/results/kernels.md and gpu.md), or where a run would not fit without it. Not measured on a GPU: off.
+# By kernel, whether it is on by default on a CPU and on a GPU. On a GPU only where it was measured to pay
+# (benchmarks/results/gpu.md) or where a run would not fit without it; benchmarks/cpu_kernels.py measures them on a CPU.
 DEFAULTS: dict[str, tuple[bool, bool]] = {
     "packing": (True, True),
     "fused_lora": (True, True),
