@@ -54,7 +54,7 @@ $(TRL_VENV)/.installed: $(VENV)/.installed $(if $(filter latest,$(TRL)),always)
 	touch $@
 
 test-trl: $(TRL_VENV)/.installed
-	$(PYTEST_ENV) $(TRL_VENV)/bin/python -m pytest $(PARALLEL) $(if $(TESTS),$(TESTS),-m trl)
+	$(PYTEST_ENV) $(TRL_VENV)/bin/python -m pytest $(PARALLEL) $(if $(TESTS),$(TESTS),-m 'trl and not slow')
 
 gpu-kit: $(VENV)/.installed
 	PYTHON=$(BIN)/python $(if $(filter latest,$(TRL)),,TRL=$(TRL)) bash benchmarks/gpu/make_kit.sh --model

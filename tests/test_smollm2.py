@@ -66,6 +66,7 @@ def next_token(judge, question, said=""):
     return judge.model(torch.tensor([ids]), logits_to_keep=1).logits[0, -1].double().log_softmax(-1)
 
 
+@pytest.mark.slow
 def test_packed_answers_are_those_of_plain_forward_passes(make_judge):
     judge = make_judge()
     groups = [

@@ -194,6 +194,7 @@ def with_plugins(environment):
     return environment
 
 
+@pytest.mark.slow
 def test_two_new_plugins_are_installed_beside_the_project_and_run(with_plugins, tiny_model):
     environment, work = with_plugins, with_plugins.work
     listing = environment.run("trl-rlaif", "plugins")
@@ -227,6 +228,7 @@ def test_two_new_plugins_are_installed_beside_the_project_and_run(with_plugins, 
     assert (out / "policy" / "adapter_model.safetensors").exists() and (out / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_an_installed_plugin_for_another_release_is_refused_before_a_run_begins(with_plugins):
     environment = with_plugins
     [metadata] = environment.bin.parent.glob("lib/python*/site-packages/calm-0.1.0.dist-info/METADATA")
@@ -241,6 +243,7 @@ def test_an_installed_plugin_for_another_release_is_refused_before_a_run_begins(
     assert not (environment.work / "never").exists()
 
 
+@pytest.mark.slow
 def test_the_readmes_way_to_a_plugin(environment, tiny_model):
     """Its commands, file, recipe and check as they stand there, by someone who has seen nothing else."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -19,6 +19,8 @@ from trl_rlaif.pipeline.artifacts import RunFolder, read_lines
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import parse_recipe
 
+pytestmark = pytest.mark.slow
+
 VARIANTS = [
     "plain",
     {"advantage": {"reward": {"transforms": ["advantage"]}, "rl": {"transforms": ["distribution_regulator"]}}},

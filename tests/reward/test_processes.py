@@ -9,7 +9,7 @@ from helpers.processes import launch
 
 from trl_rlaif.reward import scoring
 
-pytestmark = pytest.mark.trl
+pytestmark = [pytest.mark.trl, pytest.mark.slow]
 
 
 @pytest.mark.parametrize("layout", ["rows", "groups"])

@@ -25,7 +25,7 @@ from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import parse_recipe
 from trl_rlaif.rl.soft_dpo import SoftDPOTrainer
 
-pytestmark = pytest.mark.trl
+pytestmark = [pytest.mark.trl, pytest.mark.slow]
 
 RL = {"algorithm": "dpo", "kl_coef": 0.3, "num_train_epochs": 2, "per_device_train_batch_size": 4}
 

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 
 from trl_rlaif.pipeline.artifacts import read_lines
 
+pytestmark = pytest.mark.slow
+
 COMMAND = [sys.executable, "-c", "import sys; from trl_rlaif.cli import main; sys.argv[0] = 'trl-rlaif'; main()"]
 
 

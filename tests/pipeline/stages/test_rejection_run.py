@@ -18,7 +18,7 @@ from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import packaged_recipes, parse_recipe
 from trl_rlaif.rl.rejection import RejectionTrainer
 
-pytestmark = pytest.mark.trl
+pytestmark = [pytest.mark.trl, pytest.mark.slow]
 
 RL = {
     "algorithm": "rejection_sampling",

@@ -20,7 +20,7 @@ from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.pipeline.stages.reward import tokenize_preference
 from trl_rlaif.plugins import installed_plugins
 
-pytestmark = pytest.mark.trl
+pytestmark = [pytest.mark.trl, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

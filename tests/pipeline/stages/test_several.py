@@ -13,6 +13,8 @@ from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import parse_recipe
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def labeled(tiny_model, tmp_path_factory):

@@ -16,6 +16,8 @@ from trl_rlaif.pipeline.runner import fingerprints, run_recipe
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import parse_recipe
 
+pytestmark = pytest.mark.slow
+
 SETS = {"test": "test.jsonl", "forget": "forget.jsonl"}
 RL = {"learning_rate": 3e-2, "total_episodes": 24}
 ALONE = {"sample": None, "label": None, "reward": None, "report": None}

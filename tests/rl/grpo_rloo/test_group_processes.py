@@ -7,7 +7,7 @@ import torch
 from helpers import group_processes
 from helpers.processes import launch
 
-pytestmark = pytest.mark.trl
+pytestmark = [pytest.mark.trl, pytest.mark.slow]
 
 ALGORITHMS = pytest.mark.parametrize("algorithm", group_processes.TRAINERS)
 
