@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,7 +46,12 @@ def run(
     recipe: RecipeArgument,
     set_: SetOption = None,
     output: Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/NAME.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where a run in this folder was.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Resume the run in this folder; what has not changed is kept.")
+    ] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Redo, without asking, the stages whose inputs have changed.")
+    ] = False,
     only: Annotated[str | None, typer.Option(help="Run these stages alone: --only label,reward.")] = None,
     shard: Annotated[
         str | None, typer.Option(help="Label share i of n (--shard i/n) and end there; join labels.jsonl afterwards.")
@@ -54,7 +60,8 @@ def run(
     """Run a recipe: from prompts to an aligned policy and a report."""
     from trl_rlaif import distributed
     from trl_rlaif.experiments import run_comparison
-    from trl_rlaif.pipeline.runner import active_stages, run_recipe
+    from trl_rlaif.pipeline.declared import active_stages
+    from trl_rlaif.pipeline.runner import run_recipe
     from trl_rlaif.plugins import installed_plugins
     from trl_rlaif.progress import say
     from trl_rlaif.recipe import parse_recipe
@@ -63,7 +70,7 @@ def run(
     parsed = parse_recipe(recipe, overrides=set_ or (), registry=plugins.registry)
     place, command = output or Path("runs") / parsed.run.name, shlex.join(["trl-rlaif", *sys.argv[1:]])
     stages = [stage.strip() for stage in only.split(",")] if only else []
-    distributed.check(active_stages(parsed), stages)
+    distributed.check([*active_stages(parsed)], stages)
     if parsed.variants and (stages or shard):
         raise UserError(
             f"A recipe with 'compare' runs as a whole, without {'--only' if stages else '--shard'}.",
@@ -71,11 +78,9 @@ def run(
         )
     if not resume and not stages:
         _check_inputs(parsed)
+    start = run_comparison if parsed.variants else partial(run_recipe, only=stages, shard=shard)
     try:
-        if parsed.variants:
-            folder = run_comparison(parsed, plugins, place, resume=resume, command=command)
-        else:
-            folder = run_recipe(parsed, plugins, place, resume=resume, only=stages, command=command, shard=shard)
+        folder = start(parsed, plugins, place, resume=resume, command=command, confirm=None if yes else _confirm)
     except KeyboardInterrupt:  # typer would end without a word
         raise Interrupted("Stopped. What was done is kept: add --resume to go on.") from None
     say(f"The run is in {folder.path}")
@@ -84,10 +89,15 @@ def run(
     distributed.leave()
 
 
+def _confirm(message: str) -> bool:
+    """Ask on the terminal; without one the answer is no."""
+    return sys.stdin.isatty() and sys.stderr.isatty() and typer.confirm(f"{message}\nRedo them?", err=True)
+
+
 @app.command()
 def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Check a recipe and its model's configuration, without weights: exit code 0, or 2 with what to write instead."""
-    from trl_rlaif.pipeline.runner import active_stages
+    from trl_rlaif.pipeline.declared import active_stages
     from trl_rlaif.plugins import installed_plugins
     from trl_rlaif.recipe import parse_recipe
     from trl_rlaif.recipe.base_model import check_base

@@ -62,9 +62,8 @@ def identity(args: Any, dataset: Any, processes: int, **more: Any) -> dict[str, 
         ``settings`` by name; ``rows`` of the dataset, and a digest of each column's content in ``columns``. Neither
         depends on where files are, or on what the datasets library cached.
     """
-    names = {field.name for field in fields(args)}
-    own = {name for name in names - {f.name for f in fields(TrainingArguments)} if not name.startswith(_FREE_PREFIXES)}
-    settings = {name: getattr(args, name) for name in sorted((own - _FREE) | (names & _LEARNING))}
+    names = sorted(field.name for field in fields(args))
+    settings = {name: getattr(args, name) for name in names if decides_what_is_learned(name)}
     settings[BATCH_SIZE] = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     settings |= {"processes": processes} | more
     if settings.get("loss_reduction") == "micro_batch":  # only then does it matter how a batch is split
@@ -72,6 +71,14 @@ def identity(args: Any, dataset: Any, processes: int, **more: Any) -> dict[str, 
     plain = json.loads(json.dumps(settings, default=str))
     rows = len(dataset) if hasattr(dataset, "__len__") else None
     return {"settings": plain, "rows": rows, "columns": digests(dataset)}
+
+
+def decides_what_is_learned(name: str) -> bool:
+    """Whether a training argument decides what is learned. How a run computes, saves and logs may change."""
+    if name in _LEARNING:
+        return True
+    general = {field.name for field in fields(TrainingArguments)}
+    return name not in general | _FREE and not name.startswith(_FREE_PREFIXES)
 
 
 def components(rewards: RewardPipeline, selectors: Sequence[Any]) -> dict[str, Any]:

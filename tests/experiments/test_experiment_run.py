@@ -96,7 +96,7 @@ def test_a_killed_run_asks_for_what_is_missing_only(recipe, finished):
 
 
 def test_a_used_folder_is_refused(recipe, finished):
-    with pytest.raises(UserError, match="lives in this folder already"):
+    with pytest.raises(UserError, match="already contains a run"):
         run_comparison(recipe, installed_plugins(), finished.path)
 
 

@@ -7,7 +7,7 @@ import yaml
 from helpers.recipes import write_recipe
 
 from trl_rlaif import UserError
-from trl_rlaif.pipeline.runner import active_stages, fingerprints
+from trl_rlaif.pipeline.declared import active_stages, fingerprints
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import parse_recipe
 
@@ -37,7 +37,7 @@ def test_an_arm_is_the_recipe_with_its_own_keys_laid_over(write):
     assert advantage.reward.transforms[0].options["margin"] == 2.0 and advantage.reward.eval_fraction == 0.3
     assert advantage.rl.config["kl_coef"] == 0.2 and advantage.rl.config["learning_rate"] == 1e-3
     assert "kl_coef" not in variants["plain"].rl.config and variants["plain"].reward.transforms == []
-    assert active_stages(variants["direct"]) == ["sample", "rl", "evaluate", "report"]
+    assert [*active_stages(variants["direct"])] == ["sample", "rl", "evaluate", "report"]
 
 
 def test_equal_stages_have_equal_fingerprints(write):

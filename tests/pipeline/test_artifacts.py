@@ -12,7 +12,6 @@ import pytest
 
 from trl_rlaif import RunError, UserError
 from trl_rlaif.pipeline.artifacts import (
-    STAGE_ARTIFACTS,
     RunFolder,
     append_lines,
     read_lines,
@@ -20,6 +19,11 @@ from trl_rlaif.pipeline.artifacts import (
     write_atomically,
     write_folder,
 )
+from trl_rlaif.pipeline.declared import STAGES
+from trl_rlaif.pipeline.superseding import begin, supersede
+
+OUTPUTS = {stage.name: stage.outputs for stage in STAGES}
+BY_NAME = {stage.name: stage for stage in STAGES}
 
 LONE = "a\ud83d b"  # half of a surrogate pair, as byte-level models write it
 
@@ -157,7 +161,7 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path, broken):
 
 def fill(folder, stage):
     """What a finished stage leaves behind."""
-    for name in STAGE_ARTIFACTS[stage]:
+    for name in OUTPUTS[stage]:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix:
@@ -171,7 +175,7 @@ def fill(folder, stage):
 
 def left(folder, stage):
     """Which of a stage's artefacts are there, and whether it has metrics and results."""
-    files = [name for name in STAGE_ARTIFACTS[stage] if (folder / name).exists()]
+    files = [name for name in OUTPUTS[stage] if (folder / name).exists()]
     rows = [row for row in read_lines(folder / "metrics.jsonl") if row["stage"] == stage]
     return files, bool(rows), stage in folder.results()
 
@@ -179,7 +183,7 @@ def left(folder, stage):
 @pytest.fixture
 def filled(folder):
     """Every stage complete under the fingerprint A."""
-    for stage in STAGE_ARTIFACTS:
+    for stage in OUTPUTS:
         folder.begin(stage, "A")
         fill(folder, stage)
         folder.complete(stage, "A")
@@ -205,46 +209,45 @@ def test_a_stage_is_complete_when_it_says_so(folder):
 
 
 def test_a_stage_that_was_cut_off_keeps_what_it_has(folder):
-    folder.begin("label", "A")
+    begin(folder, BY_NAME["label"], "A")
     fill(folder, "label")
-    folder.begin("label", "A")
+    begin(folder, BY_NAME["label"], "A")
     assert left(folder, "label") == (["preferences"], True, True)
     assert not folder.is_complete("label")
 
 
 @pytest.mark.parametrize("fingerprint", ["A", "B"])
-@pytest.mark.parametrize("stage", STAGE_ARTIFACTS)
+@pytest.mark.parametrize("stage", [stage.name for stage in STAGES if not stage.always])
 def test_a_complete_stage_begins_from_nothing_and_leaves_the_others_alone(filled, stage, fingerprint):
-    filled.begin(stage, fingerprint)
+    begin(filled, BY_NAME[stage], fingerprint)
     assert left(filled, stage) == ([], False, False)
     assert not filled.is_complete(stage)
-    for other in set(STAGE_ARTIFACTS) - {stage}:
-        assert left(filled, other) == (STAGE_ARTIFACTS[other], True, True)
+    for other in set(OUTPUTS) - {stage}:
+        assert left(filled, other) == ([*OUTPUTS[other]], True, True)
         assert filled.is_complete(other, "A")
 
 
 def test_labels_outlive_their_stage(folder):
     """They are found by what determined them: a stage that is made anew takes those that still fit."""
     (folder / "labels.jsonl").write_text("{}\n")
-    folder.begin("label", "A")
+    begin(folder, BY_NAME["label"], "A")
     folder.complete("label", "A")
-    folder.begin("label", "B")
-    folder.clear("label")
+    begin(folder, BY_NAME["label"], "B")
+    supersede(folder, [BY_NAME["label"]])
     assert (folder / "labels.jsonl").read_text() == "{}\n"
 
 
 def test_a_stage_that_was_cut_off_under_other_settings_begins_from_nothing(folder):
-    folder.begin("label", "A")
+    begin(folder, BY_NAME["label"], "A")
     fill(folder, "label")
-    folder.begin("label", "B")
+    begin(folder, BY_NAME["label"], "B")
     assert left(folder, "label") == ([], False, False)
     folder.complete("label", "B")
     assert folder.is_complete("label", "B") and not folder.is_complete("label", "A")
 
 
-def test_clearing_what_is_not_there_is_fine(folder):
-    for stage in STAGE_ARTIFACTS:
-        folder.clear(stage)
+def test_superseding_what_is_not_there_is_fine(folder):
+    assert supersede(folder, STAGES) is None
     assert visible(folder.path) == []
 
 

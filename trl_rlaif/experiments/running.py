@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trl_rlaif.pipeline import redo
 from trl_rlaif.pipeline.artifacts import RunFolder
+from trl_rlaif.pipeline.redo import Confirm
 from trl_rlaif.plugins import Plugins
 from trl_rlaif.progress import publishing, say
 from trl_rlaif.recipe import Recipe
@@ -14,7 +17,13 @@ from trl_rlaif.recipe.variants import KEY, VARIANTS_FOLDER
 
 
 def run_comparison(
-    recipe: Recipe, plugins: Plugins, output: str | Path, *, resume: bool = False, command: str = ""
+    recipe: Recipe,
+    plugins: Plugins,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    command: str = "",
+    confirm: Confirm | None = None,
 ) -> RunFolder:
     """Run every variant of a recipe, and judge their responses and the start's against each other.
 
@@ -26,6 +35,7 @@ def run_comparison(
         output: The comparison's folder.
         resume: Go on in a folder that is used already.
         command: How it was started, for the report.
+        confirm: As of ``run_recipe``, of all variants together.
 
     Returns:
         The folder: ``variants/NAME`` is the run of a variant, ``labels.jsonl`` holds every judgment between two of
@@ -35,21 +45,29 @@ def run_comparison(
         UserError: The folder is used already, or is not writable.
     """
     from trl_rlaif.experiments.pairwise import play
-    from trl_rlaif.pipeline.runner import prepare, run_recipe, summary
+    from trl_rlaif.pipeline.runner import check_unused, prepare, run_recipe, summary
     from trl_rlaif.report import write_report
 
     folder, started = RunFolder(output), time.monotonic()
+
+    def place(variant: str) -> Path:
+        return folder / VARIANTS_FOLDER / variant
+
     with folder.locked():
-        prepare(recipe, folder, command, used=resume)
+        check_unused(folder, used=resume)
+        if (folder / "arms").is_dir() and not (folder / VARIANTS_FOLDER).exists():
+            (folder / "arms").rename(folder / VARIANTS_FOLDER)  # their name until 0.1
+        _ask({place(name): variant for name, variant in recipe.variants.items()}, confirm)
+        prepare(recipe, folder, command)
         with publishing(folder.state, dict.fromkeys([*recipe.variants, KEY], "")) as publisher:
-            if (folder / "arms").is_dir() and not (folder / VARIANTS_FOLDER).exists():
-                (folder / "arms").rename(folder / VARIANTS_FOLDER)  # their name until 0.1
             runs: dict[str, RunFolder] = {}
             for number, (name, variant) in enumerate(recipe.variants.items(), 1):
                 say(f"Variant {number} of {len(recipe.variants)}: {name}")
                 publisher.begin(name)
-                path, donors = folder / VARIANTS_FOLDER / name, list(runs.values())
-                runs[name] = run_recipe(variant, plugins, path, resume=True, command=command, donors=donors)
+                donors, asked = list(runs.values()), lambda _: True
+                runs[name] = run_recipe(
+                    variant, plugins, place(name), resume=True, command=command, donors=donors, confirm=asked
+                )
             publisher.begin(KEY)
             numbers = play(recipe, plugins, folder, runs)
             numbers |= {"variants": {name: _of_variant(run) for name, run in runs.items()}}
@@ -58,6 +76,17 @@ def run_comparison(
             if recipe.report is not None:
                 write_report(folder.path)
     return folder
+
+
+def _ask(variants: Mapping[Path, Recipe], confirm: Confirm | None) -> None:
+    """Say, or ask, what all variants redo and why, before any of them does."""
+    messages = []
+    for place, variant in variants.items():
+        folder = RunFolder(place) if place.exists() else None
+        changed = redo.redone(redo.plan(variant, folder)) if folder else []
+        messages += [redo.describe(folder, changed)] if folder and changed else []
+    if messages:
+        redo.agree("\n".join(messages), confirm)
 
 
 def _of_variant(run: RunFolder) -> dict[str, Any]:

@@ -15,7 +15,8 @@ _STAGE_DEFAULTS = {"rl": {"gradient_checkpointing": True}, "reward": {"gradient_
 
 
 @cache
-def _class_defaults(stage: str) -> dict[str, Any]:
+def class_defaults(stage: str) -> dict[str, Any]:
+    """The defaults of the configuration class of ``sft``, ``reward`` or ``rl``."""
     module, name = CONFIG_CLASSES[stage]
     fields = dataclasses.fields(getattr(importlib.import_module(module), name))
     return {field.name: None if field.default is dataclasses.MISSING else field.default for field in fields}
@@ -30,7 +31,7 @@ def setting(recipe: Recipe, stage: str, key: str) -> Any:
         return section.config[key]
     if key == "bf16":  # as Context.trainer_arguments has it
         return recipe.model.dtype == "bfloat16" or recipe.model.quantization == "nf4"
-    return _STAGE_DEFAULTS[stage].get(key, _class_defaults(stage).get(key))
+    return _STAGE_DEFAULTS[stage].get(key, class_defaults(stage).get(key))
 
 
 def with_settings(recipe: Recipe, changes: dict[tuple[str, str], Any]) -> Recipe:

@@ -17,20 +17,8 @@ from typing import Any
 from trl_rlaif.distributed import is_first
 from trl_rlaif.errors import RunError, UserError
 
-# What each stage leaves behind; a stage that is made anew begins by removing it.
-STAGE_ARTIFACTS = {
-    "sft": ["sft", "checkpoints/sft"],
-    "sample": ["pairs.jsonl", "pairs.partial.jsonl"],
-    # labels.jsonl stays: its lines are found by what determined them (labels/store.py).
-    "label": ["preferences"],
-    "reward": ["reward", "reward_scores.jsonl", "checkpoints/reward"],
-    "rl": ["policy", "rehearsal.jsonl", "selection_map.jsonl", "checkpoints/rl"],
-    "evaluate": ["samples.jsonl"],
-    "report": ["report.html", "report"],
-}
-
-# What a stage reads or writes beside them, which goes along when another run takes the stage over.
-_COMPANIONS = {"label": ["labels.jsonl"], "reward": ["preferences"], "rl": ["preferences"]}
+# Where the outputs of stages that were redone are kept, a folder for each time; each is laid out as a run's folder.
+SUPERSEDED = "superseded"
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -58,10 +46,6 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
         os.rename(path, old)
     os.rename(building, path)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _copy_into(source: Path, folder: Path) -> None:
-    shutil.copytree(source, folder, dirs_exist_ok=True)
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:
@@ -166,59 +150,28 @@ class RunFolder:
 
     # ---- Stages ---------------------------------------------------------------------------------------
 
-    def _marker(self, stage: str) -> dict[str, Any]:
+    def marker(self, stage: str) -> dict[str, Any]:
+        """A stage's ``fingerprint``, its ``inputs``, and whether it is ``complete``; {} before it has begun."""
         path = self.state / f"{stage}.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
+    def write_marker(self, stage: str, marker: dict[str, Any]) -> None:
+        """Replace what is known of a stage."""
+        write_atomically(self.state / f"{stage}.json", json.dumps(marker))
+
     def is_complete(self, stage: str, fingerprint: str | None = None) -> bool:
-        """Whether a stage has ended; with a fingerprint, whether it did so with these very settings."""
-        marker = self._marker(stage)
+        """Whether a stage has ended; with a fingerprint, whether it did so with these very inputs."""
+        marker = self.marker(stage)
         return bool(marker.get("complete")) and fingerprint in (None, marker.get("fingerprint"))
 
-    def begin(self, stage: str, fingerprint: str) -> None:
-        """Open a stage: what it left behind under other settings, or complete, is removed first."""
-        marker = self._marker(stage)
-        if marker.get("fingerprint") != fingerprint or marker.get("complete"):
-            self.clear(stage)
-        write_atomically(self.state / f"{stage}.json", json.dumps({"fingerprint": fingerprint, "complete": False}))
+    def begin(self, stage: str, fingerprint: str, inputs: dict[str, Any] | None = None) -> None:
+        """Open a stage."""
+        known = {"fingerprint": fingerprint, "complete": False}
+        self.write_marker(stage, known if inputs is None else known | {"inputs": inputs})
 
     def complete(self, stage: str, fingerprint: str) -> None:
         """Close a stage: ``--resume`` skips it from now on."""
-        write_atomically(self.state / f"{stage}.json", json.dumps({"fingerprint": fingerprint, "complete": True}))
-
-    def adopt(self, stage: str, fingerprint: str, donor: RunFolder) -> None:
-        """Copy a complete stage of another run: artefacts, numbers and metrics."""
-        self.clear(stage)
-        write_atomically(self.state / f"{stage}.json", json.dumps({"fingerprint": fingerprint, "complete": False}))
-        artifacts = [name for name in STAGE_ARTIFACTS[stage] if not name.startswith("checkpoints/")]
-        companions = [name for name in _COMPANIONS.get(stage, ()) if not (self / name).exists()]
-        for name in (*artifacts, *companions):
-            source = donor / name
-            if source.is_dir():
-                write_folder(self / name, lambda folder, source=source: _copy_into(source, folder))
-            elif source.exists():
-                write_atomically(self / name, source.read_text(encoding="utf-8"))
-        for row in read_lines(donor / "metrics.jsonl"):
-            if row.get("stage") == stage:
-                self.add_metrics(stage, row["step"], {k: v for k, v in row.items() if k not in ("stage", "step")})
-        self.add_results(stage, donor.results()[stage])
-        self.complete(stage, fingerprint)
-
-    def clear(self, stage: str) -> None:
-        """Remove what a stage made: artefacts, numbers and metrics."""
-        if not is_first():
-            return
-        (self.state / f"{stage}.json").unlink(missing_ok=True)
-        for name in STAGE_ARTIFACTS[stage]:
-            path = self / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-        results = self.results()
-        if results.pop(stage, None) is not None:
-            write_atomically(self / "results.json", _to_json(results, indent=2))
-        self.drop_metrics(stage)
+        self.write_marker(stage, self.marker(stage) | {"fingerprint": fingerprint, "complete": True})
 
     # ---- Numbers --------------------------------------------------------------------------------------
 
@@ -231,6 +184,16 @@ class RunFolder:
         """Put one stage's final numbers into results.json."""
         results = self.results() | {stage: numbers}
         write_atomically(self / "results.json", _to_json(results, indent=2))
+
+    def drop_results(self, stage: str) -> None:
+        """Forget one stage's final numbers."""
+        results = self.results()
+        if results.pop(stage, None) is not None:
+            write_atomically(self / "results.json", _to_json(results, indent=2))
+
+    def metrics(self, stage: str) -> list[dict[str, Any]]:
+        """A stage's rows of metrics.jsonl."""
+        return [row for row in read_lines(self / "metrics.jsonl") if row.get("stage") == stage]
 
     def add_metrics(self, stage: str, step: int, numbers: dict[str, Any]) -> None:
         """Append a logged step to metrics.jsonl."""

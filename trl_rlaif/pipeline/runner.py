@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-import importlib
-import json
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -16,82 +13,15 @@ import yaml
 
 from trl_rlaif import __version__, distributed
 from trl_rlaif.errors import UserError
+from trl_rlaif.pipeline import redo, superseding
 from trl_rlaif.pipeline.artifacts import RunFolder, write_atomically
+from trl_rlaif.pipeline.redo import Confirm, Planned
 from trl_rlaif.plugins import Plugins
 from trl_rlaif.progress import Publisher, publishing, say
-from trl_rlaif.recipe import STAGES, Recipe, prompt_folder
+from trl_rlaif.recipe import Recipe
 from trl_rlaif.recipe.base_model import check_base
-from trl_rlaif.recipe.sections import FORGET_SET, STOPPING_LIMITS
 
 PACKAGES = ("trl", "transformers", "peft", "accelerate", "datasets", "torch", "bitsandbytes")
-
-# Sections that every stage depends on.
-_COMMON = ("run", "model", "data")
-# What the section evaluate says of measurements while rl runs; evaluate itself does not depend on it.
-_TRACKING = ("track_every", "track_prompts", "stop_on_forgetting")
-
-
-def active_stages(recipe: Recipe) -> list[str]:
-    """The stages that a recipe runs, in order. Pairs from data take the place of ``sample``."""
-    return [
-        stage for stage in STAGES if getattr(recipe, stage) is not None or (stage == "sample" and recipe.data.pairs)
-    ]
-
-
-def fingerprints(recipe: Recipe) -> dict[str, str]:
-    """For each stage what its artefact depends on: its section, the stages before it, and the input files."""
-    plain = recipe.to_dict()
-    common = {name: plain[name] for name in _COMMON}
-    common["run"] = {"seed": recipe.run.seed}  # a new name changes nothing
-    inputs = {k: _identity(v) for k, v in plain["data"].items() if isinstance(v, str)}
-    before, result = json.dumps([common, inputs], sort_keys=True, default=str), {}
-    for stage in active_stages(recipe):
-        own = json.dumps([_settings_of(plain, stage), _files_of(recipe, stage)], sort_keys=True, default=str)
-        before = hashlib.sha256(f"{before}\n{stage}\n{own}".encode()).hexdigest()
-        result[stage] = before
-    return result
-
-
-def _settings_of(plain: dict[str, Any], stage: str) -> dict[str, Any]:
-    """The settings that a stage's artefact depends on; for rl also those of ``evaluate`` that can end it."""
-    section, evaluate = plain.get(stage, {}), plain.get("evaluate") or {}
-    if stage == "evaluate":
-        return {key: value for key, value in section.items() if key not in _TRACKING}
-    if stage == "rl":  # the message that stops a run asks for other limits: they must not make a new run of it
-        section = {key: value for key, value in section.items() if key not in STOPPING_LIMITS}
-    if stage == "rl" and evaluate.get("stop_on_forgetting") is not None:
-        ending = {key: evaluate[key] for key in (*_TRACKING, "judge", "prompt", "max_new_tokens")}
-        return section | {"evaluate": ending | {"forget": evaluate["sets"][FORGET_SET]}}
-    return section
-
-
-def _files_of(recipe: Recipe, stage: str) -> list[str | None]:
-    """What a stage's section reads beside the data: prompts, pairs to calibrate on, data of its own."""
-    from trl_rlaif.judging.prompt import JudgePrompt
-
-    section, evaluate = getattr(recipe, stage), recipe.evaluate
-    if section is None:
-        return []
-    own = [getattr(section, name, None) for name in ("data", "rehearsal")] + [*getattr(section, "sets", {}).values()]
-    prompts = [getattr(section, name, None) for name in ("prompt", "harmless")]
-    prompts += [c.prompt for name in ("compare", "judges") for c in getattr(section, name, {}).values()]
-    if stage == "rl" and evaluate is not None and evaluate.stop_on_forgetting is not None:
-        own, prompts = [*own, evaluate.sets[FORGET_SET]], [evaluate.prompt]
-    revisions = [JudgePrompt.load(prompt_folder(name)).revision for name in prompts if name]
-    calibration = getattr(section, "calibration", None)
-    return [*revisions, *(_identity(path) for path in [calibration, *own] if path)]
-
-
-def _identity(path: str) -> str | None:
-    """A data file's content: a touched or moved file is the same input, a changed one is not."""
-    file = Path(path)
-    if not file.is_file():
-        return None
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def run_recipe(
@@ -104,6 +34,7 @@ def run_recipe(
     command: str = "",
     shard: str | None = None,
     donors: Sequence[RunFolder] = (),
+    confirm: Confirm | None = None,
 ) -> RunFolder:
     """Run a recipe.
 
@@ -116,22 +47,29 @@ def run_recipe(
         command: How the run was started, for the report.
         shard: ``i/n`` labels this machine's share of the pairs, and ends there. The labels.jsonl of all
             machines, joined, is what one machine would have made.
-        donors: Other runs. What one of them completed with the same settings, on the same inputs, is copied from it.
+        donors: Other runs. What one of them completed from the same inputs is copied from it.
+        confirm: Is told which stages ``resume`` redoes and why, before anything is changed, and answers whether to
+            go on. None goes on. Stages that ``only`` names are redone without a question.
 
     Raises:
-        UserError: The folder is used already, is not writable, or lacks what a stage stands on; or the base cannot do
-            what the recipe asks of it.
+        UserError: The folder is used already, is not writable, or lacks what a stage depends on; the base cannot do
+            what the recipe asks of it; or ``confirm`` said no.
     """
     if shard is not None:
         _check_shard(recipe, shard)
     check_base(recipe)  # before anything is paid for
     folder = RunFolder(output)
     with folder.locked():
-        prints = fingerprints(recipe)
-        _check_only(folder, prints, only)
-        prepare(recipe, folder, command, used=resume or bool(only))
-        with publishing(folder.state, prints) as publisher:
-            _run_stages(recipe, plugins, folder, prints, resume, only, shard, publisher, donors)
+        check_unused(folder, used=resume or bool(only))
+        planned = redo.plan(recipe, folder)
+        _check_only(folder, planned, only)
+        changed = redo.redone(planned, only)
+        if changed:
+            redo.agree(redo.describe(folder, changed), None if only else confirm)
+        redo.apply(folder, planned, changed)
+        prepare(recipe, folder, command)
+        with publishing(folder.state, {name: each.fingerprint for name, each in planned.items()}) as publisher:
+            _run_stages(recipe, plugins, folder, planned, resume, only, shard, publisher, donors)
         if shard is None:
             _say_signs(folder)
     return folder
@@ -147,18 +85,22 @@ def _say_signs(folder: RunFolder) -> None:
         say("\n- ".join(["This run may have learned nothing:", *signs]))
 
 
-def prepare(recipe: Recipe, folder: RunFolder, command: str, *, used: bool) -> None:
-    """Write recipe.yaml, and quiet the libraries.
+def check_unused(folder: RunFolder, *, used: bool) -> None:
+    """Refuse a folder that is used already, unless ``used`` allows it.
 
     Raises:
-        UserError: The folder is used already, and ``used`` does not allow that.
+        UserError: It is.
     """
     if folder.is_used and not used:
         raise UserError(
-            "A run lives in this folder already.",
+            "This folder already contains a run.",
             where=str(folder.path),
-            fix="Add --resume to go on with it, or name another folder with --output.",
+            fix="Add --resume to resume it, or name another folder with --output.",
         )
+
+
+def prepare(recipe: Recipe, folder: RunFolder, command: str) -> None:
+    """Write recipe.yaml, and quiet the libraries."""
     _write_recipe(recipe, folder, command)
     _quiet_libraries()
 
@@ -171,16 +113,15 @@ def _check_shard(recipe: Recipe, shard: str) -> None:
         raise UserError("--shard divides the labeling, and this recipe has no 'label'.")
 
 
-def _check_only(folder: RunFolder, prints: dict[str, str], only: Sequence[str]) -> None:
-    unknown = [stage for stage in only if stage not in prints]
+def _check_only(folder: RunFolder, planned: dict[str, Planned], only: Sequence[str]) -> None:
+    unknown = [stage for stage in only if stage not in planned]
     if unknown:
-        raise UserError(f"This recipe has no stage '{unknown[0]}'.", fix=f"It has: {', '.join(prints)}.")
+        raise UserError(f"This recipe has no stage '{unknown[0]}'.", fix=f"It has: {', '.join(planned)}.")
     for stage in only:
-        for earlier in list(prints)[: list(prints).index(stage)]:
-            if earlier not in only and not folder.is_complete(earlier, prints[earlier]):
+        for earlier in list(planned)[: list(planned).index(stage)]:
+            if earlier not in only and (planned[earlier].why or not folder.is_complete(earlier)):
                 raise UserError(
-                    f"The stage '{stage}' stands on '{earlier}', which is not complete in {folder.path} "
-                    "with these settings.",
+                    f"'{stage}' depends on '{earlier}', which has not completed in {folder.path} with these settings.",
                     fix=f"Run it first: --only {earlier},{stage}",
                 )
 
@@ -189,7 +130,7 @@ def _run_stages(
     recipe: Recipe,
     plugins: Plugins,
     folder: RunFolder,
-    prints: dict[str, str],
+    planned: dict[str, Planned],
     resume: bool,
     only: Sequence[str],
     shard: str | None,
@@ -202,28 +143,29 @@ def _run_stages(
     from trl_rlaif.pipeline.context import Context, Shard
 
     context = Context(recipe, folder, plugins, Shard.parse(shard) if shard is not None else None)
-    for stage, fingerprint in prints.items():
+    for stage, each in planned.items():
+        fingerprint, inputs = each.fingerprint, each.inputs.to_dict()
         if only and stage not in only:
             continue
-        # The report costs seconds, and what it shows may have changed.
-        if folder.is_complete(stage, fingerprint) and resume and stage != "report":
+        if folder.is_complete(stage, fingerprint) and resume and not each.stage.always:
             say(f"{stage}: complete already")
             if shard is not None and stage == "label":
                 return
             continue
-        donor = next((run for run in donors if stage != "report" and run.is_complete(stage, fingerprint)), None)
+        known = [] if each.stage.always or only else [*donors, *superseding.donors(folder)]
+        donor = next((run for run in known if run.is_complete(stage, fingerprint)), None)
         if donor is not None:
-            folder.adopt(stage, fingerprint, donor)
+            superseding.adopt(folder, each.stage, fingerprint, donor, inputs)
             say(f"{stage}: the same as that of {donor.path.name}")
             continue
-        folder.begin(stage, fingerprint)
+        superseding.begin(folder, each.stage, fingerprint, inputs)
         distributed.wait()  # until it is clear what the stage finds
         publisher.begin(stage)
         started = time.monotonic()
         # New adapters are drawn before any trainer sets its seed: a resumed run must draw the same.
         set_seed(recipe.run.seed)
         with kernels(recipe.run.kernels):
-            numbers = importlib.import_module(f"trl_rlaif.pipeline.stages.{stage}").run(context)
+            numbers = each.stage.run(context)
         folder.add_results(stage, numbers)
         if shard is not None and stage == "label":
             say(f"label: share {shard} done. {summary(stage, numbers)}")

@@ -1,0 +1,208 @@
+"""What a stage is made from: settings written in the recipe, the content of its files, and the stages before it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from trl_rlaif.recipe import SECTIONS, Recipe
+from trl_rlaif.recipe.sections import plain
+from trl_rlaif.recipe.source import KeyPath
+
+# Keys whose entries are plugins' components: a name, or {name: {option: value}}.
+_COMPONENTS = ("labeler", "transforms", "selectors")
+# How a judge's server is asked, which changes none of its answers.
+_SERVER = ("api_key_env", "concurrency", "timeout", "max_retries")
+_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+_SPLIT = " x ".join(_BATCH)
+_UNSET = object()
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one stage is made from.
+
+    Args:
+        settings: By dotted key (``rl.kl_coef``), those that the recipe wrote. A default is not recorded, so that a
+            later version may add a key or change a default without a finished stage being redone.
+        files: By key, the path and a digest of the content. What is no local file is its own digest.
+        stages: The fingerprint of each earlier stage that this one builds on.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, dict[str, str]] = field(default_factory=dict)
+    stages: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal inputs, wherever the files are."""
+        content = [self.settings, {key: file["digest"] for key, file in self.files.items()}, self.stages]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return asdict(self)
+
+    def changes_since(self, before: Inputs) -> list[str]:
+        """What differs from an earlier record, a sentence each; empty where the stage need not be redone."""
+        found = []
+        for key in sorted(self.settings.keys() | before.settings.keys()):
+            old, new = (_or_default(inputs.settings, key) for inputs in (before, self))
+            if old != new:
+                found.append(f"{key} was {_shown(old)} and is {_shown(new)} now")
+        for key in sorted(self.files.keys() | before.files.keys()):
+            old, new = before.files.get(key), self.files.get(key)
+            if (old and old["digest"]) != (new and new["digest"]):
+                found.append(_file_change(key, old, new))
+        found += [f"{name} is redone" for name in self.stages if before.stages.get(name) != self.stages[name]]
+        return found + [f"{name} is not used any more" for name in before.stages if name not in self.stages]
+
+
+def _file_change(key: str, old: dict[str, str] | None, new: dict[str, str] | None) -> str:
+    if old and new and old["path"] == new["path"]:
+        return f"the content of {key} has changed ({new['path']})"
+    return f"{key} was {old['path'] if old else 'not set'} and is {new['path'] if new else 'not set'} now"
+
+
+def _or_default(settings: Mapping[str, Any], key: str) -> Any:
+    return settings[key] if key in settings else default(key)
+
+
+def _shown(value: Any) -> str:
+    if value is _UNSET:
+        return "not set"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def default(key: str) -> Any:
+    """The value that a typed section gives a key which a recipe does not write; ``_UNSET`` where it gives none."""
+    from trl_rlaif.memory.settings import class_defaults
+
+    section, *path = key.split(".")
+    if path == [_SPLIT]:
+        return _product(class_defaults(section).get(name) for name in _BATCH)
+    value: Any = _defaults(section)
+    for name in path:
+        value = value.get(name, _UNSET) if isinstance(value, dict) else _UNSET
+    return value
+
+
+@cache
+def _defaults(section: str) -> dict[str, Any]:
+    fields = SECTIONS[section].model_fields.items()
+    values = {name: f.get_default(call_default_factory=True) for name, f in fields if not f.is_required()}
+    return {name: plain(value) for name, value in values.items()}
+
+
+# ---- Settings -------------------------------------------------------------------------------------------
+
+
+def written(recipe: Recipe) -> dict[str, Any]:
+    """The settings that a recipe, an override or a variant wrote, by dotted key; of a recipe made in Python, all."""
+    known = {place[:end] for place in recipe.places for end in range(1, len(place) + 1)}
+    return dict(flat(_written(recipe.to_dict(), (), known) if known else recipe.to_dict()))
+
+
+def _written(value: Any, path: KeyPath, known: set[KeyPath]) -> Any:
+    if path and path[-1] in _COMPONENTS:
+        if isinstance(value, list):
+            return [_component(item, (*path, i), known) for i, item in enumerate(value)]
+        return _component(value, path, known)
+    if isinstance(value, dict):
+        return {k: _written(v, (*path, k), known) for k, v in value.items() if (*path, k) in known}
+    return value
+
+
+def _component(value: Any, path: KeyPath, known: set[KeyPath]) -> Any:
+    """A component with the options that were written; its name alone where none was."""
+    if not isinstance(value, dict):
+        return value
+    ((name, options),) = value.items()
+    kept = {key: option for key, option in options.items() if (*path, name, key) in known}
+    return {name: kept} if kept else name
+
+
+def flat(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """Nested mappings as one, by dotted key."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from flat(item, (*path, str(key)))
+    else:
+        yield ".".join(path), json.loads(json.dumps(value, default=str))
+
+
+def selected(settings: Mapping[str, Any], keys: Iterable[str], without: Iterable[str] = ()) -> dict[str, Any]:
+    """Those settings that are, or lie below, one of the keys; no server's knobs, and nothing in ``without``."""
+
+    def within(key: str, prefixes: Iterable[str]) -> bool:
+        return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
+
+    keys, without = tuple(keys), tuple(without)
+    return {
+        key: value
+        for key, value in settings.items()
+        if within(key, keys) and not within(key, without) and not _is_knob(key)
+    }
+
+
+def _is_knob(key: str) -> bool:
+    *above, last = key.split(".")
+    return last in _SERVER and "judge" in above
+
+
+def learned(section: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a stage that trains, without those that a checkpoint may be resumed with changed.
+
+    How a batch is split is one of these: ``per_device_train_batch_size`` and ``gradient_accumulation_steps`` count by
+    their product.
+    """
+    from trl_rlaif.memory.settings import class_defaults
+    from trl_rlaif.resuming import decides_what_is_learned
+
+    own = set(SECTIONS[section].model_fields)
+    names = {key: key.split(".")[1] for key in settings if key.startswith(f"{section}.")}
+    kept = {k: v for k, v in settings.items() if k not in names or names[k] in own or decides_what_is_learned(names[k])}
+    if not set(_BATCH) & set(names.values()):
+        return kept
+    values = [settings.get(f"{section}.{key}", class_defaults(section).get(key)) for key in _BATCH]
+    split = {f"{section}.{_BATCH[0]}": values[0]} if settings.get(f"{section}.loss_reduction") == "micro_batch" else {}
+    return kept | split | {f"{section}.{_SPLIT}": _product(values)}
+
+
+def _product(values: Iterable[int | None]) -> int:
+    return math.prod(value or 1 for value in values)
+
+
+# ---- Files ----------------------------------------------------------------------------------------------
+
+
+def data_file(path: str) -> dict[str, str]:
+    """A data file by its content, so that one that was moved or touched is the same input.
+
+    Folders and Hub ids are known by their names alone; a trainer compares the data itself with its checkpoint's.
+    """
+    return {"path": path, "digest": digest(path) if Path(path).is_file() else path}
+
+
+def prompt_file(name: str) -> dict[str, str]:
+    """A judge's prompt by its revision."""
+    from trl_rlaif.judging.prompt import JudgePrompt
+    from trl_rlaif.recipe import prompt_folder
+
+    return {"path": name, "digest": JudgePrompt.load(prompt_folder(name)).revision}
+
+
+def digest(path: str) -> str:
+    """SHA-256 of a file's content."""
+    found = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()

@@ -1,0 +1,112 @@
+"""Which stages a run redoes, and why: those whose inputs are not the ones that they were made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from trl_rlaif.errors import UserError
+from trl_rlaif.pipeline import superseding
+from trl_rlaif.pipeline.artifacts import RunFolder
+from trl_rlaif.pipeline.declared import Stage, active_stages
+from trl_rlaif.pipeline.first_version import inputs_of
+from trl_rlaif.pipeline.inputs import Inputs
+from trl_rlaif.progress import say
+from trl_rlaif.recipe import Recipe
+
+_UNKNOWN = "an earlier version made it from other settings or files, and did not record from which"
+# Asked before a run redoes anything, with what it would redo and why; whether to go on.
+Confirm = Callable[[str], bool]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A stage of a run.
+
+    Args:
+        stage: The stage.
+        inputs: What it is made from now.
+        fingerprint: Of what it is complete with, or will be made from.
+        why: What has changed since it began, a sentence each; empty where it is new, or may be kept.
+        migrated: Its folder is of the first version, which recorded a fingerprint alone.
+    """
+
+    stage: Stage
+    inputs: Inputs
+    fingerprint: str
+    why: tuple[str, ...] = ()
+    migrated: bool = False
+
+
+def plan(recipe: Recipe, folder: RunFolder) -> dict[str, Planned]:
+    """Compare every active stage's inputs with those that it was made from; nothing in the folder is changed."""
+    found: dict[str, Planned] = {}
+    first_version = _recipe_of(folder)
+    for name, stage in active_stages(recipe).items():
+        now, marker = (
+            stage.inputs(recipe, {name: each.fingerprint for name, each in found.items()}),
+            folder.marker(name),
+        )
+        if not marker or superseding.is_moving(marker):
+            found[name] = Planned(stage, now, now.fingerprint)
+        elif "inputs" in marker:
+            why = now.changes_since(Inputs(**marker["inputs"]))
+            found[name] = Planned(stage, now, now.fingerprint if why else marker["fingerprint"], tuple(why))
+        else:
+            before = inputs_of(stage, first_version, marker["fingerprint"], recipe, now)
+            why = [_UNKNOWN] if before is None else now.changes_since(before)
+            why += [f"{name} is redone" for name in now.stages if found[name].why and before is not None]
+            found[name] = Planned(stage, now, now.fingerprint, tuple(why), migrated=True)
+    return found
+
+
+def _recipe_of(folder: RunFolder) -> Mapping[str, Any]:
+    path = folder / "recipe.yaml"
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+    except yaml.YAMLError:
+        found = None
+    return found if isinstance(found, dict) else {}
+
+
+def redone(planned: Mapping[str, Planned], only: Sequence[str] = ()) -> list[Planned]:
+    """The stages to redo: all whose inputs have changed, or those among ``only``."""
+    found = [each for name, each in planned.items() if each.why and name in (only or planned)]
+    return found if any(not each.stage.always for each in found) else []
+
+
+def describe(folder: RunFolder, stages: Sequence[Planned]) -> str:
+    """What would be redone, and why."""
+    lines = [f"  {p.stage.name}: {'; '.join(p.why)}" for p in stages if not p.stage.always]
+    return "\n".join([
+        f"{folder.path}: what these stages were made from has changed, so they are redone:", *lines,
+        f"What they made is not deleted: it moves to {folder / superseding.FOLDER}.",
+    ])  # fmt: skip
+
+
+def agree(message: str, confirm: Confirm | None) -> None:
+    """Say what is redone, or ask, before anything is changed.
+
+    Raises:
+        UserError: The answer was no.
+    """
+    if confirm is None:
+        say(message)
+    elif not confirm(message):
+        raise UserError(
+            f"{message}\nNothing was changed.",
+            fix="Add --yes to redo them, set back what has changed, or name another folder with --output.",
+        )
+
+
+def apply(folder: RunFolder, planned: Mapping[str, Planned], stages: Sequence[Planned]) -> None:
+    """Move away what is redone, and record the inputs of a first version's stages that are kept."""
+    superseding.finish(folder)
+    for name, each in planned.items():
+        if each.migrated and not each.why:
+            known = {"fingerprint": each.fingerprint, "inputs": each.inputs.to_dict()}
+            folder.write_marker(name, folder.marker(name) | known)
+    superseding.supersede(folder, [each.stage for each in stages])

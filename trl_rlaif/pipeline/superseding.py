@@ -1,0 +1,114 @@
+"""What a stage made is never deleted: where it is redone, it moves to ``superseded/``, and may come back from there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trl_rlaif.distributed import is_first
+from trl_rlaif.pipeline.artifacts import RunFolder, to_line, write_atomically, write_folder
+from trl_rlaif.pipeline.declared import STAGES, Stage
+
+# A folder for each time that stages were redone, each laid out as a run's folder.
+FOLDER = "superseded"
+_MOVING = "superseding"
+
+
+def begin(folder: RunFolder, stage: Stage, fingerprint: str, inputs: dict[str, Any] | None = None) -> None:
+    """Open a stage: what it made from other inputs, or completely, is moved away first."""
+    marker = folder.marker(stage.name)
+    if not stage.always and (marker.get("fingerprint") != fingerprint or marker.get("complete")):
+        supersede(folder, [stage])
+    folder.begin(stage.name, fingerprint, inputs)
+
+
+def supersede(folder: RunFolder, stages: Sequence[Stage]) -> Path | None:
+    """Move all that stages made to a new folder in ``superseded/``: outputs, numbers, metrics and markers.
+
+    Killed in between, it is finished by ``finish``.
+
+    Returns:
+        The new folder; None where the stages have not begun yet.
+    """
+    begun = [stage.name for stage in stages if folder.marker(stage.name)]
+    if not begun or not is_first():
+        return None
+    name = first = time.strftime("%Y-%m-%dT%H-%M-%S")
+    number = 1
+    while (folder / FOLDER / name).exists():
+        number += 1
+        name = f"{first}_{number}"
+    for stage in begun:
+        folder.write_marker(stage, folder.marker(stage) | {_MOVING: name})
+    finish(folder)
+    return folder / FOLDER / name
+
+
+def is_moving(marker: Mapping[str, Any]) -> bool:
+    """Whether a stage is to be moved away, or partly is."""
+    return _MOVING in marker
+
+
+def finish(folder: RunFolder) -> None:
+    """Go on with what a kill left of ``supersede``."""
+    if is_first():
+        for stage in STAGES:
+            marker = folder.marker(stage.name)
+            if _MOVING in marker:
+                _move(folder, stage, RunFolder(folder / FOLDER / marker.pop(_MOVING)), marker)
+
+
+def _move(folder: RunFolder, stage: Stage, target: RunFolder, marker: dict[str, Any]) -> None:
+    """Every step may be repeated after a kill; the marker that asks for them goes last."""
+    for name in stage.outputs:
+        if (folder / name).exists():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(folder / name, target / name)
+    rows = folder.metrics(stage.name)
+    if rows:
+        target.drop_metrics(stage.name)
+        _add_metrics(target, stage.name, rows)
+        folder.drop_metrics(stage.name)
+    results = folder.results()
+    if stage.name in results:
+        target.add_results(stage.name, results[stage.name])
+        folder.drop_results(stage.name)
+    target.write_marker(stage.name, marker)
+    (folder.state / f"{stage.name}.json").unlink()
+
+
+def _add_metrics(folder: RunFolder, stage: str, rows: Sequence[dict[str, Any]]) -> None:
+    path = folder / "metrics.jsonl"
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    write_atomically(path, before + "".join(map(to_line, rows)))
+
+
+def donors(folder: RunFolder) -> list[RunFolder]:
+    """What was superseded, the newest first: a setting that is set back finds there what was made with it."""
+    found = sorted((folder / FOLDER).glob("*/.state"), key=lambda state: state.parent.name, reverse=True)
+    return [RunFolder(state.parent) for state in found]
+
+
+def adopt(folder: RunFolder, stage: Stage, fingerprint: str, donor: RunFolder, inputs: dict[str, Any]) -> None:
+    """Copy a complete stage of another run: outputs without checkpoints, numbers and metrics."""
+    supersede(folder, [stage])
+    folder.begin(stage.name, fingerprint, inputs)
+    outputs = [name for name in stage.outputs if not name.startswith("checkpoints/")]
+    companions = [name for name in stage.companions if not (folder / name).exists()]
+    for name in (*outputs, *companions):
+        source = donor / name
+        if source.is_dir():
+            write_folder(folder / name, lambda new, source=source: _copy_into(source, new))
+        elif source.exists():
+            write_atomically(folder / name, source.read_text(encoding="utf-8"))
+    _add_metrics(folder, stage.name, donor.metrics(stage.name))
+    folder.add_results(stage.name, donor.results()[stage.name])
+    folder.complete(stage.name, fingerprint)
+
+
+def _copy_into(source: Path, folder: Path) -> None:
+    shutil.copytree(source, folder, dirs_exist_ok=True)
