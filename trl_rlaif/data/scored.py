@@ -46,7 +46,7 @@ def scored_pairs(row: Row, row_id: str, which: str) -> Iterator[Row]:
         pairs = [(best, min((each for each in reversed(scored) if each is not best), key=lambda each: each[2]))]
     rest = {name: value for name, value in values.items() if name not in (*SCORED_KEYS, "scores")}
     for pair in pairs:
-        better, worse = sorted(pair, key=lambda each: -each[2])
+        better, worse = sorted(pair, key=lambda each: each[2], reverse=True)
         sides = {"chosen": better[1], "rejected": worse[1], "score_chosen": better[2], "score_rejected": worse[2]}
         yield replace(row, values=rest | sides | {"id": f"{row_id}-{better[0]}-{worse[0]}"})
 

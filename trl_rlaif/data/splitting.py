@@ -170,4 +170,4 @@ def split_conversations(chosen: list[Message], rejected: list[Message]) -> tuple
             raise RowSkip(DIVERGED)
         raise RowError("The row has no prompt: no user turn comes before the responses.", 'Add a "prompt" column.')
     first, second = check_pair(join(chosen[cut:]), join(rejected[cut:]))
-    return parse_prompt(chosen[:cut], "chosen"), first, second  # type: ignore[return-value]
+    return parse_prompt(chosen[:cut], "chosen"), first, second

@@ -185,8 +185,10 @@ def judged_numbers(rows: Rows, models: dict[str, str], seed: int) -> dict[str, A
     lengths = tuple([len(row[side]) for row in rows] for side in ("trained", "start"))
     prompts = [prompt_key(row["prompt"]) for row in rows]
     return {
-        **_verdict(p[MAIN], *lengths, prompts, seed),
-        "judges": {name: {"judge": models[name], **_verdict(p[name], *lengths, prompts, seed)} for name in further},
+        **_verdict(p[MAIN], *lengths, prompts=prompts, seed=seed),
+        "judges": {
+            name: {"judge": models[name], **_verdict(p[name], *lengths, prompts=prompts, seed=seed)} for name in further
+        },
         "judge_agreement": _agreement(rows, p, prompts) if further else None,
         "lengths": compare_lengths(*lengths, prompts, seed=seed),
         "harmless": _harmless(rows, prompts),

@@ -76,7 +76,7 @@ class LocalJudge(Judge):
         """The candidates as the tokenizer spells them behind an ending."""
         return Candidates.behind(texts, ending, self._writing(thinking).opened, self.tokenizer)
 
-    def _writing(self, thinking: Thinking | None) -> Writing:
+    def _writing(self, thinking: Thinking | None) -> Any:
         """How questions are put, with what is written before the answer."""
         how = self.tokenizer, self.prompt, self.template_kwargs
         return Writing(*how) if thinking is None else Thoughts.of(*how) or Rationale(*how)

@@ -143,7 +143,7 @@ def cross_validate(
     for _ in range(REPEATS):
         folds, p = generator.permutation(count)[index] % FOLDS, np.empty(len(rows))
         for fold in np.unique(folds):
-            seen, held = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
+            seen, held = (np.flatnonzero(inside).tolist() for inside in (folds != fold, folds == fold))
             fitted = Calibration.fit([rows[i] for i in seen], [human[i] for i in seen], mean_prob=mean_prob)
             p[held] = [fitted.apply(rows[i]) for i in held]
         after.append(p)

@@ -310,7 +310,10 @@ class Context:
         """The pairs of this run, from pairs.jsonl."""
         rows = read_lines(self.folder / "pairs.jsonl")
         known = ("id", "prompt", "response_1", "response_2", "category", "human")
-        return [Pair(*(row.get(k) for k in known), {k: v for k, v in row.items() if k not in known}) for row in rows]
+        return [
+            Pair(**{k: row.get(k) for k in known}, extra={k: v for k, v in row.items() if k not in known})
+            for row in rows
+        ]
 
     def transforms(self, section: str) -> list[Any]:
         """The reward transforms that a section names, in its order.

@@ -200,14 +200,19 @@ class _Handler(BaseHTTPRequestHandler):
         """The JSON object sent; None, and a refusal sent, where it is none or too large to be read."""
         length = self.headers.get("Content-Length", "")
         if not (length.isascii() and length.isdigit()):
-            return self._refuse(411, "A length is needed.")
+            self._refuse(411, "A length is needed.")
+            return None
         if len(length) > 9 or int(length) > MAX_BODY:
-            return self._refuse(413, "This is too large.")
+            self._refuse(413, "This is too large.")
+            return None
         try:
             body = json.loads(self.rfile.read(int(length)))
         except (ValueError, RecursionError):
             body = None
-        return body if isinstance(body, dict) else self._refuse(400, "A JSON object is needed.")
+        if isinstance(body, dict):
+            return body
+        self._refuse(400, "A JSON object is needed.")
+        return None
 
     # ---- Answers ------------------------------------------------------------------------------------------
 

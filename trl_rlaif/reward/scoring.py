@@ -76,8 +76,8 @@ class PairScorer:
         found = []
         for group in groups:
             rows, width = torch.tensor(group, device=inputs["input_ids"].device), lengths[group[0]]
-            columns = (inputs[name][rows, :width] for name in ("input_ids", "position_ids", "segments"))
-            found.append(compute(*columns, inputs["ends"][rows]))
+            ids, positions, segments = (inputs[k][rows, :width] for k in ("input_ids", "position_ids", "segments"))
+            found.append(compute(ids, positions, segments, inputs["ends"][rows]))
         order = torch.tensor([i for group in groups for i in group]).argsort()
         return torch.cat(found)[order.to(found[0].device)]
 

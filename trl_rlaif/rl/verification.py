@@ -119,13 +119,13 @@ def deviations(
         for i, (logprobs, plain) in enumerate(zip(found, (policy, policy, reference), strict=True)):
             sums[i] += (logprobs[row, : len(plain)] - plain).abs().sum().cpu() * temperature
         tokens += len(policy)
-    return Deviations(*(sums / max(1, tokens)).tolist(), tokens)
+    return Deviations(*(sums / max(1, tokens)).tolist(), tokens=tokens)
 
 
 def worst(own: Deviations, accelerator: Accelerator) -> Deviations:
     """The largest deviations of all processes; one that is not a number is the largest."""
     every = torch.tensor(gather_object([(own.sampling, own.policy, own.reference, own.tokens)]))
-    return Deviations(*every[:, :3].amax(0).tolist(), int(every[:, 3].sum()))
+    return Deviations(*every[:, :3].amax(0).tolist(), tokens=int(every[:, 3].sum()))
 
 
 def error(name: str, found: Deviations, limit: float, *, fix: str = "") -> UserError:

@@ -67,7 +67,7 @@ class Subject:
                 "Give every other argument of __init__ a default, and pass **options on to super().__init__."
             ) from error
 
-    def call(self, where: str, function: Callable[[], T], *, may_refuse: bool = False) -> T | None:
+    def call(self, where: str, function: Callable[[], T], *, may_refuse: bool = False) -> Any:
         """What a function of the component returns; what it raises is a failure.
 
         Args:

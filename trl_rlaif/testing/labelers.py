@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from trl_rlaif.components import Labeler
@@ -132,7 +133,7 @@ class _Check:
             }
             given = copy.deepcopy(arguments)
             what = f"calling it as a reward function on {'messages' if chat else 'texts'}"
-            rewards = self.subject.call(what, lambda labeler=labeler, given=given: labeler(**given))
+            rewards = self.subject.call(what, partial(labeler, **given))
             count = len(rollout.prompts)
             if not isinstance(rewards, list) or len(rewards) != count:
                 self.fail(f"{what} does not return a list of {count} rewards", "Return one number a completion.")

@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -119,7 +120,7 @@ class _Check:
                 found.append(
                     self.subject.call(
                         "transform() on a batch without a KL",
-                        lambda t=transform, b=given: t.transform(raw_scores(b), copy.deepcopy(b)),
+                        partial(transform.transform, raw_scores(given), copy.deepcopy(given)),
                     )
                 )
         if not same(*found):

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -40,12 +40,18 @@ def _is_linear(layer: LoraLayer) -> bool:
     return type(layer).__name__ in ("Linear", "Linear4bit") and isinstance(layer.get_base_layer(), nn.Linear)
 
 
+if TYPE_CHECKING:
+    _Layer: Any = object  # PEFT's layer, which it is joined with
+else:
+    _Layer = object
+
+
 @lru_cache
 def _fused(kind: type) -> type:
     return type(f"Lean{kind.__name__}", (_Fused, kind), {})
 
 
-class _Fused:
+class _Fused(_Layer):
     """One product behind the base's, added where that one lies; PEFT makes five tensors of it."""
 
     # The active adapter's weights as autocast has them, A and the transpose of B, and its scaling; see cast_adapter.

@@ -54,7 +54,7 @@ def find(folder: str | Path, wanted: str | Path | bool | None) -> Path | None:
 def _all(folder: Path) -> list[Path]:
     """Whole checkpoints, the oldest first: one is given its name only when it is complete."""
     names = [p for p in folder.glob("checkpoint-*") if _NAME.fullmatch(p.name) and _is_whole(p)]
-    return sorted(names, key=lambda p: int(_NAME.fullmatch(p.name)[1]))  # type: ignore[index]
+    return sorted(names, key=lambda p: int(_NAME.fullmatch(p.name)[1]))
 
 
 def _sizes(folder: Path) -> dict[str, int]:
