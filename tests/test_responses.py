@@ -11,7 +11,7 @@ from helpers.tiny import CHAT_TEMPLATE, make_llama, make_tokenizer
 from trl_rlaif.encoding import encode_prompt, encode_response
 from trl_rlaif.errors import UserError
 from trl_rlaif.responses import ResponseReader
-from trl_rlaif.rl.rehearsal import as_rollout
+from trl_rlaif.rl.rehearsal import as_responses
 from trl_rlaif.types import RehearsalPair
 
 
@@ -134,5 +134,5 @@ def test_in_ppo_rewards_see_answers_and_the_reasoning_beside_them(tmp_path):
 def test_a_rehearsal_pair_is_trained_on_as_it_was_sampled():
     """What is stripped for rewards stays in what the policy learns from."""
     ids = [5, 6, 2]
-    rollout = as_rollout([RehearsalPair("", "", None, None, "", [4], ids)], torch.device("cpu"))
+    rollout = as_responses([RehearsalPair("", "", None, None, "", [4], ids)], torch.device("cpu"))
     assert rollout.response_ids.tolist() == [ids] and rollout.ended.all()

@@ -21,7 +21,7 @@ from trl_rlaif.pipeline.stages.reward import tokenize_preference
 from trl_rlaif.responses import ResponseReader
 from trl_rlaif.reward.collator import SoftPreferenceCollator
 from trl_rlaif.reward.scoring import score_pairs
-from trl_rlaif.rl.rehearsal import as_rollout
+from trl_rlaif.rl.rehearsal import as_responses
 from trl_rlaif.rl.rollouts import scored_rows
 from trl_rlaif.types import RehearsalPair
 
@@ -123,7 +123,7 @@ def test_every_path_reads_the_same_token(reward, tmp_path, pad):
         rows, [length for e in examples for length in [e["prompt_length"]] * 2], strict=True)]  # fmt: skip
     cut = [RehearsalPair(**{**vars(pair), "response_ids": pair.response_ids[:-1]}) for pair in pairs]
     for drawn in (pairs, cut, [pairs[0], cut[1], cut[2], pairs[3]]):
-        rollout = as_rollout(drawn, torch.device("cpu"))
+        rollout = as_responses(drawn, torch.device("cpu"))
         torch.testing.assert_close(trainer.score(rollout).total, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -173,7 +173,7 @@ def test_a_row_for_the_reward_model_ends_with_the_end_of_turn():
     reader, end = ResponseReader(tokenizer, (tokenizer.eos_token_id, 9)), tokenizer.eos_token_id
     drawn = [[5, 6, end], [5, 9], [9], [5, 6, 8]]
     pairs = [RehearsalPair("", "", None, None, "", [4], ids) for ids in drawn]
-    rollout = scored_rows(as_rollout(pairs, torch.device("cpu")), reader)
+    rollout = scored_rows(as_responses(pairs, torch.device("cpu")), reader)
     found = [ids[:n].tolist() for ids, n in zip(rollout.response_ids, rollout.lengths.tolist(), strict=True)]
     assert found == [[5, 6, end], [5, end], [end], [5, 6, 8, end]]
     assert pairs[1].response_ids == [5, 9]

@@ -196,7 +196,7 @@ def test_a_selector(choose, parts):
 @pytest.mark.parametrize("count", [0, 2.0, "2", None, property(_raise)])
 def test_a_selectors_number_of_responses(count):
     selector = _picked("data_selector", DataSelector, select=_raise, num_responses=count)
-    _message("data selector", lambda: responses_needed(SimpleNamespace(data_selectors=[selector])), "num_responses")
+    _message("data selector", lambda: responses_needed(selector), "num_responses")
 
 
 @pytest.mark.parametrize("rows", [[0, 2], (2,), range(3), np.array([1]), torch.tensor([1, 0]), [np.int64(1)]])

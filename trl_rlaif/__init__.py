@@ -29,6 +29,7 @@ _LAZY = {
     "Pool": "trl_rlaif.types",
     "PreferenceScores": "trl_rlaif.types",
     "RehearsalPair": "trl_rlaif.types",
+    "Responses": "trl_rlaif.types",
     "Rollout": "trl_rlaif.types",
     "ScoredBatch": "trl_rlaif.types",
     "Selection": "trl_rlaif.types",
@@ -69,7 +70,7 @@ if TYPE_CHECKING:
     from trl_rlaif.rl.ppo.config import PPOConfig
     from trl_rlaif.rl.ppo.trainer import PPOTrainer
     from trl_rlaif.rl.rejection import RejectionTrainer
-    from trl_rlaif.types import Label, Pool, PreferenceScores, RehearsalPair, Rollout, ScoredBatch, Selection
+    from trl_rlaif.types import Label, Pool, PreferenceScores, RehearsalPair, Responses, Rollout, ScoredBatch, Selection
 
 
 def __getattr__(name: str) -> Any:

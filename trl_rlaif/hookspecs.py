@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from trl_rlaif.rl.ppo.trainer import PPOTrainer
-    from trl_rlaif.types import Rollout
+    from trl_rlaif.types import Responses, Rollout
 
 hookspec = HookspecMarker("trl_rlaif")
 hookimpl = HookimplMarker("trl_rlaif")
@@ -33,8 +33,8 @@ def register_data_selectors(register: Callable[[str, type], None]) -> None:
 
 
 @hookspec
-def rollout_collected(trainer: PPOTrainer, rollout: Rollout) -> None:
-    """Observe a batch of responses with their log-probabilities and values, before it is scored."""
+def rollout_collected(trainer: Any, rollout: Responses) -> None:
+    """Observe a batch of responses before it is scored: in PPO a Rollout, with log-probabilities and values."""
 
 
 @hookspec

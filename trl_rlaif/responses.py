@@ -69,6 +69,11 @@ class ResponseReader:
         self.tokenizer, self.stop_ids, self.end_id = tokenizer, tuple(stop_ids), end_of_turn(tokenizer)
         self._marks = _marks(tokenizer, tags) if reasoning == "strip" else None
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that count as a response's end, whether or not sampling stops there."""
+        return self.stop_ids or (self.tokenizer.eos_token_id,)
+
     @cached_property
     def prompted(self) -> bool:
         """Whether the chat template's own prompt begins the reasoning."""

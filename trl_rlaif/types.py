@@ -9,6 +9,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
+    from typing import Self  # Python 3.11
+
     import numpy as np
     import torch
 
@@ -158,9 +160,9 @@ def _select(batch: Any, rows: torch.Tensor) -> Any:
     return type(batch)(**{each.name: chosen(getattr(batch, each.name)) for each in fields(batch)})
 
 
-@dataclass(frozen=True)
-class Rollout:
-    """One batch of sampled responses and all that the update needs of them.
+@dataclass(frozen=True, kw_only=True)
+class Responses:
+    """Prompts and responses as tokens.
 
     B is the batch, P the padded prompt length, T the padded response length. Prompts are padded on the
     left, responses on the right.
@@ -171,15 +173,9 @@ class Rollout:
         response_ids: (B, T) int64, as sampled; what follows the end is noise.
         lengths: (B,) int64, tokens up to and with the end token, 0..T.
         ended: (B,) bool, True where the end token was sampled.
-        logprobs: (B, T) float32, log-probability under the sampling policy at the sampling temperature. NaN in RLOO and
-            GRPO, where no transform ``needs_kl``.
-        ref_logprobs: (B, T) float32, the same under the reference.
-        values: (B, T) float32, value of the state before each response token; 0 in RLOO and GRPO, which have none.
         prompts: What the dataset held: text or messages, B entries.
         completions: The responses in the same form (text, or a list with one assistant message).
         columns: The dataset's other columns, B entries each.
-        scored: (B,) bool, False where a response has no reward at all and teaches nothing; None: all have one.
-        metrics: Numbers of how it was scored, for the log.
     """
 
     prompt_ids: torch.Tensor
@@ -187,14 +183,9 @@ class Rollout:
     response_ids: torch.Tensor
     lengths: torch.Tensor
     ended: torch.Tensor
-    logprobs: torch.Tensor
-    ref_logprobs: torch.Tensor
-    values: torch.Tensor
     prompts: list[Any]
     completions: list[Any]
     columns: dict[str, list[Any]] = field(default_factory=dict)
-    scored: torch.Tensor | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
 
     def masks(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, T) bool each: response tokens; and the same with the step after the last.
@@ -207,13 +198,10 @@ class Rollout:
         return positions < self.lengths[:, None], positions <= self.lengths[:, None]
 
     def learned(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same masks, False in the rows of responses that have no reward."""
-        if self.scored is None:
-            return self.masks()
-        tokens, steps = self.masks()
-        return tokens & self.scored[:, None], steps & self.scored[:, None]
+        """The same masks, of what is trained on."""
+        return self.masks()
 
-    def select(self, rows: torch.Tensor) -> Rollout:
+    def select(self, rows: torch.Tensor) -> Self:
         """Some rows, in their order: (N,) int64, or (B,) bool."""
         return _select(self, rows)
 
@@ -225,14 +213,40 @@ class Rollout:
         """The same rows, (N,) int64, the shortest prompt first."""
         return rows[self.prompt_mask.sum(1).cpu()[rows].argsort(stable=True)]
 
-    def kl(self) -> torch.Tensor:
-        """(B,) float32, the sum of each response's log-ratios to the reference: an estimate of its KL, in nats."""
-        return ((self.logprobs - self.ref_logprobs) * self.masks()[0]).sum(1)
-
     @property
     def categories(self) -> list[str | None]:
         """Kind of prompt of each row, from the column ``category`` where there is one."""
         return self.columns.get("category") or [None] * len(self.prompts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout(Responses):
+    """One batch of sampled responses and all that PPO's update needs of them.
+
+    Args:
+        logprobs: (B, T) float32, log-probability under the sampling policy at the sampling temperature.
+        ref_logprobs: (B, T) float32, the same under the reference.
+        values: (B, T) float32, value of the state before each response token; 0 where there is no value head.
+        scored: (B,) bool, False where a response has no reward at all and teaches nothing; None: all have one.
+        metrics: Numbers of how it was scored, for the log.
+    """
+
+    logprobs: torch.Tensor
+    ref_logprobs: torch.Tensor
+    values: torch.Tensor
+    scored: torch.Tensor | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def learned(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The masks, False in the rows of responses that have no reward."""
+        if self.scored is None:
+            return self.masks()
+        tokens, steps = self.masks()
+        return tokens & self.scored[:, None], steps & self.scored[:, None]
+
+    def kl(self) -> torch.Tensor:
+        """(B,) float32, the sum of each response's log-ratios to the reference: an estimate of its KL, in nats."""
+        return ((self.logprobs - self.ref_logprobs) * self.masks()[0]).sum(1)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from trl_rlaif.pipeline.context import Context
 from trl_rlaif.pipeline.rl_groups import build_trainer
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import parse_recipe
-from trl_rlaif.rl.selection import choose
 
 TRAINERS = {"rloo": (RLOOTrainer, RLOOConfig), "grpo": (GRPOTrainer, GRPOConfig)}
 NONE = {"sample": None, "label": None, "reward": None, "evaluate": None, "report": None}
@@ -60,9 +59,9 @@ def ours(folder: Path, model: str, algorithm: str, **rl: Any) -> dict[str, Any]:
     set_seed(7)
     trainer, _, _ = build_trainer(_context(folder, model, rl=SETTINGS | rl | {"algorithm": algorithm}))
     scorer = trainer.scorer
-    if scorer.data_selectors:
-        scorer.apply(choose(scorer))
-        trainer.train_dataset = scorer.train_dataset
+    if scorer.selection.selectors:
+        scorer.selection.take(scorer.selection.choose(0))
+        trainer.train_dataset = scorer.selection.prompts
     trainer.train()
     found = _seen(trainer, ((n, p) for n, p in scorer.shared.peft.named_parameters() if ".policy." in n))
     return found | {"pairs": [pair.response for pair in scorer.rehearsal.pairs]}

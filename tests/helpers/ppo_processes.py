@@ -82,11 +82,11 @@ def selected(folder: Path) -> dict[str, Any]:
     """Two updates after a choice from nine prompts, which two processes cannot share evenly."""
     trainer = _trainer(folder, prompts=9, updates=2)
     selector = AnyEight()
-    trainer.data_selectors = [selector]
+    trainer.selection.selectors = [selector]
     trainer.train()
     pool = selector.pool
     return {
-        "rows": trainer.chosen.rows,
+        "rows": trainer.selection.chosen.rows,
         "pairs": [pair.response for pair in trainer.rehearsal.pairs],
         "rehearsed": trainer.state.log_history[-1]["rehearsal/nll"],
         "parameters": ppo_task.trainable(trainer),

@@ -40,7 +40,7 @@ def test_its_gradient_is_that_of_the_plain_loss_over_response_tokens_alone(token
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
     args = SimpleNamespace(bf16=False, per_device_train_batch_size=3, micro_batch_tokens=tokens)
     objective = PPOStep(SharedRoleModels(shared), accelerator, args, temperature=0.7)
-    nll = objective.rehearse(rehearsal.as_rollout(pairs, torch.device("cpu")), coef=0.25)
+    nll = objective.rehearse(rehearsal.as_responses(pairs, torch.device("cpu")), coef=0.25)
 
     total, count = 0.0, 0
     with plain.role("policy"):
@@ -82,7 +82,7 @@ def test_an_optimizer_step_holds_it_once_however_many_micro_batches_it_has(tmp_p
     assert len(gradients) == 1
     objective = PPOStep(SharedRoleModels(before), Accelerator(cpu=True), trainer.args, 1.0)
     objective.accelerator.gradient_accumulation_steps = 1
-    pairs = rehearsal.as_rollout(trainer.rehearsal.pairs, torch.device("cpu"))
+    pairs = rehearsal.as_responses(trainer.rehearsal.pairs, torch.device("cpu"))
     nll = objective.rehearse(pairs, coef=2.0)
     expected = {n: p.grad for n, p in before.named_parameters() if p.grad is not None}
     for name, gradient in gradients[0].items():
@@ -98,19 +98,19 @@ def _given(completions):
 
 
 def test_a_pair_comes_once_in_a_pass_and_the_place_in_the_pass_is_kept():
-    pool = rehearsal.Rehearsal(_pairs(7))
+    pool = rehearsal.Rehearsal(_pairs(7), SimpleNamespace())
     drawn = [pair.response for _ in range(7) for pair in pool.draw(3)]
     assert sorted(drawn[:7]) == sorted(drawn[7:14]) == sorted(drawn[14:]) == [str(i) for i in range(7)]
     assert drawn[:7] != drawn[7:14]
     pool.draw(2)
-    other = rehearsal.Rehearsal(_pairs(7))
+    other = rehearsal.Rehearsal(_pairs(7), SimpleNamespace())
     other.load_state_dict(pool.state_dict())
     assert other.draw(9) == pool.draw(9)
 
 
 def test_what_is_selected_takes_the_place_of_what_was_and_the_users_pairs_stay():
     first, second, empty = _pairs(2), _pairs(5)[2:], RehearsalPair("p", "", 1.0, 0, "empty", [3], [])
-    pool = rehearsal.Rehearsal(first)
+    pool = rehearsal.Rehearsal(first, SimpleNamespace())
     pool.fill(_pairs(3))
     pool.fill([*second, empty])
     assert pool.pairs == [*first, *second]

@@ -19,7 +19,6 @@ from trl_rlaif_rehearsal.rejection import RejectionSampling
 
 from trl_rlaif import DataSelector, RewardTransform, Selection, SharedBase, UserError
 from trl_rlaif.rl.rejection import RejectionTrainer, as_dataset, count_iterations, sft_config
-from trl_rlaif.rl.selection import draw_pool
 
 pytestmark = pytest.mark.trl
 
@@ -42,7 +41,7 @@ class Watching(DataSelector):
 def _task(folder, *, selector=None, prompts=32, **options):
     arguments = {"per_device_train_batch_size": 32, "num_ppo_epochs": 2, "learning_rate": 1e-2, **options}
     trainer = make_trainer(folder, prompts=prompts, **arguments)
-    trainer.data_selectors = [selector or RejectionSampling()]
+    trainer.selection.selectors = [selector or RejectionSampling()]
     return trainer
 
 
@@ -303,7 +302,7 @@ def test_the_policy_alone_learns_and_every_role_is_as_it_was(tmp_path, options):
     assert changed == {n for n in weights if ".policy." in n}
     assert all(p.grad is None for p in shared.parameters()) and not shared.model.training
     # And PPO goes on from there.
-    trainer.data_selectors, trainer.chosen = [], None
+    trainer.selection.selectors, trainer.selection.chosen = [], None
     trainer.args.num_total_batches = 1
     trainer.train()
     changed = {n for n, t in shared.state_dict(keep_vars=True).items() if not torch.equal(t, weights[n])}
@@ -327,7 +326,7 @@ def test_the_users_own_pairs_are_trained_on_as_well(tmp_path):
 
 def test_tokens_are_marked_as_prompt_or_response(tmp_path):
     trainer = _small(tmp_path)
-    pairs = draw_pool(trainer).pair(0, why="first"), draw_pool(trainer).pair(1, why="second")
+    pairs = trainer.selection.pool.draw().pair(0, why="first"), trainer.selection.pool.draw().pair(1, why="second")
     for row, pair in zip(as_dataset(pairs), pairs, strict=True):
         assert row["input_ids"] == pair.prompt_ids + pair.response_ids
         assert [t for t, m in zip(row["input_ids"], row["completion_mask"], strict=True) if m] == pair.response_ids
@@ -393,7 +392,7 @@ def test_what_it_cannot_do_is_refused(tmp_path, what):
     else:
         trainer = _small(tmp_path)
     if what == "selectors":
-        trainer.data_selectors = []
+        trainer.selection.selectors = []
     expected = {"selectors": "needs a data selector", "models": "one base for every role", "iterations": "is 0"}[what]
     with pytest.raises(UserError, match=expected):
         RejectionTrainer(trainer, 0 if what == "iterations" else 1)

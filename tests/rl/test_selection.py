@@ -15,7 +15,7 @@ from trl_rlaif_regulator import DistributionRegulator, Whiten
 
 from trl_rlaif import DataSelector, Pool, RewardTransform, Selection, UserError
 from trl_rlaif.models.shared_model import active_adapter, backbone
-from trl_rlaif.rl.selection import StratifiedSampler, choose, draw_pool, select
+from trl_rlaif.rl.selection import StratifiedSampler, select
 
 
 def make_pool(scores, *, rows=None, embeddings=None):
@@ -124,9 +124,9 @@ def test_a_pool_holds_what_was_sampled_and_scored(tmp_path):
     trainer.train()
     pool, tokenizer = selector.pool, trainer.processing_class
     assert pool.rows.tolist() == [i // 2 for i in range(20)] and transform.seen == 4  # of the update alone
-    assert pool.prompts == [trainer.every_prompt[i // 2]["prompt"] for i in range(20)]
+    assert pool.prompts == [trainer.selection.pool.prompts[i // 2]["prompt"] for i in range(20)]
     assert tokenizer.batch_decode(pool.response_ids, skip_special_tokens=True) == pool.responses
-    assert pool.prompt_ids == [trainer.every_prompt[i // 2]["input_ids"] for i in range(20)]
+    assert pool.prompt_ids == [trainer.selection.pool.prompts[i // 2]["input_ids"] for i in range(20)]
     assert len(set(pool.responses)) > 10 and set(pool.columns) == {"answer", "category"}
     halves = [score / 2 for score in length_penalty(pool.prompts, pool.responses, pool.response_ids)]
     assert pool.scores.tolist() == pytest.approx(halves, rel=1e-6)
@@ -169,7 +169,7 @@ def test_a_pool_is_transformed_at_once_and_by_its_own_figures(tmp_path, transfor
         transform.running.add([("a", 70.0), ("a", 71.0), ("b", 70.0), ("b", -70.0)] * 99)
         transform.batches = 3
         before = str(transform.state_dict())
-    chosen = choose(trainer)
+    chosen = trainer.selection.choose(trainer.state.global_step)
     pool, found = selector.pool, selector.pool.scores.numpy()
     raw = np.array(_by_kind(pool.prompts, pool.responses, pool.response_ids, pool.categories))
     kinds = np.array(pool.categories)
@@ -188,7 +188,7 @@ def test_a_pool_is_transformed_at_once_and_by_its_own_figures(tmp_path, transfor
 
 def test_a_pools_entropies_are_minus_the_mean_log_probability_of_the_response(tmp_path):
     trainer = small_trainer(tmp_path, selection_prompts=3)
-    pool = draw_pool(trainer, 2)
+    pool = trainer.selection.pool.draw(2)
     assert len(set(pool.rows.tolist())) == 3 and len(pool) == 6
     model = trainer.shared.model
     for i in range(6):

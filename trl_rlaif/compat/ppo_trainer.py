@@ -87,7 +87,7 @@ class OwnPPOTrainer(Trainer):
         self.ref_model = ref_model if ref_model is not None or self.is_peft_model else _frozen_copy(model)
         self.model_adapter_name, self.ref_adapter_name = args.model_adapter_name, args.ref_adapter_name
         for part in (model, self.ref_model, value_model, reward_model):
-            _without_dropout(part)
+            without_dropout(part)
         use_cache = getattr(model.config, "use_cache", True)
         super().__init__(
             model=PolicyAndValue(model, value_model),
@@ -105,7 +105,7 @@ class OwnPPOTrainer(Trainer):
         known = {part.name: getattr(self.state, part.name) for part in fields(self.state)}
         self.state = PPOState(**known)
         self.train_dataset_len = len(train_dataset)
-        _work_out_batches(args, self.accelerator.num_processes, self.train_dataset_len)
+        work_out_batches(args, self.accelerator.num_processes, self.train_dataset_len)
         self.local_dataloader_batch_size = args.local_batch_size
         self.local_seed = args.seed + self.accelerator.process_index * 100_003
         self.create_optimizer_and_scheduler(num_training_steps=args.num_total_batches)
@@ -232,14 +232,14 @@ def _frozen_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).requires_grad_(False).eval()
 
 
-def _without_dropout(model: nn.Module | None) -> None:
-    # The ratio of PPO is that of the same network before and after a step, not of two draws of a mask.
+def without_dropout(model: nn.Module | None) -> None:
+    """Turn dropout off: PPO's ratio is that of one network before and after a step, not of two draws of a mask."""
     for module in model.modules() if model is not None else ():
         if isinstance(module, nn.Dropout):
             module.p = 0
 
 
-def _work_out_batches(args: OwnPPOConfig, processes: int, prompts: int) -> None:
+def work_out_batches(args: OwnPPOConfig, processes: int, prompts: int) -> None:
     """Set the batch sizes and the number of updates in the arguments."""
     if args.total_episodes is None:
         args.total_episodes = int(args.num_train_epochs * prompts)

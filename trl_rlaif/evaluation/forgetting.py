@@ -24,11 +24,11 @@ from trl_rlaif.models.kernels import autocast
 from trl_rlaif.models.role_models import RoleModels
 from trl_rlaif.rl import forward
 from trl_rlaif.rl.forward import RolloutSlice
-from trl_rlaif.rl.rehearsal import as_rollout
+from trl_rlaif.rl.rehearsal import as_responses
 from trl_rlaif.types import RehearsalPair
 
 if TYPE_CHECKING:
-    from trl_rlaif.rl.ppo.trainer import PPOTrainer
+    from trl_rlaif.responses import ResponseReader
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class ForgettingTracker(TrainerCallback):
     of a run without. Of several processes the first one measures, and the others wait for it.
 
     Args:
-        trainer: Its reference is the start.
+        trainer: A PPOTrainer, whose reference is the start; or another one, with the last three arguments.
         sets: Prompts by name, as text or messages.
         preferred: ``f(prompts, policy_answers, start_answers)`` gives for each prompt the probability that the
             policy's answer is the better one, or None where that cannot be said. Equal answers are a tie unasked.
@@ -74,6 +74,9 @@ class ForgettingTracker(TrainerCallback):
         stop_below: Win rates by set, 0..1, below which the run ends.
         max_new_tokens: Of an answer; None takes ``args.response_length``.
         batch_size: Sequences that are computed at once.
+        role_models: Who plays policy and reference; None takes the trainer's.
+        reader: Of responses; None takes the trainer's.
+        log: What is given the numbers; None takes the trainer's ``log``.
 
     Attributes:
         start: The start's answers by set, once training has begun (in the first process).
@@ -85,7 +88,7 @@ class ForgettingTracker(TrainerCallback):
 
     def __init__(
         self,
-        trainer: PPOTrainer,
+        trainer: Any,
         sets: Mapping[str, Sequence[PromptLike]],
         preferred: Preferred,
         *,
@@ -94,8 +97,13 @@ class ForgettingTracker(TrainerCallback):
         stop_below: Mapping[str, float] | None = None,
         max_new_tokens: int | None = None,
         batch_size: int = 16,
+        role_models: RoleModels | None = None,
+        reader: ResponseReader | None = None,
+        log: Callable[[dict[str, float]], None] | None = None,
     ) -> None:
         self.trainer, self.preferred, self.score = trainer, preferred, score
+        self.role_models, self.reader = role_models or trainer.role_models, reader or trainer.reader
+        self._write = log or trainer.log
         self.every, self.batch_size = every, batch_size
         self.stop_below = dict(stop_below or {})
         self.max_new_tokens = max_new_tokens or trainer.args.response_length
@@ -156,7 +164,7 @@ class ForgettingTracker(TrainerCallback):
                 # Before the first update the policy is the start.
                 found = self._measured(is_start=begin and trainer.state.global_step == 0)
         found = broadcast_object_list([found])[0]
-        trainer.log({**found, "time/forgetting": time.monotonic() - began})
+        self._write({**found, "time/forgetting": time.monotonic() - began})
         self._check(found, trainer.state.global_step, control)
 
     @contextmanager
@@ -189,7 +197,7 @@ class ForgettingTracker(TrainerCallback):
 
     def _measured(self, *, is_start: bool) -> dict[str, float]:
         found: dict[str, float] = {}
-        role_models, part = self.trainer.role_models, "reference" if is_start else "policy"
+        role_models, part = self.role_models, "reference" if is_start else "policy"
         for name, start in self.start.items():
             given: Sequence[float | None] = [0.5]
             if not is_start:
@@ -221,7 +229,7 @@ class ForgettingTracker(TrainerCallback):
     def _answers(self, part: str, prompt_ids: list[list[int]]) -> list[list[int]]:
         """Greedy, with the end token where there was one."""
         trainer, answers = self.trainer, [[]] * len(prompt_ids)
-        role_models, tokenizer = trainer.role_models, trainer.processing_class
+        role_models, tokenizer = self.role_models, trainer.processing_class
         model = role_models.model(part)
         with role_models.role(part):
             for batch in length_batches([len(ids) for ids in prompt_ids], self.batch_size):
@@ -231,7 +239,7 @@ class ForgettingTracker(TrainerCallback):
                     [prompt_ids[i] for i in batch],
                     max_new_tokens=self.max_new_tokens,
                     temperature=0,
-                    stop_ids=trainer.end_ids,
+                    stop_ids=self.reader.end_ids,
                     keep_end=True,
                     bf16=trainer.args.bf16,
                 )
@@ -240,11 +248,11 @@ class ForgettingTracker(TrainerCallback):
         return answers
 
     def _texts(self, answers: list[list[int]], prompt_ids: list[list[int]]) -> list[str]:
-        read = self.trainer.reader.read
+        read = self.reader.read
         return [read(ids, prompt).answer.strip() for ids, prompt in zip(answers, prompt_ids, strict=True)]
 
     def _encoded(self, name: str, prompt: PromptLike) -> list[int]:
-        model, ids = self.trainer.role_models.model("policy"), encode_prompt(self.trainer.processing_class, prompt)
+        model, ids = self.role_models.model("policy"), encode_prompt(self.trainer.processing_class, prompt)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if limit and len(ids) + self.max_new_tokens > limit:
             raise UserError(
@@ -312,7 +320,7 @@ def mean_nll(
     total = 0.0
     for batch in length_batches([len(p.prompt_ids) + len(p.response_ids) for p in pairs], batch_size):
         for group in padded_together(role_models.model(part), [len(pairs[i].prompt_ids) for i in batch]):
-            rollout = as_rollout([pairs[batch[i]] for i in group], device)
-            logprobs, _ = forward.logprobs(role_models, part, RolloutSlice.of(rollout, torch.arange(len(group))), 1.0)
+            responses = as_responses([pairs[batch[i]] for i in group], device)
+            logprobs, _ = forward.logprobs(role_models, part, RolloutSlice.of(responses, torch.arange(len(group))), 1.0)
             total -= logprobs.double().sum().item()
     return total / sum(len(pair.response_ids) for pair in pairs)

@@ -22,6 +22,9 @@ class RoleModels(Protocol):
     one_trunk: bool
     """Whether the value is read off the policy's own hidden states, so that one forward pass gives both."""
 
+    has_value: bool
+    """Whether there is a value at all; RLOO and GRPO have none."""
+
     def role(self, part: str) -> AbstractContextManager:
         """Context for a part: policy, value, reward or reference."""
 
@@ -49,7 +52,7 @@ class SharedRoleModels:
 
     def __init__(self, shared: SharedBase, reward: nn.Module | None = None) -> None:
         self.shared, self.reward = shared, reward
-        self.one_trunk = "value" not in shared.peft.peft_config
+        self.one_trunk, self.has_value = "value" not in shared.peft.peft_config, "value" in shared.heads
 
     def role(self, part: str) -> AbstractContextManager:
         if part == "value" and self.one_trunk:
@@ -87,7 +90,7 @@ class SeparateRoleModels:
         ref_adapter: Name of the reference's adapter on the policy.
     """
 
-    one_trunk = False
+    one_trunk, has_value = False, True
 
     def __init__(
         self,

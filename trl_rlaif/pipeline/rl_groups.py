@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_rlaif import distributed
+from trl_rlaif.encoding import set_template_kwargs
 from trl_rlaif.errors import UserError
 from trl_rlaif.generation import seeded
 from trl_rlaif.models.shared_model import SharedBase, save_adapter
@@ -20,16 +22,15 @@ from trl_rlaif.pipeline.stages.sft import last_checkpoint
 from trl_rlaif.progress import say
 
 if TYPE_CHECKING:
+    from trl_rlaif.rl.grpo_rloo.scoring import GroupScorer
     from trl_rlaif.rl.grpo_rloo.trainer import RehearsalMixin
-    from trl_rlaif.rl.ppo.trainer import PPOTrainer
+    from trl_rlaif.rl.ppo.config import PPOConfig
 
 ALGORITHMS = ("rloo", "grpo")
 
 
 def run(context: Context) -> dict[str, Any]:
     """Train ``policy/``; return the first and last numbers of the run itself."""
-    from trl_rlaif.rl.grpo_rloo.trainer import Tracked
-
     started = time.monotonic()
     trainer, skipped, unused = build_trainer(context)
     if unused:
@@ -39,39 +40,43 @@ def run(context: Context) -> dict[str, Any]:
     if checkpoint is not None:  # before what it chose is taken up: rows of the prompts that it knew
         trainer.same_run.compare(Path(checkpoint))
     _select(context, scorer, checkpoint)
-    trainer.train_dataset = scorer.train_dataset
+    trainer.train_dataset = scorer.selection.prompts
     callback = context.callback("rl", "Training the policy")
     callback.attach(trainer)
-    tracker = tracking.attach(context, Tracked(trainer))
+    own = {"role_models": scorer.role_models, "reader": scorer.reader, "log": trainer.log_alone}
+    tracker = tracking.attach(context, trainer, scorer.shared, **own)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         callback.close()
-    rl.keep_selection(context, scorer)
+    rl.keep_selection(context, scorer.selection.folder)
     write_folder(context.folder / "policy", lambda folder: _save(context, scorer.shared, folder))
     numbers = (
-        _numbers(trainer) | rl.of_rewards(scorer) | {"skipped": skipped, "unused": unused} | tracking.numbers(tracker)
+        _numbers(trainer)
+        | rl.of_rewards(trainer.state.log_history, scorer.rewards.unscored.total)
+        | {"skipped": skipped, "unused": unused}
+        | tracking.numbers(tracker)
     )
     return numbers | rl.gpu_memory(context.recipe) | {"seconds": time.monotonic() - started}
 
 
-def _select(context: Context, scorer: PPOTrainer, checkpoint: str | None) -> None:
+def _select(context: Context, scorer: GroupScorer, checkpoint: str | None) -> None:
     """What is trained on and rehearsed: as a checkpoint has it, or else as the selectors choose."""
     from trl_rlaif.rl.grpo_rloo.trainer import kept_state
-    from trl_rlaif.rl.selection import MergedSelection, choose
+    from trl_rlaif.rl.selection import MergedSelection
 
     kept = None if checkpoint is None else kept_state(checkpoint)
     if kept is not None and kept["chosen"] is not None:
-        scorer.apply(MergedSelection.from_dict(kept["chosen"]))
-    elif scorer.data_selectors:
+        scorer.selection.take(MergedSelection.from_dict(kept["chosen"]))
+    elif scorer.selection.selectors:
         with seeded(context.recipe.run.seed, "selection"):
-            scorer.apply(choose(scorer))
+            scorer.selection.take(scorer.selection.choose(0))
 
 
 def build_trainer(context: Context) -> tuple[RehearsalMixin, dict[str, int], list[str]]:
     """TRL's trainer with a scorer; how many prompts were skipped by reason; keys of which nobody makes use."""
     from trl_rlaif.models.adapters import fitted
-    from trl_rlaif.rl.grpo_rloo.scoring import GroupScore
+    from trl_rlaif.rl.grpo_rloo.scoring import GroupReward
     from trl_rlaif.rl.grpo_rloo.trainer import TRAINERS
 
     trainer_class, config_class = TRAINERS[context.recipe.rl.algorithm]
@@ -92,7 +97,7 @@ def build_trainer(context: Context) -> tuple[RehearsalMixin, dict[str, int], lis
         from peft import PeftModel
 
         base, adapter = PeftModel.from_pretrained(base, context.start, is_trainable=True), None
-    score = GroupScore()
+    score = GroupReward()
     trainer = trainer_class(
         model=base,
         reward_funcs=[score],
@@ -103,7 +108,7 @@ def build_trainer(context: Context) -> tuple[RehearsalMixin, dict[str, int], lis
     )
     if hasattr(trainer, "eos_token_ids"):
         trainer.eos_token_ids = stops  # by which TRL masks; its own always have the tokenizer's eos among them
-    # The scorer draws its own random numbers: TRL's trainer goes on as if it were alone.
+    # The scorer's adapters and heads draw random numbers: TRL's trainer goes on as if it were alone.
     with seeded(context.recipe.run.seed, "scorer"):
         score.scorer = _scorer(context, trainer, dataset)
     trainer.take(score.scorer)
@@ -131,21 +136,59 @@ def _stop_ids(context: Context, base: Any) -> list[int]:
     return [eos_id]
 
 
-def _scorer(context: Context, trainer: RehearsalMixin, dataset: Any) -> PPOTrainer:
-    """A PPOTrainer that never trains: it scores, chooses and rehearses on the very base that TRL's trainer trains."""
-    steps = trainer.accelerator.gradient_state
-    before = dict(steps.plugin_kwargs)
-    shared = SharedBase.around(trainer.model)
-    config = dataclasses.replace(
+def _scorer(context: Context, trainer: RehearsalMixin, dataset: Any) -> GroupScorer:
+    """What scores, chooses and rehearses, on the very base that TRL's trainer trains."""
+    from trl_rlaif.compat.ppo_trainer import without_dropout
+    from trl_rlaif.models.role_models import SharedRoleModels
+    from trl_rlaif.responses import ResponseReader
+    from trl_rlaif.rl.generation import RolloutGenerator
+    from trl_rlaif.rl.grpo_rloo.scoring import GroupScorer
+    from trl_rlaif.rl.ppo.construction import longest_row, prepare_base, stop_ids_of, tokenized
+    from trl_rlaif.rl.prompts import PromptCollator
+    from trl_rlaif.rl.rehearsal import Rehearsal, given_pairs
+    from trl_rlaif.rl.scoring import RewardPipeline
+    from trl_rlaif.rl.selection import PromptPool, PromptSelection
+
+    accelerator, tokenizer, shared = trainer.accelerator, context.tokenizer, SharedBase.around(trainer.model)
+    args = _scorer_settings(context, trainer)
+    has_reward = "reward" in context.recipe.rl.reward_names
+    if has_reward:
+        shared.add_reward(context.folder / "reward")
+    without_dropout(shared.to(accelerator.device))
+    prepare_base(shared, args)
+    role_models = SharedRoleModels(shared)
+    stops = stop_ids_of(args, tokenizer, shared.peft)
+    reader = ResponseReader(tokenizer, stops, reasoning=args.reasoning, tags=args.reasoning_tags)
+    generator = RolloutGenerator(args, accelerator, reader)
+    scored = (lambda responses: generator.scores(role_models, responses)) if has_reward else None
+    rewards = RewardPipeline(
+        rl.reward_functions(context, shared), context.transforms("rl"), scored, args, reader, accelerator
+    )
+    pairs = given_pairs(rl.rehearsal_dataset(context), tokenizer, max_length=longest_row(shared.peft, args))
+    rehearsal = Rehearsal(pairs, args, args.seed + accelerator.process_index * 100_003)  # as PPO's local_seed
+    scorer = GroupScorer(
+        args, accelerator, shared, role_models, reader, generator, rewards, rehearsal, context.plugins, trainer.state
+    )
+    prompts = tokenized(dataset, tokenizer, shared.peft, args)
+    policy = partial(role_models.model, "policy")
+    pool = PromptPool(prompts, PromptCollator(tokenizer), scorer, rewards, policy, args, accelerator)
+    scorer.selection = PromptSelection(rl.selectors(context), pool, rehearsal, args.output_dir)
+    return scorer
+
+
+def _scorer_settings(context: Context, trainer: RehearsalMixin) -> PPOConfig:
+    """PPO's settings as the recipe has them, for a trainer that samples and batches by TRL's."""
+    from trl_rlaif.compat.ppo_trainer import work_out_batches
+
+    args = dataclasses.replace(
         rl.config(context),
-        value="trunk",
         response_length=trainer.args.max_completion_length,
         temperature=trainer.args.temperature,  # whose default is TRL's, not PPO's
     )
-    scorer = rl.ppo_trainer(context, config, shared, dataset)
-    # Accelerate's one state of all trainers: TRL's trainer must go on to count as it did.
-    steps.plugin_kwargs = before
-    return scorer
+    work_out_batches(args, trainer.accelerator.num_processes, len(trainer.train_dataset))
+    if args.chat_template_kwargs is not None:
+        set_template_kwargs(context.tokenizer, args.chat_template_kwargs)
+    return args
 
 
 def _config(context: Context, config_class: type) -> tuple[Any, list[str]]:

@@ -15,17 +15,22 @@ from trl_rlaif.recipe.sections import FORGET_SET
 from trl_rlaif.rl.ppo import checkpoint
 
 if TYPE_CHECKING:
+    from transformers import Trainer
+
     from trl_rlaif.encoding import PromptLike
-    from trl_rlaif.rl.ppo.trainer import PPOTrainer
+    from trl_rlaif.models.shared_model import SharedBase
 
 # Where the recipe does not say how often: ten times over the run, as checkpoints are by default.
 EVERY = 0.1
 
 
-def attach(context: Context, trainer: PPOTrainer) -> ForgettingTracker | None:
+def attach(context: Context, trainer: Trainer, shared: SharedBase, **own: Any) -> ForgettingTracker | None:
     """Have a trainer measure the recipe's sets while it trains; None where the recipe asks for none of it.
 
     To be called when what writes metrics.jsonl is attached already. A judge of its own stays in memory for the run.
+
+    Args:
+        own: What ForgettingTracker asks a trainer for that is no PPOTrainer.
     """
     section = context.recipe.evaluate
     if section is None or section.track_every == 0 or (section.track_every is None and FORGET_SET not in section.sets):
@@ -33,20 +38,21 @@ def attach(context: Context, trainer: PPOTrainer) -> ForgettingTracker | None:
     if checkpoint.find(trainer.args.output_dir, True) is None:
         # What is measured before the first update: a run that was killed before its first checkpoint has it already.
         context.folder.drop_metrics("rl")
-    shared, stop = trainer.shared, section.stop_on_forgetting
+    stop = section.stop_on_forgetting
 
     def score(prompt_ids: list[list[int]], completion_ids: list[list[int]], **others: Any) -> list[float]:
         return rewards_of(context, shared, prompt_ids, completion_ids)
 
     tracker = ForgettingTracker(
         trainer,
-        {name: _drawn(context, trainer, name, source) for name, source in sources(context.recipe).items()},
+        {name: _drawn(context, shared, name, source) for name, source in sources(context.recipe).items()},
         asking(context, judge_of(context, shared), "Judging what is forgotten"),
         every=section.track_every or EVERY,
         score=score if "reward" in shared.heads else None,
         stop_below={} if stop is None else {FORGET_SET: 0.5 - stop},
         max_new_tokens=max_new_tokens(context),
         batch_size=section.batch_size,
+        **own,
     )
     trainer.add_callback(tracker)
     return tracker
@@ -60,10 +66,10 @@ def numbers(tracker: ForgettingTracker | None) -> dict[str, Any]:
     return found if tracker.stopped is None else found | {"stopped": tracker.stopped}
 
 
-def _drawn(context: Context, trainer: PPOTrainer, name: str, source: str) -> list[PromptLike]:
+def _drawn(context: Context, shared: SharedBase, name: str, source: str) -> list[PromptLike]:
     """Some prompts of a set, in the form that the base was taught, and in the set's order."""
     recipe = context.recipe
-    length, model = max_new_tokens(context), trainer.shared.model
+    length, model = max_new_tokens(context), shared.model
     prompts, _, _ = context.encoded_prompts(source, length, model, "eval_prompts")
     if len(prompts) > recipe.evaluate.track_prompts:
         generator = np.random.default_rng(derived_seed(recipe.run.seed, "track", name))

@@ -12,48 +12,48 @@ from trl_rlaif.models.role_models import RoleModels
 from trl_rlaif.models.shared_model import backbone, inner_model
 from trl_rlaif.rl.ppo.losses import entropy, token_logprobs
 from trl_rlaif.rl.rollouts import model_inputs
-from trl_rlaif.types import Rollout
+from trl_rlaif.types import Responses
 
 
 @dataclass(frozen=True)
 class RolloutSlice:
-    """Some rows of a rollout, no wider than they need to be.
+    """Some rows of responses, no wider than they need to be.
 
     Args:
         rows: (b,) int64, which.
         width: Response tokens of the longest of them, at least 1.
-        value_width: Steps up to the last that has a value: one more, where the rollout is wider.
+        value_width: Steps up to the last that has a value: one more, where the responses are wider.
     """
 
-    rollout: Rollout
+    responses: Responses
     rows: torch.Tensor
     width: int
     value_width: int
 
     @classmethod
-    def of(cls, rollout: Rollout, rows: torch.Tensor) -> RolloutSlice:
-        width = max(1, int(rollout.lengths[rows.to(rollout.lengths.device)].max()))
-        return cls(rollout, rows, width, min(width + 1, rollout.response_ids.shape[1]))
+    def of(cls, responses: Responses, rows: torch.Tensor) -> RolloutSlice:
+        width = max(1, int(responses.lengths[rows.to(responses.lengths.device)].max()))
+        return cls(responses, rows, width, min(width + 1, responses.response_ids.shape[1]))
 
     @property
     def tokens(self) -> torch.Tensor:
         """(b, width) int64."""
-        return self.rollout.response_ids[self.rows, : self.width]
+        return self.responses.response_ids[self.rows, : self.width]
 
     @property
     def mask(self) -> torch.Tensor:
         """(b, width) bool, True on response tokens."""
-        return self.rollout.masks()[0][self.rows, : self.width]
+        return self.responses.masks()[0][self.rows, : self.width]
 
     @property
     def learned(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(b, width) and (b, value_width) bool: the tokens, and the steps with a value, of responses with a reward."""
-        tokens, steps = self.rollout.learned()
+        tokens, steps = self.responses.learned()
         return tokens[self.rows, : self.width], steps[self.rows, : self.value_width]
 
     def inputs(self, *, last: bool) -> dict[str, torch.Tensor]:
         """For a model; without the ``last`` token where nobody reads what comes behind it."""
-        prompt_ids, prompt_mask, response_ids, lengths = self.rollout.sequences(self.rows)
+        prompt_ids, prompt_mask, response_ids, lengths = self.responses.sequences(self.rows)
         width = self.width if last else self.width - 1
         return model_inputs(prompt_ids, prompt_mask, response_ids[:, :width], lengths.clamp(max=width))
 

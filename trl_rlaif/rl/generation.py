@@ -19,7 +19,7 @@ from trl_rlaif.rl import forward, verification
 from trl_rlaif.rl.forward import RolloutSlice
 from trl_rlaif.rl.rollouts import generate, response_lengths, scored_rows
 from trl_rlaif.rl.vllm import VLLMSampler
-from trl_rlaif.types import Rollout
+from trl_rlaif.types import Responses, Rollout
 
 if TYPE_CHECKING:
     from trl_rlaif.rl.ppo.config import PPOConfig
@@ -85,8 +85,9 @@ class RolloutGenerator:
         """Whether the log-probabilities are right; if not, they are computed in another way from here on."""
         with failing_together(self.accelerator):
             forward = self._forward(role_models, rollout, verification.chosen_rows(rollout))
+            found = rollout.logprobs, forward, rollout.ref_logprobs
             own = verification.deviations(
-                role_models, rollout, forward, self.args, self.accelerator.device, self.temperature
+                role_models, rollout, found, self.args, self.accelerator.device, self.temperature
             )
         found, limit = verification.worst(own, self.accelerator), verification.tolerance(role_models, self.args)
         name = type(role_models.model("policy")).__name__
@@ -176,19 +177,19 @@ class RolloutGenerator:
         return replace(rollout, logprobs=self._forward(role_models, rollout, torch.arange(len(rollout.prompts))))
 
     @torch.no_grad()
-    def compared(self, role_models: RoleModels, rollout: Rollout) -> Rollout:
-        """The rollout with the log-probabilities of policy and reference by a forward pass each; zero after ends."""
-        rows = torch.arange(len(rollout.prompts))
-        references = self._forward(role_models, rollout, rows, "reference")
-        return replace(self._with_logprobs(role_models, rollout), ref_logprobs=references)
+    def kl(self, role_models: RoleModels, responses: Responses) -> torch.Tensor:
+        """(B,) float32, the sum of each response's log-ratios to the reference in nats, by a forward pass of each."""
+        rows = torch.arange(len(responses.prompts))
+        reference, policy = (self._forward(role_models, responses, rows, part) for part in ("reference", "policy"))
+        return ((policy - reference) * responses.masks()[0]).sum(1)
 
     def _forward(
-        self, role_models: RoleModels, rollout: Rollout, rows: torch.Tensor, part: str = "policy"
+        self, role_models: RoleModels, responses: Responses, rows: torch.Tensor, part: str = "policy"
     ) -> torch.Tensor:
         """(B, T) float32: log-probabilities of some rows by a forward pass, the policy's as in the step; else zero."""
-        logprobs = torch.zeros(rollout.response_ids.shape, device=rollout.response_ids.device)
-        for chunk in self._chunks(rollout, rows):
-            rollout_slice = RolloutSlice.of(rollout, chunk)
+        logprobs = torch.zeros(responses.response_ids.shape, device=responses.response_ids.device)
+        for chunk in self._chunks(responses, rows):
+            rollout_slice = RolloutSlice.of(responses, chunk)
             with autocast(self.args, self.accelerator.device):
                 found, _ = forward.logprobs(role_models, part, rollout_slice, self.temperature)
             logprobs[chunk, : rollout_slice.width] = found
@@ -202,7 +203,8 @@ class RolloutGenerator:
             rollout_slice = RolloutSlice.of(rollout, rows)
             with autocast(self.args, self.accelerator.device):
                 found, _ = forward.logprobs(role_models, "reference", rollout_slice, self.temperature)
-                values[rows, : rollout_slice.value_width] = forward.values(role_models, rollout_slice)
+                if role_models.has_value:
+                    values[rows, : rollout_slice.value_width] = forward.values(role_models, rollout_slice)
             references[rows, : rollout_slice.width] = found
         return replace(
             rollout,
@@ -212,21 +214,21 @@ class RolloutGenerator:
         )
 
     @torch.no_grad()
-    def scores(self, role_models: RoleModels, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def scores(self, role_models: RoleModels, responses: Responses) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The reward model's score of each response, and e(x) where it has one: (B,) float32 each."""
         if self.reader.stop_ids and self.args.score_at_end:
-            rollout = scored_rows(rollout, self.reader)
+            responses = scored_rows(responses, self.reader)
         found, order = [], []
-        for rows in self._chunks(rollout):
-            rollout_slice = RolloutSlice.of(rollout, rows)
+        for rows in self._chunks(responses):
+            rollout_slice = RolloutSlice.of(responses, rows)
             with autocast(self.args, self.accelerator.device):
                 found.append(forward.scores(role_models, rollout_slice))
             order.append(rows)
         scores = torch.cat(found)[torch.cat(order).argsort()]
         return scores[:, 0], scores[:, 1] if scores.shape[1] > 1 else None
 
-    def _chunks(self, rollout: Rollout, rows: torch.Tensor | None = None) -> list[torch.Tensor]:
+    def _chunks(self, responses: Responses, rows: torch.Tensor | None = None) -> list[torch.Tensor]:
         """Rows of like length together, as many as a training step holds: little padding is computed, or none."""
-        rows = rollout.by_length(torch.arange(len(rollout.prompts)) if rows is None else rows)
-        groups = [rows] if self.pads else forward.equal_prompts(rollout.prompt_mask, rows)
+        rows = responses.by_length(torch.arange(len(responses.prompts)) if rows is None else rows)
+        groups = [rows] if self.pads else forward.equal_prompts(responses.prompt_mask, rows)
         return [part for group in groups for part in group.split(self.args.per_device_train_batch_size)]

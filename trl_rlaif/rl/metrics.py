@@ -6,16 +6,12 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import gather_object
 
 from trl_rlaif.rl.ppo.advantages import kl_per_token
-from trl_rlaif.types import Rollout
-
-if TYPE_CHECKING:
-    from trl_rlaif.rl.ppo.trainer import PPOTrainer
+from trl_rlaif.types import Responses, Rollout
 
 
 @torch.no_grad()
@@ -68,41 +64,24 @@ def _means_of_known(
     return {name: values.mean().item() for name, values in known.items() if len(values)}
 
 
-def distinct_responses(rollout: Rollout) -> int:
+def distinct_responses(responses: Responses) -> int:
     """How many different responses there are, over all processes."""
-    rows = zip(rollout.response_ids.tolist(), rollout.lengths.tolist(), strict=True)
+    rows = zip(responses.response_ids.tolist(), responses.lengths.tolist(), strict=True)
     return len(set(gather_object([tuple(ids[:length]) for ids, length in rows])))
 
 
-def loop_metrics(trainer: PPOTrainer, rollout: Rollout) -> dict[str, float]:
-    """What the loop itself knows of an update: weights, places in the run, rehearsal, parts of the reward."""
-    metrics = {
-        "objective/kl_coef": trainer.kl_controller.coef,
-        "policy/epochs": trainer._epochs_done,
-        "lr": trainer.lr_scheduler.get_last_lr()[0],
-        "episode": trainer.state.episode + trainer.args.batch_size,
-    }
-    ends = torch.isin(rollout.response_ids, rollout.response_ids.new_tensor(trainer.end_ids)).sum()
-    metrics["val/num_eos_tokens"] = trainer.accelerator.reduce(ends, "sum").item()
-    if trainer.rehearsal.pairs:
-        metrics["rehearsal/coef"] = trainer.rehearsal_coef
-        metrics["rehearsal/pairs"] = len(trainer.rehearsal.pairs)
-        metrics["time/rehearsal"], trainer._rehearsal_seconds = trainer._rehearsal_seconds, 0.0
-    return metrics | rollout.metrics
-
-
 def score_metrics(
-    rollout: Rollout, scores: torch.Tensor, gather: Callable[[torch.Tensor], torch.Tensor]
+    responses: Responses, scores: torch.Tensor, gather: Callable[[torch.Tensor], torch.Tensor]
 ) -> dict[str, float]:
     """What is known of (B,) scores by themselves, over all processes: their mean, and by category.
 
     NaN where a response has none.
     """
     metrics = _means_of_known({"objective/scores": scores}, gather) | {
-        "rollout/ended": gather(rollout.ended.float()).mean().item(),
-        "rollout/distinct": distinct_responses(rollout),
+        "rollout/ended": gather(responses.ended.float()).mean().item(),
+        "rollout/distinct": distinct_responses(responses),
     }
-    return metrics | _by_category(rollout, scores)
+    return metrics | _by_category(responses, scores)
 
 
 def category_spreads(categories: Sequence[str | None], steps: dict[str, list[float]]) -> dict[str, float]:
@@ -136,10 +115,10 @@ def _spread(scores: Sequence[float], categories: Sequence[str | None]) -> float 
     return math.sqrt(max(between - chance, 0.0) / every)
 
 
-def _by_category(rollout: Rollout, scores: torch.Tensor) -> dict[str, float]:
+def _by_category(responses: Responses, scores: torch.Tensor) -> dict[str, float]:
     """Mean score of each category, over all processes."""
     by_category = defaultdict(list)
-    for category, score in gather_object(list(zip(rollout.categories, scores.tolist(), strict=True))):
+    for category, score in gather_object(list(zip(responses.categories, scores.tolist(), strict=True))):
         if category is not None and not math.isnan(score):
             by_category[category].append(score)
     return {f"reward/{name}": sum(values) / len(values) for name, values in by_category.items()}

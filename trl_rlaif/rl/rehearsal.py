@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from trl_rlaif.batching import pad_rows
 from trl_rlaif.encoding import encode_prompt, encode_response
 from trl_rlaif.errors import UserError
-from trl_rlaif.types import RehearsalPair, Rollout
+from trl_rlaif.types import RehearsalPair, Responses
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,20 +26,47 @@ logger = logging.getLogger(__name__)
 
 
 class Rehearsal:
-    """The pairs D_R, in shuffled passes.
+    """The pairs D_R, in shuffled passes, and the step in which they are rehearsed.
 
     Args:
         given: The user's own pairs, which stay.
+        args: gamma, its schedule and the batch size.
+        seed: Of the passes' order: another one in each process.
     """
 
-    def __init__(self, given: Sequence[RehearsalPair] = ()) -> None:
-        self.given, self.pairs = list(given), list(given)
-        self._generator = torch.Generator()
+    def __init__(self, given: Sequence[RehearsalPair], args: PPOConfig, seed: int = 0) -> None:
+        self.given, self.pairs, self.args = list(given), list(given), args
+        self._generator = torch.Generator().manual_seed(seed)
         self._order: list[int] = []
+        self._seconds = 0.0
 
-    def seed(self, seed: int) -> None:
-        """Of the passes' order: another one in each process."""
-        self._generator.manual_seed(seed)
+    def step(
+        self, backward: Callable[[Responses, float], torch.Tensor], progress: float, device: torch.device
+    ) -> torch.Tensor:
+        """Add the gradients of the next pairs to an optimizer step; their NLL, nats a token.
+
+        Args:
+            backward: Adds the gradients of so many times a batch's NLL, and returns it (``PPOStep.rehearse``).
+            progress: Share of all updates that are done, 0..1.
+            device: Of the models.
+        """
+        began = _clock(device)
+        pairs = as_responses(self.draw(batch_size(self.args)), device)
+        nll = backward(pairs, weight(self.args, progress))
+        self._seconds += _clock(device) - began
+        return nll
+
+    def metrics(self, progress: float) -> dict[str, float]:
+        """Weight and number of the pairs, and how long the steps took since this was last asked; {} without pairs."""
+        if not self.pairs:
+            return {}
+        coef = weight(self.args, progress)
+        return {"rehearsal/coef": coef, "rehearsal/pairs": len(self.pairs), "time/rehearsal": self.take_seconds()}
+
+    def take_seconds(self) -> float:
+        """How long the steps took since this was last asked."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
     def fill(self, selected: Sequence[RehearsalPair]) -> None:
         """Take these pairs in place of what was selected before. Those without a response are left out."""
@@ -64,6 +92,13 @@ class Rehearsal:
         self._order = list(state["order"])
 
 
+def _clock(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.monotonic()
+
+
 def batch_size(args: PPOConfig) -> int:
     """Pairs an optimizer step, in each process.
 
@@ -84,24 +119,22 @@ def weight(args: PPOConfig, progress: float) -> float:
     return args.rehearsal_coef
 
 
-def as_rollout(pairs: Sequence[RehearsalPair], device: torch.device, ended: Sequence[bool] | None = None) -> Rollout:
-    """Pairs as a rollout whose prompts and responses alone are meant.
+def as_responses(
+    pairs: Sequence[RehearsalPair], device: torch.device, ended: Sequence[bool] | None = None
+) -> Responses:
+    """Pairs as a batch.
 
     Args:
         ended: Whether each response has; None: all have.
     """
     prompt_ids, prompt_mask = (x.to(device) for x in pad_rows((pair.prompt_ids for pair in pairs), left=True))
     response_ids, mask = (x.to(device) for x in pad_rows(pair.response_ids for pair in pairs))
-    zeros = torch.zeros(response_ids.shape, device=device)
-    return Rollout(
+    return Responses(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
         response_ids=response_ids,
         lengths=mask.sum(1),
         ended=torch.tensor([True] * len(pairs) if ended is None else list(ended), device=device),
-        logprobs=zeros,
-        ref_logprobs=zeros,
-        values=zeros,
         prompts=[pair.prompt for pair in pairs],
         completions=[pair.response for pair in pairs],
     )

@@ -12,17 +12,16 @@ from typing import TYPE_CHECKING
 
 import datasets
 import torch
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from trl_rlaif.distributed import failing_together
 from trl_rlaif.errors import UserError
 from trl_rlaif.generation import derived_seed
 from trl_rlaif.models.safe_training import safe_training
 from trl_rlaif.rl import deepspeed
 from trl_rlaif.rl.ppo import checkpoint
-from trl_rlaif.rl.selection import MergedSelection, draw_pool, responses_needed, select
+from trl_rlaif.rl.selection import MergedSelection
 from trl_rlaif.types import Pool, RehearsalPair
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ class RejectionTrainer:
     """
 
     def __init__(self, trainer: PPOTrainer, iterations: int) -> None:
-        if not trainer.data_selectors:
+        if not trainer.selection.selectors:
             raise UserError("Rejection sampling needs a data selector that accepts responses.")
         if trainer.shared is None:
             raise UserError("Rejection sampling needs one base for every role.", fix="Leave out value_model.")
@@ -95,15 +94,12 @@ class RejectionTrainer:
 
     def select(self) -> tuple[Pool, MergedSelection]:
         """Responses of the present policy, drawn from a seed of this iteration's own, and what was accepted."""
-        trainer, accelerator, chosen = self.trainer, self.trainer.accelerator, MergedSelection()
+        trainer, selection = self.trainer, self.trainer.selection
         counted = trainer.rewards.unscored.total
         with trainer._kept():
-            set_seed(derived_seed(self._seed, accelerator.process_index))
-            pool = draw_pool(trainer, responses_needed(trainer), selection=trainer.state.global_step)
-            with failing_together(accelerator):
-                if accelerator.is_main_process:
-                    chosen = select(trainer.data_selectors, pool)
-            chosen = broadcast_object_list([chosen])[0]
+            set_seed(derived_seed(self._seed, trainer.accelerator.process_index))
+            pool = selection.pool.draw(selection.num_responses, selection=trainer.state.global_step)
+            chosen = selection.choose_from(pool)
             if not accepted(chosen):
                 raise UserError(
                     f"Nothing was accepted in iteration {trainer.state.global_step + 1}: of {len(pool)} responses the "
@@ -170,7 +166,7 @@ class RejectionTrainer:
         trainer, state = self.trainer, self.trainer.state
         state.global_step += 1
         state.episode += len(pool) + self._unscored
-        state.epoch = state.global_step * len(set(pool.rows.tolist())) / len(trainer.every_prompt)
+        state.epoch = state.global_step * len(set(pool.rows.tolist())) / len(trainer.selection.pool.prompts)
         trainer.plugins.notify("policy_updated", trainer=trainer, metrics=metrics)
         trainer.log(metrics)
         trainer.control = trainer.callback_handler.on_step_end(trainer.args, state, trainer.control)
@@ -187,8 +183,8 @@ def count_iterations(trainer: PPOTrainer, total_episodes: int | None = None) -> 
         total_episodes: None asks for ``num_train_epochs`` passes over the prompts. (The trainer's arguments always
             hold a number, PPO's.)
     """
-    every = len(trainer.every_prompt)
-    prompts, responses = min(trainer.args.selection_prompts or every, every), responses_needed(trainer)
+    every = len(trainer.selection.pool.prompts)
+    prompts, responses = min(trainer.args.selection_prompts or every, every), trainer.selection.num_responses
     passes = trainer.args.num_train_epochs * every if total_episodes is None else total_episodes / responses
     return max(1, math.ceil(round(passes / prompts, 6)))
 

@@ -14,7 +14,7 @@ from trl_rlaif.rl.reward_calls import AsyncCall, named_when_it_hangs, wait_for_a
 from trl_rlaif.validation import Origin, RewardError, origin_of
 
 if TYPE_CHECKING:
-    from trl_rlaif.types import Rollout
+    from trl_rlaif.types import Responses
 
 RewardFunc = Callable[..., Any]
 MODEL = "model"
@@ -34,7 +34,7 @@ def reward_names(functions: Sequence[RewardFunc], *, model: bool) -> list[str]:
 
 
 def call_rewards(
-    functions: Sequence[RewardFunc], rollout: Rollout, *, timeout: float | None = None, **extra: Any
+    functions: Sequence[RewardFunc], responses: Responses, *, timeout: float | None = None, **extra: Any
 ) -> list[torch.Tensor]:
     """Call ``f(prompts=, completions=, completion_ids=, **columns)`` of every function and check what it returns.
 
@@ -54,9 +54,9 @@ def call_rewards(
             is named, and the row. Where one blocks the event loop, all that run in it are named.
         RewardError: The same of a function that a recipe picked, or an exception in it.
     """
-    ids = [row[:n].tolist() for row, n in zip(rollout.response_ids, rollout.lengths.tolist(), strict=True)]
-    given = {"prompts": rollout.prompts, "completions": rollout.completions, "completion_ids": ids}
-    given |= rollout.columns | extra
+    ids = [row[:n].tolist() for row, n in zip(responses.response_ids, responses.lengths.tolist(), strict=True)]
+    given = {"prompts": responses.prompts, "completions": responses.completions, "completion_ids": ids}
+    given |= responses.columns | extra
     origins = [origin_of(function, "reward function") for function in functions]
     results: dict[int, Any] = {}
     calls: dict[int, AsyncCall] = {}
@@ -71,7 +71,7 @@ def call_rewards(
     finally:
         for call in calls.values():
             call.cancel()
-    return [_checked(results[i], origin, rollout.prompts) for i, origin in enumerate(origins)]
+    return [_checked(results[i], origin, responses.prompts) for i, origin in enumerate(origins)]
 
 
 def _is_coroutine_function(function: RewardFunc) -> bool:

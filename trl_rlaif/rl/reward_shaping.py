@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from trl_rlaif.types import Rollout
+from trl_rlaif.types import Responses
 
 
 def shaped_scores(
     scores: torch.Tensor,
-    rollout: Rollout,
+    responses: Responses,
     args: Any,
     ended: torch.Tensor,
     gather: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
@@ -39,7 +39,7 @@ def shaped_scores(
     if args.missing_eos_penalty is not None:
         scores = torch.where(ended, scores, scores - args.missing_eos_penalty)
     if args.length_penalty:
-        scores = scores - args.length_penalty * rollout.lengths / args.response_length
+        scores = scores - args.length_penalty * responses.lengths / args.response_length
     return scores
 
 

@@ -15,7 +15,7 @@ from trl_rlaif.batching import pad_rows
 from trl_rlaif.generation import bare_generation_config
 from trl_rlaif.models.kernels import generation_cache
 from trl_rlaif.responses import ResponseReader
-from trl_rlaif.types import Rollout
+from trl_rlaif.types import Responses, Rollout
 
 
 class LogprobRecorder(LogitsProcessor):
@@ -115,8 +115,8 @@ def response_lengths(
     return torch.where(ended, stop + 1, lengths), ended
 
 
-def scored_rows(rollout: Rollout, reader: ResponseReader) -> Rollout:
-    """The rollout's responses as a reward model was trained on responses: the answer, and the end of a turn.
+def scored_rows(responses: Responses, reader: ResponseReader) -> Responses:
+    """Responses as a reward model was trained on responses: the answer, and the end of a turn.
 
     A response that ended with another stop token ends with that one, and one that was cut at the length limit gets it
     appended: a score is read at the end of a turn, whether or not the policy came to it.
@@ -124,15 +124,15 @@ def scored_rows(rollout: Rollout, reader: ResponseReader) -> Rollout:
     rows = [
         reader.row(ids[:n], prompt[mask].tolist())
         for ids, n, prompt, mask in zip(
-            rollout.response_ids.tolist(),
-            rollout.lengths.tolist(),
-            rollout.prompt_ids,
-            rollout.prompt_mask,
+            responses.response_ids.tolist(),
+            responses.lengths.tolist(),
+            responses.prompt_ids,
+            responses.prompt_mask,
             strict=True,
         )
     ]
-    response_ids, mask = (x.to(rollout.lengths.device) for x in pad_rows(rows))
-    return replace(rollout, response_ids=response_ids, lengths=mask.sum(1))
+    response_ids, mask = (x.to(responses.lengths.device) for x in pad_rows(rows))
+    return replace(responses, response_ids=response_ids, lengths=mask.sum(1))
 
 
 def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout:

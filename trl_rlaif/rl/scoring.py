@@ -17,7 +17,7 @@ from trl_rlaif.rl.reward_functions import MODEL, RewardFunc, call_rewards, rewar
 from trl_rlaif.rl.reward_shaping import shaped_scores
 from trl_rlaif.rl.reward_sum import RewardSum
 from trl_rlaif.rl.unscored import Unscored
-from trl_rlaif.types import Rollout, ScoredBatch
+from trl_rlaif.types import Responses, ScoredBatch
 from trl_rlaif.validation import validated
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from trl_rlaif.responses import ResponseReader
     from trl_rlaif.rl.ppo.config import PPOConfig
 
-ModelScores = Callable[[Rollout], tuple[torch.Tensor, torch.Tensor | None]]
+ModelScores = Callable[[Responses], tuple[torch.Tensor, torch.Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class RewardPipeline:
         return any(transform.needs_kl for transform in self.transforms)
 
     @torch.no_grad()
-    def score(self, rollout: Rollout, **extra: Any) -> Scores:
+    def score(self, responses: Responses, **extra: Any) -> Scores:
         """What every reward says of the responses, summed.
 
         Args:
@@ -122,12 +122,12 @@ class RewardPipeline:
         with failing_together(self.accelerator):
             found, expected = [], None
             if self.model is not None:
-                scores, expected = self.model(rollout)
+                scores, expected = self.model(responses)
                 if not scores.isfinite().all():
                     raise UserError("The reward model gave a score that is not finite.")
                 found.append(scores)
             device, timeout = self.accelerator.device, self.args.reward_timeout
-            called = call_rewards(self.functions, rollout, timeout=timeout, **extra)
+            called = call_rewards(self.functions, responses, timeout=timeout, **extra)
             raw = dict(zip(self.names, [*found, *(scores.to(device) for scores in called)], strict=True))
             names = self.names[len(found) :]
             failed = {name: list(getattr(f, "failed", ())) for name, f in zip(names, self.functions, strict=True)}
@@ -157,7 +157,7 @@ class RewardPipeline:
         """Count the responses without a reward."""
         self.unscored.observe(scores.total, scores.failed)
 
-    def transform(self, scores: Scores, rollout: Rollout, kl: torch.Tensor, *, pool: bool = False) -> Scores:
+    def transform(self, scores: Scores, responses: Responses, kl: torch.Tensor, *, pool: bool = False) -> Scores:
         """Scores after the transforms in their order, then whitened, clipped and less penalties.
 
         Transforms see the responses alone that have a reward; the scores of the others stay NaN.
@@ -169,11 +169,11 @@ class RewardPipeline:
         known, total, spreads = scores.scored, scores.total, {}
         if self.transforms and self.accelerator.gather(known).any():
             seen = ScoredBatch(
-                rollout.prompts,
-                rollout.completions,
-                rollout.lengths,
+                responses.prompts,
+                responses.completions,
+                responses.lengths,
                 kl,
-                rollout.columns,
+                responses.columns,
                 scores.parts,
                 scores.raw.get(MODEL),
                 scores.model_scale,
@@ -186,10 +186,10 @@ class RewardPipeline:
                 steps[numbered(type(transform).__name__, steps)] = found.tolist()
             spreads = category_spreads(seen.categories, steps)
             total = total.masked_scatter(known, found)
-        ended = rollout.ended
+        ended = responses.ended
         if not self.reader.stop_ids:  # as in TRL, an end within a response counts
-            ended = (rollout.response_ids == self.reader.tokenizer.eos_token_id).any(1)
-        total = shaped_scores(total, rollout, self.args, ended, self.accelerator.gather)
+            ended = (responses.response_ids == self.reader.tokenizer.eos_token_id).any(1)
+        total = shaped_scores(total, responses, self.args, ended, self.accelerator.gather)
         return replace(scores, total=total, spreads=spreads)
 
     def take_metrics(self, scores: Scores) -> dict[str, float]:

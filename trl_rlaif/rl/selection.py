@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -18,14 +18,18 @@ from trl_rlaif.errors import UserError
 from trl_rlaif.pipeline.artifacts import to_line, write_atomically
 from trl_rlaif.progress import progress_bar
 from trl_rlaif.rl.ppo.advantages import kl_per_token
-from trl_rlaif.rl.rehearsal import lines
+from trl_rlaif.rl.rehearsal import Rehearsal, lines
 from trl_rlaif.rl.rollouts import join_rollouts
-from trl_rlaif.rl.scoring import Scores
+from trl_rlaif.rl.scoring import RewardPipeline, Scores
 from trl_rlaif.types import Pool, RehearsalPair, Rollout, Selection
 from trl_rlaif.validation import check_num_responses, origin_of, validated
 
 if TYPE_CHECKING:
-    from trl_rlaif.rl.ppo.trainer import PPOTrainer
+    from accelerate import Accelerator
+    from datasets import Dataset
+    from torch import nn
+
+    from trl_rlaif.rl.ppo.config import PPOConfig
 
 # Points of the report's map; more would only hide each other.
 MAP_POINTS = 2_000
@@ -58,136 +62,228 @@ class MergedSelection:
         return cls(**{**values, "rehearsal": [RehearsalPair(**pair) for pair in values["rehearsal"]]})
 
 
-def choose(trainer: PPOTrainer) -> MergedSelection:
-    """The selectors' choice from the trainer's prompts, with scored responses of the present policy.
+class Steps(Protocol):
+    """The steps of a trainer that a pool of responses goes through."""
 
-    Every process draws and scores a share of the pool; the first one chooses from all of it. The reward transforms'
-    state is afterwards what it was: a pool is no training data.
+    def sample(self, batch: dict[str, Any]) -> Rollout:
+        """Responses of the present policy to a collated batch of prompts."""
 
-    Raises:
-        UserError: As ``select``.
-    """
-    accelerator, chosen = trainer.accelerator, MergedSelection()
-    state = trainer.rewards.state_dict()
-    every, updates = trainer.args.selection_every, trainer.state.global_step
-    pool = draw_pool(trainer, responses_needed(trainer), selection=updates // every if every else 0)
-    trainer.rewards.load_state_dict(state)
-    with failing_together(accelerator):
-        if accelerator.is_main_process:
-            chosen = select(trainer.data_selectors, pool)
-    return broadcast_object_list([chosen])[0]
+    def score(self, rollout: Rollout) -> Scores | torch.Tensor:
+        """Their summed rewards."""
+
+    def transform(self, scores: Scores | torch.Tensor, rollout: Rollout, *, pool: bool = False) -> Any:
+        """Scores as they are paid: Scores, or (B,) float32."""
 
 
-def responses_needed(trainer: PPOTrainer) -> int:
-    """Responses a prompt that the trainer's selectors need."""
-    return max(map(_responses_needed, trainer.data_selectors))
-
-
-def _responses_needed(selector: DataSelector) -> int:
-    with origin_of(selector, "data selector").blamed("num_responses"):
-        return check_num_responses(selector.num_responses)
-
-
-def draw_pool(trainer: PPOTrainer, num_responses: int = 1, *, selection: int = 0) -> Pool:
-    """Scored responses of the present policy to ``args.selection_prompts`` of the trainer's prompts, or to all.
-
-    Every process draws a share, and has all of it in the end. Responses without a reward are left out.
+class PromptPool:
+    """Draws scored responses of the present policy to a run's prompts. Each process draws a share.
 
     Args:
-        trainer: Whose policy, rewards and transforms are used.
-        num_responses: Responses a prompt.
-        selection: How many selections came before: each one draws prompts of its own, where not all are drawn.
-
-    Raises:
-        UserError: More than ``args.max_failed`` of the responses have no reward, or all have none.
+        prompts: With ``input_ids``.
+        collate: Makes a batch of rows.
+        steps: Sample, score and transform.
+        rewards: Counts the responses without a reward; its state is afterwards what it was where that is asked for.
+        policy: Gives the policy's model, whose base without an adapter embeds prompts.
+        args: Seed, prompts to draw, batch size and estimator of the KL.
+        accelerator: Of all processes.
     """
-    seed, limit = trainer.args.seed, trainer.args.selection_prompts
-    rows = list(range(len(trainer.every_prompt)))
-    if limit is not None and limit < len(rows):
-        rows = sorted(np.random.default_rng(seed + selection).choice(len(rows), limit, replace=False).tolist())
-    rows = [row for row in rows for _ in range(num_responses)]
-    processes, size = trainer.accelerator.num_processes, trainer.args.local_batch_size
-    share = -(-len(rows) // processes)
-    begin = trainer.accelerator.process_index * share
-    # What is beyond the last prompt is a repetition, so that all processes draw equally many.
-    batches = [
-        [rows[i % len(rows)] for i in range(start, min(start + size, begin + share))]
-        for start in range(begin, begin + share, size)
-    ]
-    rollout, scores = _scored(trainer, batches, share)
-    entropies = -rollout.logprobs.sum(1) / rollout.lengths.clamp(min=1)
-    kl = kl_per_token(rollout.logprobs, rollout.ref_logprobs, trainer.args.kl_estimator).sum(1)
-    found = zip(
-        rollout.prompts,
-        rollout.completions,
-        scores.total.tolist(),
-        rollout.categories,
-        [ids[mask].tolist() for ids, mask in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)],
-        [ids[:n].tolist() for ids, n in zip(rollout.response_ids, rollout.lengths.tolist(), strict=True)],
-        entropies.tolist(),
-        kl.tolist(),
-        [{name: values[i] for name, values in rollout.columns.items()} for i in range(share)],
-        strict=True,
-    )
-    found = gather_object(list(found))[: len(rows)]
-    prompts, responses, scores, categories, prompt_ids, response_ids, entropies, kl, columns = map(
-        list, zip(*found, strict=True)
-    )
-    pool = Pool(
-        prompts=prompts,
-        responses=responses,
-        scores=torch.tensor(scores),
-        categories=categories,
-        rows=torch.tensor(rows),
-        columns={name: [values[name] for values in columns] for name in columns[0]},
-        prompt_ids=prompt_ids,
-        response_ids=response_ids,
-        entropies=torch.tensor(entropies),
-        kl=torch.tensor(kl),
-        embed=lambda: _embeddings(trainer, prompt_ids, num_responses),
-        seed=seed,
-        selection=selection,
-    )
-    known = (~pool.scores.isnan()).nonzero()[:, 0].tolist()
-    if not known:
-        raise UserError("None of the responses to choose from has a reward.")
-    return pool if len(known) == len(pool) else pool.subset(known)
+
+    def __init__(
+        self,
+        prompts: Dataset,
+        collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        steps: Steps,
+        rewards: RewardPipeline,
+        policy: Callable[[], nn.Module],
+        args: PPOConfig,
+        accelerator: Accelerator,
+    ) -> None:
+        self.prompts, self.steps, self.rewards, self.args, self.accelerator = prompts, steps, rewards, args, accelerator
+        self._collate, self._policy = collate, policy
+
+    def draw(self, num_responses: int = 1, *, selection: int = 0) -> Pool:
+        """Scored responses to ``args.selection_prompts`` of the prompts, or to all. Every process has all in the end.
+
+        Responses without a reward are left out.
+
+        Args:
+            num_responses: Responses a prompt.
+            selection: How many selections came before: each one draws prompts of its own, where not all are drawn.
+
+        Raises:
+            UserError: More than ``args.max_failed`` of the responses have no reward, or all have none.
+        """
+        rows = [row for row in self._rows(selection) for _ in range(num_responses)]
+        share = -(-len(rows) // self.accelerator.num_processes)
+        begin, size = self.accelerator.process_index * share, self.args.local_batch_size
+        # What is beyond the last prompt is a repetition, so that all processes draw equally many.
+        batches = [
+            [rows[i % len(rows)] for i in range(start, min(start + size, begin + share))]
+            for start in range(begin, begin + share, size)
+        ]
+        rollout, scores = self._scored(batches, share)
+        found = gather_object(list(self._lines(rollout, scores)))[: len(rows)]
+        prompts, responses, totals, categories, prompt_ids, response_ids, entropies, kl, columns = map(
+            list, zip(*found, strict=True)
+        )
+        pool = Pool(
+            prompts=prompts,
+            responses=responses,
+            scores=torch.tensor(totals),
+            categories=categories,
+            rows=torch.tensor(rows),
+            columns={name: [values[name] for values in columns] for name in columns[0]},
+            prompt_ids=prompt_ids,
+            response_ids=response_ids,
+            entropies=torch.tensor(entropies),
+            kl=torch.tensor(kl),
+            embed=lambda: self._embeddings(prompt_ids, num_responses),
+            seed=self.args.seed,
+            selection=selection,
+        )
+        known = (~pool.scores.isnan()).nonzero()[:, 0].tolist()
+        if not known:
+            raise UserError("None of the responses to choose from has a reward.")
+        return pool if len(known) == len(pool) else pool.subset(known)
+
+    def _rows(self, selection: int) -> list[int]:
+        """The prompts that are drawn for."""
+        rows, limit = list(range(len(self.prompts))), self.args.selection_prompts
+        if limit is None or limit >= len(rows):
+            return rows
+        chosen = np.random.default_rng(self.args.seed + selection).choice(len(rows), limit, replace=False)
+        return sorted(chosen.tolist())
+
+    def _scored(self, batches: list[list[int]], size: int) -> tuple[Rollout, Scores]:
+        """Responses to batches of prompts (rows) as one rollout, and their (size,) scores, transformed all at once.
+
+        A batch at a time they could not be compared: each would be mapped by other figures than the one before.
+        """
+        rollouts, scores, before = [], [], self.rewards.sum.state_dict()
+        for batch in self._shown(batches, size):
+            rollouts.append(self.steps.sample(self._collate([self.prompts[row] for row in batch])))
+            scores.append(Scores.of(self.steps.score(rollouts[-1])))
+            self.rewards.observe(scores[-1])
+            self.rewards.unscored.check()
+        rollout = join_rollouts(rollouts)
+        return rollout, Scores.of(self.steps.transform(self.rewards.joined(scores, before), rollout, pool=True))
+
+    def _lines(self, rollout: Rollout, scores: Scores) -> Iterator[tuple[Any, ...]]:
+        """What a pool holds of each response, as plain values that go from process to process."""
+        kl = kl_per_token(rollout.logprobs, rollout.ref_logprobs, self.args.kl_estimator).sum(1)
+        entropies = -rollout.logprobs.sum(1) / rollout.lengths.clamp(min=1)
+        return zip(
+            rollout.prompts,
+            rollout.completions,
+            scores.total.tolist(),
+            rollout.categories,
+            [ids[mask].tolist() for ids, mask in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)],
+            [ids[:n].tolist() for ids, n in zip(rollout.response_ids, rollout.lengths.tolist(), strict=True)],
+            entropies.tolist(),
+            kl.tolist(),
+            [{name: values[i] for name, values in rollout.columns.items()} for i in range(len(rollout.prompts))],
+            strict=True,
+        )
+
+    def _shown(self, batches: list[list[int]], size: int) -> Iterator[list[int]]:
+        """The batches, with a progress bar over this process's share: a pool may take longer than an update."""
+        if not self.accelerator.is_main_process:
+            yield from batches
+            return
+        with progress_bar("Drawing responses to choose from", size, unit="responses") as advance:
+            for batch in batches:
+                yield batch
+                advance(len(batch))
+
+    def _embeddings(self, prompt_ids: list[list[int]], repeats: int) -> np.ndarray:
+        """By the frozen base; a prompt's responses stand one behind the other."""
+        from trl_rlaif.models.embedding import mean_hidden_states
+        from trl_rlaif.models.shared_model import active_adapter
+
+        model = self._policy()
+        with active_adapter(model, None):
+            return mean_hidden_states(model, prompt_ids[::repeats]).repeat(repeats, axis=0)
 
 
-def _scored(trainer: PPOTrainer, batches: list[list[int]], size: int) -> tuple[Rollout, Scores]:
-    """Responses to batches of prompts (rows) as one rollout, and their (size,) scores, transformed all at once.
+class PromptSelection:
+    """What is trained on and rehearsed: the choice of a run's selectors from its pool, the same in all processes.
 
-    A batch at a time they could not be compared: each would be mapped by other figures than the one before.
+    Args:
+        selectors: Applied one after the other; none leave everything as it is.
+        pool: What they choose from.
+        rehearsal: Is filled with the pairs that they choose.
+        folder: Where the choice is written for the reader's eyes.
+
+    Attributes:
+        chosen: The present choice; None before the first.
+        at: The update before which it was made, where that is known.
     """
-    rollouts, scores, before = [], [], trainer.rewards.sum.state_dict()
-    for batch in _shown(trainer, batches, size):
-        rollouts.append(trainer.sample(trainer.data_collator([trainer.every_prompt[row] for row in batch])))
-        scores.append(Scores.of(trainer.score(rollouts[-1])))
-        trainer.rewards.observe(scores[-1])
-        trainer.rewards.unscored.check()
-    rollout = join_rollouts(rollouts)
-    return rollout, Scores.of(trainer.transform(trainer.rewards.joined(scores, before), rollout, pool=True))
+
+    def __init__(
+        self, selectors: Sequence[DataSelector], pool: PromptPool, rehearsal: Rehearsal, folder: str | Path
+    ) -> None:
+        self.selectors, self.pool, self.rehearsal, self.folder = list(selectors), pool, rehearsal, Path(folder)
+        self.chosen: MergedSelection | None = None
+        self.at: int | None = None
+
+    @property
+    def num_responses(self) -> int:
+        """Responses a prompt that the selectors need."""
+        return max(map(responses_needed, self.selectors))
+
+    @property
+    def prompts(self) -> Dataset:
+        """Those that were chosen to train on."""
+        rows = None if self.chosen is None else self.chosen.rows
+        return self.pool.prompts if rows is None else self.pool.prompts.select(rows)
+
+    def due(self, update: int) -> bool:
+        """Whether to choose before this update: at the start, and every ``selection_every`` updates."""
+        every = self.pool.args.selection_every
+        again = every is not None and update > 0 and update % every == 0
+        # A run that stopped between a selection and the end of its update is resumed with that selection.
+        return bool(self.selectors) and (self.chosen is None or (again and self.at != update))
+
+    def choose(self, update: int) -> MergedSelection:
+        """The selectors' choice. The rewards' state is afterwards what it was: a pool is no training data.
+
+        Raises:
+            UserError: As ``select``.
+        """
+        state, every = self.pool.rewards.state_dict(), self.pool.args.selection_every
+        pool = self.pool.draw(self.num_responses, selection=update // every if every else 0)
+        self.pool.rewards.load_state_dict(state)
+        return self.choose_from(pool)
+
+    def choose_from(self, pool: Pool) -> MergedSelection:
+        """The choice that the first process makes, in all of them."""
+        chosen = MergedSelection()
+        with failing_together(self.pool.accelerator):
+            if self.pool.accelerator.is_main_process:
+                chosen = select(self.selectors, pool)
+        return broadcast_object_list([chosen])[0]
+
+    def take(self, chosen: MergedSelection) -> None:
+        """Train on it and rehearse it from here on."""
+        self.chosen = chosen
+        self.rehearsal.fill(chosen.rehearsal)
+        self.write()
+
+    def write(self) -> None:
+        """Write rehearsal.jsonl and selection_map.jsonl."""
+        if not self.pool.accelerator.is_main_process:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        points = [] if self.chosen is None else self.chosen.map
+        for name, rows in ((REHEARSAL_FILE, lines(self.rehearsal.pairs)), (MAP_FILE, points)):
+            if rows:
+                write_atomically(self.folder / name, "".join(map(to_line, rows)))
 
 
-def _shown(trainer: PPOTrainer, batches: list[list[int]], size: int) -> Iterator[list[int]]:
-    """The batches, with a progress bar over this process's share: a pool may take longer than an update."""
-    if not trainer.accelerator.is_main_process:
-        yield from batches
-        return
-    with progress_bar("Drawing responses to choose from", size, unit="responses") as advance:
-        for batch in batches:
-            yield batch
-            advance(len(batch))
-
-
-def _embeddings(trainer: PPOTrainer, prompt_ids: list[list[int]], repeats: int) -> np.ndarray:
-    """By the frozen base; a prompt's responses stand one behind the other."""
-    from trl_rlaif.models.embedding import mean_hidden_states
-    from trl_rlaif.models.shared_model import active_adapter
-
-    model = trainer.role_models.model("policy")
-    with active_adapter(model, None):
-        return mean_hidden_states(model, prompt_ids[::repeats]).repeat(repeats, axis=0)
+def responses_needed(selector: DataSelector) -> int:
+    """Responses a prompt that a selector needs."""
+    with origin_of(selector, "data selector").blamed("num_responses"):
+        return check_num_responses(selector.num_responses)
 
 
 def select(selectors: Sequence[DataSelector], pool: Pool) -> MergedSelection:
@@ -243,14 +339,6 @@ def map_points(pool: Pool, selection: Selection) -> list[dict[str, Any]]:
         }
         for i, (x, y) in zip(first.tolist(), places, strict=True)
     ]
-
-
-def write_selection(folder: Path, chosen: MergedSelection, rehearsed: Sequence[RehearsalPair]) -> None:
-    """Write rehearsal.jsonl and selection_map.jsonl, for the reader's eyes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in ((REHEARSAL_FILE, lines(rehearsed)), (MAP_FILE, chosen.map)):
-        if rows:
-            write_atomically(folder / name, "".join(map(to_line, rows)))
 
 
 class StratifiedSampler(RandomSampler):

@@ -17,7 +17,7 @@ from trl_rlaif.models.kernels import HEAD_ELEMENTS, autocast
 from trl_rlaif.models.role_models import RoleModels
 from trl_rlaif.models.shared_model import inner_model
 from trl_rlaif.rl.ppo.losses import token_logprobs
-from trl_rlaif.types import Rollout
+from trl_rlaif.types import Responses
 
 ROWS = 4
 _SCORES = HEAD_ELEMENTS // 4  # of one row that are alive at once: of them there are several copies
@@ -85,36 +85,35 @@ def tolerance(role_models: RoleModels, args: Any) -> float:
     return max(_LEAST, _EPSILONS * max(coarsest, _MATMUL.get(torch.get_float32_matmul_precision(), 0.0)))
 
 
-def chosen_rows(rollout: Rollout) -> torch.Tensor:
+def chosen_rows(responses: Responses) -> torch.Tensor:
     """The rows to compare, (at most 4,) int64 on the CPU: the shortest prompts, and the longest, which pads them."""
-    order = rollout.by_length(torch.arange(len(rollout.prompts)))
+    order = responses.by_length(torch.arange(len(responses.prompts)))
     return torch.cat((order[:-1][: ROWS - 1], order[-1:]))
 
 
 @torch.no_grad()
 def deviations(
     role_models: RoleModels,
-    rollout: Rollout,
-    forward: torch.Tensor,
+    responses: Responses,
+    found: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     args: Any,
     device: torch.device,
     temperature: float,
 ) -> Deviations:
-    """How far some rows of a rollout are from plain forward passes of the same models in the same precision.
+    """How far some rows' log-probabilities are from plain forward passes of the same models in the same precision.
 
     Args:
-        rollout: With the log-probabilities of policy and reference.
-        forward: (B, T) float32, the policy's log-probabilities by a forward pass; the chosen rows are read.
+        found: (B, T) float32 each, of which the chosen rows are read: the policy's as recorded while sampling, the
+            policy's by a forward pass, and the reference's.
         args: Whether there is bf16 autocast.
-        temperature: That of the rollout.
+        temperature: Of all of them.
     """
-    rows = chosen_rows(rollout)
-    found = rollout.logprobs, forward, rollout.ref_logprobs
+    rows = chosen_rows(responses)
     sums, tokens = torch.zeros(3, dtype=torch.float64), 0
     for row in rows.tolist():
         with autocast(args, device):
             policy, reference = (
-                _plain(role_models, part, rollout, row, temperature) for part in ("policy", "reference")
+                _plain(role_models, part, responses, row, temperature) for part in ("policy", "reference")
             )
         for i, (logprobs, plain) in enumerate(zip(found, (policy, policy, reference), strict=True)):
             sums[i] += (logprobs[row, : len(plain)] - plain).abs().sum().cpu() * temperature
@@ -140,13 +139,13 @@ def error(name: str, found: Deviations, limit: float, *, fix: str = "") -> UserE
     )
 
 
-def _plain(role_models: RoleModels, part: str, rollout: Rollout, row: int, temperature: float) -> torch.Tensor:
+def _plain(role_models: RoleModels, part: str, responses: Responses, row: int, temperature: float) -> torch.Tensor:
     """(n,) float32 log-probabilities of a row's response, or of its beginning where the vocabulary is large."""
     with role_models.role(part):
         model = inner_model(role_models.model(part))
         most = max(16, _SCORES // model.config.get_text_config().vocab_size)
-        response = rollout.response_ids[row][: min(int(rollout.lengths[row]), most)]
-        ids = torch.cat((rollout.prompt_ids[row][rollout.prompt_mask[row]], response))[None]
+        response = responses.response_ids[row][: min(int(responses.lengths[row]), most)]
+        ids = torch.cat((responses.prompt_ids[row][responses.prompt_mask[row]], response))[None]
         # The scores of a long prompt would take more memory than a training step does.
         known = "logits_to_keep" in inspect.signature(model.forward).parameters
         keep = {"logits_to_keep": len(response) + 1} if known else {}

@@ -19,7 +19,6 @@ from trl_rlaif.pipeline.rl_groups import build_trainer
 from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import parse_recipe
-from trl_rlaif.rl.selection import choose
 
 pytestmark = pytest.mark.trl
 
@@ -100,7 +99,7 @@ def test_rehearsal_holds_what_it_rehearses(tiny_model, tmp_path):
         plugins, recipe = installed_plugins(), tiny_recipe(folder, tiny_model, rl=rl, **NONE)
         trainer, _, _ = build_trainer(Context(recipe, RunFolder(folder / "out"), plugins))
         scorer = trainer.scorer
-        scorer.apply(choose(scorer))
+        scorer.selection.take(scorer.selection.choose(0))
         trainer.train()
         pairs = scorer.rehearsal.pairs
         found[coef] = mean_nll(scorer.role_models, "policy", pairs, batch_size=4, device=torch.device("cpu"))

@@ -91,7 +91,7 @@ def test_a_transform_that_needs_it_gets_the_kl_of_plain_forward_passes(tiny_mode
 def test_without_such_a_transform_nothing_is_computed_and_nothing_looks_like_a_kl_of_zero(tiny_model, tmp_path):
     looking = NotLooking()
     trainer = _trainer(tmp_path, tiny_model, "grpo", looking, rl={"max_steps": 1})
-    trainer.scorer._generator.compared = None
+    trainer.scorer.generator.kl = None
     trainer.train()
     [batch] = looking.batches
     assert batch.kl.isnan().all()

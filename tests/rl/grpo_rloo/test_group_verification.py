@@ -35,7 +35,9 @@ def _trainer(folder, make, algorithm):
     rl = {"algorithm": algorithm, "rewards": ["helpers.rewards:even_share"], "num_generations": 2, "kl_coef": 0.1}
     recipe = tiny_recipe(folder, str(folder / "model"), **NONE, rl=rl)
     trainer, *_ = build_trainer(Context(recipe, RunFolder(folder / "out"), installed_plugins()))
-    trainer.scorer.train_dataset = Dataset.from_dict({"input_ids": [list(range(5, 5 + n)) for n in (30, 6, 12, 40, 9)]})
+    trainer.scorer.selection.pool.prompts = Dataset.from_dict(
+        {"input_ids": [list(range(5, 5 + n)) for n in (30, 6, 12, 40, 9)]}
+    )
     return trainer
 
 

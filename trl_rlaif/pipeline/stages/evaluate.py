@@ -24,7 +24,7 @@ from trl_rlaif.progress import progress_bar
 from trl_rlaif.recipe.inputs import warn_of_overlaps
 from trl_rlaif.rl import forward
 from trl_rlaif.rl.forward import RolloutSlice
-from trl_rlaif.rl.rehearsal import as_rollout
+from trl_rlaif.rl.rehearsal import as_responses
 from trl_rlaif.rl.rollouts import scored_rows
 
 if TYPE_CHECKING:
@@ -196,10 +196,10 @@ def rewards_of(context: Context, shared: SharedBase, prompts: list[list[int]], e
         for whole in batches
         for group in padded_together(shared.model, [len(pairs[i].prompt_ids) for i in whole])
     ):
-        rollout = as_rollout([pairs[i] for i in batch], shared.model.device)
+        responses = as_responses([pairs[i] for i in batch], shared.model.device)
         if context.recipe.rl.config.get("score_at_end", True):
-            rollout = scored_rows(rollout, reader)
-        found = forward.scores(role_models, RolloutSlice.of(rollout, torch.arange(len(batch))))[:, 0]
+            responses = scored_rows(responses, reader)
+        found = forward.scores(role_models, RolloutSlice.of(responses, torch.arange(len(batch))))[:, 0]
         for i, score in zip(batch, found.tolist(), strict=True):
             scores[i] = score
     return scores

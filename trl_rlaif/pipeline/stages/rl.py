@@ -46,12 +46,12 @@ def run(context: Context) -> dict[str, Any]:
     trainer, skipped = build_trainer(context)
     callback = context.callback("rl", "Training the policy")
     callback.attach(trainer)
-    tracker = tracking.attach(context, trainer)
+    tracker = tracking.attach(context, trainer, trainer.shared)
     try:
         _train(context, trainer)
     finally:
         callback.close()
-    keep_selection(context, trainer)
+    keep_selection(context, trainer.selection.folder)
     write_folder(context.folder / "policy", lambda folder: trainer.save_model(str(folder)))
     numbers = _numbers(trainer, skipped) | tracking.numbers(tracker) | gpu_memory(context.recipe)
     return numbers | {"seconds": time.monotonic() - started}
@@ -90,10 +90,10 @@ def ppo_trainer(context: Context, settings: PPOConfig, shared: SharedBase, datas
         shared,
         reward_model=context.folder / "reward" if "reward" in section.reward_names else None,
         train_dataset=dataset,
-        reward_funcs=[_reward(context, name, shared) for name in section.reward_names if name != "reward"],
+        reward_funcs=reward_functions(context, shared),
         reward_transforms=context.transforms("rl"),
-        data_selectors=[context.create("data_selector", ref) for ref in section.selectors],
-        rehearsal_dataset=_rehearsal(context),
+        data_selectors=selectors(context),
+        rehearsal_dataset=rehearsal_dataset(context),
         plugins=context.plugins,
     )
 
@@ -132,12 +132,12 @@ def on_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def keep_selection(context: Context, trainer: PPOTrainer) -> None:
+def keep_selection(context: Context, folder: Path) -> None:
     """What was rehearsed, and the map of the prompts, out of the checkpoints' folder."""
     from trl_rlaif.rl.selection import MAP_FILE, REHEARSAL_FILE
 
     for name in (REHEARSAL_FILE, MAP_FILE):
-        found = Path(trainer.args.output_dir) / name
+        found = folder / name
         if found.exists():
             write_atomically(context.folder / name, found.read_text(encoding="utf-8"))
 
@@ -153,6 +153,16 @@ def gpu_memory(recipe: Recipe) -> dict[str, Any]:
     plan = plan_memory(recipe)
     predicted = max(plan.predict(phase, stage) for stage, phase in plan.phases() if stage == "rl")
     return {"gpu_memory": {"predicted": predicted, "measured": torch.cuda.max_memory_allocated()}}
+
+
+def selectors(context: Context) -> list[Any]:
+    """The recipe's data selectors."""
+    return [context.create("data_selector", ref) for ref in context.recipe.rl.selectors]
+
+
+def reward_functions(context: Context, shared: SharedBase) -> list[Any]:
+    """All rewards but the reward model."""
+    return [_reward(context, name, shared) for name in context.recipe.rl.reward_names if name != "reward"]
 
 
 def _reward(context: Context, name: str, shared: SharedBase) -> Any:
@@ -187,7 +197,7 @@ def prompts(context: Context, base: Any, room: int) -> tuple[Dataset, dict[str, 
     return Dataset.from_list(rows), skipped
 
 
-def _rehearsal(context: Context) -> Dataset | None:
+def rehearsal_dataset(context: Context) -> Dataset | None:
     from datasets import Dataset
 
     if context.recipe.rl.rehearsal is None:
@@ -238,7 +248,7 @@ def _numbers(trainer: Any, skipped: dict[str, int]) -> dict[str, Any]:
             "ended_last": logged[-1]["rollout/ended"],
         }
         numbers["spread_last"] = _last_spreads(logged[-10:])
-    numbers |= of_rewards(trainer)
+    numbers |= of_rewards(trainer.state.log_history, trainer.rewards.unscored.total)
     if logged and "rehearsal/nll" in logged[0]:
         seconds = {name: sum(entry[f"time/{name}"] for entry in logged) for name in ("rehearsal", "update")}
         numbers["rehearsal"] = {
@@ -250,16 +260,16 @@ def _numbers(trainer: Any, skipped: dict[str, int]) -> dict[str, Any]:
     return numbers
 
 
-def of_rewards(scorer: PPOTrainer) -> dict[str, Any]:
+def of_rewards(history: list[dict[str, float]], unscored: int) -> dict[str, Any]:
     """How many responses had no reward; and by reward its weight, its first and last mean, and its last spread."""
     found: dict[str, dict[str, float]] = {}
-    for entry in scorer.state.log_history:
+    for entry in history:
         for name in (key.removeprefix("score/") for key in entry if key.startswith("score/")):
             if f"rewards/{name}/std" not in entry:  # an update before a checkpoint of an earlier version
                 continue
             mean, std, weight = entry[f"score/{name}"], entry[f"rewards/{name}/std"], entry[f"rewards/{name}/weight"]
             found.setdefault(name, {"weight": weight, "mean_first": mean}).update(mean_last=mean, std_last=std)
-    return {"unscored": scorer.rewards.unscored.total, "rewards": found}
+    return {"unscored": unscored, "rewards": found}
 
 
 def _last_spreads(logged: list[dict[str, float]]) -> dict[str, float]:

@@ -17,14 +17,13 @@ from trl_rlaif.models.safe_training import safe_training
 from trl_rlaif.resuming import SameRun, components
 from trl_rlaif.rl.grpo_rloo.config import scoring_settings
 from trl_rlaif.rl.grpo_rloo.verification import verify
-from trl_rlaif.rl.selection import choose
 from trl_rlaif.validation import RewardError
 
 check_trl()
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer  # noqa: E402 - only a TRL that is known to work
 
 if TYPE_CHECKING:
-    from trl_rlaif.rl.ppo.trainer import PPOTrainer
+    from trl_rlaif.rl.grpo_rloo.scoring import GroupScorer
 
 _STATE = "trl_rlaif.pt"
 
@@ -38,15 +37,15 @@ class RehearsalMixin:
         failure: What stopped the run, where too many responses had no reward.
     """
 
-    scorer: PPOTrainer | None = None
+    scorer: GroupScorer | None = None
     same_run: SameRun
     failure: RewardError | None = None
 
-    def take(self, scorer: PPOTrainer) -> None:
+    def take(self, scorer: GroupScorer) -> None:
         """Train with this scorer from here on, and on the prompts that its selectors choose."""
         self.scorer = scorer
-        settings = components(scorer.rewards, scorer.data_selectors) | scoring_settings(scorer.args)
-        self.same_run = SameRun(self, lambda: scorer.every_prompt, **settings)
+        settings = components(scorer.rewards, scorer.selection.selectors) | scoring_settings(scorer.args)
+        self.same_run = SameRun(self, lambda: scorer.selection.pool.prompts, **settings)
         self.add_callback(self.same_run)
         self.add_callback(ScorerCallback(self))
 
@@ -77,9 +76,15 @@ class RehearsalMixin:
         if self.scorer is not None and self.scorer.rehearsal.pairs and self.accelerator.sync_gradients:
             model.train()
             self._metrics["train"]["rehearsal/nll"].append(self.scorer.rehearse().item())
-            self._metrics["train"]["time/rehearsal"].append(self.scorer._rehearsal_seconds)
-            self.scorer._rehearsal_seconds = 0.0
+            self._metrics["train"]["time/rehearsal"].append(self.scorer.rehearsal.take_seconds())
         return super().training_step(model, inputs, *arguments, **named)
+
+    def log_alone(self, logs: dict[str, float]) -> None:
+        """Without TRL's own log, which would take the numbers of the step that is under way along."""
+        control = self.control
+        due = control.should_log
+        Trainer.log(self, logs)
+        control.should_log = due  # transformers takes any log for the step's own
 
 
 class RehearsalRLOOTrainer(RehearsalMixin, RLOOTrainer):
@@ -103,7 +108,7 @@ class ScorerCallback(TrainerCallback):
         """Verify the model; the scorer counts as the trainer does; a resumed run takes up the transforms' state."""
         verify(self.trainer)
         scorer = self.trainer.scorer
-        scorer.state, scorer.args.num_total_batches = state, state.max_steps
+        scorer.state = state
         kept = kept_state(Path(args.output_dir) / f"checkpoint-{state.global_step}")
         if kept is not None:
             mine = _own_part(kept, scorer)
@@ -121,9 +126,15 @@ class ScorerCallback(TrainerCallback):
             scorer.rewards.unscored.forget()
             control.should_save = control.should_training_stop = True
             return
-        if every and scorer.data_selectors and state.global_step < state.max_steps and state.global_step % every == 0:
+        if (
+            every
+            and scorer.selection.selectors
+            and state.global_step < state.max_steps
+            and state.global_step % every == 0
+        ):
             training = self.trainer.model.training
-            scorer.apply(replace(choose(scorer), rows=scorer.chosen.rows, strata=scorer.chosen.strata))
+            before, chosen = scorer.selection.chosen, scorer.selection.choose(state.global_step)
+            scorer.selection.take(replace(chosen, rows=before.rows, strata=before.strata))
             self.trainer.model.train(training)  # by which TRL tells what it logs next from an evaluation
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
@@ -136,7 +147,8 @@ class ScorerCallback(TrainerCallback):
         scorer, folder = self.trainer.scorer, Path(args.output_dir) / f"checkpoint-{state.global_step}"
         parts = gather_object([{**scorer.rewards.state_dict(), "rehearsal": scorer.rehearsal.state_dict()}])
         if state.is_world_process_zero and folder.is_dir():
-            chosen = None if scorer.chosen is None else scorer.chosen.to_dict()
+            chosen = scorer.selection.chosen
+            chosen = None if chosen is None else chosen.to_dict()
             torch.save({"chosen": chosen, "processes": parts}, folder / _STATE)
 
 
@@ -147,45 +159,8 @@ def kept_state(checkpoint: str | Path) -> dict[str, Any] | None:
     return torch.load(path, weights_only=False) if path.exists() else None
 
 
-def _own_part(kept: dict[str, Any], scorer: PPOTrainer) -> dict[str, Any]:
+def _own_part(kept: dict[str, Any], scorer: GroupScorer) -> dict[str, Any]:
     count, parts = scorer.accelerator.num_processes, kept["processes"]
     if len(parts) != count:
         raise UserError(f"The checkpoint was written by {len(parts)} processes; these are {count}.")
     return parts[scorer.accelerator.process_index]
-
-
-class Tracked:
-    """A group trainer as the tracker of forgetting wants one: the trainer's loop, the scorer's models."""
-
-    def __init__(self, trainer: RehearsalMixin) -> None:
-        self._trainer = trainer
-
-    @property
-    def role_models(self) -> Any:
-        """Who plays policy and reference."""
-        return self._trainer.scorer.role_models
-
-    @property
-    def end_ids(self) -> tuple[int, ...]:
-        """The tokens that end a response."""
-        return self._trainer.scorer.end_ids
-
-    @property
-    def reader(self) -> Any:
-        """What reads responses."""
-        return self._trainer.scorer.reader
-
-    @property
-    def shared(self) -> Any:
-        """The base of all roles."""
-        return self._trainer.scorer.shared
-
-    def log(self, logs: dict[str, float]) -> None:
-        """Without TRL's own log, which would take the numbers of the step that is under way along."""
-        control = self._trainer.control
-        due = control.should_log
-        Trainer.log(self._trainer, logs)
-        control.should_log = due  # transformers takes any log for the step's own
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._trainer, name)

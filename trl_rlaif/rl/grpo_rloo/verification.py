@@ -11,9 +11,9 @@ from trl_rlaif.distributed import failing_together
 from trl_rlaif.generation import seeded
 from trl_rlaif.models.kernels import autocast
 from trl_rlaif.rl import verification
-from trl_rlaif.rl.rehearsal import as_rollout
+from trl_rlaif.rl.rehearsal import as_responses
 from trl_rlaif.rl.rollouts import generate, model_inputs, response_lengths
-from trl_rlaif.types import RehearsalPair, Rollout
+from trl_rlaif.types import RehearsalPair, Responses
 
 if TYPE_CHECKING:
     from trl_rlaif.rl.grpo_rloo.trainer import RehearsalMixin
@@ -36,14 +36,13 @@ def verify(trainer: RehearsalMixin) -> None:
     training = trainer.model.training
     with failing_together(trainer.accelerator), seeded(trainer.args.seed, "verification"):
         trainer.model.eval()
-        rollout = _sampled(trainer, model)
-        forward = _logprobs(trainer, "policy", rollout)
-        references = _logprobs(trainer, "reference", rollout)
+        responses, sampled = _sampled(trainer, model)
+        found = sampled, *(_logprobs(trainer, part, responses) for part in ("policy", "reference"))
         device, temperature = trainer.accelerator.device, trainer.args.temperature
         found = verification.deviations(
             trainer.scorer.role_models,
-            replace(rollout, ref_logprobs=references),
-            forward,
+            responses,
+            found,
             trainer.args,
             device,
             temperature,
@@ -56,33 +55,33 @@ def verify(trainer: RehearsalMixin) -> None:
             raise verification.error(type(model).__name__, found, limit, fix=_FIX)
 
 
-def _sampled(trainer: RehearsalMixin, model: Any) -> Rollout:
+def _sampled(trainer: RehearsalMixin, model: Any) -> tuple[Responses, torch.Tensor]:
     """Responses, with the log-probabilities recorded while sampling; of which prompts, is the same in all processes."""
     scorer, args, tokenizer = trainer.scorer, trainer.args, trainer.processing_class
-    prompts = sorted(scorer.train_dataset[:_PROMPTS]["input_ids"], key=len)
+    prompts = sorted(scorer.selection.prompts[:_PROMPTS]["input_ids"], key=len)
     chosen = [*prompts[:-1][: verification.ROWS - 1], prompts[-1]]
-    rollout = as_rollout(
+    responses = as_responses(
         [RehearsalPair("", "", None, None, "", ids, [0]) for ids in chosen], trainer.accelerator.device
     )
     with scorer.role_models.role("policy"), autocast(args, trainer.accelerator.device):
         response_ids, logprobs = generate(
             model,
-            rollout.prompt_ids,
-            rollout.prompt_mask,
+            responses.prompt_ids,
+            responses.prompt_mask,
             max_new_tokens=min(_TOKENS, args.max_completion_length),
             temperature=args.temperature,
             pad_id=tokenizer.pad_token_id,
-            stop_id=scorer.end_ids,
+            stop_id=scorer.reader.end_ids,
         )
-    lengths, _ = response_lengths(response_ids, stop_ids=scorer.end_ids, pad_id=tokenizer.pad_token_id)
-    return replace(rollout, response_ids=response_ids, lengths=lengths, logprobs=logprobs)
+    lengths, _ = response_lengths(response_ids, stop_ids=scorer.reader.end_ids, pad_id=tokenizer.pad_token_id)
+    return replace(responses, response_ids=response_ids, lengths=lengths), logprobs
 
 
-def _logprobs(trainer: RehearsalMixin, part: str, rollout: Rollout) -> torch.Tensor:
+def _logprobs(trainer: RehearsalMixin, part: str, responses: Responses) -> torch.Tensor:
     """(B, T) float32, by TRL's own forward pass."""
-    inputs = model_inputs(rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.lengths)
+    inputs = model_inputs(*responses.sequences(slice(None)))
     with trainer.scorer.role_models.role(part):
         found = trainer._get_per_token_logps_and_entropies(
-            trainer.model, inputs["input_ids"], inputs["attention_mask"], rollout.response_ids.shape[1]
+            trainer.model, inputs["input_ids"], inputs["attention_mask"], responses.response_ids.shape[1]
         )
     return found[0]

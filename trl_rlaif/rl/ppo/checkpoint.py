@@ -153,8 +153,8 @@ def _state(trainer: PPOTrainer, own: dict[str, Any] | None) -> dict[str, Any]:
         "parameters": _trainable(trainer),
         "optimizer": None if deepspeed.enabled(trainer.accelerator) else trainer.optimizer.state_dict(),
         "scheduler": trainer.lr_scheduler.state_dict(),
-        "chosen": None if trainer.chosen is None else trainer.chosen.to_dict(),
-        "selected_at": trainer._selected_at,
+        "chosen": None if trainer.selection.chosen is None else trainer.selection.chosen.to_dict(),
+        "selected_at": trainer.selection.at,
         "kl_coef": trainer.kl_controller.coef,
         "processes": gather_object([own_state(trainer) if own is None else own]),
     }
@@ -209,7 +209,7 @@ def load(trainer: PPOTrainer, folder: Path) -> None:
     # What was chosen stays: the place in the data is a place in that.
     if state["chosen"] is not None:
         trainer.apply(MergedSelection.from_dict(state["chosen"]))
-    trainer._selected_at = state.get("selected_at")  # checkpoints of earlier versions have none
+    trainer.selection.at = state.get("selected_at")  # checkpoints of earlier versions have none
     trainer.rehearsal.load_state_dict(mine["rehearsal"])
     trainer._batches.load_state_dict(mine["batches"])
     trainer.kl_controller.coef = state["kl_coef"]

@@ -11,6 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from trl_rlaif.errors import UserError
+from trl_rlaif.models.kernels.fused_lora import fuse_lora
+from trl_rlaif.models.kernels.precision import cast_frozen_weights
 from trl_rlaif.models.loading import ModelSpec, load_model, load_tokenizer
 from trl_rlaif.models.shared_model import SharedBase
 from trl_rlaif.rl.prompts import tokenize_prompts
@@ -47,6 +49,20 @@ def shared_base(model: Any, value_model: Any, ref_model: Any, config: LoraConfig
     if isinstance(model, PeftModel):
         return SharedBase.around(model)
     return SharedBase(model, config or LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+
+
+def prepare_base(shared: SharedBase | None, args: PPOConfig) -> None:
+    """Make a shared base, if there is one, compute in the precision that is asked for, as fast as it can.
+
+    Raises:
+        UserError: float16 is asked for.
+    """
+    if args.fp16:
+        raise UserError("fp16 is not supported in PPO.", fix="Use bf16, or neither for float32.")
+    if shared is not None:
+        fuse_lora(shared.peft)
+        if args.bf16:
+            cast_frozen_weights(shared.model)
 
 
 def check_trunk(shared: SharedBase | None) -> None:

@@ -27,9 +27,9 @@ from trl_rlaif.models.safe_training import check_gradients, safe_training
 from trl_rlaif.models.shared_model import SharedBase, save_adapter
 from trl_rlaif.plugins import Plugins, installed_plugins
 from trl_rlaif.responses import ResponseReader
-from trl_rlaif.rl import deepspeed, log_completions, rehearsal
+from trl_rlaif.rl import deepspeed, log_completions
 from trl_rlaif.rl.generation import RolloutGenerator
-from trl_rlaif.rl.metrics import loop_metrics, update_metrics
+from trl_rlaif.rl.metrics import update_metrics
 from trl_rlaif.rl.ppo import advantages as adv
 from trl_rlaif.rl.ppo import checkpoint
 from trl_rlaif.rl.ppo.config import PPOConfig, with_defaults
@@ -38,6 +38,7 @@ from trl_rlaif.rl.ppo.construction import (
     enable_gradient_checkpointing,
     load_policy,
     longest_row,
+    prepare_base,
     prompt_loader,
     shared_base,
     stop_ids_of,
@@ -45,11 +46,11 @@ from trl_rlaif.rl.ppo.construction import (
 )
 from trl_rlaif.rl.ppo.update_step import UPDATE_KL, Divisors, MicroBatch, PPOStep, divisors_of
 from trl_rlaif.rl.prompts import BatchStream, PromptCollator
-from trl_rlaif.rl.rehearsal import Rehearsal, as_rollout, given_pairs
+from trl_rlaif.rl.rehearsal import Rehearsal, given_pairs
 from trl_rlaif.rl.reward_functions import RewardFunc
 from trl_rlaif.rl.reward_shaping import AdaptiveKLController
 from trl_rlaif.rl.scoring import RewardPipeline, Scores
-from trl_rlaif.rl.selection import MergedSelection, choose, write_selection
+from trl_rlaif.rl.selection import MergedSelection, PromptPool, PromptSelection
 from trl_rlaif.types import Rollout
 
 if TYPE_CHECKING:
@@ -110,7 +111,6 @@ class PPOTrainer(BasePPOTrainer):
     ) -> None:
         args = with_defaults(args)
         functions = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
-        self.data_selectors = list(data_selectors)
         self.plugins = plugins or installed_plugins()
         if isinstance(model, str):
             model, processing_class = load_policy(model, processing_class, args)
@@ -129,7 +129,6 @@ class PPOTrainer(BasePPOTrainer):
             raise UserError("There is no reward: pass reward_model or reward_funcs.")
         train_dataset = tokenized(train_dataset, processing_class, model, args)
         pairs = given_pairs(rehearsal_dataset, processing_class, max_length=longest_row(model, args))
-        self.rehearsal = Rehearsal(pairs)
         stop_ids = stop_ids_of(args, processing_class, model)
         self.reader = ResponseReader(processing_class, stop_ids, reasoning=args.reasoning, tags=args.reasoning_tags)
         configured = model.generation_config.eos_token_id
@@ -153,8 +152,12 @@ class PPOTrainer(BasePPOTrainer):
         self.shared = None if shared is None else shared.to(self.accelerator.device)
         deepspeed.take_back_models(self)
         self._set_up_loop()
-        model = (lambda rollout: self._generator.scores(self.role_models, rollout)) if has_reward else None
-        self.rewards = RewardPipeline(functions, reward_transforms, model, args, self.reader, self.accelerator)
+        scored = (lambda responses: self._generator.scores(self.role_models, responses)) if has_reward else None
+        self.rewards = RewardPipeline(functions, reward_transforms, scored, args, self.reader, self.accelerator)
+        self.rehearsal = Rehearsal(pairs, args, self.local_seed)
+        policy = lambda: self.role_models.model("policy")  # noqa: E731 - of which accelerate may make another object
+        pool = PromptPool(self.train_dataset, self.data_collator, self, self.rewards, policy, args, self.accelerator)
+        self.selection = PromptSelection(data_selectors, pool, self.rehearsal, args.output_dir)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As in the parent, where DeepSpeed needs it by other rules."""
@@ -173,26 +176,16 @@ class PPOTrainer(BasePPOTrainer):
         self._generator = RolloutGenerator(args, self.accelerator, self.reader)
         self._batches = BatchStream(self.dataloader)
         self._minibatch_order = torch.Generator().manual_seed(self.local_seed)
-        self.every_prompt = self.train_dataset
-        self.chosen: MergedSelection | None = None
-        self._selected_at: int | None = None  # the step of the last selection
-        self.rehearsal.seed(self.local_seed)
-        self._rehearsal_seconds = 0.0
         self.kl_controller = AdaptiveKLController(args.kl_coef, args.kl_target, args.kl_horizon)
-
-    @property
-    def end_ids(self) -> tuple[int, ...]:
-        """The tokens that count as a response's end, whether or not sampling stops there."""
-        return self.reader.stop_ids or (self.processing_class.eos_token_id,)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Settings and prompts of this run, which those of a checkpoint must equal."""
         return resuming.identity(
             self.args,
-            self.every_prompt,
+            self.selection.pool.prompts,
             self.accelerator.num_processes,
-            **resuming.components(self.rewards, self.data_selectors),
+            **resuming.components(self.rewards, self.selection.selectors),
         )
 
     @property
@@ -383,26 +376,16 @@ class PPOTrainer(BasePPOTrainer):
 
     def rehearse(self) -> torch.Tensor:
         """Add the gradients of a batch of pairs to rehearse to an optimizer step; its NLL, nats a token."""
-        began = self._clock()
-        pairs = as_rollout(self.rehearsal.draw(rehearsal.batch_size(self.args)), self.accelerator.device)
-        nll = self._objective.rehearse(pairs, self.rehearsal_coef)
-        self._rehearsal_seconds += self._clock() - began
-        return nll
+        return self.rehearsal.step(self._objective.rehearse, self._progress, self.accelerator.device)
 
     @property
-    def rehearsal_coef(self) -> float:
-        """gamma at this update."""
-        return rehearsal.weight(self.args, self.state.global_step / self.args.num_total_batches)
+    def _progress(self) -> float:
+        """Share of all updates that are done."""
+        return self.state.global_step / self.args.num_total_batches
 
     @property
     def _objective(self) -> PPOStep:
         return PPOStep(self.role_models, self.accelerator, self.args, self._generator.temperature, self._generator.pads)
-
-    def _clock(self) -> float:
-        """Seconds, once the device has done what it was given."""
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.monotonic()
 
     def compute_metrics(
         self, rollout: Rollout, scores: torch.Tensor, stats: dict[str, list[torch.Tensor]]
@@ -411,7 +394,15 @@ class PPOTrainer(BasePPOTrainer):
         weighted = self.args.kl_weighting == "weighted"
         weights = (1 - self.kl_controller.coef if weighted else 1.0), self.kl_controller.coef
         metrics = update_metrics(rollout, scores, stats, weights, self.args.kl_estimator, self.accelerator.gather)
-        return metrics | loop_metrics(self, rollout)
+        ends = torch.isin(rollout.response_ids, rollout.response_ids.new_tensor(self.reader.end_ids)).sum()
+        metrics |= {
+            "objective/kl_coef": self.kl_controller.coef,
+            "policy/epochs": self._epochs_done,
+            "lr": self.lr_scheduler.get_last_lr()[0],
+            "episode": self.state.episode + self.args.batch_size,
+            "val/num_eos_tokens": self.accelerator.reduce(ends, "sum").item(),
+        }
+        return metrics | self.rehearsal.metrics(self._progress) | rollout.metrics
 
     # ---- Beginning and end ----------------------------------------------------------------------------
 
@@ -435,30 +426,25 @@ class PPOTrainer(BasePPOTrainer):
         found = checkpoint.find(args.output_dir, resume_from_checkpoint)
         if found is not None:
             checkpoint.load(self, found)
-        if self.rehearsal.given and not self.data_selectors and self.accelerator.is_main_process:
-            write_selection(Path(args.output_dir), MergedSelection(), self.rehearsal.pairs)
+        if self.rehearsal.given and not self.selection.selectors:
+            self.selection.write()
         self.control = self.callback_handler.on_train_begin(args, state, self.control)
 
     def _select(self) -> None:
         """Let the selectors choose, at the start and every ``selection_every`` updates."""
-        every, step = self.args.selection_every, self.state.global_step
-        again = every is not None and step > 0 and step % every == 0
-        # A run that stopped between a selection and the end of its update is resumed with that selection.
-        if self.data_selectors and (self.chosen is None or (again and self._selected_at != step)):
-            self.apply(choose(self))
-            self._selected_at = step
+        step = self.state.global_step
+        if self.selection.due(step):
+            self.apply(self.selection.choose(step))
+            self.selection.at = step
 
     def apply(self, chosen: MergedSelection) -> None:
         """Train on what was chosen, and rehearse it, from here on."""
-        before, self.chosen = self.chosen, chosen
-        self.rehearsal.fill(chosen.rehearsal)
+        before = self.selection.chosen
+        self.selection.take(chosen)
         if (chosen.rows, chosen.strata) != ((before.rows, before.strata) if before else (None, None)):
-            rows = range(len(self.every_prompt)) if chosen.rows is None else chosen.rows
-            self.train_dataset = self.every_prompt.select(rows)
+            self.train_dataset = self.selection.prompts
             self.dataloader = self.accelerator.prepare(prompt_loader(self, chosen.strata))
             self._batches = BatchStream(self.dataloader)
-        if self.accelerator.is_main_process:
-            write_selection(Path(self.args.output_dir), chosen, self.rehearsal.pairs)
 
     def _end_update(self, metrics: dict[str, float]) -> None:
         state = self.state

@@ -16,7 +16,7 @@ from trl_rlaif.models.role_models import RoleModels
 from trl_rlaif.rl import forward
 from trl_rlaif.rl.forward import RolloutSlice
 from trl_rlaif.rl.ppo import losses
-from trl_rlaif.types import Rollout
+from trl_rlaif.types import Responses, Rollout
 
 Stats = dict[str, torch.Tensor]
 # The statistic that max_update_kl limits; it is not logged.
@@ -87,12 +87,12 @@ class MicroBatch:
     divisors: Divisors
 
 
-def parts(rollout: Rollout, rows: torch.Tensor, tokens: int | None) -> Iterator[torch.Tensor]:
+def parts(responses: Responses, rows: torch.Tensor, tokens: int | None) -> Iterator[torch.Tensor]:
     """Rows in parts of at most so many tokens, padding counted, and of at least one row."""
     if tokens is None:
         yield rows
         return
-    prompts, lengths = rollout.prompt_mask.sum(1).tolist(), rollout.lengths.tolist()
+    prompts, lengths = responses.prompt_mask.sum(1).tolist(), responses.lengths.tolist()
     part: list[int] = []
     for row in rows.tolist():
         grown = [*part, row]
@@ -134,7 +134,7 @@ class PPOStep:
         stats["val/ratio"] = stats["val/ratio"] + 1  # of the distance from 1, which padding has not
         return dict(stats)
 
-    def rehearse(self, pairs: Rollout, coef: float) -> torch.Tensor:
+    def rehearse(self, pairs: Responses, coef: float) -> torch.Tensor:
         """Add the gradients of ``coef`` times the mean NLL of the response tokens (Peng et al. 2023).
 
         To be called once an optimizer step, before its last micro-batch.
@@ -163,10 +163,10 @@ class PPOStep:
                 nll += part.detach()
         return nll
 
-    def _parts(self, rollout: Rollout, rows: torch.Tensor) -> list[torch.Tensor]:
+    def _parts(self, responses: Responses, rows: torch.Tensor) -> list[torch.Tensor]:
         """Rows in parts, of which there are equally many in processes that go through them side by side."""
-        groups = [rows] if self.pads else forward.equal_prompts(rollout.prompt_mask, rows)
-        found = [part for group in groups for part in parts(rollout, group, self.args.micro_batch_tokens)]
+        groups = [rows] if self.pads else forward.equal_prompts(responses.prompt_mask, rows)
+        found = [part for group in groups for part in parts(responses, group, self.args.micro_batch_tokens)]
         if self.args.micro_batch_tokens is not None or not self.pads:
             for _ in range(equal_count(self.accelerator, len(found)) - len(found)):
                 largest = max(range(len(found)), key=lambda i: len(found[i]))
