@@ -253,12 +253,12 @@ def _settings(side: Side, folder: Path) -> tuple[Any, dict[str, Any]]:
     """The run as its stages see it, and PPOConfig's arguments in it."""
     from trl_rlaif.pipeline.context import Context
     from trl_rlaif.plugins import installed_plugins
-    from trl_rlaif.rl.ppo.config import PRESETS
+    from trl_rlaif.rl.algorithms import ALGORITHMS
 
     context = Context(side.recipe, folder, installed_plugins())
     section = side.recipe.rl
     more = {"num_sample_generations": 0, "save_strategy": "no"}
-    return context, PRESETS[section.algorithm] | context.trainer_arguments("rl", section.config) | more
+    return context, dict(ALGORITHMS[section.algorithm].preset) | context.trainer_arguments("rl", section.config) | more
 
 
 def _ours(side: Side, folder: Path) -> Any:

@@ -19,9 +19,9 @@ from trl_rlaif import distributed
 from trl_rlaif.data import load_prompts
 from trl_rlaif.pipeline.artifacts import RunFolder
 from trl_rlaif.pipeline.context import Context
-from trl_rlaif.pipeline.rl_groups import build_trainer
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import parse_recipe
+from trl_rlaif.rl.grpo_rloo.run import build_trainer
 
 TRAINERS = {"rloo": (RLOOTrainer, RLOOConfig), "grpo": (GRPOTrainer, GRPOConfig)}
 NONE = {"sample": None, "label": None, "reward": None, "evaluate": None, "report": None}

@@ -22,8 +22,8 @@ from trl_rlaif import RewardTrainer, RunError, cli
 from trl_rlaif.models.safe_training import check_gradients
 from trl_rlaif.pipeline.artifacts import RunFolder
 from trl_rlaif.pipeline.context import Context
-from trl_rlaif.pipeline.rl_groups import build_trainer
 from trl_rlaif.plugins import installed_plugins
+from trl_rlaif.rl.grpo_rloo.run import build_trainer
 from trl_rlaif.rl.rejection import RejectionTrainer
 
 pytestmark = pytest.mark.trl

@@ -11,6 +11,7 @@ from trl_rlaif.memory.counting import Adapter, ModelShape, adapter, optimizer_by
 from trl_rlaif.memory.plan import ALWAYS, Part
 from trl_rlaif.memory.settings import rl_batch, setting
 from trl_rlaif.recipe import JudgeSection, Recipe
+from trl_rlaif.rl.algorithms import ALGORITHMS
 
 # Prompts are this long where the recipe sets no limit.
 ASSUMED_PROMPT = 512
@@ -216,7 +217,7 @@ def rl(run: Run) -> list[Part]:
         *_update(activations, trained, length, bool(setting(recipe, "rl", "gradient_checkpointing")),
                  activations.head(learned, gradient=True), learned),
     ]  # fmt: skip
-    if recipe.rl.algorithm in ("rloo", "grpo", "dpo"):
+    if ALGORITHMS[recipe.rl.algorithm].config:
         run.notes.append(
             f"rl.algorithm: {recipe.rl.algorithm} is planned as PPO on the same base; TRL's trainer may differ."
         )

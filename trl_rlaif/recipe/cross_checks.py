@@ -6,6 +6,7 @@ from typing import Any
 
 from trl_rlaif.recipe.sections import FORGET_SET, STAGES, reward_name
 from trl_rlaif.recipe.source import Source
+from trl_rlaif.rl.algorithms import ALGORITHMS, Algorithm
 
 
 def check_together(source: Source) -> None:
@@ -48,8 +49,9 @@ def _check_preferences(source: Source, present: set[Any], section: str, who: str
 
 
 def _check_rl(source: Source, present: set[Any]) -> None:
-    if _value(source, "rl", "algorithm") == "dpo":
-        _check_preferences(source, present, "rl", "dpo")
+    algorithm = _algorithm(source)
+    if algorithm is not None and not algorithm.samples:
+        _check_preferences(source, present, "rl", _value(source, "rl", "algorithm"))
         return
     if _value(source, "data", "prompts") is None:
         source.report(("rl",), "'rl' has no prompts.", "Set data.prompts.")
@@ -62,8 +64,15 @@ def _check_rl(source: Source, present: set[Any]) -> None:
         source.report(path, what, "Add 'reward', or set rl.rewards to [direct] or to a function.")
 
 
+def _algorithm(source: Source) -> Algorithm | None:
+    """The recipe's; None where its name is unknown, which is reported elsewhere."""
+    name = _value(source, "rl", "algorithm")
+    return ALGORITHMS.get(name) if isinstance(name, str) else None
+
+
 def _check_selectors(source: Source) -> None:
-    if _value(source, "rl", "algorithm") == "rejection_sampling" and not _value(source, "rl", "selectors"):
+    algorithm = _algorithm(source)
+    if algorithm is not None and algorithm.needs_selector and not _value(source, "rl", "selectors"):
         what = "'rl' shall train on accepted responses, and has no selector that accepts any."
         source.report(("rl", "algorithm"), what, "Set rl.selectors, for example to [rejection_sampling].")
 

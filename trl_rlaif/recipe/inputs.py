@@ -12,6 +12,7 @@ from trl_rlaif.data.overlap import finetuned_prompts, question_key
 from trl_rlaif.errors import Problem, UserError
 from trl_rlaif.progress import say
 from trl_rlaif.recipe.parsing import Recipe
+from trl_rlaif.rl.algorithms import ALGORITHMS
 
 # Bytes of a data file up to which it is read a second time before a run, for what its prompts share with others.
 SMALL_FILE = 16 << 20
@@ -139,7 +140,7 @@ def _sources(recipe: Recipe) -> Iterator[tuple[str, str, Callable[[], Any]]]:
     data, rl, evaluate = recipe.data, recipe.rl, recipe.evaluate
     if recipe.sft:
         yield "sft.data", recipe.sft.data, partial(read_finetuning, recipe)
-    if data.prompts and (recipe.sample or (rl and rl.algorithm != "dpo")):
+    if data.prompts and (recipe.sample or (rl and ALGORITHMS[rl.algorithm].samples)):
         yield "data.prompts", data.prompts, partial(read_prompts, recipe, data.prompts)
     if data.pairs:
         yield "data.pairs", data.pairs, partial(read_pairs, recipe)

@@ -24,6 +24,7 @@ from pydantic_core import PydanticCustomError, core_schema
 from trl_rlaif.data import COLUMNS, PairFormat, ScoredPairs
 from trl_rlaif.errors import UserError
 from trl_rlaif.recipe.formatting import nearest_or_all, shown
+from trl_rlaif.rl.algorithms import ALGORITHMS
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -402,7 +403,7 @@ class RlSection(Section):
     """``rl``: reinforcement learning. Other keys are PPOConfig's; those of TRL's
     configuration, too, where ``algorithm`` is a trainer of TRL's."""
 
-    algorithm: Literal["ppo", "reinforce", "rloo", "grpo", "rejection_sampling", "dpo"] = Field(
+    algorithm: Literal[tuple(ALGORITHMS)] = Field(
         "ppo",
         description="'reinforce' is PPO with one pass over each batch and no clipped ratio (Lee et al. 2023); what "
         "it presets, other keys here override. 'rloo' and 'grpo' are TRL's own trainers, with the rewards, transforms "

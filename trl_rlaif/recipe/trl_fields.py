@@ -16,15 +16,13 @@ from trl_rlaif.recipe.checking import unknown_key, wrong_value
 from trl_rlaif.recipe.formatting import did_you_mean, how_to_mend
 from trl_rlaif.recipe.sections import SECTIONS, Number
 from trl_rlaif.recipe.source import Source
+from trl_rlaif.rl.algorithms import ALGORITHMS
 
 CONFIG_CLASSES = {
     "sft": ("trl", "SFTConfig"),
     "reward": ("trl", "RewardConfig"),
     "rl": ("trl_rlaif.rl.ppo.config", "PPOConfig"),
 }
-
-# The RL algorithms that TRL trains: their own configuration beside PPOConfig's fields.
-ALGORITHM_CLASSES = {"dpo": ("trl", "DPOConfig"), "rloo": ("trl", "RLOOConfig"), "grpo": ("trl", "GRPOConfig")}
 
 _FOLDER = "the run's folder is chosen with --output"
 _SEED = "set run.seed"
@@ -105,8 +103,8 @@ def config_hints(section: str, algorithm: Any = None) -> dict[str, Any]:
 
 
 def _classes(section: str, algorithm: Any) -> list[tuple[str, str]]:
-    own = ALGORITHM_CLASSES.get(algorithm) if isinstance(algorithm, str) else None
-    return [CONFIG_CLASSES[section], *([own] if own else [])]
+    known = ALGORITHMS.get(algorithm) if isinstance(algorithm, str) else None
+    return [CONFIG_CLASSES[section], *([known.config] if known and known.config else [])]
 
 
 def convert(hint: Any, value: Any) -> Any:

@@ -1,5 +1,1 @@
 """Reinforcement learning: PPO, GRPO, RLOO and rejection sampling on one set of rewards, selectors and rehearsal."""
-
-from trl_rlaif.compat.trl_version import check_trl
-
-check_trl()  # here, since this comes before any import of TRL in this package

@@ -14,8 +14,8 @@ import datasets
 import torch
 from accelerate.utils import set_seed
 from transformers import PrinterCallback
-from trl import SFTConfig, SFTTrainer
 
+from trl_rlaif.compat.trl_version import check_trl
 from trl_rlaif.errors import UserError
 from trl_rlaif.generation import derived_seed
 from trl_rlaif.models.safe_training import safe_training
@@ -23,6 +23,9 @@ from trl_rlaif.rl import deepspeed
 from trl_rlaif.rl.ppo import checkpoint
 from trl_rlaif.rl.selection import MergedSelection
 from trl_rlaif.types import Pool, RehearsalPair
+
+check_trl()
+from trl import SFTConfig, SFTTrainer  # noqa: E402 - only a TRL that is known to work
 
 if TYPE_CHECKING:
     from trl_rlaif.models.shared_model import SharedBase

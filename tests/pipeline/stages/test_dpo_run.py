@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import DPOConfig, DPOTrainer
 
 from trl_rlaif import RunError, UserError
-from trl_rlaif.pipeline import rl_dpo
 from trl_rlaif.pipeline.context import Context
-from trl_rlaif.pipeline.rl_dpo import build_trainer
 from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.pipeline.stages.label import write_preferences
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import parse_recipe
+from trl_rlaif.rl import dpo
+from trl_rlaif.rl.dpo import build_trainer
 from trl_rlaif.rl.soft_dpo import SoftDPOTrainer
 
 pytestmark = [pytest.mark.trl, pytest.mark.slow]
@@ -54,7 +54,7 @@ def test_with_labels_that_are_sure_the_policy_is_that_of_a_plain_script(tiny_mod
     context = Context(recipe, folder, installed_plugins())
     write_preferences(context, context.pairs(), {pair.id: float(i % 2) for i, pair in enumerate(context.pairs())})
     set_seed(7)  # as the runner does
-    assert rl_dpo.run(context)["labels"] == {"soft": True, "mean_confidence": 1.0, "ties": 0}
+    assert dpo.run(context)["labels"] == {"soft": True, "mean_confidence": 1.0, "ties": 0}
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     torch.manual_seed(7)
     trainer = DPOTrainer(

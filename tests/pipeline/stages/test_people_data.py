@@ -11,13 +11,13 @@ from transformers import AutoTokenizer
 
 from trl_rlaif import UserError
 from trl_rlaif.encoding import encode_prompt, encode_response
-from trl_rlaif.pipeline import rl_dpo
 from trl_rlaif.pipeline.artifacts import read_lines
 from trl_rlaif.pipeline.context import Context
 from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.pipeline.stages.reward import tokenize_preference
-from trl_rlaif.pipeline.stages.rl import prompts as prompts_of_rl
 from trl_rlaif.plugins import installed_plugins
+from trl_rlaif.rl import dpo
+from trl_rlaif.rl.from_recipe import prompts as prompts_of_rl
 
 NO_MORE = {"label": None, "reward": None, "rl": None, "evaluate": None, "report": None}
 
@@ -108,7 +108,7 @@ def test_rendered_pairs_reach_the_reward_model_as_conversations_do(tiny_model, t
     }
     data = {"prompts": None, "pairs": write(tmp_path / "p.jsonl", row), "format": "preference"}
     context = context_of(tmp_path, tiny_model, sample=None, data=data, reward={})
-    rl_dpo.preferences_of_people(context, "reward")
+    dpo.preferences_of_people(context, "reward")
     found = tokenize_preference(tokenizer, load_from_disk(str(context.folder / "preferences"))[0])
     prompt = encode_prompt(tokenizer, [{"role": "user", "content": "what is quick?"}])
     assert found["chosen_ids"] == prompt + encode_response(tokenizer, "the fox")
@@ -136,8 +136,8 @@ def test_dpo_learns_the_whole_turn(tiny_model, tmp_path):
     row = {"prompt": BEGUN, "chosen": says(" the fox"), "rejected": says(" a dog")}
     data = {"prompts": None, "pairs": write(tmp_path / "p.jsonl", row), "format": "preference"}
     context = context_of(tmp_path, tiny_model, sample=None, data=data, rl={"algorithm": "dpo"})
-    rl_dpo.preferences_of_people(context, "rl")
-    row = rl_dpo._readable(rl_dpo._preferences(context), soft=False)[0]
+    dpo.preferences_of_people(context, "rl")
+    row = dpo._readable(dpo._preferences(context), soft=False)[0]
     assert row == {"prompt": BEGUN[:1], "chosen": says("It is the fox"), "rejected": says("It is a dog")}
 
 

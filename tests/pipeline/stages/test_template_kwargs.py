@@ -8,13 +8,13 @@ import pytest
 from datasets import Dataset
 from helpers.recipes import tiny_recipe
 from helpers.tiny import CHAT_TEMPLATE
-from trl import GRPOConfig
 
 from trl_rlaif.encoding import encode_prompt
-from trl_rlaif.pipeline import rl_dpo, rl_groups
 from trl_rlaif.pipeline.artifacts import RunFolder
 from trl_rlaif.pipeline.context import Context
 from trl_rlaif.plugins import installed_plugins
+from trl_rlaif.rl import dpo
+from trl_rlaif.rl.grpo_rloo import run as groups
 
 pytestmark = pytest.mark.trl
 
@@ -45,7 +45,7 @@ def test_dpo(context):
     made = context("dpo")
     said = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
     Dataset.from_list([{"prompt": TURN, "p": 0.9, **said}] * 4).save_to_disk(str(made.folder / "preferences"))
-    trainer, _ = rl_dpo.build_trainer(made)
+    trainer, _ = dpo.build_trainer(made)
     row = trainer.train_dataset[0]
     assert made.tokenizer.decode(row["prompt_ids"]).startswith("the fox<|start|>user")
 
@@ -56,5 +56,5 @@ def test_fine_tuning(context):
 
 
 def test_group_trainers(context):
-    config, _ = rl_groups._config(context("grpo"), GRPOConfig)
+    config, _ = groups._config(context("grpo"))
     assert config.chat_template_kwargs == {"effort": "the fox"}

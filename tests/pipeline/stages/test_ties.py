@@ -13,7 +13,6 @@ from torch.nn.functional import logsigmoid
 
 from trl_rlaif import UserError
 from trl_rlaif.evaluation import is_even
-from trl_rlaif.pipeline import rl_dpo
 from trl_rlaif.pipeline.context import Context
 from trl_rlaif.pipeline.runner import run_recipe, summary
 from trl_rlaif.pipeline.stages import reward
@@ -21,6 +20,7 @@ from trl_rlaif.pipeline.stages.label import write_preferences
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.reward.config import RewardConfig
 from trl_rlaif.reward.scoring import score_pairs
+from trl_rlaif.rl import dpo
 
 NO_MORE = {"sample": None, "label": None, "rl": None, "evaluate": None, "report": None}
 RL = {"algorithm": "dpo", "kl_coef": 0.3, "max_steps": 1, "per_device_train_batch_size": 2}
@@ -94,7 +94,7 @@ P = [0.9, 0.5, 0.2, (0.3 + 0.7) / 2, 0.1 + 0.2 + 0.2, 0.51]
 
 
 def test_dpo_learns_from_labels_of_one_half_that_both_are_equally_good(labeled):
-    numbers = rl_dpo.run(labeled(P))
+    numbers = dpo.run(labeled(P))
     assert (numbers["pairs"], numbers["skipped"]) == (6, {})
     assert numbers["labels"] == {"soft": True, "mean_confidence": pytest.approx(3.71 / 6), "ties": 3}
 
@@ -102,7 +102,7 @@ def test_dpo_learns_from_labels_of_one_half_that_both_are_equally_good(labeled):
 def test_a_loss_that_takes_labels_as_sure_leaves_out_those_of_one_half(labeled, capsys):
     context = labeled(P)
     context.recipe.rl.config["loss_type"] = ["hinge"]
-    numbers = rl_dpo.run(context)
+    numbers = dpo.run(context)
     assert (numbers["pairs"], numbers["skipped"]) == (3, {"tie": 3})
     assert numbers["labels"] == {"soft": False, "mean_confidence": pytest.approx(3.71 / 6), "ties": 3}
     assert "takes soft labels as sure" in (stderr := capsys.readouterr().err) and "3 of them are ties" in stderr
@@ -112,7 +112,7 @@ def test_a_loss_that_takes_labels_as_sure_leaves_out_those_of_one_half(labeled, 
 
 def test_dpo_on_nothing_but_ties(labeled):
     with pytest.raises(UserError, match="Every preference is a tie"):
-        rl_dpo.run(labeled([0.5, 0.5]))
+        dpo.run(labeled([0.5, 0.5]))
 
 
 def test_one_half_but_for_rounding():

@@ -11,9 +11,9 @@ from trl_rlaif_direct import DirectLabeler
 from trl_rlaif import UserError
 from trl_rlaif.pipeline.artifacts import RunFolder, read_lines
 from trl_rlaif.pipeline.context import Context
-from trl_rlaif.pipeline.rl_groups import build_trainer
 from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.plugins import installed_plugins
+from trl_rlaif.rl.grpo_rloo.run import build_trainer
 from trl_rlaif.testing import ScriptedJudge
 
 pytestmark = pytest.mark.trl

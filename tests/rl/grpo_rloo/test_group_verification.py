@@ -13,8 +13,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from trl_rlaif import UserError
 from trl_rlaif.pipeline.artifacts import RunFolder
 from trl_rlaif.pipeline.context import Context
-from trl_rlaif.pipeline.rl_groups import build_trainer
 from trl_rlaif.plugins import installed_plugins
+from trl_rlaif.rl.grpo_rloo.run import build_trainer
 from trl_rlaif.rl.grpo_rloo.verification import verify
 
 pytestmark = pytest.mark.trl

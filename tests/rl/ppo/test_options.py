@@ -14,8 +14,8 @@ from transformers import HfArgumentParser
 
 from trl_rlaif import PPOConfig, UserError
 from trl_rlaif.compat.trl_ppo import BasePPOConfig
+from trl_rlaif.rl.algorithms import ALGORITHMS
 from trl_rlaif.rl.ppo.advantages import explained_variance
-from trl_rlaif.rl.ppo.config import PRESETS
 from trl_rlaif.rl.reward_shaping import AdaptiveKLController, shaped_scores
 from trl_rlaif.types import Rollout
 
@@ -129,7 +129,7 @@ def test_a_trunk_needs_one_base(tmp_path):
 
 
 def test_reinforce_is_one_pass_without_a_clipped_ratio(tmp_path):
-    trainer, steps = small_trainer(tmp_path, **PRESETS["reinforce"]), []
+    trainer, steps = small_trainer(tmp_path, **ALGORITHMS["reinforce"].preset), []
     trainer.optimizer.optimizer.register_step_post_hook(lambda *_: steps.append(trainer.state.global_step))
     # A ratio that is 1, as it is only before the first step on a rollout, is not clipped, however large advantages are.
     scale = trainer.compute_advantages

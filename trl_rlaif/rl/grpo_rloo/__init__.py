@@ -1,1 +1,5 @@
 """RLOO and GRPO: TRL's own trainers, with rewards, transforms, selectors, rehearsal and checkpoints as PPO has them."""
+
+from trl_rlaif.compat.trl_version import check_trl
+
+check_trl()  # here, since this comes before any import of TRL in this package

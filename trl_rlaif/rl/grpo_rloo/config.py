@@ -11,14 +11,6 @@ from trl_rlaif.errors import UserError
 from trl_rlaif.recipe.sections import STOPPING_LIMITS
 from trl_rlaif.rl.ppo.config import PPOConfig
 
-# Where TRL calls the same thing otherwise. The price of KL and the clip are those of Schulman et al. 2017 and Shao et
-# al. 2024 alike, though TRL's GRPO pays KL in the loss and not in the reward.
-BY_ANOTHER_NAME = {
-    "kl_coef": "beta",
-    "response_length": "max_completion_length",
-    "num_ppo_epochs": "num_iterations",
-    "cliprange": "epsilon",
-}
 # What scores, chooses and rehearses beside TRL's trainer.
 _ELSEWHERE = {
     "total_episodes", "max_prompt_length", "stop_token", "stop_token_id", "stop_tokens", "score_at_end",
@@ -37,13 +29,14 @@ def scoring_settings(args: PPOConfig) -> dict[str, Any]:
 
 
 def group_arguments(
-    written: Mapping[str, Any], config_class: type, processes: int = 1
+    written: Mapping[str, Any], config_class: type, renamed: Mapping[str, str], processes: int = 1
 ) -> tuple[dict[str, Any], list[str]]:
     """The arguments of a GRPOConfig or RLOOConfig, and the keys of which nobody makes use.
 
     Args:
         written: The recipe's keys: PPOConfig's or the class's own, which win where both say the same.
         config_class: Of TRL.
+        renamed: PPOConfig's keys that are called otherwise there.
         processes: That train together.
 
     Raises:
@@ -51,7 +44,7 @@ def group_arguments(
     """
     known = {field.name for field in dataclasses.fields(config_class) if field.init}
     own = {key: value for key, value in written.items() if key in known}
-    for ours, theirs in BY_ANOTHER_NAME.items():
+    for ours, theirs in renamed.items():
         if ours in written and theirs in known:
             own.setdefault(theirs, written[ours])
     # The documented default of kl_coef holds for every algorithm with a KL to the reference; GRPOConfig's own is 0.
@@ -61,7 +54,7 @@ def group_arguments(
     if "total_episodes" in written and "max_steps" not in own:
         # A step for each batch of new responses, as often as each is used.
         own["max_steps"] = math.ceil(written["total_episodes"] / batch) * own.get("num_iterations", 1)
-    unused = sorted(set(written) - set(own) - set(BY_ANOTHER_NAME) - _ELSEWHERE)
+    unused = sorted(set(written) - set(own) - set(renamed) - _ELSEWHERE)
     return own, unused
 
 

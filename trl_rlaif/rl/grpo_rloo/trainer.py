@@ -10,17 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from trl_rlaif.compat.trl_version import check_trl
 from trl_rlaif.errors import UserError
 from trl_rlaif.models.safe_training import safe_training
 from trl_rlaif.resuming import SameRun, components
 from trl_rlaif.rl.grpo_rloo.config import scoring_settings
 from trl_rlaif.rl.grpo_rloo.verification import verify
 from trl_rlaif.validation import RewardError
-
-check_trl()
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer  # noqa: E402 - only a TRL that is known to work
 
 if TYPE_CHECKING:
     from trl_rlaif.rl.grpo_rloo.scoring import GroupScorer
@@ -95,7 +92,7 @@ class RehearsalGRPOTrainer(RehearsalMixin, GRPOTrainer):
     """GRPO (Shao et al. 2024)."""
 
 
-TRAINERS = {"rloo": (RehearsalRLOOTrainer, RLOOConfig), "grpo": (RehearsalGRPOTrainer, GRPOConfig)}
+TRAINERS = {RLOOConfig: RehearsalRLOOTrainer, GRPOConfig: RehearsalGRPOTrainer}
 
 
 class ScorerCallback(TrainerCallback):

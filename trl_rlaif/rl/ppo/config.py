@@ -5,29 +5,11 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Literal
 
 from trl_rlaif.compat.ppo_config import setting
 from trl_rlaif.compat.trl_ppo import BasePPOConfig
 from trl_rlaif.errors import Problem, UserError
-
-# REINFORCE with a learned baseline as in Lee et al. 2023: one pass over each batch, whose ratio is 1, returns without
-# discount, and (1 - beta) * reward - beta * KL with beta = 0.05 at sampling temperature 0.9.
-PRESETS: dict[str, dict[str, Any]] = {
-    "ppo": {},
-    "reinforce": {
-        "num_ppo_epochs": 1,
-        "num_mini_batches": 1,
-        "cliprange": math.inf,
-        "gamma": 1.0,
-        "lam": 1.0,
-        "kl_coef": 0.05,
-        "kl_weighting": "weighted",
-        "temperature": 0.9,
-    },
-    # Nothing there reads a value.
-    "rejection_sampling": {"value": "trunk"},
-}
 
 
 @dataclass

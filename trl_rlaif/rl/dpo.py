@@ -14,17 +14,16 @@ from trl_rlaif.evaluation import is_even
 from trl_rlaif.models.shared_model import save_adapter
 from trl_rlaif.pipeline.artifacts import write_folder
 from trl_rlaif.pipeline.context import Context
-from trl_rlaif.pipeline.stages import rl
 from trl_rlaif.pipeline.stages.label import TIE, preferences_of_people
 from trl_rlaif.pipeline.stages.sft import train_from_last
 from trl_rlaif.progress import say
+from trl_rlaif.rl import from_recipe
+from trl_rlaif.rl.algorithms import ALGORITHMS
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-# DPO's beta is the price of KL to the start in the very objective that PPO maximizes (Rafailov et al. 2023, eq. 3).
-_BY_ANOTHER_NAME = {"kl_coef": "beta"}
 _ADAPTER = "default"
 
 
@@ -129,14 +128,14 @@ def _config(context: Context) -> tuple[DPOConfig, list[str]]:
     from trl import DPOConfig
 
     written = dict(context.recipe.rl.config)
-    for ours, theirs in _BY_ANOTHER_NAME.items():
+    for ours, theirs in ALGORITHMS["dpo"].renamed.items():
         if ours in written:
             written.setdefault(theirs, written[ours])
             del written[ours]
     known = {field.name for field in dataclasses.fields(DPOConfig) if field.init}
     ignored = sorted(set(written) - known)
     own = {key: value for key, value in written.items() if key in known}
-    lean = {"gradient_checkpointing": rl.on_gpu()}
+    lean = {"gradient_checkpointing": from_recipe.on_gpu()}
     return DPOConfig(**lean | context.trainer_arguments("rl", own)), ignored
 
 

@@ -7,26 +7,37 @@ import inspect
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from peft import PeftModel
+from trl import RLOOTrainer
 
 from trl_rlaif import distributed
+from trl_rlaif.compat.ppo_trainer import without_dropout, work_out_batches
 from trl_rlaif.encoding import set_template_kwargs
 from trl_rlaif.errors import UserError
 from trl_rlaif.generation import seeded
+from trl_rlaif.models.adapters import fitted
+from trl_rlaif.models.role_models import SharedRoleModels
 from trl_rlaif.models.shared_model import SharedBase, save_adapter
 from trl_rlaif.pipeline import tracking
 from trl_rlaif.pipeline.artifacts import write_folder
 from trl_rlaif.pipeline.context import Context
-from trl_rlaif.pipeline.stages import rl
 from trl_rlaif.pipeline.stages.sft import last_checkpoint
 from trl_rlaif.progress import say
-
-if TYPE_CHECKING:
-    from trl_rlaif.rl.grpo_rloo.scoring import GroupScorer
-    from trl_rlaif.rl.grpo_rloo.trainer import RehearsalMixin
-    from trl_rlaif.rl.ppo.config import PPOConfig
-
-ALGORITHMS = ("rloo", "grpo")
+from trl_rlaif.responses import ResponseReader
+from trl_rlaif.rl import from_recipe
+from trl_rlaif.rl.algorithms import ALGORITHMS
+from trl_rlaif.rl.generation import RolloutGenerator
+from trl_rlaif.rl.grpo_rloo.config import group_arguments
+from trl_rlaif.rl.grpo_rloo.scoring import GroupReward, GroupScorer
+from trl_rlaif.rl.grpo_rloo.trainer import TRAINERS, RehearsalMixin, kept_state
+from trl_rlaif.rl.ppo.config import PPOConfig
+from trl_rlaif.rl.ppo.construction import longest_row, prepare_base, stop_ids_of, tokenized
+from trl_rlaif.rl.prompts import PromptCollator
+from trl_rlaif.rl.rehearsal import Rehearsal, given_pairs
+from trl_rlaif.rl.scoring import RewardPipeline
+from trl_rlaif.rl.selection import MergedSelection, PromptPool, PromptSelection
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -49,21 +60,19 @@ def run(context: Context) -> dict[str, Any]:
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         callback.close()
-    rl.keep_selection(context, scorer.selection.folder)
+    from_recipe.keep_selection(context, scorer.selection.folder)
     write_folder(context.folder / "policy", lambda folder: _save(context, scorer.shared, folder))
     numbers = (
         _numbers(trainer)
-        | rl.of_rewards(trainer.state.log_history, scorer.rewards.unscored.total)
+        | from_recipe.of_rewards(trainer.state.log_history, scorer.rewards.unscored.total)
         | {"skipped": skipped, "unused": unused}
         | tracking.numbers(tracker)
     )
-    return numbers | rl.gpu_memory(context.recipe) | {"seconds": time.monotonic() - started}
+    return numbers | from_recipe.gpu_memory(context.recipe) | {"seconds": time.monotonic() - started}
 
 
 def _select(context: Context, scorer: GroupScorer, checkpoint: str | None) -> None:
     """What is trained on and rehearsed: as a checkpoint has it, or else as the selectors choose."""
-    from trl_rlaif.rl.grpo_rloo.trainer import kept_state
-    from trl_rlaif.rl.selection import MergedSelection
 
     kept = None if checkpoint is None else kept_state(checkpoint)
     if kept is not None and kept["chosen"] is not None:
@@ -75,18 +84,15 @@ def _select(context: Context, scorer: GroupScorer, checkpoint: str | None) -> No
 
 def build_trainer(context: Context) -> tuple[RehearsalMixin, dict[str, int], list[str]]:
     """TRL's trainer with a scorer; how many prompts were skipped by reason; keys of which nobody makes use."""
-    from trl_rlaif.models.adapters import fitted
-    from trl_rlaif.rl.grpo_rloo.scoring import GroupReward
-    from trl_rlaif.rl.grpo_rloo.trainer import TRAINERS
 
-    trainer_class, config_class = TRAINERS[context.recipe.rl.algorithm]
-    config, unused = _config(context, config_class)
+    config, unused = _config(context)
+    settings = _scorer_settings(context, config)  # before the trainer: new arguments reset accelerate's state
     base = context.load_base()
     adapter = fitted(context.lora, base)
     stops = _stop_ids(context, base)
     ends = {"stop_token_ids": stops, "ignore_eos": True} if config.use_vllm else {"eos_token_id": stops}
     config.generation_kwargs = ends | (config.generation_kwargs or {})
-    dataset, skipped = rl.prompts(context, base, config.max_completion_length)
+    dataset, skipped = from_recipe.prompts(context, base, config.max_completion_length)
     if any(not isinstance(prompt, str) and prompt[-1]["role"] == "assistant" for prompt in dataset["prompt"]):
         raise UserError(  # TRL would end that turn and open another one
             f"A prompt ends with an assistant turn, which {context.recipe.rl.algorithm} does not continue.",
@@ -94,11 +100,9 @@ def build_trainer(context: Context) -> tuple[RehearsalMixin, dict[str, int], lis
             fix="Use another algorithm, or end the prompts with a user turn.",
         )
     if context.start is not None:
-        from peft import PeftModel
-
         base, adapter = PeftModel.from_pretrained(base, context.start, is_trainable=True), None
     score = GroupReward()
-    trainer = trainer_class(
+    trainer = TRAINERS[type(config)](
         model=base,
         reward_funcs=[score],
         args=config,
@@ -110,7 +114,7 @@ def build_trainer(context: Context) -> tuple[RehearsalMixin, dict[str, int], lis
         trainer.eos_token_ids = stops  # by which TRL masks; its own always have the tokenizer's eos among them
     # The scorer's adapters and heads draw random numbers: TRL's trainer goes on as if it were alone.
     with seeded(context.recipe.run.seed, "scorer"):
-        score.scorer = _scorer(context, trainer, dataset)
+        score.scorer = _scorer(context, trainer, settings, dataset)
     trainer.take(score.scorer)
     return trainer, skipped, unused
 
@@ -121,8 +125,6 @@ def _stop_ids(context: Context, base: Any) -> list[int]:
     Raises:
         UserError: It masks responses by the tokenizer's eos alone (until TRL 1.14), which does not end these.
     """
-    from trl import RLOOTrainer
-
     stops, eos_id = list(context.stop_ids(base)), context.tokenizer.eos_token_id
     if "eos_token_ids" in inspect.getsource(RLOOTrainer) or stops == [eos_id]:
         return stops
@@ -136,21 +138,11 @@ def _stop_ids(context: Context, base: Any) -> list[int]:
     return [eos_id]
 
 
-def _scorer(context: Context, trainer: RehearsalMixin, dataset: Any) -> GroupScorer:
+def _scorer(context: Context, trainer: RehearsalMixin, args: PPOConfig, dataset: Any) -> GroupScorer:
     """What scores, chooses and rehearses, on the very base that TRL's trainer trains."""
-    from trl_rlaif.compat.ppo_trainer import without_dropout
-    from trl_rlaif.models.role_models import SharedRoleModels
-    from trl_rlaif.responses import ResponseReader
-    from trl_rlaif.rl.generation import RolloutGenerator
-    from trl_rlaif.rl.grpo_rloo.scoring import GroupScorer
-    from trl_rlaif.rl.ppo.construction import longest_row, prepare_base, stop_ids_of, tokenized
-    from trl_rlaif.rl.prompts import PromptCollator
-    from trl_rlaif.rl.rehearsal import Rehearsal, given_pairs
-    from trl_rlaif.rl.scoring import RewardPipeline
-    from trl_rlaif.rl.selection import PromptPool, PromptSelection
 
     accelerator, tokenizer, shared = trainer.accelerator, context.tokenizer, SharedBase.around(trainer.model)
-    args = _scorer_settings(context, trainer)
+    work_out_batches(args, accelerator.num_processes, len(dataset))
     has_reward = "reward" in context.recipe.rl.reward_names
     if has_reward:
         shared.add_reward(context.folder / "reward")
@@ -162,9 +154,9 @@ def _scorer(context: Context, trainer: RehearsalMixin, dataset: Any) -> GroupSco
     generator = RolloutGenerator(args, accelerator, reader)
     scored = (lambda responses: generator.scores(role_models, responses)) if has_reward else None
     rewards = RewardPipeline(
-        rl.reward_functions(context, shared), context.transforms("rl"), scored, args, reader, accelerator
+        from_recipe.reward_functions(context, shared), context.transforms("rl"), scored, args, reader, accelerator
     )
-    pairs = given_pairs(rl.rehearsal_dataset(context), tokenizer, max_length=longest_row(shared.peft, args))
+    pairs = given_pairs(from_recipe.rehearsal_dataset(context), tokenizer, max_length=longest_row(shared.peft, args))
     rehearsal = Rehearsal(pairs, args, args.seed + accelerator.process_index * 100_003)  # as PPO's local_seed
     scorer = GroupScorer(
         args, accelerator, shared, role_models, reader, generator, rewards, rehearsal, context.plugins, trainer.state
@@ -172,33 +164,30 @@ def _scorer(context: Context, trainer: RehearsalMixin, dataset: Any) -> GroupSco
     prompts = tokenized(dataset, tokenizer, shared.peft, args)
     policy = partial(role_models.model, "policy")
     pool = PromptPool(prompts, PromptCollator(tokenizer), scorer, rewards, policy, args, accelerator)
-    scorer.selection = PromptSelection(rl.selectors(context), pool, rehearsal, args.output_dir)
+    scorer.selection = PromptSelection(from_recipe.selectors(context), pool, rehearsal, args.output_dir)
     return scorer
 
 
-def _scorer_settings(context: Context, trainer: RehearsalMixin) -> PPOConfig:
+def _scorer_settings(context: Context, config: Any) -> PPOConfig:
     """PPO's settings as the recipe has them, for a trainer that samples and batches by TRL's."""
-    from trl_rlaif.compat.ppo_trainer import work_out_batches
-
     args = dataclasses.replace(
-        rl.config(context),
-        response_length=trainer.args.max_completion_length,
-        temperature=trainer.args.temperature,  # whose default is TRL's, not PPO's
+        from_recipe.config(context),
+        response_length=config.max_completion_length,
+        temperature=config.temperature,  # whose default is TRL's, not PPO's
     )
-    work_out_batches(args, trainer.accelerator.num_processes, len(trainer.train_dataset))
     if args.chat_template_kwargs is not None:
         set_template_kwargs(context.tokenizer, args.chat_template_kwargs)
     return args
 
 
-def _config(context: Context, config_class: type) -> tuple[Any, list[str]]:
-    from trl_rlaif.rl.grpo_rloo.config import group_arguments
-
+def _config(context: Context) -> tuple[Any, list[str]]:
     section = context.recipe.rl
-    own, unused = group_arguments(section.config, config_class, distributed.processes())
-    arguments = context.trainer_arguments("rl", own) | rl.saving(own)
+    algorithm = ALGORITHMS[section.algorithm]
+    config_class = algorithm.config_class()
+    own, unused = group_arguments(section.config, config_class, algorithm.renamed, distributed.processes())
+    arguments = context.trainer_arguments("rl", own) | from_recipe.saving(own)
     kwargs = context.recipe.model.chat_template_kwargs
-    defaults = {"gradient_checkpointing": rl.on_gpu()} | ({"chat_template_kwargs": kwargs} if kwargs else {})
+    defaults = {"gradient_checkpointing": from_recipe.on_gpu()} | ({"chat_template_kwargs": kwargs} if kwargs else {})
     try:
         return config_class(**defaults | arguments), unused
     except ValueError as error:  # TRL's words on settings that contradict each other

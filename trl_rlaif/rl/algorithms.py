@@ -1,0 +1,81 @@
+"""The algorithms of the stage rl, each described once: what configures it, what it presets, and what runs it.
+
+Recipes are checked by this table, so that importing it imports neither torch nor TRL.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One value of ``rl.algorithm``.
+
+    Args:
+        run: ``module:function`` that trains ``policy/`` as a context's recipe has it, and returns its results.
+        config: Module and class of TRL's own configuration; None where PPOConfig is all there is.
+        renamed: PPOConfig's keys that are called otherwise there.
+        preset: Of PPOConfig, what holds where the recipe does not say.
+        samples: Whether it draws responses to prompts; else it learns from preferences.
+        needs_selector: Whether it trains on what a selector accepts.
+    """
+
+    run: str
+    config: tuple[str, str] | None = None
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    preset: Mapping[str, Any] = field(default_factory=dict)
+    samples: bool = True
+    needs_selector: bool = False
+
+    def runner(self) -> Callable[[Any], dict[str, Any]]:
+        """What trains by it, imported now."""
+        module, _, function = self.run.partition(":")
+        return getattr(importlib.import_module(module), function)
+
+    def config_class(self) -> type:
+        """TRL's own configuration, imported now."""
+        module, name = self.config
+        return getattr(importlib.import_module(module), name)
+
+
+_PPO, _GROUPS = "trl_rlaif.rl.ppo.run:run", "trl_rlaif.rl.grpo_rloo.run:run"
+# The price of KL and the clip are those of Schulman et al. 2017 and Shao et al. 2024 alike, though TRL's GRPO pays KL
+# in the loss and not in the reward.
+_GROUP_KEYS = {
+    "kl_coef": "beta",
+    "response_length": "max_completion_length",
+    "num_ppo_epochs": "num_iterations",
+    "cliprange": "epsilon",
+}
+
+ALGORITHMS = {
+    "ppo": Algorithm(_PPO),
+    # REINFORCE with a learned baseline as in Lee et al. 2023: one pass over each batch, whose ratio is 1, returns
+    # without discount, and (1 - beta) * reward - beta * KL with beta = 0.05 at sampling temperature 0.9.
+    "reinforce": Algorithm(
+        _PPO,
+        preset={
+            "num_ppo_epochs": 1,
+            "num_mini_batches": 1,
+            "cliprange": math.inf,
+            "gamma": 1.0,
+            "lam": 1.0,
+            "kl_coef": 0.05,
+            "kl_weighting": "weighted",
+            "temperature": 0.9,
+        },
+    ),
+    "rloo": Algorithm(_GROUPS, ("trl", "RLOOConfig"), _GROUP_KEYS),
+    "grpo": Algorithm(_GROUPS, ("trl", "GRPOConfig"), _GROUP_KEYS),
+    # Nothing there reads a value.
+    "rejection_sampling": Algorithm(
+        "trl_rlaif.rl.ppo.run:run_rejection", preset={"value": "trunk"}, needs_selector=True
+    ),
+    # DPO's beta is the price of KL to the start in the very objective that PPO maximizes (Rafailov et al. 2023, eq. 3).
+    "dpo": Algorithm("trl_rlaif.rl.dpo:run", ("trl", "DPOConfig"), {"kl_coef": "beta"}, samples=False),
+}

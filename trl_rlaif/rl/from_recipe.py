@@ -1,0 +1,172 @@
+"""A recipe's section rl as what its trainers take: settings, prompts, rewards, selectors; and what they all report."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl_rlaif.errors import UserError
+from trl_rlaif.pipeline.artifacts import write_atomically
+from trl_rlaif.recipe import ComponentRef
+from trl_rlaif.recipe.inputs import read_rehearsal
+from trl_rlaif.rl.algorithms import ALGORITHMS
+from trl_rlaif.validation import Origin, tagged
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from trl_rlaif.models.shared_model import SharedBase
+    from trl_rlaif.pipeline.context import Context
+    from trl_rlaif.recipe import Recipe
+    from trl_rlaif.rl.ppo.config import PPOConfig
+
+# A tenth of the updates may be lost to a kill, where the recipe says nothing of save_steps.
+_SAVES = 10
+
+
+def config(context: Context) -> PPOConfig:
+    """PPO's settings: the recipe's own, over those of its algorithm and defaults that fit this run."""
+    from trl_rlaif.rl.ppo.config import PPOConfig
+
+    section = context.recipe.rl
+    known = {field.name for field in dataclasses.fields(PPOConfig)}
+    # A group trainer's own keys are not PPO's.
+    written = {key: value for key, value in section.config.items() if key in known}
+    arguments = dict(ALGORITHMS[section.algorithm].preset) | context.trainer_arguments("rl", written) | saving(written)
+    # The default of the loop is TRL's, none; a policy that shall learn to stop needs one.
+    if not {"stop_token_id", "stop_tokens"} & set(arguments):
+        arguments.setdefault("stop_token", "eos")
+    # Computing twice to save memory pays on a GPU.
+    lean = {"gradient_checkpointing": on_gpu(), "num_sample_generations": 0}
+    model = context.recipe.model
+    lean |= {"reasoning": model.reasoning, "reasoning_tags": model.reasoning_tags}
+    return PPOConfig(**lean | arguments, reward_weights=section.reward_weights)
+
+
+def saving(written: dict[str, Any]) -> dict[str, Any]:
+    """How often to save, where the recipe does not say: a tenth of the updates may be lost to a kill."""
+    if "save_strategy" in written:
+        return {}
+    defaults = {"save_steps": 1 / _SAVES, "save_total_limit": 2}
+    return {"save_strategy": "steps"} | {key: value for key, value in defaults.items() if key not in written}
+
+
+def on_gpu() -> bool:
+    """Whether there is one."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def prompts(context: Context, base: Any, room: int) -> tuple[Dataset, dict[str, int]]:
+    """The prompts that leave room for a response of so many tokens, and how many were skipped by reason."""
+    from datasets import Dataset
+
+    found, tokens, skipped = context.encoded_prompts(context.recipe.data.prompts, room, base)
+    rows = [
+        {"id": p.id, "prompt": context.chat(p.prompt), "category": p.category, "input_ids": ids}
+        for p, ids in zip(found, tokens, strict=True)
+    ]
+    extra = set.intersection(*(set(p.extra) for p in found)) - set(rows[0])
+    for row, prompt in zip(rows, found, strict=True):
+        row |= {name: prompt.extra[name] for name in extra}
+    return Dataset.from_list(rows), skipped
+
+
+def rehearsal_dataset(context: Context) -> Dataset | None:
+    from datasets import Dataset
+
+    if context.recipe.rl.rehearsal is None:
+        return None
+    rows = read_rehearsal(context.recipe)
+    return Dataset.from_list([{"prompt": context.chat(row["prompt"]), "completion": row["completion"]} for row in rows])
+
+
+def selectors(context: Context) -> list[Any]:
+    """The recipe's data selectors."""
+    return [context.create("data_selector", ref) for ref in context.recipe.rl.selectors]
+
+
+def reward_functions(context: Context, shared: SharedBase) -> list[Any]:
+    """All rewards but the reward model."""
+    return [_reward(context, name, shared) for name in context.recipe.rl.reward_names if name != "reward"]
+
+
+def _reward(context: Context, name: str, shared: SharedBase) -> Any:
+    """A function's or the judge's reward; the judge is the base itself without an adapter, if it is the same."""
+    where = context.recipe.line(("rl", "rewards", context.recipe.rl.reward_names.index(name)))
+    if name != "direct":
+        place, _, attribute = name.rpartition(":")
+        origin = Origin(f"reward function '{attribute}' of {place}", where)
+        with origin.blamed("its import"):
+            return tagged(load_function(name), origin)
+    section = context.recipe.label
+    judge, prompt = (section.judge, section.prompt) if section else ("same", "general")
+    labeled_so = section is not None and section.labeler.name == "direct"
+    options = section.labeler.options if labeled_so else {}
+    labeler = context.create_labeler(ComponentRef("direct", options, where))
+    labeler.judge = context.judge(judge, prompt, shared.model, context=lambda: shared.role(None))
+    return labeler
+
+
+def load_function(name: str) -> Any:
+    """A reward function from ``package.module:function`` or ``path/to/file.py:function``.
+
+    Raises:
+        UserError: It cannot be imported, or is not callable.
+    """
+    place, _, attribute = name.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+        function = getattr(module, attribute)
+    except Exception as error:  # whatever the user's own module raises
+        raise UserError(
+            f"The reward '{name}' cannot be imported: {type(error).__name__}: {error}",
+            fix="Write package.module:function or path/to/file.py:function.",
+        ) from error
+    if not callable(function):
+        raise UserError(f"The reward '{name}' is not a function.")
+    return function
+
+
+def keep_selection(context: Context, folder: Path) -> None:
+    """What was rehearsed, and the map of the prompts, out of the checkpoints' folder."""
+    from trl_rlaif.rl.selection import MAP_FILE, REHEARSAL_FILE
+
+    for name in (REHEARSAL_FILE, MAP_FILE):
+        found = folder / name
+        if found.exists():
+            write_atomically(context.folder / name, found.read_text(encoding="utf-8"))
+
+
+def gpu_memory(recipe: Recipe) -> dict[str, Any]:
+    """The stage's peak of allocated GPU memory as `trl-rlaif memory` predicts it and as it was, in bytes."""
+    import torch
+
+    from trl_rlaif.memory import plan_memory
+
+    if not torch.cuda.is_available():
+        return {}
+    plan = plan_memory(recipe)
+    predicted = max(plan.predict(phase, stage) for stage, phase in plan.phases() if stage == "rl")
+    return {"gpu_memory": {"predicted": predicted, "measured": torch.cuda.max_memory_allocated()}}
+
+
+def of_rewards(history: list[dict[str, float]], unscored: int) -> dict[str, Any]:
+    """How many responses had no reward; and by reward its weight, its first and last mean, and its last spread."""
+    found: dict[str, dict[str, float]] = {}
+    for entry in history:
+        for name in (key.removeprefix("score/") for key in entry if key.startswith("score/")):
+            if f"rewards/{name}/std" not in entry:  # an update before a checkpoint of an earlier version
+                continue
+            mean, std, weight = entry[f"score/{name}"], entry[f"rewards/{name}/std"], entry[f"rewards/{name}/weight"]
+            found.setdefault(name, {"weight": weight, "mean_first": mean}).update(mean_last=mean, std_last=std)
+    return {"unscored": unscored, "rewards": found}

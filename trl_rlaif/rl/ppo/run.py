@@ -1,0 +1,112 @@
+"""The stage rl by PPO, REINFORCE and rejection sampling: on one base, with the recipe's rewards."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trl_rlaif.models.shared_model import SharedBase
+from trl_rlaif.pipeline import tracking
+from trl_rlaif.pipeline.artifacts import write_folder
+from trl_rlaif.rl import from_recipe
+from trl_rlaif.rl.ppo.trainer import PPOTrainer
+from trl_rlaif.rl.rejection import RejectionTrainer, count_iterations
+
+if TYPE_CHECKING:
+    from trl_rlaif.pipeline.context import Context
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Train ``policy/``; return the first and last numbers of the run itself."""
+    return _run(context, lambda trainer: trainer.train(resume_from_checkpoint=True))
+
+
+def run_rejection(context: Context) -> dict[str, Any]:
+    """The same by rejection sampling."""
+
+    def train(trainer: PPOTrainer) -> None:
+        iterations = count_iterations(trainer, context.recipe.rl.config.get("total_episodes"))
+        RejectionTrainer(trainer, iterations).train(resume_from_checkpoint=True)
+
+    return _run(context, train)
+
+
+def _run(context: Context, train: Callable[[PPOTrainer], None]) -> dict[str, Any]:
+    started = time.monotonic()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    trainer, skipped = build_trainer(context)
+    callback = context.callback("rl", "Training the policy")
+    callback.attach(trainer)
+    tracker = tracking.attach(context, trainer, trainer.shared)
+    try:
+        train(trainer)
+    finally:
+        callback.close()
+    from_recipe.keep_selection(context, trainer.selection.folder)
+    write_folder(context.folder / "policy", lambda folder: trainer.save_model(str(folder)))
+    numbers = _numbers(trainer, skipped) | tracking.numbers(tracker) | from_recipe.gpu_memory(context.recipe)
+    return numbers | {"seconds": time.monotonic() - started}
+
+
+def build_trainer(context: Context) -> tuple[PPOTrainer, dict[str, int]]:
+    """The trainer that the recipe describes, and how many prompts were skipped by reason."""
+    settings, base = from_recipe.config(context), context.load_base()
+    dataset, skipped = from_recipe.prompts(context, base, settings.response_length)
+    shared = SharedBase(base, context.start or context.lora, reference=context.start)
+    trainer = PPOTrainer(
+        settings,
+        context.tokenizer,
+        shared,
+        reward_model=context.folder / "reward" if "reward" in context.recipe.rl.reward_names else None,
+        train_dataset=dataset,
+        reward_funcs=from_recipe.reward_functions(context, shared),
+        reward_transforms=context.transforms("rl"),
+        data_selectors=from_recipe.selectors(context),
+        rehearsal_dataset=from_recipe.rehearsal_dataset(context),
+        plugins=context.plugins,
+    )
+    return trainer, skipped
+
+
+def _numbers(trainer: Any, skipped: dict[str, int]) -> dict[str, Any]:
+    logged = [entry for entry in trainer.state.log_history if "objective/scores" in entry]
+    numbers = {
+        "updates": trainer.state.global_step,
+        "episodes": trainer.state.episode,
+        "prompts": len(trainer.train_dataset),
+        "skipped": skipped,
+    }
+    if logged:
+        numbers |= {
+            "score_first": logged[0]["objective/scores"],
+            "score_last": logged[-1]["objective/scores"],
+            "kl_last": logged[-1]["objective/kl"],
+            "ended_first": logged[0]["rollout/ended"],
+            "ended_last": logged[-1]["rollout/ended"],
+        }
+        numbers["spread_last"] = _last_spreads(logged[-10:])
+    numbers |= from_recipe.of_rewards(trainer.state.log_history, trainer.rewards.unscored.total)
+    if logged and "rehearsal/nll" in logged[0]:
+        seconds = {name: sum(entry[f"time/{name}"] for entry in logged) for name in ("rehearsal", "update")}
+        numbers["rehearsal"] = {
+            "pairs": len(trainer.rehearsal.pairs),
+            "nll_first": logged[0]["rehearsal/nll"],
+            "nll_last": logged[-1]["rehearsal/nll"],
+            "share_of_time": seconds["rehearsal"] / seconds["update"],
+        }
+    return numbers
+
+
+def _last_spreads(logged: list[dict[str, float]]) -> dict[str, float]:
+    """Between kinds of prompt, before and after each reward transform: means over what was logged."""
+    found: dict[str, list[float]] = {}
+    for entry in logged:
+        for name, value in entry.items():
+            if name.startswith("spread/"):
+                found.setdefault(name.removeprefix("spread/"), []).append(value)
+    return {name: statistics.fmean(values) for name, values in found.items()}
