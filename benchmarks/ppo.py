@@ -254,9 +254,9 @@ def _ours(args: argparse.Namespace, folder: str) -> Any:
 def our_phases(trainer: Any) -> list[tuple[Any, str, str]]:
     """(owner, method, phase) of what this project's loop spends its time and memory on."""
     return [
-        (trainer._generator, "_generate", "generation"),
-        (trainer._generator, "_judged", "forwards"),
-        (trainer._generator, "scores", "forwards"),
+        (trainer.generator, "_generate", "generation"),
+        (trainer.generator, "_judged", "forwards"),
+        (trainer.generator, "scores", "forwards"),
         (trainer, "update", "update"),
     ]
 

@@ -111,7 +111,7 @@ def test_in_ppo_rewards_see_answers_and_the_reasoning_beside_them(tmp_path):
         tmp_path, dataset=prompts(chat=True), model=make_llama(len(tokenizer)),
         trainer_kwargs={"reward_funcs": [watch]}, missing_eos_penalty=2.0,
     )  # fmt: skip
-    trainer.reader = trainer._generator.reader = trainer.rewards.reader = ResponseReader(
+    trainer.reader = trainer.generator.reader = trainer.rewards.reader = ResponseReader(
         tokenizer, (tokenizer.eos_token_id,)
     )
     texts = ["<think>\nhm\n</think>\n\nthe dog<|end|>", "<think>\nhm<|end|>"]
@@ -122,8 +122,8 @@ def test_in_ppo_rewards_see_answers_and_the_reasoning_beside_them(tmp_path):
         padded = [rows[i % 2] + [tokenizer.pad_token_id] * (width - len(rows[i % 2])) for i in range(len(prompt_ids))]
         return torch.tensor(padded), torch.zeros(len(padded), width)
 
-    trainer._generator._generate, trainer._generator._unverified = generate, set()
-    rollout = trainer.sample(next(trainer._batches))
+    trainer.generator._generate, trainer.generator._unverified = generate, set()
+    rollout = trainer.sample(next(trainer.batches))
     scores = trainer.transform(trainer.score(rollout), rollout).total
     finished = {"role": "assistant", "content": "the dog", "reasoning_content": "hm"}
     assert seen[:2] == [(finished, rows[0]), ({**finished, "content": ""}, rows[1])]

@@ -132,15 +132,15 @@ def test_a_changed_option_of_a_component_is_refused_with_both_values(tmp_path, c
     first._begin(None)
     checkpoint.save(first)
     with pytest.raises(UserError) as error:
-        trainer(high=4.0, drawn=3)._begin(True)
+        trainer(high=4.0, drawn=3).begin(True)
     assert f"reward_transforms.Clip 2.high was 5.0 {WRITTEN}, and is 4.0 now." in str(error.value)
     assert "Clip.high" not in str(error.value) and "RejectionSampling" not in str(error.value)
     # A selector that accepted nothing may be given other options.
-    trainer(drawn=3)._begin(True)
+    trainer(drawn=3).begin(True)
     assert "data_selectors.RejectionSampling.num_responses was 2" in " ".join(capsys.readouterr().err.split())
-    trainer()._begin(True)
+    trainer().begin(True)
     _without_options(tmp_path / "checkpoint-0")
-    trainer(high=4.0, drawn=3)._begin(True)
+    trainer(high=4.0, drawn=3).begin(True)
 
 
 def test_options_that_json_cannot_hold_are_left_out():

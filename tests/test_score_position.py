@@ -81,7 +81,7 @@ def ppo_trainer(reward, folder, tokenizer, **options):
         trainer_kwargs={"reward_funcs": [], "reward_model": reward / "adapter", "peft_config": None},
         **options,
     )
-    trainer.processing_class = trainer._generator.tokenizer = tokenizer
+    trainer.processing_class = trainer.generator.tokenizer = tokenizer
     return trainer
 
 
@@ -183,7 +183,7 @@ def test_what_rewards_and_judges_see_ends_before_the_stop_token(tmp_path):
     """Also where that token is text: many models' end of turn is not flagged special."""
     stops = [token for token, id in make_tokenizer().get_vocab().items() if id % 4 == 0]
     trainer = small_trainer(tmp_path, dataset=prompts(chat=True), stop_token=None, stop_tokens=stops)
-    rollout = trainer.sample(next(trainer._batches))
+    rollout = trainer.sample(next(trainer.batches))
     assert rollout.ended.any()
     for ids, n, ended, [message] in zip(
         rollout.response_ids, rollout.lengths, rollout.ended, rollout.completions, strict=True

@@ -157,7 +157,7 @@ def test_nothing_that_transformers_keeps_hides_a_method_of_the_loop(tmp_path):
 
 
 def _update(trainer):
-    trainer._begin(None)
+    trainer.begin(None)
     rollout, scores = trainer.collect()
     return rollout, scores, trainer.update(rollout, *[trainer.compute_rewards(rollout, scores)] * 2)
 

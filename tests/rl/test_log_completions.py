@@ -70,11 +70,11 @@ def test_the_first_batch_alone_is_shown_in_a_run(tmp_path):
 
 def test_the_sampling_temperature_of_the_run_stays(tmp_path):
     trainer = _trainer(tmp_path)
-    before = trainer._generator.temperature
+    before = trainer.generator.temperature
     trainer.rewards.functions = [lambda prompts, completions, **columns: 1 / 0]
     with pytest.raises(ZeroDivisionError):
         trainer.generate_completions()
-    assert trainer._generator.temperature == before == pytest.approx(trainer.args.temperature)
+    assert trainer.generator.temperature == before == pytest.approx(trainer.args.temperature)
 
 
 def test_a_resumed_run_goes_on_bit_for_bit_where_samples_are_shown(tmp_path):

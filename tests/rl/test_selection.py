@@ -164,7 +164,7 @@ def test_a_pool_is_transformed_at_once_and_by_its_own_figures(tmp_path, transfor
     options = {"per_device_train_batch_size": 4, "total_episodes": 4, **options}
     selector = Watching()
     trainer = small_trainer(tmp_path, trainer_kwargs=kwargs | {"data_selectors": [selector]}, **options)
-    trainer._generator.pads = pads
+    trainer.generator.pads = pads
     if isinstance(transform, DistributionRegulator):
         transform.running.add([("a", 70.0), ("a", 71.0), ("b", 70.0), ("b", -70.0)] * 99)
         transform.batches = 3

@@ -59,7 +59,7 @@ def gradients(trainer, rollout, scores):
 def test_an_update_is_that_of_the_other_responses_alone(tmp_path, options, missing):
     trainer = small_trainer(tmp_path, trainer_kwargs={"reward_funcs": [partly(missing)]}, kl_coef=0.2, **options)
     trainer.args.whiten_rewards = "value" in options
-    trainer._begin(None)
+    trainer.begin(None)
     rollout, scores = trainer.collect()
     assert rollout.scored.tolist() == [i not in missing for i in range(4)]
     whole = gradients(trainer, rollout, scores)
@@ -77,7 +77,7 @@ def test_another_reward_counts_for_the_row(tmp_path):
         return [1.0] * len(prompts)
 
     trainer = small_trainer(tmp_path, trainer_kwargs={"reward_funcs": [partly({1}), ones]})
-    trainer._begin(None)
+    trainer.begin(None)
     rollout, scores = trainer.collect()
     assert rollout.scored.all() and scores[1] == 1 and (scores[[0, 2, 3]] > 1).any()
     assert trainer.rewards.unscored.total == 0
@@ -101,7 +101,7 @@ def test_transforms_and_whitening_see_the_scored_responses_alone(tmp_path, white
     part = partly({2}, lambda prompts, **columns: [1.0, 2.0, 3.0, 5.0])
     kwargs = {"reward_funcs": [part], "reward_transforms": [seeing, DistributionRegulator()]}
     trainer = small_trainer(tmp_path, trainer_kwargs=kwargs, whiten_scores=whiten)
-    trainer._begin(None)
+    trainer.begin(None)
     rollout, scores = trainer.collect()
     [(given, seen)] = seeing.seen
     assert given.isfinite().all() and len(given) == len(seen.prompts) == 3

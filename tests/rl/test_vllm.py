@@ -300,7 +300,7 @@ def test_every_setting_reaches_trls_class(monkeypatch, engines, folder):
     }  # fmt: skip
     assert values.keys() == set(SETTINGS)
     trainer = _trainer(folder, **values)
-    trainer._generator._vllm._start(trainer.shared.model)
+    trainer.generator._vllm._start(trainer.shared.model)
     assert {name.removeprefix("vllm_"): value for name, value in values.items()}.items() <= given.items()
 
 

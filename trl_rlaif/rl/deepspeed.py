@@ -14,8 +14,6 @@ from trl_rlaif.errors import UserError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from trl_rlaif.rl.ppo.trainer import PPOTrainer
-
 
 class NoRewardModel(nn.Module):
     """What the parent is given for a reward model where there is none.
@@ -52,34 +50,26 @@ def tell(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
 
-def take_back_models(trainer: PPOTrainer) -> None:
-    """Put the models themselves where the parent put engines; only the trained one needs its own."""
-    if enabled(trainer.accelerator):
-        trainer.deepspeed = trainer.model  # the parent's save_model wants it
-        if trainer.ref_model is not None:
-            trainer.ref_model = trainer.accelerator.unwrap_model(trainer.ref_model)
-
-
-def save_share(trainer: PPOTrainer, folder: Path) -> None:
+def save_share(accelerator: Accelerator, optimizer: Any, folder: Path) -> None:
     """Write this process's share of the optimizer, where it is shared out."""
-    if enabled(trainer.accelerator):
-        torch.save(trainer.optimizer.state_dict(), _share(trainer, folder))
+    if enabled(accelerator):
+        torch.save(optimizer.state_dict(), _share(accelerator, folder))
 
 
-def load_share(trainer: PPOTrainer, folder: Path) -> None:
+def load_share(accelerator: Accelerator, optimizer: Any, folder: Path) -> None:
     """Put this process's share of the optimizer back.
 
     Raises:
         UserError: The checkpoint has none.
     """
-    file = _share(trainer, folder)
+    file = _share(accelerator, folder)
     if not file.exists():
         raise UserError("The checkpoint was written without DeepSpeed.", where=str(folder))
     # Our own file: it holds objects of DeepSpeed's beside tensors.
     state: Any = torch.load(file, map_location="cpu", weights_only=False)
-    states = [state] * trainer.accelerator.num_processes  # it reads its own alone
-    trainer.optimizer.optimizer.load_state_dict(states, load_from_fp32_weights=True)
+    states = [state] * accelerator.num_processes  # it reads its own alone
+    optimizer.optimizer.load_state_dict(states, load_from_fp32_weights=True)
 
 
-def _share(trainer: PPOTrainer, folder: Path) -> Path:
-    return folder / f"optimizer-{trainer.accelerator.process_index}.pt"
+def _share(accelerator: Accelerator, folder: Path) -> Path:
+    return folder / f"optimizer-{accelerator.process_index}.pt"

@@ -46,7 +46,7 @@ def show(trainer: PPOTrainer, *, first_batch: bool) -> list[tuple[str, str, floa
 
 
 def _sampled(trainer: PPOTrainer, *, first_batch: bool) -> list[tuple[str, str, float]]:
-    accelerator, args, sampler = trainer.accelerator, trainer.args, trainer._generator
+    accelerator, args, sampler = trainer.accelerator, trainer.args, trainer.generator
     total = len(trainer.eval_dataset)
     # As many to each process, since they meet at every batch: the last begin again at the front, and are cut off below.
     share = -(-total // accelerator.num_processes)

@@ -84,7 +84,7 @@ class RejectionTrainer:
 
     def _train(self, resume_from_checkpoint: str | Path | bool | None) -> None:
         trainer, state = self.trainer, self.trainer.state
-        trainer._begin(resume_from_checkpoint)
+        trainer.begin(resume_from_checkpoint)
         while state.global_step < self.iterations and not trainer.control.should_training_stop:
             began = time.monotonic()
             pool, chosen = self.select()
@@ -93,13 +93,13 @@ class RejectionTrainer:
             metrics["loss/sft"] = self.fine_tune(trainer.rehearsal.pairs)
             metrics["time/update"] = time.monotonic() - began
             self._end_iteration(pool, metrics)
-        trainer._end()
+        trainer.finish()
 
     def select(self) -> tuple[Pool, MergedSelection]:
         """Responses of the present policy, drawn from a seed of this iteration's own, and what was accepted."""
         trainer, selection = self.trainer, self.trainer.selection
         counted = trainer.rewards.unscored.total
-        with trainer._kept():
+        with trainer.keeping():
             set_seed(derived_seed(self._seed, trainer.accelerator.process_index))
             pool = selection.pool.draw(selection.num_responses, selection=trainer.state.global_step)
             chosen = selection.choose_from(pool)

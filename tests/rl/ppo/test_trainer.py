@@ -101,7 +101,7 @@ def test_a_separate_reward_model_beside_a_shared_base(tmp_path, with_expected):
         add_expected(model)
         torch.nn.init.normal_(model.score.weight)
     trainer = _trainer(tmp_path, trainer_kwargs={"reward_model": model, "reward_funcs": []})
-    rollout = trainer.sample(next(trainer._batches))
+    rollout = trainer.sample(next(trainer.batches))
     found = trainer.score(rollout)
     scores, expected = found.total, found.expected
     for i, score in enumerate(scores.tolist()):
@@ -402,7 +402,7 @@ def test_spreads_between_categories_are_logged_before_and_after_each_transform(t
 
     kwargs = {"reward_funcs": by_answer, "reward_transforms": [Doubled(), Again(), OfA()]}
     trainer = _trainer(tmp_path, per_device_train_batch_size=8, total_episodes=8, trainer_kwargs=kwargs)
-    rollout = trainer.sample(next(trainer._batches))
+    rollout = trainer.sample(next(trainer.batches))
     raw = trainer.score(rollout)
     spreads = trainer.transform(raw, rollout).spreads
     of_a = numpy.array([c == "a" for c in rollout.categories])

@@ -33,7 +33,7 @@ from trl_rlaif.rl.grpo_rloo.config import group_arguments
 from trl_rlaif.rl.grpo_rloo.scoring import GroupReward, GroupScorer
 from trl_rlaif.rl.grpo_rloo.trainer import TRAINERS, RehearsalMixin, kept_state
 from trl_rlaif.rl.ppo.config import PPOConfig
-from trl_rlaif.rl.ppo.construction import longest_row, prepare_base, stop_ids_of, tokenized
+from trl_rlaif.rl.ppo.construction import longest_row, stop_ids_of, tokenized
 from trl_rlaif.rl.prompts import PromptCollator
 from trl_rlaif.rl.rehearsal import Rehearsal, given_pairs
 from trl_rlaif.rl.scoring import RewardPipeline
@@ -147,7 +147,6 @@ def _scorer(context: Context, trainer: RehearsalMixin, args: PPOConfig, dataset:
     if has_reward:
         shared.add_reward(context.folder / "reward")
     without_dropout(shared.to(accelerator.device))
-    prepare_base(shared, args)
     role_models = SharedRoleModels(shared)
     stops = stop_ids_of(args, tokenizer, shared.peft)
     reader = ResponseReader(tokenizer, stops, reasoning=args.reasoning, tags=args.reasoning_tags)
@@ -175,6 +174,8 @@ def _scorer_settings(context: Context, config: Any) -> PPOConfig:
         response_length=config.max_completion_length,
         temperature=config.temperature,  # whose default is TRL's, not PPO's
     )
+    if args.fp16:
+        raise UserError("fp16 is not supported in rl.", fix="Use bf16, or neither for float32.")
     if args.chat_template_kwargs is not None:
         set_template_kwargs(context.tokenizer, args.chat_template_kwargs)
     return args

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from transformers import TrainerState
 
+from trl_rlaif.models.kernels import training_kernels
 from trl_rlaif.models.role_models import RoleModels
 from trl_rlaif.models.shared_model import SharedBase
 from trl_rlaif.plugins import Plugins
@@ -50,6 +52,10 @@ class GroupScorer:
     plugins: Plugins
     state: TrainerState
     selection: PromptSelection | None = None
+
+    def kernels(self) -> AbstractContextManager:
+        """``training_kernels`` of the base."""
+        return training_kernels(self.shared.peft, bf16=self.args.bf16)
 
     def sample(self, batch: dict[str, Any]) -> Rollout:
         """Responses to a batch of prompts, with log-probabilities."""

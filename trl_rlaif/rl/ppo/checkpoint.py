@@ -74,9 +74,9 @@ def _is_best(trainer: PPOTrainer) -> bool:
     """Whether the updates since the last checkpoint were the best so far, by ``metric_for_best_model``."""
     args, state = trainer.args, trainer.state
     name = args.metric_for_best_model or BEST
-    last = trainer._last_saved_step
+    last = trainer.last_saved_step
     recent = [entry[name] for entry in state.log_history if name in entry and entry["step"] > last]
-    trainer._last_saved_step = state.global_step
+    trainer.last_saved_step = state.global_step
     if not recent:
         return False
     mean = sum(recent) / len(recent)
@@ -109,7 +109,7 @@ def save(trainer: PPOTrainer, own: dict[str, Any] | None = None) -> Path:
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    deepspeed.save_share(trainer, building)
+    deepspeed.save_share(accelerator, trainer.optimizer, building)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         _write(trainer, state, building, target)
@@ -163,8 +163,8 @@ def _state(trainer: PPOTrainer, own: dict[str, Any] | None) -> dict[str, Any]:
 def own_state(trainer: PPOTrainer) -> dict[str, Any]:
     """What differs from process to process: the place in the data, random generators, what scoring remembers."""
     return {
-        "batches": trainer._batches.state_dict(),
-        "minibatch_order": trainer._minibatch_order.get_state(),
+        "batches": trainer.batches.state_dict(),
+        "minibatch_order": trainer.minibatch_order.get_state(),
         "rehearsal": trainer.rehearsal.state_dict(),
         **trainer.rewards.state_dict(),
         "python": random.getstate(),
@@ -199,7 +199,7 @@ def load(trainer: PPOTrainer, folder: Path) -> None:
     for name, value in state["parameters"].items():
         own[name].copy_(value)
     if deepspeed.enabled(trainer.accelerator):
-        deepspeed.load_share(trainer, folder)
+        deepspeed.load_share(trainer.accelerator, trainer.optimizer, folder)
     elif state["optimizer"] is None:
         raise UserError("The checkpoint was written with DeepSpeed.", where=str(folder))
     else:
@@ -211,9 +211,9 @@ def load(trainer: PPOTrainer, folder: Path) -> None:
         trainer.apply(MergedSelection.from_dict(state["chosen"]))
     trainer.selection.at = state.get("selected_at")  # checkpoints of earlier versions have none
     trainer.rehearsal.load_state_dict(mine["rehearsal"])
-    trainer._batches.load_state_dict(mine["batches"])
+    trainer.batches.load_state_dict(mine["batches"])
     trainer.kl_controller.coef = state["kl_coef"]
-    trainer._minibatch_order.set_state(mine["minibatch_order"])
+    trainer.minibatch_order.set_state(mine["minibatch_order"])
     _load_trainer_state(trainer, folder)
     random.setstate(mine["python"])
     np.random.set_state(mine["numpy"])
@@ -228,4 +228,4 @@ def _load_trainer_state(trainer: PPOTrainer, folder: Path) -> None:
     for name in _RESTORED:
         if name in known and name in saved:
             setattr(trainer.state, name, saved[name])
-    trainer._last_saved_step = trainer.state.global_step
+    trainer.last_saved_step = trainer.state.global_step

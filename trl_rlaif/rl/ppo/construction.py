@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import set_seed
@@ -11,8 +11,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from trl_rlaif.errors import UserError
-from trl_rlaif.models.kernels.fused_lora import fuse_lora
-from trl_rlaif.models.kernels.precision import cast_frozen_weights
 from trl_rlaif.models.loading import ModelSpec, load_model, load_tokenizer
 from trl_rlaif.models.shared_model import SharedBase
 from trl_rlaif.rl.prompts import tokenize_prompts
@@ -21,7 +19,6 @@ from trl_rlaif.stopping import named_stop_ids, stop_ids
 
 if TYPE_CHECKING:
     from trl_rlaif.rl.ppo.config import PPOConfig
-    from trl_rlaif.rl.ppo.trainer import PPOTrainer
 
 
 def load_policy(path: str, tokenizer: Any, args: PPOConfig) -> tuple[nn.Module, Any]:
@@ -31,14 +28,19 @@ def load_policy(path: str, tokenizer: Any, args: PPOConfig) -> tuple[nn.Module, 
     return model, tokenizer or load_tokenizer(path)
 
 
-def shared_base(model: Any, value_model: Any, ref_model: Any, config: LoraConfig | None) -> SharedBase | None:
+def shared_base(
+    model: Any, value_model: Any, ref_model: Any, config: LoraConfig | None, *, trunk: bool
+) -> SharedBase | None:
     """One base for every role, unless the caller brought separate models (then None).
 
     Raises:
-        UserError: A separate reference without a separate value model.
+        UserError: A separate reference without a separate value model, or a value on the policy's ``trunk`` where the
+            models are separate.
     """
     if isinstance(model, SharedBase):
         return model
+    if value_model is not None and trunk:
+        raise UserError("value: trunk needs one base for every role.", fix="Leave out value_model.")
     if value_model is not None:
         return None
     if ref_model is not None:
@@ -49,30 +51,6 @@ def shared_base(model: Any, value_model: Any, ref_model: Any, config: LoraConfig
     if isinstance(model, PeftModel):
         return SharedBase.around(model)
     return SharedBase(model, config or LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
-
-
-def prepare_base(shared: SharedBase | None, args: PPOConfig) -> None:
-    """Make a shared base, if there is one, compute in the precision that is asked for, as fast as it can.
-
-    Raises:
-        UserError: float16 is asked for.
-    """
-    if args.fp16:
-        raise UserError("fp16 is not supported in PPO.", fix="Use bf16, or neither for float32.")
-    if shared is not None:
-        fuse_lora(shared.peft)
-        if args.bf16:
-            cast_frozen_weights(shared.model)
-
-
-def check_trunk(shared: SharedBase | None) -> None:
-    """Refuse a value on the policy's trunk where there is none to share.
-
-    Raises:
-        UserError: The models are separate.
-    """
-    if shared is None:
-        raise UserError("value: trunk needs one base for every role.", fix="Leave out value_model.")
 
 
 def stop_ids_of(args: PPOConfig, tokenizer: Any, model: nn.Module) -> tuple[int, ...]:
@@ -107,24 +85,24 @@ def tokenized(dataset: Any, tokenizer: Any, model: nn.Module, args: PPOConfig) -
     return tokenize_prompts(dataset, tokenizer, max_length=limit, num_proc=args.dataset_num_proc)
 
 
-def enable_gradient_checkpointing(trainer: PPOTrainer) -> None:
-    """Of what learns: the shared base, or policy and value."""
-    kwargs = trainer.args.gradient_checkpointing_kwargs or {"use_reentrant": False}
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    for part in (model.policy,) if trainer.shared is not None else (model.policy, model.value_model):
-        part.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+def enable_gradient_checkpointing(models: Sequence[Any], kwargs: dict[str, Any] | None) -> None:
+    """Of the models that learn."""
+    for model in models:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs or {"use_reentrant": False})
 
 
-def prompt_loader(trainer: PPOTrainer, strata: Sequence[Hashable] | None = None) -> DataLoader:
-    """The parent's dataloader, over the trainer's present prompts.
+def prompt_loader(
+    prompts: Any, batch_size: int, collate: Callable[..., Any], strata: Sequence[Hashable] | None = None
+) -> DataLoader:
+    """The parent's dataloader, over other prompts.
 
     Args:
         strata: A label for each prompt: every batch holds them in like shares.
     """
     return DataLoader(
-        trainer.train_dataset,
-        batch_size=trainer.local_dataloader_batch_size,
+        prompts,
+        batch_size=batch_size,
         **({"shuffle": True} if strata is None else {"sampler": StratifiedSampler(strata)}),
-        collate_fn=trainer.data_collator,
+        collate_fn=collate,
         drop_last=True,  # every update has the same number of rows
     )

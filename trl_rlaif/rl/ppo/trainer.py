@@ -34,11 +34,9 @@ from trl_rlaif.rl.ppo import advantages as adv
 from trl_rlaif.rl.ppo import checkpoint
 from trl_rlaif.rl.ppo.config import PPOConfig, with_defaults
 from trl_rlaif.rl.ppo.construction import (
-    check_trunk,
     enable_gradient_checkpointing,
     load_policy,
     longest_row,
-    prepare_base,
     prompt_loader,
     shared_base,
     stop_ids_of,
@@ -51,7 +49,7 @@ from trl_rlaif.rl.reward_functions import RewardFunc
 from trl_rlaif.rl.reward_shaping import AdaptiveKLController
 from trl_rlaif.rl.scoring import RewardPipeline, Scores
 from trl_rlaif.rl.selection import MergedSelection, PromptPool, PromptSelection
-from trl_rlaif.types import Rollout
+from trl_rlaif.types import RehearsalPair, Rollout
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -116,9 +114,7 @@ class PPOTrainer(BasePPOTrainer):
             model, processing_class = load_policy(model, processing_class, args)
         if args.chat_template_kwargs is not None:
             set_template_kwargs(processing_class, args.chat_template_kwargs)
-        shared = shared_base(model, value_model, ref_model, peft_config)
-        if args.value == "trunk":
-            check_trunk(shared)
+        shared = shared_base(model, value_model, ref_model, peft_config, trunk=args.value == "trunk")
         if shared is not None:
             if isinstance(reward_model, str | Path):
                 shared.add_reward(reward_model)
@@ -150,14 +146,14 @@ class PPOTrainer(BasePPOTrainer):
         self.policy_model.generation_config.eos_token_id = configured
         self.reward_model = reward_model
         self.shared = None if shared is None else shared.to(self.accelerator.device)
-        deepspeed.take_back_models(self)
+        if deepspeed.enabled(self.accelerator):  # the models themselves; only the trained one needs its engine
+            self.deepspeed = self.model  # the parent's save_model wants it
+            if self.ref_model is not None:
+                self.ref_model = self.accelerator.unwrap_model(self.ref_model)
         self._set_up_loop()
-        scored = (lambda responses: self._generator.scores(self.role_models, responses)) if has_reward else None
+        scored = (lambda responses: self.generator.scores(self.role_models, responses)) if has_reward else None
         self.rewards = RewardPipeline(functions, reward_transforms, scored, args, self.reader, self.accelerator)
-        self.rehearsal = Rehearsal(pairs, args, self.local_seed)
-        policy = lambda: self.role_models.model("policy")  # noqa: E731 - of which accelerate may make another object
-        pool = PromptPool(self.train_dataset, self.data_collator, self, self.rewards, policy, args, self.accelerator)
-        self.selection = PromptSelection(data_selectors, pool, self.rehearsal, args.output_dir)
+        self._set_up_selection(data_selectors, pairs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As in the parent, where DeepSpeed needs it by other rules."""
@@ -173,10 +169,18 @@ class PPOTrainer(BasePPOTrainer):
                 model.eval()
         if args.fp16:
             raise UserError("fp16 is not supported in PPO.", fix="Use bf16, or neither for float32.")
-        self._generator = RolloutGenerator(args, self.accelerator, self.reader)
-        self._batches = BatchStream(self.dataloader)
-        self._minibatch_order = torch.Generator().manual_seed(self.local_seed)
+        self.generator = RolloutGenerator(args, self.accelerator, self.reader)
+        self.batches = BatchStream(self.dataloader)
+        self.minibatch_order = torch.Generator().manual_seed(self.local_seed)
         self.kl_controller = AdaptiveKLController(args.kl_coef, args.kl_target, args.kl_horizon)
+
+    def _set_up_selection(self, selectors: Sequence[DataSelector], given: Sequence[RehearsalPair]) -> None:
+        """What is trained on and rehearsed."""
+        args = self.args
+        self.rehearsal = Rehearsal(given, args, self.local_seed)
+        policy = lambda: self.role_models.model("policy")  # noqa: E731 - of which accelerate may make another object
+        pool = PromptPool(self.train_dataset, self.data_collator, self, self.rewards, policy, args, self.accelerator)
+        self.selection = PromptSelection(selectors, pool, self.rehearsal, args.output_dir)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -216,12 +220,12 @@ class PPOTrainer(BasePPOTrainer):
             self._train(resume_from_checkpoint)
 
     def _train(self, resume_from_checkpoint: str | Path | bool | None) -> None:
-        self._begin(resume_from_checkpoint)
+        self.begin(resume_from_checkpoint)
         while self.state.global_step < self.args.num_total_batches and not self.control.should_training_stop:
-            with self._kept():
+            with self.keeping():
                 self._select()
             began = time.monotonic()
-            with self._kept():
+            with self.keeping():
                 rollout, scores = self.collect()
             rewards = self.compute_rewards(rollout, scores)
             self.plugins.notify("rewards_computed", trainer=self, rollout=rollout, rewards=rewards)
@@ -231,7 +235,7 @@ class PPOTrainer(BasePPOTrainer):
             self.kl_controller.observe(metrics["objective/kl"], self.args.batch_size)
             metrics["time/update"] = time.monotonic() - began
             self._end_update(metrics)
-        self._end()
+        self.finish()
 
     def kernels(self) -> AbstractContextManager:
         """``training_kernels`` of what is trained; afterwards the base is held in its own precision again."""
@@ -239,7 +243,7 @@ class PPOTrainer(BasePPOTrainer):
         return training_kernels(*models, bf16=self.args.bf16)
 
     @contextmanager
-    def _kept(self, *, repeated: bool = True) -> Iterator[None]:
+    def keeping(self, *, repeated: bool = True) -> Iterator[None]:
         """Save what was learned, should a reward fail.
 
         Args:
@@ -262,7 +266,7 @@ class PPOTrainer(BasePPOTrainer):
             The rollout, whose ``scored`` is False where a response has no reward, with the numbers of its scoring; and
             (B,) float32 scores, 0 there.
         """
-        rollout = self.sample(next(self._batches))
+        rollout = self.sample(next(self.batches))
         self.plugins.notify("rollout_collected", trainer=self, rollout=rollout)
         scores = Scores.of(self.score(rollout))
         self.rewards.observe(scores)
@@ -274,7 +278,7 @@ class PPOTrainer(BasePPOTrainer):
     def sample(self, batch: dict[str, Any]) -> Rollout:
         """Responses to a batch of prompts, with log-probabilities and values."""
         self.model.eval()
-        return self._generator.draw(self.role_models, batch)
+        return self.generator.draw(self.role_models, batch)
 
     def score(self, rollout: Rollout) -> Scores | torch.Tensor:
         """The weighted sum of all rewards; an override may return (B,) float32, NaN where a response has none."""
@@ -316,7 +320,7 @@ class PPOTrainer(BasePPOTrainer):
         for epoch in range(args.num_ppo_epochs):
             if epoch and self._went_too_far(found[UPDATE_KL]):
                 break
-            order = torch.randperm(args.local_batch_size, generator=self._minibatch_order)
+            order = torch.randperm(args.local_batch_size, generator=self.minibatch_order)
             for minibatch in order.split(args.local_mini_batch_size):
                 found = self.minibatch_step(rollout, advantages, returns, minibatch)
                 for name, values in found.items():
@@ -385,7 +389,7 @@ class PPOTrainer(BasePPOTrainer):
 
     @property
     def _objective(self) -> PPOStep:
-        return PPOStep(self.role_models, self.accelerator, self.args, self._generator.temperature, self._generator.pads)
+        return PPOStep(self.role_models, self.accelerator, self.args, self.generator.temperature, self.generator.pads)
 
     def compute_metrics(
         self, rollout: Rollout, scores: torch.Tensor, stats: dict[str, list[torch.Tensor]]
@@ -406,7 +410,8 @@ class PPOTrainer(BasePPOTrainer):
 
     # ---- Beginning and end ----------------------------------------------------------------------------
 
-    def _begin(self, resume_from_checkpoint: str | Path | bool | None) -> None:
+    def begin(self, resume_from_checkpoint: str | Path | bool | None) -> None:
+        """What comes before the first update, or takes the place of those that a checkpoint holds."""
         args, state = self.args, self.state
         self._started = time.monotonic()
         # An optimizer step for each minibatch; the parent would also step in every micro-batch that falls on
@@ -414,7 +419,7 @@ class PPOTrainer(BasePPOTrainer):
         # process, and another one may have been made since.
         micro = -(-args.local_mini_batch_size // args.per_device_train_batch_size)
         self.accelerator.gradient_state.plugin_kwargs.update(num_steps=micro, sync_with_dataloader=False)
-        state.global_step = state.episode = self._last_saved_step = 0
+        state.global_step = state.episode = self.last_saved_step = 0
         state.max_steps = args.num_total_batches
         state.num_train_epochs = args.total_episodes / self.train_dataset_len
         for name in ("logging_steps", "eval_steps", "save_steps"):
@@ -422,7 +427,9 @@ class PPOTrainer(BasePPOTrainer):
             if value is not None:  # below 1 it is a share of all updates
                 setattr(state, name, -int(-state.max_steps * value // 1) if value < 1 else value)
         if args.gradient_checkpointing:
-            enable_gradient_checkpointing(self)
+            model = self.accelerator.unwrap_model(self.model)
+            learning = [model.policy] if self.shared is not None else [model.policy, model.value_model]
+            enable_gradient_checkpointing(learning, args.gradient_checkpointing_kwargs)
         found = checkpoint.find(args.output_dir, resume_from_checkpoint)
         if found is not None:
             checkpoint.load(self, found)
@@ -443,8 +450,10 @@ class PPOTrainer(BasePPOTrainer):
         self.selection.take(chosen)
         if (chosen.rows, chosen.strata) != ((before.rows, before.strata) if before else (None, None)):
             self.train_dataset = self.selection.prompts
-            self.dataloader = self.accelerator.prepare(prompt_loader(self, chosen.strata))
-            self._batches = BatchStream(self.dataloader)
+            self.dataloader = self.accelerator.prepare(
+                prompt_loader(self.train_dataset, self.local_dataloader_batch_size, self.data_collator, chosen.strata)
+            )
+            self.batches = BatchStream(self.dataloader)
 
     def _end_update(self, metrics: dict[str, float]) -> None:
         state = self.state
@@ -457,13 +466,14 @@ class PPOTrainer(BasePPOTrainer):
         self.lr_scheduler.step()
         self.control = self.callback_handler.on_step_end(self.args, state, self.control)
         if log_completions.due(self):  # before a checkpoint is written: sampling moves the random numbers on
-            with self._kept(repeated=False):
+            with self.keeping(repeated=False):
                 self.generate_completions(sampling=True)
         if self.control.should_save:
             checkpoint.save(self)
             self.control = self.callback_handler.on_save(self.args, state, self.control)
 
-    def _end(self) -> None:
+    def finish(self) -> None:
+        """What comes after the last update."""
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         self.model.eval()
 
