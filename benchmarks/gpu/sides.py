@@ -251,9 +251,9 @@ def _prediction(recipe: Any) -> dict[str, Any]:
 
 def _settings(side: Side, folder: Path) -> tuple[Any, dict[str, Any]]:
     """The run as its stages see it, and PPOConfig's arguments in it."""
+    from trl_rlaif.algorithms import ALGORITHMS
     from trl_rlaif.pipeline.context import Context
     from trl_rlaif.plugins import installed_plugins
-    from trl_rlaif.rl.algorithms import ALGORITHMS
 
     context = Context(side.recipe, folder, installed_plugins())
     section = side.recipe.rl

@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
+from trl_rlaif.algorithms import ALGORITHMS
 from trl_rlaif.recipe import RlSection
-from trl_rlaif.rl.algorithms import ALGORITHMS
 
 pytestmark = pytest.mark.trl
 
@@ -24,7 +24,7 @@ def test_an_algorithm_is_runnable_and_its_keys_exist(name):
         theirs = {field.name for field in dataclasses.fields(algorithm.config_class())}
         # RLOO has no clip of its own name in some releases; what it lacks is said to be unused.
         assert theirs >= set(algorithm.renamed.values()) - {"epsilon"}
-    PPOConfig("out", **algorithm.preset)
+    PPOConfig("out", bf16=False, use_cpu=True, **algorithm.preset)
 
 
 def test_an_unknown_one_is_refused():

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from trl_rlaif.algorithms import ALGORITHMS
 from trl_rlaif.memory.activations import FLOAT32, Activations, Precision
 from trl_rlaif.memory.counting import Adapter, ModelShape, adapter, optimizer_bytes, weight_bytes
 from trl_rlaif.memory.plan import ALWAYS, Part
 from trl_rlaif.memory.settings import rl_batch, setting
 from trl_rlaif.recipe import JudgeSection, Recipe
-from trl_rlaif.rl.algorithms import ALGORITHMS
 
 # Prompts are this long where the recipe sets no limit.
 ASSUMED_PROMPT = 512

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from trl_rlaif.algorithms import ALGORITHMS, Algorithm
 from trl_rlaif.recipe.sections import FORGET_SET, STAGES, reward_name
 from trl_rlaif.recipe.source import Source
-from trl_rlaif.rl.algorithms import ALGORITHMS, Algorithm
 
 
 def check_together(source: Source) -> None:

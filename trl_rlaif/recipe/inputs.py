@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+from trl_rlaif.algorithms import ALGORITHMS
 from trl_rlaif.data import Loaded, Pair, Prompt, load_finetuning, load_pairs, load_prompts, load_rows
 from trl_rlaif.data.overlap import finetuned_prompts, question_key
 from trl_rlaif.errors import Problem, UserError
 from trl_rlaif.progress import say
 from trl_rlaif.recipe.parsing import Recipe
-from trl_rlaif.rl.algorithms import ALGORITHMS
 
 # Bytes of a data file up to which it is read a second time before a run, for what its prompts share with others.
 SMALL_FILE = 16 << 20

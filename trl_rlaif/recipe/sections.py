@@ -21,10 +21,10 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, core_schema
 
+from trl_rlaif.algorithms import ALGORITHMS
 from trl_rlaif.data import COLUMNS, PairFormat, ScoredPairs
 from trl_rlaif.errors import UserError
 from trl_rlaif.recipe.formatting import nearest_or_all, shown
-from trl_rlaif.rl.algorithms import ALGORITHMS
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from pydantic import BeforeValidator, Strict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
+from trl_rlaif.algorithms import ALGORITHMS
 from trl_rlaif.compat.trl_version import check_trl
 from trl_rlaif.recipe.checking import unknown_key, wrong_value
 from trl_rlaif.recipe.formatting import did_you_mean, how_to_mend
 from trl_rlaif.recipe.sections import SECTIONS, Number
 from trl_rlaif.recipe.source import Source
-from trl_rlaif.rl.algorithms import ALGORITHMS
 
 CONFIG_CLASSES = {
     "sft": ("trl", "SFTConfig"),

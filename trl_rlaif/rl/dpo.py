@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_rlaif import distributed
+from trl_rlaif.algorithms import ALGORITHMS
 from trl_rlaif.compat.trl_version import check_trl
 from trl_rlaif.errors import UserError
 from trl_rlaif.evaluation import is_even
@@ -18,7 +19,6 @@ from trl_rlaif.pipeline.stages.label import TIE, preferences_of_people
 from trl_rlaif.pipeline.stages.sft import train_from_last
 from trl_rlaif.progress import say
 from trl_rlaif.rl import from_recipe
-from trl_rlaif.rl.algorithms import ALGORITHMS
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -8,11 +8,11 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trl_rlaif.algorithms import ALGORITHMS
 from trl_rlaif.errors import UserError
 from trl_rlaif.pipeline.artifacts import write_atomically
 from trl_rlaif.recipe import ComponentRef
 from trl_rlaif.recipe.inputs import read_rehearsal
-from trl_rlaif.rl.algorithms import ALGORITHMS
 from trl_rlaif.validation import Origin, tagged
 
 if TYPE_CHECKING:

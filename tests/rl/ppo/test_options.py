@@ -13,8 +13,8 @@ from helpers.tiny import CHAT_TEMPLATE, make_llama, make_tokenizer
 from transformers import HfArgumentParser
 
 from trl_rlaif import PPOConfig, UserError
+from trl_rlaif.algorithms import ALGORITHMS
 from trl_rlaif.compat.trl_ppo import BasePPOConfig
-from trl_rlaif.rl.algorithms import ALGORITHMS
 from trl_rlaif.rl.ppo.advantages import explained_variance
 from trl_rlaif.rl.reward_shaping import AdaptiveKLController, shaped_scores
 from trl_rlaif.types import Rollout

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from trl_rlaif.rl.algorithms import ALGORITHMS
+from trl_rlaif.algorithms import ALGORITHMS
 
 if TYPE_CHECKING:
     from trl_rlaif.pipeline.context import Context

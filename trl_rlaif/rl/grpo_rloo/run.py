@@ -13,6 +13,7 @@ from peft import PeftModel
 from trl import RLOOTrainer
 
 from trl_rlaif import distributed
+from trl_rlaif.algorithms import ALGORITHMS
 from trl_rlaif.compat.ppo_trainer import without_dropout, work_out_batches
 from trl_rlaif.encoding import set_template_kwargs
 from trl_rlaif.errors import UserError
@@ -27,7 +28,6 @@ from trl_rlaif.pipeline.stages.sft import last_checkpoint
 from trl_rlaif.progress import say
 from trl_rlaif.responses import ResponseReader
 from trl_rlaif.rl import from_recipe
-from trl_rlaif.rl.algorithms import ALGORITHMS
 from trl_rlaif.rl.generation import RolloutGenerator
 from trl_rlaif.rl.grpo_rloo.config import group_arguments
 from trl_rlaif.rl.grpo_rloo.scoring import GroupReward, GroupScorer
