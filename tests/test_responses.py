@@ -10,8 +10,8 @@ from helpers.tiny import CHAT_TEMPLATE, make_llama, make_tokenizer
 
 from trl_rlaif.encoding import encode_prompt, encode_response
 from trl_rlaif.errors import UserError
+from trl_rlaif.models.forward import as_responses
 from trl_rlaif.responses import ResponseReader
-from trl_rlaif.rl.rehearsal import as_responses
 from trl_rlaif.types import RehearsalPair
 
 

@@ -38,8 +38,8 @@ class Algorithm:
         return getattr(importlib.import_module(module), function)
 
     def config_class(self) -> type:
-        """TRL's own configuration, imported now."""
-        module, name = self.config
+        """The configuration that a recipe's other keys fill, imported now."""
+        module, name = self.config or ("trl_rlaif.rl.ppo.config", "PPOConfig")
         return getattr(importlib.import_module(module), name)
 
 

@@ -15,7 +15,8 @@ from helpers import ppo_task
 from helpers.ppo import numbers
 from helpers.processes import write_result
 from trl_rlaif.components import DataSelector, RewardTransform
-from trl_rlaif.rl import forward, log_completions
+from trl_rlaif.models import forward
+from trl_rlaif.rl import log_completions
 from trl_rlaif.types import Selection
 
 

@@ -9,8 +9,8 @@ import torch
 from helpers.tiny import make_gpt2, make_llama
 from transformers import MambaConfig, MambaForCausalLM
 
-from trl_rlaif.rl.ppo.losses import token_logprobs
-from trl_rlaif.rl.rollouts import generate, join_rollouts, model_inputs, response_lengths
+from trl_rlaif.models.forward import model_inputs, token_logprobs
+from trl_rlaif.rl.rollouts import generate, join_rollouts, response_lengths
 from trl_rlaif.testing import make_rollout
 
 PAD, STOP = 0, 2

@@ -17,10 +17,11 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
 from trl_rlaif import SharedBase, UserError
+from trl_rlaif.models import forward
 from trl_rlaif.models.kernels.fused_lora import fuse_lora
 from trl_rlaif.models.role_models import SharedRoleModels
 from trl_rlaif.responses import ResponseReader
-from trl_rlaif.rl import forward, verification
+from trl_rlaif.rl import verification
 from trl_rlaif.rl.generation import RolloutGenerator
 
 PROMPTS = (30, 4, 11, 30, 7)

@@ -20,11 +20,10 @@ from trl_rlaif.encoding import PromptLike, encode_prompt
 from trl_rlaif.errors import UserError
 from trl_rlaif.evaluation import win_rate
 from trl_rlaif.generation import padded_together, sample_responses, seeded
+from trl_rlaif.models import forward
+from trl_rlaif.models.forward import RolloutSlice, as_responses
 from trl_rlaif.models.kernels import autocast
 from trl_rlaif.models.role_models import RoleModels
-from trl_rlaif.rl import forward
-from trl_rlaif.rl.forward import RolloutSlice
-from trl_rlaif.rl.rehearsal import as_responses
 from trl_rlaif.types import RehearsalPair
 
 if TYPE_CHECKING:
@@ -228,7 +227,8 @@ class ForgettingTracker(TrainerCallback):
 
     def _answers(self, part: str, prompt_ids: list[list[int]]) -> list[list[int]]:
         """Greedy, with the end token where there was one."""
-        trainer, answers = self.trainer, [[]] * len(prompt_ids)
+        trainer = self.trainer
+        answers: list[list[int]] = [[]] * len(prompt_ids)
         role_models, tokenizer = self.role_models, trainer.processing_class
         model = role_models.model(part)
         with role_models.role(part):

@@ -49,25 +49,20 @@ def run_comparison(
     from trl_rlaif.report import write_report
 
     folder, started = RunFolder(output), time.monotonic()
-
-    def place(variant: str) -> Path:
-        return folder / VARIANTS_FOLDER / variant
-
+    places = {name: folder / VARIANTS_FOLDER / name for name in recipe.variants}
     with folder.locked():
         check_unused(folder, used=resume)
         if (folder / "arms").is_dir() and not (folder / VARIANTS_FOLDER).exists():
             (folder / "arms").rename(folder / VARIANTS_FOLDER)  # their name until 0.1
-        _ask({place(name): variant for name, variant in recipe.variants.items()}, confirm)
+        _ask({places[name]: variant for name, variant in recipe.variants.items()}, confirm)
         prepare(recipe, folder, command)
         with publishing(folder.state, dict.fromkeys([*recipe.variants, KEY], "")) as publisher:
             runs: dict[str, RunFolder] = {}
             for number, (name, variant) in enumerate(recipe.variants.items(), 1):
                 say(f"Variant {number} of {len(recipe.variants)}: {name}")
                 publisher.begin(name)
-                donors, asked = list(runs.values()), lambda _: True
-                runs[name] = run_recipe(
-                    variant, plugins, place(name), resume=True, command=command, donors=donors, confirm=asked
-                )
+                how: dict[str, Any] = {"resume": True, "command": command, "confirm": lambda _: True}  # asked above
+                runs[name] = run_recipe(variant, plugins, places[name], donors=list(runs.values()), **how)
             publisher.begin(KEY)
             numbers = play(recipe, plugins, folder, runs)
             numbers |= {"variants": {name: _of_variant(run) for name, run in runs.items()}}

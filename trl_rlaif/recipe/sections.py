@@ -403,7 +403,7 @@ class RlSection(Section):
     """``rl``: reinforcement learning. Other keys are PPOConfig's; those of TRL's
     configuration, too, where ``algorithm`` is a trainer of TRL's."""
 
-    algorithm: Literal[tuple(ALGORITHMS)] = Field(
+    algorithm: Literal[tuple(ALGORITHMS)] = Field(  # type: ignore[valid-type]
         "ppo",
         description="'reinforce' is PPO with one pass over each batch and no clipped ratio (Lee et al. 2023); what "
         "it presets, other keys here override. 'rloo' and 'grpo' are TRL's own trainers, with the rewards, transforms "

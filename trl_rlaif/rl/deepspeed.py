@@ -50,6 +50,14 @@ def tell(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
 
+def take_back_models(trainer: Any) -> None:
+    """Have a trainer hold its models themselves: only the one that is trained needs DeepSpeed's engine."""
+    if enabled(trainer.accelerator):
+        trainer.deepspeed = trainer.model  # TRL's save_model expects it
+        if trainer.ref_model is not None:
+            trainer.ref_model = trainer.accelerator.unwrap_model(trainer.ref_model)
+
+
 def save_share(accelerator: Accelerator, optimizer: Any, folder: Path) -> None:
     """Write this process's share of the optimizer, where it is shared out."""
     if enabled(accelerator):

@@ -40,7 +40,7 @@ def config(context: Context) -> PPOConfig:
     if not {"stop_token_id", "stop_tokens"} & set(arguments):
         arguments.setdefault("stop_token", "eos")
     # Computing twice to save memory pays on a GPU.
-    lean = {"gradient_checkpointing": on_gpu(), "num_sample_generations": 0}
+    lean: dict[str, Any] = {"gradient_checkpointing": on_gpu(), "num_sample_generations": 0}
     model = context.recipe.model
     lean |= {"reasoning": model.reasoning, "reasoning_tags": model.reasoning_tags}
     return PPOConfig(**lean | arguments, reward_weights=section.reward_weights)

@@ -12,11 +12,12 @@ from torch.nn.functional import pad
 
 from trl_rlaif.distributed import failing_together
 from trl_rlaif.generation import random_state, set_random_state
+from trl_rlaif.models import forward
+from trl_rlaif.models.forward import RolloutSlice
 from trl_rlaif.models.kernels import autocast, generation_kernels
 from trl_rlaif.models.role_models import RoleModels
 from trl_rlaif.responses import ResponseReader
-from trl_rlaif.rl import forward, verification
-from trl_rlaif.rl.forward import RolloutSlice
+from trl_rlaif.rl import verification
 from trl_rlaif.rl.rollouts import generate, response_lengths, scored_rows
 from trl_rlaif.rl.vllm import VLLMSampler
 from trl_rlaif.types import Responses, Rollout
@@ -85,9 +86,9 @@ class RolloutGenerator:
         """Whether the log-probabilities are right; if not, they are computed in another way from here on."""
         with failing_together(self.accelerator):
             forward = self._forward(role_models, rollout, verification.chosen_rows(rollout))
-            found = rollout.logprobs, forward, rollout.ref_logprobs
+            computed = rollout.logprobs, forward, rollout.ref_logprobs
             own = verification.deviations(
-                role_models, rollout, found, self.args, self.accelerator.device, self.temperature
+                role_models, rollout, computed, self.args, self.accelerator.device, self.temperature
             )
         found, limit = verification.worst(own, self.accelerator), verification.tolerance(role_models, self.args)
         name = type(role_models.model("policy")).__name__

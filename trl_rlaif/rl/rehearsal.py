@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trl_rlaif.batching import pad_rows
 from trl_rlaif.encoding import encode_prompt, encode_response
 from trl_rlaif.errors import UserError
+from trl_rlaif.models.forward import as_responses
 from trl_rlaif.types import RehearsalPair, Responses
 
 if TYPE_CHECKING:
@@ -117,27 +117,6 @@ def weight(args: PPOConfig, progress: float) -> float:
     if args.rehearsal_schedule == "cosine":
         return args.rehearsal_coef * (1 + math.cos(math.pi * progress)) / 2
     return args.rehearsal_coef
-
-
-def as_responses(
-    pairs: Sequence[RehearsalPair], device: torch.device, ended: Sequence[bool] | None = None
-) -> Responses:
-    """Pairs as a batch.
-
-    Args:
-        ended: Whether each response has; None: all have.
-    """
-    prompt_ids, prompt_mask = (x.to(device) for x in pad_rows((pair.prompt_ids for pair in pairs), left=True))
-    response_ids, mask = (x.to(device) for x in pad_rows(pair.response_ids for pair in pairs))
-    return Responses(
-        prompt_ids=prompt_ids,
-        prompt_mask=prompt_mask,
-        response_ids=response_ids,
-        lengths=mask.sum(1),
-        ended=torch.tensor([True] * len(pairs) if ended is None else list(ended), device=device),
-        prompts=[pair.prompt for pair in pairs],
-        completions=[pair.response for pair in pairs],
-    )
 
 
 def given_pairs(

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import torch
@@ -134,7 +134,8 @@ class RejectionTrainer:
 
     def metrics(self, pool: Pool, chosen: MergedSelection) -> dict[str, float]:
         """The numbers of one iteration before it fine-tunes."""
-        trainer, scores = self.trainer, [pair.score for pair in accepted(chosen)]
+        trainer = self.trainer
+        scores: list[Any] = [pair.score for pair in accepted(chosen)]  # accepted pairs have one
         lengths = [len(ids) for ids in pool.response_ids]
         ended = [
             trainer.reader.read(ids, prompt).ended

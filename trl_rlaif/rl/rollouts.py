@@ -154,27 +154,3 @@ def _join(parts: list[Any], *, left: bool = False) -> Any:
     if parts[0] is None or isinstance(parts[0], float):
         return parts[0]
     return [value for part in parts for value in part]
-
-
-def model_inputs(
-    prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, response_ids: torch.Tensor, lengths: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """Prompts and responses as one batch: padded on the left before, on the right behind.
-
-    Columns that are padding in every row are left out on the left.
-
-    Returns:
-        input_ids, attention_mask and position_ids, (B, at most P + T) int64 each; the last T columns
-        are the responses.
-    """
-    first = int(prompt_mask.int().argmax(1).min())
-    prompt_ids, prompt_mask = prompt_ids[:, first:], prompt_mask[:, first:]
-    width = response_ids.shape[1]
-    response_mask = torch.arange(width, device=lengths.device) < lengths[:, None]
-    mask = torch.cat((prompt_mask.bool(), response_mask), 1)
-    return {
-        "input_ids": torch.cat((prompt_ids, response_ids), 1).masked_fill(~mask, 0),
-        "attention_mask": mask.long(),
-        # Counted without the padding on the left.
-        "position_ids": mask.long().cumsum(1) - mask.long(),
-    }

@@ -13,10 +13,10 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from trl_rlaif.errors import UserError
+from trl_rlaif.models.forward import token_logprobs
 from trl_rlaif.models.kernels import HEAD_ELEMENTS, autocast
 from trl_rlaif.models.role_models import RoleModels
 from trl_rlaif.models.shared_model import inner_model
-from trl_rlaif.rl.ppo.losses import token_logprobs
 from trl_rlaif.types import Responses
 
 ROWS = 4

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -40,10 +40,7 @@ def _is_linear(layer: LoraLayer) -> bool:
     return type(layer).__name__ in ("Linear", "Linear4bit") and isinstance(layer.get_base_layer(), nn.Linear)
 
 
-if TYPE_CHECKING:
-    _Layer: Any = object  # PEFT's layer, which it is joined with
-else:
-    _Layer = object
+_Layer: Any = object  # PEFT's layer, which it is joined with
 
 
 @lru_cache

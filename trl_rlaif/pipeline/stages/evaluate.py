@@ -16,15 +16,14 @@ from trl_rlaif.evaluation import bootstrap_mean, win_rate
 from trl_rlaif.evaluation.forgetting import answer_pair, better_half, mean_nll
 from trl_rlaif.evaluation.judge_panel import MAIN, ask_judges, check_servers, judged_numbers
 from trl_rlaif.generation import padded_together, sample_responses, seeded
+from trl_rlaif.models import forward
+from trl_rlaif.models.forward import RolloutSlice, as_responses
 from trl_rlaif.models.role_models import SharedRoleModels
 from trl_rlaif.models.shared_model import SharedBase
 from trl_rlaif.pipeline.artifacts import to_line, write_atomically
 from trl_rlaif.pipeline.context import Context
 from trl_rlaif.progress import progress_bar
 from trl_rlaif.recipe.inputs import warn_of_overlaps
-from trl_rlaif.rl import forward
-from trl_rlaif.rl.forward import RolloutSlice
-from trl_rlaif.rl.rehearsal import as_responses
 from trl_rlaif.rl.rollouts import scored_rows
 
 if TYPE_CHECKING:

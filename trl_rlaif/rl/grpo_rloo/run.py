@@ -26,14 +26,13 @@ from trl_rlaif.pipeline.artifacts import write_folder
 from trl_rlaif.pipeline.context import Context
 from trl_rlaif.pipeline.stages.sft import last_checkpoint
 from trl_rlaif.progress import say
-from trl_rlaif.responses import ResponseReader
 from trl_rlaif.rl import from_recipe
 from trl_rlaif.rl.generation import RolloutGenerator
 from trl_rlaif.rl.grpo_rloo.config import group_arguments
 from trl_rlaif.rl.grpo_rloo.scoring import GroupReward, GroupScorer
 from trl_rlaif.rl.grpo_rloo.trainer import TRAINERS, RehearsalMixin, kept_state
 from trl_rlaif.rl.ppo.config import PPOConfig
-from trl_rlaif.rl.ppo.construction import longest_row, stop_ids_of, tokenized
+from trl_rlaif.rl.ppo.construction import longest_row, reader_of, tokenized
 from trl_rlaif.rl.prompts import PromptCollator
 from trl_rlaif.rl.rehearsal import Rehearsal, given_pairs
 from trl_rlaif.rl.scoring import RewardPipeline
@@ -140,7 +139,6 @@ def _stop_ids(context: Context, base: Any) -> list[int]:
 
 def _scorer(context: Context, trainer: RehearsalMixin, args: PPOConfig, dataset: Any) -> GroupScorer:
     """What scores, chooses and rehearses, on the very base that TRL's trainer trains."""
-
     accelerator, tokenizer, shared = trainer.accelerator, context.tokenizer, SharedBase.around(trainer.model)
     work_out_batches(args, accelerator.num_processes, len(dataset))
     has_reward = "reward" in context.recipe.rl.reward_names
@@ -148,8 +146,7 @@ def _scorer(context: Context, trainer: RehearsalMixin, args: PPOConfig, dataset:
         shared.add_reward(context.folder / "reward")
     without_dropout(shared.to(accelerator.device))
     role_models = SharedRoleModels(shared)
-    stops = stop_ids_of(args, tokenizer, shared.peft)
-    reader = ResponseReader(tokenizer, stops, reasoning=args.reasoning, tags=args.reasoning_tags)
+    reader = reader_of(args, tokenizer, shared.peft)
     generator = RolloutGenerator(args, accelerator, reader)
     scored = (lambda responses: generator.scores(role_models, responses)) if has_reward else None
     rewards = RewardPipeline(
@@ -169,7 +166,7 @@ def _scorer(context: Context, trainer: RehearsalMixin, args: PPOConfig, dataset:
 
 def _scorer_settings(context: Context, config: Any) -> PPOConfig:
     """PPO's settings as the recipe has them, for a trainer that samples and batches by TRL's."""
-    args = dataclasses.replace(
+    args = dataclasses.replace(  # type: ignore[call-arg]  # fields of TRL's own class
         from_recipe.config(context),
         response_length=config.max_completion_length,
         temperature=config.temperature,  # whose default is TRL's, not PPO's

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from transformers import TrainerState
 
+from trl_rlaif.models.forward import as_responses
 from trl_rlaif.models.kernels import training_kernels
 from trl_rlaif.models.role_models import RoleModels
 from trl_rlaif.models.shared_model import SharedBase
@@ -20,7 +21,7 @@ from trl_rlaif.rl.generation import RolloutGenerator
 from trl_rlaif.rl.metrics import score_metrics
 from trl_rlaif.rl.ppo.config import PPOConfig
 from trl_rlaif.rl.ppo.update_step import PPOStep
-from trl_rlaif.rl.rehearsal import Rehearsal, as_responses
+from trl_rlaif.rl.rehearsal import Rehearsal
 from trl_rlaif.rl.scoring import RewardPipeline, Scores
 from trl_rlaif.rl.selection import PromptSelection
 from trl_rlaif.types import RehearsalPair, Responses, Rollout

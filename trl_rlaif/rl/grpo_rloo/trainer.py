@@ -22,10 +22,11 @@ from trl_rlaif.validation import RewardError
 if TYPE_CHECKING:
     from trl_rlaif.rl.grpo_rloo.scoring import GroupScorer
 
+_Trainer: Any = object  # one of TRL's, which it is joined with
 _STATE = "trl_rlaif.pt"
 
 
-class RehearsalMixin:
+class RehearsalMixin(_Trainer):
     """Mixin: gamma * NLL of the scorer's rehearsal pairs joins each optimizer step (Peng et al. 2023).
 
     Attributes:

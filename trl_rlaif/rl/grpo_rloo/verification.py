@@ -9,10 +9,10 @@ import torch
 
 from trl_rlaif.distributed import failing_together
 from trl_rlaif.generation import seeded
+from trl_rlaif.models.forward import as_responses, model_inputs
 from trl_rlaif.models.kernels import autocast
 from trl_rlaif.rl import verification
-from trl_rlaif.rl.rehearsal import as_responses
-from trl_rlaif.rl.rollouts import generate, model_inputs, response_lengths
+from trl_rlaif.rl.rollouts import generate, response_lengths
 from trl_rlaif.types import RehearsalPair, Responses
 
 if TYPE_CHECKING:

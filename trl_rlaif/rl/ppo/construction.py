@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import set_seed
@@ -10,9 +11,11 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 
+from trl_rlaif.encoding import set_template_kwargs
 from trl_rlaif.errors import UserError
 from trl_rlaif.models.loading import ModelSpec, load_model, load_tokenizer
 from trl_rlaif.models.shared_model import SharedBase
+from trl_rlaif.responses import ResponseReader
 from trl_rlaif.rl.prompts import tokenize_prompts
 from trl_rlaif.rl.selection import StratifiedSampler
 from trl_rlaif.stopping import named_stop_ids, stop_ids
@@ -21,11 +24,15 @@ if TYPE_CHECKING:
     from trl_rlaif.rl.ppo.config import PPOConfig
 
 
-def load_policy(path: str, tokenizer: Any, args: PPOConfig) -> tuple[nn.Module, Any]:
-    """The policy of a path, and the tokenizer that was given or else the path's."""
-    set_seed(args.seed)
-    model = load_model(ModelSpec(path, "bfloat16" if args.bf16 else "float32"))
-    return model, tokenizer or load_tokenizer(path)
+def policy_of(model: Any, tokenizer: Any, args: PPOConfig) -> tuple[Any, Any]:
+    """The policy, loaded if a path was given, and its tokenizer with the chat template's variables."""
+    if isinstance(model, str):
+        set_seed(args.seed)
+        path, model = model, load_model(ModelSpec(model, "bfloat16" if args.bf16 else "float32"))
+        tokenizer = tokenizer or load_tokenizer(path)
+    if args.chat_template_kwargs is not None:
+        set_template_kwargs(tokenizer, args.chat_template_kwargs)
+    return model, tokenizer
 
 
 def shared_base(
@@ -53,7 +60,21 @@ def shared_base(
     return SharedBase(model, config or LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
 
 
-def stop_ids_of(args: PPOConfig, tokenizer: Any, model: nn.Module) -> tuple[int, ...]:
+def with_reward(shared: SharedBase, reward_model: Any) -> Any:
+    """Make a reward adapter's folder a role of the base, and return the reward model that then stands by itself."""
+    if not isinstance(reward_model, str | Path):
+        return reward_model
+    shared.add_reward(reward_model)
+    return None
+
+
+def reader_of(args: PPOConfig, tokenizer: Any, model: nn.Module) -> ResponseReader:
+    """What reads responses, with the tokens that end one."""
+    stops = _stop_ids(args, tokenizer, model)
+    return ResponseReader(tokenizer, stops, reasoning=args.reasoning, tags=args.reasoning_tags)
+
+
+def _stop_ids(args: PPOConfig, tokenizer: Any, model: nn.Module) -> tuple[int, ...]:
     """The tokens that end a response, as the arguments say; none where they ask for the full length."""
     if args.stop_tokens is not None:
         return named_stop_ids(tokenizer, args.stop_tokens)

@@ -5,27 +5,6 @@ from __future__ import annotations
 import torch
 
 
-def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Log-probability of each token at a sampling temperature.
-
-    Args:
-        logits: (B, T, V).
-        tokens: (B, T) int64.
-        temperature: > 0.
-
-    Returns:
-        (B, T) float32, nats.
-    """
-    logits = logits.float() / temperature
-    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
-
-
-def entropy(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Entropy of each position's distribution: (B, T, V) to (B, T) float32, nats."""
-    logits = logits.float() / temperature
-    return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
-
-
 def policy_loss(
     logprobs: torch.Tensor,
     old_logprobs: torch.Tensor,

@@ -19,14 +19,12 @@ from trl_rlaif import resuming
 from trl_rlaif.compat.trl_ppo import BasePPOTrainer
 from trl_rlaif.components import DataSelector, RewardTransform
 from trl_rlaif.distributed import average_gradients
-from trl_rlaif.encoding import set_template_kwargs
 from trl_rlaif.errors import UserError
 from trl_rlaif.models.kernels import training_kernels
 from trl_rlaif.models.role_models import RoleModels, SeparateRoleModels, SharedRoleModels
 from trl_rlaif.models.safe_training import check_gradients, safe_training
 from trl_rlaif.models.shared_model import SharedBase, save_adapter
 from trl_rlaif.plugins import Plugins, installed_plugins
-from trl_rlaif.responses import ResponseReader
 from trl_rlaif.rl import deepspeed, log_completions
 from trl_rlaif.rl.generation import RolloutGenerator
 from trl_rlaif.rl.metrics import update_metrics
@@ -35,12 +33,13 @@ from trl_rlaif.rl.ppo import checkpoint
 from trl_rlaif.rl.ppo.config import PPOConfig, with_defaults
 from trl_rlaif.rl.ppo.construction import (
     enable_gradient_checkpointing,
-    load_policy,
     longest_row,
+    policy_of,
     prompt_loader,
+    reader_of,
     shared_base,
-    stop_ids_of,
     tokenized,
+    with_reward,
 )
 from trl_rlaif.rl.ppo.update_step import UPDATE_KL, Divisors, MicroBatch, PPOStep, divisors_of
 from trl_rlaif.rl.prompts import BatchStream, PromptCollator
@@ -107,26 +106,20 @@ class PPOTrainer(BasePPOTrainer):
         rehearsal_dataset: Dataset | None = None,
         plugins: Plugins | None = None,
     ) -> None:
-        args = with_defaults(args)
+        args, self.plugins = with_defaults(args), plugins or installed_plugins()
         functions = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
-        self.plugins = plugins or installed_plugins()
-        if isinstance(model, str):
-            model, processing_class = load_policy(model, processing_class, args)
-        if args.chat_template_kwargs is not None:
-            set_template_kwargs(processing_class, args.chat_template_kwargs)
-        shared = shared_base(model, value_model, ref_model, peft_config, trunk=args.value == "trunk")
+        model, processing_class = policy_of(model, processing_class, args)
+        trunk = args.value == "trunk"
+        shared = shared_base(model, value_model, ref_model, peft_config, trunk=trunk)
         if shared is not None:
-            if isinstance(reward_model, str | Path):
-                shared.add_reward(reward_model)
-                reward_model = None
-            model, value_model, peft_config = shared.peft, shared.add_value(trunk=args.value == "trunk"), None
+            reward_model = with_reward(shared, reward_model)
+            model, value_model, peft_config = shared.peft, shared.add_value(trunk=trunk), None
         has_reward = reward_model is not None or (shared is not None and "reward" in shared.heads)
         if not has_reward and not functions:
             raise UserError("There is no reward: pass reward_model or reward_funcs.")
         train_dataset = tokenized(train_dataset, processing_class, model, args)
         pairs = given_pairs(rehearsal_dataset, processing_class, max_length=longest_row(model, args))
-        stop_ids = stop_ids_of(args, processing_class, model)
-        self.reader = ResponseReader(processing_class, stop_ids, reasoning=args.reasoning, tags=args.reasoning_tags)
+        self.reader = reader_of(args, processing_class, model)
         configured = model.generation_config.eos_token_id
         super().__init__(
             args,
@@ -146,10 +139,7 @@ class PPOTrainer(BasePPOTrainer):
         self.policy_model.generation_config.eos_token_id = configured
         self.reward_model = reward_model
         self.shared = None if shared is None else shared.to(self.accelerator.device)
-        if deepspeed.enabled(self.accelerator):  # the models themselves; only the trained one needs its engine
-            self.deepspeed = self.model  # the parent's save_model wants it
-            if self.ref_model is not None:
-                self.ref_model = self.accelerator.unwrap_model(self.ref_model)
+        deepspeed.take_back_models(self)
         self._set_up_loop()
         scored = (lambda responses: self.generator.scores(self.role_models, responses)) if has_reward else None
         self.rewards = RewardPipeline(functions, reward_transforms, scored, args, self.reader, self.accelerator)

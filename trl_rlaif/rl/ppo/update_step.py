@@ -11,10 +11,10 @@ import torch
 from accelerate import Accelerator
 
 from trl_rlaif.distributed import backward, equal_count
+from trl_rlaif.models import forward
+from trl_rlaif.models.forward import RolloutSlice
 from trl_rlaif.models.kernels import autocast
 from trl_rlaif.models.role_models import RoleModels
-from trl_rlaif.rl import forward
-from trl_rlaif.rl.forward import RolloutSlice
 from trl_rlaif.rl.ppo import losses
 from trl_rlaif.types import Responses, Rollout
 

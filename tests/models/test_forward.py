@@ -12,12 +12,12 @@ from peft import LoraConfig
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from trl_rlaif import SharedBase
+from trl_rlaif.models import forward
+from trl_rlaif.models.forward import RolloutSlice
 from trl_rlaif.models.kernels import is_plain
 from trl_rlaif.models.kernels.fused_lora import fuse_lora
 from trl_rlaif.models.role_models import SharedRoleModels
 from trl_rlaif.models.shared_model import backbone
-from trl_rlaif.rl import forward
-from trl_rlaif.rl.forward import RolloutSlice
 from trl_rlaif.rl.ppo import losses
 from trl_rlaif.rl.ppo.update_step import MicroBatch, PPOStep, divisors_of, parts
 from trl_rlaif.types import Rollout

@@ -1,18 +1,17 @@
-"""Forward passes of the loop over rows of a rollout: what is read there, and nothing beside it."""
+"""Forward passes of the roles over rows of responses: log-probabilities, values and scores, and nothing else."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from trl_rlaif.batching import equal_lengths
+from trl_rlaif.batching import equal_lengths, pad_rows
 from trl_rlaif.models.kernels import is_plain, token_logprobs_of
 from trl_rlaif.models.role_models import RoleModels
 from trl_rlaif.models.shared_model import backbone, inner_model
-from trl_rlaif.rl.ppo.losses import entropy, token_logprobs
-from trl_rlaif.rl.rollouts import model_inputs
-from trl_rlaif.types import Responses
+from trl_rlaif.types import RehearsalPair, Responses
 
 
 @dataclass(frozen=True)
@@ -151,3 +150,69 @@ def _hidden_and_logits(
 def _spread(flat: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """(b, T) with the entries of ``flat`` where the mask is True, and zero elsewhere."""
     return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
+
+
+def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probability of each token at a sampling temperature.
+
+    Args:
+        logits: (B, T, V).
+        tokens: (B, T) int64.
+        temperature: > 0.
+
+    Returns:
+        (B, T) float32, nats.
+    """
+    logits = logits.float() / temperature
+    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+def entropy(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Entropy of each position's distribution: (B, T, V) to (B, T) float32, nats."""
+    logits = logits.float() / temperature
+    return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
+
+
+def model_inputs(
+    prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, response_ids: torch.Tensor, lengths: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Prompts and responses as one batch: padded on the left before, on the right behind.
+
+    Columns that are padding in every row are left out on the left.
+
+    Returns:
+        input_ids, attention_mask and position_ids, (B, at most P + T) int64 each; the last T columns
+        are the responses.
+    """
+    first = int(prompt_mask.int().argmax(1).min())
+    prompt_ids, prompt_mask = prompt_ids[:, first:], prompt_mask[:, first:]
+    width = response_ids.shape[1]
+    response_mask = torch.arange(width, device=lengths.device) < lengths[:, None]
+    mask = torch.cat((prompt_mask.bool(), response_mask), 1)
+    return {
+        "input_ids": torch.cat((prompt_ids, response_ids), 1).masked_fill(~mask, 0),
+        "attention_mask": mask.long(),
+        # Counted without the padding on the left.
+        "position_ids": mask.long().cumsum(1) - mask.long(),
+    }
+
+
+def as_responses(
+    pairs: Sequence[RehearsalPair], device: torch.device, ended: Sequence[bool] | None = None
+) -> Responses:
+    """Pairs as a batch.
+
+    Args:
+        ended: Whether each response has; None: all have.
+    """
+    prompt_ids, prompt_mask = (x.to(device) for x in pad_rows((pair.prompt_ids for pair in pairs), left=True))
+    response_ids, mask = (x.to(device) for x in pad_rows(pair.response_ids for pair in pairs))
+    return Responses(
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        response_ids=response_ids,
+        lengths=mask.sum(1),
+        ended=torch.tensor([True] * len(pairs) if ended is None else list(ended), device=device),
+        prompts=[pair.prompt for pair in pairs],
+        completions=[pair.response for pair in pairs],
+    )
