@@ -169,6 +169,13 @@ def test_links_lead_somewhere(page):
             assert ((ROOT / page).parent / target.partition("#")[0]).exists(), target
 
 
+def test_the_files_that_the_architecture_names_exist():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"(?:\w+/)+\w+\.py|(?:\w+/)+(?=`)|(?<=`)\w+\.py", text))
+    assert len(named) > 40
+    assert not {path for path in named if not any((root / path).exists() for root in (ROOT, ROOT / "trl_rlaif"))}
+
+
 @pytest.mark.parametrize("name", [name for name in trl_rlaif.__all__ if not name.startswith("__")])
 def test_every_public_name_has_a_docstring_of_its_own(name):
     value = getattr(trl_rlaif, name)
