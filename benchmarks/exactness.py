@@ -42,7 +42,7 @@ from trl_rlaif.evaluation import (  # noqa: E402
     position_bias,
     wilson,
 )
-from trl_rlaif.rl.ppo.advantages import kl_per_token, token_rewards  # noqa: E402
+from trl_rlaif.rl.reward_shaping import kl_per_token, token_rewards  # noqa: E402
 from trl_rlaif.types import Pool  # noqa: E402
 
 RLAIF, PENG = "Lee et al. 2023", "Peng et al. 2023"

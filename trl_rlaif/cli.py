@@ -60,8 +60,8 @@ def run(
     """Run a recipe: from prompts to an aligned policy and a report."""
     from trl_rlaif import distributed
     from trl_rlaif.experiments import run_comparison
-    from trl_rlaif.pipeline.declared import active_stages
     from trl_rlaif.pipeline.runner import run_recipe
+    from trl_rlaif.pipeline.stage import active_stages
     from trl_rlaif.plugins import installed_plugins
     from trl_rlaif.progress import say
     from trl_rlaif.recipe import parse_recipe
@@ -97,7 +97,7 @@ def _confirm(message: str) -> bool:
 @app.command()
 def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Check a recipe and its model's configuration, without weights: exit code 0, or 2 with what to write instead."""
-    from trl_rlaif.pipeline.declared import active_stages
+    from trl_rlaif.pipeline.stage import active_stages
     from trl_rlaif.plugins import installed_plugins
     from trl_rlaif.recipe import parse_recipe
     from trl_rlaif.recipe.base_model import check_base

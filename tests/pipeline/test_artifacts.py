@@ -19,7 +19,7 @@ from trl_rlaif.pipeline.artifacts import (
     write_atomically,
     write_folder,
 )
-from trl_rlaif.pipeline.declared import STAGES
+from trl_rlaif.pipeline.stage import STAGES
 from trl_rlaif.pipeline.superseding import begin, supersede
 
 OUTPUTS = {stage.name: stage.outputs for stage in STAGES}

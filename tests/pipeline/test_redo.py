@@ -18,7 +18,7 @@ from helpers.recipes import tiny_recipe, write_prompts
 from trl_rlaif import UserError
 from trl_rlaif.pipeline import redo, runner, superseding
 from trl_rlaif.pipeline.artifacts import RunFolder, read_lines
-from trl_rlaif.pipeline.declared import STAGES, Stage
+from trl_rlaif.pipeline.stage import STAGES, Stage
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import parse_recipe, prompt_folder
 from trl_rlaif.report import write_report

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from trl_rlaif.pipeline.declared import Stage
 from trl_rlaif.pipeline.inputs import Inputs, data_file, digest, flat, prompt_file
+from trl_rlaif.pipeline.stage import Stage
 from trl_rlaif.recipe import Recipe
 from trl_rlaif.recipe.sections import FORGET_SET, STOPPING_LIMITS, DataSection
 

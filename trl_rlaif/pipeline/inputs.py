@@ -164,7 +164,7 @@ def learned(section: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     their product.
     """
     from trl_rlaif.memory.settings import class_defaults
-    from trl_rlaif.resuming import decides_what_is_learned
+    from trl_rlaif.run_identity import decides_what_is_learned
 
     own = set(SECTIONS[section].model_fields)
     names = {key: key.split(".")[1] for key in settings if key.startswith(f"{section}.")}

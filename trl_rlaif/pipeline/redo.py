@@ -11,9 +11,9 @@ import yaml
 from trl_rlaif.errors import UserError
 from trl_rlaif.pipeline import superseding
 from trl_rlaif.pipeline.artifacts import RunFolder
-from trl_rlaif.pipeline.declared import Stage, active_stages
 from trl_rlaif.pipeline.first_version import inputs_of
 from trl_rlaif.pipeline.inputs import Inputs
+from trl_rlaif.pipeline.stage import Stage, active_stages
 from trl_rlaif.progress import say
 from trl_rlaif.recipe import Recipe
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from trl_rlaif.distributed import is_first
 from trl_rlaif.pipeline.artifacts import RunFolder, to_line, write_atomically, write_folder
-from trl_rlaif.pipeline.declared import STAGES, Stage
+from trl_rlaif.pipeline.stage import STAGES, Stage
 
 # A folder for each time that stages were redone, each laid out as a run's folder.
 FOLDER = "superseded"

@@ -21,7 +21,7 @@ from trl_rlaif.report.run_data import MAX_SAMPLES, Run, read_run
 from trl_rlaif.report.score_figures import score_part
 
 _HERE = Path(__file__).parent
-_RUN, _COMPARISON = "template.html.jinja", "experiments.html.jinja"
+_RUN, _COMPARISON = "run.html.jinja", "experiments.html.jinja"
 
 
 def write_report(folder: str | Path) -> Path:

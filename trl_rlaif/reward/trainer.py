@@ -21,11 +21,11 @@ from trl_rlaif.models.classifier import weightless
 from trl_rlaif.models.kernels import training_kernels, used
 from trl_rlaif.models.safe_training import safe_training
 from trl_rlaif.models.shared_model import inner_model
-from trl_rlaif.resuming import SameRun, named
 from trl_rlaif.reward.collator import SoftPreferenceCollator, prompt_end
 from trl_rlaif.reward.heads import add_expected
 from trl_rlaif.reward.losses import soft_preference_loss
 from trl_rlaif.reward.scoring import PairScorer, can_pack
+from trl_rlaif.run_identity import SameRun, named
 from trl_rlaif.stopping import ended_row, stop_ids
 from trl_rlaif.types import PreferenceScores
 from trl_rlaif.validation import validated

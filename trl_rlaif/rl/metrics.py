@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from accelerate.utils import gather_object
 
-from trl_rlaif.rl.ppo.advantages import kl_per_token
+from trl_rlaif.rl.reward_shaping import kl_per_token
 from trl_rlaif.types import Responses, Rollout
 
 

@@ -17,8 +17,8 @@ from trl_rlaif.distributed import failing_together
 from trl_rlaif.errors import UserError
 from trl_rlaif.pipeline.artifacts import to_line, write_atomically
 from trl_rlaif.progress import progress_bar
-from trl_rlaif.rl.ppo.advantages import kl_per_token
 from trl_rlaif.rl.rehearsal import Rehearsal, lines
+from trl_rlaif.rl.reward_shaping import kl_per_token
 from trl_rlaif.rl.rollouts import join_rollouts
 from trl_rlaif.rl.scoring import RewardPipeline, Scores
 from trl_rlaif.types import Pool, RehearsalPair, Rollout, Selection

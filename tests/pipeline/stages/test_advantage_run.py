@@ -18,8 +18,8 @@ from trl_rlaif_regulator import DistributionRegulator
 from trl_rlaif import RewardTrainer, SharedBase, UserError, load_reward_model
 from trl_rlaif.pipeline.artifacts import read_lines
 from trl_rlaif.pipeline.context import Context
-from trl_rlaif.pipeline.declared import STAGES
 from trl_rlaif.pipeline.runner import run_recipe
+from trl_rlaif.pipeline.stage import STAGES
 from trl_rlaif.pipeline.stages.reward import transformed
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.reward.log_ratios import response_logprobs

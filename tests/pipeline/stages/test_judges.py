@@ -28,8 +28,8 @@ from trl_rlaif.judging.prompt import JudgePrompt
 from trl_rlaif.pipeline import context as context_module
 from trl_rlaif.pipeline.artifacts import RunFolder, read_lines
 from trl_rlaif.pipeline.context import Context
-from trl_rlaif.pipeline.declared import fingerprints
 from trl_rlaif.pipeline.runner import run_recipe, summary
+from trl_rlaif.pipeline.stage import fingerprints
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import prompt_folder
 

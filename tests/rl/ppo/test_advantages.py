@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from trl_rlaif.models import forward
+from trl_rlaif.rl import reward_shaping
 from trl_rlaif.rl.ppo import advantages as adv
 from trl_rlaif.rl.ppo import losses
 
@@ -48,16 +49,16 @@ def test_without_discount_the_first_return_is_the_sum_of_rewards(random):
 
 def test_the_score_lands_behind_the_last_token_or_on_it():
     kl, scores = torch.ones(3, 4), torch.tensor([10.0, 20.0, 30.0])
-    rewards = adv.token_rewards(kl, scores, torch.tensor([2, 4, 0]), kl_coef=0.5)
+    rewards = reward_shaping.token_rewards(kl, scores, torch.tensor([2, 4, 0]), kl_coef=0.5)
     expected = [[-0.5, -0.5, 9.5, -0.5], [-0.5, -0.5, -0.5, 19.5], [29.5, -0.5, -0.5, -0.5]]
     assert rewards.tolist() == expected
 
 
 def test_kl_estimators():
     logprobs, reference = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -1.0]])
-    assert adv.kl_per_token(logprobs, reference, "k1").tolist() == [[0.5, -1.0]]
+    assert reward_shaping.kl_per_token(logprobs, reference, "k1").tolist() == [[0.5, -1.0]]
     k3 = [math.exp(-0.5) - 1 + 0.5, math.exp(1.0) - 1 - 1.0]
-    assert adv.kl_per_token(logprobs, reference, "k3")[0].tolist() == pytest.approx(k3, rel=1e-6)
+    assert reward_shaping.kl_per_token(logprobs, reference, "k3")[0].tolist() == pytest.approx(k3, rel=1e-6)
 
 
 def test_k1_and_k3_estimate_the_same_kl(random):
@@ -65,7 +66,7 @@ def test_k1_and_k3_estimate_the_same_kl(random):
     q = torch.randn(V, generator=random, dtype=torch.float64).log_softmax(0)
     exact = (p.exp() * (p - q)).sum()
     for estimator in ("k1", "k3"):
-        expected = (p.exp() * adv.kl_per_token(p, q, estimator)).sum()
+        expected = (p.exp() * reward_shaping.kl_per_token(p, q, estimator)).sum()
         torch.testing.assert_close(expected, exact)
 
 

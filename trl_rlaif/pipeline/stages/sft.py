@@ -14,7 +14,7 @@ from trl_rlaif.pipeline.artifacts import write_folder
 from trl_rlaif.pipeline.context import Context
 from trl_rlaif.progress import say
 from trl_rlaif.recipe.inputs import read_finetuning
-from trl_rlaif.resuming import SameRun
+from trl_rlaif.run_identity import SameRun
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,9 +14,9 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from trl_rlaif.errors import UserError
 from trl_rlaif.models.safe_training import safe_training
-from trl_rlaif.resuming import SameRun, components
 from trl_rlaif.rl.grpo_rloo.config import scoring_settings
 from trl_rlaif.rl.grpo_rloo.verification import verify
+from trl_rlaif.run_identity import SameRun, components
 from trl_rlaif.validation import RewardError
 
 if TYPE_CHECKING:

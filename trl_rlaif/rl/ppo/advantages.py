@@ -3,42 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
-
-
-def kl_per_token(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: Literal["k1", "k3"]) -> torch.Tensor:
-    """Estimate of KL(policy || reference) from each sampled token (Schulman, "Approximating KL divergence").
-
-    Args:
-        logprobs, ref_logprobs: (B, T) float, log-probabilities of the sampled tokens, in nats.
-        estimator: k1 is log-ratio, unbiased; k3 is ratio - 1 - log-ratio, unbiased and never negative.
-
-    Returns:
-        (B, T), nats.
-    """
-    log_ratio = ref_logprobs - logprobs
-    return -log_ratio if estimator == "k1" else log_ratio.exp() - 1 - log_ratio
-
-
-def token_rewards(kl: torch.Tensor, scores: torch.Tensor, lengths: torch.Tensor, kl_coef: float) -> torch.Tensor:
-    """-kl_coef * KL on every token, and the score where the response ends (Ziegler et al. 2019, eq. 2).
-
-    The score lands on the step after the last token, or on the last one where the response fills the row.
-
-    Args:
-        kl: (B, T) nats, zero behind the end.
-        scores: (B,) float.
-        lengths: (B,) int64, response tokens.
-
-    Returns:
-        (B, T).
-    """
-    rewards = -kl_coef * kl
-    rows = torch.arange(len(rewards), device=rewards.device)
-    rewards[rows, lengths.clamp(max=rewards.shape[1] - 1)] += scores
-    return rewards
 
 
 def gae(rewards: torch.Tensor, values: torch.Tensor, gamma: float, lam: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from trl_rlaif import resuming
+from trl_rlaif import run_identity
 from trl_rlaif.errors import UserError
 from trl_rlaif.rl import deepspeed
 from trl_rlaif.rl.selection import MergedSelection
@@ -124,7 +124,7 @@ def _write(trainer: PPOTrainer, state: dict[str, Any], building: Path, target: P
         trainer.state.best_model_checkpoint = str(target)
         trainer.state.best_global_step = trainer.state.global_step
     trainer.state.save_to_json(str(building / "trainer_state.json"))
-    (building / resuming.FILE).write_text(json.dumps(trainer.identity, indent=1), encoding="utf-8")
+    (building / run_identity.FILE).write_text(json.dumps(trainer.identity, indent=1), encoding="utf-8")
     (building / _CONTENT).write_text(json.dumps(_sizes(building)), encoding="utf-8")
     _sync(building)
     shutil.rmtree(target, ignore_errors=True)
@@ -181,7 +181,7 @@ def load(trainer: PPOTrainer, folder: Path) -> None:
         UserError: The checkpoint belongs to a run with other settings or prompts, another model, other transforms or
             another number of processes.
     """
-    resuming.check(folder, trainer.identity)
+    run_identity.check(folder, trainer.identity)
     # Our own file: it holds the random generators' states, which are no tensors.
     state = torch.load(folder / "training.pt", map_location="cpu", weights_only=False)
     own = _trainable(trainer)

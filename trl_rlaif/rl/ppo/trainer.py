@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
 
-from trl_rlaif import resuming
+from trl_rlaif import run_identity
 from trl_rlaif.compat.trl_ppo import BasePPOTrainer
 from trl_rlaif.components import DataSelector, RewardTransform
 from trl_rlaif.distributed import average_gradients
@@ -45,7 +45,7 @@ from trl_rlaif.rl.ppo.update_step import UPDATE_KL, Divisors, MicroBatch, PPOSte
 from trl_rlaif.rl.prompts import BatchStream, PromptCollator
 from trl_rlaif.rl.rehearsal import Rehearsal, given_pairs
 from trl_rlaif.rl.reward_functions import RewardFunc
-from trl_rlaif.rl.reward_shaping import AdaptiveKLController
+from trl_rlaif.rl.reward_shaping import AdaptiveKLController, kl_per_token, token_rewards
 from trl_rlaif.rl.scoring import RewardPipeline, Scores
 from trl_rlaif.rl.selection import MergedSelection, PromptPool, PromptSelection
 from trl_rlaif.types import RehearsalPair, Rollout
@@ -175,11 +175,11 @@ class PPOTrainer(BasePPOTrainer):
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Settings and prompts of this run, which those of a checkpoint must equal."""
-        return resuming.identity(
+        return run_identity.identity(
             self.args,
             self.selection.pool.prompts,
             self.accelerator.num_processes,
-            **resuming.components(self.rewards, self.selection.selectors),
+            **run_identity.components(self.rewards, self.selection.selectors),
         )
 
     @property
@@ -282,10 +282,10 @@ class PPOTrainer(BasePPOTrainer):
 
     def compute_rewards(self, rollout: Rollout, scores: torch.Tensor) -> torch.Tensor:
         """Rewards per token, (B, T) float32: KL paid on every token, the score at the end."""
-        kl = adv.kl_per_token(rollout.logprobs, rollout.ref_logprobs, self.args.kl_estimator)
+        kl = kl_per_token(rollout.logprobs, rollout.ref_logprobs, self.args.kl_estimator)
         if self.args.kl_weighting == "weighted":
             scores = (1 - self.kl_controller.coef) * scores
-        rewards = adv.token_rewards(kl, scores, rollout.lengths, self.kl_controller.coef)
+        rewards = token_rewards(kl, scores, rollout.lengths, self.kl_controller.coef)
         if self.args.whiten_rewards:
             rewards = adv.masked_whiten(rewards, rollout.learned()[1], shift_mean=False, total=self._total)
         return rewards

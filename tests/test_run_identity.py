@@ -18,15 +18,15 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl_rlaif_regulator import Clip
 from trl_rlaif_rehearsal.rejection import RejectionSampling
 
-from trl_rlaif import RewardConfig, RewardTrainer, RewardTransform, UserError, resuming
+from trl_rlaif import RewardConfig, RewardTrainer, RewardTransform, UserError, run_identity
 from trl_rlaif.pipeline.artifacts import RunFolder
 from trl_rlaif.pipeline.context import Context
 from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.plugins import installed_plugins
-from trl_rlaif.resuming import BATCH_SIZE, FILE, SameRun
 from trl_rlaif.rl.grpo_rloo.run import build_trainer
 from trl_rlaif.rl.ppo import checkpoint
 from trl_rlaif.rl.rejection import RejectionTrainer
+from trl_rlaif.run_identity import BATCH_SIZE, FILE, SameRun
 
 pytestmark = pytest.mark.trl
 
@@ -149,7 +149,7 @@ def test_options_that_json_cannot_hold_are_left_out():
             model_config = {"arbitrary_types_allowed": True}
             what: Any = None
 
-    found = resuming.named("reward_transforms", [Foreign(), Clip(), Odd(what=object())])
+    found = run_identity.named("reward_transforms", [Foreign(), Clip(), Odd(what=object())])
     assert found["reward_transforms"] == ["Foreign", "Clip", "Odd"]
     assert {name for name in found if "." in name} == {"reward_transforms.Clip.low", "reward_transforms.Clip.high"}
 
@@ -305,12 +305,12 @@ def test_a_digest_is_of_the_content_alone():
     rows = [{"input_ids": [i, i + 1][: 1 + i % 2], "text": f"t{i}", "messages": [{"role": "user", "content": str(i)}],
              "p": i / 7} for i in range(2_500)]  # fmt: skip
     plain = Dataset.from_list(rows)
-    found = resuming.digests(plain)
+    found = run_identity.digests(plain)
     assert set(found) == {"input_ids", "text", "messages", "p"}
     doubled = Dataset.from_list(rows + rows).filter(lambda _, i: i < 2_500, with_indices=True)
     mapped = plain.map(lambda row: {"text": row["text"] + ""}, load_from_cache_file=False)
     shuffled = plain.select(range(2_499, -1, -1)).select(range(2_499, -1, -1))
-    assert resuming.digests(doubled) == resuming.digests(mapped) == resuming.digests(shuffled) == found
+    assert run_identity.digests(doubled) == run_identity.digests(mapped) == run_identity.digests(shuffled) == found
     for change in (
         {"input_ids": [7, 8]},
         {"text": "other"},
@@ -318,8 +318,8 @@ def test_a_digest_is_of_the_content_alone():
         {"p": 0.4},
     ):
         [column] = change
-        other = resuming.digests(Dataset.from_list([*rows[:3], rows[3] | change, *rows[4:]]))
+        other = run_identity.digests(Dataset.from_list([*rows[:3], rows[3] | change, *rows[4:]]))
         assert {name for name in found if other[name] != found[name]} == {column}
     # Where one row ends and the next begins is part of it.
     one, two = ([{"input_ids": ids} for ids in split] for split in ([[1, 2], [3]], [[1], [2, 3]]))
-    assert resuming.digests(Dataset.from_list(one)) != resuming.digests(Dataset.from_list(two))
+    assert run_identity.digests(Dataset.from_list(one)) != run_identity.digests(Dataset.from_list(two))
