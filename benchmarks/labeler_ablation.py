@@ -21,7 +21,7 @@ import yaml
 
 from trl_rlaif.data import load_pairs
 from trl_rlaif.evaluation import agreement, calibration_error, position_bias
-from trl_rlaif.labels.calibration import held_out
+from trl_rlaif.labels.calibration import cross_validate
 from trl_rlaif.labels.store import LabelStore
 from trl_rlaif.pipeline.context import Context, pair_row
 from trl_rlaif.pipeline.runner import run_recipe
@@ -111,7 +111,7 @@ def _row(args: argparse.Namespace, model: str, data: Path, prompt: str, options:
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     plugins = installed_plugins()
     parsed = parse_recipe(path, registry=plugins.registry)
-    run = run_recipe(parsed, plugins, folder / "run", resume=True)
+    run = run_recipe(parsed, plugins, folder / "run", resume=True, confirm=lambda _: True)
     numbers = run.results()["label"]
     context = Context(parsed, run, plugins)
     setup = context.label_key(context.label_tasks()[0])
@@ -121,7 +121,7 @@ def _row(args: argparse.Namespace, model: str, data: Path, prompt: str, options:
     rows, human = [found[pair.id] for pair in judged], [pair.human for pair in judged]
     logit, prob = [row["p"] for row in rows], [(row["p_12"] + row["p_21"]) / 2 for row in rows]
     decided = [i for i, choice in enumerate(human) if choice in (1, 2)]
-    after = held_out([rows[i] for i in decided], [human[i] for i in decided], seed=0)["after"]["ece"]
+    after = cross_validate([rows[i] for i in decided], [human[i] for i in decided], seed=0)["after"]["ece"]
     bias = position_bias([row["p_12"] for row in rows], [row["p_21"] for row in rows])
     return " | ".join(
         (
