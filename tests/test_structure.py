@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 from collections import defaultdict
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -159,3 +160,24 @@ def test_repetition_is_seen():
     one, another = "\n".join(lines), "def f():\n    'Doc.'\n" + "\n".join(f"    {line}  # why" for line in lines)
     assert repeated({"a": ast.parse(one), "b": ast.parse(another)})
     assert not repeated({"a": ast.parse(one), "b": ast.parse("\n".join(lines[:-1]))})
+
+
+# ---- Names ----------------------------------------------------------------------------------------------
+
+
+def imports_of(path):
+    """(module, name) of every name that a file takes from the package, in functions too."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "trl_rlaif":
+            yield from ((node.module, alias.name) for alias in node.names)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").rglob("*.py")), ids=lambda path: path.stem)
+def test_a_benchmark_imports_what_there_is(path):
+    """Most of them take too long to be run here."""
+    missing = []
+    for module, name in imports_of(path):
+        found = importlib.import_module(module)
+        if not hasattr(found, name) and importlib.util.find_spec(f"{module}.{name}") is None:
+            missing.append(f"{module}.{name}")
+    assert missing == []
