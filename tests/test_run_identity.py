@@ -129,7 +129,7 @@ def test_a_changed_option_of_a_component_is_refused_with_both_values(tmp_path, c
         return _ppo(tmp_path, trainer_kwargs=kwargs)
 
     first = trainer()
-    first._begin(None)
+    first.begin(None)
     checkpoint.save(first)
     with pytest.raises(UserError) as error:
         trainer(high=4.0, drawn=3).begin(True)

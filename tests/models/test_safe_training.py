@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,11 +17,11 @@ from helpers.recipes import tiny_recipe, write_recipe
 from helpers.reward import small_config
 from helpers.tiny import make_llama, make_scorer, make_tokenizer
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from trl_rlaif_rehearsal.rejection import RejectionSampling
 
 from trl_rlaif import RewardTrainer, RunError, cli
-from trl_rlaif.models.safe_training import check_gradients
+from trl_rlaif.models.safe_training import _GradientCheck, check_gradients
 from trl_rlaif.pipeline.artifacts import RunFolder
 from trl_rlaif.pipeline.context import Context
 from trl_rlaif.plugins import installed_plugins
@@ -136,3 +138,12 @@ def test_weights_are_checked_where_gradients_are_kept_elsewhere():
     model.lm_head.weight.data[0, 0] = float("nan")
     with pytest.raises(RunError, match="lm_head"):
         check_gradients(model, 1)
+
+
+def test_the_overflows_of_fp16_are_its_scalers():
+    model = torch.nn.Linear(1, 1)
+    model.weight.grad, model.bias.grad = torch.full((1, 1), math.inf), torch.zeros(1)
+    state, check = TrainerState(), _GradientCheck()
+    check.on_pre_optimizer_step(SimpleNamespace(fp16=True), state, None, model=model)
+    with pytest.raises(RunError):
+        check.on_pre_optimizer_step(SimpleNamespace(fp16=False), state, None, model=model)

@@ -146,6 +146,39 @@ def test_another_reward_function_in_the_same_file_is_another_input(make, tmp_pat
     assert list(reasons(make(rl=rl), folder)) == ["rl", "evaluate"]
 
 
+def test_two_reward_files_with_one_function_name_are_two_inputs(make, tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.py").write_text("def score(prompts, completions, **_):\n    return [0.0] * len(prompts)\n")
+    rewards = {"rewards": [f"{tmp_path}/a.py:score", f"{tmp_path}/b.py:score"]}
+    folder = finish(make(rl=rewards), tmp_path / "out")
+    assert reasons(make(rl=rewards), folder) == {}
+    (tmp_path / "a.py").write_text("def score(prompts, completions, **_):\n    return [1.0] * len(prompts)\n")
+    assert "a.py" in reasons(make(rl=rewards), folder)["rl"]
+
+
+@pytest.mark.parametrize("change", [{"bf16": True}, {"chat_template_path": "other.jinja"}])
+def test_what_a_checkpoint_forgives_may_still_redo_a_finished_stage(make, folder, change):
+    sft = {"data": "train.jsonl"}
+    known = redo.plan(make(sft=sft), folder)["sft"].inputs
+    assert redo.plan(make(sft=sft | change), folder)["sft"].inputs.changes_since(known)
+
+
+def test_labels_survive_a_run_without_their_stage(make, folder, tmp_path):
+    """Without ``label``, people's choices are written to where the labels' preferences are."""
+    before = (folder / "preferences" / "weights").read_text()
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a?", "chosen": "b", "rejected": "c"}\n')
+    without = make(label=None, data={"pairs": "pairs.jsonl", "format": "preference"}, sample=None)
+    planned = redo.plan(without, folder)
+    redo.apply(folder, planned, redo.redone(planned))
+    assert not (folder / "preferences").exists() and not folder.marker("label")
+    assert [path.read_text() for path in Path(folder / "superseded").glob("*/preferences/weights")] == [before]
+
+
+def test_a_stage_that_waits_to_be_moved_is_not_complete(folder):
+    folder.write_marker("reward", folder.marker("reward") | {"superseding": "now"})
+    assert not folder.is_complete("reward")
+
+
 def test_another_judges_prompt_redoes_what_asks_with_it(make, tmp_path):
     shutil.copytree(prompt_folder("general"), tmp_path / "mine")
     folder = finish(make(label={"prompt": "mine"}, evaluate={"prompt": "general"}), tmp_path / "mine_out")

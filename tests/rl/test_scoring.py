@@ -46,3 +46,13 @@ def test_what_an_override_returns_needs_no_parts():
     pipeline, rollout = _pipeline([_lengths], score_clip=1.0), make_rollout(3)
     found = pipeline.transform(Scores.of(torch.tensor([5.0, -0.5, float("nan")])), rollout, rollout.kl())
     assert found.total[:2].tolist() == [1.0, -0.5] and found.scored.tolist() == [True, True, False]
+
+
+def test_arithmetic_keeps_what_transforms_read():
+    total, parts = torch.tensor([1.0, -2.0]), {"a": torch.tensor([1.0, -2.0])}
+    scores = Scores(total, parts=parts)
+    for found, expected in (
+        (scores - 1, total - 1), (1 - scores, 1 - total), (-scores, -total), (scores / 2, total / 2),
+        (2 * scores, 2 * total), (scores.with_total(total.clamp(-1, 1)), total.clamp(-1, 1)),
+    ):  # fmt: skip
+        assert torch.equal(found.total, expected) and found.parts is parts

@@ -45,6 +45,7 @@ def run_comparison(
         UserError: The folder is used already, or is not writable.
     """
     from trl_rlaif.experiments.pairwise import play
+    from trl_rlaif.models.kernels import kernels
     from trl_rlaif.pipeline.runner import check_unused, prepare, run_recipe, summary
     from trl_rlaif.report import write_report
 
@@ -64,10 +65,12 @@ def run_comparison(
                 how: dict[str, Any] = {"resume": True, "command": command, "confirm": lambda _: True}  # asked above
                 runs[name] = run_recipe(variant, plugins, places[name], donors=list(runs.values()), **how)
             publisher.begin(KEY)
-            numbers = play(recipe, plugins, folder, runs)
+            with kernels(recipe.run.kernels):
+                numbers = play(recipe, plugins, folder, runs)
             numbers |= {"variants": {name: _of_variant(run) for name, run in runs.items()}}
-            folder.add_results(KEY, numbers | {"seconds": time.monotonic() - started})
-            say(f"{KEY}: done in {time.monotonic() - started:.0f} s. {summary(KEY, numbers)}")
+            seconds = time.monotonic() - started
+            folder.add_results(KEY, numbers | {"seconds": seconds})
+            say(f"{KEY}: done in {seconds:.0f} s. {summary(KEY, numbers)}")
             if recipe.report is not None:
                 write_report(folder.path)
     return folder

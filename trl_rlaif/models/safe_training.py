@@ -47,7 +47,8 @@ def without_cudnn_attention() -> Iterator[None]:
 
 class _GradientCheck(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        check_gradients(model, state.global_step + 1)
+        if not args.fp16:  # whose scaler overflows on purpose, and skips the step then
+            check_gradients(model, state.global_step + 1)
 
 
 def check_gradients(model: nn.Module, update: int) -> None:

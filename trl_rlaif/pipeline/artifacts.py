@@ -162,7 +162,8 @@ class RunFolder:
     def is_complete(self, stage: str, fingerprint: str | None = None) -> bool:
         """Whether a stage has ended; with a fingerprint, whether it did so with these very inputs."""
         marker = self.marker(stage)
-        return bool(marker.get("complete")) and fingerprint in (None, marker.get("fingerprint"))
+        whole = marker.get("complete") and "superseding" not in marker  # a kill may have come before it was moved
+        return bool(whole) and fingerprint in (None, marker.get("fingerprint"))
 
     def begin(self, stage: str, fingerprint: str, inputs: dict[str, Any] | None = None) -> None:
         """Open a stage."""

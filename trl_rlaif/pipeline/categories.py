@@ -38,12 +38,14 @@ def categorized(context: Context, prompts: list[Prompt], tokens: Sequence[Sequen
     with active_adapter(base, None):
         embeddings = mean_hidden_states(base, tokens)
     path = context.folder / FILE
-    if path.exists():
-        known = {name: np.array(values) for name, values in json.loads(path.read_text(encoding="utf-8")).items()}
-        found = Clusters(np.empty(0), known["centres"], None).nearest(directions(embeddings, known["mean"]))
+    of = [wanted, context.recipe.run.seed, context.recipe.model.path]
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if known and known.get("of", of) == of:
+        centres, mean = np.array(known["centres"]), np.array(known["mean"])
+        found = Clusters(np.empty(0), centres, None).nearest(directions(embeddings, mean))
     else:
         mean = embeddings.mean(0)
         fitted = cluster(directions(embeddings, mean), wanted, seed=context.recipe.run.seed)
-        write_atomically(path, json.dumps({"mean": mean.tolist(), "centres": fitted.centres.tolist()}))
+        write_atomically(path, json.dumps({"of": of, "mean": mean.tolist(), "centres": fitted.centres.tolist()}))
         found = fitted.labels
     return [replace(prompt, category=f"cluster {k + 1}") for prompt, k in zip(prompts, found, strict=True)]

@@ -21,6 +21,8 @@ _COMPONENTS = ("labeler", "transforms", "selectors")
 _SERVER = ("api_key_env", "concurrency", "timeout", "max_retries")
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _SPLIT = " x ".join(_BATCH)
+# A checkpoint may be resumed with another one of these; a finished stage is not what they would make of it.
+_LEARNED_TOO = ("bf16", "fp16", "chat_template_path", "steps_per_generation")
 _UNSET = object()
 
 
@@ -168,7 +170,11 @@ def learned(section: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
     own = set(SECTIONS[section].model_fields)
     names = {key: key.split(".")[1] for key in settings if key.startswith(f"{section}.")}
-    kept = {k: v for k, v in settings.items() if k not in names or names[k] in own or decides_what_is_learned(names[k])}
+    kept = {
+        k: v
+        for k, v in settings.items()
+        if k not in names or names[k] in own or names[k] in _LEARNED_TOO or decides_what_is_learned(names[k])
+    }
     if not set(_BATCH) & set(names.values()):
         return kept
     values = [settings.get(f"{section}.{key}", class_defaults(section).get(key)) for key in _BATCH]

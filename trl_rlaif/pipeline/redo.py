@@ -13,7 +13,7 @@ from trl_rlaif.pipeline import superseding
 from trl_rlaif.pipeline.artifacts import RunFolder
 from trl_rlaif.pipeline.first_version import inputs_of
 from trl_rlaif.pipeline.inputs import Inputs
-from trl_rlaif.pipeline.stage import Stage, active_stages
+from trl_rlaif.pipeline.stage import STAGES, Stage, active_stages
 from trl_rlaif.progress import say
 from trl_rlaif.recipe import Recipe
 
@@ -109,4 +109,11 @@ def apply(folder: RunFolder, planned: Mapping[str, Planned], stages: Sequence[Pl
         if each.migrated and not each.why:
             known = {"fingerprint": each.fingerprint, "inputs": each.inputs.to_dict()}
             folder.write_marker(name, folder.marker(name) | known)
-    superseding.supersede(folder, [each.stage for each in stages])
+    superseding.supersede(folder, [*_overwritten(folder, planned), *(each.stage for each in stages)])
+
+
+def _overwritten(folder: RunFolder, planned: Mapping[str, Planned]) -> list[Stage]:
+    """Stages that the recipe no longer has, and whose outputs one that it has will write: people's ``preferences``."""
+    due = [each.stage for name, each in planned.items() if not folder.is_complete(name, each.fingerprint) or each.why]
+    written = {name for stage in due for name in stage.companions}
+    return [stage for stage in STAGES if stage.name not in planned and written & set(stage.outputs)]

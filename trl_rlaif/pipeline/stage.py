@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -181,10 +181,10 @@ class Rl(Stage):
             found["rl.rehearsal"] = data_file(section.rehearsal)
         if section.algorithm != "dpo":
             found["data.prompts"] = data_file(recipe.data.prompts)
-        for name in section.reward_names:
-            place = name.rpartition(":")[0]
-            if place.endswith(".py"):
-                found[f"rl.rewards {name.rpartition(':')[2]}"] = data_file(place)
+        for number, name in enumerate(section.reward_names, 1):
+            place = _source_of(name.rpartition(":")[0])
+            if place:
+                found[f"rl.rewards {number} ({name.rpartition(':')[2]})"] = data_file(place)
         if "direct" in section.reward_names:
             found["label.prompt"] = prompt_file(recipe.label.prompt if recipe.label else "general")
         if self._can_stop(recipe):
@@ -249,6 +249,17 @@ class Report(Stage):
 
     def after(self, recipe: Recipe) -> tuple[str, ...]:
         return tuple(stage.name for stage in STAGES if stage is not self)
+
+
+def _source_of(place: str) -> str | None:
+    """The file of a reward function's ``path/to/file.py`` or ``package.module``; None where there is none."""
+    if place.endswith(".py"):
+        return place
+    try:
+        found = importlib.util.find_spec(place) if place else None
+    except (ImportError, ValueError):
+        found = None
+    return found.origin if found is not None and found.has_location else None
 
 
 def judge_prompt(recipe: Recipe) -> str:

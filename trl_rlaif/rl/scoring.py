@@ -31,7 +31,7 @@ ModelScores = Callable[[Responses], tuple[torch.Tensor, torch.Tensor | None]]
 
 @dataclass(frozen=True)
 class Scores:
-    """What the rewards say of B responses. Multiplication and addition act on ``total`` alone.
+    """What the rewards say of B responses. Arithmetic acts on ``total`` alone.
 
     Args:
         total: (B,) float32, NaN where a response has no reward.
@@ -61,11 +61,27 @@ class Scores:
         """(B,) bool, True where a response has a reward."""
         return ~self.total.isnan()
 
+    def with_total(self, total: torch.Tensor) -> Scores:
+        """The same with other totals, such as clamped ones: ``scores.with_total(scores.total.clamp(-5, 5))``."""
+        return replace(self, total=total)
+
     def __mul__(self, factor: Any) -> Scores:
-        return replace(self, total=self.total * factor)
+        return self.with_total(self.total * factor)
+
+    def __truediv__(self, factor: Any) -> Scores:
+        return self.with_total(self.total / factor)
 
     def __add__(self, bonus: Any) -> Scores:
-        return replace(self, total=self.total + bonus)
+        return self.with_total(self.total + bonus)
+
+    def __sub__(self, bonus: Any) -> Scores:
+        return self.with_total(self.total - bonus)
+
+    def __rsub__(self, bonus: Any) -> Scores:
+        return self.with_total(bonus - self.total)
+
+    def __neg__(self) -> Scores:
+        return self.with_total(-self.total)
 
     __rmul__, __radd__ = __mul__, __add__
 

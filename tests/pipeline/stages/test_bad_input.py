@@ -139,7 +139,7 @@ def test_a_used_folder_asks_for_resume(tiny_model, tmp_path, monkeypatch, capsys
 def test_a_stage_whose_ground_is_missing(tiny_model, tmp_path, monkeypatch, capsys):
     recipe = write_recipe(tmp_path, tiny_model)
     code, stderr = run_cli(monkeypatch, capsys, "run", recipe, "--output", tmp_path / "out", "--only", "reward")
-    assert code == 2 and "stands on 'sample'" in stderr
+    assert code == 2 and "depends on 'sample'" in stderr
 
 
 def test_a_model_that_is_not_there(tmp_path, monkeypatch, capsys):

@@ -161,7 +161,7 @@ def test_another_option_labels_anew_and_keeps_the_old_lines(label):
     assert all(row["p"] == pytest.approx((row["p_12"] + row["p_21"]) / 2) for row in own_labels(folder).values())
     # Back to the first ones: they are still there.
     label()
-    assert results(folder)["made"] == 0 and (folder / "labels.jsonl").read_bytes() == after
+    assert results(folder)["setup"] == setup and (folder / "labels.jsonl").read_bytes() == after
 
 
 def test_what_determines_no_label_makes_none(label, no_judge):

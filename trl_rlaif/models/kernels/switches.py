@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -25,7 +25,7 @@ _chosen: dict[str, Switch] = {}
 
 
 @contextmanager
-def kernels(switches: Mapping[str, Switch] | None = None, /, **more: Switch) -> Iterator[None]:
+def kernels(switches: Mapping[Any, Switch] | None = None, /, **more: Switch) -> Iterator[None]:
     """Switch kernels on or off in this process while inside; ``auto``, as without a word, asks ``DEFAULTS``.
 
     Args:
