@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from trl_rlaif import UserError
+from trl_rlaif.rl.reward_calls import _loop
 from trl_rlaif.rl.reward_functions import call_rewards
 from trl_rlaif.testing import make_rollout
 from trl_rlaif.validation import Origin, RewardError, tagged
@@ -214,6 +215,18 @@ def test_calls_that_wait_for_a_blocked_event_loop_are_timed_from_when_it_comes_t
 
     found = call_rewards([blocks, blocks, honest], make_rollout(6), timeout=3.5)
     assert [scores.tolist() for scores in found] == [ZEROS] * 3
+
+
+def test_a_call_that_ended_is_not_late_while_the_next_one_keeps_the_loop():
+    """As where the loop comes to both in one turn: the result of the first waits until the second has ended."""
+
+    async def blocks(prompts, **columns):
+        time.sleep(2.5)
+        return ZEROS
+
+    _loop().call_soon_threadsafe(time.sleep, 0.5)  # so that both are given before the loop comes to either
+    found = call_rewards([blocks, blocks], make_rollout(6), timeout=3)
+    assert [scores.tolist() for scores in found] == [ZEROS] * 2
 
 
 def test_only_the_calls_that_hang_are_named():

@@ -47,11 +47,15 @@ class AsyncCall:
     def __init__(self, origin: Origin, awaitable: Awaitable[Any]) -> None:
         self.origin, self._given = origin, time.monotonic()
         self.began: float | None = None  # set in the loop's thread
+        self.ended = False  # likewise; the loop may come to another call before it passes the result on
         self._future = asyncio.run_coroutine_threadsafe(self._run(awaitable), _loop())
 
     async def _run(self, awaitable: Awaitable[Any]) -> Any:
         self.began = time.monotonic()  # not before: another call may have kept the loop until now
-        return await awaitable
+        try:
+            return await awaitable
+        finally:
+            self.ended = True
 
     def result(self) -> Any:
         """What the function returned.
@@ -85,7 +89,10 @@ def wait_for_all(calls: Sequence[AsyncCall], seconds: float | None) -> None:
         UserError, RewardError: One has not returned in its time.
     """
     while waiting := [call for call in calls if not call.returned()]:
-        left = None if seconds is None else min(call.left(seconds) for call in _begun(waiting) or waiting)
+        running = [call for call in waiting if not call.ended]
+        left = seconds
+        if seconds is not None and running:
+            left = min(call.left(seconds) for call in _begun(running) or running)
         if left is not None and left <= 0:
             _check_time(waiting, seconds)
         else:
@@ -96,7 +103,7 @@ def wait_for_all(calls: Sequence[AsyncCall], seconds: float | None) -> None:
 def _check_time(waiting: Sequence[AsyncCall], seconds: float) -> None:
     """Name the calls whose time is up; where one call keeps the loop from the others, all that may be that one."""
     blocked = _is_blocked()
-    waiting = [call for call in waiting if not call._future.done()]
+    waiting = [call for call in waiting if not call.ended]
     begun = _begun(waiting)
     late = [call for call in begun or waiting if call.left(seconds) <= 0]
     if late and blocked:
