@@ -275,11 +275,6 @@ def active_stages(recipe: Recipe) -> dict[str, Stage]:
     return {stage.name: stage for stage in STAGES if stage.is_active(recipe)}
 
 
-def stage_outputs(name: str) -> tuple[str, ...]:
-    """What a stage leaves behind."""
-    return next(stage.outputs for stage in STAGES if stage.name == name)
-
-
 def fingerprints(recipe: Recipe) -> dict[str, str]:
     """Of each active stage's inputs, as a new run has them."""
     found: dict[str, str] = {}

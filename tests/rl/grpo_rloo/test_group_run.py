@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from copy import copy
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import parse_recipe
 from trl_rlaif.rl.grpo_rloo.run import build_trainer
+from trl_rlaif.rl.rehearsal import batch_size
 
 pytestmark = pytest.mark.trl
 
@@ -99,6 +101,9 @@ def test_rehearsal_holds_what_it_rehearses(tiny_model, tmp_path):
         plugins, recipe = installed_plugins(), tiny_recipe(folder, tiny_model, rl=rl, **NONE)
         trainer, _, _ = build_trainer(Context(recipe, RunFolder(folder / "out"), plugins))
         scorer = trainer.scorer
+        wide = copy(scorer.args)
+        wide.local_mini_batch_size = 32
+        assert batch_size(wide) == 4  # an eighth: there is no value model
         scorer.selection.take(scorer.selection.choose(0))
         trainer.train()
         pairs = scorer.rehearsal.pairs

@@ -170,7 +170,7 @@ def _scorer_settings(context: Context, config: Any) -> PPOConfig:
         from_recipe.config(context),
         response_length=config.max_completion_length,
         temperature=config.temperature,  # whose default is TRL's, not PPO's
-        value="trunk",  # there is no value model, whose half of a minibatch's rehearsal would be left out
+        value="trunk",  # no value model: one forward and backward pass, by which the rehearsal batch is measured
     )
     if args.fp16:
         raise UserError("fp16 is not supported in rl.", fix="Use bf16, or neither for float32.")
