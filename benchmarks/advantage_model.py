@@ -222,7 +222,7 @@ def _train(
 def _rows(args: argparse.Namespace, tokenizer: Any) -> list[dict[str, Any]]:
     """Tokenized pairs that are short enough: all that are not harmless dialogue, and as many that are."""
     from trl_rlaif.data.overlap import prompt_key
-    from trl_rlaif.pipeline.stages.reward import tokenize_preference
+    from trl_rlaif.pipeline.work.reward import tokenize_preference
 
     rows: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
     for pair in _pairs(args):

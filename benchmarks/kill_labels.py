@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from helpers.judges import PARTS  # noqa: E402  (the tests' helpers are no package)
 from helpers.tiny import save_tiny_model  # noqa: E402
 
-from trl_rlaif.pipeline.artifacts import to_line  # noqa: E402
+from trl_rlaif.files import to_line  # noqa: E402
 
 COMMAND = [sys.executable, "-c", "import sys; from trl_rlaif.cli import main; sys.argv[0] = 'trl-rlaif'; main()"]
 LOADING_SHARE = 0.2

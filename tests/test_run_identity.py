@@ -19,11 +19,11 @@ from trl_rlaif_regulator import Clip
 from trl_rlaif_rehearsal.rejection import RejectionSampling
 
 from trl_rlaif import RewardConfig, RewardTrainer, RewardTransform, UserError, run_identity
-from trl_rlaif.pipeline.artifacts import RunFolder
 from trl_rlaif.pipeline.context import Context
+from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.runner import run_recipe
+from trl_rlaif.pipeline.work.grpo_rloo import build_trainer
 from trl_rlaif.plugins import installed_plugins
-from trl_rlaif.rl.grpo_rloo.run import build_trainer
 from trl_rlaif.rl.ppo import checkpoint
 from trl_rlaif.rl.rejection import RejectionTrainer
 from trl_rlaif.run_identity import BATCH_SIZE, FILE, SameRun

@@ -18,7 +18,7 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 from trl_rlaif import RewardTrainer, SharedBase, load_reward_model
 from trl_rlaif.encoding import encode_prompt, encode_response
 from trl_rlaif.models.forward import as_responses
-from trl_rlaif.pipeline.stages.reward import tokenize_preference
+from trl_rlaif.pipeline.work.reward import tokenize_preference
 from trl_rlaif.responses import ResponseReader
 from trl_rlaif.reward.collator import SoftPreferenceCollator
 from trl_rlaif.reward.scoring import score_pairs

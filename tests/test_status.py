@@ -17,11 +17,13 @@ from rich.console import Console
 from trl_rlaif import progress
 from trl_rlaif.cli import app
 from trl_rlaif.errors import UserError
-from trl_rlaif.pipeline import runner
-from trl_rlaif.pipeline.artifacts import RunFolder, read_lines, write_atomically
+from trl_rlaif.files import read_lines, write_atomically
+from trl_rlaif.pipeline.artifacts import PROGRESS
+from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.runner import run_recipe
+from trl_rlaif.pipeline.stages import STAGES
 from trl_rlaif.plugins import installed_plugins
-from trl_rlaif.progress import PROGRESS_FILE, Meter, pace, progress_bar, publishing
+from trl_rlaif.progress import Meter, pace, progress_bar, publishing
 from trl_rlaif.status import describe, follow, read_status
 
 PRINTS = {"sample": "s", "label": "l", "reward": "r", "rl": "p"}
@@ -74,7 +76,7 @@ def test_a_stage_at_work_shows_how_far_it_is(folder):
     [status] = found
     assert (status.state, status.name, status.pid) == ("running", "mine", os.getpid())
     assert _states(status) == ["done", "running", "waiting", "waiting"]
-    assert status.stages[0].summary == runner.summary("sample", folder.results()["sample"]) == "12 pairs"
+    assert status.stages[0].summary == STAGES["sample"].summary(folder.results()["sample"]) == "12 pairs"
     [bar] = status.stages[1].bars
     assert (bar.description, bar.done, bar.total, bar.unit) == ("Labeling", 6, 12, "pairs")
     assert bar.rate > 0 and bar.seconds_left is not None and status.resume == ""
@@ -126,9 +128,9 @@ def test_the_time_left_grows_shorter_without_a_word(folder, monkeypatch):
 
     def look():
         progress._publish(at_once=True)
-        told = json.loads((folder.state / PROGRESS_FILE).read_text())
+        told = json.loads((folder.state / PROGRESS).read_text())
         told["bars"][0]["seconds_left"] = 5.0
-        write_atomically(folder.state / PROGRESS_FILE, json.dumps(told))
+        write_atomically(folder.state / PROGRESS, json.dumps(told))
         for seconds in (0, 3, 10**6):
             monkeypatch.setattr("trl_rlaif.status.snapshot.time.time", lambda s=seconds: told["updated_at"] + s)
             left.append(read_status(folder.path).stages[1].bars[0].seconds_left)
@@ -156,8 +158,8 @@ def test_a_run_that_failed_says_why_and_how_to_go_on(folder):
 def test_a_killed_run_is_told_from_one_that_runs(folder):
     """What its process wrote last is the same: only the lock is gone."""
     written = []
-    _labels(folder, lambda: written.append((folder.state / PROGRESS_FILE).read_text()))
-    (folder.state / PROGRESS_FILE).write_text(written[0])
+    _labels(folder, lambda: written.append((folder.state / PROGRESS).read_text()))
+    (folder.state / PROGRESS).write_text(written[0])
     with folder.locked():
         assert read_status(folder.path).state == "running"
     status = read_status(folder.path)
@@ -247,7 +249,7 @@ def test_watching_ends_with_the_run(folder, monkeypatch, capsys):
 
 def test_a_word_a_second_is_enough(folder, clock):
     def told():
-        return json.loads((folder.state / PROGRESS_FILE).read_text())["bars"][0]["done"]
+        return json.loads((folder.state / PROGRESS).read_text())["bars"][0]["done"]
 
     with publishing(folder.state, PRINTS), progress_bar("Labeling", 100) as advance:
         seen = []
@@ -275,7 +277,7 @@ def test_a_full_disk_does_not_end_a_run(folder, monkeypatch):
 def test_outside_a_run_nothing_is_told(tmp_path, monkeypatch):
     with publishing(tmp_path, PRINTS):
         pass
-    (tmp_path / PROGRESS_FILE).unlink()
+    (tmp_path / PROGRESS).unlink()
     with progress_bar("Labeling", 2) as advance:
         advance(2)
     assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 from collections import defaultdict
 from graphlib import CycleError, TopologicalSorter
@@ -108,6 +109,43 @@ def test_evaluation_does_not_import_rl():
         if name.startswith("trl_rlaif.evaluation")
     }
     assert len(reaching) > 5 and {name: found for name, found in reaching.items() if found} == {}
+
+
+def test_stages_do_not_import_each_other():
+    graph = graph_of({name: tree(path).body for name, path in FILES.items()})
+    for room in ("trl_rlaif.pipeline.stages.", "trl_rlaif.pipeline.work."):
+        stages = [name for name in graph if name.startswith(room)]
+        assert len(stages) > 5
+        assert {name: graph[name] & set(stages) for name in stages if graph[name] & set(stages)} == {}
+
+
+def test_rl_does_not_know_the_pipeline():
+    """But for the names of two files that a selection leaves."""
+    graph = graph_of({name: tree(path).body for name, path in FILES.items()})
+    known = {module for name in graph if name.startswith("trl_rlaif.rl") for module in graph[name]}
+    pipeline = {module for module in known if module.startswith("trl_rlaif.pipeline")}
+    assert pipeline <= {"trl_rlaif.pipeline", "trl_rlaif.pipeline.artifacts"}
+
+
+def test_one_module_knows_what_the_files_of_a_run_are_called():
+    artifacts = importlib.import_module("trl_rlaif.pipeline.artifacts")
+    named = {v for k, v in vars(artifacts).items() if k.isupper() and isinstance(v, str) and "." in v.strip(".")}
+    assert len(named) > 12
+    found = {
+        (name, node.value)
+        for name, path in FILES.items()
+        if name != artifacts.__name__
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Constant) and node.value in named
+    }
+    assert found == set()
+
+
+def test_every_section_of_a_stage_has_a_stage():
+    from trl_rlaif.pipeline.stages import STAGES
+    from trl_rlaif.recipe import STAGES as SECTIONS
+
+    assert [*STAGES] == [*SECTIONS] == [stage.name for stage in STAGES.values()]
 
 
 # ---- Functions ------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from datasets import load_from_disk
 from helpers.recipes import write_recipe
 
 from trl_rlaif import UserError
-from trl_rlaif.pipeline.artifacts import read_lines
+from trl_rlaif.files import read_lines
 from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.plugins import ENTRY_POINT_GROUP, build_plugins
 from trl_rlaif.recipe import parse_recipe

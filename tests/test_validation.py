@@ -13,7 +13,7 @@ import torch
 from helpers.recipes import write_recipe
 
 from trl_rlaif import DataSelector, Label, Labeler, RewardTransform, RunError, Selection, UserError, cli, hookimpl
-from trl_rlaif.pipeline.artifacts import read_lines
+from trl_rlaif.files import read_lines
 from trl_rlaif.plugins import ENTRY_POINT_GROUP, Registered, build_plugins
 from trl_rlaif.reward.trainer import RewardTrainer
 from trl_rlaif.rl.reward_functions import call_rewards

@@ -43,7 +43,7 @@ class Algorithm:
         return getattr(importlib.import_module(module), name)
 
 
-_PPO, _GROUPS = "trl_rlaif.rl.ppo.run:run", "trl_rlaif.rl.grpo_rloo.run:run"
+_PPO, _GROUPS = "trl_rlaif.pipeline.work.ppo:run", "trl_rlaif.pipeline.work.grpo_rloo:run"
 # The price of KL and the clip are those of Schulman et al. 2017 and Shao et al. 2024 alike, though TRL's GRPO pays KL
 # in the loss and not in the reward.
 _GROUP_KEYS = {
@@ -74,8 +74,8 @@ ALGORITHMS = {
     "grpo": Algorithm(_GROUPS, ("trl", "GRPOConfig"), _GROUP_KEYS),
     # Nothing there reads a value.
     "rejection_sampling": Algorithm(
-        "trl_rlaif.rl.ppo.run:run_rejection", preset={"value": "trunk"}, needs_selector=True
+        "trl_rlaif.pipeline.work.ppo:run_rejection", preset={"value": "trunk"}, needs_selector=True
     ),
     # DPO's beta is the price of KL to the start in the very objective that PPO maximizes (Rafailov et al. 2023, eq. 3).
-    "dpo": Algorithm("trl_rlaif.rl.dpo:run", ("trl", "DPOConfig"), {"kl_coef": "beta"}, samples=False),
+    "dpo": Algorithm("trl_rlaif.pipeline.work.dpo:run", ("trl", "DPOConfig"), {"kl_coef": "beta"}, samples=False),
 }

@@ -60,8 +60,9 @@ def run(
     """Run a recipe: from prompts to an aligned policy and a report."""
     from trl_rlaif import distributed
     from trl_rlaif.experiments import run_comparison
+    from trl_rlaif.pipeline.artifacts import REPORT
     from trl_rlaif.pipeline.runner import run_recipe
-    from trl_rlaif.pipeline.stage import active_stages
+    from trl_rlaif.pipeline.stages import check_processes
     from trl_rlaif.plugins import installed_plugins
     from trl_rlaif.progress import say
     from trl_rlaif.recipe import parse_recipe
@@ -70,7 +71,7 @@ def run(
     parsed = parse_recipe(recipe, overrides=set_ or (), registry=plugins.registry)
     place, command = output or Path("runs") / parsed.run.name, shlex.join(["trl-rlaif", *sys.argv[1:]])
     stages = [stage.strip() for stage in only.split(",")] if only else []
-    distributed.check([*active_stages(parsed)], stages)
+    check_processes(parsed, stages)
     if parsed.variants and (stages or shard):
         raise UserError(
             f"A recipe with 'compare' runs as a whole, without {'--only' if stages else '--shard'}.",
@@ -84,8 +85,8 @@ def run(
     except KeyboardInterrupt:  # typer would end without a word
         raise Interrupted("Stopped. What was done is kept: add --resume to go on.") from None
     say(f"The run is in {folder.path}")
-    if (folder / "report.html").exists():
-        say(f"Report: {folder / 'report.html'}")
+    if (folder / REPORT).exists():
+        say(f"Report: {folder / REPORT}")
     distributed.leave()
 
 
@@ -97,7 +98,7 @@ def _confirm(message: str) -> bool:
 @app.command()
 def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Check a recipe and its model's configuration, without weights: exit code 0, or 2 with what to write instead."""
-    from trl_rlaif.pipeline.stage import active_stages
+    from trl_rlaif.pipeline.stages import active_stages
     from trl_rlaif.plugins import installed_plugins
     from trl_rlaif.recipe import parse_recipe
     from trl_rlaif.recipe.base_model import check_base

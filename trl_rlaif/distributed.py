@@ -7,7 +7,7 @@ accelerate, since every command does.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
     from torch import nn
-
-# The one stage in which the processes share the work. Labeling is shared out otherwise: --shard.
-TRAINED_TOGETHER = "rl"
 
 
 def processes() -> int:
@@ -51,26 +48,6 @@ def leave() -> None:
     if processes() > 1:
         wait()
         join().destroy_process_group()
-
-
-def check(stages: Sequence[str], only: Sequence[str]) -> None:
-    """Refuse what several processes would do over and over instead of sharing it.
-
-    Args:
-        stages: The recipe's.
-        only: Those that were asked for.
-
-    Raises:
-        UserError: There are several processes, and another stage than rl would run.
-    """
-    if processes() == 1 or list(only) == [TRAINED_TOGETHER]:
-        return
-    before = [stage for stage in stages if stage in ("sft", "sample", "label", "reward")]
-    first = f"Run --only {','.join(before)} with one process, then" if before else "Run"
-    raise UserError(
-        f"{processes()} processes share the stage {TRAINED_TOGETHER} alone.",
-        fix=f"{first} --only {TRAINED_TOGETHER} with several, and --resume with one for what comes behind it.",
-    )
 
 
 def averages_itself(accelerator: Accelerator) -> bool:

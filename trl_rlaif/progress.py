@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from trl_rlaif.distributed import is_first
+from trl_rlaif.pipeline.artifacts import PROGRESS
 from trl_rlaif.report.formatting import duration
 
 console = Console(stderr=True, highlight=False, quiet=not is_first())
@@ -25,7 +26,6 @@ console = Console(stderr=True, highlight=False, quiet=not is_first())
 LINE_SECONDS = 20.0
 # A run's progress is written to its folder this often at most.
 PUBLISH_SECONDS = 1.0
-PROGRESS_FILE = "progress.json"
 
 
 @dataclass
@@ -244,7 +244,7 @@ def publishing(state: Path, stages: Mapping[str, str]) -> Iterator[Publisher]:
         stages: As of Publisher.
     """
     global _publisher
-    before, _publisher = _publisher, Publisher(state / PROGRESS_FILE, stages)
+    before, _publisher = _publisher, Publisher(state / PROGRESS, stages)
     publisher = _publisher
     publisher.publish(at_once=True)
     try:

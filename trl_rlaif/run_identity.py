@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from trl_rlaif.components import numbered
 from trl_rlaif.errors import Problem, UserError
-from trl_rlaif.pipeline.artifacts import write_atomically
+from trl_rlaif.files import write_atomically
 from trl_rlaif.progress import say
 from trl_rlaif.recipe.sections import STOPPING_LIMITS
 

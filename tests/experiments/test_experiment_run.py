@@ -14,8 +14,9 @@ from trl_rlaif.data import Pair
 from trl_rlaif.evaluation import win_rate
 from trl_rlaif.experiments import run_comparison
 from trl_rlaif.experiments.pairwise import read_answers
+from trl_rlaif.files import read_lines
 from trl_rlaif.labels.store import pair_key
-from trl_rlaif.pipeline.artifacts import RunFolder, read_lines
+from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import parse_recipe
 

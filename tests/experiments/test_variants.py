@@ -7,7 +7,7 @@ import yaml
 from helpers.recipes import write_recipe
 
 from trl_rlaif import UserError
-from trl_rlaif.pipeline.stage import active_stages, fingerprints
+from trl_rlaif.pipeline.stages import active_stages, fingerprints
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import parse_recipe
 

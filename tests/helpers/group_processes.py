@@ -17,11 +17,11 @@ from helpers.recipes import write_recipe
 from helpers.rewards import even_share
 from trl_rlaif import distributed
 from trl_rlaif.data import load_prompts
-from trl_rlaif.pipeline.artifacts import RunFolder
 from trl_rlaif.pipeline.context import Context
+from trl_rlaif.pipeline.run_folder import RunFolder
+from trl_rlaif.pipeline.work.grpo_rloo import build_trainer
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import parse_recipe
-from trl_rlaif.rl.grpo_rloo.run import build_trainer
 
 TRAINERS = {"rloo": (RLOOTrainer, RLOOConfig), "grpo": (GRPOTrainer, GRPOConfig)}
 NONE = {"sample": None, "label": None, "reward": None, "evaluate": None, "report": None}

@@ -10,8 +10,8 @@ from pathlib import Path
 # What a run imports; loaded once, and every process begins with it.
 _PRELOADED = [
     "trl_rlaif.pipeline.runner",
-    "trl_rlaif.pipeline.stages.sample",
-    "trl_rlaif.pipeline.stages.label",
+    "trl_rlaif.pipeline.work.sample",
+    "trl_rlaif.pipeline.work.label",
     "trl_rlaif.labels.calibration",
     "trl_rlaif_distilled",
     "trl.trainer.reward_trainer",  # which loads peft and bitsandbytes, as a run does

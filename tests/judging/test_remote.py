@@ -15,10 +15,10 @@ from helpers.recipes import tiny_recipe
 from helpers.server import ENDING, scripted_server, share
 
 from trl_rlaif.errors import UserError
+from trl_rlaif.files import read_lines
 from trl_rlaif.judging.prompt import JudgePrompt
 from trl_rlaif.judging.question import Thinking
 from trl_rlaif.judging.remote import RemoteJudge, Server
-from trl_rlaif.pipeline.artifacts import read_lines
 from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.plugins import installed_plugins
 

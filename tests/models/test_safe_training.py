@@ -22,10 +22,10 @@ from trl_rlaif_rehearsal.rejection import RejectionSampling
 
 from trl_rlaif import RewardTrainer, RunError, cli
 from trl_rlaif.models.safe_training import _GradientCheck, check_gradients
-from trl_rlaif.pipeline.artifacts import RunFolder
 from trl_rlaif.pipeline.context import Context
+from trl_rlaif.pipeline.run_folder import RunFolder
+from trl_rlaif.pipeline.work.grpo_rloo import build_trainer
 from trl_rlaif.plugins import installed_plugins
-from trl_rlaif.rl.grpo_rloo.run import build_trainer
 from trl_rlaif.rl.rejection import RejectionTrainer
 
 pytestmark = pytest.mark.trl

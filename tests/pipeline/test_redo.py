@@ -16,9 +16,11 @@ from helpers.first_version import write_first_version
 from helpers.recipes import tiny_recipe, write_prompts
 
 from trl_rlaif import UserError
+from trl_rlaif.files import read_lines
 from trl_rlaif.pipeline import redo, runner, superseding
-from trl_rlaif.pipeline.artifacts import RunFolder, read_lines
-from trl_rlaif.pipeline.stage import STAGES, Stage
+from trl_rlaif.pipeline.run_folder import RunFolder
+from trl_rlaif.pipeline.stage import Stage
+from trl_rlaif.pipeline.stages import STAGES
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import parse_recipe, prompt_folder
 from trl_rlaif.report import write_report
@@ -276,7 +278,7 @@ def test_without_a_terminal_the_command_asks_for_yes(make, folder, tmp_path):
 @pytest.mark.parametrize("moment", range(24))
 def test_a_kill_at_any_step_of_the_move_loses_nothing(folder, monkeypatch, moment):
     before = everything(folder.path)
-    stages, steps = STAGES[3:6], []
+    stages, steps = [*STAGES.values()][3:6], []
 
     def killed_at(call):
         def step(*arguments, **options):

@@ -18,7 +18,7 @@ from trl_rlaif_direct import DirectLabeler
 from trl_rlaif_direct.rating import RATINGS, preference, rating
 
 from trl_rlaif import JudgePrompt, LocalJudge, Pair, Thinking
-from trl_rlaif.pipeline.artifacts import read_lines
+from trl_rlaif.files import read_lines
 from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import prompt_folder

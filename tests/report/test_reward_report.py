@@ -12,7 +12,7 @@ import pytest
 from helpers.report_pages import HOSTILE, Page, assert_only_our_script, make_run, part, read, set_results
 
 from trl_rlaif.evaluation import category_figures
-from trl_rlaif.pipeline.stages import reward
+from trl_rlaif.pipeline.work import reward
 from trl_rlaif.report.run_data import ScoredPair
 from trl_rlaif.report.score_figures import MAX_RIDGES, density, largest_categories, reliability_bins
 

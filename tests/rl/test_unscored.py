@@ -17,9 +17,9 @@ from trl_rlaif_regulator.regulator import DistributionRegulator
 from trl_rlaif_rehearsal.rejection import RejectionSampling
 
 from trl_rlaif import DataSelector, RewardTransform, Selection, UserError
-from trl_rlaif.pipeline.artifacts import read_lines
+from trl_rlaif.files import read_lines
 from trl_rlaif.pipeline.runner import run_recipe
-from trl_rlaif.pipeline.stage import fingerprints
+from trl_rlaif.pipeline.stages import fingerprints
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.rl.ppo.checkpoint import find
 from trl_rlaif.rl.rejection import RejectionTrainer

@@ -42,7 +42,7 @@ Rows = list[dict[str, Any]]
 
 def judge_of(context: Context, shared: SharedBase) -> Judge:
     """The main judge; where it is "same", the shared base itself without an adapter."""
-    return _load(context, shared, context.recipe.evaluate.judge, _main_prompt(context.recipe))
+    return _load(context, shared, context.recipe.evaluate.judge, context.recipe.evaluation_prompt)
 
 
 def asking(context: Context, judge: Judge, description: str = "") -> Preferred:
@@ -104,13 +104,9 @@ def ask_judges(context: Context, shared: SharedBase, sets: dict[str, Rows]) -> d
     return {name: models[name] for name in (MAIN, *section.judges)}
 
 
-def _main_prompt(recipe: Recipe) -> str:
-    return recipe.evaluate.prompt or (recipe.label.prompt if recipe.label else "general")
-
-
 def _by_model(recipe: Recipe) -> dict[str | JudgeSection | ServerJudgeSection, dict[str, str]]:
     """The prompt of each judge by its name, by what it is: a model that judges twice is loaded once."""
-    section, main = recipe.evaluate, _main_prompt(recipe)
+    section, main = recipe.evaluate, recipe.evaluation_prompt
     found: dict[Any, dict[str, str]] = {section.judge: {MAIN: main}}
     for name, further in section.judges.items():
         found.setdefault(further.judge or section.judge, {})[name] = further.prompt or main

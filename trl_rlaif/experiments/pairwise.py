@@ -11,10 +11,13 @@ from trl_rlaif.data import Pair
 from trl_rlaif.data.overlap import prompt_key
 from trl_rlaif.errors import RunError
 from trl_rlaif.evaluation import all_against_all, bootstrap_mean, length_controlled_win_rate, points
+from trl_rlaif.files import read_lines
 from trl_rlaif.labels import LabelStore
 from trl_rlaif.labels.store import pair_key
-from trl_rlaif.pipeline.artifacts import RunFolder, read_lines
+from trl_rlaif.pipeline import artifacts
+from trl_rlaif.pipeline.artifacts import CompareResults
 from trl_rlaif.pipeline.context import WHO_WINS, Context, LabelTask
+from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.plugins import Plugins
 from trl_rlaif.progress import progress_bar
 from trl_rlaif.recipe import Recipe
@@ -24,7 +27,7 @@ Answers = dict[str, list[dict[str, Any]]]
 """The rows of one set by contestant, each ``id``, ``prompt``, ``category``, ``text``, ``tokens`` and ``ended``."""
 
 
-def play(recipe: Recipe, plugins: Plugins, folder: RunFolder, runs: Mapping[str, RunFolder]) -> dict[str, Any]:
+def play(recipe: Recipe, plugins: Plugins, folder: RunFolder, runs: Mapping[str, RunFolder]) -> CompareResults:
     """Have the judge of ``evaluate`` compare every two contestants on every prompt, in both orders.
 
     The options of the labeler in the section label do not apply.
@@ -40,12 +43,7 @@ def play(recipe: Recipe, plugins: Plugins, folder: RunFolder, runs: Mapping[str,
     sets = read_answers(runs)
     context = Context(recipe, folder, plugins)
     section = recipe.evaluate
-    task = LabelTask(
-        "compare",
-        WHO_WINS,
-        section.judge,
-        section.prompt or (recipe.label.prompt if recipe.label else "general"),
-    )
+    task = LabelTask("compare", WHO_WINS, section.judge, recipe.evaluation_prompt)
     judged = _judge(context, task, {pair.id: pair for answers in sets.values() for pair in _pairs(answers)})
     found = {name: _numbers(answers, judged, recipe.run.seed) for name, answers in sets.items()}
     return {"judge": context.label_key(task).judge, "sets": found}
@@ -59,7 +57,7 @@ def read_answers(runs: Mapping[str, RunFolder]) -> dict[str, Answers]:
     """
     sets: dict[str, Answers] = {}
     for index, (name, run) in enumerate(runs.items()):
-        for row in read_lines(run / "samples.jsonl"):
+        for row in read_lines(run / artifacts.SAMPLES):
             answers = sets.setdefault(row["set"], {})
             sides = {START: "start", name: "trained"} if index == 0 else {name: "trained"}
             for contestant, side in sides.items():
@@ -91,7 +89,7 @@ def _pair(one: dict[str, Any], other: dict[str, Any]) -> Pair:
 
 def _judge(context: Context, task: LabelTask, pairs: dict[str, Pair]) -> dict[str, float | None]:
     """Probability that response_1 is preferred, by the pair's key; None where it could not be judged."""
-    store, setup = LabelStore(context.folder / "labels.jsonl"), context.label_key(task)
+    store, setup = LabelStore(context.folder / artifacts.LABELS), context.label_key(task)
     known = store.find(setup, pairs.values())
     # What could not be judged is asked again: a server may be back.
     done = {key for key, row in known.items() if row["p"] is not None}

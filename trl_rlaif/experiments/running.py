@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trl_rlaif.pipeline import redo
-from trl_rlaif.pipeline.artifacts import RunFolder
+from trl_rlaif.pipeline import artifacts, redo
+from trl_rlaif.pipeline.artifacts import CompareResults
 from trl_rlaif.pipeline.redo import Confirm
+from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.plugins import Plugins
 from trl_rlaif.progress import publishing, say
 from trl_rlaif.recipe import Recipe
-from trl_rlaif.recipe.variants import KEY, VARIANTS_FOLDER
+from trl_rlaif.recipe.variants import KEY
 
 
 def run_comparison(
@@ -46,15 +47,15 @@ def run_comparison(
     """
     from trl_rlaif.experiments.pairwise import play
     from trl_rlaif.models.kernels import kernels
-    from trl_rlaif.pipeline.runner import check_unused, prepare, run_recipe, summary
+    from trl_rlaif.pipeline.runner import check_unused, prepare, run_recipe
     from trl_rlaif.report import write_report
 
     folder, started = RunFolder(output), time.monotonic()
-    places = {name: folder / VARIANTS_FOLDER / name for name in recipe.variants}
+    places = {name: folder / artifacts.VARIANTS / name for name in recipe.variants}
     with folder.locked():
         check_unused(folder, used=resume)
-        if (folder / "arms").is_dir() and not (folder / VARIANTS_FOLDER).exists():
-            (folder / "arms").rename(folder / VARIANTS_FOLDER)  # their name until 0.1
+        if (folder / "arms").is_dir() and not (folder / artifacts.VARIANTS).exists():
+            (folder / "arms").rename(folder / artifacts.VARIANTS)  # their name until 0.1
         _ask({places[name]: variant for name, variant in recipe.variants.items()}, confirm)
         prepare(recipe, folder, command)
         with publishing(folder.state, dict.fromkeys([*recipe.variants, KEY], "")) as publisher:
@@ -70,7 +71,7 @@ def run_comparison(
             numbers |= {"variants": {name: _of_variant(run) for name, run in runs.items()}}
             seconds = time.monotonic() - started
             folder.add_results(KEY, numbers | {"seconds": seconds})
-            say(f"{KEY}: done in {seconds:.0f} s. {summary(KEY, numbers)}")
+            say(f"{KEY}: done in {seconds:.0f} s. {summary(numbers)}")
             if recipe.report is not None:
                 write_report(folder.path)
     return folder
@@ -89,8 +90,7 @@ def _ask(variants: Mapping[Path, Recipe], confirm: Confirm | None) -> None:
 
 def _of_variant(run: RunFolder) -> dict[str, Any]:
     """What a variant's own results say of it, as far as it has them."""
-    results = run.results()
-    label, reward, rl = (results.get(stage) or {} for stage in ("label", "reward", "rl"))
+    label, reward, rl = map(run.results_of, ("label", "reward", "rl"))
     return {
         "label_agreement": label.get("agreement"),
         "reward_accuracy": reward.get("accuracy"),
@@ -99,5 +99,16 @@ def _of_variant(run: RunFolder) -> dict[str, Any]:
         "score_first": rl.get("score_first"),
         "score_last": rl.get("score_last"),
         # Taken over from another variant or not: what this way of aligning takes by itself.
-        "seconds": sum((numbers or {}).get("seconds") or 0.0 for numbers in results.values()),
+        "seconds": sum(run.results_of(stage).get("seconds") or 0.0 for stage in run.results()),
     }
+
+
+def summary(numbers: CompareResults) -> str:
+    """What the line at a comparison's end says: the contestants of each set, best first, with their win rates."""
+    return "; ".join(f"{name}: {_ranking(s['overall'])}" for name, s in numbers["sets"].items())
+
+
+def _ranking(overall: dict[str, dict[str, Any] | None]) -> str:
+    judged = [(numbers["win_rate"], name) for name, numbers in overall.items() if numbers]
+    best_first = sorted(judged, key=lambda one: one[0], reverse=True)
+    return ", ".join(f"{name} {rate:.0%}" for rate, name in best_first)

@@ -12,7 +12,8 @@ from typing import Any
 
 from trl_rlaif.data import Pair
 from trl_rlaif.encoding import as_messages
-from trl_rlaif.pipeline.artifacts import append_lines, to_line, write_atomically
+from trl_rlaif.files import append_lines, to_line, write_atomically
+from trl_rlaif.pipeline.artifacts import LabelRow
 from trl_rlaif.types import Label
 
 # Fields of a label that most labelers leave empty; a line holds them only where they are not.
@@ -66,7 +67,7 @@ class LabelStore:
 
     def __init__(self, path: Path) -> None:
         self.path, self.broken = path, 0
-        self._rows: dict[tuple[str, str], dict[str, Any]] = {}
+        self._rows: dict[tuple[str, str], LabelRow] = {}
         content = path.read_bytes() if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
@@ -79,7 +80,7 @@ class LabelStore:
             except (ValueError, KeyError, TypeError):
                 self.broken += 1
 
-    def find(self, label_key: LabelKey, pairs: Iterable[Pair]) -> dict[str, dict[str, Any]]:
+    def find(self, label_key: LabelKey, pairs: Iterable[Pair]) -> dict[str, LabelRow]:
         """Labels that are known, by the pairs' ids."""
         found = {pair.id: self._rows.get((label_key.key, pair_key(pair))) for pair in pairs}
         return {id: row for id, row in found.items() if row is not None}

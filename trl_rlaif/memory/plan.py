@@ -129,16 +129,16 @@ def plan_memory(recipe: Recipe, model_config: PretrainedConfig | ModelShape | No
     Raises:
         UserError: The configuration cannot be read, or the adapters fit no layer of it.
     """
-    from trl_rlaif.memory.stages import STAGE_PARTS, Run
+    from trl_rlaif.memory.parts import MemoryRun
+    from trl_rlaif.pipeline.stages import active_stages
 
     if model_config is None:
         model_config = load_config(recipe.model.path)
     shape = model_config if isinstance(model_config, ModelShape) else ModelShape.from_config(model_config)
-    run = Run(recipe, shape, judge=_judge_shape(recipe))
+    run = MemoryRun(recipe, shape, judge=_judge_shape(recipe))
     parts: list[Part] = []
-    for stage, parts_of in STAGE_PARTS.items():
-        if getattr(recipe, stage) is not None:
-            parts += [replace(part, stage=stage) for part in parts_of(run) if part.bytes]
+    for name, stage in active_stages(recipe).items():
+        parts += [replace(part, stage=name) for part in stage.memory(run) if part.bytes]
     if not parts:
         raise UserError("No stage of this recipe needs a GPU.", where=str(recipe.source))
     return MemoryPlan(tuple(parts), tuple(dict.fromkeys(run.notes)))

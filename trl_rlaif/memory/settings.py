@@ -7,11 +7,9 @@ import importlib
 from functools import cache
 from typing import Any
 
+from trl_rlaif.pipeline.stages import STAGES
 from trl_rlaif.recipe import Recipe
 from trl_rlaif.recipe.trl_fields import CONFIG_CLASSES
-
-# What a stage sets where the recipe does not.
-_STAGE_DEFAULTS = {"rl": {"gradient_checkpointing": True}, "reward": {"gradient_checkpointing": False}, "sft": {}}
 
 
 @cache
@@ -31,7 +29,7 @@ def setting(recipe: Recipe, stage: str, key: str) -> Any:
         return section.config[key]
     if key == "bf16":  # as Context.trainer_arguments has it
         return recipe.model.dtype == "bfloat16" or recipe.model.quantization == "nf4"
-    return _STAGE_DEFAULTS[stage].get(key, class_defaults(stage).get(key))
+    return STAGES[stage].defaults(gpu=True).get(key, class_defaults(stage).get(key))
 
 
 def with_settings(recipe: Recipe, changes: dict[tuple[str, str], Any]) -> Recipe:

@@ -1,212 +1,350 @@
-"""A run's folder: what lies in it, written whole or not at all, and which stages are complete.
+"""What lies in a run's folder: the only module that knows its file names, and what their rows and numbers are.
 
-Of several processes that share a run the first one writes; in the others what writes does nothing.
+Rows are lines of JSON-lines files. Numbers without another unit are shares in [0, 1]; an interval is a pair of 95%
+bounds. What is ``dict[str, Any]`` is what the measure of that name in ``trl_rlaif.evaluation`` returns.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypedDict
 
-from trl_rlaif.distributed import is_first
-from trl_rlaif.errors import RunError, UserError
+from trl_rlaif.errors import UserError
 
-# Where the outputs of stages that were redone are kept, a folder for each time; each is laid out as a run's folder.
+if TYPE_CHECKING:
+    from trl_rlaif.encoding import PromptLike
+
+# What this version writes. 1 recorded no inputs of its stages (pipeline/first_version.py), nor a format. A change that
+# an earlier version cannot read raises it.
+FORMAT = 2
+
+# ---- Names ----------------------------------------------------------------------------------------------
+
+RECIPE = "recipe.yaml"  # resolved, with the versions of the packages and the command
+RESULTS = "results.json"  # Results
+METRICS = "metrics.jsonl"  # MetricRow
+LABELS = "labels.jsonl"  # LabelRow; of a comparison, of the responses of its variants
+VOTES = "votes.jsonl"  # what people chose: trl_rlaif.rating
+CLUSTERS = "clusters.json"  # data.clusters: their centres, and what they were fitted to
+
+SFT = "sft"  # adapter
+PAIRS = "pairs.jsonl"  # PairRow
+PARTIAL_PAIRS = "pairs.partial.jsonl"  # DrawnRow, while the stage sample runs
+PREFERENCES = "preferences"  # dataset in TRL's format, with p
+REWARD = "reward"  # adapter with a score head, and the state of its transforms
+REWARD_SCORES = "reward_scores.jsonl"  # ScoreRow
+POLICY = "policy"  # adapter
+REHEARSAL = "rehearsal.jsonl"  # RehearsedRow
+SELECTION_MAP = "selection_map.jsonl"  # MapRow
+SAMPLES = "samples.jsonl"  # SampleRow
+REPORT = "report.html"
+PLOTS = "report"
+CHECKPOINTS = "checkpoints"  # a folder a stage
+VARIANTS = "variants"  # of a comparison: each variant's own run folder
+# The outputs of stages that were redone, a folder for each time, laid out as a run's folder.
 SUPERSEDED = "superseded"
 
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file by new text (UTF-8): after a kill the old or the new one is there, never a half."""
-    if not is_first():
-        return
-    building = path.with_name(f".{path.name}.building")
-    with building.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(building, path)
+STATE = ".state"  # what only the run itself needs
+LOCK = "lock"  # in STATE, as are these
+DATE = "date"
+PROGRESS = "progress.json"
 
 
-def write_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Have ``write`` fill a folder, and give it its name only when it is whole."""
-    if not is_first():
-        return
-    building, old = (path.with_name(f".{path.name}.{state}") for state in ("building", "old"))
-    for leftover in (building, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    building.mkdir(parents=True)
-    write(building)
-    if path.exists():
-        os.rename(path, old)
-    os.rename(building, path)
-    shutil.rmtree(old, ignore_errors=True)
+def checkpoints_of(stage: str) -> str:
+    """Where a stage that trains keeps its checkpoints."""
+    return f"{CHECKPOINTS}/{stage}"
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    """JSON in UTF-8; a lone surrogate in generated text is escaped, not an error."""
-    text = json.dumps(value, ensure_ascii=False, indent=indent)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        text = json.dumps(value, indent=indent)
-    return text + "\n"
+def marker_of(stage: str) -> str:
+    """The file in STATE that says what a stage is made from, and whether it is complete."""
+    return f"{stage}.json"
 
 
-def to_line(row: dict[str, Any]) -> str:
-    """A row as one line of a JSON-lines file."""
-    return _to_json(row)
+def plan_of(purpose: str, setup: str) -> str:
+    """The file in STATE of a pass that labels: which pairs it is about."""
+    return f"{purpose}-{setup}.json"
 
 
-def append_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Append rows to a JSON-lines file in one write, and see it on the disk."""
-    if not is_first():
-        return
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(map(to_line, rows)))
-        file.flush()
-        os.fsync(file.fileno())
+def transform_of(name: str) -> str:
+    """The file in REWARD that holds the state of a transform."""
+    return f"transform_{name}.pt"
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All rows of a JSON-lines file of ours; [] where it is missing.
-
-    A last line that a kill cut off is removed from the file, so that what is appended stays readable.
-
-    Raises:
-        RunError: A line in the middle is broken: somebody changed the file.
-    """
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    rows = []
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise RunError(f"The line is no JSON: {error}", where=f"{path}:{number}") from None
-    return rows
-
-
-class RunFolder:
-    """The folder of one run.
+def check_format(recipe: Mapping[str, Any], where: str) -> None:
+    """Refuse what a later version wrote.
 
     Args:
-        path: Is made if it is missing.
+        recipe: A run folder's recipe.yaml.
+        where: The folder.
 
     Raises:
-        UserError: It cannot be made or written to.
+        UserError: Its format is not known.
+    """
+    found = recipe.get("format", 1)
+    if not isinstance(found, int) or found > FORMAT:
+        raise UserError(
+            f"A later version of trl-rlaif wrote this folder (format {found}; this one knows up to {FORMAT}).",
+            where=where,
+            fix="Run: pip install -U trl-rlaif",
+        )
+
+
+# ---- Rows -----------------------------------------------------------------------------------------------
+
+
+class MetricRow(TypedDict):
+    """What a stage that trains logged at a step; its numbers stand beside these keys."""
+
+    stage: str
+    step: int
+
+
+class PairRow(TypedDict):
+    """Two responses to a prompt; further columns of the data stand beside these keys."""
+
+    id: str
+    prompt: PromptLike
+    response_1: str
+    response_2: str
+    category: str | None
+    human: int | None  # the better response, 0 for a tie
+
+
+class DrawnRow(TypedDict, total=False):
+    """What became of a prompt's draws: the keys of a PairRow, or why there is none."""
+
+    id: str
+    dropped: str
+    redraws: int
+    responses: int
+    ended: int
+
+
+class _LabelRow(TypedDict, total=False):
+    id: str
+    p_12: float | None
+    p_21: float | None
+    mass_12: float | None
+    mass_21: float | None
+    rationale_12: str | list[str] | None
+    rationale_21: str | list[str] | None
+    judge: str
+    skipped: str
+    score_1: float
+    score_2: float
+    spread_1: float
+    spread_2: float
+    labeler: str
+    setup: str
+    pair: str
+
+
+class LabelRow(_LabelRow):
+    """A labeler's word on a pair (trl_rlaif.types.Label), with the keys that find it."""
+
+    p: float | None
+
+
+class JudgedRow(_LabelRow):
+    """That of a pair that could be judged."""
+
+    p: float
+
+
+class ScoreRow(TypedDict, total=False):
+    """A held-out pair's scores as the reward model gives them and, with transforms, as RL gets them."""
+
+    category: str | None
+    p: float
+    human: bool | None
+    chosen: float
+    rejected: float
+    chosen_after: float
+    rejected_after: float
+
+
+class RehearsedRow(TypedDict):
+    """A pair that the policy rehearsed."""
+
+    prompt: PromptLike
+    response: str
+    score: float | None
+    cluster: int | None
+    why: str
+
+
+class MapRow(TypedDict):
+    """A prompt's place on the report's map of clusters."""
+
+    x: float
+    y: float
+    cluster: int
+    chosen: bool
+    prompt: str
+
+
+class SampleRow(TypedDict, total=False):
+    """A held-out prompt with the first responses of the start and of the trained policy, and means over all."""
+
+    set: str
+    id: str
+    prompt: PromptLike
+    category: str | None
+    start: str
+    trained: str
+    tokens_start: float
+    tokens_trained: float
+    ended_start: float
+    ended_trained: float
+    reward_start: float | None
+    reward_trained: float | None
+    mean_reward_start: float | None
+    mean_reward_trained: float | None
+    p_trained: float | None
+    p_trained_by: dict[str, float | None]
+    harmless_start: float | None
+    harmless_trained: float | None
+
+
+# ---- Numbers --------------------------------------------------------------------------------------------
+
+
+class SftResults(TypedDict):
+    """Of sft: rows of the data, the tokens that the loss is on, and its mean in nats a token."""
+
+    rows: int
+    loss_on: str
+    loss: float
+    seconds: float
+
+
+class SampleResults(TypedDict, total=False):
+    """Of sample: pairs from the data have ``ties``; drawn ones what was drawn."""
+
+    prompts: int
+    pairs: int
+    ties: int
+    dropped: dict[str, int]
+    redrawn: int
+    ended: float | None
+    seconds: float
+
+
+class LabelResults(TypedDict, total=False):
+    """Of label: what the labels say of the labeler, whose ``setup`` finds them."""
+
+    pairs: int
+    labeled: int
+    skipped: dict[str, int]
+    mean_confidence: float | None
+    position_bias: dict[str, Any] | None
+    mass: dict[str, Any] | None
+    agreement: dict[str, Any] | None
+    agreement_by_category: dict[str, Any]
+    length_preference: dict[str, Any] | None
+    ece: float | None
+    judge: str
+    labeler: str
+    setup: str
+    made: int
+    pairs_per_second: float | None
+    precision: dict[str, Any] | None
+    calibration: dict[str, Any] | None
+    overlaps: list[dict[str, Any]]
+    unsure: int
+    comparison: dict[str, Any]
+    shard: str
+    broken_lines: int
+    seconds: float
+
+
+class RewardResults(TypedDict, total=False):
+    """Of reward: how it ranks held-out pairs, its calibration, and its scores by kind of prompt."""
+
+    train_pairs: int
+    eval_pairs: int
+    eval_prompts: int
+    skipped: dict[str, int]
+    accuracy: float | None
+    accuracy_interval: tuple[float, float] | None
+    agreement: dict[str, Any] | None
+    ece: float | None
+    ece_against: str
+    ece_pairs: int
+    scores: dict[str, Any]
+    without_end: dict[str, float | None]
+    after_each: dict[str, dict[str, Any]]
+    transformed: dict[str, Any] | None
+    seconds: float
+
+
+class RlResults(TypedDict, total=False):
+    """Of rl: first and last numbers of the training itself; KL in nats a response.
+
+    DPO has ``pairs``, ``loss``, ``labels``, ``ignored``, and its implicit reward's ``accuracy_`` and ``margin_``.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).resolve()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.state.mkdir(exist_ok=True)
-            probe = self.state / "writable"
-            probe.touch()
-            probe.unlink(missing_ok=True)  # another process of the run may have been here
-        except OSError as error:
-            raise UserError(
-                f"The output folder cannot be written to: {error.strerror}.",
-                where=str(self.path),
-                fix="Name another one with --output.",
-            ) from None
+    updates: int
+    episodes: int
+    prompts: int
+    skipped: dict[str, int]
+    score_first: float
+    score_last: float
+    kl_last: float
+    ended_first: float
+    ended_last: float
+    spread_last: dict[str, float]
+    unscored: int
+    rewards: dict[str, dict[str, float]]
+    rehearsal: dict[str, float]
+    forgetting: dict[str, Any]
+    stopped: dict[str, Any]
+    gpu_memory: dict[str, int]
+    pairs: int
+    loss: float
+    labels: dict[str, Any]
+    ignored: list[str]
+    accuracy_first: float
+    accuracy_last: float
+    margin_first: float
+    margin_last: float
+    seconds: float
 
-    def __truediv__(self, name: str) -> Path:
-        return self.path / name
 
-    @property
-    def state(self) -> Path:
-        """Where a run keeps what only itself needs."""
-        return self.path / ".state"
+class EvaluateResults(TypedDict):
+    """Of evaluate: by set the judges' word, lengths and rewards."""
 
-    @property
-    def is_used(self) -> bool:
-        """Whether a run lives here already."""
-        return (self / "recipe.yaml").exists()
+    judge: str
+    sets: dict[str, dict[str, Any]]
+    agreement: dict[str, Any]
+    overlaps: list[dict[str, Any]]
+    seconds: float
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep a second process out while a run writes here; the lock ends with the process."""
-        if not is_first():
-            yield
-            return
-        with (self.state / "lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError("Another process is running in this folder.", where=str(self.path)) from None
-            yield
 
-    # ---- Stages ---------------------------------------------------------------------------------------
+class ReportResults(TypedDict):
+    """Of report: its file."""
 
-    def marker(self, stage: str) -> dict[str, Any]:
-        """A stage's ``fingerprint``, its ``inputs``, and whether it is ``complete``; {} before it has begun."""
-        path = self.state / f"{stage}.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path: str
+    seconds: float
 
-    def write_marker(self, stage: str, marker: dict[str, Any]) -> None:
-        """Replace what is known of a stage."""
-        write_atomically(self.state / f"{stage}.json", json.dumps(marker))
 
-    def is_complete(self, stage: str, fingerprint: str | None = None) -> bool:
-        """Whether a stage has ended; with a fingerprint, whether it did so with these very inputs."""
-        marker = self.marker(stage)
-        whole = marker.get("complete") and "superseding" not in marker  # a kill may have come before it was moved
-        return bool(whole) and fingerprint in (None, marker.get("fingerprint"))
+class CompareResults(TypedDict, total=False):
+    """Of a comparison: by set who beats whom, and of each variant its own run's numbers."""
 
-    def begin(self, stage: str, fingerprint: str, inputs: dict[str, Any] | None = None) -> None:
-        """Open a stage."""
-        known = {"fingerprint": fingerprint, "complete": False}
-        self.write_marker(stage, known if inputs is None else known | {"inputs": inputs})
+    judge: str
+    sets: dict[str, dict[str, Any]]
+    variants: dict[str, dict[str, Any]]
+    seconds: float
 
-    def complete(self, stage: str, fingerprint: str) -> None:
-        """Close a stage: ``--resume`` skips it from now on."""
-        self.write_marker(stage, self.marker(stage) | {"fingerprint": fingerprint, "complete": True})
 
-    # ---- Numbers --------------------------------------------------------------------------------------
+class Results(TypedDict, total=False):
+    """results.json: the final numbers of every stage that has ended."""
 
-    def results(self) -> dict[str, Any]:
-        """The final numbers of every stage that has ended."""
-        path = self / "results.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-    def add_results(self, stage: str, numbers: dict[str, Any]) -> None:
-        """Put one stage's final numbers into results.json."""
-        results = self.results() | {stage: numbers}
-        write_atomically(self / "results.json", _to_json(results, indent=2))
-
-    def drop_results(self, stage: str) -> None:
-        """Forget one stage's final numbers."""
-        results = self.results()
-        if results.pop(stage, None) is not None:
-            write_atomically(self / "results.json", _to_json(results, indent=2))
-
-    def metrics(self, stage: str) -> list[dict[str, Any]]:
-        """A stage's rows of metrics.jsonl."""
-        return [row for row in read_lines(self / "metrics.jsonl") if row.get("stage") == stage]
-
-    def add_metrics(self, stage: str, step: int, numbers: dict[str, Any]) -> None:
-        """Append a logged step to metrics.jsonl."""
-        if is_first():
-            with (self / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(to_line({"stage": stage, "step": step, **numbers}))
-
-    def drop_metrics(self, stage: str, after: int = -1) -> None:
-        """Forget a stage's metrics behind a step, which are about to be computed again."""
-        if not is_first():
-            return
-        rows = read_lines(self / "metrics.jsonl")
-        kept = [r for r in rows if r.get("stage") != stage or r.get("step", 0) <= after]
-        if len(kept) < len(rows):
-            write_atomically(self / "metrics.jsonl", "".join(map(to_line, kept)))
+    sft: SftResults
+    sample: SampleResults
+    label: LabelResults
+    reward: RewardResults
+    rl: RlResults
+    evaluate: EvaluateResults
+    report: ReportResults
+    compare: CompareResults

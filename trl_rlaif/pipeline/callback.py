@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PrinterCallback, TrainerCallback
 
-from trl_rlaif.pipeline.artifacts import RunFolder
+from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.progress import progress_bar
 
 # The trainers' own summaries of a whole run, which are no steps.

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trl_rlaif.pipeline.artifacts import write_atomically
+from trl_rlaif.files import write_atomically
+from trl_rlaif.pipeline import artifacts
 
 if TYPE_CHECKING:
     from trl_rlaif.data import Prompt
     from trl_rlaif.pipeline.context import Context
-
-FILE = "clusters.json"
 
 
 def categorized(context: Context, prompts: list[Prompt], tokens: Sequence[Sequence[int]], base: Any) -> list[Prompt]:
@@ -37,7 +36,7 @@ def categorized(context: Context, prompts: list[Prompt], tokens: Sequence[Sequen
 
     with active_adapter(base, None):
         embeddings = mean_hidden_states(base, tokens)
-    path = context.folder / FILE
+    path = context.folder / artifacts.CLUSTERS
     of = [wanted, context.recipe.run.seed, context.recipe.model.path]
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if known and known.get("of", of) == of:

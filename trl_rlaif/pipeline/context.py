@@ -16,14 +16,18 @@ from trl_rlaif.chat_templates import dated, has_date
 from trl_rlaif.data import Pair, Prompt
 from trl_rlaif.encoding import PromptLike, as_messages, chat_prompt, encode_prompt, is_rendered, set_template_kwargs
 from trl_rlaif.errors import UserError
+from trl_rlaif.files import read_lines, write_atomically
 from trl_rlaif.judging.judge import Judge
 from trl_rlaif.judging.local import LocalJudge
 from trl_rlaif.judging.prompt import JudgePrompt
 from trl_rlaif.judging.remote import RemoteJudge, Server
 from trl_rlaif.labels import LabelKey
 from trl_rlaif.models.loading import ModelSpec, load_model, load_tokenizer, model_revision
-from trl_rlaif.pipeline.artifacts import RunFolder, read_lines, write_atomically
+from trl_rlaif.pipeline import artifacts
+from trl_rlaif.pipeline.artifacts import PairRow
 from trl_rlaif.pipeline.categories import categorized
+from trl_rlaif.pipeline.run_folder import RunFolder
+from trl_rlaif.pipeline.stages import STAGES
 from trl_rlaif.plugins import Plugins
 from trl_rlaif.progress import say
 from trl_rlaif.recipe import ComponentRef, JudgeSection, Recipe, ServerJudgeSection, prompt_folder
@@ -89,11 +93,6 @@ class Shard:
         return f"{self.number}/{self.count}"
 
 
-def transform_file(name: str) -> str:
-    """Where the folder reward/ keeps the state of a transform."""
-    return f"transform_{name}.pt"
-
-
 @dataclass
 class Context:
     """One run. Models are loaded when a stage asks for them and go when it ends."""
@@ -113,7 +112,7 @@ class Context:
     @cached_property
     def date(self) -> date:
         """The day on which chat templates think that the run takes place: that on which it first asked."""
-        path = self.folder.state / "date"
+        path = self.folder.state / artifacts.DATE
         if not path.exists():
             write_atomically(path, date.today().isoformat())
         return date.fromisoformat(path.read_text(encoding="utf-8")) if path.exists() else date.today()
@@ -150,7 +149,7 @@ class Context:
     @property
     def start(self) -> Path | None:
         """The adapter that the policy starts as, where the recipe has the stage sft."""
-        return self.folder / "sft" if self.recipe.sft else None
+        return self.folder / artifacts.SFT if self.recipe.sft else None
 
     def load_base(self) -> PreTrainedModel:
         """The frozen base, on the device."""
@@ -308,8 +307,8 @@ class Context:
 
     def pairs(self) -> list[Pair]:
         """The pairs of this run, from pairs.jsonl."""
-        rows = read_lines(self.folder / "pairs.jsonl")
-        known = ("id", "prompt", "response_1", "response_2", "category", "human")
+        rows = read_lines(self.folder / artifacts.PAIRS)
+        known = PairRow.__annotations__
         return [
             Pair(**{k: row.get(k) for k in known}, extra={k: v for k, v in row.items() if k not in known})
             for row in rows
@@ -331,13 +330,13 @@ class Context:
             if known and transform.options == type(transform).Options():
                 transform = self.create("reward_transform", replace(trained[ref.name], where=ref.where))
             found.append(transform)
-            path = self.folder / "reward" / transform_file(ref.name)
+            path = self.folder / artifacts.REWARD / artifacts.transform_of(ref.name)
             if known and path.exists():
                 transform.load_state_dict(torch.load(path, weights_only=True))
         return found
 
     def trainer_arguments(self, stage: str, config: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of a TRL config: the recipe's, over defaults that fit this run."""
+        """Arguments of a TRL config: the recipe's, over the stage's defaults and others that fit this run."""
         model = self.recipe.model
         defaults = {
             # TRL holds the adapters of a 4-bit base in bfloat16: only autocast lets them meet another dtype.
@@ -353,8 +352,9 @@ class Context:
         # Naming save_steps asks for saving.
         if "save_steps" in config:
             defaults["save_strategy"] = "steps"
-        fixed = {"output_dir": str(self.folder / "checkpoints" / stage), "seed": self.recipe.run.seed}
-        return defaults | config | fixed
+        fixed = {"output_dir": str(self.folder / artifacts.checkpoints_of(stage)), "seed": self.recipe.run.seed}
+        own = STAGES[stage].defaults(gpu=_device().startswith("cuda"))
+        return defaults | own | config | fixed
 
     def callback(self, stage: str, description: str) -> TrainerCallback:
         """Writes a trainer's logs to metrics.jsonl and drives the progress bar."""
@@ -376,7 +376,7 @@ def _device() -> str:
     return str(distributed.join().device)
 
 
-def pair_row(pair: Pair) -> dict[str, Any]:
+def pair_row(pair: Pair) -> PairRow:
     """A pair as a line of pairs.jsonl. What else the data had must not overwrite what is known."""
     known = {
         "id": pair.id,

@@ -9,11 +9,12 @@ from typing import Any
 import yaml
 
 from trl_rlaif.errors import UserError
-from trl_rlaif.pipeline import superseding
-from trl_rlaif.pipeline.artifacts import RunFolder
+from trl_rlaif.pipeline import artifacts, superseding
 from trl_rlaif.pipeline.first_version import inputs_of
 from trl_rlaif.pipeline.inputs import Inputs
-from trl_rlaif.pipeline.stage import STAGES, Stage, active_stages
+from trl_rlaif.pipeline.run_folder import RunFolder
+from trl_rlaif.pipeline.stage import Stage
+from trl_rlaif.pipeline.stages import STAGES, active_stages
 from trl_rlaif.progress import say
 from trl_rlaif.recipe import Recipe
 
@@ -42,7 +43,11 @@ class Planned:
 
 
 def plan(recipe: Recipe, folder: RunFolder) -> dict[str, Planned]:
-    """Compare every active stage's inputs with those that it was made from; nothing in the folder is changed."""
+    """Compare every active stage's inputs with those that it was made from; nothing in the folder is changed.
+
+    Raises:
+        UserError: A later version wrote the folder.
+    """
     found: dict[str, Planned] = {}
     first_version = _recipe_of(folder)
     for name, stage in active_stages(recipe).items():
@@ -64,12 +69,14 @@ def plan(recipe: Recipe, folder: RunFolder) -> dict[str, Planned]:
 
 
 def _recipe_of(folder: RunFolder) -> Mapping[str, Any]:
-    path = folder / "recipe.yaml"
+    path = folder / artifacts.RECIPE
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
     except yaml.YAMLError:
         found = None
-    return found if isinstance(found, dict) else {}
+    found = found if isinstance(found, dict) else {}
+    artifacts.check_format(found, str(folder.path))
+    return found
 
 
 def redone(planned: Mapping[str, Planned], only: Sequence[str] = ()) -> list[Planned]:
@@ -83,7 +90,7 @@ def describe(folder: RunFolder, stages: Sequence[Planned]) -> str:
     lines = [f"  {p.stage.name}: {'; '.join(p.why)}" for p in stages if not p.stage.always]
     return "\n".join([
         f"{folder.path}: what these stages were made from has changed, so they are redone:", *lines,
-        f"What they made is not deleted: it moves to {folder / superseding.FOLDER}.",
+        f"What they made is not deleted: it moves to {folder / artifacts.SUPERSEDED}.",
     ])  # fmt: skip
 
 
@@ -116,4 +123,4 @@ def _overwritten(folder: RunFolder, planned: Mapping[str, Planned]) -> list[Stag
     """Stages that the recipe no longer has, and whose outputs one that it has will write: people's ``preferences``."""
     due = [each.stage for name, each in planned.items() if not folder.is_complete(name, each.fingerprint) or each.why]
     written = {name for stage in due for name in stage.companions}
-    return [stage for stage in STAGES if stage.name not in planned and written & set(stage.outputs)]
+    return [stage for stage in STAGES.values() if stage.name not in planned and written & set(stage.outputs)]

@@ -7,15 +7,15 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from trl_rlaif import __version__, distributed
 from trl_rlaif.errors import UserError
-from trl_rlaif.pipeline import redo, superseding
-from trl_rlaif.pipeline.artifacts import RunFolder, write_atomically
+from trl_rlaif.files import write_atomically
+from trl_rlaif.pipeline import artifacts, redo, superseding
 from trl_rlaif.pipeline.redo import Confirm, Planned
+from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.plugins import Plugins
 from trl_rlaif.progress import Publisher, publishing, say
 from trl_rlaif.recipe import Recipe
@@ -168,70 +168,19 @@ def _run_stages(
             numbers = each.stage.run(context)
         folder.add_results(stage, numbers)
         if shard is not None and stage == "label":
-            say(f"label: share {shard} done. {summary(stage, numbers)}")
-            say(f"Join the machines' labels.jsonl into one, and run without --shard: {folder / 'labels.jsonl'}")
+            say(f"label: share {shard} done. {each.stage.summary(numbers)}")
+            say(f"Join the machines' {artifacts.LABELS} into one, and run without --shard: {folder / artifacts.LABELS}")
             return
         folder.complete(stage, fingerprint)
         gc.collect()  # trainers are cycles: without this a stage's model would live into the next one
-        say(f"{stage}: done in {time.monotonic() - started:.0f} s. {summary(stage, numbers)}".rstrip())
-
-
-def summary(stage: str, numbers: dict[str, Any]) -> str:
-    """What a stage's line says of its numbers."""
-    if stage == "sample":
-        dropped = ", ".join(f"{n} {reason}" for reason, n in numbers["dropped"].items())
-        ties = f", {numbers['ties']} of them ties" if numbers.get("ties") else ""
-        return f"{numbers['pairs']} pairs{ties}" + (f" (dropped: {dropped})" if dropped else "")
-    if stage == "label":
-        bias = numbers["position_bias"]
-        return (
-            f"{numbers['labeled']} of {numbers['pairs']} pairs"
-            + _skipped(numbers)
-            + (f", {numbers['made']} of them new" if numbers["made"] < numbers["labeled"] else "")
-            + (f", position bias {bias['rate']:.0%}" if bias else "")
-            + (f", {numbers['agreement']['rate']:.0%} as people chose" if numbers["agreement"] else "")
-        )
-    if stage == "reward" and numbers.get("accuracy") is not None:
-        low, high = numbers["accuracy_interval"]
-        return f"accuracy {numbers['accuracy']:.0%} on held-out pairs ({low:.0%} to {high:.0%}){_skipped(numbers)}"
-    if stage == "rl" and "pairs" in numbers:
-        return f"{numbers['pairs']} pairs{_skipped(numbers)}"
-    if stage == "rl" and "score_first" in numbers:
-        kl = f", KL {numbers['kl_last']:.2f}" if "kl_last" in numbers else ""  # GRPO with kl_coef: 0 measures none
-        return f"score {numbers['score_first']:+.3f} -> {numbers['score_last']:+.3f}{kl}"
-    if stage == "evaluate":
-        return "; ".join(
-            f"{name}: wins {s['win_rate']:.0%} ({s['interval'][0]:.0%} to {s['interval'][1]:.0%}){_agreeing(s)}"
-            for name, s in numbers["sets"].items()
-            if "win_rate" in s
-        )
-    if stage == "compare":
-        return "; ".join(f"{name}: {_ranking(s['overall'])}" for name, s in numbers["sets"].items())
-    return ""
-
-
-def _skipped(numbers: dict[str, Any]) -> str:
-    skipped = ", ".join(f"{n} {reason}" for reason, n in (numbers.get("skipped") or {}).items())
-    return f" (skipped: {skipped})" if skipped else ""
-
-
-def _ranking(overall: dict[str, dict[str, Any] | None]) -> str:
-    """The contestants of a comparison, best first, with their win rates over all others."""
-    judged = {name: numbers["win_rate"] for name, numbers in overall.items() if numbers}
-    return ", ".join(f"{name} {judged[name]:.0%}" for name in sorted(judged, key=judged.get, reverse=True))
-
-
-def _agreeing(numbers: dict[str, Any]) -> str:
-    """How often all judges of a set agree, where there are several."""
-    among = (numbers.get("judge_agreement") or {}).get("all")
-    return f", judges agree in {among['rate']:.0%}" if among else ""
+        say(f"{stage}: done in {time.monotonic() - started:.0f} s. {each.stage.summary(numbers)}".rstrip())
 
 
 def _write_recipe(recipe: Recipe, folder: RunFolder, command: str) -> None:
     versions = {"trl-rlaif": __version__} | {name: version(name) for name in PACKAGES}
-    content = recipe.to_dict() | {"versions": versions, "command": command}
+    content = recipe.to_dict() | {"format": artifacts.FORMAT, "versions": versions, "command": command}
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    write_atomically(folder / "recipe.yaml", text)
+    write_atomically(folder / artifacts.RECIPE, text)
 
 
 def _quiet_libraries() -> None:

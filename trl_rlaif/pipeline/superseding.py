@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from trl_rlaif.distributed import is_first
-from trl_rlaif.pipeline.artifacts import RunFolder, to_line, write_atomically, write_folder
-from trl_rlaif.pipeline.stage import STAGES, Stage
+from trl_rlaif.files import to_line, write_atomically, write_folder
+from trl_rlaif.pipeline import artifacts
+from trl_rlaif.pipeline.run_folder import RunFolder
+from trl_rlaif.pipeline.stage import Stage
+from trl_rlaif.pipeline.stages import STAGES
 
-# A folder for each time that stages were redone, each laid out as a run's folder.
-FOLDER = "superseded"
 _MOVING = "superseding"
 
 
@@ -39,13 +40,13 @@ def supersede(folder: RunFolder, stages: Sequence[Stage]) -> Path | None:
         return None
     name = first = time.strftime("%Y-%m-%dT%H-%M-%S")
     number = 1
-    while (folder / FOLDER / name).exists():
+    while (folder / artifacts.SUPERSEDED / name).exists():
         number += 1
         name = f"{first}_{number}"
     for stage in begun:
         folder.write_marker(stage, folder.marker(stage) | {_MOVING: name})
     finish(folder)
-    return folder / FOLDER / name
+    return folder / artifacts.SUPERSEDED / name
 
 
 def is_moving(marker: Mapping[str, Any]) -> bool:
@@ -56,10 +57,10 @@ def is_moving(marker: Mapping[str, Any]) -> bool:
 def finish(folder: RunFolder) -> None:
     """Go on with what a kill left of ``supersede``."""
     if is_first():
-        for stage in STAGES:
+        for stage in STAGES.values():
             marker = folder.marker(stage.name)
             if _MOVING in marker:
-                _move(folder, stage, RunFolder(folder / FOLDER / marker.pop(_MOVING)), marker)
+                _move(folder, stage, RunFolder(folder / artifacts.SUPERSEDED / marker.pop(_MOVING)), marker)
 
 
 def _move(folder: RunFolder, stage: Stage, target: RunFolder, marker: dict[str, Any]) -> None:
@@ -73,23 +74,23 @@ def _move(folder: RunFolder, stage: Stage, target: RunFolder, marker: dict[str, 
         target.drop_metrics(stage.name)
         _add_metrics(target, stage.name, rows)
         folder.drop_metrics(stage.name)
-    results = folder.results()
-    if stage.name in results:
-        target.add_results(stage.name, results[stage.name])
+    results = folder.results_of(stage.name)
+    if results:
+        target.add_results(stage.name, results)
         folder.drop_results(stage.name)
     target.write_marker(stage.name, marker)
-    (folder.state / f"{stage.name}.json").unlink()
+    (folder.state / artifacts.marker_of(stage.name)).unlink()
 
 
 def _add_metrics(folder: RunFolder, stage: str, rows: Sequence[dict[str, Any]]) -> None:
-    path = folder / "metrics.jsonl"
+    path = folder / artifacts.METRICS
     before = path.read_text(encoding="utf-8") if path.exists() else ""
     write_atomically(path, before + "".join(map(to_line, rows)))
 
 
 def donors(folder: RunFolder) -> list[RunFolder]:
     """What was superseded, the newest first: a setting that is set back finds there what was made with it."""
-    found = sorted((folder / FOLDER).glob("*/.state"), key=lambda state: state.parent.name, reverse=True)
+    found = sorted((folder / artifacts.SUPERSEDED).glob("*/.state"), key=lambda state: state.parent.name, reverse=True)
     return [RunFolder(state.parent) for state in found]
 
 
@@ -97,7 +98,7 @@ def adopt(folder: RunFolder, stage: Stage, fingerprint: str, donor: RunFolder, i
     """Copy a complete stage of another run: outputs without checkpoints, numbers and metrics."""
     supersede(folder, [stage])
     folder.begin(stage.name, fingerprint, inputs)
-    outputs = [name for name in stage.outputs if not name.startswith("checkpoints/")]
+    outputs = [name for name in stage.outputs if name != artifacts.checkpoints_of(stage.name)]
     companions = [name for name in stage.companions if not (folder / name).exists()]
     for name in (*outputs, *companions):
         source = donor / name
@@ -106,7 +107,7 @@ def adopt(folder: RunFolder, stage: Stage, fingerprint: str, donor: RunFolder, i
         elif source.exists():
             write_atomically(folder / name, source.read_text(encoding="utf-8"))
     _add_metrics(folder, stage.name, donor.metrics(stage.name))
-    folder.add_results(stage.name, donor.results()[stage.name])
+    folder.add_results(stage.name, donor.results_of(stage.name))
     folder.complete(stage.name, fingerprint)
 
 

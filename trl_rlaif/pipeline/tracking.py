@@ -9,8 +9,8 @@ import numpy as np
 from trl_rlaif.evaluation.forgetting import ForgettingTracker
 from trl_rlaif.evaluation.judge_panel import asking, judge_of
 from trl_rlaif.generation import derived_seed
+from trl_rlaif.pipeline.answers import max_new_tokens, rewards_of, sources
 from trl_rlaif.pipeline.context import Context
-from trl_rlaif.pipeline.stages.evaluate import max_new_tokens, rewards_of, sources
 from trl_rlaif.recipe.sections import FORGET_SET
 from trl_rlaif.rl.ppo import checkpoint
 

@@ -12,8 +12,9 @@ from typing import Any
 from trl_rlaif.data import Message, Pair
 from trl_rlaif.encoding import as_messages
 from trl_rlaif.errors import UserError
+from trl_rlaif.files import read_lines
 from trl_rlaif.labels.store import pair_key
-from trl_rlaif.pipeline.artifacts import read_lines
+from trl_rlaif.pipeline import artifacts
 
 # What a vote is about: the set, the prompt's id in it, and a digest of the texts that were shown.
 Name = tuple[str, str, str]
@@ -57,13 +58,13 @@ def read_comparisons(run: str | Path) -> list[Comparison]:
         RunError: A line of the file is no JSON.
     """
     run = Path(run)
-    if not (run / "recipe.yaml").is_file():
+    if not (run / artifacts.RECIPE).is_file():
         raise UserError(
             "This is not a run's folder: it has no recipe.yaml.",
             where=str(run),
             fix="Name the folder that `trl-rlaif run` wrote.",
         )
-    path = run / "samples.jsonl"
+    path = run / artifacts.SAMPLES
     if not path.is_file():
         raise UserError(
             "This run has no samples.jsonl, so there are no responses to compare.",

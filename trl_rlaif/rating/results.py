@@ -11,6 +11,7 @@ from typing import Any
 from trl_rlaif.data.overlap import prompt_key
 from trl_rlaif.errors import UserError
 from trl_rlaif.evaluation import agreement, choices, win_rate
+from trl_rlaif.pipeline import artifacts
 from trl_rlaif.rating.pairs import Comparison, Name, blind_order, of_set, read_comparisons
 from trl_rlaif.rating.votes import Standing, VoteFile
 from trl_rlaif.report.formatting import count, label, percent
@@ -33,7 +34,7 @@ def people_results(run: str | Path, *, rater: str | None = None, only: str | Non
         UserError: This is no run with samples, there is no such set, or no vote of this rater.
         RunError: A file of the run was changed by hand and cannot be read.
     """
-    comparisons, standing = read_comparisons(run), VoteFile(Path(run) / "votes.jsonl").standing()
+    comparisons, standing = read_comparisons(run), VoteFile(Path(run) / artifacts.VOTES).standing()
     if rater is not None:
         if rater not in standing:
             raters = ", ".join(label(name) for name in standing)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_rlaif.errors import RunError, UserError
+from trl_rlaif.pipeline import artifacts
 from trl_rlaif.progress import say
 from trl_rlaif.rating.pairs import of_set, read_comparisons
 from trl_rlaif.rating.session import Session
@@ -58,7 +59,7 @@ def rate_run(
     rater = _user() if rater is None else rater.strip()
     if not rater or len(rater) > 100:
         raise UserError("A rater's name has 1 to 100 characters.", where="--rater")
-    session = Session(of_set(read_comparisons(run), only), VoteFile(Path(run) / "votes.jsonl"), rater)
+    session = Session(of_set(read_comparisons(run), only), VoteFile(Path(run) / artifacts.VOTES), rater)
     if not len(session):
         return say("There is nothing to ask: in every pair, both responses are equal.")
     try:

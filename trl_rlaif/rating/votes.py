@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from trl_rlaif.errors import RunError
-from trl_rlaif.pipeline.artifacts import append_lines, read_lines
+from trl_rlaif.files import append_lines, read_lines
 from trl_rlaif.rating.pairs import Name
 
 # By rater and pair the choice that counts, in the order in which the choices were made.

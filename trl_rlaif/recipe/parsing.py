@@ -64,6 +64,11 @@ class Recipe:
     places: Mapping[KeyPath, str] = field(default_factory=dict, compare=False, repr=False)
     variants: Mapping[str, Recipe] = field(default_factory=dict)
 
+    @property
+    def evaluation_prompt(self) -> str:
+        """Name or folder of what the main judge of ``evaluate`` is asked: that of ``label`` where it names none."""
+        return self.evaluate.prompt or (self.label.prompt if self.label else "general")
+
     def line(self, key_path: KeyPath) -> str:
         """``file:line`` of a key such as ``("rl", "kl_coef")``, or of what is nearest around it."""
         return Source(self.source, str(self.source), {}, dict(self.places)).where(key_path)

@@ -499,10 +499,7 @@ class ReportSection(Section):
     """``report``: one HTML page at the end. It has no keys."""
 
 
-SECTIONS: dict[str, type[Section]] = {
-    "run": RunSection,
-    "model": ModelSection,
-    "data": DataSection,
+STAGE_SECTIONS: dict[str, type[Section]] = {
     "sft": SftSection,
     "sample": SampleSection,
     "label": LabelSection,
@@ -512,7 +509,10 @@ SECTIONS: dict[str, type[Section]] = {
     "report": ReportSection,
 }
 
-STAGES = ("sft", "sample", "label", "reward", "rl", "evaluate", "report")
+SECTIONS: dict[str, type[Section]] = {"run": RunSection, "model": ModelSection, "data": DataSection, **STAGE_SECTIONS}
+
+# In order; trl_rlaif.pipeline.stages says what each is.
+STAGES = tuple(STAGE_SECTIONS)
 
 
 def plain(value: Any) -> Any:

@@ -10,8 +10,6 @@ from trl_rlaif.recipe.sections import safe_name
 from trl_rlaif.recipe.source import KeyPath, Source
 
 KEY = "compare"
-# In a comparison's folder, where each variant has a run's folder of its own.
-VARIANTS_FOLDER = "variants"
 
 # What a variant may change. All variants share the initial policy, the seed and the evaluation, to be comparable.
 CHANGEABLE = ("data", "sample", "label", "reward", "rl")

@@ -7,6 +7,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from trl_rlaif.pipeline import artifacts
 from trl_rlaif.recipe.variants import KEY as COMPARE
 from trl_rlaif.report import formatting, summary, warnings
 from trl_rlaif.report.experiments import comparison_page
@@ -35,11 +36,11 @@ def write_report(folder: str | Path) -> Path:
         RunError: The page or the plots cannot be written there.
     """
     folder = Path(folder)
-    run, path = read_run(folder), folder / "report.html"
+    run, path = read_run(folder), folder / artifacts.REPORT
     compared = COMPARE in run.recipe
     page = comparison_page(run, folder) if compared else run_page(run)
     write_page(path, render(page, _COMPARISON if compared else _RUN))
-    write_plots(folder / "report", page)
+    write_plots(folder / artifacts.PLOTS, page)
     return path
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trl_rlaif.recipe.variants import START, VARIANTS_FOLDER
+from trl_rlaif.pipeline import artifacts
+from trl_rlaif.recipe.variants import START
 from trl_rlaif.report import plots
 from trl_rlaif.report.figures import Figure, win_rates
 from trl_rlaif.report.formatting import count, label, number, section
@@ -111,7 +112,7 @@ def _row(
         agreement=number(agreement.get("rate")),
         seconds=number(own.get("seconds")),
         # A variant's name is a folder's name: nothing else reaches the link.
-        report=f"{VARIANTS_FOLDER}/{key}/report.html" if own else "",
+        report=f"{artifacts.VARIANTS}/{key}/{artifacts.REPORT}" if own else "",
     )
 
 
@@ -164,7 +165,7 @@ def _asked(folder: Path, variants: list[Any], notes: list[str]) -> list[Asked]:
     for variant in variants:
         if not isinstance(variant, str) or Path(variant).name != variant:
             continue
-        for row in lines(folder / VARIANTS_FOLDER / variant / "samples.jsonl", notes):
+        for row in lines(folder / artifacts.VARIANTS / variant / artifacts.SAMPLES, notes):
             key = (label(row.get("set")) or "held-out", label(row.get("id")))
             if key not in found:
                 found[key] = Asked(key[0], label(row.get("category")), turns(row.get("prompt")), [])

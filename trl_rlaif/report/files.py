@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_rlaif.errors import RunError
-from trl_rlaif.pipeline.artifacts import write_folder
+from trl_rlaif.files import write_folder
 from trl_rlaif.report.drawing import Drawing
 from trl_rlaif.report.figures import Figure
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_rlaif.errors import RunError, UserError
+from trl_rlaif.pipeline import artifacts
 from trl_rlaif.report.formatting import clean, count, label, number, section, shorten
 from trl_rlaif.report.label_data import Labels, read_labels
 from trl_rlaif.report.parsing import LARGEST_DRAWN, Turn, both, drawable, lines, probability, turn, turns
@@ -97,24 +98,25 @@ def read_run(folder: Path) -> Run:
     """Everything that the report shows of ``folder``.
 
     Raises:
-        UserError: The folder does not exist, has no recipe.yaml, or its recipe.yaml is no YAML mapping.
+        UserError: The folder does not exist, has no recipe.yaml, or its recipe.yaml is no YAML mapping or of a later
+            version.
     """
     recipe, recipe_text = _read_recipe(folder)
     notes: list[str] = []
-    results = _read_results(folder / "results.json", notes)
-    pairs = list(lines(folder / "pairs.jsonl", notes))
+    results = _read_results(folder / artifacts.RESULTS, notes)
+    pairs = list(lines(folder / artifacts.PAIRS, notes))
     name = label((recipe.get("run") or {}).get("name") if isinstance(recipe.get("run"), dict) else None)
     return Run(
         name=name or label(folder.resolve().name) or "run",
         recipe=recipe,
         recipe_text=recipe_text,
         results=results,
-        series=_read_series(folder / "metrics.jsonl", notes),
-        labels=read_labels(folder / "labels.jsonl", results, pairs, notes),
-        samples=_read_samples(folder / "samples.jsonl", notes),
-        scored=_read_scored(folder / "reward_scores.jsonl", notes),
-        rehearsed=_read_rehearsed(folder / "rehearsal.jsonl", notes),
-        map=_read_map(folder / "selection_map.jsonl", notes),
+        series=_read_series(folder / artifacts.METRICS, notes),
+        labels=read_labels(folder / artifacts.LABELS, results, pairs, notes),
+        samples=_read_samples(folder / artifacts.SAMPLES, notes),
+        scored=_read_scored(folder / artifacts.REWARD_SCORES, notes),
+        rehearsed=_read_rehearsed(folder / artifacts.REHEARSAL, notes),
+        map=_read_map(folder / artifacts.SELECTION_MAP, notes),
         people=_read_people(folder, notes),
         pairs=len(pairs),
         notes=notes,
@@ -124,7 +126,7 @@ def read_run(folder: Path) -> Run:
 def _read_recipe(folder: Path) -> tuple[dict[str, Any], str]:
     import yaml
 
-    path = folder / "recipe.yaml"
+    path = folder / artifacts.RECIPE
     if not path.is_file():
         raise UserError(
             "This is not a run's folder: it has no recipe.yaml.",
@@ -140,6 +142,7 @@ def _read_recipe(folder: Path) -> tuple[dict[str, Any], str]:
         raise UserError("recipe.yaml is not valid YAML.", where=where, fix=_RESTORE) from error
     if not isinstance(recipe, dict):
         raise UserError("recipe.yaml holds no sections.", where=str(path), fix=_RESTORE)
+    artifacts.check_format(recipe, str(folder))
     lines = (shorten(line) for line in text[:MAX_RECIPE_CHARACTERS].split("\n"))
     shown = "\n".join(f"{line} … ({cut:,} characters left out)" if cut else line for line, cut in lines)
     if len(text) > MAX_RECIPE_CHARACTERS:
@@ -246,7 +249,7 @@ def _read_map(path: Path, notes: list[str]) -> list[MapPoint]:
 
 def _read_people(folder: Path, notes: list[str]) -> dict[str, Any]:
     """What ``people_results`` makes of the votes, by set; empty where nobody has voted."""
-    if not (folder / "votes.jsonl").is_file():
+    if not (folder / artifacts.VOTES).is_file():
         return {}
     from trl_rlaif.rating import people_results
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from trl_rlaif.recipe.sections import STAGES
 from trl_rlaif.report.formatting import (
     MINUS,
     count,
@@ -20,7 +21,6 @@ from trl_rlaif.report.run_data import Run
 
 # Of a text that is longer, so much is shown before it is opened.
 PREVIEW_CHARACTERS = 700
-STAGES = ("sft", "sample", "label", "reward", "rl", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -283,7 +283,7 @@ def kl_last(run: Run) -> float | None:
 def stage_rows(run: Run) -> list[StageRow]:
     """A row for each stage that the recipe has or that left something behind."""
     rows = []
-    for stage in STAGES:
+    for stage in STAGES[:-1]:  # without the report itself
         result = section(run.results, stage)
         started = _evidence(run, stage)
         if stage == "sft" and not (result or started or "sft" in run.recipe):

@@ -15,7 +15,8 @@ from torch.utils.data import RandomSampler
 from trl_rlaif.components import DataSelector
 from trl_rlaif.distributed import failing_together
 from trl_rlaif.errors import UserError
-from trl_rlaif.pipeline.artifacts import to_line, write_atomically
+from trl_rlaif.files import to_line, write_atomically
+from trl_rlaif.pipeline.artifacts import REHEARSAL, SELECTION_MAP
 from trl_rlaif.progress import progress_bar
 from trl_rlaif.rl.rehearsal import Rehearsal, lines
 from trl_rlaif.rl.reward_shaping import kl_per_token
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 # Points of the report's map; more would only hide each other.
 MAP_POINTS = 2_000
-REHEARSAL_FILE, MAP_FILE = "rehearsal.jsonl", "selection_map.jsonl"
 
 
 @dataclass(frozen=True)
@@ -275,7 +275,7 @@ class PromptSelection:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         points = [] if self.chosen is None else self.chosen.map
-        for name, rows in ((REHEARSAL_FILE, lines(self.rehearsal.pairs)), (MAP_FILE, points)):
+        for name, rows in ((REHEARSAL, lines(self.rehearsal.pairs)), (SELECTION_MAP, points)):
             if rows:
                 write_atomically(self.folder / name, "".join(map(to_line, rows)))
 

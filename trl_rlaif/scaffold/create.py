@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from trl_rlaif import __version__
 from trl_rlaif.errors import UserError
-from trl_rlaif.pipeline.artifacts import write_folder
+from trl_rlaif.files import write_folder
 
 Kind = Literal["labeler", "reward-transform", "data-selector"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

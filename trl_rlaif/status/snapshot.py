@@ -14,29 +14,14 @@ from typing import Any, Literal
 import yaml
 
 from trl_rlaif.errors import UserError
-from trl_rlaif.pipeline.runner import summary
-from trl_rlaif.progress import PROGRESS_FILE
-from trl_rlaif.recipe import STAGES
+from trl_rlaif.experiments.running import summary as summary_of_comparison
+from trl_rlaif.pipeline import artifacts
+from trl_rlaif.pipeline.stages import STAGES
 from trl_rlaif.recipe.variants import KEY as COMPARE
-from trl_rlaif.recipe.variants import VARIANTS_FOLDER
 from trl_rlaif.report.formatting import label
 
 # Of metrics.jsonl only the end is read.
 _TAIL_BYTES = 256 * 1024
-# What is worth a line of a stage that trains.
-_TOLD = {
-    "sft": ("loss", "mean_token_accuracy"),
-    "reward": ("loss", "accuracy", "margin"),
-    "rl": (
-        "objective/scores",
-        "objective/kl",
-        "rollout/length",
-        "rejection/accepted",
-        "loss",
-        "loss/sft",
-        "rewards/accuracies",
-    ),
-}
 _FORGETTING = "forgetting/"
 
 
@@ -126,14 +111,18 @@ def read_status(folder: str | Path) -> Status:
     folder = Path(folder)
     recipe = _recipe(folder)
     # Asked first: what is read afterwards is no older than this.
-    alive = _is_locked(folder / ".state" / "lock")
+    alive = _is_locked(folder / artifacts.STATE / artifacts.LOCK)
     read = _Read(
-        folder, alive, _object(folder / ".state" / PROGRESS_FILE), _object(folder / "results.json"), time.time()
+        folder,
+        alive,
+        _object(folder / artifacts.STATE / artifacts.PROGRESS),
+        _object(folder / artifacts.RESULTS),
+        time.time(),
     )
     progress, prints = read.progress, read.progress.get("stages") or dict.fromkeys(_stages_of(recipe))
     if COMPARE in recipe:
         stages = (
-            *(_variant(folder / VARIANTS_FOLDER / name, alive) for name in _variants_of(recipe)),
+            *(_variant(folder / artifacts.VARIANTS / name, alive) for name in _variants_of(recipe)),
             read.comparison(),
         )
     else:
@@ -160,7 +149,7 @@ def read_status(folder: str | Path) -> Status:
 
 def _variant(folder: Path, alive: bool) -> StageStatus:
     """A variant of a comparison as a stage: what its own run is doing."""
-    if not (folder / "recipe.yaml").is_file():
+    if not (folder / artifacts.RECIPE).is_file():
         return StageStatus(folder.name, "waiting")
     run = read_status(folder)
     if run.state == "done":
@@ -186,18 +175,21 @@ class _Read:
 
     def stage(self, name: str, fingerprint: str | None) -> StageStatus:
         """A stage, by its marker in ``.state``, what the process says, and its results."""
-        marker, numbers = _object(self.folder / ".state" / f"{name}.json"), self.results.get(name) or {}
+        marker, numbers = (
+            _object(self.folder / artifacts.STATE / artifacts.marker_of(name)),
+            self.results.get(name) or {},
+        )
         current = self.progress.get("stage") == name and self.progress.get("outcome") is None
         if self.alive and current:
             return self._running(name)
         # One that was made with other settings is going to be made anew.
         if marker.get("complete") and fingerprint in (None, marker.get("fingerprint")):
-            return StageStatus(name, "done", numbers.get("seconds"), summary(name, numbers) if numbers else "")
+            return StageStatus(name, "done", numbers.get("seconds"), _summary(name, numbers) if numbers else "")
         if numbers.get("shard"):
             return StageStatus(name, "waiting", numbers.get("seconds"), f"share {numbers['shard']} is done")
         if self.alive or not marker or marker.get("complete"):
             return StageStatus(name, "waiting")
-        step, metrics = _last_metrics(self.folder / "metrics.jsonl", name)
+        step, metrics = _last_metrics(self.folder / artifacts.METRICS, name)
         bars = self._bars() if self.progress.get("stage") == name else ()
         return StageStatus(name, "interrupted", bars=bars, step=step, metrics=metrics)
 
@@ -207,12 +199,12 @@ class _Read:
             return self._running(COMPARE) if self.progress.get("stage") == COMPARE else StageStatus(COMPARE, "waiting")
         numbers = self.results.get(COMPARE)
         if numbers and self.progress.get("outcome") == "done":
-            return StageStatus(COMPARE, "done", numbers.get("seconds"), summary(COMPARE, numbers))
+            return StageStatus(COMPARE, "done", numbers.get("seconds"), summary_of_comparison(numbers))
         return StageStatus(COMPARE, "interrupted" if self.progress.get("stage") == COMPARE else "waiting")
 
     def _running(self, name: str) -> StageStatus:
         seconds = max(self.now - self.progress.get("stage_started_at", self.now), 0)
-        step, metrics = _last_metrics(self.folder / "metrics.jsonl", name)
+        step, metrics = _last_metrics(self.folder / artifacts.METRICS, name)
         return StageStatus(name, "running", seconds, "", self._bars(), step, metrics)
 
     def _bars(self) -> tuple[Bar, ...]:
@@ -255,9 +247,9 @@ def _is_locked(path: Path) -> bool:
 
 
 def _recipe(folder: Path) -> dict[str, Any]:
-    path = folder / "recipe.yaml"
+    path = folder / artifacts.RECIPE
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) if (folder / ".state").is_dir() else None
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) if (folder / artifacts.STATE).is_dir() else None
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         recipe = None
     if not isinstance(recipe, dict):
@@ -268,7 +260,12 @@ def _recipe(folder: Path) -> dict[str, Any]:
             where=str(folder),
             fix="Name the folder that `trl-rlaif run` wrote.",
         )
+    artifacts.check_format(recipe, str(folder))
     return recipe
+
+
+def _summary(stage: str, numbers: dict[str, Any]) -> str:
+    return STAGES[stage].summary(numbers) if stage in STAGES else ""
 
 
 def _stages_of(recipe: dict[str, Any]) -> list[str]:
@@ -294,7 +291,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 def _last_metrics(path: Path, stage: str) -> tuple[int | None, dict[str, float | None]]:
     """The last logged step of a stage, and the newest value of each of the metrics that are told."""
-    told, step, found = _TOLD.get(stage, ()), None, {}
+    told, step, found = STAGES[stage].told if stage in STAGES else (), None, {}
     for row in reversed(_tail(path)):
         if row.get("stage") != stage:
             continue

@@ -22,7 +22,7 @@ from trl_rlaif.generation import sample_responses
 from trl_rlaif.models.kernels import DEFAULTS, generation_kernels, kernels, training_kernels, used
 from trl_rlaif.models.loading import keep_gradients
 from trl_rlaif.pipeline.runner import run_recipe
-from trl_rlaif.pipeline.stages import sample
+from trl_rlaif.pipeline.work import sample
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe.sections import KERNELS
 

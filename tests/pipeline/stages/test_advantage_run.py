@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 from trl_rlaif_regulator import DistributionRegulator
 
 from trl_rlaif import RewardTrainer, SharedBase, UserError, load_reward_model
-from trl_rlaif.pipeline.artifacts import read_lines
+from trl_rlaif.files import read_lines
 from trl_rlaif.pipeline.context import Context
 from trl_rlaif.pipeline.runner import run_recipe
-from trl_rlaif.pipeline.stage import STAGES
-from trl_rlaif.pipeline.stages.reward import transformed
+from trl_rlaif.pipeline.stages import STAGES
+from trl_rlaif.pipeline.work.reward import transformed
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.reward.log_ratios import response_logprobs
 
@@ -112,7 +112,7 @@ def test_the_scores_of_held_out_pairs_are_kept_and_made_anew_with_their_stage(fi
             assert figures["n"] == len(found) and figures["mean"] == pytest.approx(sum(found) / len(found))
     clear = [row["chosen"] > row["rejected"] for row in rows if row["p"] != 0.5]
     assert numbers["accuracy"] == pytest.approx(sum(clear) / len(clear))
-    assert any("reward_scores.jsonl" in stage.outputs for stage in STAGES if stage.name == "reward")
+    assert "reward_scores.jsonl" in STAGES["reward"].outputs
 
 
 def test_policies_that_wrote_the_responses_become_importance_weights(finished, tiny_model, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from helpers.recipes import run_cli, write_recipe
 from transformers import AutoTokenizer
 
-from trl_rlaif.pipeline.artifacts import read_lines
+from trl_rlaif.files import read_lines
 
 # Only the stages that read data: what is wrong must be found there.
 SHORT = {"reward": None, "rl": None, "evaluate": None, "report": None}

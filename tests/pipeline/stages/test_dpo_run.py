@@ -17,12 +17,12 @@ from trl import DPOConfig, DPOTrainer
 
 from trl_rlaif import RunError, UserError
 from trl_rlaif.pipeline.context import Context
+from trl_rlaif.pipeline.preferences import write_preferences
 from trl_rlaif.pipeline.runner import run_recipe
-from trl_rlaif.pipeline.stages.label import write_preferences
+from trl_rlaif.pipeline.work import dpo
+from trl_rlaif.pipeline.work.dpo import build_trainer
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import parse_recipe
-from trl_rlaif.rl import dpo
-from trl_rlaif.rl.dpo import build_trainer
 from trl_rlaif.rl.soft_dpo import SoftDPOTrainer
 
 pytestmark = [pytest.mark.trl, pytest.mark.slow]

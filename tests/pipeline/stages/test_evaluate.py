@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trl_rlaif.pipeline.stages.evaluate import _numbers
+from trl_rlaif.pipeline.work.evaluate import _numbers
 
 
 def _rows(category, preferred, gain, count=8):

@@ -6,7 +6,7 @@ import torch
 from helpers.recipes import tiny_recipe
 
 from trl_rlaif.memory import plan_memory
-from trl_rlaif.rl.from_recipe import gpu_memory
+from trl_rlaif.pipeline.rl_setup import gpu_memory
 
 
 def test_the_measured_peak_stands_beside_the_predicted_one(tmp_path, tiny_model, monkeypatch):

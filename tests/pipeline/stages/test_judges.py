@@ -24,12 +24,13 @@ from trl_rlaif.errors import UserError
 from trl_rlaif.evaluation import judge_panel as judges_module
 from trl_rlaif.evaluation import win_rate
 from trl_rlaif.evaluation.judge_panel import ask_judges, asking, check_servers, judged_numbers
+from trl_rlaif.files import read_lines
 from trl_rlaif.judging.prompt import JudgePrompt
 from trl_rlaif.pipeline import context as context_module
-from trl_rlaif.pipeline.artifacts import RunFolder, read_lines
 from trl_rlaif.pipeline.context import Context
-from trl_rlaif.pipeline.runner import run_recipe, summary
-from trl_rlaif.pipeline.stage import fingerprints
+from trl_rlaif.pipeline.run_folder import RunFolder
+from trl_rlaif.pipeline.runner import run_recipe
+from trl_rlaif.pipeline.stages import STAGES, fingerprints
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import prompt_folder
 
@@ -148,12 +149,12 @@ def test_further_judges_and_ratings_are_those_of_the_models_themselves(finished,
 def test_the_stages_line_names_their_agreement(finished):
     folder, _ = finished
     numbers = folder.results()["evaluate"]
-    line = summary("evaluate", numbers)
+    line = STAGES["evaluate"].summary(numbers)
     assert "\n" not in line and line.startswith("test: wins ")
     rate = numbers["sets"]["test"]["judge_agreement"]["all"]["rate"]
     assert line.endswith(f", judges agree in {rate:.0%}")
     alone = {name: one | {"judge_agreement": None} for name, one in numbers["sets"].items()}
-    assert "agree" not in summary("evaluate", {"sets": alone})
+    assert "agree" not in STAGES["evaluate"].summary({"sets": alone})
 
 
 # ---- Asking ---------------------------------------------------------------------------------------------
@@ -270,7 +271,7 @@ def test_where_nothing_can_be_judged_there_is_no_win_rate(tmp_path, tiny_model, 
     for found in (numbers, numbers["judges"]["again"]):
         assert (found["unjudged"], found["length_controlled"]) == (4, None) and "win_rate" not in found
     assert numbers["judge_agreement"]["all"] is None and numbers["harmless"] is None
-    assert summary("evaluate", {"sets": {"test": numbers}}) == ""
+    assert STAGES["evaluate"].summary({"sets": {"test": numbers}}) == ""
     assert "could rate no response's harmlessness: refused." in capsys.readouterr().err
 
 

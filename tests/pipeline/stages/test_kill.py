@@ -16,7 +16,7 @@ from helpers.killing import start_labeling
 from helpers.recipes import write_recipe
 from safetensors.torch import load_file
 
-from trl_rlaif.pipeline.artifacts import read_lines
+from trl_rlaif.files import read_lines
 
 pytestmark = pytest.mark.slow
 

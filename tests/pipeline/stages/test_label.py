@@ -19,12 +19,12 @@ from trl_rlaif import UserError
 from trl_rlaif.data import Pair
 from trl_rlaif.errors import RunError
 from trl_rlaif.evaluation import agreement, calibration_error, compare_agreement
+from trl_rlaif.files import read_lines
 from trl_rlaif.judging.scoring import ContinuationScorer
 from trl_rlaif.labels import LabelStore
 from trl_rlaif.labels.calibration import Calibration, cross_validate
 from trl_rlaif.labels.store import pair_key
 from trl_rlaif.pipeline import context as context_module
-from trl_rlaif.pipeline.artifacts import read_lines
 from trl_rlaif.pipeline.context import Context
 from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.plugins import installed_plugins

@@ -11,13 +11,13 @@ from transformers import AutoTokenizer
 
 from trl_rlaif import UserError
 from trl_rlaif.encoding import encode_prompt, encode_response
-from trl_rlaif.pipeline.artifacts import read_lines
+from trl_rlaif.files import read_lines
 from trl_rlaif.pipeline.context import Context
+from trl_rlaif.pipeline.rl_setup import prompts as prompts_of_rl
 from trl_rlaif.pipeline.runner import run_recipe
-from trl_rlaif.pipeline.stages.reward import tokenize_preference
+from trl_rlaif.pipeline.work import dpo
+from trl_rlaif.pipeline.work.reward import tokenize_preference
 from trl_rlaif.plugins import installed_plugins
-from trl_rlaif.rl import dpo
-from trl_rlaif.rl.from_recipe import prompts as prompts_of_rl
 
 NO_MORE = {"label": None, "reward": None, "rl": None, "evaluate": None, "report": None}
 

@@ -9,13 +9,13 @@ from helpers.tiny import save_tiny_model
 from safetensors.torch import load_file
 
 from trl_rlaif import UserError
+from trl_rlaif.files import read_lines
 from trl_rlaif.memory import plan_memory
-from trl_rlaif.pipeline.artifacts import read_lines
 from trl_rlaif.pipeline.context import Context
 from trl_rlaif.pipeline.runner import run_recipe
+from trl_rlaif.pipeline.work.ppo import build_trainer
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import packaged_recipes, parse_recipe
-from trl_rlaif.rl.ppo.run import build_trainer
 from trl_rlaif.rl.rejection import RejectionTrainer
 
 pytestmark = [pytest.mark.trl, pytest.mark.slow]

@@ -18,7 +18,7 @@ from trl_rlaif.errors import RunError
 from trl_rlaif.evaluation import share_interval
 from trl_rlaif.pipeline.context import Context
 from trl_rlaif.pipeline.runner import run_recipe
-from trl_rlaif.pipeline.stages import reward
+from trl_rlaif.pipeline.work import reward
 from trl_rlaif.plugins import installed_plugins
 
 ROWS = {

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from trl_rlaif import SharedBase
-from trl_rlaif.pipeline.artifacts import read_lines
+from trl_rlaif.files import read_lines
 from trl_rlaif.pipeline.runner import run_recipe
-from trl_rlaif.pipeline.stages.reward import tokenize_preference
+from trl_rlaif.pipeline.work.reward import tokenize_preference
 from trl_rlaif.plugins import installed_plugins
 
 pytestmark = [pytest.mark.trl, pytest.mark.slow]

@@ -8,10 +8,23 @@ from helpers.recipes import write_recipe
 from safetensors.torch import load_file
 
 from trl_rlaif import UserError, distributed
-from trl_rlaif.pipeline.artifacts import RunFolder, read_lines
+from trl_rlaif.files import append_lines, read_lines, write_folder
+from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.runner import run_recipe
+from trl_rlaif.pipeline.stages import check_processes
 from trl_rlaif.plugins import installed_plugins
-from trl_rlaif.recipe import parse_recipe
+from trl_rlaif.recipe import (
+    DataSection,
+    LabelSection,
+    ModelSection,
+    Recipe,
+    RewardSection,
+    RlSection,
+    RunSection,
+    SampleSection,
+    SftSection,
+    parse_recipe,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -55,31 +68,30 @@ def as_second_of_two(monkeypatch):
 
 
 def test_another_process_than_the_first_changes_nothing(tmp_path, as_second_of_two):
-    from trl_rlaif.pipeline import artifacts
-
     folder = RunFolder(tmp_path)
     with folder.locked():
         folder.begin("rl", "a")
         folder.add_metrics("rl", 1, {"loss": 1.0})
         folder.add_results("rl", {"loss": 1.0})
         folder.complete("rl", "a")
-        artifacts.append_lines(tmp_path / "lines.jsonl", [{}])
-        artifacts.write_folder(tmp_path / "policy", lambda path: pytest.fail("written"))
+        append_lines(tmp_path / "lines.jsonl", [{}])
+        write_folder(tmp_path / "policy", lambda path: pytest.fail("written"))
     assert {path.name for path in tmp_path.rglob("*")} == {".state"}
 
 
 def test_another_stage_is_refused_with_the_commands_to_write(as_second_of_two):
-    stages = ["sample", "label", "reward", "rl", "evaluate", "report"]
+    recipe = Recipe(RunSection(name="x"), ModelSection(path="x"), DataSection(prompts="x"),
+                    sample=SampleSection(), label=LabelSection(), reward=RewardSection(), rl=RlSection())  # fmt: skip
     with pytest.raises(UserError, match="2 processes share the stage rl alone.*") as error:
-        distributed.check(stages, [])
+        check_processes(recipe, [])
     assert "--only sample,label,reward with one process, then --only rl with several" in str(error.value)
     with pytest.raises(UserError, match="rl alone"):
-        distributed.check(stages, ["label", "rl"])
-    distributed.check(stages, ["rl"])
+        check_processes(recipe, ["label", "rl"])
+    check_processes(recipe, ["rl"])
 
 
 def test_one_process_may_run_everything():
-    distributed.check(["sample", "rl"], [])
+    check_processes(Recipe(RunSection(name="x"), ModelSection(path="x"), DataSection(), sft=SftSection(data="x")), [])
     assert distributed.processes() == 1 and distributed.is_first()
 
 

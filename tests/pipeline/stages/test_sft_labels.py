@@ -10,10 +10,10 @@ from helpers.tiny import make_llama, make_tokenizer
 from trl import chat_template_utils
 
 from trl_rlaif import UserError
-from trl_rlaif.pipeline.artifacts import RunFolder
 from trl_rlaif.pipeline.context import Context
+from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.runner import run_recipe
-from trl_rlaif.pipeline.stages import sft
+from trl_rlaif.pipeline.work import sft
 from trl_rlaif.plugins import installed_plugins
 
 pytestmark = pytest.mark.trl

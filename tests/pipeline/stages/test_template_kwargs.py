@@ -10,11 +10,11 @@ from helpers.recipes import tiny_recipe
 from helpers.tiny import CHAT_TEMPLATE
 
 from trl_rlaif.encoding import encode_prompt
-from trl_rlaif.pipeline.artifacts import RunFolder
 from trl_rlaif.pipeline.context import Context
+from trl_rlaif.pipeline.run_folder import RunFolder
+from trl_rlaif.pipeline.work import dpo
+from trl_rlaif.pipeline.work import grpo_rloo as groups
 from trl_rlaif.plugins import installed_plugins
-from trl_rlaif.rl import dpo
-from trl_rlaif.rl.grpo_rloo import run as groups
 
 pytestmark = pytest.mark.trl
 

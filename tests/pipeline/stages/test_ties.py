@@ -14,13 +14,13 @@ from torch.nn.functional import logsigmoid
 from trl_rlaif import UserError
 from trl_rlaif.evaluation import is_even
 from trl_rlaif.pipeline.context import Context
-from trl_rlaif.pipeline.runner import run_recipe, summary
-from trl_rlaif.pipeline.stages import reward
-from trl_rlaif.pipeline.stages.label import write_preferences
+from trl_rlaif.pipeline.preferences import write_preferences
+from trl_rlaif.pipeline.runner import run_recipe
+from trl_rlaif.pipeline.stages import STAGES
+from trl_rlaif.pipeline.work import dpo, reward
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.reward.config import RewardConfig
 from trl_rlaif.reward.scoring import score_pairs
-from trl_rlaif.rl import dpo
 
 NO_MORE = {"sample": None, "label": None, "rl": None, "evaluate": None, "report": None}
 RL = {"algorithm": "dpo", "kl_coef": 0.3, "max_steps": 1, "per_device_train_batch_size": 2}
@@ -57,7 +57,7 @@ def test_the_reward_model_learns_from_no_tie_of_peoples(tiny_model, tmp_path):
     results = folder.results()
     assert results["reward"]["train_pairs"] == 6
     assert results["reward"]["skipped"] == {"tie": 3, "no human choice": 3}
-    assert results["sample"]["ties"] == 3 and summary("sample", results["sample"]) == "12 pairs, 3 of them ties"
+    assert results["sample"]["ties"] == 3 and STAGES["sample"].summary(results["sample"]) == "12 pairs, 3 of them ties"
 
 
 def test_dpo_learns_from_no_tie_of_peoples(tiny_model, tmp_path):
@@ -65,7 +65,7 @@ def test_dpo_learns_from_no_tie_of_peoples(tiny_model, tmp_path):
     _, folder = run(tmp_path, tiny_model, data=data, reward=None, rl=RL)
     numbers = folder.results()["rl"]
     assert (numbers["pairs"], numbers["skipped"]) == (4, {"tie": 2})
-    assert summary("rl", numbers) == "4 pairs (skipped: 2 tie)"
+    assert STAGES["rl"].summary(numbers) == "4 pairs (skipped: 2 tie)"
 
 
 def test_nothing_but_ties(tiny_model, tmp_path):

@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 
 from trl_rlaif import UserError
 from trl_rlaif.evaluation.forgetting import mean_nll
-from trl_rlaif.pipeline.artifacts import RunFolder, read_lines
+from trl_rlaif.files import read_lines
 from trl_rlaif.pipeline.context import Context
+from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.runner import run_recipe
+from trl_rlaif.pipeline.work.grpo_rloo import build_trainer
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import parse_recipe
-from trl_rlaif.rl.grpo_rloo.run import build_trainer
 from trl_rlaif.rl.rehearsal import batch_size
 
 pytestmark = pytest.mark.trl

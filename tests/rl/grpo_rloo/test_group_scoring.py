@@ -11,10 +11,10 @@ from helpers.recipes import tiny_recipe
 from trl_rlaif_regulator import DistributionRegulator
 
 from trl_rlaif import RewardTransform
-from trl_rlaif.pipeline.artifacts import RunFolder
 from trl_rlaif.pipeline.context import Context
+from trl_rlaif.pipeline.run_folder import RunFolder
+from trl_rlaif.pipeline.work.grpo_rloo import build_trainer
 from trl_rlaif.plugins import installed_plugins
-from trl_rlaif.rl.grpo_rloo.run import build_trainer
 
 pytestmark = pytest.mark.trl
 

@@ -9,11 +9,12 @@ from helpers.recipes import tiny_recipe
 from trl_rlaif_direct import DirectLabeler
 
 from trl_rlaif import UserError
-from trl_rlaif.pipeline.artifacts import RunFolder, read_lines
+from trl_rlaif.files import read_lines
 from trl_rlaif.pipeline.context import Context
+from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.runner import run_recipe
+from trl_rlaif.pipeline.work.grpo_rloo import build_trainer
 from trl_rlaif.plugins import installed_plugins
-from trl_rlaif.rl.grpo_rloo.run import build_trainer
 from trl_rlaif.testing import ScriptedJudge
 
 pytestmark = pytest.mark.trl

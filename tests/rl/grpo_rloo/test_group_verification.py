@@ -11,10 +11,10 @@ from helpers.tiny import make_gpt2, make_llama, make_tokenizer
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from trl_rlaif import UserError
-from trl_rlaif.pipeline.artifacts import RunFolder
 from trl_rlaif.pipeline.context import Context
+from trl_rlaif.pipeline.run_folder import RunFolder
+from trl_rlaif.pipeline.work.grpo_rloo import build_trainer
 from trl_rlaif.plugins import installed_plugins
-from trl_rlaif.rl.grpo_rloo.run import build_trainer
 from trl_rlaif.rl.grpo_rloo.verification import verify
 
 pytestmark = pytest.mark.trl

@@ -1,239 +1,80 @@
-"""The trained policy against the start on held-out prompts: win rates by the judges, and reward of both."""
+"""The stage evaluate: the trained policy against the start on held-out prompts."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from trl_rlaif.batching import length_batches, token_batches
-from trl_rlaif.data import Prompt
-from trl_rlaif.data.overlap import prompt_key
-from trl_rlaif.evaluation import bootstrap_mean, win_rate
-from trl_rlaif.evaluation.forgetting import answer_pair, better_half, mean_nll
-from trl_rlaif.evaluation.judge_panel import MAIN, ask_judges, check_servers, judged_numbers
-from trl_rlaif.generation import padded_together, sample_responses, seeded
-from trl_rlaif.models import forward
-from trl_rlaif.models.forward import RolloutSlice, as_responses
-from trl_rlaif.models.role_models import SharedRoleModels
-from trl_rlaif.models.shared_model import SharedBase
-from trl_rlaif.pipeline.artifacts import to_line, write_atomically
-from trl_rlaif.pipeline.context import Context
-from trl_rlaif.progress import progress_bar
-from trl_rlaif.recipe.inputs import warn_of_overlaps
-from trl_rlaif.rl.rollouts import scored_rows
+from trl_rlaif.pipeline import artifacts
+from trl_rlaif.pipeline.inputs import data_file, prompt_file
+from trl_rlaif.pipeline.stage import BASE, GROUPING, READING, TRACKING, Stage
+from trl_rlaif.recipe import JudgeSection
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
+    from trl_rlaif.memory.parts import MemoryRun
+    from trl_rlaif.memory.plan import Part
+    from trl_rlaif.pipeline.artifacts import EvaluateResults
     from trl_rlaif.recipe import Recipe
-    from trl_rlaif.types import RehearsalPair
-
-BATCH_TOKENS = 8192
-# Prompts of a category below which a win rate says nothing.
-FEWEST_FOR_DRIFT = 5
 
 
-def run(context: Context) -> dict[str, Any]:
-    """Write ``samples.jsonl``; return win rates and rewards by set."""
-    recipe, started = context.recipe, time.monotonic()
-    check_servers(context)
-    shared = SharedBase(context.load_base(), context.folder / "policy", reference=context.start)
-    if recipe.reward and "reward" in recipe.rl.reward_names:
-        shared.add_reward(context.folder / "reward")
-    shared.to(shared.model.device).eval()
-    rows, found = {}, {}
-    for name, source in sources(recipe).items():
-        rows[name], found[name] = _answers(context, shared, name, source)
-    models = ask_judges(context, shared, rows)
-    samples, seed = [row for of_set in rows.values() for row in of_set], recipe.run.seed
-    write_atomically(context.folder / "samples.jsonl", "".join(map(to_line, samples)))
-    return {
-        "judge": models[MAIN],
-        "sets": {
-            name: judged_numbers(of_set, models, seed) | _numbers(of_set, seed) | found[name]
-            for name, of_set in rows.items()
-        },
-        "agreement": _agreement(context),
-        "overlaps": warn_of_overlaps(recipe, "evaluate"),
-        "seconds": time.monotonic() - started,
-    }
+class Evaluate(Stage):
+    """Responses of both, what the judges say of them, and the reward model's scores."""
 
+    name = "evaluate"
+    outputs = (artifacts.SAMPLES,)
+    without = TRACKING
 
-def sources(recipe: Recipe) -> dict[str, str]:
-    """Where the prompts of each set come from, by the set's name."""
-    return recipe.evaluate.sets or {"test": recipe.data.eval_prompts}
+    def settings(self, recipe: Recipe) -> tuple[str, ...]:
+        keys = (*BASE, *READING, *GROUPING, "evaluate")
+        if recipe.evaluate.max_new_tokens is None and "response_length" not in recipe.rl.config:
+            keys += ("sample.max_new_tokens",)
+        return keys
 
+    def files(self, recipe: Recipe) -> dict[str, dict[str, str] | None]:
+        section = recipe.evaluate
+        prompts = {"evaluate.prompt": recipe.evaluation_prompt, "evaluate.harmless": section.harmless}
+        prompts |= {f"evaluate.judges.{name}.prompt": judge.prompt for name, judge in section.judges.items()}
+        sets = {f"evaluate.sets.{name}": source for name, source in section.sets.items()}
+        sets = sets or {"data.eval_prompts": recipe.data.eval_prompts}
+        found = {key: prompt_file(name) for key, name in prompts.items() if name}
+        return found | {key: data_file(source) for key, source in sets.items()}
 
-def _agreement(context: Context) -> dict[str, Any]:
-    """Agreement with people's choices, where the data has them: of the labels, and of the reward model."""
-    results = context.folder.results()
-    return {stage: results.get(stage, {}).get("agreement") for stage in ("label", "reward")}
+    def columns(self, recipe: Recipe) -> tuple[str, ...]:
+        return ("eval_prompts",)
 
+    def after(self, recipe: Recipe) -> tuple[str, ...]:
+        return ("sft", "rl", "reward") if "reward" in recipe.rl.reward_names else ("sft", "rl")
 
-def _answers(
-    context: Context, shared: SharedBase, name: str, source: str
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """One line a prompt: both first responses, and means over all.
-
-    The set's own numbers come with them: what was skipped, and the NLL of the start's good answers.
-    """
-    length, reader = max_new_tokens(context), context.reader(shared.model)
-    prompts, tokens, skipped = context.encoded_prompts(source, length, shared.model, "eval_prompts")
-    roles = {"start": shared.reference, "trained": "policy"}
-    drawn = {
-        side: _responses(context, shared, role, f"{name}: {side}", prompts, tokens, length)
-        for side, role in roles.items()
-    }
-    texts = {
-        side: [reader.read(ids, prompt).answer.strip() for (ids, *_), prompt in zip(responses, tokens, strict=True)]
-        for side, responses in drawn.items()
-    }
-    numbers = {side: _of_each_prompt(context, shared, tokens, responses) for side, responses in drawn.items()}
-    rows = [
-        {
-            "set": name,
-            "id": prompt.id,
-            "prompt": prompt.prompt,
-            "category": prompt.category,
-            **{side: texts[side][i] for side in roles},
-            **{f"{key}_{side}": values[i] for side in roles for key, values in numbers[side].items()},
-        }
-        for i, prompt in enumerate(prompts)
-    ]
-    asked, firsts = [prompt.prompt for prompt in prompts], [responses[0] for responses in drawn["start"]]
-    start = [answer_pair(*row) for row in zip(asked, texts["start"], tokens, firsts, strict=True)]
-    return rows, {"skipped": skipped} | _nlls(context, shared, start, numbers["start"]["reward"])
-
-
-def _nlls(context: Context, shared: SharedBase, pairs: list[RehearsalPair], rewards: list[Any]) -> dict[str, float]:
-    """NLL a token of the start's good answers, under the start itself and under the trained policy.
-
-    Good is the half that the reward model scores highest; without one, all are.
-    """
-    kept = range(len(pairs)) if None in rewards else better_half(rewards)
-    good, size, device = [pairs[i] for i in kept], context.recipe.evaluate.batch_size, shared.model.device
-    return {
-        f"nll_{side}": mean_nll(SharedRoleModels(shared), part, good, batch_size=size, device=device)
-        for side, part in (("start", "reference"), ("trained", "policy"))
-    }
-
-
-def _of_each_prompt(
-    context: Context, shared: SharedBase, tokens: list[list[int]], responses: list[list[list[int]]]
-) -> dict[str, list[Any]]:
-    """Means over each prompt's responses, and the first one's own reward (None without a reward model)."""
-    reader, many = context.reader(shared.model), len(responses[0])
-    rewards: list[Any] = [None] * len(tokens) * many
-    if "reward" in shared.heads:
-        rewards = rewards_of(
-            context, shared, [p for p in tokens for _ in range(many)], [r for rs in responses for r in rs]
+    def summary(self, numbers: EvaluateResults) -> str:
+        return "; ".join(
+            f"{name}: wins {s['win_rate']:.0%} ({s['interval'][0]:.0%} to {s['interval'][1]:.0%}){_agreeing(s)}"
+            for name, s in numbers["sets"].items()
+            if "win_rate" in s
         )
-    of_prompts = [rewards[i : i + many] for i in range(0, len(rewards), many)]
-    return {
-        "tokens": [statistics.fmean(len(r) for r in rs) for rs in responses],
-        "ended": [
-            statistics.fmean(reader.read(r, prompt).ended for r in rs)
-            for rs, prompt in zip(responses, tokens, strict=True)
-        ],
-        "reward": [rs[0] for rs in of_prompts],
-        "mean_reward": [None if None in rs else statistics.fmean(rs) for rs in of_prompts],
-    }
+
+    def memory(self, run: MemoryRun) -> list[Part]:
+        """Responses of the policy and the start, rewards, and the judge, on one base."""
+        from trl_rlaif.memory.parts import JUDGE_TOKENS, frozen_adapters, generation, judge_pass
+
+        recipe, section = run.recipe, run.recipe.evaluate
+        adapters = 1 + (recipe.sft is not None) + ("reward" in recipe.rl.reward_names)
+        response = section.max_new_tokens or recipe.rl.config.get("response_length")
+        response = response or (recipe.sample.max_new_tokens if recipe.sample else 128)
+        if isinstance(section.judge, JudgeSection):
+            run.notes.append("The judge of 'evaluate' is a model of its own, and is not counted.")
+        own = [name for name, further in section.judges.items() if isinstance(further.judge, JudgeSection)]
+        if own:
+            run.notes.append(f"Models of their own among evaluate.judges ({', '.join(own)}) are not counted.")
+        rows = max(1, section.batch_size // section.num_responses) * section.num_responses
+        activations = run.activations(None)
+        return [
+            *run.base(),
+            frozen_adapters(run, f"{adapters} adapters (frozen)", adapters),
+            *generation(activations, rows, run.prompt, response),
+            judge_pass("reward model or judge", activations, JUDGE_TOKENS),
+        ]
 
 
-def max_new_tokens(context: Context) -> int:
-    """Longest response, in tokens."""
-    recipe = context.recipe
-    given = recipe.evaluate.max_new_tokens or recipe.rl.config.get("response_length")
-    return given or (recipe.sample.max_new_tokens if recipe.sample else 128)
-
-
-def _responses(
-    context: Context,
-    shared: SharedBase,
-    role: str | None,
-    description: str,
-    prompts: list[Prompt],
-    tokens: list[list[int]],
-    length: int,
-) -> list[list[list[int]]]:
-    """Token ids of each prompt's responses under a role, with the end token where it was drawn."""
-    section, stops = context.recipe.evaluate, context.stop_ids(shared.model)
-    responses: list[list[list[int]]] = [[]] * len(prompts)
-    batch_size = max(1, section.batch_size // section.num_responses)
-    with progress_bar(f"Answering ({description})", len(prompts), unit="prompts") as advance, shared.role(role):
-        for batch in length_batches([len(t) for t in tokens], batch_size):
-            with seeded(context.recipe.run.seed, "evaluate", *(prompts[i].id for i in batch)):
-                drawn = sample_responses(
-                    shared.model,
-                    context.tokenizer,
-                    [tokens[i] for i in batch],
-                    num_responses=section.num_responses,
-                    max_new_tokens=length,
-                    temperature=section.temperature,
-                    stop_ids=stops,
-                    keep_end=True,
-                )
-            for i, of_prompt in zip(batch, drawn, strict=True):
-                responses[i] = of_prompt
-            advance(len(batch))
-    return responses
-
-
-@torch.no_grad()
-def rewards_of(context: Context, shared: SharedBase, prompts: list[list[int]], encoded: list[list[int]]) -> list[float]:
-    """Scores of the reward role for responses as they were drawn, read at the end of their turns, as in PPO."""
-    pairs = [answer_pair("", "", *row) for row in zip(prompts, encoded, strict=True)]
-    role_models, reader = SharedRoleModels(shared), context.reader(shared.model)
-    scores = [0.0] * len(pairs)
-    batches = token_batches([len(p.prompt_ids) + len(p.response_ids) for p in pairs], BATCH_TOKENS)
-    for batch in (
-        [whole[i] for i in group]
-        for whole in batches
-        for group in padded_together(shared.model, [len(pairs[i].prompt_ids) for i in whole])
-    ):
-        responses = as_responses([pairs[i] for i in batch], shared.model.device)
-        if context.recipe.rl.config.get("score_at_end", True):
-            responses = scored_rows(responses, reader)
-        found = forward.scores(role_models, RolloutSlice.of(responses, torch.arange(len(batch))))[:, 0]
-        for i, score in zip(batch, found.tolist(), strict=True):
-            scores[i] = score
-    return scores
-
-
-def _numbers(rows: list[dict[str, Any]], seed: int) -> dict[str, Any]:
-    numbers: dict[str, Any] = {"prompts": len(rows)}
-    asked = [prompt_key(row["prompt"]) for row in rows]
-    for side in ("start", "trained"):
-        numbers[f"ended_{side}"] = statistics.fmean(row[f"ended_{side}"] for row in rows)
-        numbers[f"tokens_{side}"] = statistics.fmean(row[f"tokens_{side}"] for row in rows)
-        numbers[f"reward_{side}"] = _mean([row[f"mean_reward_{side}"] for row in rows], asked, seed)
-    pairs = [(row["mean_reward_start"], row["mean_reward_trained"]) for row in rows]
-    gains = [None if start is None else trained - start for start, trained in pairs]
-    numbers["reward_gain"] = _mean(gains, asked, seed)
-    by_category = defaultdict(list)
-    for row, gain, key in zip(rows, gains, asked, strict=True):
-        if row["category"] is not None and row["p_trained"] is not None:
-            by_category[row["category"]].append((row["p_trained"], gain, key))
-    numbers["by_category"] = {category: _of_category(found, seed) for category, found in by_category.items()}
-    return numbers
-
-
-def _of_category(found: list[tuple[float, float | None, str]], seed: int) -> dict[str, Any]:
-    """The judge's word on a kind of prompt, beside what the reward model says of it."""
-    preferred, gains, asked = zip(*found, strict=True)
-    win, gain = win_rate(preferred, asked), _mean(list(gains), asked, seed)
-    # The reward surely rose, and the judge surely prefers the start: a sign of reward hacking.
-    drift = gain is not None and gain["interval"][0] > 0 and win["interval"][1] < 0.5
-    drift = drift and len(found) >= FEWEST_FOR_DRIFT
-    return {"win_rate": win["win_rate"], "n": len(found), "reward_gain": gain, "drift": drift}
-
-
-def _mean(values: list[float | None], prompts: Sequence[str], seed: int) -> dict[str, Any] | None:
-    """Mean and 95% bootstrap interval over prompts; None where there is no reward model."""
-    if any(value is None for value in values):
-        return None
-    return {"mean": statistics.fmean(values), "interval": bootstrap_mean(values, prompts, seed=seed)}
+def _agreeing(numbers: dict[str, Any]) -> str:
+    """How often all judges of a set agree, where there are several."""
+    among = (numbers.get("judge_agreement") or {}).get("all")
+    return f", judges agree in {among['rate']:.0%}" if among else ""

@@ -1,19 +1,26 @@
-"""The report: one HTML file from what the other stages left."""
+"""The stage report: one page from what the other stages left."""
 
 from __future__ import annotations
 
-import time
-from typing import Any
+from typing import TYPE_CHECKING
 
-from trl_rlaif.pipeline.context import Context
-from trl_rlaif.progress import progress_bar
-from trl_rlaif.report import write_report
+from trl_rlaif.pipeline import artifacts
+from trl_rlaif.pipeline.stage import Stage
+from trl_rlaif.recipe.sections import STAGES
+
+if TYPE_CHECKING:
+    from trl_rlaif.recipe import Recipe
 
 
-def run(context: Context) -> dict[str, Any]:
-    """Write ``report.html``."""
-    started = time.monotonic()
-    with progress_bar("Writing the report", 1) as advance:
-        path = write_report(context.folder.path)
-        advance(1)
-    return {"path": path.name, "seconds": time.monotonic() - started}
+class Report(Stage):
+    """An HTML page, and its plots."""
+
+    name = "report"
+    outputs = (artifacts.REPORT, artifacts.PLOTS)
+    always = True
+
+    def settings(self, recipe: Recipe) -> tuple[str, ...]:
+        return ()
+
+    def after(self, recipe: Recipe) -> tuple[str, ...]:
+        return tuple(name for name in STAGES if name != self.name)

@@ -1,262 +1,61 @@
-"""The reward model: a LoRA adapter with a score head, trained on the soft labels."""
+"""The stage reward: a LoRA adapter with a score head, trained on the preferences."""
 
 from __future__ import annotations
 
-import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from trl_rlaif.components import numbered
-from trl_rlaif.data.overlap import prompt_key, split_by_group
-from trl_rlaif.encoding import as_rendered, encode_prompt, encode_response
-from trl_rlaif.errors import RunError, UserError
-from trl_rlaif.evaluation import category_figures, is_even, outcome_calibration_error, pairwise_accuracy
-from trl_rlaif.pipeline.artifacts import to_line, write_atomically, write_folder
-from trl_rlaif.pipeline.context import Context, transform_file
-from trl_rlaif.pipeline.stages.label import preferences_of_people
-from trl_rlaif.pipeline.stages.sft import last_checkpoint
-from trl_rlaif.progress import progress_bar, say
-from trl_rlaif.reward.scoring import score_pairs
-from trl_rlaif.types import ScoredBatch
+from trl_rlaif.pipeline import artifacts
+from trl_rlaif.pipeline.stage import BASE, Stage, skipped
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+    from trl_rlaif.memory.parts import MemoryRun
+    from trl_rlaif.memory.plan import Part
+    from trl_rlaif.pipeline.artifacts import RewardResults
+    from trl_rlaif.recipe import Recipe
 
 
-def run(context: Context) -> dict[str, Any]:
-    """Train ``reward/``, and write ``reward_scores.jsonl``; return its accuracy on held-out pairs."""
-    from trl_rlaif.reward.config import RewardConfig
+class Reward(Stage):
+    """A reward model, and its scores of the pairs that were held out."""
 
-    section, started = context.recipe.reward, time.monotonic()
-    left_out = preferences_of_people(context, "reward") if context.recipe.label is None else {}
-    arguments = context.trainer_arguments("reward", section.config)
-    # Pairs of like length in a batch: on mixed prompts half of all tokens would be padding.
-    defaults = {"gradient_checkpointing": False, "train_sampling_strategy": "group_by_length"}
-    config = RewardConfig(**defaults | arguments)
-    train, held_out, too_long = _datasets(context, section.eval_fraction, config.max_length)
-    if section.policies:
-        train = _with_log_ratios(context, train)
-    torch.manual_seed(context.recipe.run.seed)
-    trainer = _trainer(context, config, train)
-    callback = context.callback("reward", "Training the reward model")
-    callback.attach(trainer)
-    try:
-        trainer.train(resume_from_checkpoint=last_checkpoint(arguments["output_dir"]))
-    finally:
-        callback.close()
-    write_folder(context.folder / "reward", lambda folder: _save(trainer, context, folder))
-    numbers = {
-        "train_pairs": len(train),
-        "eval_pairs": len(held_out),
-        "eval_prompts": len(set(held_out["prompt_key"])),
-        "skipped": left_out | too_long,
-    }
-    if len(held_out):
-        numbers |= _held_out_numbers(context, trainer, held_out)
-    return numbers | {"seconds": time.monotonic() - started}
+    name = "reward"
+    outputs = (artifacts.REWARD, artifacts.REWARD_SCORES, artifacts.checkpoints_of("reward"))
+    companions = (artifacts.PREFERENCES,)
+    without = ("reward.packing", "reward.batch_tokens")
+    trains = True
+    prepares = True
+    told = ("loss", "accuracy", "margin")
 
+    def settings(self, recipe: Recipe) -> tuple[str, ...]:
+        return (*BASE, "model.lora", "reward")
 
-def _datasets(
-    context: Context, eval_fraction: float, max_length: int | None
-) -> tuple[Dataset, Dataset, dict[str, int]]:
-    """Tokenized training and held-out pairs, which share no prompt, and how many pairs were too long."""
-    from datasets import load_from_disk
+    def after(self, recipe: Recipe) -> tuple[str, ...]:
+        start = ("sft",) if recipe.reward.policies else ()
+        return (*start, "label" if recipe.label else "sample")
 
-    dataset = load_from_disk(str(context.folder / "preferences"))
-    tokenized = dataset.map(
-        lambda row: tokenize_preference(context.tokenizer, row) | {"prompt_key": prompt_key(row["prompt"])},
-        remove_columns=[c for c in dataset.column_names if c not in ("p", "category", "human", "margin")],
-        load_from_cache_file=False,
-    )
-    kept = [i for i, row in enumerate(tokenized) if max_length is None or row["length"] <= max_length]
-    too_long = {"longer than max_length": len(tokenized) - len(kept)} if len(kept) < len(tokenized) else {}
-    tokenized = tokenized.select(kept)
-    if not len(tokenized):
-        raise UserError(
-            "There is no usable preference to train on.",
-            where=context.recipe.line(("reward",)),
-            fix="Give more pairs, or raise reward.max_length.",
-        )
-    training, held_out = split_by_group(tokenized["prompt_key"], eval_fraction, context.recipe.run.seed)
-    if eval_fraction and not held_out:
-        say(
-            "Warning (reward): no pairs are held out. All pairs of a prompt are held out together, and no prompt has "
-            f"as few as {eval_fraction:.0%} of the {len(tokenized)} pairs. Raise reward.eval_fraction."
-        )
-    return tokenized.select(training), tokenized.select(held_out), too_long
+    def defaults(self, *, gpu: bool) -> dict[str, Any]:
+        # Pairs of like length in a batch: on mixed prompts half of all tokens would be padding.
+        return {"gradient_checkpointing": False, "train_sampling_strategy": "group_by_length"}
 
+    def summary(self, numbers: RewardResults) -> str:
+        if numbers.get("accuracy") is None:
+            return ""
+        low, high = numbers["accuracy_interval"]
+        return f"accuracy {numbers['accuracy']:.0%} on held-out pairs ({low:.0%} to {high:.0%}){skipped(numbers)}"
 
-def _with_log_ratios(context: Context, train: Dataset) -> Dataset:
-    """The training pairs with the start's importance weights against the named policies."""
-    from trl_rlaif.models.shared_model import SharedBase
-    from trl_rlaif.reward.log_ratios import add_log_ratios
+    def memory(self, run: MemoryRun) -> list[Part]:
+        """Both responses of a pair are rows."""
+        from trl_rlaif.memory.parts import backward, trained, trained_item
 
-    shared = SharedBase(context.load_base(), context.start or context.lora)
-    roles: list[str | None] = []
-    for k, folder in enumerate(context.recipe.reward.policies):
-        roles.append(None if folder == "base" else f"writer{k}")
-        if folder != "base":
-            shared.load_adapter(f"writer{k}", folder)
-
-    def as_role(role: str | None) -> Any:
-        return lambda: (shared.role(role), shared.model)
-
-    with progress_bar("Importance weights", len(train), unit="pairs") as advance:
-        found = add_log_ratios(train, as_role("policy"), [as_role(role) for role in roles])
-        advance(len(train))
-    return found
-
-
-def tokenize_preference(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> dict[str, Any]:
-    """``chosen_ids`` and ``rejected_ids`` (prompt, response and end token, as PPO has them), and their lengths."""
-    prompt = encode_prompt(tokenizer, as_rendered(row["prompt"], tokenizer))
-
-    def text(response: Any) -> str:
-        return response if isinstance(response, str) else response[0]["content"]
-
-    chosen = prompt + encode_response(tokenizer, text(row["chosen"]))
-    rejected = prompt + encode_response(tokenizer, text(row["rejected"]))
-    return {
-        "chosen_ids": chosen,
-        "rejected_ids": rejected,
-        "prompt_length": len(prompt),
-        "length": max(len(chosen), len(rejected)),
-    }
-
-
-def _trainer(context: Context, config: Any, train: Dataset) -> Any:
-    from trl_rlaif.models.loading import load_model
-    from trl_rlaif.reward.trainer import RewardTrainer
-
-    torch.set_float32_matmul_precision(context.recipe.model.matmul_precision)
-    lora = context.lora
-    lora.task_type, lora.modules_to_save = "SEQ_CLS", ["score"]
-    return RewardTrainer(
-        model=load_model(context.model_spec, num_labels=1),
-        args=config,
-        train_dataset=train,
-        processing_class=context.tokenizer,
-        peft_config=lora,
-        reward_transforms=context.transforms("reward"),
-        packing=context.recipe.reward.packing,
-        batch_tokens=context.recipe.reward.batch_tokens,
-    )
-
-
-def _save(trainer: Any, context: Context, folder: Path) -> None:
-    trainer.model.save_pretrained(str(folder))
-    context.tokenizer.save_pretrained(str(folder))
-    for ref, transform in zip(context.recipe.reward.transforms, trainer.reward_transforms, strict=True):
-        torch.save(transform.state_dict(), folder / transform_file(ref.name))
-
-
-def _held_out_numbers(context: Context, trainer: Any, held_out: Dataset) -> dict[str, Any]:
-    """What the model makes of held-out pairs: ranking, calibration, and its scores by kind of prompt.
-
-    A label of 0.5, a tie of the people's, and a pair that nobody was asked about are left out of the ranking; equal
-    scores count half.
-
-    Raises:
-        RunError: A score is not finite.
-    """
-    size = trainer.args.per_device_eval_batch_size
-    with progress_bar("Scoring held-out pairs", len(held_out), unit="pairs") as advance:
-        chosen, rejected, expected = score_pairs(
-            trainer.model, held_out, trainer.data_collator, size, trainer.batch_tokens
-        )
-        advance(len(held_out))
-    raw, categories = torch.cat((chosen, rejected)), list(held_out["category"])
-    if not raw.isfinite().all():
-        raise RunError("The reward model's scores are not finite: its training has diverged.",
-                       fix="Lower reward.learning_rate.")  # fmt: skip
-    without_end = [
-        {**row, "chosen_ids": row["chosen_ids"][:-1], "rejected_ids": row["rejected_ids"][:-1]} for row in held_out
-    ]
-    cut = torch.cat(score_pairs(trainer.model, without_end, trainer.data_collator, size, trainer.batch_tokens)[:2])
-    labels, people = _ranking(chosen.tolist(), rejected.tolist(), held_out)
-    names: list[str] = []
-    for ref in context.recipe.reward.transforms:
-        names.append(numbered(ref.name, names))
-    steps = transformed(trainer.reward_transforms, raw, expected, categories)
-    figures = [category_figures(scores.tolist(), categories * 2) for scores in steps]
-    after = steps[-1] if steps else None
-    _write_scores(context.folder / "reward_scores.jsonl", held_out, raw, after)
-    return {
-        "accuracy": labels["rate"] if labels else None,
-        "accuracy_interval": labels["interval"] if labels else None,
-        "agreement": people,
-        **_calibration(torch.sigmoid(chosen - rejected).tolist(), held_out),
-        "scores": category_figures(raw.tolist(), categories * 2)
-        | {"accuracy": {name: of["rate"] for name, of in labels["by_category"].items()} if labels else {}},
-        "without_end": _without_end(raw, cut),
-        "after_each": dict(zip(names, figures, strict=True)),
-        "transformed": figures[-1] if figures else None,
-    }
-
-
-def _calibration(p: list[float], held_out: Dataset) -> dict[str, Any]:
-    """Calibration error of sigmoid(chosen - rejected) where people chose, or else against the soft labels."""
-    people = [None if human is None else float(human) for human in held_out["human"]]
-    asked = len(people) - people.count(None)
-    outcomes = people if asked else list(held_out["p"])
-    against, pairs = ("people", asked) if asked else ("labels", len(outcomes))
-    return {"ece": outcome_calibration_error(p, outcomes), "ece_against": against, "ece_pairs": pairs}
-
-
-def _without_end(scores: torch.Tensor, cut: torch.Tensor) -> dict[str, float | None]:
-    """How scores read at the end of a turn relate to those read at the last token before it, at which none is trained.
-
-    Nobody uses the latter: that token is appended to a response that was cut. They tell what it would cost otherwise.
-    """
-    both = torch.stack((scores, cut)).double()
-    correlation = torch.corrcoef(both)[0, 1].item() if both.std(1).min() > 0 else None
-    return {"correlation": correlation, "difference": (both[0] - both[1]).mean().item()}
-
-
-def _ranking(
-    chosen: list[float], rejected: list[float], held_out: Dataset
-) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """Accuracy by the labels, by category too, and by people's choices; None where there are none."""
-    columns = (held_out[name] for name in ("category", "prompt_key", "p", "human"))
-    rows = list(zip(chosen, rejected, *columns, strict=True))
-    sure = [row[:4] for row in rows if not is_even(row[4])]
-    asked = [(c, r, of) if human else (r, c, of) for c, r, _, of, _, human in rows if human is not None]
-    labels = pairwise_accuracy(*zip(*sure, strict=True)) if sure else None
-    if not asked:
-        return labels, None
-    right, wrong, of = zip(*asked, strict=True)
-    return labels, pairwise_accuracy(right, wrong, clusters=of)
-
-
-def _write_scores(path: Path, held_out: Dataset, raw: torch.Tensor, after: torch.Tensor | None) -> None:
-    """A line a held-out pair: its scores as the model gives them and, with transforms, as PPO gets them."""
-    columns = {name: list(held_out[name]) for name in ("category", "p", "human")}
-    columns["chosen"], columns["rejected"] = (half.tolist() for half in raw.chunk(2))
-    if after is not None:
-        columns["chosen_after"], columns["rejected_after"] = (half.tolist() for half in after.chunk(2))
-    rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
-    write_atomically(path, "".join(map(to_line, rows)))
-
-
-def transformed(
-    transforms: list[Any], raw: torch.Tensor, expected: torch.Tensor | None, categories: list[str | None]
-) -> list[torch.Tensor]:
-    """Scores of chosen, then rejected responses after each of the transforms, as PPO gets them."""
-    batch = ScoredBatch(
-        prompts=[""] * len(raw),
-        completions=[""] * len(raw),
-        lengths=torch.zeros(len(raw), dtype=torch.int64),
-        kl=torch.full_like(raw, torch.nan),
-        columns={"category": categories * 2},
-        parts={"model": raw},
-        model_scores=raw,
-        expected=None if expected is None else expected.repeat(2),
-    )
-    steps = []
-    for transform in transforms:
-        raw = transform.transform_pool(raw.clone(), batch)  # which may change what it is given
-        steps.append(raw)
-    return steps
+        recipe, item = run.recipe, trained_item(run)
+        rows = 2 * run.setting("reward", "per_device_train_batch_size")
+        longest = run.setting("reward", "max_length")
+        if recipe.sample is not None:
+            made = run.prompt + recipe.sample.max_new_tokens
+            longest = made if longest is None else min(made, longest)
+        length = run.within(longest or 1024)
+        checkpointing = bool(run.setting("reward", "gradient_checkpointing"))
+        return [
+            *run.base(head=False),
+            *trained(run, "reward", "adapter and head", (*run.adapter.tensors, run.shape.hidden), item),
+            *backward(run.activations("reward", adapter_item=item), rows, length, checkpointing),
+        ]

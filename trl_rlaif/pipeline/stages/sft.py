@@ -1,117 +1,53 @@
-"""Supervised fine-tuning of a LoRA adapter with TRL's SFTTrainer: the start of everything after it."""
+"""The stage sft: supervised fine-tuning of the adapter that everything after it starts from."""
 
 from __future__ import annotations
 
-import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from trl_rlaif.compat.trl_version import check_trl
-from trl_rlaif.data.finetuning import assistant_turns
-from trl_rlaif.errors import UserError
-from trl_rlaif.models.safe_training import safe_training
-from trl_rlaif.pipeline.artifacts import write_folder
-from trl_rlaif.pipeline.context import Context
-from trl_rlaif.progress import say
-from trl_rlaif.recipe.inputs import read_finetuning
-from trl_rlaif.run_identity import SameRun
+from trl_rlaif.pipeline import artifacts
+from trl_rlaif.pipeline.inputs import data_file
+from trl_rlaif.pipeline.stage import BASE, Stage
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-    from trl import SFTTrainer
+    from trl_rlaif.memory.parts import MemoryRun
+    from trl_rlaif.memory.plan import Part
+    from trl_rlaif.recipe import Recipe
+
+# TRL computes the loss over so many tokens at once.
+CHUNK = 256
 
 
-def run(context: Context) -> dict[str, Any]:
-    """Train ``sft/`` and return its final numbers."""
-    started = time.monotonic()
-    trainer = build_trainer(context)
-    output = train_from_last(context, trainer, "sft", "Fine-tuning")
-    write_folder(context.folder / "sft", lambda folder: _save(trainer, folder))
-    return {
-        "rows": len(trainer.train_dataset),
-        "loss_on": _loss_on(trainer),
-        "loss": output.training_loss,
-        "seconds": time.monotonic() - started,
-    }
+class Sft(Stage):
+    """An adapter, trained by TRL's SFTTrainer."""
 
+    name = "sft"
+    outputs = (artifacts.SFT, artifacts.checkpoints_of("sft"))
+    trains = True
+    prepares = True
+    told = ("loss", "mean_token_accuracy")
 
-def train_from_last(context: Context, trainer: Any, stage: str, title: str) -> Any:
-    """Train from the newest checkpoint, if it is of the same run; what TRL's trainer returns."""
-    callback = context.callback(stage, title)
-    callback.attach(trainer)
-    trainer.add_callback(SameRun(trainer))
-    try:
-        with safe_training(trainer):
-            return trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir))
-    finally:
-        callback.close()
+    def settings(self, recipe: Recipe) -> tuple[str, ...]:
+        return (*BASE, "model.lora", "sft")
 
+    def files(self, recipe: Recipe) -> dict[str, dict[str, str] | None]:
+        return {"sft.data": data_file(recipe.sft.data)}
 
-def build_trainer(context: Context) -> SFTTrainer:
-    """The trainer that the recipe describes."""
-    check_trl()
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
+    def columns(self, recipe: Recipe) -> tuple[str, ...]:
+        return ("sft",)
 
-    from trl_rlaif.models.adapters import fitted
+    def memory(self, run: MemoryRun) -> list[Part]:
+        """Rows are taken to be as long as max_length."""
+        from trl_rlaif.memory.parts import trained, trained_item, update
 
-    written, tokenizer = context.recipe.sft.config, context.tokenizer
-    rows, defaults = read_finetuning(context.recipe, chat=bool(tokenizer.chat_template)), {}
-    chosen = {"assistant_only_loss", "completion_only_loss"} & written.keys()
-    if "messages" in rows[0] and tokenizer.chat_template and not chosen:
-        rows, marked = _taught(rows, context.recipe.sft.data), _marks_turns(tokenizer)
-        defaults = {"assistant_only_loss": True} if marked else {}
-        rows = rows if marked else assistant_turns(rows)
-    base = context.load_base()
-    return SFTTrainer(
-        model=base,
-        args=SFTConfig(**defaults | context.trainer_arguments("sft", written)),
-        train_dataset=context.with_template_kwargs(Dataset.from_list(rows)),
-        processing_class=tokenizer,
-        peft_config=fitted(context.lora, base),
-    )
-
-
-def _taught(rows: list[dict[str, Any]], source: str) -> list[dict[str, Any]]:
-    """The conversations in which the assistant answers: a policy learns to say that, and not what users say."""
-    kept = [row for row in rows if assistant_turns([row])]
-    if not kept:
-        raise UserError("No conversation has an answer of the assistant.", where=source)
-    if len(kept) < len(rows):
-        say(f"sft: {len(rows) - len(kept)} of {len(rows)} conversations are left out: the assistant answers nothing.")
-    return kept
-
-
-def _marks_turns(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether TRL knows, of the template or of its like, what the assistant says, the end of its turn included."""
-    from jinja2 import TemplateError
-
-    try:
-        from trl.chat_template_utils import (
-            get_training_chat_template,
-            has_generation_markers,
-            is_chat_template_stop_token_trained,
-        )
-
-        marked = has_generation_markers(tokenizer.chat_template)
-        template = None if marked else get_training_chat_template(tokenizer)
-    except (ImportError, ValueError, TemplateError):  # an older TRL, or a template that it does not know
-        return False
-    return is_chat_template_stop_token_trained(tokenizer, chat_template=template)
-
-
-def _loss_on(trainer: SFTTrainer) -> str:
-    if trainer.args.assistant_only_loss:
-        return "assistant turns"
-    return "completions" if trainer.completion_only_loss else "all tokens"
-
-
-def _save(trainer: Any, folder: Path) -> None:
-    trainer.save_model(str(folder))
-
-
-def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest whole checkpoint of a TRL trainer, or None."""
-    from transformers.trainer_utils import get_last_checkpoint
-
-    return get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None
+        rows = run.setting("sft", "per_device_train_batch_size")
+        length = run.within(run.setting("sft", "max_length") or 1024)
+        activations = run.activations("sft", adapter_item=trained_item(run))
+        chunked = run.setting("sft", "loss_type") in (None, "chunked_nll")
+        chunk = min(CHUNK, rows * length) if chunked else rows * length
+        head = activations.sft_head(chunk) if chunked else activations.head(chunk, gradient=True)
+        checkpointing = bool(run.setting("sft", "gradient_checkpointing"))
+        return [
+            *run.base(),
+            *trained(run, "sft", "adapter", run.adapter.tensors, trained_item(run)),
+            *update(activations, rows, length, checkpointing, head, chunk),
+        ]

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trl_rlaif.files import write_folder
 from trl_rlaif.models.shared_model import SharedBase
-from trl_rlaif.pipeline import tracking
-from trl_rlaif.pipeline.artifacts import write_folder
-from trl_rlaif.rl import from_recipe
+from trl_rlaif.pipeline import artifacts, rl_setup, tracking
+from trl_rlaif.pipeline.artifacts import RlResults
 from trl_rlaif.rl.ppo.trainer import PPOTrainer
 from trl_rlaif.rl.rejection import RejectionTrainer, count_iterations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from trl_rlaif.pipeline.context import Context
 
 
-def run(context: Context) -> dict[str, Any]:
+def run(context: Context) -> RlResults:
     """Train ``policy/``; return the first and last numbers of the run itself."""
     return _run(context, lambda trainer: trainer.train(resume_from_checkpoint=True))
 
 
-def run_rejection(context: Context) -> dict[str, Any]:
+def run_rejection(context: Context) -> RlResults:
     """The same by rejection sampling."""
 
     def train(trainer: PPOTrainer) -> None:
@@ -47,27 +47,27 @@ def _run(context: Context, train: Callable[[PPOTrainer], None]) -> dict[str, Any
         train(trainer)
     finally:
         callback.close()
-    from_recipe.keep_selection(context, trainer.selection.folder)
-    write_folder(context.folder / "policy", lambda folder: trainer.save_model(str(folder)))
-    numbers = _numbers(trainer, skipped) | tracking.numbers(tracker) | from_recipe.gpu_memory(context.recipe)
+    rl_setup.keep_selection(context, trainer.selection.folder)
+    write_folder(context.folder / artifacts.POLICY, lambda folder: trainer.save_model(str(folder)))
+    numbers = _numbers(trainer, skipped) | tracking.numbers(tracker) | rl_setup.gpu_memory(context.recipe)
     return numbers | {"seconds": time.monotonic() - started}
 
 
 def build_trainer(context: Context) -> tuple[PPOTrainer, dict[str, int]]:
     """The trainer that the recipe describes, and how many prompts were skipped by reason."""
-    settings, base = from_recipe.config(context), context.load_base()
-    dataset, skipped = from_recipe.prompts(context, base, settings.response_length)
+    settings, base = rl_setup.config(context), context.load_base()
+    dataset, skipped = rl_setup.prompts(context, base, settings.response_length)
     shared = SharedBase(base, context.start or context.lora, reference=context.start)
     trainer = PPOTrainer(
         settings,
         context.tokenizer,
         shared,
-        reward_model=context.folder / "reward" if "reward" in context.recipe.rl.reward_names else None,
+        reward_model=context.folder / artifacts.REWARD if "reward" in context.recipe.rl.reward_names else None,
         train_dataset=dataset,
-        reward_funcs=from_recipe.reward_functions(context, shared),
+        reward_funcs=rl_setup.reward_functions(context, shared),
         reward_transforms=context.transforms("rl"),
-        data_selectors=from_recipe.selectors(context),
-        rehearsal_dataset=from_recipe.rehearsal_dataset(context),
+        data_selectors=rl_setup.selectors(context),
+        rehearsal_dataset=rl_setup.rehearsal_dataset(context),
         plugins=context.plugins,
     )
     return trainer, skipped
@@ -90,7 +90,7 @@ def _numbers(trainer: Any, skipped: dict[str, int]) -> dict[str, Any]:
             "ended_last": logged[-1]["rollout/ended"],
         }
         numbers["spread_last"] = _last_spreads(logged[-10:])
-    numbers |= from_recipe.of_rewards(trainer.state.log_history, trainer.rewards.unscored.total)
+    numbers |= rl_setup.of_rewards(trainer.state.log_history, trainer.rewards.unscored.total)
     if logged and "rehearsal/nll" in logged[0]:
         seconds = {name: sum(entry[f"time/{name}"] for entry in logged) for name in ("rehearsal", "update")}
         numbers["rehearsal"] = {

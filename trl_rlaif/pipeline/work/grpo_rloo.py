@@ -17,16 +17,16 @@ from trl_rlaif.algorithms import ALGORITHMS
 from trl_rlaif.compat.ppo_trainer import without_dropout, work_out_batches
 from trl_rlaif.encoding import set_template_kwargs
 from trl_rlaif.errors import UserError
+from trl_rlaif.files import write_folder
 from trl_rlaif.generation import seeded
 from trl_rlaif.models.adapters import fitted
 from trl_rlaif.models.role_models import SharedRoleModels
 from trl_rlaif.models.shared_model import SharedBase, save_adapter
-from trl_rlaif.pipeline import tracking
-from trl_rlaif.pipeline.artifacts import write_folder
+from trl_rlaif.pipeline import artifacts, rl_setup, tracking
+from trl_rlaif.pipeline.artifacts import RlResults
 from trl_rlaif.pipeline.context import Context
-from trl_rlaif.pipeline.stages.sft import last_checkpoint
+from trl_rlaif.pipeline.training import last_checkpoint
 from trl_rlaif.progress import say
-from trl_rlaif.rl import from_recipe
 from trl_rlaif.rl.generation import RolloutGenerator
 from trl_rlaif.rl.grpo_rloo.config import group_arguments
 from trl_rlaif.rl.grpo_rloo.scoring import GroupReward, GroupScorer
@@ -39,7 +39,7 @@ from trl_rlaif.rl.scoring import RewardPipeline
 from trl_rlaif.rl.selection import MergedSelection, PromptPool, PromptSelection
 
 
-def run(context: Context) -> dict[str, Any]:
+def run(context: Context) -> RlResults:
     """Train ``policy/``; return the first and last numbers of the run itself."""
     started = time.monotonic()
     trainer, skipped, unused = build_trainer(context)
@@ -59,15 +59,15 @@ def run(context: Context) -> dict[str, Any]:
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         callback.close()
-    from_recipe.keep_selection(context, scorer.selection.folder)
-    write_folder(context.folder / "policy", lambda folder: _save(context, scorer.shared, folder))
+    rl_setup.keep_selection(context, scorer.selection.folder)
+    write_folder(context.folder / artifacts.POLICY, lambda folder: _save(context, scorer.shared, folder))
     numbers = (
         _numbers(trainer)
-        | from_recipe.of_rewards(trainer.state.log_history, scorer.rewards.unscored.total)
+        | rl_setup.of_rewards(trainer.state.log_history, scorer.rewards.unscored.total)
         | {"skipped": skipped, "unused": unused}
         | tracking.numbers(tracker)
     )
-    return numbers | from_recipe.gpu_memory(context.recipe) | {"seconds": time.monotonic() - started}
+    return numbers | rl_setup.gpu_memory(context.recipe) | {"seconds": time.monotonic() - started}
 
 
 def _select(context: Context, scorer: GroupScorer, checkpoint: str | None) -> None:
@@ -91,7 +91,7 @@ def build_trainer(context: Context) -> tuple[RehearsalMixin, dict[str, int], lis
     stops = _stop_ids(context, base)
     ends = {"stop_token_ids": stops, "ignore_eos": True} if config.use_vllm else {"eos_token_id": stops}
     config.generation_kwargs = ends | (config.generation_kwargs or {})
-    dataset, skipped = from_recipe.prompts(context, base, config.max_completion_length)
+    dataset, skipped = rl_setup.prompts(context, base, config.max_completion_length)
     if any(not isinstance(prompt, str) and prompt[-1]["role"] == "assistant" for prompt in dataset["prompt"]):
         raise UserError(  # TRL would end that turn and open another one
             f"A prompt ends with an assistant turn, which {context.recipe.rl.algorithm} does not continue.",
@@ -143,16 +143,16 @@ def _scorer(context: Context, trainer: RehearsalMixin, args: PPOConfig, dataset:
     work_out_batches(args, accelerator.num_processes, len(dataset))
     has_reward = "reward" in context.recipe.rl.reward_names
     if has_reward:
-        shared.add_reward(context.folder / "reward")
+        shared.add_reward(context.folder / artifacts.REWARD)
     without_dropout(shared.to(accelerator.device))
     role_models = SharedRoleModels(shared)
     reader = reader_of(args, tokenizer, shared.peft)
     generator = RolloutGenerator(args, accelerator, reader)
     scored = (lambda responses: generator.scores(role_models, responses)) if has_reward else None
     rewards = RewardPipeline(
-        from_recipe.reward_functions(context, shared), context.transforms("rl"), scored, args, reader, accelerator
+        rl_setup.reward_functions(context, shared), context.transforms("rl"), scored, args, reader, accelerator
     )
-    pairs = given_pairs(from_recipe.rehearsal_dataset(context), tokenizer, max_length=longest_row(shared.peft, args))
+    pairs = given_pairs(rl_setup.rehearsal_dataset(context), tokenizer, max_length=longest_row(shared.peft, args))
     rehearsal = Rehearsal(pairs, args, args.seed + accelerator.process_index * 100_003)  # as PPO's local_seed
     scorer = GroupScorer(
         args, accelerator, shared, role_models, reader, generator, rewards, rehearsal, context.plugins, trainer.state
@@ -160,14 +160,14 @@ def _scorer(context: Context, trainer: RehearsalMixin, args: PPOConfig, dataset:
     prompts = tokenized(dataset, tokenizer, shared.peft, args)
     policy = partial(role_models.model, "policy")
     pool = PromptPool(prompts, PromptCollator(tokenizer), scorer, rewards, policy, args, accelerator)
-    scorer.selection = PromptSelection(from_recipe.selectors(context), pool, rehearsal, args.output_dir)
+    scorer.selection = PromptSelection(rl_setup.selectors(context), pool, rehearsal, args.output_dir)
     return scorer
 
 
 def _scorer_settings(context: Context, config: Any) -> PPOConfig:
     """PPO's settings as the recipe has them, for a trainer that samples and batches by TRL's."""
     args = dataclasses.replace(  # type: ignore[call-arg]  # fields of TRL's own class
-        from_recipe.config(context),
+        rl_setup.config(context),
         response_length=config.max_completion_length,
         temperature=config.temperature,  # whose default is TRL's, not PPO's
         value="trunk",  # no value model: one forward and backward pass, by which the rehearsal batch is measured
@@ -184,9 +184,9 @@ def _config(context: Context) -> tuple[Any, list[str]]:
     algorithm = ALGORITHMS[section.algorithm]
     config_class = algorithm.config_class()
     own, unused = group_arguments(section.config, config_class, algorithm.renamed, distributed.processes())
-    arguments = context.trainer_arguments("rl", own) | from_recipe.saving(own)
+    arguments = context.trainer_arguments("rl", own) | rl_setup.saving(own)
     kwargs = context.recipe.model.chat_template_kwargs
-    defaults = {"gradient_checkpointing": from_recipe.on_gpu()} | ({"chat_template_kwargs": kwargs} if kwargs else {})
+    defaults = {"chat_template_kwargs": kwargs} if kwargs else {}
     try:
         return config_class(**defaults | arguments), unused
     except ValueError as error:  # TRL's words on settings that contradict each other

@@ -12,13 +12,14 @@ from trl_rlaif.algorithms import ALGORITHMS
 from trl_rlaif.compat.trl_version import check_trl
 from trl_rlaif.errors import UserError
 from trl_rlaif.evaluation import is_even
+from trl_rlaif.files import write_folder
 from trl_rlaif.models.shared_model import save_adapter
-from trl_rlaif.pipeline.artifacts import write_folder
+from trl_rlaif.pipeline import artifacts
+from trl_rlaif.pipeline.artifacts import RlResults
 from trl_rlaif.pipeline.context import Context
-from trl_rlaif.pipeline.stages.label import TIE, preferences_of_people
-from trl_rlaif.pipeline.stages.sft import train_from_last
+from trl_rlaif.pipeline.preferences import TIE, preferences_of_people
+from trl_rlaif.pipeline.training import train_from_last
 from trl_rlaif.progress import say
-from trl_rlaif.rl import from_recipe
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 _ADAPTER = "default"
 
 
-def run(context: Context) -> dict[str, Any]:
+def run(context: Context) -> RlResults:
     """Train ``policy/`` on ``preferences/``; return its final numbers."""
     started = time.monotonic()
     skipped = {}
@@ -44,7 +45,7 @@ def run(context: Context) -> dict[str, Any]:
     if ignored:
         say(f"rl: dpo makes no use of {', '.join(ignored)}.")
     output = train_from_last(context, trainer, "rl", "Training the policy")
-    write_folder(context.folder / "policy", lambda folder: _save(context, trainer, folder))
+    write_folder(context.folder / artifacts.POLICY, lambda folder: _save(context, trainer, folder))
     return _numbers(trainer) | {
         "updates": trainer.state.global_step,
         "pairs": len(trainer.train_dataset),
@@ -92,7 +93,7 @@ def build_trainer(context: Context) -> tuple[DPOTrainer, list[str]]:
 def _preferences(context: Context) -> Dataset:
     from datasets import load_from_disk
 
-    return load_from_disk(str(context.folder / "preferences"))
+    return load_from_disk(str(context.folder / artifacts.PREFERENCES))
 
 
 def _label_facts(context: Context, *, soft: bool) -> dict[str, Any]:
@@ -135,8 +136,7 @@ def _config(context: Context) -> tuple[DPOConfig, list[str]]:
     known = {field.name for field in dataclasses.fields(DPOConfig) if field.init}
     ignored = sorted(set(written) - known)
     own = {key: value for key, value in written.items() if key in known}
-    lean = {"gradient_checkpointing": from_recipe.on_gpu()}
-    return DPOConfig(**lean | context.trainer_arguments("rl", own)), ignored
+    return DPOConfig(**context.trainer_arguments("rl", own)), ignored
 
 
 def _save(context: Context, trainer: DPOTrainer, folder: Path) -> None:

@@ -11,19 +11,12 @@ import sys
 import pytest
 
 from trl_rlaif import RunError, UserError
-from trl_rlaif.pipeline.artifacts import (
-    RunFolder,
-    append_lines,
-    read_lines,
-    to_line,
-    write_atomically,
-    write_folder,
-)
-from trl_rlaif.pipeline.stage import STAGES
+from trl_rlaif.files import append_lines, read_lines, to_line, write_atomically, write_folder
+from trl_rlaif.pipeline.run_folder import RunFolder
+from trl_rlaif.pipeline.stages import STAGES
 from trl_rlaif.pipeline.superseding import begin, supersede
 
-OUTPUTS = {stage.name: stage.outputs for stage in STAGES}
-BY_NAME = {stage.name: stage for stage in STAGES}
+OUTPUTS = {name: stage.outputs for name, stage in STAGES.items()}
 
 LONE = "a\ud83d b"  # half of a surrogate pair, as byte-level models write it
 
@@ -209,17 +202,17 @@ def test_a_stage_is_complete_when_it_says_so(folder):
 
 
 def test_a_stage_that_was_cut_off_keeps_what_it_has(folder):
-    begin(folder, BY_NAME["label"], "A")
+    begin(folder, STAGES["label"], "A")
     fill(folder, "label")
-    begin(folder, BY_NAME["label"], "A")
+    begin(folder, STAGES["label"], "A")
     assert left(folder, "label") == (["preferences"], True, True)
     assert not folder.is_complete("label")
 
 
 @pytest.mark.parametrize("fingerprint", ["A", "B"])
-@pytest.mark.parametrize("stage", [stage.name for stage in STAGES if not stage.always])
+@pytest.mark.parametrize("stage", [name for name, stage in STAGES.items() if not stage.always])
 def test_a_complete_stage_begins_from_nothing_and_leaves_the_others_alone(filled, stage, fingerprint):
-    begin(filled, BY_NAME[stage], fingerprint)
+    begin(filled, STAGES[stage], fingerprint)
     assert left(filled, stage) == ([], False, False)
     assert not filled.is_complete(stage)
     for other in set(OUTPUTS) - {stage}:
@@ -230,24 +223,24 @@ def test_a_complete_stage_begins_from_nothing_and_leaves_the_others_alone(filled
 def test_labels_outlive_their_stage(folder):
     """They are found by what determined them: a stage that is made anew takes those that still fit."""
     (folder / "labels.jsonl").write_text("{}\n")
-    begin(folder, BY_NAME["label"], "A")
+    begin(folder, STAGES["label"], "A")
     folder.complete("label", "A")
-    begin(folder, BY_NAME["label"], "B")
-    supersede(folder, [BY_NAME["label"]])
+    begin(folder, STAGES["label"], "B")
+    supersede(folder, [STAGES["label"]])
     assert (folder / "labels.jsonl").read_text() == "{}\n"
 
 
 def test_a_stage_that_was_cut_off_under_other_settings_begins_from_nothing(folder):
-    begin(folder, BY_NAME["label"], "A")
+    begin(folder, STAGES["label"], "A")
     fill(folder, "label")
-    begin(folder, BY_NAME["label"], "B")
+    begin(folder, STAGES["label"], "B")
     assert left(folder, "label") == ([], False, False)
     folder.complete("label", "B")
     assert folder.is_complete("label", "B") and not folder.is_complete("label", "A")
 
 
 def test_superseding_what_is_not_there_is_fine(folder):
-    assert supersede(folder, STAGES) is None
+    assert supersede(folder, [*STAGES.values()]) is None
     assert visible(folder.path) == []
 
 

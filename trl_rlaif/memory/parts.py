@@ -1,12 +1,12 @@
-"""What each stage holds: the parts that are there always, and those of each phase."""
+"""What stages hold, in parts: those that are there always, and those of a phase."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
-from trl_rlaif.algorithms import ALGORITHMS
 from trl_rlaif.memory.activations import FLOAT32, Activations, Precision
 from trl_rlaif.memory.counting import Adapter, ModelShape, adapter, optimizer_bytes, weight_bytes
 from trl_rlaif.memory.plan import ALWAYS, Part
@@ -15,12 +15,12 @@ from trl_rlaif.recipe import JudgeSection, Recipe
 
 # Prompts are this long where the recipe sets no limit.
 ASSUMED_PROMPT = 512
-# Tokens that a judge computes at once where no section says, and TRL's chunk of its fine-tuning loss.
-JUDGE_TOKENS, SFT_CHUNK = 8192, 256
+# Tokens that a judge computes at once where no section says.
+JUDGE_TOKENS = 8192
 
 
 @dataclass
-class Run:
+class MemoryRun:
     """A recipe with the shapes of its models; assumptions are collected in ``notes``.
 
     Args:
@@ -53,6 +53,10 @@ class Run:
         """Its bytes."""
         return FLOAT32 if self.dtype == "float32" else 2
 
+    def setting(self, stage: str, key: str) -> Any:
+        """The value of a key of ``sft``, ``reward`` or ``rl``; None where nothing says one."""
+        return setting(self.recipe, stage, key)
+
     @cached_property
     def adapter(self) -> Adapter:
         """The adapter of each role."""
@@ -60,14 +64,14 @@ class Run:
 
     def activations(self, stage: str | None, *, adapter_item: int = FLOAT32, bare: bool = False) -> Activations:
         """Activations of a training stage; without one, of inference without autocast."""
-        autocast = bool(setting(self.recipe, stage, "bf16")) if stage else False
+        autocast = bool(self.setting(stage, "bf16")) if stage else False
         precision = Precision(self.item, autocast, self.nf4, adapter_item, lean=stage == "rl")
         return Activations(self.shape, None if bare else self.adapter, precision)
 
     @property
     def prompt(self) -> int:
         """Longest prompt in tokens."""
-        limit = setting(self.recipe, "rl", "max_prompt_length") if self.recipe.rl else None
+        limit = self.setting("rl", "max_prompt_length") if self.recipe.rl else None
         if limit is None:
             limit = ASSUMED_PROMPT
             self.notes.append(f"Prompts are taken to have {limit} tokens at most; rl.max_prompt_length makes it so.")
@@ -96,9 +100,9 @@ def _weights(shape: ModelShape, nf4: bool, sizes: tuple[int, int], item: int, dt
     yield Part(f"{what}: one 4-bit weight, dequantized for a product", item * largest, ALWAYS, "")
 
 
-def _trained(run: Run, stage: str, what: str, tensors: tuple[int, ...], item: int) -> Iterator[Part]:
+def trained(run: MemoryRun, stage: str, what: str, tensors: tuple[int, ...], item: int) -> Iterator[Part]:
     """Weights, gradients and optimizer states of what a stage trains."""
-    optim = setting(run.recipe, stage, "optim")
+    optim = run.setting(stage, "optim")
     optim = getattr(optim, "value", optim)  # transformers' default is an enum
     size = item * sum(tensors)
     resident, paged = optimizer_bytes(optim, tensors, item)
@@ -108,7 +112,7 @@ def _trained(run: Run, stage: str, what: str, tensors: tuple[int, ...], item: in
     yield Part(f"{what}: optimizer states ({optim})", paged, ALWAYS, "", paged=True)
 
 
-def _backward(activations: Activations, rows: int, length: int, checkpointing: bool) -> Iterator[Part]:
+def backward(activations: Activations, rows: int, length: int, checkpointing: bool) -> Iterator[Part]:
     """The update without an output head."""
     kept = activations.kept(rows, length, checkpointing=checkpointing)
     peak = activations.peak(rows, length, checkpointing=checkpointing)
@@ -118,11 +122,11 @@ def _backward(activations: Activations, rows: int, length: int, checkpointing: b
     yield Part("one layer, computed again" if checkpointing else "their gradients", peak - kept, "update: layers", "")
 
 
-def _update(
+def update(
     activations: Activations, rows: int, length: int, checkpointing: bool, head: int, chunk: int
 ) -> Iterator[Part]:
     """The update with an output head, a chunk of tokens at a time."""
-    yield from _backward(activations, rows, length, checkpointing)
+    yield from backward(activations, rows, length, checkpointing)
     # The last hidden state waits for the gradient that the head's chunks fill in.
     hidden = rows * length * activations.precision.stream * activations.shape.hidden
     yield Part("gradient of the last hidden state", hidden, "update: layers", "")
@@ -132,7 +136,7 @@ def _update(
     yield Part(f"output head, {chunk} tokens at a time", head, "update: output head", "")
 
 
-def _generation(activations: Activations, rows: int, prompt: int, response: int, block: int = 1) -> Iterator[Part]:
+def generation(activations: Activations, rows: int, prompt: int, response: int, block: int = 1) -> Iterator[Part]:
     cache = activations.cache(rows, -(-(prompt + response) // block) * block)
     for when in ("generation: prompts", "generation: tokens"):
         yield Part(f"keys and values, {rows} x ({prompt} + {response}) tokens", cache, when, "")
@@ -142,91 +146,32 @@ def _generation(activations: Activations, rows: int, prompt: int, response: int,
     yield Part("one step, with its logits", step + cache // activations.shape.layers, "generation: tokens", "")
 
 
-def sft(run: Run) -> list[Part]:
-    """Fine-tuning with TRL's trainer, rows as long as max_length."""
-    recipe, item = run.recipe, 2 if run.nf4 else FLOAT32  # TRL holds the adapter of a 4-bit base in bfloat16
-    rows = setting(recipe, "sft", "per_device_train_batch_size")
-    length = run.within(setting(recipe, "sft", "max_length") or 1024)
-    activations = run.activations("sft", adapter_item=item)
-    chunked = setting(recipe, "sft", "loss_type") in (None, "chunked_nll")
-    chunk = min(SFT_CHUNK, rows * length) if chunked else rows * length
-    head = activations.sft_head(chunk) if chunked else activations.head(chunk, gradient=True)
-    checkpointing = bool(setting(recipe, "sft", "gradient_checkpointing"))
-    return [
-        *run.base(),
-        *_trained(run, "sft", "adapter", run.adapter.tensors, item),
-        *_update(activations, rows, length, checkpointing, head, chunk),
-    ]
-
-
-def sample(run: Run) -> list[Part]:
-    """Responses of the start."""
-    section = run.recipe.sample
-    parts = [*run.base()]
-    if run.recipe.sft:
-        parts.append(Part("adapter of the start", FLOAT32 * run.adapter.numel, ALWAYS, ""))
-    response = run.within(section.max_new_tokens)
-    return parts + [*_generation(run.activations(None), section.batch_size, run.prompt, response)]
-
-
-def label(run: Run) -> list[Part]:
-    """The judge on the pairs."""
-    return [*_judge(run, run.recipe.label.judge, alone=True)]
-
-
-def reward(run: Run) -> list[Part]:
-    """The reward adapter with TRL's trainer: both responses of a pair are rows."""
-    recipe, item = run.recipe, 2 if run.nf4 else FLOAT32
-    rows = 2 * setting(recipe, "reward", "per_device_train_batch_size")
-    longest = setting(recipe, "reward", "max_length")
-    if recipe.sample is not None:
-        made = run.prompt + recipe.sample.max_new_tokens
-        longest = made if longest is None else min(made, longest)
-    length = run.within(longest or 1024)
-    checkpointing = bool(setting(recipe, "reward", "gradient_checkpointing"))
-    return [
-        *run.base(head=False),
-        *_trained(run, "reward", "adapter and head", (*run.adapter.tensors, run.shape.hidden), item),
-        *_backward(run.activations("reward", adapter_item=item), rows, length, checkpointing),
-    ]
-
-
-def rl(run: Run) -> list[Part]:
+def policy_training(run: MemoryRun) -> list[Part]:
     """PPO on one base: generation, passes without gradient, update."""
     from trl_rlaif.models.kernels import BLOCK
 
     recipe = run.recipe
-    rows, response = (setting(recipe, "rl", key) for key in ("per_device_train_batch_size", "response_length"))
+    rows, response = (run.setting("rl", key) for key in ("per_device_train_batch_size", "response_length"))
     prompt, activations = run.prompt, run.activations("rl")
     length = run.within(prompt + response)
-    at_once = min(rl_batch(recipe), setting(recipe, "rl", "local_rollout_forward_batch_size") or 64)
+    at_once = min(rl_batch(recipe), run.setting("rl", "local_rollout_forward_batch_size") or 64)
     chunk = min(_head_chunk(run.shape), rows * response)
     hidden = rows * length * activations.precision.stream * run.shape.hidden
     # An update takes a micro-batch in parts where the recipe limits their tokens.
-    limit = setting(recipe, "rl", "micro_batch_tokens")
+    limit = run.setting("rl", "micro_batch_tokens")
     trained = max(1, min(rows, limit // length)) if limit else rows
     learned = min(chunk, trained * response)
-    parts = [
+    return [
         *_roles(run),
-        *_generation(activations, at_once, prompt, response, BLOCK),
+        *generation(activations, at_once, prompt, response, BLOCK),
         Part(f"a pass without gradient, {rows} x {length} tokens", activations.live(rows, length),
              "scoring: layers", ""),
         Part("last hidden states", hidden, "scoring: output head", ""),
         Part(f"output head, {chunk} tokens at a time", activations.head(chunk, gradient=False),
              "scoring: output head", ""),
-        *_update(activations, trained, length, bool(setting(recipe, "rl", "gradient_checkpointing")),
+        *update(activations, trained, length, bool(run.setting("rl", "gradient_checkpointing")),
                  activations.head(learned, gradient=True), learned),
     ]  # fmt: skip
-    if ALGORITHMS[recipe.rl.algorithm].config:
-        run.notes.append(
-            f"rl.algorithm: {recipe.rl.algorithm} is planned as PPO on the same base; TRL's trainer may differ."
-        )
-    if "direct" in recipe.rl.reward_names:
-        parts += _judge(run, recipe.label.judge if recipe.label else "same", alone=False)
-    functions = [name for name in recipe.rl.reward_names if name not in ("reward", "direct")]
-    if functions:
-        run.notes.append(f"What {', '.join(functions)} needs on the GPU is not counted.")
-    return parts
 
 
 def _head_chunk(shape: ModelShape) -> int:
@@ -236,20 +181,20 @@ def _head_chunk(shape: ModelShape) -> int:
     return max(16, HEAD_ELEMENTS // shape.vocab)
 
 
-def _roles(run: Run) -> Iterator[Part]:
+def _roles(run: MemoryRun) -> Iterator[Part]:
     """The base with the adapters and heads of every role."""
     recipe = run.recipe
     frozen = {"reward": "reward" in recipe.rl.reward_names, "reference": recipe.sft is not None}
-    yield from run.base(held=bool(setting(recipe, "rl", "bf16")))
+    yield from run.base(held=bool(run.setting("rl", "bf16")))
     tensors, what = run.adapter.tensors, "policy adapter and value head"
-    if (setting(recipe, "rl", "value") or "adapter") == "adapter":
+    if (run.setting("rl", "value") or "adapter") == "adapter":
         tensors, what = tensors * 2, "policy and value adapters"
-    yield from _trained(run, "rl", what, (*tensors, run.shape.hidden), FLOAT32)
+    yield from trained(run, "rl", what, (*tensors, run.shape.hidden), FLOAT32)
     for role, there in frozen.items():
-        yield Part(f"{role} adapter (frozen)", there * FLOAT32 * run.adapter.numel, ALWAYS, "")
+        yield frozen_adapters(run, f"{role} adapter (frozen)", there)
 
 
-def _judge(run: Run, judge: object, *, alone: bool) -> Iterator[Part]:
+def judging(run: MemoryRun, judge: object, *, alone: bool) -> Iterator[Part]:
     """A judge's forward passes, and its weights where it is a model of its own or there is nothing else."""
     section = run.recipe.label
     tokens = section.batch_tokens if section else JUDGE_TOKENS
@@ -265,36 +210,19 @@ def _judge(run: Run, judge: object, *, alone: bool) -> Iterator[Part]:
         activations = run.activations(None, bare=True)
     else:  # a server
         return
-    yield Part(f"a pass of the judge, {tokens} tokens", activations.live(1, tokens), "judging", "")
+    yield judge_pass("judge", activations, tokens)
 
 
-def evaluate(run: Run) -> list[Part]:
-    """Responses of the policy and the start, rewards, and the judge, on one base."""
-    recipe, section = run.recipe, run.recipe.evaluate
-    adapters = 1 + (recipe.sft is not None) + ("reward" in recipe.rl.reward_names)
-    response = section.max_new_tokens or recipe.rl.config.get("response_length")
-    response = response or (recipe.sample.max_new_tokens if recipe.sample else 128)
-    activations = run.activations(None)
-    parts = [*run.base(), Part(f"{adapters} adapters (frozen)", adapters * FLOAT32 * run.adapter.numel, ALWAYS, "")]
-    if isinstance(section.judge, JudgeSection):
-        run.notes.append("The judge of 'evaluate' is a model of its own, and is not counted.")
-    own = [name for name, further in section.judges.items() if isinstance(further.judge, JudgeSection)]
-    if own:
-        run.notes.append(f"Models of their own among evaluate.judges ({', '.join(own)}) are not counted.")
-    rows = max(1, section.batch_size // section.num_responses) * section.num_responses
-    return [
-        *parts,
-        *_generation(activations, rows, run.prompt, response),
-        Part(f"a pass of the reward model or judge, {JUDGE_TOKENS} tokens", activations.live(1, JUDGE_TOKENS),
-             "judging", ""),
-    ]  # fmt: skip
+def judge_pass(who: str, activations: Activations, tokens: int) -> Part:
+    """A forward pass of what judges or scores."""
+    return Part(f"a pass of the {who}, {tokens} tokens", activations.live(1, tokens), "judging", "")
 
 
-STAGE_PARTS: dict[str, Callable[[Run], list[Part]]] = {
-    "sft": sft,
-    "sample": sample,
-    "label": label,
-    "reward": reward,
-    "rl": rl,
-    "evaluate": evaluate,
-}
+def frozen_adapters(run: MemoryRun, what: str, count: int) -> Part:
+    """Adapters that are not trained."""
+    return Part(what, count * FLOAT32 * run.adapter.numel, ALWAYS, "")
+
+
+def trained_item(run: MemoryRun) -> int:
+    """Bytes of a weight of an adapter that TRL's trainers train: of a 4-bit base they hold it in bfloat16."""
+    return 2 if run.nf4 else FLOAT32

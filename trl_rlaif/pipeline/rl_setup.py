@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from trl_rlaif.algorithms import ALGORITHMS
 from trl_rlaif.errors import UserError
-from trl_rlaif.pipeline.artifacts import write_atomically
+from trl_rlaif.files import write_atomically
+from trl_rlaif.pipeline.artifacts import REHEARSAL, SELECTION_MAP
 from trl_rlaif.recipe import ComponentRef
 from trl_rlaif.recipe.inputs import read_rehearsal
 from trl_rlaif.validation import Origin, tagged
@@ -39,11 +40,9 @@ def config(context: Context) -> PPOConfig:
     # The default of the loop is TRL's, none; a policy that shall learn to stop needs one.
     if not {"stop_token_id", "stop_tokens"} & set(arguments):
         arguments.setdefault("stop_token", "eos")
-    # Computing twice to save memory pays on a GPU.
-    lean: dict[str, Any] = {"gradient_checkpointing": on_gpu(), "num_sample_generations": 0}
     model = context.recipe.model
-    lean |= {"reasoning": model.reasoning, "reasoning_tags": model.reasoning_tags}
-    return PPOConfig(**lean | arguments, reward_weights=section.reward_weights)
+    defaults = {"num_sample_generations": 0, "reasoning": model.reasoning, "reasoning_tags": model.reasoning_tags}
+    return PPOConfig(**defaults | arguments, reward_weights=section.reward_weights)
 
 
 def saving(written: dict[str, Any]) -> dict[str, Any]:
@@ -52,13 +51,6 @@ def saving(written: dict[str, Any]) -> dict[str, Any]:
         return {}
     defaults = {"save_steps": 1 / _SAVES, "save_total_limit": 2}
     return {"save_strategy": "steps"} | {key: value for key, value in defaults.items() if key not in written}
-
-
-def on_gpu() -> bool:
-    """Whether there is one."""
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def prompts(context: Context, base: Any, room: int) -> tuple[Dataset, dict[str, int]]:
@@ -139,9 +131,7 @@ def load_function(name: str) -> Any:
 
 def keep_selection(context: Context, folder: Path) -> None:
     """What was rehearsed, and the map of the prompts, out of the checkpoints' folder."""
-    from trl_rlaif.rl.selection import MAP_FILE, REHEARSAL_FILE
-
-    for name in (REHEARSAL_FILE, MAP_FILE):
+    for name in (REHEARSAL, SELECTION_MAP):
         found = folder / name
         if found.exists():
             write_atomically(context.folder / name, found.read_text(encoding="utf-8"))

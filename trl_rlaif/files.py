@@ -1,0 +1,92 @@
+"""Files that are written whole or not at all, and JSON-lines files whose last line a kill may have cut off.
+
+Of several processes that share a run the first one writes; in the others what writes does nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from trl_rlaif.distributed import is_first
+from trl_rlaif.errors import RunError
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file by new text (UTF-8): after a kill the old or the new one is there, never a half."""
+    if not is_first():
+        return
+    building = path.with_name(f".{path.name}.building")
+    with building.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(building, path)
+
+
+def write_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Have ``write`` fill a folder, and give it its name only when it is whole."""
+    if not is_first():
+        return
+    building, old = (path.with_name(f".{path.name}.{state}") for state in ("building", "old"))
+    for leftover in (building, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    building.mkdir(parents=True)
+    write(building)
+    if path.exists():
+        os.rename(path, old)
+    os.rename(building, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON in UTF-8; a lone surrogate in generated text is escaped, not an error."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=indent)
+    return text + "\n"
+
+
+def to_line(row: Mapping[str, Any]) -> str:
+    """A row as one line of a JSON-lines file."""
+    return to_json(row)
+
+
+def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append rows to a JSON-lines file in one write, and see it on the disk."""
+    if not is_first():
+        return
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(map(to_line, rows)))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All rows of a JSON-lines file of ours; [] where it is missing.
+
+    A last line that a kill cut off is removed from the file, so that what is appended stays readable.
+
+    Raises:
+        RunError: A line in the middle is broken: somebody changed the file.
+    """
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    rows = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise RunError(f"The line is no JSON: {error}", where=f"{path}:{number}") from None
+    return rows

@@ -1,0 +1,55 @@
+"""What is measured of the policy's answers to the sets of the section evaluate, at the end and while rl runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from trl_rlaif.batching import token_batches
+from trl_rlaif.evaluation.forgetting import answer_pair
+from trl_rlaif.generation import padded_together
+from trl_rlaif.models import forward
+from trl_rlaif.models.forward import RolloutSlice, as_responses
+from trl_rlaif.models.role_models import SharedRoleModels
+from trl_rlaif.rl.rollouts import scored_rows
+
+if TYPE_CHECKING:
+    from trl_rlaif.models.shared_model import SharedBase
+    from trl_rlaif.pipeline.context import Context
+    from trl_rlaif.recipe import Recipe
+
+BATCH_TOKENS = 8192
+
+
+def sources(recipe: Recipe) -> dict[str, str]:
+    """Where the prompts of each set come from, by the set's name."""
+    return recipe.evaluate.sets or {"test": recipe.data.eval_prompts}
+
+
+def max_new_tokens(context: Context) -> int:
+    """Longest response, in tokens."""
+    recipe = context.recipe
+    given = recipe.evaluate.max_new_tokens or recipe.rl.config.get("response_length")
+    return given or (recipe.sample.max_new_tokens if recipe.sample else 128)
+
+
+@torch.no_grad()
+def rewards_of(context: Context, shared: SharedBase, prompts: list[list[int]], encoded: list[list[int]]) -> list[float]:
+    """Scores of the reward role for responses as they were drawn, read at the end of their turns, as in PPO."""
+    pairs = [answer_pair("", "", *row) for row in zip(prompts, encoded, strict=True)]
+    role_models, reader = SharedRoleModels(shared), context.reader(shared.model)
+    scores = [0.0] * len(pairs)
+    batches = token_batches([len(p.prompt_ids) + len(p.response_ids) for p in pairs], BATCH_TOKENS)
+    for batch in (
+        [whole[i] for i in group]
+        for whole in batches
+        for group in padded_together(shared.model, [len(pairs[i].prompt_ids) for i in whole])
+    ):
+        responses = as_responses([pairs[i] for i in batch], shared.model.device)
+        if context.recipe.rl.config.get("score_at_end", True):
+            responses = scored_rows(responses, reader)
+        found = forward.scores(role_models, RolloutSlice.of(responses, torch.arange(len(batch))))[:, 0]
+        for i, score in zip(batch, found.tolist(), strict=True):
+            scores[i] = score
+    return scores

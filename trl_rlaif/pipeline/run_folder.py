@@ -1,0 +1,135 @@
+"""A run's folder: which of its stages are complete, their numbers, and that one process alone writes there."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from trl_rlaif.distributed import is_first
+from trl_rlaif.errors import UserError
+from trl_rlaif.files import read_lines, to_json, to_line, write_atomically
+from trl_rlaif.pipeline import artifacts
+from trl_rlaif.pipeline.artifacts import Results
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        path: Is made if it is missing.
+
+    Raises:
+        UserError: It cannot be made or written to.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).resolve()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.state.mkdir(exist_ok=True)
+            probe = self.state / "writable"
+            probe.touch()
+            probe.unlink(missing_ok=True)  # another process of the run may have been here
+        except OSError as error:
+            raise UserError(
+                f"The output folder cannot be written to: {error.strerror}.",
+                where=str(self.path),
+                fix="Name another one with --output.",
+            ) from None
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @property
+    def state(self) -> Path:
+        """Where a run keeps what only itself needs."""
+        return self.path / artifacts.STATE
+
+    @property
+    def is_used(self) -> bool:
+        """Whether a run lives here already."""
+        return (self / artifacts.RECIPE).exists()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep a second process out while a run writes here; the lock ends with the process."""
+        if not is_first():
+            yield
+            return
+        with (self.state / artifacts.LOCK).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError("Another process is running in this folder.", where=str(self.path)) from None
+            yield
+
+    # ---- Stages ---------------------------------------------------------------------------------------
+
+    def marker(self, stage: str) -> dict[str, Any]:
+        """A stage's ``fingerprint``, its ``inputs``, and whether it is ``complete``; {} before it has begun."""
+        path = self.state / artifacts.marker_of(stage)
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def write_marker(self, stage: str, marker: dict[str, Any]) -> None:
+        """Replace what is known of a stage."""
+        write_atomically(self.state / artifacts.marker_of(stage), json.dumps(marker))
+
+    def is_complete(self, stage: str, fingerprint: str | None = None) -> bool:
+        """Whether a stage has ended; with a fingerprint, whether it did so with these very inputs."""
+        marker = self.marker(stage)
+        whole = marker.get("complete") and "superseding" not in marker  # a kill may have come before it was moved
+        return bool(whole) and fingerprint in (None, marker.get("fingerprint"))
+
+    def begin(self, stage: str, fingerprint: str, inputs: dict[str, Any] | None = None) -> None:
+        """Open a stage."""
+        known = {"fingerprint": fingerprint, "complete": False}
+        self.write_marker(stage, known if inputs is None else known | {"inputs": inputs})
+
+    def complete(self, stage: str, fingerprint: str) -> None:
+        """Close a stage: ``--resume`` skips it from now on."""
+        self.write_marker(stage, self.marker(stage) | {"fingerprint": fingerprint, "complete": True})
+
+    # ---- Numbers --------------------------------------------------------------------------------------
+
+    def results(self) -> Results:
+        """The final numbers of every stage that has ended."""
+        path = self / artifacts.RESULTS
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def results_of(self, stage: str) -> dict[str, Any]:
+        """One stage's final numbers; {} before it has ended."""
+        return dict(self.results()).get(stage) or {}
+
+    def add_results(self, stage: str, numbers: Mapping[str, Any]) -> None:
+        """Put one stage's final numbers into results.json."""
+        results = self.results() | {stage: numbers}
+        write_atomically(self / artifacts.RESULTS, to_json(results, indent=2))
+
+    def drop_results(self, stage: str) -> None:
+        """Forget one stage's final numbers."""
+        results = self.results()
+        if results.pop(stage, None) is not None:
+            write_atomically(self / artifacts.RESULTS, to_json(results, indent=2))
+
+    def metrics(self, stage: str) -> list[dict[str, Any]]:
+        """A stage's rows of metrics.jsonl."""
+        return [row for row in read_lines(self / artifacts.METRICS) if row.get("stage") == stage]
+
+    def add_metrics(self, stage: str, step: int, numbers: dict[str, Any]) -> None:
+        """Append a logged step to metrics.jsonl."""
+        if is_first():
+            with (self / artifacts.METRICS).open("a", encoding="utf-8") as file:
+                file.write(to_line({"stage": stage, "step": step, **numbers}))
+
+    def drop_metrics(self, stage: str, after: int = -1) -> None:
+        """Forget a stage's metrics behind a step, which are about to be computed again."""
+        if not is_first():
+            return
+        rows = read_lines(self / artifacts.METRICS)
+        kept = [r for r in rows if r.get("stage") != stage or r.get("step", 0) <= after]
+        if len(kept) < len(rows):
+            write_atomically(self / artifacts.METRICS, "".join(map(to_line, kept)))

@@ -1,0 +1,176 @@
+"""Pairs of responses: drawn from the starting policy, or read from the recipe's data."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+from trl_rlaif.batching import length_batches
+from trl_rlaif.data import Pair, Prompt
+from trl_rlaif.data.splitting import unusable
+from trl_rlaif.encoding import is_rendered, without_end_of_turn
+from trl_rlaif.errors import UserError
+from trl_rlaif.files import append_lines, read_lines, to_line, write_atomically
+from trl_rlaif.generation import sample_responses, seeded
+from trl_rlaif.pipeline import artifacts
+from trl_rlaif.pipeline.artifacts import DrawnRow, SampleResults
+from trl_rlaif.pipeline.context import Context, pair_row
+from trl_rlaif.progress import progress_bar
+from trl_rlaif.recipe import SampleSection
+from trl_rlaif.recipe.inputs import read_pairs
+from trl_rlaif.responses import Response
+
+# What is counted of a prompt's draws, and belongs to no pair.
+_DRAWN = ("redraws", "responses", "ended")
+
+
+def run(context: Context) -> SampleResults:
+    """Write ``pairs.jsonl`` and return how many there are, and what was dropped and why."""
+    return _read_pairs(context) if context.recipe.data.pairs else _sample_pairs(context)
+
+
+def _read_pairs(context: Context) -> SampleResults:
+    started, loaded = time.monotonic(), read_pairs(context.recipe)
+    items = context.as_meant(context.recipe.data.pairs, loaded.items)
+    pairs, dropped = [], Counter(loaded.skip_counts())
+    for pair in (_without_control_tokens(context, pair) for pair in items):
+        reason = unusable(pair.response_1, pair.response_2)
+        if reason is None:
+            pairs.append(pair)
+        else:
+            dropped[reason] += 1
+    _write_pairs(context, [pair_row(pair) for pair in pairs])
+    return {
+        "pairs": len(pairs),
+        "ties": sum(pair.human == 0 for pair in pairs),
+        "dropped": dict(dropped),
+        "seconds": time.monotonic() - started,
+    }
+
+
+def _without_control_tokens(context: Context, pair: Pair) -> Pair:
+    """Rendered responses end with the chat template's end of turn, which is no text of theirs."""
+    if not is_rendered(pair.prompt, context.tokenizer):
+        return pair
+    first, second = (without_end_of_turn(context.tokenizer, text) for text in (pair.response_1, pair.response_2))
+    return replace(pair, response_1=first, response_2=second)
+
+
+def _sample_pairs(context: Context) -> SampleResults:
+    section, started = context.recipe.sample, time.monotonic()
+    base = context.load_base()
+    model, role = starting_policy(context, base)
+    prompts, tokens, skipped = context.encoded_prompts(context.recipe.data.prompts, section.max_new_tokens, base)
+    partial = context.folder / artifacts.PARTIAL_PAIRS
+    done = {row["id"]: row for row in read_lines(partial)}
+    seed = context.recipe.run.seed if section.seed is None else section.seed
+    sampler = _Sampler(context, section, model, seed)
+    batches = length_batches([len(t) for t in tokens], max(1, section.batch_size // section.num_responses))
+    with progress_bar("Sampling", len(prompts), len(done), "prompts") as advance, role:
+        for batch in batches:
+            todo = [i for i in batch if prompts[i].id not in done]
+            if not todo:
+                continue
+            # The whole batch is drawn again even where a kill left part of it: the draws depend on it.
+            rows = sampler.draw([prompts[i] for i in batch], [tokens[i] for i in batch])
+            fresh = [row for row in rows if row["id"] not in done]
+            append_lines(partial, fresh)
+            done |= {row["id"]: row for row in fresh}
+            advance(len(fresh))
+    rows = [done[prompt.id] for prompt in prompts]
+    pairs = [{k: v for k, v in row.items() if k not in _DRAWN} for row in rows if "dropped" not in row]
+    dropped = dict(Counter(row["dropped"] for row in rows if "dropped" in row))
+    if not pairs:
+        raise UserError("No prompt gave two different responses.", fix="Raise sample.temperature or sample.redraws.")
+    _write_pairs(context, pairs)
+    partial.unlink()
+    return {
+        "prompts": len(prompts),
+        "pairs": len(pairs),
+        "dropped": skipped | dropped,
+        "redrawn": sum(row["redraws"] > 0 for row in rows),
+        "ended": _share_ended(rows),
+        "seconds": time.monotonic() - started,
+    }
+
+
+def starting_policy(context: Context, base: Any) -> tuple[Any, AbstractContextManager]:
+    """The model that samples, and the context in which it is the start: the base, or its sft adapter."""
+    if context.start is None:
+        return base, nullcontext()
+    from trl_rlaif.models.shared_model import SharedBase
+
+    shared = SharedBase(base, context.start)
+    return shared.model, shared.role("policy")
+
+
+def _write_pairs(context: Context, rows: Sequence[Mapping[str, Any]]) -> None:
+    write_atomically(context.folder / artifacts.PAIRS, "".join(map(to_line, rows)))
+
+
+@dataclass
+class _Sampler:
+    """Draws responses for a batch of prompts until two of them differ, or the redraws are used up."""
+
+    context: Context
+    section: SampleSection
+    model: Any
+    seed: int
+
+    def draw(self, prompts: list[Prompt], tokens: list[list[int]]) -> list[DrawnRow]:
+        """A row for each prompt: a pair, or ``dropped`` with the reason."""
+        responses: dict[str, list[Response]] = {prompt.id: [] for prompt in prompts}
+        reader = self.context.reader(self.model)
+        redraws = dict.fromkeys(responses, 0)
+        missing = list(range(len(prompts)))
+        for attempt in range(self.section.redraws + 1):
+            ids = [prompts[i].id for i in missing]
+            with seeded(self.seed, "sample", attempt, *ids):
+                drawn = sample_responses(
+                    self.model,
+                    self.context.tokenizer,
+                    [tokens[i] for i in missing],
+                    num_responses=self.section.num_responses,
+                    max_new_tokens=self.section.max_new_tokens,
+                    temperature=self.section.temperature,
+                    top_p=self.section.top_p,
+                    stop_ids=reader.stop_ids,
+                    keep_end=True,
+                )
+            for i, of_prompt in zip(missing, drawn, strict=True):
+                responses[prompts[i].id] += [reader.read(response, tokens[i]) for response in of_prompt]
+                redraws[prompts[i].id] = attempt
+            missing = [i for i in missing if len(_different(responses[prompts[i].id])) < 2]
+            if not missing:
+                break
+        return [self._row(p, responses[p.id], redraws[p.id]) for p in prompts]
+
+    @staticmethod
+    def _row(prompt: Prompt, responses: list[Response], redraws: int) -> DrawnRow:
+        drawn: DrawnRow = {"redraws": redraws, "responses": len(responses), "ended": sum(r.ended for r in responses)}
+        different = _different(responses)
+        if len(different) < 2:
+            cut = "reasoning without an answer" if any(r.reasoning for r in responses) else "empty response"
+            return {"id": prompt.id, "dropped": "responses are identical" if different else cut, **drawn}
+        first, second, *_ = different
+        reasoning = {"reasoning_1": first.reasoning, "reasoning_2": second.reasoning}
+        extra = prompt.extra | {name: text for name, text in reasoning.items() if text is not None}
+        answers = first.answer.strip(), second.answer.strip()
+        return pair_row(Pair(prompt.id, prompt.prompt, *answers, prompt.category, None, extra)) | drawn
+
+
+def _different(responses: list[Response]) -> list[Response]:
+    """The first of each answer, without empty ones."""
+    by_answer: dict[str, Response] = {}
+    for response in responses:
+        by_answer.setdefault(response.answer.strip(), response)
+    return [response for answer, response in by_answer.items() if answer]
+
+
+def _share_ended(rows: list[DrawnRow]) -> float | None:
+    counted = [row for row in rows if "ended" in row]  # not those of an earlier release
+    return sum(row["ended"] for row in counted) / sum(row["responses"] for row in counted) if counted else None

@@ -1,0 +1,99 @@
+"""Supervised fine-tuning of a LoRA adapter with TRL's SFTTrainer: the start of everything after it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl_rlaif.compat.trl_version import check_trl
+from trl_rlaif.data.finetuning import assistant_turns
+from trl_rlaif.errors import UserError
+from trl_rlaif.files import write_folder
+from trl_rlaif.pipeline import artifacts
+from trl_rlaif.pipeline.artifacts import SftResults
+from trl_rlaif.pipeline.context import Context
+from trl_rlaif.pipeline.training import train_from_last
+from trl_rlaif.progress import say
+from trl_rlaif.recipe.inputs import read_finetuning
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from trl import SFTTrainer
+
+
+def run(context: Context) -> SftResults:
+    """Train ``sft/`` and return its final numbers."""
+    started = time.monotonic()
+    trainer = build_trainer(context)
+    output = train_from_last(context, trainer, "sft", "Fine-tuning")
+    write_folder(context.folder / artifacts.SFT, lambda folder: _save(trainer, folder))
+    return {
+        "rows": len(trainer.train_dataset),
+        "loss_on": _loss_on(trainer),
+        "loss": output.training_loss,
+        "seconds": time.monotonic() - started,
+    }
+
+
+def build_trainer(context: Context) -> SFTTrainer:
+    """The trainer that the recipe describes."""
+    check_trl()
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from trl_rlaif.models.adapters import fitted
+
+    written, tokenizer = context.recipe.sft.config, context.tokenizer
+    rows, defaults = read_finetuning(context.recipe, chat=bool(tokenizer.chat_template)), {}
+    chosen = {"assistant_only_loss", "completion_only_loss"} & written.keys()
+    if "messages" in rows[0] and tokenizer.chat_template and not chosen:
+        rows, marked = _taught(rows, context.recipe.sft.data), _marks_turns(tokenizer)
+        defaults = {"assistant_only_loss": True} if marked else {}
+        rows = rows if marked else assistant_turns(rows)
+    base = context.load_base()
+    return SFTTrainer(
+        model=base,
+        args=SFTConfig(**defaults | context.trainer_arguments("sft", written)),
+        train_dataset=context.with_template_kwargs(Dataset.from_list(rows)),
+        processing_class=tokenizer,
+        peft_config=fitted(context.lora, base),
+    )
+
+
+def _taught(rows: list[dict[str, Any]], source: str) -> list[dict[str, Any]]:
+    """The conversations in which the assistant answers: a policy learns to say that, and not what users say."""
+    kept = [row for row in rows if assistant_turns([row])]
+    if not kept:
+        raise UserError("No conversation has an answer of the assistant.", where=source)
+    if len(kept) < len(rows):
+        say(f"sft: {len(rows) - len(kept)} of {len(rows)} conversations are left out: the assistant answers nothing.")
+    return kept
+
+
+def _marks_turns(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether TRL knows, of the template or of its like, what the assistant says, the end of its turn included."""
+    from jinja2 import TemplateError
+
+    try:
+        from trl.chat_template_utils import (
+            get_training_chat_template,
+            has_generation_markers,
+            is_chat_template_stop_token_trained,
+        )
+
+        marked = has_generation_markers(tokenizer.chat_template)
+        template = None if marked else get_training_chat_template(tokenizer)
+    except (ImportError, ValueError, TemplateError):  # an older TRL, or a template that it does not know
+        return False
+    return is_chat_template_stop_token_trained(tokenizer, chat_template=template)
+
+
+def _loss_on(trainer: SFTTrainer) -> str:
+    if trainer.args.assistant_only_loss:
+        return "assistant turns"
+    return "completions" if trainer.completion_only_loss else "all tokens"
+
+
+def _save(trainer: Any, folder: Path) -> None:
+    trainer.save_model(str(folder))
