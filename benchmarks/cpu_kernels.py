@@ -4,10 +4,11 @@
     python benchmarks/cpu_kernels.py --tasks ppo --model FOLDER --batch 8 --rounds 5
 
 Four tasks on a real model: an update of PPO (policy, value, reward and reference on one base), a training step of the
-reward model on pairs that share their prompts, generation, and a judge's questions in both orders. The first two run under bfloat16
-autocast where the processor computes bfloat16 (``--bf16``), else in float32, where no weights are cast. In a round the
-sides alternate: everything on, then each kernel off; the best of all rounds counts. Seconds are those of the processor,
-not of the clock; memory is the peak resident set of a side, over what was resident before it.
+reward model on pairs that share their prompts, generation by a policy with an adapter, and a judge's questions in both
+orders. The first two run under bfloat16 autocast where the processor computes bfloat16 (``--bf16``), else in float32,
+where no weights are cast. In a round the sides alternate: everything on, then each kernel off; the best of all rounds
+counts. Seconds are those of the processor, not of the clock; memory is the peak resident set of a side, over what was
+resident before it.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def generation(args: argparse.Namespace, stack: ExitStack) -> Callable[[], Any]:
     """Responses of 256 tokens to prompts of 64 by a policy with an adapter."""
     model = get_peft_model(load_model(ModelSpec(args.model, "float32")), LoraConfig(**LORA, task_type="CAUSAL_LM"))
     tokenizer, prompts = load_tokenizer(args.model), _ids(args.batch, 64)
-    limits: dict[str, Any] = {"max_new_tokens": 256, "temperature": 1.0, "stop_ids": ()}
+    limits: dict[str, Any] = {"max_new_tokens": 256, "temperature": 1.0, "stop_ids": None}
     return lambda: sample_responses(model.eval(), tokenizer, prompts, num_responses=1, **limits)
 
 

@@ -9,12 +9,17 @@ import subprocess
 import sys
 
 import pytest
+from helpers.recipes import tiny_recipe
 
 from trl_rlaif import RunError, UserError
 from trl_rlaif.files import append_lines, read_lines, to_line, write_atomically, write_folder
+from trl_rlaif.pipeline import redo, runner
+from trl_rlaif.pipeline.artifacts import FORMAT
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.stages import STAGES
 from trl_rlaif.pipeline.superseding import begin, supersede
+from trl_rlaif.report.run_data import read_run
+from trl_rlaif.status import read_status
 
 OUTPUTS = {name: stage.outputs for name, stage in STAGES.items()}
 
@@ -342,3 +347,15 @@ def test_a_folder_that_cannot_be_written_to_is_a_user_error(tmp_path, blocked):
     with pytest.raises(UserError) as caught:
         RunFolder(tmp_path / "run")
     assert caught.value.exit_code == 2 and str(tmp_path / "run") in str(caught.value)
+
+
+def test_a_folder_of_a_later_version_is_refused(tmp_path, tiny_model):
+    recipe, folder = tiny_recipe(tmp_path, tiny_model), RunFolder(tmp_path / "run")
+    runner._write_recipe(recipe, folder, "trl-rlaif run tiny")
+    redo.plan(recipe, folder), read_status(folder.path), read_run(folder.path)
+    saved = (folder / "recipe.yaml").read_text()
+    assert f"format: {FORMAT}\n" in saved
+    (folder / "recipe.yaml").write_text(saved.replace(f"format: {FORMAT}", f"format: {FORMAT + 1}"))
+    for reading in (lambda: redo.plan(recipe, folder), lambda: read_status(folder.path), lambda: read_run(folder.path)):
+        with pytest.raises(UserError, match="A later version of trl-rlaif wrote this folder"):
+            reading()
