@@ -42,6 +42,13 @@ def folder(tmp_path):
     return folder
 
 
+@pytest.mark.parametrize("numbers", [[], "12", {"pairs": 12}, {"pairs": 12, "dropped": 3, "seconds": "long"}])
+def test_numbers_that_are_not_as_they_are_written_today(folder, numbers):
+    (folder / "results.json").write_text(json.dumps({"sample": numbers}))
+    [sample, *_] = read_status(folder.path).stages
+    assert (sample.state, sample.summary, sample.seconds) == ("done", "", None)
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """Time that passes when the test says so."""

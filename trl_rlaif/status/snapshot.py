@@ -18,7 +18,7 @@ from trl_rlaif.experiments.running import summary as summary_of_comparison
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.stages import STAGES
 from trl_rlaif.recipe.variants import KEY as COMPARE
-from trl_rlaif.report.formatting import label
+from trl_rlaif.report.formatting import label, number, section
 
 # Of metrics.jsonl only the end is read.
 _TAIL_BYTES = 256 * 1024
@@ -112,13 +112,8 @@ def read_status(folder: str | Path) -> Status:
     recipe = _recipe(folder)
     # Asked first: what is read afterwards is no older than this.
     alive = _is_locked(folder / artifacts.STATE / artifacts.LOCK)
-    read = _Read(
-        folder,
-        alive,
-        _object(folder / artifacts.STATE / artifacts.PROGRESS),
-        _object(folder / artifacts.RESULTS),
-        time.time(),
-    )
+    found = _object(folder / artifacts.STATE / artifacts.PROGRESS), _object(folder / artifacts.RESULTS)
+    read = _Read(folder, alive, *found, time.time())
     progress, prints = read.progress, read.progress.get("stages") or dict.fromkeys(_stages_of(recipe))
     if COMPARE in recipe:
         stages = (
@@ -175,18 +170,16 @@ class _Read:
 
     def stage(self, name: str, fingerprint: str | None) -> StageStatus:
         """A stage, by its marker in ``.state``, what the process says, and its results."""
-        marker, numbers = (
-            _object(self.folder / artifacts.STATE / artifacts.marker_of(name)),
-            self.results.get(name) or {},
-        )
+        marker = _object(self.folder / artifacts.STATE / artifacts.marker_of(name))
+        numbers = section(self.results, name)
         current = self.progress.get("stage") == name and self.progress.get("outcome") is None
         if self.alive and current:
             return self._running(name)
         # One that was made with other settings is going to be made anew.
         if marker.get("complete") and fingerprint in (None, marker.get("fingerprint")):
-            return StageStatus(name, "done", numbers.get("seconds"), _summary(name, numbers) if numbers else "")
+            return StageStatus(name, "done", number(numbers.get("seconds")), _summary(name, numbers))
         if numbers.get("shard"):
-            return StageStatus(name, "waiting", numbers.get("seconds"), f"share {numbers['shard']} is done")
+            return StageStatus(name, "waiting", number(numbers.get("seconds")), f"share {numbers['shard']} is done")
         if self.alive or not marker or marker.get("complete"):
             return StageStatus(name, "waiting")
         step, metrics = _last_metrics(self.folder / artifacts.METRICS, name)
@@ -197,9 +190,9 @@ class _Read:
         """The judging of all variants against each other. It has no marker: its results are written last."""
         if self.alive:
             return self._running(COMPARE) if self.progress.get("stage") == COMPARE else StageStatus(COMPARE, "waiting")
-        numbers = self.results.get(COMPARE)
+        numbers = section(self.results, COMPARE)
         if numbers and self.progress.get("outcome") == "done":
-            return StageStatus(COMPARE, "done", numbers.get("seconds"), summary_of_comparison(numbers))
+            return StageStatus(COMPARE, "done", number(numbers.get("seconds")), _summary(COMPARE, numbers))
         return StageStatus(COMPARE, "interrupted" if self.progress.get("stage") == COMPARE else "waiting")
 
     def _running(self, name: str) -> StageStatus:
@@ -265,7 +258,12 @@ def _recipe(folder: Path) -> dict[str, Any]:
 
 
 def _summary(stage: str, numbers: dict[str, Any]) -> str:
-    return STAGES[stage].summary(numbers) if stage in STAGES else ""
+    """What a stage says of its numbers; nothing where another version wrote them, or somebody changed them."""
+    try:
+        told = summary_of_comparison(numbers) if stage == COMPARE else STAGES[stage].summary(numbers)
+        return _one_line(told) if numbers else ""
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return ""
 
 
 def _stages_of(recipe: dict[str, Any]) -> list[str]:
