@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trl_rlaif.pipeline import artifacts, redo
+from trl_rlaif.pipeline import artifacts, machine, redo
 from trl_rlaif.pipeline.artifacts import CompareResults
 from trl_rlaif.pipeline.redo import Confirm
 from trl_rlaif.pipeline.run_folder import RunFolder
@@ -54,6 +54,7 @@ def run_comparison(
     places = {name: folder / artifacts.VARIANTS / name for name in recipe.variants}
     with folder.locked():
         check_unused(folder, used=resume)
+        recipe = machine.settled(recipe, folder)
         if (folder / "arms").is_dir() and not (folder / artifacts.VARIANTS).exists():
             (folder / "arms").rename(folder / artifacts.VARIANTS)  # their name until 0.1
         _ask({places[name]: variant for name, variant in recipe.variants.items()}, confirm)

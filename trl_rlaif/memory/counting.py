@@ -66,7 +66,6 @@ class ModelShape:
         head_is_tied: Whether it shares the embedding's weight.
         norms: Norms as wide as the hidden state, in one decoder layer.
         head_norms: Whether queries and keys are normed.
-        dtype: What the checkpoint says that it is saved in, or None.
         context: Longest sequence, or None.
     """
 
@@ -83,7 +82,6 @@ class ModelShape:
     intermediate: int
     norms: int
     head_norms: bool
-    dtype: str | None = None
     context: int | None = None
 
     @classmethod
@@ -114,7 +112,6 @@ class ModelShape:
             for name, parameter in model.named_parameters()
             if re.search(r"\.0\..*(norm|ln_)", name) and name.endswith("weight")
         ]
-        dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None)
         return cls(
             numel=sum({id(p): p.numel() for p in model.parameters()}.values()),
             linears=linears,
@@ -129,7 +126,6 @@ class ModelShape:
             intermediate=_intermediate(text, linears),
             norms=norms.count(text.hidden_size),
             head_norms=head_dim != text.hidden_size and head_dim in norms,
-            dtype=str(dtype).removeprefix("torch.") if dtype is not None else None,
             context=getattr(text, "max_position_embeddings", None),
         )
 

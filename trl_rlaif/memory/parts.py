@@ -41,12 +41,8 @@ class MemoryRun:
 
     @property
     def dtype(self) -> str:
-        """Type of all weights that are not quantized."""
-        if self.recipe.model.dtype != "auto":
-            return self.recipe.model.dtype
-        if self.shape.dtype is None:
-            self.notes.append("The model's configuration names no dtype: its weights are taken as bfloat16.")
-        return self.shape.dtype or "bfloat16"
+        """Type of all weights that are not quantized; auto on a GPU that computes bfloat16."""
+        return "bfloat16" if self.recipe.model.dtype == "auto" else self.recipe.model.dtype
 
     @property
     def item(self) -> int:
@@ -199,7 +195,7 @@ def judging(run: MemoryRun, judge: object, *, alone: bool) -> Iterator[Part]:
     section = run.recipe.label
     tokens = section.batch_tokens if section else JUDGE_TOKENS
     if isinstance(judge, JudgeSection) and run.judge is not None:
-        dtype = run.judge.dtype or "bfloat16" if judge.dtype == "auto" else judge.dtype
+        dtype = "bfloat16" if judge.dtype == "auto" else judge.dtype
         item = FLOAT32 if dtype == "float32" else 2
         nf4 = judge.quantization == "nf4"
         yield from _weights(run.judge, nf4, weight_bytes(run.judge, nf4=nf4, item=item), item, dtype, "judge")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import yaml
 
 from trl_rlaif.errors import UserError
 from trl_rlaif.pipeline import artifacts, superseding
 from trl_rlaif.pipeline.first_version import inputs_of
 from trl_rlaif.pipeline.inputs import Inputs
+from trl_rlaif.pipeline.machine import settled
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.stage import Stage
 from trl_rlaif.pipeline.stages import STAGES, active_stages
@@ -48,8 +46,9 @@ def plan(recipe: Recipe, folder: RunFolder) -> dict[str, Planned]:
     Raises:
         UserError: A later version wrote the folder.
     """
+    recipe = settled(recipe, folder)
     found: dict[str, Planned] = {}
-    first_version = _recipe_of(folder)
+    first_version = folder.recipe()
     for name, stage in active_stages(recipe).items():
         now, marker = (
             stage.inputs(recipe, {name: each.fingerprint for name, each in found.items()}),
@@ -65,17 +64,6 @@ def plan(recipe: Recipe, folder: RunFolder) -> dict[str, Planned]:
             why = [_UNKNOWN] if before is None else now.changes_since(before)
             why += [f"{name} is redone" for name in now.stages if found[name].why and before is not None]
             found[name] = Planned(stage, now, now.fingerprint, tuple(why), migrated=True)
-    return found
-
-
-def _recipe_of(folder: RunFolder) -> Mapping[str, Any]:
-    path = folder / artifacts.RECIPE
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
-    except yaml.YAMLError:
-        found = None
-    found = found if isinstance(found, dict) else {}
-    artifacts.check_format(found, str(folder.path))
     return found
 
 

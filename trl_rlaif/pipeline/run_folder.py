@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from trl_rlaif.distributed import is_first
 from trl_rlaif.errors import UserError
 from trl_rlaif.files import read_lines, to_json, to_line, write_atomically
@@ -53,6 +55,21 @@ class RunFolder:
     def is_used(self) -> bool:
         """Whether a run lives here already."""
         return (self / artifacts.RECIPE).exists()
+
+    def recipe(self) -> dict[str, Any]:
+        """recipe.yaml; {} where there is none that can be read.
+
+        Raises:
+            UserError: A later version wrote it.
+        """
+        path = self / artifacts.RECIPE
+        try:
+            found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+        except yaml.YAMLError:
+            found = None
+        recipe = found if isinstance(found, dict) else {}
+        artifacts.check_format(recipe, str(self.path))
+        return recipe
 
     @contextmanager
     def locked(self) -> Iterator[None]:

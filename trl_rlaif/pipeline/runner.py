@@ -13,7 +13,7 @@ import yaml
 from trl_rlaif import __version__, distributed
 from trl_rlaif.errors import UserError
 from trl_rlaif.files import write_atomically
-from trl_rlaif.pipeline import artifacts, redo, superseding
+from trl_rlaif.pipeline import artifacts, machine, redo, superseding
 from trl_rlaif.pipeline.redo import Confirm, Planned
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.plugins import Plugins
@@ -61,6 +61,8 @@ def run_recipe(
     folder = RunFolder(output)
     with folder.locked():
         check_unused(folder, used=resume or bool(only))
+        recipe = machine.settled(recipe, folder)
+        machine.say_where(recipe, folder)
         planned = redo.plan(recipe, folder)
         _check_only(folder, planned, only)
         changed = redo.redone(planned, only)
@@ -178,7 +180,8 @@ def _run_stages(
 
 def _write_recipe(recipe: Recipe, folder: RunFolder, command: str) -> None:
     versions = {"trl-rlaif": __version__} | {name: version(name) for name in PACKAGES}
-    content = recipe.to_dict() | {"format": artifacts.FORMAT, "versions": versions, "command": command}
+    began = {"machine": found} if (found := machine.machine_of(folder)) else {}
+    content = recipe.to_dict() | began | {"format": artifacts.FORMAT, "versions": versions, "command": command}
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     write_atomically(folder / artifacts.RECIPE, text)
 

@@ -224,7 +224,9 @@ class ModelSection(Section):
     """``model``: the starting policy, which is the base that all roles share."""
 
     path: ModelPath = Field(description="A Hub id, a model folder, a .gguf file or package:NAME, which holds one.")
-    dtype: Dtype = Field("auto", description="Type of the weights; auto takes the model's own.")
+    dtype: Dtype = Field(
+        "auto", description="Type of the weights; auto: bfloat16 where the machine computes it fast, else float32."
+    )
     quantization: Quantization = Field("none", description="nf4 loads the base in 4 bits with bitsandbytes.")
     lora: LoraSection = Field(default_factory=LoraSection, description="The adapters that are trained.")
     reasoning: Literal["strip", "keep"] = Field(
@@ -233,8 +235,10 @@ class ModelSection(Section):
     reasoning_tags: list[Text] | None = Field(
         None, min_length=2, max_length=2, description="What reasoning begins and ends with; null: by the chat template."
     )
-    matmul_precision: Literal["highest", "high", "medium"] = Field(
-        "highest", description="torch.set_float32_matmul_precision; high and medium allow TF32 and bfloat16."
+    matmul_precision: Literal["auto", "highest", "high", "medium"] = Field(
+        "auto",
+        description="torch.set_float32_matmul_precision: high and medium allow TF32 and bfloat16; auto: high beside "
+        "16-bit weights on a GPU, else highest.",
     )
     chat_template_kwargs: TemplateKwargs
 
@@ -244,7 +248,7 @@ class JudgeSection(Section):
 
     backend: Literal["transformers"] = Field("transformers", description="Where the judge runs.")
     path: ModelPath = Field(description="The judge's Hub id, model folder, .gguf file or package:NAME.")
-    dtype: Dtype = Field("auto", description="Floating-point type of the judge's weights.")
+    dtype: Dtype = Field("auto", description="Type of the judge's weights; auto as of model.dtype.")
     quantization: Quantization = Field("none", description="nf4 loads the judge in 4 bits with bitsandbytes.")
     chat_template_kwargs: TemplateKwargs
 

@@ -1,5 +1,18 @@
-"""Settings of reward training: TRL's own."""
+"""Settings of reward training: TRL's own, but for one default."""
 
-from trl import RewardConfig
+from __future__ import annotations
 
-__all__ = ["RewardConfig"]
+from dataclasses import dataclass
+
+import trl
+
+from trl_rlaif.hardware import settle_bf16
+
+
+@dataclass
+class RewardConfig(trl.RewardConfig):
+    """TRL's RewardConfig, whose ``bf16`` is on only where the machine computes bfloat16 fast, unless it is given."""
+
+    def __post_init__(self) -> None:
+        settle_bf16(self)
+        super().__post_init__()

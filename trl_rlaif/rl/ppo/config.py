@@ -10,14 +10,15 @@ from typing import Literal
 from trl_rlaif.compat.ppo_config import setting
 from trl_rlaif.compat.trl_ppo import BasePPOConfig
 from trl_rlaif.errors import Problem, UserError
+from trl_rlaif.hardware import settle_bf16
 
 
 @dataclass
 class PPOConfig(BasePPOConfig):
     """The PPOConfig of TRL 1.12 with additional fields.
 
-    The defaults are TRL's behavior except for two: ``score_at_end=False`` and ``loss_reduction="micro_batch"`` give the
-    numbers of TRL's trainer.
+    The defaults are TRL's behavior except for three: ``score_at_end=False`` and ``loss_reduction="micro_batch"`` give
+    the numbers of TRL's trainer, and ``bf16`` is on only where the machine computes bfloat16 fast.
 
     Args:
         max_prompt_length: Longest prompt in tokens; a longer one is left out, counted and reported.
@@ -117,6 +118,7 @@ class PPOConfig(BasePPOConfig):
     vllm_enable_sleep_mode: bool = setting(False, "Free the colocated engine's memory while the policy is trained.")
 
     def __post_init__(self) -> None:
+        settle_bf16(self)
         super().__post_init__()
         if isinstance(self.chat_template_kwargs, str):  # from a command line
             self.chat_template_kwargs = json.loads(self.chat_template_kwargs)

@@ -1,0 +1,95 @@
+"""What a machine computes fast, and what follows from it where a recipe or a configuration does not say."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from helpers.recipes import tiny_recipe
+
+from trl_rlaif import PPOConfig, RewardConfig, hardware
+from trl_rlaif.pipeline import redo, runner
+from trl_rlaif.pipeline.machine import say_where, settled
+from trl_rlaif.pipeline.run_folder import RunFolder
+
+SLOW, FAST = 21.0, 0.2
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Pretend that this processor takes so many times as long in bfloat16."""
+
+    def pretend(slowdown):
+        monkeypatch.setattr(hardware, "bfloat16_slowdown", lambda: slowdown)
+        monkeypatch.setattr(hardware, "device_type", lambda: "cpu")
+        hardware._say_once.cache_clear()
+
+    return pretend
+
+
+@pytest.mark.skipif("AVX2" not in (sys.platform, *open("/proc/cpuinfo").read().upper().split()), reason="no AVX2")
+def test_a_processor_without_bfloat16_is_found_out():
+    code = (
+        "from trl_rlaif.hardware import *; print(bfloat16_slowdown(), computes_bfloat16('cpu'), fastest_dtype('cpu'))"
+    )
+    env = os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True).stdout
+    slowdown, computes, fastest = out.split()
+    assert float(slowdown) > 2 and (computes, fastest) == ("False", "float32")
+
+
+@pytest.mark.parametrize(("slowdown", "dtype"), [(SLOW, "float32"), (FAST, "bfloat16")])
+def test_auto_is_settled_for_the_base_and_for_every_judge(machine, tmp_path, tiny_model, slowdown, dtype):
+    machine(slowdown)
+    judge = {"path": tiny_model}
+    label = {"judge": judge, "compare": {"other": {"judge": {**judge, "dtype": "float16"}}, "third": {"judge": judge}}}
+    evaluate = {"judges": {"second": {"judge": judge}}}
+    recipe = tiny_recipe(tmp_path, tiny_model, model={"dtype": "auto"}, label=label, evaluate=evaluate)
+    found = settled(recipe, RunFolder(tmp_path / "run"))
+    assert found.model.dtype == found.label.judge.dtype == found.evaluate.judges["second"].judge.dtype == dtype
+    assert [c.judge.dtype for c in found.label.compare.values()] == ["float16", dtype]
+    assert found.model.matmul_precision == "highest"
+    assert settled(found, RunFolder(tmp_path / "run")) == found
+
+
+def test_a_run_stays_what_it_was_begun_as_on_another_machine(machine, tmp_path, tiny_model, capsys):
+    machine(FAST)
+    recipe, folder = tiny_recipe(tmp_path, tiny_model, model={"dtype": "auto"}), RunFolder(tmp_path / "run")
+    first = settled(recipe, folder)
+    runner._write_recipe(first, folder, "")
+    for planned in redo.plan(first, folder).values():
+        folder.begin(planned.stage.name, planned.fingerprint, planned.inputs.to_dict())
+    machine(SLOW)
+    again = settled(recipe, folder)
+    assert again == first and again.model.dtype == "bfloat16"
+    assert redo.redone(redo.plan(again, folder)) == []
+    say_where(again, folder)
+    assert "takes 21 times as long" in capsys.readouterr().err.replace("\n", " ")
+    saved = yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert saved["model"]["dtype"] == saved["machine"]["dtype"] == "bfloat16" and saved["machine"]["processor"]
+
+
+def test_a_folder_of_an_earlier_version_keeps_its_meaning_of_auto(machine, tmp_path, tiny_model):
+    machine(FAST)
+    recipe, folder = tiny_recipe(tmp_path, tiny_model, model={"dtype": "auto"}), RunFolder(tmp_path / "run")
+    (folder / "recipe.yaml").write_text("run: {name: old}\n")
+    assert settled(recipe, folder).model.dtype == "auto"
+
+
+@pytest.mark.parametrize("config", [PPOConfig, RewardConfig])
+def test_bf16_is_off_where_it_is_slow_and_obeyed_where_it_is_written(machine, tmp_path, config, capsys):
+    def made(**given):
+        found = config(str(tmp_path), use_cpu=True, report_to=[], **given).bf16
+        return found, capsys.readouterr().err.replace("\n", " ")
+
+    machine(FAST)
+    assert made() == (True, "") and made(bf16=False) == (False, "") and made(fp16=True)[0] is False
+    machine(SLOW)
+    bf16, said = made()
+    assert not bf16 and "bf16 is off" in said
+    bf16, said = made(bf16=True)
+    assert bf16 and "bf16 is on, which this processor emulates" in said and "21 times" in said
+    assert made(bf16=True) == (True, "")  # once is enough

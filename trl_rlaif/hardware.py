@@ -1,0 +1,110 @@
+"""Which floating-point type this machine computes fast: what ``auto`` means for weights and for autocast."""
+
+from __future__ import annotations
+
+import platform
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+# (rows, inputs, outputs) of the product that is timed: like a layer of a small model over a few sequences.
+_PRODUCT = (256, 512, 512)
+
+
+def device_type() -> str:
+    """Where models are put: ``cuda``, ``cpu``, or another type that accelerate finds."""
+    from trl_rlaif import distributed
+
+    return str(distributed.join().device).partition(":")[0]
+
+
+def computes_bfloat16(device: str) -> bool:
+    """Whether a type of device, such as ``cpu``, computes bfloat16 by instructions of its own, faster than float32."""
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device == "cpu" and bfloat16_slowdown() < 1
+
+
+@cache
+def bfloat16_slowdown() -> float:
+    """How many times as long as in float32 a matrix product in bfloat16 takes on this processor.
+
+    Measured in at most a second, since flags say neither what torch's build makes of them nor what limits it
+    (``ONEDNN_MAX_CPU_ISA``): seen are about 0.2 with AMX and 20 where bfloat16 is emulated.
+    """
+    import torch
+
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        rows, inputs, outputs = _PRODUCT
+        a, b = torch.ones(rows, inputs, dtype=dtype), torch.ones(inputs, outputs, dtype=dtype)
+        a @ b  # what is made once: threads, the kernel
+        found = []
+        for _ in range(3):
+            began = time.perf_counter()
+            a @ b
+            found.append(time.perf_counter() - began)
+        seconds[dtype] = min(found)
+    return seconds[torch.bfloat16] / seconds[torch.float32]
+
+
+def fastest_dtype(device: str) -> str:
+    """``bfloat16`` or ``float32``: what models are held in where a recipe says ``auto``."""
+    return "bfloat16" if computes_bfloat16(device) else "float32"
+
+
+def emulation_warning(what: str, device: str) -> str:
+    """A sentence on what was asked to be in bfloat16 where it is not computed fast; empty where it is."""
+    if device not in ("cpu", "cuda") or computes_bfloat16(device):
+        return ""
+    if device == "cuda":
+        return f"Warning: {what}, which this GPU emulates: it is slower than float32."
+    return (
+        f"Warning: {what}, which this processor emulates: a matrix product takes {bfloat16_slowdown():.0f} times as "
+        "long as in float32."
+    )
+
+
+def settle_bf16(args: Any) -> None:
+    """Decide ``args.bf16`` where nobody did (None), and say so where that turns it off; warn where it is emulated.
+
+    TRL's own configurations turn it on wherever ``fp16`` is off.
+
+    Args:
+        args: transformers' TrainingArguments, before their own ``__post_init__``.
+    """
+    import torch
+
+    accelerator = None if args.use_cpu else torch.accelerator.current_accelerator()
+    device = accelerator.type if accelerator else "cpu"
+    if args.bf16 is None:
+        args.bf16 = not args.fp16 and computes_bfloat16(device)
+        if not args.bf16 and not args.fp16:
+            _say_once("bf16 is off: bfloat16 is not computed fast here.")
+    elif args.bf16:
+        _say_once(emulation_warning("bf16 is on", device))
+
+
+@cache
+def _say_once(text: str) -> None:
+    from trl_rlaif.progress import say
+
+    if text:
+        say(text)
+
+
+def processor() -> str:
+    """The name of the GPU or processor that models are computed on."""
+    if device_type() == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()
