@@ -176,7 +176,7 @@ def test_rejection_sampling_is_the_same_run_or_refused(tmp_path):
     def train(dataset=None, iterations=2, **options):
         kwargs = {"data_selectors": [RejectionSampling(num_responses=2)]}
         trainer = _ppo(tmp_path, dataset=dataset or _prompts(8), trainer_kwargs=kwargs, **options)
-        RejectionTrainer(trainer, iterations).train(resume_from_checkpoint=True)
+        RejectionTrainer.of(trainer, iterations).train(resume_from_checkpoint=True)
 
     train(iterations=1)
     with pytest.raises(UserError, match=f"was 8 {WRITTEN}, and is 4 now"):

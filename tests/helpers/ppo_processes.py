@@ -16,7 +16,6 @@ from helpers.ppo import numbers
 from helpers.processes import write_result
 from trl_rlaif.components import DataSelector, RewardTransform
 from trl_rlaif.models import forward
-from trl_rlaif.rl import log_completions
 from trl_rlaif.types import Selection
 
 
@@ -103,8 +102,8 @@ def shown(folder: Path) -> dict[str, Any]:
     trainer.eval_dataset = trainer.train_dataset.select(range(5))
     return {
         "prompts": list(trainer.eval_dataset["prompt"]),
-        "all": log_completions.show(trainer, first_batch=False),
-        "first": log_completions.show(trainer, first_batch=True),
+        "all": trainer.completion_log.show(0, first_batch=False),
+        "first": trainer.completion_log.show(0, first_batch=True),
     }
 
 

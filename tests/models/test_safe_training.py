@@ -79,7 +79,7 @@ def test_ppo(tmp_path, passes):
 def test_rejection_sampling(tmp_path, passes):
     selector = RejectionSampling(num_responses=2)
     trainer = small_trainer(tmp_path, trainer_kwargs={"data_selectors": [selector]}, gradient_accumulation_steps=2)
-    _stops(RejectionTrainer(trainer, 2).train, trainer, Weights(trainer.shared.peft), passes, update=1)
+    _stops(RejectionTrainer.of(trainer, 2).train, trainer, Weights(trainer.shared.peft), passes, update=1)
 
 
 def test_reward(tmp_path, passes):

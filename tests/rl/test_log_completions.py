@@ -12,7 +12,7 @@ from helpers.ppo import numbers, prompts, small_trainer
 from helpers.rewards import length_penalty
 from helpers.tiny import make_llama, make_tokenizer
 
-from trl_rlaif.rl import log_completions
+from trl_rlaif.rl.log_completions import CompletionLog
 
 pytestmark = pytest.mark.trl
 
@@ -44,7 +44,7 @@ def test_what_is_shown_is_the_likeliest_response_and_its_score(tmp_path, capsys)
     sure.lm_head.weight.data *= 1000  # a random model's logits are nearly equal
     sure.lm_head.weight.data[tokenizer.pad_token_id] = 0  # never the likeliest
     trainer = _trainer(tmp_path, model=sure)
-    rows = log_completions.show(trainer, first_batch=False)
+    rows = trainer.completion_log.show(0, first_batch=False)
     assert [prompt for prompt, _, _ in rows] == trainer.eval_dataset["prompt"]
     model = trainer.shared.peft
     for prompt, completion, score in rows:
@@ -62,9 +62,9 @@ def test_what_is_shown_is_the_likeliest_response_and_its_score(tmp_path, capsys)
 
 
 def test_the_first_batch_alone_is_shown_in_a_run(tmp_path):
-    assert len(log_completions.show(_trainer(tmp_path, rows=5), first_batch=True)) == 2
+    assert len(_trainer(tmp_path, rows=5).completion_log.show(0, first_batch=True)) == 2
     assert (
-        len(log_completions.show(_trainer(tmp_path, rows=1), first_batch=True)) == 1
+        len(_trainer(tmp_path, rows=1).completion_log.show(0, first_batch=True)) == 1
     )  # TRL drops a batch that is not full
 
 
@@ -90,8 +90,8 @@ def test_a_resumed_run_goes_on_bit_for_bit_where_samples_are_shown(tmp_path):
 
 def test_text_of_a_model_does_not_steer_the_terminal(tmp_path, capsys, monkeypatch):
     hostile = [[("a\x1b[2Jb \x07[red]no markup[/red]", "\ud800 [/]", 1.0)]]
-    monkeypatch.setattr(log_completions, "_sampled", lambda *args, **kwargs: hostile[0])
-    log_completions.show(_trainer(tmp_path), first_batch=False)
+    monkeypatch.setattr(CompletionLog, "_sampled", lambda *args, **kwargs: hostile[0])
+    _trainer(tmp_path).completion_log.show(0, first_batch=False)
     out = capsys.readouterr().out
     assert "\x1b[2J" not in out and "\x07" not in out and "[red]no markup[/red]" in out and "[/]" in out
 
@@ -100,7 +100,7 @@ def test_conversations_are_shown_as_text(tmp_path):
     chat = Dataset.from_dict({"prompt": [[{"role": "system", "content": "Be brief."}, {"role": "user", "content": w}]
                                          for w in ("fox", "dog")]})  # fmt: skip
     trainer = _trainer(tmp_path, dataset=prompts(chat=True), trainer_kwargs={"eval_dataset": chat})
-    (first, completion, _), _ = log_completions.show(trainer, first_batch=False)
+    (first, completion, _), _ = trainer.completion_log.show(0, first_batch=False)
     assert first == "Be brief.\nfox" and isinstance(completion, str)
 
 
@@ -118,6 +118,6 @@ def test_running_trackers_get_a_table(tmp_path, monkeypatch, running):
     monkeypatch.setitem(sys.modules, "comet_ml", comet)
     trainer = _trainer(tmp_path)
     trainer.args.report_to = ["wandb", "comet_ml"]
-    rows = [list(row) for row in log_completions.show(trainer, first_batch=True)]
+    rows = [list(row) for row in trainer.completion_log.show(0, first_batch=True)]
     columns = ["prompt", "completion", "score"]
     assert logged == ([("wandb", rows, columns), ("completions.csv", rows, columns)] if running else [])

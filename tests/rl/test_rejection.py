@@ -77,7 +77,7 @@ def test_a_step_goes_down_the_gradient_of_the_plain_loss_over_response_tokens(
         lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1e9, gradient_checkpointing=checkpointing,
     )  # fmt: skip
     before = copy.deepcopy(trainer.shared)
-    RejectionTrainer(trainer, 1).train()
+    RejectionTrainer.of(trainer, 1).train()
 
     [pool], pairs = watching.pools, trainer.rehearsal.pairs
     scores = _short_ones(pool.prompts, pool.responses, pool.response_ids)
@@ -103,7 +103,7 @@ def test_a_step_goes_down_the_gradient_of_the_plain_loss_over_response_tokens(
 
 def test_it_learns_the_known_task(tmp_path):
     trainer = _task(tmp_path, selector=RejectionSampling(num_responses=4))
-    RejectionTrainer(trainer, 12).train()
+    RejectionTrainer.of(trainer, 12).train()
     history = trainer.state.log_history
     scores = [entry["objective/scores"] for entry in history]
     assert len(scores) == 12 and scores[0] < 0.2
@@ -115,7 +115,7 @@ def test_what_is_logged_is_what_was_drawn_and_accepted(tmp_path):
     watching = Watching(num_responses=3, keep="above", threshold=[0.2, 0.5])
     trainer = _task(tmp_path, selector=watching, prompts=16, per_device_train_batch_size=8)
     start = copy.deepcopy(trainer.shared)
-    RejectionTrainer(trainer, 3).train()
+    RejectionTrainer.of(trainer, 3).train()
     assert [pool.selection for pool in watching.pools] == [0, 1, 2]
     for entry, pool, threshold in zip(trainer.state.log_history, watching.pools, (0.2, 0.5, 0.5), strict=True):
         assert len(pool) == 48
@@ -167,7 +167,7 @@ def test_the_regulator_maps_every_iterations_pool_by_that_pool_and_watches_all_o
     watching, regulator = Watching(num_responses=4), DistributionRegulator(prior=0, bound=1e6)
     trainer = _task(tmp_path, selector=watching, prompts=16, per_device_train_batch_size=8)
     trainer.rewards.transforms = [regulator]
-    RejectionTrainer(trainer, 3).train()
+    RejectionTrainer.of(trainer, 3).train()
     for pool in watching.pools:
         raw = np.array(share_of_yes(pool.prompts, pool.responses))
         kinds, found = np.array(pool.categories), pool.scores.numpy()
@@ -194,7 +194,7 @@ def _drifting(folder):
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     trainer = _drifting(folder)
-    RejectionTrainer(trainer, 4).train()
+    RejectionTrainer.of(trainer, 4).train()
     return trainer
 
 
@@ -207,7 +207,7 @@ def test_a_run_can_be_repeated_whatever_was_drawn_before(tmp_path, whole):
     torch.manual_seed(99)
     again = _drifting(tmp_path)
     torch.rand(7)
-    RejectionTrainer(again, 4).train()
+    RejectionTrainer.of(again, 4).train()
     _same(again, whole)
     assert whole.rewards.transforms[0].seen == 4 * 16 * 4
 
@@ -218,18 +218,18 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, whole, last, monk
     fine_tune = RejectionTrainer.fine_tune
 
     def failing(self, pairs):
-        if self.trainer.state.global_step == last:
+        if self.loop.state.global_step == last:
             fine_tune(self, pairs)
             raise KeyboardInterrupt
         return fine_tune(self, pairs)
 
     monkeypatch.setattr(RejectionTrainer, "fine_tune", failing)
     with pytest.raises(KeyboardInterrupt):
-        RejectionTrainer(stopped, 4).train()
+        RejectionTrainer.of(stopped, 4).train()
     monkeypatch.undo()
     torch.manual_seed(99)
     resumed = _drifting(tmp_path)
-    RejectionTrainer(resumed, 4).train(resume_from_checkpoint=True)
+    RejectionTrainer.of(resumed, 4).train(resume_from_checkpoint=True)
     _same(resumed, whole)
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{i}" for i in (1, 2, 3, 4)]
 
@@ -239,13 +239,13 @@ def test_nothing_accepted_says_what_to_lower_and_what_was_learned_is_there(tmp_p
     trainer = _task(tmp_path, selector=rising, **OPTIONS | {"save_strategy": "no"})
     trainer.rewards.transforms = [Drifting()]
     with pytest.raises(UserError, match="Nothing was accepted in iteration 2: of 64 responses the best has") as raised:
-        RejectionTrainer(trainer, 3).train()
+        RejectionTrainer.of(trainer, 3).train()
     assert "Lower the selector's threshold" in str(raised.value) and raised.value.exit_code == 2
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
     assert trainer.rewards.transforms[0].seen == 64  # of the first iteration alone
     lowered = _task(tmp_path, selector=RejectionSampling(keep="above", threshold=[0.2, 0.3]), **OPTIONS)
     lowered.rewards.transforms = [Drifting()]
-    RejectionTrainer(lowered, 3).train(resume_from_checkpoint=True)
+    RejectionTrainer.of(lowered, 3).train(resume_from_checkpoint=True)
     assert [entry["step"] for entry in lowered.state.log_history] == [1, 2, 3]
 
 
@@ -256,7 +256,7 @@ class Nothing(DataSelector):
 
 def test_a_selector_that_only_picks_prompts_accepts_nothing(tmp_path):
     with pytest.raises(UserError, match="Nothing was accepted in iteration 1"):
-        RejectionTrainer(_small(tmp_path, selector=Nothing()), 1).train()
+        RejectionTrainer.of(_small(tmp_path, selector=Nothing()), 1).train()
 
 
 def _all_roles(folder):
@@ -296,7 +296,7 @@ def test_the_policy_alone_learns_and_every_role_is_as_it_was(tmp_path, options):
         }
 
     before, weights = state(), {n: t.detach().clone() for n, t in shared.state_dict(keep_vars=True).items()}
-    RejectionTrainer(trainer, 2).train()
+    RejectionTrainer.of(trainer, 2).train()
     assert state() == before
     changed = {n for n, t in shared.state_dict(keep_vars=True).items() if not torch.equal(t, weights[n])}
     assert changed == {n for n in weights if ".policy." in n}
@@ -315,7 +315,7 @@ def test_the_users_own_pairs_are_trained_on_as_well(tmp_path):
     given = Dataset.from_dict({"prompt": ["what is that?"], "completion": ["a lazy fox"]})
     trainer = _small(tmp_path, trainer_kwargs={"rehearsal_dataset": given}, learning_rate=0.0)
     seen = []
-    rejection = RejectionTrainer(trainer, 2)
+    rejection = RejectionTrainer.of(trainer, 2)
     fine_tune = rejection.fine_tune
     rejection.fine_tune = lambda pairs: (seen.append(list(pairs)), fine_tune(pairs))[1]
     rejection.train()
@@ -360,12 +360,12 @@ def test_what_fine_tuning_shares_with_ppo_is_carried_over(tmp_path):
 )
 def test_how_many_iterations_there_are(tmp_path, options, total, iterations):
     trainer = _small(tmp_path, total_episodes=total, **options)
-    assert count_iterations(trainer, total) == iterations
+    assert count_iterations(trainer.selection, total) == iterations
 
 
 def test_every_iteration_draws_prompts_of_its_own_where_not_all_are_drawn(tmp_path):
     watching = Watching(num_responses=2)
-    RejectionTrainer(_small(tmp_path, selector=watching, selection_prompts=4, learning_rate=0.0), 4).train()
+    RejectionTrainer.of(_small(tmp_path, selector=watching, selection_prompts=4, learning_rate=0.0), 4).train()
     rows = [tuple(sorted(set(pool.rows.tolist()))) for pool in watching.pools]
     assert all(len(r) == 4 for r in rows) and len(set(rows)) > 1
     responses = [tuple(pool.responses) for pool in watching.pools]
@@ -395,7 +395,7 @@ def test_what_it_cannot_do_is_refused(tmp_path, what):
         trainer.selection.selectors = []
     expected = {"selectors": "needs a data selector", "models": "one base for every role", "iterations": "is 0"}[what]
     with pytest.raises(UserError, match=expected):
-        RejectionTrainer(trainer, 0 if what == "iterations" else 1)
+        RejectionTrainer.of(trainer, 0 if what == "iterations" else 1)
 
 
 def test_a_callback_may_end_the_run(tmp_path):
@@ -407,7 +407,7 @@ def test_a_callback_may_end_the_run(tmp_path):
 
     trainer = _small(tmp_path)
     trainer.add_callback(Ending())
-    RejectionTrainer(trainer, 3).train()
+    RejectionTrainer.of(trainer, 3).train()
     assert trainer.state.global_step == 1
 
 
@@ -416,6 +416,6 @@ def test_fine_tuning_says_nothing_of_its_own(tmp_path, capfd):
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
-    RejectionTrainer(trainer, 2).train()
+    RejectionTrainer.of(trainer, 2).train()
     out, err = capfd.readouterr()
     assert out == "" and "it/s" not in err and "examples/s" not in err

@@ -172,7 +172,7 @@ def test_rejection_sampling_finishes_and_never_accepts_such_a_response(tmp_path)
 
     kwargs = {"reward_funcs": [labeler], "data_selectors": [Watching()]}
     trainer = small_trainer(tmp_path, trainer_kwargs=kwargs, max_failed=0.2)
-    RejectionTrainer(trainer, 2).train()
+    RejectionTrainer.of(trainer, 2).train()
     assert len(calls) == 2 * 20 and accepted == [18, 18]
     assert all(entry["rollout/unscored"] > 0 for entry in numbers(trainer))
 

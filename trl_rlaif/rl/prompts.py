@@ -114,6 +114,10 @@ class BatchStream:
     """
 
     def __init__(self, dataloader: Any) -> None:
+        self.restart(dataloader)
+
+    def restart(self, dataloader: Any) -> None:
+        """Take the batches from another dataloader from here on."""
         self.dataloader = dataloader
         self._iterator: Any = None
         self._start, self._taken = self._generators(), 0
@@ -150,17 +154,18 @@ class BatchStream:
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the data, in this process."""
-        return {**self._start, "taken": self._taken}
+        return {"batches": {**self._start, "taken": self._taken}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a place in the data. Disturbs torch's global generator; set that afterwards."""
-        torch.set_rng_state(state["start"])
+        place = state["batches"]
+        torch.set_rng_state(place["start"])
         if self._order is not None:
-            self._order.set_state(state["order"])
+            self._order.set_state(place["order"])
         self._iterator, self._taken = None, 0
         self._start = self._generators()
-        if not state["taken"]:  # the pass begins with its first batch, and takes its order from the generator then
+        if not place["taken"]:  # the pass begins with its first batch, and takes its order from the generator then
             return
         self._begin()
-        for _ in range(state["taken"]):
+        for _ in range(place["taken"]):
             next(self)

@@ -84,12 +84,12 @@ class Rehearsal:
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the pass, of this process."""
-        return {"generator": self._generator.get_state(), "order": list(self._order)}
+        return {"rehearsal": {"generator": self._generator.get_state(), "order": list(self._order)}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a place in the pass."""
-        self._generator.set_state(state["generator"])
-        self._order = list(state["order"])
+        self._generator.set_state(state["rehearsal"]["generator"])
+        self._order = list(state["rehearsal"]["order"])
 
 
 def _clock(device: torch.device) -> float:

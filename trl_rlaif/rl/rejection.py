@@ -18,10 +18,10 @@ from transformers import PrinterCallback
 from trl_rlaif.compat.trl_version import check_trl
 from trl_rlaif.errors import UserError
 from trl_rlaif.generation import derived_seed
+from trl_rlaif.models.kernels import training_kernels
 from trl_rlaif.models.safe_training import safe_training
 from trl_rlaif.rl import deepspeed
-from trl_rlaif.rl.ppo import checkpoint
-from trl_rlaif.rl.selection import MergedSelection
+from trl_rlaif.rl.selection import MergedSelection, PromptSelection
 from trl_rlaif.types import Pool, RehearsalPair
 
 check_trl()
@@ -30,6 +30,7 @@ from trl import SFTConfig, SFTTrainer  # noqa: E402 - only a TRL that is known t
 if TYPE_CHECKING:
     from trl_rlaif.models.shared_model import SharedBase
     from trl_rlaif.rl.ppo.config import PPOConfig
+    from trl_rlaif.rl.ppo.loop import Loop
     from trl_rlaif.rl.ppo.trainer import PPOTrainer
 
 
@@ -48,24 +49,34 @@ class RejectionTrainer:
     lowest and the mean score of those; and ``loss/sft``, nats a response token.
 
     Args:
-        trainer: Prompts, sampling, rewards, transforms, selectors, logs and checkpoints are its own, and so are the
-            settings that fine-tuning shares with PPO. Its optimizer and its value are not used.
+        selection: The selectors, and the pool of prompts that they choose from, with its settings: those that
+            fine-tuning shares with PPO count here too.
+        shared: The base, whose policy is trained.
+        loop: Counts the iterations.
         iterations: How often, at least once; see ``count_iterations``.
 
     Raises:
-        UserError: The trainer has no selector or separate models, or was started with DeepSpeed.
+        UserError: There is no selector, no shared base, or it was started with DeepSpeed.
     """
 
-    def __init__(self, trainer: PPOTrainer, iterations: int) -> None:
-        if not trainer.selection.selectors:
+    def __init__(self, selection: PromptSelection, shared: SharedBase | None, loop: Loop, iterations: int) -> None:
+        if not selection.selectors:
             raise UserError("Rejection sampling needs a data selector that accepts responses.")
-        if trainer.shared is None:
+        if shared is None:
             raise UserError("Rejection sampling needs one base for every role.", fix="Leave out value_model.")
-        if deepspeed.enabled(trainer.accelerator):
+        if deepspeed.enabled(selection.pool.accelerator):
             raise UserError("Rejection sampling does not run with DeepSpeed.", fix="Start it with DDP.")
         if iterations < 1:
             raise UserError(f"iterations is {iterations}; it must be 1 or more.")
-        self.trainer, self.iterations, self._unscored = trainer, iterations, 0
+        self.selection, self.shared, self.loop, self.iterations = selection, shared, loop, iterations
+        self.args, self.accelerator = selection.pool.args, selection.pool.accelerator
+        self.rewards = selection.pool.rewards
+        self._unscored = 0
+
+    @classmethod
+    def of(cls, trainer: PPOTrainer, iterations: int) -> RejectionTrainer:
+        """With the prompts, rewards, selectors, logs and checkpoints of a PPOTrainer, whose value is not used."""
+        return cls(trainer.selection, trainer.shared, trainer.loop, iterations)
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> None:
         """Run all iterations.
@@ -77,70 +88,60 @@ class RejectionTrainer:
             UserError: Nothing was accepted, or a reward function returned something other than a finite number a
                 completion. A checkpoint with what was learned until then is there.
         """
-        trainer = self.trainer
-        trainer.args.num_total_batches = self.iterations
-        with trainer.kernels():
-            self._train(resume_from_checkpoint)
-
-    def _train(self, resume_from_checkpoint: str | Path | bool | None) -> None:
-        trainer, state = self.trainer, self.trainer.state
-        trainer.begin(resume_from_checkpoint)
-        while state.global_step < self.iterations and not trainer.control.should_training_stop:
-            began = time.monotonic()
-            pool, chosen = self.select()
-            trainer.apply(chosen)
-            metrics = self.metrics(pool, chosen)
-            metrics["loss/sft"] = self.fine_tune(trainer.rehearsal.pairs)
-            metrics["time/update"] = time.monotonic() - began
-            self._end_iteration(pool, metrics)
-        trainer.finish()
+        with training_kernels(self.shared.peft, bf16=self.args.bf16):
+            self.loop.begin(self.iterations, resume_from_checkpoint)
+            while self.loop.continues:
+                began = time.monotonic()
+                pool, chosen = self.select()
+                self.selection.take(chosen)
+                metrics = self.metrics(pool, chosen)
+                metrics["loss/sft"] = self.fine_tune(self.selection.rehearsal.pairs)
+                metrics["time/update"] = time.monotonic() - began
+                self._end_iteration(pool, metrics)
+            self.loop.end()
 
     def select(self) -> tuple[Pool, MergedSelection]:
         """Responses of the present policy, drawn from a seed of this iteration's own, and what was accepted."""
-        trainer, selection = self.trainer, self.trainer.selection
-        counted = trainer.rewards.unscored.total
-        with trainer.keeping():
-            set_seed(derived_seed(self._seed, trainer.accelerator.process_index))
-            pool = selection.pool.draw(selection.num_responses, selection=trainer.state.global_step)
-            chosen = selection.choose_from(pool)
+        step, counted = self.loop.state.global_step, self.rewards.unscored.total
+        with self.loop.checkpoints.kept():
+            set_seed(derived_seed(self._seed, self.accelerator.process_index))
+            pool = self.selection.pool.draw(self.selection.num_responses, selection=step)
+            chosen = self.selection.choose_from(pool)
             if not accepted(chosen):
                 raise UserError(
-                    f"Nothing was accepted in iteration {trainer.state.global_step + 1}: of {len(pool)} responses the "
-                    f"best has a score of {pool.scores.max().item():.4g}.",
+                    f"Nothing was accepted in iteration {step + 1}: of {len(pool)} responses the best has a score of "
+                    f"{pool.scores.max().item():.4g}.",
                     fix="Lower the selector's threshold, or raise its num_responses.",
                 )
-        self._unscored = trainer.rewards.unscored.total - counted
+        self._unscored = self.rewards.unscored.total - counted
         return pool, chosen
 
     def fine_tune(self, pairs: Sequence[RehearsalPair]) -> float:
         """Train the policy's adapter on pairs with TRL's SFTTrainer; the mean loss, nats a response token."""
-        trainer, shared = self.trainer, self.trainer.shared
+        shared = self.shared
         with _roles_kept(shared), shared.role("policy"):
             # TRL casts what learns on a 4-bit base to bfloat16; the policy stays as PPO has it.
             shared.peft.requires_grad_(False)
             with _silent_datasets():
                 sft = SFTTrainer(
                     model=shared.peft,
-                    args=sft_config(trainer.args, derived_seed(self._seed)),
+                    args=sft_config(self.args, derived_seed(self._seed)),
                     train_dataset=as_dataset(pairs),
-                    processing_class=trainer.processing_class,
+                    processing_class=self.rewards.reader.tokenizer,
                 )
             for name, parameter in shared.peft.named_parameters():
                 parameter.requires_grad_(".policy." in name)
             sft.remove_callback(PrinterCallback)
             with safe_training(sft):
-                loss = torch.tensor([sft.train().training_loss], device=trainer.accelerator.device)
-        return trainer.accelerator.gather(loss).mean().item()
+                loss = torch.tensor([sft.train().training_loss], device=self.accelerator.device)
+        return self.accelerator.gather(loss).mean().item()
 
     def metrics(self, pool: Pool, chosen: MergedSelection) -> dict[str, float]:
         """The numbers of one iteration before it fine-tunes."""
-        trainer = self.trainer
         scores: list[Any] = [pair.score for pair in accepted(chosen)]  # accepted pairs have one
         lengths = [len(ids) for ids in pool.response_ids]
-        ended = [
-            trainer.reader.read(ids, prompt).ended
-            for ids, prompt in zip(pool.response_ids, pool.prompt_ids, strict=True)
-        ]
+        read, rows = self.rewards.reader.read, zip(pool.response_ids, pool.prompt_ids, strict=True)
+        ended = [read(ids, prompt).ended for ids, prompt in rows]
         metrics = {
             "objective/scores": pool.scores.mean().item(),
             "objective/kl": pool.kl.mean().item(),
@@ -152,44 +153,39 @@ class RejectionTrainer:
             "rejection/accepted": len(scores) / len(pool),
             "rejection/threshold": min(scores),
             "rejection/score": sum(scores) / len(scores),
-            "episode": trainer.state.episode + len(pool) + self._unscored,
+            "episode": self.loop.state.episode + len(pool) + self._unscored,
         }
-        metrics |= trainer.rewards.sum.take_metrics()
+        metrics |= self.rewards.sum.take_metrics()
         for category in sorted({c for c in pool.categories if c is not None}):
             rows = [i for i, c in enumerate(pool.categories) if c == category]
             metrics[f"reward/{category}"] = pool.scores[rows].mean().item()
-        for transform in trainer.rewards.transforms:
+        for transform in self.rewards.transforms:
             metrics |= transform.metrics()
         return metrics
 
     @property
     def _seed(self) -> str:
-        return f"rejection sampling, {self.trainer.args.seed}, {self.trainer.state.global_step}"
+        return f"rejection sampling, {self.args.seed}, {self.loop.state.global_step}"
 
     def _end_iteration(self, pool: Pool, metrics: dict[str, float]) -> None:
-        trainer, state = self.trainer, self.trainer.state
-        state.global_step += 1
-        state.episode += len(pool) + self._unscored
-        state.epoch = state.global_step * len(set(pool.rows.tolist())) / len(trainer.selection.pool.prompts)
-        trainer.plugins.notify("policy_updated", trainer=trainer, metrics=metrics)
-        trainer.log(metrics)
-        trainer.control = trainer.callback_handler.on_step_end(trainer.args, state, trainer.control)
-        if trainer.args.save_strategy != "no":
-            checkpoint.save(trainer)
-            trainer.control = trainer.callback_handler.on_save(trainer.args, state, trainer.control)
+        passes = (self.loop.state.global_step + 1) * len(set(pool.rows.tolist())) / len(self.selection.pool.prompts)
+        self.loop.count(metrics, episodes=len(pool) + self._unscored, epoch=passes)
+        self.loop.tell("on_step_end")
+        if self.args.save_strategy != "no":
+            self.loop.save()
 
 
-def count_iterations(trainer: PPOTrainer, total_episodes: int | None = None) -> int:
+def count_iterations(selection: PromptSelection, total_episodes: int | None = None) -> int:
     """How many iterations draw so many responses in all; at least one.
 
     Args:
-        trainer: Whose prompts, selectors and settings tell how many responses an iteration draws.
-        total_episodes: None asks for ``num_train_epochs`` passes over the prompts. (The trainer's arguments always
-            hold a number, PPO's.)
+        selection: Whose prompts, selectors and settings tell how many responses an iteration draws.
+        total_episodes: None asks for ``num_train_epochs`` passes over the prompts. (The settings always hold a number,
+            PPO's.)
     """
-    every = len(trainer.selection.pool.prompts)
-    prompts, responses = min(trainer.args.selection_prompts or every, every), trainer.selection.num_responses
-    passes = trainer.args.num_train_epochs * every if total_episodes is None else total_episodes / responses
+    args, every = selection.pool.args, len(selection.pool.prompts)
+    prompts = min(args.selection_prompts or every, every)
+    passes = args.num_train_epochs * every if total_episodes is None else total_episodes / selection.num_responses
     return max(1, math.ceil(round(passes / prompts, 6)))
 
 

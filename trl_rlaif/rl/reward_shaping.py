@@ -50,18 +50,38 @@ class AdaptiveKLController:
         coef: At the start.
         target: KL in nats a response, or None for a fixed coefficient.
         horizon: Episodes in which a full error changes the coefficient by a fifth.
+        weighting: Of the objective, ``additive`` or ``weighted``: see ``PPOConfig``.
     """
 
     MOST = 0.2
 
-    def __init__(self, coef: float, target: float | None, horizon: int) -> None:
-        self.coef, self.target, self.horizon = coef, target, horizon
+    def __init__(
+        self,
+        coef: float,
+        target: float | None,
+        horizon: int,
+        weighting: Literal["additive", "weighted"] = "additive",
+    ) -> None:
+        self.coef, self.target, self.horizon, self.weighting = coef, target, horizon, weighting
+
+    @property
+    def score_weight(self) -> float:
+        """What the score counts beside the KL."""
+        return 1 - self.coef if self.weighting == "weighted" else 1.0
 
     def observe(self, kl: float, episodes: int) -> None:
         """Take account of the mean KL of so many responses."""
         if self.target is not None:
             error = min(max(kl / self.target - 1, -self.MOST), self.MOST)
             self.coef *= 1 + error * episodes / self.horizon
+
+    def state_dict(self) -> dict[str, Any]:
+        """The coefficient."""
+        return {"kl_coef": self.coef}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` gave."""
+        self.coef = state["kl_coef"]
 
 
 def kl_per_token(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: Literal["k1", "k3"]) -> torch.Tensor:

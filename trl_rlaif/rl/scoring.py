@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -217,6 +218,15 @@ class RewardPipeline:
         for transform in self.transforms:
             metrics |= transform.metrics()
         return metrics
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Remember nothing of what is scored inside."""
+        before = self.state_dict()
+        try:
+            yield
+        finally:
+            self.load_state_dict(before)
 
     def state_dict(self) -> dict[str, Any]:
         """What rewards and transforms remember, as plain values that scoring does not change later."""

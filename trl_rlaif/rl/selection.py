@@ -213,6 +213,7 @@ class PromptSelection:
         pool: What they choose from.
         rehearsal: Is filled with the pairs that they choose.
         folder: Where the choice is written for the reader's eyes.
+        reload: Trains on other prompts from here on, given them and a label of each or None.
 
     Attributes:
         chosen: The present choice; None before the first.
@@ -220,9 +221,15 @@ class PromptSelection:
     """
 
     def __init__(
-        self, selectors: Sequence[DataSelector], pool: PromptPool, rehearsal: Rehearsal, folder: str | Path
+        self,
+        selectors: Sequence[DataSelector],
+        pool: PromptPool,
+        rehearsal: Rehearsal,
+        folder: str | Path,
+        reload: Callable[[Dataset, Sequence[Hashable] | None], None] = lambda prompts, strata: None,
     ) -> None:
         self.selectors, self.pool, self.rehearsal, self.folder = list(selectors), pool, rehearsal, Path(folder)
+        self._reload = reload
         self.chosen: MergedSelection | None = None
         self.at: int | None = None
 
@@ -244,15 +251,21 @@ class PromptSelection:
         # A run that stopped between a selection and the end of its update is resumed with that selection.
         return bool(self.selectors) and (self.chosen is None or (again and self.at != update))
 
+    def renew(self, update: int) -> None:
+        """Choose where that is due before this update."""
+        if self.due(update):
+            self.take(self.choose(update))
+            self.at = update
+
     def choose(self, update: int) -> MergedSelection:
         """The selectors' choice. The rewards' state is afterwards what it was: a pool is no training data.
 
         Raises:
             UserError: As ``select``.
         """
-        state, every = self.pool.rewards.state_dict(), self.pool.args.selection_every
-        pool = self.pool.draw(self.num_responses, selection=update // every if every else 0)
-        self.pool.rewards.load_state_dict(state)
+        every = self.pool.args.selection_every
+        with self.pool.rewards.unchanged():
+            pool = self.pool.draw(self.num_responses, selection=update // every if every else 0)
         return self.choose_from(pool)
 
     def choose_from(self, pool: Pool) -> MergedSelection:
@@ -265,9 +278,21 @@ class PromptSelection:
 
     def take(self, chosen: MergedSelection) -> None:
         """Train on it and rehearse it from here on."""
-        self.chosen = chosen
+        before, self.chosen = self.chosen or MergedSelection(), chosen
         self.rehearsal.fill(chosen.rehearsal)
         self.write()
+        if (chosen.rows, chosen.strata) != (before.rows, before.strata):
+            self._reload(self.prompts, chosen.strata)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The choice, and when it was made; the same in all processes."""
+        return {"chosen": None if self.chosen is None else self.chosen.to_dict(), "selected_at": self.at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` gave."""
+        if state["chosen"] is not None:
+            self.take(MergedSelection.from_dict(state["chosen"]))
+        self.at = state.get("selected_at")  # checkpoints of earlier versions have none
 
     def write(self) -> None:
         """Write rehearsal.jsonl and selection_map.jsonl."""

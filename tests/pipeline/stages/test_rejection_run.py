@@ -65,7 +65,7 @@ def test_a_run_that_was_killed_goes_on_after_its_last_whole_iteration(finished, 
     select = RejectionTrainer.select
 
     def killed(self):
-        if self.trainer.state.global_step == 2:
+        if self.loop.state.global_step == 2:
             raise KeyboardInterrupt
         return select(self)
 

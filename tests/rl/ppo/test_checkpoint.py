@@ -162,7 +162,7 @@ def test_rejection_sampling_in_which_a_reward_failed_is_resumed_bit_for_bit(tmp_
 
     def train(folder, reward, **resuming):
         trainer = _drawing(tmp_path / folder, reward, [DistributionRegulator()], trainer_kwargs=kwargs)
-        RejectionTrainer(trainer, 3).train(**resuming)
+        RejectionTrainer.of(trainer, 3).train(**resuming)
         return trainer
 
     whole = train("whole", _broken_at(0))

@@ -29,8 +29,8 @@ def run_rejection(context: Context) -> RlResults:
     """The same by rejection sampling."""
 
     def train(trainer: PPOTrainer) -> None:
-        iterations = count_iterations(trainer, context.recipe.rl.config.get("total_episodes"))
-        RejectionTrainer(trainer, iterations).train(resume_from_checkpoint=True)
+        iterations = count_iterations(trainer.selection, context.recipe.rl.config.get("total_episodes"))
+        RejectionTrainer.of(trainer, iterations).train(resume_from_checkpoint=True)
 
     return _run(context, train)
 

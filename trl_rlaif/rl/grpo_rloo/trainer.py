@@ -111,7 +111,7 @@ class ScorerCallback(TrainerCallback):
         if kept is not None:
             mine = _own_part(kept, scorer)
             scorer.rewards.load_state_dict(mine)
-            scorer.rehearsal.load_state_dict(mine["rehearsal"])
+            scorer.rehearsal.load_state_dict(mine)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop with a checkpoint where too many responses had no reward.
@@ -143,7 +143,7 @@ class ScorerCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """What was chosen, and of every process the transforms' state and the place in the pairs, beside TRL's own."""
         scorer, folder = self.trainer.scorer, Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        parts = gather_object([{**scorer.rewards.state_dict(), "rehearsal": scorer.rehearsal.state_dict()}])
+        parts = gather_object([scorer.rewards.state_dict() | scorer.rehearsal.state_dict()])
         if state.is_world_process_zero and folder.is_dir():
             chosen = scorer.selection.chosen
             chosen = None if chosen is None else chosen.to_dict()

@@ -1,4 +1,4 @@
-"""Checkpoints of a PPO run, written whole or not at all, from which it goes on bit for bit."""
+"""Checkpoints of a PPO run, written whole or not at all, from which it resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -8,20 +8,27 @@ import os
 import random
 import re
 import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from torch import nn
 
 from trl_rlaif import run_identity
 from trl_rlaif.errors import UserError
+from trl_rlaif.generation import random_state, set_random_state
 from trl_rlaif.rl import deepspeed
-from trl_rlaif.rl.selection import MergedSelection
 
 if TYPE_CHECKING:
-    from trl_rlaif.rl.ppo.trainer import PPOTrainer
+    from accelerate import Accelerator
+    from transformers import TrainerState
+
+    from trl_rlaif.rl.ppo.config import PPOConfig
+    from trl_rlaif.rl.scoring import RewardPipeline
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _CONTENT = "content.json"
@@ -30,15 +37,201 @@ _RESTORED = ("global_step", "episode", "epoch", "log_history", *_BEST_FIELDS)
 BEST = "objective/rlhf_reward"
 
 
+class Part(Protocol):
+    """A collaborator with something to remember: entries of the checkpoint under names of its own."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its entries, as plain values that training does not change later."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to them; ``state`` holds the other parts' entries too."""
+
+
+@dataclasses.dataclass
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        args: Output folder, how many to keep, and what decides which is the best.
+        accelerator: Of all processes.
+        state: The trainer's.
+        model, optimizer, scheduler: What is trained, as accelerate prepared it.
+        common: Parts that are the same in all processes.
+        own: Parts that differ from process to process.
+        rewards: Another one of these, which goes back to where it was when a reward fails.
+        save_model: Writes the policy into a folder.
+        identity: Gives the settings and prompts of this run, which those of a checkpoint must equal.
+    """
+
+    args: PPOConfig
+    accelerator: Accelerator
+    state: TrainerState
+    model: nn.Module
+    optimizer: Any
+    scheduler: Any
+    common: Sequence[Part]
+    own: Sequence[Part]
+    rewards: RewardPipeline
+    save_model: Callable[[str], None]
+    identity: Callable[[], dict[str, Any]]
+    _last_saved: int = 0
+
+    # ---- Writing --------------------------------------------------------------------------------------
+
+    @contextmanager
+    def kept(self, *, repeated: bool = True) -> Iterator[None]:
+        """Save what was learned, should a reward fail inside.
+
+        Args:
+            repeated: A resumed run does the same again: for the same prompts, with the same random numbers. False: it
+                continues after it.
+        """
+        before = self._own_state()
+        try:
+            yield
+        except UserError:
+            if repeated:
+                self.rewards.load_state_dict(before)
+            self.save(before if repeated else None)
+            raise
+
+    def save(self, own: dict[str, Any] | None = None) -> Path:
+        """Write ``checkpoint-N`` into the output folder and drop what exceeds ``save_total_limit``.
+
+        The best one is kept besides the last ones: that before which the mean of ``metric_for_best_model``
+        (objective/rlhf_reward, unless the arguments name another) was highest. ``trainer_state.json`` names it.
+        The first of several processes writes, and the others wait for it; with DeepSpeed each one adds its
+        share of the optimizer.
+
+        Args:
+            own: The state of this process at an earlier moment, from which a resumed run continues; None takes the
+                present one.
+        """
+        target = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        building = target.with_name(f".building-{target.name}")
+        accelerator = self.accelerator
+        state = {
+            "parameters": self._trainable(),
+            "optimizer": None if deepspeed.enabled(accelerator) else self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            **_joined(self.common),
+            "processes": gather_object([own or self._own_state()]),
+        }
+        if accelerator.is_main_process:
+            shutil.rmtree(building, ignore_errors=True)
+            building.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        deepspeed.save_share(accelerator, self.optimizer, building)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            self._write(state, building, target)
+        accelerator.wait_for_everyone()
+        return target
+
+    def _write(self, training: dict[str, Any], building: Path, target: Path) -> None:
+        state = self.state
+        self.save_model(str(building))
+        torch.save(training, building / "training.pt")
+        if self._is_best():
+            state.best_model_checkpoint, state.best_global_step = str(target), state.global_step
+        state.save_to_json(str(building / "trainer_state.json"))
+        (building / run_identity.FILE).write_text(json.dumps(self.identity(), indent=1), encoding="utf-8")
+        (building / _CONTENT).write_text(json.dumps(_sizes(building)), encoding="utf-8")
+        _sync(building)
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(building, target)
+        limit = self.args.save_total_limit
+        for old in _all(target.parent)[:-limit] if limit else []:
+            if str(old) != state.best_model_checkpoint:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def _is_best(self) -> bool:
+        """Whether the updates since the last checkpoint were the best so far, by ``metric_for_best_model``."""
+        args, state, name = self.args, self.state, self.args.metric_for_best_model or BEST
+        recent = [entry[name] for entry in state.log_history if name in entry and entry["step"] > self._last_saved]
+        self._last_saved = state.global_step
+        if not recent:
+            return False
+        mean = sum(recent) / len(recent)
+        sign = -1 if args.greater_is_better is False else 1
+        if state.best_metric is not None and sign * mean <= sign * state.best_metric:
+            return False
+        state.best_metric = mean
+        return True
+
+    def _trainable(self) -> dict[str, torch.Tensor]:
+        model = self.accelerator.unwrap_model(self.model)
+        return {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+
+    def _own_state(self) -> dict[str, Any]:
+        """What differs from process to process: the parts, and the random generators."""
+        cpu, cuda = random_state()
+        generators = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": cpu, "cuda": cuda}
+        return _joined([*self.own, self.rewards]) | generators
+
+    # ---- Resuming -------------------------------------------------------------------------------------
+
+    def resume(self, wanted: str | Path | bool | None) -> None:
+        """Put everything back as it was when a checkpoint was written; begin afresh where ``find`` finds none.
+
+        Raises:
+            UserError: The checkpoint belongs to a run with other settings or prompts, another model, other transforms
+                or another number of processes.
+        """
+        folder = find(self.args.output_dir, wanted)
+        if folder is not None:
+            self._load(folder)
+        self._last_saved = self.state.global_step
+
+    def _load(self, folder: Path) -> None:
+        run_identity.check(folder, self.identity())
+        # Our own file: it holds the random generators' states, which are not tensors.
+        state = torch.load(folder / "training.pt", map_location="cpu", weights_only=False)
+        parameters, processes, count = self._trainable(), state["processes"], self.accelerator.num_processes
+        if parameters.keys() != state["parameters"].keys():
+            raise UserError("The checkpoint belongs to another model or LoRA configuration.", where=str(folder))
+        if len(processes) != count:
+            raise UserError(
+                f"The checkpoint was written by {len(processes)} processes; these are {count}.",
+                where=str(folder),
+            )
+        mine = processes[self.accelerator.process_index]
+        self.rewards.load_state_dict(mine)
+        for name, value in state["parameters"].items():
+            parameters[name].copy_(value)
+        if deepspeed.enabled(self.accelerator):
+            deepspeed.load_share(self.accelerator, self.optimizer, folder)
+        elif state["optimizer"] is None:
+            raise UserError("The checkpoint was written with DeepSpeed.", where=str(folder))
+        else:
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        for part in self.common:  # before the others: the place in the data is a place in what was chosen
+            part.load_state_dict(state)
+        for part in self.own:
+            part.load_state_dict(mine)
+        saved = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        known = {field.name for field in dataclasses.fields(self.state)}
+        for name in known.intersection(_RESTORED, saved):
+            setattr(self.state, name, saved[name])
+        random.setstate(mine["python"])
+        np.random.set_state(mine["numpy"])
+        set_random_state((mine["torch"], mine["cuda"]))
+
+
+def _joined(parts: Sequence[Part]) -> dict[str, Any]:
+    return {name: value for part in parts for name, value in part.state_dict().items()}
+
+
 def find(folder: str | Path, wanted: str | Path | bool | None) -> Path | None:
-    """The checkpoint to go on from.
+    """The checkpoint to resume from.
 
     Args:
         folder: Where the run keeps its checkpoints.
         wanted: True for the newest one (None if there is none), a path, or None/False for a fresh start.
 
     Raises:
-        UserError: The path given is no checkpoint.
+        UserError: The path given is not a checkpoint.
     """
     if not wanted:
         return None
@@ -70,162 +263,9 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _is_best(trainer: PPOTrainer) -> bool:
-    """Whether the updates since the last checkpoint were the best so far, by ``metric_for_best_model``."""
-    args, state = trainer.args, trainer.state
-    name = args.metric_for_best_model or BEST
-    last = trainer.last_saved_step
-    recent = [entry[name] for entry in state.log_history if name in entry and entry["step"] > last]
-    trainer.last_saved_step = state.global_step
-    if not recent:
-        return False
-    mean = sum(recent) / len(recent)
-    sign = -1 if args.greater_is_better is False else 1
-    if state.best_metric is not None and sign * mean <= sign * state.best_metric:
-        return False
-    state.best_metric = mean
-    return True
-
-
-def save(trainer: PPOTrainer, own: dict[str, Any] | None = None) -> Path:
-    """Write ``checkpoint-N`` into the output folder and drop what exceeds ``save_total_limit``.
-
-    The best one stays beside the last ones: that before which the mean of ``metric_for_best_model``
-    (objective/rlhf_reward, unless the arguments name another) was highest. ``trainer_state.json`` names it.
-    Of several processes the first one writes, and the others wait for it; with DeepSpeed each one adds its
-    share of the optimizer.
-
-    Args:
-        trainer: Whose run it is.
-        own: What ``own_state`` gave of this process at an earlier moment, from which a resumed run continues; None
-            takes the present one.
-    """
-    root = Path(trainer.args.output_dir)
-    target = root / f"checkpoint-{trainer.state.global_step}"
-    building = root / f".building-{target.name}"
-    accelerator = trainer.accelerator
-    state = _state(trainer, own)  # every process adds its own part
-    if accelerator.is_main_process:
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    deepspeed.save_share(accelerator, trainer.optimizer, building)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        _write(trainer, state, building, target)
-    accelerator.wait_for_everyone()
-    return target
-
-
-def _write(trainer: PPOTrainer, state: dict[str, Any], building: Path, target: Path) -> None:
-    trainer.save_model(str(building), _internal_call=True)
-    torch.save(state, building / "training.pt")
-    if _is_best(trainer):
-        trainer.state.best_model_checkpoint = str(target)
-        trainer.state.best_global_step = trainer.state.global_step
-    trainer.state.save_to_json(str(building / "trainer_state.json"))
-    (building / run_identity.FILE).write_text(json.dumps(trainer.identity, indent=1), encoding="utf-8")
-    (building / _CONTENT).write_text(json.dumps(_sizes(building)), encoding="utf-8")
-    _sync(building)
-    shutil.rmtree(target, ignore_errors=True)
-    os.rename(building, target)
-    limit = trainer.args.save_total_limit
-    for old in _all(target.parent)[:-limit] if limit else []:
-        if str(old) != trainer.state.best_model_checkpoint:
-            shutil.rmtree(old, ignore_errors=True)
-
-
 def _sync(folder: Path) -> None:
     """Force the files to disk before the folder gets its name: after a power cut the name must not lie."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-
-
-def _trainable(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    return {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _state(trainer: PPOTrainer, own: dict[str, Any] | None) -> dict[str, Any]:
-    return {
-        "parameters": _trainable(trainer),
-        "optimizer": None if deepspeed.enabled(trainer.accelerator) else trainer.optimizer.state_dict(),
-        "scheduler": trainer.lr_scheduler.state_dict(),
-        "chosen": None if trainer.selection.chosen is None else trainer.selection.chosen.to_dict(),
-        "selected_at": trainer.selection.at,
-        "kl_coef": trainer.kl_controller.coef,
-        "processes": gather_object([own_state(trainer) if own is None else own]),
-    }
-
-
-def own_state(trainer: PPOTrainer) -> dict[str, Any]:
-    """What differs from process to process: the place in the data, random generators, what scoring remembers."""
-    return {
-        "batches": trainer.batches.state_dict(),
-        "minibatch_order": trainer.minibatch_order.get_state(),
-        "rehearsal": trainer.rehearsal.state_dict(),
-        **trainer.rewards.state_dict(),
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def load(trainer: PPOTrainer, folder: Path) -> None:
-    """Put everything back as it was when the checkpoint was written.
-
-    Raises:
-        UserError: The checkpoint belongs to a run with other settings or prompts, another model, other transforms or
-            another number of processes.
-    """
-    run_identity.check(folder, trainer.identity)
-    # Our own file: it holds the random generators' states, which are no tensors.
-    state = torch.load(folder / "training.pt", map_location="cpu", weights_only=False)
-    own = _trainable(trainer)
-    if own.keys() != state["parameters"].keys():
-        raise UserError("The checkpoint belongs to another model or LoRA configuration.", where=str(folder))
-    if len(state["processes"]) != trainer.accelerator.num_processes:
-        raise UserError(
-            f"The checkpoint was written by {len(state['processes'])} processes; these are "
-            f"{trainer.accelerator.num_processes}.",
-            where=str(folder),
-        )
-    mine = state["processes"][trainer.accelerator.process_index]
-    if len(mine["transforms"]) != len(trainer.rewards.transforms):
-        raise UserError("The checkpoint was written with other reward transforms.", where=str(folder))
-    for name, value in state["parameters"].items():
-        own[name].copy_(value)
-    if deepspeed.enabled(trainer.accelerator):
-        deepspeed.load_share(trainer.accelerator, trainer.optimizer, folder)
-    elif state["optimizer"] is None:
-        raise UserError("The checkpoint was written with DeepSpeed.", where=str(folder))
-    else:
-        trainer.optimizer.load_state_dict(state["optimizer"])
-    trainer.lr_scheduler.load_state_dict(state["scheduler"])
-    trainer.rewards.load_state_dict(mine)
-    # What was chosen stays: the place in the data is a place in that.
-    if state["chosen"] is not None:
-        trainer.apply(MergedSelection.from_dict(state["chosen"]))
-    trainer.selection.at = state.get("selected_at")  # checkpoints of earlier versions have none
-    trainer.rehearsal.load_state_dict(mine["rehearsal"])
-    trainer.batches.load_state_dict(mine["batches"])
-    trainer.kl_controller.coef = state["kl_coef"]
-    trainer.minibatch_order.set_state(mine["minibatch_order"])
-    _load_trainer_state(trainer, folder)
-    random.setstate(mine["python"])
-    np.random.set_state(mine["numpy"])
-    torch.set_rng_state(mine["torch"])
-    if mine["cuda"]:
-        torch.cuda.set_rng_state_all(mine["cuda"])
-
-
-def _load_trainer_state(trainer: PPOTrainer, folder: Path) -> None:
-    saved = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    known = {f.name for f in dataclasses.fields(trainer.state)}
-    for name in _RESTORED:
-        if name in known and name in saved:
-            setattr(trainer.state, name, saved[name])
-    trainer.last_saved_step = trainer.state.global_step

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,18 +17,18 @@ from torch import nn
 from trl_rlaif import run_identity
 from trl_rlaif.compat.trl_ppo import BasePPOTrainer
 from trl_rlaif.components import DataSelector, RewardTransform
-from trl_rlaif.distributed import average_gradients
 from trl_rlaif.errors import UserError
 from trl_rlaif.models.kernels import training_kernels
 from trl_rlaif.models.role_models import RoleModels, SeparateRoleModels, SharedRoleModels
-from trl_rlaif.models.safe_training import check_gradients, safe_training
+from trl_rlaif.models.safe_training import safe_training
 from trl_rlaif.models.shared_model import SharedBase, save_adapter
 from trl_rlaif.plugins import Plugins, installed_plugins
-from trl_rlaif.rl import deepspeed, log_completions
+from trl_rlaif.rl import deepspeed
 from trl_rlaif.rl.generation import RolloutGenerator
+from trl_rlaif.rl.log_completions import CompletionLog
 from trl_rlaif.rl.metrics import update_metrics
 from trl_rlaif.rl.ppo import advantages as adv
-from trl_rlaif.rl.ppo import checkpoint
+from trl_rlaif.rl.ppo.checkpoint import Checkpoints
 from trl_rlaif.rl.ppo.config import PPOConfig, with_defaults
 from trl_rlaif.rl.ppo.construction import (
     enable_gradient_checkpointing,
@@ -41,13 +40,14 @@ from trl_rlaif.rl.ppo.construction import (
     tokenized,
     with_reward,
 )
-from trl_rlaif.rl.ppo.update_step import UPDATE_KL, Divisors, MicroBatch, PPOStep, divisors_of
+from trl_rlaif.rl.ppo.loop import Loop
+from trl_rlaif.rl.ppo.update_step import Divisors, MicroBatch, PPOStep, PPOUpdate
 from trl_rlaif.rl.prompts import BatchStream, PromptCollator
 from trl_rlaif.rl.rehearsal import Rehearsal, given_pairs
 from trl_rlaif.rl.reward_functions import RewardFunc
 from trl_rlaif.rl.reward_shaping import AdaptiveKLController, kl_per_token, token_rewards
 from trl_rlaif.rl.scoring import RewardPipeline, Scores
-from trl_rlaif.rl.selection import MergedSelection, PromptPool, PromptSelection
+from trl_rlaif.rl.selection import PromptPool, PromptSelection
 from trl_rlaif.types import RehearsalPair, Rollout
 
 if TYPE_CHECKING:
@@ -140,10 +140,18 @@ class PPOTrainer(BasePPOTrainer):
         self.reward_model = reward_model
         self.shared = None if shared is None else shared.to(self.accelerator.device)
         deepspeed.take_back_models(self)
-        self._set_up_loop()
+        for part in (self.ref_model, self.reward_model):
+            if part is not None:
+                part.eval()
+        if args.fp16:
+            raise UserError("fp16 is not supported in PPO.", fix="Use bf16, or neither for float32.")
+        if args.gradient_checkpointing:
+            learning = [self.policy_model] if self.shared is not None else [self.policy_model, self.value_model]
+            enable_gradient_checkpointing(learning, args.gradient_checkpointing_kwargs)
+        self.generator = RolloutGenerator(args, self.accelerator, self.reader)
         scored = (lambda responses: self.generator.scores(self.role_models, responses)) if has_reward else None
         self.rewards = RewardPipeline(functions, reward_transforms, scored, args, self.reader, self.accelerator)
-        self._set_up_selection(data_selectors, pairs)
+        self._set_up_loop(data_selectors, pairs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As in the parent, where DeepSpeed needs it by other rules."""
@@ -151,26 +159,37 @@ class PPOTrainer(BasePPOTrainer):
         deepspeed.tell(self.accelerator, self.optimizer)
         return self.optimizer
 
-    def _set_up_loop(self) -> None:
-        """What the loop needs beside the parent's attributes."""
-        args = self.args
-        for model in (self.ref_model, self.reward_model):
-            if model is not None:
-                model.eval()
-        if args.fp16:
-            raise UserError("fp16 is not supported in PPO.", fix="Use bf16, or neither for float32.")
-        self.generator = RolloutGenerator(args, self.accelerator, self.reader)
+    def _set_up_loop(self, selectors: Sequence[DataSelector], given: Sequence[RehearsalPair]) -> None:
+        """The collaborators of the loop, and what its checkpoints hold of them."""
+        args, accelerator = self.args, self.accelerator
         self.batches = BatchStream(self.dataloader)
-        self.minibatch_order = torch.Generator().manual_seed(self.local_seed)
-        self.kl_controller = AdaptiveKLController(args.kl_coef, args.kl_target, args.kl_horizon)
-
-    def _set_up_selection(self, selectors: Sequence[DataSelector], given: Sequence[RehearsalPair]) -> None:
-        """What is trained on and rehearsed."""
-        args = self.args
         self.rehearsal = Rehearsal(given, args, self.local_seed)
         policy = lambda: self.role_models.model("policy")  # noqa: E731 - of which accelerate may make another object
-        pool = PromptPool(self.train_dataset, self.data_collator, self, self.rewards, policy, args, self.accelerator)
-        self.selection = PromptSelection(selectors, pool, self.rehearsal, args.output_dir)
+        pool = PromptPool(self.train_dataset, self.data_collator, self, self.rewards, policy, args, accelerator)
+        self.selection = PromptSelection(selectors, pool, self.rehearsal, args.output_dir, self._train_on)
+        self.kl_controller = AdaptiveKLController(args.kl_coef, args.kl_target, args.kl_horizon, args.kl_weighting)
+        self.optimization = PPOUpdate(args, accelerator, self.model, self.optimizer, self.local_seed)
+        self.checkpoints = Checkpoints(
+            args,
+            accelerator,
+            self.state,
+            self.model,
+            self.optimizer,
+            self.lr_scheduler,
+            common=[self.selection, self.kl_controller],
+            own=[self.rehearsal, self.batches, self.optimization],
+            rewards=self.rewards,
+            save_model=partial(self.save_model, _internal_call=True),
+            identity=lambda: self.identity,
+        )
+        self.loop = Loop(self, self.checkpoints, self.plugins)
+
+    def _train_on(self, prompts: Dataset, strata: Sequence[Any] | None) -> None:
+        """Take the batches from these prompts from here on."""
+        self.train_dataset = prompts
+        loader = prompt_loader(prompts, self.local_dataloader_batch_size, self.data_collator, strata)
+        self.dataloader = self.accelerator.prepare(loader)
+        self.batches.restart(self.dataloader)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -211,11 +230,11 @@ class PPOTrainer(BasePPOTrainer):
 
     def _train(self, resume_from_checkpoint: str | Path | bool | None) -> None:
         self.begin(resume_from_checkpoint)
-        while self.state.global_step < self.args.num_total_batches and not self.control.should_training_stop:
-            with self.keeping():
-                self._select()
+        while self.loop.continues:
+            with self.checkpoints.kept():
+                self.selection.renew(self.state.global_step)
             began = time.monotonic()
-            with self.keeping():
+            with self.checkpoints.kept():
                 rollout, scores = self.collect()
             rewards = self.compute_rewards(rollout, scores)
             self.plugins.notify("rewards_computed", trainer=self, rollout=rollout, rewards=rewards)
@@ -225,29 +244,24 @@ class PPOTrainer(BasePPOTrainer):
             self.kl_controller.observe(metrics["objective/kl"], self.args.batch_size)
             metrics["time/update"] = time.monotonic() - began
             self._end_update(metrics)
-        self.finish()
+        self.loop.end()
 
     def kernels(self) -> AbstractContextManager:
         """``training_kernels`` of what is trained; afterwards the base is held in its own precision again."""
         models = self.role_models.trained() if self.shared is None else [self.shared.peft]
         return training_kernels(*models, bf16=self.args.bf16)
 
-    @contextmanager
-    def keeping(self, *, repeated: bool = True) -> Iterator[None]:
-        """Save what was learned, should a reward fail.
-
-        Args:
-            repeated: A resumed run does the same again: for the same prompts, with the same random numbers. False: it
-                continues after it.
-        """
-        before = checkpoint.own_state(self)
-        try:
-            yield
-        except UserError:
-            if repeated:
-                self.rewards.load_state_dict(before)
-            checkpoint.save(self, before if repeated else None)
-            raise
+    def begin(self, resume_from_checkpoint: str | Path | bool | None) -> None:
+        """Before the first update, or in place of those that a checkpoint holds."""
+        args = self.args
+        # An optimizer step for each minibatch; TRL's would also step in every micro-batch that falls on the last batch
+        # of the dataloader. Set here: accelerate shares this state among all trainers of a process, and another one may
+        # have been made since.
+        micro = -(-args.local_mini_batch_size // args.per_device_train_batch_size)
+        self.accelerator.gradient_state.plugin_kwargs.update(num_steps=micro, sync_with_dataloader=False)
+        self.loop.begin(args.num_total_batches, resume_from_checkpoint)
+        if self.rehearsal.given and not self.selection.selectors:
+            self.selection.write()
 
     def collect(self) -> tuple[Rollout, torch.Tensor]:
         """Sample the next batch of prompts and score it.
@@ -283,9 +297,8 @@ class PPOTrainer(BasePPOTrainer):
     def compute_rewards(self, rollout: Rollout, scores: torch.Tensor) -> torch.Tensor:
         """Rewards per token, (B, T) float32: KL paid on every token, the score at the end."""
         kl = kl_per_token(rollout.logprobs, rollout.ref_logprobs, self.args.kl_estimator)
-        if self.args.kl_weighting == "weighted":
-            scores = (1 - self.kl_controller.coef) * scores
-        rewards = token_rewards(kl, scores, rollout.lengths, self.kl_controller.coef)
+        controller = self.kl_controller
+        rewards = token_rewards(kl, controller.score_weight * scores, rollout.lengths, controller.coef)
         if self.args.whiten_rewards:
             rewards = adv.masked_whiten(rewards, rollout.learned()[1], shift_mean=False, total=self._total)
         return rewards
@@ -302,60 +315,13 @@ class PPOTrainer(BasePPOTrainer):
     def update(
         self, rollout: Rollout, advantages: torch.Tensor, returns: torch.Tensor
     ) -> dict[str, list[torch.Tensor]]:
-        """All epochs and minibatches of one update; statistics by name, as ``minibatch_step`` gives them."""
-        args = self.args
+        """All epochs and minibatches of one update; statistics by name, as ``PPOUpdate.run`` gives them."""
         self.model.train()
-        stats: dict[str, list[torch.Tensor]] = defaultdict(list)
-        found: dict[str, list[torch.Tensor]] = {}
-        for epoch in range(args.num_ppo_epochs):
-            if epoch and self._went_too_far(found[UPDATE_KL]):
-                break
-            order = torch.randperm(args.local_batch_size, generator=self.minibatch_order)
-            for minibatch in order.split(args.local_mini_batch_size):
-                found = self.minibatch_step(rollout, advantages, returns, minibatch)
-                for name, values in found.items():
-                    stats[name] += values
-            self._epochs_done = epoch + 1
-        stats.pop(UPDATE_KL, None)
+        micro_step = partial(self.micro_step, rollout, advantages, returns)
+        rehearse = self.rehearse if self.rehearsal.pairs else None
+        stats = self.optimization.run(rollout, micro_step, rehearse, self.state.global_step + 1)
         stats["val/explained_variance"] = [adv.explained_variance(rollout.values, returns, rollout.learned()[1])]
         return stats
-
-    def _went_too_far(self, moved: list[torch.Tensor]) -> bool:
-        """Whether the policy had moved further than ``max_update_kl`` by an epoch's last minibatch, in all processes.
-
-        Args:
-            moved: Scalars whose mean is the approximate KL, nats per token.
-        """
-        limit = self.args.max_update_kl
-        return limit is not None and self.accelerator.gather(torch.stack(moved)).mean().item() > limit
-
-    def minibatch_step(
-        self, rollout: Rollout, advantages: torch.Tensor, returns: torch.Tensor, minibatch: torch.Tensor
-    ) -> dict[str, list[torch.Tensor]]:
-        """One optimizer step; statistics by name, of the minibatch or, with TRL's means, of each micro-batch.
-
-        Args:
-            minibatch: (N,) int64, this process's rows of the rollout.
-        """
-        args = self.args
-        stats: dict[str, list[torch.Tensor]] = defaultdict(list)
-        micro_batches = rollout.by_length(minibatch).split(args.per_device_train_batch_size)
-        every = divisors_of(rollout, micro_batches, self.accelerator, args.loss_reduction)
-        for rows, divisors in zip(micro_batches, every, strict=True):
-            with self.accelerator.accumulate(self.model):
-                if self.rehearsal.pairs and self.accelerator.sync_gradients:
-                    stats["rehearsal/nll"].append(self.rehearse())
-                step = self.micro_step(rollout, advantages, returns, rows, divisors)
-                average_gradients(self.accelerator, self.model)
-                if self.accelerator.sync_gradients:
-                    check_gradients(self.model, self.state.global_step + 1)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            for name, value in step.items():
-                stats[name].append(value)
-        if args.loss_reduction == "micro_batch":
-            return stats
-        return {name: [torch.stack(values).mean()] for name, values in stats.items()}
 
     def micro_step(
         self,
@@ -385,87 +351,32 @@ class PPOTrainer(BasePPOTrainer):
         self, rollout: Rollout, scores: torch.Tensor, stats: dict[str, list[torch.Tensor]]
     ) -> dict[str, float]:
         """The numbers of one update: the parent's by the parent's names, and the rollout's own."""
-        weighted = self.args.kl_weighting == "weighted"
-        weights = (1 - self.kl_controller.coef if weighted else 1.0), self.kl_controller.coef
+        controller = self.kl_controller
+        weights = controller.score_weight, controller.coef
         metrics = update_metrics(rollout, scores, stats, weights, self.args.kl_estimator, self.accelerator.gather)
         ends = torch.isin(rollout.response_ids, rollout.response_ids.new_tensor(self.reader.end_ids)).sum()
         metrics |= {
-            "objective/kl_coef": self.kl_controller.coef,
-            "policy/epochs": self._epochs_done,
+            "objective/kl_coef": controller.coef,
+            "policy/epochs": int(metrics["policy/epochs"]),
             "lr": self.lr_scheduler.get_last_lr()[0],
             "episode": self.state.episode + self.args.batch_size,
             "val/num_eos_tokens": self.accelerator.reduce(ends, "sum").item(),
         }
         return metrics | self.rehearsal.metrics(self._progress) | rollout.metrics
 
-    # ---- Beginning and end ----------------------------------------------------------------------------
-
-    def begin(self, resume_from_checkpoint: str | Path | bool | None) -> None:
-        """What comes before the first update, or takes the place of those that a checkpoint holds."""
-        args, state = self.args, self.state
-        self._started = time.monotonic()
-        # An optimizer step for each minibatch; the parent would also step in every micro-batch that falls on
-        # the last batch of the dataloader. Set here: accelerate shares this state among all trainers of a
-        # process, and another one may have been made since.
-        micro = -(-args.local_mini_batch_size // args.per_device_train_batch_size)
-        self.accelerator.gradient_state.plugin_kwargs.update(num_steps=micro, sync_with_dataloader=False)
-        state.global_step = state.episode = self.last_saved_step = 0
-        state.max_steps = args.num_total_batches
-        state.num_train_epochs = args.total_episodes / self.train_dataset_len
-        for name in ("logging_steps", "eval_steps", "save_steps"):
-            value = getattr(args, name)
-            if value is not None:  # below 1 it is a share of all updates
-                setattr(state, name, -int(-state.max_steps * value // 1) if value < 1 else value)
-        if args.gradient_checkpointing:
-            model = self.accelerator.unwrap_model(self.model)
-            learning = [model.policy] if self.shared is not None else [model.policy, model.value_model]
-            enable_gradient_checkpointing(learning, args.gradient_checkpointing_kwargs)
-        found = checkpoint.find(args.output_dir, resume_from_checkpoint)
-        if found is not None:
-            checkpoint.load(self, found)
-        if self.rehearsal.given and not self.selection.selectors:
-            self.selection.write()
-        self.control = self.callback_handler.on_train_begin(args, state, self.control)
-
-    def _select(self) -> None:
-        """Let the selectors choose, at the start and every ``selection_every`` updates."""
-        step = self.state.global_step
-        if self.selection.due(step):
-            self.apply(self.selection.choose(step))
-            self.selection.at = step
-
-    def apply(self, chosen: MergedSelection) -> None:
-        """Train on what was chosen, and rehearse it, from here on."""
-        before = self.selection.chosen
-        self.selection.take(chosen)
-        if (chosen.rows, chosen.strata) != ((before.rows, before.strata) if before else (None, None)):
-            self.train_dataset = self.selection.prompts
-            self.dataloader = self.accelerator.prepare(
-                prompt_loader(self.train_dataset, self.local_dataloader_batch_size, self.data_collator, chosen.strata)
-            )
-            self.batches = BatchStream(self.dataloader)
-
     def _end_update(self, metrics: dict[str, float]) -> None:
-        state = self.state
-        state.global_step += 1
-        state.episode += self.args.batch_size
-        state.epoch = state.episode / self.train_dataset_len
-        metrics["eps"] = int(state.episode / max(time.monotonic() - self._started, 1e-9))
-        self.plugins.notify("policy_updated", trainer=self, metrics=metrics)
-        self.log(metrics)
+        size = self.args.batch_size
+        episode = self.state.episode + size
+        metrics["eps"] = int(episode / self.loop.seconds)
+        self.loop.count(metrics, episodes=size, epoch=episode / self.train_dataset_len)
         self.lr_scheduler.step()
-        self.control = self.callback_handler.on_step_end(self.args, state, self.control)
-        if log_completions.due(self):  # before a checkpoint is written: sampling moves the random numbers on
-            with self.keeping(repeated=False):
+        self.loop.tell("on_step_end")
+        # Before a checkpoint is written: sampling moves the random numbers on.
+        if self.eval_dataset is not None and self.completion_log.due(self.state.global_step):
+            with self.checkpoints.kept(repeated=False):
                 self.generate_completions(sampling=True)
         if self.control.should_save:
-            checkpoint.save(self)
-            self.control = self.callback_handler.on_save(self.args, state, self.control)
-
-    def finish(self) -> None:
-        """What comes after the last update."""
-        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
-        self.model.eval()
+            self.loop.save()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the policy: its adapter alone, where it is one, so that PEFT loads it on the base."""
@@ -483,4 +394,11 @@ class PPOTrainer(BasePPOTrainer):
             sampling: Of the first batch alone, as ``num_sample_generations`` times in a run.
         """
         if self.eval_dataset is not None:
-            log_completions.show(self, first_batch=sampling)
+            self.completion_log.show(self.state.global_step, first_batch=sampling)
+
+    @property
+    def completion_log(self) -> CompletionLog:
+        """Of ``eval_dataset``."""
+        return CompletionLog(
+            self.eval_dataset, self.data_collator, self, self.generator, self.rewards, self.args, self.accelerator
+        )

@@ -1,26 +1,28 @@
-"""The gradients of one micro-batch: policy and value, one after the other or off one trunk."""
+"""One update: its optimizer steps, and the gradients of a micro-batch, of policy and value or off one trunk."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
-from trl_rlaif.distributed import backward, equal_count
+from trl_rlaif.distributed import average_gradients, backward, equal_count
 from trl_rlaif.models import forward
 from trl_rlaif.models.forward import RolloutSlice
 from trl_rlaif.models.kernels import autocast
 from trl_rlaif.models.role_models import RoleModels
+from trl_rlaif.models.safe_training import check_gradients
 from trl_rlaif.rl.ppo import losses
 from trl_rlaif.types import Responses, Rollout
 
 Stats = dict[str, torch.Tensor]
 # The statistic that max_update_kl limits; it is not logged.
-UPDATE_KL = "update_kl"
+_UPDATE_KL = "update_kl"
 
 
 class Divisors(NamedTuple):
@@ -231,6 +233,93 @@ class PPOStep:
                 "policy/approxkl_avg": squares / divisors.logged,
                 "policy/entropy_avg": (entropy * mask).sum() / divisors.policy,
                 "val/ratio": (difference.exp() - 1).sum() / divisors.logged,
-                UPDATE_KL: squares / divisors.tokens,
+                _UPDATE_KL: squares / divisors.tokens,
             }
         return loss, stats
+
+
+class PPOUpdate:
+    """All optimizer steps of an update: epochs over shuffled minibatches, each of them in micro-batches.
+
+    Args:
+        args: Epochs, batch sizes, ``max_update_kl`` and ``loss_reduction``.
+        accelerator: Of all processes.
+        model, optimizer: What is trained, as accelerate prepared it.
+        seed: Of the minibatches' order.
+    """
+
+    def __init__(self, args: Any, accelerator: Accelerator, model: nn.Module, optimizer: Any, seed: int) -> None:
+        self.args, self.accelerator, self.model, self.optimizer = args, accelerator, model, optimizer
+        self._order = torch.Generator().manual_seed(seed)
+
+    def run(
+        self,
+        rollout: Rollout,
+        micro_step: Callable[[torch.Tensor, Divisors], Stats],
+        rehearse: Callable[[], torch.Tensor] | None,
+        number: int,
+    ) -> dict[str, list[torch.Tensor]]:
+        """Take the steps.
+
+        Args:
+            micro_step: Adds the gradients of some rows of the rollout, and returns their statistics.
+            rehearse: Adds the gradients of what is rehearsed to an optimizer step, and returns its NLL.
+            number: Of the update, from 1, for messages.
+
+        Returns:
+            Scalars by name, of each minibatch or, with TRL's means, of each micro-batch; and ``policy/epochs``.
+        """
+        stats: dict[str, list[torch.Tensor]] = defaultdict(list)
+        moved: list[torch.Tensor] = []
+        for epoch in range(self.args.num_ppo_epochs):
+            if epoch and self._went_too_far(moved):
+                break
+            order = torch.randperm(self.args.local_batch_size, generator=self._order)
+            for minibatch in order.split(self.args.local_mini_batch_size):
+                found = self._minibatch(rollout, minibatch, micro_step, rehearse, number)
+                moved = found.pop(_UPDATE_KL, [])
+                for name, values in found.items():
+                    stats[name] += values
+            stats["policy/epochs"] = [torch.tensor(epoch + 1.0, device=rollout.lengths.device)]
+        return stats
+
+    def _went_too_far(self, moved: list[torch.Tensor]) -> bool:
+        """Whether the policy had moved further than ``max_update_kl`` by an epoch's last minibatch, in all processes.
+
+        Args:
+            moved: Scalars whose mean is the approximate KL, nats per token.
+        """
+        limit = self.args.max_update_kl
+        return limit is not None and self.accelerator.gather(torch.stack(moved)).mean().item() > limit
+
+    def _minibatch(
+        self, rollout: Rollout, minibatch: torch.Tensor, micro_step: Any, rehearse: Any, number: int
+    ) -> dict[str, list[torch.Tensor]]:
+        """One optimizer step over some of this process's rows, (N,) int64."""
+        args = self.args
+        stats: dict[str, list[torch.Tensor]] = defaultdict(list)
+        micro_batches = rollout.by_length(minibatch).split(args.per_device_train_batch_size)
+        every = divisors_of(rollout, micro_batches, self.accelerator, args.loss_reduction)
+        for rows, divisors in zip(micro_batches, every, strict=True):
+            with self.accelerator.accumulate(self.model):
+                if rehearse is not None and self.accelerator.sync_gradients:
+                    stats["rehearsal/nll"].append(rehearse())
+                step = micro_step(rows, divisors)
+                average_gradients(self.accelerator, self.model)
+                if self.accelerator.sync_gradients:
+                    check_gradients(self.model, number)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            for name, value in step.items():
+                stats[name].append(value)
+        if args.loss_reduction == "micro_batch":
+            return stats
+        return {name: [torch.stack(values).mean()] for name, values in stats.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The generator of the minibatches' order, of this process."""
+        return {"minibatch_order": self._order.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Shuffle as it did when ``state_dict`` was asked."""
+        self._order.set_state(state["minibatch_order"])
