@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from trl_rlaif.encoding import encode_prompt, encode_response
 from trl_rlaif.errors import UserError
 from trl_rlaif.generation import sample_responses
-from trl_rlaif.stopping import end_of_turn, named_stop_ids, stop_ids
+from trl_rlaif.stopping import chosen_stop_ids, end_of_turn, named_stop_ids, stop_ids
 
 # What templates put after an assistant's turn, in the forms that are in use.
 TEMPLATES = {
@@ -73,6 +73,22 @@ def test_stop_tokens_by_name_or_by_id():
     for wrong, found in ((["<stop>"], "'<stop>'"), ([10**6], "1000000"), ([], "empty")):
         with pytest.raises(UserError, match=found):
             named_stop_ids(tokenizer, wrong)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "own"),
+        ({"stop_token": None}, ()),
+        ({"stop_token": None, "stop_token_id": 5}, (5,)),
+        ({"stop_token_id": 5}, (5,)),
+        ({"stop_token": None, "stop_tokens": [7, 8]}, (7, 8)),
+    ],
+)
+def test_settings_say_what_ends_a_response(settings, expected):
+    tokenizer, model = make(CHAT_TEMPLATE), make_llama()
+    expected = stop_ids(tokenizer, model) if expected == "own" else expected
+    assert chosen_stop_ids(tokenizer, model, **settings) == expected
 
 
 def writing(tokenizer, tokens):

@@ -75,6 +75,29 @@ def named_stop_ids(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str | in
     return tuple(dict.fromkeys(t if isinstance(t, int) else vocabulary[t] for t in tokens))
 
 
+def chosen_stop_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    model: Any,
+    *,
+    stop_tokens: Sequence[str | int] | None = None,
+    stop_token_id: int | None = None,
+    stop_token: str | None = "eos",
+) -> tuple[int, ...]:
+    """The tokens that end a response, as the settings of the same names in PPOConfig say.
+
+    Those in ``stop_tokens``; or ``stop_token_id``; or, with ``stop_token: eos``, ``stop_ids``; or else none, and
+    responses are sampled to the full length.
+
+    Raises:
+        UserError: As ``named_stop_ids``.
+    """
+    if stop_tokens is not None:
+        return named_stop_ids(tokenizer, stop_tokens)
+    if stop_token_id is not None:
+        return (stop_token_id,)
+    return stop_ids(tokenizer, model) if stop_token == "eos" else ()
+
+
 def ended_row(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """A tokenized conversation that ends with the end of its last turn.
 

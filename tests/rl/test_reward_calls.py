@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from trl_rlaif import UserError
-from trl_rlaif.rl.reward_calls import _loop
-from trl_rlaif.rl.reward_functions import call_rewards
+from trl_rlaif.rl.reward_functions import _loop, call_rewards
 from trl_rlaif.testing import make_rollout
 from trl_rlaif.validation import Origin, RewardError, tagged
 

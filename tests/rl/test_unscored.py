@@ -23,7 +23,7 @@ from trl_rlaif.pipeline.stages import fingerprints
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.rl.ppo.checkpoint import find
 from trl_rlaif.rl.rejection import RejectionTrainer
-from trl_rlaif.rl.unscored import Unscored
+from trl_rlaif.rl.scoring import Unscored
 from trl_rlaif.testing import ScriptedJudge
 
 pytestmark = pytest.mark.trl

@@ -34,7 +34,7 @@ from trl_rlaif.progress import say
 from trl_rlaif.recipe import ComponentRef, JudgeSection, Recipe, ServerJudgeSection, prompt_folder
 from trl_rlaif.recipe.inputs import read_prompts
 from trl_rlaif.responses import ResponseReader
-from trl_rlaif.stopping import named_stop_ids, stop_ids
+from trl_rlaif.stopping import chosen_stop_ids
 from trl_rlaif.validation import Origin, validated
 
 if TYPE_CHECKING:
@@ -166,11 +166,8 @@ class Context:
     def stop_ids(self, model: PreTrainedModel) -> tuple[int, ...]:
         """The tokens that end a response of the policy: those that the section rl names, or else the model's own."""
         config = self.recipe.rl.config if self.recipe.rl else {}
-        if config.get("stop_tokens") is not None:
-            return named_stop_ids(self.tokenizer, config["stop_tokens"])
-        if config.get("stop_token_id") is not None:
-            return (config["stop_token_id"],)
-        return stop_ids(self.tokenizer, model)
+        named = {name: config.get(name) for name in ("stop_tokens", "stop_token_id")}
+        return chosen_stop_ids(self.tokenizer, model, **named)
 
     def reader(self, model: PreTrainedModel) -> ResponseReader:
         """What reads the policy's responses."""

@@ -1,16 +1,26 @@
-"""Scores of responses from reward functions with GRPOTrainer's signature, checked."""
+"""Scores of responses from reward functions with GRPOTrainer's signature, checked; a call that hangs is named."""
 
 from __future__ import annotations
 
+import _thread
+import asyncio
+import concurrent.futures
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+import signal
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from trl_rlaif.components import numbered
-from trl_rlaif.rl.reward_calls import AsyncCall, named_when_it_hangs, wait_for_all
+from trl_rlaif.errors import TrlRlaifError
+from trl_rlaif.progress import say
 from trl_rlaif.validation import Origin, RewardError, origin_of
 
 if TYPE_CHECKING:
@@ -18,6 +28,11 @@ if TYPE_CHECKING:
 
 RewardFunc = Callable[..., Any]
 MODEL = "model"
+_LATE = "not returned after {:g} seconds, the limit that reward_timeout sets"
+_FIX = "Find out what {} for, or raise reward_timeout (null: no limit)."
+_BLOCKED = "{} blocks the event loop of asynchronous rewards: call time.sleep, requests and such in asyncio.to_thread."
+# A free loop answers in a millisecond; more than this is for machines that are busy with other work.
+_ANSWER_SECONDS = 0.5
 
 
 def reward_name(function: RewardFunc) -> str:
@@ -110,3 +125,168 @@ def _is_finite(value: Any) -> bool:
 
 def _shown(value: Any) -> str:
     return str(value)[:200]
+
+
+# ---- Calls that may hang ---------------------------------------------------------------------------------
+
+
+class _Expired(BaseException):
+    """Raised in a call whose time is up; no ``except Exception`` in it may swallow this."""
+
+
+@cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """One loop for all calls, so that a client's open connections stay usable from one call to the next.
+
+    In a thread of its own: a notebook already runs a loop in the main one. A daemon does not keep the interpreter
+    from exiting.
+    """
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="reward functions", daemon=True).start()
+    return loop
+
+
+class AsyncCall:
+    """What a reward function gave to await, in the loop of all asynchronous calls from here on."""
+
+    def __init__(self, origin: Origin, awaitable: Awaitable[Any]) -> None:
+        self.origin, self._given = origin, time.monotonic()
+        self.began: float | None = None  # set in the loop's thread
+        self.ended = False  # likewise; the loop may come to another call before it passes the result on
+        self._future = asyncio.run_coroutine_threadsafe(self._run(awaitable), _loop())
+
+    async def _run(self, awaitable: Awaitable[Any]) -> Any:
+        self.began = time.monotonic()  # not before: another call may have kept the loop until now
+        try:
+            return await awaitable
+        finally:
+            self.ended = True
+
+    def result(self) -> Any:
+        """What the function returned.
+
+        Raises:
+            Exception: What it raised, as its origin has it.
+        """
+        with self.origin.blamed("the call", RewardError):
+            return self._future.result()
+
+    def returned(self) -> bool:
+        """Whether it has; raises as ``result``."""
+        if not self._future.done():
+            return False
+        self.result()
+        return True
+
+    def left(self, seconds: float) -> float:
+        """Seconds of its time that are left."""
+        return (self.began or self._given) + seconds - time.monotonic()
+
+    def cancel(self) -> None:
+        """Give it up, unless it has returned."""
+        self._future.cancel()
+
+
+def wait_for_all(calls: Sequence[AsyncCall], seconds: float | None) -> None:
+    """Wait until all calls have returned, or one raised.
+
+    Raises:
+        UserError, RewardError: One has not returned in its time.
+    """
+    while waiting := [call for call in calls if not call.returned()]:
+        running = [call for call in waiting if not call.ended]
+        left = seconds
+        if seconds is not None and running:
+            left = min(call.left(seconds) for call in _begun(running) or running)
+        if left is not None and left <= 0:
+            _check_time(waiting, seconds)
+        else:
+            futures = [call._future for call in waiting]
+            concurrent.futures.wait(futures, left, return_when=concurrent.futures.FIRST_COMPLETED)
+
+
+def _check_time(waiting: Sequence[AsyncCall], seconds: float) -> None:
+    """Name the calls whose time is up; where one call keeps the loop from the others, all that may be that one."""
+    blocked = _is_blocked()
+    waiting = [call for call in waiting if not call.ended]
+    begun = _begun(waiting)
+    late = [call for call in begun or waiting if call.left(seconds) <= 0]
+    if late and blocked:
+        late = begun or waiting
+    if late and (blocked or begun):
+        who = "" if not blocked else "An earlier call" if not begun else "One of them" if begun[1:] else "It"
+        raise _timed_out([call.origin for call in late], seconds, blocks=who)
+
+
+def _begun(calls: Sequence[AsyncCall]) -> list[AsyncCall]:
+    """Those that the loop has come to: the time of the others does not count yet."""
+    return [call for call in calls if call.began]
+
+
+def _is_blocked() -> bool:
+    """Whether a call keeps the event loop to itself."""
+    answered = threading.Event()
+    _loop().call_soon_threadsafe(answered.set)
+    return not answered.wait(_ANSWER_SECONDS)
+
+
+def _timed_out(origins: Sequence[Origin], seconds: float, blocks: str = "") -> TrlRlaifError:
+    """The error that names functions whose time is up, at the first one's place, and what ``blocks`` the loop."""
+    one = len(origins) == 1
+    named = replace(origins[0], who=" and the ".join(origin.who for origin in origins))
+    fix = _FIX.format("it waits" if one else "they wait")
+    if blocks:
+        fix = f"{_BLOCKED.format(blocks)} {fix}"
+    return named.error(("has " if one else "have ") + _LATE.format(seconds), fix, RewardError)
+
+
+@contextmanager
+def named_when_it_hangs(origin: Origin, seconds: float | None) -> Iterator[None]:
+    """Interrupt a call of this thread that has not returned in time.
+
+    The call stays in this thread: gradient mode, the current GPU and signal handlers, on which functions rely, belong
+    to a thread. A watcher says the function's name, then interrupts the main thread as Ctrl-C does; a call in another
+    thread, or deep in code that ignores signals, is named and not interrupted.
+
+    Raises:
+        UserError, RewardError: The call was interrupted.
+    """
+    if seconds is None:
+        yield
+        return
+    main = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is not None
+    lock, state = threading.Lock(), {"done": False, "expired": False}
+
+    def expire() -> None:
+        with lock:
+            if state["done"]:
+                return
+            state["expired"] = True
+            say(f"Warning: the {origin.who} has {_LATE.format(seconds)}.")
+            if main and hasattr(signal, "pthread_kill"):  # wakes a call that waits for the network, too
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            elif main:
+                _thread.interrupt_main()
+
+    def interrupted(number: int, frame: Any) -> None:
+        if state["expired"]:
+            raise _Expired
+        if callable(before):
+            before(number, frame)
+
+    before = signal.signal(signal.SIGINT, interrupted) if main else None
+    watcher = threading.Timer(seconds, expire)
+    watcher.daemon = True
+    watcher.start()
+    try:
+        try:
+            yield
+        finally:
+            with lock:
+                state["done"] = True
+            watcher.cancel()
+    except _Expired:
+        raise _timed_out([origin], seconds) from None
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)

@@ -122,21 +122,14 @@ class PromptPool:
             for start in range(begin, begin + share, size)
         ]
         rollout, scores = self._scored(batches, share)
-        found = gather_object(list(self._lines(rollout, scores)))[: len(rows)]
-        prompts, responses, totals, categories, prompt_ids, response_ids, entropies, kl, columns = map(
-            list, zip(*found, strict=True)
-        )
+        found = gather_object(self._plain(rollout, scores))[: len(rows)]
+        drawn: dict[str, Any] = {name: [values[name] for values in found] for name in found[0]}
+        prompt_ids, columns = drawn["prompt_ids"], drawn["columns"]
+        drawn |= {name: torch.tensor(drawn[name]) for name in ("scores", "entropies", "kl")}
+        drawn["columns"] = {name: [values[name] for values in columns] for name in columns[0]}
         pool = Pool(
-            prompts=prompts,
-            responses=responses,
-            scores=torch.tensor(totals),
-            categories=categories,
+            **drawn,
             rows=torch.tensor(rows),
-            columns={name: [values[name] for values in columns] for name in columns[0]},
-            prompt_ids=prompt_ids,
-            response_ids=response_ids,
-            entropies=torch.tensor(entropies),
-            kl=torch.tensor(kl),
             embed=lambda: self._embeddings(prompt_ids, num_responses),
             seed=self.args.seed,
             selection=selection,
@@ -168,22 +161,23 @@ class PromptPool:
         rollout = join_rollouts(rollouts)
         return rollout, Scores.of(self.steps.transform(self.rewards.joined(scores, before), rollout, pool=True))
 
-    def _lines(self, rollout: Rollout, scores: Scores) -> Iterator[tuple[Any, ...]]:
+    def _plain(self, rollout: Rollout, scores: Scores) -> list[dict[str, Any]]:
         """What a pool holds of each response, as plain values that go from process to process."""
-        kl = kl_per_token(rollout.logprobs, rollout.ref_logprobs, self.args.kl_estimator).sum(1)
-        entropies = -rollout.logprobs.sum(1) / rollout.lengths.clamp(min=1)
-        return zip(
-            rollout.prompts,
-            rollout.completions,
-            scores.total.tolist(),
-            rollout.categories,
-            [ids[mask].tolist() for ids, mask in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)],
-            [ids[:n].tolist() for ids, n in zip(rollout.response_ids, rollout.lengths.tolist(), strict=True)],
-            entropies.tolist(),
-            kl.tolist(),
-            [{name: values[i] for name, values in rollout.columns.items()} for i in range(len(rollout.prompts))],
-            strict=True,
-        )
+        lengths = rollout.lengths.tolist()
+        found = {
+            "prompts": rollout.prompts,
+            "responses": rollout.completions,
+            "scores": scores.total.tolist(),
+            "categories": rollout.categories,
+            "prompt_ids": [
+                ids[mask].tolist() for ids, mask in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)
+            ],
+            "response_ids": [ids[:n].tolist() for ids, n in zip(rollout.response_ids, lengths, strict=True)],
+            "entropies": (-rollout.logprobs.sum(1) / rollout.lengths.clamp(min=1)).tolist(),
+            "kl": kl_per_token(rollout.logprobs, rollout.ref_logprobs, self.args.kl_estimator).sum(1).tolist(),
+            "columns": [{name: values[i] for name, values in rollout.columns.items()} for i in range(len(lengths))],
+        }
+        return [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
 
     def _shown(self, batches: list[list[int]], size: int) -> Iterator[list[int]]:
         """The batches, with a progress bar over this process's share: a pool may take longer than an update."""

@@ -15,7 +15,6 @@ from trl_rlaif.pipeline.context import Context
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.work.grpo_rloo import build_trainer
 from trl_rlaif.plugins import installed_plugins
-from trl_rlaif.rl.grpo_rloo.verification import verify
 
 pytestmark = pytest.mark.trl
 
@@ -47,7 +46,7 @@ def test_a_sound_model_is_verified_without_a_trace(tmp_path, algorithm, make):
     trainer = _trainer(tmp_path, make, algorithm)
     trainer.model.train()
     state = torch.get_rng_state()
-    verify(trainer)
+    trainer.verify()
     assert torch.equal(torch.get_rng_state(), state) and trainer.model.training
 
 

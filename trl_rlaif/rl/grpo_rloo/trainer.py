@@ -47,6 +47,14 @@ class RehearsalMixin(_Trainer):
         self.add_callback(self.same_run)
         self.add_callback(ScorerCallback(self))
 
+    def verify(self) -> None:
+        """Compare TRL's log-probabilities of padded prompts with plain ones: see ``verification.verify``."""
+
+        def logprobs(ids: torch.Tensor, mask: torch.Tensor, tokens: int) -> torch.Tensor:
+            return self._get_per_token_logps_and_entropies(self.model, ids, mask, tokens)[0]
+
+        verify(self.scorer, logprobs, samples=not getattr(self, "use_vllm", False))
+
     def train(self, *arguments: Any, **named: Any) -> Any:
         """TRL's.
 
@@ -104,7 +112,7 @@ class ScorerCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Verify the model; the scorer counts as the trainer does; a resumed run takes up the transforms' state."""
-        verify(self.trainer)
+        self.trainer.verify()
         scorer = self.trainer.scorer
         scorer.state = state
         kept = kept_state(Path(args.output_dir) / f"checkpoint-{state.global_step}")

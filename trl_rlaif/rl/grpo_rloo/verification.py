@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from trl_rlaif.rl.rollouts import generate, response_lengths
 from trl_rlaif.types import RehearsalPair, Responses
 
 if TYPE_CHECKING:
-    from trl_rlaif.rl.grpo_rloo.trainer import RehearsalMixin
+    from trl_rlaif.rl.grpo_rloo.scoring import GroupScorer
 
 # How many prompts are looked at, and how long responses to some of them are.
 _PROMPTS, _TOKENS = 64, 16
@@ -24,64 +25,55 @@ _FIX = "Set algorithm: ppo, which finds a way to compute such models, or use ano
 
 
 @torch.no_grad()
-def verify(trainer: RehearsalMixin) -> None:
+def verify(scorer: GroupScorer, logprobs: Callable[[Any, Any, int], torch.Tensor], *, samples: bool) -> None:
     """Sample a few short responses to the shortest prompts, padded to the longest, and compare log-probabilities.
 
     Random numbers are left as they were.
 
+    Args:
+        scorer: Of the trainer, whose prompts and models are used.
+        logprobs: TRL's own: of input_ids (B, S) and attention_mask (B, S), those of the last T tokens, (B, T) float32.
+        samples: Whether the model itself draws the responses.
+
     Raises:
         UserError: Rounding does not explain how far they are from plain forward passes.
     """
-    model = trainer.scorer.role_models.model("policy")
-    training = trainer.model.training
-    with failing_together(trainer.accelerator), seeded(trainer.args.seed, "verification"):
-        trainer.model.eval()
-        responses, sampled = _sampled(trainer, model)
-        found = sampled, *(_logprobs(trainer, part, responses) for part in ("policy", "reference"))
-        device, temperature = trainer.accelerator.device, trainer.args.temperature
-        found = verification.deviations(
-            trainer.scorer.role_models,
-            responses,
-            found,
-            trainer.args,
-            device,
-            temperature,
-        )
-        trainer.model.train(training)
-        limit = verification.tolerance(trainer.scorer.role_models, trainer.args)
-        # TRL takes no log-probabilities from sampling; with vLLM, the model does not sample.
-        sampled_well = found.sampling <= max(limit, verification.MOST) or getattr(trainer, "use_vllm", False)
-        if not (sampled_well and found.forward_within(limit)):
-            raise verification.error(type(model).__name__, found, limit, fix=_FIX)
+    args, accelerator, policy, roles = scorer.args, scorer.accelerator, scorer.shared.peft, scorer.role_models
+    training = policy.training
+    with failing_together(accelerator), seeded(args.seed, "verification"):
+        policy.eval()
+        responses, sampled = _sampled(scorer)
+        inputs = model_inputs(*responses.sequences(slice(None)))
+        found = [sampled]
+        for part in ("policy", "reference"):
+            with roles.role(part):
+                ids, mask = inputs["input_ids"], inputs["attention_mask"]
+                found.append(logprobs(ids, mask, responses.response_ids.shape[1]))
+        own = verification.deviations(roles, responses, tuple(found), args, accelerator.device, args.temperature)
+        policy.train(training)
+        limit = verification.tolerance(roles, args)
+        # TRL takes no log-probabilities from sampling.
+        sampled_well = not samples or own.sampling <= max(limit, verification.MOST)
+        if not (sampled_well and own.forward_within(limit)):
+            raise verification.error(type(roles.model("policy")).__name__, own, limit, fix=_FIX)
 
 
-def _sampled(trainer: RehearsalMixin, model: Any) -> tuple[Responses, torch.Tensor]:
+def _sampled(scorer: GroupScorer) -> tuple[Responses, torch.Tensor]:
     """Responses, with the log-probabilities recorded while sampling; of which prompts, is the same in all processes."""
-    scorer, args, tokenizer = trainer.scorer, trainer.args, trainer.processing_class
+    args, device, reader = scorer.args, scorer.accelerator.device, scorer.reader
+    ends, pad_id = reader.end_ids, reader.tokenizer.pad_token_id
     prompts = sorted(scorer.selection.prompts[:_PROMPTS]["input_ids"], key=len)
     chosen = [*prompts[:-1][: verification.ROWS - 1], prompts[-1]]
-    responses = as_responses(
-        [RehearsalPair("", "", None, None, "", ids, [0]) for ids in chosen], trainer.accelerator.device
-    )
-    with scorer.role_models.role("policy"), autocast(args, trainer.accelerator.device):
+    responses = as_responses([RehearsalPair("", "", None, None, "", ids, [0]) for ids in chosen], device)
+    with scorer.role_models.role("policy"), autocast(args, device):
         response_ids, logprobs = generate(
-            model,
+            scorer.role_models.model("policy"),
             responses.prompt_ids,
             responses.prompt_mask,
-            max_new_tokens=min(_TOKENS, args.max_completion_length),
+            max_new_tokens=min(_TOKENS, args.response_length),
             temperature=args.temperature,
-            pad_id=tokenizer.pad_token_id,
-            stop_id=scorer.reader.end_ids,
+            pad_id=pad_id,
+            stop_id=ends,
         )
-    lengths, _ = response_lengths(response_ids, stop_ids=scorer.reader.end_ids, pad_id=tokenizer.pad_token_id)
+    lengths, _ = response_lengths(response_ids, stop_ids=ends, pad_id=pad_id)
     return replace(responses, response_ids=response_ids, lengths=lengths), logprobs
-
-
-def _logprobs(trainer: RehearsalMixin, part: str, responses: Responses) -> torch.Tensor:
-    """(B, T) float32, by TRL's own forward pass."""
-    inputs = model_inputs(*responses.sequences(slice(None)))
-    with trainer.scorer.role_models.role(part):
-        found = trainer._get_per_token_logps_and_entropies(
-            trainer.model, inputs["input_ids"], inputs["attention_mask"], responses.response_ids.shape[1]
-        )
-    return found[0]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 from trl_rlaif.compat.ppo_config import setting
 from trl_rlaif.compat.trl_ppo import BasePPOConfig
@@ -122,20 +123,10 @@ class PPOConfig(BasePPOConfig):
         super().__post_init__()
         if isinstance(self.chat_template_kwargs, str):  # from a command line
             self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
-        choices = {
-            "reasoning": ("strip", "keep"),
-            "value": ("adapter", "trunk"),
-            "loss_reduction": ("minibatch", "micro_batch"),
-            "kl_weighting": ("additive", "weighted"),
-            "reward_normalization": ("none", "std", "batch"),
-            "rehearsal_schedule": ("constant", "linear", "cosine"),
-            "generation": ("transformers", "vllm"),
-            "vllm_mode": ("colocate", "server"),
-        }
         problems = [
-            Problem(f"{name} is {getattr(self, name)!r}.", fix=f"Choose one of: {', '.join(allowed)}.")
-            for name, allowed in choices.items()
-            if getattr(self, name) not in allowed
+            Problem(f"{name} is {getattr(self, name)!r}.", fix=f"Choose one of: {', '.join(get_args(kind))}.")
+            for name, kind in inspect.get_annotations(PPOConfig, eval_str=True).items()
+            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind)
         ]
         positive = ("micro_batch_tokens", "kl_target", "kl_horizon", "max_update_kl", "score_clip")
         positive += ("selection_prompts", "selection_every", "rehearsal_batch_size")

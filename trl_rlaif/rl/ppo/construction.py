@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import set_seed
@@ -18,7 +17,7 @@ from trl_rlaif.models.shared_model import SharedBase
 from trl_rlaif.responses import ResponseReader
 from trl_rlaif.rl.prompts import tokenize_prompts
 from trl_rlaif.rl.selection import StratifiedSampler
-from trl_rlaif.stopping import named_stop_ids, stop_ids
+from trl_rlaif.stopping import chosen_stop_ids
 
 if TYPE_CHECKING:
     from trl_rlaif.rl.ppo.config import PPOConfig
@@ -60,34 +59,19 @@ def shared_base(
     return SharedBase(model, config or LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
 
 
-def with_reward(shared: SharedBase, reward_model: Any) -> Any:
-    """Make a reward adapter's folder a role of the base, and return the reward model that then stands by itself."""
-    if not isinstance(reward_model, str | Path):
-        return reward_model
-    shared.add_reward(reward_model)
-    return None
-
-
 def reader_of(args: PPOConfig, tokenizer: Any, model: nn.Module) -> ResponseReader:
     """What reads responses, with the tokens that end one."""
-    stops = _stop_ids(args, tokenizer, model)
+    named = {name: getattr(args, name) for name in ("stop_tokens", "stop_token_id", "stop_token")}
+    stops = chosen_stop_ids(tokenizer, model, **named)
     return ResponseReader(tokenizer, stops, reasoning=args.reasoning, tags=args.reasoning_tags)
-
-
-def _stop_ids(args: PPOConfig, tokenizer: Any, model: nn.Module) -> tuple[int, ...]:
-    """The tokens that end a response, as the arguments say; none where they ask for the full length."""
-    if args.stop_tokens is not None:
-        return named_stop_ids(tokenizer, args.stop_tokens)
-    if args.stop_token == "eos":
-        return stop_ids(tokenizer, model)
-    return () if args.stop_token_id is None else (args.stop_token_id,)
 
 
 def longest_row(model: nn.Module, args: PPOConfig) -> int | None:
     """Most tokens of prompt and response together; None where nothing limits them."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limit = getattr(args, "max_prompt_length", None)
-    limits = [n for n in (context, None if limit is None else limit + args.response_length) if n]
+    limits = [context] if context else []
+    if args.max_prompt_length is not None:
+        limits.append(args.max_prompt_length + args.response_length)
     return min(limits, default=None)
 
 
@@ -95,8 +79,7 @@ def tokenized(dataset: Any, tokenizer: Any, model: nn.Module, args: PPOConfig) -
     """A prompt dataset with ``input_ids``, without what leaves no room for the response."""
     if dataset is None:
         raise UserError("train_dataset is required.")
-    limit = getattr(args, "max_prompt_length", None)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit, context = args.max_prompt_length, getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context and args.score_at_end:
         context -= 1  # for the end of turn with which a cut response is scored
     if args.generation == "vllm" and args.vllm_max_model_length:
@@ -104,12 +87,6 @@ def tokenized(dataset: Any, tokenizer: Any, model: nn.Module, args: PPOConfig) -
     if limit is None and context:
         limit = context - args.response_length
     return tokenize_prompts(dataset, tokenizer, max_length=limit, num_proc=args.dataset_num_proc)
-
-
-def enable_gradient_checkpointing(models: Sequence[Any], kwargs: dict[str, Any] | None) -> None:
-    """Of the models that learn."""
-    for model in models:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs or {"use_reentrant": False})
 
 
 def prompt_loader(

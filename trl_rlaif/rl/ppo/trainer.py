@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,16 +30,7 @@ from trl_rlaif.rl.metrics import update_metrics
 from trl_rlaif.rl.ppo import advantages as adv
 from trl_rlaif.rl.ppo.checkpoint import Checkpoints
 from trl_rlaif.rl.ppo.config import PPOConfig, with_defaults
-from trl_rlaif.rl.ppo.construction import (
-    enable_gradient_checkpointing,
-    longest_row,
-    policy_of,
-    prompt_loader,
-    reader_of,
-    shared_base,
-    tokenized,
-    with_reward,
-)
+from trl_rlaif.rl.ppo.construction import longest_row, policy_of, prompt_loader, reader_of, shared_base, tokenized
 from trl_rlaif.rl.ppo.loop import Loop
 from trl_rlaif.rl.ppo.update_step import Divisors, MicroBatch, PPOStep, PPOUpdate
 from trl_rlaif.rl.prompts import BatchStream, PromptCollator
@@ -107,12 +98,16 @@ class PPOTrainer(BasePPOTrainer):
         plugins: Plugins | None = None,
     ) -> None:
         args, self.plugins = with_defaults(args), plugins or installed_plugins()
+        if args.fp16:
+            raise UserError("fp16 is not supported in PPO.", fix="Use bf16, or neither for float32.")
         functions = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
         model, processing_class = policy_of(model, processing_class, args)
         trunk = args.value == "trunk"
         shared = shared_base(model, value_model, ref_model, peft_config, trunk=trunk)
         if shared is not None:
-            reward_model = with_reward(shared, reward_model)
+            if isinstance(reward_model, str | Path):
+                shared.add_reward(reward_model)
+                reward_model = None
             model, value_model, peft_config = shared.peft, shared.add_value(trunk=trunk), None
         has_reward = reward_model is not None or (shared is not None and "reward" in shared.heads)
         if not has_reward and not functions:
@@ -139,15 +134,7 @@ class PPOTrainer(BasePPOTrainer):
         self.policy_model.generation_config.eos_token_id = configured
         self.reward_model = reward_model
         self.shared = None if shared is None else shared.to(self.accelerator.device)
-        deepspeed.take_back_models(self)
-        for part in (self.ref_model, self.reward_model):
-            if part is not None:
-                part.eval()
-        if args.fp16:
-            raise UserError("fp16 is not supported in PPO.", fix="Use bf16, or neither for float32.")
-        if args.gradient_checkpointing:
-            learning = [self.policy_model] if self.shared is not None else [self.policy_model, self.value_model]
-            enable_gradient_checkpointing(learning, args.gradient_checkpointing_kwargs)
+        self._set_up_models()
         self.generator = RolloutGenerator(args, self.accelerator, self.reader)
         scored = (lambda responses: self.generator.scores(self.role_models, responses)) if has_reward else None
         self.rewards = RewardPipeline(functions, reward_transforms, scored, args, self.reader, self.accelerator)
@@ -158,6 +145,16 @@ class PPOTrainer(BasePPOTrainer):
         super().create_optimizer(*args, **kwargs)
         deepspeed.tell(self.accelerator, self.optimizer)
         return self.optimizer
+
+    def _set_up_models(self) -> None:
+        args = self.args
+        deepspeed.take_back_models(self)
+        for model in (self.ref_model, self.reward_model):
+            if model is not None:
+                model.eval()
+        if args.gradient_checkpointing:
+            for model in [self.policy_model] if self.shared is not None else [self.policy_model, self.value_model]:
+                model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
 
     def _set_up_loop(self, selectors: Sequence[DataSelector], given: Sequence[RehearsalPair]) -> None:
         """The collaborators of the loop, and what its checkpoints hold of them."""
@@ -180,7 +177,7 @@ class PPOTrainer(BasePPOTrainer):
             own=[self.rehearsal, self.batches, self.optimization],
             rewards=self.rewards,
             save_model=partial(self.save_model, _internal_call=True),
-            identity=lambda: self.identity,
+            identity=cache(self._identity),
         )
         self.loop = Loop(self, self.checkpoints, self.plugins)
 
@@ -191,15 +188,10 @@ class PPOTrainer(BasePPOTrainer):
         self.dataloader = self.accelerator.prepare(loader)
         self.batches.restart(self.dataloader)
 
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """Settings and prompts of this run, which those of a checkpoint must equal."""
-        return run_identity.identity(
-            self.args,
-            self.selection.pool.prompts,
-            self.accelerator.num_processes,
-            **run_identity.components(self.rewards, self.selection.selectors),
-        )
+    def _identity(self) -> dict[str, Any]:
+        components = run_identity.components(self.rewards, self.selection.selectors)
+        prompts, processes = self.selection.pool.prompts, self.accelerator.num_processes
+        return run_identity.identity(self.args, prompts, processes, **components)
 
     @property
     def role_models(self) -> RoleModels:
@@ -226,25 +218,22 @@ class PPOTrainer(BasePPOTrainer):
             RunError: A gradient is not finite (``check_gradients``).
         """
         with safe_training(self), self.kernels():
-            self._train(resume_from_checkpoint)
-
-    def _train(self, resume_from_checkpoint: str | Path | bool | None) -> None:
-        self.begin(resume_from_checkpoint)
-        while self.loop.continues:
-            with self.checkpoints.kept():
-                self.selection.renew(self.state.global_step)
-            began = time.monotonic()
-            with self.checkpoints.kept():
-                rollout, scores = self.collect()
-            rewards = self.compute_rewards(rollout, scores)
-            self.plugins.notify("rewards_computed", trainer=self, rollout=rollout, rewards=rewards)
-            advantages, returns = self.compute_advantages(rollout, rewards)
-            stats = self.update(rollout, advantages, returns)
-            metrics = self.compute_metrics(rollout, scores, stats)
-            self.kl_controller.observe(metrics["objective/kl"], self.args.batch_size)
-            metrics["time/update"] = time.monotonic() - began
-            self._end_update(metrics)
-        self.loop.end()
+            self.begin(resume_from_checkpoint)
+            while self.loop.continues:
+                with self.checkpoints.kept():
+                    self.selection.renew(self.state.global_step)
+                began = time.monotonic()
+                with self.checkpoints.kept():
+                    rollout, scores = self.collect()
+                rewards = self.compute_rewards(rollout, scores)
+                self.plugins.notify("rewards_computed", trainer=self, rollout=rollout, rewards=rewards)
+                advantages, returns = self.compute_advantages(rollout, rewards)
+                stats = self.update(rollout, advantages, returns)
+                metrics = self.compute_metrics(rollout, scores, stats)
+                self.kl_controller.observe(metrics["objective/kl"], self.args.batch_size)
+                metrics["time/update"] = time.monotonic() - began
+                self._end_update(metrics)
+            self.loop.end()
 
     def kernels(self) -> AbstractContextManager:
         """``training_kernels`` of what is trained; afterwards the base is held in its own precision again."""
@@ -253,13 +242,7 @@ class PPOTrainer(BasePPOTrainer):
 
     def begin(self, resume_from_checkpoint: str | Path | bool | None) -> None:
         """Before the first update, or in place of those that a checkpoint holds."""
-        args = self.args
-        # An optimizer step for each minibatch; TRL's would also step in every micro-batch that falls on the last batch
-        # of the dataloader. Set here: accelerate shares this state among all trainers of a process, and another one may
-        # have been made since.
-        micro = -(-args.local_mini_batch_size // args.per_device_train_batch_size)
-        self.accelerator.gradient_state.plugin_kwargs.update(num_steps=micro, sync_with_dataloader=False)
-        self.loop.begin(args.num_total_batches, resume_from_checkpoint)
+        self.loop.begin(self.args.num_total_batches, resume_from_checkpoint)
         if self.rehearsal.given and not self.selection.selectors:
             self.selection.write()
 
@@ -300,17 +283,13 @@ class PPOTrainer(BasePPOTrainer):
         controller = self.kl_controller
         rewards = token_rewards(kl, controller.score_weight * scores, rollout.lengths, controller.coef)
         if self.args.whiten_rewards:
-            rewards = adv.masked_whiten(rewards, rollout.learned()[1], shift_mean=False, total=self._total)
+            rewards = adv.masked_whiten(rewards, rollout.learned()[1], shift_mean=False, total=self.accelerator.reduce)
         return rewards
 
     def compute_advantages(self, rollout: Rollout, rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Whitened advantages, zero for responses without a reward, and returns: (B, T) float32 each."""
         advantages, returns = adv.gae(rewards, rollout.values, self.args.gamma, self.args.lam)
-        return adv.masked_whiten(advantages, rollout.learned()[0], total=self._total), returns
-
-    def _total(self, value: torch.Tensor) -> torch.Tensor:
-        """A sum over all processes."""
-        return self.accelerator.reduce(value, "sum")
+        return adv.masked_whiten(advantages, rollout.learned()[0], total=self.accelerator.reduce), returns
 
     def update(
         self, rollout: Rollout, advantages: torch.Tensor, returns: torch.Tensor

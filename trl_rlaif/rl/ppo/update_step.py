@@ -269,28 +269,24 @@ class PPOUpdate:
         Returns:
             Scalars by name, of each minibatch or, with TRL's means, of each micro-batch; and ``policy/epochs``.
         """
+        args, accelerator = self.args, self.accelerator
+        # An optimizer step for each minibatch; TRL's would also step in every micro-batch that falls on the last batch
+        # of the dataloader. Set here: accelerate shares this state among all trainers of a process.
+        micro = -(-args.local_mini_batch_size // args.per_device_train_batch_size)
+        accelerator.gradient_state.plugin_kwargs.update(num_steps=micro, sync_with_dataloader=False)
         stats: dict[str, list[torch.Tensor]] = defaultdict(list)
-        moved: list[torch.Tensor] = []
-        for epoch in range(self.args.num_ppo_epochs):
-            if epoch and self._went_too_far(moved):
-                break
-            order = torch.randperm(self.args.local_batch_size, generator=self._order)
-            for minibatch in order.split(self.args.local_mini_batch_size):
+        for epoch in range(args.num_ppo_epochs):
+            order = torch.randperm(args.local_batch_size, generator=self._order)
+            for minibatch in order.split(args.local_mini_batch_size):
                 found = self._minibatch(rollout, minibatch, micro_step, rehearse, number)
                 moved = found.pop(_UPDATE_KL, [])
                 for name, values in found.items():
                     stats[name] += values
             stats["policy/epochs"] = [torch.tensor(epoch + 1.0, device=rollout.lengths.device)]
+            limit = args.max_update_kl  # of what the policy has moved by the epoch's last minibatch, in all processes
+            if limit is not None and accelerator.gather(torch.stack(moved)).mean().item() > limit:
+                break
         return stats
-
-    def _went_too_far(self, moved: list[torch.Tensor]) -> bool:
-        """Whether the policy had moved further than ``max_update_kl`` by an epoch's last minibatch, in all processes.
-
-        Args:
-            moved: Scalars whose mean is the approximate KL, nats per token.
-        """
-        limit = self.args.max_update_kl
-        return limit is not None and self.accelerator.gather(torch.stack(moved)).mean().item() > limit
 
     def _minibatch(
         self, rollout: Rollout, minibatch: torch.Tensor, micro_step: Any, rehearse: Any, number: int
