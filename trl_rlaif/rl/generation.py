@@ -18,7 +18,7 @@ from trl_rlaif.models.kernels import autocast, generation_kernels
 from trl_rlaif.models.role_models import RoleModels
 from trl_rlaif.responses import ResponseReader
 from trl_rlaif.rl import verification
-from trl_rlaif.rl.rollouts import generate, response_lengths, scored_rows
+from trl_rlaif.rl.rollouts import generate, response_lengths, scored_rows, unpadded
 from trl_rlaif.rl.vllm import VLLMSampler
 from trl_rlaif.types import Responses, Rollout
 
@@ -114,12 +114,8 @@ class RolloutGenerator:
             response_ids, logprobs = self._vllm.generate(role_models, prompt_ids, prompt_mask, self.temperature), None
         pad_id = self.tokenizer.pad_token_id
         lengths, _ = response_lengths(response_ids, stop_ids=self.reader.stop_ids, pad_id=pad_id)
-        responses = [
-            self.reader.read(ids[:n], prompt[mask].tolist())
-            for ids, n, prompt, mask in zip(
-                response_ids.tolist(), lengths.tolist(), prompt_ids, prompt_mask, strict=True
-            )
-        ]
+        rows = unpadded(prompt_ids, prompt_mask, response_ids, lengths)
+        responses = [self.reader.read(response, prompt) for prompt, response in rows]
         zeros = torch.zeros(response_ids.shape, device=device)
         rollout = Rollout(
             prompt_ids=prompt_ids,
@@ -134,7 +130,11 @@ class RolloutGenerator:
             completions=[r.as_completion(prompt) for r, prompt in zip(responses, batch["prompt"], strict=True)],
             columns=batch["columns"],
         )
-        return self._judged(role_models, rollout if self.records else self._with_logprobs(role_models, rollout))
+        if not self.records:
+            # Another engine's own are not taken: its kernels and precision differ, and PPO's ratio divides by these.
+            # It is 1 at the first step only if the model that is trained has said both.
+            rollout = replace(rollout, logprobs=self._forward(role_models, rollout, torch.arange(len(lengths))))
+        return self._judged(role_models, rollout)
 
     def _generate(
         self, role_models: RoleModels, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor
@@ -168,14 +168,6 @@ class RolloutGenerator:
             return [(part, 0) for part in rows.split(size)]
         groups = forward.equal_prompts(mask, rows)
         return [(part, int(mask[part[0]].int().argmax())) for group in groups for part in group.split(size)]
-
-    def _with_logprobs(self, role_models: RoleModels, rollout: Rollout) -> Rollout:
-        """The rollout with the policy's log-probabilities by a forward pass, of responses that another engine drew.
-
-        That engine's own are not taken: its kernels and its precision differ, and PPO's ratio divides by these. It
-        is 1 at the first step only if the model that is trained has said both.
-        """
-        return replace(rollout, logprobs=self._forward(role_models, rollout, torch.arange(len(rollout.prompts))))
 
     @torch.no_grad()
     def kl(self, role_models: RoleModels, responses: Responses) -> torch.Tensor:

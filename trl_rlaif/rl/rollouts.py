@@ -115,22 +115,21 @@ def response_lengths(
     return torch.where(ended, stop + 1, lengths), ended
 
 
+def unpadded(
+    prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, response_ids: torch.Tensor, lengths: torch.Tensor
+) -> list[tuple[list[int], list[int]]]:
+    """The tokens of each prompt and of its response, of a batch of ``Responses``."""
+    rows = zip(prompt_ids, prompt_mask.bool(), response_ids.tolist(), lengths.tolist(), strict=True)
+    return [(prompt[mask].tolist(), response[:n]) for prompt, mask, response, n in rows]
+
+
 def scored_rows(responses: Responses, reader: ResponseReader) -> Responses:
     """Responses as a reward model was trained on responses: the answer, and the end of a turn.
 
     A response that ended with another stop token ends with that one, and one that was cut at the length limit gets it
     appended: a score is read at the end of a turn, whether or not the policy came to it.
     """
-    rows = [
-        reader.row(ids[:n], prompt[mask].tolist())
-        for ids, n, prompt, mask in zip(
-            responses.response_ids.tolist(),
-            responses.lengths.tolist(),
-            responses.prompt_ids,
-            responses.prompt_mask,
-            strict=True,
-        )
-    ]
+    rows = [reader.row(response, prompt) for prompt, response in unpadded(*responses.sequences(slice(None)))]
     response_ids, mask = (x.to(responses.lengths.device) for x in pad_rows(rows))
     return replace(responses, response_ids=response_ids, lengths=mask.sum(1))
 

@@ -20,7 +20,7 @@ from trl_rlaif.pipeline.artifacts import REHEARSAL, SELECTION_MAP
 from trl_rlaif.progress import progress_bar
 from trl_rlaif.rl.rehearsal import Rehearsal, lines
 from trl_rlaif.rl.reward_shaping import kl_per_token
-from trl_rlaif.rl.rollouts import join_rollouts
+from trl_rlaif.rl.rollouts import join_rollouts, unpadded
 from trl_rlaif.rl.scoring import RewardPipeline, Scores
 from trl_rlaif.types import Pool, RehearsalPair, Rollout, Selection
 from trl_rlaif.validation import check_num_responses, origin_of, validated
@@ -163,19 +163,17 @@ class PromptPool:
 
     def _plain(self, rollout: Rollout, scores: Scores) -> list[dict[str, Any]]:
         """What a pool holds of each response, as plain values that go from process to process."""
-        lengths = rollout.lengths.tolist()
+        prompt_ids, response_ids = zip(*unpadded(*rollout.sequences(slice(None))), strict=True)
         found = {
             "prompts": rollout.prompts,
             "responses": rollout.completions,
             "scores": scores.total.tolist(),
             "categories": rollout.categories,
-            "prompt_ids": [
-                ids[mask].tolist() for ids, mask in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)
-            ],
-            "response_ids": [ids[:n].tolist() for ids, n in zip(rollout.response_ids, lengths, strict=True)],
+            "prompt_ids": prompt_ids,
+            "response_ids": response_ids,
             "entropies": (-rollout.logprobs.sum(1) / rollout.lengths.clamp(min=1)).tolist(),
             "kl": kl_per_token(rollout.logprobs, rollout.ref_logprobs, self.args.kl_estimator).sum(1).tolist(),
-            "columns": [{name: values[i] for name, values in rollout.columns.items()} for i in range(len(lengths))],
+            "columns": [{name: values[i] for name, values in rollout.columns.items()} for i in range(len(prompt_ids))],
         }
         return [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
 
@@ -239,7 +237,7 @@ class PromptSelection:
         return self.pool.prompts if rows is None else self.pool.prompts.select(rows)
 
     def due(self, update: int) -> bool:
-        """Whether to choose before this update: at the start, and every ``selection_every`` updates."""
+        """Whether to choose before this update, from 0: at the start, and every ``selection_every`` updates."""
         every = self.pool.args.selection_every
         again = every is not None and update > 0 and update % every == 0
         # A run that stopped between a selection and the end of its update is resumed with that selection.

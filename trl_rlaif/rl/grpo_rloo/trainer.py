@@ -126,18 +126,13 @@ class ScorerCallback(TrainerCallback):
 
         Choose anew what is rehearsed, where the configuration says so; TRL's dataloader keeps its prompts.
         """
-        scorer, every = self.trainer.scorer, self.trainer.scorer.args.selection_every
+        scorer = self.trainer.scorer
         self.trainer.failure = scorer.rewards.unscored.error()
         if self.trainer.failure is not None:
             scorer.rewards.unscored.forget()
             control.should_save = control.should_training_stop = True
             return
-        if (
-            every
-            and scorer.selection.selectors
-            and state.global_step < state.max_steps
-            and state.global_step % every == 0
-        ):
+        if state.global_step < state.max_steps and scorer.selection.due(state.global_step):
             training = self.trainer.model.training
             before, chosen = scorer.selection.chosen, scorer.selection.choose(state.global_step)
             scorer.selection.take(replace(chosen, rows=before.rows, strata=before.strata))

@@ -165,7 +165,13 @@ class PPOConfig(BasePPOConfig):
 
 
 def with_defaults(args: BasePPOConfig) -> BasePPOConfig:
-    """The arguments of TRL 1.12 with the defaults of what is added here."""
+    """The arguments of TRL 1.12 with the defaults of what is added here.
+
+    Raises:
+        UserError: They ask for fp16.
+    """
+    if args.fp16:
+        raise UserError("fp16 is not supported in PPO.", fix="Use bf16, or neither for float32.")
     for added in fields(PPOConfig):
         if not hasattr(args, added.name):
             setattr(args, added.name, added.default)

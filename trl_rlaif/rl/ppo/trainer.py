@@ -98,8 +98,6 @@ class PPOTrainer(BasePPOTrainer):
         plugins: Plugins | None = None,
     ) -> None:
         args, self.plugins = with_defaults(args), plugins or installed_plugins()
-        if args.fp16:
-            raise UserError("fp16 is not supported in PPO.", fix="Use bf16, or neither for float32.")
         functions = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
         model, processing_class = policy_of(model, processing_class, args)
         trunk = args.value == "trunk"
@@ -112,7 +110,6 @@ class PPOTrainer(BasePPOTrainer):
         has_reward = reward_model is not None or (shared is not None and "reward" in shared.heads)
         if not has_reward and not functions:
             raise UserError("There is no reward: pass reward_model or reward_funcs.")
-        train_dataset = tokenized(train_dataset, processing_class, model, args)
         pairs = given_pairs(rehearsal_dataset, processing_class, max_length=longest_row(model, args))
         self.reader = reader_of(args, processing_class, model)
         configured = model.generation_config.eos_token_id
@@ -122,7 +119,7 @@ class PPOTrainer(BasePPOTrainer):
             model,
             ref_model,
             deepspeed.NoRewardModel() if reward_model is None else reward_model,
-            train_dataset,
+            tokenized(train_dataset, processing_class, model, args),
             value_model,
             data_collator or PromptCollator(processing_class),
             eval_dataset if eval_dataset is None else tokenized(eval_dataset, processing_class, model, args),
@@ -135,7 +132,6 @@ class PPOTrainer(BasePPOTrainer):
         self.reward_model = reward_model
         self.shared = None if shared is None else shared.to(self.accelerator.device)
         self._set_up_models()
-        self.generator = RolloutGenerator(args, self.accelerator, self.reader)
         scored = (lambda responses: self.generator.scores(self.role_models, responses)) if has_reward else None
         self.rewards = RewardPipeline(functions, reward_transforms, scored, args, self.reader, self.accelerator)
         self._set_up_loop(data_selectors, pairs)
@@ -149,6 +145,7 @@ class PPOTrainer(BasePPOTrainer):
     def _set_up_models(self) -> None:
         args = self.args
         deepspeed.take_back_models(self)
+        self.generator = RolloutGenerator(args, self.accelerator, self.reader)
         for model in (self.ref_model, self.reward_model):
             if model is not None:
                 model.eval()
