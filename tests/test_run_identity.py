@@ -24,7 +24,6 @@ from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.pipeline.work.grpo_rloo import build_trainer
 from trl_rlaif.plugins import installed_plugins
-from trl_rlaif.rl.ppo import checkpoint
 from trl_rlaif.rl.rejection import RejectionTrainer
 from trl_rlaif.run_identity import BATCH_SIZE, FILE, SameRun
 
@@ -130,7 +129,7 @@ def test_a_changed_option_of_a_component_is_refused_with_both_values(tmp_path, c
 
     first = trainer()
     first.begin(None)
-    checkpoint.save(first)
+    first.checkpoints.save()
     with pytest.raises(UserError) as error:
         trainer(high=4.0, drawn=3).begin(True)
     assert f"reward_transforms.Clip 2.high was 5.0 {WRITTEN}, and is 4.0 now." in str(error.value)

@@ -63,7 +63,7 @@ class SharedRoleModels:
         return self.shared.model
 
     def trained(self) -> Sequence[nn.Module]:
-        return (self.shared.model,)
+        return (self.shared.peft,)
 
     def value_hidden(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         return self.shared.hidden("policy" if self.one_trunk else "value", **inputs)

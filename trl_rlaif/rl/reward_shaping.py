@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -43,6 +44,7 @@ def shaped_scores(
     return scores
 
 
+@dataclass
 class AdaptiveKLController:
     """The coefficient of the KL, fixed or steered to a target (Ziegler et al. 2019, sec. 2.2).
 
@@ -53,16 +55,11 @@ class AdaptiveKLController:
         weighting: Of the objective, ``additive`` or ``weighted``: see ``PPOConfig``.
     """
 
+    coef: float
+    target: float | None
+    horizon: int
+    weighting: Literal["additive", "weighted"] = "additive"
     MOST = 0.2
-
-    def __init__(
-        self,
-        coef: float,
-        target: float | None,
-        horizon: int,
-        weighting: Literal["additive", "weighted"] = "additive",
-    ) -> None:
-        self.coef, self.target, self.horizon, self.weighting = coef, target, horizon, weighting
 
     @property
     def score_weight(self) -> float:

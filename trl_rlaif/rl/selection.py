@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -75,6 +76,7 @@ class Steps(Protocol):
         """Scores as they are paid: Scores, or (B,) float32."""
 
 
+@dataclass
 class PromptPool:
     """Draws scored responses of the present policy to a run's prompts. Each process draws a share.
 
@@ -88,18 +90,13 @@ class PromptPool:
         accelerator: Of all processes.
     """
 
-    def __init__(
-        self,
-        prompts: Dataset,
-        collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
-        steps: Steps,
-        rewards: RewardPipeline,
-        policy: Callable[[], nn.Module],
-        args: PPOConfig,
-        accelerator: Accelerator,
-    ) -> None:
-        self.prompts, self.steps, self.rewards, self.args, self.accelerator = prompts, steps, rewards, args, accelerator
-        self._collate, self._policy = collate, policy
+    prompts: Dataset
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    steps: Steps
+    rewards: RewardPipeline
+    policy: Callable[[], nn.Module]
+    args: PPOConfig
+    accelerator: Accelerator
 
     def draw(self, num_responses: int = 1, *, selection: int = 0) -> Pool:
         """Scored responses to ``args.selection_prompts`` of the prompts, or to all. Every process has all in the end.
@@ -153,11 +150,15 @@ class PromptPool:
         A batch at a time they could not be compared: each would be mapped by other figures than the one before.
         """
         rollouts, scores, before = [], [], self.rewards.sum.state_dict()
-        for batch in self._shown(batches, size):
-            rollouts.append(self.steps.sample(self._collate([self.prompts[row] for row in batch])))
-            scores.append(Scores.of(self.steps.score(rollouts[-1])))
-            self.rewards.observe(scores[-1])
-            self.rewards.unscored.check()
+        # A pool may take longer than an update.
+        bar = progress_bar("Drawing responses to choose from", size, unit="responses")
+        with bar if self.accelerator.is_main_process else nullcontext(lambda count: None) as advance:
+            for batch in batches:
+                rollouts.append(self.steps.sample(self.collate([self.prompts[row] for row in batch])))
+                scores.append(Scores.of(self.steps.score(rollouts[-1])))
+                self.rewards.observe(scores[-1])
+                self.rewards.unscored.check()
+                advance(len(batch))
         rollout = join_rollouts(rollouts)
         return rollout, Scores.of(self.steps.transform(self.rewards.joined(scores, before), rollout, pool=True))
 
@@ -177,22 +178,12 @@ class PromptPool:
         }
         return [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
 
-    def _shown(self, batches: list[list[int]], size: int) -> Iterator[list[int]]:
-        """The batches, with a progress bar over this process's share: a pool may take longer than an update."""
-        if not self.accelerator.is_main_process:
-            yield from batches
-            return
-        with progress_bar("Drawing responses to choose from", size, unit="responses") as advance:
-            for batch in batches:
-                yield batch
-                advance(len(batch))
-
     def _embeddings(self, prompt_ids: list[list[int]], repeats: int) -> np.ndarray:
         """By the frozen base; a prompt's responses stand one behind the other."""
         from trl_rlaif.models.embedding import mean_hidden_states
         from trl_rlaif.models.shared_model import active_adapter
 
-        model = self._policy()
+        model = self.policy()
         with active_adapter(model, None):
             return mean_hidden_states(model, prompt_ids[::repeats]).repeat(repeats, axis=0)
 

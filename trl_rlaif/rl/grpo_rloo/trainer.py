@@ -12,10 +12,10 @@ from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from trl_rlaif.errors import UserError
 from trl_rlaif.models.safe_training import safe_training
 from trl_rlaif.rl.grpo_rloo.config import scoring_settings
 from trl_rlaif.rl.grpo_rloo.verification import verify
+from trl_rlaif.rl.ppo.checkpoint import part_of_process
 from trl_rlaif.run_identity import SameRun, components
 from trl_rlaif.validation import RewardError
 
@@ -115,9 +115,10 @@ class ScorerCallback(TrainerCallback):
         self.trainer.verify()
         scorer = self.trainer.scorer
         scorer.state = state
-        kept = kept_state(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        kept = kept_state(folder)
         if kept is not None:
-            mine = _own_part(kept, scorer)
+            mine = part_of_process(kept["processes"], scorer.accelerator, folder)
             scorer.rewards.load_state_dict(mine)
             scorer.rehearsal.load_state_dict(mine)
 
@@ -158,10 +159,3 @@ def kept_state(checkpoint: str | Path) -> dict[str, Any] | None:
     path = Path(checkpoint) / _STATE
     # Our own file: of strata a selector may make anything that can be hashed.
     return torch.load(path, weights_only=False) if path.exists() else None
-
-
-def _own_part(kept: dict[str, Any], scorer: GroupScorer) -> dict[str, Any]:
-    count, parts = scorer.accelerator.num_processes, kept["processes"]
-    if len(parts) != count:
-        raise UserError(f"The checkpoint was written by {len(parts)} processes; these are {count}.")
-    return parts[scorer.accelerator.process_index]

@@ -187,15 +187,9 @@ class Checkpoints:
         run_identity.check(folder, self.identity())
         # Our own file: it holds the random generators' states, which are not tensors.
         state = torch.load(folder / "training.pt", map_location="cpu", weights_only=False)
-        parameters, processes, count = self._trainable(), state["processes"], self.accelerator.num_processes
+        parameters, mine = self._trainable(), part_of_process(state["processes"], self.accelerator, folder)
         if parameters.keys() != state["parameters"].keys():
             raise UserError("The checkpoint belongs to another model or LoRA configuration.", where=str(folder))
-        if len(processes) != count:
-            raise UserError(
-                f"The checkpoint was written by {len(processes)} processes; these are {count}.",
-                where=str(folder),
-            )
-        mine = processes[self.accelerator.process_index]
         self.rewards.load_state_dict(mine)
         for name, value in state["parameters"].items():
             parameters[name].copy_(value)
@@ -221,6 +215,18 @@ class Checkpoints:
 
 def _joined(parts: Sequence[Part]) -> dict[str, Any]:
     return {name: value for part in parts for name, value in part.state_dict().items()}
+
+
+def part_of_process(parts: Sequence[Any], accelerator: Accelerator, folder: Path) -> Any:
+    """This process's part of a checkpoint.
+
+    Raises:
+        UserError: It was written by another number of processes.
+    """
+    if len(parts) != accelerator.num_processes:
+        what = f"The checkpoint was written by {len(parts)} processes; these are {accelerator.num_processes}."
+        raise UserError(what, where=str(folder))
+    return parts[accelerator.process_index]
 
 
 def find(folder: str | Path, wanted: str | Path | bool | None) -> Path | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -214,7 +213,7 @@ class PPOTrainer(BasePPOTrainer):
                 the responses have no reward; what was learned until then is saved as a checkpoint first.
             RunError: A gradient is not finite (``check_gradients``).
         """
-        with safe_training(self), self.kernels():
+        with safe_training(self), training_kernels(*self.role_models.trained(), bf16=self.args.bf16):
             self.begin(resume_from_checkpoint)
             while self.loop.continues:
                 with self.checkpoints.kept():
@@ -231,11 +230,6 @@ class PPOTrainer(BasePPOTrainer):
                 metrics["time/update"] = time.monotonic() - began
                 self._end_update(metrics)
             self.loop.end()
-
-    def kernels(self) -> AbstractContextManager:
-        """``training_kernels`` of what is trained; afterwards the base is held in its own precision again."""
-        models = self.role_models.trained() if self.shared is None else [self.shared.peft]
-        return training_kernels(*models, bf16=self.args.bf16)
 
     def begin(self, resume_from_checkpoint: str | Path | bool | None) -> None:
         """Before the first update, or in place of those that a checkpoint holds."""
