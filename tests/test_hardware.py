@@ -10,10 +10,11 @@ import pytest
 import yaml
 from helpers.recipes import tiny_recipe
 
-from trl_rlaif import PPOConfig, RewardConfig, hardware
+from trl_rlaif import PPOConfig, RewardConfig, UserError, hardware
 from trl_rlaif.pipeline import redo, runner
 from trl_rlaif.pipeline.machine import say_where, settled
 from trl_rlaif.pipeline.run_folder import RunFolder
+from trl_rlaif.plugins import installed_plugins
 
 SLOW, FAST = 21.0, 0.2
 
@@ -93,3 +94,38 @@ def test_bf16_is_off_where_it_is_slow_and_obeyed_where_it_is_written(machine, tm
     bf16, said = made(bf16=True)
     assert bf16 and "bf16 is on, which this processor emulates" in said and "21 times" in said
     assert made(bf16=True) == (True, "")  # once is enough
+
+
+# ---- Systems without fcntl, bitsandbytes or CUDA --------------------------------------------------------
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """Run Python as on a system without fcntl (Windows) and without bitsandbytes (a Mac)."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules |= {'fcntl': None, 'bitsandbytes': None}\n")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    return lambda *words: subprocess.run([sys.executable, *words], capture_output=True, text=True, env=env)
+
+
+def test_import_and_check_without_fcntl_and_bitsandbytes(bare, tmp_path, tiny_model):
+    tiny_recipe(tmp_path, tiny_model)
+    code = "import trl_rlaif.cli, trl_rlaif.pipeline.runner, trl_rlaif.status, trl_rlaif.rating, trl_rlaif.report"
+    imported = bare("-c", code)
+    assert imported.returncode == 0, imported.stderr
+    checked = bare("-m", "trl_rlaif", "check", str(tmp_path / "recipe.yaml"))
+    assert checked.returncode == 0 and "good" in checked.stdout, checked.stderr
+
+
+def test_nf4_without_bitsandbytes_and_mps_are_refused_before_anything_is_loaded(
+    machine, monkeypatch, tmp_path, tiny_model
+):
+    machine(SLOW)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    judge = {"path": tiny_model, "quantization": "nf4"}
+    for sections in ({"model": {"quantization": "nf4"}}, {"label": {"compare": {"other": {"judge": judge}}}}):
+        recipe = tiny_recipe(tmp_path, tiny_model, **sections)
+        with pytest.raises(UserError, match="pip install bitsandbytes"):
+            runner.run_recipe(recipe, installed_plugins(), tmp_path / "run")
+    monkeypatch.setattr(hardware, "device_type", lambda: "mps")
+    with pytest.raises(UserError, match="ACCELERATE_USE_CPU=true"):
+        runner.run_recipe(tiny_recipe(tmp_path, tiny_model), installed_plugins(), tmp_path / "run")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from typing import Any
 
 from pydantic import BaseModel
 
 from trl_rlaif import hardware
+from trl_rlaif.errors import UserError
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.progress import say
 from trl_rlaif.recipe import JudgeSection, ModelSection, Recipe
@@ -52,6 +54,37 @@ def _settled(value: Any, dtype: str) -> Any:
         found["matmul_precision"] = "high" if half else "highest"
     changed = {name: item for name, item in found.items() if item is not getattr(value, name)}
     return value.model_copy(update=changed) if changed else value
+
+
+def check_machine(recipe: Recipe) -> None:
+    """Before anything is computed: that this machine can hold and train what a recipe names.
+
+    Raises:
+        UserError: bitsandbytes is missing, or models would be put on Apple's MPS.
+    """
+    sections = (getattr(recipe, field.name) for field in dataclasses.fields(recipe))
+    if any(map(_is_quantized, sections)) and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "quantization: nf4 needs the package bitsandbytes.",
+            where=str(recipe.source),
+            fix="Run: pip install bitsandbytes; or, where it is not built for this system, set quantization: none.",
+        )
+    if hardware.device_type() == "mps":
+        raise UserError(
+            "Apple's MPS has no float64, in which rewards and importance weights are summed.",
+            where="device mps",
+            fix="Set ACCELERATE_USE_CPU=true, which computes on the processor.",
+        )
+
+
+def _is_quantized(value: Any) -> bool:
+    """Whether a section, or a judge that one holds, is in 4 bits."""
+    if isinstance(value, dict):
+        return any(map(_is_quantized, value.values()))
+    if not isinstance(value, BaseModel):
+        return False
+    inner = (getattr(value, name) for name in type(value).model_fields)
+    return getattr(value, "quantization", "none") == "nf4" or any(map(_is_quantized, inner))
 
 
 def say_where(recipe: Recipe, folder: RunFolder) -> None:

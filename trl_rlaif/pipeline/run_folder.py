@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import yaml
 from trl_rlaif.distributed import is_first
 from trl_rlaif.errors import UserError
 from trl_rlaif.files import read_lines, to_json, to_line, write_atomically
+from trl_rlaif.locks import lock
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.artifacts import Results
 
@@ -79,8 +79,8 @@ class RunFolder:
             return
         with (self.state / artifacts.LOCK).open("w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                lock(file, wait=False)
+            except BlockingIOError:
                 raise UserError("Another process is running in this folder.", where=str(self.path)) from None
             yield
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import yaml
@@ -58,6 +58,7 @@ def run_recipe(
     if shard is not None:
         _check_shard(recipe, shard)
     check_base(recipe)  # before anything is paid for
+    machine.check_machine(recipe)
     folder = RunFolder(output)
     with folder.locked():
         check_unused(folder, used=resume or bool(only))
@@ -179,11 +180,19 @@ def _run_stages(
 
 
 def _write_recipe(recipe: Recipe, folder: RunFolder, command: str) -> None:
-    versions = {"trl-rlaif": __version__} | {name: version(name) for name in PACKAGES}
+    versions = {"trl-rlaif": __version__} | {name: found for name in PACKAGES if (found := _version(name))}
     began = {"machine": found} if (found := machine.machine_of(folder)) else {}
     content = recipe.to_dict() | began | {"format": artifacts.FORMAT, "versions": versions, "command": command}
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     write_atomically(folder / artifacts.RECIPE, text)
+
+
+def _version(package: str) -> str | None:
+    """None where it is not installed: bitsandbytes is not built for every system."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _quiet_libraries() -> None:

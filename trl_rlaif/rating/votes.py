@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from trl_rlaif.errors import RunError
 from trl_rlaif.files import append_lines, read_lines
+from trl_rlaif.locks import lock
 from trl_rlaif.rating.pairs import Name
 
 # By rater and pair the choice that counts, in the order in which the choices were made.
@@ -45,9 +45,9 @@ class VoteFile:
         self.path = path
 
     @contextmanager
-    def _locked(self, mode: str, kind: int) -> Iterator[None]:
+    def _locked(self, mode: str, *, shared: bool = False) -> Iterator[None]:
         with self.path.open(mode) as file:  # closing it unlocks it
-            fcntl.flock(file, kind)
+            lock(file, shared=shared)
             yield
 
     def add(self, vote: Vote) -> None:
@@ -65,7 +65,7 @@ class VoteFile:
             "choice": vote.choice,
             "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
         }
-        with self._locked("ab", fcntl.LOCK_EX):
+        with self._locked("ab"):
             read_lines(self.path)  # removes what a kill or a full disk left of a last line: this one begins on its own
             append_lines(self.path, [row])
 
@@ -77,7 +77,7 @@ class VoteFile:
         """
         if not self.path.exists():
             return {}
-        with self._locked("rb", fcntl.LOCK_SH):
+        with self._locked("rb", shared=True):
             rows = read_lines(self.path)
         standing: Standing = {}
         for number, row in enumerate(rows, 1):

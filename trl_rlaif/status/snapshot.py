@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import shlex
@@ -15,6 +14,7 @@ import yaml
 
 from trl_rlaif.errors import UserError
 from trl_rlaif.experiments.running import summary as summary_of_comparison
+from trl_rlaif.locks import lock
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.stages import STAGES
 from trl_rlaif.recipe.variants import KEY as COMPARE
@@ -230,8 +230,7 @@ def _is_locked(path: Path) -> bool:
     """
     try:
         with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            fcntl.flock(file, fcntl.LOCK_UN)
+            lock(file, shared=True, wait=False)
     except BlockingIOError:
         return True
     except FileNotFoundError:

@@ -1,0 +1,35 @@
+"""Locks on open files, between processes: ``flock`` where there is one (Linux, macOS), else a byte of the file."""
+
+from __future__ import annotations
+
+import sys
+from typing import IO, Any
+
+# On Windows a locked byte cannot be read: this one lies behind any content.
+_BYTE = 2**31 - 2
+
+
+def lock(file: IO[Any], *, shared: bool = False, wait: bool = True) -> None:
+    """Lock a file until it is closed.
+
+    Args:
+        shared: Others may hold it too, if they share it. Windows knows no such locks: there it is as any other.
+        wait: Until those who hold it give it back.
+
+    Raises:
+        BlockingIOError: Another process holds it, and ``wait`` is False.
+    """
+    if sys.platform == "win32":
+        import msvcrt
+
+        file.seek(_BYTE)
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            raise BlockingIOError(*error.args) from None
+        finally:
+            file.seek(0)
+    else:
+        import fcntl
+
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
