@@ -111,9 +111,9 @@ def generation(args: argparse.Namespace, stack: ExitStack) -> Callable[[], Any]:
 
 # By task, what its sides are: the task, and the kernels that take part.
 TASKS = {
-    "ppo": (ppo, ["fused_lora", "cast_weights", "cpu_attention", "logprob_head", "block_cache"]),
+    "ppo": (ppo, ["fused_lora", "cast_weights", "cpu_attention", "logprob_head"]),
     "reward": (reward, ["packing", "fused_lora", "cast_weights", "cpu_attention"]),
-    "generation": (generation, ["block_cache", "fused_lora", "cast_weights"]),
+    "generation": (generation, ["fused_lora", "cast_weights"]),
     "judging": (judging, ["packing"]),
 }
 

@@ -8,12 +8,16 @@ from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from trl_rlaif.batching import equal_lengths, pad_rows
-from trl_rlaif.models.kernels import generation_cache, generation_kernels, trial
+from trl_rlaif.models.kernels import generation_kernels, trial
 from trl_rlaif.models.shared_model import inner_model
 from trl_rlaif.stopping import stop_ids as all_stop_ids
+
+# What a cache may hold for rows to be repeated in it.
+_REPEATED = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def derived_seed(*parts: object) -> int:
@@ -111,11 +115,31 @@ def _generated(
 ) -> list[list[int]]:
     """The tokens behind each prompt of one batch, ``num_return_sequences`` rows for each."""
     ids, mask = (x.to(next(model.parameters()).device) for x in pad_rows(prompts, config.pad_token_id, left=True))
+    mask, drawn, kwargs = mask.long(), config.num_return_sequences, {}
     with bare_generation_config(model), generation_kernels(model, bf16):
-        sequences = model.generate(
-            input_ids=ids, attention_mask=mask.long(), **generation_cache(model), generation_config=config
-        )
+        cache = _read_prompts(model, ids, mask) if drawn > 1 else None
+        if cache is not None:
+            cache.batch_repeat_interleave(drawn)
+            ids, mask = (x.repeat_interleave(drawn, 0) for x in (ids, mask))
+            kwargs, config.num_return_sequences = {"past_key_values": cache}, 1
+        sequences = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **kwargs)
+    config.num_return_sequences = drawn
     return sequences[:, ids.shape[1] :].tolist()
+
+
+def _read_prompts(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache | None:
+    """Keys and values of all but the last token of each prompt: a prompt that is answered several times is read once.
+
+    None where the model keeps something else, or a prompt is a single token.
+    """
+    if not getattr(type(model), "_supports_default_dynamic_cache", lambda: False)() or not mask[:, :-1].any(1).all():
+        return None
+    cache = DynamicCache(config=model.config.get_text_config())
+    if not cache.layers or not all(type(layer) in _REPEATED for layer in cache.layers):
+        return None
+    config = GenerationConfig(max_new_tokens=1, do_sample=False, pad_token_id=0)
+    model.generate(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache, generation_config=config)
+    return cache
 
 
 def _until(tokens: list[int], stops: Sequence[int], pad: int, keep_end: bool) -> list[int]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from trl_rlaif.models.kernels import kernels
 
-PARTS = ("fused_lora", "cast_weights", "logprob_head", "block_cache")
+PARTS = ("fused_lora", "cast_weights", "logprob_head")
 # The first update warms up; the last is the second again, for the noise. None: without any of them.
 ORDER: tuple[tuple[str, ...] | None, ...] = ((), (), *((part,) for part in PARTS), None, ())
 

@@ -230,11 +230,10 @@ def speed(record: Record, folder: Path) -> None:
 
     for rows in (4, 16, 32):
         record.add(f"ms a token, {rows} rows", 1e3 * record.seconds(lambda rows=rows: draw(rows), 1) / tokens)
-    for part in ("cast_weights", "block_cache"):
-        for on in (False, True):
-            with kernels({part: on}):
-                once = record.seconds(lambda: draw(4), 2)
-            record.add(f"ms a token, 4 rows, {part} {'on' if on else 'off'}", 1e3 * once / tokens)
+    for on in (False, True):
+        with kernels(cast_weights=on):
+            once = record.seconds(lambda: draw(4), 2)
+        record.add(f"ms a token, 4 rows, cast_weights {'on' if on else 'off'}", 1e3 * once / tokens)
     _judging(record, model, shared, vocab)
     cuda = [torch.profiler.ProfilerActivity.CUDA] if record.device == "cuda" else []
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, *cuda]) as profile:

@@ -132,8 +132,8 @@ def update(
     yield Part(f"output head, {chunk} tokens at a time", head, "update: output head", "")
 
 
-def generation(activations: Activations, rows: int, prompt: int, response: int, block: int = 1) -> Iterator[Part]:
-    cache = activations.cache(rows, -(-(prompt + response) // block) * block)
+def generation(activations: Activations, rows: int, prompt: int, response: int) -> Iterator[Part]:
+    cache = activations.cache(rows, prompt + response)
     for when in ("generation: prompts", "generation: tokens"):
         yield Part(f"keys and values, {rows} x ({prompt} + {response}) tokens", cache, when, "")
     yield Part("activations of the prompts", activations.live(rows, prompt), "generation: prompts", "")
@@ -144,8 +144,6 @@ def generation(activations: Activations, rows: int, prompt: int, response: int, 
 
 def policy_training(run: MemoryRun) -> list[Part]:
     """PPO on one base: generation, passes without gradient, update."""
-    from trl_rlaif.models.kernels import BLOCK
-
     recipe = run.recipe
     rows, response = (run.setting("rl", key) for key in ("per_device_train_batch_size", "response_length"))
     prompt, activations = run.prompt, run.activations("rl")
@@ -159,7 +157,7 @@ def policy_training(run: MemoryRun) -> list[Part]:
     learned = min(chunk, trained * response)
     return [
         *_roles(run),
-        *generation(activations, at_once, prompt, response, BLOCK),
+        *generation(activations, at_once, prompt, response),
         Part(f"a pass without gradient, {rows} x {length} tokens", activations.live(rows, length),
              "scoring: layers", ""),
         Part("last hidden states", hidden, "scoring: output head", ""),

@@ -13,7 +13,6 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from trl_rlaif.batching import pad_rows
 from trl_rlaif.generation import bare_generation_config
-from trl_rlaif.models.kernels import generation_cache
 from trl_rlaif.responses import ResponseReader
 from trl_rlaif.types import Responses, Rollout
 
@@ -77,7 +76,6 @@ def generate(
             input_ids=prompt_ids.masked_fill(~prompt_mask.bool(), 0),
             attention_mask=prompt_mask.long(),
             logits_processor=LogitsProcessorList([recorder]),
-            **generation_cache(model),
             generation_config=GenerationConfig(
                 max_new_tokens=max_new_tokens,
                 do_sample=True,

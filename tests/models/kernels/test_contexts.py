@@ -129,20 +129,20 @@ def test_generating_in_training_uses_the_models_own_attention():
 
 
 def test_switches():
-    assert used("packing", "cpu") and used("block_cache", "cpu") and not used("block_cache", "cuda")
-    with kernels({"packing": False}, block_cache=True):
-        assert not used("packing", "cpu") and used("block_cache", "cuda")
+    assert used("packing", "cpu") and used("cpu_attention", "cpu") and not used("cpu_attention", "cuda")
+    with kernels({"packing": False}, cpu_attention=True):
+        assert not used("packing", "cpu") and used("cpu_attention", "cuda")
         with kernels(packing="auto"):
-            assert used("packing", "cpu") and used("block_cache", "cuda")
-    assert used("packing", "cpu") and not used("block_cache", "cuda")
+            assert used("packing", "cpu") and used("cpu_attention", "cuda")
+    assert used("packing", "cpu") and not used("cpu_attention", "cuda")
     with pytest.raises(ValueError, match="no kernel 'speed'; there are packing"), kernels(speed=True):
         pass
 
 
 def test_a_recipe_switches_kernels(tmp_path, tiny_model, monkeypatch):
     assert set(KERNELS) == set(DEFAULTS)
-    recipe = tiny_recipe(tmp_path, tiny_model, run={"kernels": {"packing": False, "block_cache": "auto"}})
-    assert recipe.run.kernels == {"packing": False, "block_cache": "auto"}
+    recipe = tiny_recipe(tmp_path, tiny_model, run={"kernels": {"packing": False, "logprob_head": "auto"}})
+    assert recipe.run.kernels == {"packing": False, "logprob_head": "auto"}
     for bad in ({"speed": True}, {"packing": "sometimes"}):
         with pytest.raises(UserError, match="kernels"):
             tiny_recipe(tmp_path, tiny_model, run={"kernels": bad})

@@ -10,18 +10,16 @@ import peft.tuners.lora.layer
 import pytest
 import torch
 import transformers
-from helpers.tiny import make_gpt2, make_llama
+from helpers.tiny import make_llama
 from peft import LoraConfig, get_peft_model
 
 from trl_rlaif import SharedBase
-from trl_rlaif.models.kernels import attention, kernels
+from trl_rlaif.models.kernels import attention
 from trl_rlaif.models.kernels.attention import trainable_attention, whole_attention
-from trl_rlaif.models.kernels.cache import BlockLayer, block_cache
 from trl_rlaif.models.kernels.fused_lora import cast_adapter, cast_once, fuse_lora
 from trl_rlaif.models.kernels.precision import CastLinear, cast_frozen_weights, cast_head
 from trl_rlaif.models.loading import keep_gradients
 from trl_rlaif.models.shared_model import active_adapter
-from trl_rlaif.rl import rollouts
 
 IDS = torch.tensor([[5, 6, 7, 8, 3], [9, 4, 3, 7, 11]])
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -181,51 +179,6 @@ def test_a_cast_goes_with_its_source():
         assert known() is not None
         del x
         assert known() is None
-
-
-def _gemma2():
-    torch.manual_seed(0)
-    config = transformers.Gemma2Config(**CONFIG, head_dim=8, sliding_window=4)
-    return transformers.Gemma2ForCausalLM(config).eval()
-
-
-def _generate(model, prompt_tokens):
-    torch.manual_seed(2)
-    ids = torch.randint(3, 60, (3, prompt_tokens))
-    mask = torch.arange(prompt_tokens) >= torch.tensor([0, 2, prompt_tokens - 1])[:, None]
-    options = {"max_new_tokens": 30, "temperature": 0.8, "pad_id": 0, "stop_id": None}
-    return rollouts.generate(model, ids, mask, **options)
-
-
-@pytest.mark.parametrize("make", [make_llama, make_gpt2, _gemma2])
-@pytest.mark.parametrize(("block", "prompt_tokens"), [(8, 3), (8, 8), (8, 20), (128, 5)])
-def test_the_cache_by_blocks_changes_no_token(monkeypatch, make, block, prompt_tokens):
-    monkeypatch.setattr("trl_rlaif.models.kernels.cache.BLOCK", block)
-    model, made = make(), []
-    monkeypatch.setattr("trl_rlaif.models.kernels.block_cache", lambda m: made.append(block_cache(m)) or made[-1])
-    found = _generate(model, prompt_tokens)
-    blocks = [layer for layer in made[0].layers if isinstance(layer, BlockLayer)]
-    assert blocks and all(layer.get_seq_length() == prompt_tokens + 29 for layer in blocks)
-    with kernels(block_cache=False):
-        expected = _generate(model, prompt_tokens)
-    assert len(made) == 1
-    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
-
-
-def test_a_block_is_written_where_it_lies(monkeypatch):
-    monkeypatch.setattr("trl_rlaif.models.kernels.cache.BLOCK", 8)
-    layer, steps = BlockLayer(), [torch.randn(2, 2, 3, 1, 4) for _ in range(20)]
-    places = [layer.update(*step)[0].data_ptr() for step in steps]
-    assert len(set(places[:8])) == len(set(places[8:16])) == len(set(places[16:])) == 1
-    for held, expected in zip((layer.keys, layer.values), torch.cat(steps, -2), strict=True):
-        assert torch.equal(held, expected)
-
-
-def test_other_kinds_of_layers_stay():
-    expected = [type(layer).__name__ for layer in transformers.DynamicCache(config=_gemma2().config).layers]
-    assert expected == ["DynamicSlidingWindowLayer", "DynamicLayer"]
-    assert [type(layer).__name__ for layer in block_cache(_gemma2()).layers] == [expected[0], "BlockLayer"]
-    assert block_cache(torch.nn.Linear(2, 2)) is None
 
 
 def _cast(kind: str, *, tied: bool):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -24,7 +23,6 @@ from trl_rlaif.models.kernels.attention import (
     takes_masks,
     trainable_attention,
 )
-from trl_rlaif.models.kernels.cache import BLOCK, block_cache
 from trl_rlaif.models.kernels.fused_lora import cast_adapter, fused_lora
 from trl_rlaif.models.kernels.logprob_head import HEAD_ELEMENTS, is_plain, token_logprobs_of
 from trl_rlaif.models.kernels.precision import autocast, cast_head, frozen_weights_cast
@@ -33,13 +31,11 @@ from trl_rlaif.models.kernels.trials import trial
 from trl_rlaif.models.shared_model import inner_model
 
 __all__ = [
-    "BLOCK",
     "DEFAULTS",
     "HEAD_ELEMENTS",
     "PairRows",
     "Switch",
     "autocast",
-    "generation_cache",
     "generation_kernels",
     "is_plain",
     "kernels",
@@ -106,9 +102,3 @@ def generation_kernels(model: nn.Module, bf16: bool | None = None) -> Iterator[N
         if used("cast_weights", weight.device):
             stack.enter_context(cast_head(inner))
         yield
-
-
-def generation_cache(model: nn.Module) -> dict[str, Any]:
-    """Arguments of one call of ``generate``: a cache that grows by blocks, where the model takes one."""
-    cache = block_cache(model) if used("block_cache", model.device) else None
-    return {} if cache is None else {"past_key_values": cache}

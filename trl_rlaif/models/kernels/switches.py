@@ -15,7 +15,6 @@ Switch = Literal["auto"] | bool
 DEFAULTS: dict[str, tuple[bool, bool]] = {
     "packing": (True, True),
     "fused_lora": (True, True),
-    "block_cache": (True, False),
     "logprob_head": (True, True),
     "cpu_attention": (True, False),
     "cast_weights": (True, True),
@@ -29,7 +28,7 @@ def kernels(switches: Mapping[Any, Switch] | None = None, /, **more: Switch) -> 
     """Switch kernels on or off in this process while inside; ``auto``, as without a word, asks ``DEFAULTS``.
 
     Args:
-        switches, more: By name: packing, fused_lora, block_cache, logprob_head, cpu_attention, cast_weights.
+        switches, more: By name: packing, fused_lora, logprob_head, cpu_attention, cast_weights.
 
     Raises:
         ValueError: There is no kernel of that name.

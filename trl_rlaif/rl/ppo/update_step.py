@@ -21,6 +21,8 @@ from trl_rlaif.rl.ppo import losses
 from trl_rlaif.types import Responses, Rollout
 
 Stats = dict[str, torch.Tensor]
+# Tokens of one pass on a CPU, where nothing else is asked for: matrix products are as fast as with more of them.
+CPU_TOKENS = 512
 # The statistic that max_update_kl limits; it is not logged.
 _UPDATE_KL = "update_kl"
 
@@ -168,8 +170,11 @@ class PPOStep:
     def _parts(self, responses: Responses, rows: torch.Tensor) -> list[torch.Tensor]:
         """Rows in parts, of which there are equally many in processes that go through them side by side."""
         groups = [rows] if self.pads else forward.equal_prompts(responses.prompt_mask, rows)
-        found = [part for group in groups for part in parts(responses, group, self.args.micro_batch_tokens)]
-        if self.args.micro_batch_tokens is not None or not self.pads:
+        limit = self.args.micro_batch_tokens
+        if limit is None and self.accelerator.device.type == "cpu":
+            limit = CPU_TOKENS
+        found = [part for group in groups for part in parts(responses, group, limit)]
+        if limit is not None or not self.pads:
             for _ in range(equal_count(self.accelerator, len(found)) - len(found)):
                 largest = max(range(len(found)), key=lambda i: len(found[i]))
                 found[largest : largest + 1] = found[largest].tensor_split(2)

@@ -1,0 +1,45 @@
+"""Sampling: prompts that are answered several times are read once."""
+
+from __future__ import annotations
+
+import pytest
+from helpers.families import make_family
+from helpers.tiny import make_gpt2, make_llama, make_tokenizer
+
+from trl_rlaif import generation
+from trl_rlaif.generation import sample_responses, seeded
+
+PROMPTS = [[5, 9, 4, 7, 8, 6, 3], [11, 12, 13], [21, 22, 23, 24, 25]]
+FAMILIES = ("granite", "doge", "falcon", "mpt", "llama4_text", "gemma3_text", "qwen3_5_text", "mamba", "mamba2")
+
+
+def _drawn(model, prompts=PROMPTS):
+    with seeded(1, "draw"):
+        limits = {"max_new_tokens": 12, "temperature": 1.0, "stop_ids": [2], "keep_end": True}
+        return sample_responses(model, make_tokenizer(), prompts, num_responses=3, **limits)
+
+
+@pytest.mark.parametrize("make", [make_llama, make_gpt2, *FAMILIES])
+def test_reading_a_prompt_once_changes_no_response(monkeypatch, make):
+    model = make_family(make) if isinstance(make, str) else make()
+    read = []
+    own = generation._read_prompts
+    monkeypatch.setattr(generation, "_read_prompts", lambda *args: read.append(own(*args)) or read[-1])
+    found = _drawn(model)
+    monkeypatch.setattr(generation, "_read_prompts", lambda *args: None)
+    assert found == _drawn(model)
+    once = make not in ("mamba", "mamba2", "qwen3_5_text")  # whose states are not rows of keys and values
+    assert [cache is not None for cache in read] == [once] * len(read) and read
+
+
+def test_a_prompt_is_computed_once_for_all_its_responses():
+    model, computed = make_llama(), []
+    model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: computed.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    _drawn(model, [PROMPTS[0], PROMPTS[0]])
+    assert computed[0] == (2, 6) and set(computed[1:]) == {(6, 1)}
+
+
+def test_a_prompt_of_a_single_token():
+    assert [len(rows) for rows in _drawn(make_llama(), [[5], [11, 12, 13]])] == [3, 3]
