@@ -16,8 +16,10 @@ TRL_VENV := .venv-trl-$(TRL)
 TRL_PIP := $(TRL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 # A worker for each core, each with one thread; a file's tests stay together, since they share what was run once.
-PARALLEL ?= -n auto --dist loadfile --durations=30
-PYTEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+PARALLEL ?= -n auto --dist loadfile --no-loadscope-reorder --durations=30
+# An empty PYTHONDONTWRITEBYTECODE, whatever a container has set: every process would compile this project again, and
+# every worker rewrite all tests' assertions.
+PYTEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -41,11 +43,11 @@ test: $(VENV)/.installed
 test-fast: $(VENV)/.installed
 	$(PYTEST_ENV) $(BIN)/python -m pytest $(PARALLEL) -m 'not slow' $(TESTS)
 
-# A copy of the other environment with that TRL in it; where that wants other versions than constraints.txt, as pip finds
-# them. The newest is looked up each time.
+# A copy of the other environment with that TRL in it (of links: pip replaces files, and changes none); where that wants
+# other versions than constraints.txt, as pip finds them. The newest is looked up each time.
 $(TRL_VENV)/.installed: $(VENV)/.installed $(if $(filter latest,$(TRL)),always)
 	rm -rf $(TRL_VENV)
-	cp -a $(VENV) $(TRL_VENV) && rm $(TRL_VENV)/.installed
+	cp -a --link $(VENV) $(TRL_VENV) && rm $(TRL_VENV)/.installed
 	$(TRL_PIP) --upgrade --no-deps '$(if $(filter latest,$(TRL)),trl<2,trl==$(TRL))'
 	$(TRL_VENV)/bin/python -m pip list --format freeze | grep '^trl==' > $(TRL_VENV)/trl.txt
 	grep -v '^trl==' constraints.txt > $(TRL_VENV)/others.txt

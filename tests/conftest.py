@@ -12,6 +12,18 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest  # noqa: E402  (after the environment is set)
 
+# What takes longest, in this order: xdist hands files out as they come, and one that begins last is waited for.
+_LONGEST = [
+    "test_benchmarks_gpu.py", "test_packaged_recipes.py", "test_third_party.py", "test_processes.py",
+    "test_rejection.py", "test_kill.py", "test_run.py", "test_trainer.py", "test_several.py", "test_experiment_run.py",
+    "test_calibration.py", "test_report_page.py",
+]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
@@ -19,3 +31,20 @@ def tiny_model(tmp_path_factory):
     from helpers.tiny import save_tiny_model
 
     return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def savefig():
+    """A report has all of its plots, but empty: drawing takes most of a tiny run. What draws them is returned."""
+    from matplotlib.figure import Figure
+
+    draws, empty = Figure.savefig, b'<svg viewBox="0 0 1 1"/>'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda self, file, **options: file.write(empty))
+        yield draws
+
+
+@pytest.fixture
+def drawn(savefig, monkeypatch):
+    """The plots are drawn."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)

@@ -22,6 +22,12 @@ pytestmark = pytest.mark.trl
 EXPECTED = Path(__file__).parent / "ppo_metrics.json"
 
 
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory):
+    """What the installed TRL's base gives."""
+    return ppo_metrics.run(str(tmp_path_factory.mktemp("trl")))
+
+
 def _assert_same(found, expected, **tolerance):
     assert found.keys() == expected.keys()
     for run, updates in expected.items():
@@ -34,18 +40,18 @@ def _assert_same(found, expected, **tolerance):
 @pytest.mark.skipif(
     not torch.__version__.startswith("2.13."), reason="another torch rounds otherwise, and may sample so"
 )
-def test_every_version_gives_the_numbers_of_1_12(tmp_path):
+def test_every_version_gives_the_numbers_of_1_12(logged):
     expected = json.loads(EXPECTED.read_text(encoding="utf-8"))
     # Float32 on another CPU: sums are taken in another order.
-    _assert_same(ppo_metrics.run(str(tmp_path)), expected["logged"], rel=1e-3, abs=1e-5)
+    _assert_same(logged, expected["logged"], rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.skipif(BasePPOTrainer is OwnPPOTrainer, reason="TRL has no PPO trainer since 1.13")
-def test_our_own_base_gives_the_numbers_of_trls(tmp_path):
+def test_our_own_base_gives_the_numbers_of_trls(logged, tmp_path):
     file = tmp_path / "own.json"
     command = [sys.executable, ppo_metrics.__file__, str(file), "--own-base"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     subprocess.run(command, env=environment, check=True, capture_output=True)
     own = json.loads(file.read_text(encoding="utf-8"))
     assert own["base"] == "OwnPPOTrainer"
-    _assert_same(own["logged"], ppo_metrics.run(str(tmp_path / "trl")), rel=1e-6, abs=1e-7)
+    _assert_same(own["logged"], logged, rel=1e-6, abs=1e-7)

@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from helpers.ppo import numbers, small_trainer
 from helpers.ppo_task import make_trainer
-from helpers.processes import launch, write_result
+from helpers.processes import fork, write_result
 from helpers.tiny import make_llama, make_scorer, make_tokenizer
 from peft import LoraConfig
 
@@ -303,7 +303,7 @@ def _in_processes(folder, failing):
 
 
 def test_one_of_two_processes_measures_and_both_stop(tmp_path):
-    first, second = launch("ddp", __file__, tmp_path)
+    first, second = fork(__file__, tmp_path)
     stopping, failing = ([result[name] for result in (first, second)] for name in ("stopping", "failing"))
     assert [r["asked"] for r in stopping] == [[2], []]
     assert stopping[0]["rates"] == stopping[1]["rates"]

@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-# What a run imports; loaded once, and every process begins with it.
-_PRELOADED = [
-    "trl_rlaif.pipeline.runner",
-    "trl_rlaif.pipeline.work.sample",
-    "trl_rlaif.pipeline.work.label",
-    "trl_rlaif.labels.calibration",
-    "trl_rlaif_distilled",
-    "trl.trainer.reward_trainer",  # which loads peft and bitsandbytes, as a run does
-    "transformers.models.auto.modeling_auto",
-    "transformers.models.llama.modeling_llama",
-    "datasets",
-]
+from helpers import forked
 
 
 def start_labeling(recipe: Path, output: Path, seconds: float) -> BaseProcess:
     """Start or resume a run whose every label takes so many seconds more."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
-    process = context.Process(target=_label, args=(str(recipe), str(output), seconds))
-    process.start()
-    return process
+    return forked.start(_label, str(recipe), str(output), seconds)
 
 
 def _label(recipe: str, output: str, seconds: float) -> None:

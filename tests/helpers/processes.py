@@ -1,4 +1,4 @@
-"""Scripts started as several processes, as users start them."""
+"""Two processes of a run: started with ``accelerate launch``, as users start them, or forked with what it sets."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,13 @@ import pytest
 import torch
 from accelerate import PartialState
 
+from helpers import forked
 from trl_rlaif import distributed
 from trl_rlaif.recipe.paths import recipes_dir
+
+_ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+# `--cpu` cannot be used: without MPI accelerate then starts a single process, and does not say so.
+_OF_DDP = {"ACCELERATE_USE_CPU": "true"}
 
 
 def _free_port() -> int:
@@ -40,8 +46,35 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
 def launch(kind: str, script: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
     """Run a script in two processes; what each of them wrote with ``write_result``."""
     run_in_two(kind, script, str(folder), *arguments)
+    return _results(folder, "MULTI_CPU" if kind == "ddp" else "DEEPSPEED")
+
+
+def fork(script: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
+    """The same as ``launch`` of ddp, without the launcher and three times the imports."""
+    output = str(folder / "printed.txt")
+    shared = _ENVIRONMENT | _OF_DDP | {"ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    processes = []
+    for rank in ("0", "1"):
+        own = shared | {"RANK": rank, "LOCAL_RANK": rank}
+        call = (forked.run_script, script, [str(folder), *arguments])
+        processes.append(forked.start(*call, environment=own, output=output))
+    try:
+        waiting, ended = processes, [True]
+        while waiting and ended and not any(process.exitcode for process in processes):
+            ended = connection.wait([process.sentinel for process in waiting], timeout=600)
+            waiting = [process for process in waiting if process.sentinel not in ended]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    assert [process.exitcode for process in processes] == [0, 0], Path(output).read_text()[-4000:]
+    return _results(folder, "MULTI_CPU")
+
+
+def _results(folder: Path, kind: str) -> list[dict[str, Any]]:
     results = [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
-    assert [r["kind"] for r in results] == ["MULTI_CPU" if kind == "ddp" else "DEEPSPEED"] * 2
+    assert [result["kind"] for result in results] == [kind] * 2
     return results
 
 
@@ -51,15 +84,9 @@ def run_in_two(kind: str, *arguments: str) -> str:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     command += ["--mixed_precision", "no", "--num_processes", "2", "--main_process_port", str(_free_port())]
     command += arguments
-    environment = os.environ | {
-        # `--cpu` cannot be used: without MPI accelerate then starts a single process, and does not say so.
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }
+    environment = os.environ | _ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     if kind == "ddp":
-        environment["ACCELERATE_USE_CPU"] = "true"
+        environment |= _OF_DDP
     process = subprocess.Popen(
         command,
         env=environment,

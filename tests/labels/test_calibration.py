@@ -16,6 +16,8 @@ from trl_rlaif.evaluation import agreement, calibration_error
 from trl_rlaif.labels import calibration
 from trl_rlaif.labels.calibration import FOLDS, MIN_PAIRS, REPEATS, Calibration, check_choices, cross_validate
 
+ORDERS = ("p_12", "p_21", "p")
+
 
 def simulate(n, *, temperature, bias, seed=0, orders=("12", "21"), mean_prob=False):
     """Labels of a judge whose log-odds are ``temperature`` times too large, and ``bias`` larger for what is first.
@@ -37,19 +39,24 @@ def simulate(n, *, temperature, bias, seed=0, orders=("12", "21"), mean_prob=Fal
     return rows, human
 
 
+def columns(rows):
+    """The rows as one, of arrays."""
+    return {key: None if rows[0].get(key) is None else np.array([row[key] for row in rows]) for key in ORDERS}
+
+
 def joined(row, scale, bias, mean_prob):
-    """The calibrated label, written out."""
+    """The calibrated label, written out; of a row, or of ``columns``."""
     orders = [(row["p_12"], 1), (row["p_21"], -1)]
     known = [(p, first) for p, first in orders if p is not None]
     if len(known) == 2 and not mean_prob or not known:
         return expit(scale * logit(row["p"]))
-    return np.mean([expit(scale * logit(p) - bias * first) for p, first in known])
+    return np.mean([expit(scale * logit(p) - bias * first) for p, first in known], axis=0)
 
 
-def posterior(weights, rows, human, mean_prob):
+def posterior(weights, labels, human, mean_prob):
     """Minus the log of the likelihood and both priors, by scipy's and scikit-learn's own functions."""
-    p = [joined(row, math.exp(weights[0]), weights[1], mean_prob) for row in rows]
-    likelihood = -len(rows) * log_loss(np.array(human) == 1, p)
+    p = joined(labels, math.exp(weights[0]), weights[1], mean_prob)
+    likelihood = -len(human) * log_loss(np.array(human) == 1, p)
     return -likelihood - norm.logpdf(weights[0], 0, math.log(2)) - norm.logpdf(weights[1], 0, 1)
 
 
@@ -59,7 +66,7 @@ def posterior(weights, rows, human, mean_prob):
 def test_it_is_the_maximum_of_the_posterior(n, temperature, bias, orders, mean_prob):
     rows, human = simulate(n, temperature=temperature, bias=bias, orders=orders, mean_prob=mean_prob)
     found = Calibration.fit(rows, human, mean_prob=mean_prob)
-    wanted = minimize(posterior, [0.0, 0.0], args=(rows, human, mean_prob), method="Nelder-Mead",
+    wanted = minimize(posterior, [0.0, 0.0], args=(columns(rows), human, mean_prob), method="Nelder-Mead",
                       options={"xatol": 1e-8, "fatol": 1e-12, "maxiter": 10_000}).x  # fmt: skip
     assert (math.log(found.scale), found.bias) == pytest.approx(tuple(wanted), abs=1e-5)
     if not orders or (len(orders) == 2 and not mean_prob):
@@ -209,14 +216,14 @@ def test_it_repeats_with_its_seed_and_needs_two_prompts():
 def costs(temperature, mean_prob=False, bias=0.0, judges=25):
     """Log-loss on pairs that nobody has seen, less that of the judge's own labels; 0 where it is not used."""
     fresh, choices = simulate(2000, temperature=temperature, bias=bias, seed=1000, mean_prob=mean_prob)
-    chosen = [choice == 1 for choice in choices]
-    own, found = log_loss(chosen, [row["p"] for row in fresh]), []
+    chosen, unseen = [choice == 1 for choice in choices], columns(fresh)
+    own, found = log_loss(chosen, unseen["p"]), []
     for seed in range(judges):
         rows, human = simulate(20, temperature=temperature, bias=bias, seed=seed, mean_prob=mean_prob)
         crossed = cross_validate(rows, human, mean_prob=mean_prob, seed=0)
         if crossed["gain"] > crossed["standard_error"]:
             fitted = Calibration.fit(rows, human, mean_prob=mean_prob)
-            found.append(log_loss(chosen, [fitted.apply(row) for row in fresh]) - own)
+            found.append(log_loss(chosen, joined(unseen, fitted.scale, fitted.bias, mean_prob)) - own)
         else:
             found.append(0.0)
     return found

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from helpers import forked
 from helpers.first_version import fingerprints as first_fingerprints
 from helpers.first_version import write_first_version
 from helpers.recipes import tiny_recipe, write_prompts
@@ -264,12 +263,14 @@ def test_a_stage_that_is_named_is_redone_without_a_question(make, folder, stubbe
 
 def test_without_a_terminal_the_command_asks_for_yes(make, folder, tmp_path):
     make(rl={"kl_coef": 0.3})
-    command = [sys.executable, "-m", "trl_rlaif", "run", str(tmp_path / "recipe.yaml"), "--output", str(folder.path)]
-    before = everything(folder.path)
-    ended = subprocess.run([*command, "--resume"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert ended.returncode == 2 and everything(folder.path) == before
-    assert "rl: rl.kl_coef was not set and is 0.3 now" in ended.stderr and "Add --yes" in ended.stderr
-    assert "Traceback" not in ended.stderr
+    before, output = everything(folder.path), tmp_path / "printed.txt"
+    command = ("run", tmp_path / "recipe.yaml", "--output", folder.path, "--resume")
+    ended = forked.start_command(*command, output=str(output))  # whose standard input is /dev/null
+    ended.join()
+    assert ended.exitcode == 2 and everything(folder.path) == before
+    printed = output.read_text()
+    assert "rl: rl.kl_coef was not set and is 0.3 now" in printed and "Add --yes" in printed
+    assert "Traceback" not in printed
 
 
 # ---- A kill while outputs are moved ---------------------------------------------------------------------

@@ -39,13 +39,6 @@ def model(tmp_path_factory) -> str:
     return str(folder)
 
 
-@pytest.fixture
-def empty_plots(monkeypatch):
-    """The report is written with every plot that belongs in it, none of them drawn: that takes most of a tiny run."""
-    empty = b'<svg viewBox="0 0 1 1"/>'
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, file, **options: file.write(empty))
-
-
 def tiny_overrides(recipe: Path, model: str, folder: Path) -> Iterator[str]:
     """``--set`` values that make a recipe tiny, whatever it consists of."""
     written = yaml.safe_load(recipe.read_text(encoding="utf-8"))
@@ -89,7 +82,7 @@ def _first_rows(recipe: Path, name: str, rows: int, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", packaged_recipes())
-def test_a_packaged_recipe_runs_to_its_end(name, model, tmp_path, empty_plots):
+def test_a_packaged_recipe_runs_to_its_end(name, model, tmp_path):
     changes = [word for text in tiny_overrides(packaged_recipes()[name], model, tmp_path) for word in ("--set", text)]
     app(["run", name, "--output", str(tmp_path / "out"), *changes], standalone_mode=False)
     variants = list(tmp_path.glob("out/variants/*"))  # a comparison's runs

@@ -12,6 +12,8 @@ import yaml
 from trl_rlaif.evaluation import all_against_all
 from trl_rlaif.report import write_report
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 NAMES = ["start", "plain", "stable", "dpo"]
 HOSTILE = "</script><script>alert(1)</script><b>bold</b>\x00"
 

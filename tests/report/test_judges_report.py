@@ -13,6 +13,8 @@ from trl_rlaif.report.parsing import Turn
 from trl_rlaif.report.run_data import Sample
 from trl_rlaif.report.warnings import length_correlation
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 LARGE = {
     "judge": "org/large", "win_rate": 0.3, "interval": [0.2, 0.41], "wins": 12, "ties": 0, "losses": 26, "unjudged": 2,
     "length_controlled": {"win_rate": 0.25, "interval": [0.15, 0.36]},

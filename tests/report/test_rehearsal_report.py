@@ -7,6 +7,8 @@ import json
 import pytest
 from helpers.report_pages import HOSTILE, assert_only_our_script, make_run, part, read, set_results
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 HEADINGS = ("Rehearsal and forgetting", "Reward on held-out prompts, before and after")
 
 

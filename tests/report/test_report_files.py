@@ -24,7 +24,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_every_plot_is_a_file_that_stands_alone(tmp_path):
+def test_every_plot_is_a_file_that_stands_alone(tmp_path, drawn):
     folder = make_run(tmp_path / "run", text=HOSTILE, category="</svg><script>")
     page = write_report(folder).read_text(encoding="utf-8")
     files = contents(folder / "report")
@@ -49,12 +49,12 @@ def test_series_have_the_pages_colours(tmp_path):
     assert all(f"--series-{number}: {colour};" in style for number, colour in enumerate(COLOURS, 1))
 
 
-def test_same_folder_gives_same_files_and_stale_ones_go(tmp_path):
+def test_same_folder_gives_same_files_and_stale_ones_go(tmp_path, drawn):
     folder = make_run(tmp_path / "run")
-    write_report(folder)
+    page = write_report(folder).read_bytes()
     first = contents(folder / "report")
     (folder / "report" / "stale.svg").write_text("old")
-    write_report(folder)
+    assert write_report(folder).read_bytes() == page
     assert contents(folder / "report") == first
     for name in ("labels", "metrics", "samples"):
         (folder / f"{name}.jsonl").unlink()
@@ -62,7 +62,7 @@ def test_same_folder_gives_same_files_and_stale_ones_go(tmp_path):
     assert not (folder / "report").exists(), "nothing is left to draw"
 
 
-def test_failed_plots_leave_the_old_ones(tmp_path, monkeypatch):
+def test_failed_plots_leave_the_old_ones(tmp_path, monkeypatch, drawn):
     folder = make_run(tmp_path / "run")
     write_report(folder)
     old = contents(folder / "report")
@@ -100,7 +100,7 @@ def browser(tmp_path_factory):
     found.close()
 
 
-def test_a_browser_shows_it_from_disk_without_complaint(tmp_path, browser):
+def test_a_browser_shows_it_from_disk_without_complaint(tmp_path, browser, drawn):
     folder = make_run(tmp_path / "run", text=HOSTILE, category=HOSTILE)
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     rows[3]["trained"] = "needle"

@@ -11,6 +11,8 @@ from helpers.report_pages import HOSTILE, assert_only_our_script, make_run, part
 from trl_rlaif import Label, Pair
 from trl_rlaif.labels import LabelKey, LabelStore
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 OURS = LabelKey("distilled", {}, "judge-a", "r", "f")
 THEIRS = LabelKey("direct", {}, "judge-a", "r", "f")
 

@@ -16,6 +16,8 @@ from trl_rlaif.pipeline.work import reward
 from trl_rlaif.report.run_data import ScoredPair
 from trl_rlaif.report.score_figures import MAX_RIDGES, density, largest_categories, reliability_bins
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 TRANSFORMED = ("chosen_after", "rejected_after")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import reward_processes
-from helpers.processes import launch
+from helpers.processes import fork
 
 from trl_rlaif.reward import scoring
 
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.trl, pytest.mark.slow]
 def test_two_processes_train_as_one(tmp_path, layout, monkeypatch):
     monkeypatch.setattr(scoring, "_reads_rows", scoring._reads_rows)  # put back what `run` replaces
     one = reward_processes.run(tmp_path / "one", batch=4, rows=layout == "rows")
-    two = launch("ddp", reward_processes.__file__, tmp_path, layout)
+    two = fork(reward_processes.__file__, tmp_path, layout)
     assert any(a != b for a, b in zip(two[0]["forwards"], two[1]["forwards"], strict=True))
     assert len(one["losses"]) == 6 and len(one["factors"]) == 2
     assert two[0]["losses"] == pytest.approx(one["losses"], rel=1e-4)

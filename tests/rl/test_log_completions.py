@@ -14,8 +14,6 @@ from helpers.tiny import make_llama, make_tokenizer
 
 from trl_rlaif.rl.log_completions import CompletionLog
 
-pytestmark = pytest.mark.trl
-
 
 def _trainer(folder, *, rows=3, **options):
     kwargs = {"eval_dataset": prompts().select(range(rows)), **options.pop("trainer_kwargs", {})}

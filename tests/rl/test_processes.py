@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 
 import pytest
 import torch
 from helpers import ppo_processes, ppo_task
-from helpers.processes import launch
+from helpers.processes import fork, launch
 
 pytestmark = pytest.mark.trl
 
@@ -49,7 +50,8 @@ def kind(request):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory, kind):
     """The run in two processes with four prompts each: the results of rank 0 and of rank 1."""
-    results = launch(kind, ppo_task.__file__, tmp_path_factory.mktemp("two"), "4")
+    run = fork if kind == "ddp" else partial(launch, kind)
+    results = run(ppo_task.__file__, tmp_path_factory.mktemp("two"), "4")
     assert [r["processes"] for r in results] == [2, 2]
     return results
 
@@ -92,6 +94,7 @@ def test_the_adapters_are_those_of_one_process(one, two, rank):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_resumed_run_goes_on_bit_for_bit(more, rank):
     whole, resumed = (more[rank]["resumed"][name] for name in ("whole", "resumed"))
@@ -101,6 +104,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(more, rank):
         assert torch.equal(value, resumed["parameters"][name]), name
 
 
+@pytest.mark.slow
 def test_selectors_choose_once_from_all_prompts(more):
     first, second = (result["selected"] for result in more)
     prompts, categories = first["dataset"]["prompt"], first["dataset"]["category"]
@@ -114,6 +118,7 @@ def test_selectors_choose_once_from_all_prompts(more):
         assert sum(strata[prompt] for prompt in halves[0]) == 2  # every batch has both strata in like shares
 
 
+@pytest.mark.slow
 def test_processes_rehearse_the_same_pairs_and_learn_the_same_from_them(more):
     first, second = (result["selected"] for result in more)
     assert first["pairs"] == second["pairs"] and len(first["pairs"]) == 9
@@ -122,6 +127,7 @@ def test_processes_rehearse_the_same_pairs_and_learn_the_same_from_them(more):
         assert torch.equal(value, second["parameters"][name]), name
 
 
+@pytest.mark.slow
 def test_every_prompt_is_shown_once(more):
     first, second = (result["shown"] for result in more)
     assert [prompt for prompt, _, _ in first["all"]] == first["prompts"]
@@ -129,6 +135,7 @@ def test_every_prompt_is_shown_once(more):
     assert (first["all"], first["first"]) == (second["all"], second["first"])
 
 
+@pytest.mark.slow
 def test_responses_without_a_reward_are_counted_over_both(more):
     first, second = (results["missing"] for results in more)
     assert first["unscored"] == second["unscored"] == 8
@@ -138,12 +145,14 @@ def test_responses_without_a_reward_are_counted_over_both(more):
         assert value.isfinite().all() and torch.equal(value, second["parameters"][name])
 
 
+@pytest.mark.slow
 def test_a_reward_that_fails_in_one_process_stops_both(more):
     first, second = (result["failed"]["raised"] for result in more)
     assert (second["kind"], second["message"]) == ("ZeroDivisionError", "division by zero")
     assert first["kind"] == "RunError" and "Process 1 failed: ZeroDivisionError: division by zero" in first["message"]
 
 
+@pytest.mark.slow
 def test_a_wrong_reward_in_one_process_stops_both_with_a_checkpoint(more):
     first, second = (result["failed"]["nan"] for result in more)
     assert first["kind"] == second["kind"] == "UserError"
@@ -151,6 +160,7 @@ def test_a_wrong_reward_in_one_process_stops_both_with_a_checkpoint(more):
     assert first["checkpoints"] == second["checkpoints"] == ["checkpoint-1"]
 
 
+@pytest.mark.slow
 def test_gradients_that_are_nan_in_one_process_stop_both(more, kind):
     first, second = (result["diverged"] for result in more)
     assert first == second and first[0] == "RunError"
@@ -158,6 +168,7 @@ def test_gradients_that_are_nan_in_one_process_stop_both(more, kind):
     assert first[2] or kind == "zero2", "NaN has reached the weights"
 
 
+@pytest.mark.slow
 def test_both_refuse_a_model_whose_numbers_are_wrong_in_one(more):
     assert [result["refused"][0] for result in more] == ["UserError"] * 2
     assert more[0]["refused"] == more[1]["refused"]

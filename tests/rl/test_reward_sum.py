@@ -16,8 +16,6 @@ from trl_rlaif import RewardTransform, UserError
 from trl_rlaif.rl.reward_sum import RewardSum
 from trl_rlaif.testing import make_scored_batch
 
-pytestmark = pytest.mark.trl
-
 NAMES, WEIGHTS = ("model", "direct", "length"), (1.0, 0.5, -2.0)
 
 

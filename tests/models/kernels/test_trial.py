@@ -17,8 +17,6 @@ from trl_rlaif.models.kernels.trials import trial
 from trl_rlaif.reward.collator import SoftPreferenceCollator
 from trl_rlaif.reward.scoring import PairScorer, can_pack
 
-pytestmark = pytest.mark.trl
-
 IDS = torch.tensor([[5, 6, 7, 8, 9, 3]])
 EXAMPLES = [
     {"chosen_ids": [5, 9, 4, 7, 8, 2], "rejected_ids": [5, 9, 4, 6]},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import group_processes
-from helpers.processes import launch
+from helpers.processes import fork
 
 pytestmark = [pytest.mark.trl, pytest.mark.slow]
 
@@ -15,7 +15,7 @@ ALGORITHMS = pytest.mark.parametrize("algorithm", group_processes.TRAINERS)
 @pytest.fixture(scope="module")
 def two(tiny_model, tmp_path_factory):
     """What each of two processes saw."""
-    return launch("ddp", group_processes.__file__, tmp_path_factory.mktemp("groups"), tiny_model)
+    return fork(group_processes.__file__, tmp_path_factory.mktemp("groups"), tiny_model)
 
 
 @ALGORITHMS

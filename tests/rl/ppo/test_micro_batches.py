@@ -8,12 +8,10 @@ import pytest
 import torch
 from helpers import micro_batches
 from helpers.micro_batches import CLIP, GAMMA, ROWS, VF_COEF, pairs, step
-from helpers.processes import launch
+from helpers.processes import fork
 from torch.nn.functional import cross_entropy
 
 from trl_rlaif.models.shared_model import backbone
-
-pytestmark = pytest.mark.trl
 
 
 def _distance(found, expected):
@@ -99,7 +97,7 @@ def test_trls_means_are_others(tmp_path):
 
 
 def test_two_processes_take_the_step_of_one(tmp_path):
-    results = launch("ddp", micro_batches.__file__, tmp_path)
+    results = fork(micro_batches.__file__, tmp_path)
     for trunk in (False, True):
         whole = _step(tmp_path / f"one{trunk}", ROWS, trunk, rehearse=True)
         for rows in (4, 2, 1):

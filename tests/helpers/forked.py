@@ -1,0 +1,72 @@
+"""Processes that begin with what a run imports already loaded; a fresh interpreter spends eight seconds on that."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+# Loaded once, by the server that the processes are forked from.
+_PRELOADED = [
+    "trl_rlaif",
+    "trl_rlaif.pipeline.runner",
+    "trl_rlaif.pipeline.stages",
+    "trl_rlaif.pipeline.work.sample",
+    "trl_rlaif.pipeline.work.label",
+    "trl_rlaif.labels.calibration",
+    "trl_rlaif_distilled",
+    "trl.trainer.reward_trainer",  # which loads peft and bitsandbytes, as a run does
+    "trl.trainer.grpo_trainer",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
+    "datasets",
+]
+
+
+def start(
+    call: Callable[..., Any],
+    *arguments: Any,
+    environment: Mapping[str, str] | None = None,
+    output: str = os.devnull,
+) -> BaseProcess:
+    """Call a function of a module in a process of its own; what it prints is appended to ``output``.
+
+    All of them order a set of strings alike, other than fresh interpreters.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    variables = {**os.environ, **(environment or {})}
+    process = context.Process(target=_call, args=(call, arguments, variables, output))
+    process.start()
+    return process
+
+
+def start_command(*arguments: object, **options: Any) -> BaseProcess:
+    """``trl-rlaif ARGUMENTS``; the process's exit code is the command's."""
+    return start(_command, [str(argument) for argument in arguments], **options)
+
+
+def run_script(script: str, arguments: Sequence[str]) -> None:
+    """What ``python script ARGUMENTS`` runs."""
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
+
+
+def _command(arguments: list[str]) -> None:
+    from trl_rlaif.cli import main
+
+    sys.argv = ["trl-rlaif", *arguments]
+    main()
+
+
+def _call(call: Callable[..., Any], arguments: Sequence[Any], variables: Mapping[str, str], output: str) -> None:
+    os.environ.clear()
+    os.environ.update(variables)
+    with open(output, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    call(*arguments)
