@@ -47,7 +47,7 @@ def start(
 
 def start_command(*arguments: object, **options: Any) -> BaseProcess:
     """``trl-rlaif ARGUMENTS``; the process's exit code is the command's."""
-    return start(_command, [str(argument) for argument in arguments], **options)
+    return start(run_command, [str(argument) for argument in arguments], **options)
 
 
 def run_script(script: str, arguments: Sequence[str]) -> None:
@@ -56,7 +56,8 @@ def run_script(script: str, arguments: Sequence[str]) -> None:
     runpy.run_path(script, run_name="__main__")
 
 
-def _command(arguments: list[str]) -> None:
+def run_command(arguments: list[str]) -> None:
+    """What ``trl-rlaif ARGUMENTS`` runs."""
     from trl_rlaif.cli import main
 
     sys.argv = ["trl-rlaif", *arguments]

@@ -7,6 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -51,25 +53,29 @@ def launch(kind: str, script: str, folder: Path, *arguments: str) -> list[dict[s
 
 def fork(script: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
     """The same as ``launch`` of ddp, without the launcher and three times the imports."""
-    output = str(folder / "printed.txt")
+    fork_in_two(forked.run_script, script, [str(folder), *arguments])
+    return _results(folder, "MULTI_CPU")
+
+
+def fork_in_two(call: Callable[..., Any], *arguments: Any) -> str:
+    """Call a function of ``forked`` in two processes, with what ``accelerate launch`` sets; what was printed."""
     shared = _ENVIRONMENT | _OF_DDP | {"ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    processes = []
-    for rank in ("0", "1"):
-        own = shared | {"RANK": rank, "LOCAL_RANK": rank}
-        call = (forked.run_script, script, [str(folder), *arguments])
-        processes.append(forked.start(*call, environment=own, output=output))
-    try:
+    with tempfile.NamedTemporaryFile("r") as output:
+        environments = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+        processes = [forked.start(call, *arguments, environment=each, output=output.name) for each in environments]
         waiting, ended = processes, [True]
-        while waiting and ended and not any(process.exitcode for process in processes):
-            ended = connection.wait([process.sentinel for process in waiting], timeout=600)
-            waiting = [process for process in waiting if process.sentinel not in ended]
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-    assert [process.exitcode for process in processes] == [0, 0], Path(output).read_text()[-4000:]
-    return _results(folder, "MULTI_CPU")
+        try:
+            while waiting and ended and not any(process.exitcode for process in processes):
+                ended = connection.wait([process.sentinel for process in waiting], timeout=600)
+                waiting = [process for process in waiting if process.sentinel not in ended]
+        finally:
+            for process in processes:
+                process.kill()  # one waits for ever for another that has failed
+                process.join()
+        printed = output.read()
+    assert [process.exitcode for process in processes] == [0, 0], printed[-4000:]
+    return printed
 
 
 def _results(folder: Path, kind: str) -> list[dict[str, Any]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.recipe.variants import KEY as COMPARE
@@ -20,6 +21,9 @@ from trl_rlaif.report.parsing import spread
 from trl_rlaif.report.rehearsal_figures import rehearsal_part
 from trl_rlaif.report.run_data import MAX_SAMPLES, Run, read_run
 from trl_rlaif.report.score_figures import score_part
+
+if TYPE_CHECKING:
+    import jinja2
 
 _HERE = Path(__file__).parent
 _RUN, _COMPARISON = "run.html.jinja", "experiments.html.jinja"
@@ -46,8 +50,16 @@ def write_report(folder: str | Path) -> Path:
 
 def render(page: dict[str, Any], name: str = _RUN) -> str:
     """The HTML of a page: the template ``name`` filled with the values of ``page``."""
-    import jinja2
     from markupsafe import Markup
+
+    script = (_HERE / "filter.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return _environment().get_template(name).render(script=Markup(script), script_hash=digest, **page)
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE, encoding="utf-8"),
@@ -61,9 +73,7 @@ def render(page: dict[str, Any], name: str = _RUN) -> str:
     environment.filters.update(
         count=formatting.count, percent=formatting.percent, score=formatting.score, duration=formatting.duration
     )
-    script = (_HERE / "filter.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template(name).render(script=Markup(script), script_hash=digest, **page)
+    return environment
 
 
 def run_page(run: Run) -> dict[str, Any]:
