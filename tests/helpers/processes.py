@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -52,18 +51,16 @@ def launch(kind: str, script: str, folder: Path, *arguments: str) -> list[dict[s
 
 
 def fork(script: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
-    """The same as ``launch`` of ddp, without the launcher and three times the imports."""
-    fork_in_two(forked.run_script, script, [str(folder), *arguments])
-    return _results(folder, "MULTI_CPU")
+    """The same as ``launch`` of ddp, without the launcher and three times the imports.
 
-
-def fork_in_two(call: Callable[..., Any], *arguments: Any) -> str:
-    """Call a function of ``forked`` in two processes, with what ``accelerate launch`` sets; what was printed."""
+    What is decided at an import, as whether a process speaks, is that of a single process here.
+    """
     shared = _ENVIRONMENT | _OF_DDP | {"ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    call = (forked.run_script, script, [str(folder), *arguments])
     with tempfile.NamedTemporaryFile("r") as output:
         environments = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
-        processes = [forked.start(call, *arguments, environment=each, output=output.name) for each in environments]
+        processes = [forked.start(*call, environment=each, output=output.name) for each in environments]
         waiting, ended = processes, [True]
         try:
             while waiting and ended and not any(process.exitcode for process in processes):
@@ -75,7 +72,7 @@ def fork_in_two(call: Callable[..., Any], *arguments: Any) -> str:
                 process.join()
         printed = output.read()
     assert [process.exitcode for process in processes] == [0, 0], printed[-4000:]
-    return printed
+    return _results(folder, "MULTI_CPU")
 
 
 def _results(folder: Path, kind: str) -> list[dict[str, Any]]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from helpers import forked
-from helpers.processes import fork_in_two, run_in_two
+from helpers.processes import run_in_two
 from helpers.recipes import write_recipe
 from safetensors.torch import load_file
 
@@ -47,10 +46,7 @@ def test_the_first_process_alone_writes_and_speaks(labeled, algorithm):
     path, out = labeled
     override = f"rl.algorithm={algorithm}"
     command = ["run", str(path), "--output", str(out), "--only", "rl", "--set", override]
-    if algorithm == "ppo":
-        printed = run_in_two("ddp", "-m", "trl_rlaif", *command)
-    else:
-        printed = fork_in_two(forked.run_command, command)
+    printed = run_in_two("ddp", "-m", "trl_rlaif", *command)
     assert printed.count("rl: done in") == 1 and printed.count("The run is in") == 1
     folder = RunFolder(out)
     numbers = folder.results()["rl"]
