@@ -12,8 +12,6 @@ sys.path.append(str(ROOT / "benchmarks"))  # last: modules there have the names 
 
 from exactness import CHECKS  # noqa: E402
 
-pytestmark = pytest.mark.trl
-
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.difference.__name__)
 def test_a_formula_is_computed_exactly(check):

@@ -101,6 +101,7 @@ def test_a_step_goes_down_the_gradient_of_the_plain_loss_over_response_tokens(
     assert max(p.grad.abs().max() for p in _policy(before).values()) > 0.01
 
 
+@pytest.mark.slow
 def test_it_learns_the_known_task(tmp_path):
     trainer = _task(tmp_path, selector=RejectionSampling(num_responses=4))
     RejectionTrainer.of(trainer, 12).train()
@@ -162,6 +163,7 @@ class Drifting(RewardTransform):
         self.seen = state["seen"]
 
 
+@pytest.mark.slow
 def test_the_regulator_maps_every_iterations_pool_by_that_pool_and_watches_all_of_them(tmp_path):
     """A batch at a time, the first responses of a pool would be mapped by other figures than the last."""
     watching, regulator = Watching(num_responses=4), DistributionRegulator(prior=0, bound=1e6)

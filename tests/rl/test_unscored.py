@@ -26,8 +26,6 @@ from trl_rlaif.rl.rejection import RejectionTrainer
 from trl_rlaif.rl.scoring import Unscored
 from trl_rlaif.testing import ScriptedJudge
 
-pytestmark = pytest.mark.trl
-
 
 def partly(missing, function=even_share):
     """A reward function that has nothing to say of some rows of each batch."""

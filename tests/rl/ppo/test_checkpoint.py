@@ -127,6 +127,7 @@ def _drawing(folder, reward, transforms=(), **options):
 SELECTED = {"trainer_kwargs": {"data_selectors": [_Alternating()]}, "selection_every": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "left", "options"),
     # Six updates draw a batch each, and a selection three: of 15 batches, 0 to 2 and 5 to 7 are for selections.
@@ -157,6 +158,7 @@ def test_a_run_in_which_a_reward_failed_is_resumed_bit_for_bit(tmp_path, call, l
     assert resumed.drawn == whole.drawn[-left:]
 
 
+@pytest.mark.slow
 def test_rejection_sampling_in_which_a_reward_failed_is_resumed_bit_for_bit(tmp_path):
     kwargs = {"data_selectors": [RejectionSampling(num_responses=2)]}
 

@@ -249,6 +249,7 @@ def test_only_policy_and_value_learn(tmp_path):
     assert any(".policy." in n for n in changed) and any(".value." in n for n in changed)
 
 
+@pytest.mark.slow
 def test_ppo_learns_what_is_rewarded(tmp_path):
     """Reward = share of one token: it must rise far above chance."""
 
