@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class NoRewardModel(nn.Module):
-    """What the parent is given for a reward model where there is none.
+    """Passed to TRL's trainer where there is no reward model.
 
     It moves it to the device, or makes a DeepSpeed engine of it, which asks for a ``config``.
     """
@@ -41,7 +41,7 @@ def tell(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
     if plugin.zero_stage == 3:
         raise UserError("PPO does not run with ZeRO-3, which shares out the weights.", fix="Set zero_stage: 2.")
     settings = plugin.deepspeed_config
-    # The parent's loop clips no gradients, and neither does ours; accelerate would fill in 1.
+    # TRL's loop clips no gradients, and neither does ours; accelerate would fill in 1.
     if settings.get("gradient_clipping", "auto") == "auto":
         settings["gradient_clipping"] = 0.0
     # `args.bf16` decides, through autocast. DeepSpeed's own would round the trained weights in every pass.

@@ -51,7 +51,7 @@ class RolloutGenerator:
 
     def __init__(self, args: PPOConfig, accelerator: Accelerator, reader: ResponseReader) -> None:
         self.args, self.accelerator, self.reader, self.tokenizer = args, accelerator, reader, reader.tokenizer
-        self.temperature = args.temperature + 1e-7  # the parent's, so that temperature 0 is greedy
+        self.temperature = args.temperature + 1e-7  # as in TRL, so that temperature 0 is greedy
         uses_vllm = args.generation == "vllm"
         self._vllm = VLLMSampler(args, accelerator, self.tokenizer, reader.stop_ids) if uses_vllm else None
         self.pads, self.records = True, self._vllm is None

@@ -23,7 +23,7 @@ def update_metrics(
     kl_estimator: str,
     gather: Callable[[torch.Tensor], torch.Tensor],
 ) -> dict[str, float]:
-    """Means over all processes, by the parent's names; lengths and scores by category beside them.
+    """Means over all processes, by the names that TRL gives them, and lengths and scores by category.
 
     Args:
         rollout: What was sampled.

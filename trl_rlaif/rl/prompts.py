@@ -108,7 +108,7 @@ class PromptCollator:
 class BatchStream:
     """Batches without end, one shuffled pass over the data after the other, that can be resumed exactly.
 
-    Where a pass begins the dataloader takes its order from torch's global generator, as the parent's does;
+    Where a pass begins the dataloader takes its order from torch's global generator, as TRL's trainer does;
     so the state is that generator's at the beginning of the pass, and how many batches were taken since. In
     several processes accelerate gives the order a generator of its own, whose state is kept as well.
     """

@@ -92,7 +92,7 @@ def tokenized(dataset: Any, tokenizer: Any, model: nn.Module, args: PPOConfig) -
 def prompt_loader(
     prompts: Any, batch_size: int, collate: Callable[..., Any], strata: Sequence[Hashable] | None = None
 ) -> DataLoader:
-    """The parent's dataloader, over other prompts.
+    """TRL's dataloader, over other prompts.
 
     Args:
         strata: A label for each prompt: every batch holds them in like shares.

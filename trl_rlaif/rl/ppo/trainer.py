@@ -63,7 +63,7 @@ class PPOTrainer(BasePPOTrainer):
         train_dataset: ``prompt`` as text or messages, or ``input_ids``; other columns go to the functions.
         value_model: A separate sequence classification model. None makes the value an adapter with a
             scalar head on the policy's own frozen base.
-        data_collator, eval_dataset, optimizers, callbacks: As in the parent.
+        data_collator, eval_dataset, optimizers, callbacks: As in TRL's trainer.
         peft_config: LoRA of the policy. Without it, and without ``value_model``: rank 16 on all linear
             layers.
         reward_funcs: Functions with GRPOTrainer's signature, ``f(prompts, completions, **columns) ->
@@ -136,7 +136,7 @@ class PPOTrainer(BasePPOTrainer):
         self._set_up_loop(data_selectors, pairs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """As in the parent, where DeepSpeed needs it by other rules."""
+        """As in TRL's trainer, except where DeepSpeed needs other rules."""
         super().create_optimizer(*args, **kwargs)
         deepspeed.tell(self.accelerator, self.optimizer)
         return self.optimizer
@@ -320,7 +320,7 @@ class PPOTrainer(BasePPOTrainer):
     def compute_metrics(
         self, rollout: Rollout, scores: torch.Tensor, stats: dict[str, list[torch.Tensor]]
     ) -> dict[str, float]:
-        """The numbers of one update: the parent's by the parent's names, and the rollout's own."""
+        """The numbers of one update, those of TRL's trainer by its names, and the rollout's own."""
         controller = self.kl_controller
         weights = controller.score_weight, controller.coef
         metrics = update_metrics(rollout, scores, stats, weights, self.args.kl_estimator, self.accelerator.gather)
