@@ -55,3 +55,13 @@ def savefig():
 def drawn(savefig, monkeypatch):
     """The plots are drawn."""
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def deprecations():
+    """A run hides from its user what libraries deprecate; here it is an error (pyproject.toml names the exceptions)."""
+    from trl_rlaif.pipeline import runner
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "_quiet_warnings", lambda: None)
+        yield

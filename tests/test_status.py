@@ -42,6 +42,44 @@ def folder(tmp_path):
     return folder
 
 
+def test_a_run_says_once_how_long_it_will_take(tmp_path, monkeypatch, capsys):
+    """A tenth of all is done in 90 s, by a stage that has done a quarter of its own work, which is 40% of the run's."""
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "time", lambda: now[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    shares = {"sample": 0.4, "label": 0.6, "report": 0.0}
+    with publishing(tmp_path, dict.fromkeys(shares, ""), shares) as publisher:
+        publisher.begin("sample")
+        with progress_bar("Sampling", 100) as advance:
+            now[0] += 30
+            advance(10)
+            assert "will take" not in capsys.readouterr().err
+            now[0] += 60
+            advance(15)
+            assert "will take about 15 min 0 s in all" in capsys.readouterr().err
+            now[0] += 60
+            advance(15)
+        publisher.begin("label")
+    assert "will take" not in capsys.readouterr().err
+
+
+def test_stages_that_have_ended_count_for_how_long_it_will_take(tmp_path, monkeypatch, capsys):
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "time", lambda: now[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with publishing(tmp_path, {}, {"sft": 0.0, "sample": 0.2, "label": 0.8}) as publisher:
+        publisher.begin("sft")
+        now[0] += 500  # of which nothing is known
+        publisher.begin("sample")
+        now[0] += 40
+        publisher.begin("label")
+        with progress_bar("Labeling", 8, 4) as advance:  # half of it was there already
+            now[0] += 40
+            advance(2)
+    # 80 s for 0.2 + 0.2 of all; 0.2 are left.
+    assert "will take about 10 min 20 s in all" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("numbers", [[], "12", {"pairs": 12}, {"pairs": 12, "dropped": 3, "seconds": "long"}])
 def test_numbers_that_are_not_as_they_are_written_today(folder, numbers):
     (folder / "results.json").write_text(json.dumps({"sample": numbers}))

@@ -26,6 +26,8 @@ console = Console(stderr=True, highlight=False, quiet=not is_first())
 LINE_SECONDS = 20.0
 # A run's progress is written to its folder this often at most.
 PUBLISH_SECONDS = 1.0
+# Seconds of computing after which a run says how long it will take.
+FORETOLD_AFTER = 60.0
 
 
 @dataclass
@@ -179,13 +181,17 @@ def say(message: str) -> None:
 class Publisher:
     """Keeps ``progress.json`` in a run's folder up to date, at most once a second, and never fails a run.
 
+    After its first minute it says how long the run will take.
+
     Args:
         path: The file.
         stages: The run's stages in order, each with its fingerprint.
+        shares: Of those that will run, what part of all computation each is; 0 where it is not known.
     """
 
-    def __init__(self, path: Path, stages: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, stages: Mapping[str, str], shares: Mapping[str, float] | None = None) -> None:
         self._path, self._last = path, 0.0
+        self._shares, self._made, self._computing = dict(shares or {}), 0.0, 0.0
         now = time.time()
         self._state: dict[str, Any] = {
             "pid": os.getpid(),
@@ -200,8 +206,29 @@ class Publisher:
 
     def begin(self, stage: str) -> None:
         """Say which stage is at work from now on."""
+        self._finish(self._state["stage"])
         self._state |= {"stage": stage, "stage_started_at": time.time()}
         self.publish(at_once=True)
+
+    def _finish(self, stage: str | None) -> None:
+        """Count a stage that has ended as made."""
+        share = self._shares.pop(stage, 0.0) if stage else 0.0
+        if share:
+            self._made += share
+            self._computing += time.time() - self._state["stage_started_at"]
+
+    def foretell(self) -> float | None:
+        """Seconds that are left, once a minute has been computed and a hundredth of all is done; it is said once."""
+        share, outermost = self._shares.get(self._state["stage"], 0.0), _open[0] if _open else None
+        if not share or outermost is None or not outermost.total:
+            return None
+        seconds = self._computing + time.time() - self._state["stage_started_at"]
+        made = self._made + share * (outermost.done - outermost.first) / outermost.total
+        if seconds < FORETOLD_AFTER or made < 0.01:
+            return None
+        left = sum(self._shares.values()) - share * outermost.done / outermost.total
+        self._shares = {}
+        return seconds / made * left
 
     def end(self, outcome: str) -> None:
         """Say how the run ended: ``done``, or why it stopped."""
@@ -216,6 +243,10 @@ class Publisher:
         if not at_once and now - self._last < PUBLISH_SECONDS:
             return
         self._last = now
+        left = self.foretell()
+        if left is not None:
+            whole = duration(time.time() - self._state["started_at"] + left)
+            say(f"The run will take about {whole} in all, at the pace of its beginning.")
         bars = [meter.to_dict() for meter in _open]
         text = json.dumps(self._state | {"updated_at": time.time(), "bars": bars})
         building = self._path.with_name(f".{self._path.name}.building")
@@ -236,15 +267,17 @@ def _publish(*, at_once: bool = False) -> None:
 
 
 @contextmanager
-def publishing(state: Path, stages: Mapping[str, str]) -> Iterator[Publisher]:
+def publishing(
+    state: Path, stages: Mapping[str, str], shares: Mapping[str, float] | None = None
+) -> Iterator[Publisher]:
     """Publish every bar that is shown inside, and how it ended.
 
     Args:
         state: The folder for it: a run's ``.state``.
-        stages: As of Publisher.
+        stages, shares: As of Publisher.
     """
     global _publisher
-    before, _publisher = _publisher, Publisher(state / PROGRESS, stages)
+    before, _publisher = _publisher, Publisher(state / PROGRESS, stages, shares)
     publisher = _publisher
     publisher.publish(at_once=True)
     try:

@@ -27,13 +27,6 @@ def sources(recipe: Recipe) -> dict[str, str]:
     return recipe.evaluate.sets or {"test": recipe.data.eval_prompts}
 
 
-def max_new_tokens(context: Context) -> int:
-    """Longest response, in tokens."""
-    recipe = context.recipe
-    given = recipe.evaluate.max_new_tokens or recipe.rl.config.get("response_length")
-    return given or (recipe.sample.max_new_tokens if recipe.sample else 128)
-
-
 @torch.no_grad()
 def rewards_of(context: Context, shared: SharedBase, prompts: list[list[int]], encoded: list[list[int]]) -> list[float]:
     """Scores of the reward role for responses as they were drawn, read at the end of their turns, as in PPO."""

@@ -14,6 +14,7 @@ from trl_rlaif import __version__, distributed
 from trl_rlaif.errors import UserError
 from trl_rlaif.files import write_atomically
 from trl_rlaif.pipeline import artifacts, machine, redo, superseding
+from trl_rlaif.pipeline.forecast import shares
 from trl_rlaif.pipeline.redo import Confirm, Planned
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.plugins import Plugins
@@ -71,7 +72,10 @@ def run_recipe(
             redo.agree(redo.describe(folder, changed), None if only else confirm)
         redo.apply(folder, planned, changed)
         prepare(recipe, folder, command)
-        with publishing(folder.state, {name: each.fingerprint for name, each in planned.items()}) as publisher:
+        due = {name: each for name, each in planned.items() if not folder.is_complete(name, each.fingerprint)}
+        ahead = [each.stage for name, each in due.items() if name in (only or planned)]
+        known = {name: each.fingerprint for name, each in planned.items()}
+        with publishing(folder.state, known, shares(recipe, ahead)) as publisher:
             _run_stages(recipe, plugins, folder, planned, resume, only, shard, publisher, donors)
         if shard is None:
             _say_signs(folder)
@@ -197,13 +201,18 @@ def _version(package: str) -> str | None:
 
 def _quiet_libraries() -> None:
     """Leave the terminal to the progress bars: what these libraries print of their own work is no news."""
-    import warnings
-
     import datasets
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    _quiet_warnings()
+
+
+def _quiet_warnings() -> None:
+    """What is deprecated in libraries is the developers' to know: the tests leave this out."""
+    import warnings
+
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from trl_rlaif.pipeline.inputs import Inputs, learned, selected, written
 
@@ -21,6 +21,25 @@ READING = ("model.reasoning", "model.reasoning_tags", "rl.stop_tokens", "rl.stop
 GROUPING = ("data.category", "data.clusters")
 # What the section evaluate says of measurements while rl runs; evaluate itself does not depend on it.
 TRACKING = ("evaluate.track_every", "evaluate.track_prompts", "evaluate.stop_on_forgetting")
+
+
+class Amounts(NamedTuple):
+    """How much a run has to do.
+
+    Args:
+        prompts, pairs, held_out: How many there are, of all evaluated sets together.
+        tokens: Of a prompt, on average, with its template.
+    """
+
+    prompts: int
+    pairs: int
+    held_out: int
+    tokens: float
+
+
+# A token of a response is drawn with all weights read for a few rows: about as long as two of a prompt take. A backward
+# pass through frozen layers takes as long as the forward pass.
+DRAWN, TRAINED = 2, 2
 
 
 class Stage:
@@ -105,6 +124,10 @@ class Stage:
     def summary(self, numbers: Any) -> str:
         """What the line at its end, and ``trl-rlaif status``, say of these numbers."""
         return ""
+
+    def cost(self, recipe: Recipe, amounts: Amounts) -> float:
+        """Tokens that it computes, in forward passes of the base; 0 where it cannot tell."""
+        return 0.0
 
     def memory(self, run: MemoryRun) -> list[Part]:
         """What it holds on a GPU, a part for each purpose; nothing where it needs none."""

@@ -9,8 +9,9 @@ import numpy as np
 from trl_rlaif.evaluation.forgetting import ForgettingTracker
 from trl_rlaif.evaluation.judge_panel import asking, judge_of
 from trl_rlaif.generation import derived_seed
-from trl_rlaif.pipeline.answers import max_new_tokens, rewards_of, sources
+from trl_rlaif.pipeline.answers import rewards_of, sources
 from trl_rlaif.pipeline.context import Context
+from trl_rlaif.pipeline.stages.evaluate import longest_response
 from trl_rlaif.recipe.sections import FORGET_SET
 from trl_rlaif.rl.ppo import checkpoint
 
@@ -50,7 +51,7 @@ def attach(context: Context, trainer: Trainer, shared: SharedBase, **own: Any) -
         every=section.track_every or EVERY,
         score=score if "reward" in shared.heads else None,
         stop_below={} if stop is None else {FORGET_SET: 0.5 - stop},
-        max_new_tokens=max_new_tokens(context),
+        max_new_tokens=longest_response(context.recipe),
         batch_size=section.batch_size,
         **own,
     )
@@ -69,7 +70,7 @@ def numbers(tracker: ForgettingTracker | None) -> dict[str, Any]:
 def _drawn(context: Context, shared: SharedBase, name: str, source: str) -> list[PromptLike]:
     """Some prompts of a set, in the form that the base was taught, and in the set's order."""
     recipe = context.recipe
-    length, model = max_new_tokens(context), shared.model
+    length, model = longest_response(context.recipe), shared.model
     prompts, _, _ = context.encoded_prompts(source, length, model, "eval_prompts")
     if len(prompts) > recipe.evaluate.track_prompts:
         generator = np.random.default_rng(derived_seed(recipe.run.seed, "track", name))

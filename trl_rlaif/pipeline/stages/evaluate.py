@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.inputs import data_file, prompt_file
-from trl_rlaif.pipeline.stage import BASE, GROUPING, READING, TRACKING, Stage
+from trl_rlaif.pipeline.stage import BASE, DRAWN, GROUPING, READING, TRACKING, Amounts, Stage
 from trl_rlaif.recipe import JudgeSection
 
 if TYPE_CHECKING:
@@ -51,14 +51,20 @@ class Evaluate(Stage):
             if "win_rate" in s
         )
 
+    def cost(self, recipe: Recipe, amounts: Amounts) -> float:
+        """Responses of both policies, their rewards and NLLs, and the judge's questions."""
+        responses, response = recipe.evaluate.num_responses, longest_response(recipe)
+        drawn = amounts.tokens + DRAWN * responses * response
+        scored = (responses + 1) * (amounts.tokens + response)
+        return amounts.held_out * (2 * (drawn + scored) + amounts.tokens + 4 * response)
+
     def memory(self, run: MemoryRun) -> list[Part]:
         """Responses of the policy and the start, rewards, and the judge, on one base."""
         from trl_rlaif.memory.parts import JUDGE_TOKENS, frozen_adapters, generation, judge_pass
 
         recipe, section = run.recipe, run.recipe.evaluate
         adapters = 1 + (recipe.sft is not None) + ("reward" in recipe.rl.reward_names)
-        response = section.max_new_tokens or recipe.rl.config.get("response_length")
-        response = response or (recipe.sample.max_new_tokens if recipe.sample else 128)
+        response = longest_response(recipe)
         if isinstance(section.judge, JudgeSection):
             run.notes.append("The judge of 'evaluate' is a model of its own, and is not counted.")
         own = [name for name, further in section.judges.items() if isinstance(further.judge, JudgeSection)]
@@ -72,6 +78,12 @@ class Evaluate(Stage):
             *generation(activations, rows, run.prompt, response),
             judge_pass("reward model or judge", activations, JUDGE_TOKENS),
         ]
+
+
+def longest_response(recipe: Recipe) -> int:
+    """In tokens."""
+    given = recipe.evaluate.max_new_tokens or recipe.rl.config.get("response_length")
+    return given or (recipe.sample.max_new_tokens if recipe.sample else 128)
 
 
 def _agreeing(numbers: dict[str, Any]) -> str:

@@ -6,13 +6,16 @@ from typing import TYPE_CHECKING
 
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.inputs import data_file, prompt_file
-from trl_rlaif.pipeline.stage import Stage, skipped
+from trl_rlaif.pipeline.stage import Amounts, Stage, skipped
 
 if TYPE_CHECKING:
     from trl_rlaif.memory.parts import MemoryRun
     from trl_rlaif.memory.plan import Part
     from trl_rlaif.pipeline.artifacts import LabelResults
     from trl_rlaif.recipe import Recipe
+
+# Tokens that a question adds to the prompt and the responses, in both orders.
+QUESTION = 80
 
 
 class Label(Stage):
@@ -47,6 +50,12 @@ class Label(Stage):
             + (f", position bias {bias['rate']:.0%}" if bias else "")
             + (f", {numbers['agreement']['rate']:.0%} as people chose" if numbers["agreement"] else "")
         )
+
+    def cost(self, recipe: Recipe, amounts: Amounts) -> float:
+        response = recipe.sample.max_new_tokens if recipe.sample else amounts.tokens
+        own = isinstance(recipe.label.judge, str)
+        # In both orders; what they share is computed once. What a server computes takes no time here.
+        return amounts.pairs * (amounts.tokens + QUESTION + 4 * response) if own else 0.0
 
     def memory(self, run: MemoryRun) -> list[Part]:
         from trl_rlaif.memory.parts import judging

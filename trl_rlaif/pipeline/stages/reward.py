@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from trl_rlaif.pipeline import artifacts
-from trl_rlaif.pipeline.stage import BASE, Stage, skipped
+from trl_rlaif.pipeline.stage import BASE, TRAINED, Amounts, Stage, skipped
 
 if TYPE_CHECKING:
     from trl_rlaif.memory.parts import MemoryRun
@@ -41,6 +41,11 @@ class Reward(Stage):
             return ""
         low, high = numbers["accuracy_interval"]
         return f"accuracy {numbers['accuracy']:.0%} on held-out pairs ({low:.0%} to {high:.0%}){skipped(numbers)}"
+
+    def cost(self, recipe: Recipe, amounts: Amounts) -> float:
+        response = recipe.sample.max_new_tokens if recipe.sample else amounts.tokens
+        epochs = recipe.reward.config.get("num_train_epochs", 3)
+        return TRAINED * epochs * amounts.pairs * (amounts.tokens + 2 * response)
 
     def memory(self, run: MemoryRun) -> list[Part]:
         """Both responses of a pair are rows."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from trl_rlaif.algorithms import ALGORITHMS
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.inputs import data_file, prompt_file
-from trl_rlaif.pipeline.stage import BASE, GROUPING, READING, TRACKING, Stage, skipped
+from trl_rlaif.pipeline.stage import BASE, DRAWN, GROUPING, READING, TRACKING, TRAINED, Amounts, Stage, skipped
 from trl_rlaif.recipe.sections import FORGET_SET
 
 if TYPE_CHECKING:
@@ -97,6 +97,16 @@ class Rl(Stage):
             return ""
         kl = f", KL {numbers['kl_last']:.2f}" if "kl_last" in numbers else ""  # GRPO with kl_coef: 0 measures none
         return f"score {numbers['score_first']:+.3f} -> {numbers['score_last']:+.3f}{kl}"
+
+    def cost(self, recipe: Recipe, amounts: Amounts) -> float:
+        """Of PPO and its kin; what TRL's other trainers do in an episode is not known here."""
+        config = {**ALGORITHMS[recipe.rl.algorithm].preset, **recipe.rl.config}
+        if ALGORITHMS[recipe.rl.algorithm].config or not config.get("total_episodes"):
+            return 0.0
+        response = config.get("response_length", 53)
+        row, trained = amounts.tokens + response, 1 if config.get("value") == "trunk" else 2
+        passes = 3 + TRAINED * trained * config.get("num_ppo_epochs", 4)
+        return config["total_episodes"] * (amounts.tokens + DRAWN * response + passes * row)
 
     def memory(self, run: MemoryRun) -> list[Part]:
         """As PPO on one base holds it: generation, passes without gradient, update."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.inputs import data_file
-from trl_rlaif.pipeline.stage import BASE, GROUPING, READING, Stage
+from trl_rlaif.pipeline.stage import BASE, DRAWN, GROUPING, READING, Amounts, Stage
 
 if TYPE_CHECKING:
     from trl_rlaif.memory.parts import MemoryRun
@@ -44,6 +44,12 @@ class Sample(Stage):
         dropped = ", ".join(f"{n} {reason}" for reason, n in numbers["dropped"].items())
         ties = f", {numbers['ties']} of them ties" if numbers.get("ties") else ""
         return f"{numbers['pairs']} pairs{ties}" + (f" (dropped: {dropped})" if dropped else "")
+
+    def cost(self, recipe: Recipe, amounts: Amounts) -> float:
+        section = recipe.sample
+        if section is None:
+            return 0.0
+        return amounts.prompts * (amounts.tokens + DRAWN * section.num_responses * section.max_new_tokens)
 
     def memory(self, run: MemoryRun) -> list[Part]:
         from trl_rlaif.memory.parts import frozen_adapters, generation

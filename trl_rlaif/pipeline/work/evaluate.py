@@ -18,9 +18,10 @@ from trl_rlaif.generation import sample_responses, seeded
 from trl_rlaif.models.role_models import SharedRoleModels
 from trl_rlaif.models.shared_model import SharedBase
 from trl_rlaif.pipeline import artifacts
-from trl_rlaif.pipeline.answers import max_new_tokens, rewards_of, sources
+from trl_rlaif.pipeline.answers import rewards_of, sources
 from trl_rlaif.pipeline.artifacts import EvaluateResults
 from trl_rlaif.pipeline.context import Context
+from trl_rlaif.pipeline.stages.evaluate import longest_response
 from trl_rlaif.progress import progress_bar
 from trl_rlaif.recipe.inputs import warn_of_overlaps
 
@@ -71,7 +72,7 @@ def _answers(
 
     The set's own numbers come with them: what was skipped, and the NLL of the start's good answers.
     """
-    length, reader = max_new_tokens(context), context.reader(shared.model)
+    length, reader = longest_response(context.recipe), context.reader(shared.model)
     prompts, tokens, skipped = context.encoded_prompts(source, length, shared.model, "eval_prompts")
     roles = {"start": shared.reference, "trained": "policy"}
     drawn = {
