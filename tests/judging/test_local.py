@@ -55,7 +55,8 @@ def assert_exact(judge, groups, candidates, answers):
             (logprobs,) = answer.logprobs
             expected.append(plain_answer(judge, question, candidates))
             assert logprobs == pytest.approx(expected[-1], abs=TOLERANCE)
-    assert torch.tensor(expected).std(0).min() > 0.05  # the tolerance means something
+    # The tolerance means something. (Of a unigram tokenizer, training says a little else every time.)
+    assert torch.tensor(expected).std(0).min() > 100 * TOLERANCE
 
 
 @pytest.fixture
