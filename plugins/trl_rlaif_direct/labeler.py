@@ -83,5 +83,8 @@ class DirectLabeler(Labeler):
             score_2=second.reward,
             spread_1=first.spread,
             spread_2=second.spread,
+            bound_12=answers[0].bound or None,
+            bound_21=answers[1].bound or None,
+            voted=any(answer.voted for answer in answers) or None,
             **rationales,
         )

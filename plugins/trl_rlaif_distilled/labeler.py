@@ -70,4 +70,6 @@ class DistilledLabeler(Labeler):
         p = combine([found.logit for found in read.values()], self.options.debias)
         numbers: dict[str, Any] = {f"p_{order}": found.p for order, found in read.items()}
         numbers |= {f"mass_{order}": found.mass for order, found in read.items()}
+        numbers |= {f"bound_{o}": a.bound for o, a in zip(self._orders(), answers, strict=True) if a.bound}
+        numbers |= {"voted": True} if any(answer.voted for answer in answers) else {}
         return Label(id, p=p, judge=judge, **numbers, **rationales)

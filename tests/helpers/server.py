@@ -64,6 +64,9 @@ class Script:
         ten: Nothing but 1 and 10, which has this probability.
         logprobs: 0 leaves them out.
         say: Sampled answers, divided by bars, by the request's seed; "_" is a space.
+        one: "ignored" or "refused": what becomes of a request for several choices.
+        most: More likeliest tokens than these are refused.
+        begun: What becomes of an answer that is begun: "continued", "refused", or "ignored" (another one is begun).
         think: The model thinks this before it says anything, unless ``enable_thinking`` is false; "tags" leaves the
             thoughts in the text, any other word is told apart by the field of this name.
     """
@@ -78,13 +81,16 @@ class Script:
     ten: float | None = None
     logprobs: int = 1
     say: str = "1"
+    one: str = ""
+    most: int = 1000
+    begun: str = "continued"
     think: str = ""
 
     @classmethod
     def of(cls, text: str) -> Script:
         """The marks of a text, later ones over earlier ones."""
         types = {"times": int, "after": float, "p": float, "mass": float, "spellings": int, "split": int}
-        types |= {"logprobs": int, "ten": float}
+        types |= {"logprobs": int, "ten": float, "most": int}
         values = dict(item.split("=", 1) for mark in _MARK.findall(text) for item in mark.split())
         unknown = values.keys() - {f.name for f in fields(cls)}
         assert not unknown, unknown
@@ -161,7 +167,12 @@ class _Handler(BaseHTTPRequestHandler):
         """Nothing: a test's output is its own."""
 
     def do_GET(self) -> None:
-        """What was asked so far."""
+        """What was asked so far, or the models."""
+        if self.path == "/v1/models":
+            models = [{"id": name, "object": "model"} for name in ("scripted-9b", "other")]
+            return self._send(200, {"object": "list", "data": models})
+        if self.path.startswith("/models"):
+            return self._send(404, {"error": {"message": "no such page"}})
         with self.state.lock:
             seen = {"most": self.state.most, "requests": self.state.requests}
         self._send(200, seen)
@@ -173,6 +184,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.state.delay = body.get("delay", self.state.delay)
                 self.state.healed = body.get("healed", self.state.healed)
             return self._send(200, {})
+        if not self.path.startswith("/v1/"):
+            return self._send(404, {"error": {"message": "no such page"}})
         self.state.begin(self.path, self.headers.get("Authorization"), body)
         chat = self.path == "/v1/chat/completions"
         text = "\n\n".join(m["content"] for m in body["messages"]) if chat else body["prompt"]
@@ -184,6 +197,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.state.end()
         if fault == "refuse":
             fault = "400" if body.get("logprobs") else ""
+        refused = _refused(body, script)
+        if refused:
+            return self._send(400, {"error": {"message": refused, "type": "scripted"}})
         if fault:
             return self._fail(fault, script, _answer(body, script, text, chat))
         self._send(200, _answer(body, script, text, chat))
@@ -235,13 +251,26 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
 
+def _refused(body: dict[str, Any], script: Script) -> str:
+    """Why a request is one that this server does not take; empty where it takes it."""
+    if script.one == "refused" and body.get("n", 1) > 1:
+        return "n must be 1"
+    if script.begun == "refused" and body.get("continue_final_message"):
+        return "unknown field continue_final_message"
+    if body.get("top_logprobs", 0) > script.most:
+        return f"top_logprobs must be at most {script.most}"
+    return ""
+
+
 def _answer(body: dict[str, Any], script: Script, text: str, chat: bool) -> dict[str, Any]:
     said = body["messages"][-1]["content"] if chat and body["messages"][-1]["role"] == "assistant" else ""
     rest = (text if not chat else said)[-1:]
     thinks = script.think if body.get("chat_template_kwargs", {}).get("enable_thinking") is not False else ""
     tokens = sorted(script.next_token(text, rest).items(), key=lambda item: -item[1])
     choices = []
-    for i in range(body.get("n", 1)):
+    if script.begun == "ignored" and body.get("continue_final_message"):
+        tokens = [("Pre", 0.999), ("The", 0.001)]
+    for i in range(1 if script.one == "ignored" else body.get("n", 1)):
         seed = body.get("seed", 0) + i
         if body["max_tokens"] > 4:
             content = f" Draw {seed}: the {WORD} one wins.\n{ENDING}1, I think"

@@ -14,7 +14,7 @@ from helpers import server as scripted
 from helpers.recipes import tiny_recipe
 from helpers.server import ENDING, scripted_server, share
 
-from trl_rlaif.errors import UserError
+from trl_rlaif.errors import RunError, UserError
 from trl_rlaif.files import read_lines
 from trl_rlaif.judging.prompt import JudgePrompt
 from trl_rlaif.judging.question import Thinking
@@ -63,7 +63,7 @@ def quick_and_alone(monkeypatch):
 
 
 def make_judge(server, **options):
-    options = {"timeout": 10.0, "max_retries": 2} | options
+    options = {"timeout": 10.0, "max_retries": 2, "prefill": False} | options
     return RemoteJudge("scripted", PROMPT, Server(base_url=server.base_url, **options))
 
 
@@ -174,14 +174,35 @@ def test_a_candidate_behind_the_top_k_is_no_guess(server, api):
     context = "what? [[p=0.9 mass=0.5]]"  # 1: 0.45, I: 0.3, The: 0.2, 2: 0.05
     answer = ask_one(server, context, api=api, top_logprobs=3)
     assert answer.logprobs == () and "probability of 2:" in answer.failed and "judge.votes" in answer.failed
+    assert ("prefill: true" in answer.failed) == (api == "chat") and server.base_url in answer.failed
     assert ask_one(server, context, api=api, top_logprobs=4).logprobs[0] == logs(0.45, 0.05)
     assert len(server.requests) == 2  # an answer that lacks it would lack it again
 
 
-def test_a_tiny_mass_behind_the_top_k_is_none(server):
+def test_what_is_not_listed_is_bounded_by_the_least_that_is(server):
+    """The rest of the mass here; of four tokens, the third's."""
     answer = ask_one(server, "what? [[p=0.9995]]", top_logprobs=1)
-    assert answer.failed is None and answer.logprobs[0] == (pytest.approx(math.log(0.9995)), -math.inf)
-    assert ask_one(server, "what? [[p=0.998]]", top_logprobs=1).failed
+    assert answer.failed is None and answer.logprobs[0] == logs(0.9995, 0.0005)
+    assert answer.bound == pytest.approx(0.0005) and not answer.voted
+    context = "what? [[p=0.999 mass=0.99]]"  # 1: 0.98901, I: 0.006, The: 0.004, 2: 0.00099
+    answer = ask_one(server, context, top_logprobs=3)
+    assert answer.logprobs[0] == logs(0.98901, 0.00099) and answer.bound == pytest.approx(0.001)
+    answer = ask_one(server, context, top_logprobs=2)
+    assert answer.logprobs[0] == logs(0.98901, 0.00499) and answer.bound == pytest.approx(0.00499 / 0.994)
+    assert ask_one(server, context, top_logprobs=4).bound == 0
+    assert ask_one(server, context, top_logprobs=2, tolerance=0.004).failed
+    assert ask_one(server, "what? [[p=0.98]]", top_logprobs=1).failed
+
+
+def test_a_confident_rating_is_read_though_most_ratings_are_not_listed(server):
+    question = PROMPT.rate("what?", "good")  # the likeliest of ten has a quarter
+    for top in (10, 9, 5):
+        judge = make_judge(server, top_logprobs=top, tolerance=1.0)
+        (answer,) = ask(judge, [[question]], ONE_TO_TEN)[0]
+        exact, found = scripted.ratings("good"), [math.exp(x) for x in answer.logprobs[0]]
+        total = math.fsum(found)
+        moved = math.fsum(abs(p / total - q) for p, q in zip(found, exact, strict=True)) / 2
+        assert answer.failed is None and moved <= answer.bound + 1e-12 and (answer.bound == 0) == (top == 10)
 
 
 def test_an_empty_ending_asks_too(server):
@@ -241,8 +262,16 @@ def test_a_model_that_thinks_before_it_answers_is_told_how_to_stop(server):
 def test_votes_are_shares_of_the_samples(server, api):
     answer = ask_one(server, "what? [[logprobs=0 say=1|_2|1.|'1'|maybe]]", api=api, votes=5)
     assert answer.logprobs[0] == logs(0.6, 0.2)
-    assert [r["body"].get("seed") for r in server.requests] == [None, 0, 1, 2, 3, 4]
+    assert answer.voted
+    assert [(r["body"].get("seed"), r["body"].get("n")) for r in server.requests] == [(None, None), (0, 5)]
     assert server.requests[1]["body"]["temperature"] == 1.0
+
+
+@pytest.mark.parametrize(("mark", "sent"), [("one=ignored", [5, 4, 3, 2, None]), ("one=refused", [5] + [None] * 5)])
+def test_votes_from_a_server_that_draws_one_at_a_time(server, mark, sent):
+    answer = ask_one(server, f"what? [[logprobs=0 say=1|_2|1.|'1'|maybe {mark}]]", votes=5)
+    assert answer.logprobs[0] == logs(0.6, 0.2)
+    assert [r["body"].get("n") for r in server.requests[1:]] == sent
 
 
 def test_votes_stand_in_for_a_hidden_candidate(server):
@@ -264,10 +293,21 @@ def test_votes_for_nothing_are_no_answer(server):
     assert "none of 3" in answer.failed and "1, 2" in answer.failed
 
 
-def test_votes_are_asked_where_the_server_refuses_logprobs(server):
+def test_votes_are_asked_where_the_server_refuses_logprobs(server, capsys):
     context = "what? [[fault=refuse say=1|1|1|2]]"
-    assert ask_one(server, context, votes=4).logprobs[0] == logs(0.75, 0.25)
+    answer = ask_one(server, context, votes=4)
+    assert answer.logprobs[0] == logs(0.75, 0.25) and answer.voted
+    assert "answers are sampled where they cannot be read" in capsys.readouterr().err
     assert "400" in ask_one(server, context).failed
+
+
+def test_fewer_log_probabilities_are_asked_for_where_so_many_are_refused(server, capsys):
+    judge = make_judge(server, top_logprobs=100, votes=4)
+    for _ in range(2):
+        (answer,) = ask(judge, [[PROMPT.compare("what? [[most=10]]", *TEXTS)]])[0]
+        assert answer.logprobs[0] == logs(P, 1 - P) and not answer.voted
+    assert [r["body"]["top_logprobs"] for r in server.requests] == [100, 20, 10, 10]
+    assert "refuses 100 log-probabilities; 20 are asked for" in capsys.readouterr().err.replace("\n", " ")
 
 
 # ---- Faults -----------------------------------------------------------------------------------------------
@@ -330,16 +370,61 @@ def test_a_refusal_stops_at_once(server, fault):
         ask(make_judge(server, concurrency=2, api_key_env="MY_KEY"), groups)
     message = str(caught.value)
     assert server.base_url in message and fault in message
-    assert all(name in message for name in ("judge.path", "judge.base_url", "MY_KEY"))
+    assert all(
+        name in message for name in (("judge.path",) if fault == "404" else ("judge.path", "judge.base_url", "MY_KEY"))
+    )
     time.sleep(0.2)
     assert len(server.requests) <= 8
 
 
-def test_nobody_at_the_address_fails_every_pair():
+def test_nobody_at_the_address_stops_the_run():
     with scripted_server() as gone:
-        judge = make_judge(gone, max_retries=1)
+        judge = make_judge(gone, max_retries=1, concurrency=1)
     (answer, _) = ask(judge, [pair()])[0]
-    assert "onnection" in answer.failed
+    assert "onnection" in answer.failed and gone.base_url in answer.failed
+    found = []
+    with pytest.raises(RunError, match="does not answer.*--resume") as caught:
+        found += judge.ask([pair()] * 20, ("1", "2"))
+    assert gone.base_url in str(caught.value) and len(found) == 0
+
+
+def test_a_server_that_comes_back_is_not_gone(server):
+    lost = pair("lost? [[fault=drop]]")
+    judge = make_judge(server, max_retries=0, concurrency=1)
+    found = ask(judge, [lost, pair(), lost, pair(), lost, pair()])
+    assert [found[i][1].failed is None for i in range(6)] == [False, True] * 3
+
+
+def test_a_wrong_name_gets_the_servers_own_and_an_address_without_v1_a_hint(server):
+    question = PROMPT.compare("what? [[fault=404]]", *TEXTS)
+    with pytest.raises(UserError, match="one of its models: other, scripted-9b"):
+        ask(make_judge(server), [[question]])
+    bare = Server(base_url=server.base_url.removesuffix("/v1"), max_retries=0, prefill=False)
+    with pytest.raises(UserError, match="Should judge.base_url be .*/v1"):
+        ask(RemoteJudge("scripted", PROMPT, bare), [[PROMPT.compare("what?", *TEXTS)]])
+
+
+# ---- What the server can do -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mark", "prefills"),
+    [("begun=continued", True), ("begun=refused", False), ("begun=ignored", False), ("mass=0.3", True)],
+)
+def test_the_first_question_finds_out_whether_an_answer_can_be_begun(server, mark, prefills, capsys):
+    judge = make_judge(server, prefill="auto")
+    found = ask(judge, [pair(f"{i}? [[{mark}]]") for i in range(6)])
+    assert all(answer.failed is None for answers in found.values() for answer in answers)
+    begun = [bool(r["body"].get("continue_final_message")) for r in server.requests]
+    assert begun[0] and begun[-12:] == [prefills] * 12 and len(begun) <= 14
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert said.count("Judge scripted at") == 1 and ("(prefill)" in said) == prefills
+
+
+def test_further_fields_go_along(server):
+    for more in ({}, {"prefill": True}, {"api": "completions"}):
+        assert ask_one(server, extra_body={"guided": "1"}, **more).failed is None
+    assert [r["body"]["guided"] for r in server.requests] == ["1"] * 3
 
 
 def test_retry_after_is_honoured(server):
@@ -490,7 +575,8 @@ def test_a_run_skips_what_fails_and_asks_it_again_later(tmp_path, tiny_model, se
     ((reason, count),) = results["skipped"].items()
     assert "500" in reason and count == 1
     assert results["judge"] == "scripted" and (folder / "report.html").stat().st_size > 0
-    assert len(server.requests) == 4 * 2 + 2 * 2  # the failing pair's two orders are each tried again
+    # The first finds out about prefill; the failing pair's two orders are each tried again.
+    assert len(server.requests) == 1 + 4 * 2 + 2 * 2
 
     number = {row["id"]: int(row["prompt"].split()[1].rstrip("?")) for row in read_lines(folder / "pairs.jsonl")}
     labels = {number[row["id"]]: row for row in read_lines(folder / "labels.jsonl")}
@@ -507,7 +593,7 @@ def test_a_run_skips_what_fails_and_asks_it_again_later(tmp_path, tiny_model, se
     again = server_recipe(tmp_path, tiny_model, server, min_confidence=0.51)
     results = run_recipe(again, plugins, tmp_path / "out", resume=True).results()["label"]
     texts = [request["body"]["messages"][0]["content"] for request in server.requests]
-    assert len(texts) == 2 and all("number 3?" in text for text in texts)
+    assert len(texts) == 1 + 2 and all("number 3?" in text for text in texts)
     assert (results["labeled"], results["made"], results["skipped"]) == (5, 1, {})
     labels = {number[row["id"]]: row for row in read_lines(folder / "labels.jsonl")}  # the last line counts
     assert labels[3]["p_12"] == pytest.approx(share("good " * 3 + "fox", "good dog"), abs=1e-9)

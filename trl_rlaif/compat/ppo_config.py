@@ -26,7 +26,7 @@ class OwnPPOConfig(TrainingArguments):
     learning_rate: float = setting(3e-6, "Learning rate at the start of its schedule.")
     logging_steps: float = setting(10, "Updates between two logs; below 1 a share of all updates.")
     gradient_checkpointing: bool = setting(True, "Compute activations anew in the backward pass: less memory, slower.")
-    bf16: bool | None = setting(None, "bfloat16 autocast; None: where it is computed fast.")
+    bf16: bool | None = setting(None, "bfloat16 autocast; unless it is set, wherever fp16 is not.")
     lr_scheduler_kwargs: dict | str | None = setting(None, "Further arguments of the learning rate's schedule.")
     use_liger_kernel: bool = setting(False, "Liger's kernels, for models that have them.")
     torch_empty_cache_steps: int | None = setting(None, "Steps between two emptyings of the GPU's cache; None: never.")
@@ -63,3 +63,8 @@ class OwnPPOConfig(TrainingArguments):
     gamma: float = setting(1.0, "Discount of later rewards, per token.")
     lam: float = setting(0.95, "lambda of the advantages (GAE, Schulman et al. 2016).")
     ds3_gather_for_generation: bool = setting(True, "Gather the weights to sample, with ZeRO-3.")
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16
+        super().__post_init__()

@@ -76,11 +76,16 @@ class Answer:
             without). They are exact, or estimated from votes; -inf for what was never voted for.
         rationales: What the judge wrote before, in the same order.
         failed: Why there is no answer; ``logprobs`` is then empty.
+        bound: How much of the candidates' normalized mass may belong to others than it is given to, in [0, 1]: what a
+            server does not list is only known to be no likelier than the least that it does.
+        voted: Whether the numbers are shares of sampled answers.
     """
 
     logprobs: tuple[tuple[float, ...], ...] = ()
     rationales: tuple[str, ...] = ()
     failed: str | None = None
+    bound: float = 0.0
+    voted: bool = False
 
     @property
     def rationale(self) -> str | list[str] | None:

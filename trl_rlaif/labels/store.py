@@ -17,7 +17,7 @@ from trl_rlaif.pipeline.artifacts import LabelRow
 from trl_rlaif.types import Label
 
 # Fields of a label that most labelers leave empty; a line holds them only where they are not.
-_OPTIONAL = ("skipped", "score_1", "score_2", "spread_1", "spread_2")
+_OPTIONAL = ("skipped", "score_1", "score_2", "spread_1", "spread_2", "bound_12", "bound_21", "voted")
 
 
 def _digest(*parts: Any) -> str:

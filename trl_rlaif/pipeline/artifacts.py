@@ -134,6 +134,9 @@ class _LabelRow(TypedDict, total=False):
     score_2: float
     spread_1: float
     spread_2: float
+    bound_12: float
+    bound_21: float
+    voted: bool
     labeler: str
     setup: str
     pair: str
@@ -247,6 +250,8 @@ class LabelResults(TypedDict, total=False):
     labeler: str
     setup: str
     made: int
+    voted: int
+    bounded: int
     pairs_per_second: float | None
     precision: dict[str, Any] | None
     calibration: dict[str, Any] | None

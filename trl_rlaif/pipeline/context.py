@@ -226,7 +226,7 @@ class Context:
         if isinstance(judge, ServerJudgeSection):
             name = judge.path
             revision = f"{judge.base_url} {judge.api} {judge.prefill} {judge.votes} {judge.top_logprobs}"
-            revision += _told(judge.chat_template_kwargs)
+            revision += _told(judge.chat_template_kwargs) + _told(judge.extra_body)
         else:
             spec = self.model_spec if isinstance(judge, str) else _spec(judge)
             # A folder's own name: on another machine the same model may lie elsewhere.

@@ -265,7 +265,13 @@ class ServerJudgeSection(Section):
     base_url: Text | None = Field(None, description="The server, such as http://localhost:8000/v1; null is OpenAI.")
     api_key_env: Text = Field("OPENAI_API_KEY", description="The environment variable that holds the key.")
     api: Literal["chat", "completions"] = Field("chat", description="completions asks base models in plain text.")
-    prefill: bool = Field(False, description="The server lets a chat answer begin with given text (vLLM does).")
+    prefill: Literal["auto"] | bool = Field(
+        "auto",
+        description="Whether a chat answer begins with given text (vLLM can); auto finds out by the first question.",
+    )
+    tolerance: Number = Field(
+        0.01, ge=0, le=1, description="How much of an answer may hide behind the likeliest tokens that a server lists."
+    )
     top_logprobs: int = Field(20, ge=1, le=100, description="Likeliest tokens to ask for; many servers stop at 20.")
     votes: int = Field(
         0, ge=0, description="Answers to sample where a server gives no log-probabilities; 0 skips the pair."
@@ -274,6 +280,7 @@ class ServerJudgeSection(Section):
     timeout: Number = Field(60.0, gt=0, description="Seconds that a request may take.")
     max_retries: int = Field(6, ge=0, description="Times that a failed request is sent again, with growing waits.")
     chat_template_kwargs: TemplateKwargs
+    extra_body: dict[str, Any] = Field(default_factory=dict, description="Further fields of every request's body.")
 
     def __hash__(self) -> int:
         """By content, so that a judge that is asked twice is connected to once."""

@@ -47,6 +47,7 @@ class Label(Stage):
             f"{numbers['labeled']} of {numbers['pairs']} pairs"
             + skipped(numbers)
             + (f", {numbers['made']} of them new" if numbers["made"] < numbers["labeled"] else "")
+            + (f", {numbers['voted']} of them from votes" if numbers.get("voted") else "")
             + (f", position bias {bias['rate']:.0%}" if bias else "")
             + (f", {numbers['agreement']['rate']:.0%} as people chose" if numbers["agreement"] else "")
         )

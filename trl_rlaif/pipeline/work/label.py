@@ -119,6 +119,8 @@ class _Rows:
             "labeler": self.label_key.labeler,
             "setup": self.label_key.key,
             "made": self.made,
+            "voted": sum(bool(row.get("voted")) for row in labeled.values()),
+            "bounded": sum("bound_12" in row or "bound_21" in row for row in labeled.values()),
             "pairs_per_second": self.made / self.seconds if self.made else None,
             "precision": asdict(self.probe) if self.probe else None,
         }

@@ -22,6 +22,7 @@ class PPOConfig(BasePPOConfig):
     the numbers of TRL's trainer, and ``bf16`` is on only where the machine computes bfloat16 fast.
 
     Args:
+        bf16: bfloat16 autocast; None: where the machine computes it fast.
         max_prompt_length: Longest prompt in tokens; a longer one is left out, counted and reported.
             None takes what the model's context leaves beside ``response_length``.
         stop_tokens: Tokens that end a response in place of ``stop_token``. With ``stop_token: eos``
@@ -74,6 +75,7 @@ class PPOConfig(BasePPOConfig):
             Prompts that leave no room for the response in ``vllm_max_model_length`` are left out.
     """
 
+    bf16: bool | None = setting(None, "bfloat16 autocast; None: where the machine computes it fast.")
     max_prompt_length: int | None = setting(
         None, "Longest prompt in tokens; longer ones are left out, counted and reported."
     )
