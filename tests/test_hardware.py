@@ -12,9 +12,10 @@ from helpers.recipes import tiny_recipe
 
 from trl_rlaif import PPOConfig, RewardConfig, UserError, hardware
 from trl_rlaif.pipeline import redo, runner
-from trl_rlaif.pipeline.machine import say_where, settled
+from trl_rlaif.pipeline.machine import machine_of, say_where, settled
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.plugins import installed_plugins
+from trl_rlaif.recipe import parse_recipe
 
 SLOW, FAST = 21.0, 0.2
 
@@ -49,25 +50,31 @@ def test_auto_is_settled_for_the_base_and_for_every_judge(machine, tmp_path, tin
     label = {"judge": judge, "compare": {"other": {"judge": {**judge, "dtype": "float16"}}, "third": {"judge": judge}}}
     evaluate = {"judges": {"second": {"judge": judge}}}
     recipe = tiny_recipe(tmp_path, tiny_model, model={"dtype": "auto"}, label=label, evaluate=evaluate)
-    found = settled(recipe, RunFolder(tmp_path / "run"))
+    here = machine_of(RunFolder(tmp_path / "run"))
+    found = settled(recipe, here)
     assert found.model.dtype == found.label.judge.dtype == found.evaluate.judges["second"].judge.dtype == dtype
     assert [c.judge.dtype for c in found.label.compare.values()] == ["float16", dtype]
     assert found.model.matmul_precision == "highest"
-    assert settled(found, RunFolder(tmp_path / "run")) == found
+    assert settled(found, here) == found
 
 
 def test_a_run_stays_what_it_was_begun_as_on_another_machine(machine, tmp_path, tiny_model, capsys):
     machine(FAST)
     recipe, folder = tiny_recipe(tmp_path, tiny_model, model={"dtype": "auto"}), RunFolder(tmp_path / "run")
-    first = settled(recipe, folder)
-    runner._write_recipe(first, folder, "")
-    for planned in redo.plan(first, folder).values():
+    first = settled(recipe, machine_of(folder))
+    runner._write_recipe(first, folder, "", machine_of(folder))
+    for planned in redo.plan(recipe, folder).values():
         folder.begin(planned.stage.name, planned.fingerprint, planned.inputs.to_dict())
     machine(SLOW)
-    again = settled(recipe, folder)
+    again = settled(recipe, machine_of(folder))
     assert again == first and again.model.dtype == "bfloat16"
-    assert redo.redone(redo.plan(again, folder)) == []
-    say_where(again, folder)
+    assert redo.redone(redo.plan(recipe, folder)) == []
+    written = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    del written["model"]["dtype"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(written))
+    unwritten = parse_recipe(tmp_path / "recipe.yaml", registry=installed_plugins().registry)
+    assert unwritten.model.dtype == "auto" and redo.redone(redo.plan(unwritten, folder)) == []
+    say_where(again, machine_of(folder))
     assert "takes 21 times as long" in capsys.readouterr().err.replace("\n", " ")
     saved = yaml.safe_load((folder / "recipe.yaml").read_text())
     assert saved["model"]["dtype"] == saved["machine"]["dtype"] == "bfloat16" and saved["machine"]["processor"]
@@ -77,7 +84,12 @@ def test_a_folder_of_an_earlier_version_keeps_its_meaning_of_auto(machine, tmp_p
     machine(FAST)
     recipe, folder = tiny_recipe(tmp_path, tiny_model, model={"dtype": "auto"}), RunFolder(tmp_path / "run")
     (folder / "recipe.yaml").write_text("run: {name: old}\n")
-    assert settled(recipe, folder).model.dtype == "auto"
+    assert settled(recipe, machine_of(folder)).model.dtype == "auto"
+    assert settled(recipe, machine_of(folder)).model.matmul_precision == "highest"
+    for broken in ("run: {name: old}\nmachine: cpu\n", "run: {name: old}\nmachine: {dtype: x}\n", "[", "1"):
+        (folder / "recipe.yaml").write_text(broken)
+        with pytest.raises(UserError, match="Restore the run's own copy"):
+            machine_of(folder)
 
 
 @pytest.mark.parametrize("config", [PPOConfig, RewardConfig])
@@ -94,6 +106,18 @@ def test_bf16_is_off_where_it_is_slow_and_obeyed_where_it_is_written(machine, tm
     bf16, said = made(bf16=True)
     assert bf16 and "bf16 is on, which this processor emulates" in said and "21 times" in said
     assert made(bf16=True) == (True, "")  # once is enough
+
+
+def test_the_processor_is_taken_where_accelerate_is_told_so():
+    code = "from trl_rlaif import distributed; print(distributed.join()._cpu)"
+    env = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env).stdout == "True\n"
+
+
+def test_machines_that_share_labels_hold_the_judge_alike(tmp_path, tiny_model):
+    recipe = tiny_recipe(tmp_path, tiny_model, model={"dtype": "auto"})
+    with pytest.raises(UserError, match="dtype is auto.*Name one for all"):
+        runner.run_recipe(recipe, installed_plugins(), tmp_path / "run", shard="1/2")
 
 
 # ---- Systems without fcntl, bitsandbytes or CUDA --------------------------------------------------------
@@ -120,7 +144,8 @@ def test_nf4_without_bitsandbytes_and_mps_are_refused_before_anything_is_loaded(
     machine, monkeypatch, tmp_path, tiny_model
 ):
     machine(SLOW)
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    # (Hidden from Python, other libraries would take note of it, for the tests that follow too.)
+    monkeypatch.setattr("trl_rlaif.pipeline.machine._is_installed", lambda package: False)
     judge = {"path": tiny_model, "quantization": "nf4"}
     for sections in ({"model": {"quantization": "nf4"}}, {"label": {"compare": {"other": {"judge": judge}}}}):
         recipe = tiny_recipe(tmp_path, tiny_model, **sections)

@@ -19,11 +19,12 @@ from trl_rlaif.cli import app
 from trl_rlaif.errors import UserError
 from trl_rlaif.files import read_lines, write_atomically
 from trl_rlaif.pipeline.artifacts import PROGRESS
+from trl_rlaif.pipeline.forecast import forecast
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.runner import run_recipe
-from trl_rlaif.pipeline.stages import STAGES
+from trl_rlaif.pipeline.stages import STAGES, active_stages
 from trl_rlaif.plugins import installed_plugins
-from trl_rlaif.progress import Meter, pace, progress_bar, publishing
+from trl_rlaif.progress import Forecast, Meter, pace, progress_bar, publishing
 from trl_rlaif.status import describe, follow, read_status
 
 PRINTS = {"sample": "s", "label": "l", "reward": "r", "rl": "p"}
@@ -47,8 +48,8 @@ def test_a_run_says_once_how_long_it_will_take(tmp_path, monkeypatch, capsys):
     now = [1000.0]
     monkeypatch.setattr(progress.time, "time", lambda: now[0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    shares = {"sample": 0.4, "label": 0.6, "report": 0.0}
-    with publishing(tmp_path, dict.fromkeys(shares, ""), shares) as publisher:
+    known = Forecast({"sample": 0.4, "label": 0.6}, ("rl",), {"sample", "label"})
+    with publishing(tmp_path, {}, known) as publisher:
         publisher.begin("sample")
         with progress_bar("Sampling", 100) as advance:
             now[0] += 30
@@ -56,7 +57,7 @@ def test_a_run_says_once_how_long_it_will_take(tmp_path, monkeypatch, capsys):
             assert "will take" not in capsys.readouterr().err
             now[0] += 60
             advance(15)
-            assert "will take about 15 min 0 s in all" in capsys.readouterr().err
+            assert "will take about 15 min 0 s in all, without rl, at" in capsys.readouterr().err
             now[0] += 60
             advance(15)
         publisher.begin("label")
@@ -67,7 +68,9 @@ def test_stages_that_have_ended_count_for_how_long_it_will_take(tmp_path, monkey
     now = [1000.0]
     monkeypatch.setattr(progress.time, "time", lambda: now[0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    with publishing(tmp_path, {}, {"sft": 0.0, "sample": 0.2, "label": 0.8}) as publisher:
+    known = Forecast({"given": 0.5, "sample": 0.2, "label": 0.8}, (), {"sample", "label"})
+    with publishing(tmp_path, {}, known) as publisher:
+        publisher.skip("given")
         publisher.begin("sft")
         now[0] += 500  # of which nothing is known
         publisher.begin("sample")
@@ -76,8 +79,22 @@ def test_stages_that_have_ended_count_for_how_long_it_will_take(tmp_path, monkey
         with progress_bar("Labeling", 8, 4) as advance:  # half of it was there already
             now[0] += 40
             advance(2)
-    # 80 s for 0.2 + 0.2 of all; 0.2 are left.
+    # After 580 s, 80 s for 0.2 + 0.2 of all; 0.2 are left.
     assert "will take about 10 min 20 s in all" in capsys.readouterr().err
+
+
+def test_what_is_known_of_a_run_beforehand(tmp_path, tiny_model):
+    """The quickstart's kind; whose fine-tuning cannot tell; and data that is not at hand."""
+    recipe = tiny_recipe(tmp_path, tiny_model, rl={"total_episodes": 8})
+    ahead = [*active_stages(recipe).values()]
+    known = forecast(recipe, ahead)
+    assert [*known.shares] == ["sample", "label", "reward", "rl", "evaluate"] and not known.unknown
+    assert sum(known.shares.values()) == pytest.approx(1) and known.measured == {*known.shares, "report"} - {"evaluate"}
+    more = tiny_recipe(tmp_path, tiny_model, rl={"total_episodes": 80})
+    assert forecast(more, ahead).shares["rl"] > known.shares["rl"]
+    assert forecast(tiny_recipe(tmp_path, tiny_model, rl={"algorithm": "grpo"}), ahead).unknown == ("rl",)
+    (tmp_path / "train.jsonl").unlink()
+    assert forecast(recipe, ahead) is None
 
 
 @pytest.mark.parametrize("numbers", [[], "12", {"pairs": 12}, {"pairs": 12, "dropped": 3, "seconds": "long"}])

@@ -30,11 +30,11 @@ def is_first() -> bool:
 
 
 def join() -> Any:
-    """Accelerate's state of these processes; the first call joins them, on CPUs too where the launcher was told so."""
+    """Accelerate's state of these processes; the first call joins them, on CPUs if ``ACCELERATE_USE_CPU`` says so."""
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")) if processes() > 1 else PartialState()
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def wait() -> None:

@@ -132,7 +132,10 @@ def _read_prompts(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor)
 
     None where the model keeps something else, or a prompt is a single token.
     """
-    if not getattr(type(model), "_supports_default_dynamic_cache", lambda: False)() or not mask[:, :-1].any(1).all():
+    inner = inner_model(model)
+    if not getattr(type(inner), "_supports_default_dynamic_cache", lambda: False)() or not mask[:, :-1].any(1).all():
+        return None
+    if hasattr(getattr(inner, "model", None), "rope_deltas"):  # positions that such a model keeps for each row
         return None
     cache = DynamicCache(config=model.config.get_text_config())
     if not cache.layers or not all(type(layer) in _REPEATED for layer in cache.layers):

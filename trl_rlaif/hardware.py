@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+# From here on it is worth the rounding; what is seen is far from it, so that a busy moment decides nothing.
+FAST = 0.7
 # (rows, inputs, outputs) of the product that is timed: like a layer of a small model over a few sequences.
 _PRODUCT = (256, 512, 512)
 
@@ -25,7 +27,7 @@ def computes_bfloat16(device: str) -> bool:
 
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device == "cpu" and bfloat16_slowdown() < 1
+    return device == "cpu" and bfloat16_slowdown() < FAST
 
 
 @cache
@@ -78,12 +80,13 @@ def settle_bf16(args: Any) -> None:
     """
     import torch
 
-    accelerator = None if args.use_cpu else torch.accelerator.current_accelerator()
+    accelerator = None if args.use_cpu else torch.accelerator.current_accelerator(check_available=True)
     device = accelerator.type if accelerator else "cpu"
-    if args.bf16 is None:
-        args.bf16 = not args.fp16 and computes_bfloat16(device)
+    if args.bf16 is None and device in ("cpu", "cuda", "mps"):
+        # On a processor transformers takes bf16 only with use_cpu.
+        args.bf16 = not args.fp16 and (accelerator is not None or args.use_cpu) and computes_bfloat16(device)
         if not args.bf16 and not args.fp16:
-            _say_once("bf16 is off: bfloat16 is not computed fast here.")
+            _say_once("bf16 is off: bfloat16 is not computed fast here, or use_cpu is not set.")
     elif args.bf16:
         _say_once(emulation_warning("bf16 is on", device))
 

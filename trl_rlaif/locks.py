@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import sys
+import time
 from typing import IO, Any
 
 # On Windows a locked byte cannot be read: this one lies behind any content.
@@ -23,12 +25,15 @@ def lock(file: IO[Any], *, shared: bool = False, wait: bool = True) -> None:
         import msvcrt
 
         file.seek(_BYTE)
-        try:
-            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
-        except OSError as error:
-            raise BlockingIOError(*error.args) from None
-        finally:
-            file.seek(0)
+        while True:
+            try:
+                return msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EDEADLK):
+                    raise
+                if not wait:
+                    raise BlockingIOError(*error.args) from None
+            time.sleep(0.1)
     else:
         import fcntl
 

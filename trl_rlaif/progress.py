@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,6 +178,21 @@ def say(message: str) -> None:
 # ---- The file that `trl-rlaif status` reads ---------------------------------------------------------------
 
 
+@dataclass
+class Forecast:
+    """What is known beforehand of how much a run's stages compute.
+
+    Args:
+        shares: By stage, its part of all that is known; they add up to 1.
+        unknown: Stages that cannot tell.
+        measured: Stages whose outermost bar shows how far they are.
+    """
+
+    shares: dict[str, float] = field(default_factory=dict)
+    unknown: tuple[str, ...] = ()
+    measured: Collection[str] = ()
+
+
 class Publisher:
     """Keeps ``progress.json`` in a run's folder up to date, at most once a second, and never fails a run.
 
@@ -186,12 +201,12 @@ class Publisher:
     Args:
         path: The file.
         stages: The run's stages in order, each with its fingerprint.
-        shares: Of those that will run, what part of all computation each is; 0 where it is not known.
+        forecast: What is known of how much the stages compute.
     """
 
-    def __init__(self, path: Path, stages: Mapping[str, str], shares: Mapping[str, float] | None = None) -> None:
+    def __init__(self, path: Path, stages: Mapping[str, str], forecast: Forecast | None = None) -> None:
         self._path, self._last = path, 0.0
-        self._shares, self._made, self._computing = dict(shares or {}), 0.0, 0.0
+        self._forecast, self._made, self._computing = forecast or Forecast(), 0.0, 0.0
         now = time.time()
         self._state: dict[str, Any] = {
             "pid": os.getpid(),
@@ -212,23 +227,29 @@ class Publisher:
 
     def _finish(self, stage: str | None) -> None:
         """Count a stage that has ended as made."""
-        share = self._shares.pop(stage, 0.0) if stage else 0.0
+        share = self._forecast.shares.pop(stage, 0.0) if stage else 0.0
         if share:
             self._made += share
             self._computing += time.time() - self._state["stage_started_at"]
 
-    def foretell(self) -> float | None:
-        """Seconds that are left, once a minute has been computed and a hundredth of all is done; it is said once."""
-        share, outermost = self._shares.get(self._state["stage"], 0.0), _open[0] if _open else None
-        if not share or outermost is None or not outermost.total:
-            return None
+    def skip(self, stage: str) -> None:
+        """A stage need not be computed after all."""
+        self._forecast.shares.pop(stage, None)
+
+    def _foretell(self) -> None:
+        """Say once how long the run will take, when a minute has been computed and a hundredth of all is done."""
+        stage, shares, outermost = self._state["stage"], self._forecast.shares, _open[0] if _open else None
+        if stage not in shares or stage not in self._forecast.measured or outermost is None or not outermost.total:
+            return
         seconds = self._computing + time.time() - self._state["stage_started_at"]
-        made = self._made + share * (outermost.done - outermost.first) / outermost.total
+        made = self._made + shares[stage] * (outermost.done - outermost.first) / outermost.total
         if seconds < FORETOLD_AFTER or made < 0.01:
-            return None
-        left = sum(self._shares.values()) - share * outermost.done / outermost.total
-        self._shares = {}
-        return seconds / made * left
+            return
+        left = (sum(shares.values()) - shares[stage] * outermost.done / outermost.total) * seconds / made
+        without = f", without {', '.join(self._forecast.unknown)}" if self._forecast.unknown else ""
+        self._forecast = Forecast()
+        whole = duration(time.time() - self._state["started_at"] + left)
+        say(f"The run will take about {whole} in all{without}, at the pace of its beginning.")
 
     def end(self, outcome: str) -> None:
         """Say how the run ended: ``done``, or why it stopped."""
@@ -243,10 +264,7 @@ class Publisher:
         if not at_once and now - self._last < PUBLISH_SECONDS:
             return
         self._last = now
-        left = self.foretell()
-        if left is not None:
-            whole = duration(time.time() - self._state["started_at"] + left)
-            say(f"The run will take about {whole} in all, at the pace of its beginning.")
+        self._foretell()
         bars = [meter.to_dict() for meter in _open]
         text = json.dumps(self._state | {"updated_at": time.time(), "bars": bars})
         building = self._path.with_name(f".{self._path.name}.building")
@@ -267,17 +285,15 @@ def _publish(*, at_once: bool = False) -> None:
 
 
 @contextmanager
-def publishing(
-    state: Path, stages: Mapping[str, str], shares: Mapping[str, float] | None = None
-) -> Iterator[Publisher]:
+def publishing(state: Path, stages: Mapping[str, str], forecast: Forecast | None = None) -> Iterator[Publisher]:
     """Publish every bar that is shown inside, and how it ended.
 
     Args:
         state: The folder for it: a run's ``.state``.
-        stages, shares: As of Publisher.
+        stages, forecast: As of Publisher. A run within another one, as of a variant, foretells nothing.
     """
     global _publisher
-    before, _publisher = _publisher, Publisher(state / PROGRESS, stages, shares)
+    before, _publisher = _publisher, Publisher(state / PROGRESS, stages, None if _publisher else forecast)
     publisher = _publisher
     publisher.publish(at_once=True)
     try:

@@ -253,9 +253,10 @@ def _settings(side: Side, folder: Path) -> tuple[Any, dict[str, Any]]:
     """The run as its stages see it, and PPOConfig's arguments in it."""
     from trl_rlaif.algorithms import ALGORITHMS
     from trl_rlaif.pipeline.context import Context
+    from trl_rlaif.pipeline.run_folder import RunFolder
     from trl_rlaif.plugins import installed_plugins
 
-    context = Context(side.recipe, folder, installed_plugins())
+    context = Context(side.recipe, RunFolder(folder), installed_plugins())
     section = side.recipe.rl
     more = {"num_sample_generations": 0, "save_strategy": "no"}
     return context, dict(ALGORITHMS[section.algorithm].preset) | context.trainer_arguments("rl", section.config) | more

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import yaml
-from helpers.recipes import write_recipe
+from helpers.recipes import fingerprints, write_recipe
 
 from trl_rlaif import UserError
-from trl_rlaif.pipeline.stages import active_stages, fingerprints
+from trl_rlaif.pipeline.stages import active_stages
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import parse_recipe
 

@@ -69,3 +69,13 @@ def run_cli(monkeypatch, capsys, *arguments):
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     return stopped.value.code or 0, capsys.readouterr().err
+
+
+def fingerprints(recipe: Recipe) -> dict[str, str]:
+    """Of each active stage's inputs, as a new run has them."""
+    from trl_rlaif.pipeline.stages import active_stages
+
+    found: dict[str, str] = {}
+    for name, stage in active_stages(recipe).items():
+        found[name] = stage.inputs(recipe, found).fingerprint
+    return found

@@ -17,6 +17,7 @@ from helpers.recipes import tiny_recipe, write_prompts
 from trl_rlaif import UserError
 from trl_rlaif.files import read_lines
 from trl_rlaif.pipeline import redo, runner, superseding
+from trl_rlaif.pipeline.machine import machine_of
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.stage import Stage
 from trl_rlaif.pipeline.stages import STAGES
@@ -51,7 +52,7 @@ def finish(recipe, path) -> RunFolder:
         folder.add_metrics(name, 1, {"loss": 0.5})
         folder.add_results(name, NUMBERS)
         folder.complete(name, planned.fingerprint)
-    runner._write_recipe(recipe, folder, "trl-rlaif run tiny")
+    runner._write_recipe(recipe, folder, "trl-rlaif run tiny", machine_of(folder))
     return folder
 
 

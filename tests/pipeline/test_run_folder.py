@@ -15,6 +15,7 @@ from trl_rlaif import RunError, UserError
 from trl_rlaif.files import append_lines, read_lines, to_line, write_atomically, write_folder
 from trl_rlaif.pipeline import redo, runner
 from trl_rlaif.pipeline.artifacts import FORMAT
+from trl_rlaif.pipeline.machine import machine_of
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.stages import STAGES
 from trl_rlaif.pipeline.superseding import begin, supersede
@@ -351,7 +352,7 @@ def test_a_folder_that_cannot_be_written_to_is_a_user_error(tmp_path, blocked):
 
 def test_a_folder_of_a_later_version_is_refused(tmp_path, tiny_model):
     recipe, folder = tiny_recipe(tmp_path, tiny_model), RunFolder(tmp_path / "run")
-    runner._write_recipe(recipe, folder, "trl-rlaif run tiny")
+    runner._write_recipe(recipe, folder, "trl-rlaif run tiny", machine_of(folder))
     redo.plan(recipe, folder), read_status(folder.path), read_run(folder.path)
     saved = (folder / "recipe.yaml").read_text()
     assert f"format: {FORMAT}\n" in saved

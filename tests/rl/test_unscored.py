@@ -10,7 +10,7 @@ import torch
 from helpers.group_processes import NONE
 from helpers.ppo import numbers, small_trainer
 from helpers.ppo import prompts as small_prompts
-from helpers.recipes import tiny_recipe
+from helpers.recipes import fingerprints, tiny_recipe
 from helpers.rewards import even_share
 from trl_rlaif_direct import DirectLabeler
 from trl_rlaif_regulator.regulator import DistributionRegulator
@@ -19,7 +19,6 @@ from trl_rlaif_rehearsal.rejection import RejectionSampling
 from trl_rlaif import DataSelector, RewardTransform, Selection, UserError
 from trl_rlaif.files import read_lines
 from trl_rlaif.pipeline.runner import run_recipe
-from trl_rlaif.pipeline.stages import fingerprints
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.rl.ppo.checkpoint import find
 from trl_rlaif.rl.rejection import RejectionTrainer

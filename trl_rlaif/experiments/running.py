@@ -50,29 +50,30 @@ def run_comparison(
     from trl_rlaif.pipeline.runner import check_unused, prepare, run_recipe
     from trl_rlaif.report import write_report
 
+    machine.check_machine(recipe)
     folder, started = RunFolder(output), time.monotonic()
     places = {name: folder / artifacts.VARIANTS / name for name in recipe.variants}
     with folder.locked():
         check_unused(folder, used=resume)
-        recipe = machine.settled(recipe, folder)
+        began = machine.machine_of(folder)
         if (folder / "arms").is_dir() and not (folder / artifacts.VARIANTS).exists():
             (folder / "arms").rename(folder / artifacts.VARIANTS)  # their name until 0.1
         _ask({places[name]: variant for name, variant in recipe.variants.items()}, confirm)
-        prepare(recipe, folder, command)
+        prepare(machine.settled(recipe, began), folder, command, began)
         with publishing(folder.state, dict.fromkeys([*recipe.variants, KEY], "")) as publisher:
             runs: dict[str, RunFolder] = {}
             for number, (name, variant) in enumerate(recipe.variants.items(), 1):
                 say(f"Variant {number} of {len(recipe.variants)}: {name}")
                 publisher.begin(name)
-                how: dict[str, Any] = {"resume": True, "command": command, "confirm": lambda _: True}  # asked above
+                how: dict[str, Any] = {"resume": True, "command": command, "confirm": lambda _: True, "began": began}
                 runs[name] = run_recipe(variant, plugins, places[name], donors=list(runs.values()), **how)
             publisher.begin(KEY)
             with kernels(recipe.run.kernels):
                 numbers = play(recipe, plugins, folder, runs)
             numbers |= {"variants": {name: _of_variant(run) for name, run in runs.items()}}
-            seconds = time.monotonic() - started
-            folder.add_results(KEY, numbers | {"seconds": seconds})
-            say(f"{KEY}: done in {seconds:.0f} s. {summary(numbers)}")
+            numbers["seconds"] = time.monotonic() - started
+            folder.add_results(KEY, numbers)
+            say(f"{KEY}: done in {numbers['seconds']:.0f} s. {summary(numbers)}")
             if recipe.report is not None:
                 write_report(folder.path)
     return folder

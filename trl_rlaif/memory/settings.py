@@ -28,7 +28,7 @@ def setting(recipe: Recipe, stage: str, key: str) -> Any:
     if key in section.config:
         return section.config[key]
     if key == "bf16":  # as Context.trainer_arguments has it
-        return recipe.model.dtype == "bfloat16" or recipe.model.quantization == "nf4"
+        return recipe.model.dtype in ("auto", "bfloat16") or recipe.model.quantization == "nf4"
     return STAGES[stage].defaults(gpu=True).get(key, class_defaults(stage).get(key))
 
 

@@ -309,6 +309,7 @@ class RlResults(TypedDict, total=False):
     loss: float
     labels: dict[str, Any]
     ignored: list[str]
+    unused: list[str]
     accuracy_first: float
     accuracy_last: float
     margin_first: float

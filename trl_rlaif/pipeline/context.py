@@ -26,7 +26,7 @@ from trl_rlaif.models.loading import ModelSpec, load_model, load_tokenizer, mode
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.artifacts import PairRow
 from trl_rlaif.pipeline.categories import categorized
-from trl_rlaif.pipeline.machine import settled
+from trl_rlaif.pipeline.machine import machine_of, settled
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.stages import STAGES
 from trl_rlaif.plugins import Plugins
@@ -105,7 +105,7 @@ class Context:
     _judges: dict[str, PreTrainedTokenizerBase] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.recipe = settled(self.recipe, self.folder)
+        self.recipe = settled(self.recipe, machine_of(self.folder))
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from typing import Any
+from typing import Any, TypedDict
 
 from pydantic import BaseModel
 
@@ -15,55 +15,78 @@ from trl_rlaif.progress import say
 from trl_rlaif.recipe import JudgeSection, ModelSection, Recipe
 
 
-def settled(recipe: Recipe, folder: RunFolder) -> Recipe:
-    """A recipe in which ``auto`` is settled for a run: of the base and of judges, for dtypes and float32 products.
+class Machine(TypedDict):
+    """The machine that began a run, as its recipe.yaml keeps it.
 
-    TF32 rounds less than 16-bit weights do, and is taken beside them on a GPU; elsewhere float32 is computed as such.
+    Args:
+        dtype: What ``auto`` stands for; ``auto`` itself is the type that a model was saved in, as in transformers and
+            in runs that an earlier version began.
+        matmul_precision: That of float32 products beside 16-bit weights: TF32 rounds less than these do.
+        processor: Its name.
     """
-    machine = machine_of(folder)
-    # To an earlier version auto was the type that a model was saved in, as it is to transformers.
-    dtype = machine["dtype"] if machine else "auto"
-    sections = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
-    changed = {name: _settled(value, dtype) for name, value in sections.items() if isinstance(value, BaseModel)}
-    return dataclasses.replace(recipe, **changed)
+
+    dtype: str
+    matmul_precision: str
+    processor: str
 
 
-def machine_of(folder: RunFolder) -> dict[str, str] | None:
+_EARLIER: Machine = {"dtype": "auto", "matmul_precision": "highest", "processor": ""}
+
+
+def machine_of(folder: RunFolder) -> Machine:
     """The machine that began a run, or else this one.
 
-    Returns:
-        ``dtype``, what ``auto`` stands for, and ``processor``, its name; None where an earlier version began the run.
+    Raises:
+        UserError: Somebody changed what recipe.yaml says of it.
     """
     saved = folder.recipe()
     if saved:
-        return saved.get("machine")
-    return {"dtype": hardware.fastest_dtype(hardware.device_type()), "processor": hardware.processor()}
+        found = saved.get("machine", _EARLIER)
+        if not isinstance(found, dict) or found.keys() != _EARLIER.keys():
+            raise UserError("recipe.yaml does not say on what this run was begun.", where=str(folder.path),
+                            fix="Restore the run's own copy.")  # fmt: skip
+        return {**_EARLIER, **found}
+    device = hardware.device_type()
+    return {
+        "dtype": hardware.fastest_dtype(device),
+        "matmul_precision": "high" if device == "cuda" else "highest",
+        "processor": hardware.processor(),
+    }
 
 
-def _settled(value: Any, dtype: str) -> Any:
+def settled(recipe: Recipe, machine: Machine) -> Recipe:
+    """A recipe in which ``auto`` is settled for a run: of the base and of judges, for dtypes and float32 products."""
+    sections = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+    changed = {name: _settled(value, machine) for name, value in sections.items() if isinstance(value, BaseModel)}
+    return dataclasses.replace(recipe, **changed)
+
+
+def _settled(value: Any, machine: Machine) -> Any:
     """A section, or what one holds, with its own ``auto`` settled and that of every judge in it."""
     if isinstance(value, dict):
-        return {key: _settled(item, dtype) for key, item in value.items()}
+        return {key: _settled(item, machine) for key, item in value.items()}
     if not isinstance(value, BaseModel):
         return value
-    found = {name: _settled(getattr(value, name), dtype) for name in type(value).model_fields}
+    found = {name: _settled(getattr(value, name), machine) for name in type(value).model_fields}
     if isinstance(value, ModelSection | JudgeSection) and value.dtype == "auto":
-        found["dtype"] = dtype
+        found["dtype"] = machine["dtype"]
     if isinstance(value, ModelSection) and value.matmul_precision == "auto":
-        half = found["dtype"] in ("bfloat16", "float16") and hardware.device_type() == "cuda"
-        found["matmul_precision"] = "high" if half else "highest"
+        half = found["dtype"] in ("bfloat16", "float16")
+        found["matmul_precision"] = machine["matmul_precision"] if half else "highest"
     changed = {name: item for name, item in found.items() if item is not getattr(value, name)}
     return value.model_copy(update=changed) if changed else value
 
 
 def check_machine(recipe: Recipe) -> None:
-    """Before anything is computed: that this machine can hold and train what a recipe names.
+    """Before anything is computed: that this machine can hold and train what a recipe, or a variant of it, names.
 
     Raises:
         UserError: bitsandbytes is missing, or models would be put on Apple's MPS.
     """
+    for variant in recipe.variants.values():
+        check_machine(variant)
     sections = (getattr(recipe, field.name) for field in dataclasses.fields(recipe))
-    if any(map(_is_quantized, sections)) and importlib.util.find_spec("bitsandbytes") is None:
+    if any(map(_is_quantized, sections)) and not _is_installed("bitsandbytes"):
         raise UserError(
             "quantization: nf4 needs the package bitsandbytes.",
             where=str(recipe.source),
@@ -77,6 +100,10 @@ def check_machine(recipe: Recipe) -> None:
         )
 
 
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
 def _is_quantized(value: Any) -> bool:
     """Whether a section, or a judge that one holds, is in 4 bits."""
     if isinstance(value, dict):
@@ -87,10 +114,14 @@ def _is_quantized(value: Any) -> bool:
     return getattr(value, "quantization", "none") == "nf4" or any(map(_is_quantized, inner))
 
 
-def say_where(recipe: Recipe, folder: RunFolder) -> None:
-    """A run's first line: on what it computes, and in which type; and a warning where that is emulated."""
-    here, began, dtype = hardware.processor(), machine_of(folder), recipe.model.dtype
-    elsewhere = f", as it was begun on {began['processor']}" if began and began["processor"] != here else ""
+def say_where(recipe: Recipe, began: Machine) -> None:
+    """A run's first line: on what it computes, and in which type; and a warning where that is emulated.
+
+    Args:
+        recipe: Settled.
+    """
+    here, dtype = hardware.processor(), recipe.model.dtype
+    elsewhere = f", as it was begun on {began['processor']}" if began["processor"] not in ("", here) else ""
     say(f"{here}: weights in {'the type of the model' if dtype == 'auto' else dtype}{elsewhere}.")
     warning = hardware.emulation_warning(f"model.dtype is {dtype}", hardware.device_type())
     if dtype == "bfloat16" and warning:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl_rlaif.errors import UserError
 from trl_rlaif.files import write_folder
+from trl_rlaif.pipeline import artifacts
 
 if TYPE_CHECKING:
     from trl_rlaif.data import Pair
@@ -62,7 +63,7 @@ def write_preferences(context: Context, pairs: list[Pair], p: dict[str, float]) 
     # A column of None has no type of its own.
     features = Features({**dataset.features, "category": Value("string"), "human": Value("bool")})
     dataset = dataset.cast(features)
-    write_folder(context.folder / "preferences", lambda folder: dataset.save_to_disk(str(folder)))
+    write_folder(context.folder / artifacts.PREFERENCES, lambda folder: dataset.save_to_disk(str(folder)))
 
 
 def _preference(context: Context, pair: Pair, p: float) -> dict[str, Any]:

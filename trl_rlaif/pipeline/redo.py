@@ -9,7 +9,7 @@ from trl_rlaif.errors import UserError
 from trl_rlaif.pipeline import artifacts, superseding
 from trl_rlaif.pipeline.first_version import inputs_of
 from trl_rlaif.pipeline.inputs import Inputs
-from trl_rlaif.pipeline.machine import settled
+from trl_rlaif.pipeline.machine import machine_of, settled
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.stage import Stage
 from trl_rlaif.pipeline.stages import STAGES, active_stages
@@ -43,10 +43,12 @@ class Planned:
 def plan(recipe: Recipe, folder: RunFolder) -> dict[str, Planned]:
     """Compare every active stage's inputs with those that it was made from; nothing in the folder is changed.
 
+    Args:
+        recipe: As it is written: ``auto`` is ``auto`` on every machine.
+
     Raises:
         UserError: A later version wrote the folder.
     """
-    recipe = settled(recipe, folder)
     found: dict[str, Planned] = {}
     first_version = folder.recipe()
     for name, stage in active_stages(recipe).items():
@@ -60,7 +62,8 @@ def plan(recipe: Recipe, folder: RunFolder) -> dict[str, Planned]:
             why = now.changes_since(Inputs(**marker["inputs"]))
             found[name] = Planned(stage, now, now.fingerprint if why else marker["fingerprint"], tuple(why))
         else:
-            before = inputs_of(stage, first_version, marker["fingerprint"], recipe, now)
+            as_then = settled(recipe, machine_of(folder))
+            before = inputs_of(stage, first_version, marker["fingerprint"], as_then, now)
             why = [_UNKNOWN] if before is None else now.changes_since(before)
             why += [f"{name} is redone" for name in now.stages if found[name].why and before is not None]
             found[name] = Planned(stage, now, now.fingerprint, tuple(why), migrated=True)

@@ -57,19 +57,21 @@ class RunFolder:
         return (self / artifacts.RECIPE).exists()
 
     def recipe(self) -> dict[str, Any]:
-        """recipe.yaml; {} where there is none that can be read.
+        """recipe.yaml; {} where the run has not begun.
 
         Raises:
-            UserError: A later version wrote it.
+            UserError: A later version wrote it, or it cannot be read.
         """
-        path = self / artifacts.RECIPE
+        if not self.is_used:
+            return {}
         try:
-            found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
-        except yaml.YAMLError:
+            found = yaml.safe_load((self / artifacts.RECIPE).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, ValueError):
             found = None
-        recipe = found if isinstance(found, dict) else {}
-        artifacts.check_format(recipe, str(self.path))
-        return recipe
+        if not isinstance(found, dict):
+            raise UserError("recipe.yaml cannot be read.", where=str(self.path), fix="Restore the run's own copy.")
+        artifacts.check_format(found, str(self.path))
+        return found
 
     @contextmanager
     def locked(self) -> Iterator[None]:

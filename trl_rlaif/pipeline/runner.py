@@ -14,7 +14,8 @@ from trl_rlaif import __version__, distributed
 from trl_rlaif.errors import UserError
 from trl_rlaif.files import write_atomically
 from trl_rlaif.pipeline import artifacts, machine, redo, superseding
-from trl_rlaif.pipeline.forecast import shares
+from trl_rlaif.pipeline.forecast import forecast
+from trl_rlaif.pipeline.machine import Machine
 from trl_rlaif.pipeline.redo import Confirm, Planned
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.plugins import Plugins
@@ -36,6 +37,7 @@ def run_recipe(
     shard: str | None = None,
     donors: Sequence[RunFolder] = (),
     confirm: Confirm | None = None,
+    began: Machine | None = None,
 ) -> RunFolder:
     """Run a recipe.
 
@@ -51,6 +53,7 @@ def run_recipe(
         donors: Other runs. What one of them completed from the same inputs is copied from it.
         confirm: Is told which stages ``resume`` redoes and why, before anything is changed, and answers whether to
             go on. None goes on. Stages that ``only`` names are redone without a question.
+        began: The machine whose types are taken; None: the one that began this run.
 
     Raises:
         UserError: The folder is used already, is not writable, or lacks what a stage depends on; the base cannot do
@@ -63,19 +66,20 @@ def run_recipe(
     folder = RunFolder(output)
     with folder.locked():
         check_unused(folder, used=resume or bool(only))
-        recipe = machine.settled(recipe, folder)
-        machine.say_where(recipe, folder)
         planned = redo.plan(recipe, folder)
+        began = began or machine.machine_of(folder)
+        recipe = machine.settled(recipe, began)
+        machine.say_where(recipe, began)
         _check_only(folder, planned, only)
         changed = redo.redone(planned, only)
         if changed:
             redo.agree(redo.describe(folder, changed), None if only else confirm)
         redo.apply(folder, planned, changed)
-        prepare(recipe, folder, command)
-        due = {name: each for name, each in planned.items() if not folder.is_complete(name, each.fingerprint)}
-        ahead = [each.stage for name, each in due.items() if name in (only or planned)]
+        prepare(recipe, folder, command, began)
+        due = [name for name, each in planned.items() if not folder.is_complete(name, each.fingerprint)]
+        ahead = [planned[name].stage for name in due if name in (only or due)] if shard is None else []
         known = {name: each.fingerprint for name, each in planned.items()}
-        with publishing(folder.state, known, shares(recipe, ahead)) as publisher:
+        with publishing(folder.state, known, forecast(recipe, ahead)) as publisher:
             _run_stages(recipe, plugins, folder, planned, resume, only, shard, publisher, donors)
         if shard is None:
             _say_signs(folder)
@@ -106,9 +110,9 @@ def check_unused(folder: RunFolder, *, used: bool) -> None:
         )
 
 
-def prepare(recipe: Recipe, folder: RunFolder, command: str) -> None:
+def prepare(recipe: Recipe, folder: RunFolder, command: str, began: Machine) -> None:
     """Write recipe.yaml, and quiet the libraries."""
-    _write_recipe(recipe, folder, command)
+    _write_recipe(recipe, folder, command, began)
     _quiet_libraries()
 
 
@@ -118,6 +122,13 @@ def _check_shard(recipe: Recipe, shard: str) -> None:
     Shard.parse(shard)
     if recipe.label is None:
         raise UserError("--shard divides the labeling, and this recipe has no 'label'.")
+    judge = recipe.model if recipe.label.judge == "same" else recipe.label.judge
+    if getattr(judge, "dtype", "") == "auto":
+        raise UserError(
+            "The machines that share the labeling may each take another type for the judge's weights: dtype is auto.",
+            where=recipe.line(("label", "judge")),
+            fix="Name one for all: dtype: float32 or bfloat16, of the judge, or in model if it judges itself.",
+        )
 
 
 def _check_only(folder: RunFolder, planned: dict[str, Planned], only: Sequence[str]) -> None:
@@ -163,6 +174,7 @@ def _run_stages(
         donor = next((run for run in known if run.is_complete(stage, fingerprint)), None)
         if donor is not None:
             superseding.adopt(folder, each.stage, fingerprint, donor, inputs)
+            publisher.skip(stage)
             say(f"{stage}: the same as that of {donor.path.name}")
             continue
         superseding.begin(folder, each.stage, fingerprint, inputs)
@@ -183,10 +195,10 @@ def _run_stages(
         say(f"{stage}: done in {time.monotonic() - started:.0f} s. {each.stage.summary(numbers)}".rstrip())
 
 
-def _write_recipe(recipe: Recipe, folder: RunFolder, command: str) -> None:
+def _write_recipe(recipe: Recipe, folder: RunFolder, command: str, began: Machine) -> None:
     versions = {"trl-rlaif": __version__} | {name: found for name in PACKAGES if (found := _version(name))}
-    began = {"machine": found} if (found := machine.machine_of(folder)) else {}
-    content = recipe.to_dict() | began | {"format": artifacts.FORMAT, "versions": versions, "command": command}
+    where = {} if began["dtype"] == "auto" else {"machine": dict(began)}
+    content = recipe.to_dict() | where | {"format": artifacts.FORMAT, "versions": versions, "command": command}
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     write_atomically(folder / artifacts.RECIPE, text)
 

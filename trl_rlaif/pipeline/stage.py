@@ -54,6 +54,7 @@ class Stage:
         always: It is made again whenever a run gets there: it costs little, and what it shows may have changed.
         prepares: Something that is trained needs it, or follows from it; it comes before the stage rl.
         shared: Several processes share its work.
+        one_bar: Its first progress bar is all that it does.
         told: Of what it logs, what ``trl-rlaif status`` tells.
     """
 
@@ -65,6 +66,7 @@ class Stage:
     always: ClassVar[bool] = False
     prepares: ClassVar[bool] = False
     shared: ClassVar[bool] = False
+    one_bar: ClassVar[bool] = True
     told: ClassVar[tuple[str, ...]] = ()
 
     # ---- What it is made from -------------------------------------------------------------------------
@@ -125,8 +127,8 @@ class Stage:
         """What the line at its end, and ``trl-rlaif status``, say of these numbers."""
         return ""
 
-    def cost(self, recipe: Recipe, amounts: Amounts) -> float:
-        """Tokens that it computes, in forward passes of the base; 0 where it cannot tell."""
+    def cost(self, recipe: Recipe, amounts: Amounts) -> float | None:
+        """Tokens that it computes, in forward passes of the base; None where it cannot tell."""
         return 0.0
 
     def memory(self, run: MemoryRun) -> list[Part]:

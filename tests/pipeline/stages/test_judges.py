@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 from helpers.judges import PARTS, ScriptedJudge
-from helpers.recipes import tiny_recipe, write_prompts
+from helpers.recipes import fingerprints, tiny_recipe, write_prompts
 from helpers.tiny import save_tiny_model
 from scipy.optimize import minimize
 from sklearn.metrics import cohen_kappa_score
@@ -30,7 +30,7 @@ from trl_rlaif.pipeline import context as context_module
 from trl_rlaif.pipeline.context import Context
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.runner import run_recipe
-from trl_rlaif.pipeline.stages import STAGES, fingerprints
+from trl_rlaif.pipeline.stages import STAGES
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import prompt_folder
 

@@ -8,12 +8,11 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers.recipes import tiny_recipe, write_prompts
+from helpers.recipes import fingerprints, tiny_recipe, write_prompts
 
 from trl_rlaif.files import read_lines
 from trl_rlaif.pipeline import tracking
 from trl_rlaif.pipeline.runner import run_recipe
-from trl_rlaif.pipeline.stages import fingerprints
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import parse_recipe
 

@@ -28,14 +28,6 @@ def active_stages(recipe: Recipe) -> dict[str, Stage]:
     return {name: stage for name, stage in STAGES.items() if stage.is_active(recipe)}
 
 
-def fingerprints(recipe: Recipe) -> dict[str, str]:
-    """Of each active stage's inputs, as a new run has them."""
-    found: dict[str, str] = {}
-    for name, stage in active_stages(recipe).items():
-        found[name] = stage.inputs(recipe, found).fingerprint
-    return found
-
-
 def check_processes(recipe: Recipe, only: Sequence[str]) -> None:
     """Refuse what several processes would do over and over instead of sharing it.
 

@@ -22,6 +22,7 @@ class Evaluate(Stage):
     name = "evaluate"
     outputs = (artifacts.SAMPLES,)
     without = TRACKING
+    one_bar = False
 
     def settings(self, recipe: Recipe) -> tuple[str, ...]:
         keys = (*BASE, *READING, *GROUPING, "evaluate")
@@ -51,8 +52,10 @@ class Evaluate(Stage):
             if "win_rate" in s
         )
 
-    def cost(self, recipe: Recipe, amounts: Amounts) -> float:
+    def cost(self, recipe: Recipe, amounts: Amounts) -> float | None:
         """Responses of both policies, their rewards and NLLs, and the judge's questions."""
+        if recipe.evaluate.judge != "same" or recipe.evaluate.judges or recipe.evaluate.harmless:
+            return None
         responses, response = recipe.evaluate.num_responses, longest_response(recipe)
         drawn = amounts.tokens + DRAWN * responses * response
         scored = (responses + 1) * (amounts.tokens + response)

@@ -52,11 +52,12 @@ class Label(Stage):
             + (f", {numbers['agreement']['rate']:.0%} as people chose" if numbers["agreement"] else "")
         )
 
-    def cost(self, recipe: Recipe, amounts: Amounts) -> float:
+    def cost(self, recipe: Recipe, amounts: Amounts) -> float | None:
         response = recipe.sample.max_new_tokens if recipe.sample else amounts.tokens
-        own = isinstance(recipe.label.judge, str)
-        # In both orders; what they share is computed once. What a server computes takes no time here.
-        return amounts.pairs * (amounts.tokens + QUESTION + 4 * response) if own else 0.0
+        if recipe.label.judge != "same" or recipe.label.compare or recipe.label.calibration:
+            return None
+        # In both orders; what they share is computed once.
+        return amounts.pairs * (amounts.tokens + QUESTION + 4 * response)
 
     def memory(self, run: MemoryRun) -> list[Part]:
         from trl_rlaif.memory.parts import judging

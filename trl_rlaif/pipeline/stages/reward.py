@@ -42,7 +42,7 @@ class Reward(Stage):
         low, high = numbers["accuracy_interval"]
         return f"accuracy {numbers['accuracy']:.0%} on held-out pairs ({low:.0%} to {high:.0%}){skipped(numbers)}"
 
-    def cost(self, recipe: Recipe, amounts: Amounts) -> float:
+    def cost(self, recipe: Recipe, amounts: Amounts) -> float | None:
         response = recipe.sample.max_new_tokens if recipe.sample else amounts.tokens
         epochs = recipe.reward.config.get("num_train_epochs", 3)
         return TRAINED * epochs * amounts.pairs * (amounts.tokens + 2 * response)

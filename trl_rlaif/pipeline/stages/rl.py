@@ -98,11 +98,11 @@ class Rl(Stage):
         kl = f", KL {numbers['kl_last']:.2f}" if "kl_last" in numbers else ""  # GRPO with kl_coef: 0 measures none
         return f"score {numbers['score_first']:+.3f} -> {numbers['score_last']:+.3f}{kl}"
 
-    def cost(self, recipe: Recipe, amounts: Amounts) -> float:
+    def cost(self, recipe: Recipe, amounts: Amounts) -> float | None:
         """Of PPO and its kin; what TRL's other trainers do in an episode is not known here."""
         config = {**ALGORITHMS[recipe.rl.algorithm].preset, **recipe.rl.config}
         if ALGORITHMS[recipe.rl.algorithm].config or not config.get("total_episodes"):
-            return 0.0
+            return None
         response = config.get("response_length", 53)
         row, trained = amounts.tokens + response, 1 if config.get("value") == "trunk" else 2
         passes = 3 + TRAINED * trained * config.get("num_ppo_epochs", 4)

@@ -45,7 +45,7 @@ class Sample(Stage):
         ties = f", {numbers['ties']} of them ties" if numbers.get("ties") else ""
         return f"{numbers['pairs']} pairs{ties}" + (f" (dropped: {dropped})" if dropped else "")
 
-    def cost(self, recipe: Recipe, amounts: Amounts) -> float:
+    def cost(self, recipe: Recipe, amounts: Amounts) -> float | None:
         section = recipe.sample
         if section is None:
             return 0.0

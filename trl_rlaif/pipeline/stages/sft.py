@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.inputs import data_file
-from trl_rlaif.pipeline.stage import BASE, Stage
+from trl_rlaif.pipeline.stage import BASE, Amounts, Stage
 
 if TYPE_CHECKING:
     from trl_rlaif.memory.parts import MemoryRun
@@ -34,6 +34,9 @@ class Sft(Stage):
 
     def columns(self, recipe: Recipe) -> tuple[str, ...]:
         return ("sft",)
+
+    def cost(self, recipe: Recipe, amounts: Amounts) -> float | None:
+        return None  # how long its rows are, only its trainer finds out
 
     def memory(self, run: MemoryRun) -> list[Part]:
         """Rows are taken to be as long as max_length."""

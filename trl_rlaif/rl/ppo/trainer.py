@@ -327,7 +327,7 @@ class PPOTrainer(BasePPOTrainer):
         ends = torch.isin(rollout.response_ids, rollout.response_ids.new_tensor(self.reader.end_ids)).sum()
         metrics |= {
             "objective/kl_coef": controller.coef,
-            "policy/epochs": int(metrics["policy/epochs"]),
+            "policy/epochs": int(metrics.get("policy/epochs", self.args.num_ppo_epochs)),
             "lr": self.lr_scheduler.get_last_lr()[0],
             "episode": self.state.episode + self.args.batch_size,
             "val/num_eos_tokens": self.accelerator.reduce(ends, "sum").item(),
