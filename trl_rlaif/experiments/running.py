@@ -56,8 +56,7 @@ def run_comparison(
     with folder.locked():
         check_unused(folder, used=resume)
         began = machine.machine_of(folder)
-        if (folder / "arms").is_dir() and not (folder / artifacts.VARIANTS).exists():
-            (folder / "arms").rename(folder / artifacts.VARIANTS)  # their name until 0.1
+        _rename_arms(folder)
         _ask({places[name]: variant for name, variant in recipe.variants.items()}, confirm)
         prepare(machine.settled(recipe, began), folder, command, began)
         with publishing(folder.state, dict.fromkeys([*recipe.variants, KEY], "")) as publisher:
@@ -77,6 +76,12 @@ def run_comparison(
             if recipe.report is not None:
                 write_report(folder.path)
     return folder
+
+
+def _rename_arms(folder: RunFolder) -> None:
+    """Variants were called so until 0.1."""
+    if (folder / "arms").is_dir() and not (folder / artifacts.VARIANTS).exists():
+        (folder / "arms").rename(folder / artifacts.VARIANTS)
 
 
 def _ask(variants: Mapping[Path, Recipe], confirm: Confirm | None) -> None:
