@@ -47,3 +47,10 @@ def test_an_end_token_that_is_also_padding_is_kept():
     sampling = {"max_new_tokens": 3, "temperature": 0}
     assert sample_responses(model, tokenizer, [[5]], keep_end=True, **sampling) == [[[end]]]
     assert sample_responses(model, tokenizer, [[5]], **sampling) == [[[]]]
+
+
+@pytest.mark.parametrize(("in_float64", "together"), [(1e-9, [[0, 1]]), (2e-3, [[0], [1]])])
+def test_what_is_rounding_is_found_out_in_float64(monkeypatch, in_float64, together):
+    changes = {torch.float32: 2e-3, torch.float64: in_float64}
+    monkeypatch.setattr("trl_rlaif.generation._padding_changes", lambda model, dtype: changes[dtype])
+    assert padded_together(make_llama(), [3, 5]) == together

@@ -43,6 +43,20 @@ def test_it_computes_what_a_float32_copy_computes(kind, dtype):
         assert weight.dtype == dtype and torch.equal(weight, before[name])
 
 
+@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16])
+def test_a_trial_in_float64(held):
+    model = make_family("granite").to(held)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with torch.no_grad():
+        expected = copy.deepcopy(model).double()(IDS).logits
+    with trial(model, torch.float64):
+        found = model(IDS).logits
+    assert found.dtype == torch.float64
+    # Where norms and rotations are computed in float32 they are so in both.
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
 def test_weights_are_put_back_after_an_error():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(5, 4)).bfloat16()
     with pytest.raises(RuntimeError), trial(model):
