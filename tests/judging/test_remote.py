@@ -14,11 +14,11 @@ from helpers import server as scripted
 from helpers.recipes import tiny_recipe
 from helpers.server import ENDING, scripted_server, share
 
-from trl_rlaif.errors import RunError, UserError
+from trl_rlaif.errors import UserError
 from trl_rlaif.files import read_lines
 from trl_rlaif.judging.prompt import JudgePrompt
 from trl_rlaif.judging.question import Thinking
-from trl_rlaif.judging.remote import RemoteJudge, Server
+from trl_rlaif.judging.remote import RemoteJudge, Server, ServerGone
 from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.plugins import installed_plugins
 
@@ -383,9 +383,10 @@ def test_nobody_at_the_address_stops_the_run():
     (answer, _) = ask(judge, [pair()])[0]
     assert "onnection" in answer.failed and gone.base_url in answer.failed
     found = []
-    with pytest.raises(RunError, match="does not answer.*--resume") as caught:
+    with pytest.raises(ServerGone, match="does not answer.*--resume") as caught:
         found += judge.ask([pair()] * 20, ("1", "2"))
     assert gone.base_url in str(caught.value) and len(found) == 0
+    assert caught.value.exit_code == 1 and isinstance(caught.value, UserError)  # in RL what was learned is saved
 
 
 def test_a_server_that_comes_back_is_not_gone(server):

@@ -92,6 +92,12 @@ class _Read(NamedTuple):
     voted: bool = False
 
 
+class ServerGone(RunError, UserError):
+    """Nobody answers any more. Also a UserError: on one of those in a reward, the trainers save what was learned."""
+
+    exit_code = RunError.exit_code
+
+
 class _Unreadable(Exception):
     """The server answered, and the answer does not hold what was asked for."""
 
@@ -191,7 +197,7 @@ class RemoteJudge(Judge):
 
         Raises:
             UserError: The server refuses this client altogether.
-            RunError: Nobody has answered several questions in a row.
+            ServerGone: Nobody has answered several questions in a row.
         """
         import openai
 
@@ -225,7 +231,7 @@ class RemoteJudge(Judge):
         """Give up on the server, and not on one question after the other, once several have not been answered."""
         self._lost += 1
         if self._lost >= GONE_AFTER:
-            raise RunError(
+            raise ServerGone(
                 f"The judge's server does not answer: {_short(error)}",
                 where=self._address,
                 fix="Start it again, then go on with --resume: what it has said is kept. A slow one needs a longer "
