@@ -422,6 +422,21 @@ def test_the_first_question_finds_out_whether_an_answer_can_be_begun(server, mar
     assert said.count("Judge scripted at") == 1 and ("(prefill)" in said) == prefills
 
 
+@pytest.mark.parametrize("begun", ["refused", "ignored"])
+def test_a_server_that_can_neither_begin_an_answer_nor_give_log_probabilities_is_sampled(server, begun):
+    answer = ask_one(server, f"what? [[begun={begun} logprobs=0 say=1|1|1|2]]", prefill="auto", votes=4)
+    assert answer.logprobs[0] == logs(0.75, 0.25) and answer.voted
+    assert not server.requests[-1]["body"].get("continue_final_message")
+
+
+def test_a_question_that_is_refused_decides_nothing(server):
+    judge = make_judge(server, prefill="auto", concurrency=1)
+    found = ask(judge, [pair("too long [[fault=400]]"), pair("what?")])
+    assert all("context is too long" in answer.failed for answer in found[0])
+    assert all(answer.failed is None for answer in found[1])
+    assert server.requests[-1]["body"]["continue_final_message"] is True
+
+
 def test_further_fields_go_along(server):
     for more in ({}, {"prefill": True}, {"api": "completions"}):
         assert ask_one(server, extra_body={"guided": "1"}, **more).failed is None

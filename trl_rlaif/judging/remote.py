@@ -293,21 +293,29 @@ class RemoteJudge(Judge):
             return self._voted(question, candidates, instruction)
 
     def _find_out(self, question: Question, candidates: Sequence[str], instruction: str) -> None:
-        """Whether the server continues the answer that it is given, by who gives the candidates more."""
+        """Whether the server continues the answer that it is given, by which way gives the candidates more.
+
+        Where neither can be read, nothing is begun: the server may take no notice of it. A question that is refused
+        both ways decides nothing.
+        """
         import openai
 
         if self._prefills != "auto":  # another thread has asked
             return
-        mass = {}
+        mass: dict[bool, float] = {}
         for prefills in (True, False):
             try:
                 tokens, _ = self._top(question, instruction, prefills)
                 mass[prefills] = math.fsum(p for token, p in tokens if token.strip() in candidates)
-            except (_Unreadable, openai.BadRequestError, openai.UnprocessableEntityError):
-                mass[prefills] = -1.0
+            except _Unreadable:
+                mass[prefills] = 0.0
+            except (openai.BadRequestError, openai.UnprocessableEntityError):
+                continue
             if mass[prefills] > 0.9:
                 break
-        self._prefills = max(mass, key=lambda way: mass[way])
+        if not mass:
+            return
+        self._prefills = mass.get(True, 0.0) > 0 and mass[True] >= mass.get(False, 0.0)
         way = "its answer is begun for it (prefill)" if self._prefills else "it is told to answer with nothing else"
         say(f"Judge {self.name} at {self._address}: {way}.")
 
