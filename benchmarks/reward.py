@@ -5,7 +5,8 @@
 Both get the same model, LoRA, pairs in the same order, batch of pairs and precision, and their own defaults for the
 rest. Each measurement is a process of its own; the sides alternate. Time is that of whole epochs after the first;
 memory is the peak resident set above the import of the libraries, once as it is and once with
-MALLOC_MMAP_THRESHOLD_=65536 (much of the first is heap that glibc keeps).
+MALLOC_MMAP_THRESHOLD_=65536 (much of the first is heap that glibc keeps); with `--cuda` the peak that torch allocated
+on the GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ppo import SIDES, append, resident, run_side
+from ppo import SIDES, append, resident, run_side, synchronize
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
         return
     runs: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for _ in range(args.rounds):
-        for threshold in (None, "65536"):
+        for threshold in [None] if args.cuda else [None, "65536"]:
             for side in SIDES:
                 runs[side, threshold].append(run_side(__file__, side, threshold))
     result: dict[str, Any] = {
@@ -43,16 +44,17 @@ def main() -> None:
         "cores": os.cpu_count(),
     }
     for side in SIDES:
-        plain, mapped = runs[side, None], runs[side, "65536"]
+        plain, mapped = runs[side, None], runs.get((side, "65536"), [])
         result[side] = {
             "pairs_per_second": round(max(run["pairs_per_second"] for run in plain), 3),
             "peak_gib": round(min(run["peak"] for run in plain) / 2**30, 2),
-            "peak_gib_mapped": round(min(run["peak"] for run in mapped) / 2**30, 2),
             "losses": plain[0]["losses"],
         }
+        if mapped:
+            result[side]["peak_gib_mapped"] = round(min(run["peak"] for run in mapped) / 2**30, 2)
     stock, ours = result["stock"], result["ours"]
     names = ("pairs_per_second", "peak_gib", "peak_gib_mapped")
-    result["ratio"] = {name: round(ours[name] / stock[name], 3) for name in names}
+    result["ratio"] = {name: round(ours[name] / stock[name], 3) for name in names if name in stock}
     print(json.dumps(result, indent=2))
     if args.output:
         append(args.output, result)
@@ -66,6 +68,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="pairs")
     parser.add_argument("--epochs", type=int, default=2, help="the first one is not counted")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--cuda", action="store_true", help="measure the GPU")
     parser.add_argument("--float32", action="store_true", help="without TRL's default, bfloat16 autocast")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help="results are appended to this JSON list")
@@ -91,9 +94,11 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         """Seconds of every epoch."""
 
         def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+            synchronize()
             self.started = time.perf_counter()
 
         def on_epoch_end(self, *_: Any, **__: Any) -> None:
+            synchronize()
             seconds.append(time.perf_counter() - self.started)
 
     torch.manual_seed(0)  # both sides begin with the same head
@@ -106,7 +111,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
                 num_train_epochs=args.epochs,
                 gradient_checkpointing=False,
                 bf16=not args.float32,
-                use_cpu=True,
+                use_cpu=not args.cuda,
                 max_length=None,
                 logging_steps=1,
                 save_strategy="no",
@@ -121,7 +126,10 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
             callbacks=[Clock()],
         )
         trainer.train()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - imported
+    if args.cuda:
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - imported
     losses = [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry]
     return {"pairs_per_second": len(data) / min(seconds[1:] or seconds), "peak": peak, "losses": losses}
 

@@ -12,6 +12,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest  # noqa: E402  (after the environment is set)
+from helpers.gpu_benchmarks import sides  # noqa: E402, F401  (a fixture)
 
 # What takes longest, in this order: xdist hands files out as they come, and one that begins last is waited for.
 _LONGEST = [

@@ -1,5 +1,6 @@
 """The kit for a GPU machine runs from end to end on a CPU, where it has a tiny model."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -46,6 +47,40 @@ def test_no_operation_of_an_update_mixes_devices():
     phases = [line for line in done.stdout.splitlines() if line.startswith("==")]
     assert done.returncode == 0 and len(phases) == 3, done.stderr[-3000:]
     assert all(": 0 mixed, " in line for line in phases), done.stdout
+
+
+def test_stock_has_no_paged_optimizer_where_all_of_its_value_model_is_trained(sides):
+    arguments, known = {"optim": "paged_adamw_8bit", "bf16": True, "value": "adapter"}, {"optim", "bf16"}
+    assert sides.stock_arguments(arguments, known, nf4=False) == {"optim": "adamw_8bit", "bf16": True}
+    assert sides.stock_arguments(arguments, known, nf4=True) == {"optim": "paged_adamw_8bit", "bf16": False}
+    assert sides.stock_arguments({"bf16": True}, known, nf4=False) == {"bf16": True}
+
+
+def test_padded_prompts_have_real_lengths(sides):
+    lengths = sides.prompt_lengths(32, 256)
+    assert (min(lengths), max(lengths)) == (64, 256) and len(set(lengths)) == 32 and lengths != sorted(lengths)
+    assert sides.prompt_lengths(1, 256) == [256] and sides.prompt_lengths(2, 3) in ([1, 3], [3, 1])
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_reward_training_is_measured_where_it_is_asked_to(sides, monkeypatch, cuda):
+    import trl
+    from datasets import Dataset
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_, use_cpu, **__):
+        raise Stop(use_cpu)
+
+    reward = importlib.import_module("reward")
+    monkeypatch.setattr(trl, "RewardConfig", stop)
+    monkeypatch.setattr(reward, "_dataset", lambda args: Dataset.from_list([]))
+    monkeypatch.setattr("trl_rlaif.models.loading.load_model", lambda *_, **__: None)
+    monkeypatch.setattr(sys, "argv", ["reward.py", "data", "--side", "ours", *(["--cuda"] if cuda else [])])
+    with pytest.raises(Stop) as stopped:
+        reward._measure(reward._arguments())
+    assert stopped.value.args == (not cuda,)
 
 
 def test_a_wheel_loses_the_libraries_that_are_not_needed(tmp_path):

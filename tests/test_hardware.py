@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import yaml
-from helpers.recipes import tiny_recipe
+from helpers.recipes import tiny_recipe, write_recipe
 
-from trl_rlaif import PPOConfig, RewardConfig, UserError, hardware
+from trl_rlaif import PPOConfig, RewardConfig, UserError, cli, hardware
 from trl_rlaif.pipeline import redo, runner
 from trl_rlaif.pipeline.machine import machine_of, say_where, settled
 from trl_rlaif.pipeline.run_folder import RunFolder
@@ -118,6 +118,45 @@ def test_machines_that_share_labels_hold_the_judge_alike(tmp_path, tiny_model):
     recipe = tiny_recipe(tmp_path, tiny_model, model={"dtype": "auto"})
     with pytest.raises(UserError, match="dtype is auto.*Name one for all"):
         runner.run_recipe(recipe, installed_plugins(), tmp_path / "run", shard="1/2")
+
+
+ALLOCATORS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
+
+@pytest.mark.parametrize(
+    ("given", "release", "expected"),
+    [
+        ({}, "6.1.0", "expandable_segments:True"),
+        ({}, "5.15.90.1-microsoft-standard-WSL2", None),
+        ({"PYTORCH_CUDA_ALLOC_CONF": ""}, "6.1.0", ""),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "6.1.0", None),
+    ],
+)
+def test_memory_grows_in_place_unless_the_environment_says_otherwise(monkeypatch, given, release, expected):
+    for name in ALLOCATORS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(hardware.sys, "platform", "linux")
+    monkeypatch.setattr(hardware.platform, "release", lambda: release)
+    hardware.let_memory_grow()
+    assert os.environ.pop("PYTORCH_CUDA_ALLOC_CONF", None) == expected
+
+
+@pytest.mark.parametrize(("sleeps", "grows"), [(True, False), (False, True)])
+def test_the_command_lets_memory_grow_but_not_next_to_a_sleeping_engine(
+    monkeypatch, tmp_path, tiny_model, sleeps, grows
+):
+    class Stop(Exception):
+        pass
+
+    called = []
+    monkeypatch.setattr(hardware, "let_memory_grow", lambda: called.append(True))
+    monkeypatch.setattr(cli, "_check_inputs", lambda parsed: (_ for _ in ()).throw(Stop))
+    path = write_recipe(tmp_path, tiny_model, rl={"generation": "vllm", "vllm_enable_sleep_mode": sleeps})
+    with pytest.raises(Stop):
+        cli.run(str(path))
+    assert bool(called) == grows
 
 
 # ---- Systems without fcntl, bitsandbytes or CUDA --------------------------------------------------------

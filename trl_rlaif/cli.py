@@ -58,7 +58,7 @@ def run(
     ] = None,
 ) -> None:
     """Run a recipe: from prompts to an aligned policy and a report."""
-    from trl_rlaif import distributed
+    from trl_rlaif import distributed, hardware
     from trl_rlaif.experiments import run_comparison
     from trl_rlaif.pipeline.artifacts import REPORT
     from trl_rlaif.pipeline.runner import run_recipe
@@ -72,6 +72,9 @@ def run(
     place, command = output or Path("runs") / parsed.run.name, shlex.join(["trl-rlaif", *sys.argv[1:]])
     stages = [stage.strip() for stage in only.split(",")] if only else []
     check_processes(parsed, stages)
+    sections = [each.rl for each in parsed.variants.values() or [parsed]]
+    if not any(rl and rl.config.get("vllm_enable_sleep_mode") for rl in sections):  # older vLLM refuses both together
+        hardware.let_memory_grow()
     if parsed.variants and (stages or shard):
         raise UserError(
             f"A recipe with 'compare' runs as a whole, without {'--only' if stages else '--shard'}.",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import sys
 import time
 from functools import cache
 from pathlib import Path
@@ -89,6 +91,39 @@ def settle_bf16(args: Any) -> None:
             _say_once("bf16 is off: bfloat16 is not computed fast here, or use_cpu is not set.")
     elif args.bf16:
         _say_once(emulation_warning("bf16 is on", device))
+
+
+def let_memory_grow() -> None:
+    """Let torch extend its segments of GPU memory in place, unless the environment says how it allocates.
+
+    Caches of keys and values grow token by token, and batches differ in length: in segments of fixed size they leave
+    gaps, which ``trl-rlaif memory`` counts as fragmentation. To be called before CUDA is used. Not measured on a GPU.
+    Nothing is done where the driver's support is uncertain: on Windows, also beneath WSL.
+    """
+    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+    supported = sys.platform == "linux" and "microsoft" not in platform.release().lower()
+    if supported and not any(name in os.environ for name in names):
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # the name that every version reads
+
+
+def use_one_gpu(args: Any) -> Any:
+    """Keep one process to one GPU, and say how to use the others; the arguments.
+
+    transformers would spread each batch over all GPUs that a process sees (``nn.DataParallel``), whose copies of a
+    model nobody here reads, and multiply the batch by their number also where it does not, as with 4-bit weights.
+    TRL 1.16's trainers refuse that.
+
+    Args:
+        args: transformers' TrainingArguments, before the trainer is built.
+    """
+    if args.n_gpu > 1:
+        _say_once(
+            f"This process sees {args.n_gpu} GPUs and trains on one. To train on all of them, start it with "
+            f"accelerate launch --num_processes {args.n_gpu} (README, Several GPUs); CUDA_VISIBLE_DEVICES says which "
+            "ones it sees."
+        )
+        args._n_gpu = 1
+    return args
 
 
 @cache

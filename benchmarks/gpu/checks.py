@@ -27,7 +27,7 @@ from peft import LoraConfig, get_peft_model
 from trl_rlaif.judging.packed import PackedModel
 from trl_rlaif.models.kernels import autocast, generation_kernels, kernels, training_kernels
 from trl_rlaif.models.loading import ModelSpec, load_model, load_tokenizer
-from trl_rlaif.models.safe_training import without_cudnn_attention
+from trl_rlaif.models.safe_training import page_again, without_cudnn_attention
 from trl_rlaif.models.shared_model import SharedBase
 from trl_rlaif.reward.collator import SoftPreferenceCollator
 from trl_rlaif.reward.scoring import PairScorer, can_pack
@@ -203,11 +203,39 @@ def check_ppo(record: Record, folder: str) -> None:
         record.add(f"ppo, {kind}: resumed, largest difference", difference, 1e-12)
 
 
+def check_paging(record: Record, folder: str) -> None:
+    """A paged optimizer's states after a resumption: paged as before, with the same values, and the same next step."""
+    from bitsandbytes.optim import PagedAdamW8bit
+
+    torch.manual_seed(0)
+    start, gradients = torch.randn(2**19, device=record.device), torch.randn(4, 2**19, device=record.device)
+
+    def steps(optimizer: Any, parameter: torch.Tensor, numbers: list[int]) -> torch.Tensor:
+        for number in numbers:
+            parameter.grad = gradients[number].clone()
+            optimizer.step()
+        return parameter.detach().clone()
+
+    whole = torch.nn.Parameter(start.clone())
+    first = PagedAdamW8bit([whole], lr=1e-2)
+    midway = steps(first, whole, [0, 1])
+    kept = Path(tempfile.mkdtemp()) / "optimizer.pt"
+    torch.save(first.state_dict(), kept)
+    resumed = torch.nn.Parameter(midway)
+    second = PagedAdamW8bit([resumed], lr=1e-2)
+    second.load_state_dict(torch.load(kept, map_location="cpu", weights_only=False))
+    page_again(second)
+    paged = [getattr(second.state[resumed][name], "is_paged", False) for name in ("state1", "state2")]
+    record.add("paged states: plain after a resumption", 2 - sum(paged), 0.5 if record.device == "cuda" else None)
+    difference = steps(first, whole, [2, 3]) - steps(second, resumed, [2, 3])
+    record.add("paged states: resumed, largest difference", difference.abs().max().item(), 1e-12)
+
+
 def checks(record: Record, folder: Path | None) -> None:
     """Whether everything is right, on a tiny model."""
     with tempfile.TemporaryDirectory() as tiny:
         save_tiny_model(tiny, hidden_size=64)
-        for check in (check_nf4, check_padding, check_judge, check_reward, check_lora, check_ppo):
+        for check in (check_nf4, check_padding, check_judge, check_reward, check_lora, check_paging, check_ppo):
             try:
                 check(record, tiny)
             except Exception as error:

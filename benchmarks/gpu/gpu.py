@@ -2,6 +2,7 @@
 
     python benchmarks/gpu/gpu.py
     python benchmarks/gpu/gpu.py --sizes 8b --only ours --cards 12 --limit 500
+    python benchmarks/gpu/gpu.py --sizes 8b --only ours --batch 32 --padded
     python benchmarks/gpu/gpu.py --sizes tiny --device cpu
 
 Nothing is downloaded: models of published Llama shapes get random bfloat16 weights, are saved to a temporary folder
@@ -11,12 +12,14 @@ is a process of its own with a time limit, and what it measured is appended to t
 Ours is the `rl` stage of a packaged recipe: policy, value, reward and reference on one base in NF4. Stock is
 `trl.experimental.ppo.PPOTrainer` (TRL 1.11 or 1.12) with the same settings as far as it knows them (it does not act
 on gradient_checkpointing), a LoRA policy, and value and reward models of their own: `stock-bf16` trains all of the
-value model, `stock-nf4` a LoRA of it, since 4-bit weights cannot be trained. Running out of memory is a result.
+value model, without a paged optimizer, `stock-nf4` a LoRA of it, since 4-bit weights cannot be trained. Running out of
+memory is a result.
 
 Time is the fastest update after the first, by phase. Memory is the peak that torch allocated and reserved on the GPU,
 loading included, beside what `trl-rlaif memory` predicts for the same settings; on a CPU it is the peak resident set
 above the import of the libraries, and nothing is compared with it. Settings that are not the recipe's: batch, prompt
-and response length, and no end token, so that every response has full length.
+and response length, and no end token, so that every response has full length. Prompts have one length, which needs
+no mask; with `--padded` they differ, as real ones do, and are padded on the left.
 """
 
 from __future__ import annotations
@@ -101,6 +104,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--prompt", type=int, help="tokens (default: 256)")
+    parser.add_argument("--padded", action="store_true", help="prompts of a quarter to all of --prompt tokens")
     parser.add_argument("--response", type=int, help="tokens, all of them sampled (default: 256)")
     parser.add_argument("--updates", type=int, default=3)
     parser.add_argument("--ablate", action="store_true", help="8 updates, some with one kernel less; the table has all")
@@ -124,6 +128,8 @@ def _run(args: argparse.Namespace, step: str, size: str, models: Path, card: int
     environment = os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
     above = str(Path(__file__).parents[1])  # whose parts the sides share
     environment["PYTHONPATH"] = os.pathsep.join([above, *filter(None, [environment.get("PYTHONPATH")])])
+    if step == "ours":  # as the command `run` has it
+        environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if args.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     environment.setdefault("CUDA_VISIBLE_DEVICES", "0")

@@ -41,8 +41,8 @@ recipe() {  # NAME SECONDS SETTINGS...
 }
 
 (nvidia-smi; df -h /dev/shm /tmp; free -g) > "$OUT/log.txt" 2>&1
-big=8b small=1.5b slow=1
-[[ $device == cpu ]] && big=tiny small=tiny slow=100
+big=8b small=1.5b slow=1 rows=32
+[[ $device == cpu ]] && big=tiny small=tiny slow=100 rows=8
 case $1 in
 main)  # with 64 tokens an update on 8b takes about 8 s; with 256 three of them did not end in 190 s
     check checks 80 checks
@@ -50,6 +50,7 @@ main)  # with 64 tokens an update on 8b takes about 8 s; with 256 three of them 
     check speed 90 speed "$models/$big"
     ppo ablation 130 --sizes $big --only ours --ablate --response 64
     check pairs 60 pairs "$models/$big"
+    ppo padded 100 --sizes $big --only ours --batch $rows --padded --response 64 --updates 2
     ppo stock 90 --sizes $big --only stock --stock stock-nf4 --response 64 --updates 2
     ppo small 60 --sizes $small --only ours --response 64
     ppo card 60 --sizes $big --only ours --cards 12 --response 64 --updates 2

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import platform
+import random
 import resource
 import subprocess
 import tempfile
@@ -166,18 +167,28 @@ class Side:
             "batch": args.batch,
             "prompt_tokens": args.prompt or self.size.tokens,
             "response_tokens": args.response or self.size.tokens,
+            "padded": args.padded,
             "set": args.set,
             "card_gb": args.card,
         }
 
     def prompts(self) -> Any:
-        """A dataset of random prompts of one length."""
+        """A dataset of random prompts, all of full length or, with ``--padded``, of a quarter of it and more."""
         import torch
         from datasets import Dataset
 
         rows, length = self.args.batch * self.args.updates, self.args.prompt or self.size.tokens
         torch.manual_seed(0)
-        return Dataset.from_dict({"input_ids": torch.randint(4, self.size.vocab, (rows, length)).tolist()})
+        ids = torch.randint(4, self.size.vocab, (rows, length)).tolist()
+        lengths = prompt_lengths(rows, length) if self.args.padded else [length] * rows
+        return Dataset.from_dict({"input_ids": [row[:n] for row, n in zip(ids, lengths, strict=True)]})
+
+
+def prompt_lengths(rows: int, longest: int) -> list[int]:
+    """Lengths from a quarter of the longest up to it, evenly spread and in an order of chance; one is the longest."""
+    least = max(1, longest // 4)
+    lengths = [longest - (longest - least) * i // max(1, rows - 1) for i in range(rows)]
+    return random.Random(0).sample(lengths, rows)
 
 
 def _gib(size: float) -> float:
@@ -282,6 +293,20 @@ def _ours(side: Side, folder: Path) -> Any:
     return trainer
 
 
+def stock_arguments(arguments: dict[str, Any], known: set[str], *, nf4: bool) -> dict[str, Any]:
+    """What stock's PPOConfig takes of ours.
+
+    A paged optimizer takes managed memory for what the card has not: with the states of a whole value model of 8
+    billion weights it can hang the GPU, where running out of memory would end the process. There it is not paged.
+    """
+    taken = {key: value for key, value in arguments.items() if key in known}
+    if nf4:
+        # With bf16 it turns the norms of a 4-bit model to float32, which the head then refuses; products are in
+        # bfloat16 either way.
+        return taken | {"bf16": False}
+    return taken | ({"optim": taken["optim"].removeprefix("paged_")} if "optim" in taken else {})
+
+
 def _stock(side: Side, folder: Path) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import DataCollatorWithPadding
@@ -290,7 +315,6 @@ def _stock(side: Side, folder: Path) -> Any:
     from trl_rlaif.models.loading import ModelSpec, load_model
 
     context, arguments = _settings(side, folder)
-    known = {field.name for field in fields(PPOConfig)}
     nf4 = side.args.step == "stock-nf4"
 
     def load(labels: int | None = None) -> Any:
@@ -302,12 +326,9 @@ def _stock(side: Side, folder: Path) -> Any:
         lora = side.recipe.model.lora
         config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="SEQ_CLS")
         value = get_peft_model(value, config)
-        # With bf16 it turns the norms of a 4-bit model to float32, which the head then refuses; products are in
-        # bfloat16 either way.
-        arguments["bf16"] = False
     data = side.prompts()
     trainer = PPOTrainer(
-        PPOConfig(**{key: argument for key, argument in arguments.items() if key in known}),
+        PPOConfig(**stock_arguments(arguments, {field.name for field in fields(PPOConfig)}, nf4=nf4)),
         context.tokenizer,
         policy,
         None,

@@ -17,10 +17,11 @@ def describe(record: dict[str, Any]) -> list[str]:
     memory = [name for name in _MEMORY if any(name in record[side]["gib"] for side in sides)]
     where = machine.get("gpu") or f"{machine['cores']} cores"
     card = f", as a card of {setting['card_gb']} GB" if setting["card_gb"] else ""
+    padded = ", prompts padded" if setting.get("padded") else ""
     lines = [
         "",
         f"{setting['size']} (like {setting['like']}), {setting['recipe']}, batch {setting['batch']} x "
-        f"({setting['prompt_tokens']} + {setting['response_tokens']}) tokens, {where}{card}",
+        f"({setting['prompt_tokens']} + {setting['response_tokens']}) tokens{padded}, {where}{card}",
         _row("", [*(f"{phase}, s" for phase in _PHASES), *(f"{name}, GiB" for name in memory)]),
     ]
     for side in sides:

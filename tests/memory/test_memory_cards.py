@@ -60,10 +60,15 @@ def test_the_cheapest_change_comes_first(parse, shape):
     assert advice[80].settings == advice[48].settings == (checkpointing,)
     assert advice[24].settings[:2] == (checkpointing, "rl.per_device_train_batch_size=8")
     assert "model.quantization=nf4" not in advice[24].settings
-    assert "rl.optim=paged_adamw_8bit" in advice[16].settings
     assert any("local_rollout_forward_batch_size" in s for s in advice[12].settings)
     # Nothing that changes what is learned is needed.
     assert not any("response_length" in s for a in advice.values() for s in a.settings)
+
+
+def test_paged_states_are_advised_where_they_matter(parse, shape):
+    recipe = parse("model.lora.r=128")
+    advice = {a.card: a.settings for a in advise(recipe, shape, plan_memory(recipe, shape))}
+    assert all("rl.optim=paged_adamw_8bit" in advice[card] for card in (16, 24))
 
 
 def test_some_cards_are_too_small_whatever_is_set(parse, shape):

@@ -6,12 +6,16 @@ import re
 import sys
 
 import pytest
+import torch
 from helpers.recipes import write_recipe
 from transformers import LlamaConfig, Qwen2Config
 
-from trl_rlaif import cli
+from trl_rlaif import PPOConfig, cli
+from trl_rlaif.compat.ppo_trainer import work_out_batches
 from trl_rlaif.errors import UserError
 from trl_rlaif.memory import CONTEXT_BYTES, MARGIN, ModelShape, advise, plan_memory
+from trl_rlaif.memory.settings import rl_batch
+from trl_rlaif.memory.table import _all_phases
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import packaged_recipes, parse_recipe
 
@@ -130,8 +134,11 @@ def test_every_role_is_counted(parse):
     with_start = plan_memory(parse(sft={"data": "train.jsonl"}))
     one = _matching(with_reward, "reward adapter")
     assert _matching(with_start, "reference adapter") == one and _matching(with_reward, "reference adapter") == 0
-    # Policy, value and the value's head of 32 weights: weights, gradients, two states of AdamW.
-    assert _matching(with_reward, "policy and value") == 4 * (2 * one + 4 * 32)
+    # Policy, value and the value's head of 32 weights: weights and two states of AdamW, and gradients in the update.
+    trained = 2 * one + 4 * 32
+    assert _matching(with_reward, "policy and value") == 3 * trained
+    for phase in ("update: layers", "update: output head"):
+        assert _matching(with_reward, "policy and value", when=phase) == trained
 
 
 def test_what_is_planned_as_ppo_is_said(parse):
@@ -143,7 +150,7 @@ def test_a_value_head_on_the_policys_trunk_needs_no_adapter(parse, monkeypatch):
     one = _matching(plan_memory(parse()), "reward adapter")
     recipe = parse()
     recipe.rl.config["value"] = "trunk"
-    assert _matching(plan_memory(recipe), "policy adapter and value head") == 4 * (one + 4 * 32)
+    assert _matching(plan_memory(recipe), "policy adapter and value head") == 3 * (one + 4 * 32)
 
 
 def test_settings_change_what_they_should(parse):
@@ -160,6 +167,45 @@ def test_settings_change_what_they_should(parse):
     # More accumulation is a larger batch of prompts, and nothing else.
     more = "rl.gradient_accumulation_steps=8"
     assert predicted("generation", more) > predicted("generation") and predicted(layers, more) == predicted(layers)
+
+
+@pytest.mark.parametrize(("rows", "steps", "minibatches"), [(4, 1, 1), (4, 4, 1), (4, 4, 2), (8, 1, 4), (4, 3, 6)])
+def test_batches_are_the_trainers(parse, tmp_path, rows, steps, minibatches):
+    sizes = {
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": steps,
+        "num_mini_batches": minibatches,
+    }
+    args = PPOConfig(str(tmp_path), use_cpu=True, report_to=[], **sizes)
+    work_out_batches(args, 1, 64)
+    recipe = parse("rl.max_prompt_length=24", *(f"rl.{key}={value}" for key, value in sizes.items()))
+    assert rl_batch(recipe) == args.local_batch_size
+    # As PPOUpdate takes a minibatch apart.
+    largest = max(map(len, torch.arange(args.local_mini_batch_size).split(args.per_device_train_batch_size)))
+    parts = _parts(plan_memory(recipe), when="update: layers")
+    assert f"activations of all layers, {largest} x 32 tokens" in parts or (
+        f"hidden states, one a layer, {largest} x 32 tokens" in parts
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "confirmed"),
+    [
+        ([], True),
+        (["rl.value=trunk"], False),
+        (["rl.algorithm=grpo"], False),
+        (["model.quantization=none"], False),
+        (["rl.gradient_checkpointing=false"], False),
+    ],
+)
+def test_what_no_gpu_has_confirmed_is_marked(overrides, confirmed):
+    recipe = parse_recipe("qlora_12gb", overrides=overrides, registry=installed_plugins().registry)
+    plan = plan_memory(recipe, QWEN_15B)
+    assert plan.measured == ({"rl"} if confirmed else frozenset())
+    marked = [line for line in _all_phases(plan) if line.endswith(" *")]
+    assert any("reward, update" in line for line in marked)
+    assert any("rl, update" in line for line in marked) != confirmed
+    assert any(line.startswith("* not measured") for line in _all_phases(plan))
 
 
 def test_paged_states_do_not_count_towards_the_peak(parse):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from bitsandbytes.optim import PagedAdamW8bit
 from datasets import Dataset
 from helpers.group_processes import NONE
 from helpers.ppo import small_trainer
@@ -21,7 +23,8 @@ from transformers import TrainerCallback, TrainerState
 from trl_rlaif_rehearsal.rejection import RejectionSampling
 
 from trl_rlaif import RewardTrainer, RunError, cli
-from trl_rlaif.models.safe_training import _GradientCheck, check_gradients
+from trl_rlaif.models import safe_training
+from trl_rlaif.models.safe_training import _GradientCheck, check_gradients, page_again
 from trl_rlaif.pipeline.context import Context
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.work.grpo_rloo import build_trainer
@@ -147,3 +150,81 @@ def test_the_overflows_of_fp16_are_its_scalers():
     check.on_pre_optimizer_step(SimpleNamespace(fp16=True), state, None, model=model)
     with pytest.raises(RunError):
         check.on_pre_optimizer_step(SimpleNamespace(fp16=False), state, None, model=model)
+
+
+# ---- Paged optimizers -----------------------------------------------------------------------------------
+
+
+class Paged(PagedAdamW8bit):
+    """bitsandbytes' optimizer as it is on a GPU: large states are in paged memory, which a CPU has not."""
+
+    def get_state_buffer(self, p, dtype=torch.float32):
+        buffer = torch.zeros_like(p, dtype=dtype)
+        if p.numel() >= 1e5:
+            buffer.is_paged = True
+        return buffer
+
+    def prefetch_state(self, p):
+        pass
+
+
+def _paged(optimizer):
+    return [
+        getattr(state[name], "is_paged", False) for state in optimizer.state.values() for name in ("state1", "state2")
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported")
+def test_states_that_were_paged_are_paged_after_a_resumption():
+    torch.manual_seed(0)
+    start = [torch.randn(120_000), torch.randn(5000)]
+    gradients = [[torch.randn_like(x) for x in start] for _ in range(3)]
+
+    def step(optimizer, parameters, number):
+        for parameter, gradient in zip(parameters, gradients[number], strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+
+    whole = [torch.nn.Parameter(x.clone()) for x in start]
+    first = Paged(whole)
+    step(first, whole, 0)
+    step(first, whole, 1)
+    assert _paged(first) == [True, True, False, False]
+    resumed = [torch.nn.Parameter(p.detach().clone()) for p in whole]
+    second = Paged(resumed)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    # What bitsandbytes' own copy keeps of the mark, a file does not.
+    for state in second.state.values():
+        state |= {name: value.clone() for name, value in state.items() if torch.is_tensor(value)}
+    assert _paged(second) == [False] * 4
+    page_again(SimpleNamespace(optimizer=second))  # as accelerate wraps it
+    assert _paged(second) == [True, True, False, False]
+    step(first, whole, 2)
+    step(second, resumed, 2)
+    assert all(map(torch.equal, whole, resumed))
+
+
+def test_other_optimizers_are_left_alone():
+    parameter = torch.nn.Parameter(torch.ones(120_000))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    before = dict(optimizer.state[parameter])
+    page_again(optimizer)
+    page_again(None)
+    assert all(optimizer.state[parameter][name] is value for name, value in before.items())
+
+
+def test_every_loop_pages_its_optimizers_states(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(safe_training, "page_again", seen.append)
+    trainer = small_trainer(tmp_path)
+    trainer.train()
+    rows = [{"chosen_ids": [5, 6, 7, i], "rejected_ids": [5, 6, 8, i, 9], "p": 0.8} for i in range(10, 14)]
+    args = small_config(tmp_path, per_device_train_batch_size=4, max_steps=1)
+    reward = RewardTrainer(
+        model=make_scorer(), args=args, train_dataset=Dataset.from_list(rows), processing_class=make_tokenizer()
+    )
+    reward.train()
+    found = [getattr(optimizer, "optimizer", optimizer) for optimizer in seen]
+    assert found == [getattr(t.optimizer, "optimizer", t.optimizer) for t in (trainer, reward)]

@@ -10,7 +10,7 @@ from typing import Any
 from trl_rlaif.memory.activations import FLOAT32, Activations, Precision
 from trl_rlaif.memory.counting import Adapter, ModelShape, adapter, optimizer_bytes, weight_bytes
 from trl_rlaif.memory.plan import ALWAYS, Part
-from trl_rlaif.memory.settings import rl_batch, setting
+from trl_rlaif.memory.settings import rl_batch, rl_rows, setting
 from trl_rlaif.recipe import JudgeSection, Recipe
 
 # Prompts are this long where the recipe sets no limit.
@@ -96,14 +96,24 @@ def _weights(shape: ModelShape, nf4: bool, sizes: tuple[int, int], item: int, dt
     yield Part(f"{what}: one 4-bit weight, dequantized for a product", item * largest, ALWAYS, "")
 
 
-def trained(run: MemoryRun, stage: str, what: str, tensors: tuple[int, ...], item: int) -> Iterator[Part]:
-    """Weights, gradients and optimizer states of what a stage trains."""
+LAYERS, HEAD = "update: layers", "update: output head"
+
+
+def trained(
+    run: MemoryRun, stage: str, what: str, tensors: tuple[int, ...], item: int, *, head: bool = True
+) -> Iterator[Part]:
+    """Weights, gradients and optimizer states of what a stage trains; gradients are gone after each update.
+
+    Args:
+        head: Whether the update has an output head.
+    """
     optim = run.setting(stage, "optim")
     optim = getattr(optim, "value", optim)  # transformers' default is an enum
     size = item * sum(tensors)
     resident, paged = optimizer_bytes(optim, tensors, item)
     yield Part(f"{what}: weights", size, ALWAYS, "")
-    yield Part(f"{what}: gradients", size, ALWAYS, "")
+    for phase in (LAYERS, HEAD) if head else (LAYERS,):
+        yield Part(f"{what}: gradients", size, phase, "")
     yield Part(f"{what}: optimizer states ({optim})", resident, ALWAYS, "")
     yield Part(f"{what}: optimizer states ({optim})", paged, ALWAYS, "", paged=True)
 
@@ -114,8 +124,8 @@ def backward(activations: Activations, rows: int, length: int, checkpointing: bo
     peak = activations.peak(rows, length, checkpointing=checkpointing)
     size = f"{rows} x {length} tokens"
     how = f"hidden states, one a layer, {size}" if checkpointing else f"activations of all layers, {size}"
-    yield Part(how, kept, "update: layers", "")
-    yield Part("one layer, computed again" if checkpointing else "their gradients", peak - kept, "update: layers", "")
+    yield Part(how, kept, LAYERS, "")
+    yield Part("one layer, computed again" if checkpointing else "their gradients", peak - kept, LAYERS, "")
 
 
 def update(
@@ -125,11 +135,11 @@ def update(
     yield from backward(activations, rows, length, checkpointing)
     # The last hidden state waits for the gradient that the head's chunks fill in.
     hidden = rows * length * activations.precision.stream * activations.shape.hidden
-    yield Part("gradient of the last hidden state", hidden, "update: layers", "")
+    yield Part("gradient of the last hidden state", hidden, LAYERS, "")
     kept = activations.kept(rows, length, checkpointing=checkpointing)
     how = "hidden states, one a layer" if checkpointing else "activations of all layers"
-    yield Part(f"{how}, {rows} x {length} tokens", kept + hidden, "update: output head", "")
-    yield Part(f"output head, {chunk} tokens at a time", head, "update: output head", "")
+    yield Part(f"{how}, {rows} x {length} tokens", kept + hidden, HEAD, "")
+    yield Part(f"output head, {chunk} tokens at a time", head, HEAD, "")
 
 
 def generation(activations: Activations, rows: int, prompt: int, response: int) -> Iterator[Part]:
@@ -153,7 +163,8 @@ def policy_training(run: MemoryRun) -> list[Part]:
     hidden = rows * length * activations.precision.stream * run.shape.hidden
     # An update takes a micro-batch in parts where the recipe limits their tokens.
     limit = run.setting("rl", "micro_batch_tokens")
-    trained = max(1, min(rows, limit // length)) if limit else rows
+    trained = rl_rows(recipe)
+    trained = max(1, min(trained, limit // length)) if limit else trained
     learned = min(chunk, trained * response)
     return [
         *_roles(run),

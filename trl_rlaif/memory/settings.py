@@ -49,12 +49,12 @@ def with_settings(recipe: Recipe, changes: dict[tuple[str, str], Any]) -> Recipe
 
 
 def rl_batch(recipe: Recipe) -> int:
-    """Prompts of one update on one device."""
-    values = (
-        setting(recipe, "rl", key)
-        for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches")
-    )
-    batch = 1
-    for value in values:
-        batch *= value or 1
-    return batch
+    """Responses of one update on one device."""
+    rows, steps = (setting(recipe, "rl", key) for key in ("per_device_train_batch_size", "gradient_accumulation_steps"))
+    return rows * (steps or 1)
+
+
+def rl_rows(recipe: Recipe) -> int:
+    """Responses of one forward and backward pass: a micro-batch, or a minibatch where that is smaller."""
+    rows, parts = (setting(recipe, "rl", key) for key in ("per_device_train_batch_size", "num_mini_batches"))
+    return max(1, min(rows, rl_batch(recipe) // (parts or 1)))

@@ -8,6 +8,10 @@ from trl_rlaif.memory.plan import ALWAYS, CONTEXT_BYTES, MARGIN, MemoryPlan, loa
 from trl_rlaif.recipe import Recipe
 
 _WIDTH = 72
+_UNMEASURED = [
+    "* not measured on a GPU: counted, and compared with tensors on a CPU; the others were within 10% on one H100",
+    "  (benchmarks/results/gpu.md)",
+]
 
 
 def describe(recipe: Recipe) -> str:
@@ -36,7 +40,7 @@ def _peak_stage(plan: MemoryPlan) -> list[str]:
     parts = [part for part in plan.parts if part.stage == stage and part.when in (ALWAYS, phase)]
     lines += [_line(part.name, part.bytes) for part in parts if not part.paged]
     lines += [
-        _line("CUDA context and workspaces", CONTEXT_BYTES),
+        _line("CUDA context and kernels", CONTEXT_BYTES),
         _line(f"fragmentation, {MARGIN:.0%} of what is allocated", plan.margin),
         _line("peak", plan.peak, indent=""),
     ]
@@ -45,8 +49,11 @@ def _peak_stage(plan: MemoryPlan) -> list[str]:
 
 
 def _all_phases(plan: MemoryPlan) -> list[str]:
+    """What each phase allocates; with a star where no GPU has confirmed it."""
     lines = [f"{'Allocated by phase':<{_WIDTH}}{'GiB':>8}"]
-    return lines + [_line(f"{stage}, {phase}", plan.predict(phase, stage)) for stage, phase in plan.phases()]
+    for stage, phase in plan.phases():
+        lines.append(_line(f"{stage}, {phase}", plan.predict(phase, stage)) + ("" if stage in plan.measured else " *"))
+    return lines + (_UNMEASURED if any(stage not in plan.measured for stage, _ in plan.phases()) else [])
 
 
 def _card(advice: Advice) -> str:

@@ -1,4 +1,4 @@
-"""The conditions under which every model is trained here: attention whose gradients are right, and finite gradients."""
+"""The conditions of every training: attention with right gradients, finite gradients, optimizers that stay paged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from trl_rlaif.errors import RunError
 
 @contextmanager
 def safe_training(trainer: Any) -> Iterator[None]:
-    """Train inside: without cuDNN's attention, and, in transformers' loop, with ``check_gradients`` before each step.
+    """Train inside: without cuDNN's attention, with a paged optimizer's states paged again after a resumption, and, in
+    transformers' loop, with ``check_gradients`` before each step.
 
     Args:
         trainer: Of transformers or TRL. A loop of its own calls ``check_gradients`` itself.
@@ -46,9 +47,36 @@ def without_cudnn_attention() -> Iterator[None]:
 
 
 class _GradientCheck(TrainerCallback):
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        page_again(optimizer)
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if not args.fp16:  # whose scaler overflows on purpose, and skips the step then
             check_gradients(model, state.global_step + 1)
+
+
+@torch.no_grad()
+def page_again(optimizer: Any) -> None:
+    """Put the loaded states of a paged optimizer of bitsandbytes into paged memory, as they were before.
+
+    It loads them as plain tensors (seen in 0.50), which would stay on the GPU for the rest of the run.
+
+    Args:
+        optimizer: Any; accelerate's wrapper or not.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    if not getattr(optimizer, "is_paged", False):
+        return
+    for parameter, state in optimizer.state.items():
+        for name in {"state1", "state2"} & state.keys():
+            loaded = state[name]
+            if getattr(loaded, "is_paged", False):
+                continue
+            buffer = optimizer.get_state_buffer(parameter, dtype=loaded.dtype)
+            if getattr(buffer, "is_paged", False):  # not on a CPU, and not where the state is small
+                if parameter.device.type == "cuda":
+                    torch.cuda.synchronize()  # the buffer is cleared by the GPU, and filled by the CPU
+                state[name] = buffer.copy_(loaded)
 
 
 def check_gradients(model: nn.Module, update: int) -> None:

@@ -16,6 +16,7 @@ from trl import RewardTrainer as TrlRewardTrainer
 from trl_rlaif.components import RewardTransform
 from trl_rlaif.encoding import usable_tokenizer
 from trl_rlaif.errors import UserError
+from trl_rlaif.hardware import use_one_gpu
 from trl_rlaif.models.adapters import fitted
 from trl_rlaif.models.classifier import weightless
 from trl_rlaif.models.kernels import training_kernels, used
@@ -98,6 +99,11 @@ class RewardTrainer(TrlRewardTrainer):
                 pad_to_multiple_of=self.args.pad_to_multiple_of,
                 packed=packing is not False and self._can_pack(insist=packing is True),
             )
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in TRL's trainer, on one GPU in each process."""
+        use_one_gpu(self.args)
+        super().create_accelerator_and_postprocess()
 
     def _can_pack(self, *, insist: bool) -> bool:
         if not insist and not used("packing", self.args.device):

@@ -18,6 +18,7 @@ from transformers import PrinterCallback
 from trl_rlaif.compat.trl_version import check_trl
 from trl_rlaif.errors import UserError
 from trl_rlaif.generation import derived_seed
+from trl_rlaif.hardware import use_one_gpu
 from trl_rlaif.models.kernels import training_kernels
 from trl_rlaif.models.safe_training import safe_training
 from trl_rlaif.rl import deepspeed
@@ -228,7 +229,7 @@ def sft_config(args: PPOConfig, seed: int) -> SFTConfig:
         "push_to_hub": False,
         "disable_tqdm": True,
     }
-    return SFTConfig(**carried | checkpointing | own)
+    return use_one_gpu(SFTConfig(**carried | checkpointing | own))
 
 
 @contextmanager

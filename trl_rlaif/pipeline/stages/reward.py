@@ -61,6 +61,6 @@ class Reward(Stage):
         checkpointing = bool(run.setting("reward", "gradient_checkpointing"))
         return [
             *run.base(head=False),
-            *trained(run, "reward", "adapter and head", (*run.adapter.tensors, run.shape.hidden), item),
+            *trained(run, "reward", "adapter and head", (*run.adapter.tensors, run.shape.hidden), item, head=False),
             *backward(run.activations("reward", adapter_item=item), rows, length, checkpointing),
         ]

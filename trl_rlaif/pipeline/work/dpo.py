@@ -13,6 +13,7 @@ from trl_rlaif.compat.trl_version import check_trl
 from trl_rlaif.errors import UserError
 from trl_rlaif.evaluation import is_even
 from trl_rlaif.files import write_folder
+from trl_rlaif.hardware import use_one_gpu
 from trl_rlaif.models.shared_model import save_adapter
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.artifacts import RlResults
@@ -136,7 +137,7 @@ def _config(context: Context) -> tuple[DPOConfig, list[str]]:
     known = {field.name for field in dataclasses.fields(DPOConfig) if field.init}
     ignored = sorted(set(written) - known)
     own = {key: value for key, value in written.items() if key in known}
-    return DPOConfig(**context.trainer_arguments("rl", own)), ignored
+    return use_one_gpu(DPOConfig(**context.trainer_arguments("rl", own))), ignored
 
 
 def _save(context: Context, trainer: DPOTrainer, folder: Path) -> None:

@@ -10,6 +10,7 @@ from trl_rlaif.compat.trl_version import check_trl
 from trl_rlaif.data.finetuning import assistant_turns
 from trl_rlaif.errors import UserError
 from trl_rlaif.files import write_folder
+from trl_rlaif.hardware import use_one_gpu
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.artifacts import SftResults
 from trl_rlaif.pipeline.context import Context
@@ -54,7 +55,7 @@ def build_trainer(context: Context) -> SFTTrainer:
     base = context.load_base()
     return SFTTrainer(
         model=base,
-        args=SFTConfig(**defaults | context.trainer_arguments("sft", written)),
+        args=use_one_gpu(SFTConfig(**defaults | context.trainer_arguments("sft", written))),
         train_dataset=context.with_template_kwargs(Dataset.from_list(rows)),
         processing_class=tokenizer,
         peft_config=fitted(context.lora, base),

@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
+from trl_rlaif.hardware import use_one_gpu
 from trl_rlaif.models.safe_training import safe_training
 from trl_rlaif.rl.grpo_rloo.config import scoring_settings
 from trl_rlaif.rl.grpo_rloo.verification import verify
@@ -38,6 +39,11 @@ class RehearsalMixin(_Trainer):
     scorer: GroupScorer | None = None
     same_run: SameRun
     failure: RewardError | None = None
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """TRL's, on one GPU in each process."""
+        use_one_gpu(self.args)
+        super().create_accelerator_and_postprocess()
 
     def take(self, scorer: GroupScorer) -> None:
         """Train with this scorer from here on, and on the prompts that its selectors choose."""

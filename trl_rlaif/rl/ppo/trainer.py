@@ -17,6 +17,7 @@ from trl_rlaif import run_identity
 from trl_rlaif.compat.trl_ppo import BasePPOTrainer
 from trl_rlaif.components import DataSelector, RewardTransform
 from trl_rlaif.errors import UserError
+from trl_rlaif.hardware import use_one_gpu
 from trl_rlaif.models.kernels import training_kernels
 from trl_rlaif.models.role_models import RoleModels, SeparateRoleModels, SharedRoleModels
 from trl_rlaif.models.safe_training import safe_training
@@ -96,7 +97,7 @@ class PPOTrainer(BasePPOTrainer):
         rehearsal_dataset: Dataset | None = None,
         plugins: Plugins | None = None,
     ) -> None:
-        args, self.plugins = with_defaults(args), plugins or installed_plugins()
+        args, self.plugins = use_one_gpu(with_defaults(args)), plugins or installed_plugins()
         functions = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
         model, processing_class = policy_of(model, processing_class, args)
         trunk = args.value == "trunk"
