@@ -134,6 +134,7 @@ class _State:
     lock: threading.Lock = field(default_factory=threading.Lock)
     delay: float = 0.0
     healed: bool = False
+    names: bool = False
     now: int = 0
     most: int = 0
     requests: list[dict[str, Any]] = field(default_factory=list)
@@ -183,9 +184,14 @@ class _Handler(BaseHTTPRequestHandler):
             with self.state.lock:
                 self.state.delay = body.get("delay", self.state.delay)
                 self.state.healed = body.get("healed", self.state.healed)
+                self.state.names = body.get("names", self.state.names)
             return self._send(200, {})
+        if self.path == "/tokenize" and self.state.names:
+            return self._send(200, {"tokens": tokenized(body)})
         if not self.path.startswith("/v1/"):
             return self._send(404, {"error": {"message": "no such page"}})
+        if not self.state.names:  # no notice is taken of them
+            body.pop("logprob_token_ids", None)
         self.state.begin(self.path, self.headers.get("Authorization"), body)
         chat = self.path == "/v1/chat/completions"
         text = "\n\n".join(m["content"] for m in body["messages"]) if chat else body["prompt"]
@@ -262,6 +268,17 @@ def _refused(body: dict[str, Any], script: Script) -> str:
     return ""
 
 
+def tokenized(body: dict[str, Any]) -> list[int]:
+    """Ids of a text's tokens: characters, and numbers unless they are split."""
+    text = "\n\n".join(m["content"] for m in body["messages"]) if "messages" in body else body["prompt"]
+    split = r"(?s)." if Script.of(text).split else r"(?s)\d+|."
+    return [_id(token) for token in re.findall(split, text)]
+
+
+def _id(token: str) -> int:
+    return int.from_bytes(token.encode())
+
+
 def _answer(body: dict[str, Any], script: Script, text: str, chat: bool) -> dict[str, Any]:
     said = body["messages"][-1]["content"] if chat and body["messages"][-1]["role"] == "assistant" else ""
     rest = (text if not chat else said)[-1:]
@@ -293,6 +310,10 @@ def _choice(
 ) -> dict[str, Any]:
     choice: dict[str, Any] = {"index": index, "finish_reason": "length", "logprobs": None}
     count = body.get("top_logprobs", 0) if chat else body.get("logprobs") or 0
+    if named := body.get("logprob_token_ids"):
+        tokens = tokens[:1] + [(token, p) for token, p in tokens[1:] if _id(token) in named]
+    if named and body.get("return_tokens_as_token_ids"):
+        tokens = [(f"token_id:{_id(token)}", p) for token, p in tokens]
     top = {token: math.log(p) for token, p in tokens[:count] if p > 0}
     if not chat:
         if tokens:
@@ -347,7 +368,7 @@ class ScriptedServer:
             return json.load(answer)
 
     def set(self, **values: Any) -> None:
-        """``delay``: seconds before every answer. ``healed``: no more faults."""
+        """``delay``: seconds before every answer. ``healed``: no more faults. ``names``: what vLLM has for tokens."""
         self._call(values)
 
     def forget(self) -> None:

@@ -18,7 +18,8 @@ from trl_rlaif.errors import UserError
 from trl_rlaif.files import read_lines
 from trl_rlaif.judging.prompt import JudgePrompt
 from trl_rlaif.judging.question import Thinking
-from trl_rlaif.judging.remote import RemoteJudge, Server, ServerGone
+from trl_rlaif.judging.remote import RemoteJudge
+from trl_rlaif.judging.server import Server, ServerGone
 from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.plugins import installed_plugins
 
@@ -48,7 +49,7 @@ def running():
 @pytest.fixture
 def server(running):
     """The server, with nothing asked so far and no delay."""
-    running.set(delay=0, healed=False)
+    running.set(delay=0, healed=False, names=False)
     running.forget()
     return running
 
@@ -307,7 +308,7 @@ def test_fewer_log_probabilities_are_asked_for_where_so_many_are_refused(server,
         (answer,) = ask(judge, [[PROMPT.compare("what? [[most=10]]", *TEXTS)]])[0]
         assert answer.logprobs[0] == logs(P, 1 - P) and not answer.voted
     assert [r["body"]["top_logprobs"] for r in server.requests] == [100, 20, 10, 10]
-    assert "refuses 100 log-probabilities; 20 are asked for" in capsys.readouterr().err.replace("\n", " ")
+    assert "100 log-probabilities are refused; 20 are asked for" in capsys.readouterr().err.replace("\n", " ")
 
 
 # ---- Faults -----------------------------------------------------------------------------------------------
@@ -435,6 +436,40 @@ def test_a_question_that_is_refused_decides_nothing(server):
     assert all("context is too long" in answer.failed for answer in found[0])
     assert all(answer.failed is None for answer in found[1])
     assert server.requests[-1]["body"]["continue_final_message"] is True
+
+
+@pytest.mark.parametrize("options", [{}, {"prefill": "auto"}, {"api": "completions"}], ids=str)
+@pytest.mark.parametrize("names", [True, False])
+def test_the_candidates_own_log_probabilities_are_asked_for_where_that_is_possible(server, names, options, capsys):
+    """Exact, though the list that the server gives otherwise has room for one of the two."""
+    server.set(names=names)
+    judge = make_judge(server, top_logprobs=1, **options)
+    found = ask(judge, [pair(f"{i}? [[p=0.7 mass=0.8]]") for i in range(3)])
+    for answers in found.values():
+        for answer in answers:
+            assert (answer.failed is None) == names
+            assert not names or (answer.logprobs[0] == logs(0.56, 0.24) and answer.bound == 0)
+    assert ("own log-probabilities are read" in capsys.readouterr().err.replace("\n", " ")) == names
+
+
+@pytest.mark.parametrize("split", [0, 1])
+def test_all_ratings_are_exact_where_tokens_can_be_named(server, split):
+    server.set(names=True)
+    judge = make_judge(server, prefill=True, top_logprobs=2)
+    for text in ("a fox", "good good good fox"):
+        (answer,) = ask(judge, [[PROMPT.rate(f"what? [[split={split} mass=0.5]]", text)]], ONE_TO_TEN)[0]
+        assert answer.logprobs[0] == logs(*(p / 2 for p in scripted.ratings(text))) and answer.bound == 0
+
+
+@pytest.mark.parametrize("most", [1000, 20])
+def test_more_tokens_are_asked_for_once_a_candidate_is_not_listed(server, most, monkeypatch):
+    monkeypatch.setattr("trl_rlaif.judging.server._USUAL", 3)
+    judge = make_judge(server, concurrency=1)
+    groups = [pair(f"one? [[most={most}]]"), pair(f"two? [[p=0.98 mass=0.9 most={most}]]"), pair("three?")]
+    found = ask(judge, groups)
+    asked = [r["body"]["top_logprobs"] for r in server.requests]
+    assert asked == ([3] * 3 + [200] * 4 if most == 1000 else [3] * 3 + [200, 20] + [20] * 3)
+    assert all(answer.failed is None and answer.bound == 0 for answers in found.values() for answer in answers)
 
 
 def test_further_fields_go_along(server):

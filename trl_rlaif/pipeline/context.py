@@ -20,7 +20,8 @@ from trl_rlaif.files import read_lines, write_atomically
 from trl_rlaif.judging.judge import Judge
 from trl_rlaif.judging.local import LocalJudge
 from trl_rlaif.judging.prompt import JudgePrompt
-from trl_rlaif.judging.remote import RemoteJudge, Server
+from trl_rlaif.judging.remote import RemoteJudge
+from trl_rlaif.judging.server import Server
 from trl_rlaif.labels import LabelKey
 from trl_rlaif.models.loading import ModelSpec, load_model, load_tokenizer, model_revision
 from trl_rlaif.pipeline import artifacts

@@ -272,7 +272,9 @@ class ServerJudgeSection(Section):
     tolerance: Number = Field(
         0.01, ge=0, le=1, description="How much of an answer may hide behind the likeliest tokens that a server lists."
     )
-    top_logprobs: int = Field(20, ge=1, le=100, description="Likeliest tokens to ask for; many servers stop at 20.")
+    top_logprobs: Literal["auto"] | Annotated[int, Field(ge=1, le=1000)] = Field(
+        "auto", description="Likeliest tokens to ask for; auto is 20, and 200 once they lack a candidate."
+    )
     votes: int = Field(
         0, ge=0, description="Answers to sample where a server gives no log-probabilities; 0 skips the pair."
     )
