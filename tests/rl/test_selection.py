@@ -67,7 +67,7 @@ def test_selectors_choose_one_after_the_other_from_what_is_left():
 
 def test_strata_follow_their_prompts():
     found = select([Rows(3, 0, 2, strata=["x", "y", "x"]), Rows(1, 1, 0)], make_pool([0.0] * 4))
-    assert (found.rows, found.strata) == ([2, 2, 0], ["x", "x", "y"])
+    assert (found.rows, found.strata) == ([2, 2, 0], [0, 0, 1])
 
 
 @pytest.mark.parametrize("rows", [(), (4,), (-1,)])

@@ -322,7 +322,7 @@ class Context:
         One that the reward model was trained with has in the stage rl the state of that training, and its options
         too, unless the section rl gives some itself.
         """
-        import torch
+        from trl_rlaif.states import load_state
 
         trained = {ref.name: ref for ref in self.recipe.reward.transforms} if self.recipe.reward else {}
         found = []
@@ -334,7 +334,7 @@ class Context:
             found.append(transform)
             path = self.folder / artifacts.REWARD / artifacts.transform_of(ref.name)
             if known and path.exists():
-                transform.load_state_dict(torch.load(path, weights_only=True))
+                transform.load_state_dict(load_state(path))
         return found
 
     def trainer_arguments(self, stage: str, config: dict[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from trl_rlaif.reward.heads import add_expected
 from trl_rlaif.reward.losses import soft_preference_loss
 from trl_rlaif.reward.scoring import PairScorer, can_pack
 from trl_rlaif.run_identity import SameRun, named
+from trl_rlaif.states import load_state, save_state
 from trl_rlaif.stopping import ended_row, stop_ids
 from trl_rlaif.types import PreferenceScores
 from trl_rlaif.validation import validated
@@ -171,12 +172,12 @@ class RewardTrainer(TrlRewardTrainer):
             states = gather_object([[transform.state_dict() for transform in self.reward_transforms]])
             if self.args.should_save:
                 folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-                torch.save(states, folder / TRANSFORMS)
+                save_state(states, folder / TRANSFORMS)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.reward_transforms and (Path(checkpoint) / TRANSFORMS).exists():
-            states = torch.load(Path(checkpoint) / TRANSFORMS, weights_only=True)[self.accelerator.process_index]
+            states = load_state(Path(checkpoint) / TRANSFORMS)[self.accelerator.process_index]
             for transform, state in zip(self.reward_transforms, states, strict=True):
                 transform.load_state_dict(state)
 

@@ -10,6 +10,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from trl_rlaif.errors import UserError
+from trl_rlaif.states import load_state, save_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -61,7 +62,7 @@ def take_back_models(trainer: Any) -> None:
 def save_share(accelerator: Accelerator, optimizer: Any, folder: Path) -> None:
     """Write this process's share of the optimizer, where it is shared out."""
     if enabled(accelerator):
-        torch.save(optimizer.state_dict(), _share(accelerator, folder))
+        save_state(optimizer.state_dict(), _share(accelerator, folder), _classes())
 
 
 def load_share(accelerator: Accelerator, optimizer: Any, folder: Path) -> None:
@@ -73,11 +74,19 @@ def load_share(accelerator: Accelerator, optimizer: Any, folder: Path) -> None:
     file = _share(accelerator, folder)
     if not file.exists():
         raise UserError("The checkpoint was written without DeepSpeed.", where=str(folder))
-    # Our own file: it holds objects of DeepSpeed's beside tensors.
-    state: Any = torch.load(file, map_location="cpu", weights_only=False)
+    state = load_state(file, _classes())
     states = [state] * accelerator.num_processes  # it reads its own alone
     optimizer.optimizer.load_state_dict(states, load_from_fp32_weights=True)
 
 
 def _share(accelerator: Accelerator, folder: Path) -> Path:
     return folder / f"optimizer-{accelerator.process_index}.pt"
+
+
+def _classes() -> list[type]:
+    """What DeepSpeed's state holds beside tensors."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]

@@ -49,7 +49,7 @@ class MergedSelection:
     """
 
     rows: list[int] | None = None
-    strata: list[Hashable] | None = None
+    strata: list[int] | None = None
     rehearsal: list[RehearsalPair] = field(default_factory=list)
     map: list[dict[str, Any]] = field(default_factory=list)
 
@@ -302,7 +302,7 @@ def select(selectors: Sequence[DataSelector], pool: Pool) -> MergedSelection:
         ComponentError: The same of one that a recipe picked, or an exception in it.
     """
     rows: list[int] | None = None
-    strata: dict[int, Hashable] = {}
+    strata: dict[int, int] = {}
     rehearsal: list[RehearsalPair] = []
     points: list[dict[str, Any]] = []
     for selector in selectors:
@@ -314,8 +314,9 @@ def select(selectors: Sequence[DataSelector], pool: Pool) -> MergedSelection:
             continue
         chosen = [int(i) for i in selection.prompts]
         rows = [int(pool.rows[i]) for i in chosen]
-        if selection.strata is not None:
-            strata = dict(zip(rows, selection.strata, strict=True))
+        if selection.strata is not None:  # numbered: what a label is does not matter, and a checkpoint holds numbers
+            numbers = {label: i for i, label in enumerate(dict.fromkeys(selection.strata))}
+            strata = {row: numbers[label] for row, label in zip(rows, selection.strata, strict=True)}
         kept = set(rows)
         pool = pool.subset([i for i, row in enumerate(pool.rows.tolist()) if row in kept])
     return MergedSelection(rows, [strata[row] for row in rows] if strata else None, rehearsal, points)

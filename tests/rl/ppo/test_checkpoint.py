@@ -174,3 +174,16 @@ def test_rejection_sampling_in_which_a_reward_failed_is_resumed_bit_for_bit(tmp_
     resumed = train("broken", _broken_at(0), resume_from_checkpoint=True)
     assert numbers(resumed) == numbers(whole)
     assert resumed.drawn == whole.drawn[5:]
+
+
+@pytest.mark.parametrize("name", ["training.pt", "trainer_state.json", "adapter_model.safetensors", "run.json"])
+def test_a_checkpoint_with_a_flipped_bit_is_passed_over_with_a_word(tmp_path, capfd, name):
+    small_trainer(tmp_path, save_strategy="steps", save_steps=1).train()
+    file = tmp_path / "checkpoint-3" / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert checkpoint.find(tmp_path, True).name == "checkpoint-2"
+    assert str(file) in capfd.readouterr().err
+    with pytest.raises(UserError, match="not what was written"):
+        checkpoint.find(tmp_path, file.parent)

@@ -21,6 +21,7 @@ from trl_rlaif.pipeline.preferences import preferences_of_people
 from trl_rlaif.pipeline.training import last_checkpoint
 from trl_rlaif.progress import progress_bar, say
 from trl_rlaif.reward.scoring import score_pairs
+from trl_rlaif.states import save_state
 from trl_rlaif.types import ScoredBatch
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def _save(trainer: Any, context: Context, folder: Path) -> None:
     trainer.model.save_pretrained(str(folder))
     context.tokenizer.save_pretrained(str(folder))
     for ref, transform in zip(context.recipe.reward.transforms, trainer.reward_transforms, strict=True):
-        torch.save(transform.state_dict(), folder / artifacts.transform_of(ref.name))
+        save_state(transform.state_dict(), folder / artifacts.transform_of(ref.name))
 
 
 def _held_out_numbers(context: Context, trainer: Any, held_out: Dataset) -> RewardResults:

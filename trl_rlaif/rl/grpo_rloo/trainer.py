@@ -18,6 +18,7 @@ from trl_rlaif.rl.grpo_rloo.config import scoring_settings
 from trl_rlaif.rl.grpo_rloo.verification import verify
 from trl_rlaif.rl.ppo.checkpoint import part_of_process
 from trl_rlaif.run_identity import SameRun, components
+from trl_rlaif.states import load_state, save_state
 from trl_rlaif.validation import RewardError
 
 if TYPE_CHECKING:
@@ -157,11 +158,10 @@ class ScorerCallback(TrainerCallback):
         if state.is_world_process_zero and folder.is_dir():
             chosen = scorer.selection.chosen
             chosen = None if chosen is None else chosen.to_dict()
-            torch.save({"chosen": chosen, "processes": parts}, folder / _STATE)
+            save_state({"chosen": chosen, "processes": parts}, folder / _STATE)
 
 
 def kept_state(checkpoint: str | Path) -> dict[str, Any] | None:
     """What TRL's checkpoint keeps of ours: ``chosen``, and ``processes``, a part of each; or None."""
     path = Path(checkpoint) / _STATE
-    # Our own file: of strata a selector may make anything that can be hashed.
-    return torch.load(path, weights_only=False) if path.exists() else None
+    return load_state(path) if path.exists() else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import random
@@ -21,7 +22,9 @@ from torch import nn
 from trl_rlaif import run_identity
 from trl_rlaif.errors import UserError
 from trl_rlaif.generation import random_state, set_random_state
+from trl_rlaif.progress import say
 from trl_rlaif.rl import deepspeed
+from trl_rlaif.states import load_state, save_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
     from trl_rlaif.rl.scoring import RewardPipeline
 
 _NAME = re.compile(r"checkpoint-(\d+)")
-_CONTENT = "content.json"
+_CONTENT, _TRAINING = "content.json", "training.pt"
 _BEST_FIELDS = ("best_metric", "best_model_checkpoint", "best_global_step")
 _RESTORED = ("global_step", "episode", "epoch", "log_history", *_BEST_FIELDS)
 BEST = "objective/rlhf_reward"
@@ -131,12 +134,12 @@ class Checkpoints:
     def _write(self, training: dict[str, Any], building: Path, target: Path) -> None:
         state = self.state
         self.save_model(str(building))
-        torch.save(training, building / "training.pt")
+        save_state(training, building / _TRAINING)
         if self._is_best():
             state.best_model_checkpoint, state.best_global_step = str(target), state.global_step
         state.save_to_json(str(building / "trainer_state.json"))
         (building / run_identity.FILE).write_text(json.dumps(self.identity(), indent=1), encoding="utf-8")
-        (building / _CONTENT).write_text(json.dumps(_sizes(building)), encoding="utf-8")
+        (building / _CONTENT).write_text(json.dumps(_content(building)), encoding="utf-8")
         _sync(building)
         shutil.rmtree(target, ignore_errors=True)
         os.rename(building, target)
@@ -166,7 +169,9 @@ class Checkpoints:
     def _own_state(self) -> dict[str, Any]:
         """What differs from process to process: the parts, and the random generators."""
         cpu, cuda = random_state()
-        generators = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": cpu, "cuda": cuda}
+        name, words, *place = np.random.get_state()
+        numpy = (name, np.asarray(words).tolist(), *place)
+        generators = {"python": random.getstate(), "numpy": numpy, "torch": cpu, "cuda": cuda}
         return _joined([*self.own, self.rewards]) | generators
 
     # ---- Resuming -------------------------------------------------------------------------------------
@@ -177,6 +182,7 @@ class Checkpoints:
         Raises:
             UserError: The checkpoint belongs to a run with other settings or prompts, another model, other transforms
                 or another number of processes.
+            RunError: A file of it is damaged.
         """
         folder = find(self.args.output_dir, wanted)
         if folder is not None:
@@ -185,8 +191,7 @@ class Checkpoints:
 
     def _load(self, folder: Path) -> None:
         run_identity.check(folder, self.identity())
-        # Our own file: it holds the random generators' states, which are not tensors.
-        state = torch.load(folder / "training.pt", map_location="cpu", weights_only=False)
+        state = load_state(folder / _TRAINING)
         parameters, mine = self._trainable(), part_of_process(state["processes"], self.accelerator, folder)
         if parameters.keys() != state["parameters"].keys():
             raise UserError("The checkpoint belongs to another model or LoRA configuration.", where=str(folder))
@@ -237,16 +242,23 @@ def find(folder: str | Path, wanted: str | Path | bool | None) -> Path | None:
         wanted: True for the newest one (None if there is none), a path, or None/False for a fresh start.
 
     Raises:
-        UserError: The path given is not a checkpoint.
+        UserError: The path given is not a checkpoint, or damaged.
     """
     if not wanted:
         return None
     if wanted is True:
-        found = _all(Path(folder))
-        return found[-1] if found else None
+        for found in reversed(_all(Path(folder))):
+            damaged = _damaged(found)
+            if damaged is None:
+                return found
+            say(f"Warning: {damaged} is not what was written. The run goes on from the checkpoint before, if any.")
+        return None
     if not _is_whole(Path(wanted)):
         what = "This is no PPO checkpoint, or only a part of one."
         raise UserError(what, where=str(wanted), fix="Give a folder checkpoint-N.")
+    damaged = _damaged(Path(wanted))
+    if damaged is not None:
+        raise UserError("The file is not what was written.", where=str(damaged), fix="Give an earlier checkpoint.")
     return Path(wanted)
 
 
@@ -256,17 +268,41 @@ def _all(folder: Path) -> list[Path]:
     return sorted(names, key=lambda p: int(_NAME.fullmatch(p.name)[1]))
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != _CONTENT)
-    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+def _content(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and digest of every file."""
+    return {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != _CONTENT
+    }
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _written(folder: Path) -> dict[str, dict[str, Any]]:
+    return json.loads((folder / _CONTENT).read_text(encoding="utf-8"))
 
 
 def _is_whole(folder: Path) -> bool:
     """Whether every file is there in its full length: a disk may lose what a power cut caught in its cache."""
     try:
-        return json.loads((folder / _CONTENT).read_text(encoding="utf-8")) == _sizes(folder)
-    except (OSError, ValueError):
+        return all((folder / name).stat().st_size == file["bytes"] for name, file in _written(folder).items())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # of a content.json that is damaged itself
         return False
+
+
+def _damaged(folder: Path) -> Path | None:
+    """The first file of a whole checkpoint that is not what was written."""
+    for name, file in _written(folder).items():
+        if _digest(folder / name) != file.get("sha256"):
+            return folder / name
+    return None
 
 
 def _sync(folder: Path) -> None:

@@ -1,0 +1,90 @@
+"""No file that a run loads runs code: states of checkpoints, of adapters and of models."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import zipfile
+
+import pytest
+import torch
+from helpers.ppo import small_trainer
+from helpers.tiny import make_llama, make_tokenizer
+from peft import LoraConfig
+
+from trl_rlaif.errors import TrlRlaifError, UserError
+from trl_rlaif.models.loading import ModelSpec, load_model
+from trl_rlaif.models.shared_model import SharedBase
+from trl_rlaif.rl.ppo import checkpoint
+from trl_rlaif.states import load_state, save_state
+
+
+class Hostile:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def _write(file, content):
+    """As torch.save writes it, or as a plain pickle."""
+    torch.save(content, file)
+    assert zipfile.is_zipfile(file)
+
+
+@pytest.mark.parametrize("write", [_write, lambda file, content: file.write_bytes(pickle.dumps(content))])
+def test_a_state_that_would_run_code_is_refused(tmp_path, write):
+    file, trace = tmp_path / "training.pt", tmp_path / "trace"
+    write(file, {"parameters": {}, "processes": [Hostile(trace)]})
+    with pytest.raises(TrlRlaifError, match="training.pt.*damaged"):
+        load_state(file)
+    assert not trace.exists()
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path):
+    with pytest.raises(UserError, match="cannot hold this state"):
+        save_state({"own": Hostile(tmp_path / "trace")}, tmp_path / "state.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_numbers_and_containers_come_back(tmp_path):
+    state = {"a": torch.arange(3), 1: (None, True, 0.5, float("inf"), "text", [b"raw"]), ("x", 2): {}}
+    save_state(state, tmp_path / "state.pt")
+    found = load_state(tmp_path / "state.pt")
+    assert torch.equal(found.pop("a"), state.pop("a"))
+    assert found == state
+
+
+@pytest.mark.trl
+def test_a_ppo_checkpoint_that_would_run_code_is_refused(tmp_path):
+    small_trainer(tmp_path, save_strategy="steps", save_steps=1).train()
+    folder, trace = tmp_path / "checkpoint-3", tmp_path / "trace"
+    state = load_state(folder / "training.pt")
+    _write(folder / "training.pt", state | {"scheduler": Hostile(trace)})
+    content = checkpoint._content(folder)  # one who can write the folder can write its digests, too
+    (folder / "content.json").write_text(json.dumps(content))
+    with pytest.raises(TrlRlaifError, match="damaged"):
+        small_trainer(tmp_path, save_strategy="steps", save_steps=1).train(resume_from_checkpoint=str(folder))
+    assert not trace.exists()
+
+
+def test_pickled_weights_that_would_run_code_are_refused(tmp_path):
+    model = make_llama()
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    _write(tmp_path / "model" / "pytorch_model.bin", {"lm_head.weight": Hostile(tmp_path / "trace")})
+    with pytest.raises(Exception, match=r"(?i)unpickl|weights"):
+        load_model(ModelSpec(str(tmp_path / "model")))
+    shared = SharedBase(model, LoraConfig(target_modules=["q_proj"]))
+    shared.peft.save_pretrained(tmp_path / "adapter")
+    folder = next(path.parent for path in (tmp_path / "adapter").rglob("adapter_model.safetensors"))
+    (folder / "adapter_model.safetensors").unlink()
+    _write(folder / "adapter_model.bin", {"x": Hostile(tmp_path / "trace")})
+    with pytest.raises(Exception, match=r"(?i)unpickl|weights"):
+        shared.peft.load_adapter(str(folder), "other")
+    assert not (tmp_path / "trace").exists()
