@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from trl_rlaif import cli
+from trl_rlaif import cli, progress
 from trl_rlaif.errors import RunError, UserError
 
 
@@ -88,3 +88,20 @@ def test_plugins_are_listed_with_their_options(monkeypatch, capsys):
 
 def test_a_report_of_no_run(monkeypatch, capsys, tmp_path):
     assert _main(monkeypatch, "report", str(tmp_path)) == 2
+
+
+HOSTILE = "\x1b]0;pwned\x07\x1b[31m\r\x9b2J\u202egnp.exe\ud800"
+
+
+def test_what_would_steer_the_terminal_is_shown(monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise UserError(HOSTILE, where="a:1", fix="First line.\nSecond line.")
+
+    monkeypatch.setattr("trl_rlaif.recipe.parse_recipe", fail)
+    assert _main(monkeypatch, "check", "quickstart") == 2
+    said = r"a:1: \x1b]0;pwned\x07\x1b[31m\r\x9b2J\u202egnp.exe\ud800"
+    assert capsys.readouterr().err == f"trl-rlaif: {said} First line.\nSecond line.\n"
+    progress.say(HOSTILE)
+    with progress.progress_bar(HOSTILE, 1):
+        pass
+    assert not set(capsys.readouterr().err) & set("\x1b\x07\r\x9b\u202e\ud800")

@@ -10,8 +10,19 @@ import pytest
 from packaging.requirements import Requirement
 from pydantic import Field
 
-from trl_rlaif import DataSelector, Labeler, Options, RewardTransform, RunError, UserError, __version__, hookimpl
+from trl_rlaif import (
+    DataSelector,
+    Labeler,
+    Options,
+    RewardTransform,
+    RunError,
+    UserError,
+    __version__,
+    hookimpl,
+    interrupts,
+)
 from trl_rlaif.plugins import ENTRY_POINT_GROUP, Plugins, Registry, build_plugins, installed_plugins
+from trl_rlaif.validation import Origin
 
 
 class WordOptions(Options):
@@ -362,3 +373,66 @@ def test_an_interruption_in_a_hook_is_not_the_plugins_fault(make_point):
 
     with pytest.raises(KeyboardInterrupt):
         build_plugins([make_point(policy_updated)]).notify("policy_updated", trainer=None, metrics={})
+
+
+ENDING = [SystemExit(0), KeyboardInterrupt(), GeneratorExit()]
+
+
+@pytest.fixture
+def listening(monkeypatch):
+    """As the command does, so that a KeyboardInterrupt is known not to be the user's."""
+    monkeypatch.setattr(interrupts, "_listening", True)
+
+
+@pytest.mark.parametrize("error", ENDING, ids=repr)
+def test_a_plugin_that_would_end_the_program_at_import_is_blamed(tmp_path, monkeypatch, listening, make_point, error):
+    (tmp_path / "ending_plugin.py").write_text(f"raise {error!r}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=rf"acme-words 1.2 .*cannot be imported.*{type(error).__name__}"):
+        build_plugins([make_point(module="ending_plugin")])
+    assert "ending_plugin" not in sys.modules
+
+
+@pytest.mark.parametrize("error", ENDING, ids=repr)
+def test_a_hook_that_would_end_the_program_is_blamed(listening, make_point, error):
+    def raises(*_):
+        raise error
+
+    @hookimpl
+    def register_labelers(register):
+        raises()
+
+    with pytest.raises(UserError, match=f"acme-words 1.2 .*failed in register_labelers: {type(error).__name__}"):
+        build_plugins([make_point(register_labelers)])
+
+    @hookimpl
+    def policy_updated(trainer, metrics):
+        raises()
+
+    plugins = build_plugins([make_point(policy_updated)])
+    with pytest.raises(RunError, match=f"failed in its hook policy_updated: {type(error).__name__}"):
+        plugins.notify("policy_updated", trainer=None, metrics={})
+    with pytest.raises(RunError, match=f"labeler 'words' failed in label: {type(error).__name__}"):
+        with Origin("labeler 'words'").blamed("label"):
+            raises()
+
+
+@pytest.mark.parametrize("error", [interrupts.CtrlC(), KeyboardInterrupt()])
+def test_the_users_own_ctrl_c_blames_nobody(monkeypatch, error):
+    monkeypatch.setattr(interrupts, "_listening", isinstance(error, interrupts.CtrlC))
+    with pytest.raises(KeyboardInterrupt), Origin("labeler 'words'").blamed("label"):
+        raise error
+
+
+def test_a_half_removed_distribution_is_named_by_its_folder(make_point):
+    point = make_point(distribution=None, module="no_such_module")
+    vars(point).update(dist=SimpleNamespace(name=None, version=None, requires=None, _path="/site/acme-1.0.dist-info"))
+    with pytest.raises(UserError, match=r"plugin of /site/acme-1.0.dist-info \(half installed\) \(words\) cannot"):
+        build_plugins([point])
+
+
+def test_the_others_are_listed_beside_a_broken_one(make_point):
+    broken: list = []
+    found = build_plugins([make_point(module="no_such_module", name="gone"), make_point(labeler_hook())], broken)
+    assert [each.name for each in found.registry] == ["words"]
+    assert [problem.what.split(" cannot")[0] for problem in broken] == ["The plugin acme-words 1.2 (gone)"]

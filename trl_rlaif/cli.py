@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trl_rlaif import interrupts
 from trl_rlaif.errors import Interrupted, TrlRlaifError, UserError
+from trl_rlaif.terminal import escaped
 
 if TYPE_CHECKING:
     from trl_rlaif.recipe import Recipe
@@ -93,9 +95,13 @@ def run(
     distributed.leave()
 
 
+def _echo(text: object, *, nl: bool = True, err: bool = False) -> None:
+    typer.echo(escaped(str(text)), nl=nl, err=err)
+
+
 def _confirm(message: str) -> bool:
     """Ask on the terminal; without one the answer is no."""
-    return sys.stdin.isatty() and sys.stderr.isatty() and typer.confirm(f"{message}\nRedo them?", err=True)
+    return sys.stdin.isatty() and sys.stderr.isatty() and typer.confirm(escaped(f"{message}\nRedo them?"), err=True)
 
 
 @app.command()
@@ -110,11 +116,11 @@ def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
     _check_inputs(parsed)
     check_base(parsed)
     if not parsed.variants:
-        typer.echo(f"{parsed.source}: good. Stages: {', '.join(active_stages(parsed))}")
+        _echo(f"{parsed.source}: good. Stages: {', '.join(active_stages(parsed))}")
         return
-    typer.echo(f"{parsed.source}: good. Variants:")
+    _echo(f"{parsed.source}: good. Variants:")
     for name, variant in parsed.variants.items():
-        typer.echo(f"    {name}: {', '.join(active_stages(variant))}")
+        _echo(f"    {name}: {', '.join(active_stages(variant))}")
 
 
 def _check_inputs(parsed: Recipe) -> None:
@@ -137,7 +143,7 @@ def memory(recipe: RecipeArgument, set_: SetOption = None) -> None:
     from trl_rlaif.plugins import installed_plugins
     from trl_rlaif.recipe import parse_recipe
 
-    typer.echo(describe(parse_recipe(recipe, overrides=set_ or (), registry=installed_plugins().registry)))
+    _echo(describe(parse_recipe(recipe, overrides=set_ or (), registry=installed_plugins().registry)))
 
 
 @recipes_app.callback(invoke_without_command=True)
@@ -149,7 +155,7 @@ def list_recipes(context: typer.Context) -> None:
 
     for name, path in packaged_recipes().items():
         first = path.read_text(encoding="utf-8").splitlines()[0]
-        typer.echo(f"{name:<24}{first.lstrip('# ')}")
+        _echo(f"{name:<24}{first.lstrip('# ')}")
 
 
 @recipes_app.command("show")
@@ -160,19 +166,23 @@ def show_recipe(name: Annotated[str, typer.Argument(help="The recipe's name.")])
     found = packaged_recipes()
     if name not in found:
         raise UserError(f"There is no packaged recipe '{name}'.", fix=f"There are: {', '.join(found)}.")
-    typer.echo(found[name].read_text(encoding="utf-8"), nl=False)
+    _echo(found[name].read_text(encoding="utf-8"), nl=False)
 
 
 @app.command()
 def plugins() -> None:
     """List every component installed: kind, name, distribution, version, options."""
-    from trl_rlaif.plugins import installed_plugins
+    from trl_rlaif.errors import Problem
+    from trl_rlaif.plugins import build_plugins, plugin_points
 
-    for found in installed_plugins().registry:
-        typer.echo(f"{found.kind:<18}{found.name:<24}{found.distribution} {found.version}")
+    broken: list[Problem] = []
+    for found in build_plugins(plugin_points(), broken).registry:
+        _echo(f"{found.kind:<18}{found.name:<24}{found.distribution} {found.version}")
         for option, field in found.component.Options.model_fields.items():
             default = "required" if field.is_required() else f"default {field.default!r}"
-            typer.echo(f"    {option}: {default}. {field.description or ''}".rstrip())
+            _echo(f"    {option}: {default}. {field.description or ''}".rstrip())
+    if broken:
+        raise UserError.from_problems(broken)
 
 
 @app.command("new-plugin")
@@ -186,7 +196,7 @@ def new_plugin(
 
     folder = create_plugin(name, kind, output)
     place = shlex.quote(str(folder))
-    typer.echo(f"The plugin is in {folder}. Try it:\n    cd {place}\n    pip install -e '.[test]'\n    pytest")
+    _echo(f"The plugin is in {folder}. Try it:\n    cd {place}\n    pip install -e '.[test]'\n    pytest")
 
 
 @app.command()
@@ -194,7 +204,7 @@ def report(folder: FolderArgument) -> None:
     """Build report.html again from a run's folder."""
     from trl_rlaif.report import write_report
 
-    typer.echo(write_report(folder))
+    _echo(write_report(folder))
 
 
 @app.command()
@@ -223,7 +233,7 @@ def rate(
 
     if not result:
         rate_run(folder, rater=rater, only=set_, port=port, browser=not no_browser)
-    typer.echo(describe(people_results(folder, rater=rater if result else None, only=set_)))
+    _echo(describe(people_results(folder, rater=rater if result else None, only=set_)))
 
 
 def main() -> None:
@@ -232,7 +242,8 @@ def main() -> None:
     # It warns at import of a faster kernel that it could download; nobody asked.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        app()
+        with interrupts.listening():
+            app()
     except TrlRlaifError as error:
         if debug:
             raise
@@ -249,5 +260,5 @@ def main() -> None:
 
 
 def _stop(message: str, code: int) -> None:
-    typer.echo(f"trl-rlaif: {message}", err=True)
+    _echo(f"trl-rlaif: {message}", err=True)
     raise SystemExit(code)

@@ -16,7 +16,8 @@ from pydantic import BaseModel, ValidationError
 
 from trl_rlaif import __version__, hookspecs
 from trl_rlaif.components import Component, DataSelector, Labeler, RewardTransform
-from trl_rlaif.errors import Problem, RunError, UserError
+from trl_rlaif.errors import Problem, RunError, TrlRlaifError, UserError
+from trl_rlaif.interrupts import is_fault
 
 ENTRY_POINT_GROUP = "trl_rlaif"
 OWN_DISTRIBUTION = "trl-rlaif"
@@ -122,7 +123,9 @@ class Plugins:
             accepted = {name: arguments[name] for name in implementation.argnames}
             try:
                 implementation.function(*accepted.values())
-            except Exception as error:
+            except BaseException as error:
+                if not is_fault(error):
+                    raise
                 raise RunError(
                     f"The plugin {implementation.plugin_name} failed in its hook {hook}: "
                     f"{type(error).__name__}: {error}"
@@ -139,10 +142,14 @@ class _Origin:
 
     @classmethod
     def of(cls, point: EntryPoint) -> _Origin:
-        return cls(point.dist.name, point.dist.version, point.name) if point.dist else cls(point.value, "", point.name)
+        if point.dist is None:
+            return cls(point.value, "", point.name)
+        if point.dist.name is None:  # pip removed its metadata, or never wrote them
+            return cls(f"of {getattr(point.dist, '_path', point.value)}", "(half installed)", point.name)
+        return cls(point.dist.name, point.dist.version, point.name)
 
     def __str__(self) -> str:
-        return f"{self.distribution} {self.version} ({self.entry_point})"
+        return " ".join(filter(None, (self.distribution, self.version, f"({self.entry_point})")))
 
 
 def _check_requirement(point: EntryPoint, origin: _Origin) -> None:
@@ -166,7 +173,9 @@ def _check_requirement(point: EntryPoint, origin: _Origin) -> None:
 def _load(point: EntryPoint, origin: _Origin) -> Any:
     try:
         return point.load()
-    except Exception as error:
+    except BaseException as error:
+        if not is_fault(error):
+            raise
         raise UserError(
             f"The plugin {origin} cannot be imported from '{point.value}': {type(error).__name__}: {error}",
             fix=f"Mend or uninstall the distribution {origin.distribution}.",
@@ -197,12 +206,18 @@ def _register_components(manager: pluggy.PluginManager, registry: Registry, plug
                 )
             except UserError:
                 raise
-            except Exception as error:
+            except BaseException as error:
+                if not is_fault(error):
+                    raise
                 raise UserError(f"The plugin {origin} failed in {name}: {type(error).__name__}: {error}") from error
 
 
-def build_plugins(points: Iterable[EntryPoint]) -> Plugins:
+def build_plugins(points: Iterable[EntryPoint], broken: list[Problem] | None = None) -> Plugins:
     """Load the given entry points into a fresh manager and registry.
+
+    Args:
+        points: Of plugins.
+        broken: Takes what is wrong with plugins, which are then left out; None raises it.
 
     Raises:
         UserError: A plugin does not import, needs another release of this library, implements a hook that does
@@ -211,15 +226,29 @@ def build_plugins(points: Iterable[EntryPoint]) -> Plugins:
     manager, registry = pluggy.PluginManager("trl_rlaif"), Registry()
     manager.add_hookspecs(hookspecs)
     for point in points:
-        origin = _Origin.of(point)
-        _check_requirement(point, origin)
-        plugin = _load(point, origin)
-        _register(manager, plugin, origin)
-        _register_components(manager, registry, plugin, origin)
+        try:
+            _add(manager, registry, point)
+        except TrlRlaifError as error:
+            if broken is None:
+                raise
+            broken.extend(error.problems)
     return Plugins(manager, registry)
+
+
+def _add(manager: pluggy.PluginManager, registry: Registry, point: EntryPoint) -> None:
+    origin = _Origin.of(point)
+    _check_requirement(point, origin)
+    plugin = _load(point, origin)
+    _register(manager, plugin, origin)
+    _register_components(manager, registry, plugin, origin)
 
 
 @cache
 def installed_plugins() -> Plugins:
     """All plugins that are installed in this environment, loaded once per process."""
-    return build_plugins(sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: str(_Origin.of(point))))
+    return build_plugins(plugin_points())
+
+
+def plugin_points() -> list[EntryPoint]:
+    """The entry points of all plugins that are installed."""
+    return sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: str(_Origin.of(point)))

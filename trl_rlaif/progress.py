@@ -19,6 +19,7 @@ from rich.text import Text
 from trl_rlaif.distributed import is_first
 from trl_rlaif.pipeline.artifacts import PROGRESS
 from trl_rlaif.report.formatting import duration
+from trl_rlaif.terminal import escaped
 
 console = Console(stderr=True, highlight=False, quiet=not is_first())
 
@@ -145,7 +146,7 @@ def _drawn(meter: Meter) -> Iterator[Callable[[], None]]:
         _display = Progress(*_columns, console=console, transient=True)
         _display.start()
     display = _display
-    task = display.add_task(meter.description, total=meter.total, completed=meter.done, meter=meter)
+    task = display.add_task(escaped(meter.description), total=meter.total, completed=meter.done, meter=meter)
     try:
         yield lambda: display.update(task, completed=meter.done)
     finally:
@@ -172,7 +173,7 @@ def _written(meter: Meter) -> Iterator[Callable[[], None]]:
 
 def say(message: str) -> None:
     """One line for the person who waits; its text is never taken for markup."""
-    console.print(message, markup=False, soft_wrap=True)
+    console.print(escaped(message), markup=False, soft_wrap=True)
 
 
 # ---- The file that `trl-rlaif status` reads ---------------------------------------------------------------

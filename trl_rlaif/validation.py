@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from trl_rlaif.components import Component, DataSelector, Labeler, RewardTransform
 from trl_rlaif.errors import RunError, TrlRlaifError, UserError
+from trl_rlaif.interrupts import is_fault
 from trl_rlaif.types import Label, RehearsalPair, Selection
 
 if TYPE_CHECKING:
@@ -104,8 +105,8 @@ class Origin:
                 error.problems = tuple(replace(problem, where=self.where) for problem in error.problems)
                 error.args = (str(error),)
             raise
-        except Exception as error:
-            if not self.picked:
+        except BaseException as error:
+            if not self.picked or not is_fault(error):
                 raise
             what = f"failed in {method}: {type(error).__name__}: {error}".rstrip(".: ")
             raise self.error(what, "Add --debug behind trl-rlaif for the traceback.", kind) from error

@@ -193,3 +193,15 @@ def test_recipe_without_trl_fields_does_not_import_trl(folder, registry):
         f"parse_recipe('recipe.yaml', registry=R()); print({HEAVY})"
     )
     assert _printed(code) == "[]"
+
+
+@pytest.mark.parametrize("value", ["!!int ''", "!!float ''", "0x" + "f" * 5000, "1" * 4000, "!!timestamp 'x'"])
+def test_values_that_yaml_cannot_make_are_refused(only, value):
+    problem = only(GOOD + f"  seed: {value}\n")
+    assert problem.where == "recipe.yaml:4"
+    assert any(words in problem.what for words in ("cannot be read", "too large", "is not allowed"))
+
+
+def test_variants_without_a_model_are_told_so(problems):
+    found = problems("data: {prompts: prompts.jsonl, eval_prompts: prompts.jsonl}\nevaluate: {}\ncompare: [a, b]\n")
+    assert any("'model' is missing" in problem.what for problem in found)

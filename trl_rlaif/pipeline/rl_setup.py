@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from trl_rlaif.algorithms import ALGORITHMS
 from trl_rlaif.errors import UserError
 from trl_rlaif.files import write_atomically
+from trl_rlaif.interrupts import is_fault
 from trl_rlaif.pipeline.artifacts import REHEARSAL, SELECTION_MAP
 from trl_rlaif.recipe import ComponentRef
 from trl_rlaif.recipe.inputs import read_rehearsal
@@ -119,7 +120,9 @@ def load_function(name: str) -> Any:
         else:
             module = importlib.import_module(place)
         function = getattr(module, attribute)
-    except Exception as error:  # whatever the user's own module raises
+    except BaseException as error:  # whatever the user's own module raises
+        if not is_fault(error):
+            raise
         raise UserError(
             f"The reward '{name}' cannot be imported: {type(error).__name__}: {error}",
             fix="Write package.module:function or path/to/file.py:function.",

@@ -123,7 +123,8 @@ def parse_recipe(recipe: str | Path, *, overrides: Sequence[str] = (), registry:
         source.problems += [
             replace(p, what=f"in the variant '{name}': {p.what}") for p in variant.problems if p not in known
         ]
-        whole[name] = Recipe(**parts, source=path, places=variant.places)
+        if not source.problems:
+            whole[name] = Recipe(**parts, source=path, places=variant.places)
     if not variants:
         check_together(source)
     if source.problems:

@@ -193,10 +193,14 @@ class _Builder:
 
     def _scalar(self, node: yaml.ScalarNode) -> Any:
         try:
-            return self.loader.construct_object(node)
-        except (ValueError, KeyError, AttributeError):  # what PyYAML's constructors let escape
+            value = self.loader.construct_object(node)
+        except (ValueError, LookupError, ArithmeticError, AttributeError):  # what PyYAML's constructors let escape
             self._refuse(node, "this value cannot be read.", "Put it in quotes if it is meant as text.")
             return None
+        if isinstance(value, int) and value.bit_length() > 64:
+            self._refuse(node, "this number is too large.", "Put it in quotes if it is meant as text.")
+            return None
+        return value
 
     def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[Any, Any]:
         entries: dict[Any, tuple[yaml.Node, yaml.Node]] = {}

@@ -1,0 +1,44 @@
+"""The user's Ctrl-C, told apart from other people's code that raises the same."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_listening = False
+
+
+class CtrlC(KeyboardInterrupt):
+    """Raised inside ``listening`` where the user pressed Ctrl-C."""
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """Inside, raise ``CtrlC`` where Python would raise a plain KeyboardInterrupt."""
+    global _listening
+    if threading.current_thread() is not threading.main_thread():  # only there are signals handled
+        yield
+        return
+    before, _listening = signal.signal(signal.SIGINT, _raise), True
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        _listening = False
+
+
+def _raise(number: int, frame: Any) -> None:
+    raise CtrlC
+
+
+def is_fault(error: BaseException) -> bool:
+    """Whether code raised this, so that it is to blame: also what would end the program, such as SystemExit.
+
+    A plain KeyboardInterrupt is its fault only inside ``listening``; elsewhere it may as well be the user's.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return _listening and not isinstance(error, CtrlC)
+    return isinstance(error, Exception | SystemExit | GeneratorExit)
