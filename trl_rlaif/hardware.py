@@ -134,6 +134,17 @@ def _say_once(text: str) -> None:
         say(text)
 
 
+def available_memory(device: str) -> int:
+    """Bytes that this process can use on a type of device: what is free, and what it holds already."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    import psutil
+
+    return psutil.virtual_memory().available + psutil.Process().memory_info().rss
+
+
 def processor() -> str:
     """The name of the GPU or processor that models are computed on."""
     if device_type() == "cuda":

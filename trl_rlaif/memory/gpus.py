@@ -15,7 +15,7 @@ from trl_rlaif.recipe import Recipe
 CARDS = (8, 12, 16, 24, 48, 80)
 # Of which the driver, error correction and often a display take some.
 _USABLE = 0.97
-_TRAINED = ("sft", "reward", "rl")
+TRAINED = ("sft", "reward", "rl")
 _SHORTEST_RESPONSE = 32
 
 Changes = dict[tuple[str, str], Any]
@@ -91,7 +91,7 @@ def _joined(steps: list[Changes]) -> Changes:
 
 def _steps(recipe: Recipe) -> Iterator[Changes]:
     """Changes in the order of what they cost."""
-    trained = [stage for stage in _TRAINED if getattr(recipe, stage) is not None]
+    trained = [stage for stage in TRAINED if getattr(recipe, stage) is not None]
     for stage in trained:
         if not setting(recipe, stage, "gradient_checkpointing"):
             yield {(stage, "gradient_checkpointing"): True}

@@ -126,12 +126,15 @@ def load_config(path: str) -> PretrainedConfig:
         ) from error
 
 
-def plan_memory(recipe: Recipe, model_config: PretrainedConfig | ModelShape | None = None) -> MemoryPlan:
+def plan_memory(
+    recipe: Recipe, model_config: PretrainedConfig | ModelShape | None = None, *, only: str | None = None
+) -> MemoryPlan:
     """Predict what a recipe needs on a GPU. No weights are loaded.
 
     Args:
         recipe: The recipe.
         model_config: The configuration of ``model.path``, or its shape; None reads it.
+        only: The one stage to plan; None plans all.
 
     Raises:
         UserError: The configuration cannot be read, or the adapters fit no layer of it.
@@ -145,8 +148,9 @@ def plan_memory(recipe: Recipe, model_config: PretrainedConfig | ModelShape | No
     run = MemoryRun(recipe, shape, judge=_judge_shape(recipe))
     parts: list[Part] = []
     for name, stage in active_stages(recipe).items():
-        found = [replace(part, stage=name) for part in stage.memory(run) if part.bytes]
-        parts += [*found, Part("workspaces of cuBLAS", WORKSPACES, ALWAYS, name)] if found else []
+        if only in (None, name):
+            found = [replace(part, stage=name) for part in stage.memory(run) if part.bytes]
+            parts += [*found, Part("workspaces of cuBLAS", WORKSPACES, ALWAYS, name)] if found else []
     if not parts:
         raise UserError("No stage of this recipe needs a GPU.", where=str(recipe.source))
     return MemoryPlan(tuple(parts), tuple(dict.fromkeys(run.notes)), measured=_measured(recipe))

@@ -29,7 +29,9 @@ def setting(recipe: Recipe, stage: str, key: str) -> Any:
         return section.config[key]
     if key == "bf16":  # as Context.trainer_arguments has it
         return recipe.model.dtype in ("auto", "bfloat16") or recipe.model.quantization == "nf4"
-    return STAGES[stage].defaults(gpu=True).get(key, class_defaults(stage).get(key))
+    if key == "gradient_checkpointing":  # as pipeline.checkpointing has it, where memory is short
+        return True
+    return STAGES[stage].defaults.get(key, class_defaults(stage).get(key))
 
 
 def with_settings(recipe: Recipe, changes: dict[tuple[str, str], Any]) -> Recipe:

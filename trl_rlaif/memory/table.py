@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trl_rlaif.memory.counting import ModelShape
-from trl_rlaif.memory.gpus import Advice, advise
+from trl_rlaif.memory.gpus import TRAINED, Advice, advise
 from trl_rlaif.memory.plan import ALWAYS, CONTEXT_BYTES, MARGIN, MemoryPlan, load_config, plan_memory
 from trl_rlaif.recipe import Recipe
 
@@ -28,9 +28,19 @@ def describe(recipe: Recipe) -> str:
     lines = [f"{recipe.model.path}: {shape.numel / 1e9:.2f} billion parameters, {shape.layers} layers", ""]
     lines += _peak_stage(plan) + [""] + _all_phases(plan) + [""]
     lines += [_card(advice) for advice in advise(recipe, shape, plan)]
-    if plan.notes:
-        lines += ["", *plan.notes]
+    notes = [*plan.notes, *_checkpointing(recipe)]
+    if notes:
+        lines += ["", *notes]
     return "\n".join(lines)
+
+
+def _checkpointing(recipe: Recipe) -> list[str]:
+    """A line on the stages whose recipe leaves gradient checkpointing open."""
+    sections = {name: getattr(recipe, name) for name in TRAINED}
+    unset = [name for name, section in sections.items() if section and "gradient_checkpointing" not in section.config]
+    if not unset:
+        return []
+    return [f"Planned with gradient checkpointing in {', '.join(unset)}; a run does without where there is room."]
 
 
 def _peak_stage(plan: MemoryPlan) -> list[str]:

@@ -27,6 +27,7 @@ from trl_rlaif.models.loading import ModelSpec, load_model, load_tokenizer, mode
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.artifacts import PairRow
 from trl_rlaif.pipeline.categories import categorized
+from trl_rlaif.pipeline.checkpointing import CHECKPOINTING, settle_checkpointing
 from trl_rlaif.pipeline.machine import machine_of, settled
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.stages import STAGES
@@ -355,7 +356,8 @@ class Context:
         if "save_steps" in config:
             defaults["save_strategy"] = "steps"
         fixed = {"output_dir": str(self.folder / artifacts.checkpoints_of(stage)), "seed": self.recipe.run.seed}
-        own = STAGES[stage].defaults(gpu=_device().startswith("cuda"))
+        self.recipe = settle_checkpointing(self.recipe, stage)
+        own = {**STAGES[stage].defaults, CHECKPOINTING: getattr(self.recipe, stage).config[CHECKPOINTING]}
         return defaults | own | config | fixed
 
     def callback(self, stage: str, description: str) -> TrainerCallback:

@@ -56,6 +56,7 @@ class Stage:
         shared: Several processes share its work.
         one_bar: Its first progress bar is all that it does.
         told: Of what it logs, what ``trl-rlaif status`` tells.
+        defaults: Arguments of its trainer that are not the trainer's own defaults; the recipe's take precedence.
     """
 
     name: ClassVar[str]
@@ -68,6 +69,7 @@ class Stage:
     shared: ClassVar[bool] = False
     one_bar: ClassVar[bool] = True
     told: ClassVar[tuple[str, ...]] = ()
+    defaults: ClassVar[Mapping[str, Any]] = {}
 
     # ---- What it is made from -------------------------------------------------------------------------
 
@@ -110,10 +112,6 @@ class Stage:
         return learned(self.name, found) if self.trains else found
 
     # ---- What it does ---------------------------------------------------------------------------------
-
-    def defaults(self, *, gpu: bool) -> dict[str, Any]:
-        """Arguments of its trainer that are not the trainer's own defaults; the recipe's go over them."""
-        return {}
 
     def run(self, context: Context) -> Mapping[str, Any]:
         """Make its outputs, and return its final numbers (trl_rlaif.pipeline.artifacts.Results)."""

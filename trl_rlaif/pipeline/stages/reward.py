@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.stage import BASE, TRAINED, Amounts, Stage, skipped
@@ -24,6 +24,8 @@ class Reward(Stage):
     trains = True
     prepares = True
     told = ("loss", "accuracy", "margin")
+    # Pairs of similar length in a batch: on mixed prompts half of all tokens would be padding.
+    defaults = {"train_sampling_strategy": "group_by_length"}
 
     def settings(self, recipe: Recipe) -> tuple[str, ...]:
         return (*BASE, "model.lora", "reward")
@@ -31,10 +33,6 @@ class Reward(Stage):
     def after(self, recipe: Recipe) -> tuple[str, ...]:
         start = ("sft",) if recipe.reward.policies else ()
         return (*start, "label" if recipe.label else "sample")
-
-    def defaults(self, *, gpu: bool) -> dict[str, Any]:
-        # Pairs of like length in a batch: on mixed prompts half of all tokens would be padding.
-        return {"gradient_checkpointing": False, "train_sampling_strategy": "group_by_length"}
 
     def summary(self, numbers: RewardResults) -> str:
         if numbers.get("accuracy") is None:

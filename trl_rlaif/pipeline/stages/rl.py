@@ -83,10 +83,6 @@ class Rl(Stage):
         trained = {ref.name for ref in recipe.reward.transforms} if recipe.reward else set()
         return "reward" in recipe.rl.reward_names or bool(trained & {ref.name for ref in recipe.rl.transforms})
 
-    def defaults(self, *, gpu: bool) -> dict[str, Any]:
-        # Computing twice to save memory pays on a GPU.
-        return {"gradient_checkpointing": gpu}
-
     def work(self, recipe: Recipe) -> Callable[[Context], Mapping[str, Any]]:
         return ALGORITHMS[recipe.rl.algorithm].runner()
 
