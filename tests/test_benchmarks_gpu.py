@@ -42,13 +42,6 @@ def test_the_steps_on_a_cpu(tmp_path):
     assert b"checks ok" in done.stdout
 
 
-def test_no_operation_of_an_update_mixes_devices():
-    done = subprocess.run([sys.executable, str(GPU / "pretend.py")], capture_output=True, text=True)
-    phases = [line for line in done.stdout.splitlines() if line.startswith("==")]
-    assert done.returncode == 0 and len(phases) == 3, done.stderr[-3000:]
-    assert all(": 0 mixed, " in line for line in phases), done.stdout
-
-
 def test_stock_has_no_paged_optimizer_where_all_of_its_value_model_is_trained(sides):
     arguments, known = {"optim": "paged_adamw_8bit", "bf16": True, "value": "adapter"}, {"optim", "bf16"}
     assert sides.stock_arguments(arguments, known, nf4=False) == {"optim": "adamw_8bit", "bf16": True}

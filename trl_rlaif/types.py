@@ -215,9 +215,21 @@ class Responses:
         """Prompt ids, prompt mask, response ids and lengths of some rows."""
         return self.prompt_ids[rows], self.prompt_mask[rows], self.response_ids[rows], self.lengths[rows]
 
+    @cached_property
+    def prompt_lengths(self) -> list[int]:
+        """Tokens of each prompt, for which the CPU waits once."""
+        return self.prompt_mask.sum(1).tolist()
+
+    @cached_property
+    def response_lengths(self) -> list[int]:
+        """Tokens of each response, likewise."""
+        return self.lengths.tolist()
+
     def by_length(self, rows: torch.Tensor) -> torch.Tensor:
-        """The same rows, (N,) int64, the shortest prompt first."""
-        return rows[self.prompt_mask.sum(1).cpu()[rows].argsort(stable=True)]
+        """The same rows, (N,) int64 on the CPU, the shortest prompt first."""
+        import torch
+
+        return rows[torch.tensor([self.prompt_lengths[row] for row in rows.tolist()]).argsort(stable=True)]
 
     @property
     def categories(self) -> list[str | None]:

@@ -257,12 +257,18 @@ def check_loss(loss: Any) -> None:
     """
     import torch
 
-    if isinstance(loss, torch.Tensor) and not loss.dim() and loss.isfinite():
+    if _is_finite_scalar(loss):
         return
     shown = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) and loss.dim() else repr(loss)
     raise ContractViolation(
         f"gives {shown} as its loss", "Return a finite scalar tensor, the mean over the comparisons, or None."
     )
+
+
+def _is_finite_scalar(loss: Any) -> bool:
+    import torch
+
+    return isinstance(loss, torch.Tensor) and not loss.dim() and bool(loss.isfinite())
 
 
 def _transform(
@@ -277,10 +283,13 @@ def _transform(
 def _loss(origin: Origin, loss: Callable[..., Any], scores: PreferenceScores) -> torch.Tensor | None:
     with origin.blamed("loss()"):
         found = loss(scores)
-        # What a model whose training diverged gives is not the transform's fault.
-        sound = found is None or scores.chosen.isfinite().all() and scores.rejected.isfinite().all()
-        if found is not None and sound:
-            check_loss(found)
+        # What a model whose training diverged gives is not the transform's fault. The scores are looked at only where
+        # it matters, since each look waits for a GPU.
+        sound = found is None or _is_finite_scalar(found)
+        diverged = not sound and not (scores.chosen.isfinite().all() and scores.rejected.isfinite().all())
+        if found is not None and not diverged:
+            if not sound:
+                check_loss(found)
             if scores.chosen.requires_grad and not found.requires_grad:
                 fix = "Compute it from scores.chosen and scores.rejected, without detach()."
                 raise ContractViolation("gives a loss without gradient", fix)

@@ -10,7 +10,7 @@ import pytest
 
 GPU = Path(__file__).parents[2] / "benchmarks" / "gpu"
 # Names that other tests may have given to other modules.
-_NAMES = ("models", "ppo", "ablation", "sides", "reward", "pretend")
+_NAMES = ("models", "ppo", "ablation", "sides", "reward")
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -19,7 +20,7 @@ class RolloutSlice:
     """Some rows of responses, no wider than they need to be.
 
     Args:
-        rows: (b,) int64, which.
+        rows: (b,) int64 on the CPU, which.
         width: Response tokens of the longest of them, at least 1.
         value_width: Steps up to the last that has a value: one more, where the responses are wider.
     """
@@ -31,7 +32,7 @@ class RolloutSlice:
 
     @classmethod
     def of(cls, responses: Responses, rows: torch.Tensor) -> RolloutSlice:
-        width = max(1, int(responses.lengths[rows.to(responses.lengths.device)].max()))
+        width = max([1, *(responses.response_lengths[row] for row in rows.tolist())])
         return cls(responses, rows, width, min(width + 1, responses.response_ids.shape[1]))
 
     @property
@@ -44,6 +45,14 @@ class RolloutSlice:
         """(b, width) bool, True on response tokens."""
         return self.responses.masks()[0][self.rows, : self.width]
 
+    @cached_property
+    def places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row and column of each response token, (n,) int64 each: the mask as indices, for which no device is asked."""
+        lengths = torch.tensor([self.responses.response_lengths[row] for row in self.rows.tolist()])
+        rows, columns = (torch.arange(self.width) < lengths[:, None]).nonzero(as_tuple=True)
+        device = self.responses.lengths.device
+        return rows.to(device), columns.to(device)
+
     @property
     def learned(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(b, width) and (b, value_width) bool: the tokens, and the steps with a value, of responses with a reward."""
@@ -54,7 +63,8 @@ class RolloutSlice:
         """For a model; without the ``last`` token where nobody reads what comes behind it."""
         prompt_ids, prompt_mask, response_ids, lengths = self.responses.sequences(self.rows)
         width = self.width if last else self.width - 1
-        return model_inputs(prompt_ids, prompt_mask, response_ids[:, :width], lengths.clamp(max=width))
+        first = prompt_ids.shape[1] - max(self.responses.prompt_lengths[row] for row in self.rows.tolist())
+        return model_inputs(prompt_ids, prompt_mask, response_ids[:, :width], lengths.clamp(max=width), first)
 
 
 def equal_prompts(mask: torch.Tensor, rows: torch.Tensor) -> list[torch.Tensor]:
@@ -89,18 +99,19 @@ def from_logits(
     logits: torch.Tensor, rollout_slice: RolloutSlice, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same from (b, width, V) scores of any model."""
-    mask, logits = rollout_slice.mask, logits[rollout_slice.mask]
-    found = token_logprobs(logits, rollout_slice.tokens[mask], temperature), entropy(logits.detach(), temperature)
-    return _spread(found[0], mask), _spread(found[1], mask)
+    logits = logits[rollout_slice.places]
+    tokens = rollout_slice.tokens[rollout_slice.places]
+    found = token_logprobs(logits, tokens, temperature), entropy(logits.detach(), temperature)
+    return _spread(found[0], rollout_slice), _spread(found[1], rollout_slice)
 
 
 def from_hidden(
     model: torch.nn.Module, hidden: torch.Tensor, rollout_slice: RolloutSlice, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same from (b, width, H) hidden states, of a model whose head ``is_plain``."""
-    mask, head = rollout_slice.mask, inner_model(model).get_output_embeddings()
-    found = token_logprobs_of(hidden[mask], head, rollout_slice.tokens[mask], temperature)
-    return _spread(found[0], mask), _spread(found[1], mask)
+    places, head = rollout_slice.places, inner_model(model).get_output_embeddings()
+    found = token_logprobs_of(hidden[places], head, rollout_slice.tokens[places], temperature)
+    return _spread(found[0], rollout_slice), _spread(found[1], rollout_slice)
 
 
 def values(role_models: RoleModels, rollout_slice: RolloutSlice) -> torch.Tensor:
@@ -147,9 +158,10 @@ def _hidden_and_logits(
     return kept[0], logits
 
 
-def _spread(flat: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(b, T) with the entries of ``flat`` where the mask is True, and zero elsewhere."""
-    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
+def _spread(flat: torch.Tensor, rollout_slice: RolloutSlice) -> torch.Tensor:
+    """(b, width) with the entries of ``flat`` at the response tokens, and zero elsewhere."""
+    zeros = torch.zeros(len(rollout_slice.rows), rollout_slice.width, dtype=flat.dtype, device=flat.device)
+    return zeros.index_put(rollout_slice.places, flat)
 
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -174,17 +186,24 @@ def entropy(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 
 
 def model_inputs(
-    prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, response_ids: torch.Tensor, lengths: torch.Tensor
+    prompt_ids: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    response_ids: torch.Tensor,
+    lengths: torch.Tensor,
+    first: int | None = None,
 ) -> dict[str, torch.Tensor]:
     """Prompts and responses as one batch: padded on the left before, on the right behind.
 
     Columns that are padding in every row are left out on the left.
 
+    Args:
+        first: The column where the longest prompt begins; None reads it from the mask, for which the CPU waits.
+
     Returns:
         input_ids, attention_mask and position_ids, (B, at most P + T) int64 each; the last T columns
         are the responses.
     """
-    first = int(prompt_mask.int().argmax(1).min())
+    first = int(prompt_mask.int().argmax(1).min()) if first is None else first
     prompt_ids, prompt_mask = prompt_ids[:, first:], prompt_mask[:, first:]
     width = response_ids.shape[1]
     response_mask = torch.arange(width, device=lengths.device) < lengths[:, None]

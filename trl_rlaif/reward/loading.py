@@ -86,7 +86,7 @@ class _ForeignPadding:
         ids, mask = given.get("input_ids"), given.get("attention_mask")
         if ids is None or mask is None or mask.dim() != 2:
             return args, kwargs
-        present = set(ids[mask.bool()].tolist())
+        present = set(ids.masked_fill(~mask.bool(), -1).flatten().tolist())
         config.pad_token_id = next(id for id in range(len(present) + 1) if id not in present)
         return (), {**given, "input_ids": ids.masked_fill(~mask.bool(), config.pad_token_id)}
 

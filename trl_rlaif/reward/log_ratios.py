@@ -36,19 +36,21 @@ def response_logprobs(
     inner, device = inner_model(model), next(model.parameters()).device
     found = torch.zeros(len(sequences), dtype=torch.float64)
     for batch in token_batches([len(s) for s in sequences], batch_tokens):
-        ids, mask = (x.to(device, torch.long) for x in pad_rows(sequences[i] for i in batch))
-        first = torch.tensor([prompt_lengths[i] for i in batch], device=device)
-        wanted = mask.bool() & (torch.arange(mask.shape[1], device=device) >= first[:, None])
-        before = wanted.roll(-1, 1)  # the position that a token is read at is the one before it
-        tokens = ids[wanted]
+        ids, mask = pad_rows(sequences[i] for i in batch)
+        first = torch.tensor([prompt_lengths[i] for i in batch])
+        wanted = mask & (torch.arange(mask.shape[1]) >= first[:, None])
+        # Indices from the CPU, where the mask is known: a GPU would be waited for. A token is read one position before.
+        rows, columns = (x.to(device) for x in wanted.nonzero(as_tuple=True))
+        ids, mask, before = ids.to(device), mask.to(device, torch.long), (rows, columns - 1)
+        tokens = ids[rows, columns]
         if is_plain(inner):
             hidden = backbone(inner)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             logprobs, _ = token_logprobs_of(hidden[before], inner.get_output_embeddings(), tokens, 1.0)
         else:
             logits = inner(input_ids=ids, attention_mask=mask, use_cache=False).logits[before]
             logprobs = logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-        sums = torch.zeros(wanted.shape, dtype=torch.float64, device=device).masked_scatter(wanted, logprobs.double())
-        found[batch] = sums.sum(1).cpu()
+        sums = torch.zeros(wanted.shape, dtype=torch.float64, device=device)
+        found[batch] = sums.index_put((rows, columns), logprobs.double()).sum(1).cpu()
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -224,8 +225,8 @@ class RewardTrainer(TrlRewardTrainer):
     @torch.no_grad()
     def _log_soft_metrics(self, scores: PreferenceScores, mode: str) -> None:
         """Agreement with the label's choice, where it makes one; equal scores count half. TRL's counts ``chosen``."""
-        decided = scores.p != 0.5
-        if decided.any():
-            same = (scores.chosen - scores.rejected).sign() * (scores.p - 0.5).sign()
-            agree = ((1 + same) / 2)[decided].mean()
-            self._metrics[mode]["label_agreement"].append(self.accelerator.gather(agree).mean().item())
+        same = (scores.chosen - scores.rejected).sign() * (scores.p - 0.5).sign()
+        agree = ((1 + same) / 2).where(scores.p != 0.5, torch.nan).nanmean()
+        found = self.accelerator.gather(agree).nanmean().item()
+        if not math.isnan(found):
+            self._metrics[mode]["label_agreement"].append(found)

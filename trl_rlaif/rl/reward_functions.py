@@ -69,7 +69,8 @@ def call_rewards(
             is named, and the row. Where one blocks the event loop, all that run in it are named.
         RewardError: The same of a function that a recipe picked, or an exception in it.
     """
-    ids = [row[:n].tolist() for row, n in zip(responses.response_ids, responses.lengths.tolist(), strict=True)]
+    rows = zip(responses.response_ids.tolist(), responses.response_lengths, strict=True)
+    ids = [row[:length] for row, length in rows]
     given = {"prompts": responses.prompts, "completions": responses.completions, "completion_ids": ids}
     given |= responses.columns | extra
     origins = [origin_of(function, "reward function") for function in functions]

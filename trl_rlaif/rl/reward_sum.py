@@ -87,7 +87,7 @@ class RewardSum:
 
     def _figures(self, name: str, rewards: torch.Tensor, weight: float) -> tuple[float, float]:
         """What is taken off a reward, and what it is divided by."""
-        every = self._gather(rewards)
+        every = self._gather(rewards).cpu()  # where the figures are: a GPU would be waited for at each
         batch = _moments(every[~every.isnan()])
         _, count, seen = self._seen.get(name, (weight, 0, _NOTHING))
         self._seen[name] = weight, count + len(every), _joined(seen, batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from itertools import compress
 from typing import Any
 
 import torch
@@ -117,8 +118,8 @@ def unpadded(
     prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, response_ids: torch.Tensor, lengths: torch.Tensor
 ) -> list[tuple[list[int], list[int]]]:
     """The tokens of each prompt and of its response, of a batch of ``Responses``."""
-    rows = zip(prompt_ids, prompt_mask.bool(), response_ids.tolist(), lengths.tolist(), strict=True)
-    return [(prompt[mask].tolist(), response[:n]) for prompt, mask, response, n in rows]
+    rows = zip(*(x.tolist() for x in (prompt_ids, prompt_mask, response_ids, lengths)), strict=True)
+    return [(list(compress(prompt, mask)), response[:n]) for prompt, mask, response, n in rows]
 
 
 def scored_rows(responses: Responses, reader: ResponseReader) -> Responses:

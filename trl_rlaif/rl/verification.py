@@ -144,8 +144,9 @@ def _plain(role_models: RoleModels, part: str, responses: Responses, row: int, t
     with role_models.role(part):
         model = inner_model(role_models.model(part))
         most = max(16, _SCORES // model.config.get_text_config().vocab_size)
-        response = responses.response_ids[row][: min(int(responses.lengths[row]), most)]
-        ids = torch.cat((responses.prompt_ids[row][responses.prompt_mask[row]], response))[None]
+        response = responses.response_ids[row, : min(responses.response_lengths[row], most)]
+        first = responses.prompt_ids.shape[1] - responses.prompt_lengths[row]
+        ids = torch.cat((responses.prompt_ids[row, first:], response))[None]
         # The scores of a long prompt would take more memory than a training step does.
         known = "logits_to_keep" in inspect.signature(model.forward).parameters
         keep = {"logits_to_keep": len(response) + 1} if known else {}

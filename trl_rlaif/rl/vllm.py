@@ -115,7 +115,7 @@ class VLLMSampler:
         """Give the engine the policy's present weights, unless it has them."""
         # Bits, since versions of tensors miss what writes through .data, as loading a checkpoint does.
         trained = [p.detach().contiguous() for p in model.parameters() if p.requires_grad]
-        present = [p.view(_BITS[p.element_size()]).sum().item() for p in trained]
+        present = torch.stack([p.view(_BITS[p.element_size()]).sum() for p in trained]).tolist() if trained else []
         if present != self._cast:
             self._engine.sync_weights()
             self._cast = present

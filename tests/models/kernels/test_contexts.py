@@ -6,6 +6,7 @@ import copy
 import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,10 +22,13 @@ from trl_rlaif import SharedBase, UserError
 from trl_rlaif.generation import sample_responses
 from trl_rlaif.models.kernels import DEFAULTS, generation_kernels, kernels, training_kernels, used
 from trl_rlaif.models.loading import keep_gradients
+from trl_rlaif.models.role_models import SharedRoleModels
 from trl_rlaif.pipeline.runner import run_recipe
-from trl_rlaif.pipeline.work import sample
+from trl_rlaif.pipeline.work import evaluate, sample
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe.sections import KERNELS
+from trl_rlaif.responses import ResponseReader
+from trl_rlaif.rl.generation import RolloutGenerator
 
 IDS = torch.tensor([[5, 6, 7, 8, 3], [9, 4, 3, 7, 11]])
 
@@ -79,6 +83,59 @@ def test_adapters_on_4_bit_layers_are_cast_once_and_no_less_exact(tmp_path, norm
     # 14 layers, of which each casts A and B otherwise.
     assert fused.counts["_to_copy"] <= plain.counts["_to_copy"] - 28
     assert sum(fused.counts.values()) < sum(plain.counts.values()) - 28
+
+
+def _a_token(draw):
+    """What is dispatched for one more token, by operation."""
+    counts = []
+    for tokens in (3, 7):
+        torch.manual_seed(0)
+        with Ops() as ops:
+            draw(tokens)
+        counts.append(ops.counts)
+    return {name: (count - counts[0][name]) / 4 for name, count in counts[1].items() if count != counts[0][name]}
+
+
+def test_sampling_and_evaluation_generate_as_ppo_does(tmp_path):
+    """In NF4, with the adapter cast once for all tokens: by what is dispatched for each token."""
+    shared, tokenizer, never = SharedBase.around(_nf4(tmp_path, torch.bfloat16)), make_tokenizer(), (10_000,)
+
+    def ppo(tokens):
+        args = SimpleNamespace(
+            temperature=1.0, generation="transformers", bf16=True, response_length=tokens,
+            local_rollout_forward_batch_size=2,
+        )  # fmt: skip
+        generator = RolloutGenerator(args, None, ResponseReader(tokenizer, never))
+        generator._generate(SharedRoleModels(shared), IDS, torch.ones_like(IDS).bool())
+
+    def sampled(tokens):
+        with shared.role("policy"):
+            sample_responses(
+                shared.model, tokenizer, IDS.tolist(), max_new_tokens=tokens, temperature=1.0, stop_ids=never
+            )
+
+    def evaluated(tokens):
+        section = SimpleNamespace(batch_size=2, num_responses=1, temperature=1.0)
+        recipe = SimpleNamespace(evaluate=section, run=SimpleNamespace(seed=1))
+        context = SimpleNamespace(recipe=recipe, tokenizer=tokenizer, stop_ids=lambda model: never)
+        prompts = [SimpleNamespace(id=str(i)) for i in range(2)]
+        evaluate._responses(context, shared, "policy", "policy", prompts, IDS.tolist(), tokens)
+
+    drawn = _a_token(ppo)
+    with kernels(fused_lora=False, cast_weights=False):
+        plain = _a_token(ppo)
+    # 14 layers: PEFT casts A and B, copies, scales and adds in steps of their own.
+    assert drawn["_to_copy"] <= plain["_to_copy"] - 28 and sum(drawn.values()) <= sum(plain.values()) - 70
+    assert _a_token(sampled) == _a_token(evaluated)
+    assert _a_token(sampled)["_to_copy"] == drawn["_to_copy"]
+    assert sum(_a_token(sampled).values()) <= sum(drawn.values())  # PPO keeps log-probabilities too
+
+
+def test_nothing_else_generates():
+    root = Path(trl_rlaif.__file__).parent
+    found = {f.relative_to(root).as_posix() for f in root.rglob("*.py") if ".generate(" in f.read_text("utf-8")}
+    # vLLM's and TRL's own apart, where no model of ours decodes.
+    assert found == {"generation.py", "rl/rollouts.py", "rl/generation.py", "rl/vllm.py"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

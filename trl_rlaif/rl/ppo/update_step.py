@@ -96,7 +96,7 @@ def parts(responses: Responses, rows: torch.Tensor, tokens: int | None) -> Itera
     if tokens is None:
         yield rows
         return
-    prompts, lengths = responses.prompt_mask.sum(1).tolist(), responses.lengths.tolist()
+    prompts, lengths = responses.prompt_lengths, responses.response_lengths
     part: list[int] = []
     for row in rows.tolist():
         grown = [*part, row]
