@@ -66,7 +66,8 @@ class Script:
         say: Sampled answers, divided by bars, by the request's seed; "_" is a space.
         one: "ignored" or "refused": what becomes of a request for several choices.
         most: More likeliest tokens than these are refused.
-        begun: What becomes of an answer that is begun: "continued", "refused", or "ignored" (another one is begun).
+        begun: What becomes of an answer that is begun: "continued", "refused", "ignored" (another one is begun), or
+            "repeated" in front of what is said, as llama.cpp's server does.
         think: The model thinks this before it says anything, unless ``enable_thinking`` is false; "tags" leaves the
             thoughts in the text, any other word is told apart by the field of this name.
     """
@@ -296,6 +297,7 @@ def _answer(body: dict[str, Any], script: Script, text: str, chat: bool) -> dict
             content = answers[seed % len(answers)].replace("_", " ")
         else:
             content = tokens[0][0]
+        content = said + content if script.begun == "repeated" else content
         if thinks:
             tokens = [("Okay", 0.9), ("Hm", 0.1)]
         wanted = script.logprobs and body.get("logprobs")

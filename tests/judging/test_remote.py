@@ -289,6 +289,14 @@ def test_a_vote_for_ten_is_none_for_one(server, say):
     assert math.fsum(map(math.exp, found.values())) == pytest.approx(0.8)
 
 
+def test_a_beginning_that_the_server_repeats_is_no_part_of_the_answer(server):
+    context, options = "what? [[begun=repeated logprobs=0 say=1|1|2|1]]", {"prefill": True, "votes": 4}
+    assert ask_one(server, context, **options).logprobs[0] == logs(0.75, 0.25)
+    question = PROMPT.compare("what? [[begun=repeated]]", *TEXTS, think=True)
+    (answer,) = ask(make_judge(server, prefill=True), [[question]], thinking=Thinking())[0]
+    assert answer.rationales == ("Draw 0: the good one wins.",)
+
+
 def test_votes_for_nothing_are_no_answer(server):
     answer = ask_one(server, "what? [[logprobs=0 say=maybe]]", votes=3)
     assert "none of 3" in answer.failed and "1, 2" in answer.failed
@@ -424,10 +432,13 @@ def test_the_first_question_finds_out_whether_an_answer_can_be_begun(server, mar
 
 
 @pytest.mark.parametrize("begun", ["refused", "ignored"])
-def test_a_server_that_can_neither_begin_an_answer_nor_give_log_probabilities_is_sampled(server, begun):
-    answer = ask_one(server, f"what? [[begun={begun} logprobs=0 say=1|1|1|2]]", prefill="auto", votes=4)
-    assert answer.logprobs[0] == logs(0.75, 0.25) and answer.voted
+def test_a_server_that_can_neither_begin_an_answer_nor_give_log_probabilities_is_sampled(server, begun, capsys):
+    judge = make_judge(server, prefill="auto", votes=4)
+    found = ask(judge, [pair(f"{i}? [[begun={begun} logprobs=0 say=1|1|1|2]]") for i in range(3)])
+    assert all(a.logprobs[0] == logs(0.75, 0.25) and a.voted for answers in found.values() for a in answers)
     assert not server.requests[-1]["body"].get("continue_final_message")
+    assert "nothing can be read" in capsys.readouterr().err.replace("\n", " ")
+    assert len(server.requests) == 2 + 6  # log-probabilities are not asked for again
 
 
 def test_a_question_that_is_refused_decides_nothing(server):

@@ -182,7 +182,7 @@ class RemoteJudge(Judge):
             seed=thinking.seed + number,
         )
         # Its marks would make the chat template drop the thoughts when it is shown them.
-        said, ending = _THOUGHT_MARKS.sub("", self._connection.said(choice)), question.ending.strip()
+        said, ending = _THOUGHT_MARKS.sub("", self._connection.said(choice, question.thinking)), question.ending.strip()
         explained = (said.split(ending)[0] if ending else said).strip()
         return "\n\n".join(text for text in (reasoning(choice).strip(), explained) if text)
 
@@ -262,7 +262,7 @@ class RemoteJudge(Judge):
         while votes.total() < self.server.votes:
             # Some servers take all of an answer for thoughts that their end does not follow.
             for choice in self._samples(question, instruction, votes.total()):
-                match = pattern.match(self._connection.said(choice) or reasoning(choice))
+                match = pattern.match(self._connection.said(choice, question.ending) or reasoning(choice))
                 votes[match[1] if match else ""] += 1
         if not votes.keys() & set(candidates):
             raise Unreadable(f"none of {self.server.votes} sampled answers is one of {', '.join(candidates)}")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _USUAL, _MORE = 20, 200
 # What to ask for where a server refuses as many as were wanted.
 _FEWER = (20, 10, 5, 1)
+_WITHOUT = "the server gives no log-probabilities (set judge.votes to sample answers)"
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,10 @@ class Unreadable(Exception):
     """The server answered, and the answer does not hold what was asked for."""
 
 
+class NoLogProbabilities(Unreadable):
+    """The answer comes without any."""
+
+
 class Connection:
     """Requests to one model on a server, in the most exact way that its first question found out.
 
@@ -100,7 +105,7 @@ class Connection:
         self._client = server.client()
         # Found out by the first question; until then it is asked alone.
         self.prefills = server.prefill if server.api == "chat" else False
-        self._known, self._names = False, False
+        self._known, self._names, self._lists = False, False, True
         self._finding_out = threading.Lock()
         self._most = _USUAL if server.top_logprobs == "auto" else server.top_logprobs
         self._may_ask_more = server.top_logprobs == "auto"
@@ -149,8 +154,8 @@ class Connection:
             self._names = self._find_names(question, texts, instruction)
             self._known = True
         told = "its answer is begun for it (prefill)" if self.continues else "it is told to answer with nothing else"
-        read = "the candidates' own log-probabilities" if self._names else "its likeliest tokens"
-        self.say(f"{told}, and {read} are read.")
+        read = "the candidates' own log-probabilities are" if self._names else "its likeliest tokens are"
+        self.say(f"{told}, and {read if self._lists else 'nothing can be'} read.")
 
     def _find_prefill(self, question: Question, texts: Sequence[str], instruction: str) -> bool | Literal["auto"]:
         """Whether the server continues the answer that it is given, by which way gives the candidates more.
@@ -161,18 +166,21 @@ class Connection:
         import openai
 
         mass: dict[bool, float] = {}
+        without = 0
         for prefills in (True, False):
             try:
                 tokens = self._listed(question, instruction, prefills)[0]
                 mass[prefills] = math.fsum(p for token, p in tokens if token.strip() in texts)
-            except Unreadable:
+            except Unreadable as error:
                 mass[prefills] = 0.0
+                without += isinstance(error, NoLogProbabilities)
             except (openai.BadRequestError, openai.UnprocessableEntityError):
                 continue
             if mass[prefills] > 0.9:
                 break
         if not mass:
             return "auto"
+        self._lists = without < len(mass)
         return mass.get(True, 0.0) > 0 and mass[True] >= mass.get(False, 0.0)
 
     def _find_names(self, question: Question, texts: Sequence[str], instruction: str) -> bool:
@@ -180,7 +188,7 @@ class Connection:
         import openai
 
         try:
-            tokens = self._token_ids(question, texts)
+            tokens = self._token_ids(question, texts) if self._lists else {}
             return bool(tokens) and bool(self._named(question, instruction, tokens))
         except (Unreadable, openai.BadRequestError, openai.UnprocessableEntityError):
             return False
@@ -285,16 +293,21 @@ class Connection:
         body = dict(self.server.extra_body) | ({"chat_template_kwargs": kwargs} if kwargs else {})
         return body | ({"continue_final_message": True, "add_generation_prompt": False} if prefills else {})
 
-    def said(self, choice: Any) -> str:
+    def said(self, choice: Any, begun: str) -> str:
         """A choice's text.
+
+        Args:
+            choice: The server's.
+            begun: What the answer was begun with, which llama.cpp's server repeats.
 
         Raises:
             Unreadable: It has none.
         """
         try:
-            return (choice.text if self.server.api == "completions" else choice.message.content) or ""
+            text = (choice.text if self.server.api == "completions" else choice.message.content) or ""
         except AttributeError:
             raise Unreadable("the server's answer holds no text") from None
+        return text.removeprefix(begun) if self.prefills is True else text
 
     def top(self, question: Question, texts: Sequence[str], instruction: str) -> tuple[list[tuple[str, float]], bool]:
         """First tokens of the answer with their probabilities, and whether they are of a thought.
@@ -310,6 +323,8 @@ class Connection:
         Raises:
             Unreadable: There are none.
         """
+        if not self._lists:
+            raise NoLogProbabilities(_WITHOUT)
         tokens = self._token_ids(question, texts) if self._names else {}
         return (self._named(question, instruction, tokens), False) if tokens else self._listed(question, instruction)
 
@@ -349,6 +364,8 @@ class Connection:
         return {"max_tokens": 1, "temperature": 1.0} | listed
 
     def _probabilities(self, choice: Any) -> list[tuple[str, float]]:
+        if getattr(choice, "logprobs", None) is None:
+            raise NoLogProbabilities(_WITHOUT)
         try:
             if self.server.api == "completions":
                 pairs = list(choice.logprobs.top_logprobs[0].items())
@@ -359,7 +376,7 @@ class Connection:
                 raise ValueError
             return found
         except (AttributeError, IndexError, TypeError, ValueError, OverflowError):
-            raise Unreadable("the server gives no log-probabilities (set judge.votes to sample answers)") from None
+            raise Unreadable(_WITHOUT) from None
 
 
 def reasoning(choice: Any) -> str:
