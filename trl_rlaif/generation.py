@@ -13,7 +13,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from trl_rlaif.batching import equal_lengths, pad_rows
-from trl_rlaif.models.kernels import generation_kernels, trial
+from trl_rlaif.models.kernels import generation_kernels, static_cache, trial
 from trl_rlaif.models.shared_model import inner_model
 from trl_rlaif.stopping import stop_ids as all_stop_ids
 
@@ -118,7 +118,9 @@ def _generated(
     ids, mask = (x.to(next(model.parameters()).device) for x in pad_rows(prompts, config.pad_token_id, left=True))
     mask, drawn, kwargs = mask.long(), config.num_return_sequences, {}
     with bare_generation_config(model), generation_kernels(model, bf16):
-        cache = _read_prompts(model, ids, mask) if drawn > 1 else None
+        static = static_cache(model, ids.shape[1] + config.max_new_tokens)
+        config.update(**static)
+        cache = _read_prompts(model, ids, mask) if drawn > 1 and not static else None
         if cache is not None:
             cache.batch_repeat_interleave(drawn)
             ids, mask = (x.repeat_interleave(drawn, 0) for x in (ids, mask))

@@ -40,7 +40,7 @@ FORGET_SET = "forget"
 STOPPING_LIMITS = ("max_failed", "reward_timeout")
 
 # Ways to compute the same numbers with less work; see trl_rlaif.models.kernels.
-Kernel = Literal["packing", "fused_lora", "logprob_head", "cpu_attention", "cast_weights"]
+Kernel = Literal["packing", "fused_lora", "logprob_head", "cpu_attention", "cast_weights", "static_cache"]
 KERNELS = get_args(Kernel)
 
 

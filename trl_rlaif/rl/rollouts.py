@@ -14,6 +14,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from trl_rlaif.batching import pad_rows
 from trl_rlaif.generation import bare_generation_config
+from trl_rlaif.models.kernels import static_cache
 from trl_rlaif.responses import ResponseReader
 from trl_rlaif.types import Responses, Rollout
 
@@ -85,6 +86,7 @@ def generate(
                 top_p=1.0,
                 pad_token_id=pad_id,
                 eos_token_id=stop_id if isinstance(stop_id, int) else list(stop_id or ()) or None,
+                **static_cache(model, prompt_ids.shape[1] + max_new_tokens),
             ),
         )
     return sequences[:, prompt_ids.shape[1] :], recorder.finish(sequences)

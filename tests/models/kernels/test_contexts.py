@@ -11,11 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from helpers.families import make_family
 from helpers.ppo import small_trainer
 from helpers.recipes import tiny_recipe
 from helpers.tiny import make_llama, make_tokenizer
+from packaging import version
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.integrations import sdpa_attention
 
 import trl_rlaif
 from trl_rlaif import SharedBase, UserError
@@ -183,6 +186,30 @@ def test_generating_in_training_uses_the_models_own_attention():
         with generation_kernels(model):
             assert model.config._attn_implementation == "sdpa"
         assert model.config._attn_implementation == "trl_rlaif_cpu"
+
+
+@pytest.mark.skipif(
+    version.parse(transformers.__version__) < version.parse("5.23"), reason="repeats keys for every token"
+)
+@pytest.mark.parametrize("kind", ["granite", "gemma3_text", "llama4_text", "qwen3_5_text"])
+def test_behind_padding_a_token_repeats_no_keys_and_changes_no_number(kind, monkeypatch):
+    """Transformers folds the query heads that share keys; kernels.md has what that is worth."""
+    model, repeat, repeated = make_family(kind).double(), sdpa_attention.repeat_kv, []
+    monkeypatch.setattr(sdpa_attention, "repeat_kv", lambda x, times: repeated.append(x) or repeat(x, times))
+    ids, mask = torch.cat((IDS, IDS.flip(1)), 1), torch.ones(2, 10, dtype=torch.long)
+    mask[1, :4] = 0
+
+    def drawn():
+        config = transformers.GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=0)
+        config.update(output_logits=True, return_dict_in_generate=True)
+        repeated.clear()
+        with generation_kernels(model):
+            return torch.stack(model.generate(ids, attention_mask=mask, generation_config=config).logits)
+
+    found, prompts = drawn(), len(repeated)
+    monkeypatch.setattr(sdpa_attention, "is_torchdynamo_compiling", lambda: True)
+    torch.testing.assert_close(found, drawn(), rtol=1e-6, atol=1e-6)  # logits are float32
+    assert 0 < prompts == len(repeated) / 6
 
 
 def test_switches():

@@ -26,6 +26,7 @@ from trl_rlaif.models.kernels.attention import (
 from trl_rlaif.models.kernels.fused_lora import cast_adapter, fused_lora
 from trl_rlaif.models.kernels.logprob_head import HEAD_ELEMENTS, is_plain, token_logprobs_of
 from trl_rlaif.models.kernels.precision import autocast, cast_head, frozen_weights_cast
+from trl_rlaif.models.kernels.static_cache import static_cache
 from trl_rlaif.models.kernels.switches import DEFAULTS, Switch, kernels, used
 from trl_rlaif.models.kernels.trials import trial
 from trl_rlaif.models.shared_model import inner_model
@@ -42,6 +43,7 @@ __all__ = [
     "refuse_own_mask",
     "refuse_unknown",
     "sliding_windows",
+    "static_cache",
     "takes_masks",
     "token_logprobs_of",
     "trainable_attention",

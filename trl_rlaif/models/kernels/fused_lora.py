@@ -122,7 +122,11 @@ def cast_once(x: torch.Tensor) -> torch.Tensor:
 
     Query, key and value projections, each with its adapter, would otherwise make six copies of it and keep three.
     """
-    if x.dtype != torch.float32 or x.is_inference() or not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != torch.float32 or not torch.is_autocast_enabled(x.device.type):
+        return x
+    if torch.compiler.is_compiling():  # the compiler finds what is computed twice, and can read neither line below
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    if x.is_inference():
         return x
     known = getattr(_thread, "cast", None)
     grad = torch.is_grad_enabled()

@@ -18,6 +18,7 @@ DEFAULTS: dict[str, tuple[bool, bool]] = {
     "logprob_head": (True, True),
     "cpu_attention": (True, False),
     "cast_weights": (True, True),
+    "static_cache": (False, False),
 }
 
 _chosen: dict[str, Switch] = {}
@@ -28,7 +29,7 @@ def kernels(switches: Mapping[Any, Switch] | None = None, /, **more: Switch) -> 
     """Switch kernels on or off in this process while inside; ``auto``, as without a word, asks ``DEFAULTS``.
 
     Args:
-        switches, more: By name: packing, fused_lora, logprob_head, cpu_attention, cast_weights.
+        switches, more: By name: packing, fused_lora, logprob_head, cpu_attention, cast_weights, static_cache.
 
     Raises:
         ValueError: There is no kernel of that name.
