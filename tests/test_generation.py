@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from helpers.families import make_family
 from helpers.tiny import make_gpt2, make_llama, make_tokenizer
 
 from trl_rlaif import generation
-from trl_rlaif.generation import sample_responses, seeded
+from trl_rlaif.generation import random_state, sample_responses, seeded, set_random_state
 
 PROMPTS = [[5, 9, 4, 7, 8, 6, 3], [11, 12, 13], [21, 22, 23, 24, 25]]
 FAMILIES = ("granite", "doge", "falcon", "mpt", "llama4_text", "gemma3_text", "qwen3_5_text", "mamba", "mamba2")
@@ -39,6 +40,21 @@ def test_a_prompt_is_computed_once_for_all_its_responses():
     )
     _drawn(model, [PROMPTS[0], PROMPTS[0]])
     assert computed[0] == (2, 6) and set(computed[1:]) == {(6, 1)}
+
+
+def test_the_random_state_is_that_of_this_processs_own_gpu(monkeypatch):
+    """Of two that it sees; and a run goes on where there is none."""
+    states, own = {0: torch.tensor([0]), 1: torch.tensor([1])}, 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: states[own].clone())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: states.update({own: state}))
+    before = random_state()
+    states[own] = torch.tensor([7])
+    set_random_state(before)
+    assert [state.item() for state in states.values()] == [0, 1]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    set_random_state(before)
+    assert random_state()[1] == []
 
 
 def test_a_prompt_of_a_single_token():

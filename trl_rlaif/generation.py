@@ -37,15 +37,18 @@ def seeded(*parts: object) -> Iterator[None]:
 
 
 def random_state() -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The state of torch's generators, of the CPU and of every GPU."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    """The state of torch's generators, of the CPU and of this process's GPU, if it has one.
+
+    Not of others that it sees: a run may be resumed where there are fewer.
+    """
+    return torch.get_rng_state(), [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
 
 
 def set_random_state(state: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
     """Draw again what was drawn after ``random_state``."""
     torch.set_rng_state(state[0])
-    if state[1]:
-        torch.cuda.set_rng_state_all(state[1])
+    if state[1] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state[1][0])
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import sys
@@ -30,6 +29,7 @@ from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.work.grpo_rloo import build_trainer
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.rl.rejection import RejectionTrainer
+from trl_rlaif.states import load_state, save_state
 
 pytestmark = pytest.mark.trl
 
@@ -162,6 +162,7 @@ class Paged(PagedAdamW8bit):
         buffer = torch.zeros_like(p, dtype=dtype)
         if p.numel() >= 1e5:
             buffer.is_paged = True
+            self.page_mng.paged_tensors.append(buffer)
         return buffer
 
     def prefetch_state(self, p):
@@ -169,13 +170,12 @@ class Paged(PagedAdamW8bit):
 
 
 def _paged(optimizer):
-    return [
-        getattr(state[name], "is_paged", False) for state in optimizer.state.values() for name in ("state1", "state2")
-    ]
+    known = [id(buffer) for buffer in optimizer.page_mng.paged_tensors]
+    return [id(state[name]) in known for state in optimizer.state.values() for name in ("state1", "state2")]
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported")
-def test_states_that_were_paged_are_paged_after_a_resumption():
+def test_states_that_were_paged_are_paged_after_a_resumption(tmp_path):
     torch.manual_seed(0)
     start = [torch.randn(120_000), torch.randn(5000)]
     gradients = [[torch.randn_like(x) for x in start] for _ in range(3)]
@@ -192,13 +192,14 @@ def test_states_that_were_paged_are_paged_after_a_resumption():
     assert _paged(first) == [True, True, False, False]
     resumed = [torch.nn.Parameter(p.detach().clone()) for p in whole]
     second = Paged(resumed)
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    # What bitsandbytes' own copy keeps of the mark, a file does not.
-    for state in second.state.values():
-        state |= {name: value.clone() for name, value in state.items() if torch.is_tensor(value)}
-    assert _paged(second) == [False] * 4
+    save_state(first.state_dict(), tmp_path / "optimizer.pt")
+    second.load_state_dict(load_state(tmp_path / "optimizer.pt"))
+    assert second.state[resumed[0]]["state1"].is_paged and _paged(second) == [False] * 4  # the mark alone is kept
     page_again(SimpleNamespace(optimizer=second))  # as accelerate wraps it
     assert _paged(second) == [True, True, False, False]
+    before = [id(value) for state in second.state.values() for value in state.values()]
+    page_again(second)
+    assert before == [id(value) for state in second.state.values() for value in state.values()]
     step(first, whole, 2)
     step(second, resumed, 2)
     assert all(map(torch.equal, whole, resumed))

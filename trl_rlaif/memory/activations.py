@@ -184,7 +184,7 @@ class Activations:
         wide = (4 if self._on_mlp(closing=False) and not p.lean else 3) * p.linear
         if p.copies_input and not p.autocast and self._on_mlp(closing=True):
             wide += p.adapter
-        narrow = 4 * p.stream + (FLOAT32 if p.copies_input else 0)
+        narrow = 4 * p.stream + (FLOAT32 if p.copies_input and self.adapter is not None else 0)
         # Autocast converts each adapter weight once and keeps it until its context ends.
         copies = 2 * self.adapter.numel if self.adapter is not None and p.casts_weights else 0
         return rows * length * (wide * shape.intermediate + narrow * shape.hidden + length) + copies

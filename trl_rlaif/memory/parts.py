@@ -64,6 +64,12 @@ class MemoryRun:
         precision = Precision(self.item, autocast, self.nf4, adapter_item, lean=stage == "rl")
         return Activations(self.shape, None if bare else self.adapter, precision)
 
+    def generating(self, *, adapters: bool) -> Activations:
+        """Activations of sampling and evaluation: with adapters on 16-bit weights they are under autocast."""
+        if not (adapters and self.item == 2):
+            return self.activations(None, bare=not adapters)
+        return Activations(self.shape, self.adapter, Precision(2, True, self.nf4, lean=True))
+
     @property
     def prompt(self) -> int:
         """Longest prompt in tokens."""

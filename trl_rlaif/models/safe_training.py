@@ -59,7 +59,8 @@ class _GradientCheck(TrainerCallback):
 def page_again(optimizer: Any) -> None:
     """Put the loaded states of a paged optimizer of bitsandbytes into paged memory, as they were before.
 
-    It loads them as plain tensors (seen in 0.50), which would stay on the GPU for the rest of the run.
+    It loads them as plain tensors (seen in 0.50), which would stay on the GPU for the rest of the run. What they say of
+    themselves does not tell: a file keeps a tensor's attributes.
 
     Args:
         optimizer: Any; accelerate's wrapper or not.
@@ -67,10 +68,11 @@ def page_again(optimizer: Any) -> None:
     optimizer = getattr(optimizer, "optimizer", optimizer)
     if not getattr(optimizer, "is_paged", False):
         return
+    paged = {id(buffer) for buffer in optimizer.page_mng.paged_tensors}
     for parameter, state in optimizer.state.items():
         for name in {"state1", "state2"} & state.keys():
             loaded = state[name]
-            if getattr(loaded, "is_paged", False):
+            if id(loaded) in paged:
                 continue
             buffer = optimizer.get_state_buffer(parameter, dtype=loaded.dtype)
             if getattr(buffer, "is_paged", False):  # not on a CPU, and not where the state is small

@@ -78,7 +78,7 @@ class Evaluate(Stage):
         return [
             *run.base(),
             frozen_adapters(run, f"{adapters} adapters (frozen)", adapters),
-            *generation(activations, rows, run.prompt, response),
+            *generation(run.generating(adapters=True), rows, run.prompt, response),
             judge_pass("reward model or judge", activations, JUDGE_TOKENS),
         ]
 

@@ -59,4 +59,5 @@ class Sample(Stage):
             return []
         response = run.within(section.max_new_tokens)
         start = [frozen_adapters(run, "adapter of the start", 1)] if run.recipe.sft else []
-        return [*run.base(), *start, *generation(run.activations(None), section.batch_size, run.prompt, response)]
+        activations = run.generating(adapters=bool(start))
+        return [*run.base(), *start, *generation(activations, section.batch_size, run.prompt, response)]
