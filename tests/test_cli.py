@@ -105,3 +105,16 @@ def test_what_would_steer_the_terminal_is_shown(monkeypatch, capsys):
     with progress.progress_bar(HOSTILE, 1):
         pass
     assert not set(capsys.readouterr().err) & set("\x1b\x07\r\x9b\u202e\ud800")
+
+
+@pytest.mark.parametrize(("body", "said"), [("raise SystemExit(0)", "SystemExit"), ("x = 1", "no attribute 'reward'")])
+def test_a_reward_function_is_imported_by_check(monkeypatch, capsys, tmp_path, body, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(body + "\n")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Hello"}\n')
+    (tmp_path / "r.yaml").write_text(
+        "model: {path: gpt2}\ndata: {prompts: p.jsonl}\nrl:\n  rewards:\n  - mine.py:reward\n"
+    )
+    assert _main(monkeypatch, "check", "r.yaml") == 2
+    error = capsys.readouterr().err
+    assert "r.yaml:5" in error and said in error

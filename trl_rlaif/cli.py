@@ -131,9 +131,21 @@ def _check_inputs(parsed: Recipe) -> None:
     warnings: dict[str, None] = {}
     for each in parsed.variants.values() or [parsed]:
         check_data(each)
+        _check_functions(each)
         warnings |= dict.fromkeys(map(overlap_warning, prompt_overlaps(each, largest=SMALL_FILE)))
     for warning in warnings:
         say(warning)
+
+
+def _check_functions(recipe: Recipe) -> None:
+    """Import every reward function: one that cannot be is found before hours are computed."""
+    for position, name in enumerate(recipe.rl.reward_names if recipe.rl else ()):
+        if ":" in name:
+            from trl_rlaif.pipeline.rl_setup import load_function
+            from trl_rlaif.validation import Origin
+
+            with Origin(f"reward '{name}'", recipe.line(("rl", "rewards", position))).blamed("its import"):
+                load_function(name)
 
 
 @app.command()

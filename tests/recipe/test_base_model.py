@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from helpers.families import family_config
-from transformers import ViTConfig
+from transformers import LlamaConfig, ViTConfig
 
 from trl_rlaif import UserError
 from trl_rlaif.pipeline.runner import run_recipe
@@ -67,3 +69,20 @@ def test_a_base_that_is_not_here_is_not_checked(recipe):
         "recipe.yaml", overrides=["model.path=somebody/a-model"], registry=installed_plugins().registry
     )
     check_base(parsed)
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        ("", "'max_new_tokens' in section 'sample' is 4096; the model's context has 2048 tokens in all."),
+        ("rl: {response_length: 2048, rewards: [direct]}\n", "'response_length' in section 'rl' is 2048;"),
+    ],
+)
+def test_a_response_that_leaves_no_room_for_a_prompt(recipe, more, what):
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=2048,
+    )  # fmt: skip
+    parsed = recipe(config, more=more)
+    with pytest.raises(UserError, match=what):
+        check_base(dataclasses.replace(parsed, sample=parsed.sample.model_copy(update={"max_new_tokens": 4096})))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from trl_rlaif.errors import UserError
+from collections.abc import Iterator
+
+from trl_rlaif.errors import Problem, UserError
 from trl_rlaif.models.loading import PACKAGE
 from trl_rlaif.recipe.parsing import Recipe
 
@@ -24,6 +26,7 @@ def check_base(recipe: Recipe) -> None:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError):
         return
+    _check_lengths(recipe, getattr(config.get_text_config(), "max_position_embeddings", None))
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -47,3 +50,29 @@ def check_base(recipe: Recipe) -> None:
         problem = error.problems[0]
         where = recipe.line(("model", "lora", "target_modules"))
         raise UserError(problem.what, where=where, fix=problem.fix) from None
+
+
+def _check_lengths(recipe: Recipe, context: int | None) -> None:
+    """A response must leave room for a prompt in the model's context, in tokens."""
+    problems = [
+        Problem(
+            f"'{key}' in section '{section}' is {length}; the model's context has {context} tokens in all.",
+            each.line((section, key)),
+            "Leave room for the prompt.",
+        )
+        for each in recipe.variants.values() or [recipe]
+        for section, key, length in _lengths(each)
+        if context is not None and length is not None and length >= context
+    ]
+    if problems:
+        raise UserError.from_problems(list(dict.fromkeys(problems)))
+
+
+def _lengths(recipe: Recipe) -> Iterator[tuple[str, str, int | None]]:
+    if recipe.sample:
+        yield "sample", "max_new_tokens", recipe.sample.max_new_tokens
+    if recipe.rl:
+        yield "rl", "response_length", recipe.rl.config.get("response_length")
+        yield "rl", "max_completion_length", recipe.rl.config.get("max_completion_length")
+    if recipe.evaluate:
+        yield "evaluate", "max_new_tokens", recipe.evaluate.max_new_tokens

@@ -15,6 +15,7 @@ from trl_rlaif.algorithms import ALGORITHMS
 from trl_rlaif.compat.trl_version import check_trl
 from trl_rlaif.recipe.checking import unknown_key, wrong_value
 from trl_rlaif.recipe.formatting import did_you_mean, how_to_mend
+from trl_rlaif.recipe.ranges import out_of_range
 from trl_rlaif.recipe.sections import SECTIONS, Number
 from trl_rlaif.recipe.source import Source
 
@@ -80,6 +81,10 @@ def take_config(section: str, keys: dict[Any, Any], source: Source) -> None:
             except ValidationError:
                 fix = how_to_mend(strict_hint(hints[key]), value)
                 source.report(path, wrong_value(key, owner, value), fix)
+                continue
+            allowed = out_of_range(key, keys["config"][key])
+            if allowed is not None:
+                source.report(path, wrong_value(key, owner, value), f"It must be {allowed}.")
 
 
 def config_hints(section: str, algorithm: Any = None) -> dict[str, Any]:
