@@ -31,7 +31,7 @@ def test_all_keys(parse, folder):
     label = parse(FULL).label
     assert isinstance(label.judge, ServerJudgeSection)
     assert (label.judge.path, label.judge.votes, label.judge.timeout) == ("org/with/slashes.gguf", 5, 10.0)
-    assert (label.judge.api, label.judge.prefill, label.judge.top_logprobs) == ("chat", "auto", 20)
+    assert (label.judge.api, label.judge.prefill, label.judge.top_logprobs) == ("chat", "auto", "auto")
     assert (label.precision, label.min_confidence) == ("high", 0.6)
     assert label.calibration == str(folder / "pairs.jsonl")
     assert list(label.compare) == ["rated", "other-judge", "hosted"]
@@ -114,7 +114,7 @@ class TestServerJudge:
             ("api: chats", "'judge.api' in section 'label' is \"chats\".", "Did you mean 'chat'?"),
             ("votes: -1", "'judge.votes' in section 'label' is -1.", "Write a whole number of at least 0."),
             ("top_logprobs: 0", "'judge.top_logprobs' in section 'label' is 0.",
-             "Write a whole number of at least 1 and at most 100."),
+             "Write auto or a whole number of at least 1 and at most 1000."),
             ("timeout: 0", "'judge.timeout' in section 'label' is 0.", "Write a number above 0."),
             ("prefill: 'yes'", "'judge.prefill' in section 'label' is \"yes\".", "Write auto or true or false."),
         ],
