@@ -69,7 +69,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     found: dict[str, list[list[dict[str, float]]]] = defaultdict(list)
     for seed in range(args.seeds):
-        policy = _taught_policy(seed)
+        policy = taught_policy(seed)
         rated = _rated_scorer(seed)
         for name in VARIANTS:
             scorer, transforms = _proxy(name, rated, args, seed)
@@ -95,7 +95,8 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _request(rng: random.Random) -> tuple[str, list[str]]:
+def asked(rng: random.Random) -> tuple[str, list[str]]:
+    """A request: its kind, and its words."""
     kind = rng.choice(KINDS)
     return kind, [kind, f"topic{rng.randrange(TOPICS)}", f"topic{rng.randrange(TOPICS)}"]
 
@@ -125,7 +126,7 @@ def _ids(words: list[str]) -> list[int]:
     return [INDEX[word] for word in words]
 
 
-def _taught_policy(seed: int) -> LlamaForCausalLM:
+def taught_policy(seed: int) -> LlamaForCausalLM:
     """A language model that answers each kind of request with words of its kind, one word in ten another's."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
@@ -134,7 +135,7 @@ def _taught_policy(seed: int) -> LlamaForCausalLM:
     for _ in range(300):
         rows = []
         for _ in range(64):
-            kind, request = _request(rng)
+            kind, request = asked(rng)
             rows.append(_ids(request + _answer(rng, kind, 0.1)))
         ids = torch.tensor(rows)
         logits = model(input_ids=ids[:, :-1]).logits[:, 2:]
@@ -153,7 +154,7 @@ def _rated_scorer(seed: int) -> LlamaForSequenceClassification:
     for _ in range(300):
         rows, ratings = [], []
         for _ in range(64):
-            kind, request = _request(rng)
+            kind, request = asked(rng)
             words = _answer(rng, kind, 0.0)
             offset, scale = RATINGS[kind]
             rows.append(_ids(request + words))
@@ -172,7 +173,7 @@ def _proxy(
     scorer = copy.deepcopy(rated)
     rng, rows = random.Random(2000 + seed), []
     for _ in range(args.comparisons):
-        kind, request = _request(rng)
+        kind, request = asked(rng)
         answers = [_answer(rng, kind, 0.0) for _ in range(2)]
         gap = truth(kind, answers[0]) - truth(kind, answers[1])
         first = rng.random() < 1 / (1 + np.exp(-6 * gap))  # people err where the answers are alike
@@ -224,7 +225,7 @@ def _ppo(
 ) -> list[dict[str, float]]:
     """Truth, proxy, KL and share of other kinds' words at every update."""
     rng = random.Random(3000 + seed)
-    requests = [_request(rng) for _ in range(512)]
+    requests = [asked(rng) for _ in range(512)]
     data = Dataset.from_dict({"prompt": [" ".join(r) for _, r in requests], "category": [k for k, _ in requests]})
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
