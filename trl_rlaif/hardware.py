@@ -1,4 +1,4 @@
-"""Which floating-point type this machine computes fast: what ``auto`` means for weights and for autocast."""
+"""What this machine computes fast and holds: what ``auto`` means for weights, for autocast and for activations."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from typing import Any
 FAST = 0.7
 # (rows, inputs, outputs) of the product that is timed: like a layer of a small model over a few sequences.
 _PRODUCT = (256, 512, 512)
+# Bytes that a container may use, of which the system's free memory knows nothing (cgroup v2).
+_CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def device_type() -> str:
@@ -142,7 +144,9 @@ def available_memory(device: str) -> int:
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     import psutil
 
-    return psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    usable = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    limit = _CONTAINER_LIMIT.read_text().strip() if _CONTAINER_LIMIT.exists() else "max"
+    return usable if limit == "max" else min(usable, int(limit))
 
 
 def processor() -> str:

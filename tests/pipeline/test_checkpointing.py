@@ -92,5 +92,12 @@ def test_the_measured_peak_is_compared_with_the_plan_of_what_ran(arguments, monk
     assert kept > gpu_memory(again)["gpu_memory"]["predicted"]
 
 
-def test_memory_at_hand():
-    assert 2**27 < hardware.available_memory("cpu") < 2**45
+def test_memory_at_hand(tmp_path, monkeypatch):
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(hardware, "_CONTAINER_LIMIT", limit)
+    free = hardware.available_memory("cpu")
+    assert 2**27 < free < 2**45
+    limit.write_text("max\n")
+    assert hardware.available_memory("cpu") > free / 2
+    limit.write_text(f"{2**26}\n")
+    assert hardware.available_memory("cpu") == 2**26

@@ -35,6 +35,8 @@ def _needed(recipe: Recipe, stage: str) -> bool:
     if peak is None:  # a GPU is filled soon
         return device != "cpu"
     room = hardware.available_memory(device)
+    if device == "cpu":  # which all processes share
+        room //= distributed.processes()
     needed = peak > _SAFE * room
     if distributed.processes() > 1:  # all do the same, or sharded weights would be gathered in one process alone
         from accelerate.utils import gather_object
