@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import requests
 import torch
 from datasets import Dataset
 from helpers.ppo import numbers, small_trainer
@@ -17,7 +18,8 @@ from transformers import AutoModelForCausalLM
 from trl import GRPOConfig
 from trl.generation import vllm_generation
 
-from trl_rlaif import PPOConfig, SharedBase, UserError
+from trl_rlaif import PPOConfig, RunError, SharedBase, UserError
+from trl_rlaif.compat import vllm_engine
 from trl_rlaif.models.kernels.fused_lora import fuse_lora
 from trl_rlaif.models.kernels.precision import CastLinear, cast_frozen_weights
 from trl_rlaif.models.loading import ModelSpec, load_model
@@ -40,11 +42,18 @@ class Engine:
     def __init__(self, model, **options):
         self.options, self.pushes, self.calls, self.events = options, [], [], []
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        runner = SimpleNamespace(model_runner=SimpleNamespace(model=self))
+        self.packed = options.get("enforce_eager", False)
+        runner = SimpleNamespace(model_runner=SimpleNamespace(model=self, reload_weights=self.reload))
         self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=runner))
         self._coming = {}
 
+    def reload(self, weights):
+        self.packed = False
+        self.load_weights(weights)
+        self.packed = True
+
     def load_weights(self, weights):
+        assert not self.packed, "the parameters are packed: they can only be made again"
         for name, weight in weights:
             self._coming[name] = weight.clone()
 
@@ -108,6 +117,7 @@ def engines(monkeypatch, folder):
     def start(kind, **fixed):
         return lambda **options: started.append(kind(**fixed, **options)) or started[-1]
 
+    monkeypatch.setattr(vllm_engine, "_on_cpu", lambda: True)
     for module in (vllm, vllm_generation):
         monkeypatch.setattr(module, "is_vllm_available", lambda: True)
     monkeypatch.setattr(vllm_generation, "LLM", start(Engine), raising=False)
@@ -252,6 +262,14 @@ def test_an_engine_that_sleeps_is_given_the_policy_every_time(engines, folder):
     _assert_same_bits(second, first)
 
 
+@pytest.mark.parametrize("cpu", [True, False])
+def test_on_a_cpu_the_engine_has_the_policys_type_and_compiles_nothing(cpu, engines, folder, monkeypatch):
+    monkeypatch.setattr(vllm_engine, "_on_cpu", lambda: cpu)
+    _trainer(folder).train()
+    found = {name: engines[0].options.get(name) for name in ("dtype", "enforce_eager")}
+    assert found == ({"dtype": "float32", "enforce_eager": True} if cpu else {"dtype": None, "enforce_eager": None})
+
+
 # ---- What is asked of vLLM ----------------------------------------------------------------------------
 
 
@@ -317,6 +335,35 @@ def test_a_server_is_given_weights_and_prompts(engines, folder):
     assert server.options == {"base_url": "http://there:2", "group_port": 51216, "connection_timeout": 240.0}
     assert server.events == ["connect", *["push", "sample"] * 3]
     assert server.calls[0][1]["stop_token_ids"] == [2] and server.calls[0][1]["top_k"] == 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected", "message"),
+    [
+        (requests.ConnectionError("refused"), RunError, "does not answer: refused.*Start it again"),
+        (NotImplementedError("NCCL needs a GPU"), UserError, "NCCL needs a GPU Set vllm_mode: colocate"),
+    ],
+)
+def test_a_server_that_cannot_be_used_is_a_message(fault, expected, message, engines, folder, monkeypatch):
+    def connect(self, device):
+        raise fault
+
+    monkeypatch.setattr(Server, "init_communicator", connect)
+    trainer = _trainer(folder, vllm_mode="server")
+    with pytest.raises(expected, match=message):
+        trainer.train()
+
+
+def test_a_server_that_is_killed_stops_the_run(engines, folder, monkeypatch):
+    trainer = _trainer(folder, vllm_mode="server")
+    trainer.sample(_batch(trainer))
+
+    def generate(self, **options):
+        raise requests.ConnectionError("reset by peer")
+
+    monkeypatch.setattr(Server, "generate", generate)
+    with pytest.raises(RunError, match="does not answer: reset by peer"):
+        trainer.train()
 
 
 # ---- The loop -----------------------------------------------------------------------------------------

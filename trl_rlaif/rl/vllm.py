@@ -16,6 +16,7 @@ from torch import nn
 from trl.import_utils import is_vllm_available
 
 from trl_rlaif.batching import pad_rows
+from trl_rlaif.compat.vllm_engine import engine_for, server_errors
 from trl_rlaif.errors import UserError
 from trl_rlaif.models.role_models import RoleModels
 
@@ -68,14 +69,16 @@ class VLLMSampler:
             (B, T) int64, filled with padding behind the ends; T is at most the response length.
 
         Raises:
-            UserError: The policy's adapter cannot be merged (see ``MergedPolicy``).
+            UserError: The policy's adapter cannot be merged (see ``MergedPolicy``), or weights cannot be sent.
+            RunError: The server does not answer.
         """
         model = role_models.model("policy")
         prompts = [ids[mask].tolist() for ids, mask in zip(prompt_ids, prompt_mask, strict=True)]
         # In the policy's role throughout: an engine that has slept asks for the weights once more by itself.
-        with role_models.role("policy"):
+        with role_models.role("policy"), server_errors():
             if self._engine is None:
-                self._engine = self._start(model)
+                with engine_for(model.dtype):
+                    self._engine = self._start(model)
             self._hand_over(model)
             self._engine.temperature = temperature if temperature >= _LOWEST_TEMPERATURE else 0.0
             _, responses, *_ = self._engine.generate(prompts=prompts, images=None, num_generations=1)

@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
+from trl_rlaif.compat.vllm_engine import engine_for, server_errors
 from trl_rlaif.hardware import use_one_gpu
 from trl_rlaif.models.safe_training import safe_training
 from trl_rlaif.rl.grpo_rloo.config import scoring_settings
@@ -41,6 +42,11 @@ class RehearsalMixin(_Trainer):
     same_run: SameRun
     failure: RewardError | None = None
 
+    def __init__(self, model: Any, *arguments: Any, **named: Any) -> None:
+        uses_vllm = getattr(named.get("args"), "use_vllm", False)
+        with engine_for(model.dtype) if uses_vllm else nullcontext():
+            super().__init__(model, *arguments, **named)
+
     def create_accelerator_and_postprocess(self) -> None:
         """TRL's, on one GPU in each process."""
         use_one_gpu(self.args)
@@ -67,9 +73,9 @@ class RehearsalMixin(_Trainer):
 
         Raises:
             RewardError: It stopped since too many responses had no reward. A checkpoint has been saved.
-            RunError: A gradient is not finite.
+            RunError: A gradient is not finite, or vLLM's server does not answer.
         """
-        with safe_training(self), nullcontext() if self.scorer is None else self.scorer.kernels():
+        with safe_training(self), server_errors(), nullcontext() if self.scorer is None else self.scorer.kernels():
             output = super().train(*arguments, **named)
         if self.failure is not None:
             raise self.failure
