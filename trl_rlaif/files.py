@@ -5,6 +5,7 @@ Of several processes that share a run the first one writes; in the others what w
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -41,6 +42,22 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
         os.rename(path, old)
     os.rename(building, path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def digests_in(path: Path) -> dict[str, str]:
+    """``digest_of`` every file below a folder, by its relative path; a file's own is under the empty name."""
+    if path.is_file():
+        return {"": digest_of(path)}
+    return {p.relative_to(path).as_posix(): digest_of(p) for p in sorted(path.rglob("*")) if p.is_file()}
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -103,7 +103,7 @@ def test_a_file_that_was_moved_or_touched_is_the_same_input(make, folder, tmp_pa
         ({"run": {"name": "other"}}, []),
         ({"reward": {"save_steps": 5, "logging_steps": 7, "report_to": "tensorboard", "packing": False}}, []),
         ({"reward": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}}, []),
-        ({"rl": {"save_steps": 2, "micro_batch_tokens": 64, "gradient_checkpointing": True, "max_failed": 9}}, []),
+        ({"rl": {"save_steps": 2, "micro_batch_tokens": 64, "gradient_checkpointing": True, "max_failed": 0.9}}, []),
         ({"label": {"batch_tokens": 64, "precision": "high"}}, []),
         ({"sample": {"temperature": 1.0}}, []),  # the default, written
         ({"evaluate": {"track_every": 3}}, []),

@@ -90,8 +90,7 @@ class RunFolder:
 
     def marker(self, stage: str) -> dict[str, Any]:
         """A stage's ``fingerprint``, its ``inputs``, and whether it is ``complete``; {} before it has begun."""
-        path = self.state / artifacts.marker_of(stage)
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return self._read_json(self.state / artifacts.marker_of(stage))
 
     def write_marker(self, stage: str, marker: dict[str, Any]) -> None:
         """Replace what is known of a stage."""
@@ -108,16 +107,32 @@ class RunFolder:
         known = {"fingerprint": fingerprint, "complete": False}
         self.write_marker(stage, known if inputs is None else known | {"inputs": inputs})
 
-    def complete(self, stage: str, fingerprint: str) -> None:
+    def complete(self, stage: str, fingerprint: str, more: Mapping[str, Any] | None = None) -> None:
         """Close a stage: ``--resume`` skips it from now on."""
-        self.write_marker(stage, self.marker(stage) | {"fingerprint": fingerprint, "complete": True})
+        self.write_marker(stage, self.marker(stage) | {"fingerprint": fingerprint, "complete": True, **(more or {})})
+
+    def _read_json(self, path: Path) -> Any:
+        """A file of ours, which holds an object; {} where it is missing.
+
+        Raises:
+            UserError: It does not.
+        """
+        if not path.exists():
+            return {}
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            fix = "Restore it. Without it, --resume makes its stages again."
+            raise UserError("The file is damaged.", where=str(path), fix=fix)
+        return found
 
     # ---- Numbers --------------------------------------------------------------------------------------
 
     def results(self) -> Results:
         """The final numbers of every stage that has ended."""
-        path = self / artifacts.RESULTS
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return self._read_json(self / artifacts.RESULTS)
 
     def results_of(self, stage: str) -> dict[str, Any]:
         """One stage's final numbers; {} before it has ended."""

@@ -13,7 +13,7 @@ import yaml
 from trl_rlaif import __version__, distributed
 from trl_rlaif.errors import UserError
 from trl_rlaif.files import write_atomically
-from trl_rlaif.pipeline import artifacts, machine, redo, superseding
+from trl_rlaif.pipeline import artifacts, digests, machine, redo, superseding
 from trl_rlaif.pipeline.forecast import forecast
 from trl_rlaif.pipeline.machine import Machine
 from trl_rlaif.pipeline.redo import Confirm, Planned
@@ -75,6 +75,7 @@ def run_recipe(
         if changed:
             redo.agree(redo.describe(folder, changed), None if only else confirm)
         redo.apply(folder, planned, changed)
+        digests.check(folder, [p.stage for name, p in planned.items() if name not in only and not p.why])
         prepare(recipe, folder, command, began)
         due = [name for name, each in planned.items() if not folder.is_complete(name, each.fingerprint)]
         ahead = [planned[name].stage for name in due if name in (only or due)] if shard is None else []
@@ -190,7 +191,7 @@ def _run_stages(
             say(f"label: share {shard} done. {each.stage.summary(numbers)}")
             say(f"Join the machines' {artifacts.LABELS} into one, and run without --shard: {folder / artifacts.LABELS}")
             return
-        folder.complete(stage, fingerprint)
+        digests.complete(folder, each.stage, fingerprint)
         gc.collect()  # trainers are cycles: without this a stage's model would live into the next one
         say(f"{stage}: done in {time.monotonic() - started:.0f} s. {each.stage.summary(numbers)}".rstrip())
 

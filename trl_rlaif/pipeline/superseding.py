@@ -11,7 +11,7 @@ from typing import Any
 
 from trl_rlaif.distributed import is_first
 from trl_rlaif.files import to_line, write_atomically, write_folder
-from trl_rlaif.pipeline import artifacts
+from trl_rlaif.pipeline import artifacts, digests
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.stage import Stage
 from trl_rlaif.pipeline.stages import STAGES
@@ -108,7 +108,7 @@ def adopt(folder: RunFolder, stage: Stage, fingerprint: str, donor: RunFolder, i
             write_atomically(folder / name, source.read_text(encoding="utf-8"))
     _add_metrics(folder, stage.name, donor.metrics(stage.name))
     folder.add_results(stage.name, donor.results_of(stage.name))
-    folder.complete(stage.name, fingerprint)
+    digests.complete(folder, stage, fingerprint)
 
 
 def _copy_into(source: Path, folder: Path) -> None:

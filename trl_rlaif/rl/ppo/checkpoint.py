@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import random
@@ -21,6 +20,7 @@ from torch import nn
 
 from trl_rlaif import run_identity
 from trl_rlaif.errors import UserError
+from trl_rlaif.files import digest_of
 from trl_rlaif.generation import random_state, set_random_state
 from trl_rlaif.progress import say
 from trl_rlaif.rl import deepspeed
@@ -271,18 +271,10 @@ def _all(folder: Path) -> list[Path]:
 def _content(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and digest of every file."""
     return {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": digest_of(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != _CONTENT
     }
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _written(folder: Path) -> dict[str, dict[str, Any]]:
@@ -300,7 +292,7 @@ def _is_whole(folder: Path) -> bool:
 def _damaged(folder: Path) -> Path | None:
     """The first file of a whole checkpoint that is not what was written."""
     for name, file in _written(folder).items():
-        if _digest(folder / name) != file.get("sha256"):
+        if digest_of(folder / name) != file.get("sha256"):
             return folder / name
     return None
 

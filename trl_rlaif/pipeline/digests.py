@@ -1,0 +1,45 @@
+"""What a complete stage left in the run's folder, and whether it is still that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from trl_rlaif.errors import Problem, UserError
+from trl_rlaif.files import digest_of, digests_in
+from trl_rlaif.pipeline import artifacts
+from trl_rlaif.pipeline.run_folder import RunFolder
+from trl_rlaif.pipeline.stage import Stage
+
+_DIGESTS = "digests"
+
+
+def complete(folder: RunFolder, stage: Stage, fingerprint: str) -> None:
+    """Close a stage, and record the digest of every file that it left, but for its checkpoints."""
+    kept = [name for name in (*stage.outputs, *stage.companions) if not name.startswith(artifacts.CHECKPOINTS)]
+    found = {
+        f"{name}/{file}".rstrip("/"): digest
+        for name in ([] if stage.always else kept)
+        for file, digest in digests_in(folder / name).items()
+    }
+    folder.complete(stage.name, fingerprint, {_DIGESTS: found})
+
+
+def check(folder: RunFolder, stages: Iterable[Stage]) -> None:
+    """Compare what complete stages left with what they wrote. Stages of earlier versions recorded nothing.
+
+    Raises:
+        UserError: A file is gone or another one; each with what to do.
+    """
+    problems = [problem for stage in stages if folder.is_complete(stage.name) for problem in _changed(folder, stage)]
+    if problems:
+        raise UserError.from_problems(problems)
+
+
+def _changed(folder: RunFolder, stage: Stage) -> Iterator[Problem]:
+    fix = f"Restore it, or make it again with --only {stage.name}."
+    for name, digest in folder.marker(stage.name).get(_DIGESTS, {}).items():
+        path = folder / name
+        if not path.is_file():
+            yield Problem(f"The file that the stage '{stage.name}' wrote is gone.", str(path), fix)
+        elif digest_of(path) != digest:
+            yield Problem(f"The file is not what the stage '{stage.name}' wrote.", str(path), fix)
