@@ -18,7 +18,7 @@ GPU = ROOT / "benchmarks" / "gpu"
 
 def test_the_steps_on_a_cpu(tmp_path):
     """What is run on the lent machine, in its order, but for stock TRL and smaller cards."""
-    out, steps = tmp_path / "out", ("checks", "model8b", "speed", "ablation", "pairs")
+    out, steps = tmp_path / "out", ("checks", "model8b", "speed", "ablation", "pairs", "padded")
     environment = os.environ | {"DEVICE": "cpu", "OUT": str(out), "KEEP": str(tmp_path / "keep"), "DEADLINE": "9000"}
     environment |= {"PYTHON": sys.executable, "STEPS": " ".join(steps), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(["bash", str(GPU / "on_gpu.sh"), "main"], env=environment, cwd=ROOT, capture_output=True)
@@ -30,8 +30,11 @@ def test_the_steps_on_a_cpu(tmp_path):
     assert len(numbers["checks"]) > 20 and all(isinstance(value, int | float) for value in numbers["checks"].values())
     assert numbers["speed"]["ms a token, 4 rows, cast_weights on"] > 0
     assert numbers["pairs"]["pairs, nf4, 900+120, packed, fused: pairs a second"] > 0
-    ours, ablated = (record["ours"] for record in json.loads((out / "gpu.json").read_text()))
-    assert "error" not in ours and "error" not in ablated
+    records = json.loads((out / "gpu.json").read_text())
+    ours, ablated, padded = (record["ours"] for record in records)
+    assert not any("error" in side for side in (ours, ablated, padded))
+    assert [record["setting"]["padded"] for record in records] == [False, False, True]
+    assert padded["seconds"]["generation"] > 0
     assert len(ours["updates"]) == 1 and ours["seconds"]["generation"] > 0 and ours["seconds"]["update"] > 0
     assert ours["gib"].keys() == {"resident"} and ours["predicted_gib"] > 0
     assert "measured_over_predicted" not in ours  # a CPU's resident set is not what was predicted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parent / "helpers" / "pretended_phases.py"
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
 # Most waits of a call, with batches of a few rows. TRL's and transformers' own are among them: one a forward pass with
 # a mask, and most of a step of reward, dpo, rloo and grpo.
 WAITS = {
@@ -18,6 +20,7 @@ WAITS = {
     "ppo: load": 0, "judge: packed": 1, "judge: padded": 5, "judge: thinking": 4, "embeddings": 6, "ratios": 20,
     "sample": 3, "NLL": 14, "scores of responses": 12, "a loaded reward model": 4, "reward: step, packed": 14,
     "reward: step, padded": 15, "reward: scores of pairs": 6, "dpo: step": 25, "vllm: weights": 1,
+    "rejection: select": 180, "rejection: fine-tune": 40,
     "rloo: verify": 32, "rloo: step": 70, "rloo: rehearse": 6, "rloo: draw": 18, "rloo: score": 4, "rloo: transform": 9,
     "grpo: verify": 32, "grpo: step": 70, "grpo: rehearse": 6, "grpo: draw": 18, "grpo: score": 4, "grpo: transform": 9,
     # Each tensor is copied for the file.
@@ -31,15 +34,9 @@ A_TOKEN = 3
 
 @pytest.fixture(scope="module")
 def seen():
-    done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, env=_environment())
+    done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
-
-
-def _environment():
-    import os
-
-    return os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
 
 
 def test_what_mixes_and_what_waits_is_seen(seen):

@@ -18,6 +18,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl_rlaif_advantage import AdvantageModel
 from trl_rlaif_regulator import Clip, DistributionRegulator, Ensemble, LengthPenalty, Whiten
+from trl_rlaif_rehearsal.rejection import RejectionSampling
 from trl_rlaif_rehearsal.selective import SelectiveRehearsal
 
 from helpers.ppo import small_trainer
@@ -43,6 +44,7 @@ from trl_rlaif.responses import ResponseReader
 from trl_rlaif.reward.loading import _reading_by_mask
 from trl_rlaif.reward.log_ratios import add_log_ratios
 from trl_rlaif.reward.scoring import score_pairs
+from trl_rlaif.rl.rejection import RejectionTrainer
 from trl_rlaif.rl.soft_dpo import SoftDPOTrainer
 from trl_rlaif.rl.vllm import MergedPolicy, VLLMSampler
 from trl_rlaif.testing.judges import make_judge_prompt
@@ -218,6 +220,16 @@ def group(algorithm: str) -> None:
     trainer.train()
 
 
+def rejection() -> None:
+    """An iteration of rejection sampling: a pool, what is accepted, and TRL's fine-tuning on it."""
+    selector = {"data_selectors": [RejectionSampling(num_responses=2)]}
+    options = {"response_length": 4, "dataloader_pin_memory": False, "trainer_kwargs": selector}
+    trainer = RejectionTrainer.of(small_trainer(_folder(), model=_shared(value=True), **options), 1)
+    watch(trainer, "select", "rejection: select")
+    watch(trainer, "fine_tune", "rejection: fine-tune")
+    trainer.train()
+
+
 def vllm() -> None:
     """The weights that an engine is given."""
     shared = _shared()
@@ -242,8 +254,8 @@ def probe() -> None:
 
 
 PHASES: dict[str, Callable[[], None]] = {
-    "probe": probe, "ppo": ppo, "judge": judge, "passes": passes, "reward": reward, "dpo": dpo, "vllm": vllm,
-    "rloo": lambda: group("rloo"), "grpo": lambda: group("grpo"),
+    "probe": probe, "ppo": ppo, "judge": judge, "passes": passes, "reward": reward, "dpo": dpo, "rejection": rejection,
+    "vllm": vllm, "rloo": lambda: group("rloo"), "grpo": lambda: group("grpo"),
 }  # fmt: skip
 
 
