@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,7 +74,8 @@ class VLLMSampler:
             RunError: The server does not answer.
         """
         model = role_models.model("policy")
-        prompts = [ids[mask].tolist() for ids, mask in zip(prompt_ids, prompt_mask, strict=True)]
+        rows = zip(prompt_ids.tolist(), prompt_mask.tolist(), strict=True)
+        prompts = [list(compress(ids, mask)) for ids, mask in rows]
         # In the policy's role throughout: an engine that has slept asks for the weights once more by itself.
         with role_models.role("policy"), server_errors():
             if self._engine is None:
