@@ -3,6 +3,8 @@
 # make test-trl     the tests that touch TRL, on another version of it: TRL=1.12.0, or TRL=latest
 #                   TESTS=tests runs the whole suite there
 # make test-fast    the same without the tests that are marked slow
+# make test-servers real servers and engines (an hour on two cores): VLLM=python that imports vllm, LLAMA=python that
+#                   imports xllamacpp; one of them suffices. benchmarks/results/servers.md says how to install them.
 # make lint         ruff and mypy
 # make gpu-kit      what a GPU machine without a network lacks, for benchmarks/gpu/on_gpu.sh: TRL=1.12.0
 
@@ -23,7 +25,7 @@ PYTEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart gpu-kit test test-fast test-trl lint clean always
+.PHONY: quickstart gpu-kit test test-fast test-trl test-servers lint clean always
 
 # torch goes first: what comes after it would otherwise choose a build of its own.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -60,6 +62,10 @@ test-trl: $(TRL_VENV)/.installed
 
 gpu-kit: $(VENV)/.installed
 	PYTHON=$(BIN)/python $(if $(filter latest,$(TRL)),,TRL=$(TRL)) bash benchmarks/gpu/make_kit.sh --model
+
+# One worker: a server takes the whole machine.
+test-servers: $(VENV)/.installed
+	VLLM='$(VLLM)' LLAMA='$(LLAMA)' $(PYTEST_ENV) $(BIN)/python -m pytest -m servers --durations=0 tests/servers
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

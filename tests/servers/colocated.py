@@ -1,0 +1,90 @@
+"""Training with vLLM's engine in the same process: python colocated.py ALGORITHM FOLDER prints what it drew, as JSON.
+
+Of every draw: the largest difference between the engine's log-probabilities of the drawn tokens and the policy's own,
+and the first response.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from helpers.rewards import length_penalty
+from helpers.tiny import make_llama, make_tokenizer
+from peft import LoraConfig
+from trl import GRPOConfig, RLOOConfig
+from trl.generation.vllm_generation import VLLMGeneration
+
+from trl_rlaif import PPOConfig, PPOTrainer
+from trl_rlaif.models.loading import ModelSpec, load_model
+from trl_rlaif.rl.grpo_rloo.trainer import TRAINERS
+
+# What the trainers have in common; of what they draw, nothing is done with the rewards but to learn from them.
+COMMON = {
+    "per_device_train_batch_size": 4, "learning_rate": 1e-2, "temperature": 1.0, "bf16": False, "report_to": "none",
+    "save_strategy": "no", "gradient_checkpointing": False, "disable_tqdm": True, "vllm_max_model_length": 64,
+}  # fmt: skip
+CONFIGS = {"grpo": GRPOConfig, "rloo": RLOOConfig}
+
+
+def make_trainer(algorithm, folder):
+    tokenizer = make_tokenizer()
+    # The engine needs heads of 32 on a CPU.
+    make_llama(len(tokenizer), hidden_size=128).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    model = load_model(ModelSpec(str(folder / "base"), "float32"))
+    dataset = Dataset.from_dict({"prompt": [f"what is the {'quick ' * i}fox?" for i in range(8)]})
+    lora = LoraConfig(r=4, target_modules="all-linear")
+    if algorithm == "ppo":
+        options = {"total_episodes": 12, "response_length": 8, "stop_token": "eos", "num_sample_generations": 0}
+        config = PPOConfig(str(folder / "run"), generation="vllm", **COMMON, **options)
+        return PPOTrainer(
+            config, tokenizer, model, train_dataset=dataset, reward_funcs=[length_penalty], peft_config=lora
+        )
+    config = CONFIGS[algorithm](
+        str(folder / "run"), use_vllm=True, vllm_mode="colocate", num_generations=4, max_steps=3,
+        max_completion_length=8, use_cpu=True, **COMMON,
+    )  # fmt: skip
+    return TRAINERS[type(config)](
+        model=model,
+        args=config,
+        reward_funcs=[lambda completions, **_: [-float(len(text)) for text in completions]],
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=lora,
+    )
+
+
+@torch.no_grad()
+def furthest(policy, prompts, responses, logprobs):
+    """The largest distance of the engine's log-probabilities from the policy's, in nats."""
+    worst, training = 0.0, policy.training
+    policy.eval()
+    for prompt, response, given in zip(prompts, responses, logprobs, strict=True):
+        logits = policy(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
+        own = logits.log_softmax(-1)[torch.arange(len(response)), torch.tensor(list(response))]
+        worst = max(worst, (own - torch.tensor([one[0] for one in given])).abs().max().item())
+    policy.train(training)
+    return worst
+
+
+def main():
+    algorithm, folder = sys.argv[1], Path(sys.argv[2])
+    trainer = make_trainer(algorithm, folder)
+    policy = trainer.shared.model if algorithm == "ppo" else trainer.model
+    draws, generate = [], VLLMGeneration.generate
+
+    def compared(self, *arguments, **named):
+        self.logprobs = 0
+        prompts, responses, logprobs, *rest = generate(self, *arguments, **named)
+        draws.append([furthest(policy, prompts, responses, logprobs), [int(token) for token in responses[0]]])
+        return prompts, responses, logprobs, *rest
+
+    VLLMGeneration.generate = compared
+    trainer.train()
+    print("drew", json.dumps(draws), flush=True)
+
+
+if __name__ == "__main__":
+    main()
