@@ -412,7 +412,9 @@ def test_a_hook_that_would_end_the_program_is_blamed(listening, make_point, erro
     plugins = build_plugins([make_point(policy_updated)])
     with pytest.raises(RunError, match=f"failed in its hook policy_updated: {type(error).__name__}"):
         plugins.notify("policy_updated", trainer=None, metrics={})
-    with pytest.raises(RunError, match=f"labeler 'words' failed in label: {type(error).__name__}"):
+    # A generator that is closed early is nobody's fault.
+    blamed = GeneratorExit if isinstance(error, GeneratorExit) else RunError
+    with pytest.raises(blamed, match="" if blamed is GeneratorExit else "labeler 'words' failed in label: "):
         with Origin("labeler 'words'").blamed("label"):
             raises()
 

@@ -19,7 +19,8 @@ class CtrlC(KeyboardInterrupt):
 def listening() -> Iterator[None]:
     """Inside, raise ``CtrlC`` where Python would raise a plain KeyboardInterrupt."""
     global _listening
-    if threading.current_thread() is not threading.main_thread():  # only there are signals handled
+    handled = threading.current_thread() is threading.main_thread()
+    if not handled or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored behind `&`, say
         yield
         return
     before, _listening = signal.signal(signal.SIGINT, _raise), True

@@ -47,7 +47,7 @@ def load_state(path: Path, known: Sequence[type] = ()) -> Any:
         raise RunError(
             f"The file is damaged, or not one that this project wrote: {_first_line(error)}",
             where=str(path),
-            fix="Remove its folder: the run then goes on from an earlier checkpoint, or begins that stage anew.",
+            fix="Restore it. A checkpoint that is removed is passed over for the one before.",
         ) from error
 
 

@@ -106,7 +106,8 @@ class Origin:
                 error.args = (str(error),)
             raise
         except BaseException as error:
-            if not self.picked or not is_fault(error):
+            # A generator that is closed early, and so its labels, is nobody's fault.
+            if not self.picked or isinstance(error, GeneratorExit) or not is_fault(error):
                 raise
             what = f"failed in {method}: {type(error).__name__}: {error}".rstrip(".: ")
             raise self.error(what, "Add --debug behind trl-rlaif for the traceback.", kind) from error

@@ -76,3 +76,21 @@ def test_a_damaged_marker_or_results_file_is_named(tmp_path, content):
         with pytest.raises(UserError, match="damaged") as caught:
             read()
         assert caught.value.problems[0].where == str(path)
+
+
+def test_what_other_stages_wrote_or_a_cache_is_not_recorded(tmp_path):
+    folder = RunFolder(tmp_path)
+    (folder / artifacts.PREFERENCES).mkdir()
+    for name in ("data.arrow", "cache-1.arrow"):
+        (folder / artifacts.PREFERENCES / name).write_text("x")
+    for name in ("label", "reward", "rl"):
+        digests.complete(folder, STAGES[name], "a")
+    assert sorted(folder.marker("label")["digests"]) == [f"{artifacts.PREFERENCES}/data.arrow"]
+    assert folder.marker("reward")["digests"] == folder.marker("rl")["digests"] == {}
+
+
+def test_a_donor_that_is_damaged_gives_nothing(run, tmp_path):
+    recipe, folder = run
+    _flip(folder / artifacts.PAIRS)
+    with pytest.raises(UserError, match="is not what the stage 'sample' wrote"):
+        run_recipe(recipe, installed_plugins(), tmp_path / "other", donors=[folder])

@@ -190,7 +190,7 @@ class Connection:
         try:
             tokens = self._token_ids(question, texts) if self._lists else {}
             return bool(tokens) and bool(self._named(question, instruction, tokens))
-        except (Unreadable, openai.BadRequestError, openai.UnprocessableEntityError):
+        except (Unreadable, openai.APIError):  # whatever a gateway does with a field that it does not know
             return False
 
     def more(self, listed: int) -> bool:
@@ -208,7 +208,7 @@ class Connection:
         found: dict[int, str] = {}
         for text in sorted(texts, key=len):
             token = self._ids[question.ending, text]
-            if token is None:
+            if token is None or not text.startswith(found.get(token, text)):  # "10" may begin as "1" does
                 return {}
             found.setdefault(token, text)
         return found
@@ -238,7 +238,7 @@ class Connection:
             client = self._client.with_options(max_retries=0)
             answer: Any = client.post(url, cast_to=object, body={"model": self.model, **body})
             return [int(token) for token in answer["tokens"]]
-        except (openai.APIStatusError, ValueError, TypeError, KeyError):
+        except (openai.APIError, ValueError, TypeError, KeyError):
             return []
 
     # ---- Requests ---------------------------------------------------------------------------------------
@@ -352,7 +352,7 @@ class Connection:
                 return self._probabilities(choice), bool(reasoning(choice))
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 fewer = next((count for count in _FEWER if count < most), None)
-                if "logprobs" not in str(error) or fewer is None:
+                if ("logprobs" not in str(error) and most != _MORE) or fewer is None:
                     raise
                 self._most = min(self._most, fewer)
                 self.say(f"{most} log-probabilities are refused; {fewer} are asked for.")

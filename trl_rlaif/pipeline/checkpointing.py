@@ -10,6 +10,8 @@ from trl_rlaif.recipe import Recipe
 CHECKPOINTING = "gradient_checkpointing"
 # The planner's peaks are within a tenth of what autograd keeps (tests/memory).
 _SAFE = 0.9
+# What says how long the rows of a stage may be. Without it the planner can but assume a length.
+_LENGTHS = {"sft": "max_length", "reward": "max_length", "rl": "max_prompt_length"}
 
 
 def settle_checkpointing(recipe: Recipe, stage: str) -> Recipe:
@@ -55,14 +57,15 @@ def _peak(recipe: Recipe, stage: str, device: str) -> int | None:
     from trl_rlaif.memory import CONTEXT_BYTES, MARGIN, plan_memory
     from trl_rlaif.memory.settings import setting, with_settings
 
-    if device not in ("cpu", "cuda"):
+    if device not in ("cpu", "cuda") or setting(recipe, stage, _LENGTHS[stage]) is None:
         return None
     changes: dict[tuple[str, str], object] = {(stage, CHECKPOINTING): False}
     if stage == "rl":
         from trl_rlaif.rl.ppo.update_step import CPU_TOKENS
 
         # Of TRL's trainers it is not known what they hold, nor of vLLM.
-        if ALGORITHMS[recipe.rl.algorithm].config or setting(recipe, "rl", "generation") == "vllm":
+        algorithm = ALGORITHMS[recipe.rl.algorithm]
+        if algorithm.config or algorithm.needs_selector or setting(recipe, "rl", "generation") == "vllm":
             return None
         if device == "cpu" and setting(recipe, "rl", "micro_batch_tokens") is None:
             changes["rl", "micro_batch_tokens"] = CPU_TOKENS

@@ -227,7 +227,8 @@ class Context:
         judge = task.judge
         if isinstance(judge, ServerJudgeSection):
             name = judge.path
-            revision = f"{judge.base_url} {judge.api} {judge.prefill} {judge.votes} {judge.top_logprobs}"
+            listed = 20 if judge.top_logprobs == "auto" else judge.top_logprobs  # or more, if need be
+            revision = f"{judge.base_url} {judge.api} {judge.prefill} {judge.votes} {listed}"
             revision += _told(judge.chat_template_kwargs) + _told(judge.extra_body)
         else:
             spec = self.model_spec if isinstance(judge, str) else _spec(judge)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
+from trl_rlaif.distributed import is_first
 from trl_rlaif.errors import Problem, UserError
 from trl_rlaif.files import digest_of, digests_in
 from trl_rlaif.pipeline import artifacts
@@ -14,12 +16,19 @@ _DIGESTS = "digests"
 
 
 def complete(folder: RunFolder, stage: Stage, fingerprint: str) -> None:
-    """Close a stage, and record the digest of every file that it left, but for its checkpoints."""
-    kept = [name for name in (*stage.outputs, *stage.companions) if not name.startswith(artifacts.CHECKPOINTS)]
+    """Close a stage, and record the digest of every file that it left, but for its checkpoints.
+
+    Of several processes the first does so.
+    """
+    if not is_first():
+        return
+    kept = [name for name in stage.outputs if not name.startswith(artifacts.CHECKPOINTS)]
+    kept += [artifacts.LABELS] if artifacts.LABELS in stage.companions else []  # other companions are other stages'
     found = {
         f"{name}/{file}".rstrip("/"): digest
         for name in ([] if stage.always else kept)
         for file, digest in digests_in(folder / name).items()
+        if not Path(file).name.startswith("cache-")  # of the datasets library, which may clear it
     }
     folder.complete(stage.name, fingerprint, {_DIGESTS: found})
 

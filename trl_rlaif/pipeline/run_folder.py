@@ -90,7 +90,7 @@ class RunFolder:
 
     def marker(self, stage: str) -> dict[str, Any]:
         """A stage's ``fingerprint``, its ``inputs``, and whether it is ``complete``; {} before it has begun."""
-        return self._read_json(self.state / artifacts.marker_of(stage))
+        return self._read_json(self.state / artifacts.marker_of(stage), "Without it, --resume makes the stage again.")
 
     def write_marker(self, stage: str, marker: dict[str, Any]) -> None:
         """Replace what is known of a stage."""
@@ -111,8 +111,8 @@ class RunFolder:
         """Close a stage: ``--resume`` skips it from now on."""
         self.write_marker(stage, self.marker(stage) | {"fingerprint": fingerprint, "complete": True, **(more or {})})
 
-    def _read_json(self, path: Path) -> Any:
-        """A file of ours, which holds an object; {} where it is missing.
+    def _read_json(self, path: Path, without: str) -> Any:
+        """A file of ours, which holds an object; {} where it is missing. ``without`` says what that would mean.
 
         Raises:
             UserError: It does not.
@@ -124,15 +124,14 @@ class RunFolder:
         except ValueError:
             found = None
         if not isinstance(found, dict):
-            fix = "Restore it. Without it, --resume makes its stages again."
-            raise UserError("The file is damaged.", where=str(path), fix=fix)
+            raise UserError("The file is damaged.", where=str(path), fix=f"Restore it. {without}")
         return found
 
     # ---- Numbers --------------------------------------------------------------------------------------
 
     def results(self) -> Results:
         """The final numbers of every stage that has ended."""
-        return self._read_json(self / artifacts.RESULTS)
+        return self._read_json(self / artifacts.RESULTS, "Without it the report lacks the numbers of all stages.")
 
     def results_of(self, stage: str) -> dict[str, Any]:
         """One stage's final numbers; {} before it has ended."""

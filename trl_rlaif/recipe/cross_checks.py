@@ -57,7 +57,7 @@ def _check_rl(source: Source, present: set[Any]) -> None:
                 what = f"'{_value(source, 'rl', 'algorithm')}' samples no responses for {key}."
                 source.report(("rl", key), what, "Leave them out, or choose another algorithm.")
         return
-    _check_batches(source, algorithm)
+    _check_batches(source)
     if _value(source, "data", "prompts") is None:
         source.report(("rl",), "'rl' has no prompts.", "Set data.prompts.")
     rewards = _value(source, "rl", "rewards")
@@ -69,17 +69,16 @@ def _check_rl(source: Source, present: set[Any]) -> None:
         source.report(path, what, "Add 'reward', or set rl.rewards to [direct] or to a function.")
 
 
-def _check_batches(source: Source, algorithm: Algorithm | None) -> None:
-    """A batch must divide into minibatches, and into the groups of RLOO and GRPO."""
-    key = "num_generations" if algorithm and algorithm.config else "num_mini_batches"
-    part = _value(source, "rl", key)
+def _check_batches(source: Source) -> None:
+    """A batch must divide into minibatches. RLOO and GRPO count in processes, too; TRL checks these."""
+    parts = _value(source, "rl", "num_mini_batches")
     rows = _value(source, "rl", "per_device_train_batch_size") or 8  # the defaults of TrainingArguments
     steps = _value(source, "rl", "gradient_accumulation_steps") or 1
-    if not all(isinstance(number, int) and number > 0 for number in (part, rows, steps)):
+    if not all(isinstance(number, int) and number > 0 for number in (parts, rows, steps)):
         return
-    if rows * steps % part:
-        what = f"a batch of {rows} x {steps} responses does not divide into {key}: {part}."
-        source.report(("rl", key), what, "Choose a divisor of the batch.")
+    if rows * steps % parts:
+        what = f"a batch of {rows} x {steps} responses does not divide into num_mini_batches: {parts}."
+        source.report(("rl", "num_mini_batches"), what, "Choose a divisor of the batch.")
 
 
 def _algorithm(source: Source) -> Algorithm | None:
@@ -98,11 +97,6 @@ def _check_selectors(source: Source) -> None:
 def _check_evaluate(source: Source, present: set[Any]) -> None:
     if "rl" not in present:
         source.report(("evaluate",), "'evaluate' has no trained policy to judge.", "Add 'rl'.")
-    sets, prompts = _value(source, "evaluate", "sets"), _value(source, "data", "prompts")
-    for name, place in sets.items() if isinstance(sets, dict) else ():
-        if prompts is not None and place == prompts and name != FORGET_SET:
-            what = f"the set '{name}' is what the policy is trained on."
-            source.report(("evaluate", "sets", name), what, "Name prompts that are held out.")
     if not _value(source, "evaluate", "sets") and _value(source, "data", "eval_prompts") is None:
         source.report(("evaluate",), "'evaluate' has no prompts.", "Set data.eval_prompts or evaluate.sets.")
     many = _value(source, "evaluate", "num_responses")

@@ -37,7 +37,7 @@ RANGES: dict[str, Range] = {
          "num_ppo_epochs", "total_episodes", "response_length", "max_prompt_length", "max_length",
          "max_completion_length", "local_rollout_forward_batch_size", "micro_batch_tokens", "kl_horizon",
          "num_iterations",
-         "selection_prompts", "selection_every", "rehearsal_batch_size", "save_total_limit", "dataset_num_proc",
+         "selection_prompts", "selection_every", "rehearsal_batch_size", "dataset_num_proc",
          "generation_batch_size", "steps_per_generation", "vllm_tensor_parallel_size", "vllm_max_model_length",
          "eval_accumulation_steps", "torch_empty_cache_steps", "pad_to_multiple_of"), _COUNT,
     ),
@@ -45,7 +45,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(
         ("learning_rate", "kl_coef", "beta", "vf_coef", "rehearsal_coef", "length_penalty", "weight_decay",
          "max_grad_norm",
-         "num_sample_generations", "dataloader_num_workers", "warmup_steps", "top_k", "eval_delay", "logging_steps",
+         "num_sample_generations", "dataloader_num_workers", "warmup_steps", "eval_delay", "logging_steps",
          "stop_token_id", "center_rewards_coefficient", "neftune_noise_alpha"), _NOT_NEGATIVE,
     ),
     **dict.fromkeys(
@@ -61,11 +61,15 @@ RANGES: dict[str, Range] = {
 }  # fmt: skip
 
 
+# Infinite, they do nothing: REINFORCE's preset has no clipped ratio.
+_NO_LIMIT = {"cliprange", "cliprange_value", "max_grad_norm", "score_clip", "delta", "max_update_kl"}
+
+
 def out_of_range(key: str, value: Any) -> str | None:
     """What a field's number must be, where it is not; None where it is, or is no number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    if not math.isfinite(value):
+    if math.isnan(value) or (math.isinf(value) and not (key in _NO_LIMIT and value > 0)):
         return "a finite number"
     allowed = RANGES.get(key)
     return None if allowed is None or value in allowed else str(allowed)

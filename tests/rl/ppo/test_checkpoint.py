@@ -16,12 +16,13 @@ from trl_rlaif.rl.rejection import RejectionTrainer
 pytestmark = pytest.mark.trl
 
 
-def test_a_checkpoint_with_a_shortened_or_missing_file_is_passed_over(tmp_path):
+def test_a_checkpoint_with_a_shortened_or_missing_file_is_passed_over(tmp_path, capfd):
     small_trainer(tmp_path, save_strategy="steps", save_steps=1).train()
     assert checkpoint.find(tmp_path, True).name == "checkpoint-3"
     file = tmp_path / "checkpoint-3" / "training.pt"
     file.write_bytes(file.read_bytes()[:-1])
     assert checkpoint.find(tmp_path, True).name == "checkpoint-2"
+    assert f"{file.parent} is not whole" in capfd.readouterr().err
     with pytest.raises(UserError, match="only a part"):
         checkpoint.find(tmp_path, tmp_path / "checkpoint-3")
     (tmp_path / "checkpoint-2" / "adapter_model.safetensors").unlink()

@@ -75,11 +75,16 @@ class RehearsalMixin(_Trainer):
             RewardError: It stopped since too many responses had no reward. A checkpoint has been saved.
             RunError: A gradient is not finite, or vLLM's server does not answer.
         """
-        with safe_training(self), server_errors(), nullcontext() if self.scorer is None else self.scorer.kernels():
+        with safe_training(self), nullcontext() if self.scorer is None else self.scorer.kernels():
             output = super().train(*arguments, **named)
         if self.failure is not None:
             raise self.failure
         return output
+
+    def _generate(self, *arguments: Any, **named: Any) -> Any:
+        """TRL's, from vLLM's server with an error in words where that is gone."""
+        with server_errors() if getattr(self, "use_vllm", False) else nullcontext():
+            return super()._generate(*arguments, **named)
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         """TRL's, in which a completion without a reward has the advantage 0, and here no KL in GRPO's loss either."""

@@ -247,7 +247,7 @@ def find(folder: str | Path, wanted: str | Path | bool | None) -> Path | None:
     if not wanted:
         return None
     if wanted is True:
-        for found in reversed(_all(Path(folder))):
+        for found in reversed(_all(Path(folder), skipped=True)):
             damaged = _damaged(found)
             if damaged is None:
                 return found
@@ -262,10 +262,20 @@ def find(folder: str | Path, wanted: str | Path | bool | None) -> Path | None:
     return Path(wanted)
 
 
-def _all(folder: Path) -> list[Path]:
-    """Whole checkpoints, the oldest first: one is given its name only when it is complete."""
-    names = [p for p in folder.glob("checkpoint-*") if _NAME.fullmatch(p.name) and _is_whole(p)]
-    return sorted(names, key=lambda p: int(_NAME.fullmatch(p.name)[1]))
+def _all(folder: Path, *, skipped: bool = False) -> list[Path]:
+    """Whole checkpoints, the oldest first: one is given its name only when it is complete.
+
+    Args:
+        skipped: Say which are not whole.
+    """
+    names = [path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    whole = []
+    for path in sorted(names, key=lambda path: int(path.name.partition("-")[2])):
+        if _is_whole(path):
+            whole.append(path)
+        elif skipped:
+            say(f"Warning: {path} is not whole, or an earlier version wrote it. It is passed over.")
+    return whole
 
 
 def _content(folder: Path) -> dict[str, dict[str, Any]]:
