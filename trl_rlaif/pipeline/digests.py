@@ -33,21 +33,29 @@ def complete(folder: RunFolder, stage: Stage, fingerprint: str) -> None:
     folder.complete(stage.name, fingerprint, {_DIGESTS: found})
 
 
-def check(folder: RunFolder, stages: Iterable[Stage]) -> None:
+def check(folder: RunFolder, stages: Iterable[Stage], *, companions: bool = True) -> None:
     """Compare what complete stages left with what they wrote. Stages of earlier versions recorded nothing.
+
+    Args:
+        folder: The run's.
+        stages: Those that are not complete are left out.
+        companions: What a stage writes besides its outputs is compared, too.
 
     Raises:
         UserError: A file is gone or another one; each with what to do.
     """
-    problems = [problem for stage in stages if folder.is_complete(stage.name) for problem in _changed(folder, stage)]
+    complete_ones = [stage for stage in stages if folder.is_complete(stage.name)]
+    problems = [problem for stage in complete_ones for problem in _changed(folder, stage, companions)]
     if problems:
         raise UserError.from_problems(problems)
 
 
-def _changed(folder: RunFolder, stage: Stage) -> Iterator[Problem]:
+def _changed(folder: RunFolder, stage: Stage, companions: bool) -> Iterator[Problem]:
     fix = f"Restore it, or make it again with --only {stage.name}."
     for name, digest in folder.marker(stage.name).get(_DIGESTS, {}).items():
         path = folder / name
+        if name in stage.companions and not companions:
+            continue
         if not path.is_file():
             yield Problem(f"The file that the stage '{stage.name}' wrote is gone.", str(path), fix)
         elif digest_of(path) != digest:

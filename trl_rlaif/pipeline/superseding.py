@@ -96,7 +96,7 @@ def donors(folder: RunFolder) -> list[RunFolder]:
 
 def adopt(folder: RunFolder, stage: Stage, fingerprint: str, donor: RunFolder, inputs: dict[str, Any]) -> None:
     """Copy a complete stage of another run: outputs without checkpoints, numbers and metrics."""
-    digests.check(donor, [stage])
+    digests.check(donor, [stage], companions=False)  # labels.jsonl stays where it is
     supersede(folder, [stage])
     folder.begin(stage.name, fingerprint, inputs)
     outputs = [name for name in stage.outputs if name != artifacts.checkpoints_of(stage.name)]
