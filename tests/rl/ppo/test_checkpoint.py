@@ -27,6 +27,8 @@ def test_a_checkpoint_with_a_shortened_or_missing_file_is_passed_over(tmp_path, 
         checkpoint.find(tmp_path, tmp_path / "checkpoint-3")
     (tmp_path / "checkpoint-2" / "adapter_model.safetensors").unlink()
     assert checkpoint.find(tmp_path, True).name == "checkpoint-1"
+    (tmp_path / "checkpoint-1" / "content.json").write_text("{}")
+    assert checkpoint.find(tmp_path, True) is None
     (tmp_path / "checkpoint-1" / "content.json").unlink()
     assert checkpoint.find(tmp_path, True) is None
 

@@ -294,7 +294,9 @@ def _written(folder: Path) -> dict[str, dict[str, Any]]:
 def _is_whole(folder: Path) -> bool:
     """Whether every file is there in its full length: a disk may lose what a power cut caught in its cache."""
     try:
-        return all((folder / name).stat().st_size == file["bytes"] for name, file in _written(folder).items())
+        written = _written(folder)
+        sizes = (file["bytes"] == (folder / name).stat().st_size for name, file in written.items())
+        return _TRAINING in written and all(sizes)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):  # of a content.json that is damaged itself
         return False
 
