@@ -8,7 +8,7 @@ from helpers.recipes import run_cli, tiny_recipe, write_recipe
 from trl_rlaif.errors import UserError
 from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.plugins import installed_plugins
-from trl_rlaif.recipe.inputs import check_data, prompt_overlaps
+from trl_rlaif.recipe.inputs import check_data, prompt_overlaps, read_prompts
 
 
 def write(path, *rows):
@@ -33,6 +33,13 @@ def test_every_file_is_looked_at(tmp_path):
         check_data(recipe)
     places = [problem.where.removeprefix(f"{tmp_path}/") for problem in caught.value.problems]
     assert places == ["sft.jsonl:1", "train.jsonl", "judged.jsonl:1", "own.jsonl", "x.jsonl:1"]
+
+
+def test_the_first_prompts_alone(tmp_path):
+    recipe = tiny_recipe(tmp_path, "gpt2", data={"max_prompts": 2})
+    everything = [prompt.id for prompt in read_prompts(recipe, recipe.data.prompts, "eval_prompts").items]
+    assert len(everything) > 2
+    assert [prompt.id for prompt in read_prompts(recipe, recipe.data.prompts).items] == everything[:2]
 
 
 def test_what_no_stage_reads_is_left_alone(tmp_path):

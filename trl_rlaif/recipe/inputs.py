@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,8 +23,12 @@ _CALIBRATION = "label.calibration"
 
 
 def read_prompts(recipe: Recipe, source: str, key: str = "prompts") -> Loaded[Prompt]:
-    """Prompts of a file, folder or Hub id; ``key`` says whose columns it has, ``prompts`` or ``eval_prompts``."""
-    return load_prompts(source, category=recipe.data.category, columns=recipe.data.columns_of(key))
+    """Prompts of a file, folder or Hub id; ``key`` says whose columns it has, ``prompts`` or ``eval_prompts``.
+
+    Of ``prompts`` the first ``data.max_prompts``.
+    """
+    loaded = load_prompts(source, category=recipe.data.category, columns=recipe.data.columns_of(key))
+    return replace(loaded, items=loaded.items[: recipe.data.max_prompts]) if key == "prompts" else loaded
 
 
 def read_pairs(recipe: Recipe) -> Loaded[Pair]:

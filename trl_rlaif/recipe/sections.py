@@ -313,6 +313,7 @@ class DataSection(Section):
     """``data``: what the run reads."""
 
     prompts: DataPath | None = Field(None, description="Prompts to train on: a file, a folder or a Hub id.")
+    max_prompts: int | None = Field(None, ge=1, description="Train on the first so many prompts; null takes all.")
     eval_prompts: DataPath | None = Field(None, description="Prompts to evaluate on, likewise.")
     pairs: DataPath | None = Field(None, description="Pairs of responses that stand in for sampled ones.")
     format: PairFormat = Field("auto", description="How the pairs are laid out; auto looks at their columns.")

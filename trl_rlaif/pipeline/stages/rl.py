@@ -40,6 +40,8 @@ class Rl(Stage):
 
     def settings(self, recipe: Recipe) -> tuple[str, ...]:
         keys = (*BASE, *READING, *GROUPING, "model.lora", "rl")
+        if ALGORITHMS[recipe.rl.algorithm].samples:
+            keys += ("data.max_prompts",)
         if "direct" in recipe.rl.reward_names:
             keys += ("label.judge", "label.labeler")
         if self._can_stop(recipe):

@@ -28,7 +28,7 @@ class Sample(Stage):
     def settings(self, recipe: Recipe) -> tuple[str, ...]:
         if recipe.data.pairs:
             return ("run.seed", "model.path", "data.format", "data.scored_pairs", "data.category")
-        return (*BASE, *READING, *GROUPING, "sample")
+        return (*BASE, *READING, *GROUPING, "data.max_prompts", "sample")
 
     def files(self, recipe: Recipe) -> dict[str, dict[str, str] | None]:
         key = "pairs" if recipe.data.pairs else "prompts"
