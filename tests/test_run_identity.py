@@ -18,7 +18,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl_rlaif_regulator import Clip
 from trl_rlaif_rehearsal.rejection import RejectionSampling
 
-from trl_rlaif import RewardConfig, RewardTrainer, RewardTransform, UserError, run_identity
+from trl_rlaif import RewardConfig, RewardTrainer, RewardTransform, UserError, content, run_identity
 from trl_rlaif.pipeline.context import Context
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.runner import run_recipe
@@ -115,10 +115,7 @@ def _without_options(checkpoint: Path) -> None:
     kept = json.loads((checkpoint / FILE).read_text())
     kept["settings"] = {name: value for name, value in kept["settings"].items() if "." not in name}
     (checkpoint / FILE).write_text(json.dumps(kept))
-    if (checkpoint / "content.json").exists():
-        sizes = json.loads((checkpoint / "content.json").read_text())
-        sizes[FILE] = (checkpoint / FILE).stat().st_size
-        (checkpoint / "content.json").write_text(json.dumps(sizes))
+    content.record(checkpoint)
 
 
 def test_a_changed_option_of_a_component_is_refused_with_both_values(tmp_path, capsys):
@@ -163,8 +160,7 @@ def test_a_run_may_be_made_longer_and_says_so(stopped, tmp_path, capsys):
 def test_a_checkpoint_of_before_is_taken_with_a_warning(stopped, tmp_path, capsys):
     folder = _copy(stopped, tmp_path)
     (folder / "checkpoint-2" / FILE).unlink()
-    content = folder / "checkpoint-2" / "content.json"
-    content.write_text(json.dumps({k: v for k, v in json.loads(content.read_text()).items() if k != FILE}))
+    content.record(folder / "checkpoint-2")
     resumed = _ppo(folder)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.drawn == stopped[1].drawn[16:]

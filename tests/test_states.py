@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import zipfile
@@ -13,10 +12,10 @@ from helpers.ppo import small_trainer
 from helpers.tiny import make_llama, make_tokenizer
 from peft import LoraConfig
 
+from trl_rlaif import content
 from trl_rlaif.errors import TrlRlaifError, UserError
 from trl_rlaif.models.loading import ModelSpec, load_model
 from trl_rlaif.models.shared_model import SharedBase
-from trl_rlaif.rl.ppo import checkpoint
 from trl_rlaif.states import load_state, save_state
 
 
@@ -65,8 +64,7 @@ def test_a_ppo_checkpoint_that_would_run_code_is_refused(tmp_path):
     folder, trace = tmp_path / "checkpoint-3", tmp_path / "trace"
     state = load_state(folder / "training.pt")
     _write(folder / "training.pt", state | {"scheduler": Hostile(trace)})
-    content = checkpoint._content(folder)  # one who can write the folder can write its digests, too
-    (folder / "content.json").write_text(json.dumps(content))
+    content.record(folder)  # one who can write the folder can write its digests, too
     with pytest.raises(TrlRlaifError, match="damaged"):
         small_trainer(tmp_path, save_strategy="steps", save_steps=1).train(resume_from_checkpoint=str(folder))
     assert not trace.exists()

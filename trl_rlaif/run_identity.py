@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 from transformers import TrainerCallback, TrainingArguments
 
+from trl_rlaif import content
 from trl_rlaif.components import numbered
 from trl_rlaif.errors import Problem, UserError
 from trl_rlaif.files import write_atomically
@@ -250,7 +251,9 @@ class SameRun(TrainerCallback):
         self._compared = False
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the identity."""
+        """Write the identity, and the digests of everything that callbacks before this one and the trainer wrote."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self._trainer.accelerator.wait_for_everyone()  # each process writes its random state
         if state.is_world_process_zero and folder.is_dir():
             write_atomically(folder / FILE, json.dumps(self.identity, indent=1))
+            content.record(folder)

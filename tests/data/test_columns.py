@@ -2,7 +2,7 @@
 
 import pytest
 
-from trl_rlaif.data import load_finetuning, load_pairs, load_prompts, load_rows
+from trl_rlaif.data import load_finetuning, load_pairs, load_prompts
 from trl_rlaif.errors import UserError
 
 
@@ -38,7 +38,6 @@ def test_two_columns_can_change_places(write):
 def test_other_loaders(write):
     path = write({"q": "Q", "answer": "A"})
     columns = {"prompt": "q", "completion": "answer"}
-    assert load_rows(path, columns=columns) == [{"prompt": "Q", "completion": "A"}]
     assert load_finetuning(path, names=columns) == [{"prompt": "Q", "completion": "A"}]
 
 

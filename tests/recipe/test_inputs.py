@@ -32,7 +32,7 @@ def test_every_file_is_looked_at(tmp_path):
     with pytest.raises(UserError) as caught:
         check_data(recipe)
     places = [problem.where.removeprefix(f"{tmp_path}/") for problem in caught.value.problems]
-    assert places == ["sft.jsonl:1", "train.jsonl", "judged.jsonl:1", "own.jsonl", "x.jsonl:1"]
+    assert places == ["sft.jsonl:1", "train.jsonl", "judged.jsonl:1", "own.jsonl:1", "x.jsonl:1"]
 
 
 def test_the_first_prompts_alone(tmp_path):
@@ -127,3 +127,18 @@ def test_the_run_counts_them(tmp_path, tiny_model, capsys):
     assert as_rows(results["evaluate"]["overlaps"]) == OVERLAPS[:5]
     assert as_rows(results["label"]["overlaps"]) == OVERLAPS[5:]
     assert "2 of the 22 prompts of label.calibration are also in data.prompts." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("row", "part"),
+    [
+        ({"prompt": [[{}]], "completion": "a"}, "own.jsonl:1"),
+        ({"prompt": "a", "completion": ["b"]}, "own.jsonl:1"),
+        ({"text": "a"}, "answers a prompt"),
+        ({"prompt": "a", "completion": [{"role": "assistant", "content": "b"}] * 2}, "row 1 is not one message"),
+    ],
+)
+def test_what_cannot_be_rehearsed_is_found_before_the_run(tmp_path, row, part):
+    recipe = tiny_recipe(tmp_path, "gpt2", rl={"rehearsal": write(tmp_path / "own.jsonl", row)})
+    with pytest.raises(UserError, match=part):
+        check_data(recipe)

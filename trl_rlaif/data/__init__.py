@@ -2,7 +2,7 @@
 
 from trl_rlaif.data.finetuning import load_finetuning
 from trl_rlaif.data.formats import COLUMNS
-from trl_rlaif.data.loading import PairFormat, ScoredPairs, load_pairs, load_prompts, load_rows
+from trl_rlaif.data.loading import PairFormat, ScoredPairs, load_pairs, load_prompts
 from trl_rlaif.types import Loaded, Message, Pair, Prompt, Skip
 
 __all__ = [
@@ -17,5 +17,4 @@ __all__ = [
     "load_finetuning",
     "load_pairs",
     "load_prompts",
-    "load_rows",
 ]

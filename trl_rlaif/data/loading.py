@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar, get_args
+from typing import Generic, Literal, TypeVar, get_args
 
 from trl_rlaif.data import fields, formats
 from trl_rlaif.data.messages import RowError, RowSkip, parse_prompt
@@ -259,26 +259,3 @@ class _Loading(Generic[T]):
         except RowError as error:
             self.problems.add(self.names.explained(error.what), where=row.where, fix=error.fix)
         return None
-
-
-def load_rows(
-    source: str | Path, *, columns: Mapping[str, str] | None = None, read: Collection[str] = ()
-) -> list[dict[str, Any]]:
-    """Rows of any source as they are, for data in a format of its own.
-
-    Args:
-        source: As in `load_prompts`.
-        columns: What the file calls the columns.
-        read: The columns that are of use.
-
-    Raises:
-        UserError: As ``load_prompts``, but for what it says of prompts.
-    """
-    problems, names = Problems(), fields.Columns(columns or {}, read)
-    _, rows = open_source(source, problems)
-    values = [names.renamed(row).values for row in rows]
-    if not values:
-        problems.add("There are no rows.", where=str(source))
-    names.check()
-    problems.raise_if_any()
-    return values

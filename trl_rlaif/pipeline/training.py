@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from trl_rlaif import content
 from trl_rlaif.models.safe_training import safe_training
+from trl_rlaif.progress import say
 from trl_rlaif.run_identity import SameRun
 
 if TYPE_CHECKING:
@@ -25,7 +29,15 @@ def train_from_last(context: Context, trainer: Any, stage: str, title: str) -> A
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest whole checkpoint of a TRL trainer, or None."""
-    from transformers.trainer_utils import get_last_checkpoint
+    """The newest checkpoint of a TRL trainer that is whole and what was written, or None; a line on each newer one.
 
-    return get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None
+    A kill leaves a part of one: transformers writes it under its own name.
+    """
+    found = [path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
+    for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        damaged = content.damaged(path)
+        if damaged is None:
+            return str(path)
+        what = "is not whole" if damaged.name == content.FILE else f"is damaged ({damaged.relative_to(path)})"
+        say(f"Warning: {path} {what}. The run goes on from the checkpoint before, if any.")
+    return None

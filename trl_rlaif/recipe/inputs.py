@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any
 
 from trl_rlaif.algorithms import ALGORITHMS
-from trl_rlaif.data import Loaded, Pair, Prompt, load_finetuning, load_pairs, load_prompts, load_rows
+from trl_rlaif.data import Loaded, Pair, Prompt, load_finetuning, load_pairs, load_prompts
+from trl_rlaif.data.finetuning import assistant_turns
 from trl_rlaif.data.overlap import finetuned_prompts, question_key
 from trl_rlaif.errors import Problem, UserError
 from trl_rlaif.progress import say
@@ -56,17 +57,25 @@ def read_finetuning(recipe: Recipe, chat: bool = True) -> list[dict[str, Any]]:
 
 
 def read_rehearsal(recipe: Recipe) -> list[dict[str, Any]]:
-    """The rows of ``rl.rehearsal``.
+    """The pairs of ``rl.rehearsal``, read as ``sft.data`` is: each turn of the assistant's with what comes before it.
 
     Raises:
-        UserError: One lacks its prompt or its completion.
+        UserError: As ``load_finetuning``; or a row is a plain text, or its completion is no single answer.
     """
     source = recipe.rl.rehearsal
-    rows = load_rows(source, columns=recipe.data.columns_of("rehearsal"), read=("prompt", "completion"))
-    lacking = [i for i, row in enumerate(rows, 1) if not row.get("prompt") or not row.get("completion")]
-    if lacking:
-        what = f"{len(lacking)} rows to rehearse lack 'prompt' or 'completion'; the first is row {lacking[0]}."
-        raise UserError(what, where=source)
+    rows = load_finetuning(source, names=recipe.data.columns_of("rehearsal"))
+    if "messages" in rows[0]:
+        rows = assistant_turns(rows)
+    if not rows or "text" in rows[0]:
+        raise UserError(
+            "Nothing here answers a prompt.", where=source, fix="Give 'prompt' and 'completion', or messages."
+        )
+    for i, row in enumerate(rows, 1):
+        answer = row["completion"]
+        if not isinstance(answer, str) and (len(answer) != 1 or not answer[0]["content"]):
+            raise UserError(
+                f"The completion of row {i} is not one message.", where=source, fix="Give a text, or one message."
+            )
     return rows
 
 

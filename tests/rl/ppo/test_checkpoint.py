@@ -22,11 +22,14 @@ def test_a_checkpoint_with_a_shortened_or_missing_file_is_passed_over(tmp_path, 
     file = tmp_path / "checkpoint-3" / "training.pt"
     file.write_bytes(file.read_bytes()[:-1])
     assert checkpoint.find(tmp_path, True).name == "checkpoint-2"
-    assert f"{file.parent} is not whole" in capfd.readouterr().err
-    with pytest.raises(UserError, match="only a part"):
+    assert f"{file} is not what was written" in capfd.readouterr().err
+    with pytest.raises(UserError, match="not what was written"):
         checkpoint.find(tmp_path, tmp_path / "checkpoint-3")
     (tmp_path / "checkpoint-2" / "adapter_model.safetensors").unlink()
     assert checkpoint.find(tmp_path, True).name == "checkpoint-1"
+    assert f"{file.parents[1] / 'checkpoint-2'} is not whole" in capfd.readouterr().err
+    with pytest.raises(UserError, match="only a part"):
+        checkpoint.find(tmp_path, tmp_path / "checkpoint-2")
     (tmp_path / "checkpoint-1" / "content.json").write_text("{}")
     assert checkpoint.find(tmp_path, True) is None
     (tmp_path / "checkpoint-1" / "content.json").unlink()

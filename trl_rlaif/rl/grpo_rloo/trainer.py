@@ -57,8 +57,8 @@ class RehearsalMixin(_Trainer):
         self.scorer = scorer
         settings = components(scorer.rewards, scorer.selection.selectors) | scoring_settings(scorer.args)
         self.same_run = SameRun(self, lambda: scorer.selection.pool.prompts, **settings)
-        self.add_callback(self.same_run)
         self.add_callback(ScorerCallback(self))
+        self.add_callback(self.same_run)  # after it, whose file of a checkpoint has a digest, too
 
     def verify(self) -> None:
         """Compare TRL's log-probabilities of padded prompts with plain ones: see ``verification.verify``."""

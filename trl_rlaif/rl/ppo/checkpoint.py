@@ -18,9 +18,8 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 
-from trl_rlaif import run_identity
+from trl_rlaif import content, run_identity
 from trl_rlaif.errors import UserError
-from trl_rlaif.files import digest_of
 from trl_rlaif.generation import random_state, set_random_state
 from trl_rlaif.progress import say
 from trl_rlaif.rl import deepspeed
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from trl_rlaif.rl.scoring import RewardPipeline
 
 _NAME = re.compile(r"checkpoint-(\d+)")
-_CONTENT, _TRAINING = "content.json", "training.pt"
+_TRAINING = "training.pt"
 _BEST_FIELDS = ("best_metric", "best_model_checkpoint", "best_global_step")
 _RESTORED = ("global_step", "episode", "epoch", "log_history", *_BEST_FIELDS)
 BEST = "objective/rlhf_reward"
@@ -139,7 +138,7 @@ class Checkpoints:
             state.best_model_checkpoint, state.best_global_step = str(target), state.global_step
         state.save_to_json(str(building / "trainer_state.json"))
         (building / run_identity.FILE).write_text(json.dumps(self.identity(), indent=1), encoding="utf-8")
-        (building / _CONTENT).write_text(json.dumps(_content(building)), encoding="utf-8")
+        content.record(building)
         _sync(building)
         shutil.rmtree(target, ignore_errors=True)
         os.rename(building, target)
@@ -248,7 +247,7 @@ def find(folder: str | Path, wanted: str | Path | bool | None) -> Path | None:
         return None
     if wanted is True:
         for found in reversed(_all(Path(folder), skipped=True)):
-            damaged = _damaged(found)
+            damaged = content.damaged(found)
             if damaged is None:
                 return found
             say(f"Warning: {damaged} is not what was written. The run goes on from the checkpoint before, if any.")
@@ -256,7 +255,7 @@ def find(folder: str | Path, wanted: str | Path | bool | None) -> Path | None:
     if not _is_whole(Path(wanted)):
         what = "This is no PPO checkpoint, or only a part of one."
         raise UserError(what, where=str(wanted), fix="Give a folder checkpoint-N.")
-    damaged = _damaged(Path(wanted))
+    damaged = content.damaged(Path(wanted))
     if damaged is not None:
         raise UserError("The file is not what was written.", where=str(damaged), fix="Give an earlier checkpoint.")
     return Path(wanted)
@@ -278,35 +277,10 @@ def _all(folder: Path, *, skipped: bool = False) -> list[Path]:
     return whole
 
 
-def _content(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and digest of every file."""
-    return {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": digest_of(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != _CONTENT
-    }
-
-
-def _written(folder: Path) -> dict[str, dict[str, Any]]:
-    return json.loads((folder / _CONTENT).read_text(encoding="utf-8"))
-
-
 def _is_whole(folder: Path) -> bool:
-    """Whether every file is there in its full length: a disk may lose what a power cut caught in its cache."""
-    try:
-        written = _written(folder)
-        sizes = (file["bytes"] == (folder / name).stat().st_size for name, file in written.items())
-        return _TRAINING in written and all(sizes)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # of a content.json that is damaged itself
-        return False
-
-
-def _damaged(folder: Path) -> Path | None:
-    """The first file of a whole checkpoint that is not what was written."""
-    for name, file in _written(folder).items():
-        if digest_of(folder / name) != file.get("sha256"):
-            return folder / name
-    return None
+    """Whether every file is there."""
+    names = content.recorded(folder)
+    return _TRAINING in names and all((folder / name).is_file() for name in names)
 
 
 def _sync(folder: Path) -> None:

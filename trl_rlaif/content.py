@@ -1,0 +1,39 @@
+"""Folders with a list of their files' digests, by which a file is noticed that is gone or is not what was written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from trl_rlaif.files import digest_of, digests_in
+
+FILE = "content.json"
+
+
+def record(folder: Path) -> None:
+    """Write the SHA-256 of every file below a folder beside them; a folder is whole from then on."""
+    digests = {name: digest for name, digest in digests_in(folder).items() if name != FILE}
+    building = folder / f".{FILE}.building"
+    building.write_text(json.dumps(digests, indent=1), encoding="utf-8")
+    building.replace(folder / FILE)
+
+
+def recorded(folder: Path) -> dict[str, str]:
+    """The digests of a folder's files by their relative paths; {} where none are recorded, or the list is damaged."""
+    try:
+        found = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def damaged(folder: Path) -> Path | None:
+    """The first file of a folder that is not what was written; the list where it cannot be read; else None."""
+    digests = recorded(folder)
+    if not digests:
+        return folder / FILE
+    for name, digest in digests.items():
+        path = folder / name
+        if not path.is_file() or digest_of(path) != digest:
+            return path
+    return None
