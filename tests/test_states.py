@@ -70,6 +70,13 @@ def test_a_ppo_checkpoint_that_would_run_code_is_refused(tmp_path):
     assert not trace.exists()
 
 
+def test_what_a_kill_left_of_a_list_of_digests_is_no_file_of_the_next_one(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / ".content.json.building").write_text("{")
+    content.record(tmp_path)
+    assert content.damaged(tmp_path) is None and [*content.recorded(tmp_path)] == ["file"]
+
+
 def test_pickled_weights_that_would_run_code_are_refused(tmp_path):
     model = make_llama()
     model.save_pretrained(tmp_path / "model")

@@ -12,8 +12,9 @@ FILE = "content.json"
 
 def record(folder: Path) -> None:
     """Write the SHA-256 of every file below a folder beside them; a folder is whole from then on."""
-    digests = {name: digest for name, digest in digests_in(folder).items() if name != FILE}
     building = folder / f".{FILE}.building"
+    building.unlink(missing_ok=True)  # a kill may have left it
+    digests = {name: digest for name, digest in digests_in(folder).items() if name != FILE}
     building.write_text(json.dumps(digests, indent=1), encoding="utf-8")
     building.replace(folder / FILE)
 

@@ -207,7 +207,7 @@ def plan(tmp_path):
     """Make a plan as a pass does; what it chose is shown by id."""
 
     def make(missing, everything=PAIRS, label_key=SETUP):
-        return Plan(tmp_path / "plan.json", label_key, missing, everything)
+        return Plan(tmp_path / "plan.jsonl", label_key, missing, everything)
 
     return make
 
@@ -220,12 +220,6 @@ def test_a_pass_that_was_killed_goes_on_with_the_pairs_that_it_began_with(plan):
     assert ids(plan(PAIRS[1:])) == ["p1", "p2", "p3", "p4", "p5"]
     assert ids(plan(PAIRS[4:])) == ["p1", "p2", "p3", "p4", "p5"]  # the batches follow from all of them
     assert ids(plan(list(reversed(PAIRS[1:])))) == ["p1", "p2", "p3", "p4", "p5"]
-
-
-def test_a_pass_that_has_ended_leaves_nothing(plan, tmp_path):
-    plan(PAIRS).end()
-    assert not list(tmp_path.iterdir())
-    assert ids(plan(PAIRS[4:])) == ["p4", "p5"]
 
 
 def test_a_plan_of_other_settings_is_ignored(plan):
@@ -245,17 +239,23 @@ def test_pairs_that_are_gone_are_not_asked(plan):
     assert ids(plan(PAIRS[3:5], PAIRS[:5])) == ["p3", "p4"]
 
 
-def test_with_nothing_missing_there_is_nothing_to_do(plan):
-    plan(PAIRS)
+def test_a_pass_that_was_killed_after_its_last_label_knows_its_pairs(plan):
     assert ids(plan([])) == []
+    plan(PAIRS[1:])
+    assert ids(plan([])) == ["p1", "p2", "p3", "p4", "p5"]
 
 
-def test_a_pass_without_pairs_of_its_own_leaves_anothers_plan(plan):
-    """The calibration's pairs are a pass of the same settings: on the way to it, a resumed run has none to make."""
-    calibration = [Pair(f"c{i}", "x", f"{i}", "no") for i in range(4)]
-    plan(calibration, calibration)
-    plan([]).end()
-    assert ids(plan(calibration[2:], calibration)) == ["c0", "c1", "c2", "c3"]
+def test_what_was_noted_last_is_found_again(plan):
+    first = plan(PAIRS)
+    first.note(seconds=1.5, precision={"precision": "high"})
+    first.note(seconds=0.1 + 0.2)
+    with first.path.open("a") as file:
+        file.write('{"seconds": 9')  # as a kill leaves it
+    again = plan([])
+    assert again.noted == first.noted == {"seconds": 0.1 + 0.2, "precision": {"precision": "high"}}
+    again.note(seconds=1.0)
+    assert plan([]).noted["seconds"] == 1.0
+    assert plan(PAIRS, label_key=replace(SETUP, judge="x")).noted == {}
 
 
 def test_pairs_with_the_same_texts_are_asked_once(plan):

@@ -12,7 +12,7 @@ from typing import Any
 
 from trl_rlaif.data import Pair
 from trl_rlaif.encoding import as_messages
-from trl_rlaif.files import append_lines, to_line, write_atomically
+from trl_rlaif.files import append_lines, read_lines, to_line, write_atomically
 from trl_rlaif.pipeline.artifacts import LabelRow
 from trl_rlaif.types import Label
 
@@ -97,32 +97,40 @@ class LabelStore:
 
 
 class Plan:
-    """Which pairs a pass over the data labels, kept on disk until it ends.
+    """Which pairs a pass over the data labels, and what it took so far, kept on disk until the stage is complete.
 
     What is computed together may change a label's last digits; so a pass that was killed goes on with the
     very batches that it began with, and those follow from the pairs of the plan.
 
     Args:
-        path: A file of the run's state.
+        path: A file of the run's state: a line with the pairs, and behind it lines with what was noted.
         label_key: The labels' key.
         missing: Pairs that have no label.
         everything: All pairs of the pass.
+
+    Attributes:
+        pairs: Those that had no label when the pass began.
+        noted: What was noted last, by name.
     """
 
     def __init__(self, path: Path, label_key: LabelKey, missing: Sequence[Pair], everything: Sequence[Pair]) -> None:
         self.path = path
-        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        stored, *notes = read_lines(path) or [{}]
         by_key = {pair_key(pair): pair for pair in everything}
         keys = stored.get("pairs", []) if stored.get("setup") == label_key.key else []
+        self.noted: dict[str, Any] = {}
         # With pairs that the plan does not know, it is made anew: nothing stays without a label.
-        if missing and all(key in by_key for key in keys) and {pair_key(p) for p in missing} <= set(keys):
+        if all(key in by_key for key in keys) and {pair_key(p) for p in missing} <= set(keys):
             self.pairs = [by_key[key] for key in keys]
+            for note in notes if keys else ():
+                self.noted |= note
             return
         self.pairs = list(dict((pair_key(pair), pair) for pair in missing).values())
         if self.pairs:
+            path.parent.mkdir(exist_ok=True)
             write_atomically(path, to_line({"setup": label_key.key, "pairs": [pair_key(p) for p in self.pairs]}))
 
-    def end(self) -> None:
-        """The pass is complete."""
-        if self.pairs:  # else the file, if there is one, is another pass's
-            self.path.unlink(missing_ok=True)
+    def note(self, **found: Any) -> None:
+        """Keep what a pass that is resumed cannot find out again."""
+        self.noted |= found
+        append_lines(self.path, [found])

@@ -60,9 +60,14 @@ def marker_of(stage: str) -> str:
     return f"{stage}.json"
 
 
+def work_of(stage: str) -> str:
+    """The folder in STATE for what a stage needs until it is complete."""
+    return f"{stage}.work"
+
+
 def plan_of(purpose: str, setup: str) -> str:
-    """The file in STATE of a pass that labels: which pairs it is about."""
-    return f"{purpose}-{setup}.json"
+    """The file of a pass that labels, in the stage's ``work_of``: which pairs it is about."""
+    return f"{purpose}-{setup}.jsonl"
 
 
 def transform_of(name: str) -> str:

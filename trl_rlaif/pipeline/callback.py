@@ -23,8 +23,8 @@ class StageCallback(TrainerCallback):
         self._advance: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # A resumed run computes these steps again.
-        self._folder.drop_metrics(self._stage, after=state.global_step)
+        # A resumed run computes these steps again; one without a checkpoint also what is measured before the first.
+        self._folder.drop_metrics(self._stage, after=state.global_step or -1)
         bar = progress_bar(self._description, state.max_steps, state.global_step, "steps")
         self._advance = self._stack.enter_context(bar)
 

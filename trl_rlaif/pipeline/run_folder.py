@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,6 +111,12 @@ class RunFolder:
     def complete(self, stage: str, fingerprint: str, more: Mapping[str, Any] | None = None) -> None:
         """Close a stage: ``--resume`` skips it from now on."""
         self.write_marker(stage, self.marker(stage) | {"fingerprint": fingerprint, "complete": True, **(more or {})})
+        self.drop_work(stage)
+
+    def drop_work(self, stage: str) -> None:
+        """Remove what a stage needed until it was complete."""
+        if is_first():
+            shutil.rmtree(self.state / artifacts.work_of(stage), ignore_errors=True)
 
     def _read_json(self, path: Path, without: str) -> Any:
         """A file of ours, which holds an object; {} where it is missing. ``without`` says what that would mean.

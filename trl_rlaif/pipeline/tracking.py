@@ -13,7 +13,6 @@ from trl_rlaif.pipeline.answers import rewards_of, sources
 from trl_rlaif.pipeline.context import Context
 from trl_rlaif.pipeline.stages.evaluate import longest_response
 from trl_rlaif.recipe.sections import FORGET_SET
-from trl_rlaif.rl.ppo import checkpoint
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -36,9 +35,6 @@ def attach(context: Context, trainer: Trainer, shared: SharedBase, **own: Any) -
     section = context.recipe.evaluate
     if section is None or section.track_every == 0 or (section.track_every is None and FORGET_SET not in section.sets):
         return None
-    if checkpoint.find(trainer.args.output_dir, True) is None:
-        # What is measured before the first update: a run that was killed before its first checkpoint has it already.
-        context.folder.drop_metrics("rl")
     stop = section.stop_on_forgetting
 
     def score(prompt_ids: list[list[int]], completion_ids: list[list[int]], **others: Any) -> list[float]:

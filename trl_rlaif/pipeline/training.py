@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_rlaif import content
+from trl_rlaif.compat.training_loop import resumable
 from trl_rlaif.models.safe_training import safe_training
 from trl_rlaif.progress import say
 from trl_rlaif.run_identity import SameRun
@@ -22,8 +24,9 @@ def train_from_last(context: Context, trainer: Any, stage: str, title: str) -> A
     callback.attach(trainer)
     trainer.add_callback(SameRun(trainer))
     try:
+        last = last_checkpoint(trainer.args.output_dir)
         with safe_training(trainer):
-            return trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir))
+            return resumable(trainer, partial(trainer.train, resume_from_checkpoint=last))
     finally:
         callback.close()
 

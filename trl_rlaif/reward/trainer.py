@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from accelerate.utils import gather_object
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import RewardTrainer as TrlRewardTrainer
 
+from trl_rlaif.compat.training_loop import resumable
 from trl_rlaif.components import RewardTransform
 from trl_rlaif.encoding import usable_tokenizer
 from trl_rlaif.errors import UserError
@@ -164,8 +166,9 @@ class RewardTrainer(TrlRewardTrainer):
         # FSDP gathers a layer's weights when that layer itself is called, and wants one precision.
         sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         bf16 = self.accelerator.mixed_precision == "bf16"
-        with safe_training(self), training_kernels(self.model, bf16=bf16, packed=True, sharded=sharded):
-            return super().train(*args, **kwargs)
+        kernels = training_kernels(self.model, bf16=bf16, packed=True, sharded=sharded)
+        with safe_training(self), kernels:
+            return resumable(self, partial(super().train, *args, **kwargs))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import pkgutil
 import shutil
+import time
 from datetime import date
 from pathlib import Path
 
@@ -26,7 +28,9 @@ from trl_rlaif.labels.calibration import Calibration, cross_validate
 from trl_rlaif.labels.store import pair_key
 from trl_rlaif.pipeline import context as context_module
 from trl_rlaif.pipeline.context import Context
+from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.runner import run_recipe
+from trl_rlaif.pipeline.work import label as label_module
 from trl_rlaif.plugins import installed_plugins
 
 NO_MORE = {"sample": None, "reward": None, "rl": None, "evaluate": None, "report": None}
@@ -222,6 +226,74 @@ def test_broken_lines_are_counted_and_their_pairs_labeled_again(label):
     (folder / "labels.jsonl").write_bytes(b"".join([*lines[:3], lines[3][:50] + lines[4], *lines[5:]]) + lines[0][:9])
     label(min_confidence=0.5001)
     assert (results(folder)["broken_lines"], results(folder)["made"], results(folder)["labeled"]) == (1, 2, 12)
+
+
+# ---- A pass that was killed -----------------------------------------------------------------------------
+
+
+def untimed(folder):
+    """The stage's numbers but for times."""
+    numbers = json.loads(json.dumps(results(folder)))
+    of_tasks = numbers.get("comparison", {}).values()
+    for each in (numbers, *of_tasks):
+        assert each.pop("pairs_per_second") > 0
+    return {key: value for key, value in numbers.items() if key != "seconds"}
+
+
+def stopped_after(function, calls):
+    """A function that stops the run once it has been called so often."""
+    counted = []
+
+    def run(*arguments, **named):
+        if len(counted) == calls:
+            raise KeyboardInterrupt
+        counted.append(1)
+        return function(*arguments, **named)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("place", "calls"),
+    [
+        ("trl_rlaif.labels.LabelStore.add", 1),
+        ("trl_rlaif.labels.LabelStore.add", 13),
+        ("trl_rlaif.pipeline.work.label.write_preferences", 0),  # behind the last label
+        ("trl_rlaif.pipeline.digests.complete", 1),
+    ],
+)
+def test_the_numbers_are_the_same_whenever_it_was_killed(label, monkeypatch, place, calls):
+    settings = {"precision": "auto", "batch_tokens": 300, "compare": {"rated": {"labeler": "direct"}}}
+    whole = label("whole", **settings)
+    assert results(whole)["made"] == 12 and results(whole)["precision"]["deviation"]
+    module, name = pkgutil.resolve_name(place.rpartition(".")[0]), place.rpartition(".")[2]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, name, stopped_after(getattr(module, name), calls))
+        label("killed", **settings)
+    killed = label("killed", **settings)
+    assert untimed(killed) == untimed(whole)
+    assert (killed / "labels.jsonl").read_bytes() == (whole / "labels.jsonl").read_bytes()
+    assert not list(killed.state.glob("*.work"))
+
+
+def test_a_pass_that_is_complete_is_another_one_than_the_next(label, monkeypatch):
+    """Also where it was killed before it had cleared up."""
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "drop_work", lambda self, stage: None)
+        folder = label()
+    assert list(folder.state.glob("label.work/*"))
+    label(min_confidence=0.5001)
+    assert results(folder)["made"] == 0 and results(folder)["precision"] is None
+
+
+def test_the_seconds_of_all_attempts_count(label, monkeypatch):
+    add = LabelStore.add
+    monkeypatch.setattr(LabelStore, "add", lambda self, *arguments: (time.sleep(0.02), add(self, *arguments)))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(label_module, "write_preferences", stopped_after(None, 0))
+        label()
+    numbers = results(label())
+    assert numbers["made"] == 12 and 12 / numbers["pairs_per_second"] > 12 * 0.02
 
 
 # ---- What follows from the labels -----------------------------------------------------------------------
@@ -427,7 +499,7 @@ def test_interrupted_after_every_few_labels(label, tmp_path, monkeypatch):
     assert set(batches) == wanted
     assert (folder / "labels.jsonl").read_bytes() == (undisturbed / "labels.jsonl").read_bytes()
     assert preferences(folder) == preferences(undisturbed)
-    assert not [*folder.state.glob("label-*"), *folder.state.glob("calibration-*")]
+    assert not list(folder.state.glob("*.work"))
 
 
 def test_pairs_that_appear_while_a_run_is_stopped_are_labeled_too(label, monkeypatch):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
 
 # A judge with less than this on its candidates did not answer the question.
 LOW_MASS = 0.5
+# What a pass took so far is kept on disk this often; a kill loses as much.
+NOTE_SECONDS = 1.0
 # From here on a share is worth a warning.
 MANY = 0.5
 
@@ -67,9 +72,8 @@ def run(context: Context) -> LabelResults:
 class _Rows:
     """A task's labels, and what it took to make those that were missing."""
 
-    def __init__(self, label_key: LabelKey, rows: dict[str, LabelRow]) -> None:
-        self.label_key, self.rows = label_key, rows
-        self.made, self.seconds, self.probe = 0, 0.0, None
+    def __init__(self, label_key: LabelKey, rows: dict[str, LabelRow], plan: Plan) -> None:
+        self.label_key, self.rows, self.plan = label_key, rows, plan
 
     @property
     def labeled(self) -> dict[str, JudgedRow]:
@@ -86,7 +90,8 @@ class _Rows:
 
     def numbers(self, pairs: list[Pair]) -> LabelResults:
         """What the labels say of the labeler."""
-        labeled = self.labeled
+        labeled, noted = self.labeled, self.plan.noted
+        made = sum(pair.id in labeled for pair in self.plan.pairs)
         known = [pair for pair in pairs if pair.id in labeled]
         p, human = [labeled[pair.id]["p"] for pair in known], [pair.human for pair in known]
         prompts = [prompt_key(pair.prompt) for pair in known]
@@ -118,11 +123,11 @@ class _Rows:
             "judge": self.label_key.judge,
             "labeler": self.label_key.labeler,
             "setup": self.label_key.key,
-            "made": self.made,
+            "made": made,
             "voted": sum(bool(row.get("voted")) for row in labeled.values()),
             "bounded": sum("bound_12" in row or "bound_21" in row for row in labeled.values()),
-            "pairs_per_second": self.made / self.seconds if self.made else None,
-            "precision": asdict(self.probe) if self.probe else None,
+            "pairs_per_second": made / noted["seconds"] if made and noted.get("seconds") else None,
+            "precision": noted.get("precision"),
         }
 
 
@@ -135,31 +140,46 @@ def _rows(context: Context, store: LabelStore, task: LabelTask, pairs: list[Pair
     mine = context.shard.of(pairs) if context.shard else pairs
     label_key = context.label_key(task)
     found = store.find(label_key, mine)
-    result = _Rows(label_key, found)
     # What could not be judged is asked again: a server may be back.
     missing = [pair for pair in mine if found.get(pair.id, {"p": None})["p"] is None]
-    plan = Plan(context.folder.state / artifacts.plan_of(purpose, label_key.key), label_key, missing, mine)
-    if plan.pairs:
-        _make(context, store, task, plan.pairs, result)
-        result.rows = store.find(label_key, mine)
-    plan.end()
+    path = context.folder.state / artifacts.work_of("label") / artifacts.plan_of(purpose, label_key.key)
+    plan = Plan(path, label_key, missing, mine)
+    if missing:
+        _make(context, store, task, label_key, plan)
+    result = _Rows(label_key, store.find(label_key, mine), plan)
     _warn(task, result, mine)
     return result
 
 
-def _make(context: Context, store: LabelStore, task: LabelTask, pairs: list[Pair], result: _Rows) -> None:
+def _make(context: Context, store: LabelStore, task: LabelTask, label_key: LabelKey, plan: Plan) -> None:
     judge: Judge = context.label_judge(task)
-    by_id = {pair.id: pair for pair in pairs}
-    done = {id for id, row in store.find(result.label_key, pairs).items() if row["p"] is not None}
+    by_id = {pair.id: pair for pair in plan.pairs}
+    done = {id for id, row in store.find(label_key, plan.pairs).items() if row["p"] is not None}
     labeler = context.create_labeler(task.labeler)
     title = "Labeling" if task.name == "label" else f"Labeling ({task.name})"
-    started = time.monotonic()
-    with progress_bar(title, len(pairs), len(done), "pairs") as advance:
-        for label in labeler.label(pairs, judge, done):
-            store.add(result.label_key, by_id[label.id], label)
-            result.made += label.p is not None
+    with _noting(plan, judge) as note, progress_bar(title, len(plan.pairs), len(done), "pairs") as advance:
+        for label in labeler.label(plan.pairs, judge, done):
+            note()  # before the label, which may be the last one before a kill
+            store.add(label_key, by_id[label.id], label)
             advance(1)
-    result.seconds, result.probe = time.monotonic() - started, getattr(judge, "probe", None)
+
+
+@contextmanager
+def _noting(plan: Plan, judge: Judge) -> Iterator[Callable[[], None]]:
+    """Yields what notes, once a second, the seconds of the whole pass and the judge's precision."""
+    before, started, noted = plan.noted.get("seconds", 0.0), time.monotonic(), -math.inf
+
+    def note(*, at_once: bool = False) -> None:
+        nonlocal noted
+        now, probe = time.monotonic(), getattr(judge, "probe", None)
+        if at_once or now - noted >= NOTE_SECONDS:
+            noted = now
+            plan.note(seconds=before + now - started, **({"precision": asdict(probe)} if probe else {}))
+
+    try:
+        yield note
+    finally:
+        note(at_once=True)
 
 
 def _warn(task: LabelTask, result: _Rows, mine: list[Pair]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
+from trl_rlaif.compat.training_loop import resumable
 from trl_rlaif.compat.vllm_engine import engine_for, server_errors
 from trl_rlaif.hardware import use_one_gpu
 from trl_rlaif.models.safe_training import safe_training
@@ -75,8 +77,9 @@ class RehearsalMixin(_Trainer):
             RewardError: It stopped since too many responses had no reward. A checkpoint has been saved.
             RunError: A gradient is not finite, or vLLM's server does not answer.
         """
-        with safe_training(self), nullcontext() if self.scorer is None else self.scorer.kernels():
-            output = super().train(*arguments, **named)
+        kernels = nullcontext() if self.scorer is None else self.scorer.kernels()
+        with safe_training(self), kernels:
+            output = resumable(self, partial(super().train, *arguments, **named))
         if self.failure is not None:
             raise self.failure
         return output

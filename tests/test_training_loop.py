@@ -1,0 +1,57 @@
+"""transformers' training loop where it is resumed: the same steps and losses as those of an undisturbed run."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from trl_rlaif.compat.training_loop import resumable
+
+pytestmark = pytest.mark.trl
+
+
+class Line(torch.nn.Module):
+    """y = w * x, and its squared error."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, y):
+        return {"loss": ((self.weight * x - y) ** 2).mean()}
+
+
+def train(folder, resume=None, callbacks=(), **options):
+    """Steps of one batch, a checkpoint each; the trainer and what it returns."""
+    settings = {"save_steps": 1, "per_device_train_batch_size": 1, "learning_rate": 0.1, "report_to": "none"}
+    settings |= {"use_cpu": True, "disable_tqdm": True, "optim": "sgd"} | options
+    data = [{"x": torch.tensor(0.1 * i), "y": torch.tensor(0.3 * i + 1)} for i in range(8)]
+    trainer = Trainer(Line(), TrainingArguments(str(folder), **settings), train_dataset=data)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    trainer.remove_callback(PrinterCallback)
+    return trainer, resumable(trainer, partial(trainer.train, resume_from_checkpoint=resume))
+
+
+@pytest.mark.parametrize("logging_steps", [1, 3, 50])
+@pytest.mark.parametrize("step", [1, 4, 7])
+def test_the_losses_of_a_resumed_training_are_those_of_an_undisturbed_one(tmp_path, step, logging_steps):
+    whole, output = train(tmp_path, max_steps=7, logging_steps=logging_steps)
+    again, resumed = train(tmp_path, str(tmp_path / f"checkpoint-{step}"), max_steps=7, logging_steps=logging_steps)
+    losses = [[(e["step"], e["loss"]) for e in t.state.log_history if "loss" in e] for t in (whole, again)]
+    assert losses[0] == losses[1] and len(losses[0]) == 7 // logging_steps
+    assert resumed.training_loss == output.training_loss > 0
+    assert again.state.global_step == 7 and torch.equal(again.model.weight, whole.model.weight)
+
+
+def test_one_that_a_callback_stops_at_its_begin_makes_no_step(tmp_path):
+    class Stop(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+    train(tmp_path, max_steps=3)
+    trainer, output = train(tmp_path, str(tmp_path / "checkpoint-2"), max_steps=3, callbacks=[Stop()])
+    assert output.global_step == trainer.state.global_step == 2

@@ -1,0 +1,110 @@
+"""What transformers' training loop lacks for a resumed run to end as an undisturbed one."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import gather_object
+from transformers import TrainerCallback
+
+from trl_rlaif.files import write_atomically
+
+_FILE = "totals.json"
+# transformers' sum of the losses that were logged and the step of the last log, and TRL's count of tokens. A version
+# that calls them otherwise counts from where it was resumed, as without this.
+_NUMBERS = ("_total_loss_scalar", "_globalstep_last_logged", "_total_train_tokens")
+
+
+def resumable(trainer: Any, begin: Callable[[], Any]) -> Any:
+    """Train so that a resumed run ends as an undisturbed one does; what ``begin`` returns.
+
+    Args:
+        trainer: Of transformers or TRL.
+        begin: Calls its ``train``.
+    """
+    callbacks = (StopInTime(trainer), RunningTotals(trainer))
+    for callback in callbacks:
+        # Before those that tell which files a checkpoint has.
+        trainer.callback_handler.callbacks.insert(0, callback)
+    try:
+        return begin()
+    except NothingLeft:
+        return trainer._finalize_training(None, 0, time.time())
+    finally:
+        for callback in callbacks:
+            trainer.remove_callback(callback)
+
+
+class RunningTotals(TrainerCallback):
+    """Writes these numbers into each checkpoint, and takes them up: a resumed run logs what an undisturbed one does.
+
+    Its mean loss (``training_loss``) is that of all steps, too.
+
+    Args:
+        trainer: Of transformers or TRL.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write them, and what was summed since the last log: of the losses in each process."""
+        trainer, folder = self._trainer, Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        loss = getattr(trainer, "_tr_loss", None)
+        found = {name: getattr(trainer, name) for name in _NUMBERS if hasattr(trainer, name)}
+        pending = {name: list(values) for name, values in _pending(trainer).items() if values}
+        parts = gather_object([{"loss": None if loss is None else loss.item(), "metrics": pending}])
+        if state.is_world_process_zero and folder.is_dir():
+            write_atomically(folder / _FILE, json.dumps({"numbers": found, "processes": parts}, default=float))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take them up from the checkpoint that was loaded."""
+        trainer, path = self._trainer, Path(args.output_dir) / f"checkpoint-{state.global_step}" / _FILE
+        if not state.global_step or not path.exists():
+            return
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if len(found["processes"]) != trainer.accelerator.num_processes:
+            return
+        mine = found["processes"][trainer.accelerator.process_index]
+        for name, value in found["numbers"].items():
+            setattr(trainer, name, value)
+        _pending(trainer).update(mine["metrics"])
+        if mine["loss"] is not None:
+            trainer._tr_loss += mine["loss"]
+            trainer._initial_global_step = 0  # the mean loss is of all steps
+
+
+def _pending(trainer: Any) -> Any:
+    """What TRL will log the means of, by name."""
+    return getattr(trainer, "_metrics", {}).get("train", {})
+
+
+class NothingLeft(Exception):
+    """A training was begun that has no step to make."""
+
+
+class StopInTime(TrainerCallback):
+    """Ends a training with ``NothingLeft`` that has made all of its steps, or that a callback stopped at its begin.
+
+    transformers looks after each step whether another one follows (seen in 5.23): one that is resumed from its last
+    checkpoint would make a step too many.
+
+    Args:
+        trainer: Of transformers or TRL.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._ends = hasattr(trainer, "_finalize_training")
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the first step.
+
+        Raises:
+            NothingLeft: There is none.
+        """
+        if self._ends and (control.should_training_stop or 0 < state.max_steps <= state.global_step):
+            raise NothingLeft
