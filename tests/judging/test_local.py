@@ -194,13 +194,14 @@ def test_shared_tokens_reach_the_model_once(counted, batch_tokens):
     flat = [ids for group in encoded for ids in group]
     asked(judge, groups)
     assert all(len(batch) == 1 for batch in seen)  # rows without padding
-    assert sum(len(batch[0]) for batch in seen) == trie(flat) < 0.6 * sum(map(len, flat))
     prefix = seen[0][0]
+    # Codes of two pairs' frames may begin alike by chance, which is not shared.
+    needed = len(prefix) + sum(trie(group) - len(prefix) for group in encoded)
+    assert sum(len(batch[0]) for batch in seen) == needed < 0.6 * sum(map(len, flat))
     assert len(prefix) > 20 and all(ids[: len(prefix)] == prefix for ids in flat)
     assert len(seen) > 7 if batch_tokens == 1 else len(seen) >= 2
-    shared = judge.encode(judge.prompt.compare(pairs[0][0], "", ""), "")
-    again = [ids for (row,) in seen[1:] for ids in zip(*(row[i:] for i in range(3)), strict=False)]
-    middle = shared[len(prefix) : len(prefix) + 3]
+    again = [ids for (row,) in seen[1:] for ids in zip(*(row[i:] for i in range(20)), strict=False)]
+    middle = encoded[0][0][len(prefix) : len(prefix) + 20]
     assert Counter(again)[tuple(middle)] == 1  # a pair's context stands once for both orders
 
 

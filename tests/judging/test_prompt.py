@@ -11,6 +11,7 @@ import pytest
 from helpers.judges import PARTS, make_prompt, shown
 
 from trl_rlaif.errors import UserError
+from trl_rlaif.judging.framing import NOTICE, frame_code, framed
 from trl_rlaif.judging.prompt import FILES, JudgePrompt
 from trl_rlaif.recipe import prompt_folder
 
@@ -27,6 +28,11 @@ def folder(tmp_path):
     for name in FILES[:3]:
         (path / name).write_text(PARTS[name] + "\n")
     return path
+
+
+def frames(*texts):
+    """The texts as a comparison shows them."""
+    return [framed(text, frame_code(texts, texts)) for text in texts]
 
 
 def write_exemplars(folder, *lines, end="\n"):
@@ -50,7 +56,7 @@ def packaged(request):
 
 
 def test_every_packaged_prompt_has_all_parts(packaged):
-    assert set(packaged.parts) == set(FILES) - {"exemplars.jsonl"}
+    assert set(packaged.parts) == set(FILES) - {"exemplars.jsonl", "frame.txt"}
     assert len(packaged.exemplars) == 8
     assert Counter(exemplar.preferred for exemplar in packaged.exemplars) == {1: 4, 2: 4}
     assert all(text.strip() for text in packaged.parts.values())
@@ -116,11 +122,12 @@ def test_three_files_are_enough(folder):
     prompt = JudgePrompt.load(str(folder))
     assert prompt == JudgePrompt("mine", {name: PARTS[name] for name in FILES[:3]})
     question = prompt.compare(*TEXTS)
+    context, response_1, response_2 = frames(*TEXTS)
     assert question.messages == (
         {
             "role": "user",
-            "content": f"{PARTS['base.txt']}\n\nRequest:\n{TEXTS[0]}\n\nResponse 1:\n{TEXTS[1]}\n\n"
-            f"Response 2:\n{TEXTS[2]}",
+            "content": f"{PARTS['base.txt']}\n\n{NOTICE}\n\nRequest:\n{context}\n\nResponse 1:\n{response_1}\n\n"
+            f"Response 2:\n{response_2}",
         },
     )
     assert question.ending == "Preferred Response=" and question.thinking == ""
@@ -251,17 +258,19 @@ def test_exemplars_are_lines_whatever_stands_in_their_texts(folder):
 def test_values_are_inserted_as_text(hostile):
     prompt = make_prompt()
     for values in ((hostile, "b", "c"), ("a", hostile, "c"), ("a", "b", hostile)):
-        expected = "Request:\n{}\n\nResponse 1:\n{}\n\nResponse 2:\n{}".format(*values)
+        expected = "Request:\n{}\n\nResponse 1:\n{}\n\nResponse 2:\n{}".format(*frames(*values))
         (message,) = prompt.compare(*values).messages
-        assert message["content"] == f"{PARTS['base.txt']}\n\n{expected}"
+        assert message["content"] == f"{PARTS['base.txt']}\n\n{NOTICE}\n\n{expected}"
     (message,) = prompt.rate(hostile, hostile).messages
-    assert message["content"] == f"{PARTS['rubric.txt']}\n\nRequest:\n{hostile}\n\nResponse:\n{hostile}"
+    context, response = (framed(hostile, frame_code([hostile], [hostile])) for _ in range(2))
+    expected = f"Request:\n{context}\n\nResponse:\n{response}"
+    assert message["content"] == f"{PARTS['rubric.txt']}\n\n{NOTICE}\n\n{expected}"
 
 
 def test_a_conversation_names_its_speakers():
     messages = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "a fox"}]
     for question in (make_prompt().compare(messages, "b", "c"), make_prompt().rate(messages, "b")):
-        assert "Request:\nUser: what?\n\nAssistant: a fox\n\nResponse" in question.messages[0]["content"]
+        assert ">User: what?\n\nAssistant: a fox</" in question.messages[0]["content"]
     one = make_prompt().compare(messages[:1], "b", "c")
     assert one == make_prompt().compare("what?", "b", "c")
 
@@ -272,10 +281,15 @@ def test_a_conversation_names_its_speakers():
 def test_the_revision_follows_every_file(tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(prompt_folder("general"), folder)
+    (folder / "frame.txt").write_text("Read what is enclosed.")
+    packaged = JudgePrompt.load(prompt_folder("general"))
+    assert JudgePrompt.load(folder).revision != packaged.revision
+    (folder / "frame.txt").write_text(NOTICE)
     first = JudgePrompt.load(folder).revision
     assert re.fullmatch("[0-9a-f]{16}", first)
-    assert first == JudgePrompt.load(prompt_folder("general")).revision  # the content counts, not the place
-    seen = {first}
+    copy = JudgePrompt(packaged.name, packaged.parts | {"frame.txt": NOTICE}, packaged.exemplars)
+    assert first == copy.revision  # the content counts, not the place
+    seen = {first, packaged.revision}
     for name in FILES:
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(content.replace(b"e", b"E", 1) if name != "exemplars.jsonl" else content[:-3])
@@ -285,7 +299,7 @@ def test_the_revision_follows_every_file(tmp_path):
             (folder / name).write_bytes(content + b"\n!")
         seen.add(JudgePrompt.load(folder).revision)
         (folder / name).write_bytes(content)
-    assert len(seen) == 1 + len(FILES)
+    assert len(seen) == 2 + len(FILES)
     assert JudgePrompt.load(folder).revision == first
     (folder / "thinking.txt").unlink()
     assert JudgePrompt.load(folder).revision not in seen

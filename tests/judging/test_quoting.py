@@ -143,7 +143,7 @@ def test_every_header_stands_once_whatever_the_texts_say(task, shots):
         question = prompt.compare(*values, shots=shots)
         assert own_lines(prompt, question) == benign
         assert not any(line.startswith(ending) for line in question.messages[-1]["content"].splitlines())
-    assert "> " not in prompt.compare(*texts).messages[-1]["content"]
+    assert "\n> " not in prompt.compare(*texts).messages[-1]["content"]
 
 
 def test_ratings_are_guarded_too():

@@ -6,16 +6,19 @@ import difflib
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from jinja2 import DictLoader, StrictUndefined
+from jinja2 import DictLoader, StrictUndefined, pass_context
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from trl_rlaif.encoding import PromptLike, as_text
 from trl_rlaif.errors import UserError
+from trl_rlaif.judging.framing import NOTICE, frame_code, framed
 from trl_rlaif.judging.question import Message, Question
 from trl_rlaif.judging.quoting import headers, quoted
 
@@ -24,9 +27,11 @@ Preamble = Literal["base", "detailed"]
 # Every file that a prompt folder may hold; the first three make a prompt.
 FILES = (
     "base.txt", "sample.jinja", "ending.txt", "detailed.txt", "exemplars.jsonl", "thinking.txt",
-    "rubric.txt", "rating.jinja", "rating_ending.txt", "rating_thinking.txt",
+    "rubric.txt", "rating.jinja", "rating_ending.txt", "rating_thinking.txt", "frame.txt",
 )  # fmt: skip
 _REQUIRED = FILES[:3]
+# The frames' code in a template's context.
+_CODE = "_code"
 _VALUES = {"sample.jinja": ("context", "response_1", "response_2"), "rating.jinja": ("context", "response")}
 
 
@@ -51,7 +56,7 @@ class JudgePrompt:
             ``sample.jinja`` a template with ``context``, ``response_1`` and ``response_2``, ``ending.txt``
             what the judge completes with 1 or 2, ``thinking.txt`` what a rationale begins with. To rate one
             response: ``rubric.txt``, ``rating.jinja`` with ``context`` and ``response``,
-            ``rating_ending.txt``, ``rating_thinking.txt``.
+            ``rating_ending.txt``, ``rating_thinking.txt``. ``frame.txt``: see ``frame``.
         exemplars: From ``exemplars.jsonl``.
     """
 
@@ -90,10 +95,19 @@ class JudgePrompt:
                 raise UserError(error.problems[0].what, where=str(folder / name)) from None
         return prompt
 
+    @property
+    def frame(self) -> str:
+        """What the judge is told of the frames around the texts, behind the preamble; empty: there are no frames.
+
+        It is ``frame.txt``, such as a translation. Without the file it is ``framing.NOTICE``.
+        """
+        return self.parts.get("frame.txt", NOTICE).strip()
+
     @cached_property
     def revision(self) -> str:
-        """Changes with any of the files: 16 hexadecimal digits."""
-        content = json.dumps([self.parts, [vars(e) for e in self.exemplars]], sort_keys=True)
+        """Changes with any of the files, and with the frames: 16 hexadecimal digits."""
+        form = [self.frame, framed("", frame_code((), ()))] if self.frame else []
+        content = json.dumps([self.parts, [vars(e) for e in self.exemplars], *form], sort_keys=True)
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     def compare(
@@ -126,12 +140,10 @@ class JudgePrompt:
         thinking, ending = self._part("thinking.txt") if think else "", self._part("ending.txt")
         messages: list[Message] = []
         for shown in self.exemplars[:shots]:
-            values = {"context": shown.context, "response_1": shown.response_1, "response_2": shown.response_2}
             rationale = f"{thinking} {shown.rationale}\n\n" if think else ""
-            messages.append({"role": "user", "content": self._filled("sample.jinja", values)})
+            messages.append(self._sample(shown.context, shown.response_1, shown.response_2))
             messages.append({"role": "assistant", "content": f"{rationale}{ending}{shown.preferred}"})
-        values = {"context": as_text(prompt), "response_1": response_1, "response_2": response_2}
-        messages.append({"role": "user", "content": self._filled("sample.jinja", values)})
+        messages.append(self._sample(as_text(prompt), response_1, response_2))
         return self._question(f"{preamble}.txt", messages, ending, thinking)
 
     def rate(self, prompt: PromptLike, response: str, *, think: bool = False) -> Question:
@@ -141,7 +153,8 @@ class JudgePrompt:
             UserError: The folder lacks what is asked for.
         """
         values = {"context": as_text(prompt), "response": response}
-        messages = [{"role": "user", "content": self._filled("rating.jinja", values)}]
+        # The code follows from the prompt alone, so that it is computed once for all responses to it.
+        messages = [self._turn("rating.jinja", values, seed=[values["context"]])]
         thinking = self._part("rating_thinking.txt") if think else ""
         return self._question("rubric.txt", messages, self._part("rating_ending.txt"), thinking)
 
@@ -150,7 +163,8 @@ class JudgePrompt:
         return quoted(text, self._headers)
 
     def _question(self, preamble: str, messages: list[Message], ending: str, thinking: str) -> Question:
-        messages[0] = {"role": "user", "content": f"{self._part(preamble)}\n\n{messages[0]['content']}"}
+        parts = [self._part(preamble), self.frame, messages[0]["content"]]
+        messages[0] = {"role": "user", "content": "\n\n".join(filter(None, parts))}
         return Question(tuple(messages), ending, thinking)
 
     def _part(self, name: str) -> str:
@@ -165,23 +179,42 @@ class JudgePrompt:
         own += [text for name, text in self.parts.items() if name.endswith(("ending.txt", "thinking.txt"))]
         return headers("\n".join(own))
 
-    def _filled(self, name: str, values: dict[str, str]) -> str:
-        return self._render(name, {key: self.quote(text) for key, text in values.items()})
+    def _sample(self, context: str, response_1: str, response_2: str) -> Message:
+        values = {"context": context, "response_1": response_1, "response_2": response_2}
+        return self._turn("sample.jinja", values, seed=values.values())
+
+    def _turn(self, template: str, values: dict[str, str], seed: Iterable[str]) -> Message:
+        """What the judge is shown: the template with the texts, quoted and framed."""
+        quoted = {key: self.quote(text) for key, text in values.items()}
+        code = frame_code(quoted.values(), seed) if self.frame else ""
+        return {"role": "user", "content": self._render(template, quoted, code)}
 
     @cached_property
     def _environment(self) -> ImmutableSandboxedEnvironment:
         """Compiles each template once."""
-        return ImmutableSandboxedEnvironment(loader=DictLoader(self.parts), undefined=StrictUndefined)
+        return ImmutableSandboxedEnvironment(
+            loader=DictLoader(self.parts), undefined=StrictUndefined, finalize=_framed_value
+        )
 
-    def _render(self, name: str, values: dict[str, str]) -> str:
-        """A template with values, which are inserted and never parsed as templates themselves."""
+    def _render(self, name: str, values: dict[str, str], code: str = "") -> str:
+        """A template with values, which are inserted, in frames, and never parsed as templates themselves."""
         self._part(name)
         try:
-            return self._environment.get_template(name).render(**values)
+            return self._environment.get_template(name).render({**values, _CODE: code})
         except Exception as error:  # Jinja's own errors, and whatever an expression in the template raises
             raise UserError(
                 f"The template {name} of the prompt '{self.name}' is wrong: {type(error).__name__}: {error}"
             ) from None
+
+
+@pass_context
+def _framed_value(context: Context, value: Any) -> Any:
+    """What an expression of a template prints: a frame around whatever its filters left of a text."""
+    code = context.get(_CODE)
+    if not code or value is None or isinstance(value, int | float):
+        return value
+    text = str(value)
+    return text if code in text else framed(text, code)  # a macro's output holds frames already
 
 
 def _exemplar(line: str, where: str) -> Exemplar:

@@ -13,7 +13,7 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1b\x7f]")
 _DECORATION = r"[\W_]*"
 
 
-def _plain(line: str) -> str:
+def plain(line: str) -> str:
     """A line as a reader sees it: no case, no lookalike letters, nothing invisible, no marks on letters."""
     if not line.isascii():
         parts = unicodedata.normalize("NFKD", line)
@@ -23,7 +23,7 @@ def _plain(line: str) -> str:
 
 def headers(text: str) -> re.Pattern[str]:
     """Matches a line, made plain, that begins like one of a prompt's own, which no judged text must imitate."""
-    patterns = {pattern for line in text.splitlines() if (pattern := _header(_plain(line)))}
+    patterns = {pattern for line in text.splitlines() if (pattern := _header(plain(line)))}
     return re.compile("|".join(sorted(patterns)) or r"(?!)")
 
 
@@ -51,4 +51,4 @@ def quoted(text: str, own: re.Pattern[str]) -> str:
         own: What ``headers`` gave for the prompt.
     """
     lines = text.splitlines(keepends=True)
-    return "".join(_MARK + line if own.match(_plain(line)) else line for line in lines)
+    return "".join(_MARK + line if own.match(plain(line)) else line for line in lines)

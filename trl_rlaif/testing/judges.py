@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import Environment
 
+from trl_rlaif.judging.framing import unframed
 from trl_rlaif.judging.judge import Judge
 from trl_rlaif.judging.prompt import JudgePrompt
 from trl_rlaif.judging.question import Answer, Question, Thinking
@@ -43,7 +44,7 @@ def shown(prompt: JudgePrompt, question: Question) -> dict[str, str]:
         rendered = Environment().from_string(prompt.parts[name]).render(**keys)
         pattern = re.sub("\ue000(\\w+)\ue001", r"(?P<\1>.*)", re.escape(rendered))
         if found := re.search(pattern + r"\Z", question.messages[-1]["content"], re.DOTALL):
-            return found.groupdict()
+            return {key: unframed(text) for key, text in found.groupdict().items()}
     raise AssertionError("no sample of this prompt")
 
 
