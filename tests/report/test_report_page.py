@@ -172,6 +172,17 @@ def test_not_finite_numbers_are_left_out_and_named(tmp_path, drawn):
             "The calibration was not used: no gain is seen. The labels are as confident as the judge.",
         ),
         (
+            lambda r: r["label"].update(suspicious={"found": 3, "of": 40, "kinds": {"instruction": 2, "verdict": 1}}),
+            "In 3 of 40 labeled pairs a response addresses its judge (instruction: 2, verdict: 1).",
+        ),
+        (
+            lambda r: r["evaluate"]["sets"]["held-out"].update(
+                suspicious_start={"found": 1, "of": 64, "kinds": {"header": 1}},
+                suspicious_trained={"found": 9, "of": 64, "kinds": {"verdict": 9}},
+            ),
+            "9 of 64 responses of the trained policy address their judge (verdict: 9); 1 of the start",
+        ),
+        (
             lambda r: r["evaluate"].update(
                 overlaps=[{"held_out": "data.eval_prompts", "training": "data.prompts", "prompts": 40, "shared": 3}]
             ),

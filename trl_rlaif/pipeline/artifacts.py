@@ -257,6 +257,7 @@ class LabelResults(TypedDict, total=False):
     made: int
     voted: int
     bounded: int
+    suspicious: dict[str, Any]
     pairs_per_second: float | None
     precision: dict[str, Any] | None
     calibration: dict[str, Any] | None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from trl_rlaif.recipe.sections import FORGET_SET
 from trl_rlaif.report.formatting import count, hundredths, label, number, percent, scores, section
 from trl_rlaif.report.judge_figures import JudgedSet
@@ -30,7 +33,13 @@ _DRIFT = ("regulator/", "/drift")
 
 def warnings(run: Run, sets: list[SetResult], judged: list[JudgedSet]) -> list[str]:
     """What a reader should know before believing the numbers."""
-    found = [*_overlap_warnings(run), *_label_warnings(run), *_training_warnings(run), *_score_warnings(run)]
+    found = [
+        *_overlap_warnings(run),
+        *_label_warnings(run),
+        *_suspicious_warnings(run),
+        *_training_warnings(run),
+        *_score_warnings(run),
+    ]
     found += _drift_warnings(run)
     kl = kl_last(run)
     if kl is not None and kl > KL_LIMIT:
@@ -79,6 +88,35 @@ def _label_warnings(run: Run) -> list[str]:
                 "pairs it may not have understood the question. Look at the judge prompt."
             )
     return found
+
+
+def _suspicious_warnings(run: Run) -> list[str]:
+    """Responses that address whoever judges them."""
+    texts = []
+    found, of, kinds = _suspicious(section(run.results, "label", "suspicious"))
+    if found:
+        texts.append(
+            f"In {count(found)} of {count(of, 'labeled pair')} a response addresses its judge ({kinds}). Such labels "
+            "may say what the response demands. Read these pairs, or remove them."
+        )
+    for name, values in section(run.results, "evaluate", "sets").items():
+        of_set = section({"x": values}, "x")
+        (before, *_), (after, of, kinds) = (
+            _suspicious(section(of_set, f"suspicious_{side}")) for side in ("start", "trained")
+        )
+        if after:
+            texts.append(
+                f"On {label(name) or 'held-out'}, {count(after)} of {count(of, 'response')} of the trained policy "
+                f"address their judge ({kinds}); {count(before)} of the start's do. The win rate may measure this. "
+                "Read the samples."
+            )
+    return texts
+
+
+def _suspicious(values: Mapping[str, Any]) -> tuple[float, float, str]:
+    found, of = number(values.get("found")) or 0, number(values.get("of")) or 0
+    kinds = [f"{label(kind)}: {count(n)}" for kind in section(values, "kinds") if (n := number(values["kinds"][kind]))]
+    return found, of, ", ".join(kinds)
 
 
 def _overlap_warnings(run: Run) -> list[str]:

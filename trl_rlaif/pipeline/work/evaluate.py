@@ -15,6 +15,7 @@ from trl_rlaif.evaluation.forgetting import answer_pair, better_half, mean_nll
 from trl_rlaif.evaluation.judge_panel import MAIN, ask_judges, check_servers, judged_numbers
 from trl_rlaif.files import to_line, write_atomically
 from trl_rlaif.generation import sample_responses, seeded
+from trl_rlaif.judging.suspicious import count_suspicious
 from trl_rlaif.models.role_models import SharedRoleModels
 from trl_rlaif.models.shared_model import SharedBase
 from trl_rlaif.pipeline import artifacts
@@ -173,6 +174,7 @@ def _numbers(rows: list[dict[str, Any]], seed: int) -> dict[str, Any]:
     for side in ("start", "trained"):
         numbers[f"ended_{side}"] = statistics.fmean(row[f"ended_{side}"] for row in rows)
         numbers[f"tokens_{side}"] = statistics.fmean(row[f"tokens_{side}"] for row in rows)
+        numbers[f"suspicious_{side}"] = count_suspicious([row[side]] for row in rows)
         numbers[f"reward_{side}"] = _mean([row[f"mean_reward_{side}"] for row in rows], asked, seed)
     pairs = [(row["mean_reward_start"], row["mean_reward_trained"]) for row in rows]
     gains = [None if start is None else trained - start for start, trained in pairs]

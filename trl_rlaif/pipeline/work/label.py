@@ -21,6 +21,7 @@ from trl_rlaif.evaluation import (
     position_bias,
     summarize_mass,
 )
+from trl_rlaif.judging.suspicious import count_suspicious
 from trl_rlaif.labels import LabelKey, LabelStore
 from trl_rlaif.labels.calibration import Calibration, check_choices, cross_validate, why_too_few
 from trl_rlaif.labels.store import Plan, pair_key
@@ -125,6 +126,7 @@ class _Rows:
             "setup": self.label_key.key,
             "made": made,
             "voted": sum(bool(row.get("voted")) for row in labeled.values()),
+            "suspicious": count_suspicious((pair.response_1, pair.response_2) for pair in known),
             "bounded": sum("bound_12" in row or "bound_21" in row for row in labeled.values()),
             "pairs_per_second": made / noted["seconds"] if made and noted.get("seconds") else None,
             "precision": noted.get("precision"),
