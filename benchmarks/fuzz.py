@@ -432,10 +432,16 @@ def _copied(name: str, folder: Path) -> tuple[Path, list[Path]]:
     return run, sorted(p for p in run.rglob("*") if p.is_file() and not p.name.endswith(".lock"))
 
 
+def _drawn(draw: random.Random, run: Path, files: list[Path]) -> Path:
+    """A file of one of the folder's entries, each as likely as the next, however many figures a report has."""
+    entry = draw.choice(sorted({path.relative_to(run).parts[0] for path in files}))
+    return draw.choice([path for path in files if path.relative_to(run).parts[0] == entry])
+
+
 def _folders(draw: random.Random, folder: Path) -> dict[str, Any]:
     base = draw.choice((_COMPLETE, _COMPLETE, _KILLED))
     run, files = _copied(base, folder)
-    damaged = [draw.choice(files) for _ in range(draw.choice((1, 1, 2)))]
+    damaged = [_drawn(draw, run, files) for _ in range(draw.choice((1, 1, 2)))]
     how = [_damage_file(draw, path, files) for path in damaged]
     recipe = _bases() / "recipe.yaml"
     commands = [("status", run), ("status", run, "--json"), ("report", run), ("rate", run, "--result"),
@@ -491,7 +497,7 @@ def _damage_file(draw: random.Random, path: Path, files: list[Path]) -> str:
 def _flips(draw: random.Random, folder: Path) -> dict[str, Any]:
     base = draw.choice((_COMPLETE, _KILLED))
     run, files = _copied(base, folder)
-    path = draw.choice([file for file in files if file.stat().st_size])
+    path = _drawn(draw, run, [file for file in files if file.stat().st_size])
     content = bytearray(path.read_bytes())
     place = draw.randrange(len(content))
     content[place] ^= 1 << draw.randrange(8)

@@ -19,6 +19,7 @@ from trl_rlaif_regulator import Clip
 from trl_rlaif_rehearsal.rejection import RejectionSampling
 
 from trl_rlaif import RewardConfig, RewardTrainer, RewardTransform, UserError, content, run_identity
+from trl_rlaif.files import read_state, write_state
 from trl_rlaif.pipeline.context import Context
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.runner import run_recipe
@@ -260,7 +261,7 @@ def test_a_recipe_whose_prompts_were_changed_in_their_folder_is_refused(tiny_mod
         for name in ("checkpoints/rl/checkpoint-6", "checkpoints/rl/checkpoint-4", "policy"):
             shutil.rmtree(folder / name, ignore_errors=True)
         marker = folder.state / "rl.json"
-        marker.write_text(json.dumps(json.loads(marker.read_text()) | {"complete": False}))
+        write_state(marker, read_state(marker, "") | {"complete": False})
 
     stop_it()
     run_recipe(recipe, installed_plugins(), tmp_path / "out", resume=True)

@@ -16,7 +16,7 @@ from datasets import load_from_disk
 from helpers.recipes import write_recipe
 
 from trl_rlaif import UserError
-from trl_rlaif.files import read_lines
+from trl_rlaif.files import read_lines, read_state, write_state
 from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.plugins import ENTRY_POINT_GROUP, build_plugins
 from trl_rlaif.recipe import parse_recipe
@@ -90,7 +90,7 @@ def test_it_goes_on_where_it_was(plugins, recipe_file, tmp_path):
     whole = read_lines(folder / "labels.jsonl")
     # As a kill in the middle of the stage leaves it.
     marker = folder / ".state" / "label.json"
-    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"complete": False}))
+    write_state(marker, read_state(marker, "") | {"complete": False})
     lines = (folder / "labels.jsonl").read_text().splitlines(keepends=True)
     (folder / "labels.jsonl").write_text("".join(lines[:2]) + lines[2][:9])
     run_recipe(recipe, plugins, tmp_path / "out", resume=True)

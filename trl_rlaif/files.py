@@ -9,12 +9,16 @@ import hashlib
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from trl_rlaif.distributed import is_first
-from trl_rlaif.errors import RunError
+from trl_rlaif.errors import UserError
+
+_SEAL = "crc32"
+_SIGNATURE = f"# {_SEAL}: "
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -75,12 +79,65 @@ def to_line(row: Mapping[str, Any]) -> str:
     return to_json(row)
 
 
+def sealed(row: Mapping[str, Any]) -> dict[str, Any]:
+    """An object with a checksum of the rest of it, by which a bit that flips later is noticed."""
+    return {**row, _SEAL: f"{zlib.crc32(to_json(row).encode()):08x}"}
+
+
+def unsealed(row: Any) -> dict[str, Any]:
+    """What ``sealed`` was given. An object without a checksum, such as a person's, is taken as it is.
+
+    Raises:
+        ValueError: It is no object, or not what was written.
+    """
+    if not isinstance(row, dict):
+        raise ValueError("it is no JSON object")
+    content = {key: value for key, value in row.items() if key != _SEAL}
+    if _SEAL in row and sealed(content) != row:
+        raise ValueError("it is not what was written: its checksum is another one's")
+    return content
+
+
+def signed(text: str) -> str:
+    """A YAML text with a checksum in a comment at its end."""
+    return f"{text}{_SIGNATURE}{zlib.crc32(text.encode()):08x}\n"
+
+
+def is_signed(content: bytes) -> bool:
+    """Whether the content of a file is what ``signed`` made, or was never signed."""
+    text, found, checksum = content.rpartition(_SIGNATURE.encode())
+    return not found or checksum.strip() == b"%08x" % zlib.crc32(text)
+
+
+def write_state(path: Path, content: Mapping[str, Any]) -> None:
+    """Replace a file of ours that holds an object, with a checksum."""
+    write_atomically(path, to_line(sealed(content)))
+
+
+def read_state(path: Path, without: str) -> dict[str, Any]:
+    """A file of ours that holds an object; {} where it is missing.
+
+    Args:
+        path: Of ``write_state``, or without a checksum.
+        without: A sentence on what follows where the file is missing.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    if not path.exists():
+        return {}
+    try:
+        return unsealed(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, RecursionError):
+        raise UserError("The file is damaged.", where=str(path), fix=f"Restore it. {without}") from None
+
+
 def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append rows to a JSON-lines file in one write, and see it on the disk."""
+    """Append rows to a JSON-lines file in one write, each with a checksum, and see it on the disk."""
     if not is_first():
         return
     with path.open("a", encoding="utf-8") as file:
-        file.write("".join(map(to_line, rows)))
+        file.write("".join(to_line(sealed(row)) for row in rows))
         file.flush()
         os.fsync(file.fileno())
 
@@ -91,7 +148,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     A last line that a kill cut off is removed from the file, so that what is appended stays readable.
 
     Raises:
-        RunError: A line in the middle is broken: somebody changed the file.
+        UserError: A line in the middle is broken, or not what was written.
     """
     if not path.exists():
         return []
@@ -103,7 +160,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(whole.splitlines(), 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise RunError(f"The line is no JSON: {error}", where=f"{path}:{number}") from None
+            rows.append(unsealed(json.loads(line)))
+        except (ValueError, RecursionError) as error:
+            what = f"The line is damaged: {error}."
+            raise UserError(what, where=f"{path}:{number}", fix="Restore the file, or delete the line.") from None
     return rows

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from helpers.judges import PARTS, make_prompt
 
-from trl_rlaif import Label, Pair
+from trl_rlaif import Label, Pair, UserError
 from trl_rlaif.judging.prompt import JudgePrompt
 from trl_rlaif.labels import LabelKey, LabelStore
 from trl_rlaif.labels.store import Plan, pair_key
@@ -156,6 +156,23 @@ def test_a_broken_line_is_passed_over_and_counted(path, broken):
     path.write_bytes(b"".join([*lines[:3], broken + b"\n", *lines[3:]]))
     assert LabelStore(path).broken == 1
     assert len(found(path)) == 6
+
+
+def test_a_changed_digit_of_a_label_is_noticed(path, capsys):
+    fill(path)
+    path.write_text(path.read_text().replace('"p": 0.75', '"p": 0.15', 1))
+    assert LabelStore(path).broken == 1 and len(found(path)) == 5
+    assert f"{path}:1: the line is damaged" in capsys.readouterr().err.replace("\n", "")
+
+
+@pytest.mark.parametrize("p", ["1.5", "-0.1", "NaN", "Infinity", "true", '"0.5"', "[]"])
+@pytest.mark.parametrize("name", ["p", "p_21", "mass_12"])
+def test_what_is_no_probability_is_refused_with_its_line(path, name, p):
+    fill(path, PAIRS[:2])
+    path.write_text(path.read_text() + f'{{"id": "p9", "setup": "s", "pair": "x", "p": 0.5, "{name}": {p}}}\n')
+    with pytest.raises(UserError, match=f"'{name}' is .*from 0 to 1") as caught:
+        LabelStore(path)
+    assert caught.value.problems[0].where == f"{path}:3"
 
 
 def test_a_file_that_was_cut_off_and_then_joined_with_another(tmp_path, path):

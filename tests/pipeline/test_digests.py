@@ -46,6 +46,27 @@ def test_every_flipped_bit_and_lost_file_is_noticed(run):
     run_recipe(recipe, installed_plugins(), folder.path, resume=True)
 
 
+@pytest.mark.parametrize("name", [artifacts.RESULTS, artifacts.METRICS])
+def test_a_changed_number_of_a_stage_is_noticed(run, name):
+    recipe, folder = run
+    if name == artifacts.METRICS:
+        folder.add_metrics("label", 1, {"loss": 0.5})
+    else:
+        folder.add_results("label", folder.results_of("label") | {"labeled": 3})
+    with pytest.raises(UserError, match="numbers of the stage 'label' are not what it wrote") as caught:
+        run_recipe(recipe, installed_plugins(), folder.path, resume=True)
+    assert [problem.where for problem in caught.value.problems] == [str(folder / name)]
+
+
+def test_a_recipe_of_the_run_that_somebody_changed_is_said_and_written_anew(run, capsys):
+    recipe, folder = run
+    path = folder / artifacts.RECIPE
+    before = path.read_text()
+    path.write_text(before.replace("seed: 7", "seed: 6"))
+    run_recipe(recipe, installed_plugins(), folder.path, resume=True)
+    assert "was not what the run wrote" in capsys.readouterr().err and "seed: 7" in path.read_text()
+
+
 def test_what_is_made_again_may_be_damaged(run):
     recipe, folder = run
     before = (folder / artifacts.PAIRS).read_bytes()

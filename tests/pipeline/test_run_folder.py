@@ -11,8 +11,18 @@ import sys
 import pytest
 from helpers.recipes import tiny_recipe
 
-from trl_rlaif import RunError, UserError
-from trl_rlaif.files import append_lines, read_lines, to_line, write_atomically, write_folder
+from trl_rlaif import UserError
+from trl_rlaif.files import (
+    append_lines,
+    is_signed,
+    read_lines,
+    read_state,
+    signed,
+    to_line,
+    unsealed,
+    write_atomically,
+    write_folder,
+)
 from trl_rlaif.pipeline import redo, runner
 from trl_rlaif.pipeline.artifacts import FORMAT
 from trl_rlaif.pipeline.machine import machine_of
@@ -149,10 +159,48 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path, broken):
     path = tmp_path / "labels.jsonl"
     content = b'{"a": 1}\n' + broken + b'\n{"c": 3}\n'
     path.write_bytes(content)
-    with pytest.raises(RunError) as caught:
+    with pytest.raises(UserError) as caught:
         read_lines(path)
-    assert f"{path}:2" in str(caught.value) and caught.value.exit_code == 1
+    assert f"{path}:2" in str(caught.value)
     assert path.read_bytes() == content
+
+
+def test_no_bit_of_a_line_of_ours_flips_unseen(tmp_path):
+    row = {"id": "ü\ud800", "p": 0.1 + 0.2, "none": None, "list": [1, 1e-320, True], "nan": float("inf")}
+    append_lines(tmp_path / "rows.jsonl", [row])
+    line = (tmp_path / "rows.jsonl").read_bytes()[:-1]
+    assert unsealed(json.loads(line)) == row
+    for place in range(8 * len(line)):
+        flipped = bytearray(line)
+        flipped[place // 8] ^= 1 << place % 8
+        try:
+            found = unsealed(json.loads(flipped))
+        except ValueError:
+            continue
+        # What it says is as it was: a flip in the checksum's own name, or in the case of a letter that may have either.
+        assert {key: found[key] for key in row} == row
+
+
+def test_a_line_of_a_person_needs_no_checksum(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n')
+    assert read_lines(tmp_path / "rows.jsonl") == [{"a": 1}]
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b"null", b'{"a": 1, "crc32": "00000000"}', b"\xff", b"[" * 100_000])
+def test_damaged_state_is_named_with_what_to_do(tmp_path, damage):
+    folder = RunFolder(tmp_path)
+    folder.begin("label", "f")
+    path = folder.state / "label.json"
+    path.write_bytes(damage)
+    with pytest.raises(UserError, match="The file is damaged. Restore it. Without it, --resume makes the stage again"):
+        folder.marker("label")
+    assert not path.with_name("missing.json").exists() and read_state(path.with_name("missing.json"), "") == {}
+
+
+def test_a_signed_text_that_somebody_changed(tmp_path):
+    text = signed("run: {name: ä}\n")
+    assert is_signed(text.encode()) and is_signed(b"run: {name: a}\n")
+    assert not is_signed(text.replace("ä}", "b}").encode()) and not is_signed(text.encode()[:-3])
 
 
 # ---- Stages ---------------------------------------------------------------------------------------------

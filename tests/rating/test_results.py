@@ -9,7 +9,7 @@ from math import comb, sqrt
 import pytest
 
 from trl_rlaif import cli
-from trl_rlaif.errors import RunError, UserError
+from trl_rlaif.errors import TrlRlaifError, UserError
 from trl_rlaif.evaluation import agreement, win_rate
 from trl_rlaif.rating import describe, people_results, rate_run, read_comparisons
 from trl_rlaif.rating.pairs import blind_order, trained_is_left
@@ -112,7 +112,7 @@ def test_a_file_changed_by_hand_is_named_with_its_line(make_run, line):
     cast(folder, "ann", {"p0": 1})
     with (folder / "votes.jsonl").open("a") as file:
         file.write(line + "\n")
-    with pytest.raises(RunError, match=r"votes\.jsonl:2"):
+    with pytest.raises(TrlRlaifError, match=r"votes\.jsonl:2"):
         people_results(folder)
 
 

@@ -12,11 +12,14 @@ from typing import Any
 
 from trl_rlaif.data import Pair
 from trl_rlaif.encoding import as_messages
-from trl_rlaif.files import append_lines, read_lines, to_line, write_atomically
+from trl_rlaif.errors import UserError
+from trl_rlaif.files import append_lines, read_lines, to_json, unsealed, write_state
 from trl_rlaif.pipeline.artifacts import LabelRow
+from trl_rlaif.progress import say
 from trl_rlaif.types import Label
 
 # Fields of a label that most labelers leave empty; a line holds them only where they are not.
+_SHARES = ("p", "p_12", "p_21", "mass_12", "mass_21")
 _OPTIONAL = ("skipped", "score_1", "score_2", "spread_1", "spread_2", "bound_12", "bound_21", "voted")
 
 
@@ -62,7 +65,10 @@ class LabelStore:
 
     Args:
         path: labels.jsonl. What a power cut left of a last line is removed from it; a broken line elsewhere,
-            such as between two joined files, is passed over and counted in ``broken``.
+            such as between two joined files, is passed over with a warning and counted in ``broken``.
+
+    Raises:
+        UserError: A probability is outside [0, 1].
     """
 
     def __init__(self, path: Path) -> None:
@@ -73,12 +79,16 @@ class LabelStore:
         if len(whole) < len(content):
             with path.open("r+b") as file:
                 file.truncate(len(whole))
-        for line in whole.splitlines():
+        for number, line in enumerate(whole.splitlines(), 1):
+            where = f"{path}:{number}"
             try:
-                row = json.loads(line)
+                row = unsealed(json.loads(line))
                 self._rows[row["setup"], row["pair"]] = row
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                say(f"Warning: {where}: the line is damaged ({error}). If this run needs its label, it is made again.")
                 self.broken += 1
+                continue
+            _check_shares(row, where)
 
     def find(self, label_key: LabelKey, pairs: Iterable[Pair]) -> dict[str, LabelRow]:
         """Labels that are known, by the pairs' ids."""
@@ -94,6 +104,16 @@ class LabelStore:
         if self._rows.get((label_key.key, row["pair"])) != row:
             append_lines(self.path, [row])
             self._rows[label_key.key, row["pair"]] = row
+
+
+def _check_shares(row: LabelRow, where: str) -> None:
+    """Refuse what is no probability: a person has written it, since what damage leaves is noticed before."""
+    for name in _SHARES:
+        value: Any = row.get(name)
+        if value is not None and not (type(value) in (int, float) and 0 <= value <= 1):
+            fix = "Correct the line, or delete it: its label is then made again."
+            what = f"'{name}' is {to_json(value).strip()}; it is a probability, from 0 to 1."
+            raise UserError(what, where=where, fix=fix)
 
 
 class Plan:
@@ -128,7 +148,7 @@ class Plan:
         self.pairs = list(dict((pair_key(pair), pair) for pair in missing).values())
         if self.pairs:
             path.parent.mkdir(exist_ok=True)
-            write_atomically(path, to_line({"setup": label_key.key, "pairs": [pair_key(p) for p in self.pairs]}))
+            write_state(path, {"setup": label_key.key, "pairs": [pair_key(p) for p in self.pairs]})
 
     def note(self, **found: Any) -> None:
         """Keep what a pass that is resumed cannot find out again."""

@@ -16,7 +16,7 @@ from trl_rlaif.chat_templates import dated, has_date
 from trl_rlaif.data import Pair, Prompt
 from trl_rlaif.encoding import PromptLike, as_messages, chat_prompt, encode_prompt, is_rendered, set_template_kwargs
 from trl_rlaif.errors import UserError
-from trl_rlaif.files import read_lines, write_atomically
+from trl_rlaif.files import read_lines, read_state, write_state
 from trl_rlaif.judging.judge import Judge
 from trl_rlaif.judging.local import LocalJudge
 from trl_rlaif.judging.prompt import JudgePrompt
@@ -120,8 +120,9 @@ class Context:
         """The day on which chat templates think that the run takes place: that on which it first asked."""
         path = self.folder.state / artifacts.DATE
         if not path.exists():
-            write_atomically(path, date.today().isoformat())
-        return date.fromisoformat(path.read_text(encoding="utf-8")) if path.exists() else date.today()
+            write_state(path, {"date": date.today().isoformat()})
+        found = read_state(path, "Without it, labels of a judge whose chat template tells the date are made again.")
+        return date.fromisoformat(found["date"]) if found else date.today()
 
     def _templated(self, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase:
         today = {"chat_template": dated(tokenizer.chat_template, self.date)} if has_date(tokenizer) else {}

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from trl_rlaif.distributed import is_first
 from trl_rlaif.errors import Problem, UserError
-from trl_rlaif.files import digest_of, digests_in
+from trl_rlaif.files import digest_of, digests_in, to_json
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.stage import Stage
 
-_DIGESTS = "digests"
+_DIGESTS, _NUMBERS = "digests", "numbers"
 
 
 def complete(folder: RunFolder, stage: Stage, fingerprint: str) -> None:
@@ -30,7 +31,13 @@ def complete(folder: RunFolder, stage: Stage, fingerprint: str) -> None:
         for file, digest in digests_in(folder / name).items()
         if not Path(file).name.startswith("cache-")  # of the datasets library, which may clear it
     }
-    folder.complete(stage.name, fingerprint, {_DIGESTS: found})
+    folder.complete(stage.name, fingerprint, {_DIGESTS: found, _NUMBERS: _numbers(folder, stage)})
+
+
+def _numbers(folder: RunFolder, stage: Stage) -> dict[str, str]:
+    """A digest of a stage's share of each file that it has in common with others."""
+    parts = {artifacts.RESULTS: folder.results_of(stage.name), artifacts.METRICS: folder.metrics(stage.name)}
+    return {name: hashlib.sha256(to_json(part).encode()).hexdigest() for name, part in parts.items()}
 
 
 def check(folder: RunFolder, stages: Iterable[Stage], *, companions: bool = True) -> None:
@@ -60,3 +67,6 @@ def _changed(folder: RunFolder, stage: Stage, companions: bool) -> Iterator[Prob
             yield Problem(f"The file that the stage '{stage.name}' wrote is gone.", str(path), fix)
         elif digest_of(path) != digest:
             yield Problem(f"The file is not what the stage '{stage.name}' wrote.", str(path), fix)
+    written, now = folder.marker(stage.name).get(_NUMBERS), _numbers(folder, stage)
+    for name in (name for name in now if written and now[name] != written.get(name)):
+        yield Problem(f"The numbers of the stage '{stage.name}' are not what it wrote.", str(folder / name), fix)

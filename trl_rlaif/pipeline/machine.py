@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from pydantic import BaseModel
 
 from trl_rlaif import hardware
 from trl_rlaif.errors import UserError
+from trl_rlaif.files import unsealed
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.progress import say
 from trl_rlaif.recipe import JudgeSection, ModelSection, Recipe
@@ -41,11 +42,14 @@ def machine_of(folder: RunFolder) -> Machine:
     """
     saved = folder.recipe()
     if saved:
-        found = saved.get("machine", _EARLIER)
-        if not isinstance(found, dict) or found.keys() != _EARLIER.keys():
+        try:
+            found = unsealed(saved.get("machine", _EARLIER))
+        except ValueError:
+            found = {}
+        if found.keys() != _EARLIER.keys():
             raise UserError("recipe.yaml does not say on what this run was begun.", where=str(folder.path),
                             fix="Restore the run's own copy.")  # fmt: skip
-        return {**_EARLIER, **found}
+        return cast(Machine, found)
     device = hardware.device_type()
     return {
         "dtype": hardware.fastest_dtype(device),

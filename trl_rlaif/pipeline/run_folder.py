@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
 from trl_rlaif.distributed import is_first
 from trl_rlaif.errors import UserError
-from trl_rlaif.files import read_lines, to_json, to_line, write_atomically
+from trl_rlaif.files import read_lines, read_state, sealed, to_json, to_line, write_atomically, write_state
 from trl_rlaif.locks import lock
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.artifacts import Results
@@ -91,11 +90,11 @@ class RunFolder:
 
     def marker(self, stage: str) -> dict[str, Any]:
         """A stage's ``fingerprint``, its ``inputs``, and whether it is ``complete``; {} before it has begun."""
-        return self._read_json(self.state / artifacts.marker_of(stage), "Without it, --resume makes the stage again.")
+        return read_state(self.state / artifacts.marker_of(stage), "Without it, --resume makes the stage again.")
 
     def write_marker(self, stage: str, marker: dict[str, Any]) -> None:
         """Replace what is known of a stage."""
-        write_atomically(self.state / artifacts.marker_of(stage), json.dumps(marker))
+        write_state(self.state / artifacts.marker_of(stage), marker)
 
     def is_complete(self, stage: str, fingerprint: str | None = None) -> bool:
         """Whether a stage has ended; with a fingerprint, whether it did so with these very inputs."""
@@ -118,27 +117,12 @@ class RunFolder:
         if is_first():
             shutil.rmtree(self.state / artifacts.work_of(stage), ignore_errors=True)
 
-    def _read_json(self, path: Path, without: str) -> Any:
-        """A file of ours, which holds an object; {} where it is missing. ``without`` says what that would mean.
-
-        Raises:
-            UserError: It does not.
-        """
-        if not path.exists():
-            return {}
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            raise UserError("The file is damaged.", where=str(path), fix=f"Restore it. {without}")
-        return found
-
     # ---- Numbers --------------------------------------------------------------------------------------
 
     def results(self) -> Results:
         """The final numbers of every stage that has ended."""
-        return self._read_json(self / artifacts.RESULTS, "Without it the report lacks the numbers of all stages.")
+        found = read_state(self / artifacts.RESULTS, "Without it the report lacks the numbers of all stages.")
+        return cast(Results, found)
 
     def results_of(self, stage: str) -> dict[str, Any]:
         """One stage's final numbers; {} before it has ended."""
@@ -163,7 +147,7 @@ class RunFolder:
         """Append a logged step to metrics.jsonl."""
         if is_first():
             with (self / artifacts.METRICS).open("a", encoding="utf-8") as file:
-                file.write(to_line({"stage": stage, "step": step, **numbers}))
+                file.write(to_line(sealed({"stage": stage, "step": step, **numbers})))
 
     def drop_metrics(self, stage: str, after: int = -1) -> None:
         """Forget a stage's metrics behind a step, which are about to be computed again."""
@@ -172,4 +156,4 @@ class RunFolder:
         rows = read_lines(self / artifacts.METRICS)
         kept = [r for r in rows if r.get("stage") != stage or r.get("step", 0) <= after]
         if len(kept) < len(rows):
-            write_atomically(self / artifacts.METRICS, "".join(map(to_line, kept)))
+            write_atomically(self / artifacts.METRICS, "".join(to_line(sealed(row)) for row in kept))

@@ -12,7 +12,7 @@ import yaml
 
 from trl_rlaif import __version__, distributed
 from trl_rlaif.errors import UserError
-from trl_rlaif.files import write_atomically
+from trl_rlaif.files import is_signed, sealed, signed, write_atomically
 from trl_rlaif.pipeline import artifacts, digests, machine, redo, superseding
 from trl_rlaif.pipeline.forecast import forecast
 from trl_rlaif.pipeline.machine import Machine
@@ -198,10 +198,12 @@ def _run_stages(
 
 def _write_recipe(recipe: Recipe, folder: RunFolder, command: str, began: Machine) -> None:
     versions = {"trl-rlaif": __version__} | {name: found for name in PACKAGES if (found := _version(name))}
-    where = {} if began["dtype"] == "auto" else {"machine": dict(began)}
+    where = {} if began["dtype"] == "auto" else {"machine": sealed(began)}
     content = recipe.to_dict() | where | {"format": artifacts.FORMAT, "versions": versions, "command": command}
-    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    write_atomically(folder / artifacts.RECIPE, text)
+    path, text = folder / artifacts.RECIPE, yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    if path.exists() and not is_signed(path.read_bytes()):
+        say(f"Warning: {path} was not what the run wrote. It is written anew.")
+    write_atomically(path, signed(text))
 
 
 def _version(package: str) -> str | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_rlaif.distributed import is_first
-from trl_rlaif.files import to_line, write_atomically, write_folder
+from trl_rlaif.files import sealed, to_line, write_atomically, write_folder
 from trl_rlaif.pipeline import artifacts, digests
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.stage import Stage
@@ -87,7 +87,7 @@ def _move(folder: RunFolder, stage: Stage, target: RunFolder, marker: dict[str, 
 def _add_metrics(folder: RunFolder, stage: str, rows: Sequence[dict[str, Any]]) -> None:
     path = folder / artifacts.METRICS
     before = path.read_text(encoding="utf-8") if path.exists() else ""
-    write_atomically(path, before + "".join(map(to_line, rows)))
+    write_atomically(path, before + "".join(to_line(sealed(row)) for row in rows))
 
 
 def donors(folder: RunFolder) -> list[RunFolder]:

@@ -141,13 +141,13 @@ def test_a_run_that_is_resumed_on_another_day_labels_as_on_the_first(tiny_model,
     today = CHAT_TEMPLATE.replace("{% for", "{{ strftime_now('%d %B %Y') * 9 }}{% for", 1)
     judge = {"path": templated(tiny_model, tmp_path / "dated", today)}
     folder = label(judge=judge, pairs=6)
-    before, day = own_labels(folder), (folder.state / "date").read_text()
+    before, day = own_labels(folder), json.loads((folder.state / "date").read_text())["date"]
     assert day == date.today().isoformat()
     monkeypatch.setattr(context_module, "date", Tomorrow)
     folder = label(judge=judge)  # six more pairs, on the next day
     assert results(folder)["made"] == 6 and {id: own_labels(folder)[id] for id in before} == before
     other = label("other", judge=judge)
-    assert results(other)["setup"] != results(folder)["setup"] and (other.state / "date").read_text() == "2031-01-02"
+    assert results(other)["setup"] != results(folder)["setup"] and "2031-01-02" in (other.state / "date").read_text()
     first, later = own_labels(folder), own_labels(other)
     assert all(abs(first[id]["p"] - later[id]["p"]) > 1e-6 for id in first)  # the date does change the answers
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from trl_rlaif import UserError
 from trl_rlaif.evaluation.forgetting import mean_nll
-from trl_rlaif.files import read_lines
+from trl_rlaif.files import read_lines, read_state, write_state
 from trl_rlaif.pipeline.context import Context
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.runner import run_recipe
@@ -150,7 +150,7 @@ def test_a_resumed_run_goes_on_with_what_was_chosen_last(tiny_model, tmp_path):
     shutil.rmtree(folder / "policy")
     (folder / "checkpoints" / "rl" / "rehearsal.jsonl").unlink()
     marker = folder.state / "rl.json"
-    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"complete": False}))
+    write_state(marker, read_state(marker, "") | {"complete": False})
     run_recipe(recipe, installed_plugins(), tmp_path / "out", resume=True)
     again = [row for row in logged(folder) if "reward" in row]
     for before, after in zip(whole, again, strict=True):
