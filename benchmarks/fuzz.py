@@ -21,6 +21,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -506,7 +507,7 @@ def _flips(draw: random.Random, folder: Path) -> dict[str, Any]:
     name = str(path.relative_to(run))
     if any(mark in said for mark in RAW):
         outcome = "traceback"
-    elif name in said or path.name in said:
+    elif any(part in said for part in (name, path.name, *re.findall(r"checkpoint-\d+", name))):
         outcome = "noticed"
     else:
         outcome = "harmless" if not code and _same(run, _bases() / _COMPLETE) else "unnoticed"
@@ -527,7 +528,7 @@ def _same(run: Path, undisturbed: Path) -> bool:
 
 
 def _without_times(text: str) -> list[dict[str, Any]]:
-    slow = ("time", "seconds", "per_second", "runtime", "memory", "eps")
+    slow = ("time", "seconds", "per_second", "runtime", "memory", "eps", "crc32")
     rows = map(json.loads, text.splitlines())
     return [{key: value for key, value in row.items() if not any(part in key for part in slow)} for row in rows]
 

@@ -2,8 +2,8 @@
 
     python benchmarks/rounded_bfloat16.py run quickstart --output runs/bfloat16
 
-Matrix products of bfloat16 numbers are computed in float32 and their results rounded once, which is what AMX does; so
-`auto` takes bfloat16, as it would there. To compare what a run learns in either type on one machine; times mean nothing.
+Matrix products of bfloat16 numbers are computed in float32 and their results rounded once, which is what AMX does, so that
+`auto` takes bfloat16, as it would there. To compare what a run learns in either type; its times mean nothing.
 """
 
 from __future__ import annotations
