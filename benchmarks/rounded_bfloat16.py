@@ -2,7 +2,7 @@
 
     python benchmarks/rounded_bfloat16.py run quickstart --output runs/bfloat16
 
-Matrix products of bfloat16 numbers are computed in float32 and their results rounded once, which is what AMX does, so that
+Matrix products of bfloat16 numbers are computed in float32 and their results rounded once, which is what AMX does:
 `auto` takes bfloat16, as it would there. To compare what a run learns in either type; its times mean nothing.
 """
 
