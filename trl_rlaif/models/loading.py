@@ -15,6 +15,7 @@ from platformdirs import user_cache_path
 
 from trl_rlaif.encoding import usable_tokenizer
 from trl_rlaif.errors import UserError
+from trl_rlaif.files import digest_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,13 +69,7 @@ def rebuild_gguf(gguf: Path) -> Path:
     Raises:
         UserError: The file cannot be read, or the package `gguf` is missing.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"Reading {gguf.name} needs the package gguf.", fix="Run: pip install 'trl-rlaif[gguf]'")
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else (
-            hashlib.sha256(file.read()).hexdigest()
-        )  # fmt: skip
-    target = _cache_dir() / "models" / f"{gguf.stem}-{digest[:12]}"
+    target = _rebuilt(gguf)
     if (target / "config.json").exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -88,6 +83,15 @@ def rebuild_gguf(gguf: Path) -> Path:
             if not target.exists():
                 raise
     return target
+
+
+def _rebuilt(gguf: Path) -> Path:
+    """Where the plain folder of a GGUF file is, or is going to be."""
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"Reading {gguf.name} needs the package gguf.", fix="Run: pip install 'trl-rlaif[gguf]'")
+    if not gguf.is_file():
+        raise UserError("There is no such file.", where=str(gguf))
+    return _cache_dir() / "models" / f"{gguf.stem}-{digest_of(gguf)[:12]}"
 
 
 def _write_plain_model(gguf: Path, folder: Path) -> None:
@@ -117,11 +121,27 @@ def resolve(path: str) -> str:
     Raises:
         UserError: The package that it names, or what reads its file, is not installed.
     """
+    gguf = _gguf_of(path)
+    return path if gguf is None else str(rebuild_gguf(gguf))
+
+
+def resolved(path: str) -> str | None:
+    """The same, where nothing has to be computed for it; None for a GGUF file that nobody has loaded yet.
+
+    Raises:
+        UserError: As ``resolve``.
+    """
+    gguf = _gguf_of(path)
+    if gguf is None:
+        return path
+    target = _rebuilt(gguf)
+    return str(target) if (target / "config.json").exists() else None
+
+
+def _gguf_of(path: str) -> Path | None:
     if path.startswith(PACKAGE):
-        return str(rebuild_gguf(_packaged_gguf(path)))
-    if path.endswith(".gguf"):
-        return str(rebuild_gguf(Path(path)))
-    return path
+        return _packaged_gguf(path)
+    return Path(path) if path.endswith(".gguf") else None
 
 
 # What of a folder decides on a model's answers: weights, configuration, code, tokenizer, and the chat template.

@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from trl_rlaif.errors import Problem, UserError
-from trl_rlaif.models.loading import PACKAGE
+from trl_rlaif.models.loading import resolved
 from trl_rlaif.recipe.parsing import Recipe
 
 
 def check_base(recipe: Recipe) -> None:
     """Try the recipe's adapters on its base without weights.
 
-    A base whose configuration cannot be read here, such as a Hub id without a network, is not checked.
+    A base whose configuration cannot be read here is not checked: a Hub id without a network, a GGUF file that was never
+    loaded (to read its configuration is to convert the whole model).
 
     Raises:
-        UserError: transformers has no causal language model of this kind, or the adapters cannot work on it.
+        UserError: Its package or file is missing, transformers has no causal language model of this kind, or the adapters cannot work on it.
     """
-    path = recipe.model.path
-    if path.startswith(PACKAGE) or path.endswith(".gguf"):  # to read its configuration is to convert the whole model
+    path = resolved(recipe.model.path)
+    if path is None:
         return
     from transformers import AutoConfig  # what else is imported takes seconds, which not every check has to pay
 
