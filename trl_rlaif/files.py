@@ -5,18 +5,22 @@ Of several processes that share a run the first one writes; in the others what w
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from trl_rlaif.distributed import is_first
-from trl_rlaif.errors import UserError
+from trl_rlaif.errors import RunError, TrlRlaifError, UserError
 
+# Bytes: a disk with less is taken for full.
+_FULL = 256 << 10
 _SEAL = "crc32"
 _SIGNATURE = f"# {_SEAL}: "
 
@@ -165,3 +169,30 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             what = f"The line is damaged: {error}."
             raise UserError(what, where=f"{path}:{number}", fix="Restore the file, or delete the line.") from None
     return rows
+
+
+@contextmanager
+def naming_a_full_disk(folder: Path) -> Iterator[None]:
+    """Raise one message where what is done inside fails because a disk is full, whatever library says so.
+
+    safetensors and torch raise exceptions of their own, which name no file; torch's do not even name the reason.
+
+    Args:
+        folder: Where files are written.
+
+    Raises:
+        RunError: A disk is full, with the file: else the one below the folder that was written to last.
+    """
+    try:
+        yield
+    except TrlRlaifError:
+        raise
+    except Exception as error:
+        free = shutil.disk_usage(folder).free
+        says_so = os.strerror(errno.ENOSPC) in str(error)  # as an OSError of that number does
+        if not says_so and not (isinstance(error, RuntimeError) and free < _FULL):
+            raise
+        written = [path for path in folder.rglob("*") if path.is_file()]
+        where = getattr(error, "filename", None) or max(written, key=lambda path: path.stat().st_mtime, default=folder)
+        what = f"The disk is full: {free // 1024:,} KiB are left on that of {folder}."
+        raise RunError(what, where=str(where), fix="Make room. What was done is kept: --resume goes on.") from error

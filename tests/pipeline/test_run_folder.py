@@ -5,13 +5,14 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 from helpers.recipes import tiny_recipe
 
-from trl_rlaif import UserError
+from trl_rlaif import RunError, UserError
 from trl_rlaif.files import (
     append_lines,
     is_signed,
@@ -201,6 +202,29 @@ def test_a_signed_text_that_somebody_changed(tmp_path):
     text = signed("run: {name: ä}\n")
     assert is_signed(text.encode()) and is_signed(b"run: {name: a}\n")
     assert not is_signed(text.replace("ä}", "b}").encode()) and not is_signed(text.encode()[:-3])
+
+
+@pytest.mark.parametrize(
+    ("error", "free"),
+    [
+        (OSError(28, "No space left on device"), 5000),
+        (Exception("No space left on device (os error 28)"), 5000),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 58240 vs 58128"), 100),
+    ],
+)
+def test_a_full_disk_is_named_with_the_file(tmp_path, monkeypatch, error, free):
+    folder = RunFolder(tmp_path)
+    (tmp_path / "half.pt").touch()
+    os.utime(tmp_path / "half.pt", (2e9, 2e9))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, free * 1024))
+    with pytest.raises(RunError, match=f"The disk is full: {free:,} KiB are left") as caught, folder.locked():
+        raise error
+    assert caught.value.problems[0].where == str(tmp_path / "half.pt") and "--resume" in str(caught.value)
+
+
+def test_another_error_is_left_alone(tmp_path):
+    with pytest.raises(RuntimeError, match="shape"), RunFolder(tmp_path).locked():
+        raise RuntimeError("shape")
 
 
 # ---- Stages ---------------------------------------------------------------------------------------------

@@ -125,6 +125,13 @@ class TestServerJudge:
         assert problem.where == ("recipe.yaml:7" if line.startswith("path") else "recipe.yaml:8")
         assert problem.fix == (fix or problem.fix)
 
+    @pytest.mark.parametrize(
+        "address", ["localhost:8000/v1", "http://", "http://[", "http://a:b/v1", "ftp://a/v1", "http://a b"]
+    )
+    def test_an_address_to_which_nothing_can_be_sent(self, only, address):
+        problem = only(self.HEAD + f"    path: x\n    base_url: '{address}'\n")
+        assert problem.where == "recipe.yaml:8" and "such as http://localhost:8000/v1" in problem.fix
+
     def test_the_keys_of_the_other_form_are_not_offered(self, only):
         """A server's key on a local judge is no misspelling of itself."""
         problem = only(HEAD + "  judge:\n    path: gpt2\n    base_url: http://localhost\n")

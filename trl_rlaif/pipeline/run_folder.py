@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +12,16 @@ import yaml
 
 from trl_rlaif.distributed import is_first
 from trl_rlaif.errors import UserError
-from trl_rlaif.files import read_lines, read_state, sealed, to_json, to_line, write_atomically, write_state
+from trl_rlaif.files import (
+    naming_a_full_disk,
+    read_lines,
+    read_state,
+    sealed,
+    to_json,
+    to_line,
+    write_atomically,
+    write_state,
+)
 from trl_rlaif.locks import lock
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.artifacts import Results
@@ -75,10 +84,18 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep a second process out while a run writes here; the lock ends with the process."""
-        if not is_first():
-            yield
-            return
+        """Keep a second process out while a run writes here; the lock ends with the process.
+
+        Raises:
+            UserError: There is one.
+            RunError: What is done inside ends because a disk is full.
+        """
+        with naming_a_full_disk(self.path):
+            with self._locked() if is_first() else nullcontext():
+                yield
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
         with (self.state / artifacts.LOCK).open("w") as file:
             try:
                 lock(file, wait=False)

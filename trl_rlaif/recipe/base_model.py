@@ -12,11 +12,12 @@ from trl_rlaif.recipe.parsing import Recipe
 def check_base(recipe: Recipe) -> None:
     """Try the recipe's adapters on its base without weights.
 
-    A base whose configuration cannot be read here is not checked: a Hub id without a network, a GGUF file that was never
-    loaded (to read its configuration is to convert the whole model).
+    A base whose configuration cannot be read here is not checked: a Hub id without a network, a GGUF file that was
+    never loaded (to read its configuration is to convert the whole model).
 
     Raises:
-        UserError: Its package or file is missing, transformers has no causal language model of this kind, or the adapters cannot work on it.
+        UserError: Its package or file is missing, transformers has no causal language model of this kind, or the
+            adapters cannot work on it.
     """
     path = resolved(recipe.model.path)
     if path is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol, get_args
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -98,6 +99,18 @@ def judge_name(value: str) -> str:
     if value == "judge":
         raise ValueError("'judge' is the main judge's name.")
     return safe_name(value)
+
+
+def web_address(value: str) -> str:
+    """Refuse what no request can be sent to."""
+    try:
+        parts = urlsplit(value)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, brackets without an address
+        good = False
+    if not good or re.search(r"\s", value):
+        raise ValueError("Write an address such as http://localhost:8000/v1.")
+    return value
 
 
 def one_weight(value: str | dict[str, float]) -> str | dict[str, float]:
@@ -262,7 +275,9 @@ class ServerJudgeSection(Section):
 
     backend: Literal["openai"] = Field(description="openai: any server that speaks OpenAI's protocol.")
     path: Text = Field(description="The model's name on the server.")
-    base_url: Text | None = Field(None, description="The server, such as http://localhost:8000/v1; null is OpenAI.")
+    base_url: Annotated[Text, AfterValidator(web_address)] | None = Field(
+        None, description="The server, such as http://localhost:8000/v1; null is OpenAI."
+    )
     api_key_env: Text = Field("OPENAI_API_KEY", description="The environment variable that holds the key.")
     api: Literal["chat", "completions"] = Field("chat", description="completions asks base models in plain text.")
     prefill: Literal["auto"] | bool = Field(
