@@ -54,7 +54,7 @@ def score_over_kl(points: Points, title: str) -> Drawing:
         axes.plot(kl, scores, color=COLOURS[0], linewidth=1.0, alpha=0.35)
         last = len(kl) - 1
         for place, point in enumerate(zip(kl, scores, strict=True)):
-            strength = 0.2 + 0.8 * place / max(last, 1)
+            strength = 0.2 + 0.8 * (place / max(last, 1))  # the brackets keep the last one within 1
             axes.plot(*point, "o", color=COLOURS[0], alpha=strength, markersize=5, markeredgewidth=0)
         for place, name in ((0, "first"), (last, "last")):
             axes.annotate(name, (kl[place], scores[place]), (4, 4), textcoords="offset points", fontsize=9)
