@@ -64,6 +64,36 @@ def test_a_run_says_once_how_long_it_will_take(tmp_path, monkeypatch, capsys):
     assert "will take" not in capsys.readouterr().err
 
 
+def test_the_seconds_of_a_stage_are_those_of_all_its_attempts(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "time", lambda: now[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with pytest.raises(KeyboardInterrupt), publishing(tmp_path, {}) as publisher:
+        assert publisher.begin("label") == 0
+        now[0] += 30
+        raise KeyboardInterrupt
+    killed = progress.Publisher(tmp_path / "progress.json", {})  # it ends without a word
+    now[0] += 500
+    assert killed.begin("label", resumed=True) == 30
+    now[0] += 12
+    killed.publish()
+    now[0] += 500
+    progress.Publisher(tmp_path / "progress.json", {}).publish(at_once=True)  # killed before it began a stage
+    with publishing(tmp_path, {}) as publisher:
+        assert publisher.begin("sample", resumed=True) == 0
+        assert publisher.begin("label", resumed=True) == 42
+        assert publisher.begin("reward", resumed=True) == 0
+    with publishing(tmp_path, {}) as publisher:
+        assert publisher.begin("label", resumed=True) == publisher.begin("reward", resumed=True) == 0
+
+
+def test_the_seconds_of_what_is_made_from_other_inputs_do_not_count(tmp_path):
+    progress.Publisher(tmp_path / "progress.json", {}).begin("label")
+    assert progress.Publisher(tmp_path / "progress.json", {}).begin("label") == 0
+    (tmp_path / "progress.json").write_text("[1]")
+    assert progress.Publisher(tmp_path / "progress.json", {}).begin("label", resumed=True) == 0
+
+
 def test_stages_that_have_ended_count_for_how_long_it_will_take(tmp_path, monkeypatch, capsys):
     now = [1000.0]
     monkeypatch.setattr(progress.time, "time", lambda: now[0])

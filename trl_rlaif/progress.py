@@ -194,6 +194,19 @@ class Forecast:
     measured: Collection[str] = ()
 
 
+def _spent(path: Path) -> dict[str, float]:
+    """By stage, the seconds of work that a process did not complete, as its file tells; {} where there is none."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        spent, stage = dict(before.get("spent", {})), before["stage"]
+        if stage is not None and before["outcome"] != "done":
+            seconds = max(before["updated_at"] - before["stage_started_at"], 0.0)
+            spent[stage] = before.get("stage_seconds_before", 0.0) + seconds
+        return {str(name): float(seconds) for name, seconds in spent.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # it is there for what is told, no more
+        return {}
+
+
 class Publisher:
     """Keeps ``progress.json`` in a run's folder up to date, at most once a second, and never fails a run.
 
@@ -209,6 +222,7 @@ class Publisher:
         self._path, self._last = path, 0.0
         self._forecast, self._made, self._computing = forecast or Forecast(), 0.0, 0.0
         now = time.time()
+        self._spent = _spent(path)
         self._state: dict[str, Any] = {
             "pid": os.getpid(),
             "host": socket.gethostname(),
@@ -220,11 +234,22 @@ class Publisher:
             "outcome": None,
         }
 
-    def begin(self, stage: str) -> None:
-        """Say which stage is at work from now on."""
+    def begin(self, stage: str, *, resumed: bool = False) -> float:
+        """Say which stage is at work from now on.
+
+        Args:
+            stage: The stage.
+            resumed: It goes on with what an earlier process began.
+
+        Returns:
+            Seconds that earlier processes worked on what is resumed.
+        """
         self._finish(self._state["stage"])
-        self._state |= {"stage": stage, "stage_started_at": time.time()}
+        before = self._spent.pop(stage, 0.0)
+        before = before if resumed else 0.0
+        self._state |= {"stage": stage, "stage_started_at": time.time(), "stage_seconds_before": before}
         self.publish(at_once=True)
+        return before
 
     def _finish(self, stage: str | None) -> None:
         """Count a stage that has ended as made."""
@@ -267,7 +292,7 @@ class Publisher:
         self._last = now
         self._foretell()
         bars = [meter.to_dict() for meter in _open]
-        text = json.dumps(self._state | {"updated_at": time.time(), "bars": bars})
+        text = json.dumps(self._state | {"updated_at": time.time(), "bars": bars, "spent": self._spent})
         building = self._path.with_name(f".{self._path.name}.building")
         try:
             # Not synced to the disk: what matters is that a reader finds a whole file, and that this costs nothing.

@@ -1,53 +1,225 @@
-"""Runs in processes of their own that are killed at a moment counted in steps of work, and what two runs differ in."""
+"""Runs of every kind of stage that are killed at a moment counted in steps of work, and what two runs differ in."""
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import sys
 import time
-from multiprocessing.process import BaseProcess
+from dataclasses import dataclass, field
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+import yaml
+
 from helpers import forked
+from helpers.judges import PARTS
+from helpers.processes import two_environments
+from helpers.recipes import write_recipe
 
-# What is measured in time, or says how the command was given.
-_TIMED = re.compile(r"seconds|.*_per_second|share_of_time|eps|step_time|command|time/.*|.*/time|.*_runtime|total_flos")
-# What a run keeps only while it is at work, or about itself as a process.
-_OWN = {"progress.json", "lock", "writable", "training_args.bin", "content.json"}
+# What is measured in time, says how the command was given, or names the run's folder.
+_TIMED = re.compile(r"seconds|.*_per_second|share_of_time|eps|.*time|time/.*|command|best_model_checkpoint")
+_SHOWN_TIMES = re.compile(r"\d+(\.\d+)? (s|min|h)\b|<td>(eps|time/).*")
+# What a run keeps only while it is at work.
+_AT_WORK = ("progress.json", "lock", "writable")
+# What names the run's folder, what is a digest of times, and what the datasets library caches.
+_OTHER = ("training_args.bin", "content.json", "results.json", "cache-")
+
+KINDS = (signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
+
+_THINKING = {"thinking": True, "rationales": 2, "rationale_tokens": 8}
+_NONE = dict.fromkeys(("sample", "label", "reward", "evaluate", "report"))
+_TRACKED = {"sets": {"forget": "test.jsonl"}, "track_every": 2, "max_new_tokens": 8}
+_SFT = {"data": "sft.jsonl", "max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "save_steps": 1}
+_CHOSEN = {
+    "selectors": [{"selective_rehearsal": {"clusters": 2, "per_cluster": 2}}],
+    "selection_every": 2,
+    "rehearsal_coef": 0.5,
+    "total_episodes": 16,
+}
+_GROUPS = _CHOSEN | {
+    "rewards": ["helpers.rewards:even_share"],
+    "transforms": ["distribution_regulator"],
+    "num_generations": 2,
+    "kl_coef": 0.1,
+}
+_PPO = _CHOSEN | {"rewards": ["helpers.rewards:even_share"], "transforms": ["distribution_regulator"]}
+_REJECTION = {
+    "algorithm": "rejection_sampling",
+    "rewards": ["helpers.rewards:length_penalty"],
+    "selectors": [{"rejection_sampling": {"num_responses": 3, "quantile": [0.2, 0.4]}}],
+    "total_episodes": 90,
+}
+_PEOPLE = {"prompts": None, "pairs": "pairs.jsonl", "format": "responses"}
+_DPO = {"algorithm": "dpo", "max_steps": 3, "num_train_epochs": 2}
+
+# Sections of tiny recipes (helpers.recipes), by what they are about.
+RECIPES: dict[str, dict[str, Any]] = {
+    "sample, label, reward": {
+        "label": {
+            "prompt": "prompt",
+            "batch_tokens": 300,
+            "precision": "auto",
+            "compare": {"rated": {"labeler": "direct"}, "thinking": {"labeler": {"distilled": _THINKING}}},
+        },
+        "reward": {"transforms": ["advantage"], "save_steps": 1},
+        **dict.fromkeys(("rl", "evaluate", "report")),
+    },
+    "sft, ppo, evaluate, report": _NONE
+    | {
+        "sft": _SFT,
+        "rl": _PPO,
+        "evaluate": _TRACKED,
+        "report": {},
+    },
+    "rejection sampling": _NONE | {"rl": _REJECTION, "evaluate": _TRACKED},
+    "grpo": _NONE | {"rl": _GROUPS | {"algorithm": "grpo"}, "evaluate": _TRACKED},
+    "rloo": _NONE | {"rl": _GROUPS | {"algorithm": "rloo"}},
+    "sft, dpo": _NONE | {"data": _PEOPLE, "sft": _SFT, "rl": _DPO},
+    "compare": _NONE
+    | {
+        "evaluate": {"max_new_tokens": 8},
+        "report": {},
+        "rl": {"rewards": ["helpers.rewards:even_share"], "total_episodes": 8},
+        "compare": ["ppo", {"rejection": {"rl": _REJECTION}}],
+    },
+    "two processes, ppo": _NONE | {"rl": _PPO | {"per_device_train_batch_size": 2}},
+    "two processes, grpo": _NONE | {"rl": _GROUPS | {"algorithm": "grpo", "per_device_train_batch_size": 2}},
+}
 
 
-def start(recipe: Path, folder: Path, *, at: int | None = None, kind: int = signal.SIGKILL, **how: Any) -> BaseProcess:
-    """Start or resume a run.
+def prepare(folder: Path, model: str, name: str) -> Path:
+    """Write one of these recipes, and its data, into a folder."""
+    sections = RECIPES[name]
+    recipe = write_recipe(folder, model, **{key: value for key, value in sections.items() if key != "compare"})
+    written = yaml.safe_load(recipe.read_text())
+    if "algorithm" in written.get("rl", {}) and written["rl"]["algorithm"] == "dpo":
+        written["rl"] = {"save_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-2, **_DPO}
+    written |= {"compare": sections["compare"]} if "compare" in sections else {}
+    written["data"] = {key: value for key, value in written["data"].items() if value is not None}
+    recipe.write_text(yaml.safe_dump(written))
+    said = [{"prompt": f"what is {i}?", "completion": "the fox " * (i % 3 + 1)} for i in range(6)]
+    answers = [("a city", "the fox " * (i % 5 + 1)) for i in range(8)]
+    pairs = [
+        {"id": f"p{i}", "prompt": f"what is {i}?", "response_1": one, "response_2": other, "human": 1 + i % 2}
+        for i, (one, other) in enumerate(answers)
+    ]
+    (folder / "prompt").mkdir()
+    for file, text in PARTS.items():
+        (folder / "prompt" / file).write_text(text)
+    for file, rows in (("sft.jsonl", said), ("pairs.jsonl", pairs)):
+        (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return recipe
+
+
+@dataclass
+class Trial:
+    """What was done to one kind of run.
+
+    Args:
+        kills: Signals, in order.
+        runs: That were killed once at least and resumed until their end.
+        failed: Ends that are neither the signal's nor success, with what was printed last.
+        differences: Between an undisturbed run and each of these.
+    """
+
+    kills: list[int] = field(default_factory=list)
+    runs: int = 0
+    failed: list[str] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)
+
+
+def try_kills(folder: Path, model: str, name: str, kills: int, draw: random.Random) -> Trial:
+    """Run once undisturbed; then kill runs so often, resume each until its end, and compare.
+
+    One kill in five comes after a time, the others before a change to a file or folder of the run.
+    """
+    folder.mkdir()
+    recipe, trial, count = prepare(folder, model, name), Trial(), 2 if name.startswith("two") else 1
+    began = time.monotonic()
+    code = run(recipe, folder / "whole", processes=count)
+    seconds = time.monotonic() - began
+    assert code == 0, _printed(folder / "whole")
+    changes = int(Path(f"{folder / 'whole'}.changes").read_text())
+    while len(trial.kills) < kills and not trial.failed:
+        trial.runs += 1
+        output, code = folder / f"killed-{trial.runs}", 1
+        while code != 0:
+            more = len(trial.kills) < kills
+            timed = more and draw.random() < 0.2
+            at = draw.randint(1, 2 * changes // 5) if more and not timed else None
+            kind = draw.choice(KINDS)
+            after = draw.uniform(0, seconds / 2) if timed else None
+            code = run(recipe, output, at=at, after=after, kind=kind, processes=count)
+            if code != 0 and (not more or code not in (-kind, 1, 130) or (code > 0 and kind != signal.SIGINT)):
+                trial.failed.append(f"exit code {code} with {kind.name} at {at or after}: {_printed(output)}")
+                break
+            trial.kills += [kind] if code != 0 else []
+        else:
+            trial.differences += differences(folder / "whole", output)
+    return trial
+
+
+def _printed(output: Path) -> str:
+    return Path(f"{output}.log").read_text()[-2000:]
+
+
+def run(
+    recipe: Path,
+    folder: Path,
+    *,
+    at: int | None = None,
+    after: float | None = None,
+    kind: int = signal.SIGKILL,
+    processes: int = 1,
+) -> int:
+    """Start or resume a run, and wait for its end.
 
     Args:
         recipe: Its recipe.
-        folder: Its folder.
-        at: It is killed before its n-th change to a file or folder of ``folder``; None: it is not. How many changes a
-            process made is in ``FOLDER.changes``, if it was not killed.
+        folder: Its folder. How many changes a process made is in ``FOLDER.changes``, if it was not killed.
+        at: It is killed before its n-th change to a file or folder of ``folder``; None: it is not.
+        after: It is killed after so many seconds.
         kind: The signal.
-        how: As of ``forked.start``.
+        processes: How many share the run; the first one is killed, and with it the others.
+
+    Returns:
+        The exit code of the first process.
     """
-    return forked.start(_run, str(recipe), str(folder), at, kind, **how)
-
-
-def changes(output: Path) -> int:
-    """How many changes the last process of a run made that was not killed."""
-    return int(Path(f"{output}.changes").read_text())
+    environments = two_environments() if processes > 1 else [{}]
+    arguments = str(recipe), str(folder), at, kind
+    started = [forked.start(_run, *arguments, environment=each, output=f"{folder}.log") for each in environments]
+    try:
+        connection.wait([process.sentinel for process in started], timeout=after)
+        if started[0].is_alive() and after is not None:
+            os.kill(started[0].pid, kind)
+        started[0].join(10 if any(process.exitcode for process in started) else 150)
+    finally:
+        for process in started:
+            process.kill()
+            process.join()
+    return started[0].exitcode
 
 
 def _run(recipe: str, folder: str, at: int | None, kind: int) -> None:
     from matplotlib.figure import Figure
 
     Figure.savefig = lambda self, file, **options: file.write(b'<svg viewBox="0 0 1 1"/>')  # drawing takes longest
-    counted = _count(os.path.realpath(folder), at, kind)
+    first = os.environ.get("RANK", "0") == "0"
+    counted = _count(os.path.realpath(folder), at if first else None, kind)
     try:
-        forked.run_command(["run", recipe, "--output", folder, "--resume"])
+        # Several processes share the stage rl alone.
+        only = ["--only", "rl"] if "RANK" in os.environ else []
+        forked.run_command(["run", recipe, "--output", folder, "--resume", *only])
     finally:
-        Path(f"{folder}.changes").write_text(str(len(counted)))
+        if first:
+            Path(f"{folder}.changes").write_text(str(len(counted)))
 
 
 def _count(folder: str, at: int | None, kind: int) -> list[str]:
@@ -63,7 +235,7 @@ def _count(folder: str, at: int | None, kind: int) -> list[str]:
         path = os.fsdecode(path)
         if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
             return
-        if not path.startswith(folder + os.sep) or any(name in path for name in _OWN):
+        if not path.startswith(folder + os.sep) or any(name in os.path.basename(path) for name in _AT_WORK):
             return
         found.append(path)
         if len(found) == at:
@@ -87,23 +259,37 @@ def differences(one: Path, other: Path) -> list[str]:
 
 def _files(folder: Path) -> dict[str, Path]:
     paths = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path for path in paths if path.name not in _OWN}
+    left_out = (*_AT_WORK, *_OTHER)
+    kept = (path for path in paths if path.name == "results.json" or not path.name.startswith(left_out))
+    return {str(path.relative_to(folder)): path for path in kept}
 
 
 def _content(path: Path) -> Any:
     if path.suffix == ".json":
         return _untimed(json.loads(path.read_text()))
-    if path.suffix == ".jsonl":
+    if path.suffix == ".jsonl" and path.name != "labels.jsonl":
         return [_untimed(json.loads(line)) for line in path.read_text().splitlines()]
     if path.name == "recipe.yaml":
-        return [line for line in path.read_text().splitlines() if not line.startswith("command:")]
+        return [line for line in path.read_text().splitlines() if not line.startswith(("command:", "# crc32:"))]
+    if path.suffix == ".html":
+        return [_SHOWN_TIMES.sub("", line) for line in path.read_text().splitlines()]
+    if path.suffix in (".pt", ".pth"):  # two files of the same values need not have the same bytes
+        return _untimed(torch.load(path, weights_only=False))
     return path.read_bytes()
 
 
 def _untimed(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return [str(value.dtype), value.reshape(-1).view(torch.uint8).tolist()]
+    if isinstance(value, np.ndarray):
+        return [str(value.dtype), value.tolist()]
     if isinstance(value, dict):
-        return {key: _untimed(part) for key, part in value.items() if not _TIMED.fullmatch(key)}
-    return [_untimed(part) for part in value] if isinstance(value, list) else value
+        return {key: _untimed(part) for key, part in value.items() if not _left_out(key)}
+    return [_untimed(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _left_out(key: Any) -> bool:
+    return isinstance(key, str) and bool(_TIMED.fullmatch(key) or key.endswith(_OTHER))
 
 
 def _first_difference(ours: Any, theirs: Any, where: str = "") -> str:
@@ -119,25 +305,3 @@ def _first_difference(ours: Any, theirs: Any, where: str = "") -> str:
     if isinstance(ours, bytes):
         return f"{len(ours)} and {len(theirs)} bytes"
     return f"{where}: {ours!r} and {theirs!r}"[:300]
-
-
-def start_labeling(recipe: Path, output: Path, seconds: float) -> BaseProcess:
-    """Start or resume a run whose every label takes so many seconds more."""
-    return forked.start(_label, str(recipe), str(output), seconds)
-
-
-def _label(recipe: str, output: str, seconds: float) -> None:
-    from trl_rlaif.labels import LabelStore
-    from trl_rlaif.pipeline.runner import run_recipe
-    from trl_rlaif.plugins import installed_plugins
-    from trl_rlaif.recipe import parse_recipe
-
-    add = LabelStore.add
-
-    def add_slowly(self: LabelStore, *arguments: object) -> None:
-        add(self, *arguments)
-        time.sleep(seconds)
-
-    LabelStore.add = add_slowly
-    plugins = installed_plugins()
-    run_recipe(parse_recipe(recipe, registry=plugins.registry), plugins, output, resume=True)

@@ -50,17 +50,21 @@ def launch(kind: str, script: str, folder: Path, *arguments: str) -> list[dict[s
     return _results(folder, "MULTI_CPU" if kind == "ddp" else "DEEPSPEED")
 
 
+def two_environments() -> list[dict[str, str]]:
+    """What the launcher of ddp sets for each of two processes."""
+    shared = _ENVIRONMENT | _OF_DDP | {"ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    return [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+
+
 def fork(script: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
     """The same as ``launch`` of ddp, without the launcher and three times the imports.
 
     What is decided at an import, as whether a process speaks, is that of a single process here.
     """
-    shared = _ENVIRONMENT | _OF_DDP | {"ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     call = (forked.run_script, script, [str(folder), *arguments])
     with tempfile.NamedTemporaryFile("r") as output:
-        environments = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
-        processes = [forked.start(*call, environment=each, output=output.name) for each in environments]
+        processes = [forked.start(*call, environment=each, output=output.name) for each in two_environments()]
         waiting, ended = processes, [True]
         try:
             while waiting and ended and not any(process.exitcode for process in processes):

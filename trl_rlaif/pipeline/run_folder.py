@@ -119,6 +119,11 @@ class RunFolder:
         whole = marker.get("complete") and "superseding" not in marker  # a kill may have come before it was moved
         return bool(whole) and fingerprint in (None, marker.get("fingerprint"))
 
+    def is_begun(self, stage: str, fingerprint: str) -> bool:
+        """Whether a stage was begun with these very inputs, and has not ended."""
+        marker = self.marker(stage)
+        return marker.get("fingerprint") == fingerprint and not marker.get("complete") and "superseding" not in marker
+
     def begin(self, stage: str, fingerprint: str, inputs: dict[str, Any] | None = None) -> None:
         """Open a stage."""
         known = {"fingerprint": fingerprint, "complete": False}

@@ -178,15 +178,16 @@ def _run_stages(
             publisher.skip(stage)
             say(f"{stage}: the same as that of {donor.path.name}")
             continue
+        resumed = folder.is_begun(stage, fingerprint)
         superseding.begin(folder, each.stage, fingerprint, inputs)
         distributed.wait()  # until it is clear what the stage finds
-        publisher.begin(stage)
+        before = publisher.begin(stage, resumed=resumed)
         started = time.monotonic()
         # New adapters are drawn before any trainer sets its seed: a resumed run must draw the same.
         set_seed(recipe.run.seed)
         with kernels(recipe.run.kernels):
             numbers = each.stage.run(context)
-        folder.add_results(stage, numbers)
+        folder.add_results(stage, {**numbers, "seconds": before + numbers["seconds"]})
         if shard is not None and stage == "label":
             say(f"label: share {shard} done. {each.stage.summary(numbers)}")
             say(f"Join the machines' {artifacts.LABELS} into one, and run without --shard: {folder / artifacts.LABELS}")
