@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from trl_rlaif.compat.training_loop import resumable
@@ -20,15 +21,15 @@ class Line(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
 
-    def forward(self, x, y):
+    def forward(self, x, y, length=None):
         return {"loss": ((self.weight * x - y) ** 2).mean()}
 
 
 def train(folder, resume=None, callbacks=(), **options):
     """Steps of one batch, a checkpoint each; the trainer and what it returns."""
-    settings = {"save_steps": 1, "per_device_train_batch_size": 1, "learning_rate": 0.1, "report_to": "none"}
-    settings |= {"use_cpu": True, "disable_tqdm": True, "optim": "sgd"} | options
-    data = [{"x": torch.tensor(0.1 * i), "y": torch.tensor(0.3 * i + 1)} for i in range(8)]
+    settings = {"save_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 1, "learning_rate": 0.1}
+    settings |= {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "optim": "sgd"} | options
+    data = Dataset.from_list([{"x": 0.1 * i, "y": 0.3 * i + 1, "length": i} for i in range(8)])
     trainer = Trainer(Line(), TrainingArguments(str(folder), **settings), train_dataset=data)
     for callback in callbacks:
         trainer.add_callback(callback)
@@ -45,6 +46,18 @@ def test_the_losses_of_a_resumed_training_are_those_of_an_undisturbed_one(tmp_pa
     assert losses[0] == losses[1] and len(losses[0]) == 7 // logging_steps
     assert resumed.training_loss == output.training_loss > 0
     assert again.state.global_step == 7 and torch.equal(again.model.weight, whole.model.weight)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5, 7, 9])
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_a_resumed_epoch_has_the_order_of_an_undisturbed_one(tmp_path, step, strategy):
+    """Three batches an epoch; a pair would else be trained on twice, and another one not at all."""
+    options = {"num_train_epochs": 4, "per_device_train_batch_size": 3, "train_sampling_strategy": strategy}
+    whole, _ = train(tmp_path, **options)
+    torch.manual_seed(99)
+    again, _ = train(tmp_path, str(tmp_path / f"checkpoint-{step}"), **options)
+    losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (whole, again)]
+    assert losses[0] == losses[1] and len(losses[0]) == 12
 
 
 def test_one_that_a_callback_stops_at_its_begin_makes_no_step(tmp_path):

@@ -25,11 +25,11 @@ from helpers.recipes import write_recipe
 
 # What is measured in time, says how the command was given, or names the run's folder.
 _TIMED = re.compile(r"seconds|.*_per_second|share_of_time|eps|.*time|time/.*|command|best_model_checkpoint")
-_SHOWN_TIMES = re.compile(r"\d+(\.\d+)? (s|min|h)\b|<td>(eps|time/).*")
+_SHOWN_TIMES = re.compile(r"\d+(\.\d+)? (s|min|h)\b|<td>(eps|time/).*|share of the updates.*?</dd>")
 # What a run keeps only while it is at work.
 _AT_WORK = ("progress.json", "lock", "writable")
 # What names the run's folder, what is a digest of times, and what the datasets library caches.
-_OTHER = ("training_args.bin", "content.json", "results.json", "cache-")
+_OTHER = ("training_args.bin", "content.json", "results.json", "metrics.jsonl", "crc32", "cache-", "tmp")
 
 KINDS = (signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
 
@@ -260,7 +260,8 @@ def differences(one: Path, other: Path) -> list[str]:
 def _files(folder: Path) -> dict[str, Path]:
     paths = (path for path in folder.rglob("*") if path.is_file())
     left_out = (*_AT_WORK, *_OTHER)
-    kept = (path for path in paths if path.name == "results.json" or not path.name.startswith(left_out))
+    compared = ("results.json", "metrics.jsonl")  # themselves, but not digests of their times
+    kept = (path for path in paths if path.name in compared or not path.name.startswith(left_out))
     return {str(path.relative_to(folder)): path for path in kept}
 
 

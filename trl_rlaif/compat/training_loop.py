@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
@@ -40,7 +41,9 @@ def resumable(trainer: Any, begin: Callable[[], Any]) -> Any:
 
 
 class RunningTotals(TrainerCallback):
-    """Writes these numbers into each checkpoint, and takes them up: a resumed run logs what an undisturbed one does.
+    """Writes these numbers, and what the order of the data was drawn from, into each checkpoint, and takes them up.
+
+    A resumed run logs what an undisturbed one does, and trains on the same batches.
 
     Its mean loss (``training_loss``) is that of all steps, too.
 
@@ -50,6 +53,18 @@ class RunningTotals(TrainerCallback):
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
+        self._epoch: torch.Tensor | None = None  # the random state from which this epoch's order was drawn
+        self._resumed: torch.Tensor | None = None
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Have the dataloader draw the order of a resumed epoch as it did: a sampler draws from torch's generator.
+
+        transformers takes up the random state only after the batches that it skips (seen in 5.23).
+        """
+        if self._resumed is not None:
+            torch.set_rng_state(self._resumed)
+            self._resumed = None
+        self._epoch = torch.get_rng_state()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write them, and what was summed since the last log: of the losses in each process."""
@@ -57,7 +72,10 @@ class RunningTotals(TrainerCallback):
         loss = getattr(trainer, "_tr_loss", None)
         found = {name: getattr(trainer, name) for name in _NUMBERS if hasattr(trainer, name)}
         pending = {name: list(values) for name, values in _pending(trainer).items() if values}
-        parts = gather_object([{"loss": None if loss is None else loss.item(), "metrics": pending}])
+        between = self._epoch is None or float(state.epoch).is_integer()  # the next epoch draws from here
+        order = (torch.get_rng_state() if between else self._epoch).numpy().tobytes().hex()
+        own = {"loss": None if loss is None else loss.item(), "metrics": pending, "order": order}
+        parts = gather_object([own])
         if state.is_world_process_zero and folder.is_dir():
             write_atomically(folder / _FILE, json.dumps({"numbers": found, "processes": parts}, default=float))
 
@@ -72,6 +90,7 @@ class RunningTotals(TrainerCallback):
         mine = found["processes"][trainer.accelerator.process_index]
         for name, value in found["numbers"].items():
             setattr(trainer, name, value)
+        self._resumed = torch.frombuffer(bytearray.fromhex(mine["order"]), dtype=torch.uint8)
         _pending(trainer).update(mine["metrics"])
         if mine["loss"] is not None:
             trainer._tr_loss += mine["loss"]
