@@ -107,6 +107,12 @@ def signed(text: str) -> str:
     return f"{text}{_SIGNATURE}{zlib.crc32(text.encode()):08x}\n"
 
 
+def unsigned(text: str) -> str:
+    """What ``signed`` was given."""
+    before, found, _ = text.rpartition(_SIGNATURE)
+    return before if found else text
+
+
 def is_signed(content: bytes) -> bool:
     """Whether the content of a file is what ``signed`` made, or was never signed."""
     text, found, checksum = content.rpartition(_SIGNATURE.encode())

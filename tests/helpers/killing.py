@@ -145,13 +145,13 @@ def try_kills(folder: Path, model: str, name: str, kills: int, draw: random.Rand
     folder.mkdir()
     recipe, trial, count = prepare(folder, model, name), Trial(), 2 if name.startswith("two") else 1
     began = time.monotonic()
-    code = run(recipe, folder / "whole", processes=count)
+    code = run(recipe, folder / "run-0", processes=count)
     seconds = time.monotonic() - began
-    assert code == 0, _printed(folder / "whole")
-    changes = int(Path(f"{folder / 'whole'}.changes").read_text())
+    assert code == 0, _printed(folder / "run-0")
+    changes = int(Path(f"{folder / 'run-0'}.changes").read_text())
     while len(trial.kills) < kills and not trial.failed:
         trial.runs += 1
-        output, code = folder / f"killed-{trial.runs}", 1
+        output, code = folder / f"run-{trial.runs}", 1
         while code != 0:
             more = len(trial.kills) < kills
             timed = more and draw.random() < 0.2
@@ -164,7 +164,7 @@ def try_kills(folder: Path, model: str, name: str, kills: int, draw: random.Rand
                 break
             trial.kills += [kind] if code != 0 else []
         else:
-            trial.differences += differences(folder / "whole", output)
+            trial.differences += differences(folder / "run-0", output)
     return trial
 
 
@@ -253,7 +253,7 @@ def differences(one: Path, other: Path) -> list[str]:
     found = [f"only in {one.name}: {name}" for name in sorted(files[0].keys() - files[1].keys())]
     found += [f"only in {other.name}: {name}" for name in sorted(files[1].keys() - files[0].keys())]
     for name in sorted(files[0].keys() & files[1].keys()):
-        ours, theirs = (_content(folder[name]) for folder in files)
+        ours, theirs = (_content(folder[name], place) for folder, place in zip(files, (one, other), strict=True))
         if ours != theirs:
             found.append(f"{name}: {_first_difference(ours, theirs)}")
     return found
@@ -267,15 +267,16 @@ def _files(folder: Path) -> dict[str, Path]:
     return {str(path.relative_to(folder)): path for path in kept}
 
 
-def _content(path: Path) -> Any:
+def _content(path: Path, run: Path) -> Any:
     if path.suffix == ".json":
         return _untimed(json.loads(path.read_text()))
     if path.suffix == ".jsonl" and path.name != "labels.jsonl":
         return [_untimed(json.loads(line)) for line in path.read_text().splitlines()]
     if path.name == "recipe.yaml":
-        return [line for line in path.read_text().splitlines() if not line.startswith(("command:", "# crc32:"))]
+        return {key: value for key, value in yaml.safe_load(path.read_text()).items() if key != "command"}
     if path.suffix == ".html":
-        return [_SHOWN_TIMES.sub("", line) for line in path.read_text().splitlines()]
+        shown = path.read_text().replace(run.name, "RUN")  # its command, in lines that are as long
+        return [_SHOWN_TIMES.sub("", line) for line in shown.splitlines()]
     if path.suffix in (".pt", ".pth"):  # two files of the same values need not have the same bytes
         return _untimed(torch.load(path, weights_only=False))
     return path.read_bytes()

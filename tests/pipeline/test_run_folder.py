@@ -21,6 +21,7 @@ from trl_rlaif.files import (
     signed,
     to_line,
     unsealed,
+    unsigned,
     write_atomically,
     write_folder,
 )
@@ -200,7 +201,7 @@ def test_damaged_state_is_named_with_what_to_do(tmp_path, damage):
 
 def test_a_signed_text_that_somebody_changed(tmp_path):
     text = signed("run: {name: ä}\n")
-    assert is_signed(text.encode()) and is_signed(b"run: {name: a}\n")
+    assert is_signed(text.encode()) and is_signed(b"run: {name: a}\n") and unsigned(text) == "run: {name: ä}\n"
     assert not is_signed(text.replace("ä}", "b}").encode()) and not is_signed(text.encode()[:-3])
 
 

@@ -38,17 +38,11 @@ def frame_code(texts: Iterable[str], seed: Iterable[str]) -> str:
     for attempt in count():
         content = json.dumps([attempt, known]).encode()
         number = int.from_bytes(hashlib.sha256(content).digest(), "big")
-        code = "".join(
-            _LETTERS[number // len(_LETTERS) ** i % len(_LETTERS)] for i in range(_LENGTH + attempt // _TRIES)
-        )
+        places = range(_LENGTH + attempt // _TRIES)
+        code = "".join(_LETTERS[number // len(_LETTERS) ** i % len(_LETTERS)] for i in places)
         if not any(code in text for text in taken):
             return code
     raise AssertionError("there is always another code")
-
-
-def _letters(digest: bytes, length: int) -> str:
-    number = int.from_bytes(digest, "big")
-    return "".join(_LETTERS[number // len(_LETTERS) ** i % len(_LETTERS)] for i in range(length))
 
 
 def framed(text: str, code: str) -> str:

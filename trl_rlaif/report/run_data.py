@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_rlaif.errors import RunError, UserError
+from trl_rlaif.files import unsigned
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.report.formatting import clean, count, label, number, section, shorten
 from trl_rlaif.report.label_data import Labels, read_labels
@@ -133,7 +134,7 @@ def _read_recipe(folder: Path) -> tuple[dict[str, Any], str]:
             where=str(folder),
             fix="Give the folder that `trl-rlaif run` wrote.",
         )
-    text = clean(path.read_text(encoding="utf-8", errors="replace"))
+    text = clean(unsigned(path.read_text(encoding="utf-8", errors="replace")))
     try:
         recipe = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -10,7 +10,7 @@ from helpers.killing import RECIPES, try_kills
 
 pytestmark = pytest.mark.slow
 
-KILLS = 3
+KILLS = 2
 
 
 @pytest.mark.parametrize("name", RECIPES)
