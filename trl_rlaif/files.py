@@ -85,7 +85,7 @@ def to_line(row: Mapping[str, Any]) -> str:
 
 def sealed(row: Mapping[str, Any]) -> dict[str, Any]:
     """An object with a checksum of the rest of it, by which a bit that flips later is noticed."""
-    return {**row, _SEAL: f"{zlib.crc32(to_json(row).encode()):08x}"}
+    return {**row, _SEAL: f"{zlib.crc32(json.dumps(row).encode()):08x}"}
 
 
 def unsealed(row: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cached_property
@@ -121,6 +122,8 @@ class Context:
         path = self.folder.state / artifacts.DATE
         if not path.exists():
             write_state(path, {"date": date.today().isoformat()})
+        with suppress(OSError, ValueError):  # as the first versions wrote it
+            return date.fromisoformat(path.read_text(encoding="utf-8").strip())
         found = read_state(path, "Without it, labels of a judge whose chat template tells the date are made again.")
         return date.fromisoformat(found["date"]) if found else date.today()
 

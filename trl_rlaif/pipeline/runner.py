@@ -187,7 +187,9 @@ def _run_stages(
         set_seed(recipe.run.seed)
         with kernels(recipe.run.kernels):
             numbers = each.stage.run(context)
-        folder.add_results(stage, {**numbers, "seconds": before + numbers["seconds"]})
+        if "seconds" in numbers:
+            numbers["seconds"] += before
+        folder.add_results(stage, numbers)
         if shard is not None and stage == "label":
             say(f"label: share {shard} done. {each.stage.summary(numbers)}")
             say(f"Join the machines' {artifacts.LABELS} into one, and run without --shard: {folder / artifacts.LABELS}")

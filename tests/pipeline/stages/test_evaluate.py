@@ -9,7 +9,8 @@ from trl_rlaif.pipeline.work.evaluate import _numbers
 
 def _rows(category, preferred, gain, count=8):
     row = {"set": "test", "category": category, "ended_start": 1.0, "ended_trained": 1.0}
-    row |= {"tokens_start": 9, "tokens_trained": 9, "p_trained": preferred, "mean_reward_start": 0.0}
+    row |= {"start": "a fox", "trained": "a dog", "tokens_start": 9, "tokens_trained": 9}
+    row |= {"p_trained": preferred, "mean_reward_start": 0.0}
     return [row | {"prompt": f"{category} {i}", "mean_reward_trained": gain + 0.1 * (i % 3 - 1)} for i in range(count)]
 
 
