@@ -17,7 +17,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).pa
 WAITS = {
     "ppo: select": 10, "ppo: draw": 15, "ppo: verify": 30, "ppo: score": 15, "ppo: transform": 25,
     "ppo: rewards per token": 0, "ppo: advantages": 0, "ppo: update": 20, "ppo: rehearse": 4, "ppo: metrics": 9,
-    "ppo: load": 0, "judge: packed": 1, "judge: padded": 8, "judge: thinking": 4, "embeddings": 6, "ratios": 20,
+    "ppo: load": 0, "judge: packed": 1, "judge: padded": 5, "judge: thinking": 4, "embeddings": 6, "ratios": 20,
     "sample": 3, "NLL": 14, "scores of responses": 12, "a loaded reward model": 4, "reward: step, packed": 14,
     "reward: step, padded": 15, "reward: scores of pairs": 6, "dpo: step": 25, "vllm: weights": 1,
     "rejection: select": 180, "rejection: fine-tune": 40,

@@ -115,7 +115,7 @@ def judge() -> None:
 
     def asked(name: str, *, thinking: Thinking | None = None, packing: bool = True) -> None:
         with kernels(packing=packing):
-            local = LocalJudge(_model(), make_tokenizer(), prompt, "judge", batch_tokens=500)
+            local = LocalJudge(_model(), make_tokenizer(), prompt, "judge", batch_tokens=1000)
             groups = [
                 [prompt.compare(f"what is {i}?", *side, think=bool(thinking)) for side in sides] for i in range(4)
             ]
