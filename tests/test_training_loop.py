@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from trl_rlaif.compat.training_loop import resumable
+from trl_rlaif.pipeline.training import last_checkpoint
 
 pytestmark = pytest.mark.trl
 
@@ -35,6 +36,20 @@ def train(folder, resume=None, callbacks=(), **options):
         trainer.add_callback(callback)
     trainer.remove_callback(PrinterCallback)
     return trainer, resumable(trainer, partial(trainer.train, resume_from_checkpoint=resume))
+
+
+def test_the_last_checkpoint_is_one_that_is_whole(tmp_path, capsys):
+    """That of a version without digests is taken as it is, once all of its files are there."""
+    for step, names in ((1, ["content.json"]), (2, ["run.json"]), (3, ["model.safetensors"])):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text("{}")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "checkpoint-3 is not whole" in said and "checkpoint-2 has no digests" in said
+    (tmp_path / "checkpoint-2" / "run.json").unlink()
+    assert last_checkpoint(tmp_path) is None  # the first one's list of files is empty
 
 
 @pytest.mark.parametrize("logging_steps", [1, 3, 50])

@@ -12,7 +12,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def write_atomically(path: Path, text: str) -> None:
     if not is_first():
         return
     building = path.with_name(f".{path.name}.building")
-    with building.open("w", encoding="utf-8") as file:
+    with building.open("w", encoding="utf-8", newline="\n") as file:  # the same bytes on every system
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -50,6 +50,12 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
         os.rename(path, old)
     os.rename(building, path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Force a file's content to disk."""
+    with path.open("r+b") as file:  # Windows cannot do it for a file that is only read
+        os.fsync(file.fileno())
 
 
 def digest_of(path: Path) -> str:
@@ -84,8 +90,12 @@ def to_line(row: Mapping[str, Any]) -> str:
 
 
 def sealed(row: Mapping[str, Any]) -> dict[str, Any]:
-    """An object with a checksum of the rest of it, by which a bit that flips later is noticed."""
-    return {**row, _SEAL: f"{zlib.crc32(json.dumps(row).encode()):08x}"}
+    """An object with a checksum of the rest of it, by which a bit that flips later is noticed.
+
+    The order of its keys does not count: programs that read and write JSON may change it.
+    """
+    content = json.dumps(json.loads(json.dumps(row)), sort_keys=True)  # a number that is a key is a text from then on
+    return {**row, _SEAL: f"{zlib.crc32(content.encode()):08x}"}
 
 
 def unsealed(row: Any) -> dict[str, Any]:
@@ -98,7 +108,9 @@ def unsealed(row: Any) -> dict[str, Any]:
         raise ValueError("it is no JSON object")
     content = {key: value for key, value in row.items() if key != _SEAL}
     if _SEAL in row and sealed(content) != row:
-        raise ValueError("it is not what was written: its checksum is another one's")
+        raise ValueError(
+            f"it is not what was written: its {_SEAL} differs; if you changed it on purpose, remove {_SEAL}"
+        )
     return content
 
 
@@ -146,7 +158,7 @@ def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Append rows to a JSON-lines file in one write, each with a checksum, and see it on the disk."""
     if not is_first():
         return
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8", newline="\n") as file:
         file.write("".join(to_line(sealed(row)) for row in rows))
         file.flush()
         os.fsync(file.fileno())
@@ -194,11 +206,21 @@ def naming_a_full_disk(folder: Path) -> Iterator[None]:
     except TrlRlaifError:
         raise
     except Exception as error:
-        free = shutil.disk_usage(folder).free
+        named = getattr(error, "filename", None)  # may lie elsewhere, as a cache or a temporary file does
+        place = Path(named).parent if isinstance(named, str) else folder
+        free = shutil.disk_usage(place if place.is_dir() else folder).free
         says_so = os.strerror(errno.ENOSPC) in str(error)  # as an OSError of that number does
         if not says_so and not (isinstance(error, RuntimeError) and free < _FULL):
             raise
-        written = [path for path in folder.rglob("*") if path.is_file()]
-        where = getattr(error, "filename", None) or max(written, key=lambda path: path.stat().st_mtime, default=folder)
-        what = f"The disk is full: {free // 1024:,} KiB are left on that of {folder}."
+        where = named or _last_written(folder)
+        what = f"The disk is full: {free // 1024:,} KiB are left on that of {place} ({error})."
         raise RunError(what, where=str(where), fix="Make room. What was done is kept: --resume goes on.") from error
+
+
+def _last_written(folder: Path) -> Path:
+    found, last = folder, 0.0
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # another process may remove it meanwhile
+            if path.is_file() and path.stat().st_mtime > last:
+                found, last = path, path.stat().st_mtime
+    return found

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import os
 import random
 import re
@@ -171,6 +173,9 @@ def test_a_folder_translates_the_notice_or_takes_the_frames_away():
         assert last["content"] == "Request:\nwhat?\n\nResponse 1:\na\n\nResponse 2:\n> Response 2: b"
         assert first["content"] == f"{parts['base.txt']}\n\nRequest:\nc\n\nResponse 1:\na\n\nResponse 2:\nb"
     assert len({p.revision for p in (translated, without, JudgePrompt("x", parts, (exemplar,)))}) == 3
+    # That of a version without frames, whose labels count: the questions are the same.
+    before = json.dumps([parts, [vars(exemplar)]], sort_keys=True)
+    assert without.revision == hashlib.sha256(before.encode()).hexdigest()[:16]
 
 
 def test_a_frame_comes_off_again():

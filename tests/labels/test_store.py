@@ -158,6 +158,14 @@ def test_a_broken_line_is_passed_over_and_counted(path, broken):
     assert len(found(path)) == 6
 
 
+def test_of_many_broken_lines_a_few_are_named(path, capsys):
+    fill(path)
+    path.write_bytes(path.read_bytes() + b"{\n" * 100)
+    assert LabelStore(path).broken == 100
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert said.count("the line is damaged") == 5 and "95 more lines are damaged" in said
+
+
 def test_a_changed_digit_of_a_label_is_noticed(path, capsys):
     fill(path)
     path.write_text(path.read_text().replace('"p": 0.75', '"p": 0.15', 1))

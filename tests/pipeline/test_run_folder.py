@@ -199,6 +199,18 @@ def test_damaged_state_is_named_with_what_to_do(tmp_path, damage):
     assert not path.with_name("missing.json").exists() and read_state(path.with_name("missing.json"), "") == {}
 
 
+def test_a_row_may_be_written_anew_by_another_program(tmp_path):
+    append_lines(tmp_path / "rows.jsonl", [{"b": 1, "a": {"y": 0.5, "x": None, 2: 1, 10: 1}}])
+    (row,) = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    anew = json.dumps(row, sort_keys=True, separators=(",", ":"))
+    (tmp_path / "rows.jsonl").write_text(anew + "\n" + anew.replace("0.5", "0.6") + "\n")
+    with pytest.raises(UserError, match="if you changed it on purpose, remove crc32") as caught:
+        read_lines(tmp_path / "rows.jsonl")
+    assert caught.value.problems[0].where.endswith("rows.jsonl:2")
+    (tmp_path / "rows.jsonl").write_text(anew + "\n")
+    assert read_lines(tmp_path / "rows.jsonl") == [{"b": 1, "a": {"y": 0.5, "x": None, "2": 1, "10": 1}}]
+
+
 def test_a_signed_text_that_somebody_changed(tmp_path):
     text = signed("run: {name: ä}\n")
     assert is_signed(text.encode()) and is_signed(b"run: {name: a}\n") and unsigned(text) == "run: {name: ä}\n"
@@ -221,6 +233,16 @@ def test_a_full_disk_is_named_with_the_file(tmp_path, monkeypatch, error, free):
     with pytest.raises(RunError, match=f"The disk is full: {free:,} KiB are left") as caught, folder.locked():
         raise error
     assert caught.value.problems[0].where == str(tmp_path / "half.pt") and "--resume" in str(caught.value)
+
+
+def test_a_full_disk_elsewhere_is_named(tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    free = {str(cache): 0}
+    monkeypatch.setattr(shutil, "disk_usage", lambda at: shutil._ntuple_diskusage(0, 0, free.get(str(at), 9 << 30)))
+    with pytest.raises(RunError, match=f"0 KiB are left on that of {cache} ") as caught, RunFolder(tmp_path).locked():
+        raise OSError(28, "No space left on device", str(cache / "a.tmp"))
+    assert caught.value.problems[0].where == str(cache / "a.tmp")
 
 
 def test_another_error_is_left_alone(tmp_path):

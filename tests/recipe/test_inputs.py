@@ -1,6 +1,7 @@
 """All data of a recipe is read before anything is computed."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 from helpers.recipes import run_cli, tiny_recipe, write_recipe
@@ -8,7 +9,9 @@ from helpers.recipes import run_cli, tiny_recipe, write_recipe
 from trl_rlaif.errors import UserError
 from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.plugins import installed_plugins
-from trl_rlaif.recipe.inputs import check_data, prompt_overlaps, read_prompts
+from trl_rlaif.recipe.inputs import check_data, prompt_overlaps, read_prompts, read_rehearsal
+
+ANSWERED = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 def write(path, *rows):
@@ -136,9 +139,21 @@ def test_the_run_counts_them(tmp_path, tiny_model, capsys):
         ({"prompt": "a", "completion": ["b"]}, "own.jsonl:1"),
         ({"text": "a"}, "answers a prompt"),
         ({"prompt": "a", "completion": [{"role": "assistant", "content": "b"}] * 2}, "row 1 is not one message"),
+        ({"messages": ANSWERED * 2}, None),
+        ({"messages": [*ANSWERED * 2, {"role": "assistant", "content": ""}]}, "row 1 is not one message"),
     ],
 )
 def test_what_cannot_be_rehearsed_is_found_before_the_run(tmp_path, row, part):
     recipe = tiny_recipe(tmp_path, "gpt2", rl={"rehearsal": write(tmp_path / "own.jsonl", row)})
-    with pytest.raises(UserError, match=part):
+    with pytest.raises(UserError, match=part) if part else nullcontext():
         check_data(recipe)
+
+
+def test_what_is_rehearsed(tmp_path):
+    """A pair where a row has both forms, and texts where the model has no chat template."""
+    row = {"prompt": "a", "completion": "b", "messages": ANSWERED}
+    recipe = tiny_recipe(tmp_path, "gpt2", rl={"rehearsal": write(tmp_path / "own.jsonl", row)})
+    assert read_rehearsal(recipe) == [{"prompt": "a", "completion": "b"}]
+    write(tmp_path / "own.jsonl", {"instruction": "a", "output": "b"})
+    assert read_rehearsal(recipe, chat=False) == [{"prompt": "a\n\n", "completion": "b"}]
+    assert read_rehearsal(recipe) == [{"prompt": ANSWERED[:1], "completion": [{"role": "assistant", "content": "b"}]}]

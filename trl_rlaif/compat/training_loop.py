@@ -92,7 +92,7 @@ class RunningTotals(TrainerCallback):
             setattr(trainer, name, value)
         self._resumed = torch.frombuffer(bytearray.fromhex(mine["order"]), dtype=torch.uint8)
         _pending(trainer).update(mine["metrics"])
-        if mine["loss"] is not None:
+        if mine["loss"] is not None and hasattr(trainer, "_tr_loss"):
             trainer._tr_loss += mine["loss"]
             trainer._initial_global_step = 0  # the mean loss is of all steps
 

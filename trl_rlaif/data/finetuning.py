@@ -18,7 +18,7 @@ _READ = ("messages", "conversations", "prompt", "completion", "instruction", "in
 def load_finetuning(
     source: str | Path, *, names: Mapping[str, str] | None = None, chat: bool = True
 ) -> list[dict[str, Any]]:
-    """Rows of one of TRL's forms: ``messages``, ``prompt`` and ``completion``, or ``text``.
+    """Rows of one of TRL's forms: ``prompt`` and ``completion``, ``messages``, or ``text``.
 
     ShareGPT's ``conversations`` become messages; Alpaca's ``instruction``, ``input`` and ``output`` become prompt and
     completion. Lists of text parts become texts.
@@ -115,10 +115,10 @@ def _text(row: dict[str, Any], chat: bool) -> dict[str, Any]:
     return {"text": _needed(row, "text")[0]}
 
 
-# How each form is read, by the columns that it is known by; the first that fits counts.
+# How each form is read, by the columns that it is known by; the first that fits counts, as in TRL's SFTTrainer.
 _FORMS: dict[tuple[str, ...], Callable[[dict[str, Any], bool], dict[str, Any]]] = {
-    ("messages",): _conversation("messages"),
     ("prompt", "completion"): _completion,
+    ("messages",): _conversation("messages"),
     ("conversations",): _conversation("conversations"),
     ("instruction", "output"): _alpaca,
     ("text",): _text,

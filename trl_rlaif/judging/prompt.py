@@ -107,7 +107,8 @@ class JudgePrompt:
     def revision(self) -> str:
         """Changes with any of the files, and with the frames: 16 hexadecimal digits."""
         form = [self.frame, framed("", frame_code((), ()))] if self.frame else []
-        content = json.dumps([self.parts, [vars(e) for e in self.exemplars], *form], sort_keys=True)
+        parts = {name: text for name, text in self.parts.items() if name != "frame.txt"}  # it is in form
+        content = json.dumps([parts, [vars(e) for e in self.exemplars], *form], sort_keys=True)
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     def compare(

@@ -20,6 +20,8 @@ from trl_rlaif.types import Label
 
 # Fields of a label that most labelers leave empty; a line holds them only where they are not.
 _SHARES = ("p", "p_12", "p_21", "mass_12", "mass_21")
+# Damaged lines that get a warning each.
+_NAMED = 5
 _OPTIONAL = ("skipped", "score_1", "score_2", "spread_1", "spread_2", "bound_12", "bound_21", "voted")
 
 
@@ -85,10 +87,13 @@ class LabelStore:
                 row = unsealed(json.loads(line))
                 self._rows[row["setup"], row["pair"]] = row
             except (ValueError, KeyError, TypeError, RecursionError) as error:
-                say(f"Warning: {where}: the line is damaged ({error}). If this run needs its label, it is made again.")
                 self.broken += 1
+                if self.broken <= _NAMED:
+                    say(f"Warning: {where}: the line is damaged ({error}). A label that this run needs is made again.")
                 continue
             _check_shares(row, where)
+        if self.broken > _NAMED:
+            say(f"Warning: {path}: {self.broken - _NAMED} more lines are damaged.")
 
     def find(self, label_key: LabelKey, pairs: Iterable[Pair]) -> dict[str, LabelRow]:
         """Labels that are known, by the pairs' ids."""

@@ -74,7 +74,7 @@ def rehearsal_dataset(context: Context) -> Dataset | None:
 
     if context.recipe.rl.rehearsal is None:
         return None
-    rows = read_rehearsal(context.recipe)
+    rows = read_rehearsal(context.recipe, chat=bool(context.tokenizer.chat_template))
     return Dataset.from_list([{"prompt": context.chat(row["prompt"]), "completion": row["completion"]} for row in rows])
 
 

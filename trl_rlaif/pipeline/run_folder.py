@@ -168,7 +168,7 @@ class RunFolder:
     def add_metrics(self, stage: str, step: int, numbers: dict[str, Any]) -> None:
         """Append a logged step to metrics.jsonl."""
         if is_first():
-            with (self / artifacts.METRICS).open("a", encoding="utf-8") as file:
+            with (self / artifacts.METRICS).open("a", encoding="utf-8", newline="\n") as file:
                 file.write(to_line(sealed({"stage": stage, "step": step, **numbers})))
 
     def drop_metrics(self, stage: str, after: int = -1) -> None:

@@ -65,8 +65,7 @@ def finish(folder: RunFolder) -> None:
 
 def _move(folder: RunFolder, stage: Stage, target: RunFolder, marker: dict[str, Any]) -> None:
     """Every step may be repeated after a kill; the marker that asks for them goes last."""
-    if marker.get("complete"):
-        folder.drop_work(stage.name)  # a kill may have come before
+    folder.drop_work(stage.name)
     for name in stage.outputs:
         if (folder / name).exists():
             (target / name).parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from trl_rlaif import content
+from trl_rlaif import content, run_identity
 from trl_rlaif.compat.training_loop import resumable
 from trl_rlaif.models.safe_training import safe_training
 from trl_rlaif.progress import say
@@ -40,6 +40,10 @@ def last_checkpoint(folder: str | Path) -> str | None:
     for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
         damaged = content.damaged(path)
         if damaged is None:
+            return str(path)
+        # SameRun writes the latter when all others are there.
+        if not (path / content.FILE).exists() and (path / run_identity.FILE).exists():
+            say(f"Warning: {path} has no digests. An earlier version wrote it, and what is in it is not checked.")
             return str(path)
         what = "is not whole" if damaged.name == content.FILE else f"is damaged ({damaged.relative_to(path)})"
         say(f"Warning: {path} {what}. The run goes on from the checkpoint before, if any.")

@@ -56,27 +56,31 @@ def read_finetuning(recipe: Recipe, chat: bool = True) -> list[dict[str, Any]]:
     return load_finetuning(recipe.sft.data, names=recipe.data.columns_of("sft"), chat=chat)
 
 
-def read_rehearsal(recipe: Recipe) -> list[dict[str, Any]]:
+def read_rehearsal(recipe: Recipe, chat: bool = True) -> list[dict[str, Any]]:
     """The pairs of ``rl.rehearsal``, read as ``sft.data`` is: each turn of the assistant's with what comes before it.
+
+    Args:
+        recipe: Whose.
+        chat: Whether the model has a chat template.
 
     Raises:
         UserError: As ``load_finetuning``; or a row is a plain text, or its completion is no single answer.
     """
     source = recipe.rl.rehearsal
-    rows = load_finetuning(source, names=recipe.data.columns_of("rehearsal"))
-    if "messages" in rows[0]:
-        rows = assistant_turns(rows)
-    if not rows or "text" in rows[0]:
+    rows = load_finetuning(source, names=recipe.data.columns_of("rehearsal"), chat=chat)
+    found = []
+    for i, row in enumerate(rows if "text" not in rows[0] else [], 1):
+        for pair in assistant_turns([row]) if "messages" in row else [row]:
+            answer = pair["completion"]
+            if not isinstance(answer, str) and (len(answer) != 1 or not answer[0]["content"]):
+                what = f"The completion of row {i} is not one message."
+                raise UserError(what, where=source, fix="Give a text, or one message.")
+            found.append(pair)
+    if not found:
         raise UserError(
             "Nothing here answers a prompt.", where=source, fix="Give 'prompt' and 'completion', or messages."
         )
-    for i, row in enumerate(rows, 1):
-        answer = row["completion"]
-        if not isinstance(answer, str) and (len(answer) != 1 or not answer[0]["content"]):
-            raise UserError(
-                f"The completion of row {i} is not one message.", where=source, fix="Give a text, or one message."
-            )
-    return rows
+    return found
 
 
 def check_data(recipe: Recipe) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.recipes import fingerprints, tiny_recipe, write_prompts
 
-from trl_rlaif.files import read_lines
+from trl_rlaif.files import read_lines, read_state, write_state
 from trl_rlaif.pipeline import tracking
 from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.plugins import installed_plugins
@@ -101,9 +101,8 @@ def test_a_set_that_is_forgotten_ends_rl_and_says_why(tmp_path, tiny_model, monk
     assert "Stopped at update 2 of 6: on the set 'forget'" in caplog.text
     assert (folder / "policy" / "adapter_model.safetensors").exists() and folder.is_complete("rl")
     # Killed between the end of training and that of the stage, it has nothing more to train.
-    (folder.state / "rl.json").write_text(json.dumps(json.loads((folder.state / "rl.json").read_text()) | {
-        "complete": False
-    }))  # fmt: skip
+    marker = folder.state / "rl.json"
+    write_state(marker, read_state(marker, "") | {"complete": False})
     run_recipe(forgetful, installed_plugins(), tmp_path / "out", only=["rl"])
     assert folder.results()["rl"]["stopped"] == {"set": "forget", "update": 2, "limit": 0.4, "win_rate": rate}
     assert [row["step"] for row in tracked(folder)] == [0, 2]

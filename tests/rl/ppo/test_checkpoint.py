@@ -56,6 +56,20 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path):
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
 
 
+def test_a_checkpoint_that_was_passed_over_takes_no_ones_place(tmp_path):
+    """It may have a higher number than those that the resumed run writes."""
+    options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "kl_coef": 0.0}
+    options |= {"total_episodes": 16}
+    small_trainer(tmp_path, trainer_kwargs={"reward_funcs": _rewarding([5.0, 1.0, 1.0, 1.0])}, **options).train()
+    (tmp_path / "checkpoint-4" / "training.pt").write_bytes(b"damaged")
+    assert checkpoint.find(tmp_path, True).name == "checkpoint-1"
+    trainer = small_trainer(tmp_path, trainer_kwargs={"reward_funcs": _rewarding([1.0, 1.0, 1.0])}, **options)
+    trainer._end_update = _failing_after(trainer._end_update, 1)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(resume_from_checkpoint=True)
+    assert checkpoint.find(tmp_path, True).name == "checkpoint-2"
+
+
 def test_another_metric_may_decide(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "total_episodes": 12, "kl_coef": 0.0}
     options |= {"metric_for_best_model": "objective/scores", "greater_is_better": False}

@@ -20,6 +20,7 @@ from torch import nn
 
 from trl_rlaif import content, run_identity
 from trl_rlaif.errors import UserError
+from trl_rlaif.files import sync
 from trl_rlaif.generation import random_state, set_random_state
 from trl_rlaif.progress import say
 from trl_rlaif.rl import deepspeed
@@ -143,7 +144,9 @@ class Checkpoints:
         shutil.rmtree(target, ignore_errors=True)
         os.rename(building, target)
         limit = self.args.save_total_limit
-        for old in _all(target.parent)[:-limit] if limit else []:
+        # Later ones, which a resumed run passed over or was not told to take, go first.
+        kept = sorted(_all(target.parent), key=lambda path: (_step(path) <= state.global_step, _step(path)))
+        for old in kept[:-limit] if limit else []:
             if str(old) != state.best_model_checkpoint:
                 shutil.rmtree(old, ignore_errors=True)
 
@@ -269,12 +272,16 @@ def _all(folder: Path, *, skipped: bool = False) -> list[Path]:
     """
     names = [path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
     whole = []
-    for path in sorted(names, key=lambda path: int(path.name.partition("-")[2])):
+    for path in sorted(names, key=_step):
         if _is_whole(path):
             whole.append(path)
         elif skipped:
             say(f"Warning: {path} is not whole, or an earlier version wrote it. It is passed over.")
     return whole
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.partition("-")[2])
 
 
 def _is_whole(folder: Path) -> bool:
@@ -287,5 +294,4 @@ def _sync(folder: Path) -> None:
     """Force the files to disk before the folder gets its name: after a power cut the name must not lie."""
     for path in folder.rglob("*"):
         if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(path)
