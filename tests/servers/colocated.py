@@ -1,7 +1,7 @@
 """Training with vLLM's engine in the same process: python colocated.py ALGORITHM FOLDER prints what it drew, as JSON.
 
 Of every draw: the largest difference between the engine's log-probabilities of the drawn tokens and the policy's own,
-and the first response.
+and the first response. Where FOLDER holds the checkpoint of the first step, training goes on from there.
 """
 
 import json
@@ -23,7 +23,7 @@ from trl_rlaif.rl.grpo_rloo.trainer import TRAINERS
 # What the trainers have in common; of what they draw, nothing is done with the rewards but to learn from them.
 COMMON = {
     "per_device_train_batch_size": 4, "learning_rate": 1e-2, "temperature": 1.0, "bf16": False, "report_to": "none",
-    "save_strategy": "no", "gradient_checkpointing": False, "disable_tqdm": True, "vllm_max_model_length": 64,
+    "save_strategy": "steps", "save_steps": 1, "gradient_checkpointing": False, "disable_tqdm": True, "vllm_max_model_length": 64,
 }  # fmt: skip
 CONFIGS = {"grpo": GRPOConfig, "rloo": RLOOConfig}
 
@@ -31,8 +31,9 @@ CONFIGS = {"grpo": GRPOConfig, "rloo": RLOOConfig}
 def make_trainer(algorithm, folder):
     tokenizer = make_tokenizer()
     # The engine needs heads of 32 on a CPU.
-    make_llama(len(tokenizer), hidden_size=128).save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
+    if not (folder / "base").exists():
+        make_llama(len(tokenizer), hidden_size=128).save_pretrained(folder / "base")
+        tokenizer.save_pretrained(folder / "base")
     model = load_model(ModelSpec(str(folder / "base"), "float32"))
     dataset = Dataset.from_dict({"prompt": [f"what is the {'quick ' * i}fox?" for i in range(8)]})
     lora = LoraConfig(r=4, target_modules="all-linear")
@@ -82,7 +83,8 @@ def main():
         return prompts, responses, logprobs, *rest
 
     VLLMGeneration.generate = compared
-    trainer.train()
+    checkpoint = folder / "run" / "checkpoint-1"
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint.exists() else None)
     print("drew", json.dumps(draws), flush=True)
 
 

@@ -180,14 +180,16 @@ def test_a_server_that_is_killed_stops_the_stage_and_a_new_one_resumes_it(tmp_pa
 
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo", "rloo"])
 def test_the_engine_draws_from_the_policy_as_it_is_trained(algorithm, tmp_path):
+    """Also in a second process, which goes on from the checkpoint of the first step."""
     script = Path(__file__).with_name("colocated.py")
     path = os.pathsep.join(map(str, (ROOT, ROOT / "plugins", ROOT / "tests")))
     command = [interpreter("VLLM"), str(script), algorithm, str(tmp_path)]
-    with running(command, PYTHONPATH=path, **VLLM) as (process, lines):
-        process.wait(timeout=600)
-        time.sleep(1)
-        printed = [lines.get() for _ in range(lines.qsize())]
-    drew = [json.loads(line.removeprefix("drew")) for line in printed if line.startswith("drew")]
-    assert drew, "".join(printed[-30:])
-    assert len(drew[0]) == 3 and max(difference for difference, _ in drew[0]) < 1e-3
-    assert len({tuple(response) for _, response in drew[0]}) > 1
+    for steps in (3, 2):
+        with running(command, PYTHONPATH=path, **VLLM) as (process, lines):
+            process.wait(timeout=600)
+            time.sleep(1)
+            printed = [lines.get() for _ in range(lines.qsize())]
+        drew = [json.loads(line.removeprefix("drew")) for line in printed if line.startswith("drew")]
+        assert drew, "".join(printed[-30:])
+        assert len(drew[0]) == steps and max(difference for difference, _ in drew[0]) < 1e-3
+        assert len({tuple(response) for _, response in drew[0]}) > 1
