@@ -16,6 +16,7 @@ from trl_rlaif.errors import Interrupted, TrlRlaifError, UserError
 from trl_rlaif.terminal import escaped
 
 if TYPE_CHECKING:
+    from trl_rlaif.plugins import Plugins
     from trl_rlaif.recipe import Recipe
 
 app = typer.Typer(
@@ -83,7 +84,7 @@ def run(
             fix="Leave it out; --resume skips what is complete.",
         )
     if not resume and not stages:
-        _check_inputs(parsed)
+        _check_inputs(parsed, plugins)
     start = run_comparison if parsed.variants else partial(run_recipe, only=stages, shard=shard)
     try:
         folder = start(parsed, plugins, place, resume=resume, command=command, confirm=None if yes else _confirm)
@@ -112,8 +113,9 @@ def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
     from trl_rlaif.recipe import parse_recipe
     from trl_rlaif.recipe.base_model import check_base
 
-    parsed = parse_recipe(recipe, overrides=set_ or (), registry=installed_plugins().registry)
-    _check_inputs(parsed)
+    plugins = installed_plugins()
+    parsed = parse_recipe(recipe, overrides=set_ or (), registry=plugins.registry)
+    _check_inputs(parsed, plugins)
     check_base(parsed)
     if not parsed.variants:
         _echo(f"{parsed.source}: good. Stages: {', '.join(active_stages(parsed))}")
@@ -123,8 +125,10 @@ def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
         _echo(f"    {name}: {', '.join(active_stages(variant))}")
 
 
-def _check_inputs(parsed: Recipe) -> None:
-    """Read the data files of the recipe or of all its variants; warn of prompts that are held out and trained on."""
+def _check_inputs(parsed: Recipe, plugins: Plugins) -> None:
+    """Read the data files of the recipe or of all its variants, import their functions and make their configurations;
+    warn of prompts that are held out and trained on."""
+    from trl_rlaif.pipeline.trial import try_settings
     from trl_rlaif.progress import say
     from trl_rlaif.recipe.inputs import SMALL_FILE, check_data, overlap_warning, prompt_overlaps
 
@@ -132,6 +136,7 @@ def _check_inputs(parsed: Recipe) -> None:
     for each in parsed.variants.values() or [parsed]:
         check_data(each)
         _check_functions(each)
+        try_settings(each, plugins)
         warnings |= dict.fromkeys(map(overlap_warning, prompt_overlaps(each, largest=SMALL_FILE)))
     for warning in warnings:
         say(warning)

@@ -13,6 +13,7 @@ from trl_rlaif.errors import UserError
 from trl_rlaif.files import write_atomically
 from trl_rlaif.interrupts import is_fault
 from trl_rlaif.pipeline.artifacts import REHEARSAL, SELECTION_MAP
+from trl_rlaif.pipeline.training import settings_of
 from trl_rlaif.recipe import ComponentRef
 from trl_rlaif.recipe.inputs import read_rehearsal
 from trl_rlaif.validation import Origin, tagged
@@ -43,7 +44,8 @@ def config(context: Context) -> PPOConfig:
         arguments.setdefault("stop_token", "eos")
     model = context.recipe.model
     defaults = {"num_sample_generations": 0, "reasoning": model.reasoning, "reasoning_tags": model.reasoning_tags}
-    return PPOConfig(**defaults | arguments, reward_weights=section.reward_weights)
+    with settings_of(context.recipe, "rl"):
+        return PPOConfig(**defaults | arguments, reward_weights=section.reward_weights)
 
 
 def saving(written: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,12 +13,41 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_rlaif import content, run_identity
 from trl_rlaif.compat.training_loop import resumable
+from trl_rlaif.errors import TrlRlaifError, UserError
 from trl_rlaif.models.safe_training import safe_training
 from trl_rlaif.progress import say
 from trl_rlaif.run_identity import SameRun
 
 if TYPE_CHECKING:
     from trl_rlaif.pipeline.context import Context
+    from trl_rlaif.recipe import Recipe
+
+
+@contextmanager
+def settings_of(recipe: Recipe, section: str) -> Iterator[None]:
+    """Around what takes a section's settings: TRL and transformers say with all kinds of exceptions that some do not go
+    together, or with the model or the machine.
+
+    Raises:
+        UserError: In their words, with the place of the section.
+    """
+    import torch
+
+    place = recipe.line((section,))
+    try:
+        yield
+    except UserError as error:
+        if type(error) is not UserError:
+            raise
+        raise UserError.from_problems([replace(p, where=p.where or place) for p in error.problems]) from error
+    except (TrlRlaifError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the system, such as a full disk
+            raise
+        said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        what = f"The settings of section '{section}' do not go together, or not with this model or machine: {said}"
+        raise UserError(what, where=place) from error
 
 
 def train_from_last(context: Context, trainer: Any, stage: str, title: str) -> Any:

@@ -43,10 +43,26 @@ _SET_BY_US = {
     "reward_model_path": "the reward section trains the reward model",
     "reward_weights": "rl.rewards takes them, as in [{reward: 1.0}, {direct: 0.5}]",
     **dict.fromkeys(
+        ("fsdp", "fsdp_config", "deepspeed", "parallelism_config", "ddp_backend", "local_rank"),
+        "accelerate launch --config_file says how processes share the work",
+    ),
+    **dict.fromkeys(
         ("world_size", "num_total_batches", "micro_batch_size", "local_batch_size", "batch_size",
          "local_mini_batch_size", "mini_batch_size"), _COUNTED,
     ),
 }  # fmt: skip
+
+_NOTHING_HELD_OUT = "reward.eval_fraction and the section evaluate hold out data; the trainers are given none"
+# Fields whose other values mean nothing here: the one that may be written, and why.
+_ONLY: dict[str, tuple[Any, str]] = {
+    "eval_strategy": ("no", _NOTHING_HELD_OUT),
+    "eval_on_start": (False, _NOTHING_HELD_OUT),
+    "load_best_model_at_end": (False, _NOTHING_HELD_OUT),
+}
+# The same in one section: values that cannot be used there.
+_NOT_IN: dict[tuple[str, str], tuple[tuple[Any, ...], str]] = {
+    ("reward", "train_sampling_strategy"): (("group_by_length",), "pairs have no length that it could group by"),
+}
 
 
 def own_keys(section: str) -> list[str]:
@@ -82,9 +98,19 @@ def take_config(section: str, keys: dict[Any, Any], source: Source) -> None:
                 fix = how_to_mend(strict_hint(hints[key]), value)
                 source.report(path, wrong_value(key, owner, value), fix)
                 continue
-            allowed = out_of_range(key, keys["config"][key])
-            if allowed is not None:
-                source.report(path, wrong_value(key, owner, value), f"It must be {allowed}.")
+            fix = _refused(section, key, keys["config"][key])
+            if fix:
+                source.report(path, wrong_value(key, owner, value), fix)
+
+
+def _refused(section: str, key: str, value: Any) -> str:
+    """What to write instead of a value of the right type that a field cannot have; empty where it can."""
+    only, why = _ONLY.get(key, (value, ""))
+    never, why_never = _NOT_IN.get((section, key), ((), ""))
+    if value != only or value in never:
+        return f"Leave it out: {why_never or why}."
+    allowed = out_of_range(key, value)
+    return "" if allowed is None else f"It must be {allowed}."
 
 
 def config_hints(section: str, algorithm: Any = None) -> dict[str, Any]:
@@ -102,9 +128,17 @@ def config_hints(section: str, algorithm: Any = None) -> dict[str, Any]:
             hints = get_type_hints(config)
         except (NameError, TypeError, AttributeError):
             hints = {}
-        fields = {field.name: hints.get(field.name, Any) for field in dataclasses.fields(config) if field.init}
-        found = fields | found
+        found = {f.name: _hint_of(f, hints.get(f.name, Any)) for f in dataclasses.fields(config) if f.init} | found
     return found
+
+
+def _hint_of(field: dataclasses.Field, hint: Any) -> Any:
+    """A field's type; where it is text and lists what it may be, only that."""
+    choices = field.metadata.get("choices")
+    if not choices or hint not in (str, str | None):
+        return hint
+    listed = Literal[tuple(choices)]  # type: ignore[valid-type]
+    return listed if hint is str else listed | None
 
 
 def _classes(section: str, algorithm: Any) -> list[tuple[str, str]]:
@@ -141,6 +175,9 @@ def strict_hint(hint: Any) -> Any:
     if get_origin(hint) in (Union, types.UnionType):
         if any(isinstance(arg, type) and issubclass(arg, enum.Enum) for arg in args):
             # `SchedulerType | str` means: an enum's value. Any other text fails when training starts.
+            args = tuple(arg for arg in args if arg is not str)
+        if any((get_origin(arg) or arg) is dict for arg in args):
+            # `dict | str` means: JSON on a command line.
             args = tuple(arg for arg in args if arg is not str)
         return Union[tuple(strict_hint(arg) for arg in args)]  # noqa: UP007 - the members are computed
     if get_origin(hint) in (list, dict):

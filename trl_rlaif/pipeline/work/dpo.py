@@ -19,7 +19,7 @@ from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.artifacts import RlResults
 from trl_rlaif.pipeline.context import Context
 from trl_rlaif.pipeline.preferences import TIE, preferences_of_people
-from trl_rlaif.pipeline.training import train_from_last
+from trl_rlaif.pipeline.training import settings_of, train_from_last
 from trl_rlaif.progress import say
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def build_trainer(context: Context) -> tuple[DPOTrainer, list[str]]:
     from trl_rlaif.models.adapters import fitted
     from trl_rlaif.rl.soft_dpo import SoftDPOTrainer, takes_soft_labels
 
-    config, ignored = _config(context)
+    config, ignored = trainer_config(context)
     soft = takes_soft_labels(config)
     dataset = _readable(_preferences(context), soft=soft)
     if all(map(is_even, _preferences(context)["p"])):
@@ -81,13 +81,14 @@ def build_trainer(context: Context) -> tuple[DPOTrainer, list[str]]:
     if context.start is not None:
         model = PeftModel.from_pretrained(model, context.start, is_trainable=True)
         adapter = None  # the policy begins as the start's, of which TRL keeps a frozen copy as reference
-    trainer = (SoftDPOTrainer if soft else DPOTrainer)(
-        model=model,
-        args=config,
-        train_dataset=context.with_template_kwargs(dataset),
-        processing_class=context.tokenizer,
-        peft_config=adapter,
-    )
+    with settings_of(context.recipe, "rl"):
+        trainer = (SoftDPOTrainer if soft else DPOTrainer)(
+            model=model,
+            args=config,
+            train_dataset=context.with_template_kwargs(dataset),
+            processing_class=context.tokenizer,
+            peft_config=adapter,
+        )
     return trainer, ignored
 
 
@@ -126,7 +127,8 @@ def _joined(row: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": row["prompt"][:-1], **turns}
 
 
-def _config(context: Context) -> tuple[DPOConfig, list[str]]:
+def trainer_config(context: Context) -> tuple[DPOConfig, list[str]]:
+    """The trainer's settings, and the keys of the recipe's section that it makes no use of."""
     from trl import DPOConfig
 
     written = dict(context.recipe.rl.config)
@@ -137,7 +139,8 @@ def _config(context: Context) -> tuple[DPOConfig, list[str]]:
     known = {field.name for field in dataclasses.fields(DPOConfig) if field.init}
     ignored = sorted(set(written) - known)
     own = {key: value for key, value in written.items() if key in known}
-    return use_one_gpu(DPOConfig(**context.trainer_arguments("rl", own))), ignored
+    with settings_of(context.recipe, "rl"):
+        return use_one_gpu(DPOConfig(**context.trainer_arguments("rl", own))), ignored
 
 
 def _save(context: Context, trainer: DPOTrainer, folder: Path) -> None:

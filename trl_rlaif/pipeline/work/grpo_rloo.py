@@ -25,7 +25,7 @@ from trl_rlaif.models.shared_model import SharedBase, save_adapter
 from trl_rlaif.pipeline import artifacts, rl_setup, tracking
 from trl_rlaif.pipeline.artifacts import RlResults
 from trl_rlaif.pipeline.context import Context
-from trl_rlaif.pipeline.training import last_checkpoint
+from trl_rlaif.pipeline.training import last_checkpoint, settings_of
 from trl_rlaif.progress import say
 from trl_rlaif.rl.generation import RolloutGenerator
 from trl_rlaif.rl.grpo_rloo.config import group_arguments
@@ -84,8 +84,8 @@ def _select(context: Context, scorer: GroupScorer, checkpoint: str | None) -> No
 def build_trainer(context: Context) -> tuple[RehearsalMixin, dict[str, int], list[str]]:
     """TRL's trainer with a scorer; how many prompts were skipped by reason; keys of which nobody makes use."""
 
-    config, unused = _config(context)
-    settings = _scorer_settings(context, config)  # before the trainer: new arguments reset accelerate's state
+    config, unused = trainer_config(context)
+    settings = scorer_settings(context, config)  # before the trainer: new arguments reset accelerate's state
     base = context.load_base()
     adapter = fitted(context.lora, base)
     stops = _stop_ids(context, base)
@@ -101,14 +101,15 @@ def build_trainer(context: Context) -> tuple[RehearsalMixin, dict[str, int], lis
     if context.start is not None:
         base, adapter = PeftModel.from_pretrained(base, context.start, is_trainable=True), None
     score = GroupReward()
-    trainer = TRAINERS[type(config)](
-        model=base,
-        reward_funcs=[score],
-        args=config,
-        train_dataset=dataset,
-        processing_class=context.tokenizer,
-        peft_config=adapter,
-    )
+    with settings_of(context.recipe, "rl"):
+        trainer = TRAINERS[type(config)](
+            model=base,
+            reward_funcs=[score],
+            args=config,
+            train_dataset=dataset,
+            processing_class=context.tokenizer,
+            peft_config=adapter,
+        )
     if hasattr(trainer, "eos_token_ids"):
         trainer.eos_token_ids = stops  # by which TRL masks; its own always have the tokenizer's eos among them
     # The scorer's adapters and heads draw random numbers: TRL's trainer goes on as if it were alone.
@@ -164,7 +165,7 @@ def _scorer(context: Context, trainer: RehearsalMixin, args: PPOConfig, dataset:
     return scorer
 
 
-def _scorer_settings(context: Context, config: Any) -> PPOConfig:
+def scorer_settings(context: Context, config: Any) -> PPOConfig:
     """PPO's settings as the recipe has them, for a trainer that samples and batches by TRL's."""
     args = dataclasses.replace(  # type: ignore[call-arg]  # fields of TRL's own class
         rl_setup.config(context),
@@ -173,24 +174,25 @@ def _scorer_settings(context: Context, config: Any) -> PPOConfig:
         value="trunk",  # no value model: one forward and backward pass, by which the rehearsal batch is measured
     )
     if args.fp16:
-        raise UserError("fp16 is not supported in rl.", fix="Use bf16, or neither for float32.")
+        where = context.recipe.line(("rl", "fp16"))
+        raise UserError("fp16 is not supported in rl.", where=where, fix="Use bf16, or neither for float32.")
     if args.chat_template_kwargs is not None:
         set_template_kwargs(context.tokenizer, args.chat_template_kwargs)
     return args
 
 
-def _config(context: Context) -> tuple[Any, list[str]]:
+def trainer_config(context: Context) -> tuple[Any, list[str]]:
+    """The trainer's settings, and the keys of the recipe's section of which nobody makes use."""
     section = context.recipe.rl
     algorithm = ALGORITHMS[section.algorithm]
     config_class = algorithm.config_class()
-    own, unused = group_arguments(section.config, config_class, algorithm.renamed, distributed.processes())
+    with settings_of(context.recipe, "rl"):
+        own, unused = group_arguments(section.config, config_class, algorithm.renamed, distributed.processes())
     arguments = context.trainer_arguments("rl", own) | rl_setup.saving(own)
     kwargs = context.recipe.model.chat_template_kwargs
     defaults = {"chat_template_kwargs": kwargs} if kwargs else {}
-    try:
+    with settings_of(context.recipe, "rl"):
         return config_class(**defaults | arguments), unused
-    except ValueError as error:  # TRL's words on settings that contradict each other
-        raise UserError(str(error), where=context.recipe.line(("rl",))) from error
 
 
 def _save(context: Context, shared: SharedBase, folder: Path) -> None:

@@ -13,6 +13,7 @@ from trl_rlaif.files import write_folder
 from trl_rlaif.models.shared_model import SharedBase
 from trl_rlaif.pipeline import artifacts, rl_setup, tracking
 from trl_rlaif.pipeline.artifacts import RlResults
+from trl_rlaif.pipeline.training import settings_of
 from trl_rlaif.rl.ppo.trainer import PPOTrainer
 from trl_rlaif.rl.rejection import RejectionTrainer, count_iterations
 
@@ -58,18 +59,17 @@ def build_trainer(context: Context) -> tuple[PPOTrainer, dict[str, int]]:
     settings, base = rl_setup.config(context), context.load_base()
     dataset, skipped = rl_setup.prompts(context, base, settings.response_length)
     shared = SharedBase(base, context.start or context.lora, reference=context.start)
-    trainer = PPOTrainer(
-        settings,
-        context.tokenizer,
-        shared,
-        reward_model=context.folder / artifacts.REWARD if "reward" in context.recipe.rl.reward_names else None,
-        train_dataset=dataset,
-        reward_funcs=rl_setup.reward_functions(context, shared),
-        reward_transforms=context.transforms("rl"),
-        data_selectors=rl_setup.selectors(context),
-        rehearsal_dataset=rl_setup.rehearsal_dataset(context),
-        plugins=context.plugins,
-    )
+    parts = {
+        "reward_model": context.folder / artifacts.REWARD if "reward" in context.recipe.rl.reward_names else None,
+        "reward_funcs": rl_setup.reward_functions(context, shared),
+        "reward_transforms": context.transforms("rl"),
+        "data_selectors": rl_setup.selectors(context),
+        "rehearsal_dataset": rl_setup.rehearsal_dataset(context),
+    }
+    with settings_of(context.recipe, "rl"):
+        trainer = PPOTrainer(
+            settings, context.tokenizer, shared, train_dataset=dataset, plugins=context.plugins, **parts
+        )
     return trainer, skipped
 
 

@@ -18,7 +18,7 @@ from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.artifacts import RewardResults
 from trl_rlaif.pipeline.context import Context
 from trl_rlaif.pipeline.preferences import preferences_of_people
-from trl_rlaif.pipeline.training import last_checkpoint
+from trl_rlaif.pipeline.training import last_checkpoint, settings_of
 from trl_rlaif.progress import progress_bar, say
 from trl_rlaif.reward.scoring import score_pairs
 from trl_rlaif.states import save_state
@@ -28,15 +28,14 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+    from trl_rlaif.reward.config import RewardConfig
+
 
 def run(context: Context) -> RewardResults:
     """Train ``reward/``, and write ``reward_scores.jsonl``; return its accuracy on held-out pairs."""
-    from trl_rlaif.reward.config import RewardConfig
-
     section, started = context.recipe.reward, time.monotonic()
     left_out = preferences_of_people(context, "reward") if context.recipe.label is None else {}
-    arguments = context.trainer_arguments("reward", section.config)
-    config = RewardConfig(**arguments)
+    config = trainer_config(context)
     train, held_out, too_long = _datasets(context, section.eval_fraction, config.max_length)
     if section.policies:
         train = _with_log_ratios(context, train)
@@ -45,7 +44,7 @@ def run(context: Context) -> RewardResults:
     callback = context.callback("reward", "Training the reward model")
     callback.attach(trainer)
     try:
-        trainer.train(resume_from_checkpoint=last_checkpoint(arguments["output_dir"]))
+        trainer.train(resume_from_checkpoint=last_checkpoint(config.output_dir))
     finally:
         callback.close()
     write_folder(context.folder / artifacts.REWARD, lambda folder: _save(trainer, context, folder))
@@ -58,6 +57,14 @@ def run(context: Context) -> RewardResults:
     if len(held_out):
         numbers |= _held_out_numbers(context, trainer, held_out)
     return numbers | {"seconds": time.monotonic() - started}
+
+
+def trainer_config(context: Context) -> RewardConfig:
+    """The trainer's settings."""
+    from trl_rlaif.reward.config import RewardConfig
+
+    with settings_of(context.recipe, "reward"):
+        return RewardConfig(**context.trainer_arguments("reward", context.recipe.reward.config))
 
 
 def _datasets(
@@ -135,16 +142,18 @@ def _trainer(context: Context, config: Any, train: Dataset) -> Any:
     torch.set_float32_matmul_precision(context.recipe.model.matmul_precision)
     lora = context.lora
     lora.task_type, lora.modules_to_save = "SEQ_CLS", ["score"]
-    return RewardTrainer(
-        model=load_model(context.model_spec, num_labels=1),
-        args=config,
-        train_dataset=train,
-        processing_class=context.tokenizer,
-        peft_config=lora,
-        reward_transforms=context.transforms("reward"),
-        packing=context.recipe.reward.packing,
-        batch_tokens=context.recipe.reward.batch_tokens,
-    )
+    model, transforms = load_model(context.model_spec, num_labels=1), context.transforms("reward")
+    with settings_of(context.recipe, "reward"):
+        return RewardTrainer(
+            model=model,
+            args=config,
+            train_dataset=train,
+            processing_class=context.tokenizer,
+            peft_config=lora,
+            reward_transforms=transforms,
+            packing=context.recipe.reward.packing,
+            batch_tokens=context.recipe.reward.batch_tokens,
+        )
 
 
 def _save(trainer: Any, context: Context, folder: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +16,13 @@ from trl_rlaif.hardware import use_one_gpu
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.artifacts import SftResults
 from trl_rlaif.pipeline.context import Context
-from trl_rlaif.pipeline.training import train_from_last
+from trl_rlaif.pipeline.training import settings_of, train_from_last
 from trl_rlaif.progress import say
 from trl_rlaif.recipe.inputs import read_finetuning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-    from trl import SFTTrainer
+    from trl import SFTConfig, SFTTrainer
 
 
 def run(context: Context) -> SftResults:
@@ -41,7 +43,7 @@ def build_trainer(context: Context) -> SFTTrainer:
     """The trainer that the recipe describes."""
     check_trl()
     from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTTrainer
 
     from trl_rlaif.models.adapters import fitted
 
@@ -53,13 +55,24 @@ def build_trainer(context: Context) -> SFTTrainer:
         defaults = {"assistant_only_loss": True} if marked else {}
         rows = rows if marked else assistant_turns(rows)
     base = context.load_base()
-    return SFTTrainer(
-        model=base,
-        args=use_one_gpu(SFTConfig(**defaults | context.trainer_arguments("sft", written))),
-        train_dataset=context.with_template_kwargs(Dataset.from_list(rows)),
-        processing_class=tokenizer,
-        peft_config=fitted(context.lora, base),
-    )
+    adapter, config = fitted(context.lora, base), trainer_config(context, defaults)
+    with settings_of(context.recipe, "sft"):
+        return SFTTrainer(
+            model=base,
+            args=config,
+            train_dataset=context.with_template_kwargs(Dataset.from_list(rows)),
+            processing_class=tokenizer,
+            peft_config=adapter,
+        )
+
+
+def trainer_config(context: Context, defaults: Mapping[str, Any] = types.MappingProxyType({})) -> SFTConfig:
+    """The trainer's settings: the recipe's, over defaults that fit its data."""
+    from trl import SFTConfig
+
+    with settings_of(context.recipe, "sft"):
+        arguments = context.trainer_arguments("sft", context.recipe.sft.config)
+        return use_one_gpu(SFTConfig(**{**defaults, **arguments}))
 
 
 def _taught(rows: list[dict[str, Any]], source: str) -> list[dict[str, Any]]:

@@ -1,0 +1,76 @@
+"""Settings for TRL's trainers that no run can use are refused with their line before a stage computes."""
+
+from __future__ import annotations
+
+import pytest
+from helpers.recipes import run_cli, tiny_recipe, write_recipe
+from helpers.tiny import save_tiny_model
+
+from trl_rlaif.errors import UserError
+from trl_rlaif.pipeline.training import settings_of
+
+HEAD = "model: {path: gpt2}\ndata: {prompts: prompts.jsonl, pairs: pairs.jsonl, format: preference}\n"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize(
+    ("section", "line", "fix"),
+    [
+        ("rl", "eval_strategy: steps", "reward.eval_fraction"),
+        ("reward", "eval_on_start: true", "reward.eval_fraction"),
+        ("reward", "load_best_model_at_end: true", "reward.eval_fraction"),
+        ("reward", "train_sampling_strategy: group_by_length", "no length"),
+        ("rl", "log_level: loud", "Write one of detail, debug"),
+        ("rl", "ddp_backend: gloo", "accelerate launch"),
+        ("reward", "deepspeed: zero.json", "accelerate launch"),
+        ("reward", "lr_scheduler_kwargs: power", "Write a mapping or null."),
+    ],
+)
+def test_what_no_run_can_use_is_refused_with_its_line(only, section, line, fix):
+    problem = only(f"{HEAD}reward:\n  eval_fraction: 0\n{'rl:' if section == 'rl' else ''}\n  {line}\n")
+    assert problem.where.startswith("recipe.yaml:") and fix in problem.fix
+
+
+@pytest.mark.parametrize(
+    ("section", "keys", "said"),
+    [
+        ("sft", {"dataloader_prefetch_factor": 2}, "dataloader_num_workers"),
+        ("reward", {"dataloader_prefetch_factor": 2}, "dataloader_num_workers"),
+        ("rl", {"dataloader_prefetch_factor": 2}, "dataloader_num_workers"),
+        ("rl", {"algorithm": "dpo", "dataloader_prefetch_factor": 2}, "dataloader_num_workers"),
+        ("rl", {"algorithm": "grpo", "num_generations": 3}, "num_generations"),
+        ("rl", {"algorithm": "rloo", "fp16": True}, "fp16"),
+    ],
+)
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_what_trl_refuses_is_found_before_anything_is_computed(
+    model, tmp_path, monkeypatch, capsys, command, section, keys, said
+):
+    data = tmp_path / "sft.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    keys = {**({"data": str(data)} if section == "sft" else {}), **keys}
+    recipe = write_recipe(tmp_path, model, **{section: keys})
+    output = ("--output", tmp_path / "out") if command == "run" else ()
+    code, message = run_cli(monkeypatch, capsys, command, recipe, *output)
+    assert code == 2 and said in message
+    assert str(recipe) in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_trainers_refusal_names_the_section_and_a_full_disk_does_not(model, tmp_path):
+    recipe = tiny_recipe(tmp_path, model)
+    with (
+        pytest.raises(UserError, match=r"recipe\.yaml:\d+: .*section 'reward' .*: no pad token"),
+        settings_of(recipe, "reward"),
+    ):
+        raise ValueError("no pad token")
+    with pytest.raises(UserError, match="ImportError: wandb"), settings_of(recipe, "reward"):
+        raise ImportError("wandb")
+    with pytest.raises(OSError, match="No space"), settings_of(recipe, "reward"):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(UserError, match=r"recipe\.yaml:\d+: its own$"), settings_of(recipe, "reward"):
+        raise UserError("its own")
