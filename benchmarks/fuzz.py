@@ -15,6 +15,7 @@ code 1 where there is a traceback, a hang, a death or an unnoticed bit.
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import gzip
 import io
@@ -345,15 +346,19 @@ def _reading(role: str, path: Path, folder: Path) -> str:
     return json.dumps({name: section for name, section in sections.items() if section is not None})
 
 
+def _value(draw: random.Random) -> Any:
+    return copy.deepcopy(draw.choice(VALUES))  # a later edit may change it
+
+
 def _damage_row(draw: random.Random, rows: list[Any]) -> None:
     i = draw.randrange(len(rows))
     row, what = rows[i], draw.randrange(6)
     if what == 0 or not isinstance(row, dict) or not row:
-        rows[i] = draw.choice(VALUES)
+        rows[i] = _value(draw)
     elif what == 1:
         row.pop(draw.choice(list(row)))
     elif what == 2:
-        row[draw.choice(KEYS)] = draw.choice(VALUES)
+        row[draw.choice(KEYS)] = _value(draw)
     elif what == 3:
         rows.append(row)
     elif what == 4:
@@ -362,9 +367,9 @@ def _damage_row(draw: random.Random, rows: list[Any]) -> None:
             row[place] = row[place].copy()
             row = row[place]
             place = draw.choice(list(row)) if isinstance(row, dict) else draw.randrange(len(row))
-        row[place] = draw.choice(VALUES)
+        row[place] = _value(draw)
     else:
-        row[draw.choice(list(row))] = draw.choice(VALUES)
+        row[draw.choice(list(row))] = _value(draw)
 
 
 def _written(rows: list[Any], ending: str) -> bytes:
