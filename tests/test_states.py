@@ -8,9 +8,11 @@ import zipfile
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers.ppo import small_trainer
 from helpers.tiny import make_llama, make_tokenizer
 from peft import LoraConfig
+from transformers import Trainer, TrainingArguments
 
 from trl_rlaif import content
 from trl_rlaif.errors import TrlRlaifError, UserError
@@ -68,6 +70,24 @@ def test_a_ppo_checkpoint_that_would_run_code_is_refused(tmp_path):
     with pytest.raises(TrlRlaifError, match="damaged"):
         small_trainer(tmp_path, save_strategy="steps", save_steps=1).train(resume_from_checkpoint=str(folder))
     assert not trace.exists()
+
+
+@pytest.mark.trl
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_of_transformers_that_would_run_code_is_refused(tmp_path, name):
+    def train(resume=None):
+        options = {"max_steps": 2, "save_steps": 1, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+        data = Dataset.from_dict({"input_ids": [[1, 2, 3]] * 4, "labels": [[1, 2, 3]] * 4})
+        trainer = Trainer(make_llama(), TrainingArguments(str(tmp_path), **options), train_dataset=data)
+        trainer.train(resume_from_checkpoint=resume)
+
+    train()
+    file = tmp_path / "checkpoint-1" / name
+    assert file.exists()
+    _write(file, {"cpu": Hostile(tmp_path / "trace")})
+    with pytest.raises(pickle.UnpicklingError):
+        train(str(file.parent))
+    assert not (tmp_path / "trace").exists()
 
 
 def test_what_a_kill_left_of_a_list_of_digests_is_no_file_of_the_next_one(tmp_path):
