@@ -24,6 +24,11 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
 
 
+def processes_here() -> int:
+    """How many of them are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", processes())) if processes() > 1 else 1
+
+
 def is_first() -> bool:
     """Whether this is the process that writes; true where there is one only."""
     return processes() == 1 or int(os.environ.get("RANK", 0)) == 0

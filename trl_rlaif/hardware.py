@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from typing import Any
 FAST = 0.7
 # (rows, inputs, outputs) of the product that is timed: like a layer of a small model over a few sequences.
 _PRODUCT = (256, 512, 512)
-# Bytes that a container may use, of which the system's free memory knows nothing (cgroup v2).
-_CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+# Bytes that a container, or a service and each group around it, may use; free memory knows nothing of it (cgroup v2).
+_GROUPS, _GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def device_type() -> str:
@@ -145,8 +146,16 @@ def available_memory(device: str) -> int:
     import psutil
 
     usable = psutil.virtual_memory().available + psutil.Process().memory_info().rss
-    limit = _CONTAINER_LIMIT.read_text().strip() if _CONTAINER_LIMIT.exists() else "max"
-    return usable if limit == "max" else min(usable, int(limit))
+    return min([usable, *_group_limits()])
+
+
+def _group_limits() -> Iterator[int]:
+    lines = _GROUP.read_text(encoding="utf-8").splitlines() if _GROUP.exists() else []
+    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+    for folder in (_GROUPS / own, *(_GROUPS / own).parents):
+        limit = folder / "memory.max"
+        if folder.is_relative_to(_GROUPS) and limit.exists() and (found := limit.read_text().strip()) != "max":
+            yield int(found)
 
 
 def processor() -> str:

@@ -6,6 +6,7 @@ import pytest
 from helpers.recipes import tiny_recipe
 
 from trl_rlaif import hardware
+from trl_rlaif.distributed import processes_here
 from trl_rlaif.memory import CONTEXT_BYTES, MARGIN, plan_memory
 from trl_rlaif.memory.settings import with_settings
 from trl_rlaif.pipeline.context import Context
@@ -92,12 +93,26 @@ def test_the_measured_peak_is_compared_with_the_plan_of_what_ran(arguments, monk
     assert kept > gpu_memory(again)["gpu_memory"]["predicted"]
 
 
+def test_processes_of_this_machine(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert processes_here() == 1  # of a launcher's that started another program
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert processes_here() == 4
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert processes_here() == 8
+
+
 def test_memory_at_hand(tmp_path, monkeypatch):
-    limit = tmp_path / "memory.max"
-    monkeypatch.setattr(hardware, "_CONTAINER_LIMIT", limit)
+    own = tmp_path / "groups" / "user.slice" / "job.scope"
+    own.mkdir(parents=True)
+    (tmp_path / "cgroup").write_text("4:memory:/old\n0::/user.slice/job.scope\n")
+    monkeypatch.setattr(hardware, "_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(hardware, "_GROUP", tmp_path / "cgroup")
     free = hardware.available_memory("cpu")
     assert 2**27 < free < 2**45
-    limit.write_text("max\n")
+    (own / "memory.max").write_text("max\n")
     assert hardware.available_memory("cpu") > free / 2
-    limit.write_text(f"{2**26}\n")
-    assert hardware.available_memory("cpu") == 2**26
+    for group, limit in ((tmp_path / "groups", 2**26), (own.parent, 2**25), (own, 2**24)):  # the least one counts
+        (group / "memory.max").write_text(f"{limit}\n")
+        assert hardware.available_memory("cpu") == limit

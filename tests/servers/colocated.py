@@ -23,7 +23,8 @@ from trl_rlaif.rl.grpo_rloo.trainer import TRAINERS
 # What the trainers have in common; of what they draw, nothing is done with the rewards but to learn from them.
 COMMON = {
     "per_device_train_batch_size": 4, "learning_rate": 1e-2, "temperature": 1.0, "bf16": False, "report_to": "none",
-    "save_strategy": "steps", "save_steps": 1, "gradient_checkpointing": False, "disable_tqdm": True, "vllm_max_model_length": 64,
+    "save_strategy": "steps", "save_steps": 1, "gradient_checkpointing": False, "disable_tqdm": True,
+    "vllm_max_model_length": 64,
 }  # fmt: skip
 CONFIGS = {"grpo": GRPOConfig, "rloo": RLOOConfig}
 

@@ -37,8 +37,8 @@ def _needed(recipe: Recipe, stage: str) -> bool:
     if peak is None:  # a GPU is filled soon
         return device != "cpu"
     room = hardware.available_memory(device)
-    if device == "cpu":  # which all processes share
-        room //= distributed.processes()
+    if device == "cpu":  # which all processes of the machine share
+        room //= distributed.processes_here()
     needed = peak > _SAFE * room
     if distributed.processes() > 1:  # all do the same, or sharded weights would be gathered in one process alone
         from accelerate.utils import gather_object
