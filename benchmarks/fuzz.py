@@ -1,13 +1,16 @@
-"""Damaged recipes, data files, run folders and single bits: what `trl-rlaif` says of them.
+"""Damaged recipes, data files, run folders and single bits, and random small recipes: what `trl-rlaif` says of them.
 
     python benchmarks/fuzz.py recipes --cases 10000 --output runs/fuzz
     python benchmarks/fuzz.py data --cases 10000 --output runs/fuzz
     python benchmarks/fuzz.py folders --cases 500 --output runs/fuzz
     python benchmarks/fuzz.py flips --cases 100 --output runs/fuzz
+    python benchmarks/fuzz.py runs --cases 1000 --limit 120 --output runs/fuzz
 
 Case number n is drawn from (seed, n) alone, and its outcome is a line of OUTPUT/<kind>.jsonl: the same command goes on
 where it was, and ``--case n`` shows one case. An outcome is ``accepted`` (exit code 0), ``refused`` (a message and exit
 code 1 or 2), ``traceback`` (an exception that nobody had foreseen), ``hang`` (longer than --limit seconds) or ``died``.
+Random recipes (``runs``) are checked, and what is accepted is run: ``ran`` to the end, ``message`` (a UserError) or
+``failed`` (another error with a message, such as a training that diverges).
 Of a flipped bit it is ``noticed``, ``harmless`` (the run ends with what it would have without) or ``unnoticed``. Exit
 code 1 where there is a traceback, a hang, a death or an unnoticed bit.
 """
@@ -40,6 +43,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from helpers import forked  # noqa: E402  (the tests' helpers are no package)
+from helpers.random_recipes import outcome_of, write_random_recipe, write_sources  # noqa: E402
 
 # How an exception ends that cli.main does not know.
 RAW = ("Traceback (most recent call last)", "Add --debug behind trl-rlaif")
@@ -87,6 +91,8 @@ def main() -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     if args.kind in ("folders", "flips"):
         _make_bases(_bases())
+    if args.kind == "runs" and not (_bases() / "sources").exists():
+        write_sources(_bases() / "sources")
     with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
         if args.case is not None:
             os.environ.update(_ENVIRONMENT)
@@ -550,10 +556,19 @@ def _without_times(text: str) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if not any(part in key for part in slow)} for row in rows]
 
 
+# ---- Random recipes ---------------------------------------------------------------------------------------
+
+
+def _runs(draw: random.Random, folder: Path) -> dict[str, Any]:
+    recipe = write_random_recipe(draw, _bases() / "sources", folder)
+    found = outcome_of(recipe, limit=120)
+    return {**found, "said": found["said"][-3000:], "recipe": recipe.read_text()}
+
+
 # ---- The table --------------------------------------------------------------------------------------------
 
 KINDS: dict[str, Callable[[random.Random, Path], dict[str, Any]]] = {
-    "recipes": _recipes, "data": _data, "folders": _folders, "flips": _flips
+    "recipes": _recipes, "data": _data, "folders": _folders, "flips": _flips, "runs": _runs
 }  # fmt: skip
 _BASES = "FUZZ_BASES"
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

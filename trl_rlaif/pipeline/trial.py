@@ -13,9 +13,14 @@ from trl_rlaif.pipeline.checkpointing import CHECKPOINTING
 from trl_rlaif.recipe.trl_fields import CONFIG_CLASSES
 
 if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
     from trl_rlaif.pipeline.context import Context
     from trl_rlaif.plugins import Plugins
     from trl_rlaif.recipe import Recipe
+
+# Of a schedule that is made and not followed.
+_STEPS = 1000
 
 
 def try_settings(recipe: Recipe, plugins: Plugins) -> None:
@@ -40,16 +45,52 @@ def try_settings(recipe: Recipe, plugins: Plugins) -> None:
 
 
 def _try(context: Context, section: str) -> None:
+    from trl_rlaif.pipeline.training import settings_of
+
+    config = _config(context, section)
+    with settings_of(context.recipe, section):
+        _make_parts(config)
+
+
+def _config(context: Context, section: str) -> TrainingArguments:
+    """A section's configuration, as its stage makes it."""
     if section != "rl":
-        importlib.import_module(f"trl_rlaif.pipeline.work.{section}").trainer_config(context)
-        return
+        return importlib.import_module(f"trl_rlaif.pipeline.work.{section}").trainer_config(context)
     algorithm = ALGORITHMS[context.recipe.rl.algorithm]
     if algorithm.config is None:
         from trl_rlaif.pipeline import rl_setup
 
-        rl_setup.config(context)
-        return
+        return rl_setup.config(context)
     work = importlib.import_module(algorithm.run.partition(":")[0])
-    config, _ = work.trainer_config(context)
+    config = work.trainer_config(context)[0]
     if algorithm.samples:
         work.scorer_settings(context, config)
+    return config
+
+
+def _make_parts(args: TrainingArguments) -> None:
+    """Make what a trainer makes once it trains: its optimizer, the schedule, the data loader and what it reports to."""
+    from torch import nn, optim
+    from torch.utils.data import DataLoader
+    from transformers import Trainer, get_scheduler
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    if getattr(args, "activation_offloading", False) and args.device.type == "cpu":
+        raise ValueError("activation_offloading moves activations from a GPU, and there is none.")
+    get_reporting_integration_callbacks(args.report_to)
+    DataLoader(
+        [0],
+        num_workers=args.dataloader_num_workers,
+        persistent_workers=args.dataloader_persistent_workers,
+        multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
+        prefetch_factor=args.dataloader_prefetch_factor,
+    )
+    if args.optim_target_modules is not None:  # modules of the base
+        return
+    layer = nn.Linear(1, 1)
+    kind, arguments = Trainer.get_optimizer_cls_and_kwargs(args, layer)
+    made = optim.AdamW(layer.parameters(), lr=args.learning_rate)
+    if isinstance(kind, type) and issubclass(kind, optim.Optimizer) and "params" not in arguments:
+        made = kind(layer.parameters(), **arguments)
+    warmup = args.get_warmup_steps(_STEPS)
+    get_scheduler(args.lr_scheduler_type, made, warmup, _STEPS, args.lr_scheduler_kwargs)

@@ -59,10 +59,13 @@ _ONLY: dict[str, tuple[Any, str]] = {
     "eval_on_start": (False, _NOTHING_HELD_OUT),
     "load_best_model_at_end": (False, _NOTHING_HELD_OUT),
 }
-# The same in one section: values that cannot be used there.
-_NOT_IN: dict[tuple[str, str], tuple[tuple[Any, ...], str]] = {
-    ("reward", "train_sampling_strategy"): (("group_by_length",), "pairs have no length that it could group by"),
-}
+# Values that cannot be used in a section, and why.
+_NOT_IN: dict[tuple[str, str], tuple[Any, str]] = {
+    **dict.fromkeys((("sft", "save_strategy"), ("reward", "save_strategy"), ("rl", "save_strategy")),
+                    ("best", _NOTHING_HELD_OUT)),
+    **dict.fromkeys((("reward", "train_sampling_strategy"), ("rl", "train_sampling_strategy")),
+                    ("group_by_length", "its rows have no length to group by")),
+}  # fmt: skip
 
 
 def own_keys(section: str) -> list[str]:
@@ -106,8 +109,8 @@ def take_config(section: str, keys: dict[Any, Any], source: Source) -> None:
 def _refused(section: str, key: str, value: Any) -> str:
     """What to write instead of a value of the right type that a field cannot have; empty where it can."""
     only, why = _ONLY.get(key, (value, ""))
-    never, why_never = _NOT_IN.get((section, key), ((), ""))
-    if value != only or value in never:
+    never, why_never = _NOT_IN.get((section, key), (None, ""))
+    if value != only or (never is not None and value == never):
         return f"Leave it out: {why_never or why}."
     allowed = out_of_range(key, value)
     return "" if allowed is None else f"It must be {allowed}."
