@@ -126,8 +126,9 @@ def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
 
 
 def _check_inputs(parsed: Recipe, plugins: Plugins) -> None:
-    """Read the data files of the recipe or of all its variants, import their functions and make their configurations;
-    warn of prompts that are held out and trained on."""
+    """Try what the recipe, or each of its variants, names: data, functions, judges' prompts, trainers' settings; warn
+    of prompts that are held out and trained on."""
+    from trl_rlaif.pipeline.checks import check_functions, check_prompts
     from trl_rlaif.pipeline.trial import try_settings
     from trl_rlaif.progress import say
     from trl_rlaif.recipe.inputs import SMALL_FILE, check_data, overlap_warning, prompt_overlaps
@@ -135,22 +136,12 @@ def _check_inputs(parsed: Recipe, plugins: Plugins) -> None:
     warnings: dict[str, None] = {}
     for each in parsed.variants.values() or [parsed]:
         check_data(each)
-        _check_functions(each)
+        check_functions(each)
+        check_prompts(each, plugins)
         try_settings(each, plugins)
         warnings |= dict.fromkeys(map(overlap_warning, prompt_overlaps(each, largest=SMALL_FILE)))
     for warning in warnings:
         say(warning)
-
-
-def _check_functions(recipe: Recipe) -> None:
-    """Import every reward function: one that cannot be is found before hours are computed."""
-    for position, name in enumerate(recipe.rl.reward_names if recipe.rl else ()):
-        if ":" in name:
-            from trl_rlaif.pipeline.rl_setup import load_function
-            from trl_rlaif.validation import Origin
-
-            with Origin(f"reward '{name}'", recipe.line(("rl", "rewards", position))).blamed("its import"):
-                load_function(name)
 
 
 @app.command()

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from trl_rlaif.data import Pair
     from trl_rlaif.judging.judge import Judge
+    from trl_rlaif.judging.prompt import JudgePrompt
     from trl_rlaif.types import Label, Pool, PreferenceScores, ScoredBatch, Selection
 
 
@@ -42,6 +43,13 @@ class Labeler(Component, ABC):
 
     judge: Judge | None = None
     failed: Sequence[str] = ()
+
+    def check_prompt(self, prompt: JudgePrompt) -> None:
+        """Called before a run computes anything, by ``trl-rlaif check`` too.
+
+        Raises:
+            UserError: The judge's prompt lacks what the options need.
+        """
 
     @abstractmethod
     def label(self, pairs: Sequence[Pair], judge: Judge, done: Collection[str] = ()) -> Iterator[Label]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from trl_rlaif import Answer, Judge, Label, Labeler, Pair, ThinkingOptions
+from trl_rlaif import Answer, Judge, JudgePrompt, Label, Labeler, Pair, ThinkingOptions
 from trl_rlaif_direct.rating import RATINGS, Rating, preference, rating
 
 
@@ -32,6 +32,10 @@ class DirectLabeler(Labeler):
         self.judge = judge
         self.failed: list[str] = []
         self.__name__ = "direct"  # by which trainers call a reward function in their logs
+
+    def check_prompt(self, prompt: JudgePrompt) -> None:
+        """See Labeler."""
+        prompt.rate("", "", think=self.options.thinking)
 
     def label(self, pairs: Sequence[Pair], judge: Judge, done: Collection[str] = ()) -> Iterator[Label]:
         """Yield one label a pair; p is the probability that response_1 is rated higher, ties counted half."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from trl_rlaif import Answer, Judge, Label, Labeler, Pair, Question, ThinkingOptions
+from trl_rlaif import Answer, Judge, JudgePrompt, Label, Labeler, Pair, Question, ThinkingOptions
 from trl_rlaif_distilled.debias import Debias, Order, combine, mean_preference
 
 
@@ -33,6 +33,10 @@ class DistilledLabeler(Labeler):
     Options = DistilledOptions
     options: DistilledOptions
 
+    def check_prompt(self, prompt: JudgePrompt) -> None:
+        """See Labeler."""
+        self._question(prompt, "", "", "")
+
     def label(self, pairs: Sequence[Pair], judge: Judge, done: Collection[str] = ()) -> Iterator[Label]:
         """Yield one label a pair."""
         done = set(done)
@@ -46,13 +50,13 @@ class DistilledLabeler(Labeler):
             "12": (pair.response_1, pair.response_2),
             "21": (pair.response_2, pair.response_1),
         }
+        return [self._question(judge.prompt, pair.prompt, *shown[order]) for order in self._orders()]
+
+    def _question(self, template: JudgePrompt, prompt: Any, first: str, second: str) -> Question:
         options = self.options
-        return [
-            judge.prompt.compare(
-                pair.prompt, *shown[order], preamble=options.preamble, shots=options.shots, think=options.thinking
-            )
-            for order in self._orders()
-        ]
+        return template.compare(
+            prompt, first, second, preamble=options.preamble, shots=options.shots, think=options.thinking
+        )
 
     def _orders(self) -> tuple[Order, ...]:
         return ("12", "21") if self.options.orders == "both" else (self.options.orders,)

@@ -227,7 +227,9 @@ class RandomRecipe:
         if key == "columns":
             return dict.fromkeys(self.draw.sample(COLUMNS, 1), self.draw.choice(COLUMNS))
         if origin is dict:
-            return {self.value(args[0], (), f"{key}_key"): self.value(args[1], (), key) for _ in range(1)}
+            name = self.value(args[0], (), f"{key}_key") if args else "x"
+            name = "x" if isinstance(name, list | dict) else name  # no keys of YAML
+            return {name: self.value(args[1] if args else str, (), key)}
         if hint in (None, type(None)):
             return None
         if hint is bool:

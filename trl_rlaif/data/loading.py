@@ -105,6 +105,13 @@ def load_pairs(
     return _Loading(source, columns, read, pairs.parse, pairs.split, pairs.unpaired.left).loaded()
 
 
+def place_of(source: str | Path, id: str) -> str:
+    """Where the row with an id is: file and line, or row. The source itself where there is none of it."""
+    stem, rows = open_source(source, Problems())
+    found = (row.where for row in rows if fields.parse_id(row.values.get("id"), f"{stem}-{row.number}") == id)
+    return next(found, str(source))
+
+
 class _Pairs:
     """From rows to pairs: each row to the preference rows that it makes, and these to pairs."""
 

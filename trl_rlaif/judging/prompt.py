@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from jinja2 import DictLoader, StrictUndefined, pass_context
+from jinja2 import DictLoader, StrictUndefined, TemplateError, meta, nodes, pass_context
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -70,7 +70,8 @@ class JudgePrompt:
 
         Raises:
             UserError: The folder or one of base.txt, sample.jinja and ending.txt is missing, a file cannot be
-                read, a template does not compile, an exemplar is not complete.
+                read, a template does not compile or names what it is
+                not given, an exemplar is not complete.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -89,11 +90,28 @@ class JudgePrompt:
         exemplars = tuple(_exemplar(line, f"{folder / 'exemplars.jsonl'}:{i}") for i, line in lines if line.strip())
         prompt = cls(folder.name, {name: text.strip("\r\n") for name, text in parts.items()}, exemplars)
         for name in _VALUES.keys() & parts.keys():
+            prompt._check_names(name, folder / name)
             try:
                 prompt._render(name, dict.fromkeys(_VALUES[name], ""))
             except UserError as error:
                 raise UserError(error.problems[0].what, where=str(folder / name)) from None
         return prompt
+
+    def _check_names(self, name: str, path: Path) -> None:
+        """Refuse a template that names what it is not given, also in a branch that empty texts do not take."""
+        try:
+            tree = self._environment.parse(self.parts[name])
+            unknown = meta.find_undeclared_variables(tree) - {*_VALUES[name]}
+        except TemplateError:  # said when it is rendered
+            return
+        if unknown:
+            first = min((of for of in tree.find_all(nodes.Name) if of.name in unknown), key=lambda of: of.lineno)
+            *others, last = _VALUES[name]
+            raise UserError(
+                f"The template {name} of the prompt '{self.name}' is wrong: there is no '{first.name}'.",
+                where=f"{path}:{first.lineno}",
+                fix=f"Templates are given {', '.join(others)} and {last}; other columns of the data are not.",
+            )
 
     @property
     def frame(self) -> str:

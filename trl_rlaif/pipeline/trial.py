@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import io
 import tempfile
+from contextlib import redirect_stderr
 from typing import TYPE_CHECKING
 
 from trl_rlaif import distributed
@@ -36,12 +38,13 @@ def try_settings(recipe: Recipe, plugins: Plugins) -> None:
     from trl_rlaif.pipeline.run_folder import RunFolder
 
     written = {name: getattr(recipe, name).config for name in sections}
-    # What settles it says so: the stage will.
+    # Whether memory is short need not be known.
     settled = with_settings(recipe, {(n, CHECKPOINTING): of.get(CHECKPOINTING, False) for n, of in written.items()})
     with tempfile.TemporaryDirectory() as folder:
         context = Context(settled, RunFolder(folder), plugins)
-        for name in sections:
-            _try(context, name)
+        with redirect_stderr(io.StringIO()):  # what the configurations warn of, the stages will say
+            for name in sections:
+                _try(context, name)
 
 
 def _try(context: Context, section: str) -> None:
