@@ -136,12 +136,15 @@ def write_state(path: Path, content: Mapping[str, Any]) -> None:
     write_atomically(path, to_line(sealed(content)))
 
 
-def read_state(path: Path, without: str) -> dict[str, Any]:
+def read_state(
+    path: Path, without: str, fits: Callable[[dict[str, Any]], bool] = lambda content: True
+) -> dict[str, Any]:
     """A file of ours that holds an object; {} where it is missing.
 
     Args:
         path: Of ``write_state``, or without a checksum.
         without: A sentence on what follows where the file is missing.
+        fits: Whether an object is of this file's kind: another file of the run may have taken its place.
 
     Raises:
         UserError: It is damaged.
@@ -149,9 +152,12 @@ def read_state(path: Path, without: str) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return unsealed(json.loads(path.read_text(encoding="utf-8")))
+        found = unsealed(json.loads(path.read_text(encoding="utf-8")))
+        if fits(found):
+            return found
     except (ValueError, RecursionError):
-        raise UserError("The file is damaged.", where=str(path), fix=f"Restore it. {without}") from None
+        pass
+    raise UserError("The file is damaged.", where=str(path), fix=f"Restore it. {without}")
 
 
 def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -89,7 +89,7 @@ def test_checkpoints_and_reports_are_not_recorded(tmp_path):
     assert folder.marker("report")["digests"] == {}
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "\x00", '{"complete": '])
+@pytest.mark.parametrize("content", ["{", "[]", "\x00", '{"complete": ', '{"complete": true}'])
 def test_a_damaged_marker_or_results_file_is_named(tmp_path, content):
     folder = RunFolder(tmp_path)
     for path, read in (

@@ -107,7 +107,9 @@ class RunFolder:
 
     def marker(self, stage: str) -> dict[str, Any]:
         """A stage's ``fingerprint``, its ``inputs``, and whether it is ``complete``; {} before it has begun."""
-        return read_state(self.state / artifacts.marker_of(stage), "Without it, --resume makes the stage again.")
+        path = self.state / artifacts.marker_of(stage)
+        without = "Without it, --resume makes the stage again."
+        return read_state(path, without, lambda found: isinstance(found.get("fingerprint"), str))
 
     def write_marker(self, stage: str, marker: dict[str, Any]) -> None:
         """Replace what is known of a stage."""
@@ -143,7 +145,10 @@ class RunFolder:
 
     def results(self) -> Results:
         """The final numbers of every stage that has ended."""
-        found = read_state(self / artifacts.RESULTS, "Without it the report lacks the numbers of all stages.")
+        without = "Without it the report lacks the numbers of all stages."
+        found = read_state(
+            self / artifacts.RESULTS, without, lambda found: all(isinstance(part, dict) for part in found.values())
+        )
         return cast(Results, found)
 
     def results_of(self, stage: str) -> dict[str, Any]:
