@@ -70,8 +70,7 @@ class JudgePrompt:
 
         Raises:
             UserError: The folder or one of base.txt, sample.jinja and ending.txt is missing, a file cannot be
-                read, a template does not compile or names what it is
-                not given, an exemplar is not complete.
+                read, a template does not compile or names what it is not given, an exemplar is not complete.
         """
         folder = Path(folder)
         if not folder.is_dir():
