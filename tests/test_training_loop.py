@@ -39,8 +39,8 @@ def train(folder, resume=None, callbacks=(), **options):
 
 
 def test_the_last_checkpoint_is_one_that_is_whole(tmp_path, capsys):
-    """That of a version without digests is taken as it is, once all of its files are there."""
-    for step, names in ((1, ["content.json"]), (2, ["run.json"]), (3, ["model.safetensors"])):
+    """One without digests is taken as it is, once all of its files are there."""
+    for step, names in ((1, ["content.json"]), (2, ["run.json", ".content.json.building"]), (3, ["model.safetensors"])):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         for name in names:
@@ -48,6 +48,8 @@ def test_the_last_checkpoint_is_one_that_is_whole(tmp_path, capsys):
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     said = capsys.readouterr().err.replace("\n", " ")
     assert "checkpoint-3 is not whole" in said and "checkpoint-2 has no digests" in said
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")  # it has them from now on
+    assert "checkpoint-2" not in capsys.readouterr().err
     (tmp_path / "checkpoint-2" / "run.json").unlink()
     assert last_checkpoint(tmp_path) is None  # the first one's list of files is empty
 

@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_rlaif import content, run_identity
 from trl_rlaif.compat.training_loop import resumable
+from trl_rlaif.distributed import is_first
 from trl_rlaif.errors import TrlRlaifError, UserError
 from trl_rlaif.models.safe_training import safe_training
 from trl_rlaif.progress import say
@@ -73,9 +74,11 @@ def last_checkpoint(folder: str | Path) -> str | None:
         damaged = content.damaged(path)
         if damaged is None:
             return str(path)
-        # SameRun writes the latter when all others are there.
+        # SameRun writes the latter when all others are there, and then the digests.
         if not (path / content.FILE).exists() and (path / run_identity.FILE).exists():
-            say(f"Warning: {path} has no digests. An earlier version wrote it, and what is in it is not checked.")
+            say(f"Warning: {path} has no digests, after a kill or from an earlier version; it is taken as it is.")
+            if is_first():
+                content.record(path)
             return str(path)
         what = "is not whole" if damaged.name == content.FILE else f"is damaged ({damaged.relative_to(path)})"
         say(f"Warning: {path} {what}. The run goes on from the checkpoint before, if any.")
