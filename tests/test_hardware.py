@@ -152,7 +152,7 @@ def test_the_command_lets_memory_grow_but_not_next_to_a_sleeping_engine(
 
     called = []
     monkeypatch.setattr(hardware, "let_memory_grow", lambda: called.append(True))
-    monkeypatch.setattr(cli, "_check_inputs", lambda parsed: (_ for _ in ()).throw(Stop))
+    monkeypatch.setattr(cli, "_check_inputs", lambda parsed, plugins: (_ for _ in ()).throw(Stop))
     path = write_recipe(tmp_path, tiny_model, rl={"generation": "vllm", "vllm_enable_sleep_mode": sleeps})
     with pytest.raises(Stop):
         cli.run(str(path))

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from trl_rlaif import distributed
+from trl_rlaif import distributed, hardware
 from trl_rlaif.chat_templates import dated, has_date
 from trl_rlaif.data import Pair, Prompt
 from trl_rlaif.encoding import PromptLike, as_messages, chat_prompt, encode_prompt, is_rendered, set_template_kwargs
@@ -363,7 +363,10 @@ class Context:
         fixed = {"output_dir": str(self.folder / artifacts.checkpoints_of(stage)), "seed": self.recipe.run.seed}
         self.recipe = settle_checkpointing(self.recipe, stage)
         own = {**STAGES[stage].defaults, CHECKPOINTING: getattr(self.recipe, stage).config[CHECKPOINTING]}
-        return defaults | own | config | fixed
+        found = defaults | own | config | fixed
+        if found["bf16"] is None:  # as PPOConfig and RewardConfig decide it; TRL's own turn it on
+            found["bf16"] = not found.get("fp16") and hardware.computes_bfloat16(hardware.device_type())
+        return found
 
     def callback(self, stage: str, description: str) -> TrainerCallback:
         """Writes a trainer's logs to metrics.jsonl and drives the progress bar."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import inspect
 import io
 import tempfile
 from contextlib import redirect_stderr
@@ -12,6 +14,7 @@ from trl_rlaif import distributed
 from trl_rlaif.algorithms import ALGORITHMS
 from trl_rlaif.memory.settings import with_settings
 from trl_rlaif.pipeline.checkpointing import CHECKPOINTING
+from trl_rlaif.pipeline.training import settings_of
 from trl_rlaif.recipe.trl_fields import CONFIG_CLASSES
 
 if TYPE_CHECKING:
@@ -21,6 +24,11 @@ if TYPE_CHECKING:
     from trl_rlaif.plugins import Plugins
     from trl_rlaif.recipe import Recipe
 
+# Texts of which TRL's configurations take any.
+_LOOKED_AT_LATE = (
+    "loss_type", "f_divergence_type", "importance_sampling_level", "scale_rewards", "multi_objective_aggregation",
+    "vllm_importance_sampling_mode",
+)  # fmt: skip
 # Of a schedule that is made and not followed.
 _STEPS = 1000
 
@@ -48,8 +56,6 @@ def try_settings(recipe: Recipe, plugins: Plugins) -> None:
 
 
 def _try(context: Context, section: str) -> None:
-    from trl_rlaif.pipeline.training import settings_of
-
     config = _config(context, section)
     with settings_of(context.recipe, section):
         _make_parts(config)
@@ -66,9 +72,29 @@ def _config(context: Context, section: str) -> TrainingArguments:
         return rl_setup.config(context)
     work = importlib.import_module(algorithm.run.partition(":")[0])
     config = work.trainer_config(context)[0]
+    with settings_of(context.recipe, section):
+        _check_texts(config, algorithm.config[1].replace("Config", "Trainer"))
     if algorithm.samples:
         work.scorer_settings(context, config)
     return config
+
+
+def _check_texts(config: TrainingArguments, trainer: str) -> None:
+    """Compare settings that TRL looks at in the first update alone with the texts that its code compares them with."""
+    source = inspect.getsource(getattr(importlib.import_module("trl"), trainer))
+    compared = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Compare)]
+    for field in _LOOKED_AT_LATE:
+        given = getattr(config, field, None)
+        known = {
+            constant.value
+            for node in compared
+            if field in (getattr(node.left, "attr", None), getattr(node.left, "id", None))
+            for constant in ast.walk(node.comparators[0])
+            if isinstance(constant, ast.Constant) and isinstance(constant.value, str)
+        }
+        for text in given if isinstance(given, list) else [given]:
+            if known and isinstance(text, str) and text not in known:
+                raise ValueError(f"{field} is '{text}'; {trainer} knows {', '.join(sorted(known))}.")
 
 
 def _make_parts(args: TrainingArguments) -> None:

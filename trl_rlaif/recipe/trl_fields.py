@@ -37,6 +37,7 @@ _SET_BY_US = {
     **dict.fromkeys(
         ("reasoning", "reasoning_tags", "chat_template_kwargs"), "the section model says it for every stage"
     ),
+    "length_column_name": "each stage knows the lengths of its rows",
     "resume_from_checkpoint": "a run goes on with --resume",
     "model_init_kwargs": _MODEL,
     "sft_model_path": _MODEL,
@@ -63,8 +64,7 @@ _ONLY: dict[str, tuple[Any, str]] = {
 _NOT_IN: dict[tuple[str, str], tuple[Any, str]] = {
     **dict.fromkeys((("sft", "save_strategy"), ("reward", "save_strategy"), ("rl", "save_strategy")),
                     ("best", _NOTHING_HELD_OUT)),
-    **dict.fromkeys((("reward", "train_sampling_strategy"), ("rl", "train_sampling_strategy")),
-                    ("group_by_length", "its rows have no length to group by")),
+    ("rl", "train_sampling_strategy"): ("group_by_length", "its rows have no length to group by"),
 }  # fmt: skip
 
 
