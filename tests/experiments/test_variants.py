@@ -76,6 +76,7 @@ def test_an_override_reaches_the_arms(write):
         (["a", {"b": {"model": {"path": "other"}}}], "the variant 'b' changes 'model'"),
         (["a", {"b": {"rl": {"kl_coeff": 3}}}], "unknown key 'kl_coeff'"),
         (["a", {"b": "text"}], "holds no sections"),
+        (["a", {"b": {"data": {"eval_prompts": "x.jsonl"}}}], "all must answer the same prompts"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_line(write, compare, message):

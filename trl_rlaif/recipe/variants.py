@@ -13,6 +13,7 @@ KEY = "compare"
 
 # What a variant may change. All variants share the initial policy, the seed and the evaluation, to be comparable.
 CHANGEABLE = ("data", "sample", "label", "reward", "rl")
+_EVALUATED = "eval_prompts"
 # The starting policy takes part under this name.
 START = "start"
 _HOW = "Write a name, or {name: {section: {key: value}}} with what differs from the recipe itself."
@@ -78,6 +79,9 @@ def _lay_over(source: Source, variant: Source, changes: Any, path: KeyPath) -> N
         elif keys is None:
             variant.data.pop(section, None)
             _forget(variant, (section,))
+        elif section == "data" and isinstance(keys, dict) and _EVALUATED in keys:
+            what = f"the variant '{path[-1]}' changes 'data.{_EVALUATED}', and all must answer the same prompts."
+            source.report((*path, section, _EVALUATED), what, "Write it in the recipe's own 'data'.")
         else:
             _merge(source, variant, variant.data, section, keys, (section,), (*path, section))
 
