@@ -53,6 +53,7 @@ def test_what_no_run_can_use_is_refused_with_its_line(only, section, line, fix):
         ("rl", {"dataloader_persistent_workers": True}, "num_workers"),
         ("reward", {"activation_offloading": True}, "there is none"),
         ("rl", {"optim": "lomo"}, "lomo"),
+        ("sft", {"use_liger_kernel": True}, "needs the package liger-kernel"),
         ("reward", {"optim_args": "lr"}, "unpack"),
         ("reward", {"lr_scheduler_kwargs": {"powers": 2}}, "powers"),
         ("reward", {"report_to": ["paper"]}, "paper is not supported"),

@@ -103,9 +103,12 @@ def _make_parts(args: TrainingArguments) -> None:
     from torch.utils.data import DataLoader
     from transformers import Trainer, get_scheduler
     from transformers.integrations import get_reporting_integration_callbacks
+    from transformers.utils import is_liger_kernel_available
 
     if getattr(args, "activation_offloading", False) and args.device.type == "cpu":
         raise ValueError("activation_offloading moves activations from a GPU, and there is none.")
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise ValueError("use_liger_kernel needs the package liger-kernel, which is not installed.")
     get_reporting_integration_callbacks(args.report_to)
     DataLoader(
         [0],
