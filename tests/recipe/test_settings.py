@@ -33,6 +33,7 @@ def write_finetuning(path):
         ("reward", "length_column_name: size", "knows the lengths"),
         ("rl", "algorithm: dpo\n  train_sampling_strategy: group_by_length", "no length"),
         ("rl", "save_strategy: best", "reward.eval_fraction"),
+        ("rl", "algorithm: rloo\n  remove_unused_columns: true", "the columns of the prompts"),
         ("rl", "log_level: loud", "Write one of detail, debug"),
         ("rl", "ddp_backend: gloo", "accelerate launch"),
         ("reward", "deepspeed: zero.json", "accelerate launch"),

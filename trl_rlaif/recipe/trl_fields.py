@@ -65,6 +65,7 @@ _NOT_IN: dict[tuple[str, str], tuple[Any, str]] = {
     **dict.fromkeys((("sft", "save_strategy"), ("reward", "save_strategy"), ("rl", "save_strategy")),
                     ("best", _NOTHING_HELD_OUT)),
     ("rl", "train_sampling_strategy"): ("group_by_length", "its rows have no length to group by"),
+    ("rl", "remove_unused_columns"): (True, "rewards are given the columns of the prompts"),
 }  # fmt: skip
 
 
