@@ -84,5 +84,5 @@ def test_fine_tuning_and_dpo(two_gpus, context, tmp_path):
     (tmp_path / "sft.jsonl").write_text('{"prompt": "what is 1?", "completion": "a fox"}\n')
     trainer = sft.build_trainer(context(sft={"data": "sft.jsonl", "per_device_train_batch_size": 3}))
     assert trainer.args.n_gpu == 1 and trainer._train_batch_size == 3
-    config, _ = dpo._config(context(reward=None, rl={"algorithm": "dpo", "per_device_train_batch_size": 3}))
+    config, _ = dpo.trainer_config(context(reward=None, rl={"algorithm": "dpo", "per_device_train_batch_size": 3}))
     assert config.n_gpu == 1 and config.train_batch_size == 3

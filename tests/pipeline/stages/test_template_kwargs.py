@@ -56,5 +56,5 @@ def test_fine_tuning(context):
 
 
 def test_group_trainers(context):
-    config, _ = groups._config(context("grpo"))
+    config, _ = groups.trainer_config(context("grpo"))
     assert config.chat_template_kwargs == {"effort": "the fox"}
