@@ -109,10 +109,10 @@ def take_config(section: str, keys: dict[Any, Any], source: Source) -> None:
 
 def _refused(section: str, key: str, value: Any) -> str:
     """What to write instead of a value of the right type that a field cannot have; empty where it can."""
-    only, why = _ONLY.get(key, (value, ""))
-    never, why_never = _NOT_IN.get((section, key), (None, ""))
-    if value != only or (never is not None and value == never):
-        return f"Leave it out: {why_never or why}."
+    if key in _ONLY and value != _ONLY[key][0]:
+        return f"Leave it out: {_ONLY[key][1]}."
+    if (section, key) in _NOT_IN and value == _NOT_IN[section, key][0]:
+        return f"Leave it out: {_NOT_IN[section, key][1]}."
     allowed = out_of_range(key, value)
     return "" if allowed is None else f"It must be {allowed}."
 
