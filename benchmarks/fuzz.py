@@ -10,7 +10,7 @@ Case number n is drawn from (seed, n) alone, and its outcome is a line of OUTPUT
 where it was, and ``--case n`` shows one case. An outcome is ``accepted`` (exit code 0), ``refused`` (a message and exit
 code 1 or 2), ``traceback`` (an exception that nobody had foreseen), ``hang`` (longer than --limit seconds) or ``died``.
 Random recipes (``runs``) are checked, and what is accepted is run: ``ran`` to the end, ``message`` (a UserError) or
-``failed`` (another error with a message, such as a training that diverges).
+``failed`` (another error with a message, such as a training that diverges); a run may take 120 seconds.
 Of a flipped bit it is ``noticed``, ``harmless`` (the run ends with what it would have without) or ``unnoticed``. Exit
 code 1 where there is a traceback, a hang, a death or an unnoticed bit.
 """

@@ -126,8 +126,7 @@ def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
 
 
 def _check_inputs(parsed: Recipe, plugins: Plugins) -> None:
-    """Try what the recipe, or each of its variants, names: data, functions, judges' prompts, trainers' settings; warn
-    of prompts that are held out and trained on."""
+    """Try what the recipe or each of its variants names, and warn of prompts that are held out and trained on."""
     from trl_rlaif.pipeline.checks import check_functions, check_prompts
     from trl_rlaif.pipeline.trial import try_settings
     from trl_rlaif.progress import say

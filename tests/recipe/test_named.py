@@ -62,6 +62,13 @@ def test_what_the_options_need_of_a_prompt_is_looked_for(check, tmp_path):
         assert code == 2 and "has no file rubric.txt" in message
 
 
+def test_columns_of_data_on_the_hub_wait_for_the_stage(check, tmp_path):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "rewards.py").write_text("def reward(completions, answer, **columns):\n    return []\n")
+    code, message = check(data={"prompts": "someone/somewhere"}, rl={"rewards": ["own/rewards.py:reward"]})
+    assert code == 0, message
+
+
 @pytest.mark.parametrize(
     ("function", "expected"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +85,7 @@ def _check_signature(recipe: Recipe, function: Callable[..., Any], name: str, wh
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     needed = [p.name for p in by_name.values() if p.default is p.empty and p.name not in _GIVEN]
     source = recipe.data.prompts
-    if source is None or (takes_all and not needed):
+    if source is None or not os.path.isfile(source) or (takes_all and not needed):  # as check_data: no Hub, no folder
         return
     prompts = read_prompts(recipe, source).items
     for column in needed:
