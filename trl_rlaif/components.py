@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from trl_rlaif.data import Pair
     from trl_rlaif.judging.judge import Judge
     from trl_rlaif.judging.prompt import JudgePrompt
+    from trl_rlaif.judging.question import Question
     from trl_rlaif.types import Label, Pool, PreferenceScores, ScoredBatch, Selection
 
 
@@ -43,6 +44,26 @@ class Labeler(Component, ABC):
 
     judge: Judge | None = None
     failed: Sequence[str] = ()
+    candidates: ClassVar[Sequence[str]] = ()
+    """The answers that the judge chooses from. A labeler that has some, ``questions`` and ``teaching_loss`` can have
+    its judge taught."""
+
+    def questions(self, pair: Pair, prompt: JudgePrompt) -> list[Question]:
+        """What the judge is asked about a pair: as many questions for each, all with the same ending."""
+        raise NotImplementedError
+
+    def teaching_loss(self, logprobs: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        """How far the judge's answers are from the label that they should lead to.
+
+        Args:
+            logprobs: (B, Q, C) float32, of each of Q questions the normalized log-probabilities of the C candidates,
+                in nats.
+            p: (B,) float32, the probability in [0, 1] that response_1 is preferred.
+
+        Returns:
+            (B,) float32, the cross-entropy in nats, least where the labels are ``p``.
+        """
+        raise NotImplementedError
 
     def check_prompt(self, prompt: JudgePrompt) -> None:
         """Called before a run computes anything, by ``trl-rlaif check`` too.

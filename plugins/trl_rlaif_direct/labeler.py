@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trl_rlaif import Answer, Judge, JudgePrompt, Label, Labeler, Pair, ThinkingOptions
+from trl_rlaif import Answer, Judge, JudgePrompt, Label, Labeler, Pair, Question, ThinkingOptions
 from trl_rlaif_direct.rating import RATINGS, Rating, preference, rating
+
+if TYPE_CHECKING:
+    import torch
 
 
 class DirectOptions(ThinkingOptions):
@@ -26,6 +30,7 @@ class DirectLabeler(Labeler):
 
     Options = DirectOptions
     options: DirectOptions
+    candidates = RATINGS
 
     def __init__(self, judge: Judge | None = None, **options: Any) -> None:
         super().__init__(**options)
@@ -39,14 +44,28 @@ class DirectLabeler(Labeler):
 
     def label(self, pairs: Sequence[Pair], judge: Judge, done: Collection[str] = ()) -> Iterator[Label]:
         """Yield one label a pair; p is the probability that response_1 is rated higher, ties counted half."""
-        done, think = set(done), self.options.thinking
-        groups = [
-            [judge.prompt.rate(pair.prompt, response, think=think) for response in (pair.response_1, pair.response_2)]
-            for pair in pairs
-        ]
+        done = set(done)
+        groups = [self.questions(pair, judge.prompt) for pair in pairs]
         known = {index for index, pair in enumerate(pairs) if pair.id in done}
         for index, answers in judge.ask(groups, RATINGS, thinking=self.options.asked(), done=known):
             yield self._label(pairs[index].id, answers, judge.name)
+
+    def questions(self, pair: Pair, prompt: JudgePrompt) -> list[Question]:
+        """One for each response."""
+        think = self.options.thinking
+        return [prompt.rate(pair.prompt, response, think=think) for response in (pair.response_1, pair.response_2)]
+
+    def teaching_loss(self, logprobs: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        """The cross-entropy of which response is rated higher, ties counted half, as in the label."""
+        import torch
+
+        def log_higher(rating: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+            up_to = other.logcumsumexp(-1)
+            below = torch.nn.functional.pad(up_to[:, :-1], (1, 0), value=-math.inf)
+            return (rating + torch.logaddexp(up_to, below) - math.log(2)).logsumexp(-1)
+
+        first, second = logprobs.unbind(1)
+        return -(p * log_higher(first, second) + (1 - p) * log_higher(second, first))
 
     def rate(self, prompts: Sequence[Any], responses: Sequence[str], judge: Judge) -> list[Rating | None]:
         """One rating for each response; None where the judge has none, and ``failed`` then says why."""

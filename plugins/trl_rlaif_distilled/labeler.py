@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from trl_rlaif import Answer, Judge, JudgePrompt, Label, Labeler, Pair, Question, ThinkingOptions
 from trl_rlaif_distilled.debias import Debias, Order, combine, mean_preference
+
+if TYPE_CHECKING:
+    import torch
 
 
 class DistilledOptions(ThinkingOptions):
@@ -32,6 +35,7 @@ class DistilledLabeler(Labeler):
 
     Options = DistilledOptions
     options: DistilledOptions
+    candidates = ("1", "2")
 
     def check_prompt(self, prompt: JudgePrompt) -> None:
         """See Labeler."""
@@ -40,17 +44,26 @@ class DistilledLabeler(Labeler):
     def label(self, pairs: Sequence[Pair], judge: Judge, done: Collection[str] = ()) -> Iterator[Label]:
         """Yield one label a pair."""
         done = set(done)
-        groups = [self._questions(pair, judge) for pair in pairs]
+        groups = [self.questions(pair, judge.prompt) for pair in pairs]
         known = {index for index, pair in enumerate(pairs) if pair.id in done}
-        for index, answers in judge.ask(groups, ("1", "2"), thinking=self.options.asked(), done=known):
+        for index, answers in judge.ask(groups, self.candidates, thinking=self.options.asked(), done=known):
             yield self._label(pairs[index].id, answers, judge.name)
 
-    def _questions(self, pair: Pair, judge: Judge) -> list[Question]:
+    def questions(self, pair: Pair, prompt: JudgePrompt) -> list[Question]:
+        """One for each order."""
         shown = {
             "12": (pair.response_1, pair.response_2),
             "21": (pair.response_2, pair.response_1),
         }
-        return [self._question(judge.prompt, pair.prompt, *shown[order]) for order in self._orders()]
+        return [self._question(prompt, pair.prompt, *shown[order]) for order in self._orders()]
+
+    def teaching_loss(self, logprobs: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        """The cross-entropy over both candidates, the mean over the orders."""
+        import torch
+
+        target = torch.stack((p, 1 - p), -1)
+        targets = torch.stack([target if order == "12" else target.flip(-1) for order in self._orders()], 1)
+        return -(targets * logprobs).sum(-1).mean(-1)
 
     def _question(self, template: JudgePrompt, prompt: Any, first: str, second: str) -> Question:
         options = self.options

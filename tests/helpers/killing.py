@@ -73,6 +73,19 @@ RECIPES: dict[str, dict[str, Any]] = {
         "reward": {"transforms": ["advantage"], "save_steps": 1},
         **dict.fromkeys(("rl", "evaluate", "report")),
     },
+    "judge, label": _NONE
+    | {
+        "data": _PEOPLE,
+        "judge": {
+            "contrasts": [],
+            "pairs": "pairs.jsonl",
+            "evaluations": 3,
+            "num_train_epochs": 3,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-2,
+        },
+        "label": {"judge": "taught", "prompt": "prompt", "batch_tokens": 300},
+    },
     "sft, ppo, evaluate, report": _NONE
     | {
         "sft": _SFT,

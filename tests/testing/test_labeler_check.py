@@ -189,6 +189,28 @@ class NeedsTwoPairs(Fair):
         return super().label(pairs, judge, done)
 
 
+class AsksMore(Fair):
+    candidates = ("1", "2")
+
+    def questions(self, pair, prompt):
+        return DistilledLabeler().questions(pair, prompt)[: 1 + len(pair.prompt) % 2]
+
+
+class OtherEndings(DistilledLabeler):
+    def questions(self, pair, prompt):
+        return [replace(q, ending=f"{i}: ") for i, q in enumerate(super().questions(pair, prompt))]
+
+
+class TurnedAround(DistilledLabeler):
+    def teaching_loss(self, logprobs, p):
+        return super().teaching_loss(logprobs, 1 - p)
+
+
+class MeanLoss(DirectLabeler):
+    def teaching_loss(self, logprobs, p):
+        return super().teaching_loss(logprobs, p).mean()
+
+
 class Reward(Fair):
     __name__ = "length"
 
@@ -222,6 +244,10 @@ class Pops(Reward):
 
 
 BROKEN = [
+    (AsksMore, "asks about some pairs more often", "Ask the same of every pair"),
+    (OtherEndings, "has several endings", "End all with the same text"),
+    (TurnedAround, "answers that teaching_loss() brings to 0.2", "Give a loss that is least"),
+    (MeanLoss, "for one pair", "shape (B,)"),
     (RewardTransform, "is not a trl_rlaif.Labeler", "class RewardTransform(Labeler)"),
     (NoModel, "its Options are", "subclass of trl_rlaif.Options"),
     (TakesAnything, "takes options that it does not know", "forbid"),

@@ -2,7 +2,14 @@
 
 from trl_rlaif.evaluation.calibration import calibration_bins, calibration_error, outcome_calibration_error
 from trl_rlaif.evaluation.categories import by_category, category_figures
-from trl_rlaif.evaluation.intervals import bootstrap, bootstrap_mean, bootstrap_ratio, share_interval, wilson
+from trl_rlaif.evaluation.intervals import (
+    bootstrap,
+    bootstrap_mean,
+    bootstrap_ratio,
+    share_interval,
+    standard_error,
+    wilson,
+)
 from trl_rlaif.evaluation.judges import cohen_kappa, fleiss_kappa, judge_agreement
 from trl_rlaif.evaluation.labels import (
     agreement,
@@ -49,6 +56,7 @@ __all__ = [
     "points",
     "position_bias",
     "share_interval",
+    "standard_error",
     "summarize_mass",
     "wilson",
     "win_rate",

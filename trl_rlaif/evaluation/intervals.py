@@ -96,6 +96,22 @@ def cluster_index(clusters: Sequence[Hashable], n: int) -> np.ndarray:
     return np.array([numbers.setdefault(cluster, len(numbers)) for cluster in clusters], dtype=np.int64)
 
 
+def standard_error(values: Sequence[float], clusters: Sequence[Hashable]) -> float | None:
+    """Standard error of a mean whose values are correlated within clusters (Liang and Zeger 1986).
+
+    Args:
+        values: N.
+        clusters: Of which cluster each is.
+
+    Returns:
+        None where there are fewer than two clusters.
+    """
+    index, x = cluster_index(clusters, len(values)), np.asarray(values, dtype=np.float64)
+    sums = np.bincount(index, x - x.mean()) if len(x) else x
+    count = len(sums)
+    return float(np.sqrt((sums**2).sum() * count / (count - 1))) / len(x) if count > 1 else None
+
+
 def bootstrap(
     statistic: Callable[[np.ndarray], np.ndarray],
     n: int,

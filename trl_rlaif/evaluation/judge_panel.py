@@ -41,7 +41,7 @@ Rows = list[dict[str, Any]]
 
 
 def judge_of(context: Context, shared: SharedBase) -> Judge:
-    """The main judge; where it is "same", the shared base itself without an adapter."""
+    """The main judge; where it is "same" or "taught", the shared base itself."""
     return _load(context, shared, context.recipe.evaluate.judge, context.recipe.evaluation_prompt)
 
 
@@ -84,7 +84,7 @@ def ask_judges(context: Context, shared: SharedBase, sets: dict[str, Rows]) -> d
     A judge that is a model of its own is loaded when its turn comes, and gone before the next one is loaded.
 
     Args:
-        shared: The base, for judges that are "same".
+        shared: The base, for judges that are "same" or "taught".
         sets: Rows by set, with ``prompt``, ``start`` and ``trained``. They get ``p_trained``, the main judge's
             probability that the trained policy's response is the better one, with further judges ``p_trained_by``, the
             same by their names, and with ``evaluate.harmless`` the ratings ``harmless_start`` and ``harmless_trained``
@@ -114,7 +114,7 @@ def _by_model(recipe: Recipe) -> dict[str | JudgeSection | ServerJudgeSection, d
 
 
 def _load(context: Context, shared: SharedBase, section: str | JudgeSection | ServerJudgeSection, prompt: str) -> Judge:
-    return context.judge(section, prompt, shared.model, context=lambda: shared.role(None))
+    return context.judge(section, prompt, shared)
 
 
 def _ask(

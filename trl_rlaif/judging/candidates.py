@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from trl_rlaif.judging.scoring import add, subtract
 
 if TYPE_CHECKING:
@@ -83,3 +85,20 @@ class Candidates:
                 total = subtract(total, logprobs[other])
             result.append(total)
         return tuple(result)
+
+    def distribution(self, logprobs: torch.Tensor) -> torch.Tensor:
+        """Normalized log-probabilities of the candidates, with gradients.
+
+        Args:
+            logprobs: (N, continuations) float, of the continuations in nats.
+
+        Returns:
+            (N, candidates), whose exponentials add up to 1 in each row.
+        """
+        columns = []
+        for whole, longer in zip(self.whole, self.longer, strict=True):
+            total = logprobs[:, whole].logsumexp(1)
+            for other in longer:
+                total = total + (-(logprobs[:, other] - total).exp()).log1p()
+            columns.append(total)
+        return torch.stack(columns, 1).log_softmax(1)

@@ -111,7 +111,7 @@ class LocalJudge(Judge):
         # Nobody knows how many tokens a rationale is read as: decoded, it may be split otherwise.
         longest = self.max_length if thinking else max(map(len, flat))
         with self.context():
-            scorer = ContinuationScorer(self.model, known.continuations, longest=longest, pad_id=self._pad_id)
+            scorer = ContinuationScorer(self.model, known.continuations, longest=longest, pad_id=self.pad_id)
         self._choose_precision(scorer, contexts)
         with self._computing():
             scorer.begin(flat)
@@ -147,7 +147,8 @@ class LocalJudge(Judge):
             yield
 
     @property
-    def _pad_id(self) -> int:
+    def pad_id(self) -> int:
+        """Of a token that pads; it is masked."""
         return self.tokenizer.pad_token_id or 0
 
     def _answers(

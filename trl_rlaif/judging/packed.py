@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from trl_rlaif.batching import Tokens, shared_prefix
-from trl_rlaif.models.kernels import refuse_own_mask, refuse_unknown, sliding_windows, trial, used
+from trl_rlaif.models.kernels import fastest_attention, refuse_own_mask, refuse_unknown, sliding_windows, trial, used
 
 KeyValues = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -109,6 +109,9 @@ def _attention(
         layout.keep.append((key[0], value[0]))
     if layout.windows is not None:
         layout.windows.append(sliding_window)
+    if torch.is_grad_enabled():
+        prefix = layout.prefix[module.layer_idx] if layout.prefix else ()
+        return _trainable(query, (key, value), prefix, layout, sliding_window, scaling), None
     cached, heads = layout.cached, key.shape[1]
     # The prefix is copied once a layer. Behind it come what a group shares, and behind that each of its segments
     # in turn: what a token does not see is not computed either.
@@ -122,9 +125,8 @@ def _attention(
             stop = behind + end - start
             keys[:, behind:stop], values[:, behind:stop] = key[0, :, start:end], value[0, :, start:end]
             if end > start:
-                q, k, v = query[:, :, start:end], keys[None, :, :stop], values[None, :, :stop]
-                if k.shape[1] != q.shape[1] and q.is_cuda:  # its fused kernels take no mask together with shared heads
-                    k, v = (x.repeat_interleave(q.shape[1] // heads, 1) for x in (k, v))
+                q = query[:, :, start:end]
+                k, v = (_heads_of(q, x[None, :, :stop]) for x in (keys, values))
                 mask = layout.mask(q, stop, sliding_window)
                 found = scaled_dot_product_attention(
                     q, k, v, attn_mask=mask, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
@@ -133,6 +135,40 @@ def _attention(
             if i == 0:
                 behind = stop
     return output, None
+
+
+def _heads_of(query: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Keys or values: on a GPU, whose fused kernels take no mask together with shared heads, one for each query."""
+    repeats = query.shape[1] // x.shape[1]
+    return x.repeat_interleave(repeats, 1) if query.is_cuda and repeats > 1 else x
+
+
+def _trainable(
+    query: torch.Tensor,
+    row: Sequence[torch.Tensor],
+    prefix: Sequence[torch.Tensor],
+    layout: _Layout,
+    window: int | None,
+    scaling: float | None,
+) -> torch.Tensor:
+    """The same with gradients, which pass to the keys and values of the row, not to those of a cached prefix."""
+    # Split once: the backward pass of a slice would fill a tensor of the whole row's size for each segment.
+    sizes = [end - start for segments in layout.groups for start, end in segments]
+    parts = zip(*(x.split(sizes, 2) for x in (query, *(_heads_of(query, x) for x in row))), strict=True)
+    cached = [[_heads_of(query, x[None])] for x in prefix] or [[], []]
+    found = []
+    for segments in layout.groups:
+        before = cached
+        for i in range(len(segments)):
+            q, *own = next(parts)
+            k, v = (torch.cat((*seen, x), 2) for seen, x in zip(before, own, strict=True))
+            if i == 0:
+                before = [[k], [v]]
+            if q.shape[2]:
+                whole = window is None and q.shape[2] == k.shape[2]
+                mask = None if whole else layout.mask(q, k.shape[2], window) == 0
+                found.append(fastest_attention(q, k, v, mask, 0.0, scaling).transpose(1, 2))
+    return torch.cat(found, 1)
 
 
 AttentionInterface.register(_NAME, _attention)
@@ -229,7 +265,6 @@ class PackedModel:
             self._forward(list(prefix), list(range(len(prefix))), [len(prefix) - 1], layout)
             self._cache = layout.keep
 
-    @torch.no_grad()
     def logits(self, groups: Sequence[Sequence[Tokens]], keep: int) -> torch.Tensor:
         """Logits at the last positions of every sequence.
 

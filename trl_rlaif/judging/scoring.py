@@ -55,7 +55,11 @@ class ContinuationScorer:
 
     @torch.no_grad()
     def __call__(self, groups: Sequence[Sequence[Tokens]]) -> torch.Tensor:
-        """log P(continuation | context): (contexts, K) float32, nats, on the CPU, group by group.
+        """As ``logprobs``, without gradients, on the CPU."""
+        return self.logprobs(groups).cpu()
+
+    def logprobs(self, groups: Sequence[Sequence[Tokens]]) -> torch.Tensor:
+        """log P(continuation | context): (contexts, K) float32, nats, group by group, with gradients if they are on.
 
         A continuation's log-probability is the sum over its tokens. Continuations
         that share a beginning, such as "1" and "10", share a sequence.
@@ -66,14 +70,13 @@ class ContinuationScorer:
         logits = self._packed.logits(groups, self._keep) if packs else self._padded(groups)
         keep, prefixes = self._keep, self._prefixes
         logprobs = logits.float().log_softmax(-1).view(-1, len(prefixes), keep, logits.shape[-1])
-        result = torch.zeros(len(logprobs), len(self.continuations), device=logprobs.device)
-        for k, continuation in enumerate(self.continuations):
+        result = []
+        for continuation in self.continuations:
             body = tuple(continuation[:-1])
             row = next(i for i, prefix in enumerate(prefixes) if prefix[: len(body)] == body)
-            for j, token in enumerate(continuation):
-                position = keep - 1 - len(prefixes[row]) + j
-                result[:, k] += logprobs[:, row, position, token]
-        return result.cpu()
+            first = keep - 1 - len(prefixes[row])
+            result.append(sum(logprobs[:, row, first + j, token] for j, token in enumerate(continuation)))
+        return torch.stack(result, 1)
 
     def _padded(self, groups: Sequence[Sequence[Tokens]]) -> torch.Tensor:
         """Padded on the right: no token sees what comes after it, and a recurrent state has read nothing before it."""

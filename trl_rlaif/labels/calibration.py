@@ -13,7 +13,7 @@ from scipy.optimize import minimize
 from scipy.special import expit, log_expit, logsumexp
 
 from trl_rlaif.errors import UserError
-from trl_rlaif.evaluation import agreement, calibration_error
+from trl_rlaif.evaluation import agreement, calibration_error, standard_error
 from trl_rlaif.evaluation.intervals import cluster_index
 
 # Fewer say nothing about a temperature.
@@ -149,7 +149,6 @@ def cross_validate(
         after.append(p)
     before = [np.array([row["p"] for row in rows])]
     fallen = np.mean(log_losses(before, human), axis=0) - np.mean(log_losses(after, human), axis=0)
-    of_prompts = np.bincount(index, fallen - fallen.mean())
     return {
         name: {
             "log_loss": float(np.mean(log_losses(found, human))),
@@ -159,7 +158,7 @@ def cross_validate(
         for name, found in (("before", before), ("after", after))
     } | {
         "gain": float(fallen.mean()),
-        "standard_error": float(np.sqrt((of_prompts**2).sum() * count / (count - 1))) / len(rows),
+        "standard_error": standard_error(fallen, index.tolist()),
     }
 
 

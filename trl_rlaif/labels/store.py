@@ -95,6 +95,10 @@ class LabelStore:
         if self.broken > _NAMED:
             say(f"Warning: {path}: {self.broken - _NAMED} more lines are damaged.")
 
+    def of_setup(self, setup: str) -> dict[str, LabelRow]:
+        """The labels of one label key by ``pair_key``; ``setup`` is ``LabelKey.key``."""
+        return {pair: row for (of, pair), row in self._rows.items() if of == setup}
+
     def find(self, label_key: LabelKey, pairs: Iterable[Pair]) -> dict[str, LabelRow]:
         """Labels that are known, by the pairs' ids."""
         found = {pair.id: self._rows.get((label_key.key, pair_key(pair))) for pair in pairs}

@@ -9,13 +9,14 @@ from typing import Any
 from trl_rlaif.memory.counting import ModelShape
 from trl_rlaif.memory.plan import MemoryPlan, plan_memory
 from trl_rlaif.memory.settings import rl_batch, setting, with_settings
+from trl_rlaif.pipeline.stages import STAGES
 from trl_rlaif.recipe import Recipe
 
 # What the cards are sold as, in GB.
 CARDS = (8, 12, 16, 24, 48, 80)
 # Of which the driver, error correction and often a display take some.
 _USABLE = 0.97
-TRAINED = ("sft", "reward", "rl")
+TRAINED = tuple(name for name, stage in STAGES.items() if stage.trains)
 _SHORTEST_RESPONSE = 32
 
 Changes = dict[tuple[str, str], Any]

@@ -30,6 +30,8 @@ CLUSTERS = "clusters.json"  # data.clusters: their centres, and what they were f
 SFT = "sft"  # adapter
 PAIRS = "pairs.jsonl"  # PairRow
 PARTIAL_PAIRS = "pairs.partial.jsonl"  # DrawnRow, while the stage sample runs
+JUDGE = "judge"  # adapter
+LESSONS = "lessons.jsonl"  # LessonRow
 PREFERENCES = "preferences"  # dataset in TRL's format, with p
 REWARD = "reward"  # adapter with a score head, and the state of its transforms
 REWARD_SCORES = "reward_scores.jsonl"  # ScoreRow
@@ -123,6 +125,19 @@ class DrawnRow(TypedDict, total=False):
     redraws: int
     responses: int
     ended: int
+
+
+class LessonRow(TypedDict, total=False):
+    """A pair whose better response is known: what the judge was taught, or what it was tried on."""
+
+    prompt: PromptLike
+    response_1: str
+    response_2: str
+    p: float  # that response_1 is the better one
+    source: str  # people, labels, or the kind of contrast
+    held_out: bool
+    before: float | None  # of what is held out: the judge's own p, untaught and taught
+    after: float | None
 
 
 class _LabelRow(TypedDict, total=False):
@@ -235,6 +250,28 @@ class SampleResults(TypedDict, total=False):
     dropped: dict[str, int]
     redrawn: int
     ended: float | None
+    seconds: float
+
+
+class JudgeResults(TypedDict, total=False):
+    """Of judge: whether what was taught is ``used``, and why not.
+
+    ``sources`` has by source, and for ``all`` together, how many pairs were ``taught`` and ``held_out``, and the
+    figures of the latter ``before`` and ``after``. ``gain`` is how much their log-loss fell, in nats a pair.
+    """
+
+    judge: str
+    labeler: str
+    taught: int
+    held_out: int
+    skipped: dict[str, int]
+    used: bool
+    reason: str | None
+    gain: float
+    standard_error: float | None
+    best_step: int | None
+    steps: int
+    sources: dict[str, dict[str, Any]]
     seconds: float
 
 
@@ -354,6 +391,7 @@ class Results(TypedDict, total=False):
 
     sft: SftResults
     sample: SampleResults
+    judge: JudgeResults
     label: LabelResults
     reward: RewardResults
     rl: RlResults

@@ -11,7 +11,7 @@ CHECKPOINTING = "gradient_checkpointing"
 # The planner's peaks are within a tenth of what autograd keeps (tests/memory).
 _SAFE = 0.9
 # What says how long the rows of a stage may be. Without it the planner can but assume a length.
-_LENGTHS = {"sft": "max_length", "reward": "max_length", "rl": "max_prompt_length"}
+_LENGTHS = {"sft": "max_length", "judge": "max_length", "reward": "max_length", "rl": "max_prompt_length"}
 
 
 def settle_checkpointing(recipe: Recipe, stage: str) -> Recipe:

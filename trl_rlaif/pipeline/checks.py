@@ -38,8 +38,23 @@ def check_prompts(recipe: Recipe, plugins: Plugins) -> None:
                     plugins.registry.create("labeler", labeler.name, labeler.options).check_prompt(prompt)
         except UserError as error:
             problems += [Problem(p.what, p.where or recipe.line(key), p.fix) for p in error.problems]
+    problems += _teaching_problems(recipe, plugins)
     if problems:
         raise UserError.from_problems(list(dict.fromkeys(problems)))
+
+
+def _teaching_problems(recipe: Recipe, plugins: Plugins) -> Iterator[Problem]:
+    """What a labeler lacks whose judge shall be taught."""
+    if recipe.judge is None:
+        return
+    ref, where = recipe.teaching_labeler, recipe.line(("label", "labeler"))
+    labeler = plugins.registry.create("labeler", ref.name, ref.options)
+    if not labeler.candidates:
+        what = f"'judge' cannot teach the questions of the labeler '{ref.name}': it does not say what they are."
+        yield Problem(what, where, "Choose a labeler with candidates, such as distilled, or leave out 'judge'.")
+    if ref.options.get("thinking"):
+        what = f"'judge' teaches answers without a rationale, and '{ref.name}' has the judge think first."
+        yield Problem(what, where, "Set thinking: false, or leave out 'judge'.")
 
 
 def _prompts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, ComponentRef | None]]:
@@ -49,6 +64,9 @@ def _prompts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, ComponentRe
         yield ("label", "prompt"), label.prompt, label.labeler
         for name, of in label.compare.items():
             yield ("label", "compare", name, "prompt"), of.prompt or label.prompt, of.labeler or label.labeler
+    if recipe.judge:
+        key = "judge" if recipe.judge.prompt else "label"
+        yield (key, "prompt"), recipe.teaching_prompt, recipe.teaching_labeler
     if recipe.rl and "direct" in recipe.rl.reward_names:
         options = label.labeler.options if label and label.labeler.name == "direct" else {}
         prompt = label.prompt if label else "general"

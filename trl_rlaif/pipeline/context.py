@@ -29,6 +29,7 @@ from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.artifacts import PairRow
 from trl_rlaif.pipeline.categories import categorized
 from trl_rlaif.pipeline.checkpointing import CHECKPOINTING, settle_checkpointing
+from trl_rlaif.pipeline.inputs import digest
 from trl_rlaif.pipeline.machine import machine_of, settled
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.stages import STAGES
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
     from trl_rlaif.components import Labeler
+    from trl_rlaif.models.shared_model import SharedBase
 
 P = TypeVar("P", Prompt, Pair)
 
@@ -183,36 +185,67 @@ class Context:
         )
 
     def judge(
-        self, section: str | JudgeSection | ServerJudgeSection, prompt: str, base: Any = None, **options: Any
+        self, section: str | JudgeSection | ServerJudgeSection, prompt: str, shared: SharedBase | None = None
     ) -> Judge:
-        """The judge that a section names; ``same`` is the base itself.
+        """The judge that a section names; ``same`` is the base itself, ``taught`` what the stage judge made.
 
         Args:
             section: The judge.
             prompt: Name or folder of its prompt.
-            base: The base where it is already loaded, for ``same``.
-            options: LocalJudge's.
+            shared: The base where it is already loaded, with the roles of others.
         """
-        template = JudgePrompt.load(prompt_folder(prompt))
         if isinstance(section, ServerJudgeSection):
             server = Server(**section.model_dump(exclude={"backend", "path"}))
-            return RemoteJudge(section.path, template, server)
-        if self.recipe.label:
-            settings = {"batch_tokens": self.recipe.label.batch_tokens, "precision": self.recipe.label.precision}
-            options = settings | options
+            return RemoteJudge(section.path, JudgePrompt.load(prompt_folder(prompt)), server)
+        taught = section == "taught"
+        own = self.recipe.judge.model if taught else section
+        if isinstance(own, str) and shared is not None:
+            role = self._taught_role(shared) if taught else None
+            return self._local_judge(own, prompt, shared.model, context=lambda: shared.role(role))
+        model = self._judge_model(own)
+        return self._local_judge(own, prompt, self._with_taught(model) if taught else model)
+
+    def untaught_judge(self) -> LocalJudge:
+        """The judge that the stage judge teaches, loaded."""
+        section = self.recipe.judge.model
+        return self._local_judge(section, self.recipe.teaching_prompt, self._judge_model(section))
+
+    def _judge_model(self, section: str | JudgeSection) -> PreTrainedModel:
         if isinstance(section, str):
-            model, tokenizer, name = (
-                base if base is not None else self.load_base(),
-                self.tokenizer,
-                self.recipe.model.path,
-            )
-        else:
-            spec = _spec(section)
-            model = load_model(spec).eval().requires_grad_(False)
-            model = model if spec.quantization == "nf4" else model.to(_device())
-            tokenizer, name = self._judge_tokenizer(section), section.path
-            options = {"chat_template_kwargs": section.chat_template_kwargs} | options
-        return LocalJudge(model, tokenizer, template, name, **options)
+            return self.load_base()
+        spec = _spec(section)
+        model = load_model(spec).eval().requires_grad_(False)
+        return model if spec.quantization == "nf4" else model.to(_device())
+
+    def _local_judge(
+        self, section: str | JudgeSection, prompt: str, model: PreTrainedModel, **options: Any
+    ) -> LocalJudge:
+        if self.recipe.label:
+            options |= {"batch_tokens": self.recipe.label.batch_tokens, "precision": self.recipe.label.precision}
+        if not isinstance(section, str):
+            options["chat_template_kwargs"] = section.chat_template_kwargs
+        name = self.recipe.model.path if isinstance(section, str) else section.path
+        template = JudgePrompt.load(prompt_folder(prompt))
+        return LocalJudge(model, self._judge_tokenizer(section), template, name, **options)
+
+    @property
+    def taught_adapter(self) -> Path | None:
+        """What the stage judge has taught; None where that did not help, and the judge is asked as it is."""
+        return self.folder / artifacts.JUDGE if self.folder.results_of("judge").get("used") else None
+
+    def _taught_role(self, shared: SharedBase) -> str | None:
+        if self.taught_adapter is None:
+            return None
+        if "judge" not in shared.peft.peft_config:
+            shared.load_adapter("judge", self.taught_adapter)
+        return "judge"
+
+    def _with_taught(self, model: PreTrainedModel) -> PreTrainedModel:
+        if self.taught_adapter is None:
+            return model
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(model, str(self.taught_adapter)).eval().get_base_model()
 
     # ---- Labeling -------------------------------------------------------------------------------------
 
@@ -228,7 +261,9 @@ class Context:
 
     def label_key(self, task: LabelTask) -> LabelKey:
         """What determines a task's labels. No model is loaded."""
-        judge = task.judge
+        judge, adapter = task.judge, None
+        if judge == "taught":
+            judge, adapter = self.recipe.judge.model, self.taught_adapter
         if isinstance(judge, ServerJudgeSection):
             name = judge.path
             listed = 20 if judge.top_logprobs == "auto" else judge.top_logprobs  # or more, if need be
@@ -242,6 +277,10 @@ class Context:
             revision += _told((self.recipe.model if isinstance(judge, str) else judge).chat_template_kwargs)
             if has_date(self._judge_tokenizer(judge)):
                 revision += f" {self.date}"
+            if adapter is not None:
+                from trl_rlaif.models.shared_model import ADAPTER_FILE
+
+                revision += f" {digest(str(adapter / ADAPTER_FILE))}"
         prompt = JudgePrompt.load(prompt_folder(task.prompt))
         return LabelKey(task.labeler.name, dict(task.labeler.options), name, revision, prompt.revision)
 
@@ -313,9 +352,9 @@ class Context:
             say(f"{source}: {begun} of {len(items)} prompts end with an assistant turn. The responses continue it.")
         return items
 
-    def pairs(self) -> list[Pair]:
-        """The pairs of this run, from pairs.jsonl."""
-        rows = read_lines(self.folder / artifacts.PAIRS)
+    def pairs(self, folder: RunFolder | None = None) -> list[Pair]:
+        """The pairs of this run, or of another one's folder, from pairs.jsonl."""
+        rows = read_lines((folder or self.folder) / artifacts.PAIRS)
         known = PairRow.__annotations__
         return [
             Pair(**{k: row.get(k) for k in known}, extra={k: v for k, v in row.items() if k not in known})

@@ -103,7 +103,7 @@ def _reward(context: Context, name: str, shared: SharedBase) -> Any:
     labeled_so = section is not None and section.labeler.name == "direct"
     options = section.labeler.options if labeled_so else {}
     labeler = context.create_labeler(ComponentRef("direct", options, where))
-    labeler.judge = context.judge(judge, prompt, shared.model, context=lambda: shared.role(None))
+    labeler.judge = context.judge(judge, prompt, shared)
     return labeler
 
 

@@ -20,6 +20,7 @@ from trl_rlaif.recipe.sections import (
     SampleSection,
     ServerJudgeSection,
     SftSection,
+    TeachingSection,
 )
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "RunSection",
     "SampleSection",
     "SftSection",
+    "TeachingSection",
     "ServerJudgeSection",
     "packaged_recipes",
     "parse_recipe",

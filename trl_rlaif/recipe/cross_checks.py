@@ -20,6 +20,7 @@ def check_together(source: Source) -> None:
         _check_selectors(source)
     if "evaluate" in present:
         _check_evaluate(source, present)
+    _check_taught(source, present)
 
 
 def _check_pairs(source: Source, present: set[Any]) -> None:
@@ -33,6 +34,26 @@ def _check_pairs(source: Source, present: set[Any]) -> None:
         source.report(("label",), "'label' has no pairs to judge.", "Add 'sample', or set data.pairs.")
     if "reward" in present:
         _check_preferences(source, present, "reward", "reward")
+
+
+def _check_taught(source: Source, present: set[Any]) -> None:
+    """A taught judge needs the stage that teaches it, and contrasts need responses."""
+    asked = [("label", "judge"), ("evaluate", "judge")]
+    for section, key in (("label", "compare"), ("evaluate", "judges")):
+        several = _value(source, section, key)
+        asked += [(section, key, name, "judge") for name in several] if isinstance(several, dict) else []
+    for path in asked:
+        value: Any = source.data
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        if value == "taught" and "judge" not in present:
+            source.report(path, "the judge is 'taught', and the recipe has no 'judge' that teaches it.", "Add 'judge'.")
+    if "judge" not in present:
+        return
+    contrasts = _value(source, "judge", "contrasts")
+    if contrasts != [] and "sample" not in present and _value(source, "data", "pairs") is None:
+        what = "'judge' has no responses to make contrasts of."
+        source.report(("judge",), what, "Add 'sample', set data.pairs, or set judge.contrasts to [].")
 
 
 def _check_preferences(source: Source, present: set[Any], section: str, who: str) -> None:

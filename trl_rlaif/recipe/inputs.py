@@ -51,6 +51,12 @@ def read_calibration(recipe: Recipe) -> Loaded[Pair]:
     return load_pairs(recipe.label.calibration, seed=recipe.run.seed, columns=columns, scored=scored)
 
 
+def read_judged(recipe: Recipe) -> Loaded[Pair]:
+    """The pairs of ``judge.pairs``."""
+    columns, scored = recipe.data.columns_of("judge"), recipe.data.scored_pairs
+    return load_pairs(recipe.judge.pairs, seed=recipe.run.seed, columns=columns, scored=scored)
+
+
 def read_finetuning(recipe: Recipe, chat: bool = True) -> list[dict[str, Any]]:
     """The rows of ``sft.data``, for a model with a chat template or without."""
     return load_finetuning(recipe.sft.data, names=recipe.data.columns_of("sft"), chat=chat)
@@ -162,6 +168,8 @@ def _sources(recipe: Recipe) -> Iterator[tuple[str, str, Callable[[], Any]]]:
         yield "data.prompts", data.prompts, partial(read_prompts, recipe, data.prompts)
     if data.pairs:
         yield "data.pairs", data.pairs, partial(read_pairs, recipe)
+    if recipe.judge and recipe.judge.pairs:
+        yield "judge.pairs", recipe.judge.pairs, partial(read_judged, recipe)
     if recipe.label and recipe.label.calibration:
         yield _CALIBRATION, recipe.label.calibration, partial(read_calibration, recipe)
     if rl and rl.rehearsal:

@@ -19,6 +19,7 @@ from trl_rlaif.recipe.paths import PathFinder, find_recipe
 from trl_rlaif.recipe.sections import (
     SECTIONS,
     ComponentLookup,
+    ComponentRef,
     DataSection,
     EvaluateSection,
     LabelSection,
@@ -29,6 +30,7 @@ from trl_rlaif.recipe.sections import (
     RunSection,
     SampleSection,
     SftSection,
+    TeachingSection,
     plain,
 )
 from trl_rlaif.recipe.source import KeyPath, Source, apply_overrides, read_source
@@ -55,6 +57,7 @@ class Recipe:
     data: DataSection
     sft: SftSection | None = None
     sample: SampleSection | None = None
+    judge: TeachingSection | None = None
     label: LabelSection | None = None
     reward: RewardSection | None = None
     rl: RlSection | None = None
@@ -68,6 +71,28 @@ class Recipe:
     def evaluation_prompt(self) -> str:
         """Name or folder of what the main judge of ``evaluate`` is asked: that of ``label`` where it names none."""
         return self.evaluate.prompt or (self.label.prompt if self.label else "general")
+
+    @property
+    def teaching_prompt(self) -> str:
+        """Name or folder of what the judge is taught to answer: that of ``label`` where ``judge`` names none."""
+        return self.judge.prompt or (self.label.prompt if self.label else "general")
+
+    @property
+    def teaching_labeler(self) -> ComponentRef:
+        """The labeler whose questions the judge is taught."""
+        return self.label.labeler if self.label else ComponentRef("distilled")
+
+    def asks_taught(self, *sections: str) -> bool:
+        """Whether one of the sections ``label``, ``rl`` and ``evaluate`` asks the judge that the stage judge taught."""
+        label, evaluate = self.label, self.evaluate
+        asked: list[Any] = []
+        if "label" in sections and label:
+            asked += [label.judge, *(compared.judge for compared in label.compare.values())]
+        if "rl" in sections and label and self.rl and "direct" in self.rl.reward_names:
+            asked.append(label.judge)
+        if "evaluate" in sections and evaluate:
+            asked += [evaluate.judge, *(further.judge for further in evaluate.judges.values())]
+        return "taught" in asked
 
     def line(self, key_path: KeyPath) -> str:
         """``file:line`` of a key such as ``("rl", "kl_coef")``, or of what is nearest around it."""

@@ -133,6 +133,14 @@ class PathFinder:
             raise UserError(f"the prompt '{name}' has no file {missing[0]}, which ratings need.")
         return found
 
+    def run_folder(self, name: str) -> str:
+        """The absolute path of a run's folder that has labels."""
+        found = self.find(name)
+        if found is None or not (found / "labels.jsonl").is_file():
+            what = f"there is no folder '{name}'" if found is None else f"the folder '{name}' has no labels.jsonl"
+            raise UserError(f"{what}.", fix="Write the folder of a run whose stage label has ended.")
+        return str(found)
+
     def policy(self, name: str) -> str:
         """An entry of ``reward.policies``."""
         return name if name == "base" else self.model(name)

@@ -26,12 +26,14 @@ from trl_rlaif.algorithms import ALGORITHMS
 from trl_rlaif.data import COLUMNS, PairFormat, ScoredPairs
 from trl_rlaif.errors import UserError
 from trl_rlaif.recipe.formatting import nearest_or_all, shown
+from trl_rlaif.teaching import KINDS as CONTRASTS
+from trl_rlaif.teaching import Contrast
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 # Whose columns may be named apart: the keys of ``data``, and data that other sections name.
-SOURCES = ("prompts", "eval_prompts", "pairs", "sft", "calibration", "rehearsal")
+SOURCES = ("prompts", "eval_prompts", "pairs", "sft", "judge", "calibration", "rehearsal")
 
 # The name of an evaluated set whose prompts the start is good at.
 FORGET_SET = "forget"
@@ -313,15 +315,16 @@ class ServerJudgeSection(Section):
 def _judge_form(value: Any) -> str:
     if isinstance(value, ServerJudgeSection) or (isinstance(value, dict) and value.get("backend") == "openai"):
         return "<server>"
-    return "<model>" if isinstance(value, dict | JudgeSection) else "<same>"
+    return "<model>" if isinstance(value, dict | JudgeSection) else "<own>"
 
 
 Judge = Annotated[
-    Annotated[Literal["same"], Tag("<same>")]
+    Annotated[Literal["same", "taught"], Tag("<own>")]
     | Annotated[JudgeSection, Tag("<model>")]
     | Annotated[ServerJudgeSection, Tag("<server>")],
     Discriminator(_judge_form),
 ]
+_JUDGES = "'same' asks the run's own base, 'taught' what the stage judge made of it; a mapping names another model."
 
 
 class DataSection(Section):
@@ -380,6 +383,39 @@ class SampleSection(Section):
     seed: int | None = Field(None, ge=0, le=2**31 - 1, description="Seed of sampling; null takes run.seed.")
 
 
+class TeachingSection(Section):
+    """``judge``: an adapter that teaches a judge, from pairs whose better response is known. Other keys are
+    TrainingArguments'."""
+
+    model: Annotated[
+        Annotated[Literal["same"], Tag("<own>")] | Annotated[JudgeSection, Tag("<model>")],
+        Discriminator(lambda value: "<model>" if isinstance(value, dict | JudgeSection) else "<own>"),
+    ] = Field("same", description="The judge to teach: 'same' is the run's own base; a mapping names another model.")
+    prompt: PromptFolder | None = Field(None, description="A prompt as in label; null takes label's.")
+    contrasts: list[Contrast] = Field(
+        default_factory=lambda: list(CONTRASTS),
+        description="Pairs made of the responses in pairs.jsonl, of which one was spoiled; an empty list makes none.",
+    )
+    max_contrasts: int = Field(400, ge=1, description="Contrasts at most.")
+    pairs: DataPath | None = Field(None, description="Pairs that people judged: a file, a folder or a Hub id.")
+    labels: Annotated[Text, Named("run_folder")] | None = Field(
+        None, description="A run's folder, whose pairs.jsonl and labels.jsonl hold what another judge said."
+    )
+    eval_fraction: Number = Field(
+        0.2, gt=0, le=0.9, description="Share of the prompts held out, to stop in time and to see whether it helps."
+    )
+    evaluations: int = Field(4, ge=1, description="Times that the loss on what is held out is measured on the way.")
+    patience: int = Field(2, ge=1, description="Training ends after so many of these without a lower loss.")
+    max_length: int | None = Field(None, ge=1, description="Longest question in tokens; null: the judge's context.")
+    config: dict[str, Any] = Field(default_factory=dict, description="Fields of transformers.TrainingArguments.")
+
+    @model_validator(mode="after")
+    def _has_source(self) -> TeachingSection:
+        if not self.contrasts and self.pairs is None and self.labels is None:
+            raise ValueError("There is nothing to learn from: name contrasts, pairs or labels.")
+        return self
+
+
 class ComparedSection(Section):
     """Another labeler beside the main one; what it leaves out is the main one's."""
 
@@ -392,7 +428,7 @@ class LabelSection(Section):
     """``label``: preferences from a judge."""
 
     labeler: Component = Field(ComponentRef("distilled"), description="The labeler, with its options.")
-    judge: Judge = Field("same", description="'same' asks the run's own base; a mapping names another model.")
+    judge: Judge = Field("same", description=_JUDGES)
     prompt: PromptFolder = Field("general", description="A packaged prompt's name, or a prompt folder.")
     batch_tokens: int = Field(2048, ge=1, description="Tokens that the judge computes at once.")
     precision: Literal["auto", "highest", "high", "medium"] = Field(
@@ -487,7 +523,7 @@ class FurtherJudgeSection(Section):
 class EvaluateSection(Section):
     """``evaluate``: the trained policy against the start."""
 
-    judge: Judge = Field("same", description="'same' asks the run's own base; a mapping names another model.")
+    judge: Judge = Field("same", description=_JUDGES)
     prompt: PromptFolder | None = Field(None, description="A prompt as in label; null takes label's.")
     judges: dict[Annotated[str, AfterValidator(judge_name)], FurtherJudgeSection] = Field(
         default_factory=dict,
@@ -531,6 +567,7 @@ class ReportSection(Section):
 STAGE_SECTIONS: dict[str, type[Section]] = {
     "sft": SftSection,
     "sample": SampleSection,
+    "judge": TeachingSection,
     "label": LabelSection,
     "reward": RewardSection,
     "rl": RlSection,

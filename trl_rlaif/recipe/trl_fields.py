@@ -21,6 +21,7 @@ from trl_rlaif.recipe.source import Source
 
 CONFIG_CLASSES = {
     "sft": ("trl", "SFTConfig"),
+    "judge": ("transformers", "TrainingArguments"),
     "reward": ("trl", "RewardConfig"),
     "rl": ("trl_rlaif.rl.ppo.config", "PPOConfig"),
 }
@@ -60,12 +61,18 @@ _ONLY: dict[str, tuple[Any, str]] = {
     "eval_on_start": (False, _NOTHING_HELD_OUT),
     "load_best_model_at_end": (False, _NOTHING_HELD_OUT),
 }
+_MEASURED = "judge.evaluations and judge.patience say how often it is measured and saved, and when it ends"
+_STOPS = (
+    "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "save_strategy", "save_steps", "save_total_limit",
+    "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
+)  # fmt: skip
 # Values that cannot be used in a section, and why.
 _NOT_IN: dict[tuple[str, str], tuple[Any, str]] = {
     **dict.fromkeys((("sft", "save_strategy"), ("reward", "save_strategy"), ("rl", "save_strategy")),
                     ("best", _NOTHING_HELD_OUT)),
     ("rl", "train_sampling_strategy"): ("group_by_length", "its rows have no length to group by"),
     ("rl", "remove_unused_columns"): (True, "rewards are given the columns of the prompts"),
+    ("judge", "remove_unused_columns"): (True, "its rows are questions"),
 }  # fmt: skip
 
 
@@ -90,6 +97,8 @@ def take_config(section: str, keys: dict[Any, Any], source: Source) -> None:
         path, owner = (section, key), f"section '{section}'"
         if key in _SET_BY_US and (key in hints or key == "logging_dir"):
             source.report(path, f"'{key}' cannot be set in {owner}.", f"Remove it: {_SET_BY_US[key]}.")
+        elif section == "judge" and key in _STOPS:
+            source.report(path, f"'{key}' cannot be set in {owner}.", f"Remove it: {_MEASURED}.")
         elif key not in hints:
             fix = did_you_mean(str(key), [*own, *hints])
             classes = " and ".join(name for _, name in _classes(section, algorithm))

@@ -21,6 +21,7 @@ from trl_rlaif.report.parsing import spread
 from trl_rlaif.report.rehearsal_figures import rehearsal_part
 from trl_rlaif.report.run_data import MAX_SAMPLES, Run, read_run
 from trl_rlaif.report.score_figures import score_part
+from trl_rlaif.report.teaching_figures import teaching_part
 
 if TYPE_CHECKING:
     import jinja2
@@ -90,6 +91,7 @@ def run_page(run: Run) -> dict[str, Any]:
         "warnings": warnings.warnings(run, sets, judged),
         "stages": summary.stage_rows(run),
         "sft": sft_part(run),
+        "teaching": teaching_part(run),
         "labels": label_part(run),
         "reward": reward_part(run),
         "scores": score_part(run),

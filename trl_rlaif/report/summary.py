@@ -280,13 +280,16 @@ def kl_last(run: Run) -> float | None:
     return points[-1][1] if value is None and points else value
 
 
+_OPTIONAL = ("sft", "judge")
+
+
 def stage_rows(run: Run) -> list[StageRow]:
     """A row for each stage that the recipe has or that left something behind."""
     rows = []
     for stage in STAGES[:-1]:  # without the report itself
         result = section(run.results, stage)
         started = _evidence(run, stage)
-        if stage == "sft" and not (result or started or "sft" in run.recipe):
+        if stage in _OPTIONAL and not (result or started or stage in run.recipe):
             continue
         state = "done" if result else ("ran" if stage == "sft" else "not finished") if started else "not run"
         did = _did(stage, result) if result else started
@@ -319,6 +322,10 @@ def _did(stage: str, result: dict[str, Any]) -> str:
         share = number(result.get("ended"))
         ended = f"{percent(share)} of the responses ended by themselves" if share is not None else ""
         parts = [amount("prompts", "prompt"), amount("pairs", "pair"), again, ended]
+    elif stage == "judge":
+        held_out, used = number(result.get("held_out")), result.get("used") is True
+        parts = [amount("taught", "pair"), f"{count(held_out)} held out" if held_out is not None else ""]
+        parts.append("" if used else "not used")
     elif stage == "label":
         confidence = number(result.get("mean_confidence"))
         labeled, pairs = number(result.get("labeled")), number(result.get("pairs"))

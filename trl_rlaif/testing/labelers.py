@@ -8,14 +8,21 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import torch
+
 from trl_rlaif.components import Labeler
 from trl_rlaif.data import Pair
-from trl_rlaif.judging.judge import Judge
+from trl_rlaif.judging.judge import Group, Judge
+from trl_rlaif.judging.prompt import JudgePrompt
+from trl_rlaif.judging.question import Answer
 from trl_rlaif.testing.checks import Subject, same
 from trl_rlaif.testing.data import make_pairs, make_ragged_pairs, make_rollout
 from trl_rlaif.testing.judges import ScriptedJudge
 from trl_rlaif.types import Label
 from trl_rlaif.validation import checked_labels
+
+# Steps of the optimizer that looks for the answers which a label asks for, and how near the label must come.
+_STEPS, _CLOSE = 300, 0.02
 
 
 def check_labeler(
@@ -28,7 +35,7 @@ def check_labeler(
 
     One label a pair, probabilities in [0, 1] as plain numbers, what is done left out, each label the same in every
     run and whatever else is labeled, pairs as they were, ragged pairs labeled or skipped with a reason. One that is
-    callable is checked as a reward function too.
+    callable is checked as a reward function too, and one with ``candidates`` for what the stage judge needs of it.
 
     Args:
         labeler: An instance, whose options are taken, or a class whose options all have defaults.
@@ -45,8 +52,22 @@ def check_labeler(
     check.alone(labels)
     check.empty()
     check.ragged()
+    if check.subject.fresh().candidates:
+        check.teaching()
     if callable(check.subject.fresh()):
         check.reward_function()
+
+
+class _Answering(Judge):
+    """Gives these answers to every pair."""
+
+    def __init__(self, answers: list[Answer], prompt: JudgePrompt) -> None:
+        super().__init__(prompt, "answering")
+        self._answers = answers
+
+    def ask(self, groups: Sequence[Group], candidates: Sequence[str], **_: Any) -> Iterator[tuple[int, list[Answer]]]:
+        """The answers to the questions of each group."""
+        yield from ((index, self._answers) for index in range(len(groups)))
 
 
 class _Check:
@@ -117,6 +138,37 @@ class _Check:
         for id, label in first.items():
             if not same(label, second[id]):
                 self.fail(f"the label of {id!r} is another one {when}", fix)
+
+    def teaching(self) -> None:
+        """Its questions fit each other, and answers that lower its teaching loss bring the label to its target."""
+        labeler, prompt = self.subject.fresh(), self.judge().prompt
+        questions = [self.subject.call("questions()", partial(labeler.questions, pair, prompt)) for pair in self.pairs]
+        if len({len(of) for of in questions}) > 1 or not questions[0]:
+            self.fail("questions() asks about some pairs more often than about others", "Ask the same of every pair.")
+        if len({question.ending for of in questions for question in of}) > 1:
+            self.fail("questions() has several endings", "End all with the same text: candidates complete it.")
+        for target in (0.2, 0.9):
+            learned = self._learned(labeler, len(questions[0]), target)
+            answers = [Answer((tuple(row),)) for row in learned.tolist()]
+            label = next(iter(labeler.label(self.pairs[:1], _Answering(answers, prompt))))
+            if label.p is None or abs(label.p - target) > _CLOSE:
+                self.fail(
+                    f"answers that teaching_loss() brings to {target} make the label {label.p}",
+                    "Give a loss that is least where label() reads the target.",
+                )
+
+    def _learned(self, labeler: Labeler, questions: int, target: float) -> torch.Tensor:
+        """(questions, candidates), the normalized log-probabilities at which the teaching loss is least."""
+        logits = torch.zeros(1, questions, len(labeler.candidates), requires_grad=True)
+        optimizer, p = torch.optim.Adam([logits], lr=0.1), torch.tensor([target])
+        for _ in range(_STEPS):
+            optimizer.zero_grad()
+            loss = self.subject.call("teaching_loss()", partial(labeler.teaching_loss, logits.log_softmax(-1), p))
+            if not isinstance(loss, torch.Tensor) or loss.shape != (1,) or not loss.isfinite().all():
+                self.fail(f"teaching_loss() returns {loss!r} for one pair", "Return a finite tensor of shape (B,).")
+            loss.sum().backward()
+            optimizer.step()
+        return logits.detach().log_softmax(-1)[0]
 
     def reward_function(self) -> None:
         """With GRPOTrainer's signature: a finite number a completion, whichever form they have."""

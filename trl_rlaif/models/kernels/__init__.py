@@ -16,6 +16,7 @@ from torch import nn
 
 from trl_rlaif.models.kernels.attention import (
     PairRows,
+    fastest_attention,
     plain_attention,
     refuse_own_mask,
     refuse_unknown,
@@ -37,6 +38,7 @@ __all__ = [
     "PairRows",
     "Switch",
     "autocast",
+    "fastest_attention",
     "generation_kernels",
     "is_plain",
     "kernels",

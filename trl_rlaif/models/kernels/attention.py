@@ -115,7 +115,7 @@ def _attention(
     if not (usual and _is_slow(query) and length <= FLOAT32_UP_TO):
         kwargs |= {"dropout": dropout, "scaling": scaling}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return _fastest(query, key, value, attention_mask, dropout, scaling).transpose(1, 2).contiguous(), None
+    return fastest_attention(query, key, value, attention_mask, dropout, scaling).transpose(1, 2).contiguous(), None
 
 
 def _by_rows(
@@ -137,7 +137,7 @@ def _by_rows(
             if q.shape[2]:
                 k, v = (torch.cat((x[3 * i], x[3 * i + own]), 2) for x in (keys, values))
                 mask = rows.mask(q.shape[2], lengths[0] + lengths[own], window)
-                found.append(_fastest(q, k, v, mask, dropout, scaling))
+                found.append(fastest_attention(q, k, v, mask, dropout, scaling))
     return torch.cat([part.transpose(1, 2) for part in found], 1)
 
 
@@ -151,7 +151,7 @@ def _is_slow(query: torch.Tensor) -> bool:
     return _low(query) == torch.bfloat16 and used("cpu_attention", "cpu")
 
 
-def _fastest(
+def fastest_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -159,7 +159,18 @@ def _fastest(
     dropout: float,
     scaling: float | None,
 ) -> torch.Tensor:
-    """(B, H, Q, D) by the way that is the fastest for its length; no mask means that of a causal model."""
+    """Attention by the way that is the fastest to train for its length.
+
+    Args:
+        query: (B, H, Q, D).
+        key, value: (B, K, S, D); H is a multiple of K.
+        mask: (Q, S) or (B, 1, Q, S), bool or added to the scores; None is that of a causal model.
+        dropout: Of the probabilities.
+        scaling: Of the scores; None is 1 / sqrt(D).
+
+    Returns:
+        (B, H, Q, D), in what autocast computes, or else in the query's dtype.
+    """
     low, seen = _low(query), key.shape[2]
     scaling = scaling or query.shape[3] ** -0.5
     slow = _is_slow(query)

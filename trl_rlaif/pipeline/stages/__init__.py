@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from trl_rlaif import distributed
 from trl_rlaif.errors import UserError
 from trl_rlaif.pipeline.stages.evaluate import Evaluate
+from trl_rlaif.pipeline.stages.judge import Judge
 from trl_rlaif.pipeline.stages.label import Label
 from trl_rlaif.pipeline.stages.report import Report
 from trl_rlaif.pipeline.stages.reward import Reward
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from trl_rlaif.pipeline.stage import Stage
     from trl_rlaif.recipe import Recipe
 
-_IN_ORDER: tuple[Stage, ...] = (Sft(), Sample(), Label(), Reward(), Rl(), Evaluate(), Report())
+_IN_ORDER: tuple[Stage, ...] = (Sft(), Sample(), Judge(), Label(), Reward(), Rl(), Evaluate(), Report())
 STAGES = {stage.name: stage for stage in _IN_ORDER}
 
 

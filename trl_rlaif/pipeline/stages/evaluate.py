@@ -43,7 +43,8 @@ class Evaluate(Stage):
         return ("eval_prompts",)
 
     def after(self, recipe: Recipe) -> tuple[str, ...]:
-        return ("sft", "rl", "reward") if "reward" in recipe.rl.reward_names else ("sft", "rl")
+        taught = ("judge",) if recipe.asks_taught("evaluate") else ()
+        return ("sft", "rl", *taught, *(("reward",) if "reward" in recipe.rl.reward_names else ()))
 
     def summary(self, numbers: EvaluateResults) -> str:
         return "; ".join(
@@ -54,7 +55,7 @@ class Evaluate(Stage):
 
     def cost(self, recipe: Recipe, amounts: Amounts) -> float | None:
         """Responses of both policies, their rewards and NLLs, and the judge's questions."""
-        if recipe.evaluate.judge != "same" or recipe.evaluate.judges or recipe.evaluate.harmless:
+        if not isinstance(recipe.evaluate.judge, str) or recipe.evaluate.judges or recipe.evaluate.harmless:
             return None
         responses, response = recipe.evaluate.num_responses, longest_response(recipe)
         drawn = amounts.tokens + DRAWN * responses * response

@@ -39,7 +39,7 @@ class Label(Stage):
         return ("calibration",) if recipe.label.calibration else ()
 
     def after(self, recipe: Recipe) -> tuple[str, ...]:
-        return ("sample",)
+        return ("sample", "judge") if recipe.asks_taught("label") else ("sample",)
 
     def summary(self, numbers: LabelResults) -> str:
         bias = numbers["position_bias"]
@@ -54,7 +54,7 @@ class Label(Stage):
 
     def cost(self, recipe: Recipe, amounts: Amounts) -> float | None:
         response = recipe.sample.max_new_tokens if recipe.sample else amounts.tokens
-        if recipe.label.judge != "same" or recipe.label.compare or recipe.label.calibration:
+        if not isinstance(recipe.label.judge, str) or recipe.label.compare or recipe.label.calibration:
             return None
         # In both orders; what they share is computed once.
         return amounts.pairs * (amounts.tokens + QUESTION + 4 * response)

@@ -73,7 +73,9 @@ class Rl(Stage):
     def after(self, recipe: Recipe) -> tuple[str, ...]:
         if not ALGORITHMS[recipe.rl.algorithm].samples:
             return ("sft", "label" if recipe.label else "sample")
-        return ("sft", "reward") if self._uses_reward(recipe) else ("sft",)
+        asked = ("rl", "evaluate") if self._can_stop(recipe) else ("rl",)
+        taught = ("judge",) if recipe.asks_taught(*asked) else ()
+        return ("sft", *taught, "reward") if self._uses_reward(recipe) else ("sft", *taught)
 
     @staticmethod
     def _can_stop(recipe: Recipe) -> bool:

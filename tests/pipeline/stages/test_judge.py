@@ -1,0 +1,159 @@
+"""The stage judge on a tiny model: what it teaches, when it is used, and who is asked then."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+from helpers.judges import PARTS
+from helpers.recipes import WORDS, fingerprints, run_cli, tiny_recipe, write_recipe
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from trl_rlaif import UserError
+from trl_rlaif.files import read_lines
+from trl_rlaif.labels.store import LabelStore
+from trl_rlaif.pipeline.runner import run_recipe
+from trl_rlaif.plugins import installed_plugins
+
+LONG = "the quick brown fox jumps over the lazy dog. it is the capital of a country."
+NO_MORE = dict.fromkeys(("sample", "reward", "rl", "evaluate", "report"))
+TRAINED = {
+    "num_train_epochs": 12, "learning_rate": 2e-2, "per_device_train_batch_size": 4, "evaluations": 4, "patience": 4,
+}  # fmt: skip
+
+
+def make_pairs(count):
+    """Pairs whose better response is the long one, now here and now there."""
+    rows = []
+    for i in range(count):
+        responses = [f"the {WORDS[i % 10]}. {LONG}", f"no {WORDS[(i + 3) % 10]}"]
+        human = 1 + i % 2
+        one, other = responses if human == 1 else responses[::-1]
+        prompt = f"what is the {WORDS[i % 10]} {i}?"
+        rows.append({"id": f"p{i}", "prompt": prompt, "response_1": one, "response_2": other, "human": human})
+    return rows
+
+
+@pytest.fixture
+def recipe(tiny_model, tmp_path):
+    """A recipe on these pairs with these keys of the section judge."""
+    (tmp_path / "prompt").mkdir()
+    for name, text in PARTS.items():
+        (tmp_path / "prompt" / name).write_text(text)
+    rows = make_pairs(24)
+    for name, some in (("pairs.jsonl", rows[:8]), ("people.jsonl", rows[8:])):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in some))
+
+    def make(label=None, more=None, **section):
+        sections = NO_MORE | {"data": {"prompts": None, "eval_prompts": None, "pairs": "pairs.jsonl"}} | (more or {})
+        label = {"judge": "taught", "prompt": "prompt", "batch_tokens": 600, **(label or {})}
+        judge = {"contrasts": [], "pairs": "people.jsonl", "eval_fraction": 0.25, **TRAINED, **section}
+        return tiny_recipe(tmp_path, tiny_model, **sections, label=label, judge=judge)
+
+    return make
+
+
+def run(recipe, folder, **options):
+    return run_recipe(recipe, installed_plugins(), folder, resume=True, **options)
+
+
+def test_a_judge_is_taught_and_asked(recipe, tmp_path, tiny_model):
+    folder = run(recipe(label={"compare": {"plain": {"judge": "same"}}}), tmp_path / "out")
+    found = folder.results_of("judge")
+    assert found["used"] and found["reason"] is None and found["gain"] > 2 * found["standard_error"]
+    assert (found["taught"], found["held_out"]) == (12, 4)
+    people = found["sources"]["people"]
+    assert people == found["sources"]["all"] and people["held_out"] == 4
+    assert people["after"]["agreement"]["rate"] == 1.0 and people["after"]["log_loss"] < people["before"]["log_loss"]
+    assert people["after"]["position_bias"]["rate"] == 0.0
+
+    lessons = read_lines(folder / "lessons.jsonl")
+    assert Counter(row["held_out"] for row in lessons) == {False: 12, True: 4}
+    held_out = {row["prompt"] for row in lessons if row["held_out"]}
+    assert not held_out & {row["prompt"] for row in lessons if not row["held_out"]}
+
+    # The labels are the taught judge's, the comparison's the plain one's, and both are kept apart.
+    comparison = folder.results_of("label")["comparison"]
+    assert comparison["label"]["agreement"]["rate"] == 1.0 > comparison["plain"]["agreement"]["rate"]
+    store = LabelStore(folder / "labels.jsonl")
+    assert len({row["setup"] for row in read_lines(folder / "labels.jsonl")}) == 2 and not store.broken
+
+
+def test_the_adapter_is_one_that_peft_loads(recipe, tmp_path, tiny_model):
+    folder = run(recipe(), tmp_path / "out", only=["sample", "judge"])
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), str(folder / "judge"))
+    assert sum("lora_B" in name and bool(x.any()) for name, x in loaded.named_parameters()) > 4
+
+
+def test_what_does_not_help_is_not_used(recipe, tmp_path, capsys):
+    folder = run(recipe(learning_rate=1e-9, label={"compare": {"plain": {"judge": "same"}}}), tmp_path / "out")
+    found = folder.results_of("judge")
+    assert not found["used"] and "standard error" in found["reason"]
+    assert "is not used" in capsys.readouterr().err
+    # One judge, one key: nothing is asked twice.
+    assert len({row["setup"] for row in read_lines(folder / "labels.jsonl")}) == 1
+
+
+def test_contrasts_of_the_runs_own_responses(recipe, tmp_path):
+    folder = run(recipe(contrasts=["looping", "cut_off"], max_contrasts=12, pairs=None), tmp_path / "out")
+    found = folder.results_of("judge")
+    assert set(found["sources"]) == {"all", "looping", "cut_off"}
+    assert found["taught"] + found["held_out"] <= 12
+    own = {row[key] for row in read_lines(folder / "pairs.jsonl") for key in ("response_1", "response_2")}
+    lessons = read_lines(folder / "lessons.jsonl")
+    assert all({row["response_1"], row["response_2"]} & own for row in lessons)
+    prompts = [{row["prompt"] for row in lessons if row["held_out"] == side} for side in (True, False)]
+    assert prompts[0] and prompts[1] and not prompts[0] & prompts[1]
+
+
+def test_another_judges_stored_labels(recipe, tmp_path):
+    teacher = run(recipe(), tmp_path / "teacher")
+    student = run(recipe(pairs=None, labels=str(teacher.path)), tmp_path / "student")
+    rows = {row["pair"]: row["p"] for row in read_lines(teacher / "labels.jsonl")}
+    lessons = read_lines(student / "lessons.jsonl")
+    assert sorted(row["p"] for row in lessons) == sorted(rows.values()) and len(lessons) == 8
+    assert set(student.results_of("judge")["sources"]) == {"all", "labels"}
+
+
+def test_a_finished_stage_is_redone_when_what_it_is_made_from_changes(recipe, tmp_path):
+    before = fingerprints(recipe())
+    assert fingerprints(recipe(label={"batch_tokens": 500})) == before
+    for changed in ({"eval_fraction": 0.3}, {"learning_rate": 1e-3}, {"max_length": 300}):
+        after = fingerprints(recipe(**changed))
+        assert after["judge"] != before["judge"] and after["label"] != before["label"]
+    people = tmp_path / "people.jsonl"
+    rows = [json.loads(line) for line in people.read_text().splitlines()]
+    rows[0]["human"] = 3 - rows[0]["human"]
+    people.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert fingerprints(recipe())["judge"] != before["judge"]
+
+
+@pytest.mark.parametrize(
+    ("section", "label", "expected"),
+    [
+        ({"contrasts": [], "pairs": None}, {}, "nothing to learn from"),
+        ({"labels": "nowhere"}, {}, "no folder"),
+        ({"labels": "prompt"}, {}, "no labels.jsonl"),
+        ({"eval_strategy": "no"}, {}, "judge.evaluations"),
+        ({"model": {"backend": "openai", "path": "m"}}, {}, "'model.backend'"),
+        ({}, {"labeler": {"distilled": {"thinking": True}}}, "without a rationale"),
+    ],
+)
+def test_what_is_refused(recipe, tmp_path, monkeypatch, capsys, tiny_model, section, label, expected):
+    judge = {"contrasts": [], "pairs": "people.jsonl", **section}
+    data = {"prompts": None, "eval_prompts": None, "pairs": "pairs.jsonl"}
+    recipe()  # the files
+    path = write_recipe(
+        tmp_path, tiny_model, **NO_MORE, data=data, judge=judge, label={"judge": "taught", "prompt": "prompt", **label}
+    )
+    code, said = run_cli(monkeypatch, capsys, "check", path)
+    assert code == 2 and expected in said and "recipe.yaml:" in said
+
+
+def test_taught_without_the_stage_is_refused(recipe, tmp_path, tiny_model):
+    recipe()
+    data = {"prompts": None, "eval_prompts": None, "pairs": "pairs.jsonl"}
+    with pytest.raises(UserError, match="has no 'judge' that teaches it"):
+        tiny_recipe(tmp_path, tiny_model, **NO_MORE, data=data, label={"judge": "taught", "prompt": "prompt"})

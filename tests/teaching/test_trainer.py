@@ -1,0 +1,126 @@
+"""JudgeTrainer: its loss is the cross-entropy of what the labeler reads, and what it learns changes the labels."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers.judges import MODELS, TOKENIZERS, make_prompt
+from peft import LoraConfig, get_peft_model
+from transformers import TrainingArguments
+from trl_rlaif_direct import DirectLabeler
+from trl_rlaif_distilled import DistilledLabeler
+
+from trl_rlaif.judging.local import LocalJudge
+from trl_rlaif.models.shared_model import active_adapter
+from trl_rlaif.teaching.trainer import JudgeTrainer, tokenized
+from trl_rlaif.testing import make_pairs
+
+LABELERS = {"distilled": DistilledLabeler(), "one order": DistilledLabeler(orders="21"), "direct": DirectLabeler()}
+
+
+def make_judge(model="llama", tokenizer="split digits"):
+    torch.manual_seed(0)
+    return LocalJudge(MODELS[model](), TOKENIZERS[tokenizer](), make_prompt(), "tiny")
+
+
+def make_trainer(judge, labeler, pairs, p, folder, **arguments):
+    peft = get_peft_model(
+        judge.model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    )
+    rows, left_out = tokenized(pairs, p, labeler, judge)
+    assert not left_out
+    dataset = Dataset.from_list(rows)
+    ending = labeler.questions(pairs[0], judge.prompt)[0].ending
+    options = {"use_cpu": True, "report_to": "none", "remove_unused_columns": False, "disable_tqdm": True}
+    return JudgeTrainer(
+        peft,
+        TrainingArguments(str(folder), **options | arguments),
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        labeler=labeler,
+        candidates=judge.candidates(labeler.candidates, ending),
+        pad_id=judge.pad_id,
+    )
+
+
+def batch_of(trainer):
+    return trainer.data_collator([trainer.train_dataset[i] for i in range(len(trainer.train_dataset))])
+
+
+def plainly(judge, labeler, pairs, p):
+    """The mean loss in float64, each candidate's probability summed over the strings of tokens that spell it."""
+    total = 0.0
+    for pair, target in zip(pairs, p, strict=True):
+        answers = []
+        for question in labeler.questions(pair, judge.prompt):
+            ((_, (answer,)),) = judge.ask([[question]], labeler.candidates)
+            odds = [math.exp(x) for x in answer.logprobs[0]]
+            answers.append([x / sum(odds) for x in odds])
+        if isinstance(labeler, DirectLabeler):
+            first, second = answers
+            higher = sum(a * ((i > j) + (i == j) / 2) * b for i, a in enumerate(first) for j, b in enumerate(second))
+            total -= target * math.log(higher) + (1 - target) * math.log(1 - higher)
+        else:
+            orders = {"both": "12 21", "21": "21"}[labeler.options.orders].split()
+            for order, (one, two) in zip(orders, answers, strict=True):
+                right = target if order == "12" else 1 - target
+                total -= (right * math.log(one) + (1 - right) * math.log(two)) / len(orders)
+    return total / len(pairs)
+
+
+@pytest.mark.parametrize("labeler", LABELERS.values(), ids=LABELERS)
+@pytest.mark.parametrize("tokenizer", ["split digits", "joined digits"])
+def test_the_loss_is_the_cross_entropy_of_what_the_labeler_reads(tmp_path, labeler, tokenizer):
+    judge, pairs = make_judge(tokenizer=tokenizer), make_pairs()
+    p = [0.1 + 0.8 * i / len(pairs) for i in range(len(pairs))]
+    trainer = make_trainer(judge, labeler, pairs, p, tmp_path)
+    trainer.model.eval()
+    found = trainer.compute_loss(trainer.model, batch_of(trainer)).item()
+    assert found == pytest.approx(plainly(judge, labeler, pairs, p), abs=2e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "narrow window", "gpt2"])
+def test_packed_and_padded_questions_give_the_same_gradients(tmp_path, name):
+    judge, pairs = make_judge(name), make_pairs()
+    trainer = make_trainer(judge, DistilledLabeler(), pairs, [0.9] * len(pairs), tmp_path)
+    trainer.model.eval().double()
+    gradients = []
+    for packs in (trainer.scorer.packs, False):
+        trainer.scorer.packs = packs
+        trainer.model.zero_grad()
+        trainer.compute_loss(trainer.model, batch_of(trainer)).backward()
+        adapter = {n: x.grad.clone() for n, x in trainer.model.named_parameters() if x.requires_grad}
+        gradients.append(adapter)
+    packed, padded = gradients
+    assert packed.keys() == padded.keys() and len(packed) > 4
+    for key, value in packed.items():
+        assert torch.allclose(value, padded[key], rtol=1e-4, atol=1e-7 * padded[key].abs().max().item() + 1e-9), key
+
+
+@pytest.mark.parametrize("labeler", [DistilledLabeler(), DirectLabeler()], ids=["distilled", "direct"])
+def test_what_is_learned_is_what_the_labeler_says(tmp_path, labeler):
+    judge, pairs = make_judge(), make_pairs()
+    p = [0.85 if i % 2 else 0.15 for i in range(len(pairs))]
+    before = [label.p for label in sorted(labeler.label(pairs, judge), key=lambda label: label.id)]
+    arguments = {"max_steps": 60, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "save_strategy": "no"}
+    trainer = make_trainer(judge, labeler, pairs, p, tmp_path, **arguments)
+    base = {n: x.clone() for n, x in trainer.model.named_parameters() if not x.requires_grad}
+    trainer.train()
+    trainer.model.eval()
+    assert all(torch.equal(x, base[n]) for n, x in trainer.model.named_parameters() if not x.requires_grad)
+    targets = dict(zip((pair.id for pair in pairs), p, strict=True))
+    after = {label.id: label.p for label in labeler.label(pairs, judge)}
+    assert max(abs(after[id] - target) for id, target in targets.items()) < 0.1
+    with active_adapter(trainer.model, None):
+        again = [label.p for label in sorted(labeler.label(pairs, judge), key=lambda label: label.id)]
+    assert again == before
+
+
+def test_questions_longer_than_allowed_are_counted_and_left_out(tmp_path):
+    judge, pairs = make_judge(), make_pairs()
+    rows, _ = tokenized(pairs, [1.0] * len(pairs), DistilledLabeler(), judge)
+    longest = max(len(tokens) for row in rows for tokens in row["contexts"])
+    kept, left_out = tokenized(pairs, [1.0] * len(pairs), DistilledLabeler(), judge, longest)
+    assert left_out and len(kept) == len(pairs) - left_out
+    assert all(len(tokens) + 1 <= longest for row in kept for tokens in row["contexts"])
