@@ -1,0 +1,1 @@
+"""Rankings of several responses out of comparisons: strengths, and which comparison to ask next."""

@@ -1,0 +1,178 @@
+"""Strengths of K responses out of soft comparisons, with a position effect and intervals (Bradley and Terry 1952)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import expit
+
+# What is believed before the first answer, worth so many observations: answers as noisy as a coin's, and strengths with
+# a standard deviation of 1 nat.
+PRIOR_WEIGHT, PRIOR_DISPERSION, PRIOR_VARIANCE = 2.0, 1.0, 1.0
+# Standard deviation of the prior of the position effect in nats, as in trl_rlaif.labels.calibration.
+POSITION_PRIOR = 1.0
+# A judge that contradicts itself nowhere, or prefers nothing, would otherwise leave nothing to divide by.
+_LEAST = 1e-6
+# Newton's iteration ends where nothing moves further than this; a step further than so many nats is shortened.
+_TOLERANCE, _MOST_STEPS, _LONGEST_STEP = 1e-8, 500, 2.0
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """N answers of a judge. Items are numbered from 0 within their group, which is a prompt.
+
+    Args:
+        group: (N,) int64, 0..G-1.
+        first, second: (N,) int64, the items compared.
+        p: (N,) float64, the probability that ``first`` is better, in [0, 1]; 1/2 is a tie.
+        position: (N,) float64, 1 where the judge saw ``first`` first; 0 where both orders are averaged already.
+    """
+
+    group: np.ndarray
+    first: np.ndarray
+    second: np.ndarray
+    p: np.ndarray
+    position: np.ndarray
+
+
+@dataclass(frozen=True)
+class Strengths:
+    """What the items of G groups, up to K of each, are worth. Beyond a group's size everything is 0.
+
+    Args:
+        values: (G, K) float64, in nats above the group's average: log-odds of winning are differences of them.
+        covariance: (G, K, K) float64, of the values.
+        position: What being shown first is worth, in nats, the same in all groups.
+        position_error: Its standard error.
+        dispersion: Variance of the answers over that of coins with the same probabilities.
+        variance: Of the strengths, over all groups, in nats squared.
+    """
+
+    values: np.ndarray
+    covariance: np.ndarray
+    position: float
+    position_error: float
+    dispersion: float
+    variance: float
+
+    def differences(self, group: np.ndarray, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Log-odds of ``first`` over ``second``, (N,) float64, and their standard errors."""
+        c = self.covariance
+        variance = c[group, first, first] + c[group, second, second] - 2 * c[group, first, second]
+        return self.values[group, first] - self.values[group, second], np.sqrt(np.maximum(variance, 0))
+
+    def probabilities(self, group: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        """Probability that ``first`` is better, (N,) float64, averaged over what the strengths may be.
+
+        The mean of a logistic function over a normal distribution, by MacKay's approximation (MacKay 1992, eq. 10).
+        """
+        difference, error = self.differences(group, first, second)
+        return expit(difference / np.sqrt(1 + math.pi / 8 * error**2))
+
+    def errors(self) -> np.ndarray:
+        """Standard errors of the values, (G, K) float64."""
+        return np.sqrt(np.maximum(np.diagonal(self.covariance, axis1=1, axis2=2), 0))
+
+
+def fit(comparisons: Comparisons, sizes: Sequence[int]) -> Strengths:
+    """Penalized maximum likelihood of log-odds(first is better) = strength_first - strength_second + position effect.
+
+    Answers are probabilities, so the likelihood is Bernoulli's quasi-likelihood (Papke and Wooldridge 1996): the
+    cross-entropy divided by a dispersion, since an exact probability says more than one flip of a coin does. A tie is
+    half a win. Strengths are random effects around 0; dispersion and variance of the strengths are estimated together
+    with them over all groups (Schall 1991). Where all answers are wins, losses and ties, so few flips of coins tell
+    neither (Breslow and Lin 1995), and both stay at 1. The covariance is the inverse of that likelihood's observed information,
+    with the position effect's uncertainty in it and without that of the group's average. Its 95% intervals of soft
+    answers hold the truth in 90% to 97% of cases.
+
+    Args:
+        comparisons: Of any number; a group without one has strengths of 0.
+        sizes: Items of each of the G groups.
+
+    Returns:
+        The strengths of every group, K being the largest size.
+    """
+    state = _State(comparisons, np.array(sizes, dtype=np.int64))
+    for _ in range(_MOST_STEPS):
+        if state.step() < _TOLERANCE:
+            break
+    return state.result()
+
+
+class _State:
+    """Newton's iteration, in which the groups meet in the position effect alone."""
+
+    def __init__(self, comparisons: Comparisons, sizes: np.ndarray) -> None:
+        self.c, self.sizes = comparisons, sizes
+        self.values, self.position = np.zeros((len(sizes), sizes.max(initial=0))), 0.0
+        self.exists = np.arange(self.values.shape[1]) < sizes[:, None]
+        self.places = (comparisons.group * self.values.shape[1] + comparisons.first) * self.values.shape[1]
+        self.places += comparisons.second
+        self.dispersion, self.variance = PRIOR_DISPERSION, PRIOR_VARIANCE
+        self.hard = bool(np.isin(comparisons.p, (0, 0.5, 1)).all())
+
+    def _system(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+        """mu; the inverse information of each group's strengths alone; u, that times the coupling; and the rest.
+
+        By blocks, the inverse of the whole is inverse + u u' / rest for the strengths and 1 / rest for the position.
+        """
+        c, (groups, size) = self.c, self.values.shape
+        mu = expit(self.values[c.group, c.first] - self.values[c.group, c.second] + self.position * c.position)
+        weight = mu * (1 - mu)
+        between = np.bincount(self.places, weight, groups * size * size).reshape(groups, size, size)
+        between += between.transpose(0, 2, 1)
+        information = (between.sum(2) + self.dispersion / self.variance)[:, :, None] * np.eye(size) - between
+        inverse = np.linalg.inv(information)
+        coupled = self._by_item(weight * c.position)
+        u = np.einsum("gij,gj->gi", inverse, coupled)
+        rest = float((weight * c.position**2).sum() + self.dispersion / POSITION_PRIOR**2 - (u * coupled).sum())
+        return mu, inverse, u, rest
+
+    def _by_item(self, values: np.ndarray) -> np.ndarray:
+        """Sums over the comparisons of each item, (G, K): added where it is the first, subtracted where the second."""
+        c, (groups, size) = self.c, self.values.shape
+        added, taken = (np.bincount(c.group * size + item, values, groups * size) for item in (c.first, c.second))
+        return (added - taken).reshape(groups, size)
+
+    def step(self) -> float:
+        """One step of Newton's, and one of dispersion and variance; how far anything has moved at most."""
+        c, before = self.c, (self.dispersion, self.variance)
+        mu, inverse, u, rest = self._system()
+        slope = self._by_item(c.p - mu) - self.dispersion / self.variance * self.values
+        slope_position = float(((c.p - mu) * c.position).sum()) - self.dispersion / POSITION_PRIOR**2 * self.position
+        moved_position = (slope_position - float((u * slope).sum())) / rest
+        moved = np.einsum("gij,gj->gi", inverse, slope) - u * moved_position
+        furthest = max(float(np.abs(moved).max(initial=0)), abs(moved_position))
+        shortened = min(1.0, _LONGEST_STEP / furthest) if furthest else 1.0
+        self.values += shortened * moved
+        self.position += shortened * moved_position
+        if not self.hard:
+            self._rescale(mu, np.diagonal(inverse, axis1=1, axis2=2) + u**2 / rest, rest)
+        changes = (abs(math.log(now / was)) for now, was in zip((self.dispersion, self.variance), before, strict=True))
+        return max(furthest, *changes)
+
+    def _rescale(self, mu: np.ndarray, diagonal: np.ndarray, rest: float) -> None:
+        """Dispersion and variance by Schall's equations, with the prior's observations.
+
+        Args:
+            diagonal: (G, K), the strengths' part of the diagonal of the whole inverse.
+        """
+        effective = int(self.sizes.sum()) - self.dispersion / self.variance * float(diagonal[self.exists].sum())
+        free = len(self.c.p) - effective - (1 - self.dispersion / POSITION_PRIOR**2 / rest)
+        pearson = float(((self.c.p - mu) ** 2 / np.maximum(mu * (1 - mu), _LEAST)).sum())
+        dispersion = (PRIOR_WEIGHT * PRIOR_DISPERSION + pearson) / (PRIOR_WEIGHT + max(0.0, free))
+        variance = (PRIOR_WEIGHT * PRIOR_VARIANCE + float((self.values**2).sum())) / (PRIOR_WEIGHT + effective)
+        self.dispersion, self.variance = max(dispersion, _LEAST), max(variance, _LEAST)
+
+    def result(self) -> Strengths:
+        """The strengths where the iteration is."""
+        _, inverse, u, rest = self._system()
+        covariance = self.dispersion * (inverse + u[:, :, None] * u[:, None, :] / rest)
+        # The strengths' sum is known by the prior alone, and is independent of their differences.
+        covariance -= (self.variance / np.maximum(self.sizes, 1))[:, None, None]
+        covariance[~(self.exists[:, :, None] & self.exists[:, None, :])] = 0
+        error = math.sqrt(self.dispersion / rest)
+        return Strengths(self.values, covariance, self.position, error, self.dispersion, self.variance)
