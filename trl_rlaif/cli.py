@@ -127,7 +127,7 @@ def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
 
 def _check_inputs(parsed: Recipe, plugins: Plugins) -> None:
     """Try what the recipe or each of its variants names, and warn of prompts that are held out and trained on."""
-    from trl_rlaif.pipeline.checks import check_functions, check_prompts
+    from trl_rlaif.pipeline.checks import check_functions, check_prompts, check_ranking
     from trl_rlaif.pipeline.trial import try_settings
     from trl_rlaif.progress import say
     from trl_rlaif.recipe.inputs import SMALL_FILE, check_data, overlap_warning, prompt_overlaps
@@ -136,6 +136,7 @@ def _check_inputs(parsed: Recipe, plugins: Plugins) -> None:
     for each in parsed.variants.values() or [parsed]:
         check_data(each)
         check_functions(each)
+        check_ranking(each)
         check_prompts(each, plugins)
         try_settings(each, plugins)
         warnings |= dict.fromkeys(map(overlap_warning, prompt_overlaps(each, largest=SMALL_FILE)))

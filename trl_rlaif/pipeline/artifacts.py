@@ -23,6 +23,7 @@ FORMAT = 2
 RECIPE = "recipe.yaml"  # resolved, with the versions of the packages and the command
 RESULTS = "results.json"  # Results
 METRICS = "metrics.jsonl"  # MetricRow
+RANKINGS = "rankings.jsonl"  # RankingRow
 LABELS = "labels.jsonl"  # LabelRow; of a comparison, of the responses of its variants
 VOTES = "votes.jsonl"  # what people chose: trl_rlaif.rating
 CLUSTERS = "clusters.json"  # data.clusters: their centres, and what they were fitted to
@@ -122,6 +123,7 @@ class DrawnRow(TypedDict, total=False):
 
     id: str
     dropped: str
+    pairs: list[PairRow]  # where all pairs of the responses are kept
     redraws: int
     responses: int
     ended: int
@@ -172,6 +174,22 @@ class JudgedRow(_LabelRow):
     """That of a pair that could be judged."""
 
     p: float
+
+
+class RankingRow(TypedDict):
+    """The responses to a prompt, the best one first. Strengths are in nats above their average.
+
+    ``pairs`` holds, by a pair's id, the probability that its response_1 is better, and ``answers`` what the judge said:
+    of which response (counted from 0) it was shown first, which second, and the probability that the first is better.
+    """
+
+    prompt: PromptLike
+    category: str | None
+    responses: list[str]
+    strengths: list[float]
+    intervals: list[tuple[float, float]]
+    pairs: dict[str, float]
+    answers: list[tuple[int, int, float]]
 
 
 class ScoreRow(TypedDict, total=False):
@@ -300,6 +318,7 @@ class LabelResults(TypedDict, total=False):
     calibration: dict[str, Any] | None
     overlaps: list[dict[str, Any]]
     unsure: int
+    ranking: dict[str, Any]
     comparison: dict[str, Any]
     shard: str
     broken_lines: int

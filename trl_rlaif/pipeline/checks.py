@@ -79,6 +79,22 @@ def _prompts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, ComponentRe
             yield ("evaluate", "harmless"), evaluate.harmless, None
 
 
+def check_ranking(recipe: Recipe) -> None:
+    """See that a tournament can ask the labeler about one order at a time.
+
+    Raises:
+        UserError: It has no option for that.
+    """
+    ranking = recipe.label.ranking if recipe.label else None
+    if ranking and ranking.method == "tournament" and "orders" not in recipe.label.labeler.options:
+        raise UserError(
+            f"A tournament asks about one order at a time, and the labeler '{recipe.label.labeler.name}' has no option "
+            "'orders'.",
+            where=recipe.line(("label", "ranking")),
+            fix="Set label.labeler to distilled, or label.ranking.method to all_pairs.",
+        )
+
+
 def check_functions(recipe: Recipe) -> None:
     """Import every reward function, and see that the prompts have the columns that it must be given.
 

@@ -41,7 +41,8 @@ def _amounts(recipe: Recipe) -> Amounts | None:
         return None
     try:
         prompts = read_prompts(recipe, data.prompts).items if data.prompts else []
-        pairs = len(read_pairs(recipe).items) if data.pairs else len(prompts)
+        each = recipe.sample.pairs_a_prompt if recipe.sample else 1
+        pairs = len(read_pairs(recipe).items) if data.pairs else len(prompts) * each
         asked = sum(len(read_prompts(recipe, source, "eval_prompts").items) for source in held_out)
     except UserError:
         return None

@@ -84,9 +84,9 @@ def fit(comparisons: Comparisons, sizes: Sequence[int]) -> Strengths:
     cross-entropy divided by a dispersion, since an exact probability says more than one flip of a coin does. A tie is
     half a win. Strengths are random effects around 0; dispersion and variance of the strengths are estimated together
     with them over all groups (Schall 1991). Where all answers are wins, losses and ties, so few flips of coins tell
-    neither (Breslow and Lin 1995), and both stay at 1. The covariance is the inverse of that likelihood's observed information,
-    with the position effect's uncertainty in it and without that of the group's average. Its 95% intervals of soft
-    answers hold the truth in 90% to 97% of cases.
+    neither (Breslow and Lin 1995), and both stay at 1. The covariance is the inverse of that likelihood's observed
+    information, with the position effect's uncertainty in it and without that of the group's average. 95% intervals
+    from it hold the truth in 90% to 97% of cases, in simulations.
 
     Args:
         comparisons: Of any number; a group without one has strengths of 0.

@@ -9,10 +9,9 @@ import numpy as np
 from scipy.special import expit, owens_t
 from scipy.stats import norm
 
+from trl_rlaif.ranking import SHARE
 from trl_rlaif.ranking.bradley_terry import Comparisons, Strengths, fit
 
-# Of all questions about a prompt (every pair in both orders), what a tournament asks where nobody says.
-SHARE = 3
 # Pairs x pairs of all groups that are looked at together.
 _AT_ONCE = 2_000_000
 

@@ -32,6 +32,8 @@ def _check_pairs(source: Source, present: set[Any]) -> None:
         source.report(("data", "pairs"), what, "Remove one of the two.")
     if "label" in present and "sample" not in present and not pairs:
         source.report(("label",), "'label' has no pairs to judge.", "Add 'sample', or set data.pairs.")
+    if isinstance(_value(source, "label", "ranking"), dict):
+        _check_ranking(source, present)
     if "reward" in present:
         _check_preferences(source, present, "reward", "reward")
 
@@ -54,6 +56,22 @@ def _check_taught(source: Source, present: set[Any]) -> None:
     if contrasts != [] and "sample" not in present and _value(source, "data", "pairs") is None:
         what = "'judge' has no responses to make contrasts of."
         source.report(("judge",), what, "Add 'sample', set data.pairs, or set judge.contrasts to [].")
+
+
+def _check_ranking(source: Source, present: set[Any]) -> None:
+    path, ranking = ("label", "ranking"), _value(source, "label", "ranking")
+    many = _value(source, "sample", "num_responses") or 2
+    if "sample" in present and isinstance(many, int) and many < 3:
+        source.report(path, "'label' ranks responses, of which 'sample' draws two.", "Set sample.num_responses, to 4.")
+    elif "sample" in present and _value(source, "sample", "pairs") != "all":
+        what = "'label' ranks all responses, of which 'sample' keeps the first two."
+        source.report(path, what, "Set sample.pairs to all.")
+    if _value(source, "label", "calibration") is not None:
+        what = "label.calibration fits single labels, and a ranking joins them."
+        source.report(("label", "calibration"), what, "Leave out one of the two.")
+    for key in ("questions", "at_once", "confidence"):
+        if ranking.get("method") == "all_pairs" and ranking.get(key) is not None:
+            source.report((*path, key), f"{key} is a tournament's; all_pairs asks everything.", "Leave it out.")
 
 
 def _check_preferences(source: Source, present: set[Any], section: str, who: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol, get_args
@@ -375,12 +376,20 @@ class SampleSection(Section):
     """``sample``: responses of the starting policy, drawn in pairs."""
 
     num_responses: int = Field(2, ge=2, description="Responses drawn for each prompt.")
+    pairs: Literal["first", "all"] = Field(
+        "first", description="Pairs of a prompt's different responses: the first two, or each with each."
+    )
     temperature: Number = Field(1.0, gt=0, description="Sampling temperature.")
     top_p: Number = Field(1.0, gt=0, le=1, description="Nucleus sampling: the share of probability kept.")
     max_new_tokens: int = Field(128, ge=1, description="Longest response in tokens.")
     batch_size: int = Field(16, ge=1, description="Sequences generated at once.")
     redraws: int = Field(3, ge=0, description="Times that identical or empty responses are drawn anew.")
     seed: int | None = Field(None, ge=0, le=2**31 - 1, description="Seed of sampling; null takes run.seed.")
+
+    @property
+    def pairs_a_prompt(self) -> int:
+        """How many pairs a prompt's responses make, where all of them are different."""
+        return math.comb(self.num_responses, 2) if self.pairs == "all" else 1
 
 
 class TeachingSection(Section):
@@ -424,6 +433,28 @@ class ComparedSection(Section):
     prompt: PromptFolder | None = Field(None, description="A packaged prompt's name, or a prompt folder.")
 
 
+class RankingSection(Section):
+    """``label.ranking``: each prompt's responses in order, by a Bradley-Terry model of what the judge answers."""
+
+    method: Literal["tournament", "all_pairs"] = Field(
+        description="tournament: ask what is most uncertain after the answers so far; all_pairs: ask about every pair."
+    )
+    questions: int | None = Field(
+        None,
+        ge=1,
+        description="A tournament's questions about a prompt, each about a pair in one order; null: a third of all.",
+    )
+    at_once: int = Field(
+        1, ge=1, description="Questions about a prompt in a tournament's round; more make fewer rounds that know less."
+    )
+    confidence: Number = Field(
+        0.95,
+        ge=0.5,
+        le=1,
+        description="A tournament is done with a prompt once each of its pairs is in order with this probability.",
+    )
+
+
 class LabelSection(Section):
     """``label``: preferences from a judge."""
 
@@ -439,6 +470,9 @@ class LabelSection(Section):
         None,
         description="Pairs that people judged (20 or more): labels are calibrated on them, if cross-validation shows "
         "that it helps.",
+    )
+    ranking: RankingSection | None = Field(
+        None, description="Rank each prompt's responses; its pairs get the probabilities that follow from the ranking."
     )
     compare: dict[Annotated[str, AfterValidator(compared_name)], ComparedSection] = Field(
         default_factory=dict, description="More labelers by name: the report compares them with the main one."

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.inputs import data_file, prompt_file
 from trl_rlaif.pipeline.stage import Amounts, Stage, skipped
+from trl_rlaif.ranking import SHARE
 
 if TYPE_CHECKING:
     from trl_rlaif.memory.parts import MemoryRun
@@ -23,7 +24,7 @@ class Label(Stage):
 
     name = "label"
     # The labels stay: each line is found by what determined it (labels/store.py).
-    outputs = (artifacts.PREFERENCES,)
+    outputs = (artifacts.PREFERENCES, artifacts.RANKINGS)
     companions = (artifacts.LABELS,)
     without = ("label.batch_tokens", "label.precision")
     prepares = True
@@ -42,11 +43,12 @@ class Label(Stage):
         return ("sample", "judge") if recipe.asks_taught("label") else ("sample",)
 
     def summary(self, numbers: LabelResults) -> str:
-        bias = numbers["position_bias"]
+        bias, ranking = numbers["position_bias"], numbers.get("ranking")
         return (
             f"{numbers['labeled']} of {numbers['pairs']} pairs"
             + skipped(numbers)
-            + (f", {numbers['made']} of them new" if numbers["made"] < numbers["labeled"] else "")
+            + (f", {numbers['made']} of them new" if not ranking and numbers["made"] < numbers["labeled"] else "")
+            + (f", {ranking['questions']} of {ranking['all_questions']} questions asked" if ranking else "")
             + (f", {numbers['voted']} of them from votes" if numbers.get("voted") else "")
             + (f", position bias {bias['rate']:.0%}" if bias else "")
             + (f", {numbers['agreement']['rate']:.0%} as people chose" if numbers["agreement"] else "")
@@ -56,6 +58,10 @@ class Label(Stage):
         response = recipe.sample.max_new_tokens if recipe.sample else amounts.tokens
         if not isinstance(recipe.label.judge, str) or recipe.label.compare or recipe.label.calibration:
             return None
+        ranking = recipe.label.ranking
+        if ranking and ranking.method == "tournament":
+            questions = ranking.questions or amounts.pairs * 2 / SHARE / max(1, amounts.prompts)
+            return amounts.prompts * questions * (amounts.tokens + QUESTION + 2 * response)
         # In both orders; what they share is computed once.
         return amounts.pairs * (amounts.tokens + QUESTION + 4 * response)
 

@@ -7,7 +7,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from trl_rlaif.data import Pair
@@ -25,7 +26,7 @@ from trl_rlaif.judging.suspicious import count_suspicious
 from trl_rlaif.labels import LabelKey, LabelStore
 from trl_rlaif.labels.calibration import Calibration, check_choices, cross_validate, why_too_few
 from trl_rlaif.labels.store import Plan, pair_key
-from trl_rlaif.pipeline import artifacts
+from trl_rlaif.pipeline import artifacts, rankings
 from trl_rlaif.pipeline.artifacts import JudgedRow, LabelResults, LabelRow
 from trl_rlaif.pipeline.context import Context, LabelTask
 from trl_rlaif.pipeline.preferences import write_preferences
@@ -34,6 +35,7 @@ from trl_rlaif.recipe.inputs import read_calibration, warn_of_overlaps
 
 if TYPE_CHECKING:
     from trl_rlaif.judging.judge import Judge
+    from trl_rlaif.pipeline.rankings import Rankings
 
 # A judge with less than this on its candidates did not answer the question.
 LOW_MASS = 0.5
@@ -48,10 +50,17 @@ def run(context: Context) -> LabelResults:
     started = time.monotonic()
     pairs, store = context.pairs(), LabelStore(context.folder / artifacts.LABELS)
     tasks, judged = context.label_tasks(), _judged_by_people(context)
-    rows = {task.name: _rows(context, store, task, pairs) for task in tasks}
-    main = tasks[0]
+    main, *others = tasks
+    ranking = rankings.of(context, pairs)
+    if ranking is not None and ranking.section.method == "tournament":
+        rows = {main.name: _tournament(context, store, main, ranking)}
+    else:
+        rows = {main.name: _rows(context, store, main, pairs)}
+    rows |= {task.name: _rows(context, store, task, pairs) for task in others}
     if context.shard:
         return _of_shard(context, rows[main.name], pairs) | {"seconds": time.monotonic() - started}
+    if ranking is not None:
+        rows[main.name].rows = ranking.take(rows[main.name].rows)
     numbers = rows[main.name].numbers(pairs)
     labeled = rows[main.name].labeled
     if not labeled:
@@ -65,16 +74,19 @@ def run(context: Context) -> LabelResults:
         raise UserError(f"No label is as confident as {least}.", fix="Lower label.min_confidence.")
     numbers["unsure"] = len(p) - len(kept)
     write_preferences(context, pairs, kept)
+    if ranking is not None:
+        ranking.write(context)
+        numbers["ranking"] = ranking.numbers()
     if len(tasks) > 1:
         numbers["comparison"] = _comparison({task.name: rows[task.name] for task in tasks}, pairs)
     return numbers | {"broken_lines": store.broken, "seconds": time.monotonic() - started}
 
 
 class _Rows:
-    """A task's labels, and what it took to make those that were missing."""
+    """A task's labels by id, and what it took to make those that were missing: of which pairs, and what was noted."""
 
-    def __init__(self, label_key: LabelKey, rows: dict[str, LabelRow], plan: Plan) -> None:
-        self.label_key, self.rows, self.plan = label_key, rows, plan
+    def __init__(self, label_key: LabelKey, rows: dict[str, LabelRow], missing: list[Pair], noted: dict[str, Any]):
+        self.label_key, self.rows, self.missing, self.noted = label_key, rows, missing, noted
 
     @property
     def labeled(self) -> dict[str, JudgedRow]:
@@ -91,8 +103,8 @@ class _Rows:
 
     def numbers(self, pairs: list[Pair]) -> LabelResults:
         """What the labels say of the labeler."""
-        labeled, noted = self.labeled, self.plan.noted
-        made = sum(pair.id in labeled for pair in self.plan.pairs)
+        labeled, noted = self.labeled, self.noted
+        made = sum(pair.id in labeled for pair in self.missing)
         known = [pair for pair in pairs if pair.id in labeled]
         p, human = [labeled[pair.id]["p"] for pair in known], [pair.human for pair in known]
         prompts = [prompt_key(pair.prompt) for pair in known]
@@ -134,12 +146,22 @@ class _Rows:
 
 
 def _rows(context: Context, store: LabelStore, task: LabelTask, pairs: list[Pair], purpose: str = "label") -> _Rows:
-    """A task's labels of these pairs (of this machine's share of them); the missing ones are made now.
+    """A task's labels of these pairs (of this machine's share of them); the missing ones are made now."""
+    mine = context.shard.of(pairs) if context.shard else pairs
+    result = _pass(context, store, task, mine, purpose, lambda: context.label_judge(task))
+    _warn(task, result, mine)
+    return result
+
+
+def _pass(
+    context: Context, store: LabelStore, task: LabelTask, mine: list[Pair], purpose: str, judge: Callable[[], Judge]
+) -> _Rows:
+    """A task's labels of these pairs; the missing ones are made now.
 
     Args:
         purpose: Passes over different pairs have different purposes, since a plan's file is named after it.
+        judge: Loads the task's judge, if anything is missing.
     """
-    mine = context.shard.of(pairs) if context.shard else pairs
     label_key = context.label_key(task)
     found = store.find(label_key, mine)
     # What could not be judged is asked again: a server may be back.
@@ -147,14 +169,38 @@ def _rows(context: Context, store: LabelStore, task: LabelTask, pairs: list[Pair
     path = context.folder.state / artifacts.work_of("label") / artifacts.plan_of(purpose, label_key.key)
     plan = Plan(path, label_key, missing, mine)
     if missing:
-        _make(context, store, task, label_key, plan)
-    result = _Rows(label_key, store.find(label_key, mine), plan)
-    _warn(task, result, mine)
+        _make(context, store, task, label_key, plan, judge())
+    return _Rows(label_key, store.find(label_key, mine), plan.pairs, plan.noted)
+
+
+def _tournament(context: Context, store: LabelStore, main: LabelTask, ranking: Rankings) -> _Rows:
+    """What a tournament asks, round by round, as labels of the run's own pairs. Each answer is a label of its own.
+
+    What is asked in a round follows from the answers before it, so a run that was killed asks on where it was.
+    """
+    asking = replace(main.labeler, options=main.labeler.options | {"orders": "12"})
+    judge = cache(lambda: context.label_judge(main))
+    missing: list[Pair] = []
+    noted: dict[str, Any] = {"seconds": 0.0}
+    number = 0
+
+    def ask(questions: list[Pair]) -> dict[str, LabelRow]:
+        nonlocal number
+        number += 1
+        task = replace(main, name=f"round {number}", labeler=asking)
+        found = _pass(context, store, task, questions, f"round-{number}", judge)
+        missing.extend(found.missing)
+        seconds = noted["seconds"] + found.noted.get("seconds", 0.0)
+        noted.update(found.noted | {"seconds": seconds})
+        return found.rows
+
+    rows = ranking.play(ask)
+    result = _Rows(context.label_key(replace(main, labeler=asking)), rows, missing, noted)
+    _warn(main, result, ranking.pairs)
     return result
 
 
-def _make(context: Context, store: LabelStore, task: LabelTask, label_key: LabelKey, plan: Plan) -> None:
-    judge: Judge = context.label_judge(task)
+def _make(context: Context, store: LabelStore, task: LabelTask, label_key: LabelKey, plan: Plan, judge: Judge) -> None:
     by_id = {pair.id: pair for pair in plan.pairs}
     done = {id for id, row in store.find(label_key, plan.pairs).items() if row["p"] is not None}
     labeler = context.create_labeler(task.labeler)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any
 
 from trl_rlaif.batching import length_batches
@@ -17,7 +18,7 @@ from trl_rlaif.errors import UserError
 from trl_rlaif.files import append_lines, read_lines, to_line, write_atomically
 from trl_rlaif.generation import sample_responses, seeded
 from trl_rlaif.pipeline import artifacts
-from trl_rlaif.pipeline.artifacts import DrawnRow, SampleResults
+from trl_rlaif.pipeline.artifacts import DrawnRow, PairRow, SampleResults
 from trl_rlaif.pipeline.context import Context, pair_row
 from trl_rlaif.progress import progress_bar
 from trl_rlaif.recipe import SampleSection
@@ -82,7 +83,7 @@ def _sample_pairs(context: Context) -> SampleResults:
             done |= {row["id"]: row for row in fresh}
             advance(len(fresh))
     rows = [done[prompt.id] for prompt in prompts]
-    pairs = [{k: v for k, v in row.items() if k not in _DRAWN} for row in rows if "dropped" not in row]
+    pairs = [pair for row in rows for pair in _pairs_of(row, section)]
     dropped = dict(Counter(row["dropped"] for row in rows if "dropped" in row))
     if not pairs:
         raise UserError("No prompt gave two different responses.", fix="Raise sample.temperature or sample.redraws.")
@@ -96,6 +97,13 @@ def _sample_pairs(context: Context) -> SampleResults:
         "ended": _share_ended(rows),
         "seconds": time.monotonic() - started,
     }
+
+
+def _pairs_of(row: DrawnRow, section: SampleSection) -> list[dict[str, Any]]:
+    """The lines of pairs.jsonl that a prompt's draws give."""
+    if "dropped" in row:
+        return []
+    return row["pairs"] if section.pairs == "all" else [{k: v for k, v in row.items() if k not in _DRAWN}]
 
 
 def starting_policy(context: Context, base: Any) -> tuple[Any, AbstractContextManager]:
@@ -149,18 +157,23 @@ class _Sampler:
                 break
         return [self._row(p, responses[p.id], redraws[p.id]) for p in prompts]
 
-    @staticmethod
-    def _row(prompt: Prompt, responses: list[Response], redraws: int) -> DrawnRow:
+    def _row(self, prompt: Prompt, responses: list[Response], redraws: int) -> DrawnRow:
         drawn: DrawnRow = {"redraws": redraws, "responses": len(responses), "ended": sum(r.ended for r in responses)}
         different = _different(responses)
         if len(different) < 2:
             cut = "reasoning without an answer" if any(r.reasoning for r in responses) else "empty response"
             return {"id": prompt.id, "dropped": "responses are identical" if different else cut, **drawn}
-        first, second, *_ = different
-        reasoning = {"reasoning_1": first.reasoning, "reasoning_2": second.reasoning}
-        extra = prompt.extra | {name: text for name, text in reasoning.items() if text is not None}
-        answers = first.answer.strip(), second.answer.strip()
-        return pair_row(Pair(prompt.id, prompt.prompt, *answers, prompt.category, None, extra)) | drawn
+        if self.section.pairs == "first":
+            return _pair(prompt, prompt.id, *different[:2]) | drawn
+        chosen = combinations(enumerate(different, 1), 2)
+        pairs = [_pair(prompt, f"{prompt.id}-{i}-{j}", first, second) for (i, first), (j, second) in chosen]
+        return {"id": prompt.id, "pairs": pairs} | drawn
+
+
+def _pair(prompt: Prompt, id: str, first: Response, second: Response) -> PairRow:
+    reasoning = {"reasoning_1": first.reasoning, "reasoning_2": second.reasoning}
+    extra = prompt.extra | {name: text for name, text in reasoning.items() if text is not None}
+    return pair_row(Pair(id, prompt.prompt, first.answer.strip(), second.answer.strip(), prompt.category, None, extra))
 
 
 def _different(responses: list[Response]) -> list[Response]:
