@@ -120,3 +120,41 @@ class TestRewardFunctions:
 
 def test_direct_rewards_need_a_labeler_of_that_name(parse_errors_of_direct):
     assert "'direct' is a labeler, and none of that name is installed." in parse_errors_of_direct
+
+
+RANKED = PROMPTS + "sample: {num_responses: 4, pairs: all}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "what", "fix"),
+    [
+        (PROMPTS + "sample:\nlabel:\n  ranking: {method: tournament}\n", 5, "'label' ranks responses, of which", "Set s"),
+        (
+            PROMPTS + "sample: {num_responses: 4}\nlabel:\n  ranking: {method: all_pairs}\n",
+            5,
+            "'label' ranks all responses, of which 'sample' keeps the first two.",
+            "Set sample.pairs to all.",
+        ),
+        (
+            RANKED + "label:\n  ranking: {method: tournament}\n  calibration: pairs.jsonl\n",
+            6,
+            "label.calibration fits single labels",
+            "Leave out one of the two.",
+        ),
+        (
+            RANKED + "label:\n  ranking:\n    method: all_pairs\n    questions: 3\n",
+            7,
+            "questions is a tournament's; all_pairs asks everything.",
+            "Leave it out.",
+        ),
+    ],
+)
+def test_a_ranking_lacks_something(only, text, line, what, fix):
+    problem = only(text)
+    assert problem.where == f"recipe.yaml:{line}"
+    assert problem.what.startswith(what) and problem.fix.startswith(fix)
+
+
+def test_a_ranking_may_be_of_pairs_of_data(parse):
+    ranking = parse(PAIRS + "label:\n  ranking: {method: tournament}\n").label.ranking
+    assert (ranking.questions, ranking.at_once, ranking.confidence) == (None, 1, 0.95)

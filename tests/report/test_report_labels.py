@@ -204,3 +204,46 @@ def test_without_calibration_nothing_is_said(folder, numbers):
     write_labels(folder, pairs=range(6))
     set_results(folder, lambda results: results["label"].update(calibration=numbers))
     assert "Calibrated" not in shown(folder)
+
+
+# ---- Rankings -------------------------------------------------------------------------------------------
+
+RANKING = {"method": "tournament", "prompts": 1, "responses": 3, "questions": 3, "all_questions": 6, "position": 0.31,
+           "position_interval": [0.2, 0.42], "wrong": 0.125, "certain": 0.5}  # fmt: skip
+
+
+@pytest.fixture
+def ranked(folder):
+    """Three responses to one prompt, about which a tournament asked three questions; two of them about a and b."""
+    pairs = [Pair(f"p-{i}-{j}", "why?", i, j) for i, j in ("ab", "ac", "bc")]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(asdict(pair)) + "\n" for pair in pairs))
+    store = LabelStore(folder / "labels.jsonl")
+    for first, second, p in (("a", "b", 0.6), ("b", "a", 0.7), ("c", "b", 0.2)):
+        store.add(OURS, Pair("x", "why?", first, second), Label("x", p=p, p_12=p))
+    row = {"prompt": "why?", "category": "chat", "responses": ["b", "a", "c"], "strengths": [0.5, 0.25, -0.75],
+           "intervals": [[0.1, 0.9], [-0.1, 0.6], [-1, -0.5]], "answers": [[1, 0, 0.6], [0, 1, 0.7], [2, 0, 0.2]],
+           "pairs": {"p-a-b": 0.44, "p-a-c": 0.95, "p-b-c": 0.8}}  # fmt: skip
+    (folder / "rankings.jsonl").write_text(json.dumps(row) + "\n")
+    set_results(folder, lambda results: results["label"].update(ranking=RANKING))
+    return folder
+
+
+def test_a_ranking_says_what_was_asked_and_how_sure_it_is(ranked):
+    text = shown(ranked)
+    assert "3 of 6 (50.0%)" in text and "+0.310 nats (interval +0.200 to +0.420)" in text
+    assert "12.5%; 50.0% are in order" in text and "3 responses to 1 prompt" in text
+    assert text.index("1. +0.500 (+0.100 to +0.900) b") < text.index("2. +0.250") < text.index("3. −0.750")
+
+
+def test_ranked_pairs_have_the_rankings_probabilities_and_both_orders_of_the_judge(ranked):
+    text = shown(ranked)
+    assert "1 of 3 at 0.9 or more" in text  # p-a-c, about which nothing was asked
+    assert "1 pair asked in both orders" in text and "1 100.0% · first place" in text
+    assert "p(1) = 0.60 when shown first, 0.30 when shown second" in text and "p(1) = 0.44" in text
+
+
+def test_hostile_rankings_are_shown_as_text(ranked):
+    row = {"prompt": HOSTILE, "category": HOSTILE, "responses": [HOSTILE, None], "strengths": ["x", 1e400, None],
+           "intervals": HOSTILE, "answers": {}, "pairs": {HOSTILE: 7}}  # fmt: skip
+    (ranked / "rankings.jsonl").write_text(f"{json.dumps(row)}\n[]\n{json.dumps(row | {'pairs': []})}\n")
+    assert_only_our_script(read(ranked))

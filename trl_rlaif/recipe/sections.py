@@ -376,15 +376,15 @@ class SampleSection(Section):
     """``sample``: responses of the starting policy, drawn in pairs."""
 
     num_responses: int = Field(2, ge=2, description="Responses drawn for each prompt.")
-    pairs: Literal["first", "all"] = Field(
-        "first", description="Pairs of a prompt's different responses: the first two, or each with each."
-    )
     temperature: Number = Field(1.0, gt=0, description="Sampling temperature.")
     top_p: Number = Field(1.0, gt=0, le=1, description="Nucleus sampling: the share of probability kept.")
     max_new_tokens: int = Field(128, ge=1, description="Longest response in tokens.")
     batch_size: int = Field(16, ge=1, description="Sequences generated at once.")
     redraws: int = Field(3, ge=0, description="Times that identical or empty responses are drawn anew.")
     seed: int | None = Field(None, ge=0, le=2**31 - 1, description="Seed of sampling; null takes run.seed.")
+    pairs: Literal["first", "all"] = Field(
+        "first", description="Pairs of a prompt's different responses: the first two, or each with each."
+    )
 
     @property
     def pairs_a_prompt(self) -> int:

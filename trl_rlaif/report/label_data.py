@@ -51,10 +51,16 @@ class Labels:
     pairs: list[LabeledPair] = field(default_factory=list)
 
 
-def read_labels(path: Path, results: dict[str, Any], pairs: list[dict[str, Any]], notes: list[str]) -> Labels:
-    """The run's own labels, one a pair: the file may also hold those of other labelers, and of pairs that are gone."""
+def read_labels(
+    path: Path, results: dict[str, Any], pairs: list[dict[str, Any]], notes: list[str], ranked: dict[str, float]
+) -> Labels:
+    """The run's own labels, one a pair: the file may also hold those of other labelers, and of pairs that are gone.
+
+    Args:
+        ranked: What a ranking says of pairs, by their ids.
+    """
     labels, known = Labels(), []
-    for row, pair in _own(path, results, pairs, notes):
+    for row, pair in _own(path, results, pairs, notes, ranked):
         labels.total += 1
         p, p_12, p_21 = (probability(row.get(key)) for key in ("p", "p_12", "p_21"))
         if p is not None:
@@ -73,7 +79,7 @@ def read_labels(path: Path, results: dict[str, Any], pairs: list[dict[str, Any]]
 
 
 def _own(
-    path: Path, results: dict[str, Any], pairs: list[dict[str, Any]], notes: list[str]
+    path: Path, results: dict[str, Any], pairs: list[dict[str, Any]], notes: list[str], ranked: dict[str, float]
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Each label with its pair, which is empty where it is not known."""
     setup = section(results, "label").get("setup")
@@ -86,8 +92,22 @@ def _own(
     if setup is None:
         by_id = {str(pair.get("id")): pair for pair in pairs}
         return [(row, by_id.get(id, {})) for id, row in latest.items()]
+    if ranked:
+        found = ((_joined(pair, latest, ranked.get(str(pair.get("id")))), pair) for pair in pairs)
+        return [(row, pair) for row, pair in found if row["p"] is not None]
     # A label is its pair's by the texts: the id in its line is what some pair with these texts was once called.
     return [(latest[key], pair) for key, pair in ((_key(pair), pair) for pair in pairs) if key in latest]
+
+
+def _joined(pair: dict[str, Any], latest: dict[str, dict[str, Any]], p: float | None) -> dict[str, Any]:
+    """A ranked pair's label. A tournament asks about each order by itself: the other one is the turned pair's."""
+    row = latest.get(_key(pair), {}) | {"p": p}
+    turned = pair | {"response_1": pair.get("response_2"), "response_2": pair.get("response_1")}
+    other = latest.get(_key(turned), {})
+    p_21 = probability(other.get("p_12"))
+    if row.get("p_21") is None and p_21 is not None:
+        row |= {"p_21": 1 - p_21, "rationale_21": other.get("rationale_12")}
+    return row
 
 
 def _key(pair: dict[str, Any]) -> str:

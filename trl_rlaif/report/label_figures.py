@@ -8,6 +8,7 @@ from trl_rlaif.report import plots
 from trl_rlaif.report.figures import Figure, reliability_figure, share
 from trl_rlaif.report.formatting import count, label, number, section
 from trl_rlaif.report.label_data import Labels
+from trl_rlaif.report.rankings import ranking_part
 from trl_rlaif.report.run_data import Run
 
 
@@ -38,6 +39,7 @@ def label_part(run: Run) -> dict[str, Any]:
         "ece": number(result.get("ece")),
         "speed": number(result.get("pairs_per_second")),
         "comparison": [_compared(name, values) for name, values in section(result, "comparison").items()],
+        "ranking": ranking_part(run.rankings, run.results),
         "calibration": _calibration(section(result, "calibration")),
         "reliability": _reliability(labels, number(result.get("ece"))),
         "pairs": labels.pairs,

@@ -13,6 +13,7 @@ from trl_rlaif.pipeline import artifacts
 from trl_rlaif.report.formatting import clean, count, label, number, section, shorten
 from trl_rlaif.report.label_data import Labels, read_labels
 from trl_rlaif.report.parsing import LARGEST_DRAWN, Turn, both, drawable, lines, probability, turn, turns
+from trl_rlaif.report.rankings import RankedPairs, read_rankings
 
 MAX_SAMPLES = 200
 MAX_RECIPE_CHARACTERS = 100_000
@@ -86,6 +87,7 @@ class Run:
     results: dict[str, Any]
     series: dict[str, Series]
     labels: Labels
+    rankings: RankedPairs
     samples: list[Sample]
     scored: list[ScoredPair]
     rehearsed: list[Rehearsed]
@@ -106,6 +108,7 @@ def read_run(folder: Path) -> Run:
     notes: list[str] = []
     results = _read_results(folder / artifacts.RESULTS, notes)
     pairs = list(lines(folder / artifacts.PAIRS, notes))
+    ranked = read_rankings(folder / artifacts.RANKINGS, notes)
     name = label((recipe.get("run") or {}).get("name") if isinstance(recipe.get("run"), dict) else None)
     return Run(
         name=name or label(folder.resolve().name) or "run",
@@ -113,7 +116,8 @@ def read_run(folder: Path) -> Run:
         recipe_text=recipe_text,
         results=results,
         series=_read_series(folder / artifacts.METRICS, notes),
-        labels=read_labels(folder / artifacts.LABELS, results, pairs, notes),
+        labels=read_labels(folder / artifacts.LABELS, results, pairs, notes, ranked.probabilities),
+        rankings=ranked,
         samples=_read_samples(folder / artifacts.SAMPLES, notes),
         scored=_read_scored(folder / artifacts.REWARD_SCORES, notes),
         rehearsed=_read_rehearsed(folder / artifacts.REHEARSAL, notes),
