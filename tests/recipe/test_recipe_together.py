@@ -122,18 +122,23 @@ def test_direct_rewards_need_a_labeler_of_that_name(parse_errors_of_direct):
     assert "'direct' is a labeler, and none of that name is installed." in parse_errors_of_direct
 
 
-RANKED = PROMPTS + "sample: {num_responses: 4, pairs: all}\n"
+RANKED = PROMPTS + "sample: {num_responses: 4, keep_pairs: all}\n"
 
 
 @pytest.mark.parametrize(
     ("text", "line", "what", "fix"),
     [
-        (PROMPTS + "sample:\nlabel:\n  ranking: {method: tournament}\n", 5, "'label' ranks responses, of which", "Set s"),
+        (
+            PROMPTS + "sample:\nlabel:\n  ranking: {method: tournament}\n",
+            5,
+            "'label' ranks responses, ",
+            "Set sample.n",
+        ),
         (
             PROMPTS + "sample: {num_responses: 4}\nlabel:\n  ranking: {method: all_pairs}\n",
             5,
             "'label' ranks all responses, of which 'sample' keeps the first two.",
-            "Set sample.pairs to all.",
+            "Set sample.keep_pairs to all.",
         ),
         (
             RANKED + "label:\n  ranking: {method: tournament}\n  calibration: pairs.jsonl\n",

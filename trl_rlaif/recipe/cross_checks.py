@@ -63,9 +63,9 @@ def _check_ranking(source: Source, present: set[Any]) -> None:
     many = _value(source, "sample", "num_responses") or 2
     if "sample" in present and isinstance(many, int) and many < 3:
         source.report(path, "'label' ranks responses, of which 'sample' draws two.", "Set sample.num_responses, to 4.")
-    elif "sample" in present and _value(source, "sample", "pairs") != "all":
+    elif "sample" in present and _value(source, "sample", "keep_pairs") != "all":
         what = "'label' ranks all responses, of which 'sample' keeps the first two."
-        source.report(path, what, "Set sample.pairs to all.")
+        source.report(path, what, "Set sample.keep_pairs to all.")
     if _value(source, "label", "calibration") is not None:
         what = "label.calibration fits single labels, and a ranking joins them."
         source.report(("label", "calibration"), what, "Leave out one of the two.")

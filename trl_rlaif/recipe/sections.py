@@ -382,14 +382,14 @@ class SampleSection(Section):
     batch_size: int = Field(16, ge=1, description="Sequences generated at once.")
     redraws: int = Field(3, ge=0, description="Times that identical or empty responses are drawn anew.")
     seed: int | None = Field(None, ge=0, le=2**31 - 1, description="Seed of sampling; null takes run.seed.")
-    pairs: Literal["first", "all"] = Field(
+    keep_pairs: Literal["first", "all"] = Field(
         "first", description="Pairs of a prompt's different responses: the first two, or each with each."
     )
 
     @property
     def pairs_a_prompt(self) -> int:
         """How many pairs a prompt's responses make, where all of them are different."""
-        return math.comb(self.num_responses, 2) if self.pairs == "all" else 1
+        return math.comb(self.num_responses, 2) if self.keep_pairs == "all" else 1
 
 
 class TeachingSection(Section):

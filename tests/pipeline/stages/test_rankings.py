@@ -33,7 +33,7 @@ def ranked(tiny_model, tmp_path):
         (tmp_path / "prompt" / name).write_text(text)
 
     def run(output="out", ranking=TOURNAMENT, sample=None, pairs=None, shard=None, **label):
-        sections = {"sample": {"num_responses": 4, "pairs": "all", **(sample or {})}, **NO_MORE}
+        sections = {"sample": {"num_responses": 4, "keep_pairs": "all", **(sample or {})}, **NO_MORE}
         if pairs is not None:
             (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
             sections |= {"sample": None, "data": {"prompts": None, "pairs": "pairs.jsonl"}}
@@ -74,7 +74,7 @@ def test_all_pairs_of_a_prompt_are_kept(ranked):
 
 def test_pairs_first_are_the_first_two_of_all(ranked):
     everything = {row["id"]: row for row in rows(ranked("all"), "pairs")}
-    first = rows(ranked("first", ranking=None, sample={"num_responses": 4, "pairs": "first"}), "pairs")
+    first = rows(ranked("first", ranking=None, sample={"num_responses": 4, "keep_pairs": "first"}), "pairs")
     for row in first:
         assert everything[f"{row['id']}-1-2"] == row | {"id": f"{row['id']}-1-2"}
 

@@ -103,7 +103,7 @@ def _pairs_of(row: DrawnRow, section: SampleSection) -> list[dict[str, Any]]:
     """The lines of pairs.jsonl that a prompt's draws give."""
     if "dropped" in row:
         return []
-    return row["pairs"] if section.pairs == "all" else [{k: v for k, v in row.items() if k not in _DRAWN}]
+    return row["pairs"] if section.keep_pairs == "all" else [{k: v for k, v in row.items() if k not in _DRAWN}]
 
 
 def starting_policy(context: Context, base: Any) -> tuple[Any, AbstractContextManager]:
@@ -163,7 +163,7 @@ class _Sampler:
         if len(different) < 2:
             cut = "reasoning without an answer" if any(r.reasoning for r in responses) else "empty response"
             return {"id": prompt.id, "dropped": "responses are identical" if different else cut, **drawn}
-        if self.section.pairs == "first":
+        if self.section.keep_pairs == "first":
             return _pair(prompt, prompt.id, *different[:2]) | drawn
         chosen = combinations(enumerate(different, 1), 2)
         pairs = [_pair(prompt, f"{prompt.id}-{i}-{j}", first, second) for (i, first), (j, second) in chosen]
