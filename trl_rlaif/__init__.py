@@ -44,6 +44,10 @@ _LAZY = {
     "Thinking": "trl_rlaif.judging.question",
     "ThinkingOptions": "trl_rlaif.judging.question",
     "Answer": "trl_rlaif.judging.question",
+    "Asked": "trl_rlaif.ranking.tournament",
+    "Ranking": "trl_rlaif.ranking.tournament",
+    "rank_all": "trl_rlaif.ranking.tournament",
+    "rank_by_tournament": "trl_rlaif.ranking.tournament",
     "RunError": "trl_rlaif.errors",
     "UserError": "trl_rlaif.errors",
 }
@@ -63,6 +67,7 @@ if TYPE_CHECKING:
     from trl_rlaif.judging.question import Answer, Question, Thinking, ThinkingOptions
     from trl_rlaif.models.embedding import directions
     from trl_rlaif.models.shared_model import SharedBase
+    from trl_rlaif.ranking.tournament import Asked, Ranking, rank_all, rank_by_tournament
     from trl_rlaif.reward.config import RewardConfig
     from trl_rlaif.reward.loading import load_reward_model
     from trl_rlaif.reward.log_ratios import add_log_ratios

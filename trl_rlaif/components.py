@@ -40,10 +40,14 @@ class Labeler(Component, ABC):
 
     One that is also callable, with GRPOTrainer's signature, can be a reward; ``judge`` is then whom it asks, and
     ``failed`` says why the last call returned None for some responses, one text each.
+
+    Attributes:
+        ranks: As a reward it compares the responses to one prompt with each other, and needs two of each or more.
     """
 
     judge: Judge | None = None
     failed: Sequence[str] = ()
+    ranks: ClassVar[bool] = False
     candidates: ClassVar[Sequence[str]] = ()
     """The answers that the judge chooses from. A labeler that has some, ``questions`` and ``teaching_loss`` can have
     its judge taught."""

@@ -1,9 +1,9 @@
 """The labeler `distilled`: a judge's token probabilities, both orders, as soft labels (Lee et al. 2023)."""
 
 from trl_rlaif import hookimpl
-from trl_rlaif_distilled.labeler import DistilledLabeler
+from trl_rlaif_distilled.labeler import DistilledLabeler, DistilledOptions
 
-__all__ = ["DistilledLabeler"]
+__all__ = ["DistilledLabeler", "DistilledOptions"]
 
 
 @hookimpl

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -33,7 +33,7 @@ class DistilledOptions(ThinkingOptions):
 class DistilledLabeler(Labeler):
     """Soft labels from token probabilities (Lee et al. 2023, section 2.1)."""
 
-    Options = DistilledOptions
+    Options: ClassVar[type[DistilledOptions]] = DistilledOptions
     options: DistilledOptions
     candidates = ("1", "2")
 

@@ -177,8 +177,12 @@ class _Check:
         for chat in (True, False):
             rollout, labeler = make_rollout(chat=chat), self.subject.fresh()
             labeler.judge = self.judge()
+            # Each prompt twice, one behind the other, for what compares the responses to one prompt.
+            prompts = (
+                [rollout.prompts[i // 2 * 2] for i in range(len(rollout.prompts))] if labeler.ranks else rollout.prompts
+            )
             arguments = {
-                "prompts": rollout.prompts,
+                "prompts": prompts,
                 "completions": rollout.completions,
                 "completion_ids": rollout.response_ids.tolist(),
                 **rollout.columns,

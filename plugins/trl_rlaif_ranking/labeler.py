@@ -1,0 +1,156 @@
+"""Rewards of a group of responses from a judge's comparisons within the group."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+from trl_rlaif_distilled import DistilledLabeler, DistilledOptions
+from trl_rlaif_distilled.debias import mean_preference
+
+from trl_rlaif import Answer, Asked, Judge, Ranking, UserError, rank_all, rank_by_tournament
+
+
+class RankingOptions(DistilledOptions):
+    """Options of `ranking`; those of `distilled` say how the judge is asked, and how pairs are labeled."""
+
+    method: Literal["tournament", "all_pairs"] = Field(
+        "tournament",
+        description="Ask what is most uncertain after the answers so far, or about every pair in both orders.",
+    )
+    questions: int | None = Field(
+        None, ge=1, description="A tournament's questions about a group; null: a third of all."
+    )
+    at_once: int | None = Field(
+        None,
+        ge=1,
+        description="A tournament's questions about a group in a round; null: half as many as it has responses.",
+    )
+
+
+@dataclass
+class _Group:
+    """A prompt, its responses, each text once, and of each completion its row and its response."""
+
+    prompt: Any
+    responses: dict[str, int] = field(default_factory=dict)
+    rows: list[tuple[int, int]] = field(default_factory=list)
+
+    def add(self, row: int, text: str) -> None:
+        """One more completion."""
+        self.rows.append((row, self.responses.setdefault(text, len(self.responses))))
+
+
+class RankingLabeler(DistilledLabeler):
+    """Group-relative rewards: how much better than the others a response to the same prompt is.
+
+    With a judge it is a reward function of TRL's GRPOTrainer and RLOOTrainer, ``reward_funcs=[RankingLabeler(judge)]``.
+    The judge compares responses to the same prompt, each two in one order; a Bradley-Terry model of all answers of a
+    call (trl_rlaif.ranking) finds how likely each beats each other one. A response's reward is the mean over the others
+    of 2 p - 1: it is in [-1, 1], and rewards of a group add up to 0. The same text has the same reward.
+
+    Pairs are labeled as by `distilled`.
+
+    Args:
+        judge: Whom to ask when it is called as a reward function.
+        options: See RankingOptions.
+    """
+
+    Options = RankingOptions
+    options: RankingOptions
+    ranks: ClassVar[bool] = True
+
+    def __init__(self, judge: Judge | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.judge = judge
+        self.failed: list[str] = []
+        self.__name__ = "ranking"  # by which trainers call a reward function in their logs
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        """Rewards with GRPOTrainer's signature; None for a response of which no comparison could be judged.
+
+        Args:
+            prompts: Texts or lists of messages; equal ones make a group, wherever they are.
+            completions: Texts or lists of messages.
+
+        Raises:
+            UserError: A prompt has a single completion.
+        """
+        if self.judge is None:
+            raise TypeError("RankingLabeler is called as a reward function and has no judge: RankingLabeler(judge).")
+        groups: dict[str, _Group] = {}
+        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            text = completion if isinstance(completion, str) else completion[-1]["content"]
+            groups.setdefault(json.dumps(prompt, sort_keys=True, default=str), _Group(prompt)).add(row, text)
+        alone = next((group for group in groups.values() if len(group.rows) == 1), None)
+        if alone is not None:
+            raise UserError(
+                f"The reward 'ranking' compares the responses to a prompt, and {str(alone.prompt)[:100]!r} has one.",
+                fix="Use GRPO or RLOO; with several processes, batches of whole groups: "
+                "per_device_train_batch_size a multiple of num_generations.",
+            )
+        self.failed = []
+        found = self._rewards(list(groups.values()), self.judge)
+        return [found[row] for row in range(len(prompts))]
+
+    def _rewards(self, groups: list[_Group], judge: Judge) -> dict[int, float | None]:
+        """By row."""
+        ranking = self.rank([group.prompt for group in groups], [list(group.responses) for group in groups], judge)
+        compared = {
+            (question.group, item)
+            for question, p in zip(ranking.asked, ranking.answers, strict=True)
+            if p is not None
+            for item in (question.first, question.second)
+        }
+        found: dict[int, float | None] = {}
+        for number, group in enumerate(groups):
+            # A text is no better than itself; of a group that says one thing only, no comparison is needed.
+            known = [(row, i) for row, i in group.rows if (number, i) in compared or len(group.responses) == 1]
+            items = np.array([i for _, i in known], dtype=np.int64)
+            group_of = np.full(len(items) ** 2, number)
+            p = ranking.strengths.probabilities(group_of, np.repeat(items, len(items)), np.tile(items, len(items)))
+            margins = (2 * p - 1).reshape(len(items), len(items)).sum(axis=1) / max(1, len(items) - 1)
+            found |= dict.fromkeys((row for row, _ in group.rows), None)
+            found |= {row: margin for (row, _), margin in zip(known, margins.tolist(), strict=True)}
+        return found
+
+    def rank(self, prompts: Sequence[Any], responses: Sequence[Sequence[str]], judge: Judge) -> Ranking:
+        """The different responses to each prompt in order; ``failed`` says which questions had no answer, and why."""
+
+        def ask(asked: list[Asked]) -> list[float | None]:
+            by_group: dict[int, list[Asked]] = {}
+            for question in asked:
+                by_group.setdefault(question.group, []).append(question)
+            texts = [
+                [
+                    self._question(judge.prompt, prompts[g], responses[g][q.first], responses[g][q.second])
+                    for q in questions
+                ]
+                for g, questions in by_group.items()
+            ]
+            of_groups = list(by_group.values())
+            found: dict[Asked, float | None] = {}
+            for index, answers in judge.ask(texts, ("1", "2"), thinking=self.options.asked()):
+                found |= {q: self._read(answer) for q, answer in zip(of_groups[index], answers, strict=True)}
+            return [found[question] for question in asked]
+
+        sizes = [len(of) for of in responses]
+        if self.options.method == "all_pairs":
+            return rank_all(ask, sizes)
+        at_once = self.options.at_once or max(1, max(sizes, default=0) // 2)
+        return rank_by_tournament(ask, sizes, questions=self.options.questions, at_once=at_once)
+
+    def _read(self, answer: Answer) -> float | None:
+        """The probability that the response shown first is better."""
+        failed = answer.failed
+        if not failed and any(max(draw) == -math.inf for draw in answer.logprobs):
+            failed = "the judge gives neither candidate any probability"
+        if failed:
+            self.failed.append(failed)
+            return None
+        return mean_preference("12", answer.logprobs).p
