@@ -59,12 +59,16 @@ def test_every_example_is_short_and_of_its_own_trainer():
 
 def test_they_train(given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names, judge, grpo, dpo, reward, rloo = dict(given), *EXAMPLES
+    names, judge, grpo, ranking, dpo, reward, rloo = dict(given), *EXAMPLES
     torch.manual_seed(0)
     _run(judge, names)
     _run(grpo, names)
     ratings = _logged(names["trainer"], "rewards/direct/mean")
     assert len(ratings) == 2 and all(-1 <= rating <= 1 for rating in ratings)
+
+    _run(ranking, names)
+    means = _logged(names["trainer"], "rewards/ranking/mean")
+    assert means == pytest.approx([0, 0], abs=1e-6) and max(_logged(names["trainer"], "rewards/ranking/std")) > 0
 
     _run(dpo, names)
     rows = {row["prompt"][0]["content"]: row for row in names["rows"]}
@@ -94,7 +98,7 @@ def test_the_advantage_loss_is_the_librarys(given, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     names = dict(given)
-    _run(EXAMPLES[3], names)
+    _run(EXAMPLES[4], names)
     ours = RewardTrainer(
         given["policy"],
         args=RewardConfig("other", **given["settings"]),
