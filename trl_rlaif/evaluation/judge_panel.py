@@ -21,7 +21,7 @@ from trl_rlaif.evaluation.forgetting import preferences
 from trl_rlaif.judging.judge import Judge
 from trl_rlaif.judging.prompt import JudgePrompt
 from trl_rlaif.models.shared_model import SharedBase
-from trl_rlaif.pipeline.context import WHO_WINS, Context
+from trl_rlaif.pipeline.context import Context
 from trl_rlaif.progress import progress_bar, say
 from trl_rlaif.recipe import ComponentRef, JudgeSection, Recipe, ServerJudgeSection, prompt_folder
 
@@ -45,21 +45,26 @@ def judge_of(context: Context, shared: SharedBase) -> Judge:
     return _load(context, shared, context.recipe.evaluate.judge, context.recipe.evaluation_prompt)
 
 
-def asking(context: Context, judge: Judge, description: str = "") -> Preferred:
+def asking(
+    context: Context, judge: Judge, section: str | JudgeSection | ServerJudgeSection, description: str = ""
+) -> Preferred:
     """The judge's probability, for prompts with two answers each, that the first one is better; None: not judged.
 
     It is asked in both orders, whatever the section label says.
 
     Args:
+        section: What the recipe says of the judge.
         description: Of the progress bar; without it there is none.
     """
+
+    labeler = context.create_labeler(context.who_wins(section))
 
     def preferred(prompts: Sequence[PromptLike], first: Sequence[str], second: Sequence[str]) -> list[float | None]:
         pairs = [Pair(str(i), *row) for i, row in enumerate(zip(prompts, first, second, strict=True))]
         found: list[float | None] = [None] * len(pairs)
         bar = progress_bar(description, len(pairs), unit="pairs") if description else nullcontext(lambda count: None)
         with bar as advance:
-            for label in context.create_labeler(WHO_WINS).label(pairs, judge):
+            for label in labeler.label(pairs, judge):
                 found[int(label.id)] = label.p
                 advance(1)
         return found
@@ -129,7 +134,10 @@ def _ask(
     for name, prompt in prompts.items():
         judge.prompt = JudgePrompt.load(prompt_folder(prompt))
         for of, rows in sets.items():
-            _compare(context, judge, name, f"Judging ({of})" if name == MAIN else f"Judging ({of}, {name})", rows)
+            preferred = asking(
+                context, judge, section, f"Judging ({of})" if name == MAIN else f"Judging ({of}, {name})"
+            )
+            _compare(preferred, name, rows)
     if MAIN in prompts and harmless:
         judge.prompt = JudgePrompt.load(prompt_folder(harmless))
         for of, rows in sets.items():
@@ -137,9 +145,9 @@ def _ask(
     return judge.name
 
 
-def _compare(context: Context, judge: Judge, name: str, description: str, rows: Rows) -> None:
+def _compare(preferred: Preferred, name: str, rows: Rows) -> None:
     prompts, trained, start = ([row[key] for row in rows] for key in ("prompt", "trained", "start"))
-    found = preferences(asking(context, judge, description), prompts, trained, start)
+    found = preferences(preferred, prompts, trained, start)
     for row, p in zip(rows, found, strict=True):
         holder, key = (row, "p_trained") if name == MAIN else (row["p_trained_by"], name)
         holder[key] = p

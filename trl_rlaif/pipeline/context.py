@@ -247,6 +247,12 @@ class Context:
 
         return PeftModel.from_pretrained(model, str(self.taught_adapter)).eval().get_base_model()
 
+    def who_wins(self, judge: str | JudgeSection | ServerJudgeSection) -> ComponentRef:
+        """The labeler by which a judge decides which of two responses wins: one that was taught ratings is no better
+        at comparisons than before."""
+        taught = self.recipe.teaching_labeler if judge == "taught" else WHO_WINS
+        return WHO_WINS if taught.name == WHO_WINS.name else taught
+
     # ---- Labeling -------------------------------------------------------------------------------------
 
     def label_tasks(self) -> list[LabelTask]:

@@ -87,6 +87,15 @@ def test_the_adapter_is_one_that_peft_loads(recipe, tmp_path, tiny_model):
     assert sum("lora_B" in name and bool(x.any()) for name, x in loaded.named_parameters()) > 4
 
 
+def test_the_adapters_folder_is_a_judge_for_other_runs(recipe, tmp_path):
+    taught = run(recipe(), tmp_path / "out")
+    judge = {"path": str(taught / "judge"), "dtype": "float32"}
+    other = run(recipe(label={"judge": judge}), tmp_path / "other")
+    labels = [{row["pair"]: row["p"] for row in read_lines(folder / "labels.jsonl")} for folder in (taught, other)]
+    assert labels[0].keys() == labels[1].keys() and len(labels[0]) == 8
+    assert all(labels[1][pair] == pytest.approx(p, abs=1e-6) for pair, p in labels[0].items())
+
+
 def test_what_does_not_help_is_not_used(recipe, tmp_path, capsys):
     folder = run(recipe(learning_rate=1e-9, label={"compare": {"plain": {"judge": "same"}}}), tmp_path / "out")
     found = folder.results_of("judge")
