@@ -117,6 +117,13 @@ def test_contrasts_of_the_runs_own_responses(recipe, tmp_path):
     assert prompts[0] and prompts[1] and not prompts[0] & prompts[1]
 
 
+def test_responses_without_contrasts_end_no_run(recipe, tmp_path, capsys):
+    folder = run(recipe(contrasts=["constraint"], pairs=None, eval_fraction=0.1), tmp_path / "out")
+    found = folder.results_of("judge")
+    assert not found["used"] and folder.results_of("label")["labeled"] == 8
+    assert "is asked as it was" in capsys.readouterr().err
+
+
 def test_another_judges_stored_labels(recipe, tmp_path):
     teacher = run(recipe(), tmp_path / "teacher")
     student = run(recipe(pairs=None, labels=str(teacher.path)), tmp_path / "student")

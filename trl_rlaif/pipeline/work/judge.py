@@ -59,6 +59,8 @@ def run(context: Context) -> JudgeResults:
     started = time.monotonic()
     labeler = context.create_labeler(context.recipe.teaching_labeler)
     taught, held_out, skipped = _lessons(context)
+    if not taught or not held_out:
+        return _nothing_taught(context, taught, skipped) | {"seconds": time.monotonic() - started}
     judge = context.untaught_judge()
     peft = _with_adapter(context, judge)
     trainer, too_long = _trainer(context, judge, labeler, peft, taught, held_out)
@@ -68,7 +70,7 @@ def run(context: Context) -> JudgeResults:
     after = _asked(labeler, judge, held_out, "After", nullcontext())
     numbers: Any = _numbers(taught, held_out, before, after)
     if not numbers["used"]:
-        say(f"Warning: what the judge was taught is not used: {numbers['reason']}. It is asked as it was.")
+        _warn(numbers["reason"])
     write_atomically(context.folder / artifacts.LESSONS, "".join(map(to_line, _rows(taught, held_out, before, after))))
     write_folder(context.folder / artifacts.JUDGE, lambda folder: _save(trainer, judge, folder))
     best = trainer.state.best_model_checkpoint
@@ -102,12 +104,20 @@ def _lessons(context: Context) -> tuple[list[Lesson], list[Lesson], dict[str, in
         contrasts = make_contrasts(responses, section.contrasts, count, seed) if responses else []
         made = [Lesson(pair, HUMAN_P[pair.human], pair.category) for pair in contrasts]
         parts.append([known[i] for i in indices if i < len(known)] + made)
-    taught, held_out = parts
-    if not taught or not held_out:
-        what = "There is nothing to teach the judge." if not taught else "No pair is held out of what is taught."
-        fix = "Give more pairs, of several prompts, or longer responses to make contrasts of."
-        raise UserError(what, where=context.recipe.line(("judge",)), fix=fix)
-    return taught, held_out, skipped
+    return parts[0], parts[1], skipped
+
+
+def _nothing_taught(context: Context, taught: Sequence[Lesson], skipped: dict[str, int]) -> JudgeResults:
+    """Too few pairs end no run that has drawn its responses: the judge stays as it is."""
+    reason = "no pair is held out" if taught else "the responses yield no contrasts, and there are no other pairs"
+    _warn(reason)
+    write_atomically(context.folder / artifacts.LESSONS, "")
+    labeler = context.recipe.teaching_labeler.name
+    return {"labeler": labeler, "taught": 0, "held_out": 0, "skipped": skipped, "used": False, "reason": reason}
+
+
+def _warn(reason: str) -> None:
+    say(f"Warning: what the judge was taught is not used: {reason}. It is asked as it was.")
 
 
 def _judged(context: Context) -> tuple[list[Lesson], dict[str, int]]:
