@@ -85,6 +85,7 @@ RECIPES: dict[str, dict[str, Any]] = {
             "learning_rate": 1e-2,
         },
         "label": {"judge": "taught", "prompt": "prompt", "batch_tokens": 300},
+        "rl": None,
     },
     "sft, ppo, evaluate, report": _NONE
     | {
