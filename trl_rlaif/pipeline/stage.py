@@ -40,6 +40,8 @@ class Amounts(NamedTuple):
 # A token of a response is drawn with all weights read for a few rows: about as long as two of a prompt take. A backward
 # pass through frozen layers takes as long as the forward pass.
 DRAWN, TRAINED = 2, 2
+# Tokens that a judge's question adds to the prompt and the responses, in both orders.
+QUESTION = 80
 
 
 class Stage:

@@ -135,9 +135,11 @@ class PathFinder:
 
     def run_folder(self, name: str) -> str:
         """The absolute path of a run's folder that has labels."""
+        from trl_rlaif.pipeline.artifacts import LABELS
+
         found = self.find(name)
-        if found is None or not (found / "labels.jsonl").is_file():
-            what = f"there is no folder '{name}'" if found is None else f"the folder '{name}' has no labels.jsonl"
+        if found is None or not (found / LABELS).is_file():
+            what = f"there is no folder '{name}'" if found is None else f"the folder '{name}' has no {LABELS}"
             raise UserError(f"{what}.", fix="Write the folder of a run whose stage label has ended.")
         return str(found)
 

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.inputs import data_file, prompt_file
-from trl_rlaif.pipeline.stage import BASE, TRAINED, Amounts, Stage, skipped
-from trl_rlaif.pipeline.stages.label import QUESTION
+from trl_rlaif.pipeline.stage import BASE, QUESTION, TRAINED, Amounts, Stage, skipped
 from trl_rlaif.recipe import JudgeSection
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.inputs import data_file, prompt_file
-from trl_rlaif.pipeline.stage import Amounts, Stage, skipped
+from trl_rlaif.pipeline.stage import QUESTION, Amounts, Stage, skipped
 from trl_rlaif.ranking import SHARE
 
 if TYPE_CHECKING:
@@ -14,10 +14,6 @@ if TYPE_CHECKING:
     from trl_rlaif.memory.plan import Part
     from trl_rlaif.pipeline.artifacts import LabelResults
     from trl_rlaif.recipe import Recipe
-
-# Tokens that a question adds to the prompt and the responses, in both orders.
-QUESTION = 80
-
 
 class Label(Stage):
     """Preferences with p, the probability that the chosen response is the better one."""
