@@ -179,6 +179,8 @@ def of_run(labels: Path, pairs: Path) -> dict[int, World]:
         groups.setdefault(pair.id.rsplit("-", 2)[0], []).append(pair)
     found: dict[int, list[np.ndarray]] = {}
     for of in groups.values():
+        if any(pair_key(pair) not in known for pair in of):  # a run that was stopped, or what could not be judged
+            continue
         texts = list(dict.fromkeys(text for pair in of for text in (pair.response_1, pair.response_2)))
         p = np.full((len(texts), len(texts)), np.nan)
         for pair in of:
