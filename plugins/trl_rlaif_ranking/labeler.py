@@ -91,8 +91,8 @@ class RankingLabeler(DistilledLabeler):
         if alone is not None:
             raise UserError(
                 f"The reward 'ranking' compares the responses to a prompt, and {str(alone.prompt)[:100]!r} has one.",
-                fix="Use GRPO or RLOO; with several processes, batches of whole groups: "
-                "per_device_train_batch_size a multiple of num_generations.",
+                fix="Use GRPO or RLOO; with several processes, each needs whole groups: per_device_train_batch_size x "
+                "gradient_accumulation_steps a multiple of num_generations.",
             )
         self.failed = []
         found = self._rewards(list(groups.values()), self.judge)

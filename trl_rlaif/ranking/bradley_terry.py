@@ -67,7 +67,7 @@ class Strengths:
     def probabilities(self, group: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         """Probability that ``first`` is better, (N,) float64, averaged over what the strengths may be.
 
-        The mean of a logistic function over a normal distribution, by MacKay's approximation (MacKay 1992, eq. 10).
+        The mean of a logistic function over a normal distribution, by the approximation of MacKay (1992).
         """
         difference, error = self.differences(group, first, second)
         return expit(difference / np.sqrt(1 + math.pi / 8 * error**2))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from trl_rlaif.pipeline.artifacts import LabelResults
     from trl_rlaif.recipe import Recipe
 
+
 class Label(Stage):
     """Preferences with p, the probability that the chosen response is the better one."""
 
