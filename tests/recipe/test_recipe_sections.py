@@ -39,6 +39,7 @@ rl:
   save_strategy: no
   max_prompt_length: 64
 evaluate: {sets: {helpful: eval.jsonl}}
+judge: {contrasts: [looping], model: {path: org/judge}, learning_rate: 1e-4}
 report:
 """
 
@@ -51,6 +52,7 @@ def test_full_recipe(parse, folder):
     assert recipe.data.eval_prompts == "org/prompts:test"
     assert recipe.sft.config == {"learning_rate": 1e-5, "bf16": True}
     assert recipe.sample.temperature == 0.1
+    assert recipe.judge.model == JudgeSection(path="org/judge") and recipe.judge.config == {"learning_rate": 1e-4}
     assert recipe.label.labeler == ComponentRef("distilled", {"samples": 3})
     assert recipe.label.labeler.where == "recipe.yaml:15"
     assert recipe.label.judge == JudgeSection(path="org/judge", dtype="bfloat16")
@@ -160,7 +162,7 @@ def test_wrong_values_in_sample(only, line, value, fix):
         ("sample: {7: 1}", "unknown key '7' in section 'sample'.", "num_responses, temperature"),
         ("report: {title: x}", "unknown key 'title' in section 'report'.", "Known keys: none."),
         ("7: {}", "unknown section '7'.", "Known sections: run, model"),
-        ("label: {judge: other}", "'judge' in section 'label' is \"other\".", "Write same or a mapping"),
+        ("label: {judge: other}", "'judge' in section 'label' is \"other\".", "Write one of same, taught or a mapping"),
         ("label: {judge: {dtype: auto}}", "section 'label' lacks the key 'judge.path'.", "Write text."),
         ("label: {judge: {path: gpt2, dtyp: auto}}", "unknown key 'judge.dtyp' in", "mean 'dtype'?"),
         ("sft: {}", "section 'sft' lacks the key 'data'.", "Write text."),

@@ -46,7 +46,7 @@ PAIRS = MODEL + "data:\n  pairs: pairs.jsonl\n"
             "'evaluate' shall end rl on forgetting, and track_every: 0 measures none.",
             "Leave out track_every, or set it to 1 or more.",
         ),
-        (PROMPTS, 1, "the recipe has no stage.", "Add at least one of sft, sample, label"),
+        (PROMPTS, 1, "the recipe has no stage.", "Add at least one of sft, sample, judge, label"),
     ],
 )
 def test_stage_lacks_something(only, text, line, what, fix):
