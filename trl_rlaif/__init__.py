@@ -23,8 +23,10 @@ _LAZY = {
     "RewardTransform": "trl_rlaif.components",
     "DataSelector": "trl_rlaif.components",
     "Options": "trl_rlaif.components",
+    "rows_of": "trl_rlaif.components",
     "Pair": "trl_rlaif.data",
     "Prompt": "trl_rlaif.data",
+    "CriterionLabel": "trl_rlaif.types",
     "Label": "trl_rlaif.types",
     "Pool": "trl_rlaif.types",
     "PreferenceScores": "trl_rlaif.types",
@@ -38,6 +40,15 @@ _LAZY = {
     "cluster": "trl_rlaif.clustering",
     "directions": "trl_rlaif.models.embedding",
     "Judge": "trl_rlaif.judging.judge",
+    "CriteriaOptions": "trl_rlaif.judging.criteria",
+    "YES_NO": "trl_rlaif.judging.criteria",
+    "weighted_logit": "trl_rlaif.judging.criteria",
+    "with_veto": "trl_rlaif.judging.criteria",
+    "yes": "trl_rlaif.judging.criteria",
+    "ask_together": "trl_rlaif.judging.judge",
+    "ScoreDistribution": "trl_rlaif.judging.distribution",
+    "check_weight": "trl_rlaif.judging.distribution",
+    "weighted_sum": "trl_rlaif.judging.distribution",
     "LocalJudge": "trl_rlaif.judging.local",
     "JudgePrompt": "trl_rlaif.judging.prompt",
     "Question": "trl_rlaif.judging.question",
@@ -56,12 +67,14 @@ __all__ = ["__version__", "hookimpl", *_LAZY]
 
 if TYPE_CHECKING:
     from trl_rlaif.clustering import cluster
-    from trl_rlaif.components import DataSelector, Labeler, Options, RewardTransform
+    from trl_rlaif.components import DataSelector, Labeler, Options, RewardTransform, rows_of
     from trl_rlaif.data import Pair, Prompt
     from trl_rlaif.encoding import as_text, set_template_kwargs
     from trl_rlaif.errors import RunError, UserError
     from trl_rlaif.evaluation.forgetting import ForgettingTracker
-    from trl_rlaif.judging.judge import Judge
+    from trl_rlaif.judging.criteria import YES_NO, CriteriaOptions, weighted_logit, with_veto, yes
+    from trl_rlaif.judging.distribution import ScoreDistribution, check_weight, weighted_sum
+    from trl_rlaif.judging.judge import Judge, ask_together
     from trl_rlaif.judging.local import LocalJudge
     from trl_rlaif.judging.prompt import JudgePrompt
     from trl_rlaif.judging.question import Answer, Question, Thinking, ThinkingOptions
@@ -75,7 +88,17 @@ if TYPE_CHECKING:
     from trl_rlaif.rl.ppo.config import PPOConfig
     from trl_rlaif.rl.ppo.trainer import PPOTrainer
     from trl_rlaif.rl.rejection import RejectionTrainer
-    from trl_rlaif.types import Label, Pool, PreferenceScores, RehearsalPair, Responses, Rollout, ScoredBatch, Selection
+    from trl_rlaif.types import (
+        CriterionLabel,
+        Label,
+        Pool,
+        PreferenceScores,
+        RehearsalPair,
+        Responses,
+        Rollout,
+        ScoredBatch,
+        Selection,
+    )
 
 
 def __getattr__(name: str) -> Any:

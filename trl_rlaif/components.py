@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -76,6 +76,17 @@ class Labeler(Component, ABC):
             UserError: The judge's prompt lacks what the options need.
         """
 
+    def columns(self, prompt: JudgePrompt) -> Collection[str]:
+        """Names of the data's other columns that a label depends on, such as those that the judge's prompt names."""
+        return ()
+
+    def check_row(self, prompt: JudgePrompt, columns: Mapping[str, Any]) -> None:
+        """Called with the other columns of every row of the data, if there are ``columns``; as ``check_prompt`` is.
+
+        Raises:
+            UserError: The row lacks one of them, or what it holds cannot be used.
+        """
+
     @abstractmethod
     def label(self, pairs: Sequence[Pair], judge: Judge, done: Collection[str] = ()) -> Iterator[Label]:
         """Yield one Label for each pair that is not done, in any order, as soon as it is known.
@@ -88,6 +99,16 @@ class Labeler(Component, ABC):
         Yields:
             Labels; a pair that cannot be judged has ``skipped`` set. What was yielded survives a kill.
         """
+
+
+def rows_of(columns: Mapping[str, Any], names: Collection[str], count: int) -> list[dict[str, Any]]:
+    """The columns that a reward function is given, as the rows that ``JudgePrompt`` and ``check_row`` take.
+
+    Args:
+        columns: Lists of ``count`` values by name; what is not in ``names`` is left out.
+    """
+    known = [name for name in names if name in columns]
+    return [{name: columns[name][i] for name in known} for i in range(count)]
 
 
 def numbered(name: str, known: Collection[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -84,6 +84,10 @@ class Registry:
     def options_model(self, kind: str, name: str) -> type[BaseModel]:
         """The pydantic model of a component's options."""
         return self.find(kind, name).component.Options
+
+    def rewards(self) -> list[str]:
+        """Names of all labelers that are reward functions too, sorted."""
+        return [r.name for r in self if r.kind == "labeler" and issubclass(r.component, Callable)]  # type: ignore[arg-type]
 
     def create(self, kind: str, name: str, options: dict[str, Any] | None = None) -> Any:
         """An instance of a component with its options.

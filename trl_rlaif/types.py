@@ -61,6 +61,11 @@ class Pair:
     human: int | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def responses(self) -> tuple[str, str]:
+        """Both, in their order."""
+        return self.response_1, self.response_2
+
 
 @dataclass(frozen=True)
 class Skip:
@@ -88,6 +93,29 @@ class Loaded(Generic[T]):
 
 
 @dataclass(frozen=True)
+class CriterionLabel:
+    """What a labeler says of a pair by one criterion.
+
+    Args:
+        criterion: Its name or its text.
+        weight: What it counts in the label; a response that meets a criterion of negative weight is the worse for it.
+        p, p_12, p_21: As of Label, by this criterion alone; of one that responses are compared by.
+        score_1, score_2: Of one that is asked about each response: the probability in [0, 1] that it is met, or the
+            rating as a reward in [-1, 1].
+        veto: True of one that must hold; its weight is 0.
+    """
+
+    criterion: str
+    weight: float
+    p: float | None = None
+    p_12: float | None = None
+    p_21: float | None = None
+    score_1: float | None = None
+    score_2: float | None = None
+    veto: bool | None = None
+
+
+@dataclass(frozen=True)
 class Label:
     """What a labeler says of a pair.
 
@@ -106,6 +134,7 @@ class Label:
         bound_12, bound_21: How far p_12 and p_21 (or a rating on a scale of 0 to 1) may be off, since a server did not
             list every candidate; None where it did.
         voted: True where an answer was estimated from samples, and not read.
+        criteria: What the judge says by each criterion or check of its own, where it was asked about several.
     """
 
     id: str
@@ -125,6 +154,7 @@ class Label:
     bound_12: float | None = None
     bound_21: float | None = None
     voted: bool | None = None
+    criteria: Sequence[CriterionLabel] | None = None
 
 
 @dataclass(frozen=True)

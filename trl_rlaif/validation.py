@@ -394,7 +394,7 @@ def _select(origin: Origin, select: Callable[..., Any], pool: Pool) -> Selection
 
 # For each kind what its methods are called through.
 _METHODS: dict[type[Component], tuple[str, dict[str, Callable[..., Any]]]] = {
-    Labeler: ("labeler", {"label": _label}),
+    Labeler: ("labeler", {"label": _label} | {name: partial(_call, name) for name in ("columns", "check_row")}),
     RewardTransform: (
         "reward transform",
         {name: partial(_transform, name) for name in ("transform", "transform_pool")}

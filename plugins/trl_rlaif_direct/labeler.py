@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from trl_rlaif import Answer, Judge, JudgePrompt, Label, Labeler, Pair, Question, ThinkingOptions
+from trl_rlaif import (
+    YES_NO,
+    Answer,
+    CriteriaOptions,
+    Judge,
+    JudgePrompt,
+    Label,
+    Labeler,
+    Pair,
+    Question,
+    ask_together,
+    rows_of,
+)
+from trl_rlaif_direct.criteria import CriteriaRating, label_by_criteria, rate_by_criteria
 from trl_rlaif_direct.rating import RATINGS, Rating, preference, rating
 
 if TYPE_CHECKING:
     import torch
 
+Asked = dict[tuple[str, ...], list[list[Question]]]
 
-class DirectOptions(ThinkingOptions):
+
+class DirectOptions(CriteriaOptions):
     """Options of `direct`."""
 
 
@@ -40,11 +55,22 @@ class DirectLabeler(Labeler):
 
     def check_prompt(self, prompt: JudgePrompt) -> None:
         """See Labeler."""
-        prompt.rate("", "", think=self.options.thinking)
+        self._questions(prompt, "", "", None)
+
+    def columns(self, prompt: JudgePrompt) -> Collection[str]:
+        """See Labeler."""
+        return {*prompt.columns_of("rating.jinja"), *(prompt.columns_of("check.jinja") if self.options.vetoes else ())}
+
+    def check_row(self, prompt: JudgePrompt, columns: Mapping[str, Any]) -> None:
+        """See Labeler."""
+        self._questions(prompt, "", "", columns)
 
     def label(self, pairs: Sequence[Pair], judge: Judge, done: Collection[str] = ()) -> Iterator[Label]:
         """Yield one label a pair; p is the probability that response_1 is rated higher, ties counted half."""
         done = set(done)
+        if self.options.criteria:
+            yield from self._by_criteria(pairs, judge, done)
+            return
         groups = [self.questions(pair, judge.prompt) for pair in pairs]
         known = {index for index, pair in enumerate(pairs) if pair.id in done}
         for index, answers in judge.ask(groups, RATINGS, thinking=self.options.asked(), done=known):
@@ -52,8 +78,8 @@ class DirectLabeler(Labeler):
 
     def questions(self, pair: Pair, prompt: JudgePrompt) -> list[Question]:
         """One for each response."""
-        think = self.options.thinking
-        return [prompt.rate(pair.prompt, response, think=think) for response in (pair.response_1, pair.response_2)]
+        how: dict[str, Any] = {"columns": pair.extra, "think": self.options.thinking}
+        return [prompt.rate(pair.prompt, response, **how) for response in pair.responses]
 
     def teaching_loss(self, logprobs: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
         """The cross-entropy of which response is rated higher, ties counted half, as in the label."""
@@ -67,15 +93,49 @@ class DirectLabeler(Labeler):
         first, second = logprobs.unbind(1)
         return -(p * log_higher(first, second) + (1 - p) * log_higher(second, first))
 
-    def rate(self, prompts: Sequence[Any], responses: Sequence[str], judge: Judge) -> list[Rating | None]:
-        """One rating for each response; None where the judge has none, and ``failed`` then says why."""
-        think = self.options.thinking
-        groups = [[judge.prompt.rate(p, r, think=think)] for p, r in zip(prompts, responses, strict=True)]
-        asked = judge.ask(groups, RATINGS, thinking=self.options.asked())
-        found: dict[int, Answer] = {index: answer for index, (answer,) in asked}
-        answers = [found[index] for index in range(len(groups))]
-        self.failed = [answer.failed for answer in answers if answer.failed]
-        return [None if answer.failed else rating(answer.logprobs) for answer in answers]
+    def _by_criteria(self, pairs: Sequence[Pair], judge: Judge, done: Collection[str]) -> Iterator[Label]:
+        """Every criterion is a question of its own; those about one response are computed together."""
+        asked = [[self._questions(judge.prompt, pair.prompt, r, pair.extra) for r in pair.responses] for pair in pairs]
+        items = [{kind: [*first[kind], *second[kind]] for kind in first} for first, second in asked]
+        known = {index for index, pair in enumerate(pairs) if pair.id in done}
+        for index, found in ask_together(judge, items, thinking=self.options.asked(), done=known):
+            both = [{kind: of[side] for kind, of in found.items()} for side in (0, 1)]
+            yield label_by_criteria(pairs[index].id, self.options, both, judge.name)
+
+    def rate(
+        self, prompts: Sequence[Any], responses: Sequence[str], judge: Judge, **columns: Any
+    ) -> list[Rating | CriteriaRating | None]:
+        """One rating for each response; None where the judge has none, and ``failed`` then says why.
+
+        Args:
+            columns: Of the data, a list with a value for each response.
+        """
+        rows = rows_of(columns, self.columns(judge.prompt), len(responses))
+        items = [
+            self._questions(judge.prompt, prompt, response, row)
+            for prompt, response, row in zip(prompts, responses, rows, strict=True)
+        ]
+        found = dict(ask_together(judge, items, thinking=self.options.asked()))
+        read = [self._read({kind: answers for kind, (answers,) in found[i].items()}) for i in range(len(items))]
+        self.failed = [one for one in read if isinstance(one, str)]
+        return [None if isinstance(one, str) else one for one in read]
+
+    def _questions(self, template: JudgePrompt, prompt: Any, response: str, columns: Mapping[str, Any] | None) -> Asked:
+        """What is asked about one response: its rating, or that by each criterion, and what must hold."""
+        options = self.options
+        how: dict[str, Any] = {"columns": columns, "think": options.thinking}
+        criteria = [of.description or name for name, of in options.weighed.items()] or [""]
+        found: Asked = {RATINGS: [[template.rate(prompt, response, criterion=one, **how) for one in criteria]]}
+        if options.vetoes:
+            found[YES_NO] = [[template.check(prompt, response, one, **how) for one in options.vetoes.values()]]
+        return found
+
+    def _read(self, answers: Mapping[tuple[str, ...], list[Answer]]) -> Rating | CriteriaRating | str:
+        """A response's rating, or why there is none."""
+        if self.options.criteria:
+            return rate_by_criteria(self.options, answers)
+        (answer,) = answers[RATINGS]
+        return answer.failed or rating(answer.logprobs)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
         """Rewards in [-1, 1], with GRPOTrainer's signature; None for a response that the judge cannot rate.
@@ -85,7 +145,7 @@ class DirectLabeler(Labeler):
         if self.judge is None:
             raise TypeError("DirectLabeler is called as a reward function and has no judge: DirectLabeler(judge).")
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-        return [None if one is None else one.reward for one in self.rate(prompts, texts, self.judge)]
+        return [None if one is None else one.reward for one in self.rate(prompts, texts, self.judge, **columns)]
 
     def _label(self, id: str, answers: list[Answer], judge: str) -> Label:
         # What the judge wrote of each response stands where distilled keeps that of each order.

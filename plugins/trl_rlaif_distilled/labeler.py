@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from trl_rlaif import Answer, Judge, JudgePrompt, Label, Labeler, Pair, Question, ThinkingOptions
+from trl_rlaif import (
+    YES_NO,
+    Answer,
+    CriteriaOptions,
+    Judge,
+    JudgePrompt,
+    Label,
+    Labeler,
+    Pair,
+    Question,
+    ask_together,
+)
+from trl_rlaif_distilled.criteria import label_by_criteria
 from trl_rlaif_distilled.debias import Debias, Order, combine, mean_preference
 
 if TYPE_CHECKING:
     import torch
 
+Asked = dict[tuple[str, ...], list[list[Question]]]
 
-class DistilledOptions(ThinkingOptions):
+
+class DistilledOptions(CriteriaOptions):
     """Options of `distilled`."""
 
     preamble: Literal["base", "detailed"] = Field("base", description="How much the judge is told about its task.")
@@ -39,11 +53,26 @@ class DistilledLabeler(Labeler):
 
     def check_prompt(self, prompt: JudgePrompt) -> None:
         """See Labeler."""
-        self._question(prompt, "", "", "")
+        self._question(prompt, "", "", "", None, *self._descriptions()[:1])
+        if self.options.vetoes:
+            prompt.check("", "", "", columns=None, think=self.options.thinking)
+
+    def columns(self, prompt: JudgePrompt) -> Collection[str]:
+        """See Labeler."""
+        return {*prompt.columns_of("sample.jinja"), *(prompt.columns_of("check.jinja") if self.options.vetoes else ())}
+
+    def check_row(self, prompt: JudgePrompt, columns: Mapping[str, Any]) -> None:
+        """See Labeler."""
+        self._question(prompt, "", "", "", columns)
+        if self.options.vetoes:
+            prompt.check("", "", "", columns=columns)
 
     def label(self, pairs: Sequence[Pair], judge: Judge, done: Collection[str] = ()) -> Iterator[Label]:
         """Yield one label a pair."""
         done = set(done)
+        if self.options.criteria:
+            yield from self._by_criteria(pairs, judge, done)
+            return
         groups = [self.questions(pair, judge.prompt) for pair in pairs]
         known = {index for index, pair in enumerate(pairs) if pair.id in done}
         for index, answers in judge.ask(groups, self.candidates, thinking=self.options.asked(), done=known):
@@ -55,7 +84,7 @@ class DistilledLabeler(Labeler):
             "12": (pair.response_1, pair.response_2),
             "21": (pair.response_2, pair.response_1),
         }
-        return [self._question(prompt, pair.prompt, *shown[order]) for order in self._orders()]
+        return [self._question(prompt, pair.prompt, *shown[order], pair.extra) for order in self._orders()]
 
     def teaching_loss(self, logprobs: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
         """The cross-entropy over both candidates, the mean over the orders."""
@@ -65,11 +94,50 @@ class DistilledLabeler(Labeler):
         targets = torch.stack([target if order == "12" else target.flip(-1) for order in self._orders()], 1)
         return -(targets * logprobs).sum(-1).mean(-1)
 
-    def _question(self, template: JudgePrompt, prompt: Any, first: str, second: str) -> Question:
+    def _by_criteria(self, pairs: Sequence[Pair], judge: Judge, done: Collection[str]) -> Iterator[Label]:
+        """Every criterion is a question of its own; those about one order are computed together."""
+        options, orders = self.options, self._orders()
+        items = [self._criteria_questions(pair, judge.prompt) for pair in pairs]
+        known = {index for index, pair in enumerate(pairs) if pair.id in done}
+        for index, found in ask_together(judge, items, thinking=options.asked(), done=known):
+            compared = dict(zip(orders, found[self.candidates], strict=True))
+            checked = found.get(YES_NO, [])
+            yield label_by_criteria(pairs[index].id, options, options.debias, compared, checked, judge.name)
+
+    def _criteria_questions(self, pair: Pair, prompt: JudgePrompt) -> Asked:
+        shown = {"12": pair.responses, "21": pair.responses[::-1]}
+        columns, think = pair.extra, self.options.thinking
+        found: Asked = {
+            self.candidates: [
+                [self._question(prompt, pair.prompt, *shown[order], columns, one) for one in self._descriptions()]
+                for order in self._orders()
+            ]
+        }
+        if self.options.vetoes:
+            found[YES_NO] = [
+                [prompt.check(pair.prompt, response, one, columns=columns, think=think) for one in self._vetoes()]
+                for response in pair.responses
+            ]
+        return found
+
+    def _descriptions(self) -> list[str]:
+        return [of.description or name for name, of in self.options.weighed.items()]
+
+    def _vetoes(self) -> list[str]:
+        return [*self.options.vetoes.values()]
+
+    def _question(
+        self,
+        template: JudgePrompt,
+        prompt: Any,
+        first: str,
+        second: str,
+        columns: Mapping[str, Any] | None,
+        criterion: str = "",
+    ) -> Question:
         options = self.options
-        return template.compare(
-            prompt, first, second, preamble=options.preamble, shots=options.shots, think=options.thinking
-        )
+        how: dict[str, Any] = {"preamble": options.preamble, "shots": options.shots, "think": options.thinking}
+        return template.compare(prompt, first, second, criterion=criterion, columns=columns, **how)
 
     def _orders(self) -> tuple[Order, ...]:
         return ("12", "21") if self.options.orders == "both" else (self.options.orders,)

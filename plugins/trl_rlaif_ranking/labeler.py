@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 from trl_rlaif_distilled import DistilledLabeler, DistilledOptions
 from trl_rlaif_distilled.debias import mean_preference
 
-from trl_rlaif import Answer, Asked, Judge, Ranking, UserError, rank_all, rank_by_tournament
+from trl_rlaif import Answer, Asked, Judge, Ranking, UserError, rank_all, rank_by_tournament, rows_of
 
 
 class RankingOptions(DistilledOptions):
@@ -32,12 +32,19 @@ class RankingOptions(DistilledOptions):
         description="A tournament's questions about a group in a round; null: half as many as it has responses.",
     )
 
+    @model_validator(mode="after")
+    def _one_question(self) -> RankingOptions:
+        if self.criteria:
+            raise ValueError("A ranking asks one question about each two responses. Leave out criteria.")
+        return self
+
 
 @dataclass
 class _Group:
     """A prompt, its responses, each text once, and of each completion its row and its response."""
 
     prompt: Any
+    columns: dict[str, Any]
     responses: dict[str, int] = field(default_factory=dict)
     rows: list[tuple[int, int]] = field(default_factory=list)
 
@@ -77,6 +84,7 @@ class RankingLabeler(DistilledLabeler):
         Args:
             prompts: Texts or lists of messages; equal ones make a group, wherever they are.
             completions: Texts or lists of messages.
+            columns: The data's other columns, which the judge's prompt may name.
 
         Raises:
             UserError: A prompt has a single completion.
@@ -84,9 +92,10 @@ class RankingLabeler(DistilledLabeler):
         if self.judge is None:
             raise TypeError("RankingLabeler is called as a reward function and has no judge: RankingLabeler(judge).")
         groups: dict[str, _Group] = {}
+        rows = rows_of(columns, self.columns(self.judge.prompt), len(completions))
         for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             text = completion if isinstance(completion, str) else completion[-1]["content"]
-            groups.setdefault(json.dumps(prompt, sort_keys=True, default=str), _Group(prompt)).add(row, text)
+            groups.setdefault(json.dumps(prompt, sort_keys=True, default=str), _Group(prompt, rows[row])).add(row, text)
         alone = next((group for group in groups.values() if len(group.rows) == 1), None)
         if alone is not None:
             raise UserError(
@@ -100,7 +109,8 @@ class RankingLabeler(DistilledLabeler):
 
     def _rewards(self, groups: list[_Group], judge: Judge) -> dict[int, float | None]:
         """By row."""
-        ranking = self.rank([group.prompt for group in groups], [list(group.responses) for group in groups], judge)
+        texts = [list(group.responses) for group in groups]
+        ranking = self.rank([group.prompt for group in groups], texts, judge, [group.columns for group in groups])
         compared = {
             (question.group, item)
             for question, p in zip(ranking.asked, ranking.answers, strict=True)
@@ -119,8 +129,19 @@ class RankingLabeler(DistilledLabeler):
             found |= {row: margin for (row, _), margin in zip(known, margins.tolist(), strict=True)}
         return found
 
-    def rank(self, prompts: Sequence[Any], responses: Sequence[Sequence[str]], judge: Judge) -> Ranking:
-        """The different responses to each prompt in order; ``failed`` says which questions had no answer, and why."""
+    def rank(
+        self,
+        prompts: Sequence[Any],
+        responses: Sequence[Sequence[str]],
+        judge: Judge,
+        columns: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Ranking:
+        """The different responses to each prompt in order; ``failed`` says which questions had no answer, and why.
+
+        Args:
+            columns: Of each prompt the data's other columns, which the judge's prompt may name.
+        """
+        rows = columns or [{} for _ in prompts]
 
         def ask(asked: list[Asked]) -> list[float | None]:
             by_group: dict[int, list[Asked]] = {}
@@ -128,7 +149,7 @@ class RankingLabeler(DistilledLabeler):
                 by_group.setdefault(question.group, []).append(question)
             texts = [
                 [
-                    self._question(judge.prompt, prompts[g], responses[g][q.first], responses[g][q.second])
+                    self._question(judge.prompt, prompts[g], responses[g][q.first], responses[g][q.second], rows[g])
                     for q in questions
                 ]
                 for g, questions in by_group.items()

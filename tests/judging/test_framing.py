@@ -174,7 +174,9 @@ def test_a_folder_translates_the_notice_or_takes_the_frames_away():
         assert first["content"] == f"{parts['base.txt']}\n\nRequest:\nc\n\nResponse 1:\na\n\nResponse 2:\nb"
     assert len({p.revision for p in (translated, without, JudgePrompt("x", parts, (exemplar,)))}) == 3
     # That of a version without frames, whose labels count: the questions are the same.
-    before = json.dumps([parts, [vars(exemplar)]], sort_keys=True)
+    before = json.dumps(
+        [parts, [{name: vars(exemplar)[name] for name in vars(exemplar) if name != "columns"}]], sort_keys=True
+    )
     assert without.revision == hashlib.sha256(before.encode()).hexdigest()[:16]
 
 

@@ -67,6 +67,24 @@ def test_what_is_not_shown_to_the_judge_is_not_in_a_pairs_key(change):
     assert pair_key(replace(PAIRS[0], **change)) == pair_key(PAIRS[0])
 
 
+@pytest.mark.parametrize("value", [None, "", "Paris", 3, ["Paris"], {"city": "Paris"}])
+def test_what_a_judge_sees_of_the_other_columns_is_in_the_key(value):
+    pair = replace(PAIRS[0], extra={"answer": value, "source": 1})
+    key = pair_key(pair, ["answer"])
+    assert key == pair_key(replace(pair, extra={"answer": value, "source": 2}), ["answer"])
+    assert key not in (pair_key(replace(pair, extra={"answer": "Rome"}), ["answer"]), pair_key(pair))
+
+
+def test_a_label_is_found_by_the_columns_that_it_depends_on(path):
+    seen = replace(SETUP, columns=("answer",))
+    assert seen.key == SETUP.key  # the prompt's revision says it
+    pairs = [replace(pair, extra={"answer": "Paris"}) for pair in PAIRS]
+    fill(path, pairs[:2], seen)
+    assert found(path, pairs, seen) == {"p0": 0.75, "p1": 0.75}
+    assert found(path, [replace(pairs[0], extra={"answer": "Rome"}), pairs[1]], seen) == {"p1": 0.75}
+    assert Plan(path.with_name("plan"), seen, pairs[2:], pairs).pairs == pairs[2:]
+
+
 def test_any_text_has_a_key():
     assert len({pair_key(replace(PAIRS[0], response_1=text)) for text in ("\ud800", "\0", "ä", "a\u0308", "")}) == 5
 

@@ -47,6 +47,9 @@ class FakeRegistry:
     def names(self, kind: str) -> list[str]:
         return sorted(name for k, name in self.components if k == kind)
 
+    def rewards(self) -> list[str]:
+        return [name for name in ("direct",) if ("labeler", name) in self.components]
+
     def options_model(self, kind: str, name: str) -> type[BaseModel]:
         model = self.components[kind, name]
         if model is None:

@@ -40,12 +40,45 @@ def check(model, tmp_path, monkeypatch, capsys):
     ],
 )
 @pytest.mark.parametrize("text", ["{{ persona }}", "{% if context == 'x' %}{{ persona }}{% endif %}"])
-def test_a_template_that_names_another_column_is_refused_with_its_line(check, tmp_path, sections, part, text):
+def test_a_column_that_a_template_names_must_be_in_every_row(check, tmp_path, sections, part, text):
     path = tmp_path / "judge" / part
     path.write_text("{{ context }}\n" + text)
+    held_out = "evaluate" in sections
     code, message = check(**sections)
-    assert code == 2 and f"{path}:2: The template {part} of" in message
-    assert "there is no 'persona'. Templates are given context" in message
+    what = f"There is no column 'persona', which the template {part} of the prompt 'judge' names."
+    assert code == 2 and f"{'test' if held_out else 'train'}.jsonl:1: {what}" in message
+    rows = {name: (tmp_path / f"{name}.jsonl").read_text().splitlines() for name in ("train", "test")}
+    own = tmp_path / "own"
+    own.mkdir()
+    for name, lines in rows.items():
+        found = [json.loads(line) | {"persona": None if i == 2 else "a cook"} for i, line in enumerate(lines)]
+        (own / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+        found[2]["persona"] = ""
+        (own / f"{name}-good.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    code, message = check(**sections, data={"prompts": "own/train.jsonl", "eval_prompts": "own/test.jsonl"})
+    assert code == 2 and f"own/{'test' if held_out else 'train'}.jsonl:3: {what}" in message
+    code, message = check(**sections, data={"prompts": "own/train-good.jsonl", "eval_prompts": "own/test-good.jsonl"})
+    assert code == 0, message
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("{{ contxt }}", "There is no column 'contxt', which the template sample.jinja of the prompt 'judge' names."),
+        ("{{ level.high }}", "The template sample.jinja of the prompt 'judge' is wrong: UndefinedError: "),
+    ],
+)
+def test_a_template_is_tried_on_every_row(check, tmp_path, text, what):
+    check()
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    (tmp_path / "own").mkdir()
+    levels = [{"level": {"high": 1} if i < 4 else 3} for i in range(len(rows))]
+    lines = [json.dumps(row | level) + "\n" for row, level in zip(rows, levels, strict=True)]
+    (tmp_path / "own" / "train.jsonl").write_text("".join(lines))
+    (tmp_path / "judge" / "sample.jinja").write_text("{{ response_1 }} {{ response_2 }} " + text)
+    code, message = check(label={"prompt": "judge"}, evaluate=None, data={"prompts": "own/train.jsonl"})
+    assert code == 2 and what in message and f"train.jsonl:{1 if 'contxt' in text else 5}: " in message
+    assert ("Did you mean 'context'?" in message) == ("contxt" in text)
 
 
 def test_what_the_options_need_of_a_prompt_is_looked_for(check, tmp_path):

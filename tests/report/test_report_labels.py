@@ -8,7 +8,7 @@ from dataclasses import asdict
 import pytest
 from helpers.report_pages import HOSTILE, assert_only_our_script, make_run, part, read, set_results
 
-from trl_rlaif import Label, Pair
+from trl_rlaif import CriterionLabel, Label, Pair
 from trl_rlaif.labels import LabelKey, LabelStore
 
 pytestmark = pytest.mark.usefixtures("drawn")
@@ -161,6 +161,51 @@ def test_hostile_names_stay_text(folder):
     set_results(folder, lambda results: results["label"].update(comparison=table, setup=OURS.key))
     page = read(folder)
     assert page.text.count("<script>alert(1)</script>") == 2
+    assert_only_our_script(page)
+
+
+# ---- Criteria -------------------------------------------------------------------------------------------
+
+
+def write_criteria(folder, number, p, *criteria):
+    label = Label(f"p{number}", p=p, criteria=[CriterionLabel(*one, **of) for *one, of in criteria])
+    LabelStore(folder / "labels.jsonl").add(OURS, pair(number), label)
+
+
+def test_every_criterion_is_shown_over_all_pairs_and_by_pair(folder):
+    for number, (p, met) in enumerate([(0.9, (0.8, 0.1)), (0.2, (0.5, 0.4)), (0.5, (1.0, 0.0)), (0.7, (0.3, 0.3))]):
+        scores = {"score_1": met[0], "score_2": met[1]}
+        write_criteria(folder, number, p, ("is short", 2.0, scores), ("is rude", -1.0, scores))
+    held = {"score_1": 0.9, "score_2": 0.2, "veto": True}
+    write_criteria(folder, 4, 0.6, ("only here", 0.5, {"p": 0.75, "p_12": 0.7, "p_21": 0.8}), ("must hold", 0.0, held))
+    text = shown(folder)
+    # Of four pairs, one has a label that is a tie, and one a tie by the criterion.
+    assert "Criterion Weight Pairs Mean score Prefers as the label is short 2.00 4 0.425 50.0%" in text
+    assert "is rude \u22121.00 4 0.425 50.0% only here 0.500 1 100.0% must hold veto 1 0.550 100.0%" in text
+    assert "Criterion Weight p(1) Response 1 Response 2 is short 2.00 0.80 0.10 is rude \u22121.00 0.80 0.10" in text
+    assert "Criterion Weight p(1) Response 1 Response 2 only here 0.500 0.75 must hold veto 0.90 0.20" in text
+
+
+def test_many_criteria_are_counted(folder):
+    scores = {"score_1": 0.5, "score_2": 0.5}
+    write_criteria(folder, 0, 0.6, *[(f"criterion {i}", 1.0, scores) for i in range(31)], ("shared", 1.0, scores))
+    write_criteria(folder, 1, 0.6, ("shared", 1.0, scores))
+    text = shown(folder)
+    assert text.index("shared 1.00 2 0.500") < text.index("criterion 0 1.00 1 0.500")
+    assert "2 more criteria of fewer pairs are in labels.jsonl" in text
+
+
+def test_criteria_of_another_shape_and_hostile_ones(folder):
+    write_labels(folder, pairs=range(6))
+    rows = [json.loads(line) for line in (folder / "labels.jsonl").read_text().splitlines()]
+    odd = [3, [3], [{"criterion": ["x"], "weight": "y"}], [{"weight": 1}], {"criterion": "x"}]
+    for row, criteria in zip(rows, odd, strict=False):
+        row["criteria"] = criteria
+        row.pop("crc32", None)
+    rows[5]["criteria"] = [{"criterion": HOSTILE, "weight": 1, "score_1": 0.5, "score_2": 1e300}]
+    (folder / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = read(folder)
+    assert "None" not in page.text and "<script>alert(1)</script>" in page.text
     assert_only_our_script(page)
 
 

@@ -26,8 +26,9 @@ from trl_rlaif.progress import progress_bar, say
 from trl_rlaif.recipe import ComponentRef, JudgeSection, Recipe, ServerJudgeSection, prompt_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from trl_rlaif.components import Labeler
     from trl_rlaif.encoding import PromptLike
     from trl_rlaif.evaluation.forgetting import Preferred
 
@@ -60,7 +61,11 @@ def asking(
     labeler = context.create_labeler(context.who_wins(section))
 
     def preferred(prompts: Sequence[PromptLike], first: Sequence[str], second: Sequence[str]) -> list[float | None]:
-        pairs = [Pair(str(i), *row) for i, row in enumerate(zip(prompts, first, second, strict=True))]
+        extra = columns_for(context, labeler, judge.prompt)
+        pairs = [
+            Pair(str(i), prompt, *of, extra=extra(prompt))
+            for i, (prompt, *of) in enumerate(zip(prompts, first, second, strict=True))
+        ]
         found: list[float | None] = [None] * len(pairs)
         bar = progress_bar(description, len(pairs), unit="pairs") if description else nullcontext(lambda count: None)
         with bar as advance:
@@ -70,6 +75,13 @@ def asking(
         return found
 
     return preferred
+
+
+def columns_for(context: Context, labeler: Labeler, prompt: JudgePrompt) -> Callable[[PromptLike], dict[str, Any]]:
+    """The other columns of an evaluated prompt, where the labeler reads any; else none."""
+    if not labeler.columns(prompt):
+        return lambda _: {}
+    return lambda of: context.evaluated_columns[prompt_key(of)]
 
 
 def check_servers(context: Context) -> None:
@@ -155,10 +167,15 @@ def _compare(preferred: Preferred, name: str, rows: Rows) -> None:
 
 def _rate(context: Context, judge: Judge, description: str, rows: Rows) -> None:
     """Both responses of a prompt, or neither: their rates are of the same prompts."""
-    pairs = [Pair(str(i), row["prompt"], row["start"], row["trained"]) for i, row in enumerate(rows)]
+    labeler = context.create_labeler(ComponentRef("direct"))
+    extra = columns_for(context, labeler, judge.prompt)
+    pairs = [
+        Pair(str(i), row["prompt"], row["start"], row["trained"], extra=extra(row["prompt"]))
+        for i, row in enumerate(rows)
+    ]
     skipped: Counter[str] = Counter()
     with progress_bar(description, len(pairs), unit="pairs") as advance:
-        for label in context.create_labeler(ComponentRef("direct")).label(pairs, judge):
+        for label in labeler.label(pairs, judge):
             rows[int(label.id)] |= {"harmless_start": label.score_1, "harmless_trained": label.score_2}
             skipped.update([label.skipped] if label.skipped else [])
             advance(1)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from trl_rlaif.data import Pair
 from trl_rlaif.data.overlap import prompt_key
 from trl_rlaif.errors import RunError
 from trl_rlaif.evaluation import all_against_all, bootstrap_mean, length_controlled_win_rate, points
+from trl_rlaif.evaluation.judge_panel import columns_for
 from trl_rlaif.files import read_lines
+from trl_rlaif.judging.prompt import JudgePrompt
 from trl_rlaif.labels import LabelStore
 from trl_rlaif.labels.store import pair_key
 from trl_rlaif.pipeline import artifacts
@@ -20,7 +23,7 @@ from trl_rlaif.pipeline.context import WHO_WINS, Context, LabelTask
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.plugins import Plugins
 from trl_rlaif.progress import progress_bar
-from trl_rlaif.recipe import Recipe
+from trl_rlaif.recipe import Recipe, prompt_folder
 from trl_rlaif.recipe.variants import START
 
 Answers = dict[str, list[dict[str, Any]]]
@@ -84,17 +87,20 @@ def _pairs(answers: Answers) -> list[Pair]:
 
 def _pair(one: dict[str, Any], other: dict[str, Any]) -> Pair:
     pair = Pair("", one["prompt"], one["text"], other["text"], one["category"])
-    return Pair(pair_key(pair), pair.prompt, pair.response_1, pair.response_2, pair.category)
+    return replace(pair, id=pair_key(pair))
 
 
 def _judge(context: Context, task: LabelTask, pairs: dict[str, Pair]) -> dict[str, float | None]:
     """Probability that response_1 is preferred, by the pair's key; None where it could not be judged."""
     store, setup = LabelStore(context.folder / artifacts.LABELS), context.label_key(task)
+    labeler = context.create_labeler(task.labeler)
+    extra = columns_for(context, labeler, JudgePrompt.load(prompt_folder(task.prompt)))
+    pairs = {key: replace(pair, extra=extra(pair.prompt)) for key, pair in pairs.items()}
     known = store.find(setup, pairs.values())
     # What could not be judged is asked again: a server may be back.
     done = {key for key, row in known.items() if row["p"] is not None}
     if len(done) < len(pairs):
-        labeler, judge = context.create_labeler(task.labeler), context.label_judge(task)
+        judge = context.label_judge(task)
         with progress_bar("Judging the variants", len(pairs), len(done)) as advance:
             for label in labeler.label(list(pairs.values()), judge, done):
                 store.add(setup, pairs[label.id], label)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from trl_rlaif.judging.prompt import JudgePrompt
 from trl_rlaif.judging.question import Answer, Question, Thinking
@@ -45,3 +45,49 @@ class Judge(ABC):
             The group's index, and an Answer for each of its questions. A question that cannot be answered
             gives an Answer that says why.
         """
+
+
+Candidates = tuple[str, ...]
+
+
+def ask_together(
+    judge: Judge,
+    items: Sequence[Mapping[Candidates, Sequence[Group]]],
+    *,
+    thinking: Thinking | None = None,
+    done: Collection[int] = (),
+) -> Iterator[tuple[int, dict[Candidates, list[list[Answer]]]]]:
+    """Answers to items of several groups, whichever candidates these have, as soon as all of an item's are known.
+
+    Questions are computed together where they are a group: those of a pair's two responses, say, are two groups, since
+    the criteria that a response is judged by share more than the responses do.
+
+    Args:
+        judge: Is asked once for each kind of candidates.
+        items: For each item, its groups by their candidates: as many in every item.
+        thinking: Rationales to write first, if any.
+        done: Indices of items whose answers are known already, as of ``Judge.ask``.
+
+    Yields:
+        The item's index, and by candidates the answers to each of its groups.
+    """
+    counts = {candidates: len(groups) for candidates, groups in items[0].items()} if items else {}
+    asked = {}
+    for candidates, count in counts.items():
+        known = {count * i + j for i in done for j in range(count)}
+        flat = [group for item in items for group in item[candidates]]
+        asked[candidates] = judge.ask(flat, candidates, thinking=thinking, done=known)
+    found: dict[int, dict[tuple[Candidates, int], list[Answer]]] = {}
+    while asked:
+        # In turn, so that no item waits until all questions of another kind are answered.
+        for candidates in list(asked):
+            index, answers = next(asked[candidates], (None, []))
+            if index is None:
+                del asked[candidates]
+                continue
+            item, place = divmod(index, counts[candidates])
+            parts = found.setdefault(item, {})
+            parts[candidates, place] = answers
+            if len(parts) == sum(counts.values()):
+                yield item, {kind: [parts[kind, j] for j in range(n)] for kind, n in counts.items()}
+                del found[item]

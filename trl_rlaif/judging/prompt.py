@@ -6,10 +6,11 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from jinja2 import DictLoader, StrictUndefined, TemplateError, meta, nodes, pass_context
@@ -27,12 +28,21 @@ Preamble = Literal["base", "detailed"]
 # Every file that a prompt folder may hold; the first three make a prompt.
 FILES = (
     "base.txt", "sample.jinja", "ending.txt", "detailed.txt", "exemplars.jsonl", "thinking.txt",
-    "rubric.txt", "rating.jinja", "rating_ending.txt", "rating_thinking.txt", "frame.txt",
+    "rubric.txt", "rating.jinja", "rating_ending.txt", "rating_thinking.txt",
+    "check.txt", "check.jinja", "check_ending.txt", "check_thinking.txt", "frame.txt",
 )  # fmt: skip
 _REQUIRED = FILES[:3]
 # The frames' code in a template's context.
 _CODE = "_code"
-_VALUES = {"sample.jinja": ("context", "response_1", "response_2"), "rating.jinja": ("context", "response")}
+# What each template is given besides the columns of the data.
+_VALUES = {
+    "sample.jinja": ("context", "response_1", "response_2", "criterion"),
+    "rating.jinja": ("context", "response", "criterion"),
+    "check.jinja": ("context", "response", "criterion"),
+}
+_RESERVED = frozenset().union(*_VALUES.values())
+Columns = Mapping[str, Any]
+NO_COLUMNS: Columns = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,7 @@ class Exemplar:
     response_2: str
     rationale: str
     preferred: Literal[1, 2]
+    columns: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,8 +67,11 @@ class JudgePrompt:
             ``sample.jinja`` a template with ``context``, ``response_1`` and ``response_2``, ``ending.txt``
             what the judge completes with 1 or 2, ``thinking.txt`` what a rationale begins with. To rate one
             response: ``rubric.txt``, ``rating.jinja`` with ``context`` and ``response``,
-            ``rating_ending.txt``, ``rating_thinking.txt``. ``frame.txt``: see ``frame``.
-        exemplars: From ``exemplars.jsonl``.
+            ``rating_ending.txt``, ``rating_thinking.txt``. To check one response: ``check.txt``, ``check.jinja`` with
+            ``context``, ``response`` and ``criterion``, ``check_ending.txt``, ``check_thinking.txt``. ``frame.txt``:
+            see ``frame``. In the other templates, ``criterion`` is empty but where one of several is asked about.
+            All may name columns of the data, too.
+        exemplars: From ``exemplars.jsonl``; those that are shown have the columns that ``sample.jinja`` names.
     """
 
     name: str
@@ -70,7 +84,7 @@ class JudgePrompt:
 
         Raises:
             UserError: The folder or one of base.txt, sample.jinja and ending.txt is missing, a file cannot be
-                read, a template does not compile or names what it is not given, an exemplar is not complete.
+                read, a template does not compile or names a text of another template, an exemplar is not complete.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -86,31 +100,34 @@ class JudgePrompt:
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(f"A part of the prompt cannot be read: {error}", where=str(folder / name)) from None
         lines = enumerate(parts.pop("exemplars.jsonl", "").split("\n"), 1)  # splitlines would cut inside strings
-        exemplars = tuple(_exemplar(line, f"{folder / 'exemplars.jsonl'}:{i}") for i, line in lines if line.strip())
-        prompt = cls(folder.name, {name: text.strip("\r\n") for name, text in parts.items()}, exemplars)
+        bare = cls(folder.name, {name: text.strip("\r\n") for name, text in parts.items()})
         for name in _VALUES.keys() & parts.keys():
-            prompt._check_names(name, folder / name)
-            try:
-                prompt._render(name, dict.fromkeys(_VALUES[name], ""))
-            except UserError as error:
-                raise UserError(error.problems[0].what, where=str(folder / name)) from None
-        return prompt
+            bare._check_template(name, folder / name)
+        columns = bare.columns_of("sample.jinja")
+        where = folder / "exemplars.jsonl"
+        exemplars = tuple(_exemplar(line, columns, f"{where}:{i}") for i, line in lines if line.strip())
+        return replace(bare, exemplars=exemplars)
 
-    def _check_names(self, name: str, path: Path) -> None:
-        """Refuse a template that names what it is not given, also in a branch that empty texts do not take."""
-        try:
+    def _check_template(self, name: str, path: Path) -> None:
+        """Refuse a template that does not compile, fails on empty texts, or names a text of another template."""
+        foreign = _RESERVED.intersection(self.columns_of(name))
+        if foreign:
             tree = self._environment.parse(self.parts[name])
-            unknown = meta.find_undeclared_variables(tree) - {*_VALUES[name]}
-        except TemplateError:  # said when it is rendered
-            return
-        if unknown:
-            first = min((of for of in tree.find_all(nodes.Name) if of.name in unknown), key=lambda of: of.lineno)
+            first = min((of for of in tree.find_all(nodes.Name) if of.name in foreign), key=lambda of: of.lineno)
             *others, last = _VALUES[name]
             raise UserError(
                 f"The template {name} of the prompt '{self.name}' is wrong: there is no '{first.name}'.",
                 where=f"{path}:{first.lineno}",
-                fix=f"Templates are given {', '.join(others)} and {last}; other columns of the data are not.",
+                fix=f"It is given {', '.join(others)} and {last}, and the columns of the data.",
             )
+        try:
+            self._wording(name)
+        except UserError as error:
+            raise UserError(error.problems[0].what, where=str(path)) from None
+
+    def columns_of(self, template: str) -> tuple[str, ...]:
+        """The columns of the data that a template names, sorted; none of one that is missing or does not compile."""
+        return _undeclared(self.parts.get(template, ""), _VALUES[template])
 
     @property
     def frame(self) -> str:
@@ -125,7 +142,8 @@ class JudgePrompt:
         """Changes with any of the files, and with the frames: 16 hexadecimal digits."""
         form = [self.frame, framed("", frame_code((), ()))] if self.frame else []
         parts = {name: text for name, text in self.parts.items() if name != "frame.txt"}  # it is in form
-        content = json.dumps([parts, [vars(e) for e in self.exemplars], *form], sort_keys=True)
+        shown = [{key: value for key, value in vars(e).items() if key != "columns" or value} for e in self.exemplars]
+        content = json.dumps([parts, shown, *form], sort_keys=True)
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     def compare(
@@ -134,6 +152,8 @@ class JudgePrompt:
         response_1: str,
         response_2: str,
         *,
+        criterion: str = "",
+        columns: Columns | None = NO_COLUMNS,
         preamble: Preamble = "base",
         shots: int = 0,
         think: bool = False,
@@ -143,12 +163,16 @@ class JudgePrompt:
         Args:
             prompt: What was responded to.
             response_1, response_2: In the order in which they are shown.
+            criterion: What they are compared by, in words; empty: by what the prompt says of it.
+            columns: The row's other columns: texts, numbers, and lists and mappings of these. None where no row is
+                at hand, to see whether the folder has all parts: the sample is then left blank.
             preamble: The short or the detailed one.
             shots: Exemplars to show, 0..len(exemplars).
             think: Whether a rationale comes first, in the exemplars too.
 
         Raises:
-            UserError: The folder lacks what is asked for.
+            UserError: The folder lacks what is asked for, its template shows no criterion, the row has no value in a
+                column that the template names, or the template fails on it.
         """
         if shots > len(self.exemplars):
             raise UserError(
@@ -159,22 +183,51 @@ class JudgePrompt:
         messages: list[Message] = []
         for shown in self.exemplars[:shots]:
             rationale = f"{thinking} {shown.rationale}\n\n" if think else ""
-            messages.append(self._sample(shown.context, shown.response_1, shown.response_2))
+            messages.append(self._sample(shown.context, shown.response_1, shown.response_2, shown.columns))
             messages.append({"role": "assistant", "content": f"{rationale}{ending}{shown.preferred}"})
-        messages.append(self._sample(as_text(prompt), response_1, response_2))
+        messages.append(self._sample(as_text(prompt), response_1, response_2, columns, criterion))
         return self._question(f"{preamble}.txt", messages, ending, thinking)
 
-    def rate(self, prompt: PromptLike, response: str, *, think: bool = False) -> Question:
+    def rate(
+        self,
+        prompt: PromptLike,
+        response: str,
+        *,
+        criterion: str = "",
+        columns: Columns | None = NO_COLUMNS,
+        think: bool = False,
+    ) -> Question:
         """The question how good a response is; candidates are 1 to 10.
 
-        Raises:
-            UserError: The folder lacks what is asked for.
+        Args and raises as ``compare``.
         """
-        values = {"context": as_text(prompt), "response": response}
+        values = {"context": as_text(prompt), "response": response, "criterion": criterion}
+        return self._single("rubric.txt", "rating", values, columns, think)
+
+    def check(
+        self,
+        prompt: PromptLike,
+        response: str,
+        criterion: str,
+        *,
+        columns: Columns | None = NO_COLUMNS,
+        think: bool = False,
+    ) -> Question:
+        """The question whether a response meets a criterion; candidates are Yes and No.
+
+        Questions about one response differ in the criterion alone. Args and raises as ``compare``.
+        """
+        values = {"context": as_text(prompt), "response": response, "criterion": criterion}
+        return self._single("check.txt", "check", values, columns, think)
+
+    def _single(
+        self, preamble: str, kind: str, values: dict[str, str], columns: Columns | None, think: bool
+    ) -> Question:
+        """A question about one response, from the files that are named after its kind."""
         # The code follows from the prompt alone, so that it is computed once for all responses to it.
-        messages = [self._turn("rating.jinja", values, seed=[values["context"]])]
-        thinking = self._part("rating_thinking.txt") if think else ""
-        return self._question("rubric.txt", messages, self._part("rating_ending.txt"), thinking)
+        messages = [self._turn(f"{kind}.jinja", values, columns, seed=[values["context"]])]
+        thinking = self._part(f"{kind}_thinking.txt") if think else ""
+        return self._question(preamble, messages, self._part(f"{kind}_ending.txt"), thinking)
 
     def quote(self, text: str) -> str:
         """A text that is put into the prompt, such as a rationale, unable to pass for a part of the prompt."""
@@ -193,19 +246,57 @@ class JudgePrompt:
     @cached_property
     def _headers(self) -> re.Pattern[str]:
         """Lines of the prompt's own that no judged text may imitate: the templates', and the endings."""
-        own = [self._render(name, dict.fromkeys(_VALUES[name], "")) for name in _VALUES.keys() & self.parts.keys()]
+        own = [self._wording(name) for name in _VALUES.keys() & self.parts.keys()]
         own += [text for name, text in self.parts.items() if name.endswith(("ending.txt", "thinking.txt"))]
         return headers("\n".join(own))
 
-    def _sample(self, context: str, response_1: str, response_2: str) -> Message:
-        values = {"context": context, "response_1": response_1, "response_2": response_2}
-        return self._turn("sample.jinja", values, seed=values.values())
+    def _wording(self, name: str) -> str:
+        """A template's own words, of all of its branches; and what it makes of empty texts, if it needs no columns."""
+        blank = "" if self.columns_of(name) else self._render(name, dict.fromkeys(_VALUES[name], ""))
+        tree = self._environment.parse(self.parts[name])
+        return "".join([blank, "\n", *(text.data for text in tree.find_all(nodes.TemplateData))])
 
-    def _turn(self, template: str, values: dict[str, str], seed: Iterable[str]) -> Message:
-        """What the judge is shown: the template with the texts, quoted and framed."""
-        quoted = {key: self.quote(text) for key, text in values.items()}
-        code = frame_code(quoted.values(), seed) if self.frame else ""
+    def _sample(
+        self, context: str, response_1: str, response_2: str, columns: Columns | None, criterion: str = ""
+    ) -> Message:
+        texts = {"context": context, "response_1": response_1, "response_2": response_2}
+        return self._turn("sample.jinja", texts | {"criterion": criterion}, columns, seed=texts.values())
+
+    def _turn(self, template: str, values: dict[str, str], columns: Columns | None, seed: Iterable[str]) -> Message:
+        """What the judge is shown: the template with the texts and columns, quoted and framed."""
+        self._part(template)
+        needed = self.columns_of(template)
+        if values["criterion"] and "criterion" not in _undeclared(self.parts[template], ()):
+            raise UserError(
+                f"The template {template} of the prompt '{self.name}' names no criterion, which these options need.",
+                fix="Add to its end: {% if criterion %}Judge by this alone: {{ criterion }}{% endif %}",
+            )
+        if columns is None and needed:
+            return {"role": "user", "content": ""}
+        shown = {**self._found(template, needed, columns or NO_COLUMNS), **values}
+        quoted = {key: self._quoted(value) for key, value in shown.items()}
+        code = frame_code(_texts([*quoted.values()]), seed) if self.frame else ""
         return {"role": "user", "content": self._render(template, quoted, code)}
+
+    def _found(self, template: str, needed: Iterable[str], columns: Columns) -> dict[str, Any]:
+        for name in needed:
+            if columns.get(name) is None:
+                near = difflib.get_close_matches(name, [*_VALUES[template], *columns], n=1)
+                raise UserError(
+                    f"There is no column '{name}', which the template {template} of the prompt '{self.name}' names.",
+                    fix=f"Did you mean '{near[0]}'?"
+                    if near and near[0] != name
+                    else "Give every row the column; an empty text where there is nothing to say.",
+                )
+        return {name: columns[name] for name in needed}
+
+    def _quoted(self, value: Any) -> Any:
+        """A text, or all texts of a list or a mapping, quoted; numbers as they are."""
+        if isinstance(value, Mapping):
+            return {key: self._quoted(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._quoted(item) for item in value]
+        return value if value is None or isinstance(value, int | float) else self.quote(str(value))
 
     @cached_property
     def _environment(self) -> ImmutableSandboxedEnvironment:
@@ -235,21 +326,40 @@ def _framed_value(context: Context, value: Any) -> Any:
     return text if code in text else framed(text, code)  # a macro's output holds frames already
 
 
-def _exemplar(line: str, where: str) -> Exemplar:
+@cache
+def _undeclared(template: str, given: tuple[str, ...]) -> tuple[str, ...]:
+    environment = ImmutableSandboxedEnvironment()
+    try:
+        found = meta.find_undeclared_variables(environment.parse(template))
+    except TemplateError:  # said when it is rendered
+        return ()
+    return tuple(sorted(found - {*given, *environment.globals}))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts of a list or a mapping, at any depth, and the keys."""
+    if isinstance(value, Mapping):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, str):
+        yield value
+
+
+def _exemplar(line: str, columns: tuple[str, ...], where: str) -> Exemplar:
     try:
         row: Any = json.loads(line)
     except ValueError as error:
         raise UserError(f"An exemplar is no JSON: {error}", where=where) from None
-    names = list(Exemplar.__dataclass_fields__)
-    texts = names[:-1]
+    *texts, preferred, _ = Exemplar.__dataclass_fields__
     if (
         not isinstance(row, dict)
-        or set(row) != set(names)
+        or not {*texts, preferred} <= set(row) <= {*texts, preferred, *columns}
         or not all(isinstance(row[name], str) for name in texts)
         or type(row["preferred"]) is not int
         or row["preferred"] not in (1, 2)
     ):
-        raise UserError(
-            "An exemplar is not complete.", where=where, fix=f"Give {', '.join(texts)} as texts; preferred is 1 or 2."
-        )
-    return Exemplar(**row)
+        fix = f"Give {', '.join(texts)} as texts; preferred is 1 or 2."
+        raise UserError("An exemplar is not complete.", where=where, fix=fix)
+    return Exemplar(**{name: row.pop(name) for name in (*texts, preferred)}, columns=row)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -22,16 +22,18 @@ from trl_rlaif.types import Label
 _SHARES = ("p", "p_12", "p_21", "mass_12", "mass_21")
 # Damaged lines that get a warning each.
 _NAMED = 5
-_OPTIONAL = ("skipped", "score_1", "score_2", "spread_1", "spread_2", "bound_12", "bound_21", "voted")
+_OPTIONAL = ("skipped", "score_1", "score_2", "spread_1", "spread_2", "bound_12", "bound_21", "voted", "criteria")
 
 
 def _digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def pair_key(pair: Pair) -> str:
-    """What of a pair determines its label: the texts, whatever the pair is called."""
-    return _digest([(m["role"], m["content"]) for m in as_messages(pair.prompt)], pair.response_1, pair.response_2)
+def pair_key(pair: Pair, columns: Collection[str] = ()) -> str:
+    """What of a pair determines its label: the texts, whatever the pair is called, and what is in some columns."""
+    also = [{name: pair.extra.get(name) for name in columns}] if columns else []
+    turns = [(m["role"], m["content"]) for m in as_messages(pair.prompt)]
+    return _digest(turns, pair.response_1, pair.response_2, *also)
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class LabelKey:
         judge_revision: Version of its weights and tokenizer, how they are held, what its chat template is told, and
             the date that this writes.
         prompt_revision: Changes with any file of the judge's prompt.
+        columns: Other columns of the data that it depends on; they follow from the rest.
     """
 
     labeler: str
@@ -52,11 +55,19 @@ class LabelKey:
     judge: str
     judge_revision: str
     prompt_revision: str
+    columns: tuple[str, ...] = ()
 
     @cached_property
     def key(self) -> str:
         """16 hexadecimal digits."""
-        return _digest(asdict(self))
+        # Without criteria as before there were any.
+        options = {name: value for name, value in self.options.items() if (name, value) != ("criteria", {})}
+        parts = asdict(self) | {"options": options}
+        return _digest({name: value for name, value in parts.items() if name != "columns"})
+
+    def of(self, pair: Pair) -> str:
+        """What determines the label on the pair's side: 16 hexadecimal digits."""
+        return pair_key(pair, self.columns)
 
 
 class LabelStore:
@@ -101,14 +112,16 @@ class LabelStore:
 
     def find(self, label_key: LabelKey, pairs: Iterable[Pair]) -> dict[str, LabelRow]:
         """Labels that are known, by the pairs' ids."""
-        found = {pair.id: self._rows.get((label_key.key, pair_key(pair))) for pair in pairs}
+        found = {pair.id: self._rows.get((label_key.key, label_key.of(pair))) for pair in pairs}
         return {id: row for id, row in found.items() if row is not None}
 
     def add(self, label_key: LabelKey, pair: Pair, label: Label) -> None:
         """Append a label, and see it on the disk. One that is there already, word for word, adds no line."""
         row = {f.name: getattr(label, f.name) for f in fields(label)}
+        if label.criteria is not None:
+            row["criteria"] = [{k: v for k, v in asdict(one).items() if v is not None} for one in label.criteria]
         row = {name: value for name, value in row.items() if value is not None or name not in _OPTIONAL}
-        row |= {"labeler": label_key.labeler, "setup": label_key.key, "pair": pair_key(pair)}
+        row |= {"labeler": label_key.labeler, "setup": label_key.key, "pair": label_key.of(pair)}
         # What cannot be judged is asked in every pass, and mostly fails as before.
         if self._rows.get((label_key.key, row["pair"])) != row:
             append_lines(self.path, [row])
@@ -145,19 +158,19 @@ class Plan:
     def __init__(self, path: Path, label_key: LabelKey, missing: Sequence[Pair], everything: Sequence[Pair]) -> None:
         self.path = path
         stored, *notes = read_lines(path) or [{}]
-        by_key = {pair_key(pair): pair for pair in everything}
+        by_key = {label_key.of(pair): pair for pair in everything}
         keys = stored.get("pairs", []) if stored.get("setup") == label_key.key else []
         self.noted: dict[str, Any] = {}
         # With pairs that the plan does not know, it is made anew: nothing stays without a label.
-        if all(key in by_key for key in keys) and {pair_key(p) for p in missing} <= set(keys):
+        if all(key in by_key for key in keys) and {label_key.of(p) for p in missing} <= set(keys):
             self.pairs = [by_key[key] for key in keys]
             for note in notes if keys else ():
                 self.noted |= note
             return
-        self.pairs = list(dict((pair_key(pair), pair) for pair in missing).values())
+        self.pairs = list(dict((label_key.of(pair), pair) for pair in missing).values())
         if self.pairs:
             path.parent.mkdir(exist_ok=True)
-            write_state(path, {"setup": label_key.key, "pairs": [pair_key(p) for p in self.pairs]})
+            write_state(path, {"setup": label_key.key, "pairs": [label_key.of(p) for p in self.pairs]})
 
     def note(self, **found: Any) -> None:
         """Keep what a pass that is resumed cannot find out again."""

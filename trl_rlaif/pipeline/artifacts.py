@@ -159,6 +159,7 @@ class _LabelRow(TypedDict, total=False):
     bound_12: float
     bound_21: float
     voted: bool
+    criteria: list[dict[str, Any]]  # trl_rlaif.types.CriterionLabel, without what is None
     labeler: str
     setup: str
     pair: str
@@ -309,6 +310,7 @@ class LabelResults(TypedDict, total=False):
     judge: str
     labeler: str
     setup: str
+    columns: list[str]  # of the data, that the labels depend on
     made: int
     voted: int
     bounded: int

@@ -1,43 +1,66 @@
-"""What a recipe names and only its stages would look into: judges' prompts, reward functions and their columns."""
+"""What a recipe names and only its stages would look into: judges' prompts, reward functions, and columns of data."""
 
 from __future__ import annotations
 
 import inspect
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from trl_rlaif.data import Loaded
 from trl_rlaif.data.loading import place_of
 from trl_rlaif.errors import Problem, UserError
 from trl_rlaif.judging.prompt import JudgePrompt
+from trl_rlaif.pipeline.context import who_wins
 from trl_rlaif.pipeline.rl_setup import load_function
 from trl_rlaif.recipe import ComponentRef, Recipe, prompt_folder
-from trl_rlaif.recipe.inputs import read_prompts
+from trl_rlaif.recipe.inputs import read_calibration, read_pairs, read_prompts
 from trl_rlaif.validation import Origin
 
 if TYPE_CHECKING:
+    from trl_rlaif.components import Labeler
     from trl_rlaif.plugins import Plugins
 
 # What every reward function is given besides the columns of the data.
 _GIVEN = ("prompts", "completions", "completion_ids", "id", "category", "trainer_state")
+
+_Data = dict[str, Callable[[], Loaded[Any]]]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A prompt that a judge is asked with: its key in the recipe, its name, who asks, and about which data.
+
+    Args:
+        data: Where each source of rows comes from, and how it is read.
+    """
+
+    key: tuple[str, ...]
+    prompt: str
+    labeler: ComponentRef
+    data: _Data
 
 
 def check_prompts(recipe: Recipe, plugins: Plugins) -> None:
     """Read every judge's prompt, and have each labeler look whether it holds what its options need.
 
     Raises:
-        UserError: A template is wrong or names what it is not given, or a part is missing.
+        UserError: A template is wrong, a part is missing, or a row of the data lacks a column that a template names.
     """
     problems: list[Problem] = []
-    for key, name, labeler in _prompts(recipe):
+    for asked in _asked(recipe):
         try:
-            prompt = JudgePrompt.load(prompt_folder(name))
-            if labeler is not None:
-                found = plugins.registry.find("labeler", labeler.name)
-                with Origin.of(found, labeler.where).blamed("check_prompt()"):
-                    plugins.registry.create("labeler", labeler.name, labeler.options).check_prompt(prompt)
+            prompt = JudgePrompt.load(prompt_folder(asked.prompt))
+            found = plugins.registry.find("labeler", asked.labeler.name)
+            labeler = plugins.registry.create("labeler", asked.labeler.name, asked.labeler.options)
+            with Origin.of(found, asked.labeler.where).blamed("check_prompt()"):
+                labeler.check_prompt(prompt)
+            with Origin.of(found, asked.labeler.where).blamed("check_row()"):
+                _check_rows(labeler, prompt, asked.data)
         except UserError as error:
-            problems += [Problem(p.what, p.where or recipe.line(key), p.fix) for p in error.problems]
+            problems += [Problem(p.what, p.where or recipe.line(asked.key), p.fix) for p in error.problems]
     problems += _teaching_problems(recipe, plugins)
     if problems:
         raise UserError.from_problems(list(dict.fromkeys(problems)))
@@ -57,26 +80,45 @@ def _teaching_problems(recipe: Recipe, plugins: Plugins) -> Iterator[Problem]:
         yield Problem(what, where, "Set thinking: false, or leave out 'judge'.")
 
 
-def _prompts(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str, ComponentRef | None]]:
-    """Each prompt that a judge is asked with: its key, its name, and the labeler that asks, unless it is the usual."""
-    label, evaluate = recipe.label, recipe.evaluate
+def _check_rows(labeler: Labeler, prompt: JudgePrompt, data: _Data) -> None:
+    """See that every row has the columns that a labeler reads; what is on the Hub or in folders waits for its stage."""
+    if not labeler.columns(prompt):
+        return
+    for source, read in data.items():
+        for item in read().items if os.path.isfile(source) else ():
+            try:
+                labeler.check_row(prompt, item.extra)
+            except UserError as error:
+                where = place_of(source, item.id)
+                raise UserError.from_problems([Problem(p.what, where, p.fix) for p in error.problems]) from None
+
+
+def _asked(recipe: Recipe) -> Iterator[_Asked]:
+    """Each prompt that a judge is asked with."""
+    data, label, evaluate = recipe.data, recipe.label, recipe.evaluate
+    prompts: _Data = {data.prompts: partial(read_prompts, recipe, data.prompts)} if data.prompts else {}
     if label:
-        yield ("label", "prompt"), label.prompt, label.labeler
+        pairs: _Data = {data.pairs: partial(read_pairs, recipe)} if data.pairs else prompts
+        judged: _Data = {label.calibration: partial(read_calibration, recipe)} if label.calibration else {}
+        yield _Asked(("label", "prompt"), label.prompt, label.main_labeler, pairs | judged)
         for name, of in label.compare.items():
-            yield ("label", "compare", name, "prompt"), of.prompt or label.prompt, of.labeler or label.labeler
+            key = ("label", "compare", name, "prompt")
+            yield _Asked(key, of.prompt or label.prompt, of.labeler or label.main_labeler, pairs)
     if recipe.judge:
-        key = "judge" if recipe.judge.prompt else "label"
-        yield (key, "prompt"), recipe.teaching_prompt, recipe.teaching_labeler
-    if recipe.rl and "direct" in recipe.rl.reward_names:
-        options = label.labeler.options if label and label.labeler.name == "direct" else {}
-        prompt = label.prompt if label else "general"
-        yield ("rl", "rewards"), prompt, ComponentRef("direct", options, recipe.line(("rl", "rewards")))
+        key = ("judge" if recipe.judge.prompt else "label", "prompt")
+        yield _Asked(key, recipe.teaching_prompt, recipe.teaching_labeler, {})
+    for labeler in recipe.reward_labelers.values():
+        yield _Asked(("rl", "rewards"), label.prompt if label else "general", labeler, prompts)
     if evaluate:
-        yield ("evaluate", "prompt"), recipe.evaluation_prompt, None
+        sources = evaluate.sets.values() or [data.eval_prompts]
+        held_out = {source: partial(read_prompts, recipe, source, "eval_prompts") for source in sources}
+        yield _Asked(("evaluate", "prompt"), recipe.evaluation_prompt, who_wins(recipe, evaluate.judge), held_out)
         for name, judge in evaluate.judges.items():
-            yield ("evaluate", "judges", name, "prompt"), judge.prompt or recipe.evaluation_prompt, None
+            key = ("evaluate", "judges", name, "prompt")
+            labeler = who_wins(recipe, judge.judge or evaluate.judge)
+            yield _Asked(key, judge.prompt or recipe.evaluation_prompt, labeler, held_out)
         if evaluate.harmless:
-            yield ("evaluate", "harmless"), evaluate.harmless, None
+            yield _Asked(("evaluate", "harmless"), evaluate.harmless, ComponentRef("direct"), held_out)
 
 
 def check_ranking(recipe: Recipe) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from trl_rlaif import distributed, hardware
 from trl_rlaif.chat_templates import dated, has_date
 from trl_rlaif.data import Pair, Prompt
+from trl_rlaif.data.overlap import prompt_key
 from trl_rlaif.encoding import PromptLike, as_messages, chat_prompt, encode_prompt, is_rendered, set_template_kwargs
 from trl_rlaif.errors import UserError
 from trl_rlaif.files import read_lines, read_state, write_state
@@ -55,6 +56,12 @@ P = TypeVar("P", Prompt, Pair)
 # their log-odds, no rationales. The options of the section label do not apply: an ablation there, such as one order
 # alone, would give a judge that prefers a position a win rate of 100%.
 WHO_WINS = ComponentRef("distilled", {"orders": "both", "debias": "mean_logit"})
+
+
+def who_wins(recipe: Recipe, judge: str | JudgeSection | ServerJudgeSection) -> ComponentRef:
+    """See ``Context.who_wins``."""
+    taught = recipe.teaching_labeler if judge == "taught" else WHO_WINS
+    return WHO_WINS if taught.name == WHO_WINS.name else taught
 
 
 @dataclass(frozen=True)
@@ -250,15 +257,21 @@ class Context:
     def who_wins(self, judge: str | JudgeSection | ServerJudgeSection) -> ComponentRef:
         """The labeler by which a judge decides which of two responses wins: one that was taught ratings is no better
         at comparisons than before."""
-        taught = self.recipe.teaching_labeler if judge == "taught" else WHO_WINS
-        return WHO_WINS if taught.name == WHO_WINS.name else taught
+        return who_wins(self.recipe, judge)
+
+    @cached_property
+    def evaluated_columns(self) -> dict[str, dict[str, Any]]:
+        """The other columns of each prompt that is evaluated, by its ``prompt_key``."""
+        sources = self.recipe.evaluate.sets.values() or [self.recipe.data.eval_prompts]
+        found = [prompt for source in sources for prompt in read_prompts(self.recipe, source, "eval_prompts").items]
+        return {prompt_key(prompt.prompt): prompt.extra for prompt in found}
 
     # ---- Labeling -------------------------------------------------------------------------------------
 
     def label_tasks(self) -> list[LabelTask]:
         """The labelers of the recipe; the first one's labels are what the reward model learns from."""
         section = self.recipe.label
-        main = LabelTask("label", section.labeler, section.judge, section.prompt)
+        main = LabelTask("label", section.main_labeler, section.judge, section.prompt)
         others = [
             LabelTask(name, c.labeler or main.labeler, c.judge or main.judge, c.prompt or main.prompt)
             for name, c in section.compare.items()
@@ -288,7 +301,8 @@ class Context:
 
                 revision += f" {digest(str(adapter / ADAPTER_FILE))}"
         prompt = JudgePrompt.load(prompt_folder(task.prompt))
-        return LabelKey(task.labeler.name, dict(task.labeler.options), name, revision, prompt.revision)
+        columns = tuple(sorted(self.create_labeler(task.labeler).columns(prompt)))
+        return LabelKey(task.labeler.name, dict(task.labeler.options), name, revision, prompt.revision, columns)
 
     def label_judge(self, task: LabelTask) -> Judge:
         """A task's judge, loaded."""

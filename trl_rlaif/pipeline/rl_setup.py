@@ -14,7 +14,6 @@ from trl_rlaif.files import write_atomically
 from trl_rlaif.interrupts import is_fault
 from trl_rlaif.pipeline.artifacts import REHEARSAL, SELECTION_MAP
 from trl_rlaif.pipeline.training import settings_of
-from trl_rlaif.recipe import ComponentRef
 from trl_rlaif.recipe.inputs import read_rehearsal
 from trl_rlaif.validation import Origin, tagged
 
@@ -91,18 +90,17 @@ def reward_functions(context: Context, shared: SharedBase) -> list[Any]:
 
 
 def _reward(context: Context, name: str, shared: SharedBase) -> Any:
-    """A function's or the judge's reward; the judge is the base itself without an adapter, if it is the same."""
-    where = context.recipe.line(("rl", "rewards", context.recipe.rl.reward_names.index(name)))
-    if name != "direct":
+    """A function's or a labeler's reward; the judge is the base itself without an adapter, if it is the same."""
+    labelers = context.recipe.reward_labelers
+    if name not in labelers:
+        where = context.recipe.line(("rl", "rewards", context.recipe.rl.reward_names.index(name)))
         place, _, attribute = name.rpartition(":")
         origin = Origin(f"reward function '{attribute}' of {place}", where)
         with origin.blamed("its import"):
             return tagged(load_function(name), origin)
     section = context.recipe.label
     judge, prompt = (section.judge, section.prompt) if section else ("same", "general")
-    labeled_so = section is not None and section.labeler.name == "direct"
-    options = section.labeler.options if labeled_so else {}
-    labeler = context.create_labeler(ComponentRef("direct", options, where))
+    labeler = context.create_labeler(labelers[name])
     labeler.judge = context.judge(judge, prompt, shared)
     return labeler
 

@@ -16,6 +16,7 @@ from trl_rlaif.recipe.source import KeyPath, Source
 _KEYS: dict[tuple[str, str], tuple[str, bool]] = {
     ("label", "labeler"): ("labeler", False),
     ("reward", "transforms"): ("reward_transform", True),
+    ("rl", "labelers"): ("labeler", True),
     ("rl", "transforms"): ("reward_transform", True),
     ("rl", "selectors"): ("data_selector", True),
 }
@@ -42,6 +43,8 @@ def pick_components(section: str, keys: dict[Any, Any], source: Source, registry
             fix = f"Write a list of {_words(kind)}s, for example [name]."
             source.report(path, wrong_value(key, f"section '{section}'", keys[key]), fix)
             keys[key] = []
+    if section == "label" and keys.get("criteria"):
+        _check_criteria(keys["labeler"].name, source, registry)
     if section == "label" and isinstance(keys.get("compare"), dict):
         keys["compare"] = dict(keys["compare"])
         for name, compared in keys["compare"].items():
@@ -49,6 +52,20 @@ def pick_components(section: str, keys: dict[Any, Any], source: Source, registry
                 path = (section, "compare", name, "labeler")
                 labeler = _component(compared["labeler"], path, "labeler", source, registry)
                 keys["compare"][name] = {**compared, "labeler": labeler}
+
+
+def _check_criteria(labeler: str, source: Source, registry: ComponentLookup) -> None:
+    """``label.criteria`` is an option of the labeler, which must have it."""
+
+    def takes(name: str) -> bool:
+        try:
+            return "criteria" in registry.options_model("labeler", name).model_fields
+        except UserError:  # a plugin that cannot be used is reported where it is named
+            return False
+
+    if labeler in registry.names("labeler") and not takes(labeler):
+        fix = f"Use one of {', '.join(filter(takes, registry.names('labeler'))) or 'those that do'}."
+        source.report(("label", "criteria"), f"the labeler '{labeler}' asks by no criteria.", fix)
 
 
 def _component(written: Any, path: KeyPath, kind: str, source: Source, registry: ComponentLookup) -> ComponentRef:

@@ -18,6 +18,7 @@ def check_together(source: Source) -> None:
     if "rl" in present:
         _check_rl(source, present)
         _check_selectors(source)
+        _check_labelers(source)
     if "evaluate" in present:
         _check_evaluate(source, present)
     _check_taught(source, present)
@@ -131,6 +132,20 @@ def _check_selectors(source: Source) -> None:
     if algorithm is not None and algorithm.needs_selector and not _value(source, "rl", "selectors"):
         what = "'rl' shall train on accepted responses, and has no selector that accepts any."
         source.report(("rl", "algorithm"), what, "Set rl.selectors, for example to [rejection_sampling].")
+
+
+def _check_labelers(source: Source) -> None:
+    """Options are those of a reward, and of one only once."""
+    labelers, rewards = (_value(source, "rl", key) for key in ("labelers", "rewards"))
+    if not isinstance(labelers, list) or not isinstance(rewards, list | None):
+        return
+    names = [reward_name(entry) for entry in labelers]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            source.report(("rl", "labelers", i), f"the options of '{name}' are listed twice.", "Write them once.")
+        elif name not in map(reward_name, rewards or ["reward"]):
+            what = f"'labelers' has options of '{name}', which gives no reward."
+            source.report(("rl", "labelers", i), what, f"Add {name} to rl.rewards, or remove its options.")
 
 
 def _check_evaluate(source: Source, present: set[Any]) -> None:

@@ -82,13 +82,26 @@ class Recipe:
         """The labeler whose questions the judge is taught."""
         return self.label.labeler if self.label else ComponentRef("distilled")
 
+    @property
+    def reward_labelers(self) -> dict[str, ComponentRef]:
+        """The labelers among the rewards of ``rl``, by name, with the options of ``rl.labelers`` or of ``label``."""
+        if self.rl is None:
+            return {}
+        known = [*self.rl.labelers, *([self.label.main_labeler] if self.label else [])]
+        options = {ref.name: ref.options for ref in reversed(known)}
+        found = {}
+        for i, name in enumerate(self.rl.reward_names):
+            if name != "reward" and ":" not in name:
+                found[name] = ComponentRef(name, options.get(name, {}), self.line(("rl", "rewards", i)))
+        return found
+
     def asks_taught(self, *sections: str) -> bool:
         """Whether one of the sections ``label``, ``rl`` and ``evaluate`` asks the judge that the stage judge taught."""
         label, evaluate = self.label, self.evaluate
         asked: list[Any] = []
         if "label" in sections and label:
             asked += [label.judge, *(compared.judge for compared in label.compare.values())]
-        if "rl" in sections and label and self.rl and "direct" in self.rl.reward_names:
+        if "rl" in sections and label and self.reward_labelers:
             asked.append(label.judge)
         if "evaluate" in sections and evaluate:
             asked += [evaluate.judge, *(further.judge for further in evaluate.judges.values())]

@@ -149,19 +149,18 @@ class PathFinder:
 
     def reward(self, name: str) -> str:
         """A reward of ``rl.rewards``; a .py file in it becomes absolute. Nothing is imported."""
-        if name == "direct" and name not in self.registry.names("labeler"):
-            raise UserError("'direct' is a labeler, and none of that name is installed.")
-        if name in ("reward", "direct"):
+        known = ["reward", *self.registry.rewards()]
+        if name in known:
             return name
         match = _FUNCTION.fullmatch(name)
         if match and match["place"].endswith(".py"):
             return f"{self.code(match['place'])}:{match['name']}"
         if match and _MODULE.fullmatch(match["place"]):
             return name
-        near = did_you_mean(name, ["reward", "direct"])
         raise UserError(
             f"'{name}' is no reward.",
-            fix=near or "Write reward, direct, package.module:function or path/to/file.py:function.",
+            fix=did_you_mean(name, known)
+            or f"Write {', '.join(known)}, package.module:function or path/to/file.py:function.",
         )
 
     def find(self, name: str) -> Path | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, Protocol, get_args
 from urllib.parse import urlsplit
 
@@ -26,6 +26,7 @@ from pydantic_core import PydanticCustomError, core_schema
 from trl_rlaif.algorithms import ALGORITHMS
 from trl_rlaif.data import COLUMNS, PairFormat, ScoredPairs
 from trl_rlaif.errors import UserError
+from trl_rlaif.judging.distribution import check_weight
 from trl_rlaif.recipe.formatting import nearest_or_all, shown
 from trl_rlaif.teaching import KINDS as CONTRASTS
 from trl_rlaif.teaching import Contrast
@@ -77,6 +78,10 @@ class ComponentLookup(Protocol):
         """The model of a component's options; it forbids unknown keys."""
         ...
 
+    def rewards(self) -> list[str]:
+        """The names of all labelers that score single responses."""
+        ...
+
 
 def text_as_number(value: Any) -> Any:
     """YAML 1.1 reads ``1e-5`` as text, because it wants a dot; it is taken as the number it is."""
@@ -95,6 +100,15 @@ def compared_name(value: str) -> str:
     if value == "label":
         raise ValueError("'label' is the main labeler's name.")
     return safe_name(value)
+
+
+def exact_weight(value: float) -> float:
+    """Refuse a weight that cannot be counted exactly."""
+    try:
+        check_weight(value, "a criterion")
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    return value
 
 
 def judge_name(value: str) -> str:
@@ -425,6 +439,16 @@ class TeachingSection(Section):
         return self
 
 
+class CriterionSection(Section):
+    """One of several criteria that pairs are labeled by."""
+
+    description: Text | None = Field(None, description="What the judge is told of it; null: its name.")
+    weight: Annotated[Number, AfterValidator(exact_weight)] = Field(
+        1.0, gt=0, description="What it counts beside the others, with up to two decimals."
+    )
+    veto: bool = Field(False, description="Whether it must hold, asked as yes or no of each response.")
+
+
 class ComparedSection(Section):
     """Another labeler beside the main one; what it leaves out is the main one's."""
 
@@ -461,6 +485,11 @@ class LabelSection(Section):
     labeler: Component = Field(ComponentRef("distilled"), description="The labeler, with its options.")
     judge: Judge = Field("same", description=_JUDGES)
     prompt: PromptFolder = Field("general", description="A packaged prompt's name, or a prompt folder.")
+    criteria: dict[SafeName, Annotated[Number, Field(gt=0), AfterValidator(exact_weight)] | CriterionSection] = Field(
+        default_factory=dict,
+        description="Criteria in place of one question, each asked by itself: a weight, or {description: ..., "
+        "weight: 1, veto: false}; for labelers with the option criteria.",
+    )
     batch_tokens: int = Field(2048, ge=1, description="Tokens that the judge computes at once.")
     precision: Literal["auto", "highest", "high", "medium"] = Field(
         "auto", description="Of float32 matrix products; auto takes the fastest that leaves labels within 1e-4."
@@ -477,6 +506,25 @@ class LabelSection(Section):
     compare: dict[Annotated[str, AfterValidator(compared_name)], ComparedSection] = Field(
         default_factory=dict, description="More labelers by name: the report compares them with the main one."
     )
+
+    @model_validator(mode="after")
+    def _judged(self) -> LabelSection:
+        if self.criteria and all(isinstance(of, CriterionSection) and of.veto for of in self.criteria.values()):
+            raise ValueError("Every one of the criteria is a veto. Give at least one that responses are judged by.")
+        return self
+
+    @property
+    def main_labeler(self) -> ComponentRef:
+        """The labeler with the criteria among its options."""
+        if not self.criteria:
+            return self.labeler
+        criteria = {
+            name: of.model_dump()
+            if isinstance(of, CriterionSection)
+            else CriterionSection.model_validate({"weight": of}).model_dump()
+            for name, of in self.criteria.items()
+        }
+        return replace(self.labeler, options={**self.labeler.options, "criteria": criteria})
 
 
 class RewardSection(Section):
@@ -516,9 +564,13 @@ class RlSection(Section):
         AfterValidator(some_weight),
     ] = Field(
         default_factory=lambda: ["reward"], min_length=1,
-        description="What gives rewards: 'reward' (the reward model), 'direct' (the judge), module:function; with "
-        "weights [{reward: 1.0}, {direct: 0.5}]; the weight 0 only logs a reward.",
+        description="What gives rewards: 'reward' (the reward model), a labeler such as 'direct' or 'rubric' (the "
+        "judge), module:function; with weights [{reward: 1.0}, {direct: 0.5}]; the weight 0 only logs a reward.",
     )  # fmt: skip
+    labelers: list[Component] = Field(
+        default_factory=list,
+        description="Options of labelers in rewards, such as [{rubric: {column: checks}}]; of others, label.labeler's.",
+    )
     transforms: list[Component] = Field(default_factory=list, description="Reward transforms, in order.")
     selectors: list[Component] = Field(default_factory=list, description="Data selectors, in order.")
     rehearsal: DataPath | None = Field(

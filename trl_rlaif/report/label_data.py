@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trl_rlaif.report.criteria import ByCriterion, CriterionTotal, by_criterion, totals
 from trl_rlaif.report.formatting import label, section
 from trl_rlaif.report.parsing import Turn, lines, probability, spread, turn, turns
 
@@ -34,6 +36,7 @@ class LabeledPair:
     p_21: float | None
     human: int | None
     rationales: list[Rationale]
+    criteria: list[ByCriterion]
 
 
 @dataclass
@@ -41,6 +44,7 @@ class Labels:
     """What labels.jsonl says: confidences in 0.5..1 and the winner's table, keyed (order 1-2, order 2-1).
 
     ``answers`` holds (p, human choice) where a person chose 1 or 2; ``pairs`` some labeled pairs, evenly spaced.
+    ``criteria`` are those that labels consist of, over all pairs.
     """
 
     total: int = 0
@@ -49,6 +53,7 @@ class Labels:
     ties: int = 0
     answers: list[tuple[float, int]] = field(default_factory=list)
     pairs: list[LabeledPair] = field(default_factory=list)
+    criteria: list[CriterionTotal] = field(default_factory=list)
 
 
 def read_labels(
@@ -74,6 +79,7 @@ def read_labels(
             labels.ties += 1
         else:
             labels.winners[(1 if p_12 > 0.5 else 2, 1 if p_21 > 0.5 else 2)] += 1
+    labels.criteria = totals((row["p"], by_criterion(row)) for row, _ in known)
     labels.pairs = [_labeled(row, pair) for row, pair in spread([k for k in known if k[1]], MAX_LABELED)]
     return labels
 
@@ -82,7 +88,7 @@ def _own(
     path: Path, results: dict[str, Any], pairs: list[dict[str, Any]], notes: list[str], ranked: dict[str, float]
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Each label with its pair, which is empty where it is not known."""
-    setup = section(results, "label").get("setup")
+    setup, columns = (section(results, "label").get(key) for key in ("setup", "columns"))
     latest = {}
     for row in lines(path, notes):
         if setup is None:
@@ -93,30 +99,32 @@ def _own(
         by_id = {str(pair.get("id")): pair for pair in pairs}
         return [(row, by_id.get(id, {})) for id, row in latest.items()]
     if ranked:
-        found = ((_joined(pair, latest, ranked.get(str(pair.get("id")))), pair) for pair in pairs)
+        found = ((_joined(pair, latest, ranked.get(str(pair.get("id"))), columns or ()), pair) for pair in pairs)
         return [(row, pair) for row, pair in found if row["p"] is not None]
     # A label is its pair's by the texts: the id in its line is what some pair with these texts was once called.
-    return [(latest[key], pair) for key, pair in ((_key(pair), pair) for pair in pairs) if key in latest]
+    return [(latest[key], pair) for key, pair in ((_key(pair, columns or ()), pair) for pair in pairs) if key in latest]
 
 
-def _joined(pair: dict[str, Any], latest: dict[str, dict[str, Any]], p: float | None) -> dict[str, Any]:
+def _joined(
+    pair: dict[str, Any], latest: dict[str, dict[str, Any]], p: float | None, columns: Collection[str]
+) -> dict[str, Any]:
     """A ranked pair's label. A tournament asks about each order by itself: the other one is the turned pair's."""
-    row = latest.get(_key(pair), {}) | {"p": p}
+    row = latest.get(_key(pair, columns), {}) | {"p": p}
     turned = pair | {"response_1": pair.get("response_2"), "response_2": pair.get("response_1")}
-    other = latest.get(_key(turned), {})
+    other = latest.get(_key(turned, columns), {})
     p_21 = probability(other.get("p_12"))
     if row.get("p_21") is None and p_21 is not None:
         row |= {"p_21": 1 - p_21, "rationale_21": other.get("rationale_12")}
     return row
 
 
-def _key(pair: dict[str, Any]) -> str:
+def _key(pair: dict[str, Any], columns: Collection[str]) -> str:
     """A pair as labels.jsonl knows it; an empty string where the line is no pair."""
     from trl_rlaif.data import Pair
     from trl_rlaif.labels.store import pair_key
 
     try:
-        return pair_key(Pair("", pair["prompt"], pair["response_1"], pair["response_2"]))
+        return pair_key(Pair("", pair["prompt"], pair["response_1"], pair["response_2"], extra=pair), columns)
     except (KeyError, TypeError):
         return ""
 
@@ -142,4 +150,5 @@ def _labeled(row: dict[str, Any], pair: dict[str, Any]) -> LabeledPair:
         p_21=probability(row.get("p_21")),
         human=_human(pair),
         rationales=rationales,
+        criteria=by_criterion(row),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from trl_rlaif.report import plots
+from trl_rlaif.report.criteria import MAX_CRITERIA
 from trl_rlaif.report.figures import Figure, reliability_figure, share
 from trl_rlaif.report.formatting import count, label, number, section
 from trl_rlaif.report.label_data import Labels
@@ -42,6 +43,8 @@ def label_part(run: Run) -> dict[str, Any]:
         "ranking": ranking_part(run.rankings, run.results),
         "calibration": _calibration(section(result, "calibration")),
         "reliability": _reliability(labels, number(result.get("ece"))),
+        "criteria": labels.criteria[:MAX_CRITERIA],
+        "more_criteria": max(0, len(labels.criteria) - MAX_CRITERIA),
         "pairs": labels.pairs,
         "confidences": len(labels.confidences),
     }

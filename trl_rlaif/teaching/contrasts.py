@@ -60,9 +60,11 @@ def make_contrasts(pairs: Sequence[Pair], kinds: Sequence[Contrast], count: int,
         for kind in kinds:
             before = len(found)
             while waiting[kind] and len(found) == before < count:
-                made = _contrast(kind, *waiting[kind].pop(), sources, draw)
+                pair, text = waiting[kind].pop()
+                made = _contrast(kind, pair, text, sources, draw)
                 if made is not None:
-                    found.setdefault((prompt_key(made.prompt), *sorted((made.response_1, made.response_2))), made)
+                    key = (prompt_key(made.prompt), *sorted(made.responses))
+                    found.setdefault(key, replace(made, extra=pair.extra))  # the judge's prompt may name a column
     return [replace(pair, id=f"contrast-{number}") for number, pair in enumerate(found.values(), 1)]
 
 

@@ -26,6 +26,10 @@ PARTS = {
     "rating.jinja": "Request:\n{{ context }}\n\nResponse:\n{{ response }}",
     "rating_ending.txt": "Rating=",
     "rating_thinking.txt": "Let us look at it.",
+    "check.txt": "You are a judge. Answer Yes or No.",
+    "check.jinja": "Request:\n{{ context }}\n\nResponse:\n{{ response }}\n\nRequirement:\n{{ criterion }}",
+    "check_ending.txt": "Met=",
+    "check_thinking.txt": "Let us check it.",
 }
 
 
@@ -38,13 +42,15 @@ def make_judge_prompt(**parts: str | None) -> JudgePrompt:
 
 
 def shown(prompt: JudgePrompt, question: Question) -> dict[str, str]:
-    """The texts in a question's sample: context with response_1 and response_2, or with response."""
-    for name in ("sample.jinja", "rating.jinja"):
-        keys = {key: f"\ue000{key}\ue001" for key in ("context", "response_1", "response_2", "response")}
-        rendered = Environment().from_string(prompt.parts[name]).render(**keys)
-        pattern = re.sub("\ue000(\\w+)\ue001", r"(?P<\1>.*)", re.escape(rendered))
-        if found := re.search(pattern + r"\Z", question.messages[-1]["content"], re.DOTALL):
-            return {key: unframed(text) for key, text in found.groupdict().items()}
+    """The texts in a question's sample: context, response_1 and response_2, or response, and the criterion, if any."""
+    names = ("context", "response_1", "response_2", "response", "criterion")
+    for name in ("sample.jinja", "check.jinja", "rating.jinja"):
+        for asked in (names, names[:-1]):  # templates have another end where there is a criterion
+            keys = dict.fromkeys(names, "") | {key: f"\ue000{key}\ue001" for key in asked}
+            rendered = Environment().from_string(prompt.parts.get(name, "\ue002")).render(**keys)
+            pattern = re.sub("\ue000(\\w+)\ue001", r"(?P<\1>.*)", re.escape(rendered))
+            if found := re.search(pattern + r"\Z", question.messages[-1]["content"], re.DOTALL):
+                return {key: unframed(text) for key, text in found.groupdict().items()}
     raise AssertionError("no sample of this prompt")
 
 
@@ -52,10 +58,10 @@ class ScriptedJudge(Judge):
     """Answers by a rule, the last group first.
 
     Args:
-        rule: Called with a question's texts (context, response_1, response_2 in the order shown, or context,
-            response). Returns log-odds of the first candidate of two, a log-weight for each candidate, or a
-            text that says why there is no answer. Without a rule the answers are arbitrary, and always the same to
-            the same question.
+        rule: Called with a question's texts (context, response_1, response_2 in the order shown; or context,
+            response; or context, response, criterion). Returns log-odds of the first candidate of two, a log-weight
+            for each candidate, or a text that says why there is no answer. Without a rule the answers are arbitrary,
+            and always the same to the same question.
         prompt: The packaged ``general`` by default.
         mass: Probability of all candidates together.
         rationale: What it writes: (texts, number of the rationale) -> rationale.

@@ -42,8 +42,8 @@ class Rl(Stage):
         keys = (*BASE, *READING, *GROUPING, "model.lora", "rl")
         if ALGORITHMS[recipe.rl.algorithm].samples:
             keys += ("data.max_prompts",)
-        if "direct" in recipe.rl.reward_names:
-            keys += ("label.judge", "label.labeler")
+        if recipe.reward_labelers:
+            keys += ("label.judge", "label.labeler", "label.criteria")
         if self._can_stop(recipe):
             keys += (*TRACKING, "evaluate.judge", "evaluate.max_new_tokens")
         return keys
@@ -59,7 +59,7 @@ class Rl(Stage):
             place = _source_of(name.rpartition(":")[0])
             if place:
                 found[f"rl.rewards {number} ({name.rpartition(':')[2]})"] = data_file(place)
-        if "direct" in section.reward_names:
+        if recipe.reward_labelers:
             found["label.prompt"] = prompt_file(recipe.label.prompt if recipe.label else "general")
         if self._can_stop(recipe):
             found[f"evaluate.sets.{FORGET_SET}"] = data_file(recipe.evaluate.sets[FORGET_SET])
@@ -118,9 +118,9 @@ class Rl(Stage):
             run.notes.append(
                 f"rl.algorithm: {recipe.rl.algorithm} is planned as PPO on the same base; TRL's trainer may differ."
             )
-        if "direct" in recipe.rl.reward_names:
+        if recipe.reward_labelers:
             parts += judging(run, recipe.label.judge if recipe.label else "same", alone=False)
-        functions = [name for name in recipe.rl.reward_names if name not in ("reward", "direct")]
+        functions = [name for name in recipe.rl.reward_names if ":" in name]
         if functions:
             run.notes.append(f"What {', '.join(functions)} needs on the GPU is not counted.")
         return parts

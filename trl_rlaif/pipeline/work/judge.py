@@ -133,10 +133,10 @@ def _judged(context: Context) -> tuple[list[Lesson], dict[str, int]]:
                 skipped["tie" if pair.human == 0 else "no human choice"] += 1
     if section.labels:
         folder = RunFolder(section.labels)
-        setup = folder.results_of("label")["setup"]
+        setup, columns = (folder.results_of("label").get(key) for key in ("setup", "columns"))
         rows: dict[str, Any] = dict(LabelStore(folder / artifacts.LABELS).of_setup(setup))
         for pair in context.pairs(folder):
-            p = rows.get(pair_key(pair), {}).get("p")
+            p = rows.get(pair_key(pair, columns or ()), {}).get("p")
             if p is None:
                 skipped["no label"] += 1
             else:

@@ -136,6 +136,7 @@ class _Rows:
             "judge": self.label_key.judge,
             "labeler": self.label_key.labeler,
             "setup": self.label_key.key,
+            "columns": list(self.label_key.columns),
             "made": made,
             "voted": sum(bool(row.get("voted")) for row in labeled.values()),
             "suspicious": count_suspicious((pair.response_1, pair.response_2) for pair in known),

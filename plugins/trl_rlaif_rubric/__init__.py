@@ -1,0 +1,15 @@
+"""The labeler `rubric`: a judge checks a response by a list of criteria; the weighted share met is its reward."""
+
+from __future__ import annotations
+
+from trl_rlaif import hookimpl
+from trl_rlaif_rubric.labeler import RubricLabeler
+from trl_rlaif_rubric.rubric import Criterion, grade, read_rubric
+
+__all__ = ["Criterion", "RubricLabeler", "grade", "read_rubric"]
+
+
+@hookimpl
+def register_labelers(register):
+    """Register the labeler under its name."""
+    register("rubric", RubricLabeler)

@@ -1,0 +1,218 @@
+"""Rewards and labels from a rubric: yes or no by criterion, with the judge's exact probabilities."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from statistics import fmean
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from trl_rlaif import (
+    YES_NO,
+    Answer,
+    CriterionLabel,
+    Judge,
+    JudgePrompt,
+    Label,
+    Labeler,
+    Options,
+    Pair,
+    Question,
+    ScoreDistribution,
+    ThinkingOptions,
+    UserError,
+    ask_together,
+    rows_of,
+    yes,
+)
+from trl_rlaif_rubric.rubric import NOTHING_TO_GAIN, Criterion, grade, read_rubric
+
+
+class CriterionOptions(Options):
+    """A criterion that is shared by all prompts."""
+
+    criterion: str = Field(min_length=1, description="A statement about the response, which it meets or not.")
+    weight: float = Field(1.0, description="What it counts; below 0, the response should not meet it.")
+
+    @model_validator(mode="after")
+    def _counts(self) -> CriterionOptions:
+        with _as_value_error():
+            Criterion(self.criterion, self.weight)
+        return self
+
+
+class RubricOptions(ThinkingOptions):
+    """Options of `rubric`."""
+
+    column: str | None = Field(
+        "rubric", min_length=1, description="The data's column with each prompt's own criteria; null: there is none."
+    )
+    shared: list[str | CriterionOptions] = Field(
+        default_factory=list, description="Criteria of every prompt: a text, or {criterion: text, weight: 1}."
+    )
+
+    @model_validator(mode="after")
+    def _some(self) -> RubricOptions:
+        with _as_value_error():
+            if not any(one.weight > 0 for one in self.criteria()) and self.column is None:
+                raise UserError("Name a column, or give shared criteria of which one has a positive weight.")
+        return self
+
+    def criteria(self) -> list[Criterion]:
+        """The shared ones."""
+        return read_rubric([one if isinstance(one, str) else one.model_dump() for one in self.shared])
+
+
+@contextmanager
+def _as_value_error() -> Iterator[None]:
+    """What a recipe's reader takes from an option's validator."""
+    try:
+        yield
+    except UserError as error:
+        raise ValueError(str(error)) from None
+
+
+class RubricLabeler(Labeler):
+    """Rubric rewards (Gunjal et al. 2025; graded as HealthBench, Arora et al. 2025).
+
+    Every criterion is a question of its own, "Yes" or "No", behind prompt and response, which are computed once for all
+    of a response's criteria. With a judge it is a reward function for PPOTrainer and for TRL's GRPOTrainer and
+    RLOOTrainer: ``reward_funcs=[RubricLabeler(judge)]``, with a column ``rubric`` in the dataset. As a labeler it
+    grades both responses of a pair.
+
+    Args:
+        judge: Whom to ask when it is called as a reward function.
+        options: See RubricOptions.
+    """
+
+    Options = RubricOptions
+    options: RubricOptions
+
+    def __init__(self, judge: Judge | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.judge = judge
+        self.failed: list[str] = []
+        self.shared = self.options.criteria()
+        self.__name__ = "rubric"  # by which trainers call a reward function in their logs
+
+    def check_prompt(self, prompt: JudgePrompt) -> None:
+        """See Labeler."""
+        prompt.check("", "", "", columns=None, think=self.options.thinking)
+
+    def columns(self, prompt: JudgePrompt) -> Collection[str]:
+        """See Labeler."""
+        return {*prompt.columns_of("check.jinja"), *filter(None, [self.options.column])}
+
+    def check_row(self, prompt: JudgePrompt, columns: Mapping[str, Any]) -> None:
+        """See Labeler."""
+        self._questions(prompt, "", "", self.rubric(columns), columns)
+
+    def rubric(self, columns: Mapping[str, Any]) -> list[Criterion]:
+        """The criteria of a row: its own, then the shared ones.
+
+        Raises:
+            UserError: The row has none, one is not well-formed, or none has a positive weight.
+        """
+        column = self.options.column
+        own = columns.get(column) if column else []
+        if own is None and not self.shared:
+            raise UserError(
+                f"There is no column '{column}', which the labeler 'rubric' reads.",
+                fix="Give every prompt its criteria, or set the options column or shared.",
+            )
+        found = [*read_rubric(own or []), *self.shared]
+        if not any(criterion.weight > 0 for criterion in found):
+            raise UserError(NOTHING_TO_GAIN, fix="Add what a good response should meet.")
+        return found
+
+    def label(self, pairs: Sequence[Pair], judge: Judge, done: Collection[str] = ()) -> Iterator[Label]:
+        """Yield one label a pair; p is the probability that response_1 scores higher, ties counted half."""
+        done = set(done)
+        rubrics = [self.rubric(pair.extra) for pair in pairs]
+        items: list[dict[tuple[str, ...], list[list[Question]]]] = [
+            {
+                YES_NO: [
+                    self._questions(judge.prompt, pair.prompt, response, rubric, pair.extra)
+                    for response in pair.responses
+                ]
+            }
+            for pair, rubric in zip(pairs, rubrics, strict=True)
+        ]
+        known = {index for index, pair in enumerate(pairs) if pair.id in done}
+        for index, found in ask_together(judge, items, thinking=self.options.asked(), done=known):
+            yield _label(pairs[index].id, rubrics[index], found[YES_NO], judge.name)
+
+    def grade(
+        self, prompts: Sequence[Any], responses: Sequence[str], judge: Judge, **columns: Any
+    ) -> list[ScoreDistribution | None]:
+        """How each response scores; None where the judge cannot say, and ``failed`` then says why.
+
+        Args:
+            columns: Of the data, a list with a value for each response.
+        """
+        rows = rows_of(columns, self.columns(judge.prompt), len(responses))
+        rubrics = [self.rubric(row) for row in rows]
+        groups = [
+            self._questions(judge.prompt, prompt, response, rubric, row)
+            for prompt, response, rubric, row in zip(prompts, responses, rubrics, rows, strict=True)
+        ]
+        found = dict(judge.ask(groups, YES_NO, thinking=self.options.asked()))
+        read = [yes(found[i]) for i in range(len(groups))]
+        self.failed = [met for met in read if isinstance(met, str)]
+        return [None if isinstance(met, str) else grade(of, met) for of, met in zip(rubrics, read, strict=True)]
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        """Expected scores in [0, 1], with GRPOTrainer's signature; None for a response that the judge cannot grade.
+
+        Completions are texts or lists of messages.
+        """
+        if self.judge is None:
+            raise TypeError("RubricLabeler is called as a reward function and has no judge: RubricLabeler(judge).")
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        return [None if one is None else one.mean for one in self.grade(prompts, texts, self.judge, **columns)]
+
+    def _questions(
+        self, template: JudgePrompt, prompt: Any, response: str, rubric: Sequence[Criterion], columns: Mapping[str, Any]
+    ) -> list[Question]:
+        think = self.options.thinking
+        return [template.check(prompt, response, one.text, columns=columns, think=think) for one in rubric]
+
+
+def _mass(answers: Sequence[Answer]) -> float:
+    """What the judge gave to Yes and No together, on average over the criteria."""
+    return min(1.0, fmean(sum(map(math.exp, draw)) for answer in answers for draw in answer.logprobs))
+
+
+def _label(id: str, rubric: Sequence[Criterion], both: list[list[Answer]], judge: str) -> Label:
+    rationales: dict[str, Any] = {
+        f"rationale_{order}": [text for answer in answers for text in answer.rationales] or None
+        for order, answers in zip(("12", "21"), both, strict=True)
+    }
+    met_1, met_2 = map(yes, both)
+    if isinstance(met_1, str) or isinstance(met_2, str):
+        failed = met_1 if isinstance(met_1, str) else met_2
+        return Label(id, judge=judge, skipped=str(failed), **rationales)
+    first, second = grade(rubric, met_1), grade(rubric, met_2)
+    bounds = [max(answer.bound for answer in answers) or None for answers in both]
+    return Label(
+        id,
+        p=first.above(second),
+        mass_12=_mass(both[0]),
+        mass_21=_mass(both[1]),
+        judge=judge,
+        score_1=first.mean,
+        score_2=second.mean,
+        spread_1=first.spread,
+        spread_2=second.spread,
+        bound_12=bounds[0],
+        bound_21=bounds[1],
+        voted=any(answer.voted for answers in both for answer in answers) or None,
+        criteria=[
+            CriterionLabel(one.text, one.weight, score_1=a, score_2=b)
+            for one, a, b in zip(rubric, met_1, met_2, strict=True)
+        ],
+        **rationales,
+    )

@@ -1,0 +1,88 @@
+"""Rubrics as the data has them, and how a response scores by one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trl_rlaif import ScoreDistribution, UserError, check_weight, weighted_sum
+
+NOTHING_TO_GAIN = "A rubric has no criterion of positive weight."
+# What a criterion's text and weight are called: here, in HealthBench, and in the data of Rubrics as Rewards.
+_TEXTS, _WEIGHTS = ("criterion", "description"), ("weight", "points")
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """What a response may meet or not.
+
+    Args:
+        text: A statement about the response, such as "names the capital".
+        weight: What it counts: a multiple of 0.01 from -1000 to 1000, not 0. Below 0, the response should not meet it.
+    """
+
+    text: str
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str) or not self.text.strip():
+            raise UserError(f"A criterion is {self.text!r}.", fix="Write a statement that a response meets or not.")
+        check_weight(self.weight, f"the criterion {self.text!r}")
+
+
+def read_rubric(value: Any) -> list[Criterion]:
+    """The criteria of a rubric as the data has it.
+
+    Args:
+        value: A list with a text for each criterion of weight 1, or a mapping with the ``criterion`` (also
+            ``description``) and its ``weight`` (also ``points``). Further keys, such as HealthBench's tags, are passed
+            over.
+
+    Raises:
+        UserError: It is none, or an entry is no criterion.
+    """
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise UserError(
+            f"A rubric is {_shown(value)}.", fix="Write a list: [{criterion: names the capital, weight: 2}]."
+        )
+    return [_criterion(entry) for entry in value]
+
+
+def _criterion(entry: Any) -> Criterion:
+    if isinstance(entry, str | Criterion):
+        return entry if isinstance(entry, Criterion) else Criterion(entry)
+    # Where some rows of a data set lack a key, Arrow gives them None.
+    known = {key: item for key, item in entry.items() if item is not None} if isinstance(entry, Mapping) else {}
+    texts, weights = ([known[key] for key in keys if key in known] for keys in (_TEXTS, _WEIGHTS))
+    if len(texts) != 1 or len(weights) > 1:
+        raise UserError(
+            f"A criterion of a rubric is {_shown(entry)}.", fix="Write a text, or {criterion: its text, weight: 1}."
+        )
+    return Criterion(texts[0], *weights)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def grade(rubric: Sequence[Criterion], met: Sequence[float]) -> ScoreDistribution:
+    """How a response scores, where each criterion is met with a probability of its own.
+
+    The score is HealthBench's (Arora et al. 2025, arXiv 2505.08775): the sum of the weights of the criteria that are
+    met over the sum of all positive ones, here clipped to [0, 1] for each response. With positive weights alone its
+    mean is the weighted share that is met, sum(weight * p) / sum(weight) (Gunjal et al. 2025, "Rubrics as Rewards",
+    arXiv 2507.17746, explicit aggregation).
+
+    Args:
+        rubric: At least one criterion of positive weight.
+        met: The probability that each of them is met, in [0, 1]; they are met independently of each other.
+
+    Raises:
+        UserError: No weight is positive.
+    """
+    if not any(criterion.weight > 0 for criterion in rubric):
+        raise UserError(NOTHING_TO_GAIN, fix="Add what a good response should meet.")
+    found = weighted_sum([criterion.weight for criterion in rubric], [(1 - p, p) for p in met])
+    return found.at_least(0.0).between(0.0, 1.0)

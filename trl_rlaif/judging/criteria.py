@@ -1,0 +1,99 @@
+"""Several criteria in place of one question: their options, and how what is said by each becomes one label."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+from scipy.special import expit
+
+from trl_rlaif.components import Options
+from trl_rlaif.errors import UserError
+from trl_rlaif.judging.distribution import check_weight
+from trl_rlaif.judging.question import Answer, ThinkingOptions
+
+YES_NO = ("Yes", "No")
+
+
+class CriterionOptions(Options):
+    """One of several criteria that a response is judged by."""
+
+    description: str | None = Field(None, min_length=1, description="What the judge is told of it; null: its name.")
+    weight: float = Field(1.0, gt=0, description="What it counts beside the others, with up to two decimals.")
+    veto: bool = Field(
+        False, description="Whether it must hold: asked as yes or no, it counts for nothing where it does."
+    )
+
+    @field_validator("weight")
+    @classmethod
+    def _counts(cls, weight: float) -> float:
+        try:
+            check_weight(weight, "a criterion")
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        return weight
+
+
+class CriteriaOptions(ThinkingOptions):
+    """Options of labelers that can ask by several criteria."""
+
+    criteria: dict[str, CriterionOptions] = Field(
+        default_factory=dict,
+        description="Criteria by name, each asked by itself: a weight, or {description: ..., weight: 1, veto: false}.",
+    )
+
+    @field_validator("criteria", mode="before")
+    @classmethod
+    def _weights(cls, criteria: Any) -> Any:
+        """A number is a criterion's weight."""
+        if not isinstance(criteria, dict):
+            return criteria
+        return {name: of if isinstance(of, dict | Options) else {"weight": of} for name, of in criteria.items()}
+
+    @model_validator(mode="after")
+    def _some(self) -> CriteriaOptions:
+        if self.criteria and not self.weighed:
+            raise ValueError("Every criterion is a veto. Give at least one that responses are judged by.")
+        return self
+
+    @property
+    def weighed(self) -> dict[str, CriterionOptions]:
+        """The criteria that count by their weight."""
+        return {name: of for name, of in self.criteria.items() if not of.veto}
+
+    @property
+    def vetoes(self) -> dict[str, str]:
+        """What must hold, by name."""
+        return {name: of.description or name for name, of in self.criteria.items() if of.veto}
+
+
+def yes(answers: Sequence[Answer]) -> list[float] | str:
+    """The probability of Yes among ``YES_NO``, the mean over an answer's rationales; or why there is none."""
+    failed = next((answer.failed for answer in answers if answer.failed), None)
+    if failed or any(max(draw) == -math.inf for answer in answers for draw in answer.logprobs):
+        return failed or "the judge gives neither Yes nor No any probability"
+    return [fmean(float(expit(yes - no)) for yes, no in answer.logprobs) for answer in answers]
+
+
+def weighted_logit(logits: Sequence[float], weights: Sequence[float]) -> float:
+    """The weighted mean of log-odds: a logarithmic pool of opinions (Genest and Zidek 1986, section 3.2).
+
+    Criteria that are sure of both sides at once contradict each other: 0.
+    """
+    total = sum(weight * logit for logit, weight in zip(logits, weights, strict=True))  # fsum refuses both infinities
+    return 0.0 if math.isnan(total) else total / math.fsum(weights)
+
+
+def with_veto(p: float, holds_1: float, holds_2: float) -> float:
+    """The probability that response_1 is preferred where something must hold.
+
+    Where it holds of one response alone, that one is preferred; where of both or of none, as without it.
+
+    Args:
+        p: Without it.
+        holds_1, holds_2: Probability that it holds of each response, independently.
+    """
+    return holds_1 * (1 - holds_2) + p * (holds_1 * holds_2 + (1 - holds_1) * (1 - holds_2))

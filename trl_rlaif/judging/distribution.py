@@ -1,0 +1,101 @@
+"""Distributions of weighted sums of a judge's answers, exactly, where the answers are independent of each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from trl_rlaif.errors import UserError
+
+# Weights are whole multiples of 1 / SCALE, so that sums of them are exact and the scores that can occur are few.
+SCALE = 100
+LARGEST = 1000
+
+
+def check_weight(weight: float, what: str) -> None:
+    """Refuse a weight that cannot be counted exactly.
+
+    Args:
+        weight: Of a criterion.
+        what: Whose it is, as a message calls it.
+
+    Raises:
+        UserError: It is no number from -1000 to 1000 with up to two decimals, or it is 0.
+    """
+    number = isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight)
+    if not (number and math.isclose(weight * SCALE, round(weight * SCALE)) and 0 < abs(weight) <= LARGEST):
+        fix = f"Write a number from -{LARGEST} to {LARGEST} with up to two decimals, not 0."
+        raise UserError(f"The weight of {what} is {weight!r}.", fix=fix)
+
+
+@dataclass(frozen=True)
+class ScoreDistribution:
+    """The distribution of a response's score.
+
+    Args:
+        scores: (K,) float64, every score that can occur, rising.
+        probabilities: (K,) float64, of each; they add up to 1.
+    """
+
+    scores: np.ndarray
+    probabilities: np.ndarray
+
+    @property
+    def mean(self) -> float:
+        """The expected score."""
+        mean = math.fsum(self.scores * self.probabilities)
+        return float(min(max(mean, self.scores[0]), self.scores[-1]))  # rounding may exceed them
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the score."""
+        return math.sqrt(math.fsum((self.scores - self.mean) ** 2 * self.probabilities))
+
+    def between(self, low: float, high: float) -> ScoreDistribution:
+        """With the scores mapped linearly, the lowest one to ``low`` and the highest one to ``high``."""
+        share = (self.scores - self.scores[0]) / (self.scores[-1] - self.scores[0])
+        return ScoreDistribution(low + (high - low) * share, self.probabilities)
+
+    def at_least(self, least: float) -> ScoreDistribution:
+        """With every score below ``least``, which is one of the scores, raised to it."""
+        kept = int(np.searchsorted(self.scores, least))
+        raised = np.concatenate([[self.probabilities[: kept + 1].sum()], self.probabilities[kept + 1 :]])
+        return ScoreDistribution(self.scores[kept:], raised)
+
+    def failing(self, p: float) -> ScoreDistribution:
+        """With the lowest score with probability ``p``, and otherwise as it is."""
+        lowest = np.zeros_like(self.probabilities)
+        lowest[0] = p  # independently of the score
+        return ScoreDistribution(self.scores, (1 - p) * self.probabilities + lowest)
+
+    def above(self, other: ScoreDistribution) -> float:
+        """Probability that this score exceeds another one of the same ``scores``, ties counted half, in [0, 1]."""
+        below = np.cumsum(other.probabilities) - other.probabilities / 2
+        return min(1.0, math.fsum(self.probabilities * below))
+
+
+def weighted_sum(weights: Sequence[float], answers: Sequence[Sequence[float]]) -> ScoreDistribution:
+    """The distribution of the sum of weight times answer, where every answer is a whole number from 0 on.
+
+    Args:
+        weights: One for each answer, as ``check_weight`` wants them.
+        answers: For each, the probabilities of 0, 1, 2, ...; they add up to 1.
+
+    Returns:
+        Over all multiples of the weights' greatest common divisor between the least and the largest sum.
+    """
+    whole = [round(weight * SCALE) for weight in weights]
+    unit = math.gcd(*whole)
+    steps = [weight // unit for weight in whole]
+    sums, least = np.ones(1), 0
+    for step, p in zip(steps, answers, strict=True):
+        reach = (len(p) - 1) * step
+        longer = np.zeros(len(sums) + abs(reach))
+        for value, probability in enumerate(p):
+            start = value * step - min(reach, 0)
+            longer[start : start + len(sums)] += probability * sums
+        sums, least = longer, least + min(reach, 0)
+    return ScoreDistribution((least + np.arange(len(sums))) * unit / SCALE, sums)
