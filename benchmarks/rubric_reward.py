@@ -25,6 +25,7 @@ import random
 import re
 import tempfile
 from collections import defaultdict
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -123,7 +124,8 @@ def main() -> None:
     for seed in range(args.seeds):
         rng = random.Random(seed)
         train, held_out = requests(rng, args.held_out, 1024)
-        policy, judge = taught_policy(seed, train), taught_judge(seed, train, args.judge_steps)
+        policy = taught_policy(seed, train, args.policy_steps)
+        judge = taught_judge(seed, train, args.judge_steps)
         runs["start"].append(measured(policy, judge, held_out, seed))
         for name, trainer in (("GRPO", _grpo), ("PPO", _ppo)):
             runs[name].append(measured(trainer(policy, judge, train, args, seed), judge, held_out, seed))
@@ -138,8 +140,9 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--updates", type=int, default=150)
-    parser.add_argument("--judge-steps", type=int, default=1500)
+    parser.add_argument("--updates", type=int, default=100)
+    parser.add_argument("--policy-steps", type=int, default=500)
+    parser.add_argument("--judge-steps", type=int, default=600)
     parser.add_argument("--kl-coef", type=float, default=0.02)
     parser.add_argument("--held-out", type=int, default=96, help="requests")
     parser.add_argument("--smollm2", type=int, default=0, help="prompts whose answers SmolLM2 is asked about")
@@ -151,55 +154,58 @@ def _arguments() -> argparse.Namespace:
 # ---- The two small models -------------------------------------------------------------------------------
 
 
-def _model(seed: int) -> LlamaForCausalLM:
+def _taught(seed: int, steps: int, batch: Callable[[random.Random], list[tuple[list[int], list[int]]]]) -> Any:
+    """A small Llama, trained on rows of token ids to continue each with others."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(VOCABULARY), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(VOCABULARY), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=64, pad_token_id=0, eos_token_id=1,
     )  # fmt: skip
-    return LlamaForCausalLM(config)
-
-
-def taught_policy(seed: int, train: list[dict[str, Any]]) -> LlamaForCausalLM:
-    """A language model that answers as ``answer`` does."""
-    rng, model = random.Random(1000 + seed), _model(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(300):
-        rows = [(asked["prompt"].split(), answer(rng, asked)) for asked in rng.choices(train, k=64)]
-        ids = pad_sequence([_ids([*prompt, *words, "<end>"]) for prompt, words in rows], batch_first=True)
-        targets = ids.clone()
-        for row, (prompt, words) in zip(targets, rows, strict=True):
-            row[: len(prompt)] = row[len(prompt) + len(words) + 1 :] = -100
+    model, rng = LlamaForCausalLM(config), random.Random(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 100))
+    for _ in range(steps):
+        rows = batch(rng)
+        ids = pad_sequence([torch.tensor(given + wanted) for given, wanted in rows], batch_first=True)
+        targets = torch.full_like(ids, -100)
+        for row, (given, wanted) in zip(targets, rows, strict=True):
+            row[len(given) : len(given) + len(wanted)] = torch.tensor(wanted)
         logits = model(input_ids=ids).logits[:, :-1]
         cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten()).backward()
         optimizer.step()
+        warmup.step()
         optimizer.zero_grad()
-    return model.eval()
+    return model.eval().requires_grad_(False)
+
+
+def taught_policy(seed: int, train: list[dict[str, Any]], steps: int) -> LlamaForCausalLM:
+    """A language model that answers as ``answer`` does."""
+
+    def batch(rng: random.Random) -> list[tuple[list[int], list[int]]]:
+        asked = rng.choices(train, k=64)
+        return [(_ids(one["prompt"].split()), _ids([*answer(rng, one), "<end>"])) for one in asked]
+
+    return _taught(seed, steps, batch)
 
 
 def taught_judge(seed: int, train: list[dict[str, Any]], steps: int) -> LocalJudge:
     """A judge that has seen random answers, and what the program says of them."""
-    rng, model = random.Random(2000 + seed), _model(100 + seed)
-    judge = LocalJudge(model.eval(), word_tokenizer(INDEX), PROMPT, "small judge")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for _ in range(steps):
-        rows, truths = [], []
+    tokenizer = word_tokenizer(INDEX)
+
+    def batch(rng: random.Random) -> list[tuple[list[int], list[int]]]:
+        rows = []
         for asked in rng.choices(train, k=64):
             words, one = answer(rng, asked), rng.choice(asked["rubric"])["criterion"]
             question = PROMPT.check(asked["prompt"], " ".join(words), one)
-            rows.append(torch.tensor(judge.encode(question, question.ending)))
-            truths.append(INDEX["Yes"] if met(one, words) else INDEX["No"])
-        logits = model(input_ids=pad_sequence(rows, batch_first=True)).logits
-        last = logits[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])]
-        cross_entropy(last, torch.tensor(truths)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.requires_grad_(False)
-    return judge
+            text = f"{question.messages[0]['content']} {question.ending}"
+            rows.append((tokenizer(text)["input_ids"], _ids(["Yes" if met(one, words) else "No"])))
+        return rows
+
+    return LocalJudge(_taught(1000 + seed, steps, batch), tokenizer, PROMPT, "small judge")
 
 
-def _ids(words: list[str]) -> torch.Tensor:
-    return torch.tensor([INDEX[word] for word in words])
+def _ids(words: list[str]) -> list[int]:
+    return [INDEX[word] for word in words]
 
 
 # ---- Training -------------------------------------------------------------------------------------------
@@ -214,7 +220,7 @@ def _grpo(
             reward_funcs=[RubricLabeler(judge)],
             args=GRPOConfig(
                 folder, seed=seed, max_steps=args.updates, per_device_train_batch_size=64, num_generations=8,
-                max_completion_length=LONGEST + 1, temperature=1.0, learning_rate=2e-3, beta=args.kl_coef,
+                max_completion_length=LONGEST + 1, temperature=1.0, learning_rate=1e-3, beta=args.kl_coef,
                 lr_scheduler_type="constant", logging_steps=10, **QUIET,
             ),
             train_dataset=Dataset.from_list(train),
@@ -234,7 +240,7 @@ def _ppo(
         trainer = PPOTrainer(
             PPOConfig(
                 folder, seed=seed, per_device_train_batch_size=64, total_episodes=64 * args.updates, num_ppo_epochs=4,
-                learning_rate=2e-3, lr_scheduler_type="constant", kl_coef=args.kl_coef, response_length=LONGEST + 1,
+                learning_rate=1e-3, lr_scheduler_type="constant", kl_coef=args.kl_coef, response_length=LONGEST + 1,
                 stop_token="eos", temperature=1.0, num_sample_generations=0, logging_steps=10, **QUIET,
             ),
             word_tokenizer(INDEX),
@@ -255,7 +261,7 @@ def measured(policy: LlamaForCausalLM, judge: LocalJudge, held_out: list[dict[st
     """The score of answers to held-out requests by the program and by the judge; and how far the two agree."""
     torch.manual_seed(3000 + seed)
     tokenizer = word_tokenizer(INDEX)
-    ids = [_ids(asked["prompt"].split()).tolist() for asked in held_out]
+    ids = [_ids(asked["prompt"].split()) for asked in held_out]
     drawn = sample_responses(policy, tokenizer, ids, num_responses=4, max_new_tokens=LONGEST + 1, temperature=1.0)
     rows = [(a, [VOCABULARY[i] for i in r]) for a, rs in zip(held_out, drawn, strict=True) for r in rs]
     rubrics = [read_rubric(asked["rubric"]) for asked, _ in rows]
@@ -283,8 +289,8 @@ def measured(policy: LlamaForCausalLM, judge: LocalJudge, held_out: list[dict[st
 def _table(args: argparse.Namespace, runs: dict[str, list[dict[str, Any]]]) -> list[str]:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "trl-rlaif"))
     lines = [
-        f"<!-- python benchmarks/rubric_reward.py --seeds {args.seeds} --updates {args.updates} "
-        f"--judge-steps {args.judge_steps} --kl-coef {args.kl_coef:g} --smollm2 {args.smollm2} -->",
+        f"<!-- python benchmarks/rubric_reward.py --seeds {args.seeds} --updates {args.updates} --policy-steps "
+        f"{args.policy_steps} --judge-steps {args.judge_steps} --kl-coef {args.kl_coef:g} --smollm2 {args.smollm2} -->",
         "",
         f"{versions}; mean over {args.seeds} seeds and 95% interval; {args.held_out} held-out requests with 4 answers.",
         "",
