@@ -46,6 +46,7 @@ _LAZY = {
     "with_veto": "trl_rlaif.judging.criteria",
     "yes": "trl_rlaif.judging.criteria",
     "ask_together": "trl_rlaif.judging.judge",
+    "done_indices": "trl_rlaif.judging.judge",
     "ScoreDistribution": "trl_rlaif.judging.distribution",
     "check_weight": "trl_rlaif.judging.distribution",
     "weighted_sum": "trl_rlaif.judging.distribution",
@@ -74,7 +75,7 @@ if TYPE_CHECKING:
     from trl_rlaif.evaluation.forgetting import ForgettingTracker
     from trl_rlaif.judging.criteria import YES_NO, CriteriaOptions, weighted_logit, with_veto, yes
     from trl_rlaif.judging.distribution import ScoreDistribution, check_weight, weighted_sum
-    from trl_rlaif.judging.judge import Judge, ask_together
+    from trl_rlaif.judging.judge import Judge, ask_together, done_indices
     from trl_rlaif.judging.local import LocalJudge
     from trl_rlaif.judging.prompt import JudgePrompt
     from trl_rlaif.judging.question import Answer, Question, Thinking, ThinkingOptions

@@ -48,7 +48,7 @@ class Labeler(Component, ABC):
     judge: Judge | None = None
     failed: Sequence[str] = ()
     ranks: ClassVar[bool] = False
-    candidates: ClassVar[Sequence[str]] = ()
+    candidates: Sequence[str] = ()
     """The answers that the judge chooses from. A labeler that has some, ``questions`` and ``teaching_loss`` can have
     its judge taught."""
 

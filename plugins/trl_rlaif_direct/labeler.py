@@ -17,6 +17,7 @@ from trl_rlaif import (
     Pair,
     Question,
     ask_together,
+    done_indices,
     rows_of,
 )
 from trl_rlaif_direct.criteria import CriteriaRating, label_by_criteria, rate_by_criteria
@@ -45,11 +46,13 @@ class DirectLabeler(Labeler):
 
     Options = DirectOptions
     options: DirectOptions
-    candidates = RATINGS
+    candidates: Sequence[str] = RATINGS
 
     def __init__(self, judge: Judge | None = None, **options: Any) -> None:
         super().__init__(**options)
         self.judge = judge
+        if self.options.criteria:
+            self.candidates = ()  # a judge is taught one question
         self.failed: list[str] = []
         self.__name__ = "direct"  # by which trainers call a reward function in their logs
 
@@ -67,12 +70,11 @@ class DirectLabeler(Labeler):
 
     def label(self, pairs: Sequence[Pair], judge: Judge, done: Collection[str] = ()) -> Iterator[Label]:
         """Yield one label a pair; p is the probability that response_1 is rated higher, ties counted half."""
-        done = set(done)
+        known = done_indices(pairs, done)
         if self.options.criteria:
-            yield from self._by_criteria(pairs, judge, done)
+            yield from self._by_criteria(pairs, judge, known)
             return
         groups = [self.questions(pair, judge.prompt) for pair in pairs]
-        known = {index for index, pair in enumerate(pairs) if pair.id in done}
         for index, answers in judge.ask(groups, RATINGS, thinking=self.options.asked(), done=known):
             yield self._label(pairs[index].id, answers, judge.name)
 
@@ -93,11 +95,10 @@ class DirectLabeler(Labeler):
         first, second = logprobs.unbind(1)
         return -(p * log_higher(first, second) + (1 - p) * log_higher(second, first))
 
-    def _by_criteria(self, pairs: Sequence[Pair], judge: Judge, done: Collection[str]) -> Iterator[Label]:
+    def _by_criteria(self, pairs: Sequence[Pair], judge: Judge, known: Collection[int]) -> Iterator[Label]:
         """Every criterion is a question of its own; those about one response are computed together."""
         asked = [[self._questions(judge.prompt, pair.prompt, r, pair.extra) for r in pair.responses] for pair in pairs]
         items = [{kind: [*first[kind], *second[kind]] for kind in first} for first, second in asked]
-        known = {index for index, pair in enumerate(pairs) if pair.id in done}
         for index, found in ask_together(judge, items, thinking=self.options.asked(), done=known):
             both = [{kind: of[side] for kind, of in found.items()} for side in (0, 1)]
             yield label_by_criteria(pairs[index].id, self.options, both, judge.name)

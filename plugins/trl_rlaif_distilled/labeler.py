@@ -19,6 +19,7 @@ from trl_rlaif import (
     Pair,
     Question,
     ask_together,
+    done_indices,
 )
 from trl_rlaif_distilled.criteria import label_by_criteria
 from trl_rlaif_distilled.debias import Debias, Order, combine, mean_preference
@@ -26,6 +27,7 @@ from trl_rlaif_distilled.debias import Debias, Order, combine, mean_preference
 if TYPE_CHECKING:
     import torch
 
+CHOICES = ("1", "2")
 Asked = dict[tuple[str, ...], list[list[Question]]]
 
 
@@ -49,7 +51,12 @@ class DistilledLabeler(Labeler):
 
     Options: ClassVar[type[DistilledOptions]] = DistilledOptions
     options: DistilledOptions
-    candidates = ("1", "2")
+    candidates: Sequence[str] = CHOICES
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        if self.options.criteria:
+            self.candidates = ()  # a judge is taught one question
 
     def check_prompt(self, prompt: JudgePrompt) -> None:
         """See Labeler."""
@@ -69,12 +76,11 @@ class DistilledLabeler(Labeler):
 
     def label(self, pairs: Sequence[Pair], judge: Judge, done: Collection[str] = ()) -> Iterator[Label]:
         """Yield one label a pair."""
-        done = set(done)
+        known = done_indices(pairs, done)
         if self.options.criteria:
-            yield from self._by_criteria(pairs, judge, done)
+            yield from self._by_criteria(pairs, judge, known)
             return
         groups = [self.questions(pair, judge.prompt) for pair in pairs]
-        known = {index for index, pair in enumerate(pairs) if pair.id in done}
         for index, answers in judge.ask(groups, self.candidates, thinking=self.options.asked(), done=known):
             yield self._label(pairs[index].id, answers, judge.name)
 
@@ -94,13 +100,12 @@ class DistilledLabeler(Labeler):
         targets = torch.stack([target if order == "12" else target.flip(-1) for order in self._orders()], 1)
         return -(targets * logprobs).sum(-1).mean(-1)
 
-    def _by_criteria(self, pairs: Sequence[Pair], judge: Judge, done: Collection[str]) -> Iterator[Label]:
+    def _by_criteria(self, pairs: Sequence[Pair], judge: Judge, known: Collection[int]) -> Iterator[Label]:
         """Every criterion is a question of its own; those about one order are computed together."""
         options, orders = self.options, self._orders()
         items = [self._criteria_questions(pair, judge.prompt) for pair in pairs]
-        known = {index for index, pair in enumerate(pairs) if pair.id in done}
         for index, found in ask_together(judge, items, thinking=options.asked(), done=known):
-            compared = dict(zip(orders, found[self.candidates], strict=True))
+            compared = dict(zip(orders, found[CHOICES], strict=True))
             checked = found.get(YES_NO, [])
             yield label_by_criteria(pairs[index].id, options, options.debias, compared, checked, judge.name)
 
@@ -108,7 +113,7 @@ class DistilledLabeler(Labeler):
         shown = {"12": pair.responses, "21": pair.responses[::-1]}
         columns, think = pair.extra, self.options.thinking
         found: Asked = {
-            self.candidates: [
+            CHOICES: [
                 [self._question(prompt, pair.prompt, *shown[order], columns, one) for one in self._descriptions()]
                 for order in self._orders()
             ]

@@ -25,6 +25,7 @@ from trl_rlaif import (
     ThinkingOptions,
     UserError,
     ask_together,
+    done_indices,
     rows_of,
     yes,
 )
@@ -130,7 +131,6 @@ class RubricLabeler(Labeler):
 
     def label(self, pairs: Sequence[Pair], judge: Judge, done: Collection[str] = ()) -> Iterator[Label]:
         """Yield one label a pair; p is the probability that response_1 scores higher, ties counted half."""
-        done = set(done)
         rubrics = [self.rubric(pair.extra) for pair in pairs]
         items: list[dict[tuple[str, ...], list[list[Question]]]] = [
             {
@@ -141,7 +141,7 @@ class RubricLabeler(Labeler):
             }
             for pair, rubric in zip(pairs, rubrics, strict=True)
         ]
-        known = {index for index, pair in enumerate(pairs) if pair.id in done}
+        known = done_indices(pairs, done)
         for index, found in ask_together(judge, items, thinking=self.options.asked(), done=known):
             yield _label(pairs[index].id, rubrics[index], found[YES_NO], judge.name)
 

@@ -280,7 +280,7 @@ def check(tiny_model, tmp_path, monkeypatch, capsys):
         ({"criteria": {"a": {"wait": 1}}}, "unknown key 'criteria.a.wait' in section 'label'."),
         ({"criteria": {"a": {"veto": True}}}, "Every one of the criteria is a veto."),
         ({"criteria": {"a": 1}, "labeler": {"rubric": {"column": None, "shared": ["x"]}}},
-         "the labeler 'rubric' asks by no criteria. Use one of direct, distilled."),
+         "the labeler 'rubric' asks by no criteria. Use one of direct, distilled, "),
     ],
 )  # fmt: skip
 def test_criteria_that_make_no_sense(check, label, what):

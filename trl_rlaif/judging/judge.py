@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from trl_rlaif.judging.prompt import JudgePrompt
 from trl_rlaif.judging.question import Answer, Question, Thinking
+
+if TYPE_CHECKING:
+    from trl_rlaif.types import Pair
 
 Group = Sequence[Question]
 
@@ -48,6 +52,12 @@ class Judge(ABC):
 
 
 Candidates = tuple[str, ...]
+
+
+def done_indices(pairs: Sequence[Pair], done: Collection[str]) -> set[int]:
+    """The places of the pairs whose ids are done, as ``Judge.ask`` takes them."""
+    ids = set(done)
+    return {index for index, pair in enumerate(pairs) if pair.id in ids}
 
 
 def ask_together(
