@@ -3,7 +3,6 @@
 import pytest
 
 from trl_rlaif.errors import Problem
-from trl_rlaif.recipe import ComponentRef
 
 MODEL = "model: {path: gpt2}\n"
 PROMPTS = MODEL + "data: {prompts: prompts.jsonl}\n"
@@ -120,18 +119,7 @@ class TestRewardFunctions:
 
 
 def test_direct_rewards_need_a_labeler_of_that_name(parse_errors_of_direct):
-    assert "'direct' is no reward. Write reward, package.module:function or" in parse_errors_of_direct
-
-
-def test_options_of_a_labeler_that_gives_rewards(parse, only):
-    head = PROMPTS + "rl:\n  rewards: [direct]\n  labelers: "
-    recipe = parse(head + "[direct]\n")
-    assert recipe.rl.labelers == [ComponentRef("direct")] and [*recipe.reward_labelers] == ["direct"]
-    assert only(head + "[direct, direct]\n").what == "the options of 'direct' are listed twice."
-    problem = only(head + "[distilled]\n")
-    assert problem.what == "'labelers' has options of 'distilled', which gives no reward."
-    assert problem.where == "recipe.yaml:5"
-    assert only(PROMPTS + "rl:\n  rewards: [distilled]\n").what.endswith("'distilled' is no reward.")
+    assert "'direct' is a labeler, and none of that name is installed." in parse_errors_of_direct
 
 
 RANKED = PROMPTS + "sample: {num_responses: 4, keep_pairs: all}\n"

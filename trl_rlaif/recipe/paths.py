@@ -152,6 +152,8 @@ class PathFinder:
         known = ["reward", *self.registry.rewards()]
         if name in known:
             return name
+        if name == "direct":
+            raise UserError("'direct' is a labeler, and none of that name is installed.")
         match = _FUNCTION.fullmatch(name)
         if match and match["place"].endswith(".py"):
             return f"{self.code(match['place'])}:{match['name']}"
