@@ -9,9 +9,10 @@ import numpy as np
 from scipy.special import expit, owens_t
 from scipy.stats import norm
 
-from trl_rlaif.ranking import SHARE
 from trl_rlaif.ranking.bradley_terry import Comparisons, Strengths, fit
 
+# Where nobody says, a tournament asks one of so many questions about a group, which are its pairs in both orders.
+SHARE = 3
 # Pairs x pairs of all groups that are looked at together.
 _AT_ONCE = 2_000_000
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.inputs import data_file, prompt_file
 from trl_rlaif.pipeline.stage import QUESTION, Amounts, Stage, skipped
-from trl_rlaif.ranking import SHARE
 
 if TYPE_CHECKING:
     from trl_rlaif.memory.parts import MemoryRun
@@ -55,10 +54,8 @@ class Label(Stage):
         response = recipe.sample.max_new_tokens if recipe.sample else amounts.tokens
         if not isinstance(recipe.label.judge, str) or recipe.label.compare or recipe.label.calibration:
             return None
-        ranking = recipe.label.ranking
-        if ranking and ranking.method == "tournament":
-            questions = ranking.questions or amounts.pairs * 2 / SHARE / max(1, amounts.prompts)
-            return amounts.prompts * questions * (amounts.tokens + QUESTION + 2 * response)
+        if recipe.label.ranking and recipe.label.ranking.method == "tournament":  # a progress bar a round
+            return None
         # In both orders; what they share is computed once.
         return amounts.pairs * (amounts.tokens + QUESTION + 4 * response)
 
