@@ -126,11 +126,9 @@ def main() -> None:
         train, held_out = requests(rng, args.held_out, 1024)
         policy = taught_policy(seed, train, args.policy_steps)
         judge = taught_judge(seed, train, args.judge_steps)
-        runs["start"].append(measured(policy, judge, held_out, seed))
-        for name, trainer in (("GRPO", _grpo), ("PPO", _ppo)):
-            runs[name].append(measured(trainer(policy, judge, train, args, seed), judge, held_out, seed))
-        shown = {name: {k: round(of[-1][k], 3) for k in ("program", "judge")} for name, of in runs.items()}
-        print(seed, json.dumps(shown), flush=True)
+        for name, trained in (("start", _untrained), ("GRPO", _grpo), ("PPO", _ppo)):
+            runs[name].append(measured(trained(policy, judge, train, args, seed), judge, held_out, seed))
+            print(seed, name, json.dumps(runs[name][-1]), flush=True)
     lines = [*_table(args, runs), *lines]
     print("\n".join(lines))
     if args.output:
@@ -209,6 +207,10 @@ def _ids(words: list[str]) -> list[int]:
 
 
 # ---- Training -------------------------------------------------------------------------------------------
+
+
+def _untrained(policy: LlamaForCausalLM, *_: Any) -> LlamaForCausalLM:
+    return policy
 
 
 def _grpo(

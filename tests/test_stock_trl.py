@@ -59,7 +59,7 @@ def test_every_example_is_short_and_of_its_own_trainer():
 
 def test_they_train(given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names, judge, grpo, ranking, dpo, reward, rloo = dict(given), *EXAMPLES
+    names, judge, grpo, ranking, rubric, dpo, reward, rloo = dict(given), *EXAMPLES
     torch.manual_seed(0)
     _run(judge, names)
     _run(grpo, names)
@@ -69,6 +69,10 @@ def test_they_train(given, tmp_path, monkeypatch):
     _run(ranking, names)
     means = _logged(names["trainer"], "rewards/ranking/mean")
     assert means == pytest.approx([0, 0], abs=1e-6) and max(_logged(names["trainer"], "rewards/ranking/std")) > 0
+
+    _run(rubric, names)
+    shares = _logged(names["trainer"], "rewards/rubric/mean")
+    assert len(shares) == 2 and all(0 < share < 1 for share in shares)
 
     _run(dpo, names)
     rows = {row["prompt"][0]["content"]: row for row in names["rows"]}
@@ -98,7 +102,7 @@ def test_the_advantage_loss_is_the_librarys(given, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     names = dict(given)
-    _run(EXAMPLES[4], names)
+    _run(EXAMPLES[5], names)
     ours = RewardTrainer(
         given["policy"],
         args=RewardConfig("other", **given["settings"]),
