@@ -314,13 +314,14 @@ def recording(monkeypatch):
     return Recording
 
 
-def rubrics_of(path):
-    """Give every prompt of a file criteria of its own."""
+def rubrics_of(path, lacking=None):
+    """Give every prompt of a file criteria of its own, but for one."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for i, row in enumerate(rows):
-        row["rubric"] = [{"criterion": f"names the {i}", "weight": i + 1}, {"criterion": "is rude", "weight": -0.5}]
+        own = [{"criterion": f"names the {i}", "weight": i + 1}, {"criterion": "is rude", "weight": -0.5}]
+        row |= {} if i == lacking else {"rubric": own}
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {row["prompt"]: row["rubric"] for row in rows}
+    return {row["prompt"]: row.get("rubric") for row in rows}
 
 
 def test_ppo_is_rewarded_by_the_base_without_its_adapter(roomy_model, tmp_path, monkeypatch, recording):
@@ -329,7 +330,7 @@ def test_ppo_is_rewarded_by_the_base_without_its_adapter(roomy_model, tmp_path, 
     rest = dict.fromkeys(("sample", "label", "reward", "evaluate", "report"))
     rl = {"rewards": ["rubric"], "labelers": [{"rubric": {"shared": ["is short"]}}], "total_episodes": 8}
     recipe = tiny_recipe(tmp_path, roomy_model, **rest, rl={**rl, "learning_rate": 0.1})
-    known = rubrics_of(tmp_path / "train.jsonl")
+    known = rubrics_of(tmp_path / "train.jsonl", lacking=3)
     folder = run_recipe(recipe, installed_plugins(), tmp_path / "out")
     steps = [row for row in read_lines(folder / "metrics.jsonl") if row["stage"] == "rl"]
     assert len(steps) == len(recording.calls) == 2
@@ -339,7 +340,10 @@ def test_ppo_is_rewarded_by_the_base_without_its_adapter(roomy_model, tmp_path, 
         assert step["score/rubric"] == pytest.approx(sum(rewards) / len(rewards), abs=1e-6)
         texts = [completion[0]["content"] for completion in completions]
         for prompt, rubric in zip(prompts, rubrics, strict=True):
-            assert [one["criterion"] for one in rubric] == [one["criterion"] for one in known[prompt[-1]["content"]]]
+            wanted = known[prompt[-1]["content"]]  # one prompt has none of its own
+            assert (rubric and [one["criterion"] for one in rubric]) == (
+                wanted and [one["criterion"] for one in wanted]
+            )
         found = own.grade(prompts, texts, judge, rubric=rubrics)
         assert rewards == pytest.approx([one.mean for one in found], abs=1e-4)
 

@@ -12,8 +12,10 @@ from trl_rlaif.algorithms import ALGORITHMS
 from trl_rlaif.errors import UserError
 from trl_rlaif.files import write_atomically
 from trl_rlaif.interrupts import is_fault
+from trl_rlaif.judging.prompt import JudgePrompt
 from trl_rlaif.pipeline.artifacts import REHEARSAL, SELECTION_MAP
 from trl_rlaif.pipeline.training import settings_of
+from trl_rlaif.recipe import prompt_folder
 from trl_rlaif.recipe.inputs import read_rehearsal
 from trl_rlaif.validation import Origin, tagged
 
@@ -64,10 +66,18 @@ def prompts(context: Context, base: Any, room: int) -> tuple[Dataset, dict[str, 
         {"id": p.id, "prompt": context.chat(p.prompt), "category": p.category, "input_ids": ids}
         for p, ids in zip(found, tokens, strict=True)
     ]
-    extra = set.intersection(*(set(p.extra) for p in found)) - set(rows[0])
+    extra = set.intersection(*(set(p.extra) for p in found)) | _columns_read(context)
     for row, prompt in zip(rows, found, strict=True):
-        row |= {name: prompt.extra[name] for name in extra}
+        row |= {name: prompt.extra.get(name) for name in extra - row.keys()}
     return Dataset.from_list(rows), skipped
+
+
+def _columns_read(context: Context) -> set[str]:
+    """What labelers among the rewards read, and can do without where a prompt lacks it."""
+    section = context.recipe.label
+    prompt = JudgePrompt.load(prompt_folder(section.prompt if section else "general"))
+    labelers = map(context.create_labeler, context.recipe.reward_labelers.values())
+    return {name for labeler in labelers for name in labeler.columns(prompt)}
 
 
 def rehearsal_dataset(context: Context) -> Dataset | None:
