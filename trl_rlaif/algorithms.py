@@ -23,6 +23,7 @@ class Algorithm:
         preset: Of PPOConfig, what holds where the recipe does not say.
         samples: Whether it draws responses to prompts; else it learns from preferences.
         needs_selector: Whether it trains on what a selector accepts.
+        groups: Whether the rewards are given all responses to a prompt together.
     """
 
     run: str
@@ -31,6 +32,7 @@ class Algorithm:
     preset: Mapping[str, Any] = field(default_factory=dict)
     samples: bool = True
     needs_selector: bool = False
+    groups: bool = False
 
     def runner(self) -> Callable[[Any], dict[str, Any]]:
         """What trains by it, imported now."""
@@ -70,8 +72,8 @@ ALGORITHMS = {
             "temperature": 0.9,
         },
     ),
-    "rloo": Algorithm(_GROUPS, ("trl", "RLOOConfig"), _GROUP_KEYS),
-    "grpo": Algorithm(_GROUPS, ("trl", "GRPOConfig"), _GROUP_KEYS),
+    "rloo": Algorithm(_GROUPS, ("trl", "RLOOConfig"), _GROUP_KEYS, groups=True),
+    "grpo": Algorithm(_GROUPS, ("trl", "GRPOConfig"), _GROUP_KEYS, groups=True),
     # Nothing there reads a value.
     "rejection_sampling": Algorithm(
         "trl_rlaif.pipeline.work.ppo:run_rejection", preset={"value": "trunk"}, needs_selector=True

@@ -136,7 +136,7 @@ def _check_inputs(parsed: Recipe, plugins: Plugins) -> None:
     for each in parsed.variants.values() or [parsed]:
         check_data(each)
         check_functions(each)
-        check_ranking(each)
+        check_ranking(each, plugins)
         check_prompts(each, plugins)
         try_settings(each, plugins)
         warnings |= dict.fromkeys(map(overlap_warning, prompt_overlaps(each, largest=SMALL_FILE)))

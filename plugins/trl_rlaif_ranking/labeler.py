@@ -95,7 +95,8 @@ class RankingLabeler(DistilledLabeler):
         rows = rows_of(columns, self.columns(self.judge.prompt), len(completions))
         for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             text = completion if isinstance(completion, str) else completion[-1]["content"]
-            groups.setdefault(json.dumps(prompt, sort_keys=True, default=str), _Group(prompt, rows[row])).add(row, text)
+            key = json.dumps([prompt, rows[row]], sort_keys=True, default=str)
+            groups.setdefault(key, _Group(prompt, rows[row])).add(row, text)
         alone = next((group for group in groups.values() if len(group.rows) == 1), None)
         if alone is not None:
             raise UserError(

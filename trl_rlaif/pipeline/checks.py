@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from trl_rlaif.algorithms import ALGORITHMS
 from trl_rlaif.data import Loaded
 from trl_rlaif.data.loading import place_of
 from trl_rlaif.errors import Problem, UserError
@@ -121,12 +122,15 @@ def _asked(recipe: Recipe) -> Iterator[_Asked]:
             yield _Asked(("evaluate", "harmless"), evaluate.harmless, ComponentRef("direct"), held_out)
 
 
-def check_ranking(recipe: Recipe) -> None:
-    """See that a tournament can ask the labeler about one order at a time.
+def check_ranking(recipe: Recipe, plugins: Plugins) -> None:
+    """See that a tournament can ask the labeler about one order at a time, and rewards that rank can see groups.
 
     Raises:
-        UserError: It has no option for that.
+        UserError: The labeler has no option for that, or the algorithm or a selector scores responses one by one.
     """
+    for name, labeler in recipe.reward_labelers.items():
+        if getattr(plugins.registry.find("labeler", name).component, "ranks", False):
+            _check_groups(recipe, name, labeler.where)
     ranking = recipe.label.ranking if recipe.label else None
     if ranking and ranking.method == "tournament" and "orders" not in recipe.label.labeler.options:
         raise UserError(
@@ -134,6 +138,22 @@ def check_ranking(recipe: Recipe) -> None:
             "'orders'.",
             where=recipe.line(("label", "ranking")),
             fix="Set label.labeler to distilled, or label.ranking.method to all_pairs.",
+        )
+
+
+def _check_groups(recipe: Recipe, name: str, where: str) -> None:
+    """A reward that compares the responses to a prompt must be given several of them together."""
+    if not ALGORITHMS[recipe.rl.algorithm].groups:
+        raise UserError(
+            f"The reward '{name}' compares the responses to a prompt, and {recipe.rl.algorithm} scores each alone.",
+            where=where,
+            fix="Set rl.algorithm to grpo or rloo.",
+        )
+    if recipe.rl.selectors:
+        raise UserError(
+            f"The reward '{name}' compares the responses to a prompt, which the pool of rl.selectors scores in parts.",
+            where=recipe.line(("rl", "selectors")),
+            fix="Leave out the selectors, or use another reward.",
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +29,11 @@ _CONFIDENCE = 0.95
 _QUANTILE = float(norm.ppf((1 + _CONFIDENCE) / 2))
 
 
-def of(context: Context, pairs: list[Pair]) -> Rankings | None:
+def of(context: Context, pairs: list[Pair], columns: Collection[str]) -> Rankings | None:
     """The pairs as a recipe wants them ranked; None where it does not.
+
+    Args:
+        columns: Of the data, that labels depend on.
 
     Raises:
         UserError: A machine of several cannot know what to ask next.
@@ -42,7 +45,7 @@ def of(context: Context, pairs: list[Pair]) -> Rankings | None:
             where=context.recipe.line(("label", "ranking")),
             fix="Set method: all_pairs, or run without --shard.",
         )
-    return None if section is None else Rankings(section, pairs)
+    return None if section is None else Rankings(section, pairs, columns)
 
 
 @dataclass
@@ -75,15 +78,17 @@ class Rankings:
     Args:
         section: How they are ranked.
         pairs: Of any number a prompt; its responses are those that occur in them.
+        columns: Of the data, that labels depend on: prompts that differ in them are different ones.
     """
 
-    def __init__(self, section: RankingSection, pairs: list[Pair]) -> None:
+    def __init__(self, section: RankingSection, pairs: list[Pair], columns: Collection[str] = ()) -> None:
         self.section, self.pairs = section, pairs
         self.groups: list[_Group] = []
         self._places: dict[str, tuple[int, int, int]] = {}
         by_prompt: dict[str, int] = {}
         for pair in pairs:
-            number = by_prompt.setdefault(to_json(as_messages(pair.prompt)), len(by_prompt))
+            row = {name: pair.extra.get(name) for name in columns}
+            number = by_prompt.setdefault(to_json([as_messages(pair.prompt), row]), len(by_prompt))
             self.groups += [_Group()] if number == len(self.groups) else []
             self._places[pair.id] = (number, *self.groups[number].add(pair))
         self.sizes = [len(group.responses) for group in self.groups]

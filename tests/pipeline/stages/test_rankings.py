@@ -234,3 +234,11 @@ def test_a_group_turns_pairs_and_finds_them(ranked):
     assert [group.pair(*ij).id for ij in ((0, 1), (2, 0), (0, 2))] == ["x", "y", "y turned to 1-3"]
     turned = group.pair(0, 2)
     assert (turned.response_1, turned.response_2, turned.human) == ("a", "c", None)
+
+
+def test_prompts_that_differ_in_what_labels_depend_on_are_apart():
+    from trl_rlaif.pipeline.rankings import Rankings
+
+    pairs = [Pair(f"{i}", "why?", "a", "b", extra={"reference": i % 2}) for i in range(3)]
+    assert len(Rankings(None, pairs, ["reference"]).groups) == 2
+    assert len(Rankings(None, pairs).groups) == 1

@@ -51,7 +51,7 @@ def run(context: Context) -> LabelResults:
     pairs, store = context.pairs(), LabelStore(context.folder / artifacts.LABELS)
     tasks, judged = context.label_tasks(), _judged_by_people(context)
     main, *others = tasks
-    ranking = rankings.of(context, pairs)
+    ranking = rankings.of(context, pairs, context.label_key(main).columns)
     if ranking is not None and ranking.section.method == "tournament":
         rows = {main.name: _tournament(context, store, main, ranking)}
     else:
