@@ -25,6 +25,7 @@ from trl_rlaif.data.overlap import prompt_key
 from trl_rlaif.evaluation import agreement, compare_lengths, position_bias, win_rate
 from trl_rlaif.files import read_lines
 from trl_rlaif.hardware import processor
+from trl_rlaif.labels.store import pair_key
 from trl_rlaif.pipeline.context import pair_row
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.runner import run_recipe
@@ -115,8 +116,9 @@ def _labels(args: argparse.Namespace, name: str, judge: Path, pairs: Path) -> li
     sections = {"model": recipe["model"], "data": {"pairs": str(pairs)}, "label": asked | {"judge": judge_section}}
     path = args.runs / f"{name}.yaml"
     path.write_text(yaml.safe_dump(sections), encoding="utf-8")
-    rows = {row["id"]: row for row in read_lines(_run(path, args.runs / name) / "labels.jsonl")}
-    return [(pair, rows[pair.id]) for pair in load_pairs(str(pairs)).items if rows[pair.id]["p"] is not None]
+    rows = {row["pair"]: row for row in read_lines(_run(path, args.runs / name) / "labels.jsonl")}
+    judged = [(pair, rows[pair_key(pair)]) for pair in load_pairs(str(pairs)).items]
+    return [(pair, row) for pair, row in judged if row["p"] is not None]
 
 
 def _row(

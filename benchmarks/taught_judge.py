@@ -26,6 +26,7 @@ from trl_rlaif.data.overlap import prompt_key
 from trl_rlaif.evaluation import agreement, calibration_error, position_bias
 from trl_rlaif.files import read_lines
 from trl_rlaif.hardware import processor
+from trl_rlaif.labels.store import pair_key
 from trl_rlaif.models.loading import load_tokenizer
 from trl_rlaif.pipeline.context import pair_row
 from trl_rlaif.pipeline.run_folder import RunFolder
@@ -39,7 +40,7 @@ from trl_rlaif.reward.scoring import score_pairs
 
 PROMPTS = Path(__file__).parents[1] / "recipes" / "data" / "quickstart_prompts.jsonl"
 LORA = {"r": 16, "alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
-TRAINED = {"evaluations": 4, "per_device_train_batch_size": 8, "num_train_epochs": 2, "learning_rate": 1e-3}
+TRAINED = {"evaluations": 2, "per_device_train_batch_size": 8, "num_train_epochs": 1, "learning_rate": 2e-3}
 
 
 def main() -> None:
@@ -127,8 +128,9 @@ def _judge(
     for file, path in held_out.items():
         sections = {"data": {"pairs": str(path)}, "label": asking | {"judge": judge}}
         run = _run(args, f"{setting.replace(', ', '-')}-{file}", sections)
-        rows = {row["id"]: row for row in read_lines(run / "labels.jsonl")}
-        known = [(pair, rows[pair.id]) for pair in load_pairs(str(path)).items if rows[pair.id]["p"] is not None]
+        rows = {row["pair"]: row for row in read_lines(run / "labels.jsonl")}
+        judged = [(pair, rows[pair_key(pair)]) for pair in load_pairs(str(path)).items]
+        known = [(pair, row) for pair, row in judged if row["p"] is not None]
         p_12, p_21 = ([row[key] for _, row in known] for key in ("p_12", "p_21"))
         cells += _cells([pair for pair, _ in known], [row["p"] for _, row in known], p_12, p_21)
     return " | ".join(cells)
