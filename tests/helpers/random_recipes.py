@@ -145,6 +145,10 @@ class RandomRecipe:
         elif {"label", "reward"} & found.keys() or rl.get("algorithm") == "dpo":
             data["pairs"] = self._data("pairs")
             data["format"] = Path(data["pairs"]).stem.replace("pairs", "preference")
+        if found.get("label", {}).get("ranking"):
+            found["label"].pop("calibration", None)
+            if "sample" in found:
+                found["sample"] |= {"num_responses": 3, "keep_pairs": "all"}
         if rl.get("algorithm") == "dpo":
             rl |= {"selectors": [], "transforms": []}
         if rl.get("algorithm") == "rejection_sampling":
