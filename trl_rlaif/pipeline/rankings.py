@@ -136,7 +136,8 @@ class Rankings:
         where both of its responses were compared with any.
         """
         if self.strengths is None:
-            once = {place: id for id, place in self._places.items()}
+            # A pair that the data has twice, or turned, is one question in each order.
+            once = {(group, *sorted(items)): id for id, (group, *items) in self._places.items()}
             self._asked = [answer for id in once.values() for answer in self._answers(id, rows[id])]
             self.strengths = fit(self._comparisons(), self.sizes)
         compared = {(q.group, item) for q, _, _ in self._asked for item in (q.first, q.second)}

@@ -226,6 +226,14 @@ def test_a_tournament_is_not_divided(ranked):
     assert "recipe.yaml" in error.value.problems[0].where
 
 
+def test_a_pair_that_the_data_has_turned_counts_once(ranked):
+    texts = [("a fox", "dog"), ("dog", "a fox"), ("a fox", "dog"), ("dog", "city")]
+    data = [{"id": f"{i}", "prompt": "what?", "response_1": a, "response_2": b} for i, (a, b) in enumerate(texts)]
+    folder = ranked(pairs=data, ranking={"method": "all_pairs"})
+    assert results(folder)["ranking"]["questions"] == len(rows(folder, "rankings")[0]["answers"]) == 4
+    assert {row["id"]: row["p"] for row in preferences(folder).values()}.keys() == {"0", "1", "2", "3"}
+
+
 def test_a_group_turns_pairs_and_finds_them(ranked):
     from trl_rlaif.pipeline.rankings import Rankings
 
