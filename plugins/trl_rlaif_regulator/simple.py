@@ -83,12 +83,14 @@ class Ensemble(RewardTransform):
 class LengthPenaltyOptions(Options):
     """What can be set in a recipe."""
 
-    per_token: float = Field(0.001, ge=0, description="Taken from the score for every token beyond free.")
+    per_token: float = Field(
+        0.001, description="Taken from the score for every token beyond free; below 0 it is added."
+    )
     free: int = Field(0, ge=0, description="Response tokens that cost nothing.")
 
 
 class LengthPenalty(RewardTransform):
-    """Makes long responses dearer by the token."""
+    """Makes long responses dearer by the token, or, with a negative price, keeps responses from shrinking."""
 
     Options = LengthPenaltyOptions
     options: LengthPenaltyOptions

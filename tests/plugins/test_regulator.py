@@ -268,6 +268,7 @@ def test_small_transforms():
     assert white.mean().abs() < 1e-6 and white.std(correction=0).item() == pytest.approx(1)
     assert Whiten().transform(torch.full((48,), 0.1), _batch([None] * 48)).abs().max() < 1e-6
     assert LengthPenalty(per_token=0.5, free=2).transform(scores, batch).tolist() == [-7, 0.5, 8.5, 1.0]
+    assert LengthPenalty(per_token=-0.5, free=2).transform(scores, batch).tolist() == [-7, 0.5, 9.5, 3.0]
     with pytest.raises(ValidationError):
         Clip(low=1, high=1)
 
