@@ -87,6 +87,15 @@ def test_the_adapter_is_one_that_peft_loads(recipe, tmp_path, tiny_model):
     assert sum("lora_B" in name and bool(x.any()) for name, x in loaded.named_parameters()) > 4
 
 
+def test_a_model_of_its_own_is_taught_as_the_base_is(recipe, tmp_path, tiny_model):
+    own = run(recipe(model={"path": tiny_model, "dtype": "float32"}), tmp_path / "own")
+    same = run(recipe(), tmp_path / "same")
+    for key in ("sources", "gain", "used", "best_step"):
+        assert own.results_of("judge")[key] == same.results_of("judge")[key]
+    labels = [{row["pair"]: row["p"] for row in read_lines(folder / "labels.jsonl")} for folder in (own, same)]
+    assert labels[0] == labels[1] and len(labels[0]) == 8
+
+
 def test_the_adapters_folder_is_a_judge_for_other_runs(recipe, tmp_path):
     taught = run(recipe(), tmp_path / "out")
     judge = {"path": str(taught / "judge"), "dtype": "float32"}
