@@ -52,7 +52,18 @@ def settings_of(recipe: Recipe, section: str) -> Iterator[None]:
 
 
 def train_from_last(context: Context, trainer: Any, stage: str, title: str) -> Any:
-    """Train from the newest checkpoint, if it is of the same run; what TRL's trainer returns."""
+    """Train from the newest checkpoint, if it is of the same run; what TRL's trainer returns.
+
+    Raises:
+        UserError: The trainer has dropped every row.
+    """
+    if not len(trainer.train_dataset):
+        raise UserError(
+            f"The stage '{stage}' has no row left to train on: its trainer dropped them all, as too long or as without a "
+            "token to learn.",
+            where=context.recipe.line((stage,)),
+            fix="Raise max_length, or look at what the rows hold.",
+        )
     callback = context.callback(stage, title)
     callback.attach(trainer)
     trainer.add_callback(SameRun(trainer))

@@ -71,6 +71,15 @@ def test_a_prompt_longer_than_the_context_is_counted(tiny_model, tmp_path, monke
     assert results["sample"]["dropped"] == {"prompt longer than the context": 1}
 
 
+def test_rows_that_the_trainer_drops_one_and_all_are_named(tiny_model, tmp_path, monkeypatch, capsys):
+    _lines(tmp_path / "sft.jsonl", *({"prompt": f"what is {i}? " * 9, "completion": "a fox"} for i in range(4)))
+    sections = dict.fromkeys(("sample", "label", "reward", "rl", "evaluate", "report"))
+    recipe = write_recipe(tmp_path, tiny_model, **sections, sft={"data": "sft.jsonl", "max_length": 4, "max_steps": 1})
+    code, stderr = run_cli(monkeypatch, capsys, "run", recipe, "--output", tmp_path / "out")
+    assert code == 2 and "'sft' has no row left to train on" in stderr and "max_length" in stderr
+    assert "recipe.yaml:" in stderr
+
+
 def test_missing_file_and_wrong_key_are_reported_together(tiny_model, tmp_path, monkeypatch, capsys):
     recipe = write_recipe(tmp_path, tiny_model)
     text = recipe.read_text().replace("train.jsonl", "trian.jsonl").replace("batch_tokens", "batch_token")
