@@ -69,6 +69,7 @@ RECIPES: dict[str, dict[str, Any]] = {
             "batch_tokens": 300,
             "precision": "auto",
             "compare": {"rated": {"labeler": "direct"}, "thinking": {"labeler": {"distilled": _THINKING}}},
+            "jury": {},
         },
         "reward": {"transforms": ["advantage"], "save_steps": 1},
         **dict.fromkeys(("rl", "evaluate", "report")),

@@ -163,3 +163,21 @@ def test_a_ranking_lacks_something(only, text, line, what, fix):
 def test_a_ranking_may_be_of_pairs_of_data(parse):
     ranking = parse(PAIRS + "label:\n  ranking: {method: tournament}\n").label.ranking
     assert (ranking.questions, ranking.at_once, ranking.confidence) == (None, 1, 0.95)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "what", "fix"),
+    [
+        (PAIRS + "label:\n  jury: {join: log_odds}\n", 5, "'label' has a jury of one", "Name two or more"),
+        (
+            RANKED + "label:\n  ranking: {method: all_pairs}\n  compare: {rated: {labeler: direct}}\n  jury: {}\n",
+            8,
+            "label.ranking ranks by the answers of one labeler",
+            "Leave out one of the two.",
+        ),
+    ],
+)
+def test_a_jury_lacks_something(only, text, line, what, fix):
+    problem = only(text)
+    assert problem.where == f"recipe.yaml:{line}"
+    assert problem.what.startswith(what) and problem.fix.startswith(fix)

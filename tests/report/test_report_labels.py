@@ -292,3 +292,46 @@ def test_hostile_rankings_are_shown_as_text(ranked):
            "intervals": HOSTILE, "answers": {}, "pairs": {HOSTILE: 7}}  # fmt: skip
     (ranked / "rankings.jsonl").write_text(f"{json.dumps(row)}\n[]\n{json.dumps(row | {'pairs': []})}\n")
     assert_only_our_script(read(ranked))
+
+
+# ---- Juries ---------------------------------------------------------------------------------------------
+
+JURY = {"join": "log_odds", "disagreement": 0.123, "disputed": 4,
+        "members": {"label": {"votes": 3, "reliability": 0.62, "with_jury": 1.0},
+                    "brief": {"votes": 2, "reliability": -0.1, "with_jury": 0.25}}}  # fmt: skip
+
+
+@pytest.fixture
+def jury(folder):
+    """Three pairs with the votes of two members, one of which skipped a pair."""
+    pairs = [Pair(f"p-{i}", f"why {i}?", "a", "b", human=i or None) for i in range(3)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(asdict(pair)) + "\n" for pair in pairs))
+    (folder / "jury.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (
+        {"id": "p-0", "p": 0.95, "disagreement": 0.01, "votes": {"label": 0.96, "brief": 0.94}},
+        {"id": "p-1", "p": 0.4, "disagreement": 0.35, "votes": {"label": 0.05, "brief": 0.75}},
+        {"id": "p-2", "p": 0.3, "disagreement": None, "votes": {"label": 0.3, "brief": None}})))  # fmt: skip
+    set_results(folder, lambda results: results["label"].update(jury=JURY))
+    return folder
+
+
+def test_a_jury_says_what_was_learned_of_its_members(jury):
+    text = shown(jury)
+    assert "votes joined by log odds" in text and "0.123 on average; 4 pairs left out for it" in text
+    assert "label 3 0.620 100.0% brief 2 −0.100 25.0%" in text and "0 is chance" in text
+    set_results(jury, lambda results: results["label"]["jury"].update(join="dawid_skene"))
+    assert "0.5 is chance" in shown(jury)
+
+
+def test_a_jurys_labels_come_with_its_votes_the_most_disputed_first(jury):
+    text = shown(jury)
+    assert "1 of 3 at 0.9 or more" in text and "asked in both orders" not in text
+    disputed, unknown = text.index("votes: label 0.05, brief 0.75"), text.index("votes: label 0.30 ")
+    assert disputed < text.index("votes: label 0.96, brief 0.94") < unknown
+    assert "response 2 preferred, p(1) = 0.40" in text
+
+
+def test_hostile_juries_are_shown_as_text(jury):
+    row = {"id": "p-0", "p": "x", "disagreement": HOSTILE, "votes": {HOSTILE: 0.5, "y": 7}}
+    (jury / "jury.jsonl").write_text(f"{json.dumps(row)}\n[]\n{json.dumps(row | {'p': 0.5})}\n")
+    set_results(jury, lambda results: results["label"].update(jury={"join": HOSTILE, "members": {HOSTILE: HOSTILE}}))
+    assert_only_our_script(read(jury))

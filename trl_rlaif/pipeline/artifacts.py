@@ -24,6 +24,7 @@ RECIPE = "recipe.yaml"  # resolved, with the versions of the packages and the co
 RESULTS = "results.json"  # Results
 METRICS = "metrics.jsonl"  # MetricRow
 RANKINGS = "rankings.jsonl"  # RankingRow
+JURY = "jury.jsonl"  # JuryRow
 LABELS = "labels.jsonl"  # LabelRow; of a comparison, of the responses of its variants
 VOTES = "votes.jsonl"  # what people chose: trl_rlaif.rating
 CLUSTERS = "clusters.json"  # data.clusters: their centres, and what they were fitted to
@@ -193,6 +194,15 @@ class RankingRow(TypedDict):
     answers: list[tuple[int, int, float]]
 
 
+class JuryRow(TypedDict):
+    """A pair's votes by the members' names, what they were joined into, and their standard deviation."""
+
+    id: str
+    p: float | None
+    disagreement: float | None
+    votes: dict[str, float | None]
+
+
 class ScoreRow(TypedDict, total=False):
     """A held-out pair's scores as the reward model gives them and, with transforms, as RL gets them."""
 
@@ -321,6 +331,7 @@ class LabelResults(TypedDict, total=False):
     overlaps: list[dict[str, Any]]
     unsure: int
     ranking: dict[str, Any]
+    jury: dict[str, Any]
     comparison: dict[str, Any]
     shard: str
     broken_lines: int

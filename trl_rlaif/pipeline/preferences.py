@@ -46,13 +46,16 @@ def preferences_of_people(context: Context, section: str) -> dict[str, int]:
     return {reason: count for reason, count in ((TIE, ties), ("no human choice", unknown)) if count}
 
 
-def write_preferences(context: Context, pairs: list[Pair], p: dict[str, float]) -> None:
+def write_preferences(
+    context: Context, pairs: list[Pair], p: dict[str, float], disagreement: dict[str, float | None] | None = None
+) -> None:
     """Write ``preferences/``: TRL's preference format, with ``p``, the probability of ``chosen``.
 
     Where pairs have a margin, there is TRL's column ``margin``, too.
 
     Args:
         p: Probability that response_1 is preferred, by pair id; pairs that are not in it are left out.
+        disagreement: A jury's, by pair id: a column of that name.
     """
     from datasets import Dataset, Features, Value
 
@@ -60,6 +63,9 @@ def write_preferences(context: Context, pairs: list[Pair], p: dict[str, float]) 
     dataset = Dataset.from_list([_preference(context, pair, p[pair.id]) for pair in kept])
     if any("margin" in pair.extra for pair in kept if pair.human in HUMAN_P):
         dataset = dataset.add_column("margin", [_margin(pair, p[pair.id]) for pair in kept])
+    if disagreement is not None:
+        dataset = dataset.add_column("disagreement", [disagreement[pair.id] for pair in kept])
+        dataset = dataset.cast_column("disagreement", Value("float64"))
     # A column of None has no type of its own.
     features = Features({**dataset.features, "category": Value("string"), "human": Value("bool")})
     dataset = dataset.cast(features)

@@ -35,6 +35,8 @@ def _check_pairs(source: Source, present: set[Any]) -> None:
         source.report(("label",), "'label' has no pairs to judge.", "Add 'sample', or set data.pairs.")
     if isinstance(_value(source, "label", "ranking"), dict):
         _check_ranking(source, present)
+    if isinstance(_value(source, "label", "jury"), dict):
+        _check_jury(source)
     if "reward" in present:
         _check_preferences(source, present, "reward", "reward")
 
@@ -73,6 +75,15 @@ def _check_ranking(source: Source, present: set[Any]) -> None:
     for key in ("questions", "at_once", "confidence"):
         if ranking.get("method") == "all_pairs" and ranking.get(key) is not None:
             source.report((*path, key), f"{key} is a tournament's; all_pairs asks everything.", "Leave it out.")
+
+
+def _check_jury(source: Source) -> None:
+    if not _value(source, "label", "compare"):
+        what = "'label' has a jury of one: its members are the labeler and those of label.compare."
+        source.report(("label", "jury"), what, "Name two or more in label.compare, or leave out jury.")
+    if _value(source, "label", "ranking") is not None:
+        what = "label.ranking ranks by the answers of one labeler, and label.jury joins several."
+        source.report(("label", "jury"), what, "Leave out one of the two.")
 
 
 def _check_preferences(source: Source, present: set[Any], section: str, who: str) -> None:

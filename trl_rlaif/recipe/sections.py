@@ -479,6 +479,22 @@ class RankingSection(Section):
     )
 
 
+class JurySection(Section):
+    """``label.jury``: the main labeler and those of ``label.compare`` label together."""
+
+    join: Literal["log_odds", "dawid_skene"] = Field(
+        "log_odds",
+        description="log_odds: mean of the members' log-odds, weighted by their agreement with the others; "
+        "dawid_skene: posterior of members who err independently, each at a rate of its own.",
+    )
+    max_disagreement: Number | None = Field(
+        None,
+        ge=0,
+        le=0.5,
+        description="Pairs whose votes have a greater standard deviation, or fewer than two votes, are left out.",
+    )
+
+
 class LabelSection(Section):
     """``label``: preferences from a judge."""
 
@@ -505,6 +521,9 @@ class LabelSection(Section):
     )
     compare: dict[Annotated[str, AfterValidator(compared_name)], ComparedSection] = Field(
         default_factory=dict, description="More labelers by name: the report compares them with the main one."
+    )
+    jury: JurySection | None = Field(
+        None, description="The main labeler and those of compare label together; without it the main one labels alone."
     )
 
     @model_validator(mode="after")

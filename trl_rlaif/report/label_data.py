@@ -9,6 +9,7 @@ from typing import Any
 
 from trl_rlaif.report.criteria import ByCriterion, CriterionTotal, by_criterion, totals
 from trl_rlaif.report.formatting import label, section
+from trl_rlaif.report.jury import Verdict
 from trl_rlaif.report.parsing import Turn, lines, probability, spread, turn, turns
 
 # Each holds up to two rationales, so that more would make the page heavy.
@@ -37,6 +38,7 @@ class LabeledPair:
     human: int | None
     rationales: list[Rationale]
     criteria: list[ByCriterion]
+    votes: list[tuple[str, float]]
 
 
 @dataclass
@@ -57,15 +59,21 @@ class Labels:
 
 
 def read_labels(
-    path: Path, results: dict[str, Any], pairs: list[dict[str, Any]], notes: list[str], ranked: dict[str, float]
+    path: Path,
+    results: dict[str, Any],
+    pairs: list[dict[str, Any]],
+    notes: list[str],
+    ranked: dict[str, float],
+    jury: dict[str, Verdict],
 ) -> Labels:
     """The run's own labels, one a pair: the file may also hold those of other labelers, and of pairs that are gone.
 
     Args:
         ranked: What a ranking says of pairs, by their ids.
+        jury: What a jury says of them, likewise.
     """
     labels, known = Labels(), []
-    for row, pair in _own(path, results, pairs, notes, ranked):
+    for row, pair in _of_jury(jury, pairs) if jury else _own(path, results, pairs, notes, ranked):
         labels.total += 1
         p, p_12, p_21 = (probability(row.get(key)) for key in ("p", "p_12", "p_21"))
         if p is not None:
@@ -80,8 +88,17 @@ def read_labels(
         else:
             labels.winners[(1 if p_12 > 0.5 else 2, 1 if p_21 > 0.5 else 2)] += 1
     labels.criteria = totals((row["p"], by_criterion(row)) for row, _ in known)
-    labels.pairs = [_labeled(row, pair) for row, pair in spread([k for k in known if k[1]], MAX_LABELED)]
+    shown = [k for k in known if k[1]]
+    if jury:
+        shown.sort(key=lambda k: -(k[0]["disagreement"] or 0.0))
+    labels.pairs = [_labeled(row, pair) for row, pair in (shown[:MAX_LABELED] if jury else spread(shown, MAX_LABELED))]
     return labels
+
+
+def _of_jury(jury: dict[str, Verdict], pairs: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """A jury's label of each pair. Orders and rationales are its members' own."""
+    found = ((jury.get(str(pair.get("id"))), pair) for pair in pairs)
+    return [(vars(verdict), pair) for verdict, pair in found if verdict is not None]
 
 
 def _own(
@@ -151,4 +168,5 @@ def _labeled(row: dict[str, Any], pair: dict[str, Any]) -> LabeledPair:
         human=_human(pair),
         rationales=rationales,
         criteria=by_criterion(row),
+        votes=row.get("votes") or [],
     )

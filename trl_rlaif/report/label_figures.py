@@ -8,6 +8,7 @@ from trl_rlaif.report import plots
 from trl_rlaif.report.criteria import MAX_CRITERIA
 from trl_rlaif.report.figures import Figure, reliability_figure, share
 from trl_rlaif.report.formatting import count, label, number, section
+from trl_rlaif.report.jury import jury_part
 from trl_rlaif.report.label_data import Labels
 from trl_rlaif.report.rankings import ranking_part
 from trl_rlaif.report.run_data import Run
@@ -41,6 +42,7 @@ def label_part(run: Run) -> dict[str, Any]:
         "speed": number(result.get("pairs_per_second")),
         "comparison": [_compared(name, values) for name, values in section(result, "comparison").items()],
         "ranking": ranking_part(run.rankings, run.results),
+        "jury": jury_part(run.results),
         "calibration": _calibration(section(result, "calibration")),
         "reliability": _reliability(labels, number(result.get("ece"))),
         "criteria": labels.criteria[:MAX_CRITERIA],

@@ -11,6 +11,7 @@ from trl_rlaif.errors import RunError, UserError
 from trl_rlaif.files import unsigned
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.report.formatting import clean, count, label, number, section, shorten
+from trl_rlaif.report.jury import read_verdicts
 from trl_rlaif.report.label_data import Labels, read_labels
 from trl_rlaif.report.parsing import LARGEST_DRAWN, Turn, both, drawable, lines, probability, turn, turns
 from trl_rlaif.report.rankings import RankedPairs, read_rankings
@@ -109,6 +110,7 @@ def read_run(folder: Path) -> Run:
     results = _read_results(folder / artifacts.RESULTS, notes)
     pairs = list(lines(folder / artifacts.PAIRS, notes))
     ranked = read_rankings(folder / artifacts.RANKINGS, notes)
+    jury = read_verdicts(folder / artifacts.JURY, notes)
     name = label((recipe.get("run") or {}).get("name") if isinstance(recipe.get("run"), dict) else None)
     return Run(
         name=name or label(folder.resolve().name) or "run",
@@ -116,7 +118,7 @@ def read_run(folder: Path) -> Run:
         recipe_text=recipe_text,
         results=results,
         series=_read_series(folder / artifacts.METRICS, notes),
-        labels=read_labels(folder / artifacts.LABELS, results, pairs, notes, ranked.probabilities),
+        labels=read_labels(folder / artifacts.LABELS, results, pairs, notes, ranked.probabilities, jury),
         rankings=ranked,
         samples=_read_samples(folder / artifacts.SAMPLES, notes),
         scored=_read_scored(folder / artifacts.REWARD_SCORES, notes),

@@ -20,7 +20,7 @@ class Label(Stage):
 
     name = "label"
     # The labels stay: each line is found by what determined it (labels/store.py).
-    outputs = (artifacts.PREFERENCES, artifacts.RANKINGS)
+    outputs = (artifacts.PREFERENCES, artifacts.RANKINGS, artifacts.JURY)
     companions = (artifacts.LABELS,)
     without = ("label.batch_tokens", "label.precision")
     prepares = True
@@ -46,6 +46,7 @@ class Label(Stage):
             + (f", {numbers['made']} of them new" if not ranking and numbers["made"] < numbers["labeled"] else "")
             + (f", {ranking['questions']} of {ranking['all_questions']} questions asked" if ranking else "")
             + (f", {numbers['voted']} of them from votes" if numbers.get("voted") else "")
+            + (f", by a jury of {len(numbers['jury']['members'])}" if "jury" in numbers else "")
             + (f", position bias {bias['rate']:.0%}" if bias else "")
             + (f", {numbers['agreement']['rate']:.0%} as people chose" if numbers["agreement"] else "")
         )

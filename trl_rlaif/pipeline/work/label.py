@@ -29,6 +29,7 @@ from trl_rlaif.labels.store import Plan, pair_key
 from trl_rlaif.pipeline import artifacts, rankings
 from trl_rlaif.pipeline.artifacts import JudgedRow, LabelResults, LabelRow
 from trl_rlaif.pipeline.context import Context, LabelTask
+from trl_rlaif.pipeline.jury import Jury
 from trl_rlaif.pipeline.preferences import write_preferences
 from trl_rlaif.progress import progress_bar, say
 from trl_rlaif.recipe.inputs import read_calibration, warn_of_overlaps
@@ -61,19 +62,27 @@ def run(context: Context) -> LabelResults:
         return _of_shard(context, rows[main.name], pairs) | {"seconds": time.monotonic() - started}
     if ranking is not None:
         rows[main.name].rows = ranking.take(rows[main.name].rows)
-    numbers = rows[main.name].numbers(pairs)
-    labeled = rows[main.name].labeled
+    section, final = context.recipe.label, rows[main.name]
+    jury = Jury(section.jury, pairs, {name: of.rows for name, of in rows.items()}) if section.jury else None
+    if jury is not None:
+        final = _together(rows, jury.labels)
+    numbers, labeled = final.numbers(pairs), final.labeled
     if not labeled:
         raise RunError("The judge could not label a single pair.", fix=_reasons(numbers["skipped"]))
-    calibration, numbers["calibration"] = _calibrate(context, store, main, pairs, labeled, judged)
+    calibration, numbers["calibration"] = _calibrate(context, store, tasks, jury, pairs, labeled, judged)
     numbers["overlaps"] = warn_of_overlaps(context.recipe, "label") if judged else []
     p = {id: calibration.apply(row) if calibration else row["p"] for id, row in labeled.items()}
-    least = context.recipe.label.min_confidence
+    least = section.min_confidence
     kept = {id: value for id, value in p.items() if max(value, 1 - value) >= least}
     if not kept:
         raise UserError(f"No label is as confident as {least}.", fix="Lower label.min_confidence.")
     numbers["unsure"] = len(p) - len(kept)
-    write_preferences(context, pairs, kept)
+    if jury is not None:
+        agreed = jury.undisputed(set(kept))
+        numbers["jury"] = jury.numbers(len(kept) - len(agreed))
+        kept = {id: value for id, value in kept.items() if id in agreed}
+        jury.write(context)
+    write_preferences(context, pairs, kept, jury.disagreement if jury else None)
     if ranking is not None:
         ranking.write(context)
         numbers["ranking"] = ranking.numbers()
@@ -144,6 +153,14 @@ class _Rows:
             "pairs_per_second": made / noted["seconds"] if made and noted.get("seconds") else None,
             "precision": noted.get("precision"),
         }
+
+
+def _together(rows: dict[str, _Rows], joined: dict[str, LabelRow]) -> _Rows:
+    """A jury's labels. What it took to make them is what it took all members."""
+    members = list(rows.values())
+    missing = {pair.id: pair for of in members for pair in of.missing}
+    seconds = sum(of.noted.get("seconds", 0.0) for of in members)
+    return _Rows(members[0].label_key, joined, list(missing.values()), members[0].noted | {"seconds": seconds})
 
 
 def _rows(context: Context, store: LabelStore, task: LabelTask, pairs: list[Pair], purpose: str = "label") -> _Rows:
@@ -274,7 +291,8 @@ def _judged_by_people(context: Context) -> list[Pair] | None:
 def _calibrate(
     context: Context,
     store: LabelStore,
-    task: LabelTask,
+    tasks: list[LabelTask],
+    jury: Jury | None,
     pairs: list[Pair],
     labeled: dict[str, JudgedRow],
     judged: list[Pair] | None,
@@ -286,15 +304,14 @@ def _calibrate(
     if judged is None:
         return None, None
     own = {pair_key(pair) for pair in pairs}
-    calibration = LabelTask("calibration", task.labeler, task.judge, task.prompt)
-    rows = _rows(context, store, calibration, judged, "calibration").labeled
+    rows = _of_judged(context, store, tasks, jury, judged)
     known = [pair for pair in judged if pair.id in rows]
     observed, human = [rows[pair.id] for pair in known], [pair.human for pair in known]
     found: dict[str, Any] = {"used": False, "pairs": len(known)}
     found["shared_with_run"] = sum(pair_key(pair) in own for pair in known)
     reason, fitted = why_too_few(human), None
     if reason is None:
-        mean_prob = task.labeler.options.get("debias") == "mean_prob"
+        mean_prob = tasks[0].labeler.options.get("debias") == "mean_prob"
         fitted = Calibration.fit(observed, human, mean_prob=mean_prob)
         crossed = cross_validate(
             observed,
@@ -317,6 +334,21 @@ def _calibrate(
         )
         return None, found | {"reason": reason}
     return fitted, found | {"used": True, "reason": None}
+
+
+def _of_judged(
+    context: Context, store: LabelStore, tasks: list[LabelTask], jury: Jury | None, judged: list[Pair]
+) -> dict[str, JudgedRow]:
+    """The labels of what people judged: the main labeler's, or a jury's."""
+    rows = {}
+    for task in tasks if jury else tasks[:1]:
+        name = "calibration" if task is tasks[0] else f"calibration of {task.name}"
+        rows[task.name] = _rows(context, store, replace(task, name=name), judged, "calibration")
+    final = next(iter(rows.values()))
+    if jury is not None:
+        ids = [pair.id for pair in judged]
+        final = _together(rows, jury.joined({name: of.rows for name, of in rows.items()}, ids))
+    return final.labeled
 
 
 def _why_unused(crossed: dict[str, Any] | None) -> str | None:

@@ -1,0 +1,199 @@
+"""A jury on a tiny model: how its members' labels become one, what it costs to add one, and what is left out."""
+
+from __future__ import annotations
+
+import json
+import math
+from statistics import pstdev
+
+import numpy as np
+import pytest
+from datasets import load_from_disk
+from helpers.judges import PARTS
+from helpers.recipes import WORDS, tiny_recipe
+
+from trl_rlaif.data import Pair
+from trl_rlaif.errors import UserError
+from trl_rlaif.evaluation import agreement
+from trl_rlaif.files import read_lines
+from trl_rlaif.labels.calibration import Calibration
+from trl_rlaif.labels.jury import DawidSkene, LogOddsPool
+from trl_rlaif.pipeline.jury import Jury
+from trl_rlaif.pipeline.runner import run_recipe
+from trl_rlaif.plugins import installed_plugins
+from trl_rlaif.recipe.sections import JurySection
+
+NO_MORE = {"sample": None, "reward": None, "rl": None, "evaluate": None, "report": None}
+RATED, ONE_ORDER = {"labeler": "direct"}, {"labeler": {"distilled": {"orders": "12"}}}
+TWO = {"rated": RATED, "one-order": ONE_ORDER}
+
+
+def make_pairs(count, start=0):
+    return [
+        {
+            "id": f"p{i}",
+            "prompt": f"what is the {WORDS[i % 10]} {i}?",
+            "response_1": f"a {WORDS[(i + 3) % 10]} " * (1 + i % 3),
+            "response_2": f"the {WORDS[(i + 7) % 10]} of {i}",
+            "human": (1, 2)[i * 7 % 3 % 2],
+        }
+        for i in range(start, start + count)
+    ]
+
+
+@pytest.fixture
+def label(tiny_model, tmp_path):
+    """Run the label stage in a folder, by default with a jury of three; the folder."""
+    (tmp_path / "prompt").mkdir()
+    for name, text in PARTS.items():
+        (tmp_path / "prompt" / name).write_text(text)
+    (tmp_path / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_pairs(20, 100)))
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_pairs(12)))
+
+    def run(output="out", jury=None, compare=TWO, **section):
+        sections = {**NO_MORE, "data": {"prompts": None, "pairs": "pairs.jsonl"}}
+        keys = {"prompt": "prompt", "batch_tokens": 600, "precision": "highest", "compare": compare, **section}
+        recipe = tiny_recipe(tmp_path, tiny_model, **sections, label=keys | {"jury": jury or {}})
+        return run_recipe(recipe, installed_plugins(), tmp_path / output, resume=True)
+
+    return run
+
+
+def results(folder):
+    return folder.results()["label"]
+
+
+def preferences(folder):
+    return {row["id"]: row for row in load_from_disk(str(folder / "preferences")).to_list()}
+
+
+def votes(folder, ids):
+    """(N, J) probabilities of labels.jsonl, a column for each labeler in the order in which they labeled."""
+    by_setup = {}
+    for row in read_lines(folder / "labels.jsonl"):
+        by_setup.setdefault(row["setup"], {})[row["id"]] = row["p"]
+    return np.array([[of[id] for of in by_setup.values()] for id in ids])
+
+
+IDS = [f"p{i}" for i in range(12)]
+
+
+@pytest.mark.parametrize(("name", "join"), [("log_odds", LogOddsPool), ("dawid_skene", DawidSkene)])
+def test_the_members_labels_are_joined(label, name, join):
+    folder = label(jury={"join": name})
+    given, rows, numbers, kept = (
+        votes(folder, IDS),
+        read_lines(folder / "jury.jsonl"),
+        results(folder),
+        preferences(folder),
+    )
+    fitted = join.fit(given)
+    p = fitted.join(given)
+    members = numbers["jury"]["members"]
+    assert list(members) == ["label", "one-order", "rated"] == list(rows[0]["votes"])
+    for i, row in enumerate(rows):
+        spread = pstdev(given[i])
+        assert row == {"id": IDS[i], "p": p[i], "disagreement": pytest.approx(spread, abs=1e-12),
+                       "votes": dict(zip(members, given[i], strict=True))}  # fmt: skip
+        assert kept[IDS[i]]["p"] == max(p[i], 1 - p[i])
+        assert kept[IDS[i]]["disagreement"] == pytest.approx(spread, abs=1e-12)
+        assert kept[IDS[i]]["chosen"][0]["content"] == make_pairs(12)[i]["response_1" if p[i] >= 0.5 else "response_2"]
+    for j, of in enumerate(members.values()):
+        same = (given[:, j] > 0.5) == (p > 0.5)
+        assert of == {"votes": 12, "reliability": fitted.reliability[j], "with_jury": same.mean()}
+    assert numbers["jury"]["disagreement"] == pytest.approx(np.mean([pstdev(row) for row in given]), abs=1e-12)
+    assert numbers["labeled"] == 12 and numbers["position_bias"] is None
+    human = [pair["human"] for pair in make_pairs(12)]
+    assert numbers["agreement"]["rate"] == agreement(p.tolist(), human)["rate"]
+    # Each member's own numbers are those of its own labels.
+    first = numbers["comparison"]["label"]["agreement"]["rate"]
+    assert first == agreement(given[:, 0].tolist(), human)["rate"]
+
+
+def test_a_member_that_joins_later_asks_its_own_questions_alone(label):
+    before = label(compare={"one-order": ONE_ORDER})
+    stored = (before / "labels.jsonl").read_bytes()
+    assert results(before)["made"] == 12 and len(results(before)["jury"]["members"]) == 2
+    folder = label()
+    new = read_lines(folder / "labels.jsonl")[24:]
+    assert (folder / "labels.jsonl").read_bytes().startswith(stored)
+    assert len(new) == 12 and {row["labeler"] for row in new} == {"direct"}
+    fresh = label("fresh")
+    assert (folder / "jury.jsonl").read_bytes() == (fresh / "jury.jsonl").read_bytes()
+    assert preferences(folder) == preferences(fresh)
+    assert results(folder)["jury"] == results(fresh)["jury"]
+    # And one that leaves costs nothing.
+    label(compare={"rated": RATED})
+    assert len(read_lines(folder / "labels.jsonl")) == 36
+
+
+def test_disputed_pairs_may_be_left_out(label):
+    spread = {row["id"]: row["disagreement"] for row in read_lines(label() / "jury.jsonl")}
+    most = sorted(spread.values())[5]
+    folder = label(jury={"max_disagreement": most})
+    assert set(preferences(folder)) == {id for id, value in spread.items() if value <= most}
+    assert results(folder)["jury"]["disputed"] == 6 and len(read_lines(folder / "jury.jsonl")) == 12
+    with pytest.raises(UserError, match="No pair's votes differ by 0.0 or less") as caught:
+        label(jury={"max_disagreement": 0.0})
+    assert caught.value.problems[0].fix == "Raise label.jury.max_disagreement."
+
+
+def test_the_joined_label_is_what_is_calibrated(label):
+    """The members label what people judged, too; their votes are joined by what the run's own pairs say of them."""
+    folder = label(calibration="judged.jsonl")
+    joined = LogOddsPool.fit(votes(folder, IDS))
+    judged = make_pairs(20, 100)
+    p = joined.join(votes(folder, [pair["id"] for pair in judged]))
+    expected = Calibration.fit([{"p": value} for value in p], [pair["human"] for pair in judged])
+    found = results(folder)["calibration"]
+    assert found["pairs"] == 20 and found["position_bias"] is None
+    assert found["temperature"] == pytest.approx(1 / expected.scale, rel=1e-9)
+    own = joined.join(votes(folder, IDS))
+    applied = [expected.apply({"p": value}) for value in own] if found["used"] else own
+    assert [row["p"] for row in preferences(folder).values()] == pytest.approx([max(x, 1 - x) for x in applied])
+
+
+# ---- Votes that are missing -----------------------------------------------------------------------------
+
+
+def rows(p):
+    """A member's labels, None for what it skipped."""
+    return {
+        id: {"id": id, "p": value} | ({} if value is not None else {"skipped": "too long"}) for id, value in p.items()
+    }
+
+
+PAIRS = [Pair(id, "why?", "a", "b") for id in "wxyz"]
+BY_MEMBER = {
+    "one": rows({"w": 0.9, "x": None, "y": None, "z": 0.2}),
+    "two": rows({"w": 0.8, "x": 0.3, "y": None, "z": 0.1}),
+    "three": rows({"w": 0.7, "x": 0.4}),
+}
+
+
+def test_a_member_may_lack_votes():
+    jury = Jury(JurySection(), PAIRS, BY_MEMBER)
+    nan = math.nan
+    given = np.array([[0.9, 0.8, 0.7], [nan, 0.3, 0.4], [nan, nan, nan], [0.2, 0.1, nan]])
+    p = LogOddsPool.fit(given).join(given)
+    assert [jury.labels[id]["p"] for id in "wxyz"] == [p[0], p[1], None, p[3]]
+    assert jury.labels["y"]["skipped"] == "too long" and "skipped" not in jury.labels["x"]
+    assert jury.disagreement["y"] is None and jury.disagreement["z"] == pytest.approx(0.05)
+    members = jury.numbers(0)["members"]
+    assert [of["votes"] for of in members.values()] == [2, 3, 2]
+
+
+def test_of_one_vote_nobody_knows_whether_others_agree():
+    pairs, alone = PAIRS[:2], {"one": rows({"w": 0.9, "x": 0.9}), "two": rows({"w": 0.9, "x": None})}
+    assert Jury(JurySection(), pairs, alone).undisputed({"w", "x"}) == {"w", "x"}
+    assert Jury(JurySection(max_disagreement=0.5), pairs, alone).undisputed({"w", "x"}) == {"w"}
+
+
+def test_who_contradicts_all_others_is_named(capsys):
+    good, bad = {id: 0.9 if id in "wx" else 0.1 for id in "wxyz"}, {id: 0.1 if id in "wx" else 0.9 for id in "wxyz"}
+    by_member = {"one": rows(good), "two": rows(good), "odd": rows(bad)}
+    for join, effect in (("log_odds", "are not counted"), ("dawid_skene", "count against what they say")):
+        Jury(JurySection(join=join), PAIRS, by_member)
+        told = capsys.readouterr()
+        assert "Warning (odd): this member" in told.err + told.out and f"votes {effect}" in told.err + told.out
+        assert "Warning (one)" not in told.err + told.out
