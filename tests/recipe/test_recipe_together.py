@@ -171,7 +171,7 @@ def test_a_ranking_may_be_of_pairs_of_data(parse):
         (PAIRS + "label:\n  jury: {join: log_odds}\n", 5, "'label' has a jury of one", "Name two or more"),
         (
             RANKED + "label:\n  ranking: {method: all_pairs}\n  compare: {rated: {labeler: direct}}\n  jury: {}\n",
-            8,
+            7,
             "label.ranking ranks by the answers of one labeler",
             "Leave out one of the two.",
         ),
