@@ -22,6 +22,7 @@ _LAZY = {
     "Labeler": "trl_rlaif.components",
     "RewardTransform": "trl_rlaif.components",
     "DataSelector": "trl_rlaif.components",
+    "PairSampler": "trl_rlaif.components",
     "Options": "trl_rlaif.components",
     "rows_of": "trl_rlaif.components",
     "Pair": "trl_rlaif.data",
@@ -31,11 +32,16 @@ _LAZY = {
     "Pool": "trl_rlaif.types",
     "PreferenceScores": "trl_rlaif.types",
     "RehearsalPair": "trl_rlaif.types",
+    "SampledPair": "trl_rlaif.types",
     "Responses": "trl_rlaif.types",
     "Rollout": "trl_rlaif.types",
     "ScoredBatch": "trl_rlaif.types",
     "Selection": "trl_rlaif.types",
+    "DataPath": "trl_rlaif.recipe.sections",
+    "read_records": "trl_rlaif.data.records",
+    "as_messages": "trl_rlaif.encoding",
     "as_text": "trl_rlaif.encoding",
+    "follow_up": "trl_rlaif.encoding",
     "set_template_kwargs": "trl_rlaif.encoding",
     "cluster": "trl_rlaif.clustering",
     "directions": "trl_rlaif.models.embedding",
@@ -68,9 +74,10 @@ __all__ = ["__version__", "hookimpl", *_LAZY]
 
 if TYPE_CHECKING:
     from trl_rlaif.clustering import cluster
-    from trl_rlaif.components import DataSelector, Labeler, Options, RewardTransform, rows_of
+    from trl_rlaif.components import DataSelector, Labeler, Options, PairSampler, RewardTransform, rows_of
     from trl_rlaif.data import Pair, Prompt
-    from trl_rlaif.encoding import as_text, set_template_kwargs
+    from trl_rlaif.data.records import read_records
+    from trl_rlaif.encoding import as_messages, as_text, follow_up, set_template_kwargs
     from trl_rlaif.errors import RunError, UserError
     from trl_rlaif.evaluation.forgetting import ForgettingTracker
     from trl_rlaif.judging.criteria import YES_NO, CriteriaOptions, weighted_logit, with_veto, yes
@@ -82,6 +89,7 @@ if TYPE_CHECKING:
     from trl_rlaif.models.embedding import directions
     from trl_rlaif.models.shared_model import SharedBase
     from trl_rlaif.ranking.tournament import Asked, Ranking, rank_all, rank_by_tournament
+    from trl_rlaif.recipe.sections import DataPath
     from trl_rlaif.reward.config import RewardConfig
     from trl_rlaif.reward.loading import load_reward_model
     from trl_rlaif.reward.log_ratios import add_log_ratios
@@ -97,6 +105,7 @@ if TYPE_CHECKING:
         RehearsalPair,
         Responses,
         Rollout,
+        SampledPair,
         ScoredBatch,
         Selection,
     )

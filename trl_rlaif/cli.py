@@ -127,7 +127,7 @@ def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
 
 def _check_inputs(parsed: Recipe, plugins: Plugins) -> None:
     """Try what the recipe or each of its variants names, and warn of prompts that are held out and trained on."""
-    from trl_rlaif.pipeline.checks import check_functions, check_prompts, check_ranking
+    from trl_rlaif.pipeline.checks import check_functions, check_prompts, check_ranking, check_sampler
     from trl_rlaif.pipeline.trial import try_settings
     from trl_rlaif.progress import say
     from trl_rlaif.recipe.inputs import SMALL_FILE, check_data, overlap_warning, prompt_overlaps
@@ -137,6 +137,7 @@ def _check_inputs(parsed: Recipe, plugins: Plugins) -> None:
         check_data(each)
         check_functions(each)
         check_ranking(each, plugins)
+        check_sampler(each, plugins)
         check_prompts(each, plugins)
         try_settings(each, plugins)
         warnings |= dict.fromkeys(map(overlap_warning, prompt_overlaps(each, largest=SMALL_FILE)))
@@ -196,7 +197,7 @@ def plugins() -> None:
 @app.command("new-plugin")
 def new_plugin(
     name: Annotated[str, typer.Argument(help="The plugin's name, as pip will know it: my-words.")],
-    kind: Annotated[str, typer.Option(help="labeler, reward-transform or data-selector.")] = "labeler",
+    kind: Annotated[str, typer.Option(help="labeler, reward-transform, data-selector or pair-sampler.")] = "labeler",
     output: Annotated[Path | None, typer.Option(help="The new folder. Default: NAME in the current one.")] = None,
 ) -> None:
     """Write a plugin of your own to begin with: a folder that pip installs, with a component and its test."""

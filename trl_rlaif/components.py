@@ -1,10 +1,10 @@
-"""The three kinds of component that a plugin can bring, and their typed options."""
+"""The kinds of component that a plugin can bring, and their typed options."""
 
 from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -12,11 +12,14 @@ from pydantic import BaseModel, ConfigDict
 if TYPE_CHECKING:
     import torch
 
-    from trl_rlaif.data import Pair
+    from trl_rlaif.data import Pair, Prompt
+    from trl_rlaif.encoding import PromptLike
     from trl_rlaif.judging.judge import Judge
     from trl_rlaif.judging.prompt import JudgePrompt
     from trl_rlaif.judging.question import Question
-    from trl_rlaif.types import Label, Pool, PreferenceScores, ScoredBatch, Selection
+    from trl_rlaif.types import Label, Pool, PreferenceScores, SampledPair, ScoredBatch, Selection
+
+    Generate = Callable[[Mapping[str, PromptLike]], dict[str, str | None]]
 
 
 class Options(BaseModel):
@@ -176,4 +179,28 @@ class DataSelector(Component, ABC):
 
         Returns:
             A Selection; or indices into the pool, whose prompts PPO trains on (not empty).
+        """
+
+
+class PairSampler(Component, ABC):
+    """Makes pairs of responses with the starting policy: what ``sample`` does in place of drawing two to each prompt.
+
+    Files that its options name are of the type ``DataPath``: they are found beside the recipe, and the stage is redone
+    when their content has changed. What ``__init__`` reads of them, ``trl-rlaif check`` reads, too.
+    """
+
+    @abstractmethod
+    def sample(self, prompts: Sequence[Prompt], generate: Generate, seed: int) -> Iterable[SampledPair]:
+        """Make pairs for a batch of prompts, which a run that was killed makes again as a whole.
+
+        Args:
+            prompts: With unique ids.
+            generate: The starting policy, with the recipe's sampling settings. It takes conversations by their prompts'
+                ids and returns what it answers to each: texts, stripped and without reasoning, which may be empty; None
+                where a conversation leaves no room for an answer in the model's context. Its draws are seeded by the
+                prompts and by how often it was called for this batch.
+            seed: Of what else is drawn at random. For a prompt, that depends on this and the prompt's id alone.
+
+        Returns:
+            One or more for each prompt, in any order; of one that gives no pair, a reason in ``dropped``.
         """

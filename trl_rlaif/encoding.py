@@ -41,6 +41,25 @@ def as_text(prompt: PromptLike) -> str:
     return "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in messages)
 
 
+def follow_up(prompt: PromptLike, response: str, request: str) -> list[dict[str, Any]]:
+    """A conversation continued: a prompt, the response to it, and what the user says next.
+
+    Raises:
+        UserError: A chat template rendered the prompt, so that its turns are not known.
+    """
+    if isinstance(prompt, RenderedText):
+        raise UserError(
+            "The prompts were rendered by a chat template, and nothing can be said after the response to one.",
+            fix="Give them as texts or messages.",
+        )
+    *before, last = as_messages(prompt)
+    if last["role"] == "assistant":  # which the response continues
+        before, response = list(before), last["content"] + response
+    else:
+        before = [*before, last]
+    return [*before, {"role": "assistant", "content": response}, {"role": "user", "content": request}]
+
+
 def chat_prompt(prompt: PromptLike, tokenizer: PreTrainedTokenizerBase) -> PromptLike:
     """A text prompt in the form that the model was taught: messages where it has a chat template.
 

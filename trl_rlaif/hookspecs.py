@@ -33,6 +33,11 @@ def register_data_selectors(register: Callable[[str, type], None]) -> None:
 
 
 @hookspec
+def register_pair_samplers(register: Callable[[str, type], None]) -> None:
+    """Call ``register(name, cls)`` for each PairSampler that the plugin brings."""
+
+
+@hookspec
 def rollout_collected(trainer: Any, rollout: Responses) -> None:
     """Observe a batch of responses before it is scored: in PPO a Rollout, with log-probabilities and values."""
 

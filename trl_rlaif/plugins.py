@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 from pydantic import BaseModel, ValidationError
 
 from trl_rlaif import __version__, hookspecs
-from trl_rlaif.components import Component, DataSelector, Labeler, RewardTransform
+from trl_rlaif.components import Component, DataSelector, Labeler, PairSampler, RewardTransform
 from trl_rlaif.errors import Problem, RunError, TrlRlaifError, UserError
 from trl_rlaif.interrupts import is_fault
 
@@ -26,6 +26,7 @@ KINDS: dict[str, type[Component]] = {
     "labeler": Labeler,
     "reward_transform": RewardTransform,
     "data_selector": DataSelector,
+    "pair_sampler": PairSampler,
 }
 
 

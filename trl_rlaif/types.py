@@ -158,6 +158,26 @@ class Label:
 
 
 @dataclass(frozen=True)
+class SampledPair:
+    """Two responses that a pair sampler made to a prompt, or why it made none.
+
+    Args:
+        id: The prompt's id.
+        response_1, response_2: Two different texts, neither of them blank; None where there is no pair.
+        extra: Further columns of the pair, such as how it was made; values are what JSON can hold.
+        revision: A response to fine-tune on: it is also written to ``revisions.jsonl``, after the prompt.
+        dropped: Why there is no pair; pairs that were dropped are counted by it.
+    """
+
+    id: str
+    response_1: str | None = None
+    response_2: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    revision: str | None = None
+    dropped: str | None = None
+
+
+@dataclass(frozen=True)
 class PreferenceScores:
     """A batch of comparisons as a reward model sees it, for a transform's loss.
 

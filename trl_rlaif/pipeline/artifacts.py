@@ -31,6 +31,7 @@ CLUSTERS = "clusters.json"  # data.clusters: their centres, and what they were f
 
 SFT = "sft"  # adapter
 PAIRS = "pairs.jsonl"  # PairRow
+REVISIONS = "revisions.jsonl"  # RevisionRow, of a sampler that revises
 PARTIAL_PAIRS = "pairs.partial.jsonl"  # DrawnRow, while the stage sample runs
 JUDGE = "judge"  # adapter
 LESSONS = "lessons.jsonl"  # LessonRow
@@ -119,12 +120,20 @@ class PairRow(TypedDict):
     human: int | None  # the better response, 0 for a tie
 
 
+class RevisionRow(TypedDict):
+    """A revised response, as ``sft.data`` reads it: messages where the model has a chat template."""
+
+    prompt: PromptLike
+    completion: PromptLike
+
+
 class DrawnRow(TypedDict, total=False):
     """What became of a prompt's draws: the keys of a PairRow, or why there is none."""
 
     id: str
     dropped: str
-    pairs: list[PairRow]  # where all pairs of the responses are kept
+    pairs: list[PairRow]  # where all pairs of the responses are kept, or a sampler made them
+    revisions: list[RevisionRow]  # of a sampler
     redraws: int
     responses: int
     ended: int
@@ -278,6 +287,7 @@ class SampleResults(TypedDict, total=False):
     ties: int
     dropped: dict[str, int]
     redrawn: int
+    revisions: int
     ended: float | None
     seconds: float
 

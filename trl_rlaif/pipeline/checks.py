@@ -122,6 +122,18 @@ def _asked(recipe: Recipe) -> Iterator[_Asked]:
             yield _Asked(("evaluate", "harmless"), evaluate.harmless, ComponentRef("direct"), held_out)
 
 
+def check_sampler(recipe: Recipe, plugins: Plugins) -> None:
+    """Make the sampler of pairs, which reads the files that its options name.
+
+    Raises:
+        UserError: One of them is wrong, or an option.
+    """
+    ref = recipe.sample.sampler if recipe.sample else None
+    if ref is not None:
+        with Origin.of(plugins.registry.find("pair_sampler", ref.name), ref.where).blamed("__init__()"):
+            plugins.registry.create("pair_sampler", ref.name, ref.options)
+
+
 def check_ranking(recipe: Recipe, plugins: Plugins) -> None:
     """See that a tournament can ask the labeler about one order at a time, and rewards that rank can see groups.
 

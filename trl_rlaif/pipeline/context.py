@@ -338,8 +338,7 @@ class Context:
         """
         loaded = read_prompts(self.recipe, source, key)
         skipped = loaded.skip_counts()
-        limit = (getattr(base.config.get_text_config(), "max_position_embeddings", None) or 10**9) - room
-        limit -= 1  # for the end of turn, where a cut response is scored
+        limit = self.longest_prompt(base, room)
         prompts, tokens = [], []
         for prompt in self.as_meant(source, loaded.items):
             ids = encode_prompt(self.tokenizer, self.chat(prompt.prompt))
@@ -351,6 +350,12 @@ class Context:
         if not prompts:
             raise UserError("Every prompt is longer than the model's context.", where=source)
         return categorized(self, prompts, tokens, base), tokens, skipped
+
+    @staticmethod
+    def longest_prompt(base: Any, room: int) -> int:
+        """Tokens that a prompt may have in a model's context, beside a response of ``room`` tokens."""
+        context = getattr(base.config.get_text_config(), "max_position_embeddings", None) or 10**9
+        return context - room - 1  # the end of turn, where a cut response is scored
 
     def as_meant(self, source: str, items: Sequence[P]) -> Sequence[P]:
         """Prompts or pairs of a source, and a word on those that are taken otherwise than as a question.

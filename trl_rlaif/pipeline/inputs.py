@@ -16,7 +16,7 @@ from trl_rlaif.recipe.sections import plain
 from trl_rlaif.recipe.source import KeyPath
 
 # Keys whose entries are plugins' components: a name, or {name: {option: value}}.
-_COMPONENTS = ("labeler", "transforms", "selectors")
+_COMPONENTS = ("sampler", "labeler", "transforms", "selectors")
 # How a judge's server is asked, which changes none of its answers.
 _SERVER = ("api_key_env", "concurrency", "timeout", "max_retries")
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")

@@ -9,11 +9,13 @@ from pydantic import ValidationError
 from trl_rlaif.errors import UserError
 from trl_rlaif.recipe.checking import report_invalid, wrong_value
 from trl_rlaif.recipe.formatting import nearest_or_all
-from trl_rlaif.recipe.sections import ComponentLookup, ComponentRef
+from trl_rlaif.recipe.paths import PathFinder
+from trl_rlaif.recipe.sections import ComponentLookup, ComponentRef, Named
 from trl_rlaif.recipe.source import KeyPath, Source
 
 # Key of a section -> kind of component, and whether it holds a list of them.
 _KEYS: dict[tuple[str, str], tuple[str, bool]] = {
+    ("sample", "sampler"): ("pair_sampler", False),
     ("label", "labeler"): ("labeler", False),
     ("reward", "transforms"): ("reward_transform", True),
     ("rl", "labelers"): ("labeler", True),
@@ -23,7 +25,7 @@ _KEYS: dict[tuple[str, str], tuple[str, bool]] = {
 _HOW = "Write 'name', or {name: {option: value}} with the options indented below the name."
 
 
-def pick_components(section: str, keys: dict[Any, Any], source: Source, registry: ComponentLookup) -> None:
+def pick_components(section: str, keys: dict[Any, Any], source: Source, finder: PathFinder) -> None:
     """Replace each component that the section's keys name by a ComponentRef, in place.
 
     What does not fit is reported, and a stand-in takes its place so that it is reported only once.
@@ -34,23 +36,25 @@ def pick_components(section: str, keys: dict[Any, Any], source: Source, registry
         path = (section, key)
         if key == "labeler" and key not in keys:
             keys[key] = "distilled"
+        if key == "sampler" and keys.get(key) is None:
+            continue
         if not many:
-            keys[key] = _component(keys[key], path, kind, source, registry)
+            keys[key] = _component(keys[key], path, kind, source, finder)
         elif key in keys and isinstance(keys[key], list):
             entries = enumerate(keys[key])
-            keys[key] = [_component(item, (*path, i), kind, source, registry) for i, item in entries]
+            keys[key] = [_component(item, (*path, i), kind, source, finder) for i, item in entries]
         elif key in keys:
             fix = f"Write a list of {_words(kind)}s, for example [name]."
             source.report(path, wrong_value(key, f"section '{section}'", keys[key]), fix)
             keys[key] = []
     if section == "label" and keys.get("criteria"):
-        _check_criteria(keys["labeler"].name, source, registry)
+        _check_criteria(keys["labeler"].name, source, finder.registry)
     if section == "label" and isinstance(keys.get("compare"), dict):
         keys["compare"] = dict(keys["compare"])
         for name, compared in keys["compare"].items():
             if isinstance(compared, dict) and compared.get("labeler") is not None:
                 path = (section, "compare", name, "labeler")
-                labeler = _component(compared["labeler"], path, "labeler", source, registry)
+                labeler = _component(compared["labeler"], path, "labeler", source, finder)
                 keys["compare"][name] = {**compared, "labeler": labeler}
 
 
@@ -68,7 +72,7 @@ def _check_criteria(labeler: str, source: Source, registry: ComponentLookup) -> 
         source.report(("label", "criteria"), f"the labeler '{labeler}' asks by no criteria.", fix)
 
 
-def _component(written: Any, path: KeyPath, kind: str, source: Source, registry: ComponentLookup) -> ComponentRef:
+def _component(written: Any, path: KeyPath, kind: str, source: Source, finder: PathFinder) -> ComponentRef:
     where = source.where(path)
     parts = _name_and_options(written)
     if parts is None:
@@ -81,12 +85,12 @@ def _component(written: Any, path: KeyPath, kind: str, source: Source, registry:
         return ComponentRef("", where=where)
     name, options = parts
     try:
-        known = registry.names(kind)
+        known = finder.registry.names(kind)
         if name not in known:
             fix = nearest_or_all(name, known, "Installed")
             source.report(path, f"there is no {_words(kind)} '{name}'.", fix)
             return ComponentRef(name, where=where)
-        model = registry.options_model(kind, name)
+        model = finder.registry.options_model(kind, name)
     except UserError as error:  # a plugin that cannot be used; its own message names the one to blame
         for problem in error.problems:
             source.report(path, problem.what, problem.fix)
@@ -97,11 +101,13 @@ def _component(written: Any, path: KeyPath, kind: str, source: Source, registry:
         source.report(base, f"{owner} are not a mapping.", _HOW)
         return ComponentRef(name, where=where)
     try:
-        checked = model.model_validate(options)
+        checked = model.model_validate(options, context=finder)
     except ValidationError as error:
         report_invalid(error, model, options, source, base, owner)
         return ComponentRef(name, where=where)
-    return ComponentRef(name, checked.model_dump(mode="json", by_alias=True), where)
+    fields = model.model_fields.items()
+    files = tuple(option for option, of in fields if any(isinstance(mark, Named) for mark in of.metadata))
+    return ComponentRef(name, checked.model_dump(mode="json", by_alias=True), where, files)
 
 
 def _name_and_options(written: Any) -> tuple[str, Any] | None:

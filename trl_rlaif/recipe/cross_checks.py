@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from trl_rlaif.algorithms import ALGORITHMS, Algorithm
-from trl_rlaif.recipe.sections import FORGET_SET, STAGES, reward_name
+from trl_rlaif.recipe.sections import FORGET_SET, STAGES, SampleSection, reward_name
 from trl_rlaif.recipe.source import Source
 
 
@@ -33,12 +33,25 @@ def _check_pairs(source: Source, present: set[Any]) -> None:
         source.report(("data", "pairs"), what, "Remove one of the two.")
     if "label" in present and "sample" not in present and not pairs:
         source.report(("label",), "'label' has no pairs to judge.", "Add 'sample', or set data.pairs.")
-    if isinstance(_value(source, "label", "ranking"), dict):
+    if _value(source, "sample", "sampler") is not None:
+        _check_sampler(source)
+    elif isinstance(_value(source, "label", "ranking"), dict):
         _check_ranking(source, present)
     if isinstance(_value(source, "label", "jury"), dict):
         _check_jury(source)
     if "reward" in present:
         _check_preferences(source, present, "reward", "reward")
+
+
+def _check_sampler(source: Source) -> None:
+    """What says how pairs are drawn is of no use where a plugin makes them."""
+    for key in ("num_responses", "redraws", "keep_pairs"):
+        if _value(source, "sample", key) not in (None, SampleSection.model_fields[key].default):
+            what = f"'{key}' says how pairs are drawn, and sample.sampler makes them."
+            source.report(("sample", key), what, "Leave out one of the two.")
+    if isinstance(_value(source, "label", "ranking"), dict):
+        what = "'label' ranks all responses to a prompt, and sample.sampler makes pairs of its own."
+        source.report(("label", "ranking"), what, "Leave out one of the two.")
 
 
 def _check_taught(source: Source, present: set[Any]) -> None:

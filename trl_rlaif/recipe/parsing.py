@@ -179,7 +179,6 @@ class _Reader:
 
     def __init__(self, source: Source, registry: ComponentLookup) -> None:
         self.source = source
-        self.registry = registry
         self.finder = PathFinder.beside(source.path, registry)
 
     def sections(self) -> dict[str, Any]:
@@ -204,7 +203,7 @@ class _Reader:
         keys = dict(keys)
         if name == "run":
             keys.setdefault("name", _name_from(self.source.path))
-        pick_components(name, keys, self.source, self.registry)
+        pick_components(name, keys, self.source, self.finder)
         if name in CONFIG_CLASSES:
             take_config(name, keys, self.source)
         model = SECTIONS[name]

@@ -57,17 +57,19 @@ class ComponentRef:
         name: The name it is registered by.
         options: Its options, validated, defaults filled in, as plain data.
         where: The place in the recipe, for later messages.
+        files: The options that name data, of the type DataPath.
     """
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
     where: str = field(default="", compare=False)
+    files: tuple[str, ...] = field(default=(), compare=False)
 
 
 class ComponentLookup(Protocol):
     """What a recipe needs to know of the installed plugins.
 
-    Kinds are ``labeler``, ``reward_transform`` and ``data_selector``.
+    Kinds are ``labeler``, ``reward_transform``, ``data_selector`` and ``pair_sampler``.
     """
 
     def names(self, kind: str) -> list[str]:
@@ -389,6 +391,9 @@ class SftSection(Section):
 class SampleSection(Section):
     """``sample``: responses of the starting policy, drawn in pairs."""
 
+    sampler: Component | None = Field(
+        None, description="A plugin that makes the pairs, with its options; null draws num_responses to each prompt."
+    )
     num_responses: int = Field(2, ge=2, description="Responses drawn for each prompt.")
     temperature: Number = Field(1.0, gt=0, description="Sampling temperature.")
     top_p: Number = Field(1.0, gt=0, le=1, description="Nucleus sampling: the share of probability kept.")

@@ -17,14 +17,19 @@ from trl_rlaif import __version__
 from trl_rlaif.errors import UserError
 from trl_rlaif.files import write_folder
 
-Kind = Literal["labeler", "reward-transform", "data-selector"]
+Kind = Literal["labeler", "reward-transform", "data-selector", "pair-sampler"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 TEMPLATES = Path(__file__).parent / "templates"
 # What a file's name may hold in place of the plugin's own.
 PACKAGE = "PACKAGE"
 
-_SUFFIX = {"labeler": "Labeler", "reward-transform": "Transform", "data-selector": "Selector"}
+_SUFFIX = {
+    "labeler": "Labeler",
+    "reward-transform": "Transform",
+    "data-selector": "Selector",
+    "pair-sampler": "Sampler",
+}
 _NAME = re.compile(r"[a-z0-9]|[a-z0-9][a-z0-9._-]*[a-z0-9]", re.IGNORECASE | re.ASCII)
 _LONGEST = 40
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 _LAZY = {
     "check_data_selector": "trl_rlaif.testing.selectors",
     "check_labeler": "trl_rlaif.testing.labelers",
+    "check_pair_sampler": "trl_rlaif.testing.samplers",
     "check_reward_transform": "trl_rlaif.testing.transforms",
     "CHAT_TEMPLATE": "trl_rlaif.testing.models",
     "make_gpt2": "trl_rlaif.testing.models",
@@ -19,6 +20,7 @@ _LAZY = {
     "make_tokenizer": "trl_rlaif.testing.models",
     "save_tiny_model": "trl_rlaif.testing.models",
     "ScriptedJudge": "trl_rlaif.testing.judges",
+    "ScriptedPolicy": "trl_rlaif.testing.samplers",
     "make_judge_prompt": "trl_rlaif.testing.judges",
     "make_pairs": "trl_rlaif.testing.data",
     "make_pool": "trl_rlaif.testing.data",
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
         make_tokenizer,
         save_tiny_model,
     )
+    from trl_rlaif.testing.samplers import ScriptedPolicy, check_pair_sampler
     from trl_rlaif.testing.selectors import check_data_selector
     from trl_rlaif.testing.transforms import check_reward_transform
 

@@ -14,12 +14,15 @@ if TYPE_CHECKING:
     from trl_rlaif.pipeline.artifacts import SampleResults
     from trl_rlaif.recipe import Recipe
 
+# Responses of a sampler's conversation, as memory is planned for: one, what is said of it, and another.
+_TURNS = 3
+
 
 class Sample(Stage):
     """Pairs; those from the data take the place of the recipe's section."""
 
     name = "sample"
-    outputs = (artifacts.PAIRS, artifacts.PARTIAL_PAIRS)
+    outputs = (artifacts.PAIRS, artifacts.REVISIONS, artifacts.PARTIAL_PAIRS)
     prepares = True
 
     def is_active(self, recipe: Recipe) -> bool:
@@ -32,7 +35,10 @@ class Sample(Stage):
 
     def files(self, recipe: Recipe) -> dict[str, dict[str, str] | None]:
         key = "pairs" if recipe.data.pairs else "prompts"
-        return {f"data.{key}": data_file(getattr(recipe.data, key))}
+        paths = {f"data.{key}": getattr(recipe.data, key)}
+        if recipe.sample and (sampler := recipe.sample.sampler):
+            paths |= {f"sample.sampler.{sampler.name}.{option}": sampler.options[option] for option in sampler.files}
+        return {name: data_file(path) for name, path in paths.items()}
 
     def columns(self, recipe: Recipe) -> tuple[str, ...]:
         return ("pairs" if recipe.data.pairs else "prompts",)
@@ -43,12 +49,15 @@ class Sample(Stage):
     def summary(self, numbers: SampleResults) -> str:
         dropped = ", ".join(f"{n} {reason}" for reason, n in numbers["dropped"].items())
         ties = f", {numbers['ties']} of them ties" if numbers.get("ties") else ""
-        return f"{numbers['pairs']} pairs{ties}" + (f" (dropped: {dropped})" if dropped else "")
+        revisions = f", {numbers['revisions']} revisions" if numbers.get("revisions") else ""
+        return f"{numbers['pairs']} pairs{ties}{revisions}" + (f" (dropped: {dropped})" if dropped else "")
 
     def cost(self, recipe: Recipe, amounts: Amounts) -> float | None:
         section = recipe.sample
         if section is None:
             return 0.0
+        if section.sampler is not None:
+            return None
         return amounts.prompts * (amounts.tokens + DRAWN * section.num_responses * section.max_new_tokens)
 
     def memory(self, run: MemoryRun) -> list[Part]:
@@ -59,5 +68,10 @@ class Sample(Stage):
             return []
         response = run.within(section.max_new_tokens)
         start = [frozen_adapters(run, "adapter of the start", 1)] if run.recipe.sft else []
-        activations = run.generating(adapters=bool(start))
-        return [*run.base(), *start, *generation(activations, section.batch_size, run.prompt, response)]
+        activations, prompt = run.generating(adapters=bool(start)), run.prompt
+        if section.sampler is not None:
+            run.notes.append(
+                f"The sampler '{section.sampler.name}' is taken to draw {_TURNS} responses in a conversation."
+            )
+            prompt = run.within(run.prompt + (_TURNS - 1) * response)
+        return [*run.base(), *start, *generation(activations, section.batch_size, prompt, response)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -16,10 +15,10 @@ from trl_rlaif.data.splitting import unusable
 from trl_rlaif.encoding import is_rendered, without_end_of_turn
 from trl_rlaif.errors import UserError
 from trl_rlaif.files import append_lines, read_lines, to_line, write_atomically
-from trl_rlaif.generation import sample_responses, seeded
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.artifacts import DrawnRow, PairRow, SampleResults
 from trl_rlaif.pipeline.context import Context, pair_row
+from trl_rlaif.pipeline.pair_sampling import PluginPairs, StartingPolicy
 from trl_rlaif.progress import progress_bar
 from trl_rlaif.recipe import SampleSection
 from trl_rlaif.recipe.inputs import read_pairs
@@ -64,14 +63,14 @@ def _without_control_tokens(context: Context, pair: Pair) -> Pair:
 def _sample_pairs(context: Context) -> SampleResults:
     section, started = context.recipe.sample, time.monotonic()
     base = context.load_base()
-    model, role = starting_policy(context, base)
+    policy = StartingPolicy(context, section, base)
     prompts, tokens, skipped = context.encoded_prompts(context.recipe.data.prompts, section.max_new_tokens, base)
     partial = context.folder / artifacts.PARTIAL_PAIRS
     done = {row["id"]: row for row in read_lines(partial)}
-    seed = context.recipe.run.seed if section.seed is None else section.seed
-    sampler = _Sampler(context, section, model, seed)
-    batches = length_batches([len(t) for t in tokens], max(1, section.batch_size // section.num_responses))
-    with progress_bar("Sampling", len(prompts), len(done), "prompts") as advance, role:
+    sampler = _Sampler(policy) if section.sampler is None else PluginPairs(policy)
+    at_once = 1 if section.sampler else section.num_responses
+    batches = length_batches([len(t) for t in tokens], max(1, section.batch_size // at_once))
+    with progress_bar("Sampling", len(prompts), len(done), "prompts") as advance, policy.role:
         for batch in batches:
             todo = [i for i in batch if prompts[i].id not in done]
             if not todo:
@@ -86,10 +85,14 @@ def _sample_pairs(context: Context) -> SampleResults:
     pairs = [pair for row in rows for pair in _pairs_of(row, section)]
     dropped = dict(Counter(row["dropped"] for row in rows if "dropped" in row))
     if not pairs:
-        raise UserError("No prompt gave two different responses.", fix="Raise sample.temperature or sample.redraws.")
+        raise _no_pairs(section, dropped)
+    revisions = [revision for row in rows for revision in row.get("revisions", ())] if section.sampler else []
+    if revisions:
+        write_atomically(context.folder / artifacts.REVISIONS, "".join(map(to_line, revisions)))
     _write_pairs(context, pairs)
     partial.unlink()
-    return {
+    numbers: SampleResults = {"revisions": len(revisions)} if section.sampler else {}
+    return numbers | {
         "prompts": len(prompts),
         "pairs": len(pairs),
         "dropped": skipped | dropped,
@@ -103,17 +106,17 @@ def _pairs_of(row: DrawnRow, section: SampleSection) -> list[dict[str, Any]]:
     """The lines of pairs.jsonl that a prompt's draws give."""
     if "dropped" in row:
         return []
-    return row["pairs"] if section.keep_pairs == "all" else [{k: v for k, v in row.items() if k not in _DRAWN}]
+    several = section.keep_pairs == "all" or section.sampler is not None
+    return row["pairs"] if several else [{k: v for k, v in row.items() if k not in _DRAWN}]
 
 
-def starting_policy(context: Context, base: Any) -> tuple[Any, AbstractContextManager]:
-    """The model that samples, and the context in which it is the start: the base, or its sft adapter."""
-    if context.start is None:
-        return base, nullcontext()
-    from trl_rlaif.models.shared_model import SharedBase
-
-    shared = SharedBase(base, context.start)
-    return shared.model, shared.role("policy")
+def _no_pairs(section: SampleSection, dropped: Mapping[str, int]) -> UserError:
+    if section.sampler is None:
+        fix = "Raise sample.temperature or sample.redraws."
+        return UserError("No prompt gave two different responses.", fix=fix)
+    reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
+    what = f"The sampler '{section.sampler.name}' made no pair ({reasons})."
+    return UserError(what, where=section.sampler.where, fix="Change its options, or take a more capable model.")
 
 
 def _write_pairs(context: Context, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -124,33 +127,19 @@ def _write_pairs(context: Context, rows: Sequence[Mapping[str, Any]]) -> None:
 class _Sampler:
     """Draws responses for a batch of prompts until two of them differ, or the redraws are used up."""
 
-    context: Context
-    section: SampleSection
-    model: Any
-    seed: int
+    policy: StartingPolicy
 
     def draw(self, prompts: list[Prompt], tokens: list[list[int]]) -> list[DrawnRow]:
         """A row for each prompt: a pair, or ``dropped`` with the reason."""
         responses: dict[str, list[Response]] = {prompt.id: [] for prompt in prompts}
-        reader = self.context.reader(self.model)
-        redraws = dict.fromkeys(responses, 0)
+        section, redraws = self.policy.section, dict.fromkeys(responses, 0)
         missing = list(range(len(prompts)))
-        for attempt in range(self.section.redraws + 1):
+        for attempt in range(section.redraws + 1):
             ids = [prompts[i].id for i in missing]
-            with seeded(self.seed, "sample", attempt, *ids):
-                drawn = sample_responses(
-                    self.model,
-                    self.context.tokenizer,
-                    [tokens[i] for i in missing],
-                    num_responses=self.section.num_responses,
-                    max_new_tokens=self.section.max_new_tokens,
-                    temperature=self.section.temperature,
-                    top_p=self.section.top_p,
-                    stop_ids=reader.stop_ids,
-                    keep_end=True,
-                )
+            batch = [tokens[i] for i in missing]
+            drawn = self.policy.draw(batch, attempt, *ids, num_responses=section.num_responses)
             for i, of_prompt in zip(missing, drawn, strict=True):
-                responses[prompts[i].id] += [reader.read(response, tokens[i]) for response in of_prompt]
+                responses[prompts[i].id] += of_prompt
                 redraws[prompts[i].id] = attempt
             missing = [i for i in missing if len(_different(responses[prompts[i].id])) < 2]
             if not missing:
@@ -163,7 +152,7 @@ class _Sampler:
         if len(different) < 2:
             cut = "reasoning without an answer" if any(r.reasoning for r in responses) else "empty response"
             return {"id": prompt.id, "dropped": "responses are identical" if different else cut, **drawn}
-        if self.section.keep_pairs == "first":
+        if self.policy.section.keep_pairs == "first":
             return _pair(prompt, prompt.id, *different[:2]) | drawn
         chosen = combinations(enumerate(different, 1), 2)
         pairs = [_pair(prompt, f"{prompt.id}-{i}-{j}", first, second) for (i, first), (j, second) in chosen]
