@@ -99,12 +99,14 @@ def test_an_example_is_a_plugin_that_passes_its_test(title, monkeypatch):
     exec(compile(test, title, "exec", dont_inherit=True), vars(module))
     (found,) = plugins.registry
     section = next(iter(yaml.safe_load(recipe).values()))
-    named = section.get("labeler") or (section.get("transforms") or section.get("selectors"))[0]
+    named = (
+        section.get("labeler") or section.get("sampler") or (section.get("transforms") or section.get("selectors"))[0]
+    )
     assert plugins.registry.create(found.kind, found.name, named[found.name])
 
 
 def test_there_are_examples_with_tests():
-    assert len(COMPONENTS) == 4
+    assert len(COMPONENTS) == 5
 
 
 def test_the_keyword_reward_is_a_reward_too(monkeypatch):
@@ -158,7 +160,9 @@ def test_the_docs_name_the_whole_test_kit():
     assert not missing
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/data.md", "docs/plugins.md", "docs/stock_trl.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/data.md", "docs/plugins.md", "docs/revising.md", "docs/stock_trl.md"]
+)
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     headings = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, re.M)}

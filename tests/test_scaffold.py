@@ -25,6 +25,7 @@ NAMES = {
     "labeler": "words",
     "reward-transform": "a-Rather.Long_name-of-somebodys-plugin-2",
     "data-selector": "my-pick",
+    "pair-sampler": "long-and-short",
 }
 
 
@@ -57,6 +58,7 @@ def test_they_install_pass_their_tests_and_are_found(plugins, tmp_path):
         "    found = {(r.kind, r.name): r.distribution for r in installed_plugins().registry}\n"
         "    assert found['labeler', 'words'] == 'words'\n"
         "    assert found['data_selector', 'my_pick'] == 'my-pick'\n"
+        "    assert found['pair_sampler', 'long_and_short'] == 'long-and-short'\n"
         "    long = 'a_rather_long_name_of_somebodys_plugin_2'\n"
         "    assert found['reward_transform', long] == long.replace('_', '-')\n"
     )

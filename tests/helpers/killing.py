@@ -74,6 +74,15 @@ RECIPES: dict[str, dict[str, Any]] = {
         "reward": {"transforms": ["advantage"], "save_steps": 1},
         **dict.fromkeys(("rl", "evaluate", "report")),
     },
+    "sampler": _NONE
+    | {
+        "sample": {
+            "sampler": {"revise": {"principles": "data/principles.jsonl"}},
+            "max_new_tokens": 8,
+            "batch_size": 4,
+        },
+        "rl": None,
+    },
     "judge, label": _NONE
     | {
         "data": _PEOPLE,

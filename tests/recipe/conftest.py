@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from trl_rlaif.errors import Problem, UserError
 from trl_rlaif.recipe import Recipe, parse_recipe
+from trl_rlaif.recipe.sections import DataPath
 
 
 class Options(BaseModel):
@@ -32,8 +33,13 @@ class AdvantageOptions(Options):
         return bands
 
 
+class ReviseOptions(Options):
+    principles: DataPath
+    rounds: int = 1
+
+
 class FakeRegistry:
-    """Two transforms, two labelers, one selector, and a labeler whose plugin is broken."""
+    """Two transforms, two labelers, one selector, one sampler, and a labeler whose plugin is broken."""
 
     components = {
         ("labeler", "distilled"): DistilledOptions,
@@ -42,6 +48,7 @@ class FakeRegistry:
         ("reward_transform", "advantage"): AdvantageOptions,
         ("reward_transform", "regulator"): Options,
         ("data_selector", "rehearsal"): Options,
+        ("pair_sampler", "revise"): ReviseOptions,
     }
 
     def names(self, kind: str) -> list[str]:

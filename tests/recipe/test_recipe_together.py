@@ -1,6 +1,7 @@
 """What the stages of a recipe need of each other."""
 
 import pytest
+import yaml
 
 from trl_rlaif.errors import Problem
 
@@ -181,3 +182,38 @@ def test_a_jury_lacks_something(only, text, line, what, fix):
     problem = only(text)
     assert problem.where == f"recipe.yaml:{line}"
     assert problem.what.startswith(what) and problem.fix.startswith(fix)
+
+
+SAMPLER = PROMPTS + "sample:\n  sampler: {revise: {principles: sft.jsonl}}\n"
+
+
+def test_a_samplers_file_is_found_beside_the_recipe(parse, folder):
+    ref = parse(SAMPLER).sample.sampler
+    assert (ref.name, ref.files) == ("revise", ("principles",))
+    assert ref.options == {"principles": str(folder / "sft.jsonl"), "rounds": 1}
+    again = parse(yaml.safe_dump(parse(SAMPLER).to_dict()), name="again.yaml")
+    assert again.sample == parse(SAMPLER).sample
+
+
+def test_without_a_sampler_pairs_are_drawn(parse):
+    assert parse(PROMPTS + "sample: {sampler: null}\n").sample.sampler is None
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "what"),
+    [
+        (SAMPLER + "  num_responses: 4\n", 5, "'num_responses' says how pairs are drawn"),
+        (SAMPLER + "  redraws: 0\n", 5, "'redraws' says how pairs are drawn"),
+        (SAMPLER + "  keep_pairs: all\n", 5, "'keep_pairs' says how pairs are drawn"),
+        (SAMPLER + "label:\n  ranking: {method: all_pairs}\n", 6, "'label' ranks all responses to a prompt"),
+        (
+            SAMPLER.replace("sft.jsonl", "stf.jsonl"),
+            4,
+            "'principles' in the options of pair sampler 'revise': there is no",
+        ),
+        (SAMPLER.replace("revise:", "review:"), 4, "there is no pair sampler 'review'."),
+    ],
+)
+def test_what_a_sampler_has_no_use_for(only, text, line, what):
+    problem = only(text)
+    assert problem.where == f"recipe.yaml:{line}" and problem.what.startswith(what)

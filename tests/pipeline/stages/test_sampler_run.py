@@ -105,7 +105,7 @@ def test_changed_principles_redo_the_stage_and_moved_ones_do_not(tiny_model, tmp
 
 
 def test_where_no_prompt_gives_a_pair_the_reasons_are_told(revised, monkeypatch):
-    monkeypatch.setattr(pair_sampling, "sample_responses", lambda model, tokenizer, prompts, **_: [[[]] for _ in prompts])
+    monkeypatch.setattr(pair_sampling, "sample_responses", lambda model, tokenizer, tokens, **_: [[[]]] * len(tokens))
     with pytest.raises(UserError, match=r"'revise' made no pair \(10 empty response\)"):
         revised()
 
