@@ -10,11 +10,18 @@ import torch
 
 from trl_rlaif import testing
 from trl_rlaif.plugins import installed_plugins
+from trl_rlaif.recipe import recipes_dir
 
 CHECKS = {
     "labeler": testing.check_labeler,
     "reward_transform": testing.check_reward_transform,
     "data_selector": testing.check_data_selector,
+    "pair_sampler": testing.check_pair_sampler,
+}
+# Of components that work with none of their own.
+OPTIONS = {
+    "rubric": {"column": None, "shared": ["is polite"]},
+    "revise": {"principles": str(recipes_dir() / "data" / "principles.jsonl")},
 }
 
 
@@ -28,7 +35,7 @@ def test_there_are_components_of_every_kind():
 
 @pytest.mark.parametrize("found", _built_in(), ids=lambda found: found.name)
 def test_every_built_in_component_passes(found):
-    CHECKS[found.kind](found.component)
+    CHECKS[found.kind](found.component(**OPTIONS.get(found.name, {})))
 
 
 def test_importing_the_library_loads_no_test_kit_and_the_kit_nothing_heavy():

@@ -59,8 +59,8 @@ def train_from_last(context: Context, trainer: Any, stage: str, title: str) -> A
     """
     if not len(trainer.train_dataset):
         raise UserError(
-            f"The stage '{stage}' has no row left to train on: its trainer dropped them all, as too long or as without a "
-            "token to learn.",
+            f"The stage '{stage}' has no row left to train on: its trainer dropped them all, as too long or as without "
+            "a token to learn.",
             where=context.recipe.line((stage,)),
             fix="Raise max_length, or look at what the rows hold.",
         )
