@@ -54,7 +54,7 @@ _LAZY = {
     "ask_together": "trl_rlaif.judging.judge",
     "done_indices": "trl_rlaif.judging.judge",
     "ScoreDistribution": "trl_rlaif.judging.distribution",
-    "check_weight": "trl_rlaif.judging.distribution",
+    "check_weight": "trl_rlaif.judging.weights",
     "weighted_sum": "trl_rlaif.judging.distribution",
     "LocalJudge": "trl_rlaif.judging.local",
     "JudgePrompt": "trl_rlaif.judging.prompt",
@@ -81,11 +81,12 @@ if TYPE_CHECKING:
     from trl_rlaif.errors import RunError, UserError
     from trl_rlaif.evaluation.forgetting import ForgettingTracker
     from trl_rlaif.judging.criteria import YES_NO, CriteriaOptions, weighted_logit, with_veto, yes
-    from trl_rlaif.judging.distribution import ScoreDistribution, check_weight, weighted_sum
+    from trl_rlaif.judging.distribution import ScoreDistribution, weighted_sum
     from trl_rlaif.judging.judge import Judge, ask_together, done_indices
     from trl_rlaif.judging.local import LocalJudge
     from trl_rlaif.judging.prompt import JudgePrompt
     from trl_rlaif.judging.question import Answer, Question, Thinking, ThinkingOptions
+    from trl_rlaif.judging.weights import check_weight
     from trl_rlaif.models.embedding import directions
     from trl_rlaif.models.shared_model import SharedBase
     from trl_rlaif.ranking.tournament import Asked, Ranking, rank_all, rank_by_tournament

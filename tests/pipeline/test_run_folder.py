@@ -306,7 +306,7 @@ def test_a_stage_that_was_cut_off_keeps_what_it_has(folder):
     begin(folder, STAGES["label"], "A")
     fill(folder, "label")
     begin(folder, STAGES["label"], "A")
-    assert left(folder, "label") == (["preferences"], True, True)
+    assert left(folder, "label") == ([*OUTPUTS["label"]], True, True)
     assert not folder.is_complete("label")
 
 

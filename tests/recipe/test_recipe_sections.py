@@ -298,7 +298,8 @@ class TestTrlFields:
             ("reward: [x]", "unknown key 'reward' in section 'rl'.", "Did you mean 'rewards'?"),
             ("config: {}", "unknown key 'config' in section 'rl'.", None),
             ("zzzz: 1", "unknown key 'zzzz' in section 'rl'.",
-             "Known keys: algorithm, rewards, transforms, selectors, rehearsal, and the fields of PPOConfig."),
+             "Known keys: algorithm, rewards, labelers, transforms, selectors, rehearsal, "
+             "and the fields of PPOConfig."),
             ("kl_coef: much", "'kl_coef' in section 'rl' is \"much\".", "Write a number."),
             ("kl_coef: true", "'kl_coef' in section 'rl' is true.", "Write a number."),
             ("kl_coef:", "'kl_coef' in section 'rl' is empty (null).", "Write a number."),

@@ -47,15 +47,18 @@ def judge_of(context: Context, shared: SharedBase) -> Judge:
 
 
 def asking(
-    context: Context, judge: Judge, section: str | JudgeSection | ServerJudgeSection, description: str = ""
+    context: Context,
+    judge: Judge,
+    description: str = "",
+    section: str | JudgeSection | ServerJudgeSection = "same",
 ) -> Preferred:
     """The judge's probability, for prompts with two answers each, that the first one is better; None: not judged.
 
     It is asked in both orders, whatever the section label says.
 
     Args:
-        section: What the recipe says of the judge.
         description: Of the progress bar; without it there is none.
+        section: What the recipe says of the judge.
     """
 
     labeler = context.create_labeler(context.who_wins(section))
@@ -146,10 +149,8 @@ def _ask(
     for name, prompt in prompts.items():
         judge.prompt = JudgePrompt.load(prompt_folder(prompt))
         for of, rows in sets.items():
-            preferred = asking(
-                context, judge, section, f"Judging ({of})" if name == MAIN else f"Judging ({of}, {name})"
-            )
-            _compare(preferred, name, rows)
+            description = f"Judging ({of})" if name == MAIN else f"Judging ({of}, {name})"
+            _compare(asking(context, judge, description, section), name, rows)
     if MAIN in prompts and harmless:
         judge.prompt = JudgePrompt.load(prompt_folder(harmless))
         for of, rows in sets.items():

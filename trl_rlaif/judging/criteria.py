@@ -12,8 +12,8 @@ from scipy.special import expit
 
 from trl_rlaif.components import Options
 from trl_rlaif.errors import UserError
-from trl_rlaif.judging.distribution import check_weight
 from trl_rlaif.judging.question import Answer, ThinkingOptions
+from trl_rlaif.judging.weights import check_weight
 
 YES_NO = ("Yes", "No")
 

@@ -8,27 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trl_rlaif.errors import UserError
-
-# Weights are whole multiples of 1 / SCALE, so that sums of them are exact and the scores that can occur are few.
-SCALE = 100
-LARGEST = 1000
-
-
-def check_weight(weight: float, what: str) -> None:
-    """Refuse a weight that cannot be counted exactly.
-
-    Args:
-        weight: Of a criterion.
-        what: Whose it is, as a message calls it.
-
-    Raises:
-        UserError: It is no number from -1000 to 1000 with up to two decimals, or it is 0.
-    """
-    number = isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight)
-    if not (number and math.isclose(weight * SCALE, round(weight * SCALE)) and 0 < abs(weight) <= LARGEST):
-        fix = f"Write a number from -{LARGEST} to {LARGEST} with up to two decimals, not 0."
-        raise UserError(f"The weight of {what} is {weight!r}.", fix=fix)
+from trl_rlaif.judging.weights import SCALE
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def attach(context: Context, trainer: Trainer, shared: SharedBase, **own: Any) -
     tracker = ForgettingTracker(
         trainer,
         {name: _drawn(context, shared, name, source) for name, source in sources(context.recipe).items()},
-        asking(context, judge_of(context, shared), context.recipe.evaluate.judge, "Judging what is forgotten"),
+        asking(context, judge_of(context, shared), "Judging what is forgotten", context.recipe.evaluate.judge),
         every=section.track_every or EVERY,
         score=score if "reward" in shared.heads else None,
         stop_below={} if stop is None else {FORGET_SET: 0.5 - stop},

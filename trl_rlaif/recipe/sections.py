@@ -26,7 +26,7 @@ from pydantic_core import PydanticCustomError, core_schema
 from trl_rlaif.algorithms import ALGORITHMS
 from trl_rlaif.data import COLUMNS, PairFormat, ScoredPairs
 from trl_rlaif.errors import UserError
-from trl_rlaif.judging.distribution import check_weight
+from trl_rlaif.judging.weights import check_weight
 from trl_rlaif.recipe.formatting import nearest_or_all, shown
 from trl_rlaif.teaching import KINDS as CONTRASTS
 from trl_rlaif.teaching import Contrast

@@ -34,7 +34,7 @@ def tracked(folder):
     return [row for row in read_lines(folder / "metrics.jsonl") if any(k.startswith("forgetting/") for k in row)]
 
 
-def loses(context, judge, description=""):
+def loses(context, judge, description, section):
     """In place of the judge: the start is always preferred."""
     return lambda prompts, policy, start: [0.0] * len(prompts)
 
