@@ -39,12 +39,14 @@ def tokenized(
         Rows with ``contexts``, a token list for each question, ``p``, and ``length``, the tokens of all; and how many
         pairs are left out, since a question of theirs is longer.
     """
+    if not pairs:
+        return [], 0
     rows: list[Row] = []
-    for pair, target in zip(pairs, p, strict=True):
-        questions = labeler.questions(pair, judge.prompt)
-        known = judge.candidates(labeler.candidates, questions[0].ending)
+    asked = [labeler.questions(pair, judge.prompt) for pair in pairs]
+    known = judge.candidates(labeler.candidates, asked[0][0].ending)
+    room = max(map(len, known.continuations))
+    for questions, target in zip(asked, p, strict=True):
         contexts = [known.cut(judge.encode(question, question.ending)) for question in questions]
-        room = max(map(len, known.continuations))
         if max(map(len, contexts)) + room <= min(longest or judge.max_length, judge.max_length):
             rows.append({"contexts": contexts, "p": target, "length": sum(map(len, contexts))})
     return rows, len(pairs) - len(rows)
@@ -80,9 +82,7 @@ class JudgeTrainer(Trainer):
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=_collated
         )
-        self.labeler, self.candidates, self.pad_id = labeler, candidates, pad_id
-        self.can_return_loss = True
-        self.label_names = ["p"]
+        self.labeler, self.candidates = labeler, candidates
         longest = max(len(tokens) for of in (train_dataset, eval_dataset) for row in of["contexts"] for tokens in row)
         self.scorer = ContinuationScorer(inner_model(model), candidates.continuations, longest=longest, pad_id=pad_id)
         self.scorer.packs &= not args.gradient_checkpointing

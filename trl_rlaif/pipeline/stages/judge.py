@@ -24,8 +24,8 @@ class Judge(Stage):
     trains = True
     prepares = True
     told = ("loss", "eval_loss")
-    # A whole epoch may be too much of a judge that learns from few pairs: the held-out loss says when to stop.
-    defaults = {"learning_rate": 5e-4, "warmup_steps": 0.1, "num_train_epochs": 2, "train_sampling_strategy": "random"}
+    # Of a LoRA adapter that learns from few pairs; the held-out loss ends it earlier.
+    defaults = {"learning_rate": 5e-4, "warmup_steps": 0.1, "num_train_epochs": 2}
 
     def settings(self, recipe: Recipe) -> tuple[str, ...]:
         return (*BASE, "model.lora", "judge", "label.labeler")
