@@ -194,6 +194,39 @@ def plugins() -> None:
         raise UserError.from_problems(broken)
 
 
+@app.command("draft-rubrics")
+def draft_rubrics(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    output: Annotated[Path, typer.Option(help="A .jsonl file; prompts that it has are kept as they are.")] = Path(
+        "rubrics.jsonl"
+    ),
+    prompt: Annotated[
+        str, typer.Option(help="A packaged prompt, or a folder, with draft.txt and draft.jinja.")
+    ] = "general",
+    tries: Annotated[int, typer.Option(min=1, help="Drafts of a prompt, until one can be read.")] = 3,
+    temperature: Annotated[float, typer.Option(min=0, help="Of the drafts; 0 writes the likeliest one.")] = 0.7,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest draft.")] = 384,
+    batch_size: Annotated[int, typer.Option(min=1, help="Drafts written at once.")] = 16,
+) -> None:
+    """Have the judge write a rubric for each of a recipe's prompts, into a file for you to edit."""
+    from trl_rlaif.drafting import DraftOptions, counted, dropped_of
+    from trl_rlaif.drafting import draft_rubrics as draft
+    from trl_rlaif.plugins import installed_plugins
+    from trl_rlaif.recipe import parse_recipe
+
+    plugins = installed_plugins()
+    parsed = parse_recipe(recipe, overrides=set_ or (), registry=plugins.registry)
+    options = DraftOptions(prompt, tries, temperature, max_new_tokens, batch_size)
+    try:
+        found = draft(parsed, plugins, output, options)
+    except KeyboardInterrupt:  # typer would end without a word
+        raise Interrupted("Stopped. What was drafted is kept: run it again to go on.") from None
+    _echo(f"{output}: {found.drafted} rubrics drafted, {found.kept} found there or in the data and kept as they are.")
+    if found.dropped:
+        _echo(f"{dropped_of(output)}: {found.dropped.total()} prompts dropped ({counted(found.dropped)}).")
+
+
 @app.command("new-plugin")
 def new_plugin(
     name: Annotated[str, typer.Argument(help="The plugin's name, as pip will know it: my-words.")],

@@ -68,6 +68,7 @@ class Script:
         most: More likeliest tokens than these are refused.
         begun: What becomes of an answer that is begun: "continued", "refused", "ignored" (another one is begun), or
             "repeated" in front of what is said, as llama.cpp's server does.
+        finish: Why a text ends: length where it is cut off, stop where it is at its end.
         think: The model thinks this before it says anything, unless ``enable_thinking`` is false; "tags" leaves the
             thoughts in the text, any other word is told apart by the field of this name.
     """
@@ -85,6 +86,7 @@ class Script:
     one: str = ""
     most: int = 1000
     begun: str = "continued"
+    finish: str = "length"
     think: str = ""
 
     @classmethod
@@ -302,6 +304,7 @@ def _answer(body: dict[str, Any], script: Script, text: str, chat: bool) -> dict
             tokens = [("Okay", 0.9), ("Hm", 0.1)]
         wanted = script.logprobs and body.get("logprobs")
         choice = _choice(i, content, tokens, body, chat) if wanted else _choice(i, content, [], body, chat)
+        choice["finish_reason"] = script.finish
         choices.append(_thoughtful(choice, thinks, body["max_tokens"]) if thinks else choice)
     kind = "chat.completion" if chat else "text_completion"
     return {"id": "x", "object": kind, "created": 0, "model": body["model"], "choices": choices}

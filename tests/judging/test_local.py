@@ -323,3 +323,40 @@ def test_what_one_text_brings_about_leaves_the_others_alone(name):
         True
     ] * 2
     assert {i: after[i] for i in (0, 1, 3)} == {i: before[i] for i in (0, 1, 3)}
+
+
+# ---- What it writes -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def likeliest(judge, question, count):
+    """The text of so many tokens, each the likeliest behind the others, computed one by one; and whether it ended."""
+    ids = judge.tokenizer(plain_text(judge, question, ""), add_special_tokens=False)["input_ids"]
+    written = []
+    for _ in range(count):
+        token = judge.model(torch.tensor([ids + written])).logits[0, -1].argmax().item()
+        if token == judge.tokenizer.eos_token_id:
+            return judge.tokenizer.decode(written).strip(), True
+        written.append(token)
+    return judge.tokenizer.decode(written, skip_special_tokens=True).strip(), False
+
+
+def test_it_writes_the_likeliest_text():
+    prompt = make_prompt()
+    prompt.parts.update({"draft.txt": "Write.", "draft.jinja": "Request:\n{{ context }}"})
+    judge = make_judge(prompt=prompt)
+    questions = [prompt.draft(text) for text in ("what is the capital?", "a", "over the lazy dog " * 8, "is it?")]
+    found = judge.write(questions, max_tokens=12)
+    assert [(one.text, one.ended) for one in found] == [likeliest(judge, question, 12) for question in questions]
+    assert len({one.text for one in found}) > 1 and all(one.failed is None for one in found)
+
+
+def test_what_it_draws_is_seeded_and_what_is_too_long_is_not_written():
+    prompt = make_prompt()
+    prompt.parts.update({"draft.txt": "Write.", "draft.jinja": "Request:\n{{ context }}"})
+    judge = make_judge(llama(length=500), prompt=prompt)
+    questions = [prompt.draft(text) for text in ("what?", "over the lazy dog " * 100, "is it?")]
+    first, same, other = (judge.write(questions, max_tokens=8, temperature=1.0, seed=seed) for seed in (1, 1, 2))
+    assert first == same != other
+    assert [one.failed for one in first] == [None, TOO_LONG, None]
+    assert [one.failed for one in judge.write(questions[1:2], max_tokens=8)] == [TOO_LONG]

@@ -56,7 +56,8 @@ def packaged(request):
 
 
 def test_every_packaged_prompt_has_all_parts(packaged):
-    assert set(packaged.parts) == set(FILES) - {"exemplars.jsonl", "frame.txt"}
+    drafts = {"draft.txt", "draft.jinja"} if packaged.name != "general" else set()
+    assert set(packaged.parts) == set(FILES) - {"exemplars.jsonl", "frame.txt"} - drafts
     assert len(packaged.exemplars) == 8
     assert Counter(exemplar.preferred for exemplar in packaged.exemplars) == {1: 4, 2: 4}
     assert all(text.strip() for text in packaged.parts.values())
@@ -299,7 +300,12 @@ def test_the_revision_follows_every_file(tmp_path):
             (folder / name).write_bytes(content + b"\n!")
         seen.add(JudgePrompt.load(folder).revision)
         (folder / name).write_bytes(content)
-    assert len(seen) == 1 + len(FILES)
+    assert len(seen) == 1 + len(FILES) - 2  # no label depends on how rubrics are drafted
     assert JudgePrompt.load(folder).revision == first
+    question = packaged.rate("Write the checks for responses.", "Write the checks for responses.")
+    for name in ("draft.txt", "draft.jinja"):
+        (folder / name).unlink()
+    assert JudgePrompt.load(folder).revision == first
+    assert JudgePrompt.load(folder).rate(*["Write the checks for responses."] * 2) == question
     (folder / "thinking.txt").unlink()
     assert JudgePrompt.load(folder).revision not in seen

@@ -33,6 +33,8 @@ PROMPT = JudgePrompt(
         "rubric.txt": "Rate the response.",
         "rating.jinja": "Request:\n{{ context }}\n\nResponse:\n{{ response }}",
         "rating_ending.txt": "Rating: ",
+        "draft.txt": "Write the checks.",
+        "draft.jinja": "Request:\n{{ context }}",
     },
 )
 ONE_TO_TEN = tuple(str(i) for i in range(1, 11))
@@ -254,6 +256,28 @@ def test_a_model_that_thinks_before_it_answers_is_told_how_to_stop(server):
     assert "1, 2" in answer.failed and "judge.chat_template_kwargs" in answer.failed
     assert "enable_thinking: false" in answer.failed
     assert ask_one(server, "what? [[think=reasoning]]", chat_template_kwargs={"enable_thinking": False}).failed is None
+
+
+@pytest.mark.parametrize("options", [{}, {"api": "completions"}, {"prefill": True}], ids=str)
+def test_texts_are_written_in_the_order_of_the_requests(server, options):
+    judge = make_judge(server, **options)
+    marks = ["[[finish=stop]]", "", "[[fault=400]]", "[[finish=stop think=tags]]"]
+    asked = [PROMPT.draft(f"{i}? {mark}") for i, mark in enumerate(marks[: 3 if options else 4])]
+    found = judge.write(asked, max_tokens=50, temperature=0.5, seed=6)
+    text = f"Draw 6: the good one wins.\n{ENDING}1, I think"
+    assert [(one.text, one.ended) for one in found[:2]] == [(text, True), (text, False)]
+    assert "the context is too long" in found[2].failed and found[0].failed is found[1].failed is None
+    assert options or (found[3].text, found[3].ended) == (text, True)  # what it thought is left out
+    [body] = [r["body"] for r in server.requests if "0?" in json.dumps(r["body"])]
+    assert (body["max_tokens"], body["temperature"], body["seed"]) == (50, 0.5, 6)
+    if "messages" in body:
+        assert body["messages"] == list(asked[0].messages) and "continue_final_message" not in body
+        assert body["messages"][0]["content"].startswith("Write the checks.")
+
+
+def test_a_server_that_refuses_this_client_stops_what_is_written(server):
+    with pytest.raises(UserError, match="The judge's server refuses the request"):
+        make_judge(server).write([PROMPT.draft("what? [[fault=401]]")], max_tokens=50)
 
 
 # ---- Votes ------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from trl_rlaif.judging.prompt import JudgePrompt
-from trl_rlaif.judging.question import Answer, Question, Thinking
+from trl_rlaif.judging.question import Answer, Question, Thinking, Written
 
 if TYPE_CHECKING:
     from trl_rlaif.types import Pair
@@ -49,6 +49,22 @@ class Judge(ABC):
             The group's index, and an Answer for each of its questions. A question that cannot be answered
             gives an Answer that says why.
         """
+
+    def write(
+        self, questions: Sequence[Question], *, max_tokens: int, temperature: float = 0.0, seed: int = 0
+    ) -> list[Written]:
+        """Texts in answer to requests without candidates, such as ``JudgePrompt.draft``'s.
+
+        Args:
+            questions: Without endings.
+            max_tokens: Longest text.
+            temperature: 0 writes the likeliest one.
+            seed: Of what is drawn, which may also depend on all questions of the call.
+
+        Returns:
+            One for each question.
+        """
+        raise NotImplementedError(f"{type(self).__name__} answers with probabilities alone.")
 
 
 Candidates = tuple[str, ...]

@@ -15,9 +15,11 @@ from trl_rlaif.judging.candidates import Candidates
 from trl_rlaif.judging.judge import Group, Judge
 from trl_rlaif.judging.precision import Precision, Probe, choose_precision, matmul_precision
 from trl_rlaif.judging.prompt import JudgePrompt
-from trl_rlaif.judging.question import Answer, Question, Thinking
+from trl_rlaif.judging.question import Answer, Question, Thinking, Written
 from trl_rlaif.judging.rationales import Rationale, Thoughts, Writing
 from trl_rlaif.judging.scoring import ContinuationScorer
+from trl_rlaif.responses import ResponseReader
+from trl_rlaif.stopping import stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -128,6 +130,29 @@ class LocalJudge(Judge):
             for i, answer in zip(batch, answers, strict=True):
                 if i in missing:
                     yield fitting[i], answer
+
+    def write(
+        self, questions: Sequence[Question], *, max_tokens: int, temperature: float = 0.0, seed: int = 0
+    ) -> list[Written]:
+        """As of every judge, in one batch."""
+        contexts = [self.encode(question, "") for question in questions]
+        fitting = [context for context in contexts if len(context) + max_tokens <= self.max_length]
+        reader = ResponseReader(self.tokenizer, stop_ids(self.tokenizer, self.model))
+        drawn = []
+        if fitting:
+            with self._computing(), seeded(seed, "writing", *fitting):
+                drawn = sample_responses(
+                    self.model,
+                    self.tokenizer,
+                    fitting,
+                    max_new_tokens=max_tokens,
+                    temperature=temperature,
+                    stop_ids=reader.stop_ids,
+                    keep_end=True,
+                )
+        read = iter([reader.read(ids, context) for (ids,), context in zip(drawn, fitting, strict=True)])
+        found = [next(read) if context in fitting else None for context in contexts]
+        return [Written(failed=TOO_LONG) if one is None else Written(one.answer.strip(), one.ended) for one in found]
 
     def _choose_precision(self, scorer: ContinuationScorer, contexts: Sequence[Sequence[list[int]]]) -> None:
         if self.precision != "auto" or self.probe is not None or self.model.dtype != torch.float32:

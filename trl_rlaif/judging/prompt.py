@@ -29,9 +29,11 @@ Preamble = Literal["base", "detailed"]
 FILES = (
     "base.txt", "sample.jinja", "ending.txt", "detailed.txt", "exemplars.jsonl", "thinking.txt",
     "rubric.txt", "rating.jinja", "rating_ending.txt", "rating_thinking.txt",
-    "check.txt", "check.jinja", "check_ending.txt", "check_thinking.txt", "frame.txt",
+    "check.txt", "check.jinja", "check_ending.txt", "check_thinking.txt", "draft.txt", "draft.jinja", "frame.txt",
 )  # fmt: skip
 _REQUIRED = FILES[:3]
+# What rubrics are drafted with; no label depends on it.
+_DRAFT = ("draft.txt", "draft.jinja")
 # The frames' code in a template's context.
 _CODE = "_code"
 # What each template is given besides the columns of the data.
@@ -39,6 +41,7 @@ _VALUES = {
     "sample.jinja": ("context", "response_1", "response_2", "criterion"),
     "rating.jinja": ("context", "response", "criterion"),
     "check.jinja": ("context", "response", "criterion"),
+    "draft.jinja": ("context",),
 }
 _RESERVED = frozenset().union(*_VALUES.values())
 Columns = Mapping[str, Any]
@@ -68,9 +71,9 @@ class JudgePrompt:
             what the judge completes with 1 or 2, ``thinking.txt`` what a rationale begins with. To rate one
             response: ``rubric.txt``, ``rating.jinja`` with ``context`` and ``response``,
             ``rating_ending.txt``, ``rating_thinking.txt``. To check one response: ``check.txt``, ``check.jinja`` with
-            ``context``, ``response`` and ``criterion``, ``check_ending.txt``, ``check_thinking.txt``. ``frame.txt``:
-            see ``frame``. In the other templates, ``criterion`` is empty but where one of several is asked about.
-            All may name columns of the data, too.
+            ``context``, ``response`` and ``criterion``, ``check_ending.txt``, ``check_thinking.txt``. To draft rubrics:
+            ``draft.txt``, ``draft.jinja`` with ``context``. ``frame.txt``: see ``frame``. In the other templates,
+            ``criterion`` is empty but where one of several is asked about. All may name columns of the data, too.
         exemplars: From ``exemplars.jsonl``; those that are shown have the columns that ``sample.jinja`` names.
     """
 
@@ -118,7 +121,7 @@ class JudgePrompt:
             raise UserError(
                 f"The template {name} of the prompt '{self.name}' is wrong: there is no '{first.name}'.",
                 where=f"{path}:{first.lineno}",
-                fix=f"It is given {', '.join(others)} and {last}, and the columns of the data.",
+                fix=f"It is given {', '.join(others)}{' and ' if others else ''}{last}, and the columns of the data.",
             )
         try:
             self._wording(name)
@@ -139,9 +142,10 @@ class JudgePrompt:
 
     @cached_property
     def revision(self) -> str:
-        """Changes with any of the files, and with the frames: 16 hexadecimal digits."""
+        """Changes with any of the files that labels depend on, and with the frames: 16 hexadecimal digits."""
         form = [self.frame, framed("", frame_code((), ()))] if self.frame else []
-        parts = {name: text for name, text in self.parts.items() if name != "frame.txt"}  # it is in form
+        # frame.txt is in the form.
+        parts = {name: text for name, text in self.parts.items() if name not in ("frame.txt", *_DRAFT)}
         shown = [{key: value for key, value in vars(e).items() if key != "columns" or value} for e in self.exemplars]
         content = json.dumps([parts, shown, *form], sort_keys=True)
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
@@ -220,6 +224,16 @@ class JudgePrompt:
         values = {"context": as_text(prompt), "response": response, "criterion": criterion}
         return self._single("check.txt", "check", values, columns, think)
 
+    def draft(self, prompt: PromptLike, *, columns: Columns | None = NO_COLUMNS) -> Question:
+        """The request to write a rubric for a prompt. It has no candidates: see ``trl_rlaif.drafting``.
+
+        Args and raises as ``compare``.
+        """
+        context = as_text(prompt)
+        return self._question(
+            "draft.txt", [self._turn("draft.jinja", {"context": context}, columns, [context])], "", ""
+        )
+
     def _single(
         self, preamble: str, kind: str, values: dict[str, str], columns: Columns | None, think: bool
     ) -> Question:
@@ -246,7 +260,7 @@ class JudgePrompt:
     @cached_property
     def _headers(self) -> re.Pattern[str]:
         """Lines of the prompt's own that no judged text may imitate: the templates', and the endings."""
-        own = [self._wording(name) for name in _VALUES.keys() & self.parts.keys()]
+        own = [self._wording(name) for name in (_VALUES.keys() & self.parts.keys()).difference(_DRAFT)]
         own += [text for name, text in self.parts.items() if name.endswith(("ending.txt", "thinking.txt"))]
         return headers("\n".join(own))
 
@@ -266,7 +280,7 @@ class JudgePrompt:
         """What the judge is shown: the template with the texts and columns, quoted and framed."""
         self._part(template)
         needed = self.columns_of(template)
-        if values["criterion"] and "criterion" not in _undeclared(self.parts[template], ()):
+        if values.get("criterion") and "criterion" not in _undeclared(self.parts[template], ()):
             raise UserError(
                 f"The template {template} of the prompt '{self.name}' names no criterion, which these options need.",
                 fix="Add to its end: {% if criterion %}Judge by this alone: {{ criterion }}{% endif %}",

@@ -68,6 +68,21 @@ class ThinkingOptions(Options):
 
 
 @dataclass(frozen=True)
+class Written:
+    """What a judge writes where it may write freely.
+
+    Args:
+        text: Without the model's own thoughts.
+        ended: Whether it came to an end, and was not cut off.
+        failed: Why there is none.
+    """
+
+    text: str = ""
+    ended: bool = True
+    failed: str | None = None
+
+
+@dataclass(frozen=True)
 class Answer:
     """A judge's distribution over the candidates.
 

@@ -7,14 +7,15 @@ import queue
 import re
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from trl_rlaif.errors import UserError
 from trl_rlaif.judging.judge import Group, Judge
 from trl_rlaif.judging.prompt import JudgePrompt
-from trl_rlaif.judging.question import Answer, Message, Question, Thinking
+from trl_rlaif.judging.question import Answer, Message, Question, Thinking, Written
 from trl_rlaif.judging.server import Connection, Server, ServerGone, Unreadable, reasoning
 
 # Questions that are lost to the connection one after another before the server is taken to be gone.
@@ -22,6 +23,9 @@ GONE_AFTER = 3
 
 # A reasoning model's marks, where the server leaves its thoughts in the text.
 _THOUGHT_MARKS = re.compile(r"</?think>|\[/?THINK\]")
+_THOUGHT = re.compile(r".*(?:</think>|\[/THINK\])", re.DOTALL)
+
+T = TypeVar("T")
 
 
 class _Read(NamedTuple):
@@ -32,7 +36,7 @@ class _Read(NamedTuple):
     voted: bool = False
 
 
-class _Work:
+class _Work(Generic[T]):
     """Indices for threads to take and what they found, with a bound on how far they are ahead of the taker.
 
     Args:
@@ -43,7 +47,7 @@ class _Work:
     def __init__(self, todo: Sequence[int], ahead: int) -> None:
         self._todo, self._lock = iter(todo), threading.Lock()
         self._room, self._ahead = threading.Semaphore(ahead), ahead
-        self._found: queue.SimpleQueue[tuple[int, list[Answer] | Exception]] = queue.SimpleQueue()
+        self._found: queue.SimpleQueue[tuple[int, T | Exception]] = queue.SimpleQueue()
         self.stopped = False
 
     def take(self) -> int | None:
@@ -52,11 +56,11 @@ class _Work:
         with self._lock:
             return None if self.stopped else next(self._todo, None)
 
-    def give(self, index: int, found: list[Answer] | Exception) -> None:
+    def give(self, index: int, found: T | Exception) -> None:
         """Hand over what belongs to an index."""
         self._found.put((index, found))
 
-    def next(self) -> tuple[int, list[Answer]]:
+    def next(self) -> tuple[int, T]:
         """What was found next; an error is raised."""
         index, found = self._found.get()
         self._room.release()
@@ -98,19 +102,34 @@ class RemoteJudge(Judge):
         Raises:
             UserError: The server refuses this client altogether (key, model, address).
         """
-        todo = [index for index in range(len(groups)) if index not in done]
-        work = _Work(todo, ahead=2 * self.server.concurrency)
 
-        def answer_groups() -> None:
+        def answers(index: int, work: _Work) -> list[Answer]:
+            return [self._answer(q, candidates, thinking) for q in groups[index] if not work.stopped]
+
+        return self._each([index for index in range(len(groups)) if index not in done], answers)
+
+    def write(
+        self, questions: Sequence[Question], *, max_tokens: int, temperature: float = 0.0, seed: int = 0
+    ) -> list[Written]:
+        """As of every judge. Raises as ``ask``."""
+        options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+        written = self._each(range(len(questions)), lambda index, work: self._written(questions[index], options))
+        return [text for _, text in sorted(written, key=lambda found: found[0])]
+
+    def _each(self, todo: Sequence[int], do: Callable[[int, _Work[T]], T]) -> Iterator[tuple[int, T]]:
+        """What ``do`` makes of each index, as soon as it is known."""
+        work: _Work[T] = _Work(todo, ahead=2 * self.server.concurrency)
+
+        def run() -> None:
             while (index := work.take()) is not None:
                 try:
-                    work.give(index, [self._answer(q, candidates, thinking) for q in groups[index] if not work.stopped])
-                except Exception as error:  # raised where the answers are awaited
+                    work.give(index, do(index, work))
+                except Exception as error:  # raised where it is awaited
                     work.give(index, error)
 
         for _ in range(min(self.server.concurrency, len(todo))):
             # Daemons: a program that is stopped does not wait for a server that does not answer.
-            threading.Thread(target=answer_groups, daemon=True).start()
+            threading.Thread(target=run, daemon=True).start()
         try:
             for _ in todo:
                 yield work.next()
@@ -130,13 +149,36 @@ class RemoteJudge(Judge):
 
         rationales: list[str] = []
         try:
-            if thinking is not None:
-                rationales += [self._think(question, thinking, i) for i in range(thinking.rationales)]
-            asked = [_after(question, self.prompt.quote(text)) for text in rationales] or [question]
-            found = [self._distribution(one, candidates) for one in asked]
-            self._lost = 0
+            with self._refusals():
+                if thinking is not None:
+                    rationales += [self._think(question, thinking, i) for i in range(thinking.rationales)]
+                asked = [_after(question, self.prompt.quote(text)) for text in rationales] or [question]
+                found = [self._distribution(one, candidates) for one in asked]
             bound, voted = max(one.bound for one in found), any(one.voted for one in found)
             return Answer(tuple(one.logprobs for one in found), tuple(rationales), bound=bound, voted=voted)
+        except (openai.APIError, Unreadable, ValueError) as error:  # ValueError: what came is no JSON
+            return Answer(rationales=tuple(rationales), failed=self._fault(error))
+
+    def _written(self, question: Question, options: dict[str, Any]) -> Written:
+        """As ``_answer``."""
+        import openai
+
+        try:
+            with self._refusals():
+                choice, *_ = self._connection.choices(question, "", thinks=True, prefills=False, **options)
+                text = _THOUGHT.sub("", self._connection.said(choice, "")).strip()
+            return Written(text, ended=getattr(choice, "finish_reason", None) != "length")
+        except (openai.APIError, Unreadable, ValueError) as error:
+            return Written(failed=self._fault(error))
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """Raises UserError where the server refuses this client altogether."""
+        import openai
+
+        try:
+            yield
+            self._lost = 0
         except openai.NotFoundError as error:
             raise self._not_found(error) from None
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
@@ -145,21 +187,25 @@ class RemoteJudge(Judge):
                 where=self._connection.address,
                 fix=f"Check judge.path, judge.base_url and the key in {self.server.api_key_env}.",
             ) from None
-        except (openai.APIError, Unreadable, ValueError) as error:  # ValueError: what came is no JSON
-            if isinstance(error, openai.APIConnectionError):
-                self._count_lost(error)
-            return Answer(rationales=tuple(rationales), failed=f"{_short(error)} ({self._connection.address})")
 
-    def _count_lost(self, error: Exception) -> None:
-        """Give up on the server, and not on one question after the other, once several have not been answered."""
-        self._lost += 1
-        if self._lost >= GONE_AFTER:
+    def _fault(self, error: Exception) -> str:
+        """What went wrong with one question.
+
+        Raises:
+            ServerGone: Several have not been answered: to give up on them one after the other would be of no use.
+        """
+        import openai
+
+        lost = isinstance(error, openai.APIConnectionError)
+        self._lost += lost
+        if lost and self._lost >= GONE_AFTER:
             raise ServerGone(
                 f"The judge's server does not answer: {_short(error)}",
                 where=self._connection.address,
                 fix="Start it again, then go on with --resume: what it has said is kept. A slow one needs a longer "
                 "judge.timeout.",
             )
+        return f"{_short(error)} ({self._connection.address})"
 
     def _not_found(self, error: Exception) -> UserError:
         """Which of the two is wrong, the model's name or the address."""

@@ -284,7 +284,7 @@ class Connection:
         if instruction is None:
             return [*question.messages, {"role": "assistant", "content": question.ending}]
         *before, last = question.messages
-        return [*before, {**last, "content": f"{last['content']}\n\n{instruction}"}]
+        return [*before, {**last, "content": "\n\n".join(filter(None, [last["content"], instruction]))}]
 
     def _body(self, prefills: bool, thinks: bool) -> dict[str, Any]:
         kwargs = dict(self.server.chat_template_kwargs)

@@ -1,0 +1,283 @@
+"""Rubrics that a judge drafts: a list of checks for each prompt, in a file for people to edit."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl_rlaif.data import Prompt, load_prompts
+from trl_rlaif.errors import UserError
+from trl_rlaif.files import append_lines, read_lines, to_line, write_atomically
+from trl_rlaif.generation import derived_seed
+from trl_rlaif.judging.prompt import JudgePrompt
+from trl_rlaif.judging.weights import check_weight
+from trl_rlaif.pipeline.context import Context
+from trl_rlaif.pipeline.machine import check_machine
+from trl_rlaif.pipeline.run_folder import RunFolder
+from trl_rlaif.progress import progress_bar
+from trl_rlaif.recipe import prompt_folder
+from trl_rlaif.recipe.base_model import check_base
+from trl_rlaif.recipe.inputs import read_prompts
+
+if TYPE_CHECKING:
+    from trl_rlaif.judging.judge import Judge
+    from trl_rlaif.judging.question import Written
+    from trl_rlaif.plugins import Plugins
+    from trl_rlaif.recipe import Recipe
+
+COLUMN = "rubric"
+# A weight, a colon and a statement, maybe behind a list's mark.
+_CHECK = re.compile(r"(?:[-*•]\s+)?([+-]?\d+(?:\.\d+)?)\s*:\s*(\S.*)")
+
+
+@dataclass(frozen=True)
+class DraftOptions:
+    """How rubrics are drafted.
+
+    Args:
+        prompt: A packaged prompt's name, or a prompt folder, with ``draft.txt`` and ``draft.jinja``.
+        tries: Drafts of a prompt, until one can be read; at temperature 0 there is one.
+        temperature: Of the drafts.
+        max_new_tokens: Longest draft.
+        batch_size: Drafts written at once.
+    """
+
+    prompt: str = "general"
+    tries: int = 3
+    temperature: float = 0.7
+    max_new_tokens: int = 384
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """What became of the prompts.
+
+    Args:
+        drafted: Prompts whose rubric was drafted now.
+        kept: Prompts that had one: drafted earlier, edited, or a person's own.
+        dropped: Prompts whose drafts could not be read, by the last one's reason.
+    """
+
+    drafted: int
+    kept: int
+    dropped: Counter[str]
+
+
+def draft_rubrics(recipe: Recipe, plugins: Plugins, output: Path, options: DraftOptions | None = None) -> Drafts:
+    """Have the recipe's judge write a rubric for each of ``data.prompts`` (Gunjal et al. 2025, arXiv 2507.17746).
+
+    A prompt that ``output`` has stays there as it is. The others are drafted, in batches of which each is on the disk
+    before the next one begins; one that a kill left unfinished is drafted again as a whole, so that the drafts are
+    those of a run that was not disturbed. Prompts with a rubric of their own are copied.
+
+    Args:
+        recipe: Its judge is that of ``label``, or the base; without what the stage judge would teach.
+        plugins: What is installed.
+        output: A .jsonl file with the prompts and their ``rubric``, for ``data.prompts`` to name.
+        options: How they are drafted.
+
+    Returns:
+        The numbers. ``dropped_of(output)`` has the drafts that could not be read.
+
+    Raises:
+        UserError: The recipe has no prompts; ``output`` is of other prompts, or cannot be read; or there is no rubric.
+    """
+    options = options or DraftOptions()
+    prompts = _prompts(recipe, output, options)
+    rubrics = _Rubrics(recipe, output, prompts)
+    batches = [prompts[i : i + options.batch_size] for i in range(0, len(prompts), options.batch_size)]
+    todo = [batch for batch in batches if any(map(rubrics.lacks, batch))]
+    if todo:
+        done = len(prompts) - sum(map(len, todo))
+        with (
+            _judge(recipe, plugins, options.prompt) as judge,
+            progress_bar("Drafting", len(prompts), done, "prompts") as advance,
+        ):
+            for batch in todo:
+                rubrics.add(batch, _drafted(judge, batch, options, recipe.run.seed))
+                advance(len(batch))
+    found = rubrics.numbers()
+    if not found.kept + found.drafted:
+        raise UserError(
+            f"No draft could be read ({counted(found.dropped)}).",
+            where=str(dropped_of(output)),
+            fix="The file has what the judge wrote. Delete it, and take a more capable judge.",
+        )
+    return found
+
+
+def counted(reasons: Mapping[str, int]) -> str:
+    """How many were dropped for each reason, in words."""
+    return ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+
+
+def dropped_of(output: Path) -> Path:
+    """The file beside the drafted rubrics that has what could not be read."""
+    return output.with_suffix(".dropped.jsonl")
+
+
+# ---- Drafts -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """The checks of a draft; or else why it has none, and what was written."""
+
+    checks: list[Any] | None = None
+    reason: str = ""
+    text: str = ""
+
+
+def _drafted(judge: Judge, prompts: Sequence[Prompt], options: DraftOptions, seed: int) -> dict[str, _Draft]:
+    """A draft of each prompt, by its id: the first one that can be read, or the last one."""
+    found = {prompt.id: _Draft(prompt.extra[COLUMN]) for prompt in prompts if prompt.extra.get(COLUMN)}
+    for attempt in range(options.tries if options.temperature else 1):
+        asked = [prompt for prompt in prompts if prompt.id not in found or found[prompt.id].checks is None]
+        written = judge.write(
+            [judge.prompt.draft(prompt.prompt, columns=prompt.extra) for prompt in asked],
+            max_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            seed=derived_seed(seed, "draft", attempt),
+        )
+        instructions = judge.prompt.parts["draft.txt"]
+        found |= {prompt.id: _read(one, instructions) for prompt, one in zip(asked, written, strict=True)}
+    return found
+
+
+def _read(written: Written, instructions: str) -> _Draft:
+    reason = written.failed or ("" if written.ended else "cut off")
+    if not reason:
+        try:
+            return _Draft(read_draft(written.text, instructions))
+        except ValueError as error:
+            reason = str(error)
+    return _Draft(None, reason, written.text)
+
+
+def read_draft(text: str, instructions: str = "") -> list[dict[str, Any]]:
+    """The checks of a draft: on each line a weight, a colon and a statement, and nothing else.
+
+    Args:
+        text: The draft.
+        instructions: What the judge was told; the checks in its examples are not the prompt's.
+
+    Returns:
+        Of each check its ``criterion`` and ``weight``, as the labeler `rubric` reads them.
+
+    Raises:
+        ValueError: It is not that; why, in a few words.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for line in filter(None, map(str.strip, text.splitlines())):
+        check = _CHECK.fullmatch(line)
+        if check is None:
+            raise ValueError("not a list of checks")
+        weight, statement = float(check[1]), check[2]
+        try:
+            check_weight(weight, "a check")
+        except UserError:
+            raise ValueError("a weight that is 0, too large or too fine") from None
+        if statement.casefold() in found:
+            raise ValueError("the same check twice")
+        if statement in instructions:
+            raise ValueError("copied from the instructions")
+        found[statement.casefold()] = {"criterion": statement, "weight": int(weight) if weight.is_integer() else weight}
+    if not any(check["weight"] > 0 for check in found.values()):
+        raise ValueError("no check of positive weight" if found else "empty")
+    return list(found.values())
+
+
+# ---- Files and models -------------------------------------------------------------------------------------
+
+
+def _prompts(recipe: Recipe, output: Path, options: DraftOptions) -> list[Prompt]:
+    """What rubrics are drafted for; what would go wrong with it is found before a model is loaded."""
+    if recipe.data.prompts is None:
+        raise UserError("There are no prompts to draft rubrics for.", where=str(recipe.source), fix="Set data.prompts.")
+    if output.suffix != ".jsonl":
+        raise UserError("Rubrics are written as lines of JSON.", where=str(output), fix="Name a file ending in .jsonl.")
+    prompts, template = read_prompts(recipe, recipe.data.prompts).items, JudgePrompt.load(prompt_folder(options.prompt))
+    for prompt in prompts:
+        template.draft(prompt.prompt, columns=prompt.extra)
+    return prompts
+
+
+class _Rubrics:
+    """The file that people edit, and the one beside it with what could not be read."""
+
+    def __init__(self, recipe: Recipe, output: Path, prompts: Sequence[Prompt]) -> None:
+        self.data, self.output, self.prompts = recipe.data, output, prompts
+        self.before = self._before()
+        self.drafted: set[str] = set()
+        self.copied: set[str] = set()
+        self.dropped = {row["id"]: row["dropped"] for row in read_lines(dropped_of(output))}
+
+    def _before(self) -> set[str]:
+        """The ids of the prompts that the file has already."""
+        if not self.output.exists() or not self.output.stat().st_size:
+            return set()
+        columns = self.data.columns_of("prompts")
+        found = load_prompts(self.output, category=self.data.category, columns=columns).items
+        known = {prompt.id: prompt.prompt for prompt in found}
+        for prompt in self.prompts:
+            if known.get(prompt.id, prompt.prompt) != prompt.prompt:
+                what = f"The prompt '{prompt.id}' is another one here than in {self.data.prompts}."
+                raise UserError(what, where=str(self.output), fix="Name another file with --output.")
+        return set(known)
+
+    def lacks(self, prompt: Prompt) -> bool:
+        """Whether nothing has come of a prompt yet."""
+        return not any(prompt.id in ids for ids in (self.before, self.drafted, self.copied, self.dropped))
+
+    def add(self, batch: Sequence[Prompt], drafts: Mapping[str, _Draft]) -> None:
+        """Write down what has come of those of a batch that the files lack."""
+        fresh = [(prompt, drafts[prompt.id]) for prompt in batch if self.lacks(prompt)]
+        bad = [(prompt, draft) for prompt, draft in fresh if draft.checks is None]
+        good = [(prompt, draft) for prompt, draft in fresh if draft.checks is not None]
+        rows = [{"id": p.id, "prompt": p.prompt, "dropped": draft.reason, "draft": draft.text} for p, draft in bad]
+        if rows:
+            append_lines(dropped_of(self.output), rows)
+        self.dropped |= {row["id"]: row["dropped"] for row in rows}
+        # People edit the file: what it has is read only now, and no kill leaves half of a line.
+        text = self.output.read_bytes().decode() if self.output.exists() else ""
+        text += "\n" if text and not text.endswith("\n") else ""
+        write_atomically(self.output, text + "".join(to_line(self._row(*each)) for each in good))
+        own = {prompt.id for prompt, _ in good if prompt.extra.get(COLUMN)}
+        self.copied |= own
+        self.drafted |= {prompt.id for prompt, _ in good} - own
+
+    def _row(self, prompt: Prompt, draft: _Draft) -> dict[str, Any]:
+        """A prompt with its columns, called as in the recipe's data, and its rubric."""
+        names = self.data.columns_of("prompts")
+        own = {"id": prompt.id, "prompt": prompt.prompt, names.get("category", self.data.category): prompt.category}
+        row = {names.get(key, key): value for key, value in own.items() if value is not None}
+        return row | prompt.extra | {COLUMN: draft.checks}
+
+    def numbers(self) -> Drafts:
+        """Of this recipe's prompts."""
+        ids = [prompt.id for prompt in self.prompts]
+        has = self.before | self.copied | self.drafted
+        dropped = Counter(self.dropped[id] for id in ids if id not in has)
+        return Drafts(
+            sum(id in self.drafted for id in ids), sum(id in self.before | self.copied for id in ids), dropped
+        )
+
+
+@contextmanager
+def _judge(recipe: Recipe, plugins: Plugins, prompt: str) -> Iterator[Judge]:
+    """The judge of the section label, or the base."""
+    check_machine(recipe)
+    check_base(recipe)
+    section = recipe.label.judge if recipe.label else "same"
+    if section == "taught" and recipe.judge:
+        section = recipe.judge.model
+    with tempfile.TemporaryDirectory() as folder:  # of a run, which has not begun
+        context = Context(recipe, RunFolder(folder), plugins)
+        yield context.judge(section, prompt)
