@@ -348,6 +348,33 @@ def test_ppo_is_rewarded_by_the_base_without_its_adapter(roomy_model, tmp_path, 
         assert rewards == pytest.approx([one.mean for one in found], abs=1e-4)
 
 
+def test_held_out_prompts_say_how_the_share_of_checks_met_changed(roomy_model, tmp_path):
+    rest = dict.fromkeys(("sample", "label", "reward", "report"))
+    rl = {"rewards": ["rubric"], "labelers": [{"rubric": {"column": "rubric"}}], "total_episodes": 8}
+    recipe = tiny_recipe(tmp_path, roomy_model, **rest, rl={**rl, "learning_rate": 0.1})
+    rubrics_of(tmp_path / "train.jsonl")
+    known = rubrics_of(tmp_path / "test.jsonl", lacking=2)
+    folder = run_recipe(recipe, installed_plugins(), tmp_path / "out")
+    samples, sides = read_lines(folder / "samples.jsonl"), ("start", "trained")
+    assert [row["rewards_start"]["rubric"] is None for row in samples] == [False, False, True, False]
+    graded = [row for row in samples if known[row["prompt"]]]
+    found = {}
+    for side in sides:
+        columns = {"rubric": [known[row["prompt"]] for row in graded]}
+        texts = ([row[key] for row in graded] for key in ("prompt", side))
+        wanted = [one.mean for one in RubricLabeler().grade(*texts, local_judge(roomy_model), **columns)]
+        found[side] = [row[f"rewards_{side}"]["rubric"] for row in graded]
+        assert found[side] == pytest.approx(wanted, abs=1e-4)
+    assert found["start"] != found["trained"]
+    numbers = folder.results()["evaluate"]["sets"]["test"]["labeler_rewards"]["rubric"]
+    assert (numbers["prompts"], numbers["unscored"]) == (3, 1)
+    for side in sides:
+        assert numbers[side]["mean"] == pytest.approx(np.mean(found[side]), abs=1e-12)
+    gains = np.subtract(found["trained"], found["start"])
+    low, high = numbers["gain"]["interval"]
+    assert numbers["gain"]["mean"] == pytest.approx(gains.mean(), abs=1e-12) and low <= gains.mean() <= high
+
+
 @pytest.mark.parametrize("conversational", [True, False], ids=["conversations", "texts"])
 @pytest.mark.parametrize("algorithm", ["GRPO", "RLOO"])
 def test_trls_own_trainers_are_rewarded(roomy_model, tmp_path, recording, algorithm, conversational):

@@ -220,6 +220,22 @@ def test_a_reward_that_scores_few_responses_is_named(tmp_path):
     assert "The reward 'model' scored only" not in read(folder).text
 
 
+def test_rewards_of_labelers_on_held_out_prompts_are_shown(tmp_path):
+    folder, means = make_run(tmp_path / "run"), {"start": {"mean": 0.412}, "trained": {"mean": 0.537}}
+    gain = {"mean": 0.125, "interval": [0.04, 0.21]}
+    found = {"rubric": {"prompts": 38, "unscored": 2, "gain": gain, **means}, "direct": {"prompts": 0, "unscored": 40}}
+    set_results(folder, lambda r: r["evaluate"]["sets"]["held-out"].update(labeler_rewards=found))
+    page = read(folder)
+    assert "the mean reward rose by 0.563 (interval +0.471 to +0.652), the reward rubric rose by 0.125" in page.text
+    tile = part(page, "Change of the reward rubric on held-out", "Win rate")
+    assert "+0.125 it rose" in tile and "interval +0.040 to +0.210" in tile
+    assert "mean 0.412 → 0.537, 38 prompts, 2 not scored" in tile and "reward direct" not in page.text
+    odd = {HOSTILE: {"gain": gain}, "x": [1], "y": {"gain": {"mean": "1", "interval": [1]}, "start": 3}}
+    set_results(folder, lambda r: r["evaluate"]["sets"]["held-out"].update(labeler_rewards=odd))
+    assert_only_our_script(read(folder))
+    assert "Change of the reward <script>" in read(folder).text and "Change of the reward y" not in read(folder).text
+
+
 def test_hostile_text_stays_text(tmp_path, drawn):
     folder = make_run(tmp_path / "run", text=HOSTILE, category=HOSTILE)
     recipe = {**RECIPE, "run": {"name": HOSTILE[:60]}, "command": HOSTILE, "versions": {HOSTILE: HOSTILE}}

@@ -265,6 +265,8 @@ class SampleRow(TypedDict, total=False):
     p_trained_by: dict[str, float | None]
     harmless_start: float | None
     harmless_trained: float | None
+    rewards_start: dict[str, float | None]  # of labelers among the rewards of rl
+    rewards_trained: dict[str, float | None]
 
 
 # ---- Numbers --------------------------------------------------------------------------------------------

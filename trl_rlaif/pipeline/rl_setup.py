@@ -96,10 +96,10 @@ def selectors(context: Context) -> list[Any]:
 
 def reward_functions(context: Context, shared: SharedBase) -> list[Any]:
     """All rewards but the reward model."""
-    return [_reward(context, name, shared) for name in context.recipe.rl.reward_names if name != "reward"]
+    return [reward_function(context, name, shared) for name in context.recipe.rl.reward_names if name != "reward"]
 
 
-def _reward(context: Context, name: str, shared: SharedBase) -> Any:
+def reward_function(context: Context, name: str, shared: SharedBase) -> Any:
     """A function's or a labeler's reward; the judge is the base itself without an adapter, if it is the same."""
     labelers = context.recipe.reward_labelers
     if name not in labelers:

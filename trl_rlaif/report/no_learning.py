@@ -124,7 +124,9 @@ def _flat(run: Run, series: Series) -> str | None:
     rising = [points for name, points in series.items() if name.startswith(_RISING)]
     if not rising or max(len(points) for points in rising) < FEWEST_UPDATES:
         return None
-    gains = [section(values, "reward_gain") for values in section(run.results, "evaluate", "sets").values()]
+    sets = section(run.results, "evaluate", "sets").values()
+    gains = [section(values, "reward_gain") for values in sets]
+    gains += [section(of, "gain") for values in sets for of in section(values, "labeler_rewards").values()]
     held_out = [ends for gain in gains if (ends := interval(gain.get("interval")))]
     if any(ends[0] > 0 for ends in held_out) or any(_rises(points) for points in rising):
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trl_rlaif.recipe.sections import STAGES
@@ -21,6 +21,7 @@ from trl_rlaif.report.run_data import Run
 
 # Of a text that is longer, so much is shown before it is opened.
 PREVIEW_CHARACTERS = 700
+_MAX_LABELERS = 8
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class SetResult:
     name: str
     prompts: float | None
     reward: Measure | None
+    labelers: dict[str, Measure]
     win_rate: Measure | None
     length_ratio: float | None
     tokens: str
@@ -70,7 +72,8 @@ def set_results(run: Run) -> list[SetResult]:
             SetResult(
                 name=label(name) or "held-out",
                 prompts=number(values.get("prompts")),
-                reward=_reward_gain(values),
+                reward=_gain(*(section(values, f"reward_{key}") for key in ("gain", "start", "trained"))),
+                labelers=_labeler_gains(values),
                 win_rate=_win_rate(values),
                 length_ratio=after / before if before and after is not None else None,
                 tokens=tokens,
@@ -92,15 +95,26 @@ def _verdict(
     return words[2], "unclear"
 
 
-def _reward_gain(values: dict[str, Any]) -> Measure | None:
-    gain = section(values, "reward_gain")
+def _labeler_gains(values: dict[str, Any]) -> dict[str, Measure]:
+    """How the rewards of labelers changed, by their names."""
+    found = {}
+    for name, of in section(values, "labeler_rewards").items():
+        of = section(of)
+        gain = _gain(*(section(of, key) for key in ("gain", "start", "trained")))
+        prompts, unscored = number(of.get("prompts")), number(of.get("unscored"))
+        if gain is not None:
+            said = [gain.detail, count(prompts, "prompt"), f"{count(unscored)} not scored" if unscored else ""]
+            found[label(name, 40)] = replace(gain, detail=", ".join(filter(None, said)))
+    return dict(list(found.items())[:_MAX_LABELERS])
+
+
+def _gain(gain: dict[str, Any], start: dict[str, Any], trained: dict[str, Any]) -> Measure | None:
     mean, ends = number(gain.get("mean")), interval(gain.get("interval"))
     if mean is None:
         return None
     verdict, tone = _verdict(mean, ends, 0.0, ("it rose", "it fell", "no clear change"))
     shown = scores(mean, *(ends or ()), sign=True)
-    before = number(section(values, "reward_start").get("mean"))
-    after = number(section(values, "reward_trained").get("mean"))
+    before, after = number(start.get("mean")), number(trained.get("mean"))
     detail = ""
     if before is not None and after is not None:
         detail = "mean {} → {}".format(*scores(before, after))
@@ -260,17 +274,21 @@ def _about_set(result: SetResult) -> str:
     named = result.name.lower().replace("-", " ") in ("held out", "eval", "test")
     where = "On held-out prompts" if named else f"On the held-out prompts of {result.name}"
     parts = []
-    if result.reward:
-        between = f"interval {result.reward.interval_text}" if result.reward.interval_text else "no interval"
-        amount = result.reward.text.lstrip("+" + MINUS)
-        verb = {"good": f"rose by {amount} (", "bad": f"fell by {amount} ("}
-        said = verb.get(result.reward.tone, f"did not clearly change ({result.reward.text}, ")
-        parts.append(f"the mean reward {said}{between})")
+    rewards = {"the mean reward": result.reward} | {f"the reward {name}": of for name, of in result.labelers.items()}
+    for name, reward in rewards.items():
+        if reward:
+            between = f"interval {reward.interval_text}" if reward.interval_text else "no interval"
+            amount = reward.text.lstrip("+" + MINUS)
+            verb = {"good": f"rose by {amount} (", "bad": f"fell by {amount} ("}
+            said = verb.get(reward.tone, f"did not clearly change ({reward.text}, ")
+            parts.append(f"{name} {said}{between})")
     if result.win_rate:
         between = f" (interval {result.win_rate.interval_text})" if result.win_rate.interval_text else ""
         verdict = result.win_rate.verdict
         parts.append(f"the win rate against the start is {result.win_rate.text}{between}: {verdict}")
-    return f"{where}, {' and '.join(parts)}." if parts else f"{where}, there is no reward and no win rate."
+    if not parts:
+        return f"{where}, there is no reward and no win rate."
+    return f"{where}, {' and '.join(filter(None, [', '.join(parts[:-1]), parts[-1]]))}."
 
 
 def kl_last(run: Run) -> float | None:

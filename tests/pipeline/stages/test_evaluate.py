@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from helpers.recipes import tiny_recipe
 
+from trl_rlaif.pipeline.context import Context
+from trl_rlaif.pipeline.labeler_rewards import _measured
+from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.work.evaluate import _numbers
+from trl_rlaif.plugins import installed_plugins
 
 
 def _rows(category, preferred, gain, count=8):
@@ -40,3 +45,16 @@ def test_a_judge_that_is_of_two_minds_raises_no_alarm():
         row["p_trained"] = 0.9
     code = _numbers(rows, seed=1)["by_category"]["code"]
     assert code["win_rate"] == 0.4 and not code["drift"]
+
+
+@pytest.mark.parametrize(
+    ("rl", "measured"),
+    [
+        ({"rewards": ["reward", "direct", "rubric"]}, ["direct", "rubric"]),
+        ({"rewards": ["ranking", "direct"], "algorithm": "grpo"}, ["direct"]),
+        ({"algorithm": "dpo", "rewards": ["direct"]}, []),
+    ],
+)
+def test_labelers_that_score_single_responses_are_asked_about_held_out_prompts(tiny_model, tmp_path, rl, measured):
+    recipe = tiny_recipe(tmp_path, tiny_model, rl=rl)
+    assert _measured(Context(recipe, RunFolder(tmp_path / "run"), installed_plugins())) == measured

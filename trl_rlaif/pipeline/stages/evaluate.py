@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.inputs import data_file, prompt_file
-from trl_rlaif.pipeline.stage import BASE, DRAWN, GROUPING, READING, TRACKING, Amounts, Stage
+from trl_rlaif.pipeline.stage import BASE, DRAWN, GROUPING, QUESTION, READING, TRACKING, Amounts, Stage
 from trl_rlaif.recipe import JudgeSection
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Evaluate(Stage):
-    """Responses of both, what the judges say of them, and the reward model's scores."""
+    """Responses of both, what the judges say of them, and the rewards of ``rl``."""
 
     name = "evaluate"
     outputs = (artifacts.SAMPLES,)
@@ -54,13 +54,14 @@ class Evaluate(Stage):
         )
 
     def cost(self, recipe: Recipe, amounts: Amounts) -> float | None:
-        """Responses of both policies, their rewards and NLLs, and the judge's questions."""
+        """Responses of both policies, their rewards and NLLs, and the judge's questions; a rubric counts as one."""
         if not isinstance(recipe.evaluate.judge, str) or recipe.evaluate.judges or recipe.evaluate.harmless:
             return None
         responses, response = recipe.evaluate.num_responses, longest_response(recipe)
         drawn = amounts.tokens + DRAWN * responses * response
         scored = (responses + 1) * (amounts.tokens + response)
-        return amounts.held_out * (2 * (drawn + scored) + amounts.tokens + 4 * response)
+        asked = len(recipe.reward_labelers) * (amounts.tokens + response + QUESTION)
+        return amounts.held_out * (2 * (drawn + scored + asked) + amounts.tokens + 4 * response)
 
     def memory(self, run: MemoryRun) -> list[Part]:
         """Responses of the policy and the start, rewards, and the judge, on one base."""

@@ -22,6 +22,7 @@ from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.answers import rewards_of, sources
 from trl_rlaif.pipeline.artifacts import EvaluateResults
 from trl_rlaif.pipeline.context import Context
+from trl_rlaif.pipeline.labeler_rewards import SIDES, score_responses
 from trl_rlaif.pipeline.stages.evaluate import longest_response
 from trl_rlaif.progress import progress_bar
 from trl_rlaif.recipe.inputs import warn_of_overlaps
@@ -47,6 +48,7 @@ def run(context: Context) -> EvaluateResults:
     for name, source in sources(recipe).items():
         rows[name], found[name] = _answers(context, shared, name, source)
     models = ask_judges(context, shared, rows)
+    score_responses(context, shared, rows)
     samples, seed = [row for of_set in rows.values() for row in of_set], recipe.run.seed
     write_atomically(context.folder / artifacts.SAMPLES, "".join(map(to_line, samples)))
     return {
@@ -179,6 +181,8 @@ def _numbers(rows: list[dict[str, Any]], seed: int) -> dict[str, Any]:
     pairs = [(row["mean_reward_start"], row["mean_reward_trained"]) for row in rows]
     gains = [None if start is None else trained - start for start, trained in pairs]
     numbers["reward_gain"] = _mean(gains, asked, seed)
+    names = rows[0].get("rewards_start", {})
+    numbers |= {"labeler_rewards": {name: _of_labeler(name, rows, seed) for name in names}} if names else {}
     by_category = defaultdict(list)
     for row, gain, key in zip(rows, gains, asked, strict=True):
         if row["category"] is not None and row["p_trained"] is not None:
@@ -195,6 +199,19 @@ def _of_category(found: list[tuple[float, float | None, str]], seed: int) -> dic
     drift = gain is not None and gain["interval"][0] > 0 and win["interval"][1] < 0.5
     drift = drift and len(found) >= FEWEST_FOR_DRIFT
     return {"win_rate": win["win_rate"], "n": len(found), "reward_gain": gain, "drift": drift}
+
+
+def _of_labeler(name: str, rows: list[dict[str, Any]], seed: int) -> dict[str, Any]:
+    """A labeler's rewards, of the prompts of which it has both: the gain is each prompt's own."""
+    both = [(row["prompt"], *(row[f"rewards_{side}"][name] for side in SIDES)) for row in rows]
+    found = [(prompt_key(prompt), start, trained) for prompt, start, trained in both if None not in (start, trained)]
+    numbers: dict[str, Any] = {"prompts": len(found), "unscored": len(rows) - len(found)}
+    if not found:
+        return numbers
+    asked, start, trained = map(list, zip(*found, strict=True))
+    gains = [after - before for before, after in zip(start, trained, strict=True)]
+    means = {"start": start, "trained": trained, "gain": gains}
+    return numbers | {key: _mean(values, asked, seed) for key, values in means.items()}
 
 
 def _mean(values: list[float | None], prompts: Sequence[str], seed: int) -> dict[str, Any] | None:
