@@ -236,6 +236,36 @@ def test_rewards_of_labelers_on_held_out_prompts_are_shown(tmp_path):
     assert "Change of the reward <script>" in read(folder).text and "Change of the reward y" not in read(folder).text
 
 
+def test_pairs_of_a_sampler_are_shown_with_what_it_says_of_them(tmp_path):
+    folder = make_run(tmp_path / "run")
+    assert "Pairs made by" not in read(folder).text
+
+    def sampled(text, sampler="revise"):
+        rows = [
+            {
+                "id": i, "prompt": f"{text} {i}", "category": "code", "human": None, "response_1": f"first {text}",
+                "response_2": "second", "principle": f"clarity {text}", "critique": f"It is vague. {text}", "n": 3,
+            }
+            for i in range(40)
+        ]  # fmt: skip
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | {"sample": {"sampler": sampler}}))
+        (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        found = {"pairs": 40, "revisions": 40, "dropped": {"empty critique": 3, f"other {text}": 1}}
+        set_results(folder, lambda results: results.update(sample=found))
+        return read(folder)
+
+    page = sampled("plain")
+    shown = part(page, "Pairs made by revise", "Repeat it")
+    assert "pairs 40 revisions to fine-tune on 40 dropped empty critique 3, other plain 1" in shown
+    assert "response 2 preferred 50.0% of 10 labels" in shown  # five of ten are below one half
+    assert "20 sampled pairs" in shown and "Evenly spaced over all 40 pairs" in shown
+    whole = "Response 1 first plain principle clarity plain critique It is vague. plain Response 2 second"
+    assert shown.count(whole) == 20 and "plain 38" in shown
+    assert_only_our_script(sampled(HOSTILE, {HOSTILE: {}}))
+    for odd in ([1], 3, {}, None, {"x": 1}):
+        sampled(HOSTILE, odd)
+
+
 def test_hostile_text_stays_text(tmp_path, drawn):
     folder = make_run(tmp_path / "run", text=HOSTILE, category=HOSTILE)
     recipe = {**RECIPE, "run": {"name": HOSTILE[:60]}, "command": HOSTILE, "versions": {HOSTILE: HOSTILE}}

@@ -20,6 +20,7 @@ from trl_rlaif.report.no_learning import signs_of_no_learning
 from trl_rlaif.report.parsing import spread
 from trl_rlaif.report.rehearsal_figures import rehearsal_part
 from trl_rlaif.report.run_data import MAX_SAMPLES, Run, read_run
+from trl_rlaif.report.sampled import sampler_part
 from trl_rlaif.report.score_figures import score_part
 from trl_rlaif.report.teaching_figures import teaching_part
 
@@ -99,6 +100,7 @@ def run_page(run: Run) -> dict[str, Any]:
         "rehearsal": rehearsal_part(run),
         "judges": judge_part(judged),
         "held_out": [set_part(run, name) for name in _set_names(run)],
+        "sampler": sampler_part(run.recipe, run.results, run.sampled, len(run.labels.confidences), run.labels.second),
         "samples": samples,
         "sample_sets": sorted({sample.set for sample in samples}),
         "sample_categories": sorted({sample.category for sample in samples}),

@@ -46,13 +46,14 @@ class Labels:
     """What labels.jsonl says: confidences in 0.5..1 and the winner's table, keyed (order 1-2, order 2-1).
 
     ``answers`` holds (p, human choice) where a person chose 1 or 2; ``pairs`` some labeled pairs, evenly spaced.
-    ``criteria`` are those that labels consist of, over all pairs.
+    ``criteria`` are those that labels consist of, over all pairs. ``second`` counts the labels that prefer response 2.
     """
 
     total: int = 0
     confidences: list[float] = field(default_factory=list)
     winners: dict[tuple[int, int], int] = field(default_factory=lambda: {(1, 1): 0, (1, 2): 0, (2, 1): 0, (2, 2): 0})
     ties: int = 0
+    second: int = 0
     answers: list[tuple[float, int]] = field(default_factory=list)
     pairs: list[LabeledPair] = field(default_factory=list)
     criteria: list[CriterionTotal] = field(default_factory=list)
@@ -78,6 +79,7 @@ def read_labels(
         p, p_12, p_21 = (probability(row.get(key)) for key in ("p", "p_12", "p_21"))
         if p is not None:
             labels.confidences.append(max(p, 1 - p))
+            labels.second += p < 0.5
             known.append((row, pair))
             if _human(pair):
                 labels.answers.append((p, pair["human"]))

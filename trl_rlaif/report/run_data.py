@@ -15,6 +15,7 @@ from trl_rlaif.report.jury import read_verdicts
 from trl_rlaif.report.label_data import Labels, read_labels
 from trl_rlaif.report.parsing import LARGEST_DRAWN, Turn, both, drawable, lines, probability, turn, turns
 from trl_rlaif.report.rankings import RankedPairs, read_rankings
+from trl_rlaif.report.sampled import SampledPair, read_sampled
 
 MAX_SAMPLES = 200
 MAX_RECIPE_CHARACTERS = 100_000
@@ -89,6 +90,7 @@ class Run:
     series: dict[str, Series]
     labels: Labels
     rankings: RankedPairs
+    sampled: list[SampledPair]
     samples: list[Sample]
     scored: list[ScoredPair]
     rehearsed: list[Rehearsed]
@@ -120,6 +122,7 @@ def read_run(folder: Path) -> Run:
         series=_read_series(folder / artifacts.METRICS, notes),
         labels=read_labels(folder / artifacts.LABELS, results, pairs, notes, ranked.probabilities, jury),
         rankings=ranked,
+        sampled=read_sampled(recipe, pairs),
         samples=_read_samples(folder / artifacts.SAMPLES, notes),
         scored=_read_scored(folder / artifacts.REWARD_SCORES, notes),
         rehearsed=_read_rehearsed(folder / artifacts.REHEARSAL, notes),

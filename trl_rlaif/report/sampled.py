@@ -1,0 +1,63 @@
+"""Reads the pairs that a plugin's sampler made, and says what the page shows of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from trl_rlaif.pipeline.artifacts import PairRow
+from trl_rlaif.report.formatting import label, number, reasons, section
+from trl_rlaif.report.parsing import Turn, spread, turn, turns
+
+MAX_PAIRS = 20
+_MAX_COLUMNS = 6
+
+
+@dataclass(frozen=True)
+class SampledPair:
+    """A pair, with the texts that the data and the sampler say of it by their columns' names."""
+
+    category: str
+    prompt: list[Turn]
+    responses: tuple[Turn, Turn]
+    columns: list[tuple[str, Turn]]
+
+
+def read_sampled(recipe: dict[str, Any], pairs: list[dict[str, Any]]) -> list[SampledPair]:
+    """Some pairs, evenly spaced; none where no sampler made them."""
+    return [_pair(row) for row in spread(pairs, MAX_PAIRS)] if _sampler(recipe) else []
+
+
+def _sampler(recipe: dict[str, Any]) -> str:
+    found = section(recipe, "sample").get("sampler")
+    return label(next(iter(found), "") if isinstance(found, dict) else found)
+
+
+def _pair(row: dict[str, Any]) -> SampledPair:
+    texts = [(label(name), turn("", text)) for name, text in row.items()
+             if name not in PairRow.__annotations__ and isinstance(text, str)]  # fmt: skip
+    first, second = (turn("", row.get(f"response_{i}")) for i in (1, 2))
+    return SampledPair(label(row.get("category")), turns(row.get("prompt")), (first, second), texts[:_MAX_COLUMNS])
+
+
+def sampler_part(
+    recipe: dict[str, Any], results: dict[str, Any], shown: list[SampledPair], labels: int, second: int
+) -> dict[str, Any] | None:
+    """Who made how many pairs, what was dropped, which responses the judge prefers, and some pairs; None without one.
+
+    Args:
+        labels: Pairs with a label.
+        second: Those of them whose second response is preferred.
+    """
+    name, found = _sampler(recipe), section(results, "sample")
+    if not name or not (found or shown):
+        return None
+    return {
+        "name": name,
+        "pairs": number(found.get("pairs")),
+        "revisions": number(found.get("revisions")),
+        "dropped": reasons(found.get("dropped")),
+        "labels": labels,
+        "second": second / labels if labels else None,
+        "shown": shown,
+    }
