@@ -38,7 +38,7 @@ def make_contrasts(pairs: Sequence[Pair], kinds: Sequence[Contrast], count: int,
 
     - ``other_prompt``: answers another prompt, at about the same length;
     - ``cut_off``: stops within a sentence, earlier or later than the better one ends;
-    - ``looping``: repeats one of its sentences until it is as long;
+    - ``looping``: says a few of its words again and again until it has as many;
     - ``shuffled``: has its words in another order;
     - ``constraint``: has one sentence where the prompt, to which that is added, asks for several, or the reverse.
 
@@ -116,12 +116,11 @@ def _cut_off(pair: Pair, text: str, good: str, sources: Sequence[Source], draw: 
 
 
 def _looping(pair: Pair, text: str, good: str, sources: Sequence[Source], draw: random.Random) -> str | None:
-    parts = sentences(good)
-    last = draw.randrange(len(parts))
-    looped = parts[: last + 1]
-    while sum(map(len, looped)) < len(good) or len(looped) < last + 3:
-        looped.append(parts[last])
-    return " ".join(looped)
+    words = good.split()
+    first = draw.randrange(len(words) // 3 + 1)
+    rest = len(words) - first
+    said = words[first : first + draw.randint(2, max(2, rest // 3))]
+    return " ".join([*words[:first], *(said * rest)[:rest]])
 
 
 def _shuffled(pair: Pair, text: str, good: str, sources: Sequence[Source], draw: random.Random) -> str | None:
