@@ -20,6 +20,7 @@ _LAZY = {
     "RejectionTrainer": "trl_rlaif.rl.rejection",
     "SharedBase": "trl_rlaif.models.shared_model",
     "Labeler": "trl_rlaif.components",
+    "RewardLabeler": "trl_rlaif.components",
     "RewardTransform": "trl_rlaif.components",
     "DataSelector": "trl_rlaif.components",
     "PairSampler": "trl_rlaif.components",
@@ -54,6 +55,8 @@ _LAZY = {
     "ask_together": "trl_rlaif.judging.judge",
     "done_indices": "trl_rlaif.judging.judge",
     "ScoreDistribution": "trl_rlaif.judging.distribution",
+    "Rated": "trl_rlaif.judging.rated",
+    "rated_label": "trl_rlaif.judging.rated",
     "check_weight": "trl_rlaif.judging.weights",
     "weighted_sum": "trl_rlaif.judging.distribution",
     "LocalJudge": "trl_rlaif.judging.local",
@@ -74,7 +77,15 @@ __all__ = ["__version__", "hookimpl", *_LAZY]
 
 if TYPE_CHECKING:
     from trl_rlaif.clustering import cluster
-    from trl_rlaif.components import DataSelector, Labeler, Options, PairSampler, RewardTransform, rows_of
+    from trl_rlaif.components import (
+        DataSelector,
+        Labeler,
+        Options,
+        PairSampler,
+        RewardLabeler,
+        RewardTransform,
+        rows_of,
+    )
     from trl_rlaif.data import Pair, Prompt
     from trl_rlaif.data.records import read_records
     from trl_rlaif.encoding import as_messages, as_text, follow_up, set_template_kwargs
@@ -86,6 +97,7 @@ if TYPE_CHECKING:
     from trl_rlaif.judging.local import LocalJudge
     from trl_rlaif.judging.prompt import JudgePrompt
     from trl_rlaif.judging.question import Answer, Question, Thinking, ThinkingOptions
+    from trl_rlaif.judging.rated import Rated, rated_label
     from trl_rlaif.judging.weights import check_weight
     from trl_rlaif.models.embedding import directions
     from trl_rlaif.models.shared_model import SharedBase

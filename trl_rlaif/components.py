@@ -104,6 +104,41 @@ class Labeler(Component, ABC):
         """
 
 
+class RewardLabeler(Labeler):
+    """A labeler that asks a judge about responses and is a reward function, too: ``reward_funcs=[Mine(judge)]``.
+
+    It works in PPOTrainer and in TRL's GRPOTrainer and RLOOTrainer, which call it ``__name__`` in their logs.
+
+    Args:
+        judge: Whom to ask when it is called as a reward function.
+        options: The recipe's.
+    """
+
+    def __init__(self, judge: Judge | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.judge = judge
+        self.failed: list[str] = []
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        """See ``rewards``. Completions are texts or lists of messages."""
+        if self.judge is None:
+            name = type(self).__name__
+            raise TypeError(f"{name} is called as a reward function and has no judge: {name}(judge).")
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        return self.rewards(prompts, texts, self.judge, **columns)
+
+    @abstractmethod
+    def rewards(
+        self, prompts: Sequence[Any], responses: Sequence[str], judge: Judge, **columns: Any
+    ) -> list[float | None]:
+        """A reward for each response; None for one that the judge cannot score, and ``failed`` then says why.
+
+        Args:
+            prompts: Texts or lists of messages.
+            columns: Of the data, a list with a value for each response.
+        """
+
+
 def rows_of(columns: Mapping[str, Any], names: Collection[str], count: int) -> list[dict[str, Any]]:
     """The columns that a reward function is given, as the rows that ``JudgePrompt`` and ``check_row`` take.
 

@@ -13,15 +13,16 @@ from trl_rlaif import (
     Judge,
     JudgePrompt,
     Label,
-    Labeler,
     Pair,
     Question,
+    RewardLabeler,
     ask_together,
     done_indices,
+    rated_label,
     rows_of,
 )
 from trl_rlaif_direct.criteria import CriteriaRating, label_by_criteria, rate_by_criteria
-from trl_rlaif_direct.rating import RATINGS, Rating, preference, rating
+from trl_rlaif_direct.rating import RATINGS, Rating, rating
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +34,7 @@ class DirectOptions(CriteriaOptions):
     """Options of `direct`."""
 
 
-class DirectLabeler(Labeler):
+class DirectLabeler(RewardLabeler):
     """Direct rewards (Lee et al. 2023, section 2.2.2).
 
     With a judge it is a reward function for PPOTrainer and for TRL's GRPOTrainer and RLOOTrainer:
@@ -47,14 +48,12 @@ class DirectLabeler(Labeler):
     Options = DirectOptions
     options: DirectOptions
     candidates: Sequence[str] = RATINGS
+    __name__ = "direct"
 
     def __init__(self, judge: Judge | None = None, **options: Any) -> None:
-        super().__init__(**options)
-        self.judge = judge
+        super().__init__(judge, **options)
         if self.options.criteria:
             self.candidates = ()  # a judge is taught one question
-        self.failed: list[str] = []
-        self.__name__ = "direct"  # by which trainers call a reward function in their logs
 
     def check_prompt(self, prompt: JudgePrompt) -> None:
         """See Labeler."""
@@ -138,37 +137,12 @@ class DirectLabeler(Labeler):
         (answer,) = answers[RATINGS]
         return answer.failed or rating(answer.logprobs)
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        """Rewards in [-1, 1], with GRPOTrainer's signature; None for a response that the judge cannot rate.
-
-        Completions are texts or lists of messages.
-        """
-        if self.judge is None:
-            raise TypeError("DirectLabeler is called as a reward function and has no judge: DirectLabeler(judge).")
-        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-        return [None if one is None else one.reward for one in self.rate(prompts, texts, self.judge, **columns)]
+    def rewards(
+        self, prompts: Sequence[Any], responses: Sequence[str], judge: Judge, **columns: Any
+    ) -> list[float | None]:
+        """In [-1, 1]; see RewardLabeler."""
+        return [None if one is None else one.reward for one in self.rate(prompts, responses, judge, **columns)]
 
     def _label(self, id: str, answers: list[Answer], judge: str) -> Label:
-        # What the judge wrote of each response stands where distilled keeps that of each order.
-        rationales: dict[str, Any] = dict(
-            zip(("rationale_12", "rationale_21"), (a.rationale for a in answers), strict=True)
-        )
-        failed = next((answer.failed for answer in answers if answer.failed), None)
-        if failed:
-            return Label(id, judge=judge, skipped=failed, **rationales)
-        first, second = (rating(answer.logprobs) for answer in answers)
-        return Label(
-            id,
-            p=preference(first, second),
-            mass_12=first.mass,
-            mass_21=second.mass,
-            judge=judge,
-            score_1=first.reward,
-            score_2=second.reward,
-            spread_1=first.spread,
-            spread_2=second.spread,
-            bound_12=answers[0].bound or None,
-            bound_21=answers[1].bound or None,
-            voted=any(answer.voted for answer in answers) or None,
-            **rationales,
-        )
+        rated = [answer.failed or rating(answer.logprobs) for answer in answers]
+        return rated_label(id, judge, rated, [[answer] for answer in answers])

@@ -33,6 +33,15 @@ class Rating:
         squares = (p * (value - mean) ** 2 for p, value in zip(self.probabilities, _VALUES, strict=True))
         return math.sqrt(math.fsum(squares))
 
+    def above(self, other: Rating) -> float:
+        """Probability that it is rated higher, ties counted half, were both drawn from their distributions."""
+        below = 0.0
+        p = 0.0
+        for a, b in zip(self.probabilities, other.probabilities, strict=True):
+            p += a * (below + b / 2)
+            below += b
+        return min(1.0, p)
+
 
 _VALUES = tuple(2 * i / 9 - 1 for i in range(10))
 
@@ -52,13 +61,3 @@ def rating(draws: Sequence[Sequence[float]]) -> Rating:
         masses.append(min(1.0, math.exp(high) * total))
     means = tuple(math.fsum(column) / len(draws) for column in zip(*normalized, strict=True))
     return Rating(means, math.fsum(masses) / len(draws))
-
-
-def preference(first: Rating, second: Rating) -> float:
-    """Probability that the first is rated higher, ties counted half, were both drawn from their distributions."""
-    below = 0.0
-    p = 0.0
-    for a, b in zip(first.probabilities, second.probabilities, strict=True):
-        p += a * (below + b / 2)
-        below += b
-    return min(1.0, p)

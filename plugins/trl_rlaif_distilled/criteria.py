@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trl_rlaif import Answer, CriteriaOptions, CriterionLabel, Label, weighted_logit, with_veto, yes
-from trl_rlaif_distilled.debias import Debias, Order, Preference, combine, mean_preference, sigmoid
+from trl_rlaif_distilled.debias import Debias, Order, Preference, combine, mean_preference, sigmoid, unread
 
 Read = dict[Order, list[Preference]]
 
@@ -42,8 +42,7 @@ def label_by_criteria(
     held = [yes(of) for of in checked] or [[], []]
     failed = next((answer.failed for answer in answers if answer.failed), None)
     failed = failed or next((reason for reason in held if isinstance(reason, str)), None)
-    if not failed and any(max(draw) == -math.inf for of in compared.values() for a in of for draw in a.logprobs):
-        failed = "the judge gives neither candidate any probability"
+    failed = failed or unread([answer for of in compared.values() for answer in of])
     if failed:
         return Label(id, judge=judge, skipped=failed, **rationales)
     read: Read = {order: [mean_preference(order, a.logprobs) for a in of] for order, of in compared.items()}

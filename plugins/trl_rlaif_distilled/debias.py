@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Literal, NamedTuple
 
+from trl_rlaif import Answer
+
 Debias = Literal["mean_prob", "mean_logit"]
 Order = Literal["12", "21"]
 
@@ -23,6 +25,14 @@ class Preference(NamedTuple):
     logit: float
     p: float
     mass: float
+
+
+def unread(answers: Sequence[Answer]) -> str | None:
+    """Why one of the answers "1" or "2" has no preference; None where all have."""
+    failed = next((answer.failed for answer in answers if answer.failed), None)
+    if not failed and any(max(draw) == -math.inf for answer in answers for draw in answer.logprobs):
+        return "the judge gives neither candidate any probability"
+    return failed
 
 
 def preference(logprob_1: float, logprob_2: float) -> Preference:

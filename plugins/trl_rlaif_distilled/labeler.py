@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -22,7 +21,7 @@ from trl_rlaif import (
     done_indices,
 )
 from trl_rlaif_distilled.criteria import label_by_criteria
-from trl_rlaif_distilled.debias import Debias, Order, combine, mean_preference
+from trl_rlaif_distilled.debias import Debias, Order, combine, mean_preference, unread
 
 if TYPE_CHECKING:
     import torch
@@ -151,9 +150,7 @@ class DistilledLabeler(Labeler):
         rationales: dict[str, Any] = {
             f"rationale_{order}": a.rationale for order, a in zip(self._orders(), answers, strict=True)
         }
-        failed = next((answer.failed for answer in answers if answer.failed), None)
-        if not failed and any(max(draw) == -math.inf for answer in answers for draw in answer.logprobs):
-            failed = "the judge gives neither candidate any probability"
+        failed = unread(answers)
         if failed:
             return Label(id, judge=judge, skipped=failed, **rationales)
         read = {o: mean_preference(o, a.logprobs) for o, a in zip(self._orders(), answers, strict=True)}

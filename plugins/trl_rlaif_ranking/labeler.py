@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -11,9 +10,9 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, model_validator
 from trl_rlaif_distilled import DistilledLabeler, DistilledOptions
-from trl_rlaif_distilled.debias import mean_preference
+from trl_rlaif_distilled.debias import mean_preference, unread
 
-from trl_rlaif import Answer, Asked, Judge, Ranking, UserError, rank_all, rank_by_tournament, rows_of
+from trl_rlaif import Answer, Asked, Judge, Ranking, RewardLabeler, UserError, rank_all, rank_by_tournament, rows_of
 
 
 class RankingOptions(DistilledOptions):
@@ -53,7 +52,7 @@ class _Group:
         self.rows.append((row, self.responses.setdefault(text, len(self.responses))))
 
 
-class RankingLabeler(DistilledLabeler):
+class RankingLabeler(RewardLabeler, DistilledLabeler):
     """Group-relative rewards: how much better than the others a response to the same prompt is.
 
     With a judge it is a reward function of TRL's GRPOTrainer and RLOOTrainer, ``reward_funcs=[RankingLabeler(judge)]``.
@@ -71,30 +70,23 @@ class RankingLabeler(DistilledLabeler):
     Options = RankingOptions
     options: RankingOptions
     ranks: ClassVar[bool] = True
+    __name__ = "ranking"
 
-    def __init__(self, judge: Judge | None = None, **options: Any) -> None:
-        super().__init__(**options)
-        self.judge = judge
-        self.failed: list[str] = []
-        self.__name__ = "ranking"  # by which trainers call a reward function in their logs
-
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        """Rewards with GRPOTrainer's signature; None for a response of which no comparison could be judged.
+    def rewards(
+        self, prompts: Sequence[Any], responses: Sequence[str], judge: Judge, **columns: Any
+    ) -> list[float | None]:
+        """See RewardLabeler; None for a response of which no comparison could be judged.
 
         Args:
-            prompts: Texts or lists of messages; equal ones make a group, wherever they are.
-            completions: Texts or lists of messages.
+            prompts: Equal ones make a group, wherever they are.
             columns: The data's other columns, which the judge's prompt may name.
 
         Raises:
             UserError: A prompt has a single completion.
         """
-        if self.judge is None:
-            raise TypeError("RankingLabeler is called as a reward function and has no judge: RankingLabeler(judge).")
         groups: dict[str, _Group] = {}
-        rows = rows_of(columns, self.columns(self.judge.prompt), len(completions))
-        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            text = completion if isinstance(completion, str) else completion[-1]["content"]
+        rows = rows_of(columns, self.columns(judge.prompt), len(responses))
+        for row, (prompt, text) in enumerate(zip(prompts, responses, strict=True)):
             key = json.dumps([prompt, rows[row]], sort_keys=True, default=str)
             groups.setdefault(key, _Group(prompt, rows[row])).add(row, text)
         alone = next((group for group in groups.values() if len(group.rows) == 1), None)
@@ -105,7 +97,7 @@ class RankingLabeler(DistilledLabeler):
                 "gradient_accumulation_steps a multiple of num_generations.",
             )
         self.failed = []
-        found = self._rewards(list(groups.values()), self.judge)
+        found = self._rewards(list(groups.values()), judge)
         return [found[row] for row in range(len(prompts))]
 
     def _rewards(self, groups: list[_Group], judge: Judge) -> dict[int, float | None]:
@@ -169,9 +161,7 @@ class RankingLabeler(DistilledLabeler):
 
     def _read(self, answer: Answer) -> float | None:
         """The probability that the response shown first is better."""
-        failed = answer.failed
-        if not failed and any(max(draw) == -math.inf for draw in answer.logprobs):
-            failed = "the judge gives neither candidate any probability"
+        failed = unread([answer])
         if failed:
             self.failed.append(failed)
             return None

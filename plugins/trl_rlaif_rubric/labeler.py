@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -17,15 +18,17 @@ from trl_rlaif import (
     Judge,
     JudgePrompt,
     Label,
-    Labeler,
     Options,
     Pair,
     Question,
+    Rated,
+    RewardLabeler,
     ScoreDistribution,
     ThinkingOptions,
     UserError,
     ask_together,
     done_indices,
+    rated_label,
     rows_of,
     yes,
 )
@@ -76,7 +79,7 @@ def _as_value_error() -> Iterator[None]:
         raise ValueError(str(error)) from None
 
 
-class RubricLabeler(Labeler):
+class RubricLabeler(RewardLabeler):
     """Rubric rewards (Gunjal et al. 2025; graded as HealthBench, Arora et al. 2025).
 
     Every criterion is a question of its own, "Yes" or "No", behind prompt and response, which are computed once for all
@@ -91,13 +94,11 @@ class RubricLabeler(Labeler):
 
     Options = RubricOptions
     options: RubricOptions
+    __name__ = "rubric"
 
     def __init__(self, judge: Judge | None = None, **options: Any) -> None:
-        super().__init__(**options)
-        self.judge = judge
-        self.failed: list[str] = []
+        super().__init__(judge, **options)
         self.shared = self.options.criteria()
-        self.__name__ = "rubric"  # by which trainers call a reward function in their logs
 
     def check_prompt(self, prompt: JudgePrompt) -> None:
         """See Labeler."""
@@ -164,15 +165,11 @@ class RubricLabeler(Labeler):
         self.failed = [met for met in read if isinstance(met, str)]
         return [None if isinstance(met, str) else grade(of, met) for of, met in zip(rubrics, read, strict=True)]
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        """Expected scores in [0, 1], with GRPOTrainer's signature; None for a response that the judge cannot grade.
-
-        Completions are texts or lists of messages.
-        """
-        if self.judge is None:
-            raise TypeError("RubricLabeler is called as a reward function and has no judge: RubricLabeler(judge).")
-        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-        return [None if one is None else one.mean for one in self.grade(prompts, texts, self.judge, **columns)]
+    def rewards(
+        self, prompts: Sequence[Any], responses: Sequence[str], judge: Judge, **columns: Any
+    ) -> list[float | None]:
+        """Expected scores in [0, 1]; see RewardLabeler."""
+        return [None if one is None else one.mean for one in self.grade(prompts, responses, judge, **columns)]
 
     def _questions(
         self, template: JudgePrompt, prompt: Any, response: str, rubric: Sequence[Criterion], columns: Mapping[str, Any]
@@ -181,38 +178,25 @@ class RubricLabeler(Labeler):
         return [template.check(prompt, response, one.text, columns=columns, think=think) for one in rubric]
 
 
-def _mass(answers: Sequence[Answer]) -> float:
-    """What the judge gave to Yes and No together, on average over the criteria."""
-    return min(1.0, fmean(sum(map(math.exp, draw)) for answer in answers for draw in answer.logprobs))
+@dataclass(frozen=True)
+class _Graded(Rated):
+    met: list[float]
+
+
+def _graded(rubric: Sequence[Criterion], answers: Sequence[Answer]) -> _Graded | str:
+    met = yes(answers)
+    if isinstance(met, str):
+        return met
+    # What the judge gave to Yes and No together, on average over the criteria.
+    mass = fmean(sum(map(math.exp, draw)) for answer in answers for draw in answer.logprobs)
+    return _Graded(grade(rubric, met), min(1.0, mass), met)
 
 
 def _label(id: str, rubric: Sequence[Criterion], both: list[list[Answer]], judge: str) -> Label:
-    rationales: dict[str, Any] = {
-        f"rationale_{order}": [text for answer in answers for text in answer.rationales] or None
-        for order, answers in zip(("12", "21"), both, strict=True)
-    }
-    met_1, met_2 = map(yes, both)
-    if isinstance(met_1, str) or isinstance(met_2, str):
-        failed = met_1 if isinstance(met_1, str) else met_2
-        return Label(id, judge=judge, skipped=str(failed), **rationales)
-    first, second = grade(rubric, met_1), grade(rubric, met_2)
-    bounds = [max(answer.bound for answer in answers) or None for answers in both]
-    return Label(
-        id,
-        p=first.above(second),
-        mass_12=_mass(both[0]),
-        mass_21=_mass(both[1]),
-        judge=judge,
-        score_1=first.mean,
-        score_2=second.mean,
-        spread_1=first.spread,
-        spread_2=second.spread,
-        bound_12=bounds[0],
-        bound_21=bounds[1],
-        voted=any(answer.voted for answers in both for answer in answers) or None,
-        criteria=[
+    def criteria(first: _Graded, second: _Graded) -> list[CriterionLabel]:
+        return [
             CriterionLabel(one.text, one.weight, score_1=a, score_2=b)
-            for one, a, b in zip(rubric, met_1, met_2, strict=True)
-        ],
-        **rationales,
-    )
+            for one, a, b in zip(rubric, first.met, second.met, strict=True)
+        ]
+
+    return rated_label(id, judge, [_graded(rubric, answers) for answers in both], both, criteria)

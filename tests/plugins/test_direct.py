@@ -15,7 +15,7 @@ from helpers.judges import ScriptedJudge, make_prompt
 from helpers.recipes import tiny_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_rlaif_direct import DirectLabeler
-from trl_rlaif_direct.rating import RATINGS, preference, rating
+from trl_rlaif_direct.rating import RATINGS, rating
 
 from trl_rlaif import JudgePrompt, LocalJudge, Pair, Thinking
 from trl_rlaif.files import read_lines
@@ -94,13 +94,13 @@ def test_preference_by_all_hundred_combinations():
             for (i, a), (j, b) in itertools.product(enumerate(one), enumerate(two))
         )
         first, second = rating([logprobs(one)]), rating([logprobs(two)])
-        assert preference(first, second) == pytest.approx(wanted, abs=1e-12)
-        assert preference(first, second) + preference(second, first) == pytest.approx(1, abs=1e-12)
+        assert first.above(second) == pytest.approx(wanted, abs=1e-12)
+        assert first.above(second) + second.above(first) == pytest.approx(1, abs=1e-12)
 
 
 def test_preference_of_sure_ratings():
     nine, ten = (rating([logprobs([float(i == index) for i in range(10)])]) for index in (8, 9))
-    assert (preference(ten, nine), preference(nine, ten), preference(ten, ten)) == (1.0, 0.0, 0.5)
+    assert (ten.above(nine), nine.above(ten), ten.above(ten)) == (1.0, 0.0, 0.5)
 
 
 # ---- Labels of a scripted judge -------------------------------------------------------------------------
