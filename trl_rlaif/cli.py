@@ -55,7 +55,9 @@ def run(
     yes: Annotated[
         bool, typer.Option("--yes", help="Redo, without asking, the stages whose inputs have changed.")
     ] = False,
-    only: Annotated[str | None, typer.Option(help="Run these stages alone: --only label,reward.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Run these stages alone: --only label,reward; of a round: --only 2/label.")
+    ] = None,
     shard: Annotated[
         str | None, typer.Option(help="Label share i of n (--shard i/n) and end there; join labels.jsonl afterwards.")
     ] = None,
@@ -118,7 +120,8 @@ def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
     _check_inputs(parsed, plugins)
     check_base(parsed)
     if not parsed.variants:
-        _echo(f"{parsed.source}: good. Stages: {', '.join(active_stages(parsed))}")
+        often = f", in {parsed.rounds.number} rounds" if parsed.rounds and parsed.rounds.number > 1 else ""
+        _echo(f"{parsed.source}: good. Stages: {', '.join(active_stages(parsed))}{often}")
         return
     _echo(f"{parsed.source}: good. Variants:")
     for name, variant in parsed.variants.items():
@@ -128,12 +131,14 @@ def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
 def _check_inputs(parsed: Recipe, plugins: Plugins) -> None:
     """Try what the recipe or each of its variants names, and warn of prompts that are held out and trained on."""
     from trl_rlaif.pipeline.checks import check_functions, check_prompts, check_ranking, check_sampler
+    from trl_rlaif.pipeline.lineage import check_previous
     from trl_rlaif.pipeline.trial import try_settings
     from trl_rlaif.progress import say
     from trl_rlaif.recipe.inputs import SMALL_FILE, check_data, overlap_warning, prompt_overlaps
 
     warnings: dict[str, None] = {}
     for each in parsed.variants.values() or [parsed]:
+        check_previous(each)
         check_data(each)
         check_functions(each)
         check_ranking(each, plugins)

@@ -108,6 +108,14 @@ RECIPES: dict[str, dict[str, Any]] = {
     "grpo": _NONE | {"rl": _GROUPS | {"algorithm": "grpo"}, "evaluate": _TRACKED},
     "rloo": _NONE | {"rl": _GROUPS | {"algorithm": "rloo"}},
     "sft, dpo": _NONE | {"data": _PEOPLE, "sft": _SFT, "rl": _DPO},
+    "rounds, ppo": {
+        "sft": _SFT,
+        "rounds": {"number": 2},
+        "reward": {"transforms": ["advantage"], "save_steps": 1},
+        "rl": {"total_episodes": 8},
+        "evaluate": None,
+    },
+    "rounds, dpo": {"rounds": {"number": 3}, "reward": None, "rl": _DPO | {"save_steps": 1}, "evaluate": None},
     "compare": _NONE
     | {
         "evaluate": {"max_new_tokens": 8},
@@ -297,7 +305,8 @@ def _content(path: Path, run: Path) -> Any:
     if path.suffix == ".jsonl" and path.name != "labels.jsonl":
         return [_untimed(json.loads(line)) for line in path.read_text().splitlines()]
     if path.name == "recipe.yaml":
-        return {key: value for key, value in yaml.safe_load(path.read_text()).items() if key != "command"}
+        text = path.read_text().replace(str(run.resolve()), "RUN")  # of a round, the round before
+        return {key: value for key, value in yaml.safe_load(text).items() if key != "command"}
     if path.suffix == ".html":
         shown = path.read_text().replace(run.name, "RUN")  # its command, in lines that are as long
         return [_SHOWN_TIMES.sub("", line) for line in shown.splitlines()]

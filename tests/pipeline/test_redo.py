@@ -215,7 +215,7 @@ def stubbed(monkeypatch):
     """Stages that only say that they ran."""
     ran = []
     monkeypatch.setattr(Stage, "run", lambda stage, context: (ran.append(stage.name), NUMBERS)[1])
-    monkeypatch.setattr(runner, "_say_signs", lambda folder: None)
+    monkeypatch.setattr(runner, "say_signs", lambda folder: None)
     return ran
 
 

@@ -40,6 +40,7 @@ rl:
   max_prompt_length: 64
 evaluate: {sets: {helpful: eval.jsonl}}
 judge: {contrasts: [looping], model: {path: org/judge}, learning_rate: 1e-4}
+rounds: {number: 2, reference: previous}
 report:
 """
 

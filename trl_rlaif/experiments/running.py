@@ -86,11 +86,12 @@ def _rename_arms(folder: RunFolder) -> None:
 
 def _ask(variants: Mapping[Path, Recipe], confirm: Confirm | None) -> None:
     """Say, or ask, what all variants redo and why, before any of them does."""
-    messages = []
+    from trl_rlaif.pipeline.rounds import changes
+
+    messages: list[str] = []
     for place, variant in variants.items():
         folder = RunFolder(place) if place.exists() else None
-        changed = redo.redone(redo.plan(variant, folder)) if folder else []
-        messages += [redo.describe(folder, changed)] if folder and changed else []
+        messages += changes(variant, folder) if folder else []
     if messages:
         redo.agree("\n".join(messages), confirm)
 

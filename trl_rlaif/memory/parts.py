@@ -195,7 +195,7 @@ def _head_chunk(shape: ModelShape) -> int:
 def _roles(run: MemoryRun) -> Iterator[Part]:
     """The base with the adapters and heads of every role."""
     recipe = run.recipe
-    frozen = {"reward": "reward" in recipe.rl.reward_names, "reference": recipe.sft is not None}
+    frozen = {"reward": "reward" in recipe.rl.reward_names, "reference": _has_reference(recipe)}
     yield from run.base(held=bool(run.setting("rl", "bf16")))
     tensors, what = run.adapter.tensors, "policy adapter and value head"
     if (run.setting("rl", "value") or "adapter") == "adapter":
@@ -203,6 +203,11 @@ def _roles(run: MemoryRun) -> Iterator[Part]:
     yield from trained(run, "rl", what, (*tensors, run.shape.hidden), FLOAT32)
     for role, there in frozen.items():
         yield frozen_adapters(run, f"{role} adapter (frozen)", there)
+
+
+def _has_reference(recipe: Recipe) -> bool:
+    """Whether rl compares the policy with another adapter, and not with the bare base."""
+    return recipe.sft is not None or (recipe.rounds is not None and recipe.rounds.reference == "previous")
 
 
 def judging(run: MemoryRun, judge: object, *, alone: bool) -> Iterator[Part]:

@@ -19,6 +19,8 @@ from trl_rlaif.errors import UserError
 from trl_rlaif.models.loading import keep_gradients
 
 ADAPTER_FILE = "adapter_model.safetensors"
+# What TRL's trainers call the copy of a trained adapter that they take as the reference.
+TRL_REFERENCE = "ref"
 
 
 @contextmanager
@@ -72,6 +74,20 @@ def save_adapter(model: PeftModel, name: str, folder: str | Path) -> None:
     training, config.inference_mode = config.inference_mode, True
     config.save_pretrained(str(folder))
     config.inference_mode = training
+
+
+def set_reference(model: PeftModel, name: str, folder: str | Path | None) -> None:
+    """Have an adapter that is not active, the reference of a trainer, be that of a folder.
+
+    Args:
+        name: The adapter.
+        folder: What ``save_adapter`` wrote; None removes the adapter, and the bare base is the reference.
+    """
+    if name in model.peft_config:
+        model.delete_adapter(name)
+    if folder is not None:
+        model.add_adapter(name, _for_causal_lm(_read_config(folder)))
+        set_peft_model_state_dict(model, _read_state(folder), adapter_name=name)
 
 
 class SharedBase(nn.Module):
@@ -135,6 +151,11 @@ class SharedBase(nn.Module):
     def reference(self) -> str | None:
         """The adapter of the reference policy, or None where the bare base is the reference."""
         return "reference" if "reference" in self.peft.peft_config else None
+
+    def compare_with(self, folder: str | Path | None) -> None:
+        """Take another reference: the adapter in a folder, or the bare base."""
+        set_reference(self.peft, "reference", folder)
+        self._set_trainable()
 
     def role(self, name: str | None):
         """Context manager: the model plays this role inside. None is the bare base."""

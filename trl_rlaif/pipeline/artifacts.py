@@ -45,6 +45,7 @@ SAMPLES = "samples.jsonl"  # SampleRow
 REPORT = "report.html"
 PLOTS = "report"
 CHECKPOINTS = "checkpoints"  # a folder a stage
+ROUNDS = "rounds"  # of a run in rounds: each round's own run folder, 1, 2, ...
 VARIANTS = "variants"  # of a comparison: each variant's own run folder
 # The outputs of stages that were redone, a folder for each time, laid out as a run's folder.
 SUPERSEDED = "superseded"
@@ -137,6 +138,7 @@ class DrawnRow(TypedDict, total=False):
     redraws: int
     responses: int
     ended: int
+    tokens: int  # of all responses, without their ends and reasoning
 
 
 class LessonRow(TypedDict, total=False):
@@ -215,6 +217,7 @@ class JuryRow(TypedDict):
 class ScoreRow(TypedDict, total=False):
     """A held-out pair's scores as the reward model gives them and, with transforms, as RL gets them."""
 
+    prompt_key: str  # trl_rlaif.data.overlap
     category: str | None
     p: float
     human: bool | None
@@ -291,6 +294,7 @@ class SampleResults(TypedDict, total=False):
     redrawn: int
     revisions: int
     ended: float | None
+    tokens: float | None  # mean of the responses
     seconds: float
 
 
@@ -351,9 +355,16 @@ class LabelResults(TypedDict, total=False):
 
 
 class RewardResults(TypedDict, total=False):
-    """Of reward: how it ranks held-out pairs, its calibration, and its scores by kind of prompt."""
+    """Of reward: how it ranks held-out pairs, its calibration, and its scores by kind of prompt.
+
+    Where it went on from an earlier round's, ``before`` has that one's ``accuracy`` on this run's pairs, with its
+    ``interval``, of ``all`` and of those ``held_out``; and ``earlier_pairs`` are those of earlier rounds among
+    ``train_pairs``.
+    """
 
     train_pairs: int
+    earlier_pairs: int
+    before: dict[str, dict[str, Any] | None]
     eval_pairs: int
     eval_prompts: int
     skipped: dict[str, int]
@@ -430,6 +441,31 @@ class CompareResults(TypedDict, total=False):
     seconds: float
 
 
+class RoundRow(TypedDict):
+    """A round's own numbers, as its results.json has them; None where it has none.
+
+    ``tokens`` is the mean length of what the policy that the round began with wrote.
+    """
+
+    pairs: int
+    tokens: float | None
+    accuracy_before: dict[str, Any] | None  # of the round before's reward model, on all new pairs
+    accuracy_before_held_out: dict[str, Any] | None
+    accuracy: dict[str, Any] | None  # of this round's, on the held-out ones
+    score_first: float | None
+    score_last: float | None
+    kl_last: float | None
+    implicit_first: float | None  # accuracy of dpo's implicit reward
+    implicit_last: float | None
+
+
+class RoundsResults(TypedDict):
+    """Of a run in rounds: a row each; and the seconds of all but the last, whose numbers are the run's own."""
+
+    rows: list[RoundRow]
+    seconds: float
+
+
 class Results(TypedDict, total=False):
     """results.json: the final numbers of every stage that has ended."""
 
@@ -442,3 +478,4 @@ class Results(TypedDict, total=False):
     evaluate: EvaluateResults
     report: ReportResults
     compare: CompareResults
+    rounds: RoundsResults

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,10 @@ from trl_rlaif.pipeline import artifacts
 if TYPE_CHECKING:
     from trl_rlaif.data import Prompt
     from trl_rlaif.pipeline.context import Context
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def categorized(context: Context, prompts: list[Prompt], tokens: Sequence[Sequence[int]], base: Any) -> list[Prompt]:
@@ -36,10 +41,11 @@ def categorized(context: Context, prompts: list[Prompt], tokens: Sequence[Sequen
 
     with active_adapter(base, None):
         embeddings = mean_hidden_states(base, tokens)
-    path = context.folder / artifacts.CLUSTERS
+    # The categories of the first round are those of the later ones, whose seeds are others.
+    *earlier, path = (run / artifacts.CLUSTERS for run in (*reversed(context.previous), context.folder))
     of = [wanted, context.recipe.run.seed, context.recipe.model.path]
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if known and known.get("of", of) == of:
+    known = _read(next(filter(Path.exists, earlier), path))
+    if known and (known.get("of", of) == of or (earlier and known["of"][::2] == of[::2])):
         centres, mean = np.array(known["centres"]), np.array(known["mean"])
         found = Clusters(np.empty(0), centres, None).nearest(directions(embeddings, mean))
     else:

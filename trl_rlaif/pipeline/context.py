@@ -31,6 +31,7 @@ from trl_rlaif.pipeline.artifacts import PairRow
 from trl_rlaif.pipeline.categories import categorized
 from trl_rlaif.pipeline.checkpointing import CHECKPOINTING, settle_checkpointing
 from trl_rlaif.pipeline.inputs import digest
+from trl_rlaif.pipeline.lineage import previous_runs
 from trl_rlaif.pipeline.machine import machine_of, settled
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.stages import STAGES
@@ -126,9 +127,16 @@ class Context:
         return self._templated(load_tokenizer(model.path), model.chat_template_kwargs)
 
     @cached_property
+    def previous(self) -> list[RunFolder]:
+        """The runs that this one goes on from, the latest first."""
+        return previous_runs(self.recipe)
+
+    @cached_property
     def date(self) -> date:
-        """The day on which chat templates think that the run takes place: that on which it first asked."""
-        path = self.folder.state / artifacts.DATE
+        """The day on which chat templates think that the run takes place: that on which it, or a run before, first
+        asked."""
+        *earlier, own = (run.state / artifacts.DATE for run in (*reversed(self.previous), self.folder))
+        path = next(filter(Path.exists, earlier), own)
         if not path.exists():
             write_state(path, {"date": date.today().isoformat()})
         with suppress(OSError, ValueError):  # as the first versions wrote it
@@ -167,8 +175,21 @@ class Context:
 
     @property
     def start(self) -> Path | None:
-        """The adapter that the policy starts as, where the recipe has the stage sft."""
-        return self.folder / artifacts.SFT if self.recipe.sft else None
+        """The adapter that the policy starts as: the run before's, or that of the stage sft; None where it is new."""
+        return self.previous[0] / artifacts.POLICY if self.previous else self.initial
+
+    @property
+    def initial(self) -> Path | None:
+        """The adapter of the policy before any rl, of the stage sft; None: the base."""
+        sft = [self.folder, *self.previous][-1] / artifacts.SFT
+        there = sft.exists() if self.previous else self.recipe.sft is not None
+        return sft if there else None
+
+    @property
+    def reference(self) -> Path | None:
+        """The adapter that rl compares the policy with; None: the base."""
+        moves = self.recipe.rounds is not None and self.recipe.rounds.reference == "previous"
+        return self.start if moves else self.initial
 
     def load_base(self) -> PreTrainedModel:
         """The frozen base, on the device."""
@@ -238,7 +259,10 @@ class Context:
     @property
     def taught_adapter(self) -> Path | None:
         """What the stage judge has taught; None where that did not help, and the judge is asked as it is."""
-        return self.folder / artifacts.JUDGE if self.folder.results_of("judge").get("used") else None
+        for run in self.previous or [self.folder]:
+            if found := run.results_of("judge"):
+                return run / artifacts.JUDGE if found["used"] else None
+        return None
 
     def _taught_role(self, shared: SharedBase) -> str | None:
         if self.taught_adapter is None:

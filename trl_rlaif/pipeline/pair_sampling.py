@@ -95,7 +95,7 @@ class PluginPairs:
             found[pair.id].append(pair)
         return [
             self._row(prompt, found[prompt.id])
-            | {"redraws": 0, "responses": generate.responses[prompt.id], "ended": generate.ended[prompt.id]}
+            | {"redraws": 0, **{of: getattr(generate, of)[prompt.id] for of in ("responses", "ended", "tokens")}}
             for prompt in prompts
         ]
 
@@ -129,6 +129,7 @@ class _Generate:
     calls: int = 0
     responses: Counter[str] = field(default_factory=Counter)
     ended: Counter[str] = field(default_factory=Counter)
+    tokens: Counter[str] = field(default_factory=Counter)
 
     def __call__(self, conversations: Mapping[str, PromptLike]) -> dict[str, str | None]:
         unknown = [id for id in conversations if id not in self.ids]
@@ -148,4 +149,5 @@ class _Generate:
                 answers[id] = response.answer.strip()
                 self.responses[id] += 1
                 self.ended[id] += response.ended
+                self.tokens[id] += len(response.answer_ids)
         return answers

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from trl_rlaif.errors import UserError
 from trl_rlaif.pipeline import artifacts, superseding
 from trl_rlaif.pipeline.first_version import inputs_of
 from trl_rlaif.pipeline.inputs import Inputs
+from trl_rlaif.pipeline.lineage import fingerprints_of, previous_runs
 from trl_rlaif.pipeline.machine import machine_of, settled
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.stage import Stage
@@ -40,22 +41,26 @@ class Planned:
     migrated: bool = False
 
 
-def plan(recipe: Recipe, folder: RunFolder) -> dict[str, Planned]:
+def plan(
+    recipe: Recipe, folder: RunFolder, known: Mapping[str, str] | None = None, *, without: Collection[str] = ()
+) -> dict[str, Planned]:
     """Compare every active stage's inputs with those that it was made from; nothing in the folder is changed.
 
     Args:
         recipe: As it is written: ``auto`` is ``auto`` on every machine.
+        known: Fingerprints of what the stages depend on besides each other; None: of the run before this one, as it is
+            (``lineage.fingerprints_of``).
+        without: Stages that are not part of the run.
 
     Raises:
         UserError: A later version wrote the folder.
     """
     found: dict[str, Planned] = {}
     first_version = folder.recipe()
-    for name, stage in active_stages(recipe).items():
-        now, marker = (
-            stage.inputs(recipe, {name: each.fingerprint for name, each in found.items()}),
-            folder.marker(name),
-        )
+    known = dict(fingerprints_of(previous_runs(recipe)) if known is None else known)
+    active = {name: stage for name, stage in active_stages(recipe).items() if name not in without}
+    for name, stage in active.items():
+        now, marker = stage.inputs(recipe, known), folder.marker(name)
         if not marker or superseding.is_moving(marker):
             found[name] = Planned(stage, now, now.fingerprint)
         elif "inputs" in marker:
@@ -67,6 +72,7 @@ def plan(recipe: Recipe, folder: RunFolder) -> dict[str, Planned]:
             why = [_UNKNOWN] if before is None else now.changes_since(before)
             why += [f"{name} is redone" for name in now.stages if found[name].why and before is not None]
             found[name] = Planned(stage, now, now.fingerprint, tuple(why), migrated=True)
+        known[name] = found[name].fingerprint
     return found
 
 

@@ -60,6 +60,10 @@ class RunFolder:
         """Where a run keeps what only itself needs."""
         return self.path / artifacts.STATE
 
+    def round(self, number: int) -> RunFolder:
+        """The folder of one of its rounds, counted from 1."""
+        return RunFolder(self.path / artifacts.ROUNDS / str(number))
+
     @property
     def is_used(self) -> bool:
         """Whether a run lives here already."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -15,9 +16,11 @@ from trl_rlaif.errors import UserError
 from trl_rlaif.files import is_signed, sealed, signed, write_atomically
 from trl_rlaif.pipeline import artifacts, digests, machine, redo, superseding
 from trl_rlaif.pipeline.forecast import forecast
+from trl_rlaif.pipeline.lineage import check_previous
 from trl_rlaif.pipeline.machine import Machine
 from trl_rlaif.pipeline.redo import Confirm, Planned
 from trl_rlaif.pipeline.run_folder import RunFolder
+from trl_rlaif.pipeline.stage import Stage
 from trl_rlaif.plugins import Plugins
 from trl_rlaif.progress import Publisher, publishing, say
 from trl_rlaif.recipe import Recipe
@@ -38,8 +41,9 @@ def run_recipe(
     donors: Sequence[RunFolder] = (),
     confirm: Confirm | None = None,
     began: Machine | None = None,
+    without: Sequence[str] = (),
 ) -> RunFolder:
-    """Run a recipe.
+    """Run a recipe; one with rounds as ``rounds.run_rounds`` does.
 
     Args:
         recipe: Checked.
@@ -54,40 +58,64 @@ def run_recipe(
         confirm: Is told which stages ``resume`` redoes and why, before anything is changed, and answers whether to
             go on. None goes on. Stages that ``only`` names are redone without a question.
         began: The machine whose types are taken; None: the one that began this run.
+        without: Stages of the recipe that are not run.
 
     Raises:
         UserError: The folder is used already, is not writable, or lacks what a stage depends on; the base cannot do
             what the recipe asks of it; or ``confirm`` said no.
     """
-    if shard is not None:
-        _check_shard(recipe, shard)
-    check_base(recipe)  # before anything is paid for
-    machine.check_machine(recipe)
+    _check_first(recipe, shard)
+    if recipe.rounds is not None and recipe.rounds.number > 1:
+        from trl_rlaif.pipeline.rounds import run_rounds
+
+        how: dict[str, Any] = {"resume": resume, "only": only, "command": command, "donors": donors}
+        return run_rounds(recipe, plugins, output, **how, confirm=confirm, began=began)
     folder = RunFolder(output)
     with folder.locked():
         check_unused(folder, used=resume or bool(only))
-        planned = redo.plan(recipe, folder)
+        planned = redo.plan(recipe, folder, without=without)
         began = began or machine.machine_of(folder)
         recipe = machine.settled(recipe, began)
         machine.say_where(recipe, began)
         _check_only(folder, planned, only)
-        changed = redo.redone(planned, only)
-        if changed:
-            redo.agree(redo.describe(folder, changed), None if only else confirm)
-        redo.apply(folder, planned, changed)
-        digests.check(folder, [p.stage for name, p in planned.items() if name not in only and not p.why])
+        supersede_changed(folder, planned, only, None if only else confirm)
         prepare(recipe, folder, command, began)
-        due = [name for name, each in planned.items() if not folder.is_complete(name, each.fingerprint)]
-        ahead = [planned[name].stage for name in due if name in (only or due)] if shard is None else []
         known = {name: each.fingerprint for name, each in planned.items()}
+        ahead = _ahead(folder, planned, only) if shard is None else []
         with publishing(folder.state, known, forecast(recipe, ahead)) as publisher:
-            _run_stages(recipe, plugins, folder, planned, resume, only, shard, publisher, donors)
-        if shard is None:
-            _say_signs(folder)
+            run_stages(recipe, plugins, folder, planned, resume, only, shard, publisher, donors)
+        if shard is None and not without:
+            say_signs(folder)
     return folder
 
 
-def _say_signs(folder: RunFolder) -> None:
+def _check_first(recipe: Recipe, shard: str | None) -> None:
+    """Before anything is paid for."""
+    if shard is not None:
+        _check_shard(recipe, shard)
+    check_base(recipe)
+    machine.check_machine(recipe)
+    check_previous(recipe)
+
+
+def supersede_changed(
+    folder: RunFolder, planned: Mapping[str, Planned], only: Sequence[str], confirm: Confirm | None
+) -> None:
+    """Move away what is redone, if ``confirm`` agrees, and compare what is kept with its digests."""
+    changed = redo.redone(planned, only)
+    if changed:
+        redo.agree(redo.describe(folder, changed), confirm)
+    redo.apply(folder, planned, changed)
+    digests.check(folder, [each.stage for name, each in planned.items() if name not in only and not each.why])
+
+
+def _ahead(folder: RunFolder, planned: Mapping[str, Planned], only: Sequence[str]) -> list[Stage]:
+    """The stages that are still to run."""
+    due = [name for name, each in planned.items() if not folder.is_complete(name, each.fingerprint)]
+    return [planned[name].stage for name in due if name in (only or due)]
+
+
+def say_signs(folder: RunFolder) -> None:
     """Say at the run's end why it may have learned nothing, as the report does in its first lines."""
     from trl_rlaif.report.no_learning import signs_of_no_learning
     from trl_rlaif.report.run_data import read_run
@@ -121,6 +149,9 @@ def _check_shard(recipe: Recipe, shard: str) -> None:
     from trl_rlaif.pipeline.context import Shard
 
     Shard.parse(shard)
+    if recipe.rounds is not None and recipe.rounds.number > 1:
+        what = "--shard divides the labeling of one run, and this recipe labels in each of its rounds."
+        raise UserError(what, fix="Leave it out.")
     if recipe.label is None:
         raise UserError("--shard divides the labeling, and this recipe has no 'label'.")
     judge = recipe.model if recipe.label.judge == "same" else recipe.label.judge
@@ -145,7 +176,7 @@ def _check_only(folder: RunFolder, planned: dict[str, Planned], only: Sequence[s
                 )
 
 
-def _run_stages(
+def run_stages(
     recipe: Recipe,
     plugins: Plugins,
     folder: RunFolder,
@@ -156,6 +187,7 @@ def _run_stages(
     publisher: Publisher,
     donors: Sequence[RunFolder],
 ) -> None:
+    """Run the planned stages in order; arguments as of ``run_recipe``."""
     from transformers import set_seed
 
     from trl_rlaif.models.kernels import kernels

@@ -23,6 +23,11 @@ GROUPING = ("data.category", "data.clusters")
 TRACKING = ("evaluate.track_every", "evaluate.track_prompts", "evaluate.stop_on_forgetting")
 
 
+def previous(stage: str) -> str:
+    """How a stage's inputs name a stage of the run that this one goes on from."""
+    return f"the previous run's {stage}"
+
+
 class Amounts(NamedTuple):
     """How much a run has to do.
 

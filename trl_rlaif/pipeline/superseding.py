@@ -102,6 +102,8 @@ def adopt(folder: RunFolder, stage: Stage, fingerprint: str, donor: RunFolder, i
     folder.begin(stage.name, fingerprint, inputs)
     outputs = [name for name in stage.outputs if name != artifacts.checkpoints_of(stage.name)]
     companions = [name for name in stage.companions if not (folder / name).exists()]
+    if artifacts.LABELS in stage.companions and (folder / artifacts.LABELS).exists():
+        _add_labels(folder, donor)
     for name in (*outputs, *companions):
         source = donor / name
         if source.is_dir():
@@ -111,6 +113,16 @@ def adopt(folder: RunFolder, stage: Stage, fingerprint: str, donor: RunFolder, i
     _add_metrics(folder, stage.name, donor.metrics(stage.name))
     folder.add_results(stage.name, donor.results_of(stage.name))
     digests.complete(folder, stage, fingerprint)
+
+
+def _add_labels(folder: RunFolder, donor: RunFolder) -> None:
+    """Append the labels that another run has and this one lacks."""
+    own = (folder / artifacts.LABELS).read_text(encoding="utf-8")
+    known = set(own.splitlines())
+    theirs = donor / artifacts.LABELS
+    more = [line for line in theirs.read_text(encoding="utf-8").splitlines() if line not in known]
+    if more:
+        write_atomically(folder / artifacts.LABELS, own + "".join(f"{line}\n" for line in more))
 
 
 def _copy_into(source: Path, folder: Path) -> None:

@@ -22,6 +22,8 @@ def check_together(source: Source) -> None:
     if "evaluate" in present:
         _check_evaluate(source, present)
     _check_taught(source, present)
+    if isinstance(source.data.get("rounds"), dict):
+        _check_rounds(source, present)
 
 
 def _check_pairs(source: Source, present: set[Any]) -> None:
@@ -52,6 +54,34 @@ def _check_sampler(source: Source) -> None:
     if isinstance(_value(source, "label", "ranking"), dict):
         what = "'label' ranks all responses to a prompt, and sample.sampler makes pairs of its own."
         source.report(("label", "ranking"), what, "Leave out one of the two.")
+
+
+def _check_rounds(source: Source, present: set[Any]) -> None:
+    """A round samples, labels what it sampled, and has rl learn from these labels."""
+    number, previous = _value(source, "rounds", "number"), _value(source, "rounds", "previous")
+    if number in (None, 1) and previous is None:
+        return
+    for name in ("sample", "label", "rl"):
+        if name == "sample" and _value(source, "data", "pairs") is not None:
+            what = "each of the 'rounds' samples from its policy, and data.pairs stand in for responses."
+            source.report(("data", "pairs"), what, "Remove one of the two.")
+        elif name not in present:
+            source.report(("rounds",), f"a round needs '{name}', which the recipe does not have.", f"Add '{name}'.")
+    algorithm, rewards = _algorithm(source), _value(source, "rl", "rewards")
+    names = [reward_name(entry) for entry in rewards] if isinstance(rewards, list) else ["reward"]
+    if (algorithm is None or algorithm.samples) and "reward" not in names:
+        what = "'rounds' label responses for the reward model, which gives no reward here."
+        fix = "Add reward to rl.rewards, set rl.algorithm to dpo, or leave out rounds and train for longer."
+        source.report(("rl", "rewards"), what, fix)
+    if _value(source, "rounds", "earlier") is not None and "reward" not in present:
+        what = "'earlier' is a share of the reward model's preferences, and the recipe has no 'reward'."
+        source.report(("rounds", "earlier"), what, "Leave it out.")
+    if _value(source, "reward", "policies"):
+        what = "'policies' names who wrote the responses, and each of the rounds samples its own."
+        source.report(("reward", "policies"), what, "Leave out one of the two.")
+    if _value(source, "rl", "precompute_ref_log_probs") and _value(source, "rounds", "reference") != "previous":
+        what = "TRL precomputes log-probabilities of the policy that a round begins with, not of the initial one."
+        source.report(("rl", "precompute_ref_log_probs"), what, "Leave it out, or set rounds.reference to previous.")
 
 
 def _check_taught(source: Source, present: set[Any]) -> None:

@@ -27,6 +27,7 @@ from trl_rlaif.recipe.sections import (
     ReportSection,
     RewardSection,
     RlSection,
+    RoundsSection,
     RunSection,
     SampleSection,
     SftSection,
@@ -39,6 +40,7 @@ from trl_rlaif.recipe.variants import KEY as VARIANTS
 from trl_rlaif.recipe.variants import take_arms
 
 _REQUIRED = ("model", "data")
+_ROUNDS = "rounds"
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,15 @@ class Recipe:
     rl: RlSection | None = None
     evaluate: EvaluateSection | None = None
     report: ReportSection | None = None
+    rounds: RoundsSection | None = None
     source: Path = field(default=Path(), compare=False)
     places: Mapping[KeyPath, str] = field(default_factory=dict, compare=False, repr=False)
     variants: Mapping[str, Recipe] = field(default_factory=dict)
+
+    @property
+    def previous(self) -> str | None:
+        """The folder of the run that this one goes on from."""
+        return self.rounds.previous if self.rounds else None
 
     @property
     def evaluation_prompt(self) -> str:
@@ -184,6 +192,7 @@ class _Reader:
     def sections(self) -> dict[str, Any]:
         """The sections that are present; what is wrong is reported to the source."""
         data = self.source.data
+        self._spell_out_rounds()
         for name in data:
             if name not in SECTIONS:
                 fix = nearest_or_all(str(name), SECTIONS, "Known sections")
@@ -192,7 +201,17 @@ class _Reader:
             if name not in data:
                 self.source.report((), f"the section '{name}' is missing.", f"Add '{name}:' with its keys.")
         present = {name for name in SECTIONS if name in data} | {"run"}
-        return {name: self._section(name, data.get(name)) for name in SECTIONS if name in present}
+        found = {name: self._section(name, data.get(name)) for name in SECTIONS if name in present}
+        if (rounds := found.get("rounds")) and not rounds.repeats:
+            del found["rounds"]  # one round is a run
+        return found
+
+    def _spell_out_rounds(self) -> None:
+        """``rounds: 3`` as ``rounds: {number: 3}``."""
+        written = self.source.data.get(_ROUNDS)
+        if type(written) is int:
+            self.source.data[_ROUNDS] = {"number": written}
+            self.source.places[_ROUNDS, "number"] = self.source.where((_ROUNDS,))
 
     def _section(self, name: str, written: Any) -> Any:
         keys = {} if written is None else written

@@ -143,6 +143,16 @@ class PathFinder:
             raise UserError(f"{what}.", fix="Write the folder of a run whose stage label has ended.")
         return str(found)
 
+    def trained_run(self, name: str) -> str:
+        """The absolute path of a run's folder that has a policy."""
+        from trl_rlaif.pipeline.artifacts import POLICY
+
+        found = self.find(name)
+        if found is None or not (found / POLICY).is_dir():
+            what = f"there is no folder '{name}'" if found is None else f"the folder '{name}' has no {POLICY}"
+            raise UserError(f"{what}.", fix="Write the folder of a run whose stage rl has ended.")
+        return str(found)
+
     def policy(self, name: str) -> str:
         """An entry of ``reward.policies``."""
         return name if name == "base" else self.model(name)

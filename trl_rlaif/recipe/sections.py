@@ -674,6 +674,35 @@ class ReportSection(Section):
     """``report``: one HTML page at the end. It has no keys."""
 
 
+class RoundsSection(Section):
+    """``rounds``: sample, label, reward and rl again and again, each time with the policy that was trained last."""
+
+    number: int = Field(1, ge=1, description="How many rounds; rounds: 3 is short for rounds: {number: 3}.")
+    previous: Annotated[Text, Named("trained_run")] | None = Field(
+        None,
+        description="A run's folder: this run is the round after it, with its policy, reward model and taught judge.",
+    )
+    reference: Literal["initial", "previous"] = Field(
+        "initial",
+        description="What rl compares the policy with: the policy before the first round, or the one that the present "
+        "round begins with.",
+    )
+    earlier: Number = Field(
+        0.5, ge=0, le=1, description="Share of the earlier rounds' preferences that the reward model learns from again."
+    )
+
+    @model_validator(mode="after")
+    def _repeats(self) -> RoundsSection:
+        if "number" not in self.model_fields_set and self.previous is None:
+            raise ValueError("Write how many rounds, such as number: 3, or the run before this one as previous.")
+        return self
+
+    @property
+    def repeats(self) -> bool:
+        """Whether there are several rounds, or one after another run."""
+        return self.number > 1 or self.previous is not None
+
+
 STAGE_SECTIONS: dict[str, type[Section]] = {
     "sft": SftSection,
     "sample": SampleSection,
@@ -685,7 +714,13 @@ STAGE_SECTIONS: dict[str, type[Section]] = {
     "report": ReportSection,
 }
 
-SECTIONS: dict[str, type[Section]] = {"run": RunSection, "model": ModelSection, "data": DataSection, **STAGE_SECTIONS}
+SECTIONS: dict[str, type[Section]] = {
+    "run": RunSection,
+    "model": ModelSection,
+    "data": DataSection,
+    "rounds": RoundsSection,
+    **STAGE_SECTIONS,
+}
 
 # In order; trl_rlaif.pipeline.stages says what each is.
 STAGES = tuple(STAGE_SECTIONS)

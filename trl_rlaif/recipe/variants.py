@@ -12,7 +12,7 @@ from trl_rlaif.recipe.source import KeyPath, Source
 KEY = "compare"
 
 # What a variant may change. All variants share the initial policy, the seed and the evaluation, to be comparable.
-CHANGEABLE = ("data", "sample", "label", "reward", "rl")
+CHANGEABLE = ("data", "rounds", "sample", "label", "reward", "rl")
 _EVALUATED = "eval_prompts"
 # The starting policy takes part under this name.
 START = "start"

@@ -19,6 +19,7 @@ from trl_rlaif.report.label_figures import label_part
 from trl_rlaif.report.no_learning import signs_of_no_learning
 from trl_rlaif.report.parsing import spread
 from trl_rlaif.report.rehearsal_figures import rehearsal_part
+from trl_rlaif.report.round_figures import rounds_part
 from trl_rlaif.report.run_data import MAX_SAMPLES, Run, read_run
 from trl_rlaif.report.sampled import sampler_part
 from trl_rlaif.report.score_figures import score_part
@@ -92,6 +93,7 @@ def run_page(run: Run) -> dict[str, Any]:
         "warnings": warnings.warnings(run, sets, judged),
         "stages": summary.stage_rows(run),
         "sft": sft_part(run),
+        "rounds": rounds_part(run),
         "teaching": teaching_part(run),
         "labels": label_part(run),
         "reward": reward_part(run),

@@ -91,6 +91,25 @@ def win_rates(
     return draw_plot(draw, title, (4.4, 1.5 + 0.42 * len(rows)))
 
 
+def by_round(named: Sequence[tuple[str, Sequence[tuple[int, float, Ends | None]]]], title: str, what: str) -> Drawing:
+    """Shares by round, ``(round, share, its interval)`` for each name, around the half."""
+
+    def draw(axes: Any) -> None:
+        axes.axhline(0.5, **_DASHED)
+        for index, (name, points) in enumerate(named):
+            colour, shift = COLOURS[index % len(COLOURS)], 0.06 * index
+            for number, _, ends in points:
+                if ends:
+                    axes.plot((number + shift,) * 2, ends, color=colour, linewidth=2.0, alpha=0.45)
+            places, shares = [number + shift for number, *_ in points], [share for _, share, _ in points]
+            axes.plot(places, shares, _MARKERS[index % len(_MARKERS)] + "-", color=colour, markersize=5, label=name)
+        axes.set_xticks(sorted({number for _, points in named for number, *_ in points}))
+        axes.set(ylim=(0, 1), xlabel="round", ylabel=what)
+        _legend(axes, 2)
+
+    return draw_plot(draw, title)
+
+
 def named_points(points: Sequence[tuple[str, float, float]], title: str, labels: tuple[str, str]) -> Drawing:
     """Points ``(name, x, y)`` with their names beside them; ``labels`` are those of the axes."""
 

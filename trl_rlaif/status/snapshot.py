@@ -16,7 +16,7 @@ from trl_rlaif.errors import UserError
 from trl_rlaif.experiments.running import summary as summary_of_comparison
 from trl_rlaif.locks import lock
 from trl_rlaif.pipeline import artifacts
-from trl_rlaif.pipeline.stages import STAGES
+from trl_rlaif.pipeline.stages import ROUND, STAGES
 from trl_rlaif.recipe.variants import KEY as COMPARE
 from trl_rlaif.report.formatting import label, number, section
 
@@ -103,7 +103,8 @@ class Status:
 def read_status(folder: str | Path) -> Status:
     """What the run in a folder is doing; the folder is only read.
 
-    Of a comparison the stages are its variants, each with what is being done in it, and at last ``compare``.
+    Of a comparison the stages are its variants, each with what is being done in it, and at last ``compare``; of a run
+    in rounds, the rounds likewise, and at last ``evaluate`` and ``report``.
 
     Raises:
         UserError: No run lives there.
@@ -117,8 +118,15 @@ def read_status(folder: str | Path) -> Status:
     progress, prints = read.progress, read.progress.get("stages") or dict.fromkeys(_stages_of(recipe))
     if COMPARE in recipe:
         stages = (
-            *(_variant(folder / artifacts.VARIANTS / name, alive) for name in _variants_of(recipe)),
+            *(_run_within(name, folder / artifacts.VARIANTS / name, alive) for name in _variants_of(recipe)),
             read.comparison(),
+        )
+    elif count := _rounds_of(recipe):
+        rounds = {f"round {n}": folder / artifacts.ROUNDS / str(n) for n in range(1, count + 1)}
+        ends = [name for name in _stages_of(recipe) if name not in ROUND]
+        stages = (
+            *(_run_within(name, place, alive) for name, place in rounds.items()),
+            *(read.stage(n, prints.get(n)) for n in ends),
         )
     else:
         stages = tuple(read.stage(name, fingerprint) for name, fingerprint in prints.items())
@@ -142,20 +150,20 @@ def read_status(folder: str | Path) -> Status:
     )
 
 
-def _variant(folder: Path, alive: bool) -> StageStatus:
-    """A variant of a comparison as a stage: what its own run is doing."""
+def _run_within(name: str, folder: Path, alive: bool) -> StageStatus:
+    """A variant of a comparison, or a round, as a stage: what its own run is doing."""
     if not (folder / artifacts.RECIPE).is_file():
-        return StageStatus(folder.name, "waiting")
+        return StageStatus(name, "waiting")
     run = read_status(folder)
     if run.state == "done":
         seconds = [stage.seconds for stage in run.stages if stage.seconds is not None]
         last = next((stage for stage in reversed(run.stages) if stage.summary), None)
-        return StageStatus(folder.name, "done", sum(seconds), last.summary if last else "")
+        return StageStatus(name, "done", sum(seconds), last.summary if last else "")
     at = next((stage for stage in run.stages if stage.state in ("running", "interrupted")), None)
     if at is None:
-        return StageStatus(folder.name, "waiting" if alive else "interrupted")
+        return StageStatus(name, "waiting" if alive else "interrupted")
     bars = at.bars or (Bar(at.name, 0, 0, "", None, None),)
-    return StageStatus(folder.name, at.state, run.seconds, "", bars, at.step, at.metrics)
+    return StageStatus(name, at.state, run.seconds, "", bars, at.step, at.metrics)
 
 
 @dataclass(frozen=True)
@@ -269,6 +277,12 @@ def _stages_of(recipe: dict[str, Any]) -> list[str]:
     """The stages of a resolved recipe, where the run has not written down its own."""
     data = recipe.get("data") or {}
     return [s for s in STAGES if s in recipe or (s == "sample" and isinstance(data, dict) and data.get("pairs"))]
+
+
+def _rounds_of(recipe: dict[str, Any]) -> int:
+    """How many rounds a resolved recipe has; 0 where it is a single run."""
+    count = number(section(recipe, "rounds").get("number"))
+    return int(count) if count and count > 1 else 0
 
 
 def _variants_of(recipe: dict[str, Any]) -> list[str]:

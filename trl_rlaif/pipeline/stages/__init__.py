@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 _IN_ORDER: tuple[Stage, ...] = (Sft(), Sample(), Judge(), Label(), Reward(), Rl(), Evaluate(), Report())
 STAGES = {stage.name: stage for stage in _IN_ORDER}
+# Of a run in rounds, what comes once, after the last of them, and what a round consists of.
+ENDS = ("evaluate", "report")
+ROUND = tuple(name for name in STAGES if name not in ENDS)
 
 
 def active_stages(recipe: Recipe) -> dict[str, Stage]:
@@ -40,7 +43,8 @@ def check_processes(recipe: Recipe, only: Sequence[str]) -> None:
             out otherwise, by ``--shard``.)
     """
     processes, active = distributed.processes(), active_stages(recipe)
-    if processes == 1 or (only and all(name in STAGES and STAGES[name].shared for name in only)):
+    asked = [STAGES.get(name.rpartition("/")[2]) for name in only]  # of a run in rounds: 2/rl
+    if processes == 1 or (only and all(stage is not None and stage.shared for stage in asked)):
         return
     together = ",".join(name for name, stage in STAGES.items() if stage.shared)
     before = [name for name, stage in active.items() if stage.prepares]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.inputs import data_file, prompt_file
-from trl_rlaif.pipeline.stage import BASE, DRAWN, GROUPING, QUESTION, READING, TRACKING, Amounts, Stage
+from trl_rlaif.pipeline.stage import BASE, DRAWN, GROUPING, QUESTION, READING, TRACKING, Amounts, Stage, previous
 from trl_rlaif.recipe import JudgeSection
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Evaluate(Stage):
         return ("eval_prompts",)
 
     def after(self, recipe: Recipe) -> tuple[str, ...]:
-        taught = ("judge",) if recipe.asks_taught("evaluate") else ()
+        taught = ("judge", previous("judge")) if recipe.asks_taught("evaluate") else ()
         return ("sft", "rl", *taught, *(("reward",) if "reward" in recipe.rl.reward_names else ()))
 
     def summary(self, numbers: EvaluateResults) -> str:

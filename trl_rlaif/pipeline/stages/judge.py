@@ -27,6 +27,9 @@ class Judge(Stage):
     # Of a LoRA adapter that learns from few pairs; the held-out loss ends it earlier.
     defaults = {"learning_rate": 5e-4, "warmup_steps": 0.1, "num_train_epochs": 2}
 
+    def is_active(self, recipe: Recipe) -> bool:
+        return recipe.judge is not None and recipe.previous is None
+
     def settings(self, recipe: Recipe) -> tuple[str, ...]:
         return (*BASE, "model.lora", "judge", "label.labeler")
 

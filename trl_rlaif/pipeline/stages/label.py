@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.inputs import data_file, prompt_file
-from trl_rlaif.pipeline.stage import QUESTION, Amounts, Stage, skipped
+from trl_rlaif.pipeline.stage import QUESTION, Amounts, Stage, previous, skipped
 
 if TYPE_CHECKING:
     from trl_rlaif.memory.parts import MemoryRun
@@ -36,7 +36,7 @@ class Label(Stage):
         return ("calibration",) if recipe.label.calibration else ()
 
     def after(self, recipe: Recipe) -> tuple[str, ...]:
-        return ("sample", "judge") if recipe.asks_taught("label") else ("sample",)
+        return ("sample", "judge", previous("judge")) if recipe.asks_taught("label") else ("sample",)
 
     def summary(self, numbers: LabelResults) -> str:
         bias, ranking = numbers["position_bias"], numbers.get("ranking")

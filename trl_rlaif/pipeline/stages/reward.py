@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trl_rlaif.pipeline import artifacts
-from trl_rlaif.pipeline.stage import BASE, TRAINED, Amounts, Stage, skipped
+from trl_rlaif.pipeline.stage import BASE, TRAINED, Amounts, Stage, previous, skipped
 
 if TYPE_CHECKING:
     from trl_rlaif.memory.parts import MemoryRun
@@ -28,11 +28,11 @@ class Reward(Stage):
     defaults = {"train_sampling_strategy": "group_by_length"}
 
     def settings(self, recipe: Recipe) -> tuple[str, ...]:
-        return (*BASE, "model.lora", "reward")
+        return (*BASE, "model.lora", "reward", *(("rounds.earlier",) if recipe.previous else ()))
 
     def after(self, recipe: Recipe) -> tuple[str, ...]:
         start = ("sft",) if recipe.reward.policies else ()
-        return (*start, "label" if recipe.label else "sample")
+        return (*start, "label" if recipe.label else "sample", previous("label"), previous("reward"))
 
     def summary(self, numbers: RewardResults) -> str:
         if numbers.get("accuracy") is None:

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Any
 from trl_rlaif.algorithms import ALGORITHMS
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.inputs import data_file, prompt_file
-from trl_rlaif.pipeline.stage import BASE, DRAWN, GROUPING, READING, TRACKING, TRAINED, Amounts, Stage, skipped
+from trl_rlaif.pipeline.stage import (
+    BASE,
+    DRAWN,
+    GROUPING,
+    READING,
+    TRACKING,
+    TRAINED,
+    Amounts,
+    Stage,
+    previous,
+    skipped,
+)
 from trl_rlaif.recipe.sections import FORGET_SET
 
 if TYPE_CHECKING:
@@ -44,6 +55,8 @@ class Rl(Stage):
             keys += ("data.max_prompts",)
         if recipe.reward_labelers:
             keys += ("label.judge", "label.labeler", "label.criteria")
+        if recipe.previous:
+            keys += ("rounds.reference",)
         if self._can_stop(recipe):
             keys += (*TRACKING, "evaluate.judge", "evaluate.max_new_tokens")
         return keys
@@ -72,10 +85,11 @@ class Rl(Stage):
 
     def after(self, recipe: Recipe) -> tuple[str, ...]:
         if not ALGORITHMS[recipe.rl.algorithm].samples:
-            return ("sft", "label" if recipe.label else "sample")
+            return ("sft", previous("rl"), "label" if recipe.label else "sample")
         asked = ("rl", "evaluate") if self._can_stop(recipe) else ("rl",)
-        taught = ("judge",) if recipe.asks_taught(*asked) else ()
-        return ("sft", *taught, "reward") if self._uses_reward(recipe) else ("sft", *taught)
+        taught = ("judge", previous("judge")) if recipe.asks_taught(*asked) else ()
+        reward = ("reward",) if self._uses_reward(recipe) else ()
+        return ("sft", previous("rl"), *taught, *reward)
 
     @staticmethod
     def _can_stop(recipe: Recipe) -> bool:

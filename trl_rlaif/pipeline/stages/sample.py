@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.inputs import data_file
-from trl_rlaif.pipeline.stage import BASE, DRAWN, GROUPING, READING, Amounts, Stage
+from trl_rlaif.pipeline.stage import BASE, DRAWN, GROUPING, READING, Amounts, Stage, previous
 
 if TYPE_CHECKING:
     from trl_rlaif.memory.parts import MemoryRun
@@ -44,7 +44,7 @@ class Sample(Stage):
         return ("pairs" if recipe.data.pairs else "prompts",)
 
     def after(self, recipe: Recipe) -> tuple[str, ...]:
-        return () if recipe.data.pairs else ("sft",)
+        return () if recipe.data.pairs else ("sft", previous("rl"))
 
     def summary(self, numbers: SampleResults) -> str:
         dropped = ", ".join(f"{n} {reason}" for reason, n in numbers["dropped"].items())
@@ -67,7 +67,7 @@ class Sample(Stage):
         if section is None:
             return []
         response = run.within(section.max_new_tokens)
-        start = [frozen_adapters(run, "adapter of the start", 1)] if run.recipe.sft else []
+        start = [frozen_adapters(run, "adapter of the start", 1)] if run.recipe.sft or run.recipe.rounds else []
         activations, prompt = run.generating(adapters=bool(start)), run.prompt
         if section.sampler is not None:
             run.notes.append(

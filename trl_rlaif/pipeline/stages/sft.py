@@ -26,6 +26,9 @@ class Sft(Stage):
     prepares = True
     told = ("loss", "mean_token_accuracy")
 
+    def is_active(self, recipe: Recipe) -> bool:
+        return recipe.sft is not None and recipe.previous is None
+
     def settings(self, recipe: Recipe) -> tuple[str, ...]:
         return (*BASE, "model.lora", "sft")
 

@@ -14,7 +14,7 @@ from trl_rlaif.errors import UserError
 from trl_rlaif.evaluation import is_even
 from trl_rlaif.files import write_folder
 from trl_rlaif.hardware import use_one_gpu
-from trl_rlaif.models.shared_model import save_adapter
+from trl_rlaif.models.shared_model import TRL_REFERENCE, save_adapter, set_reference
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.artifacts import RlResults
 from trl_rlaif.pipeline.context import Context
@@ -89,6 +89,8 @@ def build_trainer(context: Context) -> tuple[DPOTrainer, list[str]]:
             processing_class=context.tokenizer,
             peft_config=adapter,
         )
+    if context.reference != context.start:
+        set_reference(trainer.model, TRL_REFERENCE, context.reference)
     return trainer, ignored
 
 

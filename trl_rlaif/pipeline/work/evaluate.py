@@ -40,7 +40,7 @@ def run(context: Context) -> EvaluateResults:
     """Write ``samples.jsonl``; return win rates and rewards by set."""
     recipe, started = context.recipe, time.monotonic()
     check_servers(context)
-    shared = SharedBase(context.load_base(), context.folder / artifacts.POLICY, reference=context.start)
+    shared = SharedBase(context.load_base(), context.folder / artifacts.POLICY, reference=context.initial)
     if recipe.reward and "reward" in recipe.rl.reward_names:
         shared.add_reward(context.folder / artifacts.REWARD)
     shared.to(shared.model.device).eval()

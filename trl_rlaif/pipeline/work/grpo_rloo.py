@@ -21,7 +21,7 @@ from trl_rlaif.files import write_folder
 from trl_rlaif.generation import seeded
 from trl_rlaif.models.adapters import fitted
 from trl_rlaif.models.role_models import SharedRoleModels
-from trl_rlaif.models.shared_model import SharedBase, save_adapter
+from trl_rlaif.models.shared_model import TRL_REFERENCE, SharedBase, save_adapter, set_reference
 from trl_rlaif.pipeline import artifacts, rl_setup, tracking
 from trl_rlaif.pipeline.artifacts import RlResults
 from trl_rlaif.pipeline.context import Context
@@ -110,6 +110,8 @@ def build_trainer(context: Context) -> tuple[RehearsalMixin, dict[str, int], lis
             processing_class=context.tokenizer,
             peft_config=adapter,
         )
+    if context.reference != context.start and TRL_REFERENCE in trainer.model.peft_config:
+        set_reference(trainer.model, TRL_REFERENCE, context.reference)
     if hasattr(trainer, "eos_token_ids"):
         trainer.eos_token_ids = stops  # by which TRL masks; its own always have the tokenizer's eos among them
     # The scorer's adapters and heads draw random numbers: TRL's trainer goes on as if it were alone.
@@ -141,6 +143,8 @@ def _stop_ids(context: Context, base: Any) -> list[int]:
 def _scorer(context: Context, trainer: RehearsalMixin, args: PPOConfig, dataset: Any) -> GroupScorer:
     """What scores, chooses and rehearses, on the very base that TRL's trainer trains."""
     accelerator, tokenizer, shared = trainer.accelerator, context.tokenizer, SharedBase.around(trainer.model)
+    if context.reference != context.start:
+        shared.compare_with(context.reference)
     work_out_batches(args, accelerator.num_processes, len(dataset))
     has_reward = "reward" in context.recipe.rl.reward_names
     if has_reward:

@@ -58,7 +58,7 @@ def build_trainer(context: Context) -> tuple[PPOTrainer, dict[str, int]]:
     """The trainer that the recipe describes, and how many prompts were skipped by reason."""
     settings, base = rl_setup.config(context), context.load_base()
     dataset, skipped = rl_setup.prompts(context, base, settings.response_length)
-    shared = SharedBase(base, context.start or context.lora, reference=context.start)
+    shared = SharedBase(base, context.start or context.lora, reference=context.reference)
     parts = {
         "reward_model": context.folder / artifacts.REWARD if "reward" in context.recipe.rl.reward_names else None,
         "reward_funcs": rl_setup.reward_functions(context, shared),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trl_rlaif.components import numbered
-from trl_rlaif.data.overlap import prompt_key, split_by_group
+from trl_rlaif.data.overlap import prompt_key
 from trl_rlaif.encoding import as_rendered, encode_prompt, encode_response
 from trl_rlaif.errors import RunError, UserError
 from trl_rlaif.evaluation import category_figures, is_even, outcome_calibration_error, pairwise_accuracy
@@ -17,6 +17,7 @@ from trl_rlaif.files import to_line, write_atomically, write_folder
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.artifacts import RewardResults
 from trl_rlaif.pipeline.context import Context
+from trl_rlaif.pipeline.earlier_rewards import accuracy_before, resumed, split, starting_adapter, with_earlier_pairs
 from trl_rlaif.pipeline.preferences import preferences_of_people
 from trl_rlaif.pipeline.training import last_checkpoint, settings_of
 from trl_rlaif.progress import progress_bar, say
@@ -26,6 +27,7 @@ from trl_rlaif.types import ScoredBatch
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from peft import LoraConfig
     from transformers import PreTrainedTokenizerBase
 
     from trl_rlaif.reward.config import RewardConfig
@@ -39,8 +41,14 @@ def run(context: Context) -> RewardResults:
     train, held_out, too_long = _datasets(context, section.eval_fraction, config.max_length)
     if section.policies:
         train = _with_log_ratios(context, train)
+    fresh, earlier = train, 0
+    if context.previous:
+        train, earlier = with_earlier_pairs(
+            context, fresh, held_out, lambda folder: _tokenized(context, folder, config.max_length)[0]
+        )
     torch.manual_seed(context.recipe.run.seed)
     trainer = _trainer(context, config, train)
+    before = accuracy_before(trainer, fresh, held_out) if starting_adapter(context) else None
     callback = context.callback("reward", "Training the reward model")
     callback.attach(trainer)
     try:
@@ -54,6 +62,8 @@ def run(context: Context) -> RewardResults:
         "eval_prompts": len(set(held_out["prompt_key"])),
         "skipped": left_out | too_long,
     }
+    if context.previous:
+        numbers |= {"earlier_pairs": earlier, "before": before}
     if len(held_out):
         numbers |= _held_out_numbers(context, trainer, held_out)
     return numbers | {"seconds": time.monotonic() - started}
@@ -71,9 +81,27 @@ def _datasets(
     context: Context, eval_fraction: float, max_length: int | None
 ) -> tuple[Dataset, Dataset, dict[str, int]]:
     """Tokenized training and held-out pairs, which share no prompt, and how many pairs were too long."""
+    tokenized, too_long = _tokenized(context, context.folder / artifacts.PREFERENCES, max_length)
+    if not len(tokenized):
+        raise UserError(
+            "There is no usable preference to train on.",
+            where=context.recipe.line(("reward",)),
+            fix="Give more pairs, or raise reward.max_length.",
+        )
+    training, held_out = split(context, tokenized["prompt_key"], eval_fraction)
+    if eval_fraction and not held_out:
+        say(
+            "Warning (reward): no pairs are held out. All pairs of a prompt are held out together, and no prompt has "
+            f"as few as {eval_fraction:.0%} of the {len(tokenized)} pairs. Raise reward.eval_fraction."
+        )
+    return tokenized.select(training), tokenized.select(held_out), too_long
+
+
+def _tokenized(context: Context, folder: Path, max_length: int | None) -> tuple[Dataset, dict[str, int]]:
+    """The pairs of a folder ``preferences/`` that are not too long, and how many are."""
     from datasets import load_from_disk
 
-    dataset = load_from_disk(str(context.folder / artifacts.PREFERENCES))
+    dataset = load_from_disk(str(folder))
     tokenized = dataset.map(
         lambda row: tokenize_preference(context.tokenizer, row) | {"prompt_key": prompt_key(row["prompt"])},
         remove_columns=[c for c in dataset.column_names if c not in ("p", "category", "human", "margin")],
@@ -81,20 +109,7 @@ def _datasets(
     )
     kept = [i for i, row in enumerate(tokenized) if max_length is None or row["length"] <= max_length]
     too_long = {"longer than max_length": len(tokenized) - len(kept)} if len(kept) < len(tokenized) else {}
-    tokenized = tokenized.select(kept)
-    if not len(tokenized):
-        raise UserError(
-            "There is no usable preference to train on.",
-            where=context.recipe.line(("reward",)),
-            fix="Give more pairs, or raise reward.max_length.",
-        )
-    training, held_out = split_by_group(tokenized["prompt_key"], eval_fraction, context.recipe.run.seed)
-    if eval_fraction and not held_out:
-        say(
-            "Warning (reward): no pairs are held out. All pairs of a prompt are held out together, and no prompt has "
-            f"as few as {eval_fraction:.0%} of the {len(tokenized)} pairs. Raise reward.eval_fraction."
-        )
-    return tokenized.select(training), tokenized.select(held_out), too_long
+    return tokenized.select(kept), too_long
 
 
 def _with_log_ratios(context: Context, train: Dataset) -> Dataset:
@@ -140,9 +155,13 @@ def _trainer(context: Context, config: Any, train: Dataset) -> Any:
     from trl_rlaif.reward.trainer import RewardTrainer
 
     torch.set_float32_matmul_precision(context.recipe.model.matmul_precision)
-    lora = context.lora
+    lora: LoraConfig | None = context.lora
     lora.task_type, lora.modules_to_save = "SEQ_CLS", ["score"]
     model, transforms = load_model(context.model_spec, num_labels=1), context.transforms("reward")
+    adapter = starting_adapter(context)
+    if adapter is not None:
+        names = [ref.name for ref in context.recipe.reward.transforms]
+        model, lora = resumed(model, transforms, names, adapter), None
     with settings_of(context.recipe, "reward"):
         return RewardTrainer(
             model=model,
@@ -243,7 +262,7 @@ def _ranking(
 
 def _write_scores(path: Path, held_out: Dataset, raw: torch.Tensor, after: torch.Tensor | None) -> None:
     """A line a held-out pair: its scores as the model gives them and, with transforms, as PPO gets them."""
-    columns = {name: list(held_out[name]) for name in ("category", "p", "human")}
+    columns = {name: list(held_out[name]) for name in ("prompt_key", "category", "p", "human")}
     columns["chosen"], columns["rejected"] = (half.tolist() for half in raw.chunk(2))
     if after is not None:
         columns["chosen_after"], columns["rejected_after"] = (half.tolist() for half in after.chunk(2))

@@ -25,7 +25,7 @@ from trl_rlaif.recipe.inputs import read_pairs
 from trl_rlaif.responses import Response
 
 # What is counted of a prompt's draws, and belongs to no pair.
-_DRAWN = ("redraws", "responses", "ended")
+_DRAWN = ("redraws", "responses", "ended", "tokens")
 
 
 def run(context: Context) -> SampleResults:
@@ -98,6 +98,7 @@ def _sample_pairs(context: Context) -> SampleResults:
         "dropped": skipped | dropped,
         "redrawn": sum(row["redraws"] > 0 for row in rows),
         "ended": _share_ended(rows),
+        "tokens": _mean_tokens(rows),
         "seconds": time.monotonic() - started,
     }
 
@@ -147,7 +148,12 @@ class _Sampler:
         return [self._row(p, responses[p.id], redraws[p.id]) for p in prompts]
 
     def _row(self, prompt: Prompt, responses: list[Response], redraws: int) -> DrawnRow:
-        drawn: DrawnRow = {"redraws": redraws, "responses": len(responses), "ended": sum(r.ended for r in responses)}
+        drawn: DrawnRow = {
+            "redraws": redraws,
+            "responses": len(responses),
+            "ended": sum(r.ended for r in responses),
+            "tokens": sum(len(r.answer_ids) for r in responses),
+        }
         different = _different(responses)
         if len(different) < 2:
             cut = "reasoning without an answer" if any(r.reasoning for r in responses) else "empty response"
@@ -176,3 +182,8 @@ def _different(responses: list[Response]) -> list[Response]:
 def _share_ended(rows: list[DrawnRow]) -> float | None:
     counted = [row for row in rows if "ended" in row]  # not those of an earlier release
     return sum(row["ended"] for row in counted) / sum(row["responses"] for row in counted) if counted else None
+
+
+def _mean_tokens(rows: list[DrawnRow]) -> float | None:
+    counted = [row for row in rows if "tokens" in row]  # likewise
+    return sum(row["tokens"] for row in counted) / sum(row["responses"] for row in counted) if counted else None

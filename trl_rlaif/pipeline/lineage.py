@@ -1,0 +1,68 @@
+"""The runs that a run goes on from: the rounds before it, whose policy, reward model and taught judge it takes up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from trl_rlaif.errors import UserError
+from trl_rlaif.pipeline import artifacts
+from trl_rlaif.pipeline.run_folder import RunFolder
+from trl_rlaif.pipeline.stage import previous
+from trl_rlaif.recipe import Recipe
+
+# What a run takes up of those before it.
+_TAKEN_UP = ("sft", "judge", "label", "reward", "rl")
+
+
+def previous_runs(recipe: Recipe) -> list[RunFolder]:
+    """The runs before this one, the latest first; none where it begins with the base.
+
+    Raises:
+        UserError: One is gone, or has no policy yet.
+    """
+    found: list[RunFolder] = []
+    place = recipe.previous
+    while place is not None:
+        if not (Path(place) / artifacts.RECIPE).is_file() or Path(place).resolve() in (run.path for run in found):
+            what = "The run that this one goes on from has no recipe.yaml."
+            raise UserError(what, where=place, fix="Restore it, or name another one as rounds.previous.")
+        run = RunFolder(place)
+        rounds = run.recipe().get("rounds") or {}
+        number = rounds.get("number", 1)
+        # The folder of a run in rounds holds what the last of them made.
+        found += [run.round(each) for each in range(number, 0, -1)] if number > 1 else [run]
+        place = rounds.get("previous")
+    return found
+
+
+def fingerprints_of(runs: Sequence[RunFolder]) -> dict[str, str]:
+    """What each stage of a run that goes on from these may depend on, by the names that its inputs have for it."""
+    found = {}
+    for stage in _TAKEN_UP:
+        run = next((run for run in runs if run.is_complete(stage)), None)
+        if run is not None:
+            found[previous(stage)] = run.marker(stage)["fingerprint"]
+    return found
+
+
+def check_previous(recipe: Recipe) -> None:
+    """Refuse to go on from a run that lacks what this one takes up.
+
+    Raises:
+        UserError: It has no policy, is of another model, or has not made what this recipe has a section for.
+    """
+    runs = previous_runs(recipe)
+    if not runs:
+        return
+    where, folder = recipe.line(("rounds", "previous")), runs[0].path
+    if not runs[0].is_complete("rl"):
+        raise UserError(f"The stage 'rl' has not completed in {folder}.", where=where, fix="Complete that run first.")
+    model = runs[0].recipe()["model"]["path"]
+    if Path(model).name != Path(recipe.model.path).name:  # elsewhere, the same model may lie in another folder
+        what = f"The run in {folder} trained {model}, and this recipe names {recipe.model.path}."
+        raise UserError(what, where=where, fix="Name the same model.path.")
+    for stage in ("sft", "judge"):
+        if getattr(recipe, stage) is not None and not any(run.is_complete(stage) for run in runs):
+            what = f"The stage '{stage}' is taken up from the run before, and {folder} has none."
+            raise UserError(what, where=recipe.line((stage,)), fix=f"Leave '{stage}' out.")

@@ -1,0 +1,214 @@
+"""Runs a recipe's stages from sample to rl several times, each time from the policy that was trained last.
+
+A round is a run like any other, in a folder of its own: its recipe is the one given, with another seed, and goes on
+from the round before. The run's own folder takes over what the last one made, for evaluate and report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from trl_rlaif.errors import UserError
+from trl_rlaif.generation import derived_seed
+from trl_rlaif.pipeline import artifacts, digests, lineage, machine, redo, runner, superseding
+from trl_rlaif.pipeline.artifacts import RoundRow
+from trl_rlaif.pipeline.machine import Machine
+from trl_rlaif.pipeline.redo import Confirm, Planned
+from trl_rlaif.pipeline.run_folder import RunFolder
+from trl_rlaif.pipeline.stage import previous
+from trl_rlaif.pipeline.stages import ENDS, ROUND, STAGES
+from trl_rlaif.plugins import Plugins
+from trl_rlaif.progress import Publisher, publishing, say
+from trl_rlaif.recipe import Recipe
+
+KEY = "rounds"
+# A run's folder with the plan of its stages.
+_Plan = tuple[RunFolder, dict[str, Planned]]
+
+
+def has_rounds(recipe: Recipe) -> bool:
+    """Whether a recipe has more than one round."""
+    return recipe.rounds is not None and recipe.rounds.number > 1
+
+
+def round_recipe(recipe: Recipe, number: int, folder: RunFolder) -> Recipe:
+    """What one round runs.
+
+    The first one is the recipe without rounds. Later ones draw with other seeds: with the same ones, a policy that has
+    changed little would give nearly the same responses, and the judge nearly the same labels. Their prompts are the
+    same, so that the rounds' numbers can be compared, and what the reward model holds out is never trained on.
+
+    Args:
+        number: From 1.
+        folder: The run's, in which all rounds are.
+    """
+    name = f"{recipe.run.name[:90]}-{number}"
+    if number == 1:
+        rounds = recipe.rounds.model_copy(update={"number": 1}) if recipe.previous else None
+        return replace(recipe, run=recipe.run.model_copy(update={"name": name}), rounds=rounds)
+    place = recipe.line((KEY,))
+    seeds = {"run": recipe.run.seed, "sample": recipe.sample.seed}
+    drawn = {section: derived_seed(seed, "round", number) for section, seed in seeds.items() if seed is not None}
+    places = {(section, "seed"): place for section in drawn} | {(KEY, "previous"): place}
+    before = str(folder / artifacts.ROUNDS / str(number - 1))
+    return replace(
+        recipe,
+        run=recipe.run.model_copy(update={"name": name, "seed": drawn["run"]}),
+        sample=recipe.sample.model_copy(update={"seed": drawn.get("sample")}),
+        rounds=recipe.rounds.model_copy(update={"number": 1, "previous": before}),
+        places={**recipe.places, **places} if recipe.places else {},
+    )
+
+
+def changes(recipe: Recipe, folder: RunFolder) -> list[str]:
+    """What a run, with rounds or without, would redo, and why: a message for each of its run folders."""
+    return _messages(_planned(recipe, folder) if has_rounds(recipe) else [(folder, redo.plan(recipe, folder))])
+
+
+def _messages(planned: Sequence[_Plan]) -> list[str]:
+    found = [(place, redo.redone(plan)) for place, plan in planned]
+    return [redo.describe(place, changed) for place, changed in found if changed]
+
+
+def _planned(recipe: Recipe, folder: RunFolder) -> list[_Plan]:
+    """Each round with the plan of its stages, and at last the run's own folder with that of evaluate and report."""
+    found: list[_Plan] = []
+    known = lineage.fingerprints_of(lineage.previous_runs(recipe))
+    for number in range(1, recipe.rounds.number + 1):
+        place, part = folder.round(number), round_recipe(recipe, number, folder)
+        plan = redo.plan(part, place, known, without=ENDS)
+        fingerprints = {name: each.fingerprint for name, each in plan.items()}
+        ends = known | fingerprints
+        known = known | {previous(name): fingerprint for name, fingerprint in fingerprints.items()}
+        found.append((place, plan))
+    return [*found, (folder, redo.plan(_end(recipe, part), folder, ends, without=ROUND))]
+
+
+def _end(recipe: Recipe, last: Recipe) -> Recipe:
+    """What the run's own folder runs: the last round's recipe, evaluated with the seed of the run as a whole."""
+    return replace(last, run=recipe.run)
+
+
+def run_rounds(
+    recipe: Recipe,
+    plugins: Plugins,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    only: Sequence[str] = (),
+    command: str = "",
+    donors: Sequence[RunFolder] = (),
+    confirm: Confirm | None = None,
+    began: Machine | None = None,
+) -> RunFolder:
+    """Run every round of a recipe, and at the end its stages evaluate and report; arguments as of ``run_recipe``.
+
+    Returns:
+        The folder: ``rounds/N`` is the run of a round, and results.json has under ``rounds`` a row for each.
+
+    Raises:
+        UserError: As ``run_recipe``; or ``only`` names a stage without its round (``2/label``).
+    """
+    folder, count = RunFolder(output), recipe.rounds.number
+    with folder.locked():
+        runner.check_unused(folder, used=resume or bool(only))
+        began = began or machine.machine_of(folder)
+        planned = _planned(recipe, folder)
+        only_in, only_ends = _sorted_out(only, planned)
+        if messages := [] if only else _messages(planned):
+            redo.agree("\n".join(messages), confirm)
+        runner.prepare(machine.settled(recipe, began), folder, command, began)
+        stages = {_name(number): "" for number in range(1, count + 1)}
+        stages |= {name: each.fingerprint for name, each in planned[-1][1].items()}
+        with publishing(folder.state, stages) as publisher:
+            for number in only_in if only else range(1, count + 1):
+                say(f"Round {number} of {count}")
+                publisher.begin(_name(number))
+                # Another run may have made the same from the same inputs; or this one, before it had rounds.
+                known = [*(run.round(number) for run in donors if _has_round(run, number)), *donors, folder]
+                how: dict[str, Any] = {"command": command, "confirm": lambda _: True, "began": began}
+                how |= {"only": only_in[number]} if only else {"donors": known, "without": ENDS}
+                part = round_recipe(recipe, number, folder)
+                runner.run_recipe(part, plugins, folder.round(number).path, resume=True, **how)
+            if only_ends or not only:
+                _finish(recipe, plugins, folder, only_ends, publisher, donors)
+        if not only:
+            runner.say_signs(folder)
+    return folder
+
+
+def _name(number: int) -> str:
+    return f"round {number}"
+
+
+def _sorted_out(only: Sequence[str], planned: Sequence[_Plan]) -> tuple[dict[int, list[str]], list[str]]:
+    """The stages that ``--only`` names, by their round, and those that come after the last."""
+    *rounds, (_, ends) = planned
+    found: dict[int, list[str]] = {}
+    for entry in only:
+        number, slash, stage = entry.rpartition("/")
+        if slash and number in map(str, range(1, len(rounds) + 1)):
+            found.setdefault(int(number), []).append(stage)
+        elif entry not in ends:
+            what = f"This run has {len(rounds)} rounds, each with its own stages; '{entry}' names none of them."
+            raise UserError(what, fix="Write --only 2/label for a stage of the second round, or evaluate, or report.")
+    after = [entry for entry in only if entry in ends]
+    for place, plan in rounds if after else []:
+        due = [name for name, each in plan.items() if each.why or not place.is_complete(name)]
+        if due:
+            what = f"'{after[0]}' depends on '{due[0]}', which has not completed in {place.path} with these settings."
+            raise UserError(what, fix="Run all rounds first: --resume without --only.")
+    return dict(sorted(found.items())), after
+
+
+def _has_round(run: RunFolder, number: int) -> bool:
+    return (run / artifacts.ROUNDS / str(number) / artifacts.RECIPE).is_file()
+
+
+def _finish(
+    recipe: Recipe,
+    plugins: Plugins,
+    folder: RunFolder,
+    only: Sequence[str],
+    publisher: Publisher,
+    donors: Sequence[RunFolder],
+) -> None:
+    """Take over what the last round made, and evaluate it."""
+    rounds = [folder.round(number) for number in range(1, recipe.rounds.number + 1)]
+    last = round_recipe(recipe, len(rounds), folder)
+    planned = redo.plan(last, folder, without=ENDS)
+    redo.apply(folder, planned, [each for each in planned.values() if each.why])
+    # From a time without rounds: sft and judge belong to the first one now.
+    superseding.supersede(folder, [STAGES[name] for name in ROUND if name not in planned])
+    digests.check(folder, [each.stage for each in planned.values()])
+    for name, each in planned.items():
+        if not folder.is_complete(name, each.fingerprint):
+            superseding.adopt(folder, each.stage, each.fingerprint, rounds[-1], each.inputs.to_dict())
+    seconds = sum(run.results_of(stage).get("seconds") or 0.0 for run in rounds[:-1] for stage in ROUND)
+    folder.add_results(KEY, {"rows": [_row(run) for run in rounds], "seconds": seconds})
+    fingerprints = {name: each.fingerprint for name, each in planned.items()}
+    known = lineage.fingerprints_of(lineage.previous_runs(last)) | fingerprints
+    due = redo.plan(_end(recipe, last), folder, known, without=ROUND)
+    runner.supersede_changed(folder, due, only, lambda _: True)  # it was agreed to before the first round
+    runner.run_stages(_end(recipe, last), plugins, folder, due, not only, only, None, publisher, donors)
+
+
+def _row(run: RunFolder) -> RoundRow:
+    sample, reward, rl = map(run.results_of, ("sample", "reward", "rl"))
+    before = reward.get("before") or {}
+    accuracy = {"rate": reward.get("accuracy"), "interval": reward.get("accuracy_interval")}
+    return {
+        "pairs": sample["pairs"],
+        "tokens": sample.get("tokens"),
+        "accuracy_before": before.get("all"),
+        "accuracy_before_held_out": before.get("held_out"),
+        "accuracy": accuracy if accuracy["rate"] is not None else None,
+        "score_first": rl.get("score_first"),
+        "score_last": rl.get("score_last"),
+        "kl_last": rl.get("kl_last"),
+        "implicit_first": rl.get("accuracy_first"),
+        "implicit_last": rl.get("accuracy_last"),
+    }

@@ -1,0 +1,70 @@
+"""What the page shows of a run in rounds: a row for each, and how well each reward model knew new responses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trl_rlaif.report import plots
+from trl_rlaif.report.figures import Figure, present, share
+from trl_rlaif.report.formatting import label, number, percent, scores, section
+from trl_rlaif.report.run_data import Run
+
+MAX_ROUNDS = 100
+
+
+def rounds_part(run: Run) -> dict[str, Any] | None:
+    """A row for each round, and a figure; None for a run that has none."""
+    found = section(run.results, "rounds").get("rows")
+    if not isinstance(found, list) or not found:
+        return None
+    rows = [_row(section(row)) for row in found[:MAX_ROUNDS]]
+    recipe = section(run.recipe, "rounds")
+    return {
+        "rows": rows,
+        "judged": any(row["after"]["rate"] is not None for row in rows),
+        "implicit": any(row["implicit"] for row in rows),
+        "earlier": percent(number(recipe.get("earlier"))),
+        "moves": label(recipe.get("reference")) == "previous",
+        "figures": present(_figure(rows)),
+    }
+
+
+def _row(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "pairs": number(row.get("pairs")),
+        "tokens": number(row.get("tokens")),
+        "before": share(section(row, "accuracy_before")),
+        "before_held_out": share(section(row, "accuracy_before_held_out")),
+        "after": share(section(row, "accuracy")),
+        "score": _change(row, "score", lambda *both: scores(*both)),
+        "implicit": _change(row, "implicit", lambda *both: [*map(percent, both)]),
+        "kl": number(row.get("kl_last")),
+    }
+
+
+def _change(row: dict[str, Any], name: str, shown: Any) -> str:
+    """A number's first and last value in a round, as ``0.12 → 0.34``."""
+    both = [number(row.get(f"{name}_{when}")) for when in ("first", "last")]
+    return "" if None in both else " → ".join(shown(*both))
+
+
+def _figure(rows: list[dict[str, Any]]) -> Figure | None:
+    named = [
+        (
+            name,
+            [
+                (n, row[key]["rate"], row[key]["interval"])
+                for n, row in enumerate(rows, 1)
+                if row[key]["rate"] is not None
+            ],
+        )
+        for name, key in (("before it learns from them", "before_held_out"), ("after", "after"))
+    ]
+    if not all(points for _, points in named):
+        return None
+    heading = "Accuracy of the reward model on each round's own responses"
+    caption = (
+        "On the held-out prompts of each round, as its policy answered them: the reward model of the round before, and "
+        "the one that has learned from the round's other prompts. Bars are 95% intervals; dashed: a coin."
+    )
+    return Figure(heading, plots.by_round(named, heading, "accuracy"), caption)
