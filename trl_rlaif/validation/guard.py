@@ -1,0 +1,54 @@
+"""Guards components: every return value is checked, and what they raise is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+from trl_rlaif.components import Component, DataSelector, Labeler, PairSampler, RewardTransform
+from trl_rlaif.validation.blame import ORIGIN, Origin, origin_of
+from trl_rlaif.validation.labels import label_call
+from trl_rlaif.validation.pairs import sample_call
+from trl_rlaif.validation.scores import loss_call, transform_call
+from trl_rlaif.validation.selections import select_call
+
+C = TypeVar("C", bound=Component)
+
+
+def validated(component: C, origin: Origin | None = None) -> C:
+    """The same component, whose every return value is checked from here on.
+
+    Args:
+        component: Of any kind. One that is validated already stays as it is.
+        origin: Which recipe picked it; None outside of recipes.
+    """
+    if ORIGIN in vars(component):
+        return component
+    for base, (kind, methods) in _METHODS.items():
+        if isinstance(component, base):
+            setattr(component, ORIGIN, origin or origin_of(component, kind))
+            for name, call in methods.items():
+                # On the instance: no place that calls it can forget the check.
+                setattr(component, name, partial(call, getattr(component, ORIGIN), getattr(component, name)))
+    return component
+
+
+def _call(name: str, origin: Origin, method: Callable[..., Any], *arguments: Any) -> Any:
+    """What only has to be named when it fails."""
+    with origin.blamed(f"{name}()"):
+        return method(*arguments)
+
+
+# For each kind what its methods are called through.
+_METHODS: dict[type[Component], tuple[str, dict[str, Callable[..., Any]]]] = {
+    Labeler: ("labeler", {"label": label_call} | {name: partial(_call, name) for name in ("columns", "check_row")}),
+    RewardTransform: (
+        "reward transform",
+        {name: partial(transform_call, name) for name in ("transform", "transform_pool")}
+        | {"loss": loss_call}
+        | {name: partial(_call, name) for name in ("metrics", "state_dict", "load_state_dict")},
+    ),
+    DataSelector: ("data selector", {"select": select_call}),
+    PairSampler: ("pair sampler", {"sample": sample_call}),
+}
