@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class SoftDPOTrainer(DPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.data_collator = _with_labels(self.data_collator)
+        self.data_collator = partial(_with_labels, self.data_collator)  # which workers of a data loader can be sent
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -85,8 +86,7 @@ class _Remembering(float):
         return self.products[-1]
 
 
-def _with_labels(collator: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
-        return collator(examples) | {"p": torch.tensor([example["p"] for example in examples])}
-
-    return collate
+def _with_labels(
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]], examples: list[dict[str, Any]]
+) -> dict[str, Any]:
+    return collator(examples) | {"p": torch.tensor([example["p"] for example in examples])}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import pickle
 
 import pytest
 import torch
@@ -97,6 +98,7 @@ def test_soft_labels_are_learned_from_as_they_are(tiny_model, tmp_path, options)
                 weight.normal_(std=0.2)
     batch = next(iter(trainer.get_train_dataloader()))
     assert sorted(batch["p"].tolist()) == pytest.approx(sorted(p))
+    assert pickle.dumps(trainer.data_collator)  # as workers of a data loader are sent it
     examples = {k: v.clone() for k, v in batch.items()}
     policy = get_peft_model(copy.deepcopy(reference), _adapter()).double()
     policy.load_state_dict(trainer.model.state_dict())
