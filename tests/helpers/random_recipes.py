@@ -135,6 +135,11 @@ class RandomRecipe:
         if self.draw.random() < 0.2 and "evaluate" in found:
             changed = self.draw.choice([name for name in CHANGEABLE if name in found])
             found["compare"] = ["a", {"b": {changed: self.section(changed, algorithm)}}]
+        if self.draw.random() < 0.15 and {"sample", "label", "rl"} <= found.keys():
+            found["rounds"] = self.draw.choice((2, {"number": 2, "reference": "previous"}))
+            if "reward" in found:
+                found["reward"].pop("policies", None)
+                found["rl"] |= {"rewards": ["reward"], "labelers": []}
         return found
 
     def _agree(self, found: dict[str, Any]) -> None:

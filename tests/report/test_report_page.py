@@ -335,7 +335,17 @@ def test_at_most_two_hundred_samples_are_shown(tmp_path):
     assert "prompt-0." in page.text and "prompt-497." in page.text
 
 
-@pytest.mark.parametrize("content", ["[]", "{", '"x"', '{"rl": 3, "evaluate": {"sets": [1]}, "label": {"mass": "a"}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "{",
+        '"x"',
+        '{"rl": 3, "evaluate": {"sets": [1]}, "label": {"mass": "a"}}',
+        '{"rounds": {"rows": [1, {"accuracy": {"rate": 1e400}, "kl_last": "x", "score_first": 1}, {"tokens": []}]}}',
+        '{"rounds": {"rows": {"a": 1}}}',
+    ],
+)
 def test_results_of_another_shape_do_not_stop_the_report(tmp_path, content):
     folder = make_run(tmp_path / "run")
     (folder / "metrics.jsonl").unlink()

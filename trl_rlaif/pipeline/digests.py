@@ -43,6 +43,11 @@ def _numbers(folder: RunFolder, stage: Stage) -> dict[str, str]:
     return {name: hashlib.sha256(to_json(part).encode()).hexdigest() for name, part in parts.items()}
 
 
+def made_together(folder: RunFolder, other: RunFolder, stage: str) -> bool:
+    """Whether a complete stage of one run is a copy of that of another; the same inputs may have been used twice."""
+    return folder.marker(stage).get(_NUMBERS) == other.marker(stage).get(_NUMBERS)
+
+
 def check(folder: RunFolder, stages: Iterable[Stage], *, companions: bool = True) -> None:
     """Compare what complete stages left with what they wrote. Stages of earlier versions recorded nothing.
 

@@ -130,9 +130,12 @@ def run_rounds(
                 # Another run may have made the same from the same inputs; or this one, before it had rounds.
                 known = [*(run.round(number) for run in donors if _has_round(run, number)), *donors, folder]
                 how: dict[str, Any] = {"command": command, "confirm": lambda _: True, "began": began}
-                how |= {"only": only_in[number]} if only else {"donors": known, "without": ENDS}
+                if only:
+                    how |= {"only": only_in[number], "resume": resume}
+                else:
+                    how |= {"donors": known, "without": ENDS, "resume": True}
                 part = round_recipe(recipe, number, folder)
-                runner.run_recipe(part, plugins, folder.round(number).path, resume=True, **how)
+                runner.run_recipe(part, plugins, folder.round(number).path, **how)
             if only_ends or not only:
                 _finish(recipe, plugins, folder, only_ends, publisher, donors)
         if not only:
@@ -185,7 +188,8 @@ def _finish(
     superseding.supersede(folder, [STAGES[name] for name in ROUND if name not in planned])
     digests.check(folder, [each.stage for each in planned.values()])
     for name, each in planned.items():
-        if not folder.is_complete(name, each.fingerprint):
+        own = folder.is_complete(name, each.fingerprint) and digests.made_together(folder, rounds[-1], name)
+        if not own:  # or --only has made it again
             superseding.adopt(folder, each.stage, each.fingerprint, rounds[-1], each.inputs.to_dict())
     seconds = sum(run.results_of(stage).get("seconds") or 0.0 for run in rounds[:-1] for stage in ROUND)
     folder.add_results(KEY, {"rows": [_row(run) for run in rounds], "seconds": seconds})

@@ -311,6 +311,12 @@ def test_a_stage_of_one_round_runs_alone(finished, tiny_model, tmp_path, monkeyp
     code, said = run_cli(monkeypatch, capsys, *command, "1/evaluate")
     assert code == 0, said
     assert RunFolder(tmp_path / "out").round(1).results_of("evaluate")["sets"]["test"]["prompts"] == 4
+    code, said = run_cli(monkeypatch, capsys, *command, "2/rl")
+    assert code == 0 and "rl: done in" in said and "Round 1" not in said
+    last, own = (RunFolder(path) for path in (tmp_path / "out" / "rounds" / "2", tmp_path / "out"))
+    assert last.results_of("rl")["seconds"] != own.results_of("rl")["seconds"]
+    code, said = run_cli(monkeypatch, capsys, *command[:-1], "--resume")
+    assert code == 0 and last.results_of("rl") == own.results_of("rl")
     code, said = run_cli(monkeypatch, capsys, *command, "label")
     assert code == 2 and "2 rounds" in said and "--only 2/label" in said
     shutil.rmtree(tmp_path / "out" / "rounds" / "2")
