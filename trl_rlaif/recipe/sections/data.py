@@ -1,0 +1,93 @@
+"""The sections ``data``, ``sft`` and ``sample``: prompts, pairs, and what a run begins with."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from trl_rlaif.data import COLUMNS, PairFormat, ScoredPairs
+from trl_rlaif.recipe.formatting import nearest_or_all, shown
+from trl_rlaif.recipe.sections.values import Component, DataPath, Number, Section, Text
+
+# Whose columns may be named apart: the keys of ``data``, and data that other sections name.
+SOURCES = ("prompts", "eval_prompts", "pairs", "sft", "judge", "calibration", "rehearsal")
+
+
+def known_columns(value: dict[str, str | dict[str, str]]) -> dict[str, str | dict[str, str]]:
+    """Refuse names under which nothing is read."""
+    for key, column in value.items():
+        if (key in SOURCES) != isinstance(column, dict):
+            raise ValueError(f"'{key}' is {shown(column)}. " + nearest_or_all(key, COLUMNS, "Names that are read"))
+        for name in column if isinstance(column, dict) else [key]:
+            if name not in COLUMNS:
+                raise ValueError(f"Nothing is read as '{name}'. " + nearest_or_all(name, COLUMNS, "Names"))
+    return value
+
+
+class DataSection(Section):
+    """``data``: what the run reads."""
+
+    prompts: DataPath | None = Field(None, description="Prompts to train on: a file, a folder or a Hub id.")
+    max_prompts: int | None = Field(None, ge=1, description="Train on the first so many prompts; null takes all.")
+    eval_prompts: DataPath | None = Field(None, description="Prompts to evaluate on, likewise.")
+    pairs: DataPath | None = Field(None, description="Pairs of responses that stand in for sampled ones.")
+    format: PairFormat = Field("auto", description="How the pairs are laid out; auto looks at their columns.")
+    scored_pairs: ScoredPairs = Field(
+        "all", description="Pairs of responses with scores: all, or best_worst, the best against the worst."
+    )
+    columns: Annotated[dict[str, Text | dict[str, Text]], AfterValidator(known_columns)] = Field(
+        default_factory=dict,
+        description="What the files call their columns, such as {prompt: question}; of one of them alone, "
+        "{eval_prompts: {prompt: text}}.",
+    )
+    category: Text = Field("category", description="The column that holds each prompt's category.")
+    clusters: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        None, description="Prompts without categories get so many, clusters of their embeddings; auto: by silhouette."
+    )
+
+    @model_validator(mode="after")
+    def _one_category(self) -> DataSection:
+        if self.category != "category" and any("category" in self.columns_of(source) for source in SOURCES):
+            raise ValueError("Set category or columns.category, not both.")
+        return self
+
+    def columns_of(self, source: str) -> dict[str, str]:
+        """What a source's file calls the columns.
+
+        Args:
+            source: One of SOURCES.
+        """
+        for_all = {key: column for key, column in self.columns.items() if isinstance(column, str)}
+        return for_all | dict(self.columns.get(source, {}))
+
+
+class SftSection(Section):
+    """``sft``: supervised fine-tuning before everything else. Other keys are SFTConfig's."""
+
+    data: DataPath = Field(description="What to fine-tune on: a file, a folder or a Hub id.")
+    config: dict[str, Any] = Field(default_factory=dict, description="Fields of trl.SFTConfig.")
+
+
+class SampleSection(Section):
+    """``sample``: responses of the starting policy, drawn in pairs."""
+
+    sampler: Component | None = Field(
+        None, description="A plugin that makes the pairs, with its options; null draws num_responses to each prompt."
+    )
+    num_responses: int = Field(2, ge=2, description="Responses drawn for each prompt.")
+    temperature: Number = Field(1.0, gt=0, description="Sampling temperature.")
+    top_p: Number = Field(1.0, gt=0, le=1, description="Nucleus sampling: the share of probability kept.")
+    max_new_tokens: int = Field(128, ge=1, description="Longest response in tokens.")
+    batch_size: int = Field(16, ge=1, description="Sequences generated at once.")
+    redraws: int = Field(3, ge=0, description="Times that identical or empty responses are drawn anew.")
+    seed: int | None = Field(None, ge=0, le=2**31 - 1, description="Seed of sampling; null takes run.seed.")
+    keep_pairs: Literal["first", "all"] = Field(
+        "first", description="Pairs of a prompt's different responses: the first two, or each with each."
+    )
+
+    @property
+    def pairs_a_prompt(self) -> int:
+        """How many pairs a prompt's responses make, where all of them are different."""
+        return math.comb(self.num_responses, 2) if self.keep_pairs == "all" else 1

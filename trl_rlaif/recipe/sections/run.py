@@ -1,0 +1,57 @@
+"""The sections ``run``, ``rounds`` and ``report``: the run as a whole."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field, model_validator
+
+from trl_rlaif.recipe.sections.values import Named, Number, SafeName, Section, Text
+
+# Ways to compute the same numbers with less work; see trl_rlaif.models.kernels.
+Kernel = Literal["packing", "fused_lora", "logprob_head", "cpu_attention", "cast_weights", "static_cache"]
+
+KERNELS = get_args(Kernel)
+
+
+class RunSection(Section):
+    """``run``: the run as a whole."""
+
+    name: SafeName = Field(description="The run's name and its folder's. Default: the recipe file's name.")
+    seed: int = Field(42, ge=0, le=2**31 - 1, description="Seed of everything that is drawn at random.")
+    kernels: dict[Kernel, Literal["auto"] | bool] = Field(
+        default_factory=dict, description=f"Faster ways to compute, each on, off or auto: {', '.join(KERNELS)}."
+    )
+
+
+class ReportSection(Section):
+    """``report``: one HTML page at the end. It has no keys."""
+
+
+class RoundsSection(Section):
+    """``rounds``: sample, label, reward and rl again and again, each time with the policy that was trained last."""
+
+    number: int = Field(1, ge=1, description="How many rounds; rounds: 3 is short for rounds: {number: 3}.")
+    previous: Annotated[Text, Named("trained_run")] | None = Field(
+        None,
+        description="A run's folder: this run is the round after it, with its policy, reward model and taught judge.",
+    )
+    reference: Literal["initial", "previous"] = Field(
+        "initial",
+        description="What rl compares the policy with: the policy before the first round, or the one that the present "
+        "round begins with.",
+    )
+    earlier: Number = Field(
+        0.5, ge=0, le=1, description="Share of the earlier rounds' preferences that the reward model learns from again."
+    )
+
+    @model_validator(mode="after")
+    def _repeats(self) -> RoundsSection:
+        if "number" not in self.model_fields_set and self.previous is None:
+            raise ValueError("Write how many rounds, such as number: 3, or the run before this one as previous.")
+        return self
+
+    @property
+    def repeats(self) -> bool:
+        """Whether there are several rounds, or one after another run."""
+        return self.number > 1 or self.previous is not None
