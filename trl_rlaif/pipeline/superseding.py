@@ -102,7 +102,7 @@ def adopt(folder: RunFolder, stage: Stage, fingerprint: str, donor: RunFolder, i
     folder.begin(stage.name, fingerprint, inputs)
     outputs = [name for name in stage.outputs if name != artifacts.checkpoints_of(stage.name)]
     companions = [name for name in stage.companions if not (folder / name).exists()]
-    if artifacts.LABELS in stage.companions and (folder / artifacts.LABELS).exists():
+    if artifacts.LABELS in stage.companions and all((run / artifacts.LABELS).exists() for run in (folder, donor)):
         _add_labels(folder, donor)
     for name in (*outputs, *companions):
         source = donor / name
