@@ -24,6 +24,7 @@ from trl_rlaif.evaluation import agreement, calibration_error, position_bias
 from trl_rlaif.labels.calibration import cross_validate
 from trl_rlaif.labels.store import LabelStore
 from trl_rlaif.pipeline.context import Context, pair_row
+from trl_rlaif.pipeline.label_tasks import label_key, label_tasks
 from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import parse_recipe
@@ -114,7 +115,7 @@ def _row(args: argparse.Namespace, model: str, data: Path, prompt: str, options:
     run = run_recipe(parsed, plugins, folder / "run", resume=True, confirm=lambda _: True)
     numbers = run.results()["label"]
     context = Context(parsed, run, plugins)
-    setup = context.label_key(context.label_tasks()[0])
+    setup = label_key(context, label_tasks(context.recipe)[0])
     pairs_of_run = context.pairs()
     found = LabelStore(run / "labels.jsonl").find(setup, pairs_of_run)
     judged = [pair for pair in pairs_of_run if found.get(pair.id, {"p": None})["p"] is not None]

@@ -280,4 +280,4 @@ def _judge(recipe: Recipe, plugins: Plugins, prompt: str) -> Iterator[Judge]:
         section = recipe.judge.model
     with tempfile.TemporaryDirectory() as folder:  # of a run, which has not begun
         context = Context(recipe, RunFolder(folder), plugins)
-        yield context.judge(section, prompt)
+        yield context.judges.load(section, prompt)

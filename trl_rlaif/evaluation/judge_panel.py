@@ -22,6 +22,7 @@ from trl_rlaif.judging.judge import Judge
 from trl_rlaif.judging.prompt import JudgePrompt
 from trl_rlaif.models.shared_model import SharedBase
 from trl_rlaif.pipeline.context import Context
+from trl_rlaif.pipeline.judges import who_wins
 from trl_rlaif.progress import progress_bar, say
 from trl_rlaif.recipe import ComponentRef, JudgeSection, Recipe, ServerJudgeSection, prompt_folder
 
@@ -61,7 +62,7 @@ def asking(
         section: What the recipe says of the judge.
     """
 
-    labeler = context.create_labeler(context.who_wins(section))
+    labeler = context.create_labeler(who_wins(context.recipe, section))
 
     def preferred(prompts: Sequence[PromptLike], first: Sequence[str], second: Sequence[str]) -> list[float | None]:
         extra = columns_for(context, labeler, judge.prompt)
@@ -95,7 +96,7 @@ def check_servers(context: Context) -> None:
     """
     for section, prompts in _by_model(context.recipe).items():
         if isinstance(section, ServerJudgeSection):
-            context.judge(section, prompts[next(iter(prompts))])
+            context.judges.load(section, prompts[next(iter(prompts))])
 
 
 def ask_judges(context: Context, shared: SharedBase, sets: dict[str, Rows]) -> dict[str, str]:
@@ -134,7 +135,7 @@ def _by_model(recipe: Recipe) -> dict[str | JudgeSection | ServerJudgeSection, d
 
 
 def _load(context: Context, shared: SharedBase, section: str | JudgeSection | ServerJudgeSection, prompt: str) -> Judge:
-    return context.judge(section, prompt, shared)
+    return context.judges.load(section, prompt, shared)
 
 
 def _ask(

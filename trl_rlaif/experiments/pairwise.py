@@ -19,7 +19,9 @@ from trl_rlaif.labels import LabelStore
 from trl_rlaif.labels.store import pair_key
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.artifacts import CompareResults
-from trl_rlaif.pipeline.context import WHO_WINS, Context, LabelTask
+from trl_rlaif.pipeline.context import Context
+from trl_rlaif.pipeline.judges import WHO_WINS
+from trl_rlaif.pipeline.label_tasks import LabelTask, label_key
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.plugins import Plugins
 from trl_rlaif.progress import progress_bar
@@ -49,7 +51,7 @@ def play(recipe: Recipe, plugins: Plugins, folder: RunFolder, runs: Mapping[str,
     task = LabelTask("compare", WHO_WINS, section.judge, recipe.evaluation_prompt)
     judged = _judge(context, task, {pair.id: pair for answers in sets.values() for pair in _pairs(answers)})
     found = {name: _numbers(answers, judged, recipe.run.seed) for name, answers in sets.items()}
-    return {"judge": context.label_key(task).judge, "sets": found}
+    return {"judge": label_key(context, task).judge, "sets": found}
 
 
 def read_answers(runs: Mapping[str, RunFolder]) -> dict[str, Answers]:
@@ -92,7 +94,7 @@ def _pair(one: dict[str, Any], other: dict[str, Any]) -> Pair:
 
 def _judge(context: Context, task: LabelTask, pairs: dict[str, Pair]) -> dict[str, float | None]:
     """Probability that response_1 is preferred, by the pair's key; None where it could not be judged."""
-    store, setup = LabelStore(context.folder / artifacts.LABELS), context.label_key(task)
+    store, setup = LabelStore(context.folder / artifacts.LABELS), label_key(context, task)
     labeler = context.create_labeler(task.labeler)
     extra = columns_for(context, labeler, JudgePrompt.load(prompt_folder(task.prompt)))
     pairs = {key: replace(pair, extra=extra(pair.prompt)) for key, pair in pairs.items()}
@@ -100,7 +102,7 @@ def _judge(context: Context, task: LabelTask, pairs: dict[str, Pair]) -> dict[st
     # What could not be judged is asked again: a server may be back.
     done = {key for key, row in known.items() if row["p"] is not None}
     if len(done) < len(pairs):
-        judge = context.label_judge(task)
+        judge = context.judges.load(task.judge, task.prompt)
         with progress_bar("Judging the variants", len(pairs), len(done)) as advance:
             for label in labeler.label(list(pairs.values()), judge, done):
                 store.add(setup, pairs[label.id], label)

@@ -14,7 +14,7 @@ from trl_rlaif.data import Loaded
 from trl_rlaif.data.loading import place_of
 from trl_rlaif.errors import Problem, UserError
 from trl_rlaif.judging.prompt import JudgePrompt
-from trl_rlaif.pipeline.context import who_wins
+from trl_rlaif.pipeline.judges import who_wins
 from trl_rlaif.pipeline.rl_setup import load_function
 from trl_rlaif.recipe import ComponentRef, Recipe, prompt_folder
 from trl_rlaif.recipe.inputs import read_calibration, read_pairs, read_prompts

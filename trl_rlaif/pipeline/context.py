@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
 from pathlib import Path
@@ -19,25 +19,19 @@ from trl_rlaif.data.overlap import prompt_key
 from trl_rlaif.encoding import PromptLike, as_messages, chat_prompt, encode_prompt, is_rendered, set_template_kwargs
 from trl_rlaif.errors import UserError
 from trl_rlaif.files import read_lines, read_state, write_state
-from trl_rlaif.judging.judge import Judge
-from trl_rlaif.judging.local import LocalJudge
-from trl_rlaif.judging.prompt import JudgePrompt
-from trl_rlaif.judging.remote import RemoteJudge
-from trl_rlaif.judging.server import Server
-from trl_rlaif.labels import LabelKey
-from trl_rlaif.models.loading import ModelSpec, load_model, load_tokenizer, model_revision
+from trl_rlaif.models.loading import ModelSpec, load_model, load_tokenizer
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.artifacts import PairRow
 from trl_rlaif.pipeline.categories import categorized
 from trl_rlaif.pipeline.checkpointing import CHECKPOINTING, settle_checkpointing
-from trl_rlaif.pipeline.inputs import digest
+from trl_rlaif.pipeline.judges import Judges
 from trl_rlaif.pipeline.lineage import previous_runs
 from trl_rlaif.pipeline.machine import machine_of, settled
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.stages import STAGES
 from trl_rlaif.plugins import Plugins
 from trl_rlaif.progress import say
-from trl_rlaif.recipe import ComponentRef, JudgeSection, Recipe, ServerJudgeSection, prompt_folder
+from trl_rlaif.recipe import ComponentRef, Recipe
 from trl_rlaif.recipe.inputs import read_prompts
 from trl_rlaif.responses import ResponseReader
 from trl_rlaif.stopping import chosen_stop_ids
@@ -49,30 +43,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
     from trl_rlaif.components import Labeler
-    from trl_rlaif.models.shared_model import SharedBase
 
 P = TypeVar("P", Prompt, Pair)
-
-# What decides which of two responses wins, in evaluate, compare and the forgetting tracker: both orders, the mean of
-# their log-odds, no rationales. The options of the section label do not apply: an ablation there, such as one order
-# alone, would give a judge that prefers a position a win rate of 100%.
-WHO_WINS = ComponentRef("distilled", {"orders": "both", "debias": "mean_logit"})
-
-
-def who_wins(recipe: Recipe, judge: str | JudgeSection | ServerJudgeSection) -> ComponentRef:
-    """See ``Context.who_wins``."""
-    taught = recipe.teaching_labeler if judge == "taught" else WHO_WINS
-    return WHO_WINS if taught.name == WHO_WINS.name else taught
-
-
-@dataclass(frozen=True)
-class LabelTask:
-    """One labeler's work: its name in the report, and what it consists of."""
-
-    name: str
-    labeler: ComponentRef
-    judge: str | JudgeSection | ServerJudgeSection
-    prompt: str
 
 
 @dataclass(frozen=True)
@@ -115,7 +87,6 @@ class Context:
     folder: RunFolder
     plugins: Plugins
     shard: Shard | None = None
-    _judges: dict[str, PreTrainedTokenizerBase] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.recipe = settled(self.recipe, machine_of(self.folder))
@@ -124,7 +95,7 @@ class Context:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base's tokenizer, with the variables for its chat template."""
         model = self.recipe.model
-        return self._templated(load_tokenizer(model.path), model.chat_template_kwargs)
+        return self.templated(load_tokenizer(model.path), model.chat_template_kwargs)
 
     @cached_property
     def previous(self) -> list[RunFolder]:
@@ -144,16 +115,10 @@ class Context:
         found = read_state(path, "Without it, labels of a judge whose chat template tells the date are made again.")
         return date.fromisoformat(found["date"]) if found else date.today()
 
-    def _templated(self, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase:
+    def templated(self, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase:
+        """A tokenizer with variables for its chat template."""
         today = {"chat_template": dated(tokenizer.chat_template, self.date)} if has_date(tokenizer) else {}
         return set_template_kwargs(tokenizer, today | kwargs)
-
-    def _judge_tokenizer(self, judge: str | JudgeSection) -> PreTrainedTokenizerBase:
-        if isinstance(judge, str):
-            return self.tokenizer
-        if judge.path not in self._judges:
-            self._judges[judge.path] = self._templated(load_tokenizer(judge.path), {})
-        return self._judges[judge.path]
 
     def with_template_kwargs(self, dataset: Dataset) -> Dataset:
         """A dataset for a trainer of TRL's that renders conversations itself, with the base's variables for that."""
@@ -212,76 +177,10 @@ class Context:
             self.tokenizer, self.stop_ids(model), reasoning=section.reasoning, tags=section.reasoning_tags
         )
 
-    def judge(
-        self, section: str | JudgeSection | ServerJudgeSection, prompt: str, shared: SharedBase | None = None
-    ) -> Judge:
-        """The judge that a section names; ``same`` is the base itself, ``taught`` what the stage judge made.
-
-        Args:
-            section: The judge.
-            prompt: Name or folder of its prompt.
-            shared: The base where it is already loaded, with the roles of others.
-        """
-        if isinstance(section, ServerJudgeSection):
-            server = Server(**section.model_dump(exclude={"backend", "path"}))
-            return RemoteJudge(section.path, JudgePrompt.load(prompt_folder(prompt)), server)
-        taught = section == "taught"
-        own = self.recipe.judge.model if taught else section
-        if isinstance(own, str) and shared is not None:
-            role = self._taught_role(shared) if taught else None
-            return self._local_judge(own, prompt, shared.model, context=lambda: shared.role(role))
-        model = self._judge_model(own)
-        return self._local_judge(own, prompt, self._with_taught(model) if taught else model)
-
-    def untaught_judge(self) -> LocalJudge:
-        """The judge that the stage judge teaches, loaded."""
-        section = self.recipe.judge.model
-        return self._local_judge(section, self.recipe.teaching_prompt, self._judge_model(section))
-
-    def _judge_model(self, section: str | JudgeSection) -> PreTrainedModel:
-        if isinstance(section, str):
-            return self.load_base()
-        spec = _spec(section)
-        model = load_model(spec).eval().requires_grad_(False)
-        return model if spec.quantization == "nf4" else model.to(_device())
-
-    def _local_judge(
-        self, section: str | JudgeSection, prompt: str, model: PreTrainedModel, **options: Any
-    ) -> LocalJudge:
-        if self.recipe.label:
-            options |= {"batch_tokens": self.recipe.label.batch_tokens, "precision": self.recipe.label.precision}
-        if not isinstance(section, str):
-            options["chat_template_kwargs"] = section.chat_template_kwargs
-        name = self.recipe.model.path if isinstance(section, str) else section.path
-        template = JudgePrompt.load(prompt_folder(prompt))
-        return LocalJudge(model, self._judge_tokenizer(section), template, name, **options)
-
-    @property
-    def taught_adapter(self) -> Path | None:
-        """What the stage judge has taught; None where that did not help, and the judge is asked as it is."""
-        for run in self.previous or [self.folder]:
-            if found := run.results_of("judge"):
-                return run / artifacts.JUDGE if found["used"] else None
-        return None
-
-    def _taught_role(self, shared: SharedBase) -> str | None:
-        if self.taught_adapter is None:
-            return None
-        if "judge" not in shared.peft.peft_config:
-            shared.load_adapter("judge", self.taught_adapter)
-        return "judge"
-
-    def _with_taught(self, model: PreTrainedModel) -> PreTrainedModel:
-        if self.taught_adapter is None:
-            return model
-        from peft import PeftModel
-
-        return PeftModel.from_pretrained(model, str(self.taught_adapter)).eval().get_base_model()
-
-    def who_wins(self, judge: str | JudgeSection | ServerJudgeSection) -> ComponentRef:
-        """The labeler by which a judge decides which of two responses wins: one that was taught ratings is no better
-        at comparisons than before."""
-        return who_wins(self.recipe, judge)
+    @cached_property
+    def judges(self) -> Judges:
+        """Those that the recipe names."""
+        return Judges(self)
 
     @cached_property
     def evaluated_columns(self) -> dict[str, dict[str, Any]]:
@@ -289,48 +188,6 @@ class Context:
         sources = self.recipe.evaluate.sets.values() or [self.recipe.data.eval_prompts]
         found = [prompt for source in sources for prompt in read_prompts(self.recipe, source, "eval_prompts").items]
         return {prompt_key(prompt.prompt): prompt.extra for prompt in found}
-
-    # ---- Labeling -------------------------------------------------------------------------------------
-
-    def label_tasks(self) -> list[LabelTask]:
-        """The labelers of the recipe; the first one's labels are what the reward model learns from."""
-        section = self.recipe.label
-        main = LabelTask("label", section.main_labeler, section.judge, section.prompt)
-        others = [
-            LabelTask(name, c.labeler or main.labeler, c.judge or main.judge, c.prompt or main.prompt)
-            for name, c in section.compare.items()
-        ]
-        return [main, *others]
-
-    def label_key(self, task: LabelTask) -> LabelKey:
-        """What determines a task's labels. No model is loaded."""
-        judge, adapter = task.judge, None
-        if judge == "taught":
-            judge, adapter = self.recipe.judge.model, self.taught_adapter
-        if isinstance(judge, ServerJudgeSection):
-            name = judge.path
-            listed = 20 if judge.top_logprobs == "auto" else judge.top_logprobs  # or more, if need be
-            revision = f"{judge.base_url} {judge.api} {judge.prefill} {judge.votes} {listed}"
-            revision += _told(judge.chat_template_kwargs) + _told(judge.extra_body)
-        else:
-            spec = self.model_spec if isinstance(judge, str) else _spec(judge)
-            # A folder's own name: on another machine the same model may lie elsewhere.
-            name = Path(spec.path).name if Path(spec.path).exists() else spec.path
-            revision = f"{model_revision(spec.path)} {spec.dtype} {spec.quantization}"
-            revision += _told((self.recipe.model if isinstance(judge, str) else judge).chat_template_kwargs)
-            if has_date(self._judge_tokenizer(judge)):
-                revision += f" {self.date}"
-            if adapter is not None:
-                from trl_rlaif.models.shared_model import ADAPTER_FILE
-
-                revision += f" {digest(str(adapter / ADAPTER_FILE))}"
-        prompt = JudgePrompt.load(prompt_folder(task.prompt))
-        columns = tuple(sorted(self.create_labeler(task.labeler).columns(prompt)))
-        return LabelKey(task.labeler.name, dict(task.labeler.options), name, revision, prompt.revision, columns)
-
-    def label_judge(self, task: LabelTask) -> Judge:
-        """A task's judge, loaded."""
-        return self.judge(task.judge, task.prompt)
 
     def create(self, kind: str, ref: ComponentRef) -> Any:
         """A component with its options, validated: what it does wrong is said with its distribution and place."""
@@ -461,15 +318,6 @@ class Context:
         from trl_rlaif.pipeline.callback import StageCallback
 
         return StageCallback(self.folder, stage, description)
-
-
-def _spec(section: JudgeSection) -> ModelSpec:
-    return ModelSpec(section.path, section.dtype, section.quantization)
-
-
-def _told(kwargs: dict[str, Any]) -> str:
-    """What a judge's chat template is told, as a part of its revision; nothing where it is told nothing."""
-    return f" {json.dumps(kwargs, sort_keys=True)}" if kwargs else ""
 
 
 def _device() -> str:

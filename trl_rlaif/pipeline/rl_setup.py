@@ -111,7 +111,7 @@ def reward_function(context: Context, name: str, shared: SharedBase) -> Any:
     section = context.recipe.label
     judge, prompt = (section.judge, section.prompt) if section else ("same", "general")
     labeler = context.create_labeler(labelers[name])
-    labeler.judge = context.judge(judge, prompt, shared)
+    labeler.judge = context.judges.load(judge, prompt, shared)
     return labeler
 
 

@@ -26,8 +26,9 @@ from trl_rlaif.evaluation import win_rate
 from trl_rlaif.evaluation.judge_panel import ask_judges, asking, check_servers, judged_numbers
 from trl_rlaif.files import read_lines
 from trl_rlaif.judging.prompt import JudgePrompt
-from trl_rlaif.pipeline import context as context_module
+from trl_rlaif.pipeline import judges as run_judges
 from trl_rlaif.pipeline.context import Context
+from trl_rlaif.pipeline.label_tasks import label_tasks
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.pipeline.stages import STAGES
@@ -179,7 +180,7 @@ def test_one_model_after_the_other_and_each_only_once(tmp_path, tiny_model, monk
     first, second, third = ({"path": path, "dtype": "float32"} for path in paths)
     judges = {"b": {"judge": second}, "c": {"prompt": "helpfulness"}, "d": {"judge": third, "prompt": "general"}}
     context = _context(tmp_path, tiny_model, judge=first, judges=judges)
-    loaded, load = [], context_module.load_model
+    loaded, load = [], run_judges.load_model
 
     def watched(spec, **options):
         assert all(model() is None for _, model in loaded)
@@ -187,7 +188,7 @@ def test_one_model_after_the_other_and_each_only_once(tmp_path, tiny_model, monk
         loaded.append((spec.path, weakref.ref(model)))
         return model
 
-    monkeypatch.setattr(context_module, "load_model", watched)
+    monkeypatch.setattr(run_judges, "load_model", watched)
     shared = SimpleNamespace(model=None, role=lambda name: nullcontext())
     models = ask_judges(context, shared, {"test": _rows()})
     assert [path for path, _ in loaded] == paths
@@ -252,7 +253,7 @@ def test_a_judge_that_prefers_a_position_wins_nothing_whatever_the_labels_option
     assert found == [0.5] * 8 and win_rate(found)["win_rate"] == 0.5
     assert [len(group) for call in judge.asked for group in call["groups"]] == [2] * 8
     assert all(call["thinking"] is None for call in judge.asked)
-    assert [context.label_tasks()[0].labeler.options[key] for key in options] == list(options.values())
+    assert [label_tasks(context.recipe)[0].labeler.options[key] for key in options] == list(options.values())
 
 
 def test_a_judge_with_a_taste_and_a_position_is_heard_for_its_taste(tmp_path, tiny_model):

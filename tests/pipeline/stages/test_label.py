@@ -27,7 +27,7 @@ from trl_rlaif.labels import LabelStore
 from trl_rlaif.labels.calibration import Calibration, cross_validate
 from trl_rlaif.labels.store import pair_key
 from trl_rlaif.pipeline import context as context_module
-from trl_rlaif.pipeline.context import Context
+from trl_rlaif.pipeline.judges import Judges
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.pipeline.work import label as label_module
@@ -103,7 +103,7 @@ def no_judge(monkeypatch):
     """From its call on, no judge may be loaded."""
 
     def forbid():
-        monkeypatch.setattr(Context, "label_judge", lambda self, task: pytest.fail("a judge was loaded"))
+        monkeypatch.setattr(Judges, "load", lambda *_: pytest.fail("a judge was loaded"))
 
     return forbid
 

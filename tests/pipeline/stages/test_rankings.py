@@ -15,7 +15,7 @@ from trl_rlaif.data import Pair
 from trl_rlaif.errors import UserError
 from trl_rlaif.files import read_lines
 from trl_rlaif.labels import LabelStore
-from trl_rlaif.pipeline.context import Context
+from trl_rlaif.pipeline.judges import Judges
 from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.ranking.bradley_terry import Comparisons, fit
@@ -180,16 +180,11 @@ def test_a_killed_tournament_goes_on_where_it_was(ranked, monkeypatch, after):
     assert preferences(resumed) == preferences(whole)
 
 
-def test_a_larger_budget_asks_only_what_is_new(ranked):
+def test_a_larger_budget_asks_only_what_is_new(ranked, monkeypatch):
     folder = ranked(ranking={"questions": 3})
-    before = rows(folder, "labels")
-    loaded = []
-    ask = Context.label_judge
-    try:
-        Context.label_judge = lambda self, task: loaded.append(task) or ask(self, task)
-        ranked(ranking={"questions": 5})
-    finally:
-        Context.label_judge = ask
+    before, loaded, load = rows(folder, "labels"), [], Judges.load
+    monkeypatch.setattr(Judges, "load", lambda self, *named: loaded.append(named) or load(self, *named))
+    ranked(ranking={"questions": 5})
     after = rows(folder, "labels")
     assert after[: len(before)] == before and len(after) > len(before) and len(loaded) == 1
     keys = [row["pair"] for row in after]

@@ -18,6 +18,7 @@ from trl_rlaif.files import read_lines
 from trl_rlaif.memory import plan_memory
 from trl_rlaif.models.shared_model import active_adapter
 from trl_rlaif.pipeline.context import Context
+from trl_rlaif.pipeline.label_tasks import label_key, label_tasks
 from trl_rlaif.pipeline.lineage import previous_runs
 from trl_rlaif.pipeline.rounds import changes, round_recipe
 from trl_rlaif.pipeline.run_folder import RunFolder
@@ -366,12 +367,12 @@ def test_later_rounds_ask_the_judge_that_the_first_one_taught(tiny_model, tmp_pa
     first, second = folder.round(1), folder.round(2)
     assert first.results_of("judge") and not second.results_of("judge") and not folder.results_of("judge")
     contexts = [context_of(recipe, folder, number) for number in (1, 2)]
-    untaught = {context.label_key(context.label_tasks()[0]).key for context in contexts}
-    assert [context.taught_adapter for context in contexts] == [None, None] and len(untaught) == 1
+    untaught = {label_key(context, label_tasks(context.recipe)[0]).key for context in contexts}
+    assert [context.judges.taught_adapter for context in contexts] == [None, None] and len(untaught) == 1
     first.add_results("judge", first.results_of("judge") | {"used": True})  # as if it had learned something
     shutil.copytree(first / "policy", first / "judge")
-    assert [context.taught_adapter for context in contexts] == [first / "judge"] * 2
-    taught = {context.label_key(context.label_tasks()[0]).key for context in contexts}
+    assert [context.judges.taught_adapter for context in contexts] == [first / "judge"] * 2
+    taught = {label_key(context, label_tasks(context.recipe)[0]).key for context in contexts}
     assert len(taught) == 1 and not taught & untaught
     first.add_results("judge", first.results_of("judge") | {"used": False})
     changed = recipe_in(tmp_path, tiny_model, **sections | {"judge": judge | {"max_contrasts": 8}}, report=None)

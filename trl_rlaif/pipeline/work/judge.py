@@ -61,7 +61,7 @@ def run(context: Context) -> JudgeResults:
     taught, held_out, skipped = _lessons(context)
     if not taught or not held_out:
         return _nothing_taught(context, taught, skipped) | {"seconds": time.monotonic() - started}
-    judge = context.untaught_judge()
+    judge = context.judges.untaught()
     peft = _with_adapter(context, judge)
     trainer, too_long = _trainer(context, judge, labeler, peft, taught, held_out)
     train_from_last(context, trainer, "judge", "Teaching the judge")

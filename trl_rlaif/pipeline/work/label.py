@@ -28,8 +28,9 @@ from trl_rlaif.labels.calibration import Calibration, check_choices, cross_valid
 from trl_rlaif.labels.store import Plan, pair_key
 from trl_rlaif.pipeline import artifacts, rankings
 from trl_rlaif.pipeline.artifacts import JudgedRow, LabelResults, LabelRow
-from trl_rlaif.pipeline.context import Context, LabelTask
+from trl_rlaif.pipeline.context import Context
 from trl_rlaif.pipeline.jury import Jury
+from trl_rlaif.pipeline.label_tasks import LabelTask, label_key, label_tasks
 from trl_rlaif.pipeline.preferences import write_preferences
 from trl_rlaif.progress import progress_bar, say
 from trl_rlaif.recipe.inputs import read_calibration, warn_of_overlaps
@@ -50,9 +51,9 @@ def run(context: Context) -> LabelResults:
     """Write ``labels.jsonl`` and ``preferences/``; return what the labels say of the labelers."""
     started = time.monotonic()
     pairs, store = context.pairs(), LabelStore(context.folder / artifacts.LABELS)
-    tasks, judged = context.label_tasks(), _judged_by_people(context)
+    tasks, judged = label_tasks(context.recipe), _judged_by_people(context)
     main, *others = tasks
-    ranking = rankings.of(context, pairs, context.label_key(main).columns)
+    ranking = rankings.of(context, pairs, label_key(context, main).columns)
     if ranking is not None and ranking.section.method == "tournament":
         rows = {main.name: _tournament(context, store, main, ranking)}
     else:
@@ -94,8 +95,8 @@ def run(context: Context) -> LabelResults:
 class _Rows:
     """A task's labels by id, and what it took to make those that were missing: of which pairs, and what was noted."""
 
-    def __init__(self, label_key: LabelKey, rows: dict[str, LabelRow], missing: list[Pair], noted: dict[str, Any]):
-        self.label_key, self.rows, self.missing, self.noted = label_key, rows, missing, noted
+    def __init__(self, key: LabelKey, rows: dict[str, LabelRow], missing: list[Pair], noted: dict[str, Any]):
+        self.key, self.rows, self.missing, self.noted = key, rows, missing, noted
 
     @property
     def labeled(self) -> dict[str, JudgedRow]:
@@ -142,10 +143,10 @@ class _Rows:
                 p, human, [(len(pair.response_1), len(pair.response_2)) for pair in known], prompts
             ),
             "ece": calibration_error(p, human),
-            "judge": self.label_key.judge,
-            "labeler": self.label_key.labeler,
-            "setup": self.label_key.key,
-            "columns": list(self.label_key.columns),
+            "judge": self.key.judge,
+            "labeler": self.key.labeler,
+            "setup": self.key.key,
+            "columns": list(self.key.columns),
             "made": made,
             "voted": sum(bool(row.get("voted")) for row in labeled.values()),
             "suspicious": count_suspicious((pair.response_1, pair.response_2) for pair in known),
@@ -160,13 +161,13 @@ def _together(rows: dict[str, _Rows], joined: dict[str, LabelRow]) -> _Rows:
     members = list(rows.values())
     missing = {pair.id: pair for of in members for pair in of.missing}
     seconds = sum(of.noted.get("seconds", 0.0) for of in members)
-    return _Rows(members[0].label_key, joined, list(missing.values()), members[0].noted | {"seconds": seconds})
+    return _Rows(members[0].key, joined, list(missing.values()), members[0].noted | {"seconds": seconds})
 
 
 def _rows(context: Context, store: LabelStore, task: LabelTask, pairs: list[Pair], purpose: str = "label") -> _Rows:
     """A task's labels of these pairs (of this machine's share of them); the missing ones are made now."""
     mine = context.shard.of(pairs) if context.shard else pairs
-    result = _pass(context, store, task, mine, purpose, lambda: context.label_judge(task))
+    result = _pass(context, store, task, mine, purpose, lambda: context.judges.load(task.judge, task.prompt))
     _warn(task, result, mine)
     return result
 
@@ -180,15 +181,15 @@ def _pass(
         purpose: Passes over different pairs have different purposes, since a plan's file is named after it.
         judge: Loads the task's judge, if anything is missing.
     """
-    label_key = context.label_key(task)
-    found = store.find(label_key, mine)
+    key = label_key(context, task)
+    found = store.find(key, mine)
     # What could not be judged is asked again: a server may be back.
     missing = [pair for pair in mine if found.get(pair.id, {"p": None})["p"] is None]
-    path = context.folder.state / artifacts.work_of("label") / artifacts.plan_of(purpose, label_key.key)
-    plan = Plan(path, label_key, missing, mine)
+    path = context.folder.state / artifacts.work_of("label") / artifacts.plan_of(purpose, key.key)
+    plan = Plan(path, key, missing, mine)
     if missing:
-        _make(context, store, task, label_key, plan, judge())
-    return _Rows(label_key, store.find(label_key, mine), plan.pairs, plan.noted)
+        _make(context, store, task, key, plan, judge())
+    return _Rows(key, store.find(key, mine), plan.pairs, plan.noted)
 
 
 def _tournament(context: Context, store: LabelStore, main: LabelTask, ranking: Rankings) -> _Rows:
@@ -197,7 +198,7 @@ def _tournament(context: Context, store: LabelStore, main: LabelTask, ranking: R
     What is asked in a round follows from the answers before it, so a run that was killed asks on where it was.
     """
     asking = replace(main.labeler, options=main.labeler.options | {"orders": "12"})
-    judge = cache(lambda: context.label_judge(main))
+    judge = cache(lambda: context.judges.load(main.judge, main.prompt))
     missing: list[Pair] = []
     noted: dict[str, Any] = {"seconds": 0.0}
     number = 0
@@ -213,20 +214,20 @@ def _tournament(context: Context, store: LabelStore, main: LabelTask, ranking: R
         return found.rows
 
     rows = ranking.play(ask)
-    result = _Rows(context.label_key(replace(main, labeler=asking)), rows, missing, noted)
+    result = _Rows(label_key(context, replace(main, labeler=asking)), rows, missing, noted)
     _warn(main, result, ranking.pairs)
     return result
 
 
-def _make(context: Context, store: LabelStore, task: LabelTask, label_key: LabelKey, plan: Plan, judge: Judge) -> None:
+def _make(context: Context, store: LabelStore, task: LabelTask, key: LabelKey, plan: Plan, judge: Judge) -> None:
     by_id = {pair.id: pair for pair in plan.pairs}
-    done = {id for id, row in store.find(label_key, plan.pairs).items() if row["p"] is not None}
+    done = {id for id, row in store.find(key, plan.pairs).items() if row["p"] is not None}
     labeler = context.create_labeler(task.labeler)
     title = "Labeling" if task.name == "label" else f"Labeling ({task.name})"
     with _noting(plan, judge) as note, progress_bar(title, len(plan.pairs), len(done), "pairs") as advance:
         for label in labeler.label(plan.pairs, judge, done):
             note()  # before the label, which may be the last one before a kill
-            store.add(label_key, by_id[label.id], label)
+            store.add(key, by_id[label.id], label)
             advance(1)
 
 

@@ -1,0 +1,119 @@
+"""The judges that a recipe names, by what they are: the base, what the stage judge made of it, a model, a server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl_rlaif import distributed
+from trl_rlaif.judging.judge import Judge
+from trl_rlaif.judging.local import LocalJudge
+from trl_rlaif.judging.prompt import JudgePrompt
+from trl_rlaif.judging.remote import RemoteJudge
+from trl_rlaif.judging.server import Server
+from trl_rlaif.models.loading import ModelSpec, load_model, load_tokenizer
+from trl_rlaif.pipeline import artifacts
+from trl_rlaif.recipe import ComponentRef, JudgeSection, Recipe, ServerJudgeSection, prompt_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from trl_rlaif.models.shared_model import SharedBase
+    from trl_rlaif.pipeline.context import Context
+
+# What decides which of two responses wins, in evaluate, compare and the forgetting tracker: both orders, the mean of
+# their log-odds, no rationales. The options of the section label do not apply: an ablation there, such as one order
+# alone, would give a judge that prefers a position a win rate of 100%.
+WHO_WINS = ComponentRef("distilled", {"orders": "both", "debias": "mean_logit"})
+
+
+def who_wins(recipe: Recipe, judge: str | JudgeSection | ServerJudgeSection) -> ComponentRef:
+    """The labeler by which a judge decides which of two responses wins: one that was taught ratings is no better at
+    comparisons than before."""
+    taught = recipe.teaching_labeler if judge == "taught" else WHO_WINS
+    return WHO_WINS if taught.name == WHO_WINS.name else taught
+
+
+class Judges:
+    """The judges of a run, loaded when they are asked for."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
+
+    def tokenizer(self, judge: str | JudgeSection) -> PreTrainedTokenizerBase:
+        """A judge's."""
+        if isinstance(judge, str):
+            return self.context.tokenizer
+        if judge.path not in self._tokenizers:
+            self._tokenizers[judge.path] = self.context.templated(load_tokenizer(judge.path), {})
+        return self._tokenizers[judge.path]
+
+    def load(
+        self, section: str | JudgeSection | ServerJudgeSection, prompt: str, shared: SharedBase | None = None
+    ) -> Judge:
+        """The judge that a section names; ``same`` is the base itself, ``taught`` what the stage judge made.
+
+        Args:
+            section: The judge.
+            prompt: Name or folder of its prompt.
+            shared: The base where it is already loaded, with the roles of others.
+        """
+        if isinstance(section, ServerJudgeSection):
+            server = Server(**section.model_dump(exclude={"backend", "path"}))
+            return RemoteJudge(section.path, JudgePrompt.load(prompt_folder(prompt)), server)
+        taught = section == "taught"
+        own = self.context.recipe.judge.model if taught else section
+        if isinstance(own, str) and shared is not None:
+            role = self._taught_role(shared) if taught else None
+            return self._local(own, prompt, shared.model, context=lambda: shared.role(role))
+        model = self._model(own)
+        return self._local(own, prompt, self._with_taught(model) if taught else model)
+
+    def untaught(self) -> LocalJudge:
+        """The judge that the stage judge teaches, loaded."""
+        section = self.context.recipe.judge.model
+        return self._local(section, self.context.recipe.teaching_prompt, self._model(section))
+
+    def _model(self, section: str | JudgeSection) -> PreTrainedModel:
+        if isinstance(section, str):
+            return self.context.load_base()
+        spec = model_spec(section)
+        model = load_model(spec).eval().requires_grad_(False)
+        return model if spec.quantization == "nf4" else model.to(str(distributed.join().device))
+
+    def _local(self, section: str | JudgeSection, prompt: str, model: PreTrainedModel, **options: Any) -> LocalJudge:
+        if label := self.context.recipe.label:
+            options |= {"batch_tokens": label.batch_tokens, "precision": label.precision}
+        if not isinstance(section, str):
+            options["chat_template_kwargs"] = section.chat_template_kwargs
+        name = self.context.recipe.model.path if isinstance(section, str) else section.path
+        template = JudgePrompt.load(prompt_folder(prompt))
+        return LocalJudge(model, self.tokenizer(section), template, name, **options)
+
+    @property
+    def taught_adapter(self) -> Path | None:
+        """What the stage judge has taught; None where that did not help, and the judge is asked as it is."""
+        for run in self.context.previous or [self.context.folder]:
+            if found := run.results_of("judge"):
+                return run / artifacts.JUDGE if found["used"] else None
+        return None
+
+    def _taught_role(self, shared: SharedBase) -> str | None:
+        if self.taught_adapter is None:
+            return None
+        if "judge" not in shared.peft.peft_config:
+            shared.load_adapter("judge", self.taught_adapter)
+        return "judge"
+
+    def _with_taught(self, model: PreTrainedModel) -> PreTrainedModel:
+        if self.taught_adapter is None:
+            return model
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(model, str(self.taught_adapter)).eval().get_base_model()
+
+
+def model_spec(section: JudgeSection) -> ModelSpec:
+    """A judge's model as the recipe describes it."""
+    return ModelSpec(section.path, section.dtype, section.quantization)
