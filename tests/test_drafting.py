@@ -292,7 +292,7 @@ def test_another_files_rubrics_are_not_mixed_up(script, draft, tmp_path):
 
 def test_the_command_drafts_and_the_run_reads_what_it_drafted(script, model, tmp_path, monkeypatch, capsys):
     keys = {"sample": None, "label": None, "reward": None, "evaluate": None, "rl": {"rewards": ["rubric"]}}
-    recipe, output = write_recipe(tmp_path, model, **keys), tmp_path / "rubrics.jsonl"
+    recipe, output = write_recipe(tmp_path, model, **keys), tmp_path / "new" / "rubrics.jsonl"
     script.texts = {4: ["no idea"]}
     arguments = ("draft-rubrics", recipe, "--output", output, "--max-new-tokens", "60")
     code, _ = run_cli(monkeypatch, capsys, *arguments)

@@ -214,6 +214,7 @@ class _Rubrics:
 
     def __init__(self, recipe: Recipe, output: Path, prompts: Sequence[Prompt]) -> None:
         self.data, self.output, self.prompts = recipe.data, output, prompts
+        output.parent.mkdir(parents=True, exist_ok=True)
         self.before = self._before()
         self.drafted: set[str] = set()
         self.copied: set[str] = set()
