@@ -6,6 +6,7 @@ import json
 
 import pytest
 from helpers.recipes import fingerprints, run_cli, tiny_recipe, write_recipe
+from markupsafe import escape
 
 from trl_rlaif import UserError
 from trl_rlaif.data import load_finetuning
@@ -15,6 +16,8 @@ from trl_rlaif.pipeline import pair_sampling
 from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.pipeline.work import sample as work
 from trl_rlaif.plugins import installed_plugins
+from trl_rlaif.report import write_report
+from trl_rlaif.report.formatting import clean
 
 ONLY = dict.fromkeys(("label", "reward", "rl", "evaluate", "report"))
 PRINCIPLES = [
@@ -86,6 +89,16 @@ def test_a_killed_run_ends_with_the_same_pairs(revised, monkeypatch, written):
         with pytest.raises(KeyboardInterrupt):
             revised("killed")
     assert files(revised("killed")) == expected
+
+
+def test_the_report_shows_pairs_with_their_critiques(revised):
+    folder = revised()
+    write_report(folder.path)
+    page, numbers = (folder / "report.html").read_text(), folder.results()["sample"]
+    assert "Pairs made by revise" in page and f"<dt>pairs</dt><dd>{numbers['pairs']}</dd>" in page
+    assert page.count("<h4>principle</h4>") == page.count("<h4>critique</h4>") == numbers["pairs"]
+    for pair in read_lines(folder / "pairs.jsonl"):
+        assert str(escape(clean(pair["critique"]))) in page and f'dir="auto">{pair["principle"]}<' in page
 
 
 def test_another_seed_makes_other_pairs(revised):
