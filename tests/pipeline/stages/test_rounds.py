@@ -7,13 +7,15 @@ import shutil
 
 import pytest
 import torch
-from helpers.recipes import fingerprints, run_cli, tiny_recipe
+import yaml
+from helpers.recipes import fingerprints, run_cli, tiny_recipe, write_recipe
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_rlaif import UserError
 from trl_rlaif.data.overlap import prompt_key
+from trl_rlaif.experiments import run_comparison
 from trl_rlaif.files import read_lines
 from trl_rlaif.memory import plan_memory
 from trl_rlaif.models.shared_model import active_adapter
@@ -25,6 +27,8 @@ from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.pipeline.work import dpo, grpo_rloo, ppo
 from trl_rlaif.plugins import installed_plugins
+from trl_rlaif.recipe import parse_recipe
+from trl_rlaif.report.run_data import read_run
 from trl_rlaif.reward.loading import load_reward_model
 from trl_rlaif.status import describe, read_status
 
@@ -261,6 +265,9 @@ def test_more_rounds_keep_those_that_there_are(finished, tiny_model, tmp_path, c
     assert more.results_of("reward")["earlier_pairs"] == 7  # half of two rounds' 7 each
     assert (more / f"policy/{WEIGHTS}").read_bytes() == (more.round(3) / f"policy/{WEIGHTS}").read_bytes()
     assert [run.path.name for run in previous_runs(round_recipe(recipe, 3, more))] == ["2", "1"]
+    labels = [(each / "labels.jsonl").read_text().splitlines() for each in (more, more.round(2), more.round(3))]
+    assert sorted(labels[0]) == sorted({*labels[1], *labels[2]})
+    assert read_run(more.path).labels.total == 10
     said = capsys.readouterr()
     assert "Round 3 of 3" in said.out + said.err
 
@@ -357,6 +364,23 @@ def test_online_dpo_labels_what_each_round_samples(tiny_model, tmp_path):
     again = run(moved, tmp_path / "moved")
     first = [row for row in read_lines(again.round(2) / "metrics.jsonl") if row["stage"] == "rl"][0]
     assert first["rewards/margins"] == 0
+
+
+def test_variants_may_differ_in_rounds(tiny_model, tmp_path, capsys):
+    """What one variant and the first round of another have in common is computed once."""
+    path = write_recipe(tmp_path, tiny_model, rl=RL)
+    written = yaml.safe_load(path.read_text()) | {"compare": ["once", {"twice": {"rounds": 2}}]}
+    path.write_text(yaml.safe_dump(written))
+    recipe = parse_recipe(path, registry=installed_plugins().registry)
+    folder = run_comparison(recipe, installed_plugins(), tmp_path / "out")
+    said = "".join(capsys.readouterr())
+    assert all(f"{stage}: the same as that of once" in said for stage in ("sample", "label", "reward", "rl"))
+    once, twice = (RunFolder(folder / "variants" / name) for name in ("once", "twice"))
+    assert (once / f"policy/{WEIGHTS}").read_bytes() == (twice.round(1) / f"policy/{WEIGHTS}").read_bytes()
+    found = folder.results()["compare"]["variants"]
+    assert found["twice"]["kl"] == twice.round(2).results_of("rl")["kl_last"] != found["once"]["kl"]
+    assert found["twice"]["seconds"] > found["once"]["seconds"]
+    run_comparison(recipe, installed_plugins(), tmp_path / "out", resume=True, confirm=lambda _: False)
 
 
 def test_later_rounds_ask_the_judge_that_the_first_one_taught(tiny_model, tmp_path):
