@@ -110,6 +110,21 @@ def test_the_second_round_samples_and_learns_with_the_policy_of_the_first(finish
     assert [row["step"] for row in own] == [1, 2] and own[0]["objective/kl"] > 1e-3
 
 
+def test_every_round_draws_with_a_seed_of_its_own_that_follows_from_the_runs(tiny_model, tmp_path):
+    folder = RunFolder(tmp_path / "out")
+
+    def seeds(**sections):
+        recipe = recipe_in(tmp_path, tiny_model, rounds={"number": 3}, **sections)
+        rounds = [round_recipe(recipe, number, folder) for number in (1, 2, 3)]
+        return [(each.run.seed, each.sample.seed) for each in rounds]
+
+    found = seeds()
+    assert found[0] == (7, None) and len(set(found)) == 3 and [sample for _, sample in found] == [None] * 3
+    assert seeds() == found and not {run for run, _ in seeds(run={"seed": 8})} & {run for run, _ in found}
+    own = [sample for _, sample in seeds(sample={"seed": 5})]
+    assert own[0] == 5 and len(set(own)) == 3
+
+
 @pytest.mark.parametrize("reference", ["initial", "previous"])
 def test_kl_is_to_the_reference_that_the_recipe_names(finished, tiny_model, tmp_path, reference):
     """At a round's beginning: 0 where the reference moves along, else as float64 passes of PEFT's models have it."""
