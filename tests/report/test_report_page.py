@@ -349,6 +349,7 @@ def test_at_most_two_hundred_samples_are_shown(tmp_path):
 def test_results_of_another_shape_do_not_stop_the_report(tmp_path, content):
     folder = make_run(tmp_path / "run")
     (folder / "metrics.jsonl").unlink()
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | {"rounds": {"number": 3}}))
     (folder / "results.json").write_text(content)
     assert "tiny" in read(folder).text
 

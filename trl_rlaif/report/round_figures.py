@@ -14,11 +14,10 @@ MAX_ROUNDS = 100
 
 def rounds_part(run: Run) -> dict[str, Any] | None:
     """A row for each round, and a figure; None for a run that has none."""
-    found = section(run.results, "rounds").get("rows")
-    if not isinstance(found, list) or not found:
+    recipe, found = section(run.recipe, "rounds"), section(run.results, "rounds").get("rows")
+    if not recipe or not isinstance(found, list) or not found:  # results stay where the recipe has rounds no more
         return None
     rows = [_row(section(row)) for row in found[:MAX_ROUNDS]]
-    recipe = section(run.recipe, "rounds")
     return {
         "rows": rows,
         "judged": any(row["after"]["rate"] is not None for row in rows),

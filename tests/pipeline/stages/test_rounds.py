@@ -28,6 +28,7 @@ from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.pipeline.work import dpo, grpo_rloo, ppo
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import parse_recipe
+from trl_rlaif.report.round_figures import rounds_part
 from trl_rlaif.report.run_data import read_run
 from trl_rlaif.reward.loading import load_reward_model
 from trl_rlaif.status import describe, read_status
@@ -324,6 +325,9 @@ def test_rounds_may_begin_in_the_folder_of_a_run_without(tiny_model, tmp_path, c
     assert (folder.round(1) / f"policy/{WEIGHTS}").read_bytes() == policy
     assert (folder / f"policy/{WEIGHTS}").read_bytes() == (folder.round(2) / f"policy/{WEIGHTS}").read_bytes() != policy
     assert not (folder / "sft").exists() and (folder.round(1) / "sft").exists()
+    assert rounds_part(read_run(folder.path))["rows"]
+    run(plain, tmp_path / "out", resume=True)
+    assert (folder / f"policy/{WEIGHTS}").read_bytes() == policy and rounds_part(read_run(folder.path)) is None
 
 
 def test_a_stage_of_one_round_runs_alone(finished, tiny_model, tmp_path, monkeypatch, capsys):
