@@ -104,9 +104,9 @@ def test_the_scores_of_held_out_pairs_are_kept_and_made_anew_with_their_stage(fi
     folder = finished[1]
     rows, numbers = read_lines(folder / "reward_scores.jsonl"), folder.results()["reward"]
     assert len(rows) == numbers["eval_pairs"] > 0
-    columns = ["category", "p", "human", "chosen", "rejected", "chosen_after", "rejected_after"]
+    columns = ["prompt_key", "category", "p", "human", "chosen", "rejected", "chosen_after", "rejected_after"]
     assert all(list(row) == columns and 0.5 <= row["p"] <= 1 and row["human"] is None for row in rows)
-    for key, names in (("scores", columns[3:5]), ("transformed", columns[5:])):
+    for key, names in (("scores", columns[4:6]), ("transformed", columns[6:])):
         for category, figures in numbers[key]["categories"].items():
             found = [row[name] for name in names for row in rows if row["category"] == category]
             assert figures["n"] == len(found) and figures["mean"] == pytest.approx(sum(found) / len(found))
