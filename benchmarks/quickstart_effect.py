@@ -2,10 +2,11 @@
 
     python benchmarks/quickstart_effect.py PANDALM --seeds 1 2 3 --output benchmarks/results/quickstart_effect.md
 
-PANDALM is a file of pairs with people's choices: 300 teach the examiner, the rest show how often it and the
-quickstart's own judge agree with people. The quickstart is run once per seed; its start and its policy then answer
-prompts that it was neither trained nor evaluated on. Each step is a run in a folder of its own, so an interrupted
-measurement resumes.
+PANDALM is a file of pairs with people's choices. Those of half of its prompts teach the examiner: the choices, and
+contrasts of every kind that are made from these responses, none of which is SmolLM2's. The other half shows how often
+the examiner agrees with people; all of them, how often the quickstart's own judge does, which was taught by no person.
+The quickstart is run once per seed; its start and its policy then answer prompts that it was neither trained nor
+evaluated on, several times each. Each step is a run in a folder of its own, so an interrupted measurement resumes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import yaml
 
 from trl_rlaif.data import Pair, load_pairs
-from trl_rlaif.data.overlap import prompt_key
+from trl_rlaif.data.overlap import prompt_key, split_by_group
 from trl_rlaif.evaluation import agreement, compare_lengths, position_bias, win_rate
 from trl_rlaif.files import read_lines
 from trl_rlaif.hardware import processor
@@ -31,11 +32,14 @@ from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import packaged_recipes, parse_recipe
+from trl_rlaif.teaching import KINDS
 
 PROMPTS = Path(__file__).parents[1] / "recipes" / "data" / "quickstart_prompts.jsonl"
-PEOPLE = 300
-# Not those of the quickstart.
-CONTRASTS = ["constraint"]
+# Answers of each policy to a prompt: a prompt's own are no independent draws, and count as one group.
+ANSWERS = 3
+TAUGHT = {"contrasts": list(KINDS), "max_contrasts": 200, "max_length": 200, "learning_rate": 1e-3}
+# Of what is no part of the quickstart: teaching the examiner, and asking both judges about many pairs.
+DTYPE = "auto"
 
 
 def main() -> None:
@@ -49,16 +53,16 @@ def main() -> None:
     args = parser.parse_args()
     args.runs.mkdir(parents=True, exist_ok=True)
     judged = [pair for pair in load_pairs(str(args.pandalm)).items if pair.human in (1, 2)]
-    taught = {prompt_key(pair.prompt) for pair in judged[-PEOPLE:]}
-    rest = [pair for pair in judged[:-PEOPLE] if prompt_key(pair.prompt) not in taught]
-    people = _written(args.runs / "people.jsonl", judged[-PEOPLE:])
-    unseen = _written(args.runs / "all.jsonl", judged), _written(args.runs / "rest.jsonl", rest)
+    halves = split_by_group([prompt_key(pair.prompt) for pair in judged], 0.5, seed=0)
+    people, rest = (_written(args.runs / f"{name}.jsonl", [judged[i] for i in half])
+                    for name, half in zip(("people", "rest"), halves, strict=True))  # fmt: skip
+    unseen = _written(args.runs / "all.jsonl", judged), rest
     examiner, lines = None, []
     for seed in args.seeds:
         began = time.monotonic()
         run = _quickstart(args, seed, {})
         minutes = (time.monotonic() - began) / 60
-        evaluated = _quickstart(args, seed, {"sets": {"unseen": str(_unseen_prompts(args, run))}})
+        evaluated = _quickstart(args, seed, {"sets": {"unseen": str(_unseen_prompts(args, run))}, "num_responses": 1})
         own = _labels(args, f"own-{seed}", run / "judge", unseen[0])
         examiner = examiner or _examiner(args, run, people)
         lines += _row(args, seed, minutes, evaluated, own, examiner)
@@ -86,21 +90,22 @@ def _quickstart(args: argparse.Namespace, seed: int, evaluate: dict[str, Any]) -
 
 
 def _unseen_prompts(args: argparse.Namespace, run: RunFolder) -> Path:
-    """Those of the training file that the run did not train on."""
-    known = {row["id"] for row in read_lines(run / "pairs.jsonl")}
-    rows = [row for row in read_lines(PROMPTS)[-120:] if row["id"] not in known]
+    """Those of the training file that the run did not train on, each several times."""
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+    unseen = read_lines(PROMPTS)[recipe["data"]["max_prompts"] :]
+    rows = [row | {"id": f"{row['id']}-{number}"} for number in range(ANSWERS) for row in unseen]
     path = args.runs / "unseen.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path.resolve()
 
 
 def _examiner(args: argparse.Namespace, run: RunFolder, people: Path) -> Path:
-    """The folder of a judge that was taught people's choices, and contrasts that the quickstart's judge was not."""
+    """The folder of a judge that was taught people's choices, and contrasts of other responses."""
     recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
     sections = {
-        "model": recipe["model"],
-        "data": {"pairs": str((run / "pairs.jsonl").resolve())},
-        "judge": recipe["judge"] | {"contrasts": CONTRASTS, "pairs": str(people), "num_train_epochs": 2},
+        "model": recipe["model"] | {"dtype": DTYPE},
+        "data": {"pairs": str(people)},
+        "judge": recipe["judge"] | TAUGHT | {"pairs": str(people)},
         "label": {"labeler": recipe["label"]["labeler"], "judge": "taught", "prompt": recipe["label"]["prompt"]},
     }
     path = args.runs / "examiner.yaml"
@@ -112,7 +117,7 @@ def _labels(args: argparse.Namespace, name: str, judge: Path, pairs: Path) -> li
     """Pairs with what a taught judge says of them."""
     recipe = yaml.safe_load((args.runs / f"quickstart-{args.seeds[0]}" / "recipe.yaml").read_text(encoding="utf-8"))
     asked = {key: recipe["label"][key] for key in ("labeler", "prompt", "batch_tokens")}
-    judge_section = {"path": str(judge.resolve()), "dtype": recipe["model"]["dtype"]}
+    judge_section = {"path": str(judge.resolve()), "dtype": DTYPE}
     sections = {"model": recipe["model"], "data": {"pairs": str(pairs)}, "label": asked | {"judge": judge_section}}
     path = args.runs / f"{name}.yaml"
     path.write_text(yaml.safe_dump(sections), encoding="utf-8")
@@ -136,7 +141,9 @@ def _row(
     ]  # fmt: skip
     judged = _labels(args, f"examined-{seed}", examiner, _written(args.runs / f"answers-{seed}.jsonl", shown))
     p = {pair.id: row["p"] for pair, row in judged}
-    won = win_rate([p.get(row["id"], 0.5) for row in samples])
+    # Equal answers are a tie, and an empty one loses.
+    wins = [p.get(row["id"], 0.5 + bool(row["trained"]) / 2 - bool(row["start"]) / 2) for row in samples]
+    won = win_rate(wins, [prompt_key(row["prompt"]) for row in samples])
     lengths = compare_lengths(*([len(row[side]) for row in samples] for side in ("trained", "start")))
     by_own = run.results_of("evaluate")["sets"]["unseen"]
     results = run.results_of("judge")["sources"]["all"]["after"]
@@ -172,7 +179,7 @@ def _head(args: argparse.Namespace, examiner: Path | None, rest: Path) -> list[s
         f"{processor()}. The examiner agrees with people on {agrees} of the pairs that it was not taught.",
         "",
         "| seed | minutes | judge agrees with people | its position bias | right on held-out contrasts | "
-        "win rate by the examiner | by its own judge | length, start 1 | prompts |",
+        "win rate by the examiner | by its own judge | length, start 1 | answers |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
 
