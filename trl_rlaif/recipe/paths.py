@@ -137,20 +137,19 @@ class PathFinder:
         """The absolute path of a run's folder that has labels."""
         from trl_rlaif.pipeline.artifacts import LABELS
 
-        found = self.find(name)
-        if found is None or not (found / LABELS).is_file():
-            what = f"there is no folder '{name}'" if found is None else f"the folder '{name}' has no {LABELS}"
-            raise UserError(f"{what}.", fix="Write the folder of a run whose stage label has ended.")
-        return str(found)
+        return self._run_with(name, LABELS, "label")
 
     def trained_run(self, name: str) -> str:
         """The absolute path of a run's folder that has a policy."""
         from trl_rlaif.pipeline.artifacts import POLICY
 
+        return self._run_with(name, POLICY, "rl")
+
+    def _run_with(self, name: str, artifact: str, stage: str) -> str:
         found = self.find(name)
-        if found is None or not (found / POLICY).is_dir():
-            what = f"there is no folder '{name}'" if found is None else f"the folder '{name}' has no {POLICY}"
-            raise UserError(f"{what}.", fix="Write the folder of a run whose stage rl has ended.")
+        if found is None or not (found / artifact).exists():
+            what = f"there is no folder '{name}'" if found is None else f"the folder '{name}' has no {artifact}"
+            raise UserError(f"{what}.", fix=f"Write the folder of a run whose stage {stage} has ended.")
         return str(found)
 
     def policy(self, name: str) -> str:
