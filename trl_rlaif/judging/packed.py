@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -87,7 +86,8 @@ class _Row:
 
 # What a trial of each model said.
 _tried: WeakKeyDictionary[torch.nn.Module, list[int | None] | None] = WeakKeyDictionary()
-_layout: ContextVar[_Layout] = ContextVar("_layout")
+# That of the present row is the last one. The same for all threads: a backward pass on a GPU runs in one of its own.
+_layouts: list[_Layout] = []
 _NAME = "trl_rlaif_packed"
 
 
@@ -104,7 +104,7 @@ def _attention(
     """Attention within each group of a packed row, and to the prefix; the interface is transformers'."""
     refuse_unknown(more)
     refuse_own_mask(attention_mask)
-    layout = _layout.get()
+    layout = _layouts[-1]
     if layout.keep is not None:
         layout.keep.append((key[0], value[0]))
     if layout.windows is not None:
@@ -177,13 +177,13 @@ AttentionInterface.register(_NAME, _attention)
 @contextmanager
 def _packed(model: torch.nn.Module, layout: _Layout) -> Iterator[None]:
     config = model.config.get_text_config()
-    before, token = config._attn_implementation, _layout.set(layout)
-    config._attn_implementation = _NAME
+    before, config._attn_implementation = config._attn_implementation, _NAME
+    _layouts.append(layout)
     try:
         yield
     finally:
+        _layouts.pop()
         config._attn_implementation = before
-        _layout.reset(token)
 
 
 def packed_length(group: Sequence[Tokens], cached: int = 0) -> int:
@@ -207,6 +207,7 @@ class PackedModel:
         self.model = model
         self._prefix: Tokens = ()
         self._cache: KeyValues | None = None
+        self._kept: ExitStack | None = None
 
     @staticmethod
     def can_read(model: torch.nn.Module, longest: int) -> bool:
@@ -265,6 +266,18 @@ class PackedModel:
             self._forward(list(prefix), list(range(len(prefix))), [len(prefix) - 1], layout)
             self._cache = layout.keep
 
+    @contextmanager
+    def kept_packed(self) -> Iterator[None]:
+        """Forward passes stay packed until the end, so that gradient checkpointing repeats them as they were.
+
+        For one forward pass and its backward pass.
+        """
+        try:
+            with ExitStack() as self._kept:
+                yield
+        finally:
+            self._kept = None
+
     def logits(self, groups: Sequence[Sequence[Tokens]], keep: int) -> torch.Tensor:
         """Logits at the last positions of every sequence.
 
@@ -283,7 +296,8 @@ class PackedModel:
 
     def _forward(self, ids: list[int], positions: list[int], wanted: list[int], layout: _Layout) -> torch.Tensor:
         device = self.model.device
-        with _packed(self.model, layout):
+        with ExitStack() as own:
+            (self._kept or own).enter_context(_packed(self.model, layout))
             return self.model(
                 input_ids=torch.tensor([ids], device=device),
                 position_ids=torch.tensor([positions], device=device),

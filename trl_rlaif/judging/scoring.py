@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -77,6 +78,10 @@ class ContinuationScorer:
             first = keep - 1 - len(prefixes[row])
             result.append(sum(logprobs[:, row, first + j, token] for j, token in enumerate(continuation)))
         return torch.stack(result, 1)
+
+    def kept_packed(self) -> AbstractContextManager[None]:
+        """As ``PackedModel.kept_packed``; nothing where contexts are padded."""
+        return self._packed.kept_packed()
 
     def _padded(self, groups: Sequence[Sequence[Tokens]]) -> torch.Tensor:
         """Padded on the right: no token sees what comes after it, and a recurrent state has read nothing before it."""

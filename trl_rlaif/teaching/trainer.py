@@ -56,8 +56,7 @@ class JudgeTrainer(Trainer):
     """Trains an adapter with the cross-entropy of exactly the distribution that the labeler reads.
 
     Questions are packed as in labeling, where the model allows it: what the questions about a pair begin with is
-    computed once. With gradient checkpointing they are padded instead, since what is computed again in the backward
-    pass knows nothing of the packing.
+    computed once.
 
     Args:
         model: A PeftModel around a causal language model.
@@ -85,13 +84,17 @@ class JudgeTrainer(Trainer):
         self.labeler, self.candidates = labeler, candidates
         longest = max(len(tokens) for of in (train_dataset, eval_dataset) for row in of["contexts"] for tokens in row)
         self.scorer = ContinuationScorer(inner_model(model), candidates.continuations, longest=longest, pad_id=pad_id)
-        self.scorer.packs &= not args.gradient_checkpointing
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, with this package's kernels."""
         bf16 = self.accelerator.mixed_precision == "bf16"
         with training_kernels(self.model, bf16=bf16, packed=True):
             return super().train(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As in transformers. Layers that gradient checkpointing computes again are packed as they were."""
+        with self.scorer.kept_packed():
+            return super().training_step(*args, **kwargs)
 
     def compute_loss(
         self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
