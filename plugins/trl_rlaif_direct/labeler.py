@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from trl_rlaif import (
@@ -145,4 +146,8 @@ class DirectLabeler(RewardLabeler):
 
     def _label(self, id: str, answers: list[Answer], judge: str) -> Label:
         rated = [answer.failed or rating(answer.logprobs) for answer in answers]
-        return rated_label(id, judge, rated, [[answer] for answer in answers])
+        label = rated_label(id, judge, rated, [[answer] for answer in answers])
+        if label.skipped:
+            return label
+        first, second = (list(one.probabilities) for one in rated if isinstance(one, Rating))
+        return replace(label, ratings_1=first, ratings_2=second)

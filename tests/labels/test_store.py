@@ -192,10 +192,11 @@ def test_a_changed_digit_of_a_label_is_noticed(path, capsys):
 
 
 @pytest.mark.parametrize("p", ["1.5", "-0.1", "NaN", "Infinity", "true", '"0.5"', "[]"])
-@pytest.mark.parametrize("name", ["p", "p_21", "mass_12"])
+@pytest.mark.parametrize("name", ["p", "p_21", "mass_12", "ratings_1", "ratings_2"])
 def test_what_is_no_probability_is_refused_with_its_line(path, name, p):
     fill(path, PAIRS[:2])
-    path.write_text(path.read_text() + f'{{"id": "p9", "setup": "s", "pair": "x", "p": 0.5, "{name}": {p}}}\n')
+    value = f"[0.5, {p}]" if name.startswith("ratings") else p
+    path.write_text(path.read_text() + f'{{"id": "p9", "setup": "s", "pair": "x", "p": 0.5, "{name}": {value}}}\n')
     with pytest.raises(UserError, match=f"'{name}' is .*from 0 to 1") as caught:
         LabelStore(path)
     assert caught.value.problems[0].where == f"{path}:3"

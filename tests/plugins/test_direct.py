@@ -126,6 +126,9 @@ def test_labels_are_from_the_ratings_of_both_responses():
     # good: nine with 1/4, ten with 3/4; bad: one with 3/4, two with 1/4
     assert first.score_1 == pytest.approx(2 * (9.75 - 1) / 9 - 1) == pytest.approx(-first.score_2)
     assert first.spread_1 == pytest.approx(2 / 9 * math.sqrt(3 / 16)) == pytest.approx(first.spread_2)
+    assert [one for of in (first.ratings_1, first.ratings_2) for one in of] == pytest.approx(
+        [0] * 8 + [0.25, 0.75] + [0.75, 0.25] + [0] * 8, abs=1e-12
+    )
     assert first.p == pytest.approx(1)
     assert (first.p_12, first.p_21, first.skipped, first.judge) == (None, None, None, "scripted")
     assert (first.mass_12, first.mass_21) == pytest.approx((0.8, 0.8))

@@ -15,6 +15,7 @@ from trl_rlaif_distilled import DistilledLabeler
 
 from trl_rlaif.judging.local import LocalJudge
 from trl_rlaif.models.shared_model import active_adapter
+from trl_rlaif.teaching import Lesson
 from trl_rlaif.teaching.trainer import JudgeTrainer, tokenized
 from trl_rlaif.testing import make_pairs
 
@@ -26,11 +27,16 @@ def make_judge(model="llama", tokenizer="split digits"):
     return LocalJudge(MODELS[model](), TOKENIZERS[tokenizer](), make_prompt(), "tiny")
 
 
-def make_trainer(judge, labeler, pairs, p, folder, **arguments):
+def lessons_of(pairs, p, ratings=None):
+    ratings = ratings or [None] * len(pairs)
+    return [Lesson(*of[:2], "labels", of[2]) for of in zip(pairs, p, ratings, strict=True)]
+
+
+def make_trainer(judge, labeler, pairs, p, folder, ratings=None, **arguments):
     peft = get_peft_model(
         judge.model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     )
-    rows, left_out = tokenized(pairs, p, labeler, judge)
+    rows, left_out = tokenized(lessons_of(pairs, p, ratings), labeler, judge)
     assert not left_out
     dataset = Dataset.from_list(rows)
     ending = labeler.questions(pairs[0], judge.prompt)[0].ending
@@ -50,16 +56,20 @@ def batch_of(trainer):
     return trainer.data_collator([trainer.train_dataset[i] for i in range(len(trainer.train_dataset))])
 
 
-def plainly(judge, labeler, pairs, p):
+def plainly(judge, labeler, pairs, p, ratings=None):
     """The mean loss in float64, each candidate's probability summed over the strings of tokens that spell it."""
     total = 0.0
-    for pair, target in zip(pairs, p, strict=True):
+    for pair, target, rated in zip(pairs, p, ratings or [None] * len(pairs), strict=True):
         answers = []
         for question in labeler.questions(pair, judge.prompt):
             ((_, (answer,)),) = judge.ask([[question]], labeler.candidates)
             odds = [math.exp(x) for x in answer.logprobs[0]]
             answers.append([x / sum(odds) for x in odds])
-        if isinstance(labeler, DirectLabeler):
+        if rated is not None:
+            logs = [(q, math.log(x)) for known, said in zip(rated, answers, strict=True)
+                    for q, x in zip(known, said, strict=True)]  # fmt: skip
+            total -= sum(q * log for q, log in logs) / 2
+        elif isinstance(labeler, DirectLabeler):
             first, second = answers
             higher = sum(a * ((i > j) + (i == j) / 2) * b for i, a in enumerate(first) for j, b in enumerate(second))
             total -= target * math.log(higher) + (1 - target) * math.log(1 - higher)
@@ -80,6 +90,21 @@ def test_the_loss_is_the_cross_entropy_of_what_the_labeler_reads(tmp_path, label
     trainer.model.eval()
     found = trainer.compute_loss(trainer.model, batch_of(trainer)).item()
     assert found == pytest.approx(plainly(judge, labeler, pairs, p), abs=2e-6)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_the_loss_on_another_judges_ratings_is_the_cross_entropy_with_them(tmp_path, every):
+    """Also beside pairs of which only p is known."""
+    judge, pairs, labeler = make_judge(), make_pairs(), DirectLabeler()
+    draws = torch.rand(len(pairs), 2, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) ** 4
+    draws[0, 0] = torch.eye(10, dtype=torch.float64)[3]
+    drawn = (draws / draws.sum(-1, keepdim=True)).tolist()
+    ratings = [of if i % every == 0 else None for i, of in enumerate(drawn)]
+    p = [0.1 + 0.8 * i / len(pairs) for i in range(len(pairs))]
+    trainer = make_trainer(judge, labeler, pairs, p, tmp_path, ratings)
+    trainer.model.eval()
+    found = trainer.compute_loss(trainer.model, batch_of(trainer)).item()
+    assert found == pytest.approx(plainly(judge, labeler, pairs, p, ratings), abs=2e-6)
 
 
 def gradients_of(folder, name, packs=True, **arguments):
@@ -133,8 +158,9 @@ def test_what_is_learned_is_what_the_labeler_says(tmp_path, labeler):
 
 def test_questions_longer_than_allowed_are_counted_and_left_out(tmp_path):
     judge, pairs = make_judge(), make_pairs()
-    rows, _ = tokenized(pairs, [1.0] * len(pairs), DistilledLabeler(), judge)
+    lessons = lessons_of(pairs, [1.0] * len(pairs))
+    rows, _ = tokenized(lessons, DistilledLabeler(), judge)
     longest = max(len(tokens) for row in rows for tokens in row["contexts"])
-    kept, left_out = tokenized(pairs, [1.0] * len(pairs), DistilledLabeler(), judge, longest)
+    kept, left_out = tokenized(lessons, DistilledLabeler(), judge, longest)
     assert left_out and len(kept) == len(pairs) - left_out
     assert all(len(tokens) + 1 <= longest for row in kept for tokens in row["contexts"])

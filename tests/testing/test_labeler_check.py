@@ -112,6 +112,11 @@ class WrongScore(Fair):
         return replace(super().one(pair), score_1=7.0)
 
 
+class WrongRatings(Fair):
+    def one(self, pair):
+        return replace(super().one(pair), ratings_2=[0.5, 0.25])
+
+
 class SaysNothing(Fair):
     def one(self, pair):
         return Label(pair.id)
@@ -259,6 +264,7 @@ BROKEN = [
     (NotANumber, "p = nan of 'pair-0'", "Normalize"),
     (GivesTensors, "a Tensor as p of 'pair-0'", "float(...)"),
     (WrongScore, "score_1 = 7.0 of 'pair-0', outside [-1, 1]", "clamp"),
+    (WrongRatings, "ratings_2 of 'pair-0' that do not add up to 1", "Normalize"),
     (SaysNothing, "neither p nor", "Give it p; or skipped"),
     (SaysBoth, "both p and", "Give it p; or skipped"),
     (NoJson, "cannot be written as JSON", "finite numbers and texts"),

@@ -18,11 +18,15 @@ from trl_rlaif.pipeline.artifacts import LabelRow
 from trl_rlaif.progress import say
 from trl_rlaif.types import Label
 
-# Fields of a label that most labelers leave empty; a line holds them only where they are not.
+# Fields of a label that are probabilities, or lists of them.
 _SHARES = ("p", "p_12", "p_21", "mass_12", "mass_21")
+_RATINGS = ("ratings_1", "ratings_2")
 # Damaged lines that get a warning each.
 _NAMED = 5
-_OPTIONAL = ("skipped", "score_1", "score_2", "spread_1", "spread_2", "bound_12", "bound_21", "voted", "criteria")
+# Fields that most labelers leave empty; a line holds them only where they are not.
+_OPTIONAL = (
+    "skipped", "score_1", "score_2", "spread_1", "spread_2", *_RATINGS, "bound_12", "bound_21", "voted", "criteria",
+)  # fmt: skip
 
 
 def _digest(*parts: Any) -> str:
@@ -130,8 +134,11 @@ class LabelStore:
 
 def _check_shares(row: LabelRow, where: str) -> None:
     """Refuse what is no probability: a person has written it, since what damage leaves is noticed before."""
-    for name in _SHARES:
-        value: Any = row.get(name)
+    found: list[tuple[str, Any]] = [(name, row.get(name)) for name in _SHARES]
+    for name in _RATINGS:
+        ratings = row.get(name, [])
+        found += [(name, share) for share in (ratings if isinstance(ratings, list) else [[ratings]])]
+    for name, value in found:
         if value is not None and not (type(value) in (int, float) and 0 <= value <= 1):
             fix = "Correct the line, or delete it: its label is then made again."
             what = f"'{name}' is {to_json(value).strip()}; it is a probability, from 0 to 1."

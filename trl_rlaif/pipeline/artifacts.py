@@ -148,6 +148,8 @@ class LessonRow(TypedDict, total=False):
     response_1: str
     response_2: str
     p: float  # that response_1 is the better one
+    ratings_1: list[float]  # another judge's, of each response, where these are taught
+    ratings_2: list[float]
     source: str  # people, labels, or the kind of contrast
     held_out: bool
     before: float | None  # of what is held out: the judge's own p, untaught and taught
@@ -168,6 +170,8 @@ class _LabelRow(TypedDict, total=False):
     score_2: float
     spread_1: float
     spread_2: float
+    ratings_1: list[float]
+    ratings_2: list[float]
     bound_12: float
     bound_21: float
     voted: bool

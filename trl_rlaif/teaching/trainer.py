@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import Trainer
 
 from trl_rlaif.judging.candidates import Candidates
@@ -18,38 +19,39 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from trl_rlaif.components import Labeler
-    from trl_rlaif.data import Pair
     from trl_rlaif.judging.local import LocalJudge
+    from trl_rlaif.teaching.lessons import Lesson
 
 Row = dict[str, Any]
 
 
 def tokenized(
-    pairs: Sequence[Pair], p: Sequence[float], labeler: Labeler, judge: LocalJudge, longest: int | None = None
+    lessons: Sequence[Lesson], labeler: Labeler, judge: LocalJudge, longest: int | None = None
 ) -> tuple[list[Row], int]:
     """The judge's questions about pairs as tokens, each pair's together, with the label that they should lead to.
 
     Args:
-        pairs, p: N pairs, and the probabilities that response_1 is preferred.
+        lessons: N pairs, and what is known of them.
         labeler: Whose questions; it has ``candidates``.
         judge: Whose prompt and tokenizer.
         longest: Tokens that a question may have; the judge's context at most.
 
     Returns:
-        Rows with ``contexts``, a token list for each question, ``p``, and ``length``, the tokens of all; and how many
-        pairs are left out, since a question of theirs is longer.
+        Rows with ``contexts``, a token list for each question, ``p`` and ``ratings`` as in Lesson, and ``length``, the
+        tokens of all; and how many pairs are left out, since a question of theirs is longer.
     """
-    if not pairs:
+    if not lessons:
         return [], 0
     rows: list[Row] = []
-    asked = [labeler.questions(pair, judge.prompt) for pair in pairs]
+    asked = [labeler.questions(lesson.pair, judge.prompt) for lesson in lessons]
     known = judge.candidates(labeler.candidates, asked[0][0].ending)
     room = max(map(len, known.continuations))
-    for questions, target in zip(asked, p, strict=True):
+    for questions, lesson in zip(asked, lessons, strict=True):
         contexts = [known.cut(judge.encode(question, question.ending)) for question in questions]
         if max(map(len, contexts)) + room <= min(longest or judge.max_length, judge.max_length):
-            rows.append({"contexts": contexts, "p": target, "length": sum(map(len, contexts))})
-    return rows, len(pairs) - len(rows)
+            row: Row = {"contexts": contexts, "length": sum(map(len, contexts)), "p": lesson.p}
+            rows.append(row | {"ratings": lesson.ratings})
+    return rows, len(lessons) - len(rows)
 
 
 class JudgeTrainer(Trainer):
@@ -99,13 +101,19 @@ class JudgeTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The mean over the pairs."""
+        """The mean over the pairs of the cross-entropy with p, or with another judge's ratings where there are some."""
         groups, p = inputs["contexts"], inputs["p"]
         with self.accelerator.autocast():
             logprobs = self.scorer.logprobs(groups)
         distribution = self.candidates.distribution(logprobs)
-        loss = self.labeler.teaching_loss(distribution.view(len(groups), -1, distribution.shape[-1]), p).mean()
-        return (loss, {}) if return_outputs else loss
+        answers = distribution.view(len(groups), -1, distribution.shape[-1])
+        losses = self.labeler.teaching_loss(answers, p)
+        rated = [i for i, ratings in enumerate(inputs["ratings"]) if ratings is not None]
+        if rated:
+            targets = answers.new_tensor([inputs["ratings"][i] for i in rated])
+            both = cross_entropy(answers[rated].flatten(0, 1), targets.flatten(0, 1), reduction="none")
+            losses = losses.index_copy(0, torch.tensor(rated, device=p.device), both.view(len(rated), -1).mean(1))
+        return (losses.mean(), {}) if return_outputs else losses.mean()
 
     def prediction_step(
         self, model: Any, inputs: Mapping[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -117,6 +125,6 @@ class JudgeTrainer(Trainer):
 
 def _collated(rows: Sequence[Row]) -> dict[str, Any]:
     return {
-        "contexts": [row["contexts"] for row in rows],
+        **{name: [row[name] for row in rows] for name in ("contexts", "ratings")},
         "p": torch.tensor([row["p"] for row in rows], dtype=torch.float32),
     }

@@ -127,6 +127,8 @@ class Label:
         skipped: Why the pair could not be judged; the numbers are then None.
         score_1, score_2: Each response's own reward in [-1, 1], of a labeler that rates responses one by one.
         spread_1, spread_2: Standard deviation of the reward under the judge's distribution, its uncertainty.
+        ratings_1, ratings_2: The distribution itself, of a labeler that asks for each response's rating: the
+            probabilities of its ``candidates``, which add up to 1. Another judge can be taught them.
         bound_12, bound_21: How far p_12 and p_21 (or a rating on a scale of 0 to 1) may be off, since a server did not
             list every candidate; None where it did.
         voted: True where an answer was estimated from samples, and not read.
@@ -147,6 +149,8 @@ class Label:
     score_2: float | None = None
     spread_1: float | None = None
     spread_2: float | None = None
+    ratings_1: Sequence[float] | None = None
+    ratings_2: Sequence[float] | None = None
     bound_12: float | None = None
     bound_21: float | None = None
     voted: bool | None = None

@@ -18,6 +18,8 @@ _RANGES = {
     "p": (0, 1), "p_12": (0, 1), "p_21": (0, 1), "mass_12": (0, 1), "mass_21": (0, 1),
     "score_1": (-1, 1), "score_2": (-1, 1), "spread_1": (0, math.inf), "spread_2": (0, math.inf),
 }  # fmt: skip
+# Of the sum of probabilities that were computed in float32.
+_ROUNDING = 1e-5
 
 
 def checked_labels(found: Iterable[Any], pairs: Sequence[Pair], done: Collection[str]) -> Iterator[Label]:
@@ -61,6 +63,10 @@ def _check_label(label: Label) -> None:
             raise ContractViolation(
                 f"yields {name} = {value} of {label.id!r}, outside [{low}, {high}]", "Normalize or clamp it."
             )
+    for name in ("ratings_1", "ratings_2"):
+        ratings = getattr(label, name)
+        if ratings is not None and not (min(ratings) >= 0 and math.isclose(math.fsum(ratings), 1, abs_tol=_ROUNDING)):
+            raise ContractViolation(f"yields {name} of {label.id!r} that do not add up to 1", "Normalize them.")
     if (label.p is None) != bool(label.skipped):
         both = "neither p nor" if label.p is None else "both p and"
         raise ContractViolation(

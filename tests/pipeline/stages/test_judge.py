@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from helpers.judges import PARTS
 from helpers.recipes import WORDS, fingerprints, run_cli, tiny_recipe, write_recipe
 from peft import PeftModel
+from scipy.stats import entropy
 from transformers import AutoModelForCausalLM
 
 from trl_rlaif import UserError
@@ -133,13 +135,30 @@ def test_responses_without_contrasts_end_no_run(recipe, tmp_path, capsys):
     assert "is asked as it was" in capsys.readouterr().err
 
 
-def test_another_judges_stored_labels(recipe, tmp_path):
-    teacher = run(recipe(), tmp_path / "teacher")
-    student = run(recipe(pairs=None, labels=str(teacher.path)), tmp_path / "student")
-    rows = {row["pair"]: row["p"] for row in read_lines(teacher / "labels.jsonl")}
+@pytest.mark.parametrize(
+    ("stored", "taught", "names"),
+    [
+        ("distilled", "distilled", {"p"}),
+        ("direct", "distilled", {"p"}),
+        ("direct", "direct", {"p", "ratings_1", "ratings_2"}),
+    ],
+)
+def test_another_judges_stored_labels(recipe, tmp_path, stored, taught, names):
+    teacher = replace(recipe(label={"labeler": stored, "judge": "same"}), judge=None)
+    labels = run(teacher, tmp_path / "teacher") / "labels.jsonl"
+    section = {"pairs": None, "labels": str(labels.parent), "num_train_epochs": 1, "eval_fraction": 0.5}
+    student = run(recipe(label={"labeler": taught}, **section), tmp_path / "student", only=["sample", "judge"])
     lessons = read_lines(student / "lessons.jsonl")
-    assert sorted(row["p"] for row in lessons) == sorted(rows.values()) and len(lessons) == 8
-    assert set(student.results_of("judge")["sources"]) == {"all", "labels"}
+    assert len(lessons) == 8 and all(names == {"p", "ratings_1", "ratings_2"} & row.keys() for row in lessons)
+    rows = [sorted([row[name] for name in sorted(names)] for row in of) for of in (lessons, read_lines(labels))]
+    assert rows[0] == rows[1]
+    found = student.results_of("judge")["sources"]
+    assert found.keys() == {"all", "labels"}
+    if stored == taught:  # before it is taught, it says what was stored
+        held_out = [row for row in lessons if row["held_out"]]
+        known = [[row["ratings_1"], row["ratings_2"]] if "ratings_1" in names else [[row["p"], 1 - row["p"]]]
+                 for row in held_out]  # fmt: skip
+        assert found["labels"]["before"]["log_loss"] == pytest.approx(entropy(known, axis=-1).mean(), abs=1e-6)
 
 
 def test_a_finished_stage_is_redone_when_what_it_is_made_from_changes(recipe, tmp_path):

@@ -6,14 +6,13 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trl_rlaif.components import Labeler
-from trl_rlaif.data import Pair
 from trl_rlaif.data.overlap import prompt_key, split_by_group
 from trl_rlaif.errors import UserError
 from trl_rlaif.evaluation import agreement, calibration_error, position_bias, standard_error
@@ -29,7 +28,7 @@ from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.training import settings_of, train_from_last
 from trl_rlaif.progress import progress_bar, say
 from trl_rlaif.recipe.inputs import read_judged
-from trl_rlaif.teaching import make_contrasts
+from trl_rlaif.teaching import Lesson, make_contrasts
 from trl_rlaif.types import Label
 
 if TYPE_CHECKING:
@@ -42,23 +41,13 @@ if TYPE_CHECKING:
 PEOPLE, LABELS, ALL = "people", "labels", "all"
 # The adapter's name on the judge's model.
 _ADAPTER = "judge"
-_EDGE = 1e-9
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """A pair, the probability that its first response is the better one, and where that is known from."""
-
-    pair: Pair
-    p: float
-    source: str
 
 
 def run(context: Context) -> JudgeResults:
     """Train ``judge/`` and write ``lessons.jsonl``; return whether it helps."""
     started = time.monotonic()
     labeler = context.create_labeler(context.recipe.teaching_labeler)
-    taught, held_out, skipped = _lessons(context)
+    taught, held_out, skipped = _lessons(context, labeler)
     if not taught or not held_out:
         return _nothing_taught(context, taught, skipped) | {"seconds": time.monotonic() - started}
     judge = context.judges.untaught()
@@ -90,10 +79,10 @@ def run(context: Context) -> JudgeResults:
 # ---- What is taught -------------------------------------------------------------------------------------
 
 
-def _lessons(context: Context) -> tuple[list[Lesson], list[Lesson], dict[str, int]]:
+def _lessons(context: Context, labeler: Labeler) -> tuple[list[Lesson], list[Lesson], dict[str, int]]:
     """What is taught and what is held out, which share no prompt; and what was left out."""
     section, seed = context.recipe.judge, context.recipe.run.seed
-    known, skipped = _judged(context)
+    known, skipped = _judged(context, labeler)
     own = context.pairs() if section.contrasts else []
     prompts = [*(prompt_key(lesson.pair.prompt) for lesson in known), *(prompt_key(pair.prompt) for pair in own)]
     parts = []
@@ -120,7 +109,7 @@ def _warn(reason: str) -> None:
     say(f"Warning: what the judge was taught is not used: {reason}. It is asked as it was.")
 
 
-def _judged(context: Context) -> tuple[list[Lesson], dict[str, int]]:
+def _judged(context: Context, labeler: Labeler) -> tuple[list[Lesson], dict[str, int]]:
     """Pairs that people judged, and those that another judge's labels are stored of."""
     section, found, skipped = context.recipe.judge, [], Counter[str]()
     if section.pairs:
@@ -136,12 +125,19 @@ def _judged(context: Context) -> tuple[list[Lesson], dict[str, int]]:
         setup, columns = (folder.results_of("label").get(key) for key in ("setup", "columns"))
         rows: dict[str, Any] = dict(LabelStore(folder / artifacts.LABELS).of_setup(setup))
         for pair in context.pairs(folder):
-            p = rows.get(pair_key(pair, columns or ()), {}).get("p")
-            if p is None:
+            row = rows.get(pair_key(pair, columns or ()), {})
+            if row.get("p") is None:
                 skipped["no label"] += 1
             else:
-                found.append(Lesson(pair, p, LABELS))
+                ratings = _ratings(row, labeler) if row["labeler"] == context.recipe.teaching_labeler.name else None
+                found.append(Lesson(pair, row["p"], LABELS, ratings))
     return found, dict(skipped)
+
+
+def _ratings(row: dict[str, Any], labeler: Labeler) -> tuple[list[float], list[float]] | None:
+    """Those of a stored label, where they are of the labeler's candidates."""
+    both = [row.get(name) or () for name in ("ratings_1", "ratings_2")]
+    return tuple(both) if {len(one) for one in both} == {len(labeler.candidates)} else None
 
 
 # ---- Training -------------------------------------------------------------------------------------------
@@ -190,8 +186,7 @@ def _trainer(
 
     section, datasets, too_long = context.recipe.judge, [], 0
     for lessons in (taught, held_out):
-        pairs, p = [lesson.pair for lesson in lessons], [lesson.p for lesson in lessons]
-        rows, left_out = tokenized(pairs, p, labeler, judge, section.max_length)
+        rows, left_out = tokenized(lessons, labeler, judge, section.max_length)
         if not rows:
             raise UserError(
                 "Every question is longer than judge.max_length or the judge's context.",
@@ -241,7 +236,7 @@ def _numbers(
         for name in (ALL, *dict.fromkeys(lesson.source for lesson in (*taught, *held_out)))
     }
     kept = [i for i in range(len(held_out)) if before[i].p is not None and after[i].p is not None]
-    gains = [_loss(held_out[i], before[i]) - _loss(held_out[i], after[i]) for i in kept]
+    gains = [held_out[i].loss(before[i]) - held_out[i].loss(after[i]) for i in kept]
     gain = float(np.mean(gains)) if gains else 0.0
     error = standard_error(gains, [prompt_key(held_out[i].pair.prompt) for i in kept])
     reason = None
@@ -270,15 +265,9 @@ def _figures(lessons: Sequence[Lesson], before: Sequence[Label], after: Sequence
             "agreement": agreement(p, better, prompts),
             "position_bias": None if None in p_12 + p_21 else position_bias(p_12, p_21, prompts),
             "ece": calibration_error(p, better),
-            "log_loss": float(np.mean([_loss(lessons[i], labels[i]) for i in kept])) if kept else None,
+            "log_loss": float(np.mean([lessons[i].loss(labels[i]) for i in kept])) if kept else None,
         }
     return found
-
-
-def _loss(lesson: Lesson, label: Label) -> float:
-    """Cross-entropy in nats of a label with what is known of its pair."""
-    p = float(np.clip(label.p, _EDGE, 1 - _EDGE))
-    return float(-(lesson.p * np.log(p) + (1 - lesson.p) * np.log1p(-p)))
 
 
 def _rows(
@@ -287,7 +276,8 @@ def _rows(
     def row(lesson: Lesson, **more: Any) -> dict[str, Any]:
         pair = lesson.pair
         texts = {"prompt": pair.prompt, "response_1": pair.response_1, "response_2": pair.response_2}
-        return {**texts, "p": lesson.p, "source": lesson.source, **more}
+        ratings = dict(zip(("ratings_1", "ratings_2"), lesson.ratings or (), strict=False))
+        return {**texts, "p": lesson.p, **ratings, "source": lesson.source, **more}
 
     said = zip(held_out, before, after, strict=True)
     return [row(lesson, held_out=False) for lesson in taught] + [

@@ -1,0 +1,44 @@
+"""Lessons: pairs of which something is known that a judge can be taught."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from trl_rlaif.types import Label, Pair
+
+# What a judge that is certain and wrong is taken to have given to the truth.
+_EDGE = 1e-9
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A pair, and what is known of it.
+
+    Args:
+        pair: Two responses.
+        p: The probability that the first one is the better one.
+        source: Where that is known from.
+        ratings: Another judge's probabilities of the ratings, for each of the two responses. They are what is taught
+            then: ``p`` follows from them.
+    """
+
+    pair: Pair
+    p: float
+    source: str
+    ratings: tuple[Sequence[float], Sequence[float]] | None = None
+
+    def loss(self, label: Label) -> float:
+        """Cross-entropy in nats of a label with what is known: of both ratings, on average, or of p."""
+        if self.ratings is not None and label.ratings_1 is not None and label.ratings_2 is not None:
+            both = zip(self.ratings, (label.ratings_1, label.ratings_2), strict=True)
+            return float(np.mean([_cross_entropy(known, said) for known, said in both]))
+        if label.p is None:
+            raise ValueError(f"The pair {label.id} was not judged.")
+        return _cross_entropy((self.p, 1 - self.p), (label.p, 1 - label.p))
+
+
+def _cross_entropy(known: Sequence[float], said: Sequence[float]) -> float:
+    return float(-np.dot(known, np.log(np.clip(said, _EDGE, 1))))
