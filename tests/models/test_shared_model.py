@@ -107,6 +107,28 @@ def test_roles_leave_requires_grad_and_nesting_alone_also_after_an_exception():
     assert {n: p.requires_grad for n, p in shared.named_parameters()} == before
 
 
+@pytest.mark.parametrize("trunk", [False, True])
+@torch.no_grad()
+def test_a_value_that_was_saved_is_taken_up_and_trained_further(tmp_path, trunk):
+    config, values = _config(), []
+    for name in ("saved", "loaded"):
+        torch.manual_seed(3 if name == "saved" else 4)  # both have the same policy, and new values would differ
+        shared = SharedBase(make_llama(), config if name == "saved" else tmp_path / "policy")
+        if name == "saved":
+            save_adapter(shared.peft, "policy", tmp_path / "policy")
+            shared.add_value(trunk=trunk)
+            shared.heads["value"].weight.normal_()
+            shared.save_value(tmp_path / "value")
+        else:
+            shared.load_value(tmp_path / "value")
+        view = shared.add_value(trunk=trunk).eval()
+        values.append(view.score(view.backbone(input_ids=IDS)))
+        trained = {n for n, p in shared.named_parameters() if p.requires_grad and ("value" in n)}
+        assert "heads.value.weight" in trained and (len(trained) == 1) == trunk
+    assert torch.equal(*values) and values[0].std() > 0.1
+    assert (tmp_path / "value" / "adapter_config.json").exists() != trunk
+
+
 def test_gradients_reach_the_active_role_only():
     shared = SharedBase(make_llama(), _config())
     shared.add_value()

@@ -19,6 +19,8 @@ from trl_rlaif.errors import UserError
 from trl_rlaif.models.loading import keep_gradients
 
 ADAPTER_FILE = "adapter_model.safetensors"
+# Of a value model, beside its adapter or alone.
+HEAD_FILE = "head.safetensors"
 # What TRL's trainers call the copy of a trained adapter that they take as the reference.
 TRL_REFERENCE = "ref"
 
@@ -200,6 +202,24 @@ class SharedBase(nn.Module):
                 self.add_adapter("value", self.peft.peft_config["policy"])
             self.heads["value"] = self._head()
         return ValueView(self)
+
+    def save_value(self, folder: Path) -> None:
+        """Write the value's head, and its adapter where it has one of its own; ``load_value`` takes them up."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if "value" in self.peft.peft_config:
+            save_adapter(self.peft, "value", folder)
+        save_file({"weight": self.heads["value"].weight.detach().cpu()}, folder / HEAD_FILE)
+
+    def load_value(self, folder: Path) -> None:
+        """Add the value role as ``save_value`` wrote it, in place of a new one; it is trained further.
+
+        Raises:
+            UserError: It fits another base.
+        """
+        if (folder / ADAPTER_FILE).exists():
+            self.load_adapter("value", folder)
+        self.heads["value"] = self._head()
+        self.heads["value"].load_state_dict(load_file(folder / HEAD_FILE))
 
     def add_reward(self, folder: str | Path) -> None:
         """Add the reward role from a folder that the reward stage or ``RewardTrainer`` wrote.

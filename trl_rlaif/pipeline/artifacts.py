@@ -39,6 +39,7 @@ PREFERENCES = "preferences"  # dataset in TRL's format, with p
 REWARD = "reward"  # adapter with a score head, and the state of its transforms
 REWARD_SCORES = "reward_scores.jsonl"  # ScoreRow
 POLICY = "policy"  # adapter
+VALUE = "value"  # PPO's value model: a head, and its adapter unless value: trunk
 REHEARSAL = "rehearsal.jsonl"  # RehearsedRow
 SELECTION_MAP = "selection_map.jsonl"  # MapRow
 SAMPLES = "samples.jsonl"  # SampleRow

@@ -177,6 +177,24 @@ def test_trainers_of_trl_compare_with_it_too(finished, tiny_model, tmp_path, alg
     assert not any(p.requires_grad for n, p in trainer.model.named_parameters() if ".ref." in n or ".reference." in n)
 
 
+def values(trainer):
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad(), trainer.role_models.role("value"):
+        return trainer.role_models.value_head(trainer.role_models.value_hidden({"input_ids": ids}))
+
+
+def test_the_value_model_goes_on_from_that_of_the_round_before(finished, tiny_model, tmp_path):
+    recipe, folder = finished
+    first, _ = ppo.build_trainer(context_of(recipe, folder, 1))
+    assert values(first).abs().max() == 0
+    first.checkpoints.resume(folder.round(1) / "checkpoints" / "rl" / "checkpoint-2")  # after its last update
+    second, _ = ppo.build_trainer(context_of(recipe, folder, 2))
+    assert torch.equal(values(second), values(first)) and values(first).abs().max() > 1e-3
+    # One of another kind is new.
+    other = recipe_in(tmp_path, tiny_model, rl=RL | {"value": "trunk"})
+    assert values(ppo.build_trainer(context_of(other, folder, 2))[0]).abs().max() == 0
+
+
 def keys_of(folder, name="preferences"):
     from datasets import load_from_disk
 

@@ -32,10 +32,16 @@ if TYPE_CHECKING:
 
 
 class Rl(Stage):
-    """The trained policy; from selectors also what it rehearsed, and the map of its prompts."""
+    """The trained policy, and PPO's value model; from selectors also what it rehearsed, and the map of its prompts."""
 
     name = "rl"
-    outputs = (artifacts.POLICY, artifacts.REHEARSAL, artifacts.SELECTION_MAP, artifacts.checkpoints_of("rl"))
+    outputs = (
+        artifacts.POLICY,
+        artifacts.VALUE,
+        artifacts.REHEARSAL,
+        artifacts.SELECTION_MAP,
+        artifacts.checkpoints_of("rl"),
+    )
     companions = (artifacts.PREFERENCES,)
     trains = True
     shared = True

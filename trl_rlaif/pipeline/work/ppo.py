@@ -5,12 +5,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from trl_rlaif.files import write_folder
-from trl_rlaif.models.shared_model import SharedBase
+from trl_rlaif.models.shared_model import ADAPTER_FILE, SharedBase
 from trl_rlaif.pipeline import artifacts, rl_setup, tracking
 from trl_rlaif.pipeline.artifacts import RlResults
 from trl_rlaif.pipeline.training import settings_of
@@ -22,12 +23,17 @@ if TYPE_CHECKING:
 
 
 def run(context: Context) -> RlResults:
-    """Train ``policy/``; return the first and last numbers of the run itself."""
-    return _run(context, lambda trainer: trainer.train(resume_from_checkpoint=True))
+    """Train ``policy/`` and ``value/``; return the first and last numbers of the run itself."""
+
+    def train(trainer: PPOTrainer) -> None:
+        trainer.train(resume_from_checkpoint=True)
+        write_folder(context.folder / artifacts.VALUE, trainer.shared.save_value)
+
+    return _run(context, train)
 
 
 def run_rejection(context: Context) -> RlResults:
-    """The same by rejection sampling."""
+    """The same by rejection sampling, which has no value."""
 
     def train(trainer: PPOTrainer) -> None:
         iterations = count_iterations(trainer.selection, context.recipe.rl.config.get("total_episodes"))
@@ -59,6 +65,8 @@ def build_trainer(context: Context) -> tuple[PPOTrainer, dict[str, int]]:
     settings, base = rl_setup.config(context), context.load_base()
     dataset, skipped = rl_setup.prompts(context, base, settings.response_length)
     shared = SharedBase(base, context.start or context.lora, reference=context.reference)
+    if (value := _earlier_value(context, trunk=settings.value == "trunk")) is not None:
+        shared.load_value(value)
     parts = {
         "reward_model": context.folder / artifacts.REWARD if "reward" in context.recipe.rl.reward_names else None,
         "reward_funcs": rl_setup.reward_functions(context, shared),
@@ -71,6 +79,13 @@ def build_trainer(context: Context) -> tuple[PPOTrainer, dict[str, int]]:
             settings, context.tokenizer, shared, train_dataset=dataset, plugins=context.plugins, **parts
         )
     return trainer, skipped
+
+
+def _earlier_value(context: Context, *, trunk: bool) -> Path | None:
+    """The value model of the run before, from which training goes on; None where there is none of the same kind."""
+    folder = context.previous[0] / artifacts.VALUE if context.previous else None
+    same = folder is not None and folder.exists() and (folder / ADAPTER_FILE).exists() != trunk
+    return folder if same else None
 
 
 def _numbers(trainer: Any, skipped: dict[str, int]) -> dict[str, Any]:
