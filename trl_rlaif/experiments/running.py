@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from trl_rlaif.pipeline import artifacts, machine, redo
-from trl_rlaif.pipeline.artifacts import CompareResults
 from trl_rlaif.pipeline.redo import Confirm
+from trl_rlaif.pipeline.results import CompareResults
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.plugins import Plugins
 from trl_rlaif.progress import publishing, say

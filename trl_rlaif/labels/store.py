@@ -14,7 +14,7 @@ from trl_rlaif.data import Pair
 from trl_rlaif.encoding import as_messages
 from trl_rlaif.errors import UserError
 from trl_rlaif.files import append_lines, read_lines, to_json, unsealed, write_state
-from trl_rlaif.pipeline.artifacts import LabelRow
+from trl_rlaif.pipeline.rows import LabelRow
 from trl_rlaif.progress import say
 from trl_rlaif.types import Label
 

@@ -21,12 +21,12 @@ from trl_rlaif.errors import UserError
 from trl_rlaif.files import read_lines, read_state, write_state
 from trl_rlaif.models.loading import ModelSpec, load_model, load_tokenizer
 from trl_rlaif.pipeline import artifacts
-from trl_rlaif.pipeline.artifacts import PairRow
 from trl_rlaif.pipeline.categories import categorized
 from trl_rlaif.pipeline.checkpointing import CHECKPOINTING, settle_checkpointing
 from trl_rlaif.pipeline.judges import Judges
 from trl_rlaif.pipeline.lineage import previous_runs
 from trl_rlaif.pipeline.machine import machine_of, settled
+from trl_rlaif.pipeline.rows import PairRow
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.stages import STAGES
 from trl_rlaif.plugins import Plugins

@@ -13,7 +13,7 @@ from trl_rlaif.errors import UserError
 from trl_rlaif.files import to_line, write_atomically
 from trl_rlaif.labels.jury import JOINS, Join, disagreement
 from trl_rlaif.pipeline import artifacts
-from trl_rlaif.pipeline.artifacts import JuryRow, LabelRow
+from trl_rlaif.pipeline.rows import JuryRow, LabelRow
 from trl_rlaif.progress import say
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from trl_rlaif.validation import ContractViolation
 
 if TYPE_CHECKING:
     from trl_rlaif.components import PairSampler
-    from trl_rlaif.pipeline.artifacts import DrawnRow, RevisionRow
+    from trl_rlaif.pipeline.rows import DrawnRow, RevisionRow
     from trl_rlaif.recipe import SampleSection
     from trl_rlaif.responses import Response, ResponseReader
 

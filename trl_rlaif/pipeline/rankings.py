@@ -14,7 +14,7 @@ from trl_rlaif.encoding import as_messages
 from trl_rlaif.errors import UserError
 from trl_rlaif.files import to_json, to_line, write_atomically
 from trl_rlaif.pipeline import artifacts
-from trl_rlaif.pipeline.artifacts import LabelRow, RankingRow
+from trl_rlaif.pipeline.rows import LabelRow, RankingRow
 from trl_rlaif.ranking.bradley_terry import Comparisons, Strengths, fit
 from trl_rlaif.ranking.tournament import Asked, rank_by_tournament
 

@@ -14,9 +14,9 @@ from typing import Any
 from trl_rlaif.errors import UserError
 from trl_rlaif.generation import derived_seed
 from trl_rlaif.pipeline import artifacts, digests, lineage, machine, redo, runner, superseding
-from trl_rlaif.pipeline.artifacts import RoundRow
 from trl_rlaif.pipeline.machine import Machine
 from trl_rlaif.pipeline.redo import Confirm, Planned
+from trl_rlaif.pipeline.results import RoundRow
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.stage import previous
 from trl_rlaif.pipeline.stages import ENDS, ROUND, STAGES

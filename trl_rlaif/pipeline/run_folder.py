@@ -24,7 +24,7 @@ from trl_rlaif.files import (
 )
 from trl_rlaif.locks import lock
 from trl_rlaif.pipeline import artifacts
-from trl_rlaif.pipeline.artifacts import Results
+from trl_rlaif.pipeline.results import Results
 
 
 class RunFolder:

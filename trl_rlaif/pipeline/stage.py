@@ -121,7 +121,7 @@ class Stage:
     # ---- What it does ---------------------------------------------------------------------------------
 
     def run(self, context: Context) -> Mapping[str, Any]:
-        """Make its outputs, and return its final numbers (trl_rlaif.pipeline.artifacts.Results)."""
+        """Make its outputs, and return its final numbers (trl_rlaif.pipeline.results.Results)."""
         return self.work(context.recipe)(context)
 
     def work(self, recipe: Recipe) -> Callable[[Context], Mapping[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from trl_rlaif.pipeline.artifacts import PairRow
+from trl_rlaif.pipeline.rows import PairRow
 from trl_rlaif.report.formatting import label, number, reasons, section
 from trl_rlaif.report.parsing import Turn, spread, turn, turns
 

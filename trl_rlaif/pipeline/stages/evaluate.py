@@ -12,7 +12,7 @@ from trl_rlaif.recipe import JudgeSection
 if TYPE_CHECKING:
     from trl_rlaif.memory.parts import MemoryRun
     from trl_rlaif.memory.plan import Part
-    from trl_rlaif.pipeline.artifacts import EvaluateResults
+    from trl_rlaif.pipeline.results import EvaluateResults
     from trl_rlaif.recipe import Recipe
 
 

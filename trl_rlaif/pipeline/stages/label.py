@@ -11,7 +11,7 @@ from trl_rlaif.pipeline.stage import QUESTION, Amounts, Stage, previous, skipped
 if TYPE_CHECKING:
     from trl_rlaif.memory.parts import MemoryRun
     from trl_rlaif.memory.plan import Part
-    from trl_rlaif.pipeline.artifacts import LabelResults
+    from trl_rlaif.pipeline.results import LabelResults
     from trl_rlaif.recipe import Recipe
 
 

@@ -10,7 +10,7 @@ from trl_rlaif.pipeline.stage import BASE, TRAINED, Amounts, Stage, previous, sk
 if TYPE_CHECKING:
     from trl_rlaif.memory.parts import MemoryRun
     from trl_rlaif.memory.plan import Part
-    from trl_rlaif.pipeline.artifacts import RewardResults
+    from trl_rlaif.pipeline.results import RewardResults
     from trl_rlaif.recipe import Recipe
 
 

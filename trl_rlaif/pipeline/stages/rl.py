@@ -26,8 +26,8 @@ from trl_rlaif.recipe.sections import FORGET_SET
 if TYPE_CHECKING:
     from trl_rlaif.memory.parts import MemoryRun
     from trl_rlaif.memory.plan import Part
-    from trl_rlaif.pipeline.artifacts import RlResults
     from trl_rlaif.pipeline.context import Context
+    from trl_rlaif.pipeline.results import RlResults
     from trl_rlaif.recipe import Recipe
 
 

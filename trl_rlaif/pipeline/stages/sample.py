@@ -11,7 +11,7 @@ from trl_rlaif.pipeline.stage import BASE, DRAWN, GROUPING, READING, Amounts, St
 if TYPE_CHECKING:
     from trl_rlaif.memory.parts import MemoryRun
     from trl_rlaif.memory.plan import Part
-    from trl_rlaif.pipeline.artifacts import SampleResults
+    from trl_rlaif.pipeline.results import SampleResults
     from trl_rlaif.recipe import Recipe
 
 # Responses of a sampler's conversation, as memory is planned for: one, what is said of it, and another.

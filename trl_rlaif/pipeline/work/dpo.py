@@ -16,9 +16,9 @@ from trl_rlaif.files import write_folder
 from trl_rlaif.hardware import use_one_gpu
 from trl_rlaif.models.shared_model import TRL_REFERENCE, save_adapter, set_reference
 from trl_rlaif.pipeline import artifacts
-from trl_rlaif.pipeline.artifacts import RlResults
 from trl_rlaif.pipeline.context import Context
 from trl_rlaif.pipeline.preferences import TIE, preferences_of_people
+from trl_rlaif.pipeline.results import RlResults
 from trl_rlaif.pipeline.training import settings_of, train_from_last
 from trl_rlaif.progress import say
 

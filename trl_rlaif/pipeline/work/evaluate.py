@@ -20,9 +20,9 @@ from trl_rlaif.models.role_models import SharedRoleModels
 from trl_rlaif.models.shared_model import SharedBase
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.answers import rewards_of, sources
-from trl_rlaif.pipeline.artifacts import EvaluateResults
 from trl_rlaif.pipeline.context import Context
 from trl_rlaif.pipeline.labeler_rewards import SIDES, score_responses
+from trl_rlaif.pipeline.results import EvaluateResults
 from trl_rlaif.pipeline.stages.evaluate import longest_response
 from trl_rlaif.progress import progress_bar
 from trl_rlaif.recipe.inputs import warn_of_overlaps

@@ -23,8 +23,8 @@ from trl_rlaif.models.adapters import fitted
 from trl_rlaif.models.role_models import SharedRoleModels
 from trl_rlaif.models.shared_model import TRL_REFERENCE, SharedBase, save_adapter, set_reference
 from trl_rlaif.pipeline import artifacts, rl_setup, tracking
-from trl_rlaif.pipeline.artifacts import RlResults
 from trl_rlaif.pipeline.context import Context
+from trl_rlaif.pipeline.results import RlResults
 from trl_rlaif.pipeline.training import last_checkpoint, settings_of
 from trl_rlaif.progress import say
 from trl_rlaif.rl.generation import RolloutGenerator

@@ -21,9 +21,9 @@ from trl_rlaif.labels import LabelStore
 from trl_rlaif.labels.store import pair_key
 from trl_rlaif.models.shared_model import active_adapter, save_adapter
 from trl_rlaif.pipeline import artifacts
-from trl_rlaif.pipeline.artifacts import JudgeResults
 from trl_rlaif.pipeline.context import Context
 from trl_rlaif.pipeline.preferences import HUMAN_P
+from trl_rlaif.pipeline.results import JudgeResults
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.training import settings_of, train_from_last
 from trl_rlaif.progress import progress_bar, say

@@ -27,11 +27,12 @@ from trl_rlaif.labels import LabelKey, LabelStore
 from trl_rlaif.labels.calibration import Calibration, check_choices, cross_validate, why_too_few
 from trl_rlaif.labels.store import Plan, pair_key
 from trl_rlaif.pipeline import artifacts, rankings
-from trl_rlaif.pipeline.artifacts import JudgedRow, LabelResults, LabelRow
 from trl_rlaif.pipeline.context import Context
 from trl_rlaif.pipeline.jury import Jury
 from trl_rlaif.pipeline.label_tasks import LabelTask, label_key, label_tasks
 from trl_rlaif.pipeline.preferences import write_preferences
+from trl_rlaif.pipeline.results import LabelResults
+from trl_rlaif.pipeline.rows import JudgedRow, LabelRow
 from trl_rlaif.progress import progress_bar, say
 from trl_rlaif.recipe.inputs import read_calibration, warn_of_overlaps
 

@@ -13,7 +13,7 @@ import torch
 from trl_rlaif.files import write_folder
 from trl_rlaif.models.shared_model import ADAPTER_FILE, SharedBase
 from trl_rlaif.pipeline import artifacts, rl_setup, tracking
-from trl_rlaif.pipeline.artifacts import RlResults
+from trl_rlaif.pipeline.results import RlResults
 from trl_rlaif.pipeline.training import settings_of
 from trl_rlaif.rl.ppo.trainer import PPOTrainer
 from trl_rlaif.rl.rejection import RejectionTrainer, count_iterations

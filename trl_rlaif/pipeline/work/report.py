@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
-from trl_rlaif.pipeline.artifacts import ReportResults
 from trl_rlaif.pipeline.context import Context
+from trl_rlaif.pipeline.results import ReportResults
 from trl_rlaif.progress import progress_bar
 from trl_rlaif.report import write_report
 

@@ -15,10 +15,10 @@ from trl_rlaif.errors import RunError, UserError
 from trl_rlaif.evaluation import category_figures, is_even, outcome_calibration_error, pairwise_accuracy
 from trl_rlaif.files import to_line, write_atomically, write_folder
 from trl_rlaif.pipeline import artifacts
-from trl_rlaif.pipeline.artifacts import RewardResults
 from trl_rlaif.pipeline.context import Context
 from trl_rlaif.pipeline.earlier_rewards import accuracy_before, resumed, split, starting_adapter, with_earlier_pairs
 from trl_rlaif.pipeline.preferences import preferences_of_people
+from trl_rlaif.pipeline.results import RewardResults
 from trl_rlaif.pipeline.training import last_checkpoint, settings_of
 from trl_rlaif.progress import progress_bar, say
 from trl_rlaif.reward.scoring import score_pairs

@@ -16,9 +16,10 @@ from trl_rlaif.encoding import is_rendered, without_end_of_turn
 from trl_rlaif.errors import UserError
 from trl_rlaif.files import append_lines, read_lines, to_line, write_atomically
 from trl_rlaif.pipeline import artifacts
-from trl_rlaif.pipeline.artifacts import DrawnRow, PairRow, SampleResults
 from trl_rlaif.pipeline.context import Context, pair_row
 from trl_rlaif.pipeline.pair_sampling import PluginPairs, StartingPolicy
+from trl_rlaif.pipeline.results import SampleResults
+from trl_rlaif.pipeline.rows import DrawnRow, PairRow
 from trl_rlaif.progress import progress_bar
 from trl_rlaif.recipe import SampleSection
 from trl_rlaif.recipe.inputs import read_pairs

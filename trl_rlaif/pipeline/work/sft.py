@@ -14,8 +14,8 @@ from trl_rlaif.errors import UserError
 from trl_rlaif.files import write_folder
 from trl_rlaif.hardware import use_one_gpu
 from trl_rlaif.pipeline import artifacts
-from trl_rlaif.pipeline.artifacts import SftResults
 from trl_rlaif.pipeline.context import Context
+from trl_rlaif.pipeline.results import SftResults
 from trl_rlaif.pipeline.training import settings_of, train_from_last
 from trl_rlaif.progress import say
 from trl_rlaif.recipe.inputs import read_finetuning

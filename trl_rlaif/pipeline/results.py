@@ -1,0 +1,215 @@
+"""The numbers of a run's results.json, stage by stage.
+
+Numbers without another unit are shares in [0, 1]; an interval is a pair of 95% bounds. What is ``dict[str, Any]`` is
+what the measure of that name in ``trl_rlaif.evaluation`` returns.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+
+class SftResults(TypedDict):
+    """Of sft: rows of the data, the tokens that the loss is on, and its mean in nats a token."""
+
+    rows: int
+    loss_on: str
+    loss: float
+    seconds: float
+
+
+class SampleResults(TypedDict, total=False):
+    """Of sample: pairs from the data have ``ties``; drawn ones what was drawn."""
+
+    prompts: int
+    pairs: int
+    ties: int
+    dropped: dict[str, int]
+    redrawn: int
+    revisions: int
+    ended: float | None
+    tokens: float | None  # mean of the responses
+    seconds: float
+
+
+class JudgeResults(TypedDict, total=False):
+    """Of judge: whether what was taught is ``used``, and why not.
+
+    ``sources`` has by source, and for ``all`` together, how many pairs were ``taught`` and ``held_out``, and the
+    figures of the latter ``before`` and ``after``. ``gain`` is how much their log-loss fell, in nats a pair.
+    """
+
+    judge: str
+    labeler: str
+    taught: int
+    held_out: int
+    skipped: dict[str, int]
+    used: bool
+    reason: str | None
+    gain: float
+    standard_error: float | None
+    best_step: int | None
+    steps: int
+    sources: dict[str, dict[str, Any]]
+    seconds: float
+
+
+class LabelResults(TypedDict, total=False):
+    """Of label: what the labels say of the labeler, whose ``setup`` finds them."""
+
+    pairs: int
+    labeled: int
+    skipped: dict[str, int]
+    mean_confidence: float | None
+    position_bias: dict[str, Any] | None
+    mass: dict[str, Any] | None
+    agreement: dict[str, Any] | None
+    agreement_by_category: dict[str, Any]
+    length_preference: dict[str, Any] | None
+    ece: float | None
+    judge: str
+    labeler: str
+    setup: str
+    columns: list[str]  # of the data, that the labels depend on
+    made: int
+    voted: int
+    bounded: int
+    suspicious: dict[str, Any]
+    pairs_per_second: float | None
+    precision: dict[str, Any] | None
+    calibration: dict[str, Any] | None
+    overlaps: list[dict[str, Any]]
+    unsure: int
+    ranking: dict[str, Any]
+    jury: dict[str, Any]
+    comparison: dict[str, Any]
+    shard: str
+    broken_lines: int
+    seconds: float
+
+
+class RewardResults(TypedDict, total=False):
+    """Of reward: how it ranks held-out pairs, its calibration, and its scores by kind of prompt.
+
+    Where it went on from an earlier round's, ``before`` has that one's ``accuracy`` on this run's pairs, with its
+    ``interval``, of ``all`` and of those ``held_out``; and ``earlier_pairs`` are those of earlier rounds among
+    ``train_pairs``.
+    """
+
+    train_pairs: int
+    earlier_pairs: int
+    before: dict[str, dict[str, Any] | None]
+    eval_pairs: int
+    eval_prompts: int
+    skipped: dict[str, int]
+    accuracy: float | None
+    accuracy_interval: tuple[float, float] | None
+    agreement: dict[str, Any] | None
+    ece: float | None
+    ece_against: str
+    ece_pairs: int
+    scores: dict[str, Any]
+    without_end: dict[str, float | None]
+    after_each: dict[str, dict[str, Any]]
+    transformed: dict[str, Any] | None
+    seconds: float
+
+
+class RlResults(TypedDict, total=False):
+    """Of rl: first and last numbers of the training itself; KL in nats a response.
+
+    DPO has ``pairs``, ``loss``, ``labels``, ``ignored``, and its implicit reward's ``accuracy_`` and ``margin_``.
+    """
+
+    updates: int
+    episodes: int
+    prompts: int
+    skipped: dict[str, int]
+    score_first: float
+    score_last: float
+    kl_last: float
+    ended_first: float
+    ended_last: float
+    spread_last: dict[str, float]
+    unscored: int
+    rewards: dict[str, dict[str, float]]
+    rehearsal: dict[str, float]
+    forgetting: dict[str, Any]
+    stopped: dict[str, Any]
+    gpu_memory: dict[str, int]
+    pairs: int
+    loss: float
+    labels: dict[str, Any]
+    ignored: list[str]
+    unused: list[str]
+    accuracy_first: float
+    accuracy_last: float
+    margin_first: float
+    margin_last: float
+    seconds: float
+
+
+class EvaluateResults(TypedDict):
+    """Of evaluate: by set the judges' word, lengths and rewards."""
+
+    judge: str
+    sets: dict[str, dict[str, Any]]
+    agreement: dict[str, Any]
+    overlaps: list[dict[str, Any]]
+    seconds: float
+
+
+class ReportResults(TypedDict):
+    """Of report: its file."""
+
+    path: str
+    seconds: float
+
+
+class CompareResults(TypedDict, total=False):
+    """Of a comparison: by set who beats whom, and of each variant its own run's numbers."""
+
+    judge: str
+    sets: dict[str, dict[str, Any]]
+    variants: dict[str, dict[str, Any]]
+    seconds: float
+
+
+class RoundRow(TypedDict):
+    """A round's own numbers, as its results.json has them; None where it has none.
+
+    ``tokens`` is the mean length of what the policy that the round began with wrote.
+    """
+
+    pairs: int
+    tokens: float | None
+    accuracy_before: dict[str, Any] | None  # of the round before's reward model, on all new pairs
+    accuracy_before_held_out: dict[str, Any] | None
+    accuracy: dict[str, Any] | None  # of this round's, on the held-out ones
+    score_first: float | None
+    score_last: float | None
+    kl_last: float | None
+    implicit_first: float | None  # accuracy of dpo's implicit reward
+    implicit_last: float | None
+
+
+class RoundsResults(TypedDict):
+    """Of a run in rounds: a row each; and the seconds of all but the last, whose numbers are the run's own."""
+
+    rows: list[RoundRow]
+    seconds: float
+
+
+class Results(TypedDict, total=False):
+    """results.json: the final numbers of every stage that has ended."""
+
+    sft: SftResults
+    sample: SampleResults
+    judge: JudgeResults
+    label: LabelResults
+    reward: RewardResults
+    rl: RlResults
+    evaluate: EvaluateResults
+    report: ReportResults
+    compare: CompareResults
+    rounds: RoundsResults
