@@ -7,7 +7,7 @@ import shlex
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -230,6 +230,47 @@ def draft_rubrics(
     _echo(f"{output}: {found.drafted} rubrics drafted, {found.kept} found there or in the data and kept as they are.")
     if found.dropped:
         _echo(f"{dropped_of(output)}: {found.dropped.total()} prompts dropped ({counted(found.dropped)}).")
+
+
+@app.command()
+def export(
+    folder: FolderArgument,
+    what: Annotated[Literal["policy", "reward", "judge"], typer.Option(help="Which of the run's models.")],
+    merge: Annotated[bool, typer.Option("--merge", help="One whole model, base and adapter together.")] = False,
+    to: Annotated[Literal["folder", "hub"], typer.Option(help="Where to; hub needs --repo.")] = "folder",
+    output: Annotated[Path | None, typer.Option(help="The new folder. Default: RUN/exports/WHAT.")] = None,
+    repo: Annotated[str | None, typer.Option(help="The Hub's repository, user/model; made private if new.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="A new repository is public.")] = False,
+    base: Annotated[str | None, typer.Option(help="The base's Hub id, where the run read it from a file.")] = None,
+) -> None:
+    """Write what a run has trained for others to load: adapter or whole model, tokenizer and model card."""
+    from trl_rlaif.export import ExportOptions, export_model
+
+    if (to == "hub") != (repo is not None):
+        raise UserError("--to hub and --repo belong together.", fix="Write --to hub --repo user/model, or neither.")
+    found = export_model(folder, what, ExportOptions(merge, output, repo, public, base))
+    for place in filter(None, (found.folder, found.url)):
+        _echo(f"{what}: {place}")
+    if found.difference is not None:
+        _echo(f"It answers as base and adapter do, within {found.difference:.1g} (relative).")
+    elif found.base is None:
+        _echo("The adapter belongs on a base that others do not have: name it with --base, or add --merge.")
+
+
+@app.command()
+def rewardbench(
+    folder: FolderArgument,
+    data: Annotated[str, typer.Argument(help="A file, a folder, or a Hub id such as allenai/reward-bench-2:test.")],
+    json_: Annotated[bool, typer.Option("--json", help="One line of JSON, for machines.")] = False,
+    scores: Annotated[Path | None, typer.Option(help="A .jsonl file for the scores of every row.")] = None,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one forward pass.")] = 8192,
+) -> None:
+    """Measure a run's reward model on preferences in RewardBench's format: accuracy by subset."""
+    from trl_rlaif.files import to_json
+    from trl_rlaif.rewardbench import describe, run_benchmark
+
+    found = run_benchmark(folder, data, batch_tokens=batch_tokens, scores=scores)
+    _echo(to_json(found), nl=False) if json_ else _echo(describe(found))
 
 
 @app.command("new-plugin")

@@ -29,6 +29,8 @@ _LINEAR = {
 }
 _TEXT = {
     "granite": _USUAL,
+    "qwen3": _USUAL,
+    "gemma2": _USUAL | {"query_pre_attn_scalar": 16, "sliding_window": 8},
     "doge": _USUAL,
     "mamba": {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8},
     "mamba2": _MAMBA | {"n_groups": 1, "expand": 2, "chunk_size": 32},

@@ -39,6 +39,7 @@ SELECTION_MAP = "selection_map.jsonl"  # MapRow
 SAMPLES = "samples.jsonl"  # SampleRow
 REPORT = "report.html"
 PLOTS = "report"
+EXPORTS = "exports"  # what was exported without naming a place
 CHECKPOINTS = "checkpoints"  # a folder a stage
 ROUNDS = "rounds"  # of a run in rounds: each round's own run folder, 1, 2, ...
 VARIANTS = "variants"  # of a comparison: each variant's own run folder

@@ -21,8 +21,16 @@ def previous_runs(recipe: Recipe) -> list[RunFolder]:
     Raises:
         UserError: One is gone, or has no policy yet.
     """
+    return runs_from(recipe.previous)
+
+
+def runs_from(place: str | None) -> list[RunFolder]:
+    """The run in a folder, of one in rounds all its rounds, and the runs before it, the latest first.
+
+    Raises:
+        UserError: As ``previous_runs``.
+    """
     found: list[RunFolder] = []
-    place = recipe.previous
     while place is not None:
         if not (Path(place) / artifacts.RECIPE).is_file() or Path(place).resolve() in (run.path for run in found):
             what = "The run that this one goes on from has no recipe.yaml."

@@ -142,7 +142,7 @@ def check_unused(folder: RunFolder, *, used: bool) -> None:
 def prepare(recipe: Recipe, folder: RunFolder, command: str, began: Machine) -> None:
     """Write recipe.yaml, and quiet the libraries."""
     _write_recipe(recipe, folder, command, began)
-    _quiet_libraries()
+    quiet_libraries()
 
 
 def _check_shard(recipe: Recipe, shard: str) -> None:
@@ -249,7 +249,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Leave the terminal to the progress bars: what these libraries print of their own work is no news."""
     import datasets
     import transformers

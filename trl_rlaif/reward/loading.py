@@ -11,6 +11,8 @@ from trl_rlaif.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from trl_rlaif.models.loading import ModelSpec
+
 
 def load_reward_model(
     path: str | Path,
@@ -34,21 +36,39 @@ def load_reward_model(
         UserError: There is no such model, or an adapter without a score head.
     """
     from peft import PeftConfig, PeftModel
-    from peft.utils import load_peft_weights
     from transformers import AutoConfig
 
-    from trl_rlaif.models.loading import ModelSpec, load_model, resolve
-    from trl_rlaif.reward.heads import widen
+    from trl_rlaif.models.loading import ModelSpec, load_model
 
     try:
         config = PeftConfig.from_pretrained(str(path))
     except ValueError:  # not an adapter
         outputs = AutoConfig.from_pretrained(str(path)).num_labels
         return _reading_by_mask(load_model(ModelSpec(str(path), dtype, quantization), num_labels=outputs).eval())
+    base = load_reward_base(path, ModelSpec(config.base_model_name_or_path, dtype, quantization))
+    return _reading_by_mask(PeftModel.from_pretrained(base, str(path)).eval())
+
+
+def load_reward_base(path: str | Path, spec: ModelSpec) -> PreTrainedModel:
+    """The classifier on which a reward model's adapter is put, with a head of the adapter's size.
+
+    Args:
+        path: Folder or Hub id of the adapter.
+        spec: The base.
+
+    Raises:
+        UserError: There is no such base, or the adapter has no score head.
+    """
+    from peft.utils import load_peft_weights
+    from transformers import AutoConfig
+
+    from trl_rlaif.models.loading import load_model, resolve
+    from trl_rlaif.reward.heads import widen
+
     heads = [weight for name, weight in load_peft_weights(str(path), device="cpu").items() if "score.weight" in name]
     if not heads:
         raise UserError("The adapter has no score head: it is not a reward model's.", where=str(path))
-    spec, outputs = ModelSpec(config.base_model_name_or_path, dtype, quantization), len(heads[0])
+    outputs = len(heads[0])
     base_config = AutoConfig.from_pretrained(resolve(spec.path))
     # A base with a head of its own keeps that one's size while it is loaded; the adapter brings another head.
     classifies = any("SequenceClassification" in name for name in base_config.architectures or ())
@@ -56,7 +76,7 @@ def load_reward_model(
     if base.score.out_features < outputs:
         widen(base.score)
         base.config.num_labels = base.num_labels = outputs
-    return _reading_by_mask(PeftModel.from_pretrained(base, str(path)).eval())
+    return base
 
 
 def _reading_by_mask(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,0 +1,143 @@
+"""A base and its adapter as one plain model that others load without PEFT, and that gives the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+from trl_rlaif.encoding import chat_prompt, encode_prompt, encode_response
+from trl_rlaif.errors import RunError, UserError
+from trl_rlaif.export.templates import conversation_template
+from trl_rlaif.models.classifier import classifier_config
+from trl_rlaif.models.loading import load_model, resolve
+from trl_rlaif.pipeline.runner import quiet_libraries
+from trl_rlaif.pipeline.trained import Trained
+from trl_rlaif.progress import say
+from trl_rlaif.reward.loading import load_reward_base
+from trl_rlaif.stopping import end_of_turn, stop_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Texts on which a merged model must answer as base and adapter do.
+_TRIAL = (
+    ("What is the capital of Australia?", "Canberra."),
+    ("Name a color.", "Sydney is the largest city of Australia, but not its capital."),
+    ("Write a word.", "the"),
+)
+# Largest relative difference in these answers, by the bytes of a weight, each of which merging rounds once. Seen on
+# SmolLM2-135M: 1e-6 in float32, 0.02 to 0.04 in bfloat16; what is merged into the wrong weights is off by about 1.
+_TOLERANCE = {8: 1e-6, 4: 1e-3, 2: 0.3}
+PAD = "<|pad|>"
+
+
+def write_merged(trained: Trained, folder: Path) -> float:
+    """Write a model and its tokenizer as ``from_pretrained`` loads them, without an adapter.
+
+    The adapter's weights are added to the base's in the type in which the run held the base. An NF4 base is first
+    dequantized: these are the weights that the adapter was trained on. Merged into weights of 4 bits, it would be
+    rounded to their 16 values; merged into the original weights, it would meet a base that it has never seen.
+
+    A reward model becomes the family's own sequence classifier with one label: the score of a conversation, read at its
+    last token, at which ``conversation_template`` ends it. What the Advantage Model expects of a prompt, e(x), is left
+    out: it is read elsewhere, and is the same for all responses to a prompt.
+
+    Args:
+        trained: Base and adapter.
+        folder: Is filled.
+
+    Returns:
+        The largest relative difference in what the merged model answers.
+
+    Raises:
+        UserError: transformers has no sequence classifier of the family.
+        RunError: The merged model answers otherwise than base and adapter.
+    """
+    quiet_libraries()
+    tokenizer = trained.tokenizer()
+    scores = trained.what == "reward"
+    if scores:
+        check_classifier(trained)
+        base = load_reward_base(trained.path, trained.base)
+        base.config.get_text_config().pad_token_id = None  # where it also ends turns, a row would end before it
+    else:
+        base = load_model(trained.base)
+    if trained.base.quantization == "nf4":
+        base = base.dequantize()
+    adapted = PeftModel.from_pretrained(base, str(trained.path)).eval()
+    rows = [_encoded(tokenizer, *text) for text in _TRIAL]
+    before = _answers(adapted, rows)
+    model = adapted.merge_and_unload(safe_merge=True)
+    if scores:
+        _as_classifier(model, tokenizer, trained)
+    difference = _difference(before, _answers(model, rows))
+    if not difference <= _TOLERANCE[model.dtype.itemsize]:
+        raise RunError(
+            f"The merged model answers otherwise than base and adapter (relative difference {difference:.1g}), so it "
+            "was not written.",
+            fix="Leave out --merge.",
+        )
+    model.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+    return difference
+
+
+def check_classifier(trained: Trained) -> None:
+    """Refuse a reward model of whose family transformers has no sequence classifier."""
+    config = classifier_config(resolve(trained.base.path), 1)
+    if config.model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+        raise UserError(
+            f"transformers has no sequence classifier of the family '{config.model_type}', so no other program could "
+            "load this one.",
+            where=trained.base.path,
+            fix="Leave out --merge: trl_rlaif.load_reward_model loads the adapter with its head.",
+        )
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> list[int]:
+    return encode_prompt(tokenizer, chat_prompt(prompt, tokenizer)) + encode_response(tokenizer, response)
+
+
+@torch.no_grad()
+def _answers(model: nn.Module, rows: Sequence[list[int]]) -> torch.Tensor:
+    """Of each row the logits at its last token, or its score: (rows, outputs) float64."""
+    found = [model(input_ids=torch.tensor([ids])).logits for ids in rows]
+    return torch.stack([(x[0, -1] if x.dim() == 3 else x[0, :1]).double() for x in found])
+
+
+def _difference(before: torch.Tensor, after: torch.Tensor) -> float:
+    return ((after - before).norm() / before.norm()).item()
+
+
+def _as_classifier(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trained: Trained) -> None:
+    """Make model and tokenizer such that programs which know nothing of this one read a score where the run does."""
+    head = nn.Linear(model.score.in_features, 1, bias=model.score.bias is not None, dtype=model.score.weight.dtype)
+    head.load_state_dict({name: tensor[:1] for name, tensor in model.score.state_dict().items()})
+    model.score, model.num_labels, model.config.num_labels = head, 1, 1
+    model.config.problem_type = "regression"  # the score itself: pipelines and vLLM would squash it
+    if tokenizer.pad_token_id in stop_ids(tokenizer):
+        # A row's end is found by its padding, which must be another token than the one that the score is read at.
+        tokenizer.add_special_tokens({"pad_token": PAD})
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if tokenizer.chat_template:
+        end = tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer))
+        rows = [_encoded(tokenizer, *text) for text in _TRIAL]
+        tokenizer.chat_template = conversation_template(tokenizer.chat_template, end, trained.template_kwargs)
+        if [_rendered(tokenizer, *text) for text in _TRIAL] != rows:
+            say(
+                "Warning: rendered text has other tokens than the run's rows had, as where the chat template ends a "
+                "prompt with a space and a word follows. Its scores differ a little from the run's."
+            )
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> list[int]:
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    return tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]
