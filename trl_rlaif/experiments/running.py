@@ -47,14 +47,14 @@ def run_comparison(
     """
     from trl_rlaif.experiments.pairwise import play
     from trl_rlaif.models.kernels import kernels
-    from trl_rlaif.pipeline.runner import check_unused, prepare, run_recipe
+    from trl_rlaif.pipeline.runner import RunOptions, check_unused, prepare, run_recipe
     from trl_rlaif.report import write_report
 
     machine.check_machine(recipe)
     folder, started = RunFolder(output), time.monotonic()
     places = {name: folder / artifacts.VARIANTS / name for name in recipe.variants}
     with folder.locked():
-        check_unused(folder, used=resume)
+        check_unused(folder, RunOptions(resume=resume))
         began = machine.machine_of(folder)
         _rename_arms(folder)
         _ask({places[name]: variant for name, variant in recipe.variants.items()}, confirm)

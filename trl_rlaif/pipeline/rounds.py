@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from trl_rlaif.errors import UserError
 from trl_rlaif.generation import derived_seed
 from trl_rlaif.pipeline import artifacts, digests, lineage, machine, redo, runner, superseding
-from trl_rlaif.pipeline.machine import Machine
-from trl_rlaif.pipeline.redo import Confirm, Planned
+from trl_rlaif.pipeline.redo import Planned
 from trl_rlaif.pipeline.results import RoundRow
 from trl_rlaif.pipeline.run_folder import RunFolder
+from trl_rlaif.pipeline.runner import RunOptions
 from trl_rlaif.pipeline.stage import previous
 from trl_rlaif.pipeline.stages import ENDS, ROUND, STAGES
 from trl_rlaif.plugins import Plugins
@@ -92,19 +91,12 @@ def _end(recipe: Recipe, last: Recipe) -> Recipe:
     return replace(last, run=recipe.run)
 
 
-def run_rounds(
-    recipe: Recipe,
-    plugins: Plugins,
-    output: str | Path,
-    *,
-    resume: bool = False,
-    only: Sequence[str] = (),
-    command: str = "",
-    donors: Sequence[RunFolder] = (),
-    confirm: Confirm | None = None,
-    began: Machine | None = None,
-) -> RunFolder:
-    """Run every round of a recipe, and at the end its stages evaluate and report; arguments as of ``run_recipe``.
+def run_rounds(recipe: Recipe, plugins: Plugins, output: str | Path, how: RunOptions) -> RunFolder:
+    """Run every round of a recipe, and at the end its stages evaluate and report.
+
+    Args:
+        recipe, plugins, output: As of ``run_recipe``.
+        how: With no ``shard`` and nothing left out.
 
     Returns:
         The folder: ``rounds/N`` is the run of a round, and results.json has under ``rounds`` a row for each.
@@ -114,31 +106,31 @@ def run_rounds(
     """
     folder, count = RunFolder(output), recipe.rounds.number
     with folder.locked():
-        runner.check_unused(folder, used=resume or bool(only))
-        began = began or machine.machine_of(folder)
+        runner.check_unused(folder, how)
+        began = how.began or machine.machine_of(folder)
         planned = _planned(recipe, folder)
-        only_in, only_ends = _sorted_out(only, planned)
-        if messages := [] if only else _messages(planned):
-            redo.agree("\n".join(messages), confirm)
-        runner.prepare(machine.settled(recipe, began), folder, command, began)
+        only_in, only_ends = _sorted_out(how.only, planned)
+        if messages := [] if how.only else _messages(planned):
+            redo.agree("\n".join(messages), how.confirm)
+        runner.prepare(machine.settled(recipe, began), folder, how.command, began)
+        how = replace(how, began=began, confirm=lambda _: True)  # it was agreed to
         stages = {_name(number): "" for number in range(1, count + 1)}
         stages |= {name: each.fingerprint for name, each in planned[-1][1].items()}
         with publishing(folder.state, stages) as publisher:
-            for number in only_in if only else range(1, count + 1):
+            for number in only_in if how.only else range(1, count + 1):
                 say(f"Round {number} of {count}")
                 publisher.begin(_name(number))
-                # Another run may have made the same from the same inputs; or this one, before it had rounds.
-                known = [*(run.round(number) for run in donors if _has_round(run, number)), *donors, folder]
-                how: dict[str, Any] = {"command": command, "confirm": lambda _: True, "began": began}
-                if only:
-                    how |= {"only": only_in[number], "resume": resume}
+                if how.only:
+                    own = replace(how, only=only_in[number])
                 else:
-                    how |= {"donors": known, "without": ENDS, "resume": True}
+                    # Another run may have made the same from the same inputs; or this one, before it had rounds.
+                    earlier = [*(run.round(number) for run in how.donors if _has_round(run, number)), *how.donors]
+                    own = replace(how, resume=True, donors=[*earlier, folder], without=ENDS)
                 part = round_recipe(recipe, number, folder)
-                runner.run_recipe(part, plugins, folder.round(number).path, **how)
-            if only_ends or not only:
-                _finish(recipe, plugins, folder, only_ends, publisher, donors)
-        if not only:
+                runner.run_recipe(part, plugins, folder.round(number).path, **vars(own))
+            if only_ends or not how.only:
+                _finish(recipe, plugins, folder, replace(how, resume=not how.only, only=only_ends), publisher)
+        if not how.only:
             runner.say_signs(folder)
     return folder
 
@@ -171,14 +163,7 @@ def _has_round(run: RunFolder, number: int) -> bool:
     return (run / artifacts.ROUNDS / str(number) / artifacts.RECIPE).is_file()
 
 
-def _finish(
-    recipe: Recipe,
-    plugins: Plugins,
-    folder: RunFolder,
-    only: Sequence[str],
-    publisher: Publisher,
-    donors: Sequence[RunFolder],
-) -> None:
+def _finish(recipe: Recipe, plugins: Plugins, folder: RunFolder, how: RunOptions, publisher: Publisher) -> None:
     """Take over what the last round made, and evaluate it."""
     rounds = [folder.round(number) for number in range(1, recipe.rounds.number + 1)]
     last = round_recipe(recipe, len(rounds), folder)
@@ -196,8 +181,8 @@ def _finish(
     fingerprints = {name: each.fingerprint for name, each in planned.items()}
     known = lineage.fingerprints_of(lineage.previous_runs(last)) | fingerprints
     due = redo.plan(_end(recipe, last), folder, known, without=ROUND)
-    runner.supersede_changed(folder, due, only, lambda _: True)  # it was agreed to before the first round
-    runner.run_stages(_end(recipe, last), plugins, folder, due, not only, only, None, publisher, donors)
+    runner.supersede_changed(folder, due, how.only, how.confirm)
+    runner.run_stages(_end(recipe, last), plugins, folder, due, how, publisher)
 
 
 def _row(run: RunFolder) -> RoundRow:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,26 +30,11 @@ from trl_rlaif.recipe.base_model import check_base
 PACKAGES = ("trl", "transformers", "peft", "accelerate", "datasets", "torch", "bitsandbytes")
 
 
-def run_recipe(
-    recipe: Recipe,
-    plugins: Plugins,
-    output: str | Path,
-    *,
-    resume: bool = False,
-    only: Sequence[str] = (),
-    command: str = "",
-    shard: str | None = None,
-    donors: Sequence[RunFolder] = (),
-    confirm: Confirm | None = None,
-    began: Machine | None = None,
-    without: Sequence[str] = (),
-) -> RunFolder:
-    """Run a recipe; one with rounds as ``rounds.run_rounds`` does.
+@dataclass(frozen=True)
+class RunOptions:
+    """How a recipe is run.
 
     Args:
-        recipe: Checked.
-        plugins: Whose components it names.
-        output: The run's folder.
         resume: Go on in a folder that is used already, and skip what is complete.
         only: Run these stages alone; what they stand on must be complete.
         command: How the run was started, for the report.
@@ -59,32 +45,52 @@ def run_recipe(
             go on. None goes on. Stages that ``only`` names are redone without a question.
         began: The machine whose types are taken; None: the one that began this run.
         without: Stages of the recipe that are not run.
+    """
+
+    resume: bool = False
+    only: Sequence[str] = ()
+    command: str = ""
+    shard: str | None = None
+    donors: Sequence[RunFolder] = ()
+    confirm: Confirm | None = None
+    began: Machine | None = None
+    without: Sequence[str] = ()
+
+
+def run_recipe(recipe: Recipe, plugins: Plugins, output: str | Path, **options: Any) -> RunFolder:
+    """Run a recipe; one with rounds as ``rounds.run_rounds`` does.
+
+    Args:
+        recipe: Checked.
+        plugins: Whose components it names.
+        output: The run's folder.
+        options: Those of RunOptions.
 
     Raises:
         UserError: The folder is used already, is not writable, or lacks what a stage depends on; the base cannot do
             what the recipe asks of it; or ``confirm`` said no.
     """
-    _check_first(recipe, shard)
+    how = RunOptions(**options)
+    _check_first(recipe, how.shard)
     if recipe.rounds is not None and recipe.rounds.number > 1:
         from trl_rlaif.pipeline.rounds import run_rounds
 
-        how: dict[str, Any] = {"resume": resume, "only": only, "command": command, "donors": donors}
-        return run_rounds(recipe, plugins, output, **how, confirm=confirm, began=began)
-    folder = RunFolder(output)
+        return run_rounds(recipe, plugins, output, how)
+    folder, only = RunFolder(output), how.only
     with folder.locked():
-        check_unused(folder, used=resume or bool(only))
-        planned = redo.plan(recipe, folder, without=without)
-        began = began or machine.machine_of(folder)
+        check_unused(folder, how)
+        planned = redo.plan(recipe, folder, without=how.without)
+        began = how.began or machine.machine_of(folder)
         recipe = machine.settled(recipe, began)
         machine.say_where(recipe, began)
         _check_only(folder, planned, only)
-        supersede_changed(folder, planned, only, None if only else confirm)
-        prepare(recipe, folder, command, began)
+        supersede_changed(folder, planned, only, None if only else how.confirm)
+        prepare(recipe, folder, how.command, began)
         known = {name: each.fingerprint for name, each in planned.items()}
-        ahead = _ahead(folder, planned, only) if shard is None else []
+        ahead = _ahead(folder, planned, only) if how.shard is None else []
         with publishing(folder.state, known, forecast(recipe, ahead)) as publisher:
-            run_stages(recipe, plugins, folder, planned, resume, only, shard, publisher, donors)
-        if shard is None and not without:
+            run_stages(recipe, plugins, folder, planned, how, publisher)
+        if how.shard is None and not how.without:
             say_signs(folder)
     return folder
 
@@ -125,13 +131,13 @@ def say_signs(folder: RunFolder) -> None:
         say("\n- ".join(["This run may have learned nothing:", *signs]))
 
 
-def check_unused(folder: RunFolder, *, used: bool) -> None:
-    """Refuse a folder that is used already, unless ``used`` allows it.
+def check_unused(folder: RunFolder, how: RunOptions) -> None:
+    """Refuse a folder that is used already, unless it is to be.
 
     Raises:
         UserError: It is.
     """
-    if folder.is_used and not used:
+    if folder.is_used and not (how.resume or how.only):
         raise UserError(
             "This folder already contains a run.",
             where=str(folder.path),
@@ -181,29 +187,27 @@ def run_stages(
     plugins: Plugins,
     folder: RunFolder,
     planned: dict[str, Planned],
-    resume: bool,
-    only: Sequence[str],
-    shard: str | None,
+    how: RunOptions,
     publisher: Publisher,
-    donors: Sequence[RunFolder],
 ) -> None:
-    """Run the planned stages in order; arguments as of ``run_recipe``."""
+    """Run the planned stages in order."""
     from transformers import set_seed
 
     from trl_rlaif.models.kernels import kernels
     from trl_rlaif.pipeline.context import Context, Shard
 
+    only, shard = how.only, how.shard
     context = Context(recipe, folder, plugins, Shard.parse(shard) if shard is not None else None)
     for stage, each in planned.items():
         fingerprint, inputs = each.fingerprint, each.inputs.to_dict()
         if only and stage not in only:
             continue
-        if folder.is_complete(stage, fingerprint) and resume and not each.stage.always:
+        if folder.is_complete(stage, fingerprint) and how.resume and not each.stage.always:
             say(f"{stage}: complete already")
             if shard is not None and stage == "label":
                 return
             continue
-        known = [] if each.stage.always or only else [*donors, *superseding.donors(folder)]
+        known = [] if each.stage.always or only else [*how.donors, *superseding.donors(folder)]
         donor = next((run for run in known if run.is_complete(stage, fingerprint)), None)
         if donor is not None:
             superseding.adopt(folder, each.stage, fingerprint, donor, inputs)
