@@ -19,9 +19,8 @@ import torch
 import yaml
 
 from helpers import forked
-from helpers.judges import PARTS
 from helpers.processes import two_environments
-from helpers.recipes import write_recipe
+from helpers.recipes import write_prompt_folder, write_recipe, write_rows
 
 # What is measured in time, says how the command was given, or names the run's folder.
 _TIMED = re.compile(r"seconds|.*_per_second|share_of_time|eps|.*time|time/.*|command|best_model_checkpoint")
@@ -144,11 +143,9 @@ def prepare(folder: Path, model: str, name: str) -> Path:
         {"id": f"p{i}", "prompt": f"what is {i}?", "response_1": one, "response_2": other, "human": 1 + i % 2}
         for i, (one, other) in enumerate(answers)
     ]
-    (folder / "prompt").mkdir()
-    for file, text in PARTS.items():
-        (folder / "prompt" / file).write_text(text)
-    for file, rows in (("sft.jsonl", said), ("pairs.jsonl", pairs)):
-        (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_prompt_folder(folder / "prompt")
+    write_rows(folder / "sft.jsonl", said)
+    write_rows(folder / "pairs.jsonl", pairs)
     return recipe
 
 

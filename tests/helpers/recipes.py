@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,6 +14,7 @@ import yaml
 from trl_rlaif import cli
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import Recipe, parse_recipe
+from trl_rlaif.testing.judges import PARTS
 
 WORDS = "quick brown fox lazy dog capital city country judge over".split()
 
@@ -22,8 +25,20 @@ def write_prompts(path: Path, count: int = 10, start: int = 0) -> Path:
         {"id": f"p{i}", "prompt": f"what is the {WORDS[i % 10]} {i}?", "category": ("a", "b")[i % 2]}
         for i in range(start, start + count)
     ]
+    return write_rows(path, rows)
+
+
+def write_rows(path: Path, rows: Iterable[Any]) -> Path:
+    """A file of JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def write_prompt_folder(folder: Path) -> None:
+    """A judge's prompt that is short: the tiny models read 512 tokens."""
+    folder.mkdir()
+    for name, text in PARTS.items():
+        (folder / name).write_text(text)
 
 
 def write_recipe(folder: Path, model_path: str, /, **sections: object) -> Path:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 from helpers.judges import PARTS
-from helpers.recipes import tiny_recipe
+from helpers.recipes import tiny_recipe, write_prompt_folder
 
 from trl_rlaif.data.overlap import prompt_key
 from trl_rlaif.files import read_lines
@@ -38,9 +38,7 @@ def with_references(path, changed=()):
 
 
 def test_every_stage_shows_each_row_its_own(tiny_model, tmp_path, asked):
-    (tmp_path / "prompt").mkdir()
-    for name, text in PARTS.items():
-        (tmp_path / "prompt" / name).write_text(text)
+    write_prompt_folder(tmp_path / "prompt")
     template = tmp_path / "prompt" / "sample.jinja"
     template.write_text("Reference:\n{{ reference }}\n\n" + PARTS["sample.jinja"])
     sections = {"label": {"prompt": "prompt"}, "evaluate": {"track_every": 4, "judges": {"again": {"judge": "same"}}}}

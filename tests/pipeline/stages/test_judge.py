@@ -7,8 +7,15 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from helpers.judges import PARTS
-from helpers.recipes import WORDS, fingerprints, run_cli, tiny_recipe, write_recipe
+from helpers.recipes import (
+    WORDS,
+    fingerprints,
+    run_cli,
+    tiny_recipe,
+    write_prompt_folder,
+    write_recipe,
+    write_rows,
+)
 from peft import PeftModel
 from scipy.stats import entropy
 from transformers import AutoModelForCausalLM
@@ -41,12 +48,10 @@ def make_pairs(count):
 @pytest.fixture
 def recipe(tiny_model, tmp_path):
     """A recipe on these pairs with these keys of the section judge."""
-    (tmp_path / "prompt").mkdir()
-    for name, text in PARTS.items():
-        (tmp_path / "prompt" / name).write_text(text)
+    write_prompt_folder(tmp_path / "prompt")
     rows = make_pairs(24)
     for name, some in (("pairs.jsonl", rows[:8]), ("people.jsonl", rows[8:])):
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in some))
+        write_rows(tmp_path / name, some)
 
     def make(label=None, more=None, **section):
         sections = NO_MORE | {"data": {"prompts": None, "eval_prompts": None, "pairs": "pairs.jsonl"}} | (more or {})
@@ -170,7 +175,7 @@ def test_a_finished_stage_is_redone_when_what_it_is_made_from_changes(recipe, tm
     people = tmp_path / "people.jsonl"
     rows = [json.loads(line) for line in people.read_text().splitlines()]
     rows[0]["human"] = 3 - rows[0]["human"]
-    people.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(people, rows)
     assert fingerprints(recipe())["judge"] != before["judge"]
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from statistics import pstdev
 
 import numpy as np
 import pytest
-from datasets import load_from_disk
-from helpers.judges import PARTS
-from helpers.recipes import WORDS, tiny_recipe
+from helpers.labeling import label_stage, make_pairs, preferences, results
+from helpers.recipes import write_rows
 
 from trl_rlaif.data import Pair
 from trl_rlaif.errors import UserError
@@ -19,52 +17,24 @@ from trl_rlaif.files import read_lines
 from trl_rlaif.labels.calibration import Calibration
 from trl_rlaif.labels.jury import DawidSkene, LogOddsPool
 from trl_rlaif.pipeline.jury import Jury
-from trl_rlaif.pipeline.runner import run_recipe
-from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe.sections import JurySection
 
-NO_MORE = {"sample": None, "reward": None, "rl": None, "evaluate": None, "report": None}
 RATED, ONE_ORDER = {"labeler": "direct"}, {"labeler": {"distilled": {"orders": "12"}}}
 TWO = {"rated": RATED, "one-order": ONE_ORDER}
 
 
-def make_pairs(count, start=0):
-    return [
-        {
-            "id": f"p{i}",
-            "prompt": f"what is the {WORDS[i % 10]} {i}?",
-            "response_1": f"a {WORDS[(i + 3) % 10]} " * (1 + i % 3),
-            "response_2": f"the {WORDS[(i + 7) % 10]} of {i}",
-            "human": (1, 2)[i * 7 % 3 % 2],
-        }
-        for i in range(start, start + count)
-    ]
+ALL_JUDGED = (1, 2, 1)
+PAIRED = make_pairs(12, human=ALL_JUDGED)
 
 
 @pytest.fixture
 def label(tiny_model, tmp_path):
     """Run the label stage in a folder, by default with a jury of three; the folder."""
-    (tmp_path / "prompt").mkdir()
-    for name, text in PARTS.items():
-        (tmp_path / "prompt" / name).write_text(text)
-    (tmp_path / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_pairs(20, 100)))
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_pairs(12)))
-
-    def run(output="out", jury=None, compare=TWO, **section):
-        sections = {**NO_MORE, "data": {"prompts": None, "pairs": "pairs.jsonl"}}
-        keys = {"prompt": "prompt", "batch_tokens": 600, "precision": "highest", "compare": compare, **section}
-        recipe = tiny_recipe(tmp_path, tiny_model, **sections, label=keys | {"jury": jury or {}})
-        return run_recipe(recipe, installed_plugins(), tmp_path / output, resume=True)
-
-    return run
-
-
-def results(folder):
-    return folder.results()["label"]
-
-
-def preferences(folder):
-    return {row["id"]: row for row in load_from_disk(str(folder / "preferences")).to_list()}
+    run = label_stage(tiny_model, tmp_path)
+    write_rows(tmp_path / "judged.jsonl", make_pairs(20, 100, ALL_JUDGED))
+    return lambda output="out", jury=None, compare=TWO, **section: run(
+        output, PAIRED, jury=jury or {}, compare=compare, **section
+    )
 
 
 def votes(folder, ids):
@@ -97,13 +67,13 @@ def test_the_members_labels_are_joined(label, name, join):
                        "votes": dict(zip(members, given[i], strict=True))}  # fmt: skip
         assert kept[IDS[i]]["p"] == max(p[i], 1 - p[i])
         assert kept[IDS[i]]["disagreement"] == pytest.approx(spread, abs=1e-12)
-        assert kept[IDS[i]]["chosen"][0]["content"] == make_pairs(12)[i]["response_1" if p[i] >= 0.5 else "response_2"]
+        assert kept[IDS[i]]["chosen"][0]["content"] == PAIRED[i]["response_1" if p[i] >= 0.5 else "response_2"]
     for j, of in enumerate(members.values()):
         same = (given[:, j] > 0.5) == (p > 0.5)
         assert of == {"votes": 12, "reliability": fitted.reliability[j], "with_jury": same.mean()}
     assert numbers["jury"]["disagreement"] == pytest.approx(np.mean([pstdev(row) for row in given]), abs=1e-12)
     assert numbers["labeled"] == 12 and numbers["position_bias"] is None
-    human = [pair["human"] for pair in make_pairs(12)]
+    human = [pair["human"] for pair in PAIRED]
     assert numbers["agreement"]["rate"] == agreement(p.tolist(), human)["rate"]
     # Each member's own numbers are those of its own labels.
     first = numbers["comparison"]["label"]["agreement"]["rate"]
@@ -142,7 +112,7 @@ def test_the_joined_label_is_what_is_calibrated(label):
     """The members label what people judged, too; their votes are joined by what the run's own pairs say of them."""
     folder = label(calibration="judged.jsonl")
     joined = LogOddsPool.fit(votes(folder, IDS))
-    judged = make_pairs(20, 100)
+    judged = make_pairs(20, 100, ALL_JUDGED)
     p = joined.join(votes(folder, [pair["id"] for pair in judged]))
     expected = Calibration.fit([{"p": value} for value in p], [pair["human"] for pair in judged])
     found = results(folder)["calibration"]

@@ -8,12 +8,10 @@ import pkgutil
 import shutil
 import time
 from datetime import date
-from pathlib import Path
 
 import pytest
-from datasets import load_from_disk
-from helpers.judges import PARTS
-from helpers.recipes import WORDS, run_cli, tiny_recipe, write_recipe
+from helpers.labeling import LABEL_ALONE, label_stage, make_pairs, preferences, results
+from helpers.recipes import run_cli, write_recipe, write_rows
 from helpers.tiny import CHAT_TEMPLATE
 from scipy.stats import binomtest
 
@@ -29,30 +27,7 @@ from trl_rlaif.labels.store import pair_key
 from trl_rlaif.pipeline import context as context_module
 from trl_rlaif.pipeline.judges import Judges
 from trl_rlaif.pipeline.run_folder import RunFolder
-from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.pipeline.work import label as label_module
-from trl_rlaif.plugins import installed_plugins
-
-NO_MORE = {"sample": None, "reward": None, "rl": None, "evaluate": None, "report": None}
-
-
-def make_pairs(count, start=0):
-    """Pairs of responses; people judged two of three, in both directions."""
-    return [
-        {
-            "id": f"p{i}",
-            "prompt": f"what is the {WORDS[i % 10]} {i}?",
-            "response_1": f"a {WORDS[(i + 3) % 10]} " * (1 + i % 3),
-            "response_2": f"the {WORDS[(i + 7) % 10]} of {i}",
-            "category": ("a", "b")[i % 2],
-            "human": (1, 2, None)[i * 7 % 3],
-        }
-        for i in range(start, start + count)
-    ]
-
-
-def write_rows(path: Path, rows) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -65,37 +40,13 @@ def frozen():
 
 @pytest.fixture
 def label(tiny_model, tmp_path):
-    """Run the label stage over these pairs in a folder, with these keys of the section; the folder."""
-    for name, text in PARTS.items():
-        (tmp_path / "prompt").mkdir(exist_ok=True)
-        (tmp_path / "prompt" / name).write_text(text)
-
-    def run(output="out", pairs=12, shard=None, report=None, model=None, **section):
-        write_rows(tmp_path / "pairs.jsonl", make_pairs(pairs) if isinstance(pairs, int) else pairs)
-        sections = {
-            **NO_MORE,
-            "report": report,
-            "model": model or {},
-            "data": {"prompts": None, "pairs": "pairs.jsonl"},
-        }
-        keys = {"prompt": "prompt", "batch_tokens": 600, "precision": "highest", **section}
-        recipe = tiny_recipe(tmp_path, tiny_model, **sections, label=keys)
-        return run_recipe(recipe, installed_plugins(), tmp_path / output, resume=True, shard=shard)
-
-    return run
-
-
-def results(folder):
-    return folder.results()["label"]
+    """Run the label stage over pairs in a folder, with these keys of the section; the folder."""
+    return label_stage(tiny_model, tmp_path)
 
 
 def own_labels(folder):
     """The labels of the recipe's first labeler, by id."""
     return {row["id"]: row for row in read_lines(folder / "labels.jsonl") if row["setup"] == results(folder)["setup"]}
-
-
-def preferences(folder):
-    return load_from_disk(str(folder / "preferences")).to_list()
 
 
 @pytest.fixture
@@ -192,14 +143,14 @@ def test_new_pairs_are_made_and_no_others(label):
     after = (folder / "labels.jsonl").read_bytes()
     assert after.startswith(before)
     assert {json.loads(line)["id"] for line in after[len(before) :].splitlines()} == {"p8", "p9", "p10", "p11"}
-    assert [row["id"] for row in preferences(folder)] == [pair["id"] for pair in pairs]
+    assert list(preferences(folder)) == [pair["id"] for pair in pairs]
 
 
 def test_pairs_with_the_same_texts_are_labeled_once(label):
     pairs = make_pairs(4)
     folder = label(pairs=[*pairs, pairs[0] | {"id": "twin"}], report={})
     assert results(folder)["labeled"] == 5 and results(folder)["made"] == 4
-    first, *_, twin = preferences(folder)
+    first, *_, twin = preferences(folder).values()
     assert first | {"id": "twin"} == twin
     assert "5 of 5 pairs" in (folder / "report.html").read_text()
     assert "Confidence of 5 labels" in (folder / "report.html").read_text()
@@ -307,7 +258,7 @@ def test_unsure_labels_are_left_out_and_counted(label):
     assert results(folder)["unsure"] == 0 and len(preferences(folder)) == 12
     label(min_confidence=least)
     assert results(folder)["unsure"] == 5 and results(folder)["labeled"] == 12
-    assert {row["id"] for row in preferences(folder)} == {id for id, value in sure.items() if value >= least}
+    assert set(preferences(folder)) == {id for id, value in sure.items() if value >= least}
     with pytest.raises(UserError, match="as confident as 1.*min_confidence"):
         label(min_confidence=1.0)
 
@@ -322,7 +273,7 @@ def test_numbers_are_those_of_the_measures(label):
     assert found["ece"] == pytest.approx(calibration_error(p, human))
     assert {name: one["n"] for name, one in found["agreement_by_category"].items()} == {"a": 4, "b": 4}
     assert found["mean_confidence"] == pytest.approx(sum(max(x, 1 - x) for x in p) / 12)
-    for row in preferences(folder):
+    for row in preferences(folder).values():
         pair = next(pair for pair in pairs if pair["id"] == row["id"])
         chosen = 1 if labels[row["id"]]["p"] >= 0.5 else 2
         assert row["chosen"][0]["content"] == pair[f"response_{chosen}"]
@@ -358,7 +309,9 @@ def test_two_labelers_share_the_file_and_are_compared(label):
     assert table["rated"]["position_bias"] is None and table["label"]["position_bias"]["n"] == 12
     assert "an exact McNemar test" in page
     # What the reward model learns from is the first one's.
-    assert all(row["p"] == pytest.approx(max(first[row["id"]], 1 - first[row["id"]])) for row in preferences(folder))
+    assert all(
+        row["p"] == pytest.approx(max(first[row["id"]], 1 - first[row["id"]])) for row in preferences(folder).values()
+    )
     assert results(folder)["setup"] == own_labels(folder)["p0"]["setup"]
 
 
@@ -403,7 +356,7 @@ def test_labels_are_calibrated_on_pairs_that_people_judged(label, tmp_path, no_j
     assert after["agreement"]["n"] == len(unseen)
     assert after["ece"] == pytest.approx(calibration_error(p, [pair["human"] for pair in unseen]), abs=1e-9)
     # preferences/ holds the calibrated labels, labels.jsonl the judge's own.
-    for row in preferences(folder):
+    for row in preferences(folder).values():
         calibrated = fitted.apply(rows[row["id"]])
         assert row["p"] == pytest.approx(max(calibrated, 1 - calibrated), abs=1e-6)
     assert len(preferences(folder)) == 12
@@ -414,7 +367,7 @@ def test_labels_are_calibrated_on_pairs_that_people_judged(label, tmp_path, no_j
     no_judge()
     label(labeler=labeler)
     assert results(folder)["calibration"] is None
-    assert {row["id"]: row["p"] for row in preferences(folder)} == pytest.approx(
+    assert {row["id"]: row["p"] for row in preferences(folder).values()} == pytest.approx(
         {id: max(row["p"], 1 - row["p"]) for id, row in own_labels(folder).items() if id in {p["id"] for p in own}}
     )
     label(calibration="judged.jsonl", labeler=labeler)
@@ -433,7 +386,7 @@ def test_a_calibration_that_shows_no_gain_is_left_out_and_said(label, tmp_path, 
     assert (found["used"], found["pairs"]) == (False, 21) and reason in found["reason"]
     assert found["temperature"] > 0
     assert f"Warning: the calibration is not used: {reason}" in capsys.readouterr().err
-    for row in preferences(folder):
+    for row in preferences(folder).values():
         p = labels[row["id"]]["p"]
         assert row["p"] == pytest.approx(max(p, 1 - p), abs=1e-12)
     page = (folder / "report.html").read_text()
@@ -527,7 +480,7 @@ def test_the_shares_of_three_machines_are_one_run(label, tmp_path, no_judge):
     no_judge()
     joined = label("joined", pairs=10)
     assert results(joined)["made"] == 0 and results(joined)["labeled"] == 10
-    for ours, theirs in zip(preferences(joined), preferences(one), strict=True):
+    for ours, theirs in zip(preferences(joined).values(), preferences(one).values(), strict=True):
         # What is computed together may change the last digits.
         assert ours.pop("p") == pytest.approx(theirs.pop("p"), abs=1e-5)
         assert ours == theirs
@@ -549,7 +502,7 @@ def test_shares_of_two_labelers(label):
 @pytest.mark.parametrize("text", ["0/3", "4/3", "1", "1/0", "a/b", "-1/3", "1/3/3", "1.0/3"])
 def test_a_wrong_share_is_the_users_error(tiny_model, tmp_path, monkeypatch, capsys, text):
     write_rows(tmp_path / "pairs.jsonl", make_pairs(3))
-    sections = {**NO_MORE, "data": {"prompts": None, "pairs": "pairs.jsonl"}}
+    sections = {**LABEL_ALONE, "data": {"prompts": None, "pairs": "pairs.jsonl"}}
     recipe = write_recipe(tmp_path, tiny_model, **sections)
     code, stderr = run_cli(monkeypatch, capsys, "run", recipe, "--output", tmp_path / "out", "--shard", text)
     assert code == 2 and f"'{text}' is no share" in stderr and "--shard i/n" in stderr

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import numpy as np
 import pytest
-from datasets import load_from_disk
-from helpers.judges import PARTS
-from helpers.recipes import tiny_recipe
+from helpers.labeling import preferences, results
+from helpers.recipes import tiny_recipe, write_prompt_folder, write_rows
 
 from trl_rlaif.data import Pair
 from trl_rlaif.errors import UserError
@@ -28,14 +26,12 @@ TOURNAMENT = {"method": "tournament"}
 @pytest.fixture
 def ranked(tiny_model, tmp_path):
     """Run sample and label in a folder; the folder."""
-    (tmp_path / "prompt").mkdir()
-    for name, text in PARTS.items():
-        (tmp_path / "prompt" / name).write_text(text)
+    write_prompt_folder(tmp_path / "prompt")
 
     def run(output="out", ranking=TOURNAMENT, sample=None, pairs=None, shard=None, **label):
         sections = {"sample": {"num_responses": 4, "keep_pairs": "all", **(sample or {})}, **NO_MORE}
         if pairs is not None:
-            (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+            write_rows(tmp_path / "pairs.jsonl", pairs)
             sections |= {"sample": None, "data": {"prompts": None, "pairs": "pairs.jsonl"}}
         keys = {"prompt": "prompt", "precision": "highest", "ranking": ranking and {**TOURNAMENT, **ranking}, **label}
         recipe = tiny_recipe(tmp_path, tiny_model, **sections, label=keys)
@@ -44,16 +40,8 @@ def ranked(tiny_model, tmp_path):
     return run
 
 
-def results(folder):
-    return folder.results()["label"]
-
-
 def rows(folder, name):
     return read_lines(folder / f"{name}.jsonl")
-
-
-def preferences(folder):
-    return {row["id"]: row for row in load_from_disk(str(folder / "preferences")).to_list()}
 
 
 def test_all_pairs_of_a_prompt_are_kept(ranked):

@@ -1,0 +1,56 @@
+"""The stage label on a tiny model: pairs, the run over them, and what it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import load_from_disk
+
+from helpers.recipes import WORDS, tiny_recipe, write_prompt_folder, write_rows
+from trl_rlaif.pipeline.run_folder import RunFolder
+from trl_rlaif.pipeline.runner import run_recipe
+from trl_rlaif.plugins import installed_plugins
+
+LABEL_ALONE = {"sample": None, "reward": None, "rl": None, "evaluate": None, "report": None}
+
+
+def make_pairs(count: int, start: int = 0, human: Sequence[int | None] = (1, 2, None)) -> list[dict[str, Any]]:
+    """Pairs of responses, which people judged as ``human`` says, three in turn; in both directions."""
+    return [
+        {
+            "id": f"p{i}",
+            "prompt": f"what is the {WORDS[i % 10]} {i}?",
+            "response_1": f"a {WORDS[(i + 3) % 10]} " * (1 + i % 3),
+            "response_2": f"the {WORDS[(i + 7) % 10]} of {i}",
+            "category": ("a", "b")[i % 2],
+            "human": human[i * 7 % 3],
+        }
+        for i in range(start, start + count)
+    ]
+
+
+def label_stage(model_path: str, base: Path) -> Callable[..., RunFolder]:
+    """What runs the stage label over pairs, with these keys of the section, in a folder of ``base``; the folder."""
+    write_prompt_folder(base / "prompt")
+
+    def run(output="out", pairs=12, shard=None, report=None, model=None, **section):
+        write_rows(base / "pairs.jsonl", make_pairs(pairs) if isinstance(pairs, int) else pairs)
+        data = {"prompts": None, "pairs": "pairs.jsonl"}
+        sections = {**LABEL_ALONE, "report": report, "model": model or {}, "data": data}
+        keys = {"prompt": "prompt", "batch_tokens": 600, "precision": "highest", **section}
+        recipe = tiny_recipe(base, model_path, **sections, label=keys)
+        return run_recipe(recipe, installed_plugins(), base / output, resume=True, shard=shard)
+
+    return run
+
+
+def results(folder: RunFolder) -> dict[str, Any]:
+    """The stage's numbers."""
+    return folder.results()["label"]
+
+
+def preferences(folder: RunFolder) -> dict[str, dict[str, Any]]:
+    """What it leaves for training, by id."""
+    return {row["id"]: row for row in load_from_disk(str(folder / "preferences")).to_list()}
