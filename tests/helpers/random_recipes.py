@@ -27,7 +27,7 @@ from trl_rlaif.data import COLUMNS
 from trl_rlaif.errors import TrlRlaifError, UserError
 from trl_rlaif.recipe import SECTIONS, ComponentRef
 from trl_rlaif.recipe.ranges import RANGES, Range
-from trl_rlaif.recipe.sections import FORGET_SET, ComparedSection, Named
+from trl_rlaif.recipe.sections import FORGET_SET, Named, OtherJudgeSection
 from trl_rlaif.recipe.trl_fields import _SET_BY_US, CONFIG_CLASSES, config_hints, own_keys, strict_hint
 from trl_rlaif.recipe.variants import CHANGEABLE
 
@@ -215,9 +215,7 @@ class RandomRecipe:
         if hint is ComponentRef:
             return self._component({"labeler": "labeler", "selectors": "data_selector"}.get(key, "reward_transform"))
         if isinstance(hint, type) and issubclass(hint, BaseModel):
-            if hint is ComparedSection or hint.__name__ == "FurtherJudgeSection":
-                return self._fields(hint, 0.6)
-            return self._fields(hint, 0.3)
+            return self._fields(hint, 0.6 if issubclass(hint, OtherJudgeSection) else 0.3)
         if isinstance(hint, type) and issubclass(hint, enum.Enum):
             return self.draw.choice([member.value for member in hint])
         return self._plain(hint, metadata, key)

@@ -160,7 +160,7 @@ class TestCompare:
         [
             ("labler: direct", 7, "unknown key 'compare.x.labler' in section 'label'.", "Did you mean 'labeler'?"),
             ("min_confidence: 0.6", 7, "unknown key 'compare.x.min_confidence' in section 'label'.",
-             "Known keys: labeler, judge, prompt."),
+             "Known keys: judge, prompt, labeler."),
             ("labeler: direkt", 7, "there is no labeler 'direkt'.", "Did you mean 'direct'?"),
             ("labeler: broken", 7, "The plugin acme 1.0 cannot be imported.", "Uninstall acme."),
             ("labeler: [direct]", 7, "'compare.x.labeler' in section 'label' is a list.", None),
@@ -191,7 +191,7 @@ class TestCompare:
     def test_without_any_key_there_is_nothing_to_compare(self, only):
         problem = only(self.HEAD)
         assert problem.what == "'compare.x' in section 'label' is empty (null)."
-        assert problem.fix == "Write a mapping with some of the keys labeler, judge, prompt."
+        assert problem.fix == "Write a mapping with some of the keys judge, prompt, labeler."
 
     @pytest.mark.parametrize(
         ("name", "fix"),

@@ -10,6 +10,12 @@ PROMPTS = MODEL + "data: {prompts: prompts.jsonl}\n"
 PAIRS = MODEL + "data:\n  pairs: pairs.jsonl\n"
 
 
+def assert_lacking(problem, line, what, fix=""):
+    assert problem.where == f"recipe.yaml:{line}"
+    assert problem.what.startswith(what)
+    assert problem.fix.startswith(fix)
+
+
 @pytest.mark.parametrize(
     ("text", "line", "what", "fix"),
     [
@@ -51,10 +57,7 @@ PAIRS = MODEL + "data:\n  pairs: pairs.jsonl\n"
     ],
 )
 def test_stage_lacks_something(only, text, line, what, fix):
-    problem = only(text)
-    assert problem.where == f"recipe.yaml:{line}"
-    assert problem.what.startswith(what)
-    assert problem.fix.startswith(fix)
+    assert_lacking(only(text), line, what, fix)
 
 
 @pytest.mark.parametrize("layout", ["preference", "responses", "hh"])
@@ -153,22 +156,6 @@ RANKED = PROMPTS + "sample: {num_responses: 4, keep_pairs: all}\n"
             "questions is a tournament's; all_pairs asks everything.",
             "Leave it out.",
         ),
-    ],
-)
-def test_a_ranking_lacks_something(only, text, line, what, fix):
-    problem = only(text)
-    assert problem.where == f"recipe.yaml:{line}"
-    assert problem.what.startswith(what) and problem.fix.startswith(fix)
-
-
-def test_a_ranking_may_be_of_pairs_of_data(parse):
-    ranking = parse(PAIRS + "label:\n  ranking: {method: tournament}\n").label.ranking
-    assert (ranking.questions, ranking.at_once, ranking.confidence) == (None, 1, 0.95)
-
-
-@pytest.mark.parametrize(
-    ("text", "line", "what", "fix"),
-    [
         (PAIRS + "label:\n  jury: {join: log_odds}\n", 5, "'label' has a jury of one", "Name two or more"),
         (
             RANKED + "label:\n  ranking: {method: all_pairs}\n  compare: {rated: {labeler: direct}}\n  jury: {}\n",
@@ -178,10 +165,13 @@ def test_a_ranking_may_be_of_pairs_of_data(parse):
         ),
     ],
 )
-def test_a_jury_lacks_something(only, text, line, what, fix):
-    problem = only(text)
-    assert problem.where == f"recipe.yaml:{line}"
-    assert problem.what.startswith(what) and problem.fix.startswith(fix)
+def test_a_ranking_or_a_jury_lacks_something(only, text, line, what, fix):
+    assert_lacking(only(text), line, what, fix)
+
+
+def test_a_ranking_may_be_of_pairs_of_data(parse):
+    ranking = parse(PAIRS + "label:\n  ranking: {method: tournament}\n").label.ranking
+    assert (ranking.questions, ranking.at_once, ranking.confidence) == (None, 1, 0.95)
 
 
 SAMPLER = PROMPTS + "sample:\n  sampler: {revise: {principles: sft.jsonl}}\n"
@@ -215,5 +205,4 @@ def test_without_a_sampler_pairs_are_drawn(parse):
     ],
 )
 def test_what_a_sampler_has_no_use_for(only, text, line, what):
-    problem = only(text)
-    assert problem.where == f"recipe.yaml:{line}" and problem.what.startswith(what)
+    assert_lacking(only(text), line, what)

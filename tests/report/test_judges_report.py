@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
+from helpers.recipes import write_rows
 from helpers.report_pages import HOSTILE, assert_only_our_script, make_run, part, read, set_results
 
 from trl_rlaif.rating import read_comparisons
@@ -42,10 +41,6 @@ def folder(tmp_path):
 
 def set_judges(folder, **numbers):
     set_results(folder, lambda results: results["evaluate"]["sets"]["held-out"].update(numbers))
-
-
-def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 # ---- Table ----------------------------------------------------------------------------------------------
@@ -95,19 +90,19 @@ def test_people_are_one_more_row(folder):
         {"set": "held-out", "id": str(i), "prompt": f"Hi {i}", "start": f"a{i}", "trained": f"b{i}", "p_trained": 0.9}
         for i in range(20)
     ]
-    write_lines(folder / "samples.jsonl", rows)
+    write_rows(folder / "samples.jsonl", rows)
     votes = [
         {"set": c.set, "id": c.name[1], "pair": c.name[2], "rater": rater, "choice": 1 if i < 15 else 0, "time": ""}
         for rater in ("ann", "bob")
         for i, c in enumerate(read_comparisons(folder)[:19])
     ]
-    write_lines(folder / "votes.jsonl", votes)
+    write_rows(folder / "votes.jsonl", votes)
     page = read(folder)
     text = part(page, *SECTION)
     assert "people 2 raters 78.9%" in text and "19 1" in text
     assert "people and judge 78.9%" in text
     assert "nearer to people than a coin" not in page.text
-    write_lines(folder / "votes.jsonl", [row | {"choice": 1 - row["choice"]} for row in votes])
+    write_rows(folder / "votes.jsonl", [row | {"choice": 1 - row["choice"]} for row in votes])
     page = read(folder)
     assert "not clearly nearer to people than a coin: it chooses as they do in 21.1% of 19 pairs" in page.text
     assert "preferred by judge, the start by people" in page.text
@@ -165,7 +160,7 @@ def test_a_reward_that_goes_with_length_is_told(folder):
             {"set": "held-out", "prompt": "Hi", "start": "a", "trained": "b" * i, "reward_trained": direction * i}
             for i in range(1, 25)
         ]
-        write_lines(folder / "samples.jsonl", rows)
+        write_rows(folder / "samples.jsonl", rows)
         set_judges(folder, tokens_start=20, tokens_trained=60)
         text = read(folder).text
         assert "3.0 times as long" in text
@@ -184,8 +179,8 @@ def test_labeled_pairs_show_what_the_judge_wrote(folder):
         {"id": i, "p": 0.8, "p_12": 0.9, "p_21": 0.7, "rationale_12": HOSTILE, "rationale_21": ["one", "two"]}
         for i in range(100)
     ]
-    write_lines(folder / "pairs.jsonl", pairs)
-    write_lines(folder / "labels.jsonl", labels)
+    write_rows(folder / "pairs.jsonl", pairs)
+    write_rows(folder / "labels.jsonl", labels)
     page = read(folder)
     text = part(page, "Labels of the judge", "Reward model")
     assert sum("labeled" in (a.get("class") or "") for tag, a in page.elements if tag == "article") == MAX_LABELED
@@ -201,7 +196,7 @@ def test_labeled_pairs_show_what_the_judge_wrote(folder):
 def test_score_is_drawn_over_kl_where_both_were_logged(folder):
     rows = [{"stage": "rl", "step": s, "objective/scores": 0.5 * s, "objective/kl": 2.0 * s} for s in range(1, 4)]
     rows += [{"stage": "rl", "step": 9, "objective/scores": 70.0}]
-    write_lines(folder / "metrics.jsonl", rows)
+    write_rows(folder / "metrics.jsonl", rows)
     assert "Score against KL score 0.50 → 1.50, KL 2.00 → 6.00" in read(folder).text
-    write_lines(folder / "metrics.jsonl", rows[:1] + rows[3:])
+    write_rows(folder / "metrics.jsonl", rows[:1] + rows[3:])
     assert "Score against KL" not in read(folder).text

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict
 
 import pytest
+from helpers.recipes import write_rows
 from helpers.report_pages import HOSTILE, assert_only_our_script, make_run, part, read, set_results
 
 from trl_rlaif import CriterionLabel, Label, Pair
@@ -24,6 +25,10 @@ def write_labels(folder, *, pairs, label_key=OURS, votes=(0.9, 0.8)):
         store.add(label_key, pair(number), Label(f"p{number}", p=sum(votes) / 2, p_12=votes[0], p_21=votes[1]))
 
 
+def write_pairs(folder, pairs):
+    write_rows(folder / "pairs.jsonl", map(asdict, pairs))
+
+
 def pair(number):
     return Pair(f"p{number}", f"prompt {number}", "yes", "no")
 
@@ -34,8 +39,7 @@ def folder(tmp_path):
     folder = make_run(tmp_path / "run")
     for drawn in ("labels", "metrics", "samples"):  # drawings are slow, and of other things
         (folder / f"{drawn}.jsonl").unlink()
-    rows = [asdict(pair(number)) for number in range(6)]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_pairs(folder, map(pair, range(6)))
     set_results(folder, lambda results: results["label"].update(setup=OURS.key))
     return folder
 
@@ -60,7 +64,7 @@ def test_a_label_is_its_pairs_by_the_texts(folder):
     """Whatever the pair is called by now, and also where two pairs share it."""
     write_labels(folder, pairs=range(5))
     rows = [asdict(pair(number)) | {"id": f"renamed-{number}"} for number in (0, 1, 2)] + [asdict(pair(0))]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "pairs.jsonl", rows)
     assert "4 pairs asked in both orders" in shown(folder)
 
 
@@ -203,7 +207,7 @@ def test_criteria_of_another_shape_and_hostile_ones(folder):
         row["criteria"] = criteria
         row.pop("crc32", None)
     rows[5]["criteria"] = [{"criterion": HOSTILE, "weight": 1, "score_1": 0.5, "score_2": 1e300}]
-    (folder / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "labels.jsonl", rows)
     page = read(folder)
     assert "None" not in page.text and "<script>alert(1)</script>" in page.text
     assert_only_our_script(page)
@@ -261,14 +265,14 @@ RANKING = {"method": "tournament", "prompts": 1, "responses": 3, "questions": 3,
 def ranked(folder):
     """Three responses to one prompt, about which a tournament asked three questions; two of them about a and b."""
     pairs = [Pair(f"p-{i}-{j}", "why?", i, j) for i, j in ("ab", "ac", "bc")]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(asdict(pair)) + "\n" for pair in pairs))
+    write_pairs(folder, pairs)
     store = LabelStore(folder / "labels.jsonl")
     for first, second, p in (("a", "b", 0.6), ("b", "a", 0.7), ("c", "b", 0.2)):
         store.add(OURS, Pair("x", "why?", first, second), Label("x", p=p, p_12=p))
     row = {"prompt": "why?", "category": "chat", "responses": ["b", "a", "c"], "strengths": [0.5, 0.25, -0.75],
            "intervals": [[0.1, 0.9], [-0.1, 0.6], [-1, -0.5]], "answers": [[1, 0, 0.6], [0, 1, 0.7], [2, 0, 0.2]],
            "pairs": {"p-a-b": 0.44, "p-a-c": 0.95, "p-b-c": 0.8}}  # fmt: skip
-    (folder / "rankings.jsonl").write_text(json.dumps(row) + "\n")
+    write_rows(folder / "rankings.jsonl", [row])
     set_results(folder, lambda results: results["label"].update(ranking=RANKING))
     return folder
 
@@ -290,7 +294,7 @@ def test_ranked_pairs_have_the_rankings_probabilities_and_both_orders_of_the_jud
 def test_hostile_rankings_are_shown_as_text(ranked):
     row = {"prompt": HOSTILE, "category": HOSTILE, "responses": [HOSTILE, None], "strengths": ["x", 1e400, None],
            "intervals": HOSTILE, "answers": {}, "pairs": {HOSTILE: 7}}  # fmt: skip
-    (ranked / "rankings.jsonl").write_text(f"{json.dumps(row)}\n[]\n{json.dumps(row | {'pairs': []})}\n")
+    write_rows(ranked / "rankings.jsonl", [row, [], row | {"pairs": []}])
     assert_only_our_script(read(ranked))
 
 
@@ -305,11 +309,11 @@ JURY = {"join": "log_odds", "disagreement": 0.123, "disputed": 4,
 def jury(folder):
     """Three pairs with the votes of two members, one of which skipped a pair."""
     pairs = [Pair(f"p-{i}", f"why {i}?", "a", "b", human=i or None) for i in range(3)]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(asdict(pair)) + "\n" for pair in pairs))
-    (folder / "jury.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (
+    write_pairs(folder, pairs)
+    write_rows(folder / "jury.jsonl", (
         {"id": "p-0", "p": 0.95, "disagreement": 0.01, "votes": {"label": 0.96, "brief": 0.94}},
         {"id": "p-1", "p": 0.4, "disagreement": 0.35, "votes": {"label": 0.05, "brief": 0.75}},
-        {"id": "p-2", "p": 0.3, "disagreement": None, "votes": {"label": 0.3, "brief": None}})))  # fmt: skip
+        {"id": "p-2", "p": 0.3, "disagreement": None, "votes": {"label": 0.3, "brief": None}}))  # fmt: skip
     set_results(folder, lambda results: results["label"].update(jury=JURY))
     return folder
 
@@ -332,6 +336,6 @@ def test_a_jurys_labels_come_with_its_votes_the_most_disputed_first(jury):
 
 def test_hostile_juries_are_shown_as_text(jury):
     row = {"id": "p-0", "p": "x", "disagreement": HOSTILE, "votes": {HOSTILE: 0.5, "y": 7}}
-    (jury / "jury.jsonl").write_text(f"{json.dumps(row)}\n[]\n{json.dumps(row | {'p': 0.5})}\n")
+    write_rows(jury / "jury.jsonl", [row, [], row | {"p": 0.5}])
     set_results(jury, lambda results: results["label"].update(jury={"join": HOSTILE, "members": {HOSTILE: HOSTILE}}))
     assert_only_our_script(read(jury))

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from trl_rlaif.recipe.sections.data import DataSection, SampleSection, SftSection
 from trl_rlaif.recipe.sections.evaluate import FORGET_SET, EvaluateSection, FurtherJudgeSection
-from trl_rlaif.recipe.sections.judges import JudgeSection, ServerJudgeSection, TeachingSection
+from trl_rlaif.recipe.sections.judges import JudgeSection, OtherJudgeSection, ServerJudgeSection, TeachingSection
 from trl_rlaif.recipe.sections.label import ComparedSection, JurySection, LabelSection, RankingSection
 from trl_rlaif.recipe.sections.model import LoraSection, ModelSection
 from trl_rlaif.recipe.sections.run import KERNELS, ReportSection, RoundsSection, RunSection
@@ -68,6 +68,7 @@ __all__ = [
     "LoraSection",
     "ModelSection",
     "Named",
+    "OtherJudgeSection",
     "Number",
     "RankingSection",
     "ReportSection",

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from trl_rlaif.recipe.sections.judges import JUDGES, Judge
-from trl_rlaif.recipe.sections.values import DataPath, Named, Number, PromptFolder, SafeName, Section, Text, safe_name
+from trl_rlaif.recipe.sections.judges import JUDGES, Judge, OtherJudgeSection
+from trl_rlaif.recipe.sections.values import (
+    DataPath,
+    Named,
+    Number,
+    PromptFolder,
+    SafeName,
+    Section,
+    Text,
+    name_besides,
+)
 
 # The name of an evaluated set whose prompts the start is good at.
 FORGET_SET = "forget"
 
 
-def judge_name(value: str) -> str:
-    """As ``safe_name``; the main judge's own name is taken."""
-    if value == "judge":
-        raise ValueError("'judge' is the main judge's name.")
-    return safe_name(value)
-
-
-class FurtherJudgeSection(Section):
-    """Another judge beside the main one; what it leaves out is the main one's."""
-
-    judge: Judge | None = Field(None, description="The judge.")
-    prompt: PromptFolder | None = Field(None, description="A packaged prompt's name, or a prompt folder.")
+class FurtherJudgeSection(OtherJudgeSection):
+    """One of ``evaluate.judges``."""
 
     @model_validator(mode="after")
     def _differs(self) -> FurtherJudgeSection:
@@ -38,7 +37,7 @@ class EvaluateSection(Section):
 
     judge: Judge = Field("same", description=JUDGES)
     prompt: PromptFolder | None = Field(None, description="A prompt as in label; null takes label's.")
-    judges: dict[Annotated[str, AfterValidator(judge_name)], FurtherJudgeSection] = Field(
+    judges: dict[Annotated[str, name_besides("judge", "the main judge's")], FurtherJudgeSection] = Field(
         default_factory=dict,
         description="More judges by name, asked one after the other: how far they agree is measured.",
     )

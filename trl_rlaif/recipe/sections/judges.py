@@ -93,6 +93,13 @@ Judge = Annotated[
 JUDGES = "'same' asks the run's own base, 'taught' what the stage judge made of it; a mapping names another model."
 
 
+class OtherJudgeSection(Section):
+    """A judge beside the main one; what it leaves out is the main one's."""
+
+    judge: Judge | None = Field(None, description="The judge.")
+    prompt: PromptFolder | None = Field(None, description="A packaged prompt's name, or a prompt folder.")
+
+
 class TeachingSection(Section):
     """``judge``: an adapter that teaches a judge, from pairs whose better response is known. Other keys are
     TrainingArguments'."""

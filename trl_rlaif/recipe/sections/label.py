@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from trl_rlaif.recipe.sections.judges import JUDGES, Judge
+from trl_rlaif.recipe.sections.judges import JUDGES, Judge, OtherJudgeSection
 from trl_rlaif.recipe.sections.values import (
     Component,
     ComponentRef,
@@ -18,15 +18,8 @@ from trl_rlaif.recipe.sections.values import (
     Section,
     Text,
     exact_weight,
-    safe_name,
+    name_besides,
 )
-
-
-def compared_name(value: str) -> str:
-    """As ``safe_name``; the main labeler's own name is taken."""
-    if value == "label":
-        raise ValueError("'label' is the main labeler's name.")
-    return safe_name(value)
 
 
 class CriterionSection(Section):
@@ -39,12 +32,10 @@ class CriterionSection(Section):
     veto: bool = Field(False, description="Whether it must hold, asked as yes or no of each response.")
 
 
-class ComparedSection(Section):
-    """Another labeler beside the main one; what it leaves out is the main one's."""
+class ComparedSection(OtherJudgeSection):
+    """One of ``label.compare``."""
 
     labeler: Component | None = Field(None, description="The labeler, with its options.")
-    judge: Judge | None = Field(None, description="The judge.")
-    prompt: PromptFolder | None = Field(None, description="A packaged prompt's name, or a prompt folder.")
 
 
 class RankingSection(Section):
@@ -109,7 +100,7 @@ class LabelSection(Section):
     ranking: RankingSection | None = Field(
         None, description="Rank each prompt's responses; its pairs get the probabilities that follow from the ranking."
     )
-    compare: dict[Annotated[str, AfterValidator(compared_name)], ComparedSection] = Field(
+    compare: dict[Annotated[str, name_besides("label", "the main labeler's")], ComparedSection] = Field(
         default_factory=dict, description="More labelers by name: the report compares them with the main one."
     )
     jury: JurySection | None = Field(

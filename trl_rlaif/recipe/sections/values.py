@@ -75,6 +75,17 @@ def safe_name(value: str) -> str:
     return value
 
 
+def name_besides(taken: str, whose: str) -> AfterValidator:
+    """Of a type: as ``safe_name``, and refuse a name that is taken already."""
+
+    def check(value: str) -> str:
+        if value == taken:
+            raise ValueError(f"'{taken}' is {whose} name.")
+        return safe_name(value)
+
+    return AfterValidator(check)
+
+
 def exact_weight(value: float) -> float:
     """Refuse a weight that cannot be counted exactly."""
     try:
