@@ -66,6 +66,7 @@ def run(
     from trl_rlaif import distributed, hardware
     from trl_rlaif.experiments import run_comparison
     from trl_rlaif.pipeline.artifacts import REPORT
+    from trl_rlaif.pipeline.pushing import push_asked
     from trl_rlaif.pipeline.runner import run_recipe
     from trl_rlaif.pipeline.stages import check_processes
     from trl_rlaif.plugins import installed_plugins
@@ -95,6 +96,8 @@ def run(
     say(f"The run is in {folder.path}")
     if (folder / REPORT).exists():
         say(f"Report: {folder / REPORT}")
+    if shard is None:
+        push_asked(parsed, folder.path, stages)
     distributed.leave()
 
 
@@ -132,11 +135,13 @@ def _check_inputs(parsed: Recipe, plugins: Plugins) -> None:
     """Try what the recipe or each of its variants names, and warn of prompts that are held out and trained on."""
     from trl_rlaif.pipeline.checks import check_functions, check_prompts, check_ranking, check_sampler
     from trl_rlaif.pipeline.lineage import check_previous
+    from trl_rlaif.pipeline.pushing import check_pushes
     from trl_rlaif.pipeline.trial import try_settings
     from trl_rlaif.progress import say
     from trl_rlaif.recipe.inputs import SMALL_FILE, check_data, overlap_warning, prompt_overlaps
 
     warnings: dict[str, None] = {}
+    check_pushes(parsed)
     for each in parsed.variants.values() or [parsed]:
         check_previous(each)
         check_data(each)

@@ -41,15 +41,15 @@ def test_the_score_of_ties_by_hand():
         3: ScoredRow([1.0], [0.0], 3),  # gap 1
     }
     tied = {
-        1: ScoredRow([5.0, 4.0], [1.0, 0.0], 1),  # gap 3, spread 1
+        1: ScoredRow([6.0, 5.0], [3.0, 0.0], 1),  # gap 2, spread 1
         2: ScoredRow([6.0, 5.0], [1.0], 2),  # gap 4, spread 1
         4: ScoredRow([2.0, 2.0, 2.0], [2.0], 4),  # gap 0: not right
     }
     found = ties_score(ref, tied)
     assert found["accuracy_ref"] == pytest.approx(2 / 3) and found["accuracy_tied"] == pytest.approx(2 / 3)
-    # Of 1 and 2, which have both rows: the smaller gaps are 3 and -1, the spreads 1 and 1.
+    # Of 1 and 2, which have both rows: the smaller gaps are 2 and -1, the spreads 1 and 1.
     assert (found["prefers_correctness"], found["prefers_correctness_hard"]) == (1.0, 0.5)
-    margin = (math.tanh(3 / 1 - 1) + math.tanh(-1 / 1 - 1)) / 2
+    margin = (math.tanh(2 / 1 - 1) + math.tanh(-1 / 1 - 1)) / 2
     assert found["margin"] == pytest.approx(margin, abs=1e-15)
     expected = 0.3 * 2 / 3 + 0.3 * 2 / 3 + 0.2 * 1 + 0.2 * 0.5 + 0.01 * margin
     assert found["score"] == pytest.approx(expected, abs=1e-15) and found["n"] == 6

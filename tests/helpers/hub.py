@@ -47,6 +47,7 @@ class Hub:
         known["HUGGINGFACE_CO_URL_TEMPLATE"] = self.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         for name, value in known.items():
             monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # which knows an earlier server
         monkeypatch.setenv("HF_TOKEN", token)
 
 
@@ -146,7 +147,9 @@ class _Handler(BaseHTTPRequestHandler):
         if parts[0] == "api":
             _, _, user, name, *what = parts
             files = self.store.repos[f"{user}/{name}"].files
-            assert what[0] == "tree"
+            if what[0] != "tree" or what[2:]:  # a folder, which no repository has here
+                self._json({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound")
+                return
             tree = [{"type": "file", "path": p, "size": len(x), "oid": _oid(x)} for p, x in files.items()]
             self._json(tree)
             return

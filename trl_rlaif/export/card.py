@@ -24,12 +24,6 @@ _PIPELINES = {"policy": "text-generation", "reward": "text-classification", "jud
 _DATA = {"prompts": "prompts", "pairs": "pairs", "eval_prompts": "held-out prompts"}
 
 
-def public_base(path: str, given: str | None) -> str | None:
-    """The name under which others find a base: a Hub id, or None where it is a file of this machine."""
-    local = path.startswith(PACKAGE) or path.endswith(".gguf") or Path(path).exists() or Path(path).is_absolute()
-    return given or (None if local else path)
-
-
 def model_card(
     run: Run, trained: Trained, *, base: str | None, merged: bool, keep: Mapping[str, Any] | None = None
 ) -> ModelCard:

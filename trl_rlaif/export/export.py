@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trl_rlaif.errors import UserError
-from trl_rlaif.export.card import LICENSE, model_card, public_base
+from trl_rlaif.export.card import LICENSE, model_card
 from trl_rlaif.files import to_json, write_folder
+from trl_rlaif.models.loading import hub_id
 from trl_rlaif.pipeline.trained import Trained, What, find_trained
 from trl_rlaif.report.run_data import read_run
 
@@ -72,7 +73,7 @@ def export_model(folder: str | Path, what: What, options: ExportOptions | None =
     """
     options = options or ExportOptions()
     trained = find_trained(folder, what)
-    run, base = read_run(Path(folder)), public_base(trained.base.path, options.base)
+    run, base = read_run(Path(folder)), options.base or hub_id(trained.base.path)
     output = options.output or (None if options.repo else default_folder(folder, what, merge=options.merge))
     if output is not None and output.exists() and any(output.iterdir() if output.is_dir() else [output]):
         raise UserError("There is something here already.", where=str(output), fix="Remove it, or name --output.")

@@ -138,6 +138,12 @@ def resolved(path: str) -> str | None:
     return str(target) if (target / "config.json").exists() else None
 
 
+def hub_id(path: str) -> str | None:
+    """The name under which others find a model, too; None where it is a file or a package of this machine."""
+    local = path.startswith(PACKAGE) or path.endswith(".gguf") or Path(path).exists() or Path(path).is_absolute()
+    return None if local else path
+
+
 def _gguf_of(path: str) -> Path | None:
     if path.startswith(PACKAGE):
         return _packaged_gguf(path)

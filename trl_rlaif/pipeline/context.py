@@ -305,7 +305,11 @@ class Context:
         # Naming save_steps asks for saving.
         if "save_steps" in config:
             defaults["save_strategy"] = "steps"
-        fixed = {"output_dir": str(self.folder / artifacts.checkpoints_of(stage)), "seed": self.recipe.run.seed}
+        fixed = {
+            "output_dir": str(self.folder / artifacts.checkpoints_of(stage)),
+            "seed": self.recipe.run.seed,
+            "push_to_hub": False,  # trl_rlaif.export does it when the run ends
+        }
         self.recipe = settle_checkpointing(self.recipe, stage)
         own = {**STAGES[stage].defaults, CHECKPOINTING: getattr(self.recipe, stage).config[CHECKPOINTING]}
         found = defaults | own | config | fixed

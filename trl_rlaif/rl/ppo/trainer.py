@@ -353,10 +353,13 @@ class PPOTrainer(BasePPOTrainer):
         """Write the policy: its adapter alone, where it is one, so that PEFT loads it on the base."""
         if self.shared is None:
             super().save_model(output_dir, _internal_call)
-        elif self.args.should_save:
+            return
+        if self.args.should_save:
             folder = output_dir or self.args.output_dir
             save_adapter(self.shared.peft, "policy", folder)
             self.processing_class.save_pretrained(folder)
+        if self.args.push_to_hub and not _internal_call:  # as in transformers' Trainer
+            self.push_to_hub(commit_message="Model save")
 
     def generate_completions(self, sampling: bool = False) -> None:
         """Print prompts of ``eval_dataset`` with near-greedy responses and their scores.
