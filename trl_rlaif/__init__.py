@@ -26,6 +26,7 @@ _LAZY = {
     "PairSampler": "trl_rlaif.components",
     "Options": "trl_rlaif.components",
     "rows_of": "trl_rlaif.components",
+    "from_first": "trl_rlaif.distributed",
     "Pair": "trl_rlaif.data",
     "Prompt": "trl_rlaif.data",
     "CriterionLabel": "trl_rlaif.types",
@@ -88,6 +89,7 @@ if TYPE_CHECKING:
     )
     from trl_rlaif.data import Pair, Prompt
     from trl_rlaif.data.records import read_records
+    from trl_rlaif.distributed import from_first
     from trl_rlaif.encoding import as_messages, as_text, follow_up, set_template_kwargs
     from trl_rlaif.errors import RunError, UserError
     from trl_rlaif.evaluation.forgetting import ForgettingTracker

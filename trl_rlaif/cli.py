@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from trl_rlaif import interrupts
+from trl_rlaif import distributed, interrupts
 from trl_rlaif.errors import Interrupted, TrlRlaifError, UserError
 from trl_rlaif.terminal import escaped
 
@@ -63,7 +63,7 @@ def run(
     ] = None,
 ) -> None:
     """Run a recipe: from prompts to an aligned policy and a report."""
-    from trl_rlaif import distributed, hardware
+    from trl_rlaif import hardware
     from trl_rlaif.experiments import run_comparison
     from trl_rlaif.pipeline.artifacts import REPORT
     from trl_rlaif.pipeline.pushing import push_asked
@@ -106,7 +106,9 @@ def _echo(text: object, *, nl: bool = True, err: bool = False) -> None:
 
 
 def _confirm(message: str) -> bool:
-    """Ask on the terminal; without one the answer is no."""
+    """Ask on the terminal; without one the answer is no. Of several processes the first one asks, and ends all."""
+    if not distributed.is_first():
+        return True
     return sys.stdin.isatty() and sys.stderr.isatty() and typer.confirm(escaped(f"{message}\nRedo them?"), err=True)
 
 
@@ -349,9 +351,13 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
+        if distributed.lost_another(error):
+            _stop("Another process of this run has ended. What was done is kept: --resume goes on.", 1)
         _stop(f"{type(error).__name__}: {error}\nAdd --debug behind trl-rlaif for the traceback.", 1)
 
 
 def _stop(message: str, code: int) -> None:
+    distributed.let_the_first_tell()
     _echo(f"trl-rlaif: {message}", err=True)
+    distributed.end_with(code)
     raise SystemExit(code)

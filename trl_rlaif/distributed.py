@@ -1,15 +1,20 @@
 """Several processes of one run, as ``accelerate launch`` starts them: only the first one writes and reports.
 
-Also what they must do together: average gradients, step, and stop. Importing this module imports neither torch nor
-accelerate, since every command does.
+Also what they must do together: divide batches, average gradients, step, and stop. Importing this module imports
+neither torch nor accelerate, since every command does.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextvars import ContextVar
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from trl_rlaif.errors import RunError, UserError
 
@@ -17,6 +22,16 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
     from torch import nn
+
+U = TypeVar("U")
+T = TypeVar("T")
+
+# How long a process waits for the others, which may be asking a slow server: one that dies is noticed at once by its
+# closed connection, or ends all through the launcher.
+PATIENCE = timedelta(days=7)
+# Seconds after which an error that another process than the first has raised is its own.
+_BEFORE_TELLING = 5.0
+_dividing: ContextVar[bool] = ContextVar("_dividing", default=False)
 
 
 def processes() -> int:
@@ -39,7 +54,8 @@ def join() -> Any:
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    patience = {"timeout": PATIENCE} if processes() > 1 else {}
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **patience)
 
 
 def wait() -> None:
@@ -53,6 +69,28 @@ def leave() -> None:
     if processes() > 1:
         wait()
         join().destroy_process_group()
+
+
+def let_the_first_tell() -> None:
+    """Wait before an error is told in another process: most reach all, and the launcher ends all once one has ended."""
+    if not is_first():
+        time.sleep(_BEFORE_TELLING)
+
+
+def lost_another(error: Exception) -> bool:
+    """Whether an error says that another process has ended: its connection is closed, or did not come about."""
+    import torch
+
+    lost = isinstance(error, torch.distributed.DistError) or "Connection" in str(error)  # what gloo raises
+    return processes() > 1 and isinstance(error, RuntimeError) and lost
+
+
+def end_with(code: int) -> None:
+    """End a process of several at once: what the interpreter would destroy may wait for the others, or abort."""
+    if processes() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def averages_itself(accelerator: Accelerator) -> bool:
@@ -111,6 +149,125 @@ def equal_count(accelerator: Accelerator, passes: int) -> int:
     return max(gather_object([passes]))
 
 
+# ---- Work that is divided -----------------------------------------------------------------------------------
+
+
+def share_of_batch(rows: int, steps: int) -> tuple[int, int]:
+    """How each process takes its share of a batch, so that together they learn from the same rows as one process.
+
+    Args:
+        rows: That one process computes at once, and the most that each of several does.
+        steps: Over which one process accumulates gradients.
+
+    Returns:
+        Both numbers for each process.
+
+    Raises:
+        UserError: The batch does not divide.
+    """
+    share, rest = divmod(rows * steps, processes())
+    if rest:
+        raise UserError(
+            f"A batch of {rows} x {steps} rows does not divide among {processes()} processes.",
+            fix="Change per_device_train_batch_size or gradient_accumulation_steps, or the number of processes.",
+        )
+    at_once = max(size for size in range(1, rows + 1) if share % size == 0)
+    return at_once, share // at_once
+
+
+@contextmanager
+def dividing() -> Iterator[None]:
+    """Inside, every process is given the same work in the same order: ``divided`` and ``from_first`` share it out.
+
+    Outside, each process has work of its own, such as the responses of its share of a batch.
+    """
+    token = _dividing.set(processes() > 1)
+    try:
+        yield
+    finally:
+        _dividing.reset(token)
+
+
+def divided(units: Sequence[U], compute: Callable[[U], T]) -> Iterator[tuple[U, T]]:
+    """Each unit of work, in order, with what is computed of it; in every process alike.
+
+    A unit is what is computed together, such as a batch: the results are those of one process, to the last digit.
+    Inside ``dividing`` the processes take turns, and exchange their results after each round. What is kept of the
+    results as they come is thus kept of all processes', and resumed by any number of them.
+
+    Args:
+        units: The same in every process.
+        compute: Of one unit. Nothing may be sent from process to process in it, and its result must be picklable.
+
+    Raises:
+        UserError, RunError: As of ``failing_together``.
+    """
+    if not _dividing.get():
+        yield from ((unit, compute(unit)) for unit in units)
+        return
+    count, mine = processes(), join().process_index
+    for start in range(0, len(units), count):
+        turn = units[start : start + count]
+        found: list[T] = []
+        with _gathering(found) as everyones:
+            found += map(compute, turn[mine : mine + 1])
+        yield from zip(turn, everyones, strict=True)
+
+
+def from_first(items: Callable[[], Iterator[T]]) -> Iterator[T]:
+    """The items of an iterator: inside ``dividing`` the first process alone has one, and the others are told.
+
+    For work that more processes would not speed up, but repeat, as the requests to a server.
+
+    Raises:
+        UserError, RunError: As of ``failing_together``.
+    """
+    if not _dividing.get():
+        yield from items()
+        return
+
+    def those_of_first() -> Iterator[T]:  # begun where an error reaches all
+        yield from items() if is_first() else ()
+
+    source = those_of_first()
+    while True:
+        found: list[T] = []
+        with _gathering(found) as everyones:
+            found += itertools.islice(source, 1)
+        if not everyones:
+            return
+        yield from everyones
+
+
+def agreed(find: Callable[[], T]) -> T:
+    """What the first process finds, in every process: for what is measured, or may just be changing.
+
+    Raises:
+        UserError, RunError: As of ``failing_together``.
+    """
+    with dividing():
+        (found,) = from_first(lambda: iter([find()]))
+    return found
+
+
+@contextmanager
+def _gathering(found: list[T]) -> Iterator[list[T]]:
+    """Yields a list that is filled at the end with ``found`` of all processes, in their order; all fail if one does."""
+    from accelerate.utils import gather_object
+
+    everyones: list[T] = []
+    error, token = None, _dividing.set(False)  # inside, this process has work of its own
+    try:
+        yield everyones
+    except Exception as raised:
+        error = raised
+    finally:
+        _dividing.reset(token)
+    parts = gather_object([(found, _message(error))])
+    _raise_alike(error, [message for _, message in parts])
+    everyones += [one for of_process, _ in parts for one in of_process]
+
+
 @contextmanager
 def failing_together(accelerator: Accelerator) -> Iterator[None]:
     """Stop every process where one fails: the others would wait for it, for ever.
@@ -124,14 +281,13 @@ def failing_together(accelerator: Accelerator) -> Iterator[None]:
     if accelerator.num_processes == 1:
         yield
         return
-    error = None
-    try:
+    nothing: list[None] = []
+    with _gathering(nothing):
         yield
-    except Exception as raised:
-        error = raised
-    from accelerate.utils import gather_object
 
-    messages = gather_object([_message(error)])
+
+def _raise_alike(error: Exception | None, messages: Sequence[tuple[str, str] | None]) -> None:
+    """Raise what this process raised, or else what another did, with its number."""
     if error is not None:
         raise error
     for process, message in enumerate(messages):

@@ -182,7 +182,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
+    if len(whole) < len(content) and is_first():
         with path.open("r+b") as file:
             file.truncate(len(whole))
     rows = []

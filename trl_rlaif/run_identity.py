@@ -192,6 +192,8 @@ def _effect(name: str) -> str | None:
     """What follows where a setting is changed that may be; None where it may not."""
     if name in _LENGTH:
         return "The learning rate's schedule follows it."
+    if name == "processes":
+        return "They divide the same batches."
     if name.startswith("data_selectors."):  # such as a threshold at which nothing was accepted
         return "It takes effect with the next selection."
     return None

@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 import yaml
 
 from helpers import forked
-from helpers.processes import two_environments
+from helpers.processes import environments
 from helpers.recipes import write_prompt_folder, write_recipe, write_rows
 
 # What is measured in time, says how the command was given, or names the run's folder.
@@ -122,8 +123,14 @@ RECIPES: dict[str, dict[str, Any]] = {
         "rl": {"rewards": ["helpers.rewards:even_share"], "total_episodes": 8},
         "compare": ["ppo", {"rejection": {"rl": _REJECTION}}],
     },
-    "two processes, ppo": _NONE | {"rl": _PPO | {"per_device_train_batch_size": 2}},
-    "two processes, grpo": _NONE | {"rl": _GROUPS | {"algorithm": "grpo", "per_device_train_batch_size": 2}},
+    "two processes, ppo": _NONE | {"rl": _PPO},
+    "two processes, grpo": _NONE | {"rl": _GROUPS | {"algorithm": "grpo"}},
+    "two processes, all but rl": {
+        "sft": _SFT,
+        "label": {"prompt": "prompt", "batch_tokens": 300},
+        "reward": {"transforms": ["advantage"], "save_steps": 1},
+        **dict.fromkeys(("rl", "evaluate", "report")),
+    },
 }
 
 
@@ -209,6 +216,7 @@ def run(
     after: float | None = None,
     kind: int = signal.SIGKILL,
     processes: int = 1,
+    options: Sequence[str] = (),
 ) -> int:
     """Start or resume a run, and wait for its end.
 
@@ -219,18 +227,20 @@ def run(
         after: It is killed after so many seconds.
         kind: The signal.
         processes: How many share the run; the first one is killed, and with it the others.
+        options: Further ones of the command.
 
     Returns:
         The exit code of the first process.
     """
-    environments = two_environments() if processes > 1 else [{}]
-    arguments = str(recipe), str(folder), at, kind
-    started = [forked.start(_run, *arguments, environment=each, output=f"{folder}.log") for each in environments]
+    arguments = str(recipe), str(folder), at, kind, options
+    started = [
+        forked.start(_run, *arguments, environment=each, output=f"{folder}.log") for each in environments(processes)
+    ]
     try:
         connection.wait([process.sentinel for process in started], timeout=after)
         if started[0].is_alive() and after is not None:
             os.kill(started[0].pid, kind)
-        started[0].join(10 if any(process.exitcode for process in started) else 150)
+        started[0].join(10 if any(process.exitcode for process in started) else 500)
     finally:
         for process in started:
             process.kill()
@@ -238,16 +248,14 @@ def run(
     return started[0].exitcode
 
 
-def _run(recipe: str, folder: str, at: int | None, kind: int) -> None:
+def _run(recipe: str, folder: str, at: int | None, kind: int, options: Sequence[str]) -> None:
     from matplotlib.figure import Figure
 
     Figure.savefig = lambda self, file, **options: file.write(b'<svg viewBox="0 0 1 1"/>')  # drawing takes longest
     first = os.environ.get("RANK", "0") == "0"
     counted = _count(os.path.realpath(folder), at if first else None, kind)
     try:
-        # Several processes share the stage rl alone.
-        only = ["--only", "rl"] if "RANK" in os.environ else []
-        forked.run_command(["run", recipe, "--output", folder, "--resume", *only])
+        forked.run_command(["run", recipe, "--output", folder, "--resume", *options])
     finally:
         if first:
             Path(f"{folder}.changes").write_text(str(len(counted)))
@@ -282,7 +290,7 @@ def differences(one: Path, other: Path) -> list[str]:
     found = [f"only in {one.name}: {name}" for name in sorted(files[0].keys() - files[1].keys())]
     found += [f"only in {other.name}: {name}" for name in sorted(files[1].keys() - files[0].keys())]
     for name in sorted(files[0].keys() & files[1].keys()):
-        ours, theirs = (_content(folder[name], place) for folder, place in zip(files, (one, other), strict=True))
+        ours, theirs = (content(folder[name], place) for folder, place in zip(files, (one, other), strict=True))
         if ours != theirs:
             found.append(f"{name}: {_first_difference(ours, theirs)}")
     return found
@@ -296,7 +304,8 @@ def _files(folder: Path) -> dict[str, Path]:
     return {str(path.relative_to(folder)): path for path in kept}
 
 
-def _content(path: Path, run: Path) -> Any:
+def content(path: Path, run: Path) -> Any:
+    """What a file of a run holds, without times and the name of the run's folder."""
     if path.suffix == ".json":
         return _untimed(json.loads(path.read_text()))
     if path.suffix == ".jsonl" and path.name != "labels.jsonl":

@@ -1,4 +1,4 @@
-"""Two processes of a run: started with ``accelerate launch``, as users start them, or forked with what it sets."""
+"""Several processes of a run: started with ``accelerate launch``, as users start them, or forked with what it sets."""
 
 from __future__ import annotations
 
@@ -50,21 +50,24 @@ def launch(kind: str, script: str, folder: Path, *arguments: str) -> list[dict[s
     return _results(folder, "MULTI_CPU" if kind == "ddp" else "DEEPSPEED")
 
 
-def two_environments() -> list[dict[str, str]]:
-    """What the launcher of ddp sets for each of two processes."""
-    shared = _ENVIRONMENT | _OF_DDP | {"ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+def environments(count: int) -> list[dict[str, str]]:
+    """What the launcher of ddp sets for each of so many processes; nothing for a single one."""
+    if count == 1:
+        return [{}]
+    shared = _ENVIRONMENT | _OF_DDP | {"ACCELERATE_MIXED_PRECISION": "no"}
+    shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    return [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
-def fork(script: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
-    """The same as ``launch`` of ddp, without the launcher and three times the imports.
+def fork(script: str, folder: Path, *arguments: str, count: int = 2) -> list[dict[str, Any]]:
+    """The same as ``launch`` of ddp in so many processes, without the launcher and as many times the imports.
 
     What is decided at an import, as whether a process speaks, is that of a single process here.
     """
     call = (forked.run_script, script, [str(folder), *arguments])
     with tempfile.NamedTemporaryFile("r") as output:
-        processes = [forked.start(*call, environment=each, output=output.name) for each in two_environments()]
+        processes = [forked.start(*call, environment=each, output=output.name) for each in environments(count)]
         waiting, ended = processes, [True]
         try:
             while waiting and ended and not any(process.exitcode for process in processes):
@@ -75,13 +78,13 @@ def fork(script: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
                 process.kill()  # one waits for ever for another that has failed
                 process.join()
         printed = output.read()
-    assert [process.exitcode for process in processes] == [0, 0], printed[-4000:]
-    return _results(folder, "MULTI_CPU")
+    assert [process.exitcode for process in processes] == [0] * count, printed[-4000:]
+    return _results(folder, "MULTI_CPU", count)
 
 
-def _results(folder: Path, kind: str) -> list[dict[str, Any]]:
-    results = [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
-    assert [result["kind"] for result in results] == [kind] * 2
+def _results(folder: Path, kind: str, count: int = 2) -> list[dict[str, Any]]:
+    results = [torch.load(folder / f"{rank}.pt") for rank in range(count)]
+    assert [result["kind"] for result in results] == [kind] * count
     return results
 
 

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -85,15 +86,16 @@ class RunningTotals(TrainerCallback):
         if not state.global_step or not path.exists():
             return
         found = json.loads(path.read_text(encoding="utf-8"))
-        if len(found["processes"]) != trainer.accelerator.num_processes:
-            return
-        mine = found["processes"][trainer.accelerator.process_index]
+        parts, index = found["processes"], trainer.accelerator.process_index
+        as_many = len(parts) == trainer.accelerator.num_processes
+        mine = parts[index if as_many else 0]  # what is drawn and logged is the same in all
+        losses = [part["loss"] for part in parts if part["loss"] is not None]
         for name, value in found["numbers"].items():
             setattr(trainer, name, value)
         self._resumed = torch.frombuffer(bytearray.fromhex(mine["order"]), dtype=torch.uint8)
         _pending(trainer).update(mine["metrics"])
-        if mine["loss"] is not None and hasattr(trainer, "_tr_loss"):
-            trainer._tr_loss += mine["loss"]
+        if losses and hasattr(trainer, "_tr_loss"):  # of which the mean over the processes is logged
+            trainer._tr_loss += mine["loss"] if as_many else fmean(losses)
             trainer._initial_global_step = 0  # the mean loss is of all steps
 
 

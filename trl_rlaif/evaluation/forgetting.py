@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
 from trl_rlaif.batching import length_batches
-from trl_rlaif.distributed import failing_together
+from trl_rlaif.distributed import divided, dividing, failing_together
 from trl_rlaif.encoding import PromptLike, encode_prompt
 from trl_rlaif.errors import UserError
 from trl_rlaif.evaluation import win_rate
@@ -60,7 +60,8 @@ class ForgettingTracker(TrainerCallback):
     ``forgetting/<set>/win_rate``, the share of its greedy answers that are preferred over the start's (ties count
     half), and ``forgetting/<set>/nll``, the NLL of the start's own good answers, nats a token at temperature 1; both
     also before the first update, and ``time/forgetting`` beside them. Training is not disturbed: its numbers are those
-    of a run without. Of several processes the first one measures, and the others wait for it.
+    of a run without. Of several processes the first one measures, and the others wait for it; or they divide the
+    work.
 
     Args:
         trainer: A PPOTrainer, whose reference is the start; or another one, with the last three arguments.
@@ -76,9 +77,10 @@ class ForgettingTracker(TrainerCallback):
         role_models: Who plays policy and reference; None takes the trainer's.
         reader: Of responses; None takes the trainer's.
         log: What is given the numbers; None takes the trainer's ``log``.
+        divides: Several processes divide the work: each calls ``preferred`` and ``score``, which give the same in all.
 
     Attributes:
-        start: The start's answers by set, once training has begun (in the first process).
+        start: The start's answers by set, once training has begun (in the processes that measure).
         stopped: What ended the run: ``set``, ``update``, ``win_rate`` and the ``limit``; None if nothing did.
 
     Raises:
@@ -99,11 +101,12 @@ class ForgettingTracker(TrainerCallback):
         role_models: RoleModels | None = None,
         reader: ResponseReader | None = None,
         log: Callable[[dict[str, float]], None] | None = None,
+        divides: bool = False,
     ) -> None:
         self.trainer, self.preferred, self.score = trainer, preferred, score
         self.role_models, self.reader = role_models or trainer.role_models, reader or trainer.reader
         self._write = log or trainer.log
-        self.every, self.batch_size = every, batch_size
+        self.every, self.batch_size, self.divides = every, batch_size, divides
         self.stop_below = dict(stop_below or {})
         self.max_new_tokens = max_new_tokens or trainer.args.response_length
         unknown = [name for name in self.stop_below if name not in sets]
@@ -126,7 +129,7 @@ class ForgettingTracker(TrainerCallback):
             self._log(control, begin=True)
             return
         with self._alone():
-            if self.trainer.accelerator.is_main_process:
+            if self._measures:
                 self._take_start()
         # A run that was stopped must not go on because it was resumed.
         self._check(logged[-1], logged[-1]["step"], control)
@@ -157,7 +160,7 @@ class ForgettingTracker(TrainerCallback):
     def _log(self, control: Any, *, begin: bool = False) -> None:
         trainer, began, found = self.trainer, time.monotonic(), {}
         with self._alone():
-            if trainer.accelerator.is_main_process:
+            if self._measures:
                 if begin:
                     self._take_start()
                 # Before the first update the policy is the start.
@@ -166,13 +169,18 @@ class ForgettingTracker(TrainerCallback):
         self._write({**found, "time/forgetting": time.monotonic() - began})
         self._check(found, trainer.state.global_step, control)
 
+    @property
+    def _measures(self) -> bool:
+        return self.divides or self.trainer.accelerator.is_main_process
+
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Training goes on as if nothing had been computed inside; one process that fails stops all."""
         trainer, training = self.trainer, self.trainer.model.training
         trainer.model.eval()
         seed = seeded(trainer.args.seed, "forgetting", trainer.state.global_step)
-        with failing_together(trainer.accelerator), seed, torch.no_grad():
+        together = dividing() if self.divides else failing_together(trainer.accelerator)
+        with together, seed, torch.no_grad():
             yield
         trainer.model.train(training)
 
@@ -231,18 +239,21 @@ class ForgettingTracker(TrainerCallback):
         answers: list[list[int]] = [[]] * len(prompt_ids)
         role_models, tokenizer = self.role_models, trainer.processing_class
         model = role_models.model(part)
+
+        def draw(batch: list[int]) -> list[list[list[int]]]:
+            return sample_responses(
+                model,
+                tokenizer,
+                [prompt_ids[i] for i in batch],
+                max_new_tokens=self.max_new_tokens,
+                temperature=0,
+                stop_ids=self.reader.end_ids,
+                keep_end=True,
+                bf16=trainer.args.bf16,
+            )
+
         with role_models.role(part):
-            for batch in length_batches([len(ids) for ids in prompt_ids], self.batch_size):
-                drawn = sample_responses(
-                    model,
-                    tokenizer,
-                    [prompt_ids[i] for i in batch],
-                    max_new_tokens=self.max_new_tokens,
-                    temperature=0,
-                    stop_ids=self.reader.end_ids,
-                    keep_end=True,
-                    bf16=trainer.args.bf16,
-                )
+            for batch, drawn in divided(length_batches([len(ids) for ids in prompt_ids], self.batch_size), draw):
                 for i, [ids] in zip(batch, drawn, strict=True):
                     answers[i] = ids
         return answers
@@ -317,10 +328,16 @@ def mean_nll(
     Returns:
         Nats a token, at temperature 1: the mean over all tokens, as rehearsal minimizes it.
     """
-    total = 0.0
-    for batch in length_batches([len(p.prompt_ids) + len(p.response_ids) for p in pairs], batch_size):
-        for group in padded_together(role_models.model(part), [len(pairs[i].prompt_ids) for i in batch]):
-            responses = as_responses([pairs[batch[i]] for i in group], device)
-            logprobs, _ = forward.logprobs(role_models, part, RolloutSlice.of(responses, torch.arange(len(group))), 1.0)
-            total -= logprobs.double().sum().item()
+
+    def nll(batch: list[int]) -> float:
+        responses = as_responses([pairs[i] for i in batch], device)
+        logprobs, _ = forward.logprobs(role_models, part, RolloutSlice.of(responses, torch.arange(len(batch))), 1.0)
+        return -logprobs.double().sum().item()
+
+    together = [
+        [batch[i] for i in group]
+        for batch in length_batches([len(p.prompt_ids) + len(p.response_ids) for p in pairs], batch_size)
+        for group in padded_together(role_models.model(part), [len(pairs[i].prompt_ids) for i in batch])
+    ]
+    total = sum(of_batch for _, of_batch in divided(together, nll))
     return total / sum(len(pair.response_ids) for pair in pairs)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trl_rlaif import distributed
 from trl_rlaif.pipeline import artifacts, machine, redo
 from trl_rlaif.pipeline.redo import Confirm
 from trl_rlaif.pipeline.results import CompareResults
@@ -55,7 +56,7 @@ def run_comparison(
     places = {name: folder / artifacts.VARIANTS / name for name in recipe.variants}
     with folder.locked():
         check_unused(folder, RunOptions(resume=resume))
-        began = machine.machine_of(folder)
+        began = distributed.agreed(lambda: machine.machine_of(folder))
         _rename_arms(folder)
         _ask({places[name]: variant for name, variant in recipe.variants.items()}, confirm)
         prepare(machine.settled(recipe, began), folder, command, began)
@@ -67,20 +68,20 @@ def run_comparison(
                 how: dict[str, Any] = {"resume": True, "command": command, "confirm": lambda _: True, "began": began}
                 runs[name] = run_recipe(variant, plugins, places[name], donors=list(runs.values()), **how)
             publisher.begin(KEY)
-            with kernels(recipe.run.kernels):
+            with kernels(recipe.run.kernels), distributed.dividing():
                 numbers = play(recipe, plugins, folder, runs)
             numbers |= {"variants": {name: _of_variant(run) for name, run in runs.items()}}
             numbers["seconds"] = time.monotonic() - started
             folder.add_results(KEY, numbers)
             say(f"{KEY}: done in {numbers['seconds']:.0f} s. {summary(numbers)}")
-            if recipe.report is not None:
+            if recipe.report is not None and distributed.is_first():
                 write_report(folder.path)
     return folder
 
 
 def _rename_arms(folder: RunFolder) -> None:
     """Variants were called so until 0.1."""
-    if (folder / "arms").is_dir() and not (folder / artifacts.VARIANTS).exists():
+    if distributed.is_first() and (folder / "arms").is_dir() and not (folder / artifacts.VARIANTS).exists():
         (folder / "arms").rename(folder / artifacts.VARIANTS)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from trl_rlaif.distributed import divided
 from trl_rlaif.encoding import template_kwargs
 from trl_rlaif.generation import sample_responses, seeded
 from trl_rlaif.judging.candidates import Candidates
@@ -117,19 +118,20 @@ class LocalJudge(Judge):
         self._choose_precision(scorer, contexts)
         with self._computing():
             scorer.begin(flat)
-        for batch in scorer.batches(contexts, self.batch_tokens):
-            missing = [i for i in batch if fitting[i] not in done]
-            if not missing:
-                continue
+
+        def answers(batch: list[int]) -> list[list[Answer]]:
             # The whole batch, also where a part is known: what is computed together may change the last digits.
-            asked = [groups[fitting[i]] for i in batch]
+            asked = [contexts[i] for i in batch]
             if thinking is None:
-                answers = self._answers(scorer, known, [contexts[i] for i in batch])
-            else:
-                answers = self._behind(scorer, known, asked, [contexts[i] for i in batch], thinking)
-            for i, answer in zip(batch, answers, strict=True):
-                if i in missing:
-                    yield fitting[i], answer
+                return self._answers(scorer, known, asked)
+            return self._behind(scorer, known, [groups[fitting[i]] for i in batch], asked, thinking)
+
+        batches = scorer.batches(contexts, self.batch_tokens)
+        todo = [batch for batch in batches if any(fitting[i] not in done for i in batch)]
+        for batch, found in divided(todo, answers):
+            for i, of_group in zip(batch, found, strict=True):
+                if fitting[i] not in done:
+                    yield fitting[i], of_group
 
     def write(
         self, questions: Sequence[Question], *, max_tokens: int, temperature: float = 0.0, seed: int = 0

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from trl_rlaif.distributed import from_first
 from trl_rlaif.errors import UserError
 from trl_rlaif.judging.judge import Group, Judge
 from trl_rlaif.judging.prompt import JudgePrompt
@@ -106,14 +107,17 @@ class RemoteJudge(Judge):
         def answers(index: int, work: _Work) -> list[Answer]:
             return [self._answer(q, candidates, thinking) for q in groups[index] if not work.stopped]
 
-        return self._each([index for index in range(len(groups)) if index not in done], answers)
+        todo = [index for index in range(len(groups)) if index not in done]
+        return from_first(lambda: self._each(todo, answers))
 
     def write(
         self, questions: Sequence[Question], *, max_tokens: int, temperature: float = 0.0, seed: int = 0
     ) -> list[Written]:
         """As of every judge. Raises as ``ask``."""
         options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
-        written = self._each(range(len(questions)), lambda index, work: self._written(questions[index], options))
+        written = from_first(
+            lambda: self._each(range(len(questions)), lambda index, work: self._written(questions[index], options))
+        )
         return [text for _, text in sorted(written, key=lambda found: found[0])]
 
     def _each(self, todo: Sequence[int], do: Callable[[int, _Work[T]], T]) -> Iterator[tuple[int, T]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_rlaif.data import Pair
+from trl_rlaif.distributed import is_first
 from trl_rlaif.encoding import as_messages
 from trl_rlaif.errors import UserError
 from trl_rlaif.files import append_lines, read_lines, to_json, unsealed, write_state
@@ -93,7 +94,7 @@ class LabelStore:
         self._rows: dict[tuple[str, str], LabelRow] = {}
         content = path.read_bytes() if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
+        if len(whole) < len(content) and is_first():
             with path.open("r+b") as file:
                 file.truncate(len(whole))
         for number, line in enumerate(whole.splitlines(), 1):

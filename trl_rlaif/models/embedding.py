@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from trl_rlaif.batching import pad_rows, token_batches
+from trl_rlaif.distributed import divided
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,15 +31,16 @@ def mean_hidden_states(model: nn.Module, prompts: Sequence[Sequence[int]], *, ba
 
     model.eval()
     device = next(model.parameters()).device
-    found: torch.Tensor | None = None
-    for batch in token_batches([len(p) for p in prompts], batch_tokens):
+
+    def means(batch: list[int]) -> np.ndarray:
         ids, mask = (x.to(device, torch.long) for x in pad_rows(prompts[i] for i in batch))
         hidden = backbone(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.float()
-        means = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        if found is None:
-            found = torch.empty(len(prompts), means.shape[1])
-        found[batch] = means.cpu()
-    return found.numpy()
+        return ((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)).cpu().numpy()
+
+    batches, of_batches = zip(*divided(token_batches([len(p) for p in prompts], batch_tokens), means), strict=True)
+    found = np.empty((len(prompts), of_batches[0].shape[1]), np.float32)
+    found[np.concatenate(batches)] = np.concatenate(of_batches)
+    return found
 
 
 def directions(embeddings: np.ndarray, centre: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from trl_rlaif.batching import token_batches
+from trl_rlaif.distributed import divided
 from trl_rlaif.evaluation.forgetting import answer_pair
 from trl_rlaif.generation import padded_together
 from trl_rlaif.models import forward
@@ -34,15 +35,19 @@ def rewards_of(context: Context, shared: SharedBase, prompts: list[list[int]], e
     role_models, reader = SharedRoleModels(shared), context.reader(shared.model)
     scores = [0.0] * len(pairs)
     batches = token_batches([len(p.prompt_ids) + len(p.response_ids) for p in pairs], BATCH_TOKENS)
-    for batch in (
-        [whole[i] for i in group]
-        for whole in batches
-        for group in padded_together(shared.model, [len(pairs[i].prompt_ids) for i in whole])
-    ):
+
+    def score(batch: list[int]) -> list[float]:
         responses = as_responses([pairs[i] for i in batch], shared.model.device)
         if context.recipe.rl.config.get("score_at_end", True):
             responses = scored_rows(responses, reader)
-        found = forward.scores(role_models, RolloutSlice.of(responses, torch.arange(len(batch))))[:, 0]
-        for i, score in zip(batch, found.tolist(), strict=True):
-            scores[i] = score
+        return forward.scores(role_models, RolloutSlice.of(responses, torch.arange(len(batch))))[:, 0].tolist()
+
+    together = [
+        [whole[i] for i in group]
+        for whole in batches
+        for group in padded_together(shared.model, [len(pairs[i].prompt_ids) for i in whole])
+    ]
+    for batch, found in divided(together, score):
+        for i, one in zip(batch, found, strict=True):
+            scores[i] = one
     return scores

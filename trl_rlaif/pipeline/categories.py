@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trl_rlaif.distributed import dividing
 from trl_rlaif.files import write_atomically
 from trl_rlaif.pipeline import artifacts
 
@@ -39,12 +40,12 @@ def categorized(context: Context, prompts: list[Prompt], tokens: Sequence[Sequen
     from trl_rlaif.models.embedding import directions, mean_hidden_states
     from trl_rlaif.models.shared_model import active_adapter
 
-    with active_adapter(base, None):
-        embeddings = mean_hidden_states(base, tokens)
     # The categories of the first round are those of the later ones, whose seeds are others.
     *earlier, path = (run / artifacts.CLUSTERS for run in (*reversed(context.previous), context.folder))
     of = [wanted, context.recipe.run.seed, context.recipe.model.path]
-    known = _read(next(filter(Path.exists, earlier), path))
+    known = _read(next(filter(Path.exists, earlier), path))  # before another process has computed and written it
+    with active_adapter(base, None), dividing():
+        embeddings = mean_hidden_states(base, tokens)
     if known and (known.get("of", of) == of or (earlier and known["of"][::2] == of[::2])):
         centres, mean = np.array(known["centres"]), np.array(known["mean"])
         found = Clusters(np.empty(0), centres, None).nearest(directions(embeddings, mean))

@@ -19,10 +19,12 @@ from trl_rlaif.data.overlap import prompt_key
 from trl_rlaif.encoding import PromptLike, as_messages, chat_prompt, encode_prompt, is_rendered, set_template_kwargs
 from trl_rlaif.errors import UserError
 from trl_rlaif.files import read_lines, read_state, write_state
+from trl_rlaif.memory.settings import setting
 from trl_rlaif.models.loading import ModelSpec, load_model, load_tokenizer
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.categories import categorized
 from trl_rlaif.pipeline.checkpointing import CHECKPOINTING, settle_checkpointing
+from trl_rlaif.pipeline.inputs import BATCH
 from trl_rlaif.pipeline.judges import Judges
 from trl_rlaif.pipeline.lineage import previous_runs
 from trl_rlaif.pipeline.machine import machine_of, settled
@@ -313,6 +315,9 @@ class Context:
         self.recipe = settle_checkpointing(self.recipe, stage)
         own = {**STAGES[stage].defaults, CHECKPOINTING: getattr(self.recipe, stage).config[CHECKPOINTING]}
         found = defaults | own | config | fixed
+        if distributed.processes() > 1:  # a recipe's batch is that of all processes
+            batch = (found.get(key) or setting(self.recipe, stage, key) for key in BATCH)
+            found |= zip(BATCH, distributed.share_of_batch(*batch), strict=True)
         if found["bf16"] is None:  # as PPOConfig and RewardConfig decide it; TRL's own turn it on
             found["bf16"] = not found.get("fp16") and hardware.computes_bfloat16(hardware.device_type())
         return found

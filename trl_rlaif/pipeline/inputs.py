@@ -19,8 +19,8 @@ from trl_rlaif.recipe.source import KeyPath
 _COMPONENTS = ("sampler", "labeler", "transforms", "selectors")
 # How a judge's server is asked, which changes none of its answers.
 _SERVER = ("api_key_env", "concurrency", "timeout", "max_retries")
-_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
-_SPLIT = " x ".join(_BATCH)
+BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+_SPLIT = " x ".join(BATCH)
 # A checkpoint may be resumed with another one of these; a finished stage is not what they would make of it.
 _LEARNED_TOO = ("bf16", "fp16", "chat_template_path", "steps_per_generation")
 _UNSET = object()
@@ -89,7 +89,7 @@ def default(key: str) -> Any:
 
     section, *path = key.split(".")
     if path == [_SPLIT]:
-        return _product(class_defaults(section).get(name) for name in _BATCH)
+        return _product(class_defaults(section).get(name) for name in BATCH)
     value: Any = _defaults(section)
     for name in path:
         value = value.get(name, _UNSET) if isinstance(value, dict) else _UNSET
@@ -175,10 +175,10 @@ def learned(section: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         for k, v in settings.items()
         if k not in names or names[k] in own or names[k] in _LEARNED_TOO or decides_what_is_learned(names[k])
     }
-    if not set(_BATCH) & set(names.values()):
+    if not set(BATCH) & set(names.values()):
         return kept
-    values = [settings.get(f"{section}.{key}", class_defaults(section).get(key)) for key in _BATCH]
-    split = {f"{section}.{_BATCH[0]}": values[0]} if settings.get(f"{section}.loss_reduction") == "micro_batch" else {}
+    values = [settings.get(f"{section}.{key}", class_defaults(section).get(key)) for key in BATCH]
+    split = {f"{section}.{BATCH[0]}": values[0]} if settings.get(f"{section}.loss_reduction") == "micro_batch" else {}
     return kept | split | {f"{section}.{_SPLIT}": _product(values)}
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from trl_rlaif import distributed
 from trl_rlaif.errors import UserError
 from trl_rlaif.generation import derived_seed
 from trl_rlaif.pipeline import artifacts, digests, lineage, machine, redo, runner, superseding
@@ -107,7 +108,7 @@ def run_rounds(recipe: Recipe, plugins: Plugins, output: str | Path, how: RunOpt
     folder, count = RunFolder(output), recipe.rounds.number
     with folder.locked():
         runner.check_unused(folder, how)
-        began = how.began or machine.machine_of(folder)
+        began = how.began or distributed.agreed(lambda: machine.machine_of(folder))
         planned = _planned(recipe, folder)
         only_in, only_ends = _sorted_out(how.only, planned)
         if messages := [] if how.only else _messages(planned):
@@ -168,6 +169,7 @@ def _finish(recipe: Recipe, plugins: Plugins, folder: RunFolder, how: RunOptions
     rounds = [folder.round(number) for number in range(1, recipe.rounds.number + 1)]
     last = round_recipe(recipe, len(rounds), folder)
     planned = redo.plan(last, folder, without=ENDS)
+    distributed.wait()
     redo.apply(folder, planned, [each for each in planned.values() if each.why])
     # From a time without rounds: sft and judge belong to the first one now.
     superseding.supersede(folder, [STAGES[name] for name in ROUND if name not in planned])
@@ -180,6 +182,7 @@ def _finish(recipe: Recipe, plugins: Plugins, folder: RunFolder, how: RunOptions
     folder.add_results(KEY, {"rows": [_row(run) for run in rounds], "seconds": seconds})
     fingerprints = {name: each.fingerprint for name, each in planned.items()}
     known = lineage.fingerprints_of(lineage.previous_runs(last)) | fingerprints
+    distributed.wait()
     due = redo.plan(_end(recipe, last), folder, known, without=ROUND)
     runner.supersede_changed(folder, due, how.only, how.confirm)
     runner.run_stages(_end(recipe, last), plugins, folder, due, how, publisher)

@@ -80,7 +80,7 @@ def run_recipe(recipe: Recipe, plugins: Plugins, output: str | Path, **options: 
     with folder.locked():
         check_unused(folder, how)
         planned = redo.plan(recipe, folder, without=how.without)
-        began = how.began or machine.machine_of(folder)
+        began = how.began or distributed.agreed(lambda: machine.machine_of(folder))
         recipe = machine.settled(recipe, began)
         machine.say_where(recipe, began)
         _check_only(folder, planned, only)
@@ -111,6 +111,7 @@ def supersede_changed(
     changed = redo.redone(planned, only)
     if changed:
         redo.agree(redo.describe(folder, changed), confirm)
+    distributed.wait()  # until all processes have seen what is there
     redo.apply(folder, planned, changed)
     digests.check(folder, [each.stage for name, each in planned.items() if name not in only and not each.why])
 
@@ -147,6 +148,7 @@ def check_unused(folder: RunFolder, how: RunOptions) -> None:
 
 def prepare(recipe: Recipe, folder: RunFolder, command: str, began: Machine) -> None:
     """Write recipe.yaml, and quiet the libraries."""
+    distributed.wait()  # until all processes have seen what is there
     _write_recipe(recipe, folder, command, began)
     quiet_libraries()
 
@@ -197,11 +199,13 @@ def run_stages(
     from trl_rlaif.pipeline.context import Context, Shard
 
     only, shard = how.only, how.shard
+    distributed.wait()
     context = Context(recipe, folder, plugins, Shard.parse(shard) if shard is not None else None)
     for stage, each in planned.items():
         fingerprint, inputs = each.fingerprint, each.inputs.to_dict()
         if only and stage not in only:
             continue
+        distributed.wait()  # until what the first process wrote is there
         if folder.is_complete(stage, fingerprint) and how.resume and not each.stage.always:
             say(f"{stage}: complete already")
             if shard is not None and stage == "label":
@@ -209,14 +213,15 @@ def run_stages(
             continue
         known = [] if each.stage.always or only else [*how.donors, *superseding.donors(folder)]
         donor = next((run for run in known if run.is_complete(stage, fingerprint)), None)
+        resumed = folder.is_begun(stage, fingerprint)
+        distributed.wait()
         if donor is not None:
             superseding.adopt(folder, each.stage, fingerprint, donor, inputs)
             publisher.skip(stage)
             say(f"{stage}: the same as that of {donor.path.name}")
             continue
-        resumed = folder.is_begun(stage, fingerprint)
         superseding.begin(folder, each.stage, fingerprint, inputs)
-        distributed.wait()  # until it is clear what the stage finds
+        distributed.wait()
         before = publisher.begin(stage, resumed=resumed)
         started = time.monotonic()
         # New adapters are drawn before any trainer sets its seed: a resumed run must draw the same.
@@ -233,6 +238,7 @@ def run_stages(
         digests.complete(folder, each.stage, fingerprint)
         gc.collect()  # trainers are cycles: without this a stage's model would live into the next one
         say(f"{stage}: done in {time.monotonic() - started:.0f} s. {each.stage.summary(numbers)}".rstrip())
+    distributed.wait()
 
 
 def _write_recipe(recipe: Recipe, folder: RunFolder, command: str, began: Machine) -> None:

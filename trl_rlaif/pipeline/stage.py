@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from trl_rlaif.distributed import dividing, is_first
 from trl_rlaif.pipeline.inputs import Inputs, learned, selected, written
 
 if TYPE_CHECKING:
@@ -60,7 +62,8 @@ class Stage:
         trains: It is configured by a trainer's arguments.
         always: It is made again whenever a run gets there: it costs little, and what it shows may have changed.
         prepares: Something that is trained needs it, or follows from it; it comes before the stage rl.
-        shared: Several processes share its work.
+        divides: Several processes divide its batches; else each of them has rows of its own.
+        alone: Of several processes the first one does it.
         one_bar: Its first progress bar is all that it does.
         told: Of what it logs, what ``trl-rlaif status`` tells.
         defaults: Arguments of its trainer that are not the trainer's own defaults; the recipe's take precedence.
@@ -73,7 +76,8 @@ class Stage:
     trains: ClassVar[bool] = False
     always: ClassVar[bool] = False
     prepares: ClassVar[bool] = False
-    shared: ClassVar[bool] = False
+    divides: ClassVar[bool] = True
+    alone: ClassVar[bool] = False
     one_bar: ClassVar[bool] = True
     told: ClassVar[tuple[str, ...]] = ()
     defaults: ClassVar[Mapping[str, Any]] = {}
@@ -121,8 +125,14 @@ class Stage:
     # ---- What it does ---------------------------------------------------------------------------------
 
     def run(self, context: Context) -> Mapping[str, Any]:
-        """Make its outputs, and return its final numbers (trl_rlaif.pipeline.results.Results)."""
-        return self.work(context.recipe)(context)
+        """Make its outputs, and return its final numbers (trl_rlaif.pipeline.results.Results).
+
+        Of several processes all run it, and the first one writes.
+        """
+        if self.alone and not is_first():
+            return {}
+        with dividing() if self.divides else nullcontext():
+            return self.work(context.recipe)(context)
 
     def work(self, recipe: Recipe) -> Callable[[Context], Mapping[str, Any]]:
         """The function that does it, imported now."""

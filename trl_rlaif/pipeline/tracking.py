@@ -49,6 +49,7 @@ def attach(context: Context, trainer: Trainer, shared: SharedBase, **own: Any) -
         stop_below={} if stop is None else {FORGET_SET: 0.5 - stop},
         max_new_tokens=longest_response(context.recipe),
         batch_size=section.batch_size,
+        divides=True,
         **own,
     )
     trainer.add_callback(tracker)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trl_rlaif.batching import pad_rows, token_batches
+from trl_rlaif.distributed import divided
 from trl_rlaif.errors import UserError
 from trl_rlaif.models.kernels import is_plain, token_logprobs_of
 from trl_rlaif.models.shared_model import backbone, inner_model
@@ -35,7 +36,8 @@ def response_logprobs(
     model.eval()
     inner, device = inner_model(model), next(model.parameters()).device
     found = torch.zeros(len(sequences), dtype=torch.float64)
-    for batch in token_batches([len(s) for s in sequences], batch_tokens):
+
+    def of_batch(batch: list[int]) -> torch.Tensor:
         ids, mask = pad_rows(sequences[i] for i in batch)
         first = torch.tensor([prompt_lengths[i] for i in batch])
         wanted = mask & (torch.arange(mask.shape[1]) >= first[:, None])
@@ -50,7 +52,10 @@ def response_logprobs(
             logits = inner(input_ids=ids, attention_mask=mask, use_cache=False).logits[before]
             logprobs = logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         sums = torch.zeros(wanted.shape, dtype=torch.float64, device=device)
-        found[batch] = sums.index_put((rows, columns), logprobs.double()).sum(1).cpu()
+        return sums.index_put((rows, columns), logprobs.double()).sum(1).cpu()
+
+    for batch, summed in divided(token_batches([len(s) for s in sequences], batch_tokens), of_batch):
+        found[batch] = summed
     return found
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from trl_rlaif.batching import packed_batches, token_batches
+from trl_rlaif.distributed import divided
 from trl_rlaif.errors import UserError
 from trl_rlaif.models.kernels import PairRows, sliding_windows, takes_masks, trainable_attention, trial
 from trl_rlaif.models.shared_model import backbone, inner_model
@@ -139,14 +140,17 @@ def score_pairs(
     """
     model.eval()
     scorer, device = PairScorer(model, model, tokens), next(model.parameters()).device
-    scores, expected = [], []
-    for start in range(0, len(examples), batch):
-        rows = collator([examples[i] for i in range(start, min(start + batch, len(examples)))])
+
+    def score(indices: range) -> tuple[torch.Tensor, torch.Tensor | None]:
+        rows = collator([examples[i] for i in indices])
         inputs = {name: x.to(device) for name, x in rows.items() if isinstance(x, torch.Tensor)}
-        scores.append(scorer(**inputs).logits[:, 0].view(2, -1).cpu())
-        if scorer.expected is not None:
-            expected.append(scorer.expected.cpu())
-    chosen, rejected = torch.cat(scores, 1)
+        found = scorer(**inputs).logits[:, 0].view(2, -1).cpu()
+        return found, None if scorer.expected is None else scorer.expected.cpu()
+
+    everything = range(len(examples))
+    scored = [of for _, of in divided([everything[i : i + batch] for i in everything[::batch]], score)]
+    chosen, rejected = torch.cat([of for of, _ in scored], 1)
+    expected = [of for _, of in scored if of is not None]
     return chosen, rejected, torch.cat(expected) if expected else None
 
 

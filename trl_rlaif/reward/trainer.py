@@ -181,8 +181,9 @@ class RewardTrainer(TrlRewardTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.reward_transforms and (Path(checkpoint) / TRANSFORMS).exists():
-            states = load_state(Path(checkpoint) / TRANSFORMS)[self.accelerator.process_index]
-            for transform, state in zip(self.reward_transforms, states, strict=True):
+            states = load_state(Path(checkpoint) / TRANSFORMS)
+            mine = states[min(self.accelerator.process_index, len(states) - 1)]  # fewer processes may have written it
+            for transform, state in zip(self.reward_transforms, mine, strict=True):
                 transform.load_state_dict(state)
 
     def compute_loss(

@@ -160,7 +160,7 @@ class BatchStream:
         """Go to a place in the data. Disturbs torch's global generator; set that afterwards."""
         place = state["batches"]
         torch.set_rng_state(place["start"])
-        if self._order is not None:
+        if self._order is not None and "order" in place:  # a single process has none
             self._order.set_state(place["order"])
         self._iterator, self._taken = None, 0
         self._start = self._generators()

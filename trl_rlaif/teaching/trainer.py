@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
 
+from trl_rlaif.distributed import average_gradients, divided
 from trl_rlaif.judging.candidates import Candidates
 from trl_rlaif.judging.scoring import ContinuationScorer
 from trl_rlaif.models.kernels import training_kernels
@@ -94,9 +96,14 @@ class JudgeTrainer(Trainer):
             return super().train(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As in transformers. Layers that gradient checkpointing computes again are packed as they were."""
+        """As in transformers. Layers that gradient checkpointing computes again are packed as they were.
+
+        Several processes average their gradients here, since no pass goes through DDP.
+        """
         with self.scorer.kept_packed():
-            return super().training_step(*args, **kwargs)
+            loss = super().training_step(*args, **kwargs)
+        average_gradients(self.accelerator, self.model)
+        return loss
 
     def compute_loss(
         self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -115,12 +122,18 @@ class JudgeTrainer(Trainer):
             losses = losses.index_copy(0, torch.tensor(rated, device=p.device), both.view(len(rated), -1).mean(1))
         return (losses.mean(), {}) if return_outputs else losses.mean()
 
-    def prediction_step(
-        self, model: Any, inputs: Mapping[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[torch.Tensor, None, None]:
-        """The loss alone."""
-        with torch.no_grad():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+    @torch.no_grad()
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """The mean loss over the held-out pairs, whose batches several processes divide."""
+        self.model.eval()
+        size, rows = self.args.per_device_eval_batch_size, list(self.eval_dataset)
+
+        def summed(start: int) -> float:
+            batch = rows[start : start + size]
+            return len(batch) * self.compute_loss(self.model, self._prepare_inputs(_collated(batch))).item()
+
+        loss = sum(of_batch for _, of_batch in divided(range(0, len(rows), size), summed)) / len(rows)
+        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss}, len(rows))
 
 
 def _collated(rows: Sequence[Row]) -> dict[str, Any]:

@@ -1,10 +1,18 @@
-"""A recipe's stage rl in two processes, started with ``accelerate launch -m trl_rlaif``."""
+"""Recipes in several processes, started with ``accelerate launch -m trl_rlaif`` or as that starts them."""
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+from pathlib import Path
+
 import pytest
-from helpers.processes import run_in_two
-from helpers.recipes import write_recipe
+import yaml
+from helpers import forked, killing
+from helpers.comparing import differences
+from helpers.processes import environments, run_in_two
+from helpers.recipes import write_prompts, write_recipe, write_rows
 from safetensors.torch import load_file
 
 from trl_rlaif import UserError, distributed
@@ -13,40 +21,97 @@ from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.pipeline.stages import check_processes
 from trl_rlaif.plugins import installed_plugins
-from trl_rlaif.recipe import (
-    DataSection,
-    LabelSection,
-    ModelSection,
-    Recipe,
-    RewardSection,
-    RlSection,
-    RunSection,
-    SampleSection,
-    SftSection,
-    parse_recipe,
-)
+from trl_rlaif.recipe import parse_recipe
 
 pytestmark = pytest.mark.slow
 
+# Of six rows: two processes and three take the same ones as one does.
+_STEP = {"max_steps": 1, "per_device_train_batch_size": 6, "learning_rate": 1e-2}
+_TRAINED = {**_STEP, "max_steps": 2, "save_steps": 1}
+_DPO = {"algorithm": "dpo", **_TRAINED}
+# Averaged gradients are rounded otherwise, and Adam's first steps are as long whatever a gradient's size.
+TOLERANCE = 1e-4
+
+
+def _write(folder: Path, model: str, **sections: object) -> Path:
+    """A recipe with this section rl, beside the pairs that people judged and what is fine-tuned on."""
+    recipe = write_recipe(folder, model, **{**sections, "rl": None})
+    written = yaml.safe_load(recipe.read_text()) | {"rl": sections["rl"]}
+    recipe.write_text(yaml.safe_dump(written))
+    write_prompts(folder / "train.jsonl", 12)
+    said = [{"prompt": f"what is {i}?", "completion": "the fox " * (i % 3 + 1)} for i in range(12)]
+    pairs = [
+        {"id": f"p{i}", "prompt": f"what is {i}?", "response_1": "a city", "response_2": "the fox " * (i % 5 + 1),
+         "human": 1 + i % 2}
+        for i in range(12)
+    ]  # fmt: skip
+    for file, rows in (("sft.jsonl", said), ("pairs.jsonl", pairs)):
+        write_rows(folder / file, rows)
+    return recipe
+
 
 @pytest.fixture(scope="module")
-def labeled(tiny_model, tmp_path_factory):
-    """A run up to the reward model, and the recipe."""
-    folder = tmp_path_factory.mktemp("several")
-    rl = {"per_device_train_batch_size": 2, "selectors": [{"selective_rehearsal": {"clusters": 2, "per_cluster": 2}}]}
+def whole(tiny_model, tmp_path_factory):
+    """A recipe with nearly every stage, and its run in one process."""
+    folder = tmp_path_factory.mktemp("whole")
+    recipe = _write(
+        folder,
+        tiny_model,
+        data={"clusters": 2},
+        judge={"contrasts": [], "pairs": "pairs.jsonl", "evaluations": 1, "warmup_steps": 0, **_STEP},
+        label={"batch_tokens": 300, "compare": {"taught": {"judge": "taught"}}},
+        reward={"eval_fraction": 0.3, **_STEP},
+        rl=_DPO,
+        evaluate={"max_new_tokens": 8, "batch_size": 2},
+    )
+    assert killing.run(recipe, folder / "one") == 0
+    return recipe, folder / "one"
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_recipes_artefacts_are_those_of_one_process(whole, count):
+    recipe, one = whole
+    out = one.parent / str(count)
+    assert killing.run(recipe, out, processes=count) == 0
+    found = differences(one, out)
+    exact = {"pairs.jsonl", *(name for name in found if name.startswith("preferences/"))}
+    assert {name: found[name] for name in exact} == dict.fromkeys(exact, 0.0) and len(exact) > 2
+    adapters = {f"{part}/adapter_model.safetensors" for part in ("judge", "reward", "policy")}
+    assert adapters | {"labels.jsonl", "samples.jsonl", "reward_scores.jsonl", "results.json"} <= found.keys()
+    assert {name: by for name, by in found.items() if by > TOLERANCE} == {}
+    assert 0 < max(found.values())  # rounding: it is compared at all
+
+
+def test_one_that_is_killed_ends_all_and_another_number_goes_on(tiny_model, tmp_path):
+    sections = {"sample": None, "label": None, "reward": None, "evaluate": None, "report": None}
+    data = {"prompts": None, "pairs": "pairs.jsonl", "format": "responses"}
+    recipe = _write(tmp_path, tiny_model, sft={"data": "sft.jsonl", **_TRAINED}, rl=_DPO, data=data, **sections)
+    written = yaml.safe_load(recipe.read_text())
+    del written["data"]["prompts"]
+    recipe.write_text(yaml.safe_dump(written))
+    assert killing.run(recipe, tmp_path / "one") == 0
+    out, log = tmp_path / "out", tmp_path / "log"
+    command = "run", recipe, "--output", out
+    first, second = (forked.start_command(*command, environment=of, output=str(log)) for of in environments(2))
+    saved, deadline = out / "checkpoints" / "sft" / "checkpoint-1" / "content.json", time.monotonic() + 100
+    while not saved.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(second.pid, signal.SIGKILL)
+    first.join(100)
+    first.kill()
+    assert first.exitcode == 1 and "Another process of this run has ended" in log.read_text(), log.read_text()
+    assert not (out / "policy").exists()
+    assert killing.run(recipe, out, processes=3) == 0
+    found = differences(tmp_path / "one", out)
+    assert {"sft/adapter_model.safetensors", "policy/adapter_model.safetensors"} <= found.keys()
+    assert {name: by for name, by in found.items() if by > TOLERANCE} == {}
+
+
+def test_the_first_process_alone_writes_and_speaks(tiny_model, tmp_path):
+    rl = {"selectors": [{"selective_rehearsal": {"clusters": 2, "per_cluster": 2}}]}
     evaluate = {"sets": {"forget": "test.jsonl"}, "track_every": 3}
-    path = write_recipe(folder, tiny_model, rl=rl, evaluate=evaluate)
-    recipe = parse_recipe(path, registry=installed_plugins().registry)
-    run_recipe(recipe, installed_plugins(), folder / "out", only=["sample", "label", "reward"])
-    return path, folder / "out"
-
-
-@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
-def test_the_first_process_alone_writes_and_speaks(labeled, algorithm):
-    path, out = labeled
-    override = f"rl.algorithm={algorithm}"
-    command = ["run", str(path), "--output", str(out), "--only", "rl", "--set", override]
-    printed = run_in_two("ddp", "-m", "trl_rlaif", *command)
+    path, out = write_recipe(tmp_path, tiny_model, rl=rl, evaluate=evaluate), tmp_path / "out"
+    printed = run_in_two("ddp", "-m", "trl_rlaif", "run", str(path), "--output", str(out))
     assert printed.count("rl: done in") == 1 and printed.count("The run is in") == 1
     folder = RunFolder(out)
     numbers = folder.results()["rl"]
@@ -55,10 +120,11 @@ def test_the_first_process_alone_writes_and_speaks(labeled, algorithm):
     assert [row["step"] for row in rows if "objective/scores" in row] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in rows if "forgetting/forget/nll" in row] == [0, 3, 6]
     assert load_file(out / "policy" / "adapter_model.safetensors")
-    # One process goes on from there.
-    recipe = parse_recipe(path, overrides=[override], registry=installed_plugins().registry)
+    assert (out / "report.html").exists()
+    # One process finds nothing to do.
+    recipe = parse_recipe(path, registry=installed_plugins().registry)
     run_recipe(recipe, installed_plugins(), out, resume=True)
-    assert (out / "report.html").exists() and folder.results()["rl"] == numbers
+    assert folder.results()["rl"] == numbers and not (out / "superseded").exists()
 
 
 @pytest.fixture
@@ -79,19 +145,27 @@ def test_another_process_than_the_first_changes_nothing(tmp_path, as_second_of_t
     assert {path.name for path in tmp_path.rglob("*")} == {".state"}
 
 
-def test_another_stage_is_refused_with_the_commands_to_write(as_second_of_two):
-    recipe = Recipe(RunSection(name="x"), ModelSection(path="x"), DataSection(prompts="x"),
-                    sample=SampleSection(), label=LabelSection(), reward=RewardSection(), rl=RlSection())  # fmt: skip
-    with pytest.raises(UserError, match="2 processes share the stage rl alone.*") as error:
+def test_a_line_that_the_first_process_is_writing_is_left_to_it(tmp_path, as_second_of_two):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"a": 1}\n{"a"')
+    assert read_lines(path) == [{"a": 1}]
+    assert path.read_text().endswith('{"a"')
+
+
+def test_batches_that_do_not_divide_are_refused_all_at_once(tmp_path, as_second_of_two):
+    sft, odd = {"data": "train.jsonl", "per_device_train_batch_size": 3}, {"per_device_train_batch_size": 5}
+    recipe = parse_recipe(write_recipe(tmp_path, "x", sft=sft, reward=odd), registry=installed_plugins().registry)
+    with pytest.raises(UserError) as error:
         check_processes(recipe, [])
-    assert "--only sample,label,reward with one process, then --only rl with several" in str(error.value)
-    with pytest.raises(UserError, match="rl alone"):
-        check_processes(recipe, ["label", "rl"])
+    places = {recipe.line((section,)) for section in ("sft", "reward")}
+    assert {problem.where for problem in error.value.problems} == places
+    assert "5 x 1 rows does not divide among 2 processes" in str(error.value)
     check_processes(recipe, ["rl"])
 
 
-def test_one_process_may_run_everything():
-    check_processes(Recipe(RunSection(name="x"), ModelSection(path="x"), DataSection(), sft=SftSection(data="x")), [])
+def test_one_process_may_run_everything(tmp_path):
+    odd = {"per_device_train_batch_size": 5}
+    check_processes(parse_recipe(write_recipe(tmp_path, "x", reward=odd), registry=installed_plugins().registry), [])
     assert distributed.processes() == 1 and distributed.is_first()
 
 

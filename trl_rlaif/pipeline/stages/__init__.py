@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from trl_rlaif import distributed
-from trl_rlaif.errors import UserError
+from trl_rlaif.errors import Problem, UserError
+from trl_rlaif.pipeline.inputs import BATCH
 from trl_rlaif.pipeline.stages.evaluate import Evaluate
 from trl_rlaif.pipeline.stages.judge import Judge
 from trl_rlaif.pipeline.stages.label import Label
@@ -33,23 +35,27 @@ def active_stages(recipe: Recipe) -> dict[str, Stage]:
 
 
 def check_processes(recipe: Recipe, only: Sequence[str]) -> None:
-    """Refuse what several processes would do over and over instead of sharing it.
+    """Refuse a batch that does not divide among the processes, before anything is computed.
 
     Args:
+        recipe: Or its variants, if it has some.
         only: The stages that were asked for; all where there are none.
 
     Raises:
-        UserError: There are several processes, and one of the stages does not share its work. (Labeling is shared
-            out otherwise, by ``--shard``.)
+        UserError: Every stage whose batch does not.
     """
-    processes, active = distributed.processes(), active_stages(recipe)
-    asked = [STAGES.get(name.rpartition("/")[2]) for name in only]  # of a run in rounds: 2/rl
-    if processes == 1 or (only and all(stage is not None and stage.shared for stage in asked)):
+    if distributed.processes() == 1:
         return
-    together = ",".join(name for name, stage in STAGES.items() if stage.shared)
-    before = [name for name, stage in active.items() if stage.prepares]
-    first = f"Run --only {','.join(before)} with one process, then" if before else "Run"
-    raise UserError(
-        f"{processes} processes share the stage {together} alone.",
-        fix=f"{first} --only {together} with several, and --resume with one for what comes behind it.",
-    )
+    from trl_rlaif.memory.settings import setting
+
+    asked = {name.rpartition("/")[2] for name in only} or set(STAGES)  # of a run in rounds: 2/rl
+    problems: dict[str, list[Problem]] = {}
+    for each in recipe.variants.values() or [recipe]:
+        for name in (name for name, stage in active_stages(each).items() if stage.trains and name in asked):
+            try:
+                distributed.share_of_batch(*(setting(each, name, key) for key in BATCH))
+            except UserError as error:
+                where = each.line((name,))
+                problems[where] = [replace(problem, where=where) for problem in error.problems]
+    if problems:
+        raise UserError.from_problems([problem for found in problems.values() for problem in found])

@@ -18,6 +18,7 @@ class Report(Stage):
     name = "report"
     outputs = (artifacts.REPORT, artifacts.PLOTS)
     always = True
+    alone = True
 
     def settings(self, recipe: Recipe) -> tuple[str, ...]:
         return ()

@@ -44,7 +44,7 @@ class Rl(Stage):
     )
     companions = (artifacts.PREFERENCES,)
     trains = True
-    shared = True
+    divides = False
     told = (
         "objective/scores",
         "objective/kl",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from trl_rlaif.batching import length_batches
 from trl_rlaif.data import Prompt
 from trl_rlaif.data.overlap import prompt_key
+from trl_rlaif.distributed import divided
 from trl_rlaif.evaluation import bootstrap_mean, win_rate
 from trl_rlaif.evaluation.forgetting import answer_pair, better_half, mean_nll
 from trl_rlaif.evaluation.judge_panel import MAIN, ask_judges, check_servers, judged_numbers
@@ -151,19 +152,22 @@ def _responses(
     section, stops = context.recipe.evaluate, context.stop_ids(shared.model)
     responses: list[list[list[int]]] = [[]] * len(prompts)
     batch_size = max(1, section.batch_size // section.num_responses)
+
+    def draw(batch: list[int]) -> list[list[list[int]]]:
+        with seeded(context.recipe.run.seed, "evaluate", *(prompts[i].id for i in batch)):
+            return sample_responses(
+                shared.model,
+                context.tokenizer,
+                [tokens[i] for i in batch],
+                num_responses=section.num_responses,
+                max_new_tokens=length,
+                temperature=section.temperature,
+                stop_ids=stops,
+                keep_end=True,
+            )
+
     with progress_bar(f"Answering ({description})", len(prompts), unit="prompts") as advance, shared.role(role):
-        for batch in length_batches([len(t) for t in tokens], batch_size):
-            with seeded(context.recipe.run.seed, "evaluate", *(prompts[i].id for i in batch)):
-                drawn = sample_responses(
-                    shared.model,
-                    context.tokenizer,
-                    [tokens[i] for i in batch],
-                    num_responses=section.num_responses,
-                    max_new_tokens=length,
-                    temperature=section.temperature,
-                    stop_ids=stops,
-                    keep_end=True,
-                )
+        for batch, drawn in divided(length_batches([len(t) for t in tokens], batch_size), draw):
             for i, of_prompt in zip(batch, drawn, strict=True):
                 responses[i] = of_prompt
             advance(len(batch))

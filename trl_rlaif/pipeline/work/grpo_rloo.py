@@ -12,7 +12,6 @@ from typing import Any
 from peft import PeftModel
 from trl import RLOOTrainer
 
-from trl_rlaif import distributed
 from trl_rlaif.algorithms import ALGORITHMS
 from trl_rlaif.compat.ppo_trainer import without_dropout, work_out_batches
 from trl_rlaif.encoding import set_template_kwargs
@@ -191,7 +190,7 @@ def trainer_config(context: Context) -> tuple[Any, list[str]]:
     algorithm = ALGORITHMS[section.algorithm]
     config_class = algorithm.config_class()
     with settings_of(context.recipe, "rl"):
-        own, unused = group_arguments(section.config, config_class, algorithm.renamed, distributed.processes())
+        own, unused = group_arguments(section.config, config_class, algorithm.renamed)
     arguments = context.trainer_arguments("rl", own) | rl_setup.saving(own)
     kwargs = context.recipe.model.chat_template_kwargs
     defaults = {"chat_template_kwargs": kwargs} if kwargs else {}

@@ -19,9 +19,11 @@ from trl_rlaif.evaluation import agreement, calibration_error, position_bias, st
 from trl_rlaif.files import to_line, write_atomically, write_folder
 from trl_rlaif.labels import LabelStore
 from trl_rlaif.labels.store import pair_key
+from trl_rlaif.memory.settings import setting
 from trl_rlaif.models.shared_model import active_adapter, save_adapter
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.context import Context
+from trl_rlaif.pipeline.inputs import BATCH
 from trl_rlaif.pipeline.preferences import HUMAN_P
 from trl_rlaif.pipeline.results import JudgeResults
 from trl_rlaif.pipeline.run_folder import RunFolder
@@ -155,7 +157,8 @@ def trainer_config(context: Context) -> TrainingArguments:
     }  # fmt: skip
     with settings_of(context.recipe, "judge"):
         arguments = context.trainer_arguments("judge", section.config)
-        arguments.setdefault("per_device_eval_batch_size", arguments.get("per_device_train_batch_size", 8))
+        rows = setting(context.recipe, "judge", BATCH[0])
+        arguments.setdefault("per_device_eval_batch_size", rows)
         return TrainingArguments(**arguments | stopping | {"remove_unused_columns": False})
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from trl_rlaif.batching import length_batches
 from trl_rlaif.data import Pair, Prompt
 from trl_rlaif.data.splitting import unusable
+from trl_rlaif.distributed import divided
 from trl_rlaif.encoding import is_rendered, without_end_of_turn
 from trl_rlaif.errors import UserError
 from trl_rlaif.files import append_lines, read_lines, to_line, write_atomically
@@ -72,12 +73,9 @@ def _sample_pairs(context: Context) -> SampleResults:
     at_once = 1 if section.sampler else section.num_responses
     batches = length_batches([len(t) for t in tokens], max(1, section.batch_size // at_once))
     with progress_bar("Sampling", len(prompts), len(done), "prompts") as advance, policy.role:
-        for batch in batches:
-            todo = [i for i in batch if prompts[i].id not in done]
-            if not todo:
-                continue
-            # The whole batch is drawn again even where a kill left part of it: the draws depend on it.
-            rows = sampler.draw([prompts[i] for i in batch], [tokens[i] for i in batch])
+        # The whole batch is drawn again even where a kill left part of it: the draws depend on it.
+        todo = [batch for batch in batches if any(prompts[i].id not in done for i in batch)]
+        for _, rows in divided(todo, lambda of: sampler.draw([prompts[i] for i in of], [tokens[i] for i in of])):
             fresh = [row for row in rows if row["id"] not in done]
             append_lines(partial, fresh)
             done |= {row["id"]: row for row in fresh}
@@ -91,7 +89,7 @@ def _sample_pairs(context: Context) -> SampleResults:
     if revisions:
         write_atomically(context.folder / artifacts.REVISIONS, "".join(map(to_line, revisions)))
     _write_pairs(context, pairs)
-    partial.unlink()
+    partial.unlink(missing_ok=True)
     numbers: SampleResults = {"revisions": len(revisions)} if section.sampler else {}
     return numbers | {
         "prompts": len(prompts),

@@ -29,7 +29,7 @@ def scoring_settings(args: PPOConfig) -> dict[str, Any]:
 
 
 def group_arguments(
-    written: Mapping[str, Any], config_class: type, renamed: Mapping[str, str], processes: int = 1
+    written: Mapping[str, Any], config_class: type, renamed: Mapping[str, str]
 ) -> tuple[dict[str, Any], list[str]]:
     """The arguments of a GRPOConfig or RLOOConfig, and the keys of which nobody makes use.
 
@@ -37,7 +37,6 @@ def group_arguments(
         written: The recipe's keys: PPOConfig's or the class's own, which win where both say the same.
         config_class: Of TRL.
         renamed: PPOConfig's keys that are called otherwise there.
-        processes: That train together.
 
     Raises:
         UserError: The responses of an optimizer step cannot be divided into groups.
@@ -49,7 +48,7 @@ def group_arguments(
             own.setdefault(theirs, written[ours])
     # The documented default of kl_coef holds for every algorithm with a KL to the reference; GRPOConfig's own is 0.
     own.setdefault("beta", PPOConfig.kl_coef)
-    batch = _responses_a_step(own) * processes
+    batch = _responses_a_step(own)
     own.setdefault("num_generations", _generations(batch))
     if "total_episodes" in written and "max_steps" not in own:
         # A step for each batch of new responses, as often as each is used.

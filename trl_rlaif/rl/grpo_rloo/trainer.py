@@ -139,7 +139,7 @@ class ScorerCallback(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         kept = kept_state(folder)
         if kept is not None:
-            mine = part_of_process(kept["processes"], scorer.accelerator, folder)
+            mine = part_of_process(kept["processes"], scorer.accelerator)
             scorer.rewards.load_state_dict(mine)
             scorer.rehearsal.load_state_dict(mine)
 

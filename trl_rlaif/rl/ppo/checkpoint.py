@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import nn
+from transformers import set_seed
 
 from trl_rlaif import content, run_identity
 from trl_rlaif.errors import UserError
 from trl_rlaif.files import sync
-from trl_rlaif.generation import random_state, set_random_state
+from trl_rlaif.generation import derived_seed, random_state, set_random_state
 from trl_rlaif.progress import say
 from trl_rlaif.rl import deepspeed
 from trl_rlaif.states import load_state, save_state
@@ -182,8 +183,8 @@ class Checkpoints:
         """Put everything back as it was when a checkpoint was written; begin afresh where ``find`` finds none.
 
         Raises:
-            UserError: The checkpoint belongs to a run with other settings or prompts, another model, other transforms
-                or another number of processes.
+            UserError: The checkpoint belongs to a run with other settings or prompts, another model or other
+                transforms; or, with DeepSpeed, another number of processes.
             RunError: A file of it is damaged.
         """
         folder = find(self.args.output_dir, wanted)
@@ -194,7 +195,7 @@ class Checkpoints:
     def _load(self, folder: Path) -> None:
         run_identity.check(folder, self.identity())
         state = load_state(folder / _TRAINING)
-        parameters, mine = self._trainable(), part_of_process(state["processes"], self.accelerator, folder)
+        parameters, mine = self._trainable(), part_of_process(state["processes"], self.accelerator)
         if parameters.keys() != state["parameters"].keys():
             raise UserError("The checkpoint belongs to another model or LoRA configuration.", where=str(folder))
         self.rewards.load_state_dict(mine)
@@ -218,22 +219,24 @@ class Checkpoints:
         random.setstate(mine["python"])
         np.random.set_state(mine["numpy"])
         set_random_state((mine["torch"], mine["cuda"]))
+        if self.accelerator.process_index >= len(state["processes"]):
+            set_seed(derived_seed(self.args.seed, self.state.global_step, self.accelerator.process_index))
 
 
 def _joined(parts: Sequence[Part]) -> dict[str, Any]:
     return {name: value for part in parts for name, value in part.state_dict().items()}
 
 
-def part_of_process(parts: Sequence[Any], accelerator: Accelerator, folder: Path) -> Any:
-    """This process's part of a checkpoint.
+def part_of_process(parts: Sequence[Any], accelerator: Accelerator) -> Any:
+    """This process's part of a checkpoint; the last one's where fewer processes wrote it.
 
     Raises:
-        UserError: It was written by another number of processes.
+        UserError: It was written by another number of processes, and its optimizer is shared out among them.
     """
-    if len(parts) != accelerator.num_processes:
+    if deepspeed.enabled(accelerator) and len(parts) != accelerator.num_processes:
         what = f"The checkpoint was written by {len(parts)} processes; these are {accelerator.num_processes}."
-        raise UserError(what, where=str(folder))
-    return parts[accelerator.process_index]
+        raise UserError(what, fix="With DeepSpeed, resume with as many.")
+    return parts[min(accelerator.process_index, len(parts) - 1)]
 
 
 def find(folder: str | Path, wanted: str | Path | bool | None) -> Path | None:
