@@ -1,0 +1,140 @@
+"""Every packaged recipe in one process, in two and in three: by how much its artefacts differ.
+
+    python benchmarks/processes.py --output benchmarks/results/processes.md
+
+The recipes are made tiny (tests/helpers/packaged.py), with batches of twelve rows and a single step of each trainer:
+the rows fill the batches. Compared are all artefacts, without times (tests/helpers/comparing.py). Where ``rl`` draws
+responses, the policy is another one in each run: then the stages before it are compared, and ``evaluate`` is made again
+by several processes in a copy of the run of one.
+Exit code 1 where artefacts differ by more than --tolerance, or a run fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+os.environ["OMP_NUM_THREADS"] = "1"  # a product's last digits depend on it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from helpers import killing, packaged  # noqa: E402  (the tests' helpers are no package)
+from helpers.comparing import differences  # noqa: E402
+
+from trl_rlaif.pipeline.stages import STAGES  # noqa: E402
+from trl_rlaif.recipe import packaged_recipes  # noqa: E402
+
+COUNTS = (2, 3)
+_ROWS = 12
+_SMALL = {"per_device_train_batch_size": _ROWS, "max_steps": 1, "total_episodes": _ROWS, "num_generations": 2}
+_STEP = {"max_steps": 1, "per_device_train_batch_size": _ROWS}
+_DRAWING = {"total_episodes": _ROWS, "response_length": 4, "per_device_train_batch_size": _ROWS}
+_DATA = {"prompts": 20, "pairs": 20, "data": _ROWS}
+# What is made before rl draws responses: the same whatever it draws.
+_BEFORE_RL = {name for stage in STAGES.values() if stage.prepares for name in (*stage.outputs, *stage.companions)}
+
+
+def main() -> int:
+    """Run, compare, write; the exit code."""
+    args = _arguments()
+    names = [name for name in packaged_recipes() if args.only in name]
+    rows: list[str] = []
+    worst = 0.0
+    with tempfile.TemporaryDirectory(prefix="processes-") as scratch:
+        model = packaged.save_model(Path(scratch) / "model")
+        for name in names:
+            folder = Path(scratch) / name
+            folder.mkdir()
+            found = {count: _compared(packaged_recipes()[name], model, folder, count) for count in (1, *COUNTS)}
+            worst = max([worst, *(by for of in found.values() for by in of.values())])
+            rows.append(_row(name, {count: found[count] for count in COUNTS}))
+            print(rows[-1], flush=True)
+            if args.output:
+                args.output.write_text(_table(args, rows, worst), encoding="utf-8")
+    return 1 if worst > args.tolerance else 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="recipes whose name holds this")
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="of a number, relative to it where it is above 1")
+    parser.add_argument("--output", type=Path, help="the table, in Markdown")
+    return parser.parse_args()
+
+
+def _compared(recipe: Path, model: str, folder: Path, count: int) -> dict[str, float]:
+    """Run a recipe in so many processes; by artefact the difference from the run of one, which comes first."""
+    written = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    draws = "rl" in written and written["rl"].get("algorithm") != "dpo"
+    options = [word for text in _overrides(recipe, written, model, folder) for word in ("--set", text)]
+    one, out = folder / "1", folder / str(count)
+    _run(recipe, out, count, options)
+    if count == 1:
+        return {}
+    found = differences(one, out)
+    if draws:
+        found = {name: by for name, by in found.items() if _is_before_rl(name, written)}
+    if draws and "evaluate" in written and "compare" not in written:
+        again = folder / f"{count}-evaluate"
+        shutil.copytree(one, again)
+        _run(recipe, again, count, [*options, "--only", "evaluate"])
+        found |= {name: by for name, by in differences(one, again).items() if name == "samples.jsonl"}
+    return found
+
+
+def _overrides(recipe: Path, written: Mapping[str, Any], model: str, folder: Path) -> Iterator[str]:
+    dpo = (written.get("rl") or {}).get("algorithm") == "dpo"
+    bounds = {"sft": _STEP, "reward": _STEP, "judge": _STEP, "rl": _STEP if dpo else _DRAWING}
+    small, data = packaged.SMALL | _SMALL, packaged.DATA | _DATA
+    yield from packaged.tiny_overrides(recipe, model, folder, small=small, bounds=bounds, data=data)
+
+
+def _is_before_rl(name: str, written: Mapping[str, Any]) -> bool:
+    """Whether an artefact was made before the policy first drew responses to train on."""
+    parts = name.split("/")
+    if "compare" in written or "rounds" in written:
+        kind, which, *parts = parts if len(parts) > 2 else ["", "", *parts]
+        if kind != "variants" and (kind, which) != ("rounds", "1"):
+            return False
+    return parts[0] in _BEFORE_RL
+
+
+def _run(recipe: Path, out: Path, count: int, options: list[str]) -> None:
+    code = killing.run(recipe, out, processes=count, options=options)
+    if code:
+        raise SystemExit(
+            f"{recipe.stem} in {count} processes: exit code {code}\n{Path(f'{out}.log').read_text()[-4000:]}"
+        )
+
+
+def _row(name: str, found: Mapping[int, Mapping[str, float]]) -> str:
+    cells = []
+    for of_count in found.values():
+        artefact, largest = max(of_count.items(), key=lambda one: one[1], default=("", 0.0))
+        said = f", {largest:.1e} ({artefact})" if largest else ""
+        cells.append(f"{sum(by == 0 for by in of_count.values())} of {len(of_count)}{said}")
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def _table(args: argparse.Namespace, rows: list[str], worst: float) -> str:
+    said = "nothing but numbers differs" if math.isfinite(worst) else "more than numbers differs"
+    return "\n".join([
+        "# One, two and three processes", "",
+        "`python benchmarks/processes.py`, on a CPU with one thread per process.", "",
+        f"The largest difference of a number is {worst:.1e}; {said}.", "",
+        "Of all artefacts that were compared, those of which every byte is that of one process; and the largest "
+        "difference, relative to the number where that is above 1:", "",
+        "| recipe | two processes | three processes |", "|---|---|---|", *rows, "",
+    ])  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
