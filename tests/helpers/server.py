@@ -344,7 +344,7 @@ def _thoughtful(choice: dict[str, Any], field: str, budget: int) -> dict[str, An
 
 def _serve() -> None:
     _Handler.state = _State()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), _Handler)
     print(server.server_address[1], flush=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     sys.stdin.read()  # ends with the process that started this one, however that ends
@@ -359,9 +359,11 @@ class ScriptedServer:
 
     Args:
         port: On loopback.
+        process: Its own.
     """
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, process: subprocess.Popen[str]) -> None:
+        self.port, self._process = port, process
         self.root = f"http://127.0.0.1:{port}"
         self.base_url = f"{self.root}/v1"
         self._start = 0
@@ -375,6 +377,11 @@ class ScriptedServer:
     def set(self, **values: Any) -> None:
         """``delay``: seconds before every answer. ``healed``: no more faults. ``names``: what vLLM has for tokens."""
         self._call(values)
+
+    def kill(self) -> None:
+        """As a power cut would; a fresh one may then have its port."""
+        self._process.kill()
+        self._process.wait()
 
     def forget(self) -> None:
         """``requests`` begins anew."""
@@ -392,16 +399,16 @@ class ScriptedServer:
 
 
 @contextlib.contextmanager
-def scripted_server() -> Iterator[ScriptedServer]:
-    """A fresh server process, gone at the end."""
+def scripted_server(port: int = 0) -> Iterator[ScriptedServer]:
+    """A fresh server process, gone at the end; 0 is any free port."""
     process = subprocess.Popen(
-        [sys.executable, "-I", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-I", __file__, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     try:
-        yield ScriptedServer(int(process.stdout.readline()))
+        yield ScriptedServer(int(process.stdout.readline()), process)
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
 
 
 if __name__ == "__main__":

@@ -632,10 +632,14 @@ def test_the_address_may_stand_in_the_environment(server, monkeypatch):
 def test_a_missing_package_is_named_with_its_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(UserError, match=r"pip install 'trl-rlaif\[openai\]'"):
-        Server(base_url="http://127.0.0.1:9/v1").client()
+        RemoteJudge("scripted", PROMPT, Server(base_url="http://127.0.0.1:9/v1"))
 
 
 # ---- A run ------------------------------------------------------------------------------------------------
+
+
+def judge_section(base_url):
+    return {"backend": "openai", "path": "scripted", "base_url": base_url, "max_retries": 1}
 
 
 def server_recipe(folder, model, server, **label):
@@ -646,7 +650,7 @@ def server_recipe(folder, model, server, **label):
     ]
     rows[3]["prompt"] += " [[fault=500]]"
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    judge = {"backend": "openai", "path": "scripted", "base_url": server.base_url, "max_retries": 1}
+    judge = judge_section(server.base_url)
     left_out = dict.fromkeys(("sample", "reward", "rl", "evaluate"))
     data = {"prompts": None, "eval_prompts": None, "pairs": "pairs.jsonl"}
     return tiny_recipe(folder, model, data=data, label={"judge": judge, "labeler": "distilled"} | label, **left_out)
@@ -683,3 +687,20 @@ def test_a_run_skips_what_fails_and_asks_it_again_later(tmp_path, tiny_model, se
     assert (results["labeled"], results["made"], results["skipped"]) == (5, 1, {})
     labels = {number[row["id"]]: row for row in read_lines(folder / "labels.jsonl")}  # the last line counts
     assert labels[3]["p_12"] == pytest.approx(share("good " * 3 + "fox", "good dog"), abs=1e-9)
+
+
+def test_labels_are_the_same_wherever_the_model_is_served(tmp_path, tiny_model, server):
+    """Another address, or several, neither redo the stage nor ask anything again."""
+    plugins = installed_plugins()
+    server.set(healed=True)
+    one = run_recipe(server_recipe(tmp_path, tiny_model, server), plugins, tmp_path / "out")
+    before = read_lines(one / "labels.jsonl")
+    with scripted_server() as other:
+        server.forget()
+        recipe = server_recipe(tmp_path, tiny_model, server, judge=judge_section([other.base_url, server.base_url]))
+        assert run_recipe(recipe, plugins, tmp_path / "out", resume=True).results()["label"]["made"] == 5
+        assert not server.requests and not other.requests
+        two = run_recipe(recipe, plugins, tmp_path / "two")
+        assert server.requests and other.requests
+    assert read_lines(one / "labels.jsonl") == before
+    assert sorted(map(str, read_lines(two / "labels.jsonl"))) == sorted(map(str, before))

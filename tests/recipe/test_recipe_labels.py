@@ -132,6 +132,17 @@ class TestServerJudge:
         problem = only(self.HEAD + f"    path: x\n    base_url: '{address}'\n")
         assert problem.where == "recipe.yaml:8" and "such as http://localhost:8000/v1" in problem.fix
 
+    def test_several_servers(self, parse, only):
+        several = ["http://a:8000/v1", "http://b:8000/v1"]
+        assert parse(self.HEAD + f"    path: x\n    base_url: {several}\n").label.judge.base_url == several
+        for wrong, said in (
+            ([], "Write"),
+            (["http://a/v1", "b"], "such as http://localhost:8000/v1"),
+            (["http://a/v1", "http://a/v1/"], "Name each server once."),
+        ):
+            problem = only(self.HEAD + f"    path: x\n    base_url: {wrong}\n")
+            assert problem.where == "recipe.yaml:8" and said in problem.fix, problem
+
     def test_the_keys_of_the_other_form_are_not_offered(self, only):
         """A server's key on a local judge is no misspelling of itself."""
         problem = only(HEAD + "  judge:\n    path: gpt2\n    base_url: http://localhost\n")

@@ -188,7 +188,7 @@ class RemoteJudge(Judge):
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise UserError(
                 f"The judge's server refuses the request: {_short(error)}",
-                where=self._connection.address,
+                where=self._connection.address_of(error),
                 fix=f"Check judge.path, judge.base_url and the key in {self.server.api_key_env}.",
             ) from None
 
@@ -209,12 +209,12 @@ class RemoteJudge(Judge):
                 fix="Start it again, then go on with --resume: what it has said is kept. A slow one needs a longer "
                 "judge.timeout.",
             )
-        return f"{_short(error)} ({self._connection.address})"
+        return f"{_short(error)} ({self._connection.address_of(error)})"
 
     def _not_found(self, error: Exception) -> UserError:
         """Which of the two is wrong, the model's name or the address."""
         fix = f"Check judge.path, judge.base_url and the key in {self.server.api_key_env}."
-        names, address = self._connection.models(), self._connection.address
+        names, address = self._connection.models(error), self._connection.address_of(error)
         if names and self.name not in names:
             fix = f"Set judge.path to one of its models: {', '.join(names[:20])}."
         elif not names and not address.rstrip("/").endswith("/v1"):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from trl_rlaif.errors import RunError, UserError
+from trl_rlaif.judging.pool import ServerPool
 from trl_rlaif.judging.question import Message, Question
 from trl_rlaif.progress import say
 
@@ -28,7 +28,8 @@ class Server:
     """How a judge's server is talked to.
 
     Args:
-        base_url: None takes OPENAI_BASE_URL, or OpenAI's own.
+        base_url: None takes OPENAI_BASE_URL, or OpenAI's own. Of several, all with the same model on the same kind of
+            server, each request goes to the least busy.
         api_key_env: The environment variable that holds the key. Local servers need none.
         api: ``chat`` asks with messages, ``completions`` with plain text (base models).
         prefill: The server lets a chat answer begin with given text (vLLM's continue_final_message); ``auto`` finds out
@@ -38,7 +39,7 @@ class Server:
         votes: Where log-probabilities cannot be had: answers to sample instead. 0 gives up on the question.
         tolerance: How much of the candidates' mass, in [0, 1], may hide behind the likeliest tokens. A candidate that
             is not among them is no likelier than the least of them, and counts as that.
-        concurrency: Requests at once.
+        concurrency: Requests at once, on all servers together.
         timeout: Seconds that a request may take.
         max_retries: After a rate limit, a server error, a dropped connection or a timeout. The wait grows,
             and what the server asks for (Retry-After) is honoured.
@@ -47,7 +48,7 @@ class Server:
         extra_body: Further fields of every request's body.
     """
 
-    base_url: str | None = None
+    base_url: str | Sequence[str] | None = None
     api_key_env: str = "OPENAI_API_KEY"
     api: Literal["chat", "completions"] = "chat"
     prefill: Literal["auto"] | bool = "auto"
@@ -59,23 +60,6 @@ class Server:
     max_retries: int = 6
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     extra_body: Mapping[str, Any] = field(default_factory=dict)
-
-    def client(self) -> OpenAI:
-        """The official client.
-
-        Raises:
-            UserError: The package openai is not installed, or a key is needed and not set.
-        """
-        try:
-            from openai import OpenAI
-        except ImportError:
-            raise UserError(
-                "A judge on a server needs the package openai.", fix="pip install 'trl-rlaif[openai]'"
-            ) from None
-        key = os.environ.get(self.api_key_env)
-        if key is None and not (self.base_url or os.environ.get("OPENAI_BASE_URL")):
-            raise UserError(f"The environment variable {self.api_key_env} holds no key for the judge's server.")
-        return OpenAI(base_url=self.base_url, api_key=key or "none", timeout=self.timeout, max_retries=self.max_retries)
 
 
 class ServerGone(RunError, UserError):
@@ -102,7 +86,7 @@ class Connection:
 
     def __init__(self, model: str, server: Server) -> None:
         self.model, self.server = model, server
-        self._client = server.client()
+        self._servers = ServerPool(server)
         # Found out by the first question; until then it is asked alone.
         self.prefills = server.prefill if server.api == "chat" else False
         self._known, self._names, self._lists = False, False, True
@@ -113,8 +97,18 @@ class Connection:
 
     @property
     def address(self) -> str:
-        """Where the server is."""
-        return str(self._client.base_url)
+        """Where the server is, or all of them are."""
+        return ", ".join(self._servers.addresses)
+
+    def address_of(self, error: Exception) -> str:
+        """Where the server is that an error came from; where all are, if the error does not say."""
+        client = self._origin(error)
+        return self.address if client is None else str(client.base_url)
+
+    def _origin(self, error: Exception) -> OpenAI | None:
+        import openai
+
+        return self._servers.origin(error) if isinstance(error, openai.APIError) else None
 
     @property
     def continues(self) -> bool:
@@ -125,10 +119,13 @@ class Connection:
         """Tell the user something about this server."""
         say(f"Judge {self.model} at {self.address}: {text}")
 
-    def models(self) -> list[str]:
-        """The names that the server knows; empty where it does not tell."""
+    def models(self, error: Exception) -> list[str]:
+        """The names that the server knows from which an error came; empty where it does not tell."""
+        client = self._origin(error)
+        if client is None:
+            return []
         try:
-            return sorted(model.id for model in self._client.with_options(max_retries=0, timeout=5).models.list())
+            return sorted(model.id for model in client.with_options(max_retries=0, timeout=5).models.list())
         except Exception:  # whatever a server that is none of OpenAI's kind answers
             return []
 
@@ -233,10 +230,12 @@ class Connection:
         """Token ids by vLLM's /tokenize, which is not below /v1; empty where there is no such thing."""
         import openai
 
-        url = self.address.rstrip("/").removesuffix("/v1") + "/tokenize"
+        def send(client: OpenAI) -> Any:
+            url = str(client.base_url).rstrip("/").removesuffix("/v1") + "/tokenize"
+            return client.with_options(max_retries=0).post(url, cast_to=object, body={"model": self.model, **body})
+
         try:
-            client = self._client.with_options(max_retries=0)
-            answer: Any = client.post(url, cast_to=object, body={"model": self.model, **body})
+            answer = self._servers.request(send)
             return [int(token) for token in answer["tokens"]]
         except (openai.APIError, ValueError, TypeError, KeyError):
             return []
@@ -268,13 +267,15 @@ class Connection:
         if self.server.api == "completions":
             body = {**self.server.extra_body, **body}
             extra = {"extra_body": body} if body else {}
-            made = self._client.completions.create(model=self.model, prompt=_plain(question), **options, **extra)
+            asked = {"model": self.model, "prompt": _plain(question)} | options | extra
+            made = self._servers.request(lambda client: client.completions.create(**asked))
         else:
             prefills = self.prefills is True if prefills is None else prefills
             body = self._body(prefills, thinks) | body
             extra = {"extra_body": body} if body else {}
             messages = self._messages(question, None if prefills else instruction)
-            made = self._client.chat.completions.create(model=self.model, messages=messages, **options, **extra)
+            asked = {"model": self.model, "messages": messages} | options | extra
+            made = self._servers.request(lambda client: client.chat.completions.create(**asked))
         if not getattr(made, "choices", None):
             raise Unreadable("the server's answer holds no choice")
         return list(made.choices)

@@ -17,8 +17,8 @@ from trl_rlaif.recipe.source import KeyPath
 
 # Keys whose entries are plugins' components: a name, or {name: {option: value}}.
 _COMPONENTS = ("sampler", "labeler", "transforms", "selectors")
-# How a judge's server is asked, which changes none of its answers.
-_SERVER = ("api_key_env", "concurrency", "timeout", "max_retries")
+# How and where a judge's server is asked, which changes none of its answers: the model's name stands for it.
+_SERVER = ("base_url", "api_key_env", "concurrency", "timeout", "max_retries")
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _SPLIT = " x ".join(BATCH)
 # A checkpoint may be resumed with another one of these; a finished stage is not what they would make of it.

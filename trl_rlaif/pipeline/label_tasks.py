@@ -48,7 +48,8 @@ def label_key(context: Context, task: LabelTask) -> LabelKey:
     if isinstance(judge, ServerJudgeSection):
         name = judge.path
         listed = 20 if judge.top_logprobs == "auto" else judge.top_logprobs  # or more, if need be
-        revision = f"{judge.base_url} {judge.api} {judge.prefill} {judge.votes} {listed}"
+        # The model's name stands for it, wherever it is served: another address, or several, give the same labels.
+        revision = f"{judge.api} {judge.prefill} {judge.votes} {listed}"
         revision += _told(judge.chat_template_kwargs) + _told(judge.extra_body)
     else:
         spec = context.model_spec if isinstance(judge, str) else model_spec(judge)

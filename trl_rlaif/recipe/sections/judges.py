@@ -23,6 +23,16 @@ from trl_rlaif.teaching import KINDS as CONTRASTS
 from trl_rlaif.teaching import Contrast
 
 
+def _addresses(value: str | list[str] | None) -> str | list[str] | None:
+    """Refuse what no request can be sent to, and a server that is named twice."""
+    named = value if isinstance(value, list) else [value] if value is not None else []
+    for address in named:
+        web_address(address)
+    if len({address.rstrip("/") for address in named}) < len(named):
+        raise ValueError("Name each server once.")
+    return value
+
+
 class JudgeSection(Section):
     """A judge that is a model of its own, in this process."""
 
@@ -42,8 +52,10 @@ class ServerJudgeSection(Section):
 
     backend: Literal["openai"] = Field(description="openai: any server that speaks OpenAI's protocol.")
     path: Text = Field(description="The model's name on the server.")
-    base_url: Annotated[Text, AfterValidator(web_address)] | None = Field(
-        None, description="The server, such as http://localhost:8000/v1; null is OpenAI."
+    base_url: Annotated[Text | Annotated[list[Text], Field(min_length=1)] | None, AfterValidator(_addresses)] = Field(
+        None,
+        description="The server, such as http://localhost:8000/v1, or a list of several that serve the same model; "
+        "null is OpenAI.",
     )
     api_key_env: Text = Field("OPENAI_API_KEY", description="The environment variable that holds the key.")
     api: Literal["chat", "completions"] = Field("chat", description="completions asks base models in plain text.")
@@ -60,7 +72,7 @@ class ServerJudgeSection(Section):
     votes: int = Field(
         0, ge=0, description="Answers to sample where a server gives no log-probabilities; 0 skips the pair."
     )
-    concurrency: int = Field(8, ge=1, description="Requests at once.")
+    concurrency: int = Field(8, ge=1, description="Requests at once, on all servers together.")
     timeout: Number = Field(60.0, gt=0, description="Seconds that a request may take.")
     max_retries: int = Field(6, ge=0, description="Times that a failed request is sent again, with growing waits.")
     chat_template_kwargs: TemplateKwargs
