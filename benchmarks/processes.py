@@ -45,7 +45,7 @@ _BEFORE_RL = {name for stage in STAGES.values() if stage.prepares for name in (*
 def main() -> int:
     """Run, compare, write; the exit code."""
     args = _arguments()
-    names = [name for name in packaged_recipes() if args.only in name]
+    names = args.recipes or list(packaged_recipes())
     rows: list[str] = []
     worst = 0.0
     with tempfile.TemporaryDirectory(prefix="processes-") as scratch:
@@ -58,13 +58,13 @@ def main() -> int:
             rows.append(_row(name, {count: found[count] for count in COUNTS}))
             print(rows[-1], flush=True)
             if args.output:
-                args.output.write_text(_table(args, rows, worst), encoding="utf-8")
+                args.output.write_text(_table(rows, worst), encoding="utf-8")
     return 1 if worst > args.tolerance else 0
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="recipes whose name holds this")
+    parser.add_argument("recipes", nargs="*", help="names of packaged recipes; without any, all")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="of a number, relative to it where it is above 1")
     parser.add_argument("--output", type=Path, help="the table, in Markdown")
     return parser.parse_args()
@@ -124,11 +124,12 @@ def _row(name: str, found: Mapping[int, Mapping[str, float]]) -> str:
     return f"| {name} | {' | '.join(cells)} |"
 
 
-def _table(args: argparse.Namespace, rows: list[str], worst: float) -> str:
+def _table(rows: list[str], worst: float) -> str:
     said = "nothing but numbers differs" if math.isfinite(worst) else "more than numbers differs"
     return "\n".join([
         "# One, two and three processes", "",
         "`python benchmarks/processes.py`, on a CPU with one thread per process.", "",
+        f"{len(rows)} of {len(packaged_recipes())} packaged recipes. "
         f"The largest difference of a number is {worst:.1e}; {said}.", "",
         "Of all artefacts that were compared, those of which every byte is that of one process; and the largest "
         "difference, relative to the number where that is above 1:", "",

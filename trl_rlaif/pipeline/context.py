@@ -297,7 +297,7 @@ class Context:
             # TRL holds the adapters of a 4-bit base in bfloat16: only autocast lets them meet another dtype.
             "bf16": model.dtype == "bfloat16" or model.quantization == "nf4",
             # transformers refuses bf16 without a GPU unless it is told that the CPU is meant.
-            "use_cpu": _device() == "cpu",
+            "use_cpu": hardware.device_type() == "cpu",
             "report_to": "none",
             "run_name": self.recipe.run.name,  # what a tracker calls it
             "logging_steps": 1,

@@ -6,8 +6,10 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from helpers import forked, killing
 from helpers.comparing import differences
@@ -17,6 +19,7 @@ from safetensors.torch import load_file
 
 from trl_rlaif import UserError, distributed
 from trl_rlaif.files import append_lines, read_lines, write_folder
+from trl_rlaif.pipeline.context import Context
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.pipeline.stages import check_processes
@@ -161,6 +164,15 @@ def test_batches_that_do_not_divide_are_refused_all_at_once(tmp_path, as_second_
     assert {problem.where for problem in error.value.problems} == places
     assert "5 x 1 rows does not divide among 2 processes" in str(error.value)
     check_processes(recipe, ["rl"])
+
+
+def test_bfloat16_on_the_processor_is_allowed_where_accelerate_numbers_it(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "join", lambda: SimpleNamespace(device=torch.device("cpu:1")))
+    off = {"gradient_checkpointing": False}
+    path = write_recipe(tmp_path, tiny_model, model={"dtype": "bfloat16"}, reward=off)
+    recipe, plugins = parse_recipe(path, registry=installed_plugins().registry), installed_plugins()
+    found = Context(recipe, RunFolder(tmp_path / "out"), plugins).trainer_arguments("reward", recipe.reward.config)
+    assert found["bf16"] and found["use_cpu"]
 
 
 def test_one_process_may_run_everything(tmp_path):

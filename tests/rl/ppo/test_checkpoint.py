@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers.ppo import numbers, small_trainer
@@ -34,6 +36,16 @@ def test_a_checkpoint_with_a_shortened_or_missing_file_is_passed_over(tmp_path, 
     assert checkpoint.find(tmp_path, True) is None
     (tmp_path / "checkpoint-1" / "content.json").unlink()
     assert checkpoint.find(tmp_path, True) is None
+
+
+@pytest.mark.parametrize(("process", "part"), [(0, "a"), (1, "b"), (2, "b")])
+def test_more_processes_than_wrote_a_checkpoint_begin_with_the_last_ones_part(process, part):
+    accelerator = SimpleNamespace(distributed_type="MULTI_GPU", process_index=process, num_processes=3)
+    assert checkpoint.part_of_process(["a", "b"], accelerator) == part
+    with pytest.raises(UserError, match="written by 2 processes; these are 3. With DeepSpeed, resume with as many"):
+        checkpoint.part_of_process(
+            ["a", "b"], SimpleNamespace(**{**vars(accelerator), "distributed_type": "DEEPSPEED"})
+        )
 
 
 def _rewarding(values):
