@@ -1,0 +1,248 @@
+"""Time, memory and cost of larger runs, simulated from what was measured on one GPU and one processor.
+
+`scaling_table.py` writes the scenarios as results/scaling.md.
+
+Every quantity has a best and a worst value. A rate comes from a file in `results/`; where several measurements
+disagree, they are its two ends. What was not measured is an assumption, with its range. Each scenario is computed
+twice, with everything at its best and at its worst, so a result's range is as wide as what is known. No model runs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from gpu.models import SIZES, Size
+
+RESULTS = Path(__file__).parent / "results"
+BEST, WORST = 0, 1
+GB, HOUR = 1e9, 3600
+# The workload, as in the packaged recipe qlora_24gb: prompts of this many tokens, and responses that are all full.
+PROMPT, RESPONSE, ROWS, REWARD_PAIRS, EPISODES = 256, 256, 32, 16, 100_000
+# Tokens of a judge's question besides the texts, in both orders (pipeline/stage.py), and GPUs of one machine.
+QUESTION, NODE = 80, 8
+RECIPE, RANK = "qlora_24gb", 16
+MODELS = {
+    "8B": SIZES["8b"],
+    "70B": Size("Llama-3-70B", RECIPE, 8192, 28672, 80, 64, 8, 128256, False),
+    "1.5B": SIZES["1.5b"],
+}
+# Tokens of a pair of each setting of benchmarks/gpu/checks.py: the prompt once, and both responses.
+REWARD_TOKENS = {"256+200": 256 + 2 * 200, "900+120": 900 + 2 * 120}
+# What breaks: a card of 80 GB, seconds until a resumed run computes, and the share of `label` in which GPUs wait.
+CARD_GIB, RESUMED, MOST_WAITED = 80, 60, 0.5
+LABELS, GPUS = (10_000, 1_000_000, 100_000_000), (1, 8, 64)
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number with its range: the best and the worst case for time, memory or cost, and where it is from."""
+
+    best: float
+    worst: float
+    unit: str
+    source: str
+
+    def __getitem__(self, case: int) -> float:
+        return (self.best, self.worst)[case]
+
+
+ASSUMED = {
+    "all-reduce within a machine": Quantity(300, 100, "GB/s", "NVLink between 8 GPUs"),
+    "all-reduce between machines": Quantity(40, 5, "GB/s per GPU", "InfiniBand at 400 Gbit/s, or Ethernet at 50"),
+    "division": Quantity(1.0, 0.8, "share of the time computed", "waiting for the slowest process of each round"),
+    "FLOP/s of 70B": Quantity(
+        1.25, 0.8, "times those of 8B", "of passes over many tokens; larger products, same kernels"
+    ),
+    "price": Quantity(2, 6, "USD per GPU-hour", "rented H100; put in your own"),
+    "memory of a machine": Quantity(2000, 1000, "GB", "of the host, for 8 GPUs"),
+    "patience": Quantity(7, 7, "days", "for the whole run, above which time breaks"),
+}
+
+
+# ---- What was measured ----------------------------------------------------------------------------------
+
+
+def _source(file: str, numbers: Mapping[str, float], *keys: str) -> str:
+    """``file:line`` of each of these numbers."""
+    lines = (RESULTS / file).read_text().splitlines()
+    wanted = [f'"{key}": {json.dumps(numbers[key])}' for key in keys]
+    return f"{file}:{','.join(str(next(n for n, line in enumerate(lines, 1) if of in line)) for of in wanted)}"
+
+
+def recorded(file: str) -> Any:
+    """What a file of results holds."""
+    return json.loads((RESULTS / file).read_text())
+
+
+@cache
+def measured() -> dict[str, Quantity]:
+    """Rates of 8B in NF4 on one H100, and of the host, each with its file and lines."""
+    checks, host = recorded("gpu_checks.json"), recorded("label_store.json")[-1]
+    speed, pairs, ppo = checks["speed"], checks["pairs"], recorded("gpu.json")[0]["ours"]["seconds"]
+    small, whole = MODELS["1.5B"], MODELS["8B"]
+    deeper, larger = whole.layers / small.layers, parameters(whole) / parameters(small)
+    rows, four = (speed[f"ms a token, {n} rows"] / 1e3 for n in (32, 4))
+    trained = {f"pairs, nf4, {of}, packed, fused: pairs a second": n for of, n in REWARD_TOKENS.items()}
+    short, long = (pairs[key] * tokens for key, tokens in trained.items())
+    tokens = 4 * (256 + 256)  # of the update that was measured
+
+    def of_speed(*keys: str) -> str:
+        return _source("gpu_checks.json", speed, *keys)
+
+    def of_host(unit: str, *keys: str) -> Quantity:
+        value = sum(host[key] for key in keys)
+        return Quantity(value, value, unit, _source("label_store.json", host, *dict.fromkeys(keys)))
+
+    slower = ppo["generation"] / 256 * deeper * rows / four
+    judged = ("pairs a second, plain rows", "pairs a second, packed")
+    plain, packed = (speed[key] * of for key, of in zip(judged, (2 * (300 + 250 + 150), 250 + 2 * 150), strict=True))
+    load = speed["seconds to load, NF4"]
+    adding = ("add: processor seconds a label", "add: seconds a label")
+    read = [f"{step}: seconds a pair" for step in ("pairs", "store", "find", "find")]
+    generated, passed, learned = (_source("gpu.json", ppo, name) for name in ("generation", "forwards", "update"))
+    both = _source("gpu_checks.json", pairs, *trained)
+    # A rate of 1.5B is taken to 8B by its layers at best, and by its parameters at worst.
+    ways = "by layers; by parameters"
+    disk = "a disk that answers at once; as measured"
+    return {
+        "token of 32 rows": Quantity(rows, slower, "s", f"{of_speed('ms a token, 32 rows')}; {generated} by layers"),
+        "judge": Quantity(plain, packed, "tokens/s", of_speed(*judged)),
+        "reward": Quantity(short, long, "tokens/s", both),
+        "forwards": Quantity(
+            tokens / ppo["forwards"] / deeper, tokens / ppo["forwards"] / larger, "tokens/s", f"{passed} {ways}"
+        ),
+        "update": Quantity(
+            short / 2, tokens / ppo["update"] / larger, "tokens/s", f"half of reward; {learned} by parameters"
+        ),
+        "load": Quantity(load, load, "s", of_speed("seconds to load, NF4")),
+        "add": Quantity(
+            host[adding[0]], host[adding[1]], "s/label", f"{_source('label_store.json', host, *adding)}: {disk}"
+        ),
+        "resume": of_host("s/label", *read),
+        "held": of_host("bytes/label", "pairs: bytes a pair", "store: bytes a pair"),
+        "preferences": of_host("bytes/label", "preferences: bytes a pair"),
+    }
+
+
+# ---- The simulator --------------------------------------------------------------------------------------
+
+
+def parameters(size: Size) -> int:
+    """Of a Llama without biases."""
+    head = size.hidden // size.heads
+    layer = 2 * size.hidden**2 + 2 * size.hidden * size.kv_heads * head + 3 * size.hidden * size.intermediate
+    return (1 if size.tied else 2) * size.vocab * size.hidden + size.layers * (layer + 2 * size.hidden) + size.hidden
+
+
+def adapter_bytes(size: Size) -> int:
+    """Of a LoRA's gradients on all linear layers, in float32."""
+    narrow = size.kv_heads * size.hidden // size.heads
+    sums = 2 * 2 * size.hidden + 2 * (size.hidden + narrow) + 3 * (size.hidden + size.intermediate)
+    return 4 * RANK * size.layers * sums
+
+
+def all_reduce(size: int, gpus: int, within: float, between: float) -> float:
+    """Seconds of a ring over ``gpus``: 2 (n - 1) / n of the bytes pass the slowest link (Patarasuk and Yuan 2009)."""
+    return 2 * (gpus - 1) / gpus * size / (GB * (within if gpus <= NODE else between))
+
+
+@dataclass(frozen=True)
+class Run:
+    """Seconds by stage, and what breaks.
+
+    Args:
+        model: A key of MODELS.
+        labels: Pairs that are drawn and labeled, in both orders, by the policy's own base.
+        gpus: A process each, with the recipe's rows for each of them.
+        case: BEST or WORST.
+    """
+
+    model: str
+    labels: int
+    gpus: int
+    case: int
+
+    def rate(self, name: str) -> float:
+        """A measured or assumed quantity in this case."""
+        return (measured() | ASSUMED)[name][self.case]
+
+    @property
+    def _larger(self) -> float:
+        return parameters(MODELS[self.model]) / parameters(MODELS["8B"])
+
+    @property
+    def _token(self) -> float:
+        """Seconds of a token of 32 rows: at best as many kernels are waited for as before, at worst all weights are."""
+        deeper = MODELS[self.model].layers / MODELS["8B"].layers
+        both = (min(deeper, self._larger), max(deeper, self._larger))
+        return self.rate("token of 32 rows") * both[self.case]
+
+    def _passes(self, name: str, tokens: int) -> float:
+        """Seconds of passes over many tokens."""
+        relative = self.rate("FLOP/s of 70B") if self._larger > 1 else 1.0
+        return tokens / self.rate(name) * self._larger / relative
+
+    @property
+    def _idle(self) -> float:
+        return 1 / self.rate("division") if self.gpus > 1 else 1.0
+
+    def _reduce(self, adapters: int) -> float:
+        links = (self.rate(f"all-reduce {where}") for where in ("within a machine", "between machines"))
+        return all_reduce(adapters * adapter_bytes(MODELS[self.model]), self.gpus, *links)
+
+    @property
+    def adding(self) -> float:
+        """Seconds in which the first process writes labels, one by one, and the others wait."""
+        return self.labels * self.rate("add")
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of each stage; rl's are of EPISODES episodes."""
+        rounds = math.ceil(math.ceil(2 * self.labels / ROWS) / self.gpus)
+        question = PROMPT + 4 * RESPONSE + QUESTION
+        steps, updates = (math.ceil(n / (of * self.gpus)) for n, of in ((self.labels, REWARD_PAIRS), (EPISODES, ROWS)))
+        batch = REWARD_PAIRS * (PROMPT + 2 * RESPONSE)
+        learned = sum(self._passes(name, ROWS * (PROMPT + RESPONSE)) for name in ("forwards", "update"))
+        load = self.rate("load") * self._larger
+        return {
+            "sample": load + rounds * RESPONSE * self._token * self._idle,
+            "label": load + self._passes("judge", self.labels * question) / self.gpus * self._idle + self.adding,
+            "reward": load + steps * (self._passes("reward", batch) + self._reduce(1)),
+            "rl": load + updates * (RESPONSE * self._token * self._idle + learned + self._reduce(2)),
+        }
+
+    @property
+    def host_gb(self) -> float:
+        """Of one machine, at the end of `label`: every process holds all."""
+        return self.labels * (self.rate("held") + self.rate("preferences")) * min(self.gpus, NODE) / GB
+
+    @property
+    def cost(self) -> float:
+        """USD."""
+        return sum(self.seconds.values()) / HOUR * self.gpus * self.rate("price")
+
+
+def breaks(model: str, labels: int, gpus: int, card_gib: float) -> list[str]:
+    """What does not hold any more: first what stops a run (``card_gib``: what each GPU needs), then what delays it."""
+    best, worst = (Run(model, labels, gpus, case) for case in (BEST, WORST))
+    found: list[str] = []
+    if REWARD_PAIRS % gpus or ROWS % gpus:
+        found.append("batches do not divide")
+    if card_gib > CARD_GIB:
+        found.append("GPU memory")
+    cases = ((best, ""), (worst, " at worst"))
+    found += [f"host memory{when}" for run, when in cases if run.host_gb > run.rate("memory of a machine")][:1]
+    slow = [(run.seconds, when) for run, when in cases if sum(run.seconds.values()) > run.rate("patience") * 24 * HOUR]
+    found += [f"time{when}, most of it in `{max(of, key=of.__getitem__)}`" for of, when in slow[:1]]
+    waited = [run.adding / run.seconds["label"] for run in (best, worst)]
+    if max(waited) > MOST_WAITED:
+        found.append(f"writing labels ({min(waited):.0%} to {max(waited):.0%} of `label`)")
+    if labels * best.rate("resume") > RESUMED:
+        found.append("resuming")
+    return found
