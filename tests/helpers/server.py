@@ -63,6 +63,7 @@ class Script:
         split: "10" is two tokens.
         ten: Nothing but 1 and 10, which has this probability.
         logprobs: 0 leaves them out.
+        usage: 0 leaves out the count of tokens: words of the text, and one for each choice.
         say: Sampled answers, divided by bars, by the request's seed; "_" is a space.
         one: "ignored" or "refused": what becomes of a request for several choices.
         most: More likeliest tokens than these are refused.
@@ -82,6 +83,7 @@ class Script:
     split: int = 0
     ten: float | None = None
     logprobs: int = 1
+    usage: int = 1
     say: str = "1"
     one: str = ""
     most: int = 1000
@@ -93,7 +95,7 @@ class Script:
     def of(cls, text: str) -> Script:
         """The marks of a text, later ones over earlier ones."""
         types = {"times": int, "after": float, "p": float, "mass": float, "spellings": int, "split": int}
-        types |= {"logprobs": int, "ten": float, "most": int}
+        types |= {"logprobs": int, "usage": int, "ten": float, "most": int}
         values = dict(item.split("=", 1) for mark in _MARK.findall(text) for item in mark.split())
         unknown = values.keys() - {f.name for f in fields(cls)}
         assert not unknown, unknown
@@ -307,7 +309,10 @@ def _answer(body: dict[str, Any], script: Script, text: str, chat: bool) -> dict
         choice["finish_reason"] = script.finish
         choices.append(_thoughtful(choice, thinks, body["max_tokens"]) if thinks else choice)
     kind = "chat.completion" if chat else "text_completion"
-    return {"id": "x", "object": kind, "created": 0, "model": body["model"], "choices": choices}
+    answer = {"id": "x", "object": kind, "created": 0, "model": body["model"], "choices": choices}
+    counts = [len(text.split()), len(choices)]
+    usage = dict(zip(("prompt_tokens", "completion_tokens", "total_tokens"), (*counts, sum(counts)), strict=True))
+    return answer | ({"usage": usage} if script.usage else {})
 
 
 def _choice(

@@ -6,6 +6,8 @@ import yaml
 from trl_rlaif.errors import Problem
 from trl_rlaif.recipe import ComponentRef, JudgeSection, ServerJudgeSection, parse_recipe
 from trl_rlaif.recipe.sections import ComparedSection
+from trl_rlaif.recipe.sections.judges import PriceSection
+from trl_rlaif.recipe.sections.label import BudgetSection
 
 HEAD = "model: {path: gpt2}\ndata: {prompts: prompts.jsonl}\nsample:\nlabel:\n"  # what follows is line 5
 
@@ -59,7 +61,7 @@ def test_defaults(parse):
     assert parse(HEAD + "  judge: {backend: transformers, path: gpt2}\n").label.judge == JudgeSection(path="gpt2")
 
 
-@pytest.mark.parametrize("model", [ComparedSection, ServerJudgeSection, JudgeSection])
+@pytest.mark.parametrize("model", [ComparedSection, ServerJudgeSection, JudgeSection, BudgetSection, PriceSection])
 def test_every_key_has_a_description(model):
     assert all(field.description for field in model.model_fields.values())
 
@@ -237,3 +239,29 @@ def test_plain_text_has_no_chat_template(only):
     keys = "backend: openai, path: x, api: completions, chat_template_kwargs: {enable_thinking: false}"
     problem = only(HEAD + f"  judge: {{{keys}}}\n")
     assert problem.fix == "Plain text has no chat template: leave out chat_template_kwargs, or set api: chat."
+
+
+class TestBudget:
+    JUDGE = "  judge: {backend: openai, path: x, price: {input: 1e-1, output: 4}}\n"
+
+    def test_all_keys(self, parse):
+        label = parse(HEAD + self.JUDGE + "  budget: {tokens: 1000, cost: 5}\n").label
+        assert (label.budget.tokens, label.budget.cost) == (1000, 5.0)
+        assert (label.judge.price.input, label.judge.price.output) == (0.1, 4.0)
+
+    @pytest.mark.parametrize(
+        ("section", "said"),
+        [
+            ("  budget: {tokens: 10}\n", "Only judges on servers use a budget"),
+            (JUDGE + "  budget: {}\n", "Give tokens or cost."),
+            (JUDGE + "  budget: {tokens: 0}\n", "Write a whole number of at least 1"),
+            (JUDGE + "  budget: {cost: 0}\n", "Write a number above 0"),
+            ("  judge: {backend: openai, path: y}\n  budget: {cost: 1}\n", "the price of every judge: add it to y."),
+            (
+                JUDGE + "  compare: {a: {judge: {backend: openai, path: z}}}\n  budget: {cost: 1}\n",
+                "needs the price of every judge: add it to z.",
+            ),
+        ],
+    )  # fmt: skip
+    def test_a_budget_that_cannot_be_kept(self, only, section, said):
+        assert said in str(only(HEAD + section))

@@ -18,6 +18,7 @@ from trl_rlaif.judging.judge import Group, Judge
 from trl_rlaif.judging.prompt import JudgePrompt
 from trl_rlaif.judging.question import Answer, Message, Question, Thinking, Written
 from trl_rlaif.judging.server import Connection, Server, ServerGone, Unreadable, reasoning
+from trl_rlaif.judging.usage import Meter
 
 # Questions that are lost to the connection one after another before the server is taken to be gone.
 GONE_AFTER = 3
@@ -48,7 +49,7 @@ class _Work(Generic[T]):
     def __init__(self, todo: Sequence[int], ahead: int) -> None:
         self._todo, self._lock = iter(todo), threading.Lock()
         self._room, self._ahead = threading.Semaphore(ahead), ahead
-        self._found: queue.SimpleQueue[tuple[int, T | Exception]] = queue.SimpleQueue()
+        self._found: queue.SimpleQueue[tuple[int, T | Exception] | None] = queue.SimpleQueue()
         self.stopped = False
 
     def take(self) -> int | None:
@@ -61,13 +62,22 @@ class _Work(Generic[T]):
         """Hand over what belongs to an index."""
         self._found.put((index, found))
 
-    def next(self) -> tuple[int, T]:
-        """What was found next; an error is raised."""
-        index, found = self._found.get()
-        self._room.release()
-        if isinstance(found, Exception):
-            raise found
-        return index, found
+    def end(self) -> None:
+        """A thread will take nothing more."""
+        self._found.put(None)
+
+    def found(self, threads: int) -> Iterator[tuple[int, T]]:
+        """What was found, as it comes, until so many threads have ended; an error is raised."""
+        while threads:
+            item = self._found.get()
+            if item is None:
+                threads -= 1
+                continue
+            self._room.release()
+            index, found = item
+            if isinstance(found, Exception):
+                raise found
+            yield index, found
 
     def stop(self) -> None:
         """Let all threads end after the request that they are at."""
@@ -121,24 +131,42 @@ class RemoteJudge(Judge):
         return [text for _, text in sorted(written, key=lambda found: found[0])]
 
     def _each(self, todo: Sequence[int], do: Callable[[int, _Work[T]], T]) -> Iterator[tuple[int, T]]:
-        """What ``do`` makes of each index, as soon as it is known."""
+        """What ``do`` makes of each index, as soon as it is known.
+
+        Raises:
+            BudgetUsedUp: Behind what was under way, where more is left to do.
+        """
         work: _Work[T] = _Work(todo, ahead=2 * self.server.concurrency)
 
         def run() -> None:
-            while (index := work.take()) is not None:
+            while not self.meter.used_up and (index := work.take()) is not None:
                 try:
                     work.give(index, do(index, work))
                 except Exception as error:  # raised where it is awaited
                     work.give(index, error)
+            work.end()
 
-        for _ in range(min(self.server.concurrency, len(todo))):
+        threads, given = min(self.server.concurrency, len(todo)), 0
+        for _ in range(threads):
             # Daemons: a program that is stopped does not wait for a server that does not answer.
             threading.Thread(target=run, daemon=True).start()
         try:
-            for _ in todo:
-                yield work.next()
+            for found in work.found(threads):
+                given += 1
+                yield found
+            if given < len(todo):
+                raise self.meter.error()
         finally:
             work.stop()
+
+    @property
+    def meter(self) -> Meter:
+        """What counts the server's tokens."""
+        return self._connection.meter
+
+    @meter.setter
+    def meter(self, meter: Meter) -> None:
+        self._connection.meter = meter
 
     # ---- One question ---------------------------------------------------------------------------------
 

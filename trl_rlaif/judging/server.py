@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from trl_rlaif.errors import RunError, UserError
 from trl_rlaif.judging.pool import ServerPool
 from trl_rlaif.judging.question import Message, Question
+from trl_rlaif.judging.usage import Meter
 from trl_rlaif.progress import say
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class Connection:
 
     def __init__(self, model: str, server: Server) -> None:
         self.model, self.server = model, server
-        self._servers = ServerPool(server)
+        self._servers, self.meter = ServerPool(server), Meter()
         # Found out by the first question; until then it is asked alone.
         self.prefills = server.prefill if server.api == "chat" else False
         self._known, self._names, self._lists = False, False, True
@@ -276,6 +277,7 @@ class Connection:
             messages = self._messages(question, None if prefills else instruction)
             asked = {"model": self.model, "messages": messages} | options | extra
             made = self._servers.request(lambda client: client.chat.completions.create(**asked))
+        self.meter.add(getattr(made, "usage", None))
         if not getattr(made, "choices", None):
             raise Unreadable("the server's answer holds no choice")
         return list(made.choices)

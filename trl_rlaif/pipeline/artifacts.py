@@ -72,6 +72,10 @@ def plan_of(purpose: str, setup: str) -> str:
     return f"{purpose}-{setup}.jsonl"
 
 
+# In the work of label: what the servers of its judges have counted.
+USAGE = "usage.json"
+
+
 def transform_of(name: str) -> str:
     """The file in REWARD that holds the state of a transform."""
     return f"transform_{name}.pt"

@@ -18,7 +18,7 @@ from trl_rlaif.recipe.source import KeyPath
 # Keys whose entries are plugins' components: a name, or {name: {option: value}}.
 _COMPONENTS = ("sampler", "labeler", "transforms", "selectors")
 # How and where a judge's server is asked, which changes none of its answers: the model's name stands for it.
-_SERVER = ("base_url", "api_key_env", "concurrency", "timeout", "max_retries")
+_SERVER = ("base_url", "price", "api_key_env", "concurrency", "timeout", "max_retries")
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _SPLIT = " x ".join(BATCH)
 # A checkpoint may be resumed with another one of these; a finished stage is not what they would make of it.
@@ -156,7 +156,7 @@ def selected(settings: Mapping[str, Any], keys: Iterable[str], without: Iterable
 
 def _is_knob(key: str) -> bool:
     *above, last = key.split(".")
-    return last in _SERVER and "judge" in above
+    return not {last, *above[-1:]}.isdisjoint(_SERVER) and "judge" in above
 
 
 def learned(section: str, settings: Mapping[str, Any]) -> dict[str, Any]:

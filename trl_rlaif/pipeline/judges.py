@@ -60,7 +60,7 @@ class Judges:
             shared: The base where it is already loaded, with the roles of others.
         """
         if isinstance(section, ServerJudgeSection):
-            server = Server(**section.model_dump(exclude={"backend", "path"}))
+            server = Server(**section.model_dump(exclude={"backend", "path", "price"}))
             return RemoteJudge(section.path, JudgePrompt.load(prompt_folder(prompt)), server)
         taught = section == "taught"
         own = self.context.recipe.judge.model if taught else section

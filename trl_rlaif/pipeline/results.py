@@ -84,6 +84,7 @@ class LabelResults(TypedDict, total=False):
     jury: dict[str, Any]
     comparison: dict[str, Any]
     shard: str
+    usage: dict[str, Any] | None  # of judges on servers: input_tokens, output_tokens, cost, and answers uncounted
     broken_lines: int
     seconds: float
 

@@ -40,6 +40,7 @@ def label_part(run: Run) -> dict[str, Any]:
         "confidence": number(result.get("mean_confidence")),
         "ece": number(result.get("ece")),
         "speed": number(result.get("pairs_per_second")),
+        "usage": _usage(section(result, "usage")),
         "comparison": [_compared(name, values) for name, values in section(result, "comparison").items()],
         "ranking": ranking_part(run.rankings, run.results),
         "jury": jury_part(run.results),
@@ -50,6 +51,14 @@ def label_part(run: Run) -> dict[str, Any]:
         "pairs": labels.pairs,
         "confidences": len(labels.confidences),
     }
+
+
+def _usage(values: dict[str, Any]) -> dict[str, Any] | None:
+    """Tokens that servers counted, and their cost; None where none was asked."""
+    read, written, uncounted = (number(values.get(key)) for key in ("input_tokens", "output_tokens", "uncounted"))
+    if read is None or written is None:
+        return None
+    return {"read": read, "written": written, "cost": number(values.get("cost")), "uncounted": uncounted}
 
 
 def _compared(name: Any, values: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.inputs import data_file, prompt_file
@@ -22,7 +22,7 @@ class Label(Stage):
     # The labels stay: each line is found by what determined it (labels/store.py).
     outputs = (artifacts.PREFERENCES, artifacts.RANKINGS, artifacts.JURY)
     companions = (artifacts.LABELS,)
-    without = ("label.batch_tokens", "label.precision")
+    without = ("label.batch_tokens", "label.precision", "label.budget")
     prepares = True
 
     def files(self, recipe: Recipe) -> dict[str, dict[str, str] | None]:
@@ -47,6 +47,7 @@ class Label(Stage):
             + (f", {ranking['questions']} of {ranking['all_questions']} questions asked" if ranking else "")
             + (f", {numbers['voted']} of them from votes" if numbers.get("voted") else "")
             + (f", by a jury of {len(numbers['jury']['members'])}" if "jury" in numbers else "")
+            + (f", {_tokens(numbers['usage'])}" if numbers.get("usage") else "")
             + (f", position bias {bias['rate']:.0%}" if bias else "")
             + (f", {numbers['agreement']['rate']:.0%} as people chose" if numbers["agreement"] else "")
         )
@@ -64,3 +65,8 @@ class Label(Stage):
         from trl_rlaif.memory.parts import judging
 
         return [*judging(run, run.recipe.label.judge, alone=True)]
+
+
+def _tokens(usage: dict[str, Any]) -> str:
+    cost = f" for {usage['cost']:.4g}" if usage["cost"] is not None else ""
+    return f"{usage['input_tokens'] + usage['output_tokens']:,} tokens{cost}"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +27,7 @@ from trl_rlaif.labels.store import Plan, pair_key
 from trl_rlaif.pipeline import artifacts, rankings
 from trl_rlaif.pipeline.context import Context
 from trl_rlaif.pipeline.jury import Jury
+from trl_rlaif.pipeline.label_costs import counting, usage_numbers
 from trl_rlaif.pipeline.label_tasks import LabelTask, label_key, label_tasks
 from trl_rlaif.pipeline.preferences import write_preferences
 from trl_rlaif.pipeline.results import LabelResults
@@ -42,8 +41,6 @@ if TYPE_CHECKING:
 
 # A judge with less than this on its candidates did not answer the question.
 LOW_MASS = 0.5
-# What a pass took so far is kept on disk this often; a kill loses as much.
-NOTE_SECONDS = 1.0
 # From here on a share is worth a warning.
 MANY = 0.5
 
@@ -61,7 +58,8 @@ def run(context: Context) -> LabelResults:
         rows = {main.name: _rows(context, store, main, pairs)}
     rows |= {task.name: _rows(context, store, task, pairs) for task in others}
     if context.shard:
-        return _of_shard(context, rows[main.name], pairs) | {"seconds": time.monotonic() - started}
+        numbers = _of_shard(context, rows[main.name], pairs) | {"usage": usage_numbers(context)}
+        return numbers | {"seconds": time.monotonic() - started}
     if ranking is not None:
         rows[main.name].rows = ranking.take(rows[main.name].rows)
     section, final = context.recipe.label, rows[main.name]
@@ -90,6 +88,7 @@ def run(context: Context) -> LabelResults:
         numbers["ranking"] = ranking.numbers()
     if len(tasks) > 1:
         numbers["comparison"] = _comparison({task.name: rows[task.name] for task in tasks}, pairs)
+    numbers["usage"] = usage_numbers(context)
     return numbers | {"broken_lines": store.broken, "seconds": time.monotonic() - started}
 
 
@@ -225,29 +224,12 @@ def _make(context: Context, store: LabelStore, task: LabelTask, key: LabelKey, p
     done = {id for id, row in store.find(key, plan.pairs).items() if row["p"] is not None}
     labeler = context.create_labeler(task.labeler)
     title = "Labeling" if task.name == "label" else f"Labeling ({task.name})"
-    with _noting(plan, judge) as note, progress_bar(title, len(plan.pairs), len(done), "pairs") as advance:
+    bar = progress_bar(title, len(plan.pairs), len(done), "pairs")
+    with counting(context, task, plan, judge) as note, bar as advance:
         for label in labeler.label(plan.pairs, judge, done):
             note()  # before the label, which may be the last one before a kill
             store.add(key, by_id[label.id], label)
             advance(1)
-
-
-@contextmanager
-def _noting(plan: Plan, judge: Judge) -> Iterator[Callable[[], None]]:
-    """Yields what notes, once a second, the seconds of the whole pass and the judge's precision."""
-    before, started, noted = plan.noted.get("seconds", 0.0), time.monotonic(), -math.inf
-
-    def note(*, at_once: bool = False) -> None:
-        nonlocal noted
-        now, probe = time.monotonic(), getattr(judge, "probe", None)
-        if at_once or now - noted >= NOTE_SECONDS:
-            noted = now
-            plan.note(seconds=before + now - started, **({"precision": asdict(probe)} if probe else {}))
-
-    try:
-        yield note
-    finally:
-        note(at_once=True)
 
 
 def _warn(task: LabelTask, result: _Rows, mine: list[Pair]) -> None:

@@ -47,6 +47,13 @@ class JudgeSection(Section):
         return hash(self.model_dump_json())
 
 
+class PriceSection(Section):
+    """What a hosted judge costs."""
+
+    input: Number = Field(ge=0, description="Price of a million tokens that the judge reads, in any currency.")
+    output: Number = Field(ge=0, description="Price of a million tokens that it writes.")
+
+
 class ServerJudgeSection(Section):
     """A judge on an OpenAI-compatible server."""
 
@@ -75,6 +82,7 @@ class ServerJudgeSection(Section):
     concurrency: int = Field(8, ge=1, description="Requests at once, on all servers together.")
     timeout: Number = Field(60.0, gt=0, description="Seconds that a request may take.")
     max_retries: int = Field(6, ge=0, description="Times that a failed request is sent again, with growing waits.")
+    price: PriceSection | None = Field(None, description="What its tokens cost: the report adds it up.")
     chat_template_kwargs: TemplateKwargs
     extra_body: dict[str, Any] = Field(default_factory=dict, description="Further fields of every request's body.")
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from trl_rlaif.recipe.sections.judges import JUDGES, Judge, OtherJudgeSection
+from trl_rlaif.recipe.sections.judges import JUDGES, Judge, OtherJudgeSection, ServerJudgeSection
 from trl_rlaif.recipe.sections.values import (
     Component,
     ComponentRef,
@@ -76,6 +76,19 @@ class JurySection(Section):
     )
 
 
+class BudgetSection(Section):
+    """How much labeling may use of judges on servers."""
+
+    tokens: int | None = Field(None, ge=1, description="Tokens read and written; null is as many as it takes.")
+    cost: Number | None = Field(None, gt=0, description="Money, in the currency of judge.price; null is no limit.")
+
+    @model_validator(mode="after")
+    def _limited(self) -> BudgetSection:
+        if self.tokens is None and self.cost is None:
+            raise ValueError("Give tokens or cost.")
+        return self
+
+
 class LabelSection(Section):
     """``label``: preferences from a judge."""
 
@@ -106,6 +119,25 @@ class LabelSection(Section):
     jury: JurySection | None = Field(
         None, description="The main labeler and those of compare label together; without it the main one labels alone."
     )
+
+    budget: BudgetSection | None = Field(
+        None, description="Tokens or money for judges on servers: labeling stops where it is used up, to be resumed."
+    )
+
+    @property
+    def judges(self) -> list[Judge]:
+        """The main judge and those of compare."""
+        return [self.judge, *(other.judge for other in self.compare.values() if other.judge is not None)]
+
+    @model_validator(mode="after")
+    def _affordable(self) -> LabelSection:
+        servers = [judge for judge in self.judges if isinstance(judge, ServerJudgeSection)]
+        if self.budget and not servers:
+            raise ValueError("Only judges on servers use a budget: leave it out, or set backend: openai.")
+        unpriced = [judge.path for judge in servers if judge.price is None]
+        if self.budget and self.budget.cost is not None and unpriced:
+            raise ValueError(f"A budget of money needs the price of every judge: add it to {', '.join(unpriced)}.")
+        return self
 
     @model_validator(mode="after")
     def _judged(self) -> LabelSection:
