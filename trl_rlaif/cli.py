@@ -101,6 +101,36 @@ def run(
     distributed.leave()
 
 
+@app.command()
+def label(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    output: Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/NAME.")] = None,
+    export_batch: Annotated[
+        Path | None, typer.Option(help="Write the judge's requests for the pairs without a label into this file.")
+    ] = None,
+    import_batch: Annotated[
+        list[Path] | None, typer.Option(help="Read the answers from this file into the run's labels (repeatable).")
+    ] = None,
+) -> None:
+    """Label through OpenAI-style batch files; then ``run --resume`` goes on with the labels."""
+    from trl_rlaif.pipeline import batch_files
+    from trl_rlaif.plugins import installed_plugins
+    from trl_rlaif.recipe import parse_recipe
+
+    if (export_batch is None) == (not import_batch):
+        fix = "Labels are made online by: trl-rlaif run RECIPE --only label."
+        raise UserError("Give either --export-batch or --import-batch.", fix=fix)
+    plugins = installed_plugins()
+    parsed = parse_recipe(recipe, overrides=set_ or (), registry=plugins.registry)
+    place = output or Path("runs") / parsed.run.name
+    if export_batch is not None:
+        pairs, requests = batch_files.export_batch(parsed, plugins, place, export_batch)
+        _echo(f"{export_batch}: {requests:,} requests for {pairs:,} pairs without a label.")
+        return
+    _echo(batch_files.describe(batch_files.import_batch(parsed, plugins, place, import_batch or [])))
+
+
 def _echo(text: object, *, nl: bool = True, err: bool = False) -> None:
     typer.echo(escaped(str(text)), nl=nl, err=err)
 

@@ -92,11 +92,12 @@ class RemoteJudge(Judge):
         model: Its name on the server.
         prompt: Makes the questions.
         server: How to talk to it.
+        connection: What the requests go through; None is a connection to the server.
     """
 
-    def __init__(self, model: str, prompt: JudgePrompt, server: Server) -> None:
+    def __init__(self, model: str, prompt: JudgePrompt, server: Server, connection: Connection | None = None) -> None:
         super().__init__(prompt, model)
-        self.server, self._connection = server, Connection(model, server)
+        self.server, self._connection = server, connection or Connection(model, server)
         self._telling = threading.Lock()
         self._takes_n, self._lost, self._told_of_votes = True, 0, False
 

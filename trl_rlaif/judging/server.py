@@ -268,19 +268,23 @@ class Connection:
         if self.server.api == "completions":
             body = {**self.server.extra_body, **body}
             extra = {"extra_body": body} if body else {}
-            asked = {"model": self.model, "prompt": _plain(question)} | options | extra
-            made = self._servers.request(lambda client: client.completions.create(**asked))
+            made = self.send({"model": self.model, "prompt": _plain(question)} | options | extra)
         else:
             prefills = self.prefills is True if prefills is None else prefills
             body = self._body(prefills, thinks) | body
             extra = {"extra_body": body} if body else {}
             messages = self._messages(question, None if prefills else instruction)
-            asked = {"model": self.model, "messages": messages} | options | extra
-            made = self._servers.request(lambda client: client.chat.completions.create(**asked))
+            made = self.send({"model": self.model, "messages": messages} | options | extra)
         self.meter.add(getattr(made, "usage", None))
         if not getattr(made, "choices", None):
             raise Unreadable("the server's answer holds no choice")
         return list(made.choices)
+
+    def send(self, asked: dict[str, Any]) -> Any:
+        """The answer to a request of these arguments."""
+        if self.server.api == "completions":
+            return self._servers.request(lambda client: client.completions.create(**asked))
+        return self._servers.request(lambda client: client.chat.completions.create(**asked))
 
     def _messages(self, question: Question, instruction: str | None) -> list[Message]:
         """The question's, with the beginning of the answer, or else an instruction."""

@@ -60,8 +60,7 @@ class Judges:
             shared: The base where it is already loaded, with the roles of others.
         """
         if isinstance(section, ServerJudgeSection):
-            server = Server(**section.model_dump(exclude={"backend", "path", "price"}))
-            return RemoteJudge(section.path, JudgePrompt.load(prompt_folder(prompt)), server)
+            return RemoteJudge(section.path, JudgePrompt.load(prompt_folder(prompt)), server_of(section))
         taught = section == "taught"
         own = self.context.recipe.judge.model if taught else section
         if isinstance(own, str) and shared is not None:
@@ -112,6 +111,11 @@ class Judges:
         from peft import PeftModel
 
         return PeftModel.from_pretrained(model, str(self.taught_adapter)).eval().get_base_model()
+
+
+def server_of(section: ServerJudgeSection) -> Server:
+    """A judge's server as the recipe describes it."""
+    return Server(**section.model_dump(exclude={"backend", "path", "price"}))
 
 
 def model_spec(section: JudgeSection) -> ModelSpec:

@@ -1,0 +1,233 @@
+"""Labels by OpenAI-style batch files: the requests of the pairs without a label, and the answers into labels.jsonl."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trl_rlaif.data import Pair
+from trl_rlaif.errors import UserError
+from trl_rlaif.files import to_line, write_atomically
+from trl_rlaif.judging.batch import DIGITS, URLS, BatchJudge
+from trl_rlaif.judging.prompt import JudgePrompt
+from trl_rlaif.labels import LabelKey, LabelStore
+from trl_rlaif.pipeline import artifacts, redo
+from trl_rlaif.pipeline.context import Context
+from trl_rlaif.pipeline.judges import server_of
+from trl_rlaif.pipeline.label_tasks import LabelTask, label_key, label_tasks
+from trl_rlaif.pipeline.run_folder import RunFolder
+from trl_rlaif.plugins import Plugins
+from trl_rlaif.recipe import Recipe, ServerJudgeSection, prompt_folder
+from trl_rlaif.types import Label
+
+# Pairs that are named where something is wrong with several.
+_NAMED = 5
+
+
+@dataclass
+class Imported:
+    """What became of the answers.
+
+    Args:
+        labeled: Pairs that got a label.
+        known: Pairs that had one.
+        failed: Pairs that could not be judged, by the reason.
+        missing: Ids of pairs of which an answer is missing.
+        foreign: Answers to requests that this recipe does not make, such as those of another prompt.
+        tokens: Of the answers that were read, as they count them.
+    """
+
+    labeled: int = 0
+    known: int = 0
+    failed: Counter[str] = field(default_factory=Counter)
+    missing: list[str] = field(default_factory=list)
+    foreign: int = 0
+    tokens: int = 0
+
+
+def export_batch(recipe: Recipe, plugins: Plugins, output: Path, file: Path) -> tuple[int, int]:
+    """Write the requests of all pairs of a run that the main labeler has not labeled.
+
+    A line's ``custom_id`` is made of what the label store finds the label by and of the request's digest.
+
+    Args:
+        recipe: Its main judge is on a server.
+        plugins: What is installed.
+        output: The run's folder.
+        file: Of JSON lines, as OpenAI's Batch API takes them; replaced.
+
+    Returns:
+        Pairs, and requests.
+
+    Raises:
+        UserError: What the judge is asked depends on its earlier answers; or the run has no pairs yet.
+    """
+    if not file.parent.is_dir():
+        raise UserError(f"There is no folder {file.parent}.", where=str(file), fix="Make it, or name another file.")
+    with _opened(recipe, plugins, output) as work:
+        missing, url = work.missing(), URLS[work.judge.server.api]
+        lines = [
+            {"custom_id": f"{work.prefix(pair)}{digest}", "method": "POST", "url": url, "body": body}
+            for pair in missing
+            for digest, body in work.requests(pair).items()
+        ]
+        write_atomically(file, "".join(map(to_line, lines)))
+    return len(missing), len(lines)
+
+
+def import_batch(recipe: Recipe, plugins: Plugins, output: Path, files: Sequence[Path]) -> Imported:
+    """Add to a run's labels what the answers say, as if a server had given them. Doing it again adds nothing.
+
+    Args:
+        recipe: With which the requests were exported.
+        plugins: What is installed.
+        output: The run's folder.
+        files: JSON lines with ``custom_id`` and ``response`` or ``error``, in any order.
+
+    Raises:
+        UserError: A line is none of these; or as of ``export_batch``.
+    """
+    answers = _read(files)
+    with _opened(recipe, plugins, output) as work:
+        found = Imported()
+        by_pair: dict[str, dict[str, Any]] = {work.prefix(pair): {} for pair in work.pairs}
+        for id, answer in answers.items():
+            prefix, digest = id[:-DIGITS], id[-DIGITS:]
+            if prefix in by_pair:
+                by_pair[prefix][digest] = answer
+            else:
+                found.foreign += 1
+        missing = work.missing()
+        found.known = len(work.pairs) - len(missing)
+        for pair in missing:
+            given = by_pair[work.prefix(pair)]
+            label = work.label(pair, given)
+            if not work.judge.asked.keys() <= given.keys():
+                found.missing.append(pair.id)
+                continue
+            work.store.add(work.key, pair, label)
+            if label.p is None:
+                found.failed[label.skipped or ""] += 1
+            else:
+                found.labeled += 1
+        used = work.judge.meter.used
+        found.tokens = used.input_tokens + used.output_tokens
+        return found
+
+
+def describe(found: Imported) -> str:
+    """In words, with the pairs that still lack a label."""
+    lines = [f"Pairs labeled: {found.labeled:,} (by {found.tokens:,} tokens); labeled before: {found.known:,}."]
+    lines += [f"Pairs that could not be judged: {count:,} ({reason})." for reason, count in found.failed.items()]
+    if found.missing:
+        named = ", ".join(found.missing[:_NAMED]) + (", ..." if len(found.missing) > _NAMED else "")
+        lines.append(f"Pairs that lack an answer: {len(found.missing):,} ({named}).")
+    if found.foreign:
+        lines.append(f"Answers to requests that this recipe does not make: {found.foreign:,}. Was it changed?")
+    return "\n".join(lines)
+
+
+@dataclass
+class _Work:
+    """What both do: one pair after the other is labeled by a judge that is asked through files."""
+
+    context: Context
+    task: LabelTask
+    judge: BatchJudge
+    key: LabelKey
+    store: LabelStore
+    pairs: list[Pair]
+
+    def missing(self) -> list[Pair]:
+        """Pairs without a label."""
+        found = self.store.find(self.key, self.pairs)
+        return [pair for pair in self.pairs if found.get(pair.id, {"p": None})["p"] is None]
+
+    def prefix(self, pair: Pair) -> str:
+        return f"{self.key.key}-{self.key.of(pair)}-"
+
+    def requests(self, pair: Pair) -> dict[str, dict[str, Any]]:
+        self.label(pair, {})
+        return self.judge.asked
+
+    def label(self, pair: Pair, answers: dict[str, Any]) -> Label:
+        self.judge.begin(answers)
+        (label,) = self.context.create_labeler(self.task.labeler).label([pair], self.judge)
+        return label
+
+
+@contextmanager
+def _opened(recipe: Recipe, plugins: Plugins, output: Path) -> Iterator[_Work]:
+    section, task = _server_judge(recipe), label_tasks(recipe)[0]
+    what = "The run has no pairs yet, or they were made with other settings."
+    lacks_pairs = UserError(what, where=str(output), fix="Make them first: trl-rlaif run RECIPE --only sample.")
+    if not (output / artifacts.RECIPE).exists():
+        raise lacks_pairs
+    folder = RunFolder(output)
+    with folder.locked():
+        if not folder.is_complete("sample") or redo.plan(recipe, folder)["sample"].why:
+            raise lacks_pairs
+        context = Context(recipe, folder, plugins, None)
+        judge = BatchJudge(section.path, JudgePrompt.load(prompt_folder(task.prompt)), server_of(section))
+        key, store = label_key(context, task), LabelStore(folder / artifacts.LABELS)
+        pairs = list({key.of(pair): pair for pair in context.pairs()}.values())
+        yield _Work(context, task, judge, key, store, pairs)
+
+
+def _server_judge(recipe: Recipe) -> ServerJudgeSection:
+    """The main judge; what needs an answer before it asks on is refused."""
+    if recipe.label is None:
+        raise UserError("Batch files are of labels, and this recipe has no 'label'.")
+    section, judge, where = recipe.label, recipe.label.judge, recipe.line(("label",))
+    if not isinstance(judge, ServerJudgeSection):
+        what = "Batch files are for a judge on a server."
+        raise UserError(what, where=where, fix="Set label.judge: {backend: openai, ...}.")
+    thinks = section.main_labeler.options.get("thinking")
+    tournament = section.ranking is not None and section.ranking.method == "tournament"
+    rounds = recipe.rounds is not None and recipe.rounds.number > 1
+    begun = "Set judge.prefill: false; or true, where the server continues an answer as vLLM does."
+    for wrong, what, fix in (
+        (judge.api == "chat" and judge.prefill == "auto", "prefill: auto is found out by asking the server.", begun),
+        (judge.votes > 0, "votes are asked for once an answer cannot be read.", "Set judge.votes: 0."),
+        (thinks, "a rationale is asked for before the answer.", "Set thinking: false."),
+        (tournament, "a tournament asks by the answers before.", "Set label.ranking.method: all_pairs."),
+        (rounds, "a round samples from what the round before has trained.", "Leave out rounds."),
+    ):
+        if wrong:
+            raise UserError(f"A batch file asks everything at once, and {what}", where=where, fix=fix)
+    return judge
+
+
+def _read(files: Sequence[Path]) -> dict[str, dict[str, Any] | str]:
+    """By custom_id the answer's body, or why there is none; of several answers, one that is good."""
+    found: dict[str, dict[str, Any] | str] = {}
+    for file in files:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"The answers cannot be read: {error}", where=str(file)) from None
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                id, answer = row["custom_id"], _answer(row)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                what = "the line is not an answer of a batch: an object with custom_id, and response or error."
+                raise UserError(what, where=f"{file}:{number}", fix="Remove the line.") from None
+            if not isinstance(found.get(id), dict):
+                found[id] = answer
+    return found
+
+
+def _answer(row: dict[str, Any]) -> dict[str, Any] | str:
+    response = row.get("response") or {}
+    body, status = response.get("body"), response.get("status_code", 200)
+    if isinstance(body, dict) and status == 200 and not row.get("error"):
+        return body
+    error = row.get("error") or (body or {}).get("error") or {}
+    reason = str(error.get("message") or error.get("code") or "no answer")
+    return f"{status}: {reason}" if response else reason
