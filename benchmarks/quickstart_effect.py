@@ -2,8 +2,8 @@
 
     python benchmarks/quickstart_effect.py PANDALM --seeds 1 2 3 --output benchmarks/results/quickstart_effect.md
 
-PANDALM is a file of pairs with people's choices. Those of half of its prompts teach the examiner: the choices, and
-contrasts of every kind that are made from these responses, none of which is SmolLM2's. The other half shows how often
+PANDALM is a file of pairs with people's choices. Those of half of its prompts teach the examiner, and so do contrasts of
+every kind from other responses to other prompts than the quickstart's judge learned from. The other half shows how often
 the examiner agrees with people; all of them, how often the quickstart's own judge does, which was taught by no person.
 The quickstart is run once per seed; its start and its policy then answer prompts that it was neither trained nor
 evaluated on, several times each. Each step is a run in a folder of its own, so an interrupted measurement resumes.
@@ -34,10 +34,13 @@ from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import packaged_recipes, parse_recipe
 from trl_rlaif.teaching import KINDS
 
-PROMPTS = Path(__file__).parents[1] / "recipes" / "data" / "quickstart_prompts.jsonl"
+DATA = Path(__file__).parents[1] / "recipes" / "data"
+PROMPTS, EXAMINERS_PROMPTS = DATA / "quickstart_prompts.jsonl", DATA / "quickstart_eval_prompts.jsonl"
 # Answers of each policy to a prompt: a prompt's own are no independent draws, and count as one group.
 ANSWERS = 3
-TAUGHT = {"contrasts": list(KINDS), "max_contrasts": 200, "max_length": 200, "learning_rate": 1e-3}
+TAUGHT = {"contrasts": list(KINDS), "max_contrasts": 300, "max_length": 200, "learning_rate": 1e-3}
+# Drawn for contrasts: those of 40 prompts must yield enough of each kind.
+SAMPLED = {"num_responses": 8, "keep_pairs": "all", "temperature": 1.0}
 # Of what is no part of the quickstart: teaching the examiner, and asking both judges about many pairs.
 DTYPE = "auto"
 
@@ -100,11 +103,12 @@ def _unseen_prompts(args: argparse.Namespace, run: RunFolder) -> Path:
 
 
 def _examiner(args: argparse.Namespace, run: RunFolder, people: Path) -> Path:
-    """The folder of a judge that was taught people's choices, and contrasts of other responses."""
+    """The folder of a judge that was taught people's choices, and contrasts of other responses to other prompts."""
     recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
     sections = {
         "model": recipe["model"] | {"dtype": DTYPE},
-        "data": {"pairs": str(people)},
+        "data": {"prompts": str(EXAMINERS_PROMPTS)},
+        "sample": recipe["sample"] | SAMPLED,
         "judge": recipe["judge"] | TAUGHT | {"pairs": str(people)},
         "label": {"labeler": recipe["label"]["labeler"], "judge": "taught", "prompt": recipe["label"]["prompt"]},
     }
