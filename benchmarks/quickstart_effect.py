@@ -2,18 +2,18 @@
 
     python benchmarks/quickstart_effect.py PANDALM --seeds 1 2 3 --output benchmarks/results/quickstart_effect.md
 
-PANDALM is a file of pairs with people's choices. Those of half of its prompts teach the examiner, and so do contrasts of
-every kind from other responses to other prompts than the quickstart's judge learned from. The other half shows how often
-the examiner agrees with people; all of them, how often the quickstart's own judge does, which was taught by no person.
-The quickstart is run once per seed; its start and its policy then answer prompts that it was neither trained nor
-evaluated on, several times each. Each step is a run in a folder of its own, so an interrupted measurement resumes.
+PANDALM is a file of pairs with people's choices. Those of half of its prompts teach the examiner, and so do contrasts
+of every kind from other responses, to other prompts, than the quickstart's judge learned from. The other half shows how
+often the examiner agrees with people; all of them, how often the quickstart's own judge does, which was taught by no
+person. The quickstart is run once per seed; its start and its policy then answer prompts that it was neither trained
+nor evaluated on, several times each. Each step is a run in a folder of its own, so an interrupted measurement resumes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -62,13 +62,14 @@ def main() -> None:
     unseen = _written(args.runs / "all.jsonl", judged), rest
     examiner, lines = None, []
     for seed in args.seeds:
-        began = time.monotonic()
-        run = _quickstart(args, seed, {})
-        minutes = (time.monotonic() - began) / 60
-        evaluated = _quickstart(args, seed, {"sets": {"unseen": str(_unseen_prompts(args, run))}, "num_responses": 1})
+        run = _quickstart(args, seed, f"quickstart-{seed}")
+        if not (args.runs / f"unseen-{seed}").exists():
+            shutil.copytree(run.path, args.runs / f"unseen-{seed}")
+        evaluate = {"sets": {"unseen": str(_unseen_prompts(args, run))}, "num_responses": 1}
+        evaluated = _quickstart(args, seed, f"unseen-{seed}", evaluate)
         own = _labels(args, f"own-{seed}", run / "judge", unseen[0])
         examiner = examiner or _examiner(args, run, people)
-        lines += _row(args, seed, minutes, evaluated, own, examiner)
+        lines += _row(args, seed, _minutes(run), evaluated, own, examiner)
         if args.output:
             args.output.write_text("\n".join([*_head(args, examiner, unseen[1]), *lines]) + "\n", encoding="utf-8")
     print("\n".join([*_head(args, examiner, unseen[1]), *lines]))
@@ -86,10 +87,15 @@ def _run(recipe: Path, folder: Path, overrides: Sequence[str] = (), only: Sequen
     return run_recipe(parsed, plugins, folder, resume=True, only=only)
 
 
-def _quickstart(args: argparse.Namespace, seed: int, evaluate: dict[str, Any]) -> RunFolder:
-    changed = [f"evaluate.{key}={json.dumps(value)}" for key, value in evaluate.items()]
-    overrides = [f"run.seed={seed}", *args.set, *changed]
-    return _run(packaged_recipes()["quickstart"], args.runs / f"quickstart-{seed}", overrides)
+def _quickstart(args: argparse.Namespace, seed: int, name: str, evaluate: dict[str, Any] | None = None) -> RunFolder:
+    changed = [f"evaluate.{key}={json.dumps(value)}" for key, value in (evaluate or {}).items()]
+    return _run(packaged_recipes()["quickstart"], args.runs / name, [f"run.seed={seed}", *args.set, *changed])
+
+
+def _minutes(run: RunFolder) -> float:
+    """Of all its stages, also where several calls made them."""
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    return sum(stage.get("seconds", 0) for stage in results.values() if isinstance(stage, dict)) / 60
 
 
 def _unseen_prompts(args: argparse.Namespace, run: RunFolder) -> Path:
