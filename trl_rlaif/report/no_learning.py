@@ -56,8 +56,8 @@ def _labels(run: Run) -> list[str]:
             shares = (judge, people) if difference > 0 else (1 - judge, 1 - people)
             found.append(
                 f"The judge's labels follow length: it prefers the {kind} response in {percent(shares[0])} of "
-                f"{count(number(length.get('n')), 'pair')}, people in {percent(shares[1])}. The reward model will "
-                f"learn this. Tell the judge to ignore length (label.prompt), or {cure}."
+                f"{count(number(length.get('n')), 'pair')}, people in {percent(shares[1])}. What these labels "
+                f"train will learn this. Tell the judge to ignore length (label.prompt), or {cure}."
             )
     return found
 
