@@ -29,7 +29,7 @@ SETTINGS = {
     "rewards": ["helpers.rewards:even_share"],
     "num_generations": 2,
     "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 2,
+    "gradient_accumulation_steps": 4,  # of the run: each of two processes takes 2 x 2 responses a step
     "total_episodes": 24,
     "kl_coef": 0.1,
     "learning_rate": 1e-2,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 from trl_rlaif.types import Label, Pair
 
@@ -34,11 +33,11 @@ class Lesson:
         """Cross-entropy in nats of a label with what is known: of both ratings, on average, or of p."""
         if self.ratings is not None and label.ratings_1 is not None and label.ratings_2 is not None:
             both = zip(self.ratings, (label.ratings_1, label.ratings_2), strict=True)
-            return float(np.mean([_cross_entropy(known, said) for known, said in both]))
+            return sum(_cross_entropy(known, said) for known, said in both) / 2
         if label.p is None:
             raise ValueError(f"The pair {label.id} was not judged.")
         return _cross_entropy((self.p, 1 - self.p), (label.p, 1 - label.p))
 
 
 def _cross_entropy(known: Sequence[float], said: Sequence[float]) -> float:
-    return float(-np.dot(known, np.log(np.clip(said, _EDGE, 1))))
+    return -math.fsum(share * math.log(max(given, _EDGE)) for share, given in zip(known, said, strict=True))
