@@ -64,7 +64,8 @@ def main() -> None:
     for seed in args.seeds:
         run = _quickstart(args, seed, f"quickstart-{seed}")
         if not (args.runs / f"unseen-{seed}").exists():
-            shutil.copytree(run.path, args.runs / f"unseen-{seed}")
+            copy = shutil.copytree(run.path, args.runs / f"copy-{seed}", dirs_exist_ok=True)
+            copy.rename(args.runs / f"unseen-{seed}")  # whole, or not there
         evaluate = {"sets": {"unseen": str(_unseen_prompts(args, run))}, "num_responses": 1}
         evaluated = _quickstart(args, seed, f"unseen-{seed}", evaluate)
         own = _labels(args, f"own-{seed}", run / "judge", unseen[0])
