@@ -58,6 +58,14 @@ def drawn(savefig, monkeypatch):
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
 
 
+@pytest.fixture
+def only_local_servers(monkeypatch):
+    """Judges on servers are asked here, whatever key, address and proxy the user has set."""
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def deprecations():
     """A run hides from its user what libraries deprecate; here it is an error (pyproject.toml names the exceptions)."""

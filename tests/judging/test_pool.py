@@ -25,10 +25,8 @@ A, B = "http://a/v1/", "http://b/v1/"
 
 
 @pytest.fixture(autouse=True)
-def quick_and_alone(monkeypatch):
+def quick(only_local_servers, monkeypatch):
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
 # ---- Which server is asked --------------------------------------------------------------------------------

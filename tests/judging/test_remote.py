@@ -57,12 +57,9 @@ def server(running):
 
 
 @pytest.fixture(autouse=True)
-def quick_and_alone(monkeypatch):
-    """Waits between retries are short, unless the server asks for them; nothing of the user's own is used."""
+def quick(only_local_servers, monkeypatch):
+    """Waits between retries are short, unless the server asks for them."""
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
-    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
 def make_judge(server, **options):

@@ -32,10 +32,8 @@ def plugins():
 
 
 @pytest.fixture(autouse=True)
-def alone(server, monkeypatch):
+def unasked(server, only_local_servers):
     server.forget()
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
 @pytest.fixture
