@@ -3,6 +3,7 @@
 import pytest
 
 from trl_rlaif.errors import Problem
+from trl_rlaif.pipeline.inputs import written
 
 TEXT = """\
 model: {path: gpt2}
@@ -51,6 +52,19 @@ def test_later_one_wins_and_old_lines_are_forgotten(only, parse):
     assert parse(TEXT, "run.seed=1", "run.seed=2").run.seed == 2
     override = "reward.transforms=[{advantage: {margin: 0}}]"
     assert only(TEXT, override).where == f"--set {override}"
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("reward.transforms=[{advantage: {margin: 3.0}}]", TEXT.replace("[{advantage: {margin: 2.0}}, regulator]",
+                                                                        "[{advantage: {margin: 3.0}}]")),
+        ("sample={batch_size: 8, top_p: 0.9}", TEXT.replace("batch_size: 4", "batch_size: 8, top_p: 0.9")),
+        ("model.lora={r: 4}", TEXT.replace("gpt2", "gpt2, lora: {r: 4}")),
+    ],
+)  # fmt: skip
+def test_what_a_stage_is_redone_for_has_the_keys_inside_a_value(parse, override, text):
+    assert written(parse(TEXT, override)) == written(parse(text)) != written(parse(TEXT))
 
 
 def test_removing_a_required_section(only):

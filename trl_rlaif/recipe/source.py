@@ -265,7 +265,7 @@ def _apply(source: Source, override: str, label: str) -> None:
         raise UserError("this is not key.path=value.", fix="Write for example --set sample.temperature=0.9.")
     if not text.strip():
         raise UserError("the value is missing.", fix="Write null, '' or {} if it is meant to be empty.")
-    value, _, problems = _read_yaml(text, lambda mark: label, label)
+    value, inside, problems = _read_yaml(text, lambda mark: label, label)
     source.problems += problems
     container, path = _container(source, parts, label)
     last = _entry(container, parts[-1], path)
@@ -274,7 +274,8 @@ def _apply(source: Source, override: str, label: str) -> None:
     if value is None and not path:
         source.data.pop(last, None)
         return
-    source.places[(*path, last)] = label
+    # With the keys inside, or a stage would not be redone when one of them changes.
+    source.places |= {(*path, last, *key): label for key in {(), *inside}}
     container[last] = value
 
 
