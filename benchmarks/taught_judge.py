@@ -2,10 +2,11 @@
 
     python benchmarks/taught_judge.py PANDALM HH --output benchmarks/results/taught_judge.md
 
-PANDALM and HH are files of pairs with people's choices; a part of PANDALM teaches, the rest and HH are held out.
-Contrasts are made of the model's own responses to the quickstart's prompts. Each setting is a run of the stage judge in
-a folder of its own, so an interrupted measurement resumes; the judge is then asked about all held-out pairs. The reward
-model is what RLHF would make of the same people's pairs: such an adapter with a score head, trained as long.
+PANDALM and HH are files of pairs with people's choices; those on some of PANDALM's prompts teach, those on its other
+prompts and HH are held out. Contrasts are made of the model's own responses to the quickstart's prompts. Each setting
+is a run of the stage judge in a folder of its own, so an interrupted measurement resumes; the judge is then asked about
+all held-out pairs. The reward model is what RLHF would make of the same people's pairs: such an adapter with a score
+head, trained as long.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 import yaml
 
 from trl_rlaif.data import Pair, load_pairs
-from trl_rlaif.data.overlap import prompt_key
+from trl_rlaif.data.overlap import prompt_key, split_by_group
 from trl_rlaif.evaluation import agreement, calibration_error, position_bias
 from trl_rlaif.files import read_lines
 from trl_rlaif.hardware import processor
@@ -87,9 +88,9 @@ def _data(args: argparse.Namespace) -> tuple[Path, dict[str, Path]]:
     """The file that teaches, and those that are held out by name: no prompt is in both."""
     args.runs.mkdir(parents=True, exist_ok=True)
     pandalm = [pair for pair in load_pairs(str(args.pandalm)).items if pair.human in (1, 2)]
-    taught, rest = pandalm[-args.people :], pandalm[: -args.people]
-    known = {prompt_key(pair.prompt) for pair in taught}
-    rest = [pair for pair in rest if prompt_key(pair.prompt) not in known]
+    prompts = [prompt_key(pair.prompt) for pair in pandalm]
+    split = split_by_group(prompts, 1 - args.people / len(pandalm), seed=0)
+    taught, rest = ([pandalm[i] for i in part] for part in split)
     hh = [pair for pair in load_pairs(str(args.hh)).items if pair.human in (1, 2)]
     people = _written(args.runs / "people.jsonl", taught)
     held_out = {name: _written(args.runs / f"{name}.jsonl", pairs[: args.pairs]) for name, pairs in
