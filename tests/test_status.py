@@ -25,6 +25,7 @@ from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.pipeline.stages import STAGES, active_stages
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.progress import Forecast, Meter, pace, progress_bar, publishing
+from trl_rlaif.recipe import packaged_recipes, parse_recipe
 from trl_rlaif.status import describe, follow, read_status
 
 PRINTS = {"sample": "s", "label": "l", "reward": "r", "rl": "p"}
@@ -122,9 +123,17 @@ def test_what_is_known_of_a_run_beforehand(tmp_path, tiny_model):
     assert sum(known.shares.values()) == pytest.approx(1) and known.measured == {*known.shares, "report"} - {"evaluate"}
     more = tiny_recipe(tmp_path, tiny_model, rl={"total_episodes": 80})
     assert forecast(more, ahead).shares["rl"] > known.shares["rl"]
-    assert forecast(tiny_recipe(tmp_path, tiny_model, rl={"algorithm": "grpo"}), ahead).unknown == ("rl",)
+    assert forecast(tiny_recipe(tmp_path, tiny_model, rl={"algorithm": "dpo"}), ahead).unknown == ("rl",)
     (tmp_path / "train.jsonl").unlink()
     assert forecast(recipe, ahead) is None
+
+
+def test_what_the_quickstart_takes_is_foreseen():
+    """Within a factor of 1.6 of each stage's share of the time in benchmarks/results/quickstart.md."""
+    recipe = parse_recipe(packaged_recipes()["quickstart"], registry=installed_plugins().registry)
+    known = forecast(recipe, [*active_stages(recipe).values()])
+    seconds = {"sample": 54, "judge": 212, "label": 47, "rl": 419, "evaluate": 80}
+    assert known.shares == {name: pytest.approx(took / 812, rel=0.6) for name, took in seconds.items()}
 
 
 @pytest.mark.parametrize("numbers", [[], "12", {"pairs": 12}, {"pairs": 12, "dropped": 3, "seconds": "long"}])

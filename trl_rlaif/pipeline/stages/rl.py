@@ -13,6 +13,7 @@ from trl_rlaif.pipeline.stage import (
     BASE,
     DRAWN,
     GROUPING,
+    QUESTION,
     READING,
     TRACKING,
     TRAINED,
@@ -119,14 +120,16 @@ class Rl(Stage):
         return f"score {numbers['score_first']:+.3f} -> {numbers['score_last']:+.3f}{kl}"
 
     def cost(self, recipe: Recipe, amounts: Amounts) -> float | None:
-        """Of PPO and its kin; what TRL's other trainers do in an episode is not known here."""
-        config = {**ALGORITHMS[recipe.rl.algorithm].preset, **recipe.rl.config}
-        if ALGORITHMS[recipe.rl.algorithm].config or not config.get("total_episodes"):
+        """Of what draws responses: they, the passes without gradient, the updates and the judges' questions."""
+        algorithm = ALGORITHMS[recipe.rl.algorithm]
+        config = {**algorithm.preset, **recipe.rl.config}
+        if not algorithm.samples or not config.get("total_episodes"):
             return None
         response = config.get("response_length", 53)
-        row, trained = amounts.tokens + response, 1 if config.get("value") == "trunk" else 2
-        passes = 3 + TRAINED * trained * config.get("num_ppo_epochs", 4)
-        return config["total_episodes"] * (amounts.tokens + DRAWN * response + passes * row)
+        row, trained = amounts.tokens + response, 1 if algorithm.groups or config.get("value") == "trunk" else 2
+        passes = 3 + TRAINED * trained * config.get("num_ppo_epochs", 1 if algorithm.groups else 4)
+        asked = len(recipe.reward_labelers) * (row + QUESTION)
+        return config["total_episodes"] * (amounts.tokens + DRAWN * response + passes * row + asked)
 
     def memory(self, run: MemoryRun) -> list[Part]:
         """As PPO on one base holds it: generation, passes without gradient, update."""
