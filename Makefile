@@ -5,6 +5,7 @@
 # make test-fast    the same without the tests that are marked slow
 # make test-servers real servers and engines (an hour on two cores): VLLM=python that imports vllm, LLAMA=python that
 #                   imports xllamacpp; one of them suffices. benchmarks/results/servers.md says how to install them.
+#                   Ray Data where the environment has ray (pip install 'ray[data]').
 # make lint         ruff and mypy
 # make gpu-kit      what a GPU machine without a network lacks, for benchmarks/gpu/on_gpu.sh: TRL=1.12.0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 from trl_rlaif.errors import RunError
@@ -23,6 +23,9 @@ class Usage:
     output_tokens: int = 0
     cost: float = 0.0
     uncounted: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -72,15 +75,9 @@ class Meter:
         counted = isinstance(counts[0], int)
         if not counted and self.budget != Budget():
             raise RunError("The judge's server does not count tokens (usage).", fix="Leave out label.budget.")
+        cost = (read * self.price.input + written * self.price.output) / 1e6
         with self._lock:
-            used = self.used
-            self.used = replace(
-                used,
-                input_tokens=used.input_tokens + read,
-                output_tokens=used.output_tokens + written,
-                cost=used.cost + (read * self.price.input + written * self.price.output) / 1e6,
-                uncounted=used.uncounted + (not counted),
-            )
+            self.used += Usage(read, written, cost, int(not counted))
 
     @property
     def used_up(self) -> bool:

@@ -120,6 +120,11 @@ class LabelStore:
         found = {pair.id: self._rows.get((label_key.key, label_key.of(pair))) for pair in pairs}
         return {id: row for id, row in found.items() if row is not None}
 
+    def missing(self, label_key: LabelKey, pairs: Iterable[Pair]) -> list[Pair]:
+        """Pairs without a label. What could not be judged is among them: a server may be back."""
+        found = ((pair, self._rows.get((label_key.key, label_key.of(pair)))) for pair in pairs)
+        return [pair for pair, row in found if row is None or row["p"] is None]
+
     def add(self, label_key: LabelKey, pair: Pair, label: Label) -> None:
         """Append a label, and see it on the disk. One that is there already, word for word, adds no line."""
         row = {f.name: getattr(label, f.name) for f in fields(label)}

@@ -16,11 +16,11 @@ from trl_rlaif.files import to_line, write_atomically
 from trl_rlaif.judging.batch import DIGITS, URLS, BatchJudge
 from trl_rlaif.judging.prompt import JudgePrompt
 from trl_rlaif.labels import LabelKey, LabelStore
-from trl_rlaif.pipeline import artifacts, redo
+from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.context import Context
 from trl_rlaif.pipeline.judges import server_of
 from trl_rlaif.pipeline.label_tasks import LabelTask, label_key, label_tasks
-from trl_rlaif.pipeline.run_folder import RunFolder
+from trl_rlaif.pipeline.outside_labels import distinct, opened_to_label
 from trl_rlaif.plugins import Plugins
 from trl_rlaif.recipe import Recipe, ServerJudgeSection, prompt_folder
 from trl_rlaif.types import Label
@@ -145,8 +145,7 @@ class _Work:
 
     def missing(self) -> list[Pair]:
         """Pairs without a label."""
-        found = self.store.find(self.key, self.pairs)
-        return [pair for pair in self.pairs if found.get(pair.id, {"p": None})["p"] is None]
+        return self.store.missing(self.key, self.pairs)
 
     def prefix(self, pair: Pair) -> str:
         return f"{self.key.key}-{self.key.of(pair)}-"
@@ -164,19 +163,10 @@ class _Work:
 @contextmanager
 def _opened(recipe: Recipe, plugins: Plugins, output: Path) -> Iterator[_Work]:
     section, task = _server_judge(recipe), label_tasks(recipe)[0]
-    what = "The run has no pairs yet, or they were made with other settings."
-    lacks_pairs = UserError(what, where=str(output), fix="Make them first: trl-rlaif run RECIPE --only sample.")
-    if not (output / artifacts.RECIPE).exists():
-        raise lacks_pairs
-    folder = RunFolder(output)
-    with folder.locked():
-        if not folder.is_complete("sample") or redo.plan(recipe, folder)["sample"].why:
-            raise lacks_pairs
-        context = Context(recipe, folder, plugins, None)
+    with opened_to_label(recipe, plugins, output) as context:
         judge = BatchJudge(section.path, JudgePrompt.load(prompt_folder(task.prompt)), server_of(section))
-        key, store = label_key(context, task), LabelStore(folder / artifacts.LABELS)
-        pairs = list({key.of(pair): pair for pair in context.pairs()}.values())
-        yield _Work(context, task, judge, key, store, pairs)
+        key, store = label_key(context, task), LabelStore(context.folder / artifacts.LABELS)
+        yield _Work(context, task, judge, key, store, distinct(key, context.pairs()))
 
 
 def _server_judge(recipe: Recipe) -> ServerJudgeSection:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_rlaif.files import read_state, write_state
@@ -30,8 +31,17 @@ NOTE_SECONDS = 1.0
 
 def usage(context: Context) -> Usage:
     """What the servers of all judges have counted since the stage was begun."""
-    path = context.folder.state / artifacts.work_of("label") / artifacts.USAGE
-    return Usage(**read_state(path, "Without it the budget of label counts from zero again."))
+    return Usage(**read_state(_path(context), "Without it the budget of label counts from zero again."))
+
+
+def write_usage(context: Context, used: Usage) -> None:
+    """Keep it until the stage is complete."""
+    _path(context).parent.mkdir(exist_ok=True)
+    write_state(_path(context), asdict(used))
+
+
+def _path(context: Context) -> Path:
+    return context.folder.state / artifacts.work_of("label") / artifacts.USAGE
 
 
 def usage_numbers(context: Context) -> dict[str, Any] | None:
@@ -47,7 +57,9 @@ def usage_numbers(context: Context) -> dict[str, Any] | None:
 @contextmanager
 def counting(context: Context, task: LabelTask, plan: Plan, judge: Judge) -> Iterator[Callable[[], None]]:
     """Yields what notes, once a second, what a pass took so far."""
-    meter = _meter(context, task, judge)
+    meter = meter_of(context, task)
+    if isinstance(judge, RemoteJudge) and meter is not None:
+        judge.meter = meter
     before, started, noted = plan.noted.get("seconds", 0.0), time.monotonic(), -math.inf
 
     def note(*, at_once: bool = False) -> None:
@@ -57,7 +69,7 @@ def counting(context: Context, task: LabelTask, plan: Plan, judge: Judge) -> Ite
             noted = now
             plan.note(seconds=before + now - started, **({"precision": asdict(probe)} if probe else {}))
             if meter is not None and meter.used != Usage():
-                write_state(plan.path.parent / artifacts.USAGE, asdict(meter.used))
+                write_usage(context, meter.used)
 
     try:
         yield note
@@ -65,14 +77,13 @@ def counting(context: Context, task: LabelTask, plan: Plan, judge: Judge) -> Ite
         note(at_once=True)
 
 
-def _meter(context: Context, task: LabelTask, judge: Judge) -> Meter | None:
-    """What counts a server's tokens from now on, with the budget of the stage."""
-    if not isinstance(judge, RemoteJudge) or not isinstance(task.judge, ServerJudgeSection):
+def meter_of(context: Context, task: LabelTask) -> Meter | None:
+    """What counts a server's tokens from now on, with the budget of the stage; None for a judge on none."""
+    if not isinstance(task.judge, ServerJudgeSection):
         return None
     budget, price = context.recipe.label.budget, task.judge.price
-    judge.meter = Meter(
+    return Meter(
         Price(**price.model_dump()) if price else Price(),
         Budget(**budget.model_dump()) if budget else Budget(),
         usage(context),
     )
-    return judge.meter

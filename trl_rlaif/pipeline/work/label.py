@@ -182,9 +182,7 @@ def _pass(
         judge: Loads the task's judge, if anything is missing.
     """
     key = label_key(context, task)
-    found = store.find(key, mine)
-    # What could not be judged is asked again: a server may be back.
-    missing = [pair for pair in mine if found.get(pair.id, {"p": None})["p"] is None]
+    missing = store.missing(key, mine)
     path = context.folder.state / artifacts.work_of("label") / artifacts.plan_of(purpose, key.key)
     plan = Plan(path, key, missing, mine)
     if missing:
