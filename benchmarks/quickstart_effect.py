@@ -114,7 +114,7 @@ def _examiner(args: argparse.Namespace, run: RunFolder, people: Path) -> Path:
     recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
     sections = {
         "model": recipe["model"] | {"dtype": DTYPE},
-        "data": {"prompts": str(EXAMINERS_PROMPTS)},
+        "data": {"prompts": str(EXAMINERS_PROMPTS), "instruction": recipe["data"]["instruction"]},
         "sample": recipe["sample"] | SAMPLED,
         "judge": recipe["judge"] | TAUGHT | {"pairs": str(people)},
         "label": {"labeler": recipe["label"]["labeler"], "judge": "taught", "prompt": recipe["label"]["prompt"]},

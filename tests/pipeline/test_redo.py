@@ -110,6 +110,7 @@ def test_a_file_that_was_moved_or_touched_is_the_same_input(make, folder, tmp_pa
         ({"report": None}, []),
         ({"sample": {"temperature": 0.9}}, ALL),
         ({"data": {"max_prompts": 4}}, ALL),
+        ({"data": {"instruction": "Be brief."}}, ALL),
         ({"label": {"min_confidence": 0.6}}, ALL[1:]),
         ({"label": {"labeler": {"distilled": {"orders": "12"}}}}, ALL[1:]),
         ({"model": {"lora": {"r": 8, "alpha": 8}}}, ALL[2:]),

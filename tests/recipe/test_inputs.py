@@ -45,6 +45,24 @@ def test_the_first_prompts_alone(tmp_path):
     assert [prompt.id for prompt in read_prompts(recipe, recipe.data.prompts).items] == everything[:2]
 
 
+def test_every_prompt_ends_with_the_instruction(tmp_path):
+    recipe = tiny_recipe(tmp_path, "gpt2", data={"instruction": "Be brief."})
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yes?"},
+        {"role": "user", "content": "Why? "},
+    ]
+    tool = {"role": "tool", "content": "42"}
+    write(tmp_path / "texts.jsonl", {"prompt": "What?\n"})
+    write(tmp_path / "turns.jsonl", {"prompt": turns}, {"prompt": [*turns, tool]})
+    for key in ("prompts", "eval_prompts"):
+        (text,) = read_prompts(recipe, str(tmp_path / "texts.jsonl"), key).items
+        asked, answered = read_prompts(recipe, str(tmp_path / "turns.jsonl"), key).items
+        assert text.prompt == "What? Be brief."
+        assert asked.prompt == [*turns[:2], {"role": "user", "content": "Why? Be brief."}]
+        assert answered.prompt == [*asked.prompt, tool]
+
+
 def test_what_no_stage_reads_is_left_alone(tmp_path):
     recipe = tiny_recipe(tmp_path, "gpt2", rl=None, evaluate=None)
     (tmp_path / "test.jsonl").write_text("")

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from trl_rlaif.pipeline.context import Context
     from trl_rlaif.recipe import Recipe
 
-# What every stage computes with, what adapters are trained, and how a response of the policy is read.
+# What every stage computes with, and how the policy is asked and its response is read.
 BASE = ("run.seed", "model.path", "model.dtype", "model.quantization", "model.matmul_precision",
         "model.chat_template_kwargs")  # fmt: skip
-READING = ("model.reasoning", "model.reasoning_tags", "rl.stop_tokens", "rl.stop_token_id")
+READING = ("data.instruction", "model.reasoning", "model.reasoning_tags", "rl.stop_tokens",
+           "rl.stop_token_id")  # fmt: skip
 GROUPING = ("data.category", "data.clusters")
 # What the section evaluate says of measurements while rl runs; evaluate itself does not depend on it.
 TRACKING = ("evaluate.track_every", "evaluate.track_prompts", "evaluate.stop_on_forgetting")

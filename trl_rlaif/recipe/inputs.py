@@ -15,6 +15,7 @@ from trl_rlaif.data.overlap import finetuned_prompts, question_key
 from trl_rlaif.errors import Problem, UserError
 from trl_rlaif.progress import say
 from trl_rlaif.recipe.parsing import Recipe
+from trl_rlaif.types import Message
 
 # Bytes of a data file up to which it is read a second time before a run, for what its prompts share with others.
 SMALL_FILE = 16 << 20
@@ -26,10 +27,22 @@ _CALIBRATION = "label.calibration"
 def read_prompts(recipe: Recipe, source: str, key: str = "prompts") -> Loaded[Prompt]:
     """Prompts of a file, folder or Hub id; ``key`` says whose columns it has, ``prompts`` or ``eval_prompts``.
 
-    Of ``prompts`` the first ``data.max_prompts``.
+    Of ``prompts`` the first ``data.max_prompts``; each ends with ``data.instruction``.
     """
     loaded = load_prompts(source, category=recipe.data.category, columns=recipe.data.columns_of(key))
-    return replace(loaded, items=loaded.items[: recipe.data.max_prompts]) if key == "prompts" else loaded
+    items = loaded.items[: recipe.data.max_prompts] if key == "prompts" else loaded.items
+    if text := recipe.data.instruction:
+        items = [replace(item, prompt=_instructed(item.prompt, text)) for item in items]
+    return replace(loaded, items=items)
+
+
+def _instructed(prompt: str | list[Message], text: str) -> str | list[Message]:
+    if isinstance(prompt, str):
+        return f"{prompt.rstrip()} {text}"
+    turns = [dict(turn) for turn in prompt]
+    for turn in [turn for turn in turns if turn["role"] == "user"][-1:]:
+        turn["content"] = f"{turn['content'].rstrip()} {text}"
+    return turns
 
 
 def read_pairs(recipe: Recipe) -> Loaded[Pair]:

@@ -32,6 +32,9 @@ class DataSection(Section):
     prompts: DataPath | None = Field(None, description="Prompts to train on: a file, a folder or a Hub id.")
     max_prompts: int | None = Field(None, ge=1, description="Train on the first so many prompts; null takes all.")
     eval_prompts: DataPath | None = Field(None, description="Prompts to evaluate on, likewise.")
+    instruction: Text | None = Field(
+        None, description="What all prompts end with, such as 'Answer in one sentence.'; the last user turn does."
+    )
     pairs: DataPath | None = Field(None, description="Pairs of responses that stand in for sampled ones.")
     format: PairFormat = Field("auto", description="How the pairs are laid out; auto looks at their columns.")
     scored_pairs: ScoredPairs = Field(
