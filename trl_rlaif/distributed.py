@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 U = TypeVar("U")
 T = TypeVar("T")
+Rows = TypeVar("Rows")
 
 # How long a process waits for the others, which may be asking a slow server: one that dies is noticed at once by its
 # closed connection, or ends all through the launcher.
@@ -93,18 +94,14 @@ def end_with(code: int) -> None:
         os._exit(code)
 
 
-def averages_itself(accelerator: Accelerator) -> bool:
-    """Whether the processes' gradients are averaged in the backward pass, as DeepSpeed and FSDP do."""
-    return accelerator.distributed_type in ("DEEPSPEED", "FSDP")
-
-
 def average_gradients(accelerator: Accelerator, model: nn.Module) -> None:
     """Replace every gradient by its mean over the processes, all in one message; they are a few adapters.
 
-    By hand, since no forward pass goes through DDP's wrapper. Does nothing in a single process, and while
-    gradients are still being accumulated.
+    By hand, since no forward pass goes through DDP's wrapper, and FSDP shares out frozen weights alone. Does nothing in
+    a single process, while gradients are still being accumulated, and with DeepSpeed, which averages them itself.
     """
-    if accelerator.num_processes == 1 or not accelerator.sync_gradients or averages_itself(accelerator):
+    averaged = accelerator.num_processes == 1 or accelerator.distributed_type == "DEEPSPEED"
+    if averaged or not accelerator.sync_gradients:
         return
     import torch
 
@@ -137,16 +134,25 @@ def backward(accelerator: Accelerator, loss: torch.Tensor, *, last: bool) -> Non
         accelerator.sync_gradients = steps
 
 
-def equal_count(accelerator: Accelerator, passes: int) -> int:
-    """How many backward passes this process must make that needs so many.
+def equal_parts(accelerator: Accelerator, parts: Sequence[Rows]) -> list[Rows]:
+    """Rows in parts, of which each is one forward and one backward pass; with as many in all processes where they must.
 
-    With DeepSpeed each pass sends its gradients, so all processes make as many as the one that needs most.
+    With DeepSpeed each backward pass sends its gradients, and with FSDP each pass gathers weights. All processes then
+    make as many passes as the one that needs most, and the largest parts are halved.
+
+    Args:
+        parts: Rows in order, as tensors or lists; all processes have equally many rows.
     """
-    if accelerator.distributed_type != "DEEPSPEED":
-        return passes
+    found: list[Any] = list(parts)
+    if accelerator.distributed_type not in ("DEEPSPEED", "FSDP"):
+        return found
     from accelerate.utils import gather_object
 
-    return max(gather_object([passes]))
+    for _ in range(max(gather_object([len(found)])) - len(found)):
+        largest = max(range(len(found)), key=lambda i: len(found[i]))
+        part, half = found[largest], (len(found[largest]) + 1) // 2
+        found[largest : largest + 1] = part[:half], part[half:]
+    return found
 
 
 # ---- Work that is divided -----------------------------------------------------------------------------------
@@ -182,6 +188,16 @@ def dividing() -> Iterator[None]:
     Outside, each process has work of its own, such as the responses of its share of a batch.
     """
     token = _dividing.set(processes() > 1)
+    try:
+        yield
+    finally:
+        _dividing.reset(token)
+
+
+@contextmanager
+def undivided() -> Iterator[None]:
+    """Inside, each process does all of the work: where weights are shared out, all must make the same passes."""
+    token = _dividing.set(False)
     try:
         yield
     finally:

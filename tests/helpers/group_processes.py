@@ -17,6 +17,7 @@ from helpers.recipes import write_recipe
 from helpers.rewards import even_share
 from trl_rlaif import distributed
 from trl_rlaif.data import load_prompts
+from trl_rlaif.models.sharding import is_shared_out
 from trl_rlaif.pipeline.context import Context
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.work.grpo_rloo import build_trainer
@@ -64,7 +65,10 @@ def ours(folder: Path, model: str, algorithm: str, **rl: Any) -> dict[str, Any]:
         trainer.train_dataset = scorer.selection.prompts
     trainer.train()
     found = _seen(trainer, ((n, p) for n, p in scorer.shared.peft.named_parameters() if ".policy." in n))
-    return found | {"pairs": [pair.response for pair in scorer.rehearsal.pairs]}
+    return found | {
+        "pairs": [pair.response for pair in scorer.rehearsal.pairs],
+        "shared_out": is_shared_out(trainer.model),
+    }
 
 
 def plain_trainer(context: Context, folder: Path, algorithm: str, **options: Any) -> Any:

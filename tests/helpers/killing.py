@@ -216,6 +216,7 @@ def run(
     after: float | None = None,
     kind: int = signal.SIGKILL,
     processes: int = 1,
+    launcher: str = "ddp",
     options: Sequence[str] = (),
 ) -> int:
     """Start or resume a run, and wait for its end.
@@ -227,15 +228,14 @@ def run(
         after: It is killed after so many seconds.
         kind: The signal.
         processes: How many share the run; the first one is killed, and with it the others.
+        launcher: What they are started as, where they are several: ddp or fsdp2.
         options: Further ones of the command.
 
     Returns:
         The exit code of the first process.
     """
-    arguments = str(recipe), str(folder), at, kind, options
-    started = [
-        forked.start(_run, *arguments, environment=each, output=f"{folder}.log") for each in environments(processes)
-    ]
+    arguments, each_of = (str(recipe), str(folder), at, kind, options), environments(processes, launcher)
+    started = [forked.start(_run, *arguments, environment=each, output=f"{folder}.log") for each in each_of]
     try:
         connection.wait([process.sentinel for process in started], timeout=after)
         if started[0].is_alive() and after is not None:

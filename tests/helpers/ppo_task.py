@@ -21,9 +21,29 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from helpers.processes import write_result
 from helpers.tiny import make_llama
 from trl_rlaif import PPOConfig, PPOTrainer
+from trl_rlaif.models.sharding import is_shared_out
 
 WORDS = "the what is a yes no fox dog city moon red blue".split()
 RESPONSE_LENGTH = 4
+# Not compared: what is measured in time, and the variance over micro-batches, which are others in each run.
+METRICS = [
+    "objective/kl",
+    "objective/entropy",
+    "objective/non_score_reward",
+    "objective/rlhf_reward",
+    "objective/scores",
+    "score/share_of_yes",
+    "rollout/length",
+    "loss/policy_avg",
+    "loss/value_avg",
+    "policy/approxkl_avg",
+    "policy/clipfrac_avg",
+    "policy/entropy_avg",
+    "val/clipfrac_avg",
+    "val/ratio",
+    "episode",
+    "lr",
+]
 # With use_cpu accelerate forgets DeepSpeed; without a GPU it then has to be told how processes talk.
 _ON_CPU = {"ddp_backend": "gloo"} if "ACCELERATE_USE_DEEPSPEED" in os.environ else {"use_cpu": True}
 
@@ -119,15 +139,22 @@ def _joined_values(parts: list[Any]) -> Any:
     return parts[0]
 
 
-def run(folder: Path, *, rows: int, accumulation: int = 1) -> dict[str, Any]:
+def run(
+    folder: Path, *, rows: int, accumulation: int = 1, resume: Path | None = None, **options: Any
+) -> dict[str, Any]:
     """Three updates with eight prompts in each, this process's share of which is ``rows * accumulation``.
 
     The dataset holds exactly those eight, so each update sees the same prompts however many processes there
     are; processes and passes may shuffle them differently.
 
+    Args:
+        resume: The checkpoint to begin with.
+        options: Further ones of PPOConfig.
+
     Returns:
         metrics, one dict an update; parameters, the trainable ones by name; start, the same at the start;
-        prompts, a list of those that this process drew for in each update.
+        prompts, a list of those that this process drew for in each update; shared_out, whether the model's weights
+        are.
     """
     trainer = make_trainer(
         folder,
@@ -139,17 +166,19 @@ def run(folder: Path, *, rows: int, accumulation: int = 1) -> dict[str, Any]:
         num_ppo_epochs=2,
         learning_rate=1e-2,
         kl_coef=0.05,
+        **options,
     )
     drawn: list[list[str]] = []
     sample = trainer.sample
     trainer.sample = lambda batch: (drawn.append(list(batch["prompt"])), sample(batch))[1]
     start = trainable(trainer)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return {
         "metrics": trainer.state.log_history,
         "start": start,
         "parameters": trainable(trainer),
         "prompts": drawn,
+        "shared_out": is_shared_out(trainer.model),
     }
 
 

@@ -20,9 +20,17 @@ from helpers import forked
 from trl_rlaif import distributed
 from trl_rlaif.recipe.paths import recipes_dir
 
-_ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 # `--cpu` cannot be used: without MPI accelerate then starts a single process, and does not say so.
-_OF_DDP = {"ACCELERATE_USE_CPU": "true"}
+OF_DDP = {"ACCELERATE_USE_CPU": "true"}
+# What accelerate calls them.
+_KINDS = {"ddp": "MULTI_CPU", "zero2": "DEEPSPEED", "fsdp2": "FSDP"}
+_OF_FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "NO_WRAP",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
 
 
 def _free_port() -> int:
@@ -47,14 +55,14 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
 def launch(kind: str, script: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
     """Run a script in two processes; what each of them wrote with ``write_result``."""
     run_in_two(kind, script, str(folder), *arguments)
-    return _results(folder, "MULTI_CPU" if kind == "ddp" else "DEEPSPEED")
+    return _results(folder, _KINDS[kind])
 
 
-def environments(count: int) -> list[dict[str, str]]:
-    """What the launcher of ddp sets for each of so many processes; nothing for a single one."""
+def environments(count: int, kind: str = "ddp") -> list[dict[str, str]]:
+    """What the launcher of ddp or fsdp2 sets for each of so many processes; nothing for a single one."""
     if count == 1:
         return [{}]
-    shared = _ENVIRONMENT | _OF_DDP | {"ACCELERATE_MIXED_PRECISION": "no"}
+    shared = ENVIRONMENT | OF_DDP | (_OF_FSDP if kind == "fsdp2" else {}) | {"ACCELERATE_MIXED_PRECISION": "no"}
     shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
@@ -79,7 +87,7 @@ def fork(script: str, folder: Path, *arguments: str, count: int = 2) -> list[dic
                 process.join()
         printed = output.read()
     assert [process.exitcode for process in processes] == [0] * count, printed[-4000:]
-    return _results(folder, "MULTI_CPU", count)
+    return _results(folder, _KINDS["ddp"], count)
 
 
 def _results(folder: Path, kind: str, count: int = 2) -> list[dict[str, Any]]:
@@ -94,9 +102,9 @@ def run_in_two(kind: str, *arguments: str) -> str:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     command += ["--mixed_precision", "no", "--num_processes", "2", "--main_process_port", str(_free_port())]
     command += arguments
-    environment = os.environ | _ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    if kind == "ddp":
-        environment |= _OF_DDP
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    if kind != "zero2":
+        environment |= OF_DDP
     process = subprocess.Popen(
         command,
         env=environment,

@@ -15,6 +15,7 @@ from helpers.processes import write_result
 from helpers.reward import small_config
 from helpers.tiny import make_scorer, make_tokenizer
 from trl_rlaif import RewardTrainer
+from trl_rlaif.models.sharding import is_shared_out
 from trl_rlaif.reward import scoring
 
 
@@ -42,7 +43,8 @@ def run(folder: Path, *, batch: int, rows: bool) -> dict[str, Any]:
         rows: Pairs stand behind each other, as on a CPU; else below each other, as on a GPU.
 
     Returns:
-        losses; parameters, the trainable ones by name; factors, of the adaptive margins; forwards, passes made.
+        losses; parameters, the trainable ones by name; factors, of the adaptive margins; forwards, passes made;
+        shared_out, whether the model's weights are.
     """
     if not rows:
         scoring._reads_rows = lambda _inner: False
@@ -62,6 +64,7 @@ def run(folder: Path, *, batch: int, rows: bool) -> dict[str, Any]:
     trainer.model.register_forward_pre_hook(lambda *_: forwards.append(trainer.state.global_step))
     trainer.train()
     return {
+        "shared_out": is_shared_out(trainer.model),
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "parameters": {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad},
         "factors": dict(transform.margins.factor),

@@ -12,26 +12,6 @@ from helpers.processes import fork, launch
 
 pytestmark = pytest.mark.trl
 
-# Not compared: what is measured in time, and the variance over micro-batches, which are others in each run.
-METRICS = [
-    "objective/kl",
-    "objective/entropy",
-    "objective/non_score_reward",
-    "objective/rlhf_reward",
-    "objective/scores",
-    "score/share_of_yes",
-    "rollout/length",
-    "loss/policy_avg",
-    "loss/value_avg",
-    "policy/approxkl_avg",
-    "policy/clipfrac_avg",
-    "policy/entropy_avg",
-    "val/clipfrac_avg",
-    "val/ratio",
-    "episode",
-    "lr",
-]
-
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
@@ -76,7 +56,9 @@ def test_each_process_draws_for_its_own_half_of_the_prompts(one, two):
 def test_the_metrics_are_those_of_one_process(one, two, rank):
     assert [m["step"] for m in two[rank]["metrics"]] == [1, 2, 3]
     for ours, theirs in zip(two[rank]["metrics"], one["metrics"], strict=True):
-        assert {n: ours[n] for n in METRICS} == pytest.approx({n: theirs[n] for n in METRICS}, rel=1e-3, abs=1e-5)
+        assert {n: ours[n] for n in ppo_task.METRICS} == pytest.approx(
+            {n: theirs[n] for n in ppo_task.METRICS}, rel=1e-3, abs=1e-5
+        )
 
 
 def test_rewards_by_category_are_of_all_processes(one, two):

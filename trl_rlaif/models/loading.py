@@ -16,6 +16,7 @@ from platformdirs import user_cache_path
 from trl_rlaif.encoding import usable_tokenizer
 from trl_rlaif.errors import UserError
 from trl_rlaif.files import digest_of
+from trl_rlaif.models import sharding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -237,6 +238,8 @@ def load_model(spec: ModelSpec, *, num_labels: int | None = None) -> PreTrainedM
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute,
+            # FSDP shares out what has the type of a float, whatever its bits mean.
+            bnb_4bit_quant_storage=compute if sharding.requested() else None,
             llm_int8_skip_modules=["score", "lm_head", "dt_proj"],  # Mamba reads the last one's weight as a matrix
         )
     path = resolve(spec.path)

@@ -20,6 +20,7 @@ from trl_rlaif.encoding import PromptLike, as_messages, chat_prompt, encode_prom
 from trl_rlaif.errors import UserError
 from trl_rlaif.files import read_lines, read_state, write_state
 from trl_rlaif.memory.settings import setting
+from trl_rlaif.models import sharding
 from trl_rlaif.models.loading import ModelSpec, load_model, load_tokenizer
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.categories import categorized
@@ -158,13 +159,18 @@ class Context:
         moves = self.recipe.rounds is not None and self.recipe.rounds.reference == "previous"
         return self.start if moves else self.initial
 
-    def load_base(self) -> PreTrainedModel:
-        """The frozen base, on the device."""
+    def load_base(self, *, shared_out: bool = False) -> PreTrainedModel:
+        """The frozen base, on the device.
+
+        Args:
+            shared_out: It will be, with FSDP, and is then put there layer by layer.
+        """
         import torch
 
         torch.set_float32_matmul_precision(self.recipe.model.matmul_precision)
         model = load_model(self.model_spec).eval().requires_grad_(False)
-        return model if self.model_spec.quantization == "nf4" else model.to(_device())
+        placed = self.model_spec.quantization == "nf4" or (shared_out and sharding.requested())
+        return model if placed else model.to(_device())
 
     def stop_ids(self, model: PreTrainedModel) -> tuple[int, ...]:
         """The tokens that end a response of the policy: those that the section rl names, or else the model's own."""

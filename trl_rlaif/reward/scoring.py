@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,9 +12,10 @@ from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from trl_rlaif.batching import packed_batches, token_batches
-from trl_rlaif.distributed import divided
+from trl_rlaif.distributed import divided, undivided
 from trl_rlaif.errors import UserError
 from trl_rlaif.models.kernels import PairRows, sliding_windows, takes_masks, trainable_attention, trial
+from trl_rlaif.models.sharding import is_shared_out
 from trl_rlaif.models.shared_model import backbone, inner_model
 from trl_rlaif.reward.collator import SoftPreferenceCollator
 from trl_rlaif.reward.heads import active_head
@@ -32,10 +33,19 @@ class PairScorer:
         unwrapped: The same without what accelerate put around it.
         batch_tokens: Most tokens, padding counted, of one forward pass over packed rows.
         as_rows: Packed pairs stand behind each other, without padding; None asks whether the model reads them so.
+        parts: Is given the packed rows of each forward pass, the longest first, and may divide them further.
     """
 
-    def __init__(self, model: nn.Module, unwrapped: nn.Module, batch_tokens: int, as_rows: bool | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        unwrapped: nn.Module,
+        batch_tokens: int,
+        as_rows: bool | None = None,
+        parts: Callable[[list[list[int]]], list[list[int]]] = list,
+    ) -> None:
         self.model, self.unwrapped, self.batch_tokens, self.as_rows = model, unwrapped, batch_tokens, as_rows
+        self.parts = parts
         self.expected: torch.Tensor | None = None
         self.windows: list[int | None] = []
 
@@ -74,7 +84,7 @@ class PairScorer:
             raise UserError("Packed pairs cannot keep to this model's sliding windows here.", fix="packing=False")
         else:
             groups, compute = token_batches(lengths, self.batch_tokens, slack=0.8), self._below_each_other
-        found = []
+        groups, found = self.parts(groups), []
         for group in groups:
             rows, width = torch.tensor(group, device=inputs["input_ids"].device), lengths[group[0]]
             ids, positions, segments = (inputs[k][rows, :width] for k in ("input_ids", "position_ids", "segments"))
@@ -148,7 +158,8 @@ def score_pairs(
         return found, None if scorer.expected is None else scorer.expected.cpu()
 
     everything = range(len(examples))
-    scored = [of for _, of in divided([everything[i : i + batch] for i in everything[::batch]], score)]
+    with undivided() if is_shared_out(model) else nullcontext():
+        scored = [of for _, of in divided([everything[i : i + batch] for i in everything[::batch]], score)]
     chosen, rejected = torch.cat([of for of, _ in scored], 1)
     expected = [of for _, of in scored if of is not None]
     return chosen, rejected, torch.cat(expected) if expected else None

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from accelerate import DistributedType
 from accelerate.utils import gather_object
+from peft import PeftModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import RewardTrainer as TrlRewardTrainer
 
 from trl_rlaif.compat.training_loop import resumable
 from trl_rlaif.components import RewardTransform
+from trl_rlaif.distributed import equal_parts
 from trl_rlaif.encoding import usable_tokenizer
 from trl_rlaif.errors import UserError
 from trl_rlaif.hardware import use_one_gpu
@@ -24,6 +26,7 @@ from trl_rlaif.models.adapters import fitted
 from trl_rlaif.models.classifier import weightless
 from trl_rlaif.models.kernels import training_kernels, used
 from trl_rlaif.models.safe_training import safe_training
+from trl_rlaif.models.sharding import hand_over
 from trl_rlaif.models.shared_model import inner_model
 from trl_rlaif.reward.collator import SoftPreferenceCollator, prompt_end
 from trl_rlaif.reward.heads import add_expected
@@ -103,6 +106,8 @@ class RewardTrainer(TrlRewardTrainer):
                 pad_to_multiple_of=self.args.pad_to_multiple_of,
                 packed=packing is not False and self._can_pack(insist=packing is True),
             )
+        if isinstance(self.model, PeftModel):
+            hand_over(self)
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in TRL's trainer, on one GPU in each process."""
@@ -191,7 +196,8 @@ class RewardTrainer(TrlRewardTrainer):
     ) -> Any:
         """The parent's loss and metrics; with soft labels or a transform, the loss that they ask for."""
         own = {name: inputs.pop(name, None) for name in ("p", "category", "chosen_log_ratios", "rejected_log_ratios")}
-        scorer = PairScorer(model, self.accelerator.unwrap_model(model), self.batch_tokens)
+        parts = partial(equal_parts, self.accelerator)
+        scorer = PairScorer(model, self.accelerator.unwrap_model(model), self.batch_tokens, parts=parts)
         reads_padding = "prompt_end" in inputs and self.processing_class.pad_token_id in stop_ids(self.processing_class)
         reads_padding = reads_padding and self.score_at_end
         if "segments" not in inputs and not any(t.needs_expected for t in self.reward_transforms) and not reads_padding:

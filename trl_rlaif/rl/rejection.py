@@ -19,6 +19,7 @@ from trl_rlaif.compat.trl_version import check_trl
 from trl_rlaif.errors import UserError
 from trl_rlaif.generation import derived_seed
 from trl_rlaif.hardware import use_one_gpu
+from trl_rlaif.models import sharding
 from trl_rlaif.models.kernels import training_kernels
 from trl_rlaif.models.safe_training import safe_training
 from trl_rlaif.rl import deepspeed
@@ -57,7 +58,7 @@ class RejectionTrainer:
         iterations: How often, at least once; see ``count_iterations``.
 
     Raises:
-        UserError: There is no selector, no shared base, or it was started with DeepSpeed.
+        UserError: There is no selector, no shared base, or it was started with DeepSpeed or FSDP.
     """
 
     def __init__(self, selection: PromptSelection, shared: SharedBase | None, loop: Loop, iterations: int) -> None:
@@ -65,8 +66,9 @@ class RejectionTrainer:
             raise UserError("Rejection sampling needs a data selector that accepts responses.")
         if shared is None:
             raise UserError("Rejection sampling needs one base for every role.", fix="Leave out value_model.")
-        if deepspeed.enabled(selection.pool.accelerator):
-            raise UserError("Rejection sampling does not run with DeepSpeed.", fix="Start it with DDP.")
+        for name, engine in (("DeepSpeed", deepspeed), ("FSDP", sharding)):
+            if engine.enabled(selection.pool.accelerator):
+                raise UserError(f"Rejection sampling does not run with {name}.", fix="Start it with DDP.")
         if iterations < 1:
             raise UserError(f"iterations is {iterations}; it must be 1 or more.")
         self.selection, self.shared, self.loop, self.iterations = selection, shared, loop, iterations

@@ -88,6 +88,7 @@ def generate(
                 eos_token_id=stop_id if isinstance(stop_id, int) else list(stop_id or ()) or None,
                 **static_cache(model, prompt_ids.shape[1] + max_new_tokens),
             ),
+            synced_gpus=False,  # each process draws as many as it has
         )
     return sequences[:, prompt_ids.shape[1] :], recorder.finish(sequences)
 

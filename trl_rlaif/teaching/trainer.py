@@ -14,6 +14,7 @@ from trl_rlaif.distributed import average_gradients, divided
 from trl_rlaif.judging.candidates import Candidates
 from trl_rlaif.judging.scoring import ContinuationScorer
 from trl_rlaif.models.kernels import training_kernels
+from trl_rlaif.models.sharding import share_out
 from trl_rlaif.models.shared_model import inner_model
 
 if TYPE_CHECKING:
@@ -90,7 +91,9 @@ class JudgeTrainer(Trainer):
         self.scorer = ContinuationScorer(inner_model(model), candidates.continuations, longest=longest, pad_id=pad_id)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, with this package's kernels."""
+        """As in transformers, with this package's kernels. With FSDP, too, every process holds all of the model."""
+        share_out(self.model, self.accelerator, layers=False)
+        self.is_fsdp_enabled = False
         bf16 = self.accelerator.mixed_precision == "bf16"
         with training_kernels(self.model, bf16=bf16, packed=True):
             return super().train(*args, **kwargs)

@@ -30,6 +30,7 @@ from trl_rlaif.models.kernels.precision import autocast, cast_head, frozen_weigh
 from trl_rlaif.models.kernels.static_cache import static_cache
 from trl_rlaif.models.kernels.switches import DEFAULTS, Switch, kernels, used
 from trl_rlaif.models.kernels.trials import trial
+from trl_rlaif.models.sharding import is_shared_out
 from trl_rlaif.models.shared_model import inner_model
 
 __all__ = [
@@ -65,12 +66,12 @@ def training_kernels(*models: nn.Module, bf16: bool, packed: bool = False, shard
         models: Plain, or PeftModels; of these the frozen linear layers are cast.
         bf16: Forward passes are under bfloat16 autocast.
         packed: Pairs are packed, whose attention is computed row by row on a CPU.
-        sharded: Parameters are shared out (FSDP): layers then keep PEFT's ways and one precision.
+        sharded: Parameters will be shared out: layers then keep PEFT's ways and one precision, as where they are.
     """
     with ExitStack() as stack:
         for model in models:
             inner = inner_model(model)
-            if isinstance(model, PeftModel) and not sharded:
+            if isinstance(model, PeftModel) and not (sharded or is_shared_out(model)):
                 if used("fused_lora", inner.device):
                     stack.enter_context(fused_lora(model))
                 if bf16 and used("cast_weights", inner.device):

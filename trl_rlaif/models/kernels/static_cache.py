@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from trl_rlaif.models.kernels.switches import used
+from trl_rlaif.models.sharding import is_shared_out
 from trl_rlaif.models.shared_model import inner_model
 
 # Lengths are rounded up to a multiple of this: each one is compiled anew.
@@ -25,6 +26,8 @@ def static_cache(model: nn.Module, length: int) -> dict[str, Any]:
     """
     inner = inner_model(model)
     if not used("static_cache", inner.device) or not getattr(inner, "_can_compile_fullgraph", False):
+        return {}
+    if is_shared_out(inner):  # what gathers the weights cannot be compiled
         return {}
     device = inner.device.type
     types = {p.dtype for name, p in inner.named_parameters() if "lora_" not in name}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from trl_rlaif import distributed
 from trl_rlaif.errors import Problem, UserError
+from trl_rlaif.models import sharding
 from trl_rlaif.pipeline.inputs import BATCH
 from trl_rlaif.pipeline.stages.evaluate import Evaluate
 from trl_rlaif.pipeline.stages.judge import Judge
@@ -35,21 +37,22 @@ def active_stages(recipe: Recipe) -> dict[str, Stage]:
 
 
 def check_processes(recipe: Recipe, only: Sequence[str]) -> None:
-    """Refuse a batch that does not divide among the processes, before anything is computed.
+    """Refuse what several processes cannot do, before anything is computed: a batch that does not divide, and with FSDP
+    what does not go together with weights that are shared out.
 
     Args:
         recipe: Or its variants, if it has some.
         only: The stages that were asked for; all where there are none.
 
     Raises:
-        UserError: Every stage whose batch does not.
+        UserError: Every stage whose batch does not divide, and every setting.
     """
     if distributed.processes() == 1:
         return
     from trl_rlaif.memory.settings import setting
 
     asked = {name.rpartition("/")[2] for name in only} or set(STAGES)  # of a run in rounds: 2/rl
-    problems: dict[str, list[Problem]] = {}
+    problems: defaultdict[str, list[Problem]] = defaultdict(list, {"": list(sharding.problems())})
     for each in recipe.variants.values() or [recipe]:
         for name in (name for name, stage in active_stages(each).items() if stage.trains and name in asked):
             try:
@@ -57,5 +60,20 @@ def check_processes(recipe: Recipe, only: Sequence[str]) -> None:
             except UserError as error:
                 where = each.line((name,))
                 problems[where] = [replace(problem, where=where) for problem in error.problems]
-    if problems:
+        if each.rl and "rl" in asked and sharding.requested():
+            problems[each.line(("rl",))] += _not_shared_out(each)
+    if any(problems.values()):
         raise UserError.from_problems([problem for found in problems.values() for problem in found])
+
+
+def _not_shared_out(recipe: Recipe) -> Iterator[Problem]:
+    """What the section rl asks for that does not run with FSDP."""
+    asked = {
+        ("rl", "algorithm"): recipe.rl.algorithm == "rejection_sampling",
+        ("rl", "generation"): recipe.rl.config.get("generation") == "vllm",
+        ("rl", "use_vllm"): recipe.rl.config.get("use_vllm"),
+    }
+    for key, is_asked in asked.items():
+        if is_asked:
+            what = "Rejection sampling" if key[1] == "algorithm" else "Generation by vLLM"
+            yield Problem(f"{what} does not run with FSDP.", recipe.line(key), "Start it with DDP.")

@@ -65,6 +65,7 @@ def build_trainer(context: Context) -> tuple[DPOTrainer, list[str]]:
     from trl import DPOTrainer
 
     from trl_rlaif.models.adapters import fitted
+    from trl_rlaif.models.sharding import hand_over
     from trl_rlaif.rl.soft_dpo import SoftDPOTrainer, takes_soft_labels
 
     config, ignored = trainer_config(context)
@@ -76,7 +77,7 @@ def build_trainer(context: Context) -> tuple[DPOTrainer, list[str]]:
             where=context.recipe.line(("rl",)),
             fix="Give pairs of which one response is better, or another judge.",
         )
-    model = context.load_base()
+    model = context.load_base(shared_out=True)
     adapter = fitted(context.lora, model)
     if context.start is not None:
         model = PeftModel.from_pretrained(model, context.start, is_trainable=True)
@@ -91,6 +92,8 @@ def build_trainer(context: Context) -> tuple[DPOTrainer, list[str]]:
         )
     if context.reference != context.start:
         set_reference(trainer.model, TRL_REFERENCE, context.reference)
+    with settings_of(context.recipe, "rl"):
+        hand_over(trainer)
     return trainer, ignored
 
 

@@ -46,6 +46,7 @@ def build_trainer(context: Context) -> SFTTrainer:
     from trl import SFTTrainer
 
     from trl_rlaif.models.adapters import fitted
+    from trl_rlaif.models.sharding import hand_over
 
     written, tokenizer = context.recipe.sft.config, context.tokenizer
     rows, defaults = read_finetuning(context.recipe, chat=bool(tokenizer.chat_template)), {}
@@ -54,16 +55,18 @@ def build_trainer(context: Context) -> SFTTrainer:
         rows, marked = _taught(rows, context.recipe.sft.data), _marks_turns(tokenizer)
         defaults = {"assistant_only_loss": True} if marked else {}
         rows = rows if marked else assistant_turns(rows)
-    base = context.load_base()
+    base = context.load_base(shared_out=True)
     adapter, config = fitted(context.lora, base), trainer_config(context, defaults)
     with settings_of(context.recipe, "sft"):
-        return SFTTrainer(
+        trainer = SFTTrainer(
             model=base,
             args=config,
             train_dataset=context.with_template_kwargs(Dataset.from_list(rows)),
             processing_class=tokenizer,
             peft_config=adapter,
         )
+        hand_over(trainer)
+    return trainer
 
 
 def trainer_config(context: Context, defaults: Mapping[str, Any] = types.MappingProxyType({})) -> SFTConfig:

@@ -17,6 +17,7 @@ from trl_rlaif.compat.training_loop import resumable
 from trl_rlaif.compat.vllm_engine import engine_for, server_errors
 from trl_rlaif.hardware import use_one_gpu
 from trl_rlaif.models.safe_training import safe_training
+from trl_rlaif.models.sharding import gather_again, gathered, hand_over, released
 from trl_rlaif.rl.grpo_rloo.config import scoring_settings
 from trl_rlaif.rl.grpo_rloo.verification import verify
 from trl_rlaif.rl.ppo.checkpoint import part_of_process
@@ -77,8 +78,9 @@ class RehearsalMixin(_Trainer):
             RewardError: It stopped since too many responses had no reward. A checkpoint has been saved.
             RunError: A gradient is not finite, or vLLM's server does not answer.
         """
+        hand_over(self)
         kernels = nullcontext() if self.scorer is None else self.scorer.kernels()
-        with safe_training(self), kernels:
+        with safe_training(self), kernels, gathered(self.model):
             output = resumable(self, partial(super().train, *arguments, **named))
         if self.failure is not None:
             raise self.failure
@@ -91,7 +93,8 @@ class RehearsalMixin(_Trainer):
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         """TRL's, in which a completion without a reward has the advantage 0, and here no KL in GRPO's loss either."""
-        output = super()._generate_and_score_completions(inputs)
+        with gathered(self.model):
+            output = super()._generate_and_score_completions(inputs)
         if self.scorer is not None and isinstance(self, GRPOTrainer):
             missing = torch.tensor(self.reward_funcs[0].missing, device=output["completion_mask"].device)
             output["completion_mask"] = output["completion_mask"].masked_fill(missing[:, None], 0)
@@ -102,9 +105,11 @@ class RehearsalMixin(_Trainer):
         # Before, not behind it: DDP averages what has gathered by then over all processes.
         if self.scorer is not None and self.scorer.rehearsal.pairs and self.accelerator.sync_gradients:
             model.train()
-            self._metrics["train"]["rehearsal/nll"].append(self.scorer.rehearse().item())
+            with released(self.model):
+                self._metrics["train"]["rehearsal/nll"].append(self.scorer.rehearse().item())
             self._metrics["train"]["time/rehearsal"].append(self.scorer.rehearsal.take_seconds())
-        return super().training_step(model, inputs, *arguments, **named)
+        with released(self.model):
+            return super().training_step(model, inputs, *arguments, **named)
 
     def log_alone(self, logs: dict[str, float]) -> None:
         """Without TRL's own log, which would take the numbers of the step that is under way along."""
@@ -173,6 +178,7 @@ class ScorerCallback(TrainerCallback):
             chosen = scorer.selection.chosen
             chosen = None if chosen is None else chosen.to_dict()
             save_state({"chosen": chosen, "processes": parts}, folder / _STATE)
+        gather_again(self.trainer.model)
 
 
 def kept_state(checkpoint: str | Path) -> dict[str, Any] | None:

@@ -23,6 +23,7 @@ from trl_rlaif import content, run_identity
 from trl_rlaif.errors import UserError
 from trl_rlaif.files import sync
 from trl_rlaif.generation import derived_seed, random_state, set_random_state
+from trl_rlaif.models.sharding import gather_again
 from trl_rlaif.progress import say
 from trl_rlaif.rl import deepspeed
 from trl_rlaif.states import load_state, save_state
@@ -130,6 +131,7 @@ class Checkpoints:
         if accelerator.is_main_process:
             self._write(state, building, target)
         accelerator.wait_for_everyone()
+        gather_again(self.model)
         return target
 
     def _write(self, training: dict[str, Any], building: Path, target: Path) -> None:

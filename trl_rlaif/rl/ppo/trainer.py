@@ -18,6 +18,7 @@ from trl_rlaif.compat.trl_ppo import BasePPOTrainer
 from trl_rlaif.components import DataSelector, RewardTransform
 from trl_rlaif.errors import UserError
 from trl_rlaif.hardware import use_one_gpu
+from trl_rlaif.models import sharding
 from trl_rlaif.models.kernels import training_kernels
 from trl_rlaif.models.role_models import RoleModels, SeparateRoleModels, SharedRoleModels
 from trl_rlaif.models.safe_training import safe_training
@@ -130,20 +131,25 @@ class PPOTrainer(BasePPOTrainer):
         # TRL's trainer puts its own stop token there, with which the policy would be saved.
         self.policy_model.generation_config.eos_token_id = configured
         self.reward_model = reward_model
-        self.shared = None if shared is None else shared.to(self.accelerator.device)
+        self.shared = shared
         self._set_up_models()
         scored = (lambda responses: self.generator.scores(self.role_models, responses)) if has_reward else None
         self.rewards = RewardPipeline(functions, reward_transforms, scored, args, self.reader, self.accelerator)
         self._set_up_loop(data_selectors, pairs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """As in TRL's trainer, except where DeepSpeed needs other rules."""
+        """As in TRL's trainer, except where DeepSpeed or FSDP need other rules."""
+        if self.args.generation == "vllm" and sharding.enabled(self.accelerator):
+            raise UserError("Generation by vLLM does not run with FSDP.", fix="Start it with DDP.")
+        sharding.share_out(self.model, self.accelerator)
         super().create_optimizer(*args, **kwargs)
         deepspeed.tell(self.accelerator, self.optimizer)
         return self.optimizer
 
     def _set_up_models(self) -> None:
-        args = self.args
+        args, shared = self.args, self.shared
+        if shared is not None:
+            (shared.heads if sharding.is_shared_out(shared.peft) else shared).to(self.accelerator.device)
         deepspeed.take_back_models(self)
         self.generator = RolloutGenerator(args, self.accelerator, self.reader)
         for model in (self.ref_model, self.reward_model):
@@ -214,7 +220,8 @@ class PPOTrainer(BasePPOTrainer):
                 the responses have no reward; what was learned until then is saved as a checkpoint first.
             RunError: A gradient is not finite (``check_gradients``).
         """
-        with safe_training(self), training_kernels(*self.role_models.trained(), bf16=self.args.bf16):
+        kernels = training_kernels(*self.role_models.trained(), bf16=self.args.bf16)
+        with safe_training(self), kernels, sharding.gathered(self.model):
             self.begin(resume_from_checkpoint)
             while self.loop.continues:
                 with self.checkpoints.kept():
@@ -290,7 +297,8 @@ class PPOTrainer(BasePPOTrainer):
         self.model.train()
         micro_step = partial(self.micro_step, rollout, advantages, returns)
         rehearse = self.rehearse if self.rehearsal.pairs else None
-        stats = self.optimization.run(rollout, micro_step, rehearse, self.state.global_step + 1)
+        with sharding.released(self.model):
+            stats = self.optimization.run(rollout, micro_step, rehearse, self.state.global_step + 1)
         stats["val/explained_variance"] = [adv.explained_variance(rollout.values, returns, rollout.learned()[1])]
         return stats
 

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from trl_rlaif.distributed import average_gradients, backward, equal_count
+from trl_rlaif.distributed import average_gradients, backward, equal_parts
 from trl_rlaif.models import forward
 from trl_rlaif.models.forward import RolloutSlice
 from trl_rlaif.models.kernels import autocast
@@ -174,11 +174,7 @@ class PPOStep:
         if limit is None and self.accelerator.device.type == "cpu":
             limit = CPU_TOKENS
         found = [part for group in groups for part in parts(responses, group, limit)]
-        if limit is not None or not self.pads:
-            for _ in range(equal_count(self.accelerator, len(found)) - len(found)):
-                largest = max(range(len(found)), key=lambda i: len(found[i]))
-                found[largest : largest + 1] = found[largest].tensor_split(2)
-        return found
+        return found if limit is None and self.pads else equal_parts(self.accelerator, found)
 
     def _two_passes(self, batch: MicroBatch, rollout_slice: RolloutSlice, *, last: bool) -> Stats:
         """The value's graph is gone before the policy's is built."""
