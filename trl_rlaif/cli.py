@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from trl_rlaif import distributed, interrupts
+from trl_rlaif.cli_lists import app as lists_app
+from trl_rlaif.cli_lists import recipes_app
 from trl_rlaif.errors import Interrupted, TrlRlaifError, UserError
-from trl_rlaif.terminal import escaped
+from trl_rlaif.terminal import echo, escaped
 
 if TYPE_CHECKING:
     from trl_rlaif.plugins import Plugins
@@ -25,8 +27,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-recipes_app = typer.Typer(help="The recipes that come with the package.")
 app.add_typer(recipes_app, name="recipes")
+app.add_typer(lists_app)
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe's path, or the name of a packaged one.")]
 SetOption = Annotated[
@@ -126,13 +128,9 @@ def label(
     place = output or Path("runs") / parsed.run.name
     if export_batch is not None:
         pairs, requests = batch_files.export_batch(parsed, plugins, place, export_batch)
-        _echo(f"{export_batch}: {requests:,} requests for {pairs:,} pairs without a label.")
+        echo(f"{export_batch}: {requests:,} requests for {pairs:,} pairs without a label.")
         return
-    _echo(batch_files.describe(batch_files.import_batch(parsed, plugins, place, import_batch or [])))
-
-
-def _echo(text: object, *, nl: bool = True, err: bool = False) -> None:
-    typer.echo(escaped(str(text)), nl=nl, err=err)
+    echo(batch_files.describe(batch_files.import_batch(parsed, plugins, place, import_batch or [])))
 
 
 def _confirm(message: str) -> bool:
@@ -156,11 +154,11 @@ def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
     check_base(parsed)
     if not parsed.variants:
         often = f", in {parsed.rounds.number} rounds" if parsed.rounds and parsed.rounds.number > 1 else ""
-        _echo(f"{parsed.source}: good. Stages: {', '.join(active_stages(parsed))}{often}")
+        echo(f"{parsed.source}: good. Stages: {', '.join(active_stages(parsed))}{often}")
         return
-    _echo(f"{parsed.source}: good. Variants:")
+    echo(f"{parsed.source}: good. Variants:")
     for name, variant in parsed.variants.items():
-        _echo(f"    {name}: {', '.join(active_stages(variant))}")
+        echo(f"    {name}: {', '.join(active_stages(variant))}")
 
 
 def _check_inputs(parsed: Recipe, plugins: Plugins) -> None:
@@ -194,46 +192,7 @@ def memory(recipe: RecipeArgument, set_: SetOption = None) -> None:
     from trl_rlaif.plugins import installed_plugins
     from trl_rlaif.recipe import parse_recipe
 
-    _echo(describe(parse_recipe(recipe, overrides=set_ or (), registry=installed_plugins().registry)))
-
-
-@recipes_app.callback(invoke_without_command=True)
-def list_recipes(context: typer.Context) -> None:
-    """List the recipes that come with the package."""
-    if context.invoked_subcommand is not None:
-        return
-    from trl_rlaif.recipe import packaged_recipes
-
-    for name, path in packaged_recipes().items():
-        first = path.read_text(encoding="utf-8").splitlines()[0]
-        _echo(f"{name:<24}{first.lstrip('# ')}")
-
-
-@recipes_app.command("show")
-def show_recipe(name: Annotated[str, typer.Argument(help="The recipe's name.")]) -> None:
-    """Print a packaged recipe, to be saved and changed."""
-    from trl_rlaif.recipe import packaged_recipes
-
-    found = packaged_recipes()
-    if name not in found:
-        raise UserError(f"There is no packaged recipe '{name}'.", fix=f"There are: {', '.join(found)}.")
-    _echo(found[name].read_text(encoding="utf-8"), nl=False)
-
-
-@app.command()
-def plugins() -> None:
-    """List every component installed: kind, name, distribution, version, options."""
-    from trl_rlaif.errors import Problem
-    from trl_rlaif.plugins import build_plugins, plugin_points
-
-    broken: list[Problem] = []
-    for found in build_plugins(plugin_points(), broken).registry:
-        _echo(f"{found.kind:<18}{found.name:<24}{found.distribution} {found.version}")
-        for option, field in found.component.Options.model_fields.items():
-            default = "required" if field.is_required() else f"default {field.default!r}"
-            _echo(f"    {option}: {default}. {field.description or ''}".rstrip())
-    if broken:
-        raise UserError.from_problems(broken)
+    echo(describe(parse_recipe(recipe, overrides=set_ or (), registry=installed_plugins().registry)))
 
 
 @app.command("draft-rubrics")
@@ -264,9 +223,9 @@ def draft_rubrics(
         found = draft(parsed, plugins, output, options)
     except KeyboardInterrupt:  # typer would end without a word
         raise Interrupted("Stopped. What was drafted is kept: run it again to go on.") from None
-    _echo(f"{output}: {found.drafted} rubrics drafted, {found.kept} found there or in the data and kept as they are.")
+    echo(f"{output}: {found.drafted} rubrics drafted, {found.kept} found there or in the data and kept as they are.")
     if found.dropped:
-        _echo(f"{dropped_of(output)}: {found.dropped.total()} prompts dropped ({counted(found.dropped)}).")
+        echo(f"{dropped_of(output)}: {found.dropped.total()} prompts dropped ({counted(found.dropped)}).")
 
 
 @app.command()
@@ -287,11 +246,11 @@ def export(
         raise UserError("--to hub and --repo belong together.", fix="Write --to hub --repo user/model, or neither.")
     found = export_model(folder, what, ExportOptions(merge, output, repo, public, base))
     for place in filter(None, (found.folder, found.url)):
-        _echo(f"{what}: {place}")
+        echo(f"{what}: {place}")
     if found.difference is not None:
-        _echo(f"It answers as base and adapter do, within {found.difference:.1g} (relative).")
+        echo(f"It answers as base and adapter do, within {found.difference:.1g} (relative).")
     elif found.base is None:
-        _echo("The adapter belongs on a base that others do not have: name it with --base, or add --merge.")
+        echo("The adapter belongs on a base that others do not have: name it with --base, or add --merge.")
 
 
 @app.command()
@@ -307,7 +266,7 @@ def rewardbench(
     from trl_rlaif.rewardbench import describe, run_benchmark
 
     found = run_benchmark(folder, data, batch_tokens=batch_tokens, scores=scores)
-    _echo(to_json(found), nl=False) if json_ else _echo(describe(found))
+    echo(to_json(found), nl=False) if json_ else echo(describe(found))
 
 
 @app.command("new-plugin")
@@ -321,7 +280,7 @@ def new_plugin(
 
     folder = create_plugin(name, kind, output)
     place = shlex.quote(str(folder))
-    _echo(f"The plugin is in {folder}. Try it:\n    cd {place}\n    pip install -e '.[test]'\n    pytest")
+    echo(f"The plugin is in {folder}. Try it:\n    cd {place}\n    pip install -e '.[test]'\n    pytest")
 
 
 @app.command()
@@ -329,7 +288,7 @@ def report(folder: FolderArgument) -> None:
     """Build report.html again from a run's folder."""
     from trl_rlaif.report import write_report
 
-    _echo(write_report(folder))
+    echo(write_report(folder))
 
 
 @app.command()
@@ -358,7 +317,7 @@ def rate(
 
     if not result:
         rate_run(folder, rater=rater, only=set_, port=port, browser=not no_browser)
-    _echo(describe(people_results(folder, rater=rater if result else None, only=set_)))
+    echo(describe(people_results(folder, rater=rater if result else None, only=set_)))
 
 
 def main() -> None:
@@ -388,6 +347,6 @@ def main() -> None:
 
 def _stop(message: str, code: int) -> None:
     distributed.let_the_first_tell()
-    _echo(f"trl-rlaif: {message}", err=True)
+    echo(f"trl-rlaif: {message}", err=True)
     distributed.end_with(code)
     raise SystemExit(code)

@@ -14,7 +14,7 @@ from trl_rlaif.recipe.sections import ComponentLookup, ComponentRef, Named
 from trl_rlaif.recipe.source import KeyPath, Source
 
 # Key of a section -> kind of component, and whether it holds a list of them.
-_KEYS: dict[tuple[str, str], tuple[str, bool]] = {
+COMPONENT_KEYS: dict[tuple[str, str], tuple[str, bool]] = {
     ("sample", "sampler"): ("pair_sampler", False),
     ("label", "labeler"): ("labeler", False),
     ("reward", "transforms"): ("reward_transform", True),
@@ -30,7 +30,7 @@ def pick_components(section: str, keys: dict[Any, Any], source: Source, finder: 
 
     What does not fit is reported, and a stand-in takes its place so that it is reported only once.
     """
-    for (owner, key), (kind, many) in _KEYS.items():
+    for (owner, key), (kind, many) in COMPONENT_KEYS.items():
         if owner != section:
             continue
         path = (section, key)

@@ -86,6 +86,11 @@ def own_keys(section: str) -> list[str]:
     return [name for name in SECTIONS[section].model_fields if name != "config"]
 
 
+def is_refused(section: str, key: str) -> bool:
+    """Whether a field of a section's configuration cannot be written, whatever its value."""
+    return key in _SET_BY_US or (section == "judge" and key in _STOPS)
+
+
 def take_config(section: str, keys: dict[Any, Any], source: Source) -> None:
     """Move the configuration's fields among the section's keys into one dict at ``keys["config"]``, in place.
 
@@ -102,7 +107,7 @@ def take_config(section: str, keys: dict[Any, Any], source: Source) -> None:
         path, owner = (section, key), f"section '{section}'"
         if key in _SET_BY_US and (key in hints or key == "logging_dir"):
             source.report(path, f"'{key}' cannot be set in {owner}.", f"Remove it: {_SET_BY_US[key]}.")
-        elif section == "judge" and key in _STOPS:
+        elif is_refused(section, key):
             source.report(path, f"'{key}' cannot be set in {owner}.", f"Remove it: {_MEASURED}.")
         elif key not in hints:
             fix = did_you_mean(str(key), [*own, *hints])

@@ -1,0 +1,78 @@
+"""Commands that print what there is: recipes, components, and the keys of a recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from trl_rlaif.errors import UserError
+from trl_rlaif.terminal import echo
+
+app = typer.Typer()
+recipes_app = typer.Typer(help="The recipes that come with the package.")
+
+
+@recipes_app.callback(invoke_without_command=True)
+def list_recipes(context: typer.Context) -> None:
+    """List the recipes that come with the package."""
+    if context.invoked_subcommand is not None:
+        return
+    from trl_rlaif.recipe import packaged_recipes
+
+    for name, path in packaged_recipes().items():
+        first = path.read_text(encoding="utf-8").splitlines()[0]
+        echo(f"{name:<24}{first.lstrip('# ')}")
+
+
+@recipes_app.command("show")
+def show_recipe(name: Annotated[str, typer.Argument(help="The recipe's name.")]) -> None:
+    """Print a packaged recipe, to be saved and changed."""
+    from trl_rlaif.recipe import packaged_recipes
+
+    found = packaged_recipes()
+    if name not in found:
+        raise UserError(f"There is no packaged recipe '{name}'.", fix=f"There are: {', '.join(found)}.")
+    echo(found[name].read_text(encoding="utf-8"), nl=False)
+
+
+@app.command()
+def plugins() -> None:
+    """List every component installed: kind, name, distribution, version, options."""
+    from trl_rlaif.errors import Problem
+    from trl_rlaif.plugins import build_plugins, plugin_points
+
+    broken: list[Problem] = []
+    for found in build_plugins(plugin_points(), broken).registry:
+        echo(f"{found.kind:<18}{found.name:<24}{found.distribution} {found.version}")
+        for option, field in found.component.Options.model_fields.items():
+            default = "required" if field.is_required() else f"default {field.default!r}"
+            echo(f"    {option}: {default}. {field.description or ''}".rstrip())
+    if broken:
+        raise UserError.from_problems(broken)
+
+
+def _schema() -> dict[str, Any]:
+    from trl_rlaif.pipeline.stages import STAGES
+    from trl_rlaif.plugins import installed_plugins
+    from trl_rlaif.recipe.schema import recipe_schema
+
+    return recipe_schema(installed_plugins().registry, {name: stage.defaults for name, stage in STAGES.items()})
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, by which an editor completes keys and marks mistakes."""
+    import json
+
+    echo(json.dumps(_schema(), indent=1))
+
+
+@app.command()
+def explain(
+    key: Annotated[str, typer.Argument(help="Such as rl.kl_coef, label, or rl.transforms.advantage.margin.")],
+) -> None:
+    """Say what a key of a recipe means, what it may hold, and its default."""
+    from trl_rlaif.recipe.explaining import explain
+
+    echo(explain(_schema(), key))

@@ -1,0 +1,99 @@
+"""What one key of a recipe means, may hold and defaults to, in words."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from trl_rlaif.errors import UserError
+from trl_rlaif.recipe.formatting import nearest_or_all
+
+_WIDTH = 100
+_ENDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+
+
+def explain(schema: dict[str, Any], key: str) -> str:
+    """A key with its type, default and description, and the keys below it.
+
+    Args:
+        schema: Of ``recipe_schema``.
+        key: ``rl.kl_coef``; a section; or of a component, ``rl.transforms.advantage.margin``.
+
+    Raises:
+        UserError: There is no such key; the nearest is named.
+    """
+    node, known = schema, schema
+    for part in key.split("."):
+        below = dict(_below(known, schema))
+        if part not in below:
+            fix = nearest_or_all(part, sorted(below), "Known here")
+            raise UserError(f"there is no key '{part}' in '{key}'.", fix=fix if below else "It has no keys below it.")
+        node = known = below[part]
+    lines = [f"{key}: {_type(node, schema)}{_default(node)}", *_wrapped(_description(node, schema), "  ")]
+    for name, child in _below(node, schema):
+        lines += ["", f"  {name}: {_type(child, schema)}{_default(child)}"]
+        lines += _wrapped(_description(child, schema), "    ")
+    return "\n".join(lines)
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, initial_indent=indent, subsequent_indent=indent)
+
+
+def _alternatives(node: dict[str, Any], schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What a value may be, references followed."""
+    if "$ref" in node:
+        yield from _alternatives(schema["$defs"][node["$ref"].rpartition("/")[2]], schema)
+    elif branches := node.get("anyOf") or node.get("oneOf"):
+        for branch in branches:
+            yield from _alternatives(branch, schema)
+    else:
+        yield node
+
+
+def _below(node: dict[str, Any], schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The keys in a value, also in the entries of a list; each once."""
+    found: dict[str, dict[str, Any]] = {}
+    for choice in _alternatives(node, schema):
+        for name, child in choice.get("properties", {}).items():
+            found.setdefault(name, child)
+        if "items" in choice:
+            found = dict(_below(choice["items"], schema)) | found
+    yield from found.items()
+
+
+def _type(node: dict[str, Any], schema: dict[str, Any]) -> str:
+    words = []
+    for choice in _alternatives(node, schema):
+        if "enum" in choice:
+            words += [json.dumps(value) if not isinstance(value, str) else f"'{value}'" for value in choice["enum"]]
+        elif "const" in choice:
+            words.append(f"'{choice['const']}'")
+        elif choice.get("type") == "array":
+            words.append(f"list of ({_type(choice.get('items', {}), schema)})")
+        elif "type" in choice:
+            types = choice["type"] if isinstance(choice["type"], list) else [choice["type"]]
+            words += [_word(name) + _ends({**node, **choice}) * (name in ("integer", "number")) for name in types]
+    return " or ".join(dict.fromkeys(words)) or "any value"
+
+
+def _word(name: str) -> str:
+    return {"object": "keys", "string": "text", "boolean": "true or false"}.get(name, name)
+
+
+def _ends(choice: dict[str, Any]) -> str:
+    said = [f" {words} {json.dumps(choice[end])}" for end, words in _ENDS.items() if end in choice]
+    return " and".join(said)
+
+
+def _default(node: dict[str, Any]) -> str:
+    return f", default {json.dumps(node['default'])}" if "default" in node else ""
+
+
+def _description(node: dict[str, Any], schema: dict[str, Any]) -> str:
+    found = node.get("description") or next(
+        (c["description"] for c in _alternatives(node, schema) if "description" in c), ""
+    )
+    return " ".join(found.replace("``", "'").split())
