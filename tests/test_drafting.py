@@ -14,7 +14,7 @@ from trl_rlaif_rubric import read_rubric
 from trl_rlaif import JudgePrompt, UserError, drafting
 from trl_rlaif.drafting import DraftOptions, draft_rubrics, dropped_of, read_draft
 from trl_rlaif.files import read_lines
-from trl_rlaif.judging import local
+from trl_rlaif.judging import local, tokens
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import prompt_folder
 
@@ -210,7 +210,7 @@ def test_a_killed_run_ends_with_the_same_drafts(draft, tmp_path, monkeypatch, st
 
     monkeypatch.setattr(drafting, "read_draft", read)
     options = DraftOptions(tries=2, temperature=1.0, max_new_tokens=6, batch_size=4)
-    monkeypatch.setattr(local.ResponseReader, "read", cut_off_as_ended(local.ResponseReader.read))
+    monkeypatch.setattr(tokens.ResponseReader, "read", cut_off_as_ended(tokens.ResponseReader.read))
     whole = draft("whole.jsonl", options)
     assert whole.drafted > 3 < whole.dropped.total()
     writes, written = [], {name: getattr(drafting, name) for name in ("append_lines", "write_atomically")}
@@ -243,7 +243,7 @@ def cut_off_as_ended(read):
 
 def test_another_seed_makes_other_drafts(draft, tmp_path, monkeypatch):
     monkeypatch.setattr(drafting, "read_draft", lambda text, instructions: [{"criterion": text, "weight": 1}])
-    monkeypatch.setattr(local.ResponseReader, "read", cut_off_as_ended(local.ResponseReader.read))
+    monkeypatch.setattr(tokens.ResponseReader, "read", cut_off_as_ended(tokens.ResponseReader.read))
     options = DraftOptions(max_new_tokens=6, temperature=1.0)
     for name, seed in (("one", 1), ("same", 1), ("other", 2)):
         draft(f"{name}.jsonl", options, run={"seed": seed})

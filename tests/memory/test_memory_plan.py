@@ -249,6 +249,13 @@ def test_a_judge_of_its_own_is_counted(parse, tiny_model):
     assert _matching(other, "base: weights", stage="label") == 0
 
 
+def test_a_judge_in_vllm_is_not_counted_and_its_share_is_named(parse, tiny_model):
+    judge = {"backend": "vllm", "path": tiny_model, "gpu_memory_utilization": 0.55}
+    plan = plan_memory(parse("rl.max_prompt_length=24", label={"judge": judge}))
+    assert plan.notes == ("A judge in vLLM takes 55% of the GPU (gpu_memory_utilization), and is not counted.",)
+    assert _matching(plan, "judge: weights") == 0
+
+
 def test_evaluates_judges_that_are_not_counted_are_named(parse, tiny_model):
     own = {"judge": {"path": tiny_model}}
     evaluate = {"judges": {"a": own, "b": {"judge": "same"}, "c": own}}

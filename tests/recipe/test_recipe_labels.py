@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from trl_rlaif.errors import Problem
-from trl_rlaif.recipe import ComponentRef, JudgeSection, ServerJudgeSection, parse_recipe
+from trl_rlaif.recipe import ComponentRef, JudgeSection, ServerJudgeSection, VLLMJudgeSection, parse_recipe
 from trl_rlaif.recipe.sections import ComparedSection
 from trl_rlaif.recipe.sections.judges import PriceSection
 from trl_rlaif.recipe.sections.label import BudgetSection
@@ -59,9 +59,13 @@ def test_defaults(parse):
     label = parse(HEAD).label
     assert (label.precision, label.min_confidence, label.calibration, label.compare) == ("auto", 0.5, None, {})
     assert parse(HEAD + "  judge: {backend: transformers, path: gpt2}\n").label.judge == JudgeSection(path="gpt2")
+    engine = VLLMJudgeSection(backend="vllm", path="gpt2", max_model_len=99)
+    assert parse(HEAD + "  judge: {backend: vllm, path: gpt2, max_model_len: 99}\n").label.judge == engine
 
 
-@pytest.mark.parametrize("model", [ComparedSection, ServerJudgeSection, JudgeSection, BudgetSection, PriceSection])
+@pytest.mark.parametrize(
+    "model", [ComparedSection, ServerJudgeSection, JudgeSection, VLLMJudgeSection, BudgetSection, PriceSection]
+)
 def test_every_key_has_a_description(model):
     assert all(field.description for field in model.model_fields.values())
 
@@ -157,7 +161,7 @@ class TestServerJudge:
 
     @pytest.mark.parametrize(
         ("backend", "fix"),
-        [("openal", "Did you mean 'openai'?"), ("vllm", "Write transformers or openai."), ("3", None)],
+        [("openal", "Did you mean 'openai'?"), ("sglang", "Write transformers or vllm or openai."), ("3", None)],
     )
     def test_wrong_backend(self, only, backend, fix):
         problem = only(HEAD + f"  judge:\n    path: gpt2\n    backend: {backend}\n")

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from trl_rlaif.errors import Problem
-from trl_rlaif.recipe import SECTIONS, ComponentRef, JudgeSection, LoraSection, parse_recipe
+from trl_rlaif.recipe import SECTIONS, ComponentRef, JudgeSection, LoraSection, VLLMJudgeSection, parse_recipe
 
 HEAD = "model: {path: gpt2}\ndata: {prompts: prompts.jsonl, eval_prompts: eval.jsonl}\n"
 
@@ -93,7 +93,7 @@ def test_defaults(parse):
 
 
 def test_every_key_has_a_description():
-    models = [*SECTIONS.values(), LoraSection, JudgeSection]
+    models = [*SECTIONS.values(), LoraSection, JudgeSection, VLLMJudgeSection]
     missing = [(m.__name__, n) for m in models for n, f in m.model_fields.items() if not f.description]
     assert not missing
 

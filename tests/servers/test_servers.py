@@ -193,3 +193,17 @@ def test_the_engine_draws_from_the_policy_as_it_is_trained(algorithm, tmp_path):
         assert drew, "".join(printed[-30:])
         assert len(drew[0]) == steps and max(difference for difference, _ in drew[0]) < 1e-3
         assert len({tuple(response) for _, response in drew[0]}) > 1
+
+
+def test_a_judge_in_the_engine_answers_as_the_local_one(tmp_path):
+    """As it is and with an adapter; and the stand-in of the other tests takes what this vLLM takes."""
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "plugins", ROOT / "tests")))
+    command = [interpreter("VLLM"), str(Path(__file__).with_name("engine_judge.py")), str(tmp_path)]
+    with running(command, PYTHONPATH=path, **VLLM) as (process, lines):
+        process.wait(timeout=1200)
+        time.sleep(1)
+        printed = [lines.get() for _ in range(lines.qsize())]
+    found = [json.loads(line.removeprefix("found")) for line in printed if line.startswith("found")]
+    assert found, "".join(printed[-30:])
+    assert found[0]["differs"] == []
+    assert found[0]["apart"].keys() == {"base", "adapter"} and max(found[0]["apart"].values()) < 1e-3

@@ -11,7 +11,7 @@ from trl_rlaif.memory.activations import FLOAT32, Activations, Precision
 from trl_rlaif.memory.counting import Adapter, ModelShape, adapter, optimizer_bytes, weight_bytes
 from trl_rlaif.memory.plan import ALWAYS, Part
 from trl_rlaif.memory.settings import rl_batch, rl_rows, setting
-from trl_rlaif.recipe import JudgeSection, Recipe
+from trl_rlaif.recipe import JudgeSection, Recipe, VLLMJudgeSection
 
 # Prompts are this long where the recipe sets no limit.
 ASSUMED_PROMPT = 512
@@ -214,6 +214,10 @@ def judging(run: MemoryRun, judge: object, *, alone: bool) -> Iterator[Part]:
     """A judge's forward passes, and its weights where it is a model of its own or there is nothing else."""
     section = run.recipe.label
     tokens = section.batch_tokens if section else JUDGE_TOKENS
+    if isinstance(judge, VLLMJudgeSection):
+        share = judge.gpu_memory_utilization
+        run.notes.append(f"A judge in vLLM takes {share:.0%} of the GPU (gpu_memory_utilization), and is not counted.")
+        return
     if isinstance(judge, JudgeSection) and run.judge is not None:
         dtype = "bfloat16" if judge.dtype == "auto" else judge.dtype
         item = FLOAT32 if dtype == "float32" else 2

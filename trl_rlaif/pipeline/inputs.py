@@ -17,8 +17,12 @@ from trl_rlaif.recipe.source import KeyPath
 
 # Keys whose entries are plugins' components: a name, or {name: {option: value}}.
 _COMPONENTS = ("sampler", "labeler", "transforms", "selectors")
-# How and where a judge's server is asked, which changes none of its answers: the model's name stands for it.
-_SERVER = ("base_url", "price", "api_key_env", "concurrency", "timeout", "max_retries")
+# How and where a judge's server is asked, which changes none of its answers: the model's name stands for it. And how
+# vLLM holds a judge.
+_KNOBS = (
+    "base_url", "price", "api_key_env", "concurrency", "timeout", "max_retries",
+    "gpu_memory_utilization", "tensor_parallel_size", "enforce_eager",
+)  # fmt: skip
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _SPLIT = " x ".join(BATCH)
 # A checkpoint may be resumed with another one of these; a finished stage is not what they would make of it.
@@ -141,7 +145,7 @@ def flat(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
 
 
 def selected(settings: Mapping[str, Any], keys: Iterable[str], without: Iterable[str] = ()) -> dict[str, Any]:
-    """Those settings that are, or lie below, one of the keys; no server's knobs, and nothing in ``without``."""
+    """Those settings that are, or lie below, one of the keys; no knobs of judges, and nothing in ``without``."""
 
     def within(key: str, prefixes: Iterable[str]) -> bool:
         return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
@@ -156,7 +160,7 @@ def selected(settings: Mapping[str, Any], keys: Iterable[str], without: Iterable
 
 def _is_knob(key: str) -> bool:
     *above, last = key.split(".")
-    return not {last, *above[-1:]}.isdisjoint(_SERVER) and "judge" in above
+    return not {last, *above[-1:]}.isdisjoint(_KNOBS) and "judge" in above
 
 
 def learned(section: str, settings: Mapping[str, Any]) -> dict[str, Any]:

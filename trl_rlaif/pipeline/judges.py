@@ -6,14 +6,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_rlaif import distributed
+from trl_rlaif.errors import UserError
 from trl_rlaif.judging.judge import Judge
 from trl_rlaif.judging.local import LocalJudge
 from trl_rlaif.judging.prompt import JudgePrompt
 from trl_rlaif.judging.remote import RemoteJudge
 from trl_rlaif.judging.server import Server
+from trl_rlaif.judging.vllm import Engine, VLLMJudge
 from trl_rlaif.models.loading import ModelSpec, load_model, load_tokenizer
 from trl_rlaif.pipeline import artifacts
-from trl_rlaif.recipe import ComponentRef, JudgeSection, Recipe, ServerJudgeSection, prompt_folder
+from trl_rlaif.recipe import (
+    ComponentRef,
+    JudgeSection,
+    Recipe,
+    ServerJudgeSection,
+    VLLMJudgeSection,
+    prompt_folder,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,6 +72,8 @@ class Judges:
             return RemoteJudge(section.path, JudgePrompt.load(prompt_folder(prompt)), server_of(section))
         taught = section == "taught"
         own = self.context.recipe.judge.model if taught else section
+        if isinstance(own, VLLMJudgeSection):
+            return self._in_engine(own, prompt, self.taught_adapter if taught else None)
         if isinstance(own, str) and shared is not None:
             role = self._taught_role(shared) if taught else None
             return self._local(own, prompt, shared.model, context=lambda: shared.role(role))
@@ -89,6 +100,21 @@ class Judges:
         name = self.context.recipe.model.path if isinstance(section, str) else section.path
         template = JudgePrompt.load(prompt_folder(prompt))
         return LocalJudge(model, self.tokenizer(section), template, name, **options)
+
+    def _in_engine(self, section: VLLMJudgeSection, prompt: str, adapter: Path | None) -> VLLMJudge:
+        if distributed.processes() > 1:
+            raise UserError(
+                "A judge with backend: vllm answers in one process.",
+                fix="Run its stage without accelerate launch (tensor_parallel_size divides the judge among GPUs), or "
+                "ask a server of vLLM's, with backend: openai.",
+            )
+        return VLLMJudge(
+            Engine.start(model_spec(section), adapter, **section.engine),
+            self.tokenizer(section),
+            JudgePrompt.load(prompt_folder(prompt)),
+            section.path,
+            chat_template_kwargs=section.chat_template_kwargs,
+        )
 
     @property
     def taught_adapter(self) -> Path | None:

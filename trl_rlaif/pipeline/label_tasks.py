@@ -13,7 +13,7 @@ from trl_rlaif.labels import LabelKey
 from trl_rlaif.models.loading import model_revision
 from trl_rlaif.pipeline.inputs import digest
 from trl_rlaif.pipeline.judges import model_spec
-from trl_rlaif.recipe import ComponentRef, JudgeSection, Recipe, ServerJudgeSection, prompt_folder
+from trl_rlaif.recipe import ComponentRef, JudgeSection, Recipe, ServerJudgeSection, VLLMJudgeSection, prompt_folder
 
 if TYPE_CHECKING:
     from trl_rlaif.pipeline.context import Context
@@ -56,6 +56,7 @@ def label_key(context: Context, task: LabelTask) -> LabelKey:
         # A folder's own name: on another machine the same model may lie elsewhere.
         name = Path(spec.path).name if Path(spec.path).exists() else spec.path
         revision = f"{model_revision(spec.path)} {spec.dtype} {spec.quantization}"
+        revision += " vllm" if isinstance(judge, VLLMJudgeSection) else ""
         revision += _told((context.recipe.model if isinstance(judge, str) else judge).chat_template_kwargs)
         if has_date(context.judges.tokenizer(judge)):
             revision += f" {context.date}"

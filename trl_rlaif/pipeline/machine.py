@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from collections.abc import Callable
 from typing import Any, TypedDict, cast
 
 from pydantic import BaseModel
@@ -13,7 +14,7 @@ from trl_rlaif.errors import UserError
 from trl_rlaif.files import unsealed
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.progress import say
-from trl_rlaif.recipe import JudgeSection, ModelSection, Recipe
+from trl_rlaif.recipe import JudgeSection, ModelSection, Recipe, VLLMJudgeSection
 
 
 class Machine(TypedDict):
@@ -85,16 +86,22 @@ def check_machine(recipe: Recipe) -> None:
     """Before anything is computed: that this machine can hold and train what a recipe, or a variant of it, names.
 
     Raises:
-        UserError: bitsandbytes is missing, or models would be put on Apple's MPS.
+        UserError: bitsandbytes or vLLM is missing, or models would be put on Apple's MPS.
     """
     for variant in recipe.variants.values():
         check_machine(variant)
-    sections = (getattr(recipe, field.name) for field in dataclasses.fields(recipe))
-    if any(map(_is_quantized, sections)) and not _is_installed("bitsandbytes"):
+    sections = [getattr(recipe, field.name) for field in dataclasses.fields(recipe)]
+    if any(_holds(section, _is_quantized) for section in sections) and not _is_installed("bitsandbytes"):
         raise UserError(
             "quantization: nf4 needs the package bitsandbytes.",
             where=str(recipe.source),
             fix="Run: pip install bitsandbytes; or, where it is not built for this system, set quantization: none.",
+        )
+    if any(_holds(section, _is_in_vllm) for section in sections) and not _is_installed("vllm"):
+        raise UserError(
+            "A judge with backend: vllm needs the package vllm.",
+            where=str(recipe.source),
+            fix="Run: pip install 'trl-rlaif[vllm]'; or ask a server of vLLM's, with backend: openai.",
         )
     if hardware.device_type() == "mps":
         raise UserError(
@@ -108,14 +115,21 @@ def _is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def _is_quantized(value: Any) -> bool:
-    """Whether a section, or a judge that one holds, is in 4 bits."""
+def _is_quantized(section: BaseModel) -> bool:
+    return getattr(section, "quantization", "none") == "nf4"
+
+
+def _is_in_vllm(section: BaseModel) -> bool:
+    return isinstance(section, VLLMJudgeSection)
+
+
+def _holds(value: Any, is_such: Callable[[BaseModel], bool]) -> bool:
+    """Whether a section, or a judge that one holds, is such a section."""
     if isinstance(value, dict):
-        return any(map(_is_quantized, value.values()))
+        return any(_holds(item, is_such) for item in value.values())
     if not isinstance(value, BaseModel):
         return False
-    inner = (getattr(value, name) for name in type(value).model_fields)
-    return getattr(value, "quantization", "none") == "nf4" or any(map(_is_quantized, inner))
+    return is_such(value) or any(_holds(getattr(value, name), is_such) for name in type(value).model_fields)
 
 
 def say_where(recipe: Recipe, began: Machine) -> None:

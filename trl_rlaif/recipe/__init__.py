@@ -22,6 +22,7 @@ from trl_rlaif.recipe.sections import (
     ServerJudgeSection,
     SftSection,
     TeachingSection,
+    VLLMJudgeSection,
 )
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "SftSection",
     "TeachingSection",
     "ServerJudgeSection",
+    "VLLMJudgeSection",
     "packaged_recipes",
     "parse_recipe",
     "prompt_folder",

@@ -7,15 +7,8 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from helpers.recipes import (
-    WORDS,
-    fingerprints,
-    run_cli,
-    tiny_recipe,
-    write_prompt_folder,
-    write_recipe,
-    write_rows,
-)
+from helpers.recipes import fingerprints, run_cli, tiny_recipe, write_prompt_folder, write_recipe, write_rows
+from helpers.teaching import TRAINED, judged_pairs
 from peft import PeftModel
 from scipy.stats import entropy
 from transformers import AutoModelForCausalLM
@@ -26,30 +19,14 @@ from trl_rlaif.labels.store import LabelStore
 from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.plugins import installed_plugins
 
-LONG = "the quick brown fox jumps over the lazy dog. it is the capital of a country."
 NO_MORE = dict.fromkeys(("sample", "reward", "rl", "evaluate", "report"))
-TRAINED = {
-    "num_train_epochs": 12, "learning_rate": 2e-2, "per_device_train_batch_size": 4, "evaluations": 4, "patience": 4,
-}  # fmt: skip
-
-
-def make_pairs(count):
-    """Pairs whose better response is the long one, now here and now there."""
-    rows = []
-    for i in range(count):
-        responses = [f"the {WORDS[i % 10]}. {LONG}", f"no {WORDS[(i + 3) % 10]}"]
-        human = 1 + i % 2
-        one, other = responses if human == 1 else responses[::-1]
-        prompt = f"what is the {WORDS[i % 10]} {i}?"
-        rows.append({"id": f"p{i}", "prompt": prompt, "response_1": one, "response_2": other, "human": human})
-    return rows
 
 
 @pytest.fixture
 def recipe(tiny_model, tmp_path):
     """A recipe on these pairs with these keys of the section judge."""
     write_prompt_folder(tmp_path / "prompt")
-    rows = make_pairs(24)
+    rows = judged_pairs(24)
     for name, some in (("pairs.jsonl", rows[:8]), ("people.jsonl", rows[8:])):
         write_rows(tmp_path / name, some)
 

@@ -8,7 +8,13 @@ from pydantic import BaseModel
 
 from trl_rlaif.recipe.sections.data import DataSection, SampleSection, SftSection
 from trl_rlaif.recipe.sections.evaluate import FORGET_SET, EvaluateSection, FurtherJudgeSection
-from trl_rlaif.recipe.sections.judges import JudgeSection, OtherJudgeSection, ServerJudgeSection, TeachingSection
+from trl_rlaif.recipe.sections.judges import (
+    JudgeSection,
+    OtherJudgeSection,
+    ServerJudgeSection,
+    TeachingSection,
+    VLLMJudgeSection,
+)
 from trl_rlaif.recipe.sections.label import ComparedSection, JurySection, LabelSection, RankingSection
 from trl_rlaif.recipe.sections.model import LoraSection, ModelSection
 from trl_rlaif.recipe.sections.run import KERNELS, ReportSection, RoundsSection, RunSection
@@ -84,6 +90,7 @@ __all__ = [
     "ServerJudgeSection",
     "SftSection",
     "TeachingSection",
+    "VLLMJudgeSection",
     "plain",
     "reward_name",
     "safe_name",

@@ -47,6 +47,27 @@ class JudgeSection(Section):
         return hash(self.model_dump_json())
 
 
+class VLLMJudgeSection(JudgeSection):
+    """A judge that is a model of its own on this machine, in vLLM's engine."""
+
+    backend: Literal["vllm"] = Field(description="vllm: the engine of the package vllm, without a server.")
+    path: ModelPath = Field(description="The judge's Hub id, model folder, .gguf file or package:NAME.")
+    quantization: Literal["none"] = Field("none", description="A checkpoint that is quantized itself is read as it is.")
+    gpu_memory_utilization: Number = Field(
+        0.9, gt=0, le=1, description="Share of each GPU's memory that vLLM reserves for weights and cache."
+    )
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs that the judge is divided among.")
+    max_model_len: int | None = Field(
+        None, ge=1, description="Longest question in tokens, the answer counted; null is the model's context."
+    )
+    enforce_eager: bool = Field(False, description="true starts sooner, without compiling, and computes more slowly.")
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        """Arguments of ``vllm.LLM``."""
+        return {name: getattr(self, name) for name in VLLMJudgeSection.model_fields.keys() - JudgeSection.model_fields}
+
+
 class PriceSection(Section):
     """What a hosted judge costs."""
 
@@ -98,14 +119,17 @@ class ServerJudgeSection(Section):
 
 
 def _judge_form(value: Any) -> str:
-    if isinstance(value, ServerJudgeSection) or (isinstance(value, dict) and value.get("backend") == "openai"):
-        return "<server>"
-    return "<model>" if isinstance(value, dict | JudgeSection) else "<own>"
+    if isinstance(value, dict):
+        backend = value.get("backend")
+        return {"openai": "<server>", "vllm": "<engine>"}.get(backend if isinstance(backend, str) else "", "<model>")
+    kinds: dict[Any, str] = {ServerJudgeSection: "<server>", VLLMJudgeSection: "<engine>", JudgeSection: "<model>"}
+    return kinds.get(type(value), "<own>")
 
 
 Judge = Annotated[
     Annotated[Literal["same", "taught"], Tag("<own>")]
     | Annotated[JudgeSection, Tag("<model>")]
+    | Annotated[VLLMJudgeSection, Tag("<engine>")]
     | Annotated[ServerJudgeSection, Tag("<server>")],
     Discriminator(_judge_form),
 ]
@@ -125,9 +149,15 @@ class TeachingSection(Section):
     TrainingArguments'."""
 
     model: Annotated[
-        Annotated[Literal["same"], Tag("<own>")] | Annotated[JudgeSection, Tag("<model>")],
-        Discriminator(lambda value: "<model>" if isinstance(value, dict | JudgeSection) else "<own>"),
-    ] = Field("same", description="The judge to teach: 'same' is the run's own base; a mapping names another model.")
+        Annotated[Literal["same"], Tag("<own>")]
+        | Annotated[JudgeSection, Tag("<model>")]
+        | Annotated[VLLMJudgeSection, Tag("<engine>")],
+        Discriminator(lambda value: {"<server>": "<model>"}.get(form := _judge_form(value), form)),
+    ] = Field(
+        "same",
+        description="The judge to teach: 'same' is the run's own base; a mapping names another model. With backend: "
+        "vllm it is taught by transformers and asked in vLLM.",
+    )
     prompt: PromptFolder | None = Field(None, description="A prompt as in label; null takes label's.")
     contrasts: list[Contrast] = Field(
         default_factory=lambda: list(CONTRASTS),
