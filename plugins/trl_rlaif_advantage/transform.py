@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from accelerate.utils import gather_object
 from pydantic import Field, field_validator
 
 from trl_rlaif import Options, PreferenceScores, RewardTransform, ScoredBatch, UserError
-from trl_rlaif_advantage.losses import advantage, advantage_loss, ratio_share
 from trl_rlaif_advantage.margins import AdaptiveMargins
+
+if TYPE_CHECKING:  # imported where tensors are at hand: a recipe is checked without
+    import torch
 
 
 class AdvantageOptions(Options):
@@ -66,6 +66,11 @@ class AdvantageModel(RewardTransform):
 
     def loss(self, scores: PreferenceScores) -> torch.Tensor:
         """The three-term loss, a scalar. What RL needs to know of the training is kept while gradients are recorded."""
+        import torch
+        from accelerate.utils import gather_object
+
+        from trl_rlaif_advantage.losses import advantage, advantage_loss
+
         *shares, weight = self._shares(scores)
         chosen, rejected = (
             advantage(score, scores.expected, share, weight)
@@ -87,6 +92,8 @@ class AdvantageModel(RewardTransform):
         Raises:
             UserError: The reward model has no e(x).
         """
+        from trl_rlaif_advantage.losses import advantage
+
         if batch.expected is None:
             raise UserError(
                 "advantage needs a reward model with e(x), which this one has not.",
@@ -110,6 +117,11 @@ class AdvantageModel(RewardTransform):
 
     def _shares(self, scores: PreferenceScores) -> tuple[torch.Tensor | float, torch.Tensor | float, float | None]:
         """What the other policies' ratios take of r, chosen and rejected, and N; (0, 0, None) without them."""
+        import torch
+        from accelerate.utils import gather_object
+
+        from trl_rlaif_advantage.losses import ratio_share
+
         ratios, weight = (scores.chosen_log_ratios, scores.rejected_log_ratios), self.options.weight
         if ratios[0] is None or not ratios[0].shape[-1]:
             return 0.0, 0.0, None
@@ -123,4 +135,6 @@ class AdvantageModel(RewardTransform):
         return chosen, rejected, weight
 
     def _margins(self, categories: list[str | None], device: torch.device) -> torch.Tensor:
+        import torch
+
         return torch.tensor([self.margins.of(category) for category in categories], device=device)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 from trl_rlaif_distilled import DistilledLabeler, DistilledOptions
 from trl_rlaif_distilled.debias import mean_preference, unread
 
-from trl_rlaif import Answer, Asked, Judge, Ranking, RewardLabeler, UserError, rank_all, rank_by_tournament, rows_of
+from trl_rlaif import Answer, Judge, RewardLabeler, UserError, rows_of
+
+if TYPE_CHECKING:
+    from trl_rlaif import Asked, Ranking
 
 
 class RankingOptions(DistilledOptions):
@@ -152,6 +155,8 @@ class RankingLabeler(RewardLabeler, DistilledLabeler):
             for index, answers in judge.ask(texts, ("1", "2"), thinking=self.options.asked()):
                 found |= {q: self._read(answer) for q, answer in zip(of_groups[index], answers, strict=True)}
             return [found[question] for question in asked]
+
+        from trl_rlaif import rank_all, rank_by_tournament
 
         sizes = [len(of) for of in responses]
         if self.options.method == "all_pairs":

@@ -7,15 +7,16 @@ import zlib
 from collections import defaultdict
 from dataclasses import astuple
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from accelerate.utils import gather_object
 from pydantic import Field
 
 from trl_rlaif import Options, RewardTransform, ScoredBatch
 from trl_rlaif_regulator.drift import Rise
 from trl_rlaif_regulator.running import RunningScores
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,8 @@ class DistributionRegulator(RewardTransform):
 
     def _take(self, scores: torch.Tensor, batch: ScoredBatch) -> list[Row]:
         """Take in the scores of all processes; they are returned."""
+        from accelerate.utils import gather_object
+
         prompts = [zlib.crc32(repr(prompt).encode()) for prompt in batch.prompts]
         rows = gather_object(list(zip(batch.categories, scores.tolist(), batch.kl.tolist(), prompts, strict=True)))
         self.running.add((category, score) for category, score, _, _ in rows)
@@ -98,9 +101,9 @@ class DistributionRegulator(RewardTransform):
         return rows
 
     def _mapped(self, scores: torch.Tensor, figures: list[tuple[float, float]], spread: float) -> torch.Tensor:
-        mean, std = torch.tensor(figures, device=scores.device, dtype=scores.dtype).view(-1, 2).unbind(1)
+        mean, std = scores.new_tensor(figures).view(-1, 2).unbind(1)
         scaled = (scores - mean) / std.clamp(min=LEAST_STD)
-        return spread * self.options.bound * torch.tanh(scaled / self.options.bound)
+        return spread * self.options.bound * (scaled / self.options.bound).tanh()
 
     def _spread(self, running: RunningScores, *, settled: bool) -> float:
         """What a standard deviation of a category becomes: the same for all of them.

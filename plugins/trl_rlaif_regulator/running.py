@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.optimize import brentq
-from scipy.special import digamma, polygamma
+import scipy  # its subpackages are imported on first use
 
 POOLED = ""
 UNNAMED = None  # in a state
@@ -144,10 +143,12 @@ class RunningScores:
             return np.zeros_like(squares)
         half = free[known] / 2
         # log s^2 of normal scores has these moments about log sigma^2.
-        logs = np.log(squares[known] / free[known]) - digamma(half) + np.log(half)
-        common, spread = _random_effects(logs, polygamma(1, half))
+        logs = np.log(squares[known] / free[known]) - scipy.special.digamma(half) + np.log(half)
+        common, spread = _random_effects(logs, scipy.special.polygamma(1, half))
         half_prior = _inverse_trigamma(spread)
-        place = math.exp(common + (digamma(half_prior) - math.log(half_prior) if half_prior < math.inf else 0.0))
+        place = math.exp(
+            common + (scipy.special.digamma(half_prior) - math.log(half_prior) if half_prior < math.inf else 0.0)
+        )
         weight = min(self.prior, 2 * half_prior) if len(sizes) > 1 else 0.0
         # Without a prior one score alone has no spread.
         return np.where(weight + free > 0, (weight * place + squares) / np.maximum(weight + free, 1e-9), place)
@@ -188,12 +189,14 @@ def _random_effects(values: np.ndarray, variances: np.ndarray) -> tuple[float, f
     between = 0.0
     if len(values) > 1 and excess(0.0) > 0:
         most = ((values - values.mean()) ** 2).sum()  # at which the excess is 1 - (C - 1) at most
-        between = brentq(excess, 0.0, most, xtol=1e-9 * most)
+        between = scipy.optimize.brentq(excess, 0.0, most, xtol=1e-9 * most)
     return common(between), between
 
 
 def _inverse_trigamma(value: float) -> float:
     """y > 0 with trigamma(y) = value; infinite for 0."""
-    if value <= polygamma(1, 1e6):
+    if value <= scipy.special.polygamma(1, 1e6):
         return math.inf
-    return brentq(lambda y: polygamma(1, y) - min(value, polygamma(1, _LEAST)), _LEAST, 1e6 + 1)
+    return scipy.optimize.brentq(
+        lambda y: scipy.special.polygamma(1, y) - min(value, scipy.special.polygamma(1, _LEAST)), _LEAST, 1e6 + 1
+    )

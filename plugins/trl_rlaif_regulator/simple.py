@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from accelerate.utils import gather_object
 from pydantic import Field, model_validator
 
 from trl_rlaif import Options, RewardTransform, ScoredBatch, UserError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class ClipOptions(Options):
@@ -38,6 +39,9 @@ class Whiten(RewardTransform):
     """Gives the scores of each batch, over all processes, zero mean and unit variance."""
 
     def transform(self, scores: torch.Tensor, batch: ScoredBatch) -> torch.Tensor:
+        import torch
+        from accelerate.utils import gather_object
+
         # In float64: the rounding of a float32 mean, divided by the spread of equal scores, would be noise.
         every = torch.tensor(gather_object(scores.tolist()), dtype=torch.float64)
         white = (scores.cpu().double() - every.mean()) / (every.std(correction=0) + 1e-8)
@@ -67,6 +71,8 @@ class Ensemble(RewardTransform):
         Raises:
             UserError: Only one reward has a weight other than 0.
         """
+        import torch
+
         if len(batch.parts) < 2:
             raise UserError(
                 "ensemble needs two rewards or more, of a weight other than 0.", fix="Name them in rl.rewards."

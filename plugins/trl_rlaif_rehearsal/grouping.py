@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from trl_rlaif import Options, Pool, UserError, as_text, cluster, directions
+from trl_rlaif import Options, Pool, UserError, as_text
 
 # KMeans looks at every row in every iteration; above this MiniBatchKMeans finds as good clusters much sooner.
 MANY_PROMPTS = 10_000
@@ -47,6 +47,8 @@ def kinds_of(pool: Pool, options: ClusterOptions) -> Kinds:
     Raises:
         UserError: More clusters than prompts, or sentence-transformers or its model cannot be had.
     """
+    from trl_rlaif import cluster, directions  # with scikit-learn: a recipe is checked without
+
     rows = pool.rows.numpy()
     _, first, place = np.unique(rows, return_index=True, return_inverse=True)
     if options.embedding == "model":

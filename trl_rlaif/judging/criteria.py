@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
+import scipy  # its subpackages are imported on first use
 from pydantic import Field, field_validator, model_validator
-from scipy.special import expit
 
 from trl_rlaif.components import Options
 from trl_rlaif.errors import UserError
@@ -75,7 +75,7 @@ def yes(answers: Sequence[Answer]) -> list[float] | str:
     failed = next((answer.failed for answer in answers if answer.failed), None)
     if failed or any(max(draw) == -math.inf for answer in answers for draw in answer.logprobs):
         return failed or "the judge gives neither Yes nor No any probability"
-    return [fmean(float(expit(yes - no)) for yes, no in answer.logprobs) for answer in answers]
+    return [fmean(float(scipy.special.expit(yes - no)) for yes, no in answer.logprobs) for answer in answers]
 
 
 def weighted_logit(logits: Sequence[float], weights: Sequence[float]) -> float:
