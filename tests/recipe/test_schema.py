@@ -54,6 +54,7 @@ def test_packaged_recipes_are_valid(schema, name):
         "sample: {}, label: {}, reward: {transforms: [{advantage: {margin: 2.0}}]}, rl: {transforms: [advantage]}",
         "sample: {}, label: {criteria: {helpful: {weight: 2.0}, harmless: 1}}",
         "sample: {}, label: {labeler: {distilled: {orders: '12'}}, compare: {other: {labeler: direct}}}",
+        "sample: {}, label: {judge: {backend: vllm, path: a, max_model_len: 9}}",
         "sample: {}, label: {judge: {backend: openai, path: a, base_url: [http://a/v1, http://b/v1]}}",
         "sample: {}, label: {}, reward: {}, rl: {}, evaluate: {}, compare: [one, {two: {rl: {kl_coef: 0.1}}}]",
         "sample: null, label: null, reward: null, rl: {rewards: [direct]}",
@@ -94,6 +95,7 @@ def test_what_check_refuses(schema, checked, text):
         ("rl.kl_coef", "rl.kl_coef: number at least 0, default 0.05"),
         ("judge.learning_rate", "judge.learning_rate: number at least 0, default 0.0005"),  # the stage's own
         ("label.judge.quantization", "label.judge.quantization: 'none' or 'nf4', default \"none\""),
+        ("label.judge.backend", "label.judge.backend: 'transformers' or 'vllm' or 'openai', default \"transformers\""),
         ("rl.transforms.advantage.margin", "rl.transforms.advantage.margin: number above 0, default 4.0"),
         ("rounds", "rounds: keys or null or integer at least 1"),
     ],
