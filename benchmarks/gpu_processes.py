@@ -46,7 +46,8 @@ def main() -> int:
             recipe = _recipe(Path(scratch), model, name)
             if name not in SAMPLING:
                 _run(recipe, recipe.with_name("one"), None, args.device)
-            for kind in dict.fromkeys(("ddp", *(args.kinds or KINDS))):
+            kinds = args.kinds or KINDS
+            for kind in dict.fromkeys(("ddp", *kinds) if name in SAMPLING else kinds):
                 _run(recipe, recipe.with_name(kind), kind, args.device)
                 reference = "ddp" if name in SAMPLING else "one"
                 if kind != reference:
@@ -101,7 +102,8 @@ def _run(recipe: Path, out: Path, kind: str | None, device: str) -> None:
         command += ["-m", "accelerate.commands.launch", "--config_file", str(config), "--mixed_precision", "no"]
         command += ["--num_processes", "2"]
     command += [__file__, "run", str(recipe), "--output", str(out)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, sys.path)])}
+    paths = os.pathsep.join([str(TESTS), *filter(None, sys.path)])
+    environment = os.environ | {"PYTHONPATH": paths, "PYTHONHASHSEED": "0"}  # in files, sets have its order
     if device == "cpu":
         environment |= processes.ENVIRONMENT | (processes.OF_DDP if kind != "zero2" else {})
     subprocess.run(command, env=environment, check=True)

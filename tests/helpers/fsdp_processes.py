@@ -18,7 +18,7 @@ from trl_rlaif.models import sharding
 from trl_rlaif.models.loading import ModelSpec, load_model
 from trl_rlaif.rl.grpo_rloo import trainer as group_trainer
 
-# Writing a checkpoint releases gathered weights in the process that writes it.
+# In the process that writes a checkpoint, it releases what PPO has gathered.
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 
 

@@ -24,6 +24,7 @@ from trl_rlaif.models import forward
 from trl_rlaif.models.forward import RolloutSlice, as_responses
 from trl_rlaif.models.kernels import autocast
 from trl_rlaif.models.role_models import RoleModels
+from trl_rlaif.models.sharding import gathered
 from trl_rlaif.types import RehearsalPair
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ class ForgettingTracker(TrainerCallback):
         trainer.model.eval()
         seed = seeded(trainer.args.seed, "forgetting", trainer.state.global_step)
         together = dividing() if self.divides else failing_together(trainer.accelerator)
-        with together, seed, torch.no_grad():
+        with gathered(trainer.model), together, seed, torch.no_grad():
             yield
         trainer.model.train(training)
 

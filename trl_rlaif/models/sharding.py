@@ -7,9 +7,10 @@ are switched without a message, gradients of the adapters are averaged by hand, 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from trl_rlaif import distributed
 from trl_rlaif.errors import Problem, UserError
@@ -129,29 +130,31 @@ def hand_over(trainer: Any, *, layers: bool = True) -> None:
 def gathered(model: nn.Module) -> Iterator[None]:
     """Inside, every process has all weights, and may make forward passes of its own. All processes must enter together.
 
-    Does nothing where none are shared out.
+    It nests. Does nothing where none are shared out.
     """
-    _gather(model)
+    layers = [layer for layer in _layers(model) if layer not in _whole]
+    _gather(layers)
     try:
         yield
     finally:
-        _release(model)
+        _release(layers)
 
 
 @contextmanager
 def released(model: nn.Module) -> Iterator[None]:
     """Inside of ``gathered``, a context where each process has its part alone again."""
-    _release(model)
+    layers = [layer for layer in _layers(model) if layer in _whole]
+    _release(layers)
     try:
         yield
     finally:
-        _gather(model)
+        _gather(layers)
 
 
 def gather_again(model: nn.Module) -> None:
     """Inside of ``gathered``: after one process has asked for a state dict, which releases its weights."""
-    _release(model)
-    _gather(model)
+    with released(model):
+        pass
 
 
 def is_shared_out(model: nn.Module) -> bool:
@@ -159,19 +162,27 @@ def is_shared_out(model: nn.Module) -> bool:
     return bool(_layers(model))
 
 
-def _gather(model: nn.Module) -> None:
-    for layer in _layers(model):
+# The layers whose weights are gathered.
+_whole: WeakSet[Any] = WeakSet()
+
+
+def _gather(layers: Sequence[Any]) -> None:
+    for layer in layers:
         layer.set_reshard_after_forward(False, recurse=False)
         layer.unshard()
+    _whole.update(layers)
 
 
-def _release(model: nn.Module) -> None:
-    for layer in _layers(model):
+def _release(layers: Sequence[Any]) -> None:
+    for layer in layers:
         layer.set_reshard_after_forward(True, recurse=False)
         layer.reshard()
+    _whole.difference_update(layers)
 
 
 def _layers(model: nn.Module) -> list[Any]:
+    if not requested():
+        return []
     from torch.distributed.fsdp import FSDPModule
 
     return [child for child in model.modules() if isinstance(child, FSDPModule) and child is not model]

@@ -17,7 +17,7 @@ from trl_rlaif.compat.training_loop import resumable
 from trl_rlaif.compat.vllm_engine import engine_for, server_errors
 from trl_rlaif.hardware import use_one_gpu
 from trl_rlaif.models.safe_training import safe_training
-from trl_rlaif.models.sharding import gather_again, gathered, hand_over, released
+from trl_rlaif.models.sharding import gathered, hand_over
 from trl_rlaif.rl.grpo_rloo.config import scoring_settings
 from trl_rlaif.rl.grpo_rloo.verification import verify
 from trl_rlaif.rl.ppo.checkpoint import part_of_process
@@ -69,7 +69,8 @@ class RehearsalMixin(_Trainer):
         def logprobs(ids: torch.Tensor, mask: torch.Tensor, tokens: int) -> torch.Tensor:
             return self._get_per_token_logps_and_entropies(self.model, ids, mask, tokens)[0]
 
-        verify(self.scorer, logprobs, samples=not getattr(self, "use_vllm", False))
+        with gathered(self.model):
+            verify(self.scorer, logprobs, samples=not getattr(self, "use_vllm", False))
 
     def train(self, *arguments: Any, **named: Any) -> Any:
         """TRL's.
@@ -80,7 +81,7 @@ class RehearsalMixin(_Trainer):
         """
         hand_over(self)
         kernels = nullcontext() if self.scorer is None else self.scorer.kernels()
-        with safe_training(self), kernels, gathered(self.model):
+        with safe_training(self), kernels:
             output = resumable(self, partial(super().train, *arguments, **named))
         if self.failure is not None:
             raise self.failure
@@ -105,11 +106,9 @@ class RehearsalMixin(_Trainer):
         # Before, not behind it: DDP averages what has gathered by then over all processes.
         if self.scorer is not None and self.scorer.rehearsal.pairs and self.accelerator.sync_gradients:
             model.train()
-            with released(self.model):
-                self._metrics["train"]["rehearsal/nll"].append(self.scorer.rehearse().item())
+            self._metrics["train"]["rehearsal/nll"].append(self.scorer.rehearse().item())
             self._metrics["train"]["time/rehearsal"].append(self.scorer.rehearsal.take_seconds())
-        with released(self.model):
-            return super().training_step(model, inputs, *arguments, **named)
+        return super().training_step(model, inputs, *arguments, **named)
 
     def log_alone(self, logs: dict[str, float]) -> None:
         """Without TRL's own log, which would take the numbers of the step that is under way along."""
@@ -161,7 +160,8 @@ class ScorerCallback(TrainerCallback):
             return
         if state.global_step < state.max_steps and scorer.selection.due(state.global_step):
             training = self.trainer.model.training
-            before, chosen = scorer.selection.chosen, scorer.selection.choose(state.global_step)
+            with gathered(self.trainer.model):
+                before, chosen = scorer.selection.chosen, scorer.selection.choose(state.global_step)
             scorer.selection.take(replace(chosen, rows=before.rows, strata=before.strata))
             self.trainer.model.train(training)  # by which TRL tells what it logs next from an evaluation
 
@@ -178,7 +178,6 @@ class ScorerCallback(TrainerCallback):
             chosen = scorer.selection.chosen
             chosen = None if chosen is None else chosen.to_dict()
             save_state({"chosen": chosen, "processes": parts}, folder / _STATE)
-        gather_again(self.trainer.model)
 
 
 def kept_state(checkpoint: str | Path) -> dict[str, Any] | None:
