@@ -30,9 +30,8 @@ def _pairs() -> Dataset:
     for i in range(24):
         prompt = tokens(20 if i % 4 == 0 else 3)
         chosen, rejected = prompt + tokens(3 + i % 7), prompt + tokens(2 + i % 4)
-        rows.append(
-            {"chosen_ids": chosen, "rejected_ids": rejected, "prompt_length": len(prompt), "category": "ab"[i % 2]}
-        )
+        row = {"chosen_ids": chosen, "rejected_ids": rejected, "prompt_length": len(prompt), "category": "ab"[i % 2]}
+        rows.append(row | {"length": max(len(chosen), len(rejected))})
     return Dataset.from_list(rows)
 
 
@@ -48,7 +47,8 @@ def run(folder: Path, *, batch: int, rows: bool) -> dict[str, Any]:
     """
     if not rows:
         scoring._reads_rows = lambda _inner: False
-    args = small_config(folder, per_device_train_batch_size=batch, num_train_epochs=1)
+    grouped = {"train_sampling_strategy": "group_by_length"}
+    args = small_config(folder, per_device_train_batch_size=batch, num_train_epochs=1, **grouped)
     transform = AdvantageModel(adapt="variance", std_band=(0.01, 0.02))
     torch.manual_seed(0)
     trainer = RewardTrainer(

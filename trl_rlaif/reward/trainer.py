@@ -13,6 +13,7 @@ import torch
 from accelerate import DistributedType
 from accelerate.utils import gather_object
 from peft import PeftModel
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import RewardTrainer as TrlRewardTrainer
 
@@ -157,6 +158,13 @@ class RewardTrainer(TrlRewardTrainer):
         for column in (*COLUMNS, self.args.length_column_name):
             if column not in self._signature_columns:
                 self._signature_columns.append(column)
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's; where it groups rows by length, several processes together take the batches that one takes."""
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.batch_size *= self.accelerator.num_processes
+        return sampler
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in the parent. Under bfloat16 autocast, a PeftModel's frozen linear layers are held in it meanwhile.
