@@ -1,7 +1,7 @@
 """Each algorithm in two processes, started with each packaged configuration of accelerate's, against one process.
 
     python benchmarks/gpu_processes.py --output benchmarks/results/gpu_processes.md     # on a machine with two GPUs
-    python benchmarks/gpu_processes.py --device cpu ddp fsdp2
+    python benchmarks/gpu_processes.py --device cpu
 
 A tiny model learns in float32. The recipe of ``dpo`` also has the stages ``sft`` and ``reward``, of two steps each; the
 algorithms that sample make two updates, and are compared with DDP, since two processes draw other responses than one.
@@ -27,7 +27,8 @@ from helpers.recipes import write_prompts, write_recipe, write_rows  # noqa: E40
 from trl_rlaif.recipe.paths import recipes_dir  # noqa: E402
 from trl_rlaif.testing import save_tiny_model  # noqa: E402
 
-KINDS = ("ddp", "zero2", "fsdp2")
+# On CPUs, stages tell transformers so, and accelerate then takes DDP in place of DeepSpeed.
+KINDS = {"cuda": ("ddp", "zero2", "fsdp2"), "cpu": ("ddp", "fsdp2")}
 SAMPLING = ("ppo", "reinforce", "rloo", "grpo")
 ALGORITHMS = ("dpo", *SAMPLING)
 _ROWS, _UPDATES = 8, 2
@@ -46,7 +47,7 @@ def main() -> int:
             recipe = _recipe(Path(scratch), model, name)
             if name not in SAMPLING:
                 _run(recipe, recipe.with_name("one"), None, args.device)
-            kinds = args.kinds or KINDS
+            kinds = args.kinds or KINDS[args.device]
             for kind in dict.fromkeys(("ddp", *kinds) if name in SAMPLING else kinds):
                 _run(recipe, recipe.with_name(kind), kind, args.device)
                 reference = "ddp" if name in SAMPLING else "one"
@@ -63,7 +64,7 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", help=f"packaged configurations; without any, {' '.join(KINDS)}")
+    parser.add_argument("kinds", nargs="*", help=f"packaged configurations; without any, {' '.join(KINDS['cuda'])}")
     parser.add_argument("--algorithms", nargs="+", default=ALGORITHMS, choices=ALGORITHMS, metavar="NAME")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tolerance", type=float, default=1e-3, help="of a number, relative to it where it is above 1")
@@ -105,7 +106,7 @@ def _run(recipe: Path, out: Path, kind: str | None, device: str) -> None:
     paths = os.pathsep.join([str(TESTS), *filter(None, sys.path)])
     environment = os.environ | {"PYTHONPATH": paths, "PYTHONHASHSEED": "0"}  # in files, sets have its order
     if device == "cpu":
-        environment |= processes.ENVIRONMENT | (processes.OF_DDP if kind != "zero2" else {})
+        environment |= processes.ENVIRONMENT | processes.OF_DDP
     subprocess.run(command, env=environment, check=True)
 
 
