@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -76,3 +77,14 @@ def explain(
     from trl_rlaif.recipe.explaining import explain
 
     echo(explain(_schema(), key))
+
+
+@app.command()
+def doctor(
+    folder: Annotated[Path, typer.Argument(help="Where runs would be written.")] = Path("runs"),
+) -> None:
+    """Say what of this machine a run depends on, and what to change where it would be slow or stop."""
+    from trl_rlaif.doctor import examine, report
+
+    for line in report(examine(folder)):
+        echo(line)
