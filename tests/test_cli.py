@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import trl_rlaif
 from trl_rlaif import cli, progress
 from trl_rlaif.errors import RunError, UserError
 
@@ -86,6 +87,19 @@ def test_plugins_are_listed_with_their_options(monkeypatch, capsys):
     assert _main(monkeypatch, "plugins") == 0
     output = capsys.readouterr().out
     assert "distilled" in output and "trl-rlaif 0.1.0" in output and "debias" in output
+
+
+def test_one_component(monkeypatch, capsys):
+    assert _main(monkeypatch, "plugins", "advantage") == 0
+    output = capsys.readouterr().out
+    assert "margin: default 4.0" in output and "distilled" not in output
+    assert _main(monkeypatch, "plugins", "advantag") == 2
+    assert "Did you mean 'advantage'?" in capsys.readouterr().err
+
+
+def test_version(monkeypatch, capsys):
+    assert _main(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"trl-rlaif {trl_rlaif.__version__}\n"
 
 
 def test_a_report_of_no_run(monkeypatch, capsys, tmp_path):

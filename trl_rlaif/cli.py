@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from trl_rlaif import distributed, interrupts
+from trl_rlaif import __version__, distributed, interrupts
 from trl_rlaif.cli_lists import app as lists_app
 from trl_rlaif.cli_lists import recipes_app
 from trl_rlaif.errors import Interrupted, TrlRlaifError, UserError
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Align language models with AI feedback.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(recipes_app, name="recipes")
@@ -37,10 +36,19 @@ SetOption = Annotated[
 FolderArgument = Annotated[Path, typer.Argument(help="A run's folder.")]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        echo(f"trl-rlaif {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     context: typer.Context,
     debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None:
     """Align language models with AI feedback."""
     context.obj = {"debug": debug}

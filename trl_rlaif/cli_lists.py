@@ -38,13 +38,21 @@ def show_recipe(name: Annotated[str, typer.Argument(help="The recipe's name.")])
 
 
 @app.command()
-def plugins() -> None:
+def plugins(
+    name: Annotated[str | None, typer.Argument(help="Of one component; without it, all are listed.")] = None,
+) -> None:
     """List every component installed: kind, name, distribution, version, options."""
     from trl_rlaif.errors import Problem
     from trl_rlaif.plugins import build_plugins, plugin_points
+    from trl_rlaif.recipe.formatting import nearest_or_all
 
     broken: list[Problem] = []
-    for found in build_plugins(plugin_points(), broken).registry:
+    registry = [*build_plugins(plugin_points(), broken).registry]
+    chosen = [found for found in registry if name in (None, found.name)]
+    if not chosen and name is not None:
+        names = sorted({found.name for found in registry})
+        broken.insert(0, Problem(f"no component is called '{name}'.", "", nearest_or_all(name, names, "Installed")))
+    for found in chosen:
         echo(f"{found.kind:<18}{found.name:<24}{found.distribution} {found.version}")
         for option, field in found.component.Options.model_fields.items():
             default = "required" if field.is_required() else f"default {field.default!r}"
