@@ -7,6 +7,7 @@
 #                   imports xllamacpp; one of them suffices. benchmarks/results/servers.md says how to install them.
 #                   Ray Data where the environment has ray (pip install 'ray[data]').
 # make lint         ruff and mypy
+# make wheel-smoke  the wheel, installed in place of the checkout: its plugins, and a packaged recipe
 # make gpu-kit      what a GPU machine without a network lacks, for benchmarks/gpu/on_gpu.sh: TRL=1.12.0
 
 VENV ?= .venv
@@ -26,7 +27,7 @@ PYTEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart gpu-kit test test-fast test-trl test-servers lint clean always
+.PHONY: quickstart gpu-kit test test-fast test-trl test-servers wheel-smoke lint clean always
 
 # torch goes first: what comes after it would otherwise choose a build of its own.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -68,10 +69,18 @@ gpu-kit: $(VENV)/.installed
 test-servers: $(VENV)/.installed
 	VLLM='$(VLLM)' LLAMA='$(LLAMA)' $(PYTEST_ENV) $(BIN)/python -m pytest -m servers --durations=0 tests/servers
 
+# From another folder, where the checkout would not be found.
+wheel-smoke: $(VENV)/.installed
+	rm -rf build/wheel .venv-wheel
+	$(BIN)/python -m hatchling build -t wheel -d build/wheel
+	cp -a --link $(VENV) .venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet --no-deps --force-reinstall build/wheel/*.whl
+	cd build && ../.venv-wheel/bin/python -m trl_rlaif plugins && ../.venv-wheel/bin/python -m trl_rlaif check quickstart
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .venv-trl-* build dist *.egg-info
+	rm -rf $(VENV) .venv-trl-* .venv-wheel build dist *.egg-info
