@@ -143,7 +143,15 @@ def _judge(
 def _reward(args: argparse.Namespace, people: Path, held_out: dict[str, Path]) -> str:
     """The same of a reward model that learns from the people's pairs."""
     learned = {key: TRAINED[key] for key in ("per_device_train_batch_size", "num_train_epochs", "learning_rate")}
-    run = _run(args, "reward", {"data": {"pairs": str(people)}, "reward": {"eval_fraction": 0, **learned}})
+    preferences = args.runs / "preferences.jsonl"
+    chosen = [(pair.prompt, *pair.responses[:: 1 if pair.human == 1 else -1]) for pair in load_pairs(str(people)).items]
+    rows = [dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in chosen]
+    preferences.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    sections = {
+        "data": {"pairs": str(preferences.resolve()), "format": "preference"},
+        "reward": {"eval_fraction": 0, **learned},
+    }
+    run = _run(args, "reward", sections)
     model, tokenizer = load_reward_model(run / "reward", dtype=args.dtype), load_tokenizer(args.model)
     cells = []
     for path in held_out.values():
