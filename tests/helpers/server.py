@@ -140,16 +140,24 @@ class _State:
     delay: float = 0.0
     healed: bool = False
     names: bool = False
+    room: int = 1_000_000
+    crowded: int = 429
     now: int = 0
     most: int = 0
+    turned_away: int = 0
     requests: list[dict[str, Any]] = field(default_factory=list)
     faults: Counter[str] = field(default_factory=Counter)
 
-    def begin(self, path: str, key: str | None, body: dict[str, Any]) -> None:
+    def begin(self, path: str, key: str | None, body: dict[str, Any]) -> bool:
+        """Whether there is room for another request."""
         with self.lock:
+            if self.now >= self.room:
+                self.turned_away += 1
+                return False
             self.now += 1
             self.most = max(self.most, self.now)
             self.requests.append({"time": time.monotonic(), "path": path, "key": key, "body": body})
+            return True
 
     def end(self) -> None:
         with self.lock:
@@ -180,7 +188,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path.startswith("/models"):
             return self._send(404, {"error": {"message": "no such page"}})
         with self.state.lock:
-            seen = {"most": self.state.most, "requests": self.state.requests}
+            seen = {name: getattr(self.state, name) for name in ("most", "turned_away", "requests")}
         self._send(200, seen)
 
     def do_POST(self) -> None:
@@ -190,6 +198,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self.state.delay = body.get("delay", self.state.delay)
                 self.state.healed = body.get("healed", self.state.healed)
                 self.state.names = body.get("names", self.state.names)
+                self.state.room = body.get("room", self.state.room)
+                self.state.crowded = body.get("crowded", self.state.crowded)
+                self.state.most = 0
             return self._send(200, {})
         if self.path == "/tokenize" and self.state.names:
             return self._send(200, {"tokens": tokenized(body)})
@@ -197,7 +208,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(404, {"error": {"message": "no such page"}})
         if not self.state.names:  # no notice is taken of them
             body.pop("logprob_token_ids", None)
-        self.state.begin(self.path, self.headers.get("Authorization"), body)
+        if not self.state.begin(self.path, self.headers.get("Authorization"), body):
+            return self._send(self.state.crowded, {"error": {"message": "too many at once"}}, {"Retry-After": "0.05"})
         chat = self.path == "/v1/chat/completions"
         text = "\n\n".join(m["content"] for m in body["messages"]) if chat else body["prompt"]
         script = Script.of(text)
@@ -380,7 +392,8 @@ class ScriptedServer:
             return json.load(answer)
 
     def set(self, **values: Any) -> None:
-        """``delay``: seconds before every answer. ``healed``: no more faults. ``names``: what vLLM has for tokens."""
+        """``delay``: seconds before every answer. ``healed``: no more faults. ``names``: what vLLM has for tokens.
+        ``room``: more requests at once are answered with the status ``crowded``. ``most`` is counted anew."""
         self._call(values)
 
     def kill(self) -> None:
@@ -401,6 +414,11 @@ class ScriptedServer:
     def most(self) -> int:
         """The most requests that were under way at once."""
         return self._call(None)["most"]
+
+    @property
+    def turned_away(self) -> int:
+        """Requests for which there was no room."""
+        return self._call(None)["turned_away"]
 
 
 @contextlib.contextmanager

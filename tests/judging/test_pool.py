@@ -196,3 +196,87 @@ def test_a_wrong_name_is_blamed_on_the_server_that_said_so():
             judge._connection.choices(PROMPT.compare("what? [[fault=404]]", "good", "fox"), "", max_tokens=1)
         assert judge._connection.address_of(caught.value) == f"{first.base_url}/"
         assert judge._connection.models(caught.value) == ["other", "scripted-9b"]
+
+
+# ---- How much is asked at once ----------------------------------------------------------------------------
+
+
+def overloaded(servers, status=429):
+    """A response of this status to the first server, as its client hears it."""
+    servers._hear(servers._members[0], SimpleNamespace(status_code=status))
+
+
+@pytest.fixture
+def alone():
+    return pool.ServerPool(Server(base_url=A, concurrency=8))
+
+
+def most_at_once(servers):
+    """How many requests are let through, one inside the other."""
+    member, count = servers._members[0], 0
+    while member.has_room:
+        servers._take(())
+        count += 1
+    member.busy = 0
+    return count
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_an_overloaded_server_is_asked_half_as_much_and_then_one_more_a_round(alone, clock, status):
+    assert most_at_once(alone) == 8
+    member = alone._members[0]
+    for expected in (4, 2, 1, 1):
+        member.busy = int(member.most)
+        overloaded(alone, status)
+        clock[0] += 0.5
+        overloaded(alone, status)  # of the same round
+        member.busy, clock[0] = 0, clock[0] + 1
+        assert most_at_once(alone) == expected
+    for expected in (2, 3, 4, 5, 6, 7, 8, 8):
+        for _ in range(int(member.most) + 1):
+            alone.request(lambda client: None)
+        assert most_at_once(alone) == expected
+
+
+def test_what_was_not_under_way_does_not_count(alone, clock):
+    """A server that refuses the third request of three takes two, whatever is allowed."""
+    alone._members[0].busy = 3
+    overloaded(alone)
+    alone._members[0].busy = 0
+    assert most_at_once(alone) == 1
+
+
+@pytest.mark.parametrize("status", [200, 400, 401, 404, 500])
+def test_other_answers_do_not_slow_down(alone, clock, status):
+    overloaded(alone, status)
+    assert most_at_once(alone) == 8
+
+
+def test_an_answer_that_is_too_late_slows_down(alone, clock):
+    def late(client):
+        raise openai.APITimeoutError(request=SimpleNamespace(url=A))
+
+    alone._members[0].busy = 7
+    with pytest.raises(openai.APITimeoutError):
+        alone.request(late)
+    alone._members[0].busy = 0
+    assert most_at_once(alone) == 4
+
+
+def test_of_several_servers_the_one_with_room_is_asked(servers, clock):
+    first, second = servers._members
+    first.most, first.busy, second.busy = 2.0, 2, 5
+    assert asked_by(servers, ()) == [(B, 0)]
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_server_that_takes_few_at_once_answers_everything(status):
+    with scripted_server() as server:
+        server.set(delay=0.03, room=3, crowded=status)
+        judge = judge_of(server, concurrency=8, max_retries=6)
+        found = dict(judge.ask(groups(30), ("1", "2")))
+        assert all(a.failed is None for answers in found.values() for a in answers) and len(found) == 30
+        assert server.most == 3 and 1 <= server.turned_away < 60
+        server.set(delay=0.03, room=1_000_000)
+        list(judge.ask(groups(30), ("1", "2")))
+        assert server.most == 8  # as many as were allowed

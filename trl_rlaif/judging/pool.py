@@ -1,14 +1,18 @@
-"""Interchangeable servers of one model: each request goes to the least busy, and a dead one is left out for a while."""
+"""Interchangeable servers of one model: each request goes to the least busy, and a dead one is left out for a while.
+
+One that is overloaded is asked less at once.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import threading
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from trl_rlaif.errors import UserError
 from trl_rlaif.progress import say
@@ -22,16 +26,20 @@ if TYPE_CHECKING:
 FIRST_REST, LONGEST_REST = 1.0, 60.0
 # Of the answers that say no, those that the same request may not get again, or not from another server.
 _PASSING = (408, 409, 429)
+# Those of a server that is asked more than it can do. Seconds within which they are about the same requests.
+_OVERLOADED, _SAME = (429, 503), 1.0
 
 T = TypeVar("T")
 
 
 @dataclass(eq=False)
 class _Member:
-    """A server, with its requests under way and its failures since it last answered."""
+    """A server, with its requests under way, how many these may be, and its failures since it last answered."""
 
     client: OpenAI
+    most: float
     busy: int = 0
+    halved_at: float = -math.inf
     failures: int = 0
     rests_until: float = 0.0
 
@@ -41,12 +49,24 @@ class _Member:
         return time.monotonic() >= self.rests_until and not (self.failures and self.busy)
 
     @property
+    def has_room(self) -> bool:
+        """Whether it may have another request under way."""
+        return self.busy < int(self.most)
+
+    @property
     def address(self) -> str:
         return str(self.client.base_url)
 
+    def halve(self) -> None:
+        """Ask for half as much at once: additive increase, multiplicative decrease (Chiu and Jain 1989)."""
+        now = time.monotonic()
+        if now - self.halved_at >= _SAME:
+            self.most, self.halved_at = max(1.0, min(self.most, self.busy) / 2), now
+
 
 class ServerPool:
-    """The servers of a judge.
+    """The servers of a judge. Each has as many requests under way as it takes, ``Server.concurrency`` at most: after an
+    answer of 429 or 503, or none in time, half as many, and one more for as many good answers.
 
     Args:
         server: With their addresses.
@@ -57,7 +77,7 @@ class ServerPool:
 
     def __init__(self, server: Server) -> None:
         try:
-            from openai import OpenAI
+            from openai import DefaultHttpxClient, OpenAI
         except ImportError:
             raise UserError(
                 "A judge on a server needs the package openai.", fix="pip install 'trl-rlaif[openai]'"
@@ -69,8 +89,18 @@ class ServerPool:
             [server.base_url] if server.base_url is None or isinstance(server.base_url, str) else server.base_url
         )
         options = {"timeout": server.timeout, "max_retries": server.max_retries}
-        self._members = [_Member(OpenAI(base_url=url, api_key=key or "none", **options)) for url in addresses]
+        self._concurrency = server.concurrency
+
+        def member(url: str | None) -> _Member:
+            # The client's own retries are heard, too.
+            heard = DefaultHttpxClient(event_hooks={"response": [lambda response: self._hear(made, response)]})
+            client = OpenAI(base_url=url, api_key=key or "none", http_client=heard, **options)
+            made = _Member(client, most=server.concurrency)
+            return made
+
+        self._members = [member(url) for url in addresses]
         self._lock = threading.Lock()
+        self._freed = threading.Condition(self._lock)
 
     @property
     def addresses(self) -> list[str]:
@@ -103,21 +133,34 @@ class ServerPool:
                 made = send(member.client if alone else member.client.with_options(max_retries=0))
             except (openai.APIConnectionError, openai.APIStatusError) as error:
                 tried.add(member)
+                if isinstance(error, openai.APITimeoutError):
+                    with self._lock:
+                        member.halve()
                 if not self._rest(member, error) or not self._awake(tried):
                     raise
             else:
                 member.failures, member.rests_until = 0, 0.0
+                with self._lock:
+                    member.most = min(self._concurrency, member.most + 1 / member.most)
                 return made
             finally:
-                with self._lock:
+                with self._freed:
                     member.busy -= 1
+                    self._freed.notify_all()
+
+    def _hear(self, member: _Member, response: Any) -> None:
+        if response.status_code in _OVERLOADED:
+            with self._lock:
+                member.halve()
 
     def _take(self, tried: Collection[_Member]) -> tuple[_Member, bool]:
-        """The least busy of those that may be asked, and whether there is no other."""
-        with self._lock:
-            awake = self._awake(tried)
+        """The least busy of those that may be asked, once one has room, and whether there is no other."""
+        with self._freed:
+            while (awake := self._awake(tried)) and not any(member.has_room for member in awake):
+                self._freed.wait()
+            free = [member for member in awake if member.has_room]
             # Where all rest, the one whose rest ends first.
-            found = min(awake or self._members, key=lambda member: member.busy if awake else member.rests_until)
+            found = min(free or self._members, key=lambda member: member.busy if free else member.rests_until)
             found.busy += 1
             return found, len(awake) < 2
 

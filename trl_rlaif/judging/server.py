@@ -40,7 +40,7 @@ class Server:
         votes: Where log-probabilities cannot be had: answers to sample instead. 0 gives up on the question.
         tolerance: How much of the candidates' mass, in [0, 1], may hide behind the likeliest tokens. A candidate that
             is not among them is no likelier than the least of them, and counts as that.
-        concurrency: Requests at once, on all servers together.
+        concurrency: Requests at once, on all servers together; fewer on one that is overloaded.
         timeout: Seconds that a request may take.
         max_retries: After a rate limit, a server error, a dropped connection or a timeout. The wait grows,
             and what the server asks for (Retry-After) is honoured.

@@ -100,7 +100,9 @@ class ServerJudgeSection(Section):
     votes: int = Field(
         0, ge=0, description="Answers to sample where a server gives no log-probabilities; 0 skips the pair."
     )
-    concurrency: int = Field(8, ge=1, description="Requests at once, on all servers together.")
+    concurrency: int = Field(
+        8, ge=1, description="Requests at once, on all servers together; fewer on one that is overloaded."
+    )
     timeout: Number = Field(60.0, gt=0, description="Seconds that a request may take.")
     max_retries: int = Field(6, ge=0, description="Times that a failed request is sent again, with growing waits.")
     price: PriceSection | None = Field(None, description="What its tokens cost: the report adds it up.")
