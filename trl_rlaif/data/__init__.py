@@ -2,7 +2,7 @@
 
 from trl_rlaif.data.finetuning import load_finetuning
 from trl_rlaif.data.formats import COLUMNS
-from trl_rlaif.data.loading import PairFormat, ScoredPairs, load_pairs, load_prompts
+from trl_rlaif.data.loading import PairFormat, ScoredPairs, Stream, load_pairs, load_prompts, stream_pairs
 from trl_rlaif.types import Loaded, Message, Pair, Prompt, Skip
 
 __all__ = [
@@ -14,7 +14,9 @@ __all__ = [
     "Prompt",
     "ScoredPairs",
     "Skip",
+    "Stream",
     "load_finetuning",
     "load_pairs",
     "load_prompts",
+    "stream_pairs",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, Literal, TypeVar, get_args
@@ -58,7 +58,8 @@ def load_prompts(
             known.add(text)
         return Prompt(row_id, prompt, *_rest(row, category, used))
 
-    return _Loading(source, columns, formats.PROMPT_COLUMNS, parse).loaded()
+    loading = _Loading(source, columns, formats.PROMPT_COLUMNS, parse)
+    return Loaded(list(loading.items()), loading.skipped)
 
 
 def load_pairs(
@@ -98,11 +99,26 @@ def load_pairs(
         UserError: The source or some of its rows are wrong (up to ten problems with their places), or
             every row was skipped.
     """
+    stream = stream_pairs(source, format=format, category=category, seed=seed, columns=columns, scored=scored)
+    return Loaded(list(stream.items), stream.skipped)
+
+
+def stream_pairs(
+    source: str | Path, *, columns: Mapping[str, str] | None, format: PairFormat, category: str, seed: int, scored: str
+) -> Stream[Pair]:
+    """As ``load_pairs``, but read again by each iteration: memory holds one pair at a time, and all ids.
+
+    Of a .json or .csv file it holds all rows, too. What is wrong with the rows is raised behind the last one.
+    """
     if format not in get_args(PairFormat):
         raise UserError(f"Unknown format {format!r}.", fix=f"Use one of {', '.join(get_args(PairFormat))}.")
-    pairs = _Pairs(format, category, seed, scored)
-    read = (*formats.PROMPT_COLUMNS, *formats.RESPONSE_KEYS)
-    return _Loading(source, columns, read, pairs.parse, pairs.split, pairs.unpaired.left).loaded()
+
+    def begin() -> _Loading[Pair]:
+        pairs = _Pairs(format, category, seed, scored)
+        read = (*formats.PROMPT_COLUMNS, *formats.RESPONSE_KEYS)
+        return _Loading(source, columns, read, pairs.parse, pairs.split, pairs.unpaired.left)
+
+    return Stream(begin)
 
 
 def place_of(source: str | Path, id: str) -> str:
@@ -115,7 +131,7 @@ def place_of(source: str | Path, id: str) -> str:
 class _Pairs:
     """From rows to pairs: each row to the preference rows that it makes, and these to pairs."""
 
-    def __init__(self, format: PairFormat, category: str, seed: int, scored: ScoredPairs) -> None:
+    def __init__(self, format: PairFormat, category: str, seed: int, scored: str) -> None:
         self.format, self.category, self.seed, self.scored = format, category, seed, scored
         self.uniform, self.unpaired, self.shape = _Uniform(), Unpaired(), ""
 
@@ -157,6 +173,31 @@ def _rest(row: Row, category: str, used: set[str]) -> tuple[str | None, dict]:
     """The category of a row, and the columns that nothing else used."""
     extra = {key: value for key, value in row.values.items() if key not in used | {"id", category}}
     return fields.parse_category(row.values.get(category), category), extra
+
+
+class Stream(Generic[T]):
+    """The usable items of a source, in the order of its rows.
+
+    Args:
+        begin: A pass over the source.
+
+    Attributes:
+        skipped: The rows that the last whole pass left out.
+    """
+
+    def __init__(self, begin: Callable[[], _Loading[T]]) -> None:
+        self._begin, self.skipped = begin, list[Skip]()
+
+    @property
+    def items(self) -> Iterator[T]:
+        """A new pass."""
+        loading = self._begin()
+        yield from loading.items()
+        self.skipped = loading.skipped
+
+    def skip_counts(self) -> dict[str, int]:
+        """As of Loaded."""
+        return Loaded([], self.skipped).skip_counts()
 
 
 class _Uniform:
@@ -224,27 +265,29 @@ class _Loading(Generic[T]):
     split: Callable[[Row, str], Iterable[Row]] = _as_it_is
     left: Callable[[], list[Skip]] = list
     problems: Problems = field(default_factory=Problems)
+    skipped: list[Skip] = field(default_factory=list)
 
-    def loaded(self) -> Loaded[T]:
+    def items(self) -> Iterator[T]:
+        """The items; behind them what was wrong is raised, and ``skipped`` is complete."""
         stem, rows = open_source(self.source, self.problems)
         self.names = fields.Columns(self.columns or {}, self.read)
-        self.found, self.ids = Loaded[T]([], []), dict[str, str]()
+        self.ids, found = dict[str, str](), False
         for row in map(self.names.renamed, rows):
             row_id = self._attempt(row, self._id, f"{stem}-{row.number}")
             pieces = None if row_id is None else self._attempt(row, self.split, row_id)
             for piece in pieces or ():
                 item = self._attempt(piece, self._item, row_id)
                 if item is not None:
-                    self.found.items.append(item)
+                    found = True
+                    yield item
         self.names.check()
         self.problems.raise_if_any()
-        self.found.skipped.extend(self.left())
-        if not self.found.items:
-            counts = ", ".join(f"{reason}: {count}" for reason, count in self.found.skip_counts().items())
-            many = len(self.found.skipped)
+        self.skipped += self.left()
+        if not found:
+            counts = ", ".join(f"{reason}: {count}" for reason, count in Loaded([], self.skipped).skip_counts().items())
+            many = len(self.skipped)
             what = f"All {many} rows were skipped ({counts})." if counts else "The dataset is empty."
             raise UserError(what, where=str(self.source), fix="Give data with at least one usable row.")
-        return self.found
 
     def _id(self, row: Row, default: str) -> str:
         return fields.parse_id(row.values.get("id"), default)
@@ -262,7 +305,7 @@ class _Loading(Generic[T]):
         try:
             return do(row, given)
         except RowSkip as skip:
-            self.found.skipped.append(Skip(row.where, skip.reason))
+            self.skipped.append(Skip(row.where, skip.reason))
         except RowError as error:
             self.problems.add(self.names.explained(error.what), where=row.where, fix=error.fix)
         return None

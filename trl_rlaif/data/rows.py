@@ -23,6 +23,8 @@ from trl_rlaif.errors import Problem, UserError
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".txt", ".parquet")
 _HUB_ID = re.compile(r"(?P<name>\w[\w.-]*(?:/\w[\w.-]*)?)(?::(?P<split>.+))?")
 _HUB_ID_MAX = 96
+# Rows of a Parquet file that memory holds at a time.
+_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -300,7 +302,7 @@ def _read_parquet(path: Path, problems: Problems) -> Iterator[Row]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
-            for batch in table.iter_batches():
+            for batch in table.iter_batches(_AT_ONCE):
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(f"{path}: row {number}", number, _plain(values))

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from trl_rlaif.algorithms import ALGORITHMS
-from trl_rlaif.data import Loaded
+from trl_rlaif.data import Loaded, Stream
 from trl_rlaif.data.loading import place_of
 from trl_rlaif.errors import Problem, UserError
 from trl_rlaif.judging.prompt import JudgePrompt
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # What every reward function is given besides the columns of the data.
 _GIVEN = ("prompts", "completions", "completion_ids", "id", "category", "trainer_state")
 
-_Data = dict[str, Callable[[], Loaded[Any]]]
+_Data = dict[str, Callable[[], Loaded[Any] | Stream[Any]]]
 
 
 @dataclass(frozen=True)

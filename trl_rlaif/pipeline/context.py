@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import date
@@ -18,7 +18,7 @@ from trl_rlaif.data import Pair, Prompt
 from trl_rlaif.data.overlap import prompt_key
 from trl_rlaif.encoding import PromptLike, as_messages, chat_prompt, encode_prompt, is_rendered, set_template_kwargs
 from trl_rlaif.errors import UserError
-from trl_rlaif.files import read_lines, read_state, write_state
+from trl_rlaif.files import read_state, write_state
 from trl_rlaif.memory.settings import setting
 from trl_rlaif.models import sharding
 from trl_rlaif.models.loading import ModelSpec, load_model, load_tokenizer
@@ -32,6 +32,7 @@ from trl_rlaif.pipeline.machine import machine_of, settled
 from trl_rlaif.pipeline.rows import PairRow
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.stages import STAGES
+from trl_rlaif.pipeline.stored_pairs import StoredPairs
 from trl_rlaif.plugins import Plugins
 from trl_rlaif.progress import say
 from trl_rlaif.recipe import ComponentRef, Recipe
@@ -74,9 +75,9 @@ class Shard:
             raise UserError(f"'{text}' is no share.", fix="Write --shard i/n with i from 1 to n, for example 2/4.")
         return cls(int(match[1]), int(match[2]))
 
-    def of(self, pairs: Sequence[Pair]) -> list[Pair]:
+    def of(self, pairs: Sequence[Pair]) -> Sequence[Pair]:
         """This machine's pairs: every n-th one."""
-        return list(pairs[self.number - 1 :: self.count])
+        return pairs[self.number - 1 :: self.count]
 
     def __str__(self) -> str:
         return f"{self.number}/{self.count}"
@@ -247,33 +248,36 @@ class Context:
         return context - room - 1  # the end of turn, where a cut response is scored
 
     def as_meant(self, source: str, items: Sequence[P]) -> Sequence[P]:
-        """Prompts or pairs of a source, and a word on those that are taken otherwise than as a question.
+        """Prompts or pairs of a source as ``meaning`` has them."""
+        as_meant = self.meaning(source, items)
+        return [as_meant(item) for item in items]
+
+    def meaning(self, source: str, items: Iterable[P]) -> Callable[[P], P]:
+        """How prompts or pairs of a source are taken, and a word on those that are no plain question.
 
         Prompts that begin with control tokens were rendered if all of the source's do. A single one among others is
         the text of a user: nobody's data can slip control tokens in.
         """
-        rendered = sum(is_rendered(item.prompt, self.tokenizer) for item in items)
+        count = rendered = begun = 0
+        for item in items:
+            count += 1
+            rendered += is_rendered(item.prompt, self.tokenizer)
+            begun += not isinstance(item.prompt, str) and item.prompt[-1]["role"] == "assistant"
         if rendered:
             say(
-                f"{source}: {rendered} of {len(items)} prompts begin with the control tokens of the model. "
+                f"{source}: {rendered} of {count} prompts begin with the control tokens of the model. "
                 + ("They are taken as rendered by its chat template, and not wrapped in it again."
-                   if rendered == len(items) else "As the others do not, they are taken as text of the user.")
+                   if rendered == count else "As the others do not, they are taken as text of the user.")
             )  # fmt: skip
-        if 0 < rendered < len(items):
-            items = [replace(item, prompt=as_messages(item.prompt)) for item in items]
-        begun = sum(not isinstance(item.prompt, str) and item.prompt[-1]["role"] == "assistant" for item in items)
         if begun:
-            say(f"{source}: {begun} of {len(items)} prompts end with an assistant turn. The responses continue it.")
-        return items
+            say(f"{source}: {begun} of {count} prompts end with an assistant turn. The responses continue it.")
+        if 0 < rendered < count:
+            return lambda item: replace(item, prompt=as_messages(item.prompt))
+        return lambda item: item
 
-    def pairs(self, folder: RunFolder | None = None) -> list[Pair]:
-        """The pairs of this run, or of another one's folder, from pairs.jsonl."""
-        rows = read_lines((folder or self.folder) / artifacts.PAIRS)
-        known = PairRow.__annotations__
-        return [
-            Pair(**{k: row.get(k) for k in known}, extra={k: v for k, v in row.items() if k not in known})
-            for row in rows
-        ]
+    def pairs(self, folder: RunFolder | None = None) -> StoredPairs:
+        """The pairs of this run, or of another one's folder, in pairs.jsonl."""
+        return StoredPairs((folder or self.folder) / artifacts.PAIRS)
 
     def transforms(self, section: str) -> list[Any]:
         """The reward transforms that a section names, in its order.

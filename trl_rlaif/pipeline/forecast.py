@@ -42,7 +42,7 @@ def _amounts(recipe: Recipe) -> Amounts | None:
     try:
         prompts = read_prompts(recipe, data.prompts).items if data.prompts else []
         each = recipe.sample.pairs_a_prompt if recipe.sample else 1
-        pairs = len(read_pairs(recipe).items) if data.pairs else len(prompts) * each
+        pairs = sum(1 for _ in read_pairs(recipe).items) if data.pairs else len(prompts) * each
         asked = sum(len(read_prompts(recipe, source, "eval_prompts").items) for source in held_out)
     except UserError:
         return None

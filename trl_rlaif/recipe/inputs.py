@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from trl_rlaif.algorithms import ALGORITHMS
-from trl_rlaif.data import Loaded, Pair, Prompt, load_finetuning, load_pairs, load_prompts
+from trl_rlaif.data import Loaded, Pair, Prompt, Stream, load_finetuning, load_pairs, load_prompts, stream_pairs
 from trl_rlaif.data.finetuning import assistant_turns
 from trl_rlaif.data.overlap import finetuned_prompts, question_key
 from trl_rlaif.errors import Problem, UserError
@@ -45,10 +46,10 @@ def _instructed(prompt: str | list[Message], text: str) -> str | list[Message]:
     return turns
 
 
-def read_pairs(recipe: Recipe) -> Loaded[Pair]:
-    """The pairs of ``data.pairs``."""
+def read_pairs(recipe: Recipe) -> Stream[Pair]:
+    """The pairs of ``data.pairs``, which may be more than memory holds."""
     data = recipe.data
-    return load_pairs(
+    return stream_pairs(
         data.pairs,
         format=data.format,
         category=data.category,
@@ -112,7 +113,7 @@ def check_data(recipe: Recipe) -> None:
     for _, source, read in _sources(recipe):
         if os.path.isfile(source):
             try:
-                read()
+                _read_through(read())
             except UserError as error:
                 problems += error.problems
     if problems:
@@ -165,6 +166,10 @@ def overlap_warning(overlap: dict[str, Any]) -> str:
         f"Warning: {shared} of the {prompts} prompts of {held_out} are also in {training}. Results on these may "
         "not hold for new ones. Remove them from one of the two."
     )
+
+
+def _read_through(rows: Any) -> None:
+    deque(getattr(rows, "items", rows), maxlen=0)
 
 
 def _prompts_of(rows: Any) -> Iterator[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -36,20 +36,24 @@ def run(context: Context) -> SampleResults:
 
 
 def _read_pairs(context: Context) -> SampleResults:
-    started, loaded = time.monotonic(), read_pairs(context.recipe)
-    items = context.as_meant(context.recipe.data.pairs, loaded.items)
-    pairs, dropped = [], Counter(loaded.skip_counts())
-    for pair in (_without_control_tokens(context, pair) for pair in items):
-        reason = unusable(pair.response_1, pair.response_2)
-        if reason is None:
-            pairs.append(pair)
-        else:
-            dropped[reason] += 1
-    _write_pairs(context, [pair_row(pair) for pair in pairs])
+    started, stream = time.monotonic(), read_pairs(context.recipe)
+    as_meant = context.meaning(context.recipe.data.pairs, stream.items)
+    counts, unused = Counter[str](), Counter[str]()
+
+    def rows() -> Iterator[PairRow]:
+        for pair in (_without_control_tokens(context, as_meant(pair)) for pair in stream.items):
+            reason = unusable(pair.response_1, pair.response_2)
+            if reason is None:
+                counts.update(pairs=1, ties=pair.human == 0)
+                yield pair_row(pair)
+            else:
+                unused[reason] += 1
+
+    _write_pairs(context, rows())
     return {
-        "pairs": len(pairs),
-        "ties": sum(pair.human == 0 for pair in pairs),
-        "dropped": dict(dropped),
+        "pairs": counts["pairs"],
+        "ties": counts["ties"],
+        "dropped": dict(Counter(stream.skip_counts()) + unused),
         "seconds": time.monotonic() - started,
     }
 
@@ -119,8 +123,8 @@ def _no_pairs(section: SampleSection, dropped: Mapping[str, int]) -> UserError:
     return UserError(what, where=section.sampler.where, fix="Change its options, or take a more capable model.")
 
 
-def _write_pairs(context: Context, rows: Sequence[Mapping[str, Any]]) -> None:
-    write_atomically(context.folder / artifacts.PAIRS, "".join(map(to_line, rows)))
+def _write_pairs(context: Context, rows: Iterable[Mapping[str, Any]]) -> None:
+    write_atomically(context.folder / artifacts.PAIRS, map(to_line, rows))
 
 
 @dataclass
