@@ -1,38 +1,49 @@
-"""What pairs and labels take on the host: memory, seconds and bytes on disk for each, as the stage `label` holds them.
+"""What pairs and labels take on the host: memory, seconds and bytes on disk, in the stage `label` itself.
 
-    OMP_NUM_THREADS=1 python benchmarks/label_store.py --pairs 10000 100000 --output benchmarks/results/label_store.json
+    OMP_NUM_THREADS=1 python benchmarks/label_store.py --pairs 100000 1000000 \
+        --output benchmarks/results/label_store.json
 
-Pairs are synthetic (a prompt and two responses of 1,000 characters each) and labels are scripted: no model computes
-anything. Each number of pairs is read by a process of its own, as a run that is resumed reads it. Seconds are the
-processor's, except those of adding labels, which wait for the disk. Bytes are of the resident set.
+Pairs are synthetic (a prompt and two responses of 1,000 characters each), and a scripted judge labels them: no model
+computes anything. A run is killed when all but ``--made`` pairs are labeled. A process of its own then makes the index
+of the labels, as if it were missing; another one resumes; and another one resumes, has the judge label the rest, and
+completes the stage. Seconds are the processor's, except those of adding labels and of the whole stage. Bytes of memory
+are of the resident set; those of the stage are its peak, with and without the imported libraries.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
 import random
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
-from trl_rlaif.files import sealed, to_line
-from trl_rlaif.labels import LabelKey, LabelStore
+import yaml
+
+from trl_rlaif.files import read_lines, sealed, to_line
+from trl_rlaif.judging.judge import Group, Judge
+from trl_rlaif.judging.prompt import JudgePrompt
+from trl_rlaif.judging.question import Answer
+from trl_rlaif.labels import LabelStore
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.context import Context, pair_row
-from trl_rlaif.pipeline.preferences import write_preferences
+from trl_rlaif.pipeline.label_tasks import label_key, label_tasks
+from trl_rlaif.pipeline.run_folder import RunFolder
+from trl_rlaif.pipeline.work import label
+from trl_rlaif.plugins import installed_plugins
+from trl_rlaif.recipe import parse_recipe, prompt_folder
+from trl_rlaif.testing.models import save_tiny_model
 from trl_rlaif.types import Label, Pair
 
-T = TypeVar("T")
-KEY = LabelKey("distilled", {"debias": "mean_logit"}, "scripted", "1", "1")
 CHARACTERS = 1000
-# Labels that are added one by one, each seen on the disk; the rest is written at once.
+# Labels that are added one by one for the measure of that.
 ADDED = 2000
 
 
@@ -50,77 +61,162 @@ def make_label(number: int) -> Label:
     return Label(str(number), (p_12 + p_21) / 2, p_12, p_21, mass_12, mass_21, None, None, "scripted")
 
 
-def write(folder: Path, pairs: int) -> dict[str, float]:
-    """The files of a run of so many pairs; seconds and bytes of one."""
+class Scripted(Judge):
+    """Answers at once, with other numbers each time."""
+
+    def ask(
+        self, groups: Sequence[Group], candidates: Sequence[str], *, thinking: Any = None, done: Collection[int] = ()
+    ) -> Iterator[tuple[int, list[Answer]]]:
+        """As of every judge."""
+        draw = random.Random(len(groups))
+        for index in range(len(groups)):
+            if index not in done:
+                yield index, [Answer(((-draw.random(), -draw.random() - 1),)) for _ in groups[index]]
+
+
+def opened(folder: Path) -> Context:
+    """The context of a run whose judge is on a server; it is never asked."""
+    server = {"backend": "openai", "path": "scripted", "base_url": "http://localhost:9/v1"}
+    recipe = {
+        "model": {"path": str(folder / "model"), "dtype": "float32"},
+        "data": {"pairs": str(folder / artifacts.PAIRS)},
+        "label": {"judge": server},
+        "reward": {},
+    }
+    path = folder / "asked.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    plugins = installed_plugins()
+    context = Context(parse_recipe(path, registry=plugins.registry), RunFolder(folder), plugins)
+    context.judges.load = lambda section, prompt: Scripted(JudgePrompt.load(prompt_folder(prompt)), "scripted")
+    return context
+
+
+def write(folder: Path, pairs: int, labeled: int) -> dict[str, float]:
+    """The files of a run of so many pairs, some of them labeled; seconds and bytes of one."""
+    save_tiny_model(folder / "model")
     pairs_path, labels_path = folder / artifacts.PAIRS, folder / artifacts.LABELS
-    with pairs_path.open("w") as file:
-        file.writelines(to_line(sealed(pair_row(make_pair(number)))) for number in range(pairs))
-    store, labeled = LabelStore(labels_path), [(make_pair(number), make_label(number)) for number in range(ADDED)]
-    began, busy = time.perf_counter(), time.process_time()
-    for pair, label in labeled:
-        store.add(KEY, pair, label)
-    seconds, busy = time.perf_counter() - began, time.process_time() - busy
-    row = store.find(KEY, [make_pair(0)])["0"]
-    with labels_path.open("a") as file:
-        for number in range(ADDED, pairs):
-            file.write(
-                to_line(sealed(row | {"id": str(number), "pair": KEY.of(make_pair(number)), "p": number / pairs}))
-            )
+    pairs_path.touch()  # which the recipe names
+    context = opened(folder)
+    key = label_key(context, label_tasks(context.recipe)[0])
+    added = [(make_pair(number), make_label(number)) for number in range(ADDED)]
+    with LabelStore(labels_path, context.folder.state / artifacts.LABEL_INDEX) as store:
+        began, busy = time.perf_counter(), time.process_time()
+        for pair, of_pair in added:
+            store.add(key, pair, of_pair)
+        seconds, busy = time.perf_counter() - began, time.process_time() - busy
+        row = store.find(key, [added[0][0]])["0"]
+    with pairs_path.open("w") as file, labels_path.open("a") as labels:
+        for number in range(pairs):
+            pair = make_pair(number)
+            file.write(to_line(sealed(pair_row(pair))))
+            if ADDED <= number < labeled:
+                labels.write(to_line(sealed(row | {"id": pair.id, "pair": key.of(pair), "p": number / pairs})))
     return {
         "add: seconds a label": seconds / ADDED,
         "add: processor seconds a label": busy / ADDED,
         "pairs.jsonl: bytes a pair": pairs_path.stat().st_size / pairs,
-        "labels.jsonl: bytes a label": labels_path.stat().st_size / pairs,
+        "labels.jsonl: bytes a label": labels_path.stat().st_size / labeled,
     }
 
 
-def read(folder: Path) -> dict[str, float]:
-    """Seconds and bytes of memory of one pair, in each step of a label stage that is resumed."""
-    found: dict[str, float] = {}
+def index(folder: Path) -> dict[str, float]:
+    """The index is made from the labels."""
+    state = RunFolder(folder).state
+    (state / artifacts.LABEL_INDEX).unlink()
+    began = time.process_time()
+    with LabelStore(folder / artifacts.LABELS, state / artifacts.LABEL_INDEX):
+        seconds = time.process_time() - began
+    return {"index: seconds": seconds, "index: bytes on disk": (state / artifacts.LABEL_INDEX).stat().st_size}
 
-    def step(name: str, run: Callable[[], T]) -> T:
-        before, began = _resident(), time.process_time()
-        result = run()
-        found[f"{name}: seconds"] = time.process_time() - began
-        found[f"{name}: bytes"] = _resident() - before
-        return result
 
-    pairs = step("pairs", lambda: Context.pairs(SimpleNamespace(folder=folder)))  # type: ignore[arg-type]
-    store = step("store", lambda: LabelStore(folder / artifacts.LABELS))
-    rows = step("find", lambda: store.find(KEY, pairs))
-    context: Any = SimpleNamespace(folder=folder, chat=lambda prompt: prompt)
+def resume(folder: Path) -> dict[str, float]:
+    """What the stage does before its first question, or to see that there is none."""
+    began, seconds = time.process_time(), 0.0
+
+    def asked(*_: Any) -> None:
+        nonlocal seconds
+        seconds = time.process_time() - began
+        raise KeyboardInterrupt
+
+    context = opened(folder)
+    context.judges.load = asked
+    began = time.process_time()
+    try:
+        label.run(context)
+    except KeyboardInterrupt:
+        pass
+    return {"resume: seconds": seconds, "resume: peak bytes": _peak()}
+
+
+def stage(folder: Path) -> dict[str, float]:
+    """All of the stage."""
+    import datasets
+
+    context, before, began = opened(folder), _peak(), time.perf_counter()
+    numbers = label.run(context)
+    seconds, peak = time.perf_counter() - began, _peak()
+    rows = datasets.load_from_disk(str(context.folder / artifacts.PREFERENCES))
+    assert len(rows) == numbers["labeled"] == numbers["pairs"]
+    return {
+        "stage: seconds": seconds,
+        "stage: labels made": numbers["made"],
+        "stage: peak bytes": peak,
+        "stage: peak bytes without imports": peak - before,
+    }
+
+
+def sample(folder: Path) -> dict[str, float]:
+    """What the stage `sample` holds of the pairs that it has drawn."""
     before = _resident()
-    known = {id: row["p"] for id, row in rows.items() if row["p"] is not None}
-    step("preferences", lambda: write_preferences(context, pairs, known))
-    found["preferences: bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert len(known) == len(pairs)
-    return {f"{name} a pair": value / len(pairs) for name, value in found.items()}
+    rows = read_lines(folder / artifacts.PAIRS)
+    return {"sample: bytes a pair": (_resident() - before) / len(rows)}
+
+
+STEPS: dict[str, Callable[[Path], dict[str, float]]] = {
+    "index": index,
+    "resume": resume,
+    "stage": stage,
+    "sample": sample,
+}
 
 
 def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def main() -> None:
-    """Write and read every size."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", nargs="+", type=int, default=[10_000, 100_000])
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.read:
-        import datasets  # noqa: F401  # so that its import does not count
+def _peak() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-        print(json.dumps(read(args.read)))
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def main() -> None:
+    """Write every size, and take every step in a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", nargs="+", type=int, default=[100_000, 1_000_000])
+    parser.add_argument("--made", type=int, default=20_000, help="Labels that the stage makes.")
+    parser.add_argument("--sampled", type=int, default=100_000, help="Pairs up to which `sample` is measured, too.")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--step", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.step:
+        name, folder = args.step
+        print(json.dumps(STEPS[name](Path(folder))))
         return
     records = []
     for pairs in args.pairs:
         with tempfile.TemporaryDirectory() as folder:
-            written = write(Path(folder), pairs)
-            child = [sys.executable, __file__, "--read", folder]
-            done = subprocess.run(child, capture_output=True, text=True, check=True)
-        records.append({"pairs": pairs, **written, **json.loads(done.stdout.splitlines()[-1])})
-        print(json.dumps(records[-1], indent=1), flush=True)
+            record = {"processor": _processor(), "pairs": pairs, **write(Path(folder), pairs, pairs - args.made)}
+            for step in list(STEPS) if pairs <= args.sampled else list(STEPS)[:-1]:
+                child = [sys.executable, __file__, "--step", step, folder]
+                done = subprocess.run(child, stdout=subprocess.PIPE, text=True, check=True)
+                record |= json.loads(done.stdout.splitlines()[-1])
+        records.append(record)
+        print(json.dumps(record, indent=1), flush=True)
     if args.output:
         args.output.write_text(json.dumps(records, indent=1) + "\n")
 

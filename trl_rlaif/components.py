@@ -95,7 +95,7 @@ class Labeler(Component, ABC):
         """Yield one Label for each pair that is not done, in any order, as soon as it is known.
 
         Args:
-            pairs: All pairs of the run, ids unique.
+            pairs: Pairs of the run, ids unique. Of many pairs, a few thousand at a time.
             judge: The model to ask, with its prompt.
             done: Ids whose labels are stored already; they must not be yielded again.
 

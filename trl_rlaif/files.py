@@ -25,13 +25,18 @@ _SEAL = "crc32"
 _SIGNATURE = f"# {_SEAL}: "
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file by new text (UTF-8): after a kill the old or the new one is there, never a half."""
+def write_atomically(path: Path, text: str | Iterable[str]) -> None:
+    """Replace a file by new text (UTF-8): after a kill the old or the new one is there, never a half.
+
+    Args:
+        path: The file.
+        text: All of it; or parts, each written as it comes.
+    """
     if not is_first():
         return
     building = path.with_name(f".{path.name}.building")
     with building.open("w", encoding="utf-8", newline="\n") as file:  # the same bytes on every system
-        file.write(text)
+        file.writelines([text] if isinstance(text, str) else text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(building, path)
@@ -94,12 +99,18 @@ def sealed(row: Mapping[str, Any]) -> dict[str, Any]:
 
     The order of its keys does not count: programs that read and write JSON may change it.
     """
-    content = json.dumps(json.loads(json.dumps(row)), sort_keys=True)  # a number that is a key is a text from then on
-    return {**row, _SEAL: f"{zlib.crc32(content.encode()):08x}"}
+    return {**row, _SEAL: _checksum(json.loads(json.dumps(row)))}  # a number that is a key is a text from then on
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
 
 
 def unsealed(row: Any) -> dict[str, Any]:
     """What ``sealed`` was given. An object without a checksum, such as a person's, is taken as it is.
+
+    Args:
+        row: As JSON or YAML was read.
 
     Raises:
         ValueError: It is no object, or not what was written.
@@ -107,7 +118,7 @@ def unsealed(row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError("it is no JSON object")
     content = {key: value for key, value in row.items() if key != _SEAL}
-    if _SEAL in row and sealed(content) != row:
+    if _SEAL in row and _checksum(content) != row[_SEAL]:
         raise ValueError(
             f"it is not what was written: its {_SEAL} differs; if you changed it on purpose, remove {_SEAL}"
         )
@@ -160,14 +171,21 @@ def read_state(
     raise UserError("The file is damaged.", where=str(path), fix=f"Restore it. {without}")
 
 
-def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append rows to a JSON-lines file in one write, each with a checksum, and see it on the disk."""
+def append_lines(path: Path, rows: Iterable[Mapping[str, Any]], *, synced: bool = True) -> None:
+    """Append rows to a JSON-lines file in one write, each with a checksum.
+
+    Args:
+        path: The file.
+        rows: Without checksums.
+        synced: See them on the disk, where a power cut leaves them; without it a kill does.
+    """
     if not is_first():
         return
     with path.open("a", encoding="utf-8", newline="\n") as file:
         file.write("".join(to_line(sealed(row)) for row in rows))
         file.flush()
-        os.fsync(file.fileno())
+        if synced:
+            os.fsync(file.fileno())
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -185,14 +203,20 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if len(whole) < len(content) and is_first():
         with path.open("r+b") as file:
             file.truncate(len(whole))
-    rows = []
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            rows.append(unsealed(json.loads(line)))
-        except (ValueError, RecursionError) as error:
-            what = f"The line is damaged: {error}."
-            raise UserError(what, where=f"{path}:{number}", fix="Restore the file, or delete the line.") from None
-    return rows
+    return [parse_line(line, f"{path}:{number}") for number, line in enumerate(whole.splitlines(), 1)]
+
+
+def parse_line(line: bytes, where: str) -> dict[str, Any]:
+    """A row of a JSON-lines file of ours.
+
+    Raises:
+        UserError: It is broken, or not what was written.
+    """
+    try:
+        return unsealed(json.loads(line))
+    except (ValueError, RecursionError) as error:
+        what = f"The line is damaged: {error}."
+        raise UserError(what, where=where, fix="Restore the file, or delete the line.") from None
 
 
 @contextmanager
@@ -215,7 +239,8 @@ def naming_a_full_disk(folder: Path) -> Iterator[None]:
         named = getattr(error, "filename", None)  # may lie elsewhere, as a cache or a temporary file does
         place = Path(named).parent if isinstance(named, str) else folder
         free = shutil.disk_usage(place if place.is_dir() else folder).free
-        says_so = os.strerror(errno.ENOSPC) in str(error)  # as an OSError of that number does
+        # As an OSError of that number does, and SQLite.
+        says_so = any(words in str(error) for words in (os.strerror(errno.ENOSPC), "database or disk is full"))
         if not says_so and not (isinstance(error, RuntimeError) and free < _FULL):
             raise
         where = named or _last_written(folder)

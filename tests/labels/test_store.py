@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from helpers.judges import PARTS, make_prompt
 
 from trl_rlaif import Label, Pair, UserError
 from trl_rlaif.judging.prompt import JudgePrompt
 from trl_rlaif.labels import LabelKey, LabelStore
-from trl_rlaif.labels.store import Plan, pair_key
+from trl_rlaif.labels.store import KEY, Plan, pair_key
 
 SETUP = LabelKey("distilled", {"debias": "mean_logit", "shots": 0}, "judge", "r1", "f00")
 PAIRS = [Pair(f"p{i}", f"prompt {i}", f"yes {i}", f"no {i}") for i in range(6)]
@@ -28,6 +29,10 @@ def fill(path, pairs=PAIRS, label_key=SETUP, p=0.75):
     for pair in pairs:
         store.add(label_key, pair, Label(pair.id, p=p, p_12=p, p_21=p, mass_12=1.0, mass_21=1.0, judge="judge"))
     return store
+
+
+def keys_of(pairs, label_key=SETUP):
+    return np.array([label_key.of(pair) for pair in pairs], dtype=KEY)
 
 
 def found(path, pairs=PAIRS, label_key=SETUP):
@@ -82,7 +87,8 @@ def test_a_label_is_found_by_the_columns_that_it_depends_on(path):
     fill(path, pairs[:2], seen)
     assert found(path, pairs, seen) == {"p0": 0.75, "p1": 0.75}
     assert found(path, [replace(pairs[0], extra={"answer": "Rome"}), pairs[1]], seen) == {"p1": 0.75}
-    assert Plan(path.with_name("plan"), seen, pairs[2:], pairs).pairs == pairs[2:]
+    keys = keys_of(pairs, seen)
+    assert Plan(path.with_name("plan"), seen.key, keys[2:], keys).places.tolist() == [2, 3, 4, 5]
 
 
 def test_any_text_has_a_key():
@@ -251,13 +257,15 @@ def plan(tmp_path):
     """Make a plan as a pass does; what it chose is shown by id."""
 
     def make(missing, everything=PAIRS, label_key=SETUP):
-        return Plan(tmp_path / "plan.jsonl", label_key, missing, everything)
+        found = Plan(tmp_path / "plan.jsonl", label_key.key, keys_of(missing), keys_of(everything))
+        found.ids = [everything[place].id for place in found.places]
+        return found
 
     return make
 
 
 def ids(plan):
-    return [pair.id for pair in plan.pairs]
+    return plan.ids
 
 
 def test_a_pass_that_was_killed_goes_on_with_the_pairs_that_it_began_with(plan):

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from trl_rlaif import distributed
 from trl_rlaif.data import Pair
 from trl_rlaif.data.overlap import prompt_key
 from trl_rlaif.errors import RunError
@@ -94,20 +95,23 @@ def _pair(one: dict[str, Any], other: dict[str, Any]) -> Pair:
 
 def _judge(context: Context, task: LabelTask, pairs: dict[str, Pair]) -> dict[str, float | None]:
     """Probability that response_1 is preferred, by the pair's key; None where it could not be judged."""
-    store, setup = LabelStore(context.folder / artifacts.LABELS), label_key(context, task)
+    setup = label_key(context, task)
     labeler = context.create_labeler(task.labeler)
     extra = columns_for(context, labeler, JudgePrompt.load(prompt_folder(task.prompt)))
     pairs = {key: replace(pair, extra=extra(pair.prompt)) for key, pair in pairs.items()}
-    known = store.find(setup, pairs.values())
-    # What could not be judged is asked again: a server may be back.
-    done = {key for key, row in known.items() if row["p"] is not None}
-    if len(done) < len(pairs):
-        judge = context.judges.load(task.judge, task.prompt)
-        with progress_bar("Judging the variants", len(pairs), len(done)) as advance:
-            for label in labeler.label(list(pairs.values()), judge, done):
-                store.add(setup, pairs[label.id], label)
-                advance(1)
-    return {key: row["p"] for key, row in store.find(setup, pairs.values()).items()}
+    with LabelStore(context.folder / artifacts.LABELS, context.folder.state / artifacts.LABEL_INDEX) as store:
+        known = store.find(setup, pairs.values())
+        # What could not be judged is asked again: a server may be back.
+        done = {key for key, row in known.items() if row["p"] is not None}
+        distributed.wait()  # until all processes have seen what is there
+        if len(done) < len(pairs):
+            judge = context.judges.load(task.judge, task.prompt)
+            with progress_bar("Judging the variants", len(pairs), len(done)) as advance:
+                for label in labeler.label(list(pairs.values()), judge, done):
+                    store.add(setup, pairs[label.id], label)
+                    advance(1)
+            store.wait()
+        return {key: row["p"] for key, row in store.find(setup, pairs.values()).items()}
 
 
 def _numbers(answers: Answers, judged: Mapping[str, float | None], seed: int) -> dict[str, Any]:

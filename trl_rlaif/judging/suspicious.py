@@ -53,7 +53,7 @@ def suspicious(text: str) -> list[str]:
     """
     shown = "\n".join(map(plain, text.splitlines()))
     found = [kind for kind, pattern in _PATTERNS.items() if pattern.search(shown)]
-    return [*found, "invisible"] if _INVISIBLE.search(text) else found
+    return [*found, "invisible"] if not text.isascii() and _INVISIBLE.search(text) else found
 
 
 def count_suspicious(groups: Iterable[Iterable[str]]) -> dict[str, Any]:
@@ -62,9 +62,9 @@ def count_suspicious(groups: Iterable[Iterable[str]]) -> dict[str, Any]:
     Returns:
         ``found``, groups with one; ``of``, all groups; ``kinds``, groups by kind.
     """
-    kinds = [{kind for text in group for kind in suspicious(text)} for group in groups]
-    return {
-        "found": sum(map(bool, kinds)),
-        "of": len(kinds),
-        "kinds": dict(sorted(Counter(kind for found in kinds for kind in found).items())),
-    }
+    found, total, kinds = 0, 0, Counter[str]()
+    for group in groups:
+        of_group = {kind for text in group for kind in suspicious(text)}
+        kinds.update(of_group)
+        found, total = found + bool(of_group), total + 1
+    return {"found": found, "of": total, "kinds": dict(sorted(kinds.items()))}

@@ -69,13 +69,13 @@ def label_with_ray(
     _check(recipe)
     made, actors = 0, {"workers": workers, "batch_size": batch_size, "num_cpus": num_cpus, "num_gpus": num_gpus}
     with opened_to_label(recipe, installed_plugins(), Path(output)) as context:
-        store, section = LabelStore(context.folder / artifacts.LABELS), context.recipe.label
-        tasks = label_tasks(context.recipe)
+        section, tasks = context.recipe.label, label_tasks(context.recipe)
         judged = [p for p in read_calibration(recipe).items if p.human in (1, 2)] if section.calibration else []
-        for task in tasks:
-            driver = _Driver(context, store, task)
-            made += driver.label(context.pairs(), actors)
-            made += driver.label(judged, actors) if section.jury or task is tasks[0] else 0
+        with LabelStore(context.folder / artifacts.LABELS, context.folder.state / artifacts.LABEL_INDEX) as store:
+            for task in tasks:
+                driver = _Driver(context, store, task)
+                made += driver.label(context.pairs(), actors)
+                made += driver.label(judged, actors) if section.jury or task is tasks[0] else 0
     return made
 
 

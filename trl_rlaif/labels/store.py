@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Sequence
+import os
+import time
+import zlib
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
+
+import numpy as np
 
 from trl_rlaif.data import Pair
-from trl_rlaif.distributed import is_first
+from trl_rlaif.distributed import is_first, wait
 from trl_rlaif.encoding import as_messages
 from trl_rlaif.errors import UserError
-from trl_rlaif.files import append_lines, read_lines, to_json, unsealed, write_state
+from trl_rlaif.files import append_lines, read_lines, sync, to_json, unsealed, write_state
+from trl_rlaif.labels.index import Covered, LabelIndex
 from trl_rlaif.pipeline.rows import LabelRow
 from trl_rlaif.progress import say
 from trl_rlaif.types import Label
 
+# A pair's key in an array: ``LabelKey.of`` as ASCII.
+KEY = "S16"
+# Lines that the index takes in, and sees on the disk, together.
+_AT_ONCE = 10_000
+# Labels are seen on the disk as often.
+SYNC_SECONDS = 1.0
 # Fields of a label that are probabilities, or lists of them.
 _SHARES = ("p", "p_12", "p_21", "mass_12", "mass_21")
 _RATINGS = ("ratings_1", "ratings_2")
@@ -76,7 +88,7 @@ class LabelKey:
 
 
 class LabelStore:
-    """The labels of a folder, of any number of label keys.
+    """The labels of a folder, of any number of label keys; they are read from the disk as they are asked for.
 
     A line is a label with the keys that find it, ``setup`` (LabelKey.key) and ``pair``. Lines are only ever appended;
     of several with the same keys the last one counts. Files of several machines are joined by concatenation.
@@ -84,58 +96,146 @@ class LabelStore:
     Args:
         path: labels.jsonl. What a power cut left of a last line is removed from it; a broken line elsewhere,
             such as between two joined files, is passed over with a warning and counted in ``broken``.
+        index: A file that remembers where each label is, so that only what it does not cover is read at the beginning.
+            It is made from labels.jsonl, and again where it does not fit it. None keeps this in memory; with a file,
+            the store is a context manager.
 
     Raises:
         UserError: A probability is outside [0, 1].
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.broken = path, 0
-        self._rows: dict[tuple[str, str], LabelRow] = {}
-        content = path.read_bytes() if path.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content) and is_first():
+    def __init__(self, path: Path, index: Path | None = None) -> None:
+        self.path, self._named, self._uncommitted, self._synced = path, 0, 0, 0.0
+        self._file: BinaryIO | None = None
+        self._index = LabelIndex(index if is_first() else None, path)  # the other processes have one each
+        self._read_on()
+        self._index.commit()
+        if self._named > _NAMED:
+            say(f"Warning: {path}: {self._named - _NAMED} more lines are damaged.")
+        if is_first() and path.exists() and path.stat().st_size > self._index.covered.bytes:
             with path.open("r+b") as file:
-                file.truncate(len(whole))
-        for number, line in enumerate(whole.splitlines(), 1):
-            where = f"{path}:{number}"
-            try:
-                row = unsealed(json.loads(line))
-                self._rows[row["setup"], row["pair"]] = row
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                self.broken += 1
-                if self.broken <= _NAMED:
-                    say(f"Warning: {where}: the line is damaged ({error}). A label that this run needs is made again.")
-                continue
-            _check_shares(row, where)
-        if self.broken > _NAMED:
-            say(f"Warning: {path}: {self.broken - _NAMED} more lines are damaged.")
+                file.truncate(self._index.covered.bytes)
 
-    def of_setup(self, setup: str) -> dict[str, LabelRow]:
-        """The labels of one label key by ``pair_key``; ``setup`` is ``LabelKey.key``."""
-        return {pair: row for (of, pair), row in self._rows.items() if of == setup}
+    def __enter__(self) -> LabelStore:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Let go of the index, which one store alone can write to. What it has not committed is read again."""
+        self._index.close()
+        if is_first() and self._synced > 0:
+            sync(self.path)
+
+    @property
+    def broken(self) -> int:
+        """Damaged lines."""
+        return self._index.covered.broken
+
+    def get(self, setup: str, pair: str) -> LabelRow | None:
+        """A label by ``LabelKey.key`` and ``LabelKey.of`` its pair; None where there is none.
+
+        Raises:
+            RunError: It is not where the index says.
+        """
+        self._read_on()
+        found = self._index.find(setup, pair)
+        if found is None:
+            return None
+        self._file.seek(found[0])
+        try:
+            row = cast(LabelRow, unsealed(json.loads(self._file.readline())))
+        except ValueError as error:
+            raise self._index.damaged(str(error)) from error
+        if (row.get("setup"), row.get("pair")) != (setup, pair):
+            raise self._index.damaged("another label is where it says")
+        return row
+
+    def is_judged(self, setup: str, pair: str) -> bool:
+        """Whether a label has a probability, by the keys as of ``get``."""
+        self._read_on()
+        return (self._index.find(setup, pair) or (0, False))[1]
 
     def find(self, label_key: LabelKey, pairs: Iterable[Pair]) -> dict[str, LabelRow]:
         """Labels that are known, by the pairs' ids."""
-        found = {pair.id: self._rows.get((label_key.key, label_key.of(pair))) for pair in pairs}
+        found = {pair.id: self.get(label_key.key, label_key.of(pair)) for pair in pairs}
         return {id: row for id, row in found.items() if row is not None}
 
     def missing(self, label_key: LabelKey, pairs: Iterable[Pair]) -> list[Pair]:
         """Pairs without a label. What could not be judged is among them: a server may be back."""
-        found = ((pair, self._rows.get((label_key.key, label_key.of(pair)))) for pair in pairs)
-        return [pair for pair, row in found if row is None or row["p"] is None]
+        return [pair for pair in pairs if not self.is_judged(label_key.key, label_key.of(pair))]
 
     def add(self, label_key: LabelKey, pair: Pair, label: Label) -> None:
-        """Append a label, and see it on the disk. One that is there already, word for word, adds no line."""
+        """Append a label. One that is there already, word for word, adds no line.
+
+        A kill loses nothing; a power cut what came within ``SYNC_SECONDS``, since a disk may take longer for one line
+        than a server for its answer.
+        """
+        if not is_first():
+            return
         row = {f.name: getattr(label, f.name) for f in fields(label)}
         if label.criteria is not None:
             row["criteria"] = [{k: v for k, v in asdict(one).items() if v is not None} for one in label.criteria]
         row = {name: value for name, value in row.items() if value is not None or name not in _OPTIONAL}
         row |= {"labeler": label_key.labeler, "setup": label_key.key, "pair": label_key.of(pair)}
         # What cannot be judged is asked in every pass, and mostly fails as before.
-        if self._rows.get((label_key.key, row["pair"])) != row:
-            append_lines(self.path, [row])
-            self._rows[label_key.key, row["pair"]] = row
+        if self.get(label_key.key, row["pair"]) != row:
+            due = time.monotonic() - self._synced >= SYNC_SECONDS
+            append_lines(self.path, [row], synced=due)
+            self._synced = time.monotonic() if due else self._synced
+
+    def wait(self) -> None:
+        """Until the first process has written its last label, and the others can read it."""
+        wait()
+        self._file = None  # a network file system tells another machine of it when the file is opened
+
+    def _read_on(self) -> None:
+        """Take in the whole lines that have come since. Another process may be writing one."""
+        if self._file is None:
+            if not self.path.exists():
+                return
+            self._file = self.path.open("rb")
+        covered = self._index.covered
+        if os.fstat(self._file.fileno()).st_size == covered.bytes:
+            return
+        self._file.seek(covered.bytes)
+        rows: list[tuple[str, str, int, bool]] = []
+        for line in self._file:
+            if not line.endswith(b"\n"):
+                self._file = self.path.open("rb")  # what is buffered may be cut off, and written anew
+                break
+            found = self._read(line, f"{self.path}:{covered.lines + 1}")
+            if found is not None:
+                rows.append((found["setup"], found["pair"], covered.bytes, found.get("p") is not None))
+            covered = Covered(
+                covered.bytes + len(line),
+                covered.lines + 1,
+                covered.broken + (found is None),
+                zlib.crc32(line, covered.checksum),
+            )
+            if len(rows) == _AT_ONCE:
+                self._take(rows, covered)
+                rows = []
+        self._take(rows, covered)
+
+    def _take(self, rows: list[tuple[str, str, int, bool]], covered: Covered) -> None:
+        self._index.add(sorted(rows, key=lambda row: row[:2]), covered)
+        self._uncommitted += len(rows)
+        if self._uncommitted >= _AT_ONCE:
+            self._index.commit()
+            self._uncommitted = 0
+
+    def _read(self, line: bytes, where: str) -> LabelRow | None:
+        """A line's label; None where it is damaged."""
+        try:
+            row = unsealed(json.loads(line))
+            if not all(isinstance(row[name], str) and row[name].isascii() for name in ("setup", "pair")):
+                raise ValueError("its keys are no texts of ours")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            self._named += 1
+            if self._named <= _NAMED:
+                say(f"Warning: {where}: the line is damaged ({error}). A label that this run needs is made again.")
+            return None
+        _check_shares(cast(LabelRow, row), where)
+        return cast(LabelRow, row)
 
 
 def _check_shares(row: LabelRow, where: str) -> None:
@@ -151,6 +251,17 @@ def _check_shares(row: LabelRow, where: str) -> None:
             raise UserError(what, where=where, fix=fix)
 
 
+def once(keys: np.ndarray) -> np.ndarray:
+    """Each key at its first place."""
+    return keys[np.sort(np.unique(keys, return_index=True)[1])]
+
+
+def last_places(keys: np.ndarray, everything: np.ndarray) -> np.ndarray:
+    """Where each key is among ``everything``, which holds them all, for the last time; int64."""
+    order = np.argsort(everything, kind="stable")
+    return order[np.searchsorted(everything[order], keys, side="right") - 1]
+
+
 class Plan:
     """Which pairs a pass over the data labels, and what it took so far, kept on disk until the stage is complete.
 
@@ -159,31 +270,30 @@ class Plan:
 
     Args:
         path: A file of the run's state: a line with the pairs, and behind it lines with what was noted.
-        label_key: The labels' key.
-        missing: Pairs that have no label.
-        everything: All pairs of the pass.
+        setup: ``LabelKey.key`` of the labels.
+        missing: Keys of the pairs that have no label, (M,) of the type ``KEY``.
+        everything: Keys of all N pairs of the pass.
 
     Attributes:
-        pairs: Those that had no label when the pass began.
+        places: Which of the N pairs had no label when the pass began, int64, each text once.
         noted: What was noted last, by name.
     """
 
-    def __init__(self, path: Path, label_key: LabelKey, missing: Sequence[Pair], everything: Sequence[Pair]) -> None:
+    def __init__(self, path: Path, setup: str, missing: np.ndarray, everything: np.ndarray) -> None:
         self.path = path
         stored, *notes = read_lines(path) or [{}]
-        by_key = {label_key.of(pair): pair for pair in everything}
-        keys = stored.get("pairs", []) if stored.get("setup") == label_key.key else []
+        keys = np.array(stored.get("pairs", []) if stored.get("setup") == setup else [], dtype=KEY)
         self.noted: dict[str, Any] = {}
         # With pairs that the plan does not know, it is made anew: nothing stays without a label.
-        if all(key in by_key for key in keys) and {label_key.of(p) for p in missing} <= set(keys):
-            self.pairs = [by_key[key] for key in keys]
-            for note in notes if keys else ():
+        if np.isin(keys, everything).all() and np.isin(missing, keys).all():
+            for note in notes if len(keys) else ():
                 self.noted |= note
-            return
-        self.pairs = list(dict((label_key.of(pair), pair) for pair in missing).values())
-        if self.pairs:
-            path.parent.mkdir(exist_ok=True)
-            write_state(path, {"setup": label_key.key, "pairs": [label_key.of(p) for p in self.pairs]})
+        else:
+            keys = once(missing)
+            if len(keys):
+                path.parent.mkdir(exist_ok=True)
+                write_state(path, {"setup": setup, "pairs": [key.decode() for key in keys.tolist()]})
+        self.places = last_places(keys, everything)
 
     def note(self, **found: Any) -> None:
         """Keep what a pass that is resumed cannot find out again."""

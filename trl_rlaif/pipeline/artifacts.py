@@ -49,6 +49,7 @@ SUPERSEDED = "superseded"
 STATE = ".state"  # what only the run itself needs
 LOCK = "lock"  # in STATE, as are these
 DATE = "date"
+LABEL_INDEX = "labels.index"  # where each line of LABELS is; made again where it is missing
 PROGRESS = "progress.json"
 
 

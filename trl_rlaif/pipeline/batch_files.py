@@ -10,17 +10,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from trl_rlaif.data import Pair
 from trl_rlaif.errors import UserError
 from trl_rlaif.files import to_line, write_atomically
 from trl_rlaif.judging.batch import DIGITS, URLS, BatchJudge
 from trl_rlaif.judging.prompt import JudgePrompt
 from trl_rlaif.labels import LabelKey, LabelStore
+from trl_rlaif.labels.store import KEY, last_places, once
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.context import Context
 from trl_rlaif.pipeline.judges import server_of
 from trl_rlaif.pipeline.label_tasks import LabelTask, label_key, label_tasks
-from trl_rlaif.pipeline.outside_labels import distinct, opened_to_label
+from trl_rlaif.pipeline.outside_labels import opened_to_label
+from trl_rlaif.pipeline.stored_pairs import StoredPairs
 from trl_rlaif.plugins import Plugins
 from trl_rlaif.recipe import Recipe, ServerJudgeSection, prompt_folder
 from trl_rlaif.types import Label
@@ -70,14 +74,19 @@ def export_batch(recipe: Recipe, plugins: Plugins, output: Path, file: Path) -> 
     if not file.parent.is_dir():
         raise UserError(f"There is no folder {file.parent}.", where=str(file), fix="Make it, or name another file.")
     with _opened(recipe, plugins, output) as work:
-        missing, url = work.missing(), URLS[work.judge.server.api]
-        lines = [
-            {"custom_id": f"{work.prefix(pair)}{digest}", "method": "POST", "url": url, "body": body}
-            for pair in missing
-            for digest, body in work.requests(pair).items()
-        ]
-        write_atomically(file, "".join(map(to_line, lines)))
-    return len(missing), len(lines)
+        missing, url, requests = work.missing(), URLS[work.judge.server.api], 0
+
+        def lines() -> Iterator[str]:
+            nonlocal requests
+            for pair in missing:
+                for digest, body in work.requests(pair).items():
+                    requests += 1
+                    yield to_line(
+                        {"custom_id": f"{work.prefix(pair)}{digest}", "method": "POST", "url": url, "body": body}
+                    )
+
+        write_atomically(file, lines())
+    return len(missing), requests
 
 
 def import_batch(recipe: Recipe, plugins: Plugins, output: Path, files: Sequence[Path]) -> Imported:
@@ -95,7 +104,7 @@ def import_batch(recipe: Recipe, plugins: Plugins, output: Path, files: Sequence
     answers = _read(files)
     with _opened(recipe, plugins, output) as work:
         found = Imported()
-        by_pair: dict[str, dict[str, Any]] = {work.prefix(pair): {} for pair in work.pairs}
+        by_pair: dict[str, dict[str, Any]] = {work.prefix_of(key.decode()): {} for key in work.keys.tolist()}
         for id, answer in answers.items():
             prefix, digest = id[:-DIGITS], id[-DIGITS:]
             if prefix in by_pair:
@@ -141,14 +150,19 @@ class _Work:
     judge: BatchJudge
     key: LabelKey
     store: LabelStore
-    pairs: list[Pair]
+    pairs: StoredPairs
+    keys: np.ndarray
 
-    def missing(self) -> list[Pair]:
+    def missing(self) -> StoredPairs:
         """Pairs without a label."""
-        return self.store.missing(self.key, self.pairs)
+        judged = [self.store.is_judged(self.key.key, key.decode()) for key in self.keys.tolist()]
+        return self.pairs.at(np.flatnonzero(~np.array(judged)))
 
     def prefix(self, pair: Pair) -> str:
-        return f"{self.key.key}-{self.key.of(pair)}-"
+        return self.prefix_of(self.key.of(pair))
+
+    def prefix_of(self, key: str) -> str:
+        return f"{self.key.key}-{key}-"
 
     def requests(self, pair: Pair) -> dict[str, dict[str, Any]]:
         self.label(pair, {})
@@ -165,8 +179,12 @@ def _opened(recipe: Recipe, plugins: Plugins, output: Path) -> Iterator[_Work]:
     section, task = _server_judge(recipe), label_tasks(recipe)[0]
     with opened_to_label(recipe, plugins, output) as context:
         judge = BatchJudge(section.path, JudgePrompt.load(prompt_folder(task.prompt)), server_of(section))
-        key, store = label_key(context, task), LabelStore(context.folder / artifacts.LABELS)
-        yield _Work(context, task, judge, key, store, distinct(key, context.pairs()))
+        key, pairs = label_key(context, task), context.pairs()
+        everything = np.array([key.of(pair).encode() for pair in pairs], dtype=KEY)
+        keys = once(everything)
+        pairs = pairs.at(last_places(keys, everything))
+        with LabelStore(context.folder / artifacts.LABELS, context.folder.state / artifacts.LABEL_INDEX) as store:
+            yield _Work(context, task, judge, key, store, pairs, keys)
 
 
 def _server_judge(recipe: Recipe) -> ServerJudgeSection:

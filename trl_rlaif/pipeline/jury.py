@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,15 +31,19 @@ class Jury:
         section: How they are joined.
         pairs: The run's.
         rows: Their labels; a member may lack some.
+
+    Attributes:
+        labels: One for each pair.
+        disagreement: Standard deviation of each pair's votes; None where fewer than two members voted.
     """
 
-    def __init__(self, section: JurySection, pairs: list[Pair], rows: ByMember) -> None:
+    def __init__(self, section: JurySection, pairs: Sequence[Pair], rows: ByMember) -> None:
         self.section, self.members, self._ids = section, list(rows), [pair.id for pair in pairs]
         self._votes = _votes(rows, self._ids)
         self._join: Join = JOINS[section.join].fit(self._votes)
         self.labels = self.joined(rows, self._ids)
-        spread = zip(self._ids, disagreement(self._votes).tolist(), strict=True)
-        self.disagreement = {id: None if math.isnan(value) else value for id, value in spread}
+        spread = disagreement(self._votes).tolist()
+        self.disagreement = [None if math.isnan(value) else value for value in spread]
         for name, reliability in zip(self.members, self._join.reliability, strict=True):
             if reliability <= self._join.chance:
                 effect = "are not counted" if section.join == "log_odds" else "count against what they say"
@@ -48,21 +52,21 @@ class Jury:
                     f"votes {effect}: try another prompt, or a larger judge."
                 )
 
-    def joined(self, rows: ByMember, ids: list[str]) -> dict[str, LabelRow]:
+    def joined(self, rows: ByMember, ids: list[str]) -> list[LabelRow]:
         """What the members' labels of these pairs become, by the reliability learned of the run's own.
 
         A pair that no member could judge is skipped, for the first member's reason.
         """
         votes, main = _votes(rows, ids), next(iter(rows.values()))
-        found: dict[str, LabelRow] = {}
+        found: list[LabelRow] = []
         for id, p, known in zip(ids, self._join.join(votes).tolist(), ~np.isnan(votes), strict=True):
             # Of both orders and of masses each member has its own.
             row: Any = {"id": id, "p": p, "p_12": None, "p_21": None, "mass_12": None, "mass_21": None}
-            found[id] = row if known.any() else row | {"p": None, "skipped": main[id].get("skipped", "no vote")}
+            found.append(row if known.any() else row | {"p": None, "skipped": main[id].get("skipped", "no vote")})
         return found
 
-    def undisputed(self, kept: set[str]) -> set[str]:
-        """Those of these pairs about which the members agree well enough.
+    def undisputed(self, kept: np.ndarray) -> np.ndarray:
+        """Those of these pairs, by their places, about which the members agree well enough.
 
         Raises:
             UserError: There are none.
@@ -70,8 +74,8 @@ class Jury:
         most = self.section.max_disagreement
         if most is None:
             return kept
-        agreed = {id for id in kept if (value := self.disagreement[id]) is not None and value <= most}
-        if not agreed:
+        agreed = kept[[(value := self.disagreement[place]) is not None and value <= most for place in kept.tolist()]]
+        if not len(agreed):
             raise UserError(f"No pair's votes differ by {most} or less.", fix="Raise label.jury.max_disagreement.")
         return agreed
 
@@ -81,9 +85,9 @@ class Jury:
         Args:
             disputed: Pairs left out, since the members disagree on them.
         """
-        p = np.array([math.nan if (row := self.labels[id])["p"] is None else row["p"] for id in self._ids])
+        p = np.array([math.nan if row["p"] is None else row["p"] for row in self.labels])
         sides, known = np.sign(self._votes - 0.5) == np.sign(p - 0.5)[:, None], ~np.isnan(self._votes)
-        spread = [value for value in self.disagreement.values() if value is not None]
+        spread = [value for value in self.disagreement if value is not None]
         return {
             "join": self.section.join,
             "disagreement": sum(spread) / len(spread) if spread else None,
@@ -104,11 +108,11 @@ class Jury:
         rows: list[JuryRow] = [
             {
                 "id": id,
-                "p": self.labels[id]["p"],
-                "disagreement": self.disagreement[id],
+                "p": label["p"],
+                "disagreement": spread,
                 "votes": dict(zip(self.members, of, strict=True)),
             }
-            for id, of in zip(self._ids, votes, strict=True)
+            for id, label, spread, of in zip(self._ids, self.labels, self.disagreement, votes, strict=True)
         ]
         write_atomically(context.folder / artifacts.JURY, "".join(map(to_line, rows)))
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from trl_rlaif.errors import UserError
-from trl_rlaif.files import write_folder
+from trl_rlaif.files import digest_of, to_json, write_folder
 from trl_rlaif.pipeline import artifacts
 
 if TYPE_CHECKING:
@@ -16,6 +23,8 @@ if TYPE_CHECKING:
 HUMAN_P = {1: 1.0, 2: 0.0}
 # Why a pair is left out where chosen is taken as surely better.
 TIE = "tie"
+# Pairs that memory holds at a time.
+_AT_ONCE = 16_384
 
 
 def preferences_of_people(context: Context, section: str) -> dict[str, int]:
@@ -33,43 +42,74 @@ def preferences_of_people(context: Context, section: str) -> dict[str, int]:
         UserError: No pair has a human choice for one of its responses.
     """
     pairs = context.pairs()
-    p = {pair.id: HUMAN_P[pair.human] for pair in pairs if pair.human in HUMAN_P}
-    if not p:
+    human = [pair.human for pair in pairs]
+    p = np.array([HUMAN_P.get(choice, math.nan) for choice in human])
+    if np.isnan(p).all():
         raise UserError(
             "There is no stage label, and no pair says which response a person preferred.",
             where=context.recipe.line((section,)),
             fix="Add a label section, or pairs with human choices.",
         )
     write_preferences(context, pairs, p)
-    ties = sum(pair.human == 0 for pair in pairs)
-    unknown = len(pairs) - len(p) - ties
-    return {reason: count for reason, count in ((TIE, ties), ("no human choice", unknown)) if count}
+    left_out = {TIE: human.count(0), "no human choice": human.count(None)}
+    return {reason: count for reason, count in left_out.items() if count}
 
 
 def write_preferences(
-    context: Context, pairs: list[Pair], p: dict[str, float], disagreement: dict[str, float | None] | None = None
+    context: Context, pairs: Sequence[Pair], p: np.ndarray, disagreement: Sequence[float | None] | None = None
 ) -> None:
     """Write ``preferences/``: TRL's preference format, with ``p``, the probability of ``chosen``.
 
-    Where pairs have a margin, there is TRL's column ``margin``, too.
+    Where pairs have a margin, there is TRL's column ``margin``, too. Memory holds a few thousand pairs at a time.
 
     Args:
-        p: Probability that response_1 is preferred, by pair id; pairs that are not in it are left out.
-        disagreement: A jury's, by pair id: a column of that name.
+        p: Probability that response_1 is preferred, (N,) float64; pairs with NaN are left out.
+        disagreement: A jury's, of N pairs: a column of that name.
     """
-    from datasets import Dataset, Features, Value
+    kept = np.flatnonzero(~np.isnan(p)).tolist()
+    has_margin = any("margin" in pair.extra for pair in (pairs[i] for i in kept) if pair.human in HUMAN_P)
 
-    kept = [pair for pair in pairs if pair.id in p]
-    dataset = Dataset.from_list([_preference(context, pair, p[pair.id]) for pair in kept])
-    if any("margin" in pair.extra for pair in kept if pair.human in HUMAN_P):
-        dataset = dataset.add_column("margin", [_margin(pair, p[pair.id]) for pair in kept])
-    if disagreement is not None:
-        dataset = dataset.add_column("disagreement", [disagreement[pair.id] for pair in kept])
-        dataset = dataset.cast_column("disagreement", Value("float64"))
-    # A column of None has no type of its own.
-    features = Features({**dataset.features, "category": Value("string"), "human": Value("bool")})
-    dataset = dataset.cast(features)
-    write_folder(context.folder / artifacts.PREFERENCES, lambda folder: dataset.save_to_disk(str(folder)))
+    def row(place: int) -> dict[str, Any]:
+        pair, value = pairs[place], float(p[place])
+        found = _preference(context, pair, value) | ({"margin": _margin(pair, value)} if has_margin else {})
+        return found | ({"disagreement": disagreement[place]} if disagreement is not None else {})
+
+    parts = [kept[start : start + _AT_ONCE] for start in range(0, len(kept), _AT_ONCE)]
+    write_folder(context.folder / artifacts.PREFERENCES, lambda folder: _write_parts(folder, parts, row))
+
+
+def _write_parts(folder: Path, parts: Sequence[Sequence[int]], row: Callable[[int], dict[str, Any]]) -> None:
+    """Write a folder as ``Dataset.save_to_disk`` does, which would want all rows at once."""
+    import pyarrow
+    from datasets import Dataset
+
+    untyped = {"category": pyarrow.string(), "human": pyarrow.bool_(), "disagreement": pyarrow.float64()}
+    paths = [folder / f"data-{number:05d}-of-{len(parts):05d}.arrow" for number in range(len(parts))]
+    schemas = []
+    for path, part in zip(paths, parts, strict=True):
+        table = pyarrow.Table.from_pylist([*map(row, part)])
+        # A column of None has no type of its own.
+        schemas.append(pyarrow.schema([(of.name, untyped.get(of.name, of.type)) for of in table.schema]))
+        _write_table(path, table.cast(schemas[-1]))
+    # Messages may have keys in one part that they lack in another.
+    schema = pyarrow.unify_schemas(schemas, promote_options="permissive")
+    for path, own in zip(paths, schemas, strict=True):
+        if own != schema:
+            with pyarrow.OSFile(str(path)) as file:
+                table = pyarrow.ipc.open_stream(file).read_all()
+            _write_table(path, table.cast(schema))
+    digest = hashlib.sha256("".join(map(digest_of, paths)).encode()).hexdigest()
+    Dataset(schema.empty_table(), fingerprint=digest[:16]).save_to_disk(str(folder))
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    state["_data_files"] = [{"filename": path.name} for path in paths]
+    (folder / "state.json").write_text(to_json(state, indent=2), encoding="utf-8")
+
+
+def _write_table(path: Path, table: Any) -> None:
+    import pyarrow
+
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
 
 
 def _preference(context: Context, pair: Pair, p: float) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ _CONFIDENCE = 0.95
 _QUANTILE = float(norm.ppf((1 + _CONFIDENCE) / 2))
 
 
-def of(context: Context, pairs: list[Pair], columns: Collection[str]) -> Rankings | None:
+def of(context: Context, pairs: Sequence[Pair], columns: Collection[str]) -> Rankings | None:
     """The pairs as a recipe wants them ranked; None where it does not.
 
     Args:
@@ -81,7 +81,7 @@ class Rankings:
         columns: Of the data, that labels depend on: prompts that differ in them are different ones.
     """
 
-    def __init__(self, section: RankingSection, pairs: list[Pair], columns: Collection[str] = ()) -> None:
+    def __init__(self, section: RankingSection, pairs: Sequence[Pair], columns: Collection[str] = ()) -> None:
         self.section, self.pairs = section, pairs
         self.groups: list[_Group] = []
         self._places: dict[str, tuple[int, int, int]] = {}

@@ -146,17 +146,18 @@ def test_a_member_may_lack_votes():
     nan = math.nan
     given = np.array([[0.9, 0.8, 0.7], [nan, 0.3, 0.4], [nan, nan, nan], [0.2, 0.1, nan]])
     p = LogOddsPool.fit(given).join(given)
-    assert [jury.labels[id]["p"] for id in "wxyz"] == [p[0], p[1], None, p[3]]
-    assert jury.labels["y"]["skipped"] == "too long" and "skipped" not in jury.labels["x"]
-    assert jury.disagreement["y"] is None and jury.disagreement["z"] == pytest.approx(0.05)
+    assert [label["p"] for label in jury.labels] == [p[0], p[1], None, p[3]]
+    assert jury.labels[2]["skipped"] == "too long" and "skipped" not in jury.labels[1]
+    assert jury.disagreement[2] is None and jury.disagreement[3] == pytest.approx(0.05)
     members = jury.numbers(0)["members"]
     assert [of["votes"] for of in members.values()] == [2, 3, 2]
 
 
 def test_of_one_vote_nobody_knows_whether_others_agree():
     pairs, alone = PAIRS[:2], {"one": rows({"w": 0.9, "x": 0.9}), "two": rows({"w": 0.9, "x": None})}
-    assert Jury(JurySection(), pairs, alone).undisputed({"w", "x"}) == {"w", "x"}
-    assert Jury(JurySection(max_disagreement=0.5), pairs, alone).undisputed({"w", "x"}) == {"w"}
+    assert Jury(JurySection(), pairs, alone).undisputed(np.array([0, 1])).tolist() == [0, 1]
+    strict = Jury(JurySection(max_disagreement=0.5), pairs, alone)
+    assert strict.undisputed(np.array([0, 1])).tolist() == [0]
 
 
 def test_who_contradicts_all_others_is_named(capsys):

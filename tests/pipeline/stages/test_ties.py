@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from datasets import load_from_disk
@@ -83,8 +84,7 @@ def labeled(tiny_model, tmp_path):
         recipe = tiny_recipe(tmp_path, tiny_model, **NO_MORE | {"reward": None, "data": data, "label": {}, "rl": RL})
         folder = run_recipe(recipe, installed_plugins(), tmp_path / "out", only=["sample"])
         context = Context(recipe, folder, installed_plugins())
-        pairs = context.pairs()
-        write_preferences(context, pairs, dict(zip([pair.id for pair in pairs], p, strict=True)))
+        write_preferences(context, context.pairs(), np.array(p))
         return context
 
     return labeled
@@ -157,5 +157,5 @@ def test_a_margin_counts_where_the_label_agrees_with_people(labeled):
     assert "margin" not in load_from_disk(str(context.folder / "preferences")).column_names
     people = {"p0": 1, "p1": 1, "p2": 2, "p3": 1}
     pairs = [replace(pair, human=people[pair.id]) for pair in context.pairs()]
-    write_preferences(context, pairs, p)
+    write_preferences(context, pairs, np.array(list(p.values())))
     assert load_from_disk(str(context.folder / "preferences"))["margin"] == [2.0, 0.0, 0.0, 5.0]

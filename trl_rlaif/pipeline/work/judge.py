@@ -125,9 +125,9 @@ def _judged(context: Context, labeler: Labeler) -> tuple[list[Lesson], dict[str,
     if section.labels:
         folder = RunFolder(section.labels)
         setup, columns = (folder.results_of("label").get(key) for key in ("setup", "columns"))
-        rows: dict[str, Any] = dict(LabelStore(folder / artifacts.LABELS).of_setup(setup))
+        store = LabelStore(folder / artifacts.LABELS)
         for pair in context.pairs(folder):
-            row = rows.get(pair_key(pair, columns or ()), {})
+            row: Any = store.get(setup, pair_key(pair, columns or ())) or {}
             if row.get("p") is None:
                 skipped["no label"] += 1
             else:

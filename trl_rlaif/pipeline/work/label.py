@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from trl_rlaif import distributed
 from trl_rlaif.data import Pair
 from trl_rlaif.data.overlap import prompt_key
 from trl_rlaif.errors import RunError, UserError
-from trl_rlaif.evaluation import (
-    agreement,
-    calibration_error,
-    compare_agreement,
-    length_preference,
-    position_bias,
-    summarize_mass,
-)
-from trl_rlaif.judging.suspicious import count_suspicious
+from trl_rlaif.evaluation import agreement, calibration_error, compare_agreement
 from trl_rlaif.labels import LabelKey, LabelStore
 from trl_rlaif.labels.calibration import Calibration, check_choices, cross_validate, why_too_few
-from trl_rlaif.labels.store import Plan, pair_key
+from trl_rlaif.labels.store import KEY, Plan, pair_key
 from trl_rlaif.pipeline import artifacts, rankings
 from trl_rlaif.pipeline.context import Context
 from trl_rlaif.pipeline.jury import Jury
 from trl_rlaif.pipeline.label_costs import counting, usage_numbers
+from trl_rlaif.pipeline.label_rows import LOW_MASS, Columns, StoredRows, TaskLabels
 from trl_rlaif.pipeline.label_tasks import LabelTask, label_key, label_tasks
 from trl_rlaif.pipeline.preferences import write_preferences
 from trl_rlaif.pipeline.results import LabelResults
@@ -39,142 +35,104 @@ if TYPE_CHECKING:
     from trl_rlaif.judging.judge import Judge
     from trl_rlaif.pipeline.rankings import Rankings
 
-# A judge with less than this on its candidates did not answer the question.
-LOW_MASS = 0.5
 # From here on a share is worth a warning.
 MANY = 0.5
+# Pairs that a labeler is handed together, and memory holds. Batches of like length are made within them.
+AT_ONCE = 8192
 
 
 def run(context: Context) -> LabelResults:
     """Write ``labels.jsonl`` and ``preferences/``; return what the labels say of the labelers."""
     started = time.monotonic()
-    pairs, store = context.pairs(), LabelStore(context.folder / artifacts.LABELS)
+    with LabelStore(context.folder / artifacts.LABELS, context.folder.state / artifacts.LABEL_INDEX) as store:
+        numbers = _run(context, store)
+    return numbers | {"usage": usage_numbers(context), "seconds": time.monotonic() - started}
+
+
+def _run(context: Context, store: LabelStore) -> LabelResults:
+    pairs = context.pairs()
     tasks, judged = label_tasks(context.recipe), _judged_by_people(context)
     main, *others = tasks
     ranking = rankings.of(context, pairs, label_key(context, main).columns)
     if ranking is not None and ranking.section.method == "tournament":
-        rows = {main.name: _tournament(context, store, main, ranking)}
+        labels = {main.name: _tournament(context, store, main, ranking)}
     else:
-        rows = {main.name: _rows(context, store, main, pairs)}
-    rows |= {task.name: _rows(context, store, task, pairs) for task in others}
+        labels = {main.name: _labels(context, store, main, pairs)}
+    labels |= {task.name: _labels(context, store, task, pairs) for task in others}
     if context.shard:
-        numbers = _of_shard(context, rows[main.name], pairs) | {"usage": usage_numbers(context)}
-        return numbers | {"seconds": time.monotonic() - started}
+        return labels[main.name].numbers() | {"shard": str(context.shard)}
     if ranking is not None:
-        rows[main.name].rows = ranking.take(rows[main.name].rows)
-    section, final = context.recipe.label, rows[main.name]
-    jury = Jury(section.jury, pairs, {name: of.rows for name, of in rows.items()}) if section.jury else None
+        labels[main.name] = _ranked(ranking, labels[main.name])
+    section, final = context.recipe.label, labels[main.name]
+    jury = Jury(section.jury, pairs, {name: of.by_id() for name, of in labels.items()}) if section.jury else None
     if jury is not None:
-        final = _together(rows, jury.labels)
-    numbers, labeled = final.numbers(pairs), final.labeled
-    if not labeled:
+        final = _together(labels, jury.labels)
+    numbers = final.numbers()
+    if not numbers["labeled"]:
         raise RunError("The judge could not label a single pair.", fix=_reasons(numbers["skipped"]))
-    calibration, numbers["calibration"] = _calibrate(context, store, tasks, jury, pairs, labeled, judged)
+    calibration, numbers["calibration"] = _calibrate(context, store, tasks, jury, final, judged)
     numbers["overlaps"] = warn_of_overlaps(context.recipe, "label") if judged else []
-    p = {id: calibration.apply(row) if calibration else row["p"] for id, row in labeled.items()}
-    least = section.min_confidence
-    kept = {id: value for id, value in p.items() if max(value, 1 - value) >= least}
-    if not kept:
+    p, least = _calibrated(final, calibration), section.min_confidence
+    p[np.maximum(p, 1 - p) < least] = np.nan
+    kept = np.flatnonzero(~np.isnan(p))
+    if not len(kept):
         raise UserError(f"No label is as confident as {least}.", fix="Lower label.min_confidence.")
-    numbers["unsure"] = len(p) - len(kept)
+    numbers["unsure"] = numbers["labeled"] - len(kept)
     if jury is not None:
-        agreed = jury.undisputed(set(kept))
+        agreed = jury.undisputed(kept)
         numbers["jury"] = jury.numbers(len(kept) - len(agreed))
-        kept = {id: value for id, value in kept.items() if id in agreed}
+        p[np.setdiff1d(kept, agreed)] = np.nan
         jury.write(context)
-    write_preferences(context, pairs, kept, jury.disagreement if jury else None)
+    write_preferences(context, pairs, p, jury.disagreement if jury else None)
     if ranking is not None:
         ranking.write(context)
         numbers["ranking"] = ranking.numbers()
     if len(tasks) > 1:
-        numbers["comparison"] = _comparison({task.name: rows[task.name] for task in tasks}, pairs)
-    numbers["usage"] = usage_numbers(context)
-    return numbers | {"broken_lines": store.broken, "seconds": time.monotonic() - started}
+        numbers["comparison"] = _comparison({task.name: labels[task.name] for task in tasks})
+    return numbers | {"broken_lines": store.broken}
 
 
-class _Rows:
-    """A task's labels by id, and what it took to make those that were missing: of which pairs, and what was noted."""
-
-    def __init__(self, key: LabelKey, rows: dict[str, LabelRow], missing: list[Pair], noted: dict[str, Any]):
-        self.key, self.rows, self.missing, self.noted = key, rows, missing, noted
-
-    @property
-    def labeled(self) -> dict[str, JudgedRow]:
-        """Labels by id, without what could not be judged."""
-        return {id: row for id, row in self.rows.items() if row["p"] is not None}
-
-    def position_bias(self, pairs: list[Pair]) -> dict[str, Any] | None:
-        """Of the pairs that were asked in both orders."""
-        labeled = self.labeled
-        known = [(labeled[pair.id], pair) for pair in pairs if pair.id in labeled]
-        found = [(row["p_12"], row["p_21"], prompt_key(pair.prompt)) for row, pair in known]
-        both = [row for row in found if None not in row]
-        return position_bias(*zip(*both, strict=True)) if both else None
-
-    def numbers(self, pairs: list[Pair]) -> LabelResults:
-        """What the labels say of the labeler."""
-        labeled, noted = self.labeled, self.noted
-        made = sum(pair.id in labeled for pair in self.missing)
-        known = [pair for pair in pairs if pair.id in labeled]
-        p, human = [labeled[pair.id]["p"] for pair in known], [pair.human for pair in known]
-        prompts = [prompt_key(pair.prompt) for pair in known]
-        by_category: dict[str, list[Pair]] = {}
-        for pair in known:
-            if pair.category is not None and pair.human is not None:
-                by_category.setdefault(pair.category, []).append(pair)
-        return {
-            "pairs": len(pairs),
-            "labeled": len(labeled),
-            "skipped": dict(Counter(row["skipped"] for row in self.rows.values() if row.get("skipped"))),
-            "mean_confidence": sum(max(x, 1 - x) for x in p) / len(p) if p else None,
-            "position_bias": self.position_bias(known),
-            "mass": summarize_mass(_masses(labeled), LOW_MASS),
-            "agreement": agreement(p, human, prompts),
-            "agreement_by_category": {
-                name: agreement(
-                    [labeled[pair.id]["p"] for pair in of],
-                    [pair.human for pair in of],
-                    [prompt_key(pair.prompt) for pair in of],
-                )
-                for name, of in by_category.items()
-                if any(pair.human != 0 for pair in of)
-            },
-            "length_preference": length_preference(
-                p, human, [(len(pair.response_1), len(pair.response_2)) for pair in known], prompts
-            ),
-            "ece": calibration_error(p, human),
-            "judge": self.key.judge,
-            "labeler": self.key.labeler,
-            "setup": self.key.key,
-            "columns": list(self.key.columns),
-            "made": made,
-            "voted": sum(bool(row.get("voted")) for row in labeled.values()),
-            "suspicious": count_suspicious((pair.response_1, pair.response_2) for pair in known),
-            "bounded": sum("bound_12" in row or "bound_21" in row for row in labeled.values()),
-            "pairs_per_second": made / noted["seconds"] if made and noted.get("seconds") else None,
-            "precision": noted.get("precision"),
-        }
-
-
-def _together(rows: dict[str, _Rows], joined: dict[str, LabelRow]) -> _Rows:
+def _together(labels: dict[str, TaskLabels], joined: list[LabelRow]) -> TaskLabels:
     """A jury's labels. What it took to make them is what it took all members."""
-    members = list(rows.values())
-    missing = {pair.id: pair for of in members for pair in of.missing}
+    first, *_ = members = list(labels.values())
+    asked = np.unique(np.concatenate([of.asked for of in members]))
     seconds = sum(of.noted.get("seconds", 0.0) for of in members)
-    return _Rows(members[0].key, joined, list(missing.values()), members[0].noted | {"seconds": seconds})
+    return TaskLabels(first.key, first.pairs, joined, asked, first.noted | {"seconds": seconds})
 
 
-def _rows(context: Context, store: LabelStore, task: LabelTask, pairs: list[Pair], purpose: str = "label") -> _Rows:
+def _ranked(ranking: Rankings, labels: TaskLabels) -> TaskLabels:
+    """The labels with the probabilities that follow from the ranking."""
+    rows = ranking.take(labels.by_id())
+    return TaskLabels(labels.key, labels.pairs, [rows[pair.id] for pair in labels.pairs], labels.asked, labels.noted)
+
+
+def _calibrated(labels: TaskLabels, calibration: Calibration | None) -> np.ndarray:
+    """The probabilities as they are learned from, (N,) float64; NaN where there is none."""
+    columns, p = labels.columns, np.array(labels.columns.p)
+    for place in columns.labeled.tolist() if calibration else ():
+        p[place] = calibration.apply(_judged(columns, place))
+    return p
+
+
+def _judged(columns: Columns, place: int) -> dict[str, float | None]:
+    """What a calibration reads of a label."""
+    found = {"p": columns.p[place], "p_12": columns.p_12[place], "p_21": columns.p_21[place]}
+    return {name: None if math.isnan(value) else value for name, value in found.items()}
+
+
+def _labels(
+    context: Context, store: LabelStore, task: LabelTask, pairs: Sequence[Pair], purpose: str = "label"
+) -> TaskLabels:
     """A task's labels of these pairs (of this machine's share of them); the missing ones are made now."""
     mine = context.shard.of(pairs) if context.shard else pairs
     result = _pass(context, store, task, mine, purpose, lambda: context.judges.load(task.judge, task.prompt))
-    _warn(task, result, mine)
+    _warn(task, result)
     return result
 
 
 def _pass(
-    context: Context, store: LabelStore, task: LabelTask, mine: list[Pair], purpose: str, judge: Callable[[], Judge]
-) -> _Rows:
+    context: Context, store: LabelStore, task: LabelTask, mine: Sequence[Pair], purpose: str, judge: Callable[[], Judge]
+) -> TaskLabels:
     """A task's labels of these pairs; the missing ones are made now.
 
     Args:
@@ -182,22 +140,26 @@ def _pass(
         judge: Loads the task's judge, if anything is missing.
     """
     key = label_key(context, task)
-    missing = store.missing(key, mine)
+    keys = np.array([key.of(pair).encode() for pair in mine], dtype=KEY)
+    # What could not be judged is asked again: a server may be back.
+    done = np.array([store.is_judged(key.key, of.decode()) for of in keys.tolist()], dtype=bool)
     path = context.folder.state / artifacts.work_of("label") / artifacts.plan_of(purpose, key.key)
-    plan = Plan(path, key, missing, mine)
-    if missing:
-        _make(context, store, task, key, plan, judge())
-    return _Rows(key, store.find(key, mine), plan.pairs, plan.noted)
+    plan = Plan(path, key.key, keys[~done], keys)
+    distributed.wait()  # until all processes have seen what is there
+    if not done.all():
+        _make(context, store, task, key, plan, mine, done, judge())
+        store.wait()
+    return TaskLabels(key, mine, StoredRows(store, key.key, keys), plan.places, plan.noted)
 
 
-def _tournament(context: Context, store: LabelStore, main: LabelTask, ranking: Rankings) -> _Rows:
+def _tournament(context: Context, store: LabelStore, main: LabelTask, ranking: Rankings) -> TaskLabels:
     """What a tournament asks, round by round, as labels of the run's own pairs. Each answer is a label of its own.
 
     What is asked in a round follows from the answers before it, so a run that was killed asks on where it was.
     """
     asking = replace(main.labeler, options=main.labeler.options | {"orders": "12"})
     judge = cache(lambda: context.judges.load(main.judge, main.prompt))
-    missing: list[Pair] = []
+    missing: list[str] = []
     noted: dict[str, Any] = {"seconds": 0.0}
     number = 0
 
@@ -206,39 +168,56 @@ def _tournament(context: Context, store: LabelStore, main: LabelTask, ranking: R
         number += 1
         task = replace(main, name=f"round {number}", labeler=asking)
         found = _pass(context, store, task, questions, f"round-{number}", judge)
-        missing.extend(found.missing)
+        missing.extend(questions[place].id for place in found.asked.tolist())
         seconds = noted["seconds"] + found.noted.get("seconds", 0.0)
         noted.update(found.noted | {"seconds": seconds})
-        return found.rows
+        return found.by_id()
 
     rows = ranking.play(ask)
-    result = _Rows(label_key(context, replace(main, labeler=asking)), rows, missing, noted)
-    _warn(main, result, ranking.pairs)
+    places = {pair.id: place for place, pair in enumerate(ranking.pairs)}
+    asked = np.array([places[id] for id in missing if id in places], dtype=np.int64)  # not what was turned
+    key = label_key(context, replace(main, labeler=asking))
+    result = TaskLabels(key, ranking.pairs, [rows[id] for id in places], asked, noted)
+    _warn(main, result)
     return result
 
 
-def _make(context: Context, store: LabelStore, task: LabelTask, key: LabelKey, plan: Plan, judge: Judge) -> None:
-    by_id = {pair.id: pair for pair in plan.pairs}
-    done = {id for id, row in store.find(key, plan.pairs).items() if row["p"] is not None}
+def _make(
+    context: Context,
+    store: LabelStore,
+    task: LabelTask,
+    key: LabelKey,
+    plan: Plan,
+    mine: Sequence[Pair],
+    done: np.ndarray,
+    judge: Judge,
+) -> None:
+    """Label the pairs of a plan that are not done. Memory holds a part of them at a time."""
     labeler = context.create_labeler(task.labeler)
     title = "Labeling" if task.name == "label" else f"Labeling ({task.name})"
-    bar = progress_bar(title, len(plan.pairs), len(done), "pairs")
+    bar = progress_bar(title, len(plan.places), int(done[plan.places].sum()), "pairs")
     with counting(context, task, plan, judge) as note, bar as advance:
-        for label in labeler.label(plan.pairs, judge, done):
-            note()  # before the label, which may be the last one before a kill
-            store.add(key, by_id[label.id], label)
-            advance(1)
+        for start in range(0, len(plan.places), AT_ONCE):
+            places = plan.places[start : start + AT_ONCE]
+            if done[places].all():
+                continue
+            pairs = [mine[place] for place in places.tolist()]
+            by_id = {pair.id: pair for pair in pairs}
+            known = {pair.id for pair, is_done in zip(pairs, done[places], strict=True) if is_done}
+            for label in labeler.label(pairs, judge, known):
+                note()  # before the label, which may be the last one before a kill
+                store.add(key, by_id[label.id], label)
+                advance(1)
 
 
-def _warn(task: LabelTask, result: _Rows, mine: list[Pair]) -> None:
-    labeled = result.labeled
-    low = sum(mass < LOW_MASS for mass in _masses(labeled))
-    if low > MANY * 2 * len(labeled):
+def _warn(task: LabelTask, result: TaskLabels) -> None:
+    low, labeled = result.low_masses(), len(result.columns.labeled)
+    if low > MANY * 2 * labeled:
         say(
-            f"Warning ({task.name}): in {low} of {2 * len(labeled)} answers the judge gave its candidates less than "
+            f"Warning ({task.name}): in {low} of {2 * labeled} answers the judge gave its candidates less than "
             f"{LOW_MASS:.0%} together. It may not understand the question: try another prompt, or a larger judge."
         )
-    bias = result.position_bias(mine)
+    bias = result.position_bias()
     if bias and bias["rate"] > MANY:
         say(
             f"Warning ({task.name}): in {bias['rate']:.0%} of the pairs the judge preferred the same position both "
@@ -246,19 +225,8 @@ def _warn(task: LabelTask, result: _Rows, mine: list[Pair]) -> None:
         )
 
 
-def _masses(labeled: dict[str, JudgedRow]) -> list[float]:
-    """What the judge gave to its candidates together, of every answer."""
-    both = ((row["mass_12"], row["mass_21"]) for row in labeled.values())
-    return [mass for masses in both for mass in masses if mass is not None]
-
-
 def _reasons(skipped: dict[str, int]) -> str:
     return "; ".join(f"{count} pairs: {reason}" for reason, count in skipped.items())
-
-
-def _of_shard(context: Context, rows: _Rows, pairs: list[Pair]) -> LabelResults:
-    mine = context.shard.of(pairs)
-    return rows.numbers(mine) | {"shard": str(context.shard)}
 
 
 def _judged_by_people(context: Context) -> list[Pair] | None:
@@ -275,8 +243,7 @@ def _calibrate(
     store: LabelStore,
     tasks: list[LabelTask],
     jury: Jury | None,
-    pairs: list[Pair],
-    labeled: dict[str, JudgedRow],
+    final: TaskLabels,
     judged: list[Pair] | None,
 ) -> tuple[Calibration | None, dict[str, Any] | None]:
     """Fit to what people judged; report before and after, on it and on the run's own pairs.
@@ -285,12 +252,12 @@ def _calibrate(
     """
     if judged is None:
         return None, None
-    own = {pair_key(pair) for pair in pairs}
     rows = _of_judged(context, store, tasks, jury, judged)
     known = [pair for pair in judged if pair.id in rows]
     observed, human = [rows[pair.id] for pair in known], [pair.human for pair in known]
+    own, others = _text_keys(final.pairs), _text_keys(known)
     found: dict[str, Any] = {"used": False, "pairs": len(known)}
-    found["shared_with_run"] = sum(pair_key(pair) in own for pair in known)
+    found["shared_with_run"] = int(np.isin(others, own).sum())
     reason, fitted = why_too_few(human), None
     if reason is None:
         mean_prob = tasks[0].labeler.options.get("debias") == "mean_prob"
@@ -306,7 +273,7 @@ def _calibrate(
             "temperature": 1 / fitted.scale,
             "position_bias": fitted.bias if fitted.has_bias(observed) else None,
             "cross_validated": crossed,
-            "run": _on_run(fitted, pairs, labeled, {pair_key(pair) for pair in known}),
+            "run": _on_run(fitted, final.columns, np.isin(own, others)),
         }
         reason = _why_unused(crossed)
     if reason is not None:
@@ -325,12 +292,17 @@ def _of_judged(
     rows = {}
     for task in tasks if jury else tasks[:1]:
         name = "calibration" if task is tasks[0] else f"calibration of {task.name}"
-        rows[task.name] = _rows(context, store, replace(task, name=name), judged, "calibration")
+        rows[task.name] = _labels(context, store, replace(task, name=name), judged, "calibration")
     final = next(iter(rows.values()))
     if jury is not None:
         ids = [pair.id for pair in judged]
-        final = _together(rows, jury.joined({name: of.rows for name, of in rows.items()}, ids))
-    return final.labeled
+        final = _together(rows, jury.joined({name: of.by_id() for name, of in rows.items()}, ids))
+    return final.judged()
+
+
+def _text_keys(pairs: Iterable[Pair]) -> np.ndarray:
+    """``pair_key`` of each, whatever columns a label depends on."""
+    return np.array([pair_key(pair).encode() for pair in pairs], dtype=KEY)
 
 
 def _why_unused(crossed: dict[str, Any] | None) -> str | None:
@@ -346,29 +318,30 @@ def _why_unused(crossed: dict[str, Any] | None) -> str | None:
     )
 
 
-def _on_run(fitted: Calibration, pairs: list[Pair], labeled: dict[str, JudgedRow], seen: set[str]) -> dict[str, Any]:
+def _on_run(fitted: Calibration, columns: Columns, seen: np.ndarray) -> dict[str, Any]:
     """What a calibration makes of the run's own pairs that people judged, without those that it was fitted to."""
-    unseen = [p for p in pairs if p.id in labeled and p.human in (1, 2) and pair_key(p) not in seen]
-    human, prompts = [p.human for p in unseen], [prompt_key(p.prompt) for p in unseen]
-    before, after = [labeled[p.id]["p"] for p in unseen], [fitted.apply(labeled[p.id]) for p in unseen]
+    unseen = [i for i in columns.labeled.tolist() if columns.human[i] in (1, 2) and not seen[i]]
+    human, prompts = [columns.human[i] for i in unseen], [columns.prompts[i] for i in unseen]
+    before, after = [columns.p[i] for i in unseen], [fitted.apply(_judged(columns, i)) for i in unseen]
     return {
         when: {"agreement": agreement(p, human, prompts), "ece": calibration_error(p, human)}
         for when, p in (("before", before), ("after", after))
     }
 
 
-def _comparison(rows: dict[str, _Rows], pairs: list[Pair]) -> dict[str, Any]:
+def _comparison(labels: dict[str, TaskLabels]) -> dict[str, Any]:
     """Each labeler's numbers, and whether it agrees with people more or less often than the first."""
-    first = next(iter(rows.values())).labeled
+    first = next(iter(labels.values())).columns
     table = {}
-    for name, one in rows.items():
-        numbers, labeled = one.numbers(pairs), one.labeled
-        common = [p for p in pairs if p.id in labeled and p.id in first and p.human in (1, 2)]
+    for name, one in labels.items():
+        numbers, columns = one.numbers(), one.columns
+        both = np.intersect1d(columns.labeled, first.labeled).tolist()
+        common = [i for i in both if first.human[i] in (1, 2)]
         table[name] = {k: dict(numbers)[k] for k in _COMPARED} | {
             "against_first": compare_agreement(
-                [labeled[p.id]["p"] for p in common],
-                [first[p.id]["p"] for p in common],
-                [p.human for p in common],
+                [columns.p[i] for i in common],
+                [first.p[i] for i in common],
+                [first.human[i] for i in common],
             )
         }
     return table
