@@ -30,8 +30,11 @@ _SHOWN_TIMES = re.compile(
 )
 # What a run keeps only while it is at work.
 _AT_WORK = ("progress.json", "lock", "writable")
-# What names the run's folder, what is a digest of times, and what the datasets library caches.
-_OTHER = ("training_args.bin", "content.json", "results.json", "metrics.jsonl", "crc32", "cache-", "tmp")
+# What names the run's folder, what is a digest of times, what the datasets library caches, and where labels stand in a
+# file that is compared.
+_OTHER = (
+    "training_args.bin", "content.json", "results.json", "metrics.jsonl", "crc32", "cache-", "tmp", "labels.index"
+)  # fmt: skip
 
 KINDS = (signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
 

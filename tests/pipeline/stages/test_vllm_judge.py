@@ -59,12 +59,12 @@ def test_labels_are_those_of_transformers(label, judge, vllm, labeler):
 def test_a_run_that_was_killed_asks_no_label_again_and_a_knob_redoes_nothing(label, judge, vllm, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("trl_rlaif.judging.vllm.BATCH_TOKENS", 1)
-        add = LabelStore.add
+        add, added = LabelStore.add, []
 
         def stopping(self, *row):
-            if len(self._rows) == 5:
+            if len(added) == 5:
                 raise KeyboardInterrupt
-            add(self, *row)
+            added.append(add(self, *row))
 
         patch.setattr(LabelStore, "add", stopping)
         with pytest.raises(KeyboardInterrupt):
