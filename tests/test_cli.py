@@ -19,8 +19,10 @@ def _main(monkeypatch, *arguments):
     return stopped.value.code
 
 
-@pytest.mark.parametrize("command", ["--help", "recipes", "plugins"])
-def test_what_only_lists_loads_no_heavy_library(command):
+@pytest.mark.parametrize(
+    ("command", "word"), [("--help", "rewardbench"), ("recipes", "quickstart"), ("plugins", "selective_rehearsal")]
+)
+def test_what_only_lists_loads_no_heavy_library(command, word):
     heavy = ("torch", "transformers", "trl", "datasets", "accelerate", "peft", "sklearn", "scipy.stats", "matplotlib")
     code = (
         f"import sys; sys.argv = ['trl-rlaif', '{command}']\n"
@@ -30,7 +32,7 @@ def test_what_only_lists_loads_no_heavy_library(command):
         f"print([m for m in {heavy} if m in sys.modules])"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert ("advantage" in output or "run" in output) and output.strip().endswith("[]")
+    assert word in output and output.strip().endswith("[]")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from helpers.recipes import run_cli
 from trl_rlaif import doctor, hardware
 from trl_rlaif.compat import trl_version
 from trl_rlaif.errors import UserError
+from trl_rlaif.pipeline import runner
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -79,7 +80,7 @@ def test_versions_and_plugins_that_do_not_fit(found, monkeypatch):
         raise UserError("TRL 0.9 is too old.")
 
     monkeypatch.setattr(trl_version, "check_trl", refuse)
-    monkeypatch.setattr(doctor, "_version", lambda package: None if package == "bitsandbytes" else "1")
+    monkeypatch.setattr(runner, "installed_version", lambda package: None if package == "bitsandbytes" else "1")
     said = found(find_spec=lambda name: None)
     assert said["packages"].advice == "TRL 0.9 is too old." and "bitsandbytes missing" in said["packages"].found
     assert "pip install bitsandbytes" in said["4-bit weights"].advice

@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,6 @@ from typing import NamedTuple
 from trl_rlaif import __version__, hardware
 from trl_rlaif.errors import TrlRlaifError
 
-_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 _GIB = 1 << 30
 # Bytes: the weights of a 7B model in bfloat16, which the Hub's cache must hold once.
 _ROOM = 16 * _GIB
@@ -61,7 +60,9 @@ def report(findings: Iterator[Finding]) -> Iterator[str]:
 
 
 def _packages() -> Finding:
-    found = {name: _version(name) for name in _PACKAGES}
+    from trl_rlaif.pipeline.runner import PACKAGES, installed_version
+
+    found = {name: installed_version(name) for name in PACKAGES}
     text = ", ".join([f"trl-rlaif {__version__}", *(f"{name} {number or 'missing'}" for name, number in found.items())])
     advice = ""
     try:
@@ -71,13 +72,6 @@ def _packages() -> Finding:
     except TrlRlaifError as error:
         advice = str(error)
     return Finding("packages", text, advice)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _plugins() -> Finding:

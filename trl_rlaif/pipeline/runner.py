@@ -242,7 +242,7 @@ def run_stages(
 
 
 def _write_recipe(recipe: Recipe, folder: RunFolder, command: str, began: Machine) -> None:
-    versions = {"trl-rlaif": __version__} | {name: found for name in PACKAGES if (found := _version(name))}
+    versions = {"trl-rlaif": __version__} | {name: found for name in PACKAGES if (found := installed_version(name))}
     where = {} if began["dtype"] == "auto" else {"machine": sealed(began)}
     content = recipe.to_dict() | where | {"format": artifacts.FORMAT, "versions": versions, "command": command}
     path, text = folder / artifacts.RECIPE, yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
@@ -251,7 +251,7 @@ def _write_recipe(recipe: Recipe, folder: RunFolder, command: str, began: Machin
     write_atomically(path, signed(text))
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
     """None where it is not installed: bitsandbytes is not built for every system."""
     try:
         return version(package)

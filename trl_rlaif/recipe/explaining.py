@@ -24,13 +24,13 @@ def explain(schema: dict[str, Any], key: str) -> str:
     Raises:
         UserError: There is no such key; the nearest is named.
     """
-    node, known = schema, schema
+    node = schema
     for part in key.split("."):
-        below = dict(_below(known, schema))
+        below = dict(_below(node, schema))
         if part not in below:
             fix = nearest_or_all(part, sorted(below), "Known here")
             raise UserError(f"there is no key '{part}' in '{key}'.", fix=fix if below else "It has no keys below it.")
-        node = known = below[part]
+        node = below[part]
     lines = [f"{key}: {_type(node, schema)}{_default(node)}", *_wrapped(_description(node, schema), "  ")]
     for name, child in _below(node, schema):
         lines += ["", f"  {name}: {_type(child, schema)}{_default(child)}"]
