@@ -9,6 +9,7 @@ from typing import Any
 from datasets import load_from_disk
 
 from helpers.recipes import WORDS, tiny_recipe, write_prompt_folder, write_rows
+from trl_rlaif.labels import LabelStore
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.plugins import installed_plugins
@@ -54,3 +55,19 @@ def results(folder: RunFolder) -> dict[str, Any]:
 def preferences(folder: RunFolder) -> dict[str, dict[str, Any]]:
     """What it leaves for training, by id."""
     return {row["id"]: row for row in load_from_disk(str(folder / "preferences")).to_list()}
+
+
+def stopping(monkeypatch, *, every=None, at=None):
+    """Stop a run whenever so many labels were written, or once; what counts them."""
+    add, written = LabelStore.add, []
+
+    def counting(store, *arguments):
+        lines = store.path.read_bytes().count(b"\n") if store.path.exists() else 0
+        add(store, *arguments)
+        if store.path.read_bytes().count(b"\n") > lines:
+            written.append(arguments[1].id)
+            if len(written) == at or (every and len(written) % every == 0):
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(LabelStore, "add", counting)
+    return written

@@ -6,14 +6,13 @@ import pickle
 import sys
 
 import pytest
-from helpers.labeling import LABEL_ALONE, make_pairs
+from helpers.labeling import LABEL_ALONE, make_pairs, stopping
 from helpers.recipes import tiny_recipe, write_rows
 from helpers.server import scripted_server
 
 from trl_rlaif.errors import RunError, UserError
 from trl_rlaif.files import read_lines
 from trl_rlaif.judging.usage import BudgetUsedUp
-from trl_rlaif.labels import LabelStore
 from trl_rlaif.labels import ray as by_ray
 from trl_rlaif.labels.ray import label_with_ray
 from trl_rlaif.pipeline.judges import Judges
@@ -109,14 +108,7 @@ def test_after_a_kill_what_was_answered_is_not_asked_again(recipe, tmp_path, mon
     made = recipe()
     folder = sampled(made, tmp_path / "out")
     with monkeypatch.context() as patch:
-        add, added = LabelStore.add, []
-
-        def stopping(self, *row):
-            if len(added) == 5:
-                raise KeyboardInterrupt
-            added.append(add(self, *row))
-
-        patch.setattr(LabelStore, "add", stopping)
+        stopping(patch, at=5)
         with pytest.raises(KeyboardInterrupt):
             label_with_ray(made, folder, batch_size=4)
     before = (folder / "labels.jsonl").read_bytes()

@@ -10,7 +10,7 @@ import time
 from datetime import date
 
 import pytest
-from helpers.labeling import LABEL_ALONE, label_stage, make_pairs, preferences, results
+from helpers.labeling import LABEL_ALONE, label_stage, make_pairs, preferences, results, stopping
 from helpers.recipes import run_cli, write_recipe, write_rows
 from helpers.tiny import CHAT_TEMPLATE
 from scipy.stats import binomtest
@@ -408,22 +408,6 @@ def test_twenty_judged_pairs_are_enough(label, tmp_path):
 
 
 # ---- A run that is interrupted --------------------------------------------------------------------------
-
-
-def stopping(monkeypatch, *, every=None, at=None):
-    """Stop a run whenever so many labels were written, or once; what counts them."""
-    add, written = LabelStore.add, []
-
-    def counting(store, *arguments):
-        lines = store.path.read_bytes().count(b"\n") if store.path.exists() else 0
-        add(store, *arguments)
-        if store.path.read_bytes().count(b"\n") > lines:
-            written.append(arguments[1].id)
-            if len(written) == at or (every and len(written) % every == 0):
-                raise KeyboardInterrupt
-
-    monkeypatch.setattr(LabelStore, "add", counting)
-    return written
 
 
 def test_interrupted_after_every_few_labels(label, tmp_path, monkeypatch):

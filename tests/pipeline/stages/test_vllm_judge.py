@@ -6,13 +6,12 @@ import sys
 
 import pytest
 from helpers import fake_vllm
-from helpers.labeling import LABEL_ALONE, label_stage, results
+from helpers.labeling import LABEL_ALONE, label_stage, results, stopping
 from helpers.recipes import tiny_recipe, write_prompt_folder, write_rows
 from helpers.teaching import TRAINED, judged_pairs
 
 from trl_rlaif.errors import UserError
 from trl_rlaif.files import read_lines
-from trl_rlaif.labels import LabelStore
 from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.plugins import installed_plugins
 
@@ -59,20 +58,12 @@ def test_labels_are_those_of_transformers(label, judge, vllm, labeler):
 def test_a_run_that_was_killed_asks_no_label_again_and_a_knob_redoes_nothing(label, judge, vllm, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("trl_rlaif.judging.vllm.BATCH_TOKENS", 1)
-        add, added = LabelStore.add, []
-
-        def stopping(self, *row):
-            if len(added) == 5:
-                raise KeyboardInterrupt
-            added.append(add(self, *row))
-
-        patch.setattr(LabelStore, "add", stopping)
+        stopping(patch, at=5)
         with pytest.raises(KeyboardInterrupt):
             label(judge=judge)
-        patch.setattr(LabelStore, "add", add)
         asked = len(vllm.started[0].calls)
         folder = label(judge=judge)
-    assert asked == 6 and len(vllm.started[1].calls) == 12 - 5
+    assert asked == 5 and len(vllm.started[1].calls) == 12 - 5
     before = (folder / "labels.jsonl").read_bytes()
     label(judge=judge | {"gpu_memory_utilization": 0.5, "tensor_parallel_size": 2})
     assert len(vllm.started) == 2 and (folder / "labels.jsonl").read_bytes() == before
