@@ -98,8 +98,8 @@ def _compared(recipe: Path, model: str, folder: Path, count: int) -> dict[str, f
 
 def _overrides(recipe: Path, written: Mapping[str, Any], model: str, folder: Path) -> Iterator[str]:
     dpo = (written.get("rl") or {}).get("algorithm") == "dpo"
-    # A warmup's first step moves nothing, and bfloat16 would hide a wrong share of a batch: TRL trains the adapter of a
-    # base in four bits in it, too.
+    # A warmup's first step moves nothing, and bfloat16, in which a 4-bit base computes, would hide a wrong share of a
+    # batch.
     judge, model_section = _STEP | {"warmup_steps": 0}, {"dtype": "float32", "quantization": "none"}
     bounds = {
         "model": model_section, "sft": _STEP, "reward": _STEP, "judge": judge, "rl": _STEP if dpo else _DRAWING

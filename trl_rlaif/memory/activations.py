@@ -18,13 +18,12 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Precision:
-    """Bytes of a number in each place.
+    """Bytes of a number in each place; adapters are float32.
 
     Args:
         stream: Of the residual stream, and of all weights that are not quantized.
         autocast: Whether products are computed in bfloat16 whatever the weights are.
         quantized: Whether the base is NF4.
-        adapter: Of the adapters.
         lean: Whether adapters and frozen weights are held as the PPO loop holds them: under autocast the input of
             several layers is converted once for all, and frozen linear layers are in bfloat16 to begin with.
     """
@@ -32,7 +31,6 @@ class Precision:
     stream: int
     autocast: bool
     quantized: bool
-    adapter: int = FLOAT32
     lean: bool = False
 
     @property
@@ -48,12 +46,7 @@ class Precision:
     @property
     def lora(self) -> int:
         """Of a LoRA factor's product."""
-        return 2 if self.autocast else self.adapter
-
-    @property
-    def casts_weights(self) -> bool:
-        """Whether autocast copies the adapters' weights."""
-        return self.autocast and self.adapter == FLOAT32
+        return 2 if self.autocast else FLOAT32
 
     @property
     def copies_input(self) -> bool:
@@ -66,7 +59,7 @@ class Precision:
             return False
         if self.autocast and self.quantized:
             return self.stream != self.lora
-        return self.adapter != self.stream or self.lora != self.adapter
+        return self.stream != FLOAT32 or self.autocast
 
 
 @dataclass(frozen=True)
@@ -152,7 +145,7 @@ class Activations:
         wide, narrow = p.linear * shape.intermediate, p.stream * shape.hidden
         if p.copies_input and self._on_mlp(closing=True):
             # The way down: its input, and that in the adapter's type.
-            return wide + p.adapter * shape.intermediate + 4 * narrow
+            return wide + FLOAT32 * shape.intermediate + 4 * narrow
         # Beside gate and up, what their adapters add.
         layer = (3 * wide + 5 * narrow) // 2
         # Where layers are not computed again, the last norm's gradients in float32 meet all that is saved.
@@ -168,7 +161,7 @@ class Activations:
         if not self.precision.autocast:
             return 0
         copies = 0
-        if self.adapter is not None and self.precision.casts_weights:
+        if self.adapter is not None:
             mine = set(self.shape.one_layer)
             copies += 2 * sum(self.adapter.rank * (x.inputs + x.outputs) for x in self.adapter.targets if x in mine)
         if self.precision.stream == FLOAT32 and not (self.precision.quantized or self.precision.lean):
@@ -183,10 +176,10 @@ class Activations:
         # Gate, up and their product; PEFT's adapters hold one more.
         wide = (4 if self._on_mlp(closing=False) and not p.lean else 3) * p.linear
         if p.copies_input and not p.autocast and self._on_mlp(closing=True):
-            wide += p.adapter
+            wide += FLOAT32
         narrow = 4 * p.stream + (FLOAT32 if p.copies_input and self.adapter is not None else 0)
         # Autocast converts each adapter weight once and keeps it until its context ends.
-        copies = 2 * self.adapter.numel if self.adapter is not None and p.casts_weights else 0
+        copies = 2 * self.adapter.numel if self.adapter is not None and p.autocast else 0
         return rows * length * (wide * shape.intermediate + narrow * shape.hidden + length) + copies
 
     def cache(self, rows: int, length: int) -> int:

@@ -235,22 +235,21 @@ def adapter(shape: ModelShape, lora: LoraSection) -> Adapter:
     return Adapter(tuple(targets), lora.r, lora.dropout)
 
 
-def optimizer_bytes(optim: str, tensors: tuple[int, ...], item: int) -> tuple[int, int]:
+def optimizer_bytes(optim: str, tensors: tuple[int, ...]) -> tuple[int, int]:
     """States of an optimizer of transformers': (bytes that stay on the GPU, bytes in paged memory).
 
     Args:
         optim: As TrainingArguments has it. One that is not known here counts as AdamW.
-        tensors: Sizes of what is trained.
-        item: Bytes a trained parameter; torch's own states have its type.
+        tensors: Sizes of what is trained, in float32.
     """
     states = _states(optim)
-    eight, paged, theirs = "8bit" in optim, "paged" in optim, "torch" in optim
+    eight, paged = "8bit" in optim, "paged" in optim
     resident = evictable = 0
     for size in tensors:
         if eight and size >= _SMALLEST_8BIT:
             own = states * (size + 4 * -(-size // _STATE_BLOCK))
         else:
-            own = states * size * (item if theirs else 4)
+            own = 4 * states * size
         if paged and size >= _SMALLEST_PAGED:
             evictable += own
         else:

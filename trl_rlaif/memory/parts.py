@@ -58,10 +58,10 @@ class MemoryRun:
         """The adapter of each role."""
         return adapter(self.shape, self.recipe.model.lora)
 
-    def activations(self, stage: str | None, *, adapter_item: int = FLOAT32, bare: bool = False) -> Activations:
+    def activations(self, stage: str | None, *, bare: bool = False) -> Activations:
         """Activations of a training stage; without one, of inference without autocast."""
         autocast = bool(self.setting(stage, "bf16")) if stage else False
-        precision = Precision(self.item, autocast, self.nf4, adapter_item, lean=stage == "rl")
+        precision = Precision(self.item, autocast, self.nf4, lean=stage == "rl")
         return Activations(self.shape, None if bare else self.adapter, precision)
 
     def generating(self, *, adapters: bool) -> Activations:
@@ -105,9 +105,7 @@ def _weights(shape: ModelShape, nf4: bool, sizes: tuple[int, int], item: int, dt
 LAYERS, HEAD = "update: layers", "update: output head"
 
 
-def trained(
-    run: MemoryRun, stage: str, what: str, tensors: tuple[int, ...], item: int, *, head: bool = True
-) -> Iterator[Part]:
+def trained(run: MemoryRun, stage: str, what: str, tensors: tuple[int, ...], *, head: bool = True) -> Iterator[Part]:
     """Weights, gradients and optimizer states of what a stage trains; gradients are gone after each update.
 
     Args:
@@ -115,8 +113,8 @@ def trained(
     """
     optim = run.setting(stage, "optim")
     optim = getattr(optim, "value", optim)  # transformers' default is an enum
-    size = item * sum(tensors)
-    resident, paged = optimizer_bytes(optim, tensors, item)
+    size = FLOAT32 * sum(tensors)
+    resident, paged = optimizer_bytes(optim, tensors)
     yield Part(f"{what}: weights", size, ALWAYS, "")
     for phase in (LAYERS, HEAD) if head else (LAYERS,):
         yield Part(f"{what}: gradients", size, phase, "")
@@ -200,7 +198,7 @@ def _roles(run: MemoryRun) -> Iterator[Part]:
     tensors, what = run.adapter.tensors, "policy adapter and value head"
     if (run.setting("rl", "value") or "adapter") == "adapter":
         tensors, what = tensors * 2, "policy and value adapters"
-    yield from trained(run, "rl", what, (*tensors, run.shape.hidden), FLOAT32)
+    yield from trained(run, "rl", what, (*tensors, run.shape.hidden))
     for role, there in frozen.items():
         yield frozen_adapters(run, f"{role} adapter (frozen)", there)
 
@@ -241,8 +239,3 @@ def judge_pass(who: str, activations: Activations, tokens: int) -> Part:
 def frozen_adapters(run: MemoryRun, what: str, count: int) -> Part:
     """Adapters that are not trained."""
     return Part(what, count * FLOAT32 * run.adapter.numel, ALWAYS, "")
-
-
-def trained_item(run: MemoryRun) -> int:
-    """Bytes of a weight of an adapter that TRL's trainers train: of a 4-bit base they hold it in bfloat16."""
-    return 2 if run.nf4 else FLOAT32

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
@@ -71,6 +71,30 @@ def beside_text(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
         for name, part in model.get_submodule(".".join(path[:depth])).named_children():
             if name != step and not any(part is head for head in heads):
                 yield ".".join([*path[:depth], name]), part
+
+
+def trained_values(model: Any) -> dict[nn.Parameter, torch.Tensor]:
+    """What a model's trained parameters hold before TRL's trainers take it, for ``train_in_float32``."""
+    return {p: p.data for p in model.parameters() if p.requires_grad} if isinstance(model, PeftModel) else {}
+
+
+def train_in_float32(trainer: Any, values: Mapping[nn.Parameter, torch.Tensor]) -> None:
+    """Have one of TRL's trainers train adapters in float32, whatever the base is held in.
+
+    TRL rounds those of a quantized base to bfloat16, and PEFT leaves a head (``modules_to_save``) in the base's type.
+    There an update of less than 2^-9 of a weight is lost, as most are at the learning rates of DPO and RL.
+
+    Args:
+        trainer: Not yet training. A model without adapters is left as it is. Without bf16 or fp16 so are heads: only
+            under autocast can one be in another type than its input.
+        values: Of the model before the trainer rounded them.
+    """
+    if not isinstance(trainer.model, PeftModel):
+        return
+    mixed = trainer.args.bf16 or trainer.args.fp16
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad and (mixed or "lora_" in name):
+            parameter.data = values.get(parameter, parameter.data).to(parameter.device, torch.float32)
 
 
 def _check_targets(config: LoraConfig, kind: type[PreTrainedModel], model_config: PretrainedConfig) -> None:

@@ -23,7 +23,7 @@ from trl_rlaif.distributed import equal_parts
 from trl_rlaif.encoding import usable_tokenizer
 from trl_rlaif.errors import UserError
 from trl_rlaif.hardware import use_one_gpu
-from trl_rlaif.models.adapters import fitted
+from trl_rlaif.models.adapters import fitted, train_in_float32, trained_values
 from trl_rlaif.models.classifier import weightless
 from trl_rlaif.models.kernels import training_kernels, used
 from trl_rlaif.models.safe_training import safe_training
@@ -91,7 +91,9 @@ class RewardTrainer(TrlRewardTrainer):
             model = weightless(model)  # whose class the parent finds then
         if kwargs.get("peft_config") is not None:
             kwargs["peft_config"] = fitted(kwargs["peft_config"], model)
+        values = trained_values(model)
         super().__init__(*args, **kwargs)
+        train_in_float32(self, values)
         self._same_run = SameRun(self, **named("reward_transforms", self.reward_transforms))
         self.add_callback(self._same_run)
         own_collator = kwargs.get("data_collator") is None and (len(args) < 3 or args[2] is None)

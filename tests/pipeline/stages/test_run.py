@@ -193,3 +193,33 @@ def test_a_base_in_four_bits(tmp_path):
     assert results["evaluate"]["sets"]["test"]["reward_gain"] is not None
     base = AutoModelForCausalLM.from_pretrained(model)
     PeftModel.from_pretrained(base, folder / "policy")  # the adapter fits the plain base, too
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "grpo"])
+def test_adapters_and_heads_on_four_bits_are_trained_in_float32(tmp_path, algorithm):
+    """TRL would round them to bfloat16: what they began with, and each update."""
+    model = save_tiny_model(tmp_path / "model", hidden_size=64)
+    rows = [{"prompt": f"what is {i}?", "completion": " a city"} for i in range(4)]
+    (tmp_path / "sft.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    options = {"num_generations": 2, "total_episodes": 8, "response_length": 4} if algorithm == "grpo" else {}
+    recipe = tiny_recipe(
+        tmp_path,
+        model,
+        model={"dtype": "bfloat16", "quantization": "nf4"},
+        sft={"data": "sft.jsonl", "max_steps": 2, "learning_rate": 1e-2},
+        reward={"num_train_epochs": 1},
+        rl=options | {"algorithm": algorithm, "learning_rate": 0.0},
+        evaluate=None,
+        report=None,
+    )
+    folder = run_recipe(recipe, installed_plugins(), tmp_path / "out")
+    from safetensors.torch import load_file
+
+    start, reward, policy = (
+        load_file(folder / name / "adapter_model.safetensors") for name in ("sft", "reward", "policy")
+    )
+    assert {v.dtype for v in (start | reward | policy).values()} == {torch.float32}
+    assert any("score" in name for name in reward)
+    for trained in (start, reward):
+        assert any((v != v.bfloat16()).any() for v in trained.values())
+    assert all(torch.equal(start[name], policy[name]) for name in start)  # at a learning rate of zero

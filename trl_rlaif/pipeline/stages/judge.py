@@ -70,17 +70,17 @@ class Judge(Stage):
 
     def memory(self, run: MemoryRun) -> list[Part]:
         """Both orders of a pair are rows."""
-        from trl_rlaif.memory.parts import backward, trained, trained_item
+        from trl_rlaif.memory.parts import backward, trained
 
         if isinstance(run.recipe.judge.model, JudgeSection):
             run.notes.append("The stage judge teaches a model of its own, and is not counted.")
             return []
-        item, response = trained_item(run), run.recipe.sample.max_new_tokens if run.recipe.sample else run.prompt
+        response = run.recipe.sample.max_new_tokens if run.recipe.sample else run.prompt
         rows = 2 * run.setting("judge", "per_device_train_batch_size")
         length = run.within(run.recipe.judge.max_length or run.prompt + QUESTION + 2 * response)
         checkpointing = bool(run.setting("judge", "gradient_checkpointing"))
         return [
             *run.base(),
-            *trained(run, "judge", "adapter", run.adapter.tensors, item, head=False),
-            *backward(run.activations("judge", adapter_item=item), rows, length, checkpointing),
+            *trained(run, "judge", "adapter", run.adapter.tensors, head=False),
+            *backward(run.activations("judge"), rows, length, checkpointing),
         ]

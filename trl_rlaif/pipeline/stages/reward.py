@@ -47,9 +47,9 @@ class Reward(Stage):
 
     def memory(self, run: MemoryRun) -> list[Part]:
         """Both responses of a pair are rows."""
-        from trl_rlaif.memory.parts import backward, trained, trained_item
+        from trl_rlaif.memory.parts import backward, trained
 
-        recipe, item = run.recipe, trained_item(run)
+        recipe = run.recipe
         rows = 2 * run.setting("reward", "per_device_train_batch_size")
         longest = run.setting("reward", "max_length")
         if recipe.sample is not None:
@@ -59,6 +59,6 @@ class Reward(Stage):
         checkpointing = bool(run.setting("reward", "gradient_checkpointing"))
         return [
             *run.base(head=False),
-            *trained(run, "reward", "adapter and head", (*run.adapter.tensors, run.shape.hidden), item, head=False),
-            *backward(run.activations("reward", adapter_item=item), rows, length, checkpointing),
+            *trained(run, "reward", "adapter and head", (*run.adapter.tensors, run.shape.hidden), head=False),
+            *backward(run.activations("reward"), rows, length, checkpointing),
         ]

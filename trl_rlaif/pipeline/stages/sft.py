@@ -43,17 +43,17 @@ class Sft(Stage):
 
     def memory(self, run: MemoryRun) -> list[Part]:
         """Rows are taken to be as long as max_length."""
-        from trl_rlaif.memory.parts import trained, trained_item, update
+        from trl_rlaif.memory.parts import trained, update
 
         rows = run.setting("sft", "per_device_train_batch_size")
         length = run.within(run.setting("sft", "max_length") or 1024)
-        activations = run.activations("sft", adapter_item=trained_item(run))
+        activations = run.activations("sft")
         chunked = run.setting("sft", "loss_type") in (None, "chunked_nll")
         chunk = min(CHUNK, rows * length) if chunked else rows * length
         head = activations.sft_head(chunk) if chunked else activations.head(chunk, gradient=True)
         checkpointing = bool(run.setting("sft", "gradient_checkpointing"))
         return [
             *run.base(),
-            *trained(run, "sft", "adapter", run.adapter.tensors, trained_item(run)),
+            *trained(run, "sft", "adapter", run.adapter.tensors),
             *update(activations, rows, length, checkpointing, head, chunk),
         ]

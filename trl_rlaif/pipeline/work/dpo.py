@@ -64,7 +64,7 @@ def build_trainer(context: Context) -> tuple[DPOTrainer, list[str]]:
     from peft import PeftModel
     from trl import DPOTrainer
 
-    from trl_rlaif.models.adapters import fitted
+    from trl_rlaif.models.adapters import fitted, train_in_float32, trained_values
     from trl_rlaif.models.sharding import hand_over
     from trl_rlaif.rl.soft_dpo import SoftDPOTrainer, takes_soft_labels
 
@@ -82,6 +82,7 @@ def build_trainer(context: Context) -> tuple[DPOTrainer, list[str]]:
     if context.start is not None:
         model = PeftModel.from_pretrained(model, context.start, is_trainable=True)
         adapter = None  # the policy begins as the start's, of which TRL keeps a frozen copy as reference
+    values = trained_values(model)
     with settings_of(context.recipe, "rl"):
         trainer = (SoftDPOTrainer if soft else DPOTrainer)(
             model=model,
@@ -90,6 +91,7 @@ def build_trainer(context: Context) -> tuple[DPOTrainer, list[str]]:
             processing_class=context.tokenizer,
             peft_config=adapter,
         )
+    train_in_float32(trainer, values)
     if context.reference != context.start:
         set_reference(trainer.model, TRL_REFERENCE, context.reference)
     with settings_of(context.recipe, "rl"):

@@ -18,7 +18,7 @@ from trl_rlaif.encoding import set_template_kwargs
 from trl_rlaif.errors import UserError
 from trl_rlaif.files import write_folder
 from trl_rlaif.generation import seeded
-from trl_rlaif.models.adapters import fitted
+from trl_rlaif.models.adapters import fitted, train_in_float32, trained_values
 from trl_rlaif.models.role_models import SharedRoleModels
 from trl_rlaif.models.shared_model import TRL_REFERENCE, SharedBase, save_adapter, set_reference
 from trl_rlaif.pipeline import artifacts, rl_setup, tracking
@@ -99,7 +99,7 @@ def build_trainer(context: Context) -> tuple[RehearsalMixin, dict[str, int], lis
         )
     if context.start is not None:
         base, adapter = PeftModel.from_pretrained(base, context.start, is_trainable=True), None
-    score = GroupReward()
+    score, values = GroupReward(), trained_values(base)
     with settings_of(context.recipe, "rl"):
         trainer = TRAINERS[type(config)](
             model=base,
@@ -109,6 +109,7 @@ def build_trainer(context: Context) -> tuple[RehearsalMixin, dict[str, int], lis
             processing_class=context.tokenizer,
             peft_config=adapter,
         )
+    train_in_float32(trainer, values)
     if context.reference != context.start and TRL_REFERENCE in trainer.model.peft_config:
         set_reference(trainer.model, TRL_REFERENCE, context.reference)
     if hasattr(trainer, "eos_token_ids"):

@@ -45,7 +45,7 @@ def build_trainer(context: Context) -> SFTTrainer:
     from datasets import Dataset
     from trl import SFTTrainer
 
-    from trl_rlaif.models.adapters import fitted
+    from trl_rlaif.models.adapters import fitted, train_in_float32
     from trl_rlaif.models.sharding import hand_over
 
     written, tokenizer = context.recipe.sft.config, context.tokenizer
@@ -65,6 +65,7 @@ def build_trainer(context: Context) -> SFTTrainer:
             processing_class=tokenizer,
             peft_config=adapter,
         )
+        train_in_float32(trainer, {})
         hand_over(trainer)
     return trainer
 
