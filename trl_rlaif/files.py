@@ -189,21 +189,31 @@ def append_lines(path: Path, rows: Iterable[Mapping[str, Any]], *, synced: bool 
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All rows of a JSON-lines file of ours; [] where it is missing.
+    """All rows of ``each_line``."""
+    return list(each_line(path))
 
-    A last line that a kill cut off is removed from the file, so that what is appended stays readable.
+
+def each_line(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a JSON-lines file of ours, one by one; none where it is missing.
+
+    A last line that a kill cut off is removed from the file at the end, so that what is appended stays readable.
 
     Raises:
         UserError: A line in the middle is broken, or not what was written.
     """
     if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content) and is_first():
+        return
+    whole, cut_off = 0, False
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            cut_off = not line.endswith(b"\n")
+            if cut_off:
+                break
+            whole += len(line)
+            yield parse_line(line, f"{path}:{number}")
+    if cut_off and is_first():
         with path.open("r+b") as file:
-            file.truncate(len(whole))
-    return [parse_line(line, f"{path}:{number}") for number, line in enumerate(whole.splitlines(), 1)]
+            file.truncate(whole)
 
 
 def parse_line(line: bytes, where: str) -> dict[str, Any]:
