@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="+", type=int, default=[100_000, 1_000_000])
     parser.add_argument("--made", type=int, default=20_000, help="Labels that the stage makes.")
     parser.add_argument("--sampled", type=int, default=100_000, help="Pairs up to which `sample` is measured, too.")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="JSON; records of other sizes that it has are kept.")
     parser.add_argument("--step", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.step:
@@ -218,6 +218,9 @@ def main() -> None:
         records.append(record)
         print(json.dumps(record, indent=1), flush=True)
     if args.output:
+        kept = json.loads(args.output.read_text()) if args.output.exists() else []
+        records += [record for record in kept if record["pairs"] not in args.pairs]
+        records.sort(key=lambda record: record["pairs"])
         args.output.write_text(json.dumps(records, indent=1) + "\n")
 
 

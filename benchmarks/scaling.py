@@ -83,7 +83,11 @@ def recorded(file: str) -> Any:
 @cache
 def measured() -> dict[str, Quantity]:
     """Rates of 8B in NF4 on one H100, and of the host, each with its file and lines."""
-    checks, host = recorded("gpu_checks.json"), recorded("label_store.json")[-1]
+    return _of_gpu() | _of_host()
+
+
+def _of_gpu() -> dict[str, Quantity]:
+    checks = recorded("gpu_checks.json")
     speed, pairs, ppo = checks["speed"], checks["pairs"], recorded("gpu.json")[0]["ours"]["seconds"]
     small, whole = MODELS["1.5B"], MODELS["8B"]
     deeper, larger = whole.layers / small.layers, parameters(whole) / parameters(small)
@@ -95,21 +99,14 @@ def measured() -> dict[str, Quantity]:
     def of_speed(*keys: str) -> str:
         return _source("gpu_checks.json", speed, *keys)
 
-    def of_host(unit: str, *keys: str) -> Quantity:
-        value = sum(host[key] for key in keys)
-        return Quantity(value, value, unit, _source("label_store.json", host, *dict.fromkeys(keys)))
-
     slower = ppo["generation"] / 256 * deeper * rows / four
     judged = ("pairs a second, plain rows", "pairs a second, packed")
     plain, packed = (speed[key] * of for key, of in zip(judged, (2 * (300 + 250 + 150), 250 + 2 * 150), strict=True))
     load = speed["seconds to load, NF4"]
-    adding = ("add: processor seconds a label", "add: seconds a label")
-    read = [f"{step}: seconds a pair" for step in ("pairs", "store", "find", "find")]
     generated, passed, learned = (_source("gpu.json", ppo, name) for name in ("generation", "forwards", "update"))
     both = _source("gpu_checks.json", pairs, *trained)
     # A rate of 1.5B is taken to 8B by its layers at best, and by its parameters at worst.
     ways = "by layers; by parameters"
-    disk = "a disk that answers at once; as measured"
     return {
         "token of 32 rows": Quantity(rows, slower, "s", f"{of_speed('ms a token, 32 rows')}; {generated} by layers"),
         "judge": Quantity(plain, packed, "tokens/s", of_speed(*judged)),
@@ -121,12 +118,28 @@ def measured() -> dict[str, Quantity]:
             short / 2, tokens / ppo["update"] / larger, "tokens/s", f"half of reward; {learned} by parameters"
         ),
         "load": Quantity(load, load, "s", of_speed("seconds to load, NF4")),
-        "add": Quantity(
-            host[adding[0]], host[adding[1]], "s/label", f"{_source('label_store.json', host, *adding)}: {disk}"
-        ),
-        "resume": of_host("s/label", *read),
-        "held": of_host("bytes/label", "pairs: bytes a pair", "store: bytes a pair"),
-        "preferences": of_host("bytes/label", "preferences: bytes a pair"),
+    }
+
+
+def _of_host() -> dict[str, Quantity]:
+    few, many = recorded("label_store.json")
+    busy, added, peak = "add: processor seconds a label", "add: seconds a label", "stage: peak bytes"
+    # The stage's memory grows by so much with each pair.
+    held = (many[peak] - few[peak]) / (many["pairs"] - few["pairs"])
+    process, index = many[peak] - held * many["pairs"], many["index: bytes on disk"] / many["pairs"]
+    resumed, drawn = many["resume: seconds"] / many["pairs"], few["sample: bytes a pair"]
+
+    def of(record: dict[str, float], *keys: str) -> str:
+        return _source("label_store.json", record, *keys)
+
+    peaks = f"{of(few, peak)}; {of(many, peak)}"
+    clocks, first = "the processor's; the clock's", "the first process; the others, with an index in memory"
+    return {
+        "add": Quantity(many[busy], few[added], "s/label", f"{of(many, busy)}; {of(few, added)}: {clocks}"),
+        "resume": Quantity(resumed, resumed, "s/label", of(many, "resume: seconds")),
+        "process": Quantity(process, process, "bytes", peaks),
+        "labeled": Quantity(held, held + index, "bytes/label", f"{peaks}: {first}"),
+        "drawn": Quantity(drawn, drawn, "bytes/label", of(few, "sample: bytes a pair")),
     }
 
 
@@ -218,9 +231,11 @@ class Run:
         }
 
     @property
-    def host_gb(self) -> float:
-        """Of one machine, at the end of `label`: every process holds all."""
-        return self.labels * (self.rate("held") + self.rate("preferences")) * min(self.gpus, NODE) / GB
+    def host_gb(self) -> dict[str, float]:
+        """Of one machine, whose processes hold as much each, at the end of a stage."""
+        held = {"sample": self.rate("drawn"), "label": self.rate("labeled")}
+        processes = min(self.gpus, NODE)
+        return {of: processes * (self.rate("process") + self.labels * each) / GB for of, each in held.items()}
 
     @property
     def cost(self) -> float:
@@ -237,7 +252,13 @@ def breaks(model: str, labels: int, gpus: int, card_gib: float) -> list[str]:
     if card_gib > CARD_GIB:
         found.append("GPU memory")
     cases = ((best, ""), (worst, " at worst"))
-    found += [f"host memory{when}" for run, when in cases if run.host_gb > run.rate("memory of a machine")][:1]
+    full = [
+        f"host memory{when} in `{stage}`"
+        for run, when in cases
+        for stage, gb in run.host_gb.items()
+        if gb > run.rate("memory of a machine")
+    ]
+    found += full[:1]
     slow = [(run.seconds, when) for run, when in cases if sum(run.seconds.values()) > run.rate("patience") * 24 * HOUR]
     found += [f"time{when}, most of it in `{max(of, key=of.__getitem__)}`" for of, when in slow[:1]]
     waited = [run.adding / run.seconds["label"] for run in (best, worst)]

@@ -113,12 +113,9 @@ def validations() -> Iterator[Validation]:
     predicted = rewards[0] * REWARD_TOKENS["256+200"] / REWARD_TOKENS["900+120"]
     yield ("reward training, 8B, 900 + 120 tokens: pairs/s", "256 + 200 tokens", predicted, predicted, rewards[1])
     few, many = recorded("label_store.json")
-    for name, unit, scale in (("seconds", "s", 1.0), ("bytes", "GB", 1e-9)):
-        first, then = (
-            scale * sum(of[f"{step}: {name} a pair"] for step in ("pairs", "store")) * many["pairs"]
-            for of in (few, many)
-        )
-        yield (f"reading {many['pairs']:,} pairs and labels: {unit}", f"{few['pairs']:,}", first, first, then)
+    for what, key in (("resuming with", "resume: seconds"), ("indexing", "index: seconds")):
+        predicted = few[key] * many["pairs"] / few["pairs"]
+        yield (f"{what} {many['pairs']:,} labels: s", f"{few['pairs']:,}", predicted, predicted, many[key])
     gib = ppo["predicted_gib"]
     yield ("GPU memory, PPO, 1.5B: GiB", "the memory planner", gib, gib, ppo["gib"]["allocated"])
 
@@ -149,7 +146,8 @@ def _scenario(model: str, labels: int, gpus: int, card: float) -> list[str]:
     hours = [_range(best.seconds[stage] / HOUR, worst.seconds[stage] / HOUR) for stage in best.seconds]
     broken = breaks(model, labels, gpus, card)
     return [
-        f"{labels:,}", model, str(gpus), *hours, _range(best.host_gb, worst.host_gb), _range(best.cost, worst.cost),
+        f"{labels:,}", model, str(gpus), *hours, _range(*(max(run.host_gb.values()) for run in (best, worst))),
+        _range(best.cost, worst.cost),
         "; ".join(broken) or "nothing",
     ]  # fmt: skip
 

@@ -25,8 +25,8 @@ def rates(scaling, monkeypatch):
     """Round rates, the worst half as good."""
     known = {
         "token of 32 rows": (0.1, 0.2), "judge": (20_000, 10_000), "reward": (8000, 4000), "forwards": (4000, 2000),
-        "update": (1000, 500), "load": (5, 5), "add": (0.002, 0.004), "resume": (1e-4, 1e-4), "held": (6000, 6000),
-        "preferences": (4000, 4000),
+        "update": (1000, 500), "load": (5, 5), "add": (0.002, 0.004), "resume": (1e-4, 1e-4), "process": (1e9, 1e9),
+        "labeled": (500, 600), "drawn": (4000, 4000),
     }  # fmt: skip
     assert known.keys() == scaling.measured().keys()
     quantities = {name: scaling.Quantity(*both, "", "") for name, both in known.items()}
@@ -71,11 +71,16 @@ def test_a_larger_model_is_slower_by_its_layers_or_its_parameters(scaling, rates
 
 def test_what_breaks_comes_in_order(scaling, rates):
     assert scaling.breaks("8B", 1000, 1, 10.0) == []
-    # 10,000 bytes of each label in 8 processes: 80 GB for a million, 8,000 for a hundred.
-    assert [scaling.Run("8B", 10**6, gpus, scaling.BEST).host_gb for gpus in (1, 8, 64)] == pytest.approx([10, 80, 80])
+    # 1 GB of each process, and 4,000 bytes of each drawn pair: 40 GB of 8 for a million, 3,208 for a hundred.
+    held = [scaling.Run("8B", 10**6, gpus, scaling.BEST).host_gb for gpus in (1, 8, 64)]
+    assert [of["sample"] for of in held] == pytest.approx([5, 40, 40])
+    assert [of["label"] for of in held] == pytest.approx([1.5, 12, 12])
     assert scaling.breaks("8B", 10**6, 8, 81.0) == ["GPU memory", "resuming"]
     found = scaling.breaks("70B", 10**8, 64, 10.0)
-    assert found[:3] == ["batches do not divide", "host memory", "time, most of it in `sample`"]
+    assert found[:3] == ["batches do not divide", "host memory in `sample`", "time, most of it in `sample`"]
+    # 8 processes with 1 GB and 600 bytes of each label: 1,208 GB, on a machine of 1,000 at worst.
+    rates["drawn"] = scaling.Quantity(1, 1, "", "")
+    assert scaling.breaks("8B", 25 * 10**7, 8, 10.0)[0] == "host memory at worst in `label`"
     # Loading, the work of 64 GPUs, and one process's: 5 + 106 + 200 s at best, 5 + 266 + 400 at worst.
     assert scaling.breaks("8B", 10**5, 64, 10.0) == ["batches do not divide", "writing labels (60% to 64% of `label`)"]
 
