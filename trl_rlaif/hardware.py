@@ -122,7 +122,7 @@ def use_one_gpu(args: Any) -> Any:
     if args.n_gpu > 1:
         _say_once(
             f"This process sees {args.n_gpu} GPUs and trains on one. To train on all of them, start it with "
-            f"accelerate launch --num_processes {args.n_gpu} (README, Several GPUs); CUDA_VISIBLE_DEVICES says which "
+            f"accelerate launch --num_processes {args.n_gpu} (docs/processes.md); CUDA_VISIBLE_DEVICES says which "
             "ones it sees."
         )
         args._n_gpu = 1
