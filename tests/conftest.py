@@ -58,6 +58,15 @@ def drawn(savefig, monkeypatch):
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def remembered_here(tmp_path_factory):
+    """What `check` remembers is of this session alone."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trl_rlaif.remembered.cache_dir", lambda: folder)
+        yield
+
+
 @pytest.fixture
 def only_local_servers(monkeypatch):
     """Judges on servers are asked here, whatever key, address and proxy the user has set."""

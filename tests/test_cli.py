@@ -20,19 +20,27 @@ def _main(monkeypatch, *arguments):
 
 
 @pytest.mark.parametrize(
-    ("command", "word"), [("--help", "rewardbench"), ("recipes", "quickstart"), ("plugins", "selective_rehearsal")]
+    ("command", "word"),
+    [
+        ("--help", "rewardbench"),
+        ("recipes", "quickstart"),
+        ("plugins", "selective_rehearsal"),
+        ("check nothing", "no recipe 'nothing'"),
+        ("run nothing", "no recipe 'nothing'"),
+        ("status nowhere", "no such folder"),
+    ],
 )
 def test_what_only_lists_loads_no_heavy_library(command, word):
     heavy = ("torch", "transformers", "trl", "datasets", "accelerate", "peft", "sklearn", "scipy.stats", "matplotlib")
     code = (
-        f"import sys; sys.argv = ['trl-rlaif', '{command}']\n"
+        f"import sys; sys.argv = {['trl-rlaif', *command.split()]}\n"
         "from trl_rlaif.cli import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         f"print([m for m in {heavy} if m in sys.modules])"
     )
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert word in output and output.strip().endswith("[]")
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert word in ended.stdout + ended.stderr and ended.stdout.strip().endswith("[]")
 
 
 @pytest.mark.parametrize(

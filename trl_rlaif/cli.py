@@ -73,18 +73,16 @@ def run(
     ] = None,
 ) -> None:
     """Run a recipe: from prompts to an aligned policy and a report."""
+    parsed, plugins = _parsed(recipe, set_)
     from trl_rlaif import hardware
     from trl_rlaif.experiments import run_comparison
     from trl_rlaif.pipeline.artifacts import REPORT
     from trl_rlaif.pipeline.pushing import push_asked
     from trl_rlaif.pipeline.runner import run_recipe
     from trl_rlaif.pipeline.stages import check_processes
-    from trl_rlaif.plugins import installed_plugins
+    from trl_rlaif.pipeline.trial import try_settings
     from trl_rlaif.progress import say
-    from trl_rlaif.recipe import parse_recipe
 
-    plugins = installed_plugins()
-    parsed = parse_recipe(recipe, overrides=set_ or (), registry=plugins.registry)
     place, command = output or Path("runs") / parsed.run.name, shlex.join(["trl-rlaif", *sys.argv[1:]])
     stages = [stage.strip() for stage in only.split(",")] if only else []
     check_processes(parsed, stages)
@@ -98,6 +96,8 @@ def run(
         )
     if not resume and not stages:
         _check_inputs(parsed, plugins)
+        for each in parsed.variants.values() or [parsed]:
+            try_settings(each, plugins)
     start = run_comparison if parsed.variants else partial(run_recipe, only=stages, shard=shard)
     try:
         folder = start(parsed, plugins, place, resume=resume, command=command, confirm=None if yes else _confirm)
@@ -125,14 +125,11 @@ def label(
 ) -> None:
     """Label through OpenAI-style batch files; then ``run --resume`` goes on with the labels."""
     from trl_rlaif.pipeline import batch_files
-    from trl_rlaif.plugins import installed_plugins
-    from trl_rlaif.recipe import parse_recipe
 
     if (export_batch is None) == (not import_batch):
         fix = "Labels are made online by: trl-rlaif run RECIPE --only label."
         raise UserError("Give either --export-batch or --import-batch.", fix=fix)
-    plugins = installed_plugins()
-    parsed = parse_recipe(recipe, overrides=set_ or (), registry=plugins.registry)
+    parsed, plugins = _parsed(recipe, set_)
     place = output or Path("runs") / parsed.run.name
     if export_batch is not None:
         pairs, requests = batch_files.export_batch(parsed, plugins, place, export_batch)
@@ -151,15 +148,12 @@ def _confirm(message: str) -> bool:
 @app.command()
 def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Check a recipe and its model's configuration, without weights: exit code 0, or 2 with what to write instead."""
+    parsed, plugins = _parsed(recipe, set_)
+    from trl_rlaif.pipeline.checks import check_trainers
     from trl_rlaif.pipeline.stages import active_stages
-    from trl_rlaif.plugins import installed_plugins
-    from trl_rlaif.recipe import parse_recipe
-    from trl_rlaif.recipe.base_model import check_base
 
-    plugins = installed_plugins()
-    parsed = parse_recipe(recipe, overrides=set_ or (), registry=plugins.registry)
     _check_inputs(parsed, plugins)
-    check_base(parsed)
+    check_trainers(parsed, plugins)
     if not parsed.variants:
         often = f", in {parsed.rounds.number} rounds" if parsed.rounds and parsed.rounds.number > 1 else ""
         echo(f"{parsed.source}: good. Stages: {', '.join(active_stages(parsed))}{often}")
@@ -169,12 +163,23 @@ def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
         echo(f"    {name}: {', '.join(active_stages(variant))}")
 
 
+def _parsed(recipe: str, overrides: list[str] | None) -> tuple[Recipe, Plugins]:
+    """A recipe, and the plugins that are installed, which are imported only where it is found."""
+    from trl_rlaif.recipe.paths import find_recipe
+
+    find_recipe(recipe)
+    from trl_rlaif.plugins import installed_plugins
+    from trl_rlaif.recipe import parse_recipe
+
+    plugins = installed_plugins()
+    return parse_recipe(recipe, overrides=overrides or (), registry=plugins.registry), plugins
+
+
 def _check_inputs(parsed: Recipe, plugins: Plugins) -> None:
     """Try what the recipe or each of its variants names, and warn of prompts that are held out and trained on."""
     from trl_rlaif.pipeline.checks import check_functions, check_prompts, check_ranking, check_sampler
     from trl_rlaif.pipeline.lineage import check_previous
     from trl_rlaif.pipeline.pushing import check_pushes
-    from trl_rlaif.pipeline.trial import try_settings
     from trl_rlaif.progress import say
     from trl_rlaif.recipe.inputs import SMALL_FILE, check_data, overlap_warning, prompt_overlaps
 
@@ -187,7 +192,6 @@ def _check_inputs(parsed: Recipe, plugins: Plugins) -> None:
         check_ranking(each, plugins)
         check_sampler(each, plugins)
         check_prompts(each, plugins)
-        try_settings(each, plugins)
         warnings |= dict.fromkeys(map(overlap_warning, prompt_overlaps(each, largest=SMALL_FILE)))
     for warning in warnings:
         say(warning)
@@ -196,11 +200,10 @@ def _check_inputs(parsed: Recipe, plugins: Plugins) -> None:
 @app.command()
 def memory(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Predict what a recipe needs on a GPU, part by part, and which cards hold it; no weights are loaded."""
+    parsed, _ = _parsed(recipe, set_)
     from trl_rlaif.memory import describe
-    from trl_rlaif.plugins import installed_plugins
-    from trl_rlaif.recipe import parse_recipe
 
-    echo(describe(parse_recipe(recipe, overrides=set_ or (), registry=installed_plugins().registry)))
+    echo(describe(parsed))
 
 
 @app.command("draft-rubrics")
@@ -221,11 +224,8 @@ def draft_rubrics(
     """Have the judge write a rubric for each of a recipe's prompts, into a file for you to edit."""
     from trl_rlaif.drafting import DraftOptions, counted, dropped_of
     from trl_rlaif.drafting import draft_rubrics as draft
-    from trl_rlaif.plugins import installed_plugins
-    from trl_rlaif.recipe import parse_recipe
 
-    plugins = installed_plugins()
-    parsed = parse_recipe(recipe, overrides=set_ or (), registry=plugins.registry)
+    parsed, plugins = _parsed(recipe, set_)
     options = DraftOptions(prompt, tries, temperature, max_new_tokens, batch_size)
     try:
         found = draft(parsed, plugins, output, options)
@@ -294,7 +294,7 @@ def new_plugin(
 @app.command()
 def report(folder: FolderArgument) -> None:
     """Build report.html again from a run's folder."""
-    from trl_rlaif.report import write_report
+    from trl_rlaif.report.build import write_report
 
     echo(write_report(folder))
 

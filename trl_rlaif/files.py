@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from platformdirs import user_cache_path
+
 from trl_rlaif.distributed import is_first
 from trl_rlaif.errors import RunError, TrlRlaifError, UserError
 
@@ -23,6 +25,11 @@ from trl_rlaif.errors import RunError, TrlRlaifError, UserError
 _FULL = 256 << 10
 _SEAL = "crc32"
 _SIGNATURE = f"# {_SEAL}: "
+
+
+def cache_dir() -> Path:
+    """Where this user's models and answers are kept that can be made again."""
+    return Path(os.environ.get("TRL_RLAIF_CACHE") or user_cache_path("trl-rlaif"))
 
 
 def write_atomically(path: Path, text: str | Iterable[str]) -> None:

@@ -23,7 +23,7 @@ from trl_rlaif.pipeline.stage import Stage
 from trl_rlaif.pipeline.stages import STAGES
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import parse_recipe, prompt_folder
-from trl_rlaif.report import write_report
+from trl_rlaif.report.build import write_report
 from trl_rlaif.status import read_status
 
 NUMBERS = {"pairs": 1, "dropped": {}, "sets": {}, "labeled": 1, "made": 1, "position_bias": None, "agreement": None}

@@ -58,11 +58,14 @@ def test_a_file_goes_before_a_packaged_recipe(packaged, folder, registry):
         ("quickstrat", "Did you mean 'quickstart'?"),
         ("mine.yml", "Did you mean 'mine.yaml'?"),
         ("./mine.yml", "Did you mean 'mine.yaml'?"),
-        ("zzz", "Packaged recipes: quickstart, rehearsal, mine.yaml."),
+        ("zzz", "Packaged recipes: quickstart, rehearsal."),
+        ("runs/of/last/week/zzz.yaml", "Packaged recipes: quickstart, rehearsal."),  # a folder is no likeness
     ],
 )
 def test_unknown_recipe(packaged, folder, registry, name, fix):
     (folder / "mine.yaml").touch()
+    (folder / "runs/of/last/week").mkdir(parents=True)
+    (folder / "runs/of/last/week/mine.yaml").touch()
     with pytest.raises(UserError, match="there is no recipe") as caught:
         parse_recipe(name, registry=registry)
     assert caught.value.problems[0].fix == fix
@@ -95,6 +98,7 @@ def test_hub_data(parse, name):
     ("name", "fix"),
     [
         ("prompt.jsonl", "Did you mean 'prompts.jsonl'?"),
+        ("answers.jsonl", "Write a path or a Hub id (org/name)."),  # an ending is no likeness
         ("nowhere/prompts.jsonl", "Write a path or a Hub id (org/name)."),
         ("imdb", "Write a path or a Hub id (org/name)."),
         ("a/b/c", "Write a path or a Hub id (org/name)."),
@@ -142,13 +146,13 @@ def test_models(parse, folder, name, resolved):
     assert recipe.model.path == resolved.format(folder)
 
 
-@pytest.mark.parametrize("name", ["./own_modell", "v.gguf", "a/b/c", "org/w.gguf"])
+@pytest.mark.parametrize("name", ["./own_modell", "wieghts.gguf", "a/b/c", "org/w.gguf"])
 def test_missing_model(only, folder, name):
-    (folder / "w.gguf").touch()
+    (folder / "weights.gguf").touch()
     problem = only(f"data:\nreport:\nmodel:\n  path: {name}\n")
     assert problem.where == "recipe.yaml:4"
     assert problem.what == f"'path' in section 'model': there is no file or folder '{name}'."
-    assert problem.fix == ("Did you mean 'w.gguf'?" if name == "v.gguf" else problem.fix)
+    assert problem.fix == ("Did you mean 'weights.gguf'?" if name == "wieghts.gguf" else problem.fix)
 
 
 class TestPrompts:

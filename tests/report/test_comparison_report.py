@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from trl_rlaif.evaluation import all_against_all
-from trl_rlaif.report import write_report
+from trl_rlaif.report.build import write_report
 
 pytestmark = pytest.mark.usefixtures("drawn")
 

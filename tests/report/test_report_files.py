@@ -12,7 +12,7 @@ from helpers.report_pages import HOSTILE, make_run
 from rating.conftest import Chromium
 
 from trl_rlaif.errors import RunError
-from trl_rlaif.report import write_report
+from trl_rlaif.report.build import write_report
 from trl_rlaif.report.drawing import COLOURS, Drawing
 from trl_rlaif.report.figures import Figure
 from trl_rlaif.report.files import named_plots, slug

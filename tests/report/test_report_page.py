@@ -22,7 +22,7 @@ from helpers.report_pages import (
 )
 
 from trl_rlaif.errors import RunError, UserError
-from trl_rlaif.report import write_report
+from trl_rlaif.report.build import write_report
 
 
 def test_page_shows_the_numbers_of_the_results(tmp_path):
@@ -375,7 +375,7 @@ def test_same_folder_gives_same_bytes(tmp_path, drawn):
     folder = make_run(tmp_path / "run")
     first = write_report(str(folder)).read_bytes()
     # Another process has other string hashes and no warmed state.
-    code = f"from trl_rlaif.report import write_report; write_report({str(folder)!r})"
+    code = f"from trl_rlaif.report.build import write_report; write_report({str(folder)!r})"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONHASHSEED": "5"})
     assert (folder / "report.html").read_bytes() == first
     names = {"recipe.yaml", "metrics.jsonl", "labels.jsonl", "samples.jsonl", "pairs.jsonl", "results.json"}

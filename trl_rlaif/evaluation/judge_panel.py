@@ -22,7 +22,6 @@ from trl_rlaif.judging.judge import Judge
 from trl_rlaif.judging.prompt import JudgePrompt
 from trl_rlaif.models.shared_model import SharedBase
 from trl_rlaif.pipeline.context import Context
-from trl_rlaif.pipeline.judges import who_wins
 from trl_rlaif.progress import progress_bar, say
 from trl_rlaif.recipe import ComponentRef, JudgeSection, Recipe, ServerJudgeSection, prompt_folder
 
@@ -62,7 +61,7 @@ def asking(
         section: What the recipe says of the judge.
     """
 
-    labeler = context.create_labeler(who_wins(context.recipe, section))
+    labeler = context.create_labeler(context.recipe.deciding_labeler(section))
 
     def preferred(prompts: Sequence[PromptLike], first: Sequence[str], second: Sequence[str]) -> list[float | None]:
         extra = columns_for(context, labeler, judge.prompt)

@@ -20,13 +20,13 @@ from trl_rlaif.labels import LabelStore
 from trl_rlaif.labels.store import pair_key
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.context import Context
-from trl_rlaif.pipeline.judges import WHO_WINS
 from trl_rlaif.pipeline.label_tasks import LabelTask, label_key
 from trl_rlaif.pipeline.results import CompareResults
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.plugins import Plugins
 from trl_rlaif.progress import progress_bar
 from trl_rlaif.recipe import Recipe, prompt_folder
+from trl_rlaif.recipe.parsing import WHO_WINS
 from trl_rlaif.recipe.variants import START
 
 Answers = dict[str, list[dict[str, Any]]]

@@ -49,7 +49,7 @@ def run_comparison(
     from trl_rlaif.experiments.pairwise import play
     from trl_rlaif.models.kernels import kernels
     from trl_rlaif.pipeline.runner import RunOptions, check_unused, prepare, run_recipe
-    from trl_rlaif.report import write_report
+    from trl_rlaif.report.build import write_report
 
     machine.check_machine(recipe)
     folder, started = RunFolder(output), time.monotonic()

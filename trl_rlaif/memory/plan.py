@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from trl_rlaif.errors import UserError
 from trl_rlaif.memory.counting import ModelShape
+from trl_rlaif.models.known import known_config
 from trl_rlaif.models.loading import resolve
 from trl_rlaif.recipe import JudgeSection, Recipe
 
@@ -113,6 +114,8 @@ def load_config(path: str) -> PretrainedConfig:
     Raises:
         UserError: It cannot be found or read.
     """
+    if (known := known_config(path)) is not None:
+        return known
     from transformers import AutoConfig
 
     try:

@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from platformdirs import user_cache_path
-
 from trl_rlaif.encoding import usable_tokenizer
 from trl_rlaif.errors import UserError
-from trl_rlaif.files import digest_of
+from trl_rlaif.files import cache_dir, digest_of
 from trl_rlaif.models import sharding
 
 if TYPE_CHECKING:
@@ -54,10 +52,6 @@ def _packaged_gguf(path: str) -> Path:
     return found
 
 
-def _cache_dir() -> Path:
-    return Path(os.environ.get("TRL_RLAIF_CACHE") or user_cache_path("trl-rlaif"))
-
-
 def rebuild_gguf(gguf: Path) -> Path:
     """A plain folder with the model of a GGUF file, made once and kept in the user's cache.
 
@@ -92,7 +86,7 @@ def _rebuilt(gguf: Path) -> Path:
         raise UserError(f"Reading {gguf.name} needs the package gguf.", fix="Run: pip install 'trl-rlaif[gguf]'")
     if not gguf.is_file():
         raise UserError("There is no such file.", where=str(gguf))
-    return _cache_dir() / "models" / f"{gguf.stem}-{digest_of(gguf)[:12]}"
+    return cache_dir() / "models" / f"{gguf.stem}-{digest_of(gguf)[:12]}"
 
 
 def _write_plain_model(gguf: Path, folder: Path) -> None:

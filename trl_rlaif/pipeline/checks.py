@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_rlaif.algorithms import ALGORITHMS
@@ -14,10 +15,10 @@ from trl_rlaif.data import Loaded, Stream
 from trl_rlaif.data.loading import place_of
 from trl_rlaif.errors import Problem, UserError
 from trl_rlaif.judging.prompt import JudgePrompt
-from trl_rlaif.pipeline.judges import who_wins
-from trl_rlaif.pipeline.rl_setup import load_function
+from trl_rlaif.pipeline.named_functions import load_function
 from trl_rlaif.recipe import ComponentRef, Recipe, prompt_folder
 from trl_rlaif.recipe.inputs import read_calibration, read_pairs, read_prompts
+from trl_rlaif.remembered import remembered
 from trl_rlaif.validation import Origin
 
 if TYPE_CHECKING:
@@ -113,10 +114,11 @@ def _asked(recipe: Recipe) -> Iterator[_Asked]:
     if evaluate:
         sources = evaluate.sets.values() or [data.eval_prompts]
         held_out = {source: partial(read_prompts, recipe, source, "eval_prompts") for source in sources}
-        yield _Asked(("evaluate", "prompt"), recipe.evaluation_prompt, who_wins(recipe, evaluate.judge), held_out)
+        labeler = recipe.deciding_labeler(evaluate.judge)
+        yield _Asked(("evaluate", "prompt"), recipe.evaluation_prompt, labeler, held_out)
         for name, judge in evaluate.judges.items():
             key = ("evaluate", "judges", name, "prompt")
-            labeler = who_wins(recipe, judge.judge or evaluate.judge)
+            labeler = recipe.deciding_labeler(judge.judge or evaluate.judge)
             yield _Asked(key, judge.prompt or recipe.evaluation_prompt, labeler, held_out)
         if evaluate.harmless:
             yield _Asked(("evaluate", "harmless"), evaluate.harmless, ComponentRef("direct"), held_out)
@@ -167,6 +169,33 @@ def _check_groups(recipe: Recipe, name: str, where: str) -> None:
             where=recipe.line(("rl", "selectors")),
             fix="Leave out the selectors, or use another reward.",
         )
+
+
+def check_trainers(recipe: Recipe, plugins: Plugins) -> None:
+    """``try_settings`` and ``check_base``, unless they passed these sections on this machine before.
+
+    They import torch, transformers and TRL, which takes seconds. Only what passed is remembered, for as long as no
+    package changes, and a run tries both again.
+
+    Raises:
+        UserError: As those.
+    """
+    from trl_rlaif.models.loading import resolved
+
+    def tried() -> bool | None:
+        from trl_rlaif.pipeline.trial import try_settings
+        from trl_rlaif.recipe.base_model import check_base
+
+        for each in recipe.variants.values() or [recipe]:
+            try_settings(each, plugins)
+        return check_base(recipe) or None
+
+    sections = {name: section for name, section in recipe.to_dict().items() if name not in ("data", "report")}
+    base = resolved(recipe.model.path)
+    config = Path(base or "", "config.json")
+    written = config.read_text(encoding="utf-8") if config.is_file() else base
+    machine = [sorted(map(str, Path("/dev").glob("nvidia*"))), os.environ.get("CUDA_VISIBLE_DEVICES")]
+    remembered(["trainers", sections, written, machine], tried)
 
 
 def check_functions(recipe: Recipe) -> None:

@@ -16,9 +16,7 @@ from trl_rlaif.judging.vllm import Engine, VLLMJudge
 from trl_rlaif.models.loading import ModelSpec, load_model, load_tokenizer
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.recipe import (
-    ComponentRef,
     JudgeSection,
-    Recipe,
     ServerJudgeSection,
     VLLMJudgeSection,
     prompt_folder,
@@ -29,18 +27,6 @@ if TYPE_CHECKING:
 
     from trl_rlaif.models.shared_model import SharedBase
     from trl_rlaif.pipeline.context import Context
-
-# What decides which of two responses wins, in evaluate, compare and the forgetting tracker: both orders, the mean of
-# their log-odds, no rationales. The options of the section label do not apply: an ablation there, such as one order
-# alone, would give a judge that prefers a position a win rate of 100%.
-WHO_WINS = ComponentRef("distilled", {"orders": "both", "debias": "mean_logit"})
-
-
-def who_wins(recipe: Recipe, judge: str | JudgeSection | ServerJudgeSection) -> ComponentRef:
-    """The labeler by which a judge decides which of two responses wins: one that was taught ratings is no better at
-    comparisons than before."""
-    taught = recipe.teaching_labeler if judge == "taught" else WHO_WINS
-    return WHO_WINS if taught.name == WHO_WINS.name else taught
 
 
 class Judges:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_rlaif.algorithms import ALGORITHMS
-from trl_rlaif.errors import UserError
 from trl_rlaif.files import write_atomically
-from trl_rlaif.interrupts import is_fault
 from trl_rlaif.judging.prompt import JudgePrompt
 from trl_rlaif.pipeline.artifacts import REHEARSAL, SELECTION_MAP
+from trl_rlaif.pipeline.named_functions import load_function
 from trl_rlaif.pipeline.training import settings_of
 from trl_rlaif.recipe import prompt_folder
 from trl_rlaif.recipe.inputs import read_rehearsal
@@ -113,33 +110,6 @@ def reward_function(context: Context, name: str, shared: SharedBase) -> Any:
     labeler = context.create_labeler(labelers[name])
     labeler.judge = context.judges.load(judge, prompt, shared)
     return labeler
-
-
-def load_function(name: str) -> Any:
-    """A reward function from ``package.module:function`` or ``path/to/file.py:function``.
-
-    Raises:
-        UserError: It cannot be imported, or is not callable.
-    """
-    place, _, attribute = name.rpartition(":")
-    try:
-        if place.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-        function = getattr(module, attribute)
-    except BaseException as error:  # whatever the user's own module raises
-        if not is_fault(error):
-            raise
-        raise UserError(
-            f"The reward '{name}' cannot be imported: {type(error).__name__}: {error}",
-            fix="Write package.module:function or path/to/file.py:function.",
-        ) from error
-    if not callable(function):
-        raise UserError(f"The reward '{name}' is not a function.")
-    return function
 
 
 def keep_selection(context: Context, folder: Path) -> None:

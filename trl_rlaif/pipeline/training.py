@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-
 from trl_rlaif import content, run_identity
 from trl_rlaif.compat.training_loop import resumable
 from trl_rlaif.distributed import is_first
@@ -80,6 +78,8 @@ def last_checkpoint(folder: str | Path) -> str | None:
 
     A kill leaves a part of one: transformers writes it under its own name.
     """
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
     found = [path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
     for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
         damaged = content.damaged(path)

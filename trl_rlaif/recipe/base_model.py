@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from trl_rlaif.errors import Problem, UserError
+from trl_rlaif.models.known import known_config
 from trl_rlaif.models.loading import resolved
 from trl_rlaif.recipe.parsing import Recipe
 
 
-def check_base(recipe: Recipe) -> None:
+def check_base(recipe: Recipe) -> bool:
     """Try the recipe's adapters on its base without weights.
 
     A base whose configuration cannot be read here is not checked: a Hub id without a network, a GGUF file that was
     never loaded (to read its configuration is to convert the whole model).
+
+    Returns:
+        Whether the configuration could be read.
 
     Raises:
         UserError: Its package or file is missing, transformers has no causal language model of this kind, or the
@@ -21,13 +25,13 @@ def check_base(recipe: Recipe) -> None:
     """
     path = resolved(recipe.model.path)
     if path is None:
-        return
+        return False
     from transformers import AutoConfig  # what else is imported takes seconds, which not every check has to pay
 
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = known_config(path) or AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError):
-        return
+        return False
     _check_lengths(recipe, getattr(config.get_text_config(), "max_position_embeddings", None))
     import torch
     from transformers import AutoModelForCausalLM
@@ -36,14 +40,14 @@ def check_base(recipe: Recipe) -> None:
 
     if type(config) not in AutoModelForCausalLM._model_mapping:
         if "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
-            return
+            return True
         raise UserError(
             f"transformers has no causal language model of the kind '{config.model_type}'.",
             where=recipe.line(("model", "path")),
             fix="Name a model that AutoModelForCausalLM loads.",
         )
     if not any(r.sft or r.reward or r.rl for r in (recipe, *recipe.variants.values())):
-        return
+        return True
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     try:
@@ -52,6 +56,7 @@ def check_base(recipe: Recipe) -> None:
         problem = error.problems[0]
         where = recipe.line(("model", "lora", "target_modules"))
         raise UserError(problem.what, where=where, fix=problem.fix) from None
+    return True
 
 
 def _check_lengths(recipe: Recipe, context: int | None) -> None:

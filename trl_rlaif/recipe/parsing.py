@@ -41,6 +41,10 @@ from trl_rlaif.recipe.variants import take_arms
 
 _REQUIRED = ("model", "data")
 _ROUNDS = "rounds"
+# What decides which of two responses wins, in evaluate, compare and the forgetting tracker: both orders, the mean of
+# their log-odds, no rationales. The options of the section label do not apply: an ablation there, such as one order
+# alone, would give a judge that prefers a position a win rate of 100%.
+WHO_WINS = ComponentRef("distilled", {"orders": "both", "debias": "mean_logit"})
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,12 @@ class Recipe:
     def teaching_labeler(self) -> ComponentRef:
         """The labeler whose questions the judge is taught."""
         return self.label.labeler if self.label else ComponentRef("distilled")
+
+    def deciding_labeler(self, judge: Any) -> ComponentRef:
+        """The labeler by which a judge, as ``evaluate`` names it, decides which of two responses wins: one that was
+        taught ratings is no better at comparisons than before."""
+        taught = self.teaching_labeler if judge == "taught" else WHO_WINS
+        return WHO_WINS if taught.name == WHO_WINS.name else taught
 
     @property
     def reward_labelers(self) -> dict[str, ComponentRef]:

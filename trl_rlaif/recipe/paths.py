@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trl_rlaif.errors import UserError
-from trl_rlaif.recipe.formatting import did_you_mean, nearest_or_all
+from trl_rlaif.recipe.formatting import did_you_mean
 
 if TYPE_CHECKING:
     from trl_rlaif.recipe.sections import ComponentLookup
@@ -59,11 +60,12 @@ def find_recipe(recipe: str | Path) -> tuple[Path, str]:
         return packaged[str(recipe)], str(packaged[str(recipe)])
     if path.is_dir():
         raise UserError("this is a folder, not a recipe.", where=str(recipe), fix="Name the .yaml file in it.")
-    names = [name for name in _names_in(path.parent) if name.endswith((".yaml", ".yml"))]
-    near_files = [str(path.with_name(name)) for name in names]
+    files = [str(path.with_name(name)) for name in _names_in(path.parent) if name.endswith((".yaml", ".yml"))]
     raise UserError(
         f"there is no recipe '{recipe}', neither as a file nor in the package.",
-        fix=nearest_or_all(str(recipe), [*packaged, *near_files], "Packaged recipes"),
+        fix=did_you_mean(str(recipe), packaged)
+        or _nearest_file(str(recipe), files)
+        or f"Packaged recipes: {', '.join(packaged)}.",
     )
 
 
@@ -110,17 +112,17 @@ class PathFinder:
             return str(found)
         if found is not None:
             raise UserError(f"the prompt '{name}' is a file.", fix="Write the name of its folder.")
-        known = [*_names_in(folder), *self._siblings(name)]
+        known = _names_in(folder)
         raise UserError(
             f"there is no prompt '{name}', neither in the package nor as a folder.",
-            fix=nearest_or_all(name, known, "Known"),
+            fix=did_you_mean(name, known) or _nearest_file(name, self._siblings(name)) or f"Known: {', '.join(known)}.",
         )
 
     def code(self, name: str) -> str:
         """The absolute path of a .py file."""
         found = self.find(name)
         if found is None or not found.is_file():
-            raise UserError(f"there is no file '{name}'.", fix=did_you_mean(name, self._siblings(name)))
+            raise UserError(f"there is no file '{name}'.", fix=_nearest_file(name, self._siblings(name)))
         return str(found)
 
     def rating_prompt(self, name: str) -> str:
@@ -190,9 +192,8 @@ class PathFinder:
             return str(found)
         if is_id:
             return name
-        raise UserError(
-            f"there is no file or folder '{name}'.", fix=did_you_mean(name, self._siblings(name)) or otherwise
-        )
+        fix = _nearest_file(name, self._siblings(name)) or otherwise
+        raise UserError(f"there is no file or folder '{name}'.", fix=fix)
 
     def _siblings(self, name: str) -> list[str]:
         """Names that exist where ``name`` was looked for, written the way it is."""
@@ -201,6 +202,14 @@ class PathFinder:
         for folder in self.folders:
             names += [str(parent / sibling) for sibling in _names_in(folder / parent)]
         return names
+
+
+def _nearest_file(name: str, known: Iterable[str]) -> str:
+    """``did_you_mean`` for paths: the folder and the ending, which many have in common, make none of them alike."""
+    wanted = Path(name)
+    alike = [path for path in known if difflib.get_close_matches(wanted.stem, [Path(path).stem])]
+    near = difflib.get_close_matches(str(wanted), alike, n=1, cutoff=0)
+    return f"Did you mean '{near[0]}'?" if near else ""
 
 
 def _is_bare(name: str) -> bool:

@@ -15,9 +15,11 @@ from trl_rlaif.algorithms import ALGORITHMS
 from trl_rlaif.compat.trl_version import check_trl
 from trl_rlaif.recipe.checking import unknown_key, wrong_value
 from trl_rlaif.recipe.formatting import did_you_mean, how_to_mend
+from trl_rlaif.recipe.hint_codes import coded, decoded
 from trl_rlaif.recipe.ranges import out_of_range
 from trl_rlaif.recipe.sections import SECTIONS, Number
 from trl_rlaif.recipe.source import Source
+from trl_rlaif.remembered import remembered
 
 CONFIG_CLASSES = {
     "sft": ("trl", "SFTConfig"),
@@ -94,7 +96,7 @@ def is_refused(section: str, key: str) -> bool:
 def take_config(section: str, keys: dict[Any, Any], source: Source) -> None:
     """Move the configuration's fields among the section's keys into one dict at ``keys["config"]``, in place.
 
-    TRL is imported only if there are any. What does not fit is reported.
+    What does not fit is reported.
     """
     own = own_keys(section)
     others = {key: keys.pop(key) for key in list(keys) if key not in own}
@@ -102,7 +104,7 @@ def take_config(section: str, keys: dict[Any, Any], source: Source) -> None:
     if not others:
         return
     algorithm = keys.get("algorithm") if section == "rl" else None
-    hints = config_hints(section, algorithm)
+    hints = _known_hints(section, algorithm)
     for key, value in others.items():
         path, owner = (section, key), f"section '{section}'"
         if key in _SET_BY_US and (key in hints or key == "logging_dir"):
@@ -134,6 +136,16 @@ def _refused(section: str, key: str, value: Any) -> str:
         return f"Leave it out: {_NOT_IN[section, key][1]}."
     allowed = out_of_range(key, value)
     return "" if allowed is None else f"It must be {allowed}."
+
+
+def _known_hints(section: str, algorithm: Any) -> dict[str, Any]:
+    """``config_hints`` as they were found once with the libraries that are installed: to import TRL takes seconds."""
+
+    def found() -> dict[str, Any]:
+        return {key: coded(hint) for key, hint in config_hints(section, algorithm).items()}
+
+    question = ["fields", section, algorithm if isinstance(algorithm, str) else None]
+    return {key: decoded(code) for key, code in remembered(question, found).items()}
 
 
 def config_hints(section: str, algorithm: Any = None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from trl_rlaif.pipeline import pair_sampling
 from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.pipeline.work import sample as work
 from trl_rlaif.plugins import installed_plugins
-from trl_rlaif.report import write_report
+from trl_rlaif.report.build import write_report
 from trl_rlaif.report.formatting import clean
 
 ONLY = dict.fromkeys(("label", "reward", "rl", "evaluate", "report"))

@@ -7,7 +7,7 @@ import time
 from trl_rlaif.pipeline.context import Context
 from trl_rlaif.pipeline.results import ReportResults
 from trl_rlaif.progress import progress_bar
-from trl_rlaif.report import write_report
+from trl_rlaif.report.build import write_report
 
 
 def run(context: Context) -> ReportResults:
