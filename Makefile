@@ -7,6 +7,7 @@
 #                   imports xllamacpp; one of them suffices. benchmarks/results/servers.md says how to install them.
 #                   Ray Data where the environment has ray (pip install 'ray[data]').
 # make lint         ruff and mypy
+# make docs         the documentation's site, in build/site; a warning is an error
 # make wheel-smoke  the wheel, installed in place of the checkout: its plugins, and a packaged recipe
 # make gpu-kit      what a GPU machine without a network lacks, for benchmarks/gpu/on_gpu.sh: TRL=1.12.0
 
@@ -27,7 +28,7 @@ PYTEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart gpu-kit test test-fast test-trl test-servers wheel-smoke lint clean always
+.PHONY: quickstart gpu-kit test test-fast test-trl test-servers wheel-smoke lint docs clean always
 
 # torch goes first: what comes after it would otherwise choose a build of its own.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -81,6 +82,13 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(PIP) --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) .venv-trl-* .venv-wheel build dist *.egg-info

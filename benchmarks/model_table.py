@@ -227,7 +227,7 @@ class Notes:
         """A cell's word, with the number of the note that explains it."""
         if text not in self.texts:
             self.texts.append(text)
-        return f"{word} [{self.texts.index(text) + 1}]"
+        return f"{word}{',' * word.endswith(']')} [{self.texts.index(text) + 1}]"
 
 
 class Warnings(logging.Handler):

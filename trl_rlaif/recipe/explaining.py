@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from trl_rlaif.errors import UserError
@@ -12,6 +13,29 @@ from trl_rlaif.recipe.formatting import nearest_or_all
 
 _WIDTH = 100
 _ENDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of a recipe.
+
+    Args:
+        name: Without the keys above it.
+        type: What it may hold, with its range, in words.
+        default: As JSON; empty where there is none.
+        description: One line; may be empty.
+    """
+
+    name: str
+    type: str
+    default: str
+    description: str
+
+    def lines(self, indent: str = "") -> list[str]:
+        """As ``explain`` prints it."""
+        default = f", default {self.default}" if self.default else ""
+        wrap = {"initial_indent": f"{indent}  ", "subsequent_indent": f"{indent}  "}
+        return [f"{indent}{self.name}: {self.type}{default}", *textwrap.wrap(self.description, _WIDTH, **wrap)]
 
 
 def explain(schema: dict[str, Any], key: str) -> str:
@@ -24,22 +48,31 @@ def explain(schema: dict[str, Any], key: str) -> str:
     Raises:
         UserError: There is no such key; the nearest is named.
     """
+    lines = _key(key, _find(schema, key), schema).lines()
+    for below in keys_below(schema, key):
+        lines += ["", *below.lines("  ")]
+    return "\n".join(lines)
+
+
+def keys_below(schema: dict[str, Any], key: str) -> list[Key]:
+    """The keys that a key of a recipe has below it; of "", the sections. Arguments and errors as of ``explain``."""
+    return [_key(name, child, schema) for name, child in _below(_find(schema, key), schema)]
+
+
+def _find(schema: dict[str, Any], key: str) -> dict[str, Any]:
     node = schema
-    for part in key.split("."):
+    for part in key.split(".") if key else []:
         below = dict(_below(node, schema))
         if part not in below:
             fix = nearest_or_all(part, sorted(below), "Known here")
             raise UserError(f"there is no key '{part}' in '{key}'.", fix=fix if below else "It has no keys below it.")
         node = below[part]
-    lines = [f"{key}: {_type(node, schema)}{_default(node)}", *_wrapped(_description(node, schema), "  ")]
-    for name, child in _below(node, schema):
-        lines += ["", f"  {name}: {_type(child, schema)}{_default(child)}"]
-        lines += _wrapped(_description(child, schema), "    ")
-    return "\n".join(lines)
+    return node
 
 
-def _wrapped(text: str, indent: str) -> list[str]:
-    return textwrap.wrap(text, _WIDTH, initial_indent=indent, subsequent_indent=indent)
+def _key(name: str, node: dict[str, Any], schema: dict[str, Any]) -> Key:
+    default = json.dumps(node["default"]) if "default" in node else ""
+    return Key(name, _type(node, schema), default, _description(node, schema))
 
 
 def _alternatives(node: dict[str, Any], schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -90,10 +123,6 @@ def _word(name: str) -> str:
 def _ends(choice: dict[str, Any]) -> str:
     said = [f" {words} {json.dumps(choice[end])}" for end, words in _ENDS.items() if end in choice]
     return " and".join(said)
-
-
-def _default(node: dict[str, Any]) -> str:
-    return f", default {json.dumps(node['default'])}" if "default" in node else ""
 
 
 def _description(node: dict[str, Any], schema: dict[str, Any]) -> str:
