@@ -5,9 +5,10 @@
 
 Pairs are synthetic (a prompt and two responses of 1,000 characters each), and a scripted judge labels them: no model
 computes anything. A run is killed when all but ``--made`` pairs are labeled. A process of its own then makes the index
-of the labels, as if it were missing; another one resumes; and another one resumes, has the judge label the rest, and
-completes the stage. Seconds are the processor's, except those of adding labels and of the whole stage. Bytes of memory
-are of the resident set; those of the stage are its peak, with and without the imported libraries.
+of the labels, as if it were missing; another one resumes; another one resumes, has the judge label the rest, and
+completes the stage; and the last one draws as many pairs in the stage `sample`, from a scripted policy. Seconds are the
+processor's, except those of adding labels and of the whole stage. Bytes of memory are of the resident set at its peak;
+those of the stage are with and without the imported libraries.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from trl_rlaif.files import read_lines, sealed, to_line
+from trl_rlaif.files import sealed, to_line
 from trl_rlaif.judging.judge import Group, Judge
 from trl_rlaif.judging.prompt import JudgePrompt
 from trl_rlaif.judging.question import Answer
@@ -36,15 +38,18 @@ from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.context import Context, pair_row
 from trl_rlaif.pipeline.label_tasks import label_key, label_tasks
 from trl_rlaif.pipeline.run_folder import RunFolder
-from trl_rlaif.pipeline.work import label
+from trl_rlaif.pipeline.work import label, sample
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import parse_recipe, prompt_folder
+from trl_rlaif.responses import Response
 from trl_rlaif.testing.models import save_tiny_model
 from trl_rlaif.types import Label, Pair
 
-CHARACTERS = 1000
-# Labels that are added one by one for the measure of that.
-ADDED = 2000
+CHARACTERS, TOKENS = 1000, 256
+# Each a token of the tiny model.
+WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog")
+# Labels that are added one by one for the measure of that. Pairs that `sample` draws before its memory is measured.
+ADDED, SETTLED = 2000, 2000
 
 
 def make_pair(number: int) -> Pair:
@@ -165,23 +170,55 @@ def stage(folder: Path) -> dict[str, float]:
     }
 
 
-def sample(folder: Path) -> dict[str, float]:
-    """What the stage `sample` holds of the pairs that it has drawn."""
-    before = _resident()
-    rows = read_lines(folder / artifacts.PAIRS)
-    return {"sample: bytes a pair": (_resident() - before) / len(rows)}
+class Drawn(sample.StartingPolicy):
+    """Answers at once, each time with other texts."""
+
+    def __post_init__(self) -> None:
+        self.role, self._number = nullcontext(), 0
+
+    def draw(self, tokens: Sequence[list[int]], *seeds: object, num_responses: int = 1) -> list[list[Response]]:
+        """As of every policy."""
+        self._number += 1
+        draw = random.Random(self._number)
+        return [
+            [Response(f"{draw.getrandbits(4 * CHARACTERS):x}", None, [0] * TOKENS, True) for _ in range(num_responses)]
+            for _ in tokens
+        ]
+
+
+def draw_pairs(folder: Path) -> dict[str, float]:
+    """The stage `sample` as it draws as many pairs: by how much its peak grows with each."""
+    sample.StartingPolicy = Drawn
+    pairs = sum(1 for _ in (folder / artifacts.PAIRS).open())
+    with (folder / "prompts.jsonl").open("w") as file:
+        for number in range(pairs):
+            words = random.Random(number).choices(WORDS, k=TOKENS - 16)  # the template has some tokens, too
+            file.write(to_line({"prompt": " ".join(words)}))
+    peaks = []
+    for name, most in (("few", SETTLED), ("all", pairs)):
+        recipe = {
+            "model": {"path": str(folder / "model"), "dtype": "float32"},
+            "data": {"prompts": str(folder / "prompts.jsonl"), "max_prompts": most},
+            "sample": {"batch_size": 256, "max_new_tokens": 8},
+            "label": {},
+            "reward": {},
+        }
+        path = folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        plugins = installed_plugins()
+        context = Context(parse_recipe(path, registry=plugins.registry), RunFolder(folder / name), plugins)
+        drawn = sample.run(context)
+        assert drawn["pairs"] == most, drawn
+        peaks.append(_peak())
+    return {"sample: bytes a pair": (peaks[1] - peaks[0]) / (pairs - SETTLED)}
 
 
 STEPS: dict[str, Callable[[Path], dict[str, float]]] = {
     "index": index,
     "resume": resume,
     "stage": stage,
-    "sample": sample,
+    "sample": draw_pairs,
 }
-
-
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def _peak() -> int:

@@ -6,7 +6,15 @@ import random
 
 import pytest
 
-from trl_rlaif.batching import equal_lengths, length_batches, packed_batches, pad_rows, shared_prefix, token_batches
+from trl_rlaif.batching import (
+    TokenRows,
+    equal_lengths,
+    length_batches,
+    packed_batches,
+    pad_rows,
+    shared_prefix,
+    token_batches,
+)
 
 LENGTHS = [random.Random(seed).choices(range(1, 90), k=70) for seed in range(3)]
 
@@ -92,3 +100,12 @@ def test_shared_prefix_in_any_order():
     expected = next(i for i in range(99) if len({tuple(row[: i + 1]) for row in rows}) > 1)
     for turn in range(3):
         assert shared_prefix(rows[turn:] + rows[:turn]) == expected
+
+
+def test_token_rows_are_the_lists_that_were_appended():
+    wanted, rows = [[5, 2**31 - 1], [], [7]], TokenRows()
+    for row in wanted:
+        rows.append(row)
+    assert list(rows) == wanted and len(rows) == 3 and rows[-1] == [7] and type(rows[0]) is list
+    with pytest.raises(IndexError):
+        rows[3]

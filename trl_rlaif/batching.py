@@ -6,13 +6,34 @@ digit. The longest come first, so that trouble with memory shows at once; sequen
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from itertools import takewhile
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 Tokens = Sequence[int]
+
+
+class TokenRows(Sequence[list[int]]):
+    """Token lists in four bytes per token; Python's own take 36."""
+
+    def __init__(self) -> None:
+        self._tokens, self._ends = array("i"), array("q", [0])
+
+    def append(self, row: Tokens) -> None:
+        """Add a row at the end."""
+        self._tokens.extend(row)
+        self._ends.append(len(self._tokens))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        row = range(len(self))[index]
+        return self._tokens[self._ends[row] : self._ends[row + 1]].tolist()
 
 
 def length_batches(lengths: Sequence[int], size: int) -> list[list[int]]:

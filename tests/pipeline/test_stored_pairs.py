@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,10 +11,13 @@ from datasets import Dataset, Value, load_from_disk
 from helpers.recipes import write_rows
 
 from trl_rlaif import Pair, UserError
-from trl_rlaif.files import sealed
+from trl_rlaif.files import append_lines, sealed
+from trl_rlaif.labels.store import pair_key
 from trl_rlaif.pipeline import preferences
 from trl_rlaif.pipeline.context import Shard, pair_row
 from trl_rlaif.pipeline.stored_pairs import StoredPairs
+from trl_rlaif.pipeline.work.sample import _Drawn
+from trl_rlaif.report.run_data import read_run
 
 PAIRS = [Pair(f"p{i}", f"ä\u2028{i}\r", "yes\n" * i, f"no {i}", "ab"[i % 2], i % 3 or None, {"i": i}) for i in range(7)]
 
@@ -34,7 +38,7 @@ def test_pairs_are_those_of_the_file(path):
 
 
 def test_a_file_larger_than_a_block(path, monkeypatch):
-    monkeypatch.setattr("trl_rlaif.pipeline.stored_pairs._BLOCK", 5)
+    monkeypatch.setattr("trl_rlaif.stored_lines._BLOCK", 5)
     assert list(StoredPairs(path)) == PAIRS
 
 
@@ -49,6 +53,54 @@ def test_a_damaged_line_is_named(path):
     with pytest.raises(UserError, match="damaged.*Restore") as caught:
         list(pairs[4:])
     assert caught.value.problems[0].where == f"{path}:5"
+
+
+def peak_of(work):
+    """Bytes of Python's objects at their peak."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_was_drawn_stays_on_the_disk(tmp_path):
+    """1,000 rows of 10 kB; a kill had left the first 200 of them, and half of a line."""
+    text, ids = "x" * 10_000, [f"p{i}" for i in range(1000)]
+    path, section = tmp_path / "drawn.jsonl", SimpleNamespace(keep_pairs="first", sampler=None)
+
+    def row(id):
+        counts = {"redraws": 0, "responses": 2, "ended": 1, "tokens": 7}
+        return {"id": id, "dropped": "empty"} | counts if id == "p7" else {"id": id, "text": f"{text} {id}"} | counts
+
+    append_lines(path, map(row, ids[:200]))
+    with path.open("a") as file:
+        file.write('{"id": "p2')
+    found = []
+
+    def work():
+        drawn = _Drawn(path, section)
+        assert sum(drawn.add(map(row, ids[start : start + 50])) for start in range(950, -1, -50)) == 800
+        found.append((drawn.counts["pairs"], drawn.dropped, drawn.per_response("ended"), drawn.per_response("tokens")))
+        assert all(got == row(id) for got, id in zip(drawn.rows(ids), ids, strict=True))
+
+    assert peak_of(work) < 4_000_000
+    assert found == [(999, {"empty": 1}, 0.5, 3.5)]
+
+
+def test_the_report_leaves_pairs_and_labels_on_the_disk(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("run: {name: long}\n")
+    pairs = [Pair(f"p{i}", f"{i} " * 2000, "yes", f"no {i}", None, 1 + i % 2) for i in range(1000)]
+    write_rows(tmp_path / "pairs.jsonl", map(pair_row, pairs))
+    labels = ({"id": p.id, "setup": "s", "pair": pair_key(p), "p": 0.25, "rationale_12": "r" * 5000} for p in pairs)
+    write_rows(tmp_path / "labels.jsonl", labels)
+    write_rows(tmp_path / "results.json", [{"label": {"setup": "s", "columns": []}}])
+    runs = []
+    assert peak_of(lambda: runs.append(read_run(tmp_path))) < 2_500_000
+    (run,) = runs
+    assert (run.pairs, run.labels.total, run.labels.second, len(run.labels.pairs)) == (1000, 1000, 1000, 30)
+    assert [one.prompt[0].text.split()[0] for one in run.labels.pairs[:3]] == ["0", "33", "66"]
 
 
 # ---- preferences/ -----------------------------------------------------------------------------------------

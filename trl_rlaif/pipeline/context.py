@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from trl_rlaif import distributed, hardware
+from trl_rlaif.batching import TokenRows
 from trl_rlaif.chat_templates import dated, has_date
 from trl_rlaif.data import Pair, Prompt
 from trl_rlaif.data.overlap import prompt_key
@@ -214,7 +215,7 @@ class Context:
 
     def encoded_prompts(
         self, source: str, room: int, base: Any, key: str = "prompts"
-    ) -> tuple[list[Any], list[list[int]], dict[str, int]]:
+    ) -> tuple[list[Any], TokenRows, dict[str, int]]:
         """Prompts with their tokens, and what was skipped by reason.
 
         Args:
@@ -229,7 +230,7 @@ class Context:
         loaded = read_prompts(self.recipe, source, key)
         skipped = loaded.skip_counts()
         limit = self.longest_prompt(base, room)
-        prompts, tokens = [], []
+        prompts, tokens = [], TokenRows()
         for prompt in self.as_meant(source, loaded.items):
             ids = encode_prompt(self.tokenizer, self.chat(prompt.prompt))
             if len(ids) > limit:

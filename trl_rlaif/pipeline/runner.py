@@ -127,7 +127,7 @@ def say_signs(folder: RunFolder) -> None:
     from trl_rlaif.report.no_learning import signs_of_no_learning
     from trl_rlaif.report.run_data import read_run
 
-    signs = signs_of_no_learning(read_run(folder.path))
+    signs = signs_of_no_learning(read_run(folder.path, labels=False))
     if signs:
         say("\n- ".join(["This run may have learned nothing:", *signs]))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from trl_rlaif.report.criteria import ByCriterion, CriterionTotal, by_criterion, totals
 from trl_rlaif.report.formatting import label, section
 from trl_rlaif.report.jury import Verdict
-from trl_rlaif.report.parsing import Turn, lines, probability, spread, turn, turns
+from trl_rlaif.report.parsing import Turn, probability, spread, stored_lines, turn, turns
 
 # Each holds up to two rationales, so that more would make the page heavy.
 MAX_LABELED = 30
@@ -62,7 +62,7 @@ class Labels:
 def read_labels(
     path: Path,
     results: dict[str, Any],
-    pairs: list[dict[str, Any]],
+    pairs: Sequence[dict[str, Any]],
     notes: list[str],
     ranked: dict[str, float],
     jury: dict[str, Verdict],
@@ -73,64 +73,112 @@ def read_labels(
         ranked: What a ranking says of pairs, by their ids.
         jury: What a jury says of them, likewise.
     """
-    labels, known = Labels(), []
-    for row, pair in _of_jury(jury, pairs) if jury else _own(path, results, pairs, notes, ranked):
+    labels = Labels()
+    found = _of_jury(jury, pairs) if jury else _own(path, results, pairs, notes, ranked)
+    shown: list[tuple[float, int]] = []  # with what members of a jury disagree by
+    labels.criteria = totals(_counted(labels, found, shown))
+    if jury:
+        shown.sort(key=lambda one: -one[0])
+    chosen = shown[:MAX_LABELED] if jury else spread(shown, MAX_LABELED)
+    labels.pairs = [_labeled(*one) for _, number in chosen if (one := found.get(number)) is not None]
+    return labels
+
+
+def _counted(
+    labels: Labels, found: _Found, shown: list[tuple[float, int]]
+) -> Iterator[tuple[float, list[ByCriterion]]]:
+    """What the labels say by criteria, as each of them is counted, and those noted that can be shown."""
+    for number in range(found.count):
+        one = found.get(number)
+        if one is None:
+            continue
+        row, pair = one
         labels.total += 1
         p, p_12, p_21 = (probability(row.get(key)) for key in ("p", "p_12", "p_21"))
         if p is not None:
             labels.confidences.append(max(p, 1 - p))
             labels.second += p < 0.5
-            known.append((row, pair))
+            if pair:
+                shown.append((row.get("disagreement") or 0.0, number))
             if _human(pair):
                 labels.answers.append((p, pair["human"]))
+            yield row["p"], by_criterion(row)
         if p_12 is None or p_21 is None:
             continue
         if p_12 == 0.5 or p_21 == 0.5:
             labels.ties += 1
         else:
             labels.winners[(1 if p_12 > 0.5 else 2, 1 if p_21 > 0.5 else 2)] += 1
-    labels.criteria = totals((row["p"], by_criterion(row)) for row, _ in known)
-    shown = [k for k in known if k[1]]
-    if jury:
-        shown.sort(key=lambda k: -(k[0]["disagreement"] or 0.0))
-    labels.pairs = [_labeled(row, pair) for row, pair in (shown[:MAX_LABELED] if jury else spread(shown, MAX_LABELED))]
-    return labels
 
 
-def _of_jury(jury: dict[str, Verdict], pairs: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+@dataclass(frozen=True)
+class _Found:
+    """Labels with their pairs, which are read when they are asked for.
+
+    Args:
+        count: How many there may be.
+        get: One by its number, with its pair, which is empty where it is not known; None where there is none.
+    """
+
+    count: int
+    get: Callable[[int], tuple[dict[str, Any], dict[str, Any]] | None]
+
+
+def _of_jury(jury: dict[str, Verdict], pairs: Sequence[dict[str, Any]]) -> _Found:
     """A jury's label of each pair. Orders and rationales are its members' own."""
-    found = ((jury.get(str(pair.get("id"))), pair) for pair in pairs)
-    return [(vars(verdict), pair) for verdict, pair in found if verdict is not None]
+
+    def get(number: int) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        verdict = jury.get(str(pairs[number].get("id")))
+        return None if verdict is None else (vars(verdict), pairs[number])
+
+    return _Found(len(pairs), get)
 
 
 def _own(
-    path: Path, results: dict[str, Any], pairs: list[dict[str, Any]], notes: list[str], ranked: dict[str, float]
-) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Each label with its pair, which is empty where it is not known."""
+    path: Path,
+    results: dict[str, Any],
+    pairs: Sequence[dict[str, Any]],
+    notes: list[str],
+    ranked: dict[str, float],
+) -> _Found:
     setup, columns = (section(results, "label").get(key) for key in ("setup", "columns"))
-    latest = {}
-    for row in lines(path, notes):
-        if setup is None:
-            latest[str(row.get("id"))] = row
-        elif row.get("setup") == setup:
-            latest[str(row.get("pair"))] = row
+    rows = stored_lines(path, notes)
     if setup is None:
-        by_id = {str(pair.get("id")): pair for pair in pairs}
-        return [(row, by_id.get(id, {})) for id, row in latest.items()]
-    if ranked:
-        found = ((_joined(pair, latest, ranked.get(str(pair.get("id"))), columns or ()), pair) for pair in pairs)
-        return [(row, pair) for row, pair in found if row["p"] is not None]
-    # A label is its pair's by the texts: the id in its line is what some pair with these texts was once called.
-    return [(latest[key], pair) for key, pair in ((_key(pair, columns or ()), pair) for pair in pairs) if key in latest]
+        return _by_id(rows, pairs)
+    latest = {str(row.get("pair")): place for place, row in enumerate(rows) if row.get("setup") == setup}
+
+    def label_of(pair: dict[str, Any]) -> dict[str, Any] | None:
+        # A label is its pair's by the texts: the id in its line is what some pair with these texts was once called.
+        place = latest.get(_key(pair, columns or ()))
+        return None if place is None else rows[place]
+
+    def get(number: int) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        pair = pairs[number]
+        row = _joined(pair, label_of, ranked.get(str(pair.get("id")))) if ranked else label_of(pair)
+        return None if row is None or (ranked and row["p"] is None) else (row, pair)
+
+    return _Found(len(pairs), get)
+
+
+def _by_id(rows: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]]) -> _Found:
+    """Of a stage that has not ended: what its key is, is not known."""
+    of_pairs = {str(pair.get("id")): place for place, pair in enumerate(pairs)}
+    latest = list({str(row.get("id")): place for place, row in enumerate(rows)}.items())
+
+    def get(number: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        id, place = latest[number]
+        return rows[place], pairs[of_pairs[id]] if id in of_pairs else {}
+
+    return _Found(len(latest), get)
 
 
 def _joined(
-    pair: dict[str, Any], latest: dict[str, dict[str, Any]], p: float | None, columns: Collection[str]
+    pair: dict[str, Any], label_of: Callable[[dict[str, Any]], dict[str, Any] | None], p: float | None
 ) -> dict[str, Any]:
     """A ranked pair's label. A tournament asks about each order by itself: the other one is the turned pair's."""
-    row = latest.get(_key(pair, columns), {}) | {"p": p}
+    row = (label_of(pair) or {}) | {"p": p}
     turned = pair | {"response_1": pair.get("response_2"), "response_2": pair.get("response_1")}
-    other = latest.get(_key(turned, columns), {})
+    other = label_of(turned) or {}
     p_21 = probability(other.get("p_12"))
     if row.get("p_21") is None and p_21 is not None:
         row |= {"p_21": 1 - p_21, "rationale_21": other.get("rationale_12")}

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from trl_rlaif.report.formatting import count, label, number, shorten
+from trl_rlaif.stored_lines import Stored
 
 # Beyond this a drawing library's arithmetic overflows, and no honest metric goes there.
 LARGEST_DRAWN = 1e30
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -25,29 +29,51 @@ class Turn:
 
 def lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     """The objects of a JSON Lines file; a last line that was cut off is passed over, others are noted."""
+    return (row for _, row in _placed(path, notes))
+
+
+def stored_lines(path: Path, notes: list[str]) -> StoredObjects:
+    """The same, which stay on the disk."""
+    return StoredObjects(path, array("q", (place for place, _ in _placed(path, notes))))
+
+
+def _placed(path: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects with where their lines begin, in bytes."""
     if not path.is_file():
         return
-    unreadable = 0
+    unreadable = place = 0
     with path.open("rb") as file:
         for raw in file:
-            if not raw.strip():
-                continue
-            try:
-                row = json.loads(raw.decode("utf-8", errors="replace"))
-            except (ValueError, RecursionError):
-                row = None
-            if isinstance(row, dict):
-                yield row
-            elif raw.endswith(b"\n"):
+            row = _parsed(raw)
+            if row is not None:
+                yield place, row
+            elif raw.strip() and raw.endswith(b"\n"):
                 unreadable += 1
+            place += len(raw)
     if unreadable:
         notes.append(f"{count(unreadable, 'line')} of {path.name} could not be read and left out.")
 
 
-def spread(items: list[Any], limit: int) -> list[Any]:
+def _parsed(raw: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(raw.decode("utf-8", errors="replace"))
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+class StoredObjects(Stored[dict[str, Any]]):
+    """Objects of a JSON Lines file."""
+
+    def _read(self, line: bytes, where: str) -> dict[str, Any]:
+        """Nothing where the file was replaced meanwhile."""
+        return _parsed(line) or {}
+
+
+def spread(items: Sequence[T], limit: int) -> list[T]:
     """At most ``limit`` of the items, evenly spaced, in their order."""
     if len(items) <= limit:
-        return items
+        return list(items)
     return [items[index * len(items) // limit] for index in range(limit)]
 
 

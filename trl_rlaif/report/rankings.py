@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_rlaif.report.formatting import interval, label, number, section
-from trl_rlaif.report.parsing import Turn, drawable, lines, probability, spread, turn, turns
+from trl_rlaif.report.parsing import Turn, drawable, probability, spread, stored_lines, turn, turns
 
 MAX_PROMPTS = 10
 _MAX_RESPONSES = 16
@@ -43,7 +43,7 @@ class RankedPairs:
 
 def read_rankings(path: Path, notes: list[str]) -> RankedPairs:
     """The run's rankings; empty where it has none."""
-    rows, found = list(lines(path, notes)), RankedPairs()
+    rows, found = stored_lines(path, notes), RankedPairs()
     for row in rows:
         known = {str(id): probability(p) for id, p in section(row, "pairs").items()}
         found.probabilities |= {id: p for id, p in known.items() if p is not None}

@@ -13,7 +13,17 @@ from trl_rlaif.pipeline import artifacts
 from trl_rlaif.report.formatting import clean, count, label, number, section, shorten
 from trl_rlaif.report.jury import read_verdicts
 from trl_rlaif.report.label_data import Labels, read_labels
-from trl_rlaif.report.parsing import LARGEST_DRAWN, Turn, both, drawable, lines, probability, turn, turns
+from trl_rlaif.report.parsing import (
+    LARGEST_DRAWN,
+    Turn,
+    both,
+    drawable,
+    lines,
+    probability,
+    stored_lines,
+    turn,
+    turns,
+)
 from trl_rlaif.report.rankings import RankedPairs, read_rankings
 from trl_rlaif.report.sampled import SampledPair, read_sampled
 
@@ -100,8 +110,12 @@ class Run:
     notes: list[str]
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path, *, labels: bool = True) -> Run:
     """Everything that the report shows of ``folder``.
+
+    Args:
+        folder: A run's.
+        labels: Whether pairs and labels are read, too, of which there may be millions.
 
     Raises:
         UserError: The folder does not exist, has no recipe.yaml, or its recipe.yaml is no YAML mapping or of a later
@@ -110,9 +124,10 @@ def read_run(folder: Path) -> Run:
     recipe, recipe_text = _read_recipe(folder)
     notes: list[str] = []
     results = _read_results(folder / artifacts.RESULTS, notes)
-    pairs = list(lines(folder / artifacts.PAIRS, notes))
-    ranked = read_rankings(folder / artifacts.RANKINGS, notes)
-    jury = read_verdicts(folder / artifacts.JURY, notes)
+    pairs = stored_lines(folder / artifacts.PAIRS, notes) if labels else []
+    ranked = read_rankings(folder / artifacts.RANKINGS, notes) if labels else RankedPairs()
+    jury = read_verdicts(folder / artifacts.JURY, notes) if labels else {}
+    path, known = folder / artifacts.LABELS, (ranked.probabilities, jury)
     name = label((recipe.get("run") or {}).get("name") if isinstance(recipe.get("run"), dict) else None)
     return Run(
         name=name or label(folder.resolve().name) or "run",
@@ -120,7 +135,7 @@ def read_run(folder: Path) -> Run:
         recipe_text=recipe_text,
         results=results,
         series=_read_series(folder / artifacts.METRICS, notes),
-        labels=read_labels(folder / artifacts.LABELS, results, pairs, notes, ranked.probabilities, jury),
+        labels=read_labels(path, results, pairs, notes, *known) if labels else Labels(),
         rankings=ranked,
         sampled=read_sampled(recipe, pairs),
         samples=_read_samples(folder / artifacts.SAMPLES, notes),

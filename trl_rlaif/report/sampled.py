@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ class SampledPair:
     columns: list[tuple[str, Turn]]
 
 
-def read_sampled(recipe: dict[str, Any], pairs: list[dict[str, Any]]) -> list[SampledPair]:
+def read_sampled(recipe: dict[str, Any], pairs: Sequence[dict[str, Any]]) -> list[SampledPair]:
     """Some pairs, evenly spaced; none where no sampler made them."""
     return [_pair(row) for row in spread(pairs, MAX_PAIRS)] if _sampler(recipe) else []
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 from trl_rlaif.batching import length_batches
 from trl_rlaif.data import Pair, Prompt
 from trl_rlaif.data.splitting import unusable
-from trl_rlaif.distributed import divided
+from trl_rlaif.distributed import divided, is_first
 from trl_rlaif.encoding import is_rendered, without_end_of_turn
 from trl_rlaif.errors import UserError
-from trl_rlaif.files import append_lines, read_lines, to_line, write_atomically
+from trl_rlaif.files import append_lines, each_line, to_line, write_atomically
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.context import Context, pair_row
 from trl_rlaif.pipeline.pair_sampling import PluginPairs, StartingPolicy
@@ -25,6 +26,7 @@ from trl_rlaif.progress import progress_bar
 from trl_rlaif.recipe import SampleSection
 from trl_rlaif.recipe.inputs import read_pairs
 from trl_rlaif.responses import Response
+from trl_rlaif.stored_lines import StoredRows
 
 # What is counted of a prompt's draws, and belongs to no pair.
 _DRAWN = ("redraws", "responses", "ended", "tokens")
@@ -71,42 +73,87 @@ def _sample_pairs(context: Context) -> SampleResults:
     base = context.load_base()
     policy = StartingPolicy(context, section, base)
     prompts, tokens, skipped = context.encoded_prompts(context.recipe.data.prompts, section.max_new_tokens, base)
-    partial = context.folder / artifacts.PARTIAL_PAIRS
-    done = {row["id"]: row for row in read_lines(partial)}
+    drawn = _Drawn(context.folder / artifacts.PARTIAL_PAIRS, section)
     sampler = _Sampler(policy) if section.sampler is None else PluginPairs(policy)
     at_once = 1 if section.sampler else section.num_responses
     batches = length_batches([len(t) for t in tokens], max(1, section.batch_size // at_once))
-    with progress_bar("Sampling", len(prompts), len(done), "prompts") as advance, policy.role:
+    with progress_bar("Sampling", len(prompts), len(drawn.lines), "prompts") as advance, policy.role:
         # The whole batch is drawn again even where a kill left part of it: the draws depend on it.
-        todo = [batch for batch in batches if any(prompts[i].id not in done for i in batch)]
+        todo = [batch for batch in batches if any(prompts[i].id not in drawn.lines for i in batch)]
         for _, rows in divided(todo, lambda of: sampler.draw([prompts[i] for i in of], [tokens[i] for i in of])):
-            fresh = [row for row in rows if row["id"] not in done]
-            append_lines(partial, fresh)
-            done |= {row["id"]: row for row in fresh}
-            advance(len(fresh))
-    rows = [done[prompt.id] for prompt in prompts]
-    pairs = [pair for row in rows for pair in _pairs_of(row, section)]
-    dropped = dict(Counter(row["dropped"] for row in rows if "dropped" in row))
-    if not pairs:
-        raise _no_pairs(section, dropped)
-    revisions = [revision for row in rows for revision in row.get("revisions", ())] if section.sampler else []
-    if revisions:
-        write_atomically(context.folder / artifacts.REVISIONS, "".join(map(to_line, revisions)))
-    _write_pairs(context, pairs)
-    partial.unlink(missing_ok=True)
-    numbers: SampleResults = {"revisions": len(revisions)} if section.sampler else {}
+            advance(drawn.add(rows))
+    counts = drawn.counts
+    if not counts["pairs"]:
+        raise _no_pairs(section, drawn.dropped)
+    if is_first():
+        _write_drawn(context, drawn, [prompt.id for prompt in prompts])
+        drawn.path.unlink()
+    numbers: SampleResults = {"revisions": counts["revisions"]} if section.sampler else {}
     return numbers | {
         "prompts": len(prompts),
-        "pairs": len(pairs),
-        "dropped": skipped | dropped,
-        "redrawn": sum(row["redraws"] > 0 for row in rows),
-        "ended": _share_ended(rows),
-        "tokens": _mean_tokens(rows),
+        "pairs": counts["pairs"],
+        "dropped": skipped | dict(drawn.dropped),
+        "redrawn": counts["redrawn"],
+        "ended": drawn.per_response("ended"),
+        "tokens": drawn.per_response("tokens"),
         "seconds": time.monotonic() - started,
     }
 
 
-def _pairs_of(row: DrawnRow, section: SampleSection) -> list[dict[str, Any]]:
+class _Drawn:
+    """What became of the prompts so far: rows that stay on the disk, and what is counted of them.
+
+    Args:
+        path: The rows' file, which a kill may have left.
+
+    Attributes:
+        lines: Where each prompt's row is in it, by the prompt's id.
+        counts: Of pairs, revisions, redrawn prompts, and what ``per_response`` is computed from.
+        dropped: Prompts without a pair, by the reason.
+    """
+
+    def __init__(self, path: Path, section: SampleSection) -> None:
+        self.path, self._section = path, section
+        self.lines, self.counts, self.dropped = dict[str, int](), Counter[str](), Counter[str]()
+        for row in each_line(path):
+            self._take(row)
+
+    def add(self, rows: Iterable[DrawnRow]) -> int:
+        """Append the rows of prompts that have none yet; how many these are."""
+        fresh = [row for row in rows if row["id"] not in self.lines]
+        append_lines(self.path, fresh)
+        for row in fresh:
+            self._take(row)
+        return len(fresh)
+
+    def _take(self, row: DrawnRow) -> None:
+        self.lines[row["id"]] = len(self.lines)
+        pairs, revisions = len(_pairs_of(row, self._section)), len(row.get("revisions", ()))
+        self.counts.update(pairs=pairs, revisions=revisions, redrawn=row["redraws"] > 0)
+        self.dropped.update([row["dropped"]] if "dropped" in row else [])
+        for name in ("ended", "tokens"):
+            if name in row:  # not in those of an earlier release
+                self.counts.update({name: row[name], f"responses with {name}": row["responses"]})
+
+    def per_response(self, name: str) -> float | None:
+        """The mean of ``ended`` or ``tokens``."""
+        responses = self.counts[f"responses with {name}"]
+        return self.counts[name] / responses if responses else None
+
+    def rows(self, ids: Sequence[str]) -> StoredRows:
+        """Those of these prompts."""
+        return StoredRows(self.path, lines=[self.lines[id] for id in ids])
+
+
+def _write_drawn(context: Context, drawn: _Drawn, ids: Sequence[str]) -> None:
+    section, rows = context.recipe.sample, drawn.rows(ids)
+    if drawn.counts["revisions"]:
+        revisions = (revision for row in rows for revision in row.get("revisions", ()))
+        write_atomically(context.folder / artifacts.REVISIONS, map(to_line, revisions))
+    _write_pairs(context, (pair for row in rows for pair in _pairs_of(row, section)))
+
+
+def _pairs_of(row: Mapping[str, Any], section: SampleSection) -> list[dict[str, Any]]:
     """The lines of pairs.jsonl that a prompt's draws give."""
     if "dropped" in row:
         return []
@@ -180,13 +227,3 @@ def _different(responses: list[Response]) -> list[Response]:
     for response in responses:
         by_answer.setdefault(response.answer.strip(), response)
     return [response for answer, response in by_answer.items() if answer]
-
-
-def _share_ended(rows: list[DrawnRow]) -> float | None:
-    counted = [row for row in rows if "ended" in row]  # not those of an earlier release
-    return sum(row["ended"] for row in counted) / sum(row["responses"] for row in counted) if counted else None
-
-
-def _mean_tokens(rows: list[DrawnRow]) -> float | None:
-    counted = [row for row in rows if "tokens" in row]  # likewise
-    return sum(row["tokens"] for row in counted) / sum(row["responses"] for row in counted) if counted else None

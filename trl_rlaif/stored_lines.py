@@ -1,0 +1,89 @@
+"""The lines of a file that stay on the disk: a million rows are more text than memory may hold."""
+
+from __future__ import annotations
+
+import io
+from abc import abstractmethod
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, overload
+
+from trl_rlaif.files import parse_line
+
+if TYPE_CHECKING:
+    import numpy as np
+    from typing_extensions import Self
+
+T = TypeVar("T")
+_BLOCK = 1 << 20
+
+
+class Stored(Sequence[T]):
+    """Items of a file's whole lines, each read when it is asked for. A slice reads nothing.
+
+    Args:
+        path: The file, which is not changed meanwhile; a missing one has no lines.
+        starts: Where its L lines begin, in bytes; None looks for them.
+        lines: Which of its lines the N items are; None: all.
+    """
+
+    def __init__(
+        self, path: Path, starts: Sequence[int] | np.ndarray | None = None, lines: Sequence[int] | None = None
+    ) -> None:
+        self._path, self._file = path, _opened(path)
+        self._starts = _line_starts(path) if starts is None else starts
+        self._lines = range(len(self._starts)) if lines is None else lines
+
+    @abstractmethod
+    def _read(self, line: bytes, where: str) -> T:
+        """The item of a line; ``where`` is its file and number."""
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Self: ...
+
+    def __getitem__(self, index: int | slice) -> T | Self:
+        """An item; or those of a slice."""
+        if isinstance(index, slice):
+            return type(self)(self._path, self._starts, self._lines[index])
+        number = self._lines[index]
+        self._file.seek(int(self._starts[number]))
+        return self._read(self._file.readline(), f"{self._path}:{number + 1}")
+
+    def __iter__(self) -> Iterator[T]:
+        return map(self.__getitem__, range(len(self)))
+
+    def at(self, places: np.ndarray) -> Self:
+        """Some of these items."""
+        return type(self)(self._path, self._starts, array("q", map(self._lines.__getitem__, places.tolist())))
+
+
+class StoredRows(Stored[dict[str, Any]]):
+    """The rows of a JSON-lines file of ours."""
+
+    def _read(self, line: bytes, where: str) -> dict[str, Any]:
+        """As of ``parse_line``."""
+        return parse_line(line, where)
+
+
+def _line_starts(path: Path) -> np.ndarray:
+    """Of the whole lines of a file."""
+    import numpy as np
+
+    ends: list[np.ndarray] = [np.zeros(1, np.int64)]
+    read = 0
+    with _opened(path) as file:
+        while block := file.read(_BLOCK):
+            ends.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + read + 1)
+            read += len(block)
+    return np.concatenate(ends)[:-1]
+
+
+def _opened(path: Path) -> BinaryIO:
+    return path.open("rb") if path.is_file() else io.BytesIO()
