@@ -6,7 +6,7 @@
 Pairs are synthetic (a prompt and two responses of 1,000 characters each), and a scripted judge labels them: no model
 computes anything. A run is killed when all but ``--made`` pairs are labeled. A process of its own then makes the index
 of the labels, as if it were missing; another one resumes; another one resumes, has the judge label the rest, and
-completes the stage; and the last one draws as many pairs in the stage `sample`, from a scripted policy. Seconds are the
+completes the stage; and the last one draws pairs in the stage `sample`, from a scripted policy. Seconds are the
 processor's, except those of adding labels and of the whole stage. Bytes of memory are of the resident set at its peak;
 those of the stage are with and without the imported libraries.
 """
@@ -48,8 +48,10 @@ from trl_rlaif.types import Label, Pair
 CHARACTERS, TOKENS = 1000, 256
 # Each a token of the tiny model.
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog")
-# Labels that are added one by one for the measure of that. Pairs that `sample` draws before its memory is measured.
-ADDED, SETTLED = 2000, 2000
+# Labels that are added one by one for the measure of that.
+ADDED = 2000
+# Pairs that `sample` draws at most, and before its memory is measured.
+SAMPLED, SETTLED = 50_000, 2000
 
 
 def make_pair(number: int) -> Pair:
@@ -187,9 +189,9 @@ class Drawn(sample.StartingPolicy):
 
 
 def draw_pairs(folder: Path) -> dict[str, float]:
-    """The stage `sample` as it draws as many pairs: by how much its peak grows with each."""
+    """The stage `sample` as it draws pairs: by how much its peak grows with each."""
     sample.StartingPolicy = Drawn
-    pairs = sum(1 for _ in (folder / artifacts.PAIRS).open())
+    pairs = min(SAMPLED, sum(1 for _ in (folder / artifacts.PAIRS).open()))
     with (folder / "prompts.jsonl").open("w") as file:
         for number in range(pairs):
             words = random.Random(number).choices(WORDS, k=TOKENS - 16)  # the template has some tokens, too
@@ -210,7 +212,7 @@ def draw_pairs(folder: Path) -> dict[str, float]:
         drawn = sample.run(context)
         assert drawn["pairs"] == most, drawn
         peaks.append(_peak())
-    return {"sample: bytes a pair": (peaks[1] - peaks[0]) / (pairs - SETTLED)}
+    return {"sample: pairs": pairs, "sample: bytes a pair": (peaks[1] - peaks[0]) / (pairs - SETTLED)}
 
 
 STEPS: dict[str, Callable[[Path], dict[str, float]]] = {
@@ -236,7 +238,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", nargs="+", type=int, default=[100_000, 1_000_000])
     parser.add_argument("--made", type=int, default=20_000, help="Labels that the stage makes.")
-    parser.add_argument("--sampled", type=int, default=100_000, help="Pairs up to which `sample` is measured, too.")
     parser.add_argument("--output", type=Path, help="JSON; records of other sizes that it has are kept.")
     parser.add_argument("--step", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -248,7 +249,7 @@ def main() -> None:
     for pairs in args.pairs:
         with tempfile.TemporaryDirectory() as folder:
             record = {"processor": _processor(), "pairs": pairs, **write(Path(folder), pairs, pairs - args.made)}
-            for step in list(STEPS) if pairs <= args.sampled else list(STEPS)[:-1]:
+            for step in STEPS:
                 child = [sys.executable, __file__, "--step", step, folder]
                 done = subprocess.run(child, stdout=subprocess.PIPE, text=True, check=True)
                 record |= json.loads(done.stdout.splitlines()[-1])
