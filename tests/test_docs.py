@@ -31,7 +31,9 @@ from trl_rlaif.testing import make_rollout, make_scored_batch
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("docs/**/*.md"))}
-PAGES |= {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")}
+PAGES |= {
+    name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")
+}
 README, PLUGINS, RECIPES = PAGES["README.md"], PAGES["docs/plugins.md"], PAGES["docs/recipes.md"]
 
 

@@ -32,6 +32,7 @@ COPIED = {
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
     "benchmarks/README.md": "measurements/index.md",
+    "examples/README.md": "reference/examples.md",
 } | {str(p.relative_to(ROOT)): f"measurements/{p.name}" for p in sorted(ROOT.glob("benchmarks/results/*.md"))}
 
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s#]*)(#[^()\s]*)?\)")
@@ -40,7 +41,7 @@ _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s#]*)(#[^()\s]*)?\
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are not in docs/."""
     for source, page in COPIED.items():
-        text = (ROOT / source).read_text(encoding="utf-8")
+        text = (ROOT / source).read_text(encoding="utf-8") + _scripts(ROOT / source)
         files.append(File.generated(config, page, content=_linked(text, source, page)))
     for page, lines in _generated():
         files.append(File.generated(config, page, content="\n".join(lines) + "\n"))
@@ -69,6 +70,12 @@ def _linked(text: str, source: str, page: str) -> str:
         return f"[{words}]({os.path.relpath(there, posixpath.dirname(page) or '.')}{heading})"
 
     return _LINK.sub(link, text)
+
+
+def _scripts(page: Path) -> str:
+    """The scripts beside the page of the examples."""
+    scripts = sorted(page.parent.glob("*.py")) if page.parent.name == "examples" else []
+    return "".join(f"\n## {s.name}\n\n```python\n{s.read_text(encoding='utf-8')}```\n" for s in scripts)
 
 
 def _generated() -> Iterator[tuple[str, Iterable[str]]]:
