@@ -410,12 +410,12 @@ def test_without_a_terminal_a_line_now_and_then(clock, monkeypatch, capsys):
     monkeypatch.setattr(progress, "console", Console(stderr=True, force_terminal=False))
     with progress_bar("Labeling", 100, 20, "pairs") as advance:
         for _ in range(5):
-            clock.now += 10
+            clock.now += 15
             advance(5)
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        "  Labeling: 30 of 100, 30.0 pairs/min, 2 min 20 s left",
-        "  Labeling: 40 of 100, 30.0 pairs/min, 2 min 0 s left",
+        "  Labeling: 30 of 100, 20.0 pairs/min, 3 min 30 s left",
+        "  Labeling: 40 of 100, 20.0 pairs/min, 3 min 0 s left",
     ]
 
 
@@ -522,3 +522,10 @@ def test_a_comparison_is_told_by_arms(tmp_path):
         ]  # fmt: skip
         assert found.stages[0].seconds == 5.0 and "interrupted: rl" in describe(found)
     assert read_status(tmp_path).state == "interrupted"
+
+
+def test_what_is_one_unit_as_a_whole_has_no_rate(clock):
+    meter = progress.Meter("Writing the report", 1)
+    clock.now += 124
+    meter.done = 1
+    assert meter.rate is None and progress.pace(meter.rate, meter.seconds_left) == ""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+# Of a problem that many rows have, the places that are named besides the first.
+_PLACES = 3
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,19 @@ class TrlRlaifError(Exception):
         return error
 
     def __str__(self) -> str:
-        return "\n".join(str(problem) for problem in self.problems)
+        alike: dict[tuple[str, str], list[Problem]] = {}
+        for problem in dict.fromkeys(self.problems):
+            alike.setdefault((problem.what, problem.fix), []).append(problem)
+        return "\n".join(line for problems in alike.values() for line in _told_once(problems))
+
+
+def _told_once(problems: Sequence[Problem]) -> Iterator[str]:
+    """The first of problems that differ in their place alone, and where the others are."""
+    first, *others = problems
+    yield str(first)
+    if others:
+        more = f" and {len(others) - _PLACES:,} more" if len(others) > _PLACES else ""
+        yield f"    The same at {', '.join(problem.where for problem in others[:_PLACES])}{more}."
 
 
 class UserError(TrlRlaifError):

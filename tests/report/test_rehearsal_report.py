@@ -79,7 +79,7 @@ def test_the_table_of_rehearsed_pairs(folder):
 
 def test_the_nll_of_the_evaluated_sets(folder):
     set_results(folder, lambda r: r["evaluate"]["sets"]["held-out"].update(nll_start=0.5, nll_trained=0.8125))
-    assert "held-out 40 63.7% 0.500 0.812" in part(read(folder), *HEADINGS)
+    assert "held-out 160 63.7% 0.500 0.812" in part(read(folder), *HEADINGS)
 
 
 @pytest.mark.parametrize(("clusters", "shapes", "numbers"), [(3, 3, 0), (8, 6, 8), (40, 6, 0)])

@@ -30,7 +30,7 @@ def test_every_plot_is_a_file_that_stands_alone(tmp_path, drawn):
     files = contents(folder / "report")
     names = {name.rpartition(".")[0] for name in files}
     assert page.count('class="plot"') == len(names) and len(files) == 2 * len(names)
-    assert {"score", "score-against-kl", "how-sure-the-judge-is"} <= names
+    assert {"score", "score-against-kl", "how-sure-the-labels-are"} <= names
     for name, content in files.items():
         if name.endswith(".png"):
             assert content.startswith(b"\x89PNG\r\n\x1a\n")
@@ -67,10 +67,10 @@ def test_failed_plots_leave_the_old_ones(tmp_path, monkeypatch, drawn):
     write_report(folder)
     old = contents(folder / "report")
 
-    def refuse(self):
+    def refuse(self, heading):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Drawing, "png", refuse)
+    monkeypatch.setattr(Drawing, "titled_png", refuse)
     with pytest.raises(RunError, match="No space left"):
         write_report(folder)
     assert contents(folder / "report") == old

@@ -30,7 +30,7 @@ def test_page_shows_the_numbers_of_the_results(tmp_path):
     for shown in (
         "rose by 0.563 (interval +0.471 to +0.652)",
         "63.7% (interval 54.8% to 71.7%): preferred over the start",
-        "24 wins, 3 ties, 13 losses",
+        "96 wins, 12 ties, 52 losses, sign test p = 0.00037",
         "mean −0.151 → 0.412",
         "48 → 57 tokens",
         "321 prompts, 612 pairs, 2 redrawn",
@@ -379,7 +379,7 @@ def test_same_folder_gives_same_bytes(tmp_path, drawn):
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONHASHSEED": "5"})
     assert (folder / "report.html").read_bytes() == first
     names = {"recipe.yaml", "metrics.jsonl", "labels.jsonl", "samples.jsonl", "pairs.jsonl", "results.json"}
-    assert {path.name for path in folder.iterdir()} == names | {"report.html", "report"}
+    assert {path.name for path in folder.iterdir()} == names | {"report.html", "report.md", "report"}
 
 
 @pytest.mark.parametrize("recipe", [None, "a: [", "- 1\n"])

@@ -38,6 +38,7 @@ REHEARSAL = "rehearsal.jsonl"  # RehearsedRow
 SELECTION_MAP = "selection_map.jsonl"  # MapRow
 SAMPLES = "samples.jsonl"  # SampleRow
 REPORT = "report.html"
+SUMMARY = "report.md"
 PLOTS = "report"
 EXPORTS = "exports"  # what was exported without naming a place
 CHECKPOINTS = "checkpoints"  # a folder a stage

@@ -26,6 +26,7 @@ from trl_rlaif.plugins import Plugins
 from trl_rlaif.progress import Publisher, publishing, say
 from trl_rlaif.recipe import Recipe
 from trl_rlaif.recipe.base_model import check_base
+from trl_rlaif.recipe.sections import STAGES
 
 PACKAGES = ("trl", "transformers", "peft", "accelerate", "datasets", "torch", "bitsandbytes")
 
@@ -206,7 +207,7 @@ def run_stages(
         if only and stage not in only:
             continue
         distributed.wait()  # until what the first process wrote is there
-        if folder.is_complete(stage, fingerprint) and how.resume and not each.stage.always:
+        if folder.is_complete(stage, fingerprint) and how.resume and not _is_outdated(folder, each.stage):
             say(f"{stage}: complete already")
             if shard is not None and stage == "label":
                 return
@@ -239,6 +240,16 @@ def run_stages(
         gc.collect()  # trainers are cycles: without this a stage's model would live into the next one
         say(f"{stage}: done in {time.monotonic() - started:.0f} s. {each.stage.summary(numbers)}".rstrip())
     distributed.wait()
+
+
+def _is_outdated(folder: RunFolder, stage: Stage) -> bool:
+    """Whether a complete stage that shows what others made is older than they are, or than people's votes."""
+    if not stage.always:
+        return False
+    own = folder.state / artifacts.marker_of(stage.name)
+    made = [*(folder.state / artifacts.marker_of(name) for name in STAGES), folder / artifacts.VOTES]
+    changed = max(path.stat().st_mtime_ns for path in made if path.exists())
+    return own.stat().st_mtime_ns < changed or not all((folder / name).exists() for name in stage.outputs[:1])
 
 
 def _write_recipe(recipe: Recipe, folder: RunFolder, command: str, began: Machine) -> None:

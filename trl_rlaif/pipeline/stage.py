@@ -61,7 +61,7 @@ class Stage:
         companions: What it reads or writes besides, which goes along when another run takes the stage over.
         without: Settings of its section that change nothing of its outputs.
         trains: It is configured by a trainer's arguments.
-        always: It is made again whenever a run gets there: it costs little, and what it shows may have changed.
+        always: It is made again whenever anything else in the folder has been: it costs little, and shows all.
         prepares: Something that is trained needs it, or follows from it; it comes before the stage rl.
         divides: Several processes divide its batches; else each of them has rows of its own.
         alone: Of several processes the first one does it.

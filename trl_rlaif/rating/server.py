@@ -25,6 +25,7 @@ from trl_rlaif.progress import say
 from trl_rlaif.rating.pairs import of_set, read_comparisons
 from trl_rlaif.rating.session import Session
 from trl_rlaif.rating.votes import VoteFile
+from trl_rlaif.report.formatting import count
 
 # The page's own requests have some 40 bytes.
 MAX_BODY = 4096
@@ -69,7 +70,9 @@ def rate_run(
             f"Port {port} cannot be used: {error.strerror}.", where="--port", fix="Without the option a free one is."
         ) from None
     with server:
-        say(f"Rate as {rater}: {server.address}\nEvery vote is kept as it is cast. Ctrl-C ends the page.")
+        equal = f" {count(session.equal, 'more pair')} with equal responses: ties, unasked." if session.equal else ""
+        say(f"Rate {count(len(session), 'pair')} as {rater}: {server.address}{equal}")
+        say("Every vote is kept as it is cast. Ctrl-C ends the page.")
         if browser:  # in a thread: a browser in the terminal would keep the server from starting
             threading.Thread(target=webbrowser.open, args=(server.opening,), daemon=True).start()
         with suppress(KeyboardInterrupt):

@@ -26,7 +26,9 @@ class Session:
 
     def __init__(self, comparisons: Iterable[Comparison], votes: VoteFile, rater: str, seed: int = 0) -> None:
         self.rater = rater
-        self._pairs = [c for c in blind_order(comparisons, rater, seed) if not c.is_equal]
+        ordered = blind_order(comparisons, rater, seed)
+        self._pairs = [c for c in ordered if not c.is_equal]
+        self.equal = len(ordered) - len(self._pairs)
         self._trained_left = [trained_is_left(c, rater, seed) for c in self._pairs]
         self._several_sets = len({c.set for c in self._pairs}) > 1
         self._votes = votes
@@ -41,7 +43,8 @@ class Session:
         return len(self._pairs)
 
     def state(self) -> dict[str, Any]:
-        """What the page shows: ``total`` and ``done`` pairs, ``can_undo``, and the next ``pair`` or None.
+        """What the page shows: ``total`` and ``done`` pairs, ``can_undo``, the next ``pair`` or None, and how many more
+        are ``equal`` and not asked.
 
         Nothing in it tells which response is whose.
         """
@@ -109,6 +112,7 @@ class Session:
             "rater": self.rater,
             "total": len(self._pairs),
             "done": len(self._pairs) - len(self._queue),
+            "equal": self.equal,
             "can_undo": bool(self._trail),
             "pair": self._shown(self._queue[0]) if self._queue else None,
         }

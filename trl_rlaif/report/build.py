@@ -16,6 +16,7 @@ from trl_rlaif.report.figures import reward_part, rl_part, set_part, sft_part
 from trl_rlaif.report.files import write_page, write_plots
 from trl_rlaif.report.judge_figures import judge_part, judged_sets
 from trl_rlaif.report.label_figures import label_part
+from trl_rlaif.report.markdown import markdown
 from trl_rlaif.report.no_learning import signs_of_no_learning
 from trl_rlaif.report.parsing import spread
 from trl_rlaif.report.rehearsal_figures import rehearsal_part
@@ -35,7 +36,8 @@ _RUN, _COMPARISON = "run.html.jinja", "experiments.html.jinja"
 def write_report(folder: str | Path) -> Path:
     """Build ``report.html`` from a run's or a comparison's folder, whatever it holds, and return its path.
 
-    Beside it, the folder ``report`` gets every plot of the page as SVG and PNG. The page is replaced in one step, and
+    Beside it, ``report.md`` says the same in short, and the folder ``report`` gets every plot of the page as SVG and
+    PNG. The page is replaced in one step, and
     so is the folder: a kill leaves the old one or the new one. The same run gives the same bytes.
 
     Raises:
@@ -47,6 +49,7 @@ def write_report(folder: str | Path) -> Path:
     compared = COMPARE in run.recipe
     page = comparison_page(run, folder) if compared else run_page(run)
     write_page(path, render(page, _COMPARISON if compared else _RUN))
+    write_page(folder / artifacts.SUMMARY, markdown(page))
     write_plots(folder / artifacts.PLOTS, page)
     return path
 
@@ -74,8 +77,9 @@ def _environment() -> jinja2.Environment:
         finalize=lambda value: formatting.clean(value) if type(value) is str else value,
     )
     environment.filters.update(
-        count=formatting.count, percent=formatting.percent, score=formatting.score, duration=formatting.duration
-    )
+        count=formatting.count, percent=formatting.percent, score=formatting.score, duration=formatting.duration,
+        preferred=formatting.preferred,
+    )  # fmt: skip
     return environment
 
 

@@ -21,6 +21,8 @@ INK = "#5c626b"
 _GRID, _PAPER = "#5c626c", "#ffffff"
 _SIZE = (4.4, 2.6)
 _DOTS_PER_INCH = 150
+_SVG = "http://www.w3.org/2000/svg"
+_TITLE_HEIGHT = 22  # of an exported SVG, in points
 
 _STYLE: dict[str, Any] = {
     "svg.hashsalt": "trl-rlaif",
@@ -28,6 +30,7 @@ _STYLE: dict[str, Any] = {
     "text.parse_math": False,
     "axes.formatter.use_mathtext": False,
     "axes.unicode_minus": True,
+    "axes.formatter.useoffset": False,
     "font.size": 11,
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -58,18 +61,34 @@ class Drawing:
     Args:
         inline: An ``<svg>`` element for the page, in the page's colours and font.
         svg: A file on a white ground that needs nothing else.
-        figure: What matplotlib drew, for ``png``.
+        figure: What matplotlib drew, for ``titled_png``.
     """
 
     inline: Markup
     svg: bytes
     figure: Any
 
-    def png(self) -> bytes:
-        """The file as pixels; drawn on demand, for it takes as long as all the rest."""
+    def titled_svg(self, heading: str) -> bytes:
+        """The file with its heading above the drawing: outside of the page nothing else says what it shows."""
+        root = ET.fromstring(self.svg)
+        width, height = (float(size) for size in root.get("viewBox", "0 0 1 1").split()[2:])
+        root.set("viewBox", f"0 {-_TITLE_HEIGHT} {width:g} {height + _TITLE_HEIGHT:g}")
+        root.set("height", f"{height + _TITLE_HEIGHT:g}pt")
+        box = {"y": f"{-_TITLE_HEIGHT}", "width": f"{width:g}", "height": f"{_TITLE_HEIGHT}", "fill": _PAPER}
+        ET.SubElement(root, f"{{{_SVG}}}rect", box)
+        look = {"x": "6", "y": "-6", "fill": INK, "style": "font: bold 12px sans-serif"}
+        ET.SubElement(root, f"{{{_SVG}}}text", look).text = clean(heading)
+        return ET.tostring(root, encoding="utf-8", xml_declaration=True)
+
+    def titled_png(self, heading: str) -> bytes:
+        """The same as pixels; drawn on demand, for it takes as long as all the rest."""
         file = io.BytesIO()
         with _house_style():
-            self.figure.savefig(file, format="png", dpi=_DOTS_PER_INCH, metadata={"Software": None})
+            title = self.figure.text(0.02, 1.02, clean(heading), fontweight="bold", va="bottom")
+            self.figure.savefig(
+                file, format="png", dpi=_DOTS_PER_INCH, metadata={"Software": None}, bbox_inches="tight"
+            )
+            title.remove()
         return file.getvalue()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,23 +16,24 @@ from trl_rlaif.report.summary import Measure, reward_accuracy
 
 MAX_CATEGORIES = 40
 _DRAWN_CATEGORIES = 12
-DRAWN_LINES = 6
+DRAWN_LINES = 12
 _MAX_OTHER_METRICS = 60
 
-# Metric, heading, how to read it.
+# Metric, heading, how to read it, and the least change that is more than rounding. The first matter most.
 _RL_PANELS = (
-    ("objective/scores", "Score", "Mean score of the responses; RL tries to raise it."),
-    ("objective/kl", "KL to the start, in nats", "Distance of the policy from its start."),
-    ("objective/rlhf_reward", "Score less the KL price", "What PPO really maximizes."),
-    ("objective/entropy", "Entropy", "Falling to near zero means that the responses have become all alike."),
-    ("rollout/length", "Response length, in tokens", "A drift may mean that the reward favors a length."),
-    ("loss/policy_avg", "Policy loss", "Noisy around zero is normal."),
-    ("loss/value_avg", "Value loss", "Should fall and then stay low."),
-    ("policy/approxkl_avg", "KL of one update", "Spikes mean that the steps are too big."),
-    ("policy/clipfrac_avg", "Clipped share", "Share of tokens whose step was cut by the clip."),
-    ("val/ratio", "Probability ratio", "New over old policy; should stay near 1."),
-    ("lr", "Learning rate", "The schedule as it was run."),
+    ("objective/scores", "Score", "Mean score of the responses; RL tries to raise it.", 0.0),
+    ("objective/kl", "KL to the start, in nats", "Distance of the policy from its start.", 1e-5),
+    ("rollout/length", "Response length, in tokens", "A drift may mean that the reward favors a length.", 0.0),
+    ("objective/rlhf_reward", "Score less the KL price", "What PPO really maximizes.", 0.0),
+    ("objective/entropy", "Entropy", "Falling to near zero means that the responses have become all alike.", 0.0),
+    ("loss/policy_avg", "Policy loss", "Noisy around zero is normal.", 1e-7),
+    ("loss/value_avg", "Value loss", "Should fall and then stay low.", 0.0),
+    ("policy/approxkl_avg", "KL of one update", "Spikes mean that the steps are too big.", 1e-6),
+    ("policy/clipfrac_avg", "Clipped share", "Share of tokens whose step was cut by the clip.", 0.0),
+    ("val/ratio", "Probability ratio", "New over old policy; should stay near 1.", 1e-4),
+    ("lr", "Learning rate", "The schedule as it was run.", 0.0),
 )
+_FIRST_PANELS = 3
 _NOT_PANELS = {"episode", "epoch"}
 # What the part on rehearsal and forgetting draws.
 ELSEWHERE = ("forgetting/", "rehearsal/nll")
@@ -83,9 +85,12 @@ def reward_part(run: Run) -> dict[str, Any]:
 
 
 def rl_part(run: Run) -> dict[str, Any]:
-    """Small multiples of the RL stage, and first and last value of every other metric."""
+    """Small multiples of the RL stage, those that matter most first, and first and last value of other metrics."""
     series = run.series.get("rl", {})
-    figures = [curve(series, heading, caption, {key: heading}) for key, heading, caption in _RL_PANELS]
+    panels = [
+        curve(series, heading, caption, {key: heading}, least=least) for key, heading, caption, least in _RL_PANELS
+    ]
+    first, more = [_score_over_kl(series), *panels[:_FIRST_PANELS]], panels[_FIRST_PANELS:]
     category_keys = [key for key in series if key.startswith("reward/") and not key.endswith(_NOT_MEANS)]
     if category_keys:
         names = {key: label(key.removeprefix("reward/").removesuffix("/mean"), 24) for key in category_keys}
@@ -93,15 +98,15 @@ def rl_part(run: Run) -> dict[str, Any]:
         caption = "No kind of prompt should rise at the cost of another."
         if len(drawn) < len(names):
             caption += f" The first {len(drawn)} of {len(names)} categories are drawn."
-        figures.insert(1, curve(series, "Score by category", caption, drawn))
-    figures.insert(0, _score_over_kl(series))
-    shown = {key for key, _, _ in _RL_PANELS} | set(category_keys) | _NOT_PANELS
+        first.append(curve(series, "Score by category", caption, drawn))
+    shown = {key for key, *_ in _RL_PANELS} | set(category_keys) | _NOT_PANELS
     others = [key for key in series if key not in shown and not key.startswith(ELSEWHERE)]
     table = [
         (key, *scores(series[key][0][1], series[key][-1][1]), len(series[key]))
         for key in sorted(others)[:_MAX_OTHER_METRICS]
     ]
-    return {"figures": present(*figures), "others": table, "left_out": max(len(others) - len(table), 0)}
+    left_out = max(len(others) - len(table), 0)
+    return {"figures": present(*first), "more": present(*more), "others": table, "left_out": left_out}
 
 
 def _score_over_kl(series: Series) -> Figure | None:
@@ -148,12 +153,29 @@ def present(*figures: Figure | None) -> list[Figure]:
 
 
 def curve(
-    series: Series, heading: str, caption: str, names: dict[str, str], *, level: float | None = None
+    series: Series,
+    heading: str,
+    caption: str,
+    names: dict[str, str],
+    *,
+    level: float | None = None,
+    least: float = 0.0,
 ) -> Figure | None:
-    """One panel with the metrics of ``names`` (metric: its name in the legend); None if none was logged."""
+    """One panel with the metrics of ``names`` (metric: its name in the legend); None if none was logged.
+
+    Args:
+        level: A value to compare with.
+        least: A line that changes by less is drawn flat, at its value as exactly as that: it shows rounding alone.
+    """
     found = [(name, series[key]) for key, name in names.items() if series.get(key)]
     if not found:
         return None
+    if least:
+        places = round(-math.log10(least))
+        found = [(name, [(step, round(value, places) + 0.0) for step, value in points]) for name, points in found]
+        seen = [value for _, points in found for _, value in points]
+        if len(seen) > 1 and max(seen) - min(seen) <= least:
+            caption = "It did not change, but for rounding."
     changes = []
     for name, points in found:
         first, last = scores(points[0][1], points[-1][1])
@@ -162,7 +184,7 @@ def curve(
     said = f"{heading}, first and last logged value: {'; '.join(changes)}"
     # Beyond two lines the numbers would be a wall: the drawing shows them.
     values = "; ".join(changes) if len(changes) <= 2 else ""
-    return Figure(heading, plots.curves(found, said, level=level), caption, values)
+    return Figure(heading, plots.curves(found, said, level=level, least=least), caption, values)
 
 
 def reliability_figure(

@@ -13,7 +13,6 @@ from typing import Any
 
 from trl_rlaif.errors import RunError
 from trl_rlaif.files import write_folder
-from trl_rlaif.report.drawing import Drawing
 from trl_rlaif.report.figures import Figure
 
 _LONGEST_NAME = 60
@@ -45,9 +44,9 @@ def write_plots(folder: Path, page: Mapping[str, Any]) -> None:
     plots = named_plots(page)
 
     def write(building: Path) -> None:
-        for name, drawing in plots.items():
-            (building / f"{name}.svg").write_bytes(drawing.svg)
-            (building / f"{name}.png").write_bytes(drawing.png())
+        for name, figure in plots.items():
+            (building / f"{name}.svg").write_bytes(figure.drawing.titled_svg(figure.heading))
+            (building / f"{name}.png").write_bytes(figure.drawing.titled_png(figure.heading))
 
     try:
         if plots:
@@ -59,20 +58,20 @@ def write_plots(folder: Path, page: Mapping[str, Any]) -> None:
         raise _unwritable("The plots of the report", folder, error) from error
 
 
-def named_plots(page: Mapping[str, Any]) -> dict[str, Drawing]:
-    """Every drawing of a page, in its order, by a file name without suffix that is made of its heading.
+def named_plots(page: Mapping[str, Any]) -> dict[str, Figure]:
+    """Every figure of a page, in its order, by a file name without suffix that is made of its heading.
 
     Headings that stand for several sets are told apart by the set's name, and what is still alike by a number.
     """
     found = list(_figures(page))
     headings = [slug(figure.heading) or "plot" for _, figure in found]
-    named: dict[str, Drawing] = {}
+    named: dict[str, Figure] = {}
     for (part, figure), heading in zip(found, headings, strict=True):
         name = f"{slug(part)}-{heading}" if headings.count(heading) > 1 and slug(part) else heading
         unique, number = name, 2
         while unique in named:
             unique, number = f"{name}-{number}", number + 1
-        named[unique] = figure.drawing
+        named[unique] = figure
     return named
 
 

@@ -89,6 +89,11 @@ def score(value: float | None, *, sign: bool = False) -> str:
     return "" if value is None else scores(value, sign=sign)[0]
 
 
+def preferred(p: float, first: str, second: str, neither: str = "no clear preference") -> str:
+    """``first`` or ``second`` by the probability of the first, ``neither`` where it is shown as 0.50."""
+    return neither if abs(p - 0.5) < 0.005 else first if p > 0.5 else second
+
+
 def hundredths(value: float) -> str:
     """A correlation or a kappa, with two decimals."""
     # Rounded first: -1e-16 is a zero.

@@ -12,6 +12,7 @@ from trl_rlaif.report.jury import jury_part
 from trl_rlaif.report.label_data import Labels
 from trl_rlaif.report.rankings import ranking_part
 from trl_rlaif.report.run_data import Run
+from trl_rlaif.report.summary import judge_was_asked, labeler_name
 
 
 def label_part(run: Run) -> dict[str, Any]:
@@ -23,13 +24,15 @@ def label_part(run: Run) -> dict[str, Any]:
         title = f"Confidence of {len(labels.confidences):,} labels; {sure:,} are at 0.9 or more"
         drawing = plots.confidence_histogram(labels.confidences, title)
         histogram = Figure(
-            "How sure the judge is",
+            "How sure the labels are",
             drawing,
             "A label near 0.5 teaches the reward model little.",
             f"{sure:,} of {len(labels.confidences):,} at 0.9 or more",
         )
     bias, mass, agreement = (section(result, key) for key in ("position_bias", "mass", "agreement"))
     return {
+        "by_judge": judge_was_asked(run) or not labels.total,
+        "labeler": labeler_name(run),
         "histogram": histogram,
         "winners": labels.winners,
         "asked_twice": sum(labels.winners.values()),

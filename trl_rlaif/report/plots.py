@@ -16,34 +16,44 @@ _MAX_WAY = 60
 _SMOOTH_FROM = 40
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _MAX_NUMBERED = 36
+# In characters: of a plot's width, and of what stands between two names of its legend.
+_LEGEND_WIDTH, _LEGEND_GAP = 48, 5
 _DASHED: dict[str, Any] = {"color": INK, "linewidth": 1.0, "linestyle": (0, (4, 3))}
 
 
-def curves(named: Sequence[tuple[str, Points]], title: str, level: float | None = None) -> Drawing:
+def curves(named: Sequence[tuple[str, Points]], title: str, level: float | None = None, least: float = 0.0) -> Drawing:
     """Lines over steps, each ``(name, [(step, value), ...])``; a long one gets its running mean too.
 
     Args:
         level: A value to compare with, as a dashed line.
+        least: The axis spans at least ten times as much.
     """
+    names = [_short(name) for name, _ in named]
+    columns = _legend_columns(names)
+    rows = -(-len(names) // columns) if len(names) > 1 else 0
 
     def draw(axes: Any) -> None:
         if level is not None:
             axes.axhline(level, **_DASHED)
-        for index, (name, points) in enumerate(named):
+        for index, (_, points) in enumerate(named):
             colour = COLOURS[index % len(COLOURS)]
             style = "-" if index < len(COLOURS) else "--"
             steps, values = _thin(points)
             marker = "o" if len(steps) <= 12 else ""
-            shown = name if len(named) > 1 else None
+            shown = names[index] if len(named) > 1 else None
             if len(steps) >= _SMOOTH_FROM and _noisy(values):
                 axes.plot(steps, values, color=colour, linewidth=1.0, alpha=0.35)
                 values = _running_mean(values, max(len(values) // 20, 2))
             axes.plot(steps, values, style, color=colour, marker=marker, markersize=4, label=shown)
         if len(named) > 1:
-            _legend(axes, min(len(named), 3))
+            _legend(axes, columns)
+        low, high = axes.get_ylim()
+        if high - low < 10 * least:
+            middle = (low + high) / 2
+            axes.set_ylim(middle - 5 * least, middle + 5 * least)
         axes.set_xlabel("step")
 
-    return draw_plot(draw, title)
+    return draw_plot(draw, title, (4.4, 2.6 + 0.21 * max(rows - 2, 0)))
 
 
 def score_over_kl(points: Points, title: str) -> Drawing:
@@ -105,7 +115,7 @@ def by_round(named: Sequence[tuple[str, Sequence[tuple[int, float, Ends | None]]
             axes.plot(places, shares, _MARKERS[index % len(_MARKERS)] + "-", color=colour, markersize=5, label=name)
         axes.set_xticks(sorted({number for _, points in named for number, *_ in points}))
         axes.set(ylim=(0, 1), xlabel="round", ylabel=what)
-        _legend(axes, 2)
+        _legend(axes, _legend_columns([name for name, _ in named]))
 
     return draw_plot(draw, title)
 
@@ -270,6 +280,16 @@ def _counts(axes: Any, what: str) -> None:
 
 def _short(name: str) -> str:
     return name if len(name) <= 22 else name[:21] + "…"
+
+
+def _legend_columns(names: Sequence[str]) -> int:
+    """How many columns of a legend fit above a plot: each as wide as its longest name, a line and a gap."""
+    for columns in range(min(len(names), 3), 1, -1):
+        rows = -(-len(names) // columns)
+        widths = [max(map(len, names[start : start + rows])) + _LEGEND_GAP for start in range(0, len(names), rows)]
+        if sum(widths) <= _LEGEND_WIDTH:
+            return columns
+    return 1
 
 
 def _legend(axes: Any, columns: int) -> None:

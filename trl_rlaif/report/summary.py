@@ -22,6 +22,8 @@ from trl_rlaif.report.run_data import Run
 # Of a text that is longer, so much is shown before it is opened.
 PREVIEW_CHARACTERS = 700
 _MAX_LABELERS = 8
+# Above this p-value of a sign test, a win rate is not called clear, whatever its interval.
+SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,26 @@ def win_rate_measure(values: Any, detail: str = "") -> Measure | None:
     """``win_rate`` with its ``interval``, as any judge's numbers have them; None if there is no rate."""
     values = section(values)
     words = ("preferred over the start", "the start is preferred", "no clear difference")
-    return _share(values.get("win_rate"), values.get("interval"), words, detail)
+    measure, p = _share(values.get("win_rate"), values.get("interval"), words, detail), sign_test(values)
+    if measure is None or p is None:
+        return measure
+    measure = replace(measure, detail=", ".join(filter(None, (detail, f"sign test p = {p:.2g}"))))
+    if measure.tone == "unclear" or p < SIGNIFICANT:
+        return measure
+    return replace(measure, verdict="too few wins and losses to tell", tone="unclear")
+
+
+def sign_test(values: dict[str, Any]) -> float | None:
+    """The exact two-sided p-value of ``wins`` against ``losses`` if neither were likelier; None if one is not known.
+
+    Ties narrow a win rate's interval and are no evidence for either side: 4 wins, 8 ties and no loss have p = 0.125.
+    """
+    wins, losses = number(values.get("wins")), number(values.get("losses"))
+    if wins is None or losses is None:
+        return None
+    from scipy.stats import binomtest
+
+    return binomtest(round(wins), round(wins + losses)).pvalue if wins + losses else 1.0
 
 
 def reward_accuracy(run: Run) -> Measure | None:
@@ -216,6 +237,20 @@ def judge_name(run: Run, stage: str) -> str:
     return label(judge.get("path") if isinstance(judge, dict) else judge, 120)
 
 
+def labeler_name(run: Run) -> str:
+    """The labeler of the recipe; empty if it names none."""
+    labeler = section(run.recipe, "label").get("labeler")
+    return label(next(iter(labeler), "") if isinstance(labeler, dict) else labeler)
+
+
+def judge_was_asked(run: Run) -> bool:
+    """Whether any label holds what a judge answered: a labeler may do without."""
+    result, labels = section(run.results, "label"), run.labels
+    answers = [section(result, key).get(of) for key, of in (("mass", "mean"), ("position_bias", "rate"))]
+    written = labels.ties or any(labels.winners.values()) or any(pair.rationales for pair in labels.pairs)
+    return bool(written) or result.get("usage") is not None or any(answer is not None for answer in answers)
+
+
 def _about_labels(run: Run) -> str:
     result = section(run.results, "label")
     pairs, labeled = number(result.get("pairs")), number(result.get("labeled"))
@@ -223,6 +258,8 @@ def _about_labels(run: Run) -> str:
         return ""
     judge = judge_name(run, "label")
     who = "The same model, as the judge," if judge == "same" else f"The judge {judge}".rstrip()
+    if not judge_was_asked(run):
+        who = f"The labeler {labeler_name(run)}".rstrip()
     of = f"{count(labeled)} of {count(pairs, 'pair')}" if pairs is not None else count(labeled, "pair")
     sentence = f"{who} labeled {of}."
     agreement = section(result, "agreement")

@@ -9,13 +9,15 @@ from trl_rlaif.recipe.sections import FORGET_SET
 from trl_rlaif.report.formatting import count, hundredths, label, number, percent, scores, section
 from trl_rlaif.report.judge_figures import JudgedSet
 from trl_rlaif.report.run_data import Run, Sample
-from trl_rlaif.report.summary import SetResult, judge_name, kl_last
+from trl_rlaif.report.summary import SetResult, judge_name, judge_was_asked, kl_last
 
 POSITION_BIAS_LIMIT = 0.3
 MASS_LIMIT = 0.5
 KL_LIMIT = 10.0
 LONGER_LIMIT, SHORTER_LIMIT = 1.5, 0.5
 MAX_DRIFTING = 12
+# Of an evaluated set; fewer say little of others, whatever the interval.
+FEWEST_PROMPTS = 30
 # A win rate that falls by so much at equal length was bought with length, in good part.
 LENGTH_SHARE = 0.1
 # From here on a rank correlation is called moderate, and with fewer samples it is noise.
@@ -244,8 +246,15 @@ def _set_warnings(result: SetResult, samples: list[Sample]) -> list[str]:
         )
         found.append(f"On {result.name} the responses got {ratio:.1f} times as long ({result.tokens}). {why}")
     if win and win.tone == "unclear":
-        reason = "contains 50%, so there is no clear difference" if win.interval else "is missing"
-        found.append(f"The win rate on {result.name} is not clear: its interval {reason}. More prompts narrow it.")
+        reason = "its interval contains 50%, so there is no clear difference" if win.interval else "it has no interval"
+        if win.interval and not win.interval[0] <= 0.5 <= win.interval[1]:
+            reason = f"so few wins and losses may be chance ({win.detail})"
+        found.append(f"The win rate on {result.name} is not clear: {reason}. More prompts narrow it.")
+    if result.prompts is not None and result.prompts < FEWEST_PROMPTS:
+        found.append(
+            f"Only {count(result.prompts, 'prompt')} of {result.name} {'was' if result.prompts == 1 else 'were'} "
+            f"evaluated: with fewer than {FEWEST_PROMPTS}, other prompts may well give another result."
+        )
     if win and win.tone == "bad" and result.name == FORGET_SET:
         found.append(
             f"The policy forgot: on {result.name}, whose prompts the start was good at, the judge prefers the start "
@@ -345,7 +354,7 @@ def _stop_warnings(run: Run) -> list[str]:
 def judge_caveat(run: Run) -> str:
     """What the win rate cannot say, where the judge that measured is the one that labeled."""
     labeler, examiner = judge_name(run, "label"), judge_name(run, "evaluate")
-    if not labeler or labeler != examiner or not section(run.results, "evaluate"):
+    if not labeler or labeler != examiner or not judge_was_asked(run) or not section(run.results, "evaluate"):
         return ""
     return (
         "The judge of the win rate is the one that gave the labels: the win rate says how well the policy "

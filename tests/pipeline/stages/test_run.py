@@ -223,3 +223,19 @@ def test_adapters_and_heads_on_four_bits_are_trained_in_float32(tmp_path, algori
     for trained in (start, reward):
         assert any((v != v.bfloat16()).any() for v in trained.values())
     assert all(torch.equal(start[name], policy[name]) for name in start)  # at a learning rate of zero
+
+
+def test_a_report_is_built_again_only_if_something_changed(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = tiny_recipe(tmp_path, tiny_model, reward=None, rl=None, evaluate=None, label=None)
+    folder = run_recipe(recipe, installed_plugins(), "out").path
+    page = folder / "report.html"
+    page.write_text("untouched")
+    run_recipe(recipe, installed_plugins(), "out", resume=True)
+    assert page.read_text() == "untouched"
+    (folder / "votes.jsonl").touch()
+    run_recipe(recipe, installed_plugins(), "out", resume=True)
+    assert page.read_text() != "untouched"
+    page.unlink()
+    run_recipe(recipe, installed_plugins(), "out", resume=True)
+    assert page.exists()

@@ -16,7 +16,7 @@ class Report(Stage):
     """An HTML page, and its plots."""
 
     name = "report"
-    outputs = (artifacts.REPORT, artifacts.PLOTS)
+    outputs = (artifacts.REPORT, artifacts.SUMMARY, artifacts.PLOTS)
     always = True
     alone = True
 
