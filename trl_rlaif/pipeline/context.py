@@ -305,7 +305,7 @@ class Context:
         """Arguments of a TRL config: the recipe's, over the stage's defaults and others that fit this run."""
         model = self.recipe.model
         defaults = {
-            # TRL holds the adapters of a 4-bit base in bfloat16: only autocast lets them meet another dtype.
+            # A 4-bit base computes in bfloat16 (QLoRA, Dettmers et al. 2023): autocast lets adapters do likewise.
             "bf16": model.dtype == "bfloat16" or model.quantization == "nf4",
             # transformers refuses bf16 without a GPU unless it is told that the CPU is meant.
             "use_cpu": hardware.device_type() == "cpu",

@@ -101,7 +101,8 @@ def accuracy_before(trainer: Any, train: Dataset, held_out: Dataset) -> dict[str
     """
     size, parts = trainer.args.per_device_eval_batch_size, [part for part in (train, held_out) if len(part)]
     scored = []
-    with progress_bar("Scoring the new pairs", len(train) + len(held_out), unit="pairs") as advance:
+    bar = progress_bar("Scoring the new pairs", len(train) + len(held_out), unit="pairs")
+    with bar as advance, trainer.accelerator.autocast():  # as the trained one is asked
         for part in parts:
             scored.append(score_pairs(trainer.model, part, trainer.data_collator, size, trainer.batch_tokens)[:2])
             advance(len(part))
