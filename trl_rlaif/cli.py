@@ -198,12 +198,16 @@ def _check_inputs(parsed: Recipe, plugins: Plugins) -> None:
 
 
 @app.command()
-def memory(recipe: RecipeArgument, set_: SetOption = None) -> None:
+def memory(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    gpu: Annotated[int | None, typer.Option(min=1, help="Look at a card of so many GB alone.")] = None,
+) -> None:
     """Predict what a recipe needs on a GPU, part by part, and which cards hold it; no weights are loaded."""
     parsed, _ = _parsed(recipe, set_)
     from trl_rlaif.memory import describe
 
-    echo(describe(parsed))
+    echo(describe(parsed, gpu))
 
 
 @app.command("draft-rubrics")

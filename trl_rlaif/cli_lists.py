@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -85,6 +85,35 @@ def explain(
     from trl_rlaif.recipe.explaining import explain
 
     echo(explain(_schema(), key))
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="The new recipe.")] = Path("my_recipe.yaml"),
+    model: Annotated[str | None, typer.Option(help="A Hub id, a folder, or package:NAME.")] = None,
+    data: Annotated[str | None, typer.Option(help="Prompts to train on: a file or a dataset's Hub id.")] = None,
+    gpu: Annotated[int | None, typer.Option(min=0, help="Memory of the card in GB; 0 for none.")] = None,
+    goal: Annotated[Literal["labels", "dpo", "ppo", "grpo"] | None, typer.Option(help="What comes out.")] = None,
+) -> None:
+    """Write a first recipe that fits your card, from four answers; what no option gives is asked."""
+    import sys
+
+    from trl_rlaif.plugins import installed_plugins
+    from trl_rlaif.starting import GOALS, Answers, start
+
+    if None in (model, data, gpu, goal) and not sys.stdin.isatty():
+        fix = "Without a terminal, give --model, --data, --gpu and --goal."
+        raise UserError("There is nobody to ask.", fix=fix)
+    model = model or typer.prompt("Model (a Hub id or a folder)", default="Qwen/Qwen2.5-0.5B-Instruct", err=True)
+    data = data or typer.prompt("Prompts (a file or a Hub id)", err=True)
+    gpu = typer.prompt("Memory of the GPU in GB (0 for none)", type=int, default=8, err=True) if gpu is None else gpu
+    if goal is None:
+        for name, meaning in GOALS.items():
+            echo(f"  {name:<8}{meaning}", err=True)
+    while goal not in GOALS:
+        goal = typer.prompt("Goal", default="ppo", err=True)
+    for line in start(Answers(model, data, gpu, goal), path, installed_plugins()):
+        echo(line)
 
 
 @app.command()

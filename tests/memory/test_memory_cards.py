@@ -7,6 +7,7 @@ from helpers.recipes import write_recipe
 from transformers import LlamaConfig
 
 from trl_rlaif.memory import CARDS, ModelShape, advise, capacity, plan_memory
+from trl_rlaif.memory.gpus import raises
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import parse_recipe
 
@@ -94,3 +95,14 @@ def test_a_card_that_holds_the_plan_needs_no_advice(parse, shape):
 
 def test_a_card_is_a_little_smaller_than_its_name():
     assert 0.95 * 24 * 2**30 < capacity(24) < 24 * 2**30
+
+
+def test_what_could_be_raised_fits_too(parse, shape):
+    written = ("rl.gradient_checkpointing=true", "model.quantization=nf4", "rl.response_length=64")
+    assert _fits(parse(*written), shape, 16)
+    found = {card: raises(parse(*written), shape, card) for card in (16, 80)}
+    assert "--set rl.per_device_train_batch_size=32 --set rl.gradient_accumulation_steps=1" in found[80]
+    assert "--set model.quantization=none" in found[80] and "--set model.quantization=none" not in found[16]
+    for card, raised in found.items():
+        for changes in raised:
+            assert _fits(parse(*written, *changes.replace("--set ", "").split()), shape, card)

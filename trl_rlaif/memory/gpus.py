@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from trl_rlaif.memory.counting import ModelShape
 from trl_rlaif.memory.plan import MemoryPlan, plan_memory
 from trl_rlaif.memory.settings import rl_batch, setting, with_settings
+from trl_rlaif.pipeline.inputs import BATCH
 from trl_rlaif.pipeline.stages import STAGES
 from trl_rlaif.recipe import Recipe
 
@@ -18,6 +19,8 @@ CARDS = (8, 12, 16, 24, 48, 80)
 _USABLE = 0.97
 TRAINED = tuple(name for name, stage in STAGES.items() if stage.trains)
 _SHORTEST_RESPONSE = 32
+# How often a setting that could be raised is doubled at most.
+_DOUBLINGS = 3
 
 Changes = dict[tuple[str, str], Any]
 
@@ -42,7 +45,7 @@ def capacity(card: int) -> int:
     return int(card * 2**30 * _USABLE)
 
 
-def advise(recipe: Recipe, shape: ModelShape, plan: MemoryPlan) -> list[Advice]:
+def advise(recipe: Recipe, shape: ModelShape, plan: MemoryPlan, cards: Sequence[int] = CARDS) -> list[Advice]:
     """For each card whether it holds the plan, and else what would make it fit.
 
     Settings are tried in the order of what they cost: time first, then what is learned.
@@ -51,13 +54,48 @@ def advise(recipe: Recipe, shape: ModelShape, plan: MemoryPlan) -> list[Advice]:
         recipe: What the plan was made of.
         shape: Of its model.
         plan: The plan.
+        cards: Their sizes in GB.
     """
     advice = []
-    for card in CARDS:
+    for card in cards:
         room = capacity(card)
         fits = plan.peak <= room
         advice.append(Advice(card, fits, () if fits else _as_text(_first_that_fits(recipe, shape, room))))
     return advice
+
+
+def raises(recipe: Recipe, shape: ModelShape, card: int) -> list[str]:
+    """What could be raised on a card that holds the plan, each by itself and as ``--set`` takes it.
+
+    Batches only take less time; longer responses and weights in 16 bits change what is learned.
+
+    Args:
+        recipe: What fits.
+        shape: Of its model.
+        card: In GB.
+    """
+    found = []
+    for steps in _raises(recipe):
+        fitting = [step for step in steps if plan_memory(with_settings(recipe, step), shape).peak <= capacity(card)]
+        found += [" ".join(f"--set {text}" for text in _as_text(fitting[-1]))] if fitting else []
+    return found
+
+
+def _raises(recipe: Recipe) -> Iterator[list[Changes]]:
+    """For each setting, ever higher values of it."""
+    for stage in (stage for stage in TRAINED if getattr(recipe, stage) is not None):
+        rows, steps = (setting(recipe, stage, key) for key in BATCH[:2])
+        larger: list[Changes] = []
+        while steps and steps % 2 == 0:
+            rows, steps = rows * 2, steps // 2
+            larger.append({(stage, BATCH[0]): rows, (stage, BATCH[1]): steps})
+        yield larger
+    for key, size in _sizes(recipe).items():
+        yield [{key: size * 2**i} for i in range(1, _DOUBLINGS + 1)]
+    if recipe.rl is not None and (response := setting(recipe, "rl", "response_length")):
+        yield [{("rl", "response_length"): response * 2**i} for i in range(1, _DOUBLINGS + 1)]
+    if recipe.model.quantization == "nf4":
+        yield [{("model", "quantization"): "none"}]
 
 
 def _first_that_fits(recipe: Recipe, shape: ModelShape, room: int) -> Changes:
@@ -118,6 +156,15 @@ def _steps(recipe: Recipe) -> Iterator[Changes]:
 
 def _smaller_batches(recipe: Recipe) -> Iterator[Changes]:
     """Fewer sequences at once where nothing is trained: it costs time alone."""
+    for key, size in _sizes(recipe).items():
+        least = 512 if key == ("label", "batch_tokens") else 1
+        while size >= 2 * least:
+            size //= 2
+            yield {key: size}
+
+
+def _sizes(recipe: Recipe) -> dict[tuple[str, str], int]:
+    """How much is computed at once where nothing is trained."""
     sizes: dict[tuple[str, str], int] = {}
     if recipe.rl is not None:
         at_once = setting(recipe, "rl", "local_rollout_forward_batch_size") or 64
@@ -127,11 +174,7 @@ def _smaller_batches(recipe: Recipe) -> Iterator[Changes]:
             sizes[stage, "batch_size"] = getattr(recipe, stage).batch_size
     if recipe.label is not None:
         sizes["label", "batch_tokens"] = recipe.label.batch_tokens
-    for key, size in sizes.items():
-        least = 512 if key == ("label", "batch_tokens") else 1
-        while size >= 2 * least:
-            size //= 2
-            yield {key: size}
+    return sizes
 
 
 def _as_text(changes: Changes) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trl_rlaif.memory.counting import ModelShape
-from trl_rlaif.memory.gpus import TRAINED, Advice, advise
+from trl_rlaif.memory.gpus import CARDS, TRAINED, Advice, advise, raises
 from trl_rlaif.memory.plan import ALWAYS, CONTEXT_BYTES, MARGIN, MemoryPlan, load_config, plan_memory
 from trl_rlaif.recipe import Recipe
 
@@ -14,8 +14,12 @@ _UNMEASURED = [
 ]
 
 
-def describe(recipe: Recipe) -> str:
+def describe(recipe: Recipe, gpu: int | None = None) -> str:
     """What ``trl-rlaif memory`` prints: parts, stages, peak and cards; of a comparison for the variant that needs most.
+
+    Args:
+        recipe: The recipe.
+        gpu: The card that is asked about, in GB; None: all common ones.
 
     Raises:
         UserError: The model's configuration cannot be read, or does not suit the recipe.
@@ -23,11 +27,15 @@ def describe(recipe: Recipe) -> str:
     shape = ModelShape.from_config(load_config(recipe.model.path))
     if recipe.variants:
         name = max(recipe.variants, key=lambda name: plan_memory(recipe.variants[name], shape).peak)
-        return f"The variant that needs most: {name}\n\n{describe(recipe.variants[name])}"
+        return f"The variant that needs most: {name}\n\n{describe(recipe.variants[name], gpu)}"
     plan = plan_memory(recipe, shape)
     lines = [f"{recipe.model.path}: {shape.numel / 1e9:.2f} billion parameters, {shape.layers} layers", ""]
     lines += _peak_stage(plan) + [""] + _all_phases(plan) + [""]
-    lines += [_card(advice) for advice in advise(recipe, shape, plan)]
+    cards = CARDS if gpu is None else (gpu,)
+    advice = advise(recipe, shape, plan, cards)
+    lines += [_card(of) for of in advice]
+    if all(of.fits for of in advice) and (higher := raises(recipe, shape, cards[0])):
+        lines += ["", f"A card of {cards[0]} GB has room for each of these by itself:", *(f"  {of}" for of in higher)]
     notes = [*plan.notes, *_checkpointing(recipe)]
     if notes:
         lines += ["", *notes]
