@@ -47,7 +47,12 @@ def processes_here() -> int:
 
 def is_first() -> bool:
     """Whether this is the process that writes; true where there is one only."""
-    return processes() == 1 or int(os.environ.get("RANK", 0)) == 0
+    return rank() == 0
+
+
+def rank() -> int:
+    """This process's number among them."""
+    return int(os.environ.get("RANK", 0)) if processes() > 1 else 0
 
 
 def join() -> Any:

@@ -32,14 +32,15 @@ def cache_dir() -> Path:
     return Path(os.environ.get("TRL_RLAIF_CACHE") or user_cache_path("trl-rlaif"))
 
 
-def write_atomically(path: Path, text: str | Iterable[str]) -> None:
+def write_atomically(path: Path, text: str | Iterable[str], *, by_all: bool = False) -> None:
     """Replace a file by new text (UTF-8): after a kill the old or the new one is there, never a half.
 
     Args:
         path: The file.
         text: All of it; or parts, each written as it comes.
+        by_all: Each process has a file of its own.
     """
-    if not is_first():
+    if not (by_all or is_first()):
         return
     building = path.with_name(f".{path.name}.building")
     with building.open("w", encoding="utf-8", newline="\n") as file:  # the same bytes on every system
@@ -149,9 +150,9 @@ def is_signed(content: bytes) -> bool:
     return not found or checksum.strip() == b"%08x" % zlib.crc32(text)
 
 
-def write_state(path: Path, content: Mapping[str, Any]) -> None:
-    """Replace a file of ours that holds an object, with a checksum."""
-    write_atomically(path, to_line(sealed(content)))
+def write_state(path: Path, content: Mapping[str, Any], *, by_all: bool = False) -> None:
+    """Replace a file of ours that holds an object, with a checksum; ``by_all`` as of ``write_atomically``."""
+    write_atomically(path, to_line(sealed(content)), by_all=by_all)
 
 
 def read_state(

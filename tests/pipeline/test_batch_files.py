@@ -72,14 +72,15 @@ def labels(folder):
         ({}, {}),
         ({"prefill": True, "top_logprobs": 5, "extra_body": {"guided": "1"}}, {}),
         ({"api": "completions", "prefill": "auto"}, {}),
-        ({}, {"labeler": "direct"}),
+        ({"price": {"input": 2.0, "output": 7.0}}, {"labeler": "direct"}),
         ({}, {"criteria": {"polite": 1.0, "true": 2.0}}),
     ],
     ids=str,
 )
 def test_labels_are_those_of_the_server(recipe, plugins, server, tmp_path, judge, label):
     made = recipe(judge, **label)
-    online = labels(run_recipe(made, plugins, tmp_path / "online"))
+    whole = run_recipe(made, plugins, tmp_path / "online")
+    online = labels(whole)
     sent = [(r["path"], r["body"]) for r in server.requests]
     offline = run_recipe(made, plugins, tmp_path / "offline", only=["sample"])
     assert export_batch(made, plugins, offline.path, tmp_path / "ask.jsonl")[0] == len(PAIRS)
@@ -92,8 +93,13 @@ def test_labels_are_those_of_the_server(recipe, plugins, server, tmp_path, judge
     found = import_batch(made, plugins, offline.path, [tmp_path / "answers.jsonl"])
     assert (found.labeled, found.known, found.missing, found.foreign) == (len(PAIRS), 0, [], 0) and not found.failed
     assert labels(offline) == online and all(row["p"] is not None for row in online.values())
+    assert import_batch(made, plugins, offline.path, [tmp_path / "answers.jsonl"]).tokens == 0  # counted once
     results = run_recipe(made, plugins, offline.path, resume=True).results()["label"]
     assert (results["labeled"], results["made"]) == (len(PAIRS), 0) and not server.requests
+    used = results["usage"]
+    assert (
+        used == whole.results()["label"]["usage"] and found.tokens == used["input_tokens"] + used["output_tokens"] > 0
+    )
 
 
 def test_errors_and_missing_answers_are_counted_and_named(recipe, plugins, server, tmp_path):
@@ -119,7 +125,7 @@ def test_errors_and_missing_answers_are_counted_and_named(recipe, plugins, serve
 
     before = (folder / "labels.jsonl").read_bytes()
     again = import_batch(made, plugins, folder.path, [told])
-    assert (again.labeled, again.known, again.failed) == (0, 3, found.failed)
+    assert (again.labeled, again.known, again.failed, again.tokens) == (0, 3, found.failed, 0) and found.tokens > 0
     assert (folder / "labels.jsonl").read_bytes() == before
     assert export_batch(made, plugins, folder.path, ask) == (3, 6)  # of what is still without a label
     assert {json.loads(line)["custom_id"] for line in ask.read_text().splitlines()} == set(ids[:4]) | set(ids[4:6])

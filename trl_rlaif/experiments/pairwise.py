@@ -23,11 +23,12 @@ from trl_rlaif.pipeline.context import Context
 from trl_rlaif.pipeline.label_tasks import LabelTask, label_key
 from trl_rlaif.pipeline.results import CompareResults
 from trl_rlaif.pipeline.run_folder import RunFolder
+from trl_rlaif.pipeline.usage import counted, usage_numbers
 from trl_rlaif.plugins import Plugins
 from trl_rlaif.progress import progress_bar
 from trl_rlaif.recipe import Recipe, prompt_folder
 from trl_rlaif.recipe.parsing import WHO_WINS
-from trl_rlaif.recipe.variants import START
+from trl_rlaif.recipe.variants import KEY, START
 
 Answers = dict[str, list[dict[str, Any]]]
 """The rows of one set by contestant, each ``id``, ``prompt``, ``category``, ``text``, ``tokens`` and ``ended``."""
@@ -42,17 +43,18 @@ def play(recipe: Recipe, plugins: Plugins, folder: RunFolder, runs: Mapping[str,
     two contestants that give the same two responses are judged once.
 
     Returns:
-        ``judge``; and ``sets``: for each evaluated set the ``prompts``, the tables of ``all_against_all``, and under
-        ``contestants`` each one's mean length, share of responses that ended, and length-controlled win rate over the
-        start (None for the start itself).
+        ``judge``; ``usage`` where it is on a server; and ``sets``: for each evaluated set the ``prompts``, the tables
+        of ``all_against_all``, and under ``contestants`` each one's mean length, share of responses that ended, and
+        length-controlled win rate over the start (None for the start itself).
     """
     sets = read_answers(runs)
     context = Context(recipe, folder, plugins)
     section = recipe.evaluate
     task = LabelTask("compare", WHO_WINS, section.judge, recipe.evaluation_prompt)
-    judged = _judge(context, task, {pair.id: pair for answers in sets.values() for pair in _pairs(answers)})
+    with counted(context, KEY):
+        judged = _judge(context, task, {pair.id: pair for answers in sets.values() for pair in _pairs(answers)})
     found = {name: _numbers(answers, judged, recipe.run.seed) for name, answers in sets.items()}
-    return {"judge": label_key(context, task).judge, "sets": found}
+    return {"judge": label_key(context, task).judge, "sets": found, **usage_numbers(context, KEY)}
 
 
 def read_answers(runs: Mapping[str, RunFolder]) -> dict[str, Answers]:

@@ -12,6 +12,7 @@ from trl_rlaif.pipeline import artifacts, machine, redo
 from trl_rlaif.pipeline.redo import Confirm
 from trl_rlaif.pipeline.results import CompareResults
 from trl_rlaif.pipeline.run_folder import RunFolder
+from trl_rlaif.pipeline.usage import spent
 from trl_rlaif.plugins import Plugins
 from trl_rlaif.progress import publishing, say
 from trl_rlaif.recipe import Recipe
@@ -114,7 +115,8 @@ def _of_variant(run: RunFolder) -> dict[str, Any]:
 
 def summary(numbers: CompareResults) -> str:
     """What the line at a comparison's end says: the contestants of each set, best first, with their win rates."""
-    return "; ".join(f"{name}: {_ranking(s['overall'])}" for name, s in numbers["sets"].items())
+    ranked = [f"{name}: {_ranking(s['overall'])}" for name, s in numbers["sets"].items()]
+    return "; ".join(filter(None, (*ranked, spent(numbers))))
 
 
 def _ranking(overall: dict[str, dict[str, Any] | None]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from trl_rlaif.errors import RunError
@@ -15,25 +15,36 @@ class Usage:
 
     Args:
         input_tokens, output_tokens: As the server counts them.
-        cost: Of these tokens, in the currency of the price; 0 without a price.
+        cost: Of these tokens, in the currency of the price; None where no judge has one.
         uncounted: Answers that came without a count.
     """
 
     input_tokens: int = 0
     output_tokens: int = 0
-    cost: float = 0.0
+    cost: float | None = None
     uncounted: int = 0
 
+    @property
+    def tokens(self) -> int:
+        """Both."""
+        return self.input_tokens + self.output_tokens
+
     def __add__(self, other: Usage) -> Usage:
-        return Usage(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
+        costs = [one.cost for one in (self, other) if one.cost is not None]
+        return Usage(
+            self.input_tokens + other.input_tokens,
+            self.output_tokens + other.output_tokens,
+            sum(costs) if costs else None,
+            self.uncounted + other.uncounted,
+        )
 
 
 @dataclass(frozen=True)
 class Price:
     """Of a million tokens."""
 
-    input: float = 0.0
-    output: float = 0.0
+    input: float
+    output: float
 
 
 @dataclass(frozen=True)
@@ -48,18 +59,38 @@ class BudgetUsedUp(RunError):
     """The run may go on with a larger budget."""
 
 
-class Meter:
-    """Adds up what the answers of a judge used, in any number of threads.
+class Total:
+    """What several judges have used together, in any number of threads.
 
     Args:
-        price: Of the judge's tokens.
-        budget: No further question is begun once it is used up; what is under way is finished.
         used: What counts already.
     """
 
-    def __init__(self, price: Price = Price(), budget: Budget = Budget(), used: Usage = Usage()) -> None:
-        self.price, self.budget, self.used = price, budget, used
-        self._lock = threading.Lock()
+    def __init__(self, used: Usage = Usage()) -> None:
+        self.used, self._lock = used, threading.Lock()
+
+    def add(self, used: Usage) -> None:
+        """Count more."""
+        with self._lock:
+            self.used += used
+
+
+class Meter:
+    """Counts what the answers of a judge used.
+
+    Args:
+        price: Of the judge's tokens.
+        budget: No further question is begun once the total has used it up; what is under way is finished.
+        total: What it is added to.
+    """
+
+    def __init__(self, price: Price | None = None, budget: Budget = Budget(), total: Total | None = None) -> None:
+        self.price, self.budget, self.total = price, budget, total or Total()
+
+    @property
+    def used(self) -> Usage:
+        """In total."""
+        return self.total.used
 
     def add(self, usage: Any) -> None:
         """Count what an answer used.
@@ -75,22 +106,20 @@ class Meter:
         counted = isinstance(counts[0], int)
         if not counted and self.budget != Budget():
             raise RunError("The judge's server does not count tokens (usage).", fix="Leave out label.budget.")
-        cost = (read * self.price.input + written * self.price.output) / 1e6
-        with self._lock:
-            self.used += Usage(read, written, cost, int(not counted))
+        cost = None if self.price is None else (read * self.price.input + written * self.price.output) / 1e6
+        self.total.add(Usage(read, written, cost, int(not counted)))
 
     @property
     def used_up(self) -> bool:
         """Whether nothing is left of the budget."""
-        tokens, cost = self.budget.tokens, self.budget.cost
-        total = self.used.input_tokens + self.used.output_tokens
-        return (tokens is not None and total >= tokens) or (cost is not None and self.used.cost >= cost)
+        used, tokens, cost = self.used, self.budget.tokens, self.budget.cost
+        return (tokens is not None and used.tokens >= tokens) or (cost is not None and (used.cost or 0.0) >= cost)
 
     def error(self) -> BudgetUsedUp:
         """What to raise once it is used up and something is left to be asked."""
         used, budget = self.used, self.budget
-        tokens = f"{used.input_tokens + used.output_tokens:,}" + (f" of {budget.tokens:,}" if budget.tokens else "")
-        cost = f", at a cost of {used.cost:.4g} of {budget.cost:.4g}" if budget.cost else ""
+        tokens = f"{used.tokens:,}" + (f" of {budget.tokens:,}" if budget.tokens else "")
+        cost = f", at a cost of {used.cost or 0.0:.4g} of {budget.cost:.4g}" if budget.cost else ""
         return BudgetUsedUp(
             f"label.budget is used up: {tokens} tokens{cost}.",
             fix="What was answered is kept. Raise label.budget and add --resume to go on.",

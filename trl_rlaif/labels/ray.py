@@ -18,11 +18,12 @@ from trl_rlaif.labels.store import LabelStore
 from trl_rlaif.models.kernels import kernels
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.context import Context
-from trl_rlaif.pipeline.label_costs import meter_of, write_usage
+from trl_rlaif.pipeline.label_costs import meter_of
 from trl_rlaif.pipeline.label_tasks import LabelTask, label_key, label_tasks
 from trl_rlaif.pipeline.outside_labels import distinct, opened_to_label
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.runner import quiet_libraries
+from trl_rlaif.pipeline.usage import counted
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.progress import progress_bar
 from trl_rlaif.recipe import Recipe
@@ -68,7 +69,7 @@ def label_with_ray(
     """
     _check(recipe)
     made, actors = 0, {"workers": workers, "batch_size": batch_size, "num_cpus": num_cpus, "num_gpus": num_gpus}
-    with opened_to_label(recipe, installed_plugins(), Path(output)) as context:
+    with opened_to_label(recipe, installed_plugins(), Path(output)) as context, counted(context, "label"):
         section, tasks = context.recipe.label, label_tasks(context.recipe)
         judged = [p for p in read_calibration(recipe).items if p.human in (1, 2)] if section.calibration else []
         with LabelStore(context.folder / artifacts.LABELS, context.folder.state / artifacts.LABEL_INDEX) as store:
@@ -120,8 +121,7 @@ class _Driver:
 
     def _count(self, used: Usage, left: int) -> None:
         if self.meter is not None:
-            self.meter.used += used
-            write_usage(self.context, self.meter.used)
+            self.meter.total.add(used)
             self._check_budget(left)
 
     def _check_budget(self, left: int) -> None:

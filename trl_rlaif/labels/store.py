@@ -163,24 +163,26 @@ class LabelStore:
         """Pairs without a label. What could not be judged is among them: a server may be back."""
         return [pair for pair in pairs if not self.is_judged(label_key.key, label_key.of(pair))]
 
-    def add(self, label_key: LabelKey, pair: Pair, label: Label) -> None:
-        """Append a label. One that is there already, word for word, adds no line.
+    def add(self, label_key: LabelKey, pair: Pair, label: Label) -> bool:
+        """Append a label; False where it is there already, word for word, or another process writes it.
 
         A kill loses nothing; a power cut what came within ``SYNC_SECONDS``, since a disk may take longer for one line
         than a server for its answer.
         """
         if not is_first():
-            return
+            return False
         row = {f.name: getattr(label, f.name) for f in fields(label)}
         if label.criteria is not None:
             row["criteria"] = [{k: v for k, v in asdict(one).items() if v is not None} for one in label.criteria]
         row = {name: value for name, value in row.items() if value is not None or name not in _OPTIONAL}
         row |= {"labeler": label_key.labeler, "setup": label_key.key, "pair": label_key.of(pair)}
         # What cannot be judged is asked in every pass, and mostly fails as before.
-        if self.get(label_key.key, row["pair"]) != row:
-            due = time.monotonic() - self._synced >= SYNC_SECONDS
-            append_lines(self.path, [row], synced=due)
-            self._synced = time.monotonic() if due else self._synced
+        if self.get(label_key.key, row["pair"]) == row:
+            return False
+        due = time.monotonic() - self._synced >= SYNC_SECONDS
+        append_lines(self.path, [row], synced=due)
+        self._synced = time.monotonic() if due else self._synced
+        return True
 
     def wait(self) -> None:
         """Until the first process has written its last label, and the others can read it."""

@@ -74,8 +74,9 @@ def plan_of(purpose: str, setup: str) -> str:
     return f"{purpose}-{setup}.jsonl"
 
 
-# In the work of label: what the servers of its judges have counted.
-USAGE = "usage.json"
+def usage_of(process: int | str) -> str:
+    """The file in a stage's ``work_of`` with what the servers of its judges have counted, by a process's number."""
+    return f"usage-{process}.json"
 
 
 def transform_of(name: str) -> str:

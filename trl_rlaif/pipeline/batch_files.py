@@ -17,14 +17,16 @@ from trl_rlaif.errors import UserError
 from trl_rlaif.files import to_line, write_atomically
 from trl_rlaif.judging.batch import DIGITS, URLS, BatchJudge
 from trl_rlaif.judging.prompt import JudgePrompt
+from trl_rlaif.judging.usage import Meter
 from trl_rlaif.labels import LabelKey, LabelStore
 from trl_rlaif.labels.store import KEY, last_places, once
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.context import Context
-from trl_rlaif.pipeline.judges import server_of
+from trl_rlaif.pipeline.judges import price_of, server_of
 from trl_rlaif.pipeline.label_tasks import LabelTask, label_key, label_tasks
 from trl_rlaif.pipeline.outside_labels import opened_to_label
 from trl_rlaif.pipeline.stored_pairs import StoredPairs
+from trl_rlaif.pipeline.usage import counted
 from trl_rlaif.plugins import Plugins
 from trl_rlaif.recipe import Recipe, ServerJudgeSection, prompt_folder
 from trl_rlaif.types import Label
@@ -43,7 +45,7 @@ class Imported:
         failed: Pairs that could not be judged, by the reason.
         missing: Ids of pairs of which an answer is missing.
         foreign: Answers to requests that this recipe does not make, such as those of another prompt.
-        tokens: Of the answers that were read, as they count them.
+        tokens: Of the answers that these labels are from, as they count them.
     """
 
     labeled: int = 0
@@ -119,13 +121,13 @@ def import_batch(recipe: Recipe, plugins: Plugins, output: Path, files: Sequence
             if not work.judge.asked.keys() <= given.keys():
                 found.missing.append(pair.id)
                 continue
-            work.store.add(work.key, pair, label)
+            if work.store.add(work.key, pair, label):  # else it failed before, by the same answers
+                work.context.total.add(work.judge.meter.used)
+                found.tokens += work.judge.meter.used.tokens
             if label.p is None:
                 found.failed[label.skipped or ""] += 1
             else:
                 found.labeled += 1
-        used = work.judge.meter.used
-        found.tokens = used.input_tokens + used.output_tokens
         return found
 
 
@@ -170,6 +172,7 @@ class _Work:
 
     def label(self, pair: Pair, answers: dict[str, Any]) -> Label:
         self.judge.begin(answers)
+        self.judge.meter = Meter(price_of(self.task.judge))  # of these answers alone
         (label,) = self.context.create_labeler(self.task.labeler).label([pair], self.judge)
         return label
 
@@ -177,7 +180,7 @@ class _Work:
 @contextmanager
 def _opened(recipe: Recipe, plugins: Plugins, output: Path) -> Iterator[_Work]:
     section, task = _server_judge(recipe), label_tasks(recipe)[0]
-    with opened_to_label(recipe, plugins, output) as context:
+    with opened_to_label(recipe, plugins, output) as context, counted(context, "label"):
         judge = BatchJudge(section.path, JudgePrompt.load(prompt_folder(task.prompt)), server_of(section))
         key, pairs = label_key(context, task), context.pairs()
         everything = np.array([key.of(pair).encode() for pair in pairs], dtype=KEY)

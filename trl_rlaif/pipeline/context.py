@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from trl_rlaif.data.overlap import prompt_key
 from trl_rlaif.encoding import PromptLike, as_messages, chat_prompt, encode_prompt, is_rendered, set_template_kwargs
 from trl_rlaif.errors import UserError
 from trl_rlaif.files import read_state, write_state
+from trl_rlaif.judging.usage import Total
 from trl_rlaif.memory.settings import setting
 from trl_rlaif.models import sharding
 from trl_rlaif.models.loading import ModelSpec, load_model, load_tokenizer
@@ -86,12 +87,18 @@ class Shard:
 
 @dataclass
 class Context:
-    """One run. Models are loaded when a stage asks for them and go when it ends."""
+    """One run. Models are loaded when a stage asks for them and go when it ends.
+
+    Args:
+        shard: This machine's share of the pairs; None is all.
+        total: What judges on servers are counted in.
+    """
 
     recipe: Recipe
     folder: RunFolder
     plugins: Plugins
     shard: Shard | None = None
+    total: Total = field(default_factory=Total)
 
     def __post_init__(self) -> None:
         self.recipe = settled(self.recipe, machine_of(self.folder))

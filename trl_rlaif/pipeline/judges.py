@@ -12,6 +12,7 @@ from trl_rlaif.judging.local import LocalJudge
 from trl_rlaif.judging.prompt import JudgePrompt
 from trl_rlaif.judging.remote import RemoteJudge
 from trl_rlaif.judging.server import Server
+from trl_rlaif.judging.usage import Meter, Price
 from trl_rlaif.judging.vllm import Engine, VLLMJudge
 from trl_rlaif.models.loading import ModelSpec, load_model, load_tokenizer
 from trl_rlaif.pipeline import artifacts
@@ -55,7 +56,9 @@ class Judges:
             shared: The base where it is already loaded, with the roles of others.
         """
         if isinstance(section, ServerJudgeSection):
-            return RemoteJudge(section.path, JudgePrompt.load(prompt_folder(prompt)), server_of(section))
+            remote = RemoteJudge(section.path, JudgePrompt.load(prompt_folder(prompt)), server_of(section))
+            remote.meter = Meter(price_of(section), total=self.context.total)
+            return remote
         taught = section == "taught"
         own = self.context.recipe.judge.model if taught else section
         if isinstance(own, VLLMJudgeSection):
@@ -128,6 +131,11 @@ class Judges:
 def server_of(section: ServerJudgeSection) -> Server:
     """A judge's server as the recipe describes it."""
     return Server(**section.model_dump(exclude={"backend", "path", "price"}))
+
+
+def price_of(section: ServerJudgeSection) -> Price | None:
+    """What its tokens cost, if the recipe says so."""
+    return Price(**section.price.model_dump()) if section.price else None
 
 
 def model_spec(section: JudgeSection) -> ModelSpec:

@@ -9,6 +9,13 @@ from __future__ import annotations
 from typing import Any, TypedDict
 
 
+class AskedResults(TypedDict, total=False):
+    """What every stage has that asked judges on servers: their ``input_tokens``, ``output_tokens``, the ``cost`` of
+    these (None without a price), and the answers that came ``uncounted``."""
+
+    usage: dict[str, Any]
+
+
 class SftResults(TypedDict):
     """Of sft: rows of the data, the tokens that the loss is on, and its mean in nats a token."""
 
@@ -54,7 +61,7 @@ class JudgeResults(TypedDict, total=False):
     seconds: float
 
 
-class LabelResults(TypedDict, total=False):
+class LabelResults(AskedResults, total=False):
     """Of label: what the labels say of the labeler, whose ``setup`` finds them."""
 
     pairs: int
@@ -84,7 +91,6 @@ class LabelResults(TypedDict, total=False):
     jury: dict[str, Any]
     comparison: dict[str, Any]
     shard: str
-    usage: dict[str, Any] | None  # of judges on servers: input_tokens, output_tokens, cost, and answers uncounted
     broken_lines: int
     seconds: float
 
@@ -116,7 +122,7 @@ class RewardResults(TypedDict, total=False):
     seconds: float
 
 
-class RlResults(TypedDict, total=False):
+class RlResults(AskedResults, total=False):
     """Of rl: first and last numbers of the training itself; KL in nats a response.
 
     DPO has ``pairs``, ``loss``, ``labels``, ``ignored``, and its implicit reward's ``accuracy_`` and ``margin_``.
@@ -150,7 +156,7 @@ class RlResults(TypedDict, total=False):
     seconds: float
 
 
-class EvaluateResults(TypedDict):
+class EvaluateResults(AskedResults):
     """Of evaluate: by set the judges' word, lengths and rewards."""
 
     judge: str
@@ -167,7 +173,7 @@ class ReportResults(TypedDict):
     seconds: float
 
 
-class CompareResults(TypedDict, total=False):
+class CompareResults(AskedResults, total=False):
     """Of a comparison: by set who beats whom, and of each variant its own run's numbers."""
 
     judge: str

@@ -233,12 +233,12 @@ def run_stages(
             numbers["seconds"] += before
         folder.add_results(stage, numbers)
         if shard is not None and stage == "label":
-            say(f"label: share {shard} done. {each.stage.summary(numbers)}")
+            say(f"label: share {shard} done. {each.stage.line(numbers)}")
             say(f"Join the machines' {artifacts.LABELS} into one, and run without --shard: {folder / artifacts.LABELS}")
             return
         digests.complete(folder, each.stage, fingerprint)
         gc.collect()  # trainers are cycles: without this a stage's model would live into the next one
-        say(f"{stage}: done in {time.monotonic() - started:.0f} s. {each.stage.summary(numbers)}".rstrip())
+        say(f"{stage}: done in {time.monotonic() - started:.0f} s. {each.stage.line(numbers)}".rstrip())
     distributed.wait()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from trl_rlaif.distributed import dividing, is_first
+from trl_rlaif.distributed import dividing, is_first, wait
 from trl_rlaif.pipeline.inputs import Inputs, learned, selected, written
 
 if TYPE_CHECKING:
@@ -128,20 +128,31 @@ class Stage:
     def run(self, context: Context) -> Mapping[str, Any]:
         """Make its outputs, and return its final numbers (trl_rlaif.pipeline.results.Results).
 
-        Of several processes all run it, and the first one writes.
+        Of several processes all run it, and the first one writes. With the numbers comes what judges on servers used.
         """
+        from trl_rlaif.pipeline.usage import counted, usage_numbers
+
         if self.alone and not is_first():
             return {}
-        with dividing() if self.divides else nullcontext():
-            return self.work(context.recipe)(context)
+        with counted(context, self.name), dividing() if self.divides else nullcontext():
+            numbers = dict(self.work(context.recipe)(context))
+        if not self.alone:
+            wait()  # until all have counted
+        return {**numbers, **usage_numbers(context, self.name)}
 
     def work(self, recipe: Recipe) -> Callable[[Context], Mapping[str, Any]]:
         """The function that does it, imported now."""
         return importlib.import_module(f"trl_rlaif.pipeline.work.{self.name}").run
 
     def summary(self, numbers: Any) -> str:
-        """What the line at its end, and ``trl-rlaif status``, say of these numbers."""
+        """What the line at its end, and ``trl-rlaif status``, say of these numbers, without its judges' tokens."""
         return ""
+
+    def line(self, numbers: Mapping[str, Any]) -> str:
+        """The same, with them."""
+        from trl_rlaif.pipeline.usage import spent
+
+        return ", ".join(filter(None, (self.summary(numbers), spent(numbers))))
 
     def cost(self, recipe: Recipe, amounts: Amounts) -> float | None:
         """Tokens that it computes, in forward passes of the base; None where it cannot tell."""

@@ -351,6 +351,7 @@ def stage_rows(run: Run) -> list[StageRow]:
         if stage == "sample" and state == "not run" and section(run.recipe, "data").get("pairs"):
             did = "the pairs were given by data.pairs"
         skipped = reasons(result.get("dropped" if stage == "sample" else "skipped"))
+        did = ", ".join(filter(None, (did, _asked(section(result, "usage")))))
         rows.append(StageRow(stage, state, did, skipped, number(result.get("seconds"))))
     return rows
 
@@ -365,6 +366,14 @@ def _evidence(run: Run, stage: str) -> str:
         return count(len(run.samples), "sample") + " written"
     steps = {step for points in run.series.get(stage, {}).values() for step, _ in points}
     return count(len(steps), "step") + " logged" if steps else ""
+
+
+def _asked(usage: dict[str, Any]) -> str:
+    """What judges on servers have used."""
+    tokens, cost = [number(usage.get(key)) for key in ("input_tokens", "output_tokens")], number(usage.get("cost"))
+    if None in tokens:
+        return ""
+    return f"{count(sum(tokens), 'token')} of judges on servers" + ("" if cost is None else f", cost {cost:.4g}")
 
 
 def _did(stage: str, result: dict[str, Any]) -> str:

@@ -267,7 +267,7 @@ def _recipe(folder: Path) -> dict[str, Any]:
 def _summary(stage: str, numbers: dict[str, Any]) -> str:
     """What a stage says of its numbers; nothing where another version wrote them, or somebody changed them."""
     try:
-        told = summary_of_comparison(numbers) if stage == COMPARE else STAGES[stage].summary(numbers)
+        told = summary_of_comparison(numbers) if stage == COMPARE else STAGES[stage].line(numbers)
         return _one_line(told) if numbers else ""
     except (AttributeError, KeyError, TypeError, ValueError):
         return ""

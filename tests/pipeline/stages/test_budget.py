@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 from helpers.labeling import label_stage, make_pairs, results
+from helpers.recipes import tiny_recipe, write_rows
 from helpers.server import scripted_server
 
 from trl_rlaif.errors import RunError
+from trl_rlaif.experiments.pairwise import play
 from trl_rlaif.files import read_lines
+from trl_rlaif.judging.usage import Usage
 from trl_rlaif.labels import LabelStore
+from trl_rlaif.pipeline.run_folder import RunFolder
+from trl_rlaif.pipeline.runner import run_recipe
+from trl_rlaif.pipeline.usage import StoredTotal, counted, usage_numbers
+from trl_rlaif.plugins import installed_plugins
 
 PAIRS = make_pairs(12)
 
@@ -118,3 +127,97 @@ def test_what_a_stopped_run_has_used_still_counts(label, server, monkeypatch):
     asked = used(server)[0]
     most = max(len(text.split()) for text in texts(server))
     assert asked - 2 * 2 * most <= usage <= asked and usage > asked - before
+
+
+# ---- Every stage that asks -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tiny_model, tmp_path, server):
+    """What runs these stages of a recipe whose labels, rewards and win rates are of a server; the stage's results."""
+    judge = {"backend": "openai", "path": "scripted", "base_url": server.base_url, "prefill": False}
+    dear, cheap = ({"price": dict(zip(("input", "output"), of, strict=True))} for of in ((3.0, 20.0), (1.0, 2.0)))
+    recipe = tiny_recipe(
+        tmp_path,
+        tiny_model,
+        reward=None,
+        label={"judge": judge | dear, "prompt": "general"},
+        rl={"rewards": ["direct"], "total_episodes": 8, "per_device_train_batch_size": 4, "save_steps": 1},
+        evaluate={"judge": judge | cheap, "prompt": "general"},
+        report={},
+    )
+
+    def run(*stages):
+        server.forget()
+        folder = run_recipe(recipe, installed_plugins(), tmp_path / "out", only=stages)
+        return folder.results()[stages[-1]]
+
+    return run
+
+
+def cost(server):
+    """Of all requests: ratings, and comparisons by evaluate, have prices of their own."""
+    rated = ["from 1 to 10" in text for text in texts(server)]
+    words = [len(text.split()) for text in texts(server)]
+    return sum(3 * n + 20 if dear else n + 2 for n, dear in zip(words, rated, strict=True)) / 1e6
+
+
+def test_rewards_and_win_rates_by_a_server_are_counted_each_by_its_price(run, server, tmp_path, capsys, monkeypatch):
+    run("sample", "label")
+    usage = run("rl")["usage"]
+    assert len(server.requests) == 8 and (usage["input_tokens"], usage["output_tokens"]) == used(server)
+    assert usage["cost"] == pytest.approx(cost(server), rel=1e-12)
+    assert f", {sum(used(server)):,} tokens for {usage['cost']:.4g}" in capsys.readouterr().err
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("trl_rlaif.pipeline.work.evaluate.write_atomically", stop)
+        run("evaluate")
+    stopped, spent = used(server), cost(server)
+    usage = run("evaluate", "report", "evaluate")["usage"]  # all is asked again, and counts again
+    assert used(server) == stopped and 8 < len(server.requests)  # ratings of 4 prompts' responses, and comparisons
+    assert (usage["input_tokens"], usage["output_tokens"]) == tuple(2 * n for n in stopped)
+    assert usage["cost"] == pytest.approx(2 * spent, rel=1e-12) and usage["uncounted"] == 0
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert f"{2 * sum(stopped):,} tokens of judges on servers, cost {usage['cost']:.4g}" in page
+
+
+def test_a_comparison_counts_what_all_its_judgments_took(tiny_model, tmp_path, server):
+    judge = {"backend": "openai", "path": "scripted", "base_url": server.base_url, "prefill": False}
+    recipe = tiny_recipe(tmp_path, tiny_model, evaluate={"judge": judge, "prompt": "general"})
+    folder, runs = RunFolder(tmp_path / "out"), {name: RunFolder(tmp_path / name) for name in "ab"}
+    told = {"set": "test", "category": None, "start": "the fox", **dict.fromkeys(("tokens_start", "ended_start"), 1.0)}
+    for name, run in runs.items():
+        rows = [{"id": f"p{i}", "prompt": f"what is {i}?", "trained": f"{name} {i}"} for i in range(3)]
+        write_rows(run / "samples.jsonl", [told | row | {"tokens_trained": 2.0, "ended_trained": 1.0} for row in rows])
+    usage = play(recipe, installed_plugins(), folder, runs)["usage"]
+    assert (usage["input_tokens"], usage["output_tokens"]) == used(server) and len(server.requests) == 3 * 3 * 2
+    assert play(recipe, installed_plugins(), folder, runs)["usage"] == usage  # nothing is asked again
+    assert len(server.requests) == 3 * 3 * 2
+
+
+def test_each_process_counts_in_a_file_of_its_own(tmp_path, monkeypatch):
+    """The second of two rewards its own responses; one process alone goes on after a kill."""
+    context = SimpleNamespace(folder=RunFolder(tmp_path), total=None)
+    for rank, used in enumerate([Usage(10, 1, 0.5), Usage(20, 2, None, 3)]):
+        with monkeypatch.context() as patch:
+            for name, value in {"LOCAL_RANK": rank, "RANK": rank, "WORLD_SIZE": 2}.items():
+                patch.setenv(name, str(value))
+            with counted(context, "rl"):
+                context.total.add(used)
+    with counted(context, "rl"):
+        context.total.add(Usage(100, 10))
+    assert usage_numbers(context, "rl")["usage"] == asdict(Usage(130, 13, 0.5, 3))
+    assert usage_numbers(context, "evaluate") == {}
+
+
+def test_a_kill_loses_what_was_counted_in_a_second(tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr("trl_rlaif.pipeline.usage.time", clock)
+    total = StoredTotal(tmp_path / "rl.work")
+    for clock.now in (0.5, 1.0, 1.5, 1.9):
+        total.add(Usage(1, 1))
+    assert StoredTotal(tmp_path / "rl.work").used == Usage(2, 2)

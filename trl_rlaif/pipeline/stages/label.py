@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.inputs import data_file, prompt_file
@@ -47,7 +47,6 @@ class Label(Stage):
             + (f", {ranking['questions']} of {ranking['all_questions']} questions asked" if ranking else "")
             + (f", {numbers['voted']} of them from votes" if numbers.get("voted") else "")
             + (f", by a jury of {len(numbers['jury']['members'])}" if "jury" in numbers else "")
-            + (f", {_tokens(numbers['usage'])}" if numbers.get("usage") else "")
             + (f", position bias {bias['rate']:.0%}" if bias else "")
             + (f", {numbers['agreement']['rate']:.0%} as people chose" if numbers["agreement"] else "")
         )
@@ -65,8 +64,3 @@ class Label(Stage):
         from trl_rlaif.memory.parts import judging
 
         return [*judging(run, run.recipe.label.judge, alone=True)]
-
-
-def _tokens(usage: dict[str, Any]) -> str:
-    cost = f" for {usage['cost']:.4g}" if usage["cost"] is not None else ""
-    return f"{usage['input_tokens'] + usage['output_tokens']:,} tokens{cost}"

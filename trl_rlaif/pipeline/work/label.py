@@ -22,7 +22,7 @@ from trl_rlaif.labels.store import KEY, Plan, pair_key
 from trl_rlaif.pipeline import artifacts, rankings
 from trl_rlaif.pipeline.context import Context
 from trl_rlaif.pipeline.jury import Jury
-from trl_rlaif.pipeline.label_costs import counting, usage_numbers
+from trl_rlaif.pipeline.label_costs import counting
 from trl_rlaif.pipeline.label_rows import LOW_MASS, Columns, StoredRows, TaskLabels
 from trl_rlaif.pipeline.label_tasks import LabelTask, label_key, label_tasks
 from trl_rlaif.pipeline.preferences import write_preferences
@@ -46,7 +46,7 @@ def run(context: Context) -> LabelResults:
     started = time.monotonic()
     with LabelStore(context.folder / artifacts.LABELS, context.folder.state / artifacts.LABEL_INDEX) as store:
         numbers = _run(context, store)
-    return numbers | {"usage": usage_numbers(context), "seconds": time.monotonic() - started}
+    return numbers | {"seconds": time.monotonic() - started}
 
 
 def _run(context: Context, store: LabelStore) -> LabelResults:

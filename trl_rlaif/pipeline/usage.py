@@ -1,0 +1,90 @@
+"""What a stage's judges on servers have used, kept on disk until the stage is complete: a stopped run counts on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl_rlaif import distributed
+from trl_rlaif.files import read_state, write_state
+from trl_rlaif.judging.usage import Total, Usage
+from trl_rlaif.pipeline import artifacts
+
+if TYPE_CHECKING:
+    from trl_rlaif.pipeline.context import Context
+    from trl_rlaif.pipeline.results import AskedResults
+
+# It is written so often; a kill loses as much.
+KEPT_SECONDS = 1.0
+
+
+class StoredTotal(Total):
+    """What this process counts. Each process has a file of its own.
+
+    Args:
+        folder: Of the stage's work.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / artifacts.usage_of(distributed.rank())
+        super().__init__(_read(self._path))
+        self._kept, self._closed = time.monotonic(), False
+
+    def add(self, used: Usage) -> None:
+        """Count more, and write it down once a second."""
+        with self._lock:
+            self.used += used
+            if time.monotonic() - self._kept >= KEPT_SECONDS:
+                self._keep()
+
+    def close(self) -> None:
+        """Write it down for the last time; an answer that nobody waits for any more is not counted."""
+        with self._lock:
+            self._keep()
+            self._closed = True
+
+    def _keep(self) -> None:
+        if self.used != Usage() and not self._closed:
+            self._path.parent.mkdir(exist_ok=True)
+            write_state(self._path, asdict(self.used), by_all=True)
+            self._kept = time.monotonic()
+
+
+def _read(path: Path) -> Usage:
+    return Usage(**read_state(path, "Without it what the judge's server has counted is counted from zero again."))
+
+
+@contextmanager
+def counted(context: Context, stage: str) -> Iterator[None]:
+    """Inside, what judges on servers use is counted as the stage's."""
+    before, total = context.total, StoredTotal(_folder(context, stage))
+    context.total = total
+    try:
+        yield
+    finally:
+        total.close()
+        context.total = before
+
+
+def usage_numbers(context: Context, stage: str) -> AskedResults:
+    """Of all processes together; nothing where no server was asked."""
+    files = sorted(_folder(context, stage).glob(artifacts.usage_of("*")))
+    used = sum(map(_read, files), Usage())
+    return {} if used == Usage() else {"usage": asdict(used)}
+
+
+def spent(numbers: Mapping[str, Any]) -> str:
+    """What a stage's line says of it; nothing where no server was asked."""
+    usage = numbers.get("usage")
+    if not usage:
+        return ""
+    cost = f" for {usage['cost']:.4g}" if usage["cost"] is not None else ""
+    return f"{usage['input_tokens'] + usage['output_tokens']:,} tokens{cost}"
+
+
+def _folder(context: Context, stage: str) -> Path:
+    return context.folder.state / artifacts.work_of(stage)
