@@ -113,8 +113,8 @@ def test_errors_and_missing_answers_are_counted_and_named(recipe, plugins, serve
     rows[ids[0]] = {"custom_id": ids[0], "response": failed, "error": None}
     rows[ids[2]] = {"custom_id": ids[2], "response": None, "error": {"code": "batch_expired", "message": "too late"}}
     del rows[ids[5]]
-    strange = {"custom_id": "of-another-recipe", "response": rows[ids[3]]["response"]}
-    write_rows(told, [*rows.values(), strange])
+    strange = {"custom_id": "of-another-recipe", "response": rows[ids[3]]["response"], "note": "no line\u2028ends here"}
+    told.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in [strange, *rows.values()]), "utf-8")
     found = import_batch(made, plugins, folder.path, [told])
     assert (found.labeled, found.known, found.missing, found.foreign) == (3, 0, ["p2"], 1)
     assert found.failed == {"400: the context is too long (batch)": 1, "too late (batch)": 1}

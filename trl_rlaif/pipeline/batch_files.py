@@ -103,20 +103,20 @@ def import_batch(recipe: Recipe, plugins: Plugins, output: Path, files: Sequence
     Raises:
         UserError: A line is none of these; or as of ``export_batch``.
     """
-    answers = _read(files)
+    places = _places(files)
     with _opened(recipe, plugins, output) as work:
         found = Imported()
-        by_pair: dict[str, dict[str, Any]] = {work.prefix_of(key.decode()): {} for key in work.keys.tolist()}
-        for id, answer in answers.items():
+        by_pair: dict[str, dict[str, tuple[Path, int]]] = {work.prefix_of(k.decode()): {} for k in work.keys.tolist()}
+        for id, place in places.items():
             prefix, digest = id[:-DIGITS], id[-DIGITS:]
             if prefix in by_pair:
-                by_pair[prefix][digest] = answer
+                by_pair[prefix][digest] = place
             else:
                 found.foreign += 1
         missing = work.missing()
         found.known = len(work.pairs) - len(missing)
         for pair in missing:
-            given = by_pair[work.prefix(pair)]
+            given = {digest: _answer_at(*place) for digest, place in by_pair[work.prefix(pair)].items()}
             label = work.label(pair, given)
             if not work.judge.asked.keys() <= given.keys():
                 found.missing.append(pair.id)
@@ -214,24 +214,38 @@ def _server_judge(recipe: Recipe) -> ServerJudgeSection:
     return judge
 
 
-def _read(files: Sequence[Path]) -> dict[str, dict[str, Any] | str]:
-    """By custom_id the answer's body, or why there is none; of several answers, one that is good."""
-    found: dict[str, dict[str, Any] | str] = {}
+def _places(files: Sequence[Path]) -> dict[str, tuple[Path, int]]:
+    """By custom_id the file and the line's first byte of an answer; of several answers, of one that is good."""
+    found, good = dict[str, tuple[Path, int]](), set[str]()
     for file in files:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            with file.open("rb") as lines:
+                place = 0
+                for number, line in enumerate(lines, 1):
+                    id, answer = _parsed(line, f"{file}:{number}")
+                    if id not in good:
+                        found[id] = (file, place)
+                    good.update([id] if isinstance(answer, dict) else [])
+                    place += len(line)
+        except OSError as error:
             raise UserError(f"The answers cannot be read: {error}", where=str(file)) from None
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                id, answer = row["custom_id"], _answer(row)
-            except (ValueError, KeyError, TypeError, AttributeError):
-                what = "the line is not an answer of a batch: an object with custom_id, and response or error."
-                raise UserError(what, where=f"{file}:{number}", fix="Remove the line.") from None
-            if not isinstance(found.get(id), dict):
-                found[id] = answer
     return found
+
+
+def _answer_at(file: Path, place: int) -> dict[str, Any] | str:
+    with file.open("rb") as lines:
+        lines.seek(place)
+        return _parsed(lines.readline(), str(file))[1]
+
+
+def _parsed(line: bytes, where: str) -> tuple[str, dict[str, Any] | str]:
+    """The custom_id, and the answer's body, or why there is none."""
+    try:
+        row = json.loads(line)
+        return str(row["custom_id"]), _answer(row)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        what = "the line is not an answer of a batch: an object with custom_id, and response or error."
+        raise UserError(what, where=where, fix="Remove the line.") from None
 
 
 def _answer(row: dict[str, Any]) -> dict[str, Any] | str:

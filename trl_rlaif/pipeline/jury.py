@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trl_rlaif.data import Pair
 from trl_rlaif.errors import UserError
 from trl_rlaif.files import to_line, write_atomically
 from trl_rlaif.labels.jury import JOINS, Join, disagreement
 from trl_rlaif.pipeline import artifacts
+from trl_rlaif.pipeline.label_rows import TaskLabels
 from trl_rlaif.pipeline.rows import JuryRow, LabelRow
 from trl_rlaif.progress import say
 
@@ -20,28 +20,24 @@ if TYPE_CHECKING:
     from trl_rlaif.pipeline.context import Context
     from trl_rlaif.recipe.sections import JurySection
 
-ByMember = Mapping[str, Mapping[str, LabelRow]]
-"""Labels by pair id, by the member's name."""
-
 
 class Jury:
     """The main labeler and those of ``label.compare``, whose votes on a run's pairs say how reliable each is.
 
     Args:
         section: How they are joined.
-        pairs: The run's.
-        rows: Their labels; a member may lack some.
+        members: Their labels of all pairs by their names, the main one first.
 
     Attributes:
         labels: One for each pair.
         disagreement: Standard deviation of each pair's votes; None where fewer than two members voted.
     """
 
-    def __init__(self, section: JurySection, pairs: Sequence[Pair], rows: ByMember) -> None:
-        self.section, self.members, self._ids = section, list(rows), [pair.id for pair in pairs]
-        self._votes = _votes(rows, self._ids)
+    def __init__(self, section: JurySection, members: Mapping[str, TaskLabels]) -> None:
+        self.section, self.members = section, list(members)
+        self._votes = _votes(members)
         self._join: Join = JOINS[section.join].fit(self._votes)
-        self.labels = self.joined(rows, self._ids)
+        self.labels = self.joined(members)
         spread = disagreement(self._votes).tolist()
         self.disagreement = [None if math.isnan(value) else value for value in spread]
         for name, reliability in zip(self.members, self._join.reliability, strict=True):
@@ -52,18 +48,11 @@ class Jury:
                     f"votes {effect}: try another prompt, or a larger judge."
                 )
 
-    def joined(self, rows: ByMember, ids: list[str]) -> list[LabelRow]:
-        """What the members' labels of these pairs become, by the reliability learned of the run's own.
-
-        A pair that no member could judge is skipped, for the first member's reason.
-        """
-        votes, main = _votes(rows, ids), next(iter(rows.values()))
-        found: list[LabelRow] = []
-        for id, p, known in zip(ids, self._join.join(votes).tolist(), ~np.isnan(votes), strict=True):
-            # Of both orders and of masses each member has its own.
-            row: Any = {"id": id, "p": p, "p_12": None, "p_21": None, "mass_12": None, "mass_21": None}
-            found.append(row if known.any() else row | {"p": None, "skipped": main[id].get("skipped", "no vote")})
-        return found
+    def joined(self, members: Mapping[str, TaskLabels]) -> JoinedRows:
+        """What the members' labels of some pairs become, by the reliability learned of the run's own."""
+        votes = _votes(members)
+        p = np.where(np.isnan(votes).all(axis=1), math.nan, self._join.join(votes))
+        return JoinedRows(p, next(iter(members.values())))
 
     def undisputed(self, kept: np.ndarray) -> np.ndarray:
         """Those of these pairs, by their places, about which the members agree well enough.
@@ -85,7 +74,7 @@ class Jury:
         Args:
             disputed: Pairs left out, since the members disagree on them.
         """
-        p = np.array([math.nan if row["p"] is None else row["p"] for row in self.labels])
+        p = self.labels.p
         sides, known = np.sign(self._votes - 0.5) == np.sign(p - 0.5)[:, None], ~np.isnan(self._votes)
         spread = [value for value in self.disagreement if value is not None]
         return {
@@ -104,20 +93,43 @@ class Jury:
 
     def write(self, context: Context) -> None:
         """Write ``jury.jsonl``."""
-        votes = np.where(np.isnan(self._votes), None, self._votes).tolist()
-        rows: list[JuryRow] = [
+        votes = np.where(np.isnan(self._votes), None, self._votes)
+        rows: Iterator[JuryRow] = (
             {
-                "id": id,
+                "id": label["id"],
                 "p": label["p"],
                 "disagreement": spread,
-                "votes": dict(zip(self.members, of, strict=True)),
+                "votes": dict(zip(self.members, of.tolist(), strict=True)),
             }
-            for id, label, spread, of in zip(self._ids, self.labels, self.disagreement, votes, strict=True)
-        ]
-        write_atomically(context.folder / artifacts.JURY, "".join(map(to_line, rows)))
+            for label, spread, of in zip(self.labels, self.disagreement, votes, strict=True)
+        )
+        write_atomically(context.folder / artifacts.JURY, map(to_line, rows))
 
 
-def _votes(rows: ByMember, ids: list[str]) -> np.ndarray:
+class JoinedRows(Sequence[LabelRow]):
+    """A jury's labels of N pairs. One that no member could judge is skipped, for the main labeler's reason.
+
+    Args:
+        p: The joined probabilities, (N,) float64; NaN where no member has voted.
+        main: The main labeler's labels.
+    """
+
+    def __init__(self, p: np.ndarray, main: TaskLabels) -> None:
+        self.p, self._main = p, main
+
+    def __len__(self) -> int:
+        return len(self.p)
+
+    def __getitem__(self, index: Any) -> Any:
+        p = float(self.p[index])
+        # Of both orders and of masses each member has its own.
+        row: Any = {"id": self._main.pairs[index].id, "p": p}
+        row |= dict.fromkeys(("p_12", "p_21", "mass_12", "mass_21"))
+        if math.isnan(p):
+            row |= {"p": None, "skipped": (self._main.rows[index] or {}).get("skipped", "no vote")}
+        return row
+
+
+def _votes(members: Mapping[str, TaskLabels]) -> np.ndarray:
     """(N, J) probabilities that response_1 is preferred, NaN where a member has none."""
-    found = [[of[id]["p"] if id in of else None for of in rows.values()] for id in ids]
-    return np.array(found, dtype=np.float64)
+    return np.column_stack([of.columns.p for of in members.values()])

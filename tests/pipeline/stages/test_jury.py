@@ -17,6 +17,7 @@ from trl_rlaif.files import read_lines
 from trl_rlaif.labels.calibration import Calibration
 from trl_rlaif.labels.jury import DawidSkene, LogOddsPool
 from trl_rlaif.pipeline.jury import Jury
+from trl_rlaif.pipeline.label_rows import TaskLabels
 from trl_rlaif.recipe.sections import JurySection
 
 RATED, ONE_ORDER = {"labeler": "direct"}, {"labeler": {"distilled": {"orders": "12"}}}
@@ -126,27 +127,30 @@ def test_the_joined_label_is_what_is_calibrated(label):
 # ---- Votes that are missing -----------------------------------------------------------------------------
 
 
-def rows(p):
-    """A member's labels, None for what it skipped."""
-    return {
-        id: {"id": id, "p": value} | ({} if value is not None else {"skipped": "too long"}) for id, value in p.items()
+def labels(p, ids="wxyz"):
+    """A member's, None for what it skipped; it has none of other pairs."""
+    pairs, masses = [Pair(id, "why?", "a", "b") for id in ids], {"mass_12": None, "mass_21": None}
+    rows = {
+        id: {"id": id, "p": value, **masses} | ({} if value is not None else {"skipped": "too long"})
+        for id, value in p.items()
     }
+    return TaskLabels(None, pairs, [rows.get(id) for id in ids], np.array([]), {})
 
 
-PAIRS = [Pair(id, "why?", "a", "b") for id in "wxyz"]
-BY_MEMBER = {
-    "one": rows({"w": 0.9, "x": None, "y": None, "z": 0.2}),
-    "two": rows({"w": 0.8, "x": 0.3, "y": None, "z": 0.1}),
-    "three": rows({"w": 0.7, "x": 0.4}),
+MEMBERS = {
+    "one": labels({"w": 0.9, "x": None, "y": None, "z": 0.2}),
+    "two": labels({"w": 0.8, "x": 0.3, "y": None, "z": 0.1}),
+    "three": labels({"w": 0.7, "x": 0.4}),
 }
 
 
 def test_a_member_may_lack_votes():
-    jury = Jury(JurySection(), PAIRS, BY_MEMBER)
+    jury = Jury(JurySection(), MEMBERS)
     nan = math.nan
     given = np.array([[0.9, 0.8, 0.7], [nan, 0.3, 0.4], [nan, nan, nan], [0.2, 0.1, nan]])
     p = LogOddsPool.fit(given).join(given)
     assert [label["p"] for label in jury.labels] == [p[0], p[1], None, p[3]]
+    assert [label["id"] for label in jury.labels] == [*"wxyz"]
     assert jury.labels[2]["skipped"] == "too long" and "skipped" not in jury.labels[1]
     assert jury.disagreement[2] is None and jury.disagreement[3] == pytest.approx(0.05)
     members = jury.numbers(0)["members"]
@@ -154,17 +158,17 @@ def test_a_member_may_lack_votes():
 
 
 def test_of_one_vote_nobody_knows_whether_others_agree():
-    pairs, alone = PAIRS[:2], {"one": rows({"w": 0.9, "x": 0.9}), "two": rows({"w": 0.9, "x": None})}
-    assert Jury(JurySection(), pairs, alone).undisputed(np.array([0, 1])).tolist() == [0, 1]
-    strict = Jury(JurySection(max_disagreement=0.5), pairs, alone)
+    alone = {"one": labels({"w": 0.9, "x": 0.9}, "wx"), "two": labels({"w": 0.9, "x": None}, "wx")}
+    assert Jury(JurySection(), alone).undisputed(np.array([0, 1])).tolist() == [0, 1]
+    strict = Jury(JurySection(max_disagreement=0.5), alone)
     assert strict.undisputed(np.array([0, 1])).tolist() == [0]
 
 
 def test_who_contradicts_all_others_is_named(capsys):
     good, bad = {id: 0.9 if id in "wx" else 0.1 for id in "wxyz"}, {id: 0.1 if id in "wx" else 0.9 for id in "wxyz"}
-    by_member = {"one": rows(good), "two": rows(good), "odd": rows(bad)}
+    members = {"one": labels(good), "two": labels(good), "odd": labels(bad)}
     for join, effect in (("log_odds", "are not counted"), ("dawid_skene", "count against what they say")):
-        Jury(JurySection(join=join), PAIRS, by_member)
+        Jury(JurySection(join=join), members)
         told = capsys.readouterr()
         assert "Warning (odd): this member" in told.err + told.out and f"votes {effect}" in told.err + told.out
         assert "Warning (one)" not in told.err + told.out

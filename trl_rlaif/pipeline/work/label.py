@@ -64,7 +64,7 @@ def _run(context: Context, store: LabelStore) -> LabelResults:
     if ranking is not None:
         labels[main.name] = _ranked(ranking, labels[main.name])
     section, final = context.recipe.label, labels[main.name]
-    jury = Jury(section.jury, pairs, {name: of.by_id() for name, of in labels.items()}) if section.jury else None
+    jury = Jury(section.jury, labels) if section.jury else None
     if jury is not None:
         final = _together(labels, jury.labels)
     numbers = final.numbers()
@@ -92,7 +92,7 @@ def _run(context: Context, store: LabelStore) -> LabelResults:
     return numbers | {"broken_lines": store.broken}
 
 
-def _together(labels: dict[str, TaskLabels], joined: list[LabelRow]) -> TaskLabels:
+def _together(labels: dict[str, TaskLabels], joined: Sequence[LabelRow]) -> TaskLabels:
     """A jury's labels. What it took to make them is what it took all members."""
     first, *_ = members = list(labels.values())
     asked = np.unique(np.concatenate([of.asked for of in members]))
@@ -295,8 +295,7 @@ def _of_judged(
         rows[task.name] = _labels(context, store, replace(task, name=name), judged, "calibration")
     final = next(iter(rows.values()))
     if jury is not None:
-        ids = [pair.id for pair in judged]
-        final = _together(rows, jury.joined({name: of.by_id() for name, of in rows.items()}, ids))
+        final = _together(rows, jury.joined(rows))
     return final.judged()
 
 
