@@ -7,6 +7,8 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +17,7 @@ from trl_rlaif.encoding import usable_tokenizer
 from trl_rlaif.errors import UserError
 from trl_rlaif.files import cache_dir, digest_of
 from trl_rlaif.models import sharding
+from trl_rlaif.progress import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,9 +71,11 @@ def rebuild_gguf(gguf: Path) -> Path:
     if (target / "config.json").exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
+    say(f"Converting {gguf.name} for training; the result is kept for later runs.")
     # Built beside its place and moved there whole, so that a kill leaves no half of a model.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as building:
-        _write_plain_model(gguf, Path(building))
+        with _without_bars():
+            _write_plain_model(gguf, Path(building))
         try:
             os.rename(shutil.copytree(building, f"{building}-done"), target)
         except OSError:  # another process was faster
@@ -108,6 +113,23 @@ def _write_plain_model(gguf: Path, folder: Path) -> None:
     plain.generation_config.eos_token_id = tokenizer.eos_token_id
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without transformers' bars; that over a GGUF file's tensors has no switch, and fills 60 lines of a log."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+    from transformers.utils import logging
+
+    bar, shown = getattr(reader, "tqdm", None), logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    reader.tqdm = lambda tensors, **_: tensors
+    try:
+        yield
+    finally:
+        reader.tqdm = bar
+        if shown:
+            logging.enable_progress_bar()
 
 
 def resolve(path: str) -> str:

@@ -132,7 +132,7 @@ def run_rounds(recipe: Recipe, plugins: Plugins, output: str | Path, how: RunOpt
             if only_ends or not how.only:
                 _finish(recipe, plugins, folder, replace(how, resume=not how.only, only=only_ends), publisher)
         if not how.only:
-            runner.say_signs(folder)
+            runner.say_outcome(folder)
     return folder
 
 

@@ -23,7 +23,7 @@ from trl_rlaif.pipeline.redo import Confirm, Planned
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.stage import Stage
 from trl_rlaif.plugins import Plugins
-from trl_rlaif.progress import Publisher, publishing, say
+from trl_rlaif.progress import Forecast, Publisher, publishing, say
 from trl_rlaif.recipe import Recipe
 from trl_rlaif.recipe.base_model import check_base
 from trl_rlaif.recipe.sections import STAGES
@@ -89,10 +89,13 @@ def run_recipe(recipe: Recipe, plugins: Plugins, output: str | Path, **options: 
         prepare(recipe, folder, how.command, began)
         known = {name: each.fingerprint for name, each in planned.items()}
         ahead = _ahead(folder, planned, only) if how.shard is None else []
-        with publishing(folder.state, known, forecast(recipe, ahead)) as publisher:
+        foretold = forecast(recipe, ahead)
+        if ahead:
+            _say_ahead(planned, ahead, foretold)
+        with publishing(folder.state, known, foretold) as publisher:
             run_stages(recipe, plugins, folder, planned, how, publisher)
         if how.shard is None and not how.without:
-            say_signs(folder)
+            say_outcome(folder)
     return folder
 
 
@@ -123,14 +126,25 @@ def _ahead(folder: RunFolder, planned: Mapping[str, Planned], only: Sequence[str
     return [planned[name].stage for name in due if name in (only or due)]
 
 
-def say_signs(folder: RunFolder) -> None:
-    """Say at the run's end why it may have learned nothing, as the report does in its first lines."""
-    from trl_rlaif.report.no_learning import signs_of_no_learning
+def say_outcome(folder: RunFolder) -> None:
+    """Say at the run's end what came out, what to doubt and what to do next, as the report does in its first lines."""
+    from trl_rlaif.report.outcome import outcome
     from trl_rlaif.report.run_data import read_run
 
-    signs = signs_of_no_learning(read_run(folder.path, labels=False))
-    if signs:
-        say("\n- ".join(["This run may have learned nothing:", *signs]))
+    for line in outcome(read_run(folder.path), str(folder.path)):
+        say(line)
+
+
+def _say_ahead(planned: Mapping[str, Planned], ahead: Sequence[Stage], known: Forecast | None) -> None:
+    """Say at the run's beginning which stages it will run, where most of the time goes, and when more is known."""
+    names = [stage.name for stage in ahead]
+    kept = [name for name in planned if name not in names]
+    said = f"To run: {', '.join(names)}." + (f" Kept: {', '.join(kept)}." if kept else "")
+    shares = known.shares if known else {}
+    if len(shares) > 1:
+        longest = max(shares, key=lambda name: shares[name])
+        said += f" Most of the time goes to {longest} ({shares[longest]:.0%} of what can be foretold)."
+    say(said + (" After the first minute of computing, the run says how long it will take." if shares else ""))
 
 
 def check_unused(folder: RunFolder, how: RunOptions) -> None:

@@ -225,14 +225,17 @@ def test_adapters_and_heads_on_four_bits_are_trained_in_float32(tmp_path, algori
     assert all(torch.equal(start[name], policy[name]) for name in start)  # at a learning rate of zero
 
 
-def test_a_report_is_built_again_only_if_something_changed(tmp_path, tiny_model, monkeypatch):
+def test_a_report_is_built_again_only_if_something_changed(tmp_path, tiny_model, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     recipe = tiny_recipe(tmp_path, tiny_model, reward=None, rl=None, evaluate=None, label=None)
     folder = run_recipe(recipe, installed_plugins(), "out").path
+    said = capsys.readouterr().err
+    assert "To run: sample, report. After the first minute" in said
     page = folder / "report.html"
     page.write_text("untouched")
     run_recipe(recipe, installed_plugins(), "out", resume=True)
     assert page.read_text() == "untouched"
+    assert "To run:" not in capsys.readouterr().err
     (folder / "votes.jsonl").touch()
     run_recipe(recipe, installed_plugins(), "out", resume=True)
     assert page.read_text() != "untouched"
