@@ -88,6 +88,17 @@ def explain(
 
 
 @app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="The folders of two runs or more.")],
+) -> None:
+    """Put finished runs side by side: settings that differ, win rates, and their difference on shared prompts."""
+    from trl_rlaif.experiments.runs import compare_runs
+
+    for line in compare_runs(folders):
+        echo(line)
+
+
+@app.command()
 def init(
     path: Annotated[Path, typer.Argument(help="The new recipe.")] = Path("my_recipe.yaml"),
     model: Annotated[str | None, typer.Option(help="A Hub id, a folder, or package:NAME.")] = None,
