@@ -29,7 +29,7 @@ def split(pair):
 
 @pytest.fixture(scope="module")
 def contrasts():
-    return make_contrasts(PAIRS, KINDS, 60, seed=3)
+    return make_contrasts(PAIRS, KINDS, 72, seed=5)
 
 
 def of_kind(contrasts, kind):
@@ -39,7 +39,7 @@ def of_kind(contrasts, kind):
 
 
 def test_kinds_take_turns_and_the_better_one_is_first_in_about_half(contrasts):
-    assert len(contrasts) == 60 and len({pair.id for pair in contrasts}) == 60
+    assert len(contrasts) == 72 and len({pair.id for pair in contrasts}) == 72
     counts = Counter(pair.category for pair in contrasts)
     assert set(counts) == set(KINDS) and max(counts.values()) - min(counts.values()) <= 1
     assert 20 <= sum(pair.human == 1 for pair in contrasts) <= 40
@@ -88,6 +88,15 @@ def test_what_is_shuffled_has_the_same_words(contrasts):
         assert good != bad and Counter(good.split()) == Counter(bad.split())
 
 
+def test_what_is_substituted_has_words_of_other_prompts_in_the_places_of_some(contrasts):
+    said = {pair.prompt: f"{pair.response_1} {pair.response_2}".split() for pair in PAIRS}
+    for pair in of_kind(contrasts, "substituted"):
+        good, bad = (response.split() for response in split(pair))
+        others = {word for prompt, words in said.items() if prompt != pair.prompt for word in words}
+        changed = {new for old, new in zip(good, bad, strict=True) if old != new}
+        assert changed and changed <= others and len(changed) <= len(good) / 2
+
+
 def test_a_constraint_is_added_to_the_prompt_and_one_response_keeps_it(contrasts):
     asked = Counter()
     for pair in of_kind(contrasts, "constraint"):
@@ -102,8 +111,8 @@ def test_a_constraint_is_added_to_the_prompt_and_one_response_keeps_it(contrasts
 
 
 def test_the_same_seed_makes_the_same_contrasts_and_another_makes_others(contrasts):
-    assert make_contrasts(PAIRS, KINDS, 60, seed=3) == contrasts
-    assert make_contrasts(PAIRS, KINDS, 60, seed=4) != contrasts
+    assert make_contrasts(PAIRS, KINDS, 72, seed=5) == contrasts
+    assert make_contrasts(PAIRS, KINDS, 72, seed=4) != contrasts
 
 
 def test_responses_too_short_for_a_contrast_yield_none_and_none_is_made_twice():

@@ -16,6 +16,7 @@ _SOURCES = {
     "cut_off": "contrast: cut off",
     "looping": "contrast: looping",
     "shuffled": "contrast: words shuffled",
+    "substituted": "contrast: words of other responses",
     "constraint": "contrast: ignores a constraint",
 }
 

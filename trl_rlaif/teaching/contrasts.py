@@ -16,7 +16,7 @@ from trl_rlaif.data import Pair
 from trl_rlaif.data.overlap import prompt_key
 from trl_rlaif.types import Message
 
-Contrast = Literal["other_prompt", "cut_off", "looping", "shuffled", "constraint"]
+Contrast = Literal["other_prompt", "cut_off", "looping", "shuffled", "substituted", "constraint"]
 KINDS: tuple[Contrast, ...] = get_args(Contrast)
 
 # A text in sentences or lines, each with its number in a list and with what separates it from the next.
@@ -40,6 +40,7 @@ def make_contrasts(pairs: Sequence[Pair], kinds: Sequence[Contrast], count: int,
     - ``cut_off``: stops within a sentence, earlier or later than the better one ends;
     - ``looping``: says a few of its words again and again until it has as many;
     - ``shuffled``: has its words in another order;
+    - ``substituted``: has words of responses to other prompts in the place of some of its own;
     - ``constraint``: has one sentence where the prompt, to which that is added, asks for several, or the reverse.
 
     Args:
@@ -131,6 +132,17 @@ def _shuffled(pair: Pair, text: str, good: str, sources: Sequence[Source], draw:
     return " ".join([*words[:first], *mixed, *words[first + len(middle) :]])
 
 
+def _substituted(pair: Pair, text: str, good: str, sources: Sequence[Source], draw: random.Random) -> str | None:
+    own = prompt_key(pair.prompt)
+    drawn = draw.sample(sources, min(len(sources), _OTHERS))
+    others = [word for of, other in drawn if prompt_key(of.prompt) != own for word in other.split()]
+    words = good.split()
+    places = range(draw.randrange(len(words) // 3 + 1), len(words))
+    for place in draw.sample(places, draw.randint(len(places) // 4, len(places) // 2)) if others else ():
+        words[place] = draw.choice(others)
+    return " ".join(words)
+
+
 def _constraint(pair: Pair, good: str, draw: random.Random) -> Pair | None:
     parts = sentences(good)
     if len(parts) < 2 or not isinstance(pair.prompt, str):
@@ -146,4 +158,5 @@ _SPOILED: dict[str, Callable[[Pair, str, str, Sequence[Source], random.Random], 
     "cut_off": _cut_off,
     "looping": _looping,
     "shuffled": _shuffled,
+    "substituted": _substituted,
 }
