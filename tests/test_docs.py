@@ -69,6 +69,13 @@ def test_the_readme_is_short():
     assert f"[{len(_recipes())} recipes](docs/recipes.md)" in README
 
 
+def test_the_readmes_shares_are_those_of_the_results_that_it_names():
+    files = re.findall(r"\]\((benchmarks/results/\w+\.md)\)", README)
+    results = "".join((ROOT / file).read_text(encoding="utf-8") for file in set(files))
+    shares = re.findall(r"\d[\d.]*%(?: \(.*?%\))?", README)
+    assert len(shares) >= 5 and not [share for share in shares if share not in results]
+
+
 def test_what_the_docs_call_a_hook_or_a_recipe_exists():
     names = {hook.partition("(")[0] for hook in _hooks()}
     calls = re.findall(r"`(\w+)\(([\w, ]*)\)`", README + PLUGINS)
