@@ -13,7 +13,6 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-import click
 import jsonschema
 import pluggy
 import pytest
@@ -236,10 +235,11 @@ def _commands():
 
 @pytest.mark.parametrize("command", _commands())
 def test_a_command_exists_with_its_options(command):
-    words, here = shlex.split(command.partition(" > ")[0]), typer.main.get_command(app)
-    while words and isinstance(here, click.Group) and words[0] in here.commands:
+    words, whole = shlex.split(command.partition(" > ")[0]), typer.main.get_command(app)
+    here = whole
+    while words and words[0] in getattr(here, "commands", {}):
         here = here.commands[words.pop(0)]
-    assert here.name != "trl-rlaif"
+    assert here is not whole
     here.make_context("trl-rlaif", words)
 
 
