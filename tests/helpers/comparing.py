@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from helpers.killing import content
 
 # What tells how a run was computed and not what it made, or shows the same again.
-_LEFT_OUT = ("recipe.yaml", "report.html", "README.md", "state.json", "training_args.bin")
+_LEFT_OUT = ("recipe.yaml", "report.html", "report.md", "README.md", "state.json", "training_args.bin")
 _FOLDERS = (".state", "checkpoints", "superseded", "report")
 
 

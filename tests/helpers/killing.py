@@ -316,7 +316,7 @@ def content(path: Path, run: Path) -> Any:
     if path.name == "recipe.yaml":
         text = path.read_text().replace(str(run.resolve()), "RUN")  # of a round, the round before
         return {key: value for key, value in yaml.safe_load(text).items() if key != "command"}
-    if path.suffix == ".html":
+    if path.name in ("report.html", "report.md"):
         shown = path.read_text().replace(run.name, "RUN")  # its command, in lines that are as long
         return [_SHOWN_TIMES.sub("", line) for line in shown.splitlines()]
     if path.suffix in (".pt", ".pth"):  # two files of the same values need not have the same bytes
