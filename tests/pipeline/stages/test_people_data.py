@@ -127,7 +127,7 @@ def test_an_answer_that_is_begun_is_continued(tiny_model, tmp_path, capsys):
     assert "1 of 1 prompts end with an assistant turn. The responses continue it." in capsys.readouterr().err
     _, tokens, _ = context.encoded_prompts(context.recipe.data.prompts, 8, context.load_base())
     text = context.tokenizer.apply_chat_template(BEGUN, tokenize=False, continue_final_message=True)
-    assert tokens == [context.tokenizer(text, add_special_tokens=False)["input_ids"]]
+    assert list(tokens) == [context.tokenizer(text, add_special_tokens=False)["input_ids"]]
     assert context.pairs()[0].prompt == BEGUN
 
 
