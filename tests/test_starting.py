@@ -73,6 +73,15 @@ def test_nothing_is_overwritten(tmp_path, tiny_model, prompts):
     assert (tmp_path / "s.eval_prompts.jsonl").read_text() == "mine"
 
 
+def test_a_prompt_that_repeats_is_held_out_everywhere_or_nowhere(tmp_path, tiny_model):
+    rows = [json.dumps({"prompt": f"Question\u2028{i % 20}?"}, ensure_ascii=False) for i in range(60)]
+    (tmp_path / "all.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    _init(tmp_path / "r.yaml", tmp_path / "all.jsonl", "--model", tiny_model, "--gpu", "0", "--goal", "dpo")
+    parts = [(tmp_path / f"r.{key}.jsonl").read_text("utf-8").split("\n")[:-1] for key in ("prompts", "eval_prompts")]
+    assert [len(part) for part in parts] == [54, 6] and not set(parts[0]) & set(parts[1])
+    assert sorted(sum(parts, [])) == sorted(rows)
+
+
 def test_what_is_not_given_is_asked(tmp_path, tiny_model, prompts, monkeypatch):
     answers = iter([tiny_model, str(prompts), 0, "fame", "grpo"])
     monkeypatch.setattr("typer.prompt", lambda *args, **kwargs: next(answers))

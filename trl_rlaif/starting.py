@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
+from trl_rlaif.data.overlap import prompt_key, split_by_group
 from trl_rlaif.errors import UserError
 from trl_rlaif.files import write_atomically
 
@@ -179,17 +180,27 @@ def _divided(answers: Answers, path: Path) -> dict[str, tuple[Path, list[str]]]:
     source = Path(answers.data).expanduser()
     if source.suffix != ".jsonl" or not source.is_file() or answers.goal == "labels":
         return {}
-    lines = [line for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
+    # Not by splitlines: a text in JSON may hold other ends of lines.
+    lines = [line for line in source.read_text(encoding="utf-8").split("\n") if line.strip()]
     if len(lines) < _FEWEST:
         return {}
-    held_out = set(random.Random(0).sample(range(len(lines)), min(round(_HELD_OUT * len(lines)), _MOST_HELD_OUT)))
-    parts = {"prompts": [line for i, line in enumerate(lines) if i not in held_out]}
-    parts["eval_prompts"] = [line for i, line in enumerate(lines) if i in held_out]
-    files = {key: (path.with_name(f"{path.stem}.{key}.jsonl"), chosen) for key, chosen in parts.items()}
+    share = min(_HELD_OUT, _MOST_HELD_OUT / len(lines))
+    halves = split_by_group([_prompt_of(line) for line in lines], share, seed=0)
+    files = {
+        key: (path.with_name(f"{path.stem}.{key}.jsonl"), [lines[i] for i in rows])
+        for key, rows in zip(("prompts", "eval_prompts"), halves, strict=True)
+    }
     for file, _ in files.values():
         if file.exists():
             raise UserError("There is a file of this name.", where=str(file), fix="Name another recipe, or remove it.")
     return files
+
+
+def _prompt_of(line: str) -> str:
+    """What a prompt is known by; of a line that is none, which ``check`` refuses, all of it."""
+    with suppress(ValueError, TypeError, AttributeError, KeyError):
+        return prompt_key(json.loads(line)["prompt"])
+    return line
 
 
 def _text(answers: Answers, sections: Sections) -> str:
