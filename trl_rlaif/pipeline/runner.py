@@ -131,7 +131,7 @@ def say_outcome(folder: RunFolder) -> None:
     from trl_rlaif.report.outcome import outcome
     from trl_rlaif.report.run_data import read_run
 
-    for line in outcome(read_run(folder.path), str(folder.path)):
+    for line in outcome(read_run(folder.path, labels=False), str(folder.path)):
         say(line)
 
 

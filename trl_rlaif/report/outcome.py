@@ -19,12 +19,13 @@ def outcome(run: Run, place: str) -> list[str]:
     """Lines to read; the report says all of it, and the rest.
 
     Args:
-        run: What the run's folder holds.
+        run: What the run's folder holds; its pairs and labels are not looked at.
         place: The folder, as a command is given it.
     """
     sets = set_results(run)
+    said = summary(run, sets)
     # Without an evaluation the last sentence is of the stage that came last.
-    lines = summary(run, sets)[: len(sets)] or summary(run, sets)[-1:]
+    lines = said[: len(sets)] or said[-1:]
     if signs := signs_of_no_learning(run):
         lines.append("\n- ".join(["This run may have learned nothing:", *signs]))
     if doubts := warnings(run, sets, judged_sets(run)):
