@@ -24,6 +24,7 @@ from trl_rlaif.report.round_figures import rounds_part
 from trl_rlaif.report.run_data import MAX_SAMPLES, Run, read_run
 from trl_rlaif.report.sampled import sampler_part
 from trl_rlaif.report.score_figures import score_part
+from trl_rlaif.report.stage_rows import stage_rows
 from trl_rlaif.report.teaching_figures import teaching_part
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ def write_report(folder: str | Path) -> Path:
     """Build ``report.html`` from a run's or a comparison's folder, whatever it holds, and return its path.
 
     Beside it, ``report.md`` says the same in short, and the folder ``report`` gets every plot of the page as SVG and
-    PNG. The page is replaced in one step, and
-    so is the folder: a kill leaves the old one or the new one. The same run gives the same bytes.
+    PNG. The page is replaced in one step, and so is the folder: a kill leaves the old one or the new one. The same run
+    gives the same bytes.
 
     Raises:
         UserError: ``folder`` is not a run's folder.
@@ -95,7 +96,7 @@ def run_page(run: Run) -> dict[str, Any]:
         "caveat": warnings.judge_caveat(run),
         "no_learning": signs_of_no_learning(run),
         "warnings": warnings.warnings(run, sets, judged),
-        "stages": summary.stage_rows(run),
+        "stages": stage_rows(run),
         "sft": sft_part(run),
         "rounds": rounds_part(run),
         "teaching": teaching_part(run),
