@@ -93,8 +93,8 @@ def test_what_is_substituted_has_words_of_other_prompts_in_the_places_of_some(co
     for pair in of_kind(contrasts, "substituted"):
         good, bad = (response.split() for response in split(pair))
         others = {word for prompt, words in said.items() if prompt != pair.prompt for word in words}
-        changed = {new for old, new in zip(good, bad, strict=True) if old != new}
-        assert changed and changed <= others and len(changed) <= len(good) / 2
+        changed = [new for old, new in zip(good, bad, strict=True) if old != new]
+        assert changed and set(changed) <= others and len(changed) <= len(good) / 2
 
 
 def test_a_constraint_is_added_to_the_prompt_and_one_response_keeps_it(contrasts):
