@@ -8,6 +8,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -77,9 +78,9 @@ def only_local_servers(monkeypatch):
 
 @pytest.fixture(scope="session", autouse=True)
 def deprecations():
-    """A run hides from its user what libraries deprecate; here it is an error (pyproject.toml names the exceptions)."""
-    from trl_rlaif.pipeline import runner
+    """A command hides from its user what libraries deprecate; here it is an error (pyproject.toml names exceptions)."""
+    from trl_rlaif import cli
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "_quiet_warnings", lambda: None)
+        patch.setattr(cli, "quiet_libraries", lambda: None)
         yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shlex
 import sys
 from functools import partial
@@ -15,6 +14,7 @@ from trl_rlaif import __version__, distributed, interrupts
 from trl_rlaif.cli_lists import app as lists_app
 from trl_rlaif.cli_lists import recipes_app
 from trl_rlaif.errors import Interrupted, TrlRlaifError, UserError
+from trl_rlaif.quiet import quiet_libraries
 from trl_rlaif.terminal import echo, escaped
 
 if TYPE_CHECKING:
@@ -335,8 +335,7 @@ def rate(
 def main() -> None:
     """Entry point: one message on stderr for an error, a traceback only with --debug."""
     debug = "--debug" in sys.argv
-    # It warns at import of a faster kernel that it could download; nobody asked.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    quiet_libraries()
     try:
         with interrupts.listening():
             app()

@@ -19,7 +19,6 @@ from trl_rlaif.errors import RunError, UserError
 from trl_rlaif.evaluation.benchmark import ScoredRow, accuracy_by, benchmark_accuracy, ties_score
 from trl_rlaif.evaluation.categories import UNNAMED
 from trl_rlaif.files import to_line, write_atomically
-from trl_rlaif.pipeline.runner import quiet_libraries
 from trl_rlaif.pipeline.trained import Trained, find_trained
 from trl_rlaif.progress import progress_bar
 from trl_rlaif.report.formatting import count, percent
@@ -50,7 +49,6 @@ def run_benchmark(
         RunError: A score is not finite.
     """
     trained, rows = find_trained(folder, "reward"), load_benchmark(source)
-    quiet_libraries()
     kept, scored, left_out = _scored(trained, rows, batch_tokens)
     if not kept:
         raise UserError("Every row is longer than the model's context.", where=str(source))

@@ -16,7 +16,6 @@ from trl_rlaif.errors import RunError, UserError
 from trl_rlaif.export.templates import conversation_template
 from trl_rlaif.models.classifier import classifier_config
 from trl_rlaif.models.loading import load_model, resolve
-from trl_rlaif.pipeline.runner import quiet_libraries
 from trl_rlaif.pipeline.trained import Trained
 from trl_rlaif.progress import say
 from trl_rlaif.reward.loading import load_reward_base
@@ -59,7 +58,6 @@ def write_merged(trained: Trained, folder: Path) -> float:
         UserError: transformers has no sequence classifier of the family.
         RunError: The merged model answers otherwise than base and adapter.
     """
-    quiet_libraries()
     tokenizer = trained.tokenizer()
     scores = trained.what == "reward"
     if scores:

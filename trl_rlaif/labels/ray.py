@@ -22,7 +22,6 @@ from trl_rlaif.pipeline.label_costs import meter_of
 from trl_rlaif.pipeline.label_tasks import LabelTask, label_key, label_tasks
 from trl_rlaif.pipeline.outside_labels import distinct, opened_to_label
 from trl_rlaif.pipeline.run_folder import RunFolder
-from trl_rlaif.pipeline.runner import quiet_libraries
 from trl_rlaif.pipeline.usage import counted
 from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.progress import progress_bar
@@ -160,7 +159,6 @@ class Worker:
 
     @cached_property
     def _context(self) -> Context:
-        quiet_libraries()
         context = Context(self.recipe, RunFolder(self.folder), installed_plugins())
         context.date = self.today
         return context

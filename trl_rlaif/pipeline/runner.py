@@ -162,10 +162,9 @@ def check_unused(folder: RunFolder, how: RunOptions) -> None:
 
 
 def prepare(recipe: Recipe, folder: RunFolder, command: str, began: Machine) -> None:
-    """Write recipe.yaml, and quiet the libraries."""
+    """Write recipe.yaml."""
     distributed.wait()  # until all processes have seen what is there
     _write_recipe(recipe, folder, command, began)
-    quiet_libraries()
 
 
 def _check_shard(recipe: Recipe, shard: str) -> None:
@@ -282,22 +281,3 @@ def installed_version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def quiet_libraries() -> None:
-    """Leave the terminal to the progress bars: what these libraries print of their own work is no news."""
-    import datasets
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    _quiet_warnings()
-
-
-def _quiet_warnings() -> None:
-    """What is deprecated in libraries is the developers' to know: the tests leave this out."""
-    import warnings
-
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")
-    warnings.filterwarnings("ignore", category=FutureWarning)
