@@ -12,7 +12,7 @@ from scipy.stats import binom
 from trl_rlaif.report.build import write_report
 from trl_rlaif.report.figures import curve
 from trl_rlaif.report.formatting import preferred
-from trl_rlaif.report.plots import _legend_columns, curves
+from trl_rlaif.report.plots import Panel, _legend_columns, curves
 from trl_rlaif.report.summary import sign_test, win_rate_measure
 
 
@@ -75,10 +75,11 @@ def test_rounding_is_drawn_flat_and_not_explained():
 
 def test_a_legend_is_as_wide_as_its_plot(drawn):
     names = [f"a category with a name, {i}" for i in range(8)]
-    drawing = curves([(name, [(1, 0.0), (2, float(i))]) for i, name in enumerate(names)], "by category")
-    figure = drawing.figure
-    box = figure.axes[0].get_legend().get_window_extent()
-    assert len(figure.axes[0].get_legend().get_texts()) == 8
+    lines = [(name, [(1, 0.0), (2, float(i))]) for i, name in enumerate(names)]
+    figure = curves([Panel("", lines)], "by category").figure
+    [legend] = figure.legends
+    box = legend.get_window_extent()
+    assert len(legend.get_texts()) == 8
     assert box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
     assert _legend_columns(["a", "b", "c"]) == 3 and _legend_columns(names) == 1
 

@@ -92,8 +92,12 @@ class Drawing:
         return file.getvalue()
 
 
-def draw_plot(draw: Callable[[Any], None], title: str, size: tuple[float, float] = _SIZE) -> Drawing:
-    """Runs ``draw`` on fresh axes; ``title`` is what a reader is told who cannot see the drawing."""
+def draw_plot(draw: Callable[..., None], title: str, size: tuple[float, float] = _SIZE, rows: int = 1) -> Drawing:
+    """Runs ``draw`` on fresh axes, ``rows`` of them over one x axis.
+
+    Args:
+        title: What a reader is told who cannot see the drawing.
+    """
     title = clean(title)
     with _house_style():
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -101,10 +105,10 @@ def draw_plot(draw: Callable[[Any], None], title: str, size: tuple[float, float]
 
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.subplots()
-        draw(axes)
+        stack: Any = figure.subplots(rows, squeeze=False, sharex=True)[:, 0]
+        draw(*stack)
         # Few enough that the labels never touch, whatever the numbers.
-        axes.locator_params(axis="x", nbins=5)
+        stack[-1].locator_params(axis="x", nbins=5)
         file = io.BytesIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Title": title})
         figure.set_layout_engine("none")  # it is laid out now, and that takes most of the time

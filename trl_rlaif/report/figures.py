@@ -11,6 +11,7 @@ from typing import Any
 from trl_rlaif.report import plots
 from trl_rlaif.report.drawing import Drawing
 from trl_rlaif.report.formatting import interval, label, number, score, scores, section
+from trl_rlaif.report.plots import Panel, Points
 from trl_rlaif.report.run_data import Run, Sample, Series
 from trl_rlaif.report.summary import Measure, reward_accuracy
 
@@ -19,21 +20,30 @@ _DRAWN_CATEGORIES = 12
 DRAWN_LINES = 12
 _MAX_OTHER_METRICS = 60
 
+_LENGTH = ("Response length, in tokens", "A drift may mean that the reward favors a length.", 0.0)
+_RATE = ("Learning rate", "The schedule as it was run.", 0.0)
 # Metric, heading, how to read it, and the least change that is more than rounding. The first matter most.
-_RL_PANELS = (
+RL_PANELS = (
     ("objective/scores", "Score", "Mean score of the responses; RL tries to raise it.", 0.0),
     ("objective/kl", "KL to the start, in nats", "Distance of the policy from its start.", 1e-5),
-    ("rollout/length", "Response length, in tokens", "A drift may mean that the reward favors a length.", 0.0),
+    ("rollout/length", *_LENGTH),
+    ("completions/mean_length", *_LENGTH),
+    ("rewards/accuracies", "Implicit accuracy", "Share of pairs that the policy ranks as labeled; chance is 0.5.", 0.0),
+    ("rewards/margins", "Implicit margin", "The implicit reward of chosen responses less that of rejected ones.", 0.0),
     ("objective/rlhf_reward", "Score less the KL price", "What PPO really maximizes.", 0.0),
     ("objective/entropy", "Entropy", "Falling to near zero means that the responses have become all alike.", 0.0),
     ("loss/policy_avg", "Policy loss", "Noisy around zero is normal.", 1e-7),
+    ("loss", "Loss", "Noisy around zero in GRPO and RLOO; elsewhere it should fall.", 1e-7),
     ("loss/value_avg", "Value loss", "Should fall and then stay low.", 0.0),
     ("policy/approxkl_avg", "KL of one update", "Spikes mean that the steps are too big.", 1e-6),
     ("policy/clipfrac_avg", "Clipped share", "Share of tokens whose step was cut by the clip.", 0.0),
     ("val/ratio", "Probability ratio", "New over old policy; should stay near 1.", 1e-4),
-    ("lr", "Learning rate", "The schedule as it was run.", 0.0),
+    ("lr", *_RATE),
+    ("learning_rate", *_RATE),
 )
 _FIRST_PANELS = 3
+# TRL's GRPO and RLOO log these per token; PPO, and this page, per response.
+_PER_TOKEN = {"kl": "objective/kl", "entropy": "objective/entropy"}
 _NOT_PANELS = {"episode", "epoch"}
 # What the part on rehearsal and forgetting draws.
 ELSEWHERE = ("forgetting/", "rehearsal/nll")
@@ -42,12 +52,13 @@ _NOT_MEANS = ("/std", "/var", "/count")
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing with its heading, its numbers and how to read it."""
+    """A drawing with its heading, its numbers and how to read it; ``rows`` say these of each of several panels."""
 
     heading: str
     drawing: Drawing
     caption: str
     values: str = ""
+    rows: Sequence[tuple[str, str, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -85,12 +96,12 @@ def reward_part(run: Run) -> dict[str, Any]:
 
 
 def rl_part(run: Run) -> dict[str, Any]:
-    """Small multiples of the RL stage, those that matter most first, and first and last value of other metrics."""
-    series = run.series.get("rl", {})
-    panels = [
-        curve(series, heading, caption, {key: heading}, least=least) for key, heading, caption, least in _RL_PANELS
-    ]
-    first, more = [_score_over_kl(series), *panels[:_FIRST_PANELS]], panels[_FIRST_PANELS:]
+    """The curves of the RL stage that matter most, the others in one figure, and first and last of other metrics."""
+    series = rl_series(run)
+    panels = [panel for panel in RL_PANELS if panel[0] in series]
+    first = [_score_over_kl(series)]
+    for key, heading, caption, least in panels[:_FIRST_PANELS]:
+        first.append(curve(series, heading, caption, {key: heading}, least=least))
     category_keys = [key for key in series if key.startswith("reward/") and not key.endswith(_NOT_MEANS)]
     if category_keys:
         names = {key: label(key.removeprefix("reward/").removesuffix("/mean"), 24) for key in category_keys}
@@ -99,14 +110,34 @@ def rl_part(run: Run) -> dict[str, Any]:
         if len(drawn) < len(names):
             caption += f" The first {len(drawn)} of {len(names)} categories are drawn."
         first.append(curve(series, "Score by category", caption, drawn))
-    shown = {key for key, *_ in _RL_PANELS} | set(category_keys) | _NOT_PANELS
+    more = [
+        (heading, caption, [(heading, series[key])], least) for key, heading, caption, least in panels[_FIRST_PANELS:]
+    ]
+    shown = {key for key, *_ in RL_PANELS} | set(category_keys) | _NOT_PANELS
     others = [key for key in series if key not in shown and not key.startswith(ELSEWHERE)]
     table = [
         (key, *scores(series[key][0][1], series[key][-1][1]), len(series[key]))
         for key in sorted(others)[:_MAX_OTHER_METRICS]
     ]
     left_out = max(len(others) - len(table), 0)
-    return {"figures": present(*first), "more": present(*more), "others": table, "left_out": left_out}
+    return {
+        "figures": present(*first),
+        "more": stacked("More curves of RL", more),
+        "others": table,
+        "left_out": left_out,
+    }
+
+
+def rl_series(run: Run) -> Series:
+    """The metrics of the RL stage, with KL and entropy per response by PPO's names."""
+    series = run.series.get("rl", {})
+    lengths = dict(series.get("completions/mean_length", []))
+    found = {
+        ours: [(step, value * lengths[step]) for step, value in series[theirs] if step in lengths]
+        for theirs, ours in _PER_TOKEN.items()
+        if theirs in series
+    }
+    return {key: points for key, points in found.items() if points} | series
 
 
 def _score_over_kl(series: Series) -> Figure | None:
@@ -170,21 +201,38 @@ def curve(
     found = [(name, series[key]) for key, name in names.items() if series.get(key)]
     if not found:
         return None
+    panel, caption, values = _panel(heading, caption, found, least)
+    said = f"{heading}, first and last logged value: {values}"
+    # Beyond two lines the numbers would be a wall: the drawing shows them.
+    return Figure(heading, plots.curves([panel], said, level), caption, values if len(found) <= 2 else "")
+
+
+def stacked(heading: str, panels: Sequence[tuple[str, str, list[tuple[str, Points]], float]]) -> Figure | None:
+    """One figure of panels (heading, how to read it, lines, least change) over the same steps; None without any."""
+    if not panels:
+        return None
+    drawn = [_panel(*panel) for panel in panels]
+    rows = [(panel.heading, values if len(panel.lines) <= 2 else "", caption) for panel, caption, values in drawn]
+    said = ". ".join(f"{panel.heading}: {values}" for panel, _, values in drawn)
+    title = f"{heading}, first and last logged value: {said}"
+    return Figure(heading, plots.curves([panel for panel, *_ in drawn], title), "", rows=rows)
+
+
+def _panel(heading: str, caption: str, lines: list[tuple[str, Points]], least: float) -> tuple[Panel, str, str]:
+    """What is drawn of the lines, what is said of it, and the first and last value of each."""
     if least:
         places = round(-math.log10(least))
-        found = [(name, [(step, round(value, places) + 0.0) for step, value in points]) for name, points in found]
-        seen = [value for _, points in found for _, value in points]
+        lines = [(name, [(step, round(value, places) + 0.0) for step, value in points]) for name, points in lines]
+        seen = [value for _, points in lines for _, value in points]
         if len(seen) > 1 and max(seen) - min(seen) <= least:
             caption = "It did not change, but for rounding."
     changes = []
-    for name, points in found:
-        first, last = scores(points[0][1], points[-1][1])
-        change = f"{first} → {last}" if len(points) > 1 else last
-        changes.append(f"{name} {change}" if len(found) > 1 else change)
-    said = f"{heading}, first and last logged value: {'; '.join(changes)}"
-    # Beyond two lines the numbers would be a wall: the drawing shows them.
-    values = "; ".join(changes) if len(changes) <= 2 else ""
-    return Figure(heading, plots.curves(found, said, level=level, least=least), caption, values)
+    for name, points in lines:
+        if points:
+            first, last = scores(points[0][1], points[-1][1])
+            change = f"{first} → {last}" if len(points) > 1 else last
+            changes.append(f"{name} {change}" if len(lines) > 1 else change)
+    return Panel(heading, lines, least), caption, "; ".join(changes)
 
 
 def reliability_figure(

@@ -4,56 +4,75 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from trl_rlaif.report.drawing import COLOURS, INK, Drawing, draw_plot
 
 Points = Sequence[tuple[float, float]]
 Ends = tuple[float, float]
 
+
+class Panel(NamedTuple):
+    """Lines ``(name, [(step, value), ...])`` on axes that span at least ten times ``least``."""
+
+    heading: str
+    lines: Sequence[tuple[str, Points]]
+    least: float = 0.0
+
+
 _MAX_POINTS = 800
 _MAX_WAY = 60
 _SMOOTH_FROM = 40
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _MAX_NUMBERED = 36
+_STACKED = 1.0  # height of a panel among others, in inches
 # In characters: of a plot's width, and of what stands between two names of its legend.
 _LEGEND_WIDTH, _LEGEND_GAP = 48, 5
 _DASHED: dict[str, Any] = {"color": INK, "linewidth": 1.0, "linestyle": (0, (4, 3))}
 
 
-def curves(named: Sequence[tuple[str, Points]], title: str, level: float | None = None, least: float = 0.0) -> Drawing:
-    """Lines over steps, each ``(name, [(step, value), ...])``; a long one gets its running mean too.
+def curves(panels: Sequence[Panel], title: str, level: float | None = None) -> Drawing:
+    """Lines over steps, panels below each other over the same ones; a long line gets its running mean too.
 
     Args:
+        panels: All with the same names in the same order; one without points in a panel is left out there.
         level: A value to compare with, as a dashed line.
-        least: The axis spans at least ten times as much.
     """
-    names = [_short(name) for name, _ in named]
+    names = [_short(name) for name, _ in panels[0].lines]
     columns = _legend_columns(names)
     rows = -(-len(names) // columns) if len(names) > 1 else 0
 
-    def draw(axes: Any) -> None:
-        if level is not None:
-            axes.axhline(level, **_DASHED)
-        for index, (_, points) in enumerate(named):
-            colour = COLOURS[index % len(COLOURS)]
-            style = "-" if index < len(COLOURS) else "--"
-            steps, values = _thin(points)
-            marker = "o" if len(steps) <= 12 else ""
-            shown = names[index] if len(named) > 1 else None
-            if len(steps) >= _SMOOTH_FROM and _noisy(values):
-                axes.plot(steps, values, color=colour, linewidth=1.0, alpha=0.35)
-                values = _running_mean(values, max(len(values) // 20, 2))
-            axes.plot(steps, values, style, color=colour, marker=marker, markersize=4, label=shown)
-        if len(named) > 1:
-            _legend(axes, columns)
-        low, high = axes.get_ylim()
-        if high - low < 10 * least:
-            middle = (low + high) / 2
-            axes.set_ylim(middle - 5 * least, middle + 5 * least)
-        axes.set_xlabel("step")
+    def draw(*stack: Any) -> None:
+        for axes, panel in zip(stack, panels, strict=True):
+            if level is not None:
+                axes.axhline(level, **_DASHED)
+            for index, (_, points) in enumerate(panel.lines):
+                _line(axes, points, index, names[index])
+            low, high = axes.get_ylim()
+            if high - low < 10 * panel.least:
+                middle = (low + high) / 2
+                axes.set_ylim(middle - 5 * panel.least, middle + 5 * panel.least)
+            if len(panels) > 1:
+                axes.set_title(panel.heading, loc="left", fontsize=10, pad=3)
+                axes.locator_params(axis="y", nbins=3)
+                axes.yaxis.set_major_formatter("{x:.6g}")  # a power of ten above the axis would run into the heading
+        stack[-1].set_xlabel("step")
+        if rows:
+            stack[0].figure.legend(*stack[0].get_legend_handles_labels(), loc="outside upper left", ncols=columns)
 
-    return draw_plot(draw, title, (4.4, 2.6 + 0.21 * max(rows - 2, 0)))
+    height = 2.6 if len(panels) == 1 else 0.6 + _STACKED * len(panels)
+    return draw_plot(draw, title, (4.4, height + 0.21 * max(rows - 2, 0)), len(panels))
+
+
+def _line(axes: Any, points: Points, index: int, name: str) -> None:
+    colour = COLOURS[index % len(COLOURS)]
+    style = "-" if index < len(COLOURS) else "--"
+    steps, values = _thin(points)
+    marker = "o" if len(steps) <= 12 else ""
+    if len(steps) >= _SMOOTH_FROM and _noisy(values):
+        axes.plot(steps, values, color=colour, linewidth=1.0, alpha=0.35)
+        values = _running_mean(values, max(len(values) // 20, 2))
+    axes.plot(steps, values, style, color=colour, marker=marker, markersize=4, label=name)
 
 
 def score_over_kl(points: Points, title: str) -> Drawing:
@@ -71,7 +90,7 @@ def score_over_kl(points: Points, title: str) -> Drawing:
         axes.margins(0.1)
         axes.set(xlabel="KL to the start, in nats", ylabel="score")
 
-    return draw_plot(draw, title, (4.4, 3.0))
+    return draw_plot(draw, title)
 
 
 def win_rates(
