@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -13,11 +14,6 @@ import pytest
 import trl_rlaif
 from trl_rlaif import UserError, cli
 from trl_rlaif.scaffold import KINDS, create_plugin
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 # Short ones, and one as long as they come: its lines must still fit.

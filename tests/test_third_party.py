@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,11 +21,6 @@ from trl_rlaif.files import read_lines, read_state, write_state
 from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.plugins import ENTRY_POINT_GROUP, build_plugins
 from trl_rlaif.recipe import parse_recipe
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(__file__).parent / "test_package"

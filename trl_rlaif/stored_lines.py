@@ -7,13 +7,12 @@ from abc import abstractmethod
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, overload
+from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeVar, overload
 
 from trl_rlaif.files import parse_line
 
 if TYPE_CHECKING:
     import numpy as np
-    from typing_extensions import Self
 
 T = TypeVar("T")
 _BLOCK = 1 << 20

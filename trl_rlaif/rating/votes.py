@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from trl_rlaif.errors import RunError
@@ -63,7 +63,7 @@ class VoteFile:
             "pair": pair,
             "rater": vote.rater,
             "choice": vote.choice,
-            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
         }
         with self._locked("ab"):
             read_lines(self.path)  # removes what a kill or a full disk left of a last line: this one begins on its own
