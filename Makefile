@@ -9,6 +9,7 @@
 # make lint         ruff and mypy
 # make docs         the documentation's site, in build/site; a warning is an error
 # make wheel-smoke  the wheel, installed in place of the checkout: its plugins, and a packaged recipe
+# make dist         what a release publishes: the packages, and its part of the changelog as dist/notes.md
 # make gpu-kit      what a GPU machine without a network lacks, for benchmarks/gpu/on_gpu.sh: TRL=1.12.0
 
 VENV ?= .venv
@@ -28,7 +29,7 @@ PYTEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart gpu-kit test test-fast test-trl test-servers wheel-smoke lint docs clean always
+.PHONY: quickstart gpu-kit test test-fast test-trl test-servers wheel-smoke lint docs dist clean always
 
 # torch goes first: what comes after it would otherwise choose a build of its own.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -77,6 +78,14 @@ wheel-smoke: $(VENV)/.installed
 	cp -a --link $(VENV) .venv-wheel
 	.venv-wheel/bin/python -m pip install --quiet --no-deps --force-reinstall build/wheel/*.whl
 	cd build && ../.venv-wheel/bin/python -m trl_rlaif plugins && ../.venv-wheel/bin/python -m trl_rlaif check quickstart
+
+# The part of the changelog under the version's heading, which has a date.
+dist: $(VENV)/.installed
+	rm -rf dist
+	$(BIN)/python -m hatchling build -d dist
+	version=$$($(BIN)/python -m hatchling version) && awk -v "heading=## $$version (2" \
+		'/^## / {inside = index($$0, heading) == 1} inside' CHANGELOG.md > dist/notes.md
+	test -s dist/notes.md || { echo 'CHANGELOG.md has no heading with this version and its date.'; rm -rf dist; exit 1; }
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

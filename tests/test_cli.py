@@ -96,7 +96,7 @@ def test_packaged_recipes_are_listed_shown_and_good(monkeypatch, capsys, tmp_pat
 def test_plugins_are_listed_with_their_options(monkeypatch, capsys):
     assert _main(monkeypatch, "plugins") == 0
     output = capsys.readouterr().out
-    assert "distilled" in output and "trl-rlaif 0.1.0" in output and "debias" in output
+    assert "distilled" in output and f"trl-rlaif {trl_rlaif.__version__}" in output and "debias" in output
 
 
 def test_one_component(monkeypatch, capsys):

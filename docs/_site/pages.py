@@ -30,6 +30,7 @@ COPIED = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
+    "CODE_OF_CONDUCT.md": "conduct.md",
     "SECURITY.md": "security.md",
     "benchmarks/README.md": "measurements/index.md",
     "examples/README.md": "reference/examples.md",
