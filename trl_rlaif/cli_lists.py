@@ -90,12 +90,21 @@ def explain(
 @app.command()
 def compare(
     folders: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="The folders of two runs or more.")],
+    output: Annotated[Path | None, typer.Option(help="Write an HTML page, too, with curves and responses.")] = None,
 ) -> None:
     """Put finished runs side by side: settings that differ, win rates, and their difference on shared prompts."""
-    from trl_rlaif.experiments.runs import compare_runs
+    from trl_rlaif.experiments.runs import compare_runs, described
 
-    for line in compare_runs(folders):
+    if output is not None and output.suffix != ".html":
+        raise UserError("The page is HTML.", where=str(output), fix="Name a file that ends in .html.")
+    comparison = compare_runs(folders)
+    for line in described(comparison):
         echo(line)
+    if output is not None:
+        from trl_rlaif.report.build import write_comparison
+
+        write_comparison(comparison, output)
+        echo(f"Page: {output}")
 
 
 @app.command()

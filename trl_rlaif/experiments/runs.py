@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
@@ -12,9 +13,9 @@ from trl_rlaif.errors import UserError
 from trl_rlaif.evaluation import bootstrap_mean, points
 from trl_rlaif.pipeline.inputs import flat
 from trl_rlaif.rating.pairs import read_comparisons
-from trl_rlaif.report.formatting import count, label, section
+from trl_rlaif.report.formatting import MINUS, count, label, section
 from trl_rlaif.report.run_data import Run, read_run
-from trl_rlaif.report.summary import SIGNIFICANT, judge_name, set_results, sign_test
+from trl_rlaif.report.summary import SIGNIFICANT, Measure, judge_name, set_results, sign_test
 
 # What says nothing of how a run was made, or is told otherwise.
 _NOT_SETTINGS = ("versions", "command", "machine", "format", "run.name", "report")
@@ -24,9 +25,28 @@ _MOST_SETTINGS = 20
 Points = dict[tuple[str, str], float]
 
 
-def compare_runs(folders: Sequence[Path]) -> list[str]:
-    """Lines to read: differing settings, each run's win rates against its own start, and the difference on shared
-    prompts of each run from the first.
+@dataclass(frozen=True)
+class Comparison:
+    """Finished runs side by side.
+
+    Args:
+        names: What tells the runs apart: their folders' names, or paths where these are alike.
+        runs: In the order in which they were named.
+        settings: By key, the value of each run, where they differ.
+        differences: Of each run but the first, by set, how much more of the win rate over its start it has than the
+            first one, on the prompts of both.
+        notes: What makes numbers incomparable.
+    """
+
+    names: list[str]
+    runs: list[Run]
+    settings: dict[str, list[str]]
+    differences: list[dict[str, Measure]]
+    notes: list[str]
+
+
+def compare_runs(folders: Sequence[Path]) -> Comparison:
+    """Read runs, and compare each with the first one on the prompts that both evaluated.
 
     Nothing is judged anew: two win rates against a start tell which run moved further from it, not which of the two
     policies wins; a recipe with ``compare`` has them judged against each other.
@@ -37,17 +57,32 @@ def compare_runs(folders: Sequence[Path]) -> list[str]:
     if len(folders) < 2:
         raise UserError("A comparison needs two runs.", fix="Name another folder.")
     runs, found = [read_run(folder, labels=False) for folder in folders], [_points(folder) for folder in folders]
-    names = [str(folder) for folder in folders]
-    lines = ["Settings that differ:", *(_settings(names, runs) or ["  none"])]
-    for name, run in zip(names, runs, strict=True):
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    differences = [_differences(found[0], other) for other in found[1:]]
+    return Comparison(names, runs, _settings(runs), differences, list(_notes(runs)))
+
+
+def described(comparison: Comparison) -> list[str]:
+    """The comparison in lines to read."""
+    names = comparison.names
+    settings = [f"  {key}: {' | '.join(values)}" for key, values in comparison.settings.items()]
+    more = [f"  and {len(settings) - _MOST_SETTINGS} more"] if len(settings) > _MOST_SETTINGS else []
+    lines = ["Settings that differ:", *(settings[:_MOST_SETTINGS] or ["  none"]), *more]
+    for name, run in zip(names, comparison.runs, strict=True):
         lines += ["", f"{name}:"]
         for of in set_results(run):
             if of.win_rate:
                 rate = f"{of.win_rate.text} ({of.win_rate.interval_text}), {of.win_rate.verdict}"
                 lines.append(f"  {of.name}: {rate}; {of.win_rate.detail}" + (f"; {of.tokens}" if of.tokens else ""))
-    for name, other in zip(names[1:], found[1:], strict=True):
-        lines += ["", f"{name} less {names[0]}, on the prompts of both:", *_differences(found[0], other)]
-    return lines + [f"Note: {note}" for note in _notes(runs)]
+    for name, differences in zip(names[1:], comparison.differences, strict=True):
+        lines += ["", f"{name} less {names[0]}, on the prompts of both:"]
+        for shared, change in differences.items():
+            rate = f"{change.text} of win rate (95% interval {change.interval_text})"
+            lines.append(f"  {shared}: {rate} on {change.detail}: {change.verdict}")
+        lines += [] if differences else ["  there are none."]
+    return lines + [f"Note: {note}" for note in comparison.notes]
 
 
 def _points(folder: Path) -> Points:
@@ -58,33 +93,41 @@ def _points(folder: Path) -> Points:
     return {key: fmean(values) for key, values in got.items()}
 
 
-def _settings(names: Sequence[str], runs: Sequence[Run]) -> list[str]:
+def _settings(runs: Sequence[Run]) -> dict[str, list[str]]:
     values = [dict(flat(run.recipe)) for run in runs]
     keys = [key for key in dict.fromkeys(key for of in values for key in of) if not key.startswith(_NOT_SETTINGS)]
     told = {key: [label(str(of.get(key, "not set")), 60) for of in values] for key in keys}
-    lines = [f"  {key}: {' | '.join(of)}" for key, of in told.items() if len(set(of)) > 1]
-    more = [f"  and {len(lines) - _MOST_SETTINGS} more"] if len(lines) > _MOST_SETTINGS else []
-    return lines[:_MOST_SETTINGS] + more
+    return {key: of for key, of in told.items() if len(set(of)) > 1}
 
 
-def _differences(first: Points, other: Points) -> Iterator[str]:
+def _differences(first: Points, other: Points) -> dict[str, Measure]:
     shared = [key for key in first if key in other]
-    for name in dict.fromkeys(of for of, _ in shared):
-        change = [other[key] - first[key] for key in shared if key[0] == name]
-        low, high = bootstrap_mean(change)
-        p = sign_test({"wins": sum(x > 0 for x in change), "losses": sum(x < 0 for x in change)}) or 0.0
-        clear = p < SIGNIFICANT and not low <= 0 <= high
-        said = f"{100 * fmean(change):+.1f} points of win rate (95% interval {100 * low:+.1f} to {100 * high:+.1f})"
-        yield (
-            f"  {name}: {said} on {count(len(change), 'prompt')}, sign test p = {p:.2g}: "
-            f"{'a clear difference' if clear else 'no clear difference'}"
-        )
-    if not shared:
-        yield "  there are none."
+    return {
+        name: _difference([other[key] - first[key] for key in shared if key[0] == name])
+        for name in dict.fromkeys(of for of, _ in shared)
+    }
+
+
+def _difference(change: list[float]) -> Measure:
+    low, high = bootstrap_mean(change)
+    p = sign_test({"wins": sum(x > 0 for x in change), "losses": sum(x < 0 for x in change)}) or 0.0
+    mean, clear = fmean(change), p < SIGNIFICANT and not low <= 0 <= high
+    shown = [f"{100 * value:+.1f}".replace("-", MINUS) for value in (mean, low, high)]
+    verdict, tone = (
+        ("a clear difference", "good" if mean > 0 else "bad") if clear else ("no clear difference", "unclear")
+    )
+    detail = f"{count(len(change), 'prompt')}, sign test p = {p:.2g}"
+    return Measure(mean, (low, high), f"{shown[0]} points", f"{shown[1]} to {shown[2]}", verdict, tone, detail)
 
 
 def _notes(runs: Sequence[Run]) -> Iterator[str]:
-    if len({judge_name(run, "evaluate") for run in runs}) > 1:
+    if len({_judge(run) for run in runs}) > 1:
         yield "the runs were measured by different judges, whose win rates cannot be compared."
     if len({str(section(run.recipe, "model").get("path")) for run in runs}) > 1:
         yield "the runs began with different models: each win rate is against its own."
+
+
+def _judge(run: Run) -> tuple[str, str]:
+    """The judge that measured, and what it was taught by the run itself."""
+    taught = section(run.recipe, "evaluate").get("judge") == "taught"
+    return judge_name(run, "evaluate"), str(section(run.results, "judge", "sources")) if taught else ""

@@ -22,6 +22,7 @@ from trl_rlaif.report.parsing import spread
 from trl_rlaif.report.rehearsal_figures import rehearsal_part
 from trl_rlaif.report.round_figures import rounds_part
 from trl_rlaif.report.run_data import MAX_SAMPLES, Run, read_run
+from trl_rlaif.report.runs import runs_page
 from trl_rlaif.report.sampled import sampler_part
 from trl_rlaif.report.score_figures import score_part
 from trl_rlaif.report.stage_rows import stage_rows
@@ -30,8 +31,10 @@ from trl_rlaif.report.teaching_figures import teaching_part
 if TYPE_CHECKING:
     import jinja2
 
+    from trl_rlaif.experiments.runs import Comparison
+
 _HERE = Path(__file__).parent
-_RUN, _COMPARISON = "run.html.jinja", "experiments.html.jinja"
+_RUN, _COMPARISON, _RUNS = "run.html.jinja", "experiments.html.jinja", "runs.html.jinja"
 
 
 def write_report(folder: str | Path) -> Path:
@@ -53,6 +56,15 @@ def write_report(folder: str | Path) -> Path:
     write_page(folder / artifacts.SUMMARY, markdown(page))
     write_plots(folder / artifacts.PLOTS, page)
     return path
+
+
+def write_comparison(comparison: Comparison, path: Path) -> None:
+    """Write the page of several runs, one file that needs no other.
+
+    Raises:
+        RunError: It cannot be written there.
+    """
+    write_page(path, render(runs_page(comparison), _RUNS))
 
 
 def render(page: dict[str, Any], name: str = _RUN) -> str:

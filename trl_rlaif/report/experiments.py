@@ -60,12 +60,19 @@ def comparison_page(run: Run, folder: Path) -> dict[str, Any]:
     compare = section(run.results, "compare")
     sets = [_set(compare, name, values) for name, values in list(section(compare, "sets").items())[:12]]
     asked = _asked(folder, list(section(compare, "variants"))[:MAX_VARIANTS], run.notes)
-    shown = spread(asked, MAX_PROMPTS)
     return {
         **page_head(run),
         "summary": _summary(compare, sets),
         "sets": sets,
         "notes": run.notes,
+        **responses_part(asked),
+    }
+
+
+def responses_part(asked: list[Asked]) -> dict[str, Any]:
+    """What the part with the responses of all policies shows."""
+    shown = spread(asked, MAX_PROMPTS)
+    return {
         "asked": shown,
         "all_asked": len(asked),
         "asked_sets": sorted({one.set for one in shown}),

@@ -20,14 +20,11 @@ _DRAWN_CATEGORIES = 12
 DRAWN_LINES = 12
 _MAX_OTHER_METRICS = 60
 
-_LENGTH = ("Response length, in tokens", "A drift may mean that the reward favors a length.", 0.0)
-_RATE = ("Learning rate", "The schedule as it was run.", 0.0)
 # Metric, heading, how to read it, and the least change that is more than rounding. The first matter most.
-RL_PANELS = (
+_RL_PANELS = (
     ("objective/scores", "Score", "Mean score of the responses; RL tries to raise it.", 0.0),
     ("objective/kl", "KL to the start, in nats", "Distance of the policy from its start.", 1e-5),
-    ("rollout/length", *_LENGTH),
-    ("completions/mean_length", *_LENGTH),
+    ("rollout/length", "Response length, in tokens", "A drift may mean that the reward favors a length.", 0.0),
     ("rewards/accuracies", "Implicit accuracy", "Share of pairs that the policy ranks as labeled; chance is 0.5.", 0.0),
     ("rewards/margins", "Implicit margin", "The implicit reward of chosen responses less that of rejected ones.", 0.0),
     ("objective/rlhf_reward", "Score less the KL price", "What PPO really maximizes.", 0.0),
@@ -38,11 +35,11 @@ RL_PANELS = (
     ("policy/approxkl_avg", "KL of one update", "Spikes mean that the steps are too big.", 1e-6),
     ("policy/clipfrac_avg", "Clipped share", "Share of tokens whose step was cut by the clip.", 0.0),
     ("val/ratio", "Probability ratio", "New over old policy; should stay near 1.", 1e-4),
-    ("lr", *_RATE),
-    ("learning_rate", *_RATE),
+    ("lr", "Learning rate", "The schedule as it was run.", 0.0),
 )
 _FIRST_PANELS = 3
-# TRL's GRPO and RLOO log these per token; PPO, and this page, per response.
+# TRL's names for what PPO logs, too; GRPO and RLOO log the last two per token.
+_RENAMED = {"completions/mean_length": "rollout/length", "learning_rate": "lr"}
 _PER_TOKEN = {"kl": "objective/kl", "entropy": "objective/entropy"}
 _NOT_PANELS = {"episode", "epoch"}
 # What the part on rehearsal and forgetting draws.
@@ -98,7 +95,7 @@ def reward_part(run: Run) -> dict[str, Any]:
 def rl_part(run: Run) -> dict[str, Any]:
     """The curves of the RL stage that matter most, the others in one figure, and first and last of other metrics."""
     series = rl_series(run)
-    panels = [panel for panel in RL_PANELS if panel[0] in series]
+    panels = [panel for panel in _RL_PANELS if panel[0] in series]
     first = [_score_over_kl(series)]
     for key, heading, caption, least in panels[:_FIRST_PANELS]:
         first.append(curve(series, heading, caption, {key: heading}, least=least))
@@ -113,7 +110,7 @@ def rl_part(run: Run) -> dict[str, Any]:
     more = [
         (heading, caption, [(heading, series[key])], least) for key, heading, caption, least in panels[_FIRST_PANELS:]
     ]
-    shown = {key for key, *_ in RL_PANELS} | set(category_keys) | _NOT_PANELS
+    shown = {key for key, *_ in _RL_PANELS} | set(category_keys) | _NOT_PANELS
     others = [key for key in series if key not in shown and not key.startswith(ELSEWHERE)]
     table = [
         (key, *scores(series[key][0][1], series[key][-1][1]), len(series[key]))
@@ -129,15 +126,25 @@ def rl_part(run: Run) -> dict[str, Any]:
 
 
 def rl_series(run: Run) -> Series:
-    """The metrics of the RL stage, with KL and entropy per response by PPO's names."""
-    series = run.series.get("rl", {})
-    lengths = dict(series.get("completions/mean_length", []))
-    found = {
-        ours: [(step, value * lengths[step]) for step, value in series[theirs] if step in lengths]
-        for theirs, ours in _PER_TOKEN.items()
-        if theirs in series
-    }
-    return {key: points for key, points in found.items() if points} | series
+    """The metrics of the RL stage by PPO's names, KL and entropy per response."""
+    series = {_RENAMED.get(key, key): points for key, points in run.series.get("rl", {}).items()}
+    lengths = dict(series.get("rollout/length", []))
+    for theirs, ours in _PER_TOKEN.items():
+        found = [(step, value * lengths[step]) for step, value in series.get(theirs, []) if step in lengths]
+        if found:
+            series.setdefault(ours, found)
+    return series
+
+
+def overlaid(names: Sequence[str], runs: Sequence[Run]) -> Figure | None:
+    """The curves of several runs' RL over each other; None if none was logged."""
+    series = [rl_series(run) for run in runs]
+    panels = [
+        (heading, caption, [(name, of.get(key, [])) for name, of in zip(names, series, strict=True)], least)
+        for key, heading, caption, least in _RL_PANELS
+        if any(key in of for of in series)
+    ]
+    return stacked("Curves of RL", panels)
 
 
 def _score_over_kl(series: Series) -> Figure | None:

@@ -181,6 +181,7 @@ def page_head(run: Run) -> dict[str, Any]:
     model = label(section(run.recipe, "model").get("path"), 120)
     return {
         "run": run,
+        "title": run.name,
         "subtitle": " · ".join(part for part in (model, model_settings(run)) if part),
         "preview": PREVIEW_CHARACTERS,
         "versions": [(label(key), label(value)) for key, value in section(run.recipe, "versions").items()],
