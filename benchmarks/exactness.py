@@ -1,4 +1,4 @@
-"""What is exact: each formula of the two papers against an independent float64 value.
+"""Exactness: each formula of the two papers against an independent float64 value.
 
     python benchmarks/exactness.py --output docs/correctness.md
 
@@ -94,7 +94,7 @@ def uniform(count: int, low: float, high: float, seed: int = 0) -> list[float]:
 # ---- Labels ---------------------------------------------------------------------------------------------------
 
 
-@check("p = softmax(log P(1), log P(2)) in both orders, and its mass P(1) + P(2)", f"{RLAIF}, 2.1", "labeler distilled",
+@check("p = softmax(log P(1), log P(2)) in both orders, and the mass P(1) + P(2)", f"{RLAIF}, 2.1", "labeler distilled",
        "probability", 1e-5)  # fmt: skip
 def distilled() -> float:
     return exact_models.distilled_difference()
@@ -132,7 +132,7 @@ def direct() -> float:
     return exact_models.direct_difference()
 
 
-@check("the same from ten given log-probabilities", f"{RLAIF}, 2.2.2", "labeler direct", "reward", 1e-12)
+@check("the same, from ten given log-probabilities", f"{RLAIF}, 2.2.2", "labeler direct", "reward", 1e-12)
 def expected_rating() -> float:
     largest = 0.0
     for seed in range(100):
@@ -146,7 +146,7 @@ def expected_rating() -> float:
 # ---- Reward model ---------------------------------------------------------------------------------------------
 
 
-@check("L = -[p log s(r_1 - r_2) + (1 - p) log s(r_2 - r_1)] and its gradient in every weight", f"{RLAIF}, 3.1",
+@check("L = -[p log s(r_1 - r_2) + (1 - p) log s(r_2 - r_1)] and its gradient in all weights", f"{RLAIF}, 3.1",
        "RewardTrainer with a column p", "relative", 1e-4)  # fmt: skip
 def soft_labels() -> float:
     return exact_models.reward_difference(advantage=False)
@@ -159,7 +159,7 @@ def advantage_model() -> float:
     return exact_models.reward_difference(advantage=True)
 
 
-@check("scores of a category to mean 0 and the standard deviation of all categories, (r - mean) / std before the bound",
+@check("scores of each category at mean 0 and the overall standard deviation: (r - mean) / std before clipping",
        f"{PENG}, distribution regulator (at RL time: this project)", "transform distribution_regulator", "reward",
        1e-3)  # fmt: skip
 def regulator() -> float:
@@ -228,7 +228,7 @@ def _pool() -> Pool:
     )
 
 
-@check("in each of c clusters the k pairs with the highest a(x, y)", f"{PENG}, Selective Rehearsal",
+@check("the k pairs with the highest a(x, y) in each of c clusters", f"{PENG}, Selective Rehearsal",
        "selector selective_rehearsal", "count", 0)  # fmt: skip
 def best_of_clusters() -> float:
     pool = _pool()
@@ -244,7 +244,7 @@ def best_of_clusters() -> float:
     return len(expected ^ {pair.response_ids[0] for pair in found.rehearsal})
 
 
-@check("D = {(x, y): r(x, y) >= tau}; of each prompt the best response", "Dong et al. 2023; Gulcehre et al. 2023",
+@check("D = {(x, y): r(x, y) >= tau}; the best response to each prompt", "Dong et al. 2023; Gulcehre et al. 2023",
        "selector rejection_sampling", "count", 0)  # fmt: skip
 def rejection() -> float:
     pool, tau = _pool(), 0.5
@@ -299,7 +299,7 @@ def soft_ece() -> float:
     return abs(outcome_calibration_error(found.tolist(), p.tolist()) - expected)
 
 
-@check("Wilson score interval", "Wilson 1927", "every share's interval", "share", 1e-12)
+@check("Wilson score interval", "Wilson 1927", "the interval of every proportion", "share", 1e-12)
 def intervals() -> float:
     largest = 0.0
     for n in (1, 7, 40, 200):
@@ -316,17 +316,17 @@ def table(differences: list[float], seconds: float) -> str:
     """The page docs/correctness.md."""
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "trl", "peft"))
     lines = [
-        "# What is exact",
+        "# Exactness",
         "",
-        "Each formula of the two papers, computed by the code that a run uses, in float32 on tiny models with random",
-        "weights, and independently in float64: one sequence at a time, without padding, packing, cache or adapters.",
-        "The table is made by one command, which fails where a difference is above what float32 arithmetic explains:",
+        "Each formula of the two papers, computed by the code of a run (float32, tiny models with random weights), and",
+        "compared with an independent float64 computation of one sequence at a time, without padding, packing, cache or",
+        "adapters. One command generates the table. It fails if a difference exceeds what float32 explains:",
         "",
         "    python benchmarks/exactness.py --output docs/correctness.md",
         "",
         f"It took {seconds:.0f} s on {processor()}, with {versions}.",
-        "s is the sigmoid. Differences of gradients and losses are relative to the largest value; a count is a number",
-        "of wrong choices.",
+        "In the formulas, s is the sigmoid. Differences of gradients and losses are relative to the largest value; a",
+        "count is the number of wrong choices.",
         "",
         "| Formula | Source | Computed by | Largest difference | Limit |",
         "|---|---|---|---:|---:|",

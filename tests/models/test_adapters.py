@@ -31,7 +31,7 @@ def _adapted(model) -> list[str]:
         ("mamba2", "out_proj", ["in_proj"]),  # PEFT refuses it: fused kernels pass it by
         (
             "llama4_text",
-            "router gives more than a tensor",
+            "router returns more than a tensor",
             ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
         ),
     ],

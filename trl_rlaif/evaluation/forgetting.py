@@ -59,7 +59,7 @@ class ForgettingTracker(TrainerCallback):
 
     ``trainer.add_callback(ForgettingTracker(trainer, sets, preferred))`` logs for each set
     ``forgetting/<set>/win_rate``, the share of its greedy answers that are preferred over the start's (ties count
-    half), and ``forgetting/<set>/nll``, the NLL of the start's own good answers, nats a token at temperature 1; both
+    half), and ``forgetting/<set>/nll``, the NLL of the start's own good answers, nats per token at temperature 1; both
     also before the first update, and ``time/forgetting`` beside them. Training is not disturbed: its numbers are those
     of a run without. Of several processes the first one measures, and the others wait for it; or they divide the
     work.
@@ -327,7 +327,7 @@ def mean_nll(
         device: Of the models.
 
     Returns:
-        Nats a token, at temperature 1: the mean over all tokens, as rehearsal minimizes it.
+        Nats per token, at temperature 1: the mean over all tokens, as rehearsal minimizes it.
     """
 
     def nll(batch: list[int]) -> float:

@@ -116,8 +116,8 @@ def _check_targets(config: LoraConfig, kind: type[PreTrainedModel], model_config
         names = sorted({name.rpartition(".")[2] for name in linears})
         good = [name for name in names if refusal(LoraConfig(target_modules=[name])) is None]
     raise UserError(
-        f"No adapter can work on target_modules {_shown(config.target_modules)} of {kind.__name__}: {reason}",
-        fix=f"These can have one: target_modules: [{', '.join(good)}].",
+        f"LoRA does not work on target_modules {_shown(config.target_modules)} of {kind.__name__}: {reason}",
+        fix=f"These work: target_modules: [{', '.join(good)}].",
     )
 
 
@@ -130,7 +130,7 @@ def _refusal(twin: PreTrainedModel, config: LoraConfig) -> str | None:
     layers = {name: layer for name, layer in peft.named_modules() if isinstance(layer, LoraLayer)}
     odd = {name.rpartition(".")[2] for name, layer in layers.items() if not _gives_tensor(layer.get_base_layer())}
     if odd:
-        return f"{', '.join(sorted(odd))} gives more than a tensor, to which nothing can be added."
+        return f"{', '.join(sorted(odd))} returns more than a tensor, so an adapter's output cannot be added."
     if _all_idle(twin, list(layers.values())):
         return "the model reads these layers' weights without calling them, so that an adapter would change nothing."
     return None

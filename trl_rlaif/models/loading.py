@@ -202,7 +202,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a padding token and padding on the left.
 
     Raises:
-        UserError: It cannot be found or read, or is in Mistral's own format alone.
+        UserError: It cannot be found or read, or comes only in Mistral's own format.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -217,10 +217,10 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         if "mistral" not in str(error).lower():
             raise UserError(f"The tokenizer '{path}' cannot be loaded: {_reason(error)}") from error
         raise UserError(
-            f"The tokenizer '{path}' cannot be used: it is in Mistral's own format alone (tekken.json), which has "
+            f"The tokenizer '{path}' cannot be used: it comes only in Mistral's own format (tekken.json), which has "
             "no chat template and cannot tell control tokens from text.",
-            fix="Name a repository or folder of the model that has tokenizer.json, tokenizer_config.json and a chat "
-            "template, such as one that was converted for transformers.",
+            fix="Use a repository or folder of the model that has tokenizer.json, tokenizer_config.json and a chat "
+            "template, such as a version converted for transformers.",
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _not_found("tokenizer", path, error) from error

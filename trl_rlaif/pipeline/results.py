@@ -17,7 +17,7 @@ class AskedResults(TypedDict, total=False):
 
 
 class SftResults(TypedDict):
-    """Of sft: rows of the data, the tokens that the loss is on, and its mean in nats a token."""
+    """Of sft: rows of the data, the tokens that the loss is on, and its mean in nats per token."""
 
     rows: int
     loss_on: str

@@ -37,9 +37,9 @@ def rehearsal_part(run: Run) -> dict[str, Any] | None:
             "While it trains, of its greedy answers; the dashed line is the start. Falling is forgetting.",
             rates, level=0.5,
         ),
-        curve(series, "NLL of the start's good answers", "In nats a token. Rising is forgetting.", nlls),
+        curve(series, "NLL of the start's good answers", "In nats per token. Rising is forgetting.", nlls),
         curve(
-            series, "NLL of what was rehearsed", "In nats a token, of the pairs of each update.",
+            series, "NLL of what was rehearsed", "In nats per token, of the pairs of each update.",
             {"rehearsal/nll": "NLL"},
         ),
         _map(run.map),

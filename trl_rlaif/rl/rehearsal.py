@@ -43,7 +43,7 @@ class Rehearsal:
     def step(
         self, backward: Callable[[Responses, float], torch.Tensor], progress: float, device: torch.device
     ) -> torch.Tensor:
-        """Add the gradients of the next pairs to an optimizer step; their NLL, nats a token.
+        """Add the gradients of the next pairs to an optimizer step; their NLL, nats per token.
 
         Args:
             backward: Adds the gradients of so many times a batch's NLL, and returns it (``PPOStep.rehearse``).

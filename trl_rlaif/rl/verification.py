@@ -28,19 +28,19 @@ _EPSILONS = 32
 # Beyond it the responses are no longer the policy's, whatever their log-probabilities are.
 MOST = _EPSILONS * torch.finfo(torch.bfloat16).eps
 PADDING = (
-    "%s: log-probabilities differ from those of a plain forward pass by %s, in nats a token. From here on batches hold "
-    "prompts of equal length, without padding on the left, which takes longer."
+    "%s: log-probabilities differ from those of a plain forward pass by %s, in nats per token. From now on, batches "
+    "hold prompts of equal length, without left padding, which is slower."
 )
 CACHE = (
-    "%s: log-probabilities differ from those of a plain forward pass by %s, in nats a token. From here on they are "
-    "taken from a forward pass."
+    "%s: log-probabilities differ from those of a plain forward pass by %s, in nats per token. From now on, they are "
+    "computed by a separate forward pass."
 )
 _MATMUL = {"high": 2.0**-10, "medium": 2.0**-7}  # TF32 and bfloat16
 
 
 @dataclass(frozen=True)
 class Deviations:
-    """Mean absolute differences between log-probabilities and those of plain forward passes, nats a token.
+    """Mean absolute differences between log-probabilities and those of plain forward passes, nats per token.
 
     They are differences of scores: multiplied by the temperature, by which scores are divided.
 
@@ -71,7 +71,7 @@ class Deviations:
 
 
 def tolerance(role_models: RoleModels, args: Any) -> float:
-    """The mean difference in nats a token that rounding explains, in the precision in use.
+    """The mean difference in nats per token that rounding explains, in the precision in use.
 
     32 units of the coarsest rounding: 0.25 in bfloat16 and NF4, 0.03 in float16 and TF32; 2e-4 in float32.
     """
@@ -131,7 +131,7 @@ def error(name: str, found: Deviations, limit: float, *, fix: str = "") -> UserE
     """For a model whose log-probabilities are wrong whatever is tried."""
     return UserError(
         f"{name}: log-probabilities of {found.tokens} sampled tokens differ from those of a plain forward pass by "
-        f"{found}, in nats a token; rounding explains {limit:.2g}. A policy cannot learn from them. The fault is in "
+        f"{found}, in nats per token; rounding explains {limit:.2g}. A policy cannot learn from them. The fault is in "
         f"transformers {transformers.__version__} or TRL, in the code for this model.",
         fix=fix
         or ("Set generation: vllm, or use" if found.forward_within(limit) else "Use")

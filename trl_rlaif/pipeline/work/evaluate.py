@@ -105,7 +105,7 @@ def _answers(
 
 
 def _nlls(context: Context, shared: SharedBase, pairs: list[RehearsalPair], rewards: list[Any]) -> dict[str, float]:
-    """NLL a token of the start's good answers, under the start itself and under the trained policy.
+    """NLL per token of the start's good answers, under the start itself and under the trained policy.
 
     Good is the half that the reward model scores highest; without one, all are.
     """

@@ -72,7 +72,7 @@ class GroupScorer:
         return self.rewards.transform(scores, rollout, rollout.kl(), pool=pool)
 
     def rehearse(self) -> torch.Tensor:
-        """Add the gradients of a batch of pairs to an optimizer step; its NLL, nats a token."""
+        """Add the gradients of a batch of pairs to an optimizer step; its NLL, nats per token."""
         generator, progress = self.generator, self.state.global_step / self.state.max_steps
         step = PPOStep(self.role_models, self.accelerator, self.args, generator.temperature, generator.pads)
         return self.rehearsal.step(step.rehearse, progress, self.accelerator.device)

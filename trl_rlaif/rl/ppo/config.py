@@ -94,7 +94,7 @@ class PPOConfig(BasePPOConfig):
     )
     kl_target: float | None = setting(None, "KL in nats a response that kl_coef is steered to; None: fixed.")
     kl_horizon: int = setting(10_000, "Episodes in which the steering of kl_coef takes effect.")
-    max_update_kl: float | None = setting(None, "Stop an update's epochs beyond this approximate KL, nats a token.")
+    max_update_kl: float | None = setting(None, "Stop an update's epochs beyond this approximate KL, nats per token.")
     reward_weights: list[float] | None = setting(None, "Of the reward model, then of the functions; None: 1 each.")
     reward_normalization: Literal["none", "std", "batch"] = setting(
         "none", "Divide each reward by its running standard deviation, or standardize it in each batch."

@@ -314,7 +314,7 @@ class PPOTrainer(BasePPOTrainer):
         return self._objective.backward(MicroBatch(rollout, advantages, returns, rows, divisors))
 
     def rehearse(self) -> torch.Tensor:
-        """Add the gradients of a batch of pairs to rehearse to an optimizer step; its NLL, nats a token."""
+        """Add the gradients of a batch of pairs to rehearse to an optimizer step; its NLL, nats per token."""
         return self.rehearsal.step(self._objective.rehearse, self._progress, self.accelerator.device)
 
     @property

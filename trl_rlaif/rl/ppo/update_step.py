@@ -148,7 +148,7 @@ class PPOStep:
             coef: gamma.
 
         Returns:
-            The NLL, nats a token, a scalar.
+            The NLL, nats per token, a scalar.
         """
         nll = torch.zeros((), device=pairs.lengths.device)
         # Every token of all processes counts alike; gradients, and the NLL that is logged, are averaged over them.
