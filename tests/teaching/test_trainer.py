@@ -33,9 +33,8 @@ def lessons_of(pairs, p, ratings=None):
 
 
 def make_trainer(judge, labeler, pairs, p, folder, ratings=None, **arguments):
-    peft = get_peft_model(
-        judge.model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-    )
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    peft = get_peft_model(judge.model, config, adapter_name="judge")
     rows, left_out = tokenized(lessons_of(pairs, p, ratings), labeler, judge)
     assert not left_out
     dataset = Dataset.from_list(rows)
@@ -154,6 +153,20 @@ def test_what_is_learned_is_what_the_labeler_says(tmp_path, labeler):
     with active_adapter(trainer.model, None):
         again = [label.p for label in sorted(labeler.label(pairs, judge), key=lambda label: label.id)]
     assert again == before
+
+
+def test_the_adapter_of_the_best_evaluation_is_kept(tmp_path):
+    judge, pairs = make_judge(), make_pairs()
+    trainer = make_trainer(
+        judge, DistilledLabeler(), pairs, [0.9] * len(pairs), tmp_path, max_steps=6, learning_rate=1e-2,
+        per_device_train_batch_size=4, eval_strategy="steps", eval_steps=2, save_steps=2, load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+    )  # fmt: skip
+    # What is held out says the opposite, so that learning makes it worse.
+    trainer.eval_dataset = trainer.train_dataset.map(lambda row: row | {"p": 0.1})
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert trainer.evaluate()["eval_loss"] == min(losses) < losses[-1]
 
 
 def test_questions_longer_than_allowed_are_counted_and_left_out(tmp_path):

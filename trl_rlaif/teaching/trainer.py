@@ -108,6 +108,12 @@ class JudgeTrainer(Trainer):
         average_gradients(self.accelerator, self.model)
         return loss
 
+    def _load_best_model(self) -> None:
+        """As in transformers, which looks for the weights of an adapter named "default" only, and else goes on with
+        the last ones; what resumes a checkpoint finds an adapter of any name."""
+        assert self.state.best_model_checkpoint is not None
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
     def compute_loss(
         self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
