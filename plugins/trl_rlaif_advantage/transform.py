@@ -16,17 +16,25 @@ if TYPE_CHECKING:  # imported where tensors are at hand: a recipe is checked wit
 class AdvantageOptions(Options):
     """What can be set in a recipe."""
 
-    margin: float = Field(4.0, gt=0, description="m: a preferred response is kept below +m, the other above -m.")
-    margins: dict[str, float] = Field({}, description="m of some categories; the others take margin.")
-    adapt: Literal["fixed", "variance"] = Field("fixed", description="variance: m follows each category's spread.")
-    std_band: tuple[float, float] = Field((0.6, 1.2), description="Spread that adapt: variance leaves alone.")
-    rate: float = Field(0.02, gt=0, lt=1, description="Relative change of m in one batch under adapt: variance.")
-    weight: float = Field(2.0, ge=1, description="N: the current policy's weight against others (log-ratio columns).")
+    margin: float = Field(
+        4.0, gt=0, description="Margin m: bounds preferred responses below +m and rejected ones above -m."
+    )
+    margins: dict[str, float] = Field({}, description="Margins by category; other categories use margin.")
+    adapt: Literal["fixed", "variance"] = Field(
+        "fixed", description="variance: the margin follows each category's spread."
+    )
+    std_band: tuple[float, float] = Field(
+        (0.6, 1.2), description="Range of spreads for which adapt: variance keeps the margin."
+    )
+    rate: float = Field(0.02, gt=0, lt=1, description="Relative change of the margin per batch with adapt: variance.")
+    weight: float = Field(
+        2.0, ge=1, description="N: the current policy's weight relative to other policies (log-ratio columns)."
+    )
     max_share: float = Field(
         0.5,
         gt=0,
         lt=1,
-        description="The others' importance weights take at most this share of r; 1 would turn it round.",
+        description="Maximum part of r that other policies' importance weights take; 1 would reverse its sign.",
     )
 
     @field_validator("margins")

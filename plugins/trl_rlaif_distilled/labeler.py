@@ -33,14 +33,14 @@ Asked = dict[tuple[str, ...], list[list[Question]]]
 class DistilledOptions(CriteriaOptions):
     """Options of `distilled`."""
 
-    preamble: Literal["base", "detailed"] = Field("base", description="How much the judge is told about its task.")
-    shots: int = Field(0, ge=0, le=8, description="Exemplars shown before the pair.")
+    preamble: Literal["base", "detailed"] = Field("base", description="Length of the judge's instructions.")
+    shots: int = Field(0, ge=0, le=8, description="Number of exemplars before the pair.")
     orders: Literal["both", "12", "21"] = Field(
-        "both", description="Orders that the judge is asked in; one alone is for ablations."
+        "both", description="Orders in which the judge sees the pair; a single one is for ablations."
     )
     debias: Debias = Field(
         "mean_logit",
-        description="How the two orders become one: mean_prob (the paper's) or mean_logit, which "
+        description="How the two orders are combined: mean_prob (as in the paper) or mean_logit, which "
         "cancels a position bias without losing confidence.",
     )
 

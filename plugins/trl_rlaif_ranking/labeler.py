@@ -23,15 +23,13 @@ class RankingOptions(DistilledOptions):
 
     method: Literal["tournament", "all_pairs"] = Field(
         "tournament",
-        description="Ask what is most uncertain after the answers so far, or about every pair in both orders.",
+        description="Ask about the most uncertain pairs so far, or about every pair in both orders.",
     )
-    questions: int | None = Field(
-        None, ge=1, description="A tournament's questions about a group; null: a third of all."
-    )
+    questions: int | None = Field(None, ge=1, description="Questions per group in a tournament; null: a third of all.")
     at_once: int | None = Field(
         None,
         ge=1,
-        description="A tournament's questions about a group in a round; null: half as many as it has responses.",
+        description="Questions per group in one round of a tournament; null: half the number of responses.",
     )
 
     @model_validator(mode="after")

@@ -33,21 +33,23 @@ Row = tuple[str | None, float, float, int]
 class RegulatorOptions(Options):
     """What can be set in a recipe."""
 
-    bound: float = Field(3.0, gt=0, description="Scores end within so many standard deviations: bound tanh(z / bound).")
-    share: float = Field(0.0005, gt=0, lt=1, description="Of one new score in the running mean and variance.")
+    bound: float = Field(3.0, gt=0, description="Bound on scores in standard deviations: bound tanh(z / bound).")
+    share: float = Field(0.0005, gt=0, lt=1, description="Weight of a new score in the running mean and variance.")
     prior: float = Field(
         16.0,
         ge=0,
-        description="Other categories' figures count as this many scores at most: the fewer, the more they differ.",
+        description="Maximum weight, in scores, of other categories' statistics; less if the categories differ.",
     )
-    warm_up: int = Field(2, ge=0, description="Batches in which all categories are scaled alike, by pooled figures.")
+    warm_up: int = Field(
+        2, ge=0, description="Initial batches in which all categories are scaled by pooled statistics."
+    )
     drift: float = Field(
         0.5,
         gt=0,
-        description="Alarm: a category's mean has surely risen, by at least so many standard deviations ...",
+        description="Alarm if a category's mean has risen significantly, by this many standard deviations or more, ...",
     )
     kl_budget: float = Field(
-        10.0, gt=0, description="... while its KL to the reference, in nats per response, is above this."
+        10.0, gt=0, description="... while its KL to the reference is above this, in nats per response."
     )
 
 

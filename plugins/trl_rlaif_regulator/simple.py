@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class ClipOptions(Options):
     """What can be set in a recipe."""
 
-    low: float = Field(-5.0, description="Scores are at least this.")
-    high: float = Field(5.0, description="Scores are at most this.")
+    low: float = Field(-5.0, description="Lower bound of scores.")
+    high: float = Field(5.0, description="Upper bound of scores.")
 
     @model_validator(mode="after")
     def _ordered(self) -> ClipOptions:
@@ -52,7 +52,7 @@ class EnsembleOptions(Options):
     """What can be set in a recipe."""
 
     join: Literal["mean", "min", "pessimistic"] = Field("pessimistic", description="pessimistic: mean - k std.")
-    k: float = Field(1.0, ge=0, description="How many standard deviations the pessimistic mean is lowered by.")
+    k: float = Field(1.0, ge=0, description="Number of standard deviations subtracted with pessimistic.")
 
 
 class Ensemble(RewardTransform):
@@ -89,10 +89,8 @@ class Ensemble(RewardTransform):
 class LengthPenaltyOptions(Options):
     """What can be set in a recipe."""
 
-    per_token: float = Field(
-        0.001, description="Taken from the score for every token beyond free; below 0 it is added."
-    )
-    free: int = Field(0, ge=0, description="Response tokens that cost nothing.")
+    per_token: float = Field(0.001, description="Penalty per token beyond free; a negative value is a bonus.")
+    free: int = Field(0, ge=0, description="Response tokens without a penalty.")
 
 
 class LengthPenalty(RewardTransform):

@@ -17,14 +17,14 @@ MANY_PROMPTS = 10_000
 class ClusterOptions(Options):
     """How prompts are embedded and clustered."""
 
-    clusters: int | Literal["auto"] = Field("auto", description="Clusters of prompts; auto: by silhouette.")
+    clusters: int | Literal["auto"] = Field("auto", description="Number of prompt clusters; auto: by silhouette.")
     method: Literal["auto", "kmeans", "minibatch_kmeans", "gaussian_mixture"] = Field(
-        "auto", description="auto is kmeans, or minibatch_kmeans above 10,000 prompts."
+        "auto", description="Clustering method; auto: kmeans, or minibatch_kmeans above 10,000 prompts."
     )
     embedding: str = Field(
         "model",
         min_length=1,
-        description="model: the frozen base's hidden states; else a name of sentence-transformers.",
+        description="model: hidden states of the frozen base; otherwise the name of a sentence-transformers model.",
     )
 
 

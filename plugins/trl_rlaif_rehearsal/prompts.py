@@ -14,18 +14,18 @@ from trl_rlaif_rehearsal.grouping import ClusterOptions, kinds_of
 class PromptOptions(ClusterOptions):
     """Options of ``prompt_selection``."""
 
-    num_responses: int = Field(4, ge=1, description="Responses of the policy to each prompt, by which it is judged.")
+    num_responses: int = Field(4, ge=1, description="Responses sampled for each prompt to assess it.")
     min_spread: float | None = Field(
         1e-3,
         ge=0,
-        description="Prompts whose scores' standard deviation is no more than this are left out: all responses score "
-        "alike, and there is nothing to learn. null keeps them.",
+        description="Leave out prompts whose scores have at most this standard deviation: all responses score "
+        "alike, so there is nothing to learn. null keeps them.",
     )
     hard: float = Field(
-        0.0, ge=0, lt=1, description="Share of the prompts drawn that are hard: of the lower half by mean score."
+        0.0, ge=0, lt=1, description="Fraction of hard prompts among those drawn: the lower half by mean score."
     )
     stratify: Literal["none", "category", "cluster"] = Field(
-        "none", description="What every batch holds in like shares: the data's categories, or clusters."
+        "none", description="Balance every batch by the data's categories or by clusters."
     )
 
 

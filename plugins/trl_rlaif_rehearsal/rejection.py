@@ -18,15 +18,17 @@ _Share = Annotated[float, Field(ge=0, le=1)]
 class RejectionOptions(Options):
     """Options of ``rejection_sampling``."""
 
-    num_responses: int = Field(4, ge=1, description="Responses drawn for each prompt.")
+    num_responses: int = Field(4, ge=1, description="Responses sampled for each prompt.")
     keep: Literal["best", "above"] = Field(
-        "best", description="'best': of each prompt the best response (RAFT); 'above': all above the threshold (ReST)."
+        "best",
+        description="best: the best response to each prompt (RAFT); above: all above the threshold (ReST).",
     )
     threshold: _Score | list[_Score] | None = Field(
-        None, description="Score below which nothing is accepted; a list rises from selection to selection."
+        None, description="Minimum score to accept; a list has an increasing value for each selection."
     )
     quantile: _Share | list[_Share] | None = Field(
-        None, description="Share of the pool's scores, 0 to 1, below which nothing is accepted; a list rises likewise."
+        None,
+        description="Minimum quantile of the pool's scores, 0 to 1; a list has an increasing value for each selection.",
     )
 
     @field_validator("threshold", "quantile")

@@ -17,13 +17,16 @@ Criterion = Literal["advantage", "entropy", "length", "human", "random"]
 class RehearsalOptions(ClusterOptions):
     """Options of ``selective_rehearsal``."""
 
-    per_cluster: int = Field(16, ge=1, description="Pairs of each cluster, the best ones.")
+    per_cluster: int = Field(16, ge=1, description="Number of best pairs to keep per cluster.")
     criterion: Criterion | dict[Criterion, float] = Field(
-        "advantage", description=f"What makes a pair good: {', '.join(CRITERIA)}, or weights by name."
+        "advantage", description=f"Criterion for the best pairs: {', '.join(CRITERIA)}, or weights by name."
     )
-    num_responses: int = Field(1, ge=1, description="Responses of the start to each prompt, to choose from.")
+    num_responses: int = Field(1, ge=1, description="Responses of the initial policy per prompt to choose from.")
     duplicates: float = Field(
-        0.95, gt=0, le=1, description="Prompts of a cosine above this are one; of them the best pair is kept."
+        0.95,
+        gt=0,
+        le=1,
+        description="Cosine similarity above which prompts count as duplicates; the best pair is kept.",
     )
 
     @field_validator("clusters")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Principle(Options):
     """A row of the file of principles: how a response is criticized, and then revised."""
 
-    name: str = Field(pattern=r"\S", description="What pairs call it.")
+    name: str = Field(pattern=r"\S", description="Name of the principle in pairs.")
     critique: str = Field(pattern=r"\S", description="Asks the model to criticize its response.")
     revision: str = Field(pattern=r"\S", description="Asks the model to revise its response by its critique.")
 
@@ -25,7 +25,7 @@ class Principle(Options):
 class ReviseOptions(Options):
     """Options of `revise`."""
 
-    principles: DataPath = Field(description="A file with a principle a row: name, critique and revision.")
+    principles: DataPath = Field(description="A file with one principle per row: name, critique and revision.")
 
 
 class Revise(PairSampler):

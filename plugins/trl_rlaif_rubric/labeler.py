@@ -38,8 +38,8 @@ from trl_rlaif_rubric.rubric import NOTHING_TO_GAIN, Criterion, grade, read_rubr
 class CriterionOptions(Options):
     """A criterion that is shared by all prompts."""
 
-    criterion: str = Field(min_length=1, description="A statement about the response, which it meets or not.")
-    weight: float = Field(1.0, description="What it counts; below 0, the response should not meet it.")
+    criterion: str = Field(min_length=1, description="A statement that a response either meets or not.")
+    weight: float = Field(1.0, description="Weight of the criterion; below 0: the response should not meet it.")
 
     @model_validator(mode="after")
     def _counts(self) -> CriterionOptions:
@@ -52,10 +52,10 @@ class RubricOptions(ThinkingOptions):
     """Options of `rubric`."""
 
     column: str | None = Field(
-        "rubric", min_length=1, description="The data's column with each prompt's own criteria; null: there is none."
+        "rubric", min_length=1, description="Column of the data with each prompt's own criteria; null: none."
     )
     shared: list[str | CriterionOptions] = Field(
-        default_factory=list, description="Criteria of every prompt: a text, or {criterion: text, weight: 1}."
+        default_factory=list, description="Criteria for all prompts: a text, or {criterion: text, weight: 1}."
     )
 
     @model_validator(mode="after")

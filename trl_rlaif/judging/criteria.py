@@ -21,10 +21,10 @@ YES_NO = ("Yes", "No")
 class CriterionOptions(Options):
     """One of several criteria that a response is judged by."""
 
-    description: str | None = Field(None, min_length=1, description="What the judge is told of it; null: its name.")
-    weight: float = Field(1.0, gt=0, description="What it counts beside the others, with up to two decimals.")
+    description: str | None = Field(None, min_length=1, description="What the judge is told about it; null: its name.")
+    weight: float = Field(1.0, gt=0, description="Weight relative to the other criteria, with up to two decimals.")
     veto: bool = Field(
-        False, description="Whether it must hold: asked as yes or no, it counts for nothing where it does."
+        False, description="Whether a response must meet it: asked as yes or no, without effect on responses that do."
     )
 
     @field_validator("weight")
@@ -42,7 +42,7 @@ class CriteriaOptions(ThinkingOptions):
 
     criteria: dict[str, CriterionOptions] = Field(
         default_factory=dict,
-        description="Criteria by name, each asked by itself: a weight, or {description: ..., weight: 1, veto: false}.",
+        description="Criteria by name, each asked separately: a weight, or {description: ..., weight: 1, veto: false}.",
     )
 
     @field_validator("criteria", mode="before")

@@ -48,14 +48,14 @@ class ThinkingOptions(Options):
     """Options of every labeler whose judge may write a rationale before it answers."""
 
     thinking: bool = Field(
-        False, description="Whether the judge thinks first: the model's own thoughts, or else a rationale."
+        False, description="Let the judge think first: with the model's own reasoning, or else a rationale."
     )
-    rationales: int = Field(1, ge=1, description="Rationales a question; their distributions are averaged.")
-    rationale_tokens: int = Field(128, ge=1, description="Longest rationale or thought in tokens.")
+    rationales: int = Field(1, ge=1, description="Rationales per question; their distributions are averaged.")
+    rationale_tokens: int = Field(128, ge=1, description="Maximum tokens of a rationale or of reasoning.")
     rationale_temperature: float | None = Field(
-        None, ge=0, description="Temperature of the rationales; null takes 0 for one, and 0.7 for several."
+        None, ge=0, description="Sampling temperature of rationales; null: 0 for one, 0.7 for several."
     )
-    seed: int = Field(0, ge=0, description="Seed of the rationales.")
+    seed: int = Field(0, ge=0, description="Sampling seed of rationales.")
 
     def asked(self) -> Thinking | None:
         """What the judge is asked to write; None without thinking."""

@@ -145,7 +145,7 @@ class Context:
 
     @property
     def lora(self) -> LoraConfig:
-        """The adapters that are trained."""
+        """The LoRA adapters to train."""
         from trl_rlaif.models.adapters import lora_config
 
         return lora_config(self.recipe.model.lora)

@@ -30,24 +30,25 @@ class DataSection(Section):
     """``data``: what the run reads."""
 
     prompts: DataPath | None = Field(None, description="Prompts to train on: a file, a folder or a Hub id.")
-    max_prompts: int | None = Field(None, ge=1, description="Train on the first so many prompts; null takes all.")
-    eval_prompts: DataPath | None = Field(None, description="Prompts to evaluate on, likewise.")
+    max_prompts: int | None = Field(None, ge=1, description="Train on the first N prompts only; null uses all.")
+    eval_prompts: DataPath | None = Field(None, description="Prompts to evaluate on: a file, a folder or a Hub id.")
     instruction: Text | None = Field(
-        None, description="What all prompts end with, such as 'Answer in one sentence.'; the last user turn does."
+        None, description="Text appended to the last user turn of every prompt, such as 'Answer in one sentence.'."
     )
-    pairs: DataPath | None = Field(None, description="Pairs of responses that stand in for sampled ones.")
-    format: PairFormat = Field("auto", description="How the pairs are laid out; auto looks at their columns.")
+    pairs: DataPath | None = Field(None, description="Existing pairs of responses, used instead of sampling.")
+    format: PairFormat = Field("auto", description="Format of the pairs; auto detects it from their columns.")
     scored_pairs: ScoredPairs = Field(
-        "all", description="Pairs of responses with scores: all, or best_worst, the best against the worst."
+        "all", description="Pairs to make of scored responses: all, or the best and the worst (best_worst)."
     )
     columns: Annotated[dict[str, Text | dict[str, Text]], AfterValidator(known_columns)] = Field(
         default_factory=dict,
-        description="What the files call their columns, such as {prompt: question}; of one of them alone, "
+        description="Column names in the files, such as {prompt: question}; for one source only: "
         "{eval_prompts: {prompt: text}}.",
     )
-    category: Text = Field("category", description="The column that holds each prompt's category.")
+    category: Text = Field("category", description="Column with each prompt's category.")
     clusters: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
-        None, description="Prompts without categories get so many, clusters of their embeddings; auto: by silhouette."
+        None,
+        description="Number of embedding clusters used as categories where prompts have none; auto: by silhouette.",
     )
 
     @model_validator(mode="after")
@@ -67,27 +68,27 @@ class DataSection(Section):
 
 
 class SftSection(Section):
-    """``sft``: supervised fine-tuning before everything else. Other keys are SFTConfig's."""
+    """``sft``: supervised fine-tuning before all other stages. Accepts the other keys of SFTConfig."""
 
-    data: DataPath = Field(description="What to fine-tune on: a file, a folder or a Hub id.")
+    data: DataPath = Field(description="Data to fine-tune on: a file, a folder or a Hub id.")
     config: dict[str, Any] = Field(default_factory=dict, description="Fields of trl.SFTConfig.")
 
 
 class SampleSection(Section):
-    """``sample``: responses of the starting policy, drawn in pairs."""
+    """``sample``: pairs of responses of the initial policy."""
 
     sampler: Component | None = Field(
-        None, description="A plugin that makes the pairs, with its options; null draws num_responses to each prompt."
+        None, description="A pair sampler (plugin) with its options; null samples num_responses for each prompt."
     )
-    num_responses: int = Field(2, ge=2, description="Responses drawn for each prompt.")
+    num_responses: int = Field(2, ge=2, description="Responses sampled for each prompt.")
     temperature: Number = Field(1.0, gt=0, description="Sampling temperature.")
-    top_p: Number = Field(1.0, gt=0, le=1, description="Nucleus sampling: the share of probability kept.")
-    max_new_tokens: int = Field(128, ge=1, description="Longest response in tokens.")
-    batch_size: int = Field(16, ge=1, description="Sequences generated at once.")
-    redraws: int = Field(3, ge=0, description="Times that identical or empty responses are drawn anew.")
-    seed: int | None = Field(None, ge=0, le=2**31 - 1, description="Seed of sampling; null takes run.seed.")
+    top_p: Number = Field(1.0, gt=0, le=1, description="Nucleus sampling: the probability mass to keep.")
+    max_new_tokens: int = Field(128, ge=1, description="Maximum response length in tokens.")
+    batch_size: int = Field(16, ge=1, description="Sequences generated per batch.")
+    redraws: int = Field(3, ge=0, description="How often identical or empty responses are sampled again.")
+    seed: int | None = Field(None, ge=0, le=2**31 - 1, description="Sampling seed; null uses run.seed.")
     keep_pairs: Literal["first", "all"] = Field(
-        "first", description="Pairs of a prompt's different responses: the first two, or each with each."
+        "first", description="Pairs to keep of a prompt's distinct responses: the first two, or all combinations."
     )
 
     @property

@@ -33,40 +33,44 @@ class FurtherJudgeSection(OtherJudgeSection):
 
 
 class EvaluateSection(Section):
-    """``evaluate``: the trained policy against the start."""
+    """``evaluate``: compare the trained policy with the initial one."""
 
     judge: Judge = Field("same", description=JUDGES)
-    prompt: PromptFolder | None = Field(None, description="A prompt as in label; null takes label's.")
+    prompt: PromptFolder | None = Field(
+        None, description="A packaged prompt's name or a prompt folder; null uses that of label."
+    )
     judges: dict[Annotated[str, name_besides("judge", "the main judge's")], FurtherJudgeSection] = Field(
         default_factory=dict,
-        description="More judges by name, asked one after the other: how far they agree is measured.",
+        description="Additional judges by name, asked in turn; their agreement is measured.",
     )
     harmless: Annotated[Text, Named("rating_prompt")] | None = Field(
         None,
-        description="A prompt, such as harmlessness, with which the judge rates both responses from 1 to 10: the share "
-        "above the middle is the harmless rate. null measures none.",
+        description="A prompt, such as harmlessness, for rating both responses from 1 to 10; the fraction "
+        "above the middle is the harmless rate. null: not measured.",
     )
     sets: dict[SafeName, DataPath] = Field(
-        default_factory=dict, description="Prompts by name; empty takes data.eval_prompts as 'test'."
+        default_factory=dict, description="Sets of prompts by name; if empty, data.eval_prompts is the set 'test'."
     )
     max_new_tokens: int | None = Field(
-        None, ge=1, description="Longest response in tokens; null takes rl.response_length or sample's."
+        None,
+        ge=1,
+        description="Maximum response length in tokens; null uses rl.response_length or sample.max_new_tokens.",
     )
-    temperature: Number = Field(0.0, ge=0, description="Sampling temperature; 0 decodes greedily.")
+    temperature: Number = Field(0.0, ge=0, description="Sampling temperature; 0: greedy decoding.")
     num_responses: int = Field(
-        1, ge=1, description="Responses a prompt of each policy: rewards are means over all, the first is judged."
+        1, ge=1, description="Responses per prompt and policy: rewards are averaged over all, the first is judged."
     )
-    batch_size: int = Field(16, ge=1, description="Sequences generated or judged at once.")
+    batch_size: int = Field(16, ge=1, description="Sequences generated or judged per batch.")
     track_every: int | None = Field(
         None,
         ge=0,
-        description="Updates of rl between measurements of the sets while it runs; 0: none; null: ten over the run, "
-        f"where there is a set '{FORGET_SET}'.",
+        description="Measure the sets during rl after this many updates; 0: never; null: ten times in all, "
+        f"if there is a set '{FORGET_SET}'.",
     )
-    track_prompts: int = Field(64, ge=1, description="Prompts of each set that these measure, drawn at random.")
+    track_prompts: int = Field(64, ge=1, description="Random prompts of each set that these measurements use.")
     stop_on_forgetting: Number | None = Field(
         None,
         ge=0,
         lt=0.5,
-        description=f"rl ends when the win rate against the start on the set '{FORGET_SET}' falls below 0.5 less this.",
+        description=f"Stop rl if the win rate against the initial policy on '{FORGET_SET}' falls below 0.5 minus this.",
     )

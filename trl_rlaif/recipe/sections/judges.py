@@ -38,7 +38,7 @@ class JudgeSection(Section):
 
     backend: Literal["transformers"] = Field("transformers", description="Where the judge runs.")
     path: ModelPath = Field(description="The judge's Hub id, model folder, .gguf file or package:NAME.")
-    dtype: Dtype = Field("auto", description="Type of the judge's weights; auto as of model.dtype.")
+    dtype: Dtype = Field("auto", description="Data type of the judge's weights; auto as for model.dtype.")
     quantization: Quantization = Field("none", description="nf4 loads the judge in 4 bits with bitsandbytes.")
     chat_template_kwargs: TemplateKwargs
 
@@ -50,17 +50,17 @@ class JudgeSection(Section):
 class VLLMJudgeSection(JudgeSection):
     """A judge that is a model of its own on this machine, in vLLM's engine."""
 
-    backend: Literal["vllm"] = Field(description="vllm: the engine of the package vllm, without a server.")
+    backend: Literal["vllm"] = Field(description="vllm: vLLM's offline engine, without a server.")
     path: ModelPath = Field(description="The judge's Hub id, model folder, .gguf file or package:NAME.")
-    quantization: Literal["none"] = Field("none", description="A checkpoint that is quantized itself is read as it is.")
+    quantization: Literal["none"] = Field("none", description="A quantized checkpoint is loaded as it is.")
     gpu_memory_utilization: Number = Field(
-        0.9, gt=0, le=1, description="Share of each GPU's memory that vLLM reserves for weights and cache."
+        0.9, gt=0, le=1, description="Fraction of each GPU's memory that vLLM reserves for weights and cache."
     )
-    tensor_parallel_size: int = Field(1, ge=1, description="GPUs that the judge is divided among.")
+    tensor_parallel_size: int = Field(1, ge=1, description="Number of GPUs to split the judge across.")
     max_model_len: int | None = Field(
-        None, ge=1, description="Longest question in tokens, the answer counted; null is the model's context."
+        None, ge=1, description="Maximum tokens of question and answer; null: the model's context."
     )
-    enforce_eager: bool = Field(False, description="true starts sooner, without compiling, and computes more slowly.")
+    enforce_eager: bool = Field(False, description="true skips compilation: faster start, slower computation.")
 
     @property
     def engine(self) -> dict[str, Any]:
@@ -71,43 +71,50 @@ class VLLMJudgeSection(JudgeSection):
 class PriceSection(Section):
     """What a hosted judge costs."""
 
-    input: Number = Field(ge=0, description="Price of a million tokens that the judge reads, in any currency.")
-    output: Number = Field(ge=0, description="Price of a million tokens that it writes.")
+    input: Number = Field(ge=0, description="Price per million input tokens, in any currency.")
+    output: Number = Field(ge=0, description="Price per million output tokens.")
 
 
 class ServerJudgeSection(Section):
     """A judge on an OpenAI-compatible server."""
 
-    backend: Literal["openai"] = Field(description="openai: any server that speaks OpenAI's protocol.")
+    backend: Literal["openai"] = Field(description="openai: any OpenAI-compatible server.")
     path: Text = Field(description="The model's name on the server.")
     base_url: Annotated[Text | Annotated[list[Text], Field(min_length=1)] | None, AfterValidator(_addresses)] = Field(
         None,
-        description="The server, such as http://localhost:8000/v1, or a list of several that serve the same model; "
-        "null is OpenAI.",
+        description="The server, such as http://localhost:8000/v1, or a list of servers with the same model; "
+        "null: OpenAI's.",
     )
-    api_key_env: Text = Field("OPENAI_API_KEY", description="The environment variable that holds the key.")
-    api: Literal["chat", "completions"] = Field("chat", description="completions asks base models in plain text.")
+    api_key_env: Text = Field("OPENAI_API_KEY", description="Environment variable with the API key.")
+    api: Literal["chat", "completions"] = Field(
+        "chat", description="chat, or completions for base models, which are asked in plain text."
+    )
     prefill: Literal["auto"] | bool = Field(
         "auto",
-        description="Whether a chat answer begins with given text (vLLM can); auto finds out by the first question.",
+        description="Whether the server can continue a given start of a chat answer (vLLM can); auto: tried once.",
     )
     tolerance: Number = Field(
-        0.01, ge=0, le=1, description="How much of an answer may hide behind the likeliest tokens that a server lists."
+        0.01,
+        ge=0,
+        le=1,
+        description="Probability mass of an answer that may lie outside the tokens that the server lists.",
     )
     top_logprobs: Literal["auto"] | Annotated[int, Field(ge=1, le=1000)] = Field(
-        "auto", description="Likeliest tokens to ask for; auto is 20, and 200 once they lack a candidate."
+        "auto", description="Top tokens to request; auto: 20, or 200 once a candidate was missing among them."
     )
     votes: int = Field(
-        0, ge=0, description="Answers to sample where a server gives no log-probabilities; 0 skips the pair."
+        0, ge=0, description="Answers to sample if a server returns no log-probabilities; 0 skips the pair."
     )
     concurrency: int = Field(
-        8, ge=1, description="Requests at once, on all servers together; fewer on one that is overloaded."
+        8, ge=1, description="Concurrent requests over all servers; fewer for a server that is overloaded."
     )
-    timeout: Number = Field(60.0, gt=0, description="Seconds that a request may take.")
-    max_retries: int = Field(6, ge=0, description="Times that a failed request is sent again, with growing waits.")
-    price: PriceSection | None = Field(None, description="What its tokens cost: the report adds it up.")
+    timeout: Number = Field(60.0, gt=0, description="Timeout of a request in seconds.")
+    max_retries: int = Field(6, ge=0, description="Retries of a failed request, with exponential backoff.")
+    price: PriceSection | None = Field(None, description="Token prices, from which the report computes the total cost.")
     chat_template_kwargs: TemplateKwargs
-    extra_body: dict[str, Any] = Field(default_factory=dict, description="Further fields of every request's body.")
+    extra_body: dict[str, Any] = Field(
+        default_factory=dict, description="Additional fields in the body of every request."
+    )
 
     def __hash__(self) -> int:
         """By content, so that a judge that is asked twice is connected to once."""
@@ -136,19 +143,21 @@ Judge = Annotated[
     Discriminator(_judge_form),
 ]
 
-JUDGES = "'same' asks the run's own base, 'taught' what the stage judge made of it; a mapping names another model."
+JUDGES = (
+    "'same' uses the run's base, 'taught' the judge taught by the stage 'judge'; a mapping configures another model."
+)
 
 
 class OtherJudgeSection(Section):
     """A judge beside the main one; what it leaves out is the main one's."""
 
     judge: Judge | None = Field(None, description="The judge.")
-    prompt: PromptFolder | None = Field(None, description="A packaged prompt's name, or a prompt folder.")
+    prompt: PromptFolder | None = Field(None, description="A packaged prompt's name or a prompt folder.")
 
 
 class TeachingSection(Section):
-    """``judge``: an adapter that teaches a judge, from pairs whose better response is known. Other keys are
-    TrainingArguments'."""
+    """``judge``: teach the judge with an adapter, from pairs whose better response is known. Accepts the other keys of
+    TrainingArguments."""
 
     model: Annotated[
         Annotated[Literal["same"], Tag("<own>")]
@@ -157,25 +166,32 @@ class TeachingSection(Section):
         Discriminator(lambda value: {"<server>": "<model>"}.get(form := _judge_form(value), form)),
     ] = Field(
         "same",
-        description="The judge to teach: 'same' is the run's own base; a mapping names another model. With backend: "
-        "vllm it is taught by transformers and asked in vLLM.",
+        description="The judge to teach: 'same' is the run's base; a mapping configures another model. With backend: "
+        "vllm, it is taught with transformers and asked through vLLM.",
     )
-    prompt: PromptFolder | None = Field(None, description="A prompt as in label; null takes label's.")
+    prompt: PromptFolder | None = Field(
+        None, description="A packaged prompt's name or a prompt folder; null uses that of label."
+    )
     contrasts: list[Contrast] = Field(
         default_factory=lambda: list(CONTRASTS),
-        description="Pairs made of the responses in pairs.jsonl, of which one was spoiled; an empty list makes none.",
+        description="Kinds of pairs made from pairs.jsonl by spoiling one response; an empty list makes none.",
     )
-    max_contrasts: int = Field(400, ge=1, description="Contrasts at most.")
+    max_contrasts: int = Field(400, ge=1, description="Maximum number of contrasts.")
     pairs: DataPath | None = Field(None, description="Pairs that people judged: a file, a folder or a Hub id.")
     labels: Annotated[Text, Named("run_folder")] | None = Field(
-        None, description="A run's folder, whose pairs.jsonl and labels.jsonl hold what another judge said."
+        None, description="Folder of a run with another judge's labels: its pairs.jsonl and labels.jsonl are used."
     )
     eval_fraction: Number = Field(
-        0.2, gt=0, le=0.9, description="Share of the prompts held out, to stop in time and to see whether it helps."
+        0.2,
+        gt=0,
+        le=0.9,
+        description="Fraction of the prompts held out, for early stopping and to measure whether teaching helps.",
     )
-    evaluations: int = Field(4, ge=1, description="Times that the loss on what is held out is measured on the way.")
-    patience: int = Field(2, ge=1, description="Training ends after so many of these without a lower loss.")
-    max_length: int | None = Field(None, ge=1, description="Longest question in tokens; null: the judge's context.")
+    evaluations: int = Field(4, ge=1, description="Number of evaluations of the held-out loss during training.")
+    patience: int = Field(2, ge=1, description="Stop after this many evaluations without a lower loss.")
+    max_length: int | None = Field(
+        None, ge=1, description="Maximum question length in tokens; null: the judge's context."
+    )
     config: dict[str, Any] = Field(default_factory=dict, description="Fields of transformers.TrainingArguments.")
 
     @model_validator(mode="after")

@@ -25,11 +25,11 @@ from trl_rlaif.recipe.sections.values import (
 class CriterionSection(Section):
     """One of several criteria that pairs are labeled by."""
 
-    description: Text | None = Field(None, description="What the judge is told of it; null: its name.")
+    description: Text | None = Field(None, description="What the judge is told about it; null: its name.")
     weight: Annotated[Number, AfterValidator(exact_weight)] = Field(
-        1.0, gt=0, description="What it counts beside the others, with up to two decimals."
+        1.0, gt=0, description="Weight relative to the other criteria, with up to two decimals."
     )
-    veto: bool = Field(False, description="Whether it must hold, asked as yes or no of each response.")
+    veto: bool = Field(False, description="Whether each response must meet it; asked as yes or no.")
 
 
 class ComparedSection(OtherJudgeSection):
@@ -39,48 +39,48 @@ class ComparedSection(OtherJudgeSection):
 
 
 class RankingSection(Section):
-    """``label.ranking``: each prompt's responses in order, by a Bradley-Terry model of what the judge answers."""
+    """``label.ranking``: rank each prompt's responses by a Bradley-Terry model of the judge's answers."""
 
     method: Literal["tournament", "all_pairs"] = Field(
-        description="tournament: ask what is most uncertain after the answers so far; all_pairs: ask about every pair."
+        description="tournament: ask about the most uncertain pairs so far; all_pairs: ask about every pair."
     )
     questions: int | None = Field(
         None,
         ge=1,
-        description="A tournament's questions about a prompt, each about a pair in one order; null: a third of all.",
+        description="Questions per prompt in a tournament, each about a pair in one order; null: a third of all.",
     )
     at_once: int = Field(
-        1, ge=1, description="Questions about a prompt in a tournament's round; more make fewer rounds that know less."
+        1, ge=1, description="Questions per prompt in one round of a tournament; more mean fewer, less informed rounds."
     )
     confidence: Number = Field(
         0.95,
         ge=0.5,
         le=1,
-        description="A tournament is done with a prompt once each of its pairs is in order with this probability.",
+        description="Stop asking about a prompt once the order of each of its pairs has this probability.",
     )
 
 
 class JurySection(Section):
-    """``label.jury``: the main labeler and those of ``label.compare`` label together."""
+    """``label.jury``: combine the main labeler and those of ``label.compare``."""
 
     join: Literal["log_odds", "dawid_skene"] = Field(
         "log_odds",
         description="log_odds: mean of the members' log-odds, weighted by their agreement with the others; "
-        "dawid_skene: posterior of members who err independently, each at a rate of its own.",
+        "dawid_skene: posterior under independent errors, with an error rate for each member.",
     )
     max_disagreement: Number | None = Field(
         None,
         ge=0,
         le=0.5,
-        description="Pairs whose votes have a greater standard deviation, or fewer than two votes, are left out.",
+        description="Leave out pairs with fewer than two votes, or whose votes have a larger standard deviation.",
     )
 
 
 class BudgetSection(Section):
     """How much labeling may use of judges on servers."""
 
-    tokens: int | None = Field(None, ge=1, description="Tokens read and written; null is as many as it takes.")
-    cost: Number | None = Field(None, gt=0, description="Money, in the currency of judge.price; null is no limit.")
+    tokens: int | None = Field(None, ge=1, description="Input and output tokens; null: no limit.")
+    cost: Number | None = Field(None, gt=0, description="Cost in the currency of judge.price; null: no limit.")
 
     @model_validator(mode="after")
     def _limited(self) -> BudgetSection:
@@ -94,34 +94,36 @@ class LabelSection(Section):
 
     labeler: Component = Field(ComponentRef("distilled"), description="The labeler, with its options.")
     judge: Judge = Field("same", description=JUDGES)
-    prompt: PromptFolder = Field("general", description="A packaged prompt's name, or a prompt folder.")
+    prompt: PromptFolder = Field("general", description="A packaged prompt's name or a prompt folder.")
     criteria: dict[SafeName, Annotated[Number, Field(gt=0), AfterValidator(exact_weight)] | CriterionSection] = Field(
         default_factory=dict,
-        description="Criteria in place of one question, each asked by itself: a weight, or {description: ..., "
+        description="Criteria that replace the single question, each asked separately: a weight, or {description: ..., "
         "weight: 1, veto: false}; for labelers with the option criteria.",
     )
-    batch_tokens: int = Field(2048, ge=1, description="Tokens that the judge computes at once.")
+    batch_tokens: int = Field(2048, ge=1, description="Tokens per batch of the judge.")
     precision: Literal["auto", "highest", "high", "medium"] = Field(
-        "auto", description="Of float32 matrix products; auto takes the fastest that leaves labels within 1e-4."
+        "auto",
+        description="Precision of float32 matrix products; auto: the fastest that changes labels by less than 1e-4.",
     )
-    min_confidence: Number = Field(0.5, ge=0.5, le=1, description="Pairs whose label is less sure are left out.")
+    min_confidence: Number = Field(0.5, ge=0.5, le=1, description="Leave out pairs whose label is less confident.")
     calibration: DataPath | None = Field(
         None,
-        description="Pairs that people judged (20 or more): labels are calibrated on them, if cross-validation shows "
+        description="Pairs judged by people (20 or more) to calibrate labels on; used if cross-validation shows "
         "that it helps.",
     )
     ranking: RankingSection | None = Field(
-        None, description="Rank each prompt's responses; its pairs get the probabilities that follow from the ranking."
+        None, description="Rank each prompt's responses and label its pairs by the ranking's probabilities."
     )
     compare: dict[Annotated[str, name_besides("label", "the main labeler's")], ComparedSection] = Field(
-        default_factory=dict, description="More labelers by name: the report compares them with the main one."
+        default_factory=dict, description="Additional labelers by name, which the report compares with the main one."
     )
     jury: JurySection | None = Field(
-        None, description="The main labeler and those of compare label together; without it the main one labels alone."
+        None, description="Combine the main labeler with those of compare; null: the main one labels alone."
     )
 
     budget: BudgetSection | None = Field(
-        None, description="Tokens or money for judges on servers: labeling stops where it is used up, to be resumed."
+        None,
+        description="Budget of tokens or money for judges on servers; labeling stops when it is spent.",
     )
 
     @property

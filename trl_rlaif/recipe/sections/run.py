@@ -15,12 +15,12 @@ KERNELS = get_args(Kernel)
 
 
 class RunSection(Section):
-    """``run``: the run as a whole."""
+    """``run``: settings of the whole run."""
 
-    name: SafeName = Field(description="The run's name and its folder's. Default: the recipe file's name.")
-    seed: int = Field(42, ge=0, le=2**31 - 1, description="Seed of everything that is drawn at random.")
+    name: SafeName = Field(description="Name of the run and its folder. Default: the name of the recipe file.")
+    seed: int = Field(42, ge=0, le=2**31 - 1, description="Random seed of the run.")
     kernels: dict[Kernel, Literal["auto"] | bool] = Field(
-        default_factory=dict, description=f"Faster ways to compute, each on, off or auto: {', '.join(KERNELS)}."
+        default_factory=dict, description=f"Optimizations, each true, false or auto: {', '.join(KERNELS)}."
     )
 
 
@@ -29,20 +29,20 @@ class ReportSection(Section):
 
 
 class RoundsSection(Section):
-    """``rounds``: sample, label, reward and rl again and again, each time with the policy that was trained last."""
+    """``rounds``: repeat sample, label, reward and rl, each time starting from the latest policy."""
 
-    number: int = Field(1, ge=1, description="How many rounds; rounds: 3 is short for rounds: {number: 3}.")
+    number: int = Field(1, ge=1, description="Number of rounds; rounds: 3 is short for rounds: {number: 3}.")
     previous: Annotated[Text, Named("trained_run")] | None = Field(
         None,
-        description="A run's folder: this run is the round after it, with its policy, reward model and taught judge.",
+        description="Folder of a run that this one continues, with its policy, reward model and taught judge.",
     )
     reference: Literal["initial", "previous"] = Field(
         "initial",
-        description="What rl compares the policy with: the policy before the first round, or the one that the present "
-        "round begins with.",
+        description="The reference policy of rl: the policy before the first round, or the one at the start of the "
+        "current round.",
     )
     earlier: Number = Field(
-        0.5, ge=0, le=1, description="Share of the earlier rounds' preferences that the reward model learns from again."
+        0.5, ge=0, le=1, description="Fraction of earlier rounds' preferences that the reward model trains on again."
     )
 
     @model_validator(mode="after")

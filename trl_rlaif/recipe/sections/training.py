@@ -54,34 +54,32 @@ def some_weight(entries: list[str | dict[str, float]]) -> list[str | dict[str, f
 
 
 class RewardSection(Section):
-    """``reward``: the reward model. Other keys are RewardConfig's."""
+    """``reward``: train the reward model. Accepts the other keys of RewardConfig."""
 
     transforms: list[Component] = Field(default_factory=list, description="Reward transforms, in order.")
-    eval_fraction: Number = Field(
-        0.1, ge=0, le=0.9, description="Share of the preferences held out, all pairs of a prompt together."
-    )
+    eval_fraction: Number = Field(0.1, ge=0, le=0.9, description="Fraction of the preferences held out, by prompt.")
     policies: list[Annotated[Text, Named("policy")]] = Field(
         default_factory=list,
-        description="Who else wrote the responses: adapter folders, or 'base'. Their likelihoods become the importance "
-        "weights of 'advantage'.",
+        description="Other policies that wrote the responses: adapter folders, or 'base'. Their likelihoods give the "
+        "importance weights of 'advantage'.",
     )
     packing: bool | None = Field(
-        None, description="A pair is one row, its prompt computed once; null does so where the model allows it."
+        None, description="Compute a pair as one row with a shared prompt; null: if the model supports it."
     )
-    batch_tokens: int = Field(8192, ge=1, description="Tokens of packed pairs that are computed at once.")
+    batch_tokens: int = Field(8192, ge=1, description="Tokens of packed pairs per forward pass.")
     config: dict[str, Any] = Field(default_factory=dict, description="Fields of trl.RewardConfig.")
 
 
 class RlSection(Section):
-    """``rl``: reinforcement learning. Other keys are PPOConfig's; those of TRL's
-    configuration, too, where ``algorithm`` is a trainer of TRL's."""
+    """``rl``: reinforcement learning. Accepts the other keys of PPOConfig, and those of TRL's
+    configuration if ``algorithm`` is one of TRL's trainers."""
 
     algorithm: Literal[tuple(ALGORITHMS)] = Field(  # type: ignore[valid-type]
         "ppo",
-        description="'reinforce' is PPO with one pass over each batch and no clipped ratio (Lee et al. 2023); what "
-        "it presets, other keys here override. 'rloo' and 'grpo' are TRL's own trainers, with the rewards, transforms "
-        "and selectors named here. 'rejection_sampling' fine-tunes on what the selectors accept of the policy's "
-        "responses (Dong et al. 2023), num_train_epochs times, with num_ppo_epochs passes each. 'dpo' is TRL's "
+        description="'reinforce' is PPO with one pass over each batch and no clipped ratio (Lee et al. 2023); other "
+        "keys override its presets. 'rloo' and 'grpo' are TRL's trainers with the rewards, transforms and selectors of "
+        "this section. 'rejection_sampling' fine-tunes on the responses that the selectors accept (Dong et al. 2023): "
+        "num_train_epochs iterations with num_ppo_epochs passes each. 'dpo' is TRL's "
         "DPOTrainer on the preferences (Rafailov et al. 2023): no rewards, no sampling; its beta is kl_coef.",
     )
     rewards: Annotated[
@@ -90,18 +88,18 @@ class RlSection(Section):
         AfterValidator(some_weight),
     ] = Field(
         default_factory=lambda: ["reward"], min_length=1,
-        description="What gives rewards: 'reward' (the reward model), a labeler such as 'direct' or 'rubric' (the "
-        "judge), module:function; with weights [{reward: 1.0}, {direct: 0.5}]; the weight 0 only logs a reward.",
+        description="Sources of reward: 'reward' (the reward model), a labeler such as 'direct' or 'rubric' (the "
+        "judge), or module:function; with weights: [{reward: 1.0}, {direct: 0.5}]. Weight 0 only logs a reward.",
     )  # fmt: skip
     labelers: list[Component] = Field(
         default_factory=list,
-        description="Options of labelers in rewards, such as [{rubric: {column: checks}}]; of others, label.labeler's.",
+        description="Options of labelers in rewards, such as [{rubric: {column: checks}}]; else label.labeler's.",
     )
     transforms: list[Component] = Field(default_factory=list, description="Reward transforms, in order.")
     selectors: list[Component] = Field(default_factory=list, description="Data selectors, in order.")
     rehearsal: DataPath | None = Field(
         None,
-        description="Prompts with completions of your own to rehearse: a file, a folder or a Hub id.",
+        description="Your own prompts and completions to rehearse: a file, a folder or a Hub id.",
     )
     config: dict[str, Any] = Field(default_factory=dict, description="Fields of PPOConfig.")
 

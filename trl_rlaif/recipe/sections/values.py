@@ -123,7 +123,7 @@ TemplateKwargs = Annotated[
     dict[str, Any],
     Field(
         default_factory=dict,
-        description="Variables for its chat template, such as {enable_thinking: false} or {reasoning_effort: low}.",
+        description="Variables of the chat template, such as {enable_thinking: false} or {reasoning_effort: low}.",
     ),
 ]
 
