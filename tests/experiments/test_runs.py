@@ -105,6 +105,27 @@ def test_the_page_is_no_other_file(two):
     assert json.loads((two[0] / "results.json").read_text())["evaluate"]
 
 
+@pytest.mark.parametrize(
+    ("paths", "digests", "told"),
+    [
+        (("/a/p.jsonl", "/b/p.jsonl"), "xx", None),
+        (("/a/p.jsonl", "/b/p.jsonl"), "xy", ["/a/p.jsonl", "/b/p.jsonl"]),
+        (("p.jsonl", "p.jsonl"), "xy", ["p.jsonl (xxxxxxxx)", "p.jsonl (yyyyyyyy)"]),
+        (("p.jsonl", "p.jsonl"), "x", None),
+        (("/a/p.jsonl", "/b/p.jsonl"), "", ["/a/p.jsonl", "/b/p.jsonl"]),
+    ],
+)
+def test_a_file_is_its_content(two, paths, digests, told):
+    for folder, path in zip(two, paths, strict=True):
+        recipe = folder / "recipe.yaml"
+        recipe.write_text(recipe.read_text().replace("prompts: prompts.jsonl", f"prompts: {path}"))
+    for folder, digest in zip(two, digests, strict=False):
+        (folder / ".state").mkdir()
+        files = {"data.prompts": {"path": "", "digest": digest * 12}}
+        (folder / ".state/sample.json").write_text(json.dumps({"inputs": {"files": files}}))
+    assert compare_runs(two).settings.get("data.prompts") == told
+
+
 def test_judges_that_each_run_taught_are_different(two):
     for folder, right in zip(two, (0.8, 0.9), strict=True):
         (folder / "recipe.yaml").write_text(

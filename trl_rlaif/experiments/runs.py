@@ -11,8 +11,11 @@ from statistics import fmean
 from trl_rlaif.data.overlap import prompt_key
 from trl_rlaif.errors import UserError
 from trl_rlaif.evaluation import bootstrap_mean, points
+from trl_rlaif.files import read_state
+from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.inputs import flat
 from trl_rlaif.rating.pairs import read_comparisons
+from trl_rlaif.recipe.sections import STAGES
 from trl_rlaif.report.formatting import MINUS, count, label, section
 from trl_rlaif.report.run_data import Run, read_run
 from trl_rlaif.report.summary import SIGNIFICANT, Measure, judge_name, set_results, sign_test
@@ -61,7 +64,7 @@ def compare_runs(folders: Sequence[Path]) -> Comparison:
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
     differences = [_differences(found[0], other) for other in found[1:]]
-    return Comparison(names, runs, _settings(runs), differences, list(_notes(runs)))
+    return Comparison(names, runs, _settings(folders, runs), differences, list(_notes(runs)))
 
 
 def described(comparison: Comparison) -> list[str]:
@@ -93,11 +96,25 @@ def _points(folder: Path) -> Points:
     return {key: fmean(values) for key, values in got.items()}
 
 
-def _settings(runs: Sequence[Run]) -> dict[str, list[str]]:
-    values = [dict(flat(run.recipe)) for run in runs]
-    keys = [key for key in dict.fromkeys(key for of in values for key in of) if not key.startswith(_NOT_SETTINGS)]
-    told = {key: [label(str(of.get(key, "not set")), 60) for of in values] for key in keys}
-    return {key: of for key, of in told.items() if len(set(of)) > 1}
+def _settings(folders: Sequence[Path], runs: Sequence[Run]) -> dict[str, list[str]]:
+    values, files = [dict(flat(run.recipe)) for run in runs], [_digests(folder) for folder in folders]
+    found = {}
+    for key in dict.fromkeys(key for of in values for key in of):
+        shown = [label(str(of.get(key, "not set")), 60) for of in values]
+        # A file is its content, wherever it is.
+        digests = [of[key] for of in files if key in of]
+        if len(digests) == len(runs) and len(set(digests)) > 1 and len(set(shown)) == 1:
+            shown = [f"{path} ({digest[:8]})" for path, digest in zip(shown, digests, strict=True)]
+        if not key.startswith(_NOT_SETTINGS) and len(set(digests if len(digests) == len(runs) else shown)) > 1:
+            found[key] = shown
+    return found
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """By key, the digest of each file that the run's stages were made from."""
+    markers = [read_state(folder / artifacts.STATE / artifacts.marker_of(stage), "") for stage in STAGES]
+    files = [item for marker in markers for item in section(marker, "inputs", "files").items()]
+    return {key: str(section(file).get("digest")) for key, file in files}
 
 
 def _differences(first: Points, other: Points) -> dict[str, Measure]:
