@@ -16,6 +16,7 @@ from trl_rlaif import __version__, distributed
 from trl_rlaif.errors import UserError
 from trl_rlaif.files import is_signed, sealed, signed, write_atomically
 from trl_rlaif.pipeline import artifacts, digests, machine, redo, superseding
+from trl_rlaif.pipeline.earlier_time import earlier_time
 from trl_rlaif.pipeline.forecast import forecast
 from trl_rlaif.pipeline.lineage import check_previous
 from trl_rlaif.pipeline.machine import Machine
@@ -27,6 +28,7 @@ from trl_rlaif.progress import Forecast, Publisher, publishing, say
 from trl_rlaif.recipe import Recipe
 from trl_rlaif.recipe.base_model import check_base
 from trl_rlaif.recipe.sections import STAGES
+from trl_rlaif.report.formatting import duration
 
 PACKAGES = ("trl", "transformers", "peft", "accelerate", "datasets", "torch", "bitsandbytes")
 
@@ -91,7 +93,7 @@ def run_recipe(recipe: Recipe, plugins: Plugins, output: str | Path, **options: 
         ahead = _ahead(folder, planned, only) if how.shard is None else []
         foretold = forecast(recipe, ahead)
         if ahead:
-            _say_ahead(planned, ahead, foretold)
+            _say_ahead(planned, ahead, foretold, earlier_time(folder, planned, ahead, began["processor"]))
         with publishing(folder.state, known, foretold) as publisher:
             run_stages(recipe, plugins, folder, planned, how, publisher)
         if how.shard is None and not how.without:
@@ -135,8 +137,10 @@ def say_outcome(folder: RunFolder) -> None:
         say(line)
 
 
-def _say_ahead(planned: Mapping[str, Planned], ahead: Sequence[Stage], known: Forecast | None) -> None:
-    """Say at the run's beginning which stages it will run, where most of the time goes, and when more is known."""
+def _say_ahead(
+    planned: Mapping[str, Planned], ahead: Sequence[Stage], known: Forecast | None, took: tuple[str, float] | None
+) -> None:
+    """Say at the run's beginning which stages it will run, where most of the time goes, and how long it may take."""
     names = [stage.name for stage in ahead]
     kept = [name for name in planned if name not in names]
     said = f"To run: {', '.join(names)}." + (f" Kept: {', '.join(kept)}." if kept else "")
@@ -144,6 +148,10 @@ def _say_ahead(planned: Mapping[str, Planned], ahead: Sequence[Stage], known: Fo
     if len(shares) > 1:
         longest = max(shares, key=lambda name: shares[name])
         said += f" Most of the time goes to {longest} ({shares[longest]:.0%} of what can be foretold)."
+    if took is not None:
+        said += (
+            f" With these settings, the run '{took[0]}' in the same folder took {duration(took[1])} for these stages."
+        )
     say(said + (" After the first minute of computing, the run says how long it will take." if shares else ""))
 
 

@@ -242,3 +242,23 @@ def test_a_report_is_built_again_only_if_something_changed(tmp_path, tiny_model,
     page.unlink()
     run_recipe(recipe, installed_plugins(), "out", resume=True)
     assert page.exists()
+
+
+def test_a_run_is_told_how_long_one_with_its_settings_took(tmp_path, tiny_model, capsys):
+    sections = {"reward": None, "rl": None, "evaluate": None, "label": None}
+    recipe = tiny_recipe(tmp_path, tiny_model, **sections)
+    first = run_recipe(recipe, installed_plugins(), tmp_path / "runs" / "first")
+    first.add_results("sample", first.results_of("sample") | {"seconds": 100.0})
+    first.add_results("report", {"seconds": 20.0})
+
+    def said(name, seed=1, **changed):
+        other = tiny_recipe(tmp_path, tiny_model, **sections | {"run": {"name": "x", "seed": seed}} | changed)
+        run_recipe(other, installed_plugins(), tmp_path / "runs" / name)
+        return capsys.readouterr().err
+
+    assert "With these settings, the run 'first' in the same folder took 2 min 0 s for these stages." in said(
+        "second", seed=7
+    )
+    assert "With these settings" not in said("third", sample={"max_new_tokens": 3})
+    (tmp_path / "runs" / "second" / "results.json").write_text("{")
+    assert "the run 'first' in the same folder took 2 min 0 s" in said("fourth")

@@ -1,0 +1,59 @@
+"""How long an earlier run took for what a run is going to do: the one measure that there is before it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trl_rlaif.errors import TrlRlaifError
+from trl_rlaif.files import read_state, unsealed
+from trl_rlaif.pipeline import artifacts
+from trl_rlaif.pipeline.redo import Planned
+from trl_rlaif.pipeline.run_folder import RunFolder
+from trl_rlaif.pipeline.stage import Stage
+
+# The newest folders beside a run that are looked at.
+_MOST_RUNS = 20
+
+
+def earlier_time(
+    folder: RunFolder, planned: Mapping[str, Planned], ahead: Sequence[Stage], processor: str
+) -> tuple[str, float] | None:
+    """The newest complete run beside this one that differs at most in its seed, and its seconds in the stages ahead.
+
+    Args:
+        folder: The run's.
+        planned: All its stages, whose settings and files must be the same.
+        ahead: Those whose time is asked.
+        processor: Its name; another one takes another time.
+    """
+    results: list[Path] = []
+    with suppress(OSError):  # another process may remove one
+        found = folder.path.parent.glob(f"*/{artifacts.RESULTS}")
+        results = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)[:_MOST_RUNS]
+    for path in results:
+        # Another run's folder may be of another version, or damaged, which is for that run to say.
+        with suppress(TrlRlaifError, OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+            if path.parent != folder.path and _is_alike(path.parent, planned, processor):
+                numbers = read_state(path, "")
+                return path.parent.name, sum(numbers[stage.name]["seconds"] for stage in ahead)
+    return None
+
+
+def _is_alike(run: Path, planned: Mapping[str, Planned], processor: str) -> bool:
+    for name, each in planned.items():
+        marker = read_state(run / artifacts.STATE / artifacts.marker_of(name), "")
+        if not marker.get("complete") or _content(marker["inputs"]) != _content(each.inputs.to_dict()):
+            return False
+    recipe = yaml.safe_load((run / artifacts.RECIPE).read_text(encoding="utf-8"))
+    return bool(unsealed(recipe["machine"])["processor"] == processor)
+
+
+def _content(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Settings and digests of files, without the seed."""
+    settings = {key: value for key, value in inputs["settings"].items() if key != "run.seed"}
+    return settings, {key: file["digest"] for key, file in inputs["files"].items()}
