@@ -75,6 +75,17 @@ def test_the_readmes_shares_are_those_of_the_results_that_it_names():
     assert len(shares) >= 5 and not [share for share in shares if share not in results]
 
 
+def test_the_readmes_pictures_are_small_and_name_no_folder_of_a_machine():
+    pictures = re.findall(r"!\[[^\]]+\]\((docs/pictures/[\w.]+)\)", README)
+    assert pictures == ["docs/pictures/report.png", "docs/pictures/terminal.svg"]
+    contents = [(ROOT / picture).read_bytes() for picture in pictures]
+    assert max(map(len, contents)) < 150_000 and contents[0].startswith(b"\x89PNG")
+    words = re.sub(r"<[^>]*>|&#160;", " ", contents[1].decode())
+    assert "trl-rlaif run quickstart" in " ".join(words.split()) and not re.search(
+        r"/(tmp|home|root|work|Users)/", words
+    )
+
+
 def test_what_the_docs_call_a_hook_or_a_recipe_exists():
     names = {hook.partition("(")[0] for hook in _hooks()}
     calls = re.findall(r"`(\w+)\(([\w, ]*)\)`", README + PLUGINS)

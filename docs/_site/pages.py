@@ -60,7 +60,7 @@ def _linked(text: str, source: str, page: str) -> str:
 
     def link(found: re.Match[str]) -> str:
         image, words, target, heading = found.group(1), found.group(2), found.group(3), found.group(4) or ""
-        if image or not target or ":" in target:
+        if not target or ":" in target:
             return found.group()
         file = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
         recipe = re.fullmatch(r"recipes/([\w-]+)\.yaml", file)
@@ -68,7 +68,7 @@ def _linked(text: str, source: str, page: str) -> str:
         if not recipe and file not in COPIED and not file.startswith("docs/"):
             return words
         heading = f"#{recipe.group(1)}" if recipe else heading
-        return f"[{words}]({os.path.relpath(there, posixpath.dirname(page) or '.')}{heading})"
+        return f"{image}[{words}]({os.path.relpath(there, posixpath.dirname(page) or '.')}{heading})"
 
     return _LINK.sub(link, text)
 
