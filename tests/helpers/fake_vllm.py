@@ -40,7 +40,7 @@ class SamplingParams:
 class LoRARequest:
     def __init__(self, lora_name: str, lora_int_id: int, lora_path: str = "") -> None:
         assert lora_int_id > 0 and lora_path
-        self.lora_path = lora_path
+        self.lora_int_id, self.lora_path = lora_int_id, lora_path
 
 
 class LLM:
@@ -61,6 +61,8 @@ class LLM:
         enable_lora: bool = False,
         max_lora_rank: int = 16,
         max_model_len: int | None = None,
+        max_num_seqs: int | None = None,
+        enable_sleep_mode: bool = False,
     ) -> None:
         assert max_lora_rank in (1, 8, 16, 32, 64, 128, 256, 320, 512)
         self.options = {name: value for name, value in locals().items() if name != "self"}
@@ -68,6 +70,7 @@ class LLM:
         context = self.base.config.max_position_embeddings
         self.model_config = SimpleNamespace(max_model_len=max_model_len or context)
         self.adapted: PeftModel | None = None
+        self.events: list[str] = []
         self.calls: list[list[tuple[list[int], SamplingParams]]] = []
         LLM.started.append(self)
 
@@ -81,11 +84,33 @@ class LLM:
     ) -> list[Any]:
         asked = [(one["prompt_token_ids"], params) for one, params in zip(prompts, sampling_params, strict=True)]
         self.calls.append(asked)
-        if lora_request is not None and self.adapted is None:
-            assert self.options["enable_lora"]
-            self.adapted = PeftModel.from_pretrained(self.base, lora_request.lora_path).eval()
-            assert self.options["max_lora_rank"] >= self.adapted.peft_config["default"].r
-        model = self.base if lora_request is None else self.adapted
+        self.events.append("generate")
+        if lora_request is None:
+            return self._outputs(self.base, asked)
+        self._read(str(lora_request.lora_int_id), lora_request.lora_path)
+        return self._outputs(self.adapted, asked)
+
+    def sleep(self, level: int = 1) -> None:
+        self.events.append(f"sleep {level}")
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        self.events.append("wake")
+
+    def _read(self, name: str, path: str) -> None:
+        """An adapter is read once: what its folder holds later is not seen."""
+        assert self.options["enable_lora"]
+        if self.adapted is None:
+            self.adapted = PeftModel.from_pretrained(self.base, path, adapter_name=name)
+        elif name not in self.adapted.peft_config:
+            self.adapted.load_adapter(path, name)
+        else:
+            return self.adapted.set_adapter(name)
+        self.events.append("read")
+        self.adapted.set_adapter(name)
+        self.adapted.double().eval()
+        assert self.options["max_lora_rank"] >= self.adapted.peft_config[name].r
+
+    def _outputs(self, model: Any, asked: list[tuple[list[int], SamplingParams]]) -> list[Any]:
         return [SimpleNamespace(outputs=[self._drawn(model, *one, i) for i in range(one[1].n)]) for one in asked]
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
 """Training with vLLM's engine in the same process: python colocated.py ALGORITHM FOLDER prints what it drew, as JSON.
 
-Of every draw: the largest difference between the engine's log-probabilities of the drawn tokens and the policy's own,
+ALGORITHM is ppo, grpo, rloo, or ppo-adapter (vllm_sync: adapter). Of every draw: the largest difference between the engine's log-probabilities of the drawn tokens and the policy's own,
 and the first response. Where FOLDER holds the checkpoint of the first step, training goes on from there.
 """
 
@@ -38,8 +38,9 @@ def make_trainer(algorithm, folder):
     model = load_model(ModelSpec(str(folder / "base"), "float32"))
     dataset = Dataset.from_dict({"prompt": [f"what is the {'quick ' * i}fox?" for i in range(8)]})
     lora = LoraConfig(r=4, target_modules="all-linear")
-    if algorithm == "ppo":
-        options = {"total_episodes": 12, "response_length": 8, "stop_token": "eos", "num_sample_generations": 0}
+    if algorithm.startswith("ppo"):
+        sync = {"vllm_sync": "adapter"} if algorithm == "ppo-adapter" else {}
+        options = sync | {"total_episodes": 12, "response_length": 8, "stop_token": "eos", "num_sample_generations": 0}
         config = PPOConfig(str(folder / "run"), generation="vllm", **COMMON, **options)
         return PPOTrainer(
             config, tokenizer, model, train_dataset=dataset, reward_funcs=[length_penalty], peft_config=lora
@@ -71,11 +72,45 @@ def furthest(policy, prompts, responses, logprobs):
     return worst
 
 
+def compare_draws(trainer, draws):
+    """Have the engine give the log-probabilities of what it draws, and note their distance from the policy's."""
+    sampler = trainer.generator._vllm
+    make_params, start = sampler._params, sampler._start
+
+    def params(*arguments):
+        found = make_params(*arguments)
+        found.logprobs = 0
+        return found
+
+    def started(*arguments):
+        llm = start(*arguments)
+        generate = llm.generate
+
+        def compared(prompts, *rest, **named):
+            outputs = generate(prompts, *rest, **named)
+            responses = [list(output.outputs[0].token_ids) for output in outputs]
+            rows = [
+                [[step[token].logprob] for step, token in zip(output.outputs[0].logprobs, tokens, strict=True)]
+                for output, tokens in zip(outputs, responses, strict=True)
+            ]
+            with trainer.shared.role("policy"):
+                far = furthest(trainer.shared.model, [prompt["prompt_token_ids"] for prompt in prompts], responses, rows)
+            draws.append([far, responses[0]])
+            return outputs
+
+        llm.generate = compared
+        return llm
+
+    sampler._params, sampler._start = params, started
+
+
 def main():
     algorithm, folder = sys.argv[1], Path(sys.argv[2])
     trainer = make_trainer(algorithm, folder)
-    policy = trainer.shared.model if algorithm == "ppo" else trainer.model
+    policy = trainer.shared.model if algorithm.startswith("ppo") else trainer.model
     draws, generate = [], VLLMGeneration.generate
+    if algorithm == "ppo-adapter":
+        compare_draws(trainer, draws)
 
     def compared(self, *arguments, **named):
         self.logprobs = 0

@@ -29,7 +29,8 @@ PAIRS = [("what is the capital?", "a city", "the lazy dog"), ("a", "b", "c"), ("
 
 def differs():
     real = fake_vllm.parameters(EngineArgs) | fake_vllm.parameters(LLM)
-    found = [(LLM, fake_vllm.LLM, real), (LLM.generate, fake_vllm.LLM.generate, None)]
+    calls = [(getattr(LLM, name), getattr(fake_vllm.LLM, name), None) for name in ("generate", "sleep", "wake_up")]
+    found = [(LLM, fake_vllm.LLM, real), *calls]
     found += [(SamplingParams, fake_vllm.SamplingParams, None), (LoRARequest, fake_vllm.LoRARequest, None)]
     for name, stand_in, theirs in found:
         theirs = fake_vllm.parameters(name) if theirs is None else theirs

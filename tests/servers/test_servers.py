@@ -178,7 +178,7 @@ def test_a_server_that_is_killed_stops_the_stage_and_a_new_one_resumes_it(tmp_pa
     assert len(rows) == 24 == len({row["id"] for row in rows})
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "grpo", "rloo"])
+@pytest.mark.parametrize("algorithm", ["ppo", "ppo-adapter", "grpo", "rloo"])
 def test_the_engine_draws_from_the_policy_as_it_is_trained(algorithm, tmp_path):
     """Also in a second process, which goes on from the checkpoint of the first step."""
     script = Path(__file__).with_name("colocated.py")

@@ -27,8 +27,7 @@ def engine_for(dtype: torch.dtype) -> Iterator[None]:
     real = getattr(vllm_generation, "LLM", None)
     try:
         if real is not None and _on_cpu():
-            options = {"dtype": str(dtype).removeprefix("torch."), "enforce_eager": True}
-            vllm_generation.LLM = lambda **given: _reloading(real(**given | options))
+            vllm_generation.LLM = lambda **given: _reloading(real(**given | engine_options(dtype)))
         with server_errors():
             yield
     except NotImplementedError as error:
@@ -36,6 +35,11 @@ def engine_for(dtype: torch.dtype) -> Iterator[None]:
     finally:
         if real is not None:
             vllm_generation.LLM = real
+
+
+def engine_options(dtype: torch.dtype) -> dict[str, Any]:
+    """Of ``vllm.LLM``: the type of the weights, and on a CPU that nothing is compiled."""
+    return {"dtype": str(dtype).removeprefix("torch.")} | ({"enforce_eager": True} if _on_cpu() else {})
 
 
 @contextmanager

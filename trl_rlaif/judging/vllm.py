@@ -21,6 +21,7 @@ from trl_rlaif.judging.tokens import TokenJudge
 from trl_rlaif.models.loading import ModelSpec, resolve
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
     from transformers import GenerationConfig, PreTrainedTokenizerBase
     from vllm import LLM
 
@@ -78,7 +79,7 @@ class Engine:
         with suppress(OSError):
             config = GenerationConfig.from_pretrained(path)
         if adapter is not None:
-            options |= {"enable_lora": True, "max_lora_rank": _largest_rank(adapter)}
+            options |= {"enable_lora": True, "max_lora_rank": max_lora_rank(LoraConfig.from_pretrained(str(adapter)))}
         # Log-probabilities of the model itself, whatever is sampled.
         fixed = {"enable_prefix_caching": True, "logprobs_mode": "raw_logprobs"}
         return cls(LLM(model=path, dtype=spec.dtype, **fixed, **options), config, adapter)
@@ -211,10 +212,7 @@ def _response(ids: Sequence[int], stop_ids: Sequence[int], keep_end: bool) -> li
     return list(ids[:-1] if ended and not keep_end else ids)
 
 
-def _largest_rank(adapter: Path) -> int:
-    """The least number that vLLM takes for a rank of at least the adapter's."""
-    from peft import LoraConfig
-
-    config = LoraConfig.from_pretrained(str(adapter))
+def max_lora_rank(config: LoraConfig) -> int:
+    """The least number that vLLM takes for a rank of at least an adapter's."""
     largest = max(config.r, *config.rank_pattern.values(), 8)
     return 1 << (largest - 1).bit_length()

@@ -7,8 +7,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
+from peft import PeftModel
 from torch import nn
 
+from trl_rlaif.errors import UserError
 from trl_rlaif.models.shared_model import SharedBase, active_adapter, backbone, inner_model
 
 
@@ -30,6 +32,13 @@ class RoleModels(Protocol):
 
     def model(self, part: str) -> nn.Module:
         """The causal language model of policy or reference; use it inside ``role(part)``."""
+
+    def adapter(self) -> tuple[PeftModel, str]:
+        """The model whose adapter is the policy, and the adapter's name.
+
+        Raises:
+            UserError: The policy is no adapter.
+        """
 
     def trained(self) -> Sequence[nn.Module]:
         """The models of transformers that gradients pass through."""
@@ -61,6 +70,9 @@ class SharedRoleModels:
 
     def model(self, part: str) -> nn.Module:
         return self.shared.model
+
+    def adapter(self) -> tuple[PeftModel, str]:
+        return self.shared.peft, "policy"
 
     def trained(self) -> Sequence[nn.Module]:
         return (self.shared.peft,)
@@ -110,6 +122,11 @@ class SeparateRoleModels:
 
     def model(self, part: str) -> nn.Module:
         return inner_model(self.policy if part == "policy" or self.reference is None else self.reference)
+
+    def adapter(self) -> tuple[PeftModel, str]:
+        if not isinstance(self.policy, PeftModel):
+            raise UserError("The policy is trained whole: there is no adapter.", fix="Leave out vllm_sync: adapter.")
+        return self.policy, self.policy.active_adapter
 
     def trained(self) -> Sequence[nn.Module]:
         return inner_model(self.policy), inner_model(self.value)

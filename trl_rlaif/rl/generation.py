@@ -19,7 +19,8 @@ from trl_rlaif.models.role_models import RoleModels
 from trl_rlaif.responses import ResponseReader
 from trl_rlaif.rl import verification
 from trl_rlaif.rl.rollouts import generate, response_lengths, scored_rows, unpadded
-from trl_rlaif.rl.vllm import VLLMSampler
+from trl_rlaif.rl.vllm import VLLMSampler, check_installed
+from trl_rlaif.rl.vllm_adapter import AdapterSampler
 from trl_rlaif.types import Responses, Rollout
 
 if TYPE_CHECKING:
@@ -52,8 +53,7 @@ class RolloutGenerator:
     def __init__(self, args: PPOConfig, accelerator: Accelerator, reader: ResponseReader) -> None:
         self.args, self.accelerator, self.reader, self.tokenizer = args, accelerator, reader, reader.tokenizer
         self.temperature = args.temperature + 1e-7  # as in TRL, so that temperature 0 is greedy
-        uses_vllm = args.generation == "vllm"
-        self._vllm = VLLMSampler(args, accelerator, self.tokenizer, reader.stop_ids) if uses_vllm else None
+        self._vllm = _vllm_sampler(args, accelerator, reader) if args.generation == "vllm" else None
         self.pads, self.records = True, self._vllm is None
         self._unverified = {_ANY, _PADDED}
 
@@ -225,3 +225,9 @@ class RolloutGenerator:
         rows = responses.by_length(torch.arange(len(responses.prompts)) if rows is None else rows)
         groups = [rows] if self.pads else forward.equal_prompts(responses.prompt_mask, rows)
         return [part for group in groups for part in group.split(self.args.per_device_train_batch_size)]
+
+
+def _vllm_sampler(args: PPOConfig, accelerator: Accelerator, reader: ResponseReader) -> VLLMSampler | AdapterSampler:
+    check_installed()
+    kind = AdapterSampler if args.vllm_sync == "adapter" else VLLMSampler
+    return kind(args, accelerator, reader.tokenizer, reader.stop_ids)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from trl_rlaif.rl.ppo.config import PPOConfig
 
-_LOWEST_TEMPERATURE = 0.01  # below it vLLM samples as if it were this, unless it is 0
+LOWEST_TEMPERATURE = 0.01  # below it vLLM samples as if it were this, unless it is 0
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -39,19 +39,11 @@ class VLLMSampler:
         accelerator: With several processes each passes its own prompts, as many as the others; TRL gathers them.
         tokenizer: Padding.
         stop_ids: The tokens that end a response; without any, it is sampled to the full length.
-
-    Raises:
-        UserError: vLLM is not installed.
     """
 
     def __init__(
         self, args: PPOConfig, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
     ) -> None:
-        if not is_vllm_available():
-            raise UserError(
-                "generation: vllm needs the package vllm.",
-                fix="Run: pip install 'trl-rlaif[vllm]', or leave out generation: vllm.",
-            )
         self.args, self.accelerator, self.tokenizer, self.stop_ids = args, accelerator, tokenizer, stop_ids
         self._engine: VLLMGeneration | None = None
         self._cast: list[int] | None = None
@@ -82,7 +74,7 @@ class VLLMSampler:
                 with engine_for(model.dtype):
                     self._engine = self._start(model)
             self._hand_over(model)
-            self._engine.temperature = temperature if temperature >= _LOWEST_TEMPERATURE else 0.0
+            self._engine.temperature = temperature if temperature >= LOWEST_TEMPERATURE else 0.0
             _, responses, *_ = self._engine.generate(prompts=prompts, images=None, num_generations=1)
         return pad_rows(responses, self.tokenizer.pad_token_id)[0].to(prompt_ids.device)
 
@@ -118,12 +110,25 @@ class VLLMSampler:
 
     def _hand_over(self, model: nn.Module) -> None:
         """Give the engine the policy's present weights, unless it has them."""
-        # Bits, since versions of tensors miss what writes through .data, as loading a checkpoint does.
-        trained = [p.detach().contiguous() for p in model.parameters() if p.requires_grad]
-        present = torch.stack([p.view(_BITS[p.element_size()]).sum() for p in trained]).tolist() if trained else []
+        present = trained_bits(model)
         if present != self._cast:
             self._engine.sync_weights()
             self._cast = present
+
+
+def check_installed() -> None:
+    """Raise a UserError unless vLLM is there."""
+    if not is_vllm_available():
+        raise UserError(
+            "generation: vllm needs the package vllm.",
+            fix="Run: pip install 'trl-rlaif[vllm]', or leave out generation: vllm.",
+        )
+
+
+def trained_bits(model: nn.Module) -> list[int]:
+    """A number for each trained tensor, of its bits: versions miss what writes through .data, as checkpoints do."""
+    trained = [p.detach().contiguous() for p in model.parameters() if p.requires_grad]
+    return torch.stack([p.view(_BITS[p.element_size()]).sum() for p in trained]).tolist() if trained else []
 
 
 class MergedPolicy(nn.Module):
@@ -143,7 +148,7 @@ class MergedPolicy(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        _check_mergeable(model)
+        check_mergeable(model)
         self.name_or_path = model.name_or_path
         self._policy = lambda: model  # not a submodule: TRL would look for layers in it
 
@@ -170,7 +175,8 @@ def _active(layer: BaseTunerLayer) -> list[str]:
     return [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.r]
 
 
-def _check_mergeable(model: nn.Module) -> None:
+def check_mergeable(model: nn.Module) -> None:
+    """Raise a UserError unless the adapter is plain LoRA on layers that have weights of their own."""
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper) or (

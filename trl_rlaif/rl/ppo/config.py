@@ -76,6 +76,9 @@ class PPOConfig(BasePPOConfig):
             log-probabilities are the policy's own in both cases.
         vllm_*: As in TRL's GRPOConfig, for the server or the colocated engine, depending on ``vllm_mode``. Prompts that
             leave no room for the response in ``vllm_max_model_length`` are left out.
+        vllm_sync: What a colocated engine is given after an update: ``merged`` weights, all of them, through TRL's
+            integration; or the ``adapter`` alone, as a LoRA request to an engine that keeps the base. In one process,
+            on a base that is not in 4 bits.
     """
 
     bf16: bool | None = setting(None, "bfloat16 autocast; None: if the machine computes it fast.")
@@ -135,6 +138,9 @@ class PPOConfig(BasePPOConfig):
         None, "Maximum tokens of prompt and response; None: the model's context."
     )
     vllm_enable_sleep_mode: bool = setting(False, "Free the colocated engine's memory during training.")
+    vllm_sync: Literal["merged", "adapter"] = setting(
+        "merged", "What the engine is given after an update: all weights, merged, or the adapter alone."
+    )
 
     def __post_init__(self) -> None:
         settle_bf16(self)
@@ -178,6 +184,9 @@ class PPOConfig(BasePPOConfig):
                     fix="Raise it, or lower max_prompt_length or response_length.",
                 )
             )
+        if self.vllm_sync == "adapter" and self.vllm_mode == "server":
+            fix = "Set vllm_mode: colocate, or leave out vllm_sync."
+            problems.append(Problem("A server is given merged weights, not the adapter.", fix=fix))
         if problems:
             raise UserError.from_problems(problems)
 

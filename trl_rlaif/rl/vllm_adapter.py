@@ -1,0 +1,155 @@
+"""Responses drawn by a vLLM engine that holds the base and is given the policy's adapter alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import compress
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from peft.tuners import lora
+
+from trl_rlaif.batching import pad_rows
+from trl_rlaif.compat.vllm_engine import engine_options
+from trl_rlaif.errors import UserError
+from trl_rlaif.generation import random_state, set_random_state
+from trl_rlaif.judging.vllm import max_lora_rank
+from trl_rlaif.models.role_models import RoleModels
+from trl_rlaif.models.shared_model import inner_model, save_adapter
+from trl_rlaif.rl.vllm import LOWEST_TEMPERATURE, check_mergeable, trained_bits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from vllm import LLM
+    from vllm.lora.request import LoRARequest
+
+    from trl_rlaif.rl.ppo.config import PPOConfig
+
+
+class AdapterSampler:
+    """Draws responses with vLLM in this process, which applies the policy's adapter to its own copy of the base.
+
+    After an update the adapter is written to a folder, some megabytes, and read by the engine as a LoRA request; the
+    base is never sent again, and comes back from the host's memory where the engine has slept. TRL's integration, which
+    ``VLLMSampler`` uses, sends all weights, merged, and drops them where the engine sleeps.
+
+    Args:
+        args: Response length, and the engine's settings.
+        accelerator: Of one process.
+        tokenizer: Padding.
+        stop_ids: The tokens that end a response; without any, it is sampled to the full length.
+
+    Raises:
+        UserError: There are several processes.
+    """
+
+    def __init__(
+        self, args: PPOConfig, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
+    ) -> None:
+        if accelerator.num_processes > 1:
+            raise UserError("vllm_sync: adapter runs in one process.", fix="Leave it out: merged weights are sent.")
+        self.args, self.tokenizer, self.stop_ids = args, tokenizer, list(stop_ids)
+        self._llm: LLM | None = None
+        self._request: LoRARequest | None = None
+        self._folder: TemporaryDirectory[str] | None = None
+        self._read: list[int] | None = None
+
+    def generate(
+        self, role_models: RoleModels, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, temperature: float
+    ) -> torch.Tensor:
+        """Sample one response a prompt from the policy's whole distribution; seeds are drawn from torch's own.
+
+        Args:
+            prompt_ids: (B, P) int64, padded on the left.
+            prompt_mask: (B, P) bool.
+            temperature: >= 0; below 0.01 the likeliest token is taken.
+
+        Returns:
+            (B, T) int64, filled with padding behind the ends; T is at most the response length.
+
+        Raises:
+            UserError: The policy is no adapter that vLLM applies as it is, or its base is in 4 bits.
+        """
+        peft, name = role_models.adapter()
+        if self._llm is None:
+            self._llm = self._start(_checked(peft, name), name)
+        elif self.args.vllm_enable_sleep_mode:
+            self._llm.wake_up()
+        self._hand_over(peft, name)
+        rows = zip(prompt_ids.tolist(), prompt_mask.tolist(), strict=True)
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": list(compress(ids, mask))} for ids, mask in rows],
+            [self._params(seed, temperature) for seed in torch.randint(1 << 31, (len(prompt_ids),)).tolist()],
+            use_tqdm=False,
+            lora_request=self._request,
+        )
+        if self.args.vllm_enable_sleep_mode:
+            self._llm.sleep(level=1)
+        responses = [list(output.outputs[0].token_ids) for output in outputs]
+        return pad_rows(responses, self.tokenizer.pad_token_id)[0].to(prompt_ids.device)
+
+    def _start(self, peft: PeftModel, name: str) -> LLM:
+        from vllm import LLM
+
+        args, model, before = self.args, inner_model(peft), random_state()
+        llm = LLM(
+            model=model.name_or_path,
+            enable_lora=True,
+            max_lora_rank=max_lora_rank(peft.peft_config[name]),
+            max_num_seqs=args.local_batch_size,
+            max_model_len=args.vllm_max_model_length,
+            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+            tensor_parallel_size=args.vllm_tensor_parallel_size,
+            enable_sleep_mode=args.vllm_enable_sleep_mode,
+            **engine_options(model.dtype),
+        )
+        set_random_state(before)  # the engine seeds this process, and a resumed run starts one too
+        return llm
+
+    def _hand_over(self, peft: PeftModel, name: str) -> None:
+        """Have the engine read the present adapter, unless it has it."""
+        from vllm.lora.request import LoRARequest
+
+        present = trained_bits(peft)
+        if self._request is None or present != self._read:
+            folder = TemporaryDirectory(prefix="policy-")
+            save_adapter(peft, name, folder.name)
+            version = self._request.lora_int_id + 1 if self._request else 1
+            # A name and number of its own: the engine keeps what it knows by them, prefixes of the old policy too.
+            self._request = LoRARequest(f"policy-{version}", version, folder.name)
+            self._folder, self._read = folder, present  # the engine may read the folder again
+
+    def _params(self, seed: int, temperature: float) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            temperature=temperature if temperature >= LOWEST_TEMPERATURE else 0.0,
+            seed=seed,
+            max_tokens=self.args.response_length,
+            stop_token_ids=self.stop_ids,
+            ignore_eos=True,  # no other token ends a response
+            detokenize=False,
+        )
+
+
+def _checked(peft: PeftModel, name: str) -> PeftModel:
+    config, model = peft.peft_config[name], inner_model(peft)
+    check_mergeable(model)
+    if any(isinstance(module, lora.Embedding) for module in model.modules()):
+        raise UserError(
+            "vLLM applies adapters to linear layers alone, and this one has an embedding.",
+            fix="Leave it out of target_modules, or leave out vllm_sync: adapter.",
+        )
+    if config.rank_pattern or config.alpha_pattern:
+        raise UserError(
+            "vLLM scales all layers of an adapter alike, and this one has a rank_pattern or alpha_pattern.",
+            fix="Leave them out, or leave out vllm_sync: adapter.",
+        )
+    if any(type(parameter).__name__ == "Params4bit" for parameter in model.parameters()):
+        raise UserError(
+            "The engine's base would not be the policy's, which is in 4 bits.", fix="Leave out vllm_sync: adapter."
+        )
+    return peft
