@@ -103,7 +103,7 @@ def test_layouts(tokenizer, template, start):
 def test_thoughts_that_nothing_closes_are_refused(tokenizer, opened):
     switch = "{% if enable_thinking is not defined or enable_thinking %}OPEN{% endif %}"
     tokenizer.chat_template = _TURNS + _ASKS.replace("OPEN", switch.replace("OPEN", opened))
-    with pytest.raises(UserError, match="without thoughts") as caught:
+    with pytest.raises(UserError, match="without reasoning") as caught:
         encode_prompt(tokenizer, ASKED, opening=ENDING)
     assert caught.value.exit_code == 2 and "chat_template_kwargs" in str(caught.value) and opened in str(caught.value)
     found = encode_prompt(tokenizer, ASKED, opening=ENDING, chat_template_kwargs={"enable_thinking": False})
@@ -114,7 +114,7 @@ def test_a_template_that_leaves_out_texts_is_refused(tokenizer):
     tokenizer.chat_template = (
         "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
     )
-    with pytest.raises(UserError, match="leaves out what an assistant says"):
+    with pytest.raises(UserError, match="drops the assistant's text"):
         encode_prompt(tokenizer, ASKED, opening=ENDING)
 
 

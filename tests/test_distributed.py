@@ -56,5 +56,5 @@ def test_a_share_of_a_batch_has_as_many_rows_for_each_and_no_more_at_once(monkey
 
 def test_a_batch_that_does_not_divide_is_refused(monkeypatch):
     monkeypatch.setattr(distributed, "processes", lambda: 3)
-    with pytest.raises(UserError, match="4 x 2 rows does not divide among 3 processes"):
+    with pytest.raises(UserError, match="4 x 2 rows cannot be divided among 3 processes"):
         distributed.share_of_batch(4, 2)

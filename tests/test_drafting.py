@@ -286,7 +286,7 @@ def test_a_judge_on_a_server_drafts_where_the_recipe_has_no_label(tiny_model, tm
 def test_another_files_rubrics_are_not_mixed_up(script, draft, tmp_path):
     draft()
     (tmp_path / "some.jsonl").write_text(json.dumps({"id": "p2", "prompt": "another"}) + "\n")
-    with pytest.raises(UserError, match="'p2' is another one here"):
+    with pytest.raises(UserError, match="'p2' differs from the one in"):
         draft(data={"prompts": "some.jsonl"})
 
 

@@ -116,7 +116,7 @@ def test_the_processor_is_taken_where_accelerate_is_told_so():
 
 def test_machines_that_share_labels_hold_the_judge_alike(tmp_path, tiny_model):
     recipe = tiny_recipe(tmp_path, tiny_model, model={"dtype": "auto"})
-    with pytest.raises(UserError, match="dtype is auto.*Name one for all"):
+    with pytest.raises(UserError, match="With dtype: auto.*Set dtype: float32 or bfloat16"):
         runner.run_recipe(recipe, installed_plugins(), tmp_path / "run", shard="1/2")
 
 

@@ -135,7 +135,7 @@ def test_a_name_that_cannot_be_is_refused(tmp_path, monkeypatch, name, reason):
 def test_nothing_is_overwritten(tmp_path, existing):
     target = tmp_path / "words"
     {"folder": target.mkdir, "file": target.touch, "broken link": lambda: target.symlink_to("nowhere")}[existing]()
-    with pytest.raises(UserError, match="there already"):
+    with pytest.raises(UserError, match="already exists"):
         create_plugin("words", folder=target)
     assert [path.name for path in tmp_path.rglob("*")] == ["words"]
 

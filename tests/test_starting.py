@@ -64,11 +64,11 @@ def test_what_is_too_large_leaves_nothing_behind(tmp_path, prompts):
 def test_nothing_is_overwritten(tmp_path, tiny_model, prompts):
     path = tmp_path / "r.yaml"
     path.write_text("mine")
-    with pytest.raises(UserError, match="file of this name"):
+    with pytest.raises(UserError, match="already exists"):
         _init(path, prompts, "--model", tiny_model, "--gpu", "0", "--goal", "dpo")
     assert path.read_text() == "mine"
     (tmp_path / "s.eval_prompts.jsonl").write_text("mine")
-    with pytest.raises(UserError, match="file of this name"):
+    with pytest.raises(UserError, match="already exists"):
         _init(tmp_path / "s.yaml", prompts, "--model", tiny_model, "--gpu", "0", "--goal", "dpo")
     assert (tmp_path / "s.eval_prompts.jsonl").read_text() == "mine"
 

@@ -58,7 +58,7 @@ def test_a_run_says_once_how_long_it_will_take(tmp_path, monkeypatch, capsys):
             assert "will take" not in capsys.readouterr().err
             now[0] += 60
             advance(15)
-            assert "will take about 15 min 0 s in all, without rl, at" in capsys.readouterr().err
+            assert "will take about 15 min 0 s in total, without rl, at" in capsys.readouterr().err
             now[0] += 60
             advance(15)
         publisher.begin("label")
@@ -111,7 +111,7 @@ def test_stages_that_have_ended_count_for_how_long_it_will_take(tmp_path, monkey
             now[0] += 40
             advance(2)
     # After 580 s, 80 s for 0.2 + 0.2 of all; 0.2 are left.
-    assert "will take about 10 min 20 s in all" in capsys.readouterr().err
+    assert "will take about 10 min 20 s in total" in capsys.readouterr().err
 
 
 def test_what_is_known_of_a_run_beforehand(tmp_path, tiny_model):

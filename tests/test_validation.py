@@ -35,7 +35,9 @@ def _message(kind, call, *parts, error=ComponentError):
         call()
     text = str(caught.value)
     assert type(caught.value) is error and caught.value.exit_code == 1
-    assert text.startswith(f"{WHERE}: The {kind} 'acme' of acme-words 1.2 ") and text.endswith("--resume goes on.")
+    assert text.startswith(f"{WHERE}: The {kind} 'acme' of acme-words 1.2 ") and text.endswith(
+        "continue with --resume."
+    )
     assert all(part in text for part in parts), text
     return caught.value
 

@@ -132,8 +132,8 @@ class Conversation:
         said = self._said(content=_ANSWER)
         if said is not None and _ANSWER not in said:
             raise UserError(
-                "The chat template leaves out what an assistant says, so there is no place for the answer's beginning.",
-                fix="Set tokenizer.chat_template to one that writes messages whose content is a text.",
+                "The chat template drops the assistant's text, so an answer cannot be started.",
+                fix="Set tokenizer.chat_template to one that renders messages with text content.",
             )
         before = said[: said.rindex(_ANSWER)] if said else ""
         start = prompt if prompt.startswith(before) else before
@@ -141,9 +141,9 @@ class Conversation:
         own = start[len(before) or -40 :] if start == prompt else ""
         if not opened and _THINKS.search(own) and not _CLOSES.search(own):
             raise UserError(
-                f"The chat template leaves no place for an answer without thoughts: it begins the model's turn with "
+                f"The chat template has no place for an answer without reasoning: it starts the model's turn with "
                 f"{own[-40:]!r}.",
-                fix="Switch its thinking off with chat_template_kwargs (many templates take enable_thinking: false).",
+                fix="Turn its thinking off with chat_template_kwargs (many templates take enable_thinking: false).",
             )
         return start + _closing(opened) if opened else start
 

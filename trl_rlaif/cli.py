@@ -29,11 +29,11 @@ app = typer.Typer(
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(lists_app)
 
-RecipeArgument = Annotated[str, typer.Argument(help="A recipe's path, or the name of a packaged one.")]
+RecipeArgument = Annotated[str, typer.Argument(help="Path of a recipe, or name of a packaged one.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Override a key: --set rl.kl_coef=0.1 (repeatable).")
 ]
-FolderArgument = Annotated[Path, typer.Argument(help="A run's folder.")]
+FolderArgument = Annotated[Path, typer.Argument(help="Folder of a run.")]
 
 
 def _version(asked: bool) -> None:
@@ -60,16 +60,15 @@ def run(
     set_: SetOption = None,
     output: Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/NAME.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Resume the run in this folder; what has not changed is kept.")
+        bool, typer.Option("--resume", help="Resume the run in this folder; unchanged stages are kept.")
     ] = False,
-    yes: Annotated[
-        bool, typer.Option("--yes", help="Redo, without asking, the stages whose inputs have changed.")
-    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Redo stages whose inputs have changed without asking.")] = False,
     only: Annotated[
-        str | None, typer.Option(help="Run these stages alone: --only label,reward; of a round: --only 2/label.")
+        str | None, typer.Option(help="Run only these stages: --only label,reward; with rounds: --only 2/label.")
     ] = None,
     shard: Annotated[
-        str | None, typer.Option(help="Label share i of n (--shard i/n) and end there; join labels.jsonl afterwards.")
+        str | None,
+        typer.Option(help="Label part i of n (--shard i/n) and stop; join the labels.jsonl files afterwards."),
     ] = None,
 ) -> None:
     """Run a recipe: from prompts to an aligned policy and a report."""
@@ -102,7 +101,7 @@ def run(
     try:
         folder = start(parsed, plugins, place, resume=resume, command=command, confirm=None if yes else _confirm)
     except KeyboardInterrupt:  # typer would end without a word
-        raise Interrupted("Stopped. What was done is kept: add --resume to go on.") from None
+        raise Interrupted("Stopped. Finished work is kept: add --resume to continue.") from None
     say(f"The run is in {folder.path}")
     if (folder / REPORT).exists():
         say(f"Report: {folder / REPORT}")
@@ -117,13 +116,13 @@ def label(
     set_: SetOption = None,
     output: Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/NAME.")] = None,
     export_batch: Annotated[
-        Path | None, typer.Option(help="Write the judge's requests for the pairs without a label into this file.")
+        Path | None, typer.Option(help="Write the judge's requests for unlabeled pairs to this file.")
     ] = None,
     import_batch: Annotated[
-        list[Path] | None, typer.Option(help="Read the answers from this file into the run's labels (repeatable).")
+        list[Path] | None, typer.Option(help="Import the answers in this file as labels of the run (repeatable).")
     ] = None,
 ) -> None:
-    """Label through OpenAI-style batch files; then ``run --resume`` goes on with the labels."""
+    """Label through OpenAI-style batch files; ``run --resume`` then continues with the labels."""
     from trl_rlaif.pipeline import batch_files
 
     if (export_batch is None) == (not import_batch):
@@ -147,7 +146,7 @@ def _confirm(message: str) -> bool:
 
 @app.command()
 def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
-    """Check a recipe and its model's configuration, without weights: exit code 0, or 2 with what to write instead."""
+    """Check a recipe and its model's configuration, without weights: exit code 0, or 2 with a fix for each error."""
     parsed, plugins = _parsed(recipe, set_)
     from trl_rlaif.pipeline.checks import check_trainers
     from trl_rlaif.pipeline.stages import active_stages
@@ -201,9 +200,9 @@ def _check_inputs(parsed: Recipe, plugins: Plugins) -> None:
 def memory(
     recipe: RecipeArgument,
     set_: SetOption = None,
-    gpu: Annotated[int | None, typer.Option(min=1, help="Look at a card of so many GB alone.")] = None,
+    gpu: Annotated[int | None, typer.Option(min=1, help="Check only a card with this much memory, in GB.")] = None,
 ) -> None:
-    """Predict what a recipe needs on a GPU, part by part, and which cards hold it; no weights are loaded."""
+    """Predict the GPU memory that a recipe needs, part by part, and the cards that it fits; loads no weights."""
     parsed, _ = _parsed(recipe, set_)
     from trl_rlaif.memory import describe
 
@@ -214,16 +213,16 @@ def memory(
 def draft_rubrics(
     recipe: RecipeArgument,
     set_: SetOption = None,
-    output: Annotated[Path, typer.Option(help="A .jsonl file; prompts that it has are kept as they are.")] = Path(
+    output: Annotated[Path, typer.Option(help="A .jsonl file; prompts that it already has are kept unchanged.")] = Path(
         "rubrics.jsonl"
     ),
     prompt: Annotated[
         str, typer.Option(help="A packaged prompt, or a folder, with draft.txt and draft.jinja.")
     ] = "general",
-    tries: Annotated[int, typer.Option(min=1, help="Drafts of a prompt, until one can be read.")] = 3,
-    temperature: Annotated[float, typer.Option(min=0, help="Of the drafts; 0 writes the likeliest one.")] = 0.7,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest draft.")] = 384,
-    batch_size: Annotated[int, typer.Option(min=1, help="Drafts written at once.")] = 16,
+    tries: Annotated[int, typer.Option(min=1, help="Maximum number of drafts per prompt until one can be parsed.")] = 3,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0: greedy decoding.")] = 0.7,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum draft length in tokens.")] = 384,
+    batch_size: Annotated[int, typer.Option(min=1, help="Drafts per batch.")] = 16,
 ) -> None:
     """Have the judge write a rubric for each of a recipe's prompts, into a file for you to edit."""
     from trl_rlaif.drafting import DraftOptions, counted, dropped_of
@@ -234,7 +233,7 @@ def draft_rubrics(
     try:
         found = draft(parsed, plugins, output, options)
     except KeyboardInterrupt:  # typer would end without a word
-        raise Interrupted("Stopped. What was drafted is kept: run it again to go on.") from None
+        raise Interrupted("Stopped. Drafts are kept: run it again to continue.") from None
     echo(f"{output}: {found.drafted} rubrics drafted, {found.kept} found there or in the data and kept as they are.")
     if found.dropped:
         echo(f"{dropped_of(output)}: {found.dropped.total()} prompts dropped ({counted(found.dropped)}).")
@@ -243,15 +242,17 @@ def draft_rubrics(
 @app.command()
 def export(
     folder: FolderArgument,
-    what: Annotated[Literal["policy", "reward", "judge"], typer.Option(help="Which of the run's models.")],
-    merge: Annotated[bool, typer.Option("--merge", help="One whole model, base and adapter together.")] = False,
-    to: Annotated[Literal["folder", "hub"], typer.Option(help="Where to; hub needs --repo.")] = "folder",
+    what: Annotated[Literal["policy", "reward", "judge"], typer.Option(help="The model to export.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Merge base and adapter into one model.")] = False,
+    to: Annotated[Literal["folder", "hub"], typer.Option(help="Destination; hub needs --repo.")] = "folder",
     output: Annotated[Path | None, typer.Option(help="The new folder. Default: RUN/exports/WHAT.")] = None,
-    repo: Annotated[str | None, typer.Option(help="The Hub's repository, user/model; made private if new.")] = None,
-    public: Annotated[bool, typer.Option("--public", help="A new repository is public.")] = False,
-    base: Annotated[str | None, typer.Option(help="The base's Hub id, where the run read it from a file.")] = None,
+    repo: Annotated[str | None, typer.Option(help="Hub repository, user/model; a new one is private.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+    base: Annotated[
+        str | None, typer.Option(help="Hub id of the base, if the run loaded it from a local path.")
+    ] = None,
 ) -> None:
-    """Write what a run has trained for others to load: adapter or whole model, tokenizer and model card."""
+    """Export a model that a run has trained: adapter or merged model, with tokenizer and model card."""
     from trl_rlaif.export import ExportOptions, export_model
 
     if (to == "hub") != (repo is not None):
@@ -260,18 +261,18 @@ def export(
     for place in filter(None, (found.folder, found.url)):
         echo(f"{what}: {place}")
     if found.difference is not None:
-        echo(f"It answers as base and adapter do, within {found.difference:.1g} (relative).")
+        echo(f"Its outputs match those of base and adapter within {found.difference:.1g} (relative).")
     elif found.base is None:
-        echo("The adapter belongs on a base that others do not have: name it with --base, or add --merge.")
+        echo("The adapter needs a base that others do not have: name its Hub id with --base, or add --merge.")
 
 
 @app.command()
 def rewardbench(
     folder: FolderArgument,
     data: Annotated[str, typer.Argument(help="A file, a folder, or a Hub id such as allenai/reward-bench-2:test.")],
-    json_: Annotated[bool, typer.Option("--json", help="One line of JSON, for machines.")] = False,
-    scores: Annotated[Path | None, typer.Option(help="A .jsonl file for the scores of every row.")] = None,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one forward pass.")] = 8192,
+    json_: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
+    scores: Annotated[Path | None, typer.Option(help="Write the scores of every row to this .jsonl file.")] = None,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per forward pass.")] = 8192,
 ) -> None:
     """Measure a run's reward model on preferences in RewardBench's format: accuracy by subset."""
     from trl_rlaif.files import to_json
@@ -283,11 +284,11 @@ def rewardbench(
 
 @app.command("new-plugin")
 def new_plugin(
-    name: Annotated[str, typer.Argument(help="The plugin's name, as pip will know it: my-words.")],
+    name: Annotated[str, typer.Argument(help="Distribution name of the plugin, such as my-words.")],
     kind: Annotated[str, typer.Option(help="labeler, reward-transform, data-selector or pair-sampler.")] = "labeler",
-    output: Annotated[Path | None, typer.Option(help="The new folder. Default: NAME in the current one.")] = None,
+    output: Annotated[Path | None, typer.Option(help="The new folder. Default: ./NAME.")] = None,
 ) -> None:
-    """Write a plugin of your own to begin with: a folder that pip installs, with a component and its test."""
+    """Scaffold a plugin: a package that pip installs, with a component and its test."""
     from trl_rlaif.scaffold import create_plugin
 
     folder = create_plugin(name, kind, output)
@@ -297,7 +298,7 @@ def new_plugin(
 
 @app.command()
 def report(folder: FolderArgument) -> None:
-    """Build report.html again from a run's folder."""
+    """Rebuild report.html from a run's folder."""
     from trl_rlaif.report.build import write_report
 
     echo(write_report(folder))
@@ -306,10 +307,10 @@ def report(folder: FolderArgument) -> None:
 @app.command()
 def status(
     folder: FolderArgument,
-    watch: Annotated[bool, typer.Option("--watch", help="Look again every 2 s until the run ends.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="One line of JSON, for machines.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh every 2 s until the run ends.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
 ) -> None:
-    """Say what a run is doing, from another terminal; its folder is only read."""
+    """Show the progress of a run from another terminal; only reads its folder."""
     from trl_rlaif.status import show
 
     show(folder, watch=watch, as_json=json_)
@@ -318,13 +319,15 @@ def status(
 @app.command()
 def rate(
     folder: FolderArgument,
-    rater: Annotated[str | None, typer.Option(help="Who rates. Default: your user name; with --result: all.")] = None,
-    set_: Annotated[str | None, typer.Option("--set", help="Rate this set alone.")] = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on this machine. Default: a free one.")] = 0,
-    no_browser: Annotated[bool, typer.Option("--no-browser", help="Print the page's address only.")] = False,
-    result: Annotated[bool, typer.Option("--result", help="Print what the votes say, without the page.")] = False,
+    rater: Annotated[
+        str | None, typer.Option(help="Name of the rater. Default: your user name; with --result: all raters.")
+    ] = None,
+    set_: Annotated[str | None, typer.Option("--set", help="Rate only this set.")] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Local port. Default: a free one.")] = 0,
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="Only print the page's address.")] = False,
+    result: Annotated[bool, typer.Option("--result", help="Print the result of the votes, without the page.")] = False,
 ) -> None:
-    """Judge the responses yourself, blind, in a local web page; the votes stay in the run's folder."""
+    """Rate responses yourself, blind, on a local web page; votes are kept in the run's folder."""
     from trl_rlaif.rating import describe, people_results, rate_run
 
     if not result:
@@ -347,13 +350,13 @@ def main() -> None:
         if debug:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        _stop(f"{where}{error.strerror or error} What was done is kept: --resume goes on.", 1)
+        _stop(f"{where}{error.strerror or error} Finished work is kept: continue with --resume.", 1)
     except Exception as error:
         if debug:
             raise
         if distributed.lost_another(error):
-            _stop("Another process of this run has ended. What was done is kept: --resume goes on.", 1)
-        _stop(f"{type(error).__name__}: {error}\nAdd --debug behind trl-rlaif for the traceback.", 1)
+            _stop("Another process of this run has ended. Finished work is kept: continue with --resume.", 1)
+        _stop(f"{type(error).__name__}: {error}\nAdd --debug after trl-rlaif for the traceback.", 1)
 
 
 def _stop(message: str, code: int) -> None:

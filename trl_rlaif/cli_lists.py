@@ -28,7 +28,7 @@ def list_recipes(context: typer.Context) -> None:
 
 @recipes_app.command("show")
 def show_recipe(name: Annotated[str, typer.Argument(help="The recipe's name.")]) -> None:
-    """Print a packaged recipe, to be saved and changed."""
+    """Print a packaged recipe, to save and edit."""
     from trl_rlaif.recipe import packaged_recipes
 
     found = packaged_recipes()
@@ -39,9 +39,9 @@ def show_recipe(name: Annotated[str, typer.Argument(help="The recipe's name.")])
 
 @app.command()
 def plugins(
-    name: Annotated[str | None, typer.Argument(help="Of one component; without it, all are listed.")] = None,
+    name: Annotated[str | None, typer.Argument(help="List only components of this name.")] = None,
 ) -> None:
-    """List every component installed: kind, name, distribution, version, options."""
+    """List the installed components: kind, name, distribution, version and options."""
     from trl_rlaif.errors import Problem
     from trl_rlaif.plugins import build_plugins, plugin_points
     from trl_rlaif.recipe.formatting import nearest_or_all
@@ -71,7 +71,7 @@ def _schema() -> dict[str, Any]:
 
 @app.command()
 def schema() -> None:
-    """Print the JSON Schema of recipes, by which an editor completes keys and marks mistakes."""
+    """Print the JSON Schema of recipes, for completion and validation in editors."""
     import json
 
     echo(json.dumps(_schema(), indent=1))
@@ -81,7 +81,7 @@ def schema() -> None:
 def explain(
     key: Annotated[str, typer.Argument(help="Such as rl.kl_coef, label, or rl.transforms.advantage.margin.")],
 ) -> None:
-    """Say what a key of a recipe means, what it may hold, and its default."""
+    """Explain a recipe key: meaning, type, range and default."""
     from trl_rlaif.recipe.explaining import explain
 
     echo(explain(_schema(), key))
@@ -113,17 +113,17 @@ def init(
     model: Annotated[str | None, typer.Option(help="A Hub id, a folder, or package:NAME.")] = None,
     data: Annotated[str | None, typer.Option(help="Prompts to train on: a file or a dataset's Hub id.")] = None,
     gpu: Annotated[int | None, typer.Option(min=0, help="Memory of the card in GB; 0 for none.")] = None,
-    goal: Annotated[Literal["labels", "dpo", "ppo", "grpo"] | None, typer.Option(help="What comes out.")] = None,
+    goal: Annotated[Literal["labels", "dpo", "ppo", "grpo"] | None, typer.Option(help="What to produce.")] = None,
 ) -> None:
-    """Write a first recipe that fits your card, from four answers; what no option gives is asked."""
+    """Write a first recipe that fits your card; asks four questions, or takes the answers as options."""
     import sys
 
     from trl_rlaif.plugins import installed_plugins
     from trl_rlaif.starting import GOALS, Answers, start
 
     if None in (model, data, gpu, goal) and not sys.stdin.isatty():
-        fix = "Without a terminal, give --model, --data, --gpu and --goal."
-        raise UserError("There is nobody to ask.", fix=fix)
+        fix = "Set --model, --data, --gpu and --goal."
+        raise UserError("There is no terminal to ask questions on.", fix=fix)
     model = model or typer.prompt("Model (a Hub id or a folder)", default="Qwen/Qwen2.5-0.5B-Instruct", err=True)
     data = data or typer.prompt("Prompts (a file or a Hub id)", err=True)
     gpu = typer.prompt("Memory of the GPU in GB (0 for none)", type=int, default=8, err=True) if gpu is None else gpu
@@ -138,9 +138,9 @@ def init(
 
 @app.command()
 def doctor(
-    folder: Annotated[Path, typer.Argument(help="Where runs would be written.")] = Path("runs"),
+    folder: Annotated[Path, typer.Argument(help="Folder that runs are written to.")] = Path("runs"),
 ) -> None:
-    """Say what of this machine a run depends on, and what to change where it would be slow or stop."""
+    """Check this machine for a run: packages, plugins, device, memory, disks and the Hub, with advice."""
     from trl_rlaif.doctor import examine, report
 
     for line in report(examine(folder)):

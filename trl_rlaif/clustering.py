@@ -26,9 +26,9 @@ class Clusters:
     """A fitted clustering.
 
     Args:
-        labels: (N,) int64, the cluster of every row that it was fitted to, 0..c-1, the largest cluster first.
+        labels: (N,) int64, cluster of each row of the fit, 0..c-1, sorted by size, largest first.
         centres: (c, H) float64.
-        silhouette: Of a sample of the rows, -1..1; None for a single cluster.
+        silhouette: Silhouette of a sample of the rows, -1..1; None for a single cluster.
     """
 
     labels: np.ndarray
@@ -49,14 +49,14 @@ def cluster(
     seed: int = 0,
     candidates: Sequence[int] = CANDIDATES,
 ) -> Clusters:
-    """Cluster rows.
+    """Cluster the rows of a matrix.
 
     Args:
         embeddings: (N, H) float.
-        clusters: How many; "auto" tries them on 10,000 rows and takes the best silhouette (Rousseeuw 1987).
+        clusters: Number of clusters; "auto" picks the best silhouette on 10,000 rows (Rousseeuw 1987).
         method: ``minibatch_kmeans`` for many rows; ``gaussian_mixture`` with diagonal covariances.
         seed: The same seed gives the same clusters.
-        candidates: What "auto" tries; those above N - 1 are left out.
+        candidates: Numbers that "auto" tries; those above N - 1 are skipped.
 
     Raises:
         UserError: More clusters than rows.

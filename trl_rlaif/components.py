@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 class Options(BaseModel):
-    """Base of a component's options: unknown keys are refused, values cannot change later."""
+    """Base class of a component's options: rejects unknown keys; values are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Component:
-    """What all components share: a recipe's options, validated, in ``self.options``."""
+    """Base class of all components; ``self.options`` holds the recipe's validated options."""
 
     Options: ClassVar[type[Options]] = Options
     options: BaseModel  # a subclass that sets Options annotates this with it, for type checkers and editors
@@ -39,79 +39,79 @@ class Component:
 
 
 class Labeler(Component, ABC):
-    """Turns pairs of responses into probabilities that the first is preferred.
+    """Labels pairs of responses with the probability that the first one is preferred.
 
-    One that is also callable, with GRPOTrainer's signature, can be a reward; ``judge`` is then whom it asks, and
-    ``failed`` says why the last call returned None for some responses, one text each.
+    A labeler that is callable with GRPOTrainer's signature can also be a reward. ``judge`` is then the judge to ask,
+    and ``failed`` gives the reason for each response for which the last call returned None.
 
     Attributes:
-        ranks: As a reward it compares the responses to one prompt with each other, and needs two of each or more.
+        ranks: As a reward, compares the responses to a prompt with each other, and needs at least two per prompt.
     """
 
     judge: Judge | None = None
     failed: Sequence[str] = ()
     ranks: ClassVar[bool] = False
     candidates: Sequence[str] = ()
-    """The answers that the judge chooses from. A labeler that has some, ``questions`` and ``teaching_loss`` can have
-    its judge taught."""
+    """The answers that the judge chooses from. The judge of a labeler with candidates, ``questions`` and
+    ``teaching_loss`` can be taught."""
 
     def questions(self, pair: Pair, prompt: JudgePrompt) -> list[Question]:
-        """What the judge is asked about a pair: as many questions for each, all with the same ending."""
+        """The questions about a pair: the same number for every pair, all with the same ending."""
         raise NotImplementedError
 
     def teaching_loss(self, logprobs: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-        """How far the judge's answers are from the label that they should lead to.
+        """Loss of the judge's answers with respect to the label that they should yield.
 
         Args:
-            logprobs: (B, Q, C) float32, of each of Q questions the normalized log-probabilities of the C candidates,
-                in nats.
-            p: (B,) float32, the probability in [0, 1] that response_1 is preferred.
+            logprobs: (B, Q, C) float32, normalized log-probabilities of the C candidates for each of Q questions, in
+                nats.
+            p: (B,) float32, target probability in [0, 1] that response_1 is preferred.
 
         Returns:
-            (B,) float32, the cross-entropy in nats, least where the labels are ``p``.
+            (B,) float32, cross-entropy in nats; minimal where the labels equal ``p``.
         """
         raise NotImplementedError
 
     def check_prompt(self, prompt: JudgePrompt) -> None:
-        """Called before a run computes anything, by ``trl-rlaif check`` too.
+        """Validate the judge's prompt; called by ``trl-rlaif check`` and before a run starts to compute.
 
         Raises:
-            UserError: The judge's prompt lacks what the options need.
+            UserError: The prompt lacks a file or variable that the options need.
         """
 
     def columns(self, prompt: JudgePrompt) -> Collection[str]:
-        """Names of the data's other columns that a label depends on, such as those that the judge's prompt names."""
+        """Additional data columns that a label depends on, such as those that the judge's prompt uses."""
         return ()
 
     def check_row(self, prompt: JudgePrompt, columns: Mapping[str, Any]) -> None:
-        """Called with the other columns of every row of the data, if there are ``columns``; as ``check_prompt`` is.
+        """Validate a row's additional columns; called for every row if there are ``columns``, like ``check_prompt``.
 
         Raises:
-            UserError: The row lacks one of them, or what it holds cannot be used.
+            UserError: A column is missing from the row or has an unusable value.
         """
 
     @abstractmethod
     def label(self, pairs: Sequence[Pair], judge: Judge, done: Collection[str] = ()) -> Iterator[Label]:
-        """Yield one Label for each pair that is not done, in any order, as soon as it is known.
+        """Yield a Label for each pair that is not done, in any order, as soon as it is available.
 
         Args:
-            pairs: Pairs of the run, ids unique. Of many pairs, a few thousand at a time.
+            pairs: Pairs with unique ids; of large runs, a few thousand at a time.
             judge: The model to ask, with its prompt.
-            done: Ids whose labels are stored already; they must not be yielded again.
+            done: Ids of pairs whose labels are already stored; must not be yielded again.
 
         Yields:
-            Labels; a pair that cannot be judged has ``skipped`` set. What was yielded survives a kill.
+            Labels; ``skipped`` is set for a pair that cannot be judged. Yielded labels survive a kill.
         """
 
 
 class RewardLabeler(Labeler):
-    """A labeler that asks a judge about responses and is a reward function, too: ``reward_funcs=[Mine(judge)]``.
+    """A labeler that is also a reward function based on a judge: ``reward_funcs=[Mine(judge)]``.
 
-    It works in PPOTrainer and in TRL's GRPOTrainer and RLOOTrainer, which call it ``__name__`` in their logs.
+    Works with PPOTrainer and with TRL's GRPOTrainer and RLOOTrainer, which log it under its ``__name__``.
 
     Args:
-        judge: Whom to ask when it is called as a reward function.
-        options: The recipe's.
+        judge: The judge to ask when called as a reward function.
+        options: Options as in a recipe.
     """
 
     def __init__(self, judge: Judge | None = None, **options: Any) -> None:
@@ -131,111 +131,113 @@ class RewardLabeler(Labeler):
     def rewards(
         self, prompts: Sequence[Any], responses: Sequence[str], judge: Judge, **columns: Any
     ) -> list[float | None]:
-        """A reward for each response; None for one that the judge cannot score, and ``failed`` then says why.
+        """Reward each response; None for one that the judge cannot score, with the reason in ``failed``.
 
         Args:
             prompts: Texts or lists of messages.
-            columns: Of the data, a list with a value for each response.
+            columns: Data columns by name, each a list with one value per response.
         """
 
 
 def rows_of(columns: Mapping[str, Any], names: Collection[str], count: int) -> list[dict[str, Any]]:
-    """The columns that a reward function is given, as the rows that ``JudgePrompt`` and ``check_row`` take.
+    """Convert the columns passed to a reward function into rows for ``JudgePrompt`` and ``check_row``.
 
     Args:
-        columns: Lists of ``count`` values by name; what is not in ``names`` is left out.
+        columns: Lists of ``count`` values by name.
+        names: Columns to keep; names that are not in ``columns`` are ignored.
+        count: Number of rows.
     """
     known = [name for name in names if name in columns]
     return [{name: columns[name][i] for name in known} for i in range(count)]
 
 
 def numbered(name: str, known: Collection[str]) -> str:
-    """A name that is not known yet: itself, or with the first free number behind it."""
+    """The name itself if it is not known yet, else followed by the first free number."""
     free = (f"{name} {i}" for i in itertools.count(2))
     return name if name not in known else next(n for n in free if n not in known)
 
 
 class RewardTransform(Component):
-    """Changes what a reward is: its loss while it is learned, its scores while PPO runs.
+    """Changes rewards: the reward model's loss in training, and its scores in RL.
 
     Attributes:
-        needs_expected: The reward model gets a second output, e(x), read at the last prompt token.
-        needs_kl: ``transform`` reads the batch's ``kl``. RLOO and GRPO compute it for such a transform alone, with two
-            forward passes over every response.
+        needs_expected: Give the reward model a second output, e(x), read at the last prompt token.
+        needs_kl: ``transform`` reads the batch's ``kl``. RLOO and GRPO compute it only for such transforms, with two
+            additional forward passes over every response.
     """
 
     needs_expected: ClassVar[bool] = False
     needs_kl: ClassVar[bool] = False
 
     def loss(self, scores: PreferenceScores) -> torch.Tensor | None:
-        """Mean loss over the comparisons (a scalar), or None to leave the trainer's own."""
+        """Mean loss over the comparisons (a scalar), or None to keep the trainer's own."""
         return None
 
     def transform(self, scores: torch.Tensor, batch: ScoredBatch) -> torch.Tensor:
-        """Map scores, (B,) float32, to scores of the same shape. May update the state.
+        """Map scores, (B,) float32, to scores of the same shape. May update the transform's state.
 
-        Responses without a reward are left out of both arguments. Of several processes, one whose responses all lack
-        a reward is given a batch of 0, so that a transform which gathers scores waits for nobody.
+        Responses without a reward are excluded from both arguments. With several processes, one whose responses all
+        lack a reward gets an empty batch, so that a transform that gathers scores does not block.
         """
         return scores
 
     def transform_pool(self, scores: torch.Tensor, batch: ScoredBatch) -> torch.Tensor:
-        """Map the scores of a whole pool of responses, which are compared with each other and with nothing else.
+        """Map the scores of a pool of responses that are only compared with each other.
 
-        Called once per pool, by every process with its share of it: for data selectors, in rejection sampling, and for
-        the reward model's held-out pairs. By default the same as ``transform`` of one large batch. A transform that
-        remembers earlier scores overrides it, and maps the pool by the pool's own figures.
+        Called once per pool, by every process with its part of the pool: for data selectors, in rejection sampling, and
+        for the reward model's held-out pairs. The default is ``transform`` of one large batch. Transforms with running
+        statistics should override it and use the statistics of the pool itself.
         """
         return self.transform(scores, batch)
 
     def metrics(self) -> dict[str, float]:
-        """Numbers to log after each update, by name."""
+        """Metrics to log after each update, by name."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold to go on exactly where this transform is."""
+        """State that a checkpoint must hold to resume exactly."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state that ``state_dict`` gave."""
+        """Restore a state that ``state_dict`` returned."""
 
 
 class DataSelector(Component, ABC):
-    """Chooses which prompts PPO trains on, and which responses it rehearses."""
+    """Selects the prompts that PPO trains on, and the responses that it rehearses."""
 
     @property
     def num_responses(self) -> int:
-        """Responses a prompt that the pool must hold."""
+        """Number of responses per prompt that the pool must contain."""
         return 1
 
     @abstractmethod
     def select(self, pool: Pool) -> Selection | Sequence[int]:
-        """Choose from scored responses of the policy.
+        """Select from a pool of scored responses of the policy.
 
         Returns:
-            A Selection; or indices into the pool, whose prompts PPO trains on (not empty).
+            A Selection, or a non-empty list of indices into the pool, whose prompts PPO trains on.
         """
 
 
 class PairSampler(Component, ABC):
-    """Makes pairs of responses with the starting policy: what ``sample`` does in place of drawing two to each prompt.
+    """Makes pairs of responses with the initial policy, instead of sampling two responses for each prompt.
 
-    Files that its options name are of the type ``DataPath``: they are found beside the recipe, and the stage is redone
-    when their content has changed. What ``__init__`` reads of them, ``trl-rlaif check`` reads, too.
+    Options that name files have the type ``DataPath``: such files are found relative to the recipe, and the stage is
+    redone when their contents change. ``trl-rlaif check`` also reads what ``__init__`` reads.
     """
 
     @abstractmethod
     def sample(self, prompts: Sequence[Prompt], generate: Generate, seed: int) -> Iterable[SampledPair]:
-        """Make pairs for a batch of prompts, which a run that was killed makes again as a whole.
+        """Make pairs for a batch of prompts; a run that was killed repeats the whole batch.
 
         Args:
-            prompts: With unique ids.
-            generate: The starting policy, with the recipe's sampling settings. It takes conversations by their prompts'
-                ids and returns what it answers to each: texts, stripped and without reasoning, which may be empty; None
-                where a conversation leaves no room for an answer in the model's context. Its draws are seeded by the
-                prompts and by how often it was called for this batch.
-            seed: Of what else is drawn at random. For a prompt, that depends on this and the prompt's id alone.
+            prompts: Prompts with unique ids.
+            generate: The initial policy with the recipe's sampling settings. Takes conversations by prompt id and
+                returns the response to each: stripped text without reasoning, possibly empty, or None if the
+                conversation leaves no room for a response in the model's context. It is seeded by the prompts and the
+                number of calls for this batch.
+            seed: Seed for other random choices, which must depend only on it and the prompt's id.
 
         Returns:
-            One or more for each prompt, in any order; of one that gives no pair, a reason in ``dropped``.
+            One or more pairs for each prompt, in any order; for a prompt without a pair, the reason in ``dropped``.
         """

@@ -179,7 +179,7 @@ def share_of_batch(rows: int, steps: int) -> tuple[int, int]:
     share, rest = divmod(rows * steps, processes())
     if rest:
         raise UserError(
-            f"A batch of {rows} x {steps} rows does not divide among {processes()} processes.",
+            f"A batch of {rows} x {steps} rows cannot be divided among {processes()} processes.",
             fix="Change per_device_train_batch_size or gradient_accumulation_steps, or the number of processes.",
         )
     at_once = max(size for size in range(1, rows + 1) if share % size == 0)

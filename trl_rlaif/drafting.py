@@ -108,7 +108,7 @@ def draft_rubrics(recipe: Recipe, plugins: Plugins, output: Path, options: Draft
         raise UserError(
             f"No draft could be read ({counted(found.dropped)}).",
             where=str(dropped_of(output)),
-            fix="The file has what the judge wrote. Delete it, and take a more capable judge.",
+            fix="The file contains what the judge wrote. Delete it and use a more capable judge.",
         )
     return found
 
@@ -229,7 +229,7 @@ class _Rubrics:
         known = {prompt.id: prompt.prompt for prompt in found}
         for prompt in self.prompts:
             if known.get(prompt.id, prompt.prompt) != prompt.prompt:
-                what = f"The prompt '{prompt.id}' is another one here than in {self.data.prompts}."
+                what = f"The prompt '{prompt.id}' differs from the one in {self.data.prompts}."
                 raise UserError(what, where=str(self.output), fix="Name another file with --output.")
         return set(known)
 

@@ -29,12 +29,12 @@ _KWARGS = "_trl_rlaif_template_kwargs"
 
 
 def as_messages(prompt: PromptLike) -> list[dict[str, Any]]:
-    """A prompt as chat messages: a text becomes one user turn."""
+    """Convert a prompt to chat messages; a text becomes one user turn."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
 def as_text(prompt: PromptLike) -> str:
-    """A prompt as plain text for a person or a judge: one turn as it is, several with their speakers."""
+    """Convert a prompt to plain text for a person or a judge; several turns are prefixed with their roles."""
     messages = as_messages(prompt)
     if len(messages) == 1:
         return messages[0]["content"]
@@ -42,14 +42,14 @@ def as_text(prompt: PromptLike) -> str:
 
 
 def follow_up(prompt: PromptLike, response: str, request: str) -> list[dict[str, Any]]:
-    """A conversation continued: a prompt, the response to it, and what the user says next.
+    """Continue a conversation with the response to a prompt and the user's next request.
 
     Raises:
-        UserError: A chat template rendered the prompt, so that its turns are not known.
+        UserError: The prompt is already rendered by a chat template, so its turns are unknown.
     """
     if isinstance(prompt, RenderedText):
         raise UserError(
-            "The prompts were rendered by a chat template, and nothing can be said after the response to one.",
+            "The prompts are already rendered by a chat template, so nothing can follow the response.",
             fix="Give them as texts or messages.",
         )
     *before, last = as_messages(prompt)

@@ -1,4 +1,4 @@
-"""Errors that a user sees: what happened, where, and how to mend it."""
+"""Errors that a user sees: what happened, where, and how to fix it."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ def _told_once(problems: Sequence[Problem]) -> Iterator[str]:
 
 
 class UserError(TrlRlaifError):
-    """The input was wrong: recipe, data, path or option. Exit code 2."""
+    """Invalid input: recipe, data, path or option. Exit code 2."""
 
     exit_code = 2
 
 
 class RunError(TrlRlaifError):
-    """The input was right, and yet the run failed. Exit code 1."""
+    """The run failed although its input is valid. Exit code 1."""
 
 
 class Interrupted(TrlRlaifError):

@@ -124,7 +124,7 @@ def unsealed(row: Any) -> dict[str, Any]:
         ValueError: It is no object, or not what was written.
     """
     if not isinstance(row, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is not a JSON object")
     content = {key: value for key, value in row.items() if key != _SEAL}
     if _SEAL in row and _checksum(content) != row[_SEAL]:
         raise ValueError(
@@ -263,7 +263,9 @@ def naming_a_full_disk(folder: Path) -> Iterator[None]:
             raise
         where = named or _last_written(folder)
         what = f"The disk is full: {free // 1024:,} KiB are left on that of {place} ({error})."
-        raise RunError(what, where=str(where), fix="Make room. What was done is kept: --resume goes on.") from error
+        raise RunError(
+            what, where=str(where), fix="Free some space. Finished work is kept: continue with --resume."
+        ) from error
 
 
 def _last_written(folder: Path) -> Path:

@@ -91,7 +91,7 @@ def settle_bf16(args: Any) -> None:
         # On a processor transformers takes bf16 only with use_cpu.
         args.bf16 = not args.fp16 and (accelerator is not None or args.use_cpu) and computes_bfloat16(device)
         if not args.bf16 and not args.fp16:
-            _say_once("bf16 is off: bfloat16 is not computed fast here, or use_cpu is not set.")
+            _say_once("bf16 is off: bfloat16 is slow on this machine, or use_cpu is not set.")
     elif args.bf16:
         _say_once(emulation_warning("bf16 is on", device))
 

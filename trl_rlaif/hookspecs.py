@@ -19,32 +19,32 @@ hookimpl = HookimplMarker("trl_rlaif")
 
 @hookspec
 def register_labelers(register: Callable[[str, type], None]) -> None:
-    """Call ``register(name, cls)`` for each Labeler that the plugin brings."""
+    """Call ``register(name, cls)`` for each Labeler of the plugin."""
 
 
 @hookspec
 def register_reward_transforms(register: Callable[[str, type], None]) -> None:
-    """Call ``register(name, cls)`` for each RewardTransform that the plugin brings."""
+    """Call ``register(name, cls)`` for each RewardTransform of the plugin."""
 
 
 @hookspec
 def register_data_selectors(register: Callable[[str, type], None]) -> None:
-    """Call ``register(name, cls)`` for each DataSelector that the plugin brings."""
+    """Call ``register(name, cls)`` for each DataSelector of the plugin."""
 
 
 @hookspec
 def register_pair_samplers(register: Callable[[str, type], None]) -> None:
-    """Call ``register(name, cls)`` for each PairSampler that the plugin brings."""
+    """Call ``register(name, cls)`` for each PairSampler of the plugin."""
 
 
 @hookspec
 def rollout_collected(trainer: Any, rollout: Responses) -> None:
-    """Observe a batch of responses before it is scored: in PPO a Rollout, with log-probabilities and values."""
+    """Observe a batch of responses before scoring; in PPO it is a Rollout with log-probabilities and values."""
 
 
 @hookspec
 def rewards_computed(trainer: PPOTrainer, rollout: Rollout, rewards: torch.Tensor) -> None:
-    """Observe the per-token rewards, shape (batch, response), of a rollout before the advantages."""
+    """Observe the per-token rewards of a rollout, shape (batch, response), before advantages are computed."""
 
 
 @hookspec

@@ -171,7 +171,7 @@ def _check_requirement(point: EntryPoint, origin: _Origin) -> None:
         if ours and applies and not needed.specifier.contains(__version__, prereleases=True):
             raise UserError(
                 f"The plugin {origin} needs {OWN_DISTRIBUTION} {needed.specifier}, and this is {__version__}.",
-                fix=f"Install such a release, or one of {origin.distribution} that fits, or uninstall it.",
+                fix=f"Install such a release, or a matching one of {origin.distribution}, or uninstall it.",
             )
 
 
@@ -183,7 +183,7 @@ def _load(point: EntryPoint, origin: _Origin) -> Any:
             raise
         raise UserError(
             f"The plugin {origin} cannot be imported from '{point.value}': {type(error).__name__}: {error}",
-            fix=f"Mend or uninstall the distribution {origin.distribution}.",
+            fix=f"Fix or uninstall the distribution {origin.distribution}.",
         ) from error
 
 
@@ -194,7 +194,7 @@ def _register(manager: pluggy.PluginManager, plugin: Any, origin: _Origin) -> No
         manager.register(plugin, name=str(origin))
         manager.check_pending()
     except pluggy.PluginValidationError as error:
-        raise UserError(f"The plugin {origin} does not fit: {error}") from error
+        raise UserError(f"The plugin {origin} is not compatible: {error}") from error
 
 
 def _register_components(manager: pluggy.PluginManager, registry: Registry, plugin: Any, origin: _Origin) -> None:

@@ -277,7 +277,7 @@ class Publisher:
         without = f", without {', '.join(self._forecast.unknown)}" if self._forecast.unknown else ""
         self._forecast = Forecast()
         whole = duration(time.time() - self._state["started_at"] + left)
-        say(f"The run will take about {whole} in all{without}, at the pace of its beginning.")
+        say(f"The run will take about {whole} in total{without}, at its current pace.")
 
     def end(self, outcome: str) -> None:
         """Say how the run ended: ``done``, or why it stopped."""

@@ -135,7 +135,8 @@ class ResponseReader:
 def _marks(tokenizer: PreTrainedTokenizerBase, tags: Sequence[str] | None) -> tuple[str, str, str] | None:
     if tags is not None and (len(tags) != 2 or not all(tags)):
         raise UserError(
-            "reasoning_tags must be what reasoning begins and ends with.", fix="Write ['<think>', '</think>'], say."
+            "reasoning_tags must be the opening and the closing tag of reasoning.",
+            fix="Write, for example, ['<think>', '</think>'].",
         )
     found = reasoning_marks(tokenizer, tags)
     if found is None and {*_COMMON_TAGS} <= {token.content for token in tokenizer.added_tokens_decoder.values()}:

@@ -83,7 +83,7 @@ def start(answers: Answers, path: Path, plugins: Plugins) -> list[str]:
         UserError: The file exists, the prompts cannot be read, or no such recipe fits the card.
     """
     if path.exists():
-        raise UserError("There is a file of this name.", where=str(path), fix="Name another one, or remove it.")
+        raise UserError("This file already exists.", where=str(path), fix="Name another one, or remove it.")
     path.parent.mkdir(parents=True, exist_ok=True)
     divided = _divided(answers, path)
     draft = path.with_name(f".{path.stem}.draft.yaml")
@@ -192,7 +192,7 @@ def _divided(answers: Answers, path: Path) -> dict[str, tuple[Path, list[str]]]:
     }
     for file, _ in files.values():
         if file.exists():
-            raise UserError("There is a file of this name.", where=str(file), fix="Name another recipe, or remove it.")
+            raise UserError("This file already exists.", where=str(file), fix="Name another recipe, or remove it.")
     return files
 
 

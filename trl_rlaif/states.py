@@ -47,7 +47,7 @@ def load_state(path: Path, known: Sequence[type] = ()) -> Any:
         raise RunError(
             f"The file is damaged, or not one that this project wrote: {_first_line(error)}",
             where=str(path),
-            fix="Restore it. A checkpoint that is removed is passed over for the one before.",
+            fix="Restore it. If you remove the checkpoint, the previous one is used.",
         ) from error
 
 

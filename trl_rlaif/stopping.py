@@ -66,7 +66,7 @@ def named_stop_ids(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str | in
         UserError: There are none, or one of them is not a single token of the vocabulary.
     """
     if isinstance(tokens, str):
-        raise UserError(f"stop_tokens is the text {tokens!r}.", fix=f"Give a list: [{tokens!r}].")
+        raise UserError(f"stop_tokens is the string {tokens!r}.", fix=f"Give a list: [{tokens!r}].")
     vocabulary = tokenizer.get_vocab()
     unknown = [t for t in tokens if not (0 <= t < len(tokenizer) if isinstance(t, int) else t in vocabulary)]
     if unknown or not tokens:

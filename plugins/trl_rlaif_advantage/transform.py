@@ -104,7 +104,7 @@ class AdvantageModel(RewardTransform):
 
         if batch.expected is None:
             raise UserError(
-                "advantage needs a reward model with e(x), which this one has not.",
+                "advantage needs a reward model with e(x), which this one does not have.",
                 fix="Train it with reward: {transforms: [advantage]}, or leave advantage out of rl.transforms.",
             )
         margins = self._margins(batch.categories, scores.device)

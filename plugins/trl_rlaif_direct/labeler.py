@@ -42,7 +42,7 @@ class DirectLabeler(RewardLabeler):
     ``reward_funcs=[DirectLabeler(judge)]``. As a labeler it rates both responses of a pair.
 
     Args:
-        judge: Whom to ask when it is called as a reward function.
+        judge: The judge to ask when called as a reward function.
         options: See DirectOptions.
     """
 
@@ -109,7 +109,7 @@ class DirectLabeler(RewardLabeler):
         """One rating for each response; None where the judge has none, and ``failed`` then says why.
 
         Args:
-            columns: Of the data, a list with a value for each response.
+            columns: Data columns by name, each a list with one value per response.
         """
         rows = rows_of(columns, self.columns(judge.prompt), len(responses))
         items = [

@@ -64,7 +64,7 @@ class RankingLabeler(RewardLabeler, DistilledLabeler):
     Pairs are labeled as by `distilled`.
 
     Args:
-        judge: Whom to ask when it is called as a reward function.
+        judge: The judge to ask when called as a reward function.
         options: See RankingOptions.
     """
 

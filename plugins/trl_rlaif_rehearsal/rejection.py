@@ -37,13 +37,13 @@ class RejectionOptions(Options):
         if isinstance(value, list) and not value:
             raise ValueError("Write at least one number, or null.")
         if isinstance(value, list) and any(later <= earlier for earlier, later in pairwise(value)):
-            raise ValueError("Write numbers each of which is above the one before; the last one stays.")
+            raise ValueError("Write increasing numbers; the last one is kept for later selections.")
         return value
 
     @model_validator(mode="after")
     def _bounded(self) -> RejectionOptions:
         if self.keep == "above" and self.threshold is None and self.quantile is None:
-            raise ValueError("With keep: above write a threshold or a quantile, else everything is accepted.")
+            raise ValueError("keep: above needs a threshold or a quantile; otherwise everything is accepted.")
         return self
 
 

@@ -88,7 +88,7 @@ class RubricLabeler(RewardLabeler):
     grades both responses of a pair.
 
     Args:
-        judge: Whom to ask when it is called as a reward function.
+        judge: The judge to ask when called as a reward function.
         options: See RubricOptions.
     """
 
@@ -152,7 +152,7 @@ class RubricLabeler(RewardLabeler):
         """How each response scores; None where the judge cannot say, and ``failed`` then says why.
 
         Args:
-            columns: Of the data, a list with a value for each response.
+            columns: Data columns by name, each a list with one value per response.
         """
         rows = rows_of(columns, self.columns(judge.prompt), len(responses))
         rubrics = [self.rubric(row) for row in rows]

@@ -91,14 +91,14 @@ def test_what_contradicts_itself_is_refused(tmp_path, options, message):
 
 def test_the_reference_is_another_model(tmp_path):
     model = make_llama(len(make_tokenizer()))
-    with pytest.raises(UserError, match="ref_model is the model that is trained"):
+    with pytest.raises(UserError, match="ref_model is the model that is being trained"):
         _build(tmp_path, model=model, ref_model=model)
     reference = _build(tmp_path, model=model).ref_model
     assert not reference.training and not any(p.requires_grad for p in reference.parameters())
     own, copied = model.lm_head.weight, reference.lm_head.weight
     assert torch.equal(own, copied) and own.data_ptr() != copied.data_ptr()
     assert _build(tmp_path, peft_config=LORA).ref_model is None
-    with pytest.raises(UserError, match="an adapter already"):
+    with pytest.raises(UserError, match="already has an adapter"):
         _build(
             tmp_path, model=with_adapter(make_llama(len(make_tokenizer())), LORA, _config(tmp_path)), peft_config=LORA
         )

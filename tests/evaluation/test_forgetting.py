@@ -255,7 +255,7 @@ def test_the_start_is_the_references_answers_with_separate_models(tmp_path):
     ("sets", "settings", "message"),
     [
         ({"forget": []}, {}, "The set 'forget' has no prompts"),
-        ({"test": ["a"]}, {"stop_below": {"forget": 0.4}}, "stop_below names 'forget', and there is no such set"),
+        ({"test": ["a"]}, {"stop_below": {"forget": 0.4}}, "stop_below names 'forget', which is not one of the sets"),
         (
             {"test": ["a", "x" * 600]},
             {},

@@ -67,16 +67,16 @@ def test_an_override_reaches_the_arms(write):
 @pytest.mark.parametrize(
     ("compare", "message"),
     [
-        (["one"], "is no list of two or more variants"),
-        ({"a": {}, "b": {}}, "is no list of two or more variants"),
+        (["one"], "is not a list of two or more variants"),
+        ({"a": {}, "b": {}}, "is not a list of two or more variants"),
         (["a", "a"], "two variants of 'compare' are called 'a'"),
         (["a", "start"], "the starting policy's own name"),
         (["a", "../b"], "'../b' is no name for a variant"),
         (["a", 3], "has no name"),
         (["a", {"b": {"model": {"path": "other"}}}], "the variant 'b' changes 'model'"),
         (["a", {"b": {"rl": {"kl_coeff": 3}}}], "unknown key 'kl_coeff'"),
-        (["a", {"b": "text"}], "holds no sections"),
-        (["a", {"b": {"data": {"eval_prompts": "x.jsonl"}}}], "all must answer the same prompts"),
+        (["a", {"b": "text"}], "has no sections"),
+        (["a", {"b": {"data": {"eval_prompts": "x.jsonl"}}}], "all variants must answer the same prompts"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_line(write, compare, message):
@@ -89,7 +89,7 @@ def test_what_is_wrong_is_said_with_its_line(write, compare, message):
 
 
 def test_what_only_an_arm_lacks_is_said_with_its_name(write):
-    with pytest.raises(UserError, match="in the variant 'b': 'rl' is rewarded by the reward model") as caught:
+    with pytest.raises(UserError, match="in the variant 'b': 'rl' uses the reward model") as caught:
         parse(write(["a", {"b": {"reward": None}}]))
     assert len(caught.value.problems) == 1
 

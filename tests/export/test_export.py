@@ -62,7 +62,7 @@ def test_an_adapter_is_what_the_run_wrote(run, monkeypatch, capsys, tmp_path):
 def test_a_folder_in_use_is_left_alone(run, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").touch()
-    with pytest.raises(UserError, match="mine: There is something here already"):
+    with pytest.raises(UserError, match="mine: This path already exists"):
         export_model(run.path, "policy", ExportOptions(output=tmp_path / "mine"))
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
 
@@ -187,7 +187,7 @@ def test_a_repository_is_public_if_asked(run, tmp_path, monkeypatch):
 def test_what_cannot_be_pushed_costs_nothing(run, monkeypatch, capsys):
     what = ("export", run.path, "--what", "policy")
     code, said = run_cli(monkeypatch, capsys, *what, "--to", "hub", "--repo", "me/x")
-    assert code == 2 and "which nobody else has" in said and "--base" in said
+    assert code == 2 and "which others do not have" in said and "--base" in said
     code, said = run_cli(monkeypatch, capsys, *what, "--repo", "me/x")
     assert code == 2 and "--to hub and --repo belong together" in said
     hub = (*what, "--base", "org/base", "--to", "hub", "--repo")

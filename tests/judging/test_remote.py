@@ -273,7 +273,7 @@ def test_texts_are_written_in_the_order_of_the_requests(server, options):
 
 
 def test_a_server_that_refuses_this_client_stops_what_is_written(server):
-    with pytest.raises(UserError, match="The judge's server refuses the request"):
+    with pytest.raises(UserError, match="The judge's server rejects the request"):
         make_judge(server).write([PROMPT.draft("what? [[fault=401]]")], max_tokens=50)
 
 
@@ -337,7 +337,7 @@ def test_fewer_log_probabilities_are_asked_for_where_so_many_are_refused(server,
         (answer,) = ask(judge, [[PROMPT.compare("what? [[most=10]]", *TEXTS)]])[0]
         assert answer.logprobs[0] == logs(P, 1 - P) and not answer.voted
     assert [r["body"]["top_logprobs"] for r in server.requests] == [100, 20, 10, 10]
-    assert "100 log-probabilities are refused; 20 are asked for" in capsys.readouterr().err.replace("\n", " ")
+    assert "100 log-probabilities are refused; asking for 20" in capsys.readouterr().err.replace("\n", " ")
 
 
 # ---- Faults -----------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def test_asking_for_it_redoes_nothing(tiny_model, tmp_path):
 def test_what_others_could_not_load_is_refused_first(tiny_model, tmp_path, monkeypatch, capsys):
     recipe = write_recipe(tmp_path, tiny_model, reward=PUSHED)
     code, said = run_cli(monkeypatch, capsys, "check", recipe)
-    assert code == 2 and "which nobody else has" in said and "recipe.yaml:" in said
+    assert code == 2 and "which others do not have" in said and "recipe.yaml:" in said
     check_pushes(tiny_recipe(tmp_path, "org/base", reward=PUSHED))
     path = write_recipe(tmp_path, "org/base", reward=PUSHED)
     variants = [{name: {"rl": {"kl_coef": coef}}} for name, coef in (("a", 0.1), ("b", 0.2))]

@@ -384,4 +384,4 @@ def test_where_the_first_version_left_no_trace_of_what_changed_it_says_so(tmp_pa
     write_prompts(tmp_path / "test.jsonl", 4, start=21)
     parsed = parse_recipe(path, registry=installed_plugins().registry)
     why = reasons(parsed, RunFolder(out))
-    assert list(why) == ["sft", *ALL] and "did not record from which" in why["rl"]
+    assert list(why) == ["sft", *ALL] and "did not record them" in why["rl"]

@@ -92,9 +92,9 @@ def test_why_is_said_in_words_with_the_numbers():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"threshold": [0.5, 0.4]}, "each of which is above the one before"),
-        ({"threshold": [0.5, 0.5]}, "each of which is above the one before"),
-        ({"quantile": [0.9, 0.5]}, "each of which is above the one before"),
+        ({"threshold": [0.5, 0.4]}, "Write increasing numbers"),
+        ({"threshold": [0.5, 0.5]}, "Write increasing numbers"),
+        ({"quantile": [0.9, 0.5]}, "Write increasing numbers"),
         ({"quantile": []}, "at least one number"),
         ({"quantile": 1.5}, "less than or equal to 1"),
         ({"quantile": [0.5, -0.1]}, "greater than or equal to 0"),

@@ -108,7 +108,7 @@ def test_columns_of_data_on_the_hub_wait_for_the_stage(check, tmp_path):
         ("completions, answer, **columns", "train.jsonl:3: There is no column 'answer'"),
         ("completions, *, answer, **columns", "train.jsonl:3: There is no column 'answer'"),
         ("completions, solution, **columns", "train.jsonl:1: There is no column 'solution'"),
-        ("completions", "does not take 'prompts'"),
+        ("completions", "has no parameter 'prompts'"),
         ("completions, answer=None, **columns", None),
         ("completions, level, **columns", None),
         ("prompts, completions, completion_ids, id, category, trainer_state, level", None),

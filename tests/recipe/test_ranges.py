@@ -61,7 +61,7 @@ def test_the_ends_of_a_range():
 
 
 def test_a_batch_that_does_not_divide(only):
-    what = "a batch of 8 x 1 responses does not divide into num_mini_batches: 3."
+    what = "a batch of 8 x 1 responses cannot be divided into num_mini_batches: 3."
     assert only(RECIPE + "  num_mini_batches: 3\n").what == what
 
 

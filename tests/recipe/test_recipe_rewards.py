@@ -39,7 +39,7 @@ def test_a_function_with_a_weight_is_found_beside_the_recipe_and_written_out_aga
         ("rewards: [{direct: .inf}]", "rewards.0"),
         ("rewards: [{reward: 1.0, direct: 0.5}]", "each reward as an entry of its own"),
         ("rewards: [{}]", "each reward as an entry of its own"),
-        ("rewards: [{dircet: 0.5}]", "'dircet' is no reward"),
+        ("rewards: [{dircet: 0.5}]", "'dircet' is not a reward"),
         ("rewards: [direct]\n  reward_weights: [1.0]", "'reward_weights' cannot be set"),
         ("rewards: [direct]\n  reward_normalization: often", "reward_normalization"),
     ],

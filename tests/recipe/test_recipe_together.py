@@ -23,34 +23,34 @@ def assert_lacking(problem, line, what, fix=""):
         (
             PAIRS + "  prompts: prompts.jsonl\nsample:\n",
             3,
-            "data.pairs stand in for",
+            "data.pairs replaces sampled responses",
             "Remove one of the two.",
         ),
         (PROMPTS + "label:\n", 3, "'label' has no pairs to judge.", "Add 'sample', or set data.pairs."),
         (PROMPTS + "sample:\nreward:\n", 4, "'reward' has no preferences to learn from.", "Add 'label'."),
         (PAIRS + "reward:\n", 4, "'reward' has no preferences", "Add 'label', or set data.format to"),
         (MODEL + "data:\nrl: {rewards: [direct]}\n", 3, "'rl' has no prompts.", "Set data.prompts."),
-        (PROMPTS + "rl:\n", 3, "'rl' is rewarded by the reward model,", "Add 'reward', or set rl.rewards"),
-        (PROMPTS + "rl:\n  rewards:\n  - direct\n  - reward\n", 6, "'rl' is rewarded by", "Add 'reward'"),
+        (PROMPTS + "rl:\n", 3, "'rl' uses the reward model,", "Add 'reward', or set rl.rewards"),
+        (PROMPTS + "rl:\n  rewards:\n  - direct\n  - reward\n", 6, "'rl' uses the reward model", "Add 'reward'"),
         (PROMPTS + "rl: {rewards: [direct]}\nevaluate:\n", 4, "'evaluate' has no prompts.", "Set data.eval"),
         (PROMPTS + "evaluate: {sets: {a: eval.jsonl}}\n", 3, "'evaluate' has no trained policy", "Add 'rl'."),
         (
             PROMPTS + "rl: {rewards: [direct]}\nevaluate: {sets: {a: eval.jsonl}, num_responses: 2}\n",
             4,
-            "'evaluate' draws 2 responses a prompt at temperature 0",
+            "'evaluate' draws 2 responses per prompt at temperature 0",
             "Set evaluate.temperature above 0, or leave the key out.",
         ),
         (
             PROMPTS + "rl: {rewards: [direct]}\nevaluate:\n  sets: {a: eval.jsonl}\n  stop_on_forgetting: 0.1\n",
             6,
-            "'evaluate' shall end rl on forgetting, and has no set 'forget'.",
+            "'stop_on_forgetting' needs a set 'forget' in evaluate.sets.",
             "Set evaluate.sets.forget to prompts that",
         ),
         (
             PROMPTS + "rl: {rewards: [direct]}\n"
             "evaluate: {sets: {forget: eval.jsonl}, track_every: 0, stop_on_forgetting: 0.1}\n",
             4,
-            "'evaluate' shall end rl on forgetting, and track_every: 0 measures none.",
+            "'stop_on_forgetting' needs measurements, but track_every is 0.",
             "Leave out track_every, or set it to 1 or more.",
         ),
         (PROMPTS, 1, "the recipe has no stage.", "Add at least one of sft, sample, judge, label"),
@@ -103,14 +103,14 @@ class TestRewardFunctions:
         ("written", "what", "fix"),
         [
             ("rewards/min.py:f", "there is no file 'rewards/min.py'.", "Did you mean 'rewards/mine.py'?"),
-            ("direkt", "'direkt' is no reward.", "Did you mean 'direct'?"),
+            ("direkt", "'direkt' is not a reward.", "Did you mean 'direct'?"),
             (
                 "my-module:f",
-                "'my-module:f' is no reward.",
+                "'my-module:f' is not a reward.",
                 "Write reward, direct, package.module:function or",
             ),
-            ("module:", "'module:' is no reward.", "Write reward,"),
-            ("module:a.b", "'module:a.b' is no reward.", "Write reward,"),
+            ("module:", "'module:' is not a reward.", "Write reward,"),
+            ("module:a.b", "'module:a.b' is not a reward.", "Write reward,"),
         ],
     )
     def test_wrong(self, only, folder, written, what, fix):
@@ -141,26 +141,26 @@ RANKED = PROMPTS + "sample: {num_responses: 4, keep_pairs: all}\n"
         (
             PROMPTS + "sample: {num_responses: 4}\nlabel:\n  ranking: {method: all_pairs}\n",
             5,
-            "'label' ranks all responses, of which 'sample' keeps the first two.",
+            "'label' ranks all responses, but 'sample' keeps only the first two.",
             "Set sample.keep_pairs to all.",
         ),
         (
             RANKED + "label:\n  ranking: {method: tournament}\n  calibration: pairs.jsonl\n",
             6,
-            "label.calibration fits single labels",
+            "label.calibration calibrates single labels",
             "Leave out one of the two.",
         ),
         (
             RANKED + "label:\n  ranking:\n    method: all_pairs\n    questions: 3\n",
             7,
-            "questions is a tournament's; all_pairs asks everything.",
+            "questions is for tournaments; all_pairs asks all questions.",
             "Leave it out.",
         ),
         (PAIRS + "label:\n  jury: {join: log_odds}\n", 5, "'label' has a jury of one", "Name two or more"),
         (
             RANKED + "label:\n  ranking: {method: all_pairs}\n  compare: {rated: {labeler: direct}}\n  jury: {}\n",
             7,
-            "label.ranking ranks by the answers of one labeler",
+            "label.ranking uses the answers of one labeler",
             "Leave out one of the two.",
         ),
     ],
@@ -192,9 +192,9 @@ def test_without_a_sampler_pairs_are_drawn(parse):
 @pytest.mark.parametrize(
     ("text", "line", "what"),
     [
-        (SAMPLER + "  num_responses: 4\n", 5, "'num_responses' says how pairs are drawn"),
-        (SAMPLER + "  redraws: 0\n", 5, "'redraws' says how pairs are drawn"),
-        (SAMPLER + "  keep_pairs: all\n", 5, "'keep_pairs' says how pairs are drawn"),
+        (SAMPLER + "  num_responses: 4\n", 5, "'num_responses' controls how pairs are sampled"),
+        (SAMPLER + "  redraws: 0\n", 5, "'redraws' controls how pairs are sampled"),
+        (SAMPLER + "  keep_pairs: all\n", 5, "'keep_pairs' controls how pairs are sampled"),
         (SAMPLER + "label:\n  ranking: {method: all_pairs}\n", 6, "'label' ranks all responses to a prompt"),
         (
             SAMPLER.replace("sft.jsonl", "stf.jsonl"),

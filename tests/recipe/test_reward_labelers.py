@@ -12,10 +12,10 @@ def test_options_of_a_labeler_that_gives_rewards(parse, only):
     assert recipe.rl.labelers == [ComponentRef("direct")] and [*recipe.reward_labelers] == ["direct"]
     assert only(HEAD + "[direct, direct]\n").what == "the options of 'direct' are listed twice."
     problem = only(HEAD + "[distilled]\n")
-    assert problem.what == "'labelers' has options of 'distilled', which gives no reward."
+    assert problem.what == "'labelers' has options of 'distilled', which is not in rl.rewards."
     assert problem.where == "recipe.yaml:5"
 
 
 def test_a_labeler_of_pairs_alone_is_no_reward(only):
     text = HEAD.replace("[direct]", "[distilled]").replace("  labelers: ", "")
-    assert only(text).what.endswith("'distilled' is no reward.")
+    assert only(text).what.endswith("'distilled' is not a reward.")

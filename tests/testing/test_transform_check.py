@@ -241,7 +241,7 @@ BROKEN = [
     (Rounds, "loss() on comparisons changes its inputs", "Compute new tensors"),
     (Forgets, "a fresh instance with its state gives other results", "everything that it remembers"),
     (Alive, "changes as training goes on", "Return copies"),
-    (Borrows, "goes on in the state that was loaded", "Copy the values"),
+    (Borrows, "continues from the state that was loaded", "Copy the values"),
     (Adds, "loading a state does not take it back", "Replace"),
     (OwnObjects, "cannot be saved and loaded", "no objects of your own"),
 ]

@@ -199,7 +199,7 @@ def _check(
     if train_dataset is None:
         problems.append(Problem("train_dataset is required."))
     if ref_model is model:
-        problems.append(Problem("ref_model is the model that is trained.", fix="Pass a copy of it, or None."))
+        problems.append(Problem("ref_model is the model that is being trained.", fix="Pass a copy of it, or None."))
     if args.stop_token and args.stop_token_id is not None:
         problems.append(Problem("stop_token and stop_token_id are both set.", fix="Leave one of them out."))
     for name, allowed in {"stop_token": (None, "eos"), "kl_estimator": ("k1", "k3")}.items():
@@ -210,7 +210,7 @@ def _check(
         problems.append(Problem(f"peft_config is a {type(peft_config).__name__}.", fix="Pass a LoraConfig, say."))
     if peft_config is not None and isinstance(model, PeftModel):
         fix = "Leave out peft_config, or merge the adapter first (merge_and_unload)."
-        problems.append(Problem("peft_config was given, and the model has an adapter already.", fix=fix))
+        problems.append(Problem("peft_config is set, but the model already has an adapter.", fix=fix))
     if problems:
         raise UserError.from_problems(problems)
 

@@ -55,37 +55,37 @@ class StartAnswers:
 
 
 class ForgettingTracker(TrainerCallback):
-    """Measures on sets of prompts, while PPO trains, whether the policy loses what the start could.
+    """Measures on sets of prompts, during PPO, whether the policy forgets abilities of the initial policy.
 
     ``trainer.add_callback(ForgettingTracker(trainer, sets, preferred))`` logs for each set
-    ``forgetting/<set>/win_rate``, the share of its greedy answers that are preferred over the start's (ties count
-    half), and ``forgetting/<set>/nll``, the NLL of the start's own good answers, nats per token at temperature 1; both
-    also before the first update, and ``time/forgetting`` beside them. Training is not disturbed: its numbers are those
-    of a run without. Of several processes the first one measures, and the others wait for it; or they divide the
+    ``forgetting/<set>/win_rate``, the fraction of its greedy answers that are preferred over the initial policy's (ties
+    count half), ``forgetting/<set>/nll``, the NLL of the initial policy's good answers in nats per token at temperature
+    1, and ``time/forgetting``; the first time before the first update. Training is unaffected: its numbers are those of
+    a run without the tracker. With several processes, the first one measures while the others wait, or they divide the
     work.
 
     Args:
-        trainer: A PPOTrainer, whose reference is the start; or another one, with the last three arguments.
+        trainer: A PPOTrainer, whose reference is the initial policy; or another trainer, with the last three arguments.
         sets: Prompts by name, as text or messages.
-        preferred: ``f(prompts, policy_answers, start_answers)`` gives for each prompt the probability that the
-            policy's answer is the better one, or None where that cannot be said. Equal answers are a tie unasked.
-        every: Updates between measurements; below 1 it is a share of all updates. The last one is measured too.
+        preferred: ``f(prompts, policy_answers, start_answers)`` returns for each prompt the probability that the
+            policy's answer is better, or None if it is unknown. Equal answers are ties and are not passed to it.
+        every: Measure after this many updates; below 1: a fraction of all updates. The last update is always measured.
         score: With GRPOTrainer's signature, given ``prompt_ids`` beside ``prompts``, ``completions`` and
             ``completion_ids``: the half of the start's answers with the highest scores are its good ones. None: all.
-        stop_below: Win rates by set, 0..1, below which the run ends.
-        max_new_tokens: Of an answer; None takes ``args.response_length``.
-        batch_size: Sequences that are computed at once.
-        role_models: Who plays policy and reference; None takes the trainer's.
-        reader: Of responses; None takes the trainer's.
-        log: What is given the numbers; None takes the trainer's ``log``.
+        stop_below: Win rates by set, 0..1, below which training stops.
+        max_new_tokens: Maximum answer length in tokens; None: ``args.response_length``.
+        batch_size: Sequences per batch.
+        role_models: Models of policy and reference; None: the trainer's.
+        reader: Reader of responses; None: the trainer's.
+        log: Function that receives the metrics; None: the trainer's ``log``.
         divides: Several processes divide the work: each calls ``preferred`` and ``score``, which give the same in all.
 
     Attributes:
-        start: The start's answers by set, once training has begun (in the processes that measure).
-        stopped: What ended the run: ``set``, ``update``, ``win_rate`` and the ``limit``; None if nothing did.
+        start: The initial policy's answers by set, once training has begun (in the processes that measure).
+        stopped: Why training was stopped: ``set``, ``update``, ``win_rate`` and ``limit``; None if it was not.
 
     Raises:
-        UserError: A set is empty, ``stop_below`` names none, or a prompt leaves no room for its answer.
+        UserError: A set is empty, ``stop_below`` names an unknown set, or a prompt leaves no room for its answer.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class ForgettingTracker(TrainerCallback):
         self.max_new_tokens = max_new_tokens or trainer.args.response_length
         unknown = [name for name in self.stop_below if name not in sets]
         if unknown:
-            raise UserError(f"stop_below names '{unknown[0]}', and there is no such set.")
+            raise UserError(f"stop_below names '{unknown[0]}', which is not one of the sets.")
         self.start: dict[str, StartAnswers] = {}
         self.stopped: dict[str, Any] | None = None
         self._sets = {name: [(prompt, self._encoded(name, prompt)) for prompt in found] for name, found in sets.items()}

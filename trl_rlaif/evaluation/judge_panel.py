@@ -181,7 +181,7 @@ def _rate(context: Context, judge: Judge, description: str, rows: Rows) -> None:
             skipped.update([label.skipped] if label.skipped else [])
             advance(1)
     if skipped.total() == len(pairs):
-        say(f"Warning: the judge could rate no response's harmlessness: {', '.join(skipped)}.")
+        say(f"Warning: the judge could not rate any response's harmlessness: {', '.join(skipped)}.")
 
 
 # ---- Numbers --------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ class Comparison:
 def compare_runs(folders: Sequence[Path]) -> Comparison:
     """Read runs, and compare each with the first one on the prompts that both evaluated.
 
-    Nothing is judged anew: two win rates against a start tell which run moved further from it, not which of the two
+    Nothing is judged again: two win rates against a start tell which run moved further from it, not which of the two
     policies wins; a recipe with ``compare`` has them judged against each other.
 
     Raises:

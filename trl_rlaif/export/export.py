@@ -76,10 +76,10 @@ def export_model(folder: str | Path, what: What, options: ExportOptions | None =
     run, base = read_run(Path(folder)), options.base or hub_id(trained.base.path)
     output = options.output or (None if options.repo else default_folder(folder, what, merge=options.merge))
     if output is not None and output.exists() and any(output.iterdir() if output.is_dir() else [output]):
-        raise UserError("There is something here already.", where=str(output), fix="Remove it, or name --output.")
+        raise UserError("This path already exists.", where=str(output), fix="Remove it, or choose another --output.")
     if options.repo and base is None and not options.merge:
         raise UserError(
-            f"The adapter belongs on {trained.base.path}, which nobody else has.",
+            f"The adapter needs the base {trained.base.path}, which others do not have.",
             where="--to hub",
             fix="Name the same model on the Hub with --base, or push the whole model with --merge.",
         )

@@ -57,7 +57,7 @@ class HubRepo:
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    fix = "Run: hf auth login, with a token that may write there."
+    fix = "Run: hf auth login, with a token that has write access."
     try:
         yield
     except HFValidationError as error:

@@ -77,7 +77,7 @@ def write_merged(trained: Trained, folder: Path) -> float:
     difference = _difference(before, _answers(model, rows))
     if not difference <= _TOLERANCE[model.dtype.itemsize]:
         raise RunError(
-            f"The merged model answers otherwise than base and adapter (relative difference {difference:.1g}), so it "
+            f"The merged model's outputs differ from those of base and adapter (relative {difference:.1g}), so it "
             "was not written.",
             fix="Leave out --merge.",
         )

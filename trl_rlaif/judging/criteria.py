@@ -56,7 +56,7 @@ class CriteriaOptions(ThinkingOptions):
     @model_validator(mode="after")
     def _some(self) -> CriteriaOptions:
         if self.criteria and not self.weighed:
-            raise ValueError("Every criterion is a veto. Give at least one that responses are judged by.")
+            raise ValueError("Every criterion is a veto. Add at least one that responses are judged by.")
         return self
 
     @property
@@ -71,7 +71,7 @@ class CriteriaOptions(ThinkingOptions):
 
 
 def yes(answers: Sequence[Answer]) -> list[float] | str:
-    """The probability of Yes among ``YES_NO``, the mean over an answer's rationales; or why there is none."""
+    """Probability of Yes among ``YES_NO``, averaged over an answer's rationales; or the reason why there is none."""
     failed = next((answer.failed for answer in answers if answer.failed), None)
     if failed or any(max(draw) == -math.inf for answer in answers for draw in answer.logprobs):
         return failed or "the judge gives neither Yes nor No any probability"
@@ -81,19 +81,19 @@ def yes(answers: Sequence[Answer]) -> list[float] | str:
 def weighted_logit(logits: Sequence[float], weights: Sequence[float]) -> float:
     """The weighted mean of log-odds: a logarithmic pool of opinions (Genest and Zidek 1986, section 3.2).
 
-    Criteria that are sure of both sides at once contradict each other: 0.
+    Criteria that are certain of opposite sides contradict each other: 0.
     """
     total = sum(weight * logit for logit, weight in zip(logits, weights, strict=True))  # fsum refuses both infinities
     return 0.0 if math.isnan(total) else total / math.fsum(weights)
 
 
 def with_veto(p: float, holds_1: float, holds_2: float) -> float:
-    """The probability that response_1 is preferred where something must hold.
+    """Probability that response_1 is preferred, given a criterion that must be met.
 
-    Where it holds of one response alone, that one is preferred; where of both or of none, as without it.
+    If only one response meets it, that one is preferred; if both or neither do, the preference is as without it.
 
     Args:
-        p: Without it.
-        holds_1, holds_2: Probability that it holds of each response, independently.
+        p: The probability without it.
+        holds_1, holds_2: Probability that each response meets it, independently.
     """
     return holds_1 * (1 - holds_2) + p * (holds_1 * holds_2 + (1 - holds_1) * (1 - holds_2))

@@ -16,8 +16,8 @@ class ScoreDistribution:
     """The distribution of a response's score.
 
     Args:
-        scores: (K,) float64, every score that can occur, rising.
-        probabilities: (K,) float64, of each; they add up to 1.
+        scores: (K,) float64, all possible scores, ascending.
+        probabilities: (K,) float64, their probabilities, which sum to 1.
     """
 
     scores: np.ndarray
@@ -35,34 +35,34 @@ class ScoreDistribution:
         return math.sqrt(math.fsum((self.scores - self.mean) ** 2 * self.probabilities))
 
     def between(self, low: float, high: float) -> ScoreDistribution:
-        """With the scores mapped linearly, the lowest one to ``low`` and the highest one to ``high``."""
+        """Scores mapped linearly: the lowest one to ``low``, the highest one to ``high``."""
         share = (self.scores - self.scores[0]) / (self.scores[-1] - self.scores[0])
         return ScoreDistribution(low + (high - low) * share, self.probabilities)
 
     def at_least(self, least: float) -> ScoreDistribution:
-        """With every score below ``least``, which is one of the scores, raised to it."""
+        """Scores below ``least``, which is one of the scores, raised to it."""
         kept = int(np.searchsorted(self.scores, least))
         raised = np.concatenate([[self.probabilities[: kept + 1].sum()], self.probabilities[kept + 1 :]])
         return ScoreDistribution(self.scores[kept:], raised)
 
     def failing(self, p: float) -> ScoreDistribution:
-        """With the lowest score with probability ``p``, and otherwise as it is."""
+        """The lowest score with probability ``p``, otherwise unchanged."""
         lowest = np.zeros_like(self.probabilities)
         lowest[0] = p  # independently of the score
         return ScoreDistribution(self.scores, (1 - p) * self.probabilities + lowest)
 
     def above(self, other: ScoreDistribution) -> float:
-        """Probability that this score exceeds another one of the same ``scores``, ties counted half, in [0, 1]."""
+        """Probability in [0, 1] that this score exceeds another one of the same ``scores``; ties count half."""
         below = np.cumsum(other.probabilities) - other.probabilities / 2
         return min(1.0, math.fsum(self.probabilities * below))
 
 
 def weighted_sum(weights: Sequence[float], answers: Sequence[Sequence[float]]) -> ScoreDistribution:
-    """The distribution of the sum of weight times answer, where every answer is a whole number from 0 on.
+    """Distribution of the weighted sum of answers, each of which is an integer from 0.
 
     Args:
-        weights: One for each answer, as ``check_weight`` wants them.
-        answers: For each, the probabilities of 0, 1, 2, ...; they add up to 1.
+        weights: One for each answer, as ``check_weight`` accepts them.
+        answers: For each answer, the probabilities of 0, 1, 2, ..., which sum to 1.
 
     Returns:
         Over all multiples of the weights' greatest common divisor between the least and the largest sum.

@@ -19,8 +19,8 @@ class Judge(ABC):
     """A language model that answers questions with probabilities.
 
     Args:
-        prompt: Makes the questions.
-        name: How the labels call the judge.
+        prompt: The judge's prompt, which makes the questions.
+        name: Name of the judge in labels.
     """
 
     def __init__(self, prompt: JudgePrompt, name: str) -> None:
@@ -35,34 +35,34 @@ class Judge(ABC):
         thinking: Thinking | None = None,
         done: Collection[int] = (),
     ) -> Iterator[tuple[int, list[Answer]]]:
-        """Answers to groups of questions, in any order, as soon as they are known.
+        """Answer groups of questions, in any order, as soon as the answers are available.
 
         Args:
-            groups: Questions that belong together, such as a pair's two orders: they are answered together,
-                and what they begin with is computed once. All have the same ending.
+            groups: Questions that belong together, such as a pair's two orders. They are answered together, and their
+                shared prefix is computed once. All have the same ending.
             candidates: The texts to choose from, such as "1" and "2".
             thinking: Rationales to write first, if any.
-            done: Indices of groups whose answers are known already. The others are computed exactly as they
-                would be without it.
+            done: Indices of groups whose answers are already known. The others are computed exactly as
+                without it.
 
         Yields:
-            The group's index, and an Answer for each of its questions. A question that cannot be answered
-            gives an Answer that says why.
+            The index of the group and an Answer for each of its questions. If a question cannot be answered,
+            its Answer gives the reason.
         """
 
     def write(
         self, questions: Sequence[Question], *, max_tokens: int, temperature: float = 0.0, seed: int = 0
     ) -> list[Written]:
-        """Texts in answer to requests without candidates, such as ``JudgePrompt.draft``'s.
+        """Write texts for requests without candidates, such as those of ``JudgePrompt.draft``.
 
         Args:
             questions: Without endings.
-            max_tokens: Longest text.
-            temperature: 0 writes the likeliest one.
-            seed: Of what is drawn, which may also depend on all questions of the call.
+            max_tokens: Maximum tokens of a text.
+            temperature: Sampling temperature; 0: greedy decoding.
+            seed: Sampling seed; samples may also depend on all questions of the call.
 
         Returns:
-            One for each question.
+            A text for each question.
         """
         raise NotImplementedError(f"{type(self).__name__} answers with probabilities alone.")
 
@@ -71,7 +71,7 @@ Candidates = tuple[str, ...]
 
 
 def done_indices(pairs: Sequence[Pair], done: Collection[str]) -> set[int]:
-    """The places of the pairs whose ids are done, as ``Judge.ask`` takes them."""
+    """Indices of the pairs whose ids are done, as ``Judge.ask`` takes them."""
     ids = set(done)
     return {index for index, pair in enumerate(pairs) if pair.id in ids}
 
@@ -83,19 +83,19 @@ def ask_together(
     thinking: Thinking | None = None,
     done: Collection[int] = (),
 ) -> Iterator[tuple[int, dict[Candidates, list[list[Answer]]]]]:
-    """Answers to items of several groups, whichever candidates these have, as soon as all of an item's are known.
+    """Answer items with several groups of questions, which may have different candidates, as each item is complete.
 
     Questions are computed together where they are a group: those of a pair's two responses, say, are two groups, since
     the criteria that a response is judged by share more than the responses do.
 
     Args:
-        judge: Is asked once for each kind of candidates.
-        items: For each item, its groups by their candidates: as many in every item.
+        judge: The judge, which is asked once for each set of candidates.
+        items: For each item, its groups by candidates; the same number in every item.
         thinking: Rationales to write first, if any.
-        done: Indices of items whose answers are known already, as of ``Judge.ask``.
+        done: Indices of items whose answers are already known, as in ``Judge.ask``.
 
     Yields:
-        The item's index, and by candidates the answers to each of its groups.
+        The index of the item and, by candidates, the answers to each of its groups.
     """
     counts = {candidates: len(groups) for candidates, groups in items[0].items()} if items else {}
     asked = {}

@@ -27,7 +27,7 @@ class LocalJudge(TokenJudge):
     Args:
         model: In eval mode. Any dtype, NF4 too.
         tokenizer, prompt, name, chat_template_kwargs: As of every TokenJudge.
-        batch_tokens: Most tokens that are computed at once.
+        batch_tokens: Maximum tokens per batch.
         context: Called for a context around every forward pass, for a judge that is a role of a shared base.
         precision: Of float32 matrix products. "auto" takes the lowest that leaves the first questions' answers
             within 1e-4; what it found is then in ``probe``.
@@ -55,7 +55,7 @@ class LocalJudge(TokenJudge):
 
     @property
     def max_length(self) -> int:
-        """Tokens that the model can read, the answer counted."""
+        """Context length of the model in tokens, including the answer."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 10**9
 
     @property

@@ -84,7 +84,7 @@ class ServerPool:
             ) from None
         key = os.environ.get(server.api_key_env)
         if key is None and not (server.base_url or os.environ.get("OPENAI_BASE_URL")):
-            raise UserError(f"The environment variable {server.api_key_env} holds no key for the judge's server.")
+            raise UserError(f"The environment variable {server.api_key_env} has no API key for the judge's server.")
         addresses = (
             [server.base_url] if server.base_url is None or isinstance(server.base_url, str) else server.base_url
         )

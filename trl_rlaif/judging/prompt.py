@@ -50,7 +50,7 @@ NO_COLUMNS: Columns = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Exemplar:
-    """A comparison with its solution, shown to the judge before the one that it has to make."""
+    """A solved comparison, shown to the judge before the actual one."""
 
     context: str
     response_1: str
@@ -62,7 +62,7 @@ class Exemplar:
 
 @dataclass(frozen=True)
 class JudgePrompt:
-    """What a judge is asked, made from the files of a folder.
+    """A judge's prompt, made from the files of a folder.
 
     Args:
         name: The folder's name.
@@ -162,17 +162,17 @@ class JudgePrompt:
         shots: int = 0,
         think: bool = False,
     ) -> Question:
-        """The question which of two responses is better; candidates are 1 and 2.
+        """Ask which of two responses is better; the candidates are 1 and 2.
 
         Args:
-            prompt: What was responded to.
+            prompt: The prompt of the responses.
             response_1, response_2: In the order in which they are shown.
-            criterion: What they are compared by, in words; empty: by what the prompt says of it.
+            criterion: Criterion of the comparison, in words; empty: the one in the prompt.
             columns: The row's other columns: texts, numbers, and lists and mappings of these. None where no row is
                 at hand, to see whether the folder has all parts: the sample is then left blank.
-            preamble: The short or the detailed one.
-            shots: Exemplars to show, 0..len(exemplars).
-            think: Whether a rationale comes first, in the exemplars too.
+            preamble: The short or the detailed preamble.
+            shots: Number of exemplars, 0..len(exemplars).
+            think: Whether a rationale precedes the answer, also in the exemplars.
 
         Raises:
             UserError: The folder lacks what is asked for, its template shows no criterion, the row has no value in a
@@ -201,9 +201,9 @@ class JudgePrompt:
         columns: Columns | None = NO_COLUMNS,
         think: bool = False,
     ) -> Question:
-        """The question how good a response is; candidates are 1 to 10.
+        """Ask how good a response is; the candidates are 1 to 10.
 
-        Args and raises as ``compare``.
+        Arguments and errors as in ``compare``.
         """
         values = {"context": as_text(prompt), "response": response, "criterion": criterion}
         return self._single("rubric.txt", "rating", values, columns, think)
@@ -217,7 +217,7 @@ class JudgePrompt:
         columns: Columns | None = NO_COLUMNS,
         think: bool = False,
     ) -> Question:
-        """The question whether a response meets a criterion; candidates are Yes and No.
+        """Ask whether a response meets a criterion; the candidates are Yes and No.
 
         Questions about one response differ in the criterion alone. Args and raises as ``compare``.
         """
@@ -225,9 +225,9 @@ class JudgePrompt:
         return self._single("check.txt", "check", values, columns, think)
 
     def draft(self, prompt: PromptLike, *, columns: Columns | None = NO_COLUMNS) -> Question:
-        """The request to write a rubric for a prompt. It has no candidates: see ``trl_rlaif.drafting``.
+        """Request a rubric for a prompt. It has no candidates; see ``trl_rlaif.drafting``.
 
-        Args and raises as ``compare``.
+        Arguments and errors as in ``compare``.
         """
         context = as_text(prompt)
         return self._question(
@@ -300,7 +300,7 @@ class JudgePrompt:
                     f"There is no column '{name}', which the template {template} of the prompt '{self.name}' names.",
                     fix=f"Did you mean '{near[0]}'?"
                     if near and near[0] != name
-                    else "Give every row the column; an empty text where there is nothing to say.",
+                    else "Add the column to every row, with an empty text where there is no value.",
                 )
         return {name: columns[name] for name in needed}
 
@@ -365,7 +365,7 @@ def _exemplar(line: str, columns: tuple[str, ...], where: str) -> Exemplar:
     try:
         row: Any = json.loads(line)
     except ValueError as error:
-        raise UserError(f"An exemplar is no JSON: {error}", where=where) from None
+        raise UserError(f"An exemplar is not valid JSON: {error}", where=where) from None
     *texts, preferred, _ = Exemplar.__dataclass_fields__
     if (
         not isinstance(row, dict)
@@ -375,5 +375,5 @@ def _exemplar(line: str, columns: tuple[str, ...], where: str) -> Exemplar:
         or row["preferred"] not in (1, 2)
     ):
         fix = f"Give {', '.join(texts)} as texts; preferred is 1 or 2."
-        raise UserError("An exemplar is not complete.", where=where, fix=fix)
+        raise UserError("An exemplar is incomplete.", where=where, fix=fix)
     return Exemplar(**{name: row.pop(name) for name in (*texts, preferred)}, columns=row)

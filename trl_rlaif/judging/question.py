@@ -1,4 +1,4 @@
-"""What a judge is asked, and what it answers: the records between labelers and judges."""
+"""Questions to a judge and its answers: the records between labelers and judges."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Question:
-    """A judge's prompt, up to where it answers.
+    """A judge's prompt, up to the point where the answer starts.
 
     Args:
-        messages: Turns of user and assistant, the last one the user's. The earlier ones hold the exemplars.
-        ending: What opens the answer and is completed with a candidate.
-        thinking: What opens the answer where the judge writes a rationale first.
+        messages: User and assistant turns, ending with the user's; earlier turns contain the exemplars.
+        ending: Start of the answer, which a candidate completes.
+        thinking: Start of the answer if the judge writes a rationale first.
     """
 
     messages: tuple[Message, ...]
@@ -32,10 +32,10 @@ class Thinking:
     """A rationale before the answer (chain of thought; Lee et al. 2023, section 2.1).
 
     Args:
-        rationales: Written for each question; their distributions are averaged (self-consistency).
-        max_tokens: Longest rationale, or the budget of a model's own thoughts: they are closed there.
-        temperature: 0 writes the likeliest one.
-        seed: Of what is drawn.
+        rationales: Number of rationales per question; their distributions are averaged (self-consistency).
+        max_tokens: Maximum tokens of a rationale, or the budget of a model's own reasoning, which is closed there.
+        temperature: Sampling temperature; 0: greedy decoding.
+        seed: Sampling seed.
     """
 
     rationales: int = 1
@@ -87,13 +87,13 @@ class Answer:
     """A judge's distribution over the candidates.
 
     Args:
-        logprobs: Log-probabilities of the candidates in nats, one tuple for each rationale (a single one
-            without). They are exact, or estimated from votes; -inf for what was never voted for.
-        rationales: What the judge wrote before, in the same order.
-        failed: Why there is no answer; ``logprobs`` is then empty.
+        logprobs: Log-probabilities of the candidates in nats, one tuple per rationale (a single one
+            without). Exact, or estimated from votes; -inf for candidates without a vote.
+        rationales: The rationales, in the same order.
+        failed: The reason if there is no answer; ``logprobs`` is then empty.
         bound: How much of the candidates' normalized mass may belong to others than it is given to, in [0, 1]: what a
             server does not list is only known to be no likelier than the least that it does.
-        voted: Whether the numbers are shares of sampled answers.
+        voted: Whether the numbers are proportions of sampled answers.
     """
 
     logprobs: tuple[tuple[float, ...], ...] = ()

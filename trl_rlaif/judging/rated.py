@@ -1,4 +1,4 @@
-"""Labels of pairs whose responses a judge scores one by one."""
+"""Labels of pairs whose responses a judge scores separately."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rated:
-    """What a judge makes of a response.
+    """A judge's rating of a response.
 
     Args:
-        score: The distribution of its reward, in [-1, 1].
-        mass: What the judge gave to all candidates together, in [0, 1].
+        score: Distribution of the reward, in [-1, 1].
+        mass: Total probability of all candidates under the judge, in [0, 1].
     """
 
     score: ScoreDistribution
@@ -27,16 +27,16 @@ class Rated:
 
     @property
     def reward(self) -> float:
-        """Its expectation."""
+        """Expected reward."""
         return self.score.mean
 
     @property
     def spread(self) -> float:
-        """Its standard deviation."""
+        """Standard deviation of the reward."""
         return self.score.spread
 
     def above(self, other: Rated) -> float:
-        """The probability that it exceeds another one's, ties counted half."""
+        """Probability that the reward exceeds another one's; ties count half."""
         return self.score.above(other.score)
 
 
@@ -47,15 +47,15 @@ def rated_label(
     answers: Sequence[Sequence[Answer]],
     criteria: Callable[[Any, Any], list[CriterionLabel]] | None = None,
 ) -> Label:
-    """The label of a pair.
+    """Make the label of a pair from the ratings of its responses.
 
     Args:
-        id: The pair's.
-        judge: The judge's name.
-        both: Of each response a Rated, or what has its properties; or why there is none.
+        id: Id of the pair.
+        judge: Name of the judge.
+        both: For each response, a Rated or an object with its properties; or the reason why there is none.
         answers: Of each response what the judge said. What it wrote of each is kept where labels by comparison keep
             that of each order.
-        criteria: What is kept of each criterion, where the judge was asked about several.
+        criteria: Verdicts by criterion, if the judge was asked about several.
     """
     kept = [[text for answer in of for text in answer.rationales] or None for of in answers]
     written = kept if criteria else [of[0].rationale for of in answers]

@@ -90,7 +90,7 @@ class RemoteJudge(Judge):
 
     Args:
         model: Its name on the server.
-        prompt: Makes the questions.
+        prompt: The judge's prompt, which makes the questions.
         server: How to talk to it.
         connection: What the requests go through; None is a connection to the server.
     """
@@ -216,7 +216,7 @@ class RemoteJudge(Judge):
             raise self._not_found(error) from None
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise UserError(
-                f"The judge's server refuses the request: {_short(error)}",
+                f"The judge's server rejects the request: {_short(error)}",
                 where=self._connection.address_of(error),
                 fix=f"Check judge.path, judge.base_url and the key in {self.server.api_key_env}.",
             ) from None
@@ -235,7 +235,7 @@ class RemoteJudge(Judge):
             raise ServerGone(
                 f"The judge's server does not answer: {_short(error)}",
                 where=self._connection.address,
-                fix="Start it again, then go on with --resume: what it has said is kept. A slow one needs a longer "
+                fix="Restart it, then continue with --resume: its answers are kept. A slow server needs a longer "
                 "judge.timeout.",
             )
         return f"{_short(error)} ({self._connection.address_of(error)})"
@@ -247,8 +247,8 @@ class RemoteJudge(Judge):
         if names and self.name not in names:
             fix = f"Set judge.path to one of its models: {', '.join(names[:20])}."
         elif not names and not address.rstrip("/").endswith("/v1"):
-            fix = f"Should judge.base_url be {address.rstrip('/')}/v1? Else check judge.path."
-        return UserError(f"The judge's server refuses the request: {_short(error)}", where=address, fix=fix)
+            fix = f"Should judge.base_url be {address.rstrip('/')}/v1? If not, check judge.path."
+        return UserError(f"The judge's server rejects the request: {_short(error)}", where=address, fix=fix)
 
     def _think(self, question: Question, thinking: Thinking, number: int) -> str:
         """What the model thought of its own accord, and what it explained when it was asked to."""
@@ -325,9 +325,9 @@ class RemoteJudge(Judge):
     def _why_unread(self, missing: Sequence[str], listed: int, thinks: bool) -> str:
         advice = "judge.votes to sample answers instead"
         if thinks:
-            advice = "judge.chat_template_kwargs so that the model does not think first: {enable_thinking: false}"
+            advice = "judge.chat_template_kwargs: {enable_thinking: false}, so that the model does not think first"
         elif self.server.api == "chat" and self._connection.prefills is not True:
-            advice = f"prefill: true where the server can begin an answer, as vLLM can; or {advice}"
+            advice = f"prefill: true if the server can continue a given answer, as vLLM can; or {advice}"
         return (
             f"the server does not give the probability of {', '.join(missing)}: not among its {listed} likeliest "
             f"tokens, of which the least is not unlikely enough for judge.tolerance (set {advice})"

@@ -362,7 +362,7 @@ class Connection:
                 if ("logprobs" not in str(error) and most != _MORE) or fewer is None:
                     raise
                 self._most = min(self._most, fewer)
-                self.say(f"{most} log-probabilities are refused; {fewer} are asked for.")
+                self.say(f"{most} log-probabilities are refused; asking for {fewer}.")
 
     def _options(self, most: int) -> dict[str, Any]:
         """Of a request for the first token with this many others."""

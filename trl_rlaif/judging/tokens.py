@@ -47,7 +47,7 @@ class TokenJudge(Judge):
         model: Whose ``generation_config`` may name tokens that end a text.
         tokenizer: With a chat template, questions go through it; without, they are plain text.
         prompt, name: As of every judge.
-        batch_tokens: Most tokens that are computed at once.
+        batch_tokens: Maximum tokens per batch.
         chat_template_kwargs: Variables for the chat template, such as ``enable_thinking``, over those that
             ``set_template_kwargs`` gave the tokenizer.
     """
@@ -69,7 +69,7 @@ class TokenJudge(Judge):
     @property
     @abstractmethod
     def max_length(self) -> int:
-        """Tokens that the model can read, the answer counted."""
+        """Context length of the model in tokens, including the answer."""
 
     @abstractmethod
     def _scorer(self, known: Candidates, contexts: Sequence[Sequence[list[int]]], longest: int) -> Scorer:

@@ -105,7 +105,7 @@ class Meter:
         read, written = (count if isinstance(count, int) else 0 for count in counts)
         counted = isinstance(counts[0], int)
         if not counted and self.budget != Budget():
-            raise RunError("The judge's server does not count tokens (usage).", fix="Leave out label.budget.")
+            raise RunError("The judge's server does not report its token usage.", fix="Leave out label.budget.")
         cost = None if self.price is None else (read * self.price.input + written * self.price.output) / 1e6
         self.total.add(Usage(read, written, cost, int(not counted)))
 
@@ -122,5 +122,5 @@ class Meter:
         cost = f", at a cost of {used.cost or 0.0:.4g} of {budget.cost:.4g}" if budget.cost else ""
         return BudgetUsedUp(
             f"label.budget is used up: {tokens} tokens{cost}.",
-            fix="What was answered is kept. Raise label.budget and add --resume to go on.",
+            fix="Answers so far are kept. Raise label.budget and add --resume to continue.",
         )

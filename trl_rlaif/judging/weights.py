@@ -12,14 +12,14 @@ LARGEST = 1000
 
 
 def check_weight(weight: float, what: str) -> None:
-    """Refuse a weight that cannot be counted exactly.
+    """Reject a weight that cannot be represented exactly.
 
     Args:
-        weight: Of a criterion.
-        what: Whose it is, as a message calls it.
+        weight: Weight of a criterion.
+        what: What it belongs to, for the error message.
 
     Raises:
-        UserError: It is no number from -1000 to 1000 with up to two decimals, or it is 0.
+        UserError: It is not a number from -1000 to 1000 with up to two decimals, or it is 0.
     """
     number = isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight)
     if not (number and math.isclose(weight * SCALE, round(weight * SCALE)) and 0 < abs(weight) <= LARGEST):

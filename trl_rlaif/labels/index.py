@@ -105,7 +105,7 @@ class LabelIndex:
     def damaged(self, what: str) -> RunError:
         """What to raise where it does not tell where a label is. It is removed."""
         self._remove()
-        fix = "It was removed: --resume makes it again from the labels, of which none is lost."
+        fix = "It was removed; --resume rebuilds it from the labels, none of which is lost."
         return RunError(f"The index of the labels is damaged: {what}.", where=str(self._path or ""), fix=fix)
 
 

@@ -248,8 +248,8 @@ def _check_shares(row: LabelRow, where: str) -> None:
         found += [(name, share) for share in (ratings if isinstance(ratings, list) else [[ratings]])]
     for name, value in found:
         if value is not None and not (type(value) in (int, float) and 0 <= value <= 1):
-            fix = "Correct the line, or delete it: its label is then made again."
-            what = f"'{name}' is {to_json(value).strip()}; it is a probability, from 0 to 1."
+            fix = "Correct the line, or delete it; its label is then made again."
+            what = f"'{name}' is {to_json(value).strip()}; it must be a probability from 0 to 1."
             raise UserError(what, where=where, fix=fix)
 
 

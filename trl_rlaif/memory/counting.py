@@ -229,7 +229,7 @@ def adapter(shape: ModelShape, lora: LoraSection) -> Adapter:
     if not targets:
         names = sorted({x.name.rpartition(".")[2] for x in shape.linears})
         raise UserError(
-            f"No linear layer is named as model.lora.target_modules says: {wanted}.",
+            f"No linear layer matches model.lora.target_modules: {wanted}.",
             fix=f"The model has {', '.join(names)}.",
         )
     return Adapter(tuple(targets), lora.r, lora.dropout)

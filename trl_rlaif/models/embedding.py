@@ -22,7 +22,7 @@ def mean_hidden_states(model: nn.Module, prompts: Sequence[Sequence[int]], *, ba
     Args:
         model: Language model of transformers, plain or PEFT, in the role that is meant (the bare base, as a rule).
         prompts: N token sequences of at least one token.
-        batch_tokens: Most tokens, padding counted, of one forward pass.
+        batch_tokens: Maximum tokens per forward pass, padding included.
 
     Returns:
         (N, H) float32.
@@ -44,10 +44,10 @@ def mean_hidden_states(model: nn.Module, prompts: Sequence[Sequence[int]], *, ba
 
 
 def directions(embeddings: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    """Embeddings less a centre, at unit length: (N, H) and (H,) to (N, H).
+    """Embeddings minus a center, normalized to unit length: (N, H) and (H,) to (N, H).
 
-    What all prompts share, such as a chat template, points them all in one direction; without it they differ by what
-    they say.
+    What all prompts share, such as a chat template, gives them a common direction. Without it, they differ by their
+    content.
     """
     apart = embeddings - centre
     return apart / np.maximum(np.linalg.norm(apart, axis=1, keepdims=True), 1e-12)

@@ -71,7 +71,7 @@ def rebuild_gguf(gguf: Path) -> Path:
     if (target / "config.json").exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    say(f"Converting {gguf.name} for training; the result is kept for later runs.")
+    say(f"Converting {gguf.name} for training; the result is cached for later runs.")
     # Built beside its place and moved there whole, so that a kill leaves no half of a model.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as building:
         with _without_bars():

@@ -35,11 +35,11 @@ def problems() -> Iterator[Problem]:
     """What the launcher was told that does not go together with this package, as a configuration file names it."""
     stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
     if distributed.processes() > 1 and _is_set("ACCELERATE_USE_DEEPSPEED") and stage == "3":
-        yield Problem("ZeRO-3 shares out the adapters too, which this package reads.", fix="Use fsdp2.yaml.")
+        yield Problem("ZeRO-3 also shards the adapters, which trl-rlaif has to read.", fix="Use fsdp2.yaml.")
     if not requested():
         return
     if os.environ.get("FSDP_VERSION", "1") != "2":
-        yield Problem("accelerate was told to use FSDP in its first version.", fix="Set fsdp_version: 2.")
+        yield Problem("accelerate is configured for FSDP version 1.", fix="Set fsdp_version: 2.")
     if _is_set("FSDP_CPU_RAM_EFFICIENT_LOADING"):
         yield Problem(
             "fsdp_cpu_ram_efficient_loading is on: all processes but one would have no weights in the stages that "
@@ -80,7 +80,7 @@ def share_out(model: nn.Module, accelerator: Accelerator, *, layers: bool = True
     frozen = {p for layer in found for p in layer.parameters() if not p.requires_grad} - kept
     if layers and not frozen:
         raise UserError(
-            "FSDP shares out frozen weights of layers, and this model has none.",
+            "FSDP shards the frozen weights of layers, and this model has none.",
             fix="Train adapters (peft_config), or start it with DDP.",
         )
     plugin = accelerator.state.fsdp_plugin

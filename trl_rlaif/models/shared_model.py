@@ -95,17 +95,18 @@ def set_reference(model: PeftModel, name: str, folder: str | Path | None) -> Non
 class SharedBase(nn.Module):
     """A causal language model that is policy, value, reward and reference at once.
 
-    The policy is the adapter ``policy``. The reference is the adapter ``reference``, a frozen copy of the
-    start, where the start is an adapter; else it is the base without adapter. Value and reward are
-    adapters with a scalar head each.
+    The policy is the adapter ``policy``. The reference is the adapter ``reference``, a frozen copy of the initial
+    policy, if that is an adapter; otherwise it is the base without an adapter. Value and reward are adapters with a
+    scalar head each.
 
     Args:
-        model: The base; all of it is frozen. Plain or NF4.
-        policy: LoRA configuration of a new policy, or the folder of an adapter that it begins as.
-        reference: Folder of the adapter to compare with; None compares with the bare base.
+        model: The base, which is frozen as a whole. Plain or NF4.
+        policy: LoRA configuration of a new policy, or folder of an adapter to start from.
+        reference: Folder of the reference adapter; None: the base without an adapter.
 
     Raises:
-        UserError: The policy's adapter cannot work on its targets; of a multimodal base it is on the text model alone.
+        UserError: LoRA does not work on the policy's target modules. In a multimodal base, only the text model is
+            adapted.
     """
 
     def __init__(
@@ -235,7 +236,7 @@ class SharedBase(nn.Module):
         head = self._head(len(weight))  # two numbers, where there is an e(x)
         if weight.shape != head.weight.shape:
             raise UserError(
-                f"The reward head reads {weight.shape[-1]} features, the base has {head.weight.shape[-1]}: "
+                f"The reward head expects {weight.shape[-1]} features, the base has {head.weight.shape[-1]}: "
                 "it was trained on another model.",
                 where=str(folder),
             )

@@ -74,7 +74,7 @@ def export_batch(recipe: Recipe, plugins: Plugins, output: Path, file: Path) -> 
         UserError: What the judge is asked depends on its earlier answers; or the run has no pairs yet.
     """
     if not file.parent.is_dir():
-        raise UserError(f"There is no folder {file.parent}.", where=str(file), fix="Make it, or name another file.")
+        raise UserError(f"There is no folder {file.parent}.", where=str(file), fix="Create it, or name another file.")
     with _opened(recipe, plugins, output) as work:
         missing, url, requests = work.missing(), URLS[work.judge.server.api], 0
 
@@ -193,7 +193,7 @@ def _opened(recipe: Recipe, plugins: Plugins, output: Path) -> Iterator[_Work]:
 def _server_judge(recipe: Recipe) -> ServerJudgeSection:
     """The main judge; what needs an answer before it asks on is refused."""
     if recipe.label is None:
-        raise UserError("Batch files are of labels, and this recipe has no 'label'.")
+        raise UserError("Batch files are for labels, and this recipe has no 'label'.")
     section, judge, where = recipe.label, recipe.label.judge, recipe.line(("label",))
     if not isinstance(judge, ServerJudgeSection):
         what = "Batch files are for a judge on a server."

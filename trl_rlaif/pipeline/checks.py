@@ -75,10 +75,10 @@ def _teaching_problems(recipe: Recipe, plugins: Plugins) -> Iterator[Problem]:
     ref, where = recipe.teaching_labeler, recipe.line(("label", "labeler"))
     labeler = plugins.registry.create("labeler", ref.name, ref.options)
     if not labeler.candidates:
-        what = f"'judge' cannot teach the questions of the labeler '{ref.name}': it does not say what they are."
+        what = f"'judge' cannot teach the questions of the labeler '{ref.name}', which does not expose them."
         yield Problem(what, where, "Choose a labeler with candidates, such as distilled, or leave out 'judge'.")
     if ref.options.get("thinking"):
-        what = f"'judge' teaches answers without a rationale, and '{ref.name}' has the judge think first."
+        what = f"'judge' teaches answers without a rationale, but '{ref.name}' lets the judge think first."
         yield Problem(what, where, "Set thinking: false, or leave out 'judge'.")
 
 
@@ -236,5 +236,5 @@ def _check_signature(recipe: Recipe, function: Callable[..., Any], name: str, wh
     given = (*_GIVEN, *set.intersection(*(set(prompt.extra) for prompt in prompts)))
     refused = [column for column in given if not takes_all and column not in by_name]
     if refused:
-        what = f"The reward function '{name}' does not take '{refused[0]}', with which it is called."
+        what = f"The reward function '{name}' has no parameter '{refused[0]}', which it is called with."
         raise UserError(what, where=where, fix=f"Write: def {name}(prompts, completions, **columns).")

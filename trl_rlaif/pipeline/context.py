@@ -74,7 +74,9 @@ class Shard:
         """
         match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
         if not match or not 1 <= int(match[1]) <= int(match[2]):
-            raise UserError(f"'{text}' is no share.", fix="Write --shard i/n with i from 1 to n, for example 2/4.")
+            raise UserError(
+                f"'{text}' is not a part i/n.", fix="Write --shard i/n with i from 1 to n, for example 2/4."
+            )
         return cls(int(match[1]), int(match[2]))
 
     def of(self, pairs: Sequence[Pair]) -> Sequence[Pair]:

@@ -66,7 +66,7 @@ def check(folder: RunFolder, stages: Iterable[Stage], *, companions: bool = True
 
 
 def _changed(folder: RunFolder, stage: Stage, companions: bool) -> Iterator[Problem]:
-    fix = f"Restore it, or make it again with --only {stage.name}."
+    fix = f"Restore it, or redo the stage with --only {stage.name}."
     for name, digest in folder.marker(stage.name).get(_DIGESTS, {}).items():
         path = folder / name
         if name in stage.companions and not companions:

@@ -93,9 +93,9 @@ class Judges:
     def _in_engine(self, section: VLLMJudgeSection, prompt: str, adapter: Path | None) -> VLLMJudge:
         if distributed.processes() > 1:
             raise UserError(
-                "A judge with backend: vllm answers in one process.",
-                fix="Run its stage without accelerate launch (tensor_parallel_size divides the judge among GPUs), or "
-                "ask a server of vLLM's, with backend: openai.",
+                "A judge with backend: vllm runs in a single process.",
+                fix="Run its stage without accelerate launch (tensor_parallel_size splits the judge across GPUs), or "
+                "use a vLLM server with backend: openai.",
             )
         return VLLMJudge(
             Engine.start(model_spec(section), adapter, **section.engine),

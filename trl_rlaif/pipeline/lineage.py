@@ -33,7 +33,7 @@ def runs_from(place: str | None) -> list[RunFolder]:
     found: list[RunFolder] = []
     while place is not None:
         if not (Path(place) / artifacts.RECIPE).is_file() or Path(place).resolve() in (run.path for run in found):
-            what = "The run that this one goes on from has no recipe.yaml."
+            what = "The run that this one continues has no recipe.yaml."
             raise UserError(what, where=place, fix="Restore it, or name another one as rounds.previous.")
         run = RunFolder(place)
         rounds = run.recipe().get("rounds") or {}
@@ -68,9 +68,9 @@ def check_previous(recipe: Recipe) -> None:
         raise UserError(f"The stage 'rl' has not completed in {folder}.", where=where, fix="Complete that run first.")
     model = runs[0].recipe()["model"]["path"]
     if Path(model).name != Path(recipe.model.path).name:  # elsewhere, the same model may lie in another folder
-        what = f"The run in {folder} trained {model}, and this recipe names {recipe.model.path}."
+        what = f"The run in {folder} trained {model}, but this recipe names {recipe.model.path}."
         raise UserError(what, where=where, fix="Name the same model.path.")
     for stage in ("sft", "judge"):
         if getattr(recipe, stage) is not None and not any(run.is_complete(stage) for run in runs):
-            what = f"The stage '{stage}' is taken up from the run before, and {folder} has none."
+            what = f"The stage '{stage}' continues from the previous run, but {folder} has no such stage."
             raise UserError(what, where=recipe.line((stage,)), fix=f"Leave '{stage}' out.")

@@ -48,7 +48,7 @@ def machine_of(folder: RunFolder) -> Machine:
         except ValueError:
             found = {}
         if found.keys() != _EARLIER.keys():
-            raise UserError("recipe.yaml does not say on what this run was begun.", where=str(folder.path),
+            raise UserError("recipe.yaml does not say on which machine this run began.", where=str(folder.path),
                             fix="Restore the run's own copy.")  # fmt: skip
         return cast(Machine, found)
     device = hardware.device_type()
@@ -101,13 +101,13 @@ def check_machine(recipe: Recipe) -> None:
         raise UserError(
             "A judge with backend: vllm needs the package vllm.",
             where=str(recipe.source),
-            fix="Run: pip install 'trl-rlaif[vllm]'; or ask a server of vLLM's, with backend: openai.",
+            fix="Run: pip install 'trl-rlaif[vllm]'; or use a vLLM server with backend: openai.",
         )
     if hardware.device_type() == "mps":
         raise UserError(
             "Apple's MPS has no float64, in which rewards and importance weights are summed.",
             where="device mps",
-            fix="Set ACCELERATE_USE_CPU=true, which computes on the processor.",
+            fix="Set ACCELERATE_USE_CPU=true to compute on the CPU.",
         )
 
 

@@ -33,7 +33,7 @@ def check_pushes(recipe: Recipe) -> None:
         path = recipe.model.path if isinstance(model, str) else model.path
         if hub_id(path) is None:
             raise UserError(
-                f"The adapter would belong on {path}, which nobody else has.",
+                f"The adapter needs the base {path}, which others do not have.",
                 where=where,
                 fix="Leave it out; `trl-rlaif export --to hub` pushes with --base or --merge.",
             )

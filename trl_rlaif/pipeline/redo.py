@@ -17,7 +17,7 @@ from trl_rlaif.pipeline.stages import STAGES, active_stages
 from trl_rlaif.progress import say
 from trl_rlaif.recipe import Recipe
 
-_UNKNOWN = "an earlier version made it from other settings or files, and did not record from which"
+_UNKNOWN = "an earlier version made it from other settings or files and did not record them"
 # Asked before a run redoes anything, with what it would redo and why; whether to go on.
 Confirm = Callable[[str], bool]
 
@@ -86,8 +86,8 @@ def describe(folder: RunFolder, stages: Sequence[Planned]) -> str:
     """What would be redone, and why."""
     lines = [f"  {p.stage.name}: {'; '.join(p.why)}" for p in stages if not p.stage.always]
     return "\n".join([
-        f"{folder.path}: what these stages were made from has changed, so they are redone:", *lines,
-        f"What they made is not deleted: it moves to {folder / artifacts.SUPERSEDED}.",
+        f"{folder.path}: the inputs of these stages have changed, so they are redone:", *lines,
+        f"Their outputs are not deleted; they move to {folder / artifacts.SUPERSEDED}.",
     ])  # fmt: skip
 
 
@@ -102,7 +102,7 @@ def agree(message: str, confirm: Confirm | None) -> None:
     elif not confirm(message):
         raise UserError(
             f"{message}\nNothing was changed.",
-            fix="Add --yes to redo them, set back what has changed, or name another folder with --output.",
+            fix="Add --yes to redo them, revert the changes, or name another folder with --output.",
         )
 
 

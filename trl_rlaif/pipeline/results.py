@@ -1,7 +1,7 @@
-"""The numbers of a run's results.json, stage by stage.
+"""The results of a run in results.json, by stage.
 
-Numbers without another unit are shares in [0, 1]; an interval is a pair of 95% bounds. What is ``dict[str, Any]`` is
-what the measure of that name in ``trl_rlaif.evaluation`` returns.
+Numbers without a unit are fractions in [0, 1]; an interval is a pair of 95% bounds. A ``dict[str, Any]`` is
+the result of the measure of that name in ``trl_rlaif.evaluation``.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from typing import Any, TypedDict
 
 
 class AskedResults(TypedDict, total=False):
-    """What every stage has that asked judges on servers: their ``input_tokens``, ``output_tokens``, the ``cost`` of
-    these (None without a price), and the answers that came ``uncounted``."""
+    """Of every stage that asks judges on servers: their ``input_tokens`` and ``output_tokens``, the ``cost`` of
+    these (None without a price), and the number of ``uncounted`` answers."""
 
     usage: dict[str, Any]
 
 
 class SftResults(TypedDict):
-    """Of sft: rows of the data, the tokens that the loss is on, and its mean in nats per token."""
+    """Of sft: rows of the data, number of tokens with a loss, and the mean loss in nats per token."""
 
     rows: int
     loss_on: str
@@ -26,7 +26,7 @@ class SftResults(TypedDict):
 
 
 class SampleResults(TypedDict, total=False):
-    """Of sample: pairs from the data have ``ties``; drawn ones what was drawn."""
+    """Of sample: for pairs from the data ``ties``; for sampled pairs, statistics of the samples."""
 
     prompts: int
     pairs: int
@@ -40,10 +40,10 @@ class SampleResults(TypedDict, total=False):
 
 
 class JudgeResults(TypedDict, total=False):
-    """Of judge: whether what was taught is ``used``, and why not.
+    """Of judge: whether the taught adapter is ``used``, and if not, the reason.
 
-    ``sources`` has by source, and for ``all`` together, how many pairs were ``taught`` and ``held_out``, and the
-    figures of the latter ``before`` and ``after``. ``gain`` is how much their log-loss fell, in nats a pair.
+    ``sources`` has, by source and for ``all``, the number of pairs ``taught`` and ``held_out``, and the metrics
+    of the latter ``before`` and ``after``. ``gain`` is the decrease of their log-loss, in nats per pair.
     """
 
     judge: str
@@ -62,7 +62,7 @@ class JudgeResults(TypedDict, total=False):
 
 
 class LabelResults(AskedResults, total=False):
-    """Of label: what the labels say of the labeler, whose ``setup`` finds them."""
+    """Of label: statistics of the labels; ``setup`` identifies the labeler."""
 
     pairs: int
     labeled: int
@@ -96,7 +96,7 @@ class LabelResults(AskedResults, total=False):
 
 
 class RewardResults(TypedDict, total=False):
-    """Of reward: how it ranks held-out pairs, its calibration, and its scores by kind of prompt.
+    """Of reward: accuracy on held-out pairs, calibration, and scores by category.
 
     Where it went on from an earlier round's, ``before`` has that one's ``accuracy`` on this run's pairs, with its
     ``interval``, of ``all`` and of those ``held_out``; and ``earlier_pairs`` are those of earlier rounds among
@@ -123,7 +123,7 @@ class RewardResults(TypedDict, total=False):
 
 
 class RlResults(AskedResults, total=False):
-    """Of rl: first and last numbers of the training itself; KL in nats a response.
+    """Of rl: first and last metrics of training; KL in nats per response.
 
     DPO has ``pairs``, ``loss``, ``labels``, ``ignored``, and its implicit reward's ``accuracy_`` and ``margin_``.
     """
@@ -157,7 +157,7 @@ class RlResults(AskedResults, total=False):
 
 
 class EvaluateResults(AskedResults):
-    """Of evaluate: by set the judges' word, lengths and rewards."""
+    """Of evaluate: by set, the judges' verdicts, lengths and rewards."""
 
     judge: str
     sets: dict[str, dict[str, Any]]
@@ -167,14 +167,14 @@ class EvaluateResults(AskedResults):
 
 
 class ReportResults(TypedDict):
-    """Of report: its file."""
+    """Of report: the file."""
 
     path: str
     seconds: float
 
 
 class CompareResults(AskedResults, total=False):
-    """Of a comparison: by set who beats whom, and of each variant its own run's numbers."""
+    """Of a comparison: by set, pairwise win rates; and the results of each variant's run."""
 
     judge: str
     sets: dict[str, dict[str, Any]]
@@ -183,9 +183,9 @@ class CompareResults(AskedResults, total=False):
 
 
 class RoundRow(TypedDict):
-    """A round's own numbers, as its results.json has them; None where it has none.
+    """Results of a round, as in its results.json; None if missing.
 
-    ``tokens`` is the mean length of what the policy that the round began with wrote.
+    ``tokens`` is the mean response length of the policy at the start of the round.
     """
 
     pairs: int
@@ -201,14 +201,14 @@ class RoundRow(TypedDict):
 
 
 class RoundsResults(TypedDict):
-    """Of a run in rounds: a row each; and the seconds of all but the last, whose numbers are the run's own."""
+    """Of a run in rounds: a row per round, and the seconds of all but the last, whose results are the run's own."""
 
     rows: list[RoundRow]
     seconds: float
 
 
 class Results(TypedDict, total=False):
-    """results.json: the final numbers of every stage that has ended."""
+    """results.json: the final results of every completed stage."""
 
     sft: SftResults
     sample: SampleResults

@@ -1,4 +1,4 @@
-"""The rows of a run's JSON-lines files. Numbers without another unit are shares in [0, 1]."""
+"""The rows of a run's JSON-lines files. Numbers without a unit are fractions in [0, 1]."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ if TYPE_CHECKING:
 
 
 class MetricRow(TypedDict):
-    """What a stage that trains logged at a step; its numbers stand beside these keys."""
+    """Metrics of a training stage at a step, in addition to these keys."""
 
     stage: str
     step: int
 
 
 class PairRow(TypedDict):
-    """Two responses to a prompt; further columns of the data stand beside these keys."""
+    """Two responses to a prompt; the other columns of the data are additional keys."""
 
     id: str
     prompt: PromptLike
@@ -27,14 +27,14 @@ class PairRow(TypedDict):
 
 
 class RevisionRow(TypedDict):
-    """A revised response, as ``sft.data`` reads it: messages where the model has a chat template."""
+    """A revised response in the format of ``sft.data``: messages if the model has a chat template."""
 
     prompt: PromptLike
     completion: PromptLike
 
 
 class DrawnRow(TypedDict, total=False):
-    """What became of a prompt's draws: the keys of a PairRow, or why there is none."""
+    """Outcome of sampling for a prompt: the keys of a PairRow, or the reason why there is none."""
 
     id: str
     dropped: str
@@ -47,7 +47,7 @@ class DrawnRow(TypedDict, total=False):
 
 
 class LessonRow(TypedDict, total=False):
-    """A pair whose better response is known: what the judge was taught, or what it was tried on."""
+    """A pair whose better response is known, used to teach or to evaluate the judge."""
 
     prompt: PromptLike
     response_1: str
@@ -87,19 +87,19 @@ class _LabelRow(TypedDict, total=False):
 
 
 class LabelRow(_LabelRow):
-    """A labeler's word on a pair (trl_rlaif.types.Label), with the keys that find it."""
+    """A labeler's verdict on a pair (trl_rlaif.types.Label), with the keys that identify it."""
 
     p: float | None
 
 
 class JudgedRow(_LabelRow):
-    """That of a pair that could be judged."""
+    """The verdict on a pair that could be judged."""
 
     p: float
 
 
 class RankingRow(TypedDict):
-    """The responses to a prompt, the best one first. Strengths are in nats above their average.
+    """The responses to a prompt, best first. Strengths are in nats relative to their average.
 
     ``pairs`` holds, by a pair's id, the probability that its response_1 is better, and ``answers`` what the judge said:
     of which response (counted from 0) it was shown first, which second, and the probability that the first is better.
@@ -115,7 +115,7 @@ class RankingRow(TypedDict):
 
 
 class JuryRow(TypedDict):
-    """A pair's votes by the members' names, what they were joined into, and their standard deviation."""
+    """A pair's votes by member, the combined label, and the votes' standard deviation."""
 
     id: str
     p: float | None
@@ -124,7 +124,7 @@ class JuryRow(TypedDict):
 
 
 class ScoreRow(TypedDict, total=False):
-    """A held-out pair's scores as the reward model gives them and, with transforms, as RL gets them."""
+    """A held-out pair's scores from the reward model and, with transforms, as used in RL."""
 
     prompt_key: str  # trl_rlaif.data.overlap
     category: str | None
@@ -147,7 +147,7 @@ class RehearsedRow(TypedDict):
 
 
 class MapRow(TypedDict):
-    """A prompt's place on the report's map of clusters."""
+    """A prompt's position on the report's cluster map."""
 
     x: float
     y: float
@@ -157,7 +157,7 @@ class MapRow(TypedDict):
 
 
 class SampleRow(TypedDict, total=False):
-    """A held-out prompt with the first responses of the start and of the trained policy, and means over all."""
+    """A held-out prompt with the first response of the initial and the trained policy, and means over all responses."""
 
     set: str
     id: str

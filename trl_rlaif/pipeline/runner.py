@@ -180,16 +180,16 @@ def _check_shard(recipe: Recipe, shard: str) -> None:
 
     Shard.parse(shard)
     if recipe.rounds is not None and recipe.rounds.number > 1:
-        what = "--shard divides the labeling of one run, and this recipe labels in each of its rounds."
+        what = "--shard divides the labeling of one run, but this recipe labels in each of its rounds."
         raise UserError(what, fix="Leave it out.")
     if recipe.label is None:
         raise UserError("--shard divides the labeling, and this recipe has no 'label'.")
     judge = recipe.model if recipe.label.judge == "same" else recipe.label.judge
     if getattr(judge, "dtype", "") == "auto":
         raise UserError(
-            "The machines that share the labeling may each take another type for the judge's weights: dtype is auto.",
+            "With dtype: auto, machines that share the labeling may use different types for the judge's weights.",
             where=recipe.line(("label", "judge")),
-            fix="Name one for all: dtype: float32 or bfloat16, of the judge, or in model if it judges itself.",
+            fix="Set dtype: float32 or bfloat16 for the judge, or in model if it judges itself.",
         )
 
 
@@ -229,7 +229,7 @@ def run_stages(
             continue
         distributed.wait()  # until what the first process wrote is there
         if folder.is_complete(stage, fingerprint) and how.resume and not _is_outdated(folder, each.stage):
-            say(f"{stage}: complete already")
+            say(f"{stage}: already complete")
             if shard is not None and stage == "label":
                 return
             continue
@@ -279,7 +279,7 @@ def _write_recipe(recipe: Recipe, folder: RunFolder, command: str, began: Machin
     content = recipe.to_dict() | where | {"format": artifacts.FORMAT, "versions": versions, "command": command}
     path, text = folder / artifacts.RECIPE, yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     if path.exists() and not is_signed(path.read_bytes()):
-        say(f"Warning: {path} was not what the run wrote. It is written anew.")
+        say(f"Warning: {path} was not what the run wrote. It is written again.")
     write_atomically(path, signed(text))
 
 

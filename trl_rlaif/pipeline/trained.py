@@ -70,7 +70,7 @@ def find_trained(folder: str | Path, what: What) -> Trained:
         UserError: No run is there, it has no such stage, the stage has not completed, or a file of it has changed.
     """
     if not (Path(folder) / artifacts.RECIPE).is_file():
-        fix = "Give the folder that `trl-rlaif run` wrote."
+        fix = "Name the folder that `trl-rlaif run` wrote."
         raise UserError("This is not a run's folder: it has no recipe.yaml.", where=str(folder), fix=fix)
     own = RunFolder(folder)
     recipe = own.recipe()

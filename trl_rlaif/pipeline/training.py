@@ -45,7 +45,10 @@ def settings_of(recipe: Recipe, section: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:  # of the system, such as a full disk
             raise
         said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        what = f"The settings of section '{section}' do not go together, or not with this model or machine: {said}"
+        what = (
+            f"The settings of section '{section}' contradict each other, or do not work with this model or machine: "
+            f"{said}"
+        )
         raise UserError(what, where=place) from error
 
 
@@ -57,10 +60,10 @@ def train_from_last(context: Context, trainer: Any, stage: str, title: str) -> A
     """
     if not len(trainer.train_dataset):
         raise UserError(
-            f"The stage '{stage}' has no row left to train on: its trainer dropped them all, as too long or as without "
+            f"The stage '{stage}' has no row left to train on: its trainer dropped all rows, as too long or without "
             "a token to learn.",
             where=context.recipe.line((stage,)),
-            fix="Raise max_length, or look at what the rows hold.",
+            fix="Raise max_length, or check the rows.",
         )
     callback = context.callback(stage, title)
     callback.attach(trainer)
@@ -87,10 +90,10 @@ def last_checkpoint(folder: str | Path) -> str | None:
             return str(path)
         # SameRun writes the latter when all others are there, and then the digests.
         if not (path / content.FILE).exists() and (path / run_identity.FILE).exists():
-            say(f"Warning: {path} has no digests, after a kill or from an earlier version; it is taken as it is.")
+            say(f"Warning: {path} has no digests, after a kill or from an earlier version; it is used as it is.")
             if is_first():
                 content.record(path)
             return str(path)
         what = "is not whole" if damaged.name == content.FILE else f"is damaged ({damaged.relative_to(path)})"
-        say(f"Warning: {path} {what}. The run goes on from the checkpoint before, if any.")
+        say(f"Warning: {path} {what}. The run continues from the previous one, if any.")
     return None

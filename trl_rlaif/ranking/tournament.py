@@ -19,7 +19,7 @@ _AT_ONCE = 2_000_000
 
 @dataclass(frozen=True)
 class Asked:
-    """A question about a group: is the item shown first better than the one shown second?"""
+    """A question about a group: is the first item better than the second one?"""
 
     group: int
     first: int
@@ -32,12 +32,12 @@ Ask = Callable[[list[Asked]], Sequence[float | None]]
 
 @dataclass(frozen=True)
 class Ranking:
-    """What a tournament found.
+    """Result of a tournament.
 
     Args:
-        strengths: Of all items.
+        strengths: Strengths of all items.
         asked: The questions, in the order in which they were asked.
-        answers: Of each.
+        answers: Answers, in the same order.
     """
 
     strengths: Strengths
@@ -51,11 +51,11 @@ def default_questions(size: int) -> int:
 
 
 def rank_all(ask: Ask, sizes: Sequence[int]) -> Ranking:
-    """Every pair of every group in both orders.
+    """Ask about every pair of every group in both orders.
 
     Args:
-        ask: Answers questions.
-        sizes: Items of each group.
+        ask: Function that answers questions.
+        sizes: Number of items of each group.
     """
     asked = [Asked(g, i, j) for g, size in enumerate(sizes) for i in range(size) for j in range(size) if i != j]
     answers = list(ask(asked))
@@ -65,17 +65,17 @@ def rank_all(ask: Ask, sizes: Sequence[int]) -> Ranking:
 def rank_by_tournament(
     ask: Ask, sizes: Sequence[int], *, questions: int | None = None, at_once: int = 1, confidence: float = 1.0
 ) -> Ranking:
-    """Ask in rounds, each round what is most uncertain after the answers so far.
+    """Ask in rounds, in each about the most uncertain pairs given the answers so far.
 
     A round asks up to ``at_once`` questions about each group and all groups together. Nothing is drawn at random: the
     same answers lead to the same questions.
 
     Args:
-        ask: Answers questions.
-        sizes: Items of each group.
-        questions: Budget of a group; None is a third of all its pairs in both orders (``default_questions``).
-        at_once: Questions about a group in a round. More make fewer and larger rounds, which know less.
-        confidence: A group is asked no more once each of its pairs is in the right order with this probability.
+        ask: Function that answers questions.
+        sizes: Number of items of each group.
+        questions: Budget per group; None: a third of all its pairs in both orders (``default_questions``).
+        at_once: Questions per group and round. More mean fewer, less informed rounds.
+        confidence: Stop asking about a group once the order of each of its pairs has this probability.
     """
     schedule = _Schedule(sizes, questions, at_once, confidence)
     asked: list[Asked] = []

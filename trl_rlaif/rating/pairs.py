@@ -88,7 +88,7 @@ def _comparison(row: Any, where: str) -> Comparison:
         category = row.get("category")
     except (AttributeError, KeyError, TypeError):
         raise UserError(
-            "This is no sample: set, id, prompt, start and trained are needed, the last three as text.",
+            "This is not a sample: set, id, prompt, start and trained are needed, the last three as text.",
             where=where,
             fix="Run `evaluate` again.",
         ) from None

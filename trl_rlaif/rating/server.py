@@ -62,17 +62,17 @@ def rate_run(
         raise UserError("A rater's name has 1 to 100 characters.", where="--rater")
     session = Session(of_set(read_comparisons(run), only), VoteFile(Path(run) / artifacts.VOTES), rater)
     if not len(session):
-        return say("There is nothing to ask: in every pair, both responses are equal.")
+        return say("There is nothing to rate: in every pair, both responses are equal.")
     try:
         server = RatingServer(session, port)
     except OSError as error:
         raise UserError(
-            f"Port {port} cannot be used: {error.strerror}.", where="--port", fix="Without the option a free one is."
+            f"Port {port} cannot be used: {error.strerror}.", where="--port", fix="Leave out --port to use a free one."
         ) from None
     with server:
         equal = f" {count(session.equal, 'more pair')} with equal responses: ties, unasked." if session.equal else ""
         say(f"Rate {count(len(session), 'pair')} as {rater}: {server.address}{equal}")
-        say("Every vote is kept as it is cast. Ctrl-C ends the page.")
+        say("Each vote is saved at once. Press Ctrl-C to stop.")
         if browser:  # in a thread: a browser in the terminal would keep the server from starting
             threading.Thread(target=webbrowser.open, args=(server.opening,), daemon=True).start()
         with suppress(KeyboardInterrupt):

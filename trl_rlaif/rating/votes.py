@@ -87,9 +87,9 @@ class VoteFile:
                     raise TypeError
             except (KeyError, TypeError):
                 raise RunError(
-                    "This is no vote: set, id, pair and rater are texts, and choice is 0, 0.5, 1 or null.",
+                    "This is not a vote: set, id, pair and rater are texts, and choice is 0, 0.5, 1 or null.",
                     where=f"{self.path}:{number}",
-                    fix="Mend the line or remove it.",
+                    fix="Fix the line or remove it.",
                 ) from None
             votes = standing.setdefault(rater, {})
             votes.pop(name, None)  # a new vote on an old pair is the latest one

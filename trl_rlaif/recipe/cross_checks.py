@@ -31,7 +31,7 @@ def _check_pairs(source: Source, present: set[Any]) -> None:
     if "sample" in present and _value(source, "data", "prompts") is None:
         source.report(("sample",), "'sample' has no prompts.", "Set data.prompts.")
     if "sample" in present and pairs:
-        what = "data.pairs stand in for sampled responses, and the recipe also has 'sample'."
+        what = "data.pairs replaces sampled responses, but the recipe also has 'sample'."
         source.report(("data", "pairs"), what, "Remove one of the two.")
     if "label" in present and "sample" not in present and not pairs:
         source.report(("label",), "'label' has no pairs to judge.", "Add 'sample', or set data.pairs.")
@@ -49,10 +49,10 @@ def _check_sampler(source: Source) -> None:
     """What says how pairs are drawn is of no use where a plugin makes them."""
     for key in ("num_responses", "redraws", "keep_pairs"):
         if _value(source, "sample", key) not in (None, SampleSection.model_fields[key].default):
-            what = f"'{key}' says how pairs are drawn, and sample.sampler makes them."
+            what = f"'{key}' controls how pairs are sampled, but sample.sampler makes them."
             source.report(("sample", key), what, "Leave out one of the two.")
     if isinstance(_value(source, "label", "ranking"), dict):
-        what = "'label' ranks all responses to a prompt, and sample.sampler makes pairs of its own."
+        what = "'label' ranks all responses to a prompt, but sample.sampler makes its own pairs."
         source.report(("label", "ranking"), what, "Leave out one of the two.")
 
 
@@ -63,24 +63,24 @@ def _check_rounds(source: Source, present: set[Any]) -> None:
         return
     for name in ("sample", "label", "rl"):
         if name == "sample" and _value(source, "data", "pairs") is not None:
-            what = "each of the 'rounds' samples from its policy, and data.pairs stand in for responses."
+            what = "each of the 'rounds' samples from its policy, but data.pairs replaces sampled responses."
             source.report(("data", "pairs"), what, "Remove one of the two.")
         elif name not in present:
             source.report(("rounds",), f"a round needs '{name}', which the recipe does not have.", f"Add '{name}'.")
     algorithm, rewards = _algorithm(source), _value(source, "rl", "rewards")
     names = [reward_name(entry) for entry in rewards] if isinstance(rewards, list) else ["reward"]
     if (algorithm is None or algorithm.samples) and "reward" not in names:
-        what = "'rounds' label responses for the reward model, which gives no reward here."
+        what = "'rounds' labels responses for the reward model, which rl.rewards does not use."
         fix = "Add reward to rl.rewards, set rl.algorithm to dpo, or leave out rounds and train for longer."
         source.report(("rl", "rewards"), what, fix)
     if _value(source, "rounds", "earlier") is not None and "reward" not in present:
-        what = "'earlier' is a share of the reward model's preferences, and the recipe has no 'reward'."
+        what = "'earlier' is a fraction of the reward model's preferences, but the recipe has no 'reward'."
         source.report(("rounds", "earlier"), what, "Leave it out.")
     if _value(source, "reward", "policies"):
-        what = "'policies' names who wrote the responses, and each of the rounds samples its own."
+        what = "'policies' names the policies that wrote the responses, but each round samples its own."
         source.report(("reward", "policies"), what, "Leave out one of the two.")
     if _value(source, "rl", "precompute_ref_log_probs") and _value(source, "rounds", "reference") != "previous":
-        what = "TRL precomputes log-probabilities of the policy that a round begins with, not of the initial one."
+        what = "TRL precomputes log-probabilities of the policy at the start of a round, not of the initial one."
         source.report(("rl", "precompute_ref_log_probs"), what, "Leave it out, or set rounds.reference to previous.")
 
 
@@ -95,12 +95,14 @@ def _check_taught(source: Source, present: set[Any]) -> None:
         for key in path:
             value = value.get(key) if isinstance(value, dict) else None
         if value == "taught" and "judge" not in present:
-            source.report(path, "the judge is 'taught', and the recipe has no 'judge' that teaches it.", "Add 'judge'.")
+            source.report(
+                path, "the judge is 'taught', but the recipe has no section 'judge' to teach it.", "Add 'judge'."
+            )
     if "judge" not in present:
         return
     contrasts = _value(source, "judge", "contrasts")
     if contrasts != [] and "sample" not in present and _value(source, "data", "pairs") is None:
-        what = "'judge' has no responses to make contrasts of."
+        what = "'judge' has no responses to make contrasts from."
         source.report(("judge",), what, "Add 'sample', set data.pairs, or set judge.contrasts to [].")
 
 
@@ -108,24 +110,26 @@ def _check_ranking(source: Source, present: set[Any]) -> None:
     path, ranking = ("label", "ranking"), _value(source, "label", "ranking")
     many = _value(source, "sample", "num_responses") or 2
     if "sample" in present and isinstance(many, int) and many < 3:
-        source.report(path, "'label' ranks responses, of which 'sample' draws two.", "Set sample.num_responses, to 4.")
+        source.report(
+            path, "'label' ranks responses, but 'sample' draws only two.", "Set sample.num_responses, for example to 4."
+        )
     elif "sample" in present and _value(source, "sample", "keep_pairs") != "all":
-        what = "'label' ranks all responses, of which 'sample' keeps the first two."
+        what = "'label' ranks all responses, but 'sample' keeps only the first two."
         source.report(path, what, "Set sample.keep_pairs to all.")
     if _value(source, "label", "calibration") is not None:
-        what = "label.calibration fits single labels, and a ranking joins them."
+        what = "label.calibration calibrates single labels, but a ranking combines them."
         source.report(("label", "calibration"), what, "Leave out one of the two.")
     for key in ("questions", "at_once", "confidence"):
         if ranking.get("method") == "all_pairs" and ranking.get(key) is not None:
-            source.report((*path, key), f"{key} is a tournament's; all_pairs asks everything.", "Leave it out.")
+            source.report((*path, key), f"{key} is for tournaments; all_pairs asks all questions.", "Leave it out.")
 
 
 def _check_jury(source: Source) -> None:
     if not _value(source, "label", "compare"):
-        what = "'label' has a jury of one: its members are the labeler and those of label.compare."
+        what = "'label' has a jury of one: its members are the labeler and those in label.compare."
         source.report(("label", "jury"), what, "Name two or more in label.compare, or leave out jury.")
     if _value(source, "label", "ranking") is not None:
-        what = "label.ranking ranks by the answers of one labeler, and label.jury joins several."
+        what = "label.ranking uses the answers of one labeler, but label.jury combines several."
         source.report(("label", "jury"), what, "Leave out one of the two.")
 
 
@@ -137,7 +141,7 @@ def _check_preferences(source: Source, present: set[Any], section: str, who: str
     if _value(source, "data", "pairs") is None:
         source.report((section,), f"'{who}' has no preferences to learn from.", "Add 'label'.")
     elif layout == "auto":
-        what = f"'{who}' has no preferences to learn from: without 'label' the pairs' own are needed."
+        what = f"'{who}' has no preferences to learn from: without 'label', the pairs must have their own."
         fix = "Add 'label', or set data.format to preference, responses, hh, kto or scored."
         source.report((section,), what, fix)
 
@@ -159,7 +163,7 @@ def _check_rl(source: Source, present: set[Any]) -> None:
     rewards = [reward_name(entry) for entry in rewards] if isinstance(rewards, list) else []
     if "reward" not in present and "reward" in rewards:
         path = ("rl", "rewards", rewards.index("reward"))
-        what = "'rl' is rewarded by the reward model, and the recipe has no 'reward'."
+        what = "'rl' uses the reward model, but the recipe has no 'reward'."
         source.report(path, what, "Add 'reward', or set rl.rewards to [direct] or to a function.")
 
 
@@ -171,7 +175,7 @@ def _check_batches(source: Source) -> None:
     if not all(isinstance(number, int) and number > 0 for number in (parts, rows, steps)):
         return
     if rows * steps % parts:
-        what = f"a batch of {rows} x {steps} responses does not divide into num_mini_batches: {parts}."
+        what = f"a batch of {rows} x {steps} responses cannot be divided into num_mini_batches: {parts}."
         source.report(("rl", "num_mini_batches"), what, "Choose a divisor of the batch.")
 
 
@@ -184,7 +188,7 @@ def _algorithm(source: Source) -> Algorithm | None:
 def _check_selectors(source: Source) -> None:
     algorithm = _algorithm(source)
     if algorithm is not None and algorithm.needs_selector and not _value(source, "rl", "selectors"):
-        what = "'rl' shall train on accepted responses, and has no selector that accepts any."
+        what = f"'{_value(source, 'rl', 'algorithm')}' needs a selector in rl.selectors that accepts responses."
         source.report(("rl", "algorithm"), what, "Set rl.selectors, for example to [rejection_sampling].")
 
 
@@ -198,7 +202,7 @@ def _check_labelers(source: Source) -> None:
         if name in names[:i]:
             source.report(("rl", "labelers", i), f"the options of '{name}' are listed twice.", "Write them once.")
         elif name not in map(reward_name, rewards or ["reward"]):
-            what = f"'labelers' has options of '{name}', which gives no reward."
+            what = f"'labelers' has options of '{name}', which is not in rl.rewards."
             source.report(("rl", "labelers", i), what, f"Add {name} to rl.rewards, or remove its options.")
 
 
@@ -209,7 +213,7 @@ def _check_evaluate(source: Source, present: set[Any]) -> None:
         source.report(("evaluate",), "'evaluate' has no prompts.", "Set data.eval_prompts or evaluate.sets.")
     many = _value(source, "evaluate", "num_responses")
     if isinstance(many, int) and many > 1 and not _value(source, "evaluate", "temperature"):
-        what = f"'evaluate' draws {many} responses a prompt at temperature 0, where all are the same."
+        what = f"'evaluate' draws {many} responses per prompt at temperature 0, which are all the same."
         source.report(("evaluate", "num_responses"), what, "Set evaluate.temperature above 0, or leave the key out.")
     if _value(source, "evaluate", "stop_on_forgetting") is not None:
         _check_stop(source)
@@ -218,10 +222,10 @@ def _check_evaluate(source: Source, present: set[Any]) -> None:
 def _check_stop(source: Source) -> None:
     path, sets = ("evaluate", "stop_on_forgetting"), _value(source, "evaluate", "sets")
     if not isinstance(sets, dict) or FORGET_SET not in sets:
-        what = f"'evaluate' shall end rl on forgetting, and has no set '{FORGET_SET}'."
-        source.report(path, what, f"Set evaluate.sets.{FORGET_SET} to prompts that the start is good at.")
+        what = f"'stop_on_forgetting' needs a set '{FORGET_SET}' in evaluate.sets."
+        source.report(path, what, f"Set evaluate.sets.{FORGET_SET} to prompts that the initial policy is good at.")
     if _value(source, "evaluate", "track_every") == 0:
-        what = "'evaluate' shall end rl on forgetting, and track_every: 0 measures none."
+        what = "'stop_on_forgetting' needs measurements, but track_every is 0."
         source.report(path, what, "Leave out track_every, or set it to 1 or more.")
 
 

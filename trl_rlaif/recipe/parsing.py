@@ -173,7 +173,7 @@ def parse_recipe(recipe: str | Path, *, overrides: Sequence[str] = (), registry:
     sections = _Reader(source, registry).sections()
     evaluate = sections.get("evaluate")
     if variants and evaluate and "taught" in (evaluate.judge, *(further.judge for further in evaluate.judges.values())):
-        what = f"'{VARIANTS}' judges all variants with one judge, and each variant teaches its own."
+        what = f"'{VARIANTS}' needs the same judge for all variants, but each variant teaches its own."
         source.report(("evaluate",), what, "Name the folder judge/ of another run as the judge's path.")
     whole = {}
     for name, variant in variants.items():

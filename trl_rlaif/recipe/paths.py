@@ -171,7 +171,7 @@ class PathFinder:
         if match and _MODULE.fullmatch(match["place"]):
             return name
         raise UserError(
-            f"'{name}' is no reward.",
+            f"'{name}' is not a reward.",
             fix=did_you_mean(name, known)
             or f"Write {', '.join(known)}, package.module:function or path/to/file.py:function.",
         )

@@ -94,7 +94,7 @@ def _read_text(path: Path, label: str) -> str:
         raise UserError(
             f"the recipe is larger than {MAX_BYTES:,} bytes.",
             where=label,
-            fix="Keep data in files of its own.",
+            fix="Keep data in separate files.",
         )
     try:
         return content.decode("utf-8-sig")
@@ -121,7 +121,7 @@ def _read_yaml(
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         where = f"{label}:{line}" if not label.startswith("--set ") else label
-        raise UserError("this line holds a character that YAML does not allow.", where=where) from None
+        raise UserError("this line contains a character that YAML does not allow.", where=where) from None
     except RecursionError:
         raise UserError("the YAML is nested too deeply.", where=label) from None
     finally:
@@ -172,7 +172,7 @@ class _Builder:
             total += sum(self.count(value, known) for value in node.value)
         if total > MAX_NODES:
             raise UserError(
-                f"the recipe holds more than {MAX_NODES:,} values once its aliases are expanded.",
+                f"the recipe contains more than {MAX_NODES:,} values once its aliases are expanded.",
                 where=self.place(node.start_mark), fix="Write it without nested aliases.",
             )  # fmt: skip
         known[id(node)] = total
@@ -305,4 +305,4 @@ def _entry(container: Any, part: str, path: KeyPath) -> Any:
     name = ".".join(map(str, path))
     count = len(container)
     fix = f"Write an index from 0 to {count - 1}." if count else f"Set '{name}' as a whole."
-    raise UserError(f"'{part}' is no index into '{name}', a list of {count}.", fix=fix)
+    raise UserError(f"'{part}' is not an index into '{name}', a list of {count}.", fix=fix)

@@ -41,7 +41,7 @@ _SET_BY_US = {
         ("reasoning", "reasoning_tags", "chat_template_kwargs"), "the section model says it for every stage"
     ),
     "length_column_name": "each stage knows the lengths of its rows",
-    "resume_from_checkpoint": "a run goes on with --resume",
+    "resume_from_checkpoint": "a run continues with --resume",
     "hub_token": "`hf auth login` or the variable HF_TOKEN gives it",
     **dict.fromkeys(
         ("hub_strategy", "hub_always_push", "hub_revision"), "with push_to_hub, a model is pushed once the run ends"
@@ -78,7 +78,7 @@ _NOT_IN: dict[tuple[str, str], tuple[Any, str]] = {
                     ("best", _NOTHING_HELD_OUT)),
     ("rl", "train_sampling_strategy"): ("group_by_length", "its rows have no length to group by"),
     ("rl", "remove_unused_columns"): (True, "rewards are given the columns of the prompts"),
-    ("sft", "push_to_hub"): (True, "rl.push_to_hub pushes the policy, which goes on from it"),
+    ("sft", "push_to_hub"): (True, "rl.push_to_hub pushes the policy, which continues from it"),
     ("judge", "remove_unused_columns"): (True, "its rows are questions"),
 }  # fmt: skip
 

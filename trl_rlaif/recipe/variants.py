@@ -29,7 +29,7 @@ def take_arms(source: Source) -> dict[str, Source]:
         return {}
     written = source.data.pop(KEY)
     if not isinstance(written, list) or len(written) < 2:
-        source.report((KEY,), f"'{KEY}' is no list of two or more variants.", _HOW)
+        source.report((KEY,), f"'{KEY}' is not a list of two or more variants.", _HOW)
         return {}
     variants: dict[str, Source] = {}
     for index, entry in enumerate(written):
@@ -70,7 +70,7 @@ def _problem(name: Any, known: dict[str, Source]) -> str:
 def _lay_over(source: Source, variant: Source, changes: Any, path: KeyPath) -> None:
     """Write a variant's changes over its data, and their places over its places."""
     if not isinstance(changes, dict):
-        source.report(path, f"the variant '{path[-1]}' holds no sections.", _HOW)
+        source.report(path, f"the variant '{path[-1]}' has no sections.", _HOW)
         return
     for section, keys in changes.items():
         if section not in CHANGEABLE:
@@ -80,7 +80,9 @@ def _lay_over(source: Source, variant: Source, changes: Any, path: KeyPath) -> N
             variant.data.pop(section, None)
             _forget(variant, (section,))
         elif section == "data" and isinstance(keys, dict) and _EVALUATED in keys:
-            what = f"the variant '{path[-1]}' changes 'data.{_EVALUATED}', and all must answer the same prompts."
+            what = (
+                f"the variant '{path[-1]}' changes 'data.{_EVALUATED}', but all variants must answer the same prompts."
+            )
             source.report((*path, section, _EVALUATED), what, "Write it in the recipe's own 'data'.")
         else:
             _merge(source, variant, variant.data, section, keys, (section,), (*path, section))

@@ -156,7 +156,7 @@ def _read_recipe(folder: Path) -> tuple[dict[str, Any], str]:
         raise UserError(
             "This is not a run's folder: it has no recipe.yaml.",
             where=str(folder),
-            fix="Give the folder that `trl-rlaif run` wrote.",
+            fix="Name the folder that `trl-rlaif run` wrote.",
         )
     text = clean(unsigned(path.read_text(encoding="utf-8", errors="replace")))
     try:

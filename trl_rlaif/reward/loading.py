@@ -20,12 +20,12 @@ def load_reward_model(
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     quantization: Literal["none", "nf4"] = "none",
 ) -> PreTrainedModel:
-    """A reward model that ``RewardTrainer`` or a run wrote, ready to score.
+    """Load a reward model that ``RewardTrainer`` or a run saved, ready to score.
 
     Args:
         path: Folder or Hub id of a whole sequence classification model, or of a PEFT adapter of one; then the base
             that its configuration names is loaded too.
-        dtype, quantization: How the weights of the base are held.
+        dtype, quantization: Data type and quantization of the base's weights.
 
     Returns:
         A model in eval mode whose ``logits`` are (B, 1), or (B, 2) of an Advantage Model: r(x, y), and what was e(x)
@@ -33,7 +33,7 @@ def load_reward_model(
         pads the rows.
 
     Raises:
-        UserError: There is no such model, or an adapter without a score head.
+        UserError: There is no such model, or the adapter has no score head.
     """
     from peft import PeftConfig, PeftModel
     from transformers import AutoConfig
@@ -67,7 +67,7 @@ def load_reward_base(path: str | Path, spec: ModelSpec) -> PreTrainedModel:
 
     heads = [weight for name, weight in load_peft_weights(str(path), device="cpu").items() if "score.weight" in name]
     if not heads:
-        raise UserError("The adapter has no score head: it is not a reward model's.", where=str(path))
+        raise UserError("The adapter has no score head: it is not a reward model.", where=str(path))
     outputs = len(heads[0])
     base_config = AutoConfig.from_pretrained(resolve(spec.path))
     # A base with a head of its own keeps that one's size while it is loaded; the adapter brings another head.

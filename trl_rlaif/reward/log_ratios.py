@@ -25,10 +25,10 @@ def response_logprobs(
     """Log-probabilities of whole responses.
 
     Args:
-        model: Causal language model, plain or PEFT, in the role that is meant.
-        sequences: N prompts with their responses, in tokens.
-        prompt_lengths: Tokens of each prompt, at least 1.
-        batch_tokens: Most tokens, padding counted, of one forward pass.
+        model: Causal language model, plain or PEFT, in the desired role.
+        sequences: N prompts with their responses, as tokens.
+        prompt_lengths: Number of tokens of each prompt, at least 1.
+        batch_tokens: Maximum tokens per forward pass, padding included.
 
     Returns:
         (N,) float64, nats: the sum over the response's tokens.
@@ -60,16 +60,16 @@ def response_logprobs(
 
 
 def add_log_ratios(dataset: Dataset, policy: Any, others: Sequence[Any], **options: Any) -> Dataset:
-    """Columns ``chosen_log_ratios`` and ``rejected_log_ratios``: K numbers log pi(y|x) - log pi'_k(y|x) each.
+    """Add the columns ``chosen_log_ratios`` and ``rejected_log_ratios``: K numbers log pi(y|x) - log pi'_k(y|x) each.
 
-    A pass over the data before reward training, of K + 1 models.
+    Takes one pass of K + 1 models over the data, before reward training.
 
     Args:
-        dataset: With ``chosen_ids``, ``rejected_ids`` and ``prompt_length``.
-        policy: The current policy: a causal language model, or a function that gives a context manager and a model
-            (a role of a SharedBase, ``lambda: (shared.role("policy"), shared.model)``).
-        others: The K policies that wrote the responses, likewise.
-        **options: Of ``response_logprobs``.
+        dataset: Dataset with ``chosen_ids``, ``rejected_ids`` and ``prompt_length``.
+        policy: The current policy: a causal language model, or a function that returns a context manager and a model
+            (for a role of a SharedBase: ``lambda: (shared.role("policy"), shared.model)``).
+        others: The K policies that wrote the responses, in the same form.
+        **options: Options of ``response_logprobs``.
 
     Raises:
         UserError: A column is missing.

@@ -81,7 +81,7 @@ class PairScorer:
         if _reads_rows(inner) if self.as_rows is None else self.as_rows:
             groups, compute = packed_batches(lengths, self.batch_tokens), self._behind_each_other
         elif any(sliding_windows(inner.config.get_text_config())):
-            raise UserError("Packed pairs cannot keep to this model's sliding windows here.", fix="packing=False")
+            raise UserError("Packed pairs do not support this model's sliding windows here.", fix="packing=False")
         else:
             groups, compute = token_batches(lengths, self.batch_tokens, slack=0.8), self._below_each_other
         groups, found = self.parts(groups), []

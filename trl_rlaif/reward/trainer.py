@@ -1,4 +1,4 @@
-"""RewardTrainer: TRL's, which also learns from soft labels and through reward transforms."""
+"""RewardTrainer: TRL's trainer with soft labels and reward transforms."""
 
 from __future__ import annotations
 
@@ -51,28 +51,28 @@ TRANSFORMS = "reward_transforms.pt"
 class RewardTrainer(TrlRewardTrainer):
     """Drop-in for ``trl.RewardTrainer``.
 
-    A column ``p``, the probability in [0, 1] that ``chosen`` is preferred, makes the labels soft (Lee et
-    al. 2023, section 3.1). Without it and without transforms the parent's loss is computed.
+    With a column ``p``, the probability in [0, 1] that ``chosen`` is preferred, labels are soft (Lee et al. 2023,
+    section 3.1). Without it and without transforms, the loss is TRL's.
 
-    A pair is computed as one row in which what both responses begin with stands once, where the model allows it:
-    the parent computes every prompt twice, and pads. The numbers are the parent's.
+    If the model supports it, a pair is computed as one row with the responses' shared prefix only once; TRL's trainer
+    computes every prompt twice, and pads. The numbers are the same.
 
-    A score is read at the end of a turn, as PPOTrainer reads it. The parent reads it at a row's last token, which may
-    be what the chat template writes after the turn, such as a line break; and, where the padding token also ends
-    turns, at the token before the end.
+    A score is read at the end of a turn, as in PPOTrainer. TRL's trainer reads it at the last token of a row, which may
+    be text that the chat template adds after the turn, such as a line break, or, if the padding token also ends turns,
+    at the token before the end.
 
     Args:
-        *args, **kwargs: Everything that the parent takes.
-        reward_transforms: Components that bring a loss of their own; at most one of them may.
-        packing: None packs pairs where the model allows it and no data_collator is given; True insists on it.
-        batch_tokens: Most tokens, padding counted, of one forward pass over packed pairs. A batch is computed in
-            parts of like length.
-        score_at_end: False reads scores where the parent does. A dataset that brings ``chosen_ids`` is taken as it is;
-            for a transform that reads e(x) it should bring ``prompt_length``, too.
+        *args, **kwargs: All arguments of ``trl.RewardTrainer``.
+        reward_transforms: Reward transforms; at most one of them may define its own loss.
+        packing: None packs pairs if the model supports it and no data_collator is given; True requires it.
+        batch_tokens: Maximum tokens, padding included, per forward pass over packed pairs. A batch is split into parts
+            of similar length.
+        score_at_end: False reads scores where TRL's trainer does. A dataset with ``chosen_ids`` is used as it is; for a
+            transform that reads e(x), it should also have ``prompt_length``.
 
     Raises:
-        UserError: A ``p`` is missing or lies outside [0, 1]; packing is True and cannot be; an adapter cannot work on
-            its targets; or, while training, a transform's loss is no finite scalar.
+        UserError: A ``p`` is missing or outside [0, 1]; packing is True but not supported; LoRA does not work on the
+            target modules; or, during training, a transform's loss is not a finite scalar.
     """
 
     def __init__(
@@ -234,7 +234,7 @@ class RewardTrainer(TrlRewardTrainer):
         """The transforms' loss, if one brings any, else the soft-label loss; a scalar with gradient."""
         own = [loss for t in self.reward_transforms if (loss := t.loss(scores)) is not None]
         if len(own) > 1:
-            raise UserError("Two reward transforms bring a loss of their own.", fix="Name only one of them.")
+            raise UserError("Two reward transforms define their own loss.", fix="Name only one of them.")
         loss = own[0] if own else soft_preference_loss(scores.chosen, scores.rejected, scores.p, margin)
         if self.args.center_rewards_coefficient is not None:
             # Eq. 2 of arXiv 2312.09244, as in the parent.

@@ -40,7 +40,7 @@ def tell(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
         return
     plugin = accelerator.state.deepspeed_plugin
     if plugin.zero_stage == 3:
-        raise UserError("PPO does not run with ZeRO-3, which shares out the weights.", fix="Set zero_stage: 2.")
+        raise UserError("PPO does not run with ZeRO-3, which shards the weights.", fix="Set zero_stage: 2.")
     settings = plugin.deepspeed_config
     # TRL's loop clips no gradients, and neither does ours; accelerate would fill in 1.
     if settings.get("gradient_clipping", "auto") == "auto":

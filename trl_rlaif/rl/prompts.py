@@ -55,7 +55,7 @@ def tokenize_prompts(
             raise UserError(f"{len(empty)} rows have no prompt; the first is row {empty[0]} (counted from 0).")
         rendered = all(is_rendered(prompt, tokenizer) for prompt in dataset["prompt"])
         if rendered:
-            logger.warning("The prompts begin with control tokens, and are taken as rendered by the chat template.")
+            logger.warning("The prompts start with control tokens and are treated as rendered by the chat template.")
 
         def encoded(row: dict[str, Any]) -> dict[str, list[int]]:
             prompt = as_rendered(row["prompt"], tokenizer) if rendered else row["prompt"]

@@ -104,7 +104,7 @@ class PromptPool:
         Responses without a reward are left out.
 
         Args:
-            num_responses: Responses a prompt.
+            num_responses: Responses per prompt.
             selection: How many selections came before: each one draws prompts of its own, where not all are drawn.
 
         Raises:

@@ -61,8 +61,8 @@ class SoftDPOTrainer(DPOTrainer):
         if products and (self.aux_loss_enabled or _is_loss_of(products[0].detach(), loss)):
             return
         raise RunError(
-            "This release of TRL computes DPO's loss in a way in which labels cannot be soft.",
-            fix="Install TRL 1.11 to 1.16, or use rl.loss_type: [hinge], which takes every label as sure.",
+            "This release of TRL computes DPO's loss in a way that does not support soft labels.",
+            fix="Install TRL 1.11 to 1.16, or use rl.loss_type: [hinge], which treats every label as certain.",
         )
 
 

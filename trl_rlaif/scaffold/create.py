@@ -114,7 +114,7 @@ def create_plugin(name: str, kind: Kind = "labeler", folder: Path | None = None)
     names = PluginNames.of(name, kind)
     folder = folder or Path(names.distribution)
     if folder.exists() or folder.is_symlink():
-        raise UserError(f"{folder} is there already; nothing is overwritten.", fix="Choose another name or --output.")
+        raise UserError(f"{folder} already exists; nothing is overwritten.", fix="Choose another name or --output.")
     templates = [path for part in ("common", kind) for path in sorted((TEMPLATES / part).rglob("*.jinja"))]
     files = {path: _render(path, names) for path in templates}
 

@@ -69,7 +69,7 @@ def describe(status: Status) -> str:
     lines += [f"  {stage.name:<{width}}{_of_stage(stage)}" for stage in status.stages]
     lines += [f"            {_of_metrics(stage)}" for stage in status.stages if stage.metrics]
     if status.state == "interrupted":
-        lines.append("What was done is kept; --resume goes on.")
+        lines.append("Finished work is kept; continue with --resume.")
     if status.resume:
         lines.append(f"Go on with: {status.resume}" + (f"   (in {status.resume_in})" if status.resume_in else ""))
     return "\n".join(clean(line) for line in lines)

@@ -254,7 +254,7 @@ def _recipe(folder: Path) -> dict[str, Any]:
         recipe = None
     if not isinstance(recipe, dict):
         raise UserError(
-            "No run lives here: there is no readable recipe.yaml of one."
+            "This is not a run's folder: it has no readable recipe.yaml."
             if folder.is_dir()
             else "There is no such folder.",
             where=str(folder),

@@ -1,4 +1,4 @@
-"""The test kit: tiny models and data made on the spot, a scripted judge, and checks of a component's contract.
+"""The test kit: tiny models and data, a scripted judge, and contract checks for components.
 
 Nothing in it needs pytest or a network. What is imported is loaded on first use.
 """

@@ -42,7 +42,7 @@ class Subject:
             self.fail("has no options", "Call super().__init__(**options) in __init__.")
 
     def fail(self, what: str, fix: str) -> NoReturn:
-        """Raise AssertionError: the component, what is wrong, how to mend it."""
+        """Raise AssertionError: the component, what is wrong, how to fix it."""
         raise AssertionError(f"{self.name}: {what}. {fix}")
 
     @contextmanager

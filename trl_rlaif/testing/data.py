@@ -32,10 +32,10 @@ def _sentence(generator: random.Random, longest: int = 8) -> str:
 
 
 def make_pairs(count: int = 8, *, seed: int = 0) -> list[Pair]:
-    """Ordinary pairs: prompts as text and as messages, two categories, some judged by a person.
+    """Make ordinary pairs: prompts as text and as messages, two categories, some judged by a person.
 
     Args:
-        count: How many; ids are pair-0, pair-1, ...
+        count: Number of pairs; ids are pair-0, pair-1, ...
         seed: The same seed makes the same pairs.
     """
     generator = random.Random(seed)
@@ -69,7 +69,7 @@ def make_ragged_pairs() -> list[Pair]:
 
 
 def make_prompt_dataset(count: int = 8, *, seed: int = 0, chat: bool = True) -> Dataset:
-    """Columns ``prompt`` (messages, or text without ``chat``) and ``category``, as PPOTrainer takes them."""
+    """Make a dataset for PPOTrainer: columns ``prompt`` (messages, or text without ``chat``) and ``category``."""
     from datasets import Dataset
 
     generator = random.Random(seed)
@@ -96,13 +96,13 @@ def make_preference_dataset(count: int = 8, *, seed: int = 0, chat: bool = True)
 def make_preference_scores(
     batch: int = 6, *, seed: int = 0, expected: bool = False, policies: int = 0, categories: bool = True
 ) -> PreferenceScores:
-    """Comparisons with scores around 0, which require gradients.
+    """Make comparisons with scores around 0, which require gradients.
 
     Args:
-        batch: Comparisons.
-        expected: Whether there is an e(x).
-        policies: K, other policies that the responses have log-ratios under.
-        categories: Whether they are known.
+        batch: Number of comparisons.
+        expected: Whether to include e(x).
+        policies: K, the number of other policies with log-ratios.
+        categories: Whether categories are known.
     """
     import torch
 
@@ -123,13 +123,13 @@ def make_preference_scores(
 
 
 def make_rollout(batch: int = 6, *, seed: int = 0, categories: bool = True, chat: bool = True) -> Rollout:
-    """A rollout before it is scored.
+    """Make a rollout before scoring.
 
-    Lengths go from the whole response down to nothing, where there are enough rows.
+    Lengths range from the whole response to nothing, if there are enough rows.
 
     Args:
-        batch: B, responses.
-        categories: Whether they are known.
+        batch: B, number of responses.
+        categories: Whether categories are known.
         chat: Prompts and completions as messages, not as text.
     """
     import torch
@@ -164,12 +164,12 @@ def make_rollout(batch: int = 6, *, seed: int = 0, categories: bool = True, chat
 def make_scored_batch(
     batch: int = 6, *, seed: int = 0, expected: bool = False, categories: bool = True, chat: bool = True
 ) -> ScoredBatch:
-    """The responses of ``make_rollout`` with two rewards in ``parts``, whose sum the transforms begin with.
+    """The responses of ``make_rollout`` with two rewards in ``parts``; their sum is the input of the first transform.
 
     Args:
-        batch: B, responses.
-        expected: Whether there is an e(x).
-        categories: Whether they are known.
+        batch: B, number of responses.
+        expected: Whether to include e(x).
+        categories: Whether categories are known.
         chat: Prompts and completions as messages, not as text.
     """
     import torch
@@ -198,14 +198,14 @@ def make_pool(
     categories: bool = True,
     chat: bool = True,
 ) -> Pool:
-    """Scored responses, a prompt's one behind the other, with embeddings in two clusters.
+    """Make a pool of scored responses, consecutive for each prompt, with embeddings in two clusters.
 
     Args:
-        prompts: Prompts; the pool has prompts x num_responses rows.
-        num_responses: Responses a prompt.
-        scores: Of each row; random ones by default.
-        columns: The dataset's other columns, a value a prompt.
-        categories: Whether they are known.
+        prompts: Number of prompts; the pool has prompts x num_responses rows.
+        num_responses: Responses per prompt.
+        scores: Score of each row; random by default.
+        columns: The other columns of the dataset, one value per prompt.
+        categories: Whether categories are known.
         chat: Prompts and responses as messages, not as text.
     """
     import numpy as np

@@ -1,4 +1,4 @@
-"""A judge that answers by a rule, and the short prompt that tests ask it with."""
+"""A judge that answers by a rule, and a short prompt for tests."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PARTS = {
 
 
 def make_judge_prompt(**parts: str | None) -> JudgePrompt:
-    """A short prompt; ``ending="..."`` replaces ending.txt (or .jinja), None takes it away."""
+    """A short prompt; ``ending="..."`` replaces ending.txt (or .jinja), None removes it."""
     merged: dict[str, str | None] = dict(PARTS)
     for name, text in parts.items():
         merged[f"{name}.jinja" if f"{name}.jinja" in PARTS else f"{name}.txt"] = text
@@ -42,7 +42,7 @@ def make_judge_prompt(**parts: str | None) -> JudgePrompt:
 
 
 def shown(prompt: JudgePrompt, question: Question) -> dict[str, str]:
-    """The texts in a question's sample: context, response_1 and response_2, or response, and the criterion, if any."""
+    """The texts in a question: context, response_1 and response_2, or response, and the criterion, if any."""
     names = ("context", "response_1", "response_2", "response", "criterion")
     for name in ("sample.jinja", "check.jinja", "rating.jinja"):
         for asked in (names, names[:-1]):  # templates have another end where there is a criterion
@@ -55,16 +55,16 @@ def shown(prompt: JudgePrompt, question: Question) -> dict[str, str]:
 
 
 class ScriptedJudge(Judge):
-    """Answers by a rule, the last group first.
+    """A judge that answers by a rule, the last group first.
 
     Args:
         rule: Called with a question's texts (context, response_1, response_2 in the order shown; or context,
             response; or context, response, criterion). Returns log-odds of the first candidate of two, a log-weight
-            for each candidate, or a text that says why there is no answer. Without a rule the answers are arbitrary,
-            and always the same to the same question.
-        prompt: The packaged ``general`` by default.
-        mass: Probability of all candidates together.
-        rationale: What it writes: (texts, number of the rationale) -> rationale.
+            for each candidate, or a text with the reason why there is no answer. Without a rule, answers are arbitrary
+            but the same for the same question.
+        prompt: The judge's prompt; the packaged ``general`` by default.
+        mass: Total probability of all candidates.
+        rationale: Function that writes rationales: (texts, number of the rationale) -> rationale.
 
     ``asked`` keeps the arguments of each call.
     """

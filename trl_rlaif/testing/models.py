@@ -1,4 +1,4 @@
-"""Tiny random models and tokenizers, made on the spot: nothing comes from a hub."""
+"""Tiny random models and tokenizers that need no download."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def make_llama(vocab_size: int = 400, *, seed: int = 0, hidden_size: int = 32, l
 
 
 def make_scorer(vocab_size: int = 400, *, seed: int = 1, hidden_size: int = 32) -> LlamaForSequenceClassification:
-    """The same shape with a scalar head: a reward or value model."""
+    """The same architecture with a scalar head: a reward or value model."""
     torch.manual_seed(seed)
     return LlamaForSequenceClassification(_config(vocab_size, hidden_size, num_labels=1)).eval()
 
@@ -87,11 +87,11 @@ def make_gpt2(vocab_size: int = 400, *, seed: int = 0) -> GPT2LMHeadModel:
 
 
 def save_tiny_model(folder: object, *, seed: int = 0, hidden_size: int = 32, length: int = 512) -> str:
-    """A model folder as a recipe's ``model.path`` wants it; returns the path.
+    """Write a model folder for a recipe's ``model.path``; returns the path.
 
     Args:
-        folder: Where it is written.
-        length: Tokens that it has room for. The packaged prompts of judges need 2,048 of this tokenizer's.
+        folder: The folder to write to.
+        length: Context length. The packaged prompts of judges need 2,048 tokens of this tokenizer.
     """
     tokenizer = make_tokenizer()
     model = make_llama(len(tokenizer), seed=seed, hidden_size=hidden_size, length=length)

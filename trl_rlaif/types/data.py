@@ -1,4 +1,4 @@
-"""Prompts and pairs as they are read and made, and what labelers say of pairs."""
+"""Prompts, pairs of responses, and their labels."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt.
+    """A prompt.
 
     Args:
         id: Unique within its source.
-        prompt: A text, or a conversation that ends with the turn to be answered (a user's or a tool's), or with an
-            assistant's, which the response continues. Never blank.
-        category: The kind of prompt, if the data says.
-        extra: The other columns of the row, as they were.
+        prompt: Text, or a conversation that ends with the turn to answer (user or tool) or with an assistant turn,
+            which the response continues. Never blank.
+        category: Category of the prompt, if the data has one.
+        extra: The other columns of the row, unchanged.
     """
 
     id: str
@@ -33,17 +33,17 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Pair:
-    """One prompt with two different, non-blank responses.
+    """A prompt with two different, non-blank responses.
 
     Args:
         id: Unique within its source.
-        prompt: A text, or a conversation that ends with the turn to be answered (a user's or a tool's), or with an
-            assistant's, which the response continues. Never blank.
+        prompt: Text, or a conversation that ends with the turn to answer (user or tool) or with an assistant turn,
+            which the response continues. Never blank.
         response_1: The first response.
-        response_2: The second response. The order says nothing about which one is better.
-        category: The kind of prompt, if the data says.
-        human: Which response a person preferred: 1 or 2; 0 for a tie; None if unknown.
-        extra: The other columns of the row, as they were.
+        response_2: The second response. The order does not imply a preference.
+        category: Category of the prompt, if the data has one.
+        human: The response that a person preferred: 1 or 2; 0 for a tie; None if unknown.
+        extra: The other columns of the row, unchanged.
     """
 
     id: str
@@ -56,7 +56,7 @@ class Pair:
 
     @property
     def responses(self) -> tuple[str, str]:
-        """Both, in their order."""
+        """Both responses, in order."""
         return self.response_1, self.response_2
 
 
@@ -87,15 +87,15 @@ class Loaded(Generic[T]):
 
 @dataclass(frozen=True)
 class CriterionLabel:
-    """What a labeler says of a pair by one criterion.
+    """A labeler's verdict on a pair by a single criterion.
 
     Args:
-        criterion: Its name or its text.
-        weight: What it counts in the label; a response that meets a criterion of negative weight is the worse for it.
-        p, p_12, p_21: As of Label, by this criterion alone; of one that responses are compared by.
-        score_1, score_2: Of one that is asked about each response: the probability in [0, 1] that it is met, or the
-            rating as a reward in [-1, 1].
-        veto: True of one that must hold; its weight is 0.
+        criterion: Name or text of the criterion.
+        weight: Weight in the label; meeting a criterion of negative weight makes a response worse.
+        p, p_12, p_21: As in Label, by this criterion alone; for criteria that compare the responses.
+        score_1, score_2: For criteria that are asked about each response: the probability in [0, 1] that it is met, or
+            the rating as a reward in [-1, 1].
+        veto: True for a criterion that must be met; its weight is 0.
     """
 
     criterion: str
@@ -110,26 +110,26 @@ class CriterionLabel:
 
 @dataclass(frozen=True)
 class Label:
-    """What a labeler says of a pair.
+    """A labeler's verdict on a pair.
 
     Args:
-        id: The pair's id.
-        p: Probability that response_1 is preferred, in [0, 1], after debiasing.
+        id: Id of the pair.
+        p: Probability in [0, 1] that response_1 is preferred, after debiasing.
         p_12: The same, from the order (response_1, response_2) alone.
-        p_21: The same, from the order (response_2, response_1) alone, mapped back to response_1.
-        mass_12, mass_21: Probability that the judge gave to all candidate answers together, in [0, 1].
-        rationale_12, rationale_21: What the judge wrote before it answered, if it was asked to; a list where
-            it wrote several.
-        judge: The judge's name.
+        p_21: The same, from the order (response_2, response_1) alone; still the probability of response_1.
+        mass_12, mass_21: Total probability of all candidate answers under the judge, in [0, 1].
+        rationale_12, rationale_21: What the judge wrote before its answer, if it was asked to; a list if it wrote
+            several rationales.
+        judge: Name of the judge.
         skipped: Why the pair could not be judged; the numbers are then None.
-        score_1, score_2: Each response's own reward in [-1, 1], of a labeler that rates responses one by one.
-        spread_1, spread_2: Standard deviation of the reward under the judge's distribution, its uncertainty.
-        ratings_1, ratings_2: The distribution itself, of a labeler that asks for each response's rating: the
-            probabilities of its ``candidates``, which add up to 1. Another judge can be taught them.
-        bound_12, bound_21: How far p_12 and p_21 (or a rating on a scale of 0 to 1) may be off, since a server did not
-            list every candidate; None where it did.
-        voted: True where an answer was estimated from samples, and not read.
-        criteria: What the judge says by each criterion or check of its own, where it was asked about several.
+        score_1, score_2: Reward of each response in [-1, 1], for labelers that rate responses separately.
+        spread_1, spread_2: Standard deviation of the reward under the judge's distribution, a measure of uncertainty.
+        ratings_1, ratings_2: The distribution over ratings of each response: probabilities of the labeler's
+            ``candidates``, which sum to 1. Another judge can be taught them.
+        bound_12, bound_21: Maximum error of p_12 and p_21 (or of a rating on a scale of 0 to 1) if a server did not
+            list every candidate; None if it did.
+        voted: True if an answer was estimated from samples instead of log-probabilities.
+        criteria: The verdict by each criterion or check, if the judge was asked about several.
     """
 
     id: str
@@ -156,14 +156,14 @@ class Label:
 
 @dataclass(frozen=True)
 class SampledPair:
-    """Two responses that a pair sampler made to a prompt, or why it made none.
+    """A pair sampler's two responses to a prompt, or the reason why there are none.
 
     Args:
-        id: The prompt's id.
-        response_1, response_2: Two different texts, neither of them blank; None where there is no pair.
-        extra: Further columns of the pair, such as how it was made; values are what JSON can hold.
-        revision: A response to fine-tune on: it is also written to ``revisions.jsonl``, after the prompt.
-        dropped: Why there is no pair; pairs that were dropped are counted by it.
+        id: Id of the prompt.
+        response_1, response_2: Two different, non-blank texts; None if there is no pair.
+        extra: Additional columns of the pair, such as how it was made; values must be JSON-serializable.
+        revision: A response to fine-tune on, also written to ``revisions.jsonl`` with its prompt.
+        dropped: Why there is no pair; dropped prompts are counted by reason.
     """
 
     id: str

@@ -1,4 +1,4 @@
-"""What trainers hand to components and hooks: scores, responses, rollouts, pools, selections."""
+"""What trainers pass to components and hooks: scores, responses, rollouts, pools, selections."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from typing import Self  # Python 3.11
+    from typing import Self
 
     import numpy as np
     import torch
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PreferenceScores:
-    """A batch of comparisons as a reward model sees it, for a transform's loss.
+    """A batch of comparisons scored by a reward model, for a transform's loss.
 
     Args:
         chosen: Scores of the chosen responses, shape (batch,), float.
         rejected: Scores of the rejected responses, shape (batch,), float.
         p: Probability that chosen is preferred, shape (batch,), float in [0, 1].
-        categories: Kind of prompt of each row, or None where unknown.
-        expected: e(x), the reward expected for each prompt, shape (batch,), float; only for a transform that
+        categories: Category of each prompt, or None if unknown.
+        expected: e(x), the expected reward of each prompt, shape (batch,), float; only for transforms with
             ``needs_expected``.
         chosen_log_ratios: log pi(y|x) - log pi'_k(y|x) of the chosen responses under K other policies, shape
-            (batch, K), float, where the data has them.
-        rejected_log_ratios: The same of the rejected responses.
+            (batch, K), float, if the data has them.
+        rejected_log_ratios: The same for the rejected responses.
     """
 
     chosen: torch.Tensor
@@ -57,18 +57,18 @@ def _select(batch: Any, rows: torch.Tensor) -> Any:
 class Responses:
     """Prompts and responses as tokens.
 
-    B is the batch, P the padded prompt length, T the padded response length. Prompts are padded on the
+    B is the batch size, P the padded prompt length, T the padded response length. Prompts are padded on the
     left, responses on the right.
 
     Args:
         prompt_ids: (B, P) int64.
-        prompt_mask: (B, P) bool, True where a prompt token stands.
-        response_ids: (B, T) int64, as sampled; what follows the end is noise.
-        lengths: (B,) int64, tokens up to and with the end token, 0..T.
-        ended: (B,) bool, True where the end token was sampled.
-        prompts: What the dataset held: text or messages, B entries.
-        completions: The responses in the same form (text, or a list with one assistant message).
-        columns: The dataset's other columns, B entries each.
+        prompt_mask: (B, P) bool, True for prompt tokens.
+        response_ids: (B, T) int64, as sampled; tokens after the end are arbitrary.
+        lengths: (B,) int64, number of tokens including the end token, 0..T.
+        ended: (B,) bool, True if the end token was sampled.
+        prompts: Prompts as in the dataset: text or messages, B entries.
+        completions: Responses in the same form (text, or a list with one assistant message).
+        columns: The other columns of the dataset, B entries each.
     """
 
     prompt_ids: torch.Tensor
@@ -81,9 +81,9 @@ class Responses:
     columns: dict[str, list[Any]] = field(default_factory=dict)
 
     def masks(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, T) bool each: response tokens; and the same with the step after the last.
+        """Masks, (B, T) bool each: of the response tokens, and of these with the step after the last one.
 
-        The score lands on that step, so values and returns reach one step further than log-probabilities.
+        The score is placed on that step, so values and returns extend one step further than log-probabilities.
         """
         import torch
 
@@ -91,7 +91,7 @@ class Responses:
         return positions < self.lengths[:, None], positions <= self.lengths[:, None]
 
     def learned(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same masks, of what is trained on."""
+        """The same masks, for the tokens to train on."""
         return self.masks()
 
     def select(self, rows: torch.Tensor) -> Self:
@@ -104,36 +104,36 @@ class Responses:
 
     @cached_property
     def prompt_lengths(self) -> list[int]:
-        """Tokens of each prompt, for which the CPU waits once."""
+        """Number of tokens of each prompt; synchronizes with the GPU once."""
         return self.prompt_mask.sum(1).tolist()
 
     @cached_property
     def response_lengths(self) -> list[int]:
-        """Tokens of each response, likewise."""
+        """Number of tokens of each response, likewise."""
         return self.lengths.tolist()
 
     def by_length(self, rows: torch.Tensor) -> torch.Tensor:
-        """The same rows, (N,) int64 on the CPU, the shortest prompt first."""
+        """The rows, (N,) int64 on the CPU, sorted by prompt length, shortest first."""
         import torch
 
         return rows[torch.tensor([self.prompt_lengths[row] for row in rows.tolist()]).argsort(stable=True)]
 
     @property
     def categories(self) -> list[str | None]:
-        """Kind of prompt of each row, from the column ``category`` where there is one."""
+        """Category of each row, from the column ``category`` if there is one."""
         return self.columns.get("category") or [None] * len(self.prompts)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout(Responses):
-    """One batch of sampled responses and all that PPO's update needs of them.
+    """A batch of sampled responses with the quantities that PPO's update needs.
 
     Args:
-        logprobs: (B, T) float32, log-probability under the sampling policy at the sampling temperature.
+        logprobs: (B, T) float32, log-probabilities under the sampling policy at the sampling temperature.
         ref_logprobs: (B, T) float32, the same under the reference.
-        values: (B, T) float32, value of the state before each response token; 0 where there is no value head.
-        scored: (B,) bool, False where a response has no reward at all and teaches nothing; None: all have one.
-        metrics: Numbers of how it was scored, for the log.
+        values: (B, T) float32, value of the state before each response token; 0 without a value head.
+        scored: (B,) bool, False for responses without any reward, which are not trained on; None: all have one.
+        metrics: Scoring metrics for the log.
     """
 
     logprobs: torch.Tensor
@@ -143,34 +143,34 @@ class Rollout(Responses):
     metrics: dict[str, float] = field(default_factory=dict)
 
     def learned(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The masks, False in the rows of responses that have no reward."""
+        """The masks, False in the rows of responses without a reward."""
         if self.scored is None:
             return self.masks()
         tokens, steps = self.masks()
         return tokens & self.scored[:, None], steps & self.scored[:, None]
 
     def kl(self) -> torch.Tensor:
-        """(B,) float32, the sum of each response's log-ratios to the reference: an estimate of its KL, in nats."""
+        """(B,) float32, sum of each response's log-ratios to the reference: an estimate of the KL in nats."""
         return ((self.logprobs - self.ref_logprobs) * self.masks()[0]).sum(1)
 
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """Responses as a reward transform sees them: all of them have a reward.
+    """The responses passed to a reward transform; all of them have a reward.
 
     Args:
-        prompts: What the dataset held: text or messages, B entries.
-        completions: The responses in the same form (text, or a list with one assistant message).
-        lengths: (B,) int64, response tokens, the end token counted.
-        kl: (B,) float32, the estimated KL between the policy that sampled and the reference, in nats per response: the
-            sum of the log-ratios of the sampled tokens. NaN where it is unknown: for the reward model's held-out pairs,
-            and in RLOO and GRPO unless a transform ``needs_kl``.
-        columns: The dataset's other columns, B entries each.
-        parts: (B,) float32 by reward, weighted and normalized, whose sum the first transform is given; NaN where a
-            response lacks this reward and has another. A reward of weight 0 is not among them.
+        prompts: Prompts as in the dataset: text or messages, B entries.
+        completions: Responses in the same form (text, or a list with one assistant message).
+        lengths: (B,) int64, number of response tokens, including the end token.
+        kl: (B,) float32, estimated KL between the sampling policy and the reference, in nats per response: the sum of
+            the sampled tokens' log-ratios. NaN if unknown: for the reward model's held-out pairs, and in RLOO and GRPO
+            unless a transform has ``needs_kl``.
+        columns: The other columns of the dataset, B entries each.
+        parts: (B,) float32 for each reward, weighted and normalized; their sum is the input of the first transform. NaN
+            if a response lacks this reward but has another one. Rewards of weight 0 are not included.
         model_scores: (B,) float32, r(x, y) of the reward model, if there is one.
-        model_scale: What a unit of ``model_scores`` counts in that sum: weight over normalization.
-        expected: (B,) float32, e(x) of a reward model that has such a head, in the unit of ``model_scores``.
+        model_scale: Factor of ``model_scores`` in that sum: weight divided by normalization.
+        expected: (B,) float32, e(x) of a reward model with such a head, in units of ``model_scores``.
     """
 
     prompts: list[Any]
@@ -185,7 +185,7 @@ class ScoredBatch:
 
     @property
     def categories(self) -> list[str | None]:
-        """The kind of prompt of each row, from the column ``category`` where there is one."""
+        """Category of each row, from the column ``category`` if there is one."""
         return self.columns.get("category") or [None] * len(self.prompts)
 
     def select(self, rows: torch.Tensor) -> ScoredBatch:
@@ -199,22 +199,22 @@ def _no_embeddings() -> np.ndarray:
 
 @dataclass(frozen=True)
 class Pool:
-    """Scored responses to prompts, from which selectors choose; a prompt may have several, one after the other.
+    """Scored responses for selectors to choose from; several responses to a prompt are consecutive.
 
     Args:
         prompts: Text or messages, N entries.
-        responses: The responses in the same form, N entries.
-        scores: (N,) float32, the summed and transformed reward; with the Advantage Model, r - e.
-        categories: Kind of prompt, or None where unknown, N entries.
-        rows: (N,) int64, each prompt's row of the prompt dataset.
-        columns: The dataset's other columns, N entries each.
+        responses: Responses in the same form, N entries.
+        scores: (N,) float32, summed and transformed reward; r - e with the Advantage Model.
+        categories: Category of each prompt, or None if unknown, N entries.
+        rows: (N,) int64, row of each prompt in the prompt dataset.
+        columns: The other columns of the dataset, N entries each.
         prompt_ids: N token sequences.
-        response_ids: N token sequences, as sampled, with the end token where it was drawn.
-        entropies: (N,) float32, -log pi(y|x) by token under the policy that sampled, nats.
-        kl: (N,) float32, the estimated KL between that policy and the reference, nats a response.
+        response_ids: N token sequences, as sampled, including the end token if it was sampled.
+        entropies: (N,) float32, -log pi(y|x) per token under the sampling policy, in nats.
+        kl: (N,) float32, estimated KL between that policy and the reference, in nats per response.
         embed: Computes the embeddings.
-        seed: Of what a selector draws at random.
-        selection: How many selections of this run came before; a resumed run goes on counting.
+        seed: Seed for a selector's random choices.
+        selection: Number of earlier selections in this run; a resumed run continues counting.
     """
 
     prompts: list[Any]
@@ -236,11 +236,11 @@ class Pool:
 
     @cached_property
     def embeddings(self) -> np.ndarray:
-        """(N, H) float32, mean hidden states of the prompts under the frozen base; computed when first asked for."""
+        """(N, H) float32, mean hidden states of the prompts under the frozen base; computed on first use."""
         return self.embed()
 
     def subset(self, indices: Sequence[int]) -> Pool:
-        """The same of some rows, in the order given."""
+        """A pool of the given rows, in that order."""
         chosen = [int(i) for i in indices]
         return Pool(
             prompts=[self.prompts[i] for i in chosen],
@@ -259,7 +259,7 @@ class Pool:
         )
 
     def pair(self, index: int, *, why: str, cluster: int | None = None) -> RehearsalPair:
-        """A row as a pair to rehearse."""
+        """The pair of a row, for rehearsal."""
         return RehearsalPair(
             prompt=self.prompts[index],
             response=self.responses[index],
@@ -273,14 +273,14 @@ class Pool:
 
 @dataclass(frozen=True)
 class RehearsalPair:
-    """A response that the policy shall not lose.
+    """A response for the policy to rehearse.
 
     Args:
-        prompt, response: Text, or messages.
-        score: What it was chosen by; None where it is a user's own.
-        cluster: Kind of prompt, 0..c-1, where a selector clustered.
-        why: What it was chosen for, in words.
-        prompt_ids, response_ids: Tokens, the response's with its end token.
+        prompt, response: Text or messages.
+        score: The score it was selected by; None if the user provided it.
+        cluster: Cluster of the prompt, 0..c-1, if the selector clustered prompts.
+        why: Reason for the selection, in words.
+        prompt_ids, response_ids: Tokens; those of the response include its end token.
     """
 
     prompt: Any
@@ -294,14 +294,14 @@ class RehearsalPair:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a selector chose from a pool of N rows.
+    """A selector's choice from a pool of N rows.
 
     Args:
-        prompts: Rows whose prompts PPO trains on, in any order, repeated ones drawn more often; None leaves all.
-        strata: Of each of ``prompts``, a label: every batch then holds the labels in like shares.
-        rehearsal: What the policy rehearses.
-        clusters: (N,) ints, of each row, for the report's map.
-        embeddings: (N, H) float, by which they were clustered; None: the pool's own.
+        prompts: Rows whose prompts PPO trains on, in any order; repeated rows are drawn more often. None: all prompts.
+        strata: A label for each of ``prompts``; every batch then has the same proportions of labels.
+        rehearsal: Pairs that the policy rehearses.
+        clusters: (N,) ints, cluster of each row, for the report's map.
+        embeddings: (N, H) float, the embeddings that were clustered; None: the pool's own.
     """
 
     prompts: Sequence[int] | None = None

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Where a component, or a reward function, keeps who it is.
 ORIGIN = "_trl_rlaif_origin"
-_RESUME = "What was done is kept: once this is mended, --resume goes on."
+_RESUME = "Finished work is kept: once this is fixed, continue with --resume."
 
 
 class ContractViolation(Exception):
@@ -91,7 +91,7 @@ class Origin:
             if not self.picked or isinstance(error, GeneratorExit) or not is_fault(error):
                 raise
             what = f"failed in {method}: {type(error).__name__}: {error}".rstrip(".: ")
-            raise self.error(what, "Add --debug behind trl-rlaif for the traceback.", kind) from error
+            raise self.error(what, "Add --debug after trl-rlaif for the traceback.", kind) from error
 
 
 def origin_of(subject: Any, kind: str) -> Origin:

@@ -103,7 +103,7 @@ def test_a_budget_that_is_just_enough_is_no_error(label, server):
 
 def test_a_server_that_does_not_count_has_no_budget(label, server):
     pairs = [row | {"prompt": f"{row['prompt']} [[usage=0]]"} for row in PAIRS]
-    with pytest.raises(RunError, match="does not count tokens.*Leave out label.budget"):
+    with pytest.raises(RunError, match="does not report its token usage.*Leave out label.budget"):
         label(pairs=pairs, budget={"tokens": 10**9})
     usage = results(label(pairs=pairs))["usage"]
     assert usage == {"input_tokens": 0, "output_tokens": 0, "cost": None, "uncounted": 2 * len(PAIRS)}

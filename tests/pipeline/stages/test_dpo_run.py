@@ -141,7 +141,7 @@ def test_a_loss_in_another_way_is_not_taken_for_dpo(tiny_model, tmp_path, monkey
     )  # fmt: skip
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.loss_types = ["hinge"]  # as if the release meant something else by its default
-    with pytest.raises(RunError, match="in a way in which labels cannot be soft"):
+    with pytest.raises(RunError, match="in a way that does not support soft labels"):
         trainer.compute_loss(trainer.model, dict(batch))
     assert trainer.beta == 0.3
 

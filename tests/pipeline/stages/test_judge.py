@@ -114,7 +114,7 @@ def test_responses_without_contrasts_end_no_run(recipe, tmp_path, capsys):
     folder = run(recipe(contrasts=["constraint"], pairs=None, eval_fraction=0.1), tmp_path / "out")
     found = folder.results_of("judge")
     assert not found["used"] and folder.results_of("label")["labeled"] == 8
-    assert "is asked as it was" in capsys.readouterr().err
+    assert "is asked without it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -181,5 +181,5 @@ def test_what_is_refused(recipe, tmp_path, monkeypatch, capsys, tiny_model, sect
 def test_taught_without_the_stage_is_refused(recipe, tmp_path, tiny_model):
     recipe()
     data = {"prompts": None, "eval_prompts": None, "pairs": "pairs.jsonl"}
-    with pytest.raises(UserError, match="has no 'judge' that teaches it"):
+    with pytest.raises(UserError, match="has no section 'judge' to teach it"):
         tiny_recipe(tmp_path, tiny_model, **NO_MORE, data=data, label={"judge": "taught", "prompt": "prompt"})

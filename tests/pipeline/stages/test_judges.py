@@ -273,7 +273,7 @@ def test_where_nothing_can_be_judged_there_is_no_win_rate(tmp_path, tiny_model, 
         assert (found["unjudged"], found["length_controlled"]) == (4, None) and "win_rate" not in found
     assert numbers["judge_agreement"]["all"] is None and numbers["harmless"] is None
     assert STAGES["evaluate"].summary({"sets": {"test": numbers}}) == ""
-    assert "could rate no response's harmlessness: refused." in capsys.readouterr().err
+    assert "could not rate any response's harmlessness: refused." in capsys.readouterr().err
 
 
 def test_one_judge_alone_has_nobody_to_agree_with(tmp_path, tiny_model, scripted):

@@ -259,7 +259,7 @@ def test_unsure_labels_are_left_out_and_counted(label):
     label(min_confidence=least)
     assert results(folder)["unsure"] == 5 and results(folder)["labeled"] == 12
     assert set(preferences(folder)) == {id for id, value in sure.items() if value >= least}
-    with pytest.raises(UserError, match="as confident as 1.*min_confidence"):
+    with pytest.raises(UserError, match="reaches a confidence of 1.*min_confidence"):
         label(min_confidence=1.0)
 
 
@@ -489,5 +489,5 @@ def test_a_wrong_share_is_the_users_error(tiny_model, tmp_path, monkeypatch, cap
     sections = {**LABEL_ALONE, "data": {"prompts": None, "pairs": "pairs.jsonl"}}
     recipe = write_recipe(tmp_path, tiny_model, **sections)
     code, stderr = run_cli(monkeypatch, capsys, "run", recipe, "--output", tmp_path / "out", "--shard", text)
-    assert code == 2 and f"'{text}' is no share" in stderr and "--shard i/n" in stderr
+    assert code == 2 and f"'{text}' is not a part i/n" in stderr and "--shard i/n" in stderr
     assert not (tmp_path / "out" / "labels.jsonl").exists()

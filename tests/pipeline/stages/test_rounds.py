@@ -381,7 +381,7 @@ def test_another_run_goes_on_from_the_last_round(finished, tiny_model, tmp_path)
     assert after.results_of("reward")["earlier_pairs"] == 14
     (tmp_path / "other").mkdir()
     other = recipe_in(tmp_path, tiny_model, rounds=rounds, judge={}, label={"judge": "taught"})
-    with pytest.raises(UserError, match="'judge' is taken up from the run before"):
+    with pytest.raises(UserError, match="'judge' continues from the previous run"):
         run(other, tmp_path / "other")
 
 

@@ -162,7 +162,7 @@ def test_batches_that_do_not_divide_are_refused_all_at_once(tmp_path, as_second_
         check_processes(recipe, [])
     places = {recipe.line((section,)) for section in ("sft", "reward")}
     assert {problem.where for problem in error.value.problems} == places
-    assert "5 x 1 rows does not divide among 2 processes" in str(error.value)
+    assert "5 x 1 rows cannot be divided among 2 processes" in str(error.value)
     check_processes(recipe, ["rl"])
 
 

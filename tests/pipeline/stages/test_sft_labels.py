@@ -98,7 +98,7 @@ def test_completions_are_learned_and_their_prompts_are_not(trained):
 
 
 def test_nothing_to_learn(trained):
-    with pytest.raises(UserError, match="No conversation has an answer of the assistant"):
+    with pytest.raises(UserError, match="No conversation has an assistant turn"):
         trained(talks()[2:])
 
 

@@ -105,7 +105,7 @@ def test_a_loss_that_takes_labels_as_sure_leaves_out_those_of_one_half(labeled, 
     numbers = dpo.run(context)
     assert (numbers["pairs"], numbers["skipped"]) == (3, {"tie": 3})
     assert numbers["labels"] == {"soft": False, "mean_confidence": pytest.approx(3.71 / 6), "ties": 3}
-    assert "takes soft labels as sure" in (stderr := capsys.readouterr().err) and "3 of them are ties" in stderr
+    assert "treats soft labels as certain" in (stderr := capsys.readouterr().err) and "3 of them are ties" in stderr
     # They stay in the labels: as soft ones they say that both are equally good.
     assert len(load_from_disk(str(context.folder / "preferences"))) == 6
 

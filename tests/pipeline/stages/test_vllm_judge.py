@@ -100,7 +100,7 @@ def test_what_it_cannot_do_is_refused(label, judge, monkeypatch):
     with pytest.raises(UserError, match="gpu_memory_utilization"):
         label(judge=judge | {"gpu_memory_utilization": 1.2})
     monkeypatch.setattr("trl_rlaif.pipeline.judges.distributed.processes", lambda: 2)
-    with pytest.raises(UserError, match="in one process.*tensor_parallel_size"):
+    with pytest.raises(UserError, match="in a single process.*tensor_parallel_size"):
         label(judge=judge)
 
 

@@ -40,11 +40,11 @@ def run(context: Context) -> RlResults:
     labels = _label_facts(context, soft="p" in trainer.train_dataset.column_names)
     if not labels["soft"] and labels["mean_confidence"] < 1:
         left_out = f" {labels['ties']} of them are ties, which are left out." if labels["ties"] else ""
-        say(f"rl: this loss takes soft labels as sure; rl.loss_type: [sigmoid] learns from their p.{left_out}")
+        say(f"rl: this loss treats soft labels as certain; rl.loss_type: [sigmoid] learns from their p.{left_out}")
         if labels["ties"]:
             skipped[TIE] = skipped.get(TIE, 0) + labels["ties"]
     if ignored:
-        say(f"rl: dpo makes no use of {', '.join(ignored)}.")
+        say(f"rl: dpo ignores {', '.join(ignored)}.")
     output = train_from_last(context, trainer, "rl", "Training the policy")
     write_folder(context.folder / artifacts.POLICY, lambda folder: _save(context, trainer, folder))
     return _numbers(trainer) | {
@@ -75,7 +75,7 @@ def build_trainer(context: Context) -> tuple[DPOTrainer, list[str]]:
         raise UserError(
             "Every preference is a tie, from which dpo cannot learn.",
             where=context.recipe.line(("rl",)),
-            fix="Give pairs of which one response is better, or another judge.",
+            fix="Add pairs with a better response, or use another judge.",
         )
     model = context.load_base(shared_out=True)
     adapter = fitted(context.lora, model)

@@ -43,7 +43,7 @@ def run(context: Context) -> RlResults:
     started = time.monotonic()
     trainer, skipped, unused = build_trainer(context)
     if unused:
-        say(f"rl: {context.recipe.rl.algorithm} makes no use of {', '.join(unused)}.")
+        say(f"rl: {context.recipe.rl.algorithm} ignores {', '.join(unused)}.")
     scorer = trainer.scorer
     checkpoint = last_checkpoint(trainer.args.output_dir)
     if checkpoint is not None:  # before what it chose is taken up: rows of the prompts that it knew

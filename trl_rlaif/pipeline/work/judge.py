@@ -108,7 +108,7 @@ def _nothing_taught(context: Context, taught: Sequence[Lesson], skipped: dict[st
 
 
 def _warn(reason: str) -> None:
-    say(f"Warning: what the judge was taught is not used: {reason}. It is asked as it was.")
+    say(f"Warning: the taught adapter is not used: {reason}. The judge is asked without it.")
 
 
 def _judged(context: Context, labeler: Labeler) -> tuple[list[Lesson], dict[str, int]]:

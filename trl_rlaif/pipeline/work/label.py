@@ -76,7 +76,7 @@ def _run(context: Context, store: LabelStore) -> LabelResults:
     p[np.maximum(p, 1 - p) < least] = np.nan
     kept = np.flatnonzero(~np.isnan(p))
     if not len(kept):
-        raise UserError(f"No label is as confident as {least}.", fix="Lower label.min_confidence.")
+        raise UserError(f"No label reaches a confidence of {least}.", fix="Lower label.min_confidence.")
     numbers["unsure"] = numbers["labeled"] - len(kept)
     if jury is not None:
         agreed = jury.undisputed(kept)
@@ -221,7 +221,7 @@ def _warn(task: LabelTask, result: TaskLabels) -> None:
     if bias and bias["rate"] > MANY:
         say(
             f"Warning ({task.name}): in {bias['rate']:.0%} of the pairs the judge preferred the same position both "
-            "times, whatever stood there."
+            "times, whichever response was there."
         )
 
 

@@ -167,7 +167,7 @@ def _no_pairs(section: SampleSection, dropped: Mapping[str, int]) -> UserError:
         return UserError("No prompt gave two different responses.", fix=fix)
     reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
     what = f"The sampler '{section.sampler.name}' made no pair ({reasons})."
-    return UserError(what, where=section.sampler.where, fix="Change its options, or take a more capable model.")
+    return UserError(what, where=section.sampler.where, fix="Change its options, or use a more capable model.")
 
 
 def _write_pairs(context: Context, rows: Iterable[Mapping[str, Any]]) -> None:

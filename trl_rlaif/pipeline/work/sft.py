@@ -83,9 +83,9 @@ def _taught(rows: list[dict[str, Any]], source: str) -> list[dict[str, Any]]:
     """The conversations in which the assistant answers: a policy learns to say that, and not what users say."""
     kept = [row for row in rows if assistant_turns([row])]
     if not kept:
-        raise UserError("No conversation has an answer of the assistant.", where=source)
+        raise UserError("No conversation has an assistant turn.", where=source)
     if len(kept) < len(rows):
-        say(f"sft: {len(rows) - len(kept)} of {len(rows)} conversations are left out: the assistant answers nothing.")
+        say(f"sft: {len(rows) - len(kept)} of {len(rows)} conversations are left out: they have no assistant turn.")
     return kept
 
 

@@ -144,7 +144,7 @@ class LabelSection(Section):
     @model_validator(mode="after")
     def _judged(self) -> LabelSection:
         if self.criteria and all(isinstance(of, CriterionSection) and of.veto for of in self.criteria.values()):
-            raise ValueError("Every one of the criteria is a veto. Give at least one that responses are judged by.")
+            raise ValueError("Every one of the criteria is a veto. Add at least one that responses are judged by.")
         return self
 
     @property

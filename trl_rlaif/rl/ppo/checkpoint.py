@@ -258,7 +258,7 @@ def find(folder: str | Path, wanted: str | Path | bool | None) -> Path | None:
             damaged = content.damaged(found)
             if damaged is None:
                 return found
-            say(f"Warning: {damaged} is not what was written. The run goes on from the checkpoint before, if any.")
+            say(f"Warning: {damaged} is not what was written. The run continues from the previous one, if any.")
         return None
     if not _is_whole(Path(wanted)):
         what = "This is no PPO checkpoint, or only a part of one."

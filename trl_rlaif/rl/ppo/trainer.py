@@ -50,31 +50,31 @@ if TYPE_CHECKING:
 class PPOTrainer(BasePPOTrainer):
     """Drop-in for the ``PPOTrainer`` that TRL had until 1.12, with pluggable rewards and one base for every role.
 
-    With ``score_at_end=False`` and ``loss_reduction="micro_batch"`` it gives that one's numbers, with any TRL, and
-    fixes two of its bugs: minibatches are shuffled from ``args.seed``, so that a run can be repeated; and with
-    ``num_mini_batches`` > 1 there is an optimizer step for every minibatch, and statistics are averaged
-    over the minibatches that there were.
+    With ``score_at_end=False`` and ``loss_reduction="micro_batch"`` it reproduces that trainer's numbers with any
+    release of TRL, except for two bugs that it fixes: minibatches are shuffled with ``args.seed``, so that runs are
+    reproducible; and with ``num_mini_batches`` > 1 there is an optimizer step for every minibatch, and statistics are
+    averaged over the actual number of minibatches.
 
     Args:
-        args: PPOConfig (TRL's own works too, where it has one).
-        processing_class: The tokenizer; None loads the one of ``model``'s path.
-        model: Causal language model, PeftModel or path. A SharedBase brings its own roles.
-        ref_model: A separate reference; None compares with the start (see SharedBase).
+        args: PPOConfig (or TRL's own, in releases that have one).
+        processing_class: The tokenizer; None loads it from ``model``'s path.
+        model: Causal language model, PeftModel or path; or a SharedBase with its roles.
+        ref_model: A separate reference model; None: the initial policy (see SharedBase).
         reward_model: A separate sequence classification model, or the folder of a reward adapter, which
-            becomes a role of the shared base. None where ``reward_funcs`` give all rewards.
-        train_dataset: ``prompt`` as text or messages, or ``input_ids``; other columns go to the functions.
-        value_model: A separate sequence classification model. None makes the value an adapter with a
-            scalar head on the policy's own frozen base.
+            becomes a role of the shared base. None if ``reward_funcs`` provide all rewards.
+        train_dataset: ``prompt`` as text or messages, or ``input_ids``; other columns are passed to the functions.
+        value_model: A separate sequence classification model. None: an adapter with a scalar head on the policy's
+            frozen base.
         data_collator, eval_dataset, optimizers, callbacks: As in TRL's trainer.
-        peft_config: LoRA of the policy. Without it, and without ``value_model``: rank 16 on all linear
-            layers.
+        peft_config: LoRA configuration of the policy. Default without ``value_model``: rank 16 on all linear layers.
         reward_funcs: Functions with GRPOTrainer's signature, ``f(prompts, completions, **columns) ->
-            list[float]``, added to the reward model's score, as ``args.reward_weights`` weigh them. None in place of
-            a number: the function has no reward for that row.
-        reward_transforms: Applied to the summed scores in this order.
-        data_selectors: Choose, from scored responses of the start, what is trained on and what is rehearsed.
-        rehearsal_dataset: Pairs of the user's own to rehearse: ``prompt`` and ``completion``, as text or messages.
-        plugins: Whose observing hooks are called; None takes all that are installed.
+            list[float]``, added to the reward model's score with weights ``args.reward_weights``. None instead of a
+            number means that the function has no reward for that row.
+        reward_transforms: Transforms of the summed scores, in this order.
+        data_selectors: Select the prompts to train on and the pairs to rehearse, from scored responses of the initial
+            policy.
+        rehearsal_dataset: The user's own pairs to rehearse: ``prompt`` and ``completion``, as text or messages.
+        plugins: Plugins whose observing hooks are called; None: all installed plugins.
     """
 
     def __init__(
