@@ -1,4 +1,4 @@
-"""The reward transform `advantage`: a reward model that scores what is earned over what is expected for the prompt."""
+"""The reward transform `advantage`: scores a response relative to the expected reward of its prompt."""
 
 from __future__ import annotations
 

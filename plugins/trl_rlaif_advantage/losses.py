@@ -9,10 +9,10 @@ from torch.nn.functional import logsigmoid
 
 
 def ratio_share(log_ratios: torch.Tensor, weight: float, max_share: float) -> torch.Tensor:
-    """The part of r that other policies' importance weights take away: sum_k (1 / N) (pi / pi'_k), bounded.
+    """The part of r taken by other policies' importance weights: sum_k (1 / N) (pi / pi'_k), bounded.
 
-    What is left to r, 1 less this share, must stay positive: a ratio beyond N would turn the ranking upside down. So
-    the ratios of a response are scaled together until their sum is at most N * max_share.
+    The remainder, 1 minus this share, must stay positive: a ratio above N would reverse the ranking. Therefore,
+    the ratios of a response are scaled down jointly until their sum is at most N * max_share.
 
     Args:
         log_ratios: log pi(y|x) - log pi'_k(y|x) of whole responses, (B, K) float.
@@ -29,14 +29,14 @@ def ratio_share(log_ratios: torch.Tensor, weight: float, max_share: float) -> to
 def advantage(
     reward: torch.Tensor, expected: torch.Tensor, share: torch.Tensor | float = 0.0, weight: float | None = None
 ) -> torch.Tensor:
-    """What a response earns over what is expected for its prompt (Peng et al. 2023, section 3.1).
+    """Reward of a response relative to the expected reward of its prompt (Peng et al. 2023, section 3.1).
 
     a = (1 - share) r - ((N - 1) / N) e; without other policies, r - e.
 
     Args:
         reward: r(x, y), (B,) float.
         expected: e(x), (B,) float.
-        share: Of other policies' ratios, (B,) or a number in [0, 1), by ``ratio_share``.
+        share: Result of ``ratio_share``, (B,), or a number in [0, 1).
         weight: N, the weight of the current policy, at least 1; None without other policies.
 
     Returns:
@@ -49,9 +49,9 @@ def advantage(
 def advantage_loss(
     chosen: torch.Tensor, rejected: torch.Tensor, p: torch.Tensor, margin: torch.Tensor | float
 ) -> torch.Tensor:
-    """Ranking, and two terms that keep the preferred response below +m and the other above -m.
+    """Ranking loss with two terms that bound the preferred response below +m and the other above -m.
 
-    L = -[log s(a_c - a_r) + log s(m - a_c) + log s(m + a_r)], in both directions, weighed by p and 1 - p.
+    L = -[log s(a_c - a_r) + log s(m - a_c) + log s(m + a_r)], in both directions, weighted by p and 1 - p.
 
     Args:
         chosen, rejected: a(x, y), (B,) float.

@@ -1,4 +1,4 @@
-"""Margins by category that adapt until a category's scores spread as they should."""
+"""Margins by category that adapt to the spread of a category's scores."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ SHARE = 0.05
 
 
 class AdaptiveMargins:
-    """Margin of each category, steered by the running variance of its advantages.
+    """Margins by category, adapted to the running variance of the category's advantages.
 
-    Where the standard deviation of a category is above ``band`` its margin shrinks a little with every batch, below
-    it grows: a narrower corridor draws the scores together.
+    If the standard deviation of a category is above ``band``, its margin shrinks slightly with every batch; below,
+    it grows. A narrower margin pulls the scores together.
 
     Args:
-        start: First margin by category; ``default`` for all others.
-        band: Lowest and highest standard deviation that is left alone.
-        rate: Relative change of a margin in one batch.
+        start: Initial margins by category; ``default`` for all others.
+        band: Range of standard deviations that change nothing.
+        rate: Relative change of a margin per batch.
     """
 
     def __init__(self, start: Mapping[Any, float], default: float, band: tuple[float, float], rate: float) -> None:
@@ -39,7 +39,7 @@ class AdaptiveMargins:
         return math.sqrt(max(square / weight - (mean / weight) ** 2, 0.0)) if weight else math.nan
 
     def observe(self, batch: list[tuple[str | None, list[float]]]) -> None:
-        """Take in a batch: of each prompt its category, and the advantages of its responses."""
+        """Update with a batch: the category of each prompt and the advantages of its responses."""
         rows: dict[str, list[float]] = {}
         for category, values in batch:
             rows.setdefault(_name(category), []).extend(values)

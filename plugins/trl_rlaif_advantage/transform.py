@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # imported where tensors are at hand: a recipe is checked wit
 
 
 class AdvantageOptions(Options):
-    """What can be set in a recipe."""
+    """Options in a recipe."""
 
     margin: float = Field(
         4.0, gt=0, description="Margin m: bounds preferred responses below +m and rejected ones above -m."
@@ -55,9 +55,9 @@ class AdvantageOptions(Options):
 class AdvantageModel(RewardTransform):
     """Learns a(x, y) = r(x, y) - e(x), bounded on every kind of prompt (Peng et al. 2023).
 
-    Trained with the log-ratios of other policies, a is (1 - share) r - ((N - 1) / N) e, and RL is paid the same. The
-    share reweighs a response that another policy wrote. RL's responses are the policy's own, and the other policies are
-    not loaded: the mean share of the training responses stands in. Paying r in place of (1 - share) r would move the
+    Trained with the log-ratios of other policies, a is (1 - share) r - ((N - 1) / N) e, and RL uses the same. The
+    share reweights a response of another policy. RL's responses are the policy's own, and the other policies are
+    not loaded, so the mean share of the training responses is used. Using r instead of (1 - share) r would move the
     mean of a away from 0, by an amount that depends on the prompt.
     """
 
@@ -94,8 +94,8 @@ class AdvantageModel(RewardTransform):
     def transform(self, scores: torch.Tensor, batch: ScoredBatch) -> torch.Tensor:
         """Scores in which a(x, y) takes the place of the reward model's r(x, y), (B,) float32.
 
-        a stays within plus and minus m: what lies beyond has never been trained. It is weighed as r was; other rewards
-        stay as they are.
+        a is clipped to plus and minus m: values beyond were never trained. It has the weight of r; other rewards
+        are unchanged.
 
         Raises:
             UserError: The reward model has no e(x).

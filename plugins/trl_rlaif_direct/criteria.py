@@ -1,4 +1,4 @@
-"""Responses rated by several criteria: weighted means of the ratings, and what must hold."""
+"""Responses rated by several criteria: weighted means of the ratings, and vetoes."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class CriteriaRating(Rated):
     """A response's ratings by several criteria.
 
     Args:
-        score: The distribution of the weighted mean of the ratings as rewards, in [-1, 1]; -1 where a veto fails.
-        mass: What the judge gave to all ten ratings together, on average over the criteria.
-        ratings: By each criterion that has a weight.
+        score: Distribution of the weighted mean of the ratings as rewards, in [-1, 1]; -1 if a veto fails.
+        mass: Total probability of all ten ratings, averaged over the criteria.
+        ratings: Ratings by criterion, of those with a weight.
         holds: The probability that each veto holds.
     """
 
@@ -41,7 +41,7 @@ class CriteriaRating(Rated):
 
 
 def rate_by_criteria(options: CriteriaOptions, answers: Answers) -> CriteriaRating | str:
-    """A response's rating, or why there is none.
+    """A response's rating, or the reason why there is none.
 
     Args:
         options: With the criteria.

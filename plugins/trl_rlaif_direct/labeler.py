@@ -69,7 +69,7 @@ class DirectLabeler(RewardLabeler):
         self._questions(prompt, "", "", columns)
 
     def label(self, pairs: Sequence[Pair], judge: Judge, done: Collection[str] = ()) -> Iterator[Label]:
-        """Yield one label a pair; p is the probability that response_1 is rated higher, ties counted half."""
+        """Yield one label per pair; p is the probability that response_1 is rated higher, ties counting half."""
         known = done_indices(pairs, done)
         if self.options.criteria:
             yield from self._by_criteria(pairs, judge, known)
@@ -106,7 +106,7 @@ class DirectLabeler(RewardLabeler):
     def rate(
         self, prompts: Sequence[Any], responses: Sequence[str], judge: Judge, **columns: Any
     ) -> list[Rating | CriteriaRating | None]:
-        """One rating for each response; None where the judge has none, and ``failed`` then says why.
+        """Rate each response; None if the judge gives no rating, with the reason in ``failed``.
 
         Args:
             columns: Data columns by name, each a list with one value per response.
@@ -132,7 +132,7 @@ class DirectLabeler(RewardLabeler):
         return found
 
     def _read(self, answers: Mapping[tuple[str, ...], list[Answer]]) -> Rating | CriteriaRating | str:
-        """A response's rating, or why there is none."""
+        """A response's rating, or the reason why there is none."""
         if self.options.criteria:
             return rate_by_criteria(self.options, answers)
         (answer,) = answers[RATINGS]

@@ -14,8 +14,8 @@ class Rating:
     """A response's rating.
 
     Args:
-        probabilities: Of 1, 2, ..., 10; they add up to 1.
-        mass: What the judge gave to all ten together, in [0, 1].
+        probabilities: Probabilities of 1, 2, ..., 10, which sum to 1.
+        mass: Total probability of all ten, in [0, 1].
     """
 
     probabilities: tuple[float, ...]
@@ -34,7 +34,7 @@ class Rating:
         return math.sqrt(math.fsum(squares))
 
     def above(self, other: Rating) -> float:
-        """Probability that it is rated higher, ties counted half, were both drawn from their distributions."""
+        """Probability that it is rated higher if both are drawn from their distributions; ties count half."""
         below = 0.0
         p = 0.0
         for a, b in zip(self.probabilities, other.probabilities, strict=True):
@@ -50,7 +50,7 @@ def rating(draws: Sequence[Sequence[float]]) -> Rating:
     """The mean of distributions, one for each rationale (a single one without).
 
     Args:
-        draws: Log-probabilities of the ten candidates in nats; -inf where one was never given.
+        draws: Log-probabilities of the ten candidates in nats; -inf for one that was never given.
     """
     normalized, masses = [], []
     for logprobs in draws:

@@ -1,4 +1,4 @@
-"""Pairs compared by several criteria: weighted log-odds, and what must hold."""
+"""Pairs compared by several criteria: weighted log-odds, and vetoes."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def label_by_criteria(
     Args:
         id: The pair's.
         options: With the criteria.
-        debias: How both orders become one, of each criterion and of the whole.
-        compared: By order, the answers "1" or "2" to each criterion that has a weight.
+        debias: How the two orders are combined, for each criterion and overall.
+        compared: By order, the answers "1" or "2" to each criterion with a weight.
         checked: For each response, the answers "Yes" or "No" to each veto; nothing without vetoes.
         judge: The judge's name.
 

@@ -14,10 +14,10 @@ Order = Literal["12", "21"]
 
 
 class Preference(NamedTuple):
-    """What one order says of response_1.
+    """Preference for response_1 from one order.
 
     Args:
-        logit: Log-odds of response_1; infinite where only one candidate was ever given.
+        logit: Log-odds of response_1; infinite if only one candidate was ever given.
         p: The same as a probability.
         mass: P("1") + P("2").
     """
@@ -28,7 +28,7 @@ class Preference(NamedTuple):
 
 
 def unread(answers: Sequence[Answer]) -> str | None:
-    """Why one of the answers "1" or "2" has no preference; None where all have."""
+    """Why one of the answers "1" or "2" has no preference; None if all have one."""
     failed = next((answer.failed for answer in answers if answer.failed), None)
     if not failed and any(max(draw) == -math.inf for answer in answers for draw in answer.logprobs):
         return "the judge gives neither candidate any probability"

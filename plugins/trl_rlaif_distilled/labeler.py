@@ -74,7 +74,7 @@ class DistilledLabeler(Labeler):
             prompt.check("", "", "", columns=columns)
 
     def label(self, pairs: Sequence[Pair], judge: Judge, done: Collection[str] = ()) -> Iterator[Label]:
-        """Yield one label a pair."""
+        """Yield one label per pair."""
         known = done_indices(pairs, done)
         if self.options.criteria:
             yield from self._by_criteria(pairs, judge, known)

@@ -1,4 +1,4 @@
-"""The labeler `ranking`: responses to one prompt are rewarded for those among them that they beat."""
+"""The labeler `ranking`: rewards each response for the other responses to its prompt that it beats."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class RankingOptions(DistilledOptions):
-    """Options of `ranking`; those of `distilled` say how the judge is asked, and how pairs are labeled."""
+    """Options of `ranking`; those of `distilled` control how the judge is asked and how pairs are labeled."""
 
     method: Literal["tournament", "all_pairs"] = Field(
         "tournament",
@@ -54,7 +54,7 @@ class _Group:
 
 
 class RankingLabeler(RewardLabeler, DistilledLabeler):
-    """Group-relative rewards: how much better than the others a response to the same prompt is.
+    """Group-relative rewards: how much better a response is than the others to the same prompt.
 
     With a judge it is a reward function of TRL's GRPOTrainer and RLOOTrainer, ``reward_funcs=[RankingLabeler(judge)]``.
     The judge compares responses to the same prompt, each two in one order; a Bradley-Terry model of all answers of a
@@ -76,11 +76,11 @@ class RankingLabeler(RewardLabeler, DistilledLabeler):
     def rewards(
         self, prompts: Sequence[Any], responses: Sequence[str], judge: Judge, **columns: Any
     ) -> list[float | None]:
-        """See RewardLabeler; None for a response of which no comparison could be judged.
+        """See RewardLabeler; None for a response without any judged comparison.
 
         Args:
-            prompts: Equal ones make a group, wherever they are.
-            columns: The data's other columns, which the judge's prompt may name.
+            prompts: Equal prompts form a group, wherever they are.
+            columns: The other columns of the data, which the judge's prompt may use.
 
         Raises:
             UserError: A prompt has a single completion.

@@ -1,4 +1,4 @@
-"""Reward transforms on the scores that PPO sees: the distribution regulator, and the small ones."""
+"""Reward transforms of the scores in RL: the distribution regulator, and small ones."""
 
 from __future__ import annotations
 

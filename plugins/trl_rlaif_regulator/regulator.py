@@ -1,4 +1,4 @@
-"""The distribution regulator: no kind of prompt is worth more than another (Peng et al. 2023)."""
+"""The distribution regulator: no category of prompts has higher rewards than another (Peng et al. 2023)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Row = tuple[str | None, float, float, int]
 
 
 class RegulatorOptions(Options):
-    """What can be set in a recipe."""
+    """Options in a recipe."""
 
     bound: float = Field(3.0, gt=0, description="Bound on scores in standard deviations: bound tanh(z / bound).")
     share: float = Field(0.0005, gt=0, lt=1, description="Weight of a new score in the running mean and variance.")
@@ -71,7 +71,7 @@ class DistributionRegulator(RewardTransform):
     def transform(self, scores: torch.Tensor, batch: ScoredBatch) -> torch.Tensor:
         """(B,) float32, in which all categories have mean 0 and the same variance, at the start 1 at most.
 
-        Every process takes in every process's scores, so that all regulate alike.
+        Every process uses the scores of all processes, so that all have the same statistics.
         """
         self._take(scores, batch)
         if self.batches <= self.options.warm_up:
@@ -83,7 +83,7 @@ class DistributionRegulator(RewardTransform):
         return self._mapped(scores, [figures[category] for category in batch.categories], spread)
 
     def transform_pool(self, scores: torch.Tensor, batch: ScoredBatch) -> torch.Tensor:
-        """The same by the figures of the pool alone, whatever was running before."""
+        """The same with the statistics of the pool alone, independent of the running ones."""
         rows = self._take(scores, batch)
         pool = RunningScores(_ALL_ALIKE, self.options.prior)
         pool.add((category, score) for category, score, _, _ in rows)

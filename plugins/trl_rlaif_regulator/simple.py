@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class ClipOptions(Options):
-    """What can be set in a recipe."""
+    """Options in a recipe."""
 
     low: float = Field(-5.0, description="Lower bound of scores.")
     high: float = Field(5.0, description="Upper bound of scores.")
@@ -49,17 +49,17 @@ class Whiten(RewardTransform):
 
 
 class EnsembleOptions(Options):
-    """What can be set in a recipe."""
+    """Options in a recipe."""
 
     join: Literal["mean", "min", "pessimistic"] = Field("pessimistic", description="pessimistic: mean - k std.")
     k: float = Field(1.0, ge=0, description="Number of standard deviations subtracted with pessimistic.")
 
 
 class Ensemble(RewardTransform):
-    """Joins several rewards by more than their sum: against over-optimisation of one (Coste et al. 2023).
+    """Combines several rewards, against over-optimization of a single one (Coste et al. 2023).
 
-    It takes the rewards themselves, weighted and normalized, so it comes first. For a response that lacks some of them
-    it joins the others. Rewards of weight 0 are only logged and have no say.
+    It uses the individual rewards, weighted and normalized, so it comes first. If a response lacks some of them,
+    it combines the others. Rewards of weight 0 are only logged and have no effect.
     """
 
     Options = EnsembleOptions
@@ -87,14 +87,14 @@ class Ensemble(RewardTransform):
 
 
 class LengthPenaltyOptions(Options):
-    """What can be set in a recipe."""
+    """Options in a recipe."""
 
     per_token: float = Field(0.001, description="Penalty per token beyond free; a negative value is a bonus.")
     free: int = Field(0, ge=0, description="Response tokens without a penalty.")
 
 
 class LengthPenalty(RewardTransform):
-    """Makes long responses dearer by the token, or, with a negative price, keeps responses from shrinking."""
+    """Penalizes long responses per token or, with a negative penalty, keeps responses from shrinking."""
 
     Options = LengthPenaltyOptions
     options: LengthPenaltyOptions

@@ -1,4 +1,4 @@
-"""What makes a response worth rehearsing: criteria by name, alone or as a weighted mix."""
+"""Criteria for responses worth rehearsing, alone or as a weighted mix."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ CRITERIA: dict[str, Callable[[Pool], np.ndarray]] = {
 
 
 def worth(pool: Pool, criterion: str | Mapping[Any, float]) -> np.ndarray:
-    """How much each row is worth rehearsing, (N,) float64; more is better.
+    """Value of each row for rehearsal, (N,) float64; higher is better.
 
     Args:
         criterion: A name: advantage (the pool's score), entropy (the lower the better), length (in tokens), human

@@ -1,4 +1,4 @@
-"""Kinds of prompts: clusters of their embeddings."""
+"""Clusters of prompts by their embeddings."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class Kinds:
 
 
 def kinds_of(pool: Pool, options: ClusterOptions) -> Kinds:
-    """Cluster a pool's prompts; one with several responses counts once.
+    """Cluster a pool's prompts; a prompt with several responses counts once.
 
     Raises:
-        UserError: More clusters than prompts, or sentence-transformers or its model cannot be had.
+        UserError: More clusters than prompts, or sentence-transformers or its model is not available.
     """
     from trl_rlaif import cluster, directions  # with scikit-learn: a recipe is checked without
 

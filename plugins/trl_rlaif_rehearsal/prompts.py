@@ -30,7 +30,7 @@ class PromptOptions(ClusterOptions):
 
 
 class PromptSelection(DataSelector):
-    """Leaves out what teaches nothing (as DAPO's dynamic sampling, Yu et al. 2025), mixes in more of what is hard."""
+    """Leaves out prompts without a learning signal (like DAPO's dynamic sampling, Yu et al. 2025), adds hard ones."""
 
     Options = PromptOptions
     options: PromptOptions

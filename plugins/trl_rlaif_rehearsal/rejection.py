@@ -1,4 +1,4 @@
-"""Rejection sampling: of each prompt's responses the best one (RAFT), or all above a threshold (ReST)."""
+"""Rejection sampling: the best response to each prompt (RAFT), or all above a threshold (ReST)."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class RejectionOptions(Options):
 class RejectionSampling(DataSelector):
     """Accepts responses by their scores (RAFT, Dong et al. 2023; ReST, Gulcehre et al. 2023).
 
-    With ``rl.algorithm: rejection_sampling`` the policy is fine-tuned on them; with PPO it rehearses them beside. A
-    score equal to the threshold is accepted. With both a threshold and a quantile a score must reach both.
+    With ``rl.algorithm: rejection_sampling``, the policy is fine-tuned on them; with PPO, it also rehearses them. A
+    score equal to the threshold is accepted. With both a threshold and a quantile, a score must reach both.
     """
 
     Options = RejectionOptions

@@ -1,4 +1,4 @@
-"""Selective Rehearsal (Peng et al. 2023): of every kind of prompt the responses that are worth keeping."""
+"""Selective Rehearsal (Peng et al. 2023): the best responses for every cluster of prompts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class RehearsalOptions(ClusterOptions):
 
 
 class SelectiveRehearsal(DataSelector):
-    """Clusters the prompts and takes the best pairs of every cluster; PPO's prompts stay as they are."""
+    """Clusters the prompts and rehearses the best pairs of every cluster; PPO's prompts are unchanged."""
 
     Options = RehearsalOptions
     options: RehearsalOptions

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Principle(Options):
-    """A row of the file of principles: how a response is criticized, and then revised."""
+    """A row of the file of principles: the requests for a critique and for a revision."""
 
     name: str = Field(pattern=r"\S", description="Name of the principle in pairs.")
     critique: str = Field(pattern=r"\S", description="Asks the model to criticize its response.")
@@ -35,8 +35,8 @@ class Revise(PairSampler):
     critique request in the same conversation, and then revises it at the revision request. The pair is (response,
     revision); which one is better is left to the judge. Revisions are kept to fine-tune on.
 
-    A prompt is dropped where one of the three is empty or has no room in the model's context, where the revision is
-    equal to the response, and where an assistant's turn is to be continued, which a revision would not do.
+    A prompt is dropped if one of the three is empty or does not fit into the model's context, if the revision is
+    equal to the response, or if the prompt ends with an assistant turn, which a revision would not continue.
     """
 
     Options = ReviseOptions

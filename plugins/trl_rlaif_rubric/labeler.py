@@ -131,7 +131,7 @@ class RubricLabeler(RewardLabeler):
         return found
 
     def label(self, pairs: Sequence[Pair], judge: Judge, done: Collection[str] = ()) -> Iterator[Label]:
-        """Yield one label a pair; p is the probability that response_1 scores higher, ties counted half."""
+        """Yield one label per pair; p is the probability that response_1 scores higher, ties counting half."""
         rubrics = [self.rubric(pair.extra) for pair in pairs]
         items: list[dict[tuple[str, ...], list[list[Question]]]] = [
             {
@@ -149,7 +149,7 @@ class RubricLabeler(RewardLabeler):
     def grade(
         self, prompts: Sequence[Any], responses: Sequence[str], judge: Judge, **columns: Any
     ) -> list[ScoreDistribution | None]:
-        """How each response scores; None where the judge cannot say, and ``failed`` then says why.
+        """Score each response; None if the judge cannot, with the reason in ``failed``.
 
         Args:
             columns: Data columns by name, each a list with one value per response.

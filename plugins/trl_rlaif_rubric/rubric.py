@@ -15,11 +15,11 @@ _TEXTS, _WEIGHTS = ("criterion", "description"), ("weight", "points")
 
 @dataclass(frozen=True)
 class Criterion:
-    """What a response may meet or not.
+    """A criterion that a response meets or not.
 
     Args:
         text: A statement about the response, such as "names the capital".
-        weight: What it counts: a multiple of 0.01 from -1000 to 1000, not 0. Below 0, the response should not meet it.
+        weight: A multiple of 0.01 from -1000 to 1000, except 0. Below 0, the response should not meet the criterion.
     """
 
     text: str
@@ -40,7 +40,7 @@ def read_rubric(value: Any) -> list[Criterion]:
             over.
 
     Raises:
-        UserError: It is none, or an entry is no criterion.
+        UserError: It is not a rubric, or an entry is not a criterion.
     """
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise UserError(
@@ -68,16 +68,16 @@ def _shown(value: Any) -> str:
 
 
 def grade(rubric: Sequence[Criterion], met: Sequence[float]) -> ScoreDistribution:
-    """How a response scores, where each criterion is met with a probability of its own.
+    """Score of a response, given the probability that each criterion is met.
 
     The score is HealthBench's (Arora et al. 2025, arXiv 2505.08775): the sum of the weights of the criteria that are
     met over the sum of all positive ones, here clipped to [0, 1] for each response. With positive weights alone its
-    mean is the weighted share that is met, sum(weight * p) / sum(weight) (Gunjal et al. 2025, "Rubrics as Rewards",
+    mean is the weighted fraction that is met, sum(weight * p) / sum(weight) (Gunjal et al. 2025, "Rubrics as Rewards",
     arXiv 2507.17746, explicit aggregation).
 
     Args:
         rubric: At least one criterion of positive weight.
-        met: The probability that each of them is met, in [0, 1]; they are met independently of each other.
+        met: Probabilities in [0, 1] that they are met, independently of each other.
 
     Raises:
         UserError: No weight is positive.
