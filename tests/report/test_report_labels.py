@@ -339,3 +339,16 @@ def test_hostile_juries_are_shown_as_text(jury):
     write_rows(jury / "jury.jsonl", [row, [], row | {"p": 0.5}])
     set_results(jury, lambda results: results["label"].update(jury={"join": HOSTILE, "members": {HOSTILE: HOSTILE}}))
     assert_only_our_script(read(jury))
+
+
+def test_a_taught_judge_that_rates_has_no_position(folder):
+    side = {"agreement": {"rate": 0.9, "interval": [0.8, 0.95], "n": 40}, "position_bias": None, "ece": 0.1}
+    judge = {"judge": "tiny", "used": True, "gain": 0.4, "standard_error": 0.1}
+    source = {"taught": 160, "held_out": 40, "before": side, "after": side}
+    set_results(folder, lambda results: results.update(judge=judge | {"sources": {"all": source}}))
+    rated = "Right before after ECE before after all 160 40 90.0% (80.0% to 95.0%) 90.0% (80.0% to 95.0%) 0.100 0.100"
+    assert rated in read(folder).text
+    side["position_bias"] = {"rate": 0.25, "interval": None, "n": 40}
+    set_results(folder, lambda results: results["judge"].update(sources={"all": source}))
+    assert "Position bias before after ECE before after all" in read(folder).text
+    assert "90.0% (80.0% to 95.0%) 25.0% 25.0% 0.100 0.100" in read(folder).text
