@@ -1,7 +1,8 @@
 """Training with vLLM's engine in the same process: python colocated.py ALGORITHM FOLDER prints what it drew, as JSON.
 
-ALGORITHM is ppo, grpo, rloo, or ppo-adapter (vllm_sync: adapter). Of every draw: the largest difference between the engine's log-probabilities of the drawn tokens and the policy's own,
-and the first response. Where FOLDER holds the checkpoint of the first step, training goes on from there.
+ALGORITHM is ppo, grpo, rloo, or ppo-adapter (vllm_sync: adapter). Of every draw: the largest difference between the
+engine's log-probabilities of the drawn tokens and the policy's own, and the first response. Where FOLDER holds the
+checkpoint of the first step, training goes on from there.
 """
 
 import json
@@ -94,7 +95,8 @@ def compare_draws(trainer, draws):
                 for output, tokens in zip(outputs, responses, strict=True)
             ]
             with trainer.shared.role("policy"):
-                far = furthest(trainer.shared.model, [prompt["prompt_token_ids"] for prompt in prompts], responses, rows)
+                asked = [prompt["prompt_token_ids"] for prompt in prompts]
+                far = furthest(trainer.shared.model, asked, responses, rows)
             draws.append([far, responses[0]])
             return outputs
 
