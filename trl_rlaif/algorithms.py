@@ -1,6 +1,6 @@
-"""The algorithms of the stage rl, each described once: what configures it, what it presets, and what runs it.
+"""The algorithms of the stage rl: configuration, presets and implementation of each.
 
-Recipes are checked by this table, so that importing it imports neither torch nor TRL.
+Recipes are checked against this table, so importing it imports neither torch nor TRL.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ class Algorithm:
     """One value of ``rl.algorithm``.
 
     Args:
-        run: ``module:function`` that trains ``policy/`` as a context's recipe has it, and returns its results.
-        config: Module and class of TRL's own configuration; None where PPOConfig is all there is.
-        renamed: PPOConfig's keys that are called otherwise there.
-        preset: Of PPOConfig, what holds where the recipe does not say.
-        samples: Whether it draws responses to prompts; else it learns from preferences.
-        needs_selector: Whether it trains on what a selector accepts.
-        groups: Whether the rewards are given all responses to a prompt together.
+        run: ``module:function`` that trains ``policy/`` according to a context's recipe and returns the results.
+        config: Module and class of TRL's own configuration; None if there is only PPOConfig.
+        renamed: PPOConfig's keys that have other names there.
+        preset: Values of PPOConfig unless the recipe sets them.
+        samples: Whether it samples responses; otherwise, it learns from preferences.
+        needs_selector: Whether it trains on responses that a selector accepts.
+        groups: Whether rewards receive all responses to a prompt together.
     """
 
     run: str

@@ -1,7 +1,7 @@
-"""Which sequences share a forward pass, and how they are padded.
+"""Batching: which sequences share a forward pass, and how they are padded.
 
-The batches follow from the lengths alone: a run repeated or resumed computes the same sequences together, to the last
-digit. The longest come first, so that trouble with memory shows at once; sequences of equal length keep their order.
+Batches depend only on the lengths, so a repeated or resumed run computes the same sequences together, to the last
+digit. The longest come first, so memory problems show at once; sequences of equal length keep their order.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ class TokenRows(Sequence[list[int]]):
 
 
 def length_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Indices in batches of ``size`` of like length."""
+    """Indices in batches of ``size`` of similar length."""
     return _batches(lengths, lambda batch, _: len(batch) < size)
 
 
 def token_batches(lengths: Sequence[int], budget: int, *, slack: float = 0.0) -> list[list[int]]:
-    """Indices in batches of like length whose padded size is within a token budget.
+    """Indices in batches of similar length whose padded size is within a token budget.
 
     Args:
-        lengths: Tokens of each item.
-        budget: Most tokens in a batch, padding counted; a longer item is a batch of its own.
-        slack: The shortest item of a batch has at least this share of the longest one's tokens.
+        lengths: Number of tokens of each item.
+        budget: Maximum tokens per batch, padding included; a longer item is a batch of its own.
+        slack: Minimum length of the shortest item in a batch, as a fraction of the longest one.
     """
     return _batches(lengths, lambda batch, n: n >= slack * batch[0] and (len(batch) + 1) * batch[0] <= budget)
 
@@ -69,14 +69,14 @@ def _batches(lengths: Sequence[int], fits: Callable[[list[int], int], bool]) -> 
 
 
 def equal_lengths(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices by length, the shortest first: batches without any padding, of a size that nobody chose."""
+    """Indices grouped by length, shortest first: batches without padding, of any size."""
     return [[i for i, n in enumerate(lengths) if n == length] for length in sorted(set(lengths))]
 
 
 def pad_rows(
     rows: Iterable[Sequence[int] | torch.Tensor], value: int = 0, *, left: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of different lengths as one tensor.
+    """Pad rows of different lengths into one tensor.
 
     Returns:
         (rows, mask): (B, longest) int64, padded with ``value`` on the right, or on the ``left``, and (B, longest) bool,
@@ -90,7 +90,7 @@ def pad_rows(
 
 
 def shared_prefix(rows: Sequence[Tokens], least: int = 1) -> int:
-    """How many tokens all rows begin with; at least ``least`` tokens of each row are left out of it."""
+    """Length of the rows' common prefix, which leaves at least ``least`` tokens of each row."""
     # In lexicographic order these two differ the earliest.
     first, last = min(rows), max(rows)  # type: ignore[type-var]
     same = sum(1 for _ in takewhile(lambda ab: ab[0] == ab[1], zip(first, last, strict=False)))

@@ -1,4 +1,4 @@
-"""Conversations as a chat template writes them: what of it is data, and where answers and thoughts begin."""
+"""Conversations rendered by a chat template: which parts are data, and where answers and reasoning start."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def has_date(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def dated(template: str, day: date) -> str:
-    """A chat template that takes a given day for today, so that it writes tomorrow what it writes now."""
+    """A chat template that uses a given day as today, so its output does not change tomorrow."""
     return _TODAY.sub(lambda found: json.dumps(day.strftime(found[2])), template)
 
 
@@ -125,7 +125,7 @@ class Conversation:
             return None
 
     def _answer_start(self) -> str:
-        """The text up to where an answer begins: behind whatever a message of the assistant's opens with."""
+        """The text up to the start of an answer: after whatever an assistant message opens with."""
         prompt = self._prompt()
         if self._continues:
             return prompt
@@ -161,14 +161,14 @@ class Conversation:
     # ---- Prompts --------------------------------------------------------------------------------------
 
     def prompt(self) -> Parts:
-        """Up to where the assistant's turn begins, or where its own last message breaks off."""
+        """Up to the start of the assistant's turn, or up to where its last message breaks off."""
         return self._parts(self._prompt())
 
     def answer(self, opening: str) -> Parts:
-        """Up to the end of what an answer opens with, which no thoughts precede.
+        """Up to the end of an answer's opening, without reasoning before it.
 
         Raises:
-            UserError: The template offers no place for that.
+            UserError: The template has no place for it.
         """
         return [*self._parts(self._answer_start()), (opening, True)]
 
@@ -178,13 +178,13 @@ class Conversation:
         return places and self._parts(places[0])
 
     def answer_behind(self, thought: str, opening: str) -> Parts:
-        """As ``answer``, behind a thought; only where ``thinking`` is not None."""
+        """As ``answer``, after a thought; only if ``thinking`` is not None."""
         start, close = self._thought_places()
         return [*self._parts(start), (thought, True), (close, False), (opening, True)]
 
     @property
     def thought_end(self) -> str:
-        """What the model ends its thoughts with; only where ``thinking`` is not None."""
+        """What ends the model's reasoning; only if ``thinking`` is not None."""
         close = self._thought_places()[1].strip()
         token = self.control.search(close) if self.control else None
         return close[: token.end()] if token else close

@@ -1,4 +1,4 @@
-"""Folders with a list of their files' digests, by which a file is noticed that is gone or is not what was written."""
+"""Folders with a list of their files' digests, which reveals missing or changed files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FILE = "content.json"
 
 
 def record(folder: Path) -> None:
-    """Write the SHA-256 of every file below a folder beside them; a folder is whole from then on."""
+    """Write the SHA-256 of every file in a folder into that folder, which is complete from then on."""
     building = folder / f".{FILE}.building"
     building.unlink(missing_ok=True)  # a kill may have left it
     digests = {name: digest for name, digest in digests_in(folder).items() if name != FILE}
@@ -20,7 +20,7 @@ def record(folder: Path) -> None:
 
 
 def recorded(folder: Path) -> dict[str, str]:
-    """The digests of a folder's files by their relative paths; {} where none are recorded, or the list is damaged."""
+    """The digests of a folder's files by relative path; {} if there is no list, or it is damaged."""
     try:
         found = json.loads((folder / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -29,7 +29,7 @@ def recorded(folder: Path) -> dict[str, str]:
 
 
 def damaged(folder: Path) -> Path | None:
-    """The first file of a folder that is not what was written; the list where it cannot be read; else None."""
+    """The first file of a folder that is not what was written, or the list if it cannot be read; else None."""
     digests = recorded(folder)
     if not digests:
         return folder / FILE

@@ -1,6 +1,6 @@
-"""Several processes of one run, as ``accelerate launch`` starts them: only the first one writes and reports.
+"""Several processes of a run, as started by ``accelerate launch``: only the first one writes and reports.
 
-Also what they must do together: divide batches, average gradients, step, and stop. Importing this module imports
+Also what they do jointly: divide batches, average gradients, step, and stop. Importing this module imports
 neither torch nor accelerate, since every command does.
 """
 
@@ -36,22 +36,22 @@ _dividing: ContextVar[bool] = ContextVar("_dividing", default=False)
 
 
 def processes() -> int:
-    """How many there are; read from what the launcher sets, without a word to the others."""
+    """Number of processes, from the launcher's environment, without communication."""
     return int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
 
 
 def processes_here() -> int:
-    """How many of them are on this machine."""
+    """Number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", processes())) if processes() > 1 else 1
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes; true where there is one only."""
+    """Whether this is the process that writes; true if it is the only one."""
     return rank() == 0
 
 
 def rank() -> int:
-    """This process's number among them."""
+    """Rank of this process."""
     return int(os.environ.get("RANK", 0)) if processes() > 1 else 0
 
 
@@ -65,13 +65,13 @@ def join() -> Any:
 
 
 def wait() -> None:
-    """Go on when all have come here."""
+    """Wait until all processes have arrived here."""
     if processes() > 1:
         join().wait_for_everyone()
 
 
 def leave() -> None:
-    """End what joins the processes. Left to the interpreter's end, its threads now and then abort the process."""
+    """Close the process group. If left to the interpreter's exit, its threads occasionally abort the process."""
     if processes() > 1:
         wait()
         join().destroy_process_group()
@@ -84,7 +84,7 @@ def let_the_first_tell() -> None:
 
 
 def lost_another(error: Exception) -> bool:
-    """Whether an error says that another process has ended: its connection is closed, or did not come about."""
+    """Whether an error means that another process has ended: its connection is closed or was not established."""
     import torch
 
     lost = isinstance(error, torch.distributed.DistError) or "Connection" in str(error)  # what gloo raises
@@ -100,9 +100,9 @@ def end_with(code: int) -> None:
 
 
 def average_gradients(accelerator: Accelerator, model: nn.Module) -> None:
-    """Replace every gradient by its mean over the processes, all in one message; they are a few adapters.
+    """Average all gradients over the processes in a single message; they are only those of adapters.
 
-    By hand, since no forward pass goes through DDP's wrapper, and FSDP shares out frozen weights alone. Does nothing in
+    Done here, since no forward pass goes through DDP's wrapper, and FSDP shards only frozen weights. Does nothing in
     a single process, while gradients are still being accumulated, and with DeepSpeed, which averages them itself.
     """
     averaged = accelerator.num_processes == 1 or accelerator.distributed_type == "DEEPSPEED"
@@ -164,17 +164,17 @@ def equal_parts(accelerator: Accelerator, parts: Sequence[Rows]) -> list[Rows]:
 
 
 def share_of_batch(rows: int, steps: int) -> tuple[int, int]:
-    """How each process takes its share of a batch, so that together they learn from the same rows as one process.
+    """Divide a batch among the processes, so that together they train on the same rows as one process.
 
     Args:
-        rows: That one process computes at once, and the most that each of several does.
-        steps: Over which one process accumulates gradients.
+        rows: Rows per pass of a single process, and the maximum for each of several.
+        steps: Gradient accumulation steps of a single process.
 
     Returns:
         Both numbers for each process.
 
     Raises:
-        UserError: The batch does not divide.
+        UserError: The batch cannot be divided.
     """
     share, rest = divmod(rows * steps, processes())
     if rest:
@@ -188,9 +188,9 @@ def share_of_batch(rows: int, steps: int) -> tuple[int, int]:
 
 @contextmanager
 def dividing() -> Iterator[None]:
-    """Inside, every process is given the same work in the same order: ``divided`` and ``from_first`` share it out.
+    """Inside, all processes get the same work in the same order, which ``divided`` and ``from_first`` distribute.
 
-    Outside, each process has work of its own, such as the responses of its share of a batch.
+    Outside, each process has its own work, such as the responses of its part of a batch.
     """
     token = _dividing.set(processes() > 1)
     try:
@@ -201,7 +201,7 @@ def dividing() -> Iterator[None]:
 
 @contextmanager
 def undivided() -> Iterator[None]:
-    """Inside, each process does all of the work: where weights are shared out, all must make the same passes."""
+    """Inside, each process does all of the work: with sharded weights, all must make the same passes."""
     token = _dividing.set(False)
     try:
         yield
@@ -210,18 +210,18 @@ def undivided() -> Iterator[None]:
 
 
 def divided(units: Sequence[U], compute: Callable[[U], T]) -> Iterator[tuple[U, T]]:
-    """Each unit of work, in order, with what is computed of it; in every process alike.
+    """Yield each unit of work with its result, in order, and the same in every process.
 
-    A unit is what is computed together, such as a batch: the results are those of one process, to the last digit.
+    A unit, such as a batch, is computed as a whole: the results are those of one process, to the last digit.
     Inside ``dividing`` the processes take turns, and exchange their results after each round. What is kept of the
     results as they come is thus kept of all processes', and resumed by any number of them.
 
     Args:
-        units: The same in every process.
-        compute: Of one unit. Nothing may be sent from process to process in it, and its result must be picklable.
+        units: Units of work; the same in every process.
+        compute: Computes a unit, without communication between processes; its result must be picklable.
 
     Raises:
-        UserError, RunError: As of ``failing_together``.
+        UserError, RunError: As in ``failing_together``.
     """
     if not _dividing.get():
         yield from ((unit, compute(unit)) for unit in units)
@@ -236,12 +236,12 @@ def divided(units: Sequence[U], compute: Callable[[U], T]) -> Iterator[tuple[U, 
 
 
 def from_first(items: Callable[[], Iterator[T]]) -> Iterator[T]:
-    """The items of an iterator: inside ``dividing`` the first process alone has one, and the others are told.
+    """The items of an iterator; inside ``dividing``, only the first process runs it and broadcasts the items.
 
-    For work that more processes would not speed up, but repeat, as the requests to a server.
+    For work that more processes would repeat instead of speeding it up, such as requests to a server.
 
     Raises:
-        UserError, RunError: As of ``failing_together``.
+        UserError, RunError: As in ``failing_together``.
     """
     if not _dividing.get():
         yield from items()
@@ -261,10 +261,10 @@ def from_first(items: Callable[[], Iterator[T]]) -> Iterator[T]:
 
 
 def agreed(find: Callable[[], T]) -> T:
-    """What the first process finds, in every process: for what is measured, or may just be changing.
+    """The first process's result, in every process: for measurements, and for what may be changing.
 
     Raises:
-        UserError, RunError: As of ``failing_together``.
+        UserError, RunError: As in ``failing_together``.
     """
     with dividing():
         (found,) = from_first(lambda: iter([find()]))
@@ -291,9 +291,9 @@ def _gathering(found: list[T]) -> Iterator[list[T]]:
 
 @contextmanager
 def failing_together(accelerator: Accelerator) -> Iterator[None]:
-    """Stop every process where one fails: the others would wait for it, for ever.
+    """Stop every process if one fails, since the others would wait for it forever.
 
-    Within it, nothing may be sent from process to process.
+    Inside, processes must not communicate.
 
     Raises:
         UserError, RunError: Another process failed, with its number and message; a UserError where that one

@@ -1,4 +1,4 @@
-"""What of this machine a run depends on, and what to change where it would be slow or stop."""
+"""What a run depends on in this machine, and what to change if it would be slow or stop."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _ANY_MODEL, _SECONDS = "openai-community/gpt2", 5.0
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at.
+    """A finding about one aspect of the machine.
 
     Args:
-        subject: What it is about.
-        found: What it is.
-        advice: What to do about it; empty where nothing is wrong.
+        subject: The aspect.
+        found: What was found.
+        advice: What to change; empty if nothing is wrong.
     """
 
     subject: str

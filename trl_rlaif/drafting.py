@@ -1,4 +1,4 @@
-"""Rubrics that a judge drafts: a list of checks for each prompt, in a file for people to edit."""
+"""Rubrics drafted by a judge: a list of checks for each prompt, in a file for people to edit."""
 
 from __future__ import annotations
 

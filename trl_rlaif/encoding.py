@@ -274,7 +274,7 @@ def encode_prompt(
         prompt: Text (encoded as it is, with the tokenizer's own first token), or messages (through the
             chat template, up to the assistant's turn; where the last message is the assistant's, up to its end).
         opening: Text that opens the response, such as a judge's ending. It is put where the template puts what an
-            assistant says, behind a thinking block that the template opens.
+            assistant says, after a thinking block that the template opens.
         thought: What the model thought before the opening, where ``thinking_prompt`` is not None.
         chat_template_kwargs: Variables for the template, over the tokenizer's own.
 

@@ -1,4 +1,4 @@
-"""Errors that a user sees: what happened, where, and how to fix it."""
+"""Errors shown to the user: what happened, where, and how to fix it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _PLACES = 3
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with the input.
+    """A problem with the input.
 
     Args:
-        what: What was found, in one sentence.
-        where: The file and line, row or key, for example ``prompts.jsonl:12``; empty if there is none.
-        fix: What to write instead; empty if it is obvious.
+        what: The problem, in one sentence.
+        where: File and line, row or key, for example ``prompts.jsonl:12``; may be empty.
+        fix: How to fix it; empty if it is obvious.
     """
 
     what: str
@@ -29,7 +29,7 @@ class Problem:
 
 
 class TrlRlaifError(Exception):
-    """Base of every error that is shown as a message and not as a traceback."""
+    """Base class of errors that are shown as a message instead of a traceback."""
 
     exit_code = 1
 
@@ -39,7 +39,7 @@ class TrlRlaifError(Exception):
 
     @classmethod
     def from_problems(cls, problems: Sequence[Problem]) -> TrlRlaifError:
-        """Several problems found in one pass, reported together."""
+        """An error that reports several problems together."""
         first = problems[0]
         error = cls(first.what, where=first.where, fix=first.fix)
         error.problems = tuple(problems)
@@ -73,6 +73,6 @@ class RunError(TrlRlaifError):
 
 
 class Interrupted(TrlRlaifError):
-    """The user stopped the run. Exit code 130, as a shell has it for Ctrl-C."""
+    """The user stopped the run. Exit code 130, as in a shell after Ctrl-C."""
 
     exit_code = 130

@@ -22,14 +22,14 @@ _REPEATED = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def derived_seed(*parts: object) -> int:
-    """A seed that depends on its parts alone, the same on every machine: 0..2**31-1."""
+    """A seed in 0..2**31-1 that depends only on its parts and is the same on every machine."""
     digest = hashlib.sha256("\x1f".join(map(str, parts)).encode("utf-8", "replace")).digest()
     return int.from_bytes(digest[:4], "big") >> 1
 
 
 @contextmanager
 def seeded(*parts: object) -> Iterator[None]:
-    """Draw from a generator seeded by the parts inside, and leave torch's own as it was."""
+    """Inside, seed torch's generators with the parts; restore their states afterwards."""
     devices = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices):
         torch.manual_seed(derived_seed(*parts))
@@ -53,7 +53,7 @@ def set_random_state(state: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
 
 @contextmanager
 def bare_generation_config(model: torch.nn.Module) -> Iterator[None]:
-    """Keep a checkpoint's own sampling settings (top-k, repetition penalty) out.
+    """Ignore a checkpoint's own sampling settings (top-k, repetition penalty).
 
     generate() merges them into whatever it is given, and the sampled distribution would no longer be the
     one whose log-probabilities PPO uses.
@@ -80,19 +80,19 @@ def sample_responses(
     keep_end: bool = False,
     bf16: bool | None = None,
 ) -> list[list[list[int]]]:
-    """Responses to encoded prompts in one batch.
+    """Sample responses to encoded prompts in one batch.
 
     Args:
-        model: Causal language model in the right role.
+        model: Causal language model in the desired role.
         tokenizer: With a padding token.
         prompts: N token lists.
-        num_responses: K, drawn for each prompt.
-        max_new_tokens: Longest response.
-        temperature: 0 decodes greedily.
-        top_p: Nucleus, in (0, 1].
-        stop_ids: Tokens that end a response; None takes those of tokenizer and model.
+        num_responses: K, number of responses per prompt.
+        max_new_tokens: Maximum response length.
+        temperature: Sampling temperature; 0: greedy decoding.
+        top_p: Nucleus sampling, in (0, 1].
+        stop_ids: Tokens that end a response; None: those of tokenizer and model.
         keep_end: Keep the token that ended a response.
-        bf16: Under bfloat16 autocast; None asks the model (``generation_kernels``).
+        bf16: Use bfloat16 autocast; None: decided by the model (``generation_kernels``).
 
     Returns:
         N lists of K token lists.
@@ -117,7 +117,7 @@ def sample_responses(
 def _generated(
     model: torch.nn.Module, prompts: Sequence[Sequence[int]], config: GenerationConfig, bf16: bool | None
 ) -> list[list[int]]:
-    """The tokens behind each prompt of one batch, ``num_return_sequences`` rows for each."""
+    """The tokens after each prompt of a batch, ``num_return_sequences`` rows for each."""
     ids, mask = (x.to(next(model.parameters()).device) for x in pad_rows(prompts, config.pad_token_id, left=True))
     mask, drawn, kwargs = mask.long(), config.num_return_sequences, {}
     with bare_generation_config(model), generation_kernels(model, bf16):

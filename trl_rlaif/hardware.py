@@ -1,4 +1,4 @@
-"""What this machine computes fast and holds: what ``auto`` means for weights, for autocast and for activations."""
+"""What this machine computes fast and has memory for: ``auto`` for weights, autocast and activations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _GROUPS, _GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def device_type() -> str:
-    """Where models are put: ``cuda``, ``cpu``, or another type that accelerate finds."""
+    """Device type of models: ``cuda``, ``cpu``, or another type that accelerate finds."""
     from trl_rlaif import distributed
 
     return str(distributed.join().device).partition(":")[0]

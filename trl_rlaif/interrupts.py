@@ -1,4 +1,4 @@
-"""The user's Ctrl-C, told apart from other people's code that raises the same."""
+"""The user's Ctrl-C, as opposed to third-party code that raises the same exception."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds plugins by entry point, keeps what they register, and says whose fault a failure is."""
+"""Finds plugins by entry point, keeps their registrations, and names the plugin at fault."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ KINDS: dict[str, type[Component]] = {
 
 @dataclass(frozen=True)
 class Registered:
-    """A component, and the distribution that brought it."""
+    """A component and the distribution that provides it."""
 
     kind: str
     name: str
@@ -42,16 +42,16 @@ class Registered:
 
 
 class Registry:
-    """Every component by kind and name. Two of one name are an error, never a silent choice."""
+    """All components by kind and name. Two with the same name are an error, never a silent choice."""
 
     def __init__(self) -> None:
         self._components: dict[tuple[str, str], Registered] = {}
 
     def add(self, kind: str, name: str, component: Any, distribution: str, version: str) -> None:
-        """Take in a component.
+        """Add a component.
 
         Raises:
-            UserError: It is not of its kind, or its name is taken; the distribution is named.
+            UserError: It is not of its kind, or its name is taken; names the distribution.
         """
         base = KINDS[kind]
         if not (isinstance(component, type) and issubclass(component, base)):
@@ -112,14 +112,14 @@ class Registry:
 
 
 class Plugins:
-    """The plugin manager and the registry it filled."""
+    """The plugin manager and its registry."""
 
     def __init__(self, manager: pluggy.PluginManager, registry: Registry) -> None:
         self.manager = manager
         self.registry = registry
 
     def notify(self, hook: str, **arguments: Any) -> None:
-        """Call an observing hook. One that raises stops the run and is named.
+        """Call an observing hook. An exception stops the run and names the plugin.
 
         Raises:
             RunError: With the plugin's name and hook; its cause is the plugin's own exception.

@@ -1,4 +1,4 @@
-"""How far a run is: bars on stderr, lines where there is no terminal, and a small file for ``trl-rlaif status``."""
+"""Progress of a run: bars on stderr, lines without a terminal, and a small file for ``trl-rlaif status``."""
 
 from __future__ import annotations
 

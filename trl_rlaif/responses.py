@@ -1,4 +1,4 @@
-"""Sampled tokens read as a response: its answer, its reasoning, and whether it came to an end."""
+"""Sampled tokens parsed as a response: answer, reasoning, and whether it ended."""
 
 from __future__ import annotations
 

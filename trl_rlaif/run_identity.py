@@ -1,4 +1,4 @@
-"""What makes a resumed run the same run: its settings and its data, kept in every checkpoint and compared with it."""
+"""The identity of a run: its settings and data, stored in every checkpoint and compared on resume."""
 
 from __future__ import annotations
 

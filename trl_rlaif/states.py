@@ -1,4 +1,4 @@
-"""State dicts on disk, read back without running any code that a file holds."""
+"""State dicts on disk, read without executing any code in the file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tokens that end a response: which of them sampling stops at, and which one ends a response in reward rows."""
+"""The tokens that end a response: those that stop sampling, and the one that ends responses in reward rows."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str, eos_id: int)
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, model: Any = None) -> tuple[int, ...]:
-    """The tokens that sampling stops at.
+    """The tokens that stop sampling.
 
     Args:
         tokenizer: Its end of turn and its eos are among them.

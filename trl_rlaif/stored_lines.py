@@ -1,4 +1,4 @@
-"""The lines of a file that stay on the disk: a million rows are more text than memory may hold."""
+"""Lines of a file that are read from disk on demand: a million rows may not fit into memory."""
 
 from __future__ import annotations
 

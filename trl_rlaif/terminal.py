@@ -1,4 +1,4 @@
-"""Text of other people's on a terminal: what would move its cursor, colour it or turn it round is shown, not done."""
+"""Untrusted text on a terminal: characters that move the cursor, set colors or change direction are escaped."""
 
 from __future__ import annotations
 

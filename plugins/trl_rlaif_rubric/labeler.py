@@ -82,7 +82,7 @@ def _as_value_error() -> Iterator[None]:
 class RubricLabeler(RewardLabeler):
     """Rubric rewards (Gunjal et al. 2025; graded as HealthBench, Arora et al. 2025).
 
-    Every criterion is a question of its own, "Yes" or "No", behind prompt and response, which are computed once for all
+    Every criterion is a separate question, "Yes" or "No", after prompt and response, which are computed once for all
     of a response's criteria. With a judge it is a reward function for PPOTrainer and for TRL's GRPOTrainer and
     RLOOTrainer: ``reward_funcs=[RubricLabeler(judge)]``, with a column ``rubric`` in the dataset. As a labeler it
     grades both responses of a pair.

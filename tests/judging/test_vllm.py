@@ -173,5 +173,5 @@ def test_without_vllm_or_with_an_old_one_the_extra_is_named(monkeypatch, tmp_pat
         Engine.start(ModelSpec("any"))
     old = SimpleNamespace(LLM=None, SamplingParams=lambda n=1, prompt_logprobs=None: None)
     monkeypatch.setitem(sys.modules, "vllm", old)
-    with pytest.raises(UserError, match="named tokens.*--upgrade"):
+    with pytest.raises(UserError, match="given tokens.*--upgrade"):
         Engine.start(ModelSpec("any"))

@@ -441,7 +441,7 @@ def test_a_missing_vllm_is_a_users_error(folder, monkeypatch):
     [
         ({"generation": "vlm"}, "transformers, vllm"),
         ({"vllm_mode": "serve"}, "colocate, server"),
-        ({"vllm_gpu_memory_utilization": 1.5}, "it is a share, above 0 and up to 1"),
+        ({"vllm_gpu_memory_utilization": 1.5}, "it must be above 0 and at most 1"),
         ({"vllm_tensor_parallel_size": 0}, "vllm_tensor_parallel_size is 0"),
         ({"vllm_max_model_length": 53}, "prompt and response need 54 tokens"),
         ({"vllm_max_model_length": 99, "max_prompt_length": 50}, "prompt and response need 103 tokens"),

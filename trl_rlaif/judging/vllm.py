@@ -67,12 +67,12 @@ class Engine:
             what = "A judge with backend: vllm needs the package vllm."
             raise UserError(what, fix="pip install 'trl-rlaif[vllm]'") from None
         if "logprob_token_ids" not in inspect.signature(SamplingParams).parameters:
-            what = "This vLLM does not give the log-probabilities of named tokens (logprob_token_ids)."
+            what = "This release of vLLM cannot return log-probabilities of given tokens (logprob_token_ids)."
             raise UserError(what, fix="pip install --upgrade 'trl-rlaif[vllm]'")
         path, config = resolve(spec.path), None
         if (Path(path) / CONFIG_NAME).exists():
             if adapter is not None:
-                what = "vLLM reads one adapter, and a judge that is one cannot be taught another."
+                what = "vLLM loads one adapter, so a judge that is an adapter cannot be taught another."
                 raise UserError(what, where=spec.path, fix="Name its base, or export it with --merge.")
             adapter = Path(path)
             path = LoraConfig.from_pretrained(path).base_model_name_or_path
@@ -182,7 +182,7 @@ class VLLMJudge(TokenJudge):
 
     @property
     def max_length(self) -> int:
-        """Tokens that the model can read, the answer counted."""
+        """Context length of the model in tokens, including the answer."""
         return self.model.max_length
 
     def _scorer(self, known: Candidates, contexts: Sequence[Sequence[list[int]]], longest: int) -> EngineScorer:

@@ -61,10 +61,10 @@ def generate(
     """Sample one response a prompt from the whole distribution at a temperature.
 
     Args:
-        model: Causal language model in the right role.
+        model: Causal language model in the desired role.
         prompt_ids: (B, P) int64, padded on the left.
         prompt_mask: (B, P) bool or int64.
-        max_new_tokens: Longest response.
+        max_new_tokens: Maximum response length.
         temperature: > 0.
         pad_id: What fills a row after its end.
         stop_id: The token that ends a response, or several; None samples to the full length.

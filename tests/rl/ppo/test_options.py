@@ -160,7 +160,7 @@ def test_the_bases_arguments_get_the_defaults(tmp_path):
         ({"kl_weighting": "both"}, "additive, weighted"),
         ({"score_clip": 0.0}, "score_clip is 0.0"),
         ({"micro_batch_tokens": -1}, "micro_batch_tokens is -1"),
-        ({"kl_weighting": "weighted", "kl_coef": 1.5}, "a share, 0 to 1"),
+        ({"kl_weighting": "weighted", "kl_coef": 1.5}, "a fraction from 0 to 1"),
         ({"kl_weighting": "weighted", "kl_target": 6.0}, "additive weight"),
     ],
 )

@@ -88,7 +88,7 @@ def generation_kernels(model: nn.Module, bf16: bool | None = None) -> Iterator[N
     Nothing inside may switch the adapter.
 
     Args:
-        model: Causal language model in the right role.
+        model: Causal language model in the desired role.
         bf16: Under bfloat16 autocast. None: where a model with adapters is held in bfloat16 or NF4; its adapters are
             float32, and every layer would compute them so.
     """

@@ -36,7 +36,7 @@ def group_arguments(
     Args:
         written: The recipe's keys: PPOConfig's or the class's own, which win where both say the same.
         config_class: Of TRL.
-        renamed: PPOConfig's keys that are called otherwise there.
+        renamed: PPOConfig's keys that have other names there.
 
     Raises:
         UserError: The responses of an optimizer step cannot be divided into groups.

@@ -162,20 +162,22 @@ class PPOConfig(BasePPOConfig):
         ]
         if self.stop_tokens is not None and (self.stop_token or self.stop_token_id is not None):
             fix = "Leave out stop_token and stop_token_id."
-            problems.append(Problem("stop_tokens takes the place of stop_token and stop_token_id.", fix=fix))
+            problems.append(Problem("stop_tokens replaces stop_token and stop_token_id.", fix=fix))
         if not 0 <= self.max_failed <= 1:
-            problems.append(Problem(f"max_failed is {self.max_failed}; it is a share, 0 to 1."))
+            problems.append(Problem(f"max_failed is {self.max_failed}; it must be a fraction from 0 to 1."))
         if not all(map(math.isfinite, self.reward_weights or [])):
             problems.append(Problem(f"reward_weights are {self.reward_weights}; they must be finite."))
         if self.rehearsal_coef < 0:
             problems.append(Problem(f"rehearsal_coef is {self.rehearsal_coef}; it must be 0 or above."))
         if self.kl_weighting == "weighted" and not 0 <= self.kl_coef <= 1:
-            problems.append(Problem(f"kl_coef is {self.kl_coef}; with kl_weighting: weighted it is a share, 0 to 1."))
+            problems.append(
+                Problem(f"kl_coef is {self.kl_coef}; with kl_weighting: weighted it must be a fraction from 0 to 1.")
+            )
         if self.kl_weighting == "weighted" and self.kl_target is not None:
-            problems.append(Problem("kl_target steers the additive weight.", fix="Leave out kl_weighting: weighted."))
+            problems.append(Problem("kl_target adapts the additive weight.", fix="Leave out kl_weighting: weighted."))
         if not 0 < self.vllm_gpu_memory_utilization <= 1:
             found = self.vllm_gpu_memory_utilization
-            problems.append(Problem(f"vllm_gpu_memory_utilization is {found}; it is a share, above 0 and up to 1."))
+            problems.append(Problem(f"vllm_gpu_memory_utilization is {found}; it must be above 0 and at most 1."))
         room, needed = self.vllm_max_model_length, (self.max_prompt_length or 1) + self.response_length
         if room is not None and room < needed:
             problems.append(
