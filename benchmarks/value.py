@@ -2,7 +2,7 @@
 
     python benchmarks/value.py --output benchmarks/results/value.md
 
-The task of reward_hacking.py with the truth as the reward: a request of one of three kinds is answered with six words,
+The task of known_truth.py with the truth as the reward: a request of one of three kinds is answered with six words,
 and the reward is the share of good words of the request's own kind, plus an offset of the kind that no answer can
 change. So most of a reward's variance is the request's, and what PPO learns from is good only if the value knows it.
 Policy, value and reference are one small model with LoRA; the settings are TRL's defaults (4 epochs a batch, vf_coef
@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from known_truth import INDEX, LENGTH, RATINGS, asked, taught_policy, truth
 from peft import LoraConfig
-from reward_hacking import INDEX, LENGTH, RATINGS, asked, taught_policy, truth
 from settings import QUIET, word_tokenizer
 from tables import interval
 from transformers import LlamaForCausalLM, PrinterCallback, logging

