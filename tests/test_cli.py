@@ -97,6 +97,7 @@ def test_plugins_are_listed_with_their_options(monkeypatch, capsys):
     assert _main(monkeypatch, "plugins") == 0
     output = capsys.readouterr().out
     assert "distilled" in output and f"trl-rlaif {trl_rlaif.__version__}" in output and "debias" in output
+    assert "criteria: default {}." in output and "Undefined" not in output
 
 
 def test_one_component(monkeypatch, capsys):

@@ -55,7 +55,7 @@ def plugins(
     for found in chosen:
         echo(f"{found.kind:<18}{found.name:<24}{found.distribution} {found.version}")
         for option, field in found.component.Options.model_fields.items():
-            default = "required" if field.is_required() else f"default {field.default!r}"
+            default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
             echo(f"    {option}: {default}. {field.description or ''}".rstrip())
     if broken:
         raise UserError.from_problems(broken)
