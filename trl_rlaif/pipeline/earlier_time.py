@@ -23,7 +23,8 @@ _MOST_RUNS = 20
 def earlier_time(
     folder: RunFolder, planned: Mapping[str, Planned], ahead: Sequence[Stage], processor: str
 ) -> tuple[str, float] | None:
-    """The newest complete run beside this one that differs at most in its seed, and its seconds in the stages ahead.
+    """What the newest complete run beside this one is called that differs at most in its seed, and its seconds in the
+    stages ahead. Of a run in rounds it is an earlier round.
 
     Args:
         folder: The run's.
@@ -40,7 +41,10 @@ def earlier_time(
         with suppress(TrlRlaifError, OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
             if path.parent != folder.path and _is_alike(path.parent, planned, processor):
                 numbers = read_state(path, "")
-                return path.parent.name, sum(numbers[stage.name]["seconds"] for stage in ahead)
+                name = path.parent.name
+                in_rounds = folder.path.parent.name == artifacts.ROUNDS
+                called = f"round {name}" if in_rounds else f"the run '{name}' in the same folder"
+                return called, sum(numbers[stage.name]["seconds"] for stage in ahead)
     return None
 
 

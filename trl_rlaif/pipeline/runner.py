@@ -149,9 +149,7 @@ def _say_ahead(
         longest = max(shares, key=lambda name: shares[name])
         said += f" Most of the time goes to {longest} ({shares[longest]:.0%} of what can be foretold)."
     if took is not None:
-        said += (
-            f" With these settings, the run '{took[0]}' in the same folder took {duration(took[1])} for these stages."
-        )
+        said += f" With these settings, {took[0]} took {duration(took[1])} for these stages."
     say(said + (" After the first minute of computing, the run says how long it will take." if shares else ""))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -262,3 +263,5 @@ def test_a_run_is_told_how_long_one_with_its_settings_took(tmp_path, tiny_model,
     assert "With these settings" not in said("third", sample={"max_new_tokens": 3})
     (tmp_path / "runs" / "second" / "results.json").write_text("{")
     assert "the run 'first' in the same folder took 2 min 0 s" in said("fourth")
+    shutil.copytree(first.path, tmp_path / "runs" / "rounds" / "1")
+    assert "With these settings, round 1 took 2 min 0 s" in said("rounds/2")
