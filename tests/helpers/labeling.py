@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import pickle
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import load_from_disk
 
 from helpers.recipes import WORDS, tiny_recipe, write_prompt_folder, write_rows
+from trl_rlaif.data import Pair
 from trl_rlaif.labels import LabelStore
+from trl_rlaif.labels.ray import Answered, Worker
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.plugins import installed_plugins
@@ -45,6 +48,24 @@ def label_stage(model_path: str, base: Path) -> Callable[..., RunFolder]:
         return run_recipe(recipe, installed_plugins(), base / output, resume=True, shard=shard)
 
     return run
+
+
+def mapped_in_turn(
+    pairs: Sequence[Pair],
+    of_worker: tuple[Any, ...],
+    *,
+    workers: int,
+    batch_size: int,
+    num_cpus: float,
+    num_gpus: float,
+) -> Iterator[Answered]:
+    """Workers without Ray, in turn and in this process; what goes to them and comes from them is pickled. Their batches
+    come backwards, as Ray promises no order."""
+    made = [Worker(*pickle.loads(pickle.dumps(of_worker))) for _ in range(workers)]
+    batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
+    for number, batch in enumerate(reversed(batches)):
+        answered = made[number % workers]({"pair": [pickle.dumps(pair) for pair in batch]})
+        yield from map(pickle.loads, answered["answered"])
 
 
 def results(folder: RunFolder) -> dict[str, Any]:

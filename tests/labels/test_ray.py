@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
 import sys
 
 import pytest
-from helpers.labeling import LABEL_ALONE, make_pairs, stopping
+from helpers.labeling import LABEL_ALONE, make_pairs, mapped_in_turn, stopping
 from helpers.recipes import tiny_recipe, write_rows
 from helpers.server import scripted_server
 
@@ -30,24 +29,16 @@ def server():
 
 @pytest.fixture(autouse=True)
 def mapped(monkeypatch, server, only_local_servers):
-    """Workers in turn, in this process; what goes to them and comes from them is pickled. Their batches come
-    backwards, as Ray promises no order. Returned is how many judges are loaded."""
+    """Workers in turn, in this process. Returned is how many judges are loaded."""
     server.forget()
     loaded = []
-
-    def plain(pairs, of_worker, *, workers, batch_size, num_cpus, num_gpus):
-        made = [by_ray.Worker(*pickle.loads(pickle.dumps(of_worker))) for _ in range(workers)]
-        batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
-        for number, batch in enumerate(reversed(batches)):
-            answered = made[number % workers]({"pair": [pickle.dumps(pair) for pair in batch]})
-            yield from map(pickle.loads, answered["answered"])
 
     def load(self, *arguments):
         loaded.append(arguments)
         return load_judge(self, *arguments)
 
     load_judge = Judges.load
-    monkeypatch.setattr(by_ray, "_mapped", plain)
+    monkeypatch.setattr(by_ray, "_mapped", mapped_in_turn)
     monkeypatch.setattr(Judges, "load", load)
     return loaded
 
