@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO: what its engine has to be told, and each process's share of the optimizer in a checkpoint."""
+"""DeepSpeed ZeRO: configuration of its engine, and each process's optimizer shard in a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class NoRewardModel(nn.Module):
     """Passed to TRL's trainer where there is no reward model.
 
-    It moves it to the device, or makes a DeepSpeed engine of it, which asks for a ``config``.
+    TRL moves it to the device, or wraps it in a DeepSpeed engine, which reads its ``config``.
     """
 
     config = None
@@ -31,10 +31,10 @@ def enabled(accelerator: Accelerator) -> bool:
 
 
 def tell(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
-    """Make DeepSpeed's engine, which is built next, do what the loop does without it.
+    """Configure DeepSpeed's engine, which is built next, to do what the loop does without it.
 
     Raises:
-        UserError: Stage 3, which shares out the weights: the loop reads them outside of the engine.
+        UserError: Stage 3, which shards the weights: the loop reads them outside of the engine.
     """
     if not enabled(accelerator):
         return
@@ -52,7 +52,7 @@ def tell(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
 
 
 def take_back_models(trainer: Any) -> None:
-    """Have a trainer hold its models themselves: only the one that is trained needs DeepSpeed's engine."""
+    """Unwrap a trainer's models: only the one that is trained needs DeepSpeed's engine."""
     if enabled(trainer.accelerator):
         trainer.deepspeed = trainer.model  # TRL's save_model expects it
         if trainer.ref_model is not None:
@@ -60,22 +60,22 @@ def take_back_models(trainer: Any) -> None:
 
 
 def save_share(accelerator: Accelerator, optimizer: Any, folder: Path) -> None:
-    """Write this process's share of the optimizer, where it is shared out."""
+    """Write this process's optimizer shard, if the optimizer is sharded."""
     if enabled(accelerator):
         save_state(optimizer.state_dict(), _share(accelerator, folder), _classes())
 
 
 def load_share(accelerator: Accelerator, optimizer: Any, folder: Path) -> None:
-    """Put this process's share of the optimizer back.
+    """Restore this process's optimizer shard.
 
     Raises:
-        UserError: The checkpoint has none.
+        UserError: The checkpoint has no optimizer shards.
     """
     file = _share(accelerator, folder)
     if not file.exists():
         raise UserError("The checkpoint was written without DeepSpeed.", where=str(folder))
     state = load_state(file, _classes())
-    states = [state] * accelerator.num_processes  # it reads its own alone
+    states = [state] * accelerator.num_processes  # it reads only its own
     optimizer.optimizer.load_state_dict(states, load_from_fp32_weights=True)
 
 
@@ -84,7 +84,7 @@ def _share(accelerator: Accelerator, folder: Path) -> Path:
 
 
 def _classes() -> list[type]:
-    """What DeepSpeed's state holds beside tensors."""
+    """The classes in DeepSpeed's state besides tensors."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

@@ -1,4 +1,4 @@
-"""Fills rollouts: responses of the policy, and what reference, value and reward model say of them."""
+"""Generates rollouts: the policy's responses, with the outputs of the reference, value and reward models."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ _ANY, _PADDED = "any", "padded"
 
 
 class RolloutGenerator:
-    """Draws responses and runs the forward passes without gradient.
+    """Samples responses and runs the forward passes without gradient.
 
-    The first rollout, and the first whose prompts are padded, is compared with plain forward passes of a few of its
-    rows: with some models, transformers itself is wrong where prompts are padded on the left, or with a cache.
+    The first rollout, and the first with padded prompts, is compared with plain forward passes of a few of its rows:
+    with some models, transformers itself is wrong for left-padded prompts, or with a cache.
 
     Args:
         args: Response length, batch sizes and temperature.
-        accelerator: Its device is used. Several processes draw equally often, and decide together.
-        reader: Reads responses; without stop tokens, they are sampled to the full length.
+        accelerator: Its device is used. All processes sample equally often and decide together.
+        reader: Parses responses; without stop tokens, they are sampled to the full length.
 
     Attributes:
-        pads: Whether a batch may hold prompts of different lengths. False once padding has changed the numbers.
+        pads: Whether a batch may mix prompts of different lengths. False once padding has changed the numbers.
         records: Whether the log-probabilities recorded while sampling are used. False once they were wrong, and with
-            vLLM; a forward pass gives them then.
+            vLLM; a forward pass then computes them.
     """
 
     def __init__(self, args: PPOConfig, accelerator: Accelerator, reader: ResponseReader) -> None:
@@ -59,21 +59,21 @@ class RolloutGenerator:
 
     @torch.no_grad()
     def draw(self, role_models: RoleModels, batch: dict[str, Any]) -> Rollout:
-        """One response for each prompt of a batch of PromptCollator's.
+        """One response to each prompt of a batch from PromptCollator.
 
         Raises:
-            UserError: The model's log-probabilities are wrong, without padding and without a cache too.
+            UserError: The model's log-probabilities are wrong even without padding and without a cache.
         """
         kinds = self._to_verify(batch["attention_mask"])
         before = random_state() if kinds else None
         rollout = self._draw(role_models, batch)
         while kinds and not self._verify(role_models, rollout, padded=_PADDED in kinds):
-            set_random_state(before)  # a resumed run finds this out again, and must draw the same
+            set_random_state(before)  # a resumed run verifies again, and must draw the same
             rollout = self._draw(role_models, batch)
         return rollout
 
     def _to_verify(self, mask: torch.Tensor) -> set[str]:
-        """The kinds that a rollout belongs to, in all processes together; none if all of them were verified before."""
+        """The kinds of a rollout, over all processes; empty if they were all verified before."""
         if not self._unverified:
             return set()
         padded = torch.tensor([bool((mask == 0).any())], device=self.accelerator.device)
@@ -83,7 +83,7 @@ class RolloutGenerator:
         return kinds if due else set()
 
     def _verify(self, role_models: RoleModels, rollout: Rollout, *, padded: bool) -> bool:
-        """Whether the log-probabilities are right; if not, they are computed in another way from here on."""
+        """Whether the log-probabilities are right; if not, they are computed differently from here on."""
         with failing_together(self.accelerator):
             forward = self._forward(role_models, rollout, verification.chosen_rows(rollout))
             computed = rollout.logprobs, forward, rollout.ref_logprobs
@@ -131,8 +131,8 @@ class RolloutGenerator:
             columns=batch["columns"],
         )
         if not self.records:
-            # Another engine's own are not taken: its kernels and precision differ, and PPO's ratio divides by these.
-            # It is 1 at the first step only if the model that is trained has said both.
+            # Another engine's are not used: its kernels and precision differ, and PPO's ratio divides by these.
+            # The ratio is 1 at the first step only if the trained model computed both.
             rollout = replace(rollout, logprobs=self._forward(role_models, rollout, torch.arange(len(lengths))))
         return self._judged(role_models, rollout)
 
@@ -162,7 +162,7 @@ class RolloutGenerator:
         )
 
     def _prompt_batches(self, mask: torch.Tensor) -> list[tuple[torch.Tensor, int]]:
-        """Rows that are sampled at once, and the column where their prompts begin."""
+        """Rows that are sampled together, and the column where their prompts begin."""
         rows, size = torch.arange(len(mask)), self.args.local_rollout_forward_batch_size
         if self.pads:
             return [(part, 0) for part in rows.split(size)]
@@ -171,7 +171,7 @@ class RolloutGenerator:
 
     @torch.no_grad()
     def kl(self, role_models: RoleModels, responses: Responses) -> torch.Tensor:
-        """(B,) float32, the sum of each response's log-ratios to the reference in nats, by a forward pass of each."""
+        """(B,) float32, each response's summed log-ratios to the reference in nats, by a forward pass of each model."""
         rows = torch.arange(len(responses.prompts))
         reference, policy = (self._forward(role_models, responses, rows, part) for part in ("reference", "policy"))
         return ((policy - reference) * responses.masks()[0]).sum(1)
@@ -179,7 +179,7 @@ class RolloutGenerator:
     def _forward(
         self, role_models: RoleModels, responses: Responses, rows: torch.Tensor, part: str = "policy"
     ) -> torch.Tensor:
-        """(B, T) float32: log-probabilities of some rows by a forward pass, the policy's as in the step; else zero."""
+        """(B, T) float32: log-probabilities of some rows by a forward pass, as in a training step; else zero."""
         logprobs = torch.zeros(responses.response_ids.shape, device=responses.response_ids.device)
         for chunk in self._chunks(responses, rows):
             rollout_slice = RolloutSlice.of(responses, chunk)
@@ -189,7 +189,7 @@ class RolloutGenerator:
         return logprobs
 
     def _judged(self, role_models: RoleModels, rollout: Rollout) -> Rollout:
-        """The rollout with the reference's log-probabilities and the values; zero behind the ends."""
+        """The rollout with the reference's log-probabilities and the values; zero after the ends."""
         mask, value_mask = rollout.masks()
         references, values = torch.zeros_like(rollout.logprobs), torch.zeros_like(rollout.logprobs)
         for rows in self._chunks(rollout):
@@ -208,7 +208,7 @@ class RolloutGenerator:
 
     @torch.no_grad()
     def scores(self, role_models: RoleModels, responses: Responses) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The reward model's score of each response, and e(x) where it has one: (B,) float32 each."""
+        """The reward model's score of each response, and e(x) if it has that head: (B,) float32 each."""
         if self.reader.stop_ids and self.args.score_at_end:
             responses = scored_rows(responses, self.reader)
         found, order = [], []
@@ -221,7 +221,7 @@ class RolloutGenerator:
         return scores[:, 0], scores[:, 1] if scores.shape[1] > 1 else None
 
     def _chunks(self, responses: Responses, rows: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """Rows of like length together, as many as a training step holds: little padding is computed, or none."""
+        """Rows of similar length together, as many as in a training step: little or no padding is computed."""
         rows = responses.by_length(torch.arange(len(responses.prompts)) if rows is None else rows)
         groups = [rows] if self.pads else forward.equal_prompts(responses.prompt_mask, rows)
         return [part for group in groups for part in group.split(self.args.per_device_train_batch_size)]

@@ -32,15 +32,15 @@ Row = tuple[str, str, float]
 
 @dataclass
 class CompletionLog:
-    """Near-greedy responses of the present policy to some prompts, with their raw scores.
+    """Near-greedy responses of the current policy to some prompts, with their raw scores.
 
     Args:
         prompts: With ``input_ids``.
-        collate: Makes a batch of rows.
+        collate: Makes a batch from rows.
         steps: Sample and score.
-        generator: Draws near-greedily meanwhile.
-        rewards: Whose state is afterwards what it was.
-        args: How often, in which batches, and which trackers are told.
+        generator: Samples at a near-zero temperature meanwhile.
+        rewards: Their state is restored afterwards.
+        args: How often, in which batches, and to which trackers.
         accelerator: Of all processes.
     """
 
@@ -53,19 +53,19 @@ class CompletionLog:
     accelerator: Accelerator
 
     def due(self, update: int) -> bool:
-        """Whether the update that has just ended is one of the ``num_sample_generations``."""
+        """Whether completions are due after this update, one of ``num_sample_generations``."""
         often = self.args.num_sample_generations
         return often > 0 and (update - 1) % max(1, self.args.num_total_batches // often) == 0
 
     def show(self, update: int, *, first_batch: bool) -> list[Row]:
-        """Print the responses, and log them where W&B or Comet is running.
+        """Print the responses, and log them to W&B or Comet if one is running.
 
         Args:
             update: For the heading.
-            first_batch: Of the prompts only the first ``per_device_eval_batch_size``, and print few of them.
+            first_batch: Use only the first ``per_device_eval_batch_size`` prompts, and print few of them.
 
         Returns:
-            Prompt, completion and score of every prompt, over all processes; NaN where no reward scores a completion.
+            Prompt, completion and score of every prompt, over all processes; NaN if no reward scores a completion.
         """
         rows = self._sampled(first_batch=first_batch)
         if self.accelerator.is_main_process:
@@ -75,11 +75,11 @@ class CompletionLog:
 
     def _sampled(self, *, first_batch: bool) -> list[Row]:
         total = len(self.prompts)
-        # As many to each process, since they meet at every batch: the last begin again at the front, and are cut off.
+        # Equally many per process, since they synchronize at every batch: the last wrap around, and are cut off.
         share = -(-total // self.accelerator.num_processes)
         first = self.accelerator.process_index * share
         own = self.prompts.select([row % total for row in range(first, first + share)])
-        # Not TRL's loader: it drops a last batch that is not full, so that of a small set nothing would be seen.
+        # Not TRL's loader: it drops an incomplete last batch, which may be all of a small set.
         loader = DataLoader(own, self.args.per_device_eval_batch_size, collate_fn=self.collate)
         found: list[Row] = []
         before, self.generator.temperature = self.generator.temperature, 0.01 + 1e-7  # as in TRL
@@ -97,14 +97,14 @@ class CompletionLog:
 
 
 def _text(value: Any) -> str:
-    """Of a prompt or completion, as text or as messages."""
+    """The text of a prompt or completion, given as text or as messages."""
     return value if isinstance(value, str) else "\n".join(message["content"] for message in value)
 
 
 def _print(rows: list[Row], step: int) -> None:
     table = Table(*_COLUMNS, title=f"Update {step}", show_lines=True)
     for prompt, completion, score in rows:
-        # Square brackets of a response are no markup, and what would steer the terminal is not let through.
+        # Square brackets in a response are not markup, and control sequences do not reach the terminal.
         table.add_row(Text(clean(prompt)), Text(clean(completion)), "none" if math.isnan(score) else f"{score:.3f}")
     Console().print(table)
 

@@ -23,12 +23,12 @@ def update_metrics(
     kl_estimator: str,
     gather: Callable[[torch.Tensor], torch.Tensor],
 ) -> dict[str, float]:
-    """Means over all processes, by the names that TRL gives them, and lengths and scores by category.
+    """Means over all processes, under TRL's names, and lengths and scores by category.
 
     Args:
-        rollout: What was sampled.
-        scores: (B,) float32, transformed; means of them are over the responses that have a reward.
-        stats: Scalars by name, whose means over all of them and all processes are meant.
+        rollout: The sampled responses.
+        scores: (B,) float32, transformed; averaged over the responses that have a reward.
+        stats: Scalars by name, averaged over each tensor and all processes.
         weights: Of the score and of the KL in the objective.
         kl_estimator: k1 or k3.
         gather: Joins a tensor of every process.
@@ -58,7 +58,7 @@ def update_metrics(
 def _means_of_known(
     numbers: dict[str, torch.Tensor], gather: Callable[[torch.Tensor], torch.Tensor]
 ) -> dict[str, float]:
-    """Means over all processes of the entries that are not NaN; no entry for a name without any."""
+    """Means over all processes of the entries that are not NaN; a name without any is left out."""
     means = _means({name: gather(values) for name, values in numbers.items()}, torch.nanmean)
     return {name: mean for name, mean in means.items() if not math.isnan(mean)}
 
@@ -66,13 +66,13 @@ def _means_of_known(
 def _means(
     numbers: dict[str, torch.Tensor], mean: Callable[[torch.Tensor], torch.Tensor] = torch.mean
 ) -> dict[str, float]:
-    """Their means, for all of which the CPU waits once."""
+    """Their means, with one device synchronization for all."""
     means = torch.stack([mean(values) for values in numbers.values()]).tolist()
     return dict(zip(numbers, means, strict=True))
 
 
 def distinct_responses(responses: Responses) -> int:
-    """How many different responses there are, over all processes."""
+    """Number of distinct responses, over all processes."""
     rows = zip(responses.response_ids.tolist(), responses.response_lengths, strict=True)
     return len(set(gather_object([tuple(ids[:length]) for ids, length in rows])))
 
@@ -80,9 +80,9 @@ def distinct_responses(responses: Responses) -> int:
 def score_metrics(
     responses: Responses, scores: torch.Tensor, gather: Callable[[torch.Tensor], torch.Tensor]
 ) -> dict[str, float]:
-    """What is known of (B,) scores by themselves, over all processes: their mean, and by category.
+    """Mean of (B,) scores over all processes, overall and by category.
 
-    NaN where a response has none.
+    A response without a score is NaN.
     """
     metrics = _means_of_known({"objective/scores": scores, "rollout/ended": responses.ended.float()}, gather)
     metrics["rollout/distinct"] = distinct_responses(responses)
@@ -90,10 +90,10 @@ def score_metrics(
 
 
 def category_spreads(categories: Sequence[str | None], steps: dict[str, list[float]]) -> dict[str, float]:
-    """How far the kinds of prompt lie apart, over all processes, as ``spread/<step>``.
+    """How far the categories' mean scores differ, over all processes, as ``spread/<step>``.
 
-    Standard deviation of the categories' true means over that of all scores: near 0 where no kind is worth more than
-    another. What chance alone makes of means over few scores is taken off (one-way random effects).
+    Standard deviation of the categories' true means over that of all scores: near 0 if no category scores higher than
+    another. The sampling variance of means over few scores is subtracted (one-way random effects).
 
     Args:
         categories: Of B responses.
@@ -107,7 +107,7 @@ def category_spreads(categories: Sequence[str | None], steps: dict[str, list[flo
 
 
 def _spread(scores: Sequence[float], categories: Sequence[str | None]) -> float | None:
-    """None where a spread cannot be told from chance: one category, or no category with two scores."""
+    """None if the spread cannot be estimated: one category, or no category with two scores."""
     by: dict[str | None, list[float]] = defaultdict(list)
     for score, category in zip(scores, categories, strict=True):
         by[category].append(score)

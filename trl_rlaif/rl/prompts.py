@@ -1,4 +1,4 @@
-"""Prompt datasets in TRL's formats (text, conversational, tokenized) to batches for the rollout."""
+"""From prompt datasets in TRL's formats (text, conversational, tokenized) to batches for the rollout."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def tokenize_prompts(
     max_length: int | None,
     num_proc: int | None = None,
 ) -> Dataset:
-    """Add ``input_ids`` to a dataset with a ``prompt`` column; leave out what is too long.
+    """Add ``input_ids`` to a dataset with a ``prompt`` column; drop prompts that are too long.
 
     Args:
         dataset: ``prompt`` as text or as messages (TRL's standard and conversational prompt-only
-            formats), or ``input_ids`` already. Texts that all begin as the chat template does were rendered by it.
+            formats), or ``input_ids`` already. Texts that all start like the chat template were rendered by it.
         tokenizer: With a chat template, if the prompts are conversational. A column ``chat_template_kwargs`` holds
-            variables for it.
-        max_length: Longest prompt in tokens that is kept, or None for all.
+            its variables.
+        max_length: Maximum prompt length in tokens, or None for no limit.
 
     Raises:
-        UserError: Neither column is there, the dataset is empty, a row has no prompt, or every prompt is
+        UserError: Both columns are missing, the dataset is empty, a row has no prompt, or every prompt is
             too long.
     """
     if len(dataset) == 0:
@@ -106,11 +106,11 @@ class PromptCollator:
 
 
 class BatchStream:
-    """Batches without end, one shuffled pass over the data after the other, that can be resumed exactly.
+    """Endless batches, one shuffled pass over the data after another, which can be resumed exactly.
 
-    Where a pass begins the dataloader takes its order from torch's global generator, as TRL's trainer does;
-    so the state is that generator's at the beginning of the pass, and how many batches were taken since. In
-    several processes accelerate gives the order a generator of its own, whose state is kept as well.
+    At the start of a pass the dataloader draws its order from torch's global generator, as in TRL's trainer;
+    so the state is that generator's at the start of the pass, and the number of batches taken since. With
+    several processes accelerate gives the order its own generator, whose state is kept as well.
     """
 
     def __init__(self, dataloader: Any) -> None:
@@ -153,18 +153,18 @@ class BatchStream:
         return getattr(self.dataloader, "synchronized_generator", None)
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the data, in this process."""
+        """The position in the data, for this process."""
         return {"batches": {**self._start, "taken": self._taken}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a place in the data. Disturbs torch's global generator; set that afterwards."""
+        """Go to a position in the data. Disturbs torch's global generator; set that afterwards."""
         place = state["batches"]
         torch.set_rng_state(place["start"])
         if self._order is not None and "order" in place:  # a single process has none
             self._order.set_state(place["order"])
         self._iterator, self._taken = None, 0
         self._start = self._generators()
-        if not place["taken"]:  # the pass begins with its first batch, and takes its order from the generator then
+        if not place["taken"]:  # a pass begins with its first batch, and draws its order then
             return
         self._begin()
         for _ in range(place["taken"]):

@@ -1,4 +1,4 @@
-"""What the policy rehearses beside PPO (Peng et al. 2023): the pairs, their batches, the weight of their NLL."""
+"""Rehearsal during PPO (Peng et al. 2023): the pairs, their batches, the weight of their NLL."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Rehearsal:
     """The pairs D_R, in shuffled passes, and the step in which they are rehearsed.
 
     Args:
-        given: The user's own pairs, which stay.
+        given: The user's own pairs, which are always kept.
         args: gamma, its schedule and the batch size.
-        seed: Of the passes' order: another one in each process.
+        seed: Of the shuffling: different in each process.
     """
 
     def __init__(self, given: Sequence[RehearsalPair], args: PPOConfig, seed: int = 0) -> None:
@@ -46,8 +46,8 @@ class Rehearsal:
         """Add the gradients of the next pairs to an optimizer step; their NLL, nats per token.
 
         Args:
-            backward: Adds the gradients of so many times a batch's NLL, and returns it (``PPOStep.rehearse``).
-            progress: Share of all updates that are done, 0..1.
+            backward: Adds the gradients of a batch's NLL times a weight, and returns the NLL (``PPOStep.rehearse``).
+            progress: Fraction of all updates completed, 0..1.
             device: Of the models.
         """
         began = _clock(device)
@@ -57,24 +57,24 @@ class Rehearsal:
         return nll
 
     def metrics(self, progress: float) -> dict[str, float]:
-        """Weight and number of the pairs, and how long the steps took since this was last asked; {} without pairs."""
+        """Weight and number of the pairs, and the steps' duration since the last call; {} without pairs."""
         if not self.pairs:
             return {}
         coef = weight(self.args, progress)
         return {"rehearsal/coef": coef, "rehearsal/pairs": len(self.pairs), "time/rehearsal": self.take_seconds()}
 
     def take_seconds(self) -> float:
-        """How long the steps took since this was last asked."""
+        """The steps' duration since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
     def fill(self, selected: Sequence[RehearsalPair]) -> None:
-        """Take these pairs in place of what was selected before. Those without a response are left out."""
+        """Replace the pairs selected before by these. Those without a response are left out."""
         self.pairs = [*self.given, *(pair for pair in selected if pair.response_ids)]
         self._order = []
 
     def draw(self, size: int) -> list[RehearsalPair]:
-        """The next pairs; each one comes once in a pass."""
+        """The next pairs; each one occurs once per pass."""
         drawn: list[int] = []
         while len(drawn) < size:
             if not self._order:
@@ -83,27 +83,27 @@ class Rehearsal:
         return [self.pairs[i] for i in drawn]
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the pass, of this process."""
+        """The position in the pass, for this process."""
         return {"rehearsal": {"generator": self._generator.get_state(), "order": list(self._order)}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a place in the pass."""
+        """Go to a position in the pass."""
         self._generator.set_state(state["rehearsal"]["generator"])
         self._order = list(state["rehearsal"]["order"])
 
 
 def _clock(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
+    """Seconds, after synchronizing the device."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.monotonic()
 
 
 def batch_size(args: PPOConfig) -> int:
-    """Pairs an optimizer step, in each process.
+    """Pairs per optimizer step and process.
 
-    By default a quarter of a minibatch, or an eighth where the value is read off the policy's trunk: rehearsal has one
-    forward and backward pass where PPO has two (or one), and PPO samples and scores beside.
+    By default a quarter of a minibatch, or an eighth if the value is a head on the policy's trunk: rehearsal has one
+    forward and backward pass where PPO has two (or one), and PPO also samples and scores.
     """
     if args.rehearsal_batch_size is not None:
         return args.rehearsal_batch_size
@@ -111,7 +111,7 @@ def batch_size(args: PPOConfig) -> int:
 
 
 def weight(args: PPOConfig, progress: float) -> float:
-    """gamma after a share of all updates, 0..1: constant, or falling to zero in a line or along half a cosine."""
+    """gamma after a fraction of all updates, 0..1: constant, or decaying to zero linearly or along half a cosine."""
     if args.rehearsal_schedule == "linear":
         return args.rehearsal_coef * (1 - progress)
     if args.rehearsal_schedule == "cosine":
@@ -127,10 +127,10 @@ def given_pairs(
     Args:
         dataset: With ``prompt`` and ``completion``; None for no pairs.
         tokenizer: With a chat template, if they are messages.
-        max_length: Most tokens of prompt and completion; longer pairs are left out, and counted.
+        max_length: Maximum tokens of prompt and completion; longer pairs are left out, and counted.
 
     Raises:
-        UserError: A column is missing, a completion is empty or no single assistant message, or every pair is too long.
+        UserError: A column is missing, a completion is empty or not one assistant message, or every pair is too long.
     """
     if dataset is None:
         return []

@@ -1,4 +1,4 @@
-"""Rejection sampling (RAFT, ReST): the policy is fine-tuned on what its selectors accept of its own responses."""
+"""Rejection sampling (RAFT, ReST): the policy is fine-tuned on those of its responses that the selectors accept."""
 
 from __future__ import annotations
 
@@ -37,28 +37,28 @@ if TYPE_CHECKING:
 
 
 class RejectionTrainer:
-    """Draws scored responses, has the selectors accept some, fine-tunes the policy on them, and begins again.
+    """Samples and scores responses, has the selectors accept some, fine-tunes the policy on them, and repeats.
 
     D_n = {(x, y) : accepted, y ~ pi_n}, and pi_n+1 is pi_n after supervised training on D_n (RAFT, Dong et al. 2023;
-    ReST, Gulcehre et al. 2023). Each iteration has an optimizer and a learning rate schedule of its own, makes
-    ``num_ppo_epochs`` passes over what was accepted, and ends with a checkpoint, unless ``save_strategy`` is ``no``.
-    The user's own pairs to rehearse are trained on in every iteration.
+    ReST, Gulcehre et al. 2023). Each iteration has its own optimizer and learning rate schedule, makes
+    ``num_ppo_epochs`` passes over the accepted pairs, and ends with a checkpoint, unless ``save_strategy`` is ``no``.
+    The user's own rehearsal pairs are trained on in every iteration.
 
-    Logged for each iteration: by PPO's names ``objective/scores``, ``objective/kl``, ``objective/entropy``,
-    ``rollout/length``, ``rollout/ended`` and ``reward/<category>``, means over all responses drawn that have a reward;
-    ``rollout/unscored``, the share of responses without one;
-    ``rejection/accepted``, the share of them that was accepted, ``rejection/threshold`` and ``rejection/score``, the
-    lowest and the mean score of those; and ``loss/sft``, nats a response token.
+    Logged for each iteration: under PPO's names ``objective/scores``, ``objective/kl``, ``objective/entropy``,
+    ``rollout/length``, ``rollout/ended`` and ``reward/<category>``, means over all sampled responses with a reward;
+    ``rollout/unscored``, the fraction of responses without one;
+    ``rejection/accepted``, the fraction accepted, ``rejection/threshold`` and ``rejection/score``, the lowest and the
+    mean score of the accepted; and ``loss/sft``, nats per response token.
 
     Args:
-        selection: The selectors, and the pool of prompts that they choose from, with its settings: those that
-            fine-tuning shares with PPO count here too.
+        selection: The selectors, and the prompt pool that they choose from, with its settings: those that
+            fine-tuning shares with PPO apply here too.
         shared: The base, whose policy is trained.
         loop: Counts the iterations.
-        iterations: How often, at least once; see ``count_iterations``.
+        iterations: Number of iterations, at least 1; see ``count_iterations``.
 
     Raises:
-        UserError: There is no selector, no shared base, or it was started with DeepSpeed or FSDP.
+        UserError: There is no selector or no shared base, or the run was started with DeepSpeed or FSDP.
     """
 
     def __init__(self, selection: PromptSelection, shared: SharedBase | None, loop: Loop, iterations: int) -> None:
@@ -78,18 +78,18 @@ class RejectionTrainer:
 
     @classmethod
     def of(cls, trainer: PPOTrainer, iterations: int) -> RejectionTrainer:
-        """With the prompts, rewards, selectors, logs and checkpoints of a PPOTrainer, whose value is not used."""
+        """With the prompts, rewards, selectors, logs and checkpoints of a PPOTrainer, whose value model is not used."""
         return cls(trainer.selection, trainer.shared, trainer.loop, iterations)
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> None:
         """Run all iterations.
 
         Args:
-            resume_from_checkpoint: As in ``PPOTrainer.train``. What follows is what it would have been.
+            resume_from_checkpoint: As in ``PPOTrainer.train``. The results are those of an uninterrupted run.
 
         Raises:
-            UserError: Nothing was accepted, or a reward function returned something other than a finite number a
-                completion. A checkpoint with what was learned until then is there.
+            UserError: Nothing was accepted, or a reward function returned something other than a finite number per
+                completion. A checkpoint is saved first.
         """
         with training_kernels(self.shared.peft, bf16=self.args.bf16):
             self.loop.begin(self.iterations, resume_from_checkpoint)
@@ -104,7 +104,7 @@ class RejectionTrainer:
             self.loop.end()
 
     def select(self) -> tuple[Pool, MergedSelection]:
-        """Responses of the present policy, drawn from a seed of this iteration's own, and what was accepted."""
+        """Responses of the current policy, sampled with a seed of this iteration, and the accepted ones."""
         step, counted = self.loop.state.global_step, self.rewards.unscored.total
         with self.loop.checkpoints.kept():
             set_seed(derived_seed(self._seed, self.accelerator.process_index))
@@ -120,10 +120,10 @@ class RejectionTrainer:
         return pool, chosen
 
     def fine_tune(self, pairs: Sequence[RehearsalPair]) -> float:
-        """Train the policy's adapter on pairs with TRL's SFTTrainer; the mean loss, nats a response token."""
+        """Train the policy's adapter on pairs with TRL's SFTTrainer; the mean loss, nats per response token."""
         shared = self.shared
         with _roles_kept(shared), shared.role("policy"):
-            # TRL casts what learns on a 4-bit base to bfloat16; the policy stays as PPO has it.
+            # TRL casts trainable weights on a 4-bit base to bfloat16; the policy keeps PPO's dtype.
             shared.peft.requires_grad_(False)
             with _silent_datasets():
                 sft = SFTTrainer(
@@ -179,11 +179,11 @@ class RejectionTrainer:
 
 
 def count_iterations(selection: PromptSelection, total_episodes: int | None = None) -> int:
-    """How many iterations draw so many responses in all; at least one.
+    """How many iterations sample this many responses in total; at least 1.
 
     Args:
-        selection: Whose prompts, selectors and settings tell how many responses an iteration draws.
-        total_episodes: None asks for ``num_train_epochs`` passes over the prompts. (The settings always hold a number,
+        selection: Its prompts, selectors and settings determine how many responses an iteration samples.
+        total_episodes: None: ``num_train_epochs`` passes over the prompts. (The settings always hold a number,
             PPO's.)
     """
     args, every = selection.pool.args, len(selection.pool.prompts)
@@ -193,12 +193,12 @@ def count_iterations(selection: PromptSelection, total_episodes: int | None = No
 
 
 def accepted(chosen: MergedSelection) -> list[RehearsalPair]:
-    """Those of the chosen pairs that can be trained on: they have a response, and a score."""
+    """The chosen pairs that can be trained on: those with a response and a score."""
     return [pair for pair in chosen.rehearsal if pair.response_ids and pair.score is not None]
 
 
 def as_dataset(pairs: Sequence[RehearsalPair]) -> datasets.Dataset:
-    """Pairs as SFTTrainer takes tokens: ``input_ids``, and a ``completion_mask`` that is 1 on the response."""
+    """Pairs in SFTTrainer's tokenized format: ``input_ids``, and a ``completion_mask`` that is 1 on the response."""
     return datasets.Dataset.from_dict(
         {
             "input_ids": [[*pair.prompt_ids, *pair.response_ids] for pair in pairs],
@@ -208,9 +208,9 @@ def as_dataset(pairs: Sequence[RehearsalPair]) -> datasets.Dataset:
 
 
 def sft_config(args: PPOConfig, seed: int) -> SFTConfig:
-    """PPO's settings where fine-tuning has them too: learning rate, its schedule, batch, optimizer, precision.
+    """The settings that fine-tuning shares with PPO: learning rate, its schedule, batch, optimizer, precision.
 
-    Logs, checkpoints and gradient checkpointing are left to the PPOTrainer around.
+    Logs, checkpoints and gradient checkpointing are left to the enclosing PPOTrainer.
     """
     known = [field.name for field in fields(SFTConfig) if field.init]
     carried = {name: getattr(args, name) for name in known if hasattr(args, name)}
@@ -220,7 +220,7 @@ def sft_config(args: PPOConfig, seed: int) -> SFTConfig:
         "max_steps": -1,
         "seed": seed,
         "data_seed": None,
-        "max_length": None,  # as long as they were drawn
+        "max_length": None,  # as long as they were sampled
         "completion_only_loss": True,
         "report_to": "none",
         "logging_strategy": "no",
@@ -236,10 +236,10 @@ def sft_config(args: PPOConfig, seed: int) -> SFTConfig:
 
 @contextmanager
 def _roles_kept(shared: SharedBase) -> Iterator[None]:
-    """Undo what a trainer of transformers changes about a shared base, but for the weights it learns."""
+    """Undo a transformers trainer's changes to a shared base, except for the trained weights."""
     learning = [(parameter, parameter.requires_grad) for parameter in shared.peft.parameters()]
     use_cache = shared.model.config.use_cache
-    # TRL replaces the forward method by one that computes the loss, and accelerate by one under autocast.
+    # TRL replaces the forward method with one that computes the loss, accelerate with one under autocast.
     methods = ("forward", "_original_forward")
     modules = [
         (module, {name: module.__dict__[name] for name in methods if name in module.__dict__})
@@ -261,7 +261,7 @@ def _roles_kept(shared: SharedBase) -> Iterator[None]:
 
 @contextmanager
 def _silent_datasets() -> Iterator[None]:
-    """No progress bars of a few rows, several in every iteration."""
+    """No progress bars for a few rows, several in every iteration."""
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:

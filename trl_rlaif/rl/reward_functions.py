@@ -1,4 +1,4 @@
-"""Scores of responses from reward functions with GRPOTrainer's signature, checked; a call that hangs is named."""
+"""Calls reward functions with GRPOTrainer's signature and checks their scores; a call that hangs is named."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ MODEL = "model"
 _LATE = "not returned after {:g} seconds, the limit that reward_timeout sets"
 _FIX = "Find out what {} for, or raise reward_timeout (null: no limit)."
 _BLOCKED = "{} blocks the event loop of asynchronous rewards: call time.sleep, requests and such in asyncio.to_thread."
-# A free loop answers in a millisecond; more than this is for machines that are busy with other work.
+# An idle loop answers within a millisecond; the rest is margin for busy machines.
 _ANSWER_SECONDS = 0.5
 
 
 def reward_name(function: RewardFunc) -> str:
-    """What the metrics call a reward function."""
+    """A reward function's name in the metrics."""
     return getattr(function, "__name__", type(function).__name__)
 
 
 def reward_names(functions: Sequence[RewardFunc], *, model: bool) -> list[str]:
-    """What the metrics call all rewards, in the order of ``reward_weights``: the reward model, then the functions."""
+    """All rewards' names in the metrics, in the order of ``reward_weights``: the reward model, then the functions."""
     names = [MODEL] if model else []
     for function in functions:
         names.append(numbered(reward_name(function), names))
@@ -51,23 +51,23 @@ def reward_names(functions: Sequence[RewardFunc], *, model: bool) -> list[str]:
 def call_rewards(
     functions: Sequence[RewardFunc], responses: Responses, *, timeout: float | None = None, **extra: Any
 ) -> list[torch.Tensor]:
-    """Call ``f(prompts=, completions=, completion_ids=, **columns)`` of every function and check what it returns.
+    """Call every function as ``f(prompts=, completions=, completion_ids=, **columns)`` and check its return value.
 
-    Coroutine functions start first and run together, in an event loop of their own. Meanwhile the others are called
-    in this thread, one after the other; an awaitable that one of them returns joins that loop.
+    Coroutine functions start first and run concurrently, in an event loop of their own. Meanwhile the others are called
+    in this thread, one after another; an awaitable that one of them returns joins that loop.
 
     Args:
         timeout: Seconds that each call may take from its own start; one that takes longer ends the run. Asynchronous
-            calls are looked at once the others have returned. None waits for ever.
-        extra: Further arguments of every call.
+            calls are checked once the others have returned. None: no limit.
+        extra: Further arguments for every call.
 
     Returns:
         For each function, in their order, (B,) float32: finite, or NaN where it returned None.
 
     Raises:
-        UserError: Not one number or None for each row, one that is NaN or infinite, or no answer in time; the function
-            is named, and the row. Where one blocks the event loop, all that run in it are named.
-        RewardError: The same of a function that a recipe picked, or an exception in it.
+        UserError: Not one number or None for each row, a number that is NaN or infinite, or no result in time; names
+            the function and the row. If one blocks the event loop, all that run in it are named.
+        RewardError: The same for a function that a recipe names, or an exception in it.
     """
     rows = zip(responses.response_ids.tolist(), responses.response_lengths, strict=True)
     ids = [row[:length] for row, length in rows]
@@ -91,7 +91,7 @@ def call_rewards(
 
 
 def _is_coroutine_function(function: RewardFunc) -> bool:
-    """Also of one that a recipe picked, which is wrapped, and of an object with such a ``__call__``."""
+    """Also for a function from a recipe, which is wrapped, and an object with such a ``__call__``."""
     function = inspect.unwrap(function)
     return any(map(inspect.iscoroutinefunction, (function, getattr(function, "__call__", None))))  # noqa: B004
 
@@ -120,7 +120,7 @@ def _checked(values: Any, origin: Origin, prompts: list[Any]) -> torch.Tensor:
 def _is_finite(value: Any) -> bool:
     try:
         return math.isfinite(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # no number, or a tensor of several
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # not a number, or a tensor of several
         return False
 
 
@@ -132,7 +132,7 @@ def _shown(value: Any) -> str:
 
 
 class _Expired(BaseException):
-    """Raised in a call whose time is up; no ``except Exception`` in it may swallow this."""
+    """Raised in a call that has timed out; no ``except Exception`` in it may swallow this."""
 
 
 @cache
@@ -148,7 +148,7 @@ def _loop() -> asyncio.AbstractEventLoop:
 
 
 class AsyncCall:
-    """What a reward function gave to await, in the loop of all asynchronous calls from here on."""
+    """An awaitable from a reward function, scheduled on the loop of all asynchronous calls."""
 
     def __init__(self, origin: Origin, awaitable: Awaitable[Any]) -> None:
         self.origin, self._given = origin, time.monotonic()
@@ -157,42 +157,42 @@ class AsyncCall:
         self._future = asyncio.run_coroutine_threadsafe(self._run(awaitable), _loop())
 
     async def _run(self, awaitable: Awaitable[Any]) -> Any:
-        self.began = time.monotonic()  # not before: another call may have kept the loop until now
+        self.began = time.monotonic()  # not before: another call may have blocked the loop until now
         try:
             return await awaitable
         finally:
             self.ended = True
 
     def result(self) -> Any:
-        """What the function returned.
+        """The function's return value.
 
         Raises:
-            Exception: What it raised, as its origin has it.
+            Exception: What it raised, attributed to its origin.
         """
         with self.origin.blamed("the call", RewardError):
             return self._future.result()
 
     def returned(self) -> bool:
-        """Whether it has; raises as ``result``."""
+        """Whether it has returned; raises as ``result`` does."""
         if not self._future.done():
             return False
         self.result()
         return True
 
     def left(self, seconds: float) -> float:
-        """Seconds of its time that are left."""
+        """Seconds left until its timeout."""
         return (self.began or self._given) + seconds - time.monotonic()
 
     def cancel(self) -> None:
-        """Give it up, unless it has returned."""
+        """Cancel it, unless it has returned."""
         self._future.cancel()
 
 
 def wait_for_all(calls: Sequence[AsyncCall], seconds: float | None) -> None:
-    """Wait until all calls have returned, or one raised.
+    """Wait until all calls have returned, or one has raised.
 
     Raises:
-        UserError, RewardError: One has not returned in its time.
+        UserError, RewardError: One has timed out.
     """
     while waiting := [call for call in calls if not call.returned()]:
         running = [call for call in waiting if not call.ended]
@@ -207,7 +207,7 @@ def wait_for_all(calls: Sequence[AsyncCall], seconds: float | None) -> None:
 
 
 def _check_time(waiting: Sequence[AsyncCall], seconds: float) -> None:
-    """Name the calls whose time is up; where one call keeps the loop from the others, all that may be that one."""
+    """Name the calls that have timed out; if a call blocks the loop, all that may be that call."""
     blocked = _is_blocked()
     waiting = [call for call in waiting if not call.ended]
     begun = _begun(waiting)
@@ -220,19 +220,19 @@ def _check_time(waiting: Sequence[AsyncCall], seconds: float) -> None:
 
 
 def _begun(calls: Sequence[AsyncCall]) -> list[AsyncCall]:
-    """Those that the loop has come to: the time of the others does not count yet."""
+    """Those that the loop has started: the others' time does not count yet."""
     return [call for call in calls if call.began]
 
 
 def _is_blocked() -> bool:
-    """Whether a call keeps the event loop to itself."""
+    """Whether a call blocks the event loop."""
     answered = threading.Event()
     _loop().call_soon_threadsafe(answered.set)
     return not answered.wait(_ANSWER_SECONDS)
 
 
 def _timed_out(origins: Sequence[Origin], seconds: float, blocks: str = "") -> TrlRlaifError:
-    """The error that names functions whose time is up, at the first one's place, and what ``blocks`` the loop."""
+    """The error that names functions that timed out, at the first one's location, and what ``blocks`` the loop."""
     one = len(origins) == 1
     named = replace(origins[0], who=" and the ".join(origin.who for origin in origins))
     fix = _FIX.format("it waits" if one else "they wait")
@@ -243,11 +243,11 @@ def _timed_out(origins: Sequence[Origin], seconds: float, blocks: str = "") -> T
 
 @contextmanager
 def named_when_it_hangs(origin: Origin, seconds: float | None) -> Iterator[None]:
-    """Interrupt a call of this thread that has not returned in time.
+    """Interrupt a call in this thread that has not returned in time.
 
     The call stays in this thread: gradient mode, the current GPU and signal handlers, on which functions rely, belong
-    to a thread. A watcher says the function's name, then interrupts the main thread as Ctrl-C does; a call in another
-    thread, or deep in code that ignores signals, is named and not interrupted.
+    to a thread. A watcher logs the function's name, then interrupts the main thread as Ctrl-C does; a call in another
+    thread, or deep in code that ignores signals, is named but not interrupted.
 
     Raises:
         UserError, RewardError: The call was interrupted.
@@ -264,7 +264,7 @@ def named_when_it_hangs(origin: Origin, seconds: float | None) -> Iterator[None]
                 return
             state["expired"] = True
             say(f"Warning: the {origin.who} has {_LATE.format(seconds)}.")
-            if main and hasattr(signal, "pthread_kill"):  # wakes a call that waits for the network, too
+            if main and hasattr(signal, "pthread_kill"):  # also wakes a call that waits for the network
                 signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             elif main:
                 _thread.interrupt_main()

@@ -1,4 +1,4 @@
-"""From scores to rewards per token: whitening, clipping, penalties, and the KL penalty with its coefficient."""
+"""From scores to per-token rewards: whitening, clipping, penalties, and the KL penalty with its coefficient."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def shaped_scores(
     ended: torch.Tensor,
     gather: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
 ) -> torch.Tensor:
-    """Scores whitened, then clipped, then less the penalties, each as far as ``args`` ask for it.
+    """Scores whitened, clipped, and reduced by the penalties, in this order, each if ``args`` enable it.
 
-    The penalties come last, so that no clip takes them back.
+    The penalties come last, so that clipping does not undo them.
 
     Args:
-        scores: (B,) float32, after the reward transforms; NaN where there is none.
-        ended: (B,) bool; ``missing_eos_penalty`` is for the others.
+        scores: (B,) float32, after the reward transforms; NaN where a response has none.
+        ended: (B,) bool; ``missing_eos_penalty`` applies to the others.
         gather: Joins the scores of all processes.
 
     Returns:
@@ -46,12 +46,12 @@ def shaped_scores(
 
 @dataclass
 class AdaptiveKLController:
-    """The coefficient of the KL, fixed or steered to a target (Ziegler et al. 2019, sec. 2.2).
+    """The KL coefficient, fixed or adapted to a target KL (Ziegler et al. 2019, sec. 2.2).
 
     Args:
-        coef: At the start.
-        target: KL in nats a response, or None for a fixed coefficient.
-        horizon: Episodes in which a full error changes the coefficient by a fifth.
+        coef: Initial value.
+        target: KL in nats per response, or None for a fixed coefficient.
+        horizon: Episodes over which the maximum error changes the coefficient by a fifth.
         weighting: Of the objective, ``additive`` or ``weighted``: see ``PPOConfig``.
     """
 
@@ -63,11 +63,11 @@ class AdaptiveKLController:
 
     @property
     def score_weight(self) -> float:
-        """What the score counts beside the KL."""
+        """The score's weight relative to the KL."""
         return 1 - self.coef if self.weighting == "weighted" else 1.0
 
     def observe(self, kl: float, episodes: int) -> None:
-        """Take account of the mean KL of so many responses."""
+        """Adapt to the mean KL of this many responses."""
         if self.target is not None:
             error = min(max(kl / self.target - 1, -self.MOST), self.MOST)
             self.coef *= 1 + error * episodes / self.horizon
@@ -77,7 +77,7 @@ class AdaptiveKLController:
         return {"kl_coef": self.coef}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` gave."""
+        """Restore a ``state_dict``."""
         self.coef = state["kl_coef"]
 
 
@@ -96,12 +96,12 @@ def kl_per_token(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: 
 
 
 def token_rewards(kl: torch.Tensor, scores: torch.Tensor, lengths: torch.Tensor, kl_coef: float) -> torch.Tensor:
-    """-kl_coef * KL on every token, and the score where the response ends (Ziegler et al. 2019, eq. 2).
+    """-kl_coef * KL on every token, plus the score where the response ends (Ziegler et al. 2019, eq. 2).
 
-    The score lands on the step after the last token, or on the last one where the response fills the row.
+    The score is added at the step after the last token, or at the last one if the response fills the row.
 
     Args:
-        kl: (B, T) nats, zero behind the end.
+        kl: (B, T) nats, zero after the end.
         scores: (B,) float.
         lengths: (B,) int64, response tokens.
 

@@ -1,4 +1,4 @@
-"""From several rewards to one score: weights, normalization, and responses for which a reward is missing."""
+"""From several rewards to one score: weights, normalization, and responses with a missing reward."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from trl_rlaif.errors import UserError
 from trl_rlaif.rl.reward_functions import MODEL
 
-# Rewards that differ by less, relative to their size, differ by float32's rounding alone.
+# Smaller relative differences between rewards are float32 rounding.
 _LEAST = 1e-6
 
 Moments = tuple[int, float, float]  # n, mean, sum of squared deviations
@@ -19,27 +19,27 @@ _NOTHING: Moments = (0, 0.0, 0.0)
 
 
 class RewardSum:
-    """The weighted sum of the rewards, each normalized first where that is asked for.
+    """The weighted sum of the rewards, each normalized first if requested.
 
     s(x, y) = sum_k w_k z_k(x, y) over the rewards that a response has; as in TRL's GRPOTrainer, the weight of a missing
-    one is not shared out. A reward of weight 0 is only logged: it is not a part of the sum. z_k is
+    one is not redistributed. A reward of weight 0 is only logged: it is not part of the sum. z_k is
 
     - ``none``: r_k itself.
     - ``std``: r_k / s_k, with s_k the standard deviation of all r_k since the run began, this batch included. It keeps
-      the reward's zero, and what a difference is worth changes slowly.
+      the reward's zero, and the scale changes slowly.
     - ``batch``: (r_k - m_k) / s_k, with the mean and standard deviation of the batch.
 
-    Standard deviations divide by n - 1 and are over all processes. A reward that is everywhere the same has none:
-    ``std`` leaves it as it is, ``batch`` makes it 0.
+    Standard deviations divide by n - 1 and are over all processes. A constant reward is left as it is by ``std``, and
+    set to 0 by ``batch``.
 
     Args:
-        names: Of the rewards, in the order of the weights, for messages.
+        names: Of the rewards, in the order of the weights.
         weights: w_k; None: 1 each.
         normalization: Of each reward.
-        gather: Joins a (B,) tensor of every process, equally long in all.
+        gather: Concatenates the (B,) tensors of all processes, equally long in all.
 
     Raises:
-        UserError: There are not as many weights as rewards, or none but 0.
+        UserError: The number of weights differs from that of the rewards, or all are 0.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class RewardSum:
             raise UserError("Every reward has the weight 0.", fix="Give at least one of them another weight.")
         self.weights, self.normalization, self._gather = weights, normalization, gather
         self._moments: dict[str, Moments] = {}  # since the run began
-        self._seen: dict[str, tuple[float, int, Moments]] = {}  # since the metrics were taken: weight, responses
+        self._seen: dict[str, tuple[float, int, Moments]] = {}  # since the metrics were last taken: weight, responses
 
     def __call__(self, parts: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor], float]:
         """The score of each response.
@@ -67,9 +67,9 @@ class RewardSum:
             parts: Raw rewards by name, (B,) float32 each, NaN where one is missing.
 
         Returns:
-            Scores, (B,) float32, NaN where no reward of a weight other than 0 is there; the weighted, normalized
-            rewards of such a weight by name, of which they are the sums; and what a unit of the reward model's counts
-            there.
+            Scores, (B,) float32, NaN where a response has no reward of nonzero weight; the weighted, normalized rewards
+            of nonzero weight by name, whose sums they are; and how much one unit of the reward model's score adds to
+            the sum.
         """
         first = next(iter(parts.values()))
         weighted, scores, scored = {}, torch.zeros_like(first), torch.zeros_like(first, dtype=torch.bool)
@@ -78,7 +78,7 @@ class RewardSum:
             shift, scale = self._figures(name, rewards, weight)
             if name == MODEL:
                 model_scale = weight / scale
-            if not weight:  # a transform that joins the parts would take its zeros for an opinion
+            if not weight:  # a transform that combines the parts would take its zeros for scores
                 continue
             weighted[name], missing = _mapped(rewards, shift, scale, weight), rewards.isnan()
             scores = scores + weighted[name].masked_fill(missing, 0)
@@ -86,8 +86,8 @@ class RewardSum:
         return scores.masked_fill(~scored, math.nan), weighted, model_scale
 
     def _figures(self, name: str, rewards: torch.Tensor, weight: float) -> tuple[float, float]:
-        """What is taken off a reward, and what it is divided by."""
-        every = self._gather(rewards).cpu()  # where the figures are: a GPU would be waited for at each
+        """What is subtracted from a reward, and what it is divided by."""
+        every = self._gather(rewards).cpu()  # once: each figure would wait for the GPU
         batch = _moments(every[~every.isnan()])
         _, count, seen = self._seen.get(name, (weight, 0, _NOTHING))
         self._seen[name] = weight, count + len(every), _joined(seen, batch)
@@ -99,10 +99,10 @@ class RewardSum:
         return 0.0, _deviation(self._moments[name]) or 1.0
 
     def take_metrics(self) -> dict[str, float]:
-        """The numbers of each raw reward over what was scored since they were last taken, in all processes.
+        """Statistics of each raw reward over the responses scored since the last call, in all processes.
 
         ``score/<name>`` is its mean and ``rewards/<name>/std`` its standard deviation over the responses that have it,
-        ``rewards/<name>/none`` the share of the others, and ``rewards/<name>/weight`` its weight.
+        ``rewards/<name>/none`` the fraction of the others, and ``rewards/<name>/weight`` its weight.
         """
         numbers: dict[str, float] = {}
         for name, (weight, count, moments) in self._seen.items():
@@ -114,11 +114,11 @@ class RewardSum:
         return numbers
 
     def state_dict(self) -> dict[str, Any]:
-        """What was seen, the same in all processes."""
+        """The running moments, the same in all processes."""
         return {"moments": dict(self._moments), "seen": dict(self._seen)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` gave."""
+        """Restore a ``state_dict``."""
         self._moments, self._seen = dict(state["moments"]), dict(state["seen"])
 
 
@@ -137,7 +137,7 @@ def _moments(values: torch.Tensor) -> Moments:
 
 
 def _joined(one: Moments, two: Moments) -> Moments:
-    """The figures of both sets of values (Chan et al. 1983, eq. 2.1)."""
+    """The moments of the union of both sets (Chan et al. 1983, eq. 2.1)."""
     (n, mean, squares), (m, other, further) = one, two
     if not n + m:
         return one
@@ -146,7 +146,7 @@ def _joined(one: Moments, two: Moments) -> Moments:
 
 
 def _deviation(moments: Moments) -> float | None:
-    """Standard deviation; None where there is no difference."""
+    """Standard deviation; None if all values are equal."""
     n, mean, squares = moments
     std = math.sqrt(squares / (n - 1)) if n > 1 else 0.0
     return std if std > _LEAST * abs(mean) else None

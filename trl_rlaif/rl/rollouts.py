@@ -1,4 +1,4 @@
-"""Sampling responses, with the log-probability of every token taken while it is drawn."""
+"""Sampling responses, recording the log-probability of every token as it is drawn."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trl_rlaif.types import Responses, Rollout
 
 
 class LogprobRecorder(LogitsProcessor):
-    """Applies the sampling temperature and keeps the log-probability of each token that is then drawn.
+    """Applies the sampling temperature and records the log-probability of each token that is then drawn.
 
     Only the distribution of one step is alive at a time, where ``output_scores`` would keep all of them.
     """
@@ -58,7 +58,7 @@ def generate(
     pad_id: int,
     stop_id: int | Sequence[int] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sample one response a prompt from the whole distribution at a temperature.
+    """Sample one response per prompt from the full distribution at a temperature.
 
     Args:
         model: Causal language model in the desired role.
@@ -66,8 +66,8 @@ def generate(
         prompt_mask: (B, P) bool or int64.
         max_new_tokens: Maximum response length.
         temperature: > 0.
-        pad_id: What fills a row after its end.
-        stop_id: The token that ends a response, or several; None samples to the full length.
+        pad_id: Fills a row after its end.
+        stop_id: The token or tokens that end a response; None samples to the full length.
 
     Returns:
         (response_ids, logprobs): (B, T) int64 and float32; T is at most ``max_new_tokens``.
@@ -88,7 +88,7 @@ def generate(
                 eos_token_id=stop_id if isinstance(stop_id, int) else list(stop_id or ()) or None,
                 **static_cache(model, prompt_ids.shape[1] + max_new_tokens),
             ),
-            synced_gpus=False,  # each process draws as many as it has
+            synced_gpus=False,  # each process samples as many as it has
         )
     return sequences[:, prompt_ids.shape[1] :], recorder.finish(sequences)
 
@@ -100,8 +100,8 @@ def response_lengths(
 
     Args:
         response_ids: (B, T) int64.
-        stop_ids: The tokens that end a response; they belong to it.
-        pad_id: Where it is not one of them it also ends a response, and does not belong to it.
+        stop_ids: The tokens that end a response; they are part of it.
+        pad_id: Unless one of them, it also ends a response, and is not part of it.
 
     Returns:
         (lengths, ended): (B,) int64 in 0..T, and (B,) bool, True where a stop token was sampled.
@@ -120,16 +120,16 @@ def response_lengths(
 def unpadded(
     prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, response_ids: torch.Tensor, lengths: torch.Tensor
 ) -> list[tuple[list[int], list[int]]]:
-    """The tokens of each prompt and of its response, of a batch of ``Responses``."""
+    """The tokens of each prompt and each response in a batch of ``Responses``."""
     rows = zip(*(x.tolist() for x in (prompt_ids, prompt_mask, response_ids, lengths)), strict=True)
     return [(list(compress(prompt, mask)), response[:n]) for prompt, mask, response, n in rows]
 
 
 def scored_rows(responses: Responses, reader: ResponseReader) -> Responses:
-    """Responses as a reward model was trained on responses: the answer, and the end of a turn.
+    """Responses in the form on which a reward model was trained: the answer, and the end of a turn.
 
-    A response that ended with another stop token ends with that one, and one that was cut at the length limit gets it
-    appended: a score is read at the end of a turn, whether or not the policy came to it.
+    Another stop token at a response's end is replaced by that of a turn, and a response cut at the length limit gets
+    it appended: a score is read at the end of a turn, whether or not the policy reached it.
     """
     rows = [reader.row(response, prompt) for prompt, response in unpadded(*responses.sequences(slice(None)))]
     response_ids, mask = (x.to(responses.lengths.device) for x in pad_rows(rows))
@@ -137,7 +137,7 @@ def scored_rows(responses: Responses, reader: ResponseReader) -> Responses:
 
 
 def join_rollouts(rollouts: Sequence[Rollout]) -> Rollout:
-    """Rollouts with the same columns and rewards as one, padded where they are of different widths."""
+    """Concatenate rollouts with the same columns and rewards, padded if their widths differ."""
     values = {f.name: [getattr(rollout, f.name) for rollout in rollouts] for f in fields(Rollout)}
     return Rollout(**{name: _join(parts, left=name.startswith("prompt_")) for name, parts in values.items()})
 

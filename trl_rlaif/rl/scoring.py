@@ -1,4 +1,4 @@
-"""From responses to scores: reward model and functions, their weighted sum, transforms, and responses without any."""
+"""From responses to scores: reward model and functions, their weighted sum, transforms, and unscored responses."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from trl_rlaif.responses import ResponseReader
     from trl_rlaif.rl.ppo.config import PPOConfig
 
-# What share of an update has failed is judged over so many responses at least: of 8, a single one is more than 10%.
+# Minimum number of responses over which the failure rate is computed: of 8, a single one is more than 10%.
 FEWEST = 100
 
 ModelScores = Callable[[Responses], tuple[torch.Tensor, torch.Tensor | None]]
@@ -38,16 +38,16 @@ ModelScores = Callable[[Responses], tuple[torch.Tensor, torch.Tensor | None]]
 
 @dataclass(frozen=True)
 class Scores:
-    """What the rewards say of B responses. Arithmetic acts on ``total`` alone.
+    """The rewards of B responses. Arithmetic acts on ``total`` only.
 
     Args:
         total: (B,) float32, NaN where a response has no reward.
         raw: (B,) float32 by reward, before weights and normalization; NaN where a response lacks it.
-        parts: (B,) float32 by reward, weighted and normalized: what ``total`` was summed from.
-        model_scale: What a unit of the reward model's score counts in the sum.
+        parts: (B,) float32 by reward, weighted and normalized: the terms of ``total``.
+        model_scale: How much one unit of the reward model's score adds to the sum.
         expected: (B,) float32, e(x) of a reward model that has such a head.
-        failed: By reward function, why it could not score responses, a text each.
-        spreads: By step, how far the kinds of prompt lie apart (``category_spreads``); once transformed.
+        failed: By reward function, the reasons why it could not score responses, one text each.
+        spreads: By step, how far the categories' means differ (``category_spreads``); set by the transforms.
     """
 
     total: torch.Tensor
@@ -60,7 +60,7 @@ class Scores:
 
     @classmethod
     def of(cls, found: Scores | torch.Tensor) -> Scores:
-        """What a step returned that a subclass may override with a tensor."""
+        """From the result of a step whose override may return a tensor."""
         return found if isinstance(found, Scores) else cls(found)
 
     @property
@@ -69,7 +69,7 @@ class Scores:
         return ~self.total.isnan()
 
     def with_total(self, total: torch.Tensor) -> Scores:
-        """The same with other totals, such as clamped ones: ``scores.with_total(scores.total.clamp(-5, 5))``."""
+        """A copy with other totals, such as clamped ones: ``scores.with_total(scores.total.clamp(-5, 5))``."""
         return replace(self, total=total)
 
     def __mul__(self, factor: Any) -> Scores:
@@ -94,18 +94,18 @@ class Scores:
 
 
 class RewardPipeline:
-    """All rewards of a run. What it remembers from batch to batch is in ``state_dict``.
+    """All rewards of a run. Its state between batches is in ``state_dict``.
 
     Args:
         functions: With GRPOTrainer's signature.
         transforms: Applied to the sum in this order.
-        model: The reward model, if there is one: (B,) float32 scores of a batch of responses, and its e(x) or None.
+        model: The reward model, if any: (B,) float32 scores of a batch of responses, and its e(x) or None.
         args: Weights, normalization, limits, whitening, clipping and penalties.
-        reader: Whose stop tokens end a response.
-        accelerator: Joins the figures of all processes.
+        reader: Its stop tokens end a response.
+        accelerator: Gathers over all processes.
 
     Raises:
-        UserError: Weights do not fit the rewards.
+        UserError: The weights do not match the rewards.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class RewardPipeline:
 
     @property
     def names(self) -> list[str]:
-        """Of all rewards, as the metrics call them: the reward model's, then the functions'."""
+        """Of all rewards, as in the metrics: the reward model's, then the functions'."""
         return reward_names(self.functions, model=self.model is not None)
 
     @property
@@ -134,13 +134,13 @@ class RewardPipeline:
 
     @torch.no_grad()
     def score(self, responses: Responses, **extra: Any) -> Scores:
-        """What every reward says of the responses, summed.
+        """The summed rewards of the responses.
 
         Args:
-            extra: Further arguments of the reward functions.
+            extra: Further arguments for the reward functions.
 
         Raises:
-            UserError: As ``call_rewards``, or the reward model gave a score that is not finite.
+            UserError: As ``call_rewards``, or the reward model returned a score that is not finite.
         """
         with failing_together(self.accelerator):
             found, expected = [], None
@@ -163,7 +163,7 @@ class RewardPipeline:
         return Scores(total, raw, parts, scale, expected, failed)
 
     def joined(self, found: Sequence[Scores], before: dict[str, Any]) -> Scores:
-        """A pool's batches as one, summed again, since rewards are normalized by the whole pool.
+        """A pool's batches as one, summed again, since rewards are normalized over the whole pool.
 
         Args:
             found: Of each batch.
@@ -181,13 +181,13 @@ class RewardPipeline:
         self.unscored.observe(scores.total, scores.failed)
 
     def transform(self, scores: Scores, responses: Responses, kl: torch.Tensor, *, pool: bool = False) -> Scores:
-        """Scores after the transforms in their order, then whitened, clipped and less penalties.
+        """Apply the transforms in their order, then whitening, clipping and penalties.
 
-        Transforms see the responses alone that have a reward; the scores of the others stay NaN.
+        Transforms see only the responses that have a reward; the scores of the others stay NaN.
 
         Args:
             kl: (B,) float32, nats per response; NaN where it is unknown.
-            pool: These are all scores of a selector's pool, and not a batch to train on.
+            pool: These are all scores of a selector's pool, not a batch to train on.
         """
         known, total, spreads = scores.scored, scores.total, {}
         if self.transforms and self.accelerator.gather(known).any():
@@ -216,9 +216,9 @@ class RewardPipeline:
         return replace(scores, total=total, spreads=spreads)
 
     def take_metrics(self, scores: Scores) -> dict[str, float]:
-        """Numbers of what was scored since they were last taken, and the spreads and transforms' numbers of the last.
+        """Statistics of the scores since the last call, and the spreads and transforms' metrics of the last batch.
 
-        ``rollout/unscored`` is the share of responses without a reward; see ``RewardSum`` and ``category_spreads``.
+        ``rollout/unscored`` is the fraction of responses without a reward; see ``RewardSum`` and ``category_spreads``.
         """
         metrics = {"rollout/unscored": self.unscored.share} | scores.spreads | self.sum.take_metrics()
         for transform in self.transforms:
@@ -227,7 +227,7 @@ class RewardPipeline:
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """Remember nothing of what is scored inside."""
+        """Restore the state on exit: scoring inside leaves no trace."""
         before = self.state_dict()
         try:
             yield
@@ -235,15 +235,15 @@ class RewardPipeline:
             self.load_state_dict(before)
 
     def state_dict(self) -> dict[str, Any]:
-        """What rewards and transforms remember, as plain values that scoring does not change later."""
+        """The state of rewards and transforms, as plain values that later scoring does not change."""
         transforms = [copy.deepcopy(transform.state_dict()) for transform in self.transforms]
         return {"transforms": transforms, "rewards": self.sum.state_dict(), "unscored": self.unscored.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to what ``state_dict`` gave.
+        """Restore a ``state_dict``.
 
         Raises:
-            UserError: It is of other reward transforms.
+            UserError: It belongs to other reward transforms.
         """
         if len(state["transforms"]) != len(self.transforms):
             raise UserError("The checkpoint was written with other reward transforms.")
@@ -258,12 +258,12 @@ class Unscored:
     """Counts, over all processes, the responses without a reward and the failures of each reward function.
 
     Args:
-        limit: Share of responses, 0 to 1, that may have no reward, and that each function may fail to score: of an
-            update, or of the last ``FEWEST`` responses where an update has fewer.
+        limit: Fraction of responses, 0 to 1, that may have no reward, and that each function may fail to score: of
+            an update, or of the last ``FEWEST`` responses if an update has fewer.
 
     Attributes:
         total: Responses without a reward since the run began.
-        share: The same of what was seen last, as a share of it.
+        share: Fraction without a reward among the responses last observed.
     """
 
     def __init__(self, limit: float) -> None:
@@ -273,11 +273,11 @@ class Unscored:
         self._warned = False
 
     def observe(self, scores: torch.Tensor, failed: Mapping[str, Sequence[str]]) -> None:
-        """Take account of some responses.
+        """Count some responses.
 
         Args:
-            scores: (B,) float32, NaN where there is no reward.
-            failed: By reward function, why it could not score responses, a text each.
+            scores: (B,) float32, NaN where a response has no reward.
+            failed: By reward function, the reasons why it could not score responses, one text each.
         """
         counts = Counter({"": int(scores.isnan().sum())} | {name: len(reasons) for name, reasons in failed.items()})
         first = {name: reasons[0] for name, reasons in failed.items()}
@@ -298,7 +298,7 @@ class Unscored:
         return sum(size for size, _ in self._recent)
 
     def error(self) -> RewardError | None:
-        """What ends the run, where too many failed of late."""
+        """The error that ends the run, if too many failed recently."""
         counts, size = sum((counts for _, counts in self._recent), Counter()), self._size()
         if not any(count > self.limit * max(size, FEWEST) for count in counts.values()):
             return None
@@ -315,24 +315,24 @@ class Unscored:
         return " ".join([what, *(failed or ["The reward functions returned None."])])
 
     def forget(self) -> None:
-        """Count from here on, but for the total: a run that is resumed is not stopped for what failed before."""
+        """Reset all counts except the total: a resumed run is not stopped for earlier failures."""
         self._recent.clear()
 
     def check(self) -> None:
-        """Stop where too many failed of late.
+        """Stop if too many failed recently.
 
         Raises:
-            RewardError: Says how many, why, and what to do.
+            RewardError: With how many, why, and what to do.
         """
         error = self.error()
         if error is not None:
             raise error
 
     def state_dict(self) -> dict[str, Any]:
-        """What was counted, the same in all processes."""
+        """The counts, the same in all processes."""
         return {"total": self.total, "recent": [(size, dict(counts)) for size, counts in self._recent]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` gave."""
+        """Restore a ``state_dict``."""
         self.total = state["total"]
         self._recent = deque((size, Counter(counts)) for size, counts in state["recent"])

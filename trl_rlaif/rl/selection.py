@@ -1,4 +1,4 @@
-"""What PPO trains on and what it rehearses: the selectors' choice from a pool, one for all processes."""
+"""Data selection: which prompts PPO trains on and which pairs it rehearses, the same in all processes."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ MAP_POINTS = 2_000
 
 @dataclass(frozen=True)
 class MergedSelection:
-    """What all selectors together chose.
+    """The combined selection of all selectors.
 
     Args:
-        rows: Of the prompt dataset, to train on; None for all of it.
+        rows: Indices into the prompt dataset, to train on; None for all of it.
         strata: A label for each of ``rows``, or None.
         rehearsal: Pairs to rehearse.
         map: Points of the report's map of clusters: x, y, cluster, chosen, prompt.
@@ -59,34 +59,34 @@ class MergedSelection:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MergedSelection:
-        """What ``to_dict`` gave."""
+        """From ``to_dict``'s result."""
         return cls(**{**values, "rehearsal": [RehearsalPair(**pair) for pair in values["rehearsal"]]})
 
 
 class Steps(Protocol):
-    """The steps of a trainer that a pool of responses goes through."""
+    """A trainer's steps that a pool of responses goes through."""
 
     def sample(self, batch: dict[str, Any]) -> Rollout:
-        """Responses of the present policy to a collated batch of prompts."""
+        """Responses of the current policy to a collated batch of prompts."""
 
     def score(self, rollout: Rollout) -> Scores | torch.Tensor:
         """Their summed rewards."""
 
     def transform(self, scores: Scores | torch.Tensor, rollout: Rollout, *, pool: bool = False) -> Any:
-        """Scores as they are paid: Scores, or (B,) float32."""
+        """Transformed scores: Scores, or (B,) float32."""
 
 
 @dataclass
 class PromptPool:
-    """Draws scored responses of the present policy to a run's prompts. Each process draws a share.
+    """Samples and scores the current policy's responses to a run's prompts. Each process samples a share.
 
     Args:
         prompts: With ``input_ids``.
-        collate: Makes a batch of rows.
+        collate: Makes a batch from rows.
         steps: Sample, score and transform.
-        rewards: Counts the responses without a reward; its state is afterwards what it was where that is asked for.
-        policy: Gives the policy's model, whose base without an adapter embeds prompts.
-        args: Seed, prompts to draw, batch size and estimator of the KL.
+        rewards: Counts the responses without a reward; its state is restored on request.
+        policy: Returns the policy's model, whose base without an adapter embeds prompts.
+        args: Seed, number of prompts, batch size and KL estimator.
         accelerator: Of all processes.
     """
 
@@ -99,21 +99,21 @@ class PromptPool:
     accelerator: Accelerator
 
     def draw(self, num_responses: int = 1, *, selection: int = 0) -> Pool:
-        """Scored responses to ``args.selection_prompts`` of the prompts, or to all. Every process has all in the end.
+        """Scored responses to ``args.selection_prompts`` of the prompts, or to all; every process gets all of them.
 
         Responses without a reward are left out.
 
         Args:
             num_responses: Responses per prompt.
-            selection: How many selections came before: each one draws prompts of its own, where not all are drawn.
+            selection: Number of earlier selections: each one draws different prompts, unless all are used.
 
         Raises:
-            UserError: More than ``args.max_failed`` of the responses have no reward, or all have none.
+            UserError: More than a fraction ``args.max_failed`` of the responses has no reward, or all have none.
         """
         rows = [row for row in self._rows(selection) for _ in range(num_responses)]
         share = -(-len(rows) // self.accelerator.num_processes)
         begin, size = self.accelerator.process_index * share, self.args.local_batch_size
-        # What is beyond the last prompt is a repetition, so that all processes draw equally many.
+        # Beyond the last prompt they repeat, since all processes must sample equally many.
         batches = [
             [rows[i % len(rows)] for i in range(start, min(start + size, begin + share))]
             for start in range(begin, begin + share, size)
@@ -137,7 +137,7 @@ class PromptPool:
         return pool if len(known) == len(pool) else pool.subset(known)
 
     def _rows(self, selection: int) -> list[int]:
-        """The prompts that are drawn for."""
+        """The prompts to sample responses to."""
         rows, limit = list(range(len(self.prompts))), self.args.selection_prompts
         if limit is None or limit >= len(rows):
             return rows
@@ -145,9 +145,9 @@ class PromptPool:
         return sorted(chosen.tolist())
 
     def _scored(self, batches: list[list[int]], size: int) -> tuple[Rollout, Scores]:
-        """Responses to batches of prompts (rows) as one rollout, and their (size,) scores, transformed all at once.
+        """Responses to batches of prompts (rows) as one rollout, and their (size,) scores, transformed together.
 
-        A batch at a time they could not be compared: each would be mapped by other figures than the one before.
+        Transformed batch by batch, they would not be comparable: each batch has its own statistics.
         """
         rollouts, scores, before = [], [], self.rewards.sum.state_dict()
         # A pool may take longer than an update.
@@ -163,7 +163,7 @@ class PromptPool:
         return rollout, Scores.of(self.steps.transform(self.rewards.joined(scores, before), rollout, pool=True))
 
     def _plain(self, rollout: Rollout, scores: Scores) -> list[dict[str, Any]]:
-        """What a pool holds of each response, as plain values that go from process to process."""
+        """A pool's record of each response, as plain values that can be gathered."""
         prompt_ids, response_ids = zip(*unpadded(*rollout.sequences(slice(None))), strict=True)
         found = {
             "prompts": rollout.prompts,
@@ -179,7 +179,7 @@ class PromptPool:
         return [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
 
     def _embeddings(self, prompt_ids: list[list[int]], repeats: int) -> np.ndarray:
-        """By the frozen base; a prompt's responses stand one behind the other."""
+        """By the frozen base; a prompt's responses are consecutive."""
         from trl_rlaif.models.embedding import mean_hidden_states
         from trl_rlaif.models.shared_model import active_adapter
 
@@ -189,18 +189,18 @@ class PromptPool:
 
 
 class PromptSelection:
-    """What is trained on and rehearsed: the choice of a run's selectors from its pool, the same in all processes.
+    """The selectors' choice from a run's pool, to train on and to rehearse, the same in all processes.
 
     Args:
-        selectors: Applied one after the other; none leave everything as it is.
+        selectors: Applied one after another; without any, nothing changes.
         pool: What they choose from.
-        rehearsal: Is filled with the pairs that they choose.
-        folder: Where the choice is written for the reader's eyes.
-        reload: Trains on other prompts from here on, given them and a label of each or None.
+        rehearsal: Filled with the pairs that they choose.
+        folder: Where the choice is written for inspection.
+        reload: Switches training to other prompts, given them and a label for each or None.
 
     Attributes:
-        chosen: The present choice; None before the first.
-        at: The update before which it was made, where that is known.
+        chosen: The current choice; None before the first.
+        at: The update before which it was made, if known.
     """
 
     def __init__(
@@ -218,12 +218,12 @@ class PromptSelection:
 
     @property
     def num_responses(self) -> int:
-        """Responses a prompt that the selectors need."""
+        """Responses per prompt that the selectors need."""
         return max(map(responses_needed, self.selectors))
 
     @property
     def prompts(self) -> Dataset:
-        """Those that were chosen to train on."""
+        """The prompts chosen to train on."""
         rows = None if self.chosen is None else self.chosen.rows
         return self.pool.prompts if rows is None else self.pool.prompts.select(rows)
 
@@ -235,13 +235,13 @@ class PromptSelection:
         return bool(self.selectors) and (self.chosen is None or (again and self.at != update))
 
     def renew(self, update: int) -> None:
-        """Choose where that is due before this update."""
+        """Choose, if that is due before this update."""
         if self.due(update):
             self.take(self.choose(update))
             self.at = update
 
     def choose(self, update: int) -> MergedSelection:
-        """The selectors' choice. The rewards' state is afterwards what it was: a pool is no training data.
+        """The selectors' choice. The rewards' state is restored afterwards: a pool is not training data.
 
         Raises:
             UserError: As ``select``.
@@ -252,7 +252,7 @@ class PromptSelection:
         return self.choose_from(pool)
 
     def choose_from(self, pool: Pool) -> MergedSelection:
-        """The choice that the first process makes, in all of them."""
+        """The first process's choice, broadcast to all."""
         chosen = MergedSelection()
         with failing_together(self.pool.accelerator):
             if self.pool.accelerator.is_main_process:
@@ -260,7 +260,7 @@ class PromptSelection:
         return broadcast_object_list([chosen])[0]
 
     def take(self, chosen: MergedSelection) -> None:
-        """Train on it and rehearse it from here on."""
+        """Train on it and rehearse it from now on."""
         before, self.chosen = self.chosen or MergedSelection(), chosen
         self.rehearsal.fill(chosen.rehearsal)
         self.write()
@@ -272,7 +272,7 @@ class PromptSelection:
         return {"chosen": None if self.chosen is None else self.chosen.to_dict(), "selected_at": self.at}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` gave."""
+        """Restore a ``state_dict``."""
         if state["chosen"] is not None:
             self.take(MergedSelection.from_dict(state["chosen"]))
         self.at = state.get("selected_at")  # checkpoints of earlier versions have none
@@ -289,17 +289,17 @@ class PromptSelection:
 
 
 def responses_needed(selector: DataSelector) -> int:
-    """Responses a prompt that a selector needs."""
+    """Responses per prompt that a selector needs."""
     with origin_of(selector, "data selector").blamed("num_responses"):
         return check_num_responses(selector.num_responses)
 
 
 def select(selectors: Sequence[DataSelector], pool: Pool) -> MergedSelection:
-    """Apply selectors one after the other, each to the prompts that the one before left.
+    """Apply selectors one after another, each to the prompts that the previous one kept.
 
     Raises:
-        UserError: A selector chose no prompt, an index that is not there, or what else its contract does not allow.
-        ComponentError: The same of one that a recipe picked, or an exception in it.
+        UserError: A selector chose no prompt or an invalid index, or violated its contract in another way.
+        ComponentError: The same for a selector that a recipe names, or an exception in it.
     """
     rows: list[int] | None = None
     strata: dict[int, int] = {}
@@ -314,7 +314,7 @@ def select(selectors: Sequence[DataSelector], pool: Pool) -> MergedSelection:
             continue
         chosen = [int(i) for i in selection.prompts]
         rows = [int(pool.rows[i]) for i in chosen]
-        if selection.strata is not None:  # numbered: what a label is does not matter, and a checkpoint holds numbers
+        if selection.strata is not None:  # numbered: the label itself does not matter, and a checkpoint holds numbers
             numbers = {label: i for i, label in enumerate(dict.fromkeys(selection.strata))}
             strata = {row: numbers[label] for row, label in zip(rows, selection.strata, strict=True)}
         kept = set(rows)
@@ -351,7 +351,7 @@ def map_points(pool: Pool, selection: Selection) -> list[dict[str, Any]]:
 
 
 class StratifiedSampler(RandomSampler):
-    """A shuffled pass over rows in which every stretch holds the labels in like shares.
+    """A shuffled pass over rows in which every stretch holds the labels in similar proportions.
 
     Args:
         strata: A label for each row.

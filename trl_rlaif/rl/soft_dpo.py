@@ -1,4 +1,4 @@
-"""DPOTrainer on soft labels: TRL's own smooths all labels alike, by one constant, or takes them as sure."""
+"""DPOTrainer on soft labels: TRL's own smooths all labels by one constant, or takes them as certain."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from trl_rlaif.reward.losses import soft_preference_loss
 
 
 def takes_soft_labels(config: DPOConfig) -> bool:
-    """Whether the loss is plain DPO, the logistic loss of one difference: of others p is no part."""
+    """Whether the loss is plain DPO, the logistic loss of one difference: other losses have no p."""
     plain = config.loss_type == ["sigmoid"] and not config.loss_weights and not config.use_weighting
-    return plain and not getattr(config, "use_liger_kernel", False)  # whose fused loss tells no differences
+    return plain and not getattr(config, "use_liger_kernel", False)  # its fused loss does not expose the differences
 
 
 class SoftDPOTrainer(DPOTrainer):
     """TRL's trainer with a column ``p``, the probability in [0, 1] that ``chosen`` is preferred.
 
     L = -[p log s(h) + (1 - p) log s(-h)] with h = beta * (log-ratio of chosen - log-ratio of rejected) and s the
-    sigmoid: DPO (Rafailov et al. 2023, eq. 7) with a label smoothing of 1 - p for each pair. Where p is 1, it is TRL's
-    loss to the last digit.
+    sigmoid: DPO (Rafailov et al. 2023, eq. 7) with a label smoothing of 1 - p for each pair. For p = 1, it is exactly
+    TRL's loss.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.data_collator = partial(_with_labels, self.data_collator)  # which workers of a data loader can be sent
+        self.data_collator = partial(_with_labels, self.data_collator)  # picklable, for a data loader's workers
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -39,13 +39,13 @@ class SoftDPOTrainer(DPOTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """TRL's loss, and what the labels add to it: (1 - p) h, for log s(-h) = log s(h) - h.
+        """TRL's loss plus the labels' term (1 - p) h, since log s(-h) = log s(h) - h.
 
         Raises:
-            RunError: TRL computes its loss in another way than this relies on.
+            RunError: TRL does not compute its loss in the way that this relies on.
         """
         p, beta = inputs.pop("p"), self.beta
-        self.beta = _Remembering(beta)  # the first thing that TRL multiplies it with is the difference
+        self.beta = _Remembering(beta)  # TRL first multiplies it with the difference
         try:
             found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             products = self.beta.products
@@ -57,7 +57,7 @@ class SoftDPOTrainer(DPOTrainer):
         return (loss, found[1]) if return_outputs else loss
 
     def _check(self, products: list[torch.Tensor], loss: torch.Tensor) -> None:
-        """What the first product gives is TRL's loss; a router's loss (MoE) comes on top of it."""
+        """Check that the first product gives TRL's loss; a router's loss (MoE) is added to it."""
         if products and (self.aux_loss_enabled or _is_loss_of(products[0].detach(), loss)):
             return
         raise RunError(
@@ -72,7 +72,7 @@ def _is_loss_of(h: torch.Tensor, loss: torch.Tensor) -> bool:
 
 
 class _Remembering(float):
-    """A number that remembers what it was multiplied with became."""
+    """A number that records the products it takes part in."""
 
     products: list[Any]
 

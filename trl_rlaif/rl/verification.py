@@ -20,12 +20,12 @@ from trl_rlaif.models.shared_model import inner_model
 from trl_rlaif.types import Responses
 
 ROWS = 4
-_SCORES = HEAD_ELEMENTS // 4  # of one row that are alive at once: of them there are several copies
+_SCORES = HEAD_ELEMENTS // 4  # of one row that are alive at once, in several copies
 # Mean differences in nats that rounding explains. With tiny random models of 60 families, which amplify it, and with
 # SmolLM2-135M, the largest were 2e-5 in float32 and 0.1 in bfloat16; faults of padding or of the cache made 1e-3 to 2.
 _LEAST = 2e-4
 _EPSILONS = 32
-# Beyond it the responses are no longer the policy's, whatever their log-probabilities are.
+# Beyond this, the responses are no longer the policy's, whatever their log-probabilities are.
 MOST = _EPSILONS * torch.finfo(torch.bfloat16).eps
 PADDING = (
     "%s: log-probabilities differ from those of a plain forward pass by %s, in nats per token. From now on, batches "
@@ -42,13 +42,13 @@ _MATMUL = {"high": 2.0**-10, "medium": 2.0**-7}  # TF32 and bfloat16
 class Deviations:
     """Mean absolute differences between log-probabilities and those of plain forward passes, nats per token.
 
-    They are differences of scores: multiplied by the temperature, by which scores are divided.
+    They are differences of logits: multiplied by the temperature, by which logits are divided.
 
     Args:
         sampling: Of the log-probabilities recorded with the responses.
         policy: Of the policy's padded forward pass, as in a training step.
         reference: Of the reference's.
-        tokens: Over how many tokens.
+        tokens: Number of tokens.
     """
 
     sampling: float
@@ -57,11 +57,11 @@ class Deviations:
     tokens: int
 
     def within(self, limit: float) -> bool:
-        """Whether none is larger, or not a number."""
+        """Whether none is larger, or NaN."""
         return self.forward_within(limit) and self.sampling <= limit
 
     def forward_within(self, limit: float) -> bool:
-        """The same of the forward passes alone."""
+        """The same for the forward passes only."""
         return self.policy <= limit and self.reference <= limit
 
     def __str__(self) -> str:
@@ -86,7 +86,7 @@ def tolerance(role_models: RoleModels, args: Any) -> float:
 
 
 def chosen_rows(responses: Responses) -> torch.Tensor:
-    """The rows to compare, (at most 4,) int64 on the CPU: the shortest prompts, and the longest, which pads them."""
+    """The rows to compare, (at most 4,) int64 on the CPU: the shortest prompts, and the longest, to pad them to."""
     order = responses.by_length(torch.arange(len(responses.prompts)))
     return torch.cat((order[:-1][: ROWS - 1], order[-1:]))
 
@@ -105,7 +105,7 @@ def deviations(
     Args:
         found: (B, T) float32 each, of which the chosen rows are read: the policy's as recorded while sampling, the
             policy's by a forward pass, and the reference's.
-        args: Whether there is bf16 autocast.
+        args: Whether bf16 autocast is on.
         temperature: Of all of them.
     """
     rows = chosen_rows(responses)
@@ -122,13 +122,13 @@ def deviations(
 
 
 def worst(own: Deviations, accelerator: Accelerator) -> Deviations:
-    """The largest deviations of all processes; one that is not a number is the largest."""
+    """The largest deviations of all processes; NaN is the largest."""
     every = torch.tensor(gather_object([(own.sampling, own.policy, own.reference, own.tokens)]))
     return Deviations(*every[:, :3].amax(0).tolist(), tokens=int(every[:, 3].sum()))
 
 
 def error(name: str, found: Deviations, limit: float, *, fix: str = "") -> UserError:
-    """For a model whose log-probabilities are wrong whatever is tried."""
+    """For a model whose log-probabilities stay wrong whatever is tried."""
     return UserError(
         f"{name}: log-probabilities of {found.tokens} sampled tokens differ from those of a plain forward pass by "
         f"{found}, in nats per token; rounding explains {limit:.2g}. A policy cannot learn from them. The fault is in "
@@ -140,14 +140,14 @@ def error(name: str, found: Deviations, limit: float, *, fix: str = "") -> UserE
 
 
 def _plain(role_models: RoleModels, part: str, responses: Responses, row: int, temperature: float) -> torch.Tensor:
-    """(n,) float32 log-probabilities of a row's response, or of its beginning where the vocabulary is large."""
+    """(n,) float32 log-probabilities of a row's response, or of its beginning if the vocabulary is large."""
     with role_models.role(part):
         model = inner_model(role_models.model(part))
         most = max(16, _SCORES // model.config.get_text_config().vocab_size)
         response = responses.response_ids[row, : min(responses.response_lengths[row], most)]
         first = responses.prompt_ids.shape[1] - responses.prompt_lengths[row]
         ids = torch.cat((responses.prompt_ids[row, first:], response))[None]
-        # The scores of a long prompt would take more memory than a training step does.
+        # The logits of a long prompt would take more memory than a training step does.
         known = "logits_to_keep" in inspect.signature(model.forward).parameters
         keep = {"logits_to_keep": len(response) + 1} if known else {}
         logits = model(input_ids=ids, use_cache=False, **keep).logits[:, -len(response) - 1 : -1]

@@ -1,4 +1,4 @@
-"""Responses drawn by vLLM through TRL's integration, from merged copies of the policy's weights."""
+"""Sampling with vLLM through TRL's integration, from merged copies of the policy's weights."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 
     from trl_rlaif.rl.ppo.config import PPOConfig
 
-LOWEST_TEMPERATURE = 0.01  # below it vLLM samples as if it were this, unless it is 0
+LOWEST_TEMPERATURE = 0.01  # vLLM raises lower ones to this, except 0
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class VLLMSampler:
-    """Draws responses with vLLM. The engine starts at the first draw.
+    """Samples responses with vLLM. The engine starts at the first call.
 
     Args:
         args: Response length, and where vLLM runs.
-        accelerator: With several processes each passes its own prompts, as many as the others; TRL gathers them.
+        accelerator: With several processes, each passes equally many prompts of its own; TRL gathers them.
         tokenizer: Padding.
         stop_ids: The tokens that end a response; without any, it is sampled to the full length.
     """
@@ -51,24 +51,24 @@ class VLLMSampler:
     def generate(
         self, role_models: RoleModels, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, temperature: float
     ) -> torch.Tensor:
-        """Sample one response a prompt from the policy's whole distribution.
+        """Sample one response per prompt from the policy's full distribution.
 
         Args:
             prompt_ids: (B, P) int64, padded on the left.
             prompt_mask: (B, P) bool.
-            temperature: >= 0; below 0.01 the likeliest token is taken.
+            temperature: >= 0; below 0.01, decoding is greedy.
 
         Returns:
-            (B, T) int64, filled with padding behind the ends; T is at most the response length.
+            (B, T) int64, padded after the ends; T is at most the response length.
 
         Raises:
-            UserError: The policy's adapter cannot be merged (see ``MergedPolicy``), or weights cannot be sent.
+            UserError: The policy's adapter cannot be merged (see ``MergedPolicy``), or its weights cannot be sent.
             RunError: The server does not answer.
         """
         model = role_models.model("policy")
         rows = zip(prompt_ids.tolist(), prompt_mask.tolist(), strict=True)
         prompts = [list(compress(ids, mask)) for ids, mask in rows]
-        # In the policy's role throughout: an engine that has slept asks for the weights once more by itself.
+        # In the policy's role throughout: an engine that wakes from sleep requests the weights again by itself.
         with role_models.role("policy"), server_errors():
             if self._engine is None:
                 with engine_for(model.dtype):
@@ -97,7 +97,7 @@ class VLLMSampler:
             max_model_length=args.vllm_max_model_length,
             max_num_seqs=args.local_batch_size * args.vllm_tensor_parallel_size,
             enable_sleep_mode=args.vllm_enable_sleep_mode,
-            # The whole distribution: it is the one whose log-probabilities PPO uses.
+            # The full distribution: PPO uses its log-probabilities.
             repetition_penalty=1.0,
             top_p=1.0,
             top_k=0,
@@ -109,7 +109,7 @@ class VLLMSampler:
         )
 
     def _hand_over(self, model: nn.Module) -> None:
-        """Give the engine the policy's present weights, unless it has them."""
+        """Send the engine the policy's current weights, unless it has them."""
         present = trained_bits(model)
         if present != self._cast:
             self._engine.sync_weights()
@@ -117,7 +117,7 @@ class VLLMSampler:
 
 
 def check_installed() -> None:
-    """Raise a UserError unless vLLM is there."""
+    """Raise a UserError unless vLLM is installed."""
     if not is_vllm_available():
         raise UserError(
             "generation: vllm needs the package vllm.",
@@ -126,24 +126,24 @@ def check_installed() -> None:
 
 
 def trained_bits(model: nn.Module) -> list[int]:
-    """A number for each trained tensor, of its bits: versions miss what writes through .data, as checkpoints do."""
+    """A checksum of each trained tensor's bits: version counters miss writes through .data, as by checkpoints."""
     trained = [p.detach().contiguous() for p in model.parameters() if p.requires_grad]
     return torch.stack([p.view(_BITS[p.element_size()]).sum() for p in trained]).tolist() if trained else []
 
 
 class MergedPolicy(nn.Module):
-    """A policy as a plain model: named parameters of the base, into which the active adapter is merged on reading.
+    """A policy as a plain model: named parameters of the base, with the active adapter merged in on reading.
 
-    TRL would merge every active adapter into the weights that are trained, and take it out again. That leaves
-    rounding errors in the shared base, and quantizes an NF4 base anew each time. Here a layer's merged weight is
-    computed beside the layer when its turn comes, in the layer's precision, and dequantized; the model itself is only
-    read. vLLM therefore holds the base unquantized: there is no 4-bit layer to be seen here.
+    TRL would merge every active adapter into the model in place, and unmerge it again. That leaves rounding errors in
+    the shared base, and requantizes an NF4 base each time. Here each layer's merged weight is a copy, computed when it
+    is read, in the layer's precision, and dequantized; the model itself is only read. vLLM therefore holds the base
+    unquantized.
 
     Args:
-        model: A model of transformers, with LoRA layers or without.
+        model: A transformers model, with or without LoRA layers.
 
     Raises:
-        UserError: The adapter is not plain LoRA on linear layers and embeddings that have weights of their own.
+        UserError: The adapter is not plain LoRA on linear layers and embeddings with weights of their own.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -167,7 +167,7 @@ def _merged(parameter: nn.Parameter, layer: BaseTunerLayer | None) -> torch.Tens
     weight = dequantize_bnb_weight(parameter) if type(parameter).__name__ == "Params4bit" else parameter.data
     if layer is None:
         return weight
-    # In float32 where the adapter is, and rounded once.
+    # In float32 if the adapter is, and rounded once.
     return sum((layer.get_delta_weight(name) for name in _active(layer)), weight).to(weight.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Responses drawn by a vLLM engine that holds the base and is given the policy's adapter alone."""
+"""Sampling with a vLLM engine that keeps the base and receives only the policy's adapter."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 
 class AdapterSampler:
-    """Draws responses with vLLM in this process, which applies the policy's adapter to its own copy of the base.
+    """Samples responses with vLLM in this process, which applies the policy's adapter to its own copy of the base.
 
-    After an update the adapter is written to a folder, some megabytes, and read by the engine as a LoRA request; the
-    base is never sent again, and comes back from the host's memory where the engine has slept. TRL's integration, which
-    ``VLLMSampler`` uses, sends all weights, merged, and drops them where the engine sleeps.
+    After an update the adapter, some megabytes, is written to a folder and read by the engine as a LoRA request; the
+    base is never sent again, and is restored from host memory after the engine has slept. TRL's integration, which
+    ``VLLMSampler`` uses, sends all weights, merged, and drops them when the engine sleeps.
 
     Args:
         args: Response length, and the engine's settings.
@@ -60,18 +60,18 @@ class AdapterSampler:
     def generate(
         self, role_models: RoleModels, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, temperature: float
     ) -> torch.Tensor:
-        """Sample one response a prompt from the policy's whole distribution; seeds are drawn from torch's own.
+        """Sample one response per prompt from the policy's full distribution; seeds come from torch's generator.
 
         Args:
             prompt_ids: (B, P) int64, padded on the left.
             prompt_mask: (B, P) bool.
-            temperature: >= 0; below 0.01 the likeliest token is taken.
+            temperature: >= 0; below 0.01, decoding is greedy.
 
         Returns:
-            (B, T) int64, filled with padding behind the ends; T is at most the response length.
+            (B, T) int64, padded after the ends; T is at most the response length.
 
         Raises:
-            UserError: The policy is no adapter that vLLM applies as it is, or its base is in 4 bits.
+            UserError: The policy is not an adapter that vLLM can apply, or its base is in 4 bits.
         """
         peft, name = role_models.adapter()
         if self._llm is None:
@@ -110,7 +110,7 @@ class AdapterSampler:
         return llm
 
     def _hand_over(self, peft: PeftModel, name: str) -> None:
-        """Have the engine read the present adapter, unless it has it."""
+        """Have the engine read the current adapter, unless it has it."""
         from vllm.lora.request import LoRARequest
 
         present = trained_bits(peft)
@@ -118,7 +118,7 @@ class AdapterSampler:
             folder = TemporaryDirectory(prefix="policy-")
             save_adapter(peft, name, folder.name)
             version = self._request.lora_int_id + 1 if self._request else 1
-            # A name and number of its own: the engine keeps what it knows by them, prefixes of the old policy too.
+            # A new name and number: the engine caches by them, including prefixes of the old policy.
             self._request = LoRARequest(f"policy-{version}", version, folder.name)
             self._folder, self._read = folder, present  # the engine may read the folder again
 

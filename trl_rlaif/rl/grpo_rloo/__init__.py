@@ -1,4 +1,4 @@
-"""RLOO and GRPO: TRL's own trainers, with rewards, transforms, selectors, rehearsal and checkpoints as PPO has them."""
+"""RLOO and GRPO: TRL's own trainers with PPO's rewards, transforms, selectors, rehearsal and checkpoints."""
 
 from trl_rlaif.compat.trl_version import check_trl
 

@@ -1,4 +1,4 @@
-"""What scores, chooses and rehearses beside TRL's group trainers, on the very base that they train."""
+"""Scoring, selection and rehearsal for TRL's group trainers, on the same base that they train."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from trl_rlaif.rl.scoring import RewardPipeline, Scores
 from trl_rlaif.rl.selection import PromptSelection
 from trl_rlaif.types import RehearsalPair, Responses, Rollout
 
-# What TRL hands to reward functions beside the dataset's columns.
+# Arguments that TRL passes to reward functions besides the dataset's columns.
 _TRAINERS_OWN = ("trainer_state", "log_extra", "log_metric", "environments")
 
 
 @dataclass
 class GroupScorer:
-    """The collaborators of a group trainer; the sample, score and transform of its selectors' pools.
+    """The collaborators of a group trainer; the sample, score and transform steps of its selectors' pools.
 
     Args:
         args: PPO's settings, of which those for sampling, scoring, selection and rehearsal are read.
         shared: The base that TRL's trainer trains.
         reader: Of responses.
-        generator: Draws the pools' responses.
+        generator: Samples the pools' responses.
         state: The trainer's, once it trains.
     """
 
@@ -64,26 +64,26 @@ class GroupScorer:
         return self.generator.draw(self.role_models, batch)
 
     def score(self, responses: Responses) -> Scores:
-        """What the rewards say of them, summed."""
+        """Their summed rewards."""
         return self.rewards.score(responses, trainer_state=self.state)
 
     def transform(self, scores: Scores, rollout: Rollout, *, pool: bool = False) -> Scores:
-        """Scores as they are paid."""
+        """Transformed scores."""
         return self.rewards.transform(scores, rollout, rollout.kl(), pool=pool)
 
     def rehearse(self) -> torch.Tensor:
-        """Add the gradients of a batch of pairs to an optimizer step; its NLL, nats per token."""
+        """Add the gradients of a batch of pairs to an optimizer step; returns its NLL, nats per token."""
         generator, progress = self.generator, self.state.global_step / self.state.max_steps
         step = PPOStep(self.role_models, self.accelerator, self.args, generator.temperature, generator.pads)
         return self.rehearsal.step(step.rehearse, progress, self.accelerator.device)
 
 
 class GroupReward:
-    """All rewards of a run as one function for TRL's trainers: summed, transformed, and logged by PPO's names.
+    """All rewards of a run as one function for TRL's trainers: summed, transformed, and logged under PPO's names.
 
     Attributes:
         scorer: To be set before the first call.
-        missing: Of each completion of the last call, whether it has no reward.
+        missing: For each completion of the last call, whether it has no reward.
     """
 
     __name__ = "score"
@@ -96,7 +96,7 @@ class GroupReward:
     def __call__(
         self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], **columns: Any
     ) -> list[float | None]:
-        """One finite number for each completion, or None where it has no reward: TRL leaves it out of the baseline.
+        """One finite number for each completion, or None if it has no reward: TRL leaves it out of the baseline.
 
         Raises:
             UserError: As ``RewardPipeline.score``.
@@ -113,7 +113,7 @@ class GroupReward:
         scores = scorer.score(responses)
         rewards.observe(scores)
         scores = rewards.transform(scores, responses, kl)
-        policy.train(training)  # by which TRL tells training from evaluation
+        policy.train(training)  # TRL tells training from evaluation by this
         metrics = score_metrics(responses, scores.total, scorer.accelerator.gather)
         for name, value in (metrics | rewards.take_metrics(scores)).items():
             own["log_metric"](name, value)

@@ -1,4 +1,4 @@
-"""TRL's RLOOTrainer and GRPOTrainer on a shared base, rehearsing beside their own loss."""
+"""TRL's RLOOTrainer and GRPOTrainer on a shared base, with rehearsal added to their loss."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from trl_rlaif.validation import RewardError
 if TYPE_CHECKING:
     from trl_rlaif.rl.grpo_rloo.scoring import GroupScorer
 
-_Trainer: Any = object  # one of TRL's, which it is joined with
+_Trainer: Any = object  # the TRL trainer that it is combined with
 _STATE = "trl_rlaif.pt"
 
 
 class RehearsalMixin(_Trainer):
-    """Mixin: gamma * NLL of the scorer's rehearsal pairs joins each optimizer step (Peng et al. 2023).
+    """Mixin: adds gamma * NLL of the scorer's rehearsal pairs to each optimizer step (Peng et al. 2023).
 
     Attributes:
-        scorer: Whose rewards, selectors and pairs are used; its shared base is this trainer's model.
+        scorer: Its rewards, selectors and pairs are used; its shared base is this trainer's model.
         same_run: Compares a checkpoint with this run.
-        failure: What stopped the run, where too many responses had no reward.
+        failure: The error that stopped the run, if too many responses had no reward.
     """
 
     scorer: GroupScorer | None = None
@@ -56,15 +56,15 @@ class RehearsalMixin(_Trainer):
         super().create_accelerator_and_postprocess()
 
     def take(self, scorer: GroupScorer) -> None:
-        """Train with this scorer from here on, and on the prompts that its selectors choose."""
+        """Train with this scorer from now on, and on the prompts that its selectors choose."""
         self.scorer = scorer
         settings = components(scorer.rewards, scorer.selection.selectors) | scoring_settings(scorer.args)
         self.same_run = SameRun(self, lambda: scorer.selection.pool.prompts, **settings)
         self.add_callback(ScorerCallback(self))
-        self.add_callback(self.same_run)  # after it, whose file of a checkpoint has a digest, too
+        self.add_callback(self.same_run)  # after the scorer's, since its checkpoint file gets a digest too
 
     def verify(self) -> None:
-        """Compare TRL's log-probabilities of padded prompts with plain ones: see ``verification.verify``."""
+        """Compare TRL's log-probabilities for padded prompts with plain ones: see ``verification.verify``."""
 
         def logprobs(ids: torch.Tensor, mask: torch.Tensor, tokens: int) -> torch.Tensor:
             return self._get_per_token_logps_and_entropies(self.model, ids, mask, tokens)[0]
@@ -76,8 +76,8 @@ class RehearsalMixin(_Trainer):
         """TRL's.
 
         Raises:
-            RewardError: It stopped since too many responses had no reward. A checkpoint has been saved.
-            RunError: A gradient is not finite, or vLLM's server does not answer.
+            RewardError: Too many responses had no reward. A checkpoint has been saved.
+            RunError: A gradient is not finite, or vLLM's server does not respond.
         """
         hand_over(self)
         kernels = nullcontext() if self.scorer is None else self.scorer.kernels()
@@ -88,12 +88,12 @@ class RehearsalMixin(_Trainer):
         return output
 
     def _generate(self, *arguments: Any, **named: Any) -> Any:
-        """TRL's, from vLLM's server with an error in words where that is gone."""
+        """TRL's, with a readable error if vLLM's server is gone."""
         with server_errors() if getattr(self, "use_vllm", False) else nullcontext():
             return super()._generate(*arguments, **named)
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        """TRL's, in which a completion without a reward has the advantage 0, and here no KL in GRPO's loss either."""
+        """TRL's, where a completion without a reward has advantage 0; here it has no KL in GRPO's loss either."""
         with gathered(self.model):
             output = super()._generate_and_score_completions(inputs)
         if self.scorer is not None and isinstance(self, GRPOTrainer):
@@ -102,8 +102,8 @@ class RehearsalMixin(_Trainer):
         return output
 
     def training_step(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> torch.Tensor:
-        """TRL's, and before the last micro-batch of an optimizer step the gradients of what is rehearsed."""
-        # Before, not behind it: DDP averages what has gathered by then over all processes.
+        """TRL's, preceded by the rehearsal gradients in the last micro-batch of an optimizer step."""
+        # Before it, not after: DDP then averages the gradients accumulated so far over all processes.
         if self.scorer is not None and self.scorer.rehearsal.pairs and self.accelerator.sync_gradients:
             model.train()
             self._metrics["train"]["rehearsal/nll"].append(self.scorer.rehearse().item())
@@ -111,11 +111,11 @@ class RehearsalMixin(_Trainer):
         return super().training_step(model, inputs, *arguments, **named)
 
     def log_alone(self, logs: dict[str, float]) -> None:
-        """Without TRL's own log, which would take the numbers of the step that is under way along."""
+        """Log without TRL's own method, which would include the metrics of the step in progress."""
         control = self.control
         due = control.should_log
         Trainer.log(self, logs)
-        control.should_log = due  # transformers takes any log for the step's own
+        control.should_log = due  # transformers takes any log for the step's
 
 
 class RehearsalRLOOTrainer(RehearsalMixin, RLOOTrainer):
@@ -130,13 +130,13 @@ TRAINERS = {RLOOConfig: RehearsalRLOOTrainer, GRPOConfig: RehearsalGRPOTrainer}
 
 
 class ScorerCallback(TrainerCallback):
-    """Keeps the scorer in step with the trainer: its place in the run, its state in checkpoints, new selections."""
+    """Keeps the scorer in sync with the trainer: its progress, its state in checkpoints, new selections."""
 
     def __init__(self, trainer: RehearsalMixin) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Verify the model; the scorer counts as the trainer does; a resumed run takes up the transforms' state."""
+        """Verify the model and share the trainer's state with the scorer; on resume, restore the transforms' state."""
         self.trainer.verify()
         scorer = self.trainer.scorer
         scorer.state = state
@@ -148,9 +148,9 @@ class ScorerCallback(TrainerCallback):
             scorer.rehearsal.load_state_dict(mine)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop with a checkpoint where too many responses had no reward.
+        """Stop with a checkpoint if too many responses had no reward.
 
-        Choose anew what is rehearsed, where the configuration says so; TRL's dataloader keeps its prompts.
+        Select rehearsal pairs again when due; TRL's dataloader keeps its prompts.
         """
         scorer = self.trainer.scorer
         self.trainer.failure = scorer.rewards.unscored.error()
@@ -163,15 +163,15 @@ class ScorerCallback(TrainerCallback):
             with gathered(self.trainer.model):
                 before, chosen = scorer.selection.chosen, scorer.selection.choose(state.global_step)
             scorer.selection.take(replace(chosen, rows=before.rows, strata=before.strata))
-            self.trainer.model.train(training)  # by which TRL tells what it logs next from an evaluation
+            self.trainer.model.train(training)  # TRL tells its next log from an evaluation's by this
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Tell the plugins that watch."""
+        """Notify the observing plugins."""
         if logs and "reward" in logs:
             self.trainer.scorer.plugins.notify("policy_updated", trainer=self.trainer, metrics=logs)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """What was chosen, and of every process the transforms' state and the place in the pairs, beside TRL's own."""
+        """Add the selection, and each process's transform state and position in the pairs, to TRL's checkpoint."""
         scorer, folder = self.trainer.scorer, Path(args.output_dir) / f"checkpoint-{state.global_step}"
         parts = gather_object([scorer.rewards.state_dict() | scorer.rehearsal.state_dict()])
         if state.is_world_process_zero and folder.is_dir():
@@ -181,6 +181,6 @@ class ScorerCallback(TrainerCallback):
 
 
 def kept_state(checkpoint: str | Path) -> dict[str, Any] | None:
-    """What TRL's checkpoint keeps of ours: ``chosen``, and ``processes``, a part of each; or None."""
+    """Our entries in TRL's checkpoint: ``chosen``, and ``processes``, one part each; or None."""
     path = Path(checkpoint) / _STATE
     return load_state(path) if path.exists() else None

@@ -1,4 +1,4 @@
-"""Compares what TRL's group trainers compute of padded prompts with plain forward passes, before they train."""
+"""Compares TRL's group trainers' results on padded prompts with plain forward passes, before training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trl_rlaif.types import RehearsalPair, Responses
 if TYPE_CHECKING:
     from trl_rlaif.rl.grpo_rloo.scoring import GroupScorer
 
-# How many prompts are looked at, and how long responses to some of them are.
+# Number of prompts considered, and length of the responses to some of them.
 _PROMPTS, _TOKENS = 64, 16
 _FIX = "Set algorithm: ppo, which finds a way to compute such models, or use another model."
 
@@ -28,15 +28,15 @@ _FIX = "Set algorithm: ppo, which finds a way to compute such models, or use ano
 def verify(scorer: GroupScorer, logprobs: Callable[[Any, Any, int], torch.Tensor], *, samples: bool) -> None:
     """Sample a few short responses to the shortest prompts, padded to the longest, and compare log-probabilities.
 
-    Random numbers are left as they were.
+    The random state is preserved.
 
     Args:
-        scorer: Of the trainer, whose prompts and models are used.
+        scorer: Its trainer's prompts and models are used.
         logprobs: TRL's own: of input_ids (B, S) and attention_mask (B, S), those of the last T tokens, (B, T) float32.
         samples: Whether the model itself draws the responses.
 
     Raises:
-        UserError: Rounding does not explain how far they are from plain forward passes.
+        UserError: They differ from plain forward passes by more than rounding explains.
     """
     args, accelerator, policy, roles = scorer.args, scorer.accelerator, scorer.shared.peft, scorer.role_models
     training = policy.training
@@ -59,7 +59,7 @@ def verify(scorer: GroupScorer, logprobs: Callable[[Any, Any, int], torch.Tensor
 
 
 def _sampled(scorer: GroupScorer) -> tuple[Responses, torch.Tensor]:
-    """Responses, with the log-probabilities recorded while sampling; of which prompts, is the same in all processes."""
+    """Responses, with the log-probabilities recorded while sampling; the prompts are the same in all processes."""
     args, device, reader = scorer.args, scorer.accelerator.device, scorer.reader
     ends, pad_id = reader.end_ids, reader.tokenizer.pad_token_id
     prompts = sorted(scorer.selection.prompts[:_PROMPTS]["input_ids"], key=len)

@@ -1,4 +1,4 @@
-"""Rewards per token, advantages and returns: pure functions of tensors."""
+"""Advantages and returns from per-token rewards: pure functions of tensors."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ def gae(rewards: torch.Tensor, values: torch.Tensor, gamma: float, lam: float) -
     """Generalized advantage estimation (Schulman et al. 2016, eq. 16), and returns.
 
     Args:
-        rewards, values: (B, T); what lies behind the end must be zero.
-        gamma, lam: Discounts, in [0, 1].
+        rewards, values: (B, T); must be zero after the end.
+        gamma, lam: Discount and lambda, in [0, 1].
 
     Returns:
         (advantages, returns), (B, T) each; returns = advantages + values.
@@ -29,9 +29,9 @@ def gae(rewards: torch.Tensor, values: torch.Tensor, gamma: float, lam: float) -
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Share of the returns' variance that the values account for: 1 is perfect, 0 as good as a constant.
+    """Fraction of the returns' variance that the values explain: 1 is perfect, 0 is as good as a constant.
 
-    Without any returns it is 0.
+    0 without any returns.
     """
     returns, errors = returns[mask], (returns - values)[mask]
     if not len(returns):
@@ -46,10 +46,10 @@ def masked_whiten(
     shift_mean: bool = True,
     total: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
 ) -> torch.Tensor:
-    """Values scaled to unit variance (unbiased) over the mask, and to zero mean if asked; zero outside it.
+    """Values scaled to unit variance (unbiased) over the mask, optionally with zero mean; zero outside the mask.
 
     Args:
-        total: Sums a scalar over all processes, which are then whitened as one.
+        total: Sums a scalar over all processes, to whiten over all of them.
     """
     count = total(mask.sum().to(values.dtype)).clamp(min=1)
     mean = total((values * mask).sum()) / count

@@ -1,4 +1,4 @@
-"""Checkpoints of a PPO run, written whole or not at all, from which it resumes bit for bit."""
+"""Checkpoints of a PPO run, written atomically, from which it resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ BEST = "objective/rlhf_reward"
 
 
 class Part(Protocol):
-    """A collaborator with something to remember: entries of the checkpoint under names of its own."""
+    """A collaborator with state: entries of the checkpoint under its own names."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Its entries, as plain values that training does not change later."""
+        """Its entries, as plain values that later training does not change."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to them; ``state`` holds the other parts' entries too."""
+        """Restore them; ``state`` holds the other parts' entries too."""
 
 
 @dataclasses.dataclass
@@ -57,15 +57,15 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        args: Output folder, how many to keep, and what decides which is the best.
+        args: Output folder, how many to keep, and the metric that decides which is best.
         accelerator: Of all processes.
         state: The trainer's.
         model, optimizer, scheduler: What is trained, as accelerate prepared it.
         common: Parts that are the same in all processes.
         own: Parts that differ from process to process.
-        rewards: Another one of these, which goes back to where it was when a reward fails.
+        rewards: Another of these, restored to its earlier state when a reward fails.
         save_model: Writes the policy into a folder.
-        identity: Gives the settings and prompts of this run, which those of a checkpoint must equal.
+        identity: Returns the settings and prompts of this run, which a checkpoint's must equal.
     """
 
     args: PPOConfig
@@ -85,11 +85,11 @@ class Checkpoints:
 
     @contextmanager
     def kept(self, *, repeated: bool = True) -> Iterator[None]:
-        """Save what was learned, should a reward fail inside.
+        """Save a checkpoint if a reward fails inside.
 
         Args:
-            repeated: A resumed run does the same again: for the same prompts, with the same random numbers. False: it
-                continues after it.
+            repeated: A resumed run repeats the body, with the same prompts and random numbers. False: it continues
+                after it.
         """
         before = self._own_state()
         try:
@@ -101,16 +101,15 @@ class Checkpoints:
             raise
 
     def save(self, own: dict[str, Any] | None = None) -> Path:
-        """Write ``checkpoint-N`` into the output folder and drop what exceeds ``save_total_limit``.
+        """Write ``checkpoint-N`` into the output folder and delete those beyond ``save_total_limit``.
 
-        The best one is kept besides the last ones: that before which the mean of ``metric_for_best_model``
-        (objective/rlhf_reward, unless the arguments name another) was highest. ``trainer_state.json`` names it.
-        The first of several processes writes, and the others wait for it; with DeepSpeed each one adds its
-        share of the optimizer.
+        The best one is kept besides the last ones: the one with the highest mean of ``metric_for_best_model``
+        (by default objective/rlhf_reward) since its predecessor. ``trainer_state.json`` names it.
+        The main process writes while the others wait; with DeepSpeed each process adds its optimizer shard.
 
         Args:
-            own: The state of this process at an earlier moment, from which a resumed run continues; None takes the
-                present one.
+            own: This process's state at an earlier moment, from which a resumed run continues; None: the current
+                state.
         """
         target = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         building = target.with_name(f".building-{target.name}")
@@ -147,7 +146,7 @@ class Checkpoints:
         shutil.rmtree(target, ignore_errors=True)
         os.rename(building, target)
         limit = self.args.save_total_limit
-        # Later ones, which a resumed run passed over or was not told to take, go first.
+        # Later ones, which a resumed run skipped or was not told to use, go first.
         kept = sorted(_all(target.parent), key=lambda path: (_step(path) <= state.global_step, _step(path)))
         for old in kept[:-limit] if limit else []:
             if str(old) != state.best_model_checkpoint:
@@ -172,7 +171,7 @@ class Checkpoints:
         return {name: p.data for name, p in model.named_parameters() if p.requires_grad}
 
     def _own_state(self) -> dict[str, Any]:
-        """What differs from process to process: the parts, and the random generators."""
+        """The state that differs between processes: the parts, and the random generators."""
         cpu, cuda = random_state()
         name, words, *place = np.random.get_state()
         numpy = (name, np.asarray(words).tolist(), *place)
@@ -182,12 +181,12 @@ class Checkpoints:
     # ---- Resuming -------------------------------------------------------------------------------------
 
     def resume(self, wanted: str | Path | bool | None) -> None:
-        """Put everything back as it was when a checkpoint was written; begin afresh where ``find`` finds none.
+        """Restore everything from a checkpoint; start from scratch if ``find`` finds none.
 
         Raises:
-            UserError: The checkpoint belongs to a run with other settings or prompts, another model or other
-                transforms; or, with DeepSpeed, another number of processes.
-            RunError: A file of it is damaged.
+            UserError: The checkpoint belongs to a run with other settings, prompts, model or transforms; or, with
+                DeepSpeed, another number of processes.
+            RunError: One of its files is damaged.
         """
         folder = find(self.args.output_dir, wanted)
         if folder is not None:
@@ -210,7 +209,7 @@ class Checkpoints:
         else:
             self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        for part in self.common:  # before the others: the place in the data is a place in what was chosen
+        for part in self.common:  # before the others: the data position refers to the selected prompts
             part.load_state_dict(state)
         for part in self.own:
             part.load_state_dict(mine)
@@ -230,10 +229,10 @@ def _joined(parts: Sequence[Part]) -> dict[str, Any]:
 
 
 def part_of_process(parts: Sequence[Any], accelerator: Accelerator) -> Any:
-    """This process's part of a checkpoint; the last one's where fewer processes wrote it.
+    """This process's part of a checkpoint; the last process's if fewer processes wrote it.
 
     Raises:
-        UserError: It was written by another number of processes, and its optimizer is shared out among them.
+        UserError: It was written by another number of processes, and its optimizer is sharded over them.
     """
     if deepspeed.enabled(accelerator) and len(parts) != accelerator.num_processes:
         what = f"The checkpoint was written by {len(parts)} processes; these are {accelerator.num_processes}."
@@ -249,7 +248,7 @@ def find(folder: str | Path, wanted: str | Path | bool | None) -> Path | None:
         wanted: True for the newest one (None if there is none), a path, or None/False for a fresh start.
 
     Raises:
-        UserError: The path given is not a checkpoint, or damaged.
+        UserError: The given path is not a checkpoint, or is damaged.
     """
     if not wanted:
         return None
@@ -270,10 +269,10 @@ def find(folder: str | Path, wanted: str | Path | bool | None) -> Path | None:
 
 
 def _all(folder: Path, *, skipped: bool = False) -> list[Path]:
-    """Whole checkpoints, the oldest first: one is given its name only when it is complete.
+    """Complete checkpoints, oldest first: one gets its name only when it is complete.
 
     Args:
-        skipped: Say which are not whole.
+        skipped: Report the incomplete ones.
     """
     names = [path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
     whole = []
@@ -296,7 +295,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _sync(folder: Path) -> None:
-    """Force the files to disk before the folder gets its name: after a power cut the name must not lie."""
+    """Sync the files to disk before the folder gets its name, which must imply completeness after a power cut."""
     for path in folder.rglob("*"):
         if path.is_file():
             sync(path)

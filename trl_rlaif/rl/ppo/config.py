@@ -194,7 +194,7 @@ class PPOConfig(BasePPOConfig):
 
 
 def with_defaults(args: BasePPOConfig) -> BasePPOConfig:
-    """The arguments of TRL 1.12 with the defaults of what is added here.
+    """TRL 1.12's arguments, with the fields added here at their defaults.
 
     Raises:
         UserError: They ask for fp16.

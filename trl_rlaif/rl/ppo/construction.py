@@ -1,4 +1,4 @@
-"""What a PPOTrainer is built from: models, roles, tokenized prompts."""
+"""The parts of a PPOTrainer: models, roles, tokenized prompts."""
 
 from __future__ import annotations
 
@@ -40,8 +40,7 @@ def shared_base(
     """One base for every role, unless the caller brought separate models (then None).
 
     Raises:
-        UserError: A separate reference without a separate value model, or a value on the policy's ``trunk`` where the
-            models are separate.
+        UserError: A separate reference without a separate value model, or ``value: trunk`` with separate models.
     """
     if isinstance(model, SharedBase):
         return model
@@ -60,14 +59,14 @@ def shared_base(
 
 
 def reader_of(args: PPOConfig, tokenizer: Any, model: nn.Module) -> ResponseReader:
-    """What reads responses, with the tokens that end one."""
+    """The parser of responses, with the stop tokens."""
     named = {name: getattr(args, name) for name in ("stop_tokens", "stop_token_id", "stop_token")}
     stops = chosen_stop_ids(tokenizer, model, **named)
     return ResponseReader(tokenizer, stops, reasoning=args.reasoning, tags=args.reasoning_tags)
 
 
 def longest_row(model: nn.Module, args: PPOConfig) -> int | None:
-    """Most tokens of prompt and response together; None where nothing limits them."""
+    """Maximum tokens of prompt and response together; None if unlimited."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     limits = [context] if context else []
     if args.max_prompt_length is not None:
@@ -76,12 +75,12 @@ def longest_row(model: nn.Module, args: PPOConfig) -> int | None:
 
 
 def tokenized(dataset: Any, tokenizer: Any, model: nn.Module, args: PPOConfig) -> Any:
-    """A prompt dataset with ``input_ids``, without what leaves no room for the response."""
+    """A prompt dataset with ``input_ids``, without prompts that leave no room for the response."""
     if dataset is None:
         raise UserError("train_dataset is required.")
     limit, context = args.max_prompt_length, getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context and args.score_at_end:
-        context -= 1  # for the end of turn with which a cut response is scored
+        context -= 1  # for the end of turn that is appended to score a cut-off response
     if args.generation == "vllm" and args.vllm_max_model_length:
         context = min(context or args.vllm_max_model_length, args.vllm_max_model_length)
     if limit is None and context:
@@ -92,10 +91,10 @@ def tokenized(dataset: Any, tokenizer: Any, model: nn.Module, args: PPOConfig) -
 def prompt_loader(
     prompts: Any, batch_size: int, collate: Callable[..., Any], strata: Sequence[Hashable] | None = None
 ) -> DataLoader:
-    """TRL's dataloader, over other prompts.
+    """TRL's dataloader over other prompts.
 
     Args:
-        strata: A label for each prompt: every batch holds them in like shares.
+        strata: A label for each prompt: every batch holds them in similar proportions.
     """
     return DataLoader(
         prompts,

@@ -1,4 +1,4 @@
-"""The frame around the updates of a run: its state, what callbacks and plugins are told, logs and checkpoints."""
+"""The frame around a run's updates: trainer state, callbacks, plugins, logs and checkpoints."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 class Loop:
-    """Begins, counts and ends the updates of a trainer whose training loop is its own.
+    """Starts, counts and ends the updates of a trainer with its own training loop.
 
     Args:
-        trainer: Whose state, callbacks and log are used.
+        trainer: Its state, callbacks and log are used.
         checkpoints: Of its run.
-        plugins: Whose hook ``policy_updated`` is called.
+        plugins: Their hook ``policy_updated`` is called.
     """
 
     def __init__(self, trainer: BasePPOTrainer, checkpoints: Checkpoints, plugins: Plugins) -> None:
@@ -27,7 +27,7 @@ class Loop:
         self._started = 0.0
 
     def begin(self, updates: int, resume_from_checkpoint: str | Path | bool | None) -> None:
-        """Before the first update, or in place of those that a checkpoint holds.
+        """Start before the first update, or resume after those of a checkpoint.
 
         Args:
             updates: Of the whole run.
@@ -39,7 +39,7 @@ class Loop:
         state.max_steps, state.num_train_epochs = updates, self.args.total_episodes / self.trainer.train_dataset_len
         for name in ("logging_steps", "eval_steps", "save_steps"):
             value = getattr(self.args, name)
-            if value is not None:  # below 1 it is a share of all updates
+            if value is not None:  # below 1, a fraction of all updates
                 setattr(state, name, -int(-updates * value // 1) if value < 1 else value)
         self.checkpoints.resume(resume_from_checkpoint)
         self.tell("on_train_begin")
@@ -51,14 +51,14 @@ class Loop:
 
     @property
     def seconds(self) -> float:
-        """Since the beginning."""
+        """Seconds since the start."""
         return max(time.monotonic() - self._started, 1e-9)
 
     def count(self, metrics: dict[str, Any], *, episodes: int, epoch: float) -> None:
-        """Count an update, and tell plugins and logs its numbers.
+        """Count an update, and pass its metrics to plugins and logs.
 
         Args:
-            episodes: Responses that it drew.
+            episodes: Responses that it sampled.
             epoch: Passes over the prompts by then.
         """
         self.state.global_step += 1

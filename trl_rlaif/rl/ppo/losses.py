@@ -19,10 +19,10 @@ def policy_loss(
         logprobs, old_logprobs, advantages: (B, T) float; old_logprobs and advantages without gradient.
         mask: (B, T) bool, True on response tokens.
         clip: Half-width of the ratio's interval around 1.
-        count: What sums are divided by; None takes the mask's own count. A part of a batch needs the whole's.
+        count: Divisor of the sums; None: the mask's count. A part of a batch needs that of the whole batch.
 
     Returns:
-        (loss, share of tokens where the clipped term decides), two scalars.
+        (loss, fraction of tokens where the clipped term decides), two scalars.
     """
     ratio = (logprobs - old_logprobs).exp()
     plain = -advantages * ratio
@@ -44,11 +44,11 @@ def value_loss(
     Args:
         values, old_values, returns: (B, T) float.
         mask: (B, T) bool, True on response tokens and on the step after the last.
-        clip: Largest change of a value that is believed in one update.
-        count: As of ``policy_loss``.
+        clip: Half-width of the interval around the old value.
+        count: As in ``policy_loss``.
 
     Returns:
-        (loss, share of steps where the clipped term decides), two scalars.
+        (loss, fraction of steps where the clipped term decides), two scalars.
     """
     near = torch.clamp(values, old_values - clip, old_values + clip)
     plain, clipped = (values - returns) ** 2, (near - returns) ** 2

@@ -128,7 +128,7 @@ class PPOTrainer(BasePPOTrainer):
             callbacks,
             peft_config,
         )
-        # TRL's trainer puts its own stop token there, with which the policy would be saved.
+        # TRL's trainer sets its own stop token here, which would be saved with the policy.
         self.policy_model.generation_config.eos_token_id = configured
         self.reward_model = reward_model
         self.shared = shared
@@ -138,7 +138,7 @@ class PPOTrainer(BasePPOTrainer):
         self._set_up_loop(data_selectors, pairs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """As in TRL's trainer, except where DeepSpeed or FSDP need other rules."""
+        """As in TRL's trainer, except where DeepSpeed or FSDP require otherwise."""
         if self.args.generation == "vllm" and sharding.enabled(self.accelerator):
             raise UserError("Generation by vLLM does not run with FSDP.", fix="Start it with DDP.")
         sharding.share_out(self.model, self.accelerator)
@@ -160,7 +160,7 @@ class PPOTrainer(BasePPOTrainer):
                 model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs or {"use_reentrant": False})
 
     def _set_up_loop(self, selectors: Sequence[DataSelector], given: Sequence[RehearsalPair]) -> None:
-        """The collaborators of the loop, and what its checkpoints hold of them."""
+        """The collaborators of the loop, and their parts of its checkpoints."""
         args, accelerator = self.args, self.accelerator
         self.batches = BatchStream(self.dataloader)
         self.rehearsal = Rehearsal(given, args, self.local_seed)
@@ -185,7 +185,7 @@ class PPOTrainer(BasePPOTrainer):
         self.loop = Loop(self, self.checkpoints, self.plugins)
 
     def _train_on(self, prompts: Dataset, strata: Sequence[Any] | None) -> None:
-        """Take the batches from these prompts from here on."""
+        """Draw batches from these prompts from now on."""
         self.train_dataset = prompts
         loader = prompt_loader(prompts, self.local_dataloader_batch_size, self.data_collator, strata)
         self.dataloader = self.accelerator.prepare(loader)
@@ -198,7 +198,7 @@ class PPOTrainer(BasePPOTrainer):
 
     @property
     def role_models(self) -> RoleModels:
-        """Who plays policy, value, reward and reference."""
+        """The models in the roles of policy, value, reward and reference."""
         if self.shared is not None:
             return SharedRoleModels(self.shared, self.reward_model)
         model = self.accelerator.unwrap_model(self.model)
@@ -211,13 +211,13 @@ class PPOTrainer(BasePPOTrainer):
         """Run all updates.
 
         Args:
-            resume_from_checkpoint: A checkpoint's folder, or True for the newest whole one in
-                ``args.output_dir`` (none is no error: training begins at the start).
+            resume_from_checkpoint: A checkpoint's folder, or True for the newest complete one in
+                ``args.output_dir`` (if there is none, training starts from scratch).
 
         Raises:
-            UserError: The checkpoint is of a run with other settings or prompts. Or a reward function returned
-                something other than a finite number or None for each completion, or more than ``args.max_failed`` of
-                the responses have no reward; what was learned until then is saved as a checkpoint first.
+            UserError: The checkpoint belongs to a run with other settings or prompts. Or a reward function returned
+                something other than a finite number or None for each completion, or more than a fraction
+                ``args.max_failed`` of the responses has no reward; a checkpoint is saved first.
             RunError: A gradient is not finite (``check_gradients``).
         """
         kernels = training_kernels(*self.role_models.trained(), bf16=self.args.bf16)
@@ -240,7 +240,7 @@ class PPOTrainer(BasePPOTrainer):
             self.loop.end()
 
     def begin(self, resume_from_checkpoint: str | Path | bool | None) -> None:
-        """Before the first update, or in place of those that a checkpoint holds."""
+        """Start before the first update, or resume after those of a checkpoint."""
         self.loop.begin(self.args.num_total_batches, resume_from_checkpoint)
         if self.rehearsal.given and not self.selection.selectors:
             self.selection.write()
@@ -249,8 +249,8 @@ class PPOTrainer(BasePPOTrainer):
         """Sample the next batch of prompts and score it.
 
         Returns:
-            The rollout, whose ``scored`` is False where a response has no reward, with the numbers of its scoring; and
-            (B,) float32 scores, 0 there.
+            The rollout, with ``scored`` False where a response has no reward and with its scoring metrics; and (B,)
+            float32 scores, 0 where a response has none.
         """
         rollout = self.sample(next(self.batches))
         self.plugins.notify("rollout_collected", trainer=self, rollout=rollout)
@@ -273,11 +273,11 @@ class PPOTrainer(BasePPOTrainer):
     def transform(
         self, scores: Scores | torch.Tensor, rollout: Rollout, *, pool: bool = False
     ) -> Scores | torch.Tensor:
-        """Scores as they are paid: see ``RewardPipeline.transform``."""
+        """Transformed scores: see ``RewardPipeline.transform``."""
         return self.rewards.transform(Scores.of(scores), rollout, rollout.kl(), pool=pool)
 
     def compute_rewards(self, rollout: Rollout, scores: torch.Tensor) -> torch.Tensor:
-        """Rewards per token, (B, T) float32: KL paid on every token, the score at the end."""
+        """Per-token rewards, (B, T) float32: the KL penalty on every token, the score at the end."""
         kl = kl_per_token(rollout.logprobs, rollout.ref_logprobs, self.args.kl_estimator)
         controller = self.kl_controller
         rewards = token_rewards(kl, controller.score_weight * scores, rollout.lengths, controller.coef)
@@ -293,7 +293,7 @@ class PPOTrainer(BasePPOTrainer):
     def update(
         self, rollout: Rollout, advantages: torch.Tensor, returns: torch.Tensor
     ) -> dict[str, list[torch.Tensor]]:
-        """All epochs and minibatches of one update; statistics by name, as ``PPOUpdate.run`` gives them."""
+        """All epochs and minibatches of one update; returns statistics by name, as in ``PPOUpdate.run``."""
         self.model.train()
         micro_step = partial(self.micro_step, rollout, advantages, returns)
         rehearse = self.rehearse if self.rehearsal.pairs else None
@@ -310,16 +310,16 @@ class PPOTrainer(BasePPOTrainer):
         rows: torch.Tensor,
         divisors: Divisors,
     ) -> dict[str, torch.Tensor]:
-        """Gradients of one micro-batch, and its statistics."""
+        """Add the gradients of one micro-batch; returns its statistics."""
         return self._objective.backward(MicroBatch(rollout, advantages, returns, rows, divisors))
 
     def rehearse(self) -> torch.Tensor:
-        """Add the gradients of a batch of pairs to rehearse to an optimizer step; its NLL, nats per token."""
+        """Add the gradients of a rehearsal batch to an optimizer step; returns its NLL, nats per token."""
         return self.rehearsal.step(self._objective.rehearse, self._progress, self.accelerator.device)
 
     @property
     def _progress(self) -> float:
-        """Share of all updates that are done."""
+        """Fraction of all updates completed."""
         return self.state.global_step / self.args.num_total_batches
 
     @property
@@ -329,7 +329,7 @@ class PPOTrainer(BasePPOTrainer):
     def compute_metrics(
         self, rollout: Rollout, scores: torch.Tensor, stats: dict[str, list[torch.Tensor]]
     ) -> dict[str, float]:
-        """The numbers of one update, those of TRL's trainer by its names, and the rollout's own."""
+        """The metrics of one update: those of TRL's trainer under its names, and the rollout's own."""
         controller = self.kl_controller
         weights = controller.score_weight, controller.coef
         metrics = update_metrics(rollout, scores, stats, weights, self.args.kl_estimator, self.accelerator.gather)
@@ -350,7 +350,7 @@ class PPOTrainer(BasePPOTrainer):
         self.loop.count(metrics, episodes=size, epoch=episode / self.train_dataset_len)
         self.lr_scheduler.step()
         self.loop.tell("on_step_end")
-        # Before a checkpoint is written: sampling moves the random numbers on.
+        # Before a checkpoint is written: sampling advances the random generators.
         if self.eval_dataset is not None and self.completion_log.due(self.state.global_step):
             with self.checkpoints.kept(repeated=False):
                 self.generate_completions(sampling=True)
@@ -358,7 +358,7 @@ class PPOTrainer(BasePPOTrainer):
             self.loop.save()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the policy: its adapter alone, where it is one, so that PEFT loads it on the base."""
+        """Write the policy; if it is an adapter, the adapter alone, which PEFT can load onto the base."""
         if self.shared is None:
             super().save_model(output_dir, _internal_call)
             return
@@ -373,14 +373,14 @@ class PPOTrainer(BasePPOTrainer):
         """Print prompts of ``eval_dataset`` with near-greedy responses and their scores.
 
         Args:
-            sampling: Of the first batch alone, as ``num_sample_generations`` times in a run.
+            sampling: Only the first batch, as for ``num_sample_generations`` during a run.
         """
         if self.eval_dataset is not None:
             self.completion_log.show(self.state.global_step, first_batch=sampling)
 
     @property
     def completion_log(self) -> CompletionLog:
-        """Of ``eval_dataset``."""
+        """The completions for ``eval_dataset``."""
         return CompletionLog(
             self.eval_dataset, self.data_collator, self, self.generator, self.rewards, self.args, self.accelerator
         )

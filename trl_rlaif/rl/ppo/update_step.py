@@ -1,4 +1,4 @@
-"""One update: its optimizer steps, and the gradients of a micro-batch, of policy and value or off one trunk."""
+"""One update: its optimizer steps, and a micro-batch's gradients, of separate policy and value or a shared trunk."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from trl_rlaif.rl.ppo import losses
 from trl_rlaif.types import Responses, Rollout
 
 Stats = dict[str, torch.Tensor]
-# Tokens of one pass on a CPU, where nothing else is asked for: matrix products are as fast as with more of them.
+# Default tokens per pass on a CPU: matrix products are no faster with more of them.
 CPU_TOKENS = 512
 # The statistic that max_update_kl limits; it is not logged.
 _UPDATE_KL = "update_kl"
 
 
 class Divisors(NamedTuple):
-    """What the sums over a micro-batch's tokens are divided by, scalars.
+    """Divisors of the sums over a micro-batch's tokens, scalars.
 
-    Accelerate averages the quotients over the micro-batches of a minibatch, and the processes average their gradients:
-    the divisors take account of both.
+    Accelerate averages the quotients over the micro-batches of a minibatch, and gradients are averaged over processes:
+    the divisors account for both.
 
     Args:
-        policy: Of the policy's loss, its clipped share and its entropy.
-        value: Of the value's loss and its clipped share.
+        policy: Of the policy's loss, clip fraction and entropy.
+        value: Of the value's loss and clip fraction.
         logged: Of ``policy/approxkl_avg`` and ``val/ratio``.
         tokens: Of the KL that ``max_update_kl`` limits.
     """
@@ -52,12 +52,12 @@ def divisors_of(
     accelerator: Accelerator,
     reduction: Literal["minibatch", "micro_batch"] = "minibatch",
 ) -> list[Divisors]:
-    """The divisors of each micro-batch of one minibatch. All processes must ask together.
+    """The divisors of each micro-batch of one minibatch. A collective call: all processes must make it.
 
     Args:
         micro_batches: Rows of the rollout, (b,) int64 each; this process's.
         reduction: ``minibatch`` gives every token of the minibatch the same weight, in all micro-batches and processes.
-            ``micro_batch`` is TRL's: a mean over each micro-batch, and of what is logged over its padding too.
+            ``micro_batch`` is TRL's: a mean over each micro-batch; logged statistics include its padding.
     """
     learned, rows = rollout.learned(), torch.cat(list(micro_batches))
     counts = torch.stack([mask[rows].sum() for mask in (*learned, rollout.masks()[0])]).float()
@@ -80,7 +80,7 @@ class MicroBatch:
 
     Args:
         advantages, returns: (B, T) float32 of the whole rollout.
-        rows: (b,) int64, which of them.
+        rows: (b,) int64, its rows.
         divisors: Of sums over its tokens.
     """
 
@@ -92,7 +92,7 @@ class MicroBatch:
 
 
 def parts(responses: Responses, rows: torch.Tensor, tokens: int | None) -> Iterator[torch.Tensor]:
-    """Rows in parts of at most so many tokens, padding counted, and of at least one row."""
+    """Split rows into parts of at most this many tokens, padding included, and at least one row."""
     if tokens is None:
         yield rows
         return
@@ -110,10 +110,10 @@ def parts(responses: Responses, rows: torch.Tensor, tokens: int | None) -> Itera
 
 @dataclass(frozen=True)
 class PPOStep:
-    """PPO's losses on the role_models (Schulman et al. 2017, eq. 7 and 9), and their backward passes.
+    """PPO's losses on the role models (Schulman et al. 2017, eq. 7 and 9), and their backward passes.
 
     Args:
-        pads: Whether a forward pass may hold prompts of different lengths.
+        pads: Whether a forward pass may mix prompts of different lengths.
     """
 
     role_models: RoleModels
@@ -123,9 +123,9 @@ class PPOStep:
     pads: bool = True
 
     def backward(self, batch: MicroBatch) -> Stats:
-        """Add a micro-batch's gradients; its statistics, scalars by name.
+        """Add a micro-batch's gradients; returns its statistics, scalars by name.
 
-        A part's graph is gone before the next one's is built; the parts' gradients add up to the whole's.
+        Each part's graph is freed before the next one is built; the parts' gradients add up to the whole's.
         """
         stats: Stats = defaultdict(lambda: torch.zeros((), device=batch.rollout.lengths.device))
         every = self._parts(batch.rollout, batch.rows)
@@ -135,23 +135,23 @@ class PPOStep:
             found = part(batch, rollout_slice, last=i == len(every) - 1)
             for name, value in found.items():
                 stats[name] = stats[name] + value
-        stats["val/ratio"] = stats["val/ratio"] + 1  # of the distance from 1, which padding has not
+        stats["val/ratio"] = stats["val/ratio"] + 1  # parts sum the distance from 1, which is 0 for padding
         return dict(stats)
 
     def rehearse(self, pairs: Responses, coef: float) -> torch.Tensor:
         """Add the gradients of ``coef`` times the mean NLL of the response tokens (Peng et al. 2023).
 
-        To be called once an optimizer step, before its last micro-batch.
+        To be called once per optimizer step, before its last micro-batch.
 
         Args:
-            pairs: Of which prompts and responses are read; at least one token of a response.
+            pairs: Their prompts and responses are read; at least one response token.
             coef: gamma.
 
         Returns:
             The NLL, nats per token, a scalar.
         """
         nll = torch.zeros((), device=pairs.lengths.device)
-        # Every token of all processes counts alike; gradients, and the NLL that is logged, are averaged over them.
+        # All tokens of all processes have equal weight; gradients and the logged NLL are averaged over processes.
         tokens = self.accelerator.reduce(pairs.lengths.sum().float(), "sum") / self.accelerator.num_processes
         # Accelerate divides by the number of micro-batches, and there is one rehearsal for all of them.
         scale = coef * self.accelerator.gradient_accumulation_steps
@@ -168,7 +168,7 @@ class PPOStep:
         return nll
 
     def _parts(self, responses: Responses, rows: torch.Tensor) -> list[torch.Tensor]:
-        """Rows in parts, of which there are equally many in processes that go through them side by side."""
+        """Rows in parts, equally many in processes that must step through them together."""
         groups = [rows] if self.pads else forward.equal_prompts(responses.prompt_mask, rows)
         limit = self.args.micro_batch_tokens
         if limit is None and self.accelerator.device.type == "cpu":
@@ -177,7 +177,7 @@ class PPOStep:
         return found if limit is None and self.pads else equal_parts(self.accelerator, found)
 
     def _two_passes(self, batch: MicroBatch, rollout_slice: RolloutSlice, *, last: bool) -> Stats:
-        """The value's graph is gone before the policy's is built."""
+        """The value's graph is freed before the policy's is built."""
         with self.role_models.role("value"):
             with autocast(self.args, self.accelerator.device):
                 values = forward.values(self.role_models, rollout_slice)
@@ -264,7 +264,7 @@ class PPOUpdate:
 
         Args:
             micro_step: Adds the gradients of some rows of the rollout, and returns their statistics.
-            rehearse: Adds the gradients of what is rehearsed to an optimizer step, and returns its NLL.
+            rehearse: Adds the gradients of the rehearsal pairs to an optimizer step, and returns their NLL.
             number: Of the update, from 1, for messages.
 
         Returns:
@@ -284,7 +284,7 @@ class PPOUpdate:
                 for name, values in found.items():
                     stats[name] += values
             stats["policy/epochs"] = [torch.tensor(epoch + 1.0, device=rollout.lengths.device)]
-            limit = args.max_update_kl  # of what the policy has moved by the epoch's last minibatch, in all processes
+            limit = args.max_update_kl  # on the KL at the epoch's last minibatch, over all processes
             if limit is not None and accelerator.gather(torch.stack(moved)).mean().item() > limit:
                 break
         return stats
@@ -314,9 +314,9 @@ class PPOUpdate:
         return {name: [torch.stack(values).mean()] for name, values in stats.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """The generator of the minibatches' order, of this process."""
+        """The generator of the minibatches' order, for this process."""
         return {"minibatch_order": self._order.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Shuffle as it did when ``state_dict`` was asked."""
+        """Restore the generator."""
         self._order.set_state(state["minibatch_order"])
