@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 def prompt_end(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Where the prompt of a row that TRL has tokenized ends, up to where the assistant's turn opens, as in PPO.
+    """The prompt length of a row tokenized by TRL, up to the start of the assistant's turn, as in PPO.
 
     Args:
         row: TRL's preference format with ``chosen_ids`` and ``rejected_ids``. The prompt is its ``prompt``, or the
-            messages with which ``chosen`` and ``rejected`` both begin.
+            messages that ``chosen`` and ``rejected`` share at the start.
 
     Returns:
-        ``prompt_length``, in tokens; nothing for texts without a ``prompt``, or where the row says it already.
+        ``prompt_length``, in tokens; nothing for texts without a ``prompt``, or if the row already has it.
     """
     prompt = row.get("prompt")
     if prompt is None and isinstance(row.get("chosen"), list):
@@ -39,7 +39,7 @@ def prompt_end(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[
             prompt, add_generation_prompt=prompt[-1]["role"] != "assistant", tokenize=True, return_dict=True,
             **_template_arguments(row),
         )["input_ids"]  # fmt: skip
-    # Beyond what they share, tokens have merged across the prompt's end.
+    # After the shared prefix, tokens have merged across the prompt's end.
     return {"prompt_length": min(shared_prefix((ids, row[side]), least=0) for side in ("chosen_ids", "rejected_ids"))}
 
 
@@ -51,11 +51,11 @@ def _template_arguments(row: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class SoftPreferenceCollator(DataCollatorForPreference):
-    """TRL's collator, with what soft labels and transforms read beside the tokens.
+    """TRL's collator, with the additional columns of soft labels and transforms.
 
     Args:
-        packed: A pair is one row in which what both responses begin with stands once (see ``packing``); else two
-            rows, and ``prompt_end``, (B,) int64, is the index of the last prompt token in both.
+        packed: A pair is one row that holds the shared prefix once (see ``packing``); else two rows, and
+            ``prompt_end``, (B,) int64, is the index of the last prompt token in both.
 
     Returns:
         Also ``p``, (B,) float32, ``category``, B entries, and ``chosen_log_ratios`` and ``rejected_log_ratios``,

@@ -1,4 +1,4 @@
-"""Settings of reward training: TRL's own, but for one default."""
+"""Settings of reward training: TRL's own, except for one default."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trl_rlaif.hardware import settle_bf16
 
 @dataclass
 class RewardConfig(trl.RewardConfig):
-    """TRL's RewardConfig, whose ``bf16`` is on only where the machine computes bfloat16 fast, unless it is given."""
+    """TRL's RewardConfig; by default, ``bf16`` is on only if the machine computes bfloat16 fast."""
 
     def __post_init__(self) -> None:
         settle_bf16(self)

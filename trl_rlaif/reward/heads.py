@@ -1,4 +1,4 @@
-"""The head of a reward model: one number for a response, and a second one for what its prompt lets expect."""
+"""The head of a reward model: the score of a response, and optionally the expected score for its prompt."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from trl_rlaif.models.shared_model import inner_model
 
 
 def active_head(model: nn.Module) -> nn.Module:
-    """The head ``score`` that a sequence classification model uses: the adapter's own, where it has one."""
+    """The head ``score`` that a sequence classification model uses: the adapter's own, if it has one."""
     score = inner_model(model).score
     return score.modules_to_save[score.active_adapters[0]] if isinstance(score, ModulesToSaveWrapper) else score
 
 
 @torch.no_grad()
 def add_expected(model: nn.Module) -> None:
-    """Give the head ``score`` a second output, e(x), that begins at zero; the first stays what it is.
+    """Give the head ``score`` a second output, e(x), initialized to zero; the first is unchanged.
 
     Both are then saved and loaded as one head of a sequence classification model with two labels.
 
@@ -42,7 +42,7 @@ def add_expected(model: nn.Module) -> None:
 
 @torch.no_grad()
 def widen(head: nn.Linear) -> None:
-    """Give a head with one output a second one, at zero."""
+    """Give a head with one output a second one, initialized to zero."""
     trained = head.weight.requires_grad
     head.weight = nn.Parameter(torch.cat((head.weight, torch.zeros_like(head.weight))), requires_grad=trained)
     if head.bias is not None:

@@ -1,4 +1,4 @@
-"""Reward models from disk or the Hub, adapter, heads and base as one thing."""
+"""Loads reward models from disk or the Hub: adapter, heads and base together."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def load_reward_model(
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     quantization: Literal["none", "nf4"] = "none",
 ) -> PreTrainedModel:
-    """Load a reward model that ``RewardTrainer`` or a run saved, ready to score.
+    """Load a reward model saved by ``RewardTrainer`` or a run, ready to score.
 
     Args:
         path: Folder or Hub id of a whole sequence classification model, or of a PEFT adapter of one; then the base
@@ -28,9 +28,8 @@ def load_reward_model(
         dtype, quantization: Data type and quantization of the base's weights.
 
     Returns:
-        A model in eval mode whose ``logits`` are (B, 1), or (B, 2) of an Advantage Model: r(x, y), and what was e(x)
-        if the last token was the prompt's. They are read at the last token that ``attention_mask`` keeps, whatever
-        pads the rows.
+        A model in eval mode whose ``logits`` are (B, 1), or (B, 2) for an Advantage Model: r(x, y), and e(x) if the
+        last token is the prompt's. They are read at the last token with ``attention_mask`` 1, whatever pads the rows.
 
     Raises:
         UserError: There is no such model, or the adapter has no score head.
@@ -50,7 +49,7 @@ def load_reward_model(
 
 
 def load_reward_base(path: str | Path, spec: ModelSpec) -> PreTrainedModel:
-    """The classifier on which a reward model's adapter is put, with a head of the adapter's size.
+    """The classifier that a reward model's adapter is loaded onto, with a head of the adapter's size.
 
     Args:
         path: Folder or Hub id of the adapter.
@@ -70,7 +69,7 @@ def load_reward_base(path: str | Path, spec: ModelSpec) -> PreTrainedModel:
         raise UserError("The adapter has no score head: it is not a reward model.", where=str(path))
     outputs = len(heads[0])
     base_config = AutoConfig.from_pretrained(resolve(spec.path))
-    # A base with a head of its own keeps that one's size while it is loaded; the adapter brings another head.
+    # A base with its own head is loaded with that head's size; the adapter replaces the head.
     classifies = any("SequenceClassification" in name for name in base_config.architectures or ())
     base = load_model(spec, num_labels=base_config.num_labels if classifies else outputs)
     if base.score.out_features < outputs:
@@ -87,10 +86,10 @@ def _reading_by_mask(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class _ForeignPadding:
-    """Gives a classifier of transformers, which looks for a row's end by its padding, padding that no row contains.
+    """Replaces the padding by a token that no row contains: a transformers classifier finds a row's end by it.
 
-    Where the padding token also ends responses, as is usual for models without one of its own, it would read a score at
-    the token before the end.
+    If the padding token also ends responses, as is usual for models without their own padding token, the classifier
+    would read a score at the token before the end.
     """
 
     def __init__(self) -> None:
@@ -99,7 +98,7 @@ class _ForeignPadding:
     def put_in(
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Before a forward pass with ``input_ids`` and a mask of two dimensions; others stay as they are."""
+        """Before a forward pass with ``input_ids`` and a two-dimensional mask; others are unchanged."""
         config = model.config.get_text_config()
         self._own = config.pad_token_id
         given = {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
@@ -111,5 +110,5 @@ class _ForeignPadding:
         return (), {**given, "input_ids": ids.masked_fill(~mask.bool(), config.pad_token_id)}
 
     def take_out(self, model: PreTrainedModel, *_: Any) -> None:
-        """After it."""
+        """After the forward pass."""
         model.config.get_text_config().pad_token_id = self._own

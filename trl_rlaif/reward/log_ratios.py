@@ -1,4 +1,4 @@
-"""How likely responses are under several policies: the importance weights of the Advantage Model."""
+"""Log-probabilities of responses under several policies: the importance weights of the Advantage Model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def response_logprobs(
         ids, mask = pad_rows(sequences[i] for i in batch)
         first = torch.tensor([prompt_lengths[i] for i in batch])
         wanted = mask & (torch.arange(mask.shape[1]) >= first[:, None])
-        # Indices from the CPU, where the mask is known: a GPU would be waited for. A token is read one position before.
+        # Indices from the CPU's mask, to avoid a GPU sync. A token is predicted one position earlier.
         rows, columns = (x.to(device) for x in wanted.nonzero(as_tuple=True))
         ids, mask, before = ids.to(device), mask.to(device, torch.long), (rows, columns - 1)
         tokens = ids[rows, columns]

@@ -12,7 +12,7 @@ def soft_preference_loss(
     """Cross-entropy between a soft label and the Bradley-Terry probability (Lee et al. 2023, section 3.1).
 
     L = -[p log s(d) + (1 - p) log s(-d)] with d = chosen - rejected - margin and s the sigmoid. With p = 1
-    it is the Bradley-Terry loss to the last digit.
+    it is exactly the Bradley-Terry loss.
 
     Args:
         chosen, rejected: (B,) float scores.

@@ -1,4 +1,4 @@
-"""Preference pairs as rows in which what both responses begin with stands once."""
+"""Packs preference pairs as rows that hold the shared prefix once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PREFIX, CHOSEN, REJECTED, PADDING = 0, 1, 2, 3
 
 @dataclass(frozen=True)
 class PackedRow:
-    """One pair: what its sequences share, the rest of chosen, the rest of rejected.
+    """One pair: the shared prefix, the rest of chosen, the rest of rejected.
 
     Args:
         ids, positions, segments: (S,) each; segments are PREFIX, CHOSEN or REJECTED.
@@ -31,11 +31,11 @@ class PackedRow:
         """Pack two sequences of at least one token each.
 
         Args:
-            prompt_length: Tokens of the prompt. None takes all that the two share, which may be more: two answers
-                often begin alike.
+            prompt_length: Tokens of the prompt. None: the whole shared prefix, which may be longer: answers often
+                start alike.
         """
         shared = shared_prefix((chosen, rejected))
-        # Where nothing is shared, not even a start token, the first token of chosen stands in for the prompt.
+        # If nothing is shared, not even a start token, the first token of chosen serves as the prompt.
         prompt = max(1, shared if prompt_length is None else min(prompt_length, shared))
         return cls(
             ids=chosen + rejected[shared:],
@@ -46,14 +46,14 @@ class PackedRow:
 
 
 def packed_mask(segments: torch.Tensor) -> torch.Tensor:
-    """Who sees whom: the prefix itself, each continuation the prefix and itself, nobody what comes later.
+    """Causal attention mask: the prefix sees itself, each continuation the prefix and itself.
 
     Args:
         segments: (B, S) int.
 
     Returns:
         (B, 1, S, S) bool, True where the row's token sees the column's. Padding sees itself: a softmax over nothing
-        is no number.
+        is NaN.
     """
     row, column = segments[:, :, None], segments[:, None, :]
     seen = (column == PREFIX) & (row != PADDING) | (column == row)
@@ -77,6 +77,6 @@ def pack(rows: list[PackedRow], pad_id: int) -> dict[str, torch.Tensor]:
 
 
 def packed_row_of(example: dict[str, Any]) -> PackedRow:
-    """The packed row of a dataset's example: ``chosen_ids``, ``rejected_ids`` and perhaps ``prompt_length``."""
+    """The packed row of a dataset's example: ``chosen_ids``, ``rejected_ids`` and optionally ``prompt_length``."""
     chosen, rejected = list(example["chosen_ids"]), list(example["rejected_ids"])
     return PackedRow.of(chosen, rejected, example.get("prompt_length"))

@@ -1,4 +1,4 @@
-"""Scores of preference pairs by a sequence classification model, from padded or from packed rows."""
+"""Scores of preference pairs by a sequence classification model, from padded or packed rows."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from trl_rlaif.reward.packing import CHOSEN, PADDING, PREFIX, REJECTED, PackedRo
 
 
 class PairScorer:
-    """A model that is asked for the scores of pairs; called as TRL's trainer calls its model.
+    """Computes the scores of pairs; has the call signature of the model in TRL's trainer.
 
-    It reads the last hidden states at the tokens that carry a score. The model itself is called for them, so that
-    what wraps it (DDP, autocast) takes part.
+    It reads the last hidden states at the scored tokens. They come from a call of the model itself, so that its
+    wrappers (DDP, autocast) take part.
 
     Args:
         model: Sequence classification model with a linear head ``score``, plain, PEFT or wrapped.
-        unwrapped: The same without what accelerate put around it.
-        batch_tokens: Most tokens, padding counted, of one forward pass over packed rows.
-        as_rows: Packed pairs stand behind each other, without padding; None asks whether the model reads them so.
-        parts: Is given the packed rows of each forward pass, the longest first, and may divide them further.
+        unwrapped: The same without accelerate's wrappers.
+        batch_tokens: Maximum tokens, padding included, of one forward pass over packed rows.
+        as_rows: Concatenate packed pairs without padding; None: if the model supports it.
+        parts: Receives the packed rows of each forward pass, longest first, and may split them further.
     """
 
     def __init__(
@@ -50,11 +50,11 @@ class PairScorer:
         self.windows: list[int | None] = []
 
     def __call__(self, **inputs: Any) -> SequenceClassifierOutput:
-        """Scores of a batch of ``SoftPreferenceCollator``'s.
+        """Scores of a batch from ``SoftPreferenceCollator``.
 
         Returns:
-            ``logits``, (2B, 1) float32: chosen, then rejected. ``expected`` of this object is then e(x), (B,) float32,
-            where the head gives a second number.
+            ``logits``, (2B, 1) float32: chosen, then rejected. This object's ``expected`` is then e(x), (B,) float32,
+            if the head has a second output.
         """
         hidden = self._packed(inputs) if "segments" in inputs else self._padded(inputs)
         found = self._head(hidden)
@@ -74,7 +74,7 @@ class PairScorer:
     def _packed(self, inputs: dict[str, Any]) -> torch.Tensor:
         """(B, 3, H) hidden states at the ends of prompt, chosen and rejected.
 
-        Either all pairs in one sequence, with attention pair by pair, or as a padded batch with a mask of (B, 1, S, S).
+        Either all pairs in one sequence, with attention per pair, or as a padded batch with a (B, 1, S, S) mask.
         """
         lengths = inputs["attention_mask"].sum(1).tolist()
         inner = inner_model(self.unwrapped)
@@ -101,14 +101,14 @@ class PairScorer:
     def _behind_each_other(
         self, ids: torch.Tensor, positions: torch.Tensor, segments: torch.Tensor, ends: torch.Tensor
     ) -> torch.Tensor:
-        """The same without padding: larger products, fewer of them, and attention row by row."""
+        """The same without padding: fewer and larger matrix products, and attention row by row."""
         kept = segments != PADDING
         kinds = [(segments == kind).sum(1).tolist() for kind in (PREFIX, CHOSEN, REJECTED)]
         rows = PairRows(list(zip(*kinds, strict=True)))
         hidden = self._hidden(
             input_ids=ids[kept][None],
             position_ids=positions[kept][None],
-            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),  # of four dimensions: no model makes its own
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),  # four-dimensional: no model builds its own
             packed_rows=rows,
         )
         self.windows = rows.windows
@@ -119,7 +119,7 @@ class PairScorer:
         mask, inner = packed_mask(segments), inner_model(self.unwrapped)
         if takes_masks(inner):
             return mask
-        dtype = inner.get_input_embeddings().weight.dtype  # the others add it to the scores
+        dtype = inner.get_input_embeddings().weight.dtype  # the others add it to the attention scores
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
     def _hidden(self, **inputs: Any) -> torch.Tensor:
@@ -128,7 +128,7 @@ class PairScorer:
         return caught[0]
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., H) to (..., outputs), of at least float32."""
+        """(..., H) to (..., outputs), at least float32."""
         score = active_head(self.unwrapped)
         found = score(hidden.to(score.weight.dtype))
         return found if found.dtype == torch.float64 else found.float()
@@ -142,11 +142,11 @@ def score_pairs(
 
     Args:
         examples: With ``chosen_ids`` and ``rejected_ids``.
-        batch: Pairs at once.
-        tokens: Most tokens of one forward pass over packed rows.
+        batch: Pairs per batch.
+        tokens: Maximum tokens of one forward pass over packed rows.
 
     Returns:
-        (chosen, rejected, expected), (N,) float32 each, on the CPU; the last one where the head has an e(x).
+        (chosen, rejected, expected), (N,) float32 each, on the CPU; the last one if the head has an e(x).
     """
     model.eval()
     scorer, device = PairScorer(model, model, tokens), next(model.parameters()).device
@@ -167,7 +167,7 @@ def score_pairs(
 
 @contextmanager
 def _last_hidden(body: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Filled with the last hidden states of every forward pass inside."""
+    """A list that collects the last hidden states of every forward pass inside."""
     caught: list[torch.Tensor] = []
     handle = body.register_forward_hook(lambda _module, _args, output: caught.append(output[0]))
     try:
@@ -180,37 +180,37 @@ _reading: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def _reads_rows(inner: nn.Module) -> bool:
-    """Whether a model on a CPU gives pairs behind each other the scores of plain sequences; tried out once."""
+    """Whether a model on a CPU scores concatenated pairs as it does plain sequences; tested once."""
     config = inner.config.get_text_config()
     if inner.device.type != "cpu" or not takes_masks(inner):
         return False
     if inner not in _reading:
         tried = None if getattr(config, "attention_chunk_size", None) else _tried(inner, as_rows=True)
-        # A window is longer than the trial's rows: that every layer told its own has to do.
+        # A window is longer than the test rows: it must suffice that every layer reported its own.
         _reading[inner] = tried is not None and tried.windows == sliding_windows(config)
     return _reading[inner]
 
 
 def can_pack(model: nn.Module, device: torch.device | None = None) -> bool:
-    """Whether a model gives packed rows the scores of plain ones, tried out once on a few tokens.
+    """Whether a model scores packed rows as it does plain ones; tested once on a few tokens.
 
-    Some attentions take no mask of their own (FlashAttention), or see only a window of the tokens before, and some
-    models keep a state that runs through the row.
+    Some attention implementations accept no custom mask (FlashAttention) or see only a window of preceding tokens, and
+    some models carry a recurrent state through the row.
 
     Args:
-        device: Where it will be computed; None is where it lies.
+        device: Where it will run; None: the model's device.
     """
     inner = inner_model(model)
     if (device or inner.device).type == "cpu" and _reads_rows(inner):
         return True
     config = inner.config.get_text_config()
     if any(sliding_windows(config)) or getattr(config, "attention_chunk_size", None):
-        return False  # the mask would have to know of it
+        return False  # the mask would have to include the window
     return _tried(model, as_rows=False) is not None
 
 
 def _tried(model: nn.Module, *, as_rows: bool) -> PairScorer | None:
-    """The scorer that was tried on a model, or None where it gave other scores than plain sequences have."""
+    """The scorer tested on a model, or None if its scores differ from those of plain sequences."""
     pairs = [([5, 9, 4, 7, 8], [5, 9, 4, 6, 3, 9]), ([4, 8, 3], [4, 7])]
     device = next(model.parameters()).device
     batch = {name: x.to(device) for name, x in pack([PackedRow.of(*pair) for pair in pairs], 0).items()}
@@ -220,7 +220,7 @@ def _tried(model: nn.Module, *, as_rows: bool) -> PairScorer | None:
             found = scorer._packed(batch)[:, 1:]
             plain = [scorer._hidden(input_ids=torch.tensor([ids], device=device)) for pair in pairs for ids in pair]
             scorer._head(found)
-        except Exception:  # whatever an architecture raises that takes no such mask, or has no such head
+        except Exception:  # whatever an architecture without support for such a mask or head raises
             return None
     expected = torch.stack([hidden[0, -1] for hidden in plain]).view_as(found)
     return scorer if (found - expected).norm() < 1e-4 * expected.norm() else None

@@ -41,10 +41,10 @@ from trl_rlaif.validation import validated
 
 logger = logging.getLogger(__name__)
 
-# What a dataset may hold for the loss, beside what the parent reads.
+# Optional columns that the loss reads, besides those of TRL's trainer.
 COLUMNS = ("p", "category", "prompt_length", "chosen_log_ratios", "rejected_log_ratios")
 
-# The transforms' states in a checkpoint, a list for each process.
+# The transforms' states in a checkpoint, one list per process.
 TRANSFORMS = "reward_transforms.pt"
 
 
@@ -88,7 +88,7 @@ class RewardTrainer(TrlRewardTrainer):
         self.score_at_end = score_at_end
         model = kwargs["model"] if "model" in kwargs else args[0]
         if isinstance(model, str):
-            model = weightless(model)  # whose class the parent finds then
+            model = weightless(model)  # TRL's trainer then finds its class
         if kwargs.get("peft_config") is not None:
             kwargs["peft_config"] = fitted(kwargs["peft_config"], model)
         values = trained_values(model)
@@ -98,7 +98,7 @@ class RewardTrainer(TrlRewardTrainer):
         self.add_callback(self._same_run)
         own_collator = kwargs.get("data_collator") is None and (len(args) < 3 or args[2] is None)
         if score_at_end and own_collator and self.processing_class.eos_token_id is not None:
-            # Also of the model: whoever loads it with a plain transformers class finds a row's end by it.
+            # Also the model's: a plain transformers class that loads it finds a row's end by it.
             pad_id = usable_tokenizer(self.processing_class).pad_token_id
             inner_model(self.model).config.get_text_config().pad_token_id = pad_id
         if any(transform.needs_expected for transform in self.reward_transforms):
@@ -120,10 +120,10 @@ class RewardTrainer(TrlRewardTrainer):
     def _can_pack(self, *, insist: bool) -> bool:
         if not insist and not used("packing", self.args.device):
             return False
-        if can_pack(self.model, self.args.device):  # where it is trained: it may still lie elsewhere
+        if can_pack(self.model, self.args.device):  # where it is trained: it may still be elsewhere
             if self.args.ddp_broadcast_buffers is None and self.accelerator.ddp_handler is not None:
-                # DDP would wait for every process in every forward pass, and they make different numbers of them.
-                # What models have in buffers (rotary frequencies) is the same everywhere.
+                # DDP would synchronize in every forward pass, and processes make different numbers of them.
+                # The models' buffers (rotary frequencies) are the same everywhere.
                 self.accelerator.ddp_handler.broadcast_buffers = False
             return True
         what = f"{type(inner_model(self.model)).__name__} cannot be trained on packed pairs"
@@ -149,36 +149,36 @@ class RewardTrainer(TrlRewardTrainer):
         def completed(row: dict[str, Any]) -> dict[str, Any]:
             sides = ("chosen_ids", "rejected_ids") if self.score_at_end else ()
             ended = {name: ended_row(row[name], processing_class) for name in sides}
-            # Without it the prompt would be all that the two share, and answers often begin alike.
+            # Without it, the prompt would be the whole shared prefix, and answers often start alike.
             return ended | (prompt_end(row, processing_class) if reads_prompts else {})
 
         return dataset.map(completed)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        # The length is for the sampler that groups by it, which sees the dataset after this choice.
+        # The length is for the sampler that groups by it, which sees only the columns kept here.
         for column in (*COLUMNS, self.args.length_column_name):
             if column not in self._signature_columns:
                 self._signature_columns.append(column)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's; where it groups rows by length, several processes together take the batches that one takes."""
+        """TRL's; if it groups rows by length, several processes together take the same batches as a single one."""
         sampler = super()._get_train_sampler(*args, **kwargs)
         if isinstance(sampler, LengthGroupedSampler):
             sampler.batch_size *= self.accelerator.num_processes
         return sampler
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in the parent. Under bfloat16 autocast, a PeftModel's frozen linear layers are held in it meanwhile.
+        """As in TRL's trainer. Under bfloat16 autocast, a PeftModel's frozen linear layers are cast to it meanwhile.
 
         Raises:
-            UserError: ``resume_from_checkpoint`` is of a run with other settings or data.
+            UserError: ``resume_from_checkpoint`` belongs to a run with other settings or data.
             RunError: A gradient is not finite.
         """
         checkpoint = kwargs.get("resume_from_checkpoint", args[0] if args else None)
         if isinstance(checkpoint, str | Path):
             self._same_run.compare(Path(checkpoint))
-        # FSDP gathers a layer's weights when that layer itself is called, and wants one precision.
+        # FSDP gathers a layer's weights when that layer itself is called, and requires one dtype.
         sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         bf16 = self.accelerator.mixed_precision == "bf16"
         kernels = training_kernels(self.model, bf16=bf16, packed=True, sharded=sharded)
@@ -204,7 +204,7 @@ class RewardTrainer(TrlRewardTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The parent's loss and metrics; with soft labels or a transform, the loss that they ask for."""
+        """TRL's loss and metrics; with soft labels or a transform, their loss."""
         own = {name: inputs.pop(name, None) for name in ("p", "category", "chosen_log_ratios", "rejected_log_ratios")}
         parts = partial(equal_parts, self.accelerator)
         scorer = PairScorer(model, self.accelerator.unwrap_model(model), self.batch_tokens, parts=parts)
@@ -212,7 +212,7 @@ class RewardTrainer(TrlRewardTrainer):
         reads_padding = reads_padding and self.score_at_end
         if "segments" not in inputs and not any(t.needs_expected for t in self.reward_transforms) and not reads_padding:
             inputs.pop("prompt_end", None)
-            scorer = model  # exactly the parent's way
+            scorer = model  # exactly as in TRL's trainer
         loss, outputs = super().compute_loss(scorer, inputs, True, num_items_in_batch)
         if own["p"] is not None or self.reward_transforms:
             chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
@@ -231,20 +231,20 @@ class RewardTrainer(TrlRewardTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def preference_loss(self, scores: PreferenceScores, margin: torch.Tensor | float = 0.0) -> torch.Tensor:
-        """The transforms' loss, if one brings any, else the soft-label loss; a scalar with gradient."""
+        """The transforms' loss, if one defines any, else the soft-label loss; a scalar with gradient."""
         own = [loss for t in self.reward_transforms if (loss := t.loss(scores)) is not None]
         if len(own) > 1:
             raise UserError("Two reward transforms define their own loss.", fix="Name only one of them.")
         loss = own[0] if own else soft_preference_loss(scores.chosen, scores.rejected, scores.p, margin)
         if self.args.center_rewards_coefficient is not None:
-            # Eq. 2 of arXiv 2312.09244, as in the parent.
+            # Eq. 2 of arXiv 2312.09244, as in TRL's trainer.
             centre = ((scores.chosen + scores.rejected) ** 2).mean()
             loss = loss + self.args.center_rewards_coefficient * centre
         return loss
 
     @torch.no_grad()
     def _log_soft_metrics(self, scores: PreferenceScores, mode: str) -> None:
-        """Agreement with the label's choice, where it makes one; equal scores count half. TRL's counts ``chosen``."""
+        """Agreement with the label's choice, unless it is a tie; equal scores count half. TRL's counts ``chosen``."""
         same = (scores.chosen - scores.rejected).sign() * (scores.p - 0.5).sign()
         agree = ((1 + same) / 2).where(scores.p != 0.5, torch.nan).nanmean()
         found = self.accelerator.gather(agree).nanmean().item()

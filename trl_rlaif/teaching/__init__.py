@@ -1,4 +1,4 @@
-"""Teaching a judge: contrasts that need no person, and the training of an adapter on the judge's own questions."""
+"""Teaching a judge: synthetic contrast pairs, and training an adapter on the judge's own prompts."""
 
 from trl_rlaif.teaching.contrasts import KINDS, Contrast, make_contrasts
 from trl_rlaif.teaching.lessons import Lesson

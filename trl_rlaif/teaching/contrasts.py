@@ -1,7 +1,7 @@
-"""Pairs whose better response is known by construction, made from responses without any person.
+"""Pairs whose better response is known by construction, made from existing responses without human labels.
 
 Wang et al. 2024, "Self-Taught Evaluators" (arXiv 2408.02666), have the model write a response to a changed
-instruction. Here the worse response is made from responses that exist: nothing is sampled.
+instruction. Here the worse response is made from existing responses: nothing is sampled.
 """
 
 from __future__ import annotations
@@ -19,39 +19,39 @@ from trl_rlaif.types import Message
 Contrast = Literal["other_prompt", "cut_off", "looping", "shuffled", "substituted", "constraint"]
 KINDS: tuple[Contrast, ...] = get_args(Contrast)
 
-# A text in sentences or lines, each with its number in a list and with what separates it from the next.
+# Splits a text into sentences or lines, each with its list number and the separator after it.
 _SENTENCE = re.compile(r"(?:\d+[.)][^\S\n]+)?\S.*?(?:[.!?。！？]+[\"'”’)\]]*(?=\s|$)|[。！？]+|(?=\n)|$)\s*", re.DOTALL)
 _ENDED = re.compile(r"[.!?。！？][\"'”’)\]]*\s*$")
-# Responses of other prompts that are looked at for one of about the same length.
+# Number of other prompts' responses searched for one of about the same length.
 _OTHERS = 8
-# Words that a response must have for a part of it to be recognizable as one.
+# Minimum number of words in a response for a part of it to be recognizable as a part.
 _FEWEST_WORDS = 6
-# What the constraint asks for: a single sentence, or more.
+# The constraint: a single sentence, or more.
 _SHORT = ("Answer in one sentence.", "Use a single sentence.", "Reply with one sentence only.")
 _LONG = ("Answer in several sentences.", "Use more than one sentence.", "Explain it in a few sentences.")
 
 
 def make_contrasts(pairs: Sequence[Pair], kinds: Sequence[Contrast], count: int, seed: int) -> list[Pair]:
-    """Contrasts from the responses of pairs, as many of each kind as there can be, and no two alike.
+    """Contrasts from the responses of pairs, as many of each kind as possible, without duplicates.
 
     The better response is a response of the data up to its last complete sentence. The worse one
 
     - ``other_prompt``: answers another prompt, at about the same length;
     - ``cut_off``: stops within a sentence, earlier or later than the better one ends;
-    - ``looping``: says a few of its words again and again until it has as many;
+    - ``looping``: repeats a few of its words up to the same number of words;
     - ``shuffled``: has its words in another order;
-    - ``substituted``: has words of responses to other prompts in the place of some of its own;
-    - ``constraint``: has one sentence where the prompt, to which that is added, asks for several, or the reverse.
+    - ``substituted``: has some of its words replaced by words of responses to other prompts;
+    - ``constraint``: has one sentence where a constraint added to the prompt asks for several, or the reverse.
 
     Args:
-        pairs: Whose responses are taken.
+        pairs: The source of the responses.
         kinds: Which contrasts, in turn.
-        count: How many at most.
-        seed: Of what is drawn.
+        count: Maximum number.
+        seed: Of all random choices.
 
     Returns:
         Pairs with ``human``, the better response, which is the first in about half of them, and the kind as
-        ``category``. Fewer than ``count`` where the responses do not yield more.
+        ``category``. Fewer than ``count`` if the responses do not yield more.
     """
     draw = random.Random(seed)
     sources = [(pair, text) for pair in pairs for text in (pair.response_1, pair.response_2)]
@@ -70,12 +70,12 @@ def make_contrasts(pairs: Sequence[Pair], kinds: Sequence[Contrast], count: int,
 
 
 def sentences(text: str) -> list[str]:
-    """Sentences and lines of a text, in order, without the space around them."""
+    """Sentences and lines of a text, in order, without surrounding whitespace."""
     return [part.strip() for part in _SENTENCE.findall(text) if part.strip()]
 
 
 def complete(text: str) -> str:
-    """A text up to the end of its last complete sentence; empty where there is none."""
+    """A text up to the end of its last complete sentence; empty if there is none."""
     parts = [match for match in _SENTENCE.finditer(text) if _ENDED.search(match[0])]
     return text[: parts[-1].end()].strip() if parts else ""
 
@@ -84,7 +84,7 @@ Source = tuple[Pair, str]
 
 
 def _contrast(kind: Contrast, pair: Pair, text: str, sources: Sequence[Source], draw: random.Random) -> Pair | None:
-    """One contrast; None where the response is too short for it."""
+    """One contrast; None if the response is too short for it."""
     good = complete(text)
     if len(good.split()) < _FEWEST_WORDS:
         return None
@@ -109,7 +109,7 @@ def _other_prompt(pair: Pair, text: str, good: str, sources: Sequence[Source], d
 
 def _cut_off(pair: Pair, text: str, good: str, sources: Sequence[Source], draw: random.Random) -> str | None:
     if len(text.strip()) > len(good) and draw.random() < 0.5:
-        return text.strip()  # longer than the better one: length alone tells nothing
+        return text.strip()  # longer than the better one: length alone must not reveal the better one
     words = good.split(" ")
     kept = draw.randrange(len(words) // 3, len(words) - 1)
     cut = " ".join(words[: max(1, kept)])

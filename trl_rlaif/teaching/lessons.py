@@ -1,4 +1,4 @@
-"""Lessons: pairs of which something is known that a judge can be taught."""
+"""Lessons: pairs with a known target that a judge can be taught."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from dataclasses import dataclass
 
 from trl_rlaif.types import Label, Pair
 
-# What a judge that is certain and wrong is taken to have given to the truth.
+# Lower bound of the probability that a certain but wrong judge gave to the truth.
 _EDGE = 1e-9
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """A pair, and what is known of it.
+    """A pair and its target.
 
     Args:
         pair: Two responses.
         p: The probability that the first one is the better one.
-        source: Where that is known from.
-        ratings: Another judge's probabilities of the ratings, for each of the two responses. They are what is taught
-            then: ``p`` follows from them.
+        source: Where the target comes from.
+        ratings: Another judge's probabilities of the ratings, for each of the two responses. If given, they are the
+            target: ``p`` follows from them.
     """
 
     pair: Pair
@@ -30,7 +30,7 @@ class Lesson:
     ratings: tuple[Sequence[float], Sequence[float]] | None = None
 
     def loss(self, label: Label) -> float:
-        """Cross-entropy in nats of a label with what is known: of both ratings, on average, or of p."""
+        """Cross-entropy in nats of a label with the target: averaged over both ratings, or that of p."""
         if self.ratings is not None and label.ratings_1 is not None and label.ratings_2 is not None:
             both = zip(self.ratings, (label.ratings_1, label.ratings_2), strict=True)
             return sum(_cross_entropy(known, said) for known, said in both) / 2

@@ -1,4 +1,4 @@
-"""JudgeTrainer: an adapter is trained so that a judge's own questions lead to given labels."""
+"""JudgeTrainer: trains an adapter so that a judge's own prompts lead to given labels."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ Row = dict[str, Any]
 def tokenized(
     lessons: Sequence[Lesson], labeler: Labeler, judge: LocalJudge, longest: int | None = None
 ) -> tuple[list[Row], int]:
-    """The judge's questions about pairs as tokens, each pair's together, with the label that they should lead to.
+    """The judge's prompts for pairs as tokens, grouped by pair, with the target label.
 
     Args:
-        lessons: N pairs, and what is known of them.
-        labeler: Whose questions; it has ``candidates``.
-        judge: Whose prompt and tokenizer.
-        longest: Tokens that a question may have; the judge's context at most.
+        lessons: N pairs with their targets.
+        labeler: Writes the prompts; it has ``candidates``.
+        judge: Its prompt template and tokenizer are used.
+        longest: Maximum tokens of a prompt, at most the judge's context.
 
     Returns:
-        Rows with ``contexts``, a token list for each question, ``p`` and ``ratings`` as in Lesson, and ``length``, the
-        tokens of all; and how many pairs are left out, since a question of theirs is longer.
+        Rows with ``contexts``, one token list per prompt, ``p`` and ``ratings`` as in Lesson, and ``length``, their
+        total tokens; and the number of pairs left out because one of their prompts is longer.
     """
     if not lessons:
         return [], 0
@@ -58,17 +58,17 @@ def tokenized(
 
 
 class JudgeTrainer(Trainer):
-    """Trains an adapter with the cross-entropy of exactly the distribution that the labeler reads.
+    """Trains an adapter with the cross-entropy of the exact distribution that the labeler reads.
 
-    Questions are packed as in labeling, where the model allows it: what the questions about a pair begin with is
-    computed once.
+    Prompts are packed as in labeling, if the model supports it: the shared prefix of a pair's prompts is computed
+    once.
 
     Args:
         model: A PeftModel around a causal language model.
-        args: Of transformers.
+        args: transformers' arguments.
         train_dataset, eval_dataset: With the columns of ``tokenized``.
-        labeler: Whose loss.
-        candidates: What the questions are completed with, as the tokenizer spells it.
+        labeler: Defines the loss.
+        candidates: The possible completions of the prompts, as tokens.
         pad_id: Any valid token id.
     """
 
@@ -91,7 +91,7 @@ class JudgeTrainer(Trainer):
         self.scorer = ContinuationScorer(inner_model(model), candidates.continuations, longest=longest, pad_id=pad_id)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, with this package's kernels. With FSDP, too, every process holds all of the model."""
+        """As in transformers, with this package's kernels. Even with FSDP, every process holds the whole model."""
         share_out(self.model, self.accelerator, layers=False)
         self.is_fsdp_enabled = False
         bf16 = self.accelerator.mixed_precision == "bf16"
@@ -99,9 +99,9 @@ class JudgeTrainer(Trainer):
             return super().train(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As in transformers. Layers that gradient checkpointing computes again are packed as they were.
+        """As in transformers. Layers recomputed by gradient checkpointing are packed as before.
 
-        Several processes average their gradients here, since no pass goes through DDP.
+        Gradients are averaged over processes here, since no pass goes through DDP.
         """
         with self.scorer.kept_packed():
             loss = super().training_step(*args, **kwargs)
@@ -109,15 +109,15 @@ class JudgeTrainer(Trainer):
         return loss
 
     def _load_best_model(self) -> None:
-        """As in transformers, which looks for the weights of an adapter named "default" only, and else goes on with
-        the last ones; what resumes a checkpoint finds an adapter of any name."""
+        """As in transformers, which only looks for an adapter named "default" and otherwise keeps the last weights;
+        its code for resuming a checkpoint finds an adapter of any name."""
         assert self.state.best_model_checkpoint is not None
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def compute_loss(
         self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The mean over the pairs of the cross-entropy with p, or with another judge's ratings where there are some."""
+        """The mean over the pairs of the cross-entropy with p, or with another judge's ratings if given."""
         groups, p = inputs["contexts"], inputs["p"]
         with self.accelerator.autocast():
             logprobs = self.scorer.logprobs(groups)
@@ -133,7 +133,7 @@ class JudgeTrainer(Trainer):
 
     @torch.no_grad()
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """The mean loss over the held-out pairs, whose batches several processes divide."""
+        """The mean loss over the held-out pairs, whose batches are divided among processes."""
         self.model.eval()
         size, rows = self.args.per_device_eval_batch_size, list(self.eval_dataset)
 
