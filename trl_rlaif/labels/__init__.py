@@ -1,4 +1,4 @@
-"""Labels as a run keeps, calibrates and compares them."""
+"""Storing, calibrating and comparing a run's labels."""
 
 from trl_rlaif.labels.store import LabelKey, LabelStore
 

@@ -1,4 +1,4 @@
-"""Makes a judge's confidence mean what it says, from a few pairs that people judged."""
+"""Calibrates a judge's probabilities on a few pairs with human labels."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from trl_rlaif.errors import UserError
 from trl_rlaif.evaluation import agreement, calibration_error, standard_error
 from trl_rlaif.evaluation.intervals import cluster_index
 
-# Fewer say nothing about a temperature.
+# Fewer do not determine a temperature.
 MIN_PAIRS = 20
-# Cross-validation, repeated with other folds: with 20 pairs, which of them fall together decides too much.
+# Cross-validation, repeated with other folds: with 20 pairs, the result depends too much on the split.
 FOLDS, REPEATS = 5, 5
-# Standard deviations of the priors, both around no change. One of log(scale): two thirds of judges need a temperature
-# of 1/2 to 2, and 95% of 1/4 to 4. One of the bias, in nats: standing first rarely is worth more than odds of e^2 to 1.
-# With 20 pairs these are about as much as the data say; with hundreds they hardly count.
+# Standard deviations of the priors, both centered at no change. For log(scale): two thirds of judges need a temperature
+# of 1/2 to 2, and 95% of 1/4 to 4. For the bias, in nats: being first is rarely worth more than odds of e^2 to 1.
+# With 20 pairs they weigh about as much as the data; with hundreds, hardly at all.
 SCALE_PRIOR, BIAS_PRIOR = math.log(2), 1.0
 _EDGE = 1e-9
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A temperature and a position bias for the labels as they are used, both orders already joined.
+    """A temperature and a position bias for labels whose two orders are already combined.
 
-    A label's log-odds l of response_1 become scale * l. Where only one order was asked, l + bias is what the judge says
-    of the response that it is shown first, so they become scale * l -+ bias. With ``mean_prob`` both orders are changed
-    so, and their probabilities averaged as before. The mean of both orders' log-odds has no bias: it cancels.
+    A label's log-odds l of response_1 become scale * l. If only one order was asked, the judge reports l + bias for the
+    response shown first, so they become scale * l -+ bias. With ``mean_prob`` both orders are corrected in this way and
+    their probabilities averaged as before. In the mean of both orders' log-odds, the bias cancels.
 
     Args:
-        scale: 1 / temperature (Guo et al. 2017), above 0, so that no label is turned around.
-        bias: What standing first is worth, in nats.
-        mean_prob: Both orders are joined by the mean of their probabilities.
+        scale: 1 / temperature (Guo et al. 2017), above 0, so that no label is reversed.
+        bias: The advantage of being shown first, in nats.
+        mean_prob: Both orders are combined by the mean of their probabilities.
     """
 
     scale: float = 1.0
@@ -47,18 +47,18 @@ class Calibration:
 
     @classmethod
     def fit(cls, rows: Sequence[dict[str, Any]], human: Sequence[int], *, mean_prob: bool = False) -> Calibration:
-        """Penalized maximum likelihood of the people's choices, each pair one observation.
+        """Penalized maximum likelihood on the human choices, each pair one observation.
 
-        The priors are Gaussian: of log(scale) around 0 with deviation ``SCALE_PRIOR``, of the bias around 0 with
+        The priors are Gaussian with mean 0: for log(scale) with standard deviation ``SCALE_PRIOR``, for the bias with
         ``BIAS_PRIOR``.
 
         Args:
             rows: Labels with p, p_12 and p_21 (both orders' may be None).
             human: 1 or 2 for each.
-            mean_prob: As of the class.
+            mean_prob: As in the class.
         """
         logits, first = _observations(rows, mean_prob)
-        # Turned so that it is the chosen response whose log-odds they are: its probability is to be high.
+        # Signed as the log-odds of the chosen response, whose probability should be high.
         logits, first = (np.where(np.array(human) == 1, 1, -1)[:, None] * column for column in (logits, first))
         priors = np.array([SCALE_PRIOR, BIAS_PRIOR])
 
@@ -66,21 +66,21 @@ class Calibration:
             scaled = math.exp(parameters[0]) * logits
             each = scaled - parameters[1] * first
             log_p = logsumexp(log_expit(each), axis=1) - math.log(2)
-            # Of log of the mean of both orders' probabilities, by each order's log-odds.
+            # Of the log of the mean of both orders' probabilities, with respect to each order's log-odds.
             slopes = np.exp(log_expit(each) + log_expit(-each) - log_p[:, None]) / 2
             gradient = -np.array([(slopes * scaled).sum(), -(slopes * first).sum()])
             return ((parameters / priors) ** 2).sum() / 2 - log_p.sum(), gradient + parameters / priors**2
 
-        # The prior is one of log(scale), in which the likelihood is not concave: two optima are possible.
+        # The prior is on log(scale), in which the likelihood is not concave: two optima are possible.
         starts = ([start, 0.0] for start in (-1.0, 0.0, 1.0))
         best = min((minimize(loss, start, jac=True, options={"gtol": 1e-8}) for start in starts), key=lambda f: f.fun)
         return cls(math.exp(best.x[0]), float(best.x[1]), mean_prob)
 
     def has_bias(self, rows: Sequence[dict[str, Any]]) -> bool:
-        """Whether these labels tell the bias: only those of one order do.
+        """Whether these labels determine the bias: only labels of a single order do.
 
-        In the mean of both orders' log-odds it cancels, and the mean of their probabilities has two optima, of which
-        each mirrors the other.
+        In the mean of both orders' log-odds it cancels, and with the mean of their probabilities there are two mirrored
+        optima.
         """
         first = _observations(rows, self.mean_prob)[1]
         return bool((first.sum(axis=1) != 0).any())
@@ -91,10 +91,10 @@ class Calibration:
 
 
 def check_choices(human: Sequence[int]) -> None:
-    """Refuse what says too little.
+    """Refuse too few choices.
 
     Raises:
-        UserError: Fewer than 20 pairs, or one of the two choices occurs less than twice.
+        UserError: There are fewer than 20 pairs, or one of the two choices occurs less than twice.
     """
     reason = why_too_few(human)
     if reason is not None:
@@ -104,7 +104,7 @@ def check_choices(human: Sequence[int]) -> None:
 
 
 def why_too_few(human: Sequence[int]) -> str | None:
-    """Why so many choices, 1 or 2 each, say too little; None where they do not."""
+    """Why these choices, 1 or 2 each, are too few; None if they suffice."""
     counts = Counter(human)
     if len(human) >= MIN_PAIRS and min(counts[1], counts[2]) >= 2:
         return None
@@ -122,18 +122,18 @@ def cross_validate(
     mean_prob: bool = False,
     seed: int,
 ) -> dict[str, Any] | None:
-    """The labels before and after, each pair calibrated by fits that have not seen its prompt.
+    """Quality of the labels before and after calibration, with each pair calibrated by fits that exclude its prompt.
 
     Args:
-        rows, human, mean_prob: As of ``Calibration.fit``.
-        prompts: Of which prompt each pair is; None: each of another one.
+        rows, human, mean_prob: As in ``Calibration.fit``.
+        prompts: The prompt of each pair; None: all different.
         seed: Of the folds.
 
     Returns:
-        ``before`` and ``after``: ``log_loss``, in nats a pair, ``ece`` and ``agreement``. After are means over
-        ``REPEATS`` divisions into ``FOLDS`` folds; the agreement is that of the first one, for a positive scale changes
-        it only through a bias. ``gain``, by how much the log-loss falls, and its ``standard_error`` over the prompts.
-        None if there is only one prompt.
+        ``before`` and ``after``: ``log_loss``, in nats per pair, ``ece`` and ``agreement``. ``after`` has means over
+        ``REPEATS`` splits into ``FOLDS`` folds; the agreement is that of the first split, since a positive scale
+        changes it only through a bias. ``gain``, the decrease of the log-loss, and its ``standard_error`` over the
+        prompts. None if there is only one prompt.
     """
     index = np.arange(len(rows)) if prompts is None else cluster_index(prompts, len(rows))
     count = int(index.max()) + 1
@@ -163,7 +163,7 @@ def cross_validate(
 
 
 def log_losses(p: Any, human: Sequence[int]) -> np.ndarray:
-    """-log of what each label gives to the person's choice, in nats; labels are kept 1e-9 away from 0 and 1.
+    """-log of each label's probability of the human choice, in nats; labels are clipped to 1e-9 from 0 and 1.
 
     Args:
         p: Probabilities that response_1 is preferred, shape (..., N).
@@ -174,9 +174,9 @@ def log_losses(p: Any, human: Sequence[int]) -> np.ndarray:
 
 
 def _observations(rows: Sequence[dict[str, Any]], mean_prob: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(N, 2) log-odds of response_1, and (N, 2): 1 where it is shown first, -1 where second, 0 where that is gone.
+    """(N, 2) log-odds of response_1, and (N, 2): 1 where it is shown first, -1 where second, 0 where not known.
 
-    Of a label that is not the mean of two probabilities, both columns are the joined answer.
+    For a label that is not the mean of two probabilities, both columns hold the combined answer.
     """
     found = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""Where each label is in labels.jsonl: a table on the disk that follows from the file, and is made again from it."""
+"""An on-disk index of labels.jsonl: derived from the file, and rebuilt from it if necessary."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ CREATE TABLE IF NOT EXISTS covered (bytes INTEGER, lines INTEGER, broken INTEGER
 
 
 class Covered(NamedTuple):
-    """The beginning of labels.jsonl that the table is of.
+    """The beginning of labels.jsonl that the index covers.
 
     Args:
-        bytes, lines: How much of it.
-        broken: Lines of it that are damaged.
-        checksum: CRC-32 of it.
+        bytes, lines: Its size.
+        broken: Number of damaged lines in it.
+        checksum: Its CRC-32.
     """
 
     bytes: int = 0
@@ -36,12 +36,12 @@ class Covered(NamedTuple):
 
 
 class LabelIndex:
-    """A table of SQLite with the place of every label's last line, in bytes, and whether it has a probability.
+    """An SQLite table with the byte offset of every label's last line, and whether it has a probability.
 
     Args:
-        path: The table's file. One that is damaged, or of a file that has changed in what it covers, is emptied. None
-            keeps the table in memory.
-        labels: The labels.jsonl that it is of.
+        path: The table's file. It is emptied if damaged, or if the covered part of labels.jsonl has changed. None:
+            keep the table in memory.
+        labels: The labels.jsonl to index.
     """
 
     def __init__(self, path: Path | None, labels: Path) -> None:
@@ -69,10 +69,10 @@ class LabelIndex:
             self._path.unlink(missing_ok=True)
 
     def find(self, setup: str, pair: str) -> tuple[int, bool] | None:
-        """A label's place, and whether it has a probability; None where there is none.
+        """A label's offset, and whether it has a probability; None if there is no label.
 
         Raises:
-            RunError: As of ``damaged``.
+            RunError: As ``damaged``.
         """
         try:
             found = self._tables.execute(
@@ -83,34 +83,34 @@ class LabelIndex:
         return found and (found[0], bool(found[1]))
 
     def add(self, rows: Iterable[tuple[str, str, int, bool]], covered: Covered) -> None:
-        """Take in what came behind what was covered; it is on the disk after ``commit``.
+        """Add the lines after the covered part; they are durable after ``commit``.
 
         Args:
-            rows: Setup, pair, place, and whether there is a probability.
-            covered: With them.
+            rows: Setup, pair, offset, and whether there is a probability.
+            covered: The part covered with them.
         """
         self._tables.executemany("INSERT OR REPLACE INTO labels VALUES (?, ?, ?, ?)", rows)
         self.covered = covered
 
     def commit(self) -> None:
-        """See what was added on the disk. What a kill loses is taken from the file again."""
+        """Commit additions to disk. Those lost by a kill are read from labels.jsonl again."""
         self._tables.execute("DELETE FROM covered")
         self._tables.execute("INSERT INTO covered VALUES (?, ?, ?, ?)", self.covered)
         self._tables.commit()
 
     def close(self) -> None:
-        """What was not committed is gone."""
+        """Close without committing."""
         self._tables.close()
 
     def damaged(self, what: str) -> RunError:
-        """What to raise where it does not tell where a label is. It is removed."""
+        """The error to raise if the index has a wrong offset. Removes the index."""
         self._remove()
         fix = "It was removed; --resume rebuilds it from the labels, none of which is lost."
         return RunError(f"The index of the labels is damaged: {what}.", where=str(self._path or ""), fix=fix)
 
 
 def _checksum(path: Path, size: int) -> int | None:
-    """CRC-32 of the first bytes of a file; None where it is shorter. A missing file has no bytes."""
+    """CRC-32 of the first bytes of a file; None if it is shorter. A missing file has no bytes."""
     found = 0
     with path.open("rb") if path.exists() else io.BytesIO() as file:
         while size and (block := file.read(min(size, _BLOCK))):

@@ -1,7 +1,7 @@
-"""Joins the votes of several judges by a reliability of each that is learned without a single known answer.
+"""Combines the votes of several judges, with each one's reliability learned without ground truth.
 
-A vote is a probability that response_1 is preferred. Nothing here depends on which response is called the first: with
-the responses of a pair exchanged in every vote, its joined probability becomes 1 - p.
+A vote is a probability that response_1 is preferred. The result does not depend on the responses' order: if the
+responses of a pair are swapped in every vote, its combined probability becomes 1 - p.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ from typing import Any, Protocol
 import numpy as np
 from scipy.special import expit, logit
 
-# Votes count as no surer than 999 to 1: sampled answers, say, are often all the same.
+# Votes are clipped to odds of 999 to 1: sampled answers, for example, are often unanimous.
 SUREST = 0.999
-# Every member begins with this much trust, so that the optimum found is the one in which most votes are right and not
-# its mirror image, in which most are wrong.
+# Initial reliability of every member, so that the optimum found is the one in which most votes are right, not its
+# mirror image.
 _START = 0.75
-# One imagined right vote and one wrong one for each member: nobody is surely right, or surely wrong.
+# One pseudo-count each of a right and a wrong vote per member: nobody is certainly right or wrong.
 _IMAGINED = 1.0
 _TOLERANCE, _MAX_ROUNDS = 1e-10, 10_000
 
 
 class Join(Protocol):
-    """A fitted way to join votes.
+    """A fitted method of combining votes.
 
     Attributes:
-        reliability: (J,) float64, what was learned of each member.
-        chance: The reliability of a member whose votes say nothing.
+        reliability: (J,) float64, the learned reliability of each member.
+        chance: The reliability of a member whose votes carry no information.
     """
 
     reliability: np.ndarray
     chance: float
 
     def join(self, votes: np.ndarray) -> np.ndarray:
-        """The joined probabilities, (N,) float64 in [0, 1], of (N, J) votes; NaN is a vote that is missing.
+        """The combined probabilities, (N,) float64 in [0, 1], of (N, J) votes; NaN is a missing vote.
 
         A pair without any vote gets 0.5.
         """
@@ -45,13 +45,13 @@ class Join(Protocol):
 class LogOddsPool:
     """A weighted mean of log-odds: a logarithmic opinion pool (Genest and Zidek 1986) whose weights are learned.
 
-    Log-odds are divided by each member's own root mean square, so that a member that is always sure does not outvote
-    the others by that alone. A member's weight is its agreement with the others, the correlation of its log-odds with
-    their mean, as the item-rest correlation weighs the items of a test; one that agrees with them no more than by
-    chance has the weight 0. The result is as confident as the median member where all agree.
+    Log-odds are divided by each member's root mean square, so that no member outvotes the others merely by always being
+    sure. A member's weight is its agreement with the others: the correlation of its log-odds with their mean, like the
+    item-rest correlation of a test item; one that agrees no more than by chance has weight 0. If all agree, the result
+    is as confident as the median member.
 
-    Satopää et al. (2014) move such a pool away from 0.5 by a factor, since its members know different things. How far
-    cannot be learned without known answers: ``trl_rlaif.labels.calibration`` fits the same factor to people's.
+    Satopää et al. (2014) extremize such a pool by a factor, since its members have different information. The factor
+    cannot be learned without ground truth: ``trl_rlaif.labels.calibration`` fits it to human labels.
 
     Args:
         reliability: (J,), the agreement of each member with the others, in [-1, 1].
@@ -64,7 +64,7 @@ class LogOddsPool:
 
     @classmethod
     def fit(cls, votes: np.ndarray) -> LogOddsPool:
-        """Of (N, J) probabilities in [0, 1]; NaN is a vote that is missing."""
+        """From (N, J) probabilities in [0, 1]; NaN is a missing vote."""
         logits, known = _logits(votes), ~np.isnan(votes)
         scales = np.sqrt((logits**2).sum(axis=0) / np.maximum(known.sum(axis=0), 1))
         z = logits / np.where(scales > 0, scales, 1.0)
@@ -76,7 +76,7 @@ class LogOddsPool:
         return cls((z * rest).sum(axis=0) / np.where(norms > 0, norms, 1.0), scales)
 
     def join(self, votes: np.ndarray) -> np.ndarray:
-        """As of ``Join``. Where only members of weight 0 have voted, 0.5."""
+        """As in ``Join``; 0.5 if only members of weight 0 have voted."""
         weights = np.maximum(self.reliability, 0.0) * ~np.isnan(votes)
         z = _logits(votes) / np.where(self.scales > 0, self.scales, 1.0)
         total = weights.sum(axis=1)
@@ -85,19 +85,18 @@ class LogOddsPool:
 
 @dataclass(frozen=True)
 class DawidSkene:
-    """The model of Dawid and Skene (1979) for soft votes: members err independently, each at a rate of its own.
+    """The model of Dawid and Skene (1979) for soft votes: members err independently, each at its own rate.
 
-    Which response is better is not known. Each member decides for the better one with a probability, its reliability,
-    and p is how sure it is of its own decision: the vote itself is as hidden as the answer. So p counts as
-    a * p + (1 - a) * (1 - p), a the reliability. With votes of 0 and 1 this is their model for two classes, each of
-    them as likely as the other, and with one error rate a member for both, since it is chance which response is called
-    response_1.
+    Which response is better is latent. Each member picks the better one with a probability, its reliability, and p is
+    its certainty about its own pick: the vote is as latent as the answer. So the likelihood of p is
+    a * p + (1 - a) * (1 - p), a the reliability. With votes of 0 and 1 this is their model for two equally likely
+    classes, and with one error rate per member for both, since which response is response_1 is random.
 
-    Members that make the same errors, such as several prompts of one judge, are taken for independent: the result is
-    then far too sure.
+    Members with correlated errors, such as several prompts of one judge, are treated as independent: the result is then
+    far too confident.
 
     Args:
-        reliability: (J,), the probability that each member decides for the better response, in (0, 1).
+        reliability: (J,), the probability that each member picks the better response, in (0, 1).
     """
 
     reliability: np.ndarray
@@ -105,9 +104,9 @@ class DawidSkene:
 
     @classmethod
     def fit(cls, votes: np.ndarray) -> DawidSkene:
-        """Maximum a posteriori by EM, of (N, J) probabilities in [0, 1]; NaN is a vote that is missing.
+        """Maximum a posteriori by EM, from (N, J) probabilities in [0, 1]; NaN is a missing vote.
 
-        The prior is Beta(2, 2): one vote that was right and one that was wrong.
+        The prior is Beta(2, 2): one right and one wrong vote.
         """
         known = ~np.isnan(votes)
         p, counts = np.where(known, votes, 0.5), known.sum(axis=0)
@@ -123,7 +122,7 @@ class DawidSkene:
         return cls(found)
 
     def join(self, votes: np.ndarray) -> np.ndarray:
-        """As of ``Join``: the posterior probability that response_1 is the better one."""
+        """As in ``Join``: the posterior probability that response_1 is the better one."""
         return expit(_evidence(votes, self.reliability))
 
 
@@ -134,7 +133,7 @@ def disagreement(votes: np.ndarray) -> np.ndarray:
     """Standard deviation of each pair's votes, (N,) in [0, 0.5]; NaN where fewer than two members voted.
 
     Args:
-        votes: (N, J) probabilities; NaN is a vote that is missing.
+        votes: (N, J) probabilities; NaN is a missing vote.
     """
     known = ~np.isnan(votes)
     several = known.sum(axis=1) > 1
@@ -144,15 +143,15 @@ def disagreement(votes: np.ndarray) -> np.ndarray:
 
 
 def _logits(votes: np.ndarray) -> np.ndarray:
-    """Log-odds, 0 where a vote is missing."""
+    """Log-odds; 0 for a missing vote."""
     return np.nan_to_num(logit(np.clip(votes, 1 - SUREST, SUREST)))
 
 
 def _heard(p: np.ndarray, reliability: np.ndarray) -> np.ndarray:
-    """How likely a vote's decision makes response_1, given how often the member is right."""
+    """The likelihood of a vote if response_1 is better, given the member's reliability."""
     return reliability * p + (1 - reliability) * (1 - p)
 
 
 def _evidence(votes: np.ndarray, reliability: np.ndarray) -> np.ndarray:
-    """(N,) log-odds that response_1 is better, of all votes together."""
+    """(N,) log-odds that response_1 is better, from all votes."""
     return np.nan_to_num(logit(_heard(votes, reliability))).sum(axis=1)

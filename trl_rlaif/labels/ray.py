@@ -1,4 +1,4 @@
-"""Labels by Ray Data: workers on a cluster ask judges of their own, and one driver keeps what these answer."""
+"""Labeling with Ray Data: each worker on a cluster has its own judge, and one driver stores the labels."""
 
 from __future__ import annotations
 
@@ -43,28 +43,28 @@ def label_with_ray(
     num_cpus: float = 1.0,
     num_gpus: float = 0.0,
 ) -> int:
-    """Label the pairs of a run that have no label, with Ray Data; ``trl-rlaif run RECIPE --resume`` goes on with them.
+    """Label a run's unlabeled pairs with Ray Data; ``trl-rlaif run RECIPE --resume`` continues from there.
 
-    Each worker is an actor that loads the judge once. Labels are appended to the run's labels.jsonl as they come, so
-    that what was answered before a kill is not asked again. They are those of ``trl-rlaif run``, except that a judge in
-    the worker's process computes a batch together: that may change the last digits.
+    Each worker is an actor that loads the judge once. Labels are appended to the run's labels.jsonl as they arrive, so
+    after a kill only the rest is asked. They equal those of ``trl-rlaif run``, except that a judge in the worker's
+    process computes in other batches, which may change the last digits.
 
     Args:
-        recipe: As of ``parse_recipe``. Its labelers under ``label.compare`` label, too, and so are the pairs of
-            ``label.calibration`` labeled.
-        output: The run's folder, whose pairs are complete. Workers on other machines see it at the same place if the
-            judge is ``taught``.
-        workers: Actors.
-        batch_size: Pairs of a task: what is lost, and asked again, if a worker dies.
-        num_cpus, num_gpus: Of each actor.
+        recipe: From ``parse_recipe``. Its labelers under ``label.compare`` and the pairs of ``label.calibration`` are
+            included.
+        output: The run's folder, whose pairs are complete. If the judge is ``taught``, workers on other machines must
+            see it at the same path.
+        workers: Number of actors.
+        batch_size: Pairs per task: lost, and asked again, if a worker dies.
+        num_cpus, num_gpus: Per actor.
 
     Returns:
         How many pairs were labeled.
 
     Raises:
-        UserError: Ray is not installed; what labels are made from is not complete; or the recipe asks what follows from
-            other answers.
-        RunError: The judge cannot be asked any more, or its budget is used up.
+        UserError: Ray is not installed; the labels' inputs are not complete; or the recipe's questions depend on
+            earlier answers.
+        RunError: The judge is no longer available, or its budget is used up.
     """
     _check(recipe)
     made, actors = 0, {"workers": workers, "batch_size": batch_size, "num_cpus": num_cpus, "num_gpus": num_gpus}
@@ -92,14 +92,14 @@ def _check(recipe: Recipe) -> None:
 
 
 class _Driver:
-    """What keeps the labels of one labeler."""
+    """Stores the labels of one labeler."""
 
     def __init__(self, context: Context, store: LabelStore, task: LabelTask) -> None:
         self.context, self.store, self.task = context, store, task
         self.key, self.meter = label_key(context, task), meter_of(context, task)
 
     def label(self, pairs: Sequence[Pair], actors: Mapping[str, Any]) -> int:
-        """How many of these pairs were labeled now."""
+        """Label pairs; returns how many were labeled now."""
         everything = distinct(self.key, pairs)
         missing = {pair.id: pair for pair in self.store.missing(self.key, everything)}
         self._check_budget(left=len(missing))
@@ -130,12 +130,12 @@ class _Driver:
 
 @dataclass(frozen=True)
 class Answered:
-    """What a worker makes of a batch.
+    """A worker's result for a batch.
 
     Args:
         labels: Of its pairs.
-        used: Tokens of a judge on a server.
-        error: What kept it from labeling the rest.
+        used: Tokens used by a judge on a server.
+        error: Why it could not label the rest.
     """
 
     labels: list[Label]
@@ -147,13 +147,13 @@ class Worker:
     """Labels batches of pairs; Ray Data makes one in each actor."""
 
     def __init__(self, recipe: Recipe, folder: Path, today: date, task: LabelTask) -> None:
-        """Load nothing yet: what goes wrong then is the answer to a batch, and Ray does not try it again.
+        """Load nothing yet: a later failure is returned as a batch's result, so that Ray does not retry it.
 
         Args:
-            recipe: In which ``auto`` is settled.
+            recipe: With ``auto`` resolved.
             folder: The run's.
-            today: The day on which chat templates think that the run takes place.
-            task: Whose labels are wanted.
+            today: The date given to chat templates.
+            task: The labels to compute.
         """
         self.recipe, self.folder, self.today, self.task = recipe, folder, today, task
 
@@ -172,7 +172,7 @@ class Worker:
         return self._context.judges.load(self.task.judge, self.task.prompt)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[bytes]]:
-        """Rows with a pair each to one row with what was answered, all pickled."""
+        """From rows with one pair each to one row with the result, all pickled."""
         return {"answered": [pickle.dumps(self._answer([pickle.loads(row) for row in batch["pair"]]))]}
 
     def _answer(self, pairs: Sequence[Pair]) -> Answered:
@@ -182,7 +182,7 @@ class Worker:
             with kernels(self.recipe.run.kernels):
                 judge, known = self._judge, meter_of(self._context, self.task)
                 if isinstance(judge, RemoteJudge) and known is not None:
-                    meter = judge.meter = Meter(known.price, known.budget)  # the driver counts what was used before
+                    meter = judge.meter = Meter(known.price, known.budget)  # the driver counts earlier usage
                 labels.extend(self._labeler.label(pairs, judge))
         except TrlRlaifError as raised:
             error = raised
@@ -197,13 +197,13 @@ def _mapped(
     batch_size: int,
     **resources: float,
 ) -> Iterator[Answered]:
-    """What actors, each with a Worker made of its arguments, answer to the pairs; batch by batch, in any order."""
+    """The results of actors, each with a Worker built from the arguments; batch by batch, in any order."""
     try:
         import ray.data
     except ImportError:
         raise UserError("Labeling with Ray needs the package ray.", fix="pip install 'trl-rlaif[ray]'") from None
     rows = [{"pair": pickle.dumps(pair)} for pair in pairs]
-    # A block is a batch, and its labels come as soon as it is done.
+    # A block is a batch, and its labels arrive as soon as it is done.
     blocks = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // batch_size))
     pool = ray.data.ActorPoolStrategy(size=workers)
     found = blocks.map_batches(Worker, fn_constructor_args=of_worker, batch_size=None, compute=pool, **resources)

@@ -1,4 +1,4 @@
-"""labels.jsonl: an append-only store in which every label is found by what determined it."""
+"""labels.jsonl: an append-only store of labels, keyed by everything that determines them."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from trl_rlaif.types import Label
 
 # A pair's key in an array: ``LabelKey.of`` as ASCII.
 KEY = "S16"
-# Lines that the index takes in, and sees on the disk, together.
+# Lines that the index adds and commits together.
 _AT_ONCE = 10_000
-# Labels are seen on the disk as often.
+# Interval at which labels are synced to disk.
 SYNC_SECONDS = 1.0
 # Fields of a label that are probabilities, or lists of them.
 _SHARES = ("p", "p_12", "p_21", "mass_12", "mass_21")
 _RATINGS = ("ratings_1", "ratings_2")
-# Damaged lines that get a warning each.
+# Number of damaged lines that get their own warning.
 _NAMED = 5
-# Fields that most labelers leave empty; a line holds them only where they are not.
+# Fields that most labelers leave empty; written only if they are not.
 _OPTIONAL = (
     "skipped", "score_1", "score_2", "spread_1", "spread_2", *_RATINGS, "bound_12", "bound_21", "voted", "criteria",
 )  # fmt: skip
@@ -47,7 +47,7 @@ def _digest(*parts: Any) -> str:
 
 
 def pair_key(pair: Pair, columns: Collection[str] = ()) -> str:
-    """What of a pair determines its label: the texts, whatever the pair is called, and what is in some columns."""
+    """The part of a pair that determines its label: its texts and some columns, but not its id."""
     also = [{name: pair.extra.get(name) for name in columns}] if columns else []
     turns = [(m["role"], m["content"]) for m in as_messages(pair.prompt)]
     return _digest(turns, pair.response_1, pair.response_2, *also)
@@ -55,16 +55,16 @@ def pair_key(pair: Pair, columns: Collection[str] = ()) -> str:
 
 @dataclass(frozen=True)
 class LabelKey:
-    """What determines a label beside the pair.
+    """Everything that determines a label besides the pair.
 
     Args:
         labeler: Name of the labeler.
         options: Its options.
         judge: Name of the judge.
-        judge_revision: Version of its weights and tokenizer, how they are held, what its chat template is told, and
-            the date that this writes.
+        judge_revision: Version of its weights and tokenizer, their dtype and quantization, and the variables and date
+            given to its chat template.
         prompt_revision: Changes with any file of the judge's prompt.
-        columns: Other columns of the data that it depends on; they follow from the rest.
+        columns: Other columns of the data that it depends on; determined by the rest.
     """
 
     labeler: str
@@ -77,28 +77,28 @@ class LabelKey:
     @cached_property
     def key(self) -> str:
         """16 hexadecimal digits."""
-        # Without criteria as before there were any.
+        # Without criteria, the same as before that option existed.
         options = {name: value for name, value in self.options.items() if (name, value) != ("criteria", {})}
         parts = asdict(self) | {"options": options}
         return _digest({name: value for name, value in parts.items() if name != "columns"})
 
     def of(self, pair: Pair) -> str:
-        """What determines the label on the pair's side: 16 hexadecimal digits."""
+        """The pair's part of the key: 16 hexadecimal digits."""
         return pair_key(pair, self.columns)
 
 
 class LabelStore:
-    """The labels of a folder, of any number of label keys; they are read from the disk as they are asked for.
+    """The labels of a folder, for any number of label keys; read from disk on demand.
 
-    A line is a label with the keys that find it, ``setup`` (LabelKey.key) and ``pair``. Lines are only ever appended;
-    of several with the same keys the last one counts. Files of several machines are joined by concatenation.
+    A line is a label with its keys, ``setup`` (LabelKey.key) and ``pair``. Lines are only ever appended; of those with
+    the same keys, the last one counts. Files of several machines are merged by concatenation.
 
     Args:
-        path: labels.jsonl. What a power cut left of a last line is removed from it; a broken line elsewhere,
-            such as between two joined files, is passed over with a warning and counted in ``broken``.
-        index: A file that remembers where each label is, so that only what it does not cover is read at the beginning.
-            It is made from labels.jsonl, and again where it does not fit it. None keeps this in memory; with a file,
-            the store is a context manager.
+        path: labels.jsonl. A partial last line left by a power cut is removed; a damaged line elsewhere, such as
+            between two concatenated files, is skipped with a warning and counted in ``broken``.
+        index: A file with each label's offset, so that only the uncovered part is read on opening. It is built from
+            labels.jsonl, and rebuilt if it does not match. None: keep the index in memory; with a file, the store is a
+            context manager.
 
     Raises:
         UserError: A probability is outside [0, 1].
@@ -107,7 +107,7 @@ class LabelStore:
     def __init__(self, path: Path, index: Path | None = None) -> None:
         self.path, self._named, self._uncommitted, self._synced = path, 0, 0, 0.0
         self._file: BinaryIO | None = None
-        self._index = LabelIndex(index if is_first() else None, path)  # the other processes have one each
+        self._index = LabelIndex(index if is_first() else None, path)  # the other processes have their own
         self._read_on()
         self._index.commit()
         if self._named > _NAMED:
@@ -120,21 +120,21 @@ class LabelStore:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Let go of the index, which one store alone can write to. What it has not committed is read again."""
+        """Release the index, which only one store can write to. Uncommitted entries are read again later."""
         self._index.close()
         if is_first() and self._synced > 0:
             sync(self.path)
 
     @property
     def broken(self) -> int:
-        """Damaged lines."""
+        """Number of damaged lines."""
         return self._index.covered.broken
 
     def get(self, setup: str, pair: str) -> LabelRow | None:
-        """A label by ``LabelKey.key`` and ``LabelKey.of`` its pair; None where there is none.
+        """A label by ``LabelKey.key`` and its pair's ``LabelKey.of``; None if there is none.
 
         Raises:
-            RunError: It is not where the index says.
+            RunError: It is not at the offset in the index.
         """
         self._read_on()
         found = self._index.find(setup, pair)
@@ -150,24 +150,24 @@ class LabelStore:
         return row
 
     def is_judged(self, setup: str, pair: str) -> bool:
-        """Whether a label has a probability, by the keys as of ``get``."""
+        """Whether a label has a probability, by the same keys as ``get``."""
         self._read_on()
         return (self._index.find(setup, pair) or (0, False))[1]
 
     def find(self, label_key: LabelKey, pairs: Iterable[Pair]) -> dict[str, LabelRow]:
-        """Labels that are known, by the pairs' ids."""
+        """Known labels, by the pairs' ids."""
         found = {pair.id: self.get(label_key.key, label_key.of(pair)) for pair in pairs}
         return {id: row for id, row in found.items() if row is not None}
 
     def missing(self, label_key: LabelKey, pairs: Iterable[Pair]) -> list[Pair]:
-        """Pairs without a label. What could not be judged is among them: a server may be back."""
+        """Pairs without a label, including those that could not be judged: a server may be available again."""
         return [pair for pair in pairs if not self.is_judged(label_key.key, label_key.of(pair))]
 
     def add(self, label_key: LabelKey, pair: Pair, label: Label) -> bool:
-        """Append a label; False where it is there already, word for word, or another process writes it.
+        """Append a label; False if it is already stored identically, or another process writes it.
 
-        A kill loses nothing; a power cut what came within ``SYNC_SECONDS``, since a disk may take longer for one line
-        than a server for its answer.
+        A kill loses nothing; a power cut loses at most the last ``SYNC_SECONDS``, since syncing every line may take
+        longer than a server's answer.
         """
         if not is_first():
             return False
@@ -176,7 +176,7 @@ class LabelStore:
             row["criteria"] = [{k: v for k, v in asdict(one).items() if v is not None} for one in label.criteria]
         row = {name: value for name, value in row.items() if value is not None or name not in _OPTIONAL}
         row |= {"labeler": label_key.labeler, "setup": label_key.key, "pair": label_key.of(pair)}
-        # What cannot be judged is asked in every pass, and mostly fails as before.
+        # Pairs that cannot be judged are asked in every pass, and usually fail in the same way.
         if self.get(label_key.key, row["pair"]) == row:
             return False
         due = time.monotonic() - self._synced >= SYNC_SECONDS
@@ -185,12 +185,12 @@ class LabelStore:
         return True
 
     def wait(self) -> None:
-        """Until the first process has written its last label, and the others can read it."""
+        """Wait until the first process has written its last label, and the others can read it."""
         wait()
-        self._file = None  # a network file system tells another machine of it when the file is opened
+        self._file = None  # a network file system shows it to another machine when the file is opened
 
     def _read_on(self) -> None:
-        """Take in the whole lines that have come since. Another process may be writing one."""
+        """Read the complete lines added since. Another process may be writing one."""
         if self._file is None:
             if not self.path.exists():
                 return
@@ -202,7 +202,7 @@ class LabelStore:
         rows: list[tuple[str, str, int, bool]] = []
         for line in self._file:
             if not line.endswith(b"\n"):
-                self._file = self.path.open("rb")  # what is buffered may be cut off, and written anew
+                self._file = self.path.open("rb")  # buffered data may be truncated and rewritten
                 break
             found = self._read(line, f"{self.path}:{covered.lines + 1}")
             if found is not None:
@@ -226,7 +226,7 @@ class LabelStore:
             self._uncommitted = 0
 
     def _read(self, line: bytes, where: str) -> LabelRow | None:
-        """A line's label; None where it is damaged."""
+        """A line's label; None if it is damaged."""
         try:
             row = unsealed(json.loads(line))
             if not all(isinstance(row[name], str) and row[name].isascii() for name in ("setup", "pair")):
@@ -241,7 +241,7 @@ class LabelStore:
 
 
 def _check_shares(row: LabelRow, where: str) -> None:
-    """Refuse what is no probability: a person has written it, since what damage leaves is noticed before."""
+    """Refuse invalid probabilities: they are hand-written, since damage is detected before."""
     found: list[tuple[str, Any]] = [(name, row.get(name)) for name in _SHARES]
     for name in _RATINGS:
         ratings = row.get(name, [])
@@ -254,31 +254,31 @@ def _check_shares(row: LabelRow, where: str) -> None:
 
 
 def once(keys: np.ndarray) -> np.ndarray:
-    """Each key at its first place."""
+    """Unique keys, in order of first occurrence."""
     return keys[np.sort(np.unique(keys, return_index=True)[1])]
 
 
 def last_places(keys: np.ndarray, everything: np.ndarray) -> np.ndarray:
-    """Where each key is among ``everything``, which holds them all, for the last time; int64."""
+    """Index of each key's last occurrence in ``everything``, which holds them all; int64."""
     order = np.argsort(everything, kind="stable")
     return order[np.searchsorted(everything[order], keys, side="right") - 1]
 
 
 class Plan:
-    """Which pairs a pass over the data labels, and what it took so far, kept on disk until the stage is complete.
+    """The pairs to label in one pass over the data, and its cost so far, on disk until the stage is complete.
 
-    What is computed together may change a label's last digits; so a pass that was killed goes on with the
-    very batches that it began with, and those follow from the pairs of the plan.
+    Batch composition may change a label's last digits; so a killed pass resumes with exactly its original batches,
+    which follow from the plan's pairs.
 
     Args:
-        path: A file of the run's state: a line with the pairs, and behind it lines with what was noted.
+        path: A file in the run's state: a line with the pairs, followed by lines of notes.
         setup: ``LabelKey.key`` of the labels.
-        missing: Keys of the pairs that have no label, (M,) of the type ``KEY``.
+        missing: Keys of the pairs without a label, (M,) of dtype ``KEY``.
         everything: Keys of all N pairs of the pass.
 
     Attributes:
-        places: Which of the N pairs had no label when the pass began, int64, each text once.
-        noted: What was noted last, by name.
+        places: Indices of the pairs without a label when the pass began, int64, each text once.
+        noted: The last notes, by name.
     """
 
     def __init__(self, path: Path, setup: str, missing: np.ndarray, everything: np.ndarray) -> None:
@@ -286,7 +286,7 @@ class Plan:
         stored, *notes = read_lines(path) or [{}]
         keys = np.array(stored.get("pairs", []) if stored.get("setup") == setup else [], dtype=KEY)
         self.noted: dict[str, Any] = {}
-        # With pairs that the plan does not know, it is made anew: nothing stays without a label.
+        # If there are pairs that the plan does not contain, it is made again: none stays without a label.
         if np.isin(keys, everything).all() and np.isin(missing, keys).all():
             for note in notes if len(keys) else ():
                 self.noted |= note
@@ -298,6 +298,6 @@ class Plan:
         self.places = last_places(keys, everything)
 
     def note(self, **found: Any) -> None:
-        """Keep what a pass that is resumed cannot find out again."""
+        """Record what a resumed pass cannot recompute."""
         self.noted |= found
         append_lines(self.path, [found])

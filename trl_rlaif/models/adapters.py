@@ -1,4 +1,4 @@
-"""LoRA adapters that a model can take: on its text model alone, and on layers that an adapter can add to."""
+"""LoRA adapters fitted to a model: only on its text model, and only on layers that LoRA supports."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def lora_config(section: LoraSection) -> LoraConfig:
-    """What a recipe's ``model.lora`` says, for a causal language model."""
+    """A recipe's ``model.lora``, for a causal language model."""
     return LoraConfig(
         r=section.r,
         lora_alpha=section.alpha,
@@ -35,14 +35,14 @@ def lora_config(section: LoraSection) -> LoraConfig:
 
 
 def fitted(config: PeftConfig, model: nn.Module) -> PeftConfig:
-    """An adapter's configuration as it fits a model: never on what reads images or sound.
+    """An adapter's configuration restricted to a model's text part: never on image or audio encoders.
 
     Args:
-        config: Of a new adapter. Only LoRA's is looked at.
-        model: Of transformers, without adapters.
+        config: Of a new adapter. Only LoRA's is examined.
+        model: A transformers model without adapters.
 
     Returns:
-        A copy, with ``exclude_modules`` where the model is more than text and the targets would take that too.
+        A copy, with ``exclude_modules`` if the model is multimodal and the targets would match more than text.
 
     Raises:
         UserError: An adapter cannot work on one of the targets; the message names targets that it can work on.
@@ -74,19 +74,19 @@ def beside_text(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
 
 
 def trained_values(model: Any) -> dict[nn.Parameter, torch.Tensor]:
-    """What a model's trained parameters hold before TRL's trainers take it, for ``train_in_float32``."""
+    """The values of a model's trained parameters before TRL's trainers change them, for ``train_in_float32``."""
     return {p: p.data for p in model.parameters() if p.requires_grad} if isinstance(model, PeftModel) else {}
 
 
 def train_in_float32(trainer: Any, values: Mapping[nn.Parameter, torch.Tensor]) -> None:
-    """Have one of TRL's trainers train adapters in float32, whatever the base is held in.
+    """Have one of TRL's trainers train adapters in float32, whatever the base's dtype.
 
-    TRL rounds those of a quantized base to bfloat16, and PEFT leaves a head (``modules_to_save``) in the base's type.
-    There an update of less than 2^-9 of a weight is lost, as most are at the learning rates of DPO and RL.
+    TRL rounds those on a quantized base to bfloat16, and PEFT leaves a head (``modules_to_save``) in the base's dtype.
+    An update below 2^-9 of a weight is then lost, as are most at the learning rates of DPO and RL.
 
     Args:
-        trainer: Not yet training. A model without adapters is left as it is. Without bf16 or fp16 so are heads: only
-            under autocast can one be in another type than its input.
+        trainer: Not yet training. A model without adapters is unchanged. So are heads without bf16 or fp16: only
+            under autocast may their dtype differ from their input's.
         values: Of the model before the trainer rounded them.
     """
     if not isinstance(trainer.model, PeftModel):
@@ -98,7 +98,7 @@ def train_in_float32(trainer: Any, values: Mapping[nn.Parameter, torch.Tensor]) 
 
 
 def _check_targets(config: LoraConfig, kind: type[PreTrainedModel], model_config: PretrainedConfig) -> None:
-    """Try the adapter on twins of the model that have no weights: where PEFT raises, it leaves a half-made adapter."""
+    """Try the adapter on weightless copies of the model: when PEFT raises, it leaves a partial adapter behind."""
 
     def refusal(config: LoraConfig) -> str | None:
         return _refusal(kind(copy.deepcopy(model_config)), copy.deepcopy(config))
@@ -137,7 +137,7 @@ def _refusal(twin: PreTrainedModel, config: LoraConfig) -> str | None:
 
 
 def _all_idle(twin: PreTrainedModel, layers: list[LoraLayer]) -> bool:
-    """Whether a forward pass calls none of these layers, as Mamba its dt_proj; False where that cannot be tried."""
+    """Whether a forward pass calls none of these layers, like Mamba's dt_proj; False if that cannot be tried."""
     called: list[nn.Module] = []
     hooks = [layer.register_forward_hook(lambda layer, *_: called.append(layer)) for layer in layers]
     try:
@@ -151,7 +151,7 @@ def _all_idle(twin: PreTrainedModel, layers: list[LoraLayer]) -> bool:
 
 
 def _gives_tensor(layer: nn.Module) -> bool:
-    """Whether a linear layer's output is what LoRA adds to. Some routers of experts are linear layers by class."""
+    """Whether a linear layer's output is a tensor that LoRA can add to. Some MoE routers subclass linear layers."""
     if not isinstance(layer, nn.Linear) or type(layer).forward is nn.Linear.forward:
         return True
     return isinstance(layer(torch.empty(1, layer.in_features)), torch.Tensor)

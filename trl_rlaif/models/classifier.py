@@ -1,4 +1,4 @@
-"""Sequence classification models for every causal family, also where transformers has no class for one."""
+"""Sequence classification models for every causal family, even if transformers has no class for it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def classifier_config(path: str, num_labels: int) -> PretrainedConfig:
     """The configuration of the classifier that has the same backbone as a checkpoint's causal language model.
 
-    Of some multimodal checkpoints transformers makes a causal model of text alone, but a classifier of everything,
-    whose layers have other names: an adapter of one would not fit the other. This is the text model's then.
+    For some multimodal checkpoints transformers builds a text-only causal model, but a multimodal classifier, whose
+    layers have other names: an adapter of one would not fit the other. Then this is the text model's configuration.
 
     Args:
         path: Hub id or folder.
@@ -39,10 +39,10 @@ def classifier_config(path: str, num_labels: int) -> PretrainedConfig:
 
 
 def register_classifier(config_class: type[PretrainedConfig]) -> None:
-    """Let ``AutoModelForSequenceClassification`` of this process know a class for a causal family without one.
+    """Register a class with this process's ``AutoModelForSequenceClassification`` for a causal family without one.
 
-    It is made as transformers makes its own, by ``GenericForSequenceClassification``: the causal model's backbone
-    below a linear head ``score``. A plain transformers in another process cannot load what it saves.
+    It is built like transformers' own, from ``GenericForSequenceClassification``: the causal model's backbone with a
+    linear head ``score``. Plain transformers in another process cannot load what it saves.
     """
     causal = AutoModelForCausalLM._model_mapping.get(config_class, None)
     if causal is None or config_class in AutoModelForSequenceClassification._model_mapping:
@@ -52,7 +52,7 @@ def register_classifier(config_class: type[PretrainedConfig]) -> None:
     members = {
         "base_model_prefix": family.base_model_prefix or "model",
         "config_class": config_class,
-        # What renames a checkpoint's weights is found by where a class belongs to.
+        # transformers finds the renaming of a checkpoint's weights by a class's module.
         "__module__": causal.__module__,
     }
     classifier = type(name, (_Classifier, family), members)
@@ -60,7 +60,7 @@ def register_classifier(config_class: type[PretrainedConfig]) -> None:
 
 
 class _Classifier(GenericForSequenceClassification):
-    """transformers' generic classifier, also on backbones whose output lacks fields that it reads (Mamba)."""
+    """transformers' generic classifier, also for backbones whose output lacks fields that it reads (Mamba)."""
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
@@ -74,11 +74,11 @@ def _whole_output(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> No
 
 
 def weightless(path: str) -> PreTrainedModel | None:
-    """The classifier of a checkpoint without memory for its weights, or None where transformers cannot read it."""
+    """The classifier of a checkpoint on the meta device, or None if transformers cannot read it."""
     try:
         config = AutoConfig.from_pretrained(path)
         register_classifier(type(config))
         with torch.device("meta"):
             return AutoModelForSequenceClassification.from_config(config)
-    except (OSError, ValueError, KeyError):  # whoever loads it says why
+    except (OSError, ValueError, KeyError):  # loading it reports why
         return None

@@ -1,4 +1,4 @@
-"""Embeddings of prompts by a language model's own hidden states: nothing else is downloaded."""
+"""Prompt embeddings from a language model's own hidden states, without a separate embedding model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def mean_hidden_states(model: nn.Module, prompts: Sequence[Sequence[int]], *, ba
     """Mean of the last hidden states over each prompt's tokens.
 
     Args:
-        model: Language model of transformers, plain or PEFT, in the role that is meant (the bare base, as a rule).
+        model: transformers language model, plain or PEFT, in the desired role (usually the bare base).
         prompts: N token sequences of at least one token.
         batch_tokens: Maximum tokens per forward pass, padding included.
 
@@ -46,8 +46,7 @@ def mean_hidden_states(model: nn.Module, prompts: Sequence[Sequence[int]], *, ba
 def directions(embeddings: np.ndarray, centre: np.ndarray) -> np.ndarray:
     """Embeddings minus a center, normalized to unit length: (N, H) and (H,) to (N, H).
 
-    What all prompts share, such as a chat template, gives them a common direction. Without it, they differ by their
-    content.
+    Shared text, such as a chat template, gives all prompts a common direction. Without it, they differ by content.
     """
     apart = embeddings - centre
     return apart / np.maximum(np.linalg.norm(apart, axis=1, keepdims=True), 1e-12)

@@ -1,4 +1,4 @@
-"""Forward passes of the roles over rows of responses: log-probabilities, values and scores, and nothing else."""
+"""Forward passes of the roles over rows of responses: log-probabilities, values and scores."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from trl_rlaif.types import RehearsalPair, Responses
 
 @dataclass(frozen=True)
 class RolloutSlice:
-    """Some rows of responses, no wider than they need to be.
+    """Some rows of responses, trimmed to their own width.
 
     Args:
-        rows: (b,) int64 on the CPU, which.
+        rows: (b,) int64 on the CPU, their indices.
         width: Response tokens of the longest of them, at least 1.
-        value_width: Steps up to the last that has a value: one more, where the responses are wider.
+        value_width: Steps up to the last with a value: one more, if the responses are wider.
     """
 
     responses: Responses
@@ -47,7 +47,7 @@ class RolloutSlice:
 
     @cached_property
     def places(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Row and column of each response token, (n,) int64 each: the mask as indices, for which no device is asked."""
+        """Row and column of each response token, (n,) int64 each: the mask as indices, without a device sync."""
         lengths = torch.tensor([self.responses.response_lengths[row] for row in self.rows.tolist()])
         rows, columns = (torch.arange(self.width) < lengths[:, None]).nonzero(as_tuple=True)
         device = self.responses.lengths.device
@@ -60,7 +60,7 @@ class RolloutSlice:
         return tokens[self.rows, : self.width], steps[self.rows, : self.value_width]
 
     def inputs(self, *, last: bool) -> dict[str, torch.Tensor]:
-        """For a model; without the ``last`` token where nobody reads what comes behind it."""
+        """Model inputs; without the ``last`` token if the output after it is not needed."""
         prompt_ids, prompt_mask, response_ids, lengths = self.responses.sequences(self.rows)
         width = self.width if last else self.width - 1
         first = prompt_ids.shape[1] - max(self.responses.prompt_lengths[row] for row in self.rows.tolist())
@@ -68,11 +68,11 @@ class RolloutSlice:
 
 
 def equal_prompts(mask: torch.Tensor, rows: torch.Tensor) -> list[torch.Tensor]:
-    """Rows in groups whose prompts have the same length, so that none is padded on the left; the shortest first.
+    """Group rows by prompt length, so that none needs left padding; shortest first.
 
     Args:
-        mask: (B, P) bool, True where a prompt token stands.
-        rows: (N,) int64, which, on the CPU.
+        mask: (B, P) bool, True on prompt tokens.
+        rows: (N,) int64 on the CPU, the rows to group.
     """
     return [rows[group] for group in equal_lengths(mask.sum(1).cpu()[rows].tolist())]
 
@@ -80,10 +80,10 @@ def equal_prompts(mask: torch.Tensor, rows: torch.Tensor) -> list[torch.Tensor]:
 def logprobs(
     role_models: RoleModels, part: str, rollout_slice: RolloutSlice, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities of the response tokens under policy or reference, and their entropies.
+    """Log-probabilities of the response tokens under the policy or reference, and the entropies.
 
     Returns:
-        (logprobs, entropy), (b, width) float32 each, nats, zero behind the ends. The entropy passes no gradient.
+        (logprobs, entropy), (b, width) float32 each, nats, zero after the ends. The entropy has no gradient.
     """
     with role_models.role(part):
         model = role_models.model(part)
@@ -98,7 +98,7 @@ def logprobs(
 def from_logits(
     logits: torch.Tensor, rollout_slice: RolloutSlice, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same from (b, width, V) scores of any model."""
+    """The same from (b, width, V) logits of any model."""
     logits = logits[rollout_slice.places]
     tokens = rollout_slice.tokens[rollout_slice.places]
     found = token_logprobs(logits, tokens, temperature), entropy(logits.detach(), temperature)
@@ -115,7 +115,7 @@ def from_hidden(
 
 
 def values(role_models: RoleModels, rollout_slice: RolloutSlice) -> torch.Tensor:
-    """(b, value_width) float32 values of the states before each response token and behind the last."""
+    """(b, value_width) float32 values of the states before each response token and after the last."""
     with role_models.role("value"):
         return read_values(role_models, role_models.value_hidden(rollout_slice.inputs(last=True)), rollout_slice)
 
@@ -126,14 +126,14 @@ def read_values(role_models: RoleModels, hidden: torch.Tensor, rollout_slice: Ro
 
 
 def scores(role_models: RoleModels, rollout_slice: RolloutSlice) -> torch.Tensor:
-    """(b, 1) float32 scores of whole responses, read at their last tokens; (b, 2), where the head has an e(x)."""
+    """(b, 1) float32 scores of whole responses, read at their last tokens; (b, 2) if the head has an e(x)."""
     return role_models.scores(rollout_slice.inputs(last=True), -rollout_slice.width - 1).float()
 
 
 def policy_and_value(
     role_models: RoleModels, rollout_slice: RolloutSlice, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probabilities, entropies and values of a policy whose own trunk carries the value head, from one pass."""
+    """Log-probabilities, entropies and values in one pass, for a value head on the policy's trunk."""
     with role_models.role("policy"):
         model, inputs, width = role_models.model("policy"), rollout_slice.inputs(last=True), rollout_slice.width
         if is_plain(model):
@@ -148,7 +148,7 @@ def policy_and_value(
 def _hidden_and_logits(
     model: torch.nn.Module, inputs: dict[str, torch.Tensor], keep: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(b, S, H) hidden states and the last (b, keep, V) scores, whatever the model makes of the former."""
+    """(b, S, H) hidden states and the last (b, keep, V) logits, as the model computes them."""
     kept: list[torch.Tensor] = []
     hook = backbone(model).register_forward_hook(lambda _, __, output: kept.append(output.last_hidden_state))
     try:
@@ -192,12 +192,12 @@ def model_inputs(
     lengths: torch.Tensor,
     first: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Prompts and responses as one batch: padded on the left before, on the right behind.
+    """Prompts and responses as one batch: left padding before, right padding after.
 
-    Columns that are padding in every row are left out on the left.
+    Leading columns that are padding in every row are dropped.
 
     Args:
-        first: The column where the longest prompt begins; None reads it from the mask, for which the CPU waits.
+        first: The column where the longest prompt begins; None: read from the mask, which syncs the device.
 
     Returns:
         input_ids, attention_mask and position_ids, (B, at most P + T) int64 each; the last T columns
@@ -211,7 +211,7 @@ def model_inputs(
     return {
         "input_ids": torch.cat((prompt_ids, response_ids), 1).masked_fill(~mask, 0),
         "attention_mask": mask.long(),
-        # Counted without the padding on the left.
+        # Counted without the left padding.
         "position_ids": mask.long().cumsum(1) - mask.long(),
     }
 
@@ -222,7 +222,7 @@ def as_responses(
     """Pairs as a batch.
 
     Args:
-        ended: Whether each response has; None: all have.
+        ended: Whether each response ended; None: all did.
     """
     prompt_ids, prompt_mask = (x.to(device) for x in pad_rows((pair.prompt_ids for pair in pairs), left=True))
     response_ids, mask = (x.to(device) for x in pad_rows(pair.response_ids for pair in pairs))

@@ -1,4 +1,4 @@
-"""The configurations of the models that the packaged recipes name, so that planning them needs no network."""
+"""Configurations of the models in the packaged recipes, so that planning them needs no network."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _KNOWN: dict[str, dict[str, Any]] = {
 
 
 def known_config(path: str) -> PretrainedConfig | None:
-    """The configuration of a model that a packaged recipe names; None of any other, and where ``path`` is a folder."""
+    """The configuration of a model in a packaged recipe; None for any other, or if ``path`` is a folder."""
     sizes = _KNOWN.get(hub_id(path) or "")
     if sizes is None:
         return None

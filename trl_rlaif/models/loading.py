@@ -28,11 +28,11 @@ PACKAGE = "package:"
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Which model, and how its weights are held.
+    """A model, and the dtype and quantization of its weights.
 
     Args:
         path: Hub id, folder, .gguf file, or ``package:NAME``.
-        dtype: ``auto`` takes what the checkpoint was saved in.
+        dtype: ``auto`` keeps the checkpoint's.
         quantization: ``nf4`` is 4-bit NormalFloat with double quantization (Dettmers et al. 2023).
     """
 
@@ -58,7 +58,7 @@ def _packaged_gguf(path: str) -> Path:
 def rebuild_gguf(gguf: Path) -> Path:
     """A plain folder with the model of a GGUF file, made once and kept in the user's cache.
 
-    transformers flags what it reads from a GGUF as quantized, although its weights are dequantized; such a
+    transformers flags a model read from a GGUF as quantized, although its weights are dequantized; such a
     model can be neither saved nor trained. This one can.
 
     Returns:
@@ -72,7 +72,7 @@ def rebuild_gguf(gguf: Path) -> Path:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     say(f"Converting {gguf.name} for training; the result is cached for later runs.")
-    # Built beside its place and moved there whole, so that a kill leaves no half of a model.
+    # Built next to its place and moved there atomically, so that a kill leaves no partial model.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as building:
         with _without_bars():
             _write_plain_model(gguf, Path(building))
@@ -86,7 +86,7 @@ def rebuild_gguf(gguf: Path) -> Path:
 
 
 def _rebuilt(gguf: Path) -> Path:
-    """Where the plain folder of a GGUF file is, or is going to be."""
+    """Where the plain folder of a GGUF file is, or will be."""
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"Reading {gguf.name} needs the package gguf.", fix="Run: pip install 'trl-rlaif[gguf]'")
     if not gguf.is_file():
@@ -117,7 +117,7 @@ def _write_plain_model(gguf: Path, folder: Path) -> None:
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """Without transformers' bars; that over a GGUF file's tensors has no switch, and fills 60 lines of a log."""
+    """Hide transformers' bars; that over a GGUF file's tensors has no switch, and fills 60 lines of a log."""
     from transformers import modeling_gguf_pytorch_utils as reader
     from transformers.utils import logging
 
@@ -133,17 +133,17 @@ def _without_bars() -> Iterator[None]:
 
 
 def resolve(path: str) -> str:
-    """What ``from_pretrained`` is given for a recipe's model path.
+    """The path to pass to ``from_pretrained`` for a recipe's model path.
 
     Raises:
-        UserError: The package that it names, or what reads its file, is not installed.
+        UserError: The package that it names, or the reader of its file, is not installed.
     """
     gguf = _gguf_of(path)
     return path if gguf is None else str(rebuild_gguf(gguf))
 
 
 def resolved(path: str) -> str | None:
-    """The same, where nothing has to be computed for it; None for a GGUF file that nobody has loaded yet.
+    """The same without any computation; None for a GGUF file that has not been loaded yet.
 
     Raises:
         UserError: As ``resolve``.
@@ -156,7 +156,7 @@ def resolved(path: str) -> str | None:
 
 
 def hub_id(path: str) -> str | None:
-    """The name under which others find a model, too; None where it is a file or a package of this machine."""
+    """The name under which others can find a model; None for a local file or package."""
     local = path.startswith(PACKAGE) or path.endswith(".gguf") or Path(path).exists() or Path(path).is_absolute()
     return None if local else path
 
@@ -167,16 +167,16 @@ def _gguf_of(path: str) -> Path | None:
     return Path(path) if path.endswith(".gguf") else None
 
 
-# What of a folder decides on a model's answers: weights, configuration, code, tokenizer, and the chat template.
+# The files that determine a model's answers: weights, configuration, code, tokenizer, and the chat template.
 REVISION_FILES = (".json", ".jinja", ".safetensors", ".bin", ".pt", ".pth", ".py", ".model", ".txt", ".tiktoken")
-# Where a model with several chat templates keeps those that are not its default.
+# Where a model with several chat templates keeps the non-default ones.
 _TEMPLATES = "additional_chat_templates"
 
 
 def model_revision(path: str) -> str:
-    """A name for a model's present weights: the Hub's commit, or a digest of a folder's files.
+    """An identifier of a model's current weights: the Hub's commit, or a digest of a folder's files.
 
-    Of each file its name, size, beginning and end count: enough to tell two trainings apart, and quick.
+    The digest covers each file's name, size, beginning and end: fast, and enough to tell two trainings apart.
     """
     from transformers import AutoConfig
 
@@ -208,10 +208,10 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve(path))
-        # What transformers prefers where mistral-common is installed; it has no chat template.
+        # transformers prefers it if mistral-common is installed; it has no chat template.
         if type(tokenizer).__name__.startswith("MistralCommon"):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(resolve(path))
-            if tokenizer.eos_token is None:  # made of tekken.json, which has no such names
+            if tokenizer.eos_token is None:  # built from tekken.json, which has no such names
                 raise ImportError("mistral-common")
     except ImportError as error:
         if "mistral" not in str(error).lower():
@@ -231,10 +231,10 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 def load_model(spec: ModelSpec, *, num_labels: int | None = None) -> PreTrainedModel:
     """A causal language model, or with ``num_labels`` the classifier on the same backbone.
 
-    A family that transformers has no classifier of gets one here (``classifier.register_classifier``).
+    A family without a classifier in transformers gets one (``classifier.register_classifier``).
 
     Args:
-        spec: Which, and how its weights are held. NF4 computes in bfloat16, or in ``spec.dtype``.
+        spec: The model. NF4 computes in bfloat16, or in ``spec.dtype``.
         num_labels: 1 for a reward model; its head is new and random (seed torch before).
 
     Raises:
@@ -254,7 +254,7 @@ def load_model(spec: ModelSpec, *, num_labels: int | None = None) -> PreTrainedM
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute,
-            # FSDP shares out what has the type of a float, whatever its bits mean.
+            # FSDP shards tensors of a float dtype, whatever their bits mean.
             bnb_4bit_quant_storage=compute if sharding.requested() else None,
             llm_int8_skip_modules=["score", "lm_head", "dt_proj"],  # Mamba reads the last one's weight as a matrix
         )
@@ -271,11 +271,11 @@ def load_model(spec: ModelSpec, *, num_labels: int | None = None) -> PreTrainedM
 
 
 def keep_gradients(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model, whose 4-bit layers go on passing gradients on a CPU after a forward pass in eval mode.
+    """The same model, whose 4-bit layers keep passing gradients on a CPU after a forward pass in eval mode.
 
-    bitsandbytes (0.49 and 0.50) packs such weights for good for an inference kernel on CPUs with AVX512-BF16,
+    bitsandbytes (0.49 and 0.50) permanently packs such weights for an inference kernel on CPUs with AVX512-BF16,
     and that kernel has no backward: adapters below it would silently get no gradient. Without the flag the
-    weights stay as they are.
+    weights are unchanged.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -286,8 +286,8 @@ def keep_gradients(model: PreTrainedModel) -> PreTrainedModel:
 def contiguous_head(model: PreTrainedModel) -> PreTrainedModel:
     """The same model, whose output embedding reads contiguous hidden states.
 
-    With ``logits_to_keep`` it is given a slice of all positions; torch (seen in 2.13) then multiplies by a
-    copy of the weights for every row, which took longer than the product itself.
+    With ``logits_to_keep`` it receives a slice of all positions; torch (seen in 2.13) then copies the weights for
+    every row, which took longer than the product itself.
     """
     head = model.get_output_embeddings()
     if head is not None and not any(hook is _made_contiguous for hook in head._forward_pre_hooks.values()):

@@ -1,4 +1,4 @@
-"""Who plays which part in PPO: roles on one shared base, or separate models. The loop sees one interface."""
+"""The models of PPO's roles: on one shared base, or separate. The loop sees one interface."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from trl_rlaif.models.shared_model import SharedBase, active_adapter, backbone, 
 
 
 class RoleModels(Protocol):
-    """Forward passes of the four parts. ``inputs`` are input_ids, attention_mask and position_ids.
+    """Forward passes of the four roles. ``inputs`` are input_ids, attention_mask and position_ids.
 
-    A part that learns must run its backward pass inside its own ``role`` context: gradient checkpointing
-    computes the forward again there, and has to meet the same adapter.
+    A trained role must run its backward pass inside its own ``role`` context: gradient checkpointing recomputes the
+    forward pass there, which must see the same adapter.
     """
 
     one_trunk: bool
-    """Whether the value is read off the policy's own hidden states, so that one forward pass gives both."""
+    """Whether the value head reads the policy's own hidden states, so that one forward pass gives both."""
 
     has_value: bool
-    """Whether there is a value at all; RLOO and GRPO have none."""
+    """Whether there is a value model; RLOO and GRPO have none."""
 
     def role(self, part: str) -> AbstractContextManager:
-        """Context for a part: policy, value, reward or reference."""
+        """Context for a role: policy, value, reward or reference."""
 
     def model(self, part: str) -> nn.Module:
         """The causal language model of policy or reference; use it inside ``role(part)``."""
@@ -37,27 +37,27 @@ class RoleModels(Protocol):
         """The model whose adapter is the policy, and the adapter's name.
 
         Raises:
-            UserError: The policy is no adapter.
+            UserError: The policy is not an adapter.
         """
 
     def trained(self) -> Sequence[nn.Module]:
-        """The models of transformers that gradients pass through."""
+        """The transformers models that gradients pass through."""
 
     def value_hidden(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """(B, S, H) hidden states that the value head reads; use it inside ``role("value")``."""
 
     def value_head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Values of hidden states: their shape less the last axis."""
+        """Values of hidden states: their shape without the last axis."""
 
     def scores(self, inputs: dict[str, torch.Tensor], prompt_end: int) -> torch.Tensor:
-        """(B, 1) scores of whole responses, read at each row's last token; or (B, 2), where the head has an e(x).
+        """(B, 1) scores of whole responses, read at each row's last token; or (B, 2), if the head has an e(x).
 
-        That one is read at the column ``prompt_end``, where every row's prompt ends.
+        e(x) is read at the column ``prompt_end``, where every row's prompt ends.
         """
 
 
 class SharedRoleModels:
-    """All parts on one base; the reward may be a separate model."""
+    """All roles on one base; the reward may be a separate model."""
 
     def __init__(self, shared: SharedBase, reward: nn.Module | None = None) -> None:
         self.shared, self.reward = shared, reward
@@ -91,14 +91,14 @@ class SharedRoleModels:
 
 
 class SeparateRoleModels:
-    """The arrangement of TRL's own trainer: a model for each part.
+    """As in TRL's own trainer: one model per role.
 
     Args:
         policy: Causal language model, plain or PEFT.
-        reference: The same kind of model, or None: then it is the policy without its adapter, or with
-            the adapter ``ref_adapter``.
+        reference: The same kind of model, or None: the policy without its adapter, or with the adapter
+            ``ref_adapter``.
         value: Sequence classification model with a ``score`` head.
-        reward: The same, or None where rewards come from functions alone.
+        reward: The same, or None if all rewards come from functions.
         ref_adapter: Name of the reference's adapter on the policy.
     """
 

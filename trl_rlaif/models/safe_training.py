@@ -1,4 +1,4 @@
-"""The conditions of every training: attention with right gradients, finite gradients, optimizers that stay paged."""
+"""Safeguards for all training: attention with correct gradients, finite gradients, optimizers that stay paged."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from trl_rlaif.errors import RunError
 
 @contextmanager
 def safe_training(trainer: Any) -> Iterator[None]:
-    """Train inside: without cuDNN's attention, with a paged optimizer's states paged again after a resumption, and, in
+    """Context for training: without cuDNN attention, with a paged optimizer's states paged again on resuming, and, in
     transformers' loop, with ``check_gradients`` before each step.
 
     Args:
-        trainer: Of transformers or TRL. A loop of its own calls ``check_gradients`` itself.
+        trainer: Of transformers or TRL. A custom loop calls ``check_gradients`` itself.
     """
     check = _GradientCheck()
     trainer.add_callback(check)
@@ -33,10 +33,10 @@ def safe_training(trainer: Any) -> Iterator[None]:
 
 @contextmanager
 def without_cudnn_attention() -> Iterator[None]:
-    """Compute attention otherwise inside.
+    """Context without cuDNN attention.
 
-    Since torch 2.11 a Hopper GPU prefers cuDNN's attention, whose backward pass gives NaN for the queries of a row
-    that sees nothing, such as padding on the left (https://github.com/pytorch/pytorch/issues/196678).
+    Since torch 2.11, Hopper GPUs prefer cuDNN attention, whose backward pass gives NaN for fully masked queries, such
+    as left padding (https://github.com/pytorch/pytorch/issues/196678).
     """
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -51,16 +51,16 @@ class _GradientCheck(TrainerCallback):
         page_again(optimizer)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if not args.fp16:  # whose scaler overflows on purpose, and skips the step then
+        if not args.fp16:  # its scaler overflows on purpose, and then skips the step
             check_gradients(model, state.global_step + 1)
 
 
 @torch.no_grad()
 def page_again(optimizer: Any) -> None:
-    """Put the loaded states of a paged optimizer of bitsandbytes into paged memory, as they were before.
+    """Move the loaded states of a paged bitsandbytes optimizer back into paged memory.
 
-    It loads them as plain tensors (seen in 0.50), which would stay on the GPU for the rest of the run. What they say of
-    themselves does not tell: a file keeps a tensor's attributes.
+    It loads them as plain tensors (seen in 0.50), which would stay on the GPU for the rest of the run. Their attributes
+    do not reveal this: a file keeps a tensor's attributes.
 
     Args:
         optimizer: Any; accelerate's wrapper or not.
@@ -75,17 +75,17 @@ def page_again(optimizer: Any) -> None:
             if id(loaded) in paged:
                 continue
             buffer = optimizer.get_state_buffer(parameter, dtype=loaded.dtype)
-            if getattr(buffer, "is_paged", False):  # not on a CPU, and not where the state is small
+            if getattr(buffer, "is_paged", False):  # not on a CPU, and not if the state is small
                 if parameter.device.type == "cuda":
                     torch.cuda.synchronize()  # the buffer is cleared by the GPU, and filled by the CPU
                 state[name] = buffer.copy_(loaded)
 
 
 def check_gradients(model: nn.Module, update: int) -> None:
-    """Stop before an optimizer step that would take NaN or infinity into the weights, in all processes together.
+    """Stop all processes before an optimizer step that would put NaN or infinity into the weights.
 
-    Waits once for the device. DeepSpeed keeps gradients to itself and has taken its step by then: there the trained
-    weights are checked, and the run stops before any checkpoint of them.
+    Synchronizes the device once. DeepSpeed hides its gradients and has already taken its step by then: there the
+    trained weights are checked, and the run stops before they are saved.
 
     Args:
         model: Its gradients are complete, and averaged over the processes.
@@ -104,7 +104,7 @@ def check_gradients(model: nn.Module, update: int) -> None:
     bad = torch.stack([~norm.isfinite().to(device) for norm in largest])
     count = bad.sum()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(count)  # of what is shared out, another process may hold the part that is not
+        torch.distributed.all_reduce(count)  # of a sharded tensor, another process may hold the part that is not finite
     if not count.item():
         return
     names = [name for name, is_bad in zip(found, bad, strict=True) if is_bad]

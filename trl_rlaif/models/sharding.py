@@ -1,7 +1,7 @@
-"""FSDP2: the frozen weights of a model's layers are shared out over the processes.
+"""FSDP2: the frozen weights of a model's layers are sharded over the processes.
 
-What is trained, and embeddings, norms and heads, stay whole in each process. So everything else is as with DDP: roles
-are switched without a message, gradients of the adapters are averaged by hand, and what is saved is one process's.
+Trained weights, embeddings, norms and heads are replicated. So everything else is as with DDP: roles are switched
+without communication, the adapters' gradients are averaged explicitly, and one process saves.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 
 
 def requested() -> bool:
-    """Whether the launcher was told to use FSDP; read from what it sets."""
+    """Whether the launcher requested FSDP, from its environment variables."""
     return distributed.processes() > 1 and _is_set("ACCELERATE_USE_FSDP")
 
 
 def enabled(accelerator: Accelerator) -> bool:
-    """Whether the processes were started with FSDP. On CPUs accelerate takes DDP in its place."""
+    """Whether the processes were started with FSDP. On CPUs accelerate uses DDP instead."""
     return accelerator.distributed_type == "FSDP"
 
 
 def problems() -> Iterator[Problem]:
-    """What the launcher was told that does not go together with this package, as a configuration file names it."""
+    """Launcher settings that this package does not support, by their names in a configuration file."""
     stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
     if distributed.processes() > 1 and _is_set("ACCELERATE_USE_DEEPSPEED") and stage == "3":
         yield Problem("ZeRO-3 also shards the adapters, which trl-rlaif has to read.", fix="Use fsdp2.yaml.")
@@ -58,17 +58,17 @@ def _is_set(name: str) -> bool:
 
 
 def share_out(model: nn.Module, accelerator: Accelerator, *, layers: bool = True) -> None:
-    """Keep this process's part of each layer's frozen weights, and put everything else on its device.
+    """Keep this process's shard of each layer's frozen weights, and move everything else to its device.
 
     A layer's weights are gathered while it computes, in forward and backward passes: all processes must make equally
-    many. Does nothing without FSDP.
+    many. No-op without FSDP.
 
     Args:
-        model: PEFT's, or one that holds it; accelerate then prepares it as it is.
-        layers: False shares nothing out.
+        model: A PeftModel, or a module that holds one; accelerate then prepares it as it is.
+        layers: False: no sharding.
 
     Raises:
-        UserError: All weights are trained, or the layers of such a model are not known.
+        UserError: All weights are trained, or the model's layer classes are not known.
     """
     if not enabled(accelerator):
         return
@@ -84,29 +84,29 @@ def share_out(model: nn.Module, accelerator: Accelerator, *, layers: bool = True
             fix="Train adapters (peft_config), or start it with DDP.",
         )
     plugin = accelerator.state.fsdp_plugin
-    plugin.auto_wrap_policy = None  # accelerate would look for layers to share out again
+    plugin.auto_wrap_policy = None  # accelerate would look for layers to shard again
     options = {
         "mesh": init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
         "offload_policy": plugin.cpu_offload,
     }
-    for layer in reversed(found):  # those inside of others first
+    for layer in reversed(found):  # nested ones first
         fully_shard(layer, ignored_params=set(layer.parameters()) - frozen, reshard_after_forward=True, **options)
     fully_shard(model, ignored_params=set(model.parameters()), **options)
     for tensor in (*model.parameters(), *model.buffers()):
         if not _is_shared_out(tensor):
             tensor.data = tensor.data.to(accelerator.device)
-    # The layer that is called first would take itself for the root, and refuse to be part of another one.
+    # The layer that is called first would become the root, and refuse to be part of another one.
     model._get_fsdp_state()._lazy_init()
 
 
 def hand_over(trainer: Any, *, layers: bool = True) -> None:
-    """Have a trainer of transformers or TRL train its adapters on shared out layers, as it would with DDP.
+    """Have a transformers or TRL trainer train its adapters on sharded layers, as with DDP.
 
-    Does nothing without FSDP.
+    No-op without FSDP.
 
     Args:
         trainer: Not yet training.
-        layers: False shares nothing out: every process holds all of the model.
+        layers: False: no sharding, every process holds the whole model.
 
     Raises:
         UserError: As ``share_out``.
@@ -115,8 +115,8 @@ def hand_over(trainer: Any, *, layers: bool = True) -> None:
     if not enabled(accelerator):
         return
     share_out(trainer.model, accelerator, layers=layers)
-    trainer.is_fsdp_enabled = False  # checkpoints are written, and read, as they are of one process
-    accelerator.prepare_model(trainer.model, device_placement=False, evaluation_mode=True)  # autocast alone
+    trainer.is_fsdp_enabled = False  # checkpoints are written and read as by a single process
+    accelerator.prepare_model(trainer.model, device_placement=False, evaluation_mode=True)  # autocast only
     backward = accelerator.backward
 
     def averaged(loss: torch.Tensor, **options: Any) -> None:
@@ -128,9 +128,9 @@ def hand_over(trainer: Any, *, layers: bool = True) -> None:
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Inside, every process has all weights, and may make forward passes of its own. All processes must enter together.
+    """Inside, every process has all weights and may run forward passes independently. All must enter together.
 
-    It nests. Does nothing where none are shared out.
+    It nests. No-op if nothing is sharded.
     """
     layers = [layer for layer in _layers(model) if layer not in _whole]
     _gather(layers)
@@ -142,7 +142,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def released(model: nn.Module) -> Iterator[None]:
-    """Inside of ``gathered``, a context where each process has its part alone again."""
+    """Inside ``gathered``, a context where each process has only its shard again."""
     layers = [layer for layer in _layers(model) if layer in _whole]
     _release(layers)
     try:
@@ -152,13 +152,13 @@ def released(model: nn.Module) -> Iterator[None]:
 
 
 def gather_again(model: nn.Module) -> None:
-    """Inside of ``gathered``: after one process has asked for a state dict, which releases its weights."""
+    """Inside ``gathered``: to be called after one process has taken a state dict, which releases its weights."""
     with released(model):
         pass
 
 
 def is_shared_out(model: nn.Module) -> bool:
-    """Whether a model has weights of which this process has a part, whether they are gathered or not."""
+    """Whether a model has sharded weights, whether they are gathered or not."""
     return bool(_layers(model))
 
 
@@ -189,7 +189,7 @@ def _layers(model: nn.Module) -> list[Any]:
 
 
 def _layer_classes(model: nn.Module) -> set[str]:
-    """Classes of what transformers keeps on one device: a model's layers."""
+    """The classes that transformers keeps on one device: a model's layers."""
     from transformers import PreTrainedModel
 
     models = (child for child in model.modules() if isinstance(child, PreTrainedModel))

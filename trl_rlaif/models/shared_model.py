@@ -1,4 +1,4 @@
-"""One frozen base, many roles: LoRA adapters that are switched exactly, at no cost and without a copy."""
+"""One frozen base, many roles: LoRA adapters switched exactly, without cost or copies."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from trl_rlaif.errors import UserError
 from trl_rlaif.models.loading import keep_gradients
 
 ADAPTER_FILE = "adapter_model.safetensors"
-# Of a value model, beside its adapter or alone.
+# A value model's head, next to its adapter or alone.
 HEAD_FILE = "head.safetensors"
-# What TRL's trainers call the copy of a trained adapter that they take as the reference.
+# TRL's name for its copy of a trained adapter that serves as the reference.
 TRL_REFERENCE = "ref"
 
 
 @contextmanager
 def active_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
-    """Run what is inside with one adapter, or with none.
+    """Context with one adapter active, or none.
 
     PEFT's own ``set_adapter`` and ``disable_adapter`` also set ``requires_grad``, which would freeze or
-    thaw roles behind the optimizer's back; this sets the two flags that a forward pass reads, and puts
-    them back whatever happens. It nests.
+    thaw roles behind the optimizer's back; this sets the two flags that a forward pass reads, and always
+    restores them. It nests.
     """
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
     before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
@@ -52,9 +52,9 @@ def inner_model(model: nn.Module) -> nn.Module:
 
 
 def backbone(model: nn.Module) -> nn.Module:
-    """The transformer below a model's head, of a multimodal one that of its text: it gives ``last_hidden_state``.
+    """The transformer below a model's head (a multimodal one's text model): it outputs ``last_hidden_state``.
 
-    It is the innermost model of transformers that holds the token embedding: names of attributes differ by family.
+    It is the innermost transformers model that holds the token embedding: attribute names differ by family.
     """
     inner = inner_model(model)
     embedding = inner.get_input_embeddings()
@@ -66,7 +66,7 @@ def backbone(model: nn.Module) -> nn.Module:
 def save_adapter(model: PeftModel, name: str, folder: str | Path) -> None:
     """Write one adapter so that ``PeftModel.from_pretrained(base, folder)`` loads it.
 
-    (``save_pretrained`` puts every adapter but ``default`` into a sub-folder.)
+    (``save_pretrained`` puts every adapter except ``default`` into a subfolder.)
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,11 +79,11 @@ def save_adapter(model: PeftModel, name: str, folder: str | Path) -> None:
 
 
 def set_reference(model: PeftModel, name: str, folder: str | Path | None) -> None:
-    """Have an adapter that is not active, the reference of a trainer, be that of a folder.
+    """Replace a trainer's reference, an inactive adapter, with the one in a folder.
 
     Args:
         name: The adapter.
-        folder: What ``save_adapter`` wrote; None removes the adapter, and the bare base is the reference.
+        folder: Written by ``save_adapter``; None removes the adapter, making the bare base the reference.
     """
     if name in model.peft_config:
         model.delete_adapter(name)
@@ -96,8 +96,8 @@ class SharedBase(nn.Module):
     """A causal language model that is policy, value, reward and reference at once.
 
     The policy is the adapter ``policy``. The reference is the adapter ``reference``, a frozen copy of the initial
-    policy, if that is an adapter; otherwise it is the base without an adapter. Value and reward are adapters with a
-    scalar head each.
+    policy, if that is an adapter; otherwise it is the base without an adapter. Value and reward are adapters, each with
+    a scalar head.
 
     Args:
         model: The base, which is frozen as a whole. Plain or NF4.
@@ -131,7 +131,7 @@ class SharedBase(nn.Module):
 
     @classmethod
     def around(cls, peft: PeftModel) -> SharedBase:
-        """Roles on a PeftModel whose active adapter is already the policy; it goes by ``policy`` here."""
+        """Roles on a PeftModel whose active adapter is already the policy; it is named ``policy`` here."""
         shared = cls.__new__(cls)
         nn.Module.__init__(shared)
         shared.peft, shared.heads = keep_gradients(peft), nn.ModuleDict()
@@ -140,28 +140,28 @@ class SharedBase(nn.Module):
         state = get_peft_model_state_dict(peft, adapter_name=name)
         shared.add_adapter("policy", config, state)
         shared.add_adapter("reference", config, state)
-        peft.set_adapter("policy")  # for a trainer that knows nothing of roles
+        peft.set_adapter("policy")  # for a trainer without roles
         peft.delete_adapter(name)
         shared._set_trainable()
         return shared
 
     @property
     def model(self) -> nn.Module:
-        """The causal language model; which role it plays is decided by ``role``."""
+        """The causal language model; ``role`` selects its role."""
         return self.peft.get_base_model()
 
     @property
     def reference(self) -> str | None:
-        """The adapter of the reference policy, or None where the bare base is the reference."""
+        """The reference policy's adapter, or None if the bare base is the reference."""
         return "reference" if "reference" in self.peft.peft_config else None
 
     def compare_with(self, folder: str | Path | None) -> None:
-        """Take another reference: the adapter in a folder, or the bare base."""
+        """Change the reference: the adapter in a folder, or the bare base."""
         set_reference(self.peft, "reference", folder)
         self._set_trainable()
 
     def role(self, name: str | None):
-        """Context manager: the model plays this role inside. None is the bare base."""
+        """Context manager: the model has this role inside. None is the bare base."""
         if name is not None and name not in self.peft.peft_config:
             raise KeyError(f"no role '{name}'; there are {sorted(self.peft.peft_config)}")
         return active_adapter(self.peft, name)
@@ -174,10 +174,10 @@ class SharedBase(nn.Module):
         self._set_trainable()
 
     def load_adapter(self, name: str, folder: str | Path) -> None:
-        """Add an adapter from a folder that PEFT wrote; ``role(name)`` plays it.
+        """Add an adapter from a folder written by PEFT; ``role(name)`` activates it.
 
         Raises:
-            UserError: There is none, or it fits another base.
+            UserError: There is none, or it does not fit this base.
         """
         self._load(name, _read_config(folder), _read_state(folder), folder)
 
@@ -185,7 +185,7 @@ class SharedBase(nn.Module):
         try:
             self.peft.add_adapter(name, _for_causal_lm(config))
             unknown = set_peft_model_state_dict(self.peft, state, adapter_name=name).unexpected_keys
-        except (RuntimeError, ValueError) as error:  # a tensor of another shape, or no layer of that name
+        except (RuntimeError, ValueError) as error:  # a shape mismatch, or no layer of that name
             raise UserError(f"The adapter does not fit this base: {error}", where=str(folder)) from None
         if unknown:
             what = f"The adapter does not fit this base: it holds weights for {len(unknown)} more layers"
@@ -193,10 +193,10 @@ class SharedBase(nn.Module):
         self._set_trainable()
 
     def add_value(self, *, trunk: bool = False) -> ValueView:
-        """Add the value role: an adapter like the policy's, and a head that starts at zero.
+        """Add the value role: an adapter like the policy's, and a head initialized to zero.
 
         Args:
-            trunk: The head alone; it reads the policy's own hidden states.
+            trunk: Only the head, on the policy's own hidden states.
         """
         if "value" not in self.heads:
             if not trunk:
@@ -205,17 +205,17 @@ class SharedBase(nn.Module):
         return ValueView(self)
 
     def save_value(self, folder: Path) -> None:
-        """Write the value's head, and its adapter where it has one of its own; ``load_value`` takes them up."""
+        """Write the value's head, and its adapter if it has its own, for ``load_value``."""
         folder.mkdir(parents=True, exist_ok=True)
         if "value" in self.peft.peft_config:
             save_adapter(self.peft, "value", folder)
         save_file({"weight": self.heads["value"].weight.detach().cpu()}, folder / HEAD_FILE)
 
     def load_value(self, folder: Path) -> None:
-        """Add the value role as ``save_value`` wrote it, in place of a new one; it is trained further.
+        """Add the value role from ``save_value``'s files instead of a new one; its training continues.
 
         Raises:
-            UserError: It fits another base.
+            UserError: It does not fit this base.
         """
         if (folder / ADAPTER_FILE).exists():
             self.load_adapter("value", folder)
@@ -223,17 +223,17 @@ class SharedBase(nn.Module):
         self.heads["value"].load_state_dict(load_file(folder / HEAD_FILE))
 
     def add_reward(self, folder: str | Path) -> None:
-        """Add the reward role from a folder that the reward stage or ``RewardTrainer`` wrote.
+        """Add the reward role from a folder written by the reward stage or ``RewardTrainer``.
 
         Raises:
-            UserError: The folder holds no adapter with a score head, or it fits another base.
+            UserError: The folder holds no adapter with a score head, or it does not fit this base.
         """
         config, state = _read_config(folder), _read_state(folder)
         score = [k for k in state if k.endswith("score.weight")]
         if not score:
             raise UserError("The reward adapter has no score head.", where=str(folder))
         weight = state.pop(score[0])
-        head = self._head(len(weight))  # two numbers, where there is an e(x)
+        head = self._head(len(weight))  # two outputs, if there is an e(x)
         if weight.shape != head.weight.shape:
             raise UserError(
                 f"The reward head expects {weight.shape[-1]} features, the base has {head.weight.shape[-1]}: "
@@ -250,7 +250,7 @@ class SharedBase(nn.Module):
             return backbone(self.peft)(**inputs, use_cache=False).last_hidden_state
 
     def head(self, role: str, hidden: torch.Tensor) -> torch.Tensor:
-        """A role's numbers of each hidden state: (..., H) to (..., outputs), float32."""
+        """A role's head on hidden states: (..., H) to (..., outputs), float32."""
         head = self.heads[role]
         return head(hidden.to(head.weight.dtype))
 
@@ -262,13 +262,13 @@ class SharedBase(nn.Module):
         return head
 
     def _set_trainable(self) -> None:
-        """Gradients for policy and value, for nothing else. PEFT changes this whenever it adds one."""
+        """Enable gradients only for policy and value. PEFT changes this whenever it adds an adapter."""
         for name, parameter in self.peft.named_parameters():
             parameter.requires_grad_(".policy." in name or ".value." in name)
 
 
 class ValueView(nn.Module):
-    """The value role of a shared base in the form in which TRL's trainer expects a value model."""
+    """The value role of a shared base, in the form of a value model for TRL's trainer."""
 
     base_model_prefix = "backbone"
 
@@ -281,7 +281,7 @@ class ValueView(nn.Module):
 
 
 def _for_causal_lm(config: PeftConfig) -> PeftConfig:
-    """The adapter's configuration without what belongs to a classifier around it."""
+    """The adapter's configuration without its classifier-specific parts."""
     config = type(config)(**{**config.to_dict(), "task_type": "CAUSAL_LM", "modules_to_save": None})
     config.inference_mode = False
     return config
