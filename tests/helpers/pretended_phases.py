@@ -235,7 +235,7 @@ def vllm() -> None:
     """The weights that an engine is given."""
     shared = _shared()
     sampler = VLLMSampler.__new__(VLLMSampler)
-    sampler._cast, given = None, []
+    sampler._given, given = None, []
     merged = MergedPolicy(shared.model)
     sampler._engine = SimpleNamespace(sync_weights=lambda: given.extend(merged.named_parameters()))
     with shared.role("policy"), phase("vllm: weights"):

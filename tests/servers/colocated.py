@@ -76,7 +76,7 @@ def furthest(policy, prompts, responses, logprobs):
 def compare_draws(trainer, draws):
     """Have the engine give the log-probabilities of what it draws, and note their distance from the policy's."""
     sampler = trainer.generator._vllm
-    make_params, start = sampler._params, sampler._start
+    make_params, start = sampler._params, sampler._start_with
 
     def params(*arguments):
         found = make_params(*arguments)
@@ -103,7 +103,7 @@ def compare_draws(trainer, draws):
         llm.generate = compared
         return llm
 
-    sampler._params, sampler._start = params, started
+    sampler._params, sampler._start_with = params, started
 
 
 def main():

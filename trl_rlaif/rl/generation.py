@@ -227,7 +227,7 @@ class RolloutGenerator:
         return [part for group in groups for part in group.split(self.args.per_device_train_batch_size)]
 
 
-def _vllm_sampler(args: PPOConfig, accelerator: Accelerator, reader: ResponseReader) -> VLLMSampler | AdapterSampler:
+def _vllm_sampler(args: PPOConfig, accelerator: Accelerator, reader: ResponseReader) -> VLLMSampler:
     check_installed()
     kind = AdapterSampler if args.vllm_sync == "adapter" else VLLMSampler
     return kind(args, accelerator, reader.tokenizer, reader.stop_ids)

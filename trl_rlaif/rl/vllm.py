@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from trl_rlaif.rl.ppo.config import PPOConfig
 
-LOWEST_TEMPERATURE = 0.01  # vLLM raises lower ones to this, except 0
+_LOWEST_TEMPERATURE = 0.01  # vLLM raises lower ones to this, except 0
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -45,8 +45,8 @@ class VLLMSampler:
         self, args: PPOConfig, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
     ) -> None:
         self.args, self.accelerator, self.tokenizer, self.stop_ids = args, accelerator, tokenizer, stop_ids
-        self._engine: VLLMGeneration | None = None
-        self._cast: list[int] | None = None
+        self._engine: Any = None
+        self._given: list[int] | None = None  # trained_bits of what the engine has
 
     def generate(
         self, role_models: RoleModels, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, temperature: float
@@ -62,21 +62,26 @@ class VLLMSampler:
             (B, T) int64, padded after the ends; T is at most the response length.
 
         Raises:
-            UserError: The policy's adapter cannot be merged (see ``MergedPolicy``), or its weights cannot be sent.
+            UserError: The engine cannot be given the policy: see ``MergedPolicy`` and ``AdapterSampler``.
             RunError: The server does not answer.
         """
-        model = role_models.model("policy")
         rows = zip(prompt_ids.tolist(), prompt_mask.tolist(), strict=True)
         prompts = [list(compress(ids, mask)) for ids, mask in rows]
+        responses = self._sample(role_models, prompts, temperature if temperature >= _LOWEST_TEMPERATURE else 0.0)
+        return pad_rows(responses, self.tokenizer.pad_token_id)[0].to(prompt_ids.device)
+
+    def _sample(self, role_models: RoleModels, prompts: list[list[int]], temperature: float) -> list[list[int]]:
+        """Responses of the current policy, without padding."""
+        model = role_models.model("policy")
         # In the policy's role throughout: an engine that wakes from sleep requests the weights again by itself.
         with role_models.role("policy"), server_errors():
             if self._engine is None:
                 with engine_for(model.dtype):
                     self._engine = self._start(model)
             self._hand_over(model)
-            self._engine.temperature = temperature if temperature >= LOWEST_TEMPERATURE else 0.0
+            self._engine.temperature = temperature
             _, responses, *_ = self._engine.generate(prompts=prompts, images=None, num_generations=1)
-        return pad_rows(responses, self.tokenizer.pad_token_id)[0].to(prompt_ids.device)
+        return responses
 
     def _start(self, model: nn.Module) -> VLLMGeneration:
         from trl.generation.vllm_generation import VLLMGeneration
@@ -111,9 +116,9 @@ class VLLMSampler:
     def _hand_over(self, model: nn.Module) -> None:
         """Send the engine the policy's current weights, unless it has them."""
         present = trained_bits(model)
-        if present != self._cast:
+        if present != self._given:
             self._engine.sync_weights()
-            self._cast = present
+            self._given = present
 
 
 def check_installed() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import compress
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -12,86 +10,62 @@ from accelerate import Accelerator
 from peft import PeftModel
 from peft.tuners import lora
 
-from trl_rlaif.batching import pad_rows
 from trl_rlaif.compat.vllm_engine import engine_options
 from trl_rlaif.errors import UserError
 from trl_rlaif.generation import random_state, set_random_state
 from trl_rlaif.judging.vllm import max_lora_rank
 from trl_rlaif.models.role_models import RoleModels
 from trl_rlaif.models.shared_model import inner_model, save_adapter
-from trl_rlaif.rl.vllm import LOWEST_TEMPERATURE, check_mergeable, trained_bits
+from trl_rlaif.rl.vllm import VLLMSampler, check_mergeable, trained_bits
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
     from trl_rlaif.rl.ppo.config import PPOConfig
 
 
-class AdapterSampler:
+class AdapterSampler(VLLMSampler):
     """Samples responses with vLLM in this process, which applies the policy's adapter to its own copy of the base.
 
-    After an update the adapter, some megabytes, is written to a folder and read by the engine as a LoRA request; the
-    base is never sent again, and is restored from host memory after the engine has slept. TRL's integration, which
-    ``VLLMSampler`` uses, sends all weights, merged, and drops them when the engine sleeps.
+    After an update the adapter, some megabytes, is written to a folder and read by the engine as a LoRA request. The
+    base is read once, from where the policy's was loaded, and is restored from host memory after the engine has slept.
+    TRL's integration, which ``VLLMSampler`` uses, sends all weights, merged, and drops them when the engine sleeps.
+    Seeds come from torch's generator.
 
     Args:
-        args: Response length, and the engine's settings.
-        accelerator: Of one process.
-        tokenizer: Padding.
-        stop_ids: The tokens that end a response; without any, it is sampled to the full length.
+        args, accelerator, tokenizer, stop_ids: As for ``VLLMSampler``.
 
     Raises:
         UserError: There are several processes.
     """
 
-    def __init__(
-        self, args: PPOConfig, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
-    ) -> None:
+    def __init__(self, args: PPOConfig, accelerator: Accelerator, *rest: Any) -> None:
         if accelerator.num_processes > 1:
             raise UserError("vllm_sync: adapter runs in one process.", fix="Leave it out: merged weights are sent.")
-        self.args, self.tokenizer, self.stop_ids = args, tokenizer, list(stop_ids)
-        self._llm: LLM | None = None
+        super().__init__(args, accelerator, *rest)
         self._request: LoRARequest | None = None
         self._folder: TemporaryDirectory[str] | None = None
-        self._read: list[int] | None = None
 
-    def generate(
-        self, role_models: RoleModels, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, temperature: float
-    ) -> torch.Tensor:
-        """Sample one response per prompt from the policy's full distribution; seeds come from torch's generator.
-
-        Args:
-            prompt_ids: (B, P) int64, padded on the left.
-            prompt_mask: (B, P) bool.
-            temperature: >= 0; below 0.01, decoding is greedy.
-
-        Returns:
-            (B, T) int64, padded after the ends; T is at most the response length.
-
-        Raises:
-            UserError: The policy is not an adapter that vLLM can apply, or its base is in 4 bits.
-        """
+    def _sample(self, role_models: RoleModels, prompts: list[list[int]], temperature: float) -> list[list[int]]:
         peft, name = role_models.adapter()
-        if self._llm is None:
-            self._llm = self._start(_checked(peft, name), name)
+        if self._engine is None:
+            _check(peft, name)
+            self._engine = self._start_with(peft, name)
         elif self.args.vllm_enable_sleep_mode:
-            self._llm.wake_up()
-        self._hand_over(peft, name)
-        rows = zip(prompt_ids.tolist(), prompt_mask.tolist(), strict=True)
-        outputs = self._llm.generate(
-            [{"prompt_token_ids": list(compress(ids, mask))} for ids, mask in rows],
-            [self._params(seed, temperature) for seed in torch.randint(1 << 31, (len(prompt_ids),)).tolist()],
+            self._engine.wake_up()
+        self._hand_over_adapter(peft, name)
+        outputs = self._engine.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts],
+            [self._params(seed, temperature) for seed in torch.randint(1 << 31, (len(prompts),)).tolist()],
             use_tqdm=False,
             lora_request=self._request,
         )
         if self.args.vllm_enable_sleep_mode:
-            self._llm.sleep(level=1)
-        responses = [list(output.outputs[0].token_ids) for output in outputs]
-        return pad_rows(responses, self.tokenizer.pad_token_id)[0].to(prompt_ids.device)
+            self._engine.sleep(level=1)
+        return [list(output.outputs[0].token_ids) for output in outputs]
 
-    def _start(self, peft: PeftModel, name: str) -> LLM:
+    def _start_with(self, peft: PeftModel, name: str) -> LLM:
         from vllm import LLM
 
         args, model, before = self.args, inner_model(peft), random_state()
@@ -109,33 +83,33 @@ class AdapterSampler:
         set_random_state(before)  # the engine seeds this process, and a resumed run starts one too
         return llm
 
-    def _hand_over(self, peft: PeftModel, name: str) -> None:
+    def _hand_over_adapter(self, peft: PeftModel, name: str) -> None:
         """Have the engine read the current adapter, unless it has it."""
         from vllm.lora.request import LoRARequest
 
         present = trained_bits(peft)
-        if self._request is None or present != self._read:
+        if self._request is None or present != self._given:
             folder = TemporaryDirectory(prefix="policy-")
             save_adapter(peft, name, folder.name)
             version = self._request.lora_int_id + 1 if self._request else 1
             # A new name and number: the engine caches by them, including prefixes of the old policy.
             self._request = LoRARequest(f"policy-{version}", version, folder.name)
-            self._folder, self._read = folder, present  # the engine may read the folder again
+            self._folder, self._given = folder, present  # the engine may read the folder again
 
     def _params(self, seed: int, temperature: float) -> Any:
         from vllm import SamplingParams
 
         return SamplingParams(
-            temperature=temperature if temperature >= LOWEST_TEMPERATURE else 0.0,
+            temperature=temperature,
             seed=seed,
             max_tokens=self.args.response_length,
-            stop_token_ids=self.stop_ids,
+            stop_token_ids=list(self.stop_ids),
             ignore_eos=True,  # no other token ends a response
             detokenize=False,
         )
 
 
-def _checked(peft: PeftModel, name: str) -> PeftModel:
+def _check(peft: PeftModel, name: str) -> None:
     config, model = peft.peft_config[name], inner_model(peft)
     check_mergeable(model)
     if any(isinstance(module, lora.Embedding) for module in model.modules()):
@@ -152,4 +126,3 @@ def _checked(peft: PeftModel, name: str) -> PeftModel:
         raise UserError(
             "The engine's base would not be the policy's, which is in 4 bits.", fix="Leave out vllm_sync: adapter."
         )
-    return peft
