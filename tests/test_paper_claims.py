@@ -47,7 +47,21 @@ def test_one_measurement_decides_nothing():
 
 def test_a_part_is_measured_once(tmp_path):
     parts = iter([{"p": 0.25}])
-    assert [claims.stored(tmp_path, "seed 1, plain", lambda: next(parts)) for _ in range(2)] == [{"p": 0.25}] * 2
+    assert [claims.stored(tmp_path, "seed 1, plain", next, parts) for _ in range(2)] == [{"p": 0.25}] * 2
+
+
+def test_parts_that_were_measured_with_other_options_are_refused(tmp_path, monkeypatch, capsys):
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["x.py", "--runs", str(tmp_path), *words])
+        parser = claims.arguments("", "x")
+        parser.add_argument("--updates", type=int, default=80)
+        return claims.parsed(parser)
+
+    call("--seeds", "1")
+    assert call("--seeds", "5").seeds == 5
+    with pytest.raises(SystemExit):
+        call("--updates", "3")
+    assert "measured with other options" in capsys.readouterr().err
 
 
 def test_the_command_names_no_folder_of_this_machine(monkeypatch, tmp_path):

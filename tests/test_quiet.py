@@ -43,7 +43,9 @@ cli.main()
 
 
 def test_commands_show_no_library_at_work():
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_", "TQDM_"))}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_", "TQDM_"))
+    }
     ended = subprocess.run([sys.executable, "-c", LOUD], capture_output=True, text=True, check=True, env=environment)
     assert (ended.stdout, ended.stderr) == ("", "an error\n")
     loud = environment | {"TRANSFORMERS_VERBOSITY": "warning", "HF_HUB_DISABLE_PROGRESS_BARS": "0"}

@@ -66,8 +66,7 @@ def main() -> None:
     rows, base = _computed_below(args)
     for seed in range(args.seeds):
         for name, variant in variants.items():
-            found[name].append(stored(args.runs, f"{seed}-{name}", lambda seed=seed, variant=variant: _train(
-                args, variant, seed, rows, copy.deepcopy(base))))  # fmt: skip
+            found[name].append(stored(args.runs, f"{seed}-{name}", _train, args, variant, seed, rows, base))
     _page(args, found)
 
 
@@ -141,7 +140,7 @@ def _computed_below(args: argparse.Namespace) -> tuple[list[dict[str, Any]], Any
 
 
 def _train(
-    args: argparse.Namespace, variant: dict[str, Any], seed: int, rows: list[dict[str, Any]], model: Any
+    args: argparse.Namespace, variant: dict[str, Any], seed: int, rows: list[dict[str, Any]], base: Any
 ) -> dict[str, Any]:
     """One variant with one seed: scores of the held-out pairs, and those of training pairs for the regulator."""
     import torch
@@ -160,6 +159,7 @@ def _train(
     train, held_out = [rows[i] for i in training], [rows[i] for i in others]
     transforms = [AdvantageModel(margin=variant["margin"])] if "margin" in variant else []
     torch.manual_seed(seed)
+    model = copy.deepcopy(base)
     model.score.reset_parameters()
     with tempfile.TemporaryDirectory() as folder:
         trainer = RewardTrainer(

@@ -41,6 +41,8 @@ TAUGHT = {"evaluations": 2, "num_train_epochs": 1, "per_device_train_batch_size"
 RATES = {"labeler": "direct", "prompt": "brief", "batch_tokens": 4096}
 
 POWER, CONFIDENCE = 0.8, 0.95
+# Options that change no part: more seeds, settings or judges go on from those that there are.
+_FREE = ("seeds", "judges", "runs", "output", "figures")
 
 
 def arguments(description: str, name: str, **defaults: Any) -> argparse.ArgumentParser:
@@ -62,6 +64,12 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The options, with the device that was asked for made the only one."""
     args = parser.parse_args()
     args.runs.mkdir(parents=True, exist_ok=True)
+    measured = args.runs / "options.json"
+    options = {name: str(value) for name, value in vars(args).items() if name not in _FREE}
+    if not measured.exists():
+        write_atomically(measured, to_json(options))
+    elif json.loads(measured.read_text(encoding="utf-8")) != options:
+        parser.error(f"{args.runs} holds parts that were measured with other options: name another folder with --runs")
     if getattr(args, "device", "auto") == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if getattr(args, "device", "auto") == "cuda":
@@ -72,11 +80,11 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return args
 
 
-def stored(folder: Path, name: str, compute: Callable[[], Any]) -> Any:
-    """What ``compute`` gives, from ``folder/name.json`` where an earlier call left it."""
+def stored(folder: Path, name: str, measure: Callable[..., Any], *given: Any) -> Any:
+    """What ``measure(*given)`` returns, from ``folder/name.json`` if an earlier call left it there."""
     path = folder / f"{name.replace(' ', '_').replace(',', '')}.json"
     if not path.exists():
-        write_atomically(path, to_json(compute()))
+        write_atomically(path, to_json(measure(*given)))
         print(f"{path.stem}: {path.read_text(encoding='utf-8').strip()[:300]}", flush=True)
     return json.loads(path.read_text(encoding="utf-8"))
 

@@ -57,8 +57,7 @@ def main() -> None:
                      for name, half in zip(("asked", "people"), halves(args.pandalm), strict=True))  # fmt: skip
     found = []
     for seed in range(1, args.seeds + 1):
-        found.append({size: stored(args.runs, f"{seed}-{size}", lambda seed=seed, size=size: _measure(
-            args, seed, size, asked, people)) for size in SHARES})  # fmt: skip
+        found.append({s: stored(args.runs, f"{seed}-{s}", _measure, args, seed, s, asked, people) for s in SHARES})
         _page(args, found)
 
 

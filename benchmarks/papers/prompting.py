@@ -73,9 +73,9 @@ def main() -> None:
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for judge in judges:
         found[judge] = {
-            setting: stored(args.runs, f"{_name(judge)}-{setting}", lambda judge=judge, setting=setting: _ask(
-                args, judge, setting, asked, people)) for setting in SETTINGS
-        }  # fmt: skip
+            setting: stored(args.runs, f"{_name(judge)}-{setting}", _ask, args, judge, setting, asked, people)
+            for setting in SETTINGS
+        }
         _page(args, found)
 
 

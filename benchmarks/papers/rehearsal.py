@@ -72,8 +72,7 @@ def main() -> None:
     args = parsed(parser)
     found = []
     for seed in range(1, args.seeds + 1):
-        found.append({arm: stored(args.runs, f"{seed}-{arm}", lambda seed=seed, arm=arm: _measure(args, seed, arm))
-                      for arm in ARMS})  # fmt: skip
+        found.append({arm: stored(args.runs, f"{seed}-{arm}", _measure, args, seed, arm) for arm in ARMS})
         _page(args, found)
 
 

@@ -45,8 +45,7 @@ def main() -> None:
     found = []
     for seed in range(args.seeds):
         start: dict[str, Any] = {}
-        found.append({name: stored(args.runs, f"{seed}-{name}", lambda seed=seed, name=name, start=start: _measure(
-            args, seed, MODELS[name], start)) for name in MODELS})  # fmt: skip
+        found.append({n: stored(args.runs, f"{seed}-{n}", _measure, args, seed, MODELS[n], start) for n in MODELS})
     _page(args, found)
 
 

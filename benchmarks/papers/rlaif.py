@@ -81,8 +81,8 @@ def main() -> None:
     examiner = _examiner(args, examiners)
     found = []
     for seed in range(1, args.seeds + 1):
-        found.append(stored(args.runs, f"seed-{seed}", lambda seed=seed: _seed(args, seed, people, examiner)))
-        _page(args, found, stored(args.runs, "examiner-people", lambda: _agrees(args, "examiner", examiner, people)))
+        found.append(stored(args.runs, f"seed-{seed}", _seed, args, seed, people, examiner))
+        _page(args, found, stored(args.runs, "examiner-people", _agrees, args, "examiner", examiner, people))
 
 
 # ---- Runs -----------------------------------------------------------------------------------------------

@@ -51,8 +51,7 @@ def main() -> None:
     found = []
     for seed in range(args.seeds):
         start: dict[str, Any] = {}
-        found.append({arm: stored(args.runs, f"{seed}-{arm}", lambda seed=seed, arm=arm, start=start: _measure(
-            args, seed, arm, start)) for arm in ARMS})  # fmt: skip
+        found.append({arm: stored(args.runs, f"{seed}-{arm}", _measure, args, seed, arm, start) for arm in ARMS})
     _page(args, found)
 
 

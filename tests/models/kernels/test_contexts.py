@@ -138,7 +138,14 @@ def test_nothing_else_generates():
     root = Path(trl_rlaif.__file__).parent
     found = {f.relative_to(root).as_posix() for f in root.rglob("*.py") if ".generate(" in f.read_text("utf-8")}
     # vLLM's and TRL's own apart, where no model of ours decodes.
-    assert found == {"generation.py", "rl/rollouts.py", "rl/generation.py", "rl/vllm.py", "rl/vllm_adapter.py", "judging/vllm.py"}
+    assert found == {
+        "generation.py",
+        "rl/rollouts.py",
+        "rl/generation.py",
+        "rl/vllm.py",
+        "rl/vllm_adapter.py",
+        "judging/vllm.py",
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
