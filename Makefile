@@ -31,7 +31,7 @@ PYTEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart gpu-kit test test-fast test-trl test-servers wheel-smoke lint docs dist clean always
+.PHONY: quickstart pictures gpu-kit test test-fast test-trl test-servers wheel-smoke lint docs dist clean always
 
 # torch goes first: what comes after it would otherwise choose a build of its own.
 $(VENV)/.installed: pyproject.toml constraints.txt
