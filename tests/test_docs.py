@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import math
 import re
 import shlex
@@ -19,9 +20,9 @@ import pytest
 import torch
 import typer
 import yaml
-from helpers.labeling import LABEL_ALONE, make_pairs, mapped_in_turn
+from helpers.labeling import make_pairs, mapped_in_turn
 from helpers.pages import Reader, python_blocks
-from helpers.recipes import write_recipe, write_rows
+from helpers.recipes import write_prompts, write_recipe, write_rows
 from helpers.trained import add_trained
 
 import trl_rlaif
@@ -245,13 +246,12 @@ def test_yaml_is_a_part_of_a_recipe(block, schema):
     assert not errors, errors[0].message
 
 
-def _commands():
+def _commands(page):
     """Every line of a page that calls trl-rlaif: its arguments."""
-    lines = [re.sub(r"\\\n *", "", text) for text in PAGES.values()]
-    return sorted({call for text in lines for call in re.findall(r"^ +trl-rlaif (.*?)(?: +#.*)?$", text, re.M)})
+    return re.findall(r"^ +trl-rlaif (.*?)(?: +#.*)?$", re.sub(r"\\\n *", "", PAGES[page]), re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", _commands())
+@pytest.mark.parametrize("command", sorted({command for page in PAGES for command in _commands(page)}))
 def test_a_command_exists_with_its_options(command):
     words, whole = shlex.split(command.partition(" > ")[0]), typer.main.get_command(app)
     here = whole
@@ -274,14 +274,13 @@ RUN_BY = {
 
 @pytest.fixture
 def reader(tmp_path, monkeypatch):
-    """A reader with a recipe of pairs, my.yaml, and its run in runs/my, whose policy and judge are trained."""
+    """A reader with a recipe of pairs, my.yaml, and its run in runs/my, whose models are trained."""
     reader = Reader(tmp_path, monkeypatch)
     monkeypatch.setattr(by_ray, "_mapped", mapped_in_turn)
     write_rows(tmp_path / "pairs.jsonl", make_pairs(4))
-    data = {"prompts": None, "eval_prompts": None, "pairs": "pairs.jsonl"}
-    write_recipe(tmp_path, reader.model, data=data, **LABEL_ALONE).rename("my.yaml")
+    write_recipe(tmp_path, reader.model, data={"pairs": "pairs.jsonl"}, sample=None).rename("my.yaml")
     app("run my.yaml --only sample --output runs/my".split(), standalone_mode=False)
-    for what in ("policy", "judge"):
+    for what in ("reward", "policy", "judge"):
         add_trained(RunFolder(Path("runs/my")), what)
     return reader
 
@@ -313,6 +312,34 @@ def test_the_python_of_a_page_runs(page, reader):
     for block in python_blocks(page):
         reader.run(block, names)
     assert SHOWN[page](names)
+
+
+# Commands of seconds. Of the others, run, label, rate and so on have tests of their own, as has compare, of whole runs.
+QUICK = "check doctor explain export init memory new-plugin plugins recipes report schema status".split()
+
+
+def _quick(page):
+    return [command for command in _commands(page) if command.split()[0] in QUICK and "--to hub" not in command]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if _quick(page)])
+def test_the_quick_commands_of_a_page_run_in_its_order(page, reader, monkeypatch, capsys):
+    for file, count in (("my_prompts.jsonl", 40), ("my_eval_prompts.jsonl", 4)):
+        write_prompts(Path(file), count)
+    for command in _quick(page):
+        monkeypatch.setattr("sys.stdin", Terminal(f"{reader.model}\nmy_prompts.jsonl\n8\nppo\n"))
+        words, _, file = command.replace("RECIPE", "my.yaml").partition(" > ")
+        capsys.readouterr()
+        assert not app(shlex.split(words), standalone_mode=False), command
+        said = capsys.readouterr().out
+        assert said, command
+        if file:
+            Path(file).write_text(said, encoding="utf-8")
 
 
 def test_the_site_shows_every_page():
