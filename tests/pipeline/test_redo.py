@@ -192,6 +192,25 @@ def test_another_judges_prompt_redoes_what_asks_with_it(make, tmp_path):
     assert "the content of label.prompt has changed" in why["label"]
 
 
+def test_a_judge_that_was_taught_again_in_its_folder_is_another(make, tmp_path, tiny_model):
+    adapter = shutil.copytree(tiny_model, tmp_path / "judge")
+    recipe = make(label={"judge": {"path": str(adapter)}})
+    folder = finish(recipe, tmp_path / "judged")
+    assert reasons(recipe, folder) == {}
+    weights = adapter / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\x00\x00\x00\x01")
+    why = reasons(recipe, folder)
+    assert list(why) == ALL[1:]
+    assert why["label"] == f"the content of label.judge.path has changed ({adapter})"
+    marker = folder.marker("label")
+    del marker["inputs"]["files"]["label.judge.path"]  # as earlier versions recorded it
+    folder.write_marker("label", marker)
+    assert reasons(recipe, folder) == {}
+    moved = adapter.rename(tmp_path / "moved")
+    why = reasons(make(label={"judge": {"path": str(moved)}}), folder)
+    assert why["label"] == f'label.judge.path was "{adapter}" and is "{moved}" now'
+
+
 def test_a_default_that_a_later_version_changes_is_no_change(make, folder, monkeypatch):
     from trl_rlaif.pipeline import inputs
     from trl_rlaif.recipe.sections import SampleSection

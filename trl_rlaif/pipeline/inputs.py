@@ -37,7 +37,8 @@ class Inputs:
     Args:
         settings: By dotted key (``rl.kl_coef``), those that the recipe wrote. A default is not recorded, so that a
             later version may add a key or change a default without a finished stage being redone.
-        files: By key, the path and a digest of the content. What is no local file is its own digest.
+        files: By key, the path and a digest of the content. What is no local file is its own digest. The path of a
+            model's folder is also one of the settings.
         stages: The fingerprint of each earlier stage that this one builds on.
     """
 
@@ -64,6 +65,8 @@ class Inputs:
                 found.append(f"{key} was {_shown(old)} and is {_shown(new)} now")
         for key in sorted(self.files.keys() | before.files.keys()):
             old, new = before.files.get(key), self.files.get(key)
+            if key in self.settings and not (old and new and old["path"] == new["path"]):
+                continue  # a model's path is among the settings; earlier versions recorded no content
             if (old and old["digest"]) != (new and new["digest"]):
                 found.append(_file_change(key, old, new))
         found += [f"{name} is redone" for name in self.stages if before.stages.get(name) != self.stages[name]]
@@ -199,6 +202,17 @@ def data_file(path: str) -> dict[str, str]:
     Folders and Hub ids are known by their names alone; a trainer compares the data itself with its checkpoint's.
     """
     return {"path": path, "digest": digest(path) if Path(path).is_file() else path}
+
+
+def model_files(settings: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Local models and adapters by their content: one that was trained again is another input."""
+    from trl_rlaif.models.loading import model_revision
+
+    def known(path: Path) -> str:
+        return model_revision(str(path)) if path.is_dir() else digest(str(path))
+
+    paths = {key: Path(path) for key, path in settings.items() if key.endswith(".path") and path}
+    return {key: {"path": str(path), "digest": known(path)} for key, path in paths.items() if path.exists()}
 
 
 def prompt_file(name: str) -> dict[str, str]:

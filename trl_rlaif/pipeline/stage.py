@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from trl_rlaif.distributed import dividing, is_first, wait
-from trl_rlaif.pipeline.inputs import Inputs, learned, selected, written
+from trl_rlaif.pipeline.inputs import Inputs, learned, model_files, selected, written
 
 if TYPE_CHECKING:
     from trl_rlaif.memory.parts import MemoryRun
@@ -116,7 +116,7 @@ class Stage:
         columns = {f"data.columns of {source}": recipe.data.columns_of(source) for source in self.columns(recipe)}
         settings |= {key: value for key, value in columns.items() if value}
         stages = {name: fingerprints[name] for name in self.after(recipe) if name in fingerprints}
-        return Inputs(settings, files, stages)
+        return Inputs(settings, files | model_files(settings), stages)
 
     def relevant(self, recipe: Recipe, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Those of a recipe's settings that its outputs depend on; files are compared by their content."""
