@@ -45,6 +45,22 @@ def test_one_measurement_decides_nothing():
     assert found.word == "undecided" and found.needed is None and "inf" not in found.line()
 
 
+def test_equal_differences_decide_nothing():
+    """18 pairs of 253 with both seeds once made an interval without a width, and a verdict."""
+    found = claims.verdict("", [18 / 253, 18 / 253])
+    assert found.word == "undecided" and found.needed is None and "inf" not in found.line()
+
+
+def test_differences_are_of_prompts():
+    ours = [
+        {"p": 0.9, "human": 1, "prompt": "a"},
+        {"p": 0.2, "human": 1, "prompt": "a"},
+        {"p": 0.1, "human": 2, "prompt": "b"},
+    ]
+    theirs = [row | {"p": 0.4} for row in ours]
+    assert claims.by_prompt(ours, theirs) == [0.5, 0.0]
+
+
 def test_a_part_is_measured_once(tmp_path):
     parts = iter([{"p": 0.25}])
     assert [claims.stored(tmp_path, "seed 1, plain", next, parts) for _ in range(2)] == [{"p": 0.25}] * 2

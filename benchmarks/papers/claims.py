@@ -8,6 +8,7 @@ import math
 import os
 import shlex
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,6 +21,7 @@ from scipy import stats
 
 from trl_rlaif.data import Pair, load_pairs
 from trl_rlaif.data.overlap import prompt_key, split_by_group
+from trl_rlaif.evaluation import agreement_points
 from trl_rlaif.files import to_json, to_line, write_atomically
 from trl_rlaif.hardware import processor
 from trl_rlaif.pipeline.context import pair_row
@@ -131,6 +133,20 @@ def share(values: Mapping[str, Any], key: str = "rate") -> str:
     return f"{values[key]:.0%} ({low:.0%} to {high:.0%})"
 
 
+def by_prompt(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> list[float]:
+    """By how many points of agreement with people one judge is ahead of another, by prompt, since pairs share prompts.
+
+    Args:
+        ours: Of one judge, a row per pair with ``p``, ``human`` and ``prompt``.
+        theirs: Of the other the same pairs; the shorter list is the start of the longer.
+    """
+    found: dict[str, list[float]] = defaultdict(list)
+    sides = [agreement_points([row["p"] for row in rows], [row["human"] for row in rows]) for rows in (ours, theirs)]
+    for row, a, b in zip(ours, *sides, strict=False):
+        found[row["prompt"]].append(a - b)
+    return [float(np.mean(points)) for points in found.values()]
+
+
 # ---- Verdicts -------------------------------------------------------------------------------------------
 
 
@@ -158,7 +174,7 @@ class Verdict:
     def line(self) -> str:
         """The row of a table: claim, verdict, figures, and what would decide."""
         needed = "" if self.needed is None else f"{self.needed:,}" if self.needed <= 10_000 else "over 10,000"
-        interval = f"{self.low:+.3f} to {self.high:+.3f}; " if self.n > 1 else ""
+        interval = f"{self.low:+.3f} to {self.high:+.3f}; " if math.isfinite(self.low) else ""
         figures = f"{self.mean:+.3f} ({interval}{self.n} {self.unit if self.n > 1 else self.unit.removesuffix('s')})"
         return f"| {self.claim} | **{self.word}** | {figures} | {needed} |"
 
@@ -177,6 +193,8 @@ def verdict(claim: str, differences: Sequence[float], *, unit: str = "seeds", wi
     std = float(values.std(ddof=1)) if n > 1 else math.nan
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * std / math.sqrt(n) if n > 1 else math.inf
     low, high = mean - half, mean + half
+    if std == 0:  # equal by chance, as shares of few pairs may be: of the spread nothing is known
+        low, high = -math.inf, math.inf
     if within is None:
         word = "supported" if low > 0 else "contradicted" if high < 0 else "undecided"
         gap = abs(mean)
@@ -190,10 +208,8 @@ def verdict(claim: str, differences: Sequence[float], *, unit: str = "seeds", wi
 
 def _needed(gap: float, std: float) -> int | None:
     """Measurements with which a two-sided t-test finds a mean of ``gap`` with the power asked for."""
-    if gap == 0:
+    if gap == 0 or std == 0:
         return None
-    if std == 0:
-        return 2
     z = stats.norm.ppf((1 + CONFIDENCE) / 2) + stats.norm.ppf(POWER)
     n = max(2, math.ceil((z * std / gap) ** 2))  # the t-test's number is a little above the normal's
     while n < 1000 and _power(gap / std, n) < POWER:

@@ -24,11 +24,13 @@ from claims import (
     SAMPLED,
     TAUGHT,
     arguments,
+    by_prompt,
     halves,
     made_with,
     model_section,
     parsed,
     run,
+    share,
     stored,
     verdict,
     write,
@@ -100,37 +102,49 @@ def _measure(args: argparse.Namespace, seed: int, size: str, asked: Path, people
             "model": model_section(args, path=cut), "data": {"pairs": str(asked)},
             "label": RATES | {"judge": model_section(args, path=path)},
         })  # fmt: skip
-        rows = {row["pair"]: row["p"] for row in read_lines(labels / "labels.jsonl")}
-        judged = [(pair, rows[pair_key(pair)]) for pair in load_pairs(str(asked)).items]
-        pairs, p = zip(*((pair, p) for pair, p in judged if p is not None), strict=True)
-        human = [pair.human for pair in pairs]
-        figures[when] = agreement(p, human, [prompt_key(pair.prompt) for pair in pairs])
-        figures[f"ece_{when}"] = calibration_error(p, human)
+        rows = {row["pair"]: row for row in read_lines(labels / "labels.jsonl")}
+        figures[when] = [
+            {"prompt": prompt_key(pair.prompt), "human": pair.human, "p": row["p"], "rated": row["mass_12"]}
+            for pair in load_pairs(str(asked)).items
+            if (row := rows[pair_key(pair)])["p"] is not None
+        ]
     figures["held_out"] = taught.results_of("judge")["sources"]["all"]["after"]["agreement"]
     return figures
 
 
 def _page(args: argparse.Namespace, found: list[dict[str, Any]]) -> None:
-    def each(size: str, key: str) -> np.ndarray:
-        values = [seed[size][key] for seed in found]
-        return np.array([value["rate"] if isinstance(value, dict) else value for value in values])
+    def rows(size: str, when: str = "after") -> list[dict[str, Any]]:
+        return [row for seed in found for row in seed[size][when]]
+
+    def agrees(size: str, when: str = "after", of: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+        of = of or rows(size, when)
+        return agreement([row["p"] for row in of], [row["human"] for row in of], [row["prompt"] for row in of])
 
     sizes = list(SHARES)
     verdicts = [
         verdict(f"the {larger} model agrees with people more than the {smaller}",
-                each(larger, "after") - each(smaller, "after"))
+                by_prompt(rows(larger), rows(smaller)), unit="prompts")
         for larger, smaller in ((sizes[0], sizes[1]), (sizes[1], sizes[2]), (sizes[0], sizes[2]))
     ]  # fmt: skip
-    keys = {"before": "agreement before", "after": "agreement after", "ece_after": "ECE after",
-            "held_out": "right on what was held out of its teaching"}  # fmt: skip
-    lines = [f"| model | million parameters | {' | '.join(keys.values())} |", "|---" * (2 + len(keys)) + "|"]
+    keys = ("million parameters", "agreement before", "agreement after", "ECE after", "probability of any rating",
+            "right on what was held out of its teaching")  # fmt: skip
+    lines = [f"| model | {' | '.join(keys)} |", "|---" * (1 + len(keys)) + "|"]
     for size in SHARES:
-        cells = [size, f"{each(size, 'parameters')[0] / 1e6:.0f}", *(interval(each(size, key), 3) for key in keys)]
+        after, held_out = rows(size), [seed[size]["held_out"]["rate"] for seed in found]
+        ece = calibration_error([row["p"] for row in after], [row["human"] for row in after])
+        cells = [size, f"{found[0][size]['parameters'] / 1e6:.0f}", share(agrees(size, "before")), share(agrees(size)),
+                 f"{ece:.3f}", f"{np.median([row['rated'] for row in after]):.2g}", interval(held_out, 2)]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
-    rows = [(f"{size}, seed {number}", seed[size]["after"]["rate"], tuple(seed[size]["after"]["interval"]), None, None)
-            for size in SHARES for number, seed in enumerate(found, 1)]  # fmt: skip
-    head = f"{made_with(args.model)}; {len(found)} seeds, means and 95% intervals over them."
-    figure = win_rates(rows, "Agreement with people", "agreement with people")
+    shown = [
+        (f"{size}, seed {number}", of["rate"], tuple(of["interval"]), None, None)
+        for size in SHARES
+        for number, seed in enumerate(found, 1)
+        for of in [agrees(size, of=seed[size]["after"])]
+    ]
+    head = (
+        f"{made_with(args.model)}; {len(found)} seeds over the same pairs. Intervals over prompts, the last over seeds."
+    )
+    figure = win_rates(shown, "Agreement with people", "agreement with people")
     write(args, head, lines, verdicts, {"Agreement with people, intervals over pairs": figure})
 
 

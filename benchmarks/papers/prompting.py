@@ -13,11 +13,9 @@ that of two settings on the same pairs, and its unit the prompt, since several p
 from __future__ import annotations
 
 import argparse
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from claims import (
     CONTRASTS,
     LORA,
@@ -25,6 +23,7 @@ from claims import (
     SAMPLED,
     TAUGHT,
     arguments,
+    by_prompt,
     halves,
     made_with,
     model_section,
@@ -39,7 +38,7 @@ from claims import (
 
 from trl_rlaif.data import Pair
 from trl_rlaif.data.overlap import prompt_key
-from trl_rlaif.evaluation import agreement, agreement_points, calibration_error, position_bias
+from trl_rlaif.evaluation import agreement, calibration_error, position_bias
 from trl_rlaif.files import read_lines
 from trl_rlaif.labels.store import pair_key
 from trl_rlaif.report.plots import win_rates
@@ -137,20 +136,11 @@ def _page(args: argparse.Namespace, found: dict[str, dict[str, list[dict[str, An
             lines.append(f"| {' | '.join(cells)} |")
             drawn.append((f"{_name(judge)}: {setting}", agrees["rate"], tuple(agrees["interval"]), None, None))
         for setting, without in WITHOUT.items():
-            more = _differences(settings[setting], settings[without])
+            more = by_prompt(settings[setting], settings[without])
             verdicts.append(verdict(f"{_name(judge)}: '{setting}' agrees more than '{without}'", more, unit="prompts"))
     head = f"{made_with()}; prompt `general`, dtype {args.dtype}."
     figure = win_rates(drawn, "Agreement with people", "agreement with people")
     write(args, head, lines, verdicts, {"Agreement with people": figure})
-
-
-def _differences(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[float]:
-    """Of the agreement points, by prompt, on the pairs of both (the shorter list is the start of the longer)."""
-    by_prompt: dict[str, list[float]] = defaultdict(list)
-    sides = [agreement_points([row["p"] for row in rows], [row["human"] for row in rows]) for rows in (ours, theirs)]
-    for row, a, b in zip(ours, *sides, strict=False):
-        by_prompt[row["prompt"]].append(a - b)
-    return [float(np.mean(of)) for of in by_prompt.values()]
 
 
 if __name__ == "__main__":
