@@ -16,7 +16,7 @@ from trl_rlaif.compat.trl_version import LOWEST, TOO_HIGH, check_trl
 pytestmark = pytest.mark.trl
 
 
-@pytest.mark.parametrize("version", ["1.11.0", "1.11.0.dev0", "1.12.0", "1.16.0", "1.100.1"])
+@pytest.mark.parametrize("version", ["1.12.0", "1.12.0.dev0", "1.16.0", "1.100.1"])
 def test_what_works_passes(version):
     check_trl(version)
 
@@ -25,7 +25,7 @@ def test_what_works_passes(version):
     ("version", "message"),
     [
         ("0.9.6", "trl 0.9.6 is installed, which is too old"),
-        ("1.10.1", "trl 1.10.1 is installed, which is too old"),
+        ("1.11.1", "trl 1.11.1 is installed, which is too old"),
         ("2.0.0.dev0", "versions below 2"),
         ("2.3.0", "versions below 2"),
     ],
@@ -33,7 +33,7 @@ def test_what_works_passes(version):
 def test_what_does_not_work_is_refused_with_the_command_that_helps(version, message):
     with pytest.raises(UserError, match=message) as error:
         check_trl(version)
-    assert "pip install 'trl>=1.11,<2'" in str(error.value)
+    assert "pip install 'trl>=1.12,<2'" in str(error.value)
 
 
 def test_without_trl(monkeypatch):

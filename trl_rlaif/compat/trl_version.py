@@ -8,9 +8,8 @@ from packaging.version import Version
 
 from trl_rlaif.errors import UserError
 
-# As in pyproject.toml. Before 1.11 the trainers that are subclassed here have other methods; TRL announces for 2.0
-# the removal of what 1.x deprecates.
-LOWEST, TOO_HIGH = "1.11", "2"
+# As in pyproject.toml. CI tests no earlier one; TRL announces for 2.0 the removal of what 1.x deprecates.
+LOWEST, TOO_HIGH = "1.12", "2"
 _FIX = f"Run: pip install 'trl>={LOWEST},<{TOO_HIGH}'."
 
 
@@ -21,7 +20,7 @@ def check_trl(version: str | None = None) -> None:
         version: Its version; None asks what is installed.
 
     Raises:
-        UserError: It is older than 1.11, is 2.0 or later, or is not installed.
+        UserError: It is older than 1.12, is 2.0 or later, or is not installed.
     """
     if version is None:
         try:

@@ -62,7 +62,7 @@ class SoftDPOTrainer(DPOTrainer):
             return
         raise RunError(
             "This release of TRL computes DPO's loss in a way that does not support soft labels.",
-            fix="Install TRL 1.11 to 1.16, or use rl.loss_type: [hinge], which treats every label as certain.",
+            fix="Install TRL 1.12 to 1.16, or use rl.loss_type: [hinge], which treats every label as certain.",
         )
 
 
