@@ -1,4 +1,4 @@
-"""Measures with their intervals."""
+"""Metrics with confidence intervals."""
 
 from trl_rlaif.evaluation.calibration import calibration_bins, calibration_error, outcome_calibration_error
 from trl_rlaif.evaluation.categories import by_category, category_figures

@@ -1,4 +1,4 @@
-"""What a reward model's scores on a benchmark say: accuracy by subset, and RewardBench 2's score of ties."""
+"""A reward model's results on a benchmark: accuracy by subset, and RewardBench 2's Ties score."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy as np
 from trl_rlaif.evaluation.categories import by_category
 from trl_rlaif.evaluation.intervals import bootstrap, share_interval
 
-# Of the score of Ties (Malik et al. 2025, arXiv 2506.01937, and the code published with it), the weights of: accuracy
-# on tied and on ref prompts; right answers nearer to each other than to the best wrong one; the same, where the ref
-# prompt's gap must be wider, too; and how much wider, in (-1, 1).
+# Weights in the Ties score (Malik et al. 2025, arXiv 2506.01937, and its published code) of: accuracy on tied and on
+# ref prompts; right answers closer to each other than to the best wrong one; the same, where the ref prompt's gap must
+# be wider, too; and how much wider, in (-1, 1).
 _WEIGHTS = np.array([0.3, 0.3, 0.2, 0.2, 0.01])
 _PARTS = ("accuracy_tied", "accuracy_ref", "prefers_correctness", "prefers_correctness_hard", "margin")
 
@@ -24,7 +24,7 @@ class ScoredRow:
 
     Args:
         chosen, rejected: Scores of the right and the wrong responses; finite.
-        cluster: What the row depends on, such as its prompt.
+        cluster: The group of dependent rows that it belongs to, such as its prompt.
     """
 
     chosen: Sequence[float]
@@ -33,9 +33,9 @@ class ScoredRow:
 
 
 def best_of(row: ScoredRow) -> float:
-    """What a row with one right response counts: 1 where it has the highest score, or its share of an equal highest.
+    """The points of a row with one right response: 1 if it has the highest score; a tie for it is split evenly.
 
-    In pairs an equal score is one half, as everywhere here.
+    In pairs a tie counts one half, as everywhere here.
     """
     scores = [*row.chosen, *row.rejected]
     best = max(scores)
@@ -43,7 +43,7 @@ def best_of(row: ScoredRow) -> float:
 
 
 def benchmark_accuracy(rows: Sequence[ScoredRow]) -> dict[str, Any]:
-    """Share of rows whose right response has the highest score.
+    """Fraction of rows whose right response has the highest score.
 
     Args:
         rows: N >= 1, with one right response each.
@@ -69,18 +69,18 @@ def accuracy_by(names: Sequence[str | None], rows: Sequence[ScoredRow]) -> dict[
 def ties_score(ref: dict[int, ScoredRow], tied: dict[int, ScoredRow]) -> dict[str, Any]:
     """RewardBench 2's score of prompts with several right answers (Malik et al. 2025).
 
-    A model should score every right answer above every wrong one, and hardly prefer one right answer to another: the
-    gap from the worst right answer to the best wrong one is compared with the spread of the right answers.
+    A model should score every right answer above every wrong one, with little preference among right answers: the gap
+    between the worst right and the best wrong answer is compared with the spread of the right answers.
 
     Args:
-        ref: By a prompt's number, its rows with one right answer.
-        tied: Those with several; at least one number is in both.
+        ref: Rows with one right answer, by prompt number.
+        tied: Rows with several; at least one number is in both.
 
     Returns:
-        ``score``, 0.3 times the accuracy on tied and on ref prompts each, 0.2 times the shares of
+        ``score``, the sum of 0.3 times the accuracy on tied and on ref prompts each, 0.2 times the fractions of
         ``prefers_correctness`` (gap > spread) and of ``prefers_correctness_hard`` (also the ref prompt's gap), and 0.01
-        times the mean ``margin``, tanh(smaller gap / spread - 1), which is 0 where both are; the parts; ``interval``
-        (95%, bootstrap over the numbers; None of a single one); ``n``, of rows. The score may be up to 1.01.
+        times the mean ``margin``, tanh(smaller gap / spread - 1), which is 0 if both are; the parts; ``interval``
+        (95%, bootstrap over prompts; None for a single one); ``n`` rows. The score may reach 1.01.
     """
     numbers = sorted(ref.keys() | tied.keys())
     parts = np.array([_ties_parts(ref.get(number), tied.get(number)) for number in numbers])
@@ -102,7 +102,7 @@ def ties_score(ref: dict[int, ScoredRow], tied: dict[int, ScoredRow]) -> dict[st
 
 
 def _ties_parts(ref: ScoredRow | None, tied: ScoredRow | None) -> list[float]:
-    """The parts of one number; NaN where a row that they need is missing."""
+    """The parts for one prompt; NaN if a required row is missing."""
     gaps = [np.nan if row is None else min(row.chosen) - max(row.rejected) for row in (tied, ref)]
     found = [float(gap > 0) if row is not None else np.nan for row, gap in zip((tied, ref), gaps, strict=True)]
     if ref is None or tied is None:

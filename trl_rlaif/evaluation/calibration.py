@@ -1,4 +1,4 @@
-"""Whether a probability is right as often as it says."""
+"""Calibration of predicted probabilities."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# A person's choice as the outcome of the question whether response_1 is better.
+# A human choice as the outcome of "response_1 is better".
 _OUTCOMES = {1: 1.0, 2: 0.0}
 
 
@@ -50,11 +50,11 @@ def calibration_bins(
     """The bins of a reliability diagram.
 
     Args:
-        p, outcomes, bins: As of ``outcome_calibration_error``.
+        p, outcomes, bins: As in ``outcome_calibration_error``.
 
     Returns:
-        Of each bin that has pairs, in the order of confidence: the mean of max(p, 1 - p), the mean outcome of the
-        response that p prefers (0.5 where p prefers neither), and the number of pairs.
+        For each nonempty bin, in order of confidence: the mean of max(p, 1 - p), the mean outcome of the response that
+        p prefers (0.5 if p prefers neither), and the number of pairs.
     """
     rows = [(x, y) for x, y in zip(p, outcomes, strict=True) if y is not None]
     if not rows:

@@ -1,4 +1,4 @@
-"""Measures by kind of prompt, and how far the scores of the kinds lie apart."""
+"""Metrics by prompt category, and the spread of scores between categories."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ UNNAMED = "(none)"
 def by_category(
     measure: Callable[..., Any], categories: Sequence[str | None], *columns: Sequence[Any]
 ) -> dict[str, Any]:
-    """Any measure for each kind of prompt on its own.
+    """Any metric, computed for each prompt category separately.
 
     Args:
         measure: Called with the rows of a category, a list for each of ``columns``.
-        categories: N kinds of prompt; rows without one come together under "(none)".
+        categories: N prompt categories; rows without one are grouped under "(none)".
         columns: N entries each, for example the probabilities and the human choices of ``agreement``.
 
     Returns:
@@ -31,16 +31,16 @@ def by_category(
 
 
 def category_figures(scores: Sequence[float], categories: Sequence[str | None]) -> dict[str, Any]:
-    """Mean and standard deviation of every category's scores, and their spread between categories.
+    """Mean and standard deviation of every category's scores, and the spread between categories.
 
     Args:
         scores: N finite scores.
-        categories: N kinds of prompt.
+        categories: N prompt categories.
 
     Returns:
         ``categories``: n, mean and std (of the population) by category; ``relative_spread``: standard deviation of the
         category means over that of all scores; ``std_ratio``: largest over smallest standard deviation of a category
-        (None where one is 0, or there are no two categories, each with two scores).
+        (None if one is 0, or fewer than two categories have two scores).
     """
 
     def figures_of(values: list[float]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the policy forgets while PPO trains it: on sets of prompts, its answers and the start's good ones."""
+"""Measures forgetting during PPO on prompt sets: win rate over the initial policy, and NLL of its good answers."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ _PREFIX = "forgetting/"
 
 @dataclass(frozen=True)
 class StartAnswers:
-    """What the start answers to a set of prompts, greedily.
+    """The initial policy's greedy answers to a set of prompts.
 
     Args:
         prompts: Text, or messages, N entries.
         prompt_ids: Their tokens, N sequences.
         texts: The answers, N entries.
-        good: Those that are worth keeping, with the end token where there was one; at least one.
+        good: The answers worth keeping, with the end token if there was one; at least one.
     """
 
     prompts: list[PromptLike]
@@ -123,7 +123,7 @@ class ForgettingTracker(TrainerCallback):
     # ---- What the trainer calls -----------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the start's answers; measure, unless a resumed run has been measured before."""
+        """Generate the initial policy's answers; measure, unless a resumed run has been measured before."""
         self.stopped = None
         logged = self._logged()
         if state.global_step == 0 or not logged:
@@ -132,11 +132,11 @@ class ForgettingTracker(TrainerCallback):
         with self._alone():
             if self._measures:
                 self._take_start()
-        # A run that was stopped must not go on because it was resumed.
+        # A stopped run must not continue because it was resumed.
         self._check(logged[-1], logged[-1]["step"], control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure, where it is time."""
+        """Measure, if due."""
         every = self.every if self.every >= 1 else math.ceil(self.every * state.max_steps)
         if state.global_step % every == 0 or state.global_step >= state.max_steps:
             self._log(control)
@@ -144,7 +144,7 @@ class ForgettingTracker(TrainerCallback):
     # ---- Measuring ------------------------------------------------------------------------------------
 
     def numbers(self) -> dict[str, dict[str, float]]:
-        """By set: how many prompts and good answers it has, and the first and the last of what was measured."""
+        """By set: the number of prompts and good answers, and the first and last measurements."""
         found: dict[str, dict[str, float]] = {}
         for name, start in self.start.items():
             found[name] = {"prompts": len(start.prompts), "good": len(start.good)}
@@ -164,7 +164,7 @@ class ForgettingTracker(TrainerCallback):
             if self._measures:
                 if begin:
                     self._take_start()
-                # Before the first update the policy is the start.
+                # Before the first update, the policy is the initial one.
                 found = self._measured(is_start=begin and trainer.state.global_step == 0)
         found = broadcast_object_list([found])[0]
         self._write({**found, "time/forgetting": time.monotonic() - began})
@@ -176,7 +176,7 @@ class ForgettingTracker(TrainerCallback):
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Training goes on as if nothing had been computed inside; one process that fails stops all."""
+        """Leave training unaffected by what is computed inside; a failing process stops all."""
         trainer, training = self.trainer, self.trainer.model.training
         trainer.model.eval()
         seed = seeded(trainer.args.seed, "forgetting", trainer.state.global_step)
@@ -186,7 +186,7 @@ class ForgettingTracker(TrainerCallback):
         trainer.model.train(training)
 
     def _check(self, found: dict[str, float], step: int, control: Any) -> None:
-        """End the run where a set's win rate has fallen below its limit."""
+        """End the run if a set's win rate has fallen below its limit."""
         state = self.trainer.state
         for name, limit in self.stop_below.items():
             rate = found.get(f"{_PREFIX}{name}/win_rate")
@@ -220,7 +220,7 @@ class ForgettingTracker(TrainerCallback):
         return found
 
     def _take_start(self) -> None:
-        """The same after every resumption: they are greedy, and the reference does not change."""
+        """Reproducible after resuming: decoding is greedy, and the reference does not change."""
         for name, rows in self._sets.items():
             prompts, prompt_ids = (list(column) for column in zip(*rows, strict=True))
             answers = self._answers("reference", prompt_ids)
@@ -235,7 +235,7 @@ class ForgettingTracker(TrainerCallback):
             self.start[name] = StartAnswers(prompts, prompt_ids, texts, good)
 
     def _answers(self, part: str, prompt_ids: list[list[int]]) -> list[list[int]]:
-        """Greedy, with the end token where there was one."""
+        """Greedy, with the end token if there was one."""
         trainer = self.trainer
         answers: list[list[int]] = [[]] * len(prompt_ids)
         role_models, tokenizer = self.role_models, trainer.processing_class
@@ -279,16 +279,16 @@ class ForgettingTracker(TrainerCallback):
         return self.trainer.accelerator.device
 
 
-# ---- Parts of it, which the stage evaluate shares --------------------------------------------------------
+# ---- Shared with the stage evaluate ----------------------------------------------------------------------
 
 
 def answer_pair(prompt: PromptLike, text: str, prompt_ids: list[int], response_ids: list[int]) -> RehearsalPair:
-    """One of the start's own answers, in the form in which NLLs are computed."""
+    """One of the initial policy's answers, in the form used for computing NLLs."""
     return RehearsalPair(prompt, text, None, None, "the start's own answer", prompt_ids, response_ids)
 
 
 def better_half(scores: Sequence[float]) -> list[int]:
-    """Rows of the higher scores, in order; of N rows the half, rounded up. Of equal ones the first."""
+    """Indices of the better half of N scores, rounded up, in order. Of equal ones, the first."""
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
     return sorted(order[: -(-len(scores) // 2)])
 
@@ -296,14 +296,14 @@ def better_half(scores: Sequence[float]) -> list[int]:
 def preferences(
     preferred: Preferred, prompts: Sequence[PromptLike], policy: Sequence[str], start: Sequence[str]
 ) -> list[float | None]:
-    """Probability for each prompt that the policy's answer is preferred; equal answers are a tie, and nobody is asked.
+    """Probability for each prompt that the policy's answer is preferred; equal answers are ties and not judged.
 
     Args:
-        preferred: As of ForgettingTracker.
+        preferred: As in ForgettingTracker.
         prompts, policy, start: N prompts, and both answers to each.
 
     Returns:
-        N values in [0, 1], None where ``preferred`` gives none.
+        N values in [0, 1], None where ``preferred`` returns None.
     """
     found: list[float | None] = [0.5] * len(prompts)
     different = [i for i in range(len(prompts)) if policy[i] != start[i]]
@@ -318,16 +318,16 @@ def preferences(
 def mean_nll(
     role_models: RoleModels, part: str, pairs: Sequence[RehearsalPair], *, batch_size: int, device: torch.device
 ) -> float:
-    """Mean NLL of the pairs' response tokens, the end token counted, under policy or reference.
+    """Mean NLL of the pairs' response tokens, including the end token, under the policy or reference.
 
     Args:
-        role_models: Whose ``part`` is asked.
-        pairs: At least one response token among them.
-        batch_size: Pairs that are computed at once.
+        role_models: Their ``part`` is evaluated.
+        pairs: With at least one response token in total.
+        batch_size: Pairs per batch.
         device: Of the models.
 
     Returns:
-        Nats per token, at temperature 1: the mean over all tokens, as rehearsal minimizes it.
+        Nats per token, at temperature 1: the mean over all tokens, as minimized by rehearsal.
     """
 
     def nll(batch: list[int]) -> float:

@@ -1,4 +1,4 @@
-"""Confidence intervals of shares, means, ratios and whatever else can be computed from resampled rows."""
+"""Confidence intervals for proportions, means, ratios and any statistic of resampled rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from scipy.stats import norm
 
 
 def wilson(successes: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of a share (Wilson 1927).
+    """Wilson score interval of a proportion (Wilson 1927).
 
     Args:
         successes: 0..n; a half counts as a half.
@@ -29,17 +29,17 @@ def wilson(successes: float, n: float, confidence: float = 0.95) -> tuple[float,
 def share_interval(
     points: Sequence[float], clusters: Sequence[Hashable] | None = None, *, confidence: float = 0.95
 ) -> tuple[float, float]:
-    """Wilson's score interval for the mean of numbers in [0, 1], some of which may depend on each other.
+    """Wilson score interval for the mean of numbers in [0, 1], possibly clustered.
 
-    Of wins and losses (1 and 0) it is Wilson's. Ties (0.5) narrow it, since the variance is then that of the points.
+    For wins and losses (1 and 0) it is Wilson's. Ties (0.5) narrow it, since it uses the variance of the points.
     Clusters widen it: the number of points is divided by the design effect (Kish 1965, section 5.4), the variance of
     the mean with clusters over that without, in which cluster totals are compared as in a ratio estimate. To both
-    variances one more cluster is added whose points are all alike, as far from the mean as a coin's: where all points
-    are wins, each cluster counts as one point.
+    variances one more cluster of identical points is added, as far from the mean as a coin's: if all points are wins,
+    each cluster counts as one point.
 
     Args:
         points: N >= 1 numbers in [0, 1].
-        clusters: Which points belong together, N entries, for example the prompts; None: each is on its own.
+        clusters: The cluster of each point, N entries, for example the prompts; None: all independent.
         confidence: In (0, 1).
 
     Returns:
@@ -59,7 +59,7 @@ def share_interval(
 
 
 def _score_interval(share: float, variance: float, n: float, confidence: float) -> tuple[float, float]:
-    """Wilson's interval, in which z^2 more observations of variance 1/4 and mean 1/2 join the n of the data."""
+    """Wilson's interval: z^2 observations of variance 1/4 and mean 1/2 are added to the n of the data."""
     z = float(norm.ppf((1 + confidence) / 2))
     centre = n * share + z * z / 2
     half = z * math.sqrt(n * variance + z * z / 4)
@@ -67,25 +67,25 @@ def _score_interval(share: float, variance: float, n: float, confidence: float) 
 
 
 def _design_effect(residuals: np.ndarray, clusters: Sequence[Hashable] | None) -> float:
-    """At least 1: how many points of clusters tell as much as one that is on its own."""
+    """The design effect, at least 1: how many clustered points are worth one independent point."""
     if clusters is None:
         return 1.0
     index = cluster_index(clusters, residuals.size)
     sizes = np.bincount(index)
     if len(sizes) in (1, residuals.size):
         return residuals.size / len(sizes)
-    size = float((sizes**2).sum()) / residuals.size  # of the cluster that a point is in, on average
+    size = float((sizes**2).sum()) / residuals.size  # of a point's cluster, on average
     between = float((np.bincount(index, residuals) ** 2).sum()) * len(sizes) / (len(sizes) - 1)
     return max(1.0, (between + size**2 / 4) / (float((residuals**2).sum()) + size / 4))
 
 
 def clusters_of(clusters: Sequence[Hashable] | None, rows: Sequence[int]) -> list[Hashable] | None:
-    """The clusters of some of the rows; None where there are none."""
+    """The clusters of some of the rows; None if there are no clusters."""
     return None if clusters is None else [clusters[i] for i in rows]
 
 
 def cluster_index(clusters: Sequence[Hashable], n: int) -> np.ndarray:
-    """Clusters as numbers from 0, (n,) int64, in the order in which they first occur.
+    """Clusters as numbers from 0, (n,) int64, in order of first occurrence.
 
     Raises:
         ValueError: There are not n.
@@ -101,10 +101,10 @@ def standard_error(values: Sequence[float], clusters: Sequence[Hashable]) -> flo
 
     Args:
         values: N.
-        clusters: Of which cluster each is.
+        clusters: The cluster of each value.
 
     Returns:
-        None where there are fewer than two clusters.
+        None if there are fewer than two clusters.
     """
     index, x = cluster_index(clusters, len(values)), np.asarray(values, dtype=np.float64)
     sums = np.bincount(index, x - x.mean()) if len(x) else x
@@ -124,14 +124,14 @@ def bootstrap(
 
     Args:
         statistic: From (B, n) int64, the rows of each of B resamples, to their (B,) values; NaN where it is undefined.
-        n: Rows, at least 1. Rows that belong together, as the tokens of one response do, must be one row.
+        n: Rows, at least 1. Dependent observations, such as the tokens of one response, must form one row.
         confidence: In (0, 1).
         resamples: Samples drawn with replacement.
         seed: Of the draws.
 
     Returns:
         (low, high) over the resamples in which the statistic is defined. None if it is undefined in more than a tenth
-        of them: those that are left would be no fair sample.
+        of them: the rest would be a biased sample.
     """
     if n < 1:
         raise ValueError("an interval needs at least one value")
@@ -156,12 +156,12 @@ def bootstrap_mean(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of a mean of any numbers; for a share take ``share_interval``.
+    """Percentile bootstrap interval of a mean of any numbers; for a proportion, use ``share_interval``.
 
     Args:
         values: At least one number.
-        clusters: Which values belong together, and are drawn together; None: each is on its own.
-        confidence, resamples, seed: As of ``bootstrap``.
+        clusters: The cluster of each value, resampled as a whole; None: all independent.
+        confidence, resamples, seed: As in ``bootstrap``.
 
     Returns:
         (low, high); both NaN if a value is.
@@ -185,8 +185,8 @@ def bootstrap_ratio(
 
     Args:
         numerators, denominators: N >= 1 finite numbers each; the denominators are not negative.
-        clusters: As of ``bootstrap_mean``.
-        confidence, resamples, seed: As of ``bootstrap``.
+        clusters: As in ``bootstrap_mean``.
+        confidence, resamples, seed: As in ``bootstrap``.
 
     Returns:
         (low, high); None if more than a tenth of the resamples have only zeros as denominators.

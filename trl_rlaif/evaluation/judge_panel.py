@@ -1,4 +1,4 @@
-"""The judges of the stage evaluate: who is asked about the responses, and what their words add up to."""
+"""The judges of the stage evaluate: asking them about the responses, and the resulting metrics."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from trl_rlaif.encoding import PromptLike
     from trl_rlaif.evaluation.forgetting import Preferred
 
-# The main judge's name beside those of evaluate.judges.
+# The main judge's name, next to those of evaluate.judges.
 MAIN = "judge"
 
 Rows = list[dict[str, Any]]
@@ -42,7 +42,7 @@ Rows = list[dict[str, Any]]
 
 
 def judge_of(context: Context, shared: SharedBase) -> Judge:
-    """The main judge; where it is "same" or "taught", the shared base itself."""
+    """The main judge; if it is "same" or "taught", the shared base itself."""
     return _load(context, shared, context.recipe.evaluate.judge, context.recipe.evaluation_prompt)
 
 
@@ -52,13 +52,13 @@ def asking(
     description: str = "",
     section: str | JudgeSection | ServerJudgeSection = "same",
 ) -> Preferred:
-    """The judge's probability, for prompts with two answers each, that the first one is better; None: not judged.
+    """A function from prompts with two answers each to the judge's probability that the first is better, or None.
 
-    It is asked in both orders, whatever the section label says.
+    The judge is asked in both orders, whatever the section label says.
 
     Args:
-        description: Of the progress bar; without it there is none.
-        section: What the recipe says of the judge.
+        description: Of the progress bar; None: no bar.
+        section: The judge's section in the recipe.
     """
 
     labeler = context.create_labeler(context.recipe.deciding_labeler(section))
@@ -81,17 +81,17 @@ def asking(
 
 
 def columns_for(context: Context, labeler: Labeler, prompt: JudgePrompt) -> Callable[[PromptLike], dict[str, Any]]:
-    """The other columns of an evaluated prompt, where the labeler reads any; else none."""
+    """The other columns of an evaluated prompt, if the labeler reads any; else none."""
     if not labeler.columns(prompt):
         return lambda _: {}
     return lambda of: context.evaluated_columns[prompt_key(of)]
 
 
 def check_servers(context: Context) -> None:
-    """Before any response is drawn: that a judge on a server has its key and its package.
+    """Check, before any response is sampled, that a judge on a server has its key and its package.
 
     Raises:
-        UserError: It has not.
+        UserError: One is missing.
     """
     for section, prompts in _by_model(context.recipe).items():
         if isinstance(section, ServerJudgeSection):
@@ -99,16 +99,16 @@ def check_servers(context: Context) -> None:
 
 
 def ask_judges(context: Context, shared: SharedBase, sets: dict[str, Rows]) -> dict[str, str]:
-    """Ask every judge about the first responses to all prompts, and write its answers into their rows.
+    """Ask every judge about the first responses to all prompts, and add its answers to their rows.
 
-    A judge that is a model of its own is loaded when its turn comes, and gone before the next one is loaded.
+    A judge with its own model is loaded when its turn comes, and freed before the next one is loaded.
 
     Args:
         shared: The base, for judges that are "same" or "taught".
         sets: Rows by set, with ``prompt``, ``start`` and ``trained``. They get ``p_trained``, the main judge's
-            probability that the trained policy's response is the better one, with further judges ``p_trained_by``, the
-            same by their names, and with ``evaluate.harmless`` the ratings ``harmless_start`` and ``harmless_trained``
-            in [-1, 1]; None where it could not be judged.
+            probability that the trained policy's response is better; with further judges ``p_trained_by``, the same by
+            their names; and with ``evaluate.harmless`` the ratings ``harmless_start`` and ``harmless_trained`` in
+            [-1, 1]; None if not judged.
 
     Returns:
         The model's name by judge, the main one first.
@@ -125,7 +125,7 @@ def ask_judges(context: Context, shared: SharedBase, sets: dict[str, Rows]) -> d
 
 
 def _by_model(recipe: Recipe) -> dict[str | JudgeSection | ServerJudgeSection, dict[str, str]]:
-    """The prompt of each judge by its name, by what it is: a model that judges twice is loaded once."""
+    """Each judge's prompt by its name, grouped by model: one that judges twice is loaded once."""
     section, main = recipe.evaluate, recipe.evaluation_prompt
     found: dict[Any, dict[str, str]] = {section.judge: {MAIN: main}}
     for name, further in section.judges.items():
@@ -144,7 +144,7 @@ def _ask(
     prompts: dict[str, str],
     sets: dict[str, Rows],
 ) -> str:
-    """Ask one model with each of its prompts; its name. It is freed on return."""
+    """Ask one model with each of its prompts; returns its name. It is freed on return."""
     judge, harmless = _load(context, shared, section, prompts[next(iter(prompts))]), context.recipe.evaluate.harmless
     for name, prompt in prompts.items():
         judge.prompt = JudgePrompt.load(prompt_folder(prompt))
@@ -167,7 +167,7 @@ def _compare(preferred: Preferred, name: str, rows: Rows) -> None:
 
 
 def _rate(context: Context, judge: Judge, description: str, rows: Rows) -> None:
-    """Both responses of a prompt, or neither: their rates are of the same prompts."""
+    """Rate both responses of a prompt or neither, so that both rates are over the same prompts."""
     labeler = context.create_labeler(ComponentRef("direct"))
     extra = columns_for(context, labeler, judge.prompt)
     pairs = [
@@ -188,19 +188,19 @@ def _rate(context: Context, judge: Judge, description: str, rows: Rows) -> None:
 
 
 def judged_numbers(rows: Rows, models: dict[str, str], seed: int) -> dict[str, Any]:
-    """What the judges say of one set.
+    """The judges' results on one set.
 
     Args:
-        rows: As ``ask_judges`` leaves them, at least one.
-        models: What it returned.
+        rows: After ``ask_judges``; at least one.
+        models: Its return value.
         seed: Of the bootstraps.
 
     Returns:
-        Of the main judge ``unjudged``, what ``win_rate`` gives (left out where nothing was judged) and
-        ``length_controlled`` (None where it cannot be fitted); ``judges``, the same of each further one with its
-        ``judge``, the model's name; ``judge_agreement`` of all, as the measure gives it, over the prompts with two
-        different responses (None with one judge); ``lengths`` in characters, the trained policy's beside the start's;
-        ``harmless``: ``rate``, ``interval``, ``n`` and ``unjudged`` by side (None where none was measured).
+        For the main judge ``unjudged``, the results of ``win_rate`` (left out if nothing was judged) and
+        ``length_controlled`` (None if it cannot be fitted); ``judges``, the same for each further one with its
+        ``judge``, the model's name; ``judge_agreement`` of all, from the function of that name, over the prompts with
+        two different responses (None with one judge); ``lengths`` in characters, of the trained and initial policy;
+        ``harmless``: ``rate``, ``interval``, ``n`` and ``unjudged`` by side (None if not measured).
     """
     further = [name for name in models if name != MAIN]
     p = {MAIN: [row["p_trained"] for row in rows]} | {n: [row["p_trained_by"][n] for row in rows] for n in further}
@@ -220,7 +220,7 @@ def judged_numbers(rows: Rows, models: dict[str, str], seed: int) -> dict[str, A
 def _verdict(
     p: list[float | None], trained: list[int], start: list[int], prompts: list[str], seed: int
 ) -> dict[str, Any]:
-    """One judge's win rate, and what is left of it at equal lengths."""
+    """One judge's win rate, and its length-controlled win rate."""
     judged = [row for row in zip(p, trained, start, prompts, strict=True) if row[0] is not None]
     numbers: dict[str, Any] = {"unjudged": len(p) - len(judged), "length_controlled": None}
     if judged:
@@ -233,15 +233,15 @@ def _verdict(
 def _at_equal_length(
     p: Sequence[float], trained: Sequence[int], start: Sequence[int], prompts: Sequence[str], *, seed: int
 ) -> dict[str, Any] | None:
-    """Of wins, ties as a half, as the win rate is: the two then differ by the length alone."""
+    """From wins, with ties as a half, like the win rate: the two then differ only by length."""
     try:
         return length_controlled_win_rate(points(p), trained, start, prompts, seed=seed)
-    except ValueError:  # shares and lengths are what they must be: the fit has not converged
+    except ValueError:  # the inputs are valid: the fit has not converged
         return None
 
 
 def _agreement(rows: Rows, p: dict[str, list[float | None]], prompts: list[str]) -> dict[str, Any]:
-    """Without equal responses, a tie that no judge was asked about: there all agree by definition."""
+    """Agreement without equal responses: ties that were not judged, on which all agree by definition."""
     different = [row["trained"] != row["start"] for row in rows]
     votes = {
         name: [vote if asked else None for vote, asked in zip(choices(of_judge), different, strict=True)]
@@ -251,7 +251,7 @@ def _agreement(rows: Rows, p: dict[str, list[float | None]], prompts: list[str])
 
 
 def _harmless(rows: Rows, prompts: list[str]) -> dict[str, Any] | None:
-    """A response is harmless where its expected rating lies above the middle of the scale; at the middle, half."""
+    """A response is harmless if its expected rating is above the middle of the scale; at the middle, half."""
     if "harmless_start" not in rows[0]:
         return None
     scores = {side: [row[f"harmless_{side}"] for row in rows] for side in ("start", "trained")}

@@ -1,4 +1,4 @@
-"""How far several judges, models or people, agree with each other."""
+"""Agreement among several judges, models or people."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def cohen_kappa(
     """Agreement of two judges, and how far it exceeds chance (Cohen 1960, "A coefficient of agreement").
 
     Args:
-        first, second: N votes each, for example 1, 2 and 0 for a tie (see ``choices``), all of them equally different
-            from each other. None where a judge gave none: the pair is left out.
-        clusters: What each pair depends on, N entries, such as its prompt; None: on nothing.
+        first, second: N votes each, for example 1, 2 and 0 for a tie (see ``choices``), treated as nominal. None if a
+            judge gave none: the pair is left out.
+        clusters: The cluster of each pair, N entries, such as its prompt; None: all independent.
 
     Returns:
-        ``rate``, the share of equal votes, and its ``interval`` (95%, ``share_interval``); ``kappa``, at most 1, 0 for
-        what two judges with these shares of votes reach by chance, and its ``kappa_interval``: that of the rate, less
-        the agreement by chance, which is taken as known, as in Cohen's standard error. ``n``. Kappa and its
-        interval are None where both gave one and the same vote throughout, for chance agrees as much. None if no pair
-        has two votes.
+        ``rate``, the fraction of equal votes, and its ``interval`` (95%, ``share_interval``); ``kappa``, at most 1, 0
+        for the chance agreement of two judges with these vote distributions, and its ``kappa_interval``: that of the
+        rate, corrected for chance agreement, which is taken as known, as in Cohen's standard error. ``n``. Kappa and
+        its interval are None if both gave the same single vote throughout, since chance agreement is then 1. None if
+        no pair has two votes.
     """
     coded, kinds, clusters = _coded([first, second], clusters)
     if not coded.shape[1]:
@@ -42,14 +42,14 @@ def fleiss_kappa(
     """Agreement of any number of judges beyond chance (Fleiss 1971, "Measuring nominal scale agreement").
 
     Args:
-        votes: Of J >= 2 judges, N votes each, as of ``cohen_kappa``. Pairs on which a vote is missing are left out.
-            Who gave a vote does not matter, so with two judges it is Scott's pi and not Cohen's kappa.
-        clusters: As of ``cohen_kappa``.
+        votes: Of J >= 2 judges, N votes each, as in ``cohen_kappa``. Pairs with a missing vote are left out. Who gave a
+            vote does not matter, so with two judges it is Scott's pi, not Cohen's kappa.
+        clusters: As in ``cohen_kappa``.
 
     Returns:
-        ``rate``, the share of pairs on which all judges agree, and its ``interval`` (95%, ``share_interval``);
-        ``kappa`` and its ``kappa_interval``, as of ``cohen_kappa``, from the share of agreeing pairs of judges; ``n``.
-        None if no pair has the votes of all.
+        ``rate``, the fraction of pairs on which all judges agree, and its ``interval`` (95%, ``share_interval``);
+        ``kappa`` and its ``kappa_interval``, as in ``cohen_kappa``, from the fraction of agreeing pairs of judges;
+        ``n``. None if no pair has all votes.
     """
     if len(votes) < 2:
         raise ValueError("agreement needs at least two judges")
@@ -66,15 +66,15 @@ def fleiss_kappa(
 def judge_agreement(
     votes: Mapping[str, Sequence[Hashable]], clusters: Sequence[Hashable] | None = None
 ) -> dict[str, Any]:
-    """Agreement of several judges on the same pairs: all of them together, and each two.
+    """Agreement of several judges on the same pairs: overall and pairwise.
 
     Args:
-        votes: N votes by judge, at least two judges, as of ``cohen_kappa``.
-        clusters: As of ``cohen_kappa``.
+        votes: N votes by judge, at least two judges, as in ``cohen_kappa``.
+        clusters: As in ``cohen_kappa``.
 
     Returns:
-        ``all``: as of ``fleiss_kappa``, over the pairs that every judge voted on; ``pairs``: a row for each two judges
-        with their names ``judges`` and ``agreement``, as of ``cohen_kappa``, over the pairs that these two voted on.
+        ``all``: as in ``fleiss_kappa``, over the pairs that every judge voted on; ``pairs``: a row for each two judges
+        with their names ``judges`` and ``agreement``, as in ``cohen_kappa``, over the pairs that both voted on.
     """
     return {
         "all": fleiss_kappa(list(votes.values()), clusters),
@@ -88,7 +88,7 @@ def judge_agreement(
 def _coded(
     votes: Sequence[Sequence[Hashable]], clusters: Sequence[Hashable] | None
 ) -> tuple[np.ndarray, int, list[Hashable] | None]:
-    """(J, N) votes as numbers from 0, without pairs on which one is missing; how many kinds; the pairs' clusters."""
+    """(J, N) votes as numbers from 0, without pairs with a missing one; the number of kinds; the pairs' clusters."""
     rows = list(zip(*votes, strict=True))
     complete = [i for i, row in enumerate(rows) if None not in row]
     numbers: dict[Hashable, int] = {}
@@ -100,7 +100,7 @@ def _coded(
 def _figures(
     equal: np.ndarray, agreeing: np.ndarray, chance: float, clusters: Sequence[Hashable] | None
 ) -> dict[str, Any]:
-    """From (N,) whether all votes on a pair are equal, and the share of equal votes on it."""
+    """From (N,) whether all votes on a pair are equal, and the fraction of equal votes on it."""
     kappa, ends = None, None
     if chance < 1:
         kappa, *ends = (

@@ -1,4 +1,4 @@
-"""What a labeler's output says of the labeler: agreement, position bias, mass."""
+"""Quality of a labeler's output: agreement, position bias, probability mass."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from scipy.stats import binomtest
 from trl_rlaif.evaluation.intervals import bootstrap_mean, clusters_of, share_interval
 from trl_rlaif.evaluation.rates import agreement_points
 
-# A person's choice as the probability that response_1 is preferred.
+# A human choice as the probability that response_1 is preferred.
 _AS_P = {1: 1.0, 2: 0.0, 0: 0.5}
 
 
 def agreement(
     p: Sequence[float], human: Sequence[int | None], clusters: Sequence[Hashable] | None = None
 ) -> dict[str, Any] | None:
-    """AI labeler alignment: share of pairs where the label's choice is the human's (Lee et al. 2023, 3.3).
+    """AI labeler alignment: fraction of pairs where the label's choice is the human's (Lee et al. 2023, 3.3).
 
     Args:
         p: N probabilities that response_1 is preferred.
         human: N choices: 1, 2, 0 for a tie or None for unknown.
-        clusters: What each pair depends on, N entries, such as its prompt; None: on nothing.
+        clusters: The cluster of each pair, N entries, such as its prompt; None: all independent.
 
     Returns:
-        Of the pairs with a choice of 1 or 2, as in the paper: ``rate``, ``interval`` (95%, ``share_interval``) and
-        ``n``; a label of 0.5 counts half. ``ties``, people's, and ``rate_with_ties``, the same rate where each of them
-        counts half too, whatever the label is. None without a choice of 1 or 2.
+        For the pairs with a choice of 1 or 2, as in the paper: ``rate``, ``interval`` (95%, ``share_interval``) and
+        ``n``; a label of 0.5 counts half. ``ties``, the human ties, and ``rate_with_ties``, the same rate with each of
+        them counting half too, whatever the label is. None without a choice of 1 or 2.
     """
     pairs = list(zip(p, human, strict=True))
     chosen = [i for i, (_, h) in enumerate(pairs) if h in (1, 2)]
@@ -50,16 +50,16 @@ def length_preference(
     lengths: Sequence[tuple[int, int]],
     clusters: Sequence[Hashable] | None = None,
 ) -> dict[str, Any] | None:
-    """How often the labels and the people prefer the longer response, on the same pairs.
+    """How often labels and humans prefer the longer response, on the same pairs.
 
     Args:
         p: N probabilities that response_1 is preferred; 0.5 counts half.
         human: N choices: 1, 2, 0 for a tie, which counts half, or None for unknown, which is left out.
         lengths: N pairs of the lengths of response_1 and response_2; pairs of equal length are left out.
-        clusters: As of ``agreement``.
+        clusters: As in ``agreement``.
 
     Returns:
-        ``judge`` and ``people``, shares in [0, 1]; ``interval`` (95%, bootstrap over the pairs) of ``judge`` -
+        ``judge`` and ``people``, fractions in [0, 1]; ``interval`` (95%, bootstrap over the pairs) of ``judge`` -
         ``people``; ``n``. None without such pairs.
     """
     kept = [i for i, (a, b) in enumerate(lengths) if human[i] is not None and a != b]
@@ -80,11 +80,11 @@ def length_preference(
 def position_bias(
     p_12: Sequence[float], p_21: Sequence[float], clusters: Sequence[Hashable] | None = None
 ) -> dict[str, Any] | None:
-    """Share of pairs where the same position wins in both orders (Lee et al. 2023, section 2.1).
+    """Fraction of pairs where the same position wins in both orders (Lee et al. 2023, section 2.1).
 
     Args:
         p_12, p_21: N probabilities that response_1 is preferred, shown first and shown second.
-        clusters: As of ``agreement``.
+        clusters: As in ``agreement``.
 
     Returns:
         ``rate``, ``interval`` (95%, ``share_interval``), ``n``, and how often the ``first`` and the ``second`` position
@@ -106,23 +106,23 @@ def position_bias(
 
 
 def summarize_mass(masses: Sequence[float], low: float = 0.5) -> dict[str, Any] | None:
-    """Mean, minimum and number of low masses; a low mass says that the judge did not get the question."""
+    """Mean, minimum and number of low masses; a low mass indicates that the judge misunderstood the prompt."""
     if not masses:
         return None
     return {"mean": sum(masses) / len(masses), "min": min(masses), "low": sum(m < low for m in masses)}
 
 
 def compare_agreement(p: Sequence[float], other: Sequence[float], human: Sequence[int]) -> dict[str, Any] | None:
-    """Whether two labelers agree with people equally often, on the same pairs (exact McNemar test,
-    which is the sign test where some pairs count half).
+    """Whether two labelers agree with humans equally often, on the same pairs (exact McNemar test;
+    the sign test if some pairs count half).
 
     Args:
         p, other: N probabilities each that response_1 is preferred.
         human: N choices, 1 or 2.
 
     Returns:
-        ``difference`` of the agreement rates, a label of 0.5 counted half; ``better`` and ``worse``: pairs on which the
-        one agrees more, or less, than the other; the two-sided ``p_value``; ``n``. None without pairs.
+        ``difference`` of the agreement rates, a label of 0.5 counting half; ``better`` and ``worse``: pairs on which
+        the first agrees more, or less, than the other; the two-sided ``p_value``; ``n``. None without pairs.
     """
     if not human:
         return None

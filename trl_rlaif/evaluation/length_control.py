@@ -1,4 +1,4 @@
-"""What a win rate owes to length: the lengths themselves, and what is left of it at equal ones."""
+"""Length bias of a win rate: the lengths themselves, and the length-controlled win rate."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from scipy.special import expit
 
 from trl_rlaif.evaluation.intervals import bootstrap, bootstrap_mean, bootstrap_ratio, cluster_index, share_interval
 
-# A fit is done where its mean gradient is smaller than this; one that is not after so many steps has failed.
+# A fit has converged once its mean gradient is smaller than this; after this many steps it has failed.
 _TOLERANCE, _STEPS = 1e-10, 100
-# What the interval adds to the data, at equal length: two wins and two losses (Agresti and Coull 1998). Without them 10
-# wins of 10 would have an interval of no width.
+# Added to the data for the interval, at equal length: two wins and two losses (Agresti and Coull 1998). Without them,
+# 10 wins of 10 would have an interval of zero width.
 _ADDED = np.array([1.0, 1.0, 0.0, 0.0])
 
 
@@ -24,16 +24,16 @@ def compare_lengths(
     *,
     seed: int = 0,
 ) -> dict[str, Any] | None:
-    """Length of A's responses beside that of B's to the same prompts: what a win rate may owe to length.
+    """Compare the lengths of A's and B's responses to the same prompts, which may bias a win rate.
 
     Args:
-        lengths, other_lengths: N lengths of A's and of B's responses, in characters or tokens alike.
-        clusters: What each prompt depends on, N entries, such as its text; None: on nothing.
+        lengths, other_lengths: N lengths of A's and of B's responses, both in characters or both in tokens.
+        clusters: The cluster of each prompt, N entries, such as its text; None: all independent.
         seed: Of the bootstrap.
 
     Returns:
         ``mean`` and ``other_mean`` with ``interval`` and ``other_interval``; ``ratio`` of the means with
-        ``ratio_interval`` (all 95%, bootstrap over the prompts); ``longer``, the share of prompts on which A is longer,
+        ``ratio_interval`` (all 95%, bootstrap over the prompts); ``longer``, the fraction of prompts where A is longer,
         half for equal lengths, with ``longer_interval`` (95%, ``share_interval``); ``n``. The ratio is None if all
         of B's responses are empty. None without prompts.
     """
@@ -68,33 +68,33 @@ def length_controlled_win_rate(
     """Win rate of A over B as it would be at equal lengths (Dubois et al. 2024, "Length-Controlled AlpacaEval").
 
     p is fitted as sigmoid(a + b x) with x = tanh((length of A - length of B) / s), where s is the standard deviation
-    of the differences, and read at x = 0: sigmoid(a). So a judge's taste for length goes into b. The tanh keeps a few
-    very long responses from deciding on b. It is the paper's regression less what only AlpacaEval's own instructions
-    have: a term for the difficulty of each, and GPT-4's terse and wordy answers to them, which regularize b. On the
-    leaderboard's annotations the two differ by less than a percentage point for models that are the longer one on 40 to
-    60% of the prompts; where A nearly always is shorter and loses, AlpacaEval's stays nearer to ``uncontrolled``.
+    of the differences, and evaluated at x = 0: sigmoid(a). So b absorbs a judge's length preference. The tanh keeps a
+    few very long responses from dominating b. It is the paper's regression without the parts specific to AlpacaEval's
+    instructions: a term for each one's difficulty, and GPT-4's terse and wordy answers, which regularize b. On the
+    leaderboard's annotations the two differ by less than a percentage point for models that are longer on 40 to 60% of
+    the prompts; if A is nearly always shorter and loses, AlpacaEval's stays closer to ``uncontrolled``.
 
     Args:
-        p: N probabilities in [0, 1] that A is preferred, one a prompt, both orders already joined. They are fitted as
-            they are; for the length-controlled share of wins give 1, 0.5 and 0.
-        lengths, other_lengths: N lengths of A's and of B's responses, characters (as in AlpacaEval) or tokens alike.
-        clusters: What each prompt depends on, N entries, such as its text; None: on nothing.
-        penalty: Adds penalty / 2 * b^2 to the negative log-likelihood, above 0. It matters where few prompts would
-            let b run to infinity, since one side wins whenever it is the longer one.
-        resamples: Of the bootstrap; each is standardized and fitted anew.
+        p: N probabilities in [0, 1] that A is preferred, one per prompt, both orders already combined. They are fitted
+            as given; for the length-controlled fraction of wins, pass 1, 0.5 and 0.
+        lengths, other_lengths: N lengths of A's and of B's responses, both in characters (as in AlpacaEval) or tokens.
+        clusters: The cluster of each prompt, N entries, such as its text; None: all independent.
+        penalty: Adds penalty / 2 * b^2 to the negative log-likelihood; above 0. It keeps b finite if, on few prompts,
+            one side wins whenever it is longer.
+        resamples: Of the bootstrap; each is standardized and fitted again.
         seed: Of the bootstrap.
 
     Returns:
         ``win_rate`` and its ``interval`` (95%, bootstrap over prompts, with two wins and losses at equal length added;
-        None for too few prompts); ``uncontrolled``, the mean of p, which the same fit gives without x; ``slope``, b:
-        positive where the longer response is preferred; ``scale``, s; ``longer``, the share of prompts on which A is
-        longer (half for equal lengths): near 0 or 1 the win rate at equal lengths is extrapolated; ``n``. None without
-        prompts, and where the difference is the same on all of them and not zero: length and quality cannot then be
-        told apart.
+        None for too few prompts); ``uncontrolled``, the mean of p, the result of the same fit without x; ``slope``, b:
+        positive if the longer response is preferred; ``scale``, s; ``longer``, the fraction of prompts where A is
+        longer (half for equal lengths): near 0 or 1, the win rate at equal lengths is extrapolated; ``n``. None without
+        prompts, or if the difference is the same nonzero number on all of them: length and quality are then
+        confounded.
 
     Raises:
-        ValueError: A p outside [0, 1], a length that is not finite, or a penalty with which the fit does not converge
-            or that is not above 0.
+        ValueError: A p is outside [0, 1], a length is not finite, or the penalty is not above 0 or the fit does not
+            converge with it.
     """
     if not penalty > 0:
         raise ValueError("the penalty must be above 0: without one the fit may have no solution")
@@ -117,7 +117,7 @@ def length_controlled_win_rate(
 
 
 def _checked(p: Sequence[float], lengths: Sequence[int], other_lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities and differences of the lengths, (N,) each."""
+    """Probabilities and length differences, (N,) each."""
     preferred, own, other = np.array([p, lengths, other_lengths], dtype=np.float64)
     if not np.isfinite(own - other).all() or not ((preferred >= 0) & (preferred <= 1)).all():
         raise ValueError("length control needs probabilities in [0, 1] and finite lengths")
@@ -132,7 +132,7 @@ def _interval(
     resamples: int,
     seed: int,
 ) -> tuple[float, float] | None:
-    """Bootstrap over the clusters and ``_ADDED``, each of which weighs as much as a cluster does on average."""
+    """Bootstrap over the clusters and ``_ADDED``, each weighted like an average cluster."""
     index = np.arange(len(preferred)) if clusters is None else cluster_index(clusters, len(preferred))
     count = int(index.max()) + 1
     outcomes = np.concatenate([preferred, _ADDED])
@@ -151,7 +151,7 @@ def _interval(
 
 
 def _deviation(difference: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(N,) differences, drawn as often as (B, N) weights say, to their samples' standard deviations, (B, 1); or 0."""
+    """From (N,) differences and (B, N) resampling weights to the resamples' standard deviations, (B, 1); or 0."""
     n = weights.sum(axis=1, keepdims=True)
     mean = (weights * difference).sum(axis=1, keepdims=True) / np.maximum(1, n)
     squares = (weights * (difference - mean) ** 2).sum(axis=1, keepdims=True)
@@ -159,7 +159,7 @@ def _deviation(difference: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _covariate(difference: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(N,) differences to x in [-1, 1], (B, N). Not centred: 0 stays equal length. NaN in rows without a fit."""
+    """From (N,) differences to x in [-1, 1], (B, N). Not centered: 0 is equal length. NaN in rows without a fit."""
     drawn = weights > 0
     lowest = np.where(drawn, difference, np.inf).min(axis=1)
     alike = lowest == np.where(drawn, difference, -np.inf).max(axis=1)
@@ -172,7 +172,7 @@ def _covariate(difference: np.ndarray, weights: np.ndarray) -> np.ndarray:
 def _fit(x: np.ndarray, y: np.ndarray, weights: np.ndarray, penalty: float) -> tuple[np.ndarray, np.ndarray]:
     """Intercept and slope, (B,) each, of B weighted logistic fits of y, (N,), to x, (B, N), by Newton's method.
 
-    Both are NaN where x has NaN, and where the method does not converge.
+    Both are NaN if x has NaN, or if the method does not converge.
     """
     fitted = np.zeros((2, len(x)))
     fitted[:, np.isnan(x).any(axis=1)] = np.nan

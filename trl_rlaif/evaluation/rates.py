@@ -1,6 +1,6 @@
-"""Shares of wins: of one policy over another, of everybody over everybody, of a reward model, of what is harmless.
+"""Win rates of policies, pairwise accuracy of reward models, and harmless rates.
 
-A win counts 1, a loss 0 and a tie one half, in every measure that counts wins or agreement.
+A win counts 1, a loss 0 and a tie one half, in every metric of wins or agreement.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from trl_rlaif.evaluation.categories import by_category
 from trl_rlaif.evaluation.intervals import clusters_of, share_interval
 
-# A mean over both orders may miss one half by its last digits.
+# A mean over both orders may differ from one half in its last digits.
 _EVEN = 1e-9
 
 
@@ -24,35 +24,35 @@ def is_even(p: Any) -> Any:
 
 
 def points(p: Sequence[float]) -> list[float]:
-    """Probabilities that the first is preferred as what the first gets: 1, 0, or 0.5 for a tie."""
+    """From probabilities that the first is preferred to its points: 1, 0, or 0.5 for a tie."""
     return [0.5 if is_even(x) else float(x > 0.5) for x in p]
 
 
 def choices(p: Sequence[float | None]) -> list[int | None]:
-    """Probabilities that response_1 is preferred as votes: 1, 2, or 0 for a tie; None stays None."""
+    """From probabilities that response_1 is preferred to votes: 1, 2, or 0 for a tie; None stays None."""
     return [None if x is None else 0 if is_even(x) else 1 if x > 0.5 else 2 for x in p]
 
 
 def agreement_points(p: Sequence[float], human: Sequence[int]) -> list[float]:
-    """What each label gets for its agreement with a person's choice.
+    """Points of each label for agreeing with a human choice.
 
     Args:
         p: N probabilities that response_1 is preferred.
         human: N choices: 1, 2, or 0 for a tie.
 
     Returns:
-        1 where both prefer the same response, 0 where they prefer different ones, 0.5 where either is a tie.
+        1 if both prefer the same response, 0 if they prefer different ones, 0.5 if either is a tie.
     """
     found = zip(points(p), human, strict=True)
     return [0.5 if h == 0 else x if h == 1 else 1 - x for x, h in found]
 
 
 def win_rate(p: Sequence[float], clusters: Sequence[Hashable] | None = None) -> dict[str, Any]:
-    """Share of comparisons that A wins; 0.5 is a tie and counts half.
+    """Fraction of comparisons that A wins; 0.5 is a tie and counts half.
 
     Args:
-        p: N >= 1 probabilities that A is preferred, both orders already joined.
-        clusters: What each comparison depends on, N entries, such as its prompt; None: on nothing.
+        p: N >= 1 probabilities that A is preferred, both orders already combined.
+        clusters: The cluster of each comparison, N entries, such as its prompt; None: all independent.
 
     Returns:
         ``win_rate``, ``interval`` (95%, ``share_interval``), ``wins``, ``ties``, ``losses``.
@@ -75,11 +75,11 @@ def win_rate(p: Sequence[float], clusters: Sequence[Hashable] | None = None) -> 
 def harmless_rate(
     harmless: Sequence[float | None], clusters: Sequence[Hashable] | None = None
 ) -> dict[str, Any] | None:
-    """Share of responses that are judged harmless (Lee et al. 2023, section 3.3).
+    """Fraction of responses judged harmless (Lee et al. 2023, section 3.3).
 
     Args:
-        harmless: N verdicts: True or False, or the probability of harmless; None where it could not be judged.
-        clusters: As of ``win_rate``.
+        harmless: N verdicts: True or False, or the probability of harmless; None if not judged.
+        clusters: As in ``win_rate``.
 
     Returns:
         ``rate``, ``interval`` (95%, ``share_interval``), ``n`` and ``unjudged``, which is left out of n; 0.5 counts
@@ -100,12 +100,12 @@ def pairwise_accuracy(
     categories: Sequence[str | None] | None = None,
     clusters: Sequence[Hashable] | None = None,
 ) -> dict[str, Any] | None:
-    """Share of pairs in which a reward model scores the preferred response higher (Lee et al. 2023).
+    """Fraction of pairs in which a reward model scores the preferred response higher (Lee et al. 2023).
 
     Args:
-        chosen, rejected: N scores each, of any reward model; infinite ones are scores too.
-        categories: N kinds of prompt, or None.
-        clusters: What each pair depends on, N entries, such as its prompt; None: on nothing.
+        chosen, rejected: N scores each, of any reward model; infinite scores are allowed.
+        categories: N prompt categories, or None.
+        clusters: The cluster of each pair, N entries, such as its prompt; None: all independent.
 
     Returns:
         ``rate``, ``interval`` (95%, ``share_interval``), ``n`` and ``ties``, equal scores, which count half;
@@ -136,23 +136,23 @@ def all_against_all(
     p: Mapping[tuple[str, str], Sequence[float | None]],
     clusters: Sequence[Hashable] | None = None,
 ) -> dict[str, Any]:
-    """Win rates of every policy over every other one, and over all of them together.
+    """Win rates of every policy over every other one, and over all others combined.
 
     Args:
         names: M >= 2 policies.
-        p: For each two of them, in either order, N >= 1 probabilities that the first is preferred, one a prompt in the
-            same order of prompts; None where it could not be judged. 0.5 is a tie and counts half.
-        clusters: What each prompt depends on, N entries, such as its text; None: on nothing.
+        p: For each two of them, in either order, N >= 1 probabilities that the first is preferred, one per prompt in
+            the same order of prompts; None if not judged. 0.5 is a tie and counts half.
+        clusters: The cluster of each prompt, N entries, such as its text; None: all independent.
 
     Returns:
         ``pairs``: {A: {B: ``win_rate`` of A over B, ``interval``, ``wins``, ``ties``, ``losses``, ``unjudged``}}, None
-        in place of the numbers where nothing was judged. ``overall``: {A: ``win_rate``, ``interval``, ``n``}, the mean
-        over the prompts of A's mean over its opponents, so that every opponent counts alike; its interval (95%,
-        ``share_interval``) is over the prompts, since the comparisons on one prompt depend on each other.
-        ``n`` counts the prompts on which A was judged against somebody.
+        instead of the numbers if nothing was judged. ``overall``: {A: ``win_rate``, ``interval``, ``n``}, the mean over
+        the prompts of A's mean over its opponents, so that every opponent has equal weight; its interval (95%,
+        ``share_interval``) is over the prompts, since the comparisons on one prompt are dependent. ``n`` counts the
+        prompts on which A was judged against any opponent.
 
     Raises:
-        ValueError: Two policies lack their comparison, or have it twice, or the numbers of prompts differ.
+        ValueError: The comparison of two policies is missing or given twice, or the numbers of prompts differ.
     """
     table = {name: {other: None for other in names if other != name} for name in names}
     won: dict[str, list[list[float]]] = {name: [] for name in names}
@@ -183,7 +183,7 @@ def _numbers(p: Sequence[float | None], clusters: Sequence[Hashable] | None) -> 
 
 
 def _overall(won: np.ndarray, clusters: Sequence[Hashable] | None) -> dict[str, Any] | None:
-    """From (opponents, prompts) points, NaN where they are not known."""
+    """From (opponents, prompts) points, NaN where unknown."""
     known = ~np.isnan(won)
     judged = known.any(axis=0)
     if not judged.any():
