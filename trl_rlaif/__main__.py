@@ -1,4 +1,4 @@
-"""``python -m trl_rlaif``, which is how ``accelerate launch -m`` starts it."""
+"""Entry point of ``python -m trl_rlaif`` and ``accelerate launch -m trl_rlaif``."""
 
 from trl_rlaif.cli import main
 

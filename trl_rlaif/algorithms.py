@@ -35,19 +35,19 @@ class Algorithm:
     groups: bool = False
 
     def runner(self) -> Callable[[Any], dict[str, Any]]:
-        """What trains by it, imported now."""
+        """The training function, imported on call."""
         module, _, function = self.run.partition(":")
         return getattr(importlib.import_module(module), function)
 
     def config_class(self) -> type:
-        """The configuration that a recipe's other keys fill, imported now."""
+        """The configuration filled from a recipe's other keys, imported on call."""
         module, name = self.config or ("trl_rlaif.rl.ppo.config", "PPOConfig")
         return getattr(importlib.import_module(module), name)
 
 
 _PPO, _GROUPS = "trl_rlaif.pipeline.work.ppo:run", "trl_rlaif.pipeline.work.grpo_rloo:run"
-# The price of KL and the clip are those of Schulman et al. 2017 and Shao et al. 2024 alike, though TRL's GRPO pays KL
-# in the loss and not in the reward.
+# KL coefficient and clip range mean the same in Schulman et al. 2017 and Shao et al. 2024, though TRL's GRPO adds the
+# KL to the loss and not to the reward.
 _GROUP_KEYS = {
     "kl_coef": "beta",
     "response_length": "max_completion_length",
@@ -74,10 +74,10 @@ ALGORITHMS = {
     ),
     "rloo": Algorithm(_GROUPS, ("trl", "RLOOConfig"), _GROUP_KEYS, groups=True),
     "grpo": Algorithm(_GROUPS, ("trl", "GRPOConfig"), _GROUP_KEYS, groups=True),
-    # Nothing there reads a value.
+    # It uses no values.
     "rejection_sampling": Algorithm(
         "trl_rlaif.pipeline.work.ppo:run_rejection", preset={"value": "trunk"}, needs_selector=True
     ),
-    # DPO's beta is the price of KL to the start in the very objective that PPO maximizes (Rafailov et al. 2023, eq. 3).
+    # DPO's beta weights the KL to the reference in the same objective that PPO maximizes (Rafailov et al. 2023, eq. 3).
     "dpo": Algorithm("trl_rlaif.pipeline.work.dpo:run", ("trl", "DPOConfig"), {"kl_coef": "beta"}, samples=False),
 }

@@ -91,7 +91,7 @@ def pad_rows(
 
 def shared_prefix(rows: Sequence[Tokens], least: int = 1) -> int:
     """Length of the rows' common prefix, which leaves at least ``least`` tokens of each row."""
-    # In lexicographic order these two differ the earliest.
+    # The lexicographically first and last rows share the shortest prefix.
     first, last = min(rows), max(rows)  # type: ignore[type-var]
     same = sum(1 for _ in takewhile(lambda ab: ab[0] == ab[1], zip(first, last, strict=False)))
     return max(0, min(same, min(map(len, rows)) - least))

@@ -14,19 +14,19 @@ from trl_rlaif.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Text, and whether it is data, in which nothing is a control token.
+# Pieces of text, and whether each is data, in which nothing is a control token.
 Parts = list[tuple[str, bool]]
 
-# Marks of places in a template's text. U+E000 in the data is marked itself, so that no data passes for one.
+# Markers of positions in a template's output. U+E000 in the data is marked itself, so no data can imitate them.
 _ANSWER, _THOUGHT = "\ue000\ue001", "\ue000\ue000\ue001"
 _DATA = re.compile("\ue000(\\d+)\ue001")
-# The names under which templates read what a message's author thought.
+# Message fields in which templates look for the reasoning.
 _THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning")
-# A thinking block that a text ends in, and the one that an assistant's message may begin with.
+# An open thinking block at the end of a text, and one at the start of an assistant message.
 _NAME = r"[\w:]*(?:think|thought|reason)[\w:]*"
 _OPENED = re.compile(rf"([<\[])({_NAME})([>\]])\s*$", re.IGNORECASE)
 _SAID_THOUGHT = re.compile(r"\s*(?:<think>|\[THINK\])?(.*?)(?:</think>|\[/THINK\])", re.DOTALL)
-# What a generation prompt says that leaves the model in the midst of its thoughts, unless it is closed again.
+# Words in a generation prompt that put the model into its reasoning, unless that is closed again.
 _THINKS = re.compile(r"think|thought|reason|analysis", re.IGNORECASE)
 _CLOSES = re.compile(r"</|\[/|end", re.IGNORECASE)
 
@@ -49,16 +49,16 @@ def _lookalikes(control: re.Pattern[str] | None) -> re.Pattern[str]:
 
 
 class Conversation:
-    """Messages and the chat template that renders them.
+    """Messages rendered by a chat template.
 
-    What looks like a control token in the messages reaches the template as a mark and becomes data again in what it
-    wrote. The thinking block that an assistant's message begins with is no such text: the template sees it as it
-    is, and drops it or keeps it.
+    Text in messages that looks like a control token is replaced by a marker for rendering, and restored as data
+    afterwards. The exception is the thinking block at the start of an assistant message: the template sees it
+    unchanged, and drops or keeps it.
 
     Args:
         tokenizer: With a chat template.
-        messages: With ``role`` and ``content``; what else they have is handed to the template.
-        control: Matches what the tokenizer would take for a control token; None for nothing.
+        messages: With ``role`` and ``content``; other fields are passed to the template.
+        control: Matches text that the tokenizer would parse as a control token; None if there are none.
         kwargs: Variables for the template, such as ``enable_thinking``.
     """
 
@@ -102,14 +102,14 @@ class Conversation:
         pieces = _DATA.split(text)
         return [(self._data[int(piece)], True) if i % 2 else (piece, False) for i, piece in enumerate(pieces)]
 
-    # ---- What the template writes ---------------------------------------------------------------------
+    # ---- Rendering ------------------------------------------------------------------------------------
 
     def _render(self, messages: list[dict[str, Any]], **options: Any) -> str:
         return self._tokenizer.apply_chat_template(messages, tokenize=False, **{**self._kwargs, **options})
 
     @property
     def _continues(self) -> bool:
-        """Whether the last message is the assistant's own, which it goes on with."""
+        """Whether the last message is the assistant's, to be continued."""
         return self._messages[-1]["role"] == "assistant"
 
     def _prompt(self) -> str:
@@ -118,14 +118,14 @@ class Conversation:
         return self._render(self._messages, add_generation_prompt=True)
 
     def _said(self, **fields: str) -> str | None:
-        """The conversation with one more message of the assistant's; None where the template takes none."""
+        """The conversation with another assistant message; None if the template does not accept one."""
         try:
             return self._render([*self._messages, {"role": "assistant", **fields}], add_generation_prompt=False)
-        except Exception:  # whatever an expression in a template raises
+        except Exception:  # expressions in templates may raise anything
             return None
 
     def _answer_start(self) -> str:
-        """The text up to the start of an answer: after whatever an assistant message opens with."""
+        """The text up to the start of an answer, including whatever opens an assistant message."""
         prompt = self._prompt()
         if self._continues:
             return prompt
@@ -148,11 +148,11 @@ class Conversation:
         return start + _closing(opened) if opened else start
 
     def _thought_places(self) -> tuple[str, str] | None:
-        """The text up to where a thought begins, and that from its end to the answer."""
+        """The text up to the start of the reasoning, and the text from its end to the answer."""
         prompt = self._prompt()
         said = self._said(content=_ANSWER, **dict.fromkeys(_THOUGHT_FIELDS, _THOUGHT)) or ""
         start, _, rest = said.partition(_THOUGHT)
-        # A template that is told not to think has closed the block already, or opened none.
+        # With thinking turned off, a template has already closed the block, or not opened one.
         if _ANSWER in rest and start.startswith(prompt):
             return start, rest[: rest.rindex(_ANSWER)]
         opened = _OPENED.search(prompt)
@@ -161,40 +161,40 @@ class Conversation:
     # ---- Prompts --------------------------------------------------------------------------------------
 
     def prompt(self) -> Parts:
-        """Up to the start of the assistant's turn, or up to where its last message breaks off."""
+        """Up to the start of the assistant's turn, or to the end of its last message, if that is to be continued."""
         return self._parts(self._prompt())
 
     def answer(self, opening: str) -> Parts:
         """Up to the end of an answer's opening, without reasoning before it.
 
         Raises:
-            UserError: The template has no place for it.
+            UserError: The template has no place for an answer without reasoning.
         """
         return [*self._parts(self._answer_start()), (opening, True)]
 
     def thinking(self) -> Parts | None:
-        """Up to where the model's own thoughts begin; None where the template has none, or they are switched off."""
+        """Up to the start of the model's reasoning; None if the template has none, or it is turned off."""
         places = self._thought_places()
         return places and self._parts(places[0])
 
     def answer_behind(self, thought: str, opening: str) -> Parts:
-        """As ``answer``, after a thought; only if ``thinking`` is not None."""
+        """Like ``answer``, after a given reasoning; only if ``thinking`` is not None."""
         start, close = self._thought_places()
         return [*self._parts(start), (thought, True), (close, False), (opening, True)]
 
     @property
     def thought_end(self) -> str:
-        """What ends the model's reasoning; only if ``thinking`` is not None."""
+        """The text that ends the model's reasoning; only if ``thinking`` is not None."""
         close = self._thought_places()[1].strip()
         token = self.control.search(close) if self.control else None
         return close[: token.end()] if token else close
 
     def reasoning_marks(self) -> tuple[str, str, str] | None:
-        """How a response tells its reasoning from its answer; None where the template has no reasoning.
+        """Markers that separate a response's reasoning from its answer; None if the template has no reasoning.
 
         Returns:
-            What begins the reasoning, in the response or at the end of the prompt; what leads from there to the answer;
-            and what an answer without reasoning begins with.
+            The text that begins the reasoning, in the response or at the end of the prompt; the text between reasoning
+            and answer; and the text that begins an answer without reasoning.
         """
         prompt, places = self._prompt(), self._thought_places()
         if places is None:
@@ -207,6 +207,6 @@ class Conversation:
 
 
 def _closing(opened: re.Match[str]) -> str:
-    """What closes a thinking block, laid out as it was opened."""
+    """The text that closes a thinking block, with line breaks as in its opening."""
     line = "\n" if opened[0].endswith("\n") else ""
     return f"{line}{opened[1]}/{opened[2]}{opened[3]}{line * 2}"

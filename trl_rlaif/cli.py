@@ -100,7 +100,7 @@ def run(
     start = run_comparison if parsed.variants else partial(run_recipe, only=stages, shard=shard)
     try:
         folder = start(parsed, plugins, place, resume=resume, command=command, confirm=None if yes else _confirm)
-    except KeyboardInterrupt:  # typer would end without a word
+    except KeyboardInterrupt:  # typer would exit silently
         raise Interrupted("Stopped. Finished work is kept: add --resume to continue.") from None
     say(f"The run is in {folder.path}")
     if (folder / REPORT).exists():
@@ -138,7 +138,7 @@ def label(
 
 
 def _confirm(message: str) -> bool:
-    """Ask on the terminal; without one the answer is no. Of several processes the first one asks, and ends all."""
+    """Ask on the terminal; without one, the answer is no. Only the first process asks, and ends all after a no."""
     if not distributed.is_first():
         return True
     return sys.stdin.isatty() and sys.stderr.isatty() and typer.confirm(escaped(f"{message}\nRedo them?"), err=True)
@@ -163,7 +163,7 @@ def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
 
 
 def _parsed(recipe: str, overrides: list[str] | None) -> tuple[Recipe, Plugins]:
-    """A recipe, and the plugins that are installed, which are imported only where it is found."""
+    """Parse a recipe with the installed plugins, which are imported only if the recipe exists."""
     from trl_rlaif.recipe.paths import find_recipe
 
     find_recipe(recipe)
@@ -175,7 +175,7 @@ def _parsed(recipe: str, overrides: list[str] | None) -> tuple[Recipe, Plugins]:
 
 
 def _check_inputs(parsed: Recipe, plugins: Plugins) -> None:
-    """Try what the recipe or each of its variants names, and warn of prompts that are held out and trained on."""
+    """Check the inputs of the recipe or of each variant, and warn about prompts both held out and trained on."""
     from trl_rlaif.pipeline.checks import check_functions, check_prompts, check_ranking, check_sampler
     from trl_rlaif.pipeline.lineage import check_previous
     from trl_rlaif.pipeline.pushing import check_pushes
@@ -232,7 +232,7 @@ def draft_rubrics(
     options = DraftOptions(prompt, tries, temperature, max_new_tokens, batch_size)
     try:
         found = draft(parsed, plugins, output, options)
-    except KeyboardInterrupt:  # typer would end without a word
+    except KeyboardInterrupt:  # typer would exit silently
         raise Interrupted("Stopped. Drafts are kept: run it again to continue.") from None
     echo(f"{output}: {found.drafted} rubrics drafted, {found.kept} found there or in the data and kept as they are.")
     if found.dropped:

@@ -1,4 +1,4 @@
-"""Commands that print what there is: recipes, components, and the keys of a recipe."""
+"""Commands that list recipes, components and keys, compare runs, write a first recipe and check the machine."""
 
 from __future__ import annotations
 

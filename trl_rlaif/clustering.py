@@ -16,7 +16,7 @@ Method = Literal["kmeans", "minibatch_kmeans", "gaussian_mixture"]
 
 # The silhouette compares every point with every other one.
 SILHOUETTE_POINTS = 2_000
-# "auto" tries every number of clusters on so many rows, and fits the best one to all of them.
+# "auto" tries each number of clusters on at most this many rows, and fits the best one to all rows.
 TRIAL_ROWS = 10_000
 CANDIDATES = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 

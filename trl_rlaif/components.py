@@ -1,4 +1,4 @@
-"""The kinds of component that a plugin can bring, and their typed options."""
+"""The kinds of component that a plugin can provide, and their typed options."""
 
 from __future__ import annotations
 
@@ -222,8 +222,8 @@ class DataSelector(Component, ABC):
 class PairSampler(Component, ABC):
     """Makes pairs of responses with the initial policy, instead of sampling two responses for each prompt.
 
-    Options that name files have the type ``DataPath``: such files are found relative to the recipe, and the stage is
-    redone when their contents change. ``trl-rlaif check`` also reads what ``__init__`` reads.
+    Options that name files have the type ``DataPath``: paths are relative to the recipe, and the stage is redone when
+    a file's content changes. ``trl-rlaif check`` calls ``__init__``, so files should be read there.
     """
 
     @abstractmethod

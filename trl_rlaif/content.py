@@ -1,4 +1,4 @@
-"""Folders with a list of their files' digests, which reveals missing or changed files."""
+"""Lists of the digests of a folder's files, which reveal missing or changed files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FILE = "content.json"
 
 
 def record(folder: Path) -> None:
-    """Write the SHA-256 of every file in a folder into that folder, which is complete from then on."""
+    """Write the SHA-256 of every file in a folder into that folder, which marks it as complete."""
     building = folder / f".{FILE}.building"
     building.unlink(missing_ok=True)  # a kill may have left it
     digests = {name: digest for name, digest in digests_in(folder).items() if name != FILE}
@@ -29,7 +29,7 @@ def recorded(folder: Path) -> dict[str, str]:
 
 
 def damaged(folder: Path) -> Path | None:
-    """The first file of a folder that is not what was written, or the list if it cannot be read; else None."""
+    """The first missing or changed file of a folder, or the list itself if it cannot be read; else None."""
     digests = recorded(folder)
     if not digests:
         return folder / FILE

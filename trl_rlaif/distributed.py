@@ -1,7 +1,7 @@
 """Several processes of a run, as started by ``accelerate launch``: only the first one writes and reports.
 
-Also what they do jointly: divide batches, average gradients, step, and stop. Importing this module imports
-neither torch nor accelerate, since every command does.
+Also their joint operations: dividing batches, averaging gradients, and stopping. Importing this module imports
+neither torch nor accelerate, since every command imports it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ U = TypeVar("U")
 T = TypeVar("T")
 Rows = TypeVar("Rows")
 
-# How long a process waits for the others, which may be asking a slow server: one that dies is noticed at once by its
-# closed connection, or ends all through the launcher.
+# How long a process waits for the others, which may be waiting for a slow server. A dead process is noticed at once by
+# its closed connection, or by the launcher, which ends all.
 PATIENCE = timedelta(days=7)
-# Seconds after which an error that another process than the first has raised is its own.
+# Seconds that other processes than the first wait before they report an error.
 _BEFORE_TELLING = 5.0
 _dividing: ContextVar[bool] = ContextVar("_dividing", default=False)
 
@@ -56,7 +56,7 @@ def rank() -> int:
 
 
 def join() -> Any:
-    """Accelerate's state of these processes; the first call joins them, on CPUs if ``ACCELERATE_USE_CPU`` says so."""
+    """Accelerate's state of these processes; the first call joins them, on CPUs if ``ACCELERATE_USE_CPU`` is true."""
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
@@ -65,7 +65,7 @@ def join() -> Any:
 
 
 def wait() -> None:
-    """Wait until all processes have arrived here."""
+    """Wait until all processes have reached this point."""
     if processes() > 1:
         join().wait_for_everyone()
 
@@ -78,7 +78,7 @@ def leave() -> None:
 
 
 def let_the_first_tell() -> None:
-    """Wait before an error is told in another process: most reach all, and the launcher ends all once one has ended."""
+    """Delay errors of other processes: most occur in all, and the launcher ends all once the first has exited."""
     if not is_first():
         time.sleep(_BEFORE_TELLING)
 
@@ -92,7 +92,7 @@ def lost_another(error: Exception) -> bool:
 
 
 def end_with(code: int) -> None:
-    """End a process of several at once: what the interpreter would destroy may wait for the others, or abort."""
+    """Exit immediately if there are several processes: the interpreter's cleanup may wait for others, or abort."""
     if processes() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -100,7 +100,7 @@ def end_with(code: int) -> None:
 
 
 def average_gradients(accelerator: Accelerator, model: nn.Module) -> None:
-    """Average all gradients over the processes in a single message; they are only those of adapters.
+    """Average all gradients, which are only those of adapters, over the processes in a single all-reduce.
 
     Done here, since no forward pass goes through DDP's wrapper, and FSDP shards only frozen weights. Does nothing in
     a single process, while gradients are still being accumulated, and with DeepSpeed, which averages them itself.
@@ -118,18 +118,18 @@ def average_gradients(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 def backward(accelerator: Accelerator, loss: torch.Tensor, *, last: bool) -> None:
-    """Add a loss's gradients. A micro-batch has several such passes, and ``last`` says which is the last one.
+    """Add a loss's gradients. A micro-batch has several such passes; ``last`` marks its last one.
 
-    It matters to DeepSpeed alone, whose backward pass averages the gradients and also takes the optimizer's
-    step: it must do so once, after the last pass of the last micro-batch. And it must meet every trained
-    parameter in every pass: where the optimizer is offloaded it would otherwise lose the gradients of those
-    that are not in the last pass, and add the previous step's to the others.
+    This matters only to DeepSpeed, whose backward pass averages the gradients and also takes the optimizer step: it
+    must do so once, after the last pass of the last micro-batch. It also needs every trained parameter in every pass:
+    with an offloaded optimizer, it would otherwise lose the gradients of those missing from the last pass, and add
+    the previous step's gradients to the others.
     """
     if accelerator.distributed_type != "DEEPSPEED":
         accelerator.backward(loss)
         return
     parameters = (p for p in accelerator.deepspeed_engine_wrapped.engine.parameters() if p.requires_grad)
-    # DeepSpeed divides by the number of micro-batches that it was built with; with minibatches it is another.
+    # DeepSpeed would divide by the number of micro-batches that it was built with, which is wrong with minibatches.
     loss = (loss + sum(p.flatten()[:0].sum() for p in parameters)) / accelerator.gradient_accumulation_steps
     steps = accelerator.sync_gradients
     accelerator.sync_gradients = steps and last
@@ -140,10 +140,10 @@ def backward(accelerator: Accelerator, loss: torch.Tensor, *, last: bool) -> Non
 
 
 def equal_parts(accelerator: Accelerator, parts: Sequence[Rows]) -> list[Rows]:
-    """Rows in parts, of which each is one forward and one backward pass; with as many in all processes where they must.
+    """Parts of rows, each for one forward and backward pass, made equally many in all processes if necessary.
 
-    With DeepSpeed each backward pass sends its gradients, and with FSDP each pass gathers weights. All processes then
-    make as many passes as the one that needs most, and the largest parts are halved.
+    With DeepSpeed, each backward pass exchanges gradients, and with FSDP, each pass gathers weights. All processes
+    then make as many passes as the one that needs most, by halving their largest parts.
 
     Args:
         parts: Rows in order, as tensors or lists; all processes have equally many rows.
@@ -164,7 +164,7 @@ def equal_parts(accelerator: Accelerator, parts: Sequence[Rows]) -> list[Rows]:
 
 
 def share_of_batch(rows: int, steps: int) -> tuple[int, int]:
-    """Divide a batch among the processes, so that together they train on the same rows as one process.
+    """Divide a batch among the processes, which together train on the same rows as a single process.
 
     Args:
         rows: Rows per pass of a single process, and the maximum for each of several.
@@ -212,9 +212,9 @@ def undivided() -> Iterator[None]:
 def divided(units: Sequence[U], compute: Callable[[U], T]) -> Iterator[tuple[U, T]]:
     """Yield each unit of work with its result, in order, and the same in every process.
 
-    A unit, such as a batch, is computed as a whole: the results are those of one process, to the last digit.
-    Inside ``dividing`` the processes take turns, and exchange their results after each round. What is kept of the
-    results as they come is thus kept of all processes', and resumed by any number of them.
+    Each unit, such as a batch, is computed by one process, so the results are exactly those of a single process.
+    Inside ``dividing``, the processes take turns and exchange their results after each round. Results stored as they
+    arrive are thus those of all processes, and a run can be resumed with any number of them.
 
     Args:
         units: Units of work; the same in every process.
@@ -247,7 +247,7 @@ def from_first(items: Callable[[], Iterator[T]]) -> Iterator[T]:
         yield from items()
         return
 
-    def those_of_first() -> Iterator[T]:  # begun where an error reaches all
+    def those_of_first() -> Iterator[T]:  # started where an error reaches all processes
         yield from items() if is_first() else ()
 
     source = those_of_first()
@@ -261,7 +261,7 @@ def from_first(items: Callable[[], Iterator[T]]) -> Iterator[T]:
 
 
 def agreed(find: Callable[[], T]) -> T:
-    """The first process's result, in every process: for measurements, and for what may be changing.
+    """The first process's result, in every process: for measurements and other values that may change.
 
     Raises:
         UserError, RunError: As in ``failing_together``.
@@ -273,7 +273,7 @@ def agreed(find: Callable[[], T]) -> T:
 
 @contextmanager
 def _gathering(found: list[T]) -> Iterator[list[T]]:
-    """Yields a list that is filled at the end with ``found`` of all processes, in their order; all fail if one does."""
+    """Yield a list that is filled on exit with ``found`` of all processes, in rank order; all fail if one does."""
     from accelerate.utils import gather_object
 
     everyones: list[T] = []
@@ -296,8 +296,8 @@ def failing_together(accelerator: Accelerator) -> Iterator[None]:
     Inside, processes must not communicate.
 
     Raises:
-        UserError, RunError: Another process failed, with its number and message; a UserError where that one
-            has one. What was raised in this process goes on as it is.
+        UserError, RunError: Another process failed; with its number and message, and a UserError if it raised one.
+            Exceptions of this process propagate unchanged.
     """
     if accelerator.num_processes == 1:
         yield
@@ -308,7 +308,7 @@ def failing_together(accelerator: Accelerator) -> Iterator[None]:
 
 
 def _raise_alike(error: Exception | None, messages: Sequence[tuple[str, str] | None]) -> None:
-    """Raise what this process raised, or else what another did, with its number."""
+    """Raise this process's error, or else another's, with its number."""
     if error is not None:
         raise error
     for process, message in enumerate(messages):

@@ -1,4 +1,4 @@
-"""What a run depends on in this machine, and what to change if it would be slow or stop."""
+"""Checks what a run needs from this machine, with advice if a run would be slow or fail."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trl_rlaif.errors import TrlRlaifError
 _GIB = 1 << 30
 # Bytes: the weights of a 7B model in bfloat16, which the Hub's cache must hold once.
 _ROOM = 16 * _GIB
-# The Hub answers for it whoever asks; and how long it may take.
+# A public model to ask the Hub about, and the timeout.
 _ANY_MODEL, _SECONDS = "openai-community/gpt2", 5.0
 
 
@@ -36,7 +36,7 @@ class Finding(NamedTuple):
 
 
 def examine(folder: Path) -> Iterator[Finding]:
-    """Look at packages, plugins, the processor or GPU, memory, disks and the Hub, one after the other.
+    """Check packages, plugins, the processor or GPU, memory, disks and the Hub, one after the other.
 
     Args:
         folder: Where runs would be written.
@@ -52,7 +52,7 @@ def examine(folder: Path) -> Iterator[Finding]:
 
 
 def report(findings: Iterator[Finding]) -> Iterator[str]:
-    """A line for each finding, and one below it with what to do."""
+    """A line for each finding, followed by one with the advice, if any."""
     for subject, found, advice in findings:
         yield f"{'!' if advice else ' '} {subject:<16}{found}"
         if advice:
@@ -135,7 +135,7 @@ def _hub() -> Finding:
     token = "with a token" if get_token() else "without a token"
     try:
         HfApi().model_info(_ANY_MODEL, timeout=_SECONDS)
-    except Exception as error:  # whatever a network does
+    except Exception as error:  # networks fail in many ways
         what = f"cannot be reached ({type(error).__name__})"
         return Finding("the Hub", what, "Name models and data by a path, or set HF_ENDPOINT or a proxy.")
     return Finding("the Hub", f"reached, {token}", "" if get_token() else "`hf auth login`, for gated models.")

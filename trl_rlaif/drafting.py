@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from trl_rlaif.recipe import Recipe
 
 COLUMN = "rubric"
-# A weight, a colon and a statement, maybe behind a list's mark.
+# A weight, a colon and a statement, possibly after a bullet.
 _CHECK = re.compile(r"(?:[-*•]\s+)?([+-]?\d+(?:\.\d+)?)\s*:\s*(\S.*)")
 
 
@@ -42,10 +42,10 @@ class DraftOptions:
 
     Args:
         prompt: A packaged prompt's name, or a prompt folder, with ``draft.txt`` and ``draft.jinja``.
-        tries: Drafts of a prompt, until one can be read; at temperature 0 there is one.
-        temperature: Of the drafts.
-        max_new_tokens: Longest draft.
-        batch_size: Drafts written at once.
+        tries: Maximum number of drafts per prompt until one can be parsed; one at temperature 0.
+        temperature: Sampling temperature; 0: greedy decoding.
+        max_new_tokens: Maximum draft length in tokens.
+        batch_size: Drafts per batch.
     """
 
     prompt: str = "general"
@@ -57,12 +57,12 @@ class DraftOptions:
 
 @dataclass(frozen=True)
 class Drafts:
-    """What became of the prompts.
+    """Numbers of prompts by outcome.
 
     Args:
-        drafted: Prompts whose rubric was drafted now.
-        kept: Prompts that had one: drafted earlier, edited, or a person's own.
-        dropped: Prompts whose drafts could not be read, by the last one's reason.
+        drafted: Prompts whose rubric was drafted by this call.
+        kept: Prompts that already had one: drafted earlier, edited, or given in the data.
+        dropped: Prompts whose drafts could not be parsed, by the last draft's reason.
     """
 
     drafted: int
@@ -73,21 +73,21 @@ class Drafts:
 def draft_rubrics(recipe: Recipe, plugins: Plugins, output: Path, options: DraftOptions | None = None) -> Drafts:
     """Have the recipe's judge write a rubric for each of ``data.prompts`` (Gunjal et al. 2025, arXiv 2507.17746).
 
-    A prompt that ``output`` has stays there as it is. The others are drafted, in batches of which each is on the disk
-    before the next one begins; one that a kill left unfinished is drafted again as a whole, so that the drafts are
-    those of a run that was not disturbed. Prompts with a rubric of their own are copied.
+    Prompts already in ``output`` stay unchanged. The others are drafted in batches, each written before the next one
+    starts; a batch that a kill left unfinished is drafted again as a whole, as in an uninterrupted run. Prompts that
+    have a rubric in the data are copied.
 
     Args:
-        recipe: Its judge is that of ``label``, or the base; without what the stage judge would teach.
-        plugins: What is installed.
-        output: A .jsonl file with the prompts and their ``rubric``, for ``data.prompts`` to name.
-        options: How they are drafted.
+        recipe: The judge is that of ``label``, or the base; without the adapter that the stage judge would train.
+        plugins: The installed plugins.
+        output: A .jsonl file of the prompts with their ``rubric``, to be used as ``data.prompts``.
+        options: How to draft; None: the defaults.
 
     Returns:
-        The numbers. ``dropped_of(output)`` has the drafts that could not be read.
+        The numbers. ``dropped_of(output)`` contains the drafts that could not be parsed.
 
     Raises:
-        UserError: The recipe has no prompts; ``output`` is of other prompts, or cannot be read; or there is no rubric.
+        UserError: The recipe has no prompts; ``output`` has other prompts or cannot be read; or there is no rubric.
     """
     options = options or DraftOptions()
     prompts = _prompts(recipe, output, options)
@@ -114,12 +114,12 @@ def draft_rubrics(recipe: Recipe, plugins: Plugins, output: Path, options: Draft
 
 
 def counted(reasons: Mapping[str, int]) -> str:
-    """How many were dropped for each reason, in words."""
+    """The number of dropped prompts for each reason, in words."""
     return ", ".join(f"{count} {reason}" for reason, count in reasons.items())
 
 
 def dropped_of(output: Path) -> Path:
-    """The file beside the drafted rubrics that has what could not be read."""
+    """The file next to the drafted rubrics with the drafts that could not be parsed."""
     return output.with_suffix(".dropped.jsonl")
 
 
@@ -128,7 +128,7 @@ def dropped_of(output: Path) -> Path:
 
 @dataclass(frozen=True)
 class _Draft:
-    """The checks of a draft; or else why it has none, and what was written."""
+    """The checks of a draft; or else why it has none, and its text."""
 
     checks: list[Any] | None = None
     reason: str = ""
@@ -136,7 +136,7 @@ class _Draft:
 
 
 def _drafted(judge: Judge, prompts: Sequence[Prompt], options: DraftOptions, seed: int) -> dict[str, _Draft]:
-    """A draft of each prompt, by its id: the first one that can be read, or the last one."""
+    """A draft for each prompt, by id: the first one that can be parsed, else the last one."""
     found = {prompt.id: _Draft(prompt.extra[COLUMN]) for prompt in prompts if prompt.extra.get(COLUMN)}
     for attempt in range(options.tries if options.temperature else 1):
         asked = [prompt for prompt in prompts if prompt.id not in found or found[prompt.id].checks is None]
@@ -162,17 +162,17 @@ def _read(written: Written, instructions: str) -> _Draft:
 
 
 def read_draft(text: str, instructions: str = "") -> list[dict[str, Any]]:
-    """The checks of a draft: on each line a weight, a colon and a statement, and nothing else.
+    """Parse the checks of a draft: each line must be a weight, a colon and a statement.
 
     Args:
         text: The draft.
-        instructions: What the judge was told; the checks in its examples are not the prompt's.
+        instructions: The judge's instructions; checks copied from their examples are rejected.
 
     Returns:
-        Of each check its ``criterion`` and ``weight``, as the labeler `rubric` reads them.
+        The ``criterion`` and ``weight`` of each check, as the labeler `rubric` reads them.
 
     Raises:
-        ValueError: It is not that; why, in a few words.
+        ValueError: The draft is not such a list; the message gives the reason in a few words.
     """
     found: dict[str, dict[str, Any]] = {}
     for line in filter(None, map(str.strip, text.splitlines())):
@@ -198,7 +198,7 @@ def read_draft(text: str, instructions: str = "") -> list[dict[str, Any]]:
 
 
 def _prompts(recipe: Recipe, output: Path, options: DraftOptions) -> list[Prompt]:
-    """What rubrics are drafted for; what would go wrong with it is found before a model is loaded."""
+    """The prompts to draft rubrics for; errors in the input are raised before a model is loaded."""
     if recipe.data.prompts is None:
         raise UserError("There are no prompts to draft rubrics for.", where=str(recipe.source), fix="Set data.prompts.")
     if output.suffix != ".jsonl":
@@ -210,7 +210,7 @@ def _prompts(recipe: Recipe, output: Path, options: DraftOptions) -> list[Prompt
 
 
 class _Rubrics:
-    """The file that people edit, and the one beside it with what could not be read."""
+    """The file that people edit, and the one next to it with the drafts that could not be parsed."""
 
     def __init__(self, recipe: Recipe, output: Path, prompts: Sequence[Prompt]) -> None:
         self.data, self.output, self.prompts = recipe.data, output, prompts
@@ -221,7 +221,7 @@ class _Rubrics:
         self.dropped = {row["id"]: row["dropped"] for row in read_lines(dropped_of(output))}
 
     def _before(self) -> set[str]:
-        """The ids of the prompts that the file has already."""
+        """The ids of the prompts that the file already contains."""
         if not self.output.exists() or not self.output.stat().st_size:
             return set()
         columns = self.data.columns_of("prompts")
@@ -234,11 +234,11 @@ class _Rubrics:
         return set(known)
 
     def lacks(self, prompt: Prompt) -> bool:
-        """Whether nothing has come of a prompt yet."""
+        """Whether a prompt has neither a rubric nor been dropped."""
         return not any(prompt.id in ids for ids in (self.before, self.drafted, self.copied, self.dropped))
 
     def add(self, batch: Sequence[Prompt], drafts: Mapping[str, _Draft]) -> None:
-        """Write down what has come of those of a batch that the files lack."""
+        """Write the drafts of those prompts in a batch that the files lack."""
         fresh = [(prompt, drafts[prompt.id]) for prompt in batch if self.lacks(prompt)]
         bad = [(prompt, draft) for prompt, draft in fresh if draft.checks is None]
         good = [(prompt, draft) for prompt, draft in fresh if draft.checks is not None]
@@ -246,7 +246,7 @@ class _Rubrics:
         if rows:
             append_lines(dropped_of(self.output), rows)
         self.dropped |= {row["id"]: row["dropped"] for row in rows}
-        # People edit the file: what it has is read only now, and no kill leaves half of a line.
+        # People edit the file, so it is read only now, and written atomically.
         text = self.output.read_bytes().decode() if self.output.exists() else ""
         text += "\n" if text and not text.endswith("\n") else ""
         write_atomically(self.output, text + "".join(to_line(self._row(*each)) for each in good))
@@ -255,14 +255,14 @@ class _Rubrics:
         self.drafted |= {prompt.id for prompt, _ in good} - own
 
     def _row(self, prompt: Prompt, draft: _Draft) -> dict[str, Any]:
-        """A prompt with its columns, called as in the recipe's data, and its rubric."""
+        """A prompt with its columns, named as in the recipe's data, and its rubric."""
         names = self.data.columns_of("prompts")
         own = {"id": prompt.id, "prompt": prompt.prompt, names.get("category", self.data.category): prompt.category}
         row = {names.get(key, key): value for key, value in own.items() if value is not None}
         return row | prompt.extra | {COLUMN: draft.checks}
 
     def numbers(self) -> Drafts:
-        """Of this recipe's prompts."""
+        """The numbers for this recipe's prompts."""
         ids = [prompt.id for prompt in self.prompts]
         has = self.before | self.copied | self.drafted
         dropped = Counter(self.dropped[id] for id in ids if id not in has)
@@ -279,6 +279,6 @@ def _judge(recipe: Recipe, plugins: Plugins, prompt: str) -> Iterator[Judge]:
     section = recipe.label.judge if recipe.label else "same"
     if section == "taught" and recipe.judge:
         section = recipe.judge.model
-    with tempfile.TemporaryDirectory() as folder:  # of a run, which has not begun
+    with tempfile.TemporaryDirectory() as folder:  # stands in for a run's folder
         context = Context(recipe, RunFolder(folder), plugins)
         yield context.judges.load(section, prompt)

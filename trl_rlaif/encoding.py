@@ -1,7 +1,7 @@
-"""Prompts and responses to token ids, so that no text in the data can pass for a special token.
+"""Encodes prompts and responses as token ids in which no text from the data becomes a special token.
 
-The same functions serve sampling, judging, the reward model and PPO: a reward model sees at RL time the
-very layout of tokens that it was trained on (prompt, response, end token).
+Sampling, judging, the reward model and PPO share these functions: in RL, a reward model sees the same token
+layout that it was trained on (prompt, response, end token).
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ def follow_up(prompt: PromptLike, response: str, request: str) -> list[dict[str,
 
 
 def chat_prompt(prompt: PromptLike, tokenizer: PreTrainedTokenizerBase) -> PromptLike:
-    """A text prompt in the form that the model was taught: messages where it has a chat template.
+    """A prompt in the form that the model was trained on: messages if it has a chat template.
 
-    A text that a chat template rendered already is not wrapped again (see ``is_rendered``).
+    A text already rendered by a chat template is not wrapped again (see ``is_rendered``).
     """
     prompt = as_rendered(prompt, tokenizer)
     return as_messages(prompt) if tokenizer.chat_template and not isinstance(prompt, RenderedText) else prompt
@@ -71,13 +71,12 @@ def chat_prompt(prompt: PromptLike, tokenizer: PreTrainedTokenizerBase) -> Promp
 
 @dataclass(frozen=True)
 class _ControlTokens:
-    """Patterns of the tokens that text must not become; None where there are none.
+    """Patterns of the tokens that text must not become; None if there are none.
 
     Args:
-        flagged: Those that the tokenizer itself calls special.
-        all: Also those that were added without the flag: <think>, what the chat template writes, such as DeepSeek's
-            <｜User｜>, and others of that form. Markup that was added for its own sake, such as Gemma's <table>, is
-            text.
+        flagged: Tokens that the tokenizer marks as special.
+        all: Also tokens added without that mark: <think>, those in the chat template, such as DeepSeek's <｜User｜>,
+            and others of that form. Other added markup, such as Gemma's <table>, is text.
     """
 
     flagged: re.Pattern[str] | None
@@ -85,7 +84,7 @@ class _ControlTokens:
 
 
 def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> _ControlTokens:
-    # What the answer depends on is part of the cache's key: users change all of it.
+    # Everything that the result depends on is part of the cache key: users may change it.
     special = tuple(str(token) for token in tokenizer.all_special_tokens)
     return _cached_control_tokens(tokenizer, special, str(tokenizer.chat_template or ""))
 
@@ -109,12 +108,12 @@ def _any_of(tokens: set[str]) -> re.Pattern[str] | None:
 def _plain(
     tokenizer: PreTrainedTokenizerBase, text: str, pattern: re.Pattern[str] | None, *, follows: bool
 ) -> list[int]:
-    """Ids of text in which nothing is a control token: what looks like one is cut after its first character.
+    """Ids of text without control tokens: text that looks like one is split after its first character.
 
     Args:
         pattern: Matches the control tokens.
-        follows: Whether something stands before the text. A tokenizer may begin a text with a space of its
-            own, which must not come up in the middle.
+        follows: Whether other text precedes it. A tokenizer may add a space at the start of a text, which must not
+            appear in the middle.
     """
     cuts = [match.start() + 1 for match in pattern.finditer(text)] if pattern else []
     ids: list[int] = []
@@ -129,7 +128,7 @@ def _plain(
 
 
 def _encode_parts(tokenizer: PreTrainedTokenizerBase, parts: Sequence[tuple[str, bool]]) -> list[int]:
-    """Encode (text, is_data) parts; special tokens are parsed in what is not data only."""
+    """Encode (text, is_data) parts; special tokens are parsed only in parts that are not data."""
     pattern = _control_tokens(tokenizer).all
     ids: list[int] = []
     pending = ""
@@ -146,23 +145,23 @@ def _encode_parts(tokenizer: PreTrainedTokenizerBase, parts: Sequence[tuple[str,
 
 
 def _first_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What a tokenizer puts before any text."""
+    """The tokens that a tokenizer puts before any text."""
     full, bare = tokenizer("x")["input_ids"], tokenizer("x", add_special_tokens=False)["input_ids"]
     count = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
     return full[:count]
 
 
-# ---- Text that a chat template rendered already ------------------------------------------------------------
+# ---- Text already rendered by a chat template --------------------------------------------------------------
 
 
 class RenderedText(str):
-    """A text whose control tokens are meant: made of what users give as prompts, and of nothing else."""
+    """A text whose control tokens are parsed as such; only made from users' prompts."""
 
     __slots__ = ()
 
 
 def _openings(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
-    """The control tokens with which the chat template begins, whoever speaks first."""
+    """The control tokens with which the chat template can begin, for either first role."""
     return _openings_of(tokenizer, str(tokenizer.chat_template), tokenizer.bos_token)
 
 
@@ -182,17 +181,17 @@ def _openings_of(tokenizer: PreTrainedTokenizerBase, template: str, bos: str | N
 
 
 def is_rendered(prompt: PromptLike, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a text was rendered by a chat template: it begins with a control token as the tokenizer's own does."""
+    """Whether a text was rendered by the tokenizer's chat template: it begins with one of its first control tokens."""
     if not isinstance(prompt, str) or not tokenizer.chat_template:
         return False
     return prompt.startswith(tuple(_openings(tokenizer)))
 
 
 def as_rendered(prompt: PromptLike, tokenizer: PreTrainedTokenizerBase) -> PromptLike:
-    """A prompt that a chat template rendered as RenderedText; any other as it is.
+    """Convert a prompt rendered by a chat template to RenderedText; return any other unchanged.
 
-    The first token that the template writes may be missing there. It is added, but where the tokenizer puts it before
-    every text anyway, here and in TRL's trainers.
+    The template's BOS token is added if it is missing; it is dropped if the tokenizer puts it before every text anyway,
+    here and in TRL's trainers.
     """
     if not isinstance(prompt, str) or not is_rendered(prompt, tokenizer):
         return prompt
@@ -205,14 +204,14 @@ def as_rendered(prompt: PromptLike, tokenizer: PreTrainedTokenizerBase) -> Promp
 
 
 def _rendered_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of RenderedText, control tokens and all."""
+    """Ids of RenderedText, with its control tokens."""
     bos = tokenizer.bos_token
     missing = bos and bos in _openings(tokenizer) and not text.startswith(bos)
     return tokenizer(bos + text if missing else text, add_special_tokens=False)["input_ids"]
 
 
 def without_end_of_turn(tokenizer: PreTrainedTokenizerBase, response: str) -> str:
-    """A response without what the chat template writes after an assistant's turn, if it ends so."""
+    """A response without the end-of-turn token of the chat template, if it ends with that."""
     end = tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer))
     found = response.rstrip()
     return found.removesuffix(end).rstrip() if end and found.endswith(end) else response
@@ -222,18 +221,17 @@ def without_end_of_turn(tokenizer: PreTrainedTokenizerBase, response: str) -> st
 
 
 def template_kwargs(tokenizer: PreTrainedTokenizerBase, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Variables for a tokenizer's chat template: its own, set by ``set_template_kwargs``, and those given over them."""
+    """Variables for a tokenizer's chat template: its own, set by ``set_template_kwargs``, overridden by those given."""
     return {**getattr(tokenizer, _KWARGS, {}), **(given or {})}
 
 
 def set_template_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """The tokenizer, with which every prompt is encoded with these variables of its chat template from here on.
+    """Set variables of the tokenizer's chat template, with which it encodes every prompt from now on; return it.
 
-    They are not saved with it. Where there is a keyword or a column ``chat_template_kwargs``, as in TRL, that comes
-    on top.
+    They are not saved with it. A keyword or column ``chat_template_kwargs``, as in TRL, overrides them.
 
     Args:
-        tokenizer: Is changed.
+        tokenizer: Modified in place.
         kwargs: Such as ``{"enable_thinking": False}`` or ``{"reasoning_effort": "low"}``.
     """
     setattr(tokenizer, _KWARGS, dict(kwargs))
@@ -241,7 +239,7 @@ def set_template_kwargs(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str,
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, parts: Sequence[tuple[str, bool]]) -> list[int]:
-    """Encode (text, is_data) parts, at once where no data looks like a control token."""
+    """Encode (text, is_data) parts; in one call if no data looks like a control token."""
     pattern = _control_tokens(tokenizer).all
     if pattern is None or not any(is_data and pattern.search(text) for text, is_data in parts):
         return tokenizer("".join(text for text, _ in parts), add_special_tokens=False)["input_ids"]
@@ -267,22 +265,23 @@ def encode_prompt(
     thought: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """Token ids of a prompt up to where the response begins.
+    """Token ids of a prompt up to the start of the response.
 
     Args:
         tokenizer: With a chat template, if the prompt is a list of messages.
-        prompt: Text (encoded as it is, with the tokenizer's own first token), or messages (through the
-            chat template, up to the assistant's turn; where the last message is the assistant's, up to its end).
-        opening: Text that opens the response, such as a judge's ending. It is put where the template puts what an
-            assistant says, after a thinking block that the template opens.
-        thought: What the model thought before the opening, where ``thinking_prompt`` is not None.
-        chat_template_kwargs: Variables for the template, over the tokenizer's own.
+        prompt: Text (encoded as it is, after the tokenizer's own first token), or messages (rendered by the chat
+            template up to the assistant's turn; if the last message is the assistant's, up to its end).
+        opening: Text that opens the response, such as a judge's ending. It goes where the template puts the assistant's
+            text; a thinking block that the template opens is closed first.
+        thought: The model's reasoning before the opening; only if ``thinking_prompt`` is not None.
+        chat_template_kwargs: Variables for the template; override the tokenizer's own.
 
     Returns:
-        Ids. Text that looks like a special token stays text, but in a RenderedText.
+        Ids. Text that looks like a special token stays text, except in a RenderedText.
 
     Raises:
-        UserError: Messages, and a tokenizer without chat template, or one that has no place for the opening.
+        UserError: The prompt is messages, and the tokenizer has no chat template, or one without a place for the
+            opening.
     """
     pattern = _control_tokens(tokenizer).all
     if isinstance(prompt, RenderedText):
@@ -304,9 +303,9 @@ def thinking_prompt(
     *,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[list[int], str] | None:
-    """Token ids of messages up to where the model's own thoughts begin, and the text with which it ends them.
+    """Token ids of messages up to the start of the model's reasoning, and the text that ends the reasoning.
 
-    None where the tokenizer's chat template has no thoughts, or ``chat_template_kwargs`` switch them off.
+    None if the chat template has no reasoning, or ``chat_template_kwargs`` turn it off.
     """
     conversation = _conversation(tokenizer, messages, chat_template_kwargs)
     parts = conversation.thinking()
@@ -316,10 +315,10 @@ def thinking_prompt(
 def reasoning_marks(
     tokenizer: PreTrainedTokenizerBase, tags: Sequence[str] | None = None
 ) -> tuple[str, str, str] | None:
-    """How a response tells its reasoning from its answer, by the chat template (see ``Conversation.reasoning_marks``).
+    """Markers that separate reasoning from answer, by the chat template (see ``Conversation.reasoning_marks``).
 
     Args:
-        tags: What reasoning begins and ends with, in place of what the template says.
+        tags: Opening and closing tag of reasoning, instead of the template's.
     """
     if tags is not None:
         opening, closing = tags
@@ -330,19 +329,19 @@ def reasoning_marks(
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> list[int]:
-    """Token ids of a response as a model would have sampled it, with the end of its turn.
+    """Token ids of a response as a model would have sampled it, with the end-of-turn token.
 
-    Only tokens that are flagged special are kept out: a policy writes others, such as <think>, as one token each.
+    Only tokens marked as special are kept out: a policy writes others, such as <think>, as one token each.
     """
     flagged = _control_tokens(tokenizer).flagged
     return [*_plain(tokenizer, response, flagged, follows=True), end_of_turn(tokenizer)]
 
 
 def usable_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer with a padding token that ends no response, where its vocabulary has one.
+    """Give the tokenizer a padding token that ends no response, if its vocabulary has one; return it.
 
-    With both the same, whoever finds the end of a response by looking for padding never sees the end
-    token, and a policy does not learn to stop.
+    If padding and end token were the same, code that finds a response's end by its padding would never see the end
+    token, and a policy would not learn to stop.
 
     Raises:
         UserError: There is no end token at all.
@@ -356,7 +355,7 @@ def usable_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
 
 
 def _spare_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A token that no text and no template contains: meant for padding, or else reserved, unknown or special."""
+    """A token that no text or template contains: a padding token, or else a reserved, unknown or special one."""
     template = str(tokenizer.chat_template or "")
     used = {tokenizer.eos_token_id, tokenizer.bos_token_id, end_of_turn(tokenizer)}
     spare = {id: t.content for id, t in sorted(tokenizer.added_tokens_decoder.items()) if t.content not in template}

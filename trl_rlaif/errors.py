@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-# Of a problem that many rows have, the places that are named besides the first.
+# Places named besides the first for a problem that many rows share.
 _PLACES = 3
 
 
@@ -54,7 +54,7 @@ class TrlRlaifError(Exception):
 
 
 def _told_once(problems: Sequence[Problem]) -> Iterator[str]:
-    """The first of problems that differ in their place alone, and where the others are."""
+    """The first of several problems that differ only in their place, and the places of the others."""
     first, *others = problems
     yield str(first)
     if others:

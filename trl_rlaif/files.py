@@ -1,6 +1,6 @@
-"""Files that are written whole or not at all, and JSON-lines files whose last line a kill may have cut off.
+"""Atomic file writes, checksums, and JSON-lines files whose last line a kill may have truncated.
 
-Of several processes that share a run the first one writes; in the others what writes does nothing.
+If several processes share a run, only the first one writes; in the others, functions that write do nothing.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from platformdirs import user_cache_path
 from trl_rlaif.distributed import is_first
 from trl_rlaif.errors import RunError, TrlRlaifError, UserError
 
-# Bytes: a disk with less is taken for full.
+# Bytes: a disk with less free space is considered full.
 _FULL = 256 << 10
 _SEAL = "crc32"
 _SIGNATURE = f"# {_SEAL}: "
 
 
 def cache_dir() -> Path:
-    """Where this user's models and answers are kept that can be made again."""
+    """This user's cache folder, for models and answers that can be recreated."""
     return Path(os.environ.get("TRL_RLAIF_CACHE") or user_cache_path("trl-rlaif"))
 
 
 def write_atomically(path: Path, text: str | Iterable[str], *, by_all: bool = False) -> None:
-    """Replace a file by new text (UTF-8): after a kill the old or the new one is there, never a half.
+    """Replace a file by new text (UTF-8) atomically: a kill leaves the old or the new file.
 
     Args:
         path: The file.
-        text: All of it; or parts, each written as it comes.
-        by_all: Each process has a file of its own.
+        text: The whole text, or an iterable of parts, each written as it arrives.
+        by_all: Write in every process; each has a file of its own.
     """
     if not (by_all or is_first()):
         return
@@ -51,7 +51,7 @@ def write_atomically(path: Path, text: str | Iterable[str], *, by_all: bool = Fa
 
 
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Have ``write`` fill a folder, and give it its name only when it is whole."""
+    """Have ``write`` fill a folder, which gets its name only when complete."""
     if not is_first():
         return
     building, old = (path.with_name(f".{path.name}.{state}") for state in ("building", "old"))
@@ -81,7 +81,7 @@ def digest_of(path: Path) -> str:
 
 
 def digests_in(path: Path) -> dict[str, str]:
-    """``digest_of`` every file below a folder, by its relative path; a file's own is under the empty name."""
+    """``digest_of`` every file below a folder, by relative path; for a single file, under the empty name."""
     if path.is_file():
         return {"": digest_of(path)}
     return {p.relative_to(path).as_posix(): digest_of(p) for p in sorted(path.rglob("*")) if p.is_file()}
@@ -103,11 +103,11 @@ def to_line(row: Mapping[str, Any]) -> str:
 
 
 def sealed(row: Mapping[str, Any]) -> dict[str, Any]:
-    """An object with a checksum of the rest of it, by which a bit that flips later is noticed.
+    """An object with a checksum of its content, which detects later corruption.
 
-    The order of its keys does not count: programs that read and write JSON may change it.
+    The checksum does not depend on the order of keys, which programs that rewrite JSON may change.
     """
-    return {**row, _SEAL: _checksum(json.loads(json.dumps(row)))}  # a number that is a key is a text from then on
+    return {**row, _SEAL: _checksum(json.loads(json.dumps(row)))}  # JSON turns numeric keys into strings
 
 
 def _checksum(content: Mapping[str, Any]) -> str:
@@ -115,13 +115,13 @@ def _checksum(content: Mapping[str, Any]) -> str:
 
 
 def unsealed(row: Any) -> dict[str, Any]:
-    """What ``sealed`` was given. An object without a checksum, such as a person's, is taken as it is.
+    """The object given to ``sealed``. One without a checksum, such as one written by hand, is accepted as it is.
 
     Args:
-        row: As JSON or YAML was read.
+        row: As parsed from JSON or YAML.
 
     Raises:
-        ValueError: It is no object, or not what was written.
+        ValueError: It is not an object, or its checksum differs.
     """
     if not isinstance(row, dict):
         raise ValueError("it is not a JSON object")
@@ -139,31 +139,31 @@ def signed(text: str) -> str:
 
 
 def unsigned(text: str) -> str:
-    """What ``signed`` was given."""
+    """The text given to ``signed``."""
     before, found, _ = text.rpartition(_SIGNATURE)
     return before if found else text
 
 
 def is_signed(content: bytes) -> bool:
-    """Whether the content of a file is what ``signed`` made, or was never signed."""
+    """Whether a file's content has a correct checksum of ``signed``, or none at all."""
     text, found, checksum = content.rpartition(_SIGNATURE.encode())
     return not found or checksum.strip() == b"%08x" % zlib.crc32(text)
 
 
 def write_state(path: Path, content: Mapping[str, Any], *, by_all: bool = False) -> None:
-    """Replace a file of ours that holds an object, with a checksum; ``by_all`` as of ``write_atomically``."""
+    """Replace a state file by an object with a checksum; ``by_all`` as in ``write_atomically``."""
     write_atomically(path, to_line(sealed(content)), by_all=by_all)
 
 
 def read_state(
     path: Path, without: str, fits: Callable[[dict[str, Any]], bool] = lambda content: True
 ) -> dict[str, Any]:
-    """A file of ours that holds an object; {} where it is missing.
+    """The object in a state file; {} if the file is missing.
 
     Args:
-        path: Of ``write_state``, or without a checksum.
-        without: A sentence on what follows where the file is missing.
-        fits: Whether an object is of this file's kind: another file of the run may have taken its place.
+        path: File written by ``write_state``, or one without a checksum.
+        without: A sentence for the error message about what happens without the file.
+        fits: Whether an object is of this file's kind: another file of the run may have replaced it.
 
     Raises:
         UserError: It is damaged.
@@ -185,7 +185,7 @@ def append_lines(path: Path, rows: Iterable[Mapping[str, Any]], *, synced: bool 
     Args:
         path: The file.
         rows: Without checksums.
-        synced: See them on the disk, where a power cut leaves them; without it a kill does.
+        synced: Force them to disk, so they survive a power failure; otherwise, they survive only a kill.
     """
     if not is_first():
         return
@@ -202,12 +202,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def each_line(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSON-lines file of ours, one by one; none where it is missing.
+    """Yield the rows of a JSON-lines file written by ``append_lines``; none if it is missing.
 
-    A last line that a kill cut off is removed from the file at the end, so that what is appended stays readable.
+    A last line that a kill truncated is removed from the file at the end, so that appended rows stay readable.
 
     Raises:
-        UserError: A line in the middle is broken, or not what was written.
+        UserError: A complete line is damaged: it cannot be parsed, or its checksum differs.
     """
     if not path.exists():
         return
@@ -225,10 +225,10 @@ def each_line(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def parse_line(line: bytes, where: str) -> dict[str, Any]:
-    """A row of a JSON-lines file of ours.
+    """Parse a row of a JSON-lines file written by ``append_lines``.
 
     Raises:
-        UserError: It is broken, or not what was written.
+        UserError: It cannot be parsed, or its checksum differs.
     """
     try:
         return unsealed(json.loads(line))
@@ -239,25 +239,25 @@ def parse_line(line: bytes, where: str) -> dict[str, Any]:
 
 @contextmanager
 def naming_a_full_disk(folder: Path) -> Iterator[None]:
-    """Raise one message where what is done inside fails because a disk is full, whatever library says so.
+    """Raise a clear error if code inside fails because a disk is full, whichever library it fails in.
 
-    safetensors and torch raise exceptions of their own, which name no file; torch's do not even name the reason.
+    safetensors and torch raise their own exceptions, which name no file; torch's do not even name the reason.
 
     Args:
-        folder: Where files are written.
+        folder: Folder in which files are written.
 
     Raises:
-        RunError: A disk is full, with the file: else the one below the folder that was written to last.
+        RunError: A disk is full; with the file that the exception names, else the last one written below the folder.
     """
     try:
         yield
     except TrlRlaifError:
         raise
     except Exception as error:
-        named = getattr(error, "filename", None)  # may lie elsewhere, as a cache or a temporary file does
+        named = getattr(error, "filename", None)  # may be elsewhere, such as a cache or a temporary file
         place = Path(named).parent if isinstance(named, str) else folder
         free = shutil.disk_usage(place if place.is_dir() else folder).free
-        # As an OSError of that number does, and SQLite.
+        # In the messages of OSError (ENOSPC) and SQLite.
         says_so = any(words in str(error) for words in (os.strerror(errno.ENOSPC), "database or disk is full"))
         if not says_so and not (isinstance(error, RuntimeError) and free < _FULL):
             raise

@@ -1,4 +1,4 @@
-"""Responses of a policy to prompts, in batches that can be repeated one by one."""
+"""Samples responses of a policy, in batches that can each be reproduced separately."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trl_rlaif.models.kernels import generation_kernels, static_cache, trial
 from trl_rlaif.models.shared_model import inner_model
 from trl_rlaif.stopping import stop_ids as all_stop_ids
 
-# What a cache may hold for rows to be repeated in it.
+# Cache layers whose rows can be repeated.
 _REPEATED = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
@@ -37,15 +37,15 @@ def seeded(*parts: object) -> Iterator[None]:
 
 
 def random_state() -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The state of torch's generators, of the CPU and of this process's GPU, if it has one.
+    """The state of torch's generators: that of the CPU, and of this process's GPU, if it has one.
 
-    Not of others that it sees: a run may be resumed where there are fewer.
+    Other visible GPUs are not included: a run may be resumed with fewer.
     """
     return torch.get_rng_state(), [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
 
 
 def set_random_state(state: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
-    """Draw again what was drawn after ``random_state``."""
+    """Restore a state returned by ``random_state``."""
     torch.set_rng_state(state[0])
     if state[1] and torch.cuda.is_available():
         torch.cuda.set_rng_state(state[1][0])
@@ -55,8 +55,8 @@ def set_random_state(state: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
 def bare_generation_config(model: torch.nn.Module) -> Iterator[None]:
     """Ignore a checkpoint's own sampling settings (top-k, repetition penalty).
 
-    generate() merges them into whatever it is given, and the sampled distribution would no longer be the
-    one whose log-probabilities PPO uses.
+    generate() merges them into the config it is given, so the sampled distribution would not be the one whose
+    log-probabilities PPO uses.
     """
     before = model.generation_config
     model.generation_config = GenerationConfig()
@@ -134,14 +134,14 @@ def _generated(
 
 
 def _read_prompts(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache | None:
-    """Keys and values of all but the last token of each prompt: a prompt that is answered several times is read once.
+    """Prefill a cache with all but the last token of each prompt: with several responses, prompts are computed once.
 
-    None where the model keeps something else, or a prompt is a single token.
+    None if the model caches something else, or a prompt is a single token.
     """
     inner = inner_model(model)
     if not getattr(type(inner), "_supports_default_dynamic_cache", lambda: False)() or not mask[:, :-1].any(1).all():
         return None
-    if hasattr(getattr(inner, "model", None), "rope_deltas"):  # positions that such a model keeps for each row
+    if hasattr(getattr(inner, "model", None), "rope_deltas"):  # such models store positions for each row
         return None
     cache = DynamicCache(config=model.config.get_text_config())
     if not cache.layers or not all(type(layer) in _REPEATED for layer in cache.layers):
@@ -160,10 +160,10 @@ _padding_works: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
 
 
 def padded_together(model: torch.nn.Module, lengths: Sequence[int]) -> list[list[int]]:
-    """Indices of prompts that a model may be given in one batch, padded on the left.
+    """Group indices of prompts into batches that the model can compute with left padding.
 
-    That is all of them, except with models that transformers then computes wrong (RecurrentGemma, MiniMax): their
-    batches hold prompts of equal length. It is tried once for each model.
+    This is a single batch, except for models that transformers computes incorrectly with padding (RecurrentGemma,
+    MiniMax): their batches have prompts of equal length. Tested once per model.
     """
     inner = inner_model(model)
     if len(set(lengths)) <= 1:
@@ -176,15 +176,16 @@ def padded_together(model: torch.nn.Module, lengths: Sequence[int]) -> list[list
 
 
 def _left_padding_works(model: torch.nn.Module) -> bool:
-    """Whether a few tokens are generated from a padded prompt with the scores that they have without padding.
+    """Whether left padding leaves the log-probabilities of a few generated tokens unchanged.
 
-    In float32 SmolLM2-135M's differ by 1.5e-3 on some processors, by rounding alone. What differs is tried in float64.
+    In float32, those of SmolLM2-135M differ by 1.5e-3 on some processors, through rounding alone. If they differ, the
+    test is repeated in float64.
     """
     return any(_padding_changes(model, dtype) < 1e-3 for dtype in (torch.float32, torch.float64))
 
 
 def _padding_changes(model: torch.nn.Module, dtype: torch.dtype) -> float:
-    """The largest difference of a log-probability, in nats."""
+    """The largest difference between log-probabilities with and without padding, in nats."""
     prompt, padding = [5, 9, 4, 7, 8, 6, 3], [0] * 5
     config = GenerationConfig(max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True)
     config.pad_token_id = 0
@@ -195,7 +196,7 @@ def _padding_changes(model: torch.nn.Module, dtype: torch.dtype) -> float:
             inputs = {name: torch.tensor([row], device=model.device) for name, row in inputs.items()}
             try:
                 logits = model.generate(**inputs, generation_config=config).logits
-            except RuntimeError:  # of Mamba in bfloat16, which reads weights where a trial cannot raise them
+            except RuntimeError:  # Mamba in bfloat16, which reads weights that a trial cannot upcast
                 return 0.0 if dtype == torch.float32 else math.inf
             found.append(torch.cat(logits).double().log_softmax(-1))
     return (found[0] - found[1]).abs().max().item()

@@ -1,4 +1,4 @@
-"""What this machine computes fast and has memory for: ``auto`` for weights, autocast and activations."""
+"""Which dtypes this machine computes fast, and its available memory: resolves ``auto`` settings."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-# From here on it is worth the rounding; what is seen is far from it, so that a busy moment decides nothing.
+# Below this slowdown, bfloat16 is worth its rounding. Observed values are far from it, so a busy moment has no effect.
 FAST = 0.7
-# (rows, inputs, outputs) of the product that is timed: like a layer of a small model over a few sequences.
+# (rows, inputs, outputs) of the timed matrix product: like a layer of a small model over a few sequences.
 _PRODUCT = (256, 512, 512)
-# Bytes that a container, or a service and each group around it, may use; free memory knows nothing of it (cgroup v2).
+# Memory limits of a container, or of a service and its parent groups (cgroup v2), which free memory does not reflect.
 _GROUPS, _GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -27,7 +27,7 @@ def device_type() -> str:
 
 
 def computes_bfloat16(device: str) -> bool:
-    """Whether a type of device, such as ``cpu``, computes bfloat16 by instructions of its own, faster than float32."""
+    """Whether a device type, such as ``cpu``, computes bfloat16 natively and thus faster than float32."""
     import torch
 
     if device == "cuda":
@@ -37,10 +37,10 @@ def computes_bfloat16(device: str) -> bool:
 
 @cache
 def bfloat16_slowdown() -> float:
-    """How many times as long as in float32 a matrix product in bfloat16 takes on this processor.
+    """Time of a matrix product in bfloat16, relative to float32, on this processor.
 
-    Measured in at most a second, since flags say neither what torch's build makes of them nor what limits it
-    (``ONEDNN_MAX_CPU_ISA``): seen are about 0.2 with AMX and 20 where bfloat16 is emulated.
+    Measured, in at most a second, since CPU flags do not tell whether torch's build uses them or what limits it
+    (``ONEDNN_MAX_CPU_ISA``). Observed: about 0.2 with AMX, and 20 if bfloat16 is emulated.
     """
     import torch
 
@@ -48,7 +48,7 @@ def bfloat16_slowdown() -> float:
     for dtype in (torch.float32, torch.bfloat16):
         rows, inputs, outputs = _PRODUCT
         a, b = torch.ones(rows, inputs, dtype=dtype), torch.ones(inputs, outputs, dtype=dtype)
-        a @ b  # what is made once: threads, the kernel
+        a @ b  # warm-up: creates threads and the kernel
         found = []
         for _ in range(3):
             began = time.perf_counter()
@@ -59,12 +59,12 @@ def bfloat16_slowdown() -> float:
 
 
 def fastest_dtype(device: str) -> str:
-    """``bfloat16`` or ``float32``: what models are held in where a recipe says ``auto``."""
+    """``bfloat16`` or ``float32``: the dtype of models if a recipe says ``auto``."""
     return "bfloat16" if computes_bfloat16(device) else "float32"
 
 
 def emulation_warning(what: str, device: str) -> str:
-    """A sentence on what was asked to be in bfloat16 where it is not computed fast; empty where it is."""
+    """A warning that ``what``, set to bfloat16, is slow on this device; empty if it is not."""
     if device not in ("cpu", "cuda") or computes_bfloat16(device):
         return ""
     if device == "cuda":
@@ -76,9 +76,9 @@ def emulation_warning(what: str, device: str) -> str:
 
 
 def settle_bf16(args: Any) -> None:
-    """Decide ``args.bf16`` where nobody did (None), and say so where that turns it off; warn where it is emulated.
+    """Set ``args.bf16`` if it is None, and report if that turns it off; warn if bfloat16 is emulated.
 
-    TRL's own configurations turn it on wherever ``fp16`` is off.
+    TRL's configurations turn it on whenever ``fp16`` is off.
 
     Args:
         args: transformers' TrainingArguments, before their own ``__post_init__``.
@@ -88,7 +88,7 @@ def settle_bf16(args: Any) -> None:
     accelerator = None if args.use_cpu else torch.accelerator.current_accelerator(check_available=True)
     device = accelerator.type if accelerator else "cpu"
     if args.bf16 is None and device in ("cpu", "cuda", "mps"):
-        # On a processor transformers takes bf16 only with use_cpu.
+        # On a CPU, transformers accepts bf16 only with use_cpu.
         args.bf16 = not args.fp16 and (accelerator is not None or args.use_cpu) and computes_bfloat16(device)
         if not args.bf16 and not args.fp16:
             _say_once("bf16 is off: bfloat16 is slow on this machine, or use_cpu is not set.")
@@ -97,11 +97,11 @@ def settle_bf16(args: Any) -> None:
 
 
 def let_memory_grow() -> None:
-    """Let torch extend its segments of GPU memory in place, unless the environment says how it allocates.
+    """Let torch extend its GPU memory segments in place, unless the environment configures its allocator.
 
-    Caches of keys and values grow token by token, and batches differ in length: in segments of fixed size they leave
-    gaps, which ``trl-rlaif memory`` counts as fragmentation. To be called before CUDA is used. Not measured on a GPU.
-    Nothing is done where the driver's support is uncertain: on Windows, also beneath WSL.
+    KV caches grow token by token, and batches differ in length: in segments of fixed size they leave gaps, which
+    ``trl-rlaif memory`` counts as fragmentation. Call it before CUDA is used. Not measured on a GPU. Does nothing where
+    driver support is uncertain: on Windows, including WSL.
     """
     names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
     supported = sys.platform == "linux" and "microsoft" not in platform.release().lower()
@@ -110,11 +110,11 @@ def let_memory_grow() -> None:
 
 
 def use_one_gpu(args: Any) -> Any:
-    """Keep one process to one GPU, and say how to use the others; the arguments.
+    """Restrict a process to one GPU, and print how to use the others; returns the arguments.
 
-    transformers would spread each batch over all GPUs that a process sees (``nn.DataParallel``), whose copies of a
-    model nobody here reads, and multiply the batch by their number also where it does not, as with 4-bit weights.
-    TRL 1.16's trainers refuse that.
+    transformers would split each batch over all visible GPUs (``nn.DataParallel``), which this library does not
+    support, and multiplies the batch size by their number even if it does not split, as with 4-bit weights. TRL 1.16's
+    trainers reject that.
 
     Args:
         args: transformers' TrainingArguments, before the trainer is built.
@@ -138,7 +138,7 @@ def _say_once(text: str) -> None:
 
 
 def available_memory(device: str) -> int:
-    """Bytes that this process can use on a type of device: what is free, and what it holds already."""
+    """Bytes that this process can use on a device type: free memory plus what it already holds."""
     if device == "cuda":
         import torch
 
@@ -159,7 +159,7 @@ def _group_limits() -> Iterator[int]:
 
 
 def processor() -> str:
-    """The name of the GPU or processor that models are computed on."""
+    """The name of the GPU or processor that models run on."""
     if device_type() == "cuda":
         import torch
 

@@ -1,4 +1,4 @@
-"""Every hook that a plugin may implement, and the markers to do it with."""
+"""All hooks that a plugin may implement, and their pluggy markers."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ _listening = False
 
 
 class CtrlC(KeyboardInterrupt):
-    """Raised inside ``listening`` where the user pressed Ctrl-C."""
+    """Raised inside ``listening`` when the user presses Ctrl-C."""
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def listening() -> Iterator[None]:
     """Inside, raise ``CtrlC`` where Python would raise a plain KeyboardInterrupt."""
     global _listening
     handled = threading.current_thread() is threading.main_thread()
-    if not handled or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored behind `&`, say
+    if not handled or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # such as ignored with `&`
         yield
         return
     before, _listening = signal.signal(signal.SIGINT, _raise), True
@@ -36,9 +36,9 @@ def _raise(number: int, frame: Any) -> None:
 
 
 def is_fault(error: BaseException) -> bool:
-    """Whether code raised this, so that it is to blame: also what would end the program, such as SystemExit.
+    """Whether the code that raised an error is to blame, also for errors that end the program, such as SystemExit.
 
-    A plain KeyboardInterrupt is its fault only inside ``listening``; elsewhere it may as well be the user's.
+    For a plain KeyboardInterrupt it is only inside ``listening``; elsewhere, the user may have caused it.
     """
     if isinstance(error, KeyboardInterrupt):
         return _listening and not isinstance(error, CtrlC)

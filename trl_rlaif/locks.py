@@ -1,4 +1,4 @@
-"""Locks on open files, between processes: ``flock`` where there is one (Linux, macOS), else a byte of the file."""
+"""Interprocess locks on open files: ``flock`` where available (Linux, macOS), else on a byte of the file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import time
 from typing import IO, Any
 
-# On Windows a locked byte cannot be read: this one lies behind any content.
+# On Windows, a locked byte cannot be read; this one is beyond any content.
 _BYTE = 2**31 - 2
 
 
@@ -15,8 +15,8 @@ def lock(file: IO[Any], *, shared: bool = False, wait: bool = True) -> None:
     """Lock a file until it is closed.
 
     Args:
-        shared: Others may hold it too, if they share it. Windows knows no such locks: there it is as any other.
-        wait: Until those who hold it give it back.
+        shared: Allow other shared locks at the same time. Windows has none: there, the lock is exclusive.
+        wait: Wait until it is free; otherwise, raise.
 
     Raises:
         BlockingIOError: Another process holds it, and ``wait`` is False.

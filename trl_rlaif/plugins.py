@@ -1,4 +1,4 @@
-"""Finds plugins by entry point, keeps their registrations, and names the plugin at fault."""
+"""Finds plugins by entry point, registers their components, and names the plugin that causes an error."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Registry:
         """Add a component.
 
         Raises:
-            UserError: It is not of its kind, or its name is taken; names the distribution.
+            UserError: It is not a subclass for its kind, or its name is taken; the message names the distribution.
         """
         base = KINDS[kind]
         if not (isinstance(component, type) and issubclass(component, base)):
@@ -87,7 +87,7 @@ class Registry:
         return self.find(kind, name).component.Options
 
     def rewards(self) -> list[str]:
-        """Names of all labelers that are reward functions too, sorted."""
+        """Names of all labelers that are also reward functions, sorted."""
         return [r.name for r in self if r.kind == "labeler" and issubclass(r.component, Callable)]  # type: ignore[arg-type]
 
     def create(self, kind: str, name: str, options: dict[str, Any] | None = None) -> Any:
@@ -139,7 +139,7 @@ class Plugins:
 
 @dataclass(frozen=True)
 class _Origin:
-    """Where a plugin comes from: the distribution to blame, and the entry point that tells its plugins apart."""
+    """A plugin's origin: its distribution, and the entry point that distinguishes the distribution's plugins."""
 
     distribution: str
     version: str
@@ -158,9 +158,9 @@ class _Origin:
 
 
 def _check_requirement(point: EntryPoint, origin: _Origin) -> None:
-    """That this release is one that the plugin's distribution asks for: pip checks it only when it installs that one.
+    """Check that the plugin's distribution supports this release, which pip checks only when installing it.
 
-    Before the import, which might fail for just this reason with other words.
+    Done before the import, which might fail for this reason with a less clear message.
     """
     for text in getattr(point.dist, "requires", None) or ():
         if not text.lower().startswith("trl"):  # few are worth parsing
@@ -198,7 +198,7 @@ def _register(manager: pluggy.PluginManager, plugin: Any, origin: _Origin) -> No
 
 
 def _register_components(manager: pluggy.PluginManager, registry: Registry, plugin: Any, origin: _Origin) -> None:
-    """Call a plugin's register_* hooks by itself, so that an error names the one to blame."""
+    """Call one plugin's register_* hooks, so that an error can name it."""
     for kind in KINDS:
         name = f"register_{kind}s"
         own = [impl for impl in getattr(manager.hook, name).get_hookimpls() if impl.plugin is plugin]
@@ -221,8 +221,8 @@ def build_plugins(points: Iterable[EntryPoint], broken: list[Problem] | None = N
     """Load the given entry points into a fresh manager and registry.
 
     Args:
-        points: Of plugins.
-        broken: Takes what is wrong with plugins, which are then left out; None raises it.
+        points: Entry points of plugins.
+        broken: List to which problems are added; plugins with problems are left out. None: raise.
 
     Raises:
         UserError: A plugin does not import, needs another release of this library, implements a hook that does
@@ -250,10 +250,10 @@ def _add(manager: pluggy.PluginManager, registry: Registry, point: EntryPoint) -
 
 @cache
 def installed_plugins() -> Plugins:
-    """All plugins that are installed in this environment, loaded once per process."""
+    """All plugins installed in this environment, loaded once per process."""
     return build_plugins(plugin_points())
 
 
 def plugin_points() -> list[EntryPoint]:
-    """The entry points of all plugins that are installed."""
+    """The entry points of all installed plugins."""
     return sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: str(_Origin.of(point)))

@@ -23,23 +23,23 @@ from trl_rlaif.terminal import escaped
 
 console = Console(stderr=True, highlight=False, quiet=not is_first())
 
-# Without a terminal a bar cannot be redrawn; then a line is written this often.
+# Seconds between lines without a terminal, where bars cannot be redrawn.
 LINE_SECONDS = 30.0
-# A run's progress is written to its folder this often at most.
+# Minimum seconds between writes of a run's progress to its folder.
 PUBLISH_SECONDS = 1.0
-# Seconds of computing after which a run says how long it will take.
+# Seconds of computation after which a run's total time is predicted.
 FORETOLD_AFTER = 60.0
 
 
 @dataclass
 class Meter:
-    """What one bar knows: what is done, and how fast.
+    """The state of a progress bar.
 
     Args:
         description: What is being done.
-        total: How much there is to do.
-        done: How much of it is done; what was done before the meter began does not count for the rate.
-        unit: What is counted, in the plural; empty where it has no name.
+        total: Total number of units.
+        done: Number of completed units; those completed before the meter started do not count for the rate.
+        unit: Name of the unit, in the plural; may be empty.
     """
 
     description: str
@@ -54,7 +54,7 @@ class Meter:
 
     @property
     def rate(self) -> float | None:
-        """Units a second since the meter began; None before the first, and of what is one unit as a whole."""
+        """Units per second since the meter started; None before the first unit, or if the total is one unit."""
         if self.total <= 1:
             return None
         seconds, made = time.monotonic() - self.started, self.done - self.first
@@ -62,12 +62,12 @@ class Meter:
 
     @property
     def seconds_left(self) -> float | None:
-        """At this rate; None before the first unit."""
+        """Seconds left at this rate; None if the rate is unknown."""
         rate = self.rate
         return max(self.total - self.done, 0) / rate if rate else None
 
     def to_dict(self) -> dict[str, Any]:
-        """What the file tells of it."""
+        """Its entry in the progress file."""
         return {
             "description": self.description,
             "done": self.done,
@@ -79,7 +79,7 @@ class Meter:
 
 
 def pace(rate: float | None, seconds_left: float | None, unit: str = "") -> str:
-    """``3.2 pairs/s, 25 s left``; slow ones by the minute or the hour. Empty where the rate is not known."""
+    """``3.2 pairs/s, 25 s left``; slow rates per minute or per hour. Empty if the rate is unknown."""
     if not rate:
         return ""
     per, seconds = next(((p, s) for p, s in (("s", 1), ("min", 60)) if rate * s >= 1), ("h", 3600))
@@ -89,19 +89,19 @@ def pace(rate: float | None, seconds_left: float | None, unit: str = "") -> str:
     return f"{speed}{' ' + unit if unit else ''}/{per}{left}"
 
 
-# The bars that are shown now, the outermost first.
+# The bars currently shown, the outermost first.
 _open: list[Meter] = []
 
 
 @contextmanager
 def progress_bar(description: str, total: int, done: int = 0, unit: str = "") -> Iterator[Callable[[int], None]]:
-    """A bar with rate and time left; yields a function that adds to what is done. Bars may be nested.
+    """Show a bar with rate and time left; yields a function that adds completed units. Bars may be nested.
 
     Args:
         description: What is being done.
-        total: How much there is to do.
-        done: How much of it is done already.
-        unit: What is counted, in the plural, for the rate: ``pairs`` makes it ``3.2 pairs/s``.
+        total: Total number of units.
+        done: Number of units already completed.
+        unit: Name of the unit, in the plural, for the rate: ``pairs`` gives ``3.2 pairs/s``.
     """
     meter = Meter(description, total, done, unit)
     show = _drawn if console.is_terminal else _written
@@ -122,7 +122,7 @@ def progress_bar(description: str, total: int, done: int = 0, unit: str = "") ->
 
 
 class _Pace(ProgressColumn):
-    """Rate and time left, in the words that are used everywhere."""
+    """Rate and time left, as formatted by ``pace``."""
 
     def render(self, task: Task) -> Text:
         meter: Meter = task.fields["meter"]
@@ -136,7 +136,7 @@ _columns = (
     TimeElapsedColumn(),
     _Pace(),
 )
-# A terminal can hold one live display: nested bars are lines of it.
+# A terminal can show one live display: nested bars are lines of it.
 _display: Progress | None = None
 
 
@@ -174,7 +174,7 @@ def _written(meter: Meter) -> Iterator[Callable[[], None]]:
 
 
 def say(message: str) -> None:
-    """One line for the person who waits; its text is never taken for markup."""
+    """Print one line on stderr; its text is never parsed as markup."""
     console.print(escaped(message), markup=False, soft_wrap=True)
 
 
@@ -183,12 +183,12 @@ def say(message: str) -> None:
 
 @dataclass
 class Forecast:
-    """What is known beforehand of how much a run's stages compute.
+    """Advance estimate of the computation of a run's stages.
 
     Args:
-        shares: By stage, its part of all that is known; they add up to 1.
-        unknown: Stages that cannot tell.
-        measured: Stages whose outermost bar shows how far they are.
+        shares: Fraction of all estimated computation by stage; they add up to 1.
+        unknown: Stages without an estimate.
+        measured: Stages whose outermost bar shows their progress.
     """
 
     shares: dict[str, float] = field(default_factory=dict)
@@ -197,7 +197,7 @@ class Forecast:
 
 
 def _spent(path: Path) -> dict[str, float]:
-    """By stage, the seconds of work that a process did not complete, as its file tells; {} where there is none."""
+    """Seconds of uncompleted work by stage, from an earlier process's progress file; {} if there is none."""
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
         spent, stage = dict(before.get("spent", {})), before["stage"]
@@ -205,19 +205,19 @@ def _spent(path: Path) -> dict[str, float]:
             seconds = max(before["updated_at"] - before["stage_started_at"], 0.0)
             spent[stage] = before.get("stage_seconds_before", 0.0) + seconds
         return {str(name): float(seconds) for name, seconds in spent.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # it is there for what is told, no more
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # the file is only informative
         return {}
 
 
 class Publisher:
-    """Keeps ``progress.json`` in a run's folder up to date, at most once a second, and never fails a run.
+    """Updates ``progress.json`` in a run's folder, at most once per second, and never fails a run.
 
-    After its first minute it says how long the run will take.
+    After the first minute, it prints how long the run will take.
 
     Args:
         path: The file.
         stages: The run's stages in order, each with its fingerprint.
-        forecast: What is known of how much the stages compute.
+        forecast: Estimate of the stages' computation.
     """
 
     def __init__(self, path: Path, stages: Mapping[str, str], forecast: Forecast | None = None) -> None:
@@ -237,14 +237,14 @@ class Publisher:
         }
 
     def begin(self, stage: str, *, resumed: bool = False) -> float:
-        """Say which stage is at work from now on.
+        """Set the current stage.
 
         Args:
             stage: The stage.
-            resumed: It goes on with what an earlier process began.
+            resumed: It continues what an earlier process began.
 
         Returns:
-            Seconds that earlier processes worked on what is resumed.
+            Seconds that earlier processes spent on the resumed work.
         """
         self._finish(self._state["stage"])
         before = self._spent.pop(stage, 0.0)
@@ -254,18 +254,18 @@ class Publisher:
         return before
 
     def _finish(self, stage: str | None) -> None:
-        """Count a stage that has ended as made."""
+        """Count a stage that has ended as completed."""
         share = self._forecast.shares.pop(stage, 0.0) if stage else 0.0
         if share:
             self._made += share
             self._computing += time.time() - self._state["stage_started_at"]
 
     def skip(self, stage: str) -> None:
-        """A stage need not be computed after all."""
+        """Remove a stage, which need not be computed, from the forecast."""
         self._forecast.shares.pop(stage, None)
 
     def _foretell(self) -> None:
-        """Say once how long the run will take, when a minute has been computed and a hundredth of all is done."""
+        """Print once how long the run will take, after a minute of computation and 1% of the total."""
         stage, shares, outermost = self._state["stage"], self._forecast.shares, _open[0] if _open else None
         if stage not in shares or stage not in self._forecast.measured or outermost is None or not outermost.total:
             return
@@ -280,12 +280,12 @@ class Publisher:
         say(f"The run will take about {whole} in total{without}, at its current pace.")
 
     def end(self, outcome: str) -> None:
-        """Say how the run ended: ``done``, or why it stopped."""
+        """Record how the run ended: ``done``, or why it stopped."""
         self._state["outcome"] = outcome
         self.publish(at_once=True)
 
     def publish(self, *, at_once: bool = False) -> None:
-        """Write what is known now, if it is time."""
+        """Write the current state, if due."""
         if not is_first():
             return
         now = time.monotonic()
@@ -297,7 +297,7 @@ class Publisher:
         text = json.dumps(self._state | {"updated_at": time.time(), "bars": bars, "spent": self._spent})
         building = self._path.with_name(f".{self._path.name}.building")
         try:
-            # Not synced to the disk: what matters is that a reader finds a whole file, and that this costs nothing.
+            # Not synced to disk: readers only need a complete file, and writing must cost nothing.
             building.write_text(text, encoding="utf-8")
             os.replace(building, self._path)
         except OSError:
@@ -314,11 +314,11 @@ def _publish(*, at_once: bool = False) -> None:
 
 @contextmanager
 def publishing(state: Path, stages: Mapping[str, str], forecast: Forecast | None = None) -> Iterator[Publisher]:
-    """Publish every bar that is shown inside, and how it ended.
+    """Publish all bars shown inside, and how the run ended.
 
     Args:
-        state: The folder for it: a run's ``.state``.
-        stages, forecast: As of Publisher. A run within another one, as of a variant, foretells nothing.
+        state: A run's folder ``.state``.
+        stages, forecast: As in Publisher. A run within another, such as a variant's, makes no forecast.
     """
     global _publisher
     before, _publisher = _publisher, Publisher(state / PROGRESS, stages, None if _publisher else forecast)

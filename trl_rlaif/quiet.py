@@ -1,4 +1,4 @@
-"""Commands keep off the terminal what libraries print of their own work; from Python nothing is silenced."""
+"""Silences other libraries' messages in commands; nothing is silenced when the package is used from Python."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 
-# Libraries read these at import. A value that the user has set is kept, and child processes inherit them.
+# Libraries read these at import. Values set by the user are kept, and child processes inherit them.
 _ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # transformers' bars too
@@ -16,10 +16,10 @@ _ENVIRONMENT = {
 
 
 def quiet_libraries() -> None:
-    """Hide progress bars, deprecations and advice of libraries, none of which is imported yet."""
+    """Hide progress bars, deprecation warnings and advice of libraries, which must not be imported yet."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # It warns at import of a faster kernel that it could download.
+    # It warns at import about a faster kernel that could be downloaded.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # It warns on stdout that there is no GPU, and sets its own level at import; a filter stays.
     logging.getLogger("DeepSpeed").addFilter(_is_error)

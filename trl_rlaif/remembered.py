@@ -1,4 +1,4 @@
-"""Answers that take seconds to find and hold until a package changes, kept in the user's cache between commands."""
+"""Caches results that take seconds to compute and stay valid until a package changes, across commands."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any
 from trl_rlaif.files import cache_dir, to_json, write_atomically
 
 _FILE = "remembered.json"
-# Answers that are kept; the oldest go first.
+# Maximum number of cached results; the oldest are removed first.
 _MOST = 200
 
 
 def remembered(question: Any, find: Callable[[], Any]) -> Any:
-    """What ``find`` returns, or what it returned to the same question with the same packages installed.
+    """The result of ``find``, or its cached result for the same question with the same packages installed.
 
     Args:
-        question: What decides the answer besides the packages, as JSON takes it.
-        find: Its answer is kept unless it is None; what it raises passes through and is not kept.
+        question: What the result depends on besides the packages; JSON-serializable.
+        find: Its result is cached unless it is None; exceptions propagate and are not cached.
     """
     path = cache_dir() / _FILE
     key = hashlib.sha256(to_json([_installation(), question]).encode()).hexdigest()
@@ -32,7 +32,7 @@ def remembered(question: Any, find: Callable[[], Any]) -> Any:
         if answer is None:
             return None
         known = dict([*_read(path).items(), (key, answer)][-_MOST:])  # read again: another command may have added to it
-        with suppress(OSError):  # a cache that cannot be written costs time alone
+        with suppress(OSError):  # without a writable cache, only time is lost
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, to_json(known))
     return known[key]
@@ -47,7 +47,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _installation() -> list[Any]:
-    """What changes with every package that is installed, upgraded or removed, and with every edit of this one."""
+    """A value that changes when a package is installed, upgraded or removed, or this one is edited."""
     packages = [found.name for place in sys.path for found in sorted(Path(place).glob("*.dist-info"))]
     own = max(file.stat().st_mtime_ns for file in Path(__file__).parent.rglob("*.py"))
     return [sys.version, packages, own]

@@ -15,9 +15,9 @@ from trl_rlaif.stopping import end_of_turn
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# The marks of reasoning in a model whose vocabulary has them, while its template does not tell.
+# Marks of reasoning for models whose vocabulary contains them, but whose template does not mark reasoning.
 _COMMON_TAGS = ("<think>", "</think>")
-# Tokens at the end of a prompt among which what begins the reasoning is looked for.
+# Number of tokens at the end of a prompt that are searched for the start of the reasoning.
 _TAIL = 16
 
 
@@ -26,9 +26,9 @@ class Response:
     """A sampled response.
 
     Args:
-        answer: Text without its reasoning, and without what ended it.
-        reasoning: Text; None where there is none, or it is kept in the answer.
-        answer_ids: The answer's tokens as sampled, without the one that ended it.
+        answer: Text without the reasoning and the stop token.
+        reasoning: Text; None if there is none, or it is kept in the answer.
+        answer_ids: The answer's tokens as sampled, without the stop token.
         ended: Whether a stop token was sampled, after the reasoning.
     """
 
@@ -38,7 +38,7 @@ class Response:
     ended: bool
 
     def as_completion(self, prompt: PromptLike) -> PromptLike:
-        """The answer in the form of its prompt: text, or a message, which has ``reasoning_content`` beside it."""
+        """The answer in the form of its prompt: text, or a message, which may also have ``reasoning_content``."""
         if isinstance(prompt, str):
             return self.answer
         reasoning = {} if self.reasoning is None else {"reasoning_content": self.reasoning}
@@ -46,16 +46,16 @@ class Response:
 
 
 class ResponseReader:
-    """Reads sampled tokens as what rewards, judges and reports see of a response.
+    """Parses sampled tokens into the response that rewards, judges and reports see.
 
     Args:
-        tokenizer: Its chat template says how reasoning is marked, unless ``tags`` do.
+        tokenizer: Its chat template determines how reasoning is marked, unless ``tags`` are given.
         stop_ids: The tokens that end a response.
         reasoning: ``strip`` takes the reasoning out of the answer, ``keep`` leaves it there.
-        tags: What reasoning begins and ends with, such as ``("<think>", "</think>")``.
+        tags: Opening and closing tag of reasoning, such as ``("<think>", "</think>")``.
 
     Attributes:
-        end_id: The end of a turn, with which every response ends in the rows of a reward model.
+        end_id: The end-of-turn token, with which every response ends in the rows of a reward model.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class ResponseReader:
 
     @cached_property
     def prompted(self) -> bool:
-        """Whether the chat template's own prompt begins the reasoning."""
+        """Whether a prompt from the chat template already begins the reasoning."""
         if self._marks is None or not self.tokenizer.chat_template:
             return False
         return self._begins_reasoning(encode_prompt(self.tokenizer, as_messages("x")))
@@ -85,11 +85,11 @@ class ResponseReader:
         return self._raw(list(prompt_ids[-_TAIL:])).rstrip().endswith(self._marks[0])
 
     def read(self, ids: Sequence[int], prompt_ids: Sequence[int] | None = None) -> Response:
-        """A response of any number of tokens, with the one that ended it, where there was one.
+        """Parse a response of any length, including its stop token if one was sampled.
 
         Args:
-            ids: The response.
-            prompt_ids: Its prompt, which may begin the reasoning; None: as the chat template's own prompts do.
+            ids: The response's tokens.
+            prompt_ids: Its prompt, which may begin the reasoning; None: decided by the chat template's prompts.
         """
         ids = list(ids)
         ended = bool(ids) and ids[-1] in self.stop_ids
@@ -101,10 +101,10 @@ class ResponseReader:
         begun = self.prompted if prompt_ids is None else self._begins_reasoning(prompt_ids)
         if header and text.lstrip().startswith(header):
             start = self._first(ids, lambda text: text.lstrip().startswith(header))
-            # An empty block of reasoning is none.
+            # An empty block of reasoning counts as none.
             return self._answered(ids, start, None, ended)
         if not begun and not text.lstrip().startswith(opening):
-            # What ends reasoning may also be what an answer is about; it must not hide what comes before it.
+            # An answer may mention the tag that ends reasoning; the text before it must not be dropped.
             return Response(self._text(ids), None, ids, ended)
         reasoning, closed, _ = text.lstrip().removeprefix(opening).partition(close)
         if not closed:
@@ -113,7 +113,7 @@ class ResponseReader:
         return self._answered(ids, start, reasoning.strip() or None, ended)
 
     def row(self, ids: Sequence[int], prompt_ids: Sequence[int] | None = None) -> list[int]:
-        """A response's tokens as a reward model reads them: the answer's as sampled, and the end of a turn."""
+        """A response's tokens for a reward model: the answer's as sampled, and the end-of-turn token."""
         return [*self.read(ids, prompt_ids).answer_ids, self.end_id]
 
     def _answered(self, ids: list[int], start: int, reasoning: str | None, ended: bool) -> Response:
@@ -122,7 +122,7 @@ class ResponseReader:
         return Response(self._text(ids[start:]), reasoning, ids[start:], ended)
 
     def _first(self, ids: list[int], holds: Callable[[str], bool]) -> int:
-        """How many tokens it takes until this holds of their text, which then holds of more tokens, too."""
+        """The smallest number of tokens for whose text ``holds`` is true; it must be monotonic."""
         return bisect_left(range(len(ids) + 1), True, key=lambda count: holds(self._raw(ids[:count])))
 
     def _raw(self, ids: list[int]) -> str:

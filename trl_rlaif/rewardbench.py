@@ -1,4 +1,4 @@
-"""A run's reward model on a benchmark in RewardBench's format: its scores, and what they say by subset."""
+"""Evaluates a run's reward model on a benchmark in RewardBench's format: its scores and results by subset."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ from trl_rlaif.reward.scoring import can_pack, score_pairs
 def run_benchmark(
     folder: str | Path, source: str | Path, *, batch_tokens: int = 8192, scores: Path | None = None
 ) -> dict[str, Any]:
-    """Score a benchmark with a run's reward model, as the run scores: read at the end of each response's turn.
+    """Score a benchmark with a run's reward model, as in the run: scores are read at the end-of-turn token.
 
     Args:
-        folder: The run's.
-        source: A preference file in RewardBench's or RewardBench 2's format, as of ``load_benchmark``.
-        batch_tokens: Most tokens of one forward pass.
-        scores: A .jsonl file for every row's scores; None writes none.
+        folder: The run's folder.
+        source: A preference file in RewardBench's or RewardBench 2's format, as in ``load_benchmark``.
+        batch_tokens: Maximum tokens per forward pass.
+        scores: A .jsonl file for the scores of every row; None: not written.
 
     Returns:
-        ``subsets``: by name what ``benchmark_accuracy`` returns, or ``ties_score`` of a subset Ties. ``sections``, if
-        the file names any, and ``all``: the same of the rows with one right response. ``mean_of_subsets``: the mean
-        rate, or score, as RewardBench 2 ranks models. ``left_out``: by subset how many rows are longer than the model's
-        context.
+        ``subsets``: results of ``benchmark_accuracy`` by name, or of ``ties_score`` for a subset Ties. ``sections``, if
+        the file names any, and ``all``: the accuracy of these rows, without Ties. ``mean_of_subsets``: the mean rate or
+        score, by which RewardBench 2 ranks models. ``left_out``: number of rows longer than the model's context, by
+        subset.
 
     Raises:
-        UserError: There is no trained reward model, or rows are wrong, with file and line.
+        UserError: There is no trained reward model, rows are invalid (with file and line), or all rows are too long.
         RunError: A score is not finite.
     """
     trained, rows = find_trained(folder, "reward"), load_benchmark(source)
@@ -68,7 +68,7 @@ def _score_row(row: BenchmarkRow, scored: ScoredRow) -> dict[str, Any]:
 def _scored(
     trained: Trained, rows: Sequence[BenchmarkRow], batch_tokens: int
 ) -> tuple[list[BenchmarkRow], list[ScoredRow], Counter[str]]:
-    """The rows that fit into the model, with their scores; and how many do not, by subset."""
+    """The rows that fit into the model's context, with their scores; and the number of others, by subset."""
     tokenizer, base = trained.tokenizer(), load_reward_base(trained.path, trained.base)
     model = PeftModel.from_pretrained(base, str(trained.path)).eval()
     if trained.base.quantization != "nf4":
@@ -82,7 +82,7 @@ def _scored(
             left_out[row.subset or UNNAMED] += 1
             continue
         kept.append(row)
-        # Two by two, as packed rows hold them; an odd one is its own partner.
+        # In pairs, as in packed rows; with an odd number, the last one is paired with itself.
         pairs += [
             {"chosen_ids": one, "rejected_ids": other, "prompt_length": len(prompt)}
             for one, other in zip(responses[::2], [*responses[1::2], *responses[-1:]], strict=False)
@@ -115,7 +115,7 @@ def _pair_scores(
     return [found[i] for i in range(len(pairs))]
 
 
-# ---- Figures --------------------------------------------------------------------------------------------
+# ---- Results --------------------------------------------------------------------------------------------
 
 
 def _figures(rows: Sequence[BenchmarkRow], scored: Sequence[ScoredRow]) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def _figures(rows: Sequence[BenchmarkRow], scored: Sequence[ScoredRow]) -> dict[
 
 
 def describe(found: dict[str, Any]) -> str:
-    """The figures as a table to read."""
+    """The results as a text table."""
     parts = [*found["subsets"].items(), *((f"section {name}", of) for name, of in found.get("sections", {}).items())]
     if found["all"]:
         parts.append(("all rows", found["all"]))

@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 FILE = "run.json"
 BATCH_SIZE = "per_device_train_batch_size x gradient_accumulation_steps x processes"
-# Of the training arguments, those that decide what is learned. How a run computes, saves and logs may change.
+# Training arguments that affect what is learned. How a run computes, saves and logs may change.
 _LEARNING = {
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio", "warmup_steps", "weight_decay",
     "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed", "data_seed",
     "num_train_epochs", "max_steps", "label_smoothing_factor", "neftune_noise_alpha", "train_sampling_strategy",
     "group_by_length", "dataloader_drop_last",
 }  # fmt: skip
-# Of the fields that TRL and PPOConfig add, those that do not: speed, memory, logs, paths, and what follows from others.
+# Fields added by TRL and PPOConfig that do not: speed, memory, logs, paths, and values computed from others.
 _FREE = {
     "dataset_num_proc", "local_rollout_forward_batch_size", "micro_batch_tokens", "num_sample_generations",
     "sft_model_path", "reward_model_path", "model_init_kwargs", "trust_remote_code", "chat_template_path",
@@ -44,24 +44,24 @@ _FREE = {
     "mini_batch_size",
 }  # fmt: skip
 _FREE_PREFIXES = ("vllm_", "log_", "transformers_continuous_", "use_transformers_")
-# How long a run is may be changed on purpose.
+# A run's length may be changed on purpose.
 _LENGTH = {"total_episodes", "num_train_epochs", "max_steps"}
-# What a model computed differs by rounding from machine to machine.
+# Columns computed by a model, which differ between machines by rounding.
 _COMPUTED = {"chosen_log_ratios", "rejected_log_ratios", "ref_chosen_logps", "ref_rejected_logps"}
 
 
 def identity(args: Any, dataset: Any, processes: int, **more: Any) -> dict[str, Any]:
-    """A run's settings and data, as JSON holds them.
+    """A run's settings and data as JSON values.
 
     Args:
         args: The trainer's arguments.
-        dataset: What it trains on.
-        processes: That train together.
+        dataset: The training data.
+        processes: Number of processes that train together.
         more: Further settings.
 
     Returns:
-        ``settings`` by name; ``rows`` of the dataset, and a digest of each column's content in ``columns``. Neither
-        depends on where files are, or on what the datasets library cached.
+        ``settings`` by name; the dataset's number of ``rows``, and a digest of each column's content in ``columns``.
+        Neither depends on where files are, or on what the datasets library cached.
     """
     names = sorted(field.name for field in fields(args))
     settings = {name: getattr(args, name) for name in names if decides_what_is_learned(name)}
@@ -75,7 +75,7 @@ def identity(args: Any, dataset: Any, processes: int, **more: Any) -> dict[str, 
 
 
 def decides_what_is_learned(name: str) -> bool:
-    """Whether a training argument decides what is learned. How a run computes, saves and logs may change."""
+    """Whether a training argument affects what is learned; how a run computes, saves and logs may change."""
     if name in _LEARNING:
         return True
     general = {field.name for field in fields(TrainingArguments)}
@@ -83,7 +83,7 @@ def decides_what_is_learned(name: str) -> bool:
 
 
 def components(rewards: RewardPipeline, selectors: Sequence[Any]) -> dict[str, Any]:
-    """What scores and selects in a run, with its options: settings that no argument holds."""
+    """A run's rewards, transforms and selectors with their options: settings that are not training arguments."""
     names = rewards.names
     return {
         "rewards": names,
@@ -94,13 +94,14 @@ def components(rewards: RewardPipeline, selectors: Sequence[Any]) -> dict[str, A
 
 
 def named(kind: str, found: Sequence[Any]) -> dict[str, Any]:
-    """Components by the names of their classes, in order, and each option of theirs by ``kind.name.option``.
+    """Class names of components, in order, and their options by ``kind.name.option``.
 
-    Each option is an entry of its own, so that one which a later version adds is not missed in earlier checkpoints.
+    Each option is a separate entry, so that an option added in a later version does not conflict with earlier
+    checkpoints.
 
     Args:
-        kind: The argument that holds them.
-        found: What it holds.
+        kind: Name of the argument that holds them.
+        found: Its components.
     """
     names: list[str] = []
     for component in found:
@@ -117,7 +118,7 @@ def _options(kind: str, names: Sequence[str], found: Sequence[Any]) -> dict[str,
 
 
 def _plain_options(component: Any) -> dict[str, Any]:
-    """A component's options; {} where a third party's has none, or ones that JSON cannot hold."""
+    """A component's options; {} if a third party's has none, or they cannot be converted to JSON."""
     options = getattr(component, "options", None)
     try:
         return options.model_dump(mode="json") if isinstance(options, BaseModel) else {}
@@ -143,21 +144,21 @@ def _content(column: pa.Array) -> bytes:
 
     if pa.types.is_list(column.type) and pa.types.is_integer(column.type.value_type) and not column.null_count:
         tokens = column.flatten()
-        if not tokens.null_count:  # token ids, of which there are many
+        if not tokens.null_count:  # a fast path for token ids, of which there are many
             parts = (column.value_lengths(), tokens)
             return b"".join(part.to_numpy(zero_copy_only=False).astype("<i8").tobytes() for part in parts)
     return json.dumps(column.to_pylist(), sort_keys=True, default=str).encode()
 
 
 def check(folder: Path, now: Mapping[str, Any]) -> None:
-    """Compare a checkpoint with the run that goes on from it; say it where the run's length was changed.
+    """Compare a checkpoint with the run that resumes from it; warn about changes that are allowed.
 
     Args:
-        folder: The checkpoint's.
-        now: As ``identity`` gives it.
+        folder: The checkpoint's folder.
+        now: The result of ``identity``.
 
     Raises:
-        UserError: A setting or the data are others. Every one that is, with both values.
+        UserError: Settings or data differ; with every difference, and both values of settings.
     """
     try:
         before = json.loads((folder / FILE).read_text(encoding="utf-8"))
@@ -189,7 +190,7 @@ def check(folder: Path, now: Mapping[str, Any]) -> None:
 
 
 def _effect(name: str) -> str | None:
-    """What follows where a setting is changed that may be; None where it may not."""
+    """The effect of changing a setting; None if it must not change."""
     if name in _LENGTH:
         return "The learning rate's schedule follows it."
     if name == "processes":
@@ -212,11 +213,11 @@ def _other_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 class SameRun(TrainerCallback):
-    """Has a trainer of transformers' write its identity into every checkpoint, and compare it when it resumes.
+    """Makes a trainer of transformers write its identity into every checkpoint, and compare it on resume.
 
     Args:
-        trainer: Whose.
-        dataset: Gives what it trains on; None takes its ``train_dataset``.
+        trainer: The trainer.
+        dataset: Returns the training data; None: the trainer's ``train_dataset``.
         more: Further settings.
     """
 
@@ -227,33 +228,33 @@ class SameRun(TrainerCallback):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Of the trainer, as it is when this is first asked for."""
+        """The trainer's identity, computed on first use."""
         if not self._identity:
             trainer = self._trainer
             self._identity = identity(trainer.args, self._dataset(), trainer.accelerator.num_processes, **self._more)
         return self._identity
 
     def compare(self, folder: Path) -> None:
-        """Compare with a checkpoint; the next run of the trainer then does not.
+        """Compare with a checkpoint; the trainer's next ``train`` then does not.
 
         Raises:
-            UserError: As ``check``.
+            UserError: As in ``check``.
         """
         check(folder, self.identity)
         self._compared = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Compare with the checkpoint that was loaded, which is taken to be this trainer's own.
+        """Compare with the loaded checkpoint, which is assumed to be in the trainer's output folder.
 
         Raises:
-            UserError: As ``check``.
+            UserError: As in ``check``.
         """
         if state.global_step and not self._compared:
             check(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.identity)
         self._compared = False
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the identity, and the digests of everything that callbacks before this one and the trainer wrote."""
+        """Write the identity, and the digests of all files written by the trainer and earlier callbacks."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         self._trainer.accelerator.wait_for_everyone()  # each process writes its random state
         if state.is_world_process_zero and folder.is_dir():

@@ -1,4 +1,4 @@
-"""A first recipe from four answers: the model, the prompts, the card and the goal."""
+"""Writes a first recipe from four answers: the model, the prompts, the GPU and the goal."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GOALS: dict[str, str] = {
     "ppo": "Train a reward model on the judge's preferences, and the model on it with PPO",
     "grpo": "Train the model on the judge's ratings with GRPO, without a reward model",
 }
-# Of a file of prompts, the part that is held out for evaluation, and the most of them.
+# Prompts held out for evaluation: their fraction and maximum number; and the fewest prompts of a file that is split.
 _HELD_OUT, _MOST_HELD_OUT, _FEWEST = 0.1, 200, 20
 
 Sections = dict[str, dict[str, Any]]
@@ -59,12 +59,12 @@ _COMMENTS = {
 
 @dataclass(frozen=True)
 class Answers:
-    """What is asked.
+    """Answers to the four questions.
 
     Args:
         model: A Hub id, a folder, or ``package:NAME``.
         data: A file of prompts, or a dataset's Hub id.
-        gpu: Memory of the card in GB; 0 for none.
+        gpu: GPU memory in GB; 0: no GPU.
         goal: One of GOALS.
     """
 
@@ -75,12 +75,12 @@ class Answers:
 
 
 def start(answers: Answers, path: Path, plugins: Plugins) -> list[str]:
-    """Write a recipe that passes ``check`` and fits the card, and say in lines what to do with it.
+    """Write a recipe that passes ``check`` and fits the GPU; return lines that say what to do with it.
 
-    A .jsonl file of prompts is divided at random: a tenth is written beside the recipe to evaluate on.
+    A .jsonl file of prompts is split at random into two files next to the recipe: a tenth is held out for evaluation.
 
     Raises:
-        UserError: The file exists, the prompts cannot be read, or no such recipe fits the card.
+        UserError: The file exists, the prompts cannot be read, or no such recipe fits the GPU.
     """
     if path.exists():
         raise UserError("This file already exists.", where=str(path), fix="Name another one, or remove it.")
@@ -109,7 +109,7 @@ def start(answers: Answers, path: Path, plugins: Plugins) -> list[str]:
 
 
 def _fitted(answers: Answers, sections: Sections, draft: Path, plugins: Plugins) -> str:
-    """Write the draft with settings that fit the card, and say how much they take; the sections are changed."""
+    """Write the draft with settings that fit the GPU, and return their predicted peak; modifies the sections."""
     recipe = _written(answers, sections, draft, plugins)
     if not answers.gpu:
         return ""
@@ -170,17 +170,17 @@ def _sections(answers: Answers, path: Path, data: dict[str, str]) -> Sections:
 
 
 def _absolute(data: str) -> str:
-    """A file's path from everywhere; a Hub id as it is."""
+    """A file's absolute path; a Hub id unchanged."""
     source = Path(data).expanduser()
     return str(source.resolve()) if source.exists() else data
 
 
 def _divided(answers: Answers, path: Path) -> dict[str, tuple[Path, list[str]]]:
-    """By key of ``data``, a file and its lines: prompts to train on, and those held out. {} where none can be."""
+    """Files and their lines by key of ``data``: training prompts and held-out ones. {} if they cannot be split."""
     source = Path(answers.data).expanduser()
     if source.suffix != ".jsonl" or not source.is_file() or answers.goal == "labels":
         return {}
-    # Not by splitlines: a text in JSON may hold other ends of lines.
+    # Not splitlines: texts in JSON may contain other line separators.
     lines = [line for line in source.read_text(encoding="utf-8").split("\n") if line.strip()]
     if len(lines) < _FEWEST:
         return {}
@@ -197,7 +197,7 @@ def _divided(answers: Answers, path: Path) -> dict[str, tuple[Path, list[str]]]:
 
 
 def _prompt_of(line: str) -> str:
-    """What a prompt is known by; of a line that is none, which ``check`` refuses, all of it."""
+    """A prompt's key; for an invalid line, which ``check`` rejects, the line itself."""
     with suppress(ValueError, TypeError, AttributeError, KeyError):
         return prompt_key(json.loads(line)["prompt"])
     return line
@@ -218,7 +218,7 @@ def _commented(line: str, comment: str) -> str:
 
 
 def _flow(value: Any) -> str:
-    """A value on one line: text in quotes where YAML would read it as more."""
+    """A value on one line; text is quoted if YAML would not read it as text."""
     if isinstance(value, float):
         return f"{value:.1e}".replace("e-0", "e-") if value < 1e-3 else str(value)
     if isinstance(value, str) and yaml.safe_load(value) != value:

@@ -16,12 +16,12 @@ def save_state(state: Any, path: Path, known: Sequence[type] = ()) -> None:
     """Write tensors, numbers, texts, and lists, tuples and dicts of these.
 
     Args:
-        state: What ``state_dict`` of the parts of a run gave.
+        state: State dicts of a run's parts.
         path: The file.
-        known: Classes whose objects it may hold, too.
+        known: Other classes whose objects it may contain.
 
     Raises:
-        UserError: It holds another object, which could not be read again.
+        UserError: It contains another object, which could not be read again.
     """
     torch.save(state, path)
     try:
@@ -36,14 +36,14 @@ def save_state(state: Any, path: Path, known: Sequence[type] = ()) -> None:
 
 
 def load_state(path: Path, known: Sequence[type] = ()) -> Any:
-    """What ``save_state`` wrote, on the CPU.
+    """Read a file of ``save_state`` to the CPU.
 
     Raises:
-        RunError: The file is damaged, or holds objects of other classes, whose code is not run.
+        RunError: The file is damaged, or contains objects of other classes, whose code is not run.
     """
     try:
         return _read(path, known)
-    except Exception as error:  # whatever a damaged archive makes torch raise
+    except Exception as error:  # a damaged archive may make torch raise anything
         raise RunError(
             f"The file is damaged, or not one that this project wrote: {_first_line(error)}",
             where=str(path),

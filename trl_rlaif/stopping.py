@@ -20,7 +20,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
     For many models it is not the tokenizer's eos: ``<end_of_turn>`` (Gemma), ``<|end|>`` (Phi-3), ``<|user|>`` (GLM-4,
     whose template ends a turn by beginning the next one). It ends every response in the rows of a reward model.
     """
-    # The arguments that the answer depends on are part of the cache's key: users change both.
+    # The attributes that the result depends on are part of the cache key: users change both.
     return _end_of_turn(tokenizer, str(tokenizer.chat_template), tokenizer.eos_token_id)
 
 
@@ -49,7 +49,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, model: Any = None) -> tuple[int
 
     Args:
         tokenizer: Its end of turn and its eos are among them.
-        model: Its generation config's ``eos_token_id``, one or a list, is too.
+        model: Its generation config's ``eos_token_id``, one or a list, is included, too.
 
     Returns:
         Token ids without repetition; the end of turn is the first.
@@ -83,13 +83,13 @@ def chosen_stop_ids(
     stop_token_id: int | None = None,
     stop_token: str | None = "eos",
 ) -> tuple[int, ...]:
-    """The tokens that end a response, as the settings of the same names in PPOConfig say.
+    """The tokens that end a response, by the settings of the same names in PPOConfig.
 
-    Those in ``stop_tokens``; or ``stop_token_id``; or, with ``stop_token: eos``, ``stop_ids``; or else none, and
-    responses are sampled to the full length.
+    The first that applies: ``stop_tokens``; ``stop_token_id``; with ``stop_token: eos``, ``stop_ids``; otherwise none,
+    and responses are sampled to the full length.
 
     Raises:
-        UserError: As ``named_stop_ids``.
+        UserError: As in ``named_stop_ids``.
     """
     if stop_tokens is not None:
         return named_stop_ids(tokenizer, stop_tokens)
@@ -101,8 +101,8 @@ def chosen_stop_ids(
 def ended_row(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """A tokenized conversation that ends with the end of its last turn.
 
-    What the template writes after it, such as a line break, is cut off; where the template leaves the end to the next
-    turn, it is appended.
+    Whitespace that the template writes after it, such as a line break, is cut off; if the template leaves the end token
+    to the next turn, it is appended.
     """
     end, stops = end_of_turn(tokenizer), stop_ids(tokenizer)
     last = next((i for i in reversed(range(len(ids))) if ids[i] in stops), len(ids))

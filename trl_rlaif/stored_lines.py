@@ -1,4 +1,4 @@
-"""Lines of a file that are read from disk on demand: a million rows may not fit into memory."""
+"""Lines of a file, read from disk on demand: a million rows may not fit into memory."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _BLOCK = 1 << 20
 
 
 class Stored(Sequence[T]):
-    """Items of a file's whole lines, each read when it is asked for. A slice reads nothing.
+    """Items of a file's complete lines, each read on access. Slicing reads nothing.
 
     Args:
-        path: The file, which is not changed meanwhile; a missing one has no lines.
-        starts: Where its L lines begin, in bytes; None looks for them.
-        lines: Which of its lines the N items are; None: all.
+        path: The file, which must not change meanwhile; a missing one has no lines.
+        starts: Byte offsets of its L lines; None: found by reading the file.
+        lines: Line numbers, from 0, of the N items; None: all lines.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Stored(Sequence[T]):
 
     @abstractmethod
     def _read(self, line: bytes, where: str) -> T:
-        """The item of a line; ``where`` is its file and number."""
+        """Parse a line into an item; ``where`` is its file and line number."""
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -48,7 +48,7 @@ class Stored(Sequence[T]):
     def __getitem__(self, index: slice) -> Self: ...
 
     def __getitem__(self, index: int | slice) -> T | Self:
-        """An item; or those of a slice."""
+        """An item, or the items of a slice."""
         if isinstance(index, slice):
             return type(self)(self._path, self._starts, self._lines[index])
         number = self._lines[index]
@@ -59,20 +59,20 @@ class Stored(Sequence[T]):
         return map(self.__getitem__, range(len(self)))
 
     def at(self, places: np.ndarray) -> Self:
-        """Some of these items."""
+        """The items at the given indices."""
         return type(self)(self._path, self._starts, array("q", map(self._lines.__getitem__, places.tolist())))
 
 
 class StoredRows(Stored[dict[str, Any]]):
-    """The rows of a JSON-lines file of ours."""
+    """The rows of a JSON-lines file written by ``append_lines``."""
 
     def _read(self, line: bytes, where: str) -> dict[str, Any]:
-        """As of ``parse_line``."""
+        """As in ``parse_line``."""
         return parse_line(line, where)
 
 
 def _line_starts(path: Path) -> np.ndarray:
-    """Of the whole lines of a file."""
+    """Byte offsets of a file's complete lines."""
     import numpy as np
 
     ends: list[np.ndarray] = [np.zeros(1, np.int64)]

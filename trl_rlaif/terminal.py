@@ -1,4 +1,4 @@
-"""Untrusted text on a terminal: characters that move the cursor, set colors or change direction are escaped."""
+"""Escapes untrusted text for a terminal: characters that move the cursor, set colors or change text direction."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import re
 
 import typer
 
-# Control characters but tab and line feed, line separators, marks that turn a text round, and halves of characters.
+# Control characters except tab and line feed, line separators, bidirectional marks, and surrogates.
 _ACTING = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
 
 def escaped(text: str) -> str:
-    r"""The text with every acting character as Python writes it: ``\x1b`` for an escape."""
+    r"""The text with every such character as a Python escape sequence: ``\x1b`` for an escape."""
     return _ACTING.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
 
 

@@ -1,4 +1,4 @@
-"""PPO's settings as of TRL 1.12, for later releases of TRL, which no longer have them."""
+"""PPO's settings from TRL 1.12, for later releases of TRL, which no longer have them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class OwnPPOConfig(TrainingArguments):
     ``gradient_accumulation_steps`` * processes.
     """
 
-    # Of the training arguments, those whose default or type is another one in TRL's trainers.
+    # Training arguments whose default or type differs in TRL's trainers.
     learning_rate: float = setting(3e-6, "Initial learning rate.")
     logging_steps: float = setting(10, "Log after this many updates; below 1: a fraction of all updates.")
     gradient_checkpointing: bool = setting(True, "Recompute activations in the backward pass: less memory, slower.")

@@ -1,4 +1,4 @@
-"""What PPOTrainer stands on where TRL has no PPO trainer: construction, saving and the model card."""
+"""Base class of PPOTrainer for TRL releases without a PPO trainer: construction, saving and the model card."""
 
 from __future__ import annotations
 
@@ -30,34 +30,34 @@ class PPOState(TrainerState):
 
 
 class PolicyAndValue(nn.Module):
-    """What is trained, as one model: that is what optimizers and accelerate take."""
+    """Policy and value model as one module, as optimizers and accelerate need it."""
 
     def __init__(self, policy: nn.Module, value_model: nn.Module) -> None:
         super().__init__()
         self.policy, self.value_model = policy, value_model
-        self.config = policy.config  # DeepSpeed asks for it
+        self.config = policy.config  # DeepSpeed reads it
 
 
 class OwnPPOTrainer(Trainer):
     """The constructor, ``save_model`` and the model card of TRL 1.12's ``PPOTrainer``, on transformers' Trainer.
 
-    With the same seed, models and arguments whatever is drawn at random is the same as there.
+    With the same seed, models and arguments, it draws the same random numbers as TRL's.
 
     Args:
-        args: Its batch sizes and ``num_total_batches`` are worked out here.
+        args: Its batch sizes and ``num_total_batches`` are computed here.
         processing_class: The tokenizer.
         model: The policy.
-        ref_model: None takes a frozen copy of the policy, or, where that has adapters, the policy without them.
-        reward_model: Moved to the device, and otherwise left to the loop.
+        ref_model: None: a frozen copy of the policy, or, if the policy has adapters, the policy without them.
+        reward_model: Moved to the device, but not prepared by accelerate.
         train_dataset: With ``input_ids``.
-        value_model: Trained beside the policy.
-        data_collator: None pads ``input_ids``.
+        value_model: Trained together with the policy.
+        data_collator: None: transformers' default, which pads ``input_ids``.
         eval_dataset: Prompts for ``generate_completions``.
         optimizers, callbacks: As in transformers' Trainer.
         peft_config: Makes the policy a PeftModel.
 
     Raises:
-        UserError: The arguments contradict each other, or a batch cannot be divided as they ask.
+        UserError: The arguments contradict each other, or a batch cannot be divided into minibatches.
     """
 
     _tag_names = ("trl-rlaif", "ppo")
@@ -99,7 +99,7 @@ class OwnPPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        # transformers keeps a function for its own evaluation here, which would hide the loop's method of that name.
+        # transformers stores its evaluation function under this name, which would hide the training loop's method.
         self.__dict__.pop("compute_metrics", None)
         model.config.use_cache = use_cache  # transformers turns it off for training; here the policy also generates
         known = {part.name: getattr(self.state, part.name) for part in fields(self.state)}
@@ -112,19 +112,19 @@ class OwnPPOTrainer(Trainer):
         self._prepare()
 
     def create_accelerator_and_postprocess(self) -> None:
-        """An accelerator that itself counts what is accumulated; it leaves the order of the data to torch's seed."""
+        """Create an accelerator that counts gradient accumulation itself; torch's seed determines the data order."""
         self.accelerator = Accelerator(gradient_accumulation_steps=self.args.gradient_accumulation_steps)
         self.gather_function = self.accelerator.gather_for_metrics
         self.is_deepspeed_enabled = getattr(self.accelerator.state, "deepspeed_plugin", None) is not None
         self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
 
     def _prepare(self) -> None:
-        """Hand over to accelerate what is trained, and on which prompts; put the other models beside it."""
+        """Prepare model, optimizer and dataloaders with accelerate; move the other models to the device."""
         prepare, args = self.accelerator.prepare, self.args
         self.dataloader = self._loader(self.train_dataset, self.local_dataloader_batch_size, shuffle=True)
-        torch.manual_seed(args.seed)  # every process must shuffle alike, so that no two take the same prompts
+        torch.manual_seed(args.seed)  # all processes must shuffle identically, so that no two get the same prompts
         self.model, self.optimizer, self.dataloader = prepare(self.model, self.optimizer, self.dataloader)
-        torch.manual_seed(self.local_seed)  # and each samples on its own
+        torch.manual_seed(self.local_seed)  # but each samples different responses
         self.eval_dataloader = None
         if self.eval_dataset is not None:
             loader = self._loader(self.eval_dataset, args.per_device_eval_batch_size, shuffle=False)
@@ -149,13 +149,13 @@ class OwnPPOTrainer(Trainer):
         return self.eval_dataloader
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the policy alone, as ``from_pretrained`` loads it, and the tokenizer."""
+        """Write only the policy, as ``from_pretrained`` loads it, and the tokenizer."""
         with self._as_policy():
             super().save_model(output_dir, _internal_call)
 
     @contextmanager
     def _as_policy(self) -> Iterator[None]:
-        """Make transformers' methods meet the policy where the trained model is."""
+        """Inside, transformers' methods see the policy as the trained model."""
         trained, engine = self.model, self.deepspeed
         self.model = self.accelerator.unwrap_model(trained).policy
         if self.is_deepspeed_enabled:
@@ -168,17 +168,17 @@ class OwnPPOTrainer(Trainer):
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """Write ``README.md`` into the output folder, as ``push_to_hub`` does.
+        """Write ``README.md`` to the output folder; ``push_to_hub`` calls this.
 
         Args:
-            model_name: The heading; None takes the folder's name.
-            dataset_name: Where the prompts are from.
-            tags: Beside ``trl-rlaif`` and ``ppo``.
+            model_name: The heading; None: the folder's name.
+            dataset_name: Source of the prompts.
+            tags: Additional tags besides ``trl-rlaif`` and ``ppo``.
         """
         if not self.is_world_process_zero():
             return
         base = self.policy_model.config.name_or_path
-        base = None if not base or Path(base).is_dir() else base  # a folder of this machine tells others nothing
+        base = None if not base or Path(base).is_dir() else base  # a local folder means nothing to others
         name = model_name or Path(self.args.output_dir).name
         data = ModelCardData(
             base_model=base,
@@ -194,7 +194,7 @@ class OwnPPOTrainer(Trainer):
 def _check(
     args: OwnPPOConfig, model: Any, ref_model: nn.Module | None, train_dataset: Any, peft_config: PeftConfig | None
 ) -> None:
-    """Raises a UserError with everything that contradicts itself."""
+    """Raise a UserError with all contradictions between arguments."""
     problems = []
     if train_dataset is None:
         problems.append(Problem("train_dataset is required."))
@@ -216,7 +216,7 @@ def _check(
 
 
 def with_adapter(model: Any, config: PeftConfig, args: OwnPPOConfig) -> PeftModel:
-    """The policy with a new adapter. On a 4-bit base, under bfloat16, norms are kept in float32, embeddings not."""
+    """Add an adapter to the policy. On a 4-bit base with bf16, cast norms to float32, and embeddings to bfloat16."""
     model = get_peft_model(model, config)
     if args.bf16 and getattr(model, "is_loaded_in_4bit", False):
         head = model.get_output_embeddings()
@@ -233,14 +233,18 @@ def _frozen_copy(model: nn.Module) -> nn.Module:
 
 
 def without_dropout(model: nn.Module | None) -> None:
-    """Turn dropout off: PPO's ratio is that of one network before and after a step, not of two draws of a mask."""
+    """Turn dropout off: PPO's ratio compares a network before and after a step, not two dropout masks."""
     for module in model.modules() if model is not None else ():
         if isinstance(module, nn.Dropout):
             module.p = 0
 
 
 def work_out_batches(args: OwnPPOConfig, processes: int, prompts: int) -> None:
-    """Set the batch sizes and the number of updates in the arguments."""
+    """Compute the arguments' batch sizes and number of updates.
+
+    Raises:
+        UserError: A batch cannot be divided into minibatches, or these are too small for ``whiten_rewards``.
+    """
     if args.total_episodes is None:
         args.total_episodes = int(args.num_train_epochs * prompts)
     args.world_size = processes

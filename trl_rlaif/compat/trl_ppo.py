@@ -1,9 +1,8 @@
-"""What PPOTrainer and PPOConfig stand on, which depends on the TRL that is installed; nothing else here knows.
+"""Base classes of PPOTrainer and PPOConfig, by the installed TRL; no other module needs to know which.
 
-TRL 1.12 is the last that has a PPO trainer: up to it ours subclasses that one. Later it stands on
-``own_base`` and ``own_config``, which do the same. From either come the constructor (batch sizes, optimizer,
-callbacks, dataloader, preparation with accelerate), ``log``, ``save_model`` and the model card. The training loop is
-ours.
+TRL 1.12 is the last release with a PPO trainer: up to it, ours subclasses that one, and later, the equivalent classes
+in ``ppo_trainer`` and ``ppo_config``. Either provides the constructor (batch sizes, optimizer, callbacks, dataloader,
+preparation with accelerate), ``log``, ``save_model`` and the model card. The training loop is ours.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import os
 import warnings
 
-# TRL announces that `trl.experimental` may change; that is known here, and this module is the answer.
+# TRL warns that `trl.experimental` may change, which this module handles.
 _silence = os.environ.get("TRL_EXPERIMENTAL_SILENCE")
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 try:

@@ -1,4 +1,4 @@
-"""TRL's vLLM engine where TRL's own call does not fit: on a CPU, and where its server is gone."""
+"""Adapts TRL's vLLM engine to CPUs, and reports errors of its server."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from trl_rlaif.errors import RunError, UserError
 
 @contextmanager
 def engine_for(dtype: torch.dtype) -> Iterator[None]:
-    """A context in which TRL builds its engine, for a policy whose weights have this type.
+    """A context in which TRL builds its engine, for a policy with weights of this dtype.
 
-    On a CPU, TRL (1.16) leaves the type to vLLM, which takes bfloat16 for float32 weights, and lets it compile; here
-    the engine has the policy's type and compiles nothing.
+    On a CPU, TRL (1.16) leaves the dtype to vLLM, which uses bfloat16 for float32 weights, and lets it compile; here,
+    the engine has the policy's dtype and compiles nothing.
 
     Raises:
         UserError: TRL cannot send the weights to a server from here.
@@ -38,19 +38,19 @@ def engine_for(dtype: torch.dtype) -> Iterator[None]:
 
 
 def engine_options(dtype: torch.dtype) -> dict[str, Any]:
-    """Of ``vllm.LLM``: the type of the weights, and on a CPU that nothing is compiled."""
+    """Options of ``vllm.LLM``: the weights' dtype, and on a CPU, no compilation."""
     return {"dtype": str(dtype).removeprefix("torch.")} | ({"enforce_eager": True} if _on_cpu() else {})
 
 
 @contextmanager
 def server_errors() -> Iterator[None]:
-    """A context for what a server is asked.
+    """A context for requests to a server.
 
     Raises:
         RunError: It does not answer.
     """
     try:
-        from requests import RequestException  # what TRL's client asks with, which comes with trl[vllm]
+        from requests import RequestException  # used by TRL's client, installed with trl[vllm]
     except ImportError:
         yield
         return
@@ -69,10 +69,10 @@ def _on_cpu() -> bool:
 
 
 def _reloading(llm: Any) -> Any:
-    """An engine on a CPU that takes weights as TRL gives them.
+    """Make an engine on a CPU accept weights as TRL sends them.
 
     TRL writes them to the model's parameters, one by one. On a CPU, vLLM (0.31) has packed these for its kernels and
-    thrown them away; its own ``reload_weights`` makes them again, of all weights at once.
+    discarded them; its own ``reload_weights`` recreates them, from all weights at once.
     """
     runner = llm.llm_engine.model_executor.driver_worker.model_runner
     load, reset = runner.model.load_weights, llm.reset_prefix_cache
@@ -81,7 +81,7 @@ def _reloading(llm: Any) -> Any:
     def collect(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         arrived.extend((name, weight.detach().clone()) for name, weight in weights)
 
-    def reset_prefix_cache(*arguments: Any, **named: Any) -> Any:  # what TRL calls once it has sent all
+    def reset_prefix_cache(*arguments: Any, **named: Any) -> Any:  # TRL calls this after the last weight
         if arrived:
             runner.model.load_weights = load
             runner.reload_weights(iter(arrived))

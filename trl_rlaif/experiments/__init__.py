@@ -1,4 +1,4 @@
-"""Several ways of aligning one start, from one recipe: run, judged against each other, and laid side by side."""
+"""Experiments: runs the variants of one recipe, has them judged against each other, and compares finished runs."""
 
 from trl_rlaif.experiments.running import run_comparison
 

@@ -1,4 +1,4 @@
-"""The responses of every variant, and of the start, judged against each other on the held-out prompts."""
+"""Pairwise judging of the responses of all variants and the initial policy to the held-out prompts."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ from trl_rlaif.recipe.parsing import WHO_WINS
 from trl_rlaif.recipe.variants import KEY, START
 
 Answers = dict[str, list[dict[str, Any]]]
-"""The rows of one set by contestant, each ``id``, ``prompt``, ``category``, ``text``, ``tokens`` and ``ended``."""
+"""Rows of one set by contestant, each with ``id``, ``prompt``, ``category``, ``text``, ``tokens`` and ``ended``."""
 
 
 def play(recipe: Recipe, plugins: Plugins, folder: RunFolder, runs: Mapping[str, RunFolder]) -> CompareResults:
     """Have the judge of ``evaluate`` compare every two contestants on every prompt, in both orders.
 
-    The options of the labeler in the section label do not apply.
+    The labeler options in the section label do not apply.
 
-    Judgments are kept in ``labels.jsonl`` as they are made: a run that was killed asks only for what is missing, and
-    two contestants that give the same two responses are judged once.
+    Judgments are stored in ``labels.jsonl`` as they arrive: a run that was killed asks only for the missing ones, and
+    identical pairs of responses are judged once.
 
     Returns:
-        ``judge``; ``usage`` where it is on a server; and ``sets``: for each evaluated set the ``prompts``, the tables
-        of ``all_against_all``, and under ``contestants`` each one's mean length, share of responses that ended, and
-        length-controlled win rate over the start (None for the start itself).
+        ``judge``; ``usage`` if it is on a server; and ``sets``: for each evaluated set, the number of ``prompts``, the
+        tables of ``all_against_all``, and under ``contestants`` each one's mean length, fraction of responses that
+        ended, and length-controlled win rate over the initial policy (None for the initial policy itself).
     """
     sets = read_answers(runs)
     context = Context(recipe, folder, plugins)
@@ -58,7 +58,7 @@ def play(recipe: Recipe, plugins: Plugins, folder: RunFolder, runs: Mapping[str,
 
 
 def read_answers(runs: Mapping[str, RunFolder]) -> dict[str, Answers]:
-    """What every contestant answered on each set, the start first.
+    """The responses of every contestant on each set, the initial policy first.
 
     Raises:
         RunError: Two variants answered different prompts.
@@ -81,7 +81,7 @@ def read_answers(runs: Mapping[str, RunFolder]) -> dict[str, Answers]:
 
 
 def _pairs(answers: Answers) -> list[Pair]:
-    """Every two contestants on every prompt where their responses differ, named by what is asked."""
+    """Pairs of any two contestants' different responses to each prompt, with ids derived from their content."""
     pairs = []
     for first, second in itertools.combinations(answers, 2):
         for one, other in zip(answers[first], answers[second], strict=True):
@@ -96,16 +96,16 @@ def _pair(one: dict[str, Any], other: dict[str, Any]) -> Pair:
 
 
 def _judge(context: Context, task: LabelTask, pairs: dict[str, Pair]) -> dict[str, float | None]:
-    """Probability that response_1 is preferred, by the pair's key; None where it could not be judged."""
+    """Probability that response_1 is preferred, by the pair's key; None if it could not be judged."""
     setup = label_key(context, task)
     labeler = context.create_labeler(task.labeler)
     extra = columns_for(context, labeler, JudgePrompt.load(prompt_folder(task.prompt)))
     pairs = {key: replace(pair, extra=extra(pair.prompt)) for key, pair in pairs.items()}
     with LabelStore(context.folder / artifacts.LABELS, context.folder.state / artifacts.LABEL_INDEX) as store:
         known = store.find(setup, pairs.values())
-        # What could not be judged is asked again: a server may be back.
+        # Pairs that could not be judged are retried: a server may be back.
         done = {key for key, row in known.items() if row["p"] is not None}
-        distributed.wait()  # until all processes have seen what is there
+        distributed.wait()  # until all processes have read the stored labels
         if len(done) < len(pairs):
             judge = context.judges.load(task.judge, task.prompt)
             with progress_bar("Judging the variants", len(pairs), len(done)) as advance:

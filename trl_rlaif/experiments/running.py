@@ -28,24 +28,24 @@ def run_comparison(
     command: str = "",
     confirm: Confirm | None = None,
 ) -> RunFolder:
-    """Run every variant of a recipe, and judge their responses and the start's against each other.
+    """Run every variant of a recipe, and judge their responses and the initial policy's against each other.
 
-    A stage that an earlier variant completed with the same settings, on the same inputs, is taken over from it.
+    A stage that an earlier variant completed with the same settings and inputs is reused.
 
     Args:
-        recipe: With variants.
-        plugins: Whose components it names.
+        recipe: A recipe with variants.
+        plugins: Plugins that provide its components.
         output: The comparison's folder.
-        resume: Go on in a folder that is used already.
-        command: How it was started, for the report.
-        confirm: As of ``run_recipe``, of all variants together.
+        resume: Resume in a folder that already contains a comparison.
+        command: The command that started it, for the report.
+        confirm: As in ``run_recipe``; called once for all variants.
 
     Returns:
-        The folder: ``variants/NAME`` is the run of a variant, ``labels.jsonl`` holds every judgment between two of
-        them, and ``results.json`` under ``compare`` what follows from these.
+        The folder: ``variants/NAME`` is a variant's run, ``labels.jsonl`` contains all pairwise judgments, and
+        ``results.json`` their results under ``compare``.
 
     Raises:
-        UserError: The folder is used already, or is not writable.
+        UserError: The folder is already used, or is not writable.
     """
     from trl_rlaif.experiments.pairwise import play
     from trl_rlaif.models.kernels import kernels
@@ -81,13 +81,13 @@ def run_comparison(
 
 
 def _rename_arms(folder: RunFolder) -> None:
-    """Variants were called so until 0.1."""
+    """Rename the variants' folder of early versions, which called them arms."""
     if distributed.is_first() and (folder / "arms").is_dir() and not (folder / artifacts.VARIANTS).exists():
         (folder / "arms").rename(folder / artifacts.VARIANTS)
 
 
 def _ask(variants: Mapping[Path, Recipe], confirm: Confirm | None) -> None:
-    """Say, or ask, what all variants redo and why, before any of them does."""
+    """Announce, or ask to confirm, what all variants will redo and why, before any of them does."""
     from trl_rlaif.pipeline.rounds import changes
 
     messages: list[str] = []
@@ -99,7 +99,7 @@ def _ask(variants: Mapping[Path, Recipe], confirm: Confirm | None) -> None:
 
 
 def _of_variant(run: RunFolder) -> dict[str, Any]:
-    """What a variant's own results say of it, as far as it has them."""
+    """Metrics from a variant's own results; None if missing."""
     label, reward, rl = map(run.results_of, ("label", "reward", "rl"))
     return {
         "label_agreement": label.get("agreement"),
@@ -108,13 +108,13 @@ def _of_variant(run: RunFolder) -> dict[str, Any]:
         "kl": rl.get("kl_last"),
         "score_first": rl.get("score_first"),
         "score_last": rl.get("score_last"),
-        # Taken over from another variant or not: what this way of aligning takes by itself.
+        # Including stages reused from another variant: the time that this variant takes by itself.
         "seconds": sum(run.results_of(stage).get("seconds") or 0.0 for stage in run.results()),
     }
 
 
 def summary(numbers: CompareResults) -> str:
-    """What the line at a comparison's end says: the contestants of each set, best first, with their win rates."""
+    """The last line of a comparison: the contestants of each set, best first, with their win rates."""
     ranked = [f"{name}: {_ranking(s['overall'])}" for name, s in numbers["sets"].items()]
     return "; ".join(filter(None, (*ranked, spent(numbers))))
 

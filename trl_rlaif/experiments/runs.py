@@ -1,4 +1,4 @@
-"""Runs that are done side by side: what their recipes differ in, and which improved more, from what they measured."""
+"""Compares finished runs: differences between their recipes, and which improved more, from their evaluations."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from trl_rlaif.report.formatting import MINUS, count, label, section
 from trl_rlaif.report.run_data import Run, read_run
 from trl_rlaif.report.summary import SIGNIFICANT, Measure, judge_name, set_results, sign_test
 
-# What says nothing of how a run was made, or is told otherwise.
+# Keys that do not affect a run's results, or are shown elsewhere.
 _NOT_SETTINGS = ("versions", "command", "machine", "format", "run.name", "report")
 _MOST_SETTINGS = 20
 
-# By set and prompt, the mean of what the trained responses got against the start's: 1, 0, or 0.5 for a tie.
+# By set and prompt, mean points of the trained responses against the initial policy's: 1, 0, or 0.5 for a tie.
 Points = dict[tuple[str, str], float]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Finished runs side by side.
+    """A comparison of finished runs.
 
     Args:
-        names: What tells the runs apart: their folders' names, or paths where these are alike.
-        runs: In the order in which they were named.
-        settings: By key, the value of each run, where they differ.
-        differences: Of each run but the first, by set, how much more of the win rate over its start it has than the
-            first one, on the prompts of both.
-        notes: What makes numbers incomparable.
+        names: Distinct names of the runs: their folders' names, or paths if names repeat.
+        runs: The runs, in the given order.
+        settings: Settings that differ, with each run's value, by key.
+        differences: For each run but the first, by set: its win rate over its initial policy minus that of the first
+            run, on the prompts of both.
+        notes: Reasons why results are not comparable.
     """
 
     names: list[str]
@@ -49,10 +49,10 @@ class Comparison:
 
 
 def compare_runs(folders: Sequence[Path]) -> Comparison:
-    """Read runs, and compare each with the first one on the prompts that both evaluated.
+    """Read runs, and compare each with the first on the prompts that both evaluated.
 
-    Nothing is judged again: two win rates against a start tell which run moved further from it, not which of the two
-    policies wins; a recipe with ``compare`` has them judged against each other.
+    Nothing is judged again: win rates over the initial policy tell which run improved more on it, not which of the
+    two policies would win; a recipe with ``compare`` has them judged against each other.
 
     Raises:
         UserError: There is only one run, or one of them has no evaluation.
@@ -68,7 +68,7 @@ def compare_runs(folders: Sequence[Path]) -> Comparison:
 
 
 def described(comparison: Comparison) -> list[str]:
-    """The comparison in lines to read."""
+    """The comparison as lines of text."""
     names = comparison.names
     settings = [f"  {key}: {' | '.join(values)}" for key, values in comparison.settings.items()]
     more = [f"  and {len(settings) - _MOST_SETTINGS} more"] if len(settings) > _MOST_SETTINGS else []
@@ -101,7 +101,7 @@ def _settings(folders: Sequence[Path], runs: Sequence[Run]) -> dict[str, list[st
     found = {}
     for key in dict.fromkeys(key for of in values for key in of):
         shown = [label(str(of.get(key, "not set")), 60) for of in values]
-        # A file is its content, wherever it is.
+        # Files are compared by content, wherever they are.
         digests = [of[key] for of in files if key in of]
         if len(digests) == len(runs) and len(set(digests)) > 1 and len(set(shown)) == 1:
             shown = [f"{path} ({digest[:8]})" for path, digest in zip(shown, digests, strict=True)]
@@ -111,7 +111,7 @@ def _settings(folders: Sequence[Path], runs: Sequence[Run]) -> dict[str, list[st
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """By key, the digest of each file that the run's stages were made from."""
+    """Digests of the input files of the run's stages, by key."""
     markers = [read_state(folder / artifacts.STATE / artifacts.marker_of(stage), "") for stage in STAGES]
     files = [item for marker in markers for item in section(marker, "inputs", "files").items()]
     return {key: str(section(file).get("digest")) for key, file in files}
@@ -145,6 +145,6 @@ def _notes(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _judge(run: Run) -> tuple[str, str]:
-    """The judge that measured, and what it was taught by the run itself."""
+    """The evaluation's judge, and its sources if it was taught by the run itself."""
     taught = section(run.recipe, "evaluate").get("judge") == "taught"
     return judge_name(run, "evaluate"), str(section(run.results, "judge", "sources")) if taught else ""

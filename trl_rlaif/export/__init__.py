@@ -1,4 +1,4 @@
-"""Models that leave a run's folder: as adapters or as whole models, with a model card, into a folder or to the Hub."""
+"""Exports a run's models as adapters or merged models, with a model card, to a folder or the Hub."""
 
 from trl_rlaif.export.export import ExportOptions, export_model
 

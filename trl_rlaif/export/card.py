@@ -1,4 +1,4 @@
-"""A model card from what a run's report says: data, judges, figures with their intervals, and what to doubt."""
+"""A model card from a run's report: data, judges, metrics with intervals, and limitations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trl_rlaif.report.formatting import count, interval, label, number, percent,
 from trl_rlaif.report.judge_figures import judged_sets
 from trl_rlaif.report.run_data import Run
 
-# Of whose choosing a card's license is: never ours.
+# Fields of a card that only users set.
 LICENSE = ("license", "license_name", "license_link")
 _PIPELINES = {"policy": "text-generation", "reward": "text-classification", "judge": "text-generation"}
 _DATA = {"prompts": "prompts", "pairs": "pairs", "eval_prompts": "held-out prompts"}
@@ -27,15 +27,15 @@ _DATA = {"prompts": "prompts", "pairs": "pairs", "eval_prompts": "held-out promp
 def model_card(
     run: Run, trained: Trained, *, base: str | None, merged: bool, keep: Mapping[str, Any] | None = None
 ) -> ModelCard:
-    """The card of a model that a run has trained.
+    """The card of a model trained by a run.
 
-    Paths of this machine are cut to the names of files.
+    Absolute paths of this machine are cut to file names.
 
     Args:
-        run: As its report reads it.
+        run: As read for its report.
         trained: The model.
         base: The base's Hub id, if it has one.
-        merged: Whether it is a whole model, or an adapter.
+        merged: Whether it is a merged model or an adapter.
         keep: Fields of an earlier card, such as the license that a user chose.
     """
     own = section({"rl": run.recipe.get("rl")}, "rl").get("algorithm") if trained.what == "policy" else None
@@ -115,7 +115,7 @@ def _usage(trained: Trained, base: str, merged: bool) -> str:
 
 
 def _sources(run: Run) -> Iterator[tuple[str, str]]:
-    """What the run read: (what, source), the source as the recipe has it."""
+    """The run's input data: (what, source), the source as in the recipe."""
     data = section(run.recipe, "data")
     yield from ((name, data[key]) for key, name in _DATA.items() if isinstance(data.get(key), str))
     for stage, key in (("sft", "data"), ("judge", "pairs"), ("rl", "rehearsal")):
@@ -128,7 +128,7 @@ def _sources(run: Run) -> Iterator[tuple[str, str]]:
 
 
 def _judges(run: Run) -> Iterator[tuple[str, str]]:
-    """Who judged what: (what, the judge's model)."""
+    """The run's judges: (what it judged, the judge's model)."""
     for stage, what in (("label", "judge of the labels"), ("evaluate", "judge of the win rates")):
         if name := run.results.get(stage) and summary.judge_name(run, stage):
             yield what, name
@@ -147,7 +147,7 @@ def _results(run: Run, trained: Trained) -> list[str]:
 
 
 def _taught(run: Run) -> Iterator[str]:
-    """What held-out pairs say of a judge, before it was taught and after."""
+    """A judge's agreement with held-out pairs, before and after it was taught."""
     for name, of in section(run.results, "judge", "sources").items():
         rates = []
         for when in ("before", "after"):
@@ -159,7 +159,7 @@ def _taught(run: Run) -> Iterator[str]:
 
 
 def _table(run: Run) -> str:
-    """The figures of each held-out set with their 95% intervals."""
+    """The metrics of each held-out set with their 95% intervals."""
     rows = []
     for each in summary.set_results(run):
         for name, measure in (("mean reward, change", each.reward), ("win rate against the start", each.win_rate)):
@@ -194,7 +194,7 @@ def _bullets(items: Iterator[str] | list[str]) -> str:
 
 
 def _without_paths(text: str, recipe: Any) -> str:
-    """The text with the files and folders that a recipe names cut to their own names."""
+    """The text with the absolute paths in a recipe cut to their last parts."""
     for path in sorted({value for value in _texts(recipe) if value.startswith("/")}, key=len, reverse=True):
         text = text.replace(path, Path(path).name)
     return text

@@ -1,4 +1,4 @@
-"""Exports what a run has trained: adapter or whole model, tokenizer and model card."""
+"""Exports a trained model: adapter or merged model, tokenizer and model card."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from trl_rlaif.report.run_data import read_run
 
 _CARD = "README.md"
 _ADAPTER_CONFIG = "adapter_config.json"
-# PEFT's own card, which names this machine's folders, and the states of transforms, which this library alone reads.
+# PEFT's own card, which contains this machine's paths, and states of transforms, which only this library reads.
 _LEFT_OUT = (_CARD, "*.pt")
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How a model leaves a run.
+    """How to export a model.
 
     Args:
-        merge: As a whole model, in which base and adapter are one; else as a PEFT adapter.
-        output: The new folder; None writes one below the run's, or, with a ``repo``, none.
-        repo: A repository of the Hub's that it is pushed to.
-        public: Whether a repository that is made for it is.
-        base: The base's Hub id, for others, where the run read it from a file.
+        merge: Merge the adapter into the base; otherwise, export a PEFT adapter.
+        output: The new folder; None: one below the run's folder, or, with a ``repo``, none.
+        repo: Hub repository to push to.
+        public: Make a new repository public.
+        base: The base's Hub id, for other users, if the run loaded it from a local path.
     """
 
     merge: bool = False
@@ -42,14 +42,13 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class Exported:
-    """Where it is now.
+    """Result of an export.
 
     Args:
-        folder: None where it was only pushed.
-        url: Its page on the Hub; None where it was not pushed.
-        base: The base's Hub id; None where others have no way to find it.
-        difference: Of a merged model: the largest relative difference between what it answers and what base and
-            adapter do.
+        folder: The folder; None if it was only pushed.
+        url: Its page on the Hub; None if it was not pushed.
+        base: The base's Hub id; None if unknown, so that others cannot find the base.
+        difference: For a merged model, the relative difference between its outputs and those of base and adapter.
     """
 
     folder: Path | None
@@ -59,17 +58,17 @@ class Exported:
 
 
 def export_model(folder: str | Path, what: What, options: ExportOptions | None = None) -> Exported:
-    """Write or push what a run has trained, with a model card.
+    """Write or push a trained model, with a model card.
 
     Args:
-        folder: The run's.
+        folder: The run's folder.
         what: The policy, the reward model or the judge.
-        options: How.
+        options: How to export it; None: the defaults.
 
     Raises:
-        UserError: There is no such model, the output folder is in use, nobody else could load the result, or the Hub
-            refuses it.
-        RunError: The Hub cannot be reached, or the merged model would answer otherwise.
+        UserError: There is no such model, the output path exists, nobody else could load the result, or the Hub
+            rejects it.
+        RunError: The Hub cannot be reached, or the merged model's outputs differ.
     """
     options = options or ExportOptions()
     trained = find_trained(folder, what)
@@ -84,7 +83,7 @@ def export_model(folder: str | Path, what: What, options: ExportOptions | None =
             fix="Name the same model on the Hub with --base, or push the whole model with --merge.",
         )
     repo = None
-    if options.repo:  # first of all: what it refuses should cost nothing
+    if options.repo:  # first, so that no work is lost if the Hub rejects it
         from trl_rlaif.export.hub import HubRepo
 
         repo = HubRepo(options.repo, public=options.public)
@@ -108,14 +107,14 @@ def export_model(folder: str | Path, what: What, options: ExportOptions | None =
 
 
 def default_folder(folder: str | Path, what: What, *, merge: bool) -> Path:
-    """Where an export is written that names no place: below the run's own folder."""
+    """Default folder of an export: below the run's folder."""
     from trl_rlaif.pipeline.artifacts import EXPORTS
 
     return Path(folder) / EXPORTS / (f"{what}-merged" if merge else what)
 
 
 def _copy_adapter(trained: Trained, folder: Path, base: str | None) -> None:
-    """The adapter as the run wrote it, but with a name of its base that others know."""
+    """Copy the adapter, with the base's Hub id in its configuration, if there is one."""
     shutil.copytree(trained.path, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_LEFT_OUT))
     path = folder / _ADAPTER_CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""A repository of the Hub's that a model is pushed to."""
+"""Pushes a model to a Hub repository."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 
 from trl_rlaif.errors import RunError, UserError
 
-# What a request that gets no answer raises: an exception of the client's HTTP library, whichever that is.
+# Raised by requests without an answer: an exception of the client's HTTP library, whichever that is.
 _Unanswered: type[Exception] = HfHubHTTPError.__bases__[0]
-# What a model is made of: an adapter must not stay behind beside the whole model that replaces it.
+# A model's files: an adapter must not remain next to the merged model that replaces it.
 _MODEL_FILES = ["adapter_*", "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
 
 
 class HubRepo:
-    """A repository, made where there is none.
+    """A repository, created if it does not exist.
 
     Args:
-        name: ``user/model``, or the name alone for the user whose token it is.
-        public: Whether a new one is; an existing one stays what it is.
+        name: ``user/model``, or only the model's name for the token's user.
+        public: Whether a new repository is public; an existing one keeps its visibility.
 
     Raises:
-        UserError: The name cannot be one, or the Hub refuses it.
+        UserError: The name is invalid, or the Hub rejects it.
         RunError: The Hub cannot be reached.
     """
 
@@ -36,7 +36,7 @@ class HubRepo:
             self.id = self._api.create_repo(name, private=not public, exist_ok=True).repo_id
 
     def card(self) -> dict[str, Any]:
-        """The metadata of the card that the repository has; {} where it has none."""
+        """The metadata of the repository's card; {} if it has none."""
         with _explained(self.id):
             try:
                 return ModelCard.load(self.id, ignore_metadata_errors=True).data.to_dict()
@@ -44,9 +44,9 @@ class HubRepo:
                 return {}
 
     def push(self, folder: Path, message: str) -> str:
-        """Replace the model in the repository by that of a folder, in one commit; returns its address.
+        """Replace the model in the repository by that in a folder, in one commit; returns its URL.
 
-        Other files, such as a LICENSE, stay.
+        Other files, such as a LICENSE, are kept.
         """
         with _explained(self.id):
             self._api.upload_folder(
@@ -68,6 +68,6 @@ def _explained(name: str) -> Iterator[None]:
         refused = error.response.status_code in (401, 403, 404)
         what = f"The Hub refused: {error.server_message or error}"
         raise (UserError if refused else RunError)(what, where=f"--repo {name}", fix=fix if refused else "") from error
-    except (_Unanswered, OSError) as error:  # offline mode, too, is a ConnectionError
+    except (_Unanswered, OSError) as error:  # offline mode also raises a ConnectionError
         fix = "Check the network, HF_HUB_OFFLINE and HF_ENDPOINT."
         raise RunError(f"The Hub cannot be reached: {error}", where=f"--repo {name}", fix=fix) from error

@@ -1,4 +1,4 @@
-"""A base and its adapter as one plain model that others load without PEFT, and that gives the same numbers."""
+"""Merges a base and its adapter into a plain model that loads without PEFT and has the same outputs."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from trl_rlaif.stopping import end_of_turn, stop_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Texts on which a merged model must answer as base and adapter do.
+# Texts on which a merged model must have the outputs of base and adapter.
 _TRIAL = (
     ("What is the capital of Australia?", "Canberra."),
     ("Name a color.", "Sydney is the largest city of Australia, but not its capital."),
     ("Write a word.", "the"),
 )
-# Largest relative difference in these answers, by the bytes of a weight, each of which merging rounds once. Seen on
-# SmolLM2-135M: 1e-6 in float32, 0.02 to 0.04 in bfloat16; what is merged into the wrong weights is off by about 1.
+# Maximum relative difference of these outputs, by bytes per weight: merging rounds each weight once. Observed for
+# SmolLM2-135M: 1e-6 in float32, 0.02 to 0.04 in bfloat16; merging into the wrong weights gives about 1.
 _TOLERANCE = {8: 1e-6, 4: 1e-3, 2: 0.3}
 PAD = "<|pad|>"
 
@@ -39,31 +39,31 @@ PAD = "<|pad|>"
 def write_merged(trained: Trained, folder: Path) -> float:
     """Write a model and its tokenizer as ``from_pretrained`` loads them, without an adapter.
 
-    The adapter's weights are added to the base's in the type in which the run held the base. An NF4 base is first
-    dequantized: these are the weights that the adapter was trained on. Merged into weights of 4 bits, it would be
-    rounded to their 16 values; merged into the original weights, it would meet a base that it has never seen.
+    The adapter's weights are added to the base's in the dtype of the run's base. An NF4 base is dequantized first:
+    these are the weights that the adapter was trained on. Merged into 4-bit weights, it would be rounded to their 16
+    values; merged into the original weights, it would be applied to a base that it was not trained on.
 
-    A reward model becomes the family's own sequence classifier with one label: the score of a conversation, read at its
-    last token, at which ``conversation_template`` ends it. What the Advantage Model expects of a prompt, e(x), is left
-    out: it is read elsewhere, and is the same for all responses to a prompt.
+    A reward model becomes the model family's sequence classifier with one label: the score of a conversation, read at
+    its last token, at which ``conversation_template`` ends it. The Advantage Model's e(x) is omitted: it is read at
+    another position, and is the same for all responses to a prompt.
 
     Args:
         trained: Base and adapter.
-        folder: Is filled.
+        folder: Existing folder to write to.
 
     Returns:
-        The largest relative difference in what the merged model answers.
+        The relative difference of the merged model's outputs, in the L2 norm.
 
     Raises:
-        UserError: transformers has no sequence classifier of the family.
-        RunError: The merged model answers otherwise than base and adapter.
+        UserError: transformers has no sequence classifier for the model family.
+        RunError: The merged model's outputs differ from those of base and adapter.
     """
     tokenizer = trained.tokenizer()
     scores = trained.what == "reward"
     if scores:
         check_classifier(trained)
         base = load_reward_base(trained.path, trained.base)
-        base.config.get_text_config().pad_token_id = None  # where it also ends turns, a row would end before it
+        base.config.get_text_config().pad_token_id = None  # if it also ends turns, a row would end before it
     else:
         base = load_model(trained.base)
     if trained.base.quantization == "nf4":
@@ -87,7 +87,7 @@ def write_merged(trained: Trained, folder: Path) -> float:
 
 
 def check_classifier(trained: Trained) -> None:
-    """Refuse a reward model of whose family transformers has no sequence classifier."""
+    """Raise a UserError if transformers has no sequence classifier for a reward model's family."""
     config = classifier_config(resolve(trained.base.path), 1)
     if config.model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
         raise UserError(
@@ -104,7 +104,7 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> 
 
 @torch.no_grad()
 def _answers(model: nn.Module, rows: Sequence[list[int]]) -> torch.Tensor:
-    """Of each row the logits at its last token, or its score: (rows, outputs) float64."""
+    """(rows, outputs) float64, the logits at each row's last token, or its score."""
     found = [model(input_ids=torch.tensor([ids])).logits for ids in rows]
     return torch.stack([(x[0, -1] if x.dim() == 3 else x[0, :1]).double() for x in found])
 
@@ -114,13 +114,13 @@ def _difference(before: torch.Tensor, after: torch.Tensor) -> float:
 
 
 def _as_classifier(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trained: Trained) -> None:
-    """Make model and tokenizer such that programs which know nothing of this one read a score where the run does."""
+    """Change model and tokenizer so that other programs read the score at the same token as the run."""
     head = nn.Linear(model.score.in_features, 1, bias=model.score.bias is not None, dtype=model.score.weight.dtype)
     head.load_state_dict({name: tensor[:1] for name, tensor in model.score.state_dict().items()})
     model.score, model.num_labels, model.config.num_labels = head, 1, 1
-    model.config.problem_type = "regression"  # the score itself: pipelines and vLLM would squash it
+    model.config.problem_type = "regression"  # the raw score: pipelines and vLLM otherwise apply an activation
     if tokenizer.pad_token_id in stop_ids(tokenizer):
-        # A row's end is found by its padding, which must be another token than the one that the score is read at.
+        # A row's end is found by its padding, so the padding token must differ from the one where the score is read.
         tokenizer.add_special_tokens({"pad_token": PAD})
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

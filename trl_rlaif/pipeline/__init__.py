@@ -1,1 +1,1 @@
-"""From a recipe to a run's folder: stages, their artifacts, and the runner."""
+"""Runs a recipe in a folder: stages, their artifacts, and the runner."""

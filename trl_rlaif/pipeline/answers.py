@@ -1,4 +1,4 @@
-"""What is measured of the policy's answers to the sets of the section evaluate, at the end and while rl runs."""
+"""Prompts of the evaluated sets and rewards of the policy's answers, for the stage evaluate and tracking during RL."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ BATCH_TOKENS = 8192
 
 
 def sources(recipe: Recipe) -> dict[str, str]:
-    """Where the prompts of each set come from, by the set's name."""
+    """The source of each set's prompts, by set name."""
     return recipe.evaluate.sets or {"test": recipe.data.eval_prompts}
 
 
 @torch.no_grad()
 def rewards_of(context: Context, shared: SharedBase, prompts: list[list[int]], encoded: list[list[int]]) -> list[float]:
-    """Scores of the reward role for responses as they were drawn, read at the end of their turns, as in PPO."""
+    """Scores of the reward role for responses as sampled, read at the end of turn if ``score_at_end``, as in PPO."""
     pairs = [answer_pair("", "", *row) for row in zip(prompts, encoded, strict=True)]
     role_models, reader = SharedRoleModels(shared), context.reader(shared.model)
     scores = [0.0] * len(pairs)

@@ -1,4 +1,4 @@
-"""Labels by OpenAI-style batch files: the requests of the pairs without a label, and the answers into labels.jsonl."""
+"""Labels through OpenAI-style batch files: exports requests for unlabeled pairs, imports answers to labels.jsonl."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ from trl_rlaif.plugins import Plugins
 from trl_rlaif.recipe import Recipe, ServerJudgeSection, prompt_folder
 from trl_rlaif.types import Label
 
-# Pairs that are named where something is wrong with several.
+# Maximum number of pairs named in a message.
 _NAMED = 5
 
 
 @dataclass
 class Imported:
-    """What became of the answers.
+    """The outcome of importing answers.
 
     Args:
-        labeled: Pairs that got a label.
-        known: Pairs that had one.
-        failed: Pairs that could not be judged, by the reason.
-        missing: Ids of pairs of which an answer is missing.
-        foreign: Answers to requests that this recipe does not make, such as those of another prompt.
-        tokens: Of the answers that these labels are from, as they count them.
+        labeled: Newly labeled pairs.
+        known: Pairs labeled before.
+        failed: Pairs that could not be judged, by reason.
+        missing: Ids of pairs with a missing answer.
+        foreign: Answers to requests that this recipe does not make, such as with another prompt.
+        tokens: Used by the answers behind the added labels, as the answers report them.
     """
 
     labeled: int = 0
@@ -57,21 +57,21 @@ class Imported:
 
 
 def export_batch(recipe: Recipe, plugins: Plugins, output: Path, file: Path) -> tuple[int, int]:
-    """Write the requests of all pairs of a run that the main labeler has not labeled.
+    """Write requests for all pairs of a run that the main labeler has not labeled.
 
-    A line's ``custom_id`` is made of what the label store finds the label by and of the request's digest.
+    A line's ``custom_id`` joins the label's keys in the label store and the request's digest.
 
     Args:
         recipe: Its main judge is on a server.
-        plugins: What is installed.
+        plugins: Installed plugins.
         output: The run's folder.
-        file: Of JSON lines, as OpenAI's Batch API takes them; replaced.
+        file: JSON lines for OpenAI's Batch API; replaced.
 
     Returns:
-        Pairs, and requests.
+        The numbers of pairs and of requests.
 
     Raises:
-        UserError: What the judge is asked depends on its earlier answers; or the run has no pairs yet.
+        UserError: A request depends on earlier answers; the run has no pairs yet; or ``file`` has no folder.
     """
     if not file.parent.is_dir():
         raise UserError(f"There is no folder {file.parent}.", where=str(file), fix="Create it, or name another file.")
@@ -92,16 +92,16 @@ def export_batch(recipe: Recipe, plugins: Plugins, output: Path, file: Path) -> 
 
 
 def import_batch(recipe: Recipe, plugins: Plugins, output: Path, files: Sequence[Path]) -> Imported:
-    """Add to a run's labels what the answers say, as if a server had given them. Doing it again adds nothing.
+    """Add labels to a run from answers in files, as if from a server. Importing again adds nothing.
 
     Args:
-        recipe: With which the requests were exported.
-        plugins: What is installed.
+        recipe: The one used for the export.
+        plugins: Installed plugins.
         output: The run's folder.
         files: JSON lines with ``custom_id`` and ``response`` or ``error``, in any order.
 
     Raises:
-        UserError: A line is none of these; or as of ``export_batch``.
+        UserError: A file cannot be read, or a line is invalid; or as in ``export_batch``.
     """
     places = _places(files)
     with _opened(recipe, plugins, output) as work:
@@ -121,7 +121,7 @@ def import_batch(recipe: Recipe, plugins: Plugins, output: Path, files: Sequence
             if not work.judge.asked.keys() <= given.keys():
                 found.missing.append(pair.id)
                 continue
-            if work.store.add(work.key, pair, label):  # else it failed before, by the same answers
+            if work.store.add(work.key, pair, label):  # otherwise, the same answers failed before
                 work.context.total.add(work.judge.meter.used)
                 found.tokens += work.judge.meter.used.tokens
             if label.p is None:
@@ -132,7 +132,7 @@ def import_batch(recipe: Recipe, plugins: Plugins, output: Path, files: Sequence
 
 
 def describe(found: Imported) -> str:
-    """In words, with the pairs that still lack a label."""
+    """A summary for the terminal, with the pairs that lack an answer."""
     lines = [f"Pairs labeled: {found.labeled:,} (by {found.tokens:,} tokens); labeled before: {found.known:,}."]
     lines += [f"Pairs that could not be judged: {count:,} ({reason})." for reason, count in found.failed.items()]
     if found.missing:
@@ -145,7 +145,7 @@ def describe(found: Imported) -> str:
 
 @dataclass
 class _Work:
-    """What both do: one pair after the other is labeled by a judge that is asked through files."""
+    """Shared by export and import: labels one pair at a time with a judge that is asked through files."""
 
     context: Context
     task: LabelTask
@@ -172,7 +172,7 @@ class _Work:
 
     def label(self, pair: Pair, answers: dict[str, Any]) -> Label:
         self.judge.begin(answers)
-        self.judge.meter = Meter(price_of(self.task.judge))  # of these answers alone
+        self.judge.meter = Meter(price_of(self.task.judge))  # counts only these answers
         (label,) = self.context.create_labeler(self.task.labeler).label([pair], self.judge)
         return label
 
@@ -191,7 +191,7 @@ def _opened(recipe: Recipe, plugins: Plugins, output: Path) -> Iterator[_Work]:
 
 
 def _server_judge(recipe: Recipe) -> ServerJudgeSection:
-    """The main judge; what needs an answer before it asks on is refused."""
+    """The main judge. Settings whose requests depend on earlier answers are rejected."""
     if recipe.label is None:
         raise UserError("Batch files are for labels, and this recipe has no 'label'.")
     section, judge, where = recipe.label, recipe.label.judge, recipe.line(("label",))
@@ -215,7 +215,7 @@ def _server_judge(recipe: Recipe) -> ServerJudgeSection:
 
 
 def _places(files: Sequence[Path]) -> dict[str, tuple[Path, int]]:
-    """By custom_id the file and the line's first byte of an answer; of several answers, of one that is good."""
+    """Each answer's file and byte offset, by custom_id; of several, the first successful one, or else the last."""
     found, good = dict[str, tuple[Path, int]](), set[str]()
     for file in files:
         try:
@@ -239,7 +239,7 @@ def _answer_at(file: Path, place: int) -> dict[str, Any] | str:
 
 
 def _parsed(line: bytes, where: str) -> tuple[str, dict[str, Any] | str]:
-    """The custom_id, and the answer's body, or why there is none."""
+    """The custom_id, and the answer's body or the reason why there is none."""
     try:
         row = json.loads(line)
         return str(row["custom_id"]), _answer(row)

@@ -1,4 +1,4 @@
-"""A trainer's logs into the run's folder, and its steps onto the progress bar."""
+"""Writes a trainer's logs to the run's folder and shows its steps on the progress bar."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from transformers import PrinterCallback, TrainerCallback
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.progress import progress_bar
 
-# The trainers' own summaries of a whole run, which are no steps.
+# The trainers' own summaries of a run or an evaluation, which are not steps.
 _SUMMARIES = ("train_runtime", "eval_runtime")
 
 
 class StageCallback(TrainerCallback):
-    """Writes every logged step to metrics.jsonl and shows how far training is."""
+    """Writes every logged step to metrics.jsonl and shows the progress of training."""
 
     def __init__(self, folder: RunFolder, stage: str, description: str) -> None:
         self._folder, self._stage, self._description = folder, stage, description
@@ -23,7 +23,7 @@ class StageCallback(TrainerCallback):
         self._advance: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # A resumed run computes these steps again; one without a checkpoint also what is measured before the first.
+        # A resumed run computes these steps again; without a checkpoint, also the metrics from before the first step.
         self._folder.drop_metrics(self._stage, after=state.global_step or -1)
         bar = progress_bar(self._description, state.max_steps, state.global_step, "steps")
         self._advance = self._stack.enter_context(bar)
@@ -41,11 +41,11 @@ class StageCallback(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Take the bar away, also when training was stopped by an error."""
+        """Close the progress bar, also after an error in training."""
         self._stack.close()
         self._advance = None
 
     def attach(self, trainer: Any) -> None:
-        """Report for this trainer in place of its own printing."""
+        """Replace a trainer's own printing with this callback."""
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(self)

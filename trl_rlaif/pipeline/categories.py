@@ -1,4 +1,4 @@
-"""Categories of prompts whose data names none: clusters of their embeddings."""
+"""Prompt categories if the data has none: clusters of prompt embeddings."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def categorized(context: Context, prompts: list[Prompt], tokens: Sequence[Sequence[int]], base: Any) -> list[Prompt]:
-    """Prompts with ``data.clusters`` categories, where the recipe asks for them and no prompt has one of its own.
+    """Prompts with ``data.clusters`` categories, if the recipe sets it and no prompt has its own category.
 
-    The clusters are those of the first prompts that a run asks for, which are its training prompts, and stay in its
-    folder; prompts that come later belong to the nearest one.
+    The clusters are fitted to the first prompts that a run encodes, its training prompts, and stored in its folder;
+    later prompts are assigned to the nearest cluster. Later rounds keep the clusters of the first.
 
     Args:
-        tokens: Of each prompt.
-        base: The model whose hidden states embed them; no adapter takes part.
+        tokens: Token ids of each prompt.
+        base: The model whose hidden states are the embeddings; adapters are disabled.
     """
     wanted = context.recipe.data.clusters
     if wanted is None or any(prompt.category is not None for prompt in prompts):
@@ -40,10 +40,10 @@ def categorized(context: Context, prompts: list[Prompt], tokens: Sequence[Sequen
     from trl_rlaif.models.embedding import directions, mean_hidden_states
     from trl_rlaif.models.shared_model import active_adapter
 
-    # The categories of the first round are those of the later ones, whose seeds are others.
+    # Later rounds, which have other seeds, use the categories of the first round.
     *earlier, path = (run / artifacts.CLUSTERS for run in (*reversed(context.previous), context.folder))
     of = [wanted, context.recipe.run.seed, context.recipe.model.path]
-    known = _read(next(filter(Path.exists, earlier), path))  # before another process has computed and written it
+    known = _read(next(filter(Path.exists, earlier), path))  # read before another process may write it
     with active_adapter(base, None), dividing():
         embeddings = mean_hidden_states(base, tokens)
     if known and (known.get("of", of) == of or (earlier and known["of"][::2] == of[::2])):

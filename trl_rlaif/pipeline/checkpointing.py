@@ -1,4 +1,4 @@
-"""Gradient checkpointing where a recipe does not set it: only where activations would not fit into memory."""
+"""Chooses gradient checkpointing if a recipe does not: only if activations would not fit into memory."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from trl_rlaif.progress import say
 from trl_rlaif.recipe import Recipe
 
 CHECKPOINTING = "gradient_checkpointing"
-# The planner's peaks are within a tenth of what autograd keeps (tests/memory).
+# The planner's peaks are within 10% of what autograd keeps (tests/memory).
 _SAFE = 0.9
-# What says how long the rows of a stage may be. Without it the planner can but assume a length.
+# The setting that limits the length of a stage's rows. Without it, the planner can only assume a length.
 _LENGTHS = {"sft": "max_length", "judge": "max_length", "reward": "max_length", "rl": "max_prompt_length"}
 
 
 def settle_checkpointing(recipe: Recipe, stage: str) -> Recipe:
-    """A recipe that says whether a stage recomputes activations; one that says so already is returned as it is.
+    """Set gradient checkpointing of a stage; a recipe that sets it already is returned unchanged.
 
-    It changes no result, only time and memory. So it is decided by the machine that runs the stage, and a run that is
-    resumed on a smaller GPU decides again.
+    It affects only time and memory, not results. So the machine that runs the stage decides, and a run resumed on a
+    smaller GPU decides again.
 
     Args:
-        recipe: Of a run, with settled dtypes.
-        stage: ``sft``, ``reward`` or ``rl``.
+        recipe: A run's recipe with resolved dtypes.
+        stage: ``sft``, ``judge``, ``reward`` or ``rl``.
     """
     from trl_rlaif.memory.settings import with_settings
 
@@ -34,13 +34,13 @@ def settle_checkpointing(recipe: Recipe, stage: str) -> Recipe:
 def _needed(recipe: Recipe, stage: str) -> bool:
     device = hardware.device_type()
     peak = _peak(recipe, stage, device)
-    if peak is None:  # a GPU is filled soon
+    if peak is None:  # a GPU is likely to run out of memory
         return device != "cpu"
     room = hardware.available_memory(device)
-    if device == "cpu":  # which all processes of the machine share
+    if device == "cpu":  # shared by all processes of the machine
         room //= distributed.processes_here()
     needed = peak > _SAFE * room
-    if distributed.processes() > 1:  # all do the same, or sharded weights would be gathered in one process alone
+    if distributed.processes() > 1:  # all must agree: sharded weights are gathered by all processes
         from accelerate.utils import gather_object
 
         distributed.join()
@@ -53,7 +53,7 @@ def _needed(recipe: Recipe, stage: str) -> bool:
 
 
 def _peak(recipe: Recipe, stage: str, device: str) -> int | None:
-    """Predicted bytes of a stage's updates if activations are kept; None where the planner cannot tell."""
+    """Predicted peak bytes of a stage's updates without checkpointing; None if the planner cannot predict them."""
     from trl_rlaif.memory import CONTEXT_BYTES, MARGIN, plan_memory
     from trl_rlaif.memory.settings import setting, with_settings
 
@@ -63,7 +63,7 @@ def _peak(recipe: Recipe, stage: str, device: str) -> int | None:
     if stage == "rl":
         from trl_rlaif.rl.ppo.update_step import CPU_TOKENS
 
-        # Of TRL's trainers it is not known what they hold, nor of vLLM.
+        # The memory of TRL's trainers and of vLLM is unknown.
         algorithm = ALGORITHMS[recipe.rl.algorithm]
         if algorithm.config or algorithm.needs_selector or setting(recipe, "rl", "generation") == "vllm":
             return None
@@ -72,5 +72,5 @@ def _peak(recipe: Recipe, stage: str, device: str) -> int | None:
     try:
         plan = plan_memory(with_settings(recipe, changes), only=stage)
         return CONTEXT_BYTES + int((1 + MARGIN) * plan.predict("update", stage))
-    except Exception:  # the planner knows decoders like Llama's; others may lack whatever it reads
+    except Exception:  # the planner supports decoders like Llama; others may lack attributes that it reads
         return None

@@ -1,4 +1,4 @@
-"""What a recipe names and only its stages would look into: judges' prompts, reward functions, and columns of data."""
+"""Checks recipe references that only stages would otherwise read: judge prompts, reward functions, data columns."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from trl_rlaif.components import Labeler
     from trl_rlaif.plugins import Plugins
 
-# What every reward function is given besides the columns of the data.
+# Arguments that every reward function receives besides the data's columns.
 _GIVEN = ("prompts", "completions", "completion_ids", "id", "category", "trainer_state")
 
 _Data = dict[str, Callable[[], Loaded[Any] | Stream[Any]]]
@@ -33,10 +33,10 @@ _Data = dict[str, Callable[[], Loaded[Any] | Stream[Any]]]
 
 @dataclass(frozen=True)
 class _Asked:
-    """A prompt that a judge is asked with: its key in the recipe, its name, who asks, and about which data.
+    """A judge prompt: its key in the recipe, its name, the labeler that uses it, and the data it is used on.
 
     Args:
-        data: Where each source of rows comes from, and how it is read.
+        data: By source of rows, a function that reads it.
     """
 
     key: tuple[str, ...]
@@ -46,10 +46,11 @@ class _Asked:
 
 
 def check_prompts(recipe: Recipe, plugins: Plugins) -> None:
-    """Read every judge's prompt, and have each labeler look whether it holds what its options need.
+    """Load every judge prompt, and let each labeler check that it has the parts that its options need.
 
     Raises:
-        UserError: A template is wrong, a part is missing, or a row of the data lacks a column that a template names.
+        UserError: A template is wrong, a part is missing, a data row lacks a column that a template names, or the
+        labeler does not allow the judge to be taught.
     """
     problems: list[Problem] = []
     for asked in _asked(recipe):
@@ -69,7 +70,7 @@ def check_prompts(recipe: Recipe, plugins: Plugins) -> None:
 
 
 def _teaching_problems(recipe: Recipe, plugins: Plugins) -> Iterator[Problem]:
-    """What a labeler lacks whose judge shall be taught."""
+    """Problems of the labeler whose judge should be taught."""
     if recipe.judge is None:
         return
     ref, where = recipe.teaching_labeler, recipe.line(("label", "labeler"))
@@ -83,7 +84,7 @@ def _teaching_problems(recipe: Recipe, plugins: Plugins) -> Iterator[Problem]:
 
 
 def _check_rows(labeler: Labeler, prompt: JudgePrompt, data: _Data) -> None:
-    """See that every row has the columns that a labeler reads; what is on the Hub or in folders waits for its stage."""
+    """Check that every row has the columns that a labeler reads; data on the Hub or in folders is left to the stage."""
     if not labeler.columns(prompt):
         return
     for source, read in data.items():
@@ -96,7 +97,7 @@ def _check_rows(labeler: Labeler, prompt: JudgePrompt, data: _Data) -> None:
 
 
 def _asked(recipe: Recipe) -> Iterator[_Asked]:
-    """Each prompt that a judge is asked with."""
+    """All judge prompts of a recipe."""
     data, label, evaluate = recipe.data, recipe.label, recipe.evaluate
     prompts: _Data = {data.prompts: partial(read_prompts, recipe, data.prompts)} if data.prompts else {}
     if label:
@@ -125,10 +126,10 @@ def _asked(recipe: Recipe) -> Iterator[_Asked]:
 
 
 def check_sampler(recipe: Recipe, plugins: Plugins) -> None:
-    """Make the sampler of pairs, which reads the files that its options name.
+    """Create the pair sampler, which reads the files named in its options.
 
     Raises:
-        UserError: One of them is wrong, or an option.
+        UserError: A file or an option is wrong.
     """
     ref = recipe.sample.sampler if recipe.sample else None
     if ref is not None:
@@ -137,10 +138,11 @@ def check_sampler(recipe: Recipe, plugins: Plugins) -> None:
 
 
 def check_ranking(recipe: Recipe, plugins: Plugins) -> None:
-    """See that a tournament can ask the labeler about one order at a time, and rewards that rank can see groups.
+    """Check that a tournament can ask the labeler about one order at a time, and that ranking rewards receive groups.
 
     Raises:
-        UserError: The labeler has no option for that, or the algorithm or a selector scores responses one by one.
+        UserError: The labeler has no option ``orders``; or with ranking rewards, the algorithm scores each response
+        alone or there are selectors.
     """
     for name, labeler in recipe.reward_labelers.items():
         if getattr(plugins.registry.find("labeler", name).component, "ranks", False):
@@ -156,7 +158,7 @@ def check_ranking(recipe: Recipe, plugins: Plugins) -> None:
 
 
 def _check_groups(recipe: Recipe, name: str, where: str) -> None:
-    """A reward that compares the responses to a prompt must be given several of them together."""
+    """A reward that compares the responses to a prompt must receive all of them together."""
     if not ALGORITHMS[recipe.rl.algorithm].groups:
         raise UserError(
             f"The reward '{name}' compares the responses to a prompt, and {recipe.rl.algorithm} scores each alone.",
@@ -172,13 +174,13 @@ def _check_groups(recipe: Recipe, name: str, where: str) -> None:
 
 
 def check_trainers(recipe: Recipe, plugins: Plugins) -> None:
-    """``try_settings`` and ``check_base``, unless they passed these sections on this machine before.
+    """Run ``try_settings`` and ``check_base``, unless the same sections passed on this machine before.
 
-    They import torch, transformers and TRL, which takes seconds. Only what passed is remembered, for as long as no
-    package changes, and a run tries both again.
+    They import torch, transformers and TRL, which takes seconds. Only passes are remembered, until a package changes;
+    a run checks both again.
 
     Raises:
-        UserError: As those.
+        UserError: As in those two.
     """
     from trl_rlaif.models.loading import resolved
 
@@ -199,11 +201,11 @@ def check_trainers(recipe: Recipe, plugins: Plugins) -> None:
 
 
 def check_functions(recipe: Recipe) -> None:
-    """Import every reward function, and see that the prompts have the columns that it must be given.
+    """Import every reward function, and check its signature against its call and the prompts' columns.
 
     Raises:
-        UserError, ComponentError: It cannot be imported, does not take what it is called with, or a prompt lacks a
-            column.
+        UserError, ComponentError: It cannot be imported, does not accept an argument of its call, or a prompt lacks a
+            required column.
     """
     for position, name in enumerate(recipe.rl.reward_names if recipe.rl else ()):
         if ":" in name:
@@ -222,7 +224,7 @@ def _check_signature(recipe: Recipe, function: Callable[..., Any], name: str, wh
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     needed = [p.name for p in by_name.values() if p.default is p.empty and p.name not in _GIVEN]
     source = recipe.data.prompts
-    if source is None or not os.path.isfile(source) or (takes_all and not needed):  # as check_data: no Hub, no folder
+    if source is None or not os.path.isfile(source) or (takes_all and not needed):  # no Hub or folder, as in check_data
         return
     prompts = read_prompts(recipe, source).items
     for column in needed:

@@ -1,4 +1,4 @@
-"""What every stage is given: the recipe, the run's folder, the plugins, and the models by what they are for."""
+"""The context passed to every stage: the recipe, the run's folder, the plugins, and the models by role."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Shard:
         """From ``i/n``.
 
         Raises:
-            UserError: It is none.
+            UserError: The text has another form, or i is not from 1 to n.
         """
         match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
         if not match or not 1 <= int(match[1]) <= int(match[2]):
@@ -80,7 +80,7 @@ class Shard:
         return cls(int(match[1]), int(match[2]))
 
     def of(self, pairs: Sequence[Pair]) -> Sequence[Pair]:
-        """This machine's pairs: every n-th one."""
+        """This machine's pairs: every ``count``-th one, from pair ``number``."""
         return pairs[self.number - 1 :: self.count]
 
     def __str__(self) -> str:
@@ -89,11 +89,11 @@ class Shard:
 
 @dataclass
 class Context:
-    """One run. Models are loaded when a stage asks for them and go when it ends.
+    """One run. Models are loaded when a stage asks for them and freed when it ends.
 
     Args:
-        shard: This machine's share of the pairs; None is all.
-        total: What judges on servers are counted in.
+        shard: This machine's share of the pairs; None: all pairs.
+        total: Counts the usage of judges on servers.
     """
 
     recipe: Recipe
@@ -107,74 +107,73 @@ class Context:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The base's tokenizer, with the variables for its chat template."""
+        """The base's tokenizer, with its chat template variables."""
         model = self.recipe.model
         return self.templated(load_tokenizer(model.path), model.chat_template_kwargs)
 
     @cached_property
     def previous(self) -> list[RunFolder]:
-        """The runs that this one goes on from, the latest first."""
+        """The runs that this one continues, the latest first."""
         return previous_runs(self.recipe)
 
     @cached_property
     def date(self) -> date:
-        """The day on which chat templates think that the run takes place: that on which it, or a run before, first
-        asked."""
+        """The date given to chat templates: the day on which this run, or an earlier one, first asked for it."""
         *earlier, own = (run.state / artifacts.DATE for run in (*reversed(self.previous), self.folder))
         path = next(filter(Path.exists, earlier), own)
         if not path.exists():
             write_state(path, {"date": date.today().isoformat()})
-        with suppress(OSError, ValueError):  # as the first versions wrote it
+        with suppress(OSError, ValueError):  # the format of the first versions
             return date.fromisoformat(path.read_text(encoding="utf-8").strip())
         found = read_state(path, "Without it, labels of a judge whose chat template tells the date are made again.")
         return date.fromisoformat(found["date"]) if found else date.today()
 
     def templated(self, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> PreTrainedTokenizerBase:
-        """A tokenizer with variables for its chat template."""
+        """A tokenizer with the given chat template variables, and with the run's date if its template writes a date."""
         today = {"chat_template": dated(tokenizer.chat_template, self.date)} if has_date(tokenizer) else {}
         return set_template_kwargs(tokenizer, today | kwargs)
 
     def with_template_kwargs(self, dataset: Dataset) -> Dataset:
-        """A dataset for a trainer of TRL's that renders conversations itself, with the base's variables for that."""
+        """A dataset with the base's chat template variables, for a TRL trainer that renders conversations itself."""
         kwargs = self.recipe.model.chat_template_kwargs
         return dataset.map(lambda _: {"chat_template_kwargs": kwargs}) if kwargs else dataset
 
     @property
     def model_spec(self) -> ModelSpec:
-        """The base as the recipe describes it."""
+        """The base's path, dtype and quantization from the recipe."""
         model = self.recipe.model
         return ModelSpec(model.path, model.dtype, model.quantization)
 
     @property
     def lora(self) -> LoraConfig:
-        """The LoRA adapters to train."""
+        """The configuration of the LoRA adapters to train."""
         from trl_rlaif.models.adapters import lora_config
 
         return lora_config(self.recipe.model.lora)
 
     @property
     def start(self) -> Path | None:
-        """The adapter that the policy starts as: the run before's, or that of the stage sft; None where it is new."""
+        """The policy's adapter at the start of RL: from the previous run, or else ``initial``; None: a new one."""
         return self.previous[0] / artifacts.POLICY if self.previous else self.initial
 
     @property
     def initial(self) -> Path | None:
-        """The adapter of the policy before any rl, of the stage sft; None: the base."""
+        """The policy's adapter before any RL, from the stage sft of the first run; None: the base."""
         sft = [self.folder, *self.previous][-1] / artifacts.SFT
         there = sft.exists() if self.previous else self.recipe.sft is not None
         return sft if there else None
 
     @property
     def reference(self) -> Path | None:
-        """The adapter that rl compares the policy with; None: the base."""
+        """The adapter of the reference policy; None: the base."""
         moves = self.recipe.rounds is not None and self.recipe.rounds.reference == "previous"
         return self.start if moves else self.initial
 
     def load_base(self, *, shared_out: bool = False) -> PreTrainedModel:
-        """The frozen base, on the device.
+        """Load the frozen base onto the device.
 
         Args:
-            shared_out: It will be, with FSDP, and is then put there layer by layer.
+            shared_out: FSDP will shard it, which moves it to the device layer by layer.
         """
         import torch
 
@@ -184,13 +183,13 @@ class Context:
         return model if placed else model.to(_device())
 
     def stop_ids(self, model: PreTrainedModel) -> tuple[int, ...]:
-        """The tokens that end a response of the policy: those that the section rl names, or else the model's own."""
+        """The tokens that end the policy's responses: from the section rl, or else the model's own."""
         config = self.recipe.rl.config if self.recipe.rl else {}
         named = {name: config.get(name) for name in ("stop_tokens", "stop_token_id")}
         return chosen_stop_ids(self.tokenizer, model, **named)
 
     def reader(self, model: PreTrainedModel) -> ResponseReader:
-        """What reads the policy's responses."""
+        """The parser of the policy's responses."""
         section = self.recipe.model
         return ResponseReader(
             self.tokenizer, self.stop_ids(model), reasoning=section.reasoning, tags=section.reasoning_tags
@@ -198,40 +197,40 @@ class Context:
 
     @cached_property
     def judges(self) -> Judges:
-        """Those that the recipe names."""
+        """The recipe's judges."""
         return Judges(self)
 
     @cached_property
     def evaluated_columns(self) -> dict[str, dict[str, Any]]:
-        """The other columns of each prompt that is evaluated, by its ``prompt_key``."""
+        """The other columns of each evaluated prompt, by its ``prompt_key``."""
         sources = self.recipe.evaluate.sets.values() or [self.recipe.data.eval_prompts]
         found = [prompt for source in sources for prompt in read_prompts(self.recipe, source, "eval_prompts").items]
         return {prompt_key(prompt.prompt): prompt.extra for prompt in found}
 
     def create(self, kind: str, ref: ComponentRef) -> Any:
-        """A component with its options, validated: what it does wrong is said with its distribution and place."""
+        """Create a component with its options, validated: errors name its distribution and place in the recipe."""
         origin = Origin.of(self.plugins.registry.find(kind, ref.name), ref.where)
         with origin.blamed("__init__()"):
             return validated(self.plugins.registry.create(kind, ref.name, ref.options), origin)
 
     def create_labeler(self, ref: ComponentRef) -> Labeler:
-        """A labeler with its options."""
+        """Create a labeler with its options."""
         return self.create("labeler", ref)
 
     def chat(self, prompt: PromptLike) -> PromptLike:
-        """A prompt in the form that the base was taught."""
+        """A prompt in the base's chat format."""
         return chat_prompt(prompt, self.tokenizer)
 
     def encoded_prompts(
         self, source: str, room: int, base: Any, key: str = "prompts"
     ) -> tuple[list[Any], TokenRows, dict[str, int]]:
-        """Prompts with their tokens, and what was skipped by reason.
+        """Prompts, their tokens, and the number of skipped prompts by reason.
 
         Args:
             source: A prompt file, folder or Hub id.
-            room: Tokens to keep free for the response.
-            base: The model, for its context length.
-            key: Whose columns the source has: those of ``prompts`` or ``eval_prompts``.
+            room: Tokens reserved for the response.
+            base: The model, for its context length and for the embeddings of prompt clusters.
+            key: The entry of ``data.columns`` for the source, ``prompts`` or ``eval_prompts``.
 
         Raises:
             UserError: No prompt is left.
@@ -253,20 +252,20 @@ class Context:
 
     @staticmethod
     def longest_prompt(base: Any, room: int) -> int:
-        """Tokens that a prompt may have in a model's context, beside a response of ``room`` tokens."""
+        """Maximum prompt length in tokens that leaves room for a response of ``room`` tokens in the model's context."""
         context = getattr(base.config.get_text_config(), "max_position_embeddings", None) or 10**9
-        return context - room - 1  # the end of turn, where a cut response is scored
+        return context - room - 1  # the end of turn at which a truncated response is scored
 
     def as_meant(self, source: str, items: Sequence[P]) -> Sequence[P]:
-        """Prompts or pairs of a source as ``meaning`` has them."""
+        """A source's prompts or pairs, as interpreted by ``meaning``."""
         as_meant = self.meaning(source, items)
         return [as_meant(item) for item in items]
 
     def meaning(self, source: str, items: Iterable[P]) -> Callable[[P], P]:
-        """How prompts or pairs of a source are taken, and a word on those that are no plain question.
+        """How to interpret a source's prompts or pairs; reports those that are rendered or end with an assistant turn.
 
-        Prompts that begin with control tokens were rendered if all of the source's do. A single one among others is
-        the text of a user: nobody's data can slip control tokens in.
+        Prompts that begin with control tokens count as rendered only if all prompts of the source do. Otherwise they
+        are user text: data must not inject control tokens.
         """
         count = rendered = begun = 0
         for item in items:
@@ -286,14 +285,14 @@ class Context:
         return lambda item: item
 
     def pairs(self, folder: RunFolder | None = None) -> StoredPairs:
-        """The pairs of this run, or of another one's folder, in pairs.jsonl."""
+        """The pairs in pairs.jsonl of this run, or of another run's folder."""
         return StoredPairs((folder or self.folder) / artifacts.PAIRS)
 
     def transforms(self, section: str) -> list[Any]:
-        """The reward transforms that a section names, in its order.
+        """The reward transforms of a section, in its order.
 
-        One that the reward model was trained with has in the stage rl the state of that training, and its options
-        too, unless the section rl gives some itself.
+        In the stage rl, a transform that the reward model was trained with takes its state from that training, and its
+        options too, unless the section rl sets non-default ones.
         """
         from trl_rlaif.states import load_state
 
@@ -311,20 +310,20 @@ class Context:
         return found
 
     def trainer_arguments(self, stage: str, config: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of a TRL config: the recipe's, over the stage's defaults and others that fit this run."""
+        """Arguments of a TRL config: ``config`` over defaults of the run and the stage, under a few fixed values."""
         model = self.recipe.model
         defaults = {
-            # A 4-bit base computes in bfloat16 (QLoRA, Dettmers et al. 2023): autocast lets adapters do likewise.
+            # A 4-bit base computes in bfloat16 (QLoRA, Dettmers et al. 2023); with autocast, so do its adapters.
             "bf16": model.dtype == "bfloat16" or model.quantization == "nf4",
-            # transformers refuses bf16 without a GPU unless it is told that the CPU is meant.
+            # transformers rejects bf16 without a GPU unless the CPU is requested.
             "use_cpu": hardware.device_type() == "cpu",
             "report_to": "none",
-            "run_name": self.recipe.run.name,  # what a tracker calls it
+            "run_name": self.recipe.run.name,  # its name in trackers
             "logging_steps": 1,
             "disable_tqdm": True,
             "save_strategy": "no",
         }
-        # Naming save_steps asks for saving.
+        # Setting save_steps turns saving on.
         if "save_steps" in config:
             defaults["save_strategy"] = "steps"
         fixed = {
@@ -335,10 +334,10 @@ class Context:
         self.recipe = settle_checkpointing(self.recipe, stage)
         own = {**STAGES[stage].defaults, CHECKPOINTING: getattr(self.recipe, stage).config[CHECKPOINTING]}
         found = defaults | own | config | fixed
-        if distributed.processes() > 1:  # a recipe's batch is that of all processes
+        if distributed.processes() > 1:  # a recipe's batch size is the total over all processes
             batch = (found.get(key) or setting(self.recipe, stage, key) for key in BATCH)
             found |= zip(BATCH, distributed.share_of_batch(*batch), strict=True)
-        if found["bf16"] is None:  # as PPOConfig and RewardConfig decide it; TRL's own turn it on
+        if found["bf16"] is None:  # as in PPOConfig and RewardConfig; TRL's own configs turn it on
             found["bf16"] = not found.get("fp16") and hardware.computes_bfloat16(hardware.device_type())
         return found
 
@@ -354,7 +353,7 @@ def _device() -> str:
 
 
 def pair_row(pair: Pair) -> PairRow:
-    """A pair as a line of pairs.jsonl. What else the data had must not overwrite what is known."""
+    """A pair as a line of pairs.jsonl. Other columns of the data do not overwrite the pair's own fields."""
     known = {
         "id": pair.id,
         "prompt": pair.prompt,

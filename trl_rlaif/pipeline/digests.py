@@ -1,4 +1,4 @@
-"""What a complete stage left in the run's folder, and whether it is still that."""
+"""Records digests of a complete stage's files, and checks that they are unchanged."""
 
 from __future__ import annotations
 
@@ -18,46 +18,46 @@ _DIGESTS, _NUMBERS = "digests", "numbers"
 
 
 def complete(folder: RunFolder, stage: Stage, fingerprint: str) -> None:
-    """Close a stage, and record the digest of every file that it left, but for its checkpoints.
+    """Mark a stage as complete, and record digests of its output files, except checkpoints, and of its numbers.
 
-    Of several processes the first does so.
+    Only the first process does so. Stages with ``always`` record no files.
     """
     if not is_first():
         return
     kept = [name for name in stage.outputs if not name.startswith(artifacts.CHECKPOINTS)]
-    kept += [artifacts.LABELS] if artifacts.LABELS in stage.companions else []  # other companions are other stages'
+    kept += [artifacts.LABELS] if artifacts.LABELS in stage.companions else []  # the other companions are other stages'
     if (folder / artifacts.METRICS).exists():
         sync(folder / artifacts.METRICS)
     found = {
         f"{name}/{file}".rstrip("/"): digest
         for name in ([] if stage.always else kept)
         for file, digest in digests_in(folder / name).items()
-        if not Path(file).name.startswith("cache-")  # of the datasets library, which may clear it
+        if not Path(file).name.startswith("cache-")  # of the datasets library, which may delete it
     }
     folder.complete(stage.name, fingerprint, {_DIGESTS: found, _NUMBERS: _numbers(folder, stage)})
 
 
 def _numbers(folder: RunFolder, stage: Stage) -> dict[str, str]:
-    """A digest of a stage's share of each file that it has in common with others."""
+    """Digests of a stage's part of results.json and metrics.jsonl, which all stages write to."""
     parts = {artifacts.RESULTS: folder.results_of(stage.name), artifacts.METRICS: folder.metrics(stage.name)}
     return {name: hashlib.sha256(to_json(part).encode()).hexdigest() for name, part in parts.items()}
 
 
 def made_together(folder: RunFolder, other: RunFolder, stage: str) -> bool:
-    """Whether a complete stage of one run is a copy of that of another; the same inputs may have been used twice."""
+    """Whether two runs share one execution of a complete stage, rather than two executions with the same inputs."""
     return folder.marker(stage).get(_NUMBERS) == other.marker(stage).get(_NUMBERS)
 
 
 def check(folder: RunFolder, stages: Iterable[Stage], *, companions: bool = True) -> None:
-    """Compare what complete stages left with what they wrote. Stages of earlier versions recorded nothing.
+    """Check that the files of complete stages are unchanged. Stages of earlier versions recorded nothing.
 
     Args:
         folder: The run's.
-        stages: Those that are not complete are left out.
-        companions: What a stage writes besides its outputs is compared, too.
+        stages: Incomplete ones are skipped.
+        companions: Also check files that a stage writes besides its outputs.
 
     Raises:
-        UserError: A file is gone or another one; each with what to do.
+        UserError: Files or numbers are missing or changed; with a fix for each. Changed metrics only warn.
     """
     complete_ones = [stage for stage in stages if folder.is_complete(stage.name)]
     problems = [problem for stage in complete_ones for problem in _changed(folder, stage, companions)]
@@ -77,7 +77,7 @@ def _changed(folder: RunFolder, stage: Stage, companions: bool) -> Iterator[Prob
             yield Problem(f"The file is not what the stage '{stage.name}' wrote.", str(path), fix)
     written, now = folder.marker(stage.name).get(_NUMBERS), _numbers(folder, stage)
     for name in (name for name in now if written and now[name] != written.get(name)):
-        if name == artifacts.METRICS:  # curves alone are drawn from it
+        if name == artifacts.METRICS:  # used only for curves
             say(f"Warning: the rows of the stage '{stage.name}' in {folder / name} are not what it wrote.")
             continue
         yield Problem(f"The numbers of the stage '{stage.name}' are not what it wrote.", str(folder / name), fix)

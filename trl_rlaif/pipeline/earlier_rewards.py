@@ -1,4 +1,4 @@
-"""What a reward model takes up of the rounds before: its adapter, a share of their pairs, and what they held out."""
+"""What reward training reuses from earlier rounds: the adapter, a fraction of the pairs, and the held-out prompts."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ if TYPE_CHECKING:
 
 
 def starting_adapter(context: Context) -> Path | None:
-    """The latest reward model of the runs before, from which training goes on; None where there is none."""
+    """The latest reward model of the earlier runs, from which training continues; None if there is none."""
     return next((run / artifacts.REWARD for run in context.previous if run.is_complete("reward")), None)
 
 
 def resumed(model: Any, transforms: Sequence[Any], names: Sequence[str], adapter: Path) -> Any:
-    """A classifier with the adapter and head of an earlier round, to be trained; the transforms take up their state.
+    """A trainable classifier with the adapter and head of an earlier round; loads the transforms' states.
 
     Args:
-        model: Without adapters.
-        transforms: Those of the recipe, ``names`` in the same order.
-        adapter: A folder that the stage reward wrote.
+        model: The classifier without adapters.
+        transforms: The recipe's transforms, with ``names`` in the same order.
+        adapter: A folder written by the stage reward.
     """
     from peft import PeftModel
 
     if any(transform.needs_expected for transform in transforms):
-        widen(model.score)  # as the head in the folder; the trainer looks for a model with one label, and makes it two
+        widen(model.score)  # as in the saved head; the trainer expects a model with one label and widens it to two
     for name, transform in zip(names, transforms, strict=True):
         state = adapter / artifacts.transform_of(name)
         if state.exists():
@@ -48,13 +48,13 @@ def resumed(model: Any, transforms: Sequence[Any], names: Sequence[str], adapter
 
 
 def split(context: Context, prompts: Sequence[str], share: float) -> tuple[list[int], list[int]]:
-    """Rows to train on and rows held out. Prompts that an earlier round held out are held out again.
+    """Indices of training and held-out rows. Prompts held out in an earlier round are held out again.
 
-    Only so was the reward model trained on nothing that it is measured by, in any round.
+    Otherwise the reward model could be evaluated on prompts that it was trained on in an earlier round.
 
     Args:
         prompts: The ``prompt_key`` of each row.
-        share: Of the rows to hold out where no round was before, or none had any of these prompts.
+        share: Fraction of rows to hold out if no earlier round held out any of these prompts, or held out all.
     """
     known = _held_out(context.previous)
     held_out = [i for i, key in enumerate(prompts) if key in known]
@@ -70,11 +70,11 @@ def _held_out(runs: Sequence[RunFolder]) -> set[str]:
 def with_earlier_pairs(
     context: Context, train: Dataset, held_out: Dataset, tokenized: Callable[[Path], Dataset]
 ) -> tuple[Dataset, int]:
-    """The pairs to train on and a share of those of earlier rounds, drawn at random; and how many of these there are.
+    """This round's training pairs with a random fraction of earlier rounds' pairs, and the number of the latter.
 
     Args:
-        train, held_out: Of this round.
-        tokenized: The pairs of a folder ``preferences/``, as those of this round are.
+        train, held_out: This round's pairs; earlier pairs of held-out prompts, of any round, are left out.
+        tokenized: Returns the pairs of a folder ``preferences/``, tokenized like this round's.
     """
     from datasets import concatenate_datasets
 
@@ -93,16 +93,16 @@ def with_earlier_pairs(
 
 
 def accuracy_before(trainer: Any, train: Dataset, held_out: Dataset) -> dict[str, dict[str, Any] | None]:
-    """How an earlier round's reward model ranks this round's pairs, which the present policy wrote.
+    """Accuracy of an earlier round's reward model on this round's pairs, which the current policy wrote.
 
     Returns:
-        ``pairwise_accuracy`` by the labels, ties left out: of ``all`` pairs, none of which it was trained on, and of
-        those ``held_out``, on whose prompts it was not trained either.
+        ``pairwise_accuracy`` against the labels, without ties (None if no pair is left), for ``all`` pairs, which it
+        was not trained on, and for the ``held_out`` ones, whose prompts it was not trained on either.
     """
     size, parts = trainer.args.per_device_eval_batch_size, [part for part in (train, held_out) if len(part)]
     scored = []
     bar = progress_bar("Scoring the new pairs", len(train) + len(held_out), unit="pairs")
-    with bar as advance, trainer.accelerator.autocast():  # as the trained one is asked
+    with bar as advance, trainer.accelerator.autocast():  # as for the trained model
         for part in parts:
             scored.append(score_pairs(trainer.model, part, trainer.data_collator, size, trainer.batch_tokens)[:2])
             advance(len(part))

@@ -1,4 +1,4 @@
-"""How long an earlier run took for what a run is going to do: the one measure that there is before it computes."""
+"""The time that an earlier run took for the same stages: the only estimate before a run computes anything."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from trl_rlaif.pipeline.redo import Planned
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.stage import Stage
 
-# The newest folders beside a run that are looked at.
+# Maximum number of neighboring run folders to check, the newest first.
 _MOST_RUNS = 20
 
 
 def earlier_time(
     folder: RunFolder, planned: Mapping[str, Planned], ahead: Sequence[Stage], processor: str
 ) -> tuple[str, float] | None:
-    """What the newest complete run beside this one is called that differs at most in its seed, and its seconds in the
-    stages ahead. Of a run in rounds it is an earlier round.
+    """A description of the newest complete run in the same parent folder that differs at most in its seed, and its
+    seconds in the stages ahead; None without one. In a run with rounds, it is an earlier round.
 
     Args:
-        folder: The run's.
-        planned: All its stages, whose settings and files must be the same.
-        ahead: Those whose time is asked.
-        processor: Its name; another one takes another time.
+        folder: The run's folder.
+        planned: All its stages, whose settings and files must be identical.
+        ahead: The stages whose time is needed.
+        processor: Name of the processor, which must be identical.
     """
     results: list[Path] = []
-    with suppress(OSError):  # another process may remove one
+    with suppress(OSError):  # another process may remove a folder
         found = folder.path.parent.glob(f"*/{artifacts.RESULTS}")
         results = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)[:_MOST_RUNS]
     for path in results:
-        # Another run's folder may be of another version, or damaged, which is for that run to say.
+        # Another run's folder may be of another version or damaged, which is not this run's concern.
         with suppress(TrlRlaifError, OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
             if path.parent != folder.path and _is_alike(path.parent, planned, processor):
                 numbers = read_state(path, "")

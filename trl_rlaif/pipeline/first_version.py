@@ -1,7 +1,7 @@
-"""Run folders of the first version, whose markers hold a fingerprint of all settings, defaults included, and files.
+"""Run folders of the first version, whose markers hold a fingerprint of all files and settings, including defaults.
 
-Its recipe.yaml holds the settings that the fingerprint was made from. Where the fingerprint follows from them and from
-the files as they are now, the files are known to be the same, and the settings can be compared one by one.
+Its recipe.yaml holds the fingerprinted settings. If these settings and the current files give the same fingerprint, the
+files are unchanged, and the settings can be compared one by one.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _TRACKING = ("track_every", "track_prompts", "stop_on_forgetting")
 
 
 def inputs_of(stage: Stage, saved: Mapping[str, Any], fingerprint: str, recipe: Recipe, now: Inputs) -> Inputs | None:
-    """What a stage of the first version was made from.
+    """The inputs of a stage of the first version.
 
     Args:
         saved: The folder's recipe.yaml.
-        fingerprint: In the stage's marker.
+        fingerprint: The one in the stage's marker.
         recipe: The recipe that resumes the run.
-        now: The stage's inputs by this recipe.
+        now: The stage's inputs from this recipe.
 
     Returns:
-        ``now``, with the earlier values of what has changed; None where the fingerprint does not follow from ``saved``
-        and the files.
+        ``now`` with the earlier values of changed settings and files; None if ``saved`` and the files do not give the
+        fingerprint.
     """
     if fingerprints(saved).get(stage.name) != fingerprint:
         return None
@@ -40,7 +40,7 @@ def inputs_of(stage: Stage, saved: Mapping[str, Any], fingerprint: str, recipe: 
     before, after = (stage.relevant(recipe, settings) for settings in (old, new))
     changed = {key for key in before.keys() | after.keys() if not _same(before.get(key), after.get(key))}
     kept = {key: value for key, value in now.settings.items() if key not in changed}
-    # A key that a later version added has no earlier value, and counts as changed only where it is written.
+    # A key added by a later version has no earlier value, and counts as changed only if the recipe sets it.
     settings = kept | {key: before[key] for key in changed if key in before}
     columns = DataSection.model_validate({"columns": saved["data"].get("columns") or {}})
     of = {f"data.columns of {source}": columns.columns_of(source) for source in stage.columns(recipe)}
@@ -57,7 +57,7 @@ def _file(key: str, old: Mapping[str, Any], now: dict[str, str]) -> dict[str, st
 
 
 def _same(old: Any, new: Any) -> bool:
-    """Whether two values are equal, apart from options that a later version added to a component."""
+    """Whether two values are equal, except for options that a later version added to a component."""
     if isinstance(old, dict) and isinstance(new, dict):
         return old.keys() <= new.keys() and all(_same(value, new[key]) for key, value in old.items())
     if isinstance(old, list) and isinstance(new, list):
@@ -66,7 +66,7 @@ def _same(old: Any, new: Any) -> bool:
 
 
 def fingerprints(saved: Mapping[str, Any]) -> dict[str, str]:
-    """Those that the first version gives the stages of a resolved recipe."""
+    """The first version's fingerprints of a resolved recipe's stages."""
     if not isinstance(saved.get("data"), dict) or not {"run", "model"} <= saved.keys():
         return {}
     common = {name: saved[name] for name in ("run", "model", "data")} | {"run": {"seed": saved["run"].get("seed")}}

@@ -1,4 +1,4 @@
-"""How long a run will take, from how long its first minute took: by the tokens that each stage computes."""
+"""Forecasts a run's duration from its first minute (at least 1%) and the tokens that each stage computes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from trl_rlaif.progress import Forecast
 from trl_rlaif.recipe import Recipe
 from trl_rlaif.recipe.inputs import SMALL_FILE, read_pairs, read_prompts
 
-# Characters of a token, roughly, and the tokens that a chat template adds to a prompt.
+# Approximate characters per token, and the tokens that a chat template adds to a prompt.
 _CHARACTERS, _TEMPLATE = 4, 25
 
 
 def forecast(recipe: Recipe, stages: Sequence[Stage]) -> Forecast | None:
-    """What each of these stages is of all that they compute; None where the data does not say how much there is."""
+    """Each stage's fraction of the compute of these stages; None if it is unknown, and in all but the first process."""
     amounts = _amounts(recipe) if is_first() else None
     if amounts is None:
         return None
@@ -31,7 +31,7 @@ def forecast(recipe: Recipe, stages: Sequence[Stage]) -> Forecast | None:
 
 
 def _amounts(recipe: Recipe) -> Amounts | None:
-    """How much there is to do, by files that are quickly read; a stage that cannot read its own says so itself."""
+    """The amount of work, from files that are quick to read; None for others, whose errors the stages report."""
     data = recipe.data
     held_out = [*recipe.evaluate.sets.values()] if recipe.evaluate else []
     if recipe.evaluate and not held_out and data.eval_prompts:

@@ -1,4 +1,4 @@
-"""What a stage is made from: settings written in the recipe, the content of its files, and the stages before it."""
+"""A stage's inputs: settings written in the recipe, the content of its files, and earlier stages."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from trl_rlaif.recipe import SECTIONS, Recipe
 from trl_rlaif.recipe.sections import plain
 from trl_rlaif.recipe.source import KeyPath
 
-# Keys whose entries are plugins' components: a name, or {name: {option: value}}.
+# Keys whose entries are components: a name, or {name: {option: value}}.
 _COMPONENTS = ("sampler", "labeler", "transforms", "selectors")
-# How and where a judge's server is asked, which changes none of its answers: the model's name stands for it. And how
-# vLLM holds a judge.
+# Settings of judges that do not change their answers: how and where a server is asked (the model's name identifies it),
+# and how vLLM runs a judge.
 _KNOBS = (
     "base_url", "price", "api_key_env", "concurrency", "timeout", "max_retries",
     "gpu_memory_utilization", "tensor_parallel_size", "enforce_eager",
 )  # fmt: skip
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _SPLIT = " x ".join(BATCH)
-# A checkpoint may be resumed with another one of these; a finished stage is not what they would make of it.
+# These may change when training resumes from a checkpoint, but a finished stage is redone if they change.
 _LEARNED_TOO = ("bf16", "fp16", "chat_template_path", "steps_per_generation")
 _UNSET = object()
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What one stage is made from.
+    """The inputs of one stage.
 
     Args:
-        settings: By dotted key (``rl.kl_coef``), those that the recipe wrote. A default is not recorded, so that a
-            later version may add a key or change a default without a finished stage being redone.
-        files: By key, the path and a digest of the content. What is no local file is its own digest. The path of a
-            model's folder is also one of the settings.
-        stages: The fingerprint of each earlier stage that this one builds on.
+        settings: Those written in the recipe, by dotted key (``rl.kl_coef``). Defaults are not recorded: if a later
+            version adds keys or changes defaults, finished stages are not redone.
+        files: By key, the path and a digest of the content. Without a local file, the digest is the path itself. The
+            path of a model's folder is also among the settings.
+        stages: The fingerprint of each earlier stage that this one depends on.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -48,16 +48,16 @@ class Inputs:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for equal inputs, wherever the files are."""
+        """Equal for equal inputs, regardless of the files' paths."""
         content = [self.settings, {key: file["digest"] for key, file in self.files.items()}, self.stages]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """A dict for JSON."""
         return asdict(self)
 
     def changes_since(self, before: Inputs) -> list[str]:
-        """What differs from an earlier record, a sentence each; empty where the stage need not be redone."""
+        """The differences from an earlier record, one clause each; empty if the stage need not be redone."""
         found = []
         for key in sorted(self.settings.keys() | before.settings.keys()):
             old, new = (_or_default(inputs.settings, key) for inputs in (before, self))
@@ -91,7 +91,7 @@ def _shown(value: Any) -> str:
 
 
 def default(key: str) -> Any:
-    """The value that a typed section gives a key which a recipe does not write; ``_UNSET`` where it gives none."""
+    """The default of a key in its typed section; ``_UNSET`` if it has none."""
     from trl_rlaif.memory.settings import class_defaults
 
     section, *path = key.split(".")
@@ -114,7 +114,7 @@ def _defaults(section: str) -> dict[str, Any]:
 
 
 def written(recipe: Recipe) -> dict[str, Any]:
-    """The settings that a recipe, an override or a variant wrote, by dotted key; of a recipe made in Python, all."""
+    """The settings written in a recipe, an override or a variant, by dotted key; all for a recipe created in Python."""
     known = {place[:end] for place in recipe.places for end in range(1, len(place) + 1)}
     return dict(flat(_written(recipe.to_dict(), (), known) if known else recipe.to_dict()))
 
@@ -130,7 +130,7 @@ def _written(value: Any, path: KeyPath, known: set[KeyPath]) -> Any:
 
 
 def _component(value: Any, path: KeyPath, known: set[KeyPath]) -> Any:
-    """A component with the options that were written; its name alone where none was."""
+    """A component with its written options; only its name if there are none."""
     if not isinstance(value, dict):
         return value
     ((name, options),) = value.items()
@@ -139,7 +139,7 @@ def _component(value: Any, path: KeyPath, known: set[KeyPath]) -> Any:
 
 
 def flat(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
-    """Nested mappings as one, by dotted key."""
+    """Items of nested mappings, by dotted key."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from flat(item, (*path, str(key)))
@@ -148,7 +148,7 @@ def flat(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
 
 
 def selected(settings: Mapping[str, Any], keys: Iterable[str], without: Iterable[str] = ()) -> dict[str, Any]:
-    """Those settings that are, or lie below, one of the keys; no knobs of judges, and nothing in ``without``."""
+    """The settings at or below one of the keys, except those in ``without`` and ``_KNOBS`` of judges."""
 
     def within(key: str, prefixes: Iterable[str]) -> bool:
         return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
@@ -167,10 +167,10 @@ def _is_knob(key: str) -> bool:
 
 
 def learned(section: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a stage that trains, without those that a checkpoint may be resumed with changed.
+    """A training stage's settings that decide its result; others may change when training resumes from a checkpoint.
 
-    How a batch is split is one of these: ``per_device_train_batch_size`` and ``gradient_accumulation_steps`` count by
-    their product.
+    Only the product of ``per_device_train_batch_size`` and ``gradient_accumulation_steps`` counts, unless
+    ``loss_reduction`` is ``micro_batch``.
     """
     from trl_rlaif.memory.settings import class_defaults
     from trl_rlaif.run_identity import decides_what_is_learned
@@ -197,15 +197,15 @@ def _product(values: Iterable[int | None]) -> int:
 
 
 def data_file(path: str) -> dict[str, str]:
-    """A data file by its content, so that one that was moved or touched is the same input.
+    """A data file, identified by its content, so a moved or touched file is the same input.
 
-    Folders and Hub ids are known by their names alone; a trainer compares the data itself with its checkpoint's.
+    Folders and Hub ids are identified only by name; trainers compare the data itself with their checkpoint's.
     """
     return {"path": path, "digest": digest(path) if Path(path).is_file() else path}
 
 
 def model_files(settings: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Local models and adapters by their content: one that was trained again is another input."""
+    """Local models and adapters with a digest of their content: a retrained one is a changed input."""
     from trl_rlaif.models.loading import model_revision
 
     def known(path: Path) -> str:
@@ -216,7 +216,7 @@ def model_files(settings: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
 
 def prompt_file(name: str) -> dict[str, str]:
-    """A judge's prompt by its revision."""
+    """A judge's prompt, identified by its revision."""
     from trl_rlaif.judging.prompt import JudgePrompt
     from trl_rlaif.recipe import prompt_folder
 

@@ -1,4 +1,4 @@
-"""The judges that a recipe names, by what they are: the base, what the stage judge made of it, a model, a server."""
+"""Loads a recipe's judges: the base, the taught judge, another model, or a model on a server."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 
 class Judges:
-    """The judges of a run, loaded when they are asked for."""
+    """The judges of a run, loaded on demand."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
         self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
 
     def tokenizer(self, judge: str | JudgeSection) -> PreTrainedTokenizerBase:
-        """A judge's."""
+        """A judge's tokenizer."""
         if isinstance(judge, str):
             return self.context.tokenizer
         if judge.path not in self._tokenizers:
@@ -48,12 +48,12 @@ class Judges:
     def load(
         self, section: str | JudgeSection | ServerJudgeSection, prompt: str, shared: SharedBase | None = None
     ) -> Judge:
-        """The judge that a section names; ``same`` is the base itself, ``taught`` what the stage judge made.
+        """Load the judge of a section; ``same`` is the base itself, ``taught`` the result of the stage judge.
 
         Args:
-            section: The judge.
+            section: The judge's section, ``same`` or ``taught``.
             prompt: Name or folder of its prompt.
-            shared: The base where it is already loaded, with the roles of others.
+            shared: The base with its roles, if it is already loaded.
         """
         if isinstance(section, ServerJudgeSection):
             remote = RemoteJudge(section.path, JudgePrompt.load(prompt_folder(prompt)), server_of(section))
@@ -70,7 +70,7 @@ class Judges:
         return self._local(own, prompt, self._with_taught(model) if taught else model)
 
     def untaught(self) -> LocalJudge:
-        """The judge that the stage judge teaches, loaded."""
+        """Load the judge that the stage judge will teach."""
         section = self.context.recipe.judge.model
         return self._local(section, self.context.recipe.teaching_prompt, self._model(section))
 
@@ -107,7 +107,7 @@ class Judges:
 
     @property
     def taught_adapter(self) -> Path | None:
-        """What the stage judge has taught; None where that did not help, and the judge is asked as it is."""
+        """The adapter from the stage judge; None if teaching did not help, so the judge is used as it is."""
         for run in self.context.previous or [self.context.folder]:
             if found := run.results_of("judge"):
                 return run / artifacts.JUDGE if found["used"] else None
@@ -129,15 +129,15 @@ class Judges:
 
 
 def server_of(section: ServerJudgeSection) -> Server:
-    """A judge's server as the recipe describes it."""
+    """A judge's server from the recipe."""
     return Server(**section.model_dump(exclude={"backend", "path", "price"}))
 
 
 def price_of(section: ServerJudgeSection) -> Price | None:
-    """What its tokens cost, if the recipe says so."""
+    """The price of its tokens, if the recipe sets it."""
     return Price(**section.price.model_dump()) if section.price else None
 
 
 def model_spec(section: JudgeSection) -> ModelSpec:
-    """A judge's model as the recipe describes it."""
+    """A judge's model from the recipe."""
     return ModelSpec(section.path, section.dtype, section.quantization)

@@ -1,4 +1,4 @@
-"""The labels of several labelers, joined into one: what becomes of a pair, and what was learned of each member."""
+"""Combines the labels of several labelers, and reports each member's learned reliability."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 class Jury:
-    """The main labeler and those of ``label.compare``, whose votes on a run's pairs say how reliable each is.
+    """The main labeler and those of ``label.compare``; reliabilities are learned from their votes on a run's pairs.
 
     Args:
-        section: How they are joined.
-        members: Their labels of all pairs by their names, the main one first.
+        section: How votes are combined.
+        members: Labels of all pairs by member name, the main labeler first.
 
     Attributes:
-        labels: One for each pair.
+        labels: The combined labels, one per pair.
         disagreement: Standard deviation of each pair's votes; None where fewer than two members voted.
     """
 
@@ -49,16 +49,16 @@ class Jury:
                 )
 
     def joined(self, members: Mapping[str, TaskLabels]) -> JoinedRows:
-        """What the members' labels of some pairs become, by the reliability learned of the run's own."""
+        """The members' labels of any pairs, combined with the reliabilities learned from the run's own pairs."""
         votes = _votes(members)
         p = np.where(np.isnan(votes).all(axis=1), math.nan, self._join.join(votes))
         return JoinedRows(p, next(iter(members.values())))
 
     def undisputed(self, kept: np.ndarray) -> np.ndarray:
-        """Those of these pairs, by their places, about which the members agree well enough.
+        """The indices among ``kept`` of pairs whose disagreement is at most ``max_disagreement``; all if it is not set.
 
         Raises:
-            UserError: There are none.
+            UserError: No pair is left.
         """
         most = self.section.max_disagreement
         if most is None:
@@ -69,10 +69,10 @@ class Jury:
         return agreed
 
     def numbers(self, disputed: int) -> dict[str, Any]:
-        """What was learned of the members, and how far they agree.
+        """The members' reliabilities and agreement.
 
         Args:
-            disputed: Pairs left out, since the members disagree on them.
+            disputed: Number of pairs left out because of disagreement.
         """
         p = self.labels.p
         sides, known = np.sign(self._votes - 0.5) == np.sign(p - 0.5)[:, None], ~np.isnan(self._votes)
@@ -107,10 +107,10 @@ class Jury:
 
 
 class JoinedRows(Sequence[LabelRow]):
-    """A jury's labels of N pairs. One that no member could judge is skipped, for the main labeler's reason.
+    """A jury's labels of N pairs. A pair that no member could judge is skipped, with the main labeler's reason.
 
     Args:
-        p: The joined probabilities, (N,) float64; NaN where no member has voted.
+        p: The combined probabilities, (N,) float64; NaN if no member voted.
         main: The main labeler's labels.
     """
 
@@ -122,7 +122,7 @@ class JoinedRows(Sequence[LabelRow]):
 
     def __getitem__(self, index: Any) -> Any:
         p = float(self.p[index])
-        # Of both orders and of masses each member has its own.
+        # Each member has its own masses and probabilities by order.
         row: Any = {"id": self._main.pairs[index].id, "p": p}
         row |= dict.fromkeys(("p_12", "p_21", "mass_12", "mass_21"))
         if math.isnan(p):
@@ -131,5 +131,5 @@ class JoinedRows(Sequence[LabelRow]):
 
 
 def _votes(members: Mapping[str, TaskLabels]) -> np.ndarray:
-    """(N, J) probabilities that response_1 is preferred, NaN where a member has none."""
+    """(N, J) probabilities that response_1 is preferred; NaN is a missing vote."""
     return np.column_stack([of.columns.p for of in members.values()])

@@ -1,6 +1,6 @@
-"""What labeling takes: seconds, the judge's precision, and the tokens of a server, against a budget.
+"""The cost of labeling: seconds, the judge's precision, and a server's tokens, within a budget.
 
-Seconds and precision are kept on disk until the stage is complete, as pipeline/usage.py keeps the tokens.
+Seconds and precision are kept on disk until the stage is complete, like the tokens in pipeline/usage.py.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from trl_rlaif.pipeline.context import Context
     from trl_rlaif.pipeline.label_tasks import LabelTask
 
-# What a pass took so far is kept on disk this often; a kill loses as much.
+# Interval at which a pass's cost so far is written to disk; a kill loses at most this much.
 NOTE_SECONDS = 1.0
 
 
 @contextmanager
 def counting(context: Context, task: LabelTask, plan: Plan, judge: Judge) -> Iterator[Callable[[], None]]:
-    """Yields what notes, once a second, what a pass took so far."""
+    """Yields a function that records the cost of a pass so far, at most once per ``NOTE_SECONDS``."""
     meter = meter_of(context, task)
     if isinstance(judge, RemoteJudge) and meter is not None:
         judge.meter = meter
@@ -49,7 +49,7 @@ def counting(context: Context, task: LabelTask, plan: Plan, judge: Judge) -> Ite
 
 
 def meter_of(context: Context, task: LabelTask) -> Meter | None:
-    """What counts a server's tokens from now on, with the budget of the stage; None for a judge on none."""
+    """A new meter of a server's tokens, with the stage's budget; None if the judge is not on a server."""
     if not isinstance(task.judge, ServerJudgeSection):
         return None
     budget = context.recipe.label.budget

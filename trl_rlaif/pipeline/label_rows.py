@@ -1,4 +1,4 @@
-"""A labeler's labels of a run's pairs, and what they say of the labeler. No more than numbers stays in memory."""
+"""A labeler's labels of a run's pairs, and statistics of them. Only numbers and categories stay in memory."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from trl_rlaif.labels import LabelKey, LabelStore
 from trl_rlaif.pipeline.results import LabelResults
 from trl_rlaif.pipeline.rows import JudgedRow, LabelRow
 
-# A judge with less than this on its candidates did not answer the question.
+# With less probability mass than this on its candidates, a judge did not answer the question.
 LOW_MASS = 0.5
 
 
 class StoredRows(Sequence[LabelRow | None]):
-    """Labels of N pairs, each read from the disk when it is asked for.
+    """Labels of N pairs, each read from disk on access.
 
     Args:
-        store: Where they are.
+        store: Contains them.
         setup: ``LabelKey.key`` of the labels.
-        keys: The pairs', (N,) of the type ``KEY``.
+        keys: The pairs' keys, (N,) of dtype ``KEY``.
     """
 
     def __init__(self, store: LabelStore, setup: str, keys: np.ndarray) -> None:
@@ -44,17 +44,17 @@ class StoredRows(Sequence[LabelRow | None]):
 
 @dataclass
 class Columns:
-    """What is counted of N pairs and their labels; NaN where a pair has no such number.
+    """Columns of N pairs and their labels; NaN if a pair lacks the number.
 
     Args:
-        p, p_12, p_21: As of Label, float64.
-        human, categories: As of Pair.
+        p, p_12, p_21: As in Label, float64.
+        human, categories: As in Pair.
         prompts: ``prompt_key`` of each prompt as a number.
-        lengths: Characters of response_1, of response_2, and so on.
-        masses: Of all answers, in the order of the pairs.
-        skipped: Pairs that could not be judged, by the reason.
-        counts: Labels that are ``voted``, and ``bounded``.
-        suspicious: Responses aimed at the judge, of ``count_suspicious``.
+        lengths: Characters of response_1 and response_2 of each pair in turn, 2N entries.
+        masses: Candidate masses of all answers for labeled pairs, in the order of the pairs.
+        skipped: Pairs that could not be judged, by reason.
+        counts: Numbers of labels that are ``voted`` and ``bounded``.
+        suspicious: Labeled pairs with responses aimed at the judge, from ``count_suspicious``.
     """
 
     p: array[float] = field(default_factory=lambda: array("d"))
@@ -77,7 +77,7 @@ class Columns:
         return found
 
     def _labeled(self, pairs: Sequence[Pair], rows: Sequence[LabelRow | None]) -> Iterator[Pair]:
-        """Those with a probability, as they are taken in with the others."""
+        """Adds every pair to the columns; yields those with a probability."""
         names: dict[str | None, str | None] = {}
         for pair, known in zip(pairs, rows, strict=True):
             row: Any = known or {}
@@ -96,19 +96,19 @@ class Columns:
 
     @cached_property
     def labeled(self) -> np.ndarray:
-        """The places of the pairs with a probability, int64."""
+        """Indices of the pairs with a probability, int64."""
         return np.flatnonzero(~np.isnan(self.p))
 
 
 class TaskLabels:
-    """A task's labels, and what it took to make those that were missing.
+    """A task's labels, and the cost of making the missing ones.
 
     Args:
-        key: The labels'.
-        pairs: N.
-        rows: N labels; None where there is none.
-        asked: The places of the pairs that had none when the pass began.
-        noted: What was noted of it.
+        key: The labels' key.
+        pairs: N pairs.
+        rows: N labels; None if missing.
+        asked: Indices of the pairs without a label when the pass began.
+        noted: The pass's notes, such as ``seconds``.
     """
 
     def __init__(
@@ -123,19 +123,19 @@ class TaskLabels:
 
     @cached_property
     def columns(self) -> Columns:
-        """Read at the first use."""
+        """The pairs and labels as columns, read on first use."""
         return Columns.of(self.pairs, self.rows)
 
     def by_id(self) -> dict[str, LabelRow]:
-        """All labels in memory, by the pairs' ids."""
+        """All labels, loaded into memory, by pair id."""
         return {pair.id: row for pair, row in zip(self.pairs, self.rows, strict=True) if row is not None}
 
     def judged(self) -> dict[str, JudgedRow]:
-        """The same, without what could not be judged."""
+        """The same, without pairs that could not be judged."""
         return {id: row for id, row in self.by_id().items() if row["p"] is not None}
 
     def position_bias(self) -> dict[str, Any] | None:
-        """Of the pairs that were asked in both orders."""
+        """Position bias on the pairs judged in both orders; None if there are none."""
         columns = self.columns
         p_12, p_21 = (np.array(numbers)[columns.labeled] for numbers in (columns.p_12, columns.p_21))
         both = ~np.isnan(p_12 + p_21)
@@ -145,11 +145,11 @@ class TaskLabels:
         return position_bias(*(numbers[both].tolist() for numbers in (p_12, p_21, prompts)))
 
     def low_masses(self) -> int:
-        """Answers in which the judge gave little to its candidates together."""
+        """Number of answers whose total candidate mass is below ``LOW_MASS``."""
         return sum(mass < LOW_MASS for mass in self.columns.masses)
 
     def numbers(self) -> LabelResults:
-        """What the labels say of the labeler."""
+        """The labeler's results."""
         columns, noted = self.columns, self.noted
         known = columns.labeled.tolist()
         p, human = [columns.p[i] for i in known], [columns.human[i] for i in known]

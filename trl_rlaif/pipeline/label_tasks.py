@@ -1,4 +1,4 @@
-"""The labelers of a recipe, each with what determines its labels."""
+"""A recipe's labelers, and everything that determines their labels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LabelTask:
-    """One labeler's work: its name in the report, and what it consists of."""
+    """One labeler's task: its name in the report, the labeler, its judge and its prompt."""
 
     name: str
     labeler: ComponentRef
@@ -30,7 +30,7 @@ class LabelTask:
 
 
 def label_tasks(recipe: Recipe) -> list[LabelTask]:
-    """The labelers of the recipe; the first one's labels are what the reward model learns from."""
+    """The recipe's labelers, the main one first."""
     section = recipe.label
     main = LabelTask("label", section.main_labeler, section.judge, section.prompt)
     others = [
@@ -41,19 +41,19 @@ def label_tasks(recipe: Recipe) -> list[LabelTask]:
 
 
 def label_key(context: Context, task: LabelTask) -> LabelKey:
-    """What determines a task's labels. No model is loaded."""
+    """Everything that determines a task's labels. Loads no model."""
     judge, adapter = task.judge, None
     if judge == "taught":
         judge, adapter = context.recipe.judge.model, context.judges.taught_adapter
     if isinstance(judge, ServerJudgeSection):
         name = judge.path
-        listed = 20 if judge.top_logprobs == "auto" else judge.top_logprobs  # or more, if need be
-        # The model's name stands for it, wherever it is served: another address, or several, give the same labels.
+        listed = 20 if judge.top_logprobs == "auto" else judge.top_logprobs  # or more, if needed
+        # A served model is identified by name: its labels do not depend on the address, or on the number of servers.
         revision = f"{judge.api} {judge.prefill} {judge.votes} {listed}"
         revision += _told(judge.chat_template_kwargs) + _told(judge.extra_body)
     else:
         spec = context.model_spec if isinstance(judge, str) else model_spec(judge)
-        # A folder's own name: on another machine the same model may lie elsewhere.
+        # Only the folder's own name: on another machine, the same model may have another path.
         name = Path(spec.path).name if Path(spec.path).exists() else spec.path
         revision = f"{model_revision(spec.path)} {spec.dtype} {spec.quantization}"
         revision += " vllm" if isinstance(judge, VLLMJudgeSection) else ""
@@ -70,5 +70,5 @@ def label_key(context: Context, task: LabelTask) -> LabelKey:
 
 
 def _told(kwargs: dict[str, Any]) -> str:
-    """What a judge's chat template is told, as a part of its revision; nothing where it is told nothing."""
+    """Settings of a judge as a part of its revision; empty if there are none."""
     return f" {json.dumps(kwargs, sort_keys=True)}" if kwargs else ""

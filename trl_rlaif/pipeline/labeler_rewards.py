@@ -1,4 +1,4 @@
-"""What a run's rewards by labelers say of held-out prompts, on which the policy was not trained."""
+"""A run's labeler rewards on held-out prompts, which the policy was not trained on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIDES = ("start", "trained")
 
 
 def _measured(context: Context) -> list[str]:
-    """The labelers among the rewards of ``rl`` that score single responses."""
+    """The labelers among the rewards of ``rl`` that score single responses; none if RL samples no responses."""
     if not ALGORITHMS[context.recipe.rl.algorithm].samples:
         return []
     find = context.plugins.registry.find
@@ -27,13 +27,13 @@ def _measured(context: Context) -> list[str]:
 
 
 def score_responses(context: Context, shared: SharedBase, sets: Mapping[str, list[dict[str, Any]]]) -> None:
-    """Ask every labeler about the first responses to all prompts, as ``rl`` did, and write its rewards into their rows.
+    """Have every labeler score the first responses to all prompts, as in ``rl``, and add its rewards to their rows.
 
     Args:
         shared: The base, for judges that are "same" or "taught".
-        sets: Rows by set, with ``prompt``, ``start`` and ``trained``. Where there are labelers, they get
-            ``rewards_start`` and ``rewards_trained``: rewards by the labeler's name, None where it has none, for want
-            of a column or of an answer.
+        sets: Rows by set, with ``prompt``, ``start`` and ``trained``. If there are labelers, the rows get
+            ``rewards_start`` and ``rewards_trained``: rewards by labeler name, None if a column or an answer is
+            missing.
     """
     for name in _measured(context):
         labeler = reward_function(context, name, shared)
@@ -52,7 +52,7 @@ def score_responses(context: Context, shared: SharedBase, sets: Mapping[str, lis
 def _with_columns(
     context: Context, labeler: Any, rows: list[dict[str, Any]]
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """The rows that have what the labeler reads, with their other columns."""
+    """The rows with all columns that the labeler reads, each with its other columns."""
     prompt = labeler.judge.prompt
     extra = columns_for(context, labeler, prompt)
     for row in rows:

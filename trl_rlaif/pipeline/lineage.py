@@ -1,4 +1,4 @@
-"""The runs that a run goes on from: the rounds before it, whose policy, reward model and taught judge it takes up."""
+"""The earlier runs or rounds that a run continues, reusing their policy, reward model and taught judge."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.stage import previous
 from trl_rlaif.recipe import Recipe
 
-# What a run takes up of those before it.
+# Stages whose outputs a run reuses from earlier runs.
 _TAKEN_UP = ("sft", "judge", "label", "reward", "rl")
 
 
 def previous_runs(recipe: Recipe) -> list[RunFolder]:
-    """The runs before this one, the latest first; none where it begins with the base.
+    """The runs before this one, the latest first; empty if it starts from the base.
 
     Raises:
-        UserError: One is gone, or has no policy yet.
+        UserError: An earlier run has no recipe.yaml, or the runs continue each other in a cycle.
     """
     return runs_from(recipe.previous)
 
 
 def runs_from(place: str | None) -> list[RunFolder]:
-    """The run in a folder, of one in rounds all its rounds, and the runs before it, the latest first.
+    """The run in a folder (all its rounds, if it has several) and the runs before it, the latest first.
 
     Raises:
-        UserError: As ``previous_runs``.
+        UserError: As in ``previous_runs``.
     """
     found: list[RunFolder] = []
     while place is not None:
@@ -38,14 +38,14 @@ def runs_from(place: str | None) -> list[RunFolder]:
         run = RunFolder(place)
         rounds = run.recipe().get("rounds") or {}
         number = rounds.get("number", 1)
-        # The folder of a run in rounds holds what the last of them made.
+        # The folder of a run in rounds contains the outputs of the last round.
         found += [run.round(each) for each in range(number, 0, -1)] if number > 1 else [run]
         place = rounds.get("previous")
     return found
 
 
 def fingerprints_of(runs: Sequence[RunFolder]) -> dict[str, str]:
-    """What each stage of a run that goes on from these may depend on, by the names that its inputs have for it."""
+    """Fingerprints of the stages that a run continuing these may depend on, by their names in its inputs."""
     found = {}
     for stage in _TAKEN_UP:
         run = next((run for run in runs if run.is_complete(stage)), None)
@@ -55,10 +55,10 @@ def fingerprints_of(runs: Sequence[RunFolder]) -> dict[str, str]:
 
 
 def check_previous(recipe: Recipe) -> None:
-    """Refuse to go on from a run that lacks what this one takes up.
+    """Check that the previous run has everything that this one reuses.
 
     Raises:
-        UserError: It has no policy, is of another model, or has not made what this recipe has a section for.
+        UserError: It has no policy, trained another model, or lacks a stage sft or judge that this recipe has.
     """
     runs = previous_runs(recipe)
     if not runs:
@@ -67,7 +67,7 @@ def check_previous(recipe: Recipe) -> None:
     if not runs[0].is_complete("rl"):
         raise UserError(f"The stage 'rl' has not completed in {folder}.", where=where, fix="Complete that run first.")
     model = runs[0].recipe()["model"]["path"]
-    if Path(model).name != Path(recipe.model.path).name:  # elsewhere, the same model may lie in another folder
+    if Path(model).name != Path(recipe.model.path).name:  # on another machine, the same model may have another path
         what = f"The run in {folder} trained {model}, but this recipe names {recipe.model.path}."
         raise UserError(what, where=where, fix="Name the same model.path.")
     for stage in ("sft", "judge"):

@@ -1,1 +1,1 @@
-"""The page that a run leaves behind: one HTML file that says in plain words what came out."""
+"""The report of a run: one HTML file that explains the results in plain words."""

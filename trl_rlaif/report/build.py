@@ -1,4 +1,4 @@
-"""Puts the page together and writes it into the run's folder."""
+"""Assembles the report and writes it to the run's folder."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ _RUN, _COMPARISON, _RUNS = "run.html.jinja", "experiments.html.jinja", "runs.htm
 
 
 def write_report(folder: str | Path) -> Path:
-    """Build ``report.html`` from a run's or a comparison's folder, whatever it holds, and return its path.
+    """Build ``report.html`` from a run's or a comparison's folder, complete or not, and return its path.
 
-    Beside it, ``report.md`` says the same in short, and the folder ``report`` gets every plot of the page as SVG and
-    PNG. The page is replaced in one step, and so is the folder: a kill leaves the old one or the new one. The same run
-    gives the same bytes.
+    ``report.md``, next to it, is a summary; the folder ``report`` gets every plot of the page as SVG and PNG. The page
+    and the folder are each replaced atomically: a kill leaves the old or the new one. The same run gives the same
+    bytes.
 
     Raises:
         UserError: ``folder`` is not a run's folder.
-        RunError: The page or the plots cannot be written there.
+        RunError: The page or the plots cannot be written.
     """
     folder = Path(folder)
     run, path = read_run(folder), folder / artifacts.REPORT
@@ -59,16 +59,16 @@ def write_report(folder: str | Path) -> Path:
 
 
 def write_comparison(comparison: Comparison, path: Path) -> None:
-    """Write the page of several runs, one file that needs no other.
+    """Write the page that compares several runs, as one self-contained file.
 
     Raises:
-        RunError: It cannot be written there.
+        RunError: It cannot be written.
     """
     write_page(path, render(runs_page(comparison), _RUNS))
 
 
 def render(page: dict[str, Any], name: str = _RUN) -> str:
-    """The HTML of a page: the template ``name`` filled with the values of ``page``."""
+    """The HTML of a page: the template ``name``, filled with the values of ``page``."""
     from markupsafe import Markup
 
     script = (_HERE / "filter.js").read_text(encoding="utf-8")
@@ -86,7 +86,7 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        # The last guard: no text reaches the page with a character that a parser may refuse.
+        # The last guard: no text on the page contains a character that a parser may reject.
         finalize=lambda value: formatting.clean(value) if type(value) is str else value,
     )
     environment.filters.update(
@@ -97,7 +97,7 @@ def _environment() -> jinja2.Environment:
 
 
 def run_page(run: Run) -> dict[str, Any]:
-    """Every value that the template shows."""
+    """All values of the template."""
     sets, judged = summary.set_results(run), judged_sets(run)
     samples = spread(run.samples, MAX_SAMPLES)
     return {
@@ -127,7 +127,7 @@ def run_page(run: Run) -> dict[str, Any]:
 
 
 def _set_names(run: Run) -> list[str]:
-    """The evaluated sets in the order of results.json, then others of samples.jsonl; at most 12."""
+    """The evaluated sets in the order of results.json, then others from samples.jsonl; at most 12."""
     named = [formatting.label(name) or "held-out" for name in formatting.section(run.results, "evaluate", "sets")]
     sampled = [sample.set for sample in run.samples]
     return list(dict.fromkeys(named + sampled))[:12]

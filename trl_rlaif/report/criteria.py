@@ -1,4 +1,4 @@
-"""Reads what labels say by each criterion: of a pair, and over all pairs of a run."""
+"""Reads the criteria of labels: of each pair, and aggregated over all pairs of a run."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 from trl_rlaif.report.formatting import label, number
 from trl_rlaif.report.parsing import both, probability
 
-# Rubrics may have other criteria for every prompt.
+# Rubrics may have different criteria for every prompt.
 MAX_CRITERIA = 30
 _LONGEST = 200
 
 
 @dataclass(frozen=True)
 class ByCriterion:
-    """A pair by one criterion.
+    """A pair's result on one criterion.
 
     Args:
-        p: Probability that response 1 is better, where the responses are compared by it.
-        scores: Probability that each response meets it, or its rating, where it is asked about each response.
+        p: Probability that response 1 is better, if the responses are compared on it.
+        scores: Probability that each response meets it, or its rating, if each response is judged separately.
     """
 
     criterion: str
@@ -32,7 +32,7 @@ class ByCriterion:
 
     @property
     def lead(self) -> float | None:
-        """Above 0 where the criterion speaks for response 1, below 0 where it speaks for response 2."""
+        """Above 0 if the criterion favors response 1, below 0 if it favors response 2."""
         if self.scores is not None:
             return (1.0 if self.veto else self.weight) * (self.scores[0] - self.scores[1])
         return None if self.p is None else self.p - 0.5
@@ -40,13 +40,13 @@ class ByCriterion:
 
 @dataclass(frozen=True)
 class CriterionTotal:
-    """A criterion over all pairs that have it.
+    """A criterion aggregated over all pairs that have it.
 
     Args:
-        pairs: How many.
-        score: Mean over both responses; None where responses are compared by it.
-        veto: Whether it must hold, in place of a weight.
-        agreeing: Share of the pairs whose label prefers the same response, without ties; None if there are only ties.
+        pairs: Number of these pairs.
+        score: Mean over both responses; None if responses are compared on it.
+        veto: Whether it must hold, instead of having a weight.
+        agreeing: Fraction of the pairs, ties excluded, whose label prefers the same response; None if all are ties.
     """
 
     criterion: str
@@ -58,7 +58,7 @@ class CriterionTotal:
 
 
 def by_criterion(row: dict[str, Any]) -> list[ByCriterion]:
-    """The criteria of a label; none of a label without, or where they cannot be read."""
+    """The criteria of a label; empty if it has none or they cannot be read."""
     entries, found = row.get("criteria"), []
     for entry in entries if isinstance(entries, list) else ():
         weight = number(entry.get("weight")) if isinstance(entry, dict) else None
@@ -71,7 +71,7 @@ def by_criterion(row: dict[str, Any]) -> list[ByCriterion]:
 
 
 def totals(labels: Iterable[tuple[float, list[ByCriterion]]]) -> list[CriterionTotal]:
-    """The criteria of labels with their p, the most frequent ones first."""
+    """Aggregate the criteria of labels, given with their p; the most frequent criteria first."""
     known: dict[tuple[str, float, bool], list[tuple[float, ByCriterion]]] = {}
     for p, criteria in labels:
         for one in criteria:

@@ -1,4 +1,4 @@
-"""From a drawing on axes to SVG that follows the page's colours, and to files that stand alone."""
+"""Renders matplotlib drawings as inline SVG in the page's colours, and as standalone SVG and PNG files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from trl_rlaif.report.formatting import clean
 
-# After Okabe and Ito's colours, which colour-blind readers tell apart too; the page has its own shades in the dark.
+# Based on Okabe and Ito's colours, which colour-blind readers can distinguish; dark mode has its own shades.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b65590", "#b37a00", "#3a9bd1")
 INK = "#5c626b"
 _GRID, _PAPER = "#5c626c", "#ffffff"
@@ -56,12 +56,12 @@ _STYLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Drawing:
-    """A plot in the three forms that it is kept in.
+    """A plot in its three forms.
 
     Args:
         inline: An ``<svg>`` element for the page, in the page's colours and font.
-        svg: A file on a white ground that needs nothing else.
-        figure: What matplotlib drew, for ``titled_png``.
+        svg: A standalone file with a white background.
+        figure: The matplotlib figure, for ``titled_png``.
     """
 
     inline: Markup
@@ -69,7 +69,7 @@ class Drawing:
     figure: Any
 
     def titled_svg(self, heading: str) -> bytes:
-        """The file with its heading above the drawing: outside of the page nothing else says what it shows."""
+        """The SVG file with its heading above the drawing, since outside of the page it has no other."""
         root = ET.fromstring(self.svg)
         width, height = (float(size) for size in root.get("viewBox", "0 0 1 1").split()[2:])
         root.set("viewBox", f"0 {-_TITLE_HEIGHT} {width:g} {height + _TITLE_HEIGHT:g}")
@@ -81,7 +81,7 @@ class Drawing:
         return ET.tostring(root, encoding="utf-8", xml_declaration=True)
 
     def titled_png(self, heading: str) -> bytes:
-        """The same as pixels; drawn on demand, for it takes as long as all the rest."""
+        """The same as PNG; rendered on demand, since that takes as long as all the rest."""
         file = io.BytesIO()
         with _house_style():
             title = self.figure.text(0.02, 1.02, clean(heading), fontweight="bold", va="bottom")
@@ -93,10 +93,10 @@ class Drawing:
 
 
 def draw_plot(draw: Callable[..., None], title: str, size: tuple[float, float] = _SIZE, rows: int = 1) -> Drawing:
-    """Runs ``draw`` on fresh axes, ``rows`` of them over one x axis.
+    """Run ``draw`` on new axes: ``rows`` of them, which share one x axis.
 
     Args:
-        title: What a reader is told who cannot see the drawing.
+        title: Text alternative for readers who cannot see the drawing.
     """
     title = clean(title)
     with _house_style():
@@ -107,11 +107,11 @@ def draw_plot(draw: Callable[..., None], title: str, size: tuple[float, float] =
         FigureCanvasAgg(figure)
         stack: Any = figure.subplots(rows, squeeze=False, sharex=True)[:, 0]
         draw(*stack)
-        # Few enough that the labels never touch, whatever the numbers.
+        # Few enough that tick labels never touch, whatever the numbers.
         stack[-1].locator_params(axis="x", nbins=5)
         file = io.BytesIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Title": title})
-        figure.set_layout_engine("none")  # it is laid out now, and that takes most of the time
+        figure.set_layout_engine("none")  # the layout is done, and takes most of the time
     svg = file.getvalue()
     return Drawing(Markup(_for_page(svg, title)), svg, figure)
 
@@ -122,17 +122,17 @@ def _house_style() -> Iterator[None]:
 
     # "default" first: a reader's own matplotlibrc must not change the page.
     with matplotlib.style.context(["default", _STYLE]), warnings.catch_warnings():
-        # The page's own font draws the text, so a glyph that matplotlib's font lacks is no loss.
+        # The text is drawn in the page's own font, so glyphs that matplotlib's font lacks do not matter.
         warnings.simplefilter("ignore", UserWarning)
         yield
 
 
 def _for_page(svg: bytes, title: str) -> str:
-    """The same drawing without what would reach beyond it: prolog, metadata, global style, spare ids."""
+    """The drawing without anything that affects the rest of the page: prolog, metadata, global style, unused ids."""
     root = ET.fromstring(svg)
     width, height = root.get("viewBox", "0 0 1 1").split()[2:]
     used = _references(root)
-    # All drawings of the page share one space of ids.
+    # All drawings on the page share one id namespace.
     own = hashlib.sha256(title.encode() + svg).hexdigest()[:8] + "-"
     for parent in list(root.iter()):
         for child in list(parent):
@@ -172,7 +172,7 @@ def _references(root: ET.Element) -> set[str]:
 
 
 def _follow_page(style: str) -> str:
-    """The fixed colours of a style attribute as the page's own: none, the text's, and a variable a series."""
+    """A style attribute with the page's colours: none for paper, the text's for ink, a variable per series."""
     style = style.replace(_PAPER, "none").replace(INK, "currentColor").replace(_GRID, "currentColor")
     for index, colour in enumerate(COLOURS):
         style = style.replace(colour, f"var(--series-{index + 1})")

@@ -1,4 +1,4 @@
-"""The page of a comparison: every variant against every other one, and what each one took."""
+"""The page of a comparison: every variant against every other, and what each one took."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_VARIANTS = 24
 
 @dataclass(frozen=True)
 class Cell:
-    """A policy's win rate over another one; None on the diagonal, and where nothing was judged."""
+    """A policy's win rate over another; None on the diagonal, and if nothing was judged."""
 
     rate: Measure | None
     over: str
@@ -30,7 +30,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class ArmRow:
-    """One policy of a set, with what its own run says of it; None where that is not known."""
+    """One policy on one set, with metrics from its own run; None if unknown."""
 
     name: str
     overall: Measure | None
@@ -56,7 +56,7 @@ class Asked:
 
 
 def comparison_page(run: Run, folder: Path) -> dict[str, Any]:
-    """Every value that the template shows."""
+    """All values of the template."""
     compare = section(run.results, "compare")
     sets = [_set(compare, name, values) for name, values in list(section(compare, "sets").items())[:12]]
     asked = _asked(folder, list(section(compare, "variants"))[:MAX_VARIANTS], run.notes)
@@ -70,7 +70,7 @@ def comparison_page(run: Run, folder: Path) -> dict[str, Any]:
 
 
 def responses_part(asked: list[Asked]) -> dict[str, Any]:
-    """What the part with the responses of all policies shows."""
+    """Values of the section with the responses of all policies."""
     shown = spread(asked, MAX_PROMPTS)
     return {
         "asked": shown,
@@ -118,7 +118,7 @@ def _row(
         accuracy=number(own.get("reward_accuracy")),
         agreement=number(agreement.get("rate")),
         seconds=number(own.get("seconds")),
-        # A variant's name is a folder's name: nothing else reaches the link.
+        # A variant's name is a folder name: nothing else gets into the link.
         report=f"{artifacts.VARIANTS}/{key}/{artifacts.REPORT}" if own else "",
     )
 

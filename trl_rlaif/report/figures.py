@@ -1,4 +1,4 @@
-"""Chooses what each part of the page draws and says how to read it."""
+"""Chooses the figures of each section of the page, and their captions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _DRAWN_CATEGORIES = 12
 DRAWN_LINES = 12
 _MAX_OTHER_METRICS = 60
 
-# Metric, heading, how to read it, and the least change that is more than rounding. The first matter most.
+# Metric, heading, caption, and the smallest change that is more than rounding. The most important come first.
 _RL_PANELS = (
     ("objective/scores", "Score", "Mean score of the responses; RL tries to raise it.", 0.0),
     ("objective/kl", "KL to the start, in nats", "Distance of the policy from its start.", 1e-5),
@@ -38,18 +38,18 @@ _RL_PANELS = (
     ("lr", "Learning rate", "The schedule as it was run.", 0.0),
 )
 _FIRST_PANELS = 3
-# TRL's names for what PPO logs, too; GRPO and RLOO log the last two per token.
+# TRL's names for metrics that PPO logs as well; GRPO and RLOO log KL and entropy per token.
 _RENAMED = {"completions/mean_length": "rollout/length", "learning_rate": "lr"}
 _PER_TOKEN = {"kl": "objective/kl", "entropy": "objective/entropy"}
 _NOT_PANELS = {"episode", "epoch"}
-# What the part on rehearsal and forgetting draws.
+# Drawn in the section on rehearsal and forgetting.
 ELSEWHERE = ("forgetting/", "rehearsal/nll")
 _NOT_MEANS = ("/std", "/var", "/count")
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing with its heading, its numbers and how to read it; ``rows`` say these of each of several panels."""
+    """A drawing with its heading, values and caption; ``rows`` holds these for each of several panels."""
 
     heading: str
     drawing: Drawing
@@ -60,7 +60,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class CategoryRow:
-    """Held-out numbers of one category; None where a number is not known."""
+    """Held-out metrics of one category; None if unknown."""
 
     name: str
     prompts: int
@@ -70,7 +70,7 @@ class CategoryRow:
 
 
 def sft_part(run: Run) -> list[Figure]:
-    """The curves of supervised fine-tuning; empty if nothing was logged."""
+    """Curves of supervised fine-tuning; empty if nothing was logged."""
     series = run.series.get("sft", {})
     names = {"loss": "training", "eval_loss": "held-out"}
     return present(curve(series, "SFT loss", "Should fall and level off.", names))
@@ -93,7 +93,7 @@ def reward_part(run: Run) -> dict[str, Any]:
 
 
 def rl_part(run: Run) -> dict[str, Any]:
-    """The curves of the RL stage that matter most, the others in one figure, and first and last of other metrics."""
+    """The most important curves of RL, the others in one figure, and first and last values of the remaining metrics."""
     series = rl_series(run)
     panels = [panel for panel in _RL_PANELS if panel[0] in series]
     first = [_score_over_kl(series)]
@@ -126,7 +126,7 @@ def rl_part(run: Run) -> dict[str, Any]:
 
 
 def rl_series(run: Run) -> Series:
-    """The metrics of the RL stage by PPO's names, KL and entropy per response."""
+    """The metrics of the RL stage under PPO's names, KL and entropy per response."""
     series = {_RENAMED.get(key, key): points for key, points in run.series.get("rl", {}).items()}
     lengths = dict(series.get("rollout/length", []))
     for theirs, ours in _PER_TOKEN.items():
@@ -137,7 +137,7 @@ def rl_series(run: Run) -> Series:
 
 
 def overlaid(names: Sequence[str], runs: Sequence[Run]) -> Figure | None:
-    """The curves of several runs' RL over each other; None if none was logged."""
+    """The RL curves of several runs, overlaid; None if none were logged."""
     series = [rl_series(run) for run in runs]
     panels = [
         (heading, caption, [(name, of.get(key, [])) for name, of in zip(names, series, strict=True)], least)
@@ -148,7 +148,7 @@ def overlaid(names: Sequence[str], runs: Sequence[Run]) -> Figure | None:
 
 
 def _score_over_kl(series: Series) -> Figure | None:
-    """What each nat of distance has bought; None unless both were logged at two steps."""
+    """The score gained per nat of KL; None unless both were logged at two or more steps."""
     kl = dict(series.get("objective/kl", []))
     points = [(kl[step], score) for step, score in series.get("objective/scores", []) if step in kl]
     if len(points) < 2:
@@ -164,7 +164,7 @@ def _score_over_kl(series: Series) -> Figure | None:
 
 
 def share(values: dict[str, Any]) -> dict[str, Any]:
-    """A measured share as it stands in results.json: ``rate``, ``interval`` and ``n``, None where unknown."""
+    """A proportion from results.json: ``rate``, ``interval`` and ``n``, None if unknown."""
     rate, amount = number(values.get("rate")), number(values.get("n"))
     return {"rate": rate, "interval": interval(values.get("interval")), "n": amount}
 
@@ -172,7 +172,7 @@ def share(values: dict[str, Any]) -> dict[str, Any]:
 def win_rates(
     rows: Sequence[tuple[str, Measure, Measure | None]], heading: str, title: str, caption: str, x_label: str
 ) -> Figure:
-    """Rows (name, win rate, the same at equal length) with their intervals; the title says the win rates, too."""
+    """Rows (name, win rate, win rate at equal length) with their intervals; the title includes the win rates."""
     said = "; ".join(f"{name} {rate.text}" for name, rate, _ in rows)
     points = [
         (name, rate.value, rate.interval, even and even.value, even and even.interval) for name, rate, even in rows
@@ -181,12 +181,12 @@ def win_rates(
 
 
 def first_rows(rows: list[Any]) -> dict[str, Any]:
-    """The rows of a table that are shown, and how many are left out."""
+    """The rows of a table that are shown, and the number left out."""
     return {"rows": rows[:MAX_CATEGORIES], "left_out": max(len(rows) - MAX_CATEGORIES, 0)}
 
 
 def present(*figures: Figure | None) -> list[Figure]:
-    """Those that there are."""
+    """The figures that are not None."""
     return [figure for figure in figures if figure is not None]
 
 
@@ -199,23 +199,23 @@ def curve(
     level: float | None = None,
     least: float = 0.0,
 ) -> Figure | None:
-    """One panel with the metrics of ``names`` (metric: its name in the legend); None if none was logged.
+    """One panel with the metrics in ``names`` (metric: name in the legend); None if none was logged.
 
     Args:
-        level: A value to compare with.
-        least: A line that changes by less is drawn flat, at its value as exactly as that: it shows rounding alone.
+        level: A reference value.
+        least: Values are rounded to this precision, so lines that change by less, which is rounding, are drawn flat.
     """
     found = [(name, series[key]) for key, name in names.items() if series.get(key)]
     if not found:
         return None
     panel, caption, values = _panel(heading, caption, found, least)
     said = f"{heading}, first and last logged value: {values}"
-    # Beyond two lines the numbers would be a wall: the drawing shows them.
+    # For more than two lines, the numbers would be unreadable; the drawing shows them.
     return Figure(heading, plots.curves([panel], said, level), caption, values if len(found) <= 2 else "")
 
 
 def stacked(heading: str, panels: Sequence[tuple[str, str, list[tuple[str, Points]], float]]) -> Figure | None:
-    """One figure of panels (heading, how to read it, lines, least change) over the same steps; None without any."""
+    """One figure of panels (heading, caption, lines, least change) over the same steps; None without panels."""
     if not panels:
         return None
     drawn = [_panel(*panel) for panel in panels]
@@ -226,7 +226,7 @@ def stacked(heading: str, panels: Sequence[tuple[str, str, list[tuple[str, Point
 
 
 def _panel(heading: str, caption: str, lines: list[tuple[str, Points]], least: float) -> tuple[Panel, str, str]:
-    """What is drawn of the lines, what is said of it, and the first and last value of each."""
+    """The lines as a panel, its caption, and the first and last value of each line."""
     if least:
         places = round(-math.log10(least))
         lines = [(name, [(step, round(value, places) + 0.0) for step, value in points]) for name, points in lines]
@@ -245,7 +245,7 @@ def _panel(heading: str, caption: str, lines: list[tuple[str, Points]], least: f
 def reliability_figure(
     bins: list[tuple[float, float, int]], heading: str, title: str, caption: str, ece: float | None
 ) -> Figure | None:
-    """The diagram of ``calibration_bins``, with Wilson intervals; None without any."""
+    """Reliability diagram of ``calibration_bins``, with Wilson intervals; None without bins."""
     from trl_rlaif.evaluation import wilson
 
     if not bins:
@@ -260,7 +260,7 @@ def reliability_figure(
 
 
 def set_part(run: Run, name: str) -> dict[str, Any]:
-    """Reward before and after on one held-out set, over its prompts and by category."""
+    """Reward before and after training on one held-out set, by prompt and by category."""
     samples = [sample for sample in run.samples if sample.set == name]
     pairs = [
         (sample.reward_start, sample.reward_trained)

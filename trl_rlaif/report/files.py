@@ -1,4 +1,4 @@
-"""Writes the page, and every plot of it as files beside it."""
+"""Writes the page, and its plots as separate files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LONGEST_NAME = 60
 
 
 def write_page(path: Path, html: str) -> None:
-    """Replace the page in one step.
+    """Replace the page atomically.
 
     Raises:
         RunError: It cannot be written.
@@ -36,7 +36,7 @@ def write_page(path: Path, html: str) -> None:
 
 
 def write_plots(folder: Path, page: Mapping[str, Any]) -> None:
-    """Have ``folder`` hold an SVG and a PNG of every plot of ``page``, and nothing else; without plots there is none.
+    """Replace ``folder`` by one with an SVG and a PNG of every plot of ``page``; remove it if there are none.
 
     Raises:
         RunError: They cannot be written.
@@ -59,9 +59,9 @@ def write_plots(folder: Path, page: Mapping[str, Any]) -> None:
 
 
 def named_plots(page: Mapping[str, Any]) -> dict[str, Figure]:
-    """Every figure of a page, in its order, by a file name without suffix that is made of its heading.
+    """Every figure of a page, in order, keyed by a file name without suffix, made from its heading.
 
-    Headings that stand for several sets are told apart by the set's name, and what is still alike by a number.
+    A heading used for several sets is prefixed with the set's name; names that still collide get a number.
     """
     found = list(_figures(page))
     headings = [slug(figure.heading) or "plot" for _, figure in found]
@@ -76,13 +76,13 @@ def named_plots(page: Mapping[str, Any]) -> dict[str, Figure]:
 
 
 def slug(text: str) -> str:
-    """Lower-case Latin letters and digits joined by hyphens, safe as a file's name; empty if there are none."""
+    """Lower-case Latin letters and digits joined by hyphens, safe as a file name; empty if there are none."""
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
     return re.sub(r"[^a-z0-9]+", "-", plain)[:_LONGEST_NAME].strip("-")
 
 
 def _figures(part: Any, name: str = "") -> Iterator[tuple[str, Figure]]:
-    """The figures in a part of the page, each with the name of the part that it is of."""
+    """The figures in a part of the page, each with the name of that part."""
     if isinstance(part, Figure):
         yield name, part
     elif isinstance(part, Mapping):

@@ -1,4 +1,4 @@
-"""Text that is safe to show and numbers as a reader wants them."""
+"""Text that is safe to show, and numbers formatted for readers."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any
 SHOWN_CHARACTERS = 4_000
 MINUS = "\u2212"
 
-# What HTML or XML may refuse: control characters but tab and newline, lone surrogates, noncharacters.
+# Characters that HTML or XML may reject: control characters except tab and newline, lone surrogates, noncharacters.
 _UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 
 
 def clean(text: str) -> str:
-    """The text with line ends as ``\\n`` and every character that cannot be shown as U+FFFD."""
+    """The text with line ends as ``\\n``, and U+FFFD for every character that cannot be shown."""
     return _UNSHOWABLE.sub("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def shorten(text: str) -> tuple[str, int]:
-    """The cleaned first ``SHOWN_CHARACTERS`` characters, and how many characters were left out (0 if none)."""
+    """The first ``SHOWN_CHARACTERS`` characters, cleaned, and the number of characters left out."""
     return clean(text[:SHOWN_CHARACTERS]), max(len(text) - SHOWN_CHARACTERS, 0)
 
 
 def label(value: Any, limit: int = 80) -> str:
-    """A scalar on one line of at most ``limit`` characters; an empty string for None and for containers."""
+    """A scalar on one line of at most ``limit`` characters; an empty string for None and containers."""
     if value is None or isinstance(value, (dict, list, tuple)):
         return ""
     text = str(value) if isinstance(value, (str, bool, int, float)) else repr(value)
@@ -34,7 +34,7 @@ def label(value: Any, limit: int = 80) -> str:
 
 
 def number(value: Any) -> float | None:
-    """A finite float, or None for whatever is none: null, text, a boolean, NaN, infinity."""
+    """A finite float, or None for anything else: null, text, a boolean, NaN, infinity."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
@@ -53,14 +53,14 @@ def interval(value: Any) -> tuple[float, float] | None:
 
 
 def section(parent: Any, *keys: str) -> dict[str, Any]:
-    """The mapping found by following ``keys``; an empty one where there is none."""
+    """The mapping found by following ``keys``; empty if there is none."""
     for key in keys:
         parent = parent.get(key) if isinstance(parent, Mapping) else None
     return dict(parent) if isinstance(parent, Mapping) else {}
 
 
 def count(value: float | None, one: str = "", many: str = "") -> str:
-    """``1,234 pairs`` or ``1 pair``; only the number where no noun is given."""
+    """``1,234 pairs`` or ``1 pair``; only the number if no noun is given; empty for None."""
     if value is None:
         return ""
     digits = f"{value:,.0f}" if float(value).is_integer() else f"{value:,.1f}"
@@ -69,12 +69,12 @@ def count(value: float | None, one: str = "", many: str = "") -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share of 0..1 as ``63.0%``."""
+    """A fraction in 0..1 as ``63.0%``."""
     return "" if share is None else f"{100 * share:.1f}%".replace("-", MINUS)
 
 
 def scores(*values: float, sign: bool = False) -> list[str]:
-    """Numbers that stand side by side, with as many decimals as the largest of them needs."""
+    """Format numbers shown side by side, with as many decimals as the largest of them needs."""
     largest = max((abs(value) for value in values), default=0.0)
     if largest >= 1e6 or 0 < largest < 5e-3:
         style = ".2e"
@@ -85,23 +85,23 @@ def scores(*values: float, sign: bool = False) -> list[str]:
 
 
 def score(value: float | None, *, sign: bool = False) -> str:
-    """One number as ``scores`` writes it; an empty string for None."""
+    """One number formatted as by ``scores``; an empty string for None."""
     return "" if value is None else scores(value, sign=sign)[0]
 
 
 def preferred(p: float, first: str, second: str, neither: str = "no clear preference") -> str:
-    """``first`` or ``second`` by the probability of the first, ``neither`` where it is shown as 0.50."""
+    """``first`` or ``second`` by the probability of the first; ``neither`` if it is shown as 0.50."""
     return neither if abs(p - 0.5) < 0.005 else first if p > 0.5 else second
 
 
 def hundredths(value: float) -> str:
     """A correlation or a kappa, with two decimals."""
-    # Rounded first: -1e-16 is a zero.
+    # Rounded first, so that -1e-16 becomes zero.
     return f"{round(value, 2) + 0.0:.2f}".replace("-", MINUS)
 
 
 def duration(seconds: float | None) -> str:
-    """``48 s``, ``12 min 5 s`` or ``3 h 20 min``; an empty string where the time is not known."""
+    """``48 s``, ``12 min 5 s`` or ``3 h 20 min``; an empty string if the time is not known."""
     if seconds is None or seconds < 0:
         return ""
     if seconds < 10:
@@ -114,7 +114,7 @@ def duration(seconds: float | None) -> str:
 
 
 def reasons(value: Any) -> str:
-    """What was left out: ``{reason: count}`` as ``reason 3, other 1``, or a bare count; else empty."""
+    """Format skipped items: ``{reason: count}`` as ``reason 3, other 1``, or a bare count; else empty."""
     if isinstance(value, Mapping):
         found = [(label(key, 60), number(amount)) for key, amount in list(value.items())[:12]]
         return ", ".join(f"{key} {count(amount)}" for key, amount in found if amount)

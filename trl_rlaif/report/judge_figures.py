@@ -1,4 +1,4 @@
-"""Who prefers which policy: every judge of an evaluation, people among them, and how far they agree."""
+"""Which policy each judge of an evaluation prefers, people included, and how far the judges agree."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trl_rlaif.report.formatting import count, hundredths, interval, label, numb
 from trl_rlaif.report.run_data import Run
 from trl_rlaif.report.summary import Measure, between, judge_name, win_rate_measure
 
-# The judge whose numbers are the set's own; it has this name in ``judge_agreement``, too.
+# The judge whose metrics are the set's top-level ones; ``judge_agreement`` uses this name, too.
 MAIN = "judge"
 PEOPLE = "people"
 _DRAWN_JUDGES = 10
@@ -18,7 +18,7 @@ _DRAWN_JUDGES = 10
 
 @dataclass(frozen=True)
 class JudgeRow:
-    """One judge's word on a set; ``controlled`` is its win rate at equal length, None where it was not fitted."""
+    """One judge's results on a set; ``controlled`` is the win rate at equal length, None if it was not fitted."""
 
     name: str
     model: str
@@ -30,7 +30,7 @@ class JudgeRow:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How often judges choose the same; ``kappa`` is beyond chance, None where it is not known."""
+    """How often judges agree; ``kappa`` corrects for chance, None if unknown."""
 
     judges: str
     rate: float
@@ -41,12 +41,12 @@ class Agreement:
 
     @property
     def interval_text(self) -> str:
-        """The interval of the rate, in percent."""
+        """The rate's interval, in percent."""
         return between(self.ends)
 
     @property
     def kappa_text(self) -> str:
-        """Kappa with its interval; empty where it is not known."""
+        """Kappa with its interval; empty if unknown."""
         if self.kappa is None:
             return ""
         ends = " ({} to {})".format(*map(hundredths, self.kappa_ends)) if self.kappa_ends else ""
@@ -55,10 +55,10 @@ class Agreement:
 
 @dataclass(frozen=True)
 class JudgedSet:
-    """What the judges say of one evaluated set.
+    """The judges' results on one evaluated set.
 
-    ``together`` is the agreement of all of them, ``pairs`` of each two, ``people`` of the judge with people.
-    ``harmless`` holds rate and interval of start and trained.
+    ``together`` is the agreement of all judges, ``pairs`` that of each two, ``people`` that of the judge with people.
+    ``harmless`` holds rate and interval for "start" (the initial policy) and "trained".
     """
 
     name: str
@@ -71,7 +71,7 @@ class JudgedSet:
 
 
 def judged_sets(run: Run) -> list[JudgedSet]:
-    """One record for each set on which a judge or a person has chosen, in the order of results.json."""
+    """One record for each set with a result of a judge or a person, in the order of results.json."""
     sets = section(run.results, "evaluate", "sets")
     named = dict.fromkeys([*sets, *run.people])
     found = [_judged_set(run, name, section(sets.get(name)), section(run.people.get(name))) for name in named]
@@ -79,7 +79,7 @@ def judged_sets(run: Run) -> list[JudgedSet]:
 
 
 def judge_part(sets: list[JudgedSet]) -> dict[str, Any] | None:
-    """The table, and for each set its drawing, facts and agreements; None where nobody has chosen."""
+    """For each set, its table, figures, facts and agreements; None without sets."""
     if not sets:
         return None
     return {
@@ -160,11 +160,11 @@ def _harmless(values: dict[str, Any]) -> dict[str, tuple[float, tuple[float, flo
 
 
 def _drawn(judged: JudgedSet) -> list[Figure]:
-    """Every judge's interval; empty where one number says it all."""
+    """Every judge's win rate and interval; empty for a single judge without a win rate at equal length."""
     rows = judged.rows
     if len(rows) < 2 and not any(row.controlled for row in rows):
         return []
-    # People come last, and are the ones that a reader must not miss.
+    # People come last, and must not be left out.
     drawn = rows if len(rows) <= _DRAWN_JUDGES else [*rows[: _DRAWN_JUDGES - 1], rows[-1]]
     caption = "Right of the dashed line, the trained policy is preferred; bars are 95% intervals."
     if len(drawn) < len(rows):

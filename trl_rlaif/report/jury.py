@@ -1,4 +1,4 @@
-"""Reads jury.jsonl, and says what the page shows of the members."""
+"""Reads jury.jsonl, and prepares the page's section on the jury."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trl_rlaif.report.parsing import lines, probability
 
 @dataclass(frozen=True)
 class Verdict:
-    """A pair's joined probability, the members' votes by name, and the votes' standard deviation."""
+    """A pair's aggregated probability, the members' votes by name, and the votes' standard deviation."""
 
     p: float | None
     votes: list[tuple[str, float]]
@@ -20,7 +20,7 @@ class Verdict:
 
 
 def read_verdicts(path: Path, notes: list[str]) -> dict[str, Verdict]:
-    """The jury's verdicts by pair id; empty where the run has no jury."""
+    """The jury's verdicts by pair id; empty if the run has no jury."""
     return {str(row.get("id")): _verdict(row) for row in lines(path, notes)}
 
 
@@ -34,7 +34,7 @@ def _verdict(row: dict[str, Any]) -> Verdict:
 
 
 def jury_part(results: dict[str, Any]) -> dict[str, Any] | None:
-    """How the votes were joined, how far they differ, and what was learned of each member; None without a jury."""
+    """How votes were aggregated, how far they differ, and what was learned about each member; None without a jury."""
     found = section(results, "label", "jury")
     if not found:
         return None

@@ -1,4 +1,4 @@
-"""Reads labels.jsonl with the pairs that it is about: which labels are the run's own, and what they say."""
+"""Reads labels.jsonl and its pairs: finds the run's own labels and aggregates them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from trl_rlaif.report.formatting import label, section
 from trl_rlaif.report.jury import Verdict
 from trl_rlaif.report.parsing import Turn, probability, spread, stored_lines, turn, turns
 
-# Each holds up to two rationales, so that more would make the page heavy.
+# Each has up to six rationales, so more pairs would make the page large.
 MAX_LABELED = 30
 _MAX_RATIONALES = 3
 
 
 @dataclass(frozen=True)
 class Rationale:
-    """What a judge wrote before its answer; ``swapped`` where it was shown response 2 first."""
+    """The text that a judge wrote before its answer; ``swapped`` if it was shown response 2 first."""
 
     swapped: bool
     turn: Turn
@@ -27,7 +27,7 @@ class Rationale:
 
 @dataclass(frozen=True)
 class LabeledPair:
-    """A pair with its label; probabilities are that response 1 is preferred, None where they are not known."""
+    """A pair with its label; probabilities are that response 1 is preferred, None if unknown."""
 
     category: str
     prompt: list[Turn]
@@ -43,10 +43,11 @@ class LabeledPair:
 
 @dataclass
 class Labels:
-    """What labels.jsonl says: confidences in 0.5..1 and the winner's table, keyed (order 1-2, order 2-1).
+    """Aggregated labels: confidences in 0.5..1, and counts of winners, keyed (in order 1-2, in order 2-1).
 
-    ``answers`` holds (p, human choice) where a person chose 1 or 2; ``pairs`` some labeled pairs, evenly spaced.
-    ``criteria`` are those that labels consist of, over all pairs. ``second`` counts the labels that prefer response 2.
+    ``answers`` holds (p, human choice) for pairs where a person chose 1 or 2; ``pairs`` some labeled pairs, evenly
+    spaced, or a jury's most disputed ones. ``criteria`` are those of criteria-based labels, over all pairs. ``second``
+    counts the labels that prefer response 2.
     """
 
     total: int = 0
@@ -67,15 +68,15 @@ def read_labels(
     ranked: dict[str, float],
     jury: dict[str, Verdict],
 ) -> Labels:
-    """The run's own labels, one a pair: the file may also hold those of other labelers, and of pairs that are gone.
+    """The run's own labels, one per pair; the file may also hold those of other labelers, and of removed pairs.
 
     Args:
-        ranked: What a ranking says of pairs, by their ids.
-        jury: What a jury says of them, likewise.
+        ranked: Probabilities from a ranking, by pair id.
+        jury: Verdicts of a jury, by pair id.
     """
     labels = Labels()
     found = _of_jury(jury, pairs) if jury else _own(path, results, pairs, notes, ranked)
-    shown: list[tuple[float, int]] = []  # with what members of a jury disagree by
+    shown: list[tuple[float, int]] = []  # (disagreement of a jury's members, number)
     labels.criteria = totals(_counted(labels, found, shown))
     if jury:
         shown.sort(key=lambda one: -one[0])
@@ -87,7 +88,7 @@ def read_labels(
 def _counted(
     labels: Labels, found: _Found, shown: list[tuple[float, int]]
 ) -> Iterator[tuple[float, list[ByCriterion]]]:
-    """What the labels say by criteria, as each of them is counted, and those noted that can be shown."""
+    """Add the labels to the counts and to ``shown`` if their pair is known; yield each label's p and criteria."""
     for number in range(found.count):
         one = found.get(number)
         if one is None:
@@ -113,11 +114,11 @@ def _counted(
 
 @dataclass(frozen=True)
 class _Found:
-    """Labels with their pairs, which are read when they are asked for.
+    """Labels with their pairs, read on demand.
 
     Args:
-        count: How many there may be.
-        get: One by its number, with its pair, which is empty where it is not known; None where there is none.
+        count: Upper bound on the number of labels.
+        get: Label by number, with its pair ({} if unknown); None if there is no such label.
     """
 
     count: int
@@ -125,7 +126,7 @@ class _Found:
 
 
 def _of_jury(jury: dict[str, Verdict], pairs: Sequence[dict[str, Any]]) -> _Found:
-    """A jury's label of each pair. Orders and rationales are its members' own."""
+    """A jury's label of each pair. Orders and rationales are known only for its members."""
 
     def get(number: int) -> tuple[dict[str, Any], dict[str, Any]] | None:
         verdict = jury.get(str(pairs[number].get("id")))
@@ -148,7 +149,7 @@ def _own(
     latest = {str(row.get("pair")): place for place, row in enumerate(rows) if row.get("setup") == setup}
 
     def label_of(pair: dict[str, Any]) -> dict[str, Any] | None:
-        # A label is its pair's by the texts: the id in its line is what some pair with these texts was once called.
+        # Labels are matched to pairs by their texts: the stored id may be that of an earlier pair with the same texts.
         place = latest.get(_key(pair, columns or ()))
         return None if place is None else rows[place]
 
@@ -161,7 +162,7 @@ def _own(
 
 
 def _by_id(rows: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]]) -> _Found:
-    """Of a stage that has not ended: what its key is, is not known."""
+    """Labels matched by id, for a stage that has not finished: its key is not known yet."""
     of_pairs = {str(pair.get("id")): place for place, pair in enumerate(pairs)}
     latest = list({str(row.get("id")): place for place, row in enumerate(rows)}.items())
 
@@ -175,7 +176,7 @@ def _by_id(rows: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]]) -> _
 def _joined(
     pair: dict[str, Any], label_of: Callable[[dict[str, Any]], dict[str, Any] | None], p: float | None
 ) -> dict[str, Any]:
-    """A ranked pair's label. A tournament asks about each order by itself: the other one is the turned pair's."""
+    """A ranked pair's label. A tournament judges each order separately: the other is stored for the swapped pair."""
     row = (label_of(pair) or {}) | {"p": p}
     turned = pair | {"response_1": pair.get("response_2"), "response_2": pair.get("response_1")}
     other = label_of(turned) or {}
@@ -186,7 +187,7 @@ def _joined(
 
 
 def _key(pair: dict[str, Any], columns: Collection[str]) -> str:
-    """A pair as labels.jsonl knows it; an empty string where the line is no pair."""
+    """A pair's key in labels.jsonl; an empty string if the line is not a pair."""
     from trl_rlaif.data import Pair
     from trl_rlaif.labels.store import pair_key
 
@@ -205,7 +206,7 @@ def _labeled(row: dict[str, Any], pair: dict[str, Any]) -> LabeledPair:
     rationales = []
     for key, swapped in (("rationale_12", False), ("rationale_21", True)):
         found = row.get(key)
-        # With self-consistency the judge has written several.
+        # With self-consistency, the judge wrote several.
         texts = found if isinstance(found, list) else [found]
         rationales += [Rationale(swapped, turn("", text)) for text in texts[:_MAX_RATIONALES] if text]
     return LabeledPair(

@@ -1,4 +1,4 @@
-"""What the page shows of the judge's labels."""
+"""The page's section on the labels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trl_rlaif.report.summary import judge_was_asked, labeler_name
 
 
 def label_part(run: Run) -> dict[str, Any]:
-    """Confidences, winners, reliability, the label stage's shares, and some labeled pairs."""
+    """Confidences, winners, reliability, the label stage's metrics, and some labeled pairs."""
     labels, result = run.labels, section(run.results, "label")
     histogram = None
     if labels.confidences:
@@ -57,7 +57,7 @@ def label_part(run: Run) -> dict[str, Any]:
 
 
 def _usage(values: dict[str, Any]) -> dict[str, Any] | None:
-    """Tokens that servers counted, and their cost; None where none was asked."""
+    """Token counts reported by servers, and their cost; None if no server was used."""
     read, written, uncounted = (number(values.get(key)) for key in ("input_tokens", "output_tokens", "uncounted"))
     if read is None or written is None:
         return None
@@ -65,7 +65,7 @@ def _usage(values: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _compared(name: Any, values: Any) -> dict[str, Any]:
-    """One labeler's row in the table that compares them."""
+    """One labeler's row in the table that compares labelers."""
     values = values if isinstance(values, dict) else {}
     against = section(values, "against_first")
     return {
@@ -81,7 +81,7 @@ def _compared(name: Any, values: Any) -> dict[str, Any]:
 
 
 def _calibration(values: dict[str, Any]) -> dict[str, Any] | None:
-    """Temperature, bias, and what they changed on pairs that they were not fitted to, or why they are not used."""
+    """Temperature, bias, and their cross-validated effect, or why they are not used; None without calibration."""
     if not values:
         return None
     held_out = section(values, "cross_validated")
@@ -96,7 +96,7 @@ def _calibration(values: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _reliability(labels: Labels, ece: float | None) -> Figure | None:
-    """How often people chose as the label, by its confidence; None where nobody was asked."""
+    """How often people agree with the label, by its confidence; None without human choices."""
     from trl_rlaif.evaluation import calibration_bins
 
     bins = calibration_bins([p for p, _ in labels.answers], [float(human == 1) for _, human in labels.answers])

@@ -1,4 +1,4 @@
-"""The first screen of a report as Markdown, for pull requests and model cards."""
+"""The top of a report as Markdown, for pull requests and model cards."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from trl_rlaif.report.formatting import count, duration
 
-# What Markdown or HTML would read as more than text.
+# Characters with a meaning in Markdown or HTML.
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~])")
 
 
 def markdown(page: Mapping[str, Any]) -> str:
-    """What came out, what to doubt and what was run, from the values of a run's or a comparison's page."""
+    """Results, caveats and stages as Markdown, from the values of a run's or a comparison's page."""
     lines = [f"# {_plain(page['run'].name)}", "", _plain(page["subtitle"]), ""]
     lines += [line for sentence in page["summary"] for line in (_plain(sentence), "")]
     lines += _listed("Why this run may have learned nothing", page.get("no_learning"))
@@ -27,7 +27,7 @@ def markdown(page: Mapping[str, Any]) -> str:
 
 
 def _measures(page: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """A row for each measure of each evaluated set; a comparison's are in its summary."""
+    """A row for each metric of each evaluated set; a comparison has its metrics in the summary."""
     for of in page["sets"] if "stages" in page else ():
         named = {"reward": of.reward, **{f"reward {name}": found for name, found in of.labelers.items()}}
         for name, measure in (named | {"win rate against the start": of.win_rate}).items():
@@ -45,5 +45,5 @@ def _table(head: tuple[str, ...], rows: Any) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """The text on one line, with nothing that Markdown would read as its own."""
+    """The text on one line, with Markdown's special characters escaped."""
     return _SPECIAL.sub(r"\\\1", " ".join(text.split()))

@@ -9,28 +9,28 @@ from trl_rlaif.report.formatting import count, interval, label, number, percent,
 from trl_rlaif.report.run_data import Run, Series
 from trl_rlaif.report.summary import between
 
-# Below this share of ended responses, a mean length or score describes the limit rather than the policy.
+# Below this fraction of ended responses, a mean length or score describes the limit rather than the policy.
 FEW_END = 0.1
-# Of an update's responses; fewer distinct ones leave nothing to compare.
+# Fraction of an update's responses; fewer distinct ones leave nothing to compare.
 FEW_DISTINCT = 0.1
-# Of the groups of an update whose rewards are all equal, so that their advantages are 0.
+# Fraction of an update's groups in which all rewards are equal and advantages are therefore 0.
 MOST_GROUPS = 0.9
-# Nats per response (PPO) or per token (GRPO): what float32 rounding makes of an unchanged policy is far below it.
+# Nats per response (PPO) or per token (GRPO); for an unchanged policy, float32 rounding stays far below it.
 LEAST_KL = 1e-3
-# A mean confidence of uniformly random labels is 0.75; of a judge that knows nothing, 0.5.
+# Uniformly random labels have a mean confidence of 0.75; an undecided judge, 0.5.
 LEAST_CONFIDENCE = 0.55
-# Difference of two shares of pairs.
+# Difference between two fractions of pairs.
 LENGTH_PREFERENCE = 0.1
-# Fewer updates show no trend.
+# With fewer updates, no trend can be seen.
 FEWEST_UPDATES = 5
-# The updates that count as a run's end.
+# Number of updates that count as the end of a run.
 END = 5
-# Scores before and after the reward transforms, and DPO's implicit reward. A transform may hold the latter's mean at 0.
+# Scores after the reward transforms, which may hold their mean at 0, and before them; and DPO's implicit reward.
 _SCORES, _RISING = ("objective/scores", "score/"), ("objective/scores", "score/", "rewards/margins")
 
 
 def signs_of_no_learning(run: Run) -> list[str]:
-    """One sentence or two per sign, in the order of the stages; empty where there is none."""
+    """One or two sentences per sign, in the order of the stages; empty if there is none."""
     series = run.series.get("rl", {})
     found = [*_labels(run), *_reward(run), _cut(run, series), _alike(run, series), _equal_rewards(series)]
     found += [_flat(run, series), _unmoved(run, series)]
@@ -79,7 +79,7 @@ def _reward(run: Run) -> list[str]:
 
 
 def _cut(run: Run, series: Series) -> str | None:
-    """Most responses are as long as the limit: the reward model and the judge see only beginnings."""
+    """Most responses are cut at the limit: the reward model and the judge see only their beginnings."""
     ended = _at_end(series, "rollout/ended")
     stage, key = "rl", "response_length"
     if ended is None:
@@ -120,7 +120,7 @@ def _equal_rewards(series: Series) -> str | None:
 
 
 def _flat(run: Run, series: Series) -> str | None:
-    """No score rose over the updates, and none on held-out prompts."""
+    """No score rose over the updates or on held-out prompts."""
     rising = [points for name, points in series.items() if name.startswith(_RISING)]
     if not rising or max(len(points) for points in rising) < FEWEST_UPDATES:
         return None
@@ -141,7 +141,7 @@ def _flat(run: Run, series: Series) -> str | None:
 
 def _unmoved(run: Run, series: Series) -> str | None:
     name = next((name for name in ("objective/kl", "kl") if name in series), None)
-    # An update's KL is measured before it: the first is always 0.
+    # An update's KL is measured before the update, so the first is always 0.
     if name is None or len(series[name]) < FEWEST_UPDATES or max(abs(kl) for _, kl in series[name]) >= LEAST_KL:
         return None
     rate = label(section(run.recipe, "rl").get("learning_rate"), 20)
@@ -157,7 +157,7 @@ def _at_end(series: Series, name: str) -> float | None:
 
 
 def _rises(points: Sequence[tuple[float, float]]) -> bool:
-    """Whether the 95% interval of a least-squares slope lies above 0."""
+    """Whether the 95% interval of the least-squares slope is above 0."""
     if len(points) < FEWEST_UPDATES or len({value for _, value in points}) == 1:
         return False
     from scipy.stats import linregress, t

@@ -1,4 +1,4 @@
-"""The last lines of a run: what came out, what to doubt, and what to do next."""
+"""The last lines that a run prints: results, warnings, and the next step."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from trl_rlaif.report.run_data import Run
 from trl_rlaif.report.summary import set_results, summary
 from trl_rlaif.report.warnings import warnings
 
-# More of them are left to the report.
+# The report has the rest.
 _MOST_DOUBTS = 3
 
 
 def outcome(run: Run, place: str) -> list[str]:
-    """Lines to read; the report says all of it, and the rest.
+    """Lines to print; the report contains all of this and more.
 
     Args:
-        run: What the run's folder holds; its pairs and labels are not looked at.
-        place: The folder, as a command is given it.
+        run: Contents of the run's folder; pairs and labels are not needed.
+        place: The folder, as written in a command.
     """
     sets = set_results(run)
     said = summary(run, sets)
-    # Without an evaluation the last sentence is of the stage that came last.
+    # Without an evaluation, the last sentence is about the latest stage.
     lines = said[: len(sets)] or said[-1:]
     if signs := signs_of_no_learning(run):
         lines.append("\n- ".join(["This run may have learned nothing:", *signs]))

@@ -1,4 +1,4 @@
-"""What the readers of a run's files share: lines, texts and numbers, tolerant of whatever they find."""
+"""Shared by the readers of a run's files: tolerant parsing of lines, texts and numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from trl_rlaif.report.formatting import count, label, number, shorten
 from trl_rlaif.stored_lines import Stored
 
-# Beyond this a drawing library's arithmetic overflows, and no honest metric goes there.
+# Beyond this, the drawing library's arithmetic overflows; no real metric is that large.
 LARGEST_DRAWN = 1e30
 
 T = TypeVar("T")
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Turn:
-    """One message of a prompt, cut to what is shown; ``cut`` is the number of characters left out."""
+    """One message of a prompt, cut to the length shown; ``cut`` is the number of characters left out."""
 
     role: str
     text: str
@@ -28,17 +28,17 @@ class Turn:
 
 
 def lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON Lines file; a last line that was cut off is passed over, others are noted."""
+    """The objects of a JSON Lines file; unreadable lines are skipped, and noted except for a truncated last line."""
     return (row for _, row in _placed(path, notes))
 
 
 def stored_lines(path: Path, notes: list[str]) -> StoredObjects:
-    """The same, which stay on the disk."""
+    """The same as a sequence that stays on disk."""
     return StoredObjects(path, array("q", (place for place, _ in _placed(path, notes))))
 
 
 def _placed(path: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects with where their lines begin, in bytes."""
+    """The objects with the byte offsets of their lines."""
     if not path.is_file():
         return
     unreadable = place = 0
@@ -66,25 +66,25 @@ class StoredObjects(Stored[dict[str, Any]]):
     """Objects of a JSON Lines file."""
 
     def _read(self, line: bytes, where: str) -> dict[str, Any]:
-        """Nothing where the file was replaced meanwhile."""
+        """Empty if the file was replaced meanwhile."""
         return _parsed(line) or {}
 
 
 def spread(items: Sequence[T], limit: int) -> list[T]:
-    """At most ``limit`` of the items, evenly spaced, in their order."""
+    """At most ``limit`` of the items, evenly spaced, in order."""
     if len(items) <= limit:
         return list(items)
     return [items[index * len(items) // limit] for index in range(limit)]
 
 
 def both(row: dict[str, Any], first: str, second: str) -> tuple[float, float] | None:
-    """Two numbers of a line, or None if one of them cannot be drawn."""
+    """Two numbers of a row, or None if one of them cannot be drawn."""
     one, other = drawable(row.get(first)), drawable(row.get(second))
     return None if one is None or other is None else (one, other)
 
 
 def turns(prompt: Any) -> list[Turn]:
-    """A prompt's messages; a text is one."""
+    """A prompt's messages, at most 20; a text is one message."""
     if not isinstance(prompt, list):
         return [turn("", prompt)]
     shown = [
@@ -96,7 +96,7 @@ def turns(prompt: Any) -> list[Turn]:
 
 
 def turn(role: str, content: Any) -> Turn:
-    """One message; content that is no text is shown as JSON."""
+    """One message; content that is not a text is shown as JSON."""
     if content is None:
         content = ""
     text, cut = shorten(content if isinstance(content, str) else json.dumps(content, default=str))
@@ -104,7 +104,7 @@ def turn(role: str, content: Any) -> Turn:
 
 
 def drawable(value: Any) -> float | None:
-    """A number that a drawing can hold, or None."""
+    """A number that can be drawn, or None."""
     value = number(value)
     return value if value is not None and abs(value) <= LARGEST_DRAWN else None
 

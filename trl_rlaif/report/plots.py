@@ -1,4 +1,4 @@
-"""The kinds of plots: numbers in, a drawing out, the same for the same numbers."""
+"""The kinds of plots: each makes a drawing from numbers, deterministically."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Ends = tuple[float, float]
 
 
 class Panel(NamedTuple):
-    """Lines ``(name, [(step, value), ...])`` on axes that span at least ten times ``least``."""
+    """Lines ``(name, [(step, value), ...])`` on a y axis that spans at least ten times ``least``."""
 
     heading: str
     lines: Sequence[tuple[str, Points]]
@@ -25,18 +25,18 @@ _MAX_WAY = 60
 _SMOOTH_FROM = 40
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _MAX_NUMBERED = 36
-_STACKED = 1.0  # height of a panel among others, in inches
-# In characters: of a plot's width, and of what stands between two names of its legend.
+_STACKED = 1.0  # height of a stacked panel, in inches
+# In characters: the legend's width, and the space for a line and a gap next to each name.
 _LEGEND_WIDTH, _LEGEND_GAP = 48, 5
 _DASHED: dict[str, Any] = {"color": INK, "linewidth": 1.0, "linestyle": (0, (4, 3))}
 
 
 def curves(panels: Sequence[Panel], title: str, level: float | None = None) -> Drawing:
-    """Lines over steps, panels below each other over the same ones; a long line gets its running mean too.
+    """Lines over steps, in stacked panels that share the x axis; a long noisy line also gets its running mean.
 
     Args:
-        panels: All with the same names in the same order; one without points in a panel is left out there.
-        level: A value to compare with, as a dashed line.
+        panels: All with the same line names in the same order; a line may have no points in a panel.
+        level: A reference value, drawn as a dashed line.
     """
     names = [_short(name) for name, _ in panels[0].lines]
     columns = _legend_columns(names)
@@ -76,14 +76,14 @@ def _line(axes: Any, points: Points, index: int, name: str) -> None:
 
 
 def score_over_kl(points: Points, title: str) -> Drawing:
-    """The way of ``(KL, score)`` in the order of the updates: faint where it begins, strong where it ends."""
+    """The path of ``(KL, score)`` in the order of the updates: faint at first, strong at last."""
 
     def draw(axes: Any) -> None:
         kl, scores = _thin(points, _MAX_WAY)
         axes.plot(kl, scores, color=COLOURS[0], linewidth=1.0, alpha=0.35)
         last = len(kl) - 1
         for place, point in enumerate(zip(kl, scores, strict=True)):
-            strength = 0.2 + 0.8 * (place / max(last, 1))  # the brackets keep the last one within 1
+            strength = 0.2 + 0.8 * (place / max(last, 1))  # the parentheses keep the last one within 1
             axes.plot(*point, "o", color=COLOURS[0], alpha=strength, markersize=5, markeredgewidth=0)
         for place, name in ((0, "first"), (last, "last")):
             axes.annotate(name, (kl[place], scores[place]), (4, 4), textcoords="offset points", fontsize=9)
@@ -98,7 +98,7 @@ def win_rates(
     title: str,
     x_label: str = "win rate against the start",
 ) -> Drawing:
-    """A row a judge: ``(name, win rate, its interval, win rate at equal length, its interval)``, around the half."""
+    """Rows ``(name, win rate, its interval, win rate at equal length, its interval)``, with a line at one half."""
 
     def draw(axes: Any) -> None:
         axes.axvline(0.5, **_DASHED)
@@ -121,7 +121,7 @@ def win_rates(
 
 
 def by_round(named: Sequence[tuple[str, Sequence[tuple[int, float, Ends | None]]]], title: str, what: str) -> Drawing:
-    """Shares by round, ``(round, share, its interval)`` for each name, around the half."""
+    """Proportions by round, ``(round, proportion, its interval)`` for each name, with a line at one half."""
 
     def draw(axes: Any) -> None:
         axes.axhline(0.5, **_DASHED)
@@ -140,7 +140,7 @@ def by_round(named: Sequence[tuple[str, Sequence[tuple[int, float, Ends | None]]
 
 
 def named_points(points: Sequence[tuple[str, float, float]], title: str, labels: tuple[str, str]) -> Drawing:
-    """Points ``(name, x, y)`` with their names beside them; ``labels`` are those of the axes."""
+    """Points ``(name, x, y)``, annotated with their names; ``labels`` are the axis labels."""
 
     def draw(axes: Any) -> None:
         axes.plot([x for _, x, _ in points], [y for *_, y in points], "o", color=COLOURS[0], markersize=5)
@@ -153,7 +153,7 @@ def named_points(points: Sequence[tuple[str, float, float]], title: str, labels:
 
 
 def confidence_histogram(confidences: Sequence[float], title: str) -> Drawing:
-    """How sure the labels are: counts of max(p, 1 - p) in ten bins from 0.5 to 1."""
+    """Histogram of label confidence: counts of max(p, 1 - p) in ten bins from 0.5 to 1."""
 
     def draw(axes: Any) -> None:
         edges = [0.5 + 0.05 * index for index in range(10)] + [1.0]
@@ -166,7 +166,7 @@ def confidence_histogram(confidences: Sequence[float], title: str) -> Drawing:
 
 
 def paired_scatter(pairs: Points, title: str) -> Drawing:
-    """Each prompt's reward before (x) and after (y); points above the diagonal got better."""
+    """Each prompt's reward before (x) and after (y) training; points above the diagonal improved."""
 
     def draw(axes: Any) -> None:
         before, after = [x for x, _ in pairs], [y for _, y in pairs]
@@ -181,7 +181,7 @@ def paired_scatter(pairs: Points, title: str) -> Drawing:
 
 
 def two_histograms(before: Sequence[float], after: Sequence[float], title: str) -> Drawing:
-    """The distributions of the rewards before and after, over the same bins."""
+    """The distributions of the rewards before and after training, in the same bins."""
 
     def draw(axes: Any) -> None:
         low, high = min(*before, *after), max(*before, *after)
@@ -200,7 +200,7 @@ def two_histograms(before: Sequence[float], after: Sequence[float], title: str) 
 
 
 def before_after(rows: Sequence[tuple[str, float, float]], title: str) -> Drawing:
-    """A line a category from its mean reward before to the one after: ``(name, before, after)``."""
+    """A line per category from its mean reward before training to that after: ``(name, before, after)``."""
 
     def draw(axes: Any) -> None:
         places = _rows(axes, [name for name, _, _ in rows])
@@ -215,7 +215,7 @@ def before_after(rows: Sequence[tuple[str, float, float]], title: str) -> Drawin
 
 
 def ridges(rows: Sequence[tuple[str, Points, float]], title: str, colour: int) -> Drawing:
-    """A row for each ``(name, [(score, density), ...], mean)`` over one axis; all rows are of the same height."""
+    """Ridge plot with a row for each ``(name, [(score, density), ...], mean)``; all rows have the same height."""
 
     def draw(axes: Any) -> None:
         places = _rows(axes, [name for name, _, _ in rows], (0.2, 0))
@@ -232,7 +232,7 @@ def ridges(rows: Sequence[tuple[str, Points, float]], title: str, colour: int) -
 
 
 def reliability(bins: Sequence[tuple[float, float, tuple[float, float], int]], title: str) -> Drawing:
-    """Points ``(confidence, share right, its interval, pairs)``; on the dashed line both shares are the same."""
+    """Reliability diagram of ``(confidence, accuracy, its interval, pairs)``; on the dashed line the two are equal."""
 
     def draw(axes: Any) -> None:
         axes.plot((0.5, 1), (0.5, 1), **_DASHED)
@@ -248,9 +248,10 @@ def reliability(bins: Sequence[tuple[float, float, tuple[float, float], int]], t
 
 
 def cluster_map(points: Sequence[tuple[float, float, int, bool]], title: str) -> Drawing:
-    """Prompts ``(x, y, cluster, chosen)`` in the plane; few clusters have each a colour and a shape of its own.
+    """Prompts ``(x, y, cluster, chosen)`` in the plane; each cluster has its own colour and shape.
 
-    More of them are numbered where they lie. What is chosen is drawn larger, with an edge.
+    Few clusters get a legend; more, up to ``_MAX_NUMBERED``, are numbered in place. Chosen prompts are larger, with
+    an edge.
     """
 
     def draw(axes: Any) -> None:
@@ -260,7 +261,7 @@ def cluster_map(points: Sequence[tuple[float, float, int, bool]], title: str) ->
             look = {
                 "linestyle": "",
                 "color": COLOURS[place % len(COLOURS)],
-                # Beyond six, a colour comes again with another shape.
+                # Beyond six, colours are reused with other shapes.
                 "marker": _MARKERS[(place + place // len(COLOURS)) % len(_MARKERS)],
             }
             for chosen, size, alpha, edge in ((False, 4.5, 0.4, 0), (True, 7.5, 1, 1.3)):
@@ -282,7 +283,7 @@ def cluster_map(points: Sequence[tuple[float, float, int, bool]], title: str) ->
 
 
 def _rows(axes: Any, names: Sequence[str], room: tuple[float, float] = (0.6, -0.4)) -> list[int]:
-    """Where each row lies, the first one on top, with its name beside it; ``room`` is left below and above all."""
+    """The y position of each row, the first on top, labeled with its name; ``room`` is the margin (below, above)."""
     places = list(range(len(names)))[::-1]
     axes.set_yticks(places, [_short(name) for name in names])
     axes.set_ylim(-room[0], len(names) + room[1])
@@ -291,7 +292,7 @@ def _rows(axes: Any, names: Sequence[str], room: tuple[float, float] = (0.6, -0.
 
 
 def _counts(axes: Any, what: str) -> None:
-    """The y axis of a histogram, and no lines up from the x axis."""
+    """Format a histogram's y axis, and hide the vertical grid lines."""
     axes.set_ylabel(what)
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.grid(False, axis="x")
@@ -302,7 +303,7 @@ def _short(name: str) -> str:
 
 
 def _legend_columns(names: Sequence[str]) -> int:
-    """How many columns of a legend fit above a plot: each as wide as its longest name, a line and a gap."""
+    """Number of legend columns that fit above a plot: each as wide as its longest name, a line and a gap."""
     for columns in range(min(len(names), 3), 1, -1):
         rows = -(-len(names) // columns)
         widths = [max(map(len, names[start : start + rows])) + _LEGEND_GAP for start in range(0, len(names), rows)]
@@ -323,7 +324,7 @@ def _legend(axes: Any, columns: int) -> None:
 
 
 def _thin(points: Points, limit: int = _MAX_POINTS) -> tuple[list[float], list[float]]:
-    """At most ``limit`` points: neighbours are averaged, so that no spike decides by being picked."""
+    """At most ``limit`` points: neighbours are averaged, rather than sampled, so that spikes have no undue weight."""
     size = -(-len(points) // limit)
     blocks = [points[start : start + size] for start in range(0, len(points), max(size, 1))]
     return (
@@ -333,7 +334,7 @@ def _thin(points: Points, limit: int = _MAX_POINTS) -> tuple[list[float], list[f
 
 
 def _noisy(values: list[float]) -> bool:
-    """Whether the line turns often: a smooth schedule would only be bent by a running mean."""
+    """Whether the line changes direction often: a running mean would only distort a smooth schedule."""
     turns = sum((b - a) * (c - b) < 0 for a, b, c in zip(values, values[1:], values[2:], strict=False))
     return turns > len(values) / 5
 

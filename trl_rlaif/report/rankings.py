@@ -1,4 +1,4 @@
-"""Reads rankings.jsonl, and says what the page shows of it."""
+"""Reads rankings.jsonl, and prepares the page's section on rankings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MAX_RESPONSES = 16
 
 @dataclass(frozen=True)
 class RankedResponse:
-    """A response with its strength in nats above its prompt's average, and the 95% interval."""
+    """A response with its strength, in nats above its prompt's average, and the 95% interval."""
 
     turn: Turn
     strength: float
@@ -24,7 +24,7 @@ class RankedResponse:
 
 @dataclass(frozen=True)
 class RankedPrompt:
-    """A prompt's responses, the best one first, and how many questions were asked about them."""
+    """A prompt's responses, best first, and the number of questions asked about them."""
 
     category: str
     prompt: list[Turn]
@@ -34,7 +34,7 @@ class RankedPrompt:
 
 @dataclass
 class RankedPairs:
-    """By a pair's id the probability that its response_1 is better; and some prompts, evenly spaced."""
+    """Probability by pair id that response_1 is better, and some prompts, evenly spaced."""
 
     probabilities: dict[str, float] = field(default_factory=dict)
     prompts: list[RankedPrompt] = field(default_factory=list)
@@ -42,7 +42,7 @@ class RankedPairs:
 
 
 def read_rankings(path: Path, notes: list[str]) -> RankedPairs:
-    """The run's rankings; empty where it has none."""
+    """The run's rankings; empty if it has none."""
     rows, found = stored_lines(path, notes), RankedPairs()
     for row in rows:
         known = {str(id): probability(p) for id, p in section(row, "pairs").items()}
@@ -66,7 +66,7 @@ def _prompt(row: dict[str, Any]) -> RankedPrompt:
 
 
 def ranking_part(ranked: RankedPairs, results: dict[str, Any]) -> dict[str, Any] | None:
-    """What was asked, what standing first is worth, how sure the order is, and some prompts; None without a ranking."""
+    """Questions asked, position effect, certainty of the order, and some prompts; None without a ranking."""
     found = section(results, "label", "ranking")
     if not found:
         return None

@@ -1,4 +1,4 @@
-"""Rehearsal and forgetting: what the policy lost while it learned, what it rehearsed, and what that cost."""
+"""Rehearsal and forgetting: what the policy forgot during training, what it rehearsed, and at what cost."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from trl_rlaif.report.formatting import count, label, number, percent, scores, s
 from trl_rlaif.report.parsing import spread
 from trl_rlaif.report.run_data import MapPoint, Rehearsed, Run
 
-# More points would only hide each other, and make the page heavy.
+# More points would only hide each other, and make the page large.
 _DRAWN_POINTS = 800
 
 
 @dataclass(frozen=True)
 class GroupRow:
-    """The rehearsed pairs of one cluster, with the best of them."""
+    """The rehearsed pairs of one cluster, with the best one as an example."""
 
     name: str
     pairs: int
@@ -28,7 +28,7 @@ class GroupRow:
 
 
 def rehearsal_part(run: Run) -> dict[str, Any] | None:
-    """Curves, map, costs and tables; None for a run in which nothing was rehearsed and nothing measured."""
+    """Curves, map, costs and tables; None if nothing was rehearsed and no forgetting was measured."""
     series = run.series.get("rl", {})
     rates, nlls = (_lines(series, kind) for kind in ("win_rate", "nll"))
     figures = present(
@@ -55,7 +55,7 @@ def rehearsal_part(run: Run) -> dict[str, Any] | None:
 
 
 def _lines(series: dict[str, Any], kind: str) -> dict[str, str]:
-    """The metrics of all sets by their names in the legend, the forget set first."""
+    """The metrics of all sets with their names in the legend, the forget set first."""
     begin, end = ELSEWHERE[0], f"/{kind}"
     keys = [key for key in series if key.startswith(begin) and key.endswith(end)]
     names = {key: label(key.removeprefix(begin).removesuffix(end), 24) for key in keys}
@@ -77,7 +77,7 @@ def _facts(values: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _sets(run: Run) -> list[dict[str, Any]]:
-    """The evaluated sets whose NLL is known, with what they show of forgetting."""
+    """The evaluated sets whose NLL is known, with their metrics of forgetting."""
     found = []
     for name, values in section(run.results, "evaluate", "sets").items():
         values = section(values)
@@ -88,7 +88,7 @@ def _sets(run: Run) -> list[dict[str, Any]]:
 
 
 def _groups(rehearsed: list[Rehearsed]) -> list[GroupRow]:
-    """A row a cluster, the largest first."""
+    """One row per cluster, the largest first."""
     found: dict[str, list[Rehearsed]] = {}
     for pair in rehearsed:
         found.setdefault(pair.group, []).append(pair)

@@ -1,4 +1,4 @@
-"""What the page shows of a run in rounds: a row for each, and how well each reward model knew new responses."""
+"""The page's section on rounds: a row for each, and each reward model's accuracy on new responses."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ MAX_ROUNDS = 100
 
 
 def rounds_part(run: Run) -> dict[str, Any] | None:
-    """A row for each round, and a figure; None for a run that has none."""
+    """A row for each round, and a figure; None for a run without rounds."""
     recipe, found = section(run.recipe, "rounds"), section(run.results, "rounds").get("rows")
-    if not recipe or not isinstance(found, list) or not found:  # results stay where the recipe has rounds no more
+    if not recipe or not isinstance(found, list) or not found:  # results may outlive the recipe's rounds
         return None
     rows = [_row(section(row)) for row in found[:MAX_ROUNDS]]
     return {

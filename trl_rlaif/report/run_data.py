@@ -1,4 +1,4 @@
-"""Reads a run's folder into plain data: tolerant of what is missing, cut off or not a number."""
+"""Reads a run's folder into plain data; tolerates missing, truncated and non-finite values."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from trl_rlaif.report.sampled import SampledPair, read_sampled
 
 MAX_SAMPLES = 200
 MAX_RECIPE_CHARACTERS = 100_000
-# A metric's name may hold a category's: what is cut off would be lost.
+# Metric names may contain category names, which must not be cut off.
 _METRIC_NAME = 300
-# Characters of a rehearsed pair's prompt, and of its response, that the table shows.
+# Maximum characters that the table shows of a rehearsed pair's prompt, and of its response.
 _EXAMPLE = 240
 _MAX_JUDGES = 8
 _RESTORE = "Restore the run's own copy."
@@ -41,7 +41,7 @@ Series = dict[str, list[tuple[float, float]]]
 
 @dataclass(frozen=True)
 class Sample:
-    """A held-out prompt with the answers of the starting and of the trained policy."""
+    """A held-out prompt with the answers of the initial and the trained policy."""
 
     set: str
     category: str
@@ -51,15 +51,15 @@ class Sample:
     reward_start: float | None
     reward_trained: float | None
     p_trained: float | None
-    # What the other judges say, by their names.
+    # Preference probabilities of the other judges, by name.
     others: list[tuple[str, float]]
 
 
 @dataclass(frozen=True)
 class ScoredPair:
-    """A held-out pair's scores, (chosen, rejected), ``before`` and ``after`` the reward transforms (None without).
+    """A held-out pair's scores (chosen, rejected), ``before`` and ``after`` the reward transforms (None without).
 
-    ``human`` says whether a person preferred the chosen response, too; None where nobody was asked.
+    ``human`` is whether a person also preferred the chosen response; None if nobody was asked.
     """
 
     category: str
@@ -71,7 +71,7 @@ class ScoredPair:
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """A pair that the policy rehearsed; ``group`` is its cluster as a reader counts them, or what it was chosen for."""
+    """A pair that the policy rehearsed; ``group`` names its cluster, counted from 1, or why it was chosen."""
 
     group: str
     score: float | None
@@ -81,7 +81,7 @@ class Rehearsed:
 
 @dataclass(frozen=True)
 class MapPoint:
-    """A prompt's place on the map of clusters, 0 being the first; ``chosen`` where it is rehearsed."""
+    """A prompt's position on the map and its cluster, counted from 0; ``chosen`` if it is rehearsed."""
 
     x: float
     y: float
@@ -91,7 +91,7 @@ class MapPoint:
 
 @dataclass
 class Run:
-    """A run's folder as plain data; what the folder does not hold is empty."""
+    """A run's folder as plain data; anything missing from the folder is empty."""
 
     name: str
     recipe: dict[str, Any]
@@ -111,14 +111,14 @@ class Run:
 
 
 def read_run(folder: Path, *, labels: bool = True) -> Run:
-    """Everything that the report shows of ``folder``.
+    """Read everything that the report shows.
 
     Args:
-        folder: A run's.
-        labels: Whether pairs and labels are read, too, of which there may be millions.
+        folder: Folder of a run.
+        labels: Whether to read pairs and labels, of which there may be millions.
 
     Raises:
-        UserError: The folder does not exist, has no recipe.yaml, or its recipe.yaml is no YAML mapping or of a later
+        UserError: The folder does not exist or has no recipe.yaml, or it is not a YAML mapping or is from a later
             version.
     """
     recipe, recipe_text = _read_recipe(folder)
@@ -189,7 +189,7 @@ def _read_results(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def _read_series(path: Path, notes: list[str]) -> dict[str, Series]:
-    # A resumed run logs some steps twice: the later line is what the run went on from.
+    # A resumed run logs some steps twice: it continued from the later line.
     points: dict[str, dict[str, dict[float, float]]] = {}
     not_finite: dict[str, int] = {}
     for row in lines(path, notes):
@@ -258,7 +258,7 @@ def _read_rehearsed(path: Path, notes: list[str]) -> list[Rehearsed]:
 
 
 def _one_line(content: Any) -> str:
-    """A text, or the last message of a conversation, cut to a line."""
+    """A text, or the last message of a conversation, cut to one line."""
     last = turns(content[-1:] if isinstance(content, list) else content)
     return label(last[0].text if last else "", _EXAMPLE)
 
@@ -273,7 +273,7 @@ def _read_map(path: Path, notes: list[str]) -> list[MapPoint]:
 
 
 def _read_people(folder: Path, notes: list[str]) -> dict[str, Any]:
-    """What ``people_results`` makes of the votes, by set; empty where nobody has voted."""
+    """Results of people's votes by set, from ``people_results``; empty if nobody has voted."""
     if not (folder / artifacts.VOTES).is_file():
         return {}
     from trl_rlaif.rating import people_results

@@ -1,4 +1,4 @@
-"""The page of several finished runs: what they differ in, their headline figures, their curves over each other."""
+"""The page that compares several finished runs: their differences, main results, and overlaid curves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunRow:
-    """A run on one set; ``difference`` from the first run is None for that one, and where no prompt is shared."""
+    """A run on one set; ``difference`` from the first run is None for that run, and if they share no prompt."""
 
     name: str
     result: SetResult
@@ -25,7 +25,7 @@ class RunRow:
 
 
 def runs_page(comparison: Comparison) -> dict[str, Any]:
-    """Every value that the template shows."""
+    """All values of the template."""
     first, *others = comparison.names
     summary = [
         f"On {of}, the win rate of {name} less that of {first} is {change.text} (interval {change.interval_text}): "
@@ -60,7 +60,7 @@ def _drawn(name: str, rows: list[RunRow]) -> list[Figure]:
 
 
 def _asked(comparison: Comparison) -> list[Asked]:
-    """The prompts that all runs evaluated, with the first run's start and the answers of all."""
+    """The prompts evaluated by all runs, with the answers of the first run's initial policy and of all trained ones."""
     answers = [{_key(sample): sample for sample in run.samples} for run in comparison.runs]
     start = f"{START} of {comparison.names[0]}"
     return [

@@ -1,4 +1,4 @@
-"""Reads the pairs that a plugin's sampler made, and says what the page shows of them."""
+"""Reads pairs made by a plugin's sampler, and prepares the page's section on them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MAX_COLUMNS = 6
 
 @dataclass(frozen=True)
 class SampledPair:
-    """A pair, with the texts that the data and the sampler say of it by their columns' names."""
+    """A pair, with the text columns that the data and the sampler added, by name."""
 
     category: str
     prompt: list[Turn]
@@ -25,7 +25,7 @@ class SampledPair:
 
 
 def read_sampled(recipe: dict[str, Any], pairs: Sequence[dict[str, Any]]) -> list[SampledPair]:
-    """Some pairs, evenly spaced; none where no sampler made them."""
+    """Some pairs, evenly spaced; empty if no sampler made them."""
     return [_pair(row) for row in spread(pairs, MAX_PAIRS)] if _sampler(recipe) else []
 
 
@@ -44,11 +44,11 @@ def _pair(row: dict[str, Any]) -> SampledPair:
 def sampler_part(
     recipe: dict[str, Any], results: dict[str, Any], shown: list[SampledPair], labels: int, second: int
 ) -> dict[str, Any] | None:
-    """Who made how many pairs, what was dropped, which responses the judge prefers, and some pairs; None without one.
+    """The sampler, its number of pairs, dropped prompts, preferred responses, and some pairs; None without a sampler.
 
     Args:
-        labels: Pairs with a label.
-        second: Those of them whose second response is preferred.
+        labels: Number of pairs with a label.
+        second: Number of labels that prefer the second response.
     """
     name, found = _sampler(recipe), section(results, "sample")
     if not name or not (found or shown):

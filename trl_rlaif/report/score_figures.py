@@ -1,4 +1,4 @@
-"""The reward model's scores of held-out pairs: their densities by category, their calibration and their table."""
+"""The reward model's scores of held-out pairs: densities by category, calibration and a table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trl_rlaif.report.formatting import count, label, number, scores, section
 from trl_rlaif.report.run_data import Run, ScoredPair
 
 MAX_RIDGES = 8
-# With fewer scores a kernel density would draw hills that are only its kernel.
+# With fewer scores, the hills of a kernel density would only show its kernel.
 LEAST_FOR_DENSITY = 20
 _GRID = 160
 _BARS = 24
@@ -22,7 +22,7 @@ _NO_CATEGORY = "no category"
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """One category's numbers from results.json; ``before`` and ``after`` hold mean and std, None where unknown."""
+    """One category's results from results.json; ``before`` and ``after`` hold mean and std, None if unknown."""
 
     name: str
     pairs: float | None
@@ -32,7 +32,7 @@ class ScoreRow:
 
 
 def score_part(run: Run) -> dict[str, Any] | None:
-    """Densities, reliability diagram, table and spread; None for a folder without reward_scores.jsonl."""
+    """Densities, reliability diagram, table and spread; None without reward_scores.jsonl."""
     if not run.scored:
         return None
     result = section(run.results, "reward")
@@ -50,7 +50,7 @@ def score_part(run: Run) -> dict[str, Any] | None:
 
 
 def _densities(scored: list[ScoredPair]) -> list[Figure]:
-    """The scores by category, before the transforms and, where there are any, after them."""
+    """The scores by category, before the transforms and, if there are any, after them."""
     drawn = largest_categories(scored)
     before = {name: [value for pair in pairs for value in pair.before] for name, pairs in drawn.items()}
     after = {name: [value for pair in pairs for value in pair.after or ()] for name, pairs in drawn.items()}
@@ -74,7 +74,7 @@ def _ridges(heading: str, caption: str, named: dict[str, list[float]], colour: i
 
 
 def largest_categories(scored: list[ScoredPair]) -> dict[str, list[ScoredPair]]:
-    """The pairs of at most ``MAX_RIDGES`` categories, the largest first; smaller ones are joined in the last."""
+    """The pairs of at most ``MAX_RIDGES`` categories, the largest first; smaller ones are merged into the last."""
     found: dict[str, list[ScoredPair]] = {}
     for pair in scored:
         found.setdefault(pair.category or _NO_CATEGORY, []).append(pair)
@@ -87,15 +87,15 @@ def largest_categories(scored: list[ScoredPair]) -> dict[str, list[ScoredPair]]:
 
 
 def density(values: Sequence[float], ends: tuple[float, float]) -> list[tuple[float, float]]:
-    """A line over the scores, never below 0 and somewhere above it.
+    """Density curve of the scores: nonnegative, and positive somewhere.
 
     Args:
         values: At least one finite score.
-        ends: Least and greatest score of the whole drawing, over which bars are laid.
+        ends: Smallest and largest score of the whole drawing, the range of a histogram.
 
     Returns:
-        (score, density) in order: a Gaussian kernel density with Scott's bandwidth (Scott 1992), or the outline of a
-        histogram where the scores are few or all the same.
+        (score, density) in order: a Gaussian kernel density estimate with Scott's bandwidth (Scott 1992), or the
+        outline of a histogram if the scores are few or all equal.
     """
     import numpy as np
     from scipy.stats import gaussian_kde
@@ -131,13 +131,13 @@ def _same(low: float, high: float) -> bool:
 
 
 def reliability_bins(scored: list[ScoredPair]) -> tuple[list[tuple[float, float, int]], bool]:
-    """The bins of sigmoid(chosen - rejected), and whether their outcomes are people's choices.
+    """Calibration bins of sigmoid(chosen - rejected), and whether the outcomes are people's choices.
 
-    They are where people chose in any of the pairs, and only those pairs count; else the outcomes are the soft labels.
+    They are if people chose in any pair, and then only those pairs count; otherwise, outcomes are the soft labels.
     """
     from trl_rlaif.evaluation import calibration_bins
 
-    # Limited so that no margin overflows.
+    # Clamped so that exp does not overflow.
     p = [1 / (1 + math.exp(-min(max(pair.before[0] - pair.before[1], -700.0), 700.0))) for pair in scored]
     people = [None if pair.human is None else float(pair.human) for pair in scored]
     asked = any(choice is not None for choice in people)
@@ -145,7 +145,7 @@ def reliability_bins(scored: list[ScoredPair]) -> tuple[list[tuple[float, float,
 
 
 def _ece(result: dict[str, Any]) -> float | None:
-    """None from a run that does not say what it is measured against: it was the rounded label."""
+    """ECE; None for older runs without ``ece_against``, which measured against the rounded label."""
     return number(result.get("ece")) if result.get("ece_against") else None
 
 
@@ -165,7 +165,7 @@ def _reliability(scored: list[ScoredPair], ece: float | None) -> list[Figure]:
 
 
 def _rows(before: dict[str, Any], after: dict[str, Any]) -> list[ScoreRow]:
-    """A row a category, the largest first."""
+    """One row per category, the largest first."""
     from trl_rlaif.evaluation.categories import UNNAMED
 
     accuracy = section(before, "accuracy")

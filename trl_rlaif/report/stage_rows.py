@@ -1,4 +1,4 @@
-"""What was run: a row of the report's first table for each stage."""
+"""The report's first table: a row for each stage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _OPTIONAL = ("sft", "judge")
 
 @dataclass(frozen=True)
 class StageRow:
-    """A line of the table of stages."""
+    """A row in the table of stages."""
 
     name: str
     state: str
@@ -24,7 +24,7 @@ class StageRow:
 
 
 def stage_rows(run: Run) -> list[StageRow]:
-    """A row for each stage that the recipe has or that left something behind."""
+    """A row for each stage; optional stages only if the recipe has them or they left output."""
     rows = []
     for stage in STAGES[:-1]:  # without the report itself
         result = section(run.results, stage)
@@ -42,7 +42,7 @@ def stage_rows(run: Run) -> list[StageRow]:
 
 
 def _evidence(run: Run, stage: str) -> str:
-    """What a stage without final numbers has left in the folder."""
+    """Output in the folder of a stage without final results."""
     if stage == "label" and run.labels.total:
         return count(run.labels.total, "label") + " written"
     if stage == "sample" and run.pairs and not section(run.recipe, "data").get("pairs"):
@@ -54,7 +54,7 @@ def _evidence(run: Run, stage: str) -> str:
 
 
 def _asked(usage: dict[str, Any]) -> str:
-    """What judges on servers have used."""
+    """Token usage of judges on servers."""
     tokens, cost = [number(usage.get(key)) for key in ("input_tokens", "output_tokens")], number(usage.get("cost"))
     if None in tokens:
         return ""

@@ -1,4 +1,4 @@
-"""What a run says in plain words: the summary and the verdicts."""
+"""A run's results in plain words: the summary and the verdicts."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from trl_rlaif.report.formatting import (
 )
 from trl_rlaif.report.run_data import Run
 
-# Of a text that is longer, so much is shown before it is opened.
+# Characters of a longer text that are shown before it is expanded.
 PREVIEW_CHARACTERS = 700
 _MAX_LABELERS = 8
-# Above this p-value of a sign test, a win rate is not called clear, whatever its interval.
+# From this p-value of the sign test on, a win rate is not called clear, whatever its interval.
 SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A number with its interval and what may be said of it; ``tone`` is good, bad or unclear."""
+    """A metric with its interval and a verdict; ``tone`` is good, bad or unclear."""
 
     value: float
     interval: tuple[float, float] | None
@@ -39,7 +39,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class SetResult:
-    """What the evaluation found on one set of held-out prompts."""
+    """Evaluation results on one set of held-out prompts."""
 
     name: str
     prompts: float | None
@@ -51,7 +51,7 @@ class SetResult:
 
 
 def set_results(run: Run) -> list[SetResult]:
-    """One record for each set of the evaluation, in the order of results.json."""
+    """One record for each evaluated set, in the order of results.json."""
     found = []
     for name, values in section(run.results, "evaluate", "sets").items():
         values = section(values)
@@ -74,7 +74,7 @@ def set_results(run: Run) -> list[SetResult]:
 def _verdict(
     value: float, ends: tuple[float, float] | None, neutral: float, words: tuple[str, str, str]
 ) -> tuple[str, str]:
-    """Words and tone of a number beside its neutral value; ``words`` are for above, below and not clear."""
+    """Verdict and tone of a value relative to a neutral one; ``words`` are for above, below and not clear."""
     if ends is None:
         return "no interval was computed, so chance cannot be ruled out", "unclear"
     if ends[0] > neutral:
@@ -85,7 +85,7 @@ def _verdict(
 
 
 def _labeler_gains(values: dict[str, Any]) -> dict[str, Measure]:
-    """How the rewards of labelers changed, by their names."""
+    """The changes of labelers' rewards, by name."""
     found = {}
     for name, of in section(values, "labeler_rewards").items():
         of = section(of)
@@ -118,7 +118,7 @@ def _win_rate(values: dict[str, Any]) -> Measure | None:
 
 
 def win_rate_measure(values: Any, detail: str = "") -> Measure | None:
-    """``win_rate`` with its ``interval``, as any judge's numbers have them; None if there is no rate."""
+    """``win_rate`` with its ``interval``, from any judge's results; None if there is no rate."""
     values = section(values)
     words = ("preferred over the start", "the start is preferred", "no clear difference")
     measure, p = _share(values.get("win_rate"), values.get("interval"), words, detail), sign_test(values)
@@ -131,9 +131,9 @@ def win_rate_measure(values: Any, detail: str = "") -> Measure | None:
 
 
 def sign_test(values: dict[str, Any]) -> float | None:
-    """The exact two-sided p-value of ``wins`` against ``losses`` if neither were likelier; None if one is not known.
+    """Two-sided p-value of the exact sign test of ``wins`` against ``losses``; None if either is unknown.
 
-    Ties narrow a win rate's interval and are no evidence for either side: 4 wins, 8 ties and no loss have p = 0.125.
+    Ties narrow a win rate's interval but are no evidence for either side: 4 wins, 8 ties and no loss give p = 0.125.
     """
     wins, losses = number(values.get("wins")), number(values.get("losses"))
     if wins is None or losses is None:
@@ -144,14 +144,14 @@ def sign_test(values: dict[str, Any]) -> float | None:
 
 
 def reward_accuracy(run: Run) -> Measure | None:
-    """How often the reward model ranks a held-out pair as its label does; None if it was not measured."""
+    """The reward model's ranking accuracy on held-out pairs; None if it was not measured."""
     result = section(run.results, "reward")
     words = ("better than chance", "worse than chance", "no clear difference")
     return _share(result.get("accuracy"), result.get("accuracy_interval"), words)
 
 
 def _share(rate: Any, ends: Any, words: tuple[str, str, str], detail: str = "") -> Measure | None:
-    """A share beside the half, as the page shows it."""
+    """A proportion compared with one half, as shown on the page."""
     rate, ends = number(rate), interval(ends)
     if rate is None:
         return None
@@ -160,12 +160,12 @@ def _share(rate: Any, ends: Any, words: tuple[str, str, str], detail: str = "") 
 
 
 def between(ends: tuple[float, float] | None) -> str:
-    """The ends of a share's interval as ``52.1% to 60.0%``; empty without them."""
+    """A proportion's interval as ``52.1% to 60.0%``; empty for None."""
     return f"{percent(ends[0])} to {percent(ends[1])}" if ends else ""
 
 
 def summary(run: Run, sets: list[SetResult]) -> list[str]:
-    """What came out, then how it was made, in a few plain sentences: one for each thing that is known."""
+    """The results, then how they were obtained, in a few plain sentences, one for each known fact."""
     sentences = [_about_set(result) for result in sets]
     if not sets:
         sentences.append(
@@ -177,7 +177,7 @@ def summary(run: Run, sets: list[SetResult]) -> list[str]:
 
 
 def page_head(run: Run) -> dict[str, Any]:
-    """What the pages of a run and of a comparison have in common."""
+    """Values common to the pages of a run and of a comparison."""
     model = label(section(run.recipe, "model").get("path"), 120)
     return {
         "run": run,
@@ -191,7 +191,7 @@ def page_head(run: Run) -> dict[str, Any]:
 
 
 def model_settings(run: Run) -> str:
-    """The precision and adapter of the model, as ``bfloat16, NF4 base, LoRA rank 16``."""
+    """The model's precision and adapter, such as ``bfloat16, NF4 base, LoRA rank 16``."""
     model = section(run.recipe, "model")
     quantization = label(model.get("quantization"), 20)
     lora = section(model, "lora")
@@ -205,7 +205,7 @@ def model_settings(run: Run) -> str:
 
 
 def algorithm(run: Run) -> str:
-    """The name of the RL algorithm as a reader knows it."""
+    """The usual name of the RL algorithm."""
     name = label(section(run.recipe, "rl").get("algorithm"), 30)
     return name.upper() if name.isalpha() and len(name) <= 5 else name or "RL"
 
@@ -217,7 +217,7 @@ def _about_model(run: Run) -> str:
 
 
 def judge_name(run: Run, stage: str) -> str:
-    """The judge of ``label`` or ``evaluate``: by the results, else by the recipe; empty if neither says."""
+    """The judge of ``label`` or ``evaluate``, from the results, else from the recipe; empty if neither names it."""
     named = run.results and label(section(run.results, stage).get("judge"), 120)
     if named:
         return named
@@ -232,7 +232,7 @@ def labeler_name(run: Run) -> str:
 
 
 def judge_was_asked(run: Run) -> bool:
-    """Whether any label holds what a judge answered: a labeler may do without."""
+    """Whether any label contains a judge's answers: a labeler may work without a judge."""
     result, labels = section(run.results, "label"), run.labels
     answers = [section(result, key).get(of) for key, of in (("mass", "mean"), ("position_bias", "rate"))]
     written = labels.ties or any(labels.winners.values()) or any(pair.rationales for pair in labels.pairs)
@@ -317,7 +317,7 @@ def _about_set(result: SetResult) -> str:
 
 
 def kl_last(run: Run) -> float | None:
-    """KL to the start at the end of training, in nats: from results.json, else the last logged value."""
+    """KL to the reference at the end of training, in nats: from results.json, else the last logged value."""
     value = number(section(run.results, "rl").get("kl_last"))
     points = run.series.get("rl", {}).get("objective/kl")
     return points[-1][1] if value is None and points else value

@@ -1,4 +1,4 @@
-"""What the page shows of a judge that was taught: its answers to held-out pairs before and after, by source."""
+"""The page's section on a taught judge: its answers to held-out pairs before and after, by source."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SOURCES = {
 
 
 def teaching_part(run: Run) -> dict[str, Any] | None:
-    """Whether what was taught is used, and a row for each source; None without the stage judge."""
+    """Whether the adapter is used, and a row for each source; None without the stage judge."""
     result = section(run.results, "judge")
     if not result:
         return None

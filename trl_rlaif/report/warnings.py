@@ -1,4 +1,4 @@
-"""What a reader should know before believing the numbers: the warnings and the judge's caveat."""
+"""Reasons to doubt the results: the warnings, and the caveat about the judge."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ MASS_LIMIT = 0.5
 KL_LIMIT = 10.0
 LONGER_LIMIT, SHORTER_LIMIT = 1.5, 0.5
 MAX_DRIFTING = 12
-# Of an evaluated set; fewer say little of others, whatever the interval.
+# Of an evaluated set; results on fewer hardly generalize, whatever the interval.
 FEWEST_PROMPTS = 30
-# A win rate that falls by so much at equal length was bought with length, in good part.
+# A win rate that falls by this much at equal length is largely due to length.
 LENGTH_SHARE = 0.1
-# From here on a rank correlation is called moderate, and with fewer samples it is noise.
+# From here on, a rank correlation is called moderate; with fewer samples it is noise.
 LENGTH_CORRELATION, FEWEST_FOR_CORRELATION = 0.3, 20
-# Landis and Koch 1977 call agreement below this slight.
+# Landis and Koch 1977 call agreement up to this slight.
 KAPPA_LIMIT = 0.2
 LOW_MASS_SHARE = 0.1
-# From here on the smaller one of two summed rewards hardly counts.
+# Beyond this ratio of spreads, the smaller of two summed rewards hardly counts.
 UNLIKE_SCALES = 10.0
-# A reward function that scores fewer responses than the rest leaves the sum of another kind on these.
+# Beyond this fraction of responses that one of several rewards leaves unscored, sums are not comparable.
 MISSING_SHARE = 0.1
-# The distribution regulator's alarm for a category is regulator/<category>/drift, 1 where it is raised.
+# The distribution regulator's alarm for a category is regulator/<category>/drift, 1 if raised.
 _DRIFT = ("regulator/", "/drift")
 
 
 def warnings(run: Run, sets: list[SetResult], judged: list[JudgedSet]) -> list[str]:
-    """What a reader should know before believing the numbers."""
+    """Reasons to doubt the results, one sentence or more each."""
     found = [
         *_overlap_warnings(run),
         *_label_warnings(run),
@@ -93,7 +93,7 @@ def _label_warnings(run: Run) -> list[str]:
 
 
 def _suspicious_warnings(run: Run) -> list[str]:
-    """Responses that address whoever judges them."""
+    """Responses that address their judge."""
     texts = []
     found, of, kinds = _suspicious(section(run.results, "label", "suspicious"))
     if found:
@@ -122,7 +122,7 @@ def _suspicious(values: Mapping[str, Any]) -> tuple[float, float, str]:
 
 
 def _overlap_warnings(run: Run) -> list[str]:
-    """Prompts that are held out and trained on."""
+    """Prompts that are both held out and trained on."""
     found = []
     for stage in ("label", "evaluate"):
         overlaps = section(run.results, stage).get("overlaps")
@@ -138,7 +138,7 @@ def _overlap_warnings(run: Run) -> list[str]:
 
 
 def _training_warnings(run: Run) -> list[str]:
-    """What fine-tuning, reward model and DPO were trained on, where it is not what is usually meant."""
+    """Training data of fine-tuning, reward model or DPO that was probably not intended."""
     found, labels = [], section(run.results, "rl", "labels")
     if section(run.results, "sft").get("loss_on") == "all tokens" and "assistant_only_loss" in section(
         run.recipe, "sft"
@@ -163,7 +163,7 @@ def _training_warnings(run: Run) -> list[str]:
 
 
 def _score_warnings(run: Run) -> list[str]:
-    """Responses without a reward, and rewards of unlike scale."""
+    """Responses without a reward, and rewards on different scales."""
     result, found = section(run.results, "rl"), []
     unscored, episodes = number(result.get("unscored")), number(result.get("episodes"))
     if unscored and episodes:
@@ -194,7 +194,7 @@ def _score_warnings(run: Run) -> list[str]:
 
 
 def _drift_warnings(run: Run) -> list[str]:
-    """The distribution regulator's alarms: each category with the first step at which it raised one."""
+    """The distribution regulator's alarms: each category with the step of its first one."""
     first: dict[str, float] = {}
     for key, points in run.series.get("rl", {}).items():
         if key.startswith(_DRIFT[0]) and key.endswith(_DRIFT[1]):
@@ -214,7 +214,7 @@ def _drift_warnings(run: Run) -> list[str]:
 
 
 def _disagreements(run: Run) -> list[str]:
-    """Kinds of prompt on which the reward rose while the judge prefers the start."""
+    """Prompt categories in which the reward rose but the judge prefers the initial policy."""
     found = []
     for name, values in section(run.results, "evaluate", "sets").items():
         judged = section(values, "by_category")
@@ -272,7 +272,10 @@ def _set_warnings(result: SetResult, samples: list[Sample]) -> list[str]:
 
 
 def length_correlation(samples: list[Sample]) -> float | None:
-    """Spearman's rank correlation of length and reward over the trained responses; None where they are too few."""
+    """Spearman's rank correlation of length and reward over the trained policy's responses.
+
+    None with too few responses, or if all lengths or all rewards are equal.
+    """
     known = [
         (len(sample.trained.text) + sample.trained.cut, sample.reward_trained)
         for sample in samples
@@ -289,7 +292,7 @@ def length_correlation(samples: list[Sample]) -> float | None:
 
 
 def _length_warnings(judged: JudgedSet) -> list[str]:
-    """Judges whose preference is clear, and much weaker or gone at equal length."""
+    """Judges whose clear preference is much weaker, or not clear, at equal length."""
     found = []
     for row in judged.rows:
         rate, controlled = row.rate, row.controlled
@@ -307,7 +310,7 @@ def _length_warnings(judged: JudgedSet) -> list[str]:
 
 
 def _judge_warnings(judged: JudgedSet) -> list[str]:
-    """Judges that contradict each other, or agree little more than by chance."""
+    """Judges that contradict each other, or hardly agree beyond chance."""
     found = []
     for_it, against = ([row.name for row in judged.rows if row.rate.tone == tone] for tone in ("good", "bad"))
     if for_it and against:
@@ -340,7 +343,7 @@ def _harm_warnings(judged: JudgedSet) -> list[str]:
 
 
 def _stop_warnings(run: Run) -> list[str]:
-    """That forgetting ended the training."""
+    """Training stopped because of forgetting."""
     stopped = section(run.results, "rl", "stopped")
     update, rate, limit = (number(stopped.get(key)) for key in ("update", "win_rate", "limit"))
     if update is None or rate is None or limit is None:
@@ -352,7 +355,7 @@ def _stop_warnings(run: Run) -> list[str]:
 
 
 def judge_caveat(run: Run) -> str:
-    """What the win rate cannot say, where the judge that measured is the one that labeled."""
+    """The limit of a win rate whose judge also gave the labels."""
     labeler, examiner = judge_name(run, "label"), judge_name(run, "evaluate")
     if not labeler or labeler != examiner or not judge_was_asked(run) or not section(run.results, "evaluate"):
         return ""

@@ -1,4 +1,4 @@
-"""New plugins from templates: a folder that is a pip-installable distribution with a test that passes."""
+"""Creates new plugins from templates: pip-installable distributions with a passing test."""
 
 from trl_rlaif.scaffold.create import KINDS, create_plugin
 

@@ -1,4 +1,4 @@
-"""Names of a new plugin, checked, and its folder, written from the templates."""
+"""Checks the names of a new plugin, and writes its folder from templates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Kind = Literal["labeler", "reward-transform", "data-selector", "pair-sampler"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 TEMPLATES = Path(__file__).parent / "templates"
-# What a file's name may hold in place of the plugin's own.
+# Placeholder for the plugin's package name in file names.
 PACKAGE = "PACKAGE"
 
 _SUFFIX = {
@@ -36,14 +36,14 @@ _LONGEST = 40
 
 @dataclass(frozen=True)
 class PluginNames:
-    """What a plugin and its parts are called.
+    """The names of a plugin and its parts.
 
     Args:
-        distribution: On pip's command line, normalized (PEP 503): ``my-words``.
-        package: In Python, and in recipes: ``my_words``.
-        cls: The component's class: ``MyWordsLabeler``.
-        kind: Of the component, in words: ``data selector``.
-        requires: The release of trl-rlaif that it needs at least: ``0.1``.
+        distribution: Name for pip, normalized (PEP 503): ``my-words``.
+        package: Name in Python and in recipes: ``my_words``.
+        cls: Name of the component's class: ``MyWordsLabeler``.
+        kind: Kind of the component, in words: ``data selector``.
+        requires: Minimum release of trl-rlaif: ``0.1``.
     """
 
     distribution: str
@@ -54,11 +54,11 @@ class PluginNames:
 
     @classmethod
     def of(cls, name: str, kind: Kind) -> PluginNames:
-        """From a name as a user wrote it.
+        """The names for a distribution name given by a user.
 
         Raises:
-            UserError: It is no distribution's name (PEP 508), or its import name is no identifier, a keyword, a module
-                of Python's own, or taken by an installed package.
+            UserError: It is not a valid distribution name (PEP 508), or its import name is not an identifier, is a
+                keyword or a standard library module, or is taken by an installed package.
         """
         if not _NAME.fullmatch(name) or len(name) > _LONGEST:
             raise UserError(
@@ -76,7 +76,7 @@ class PluginNames:
 
 
 def _taken(package: str) -> str:
-    """Why a plugin's package cannot be called so; empty if it can."""
+    """Why a plugin's package cannot have this name; empty if it can."""
     if not package.isidentifier():
         return "begins with a digit"
     if keyword.iskeyword(package) or keyword.issoftkeyword(package):
@@ -89,7 +89,7 @@ def _taken(package: str) -> str:
         spec = importlib.util.find_spec(package)
     except (ImportError, ValueError):
         return ""
-    # A folder of that name in the current one is no package that is installed.
+    # A folder of that name in the current one is not an installed package.
     return "is taken by an installed package" if spec is not None and spec.origin is not None else ""
 
 
@@ -97,15 +97,15 @@ def create_plugin(name: str, kind: Kind = "labeler", folder: Path | None = None)
     """Write a plugin's folder: pyproject.toml, the package, a test and a README.
 
     Args:
-        name: Of the distribution.
-        kind: Of the component.
-        folder: Where it goes; by default the distribution's name in the current folder.
+        name: Name of the distribution.
+        kind: Kind of the component.
+        folder: The new folder; None: the distribution's name, in the current folder.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: The name cannot be used, there is no such kind, or the folder is there already.
+        UserError: The name cannot be used, there is no such kind, or the folder already exists.
     """
     if kind not in KINDS:
         near = difflib.get_close_matches(kind, KINDS, n=1)

@@ -1,4 +1,4 @@
-"""What a run is doing, told by another process than its own."""
+"""Shows a run's status from another process."""
 
 from trl_rlaif.status.showing import describe, follow, show
 from trl_rlaif.status.snapshot import Bar, StageStatus, Status, read_status

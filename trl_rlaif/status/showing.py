@@ -1,4 +1,4 @@
-"""Tells on a terminal, or to a machine, what a run is doing."""
+"""Prints a run's status, as text or JSON."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from trl_rlaif.progress import pace
 from trl_rlaif.report.formatting import clean, duration
 from trl_rlaif.status.snapshot import Bar, StageStatus, Status, read_status
 
-# Between two looks of --watch.
+# Interval of --watch.
 WATCH_SECONDS = 2.0
 
 
 def follow(folder: str | Path, seconds: float = WATCH_SECONDS) -> Iterator[Status]:
-    """The status again and again, until the run is no longer running.
+    """Yield the status repeatedly, until the run is no longer running.
 
     Raises:
-        UserError: As ``read_status``.
+        UserError: As in ``read_status``.
     """
     while True:
         found = read_status(folder)
@@ -39,12 +39,12 @@ def show(folder: str | Path, *, watch: bool = False, as_json: bool = False) -> N
     """Print a run's status on stdout.
 
     Args:
-        folder: The run's.
-        watch: Again and again until it ends, or the user has seen enough; a terminal is redrawn.
-        as_json: A line of JSON each time.
+        folder: The run's folder.
+        watch: Repeat until the run ends or the user presses Ctrl-C; a terminal is redrawn.
+        as_json: Print one line of JSON each time.
 
     Raises:
-        UserError: As ``read_status``.
+        UserError: As in ``read_status``.
     """
     found = follow(folder) if watch else iter([read_status(folder)])
     with suppress(KeyboardInterrupt):
@@ -63,7 +63,7 @@ def show(folder: str | Path, *, watch: bool = False, as_json: bool = False) -> N
 
 
 def describe(status: Status) -> str:
-    """A line for the run, one for each stage, and how to go on where it stands still."""
+    """A line for the run, one for each stage, and how to resume it if it has stopped."""
     lines = [f"{status.name} ({status.folder}): {_of_run(status)}"]
     width = max([10, *(len(stage.name) + 2 for stage in status.stages)])
     lines += [f"  {stage.name:<{width}}{_of_stage(stage)}" for stage in status.stages]

@@ -1,4 +1,4 @@
-"""Reads what a run is doing from its folder: nothing there is created, changed or kept locked."""
+"""Reads a run's status from its folder, where nothing is created, changed or kept locked."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from trl_rlaif.pipeline.stages import ROUND, STAGES
 from trl_rlaif.recipe.variants import KEY as COMPARE
 from trl_rlaif.report.formatting import label, number, section
 
-# Of metrics.jsonl only the end is read.
+# Only the end of metrics.jsonl is read.
 _TAIL_BYTES = 256 * 1024
 _FORGETTING = "forgetting/"
 
 
 @dataclass(frozen=True)
 class Bar:
-    """Something that is being done.
+    """A progress bar.
 
     Args:
-        description: What it is.
-        done, total: How far it is.
-        unit: What is counted; may be empty.
-        rate: Units a second; None before the first.
-        seconds_left: At this rate, from now on; None before the first.
+        description: What is being done.
+        done, total: Completed units, and all units.
+        unit: Name of the unit; may be empty.
+        rate: Units per second; None if unknown.
+        seconds_left: Time left from now at this rate; None if unknown.
     """
 
     description: str
@@ -51,12 +51,12 @@ class StageStatus:
 
     Args:
         name: The stage.
-        state: ``interrupted`` where it has begun, and nobody goes on with it.
-        seconds: What it took, or takes so far; None where it is not known.
-        summary: What its last line said, once it is done.
-        bars: What is being done in it, the outermost first.
-        step: The last logged one of a stage that trains, or None.
-        metrics: What was logged last, the few numbers that matter by name.
+        state: ``interrupted`` if it has begun and no process continues it.
+        seconds: Time that it took, or has taken so far; None if unknown.
+        summary: Its last line of output, once it is done.
+        bars: Its progress bars, the outermost first.
+        step: Last logged step of a training stage, or None.
+        metrics: Last logged values of the most important metrics, by name.
     """
 
     name: str
@@ -70,21 +70,21 @@ class StageStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """A run.
+    """The status of a run.
 
     Args:
         folder: Its folder.
         name: Its name.
-        state: ``done`` when every stage is; ``ended`` when its command did what it was asked (``--only``, ``--shard``)
-            and stages are left; ``interrupted`` when no process works on it any more.
-        stages: Those of the recipe, in order.
-        reason: Why it was interrupted; empty where the process had no time to say.
-        pid, host: Of the process that runs it, or ran it last; None where that is not known.
-        seconds: Since the process began; None unless it is running.
-        updated_at: When it last reported, in seconds since 1970; None where it never did.
-        resume: The command that goes on with it, and the folder in which it was given; empty where it is done or
-            running, or was not started by a command.
-        resume_in: That folder.
+        state: ``done`` if every stage is; ``ended`` if its command did what was asked (``--only``, ``--shard``) and
+            stages are left; ``interrupted`` if no process works on it any more.
+        stages: The recipe's stages, in order.
+        reason: Why it was interrupted; empty if the process could not record it.
+        pid, host: Of the process that runs it, or ran it last; None if unknown.
+        seconds: Time since the process began; None unless it is running.
+        updated_at: Time of its last report, in seconds since 1970; None if it never reported.
+        resume: The command that resumes it; empty if it is done or running, cannot be resumed by a command, or was
+            not started by one.
+        resume_in: The folder in which that command was given.
     """
 
     folder: str
@@ -101,17 +101,17 @@ class Status:
 
 
 def read_status(folder: str | Path) -> Status:
-    """What the run in a folder is doing; the folder is only read.
+    """Read the status of the run in a folder.
 
-    Of a comparison the stages are its variants, each with what is being done in it, and at last ``compare``; of a run
-    in rounds, the rounds likewise, and at last ``evaluate`` and ``report``.
+    The stages of a comparison are its variants, each with the progress bars of its own run, followed by ``compare``;
+    those of a run in rounds are the rounds, likewise, followed by the stages outside of rounds, such as ``report``.
 
     Raises:
-        UserError: No run lives there.
+        UserError: The folder does not contain a run.
     """
     folder = Path(folder)
     recipe = _recipe(folder)
-    # Asked first: what is read afterwards is no older than this.
+    # Checked first, so that everything read afterwards is at least as recent.
     alive = _is_locked(folder / artifacts.STATE / artifacts.LOCK)
     found = _object(folder / artifacts.STATE / artifacts.PROGRESS), _object(folder / artifacts.RESULTS)
     read = _Read(folder, alive, *found, time.time())
@@ -151,7 +151,7 @@ def read_status(folder: str | Path) -> Status:
 
 
 def _run_within(name: str, folder: Path, alive: bool) -> StageStatus:
-    """A variant of a comparison, or a round, as a stage: what its own run is doing."""
+    """A variant of a comparison, or a round, as a stage: the status of its own run."""
     if not (folder / artifacts.RECIPE).is_file():
         return StageStatus(name, "waiting")
     run = read_status(folder)
@@ -168,7 +168,7 @@ def _run_within(name: str, folder: Path, alive: bool) -> StageStatus:
 
 @dataclass(frozen=True)
 class _Read:
-    """What was found in a run's folder at one moment."""
+    """Contents of a run's folder at one moment."""
 
     folder: Path
     alive: bool
@@ -177,13 +177,13 @@ class _Read:
     now: float
 
     def stage(self, name: str, fingerprint: str | None) -> StageStatus:
-        """A stage, by its marker in ``.state``, what the process says, and its results."""
+        """A stage's status, from its marker in ``.state``, the process's progress file, and its results."""
         marker = _object(self.folder / artifacts.STATE / artifacts.marker_of(name))
         numbers = section(self.results, name)
         current = self.progress.get("stage") == name and self.progress.get("outcome") is None
         if self.alive and current:
             return self._running(name)
-        # One that was made with other settings is going to be made anew.
+        # A stage completed with other settings will be redone.
         if marker.get("complete") and fingerprint in (None, marker.get("fingerprint")):
             return StageStatus(name, "done", number(numbers.get("seconds")), _summary(name, numbers))
         if numbers.get("shard"):
@@ -209,13 +209,13 @@ class _Read:
         return StageStatus(name, "running", seconds, "", self._bars(), step, metrics)
 
     def _bars(self) -> tuple[Bar, ...]:
-        """As they were written; the time that is left has grown shorter since."""
+        """The written bars, with the time left reduced by their age."""
         age = max(self.now - self.progress.get("updated_at", self.now), 0)
         return tuple(_bar(bar, age if self.alive else None) for bar in self.progress.get("bars", ()))
 
 
 def _bar(bar: dict[str, Any], age: float | None) -> Bar:
-    """A bar that was written ``age`` seconds ago; None where nobody works on it any more."""
+    """A bar written ``age`` seconds ago; None if no process works on it any more."""
     left = bar.get("seconds_left")
     return Bar(
         description=_one_line(bar.get("description")),
@@ -234,7 +234,7 @@ def _one_line(text: Any) -> str:
 def _is_locked(path: Path) -> bool:
     """Whether a process holds a run's lock (see ``RunFolder.locked``).
 
-    Asking for a shared lock needs no right to write. Where it is granted, it is given back at once.
+    Requesting a shared lock needs no write permission. If granted, it is released at once.
     """
     try:
         with path.open("rb") as file:
@@ -265,7 +265,7 @@ def _recipe(folder: Path) -> dict[str, Any]:
 
 
 def _summary(stage: str, numbers: dict[str, Any]) -> str:
-    """What a stage says of its numbers; nothing where another version wrote them, or somebody changed them."""
+    """A stage's line about its results; empty if there are none, or they have an unknown format."""
     try:
         told = summary_of_comparison(numbers) if stage == COMPARE else STAGES[stage].line(numbers)
         return _one_line(told) if numbers else ""
@@ -274,13 +274,13 @@ def _summary(stage: str, numbers: dict[str, Any]) -> str:
 
 
 def _stages_of(recipe: dict[str, Any]) -> list[str]:
-    """The stages of a resolved recipe, where the run has not written down its own."""
+    """The stages of a resolved recipe, for a run that has not recorded its own."""
     data = recipe.get("data") or {}
     return [s for s in STAGES if s in recipe or (s == "sample" and isinstance(data, dict) and data.get("pairs"))]
 
 
 def _rounds_of(recipe: dict[str, Any]) -> int:
-    """How many rounds a resolved recipe has; 0 where it is a single run."""
+    """Number of rounds in a resolved recipe; 0 for a single run."""
     count = number(section(recipe, "rounds").get("number"))
     return int(count) if count and count > 1 else 0
 
@@ -292,7 +292,7 @@ def _variants_of(recipe: dict[str, Any]) -> list[str]:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """A JSON object; an empty one where the file is missing or broken."""
+    """A JSON object; an empty one if the file is missing or damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -301,7 +301,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _last_metrics(path: Path, stage: str) -> tuple[int | None, dict[str, float | None]]:
-    """The last logged step of a stage, and the newest value of each of the metrics that are told."""
+    """The last logged step of a stage, and the latest value of each metric shown."""
     told, step, found = STAGES[stage].told if stage in STAGES else (), None, {}
     for row in reversed(_tail(path)):
         if row.get("stage") != stage:
@@ -315,7 +315,7 @@ def _last_metrics(path: Path, stage: str) -> tuple[int | None, dict[str, float |
 
 
 def _tail(path: Path) -> list[dict[str, Any]]:
-    """The last rows of a file that may be written to at this moment; what is cut off is passed over."""
+    """The last rows of a file that may be being written; truncated lines are skipped."""
     try:
         with path.open("rb") as file:
             start = max(file.seek(0, 2) - _TAIL_BYTES, 0)
@@ -335,7 +335,7 @@ def _tail(path: Path) -> list[dict[str, Any]]:
 
 
 def _resume(command: Any, state: str) -> str:
-    """The recorded command that goes on; empty where there is nothing to go on with, or it was started from Python."""
+    """The recorded command, with --resume; empty if there is nothing to resume, or the run was started from Python."""
     if state not in ("ended", "interrupted") or not isinstance(command, str):
         return ""
     try:
@@ -344,7 +344,7 @@ def _resume(command: Any, state: str) -> str:
         return ""
     if state == "ended":
         if any(word.partition("=")[0] == "--shard" for word in words):
-            return ""  # the machines' labels have to be joined first
+            return ""  # labels of all machines must be joined first
         kept = [word for before, word in zip(["", *words], words, strict=False) if before != "--only"]
         words = [word for word in kept if word.partition("=")[0] != "--only"]
     return shlex.join(words if "--resume" in words else [*words, "--resume"]) if words else ""

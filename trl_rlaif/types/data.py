@@ -75,13 +75,13 @@ class Skip:
 
 @dataclass(frozen=True)
 class Loaded(Generic[T]):
-    """What came out of one source: the usable items in the order of the rows, and the rows left out."""
+    """The rows of one source: the usable items, in order, and the rows left out."""
 
     items: list[T]
     skipped: list[Skip]
 
     def skip_counts(self) -> dict[str, int]:
-        """How many rows were left out for each reason, the most frequent reason first."""
+        """The number of rows left out for each reason, the most frequent reason first."""
         return dict(Counter(skip.reason for skip in self.skipped).most_common())
 
 

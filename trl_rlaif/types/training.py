@@ -1,4 +1,4 @@
-"""What trainers pass to components and hooks: scores, responses, rollouts, pools, selections."""
+"""Records that trainers pass to components and hooks: scores, responses, rollouts, pools, selections."""
 
 from __future__ import annotations
 
