@@ -1,4 +1,4 @@
-"""What ``auto`` means for a run: settled once by the machine that begins it, and kept for those that go on with it."""
+"""Resolves ``auto`` for a run: once, on the machine that starts it; machines that resume the run keep the values."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from trl_rlaif.recipe import JudgeSection, ModelSection, Recipe, VLLMJudgeSectio
 
 
 class Machine(TypedDict):
-    """The machine that began a run, as its recipe.yaml keeps it.
+    """The machine that started a run, as stored in recipe.yaml.
 
     Args:
-        dtype: What ``auto`` stands for; ``auto`` itself is the type that a model was saved in, as in transformers and
-            in runs that an earlier version began.
-        matmul_precision: That of float32 products beside 16-bit weights: TF32 rounds less than these do.
+        dtype: The value of ``auto``; ``auto`` itself is the dtype that a model was saved in, as in transformers and in
+            runs started by an earlier version.
+        matmul_precision: Of float32 products with 16-bit weights: TF32 rounds less than these.
         processor: Its name.
     """
 
@@ -36,10 +36,10 @@ _EARLIER: Machine = {"dtype": "auto", "matmul_precision": "highest", "processor"
 
 
 def machine_of(folder: RunFolder) -> Machine:
-    """The machine that began a run, or else this one.
+    """The machine that started a run, or else this one.
 
     Raises:
-        UserError: Somebody changed what recipe.yaml says of it.
+        UserError: The machine in recipe.yaml was changed.
     """
     saved = folder.recipe()
     if saved:
@@ -60,14 +60,14 @@ def machine_of(folder: RunFolder) -> Machine:
 
 
 def settled(recipe: Recipe, machine: Machine) -> Recipe:
-    """A recipe in which ``auto`` is settled for a run: of the base and of judges, for dtypes and float32 products."""
+    """Resolve ``auto`` in a recipe: the dtypes of the base and judges, and the precision of float32 products."""
     sections = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
     changed = {name: _settled(value, machine) for name, value in sections.items() if isinstance(value, BaseModel)}
     return dataclasses.replace(recipe, **changed)
 
 
 def _settled(value: Any, machine: Machine) -> Any:
-    """A section, or what one holds, with its own ``auto`` settled and that of every judge in it."""
+    """A section or one of its values, with ``auto`` resolved for it and every judge in it."""
     if isinstance(value, dict):
         return {key: _settled(item, machine) for key, item in value.items()}
     if not isinstance(value, BaseModel):
@@ -83,10 +83,10 @@ def _settled(value: Any, machine: Machine) -> Any:
 
 
 def check_machine(recipe: Recipe) -> None:
-    """Before anything is computed: that this machine can hold and train what a recipe, or a variant of it, names.
+    """Check, before any computation, that this machine supports the models of a recipe and its variants.
 
     Raises:
-        UserError: bitsandbytes or vLLM is missing, or models would be put on Apple's MPS.
+        UserError: bitsandbytes or vLLM is missing, or the device is Apple's MPS.
     """
     for variant in recipe.variants.values():
         check_machine(variant)
@@ -124,7 +124,7 @@ def _is_in_vllm(section: BaseModel) -> bool:
 
 
 def _holds(value: Any, is_such: Callable[[BaseModel], bool]) -> bool:
-    """Whether a section, or a judge that one holds, is such a section."""
+    """Whether ``is_such`` holds for a section or a section nested in it."""
     if isinstance(value, dict):
         return any(_holds(item, is_such) for item in value.values())
     if not isinstance(value, BaseModel):
@@ -133,10 +133,10 @@ def _holds(value: Any, is_such: Callable[[BaseModel], bool]) -> bool:
 
 
 def say_where(recipe: Recipe, began: Machine) -> None:
-    """A run's first line: on what it computes, and in which type; and a warning where that is emulated.
+    """Print a run's first line, with processor and dtype; and a warning if bfloat16 is emulated.
 
     Args:
-        recipe: Settled.
+        recipe: With ``auto`` resolved.
     """
     here, dtype = hardware.processor(), recipe.model.dtype
     elsewhere = f", as it was begun on {began['processor']}" if began["processor"] not in ("", here) else ""

@@ -1,4 +1,4 @@
-"""Functions that a recipe names."""
+"""Imports functions named in a recipe."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trl_rlaif.interrupts import is_fault
 
 
 def load_function(name: str) -> Any:
-    """A reward function from ``package.module:function`` or ``path/to/file.py:function``.
+    """Import a reward function from ``package.module:function`` or ``path/to/file.py:function``.
 
     Raises:
         UserError: It cannot be imported, or is not callable.
@@ -26,7 +26,7 @@ def load_function(name: str) -> Any:
         else:
             module = importlib.import_module(place)
         function = getattr(module, attribute)
-    except BaseException as error:  # whatever the user's own module raises
+    except BaseException as error:  # anything that the user's module raises
         if not is_fault(error):
             raise
         raise UserError(

@@ -1,4 +1,4 @@
-"""A run's folder, opened for labels that are made outside of its stage label: through batch files, or by Ray."""
+"""Opens a run's folder for labeling outside its stage label: with batch files or Ray."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from trl_rlaif.recipe import Recipe
 
 @contextmanager
 def opened_to_label(recipe: Recipe, plugins: Plugins, output: Path) -> Iterator[Context]:
-    """The run of a folder, in which nobody else writes meanwhile.
+    """Open a run's folder and lock it against other processes.
 
     Args:
         recipe: Its section label may still change.
-        plugins: What is installed.
+        plugins: The installed plugins.
         output: The run's folder.
 
     Raises:
-        UserError: What labels are made from, such as the pairs, is not complete or was made with other settings.
+        UserError: An input of the labels, such as the pairs, is incomplete or was made with other settings.
     """
     begun = (output / artifacts.RECIPE).exists()
     if begun:
@@ -47,5 +47,5 @@ def opened_to_label(recipe: Recipe, plugins: Plugins, output: Path) -> Iterator[
 
 
 def distinct(key: LabelKey, pairs: Iterable[Pair]) -> list[Pair]:
-    """One pair for each label: those whose label is determined by the same are one."""
+    """One pair per label: the last of those with the same key."""
     return list({key.of(pair): pair for pair in pairs}.values())

@@ -1,4 +1,4 @@
-"""The starting policy as the stage sample draws from it, and pairs that a plugin's sampler makes with it."""
+"""Sampling from the initial policy in the stage sample, and pairs from a plugin's sampler."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class StartingPolicy:
-    """Draws responses with the settings of the section ``sample``."""
+    """Samples responses with the settings of the section ``sample``."""
 
     context: Context
     section: SampleSection
@@ -36,21 +36,21 @@ class StartingPolicy:
 
     @property
     def seed(self) -> int:
-        """Of all draws."""
+        """Seed of all sampling."""
         return self.context.recipe.run.seed if self.section.seed is None else self.section.seed
 
     @cached_property
     def reader(self) -> ResponseReader:
-        """What reads its responses."""
+        """Parses its responses."""
         return self.context.reader(self.model)
 
     def draw(self, tokens: Sequence[list[int]], *seeds: object, num_responses: int = 1) -> list[list[Response]]:
-        """Responses to each of the encoded prompts of one batch.
+        """Sample responses to a batch of encoded prompts.
 
         Args:
             tokens: N token lists.
-            seeds: What the draws depend on, besides the seed.
-            num_responses: K, for each prompt.
+            seeds: Combined with the seed.
+            num_responses: K per prompt.
         """
         with seeded(self.seed, "sample", *seeds):
             drawn = sample_responses(
@@ -68,7 +68,7 @@ class StartingPolicy:
 
 
 def _in_its_role(context: Context, base: Any) -> tuple[Any, AbstractContextManager]:
-    """The model that samples, and the context in which it is the start: the base, or its sft adapter."""
+    """The sampling model, and the context in which it is the initial policy: the base, or ``context.start`` on it."""
     if context.start is None:
         return base, nullcontext()
     from trl_rlaif.models.shared_model import SharedBase
@@ -79,7 +79,7 @@ def _in_its_role(context: Context, base: Any) -> tuple[Any, AbstractContextManag
 
 @dataclass
 class PluginPairs:
-    """Rows of pairs that the recipe's sampler makes."""
+    """Rows of pairs made by the recipe's sampler."""
 
     policy: StartingPolicy
 
@@ -87,7 +87,7 @@ class PluginPairs:
         self.sampler: PairSampler = self.policy.context.create("pair_sampler", self.policy.section.sampler)
 
     def draw(self, prompts: list[Prompt], tokens: list[list[int]]) -> list[DrawnRow]:
-        """A row for each prompt: pairs, or ``dropped`` with the reason."""
+        """One row per prompt: pairs, or ``dropped`` with the reason."""
         generate, tokenizer = _Generate(self.policy, [prompt.id for prompt in prompts]), self.policy.context.tokenizer
         given = [replace(prompt, prompt=as_rendered(prompt.prompt, tokenizer)) for prompt in prompts]
         found = defaultdict(list)
@@ -122,7 +122,7 @@ def _said(text: str) -> list[dict[str, Any]]:
 
 @dataclass
 class _Generate:
-    """The starting policy as a sampler calls it for a batch of prompts; see PairSampler.sample."""
+    """``generate`` of PairSampler.sample: the initial policy for one batch of prompts."""
 
     policy: StartingPolicy
     ids: Sequence[str]

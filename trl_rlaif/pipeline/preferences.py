@@ -1,4 +1,4 @@
-"""``preferences/``: what a reward model or DPO learns from, out of a judge's labels or of people's choices."""
+"""``preferences/``: training data of the reward model or DPO, from a judge's labels or human choices."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ if TYPE_CHECKING:
     from trl_rlaif.data import Pair
     from trl_rlaif.pipeline.context import Context
 
-# A person's choice as the probability that response_1 is preferred.
+# A human choice as the probability that response_1 is preferred.
 HUMAN_P = {1: 1.0, 2: 0.0}
-# Why a pair is left out where chosen is taken as surely better.
+# The reason for leaving out a pair if labels are hard.
 TIE = "tie"
-# Pairs that memory holds at a time.
+# Pairs held in memory at a time.
 _AT_ONCE = 16_384
 
 
 def preferences_of_people(context: Context, section: str) -> dict[str, int]:
-    """Write ``preferences/`` from the data's human choices, where a recipe has no stage ``label``.
+    """Write ``preferences/`` from the data's human choices, for a recipe without a stage ``label``.
 
-    They are sure: what is learned from them takes every chosen response as the better one. So ties are left out.
+    These are hard labels: training treats every chosen response as certainly better. So ties are left out.
 
     Args:
-        section: What learns from them, for the message.
+        section: The section that trains on them, for the message.
 
     Returns:
-        How many pairs were left out, by reason.
+        The number of pairs left out, by reason.
 
     Raises:
         UserError: No pair has a human choice for one of its responses.
@@ -60,11 +60,11 @@ def write_preferences(
 ) -> None:
     """Write ``preferences/``: TRL's preference format, with ``p``, the probability of ``chosen``.
 
-    Where pairs have a margin, there is TRL's column ``margin``, too. Memory holds a few thousand pairs at a time.
+    If pairs with human choices have a margin, TRL's column ``margin`` is added. Rows are built 16,384 at a time.
 
     Args:
         p: Probability that response_1 is preferred, (N,) float64; pairs with NaN are left out.
-        disagreement: A jury's, of N pairs: a column of that name.
+        disagreement: A jury's for N pairs, written as a column of that name.
     """
     kept = np.flatnonzero(~np.isnan(p)).tolist()
     has_margin = any("margin" in pair.extra for pair in (pairs[i] for i in kept) if pair.human in HUMAN_P)
@@ -79,7 +79,7 @@ def write_preferences(
 
 
 def _write_parts(folder: Path, parts: Sequence[Sequence[int]], row: Callable[[int], dict[str, Any]]) -> None:
-    """Write a folder as ``Dataset.save_to_disk`` does, which would want all rows at once."""
+    """Write a folder in the format of ``Dataset.save_to_disk``, which would need all rows at once."""
     import pyarrow
     from datasets import Dataset
 
@@ -88,10 +88,10 @@ def _write_parts(folder: Path, parts: Sequence[Sequence[int]], row: Callable[[in
     schemas = []
     for path, part in zip(paths, parts, strict=True):
         table = pyarrow.Table.from_pylist([*map(row, part)])
-        # A column of None has no type of its own.
+        # A column of None has no inferred type.
         schemas.append(pyarrow.schema([(of.name, untyped.get(of.name, of.type)) for of in table.schema]))
         _write_table(path, table.cast(schemas[-1]))
-    # Messages may have keys in one part that they lack in another.
+    # Messages may have keys in one part that are missing in another.
     schema = pyarrow.unify_schemas(schemas, promote_options="permissive")
     for path, own in zip(paths, schemas, strict=True):
         if own != schema:
@@ -125,12 +125,12 @@ def _preference(context: Context, pair: Pair, p: float) -> dict[str, Any]:
         "rejected": rejected,
         "p": p if first else 1 - p,
         "category": pair.category,
-        # Whether a person preferred the chosen one, too; None for a tie or where nobody was asked.
+        # Whether a human also preferred the chosen response; None for a tie or without a human choice.
         "human": (pair.human == 1) == first if pair.human in (1, 2) else None,
     }
 
 
 def _margin(pair: Pair, p: float) -> float:
-    """How much better people found their choice, where it is the chosen one; else nothing is known of a margin."""
+    """The human choice's margin if it is the chosen response; otherwise the margin is unknown, and 0."""
     agrees = pair.human in HUMAN_P and (pair.human == 1) == (p >= 0.5)
     return float(pair.extra.get("margin") or 0.0) if agrees else 0.0

@@ -1,4 +1,4 @@
-"""``push_to_hub`` in a recipe: what a run has trained is pushed when the run ends, with its results on the card."""
+"""``push_to_hub`` in a recipe: pushes trained models at the end of a run, with the results on the model card."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _SECTIONS: dict[str, What] = {"judge": "judge", "reward": "reward", "rl": "polic
 
 
 def check_pushes(recipe: Recipe) -> None:
-    """Refuse, before anything is computed, to push what others could not load.
+    """Reject, before any computation, pushes that others could not load.
 
     Raises:
-        UserError: The base is a file of this machine, or the recipe compares variants.
+        UserError: The base is a local model, or the recipe compares variants.
     """
     for section in _asking(recipe):
         where = recipe.line((section, "push_to_hub"))
@@ -40,15 +40,15 @@ def check_pushes(recipe: Recipe) -> None:
 
 
 def push_asked(recipe: Recipe, folder: Path, only: Collection[str] = ()) -> None:
-    """Push the models whose sections have ``push_to_hub``.
+    """Push the models whose sections set ``push_to_hub``.
 
     Args:
-        recipe: Of the run, which has ended.
-        folder: The run's.
-        only: The stages that were run; none are all.
+        recipe: The completed run's recipe.
+        folder: The run's folder.
+        only: The stages that were run; empty for all.
 
     Raises:
-        UserError, RunError: As ``export_model``.
+        UserError, RunError: As in ``export_model``.
     """
     asking = [*_asking(recipe)] if is_first() else []
     if asking:

@@ -1,4 +1,4 @@
-"""The responses of each prompt in order: which comparisons to label, and what follows for the prompt's pairs."""
+"""Ranks each prompt's responses: which comparisons to label, and the resulting probabilities of the prompt's pairs."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
     from trl_rlaif.recipe.sections import RankingSection
 
 Label = Callable[[list[Pair]], dict[str, LabelRow]]
-"""Labels of pairs by id, asked in their own order alone."""
+"""Labels pairs, each asked only in its own order; returns the labels by pair id."""
 
 _CONFIDENCE = 0.95
 _QUANTILE = float(norm.ppf((1 + _CONFIDENCE) / 2))
 
 
 def of(context: Context, pairs: Sequence[Pair], columns: Collection[str]) -> Rankings | None:
-    """The pairs as a recipe wants them ranked; None where it does not.
+    """The pairs, to be ranked by the recipe's settings; None if it ranks none.
 
     Args:
-        columns: Of the data, that labels depend on.
+        columns: Data columns that labels depend on.
 
     Raises:
-        UserError: A machine of several cannot know what to ask next.
+        UserError: A tournament is run with --shard.
     """
     section = context.recipe.label.ranking
     if section is not None and section.method == "tournament" and context.shard:
@@ -50,13 +50,13 @@ def of(context: Context, pairs: Sequence[Pair], columns: Collection[str]) -> Ran
 
 @dataclass
 class _Group:
-    """A prompt's responses, each text once, and its pairs by the responses' numbers."""
+    """A prompt's distinct responses, and its pairs by response numbers."""
 
     responses: dict[str, int] = field(default_factory=dict)
     pairs: dict[tuple[int, int], Pair] = field(default_factory=dict)
 
     def add(self, pair: Pair) -> tuple[int, int]:
-        """The numbers of a pair's responses."""
+        """Add a pair, and return the numbers of its responses."""
         first, second = (
             self.responses.setdefault(text, len(self.responses)) for text in (pair.response_1, pair.response_2)
         )
@@ -64,7 +64,7 @@ class _Group:
         return first, second
 
     def pair(self, first: int, second: int) -> Pair:
-        """Two responses in this order: a pair of the data, one that is turned, or one that the data does not have."""
+        """The pair of two responses in this order: from the data, a swapped one, or one not in the data."""
         if (first, second) in self.pairs:
             return self.pairs[first, second]
         texts, any_pair = list(self.responses), next(iter(self.pairs.values()))
@@ -76,9 +76,9 @@ class Rankings:
     """All pairs of a run, grouped by prompt.
 
     Args:
-        section: How they are ranked.
-        pairs: Of any number a prompt; its responses are those that occur in them.
-        columns: Of the data, that labels depend on: prompts that differ in them are different ones.
+        section: The ranking settings.
+        pairs: Any number per prompt; a prompt's responses are those in its pairs.
+        columns: Data columns that labels depend on: prompts that differ in them are different prompts.
     """
 
     def __init__(self, section: RankingSection, pairs: Sequence[Pair], columns: Collection[str] = ()) -> None:
@@ -92,11 +92,11 @@ class Rankings:
             self.groups += [_Group()] if number == len(self.groups) else []
             self._places[pair.id] = (number, *self.groups[number].add(pair))
         self.sizes = [len(group.responses) for group in self.groups]
-        self._asked: list[tuple[Asked, float, float]] = []  # with the answer, and whether its order counts
+        self._asked: list[tuple[Asked, float, float]] = []  # with the answer, and 1 if its order counts, else 0
         self.strengths: Strengths | None = None
 
     def play(self, label: Label) -> dict[str, LabelRow]:
-        """A tournament. Answers are labels of pairs in one order, from which the rows of the run's pairs are joined."""
+        """Run a tournament. Its answers are labels of pairs in one order, merged into the rows of the run's pairs."""
         told: dict[Asked, LabelRow] = {}
 
         def ask(questions: list[Asked]) -> list[float | None]:
@@ -115,7 +115,7 @@ class Rankings:
         return {id: self._joined(id, told) for id in self._places}
 
     def _joined(self, id: str, told: dict[Asked, LabelRow]) -> LabelRow:
-        """What the judge said of a pair in the orders in which it was asked. ``take`` gives it its probability."""
+        """The judge's answers for a pair, in the orders asked. ``take`` adds the probability."""
         group, first, second = self._places[id]
         row: Any = {"id": id, "p": None, "p_12": None, "p_21": None, "mass_12": None, "mass_21": None, "judge": ""}
         for order, other in ((first, second), "12"), ((second, first), "21"):
@@ -130,13 +130,13 @@ class Rankings:
         return row
 
     def take(self, rows: dict[str, LabelRow]) -> dict[str, LabelRow]:
-        """The same rows with the probabilities that follow from the ranking.
+        """The same rows with probabilities from the ranking.
 
         The strengths are fitted to the rows, unless a tournament fitted them to its answers. A pair has a probability
-        where both of its responses were compared with any.
+        if both its responses were compared with any response.
         """
         if self.strengths is None:
-            # A pair that the data has twice, or turned, is one question in each order.
+            # A pair that is repeated in the data, or swapped, is one question per order.
             once = {(group, *sorted(items)): id for id, (group, *items) in self._places.items()}
             self._asked = [answer for id in once.values() for answer in self._answers(id, rows[id])]
             self.strengths = fit(self._comparisons(), self.sizes)
@@ -151,12 +151,12 @@ class Rankings:
         return found
 
     def _probabilities(self) -> dict[str, float]:
-        """That response_1 is better, of every pair."""
+        """Probability that response_1 is better, by pair id."""
         group, first, second = np.array(list(self._places.values()), dtype=np.int64).T
         return dict(zip(self._places, self.strengths.probabilities(group, first, second).tolist(), strict=True))
 
     def _answers(self, id: str, row: LabelRow) -> list[tuple[Asked, float, float]]:
-        """A label as comparisons: one of each order that was asked, or a single one in which orders do not count."""
+        """A label as comparisons: one per order asked, or a single one without order effects; empty without ``p``."""
         group, first, second = self._places[id]
         there, back = Asked(group, first, second), Asked(group, second, first)
         p, p_12, p_21 = row["p"], row.get("p_12"), row.get("p_21")
@@ -170,10 +170,10 @@ class Rankings:
         items = {"group": group, "first": first, "second": second}
         return Comparisons(**{k: v.astype(np.int64) for k, v in items.items()}, p=p, position=position)
 
-    # ---- What is kept ---------------------------------------------------------------------------------
+    # ---- Output ---------------------------------------------------------------------------------------
 
     def numbers(self) -> dict[str, Any]:
-        """What was asked, what standing first is worth, and how sure the order is."""
+        """Number of questions, effect of the first position, and certainty of the order."""
         found, error = self.strengths, self.strengths.position_error
         difference, errors = found.differences(*self._every_pair())
         wrong = norm.cdf(-np.abs(difference) / np.maximum(errors, 1e-12))
@@ -192,7 +192,7 @@ class Rankings:
         }
 
     def _every_pair(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Group and items of each pair of each group, whether or not the data has it."""
+        """Group and items of every possible pair within the groups, in the data or not."""
         found = [(g, i, j) for g, size in enumerate(self.sizes) for j in range(size) for i in range(j)]
         group, first, second = np.array(found, dtype=np.int64).T
         return group, first, second

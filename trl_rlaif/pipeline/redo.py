@@ -1,4 +1,4 @@
-"""Which stages a run redoes, and why: those whose inputs are not the ones that they were made from."""
+"""Which stages a run redoes, and why: those whose inputs have changed."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from trl_rlaif.progress import say
 from trl_rlaif.recipe import Recipe
 
 _UNKNOWN = "an earlier version made it from other settings or files and did not record them"
-# Asked before a run redoes anything, with what it would redo and why; whether to go on.
+# Called before a run redoes anything, with a message on what and why; returns whether to continue.
 Confirm = Callable[[str], bool]
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A stage of a run.
+    """A stage in a run's plan.
 
     Args:
         stage: The stage.
-        inputs: What it is made from now.
-        fingerprint: Of what it is complete with, or will be made from.
-        why: What has changed since it began, a sentence each; empty where it is new, or may be kept.
-        migrated: Its folder is of the first version, which recorded a fingerprint alone.
+        inputs: Its current inputs.
+        fingerprint: Of the inputs that it was made from, if it is kept, or will be made from.
+        why: The changes since it started, a sentence each; empty if it is new or can be kept.
+        migrated: Its folder is from the first version, which recorded only a fingerprint.
     """
 
     stage: Stage
@@ -44,16 +44,16 @@ class Planned:
 def plan(
     recipe: Recipe, folder: RunFolder, known: Mapping[str, str] | None = None, *, without: Collection[str] = ()
 ) -> dict[str, Planned]:
-    """Compare every active stage's inputs with those that it was made from; nothing in the folder is changed.
+    """Compare every active stage's inputs with those that it was made from; the folder is not changed.
 
     Args:
-        recipe: As it is written: ``auto`` is ``auto`` on every machine.
-        known: Fingerprints of what the stages depend on besides each other; None: of the run before this one, as it is
-            (``lineage.fingerprints_of``).
+        recipe: As written: ``auto`` is not resolved.
+        known: Fingerprints of the stages' dependencies outside this run; None: those of the previous runs in their
+            current state (``lineage.fingerprints_of``).
         without: Stages that are not part of the run.
 
     Raises:
-        UserError: A later version wrote the folder.
+        UserError: A later version wrote the folder, or its recipe.yaml cannot be read.
     """
     found: dict[str, Planned] = {}
     first_version = folder.recipe()
@@ -77,13 +77,13 @@ def plan(
 
 
 def redone(planned: Mapping[str, Planned], only: Sequence[str] = ()) -> list[Planned]:
-    """The stages to redo: all whose inputs have changed, or those among ``only``."""
+    """The stages (of ``only``, if given) with changed inputs; none if all are ``always`` stages."""
     found = [each for name, each in planned.items() if each.why and name in (only or planned)]
     return found if any(not each.stage.always for each in found) else []
 
 
 def describe(folder: RunFolder, stages: Sequence[Planned]) -> str:
-    """What would be redone, and why."""
+    """The message about the stages to redo, and why."""
     lines = [f"  {p.stage.name}: {'; '.join(p.why)}" for p in stages if not p.stage.always]
     return "\n".join([
         f"{folder.path}: the inputs of these stages have changed, so they are redone:", *lines,
@@ -92,7 +92,7 @@ def describe(folder: RunFolder, stages: Sequence[Planned]) -> str:
 
 
 def agree(message: str, confirm: Confirm | None) -> None:
-    """Say what is redone, or ask, before anything is changed.
+    """Print what is redone, or ask, before anything is changed.
 
     Raises:
         UserError: The answer was no.
@@ -107,7 +107,7 @@ def agree(message: str, confirm: Confirm | None) -> None:
 
 
 def apply(folder: RunFolder, planned: Mapping[str, Planned], stages: Sequence[Planned]) -> None:
-    """Move away what is redone, and record the inputs of a first version's stages that are kept."""
+    """Move away the outputs of redone stages, and record the inputs of kept stages from the first version."""
     superseding.finish(folder)
     for name, each in planned.items():
         if each.migrated and not each.why:
@@ -117,7 +117,7 @@ def apply(folder: RunFolder, planned: Mapping[str, Planned], stages: Sequence[Pl
 
 
 def _overwritten(folder: RunFolder, planned: Mapping[str, Planned]) -> list[Stage]:
-    """Stages that the recipe no longer has, and whose outputs one that it has will write: people's ``preferences``."""
+    """Stages no longer in the recipe whose outputs a stage will overwrite: ``preferences``, from human choices."""
     due = [each.stage for name, each in planned.items() if not folder.is_complete(name, each.fingerprint) or each.why]
     written = {name for stage in due for name in stage.companions}
     return [stage for stage in STAGES.values() if stage.name not in planned and written & set(stage.outputs)]

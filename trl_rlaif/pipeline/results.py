@@ -1,7 +1,7 @@
 """The results of a run in results.json, by stage.
 
 Numbers without a unit are fractions in [0, 1]; an interval is a pair of 95% bounds. A ``dict[str, Any]`` is
-the result of the measure of that name in ``trl_rlaif.evaluation``.
+the result of the metric of that name in ``trl_rlaif.evaluation``.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from typing import Any, TypedDict
 
 
 class AskedResults(TypedDict, total=False):
-    """Of every stage that asks judges on servers: their ``input_tokens`` and ``output_tokens``, the ``cost`` of
-    these (None without a price), and the number of ``uncounted`` answers."""
+    """Usage of judge servers, for every stage that asks them: ``input_tokens``, ``output_tokens``, their ``cost``
+    (None without a price), and the number of ``uncounted`` answers."""
 
     usage: dict[str, Any]
 
 
 class SftResults(TypedDict):
-    """Of sft: rows of the data, number of tokens with a loss, and the mean loss in nats per token."""
+    """Stage sft: number of training rows, the tokens with a loss, and the mean loss in nats per token."""
 
     rows: int
     loss_on: str
@@ -26,7 +26,7 @@ class SftResults(TypedDict):
 
 
 class SampleResults(TypedDict, total=False):
-    """Of sample: for pairs from the data ``ties``; for sampled pairs, statistics of the samples."""
+    """Stage sample: for pairs from the data ``ties``; for sampled pairs, statistics of the samples."""
 
     prompts: int
     pairs: int
@@ -40,10 +40,10 @@ class SampleResults(TypedDict, total=False):
 
 
 class JudgeResults(TypedDict, total=False):
-    """Of judge: whether the taught adapter is ``used``, and if not, the reason.
+    """Stage judge: whether the taught adapter is ``used``, and if not, the reason.
 
-    ``sources`` has, by source and for ``all``, the number of pairs ``taught`` and ``held_out``, and the metrics
-    of the latter ``before`` and ``after``. ``gain`` is the decrease of their log-loss, in nats per pair.
+    ``sources`` has, by source and for ``all``, the number of pairs ``taught`` and ``held_out``, and the latter's
+    metrics ``before`` and ``after``. ``gain`` is the decrease of their log-loss, in nats per pair.
     """
 
     judge: str
@@ -62,7 +62,7 @@ class JudgeResults(TypedDict, total=False):
 
 
 class LabelResults(AskedResults, total=False):
-    """Of label: statistics of the labels; ``setup`` identifies the labeler."""
+    """Stage label: statistics of the labels; ``setup`` identifies the labeler."""
 
     pairs: int
     labeled: int
@@ -96,11 +96,10 @@ class LabelResults(AskedResults, total=False):
 
 
 class RewardResults(TypedDict, total=False):
-    """Of reward: accuracy on held-out pairs, calibration, and scores by category.
+    """Stage reward: accuracy on held-out pairs, calibration, and scores by category.
 
-    Where it went on from an earlier round's, ``before`` has that one's ``accuracy`` on this run's pairs, with its
-    ``interval``, of ``all`` and of those ``held_out``; and ``earlier_pairs`` are those of earlier rounds among
-    ``train_pairs``.
+    In a run that continues another, ``before`` has the earlier model's accuracy, with its interval, on ``all`` pairs of
+    this run and on those ``held_out``; ``earlier_pairs`` counts the pairs of earlier rounds among ``train_pairs``.
     """
 
     train_pairs: int
@@ -123,7 +122,7 @@ class RewardResults(TypedDict, total=False):
 
 
 class RlResults(AskedResults, total=False):
-    """Of rl: first and last metrics of training; KL in nats per response.
+    """Stage rl: first and last metrics of training; KL in nats per response.
 
     DPO has ``pairs``, ``loss``, ``labels``, ``ignored``, and its implicit reward's ``accuracy_`` and ``margin_``.
     """
@@ -157,7 +156,7 @@ class RlResults(AskedResults, total=False):
 
 
 class EvaluateResults(AskedResults):
-    """Of evaluate: by set, the judges' verdicts, lengths and rewards."""
+    """Stage evaluate: by set, the judges' verdicts, lengths and rewards."""
 
     judge: str
     sets: dict[str, dict[str, Any]]
@@ -167,14 +166,14 @@ class EvaluateResults(AskedResults):
 
 
 class ReportResults(TypedDict):
-    """Of report: the file."""
+    """Stage report: the file."""
 
     path: str
     seconds: float
 
 
 class CompareResults(AskedResults, total=False):
-    """Of a comparison: by set, pairwise win rates; and the results of each variant's run."""
+    """A comparison: by set, pairwise win rates; and the results of each variant's run."""
 
     judge: str
     sets: dict[str, dict[str, Any]]
@@ -190,9 +189,9 @@ class RoundRow(TypedDict):
 
     pairs: int
     tokens: float | None
-    accuracy_before: dict[str, Any] | None  # of the round before's reward model, on all new pairs
+    accuracy_before: dict[str, Any] | None  # of the previous round's reward model, on all new pairs
     accuracy_before_held_out: dict[str, Any] | None
-    accuracy: dict[str, Any] | None  # of this round's, on the held-out ones
+    accuracy: dict[str, Any] | None  # of this round's, on held-out pairs
     score_first: float | None
     score_last: float | None
     kl_last: float | None
@@ -201,7 +200,7 @@ class RoundRow(TypedDict):
 
 
 class RoundsResults(TypedDict):
-    """Of a run in rounds: a row per round, and the seconds of all but the last, whose results are the run's own."""
+    """A run in rounds: a row per round, and the seconds of all but the last, whose results are the run's own."""
 
     rows: list[RoundRow]
     seconds: float

@@ -1,4 +1,4 @@
-"""A recipe's section rl as what its trainers take: settings, prompts, rewards, selectors; and what they all report."""
+"""Prepares the section rl for its trainers: settings, prompts, rewards, selectors; and the results they share."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
     from trl_rlaif.recipe import Recipe
     from trl_rlaif.rl.ppo.config import PPOConfig
 
-# A tenth of the updates may be lost to a kill, where the recipe says nothing of save_steps.
+# Checkpoints per run if the recipe sets no save_steps: a kill loses at most a tenth of the updates.
 _SAVES = 10
 
 
 def config(context: Context) -> PPOConfig:
-    """PPO's settings: the recipe's own, over those of its algorithm and defaults that fit this run."""
+    """PPO's settings: the recipe's, over its algorithm's preset and defaults for this run."""
     from trl_rlaif.rl.ppo.config import PPOConfig
 
     section = context.recipe.rl
     known = {field.name for field in dataclasses.fields(PPOConfig)}
-    # A group trainer's own keys are not PPO's.
+    # PPOConfig lacks the keys of the GRPO and RLOO trainers.
     written = {key: value for key, value in section.config.items() if key in known}
     arguments = dict(ALGORITHMS[section.algorithm].preset) | context.trainer_arguments("rl", written) | saving(written)
-    # The default of the loop is TRL's, none; a policy that shall learn to stop needs one.
+    # The default, as in TRL, is no stop token; a policy that should learn to stop needs one.
     if not {"stop_token_id", "stop_tokens"} & set(arguments):
         arguments.setdefault("stop_token", "eos")
     model = context.recipe.model
@@ -47,7 +47,7 @@ def config(context: Context) -> PPOConfig:
 
 
 def saving(written: dict[str, Any]) -> dict[str, Any]:
-    """How often to save, where the recipe does not say: a tenth of the updates may be lost to a kill."""
+    """When to save, if the recipe does not say: a kill loses at most a tenth of the updates."""
     if "save_strategy" in written:
         return {}
     defaults = {"save_steps": 1 / _SAVES, "save_total_limit": 2}
@@ -55,7 +55,7 @@ def saving(written: dict[str, Any]) -> dict[str, Any]:
 
 
 def prompts(context: Context, base: Any, room: int) -> tuple[Dataset, dict[str, int]]:
-    """The prompts that leave room for a response of so many tokens, and how many were skipped by reason."""
+    """The prompts that leave room for a response of ``room`` tokens, and the number skipped by reason."""
     from datasets import Dataset
 
     found, tokens, skipped = context.encoded_prompts(context.recipe.data.prompts, room, base)
@@ -70,7 +70,7 @@ def prompts(context: Context, base: Any, room: int) -> tuple[Dataset, dict[str, 
 
 
 def _columns_read(context: Context) -> set[str]:
-    """What labelers among the rewards read, and can do without where a prompt lacks it."""
+    """Columns that labelers among the rewards read; a prompt may lack them."""
     section = context.recipe.label
     prompt = JudgePrompt.load(prompt_folder(section.prompt if section else "general"))
     labelers = map(context.create_labeler, context.recipe.reward_labelers.values())
@@ -92,12 +92,12 @@ def selectors(context: Context) -> list[Any]:
 
 
 def reward_functions(context: Context, shared: SharedBase) -> list[Any]:
-    """All rewards but the reward model."""
+    """All rewards except the reward model."""
     return [reward_function(context, name, shared) for name in context.recipe.rl.reward_names if name != "reward"]
 
 
 def reward_function(context: Context, name: str, shared: SharedBase) -> Any:
-    """A function's or a labeler's reward; the judge is the base itself without an adapter, if it is the same."""
+    """The reward of a function or a labeler; a judge with the same model is the base without an adapter."""
     labelers = context.recipe.reward_labelers
     if name not in labelers:
         where = context.recipe.line(("rl", "rewards", context.recipe.rl.reward_names.index(name)))
@@ -113,7 +113,7 @@ def reward_function(context: Context, name: str, shared: SharedBase) -> Any:
 
 
 def keep_selection(context: Context, folder: Path) -> None:
-    """What was rehearsed, and the map of the prompts, out of the checkpoints' folder."""
+    """Copy the rehearsed pairs and the map of the prompts out of the checkpoint folder."""
     for name in (REHEARSAL, SELECTION_MAP):
         found = folder / name
         if found.exists():
@@ -121,7 +121,7 @@ def keep_selection(context: Context, folder: Path) -> None:
 
 
 def gpu_memory(recipe: Recipe) -> dict[str, Any]:
-    """The stage's peak of allocated GPU memory as `trl-rlaif memory` predicts it and as it was, in bytes."""
+    """The stage's peak allocated GPU memory in bytes, predicted by `trl-rlaif memory` and measured; {} without CUDA."""
     import torch
 
     from trl_rlaif.memory import plan_memory
@@ -134,11 +134,11 @@ def gpu_memory(recipe: Recipe) -> dict[str, Any]:
 
 
 def of_rewards(history: list[dict[str, float]], unscored: int) -> dict[str, Any]:
-    """How many responses had no reward; and by reward its weight, its first and last mean, and its last spread."""
+    """Number of responses without a reward; and for each reward its weight, first and last mean, and last std."""
     found: dict[str, dict[str, float]] = {}
     for entry in history:
         for name in (key.removeprefix("score/") for key in entry if key.startswith("score/")):
-            if f"rewards/{name}/std" not in entry:  # an update before a checkpoint of an earlier version
+            if f"rewards/{name}/std" not in entry:  # an update logged by an earlier version
                 continue
             mean, std, weight = entry[f"score/{name}"], entry[f"rewards/{name}/std"], entry[f"rewards/{name}/weight"]
             found.setdefault(name, {"weight": weight, "mean_first": mean}).update(mean_last=mean, std_last=std)

@@ -1,7 +1,7 @@
-"""Runs a recipe's stages from sample to rl several times, each time from the policy that was trained last.
+"""Runs a recipe's stages from sample to rl several times, each time from the latest policy.
 
-A round is a run like any other, in a folder of its own: its recipe is the one given, with another seed, and goes on
-from the round before. The run's own folder takes over what the last one made, for evaluate and report.
+A round is an ordinary run in its own folder: its recipe is the given one with another seed, and it continues from the
+previous round. The run's own folder takes over the last round's outputs, for evaluate and report.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trl_rlaif.progress import Publisher, publishing, say
 from trl_rlaif.recipe import Recipe
 
 KEY = "rounds"
-# A run's folder with the plan of its stages.
+# A run's folder and the plan of its stages.
 _Plan = tuple[RunFolder, dict[str, Planned]]
 
 
@@ -35,15 +35,15 @@ def has_rounds(recipe: Recipe) -> bool:
 
 
 def round_recipe(recipe: Recipe, number: int, folder: RunFolder) -> Recipe:
-    """What one round runs.
+    """The recipe of one round.
 
-    The first one is the recipe without rounds. Later ones draw with other seeds: with the same ones, a policy that has
-    changed little would give nearly the same responses, and the judge nearly the same labels. Their prompts are the
-    same, so that the rounds' numbers can be compared, and what the reward model holds out is never trained on.
+    The first one is the recipe without rounds. Later ones use other seeds: with the same seeds, a policy that has
+    changed little would give nearly the same responses, and the judge nearly the same labels. The prompts stay the
+    same: results are comparable between rounds, and the reward model's held-out prompts are never trained on.
 
     Args:
         number: From 1.
-        folder: The run's, in which all rounds are.
+        folder: The run's folder, with all rounds.
     """
     name = f"{recipe.run.name[:90]}-{number}"
     if number == 1:
@@ -64,7 +64,7 @@ def round_recipe(recipe: Recipe, number: int, folder: RunFolder) -> Recipe:
 
 
 def changes(recipe: Recipe, folder: RunFolder) -> list[str]:
-    """What a run, with rounds or without, would redo, and why: a message for each of its run folders."""
+    """What a run, with or without rounds, would redo and why: one message per run folder."""
     return _messages(_planned(recipe, folder) if has_rounds(recipe) else [(folder, redo.plan(recipe, folder))])
 
 
@@ -74,7 +74,7 @@ def _messages(planned: Sequence[_Plan]) -> list[str]:
 
 
 def _planned(recipe: Recipe, folder: RunFolder) -> list[_Plan]:
-    """Each round with the plan of its stages, and at last the run's own folder with that of evaluate and report."""
+    """Each round's folder and plan, then the run's own folder with the plan of evaluate and report."""
     found: list[_Plan] = []
     known = lineage.fingerprints_of(lineage.previous_runs(recipe))
     for number in range(1, recipe.rounds.number + 1):
@@ -88,22 +88,22 @@ def _planned(recipe: Recipe, folder: RunFolder) -> list[_Plan]:
 
 
 def _end(recipe: Recipe, last: Recipe) -> Recipe:
-    """What the run's own folder runs: the last round's recipe, evaluated with the seed of the run as a whole."""
+    """The recipe of the run's own folder: the last round's, evaluated with the whole run's seed."""
     return replace(last, run=recipe.run)
 
 
 def run_rounds(recipe: Recipe, plugins: Plugins, output: str | Path, how: RunOptions) -> RunFolder:
-    """Run every round of a recipe, and at the end its stages evaluate and report.
+    """Run every round of a recipe, then its stages evaluate and report.
 
     Args:
-        recipe, plugins, output: As of ``run_recipe``.
-        how: With no ``shard`` and nothing left out.
+        recipe, plugins, output: As in ``run_recipe``.
+        how: Without ``shard``, and with an empty ``without``.
 
     Returns:
-        The folder: ``rounds/N`` is the run of a round, and results.json has under ``rounds`` a row for each.
+        The folder: ``rounds/N`` is the run of round N, and ``rounds`` in results.json has a row for each.
 
     Raises:
-        UserError: As ``run_recipe``; or ``only`` names a stage without its round (``2/label``).
+        UserError: As in ``run_recipe``; or ``only`` names a stage without its round (as in ``2/label``).
     """
     folder, count = RunFolder(output), recipe.rounds.number
     with folder.locked():
@@ -114,7 +114,7 @@ def run_rounds(recipe: Recipe, plugins: Plugins, output: str | Path, how: RunOpt
         if messages := [] if how.only else _messages(planned):
             redo.agree("\n".join(messages), how.confirm)
         runner.prepare(machine.settled(recipe, began), folder, how.command, began)
-        how = replace(how, began=began, confirm=lambda _: True)  # it was agreed to
+        how = replace(how, began=began, confirm=lambda _: True)  # already confirmed
         stages = {_name(number): "" for number in range(1, count + 1)}
         stages |= {name: each.fingerprint for name, each in planned[-1][1].items()}
         with publishing(folder.state, stages) as publisher:
@@ -124,7 +124,7 @@ def run_rounds(recipe: Recipe, plugins: Plugins, output: str | Path, how: RunOpt
                 if how.only:
                     own = replace(how, only=only_in[number])
                 else:
-                    # Another run may have made the same from the same inputs; or this one, before it had rounds.
+                    # Another run, or this one before it had rounds, may have made the same from the same inputs.
                     earlier = [*(run.round(number) for run in how.donors if _has_round(run, number)), *how.donors]
                     own = replace(how, resume=True, donors=[*earlier, folder], without=ENDS)
                 part = round_recipe(recipe, number, folder)
@@ -141,7 +141,7 @@ def _name(number: int) -> str:
 
 
 def _sorted_out(only: Sequence[str], planned: Sequence[_Plan]) -> tuple[dict[int, list[str]], list[str]]:
-    """The stages that ``--only`` names, by their round, and those that come after the last."""
+    """The stages named by ``--only``: those of rounds, by round, and those after the last round."""
     *rounds, (_, ends) = planned
     found: dict[int, list[str]] = {}
     for entry in only:
@@ -165,18 +165,18 @@ def _has_round(run: RunFolder, number: int) -> bool:
 
 
 def _finish(recipe: Recipe, plugins: Plugins, folder: RunFolder, how: RunOptions, publisher: Publisher) -> None:
-    """Take over what the last round made, and evaluate it."""
+    """Take over the last round's outputs, and evaluate them."""
     rounds = [folder.round(number) for number in range(1, recipe.rounds.number + 1)]
     last = round_recipe(recipe, len(rounds), folder)
     planned = redo.plan(last, folder, without=ENDS)
     distributed.wait()
     redo.apply(folder, planned, [each for each in planned.values() if each.why])
-    # From a time without rounds: sft and judge belong to the first one now.
+    # From before the run had rounds: sft and judge now belong to the first round.
     superseding.supersede(folder, [STAGES[name] for name in ROUND if name not in planned])
     digests.check(folder, [each.stage for each in planned.values()])
     for name, each in planned.items():
         own = folder.is_complete(name, each.fingerprint) and digests.made_together(folder, rounds[-1], name)
-        if not own:  # or --only has made it again
+        if not own:  # or --only has remade it
             superseding.adopt(folder, each.stage, each.fingerprint, rounds[-1], each.inputs.to_dict())
     seconds = sum(run.results_of(stage).get("seconds") or 0.0 for run in rounds[:-1] for stage in ROUND)
     folder.add_results(KEY, {"rows": [_row(run) for run in rounds], "seconds": seconds})

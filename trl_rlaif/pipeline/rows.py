@@ -38,12 +38,12 @@ class DrawnRow(TypedDict, total=False):
 
     id: str
     dropped: str
-    pairs: list[PairRow]  # where all pairs of the responses are kept, or a sampler made them
-    revisions: list[RevisionRow]  # of a sampler
+    pairs: list[PairRow]  # if all pairs of the responses are kept, or a sampler made them
+    revisions: list[RevisionRow]  # from a sampler
     redraws: int
     responses: int
     ended: int
-    tokens: int  # of all responses, without their ends and reasoning
+    tokens: int  # of all responses, without end tokens and reasoning
 
 
 class LessonRow(TypedDict, total=False):
@@ -53,11 +53,11 @@ class LessonRow(TypedDict, total=False):
     response_1: str
     response_2: str
     p: float  # that response_1 is the better one
-    ratings_1: list[float]  # another judge's, of each response, where these are taught
+    ratings_1: list[float]  # another judge's ratings of each response, if these are taught
     ratings_2: list[float]
     source: str  # people, labels, or the kind of contrast
     held_out: bool
-    before: float | None  # of what is held out: the judge's own p, untaught and taught
+    before: float | None  # for held-out pairs: the judge's own p, untaught and taught
     after: float | None
 
 
@@ -80,7 +80,7 @@ class _LabelRow(TypedDict, total=False):
     bound_12: float
     bound_21: float
     voted: bool
-    criteria: list[dict[str, Any]]  # trl_rlaif.types.CriterionLabel, without what is None
+    criteria: list[dict[str, Any]]  # trl_rlaif.types.CriterionLabel, without None fields
     labeler: str
     setup: str
     pair: str
@@ -101,8 +101,8 @@ class JudgedRow(_LabelRow):
 class RankingRow(TypedDict):
     """The responses to a prompt, best first. Strengths are in nats relative to their average.
 
-    ``pairs`` holds, by a pair's id, the probability that its response_1 is better, and ``answers`` what the judge said:
-    of which response (counted from 0) it was shown first, which second, and the probability that the first is better.
+    ``pairs`` has, by pair id, the probability that response_1 is better; ``answers``, for each of the judge's answers,
+    the responses (counted from 0) shown first and second, and the probability that the first is better.
     """
 
     prompt: PromptLike

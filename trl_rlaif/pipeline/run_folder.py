@@ -1,4 +1,4 @@
-"""A run's folder: which of its stages are complete, their numbers, and that one process alone writes there."""
+"""A run's folder: which stages are complete, their results, and the lock that admits one process."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class RunFolder:
     """The folder of one run.
 
     Args:
-        path: Is made if it is missing.
+        path: Created if missing.
 
     Raises:
-        UserError: It cannot be made or written to.
+        UserError: It cannot be created or written to.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -44,7 +44,7 @@ class RunFolder:
             self.state.mkdir(exist_ok=True)
             probe = self.state / "writable"
             probe.touch()
-            probe.unlink(missing_ok=True)  # another process of the run may have been here
+            probe.unlink(missing_ok=True)  # another process of the run may have removed it
         except OSError as error:
             raise UserError(
                 f"The output folder cannot be written to: {error.strerror}.",
@@ -57,20 +57,20 @@ class RunFolder:
 
     @property
     def state(self) -> Path:
-        """Where a run keeps what only itself needs."""
+        """The folder of the run's internal state."""
         return self.path / artifacts.STATE
 
     def round(self, number: int) -> RunFolder:
-        """The folder of one of its rounds, counted from 1."""
+        """The folder of a round, counted from 1."""
         return RunFolder(self.path / artifacts.ROUNDS / str(number))
 
     @property
     def is_used(self) -> bool:
-        """Whether a run lives here already."""
+        """Whether the folder already contains a run."""
         return (self / artifacts.RECIPE).exists()
 
     def recipe(self) -> dict[str, Any]:
-        """recipe.yaml; {} where the run has not begun.
+        """recipe.yaml; {} if the run has not started.
 
         Raises:
             UserError: A later version wrote it, or it cannot be read.
@@ -88,11 +88,11 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep a second process out while a run writes here; the lock ends with the process.
+        """Lock the folder while a run writes to it; the lock ends with the process.
 
         Raises:
-            UserError: There is one.
-            RunError: What is done inside ends because a disk is full.
+            UserError: Another process holds the lock.
+            RunError: The code inside fails because the disk is full.
         """
         with naming_a_full_disk(self.path):
             with self._locked() if is_first() else nullcontext():
@@ -110,45 +110,45 @@ class RunFolder:
     # ---- Stages ---------------------------------------------------------------------------------------
 
     def marker(self, stage: str) -> dict[str, Any]:
-        """A stage's ``fingerprint``, its ``inputs``, and whether it is ``complete``; {} before it has begun."""
+        """A stage's ``fingerprint``, its ``inputs``, and whether it is ``complete``; {} before it has started."""
         path = self.state / artifacts.marker_of(stage)
         without = "Without it, --resume makes the stage again."
         return read_state(path, without, lambda found: isinstance(found.get("fingerprint"), str))
 
     def write_marker(self, stage: str, marker: dict[str, Any]) -> None:
-        """Replace what is known of a stage."""
+        """Replace a stage's marker."""
         write_state(self.state / artifacts.marker_of(stage), marker)
 
     def is_complete(self, stage: str, fingerprint: str | None = None) -> bool:
-        """Whether a stage has ended; with a fingerprint, whether it did so with these very inputs."""
+        """Whether a stage is complete; with a fingerprint, whether it is complete with exactly these inputs."""
         marker = self.marker(stage)
-        whole = marker.get("complete") and "superseding" not in marker  # a kill may have come before it was moved
+        whole = marker.get("complete") and "superseding" not in marker  # else killed before it was moved
         return bool(whole) and fingerprint in (None, marker.get("fingerprint"))
 
     def is_begun(self, stage: str, fingerprint: str) -> bool:
-        """Whether a stage was begun with these very inputs, and has not ended."""
+        """Whether a stage was started with exactly these inputs, and is not complete."""
         marker = self.marker(stage)
         return marker.get("fingerprint") == fingerprint and not marker.get("complete") and "superseding" not in marker
 
     def begin(self, stage: str, fingerprint: str, inputs: dict[str, Any] | None = None) -> None:
-        """Open a stage."""
+        """Mark a stage as started."""
         known = {"fingerprint": fingerprint, "complete": False}
         self.write_marker(stage, known if inputs is None else known | {"inputs": inputs})
 
     def complete(self, stage: str, fingerprint: str, more: Mapping[str, Any] | None = None) -> None:
-        """Close a stage: ``--resume`` skips it from now on."""
+        """Mark a stage as complete: ``--resume`` skips it from now on."""
         self.write_marker(stage, self.marker(stage) | {"fingerprint": fingerprint, "complete": True, **(more or {})})
         self.drop_work(stage)
 
     def drop_work(self, stage: str) -> None:
-        """Remove what a stage needed until it was complete."""
+        """Remove files that a stage needed until it was complete."""
         if is_first():
             shutil.rmtree(self.state / artifacts.work_of(stage), ignore_errors=True)
 
-    # ---- Numbers --------------------------------------------------------------------------------------
+    # ---- Results and metrics --------------------------------------------------------------------------
 
     def results(self) -> Results:
-        """The final numbers of every stage that has ended."""
+        """The results of every completed stage."""
         without = "Without it the report lacks the numbers of all stages."
         found = read_state(
             self / artifacts.RESULTS, without, lambda found: all(isinstance(part, dict) for part in found.values())
@@ -156,16 +156,16 @@ class RunFolder:
         return cast(Results, found)
 
     def results_of(self, stage: str) -> dict[str, Any]:
-        """One stage's final numbers; {} before it has ended."""
+        """One stage's results; {} before it is complete."""
         return dict(self.results()).get(stage) or {}
 
     def add_results(self, stage: str, numbers: Mapping[str, Any]) -> None:
-        """Put one stage's final numbers into results.json."""
+        """Write one stage's results to results.json."""
         results = self.results() | {stage: numbers}
         write_atomically(self / artifacts.RESULTS, to_json(results, indent=2))
 
     def drop_results(self, stage: str) -> None:
-        """Forget one stage's final numbers."""
+        """Remove one stage's results."""
         results = self.results()
         if results.pop(stage, None) is not None:
             write_atomically(self / artifacts.RESULTS, to_json(results, indent=2))
@@ -181,7 +181,7 @@ class RunFolder:
                 file.write(to_line(sealed({"stage": stage, "step": step, **numbers})))
 
     def drop_metrics(self, stage: str, after: int = -1) -> None:
-        """Forget a stage's metrics behind a step, which are about to be computed again."""
+        """Remove a stage's metrics after a step, which will be computed again."""
         if not is_first():
             return
         rows = read_lines(self / artifacts.METRICS)

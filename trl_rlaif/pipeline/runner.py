@@ -1,4 +1,4 @@
-"""Runs a recipe's stages in order into a run's folder, whole or from where it was."""
+"""Runs a recipe's stages in order in a run's folder, from the start or resumed."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ class RunOptions:
     """How a recipe is run.
 
     Args:
-        resume: Go on in a folder that is used already, and skip what is complete.
-        only: Run these stages alone; what they stand on must be complete.
+        resume: Resume the run in the folder, if there is one, and skip completed stages.
+        only: Run only these stages; those that they depend on must be complete.
         command: How the run was started, for the report.
-        shard: ``i/n`` labels this machine's share of the pairs, and ends there. The labels.jsonl of all
-            machines, joined, is what one machine would have made.
-        donors: Other runs. What one of them completed from the same inputs is copied from it.
-        confirm: Is told which stages ``resume`` redoes and why, before anything is changed, and answers whether to
-            go on. None goes on. Stages that ``only`` names are redone without a question.
-        began: The machine whose types are taken; None: the one that began this run.
+        shard: ``i/n`` labels this machine's part of the pairs, and ends there. The labels.jsonl of all machines,
+            joined, equals that of a single machine.
+        donors: Other runs, from which stages completed with the same inputs are copied.
+        confirm: Receives which stages ``resume`` redoes and why, before anything is changed, and returns whether to
+            continue. None continues. Stages in ``only`` are redone without asking.
+        began: The machine whose dtypes are used; None: the one that started this run.
         without: Stages of the recipe that are not run.
     """
 
@@ -61,17 +61,17 @@ class RunOptions:
 
 
 def run_recipe(recipe: Recipe, plugins: Plugins, output: str | Path, **options: Any) -> RunFolder:
-    """Run a recipe; one with rounds as ``rounds.run_rounds`` does.
+    """Run a recipe; one with rounds is passed to ``rounds.run_rounds``.
 
     Args:
-        recipe: Checked.
-        plugins: Whose components it names.
+        recipe: Validated.
+        plugins: Plugins with the components that it names.
         output: The run's folder.
-        options: Those of RunOptions.
+        options: Fields of RunOptions.
 
     Raises:
-        UserError: The folder is used already, is not writable, or lacks what a stage depends on; the base cannot do
-            what the recipe asks of it; or ``confirm`` said no.
+        UserError: The folder already contains a run, is not writable, or lacks a stage's dependency; the base does not
+            support the recipe; or ``confirm`` refused.
     """
     how = RunOptions(**options)
     _check_first(recipe, how.shard)
@@ -102,7 +102,7 @@ def run_recipe(recipe: Recipe, plugins: Plugins, output: str | Path, **options: 
 
 
 def _check_first(recipe: Recipe, shard: str | None) -> None:
-    """Before anything is paid for."""
+    """Checks before any expensive work."""
     if shard is not None:
         _check_shard(recipe, shard)
     check_base(recipe)
@@ -113,23 +113,23 @@ def _check_first(recipe: Recipe, shard: str | None) -> None:
 def supersede_changed(
     folder: RunFolder, planned: Mapping[str, Planned], only: Sequence[str], confirm: Confirm | None
 ) -> None:
-    """Move away what is redone, if ``confirm`` agrees, and compare what is kept with its digests."""
+    """Move away redone stages' outputs, if ``confirm`` agrees, and check kept outputs against their digests."""
     changed = redo.redone(planned, only)
     if changed:
         redo.agree(redo.describe(folder, changed), confirm)
-    distributed.wait()  # until all processes have seen what is there
+    distributed.wait()  # until all processes have read the folder
     redo.apply(folder, planned, changed)
     digests.check(folder, [each.stage for name, each in planned.items() if name not in only and not each.why])
 
 
 def _ahead(folder: RunFolder, planned: Mapping[str, Planned], only: Sequence[str]) -> list[Stage]:
-    """The stages that are still to run."""
+    """The stages still to run."""
     due = [name for name, each in planned.items() if not folder.is_complete(name, each.fingerprint)]
     return [planned[name].stage for name in due if name in (only or due)]
 
 
 def say_outcome(folder: RunFolder) -> None:
-    """Say at the run's end what came out, what to doubt and what to do next, as the report does in its first lines."""
+    """Print results, warnings and next steps at the end of the run, as in the report's first lines."""
     from trl_rlaif.report.outcome import outcome
     from trl_rlaif.report.run_data import read_run
 
@@ -140,7 +140,7 @@ def say_outcome(folder: RunFolder) -> None:
 def _say_ahead(
     planned: Mapping[str, Planned], ahead: Sequence[Stage], known: Forecast | None, took: tuple[str, float] | None
 ) -> None:
-    """Say at the run's beginning which stages it will run, where most of the time goes, and how long it may take."""
+    """Print at the start which stages will run, which takes the most time, and how long they may take."""
     names = [stage.name for stage in ahead]
     kept = [name for name in planned if name not in names]
     said = f"To run: {', '.join(names)}." + (f" Kept: {', '.join(kept)}." if kept else "")
@@ -154,10 +154,10 @@ def _say_ahead(
 
 
 def check_unused(folder: RunFolder, how: RunOptions) -> None:
-    """Refuse a folder that is used already, unless it is to be.
+    """Reject a folder that already contains a run, unless ``resume`` or ``only`` is set.
 
     Raises:
-        UserError: It is.
+        UserError: It contains a run.
     """
     if folder.is_used and not (how.resume or how.only):
         raise UserError(
@@ -169,7 +169,7 @@ def check_unused(folder: RunFolder, how: RunOptions) -> None:
 
 def prepare(recipe: Recipe, folder: RunFolder, command: str, began: Machine) -> None:
     """Write recipe.yaml."""
-    distributed.wait()  # until all processes have seen what is there
+    distributed.wait()  # until all processes have read the folder
     _write_recipe(recipe, folder, command, began)
 
 
@@ -225,7 +225,7 @@ def run_stages(
         fingerprint, inputs = each.fingerprint, each.inputs.to_dict()
         if only and stage not in only:
             continue
-        distributed.wait()  # until what the first process wrote is there
+        distributed.wait()  # until the first process has written its files
         if folder.is_complete(stage, fingerprint) and how.resume and not _is_outdated(folder, each.stage):
             say(f"{stage}: already complete")
             if shard is not None and stage == "label":
@@ -244,7 +244,7 @@ def run_stages(
         distributed.wait()
         before = publisher.begin(stage, resumed=resumed)
         started = time.monotonic()
-        # New adapters are drawn before any trainer sets its seed: a resumed run must draw the same.
+        # New adapters are initialized before any trainer sets its seed; a resumed run must get the same ones.
         set_seed(recipe.run.seed)
         with kernels(recipe.run.kernels):
             numbers = each.stage.run(context)
@@ -256,13 +256,13 @@ def run_stages(
             say(f"Join the machines' {artifacts.LABELS} into one, and run without --shard: {folder / artifacts.LABELS}")
             return
         digests.complete(folder, each.stage, fingerprint)
-        gc.collect()  # trainers are cycles: without this a stage's model would live into the next one
+        gc.collect()  # trainers form reference cycles: otherwise a stage's model would outlive it
         say(f"{stage}: done in {time.monotonic() - started:.0f} s. {each.stage.line(numbers)}".rstrip())
     distributed.wait()
 
 
 def _is_outdated(folder: RunFolder, stage: Stage) -> bool:
-    """Whether a complete stage that shows what others made is older than they are, or than people's votes."""
+    """Whether a complete ``always`` stage is older than other stages or human votes, or its first output is missing."""
     if not stage.always:
         return False
     own = folder.state / artifacts.marker_of(stage.name)
@@ -282,7 +282,7 @@ def _write_recipe(recipe: Recipe, folder: RunFolder, command: str, began: Machin
 
 
 def installed_version(package: str) -> str | None:
-    """None where it is not installed: bitsandbytes is not built for every system."""
+    """The package's version; None if not installed: bitsandbytes is not built for every system."""
     try:
         return version(package)
     except PackageNotFoundError:

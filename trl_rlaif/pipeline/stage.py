@@ -1,4 +1,4 @@
-"""What a stage is: what it is made from, what it leaves in the run's folder, what it says, and what it needs."""
+"""The interface of a stage: its inputs, its outputs in the run's folder, its messages, and its resource needs."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ if TYPE_CHECKING:
     from trl_rlaif.pipeline.context import Context
     from trl_rlaif.recipe import Recipe
 
-# What every stage computes with, and how the policy is asked and its response is read.
+# Settings of every computation, and those for prompting the policy and parsing its responses.
 BASE = ("run.seed", "model.path", "model.dtype", "model.quantization", "model.matmul_precision",
         "model.chat_template_kwargs")  # fmt: skip
 READING = ("data.instruction", "model.reasoning", "model.reasoning_tags", "rl.stop_tokens",
            "rl.stop_token_id")  # fmt: skip
 GROUPING = ("data.category", "data.clusters")
-# What the section evaluate says of measurements while rl runs; evaluate itself does not depend on it.
+# Settings of the section evaluate for measurements during rl; evaluate itself does not depend on them.
 TRACKING = ("evaluate.track_every", "evaluate.track_prompts", "evaluate.stop_on_forgetting")
 
 
 def previous(stage: str) -> str:
-    """How a stage's inputs name a stage of the run that this one goes on from."""
+    """The name, in a stage's inputs, of a stage of the run that this one continues."""
     return f"the previous run's {stage}"
 
 
 class Amounts(NamedTuple):
-    """How much a run has to do.
+    """The workload of a run.
 
     Args:
-        prompts, pairs, held_out: How many there are, of all evaluated sets together.
-        tokens: Of a prompt, on average, with its template.
+        prompts, pairs, held_out: Their numbers; held_out are the prompts of all evaluation sets together.
+        tokens: Mean per prompt, with its template.
     """
 
     prompts: int
@@ -45,29 +45,29 @@ class Amounts(NamedTuple):
     tokens: float
 
 
-# A token of a response is drawn with all weights read for a few rows: about as long as two of a prompt take. A backward
-# pass through frozen layers takes as long as the forward pass.
+# Decoding reads all weights for a few rows: a response token takes about as long as two prompt tokens. A backward pass
+# through frozen layers takes as long as the forward pass.
 DRAWN, TRAINED = 2, 2
 # Tokens that a judge's question adds to the prompt and the responses, in both orders.
 QUESTION = 80
 
 
 class Stage:
-    """One stage of a run. What it does is imported when it runs, so that asking for the rest costs nothing.
+    """One stage of a run. Its implementation is imported when it runs; everything else is cheap.
 
     Args:
-        name: Also its section's.
-        outputs: What it leaves behind: files and folders of the run's folder. They go where the stage is redone.
-        companions: What it reads or writes besides, which goes along when another run takes the stage over.
-        without: Settings of its section that change nothing of its outputs.
+        name: Its name, and that of its section.
+        outputs: Its files and folders in the run's folder. They are moved away if the stage is redone.
+        companions: Other files that it reads or writes, which are copied when another run adopts the stage.
+        without: Settings of its section that do not affect its outputs.
         trains: It is configured by a trainer's arguments.
-        always: It is made again whenever anything else in the folder has been: it costs little, and shows all.
-        prepares: Something that is trained needs it, or follows from it; it comes before the stage rl.
-        divides: Several processes divide its batches; else each of them has rows of its own.
-        alone: Of several processes the first one does it.
-        one_bar: Its first progress bar is all that it does.
-        told: Of what it logs, what ``trl-rlaif status`` tells.
-        defaults: Arguments of its trainer that are not the trainer's own defaults; the recipe's take precedence.
+        always: It is redone whenever another stage was: it is cheap, and shows all others.
+        prepares: It comes before the stage rl: it trains a model, or training needs it.
+        divides: Several processes divide its batches; otherwise each has its own rows.
+        alone: Only the first of several processes runs it.
+        one_bar: Its first progress bar covers all its work.
+        told: Its logged metrics that ``trl-rlaif status`` shows.
+        defaults: Arguments of its trainer that differ from the trainer's defaults; the recipe's take precedence.
     """
 
     name: ClassVar[str]
@@ -83,10 +83,10 @@ class Stage:
     told: ClassVar[tuple[str, ...]] = ()
     defaults: ClassVar[Mapping[str, Any]] = {}
 
-    # ---- What it is made from -------------------------------------------------------------------------
+    # ---- Inputs ---------------------------------------------------------------------------------------
 
     def is_active(self, recipe: Recipe) -> bool:
-        """Whether a recipe runs it."""
+        """Whether a recipe includes it."""
         return getattr(recipe, self.name) is not None
 
     def settings(self, recipe: Recipe) -> tuple[str, ...]:
@@ -94,11 +94,11 @@ class Stage:
         return (*BASE, self.name)
 
     def files(self, recipe: Recipe) -> dict[str, dict[str, str] | None]:
-        """The files that its outputs depend on, by key; None where there is none."""
+        """The files that its outputs depend on, by key; None for a key without a file."""
         return {}
 
     def columns(self, recipe: Recipe) -> tuple[str, ...]:
-        """Of which sources it reads columns, as ``data.columns`` calls them."""
+        """The sources of which it reads columns, as named in ``data.columns``."""
         return ()
 
     def after(self, recipe: Recipe) -> tuple[str, ...]:
@@ -106,10 +106,10 @@ class Stage:
         return ()
 
     def inputs(self, recipe: Recipe, fingerprints: Mapping[str, str]) -> Inputs:
-        """All that its outputs depend on.
+        """Everything that its outputs depend on.
 
         Args:
-            fingerprints: Of the stages before it that are active.
+            fingerprints: Of the active stages before it.
         """
         files = {key: file for key, file in self.files(recipe).items() if file}
         settings = self.relevant(recipe, written(recipe))
@@ -119,16 +119,16 @@ class Stage:
         return Inputs(settings, files | model_files(settings), stages)
 
     def relevant(self, recipe: Recipe, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of a recipe's settings that its outputs depend on; files are compared by their content."""
+        """The recipe's settings that its outputs depend on; without files, which are compared by content."""
         found = selected(settings, self.settings(recipe), (*self.without, *self.files(recipe)))
         return learned(self.name, found) if self.trains else found
 
-    # ---- What it does ---------------------------------------------------------------------------------
+    # ---- Work -----------------------------------------------------------------------------------------
 
     def run(self, context: Context) -> Mapping[str, Any]:
-        """Make its outputs, and return its final numbers (trl_rlaif.pipeline.results.Results).
+        """Make its outputs, and return its results (trl_rlaif.pipeline.results.Results), with its judge servers' usage.
 
-        Of several processes all run it, and the first one writes. With the numbers comes what judges on servers used.
+        All processes run it, or the first one only if ``alone``; the first one writes.
         """
         from trl_rlaif.pipeline.usage import counted, usage_numbers
 
@@ -137,33 +137,33 @@ class Stage:
         with counted(context, self.name), dividing() if self.divides else nullcontext():
             numbers = dict(self.work(context.recipe)(context))
         if not self.alone:
-            wait()  # until all have counted
+            wait()  # until all have stored their usage
         return {**numbers, **usage_numbers(context, self.name)}
 
     def work(self, recipe: Recipe) -> Callable[[Context], Mapping[str, Any]]:
-        """The function that does it, imported now."""
+        """The function that does the work, imported on this call."""
         return importlib.import_module(f"trl_rlaif.pipeline.work.{self.name}").run
 
     def summary(self, numbers: Any) -> str:
-        """What the line at its end, and ``trl-rlaif status``, say of these numbers, without its judges' tokens."""
+        """Its results as a line, shown at its end and by ``trl-rlaif status``, without its judges' tokens."""
         return ""
 
     def line(self, numbers: Mapping[str, Any]) -> str:
-        """The same, with them."""
+        """The same, with its judges' tokens."""
         from trl_rlaif.pipeline.usage import spent
 
         return ", ".join(filter(None, (self.summary(numbers), spent(numbers))))
 
     def cost(self, recipe: Recipe, amounts: Amounts) -> float | None:
-        """Tokens that it computes, in forward passes of the base; None where it cannot tell."""
+        """Tokens that it computes, in forward passes of the base; None if unknown."""
         return 0.0
 
     def memory(self, run: MemoryRun) -> list[Part]:
-        """What it holds on a GPU, a part for each purpose; nothing where it needs none."""
+        """Its GPU memory, one part per purpose; empty if it needs none."""
         return []
 
 
 def skipped(numbers: Mapping[str, Any]) -> str:
-    """What was left out and why, in brackets; nothing where nothing was."""
+    """The skipped rows by reason, in parentheses; empty if there are none."""
     found = ", ".join(f"{n} {reason}" for reason, n in (numbers.get("skipped") or {}).items())
     return f" (skipped: {found})" if found else ""

@@ -1,4 +1,4 @@
-"""The pairs of pairs.jsonl, which stay on the disk."""
+"""The pairs of pairs.jsonl, read from disk on access."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ class StoredPairs(Stored[Pair]):
     """Pairs in the order of their file."""
 
     def _read(self, line: bytes, where: str) -> Pair:
-        """Raises UserError where the line is damaged."""
+        """Raises UserError if the line is damaged."""
         row, known = parse_line(line, where), PairRow.__annotations__
         return Pair(**{k: row.get(k) for k in known}, extra={k: v for k, v in row.items() if k not in known})

@@ -1,4 +1,4 @@
-"""What a stage made is never deleted: where it is redone, it moves to ``superseded/``, and may come back from there."""
+"""A stage's outputs are never deleted: if it is redone, they move to ``superseded/``, and can be restored."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOVING = "superseding"
 
 
 def begin(folder: RunFolder, stage: Stage, fingerprint: str, inputs: dict[str, Any] | None = None) -> None:
-    """Open a stage: what it made from other inputs, or completely, is moved away first."""
+    """Start a stage, after moving away outputs that are complete or from other inputs."""
     marker = folder.marker(stage.name)
     if not stage.always and (marker.get("fingerprint") != fingerprint or marker.get("complete")):
         supersede(folder, [stage])
@@ -28,12 +28,12 @@ def begin(folder: RunFolder, stage: Stage, fingerprint: str, inputs: dict[str, A
 
 
 def supersede(folder: RunFolder, stages: Sequence[Stage]) -> Path | None:
-    """Move all that stages made to a new folder in ``superseded/``: outputs, numbers, metrics and markers.
+    """Move everything from these stages to a new folder in ``superseded/``: outputs, results, metrics and markers.
 
-    Killed in between, it is finished by ``finish``.
+    After a kill, ``finish`` completes the move.
 
     Returns:
-        The new folder; None where the stages have not begun yet.
+        The new folder; None if the stages have not started, or in other processes than the first.
     """
     begun = [stage.name for stage in stages if folder.marker(stage.name)]
     if not begun or not is_first():
@@ -50,12 +50,12 @@ def supersede(folder: RunFolder, stages: Sequence[Stage]) -> Path | None:
 
 
 def is_moving(marker: Mapping[str, Any]) -> bool:
-    """Whether a stage is to be moved away, or partly is."""
+    """Whether moving a stage away is pending or incomplete."""
     return _MOVING in marker
 
 
 def finish(folder: RunFolder) -> None:
-    """Go on with what a kill left of ``supersede``."""
+    """Complete a ``supersede`` interrupted by a kill."""
     if is_first():
         for stage in STAGES.values():
             marker = folder.marker(stage.name)
@@ -64,7 +64,7 @@ def finish(folder: RunFolder) -> None:
 
 
 def _move(folder: RunFolder, stage: Stage, target: RunFolder, marker: dict[str, Any]) -> None:
-    """Every step may be repeated after a kill; the marker that asks for them goes last."""
+    """Every step may be repeated after a kill; the marker that requests them is removed last."""
     folder.drop_work(stage.name)
     for name in stage.outputs:
         if (folder / name).exists():
@@ -90,14 +90,14 @@ def _add_metrics(folder: RunFolder, stage: str, rows: Sequence[dict[str, Any]]) 
 
 
 def donors(folder: RunFolder) -> list[RunFolder]:
-    """What was superseded, the newest first: a setting that is set back finds there what was made with it."""
+    """Superseded outputs, newest first: a run whose setting is restored reuses the outputs made with it."""
     found = sorted((folder / artifacts.SUPERSEDED).glob("*/.state"), key=lambda state: state.parent.name, reverse=True)
     return [RunFolder(state.parent) for state in found]
 
 
 def adopt(folder: RunFolder, stage: Stage, fingerprint: str, donor: RunFolder, inputs: dict[str, Any]) -> None:
-    """Copy a complete stage of another run: outputs without checkpoints, numbers and metrics."""
-    digests.check(donor, [stage], companions=False)  # labels.jsonl stays where it is
+    """Copy a complete stage of another run: outputs without checkpoints, missing companions, results and metrics."""
+    digests.check(donor, [stage], companions=False)  # labels.jsonl is never moved
     supersede(folder, [stage])
     folder.begin(stage.name, fingerprint, inputs)
     outputs = [name for name in stage.outputs if name != artifacts.checkpoints_of(stage.name)]
@@ -116,7 +116,7 @@ def adopt(folder: RunFolder, stage: Stage, fingerprint: str, donor: RunFolder, i
 
 
 def _add_labels(folder: RunFolder, donor: RunFolder) -> None:
-    """Append the labels that another run has and this one lacks."""
+    """Append another run's labels that this one lacks."""
     own = (folder / artifacts.LABELS).read_text(encoding="utf-8")
     known = set(own.splitlines())
     theirs = donor / artifacts.LABELS

@@ -1,4 +1,4 @@
-"""What is forgotten while the stage rl runs: the sets of the section evaluate, measured as they will be at the end."""
+"""Measures forgetting during the stage rl, on the sets of the section evaluate and as the stage evaluate does."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from trl_rlaif.encoding import PromptLike
     from trl_rlaif.models.shared_model import SharedBase
 
-# Where the recipe does not say how often: ten times over the run, as checkpoints are by default.
+# Default interval, as a fraction of the run: ten measurements, as many as checkpoints.
 EVERY = 0.1
 
 
 def attach(context: Context, trainer: Trainer, shared: SharedBase, **own: Any) -> ForgettingTracker | None:
-    """Have a trainer measure the recipe's sets while it trains; None where the recipe asks for none of it.
+    """Make a trainer measure the recipe's sets while it trains; None if the recipe does not ask for it.
 
-    To be called when what writes metrics.jsonl is attached already. A judge of its own stays in memory for the run.
+    Call it after attaching the callback that writes metrics.jsonl. A separate judge model stays in memory for the run.
 
     Args:
-        own: What ForgettingTracker asks a trainer for that is no PPOTrainer.
+        own: Arguments that ForgettingTracker needs for a trainer that is not a PPOTrainer.
     """
     section = context.recipe.evaluate
     if section is None or section.track_every == 0 or (section.track_every is None and FORGET_SET not in section.sets):
@@ -57,7 +57,7 @@ def attach(context: Context, trainer: Trainer, shared: SharedBase, **own: Any) -
 
 
 def numbers(tracker: ForgettingTracker | None) -> dict[str, Any]:
-    """What belongs into the results of rl: ``forgetting`` by set, and ``stopped`` where that ended the run."""
+    """For the results of rl: ``forgetting`` by set, and ``stopped`` if that ended the run."""
     if tracker is None:
         return {}
     found = {"forgetting": tracker.numbers()}
@@ -65,7 +65,7 @@ def numbers(tracker: ForgettingTracker | None) -> dict[str, Any]:
 
 
 def _drawn(context: Context, shared: SharedBase, name: str, source: str) -> list[PromptLike]:
-    """Some prompts of a set, in the form that the base was taught, and in the set's order."""
+    """A random sample of a set's prompts, in the base's chat format and the set's order."""
     recipe = context.recipe
     length, model = longest_response(context.recipe), shared.model
     prompts, _, _ = context.encoded_prompts(source, length, model, "eval_prompts")

@@ -1,4 +1,4 @@
-"""What a run has trained, found in its folder: the adapter, the base that it belongs on, and the tokenizer."""
+"""Finds a run's trained models in its folder: the adapter, its base, and the tokenizer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 What = Literal["policy", "reward", "judge"]
 NOUNS: dict[What, str] = {"policy": "policy", "reward": "reward model", "judge": "judge"}
-# The stage that trains each of them, and its folder.
+# The stage that trains each, and the adapter's folder.
 _MADE: dict[What, tuple[str, str]] = {
     "policy": ("rl", artifacts.POLICY),
     "reward": ("reward", artifacts.REWARD),
@@ -33,15 +33,15 @@ _MADE: dict[What, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Trained:
-    """An adapter that a run has trained.
+    """An adapter trained by a run.
 
     Args:
-        what: Which of them.
+        what: Which model.
         path: Its folder, with the tokenizer.
-        base: The model that it belongs on, in the type in which the run held it.
-        template_kwargs: Variables for the chat template, as the run set them.
-        day: On which chat templates that tell the date think that the run takes place.
-        used: Of a judge: whether the run found that what it was taught helps.
+        base: Its base model, with the run's dtype.
+        template_kwargs: The run's variables for the chat template.
+        day: The run's date, for chat templates that state the date; None: not stored.
+        used: For a judge: whether the run found that the adapter helps.
     """
 
     what: What
@@ -52,7 +52,7 @@ class Trained:
     used: bool = True
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Its tokenizer, with which prompts are encoded as in the run."""
+        """Its tokenizer, which encodes prompts as in the run."""
         tokenizer = load_tokenizer(str(self.path))
         if self.day is not None and has_date(tokenizer):
             tokenizer.chat_template = dated(tokenizer.chat_template, self.day)
@@ -60,14 +60,15 @@ class Trained:
 
 
 def find_trained(folder: str | Path, what: What) -> Trained:
-    """Find what a run has trained.
+    """Find a model trained by a run.
 
     Args:
-        folder: The run's; of a run in rounds, what the last of them made is its own.
-        what: Of the policy, the reward model and the judge.
+        folder: The run's folder; that of a run in rounds has the last round's models.
+        what: The policy, the reward model or the judge.
 
     Raises:
-        UserError: No run is there, it has no such stage, the stage has not completed, or a file of it has changed.
+        UserError: There is no run, or a comparison; the stage is missing, has not completed or made no adapter; or its
+            files have changed.
     """
     if not (Path(folder) / artifacts.RECIPE).is_file():
         fix = "Name the folder that `trl-rlaif run` wrote."
@@ -79,7 +80,7 @@ def find_trained(folder: str | Path, what: What) -> Trained:
         fix = f"Name one of them: {places}."
         raise UserError("This is a comparison; each variant is a run of its own.", where=str(folder), fix=fix)
     (stage, name), runs = _MADE[what], runs_from(str(own.path))
-    # A run that goes on from another one takes its judge from there.
+    # A run that continues another one uses that one's judge.
     run = next((run for run in ([own, *runs] if what == "judge" else [own]) if run.is_complete(stage)), None)
     if run is None:
         state = "has not completed" if stage in recipe else "is not part of this run"
@@ -107,7 +108,7 @@ def _trained(what: What, run: RunFolder, model: dict[str, Any], day: date | None
 
 
 def _day(runs: list[RunFolder]) -> date | None:
-    """That of the first run which asked for it."""
+    """The date of the first run that stored one."""
     for run in runs:
         if found := read_state(run.state / artifacts.DATE, "Chat templates that tell the date need it."):
             return date.fromisoformat(found["date"])

@@ -1,4 +1,4 @@
-"""What the stages have in common that train with one of TRL's trainers."""
+"""Shared code of the stages that train with one of TRL's trainers."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def settings_of(recipe: Recipe, section: str) -> Iterator[None]:
-    """Around what takes a section's settings: TRL and transformers say with all kinds of exceptions that some do not go
-    together, or with the model or the machine.
+    """Convert errors in a section's settings: TRL and transformers raise all kinds of exceptions if settings conflict,
+    or do not suit the model or the machine.
 
     Raises:
-        UserError: In their words, with the place of the section.
+        UserError: With their message and the section's line.
     """
     import torch
 
@@ -42,7 +42,7 @@ def settings_of(recipe: Recipe, section: str) -> Iterator[None]:
     except (TrlRlaifError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of the system, such as a full disk
+        if isinstance(error, OSError) and error.errno is not None:  # a system error, such as a full disk
             raise
         said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         what = (
@@ -53,10 +53,10 @@ def settings_of(recipe: Recipe, section: str) -> Iterator[None]:
 
 
 def train_from_last(context: Context, trainer: Any, stage: str, title: str) -> Any:
-    """Train from the newest checkpoint, if it is of the same run; what TRL's trainer returns.
+    """Train from the newest checkpoint, if it belongs to the same run; returns the output of TRL's trainer.
 
     Raises:
-        UserError: The trainer has dropped every row.
+        UserError: The trainer dropped every row.
     """
     if not len(trainer.train_dataset):
         raise UserError(
@@ -77,9 +77,9 @@ def train_from_last(context: Context, trainer: Any, stage: str, title: str) -> A
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest checkpoint of a TRL trainer that is whole and what was written, or None; a line on each newer one.
+    """The newest complete and unchanged checkpoint of a TRL trainer, or None; prints a line on each newer one.
 
-    A kill leaves a part of one: transformers writes it under its own name.
+    A kill may leave a partial one: transformers writes it under its final name.
     """
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -88,7 +88,7 @@ def last_checkpoint(folder: str | Path) -> str | None:
         damaged = content.damaged(path)
         if damaged is None:
             return str(path)
-        # SameRun writes the latter when all others are there, and then the digests.
+        # SameRun writes the latter file after all others, and then the digests.
         if not (path / content.FILE).exists() and (path / run_identity.FILE).exists():
             say(f"Warning: {path} has no digests, after a kill or from an earlier version; it is used as it is.")
             if is_first():

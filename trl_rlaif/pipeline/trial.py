@@ -1,4 +1,4 @@
-"""A recipe's settings for TRL's trainers, tried before anything is computed."""
+"""Tries a recipe's settings for TRL's trainers before any computation."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ if TYPE_CHECKING:
     from trl_rlaif.plugins import Plugins
     from trl_rlaif.recipe import Recipe
 
-# Texts of which TRL's configurations take any.
+# String settings that TRL's configurations do not validate.
 _LOOKED_AT_LATE = (
     "loss_type", "f_divergence_type", "importance_sampling_level", "scale_rewards", "multi_objective_aggregation",
     "vllm_importance_sampling_mode",
 )  # fmt: skip
-# Of a schedule that is made and not followed.
+# Steps of a schedule that is created but not used.
 _STEPS = 1000
 
 
 def try_settings(recipe: Recipe, plugins: Plugins) -> None:
-    """Make the configuration of each trainer from what the recipe writes for it, as its stage will.
+    """Create each trainer's configuration from the recipe, as its stage will.
 
     Raises:
-        UserError: TRL or transformers refuse one.
+        UserError: TRL or transformers reject one.
     """
     sections = [name for name in CONFIG_CLASSES if (section := getattr(recipe, name)) and section.config]
-    if not sections or distributed.processes() > 1:  # several would wait for each other
+    if not sections or distributed.processes() > 1:  # multiple processes would wait for each other
         return
     from trl_rlaif.pipeline.context import Context
     from trl_rlaif.pipeline.run_folder import RunFolder
 
     written = {name: getattr(recipe, name).config for name in sections}
-    # Whether memory is short need not be known.
+    # Gradient checkpointing is set here, so memory need not be predicted.
     settled = with_settings(recipe, {(n, CHECKPOINTING): of.get(CHECKPOINTING, False) for n, of in written.items()})
     with tempfile.TemporaryDirectory() as folder:
         context = Context(settled, RunFolder(folder), plugins)
-        with redirect_stderr(io.StringIO()):  # what the configurations warn of, the stages will say
+        with redirect_stderr(io.StringIO()):  # the stages will show the configurations' warnings
             for name in sections:
                 _try(context, name)
 
@@ -62,7 +62,7 @@ def _try(context: Context, section: str) -> None:
 
 
 def _config(context: Context, section: str) -> TrainingArguments:
-    """A section's configuration, as its stage makes it."""
+    """A section's configuration, as its stage creates it."""
     if section != "rl":
         return importlib.import_module(f"trl_rlaif.pipeline.work.{section}").trainer_config(context)
     algorithm = ALGORITHMS[context.recipe.rl.algorithm]
@@ -80,7 +80,7 @@ def _config(context: Context, section: str) -> TrainingArguments:
 
 
 def _check_texts(config: TrainingArguments, trainer: str) -> None:
-    """Compare settings that TRL looks at in the first update alone with the texts that its code compares them with."""
+    """Check string settings that TRL reads only in the first update against the strings in its code's comparisons."""
     source = inspect.getsource(getattr(importlib.import_module("trl"), trainer))
     compared = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Compare)]
     for field in _LOOKED_AT_LATE:
@@ -98,7 +98,7 @@ def _check_texts(config: TrainingArguments, trainer: str) -> None:
 
 
 def _make_parts(args: TrainingArguments) -> None:
-    """Make what a trainer makes once it trains: its optimizer, the schedule, the data loader and what it reports to."""
+    """Create what a trainer creates when training starts: optimizer, schedule, data loader and reporting callbacks."""
     from torch import nn, optim
     from torch.utils.data import DataLoader
     from transformers import Trainer, get_scheduler

@@ -1,4 +1,4 @@
-"""What a stage's judges on servers have used, kept on disk until the stage is complete: a stopped run counts on."""
+"""A stage's usage of judge servers, stored until the stage is complete: a resumed run continues counting."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from trl_rlaif.pipeline.context import Context
     from trl_rlaif.pipeline.results import AskedResults
 
-# It is written so often; a kill loses as much.
+# Seconds between writes; a kill loses as much.
 KEPT_SECONDS = 1.0
 
 
 class StoredTotal(Total):
-    """What this process counts. Each process has a file of its own.
+    """The usage counted by this process. Each process has its own file.
 
     Args:
-        folder: Of the stage's work.
+        folder: The stage's work folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -35,14 +35,14 @@ class StoredTotal(Total):
         self._kept, self._closed = time.monotonic(), False
 
     def add(self, used: Usage) -> None:
-        """Count more, and write it down once a second."""
+        """Add usage, and store it at most once per second."""
         with self._lock:
             self.used += used
             if time.monotonic() - self._kept >= KEPT_SECONDS:
                 self._keep()
 
     def close(self) -> None:
-        """Write it down for the last time; an answer that nobody waits for any more is not counted."""
+        """Store it for the last time; answers that arrive later are not counted."""
         with self._lock:
             self._keep()
             self._closed = True
@@ -60,7 +60,7 @@ def _read(path: Path) -> Usage:
 
 @contextmanager
 def counted(context: Context, stage: str) -> Iterator[None]:
-    """Inside, what judges on servers use is counted as the stage's."""
+    """Count the usage of judge servers inside as the stage's."""
     before, total = context.total, StoredTotal(_folder(context, stage))
     context.total = total
     try:
@@ -71,14 +71,14 @@ def counted(context: Context, stage: str) -> Iterator[None]:
 
 
 def usage_numbers(context: Context, stage: str) -> AskedResults:
-    """Of all processes together; nothing where no server was asked."""
+    """The usage of all processes; empty if no server was asked."""
     files = sorted(_folder(context, stage).glob(artifacts.usage_of("*")))
     used = sum(map(_read, files), Usage())
     return {} if used == Usage() else {"usage": asdict(used)}
 
 
 def spent(numbers: Mapping[str, Any]) -> str:
-    """What a stage's line says of it; nothing where no server was asked."""
+    """The usage in a stage's line; empty if no server was asked."""
     usage = numbers.get("usage")
     if not usage:
         return ""

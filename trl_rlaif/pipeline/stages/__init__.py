@@ -1,4 +1,4 @@
-"""The stages of a run, in order; a module says what each is."""
+"""The stages of a run, in order, one module each."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ if TYPE_CHECKING:
 
 _IN_ORDER: tuple[Stage, ...] = (Sft(), Sample(), Judge(), Label(), Reward(), Rl(), Evaluate(), Report())
 STAGES = {stage.name: stage for stage in _IN_ORDER}
-# Of a run in rounds, what comes once, after the last of them, and what a round consists of.
+# In a run with rounds: the stages that run once, after the last round, and those of a round.
 ENDS = ("evaluate", "report")
 ROUND = tuple(name for name in STAGES if name not in ENDS)
 
 
 def active_stages(recipe: Recipe) -> dict[str, Stage]:
-    """The stages that a recipe runs, in order, by name."""
+    """The stages that a recipe includes, in order, by name."""
     return {name: stage for name, stage in STAGES.items() if stage.is_active(recipe)}
 
 
 def check_processes(recipe: Recipe, only: Sequence[str]) -> None:
-    """Refuse what several processes cannot do, before anything is computed: a batch that does not divide, and with FSDP
-    what does not go together with weights that are shared out.
+    """Reject, before any computation, what several processes do not support: a batch that does not divide, and with
+    FSDP settings that do not work with sharded weights.
 
     Args:
-        recipe: Or its variants, if it has some.
-        only: The stages that were asked for; all where there are none.
+        recipe: The recipe; its variants, if any, are checked instead.
+        only: The requested stages; empty for all.
 
     Raises:
-        UserError: Every stage whose batch does not divide, and every setting.
+        UserError: With every stage whose batch does not divide, and every unsupported setting.
     """
     if distributed.processes() == 1:
         return
     from trl_rlaif.memory.settings import setting
 
-    asked = {name.rpartition("/")[2] for name in only} or set(STAGES)  # of a run in rounds: 2/rl
+    asked = {name.rpartition("/")[2] for name in only} or set(STAGES)  # in a run with rounds: 2/rl
     problems: defaultdict[str, list[Problem]] = defaultdict(list, {"": list(sharding.problems())})
     for each in recipe.variants.values() or [recipe]:
         for name in (name for name, stage in active_stages(each).items() if stage.trains and name in asked):
@@ -67,7 +67,7 @@ def check_processes(recipe: Recipe, only: Sequence[str]) -> None:
 
 
 def _not_shared_out(recipe: Recipe) -> Iterator[Problem]:
-    """What the section rl asks for that does not run with FSDP."""
+    """Settings of the section rl that FSDP does not support."""
     asked = {
         ("rl", "algorithm"): recipe.rl.algorithm == "rejection_sampling",
         ("rl", "generation"): recipe.rl.config.get("generation") == "vllm",

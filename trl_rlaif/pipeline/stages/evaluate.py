@@ -1,4 +1,4 @@
-"""The stage evaluate: the trained policy against the start on held-out prompts."""
+"""The stage evaluate: the trained policy against the initial policy on held-out prompts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Evaluate(Stage):
-    """Responses of both, what the judges say of them, and the rewards of ``rl``."""
+    """Responses of both policies, the judges' verdicts on them, and the rewards of ``rl``."""
 
     name = "evaluate"
     outputs = (artifacts.SAMPLES,)
@@ -64,7 +64,7 @@ class Evaluate(Stage):
         return amounts.held_out * (2 * (drawn + scored + asked) + amounts.tokens + 4 * response)
 
     def memory(self, run: MemoryRun) -> list[Part]:
-        """Responses of the policy and the start, rewards, and the judge, on one base."""
+        """Responses of the trained and the initial policy, rewards, and the judge, on one base."""
         from trl_rlaif.memory.parts import JUDGE_TOKENS, frozen_adapters, generation, judge_pass
 
         recipe, section = run.recipe, run.recipe.evaluate
@@ -86,12 +86,12 @@ class Evaluate(Stage):
 
 
 def longest_response(recipe: Recipe) -> int:
-    """In tokens."""
+    """Maximum response length in tokens."""
     given = recipe.evaluate.max_new_tokens or recipe.rl.config.get("response_length")
     return given or (recipe.sample.max_new_tokens if recipe.sample else 128)
 
 
 def _agreeing(numbers: dict[str, Any]) -> str:
-    """How often all judges of a set agree, where there are several."""
+    """How often all judges of a set agree; empty for a single judge."""
     among = (numbers.get("judge_agreement") or {}).get("all")
     return f", judges agree in {among['rate']:.0%}" if among else ""

@@ -1,4 +1,4 @@
-"""The stage judge: an adapter that teaches a judge its own questions."""
+"""The stage judge: an adapter that is trained on the judge's own questions."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 class Judge(Stage):
-    """An adapter of the judge, and what the judge says of held-out pairs with it and without."""
+    """An adapter of the judge, and the judge's answers on held-out pairs with and without it."""
 
     name = "judge"
     outputs = (artifacts.JUDGE, artifacts.LESSONS, artifacts.checkpoints_of("judge"))
     trains = True
     prepares = True
     told = ("loss", "eval_loss")
-    # Of a LoRA adapter that learns from few pairs; the held-out loss ends it earlier.
+    # For a LoRA adapter trained on few pairs; the held-out loss may stop it earlier.
     defaults = {"learning_rate": 5e-4, "warmup_steps": 0.1, "num_train_epochs": 2}
 
     def is_active(self, recipe: Recipe) -> bool:
@@ -69,7 +69,7 @@ class Judge(Stage):
         return passes * contrasts * (amounts.tokens + QUESTION + 4 * response)
 
     def memory(self, run: MemoryRun) -> list[Part]:
-        """Both orders of a pair are rows."""
+        """Each pair gives two rows, one per order."""
         from trl_rlaif.memory.parts import backward, trained
 
         if isinstance(run.recipe.judge.model, JudgeSection):

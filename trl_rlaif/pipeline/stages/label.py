@@ -1,4 +1,4 @@
-"""The stage label: a judge's soft labels, and the preferences that follow from them."""
+"""The stage label: a judge's soft labels, and the resulting preferences."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Label(Stage):
     """Preferences with p, the probability that the chosen response is the better one."""
 
     name = "label"
-    # The labels stay: each line is found by what determined it (labels/store.py).
+    # labels.jsonl stays: a line is looked up by the inputs that determine it (labels/store.py).
     outputs = (artifacts.PREFERENCES, artifacts.RANKINGS, artifacts.JURY)
     companions = (artifacts.LABELS,)
     without = ("label.batch_tokens", "label.precision", "label.budget")
@@ -55,9 +55,9 @@ class Label(Stage):
         response = recipe.sample.max_new_tokens if recipe.sample else amounts.tokens
         if not isinstance(recipe.label.judge, str) or recipe.label.compare or recipe.label.calibration:
             return None
-        if recipe.label.ranking and recipe.label.ranking.method == "tournament":  # a progress bar a round
+        if recipe.label.ranking and recipe.label.ranking.method == "tournament":  # one progress bar per round
             return None
-        # In both orders; what they share is computed once.
+        # In both orders; their shared prefix is computed once.
         return amounts.pairs * (amounts.tokens + QUESTION + 4 * response)
 
     def memory(self, run: MemoryRun) -> list[Part]:

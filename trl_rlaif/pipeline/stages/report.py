@@ -1,4 +1,4 @@
-"""The stage report: one page from what the other stages left."""
+"""The stage report: one page from the other stages' outputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Report(Stage):
-    """An HTML page, and its plots."""
+    """An HTML page, a Markdown summary, and plots."""
 
     name = "report"
     outputs = (artifacts.REPORT, artifacts.SUMMARY, artifacts.PLOTS)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Reward(Stage):
-    """A reward model, and its scores of the pairs that were held out."""
+    """A reward model, and its scores of held-out pairs."""
 
     name = "reward"
     outputs = (artifacts.REWARD, artifacts.REWARD_SCORES, artifacts.checkpoints_of("reward"))
@@ -24,7 +24,7 @@ class Reward(Stage):
     trains = True
     prepares = True
     told = ("loss", "accuracy", "margin")
-    # Pairs of similar length in a batch: on mixed prompts half of all tokens would be padding.
+    # Batches of similar length: otherwise half of all tokens would be padding on mixed prompts.
     defaults = {"train_sampling_strategy": "group_by_length"}
 
     def settings(self, recipe: Recipe) -> tuple[str, ...]:
@@ -46,7 +46,7 @@ class Reward(Stage):
         return TRAINED * epochs * amounts.pairs * (amounts.tokens + 2 * response)
 
     def memory(self, run: MemoryRun) -> list[Part]:
-        """Both responses of a pair are rows."""
+        """Each pair gives two rows, one per response."""
         from trl_rlaif.memory.parts import backward, trained
 
         recipe = run.recipe

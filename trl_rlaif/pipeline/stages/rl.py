@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Rl(Stage):
-    """The trained policy, and PPO's value model; from selectors also what it rehearsed, and the map of its prompts."""
+    """The trained policy and PPO's value model; with selectors also the rehearsed pairs and the map of the prompts."""
 
     name = "rl"
     outputs = (
@@ -104,7 +104,7 @@ class Rl(Stage):
 
     @staticmethod
     def _uses_reward(recipe: Recipe) -> bool:
-        """Whether the reward model scores, or a transform has the state of its training."""
+        """Whether the reward model scores, or a transform uses the state of its training."""
         trained = {ref.name for ref in recipe.reward.transforms} if recipe.reward else set()
         return "reward" in recipe.rl.reward_names or bool(trained & {ref.name for ref in recipe.rl.transforms})
 
@@ -116,11 +116,11 @@ class Rl(Stage):
             return f"{numbers['pairs']} pairs{skipped(numbers)}"
         if "score_first" not in numbers:
             return ""
-        kl = f", KL {numbers['kl_last']:.2f}" if "kl_last" in numbers else ""  # GRPO with kl_coef: 0 measures none
+        kl = f", KL {numbers['kl_last']:.2f}" if "kl_last" in numbers else ""  # GRPO with kl_coef: 0 does not log it
         return f"score {numbers['score_first']:+.3f} -> {numbers['score_last']:+.3f}{kl}"
 
     def cost(self, recipe: Recipe, amounts: Amounts) -> float | None:
-        """Of what draws responses: they, the passes without gradient, the updates and the judges' questions."""
+        """Responses, passes without gradient, updates and judges' questions; None without sampled episodes."""
         algorithm = ALGORITHMS[recipe.rl.algorithm]
         config = {**algorithm.preset, **recipe.rl.config}
         if not algorithm.samples or not config.get("total_episodes"):
@@ -132,7 +132,7 @@ class Rl(Stage):
         return config["total_episodes"] * (amounts.tokens + DRAWN * response + passes * row + asked)
 
     def memory(self, run: MemoryRun) -> list[Part]:
-        """As PPO on one base holds it: generation, passes without gradient, update."""
+        """As for PPO on one base: generation, passes without gradient, update."""
         from trl_rlaif.memory.parts import judging, policy_training
 
         recipe = run.recipe
@@ -150,7 +150,7 @@ class Rl(Stage):
 
 
 def _source_of(place: str) -> str | None:
-    """The file of a reward function's ``path/to/file.py`` or ``package.module``; None where there is none."""
+    """The file of a reward function's ``path/to/file.py`` or ``package.module``; None if there is none."""
     if place.endswith(".py"):
         return place
     try:

@@ -1,4 +1,4 @@
-"""The stage sample: pairs of responses, drawn from the starting policy or read from the recipe's data."""
+"""The stage sample: pairs of responses, sampled from the initial policy or read from the recipe's data."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from trl_rlaif.pipeline.results import SampleResults
     from trl_rlaif.recipe import Recipe
 
-# Responses of a sampler's conversation, as memory is planned for: one, what is said of it, and another.
+# Responses in a sampler's conversation, for planning memory: a response, a critique and a revision.
 _TURNS = 3
 
 
 class Sample(Stage):
-    """Pairs; those from the data take the place of the recipe's section."""
+    """Pairs; those from the data replace the recipe's section."""
 
     name = "sample"
     outputs = (artifacts.PAIRS, artifacts.REVISIONS, artifacts.PARTIAL_PAIRS)

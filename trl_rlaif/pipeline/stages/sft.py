@@ -1,4 +1,4 @@
-"""The stage sft: supervised fine-tuning of the adapter that everything after it starts from."""
+"""The stage sft: supervised fine-tuning of the adapter that later stages start from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from trl_rlaif.memory.plan import Part
     from trl_rlaif.recipe import Recipe
 
-# TRL computes the loss over so many tokens at once.
+# Tokens per chunk of TRL's loss.
 CHUNK = 256
 
 
@@ -39,10 +39,10 @@ class Sft(Stage):
         return ("sft",)
 
     def cost(self, recipe: Recipe, amounts: Amounts) -> float | None:
-        return None  # how long its rows are, only its trainer finds out
+        return None  # only its trainer knows the length of its rows
 
     def memory(self, run: MemoryRun) -> list[Part]:
-        """Rows are taken to be as long as max_length."""
+        """Rows are assumed to be as long as max_length."""
         from trl_rlaif.memory.parts import trained, update
 
         rows = run.setting("sft", "per_device_train_batch_size")

@@ -1,1 +1,1 @@
-"""What the stages do, a module each, imported when its stage runs; of rl one for each kind of algorithm."""
+"""The stages' implementations, each imported when its stage runs; rl has a module per kind of algorithm."""

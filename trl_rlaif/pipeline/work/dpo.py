@@ -1,4 +1,4 @@
-"""Direct preference optimization with TRL's DPOTrainer, on the preferences that a reward model would learn from."""
+"""Direct preference optimization with TRL's DPOTrainer, on the preferences that would train a reward model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _ADAPTER = "default"
 
 
 def run(context: Context) -> RlResults:
-    """Train ``policy/`` on ``preferences/``; return its final numbers."""
+    """Train ``policy/`` on ``preferences/``; return its results."""
     started = time.monotonic()
     skipped = {}
     if context.recipe.label is None:
@@ -59,7 +59,7 @@ def run(context: Context) -> RlResults:
 
 
 def build_trainer(context: Context) -> tuple[DPOTrainer, list[str]]:
-    """The trainer that the recipe describes, and the keys of the recipe's section that it makes no use of."""
+    """The trainer for the recipe, and the keys of the section rl that it ignores."""
     check_trl()
     from peft import PeftModel
     from trl import DPOTrainer
@@ -81,7 +81,7 @@ def build_trainer(context: Context) -> tuple[DPOTrainer, list[str]]:
     adapter = fitted(context.lora, model)
     if context.start is not None:
         model = PeftModel.from_pretrained(model, context.start, is_trainable=True)
-        adapter = None  # the policy begins as the start's, of which TRL keeps a frozen copy as reference
+        adapter = None  # the policy continues the start's adapter; TRL keeps a frozen copy as reference
     values = trained_values(model)
     with settings_of(context.recipe, "rl"):
         trainer = (SoftDPOTrainer if soft else DPOTrainer)(
@@ -106,17 +106,17 @@ def _preferences(context: Context) -> Dataset:
 
 
 def _label_facts(context: Context, *, soft: bool) -> dict[str, Any]:
-    """What the labels are like, as results.json tells: 1 - mean confidence is the mean of their label smoothing."""
+    """Statistics of the labels for results.json; 1 - mean_confidence is their mean label smoothing."""
     p = _preferences(context)["p"]
     confidence = sum(max(x, 1 - x) for x in p) / len(p)
     return {"soft": soft, "mean_confidence": confidence, "ties": sum(map(is_even, p))}
 
 
 def _readable(dataset: Dataset, *, soft: bool) -> Dataset:
-    """The preferences as the trainer reads them; without ties where it takes every chosen response as the better one.
+    """The preferences in the trainer's format; without ties if it treats labels as hard.
 
-    What a prompt already says for the assistant becomes the beginning of both responses. TRL would open another turn
-    after it; and the log-probabilities of what both begin with cancel in the loss.
+    A prompt's final assistant turn is moved to the beginning of both responses. TRL would open another turn after it;
+    and the log-probabilities of a shared prefix cancel in the loss.
     """
     if not soft:
         dataset = dataset.select([i for i, p in enumerate(dataset["p"]) if not is_even(p)])
@@ -135,7 +135,7 @@ def _joined(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def trainer_config(context: Context) -> tuple[DPOConfig, list[str]]:
-    """The trainer's settings, and the keys of the recipe's section that it makes no use of."""
+    """The trainer's settings, and the keys of the section rl that it ignores."""
     from trl import DPOConfig
 
     written = dict(context.recipe.rl.config)
@@ -156,7 +156,7 @@ def _save(context: Context, trainer: DPOTrainer, folder: Path) -> None:
 
 
 def _numbers(trainer: DPOTrainer) -> dict[str, Any]:
-    """What the log says of the implicit reward, beta * log(policy / start), first and last."""
+    """First and last logged metrics of the implicit reward, beta * log(policy / reference)."""
     logged = [entry for entry in trainer.state.log_history if "rewards/accuracies" in entry]
     if not logged:
         return {}

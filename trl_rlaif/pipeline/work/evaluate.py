@@ -1,4 +1,4 @@
-"""The trained policy against the start on held-out prompts: win rates by the judges, and reward of both."""
+"""The trained policy against the initial policy on held-out prompts: the judges' win rates, and both rewards."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from trl_rlaif.types import RehearsalPair
 
-# Prompts of a category below which a win rate says nothing.
+# Minimum number of a category's prompts for its win rate to be meaningful.
 FEWEST_FOR_DRIFT = 5
 
 
@@ -65,16 +65,16 @@ def run(context: Context) -> EvaluateResults:
 
 
 def _agreement(context: Context) -> dict[str, Any]:
-    """Agreement with people's choices, where the data has them: of the labels, and of the reward model."""
+    """Agreement with human choices, if the data has them: of the labels, and of the reward model."""
     return {stage: context.folder.results_of(stage).get("agreement") for stage in ("label", "reward")}
 
 
 def _answers(
     context: Context, shared: SharedBase, name: str, source: str
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """One line a prompt: both first responses, and means over all.
+    """One row per prompt: both policies' first responses, and means over all responses.
 
-    The set's own numbers come with them: what was skipped, and the NLL of the start's good answers.
+    Also returns the set's own results: skipped prompts, and the NLL of the initial policy's good answers.
     """
     length, reader = longest_response(context.recipe), context.reader(shared.model)
     prompts, tokens, skipped = context.encoded_prompts(source, length, shared.model, "eval_prompts")
@@ -105,9 +105,9 @@ def _answers(
 
 
 def _nlls(context: Context, shared: SharedBase, pairs: list[RehearsalPair], rewards: list[Any]) -> dict[str, float]:
-    """NLL per token of the start's good answers, under the start itself and under the trained policy.
+    """NLL per token of the initial policy's good answers, under itself and under the trained policy.
 
-    Good is the half that the reward model scores highest; without one, all are.
+    The good answers are the half with the highest rewards; all, without a reward model.
     """
     kept = range(len(pairs)) if None in rewards else better_half(rewards)
     good, size, device = [pairs[i] for i in kept], context.recipe.evaluate.batch_size, shared.model.device
@@ -120,7 +120,7 @@ def _nlls(context: Context, shared: SharedBase, pairs: list[RehearsalPair], rewa
 def _of_each_prompt(
     context: Context, shared: SharedBase, tokens: list[list[int]], responses: list[list[list[int]]]
 ) -> dict[str, list[Any]]:
-    """Means over each prompt's responses, and the first one's own reward (None without a reward model)."""
+    """Means over each prompt's responses, and the first one's reward (None without a reward model)."""
     reader, many = context.reader(shared.model), len(responses[0])
     rewards: list[Any] = [None] * len(tokens) * many
     if "reward" in shared.heads:
@@ -148,7 +148,7 @@ def _responses(
     tokens: list[list[int]],
     length: int,
 ) -> list[list[list[int]]]:
-    """Token ids of each prompt's responses under a role, with the end token where it was drawn."""
+    """Token ids of each prompt's responses under a role, with the end token if it was generated."""
     section, stops = context.recipe.evaluate, context.stop_ids(shared.model)
     responses: list[list[list[int]]] = [[]] * len(prompts)
     batch_size = max(1, section.batch_size // section.num_responses)
@@ -196,17 +196,17 @@ def _numbers(rows: list[dict[str, Any]], seed: int) -> dict[str, Any]:
 
 
 def _of_category(found: list[tuple[float, float | None, str]], seed: int) -> dict[str, Any]:
-    """The judge's word on a kind of prompt, beside what the reward model says of it."""
+    """The judge's win rate on a category of prompts, and the reward model's gain."""
     preferred, gains, asked = zip(*found, strict=True)
     win, gain = win_rate(preferred, asked), _mean(list(gains), asked, seed)
-    # The reward surely rose, and the judge surely prefers the start: a sign of reward hacking.
+    # The reward rose, but the judge prefers the initial policy, each by its interval: a sign of reward hacking.
     drift = gain is not None and gain["interval"][0] > 0 and win["interval"][1] < 0.5
     drift = drift and len(found) >= FEWEST_FOR_DRIFT
     return {"win_rate": win["win_rate"], "n": len(found), "reward_gain": gain, "drift": drift}
 
 
 def _of_labeler(name: str, rows: list[dict[str, Any]], seed: int) -> dict[str, Any]:
-    """A labeler's rewards, of the prompts of which it has both: the gain is each prompt's own."""
+    """A labeler's mean rewards over the prompts that have both, and the mean gain per prompt."""
     both = [(row["prompt"], *(row[f"rewards_{side}"][name] for side in SIDES)) for row in rows]
     found = [(prompt_key(prompt), start, trained) for prompt, start, trained in both if None not in (start, trained)]
     numbers: dict[str, Any] = {"prompts": len(found), "unscored": len(rows) - len(found)}
@@ -219,7 +219,7 @@ def _of_labeler(name: str, rows: list[dict[str, Any]], seed: int) -> dict[str, A
 
 
 def _mean(values: list[float | None], prompts: Sequence[str], seed: int) -> dict[str, Any] | None:
-    """Mean and 95% bootstrap interval over prompts; None where there is no reward model."""
+    """Mean and 95% bootstrap interval over prompts; None if a value is missing."""
     if any(value is None for value in values):
         return None
     return {"mean": statistics.fmean(values), "interval": bootstrap_mean(values, prompts, seed=seed)}

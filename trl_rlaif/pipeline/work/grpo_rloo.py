@@ -1,4 +1,4 @@
-"""RLOO and GRPO by TRL's own trainers, on the base, the rewards and the selectors of the recipe."""
+"""RLOO and GRPO with TRL's trainers, on the recipe's base, rewards and selectors."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ from trl_rlaif.rl.selection import MergedSelection, PromptPool, PromptSelection
 
 
 def run(context: Context) -> RlResults:
-    """Train ``policy/``; return the first and last numbers of the run itself."""
+    """Train ``policy/``; return the first and last metrics of training."""
     started = time.monotonic()
     trainer, skipped, unused = build_trainer(context)
     if unused:
         say(f"rl: {context.recipe.rl.algorithm} ignores {', '.join(unused)}.")
     scorer = trainer.scorer
     checkpoint = last_checkpoint(trainer.args.output_dir)
-    if checkpoint is not None:  # before what it chose is taken up: rows of the prompts that it knew
+    if checkpoint is not None:  # before using its selection, which refers to rows of its prompts
         trainer.same_run.compare(Path(checkpoint))
     _select(context, scorer, checkpoint)
     trainer.train_dataset = scorer.selection.prompts
@@ -70,7 +70,7 @@ def run(context: Context) -> RlResults:
 
 
 def _select(context: Context, scorer: GroupScorer, checkpoint: str | None) -> None:
-    """What is trained on and rehearsed: as a checkpoint has it, or else as the selectors choose."""
+    """Set the prompts and rehearsal pairs: the checkpoint's, or else the selectors' choice."""
 
     kept = None if checkpoint is None else kept_state(checkpoint)
     if kept is not None and kept["chosen"] is not None:
@@ -81,7 +81,7 @@ def _select(context: Context, scorer: GroupScorer, checkpoint: str | None) -> No
 
 
 def build_trainer(context: Context) -> tuple[RehearsalMixin, dict[str, int], list[str]]:
-    """TRL's trainer with a scorer; how many prompts were skipped by reason; keys of which nobody makes use."""
+    """TRL's trainer with a scorer; the number of prompts skipped by reason; unused keys of the section rl."""
 
     config, unused = trainer_config(context)
     settings = scorer_settings(context, config)  # before the trainer: new arguments reset accelerate's state
@@ -113,8 +113,8 @@ def build_trainer(context: Context) -> tuple[RehearsalMixin, dict[str, int], lis
     if context.reference != context.start and TRL_REFERENCE in trainer.model.peft_config:
         set_reference(trainer.model, TRL_REFERENCE, context.reference)
     if hasattr(trainer, "eos_token_ids"):
-        trainer.eos_token_ids = stops  # by which TRL masks; its own always have the tokenizer's eos among them
-    # The scorer's adapters and heads draw random numbers: TRL's trainer goes on as if it were alone.
+        trainer.eos_token_ids = stops  # TRL masks by these; its default always includes the tokenizer's EOS
+    # The scorer's adapters and heads draw random numbers, which must not affect TRL's trainer.
     with seeded(context.recipe.run.seed, "scorer"):
         score.scorer = _scorer(context, trainer, settings, dataset)
     trainer.take(score.scorer)
@@ -122,10 +122,10 @@ def build_trainer(context: Context) -> tuple[RehearsalMixin, dict[str, int], lis
 
 
 def _stop_ids(context: Context, base: Any) -> list[int]:
-    """The tokens that end a response, as far as the installed TRL knows of several.
+    """The tokens that end a response, as far as the installed TRL supports several.
 
     Raises:
-        UserError: It masks responses by the tokenizer's eos alone (until TRL 1.14), which does not end these.
+        UserError: It masks responses only by the tokenizer's EOS (until TRL 1.14), which does not end these.
     """
     stops, eos_id = list(context.stop_ids(base)), context.tokenizer.eos_token_id
     if "eos_token_ids" in inspect.getsource(RLOOTrainer) or stops == [eos_id]:
@@ -141,7 +141,7 @@ def _stop_ids(context: Context, base: Any) -> list[int]:
 
 
 def _scorer(context: Context, trainer: RehearsalMixin, args: PPOConfig, dataset: Any) -> GroupScorer:
-    """What scores, chooses and rehearses, on the very base that TRL's trainer trains."""
+    """The object that scores, selects and rehearses, on the same base that TRL's trainer trains."""
     accelerator, tokenizer, shared = trainer.accelerator, context.tokenizer, SharedBase.around(trainer.model)
     if context.reference != context.start:
         shared.compare_with(context.reference)
@@ -170,12 +170,12 @@ def _scorer(context: Context, trainer: RehearsalMixin, args: PPOConfig, dataset:
 
 
 def scorer_settings(context: Context, config: Any) -> PPOConfig:
-    """PPO's settings as the recipe has them, for a trainer that samples and batches by TRL's."""
+    """PPO's settings from the recipe, for a trainer that samples and batches by TRL's settings."""
     args = dataclasses.replace(  # type: ignore[call-arg]  # fields of TRL's own class
         rl_setup.config(context),
         response_length=config.max_completion_length,
-        temperature=config.temperature,  # whose default is TRL's, not PPO's
-        value="trunk",  # no value model: one forward and backward pass, by which the rehearsal batch is measured
+        temperature=config.temperature,  # the default is TRL's, not PPO's
+        value="trunk",  # no value model: the rehearsal batch is sized for one forward and backward pass
     )
     if args.fp16:
         where = context.recipe.line(("rl", "fp16"))
@@ -186,7 +186,7 @@ def scorer_settings(context: Context, config: Any) -> PPOConfig:
 
 
 def trainer_config(context: Context) -> tuple[Any, list[str]]:
-    """The trainer's settings, and the keys of the recipe's section of which nobody makes use."""
+    """The trainer's settings, and the unused keys of the section rl."""
     section = context.recipe.rl
     algorithm = ALGORITHMS[section.algorithm]
     config_class = algorithm.config_class()
@@ -217,7 +217,7 @@ def _numbers(trainer: RehearsalMixin) -> dict[str, Any]:
         numbers |= {"score_first": logged[0]["objective/scores"], "score_last": logged[-1]["objective/scores"]}
         ended = [entry["rollout/ended"] for entry in logged if "rollout/ended" in entry]  # earlier versions logged none
         numbers |= {"ended_first": ended[0], "ended_last": ended[-1]} if ended else {}
-        if "kl" in logged[-1]:  # TRL's is nats per token; PPO's, and what the report warns of, nats per response
+        if "kl" in logged[-1]:  # TRL logs nats per token; PPO and the report's warnings use nats per response
             numbers["kl_last"] = logged[-1]["kl"] * logged[-1]["completions/mean_length"]
     if logged and "rehearsal/nll" in logged[0]:
         numbers["rehearsal"] = {

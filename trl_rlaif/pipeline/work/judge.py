@@ -1,4 +1,4 @@
-"""An adapter for a judge: what it is taught, its training, and what held-out pairs say of it."""
+"""An adapter for a judge: its training pairs, its training, and its evaluation on held-out pairs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _ADAPTER = "judge"
 
 
 def run(context: Context) -> JudgeResults:
-    """Train ``judge/`` and write ``lessons.jsonl``; return whether it helps."""
+    """Train ``judge/`` and write ``lessons.jsonl``; return whether the adapter helps."""
     started = time.monotonic()
     labeler = context.create_labeler(context.recipe.teaching_labeler)
     taught, held_out, skipped = _lessons(context, labeler)
@@ -78,11 +78,11 @@ def run(context: Context) -> JudgeResults:
     }
 
 
-# ---- What is taught -------------------------------------------------------------------------------------
+# ---- Training pairs -------------------------------------------------------------------------------------
 
 
 def _lessons(context: Context, labeler: Labeler) -> tuple[list[Lesson], list[Lesson], dict[str, int]]:
-    """What is taught and what is held out, which share no prompt; and what was left out."""
+    """Training and held-out pairs, which share no prompt; and the number skipped by reason."""
     section, seed = context.recipe.judge, context.recipe.run.seed
     known, skipped = _judged(context, labeler)
     own = context.pairs() if section.contrasts else []
@@ -99,7 +99,7 @@ def _lessons(context: Context, labeler: Labeler) -> tuple[list[Lesson], list[Les
 
 
 def _nothing_taught(context: Context, taught: Sequence[Lesson], skipped: dict[str, int]) -> JudgeResults:
-    """Too few pairs end no run that has drawn its responses: the judge stays as it is."""
+    """Too few pairs do not stop a run that has sampled its responses: the judge stays untaught."""
     reason = "no pair is held out" if taught else "the responses yield no contrasts, and there are no other pairs"
     _warn(reason)
     write_atomically(context.folder / artifacts.LESSONS, "")
@@ -112,7 +112,7 @@ def _warn(reason: str) -> None:
 
 
 def _judged(context: Context, labeler: Labeler) -> tuple[list[Lesson], dict[str, int]]:
-    """Pairs that people judged, and those that another judge's labels are stored of."""
+    """Pairs with human choices, and pairs with another judge's stored labels; and the number skipped by reason."""
     section, found, skipped = context.recipe.judge, [], Counter[str]()
     if section.pairs:
         loaded = read_judged(context.recipe)
@@ -137,7 +137,7 @@ def _judged(context: Context, labeler: Labeler) -> tuple[list[Lesson], dict[str,
 
 
 def _ratings(row: dict[str, Any], labeler: Labeler) -> tuple[list[float], list[float]] | None:
-    """Those of a stored label, where they are of the labeler's candidates."""
+    """A stored label's ratings; None unless they have one entry per candidate of the labeler."""
     both = [row.get(name) or () for name in ("ratings_1", "ratings_2")]
     return tuple(both) if {len(one) for one in both} == {len(labeler.candidates)} else None
 
@@ -146,7 +146,7 @@ def _ratings(row: dict[str, Any], labeler: Labeler) -> tuple[list[float], list[f
 
 
 def trainer_config(context: Context) -> TrainingArguments:
-    """The trainer's settings: the recipe's own, and those by which it stops in time."""
+    """The trainer's settings: the recipe's, and those for early stopping."""
     from transformers import TrainingArguments
 
     section = context.recipe.judge
@@ -163,7 +163,7 @@ def trainer_config(context: Context) -> TrainingArguments:
 
 
 def _with_adapter(context: Context, judge: LocalJudge) -> PeftModel:
-    """The judge's model with a new adapter, which is active in it."""
+    """The judge's model with a new, active adapter."""
     from peft import get_peft_model
 
     from trl_rlaif.models.adapters import fitted
@@ -181,7 +181,7 @@ def _trainer(
     taught: Sequence[Lesson],
     held_out: Sequence[Lesson],
 ) -> tuple[JudgeTrainer, dict[str, int]]:
-    """The trainer, and how many pairs were too long for it."""
+    """The trainer, and the number of pairs that were too long for it."""
     from datasets import Dataset
     from transformers import EarlyStoppingCallback
 
@@ -213,13 +213,13 @@ def _save(trainer: JudgeTrainer, judge: LocalJudge, folder: Path) -> None:
     judge.tokenizer.save_pretrained(str(folder))
 
 
-# ---- Whether it helps -----------------------------------------------------------------------------------
+# ---- Evaluation -----------------------------------------------------------------------------------------
 
 
 def _asked(
     labeler: Labeler, judge: LocalJudge, lessons: Sequence[Lesson], when: str, role: AbstractContextManager
 ) -> list[Label]:
-    """The labeler's word on held-out pairs."""
+    """The labeler's labels of held-out pairs."""
     pairs = [replace(lesson.pair, id=str(i)) for i, lesson in enumerate(lessons)]
     with role, progress_bar(f"{when} teaching: held-out pairs", len(pairs), unit="pairs") as advance:
         found = {}
@@ -232,7 +232,7 @@ def _asked(
 def _numbers(
     taught: Sequence[Lesson], held_out: Sequence[Lesson], before: Sequence[Label], after: Sequence[Label]
 ) -> dict[str, Any]:
-    """Whether what was taught is used, and the figures by source and of all together."""
+    """Whether the adapter is used, and the metrics by source and overall."""
     counts = Counter(lesson.source for lesson in taught)
     sources = {
         name: {"taught": counts[name] or len(taught)} | _figures(held_out, before, after, name)

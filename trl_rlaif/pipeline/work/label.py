@@ -1,4 +1,4 @@
-"""Soft labels from one or several judges, and the preference dataset that follows from them."""
+"""Soft labels from one or several judges, and the resulting preference dataset."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
     from trl_rlaif.judging.judge import Judge
     from trl_rlaif.pipeline.rankings import Rankings
 
-# From here on a share is worth a warning.
+# Fractions above this are worth a warning.
 MANY = 0.5
-# Pairs that a labeler is handed together, and memory holds. Batches of like length are made within them.
+# Pairs passed to a labeler together, and held in memory. Batches of similar length are formed within them.
 AT_ONCE = 8192
 
 
 def run(context: Context) -> LabelResults:
-    """Write ``labels.jsonl`` and ``preferences/``; return what the labels say of the labelers."""
+    """Write ``labels.jsonl`` and ``preferences/``; return statistics of the labels."""
     started = time.monotonic()
     with LabelStore(context.folder / artifacts.LABELS, context.folder.state / artifacts.LABEL_INDEX) as store:
         numbers = _run(context, store)
@@ -93,7 +93,7 @@ def _run(context: Context, store: LabelStore) -> LabelResults:
 
 
 def _together(labels: dict[str, TaskLabels], joined: Sequence[LabelRow]) -> TaskLabels:
-    """A jury's labels. What it took to make them is what it took all members."""
+    """A jury's labels, with all members' requests and total duration."""
     first, *_ = members = list(labels.values())
     asked = np.unique(np.concatenate([of.asked for of in members]))
     seconds = sum(of.noted.get("seconds", 0.0) for of in members)
@@ -101,13 +101,13 @@ def _together(labels: dict[str, TaskLabels], joined: Sequence[LabelRow]) -> Task
 
 
 def _ranked(ranking: Rankings, labels: TaskLabels) -> TaskLabels:
-    """The labels with the probabilities that follow from the ranking."""
+    """The labels with probabilities from the ranking."""
     rows = ranking.take(labels.by_id())
     return TaskLabels(labels.key, labels.pairs, [rows[pair.id] for pair in labels.pairs], labels.asked, labels.noted)
 
 
 def _calibrated(labels: TaskLabels, calibration: Calibration | None) -> np.ndarray:
-    """The probabilities as they are learned from, (N,) float64; NaN where there is none."""
+    """The probabilities used for training, (N,) float64; NaN if there is none."""
     columns, p = labels.columns, np.array(labels.columns.p)
     for place in columns.labeled.tolist() if calibration else ():
         p[place] = calibration.apply(_judged(columns, place))
@@ -115,7 +115,7 @@ def _calibrated(labels: TaskLabels, calibration: Calibration | None) -> np.ndarr
 
 
 def _judged(columns: Columns, place: int) -> dict[str, float | None]:
-    """What a calibration reads of a label."""
+    """The parts of a label that a calibration reads."""
     found = {"p": columns.p[place], "p_12": columns.p_12[place], "p_21": columns.p_21[place]}
     return {name: None if math.isnan(value) else value for name, value in found.items()}
 
@@ -123,7 +123,7 @@ def _judged(columns: Columns, place: int) -> dict[str, float | None]:
 def _labels(
     context: Context, store: LabelStore, task: LabelTask, pairs: Sequence[Pair], purpose: str = "label"
 ) -> TaskLabels:
-    """A task's labels of these pairs (of this machine's share of them); the missing ones are made now."""
+    """A task's labels of these pairs, or of this machine's shard of them; missing ones are made now."""
     mine = context.shard.of(pairs) if context.shard else pairs
     result = _pass(context, store, task, mine, purpose, lambda: context.judges.load(task.judge, task.prompt))
     _warn(task, result)
@@ -133,19 +133,19 @@ def _labels(
 def _pass(
     context: Context, store: LabelStore, task: LabelTask, mine: Sequence[Pair], purpose: str, judge: Callable[[], Judge]
 ) -> TaskLabels:
-    """A task's labels of these pairs; the missing ones are made now.
+    """A task's labels of these pairs; missing ones are made now.
 
     Args:
-        purpose: Passes over different pairs have different purposes, since a plan's file is named after it.
+        purpose: Names the plan's file; passes over different pairs need different purposes.
         judge: Loads the task's judge, if anything is missing.
     """
     key = label_key(context, task)
     keys = np.array([key.of(pair).encode() for pair in mine], dtype=KEY)
-    # What could not be judged is asked again: a server may be back.
+    # Pairs that could not be judged are retried: a server may be back.
     done = np.array([store.is_judged(key.key, of.decode()) for of in keys.tolist()], dtype=bool)
     path = context.folder.state / artifacts.work_of("label") / artifacts.plan_of(purpose, key.key)
     plan = Plan(path, key.key, keys[~done], keys)
-    distributed.wait()  # until all processes have seen what is there
+    distributed.wait()  # until all processes have read the folder
     if not done.all():
         _make(context, store, task, key, plan, mine, done, judge())
         store.wait()
@@ -153,9 +153,9 @@ def _pass(
 
 
 def _tournament(context: Context, store: LabelStore, main: LabelTask, ranking: Rankings) -> TaskLabels:
-    """What a tournament asks, round by round, as labels of the run's own pairs. Each answer is a label of its own.
+    """Run a tournament, round by round; returns labels of the run's own pairs. Each answer is stored as a label.
 
-    What is asked in a round follows from the answers before it, so a run that was killed asks on where it was.
+    A round's questions follow from the earlier answers, so a killed run resumes where it stopped.
     """
     asking = replace(main.labeler, options=main.labeler.options | {"orders": "12"})
     judge = cache(lambda: context.judges.load(main.judge, main.prompt))
@@ -175,7 +175,7 @@ def _tournament(context: Context, store: LabelStore, main: LabelTask, ranking: R
 
     rows = ranking.play(ask)
     places = {pair.id: place for place, pair in enumerate(ranking.pairs)}
-    asked = np.array([places[id] for id in missing if id in places], dtype=np.int64)  # not what was turned
+    asked = np.array([places[id] for id in missing if id in places], dtype=np.int64)  # without swapped pairs
     key = label_key(context, replace(main, labeler=asking))
     result = TaskLabels(key, ranking.pairs, [rows[id] for id in places], asked, noted)
     _warn(main, result)
@@ -192,7 +192,7 @@ def _make(
     done: np.ndarray,
     judge: Judge,
 ) -> None:
-    """Label the pairs of a plan that are not done. Memory holds a part of them at a time."""
+    """Label the pairs of a plan that are not done, with only part of them in memory at a time."""
     labeler = context.create_labeler(task.labeler)
     title = "Labeling" if task.name == "label" else f"Labeling ({task.name})"
     bar = progress_bar(title, len(plan.places), int(done[plan.places].sum()), "pairs")
@@ -230,7 +230,7 @@ def _reasons(skipped: dict[str, int]) -> str:
 
 
 def _judged_by_people(context: Context) -> list[Pair] | None:
-    """The pairs of label.calibration, read and checked before the judge's first answer; None without the key."""
+    """The pairs of label.calibration, read and checked before the judge is asked; None without the key."""
     if context.recipe.label.calibration is None:
         return None
     judged = [p for p in read_calibration(context.recipe).items if p.human in (1, 2)]
@@ -246,9 +246,9 @@ def _calibrate(
     final: TaskLabels,
     judged: list[Pair] | None,
 ) -> tuple[Calibration | None, dict[str, Any] | None]:
-    """Fit to what people judged; report before and after, on it and on the run's own pairs.
+    """Fit to human choices; report metrics before and after, on these pairs and the run's own.
 
-    The fit is None where cross-validation does not show that it helps.
+    The fit is None unless cross-validation shows that it helps.
     """
     if judged is None:
         return None, None
@@ -288,7 +288,7 @@ def _calibrate(
 def _of_judged(
     context: Context, store: LabelStore, tasks: list[LabelTask], jury: Jury | None, judged: list[Pair]
 ) -> dict[str, JudgedRow]:
-    """The labels of what people judged: the main labeler's, or a jury's."""
+    """The labels of human-judged pairs: the main labeler's, or a jury's."""
     rows = {}
     for task in tasks if jury else tasks[:1]:
         name = "calibration" if task is tasks[0] else f"calibration of {task.name}"
@@ -300,12 +300,12 @@ def _of_judged(
 
 
 def _text_keys(pairs: Iterable[Pair]) -> np.ndarray:
-    """``pair_key`` of each, whatever columns a label depends on."""
+    """``pair_key`` of each pair, without the columns that a label depends on."""
     return np.array([pair_key(pair).encode() for pair in pairs], dtype=KEY)
 
 
 def _why_unused(crossed: dict[str, Any] | None) -> str | None:
-    """The one-standard-error rule (Breiman et al. 1984): a fit costs something, so its gain must not be mere noise."""
+    """The one-standard-error rule (Breiman et al. 1984): the gain must exceed its standard error; None if it does."""
     if crossed is None:
         return "all judged pairs are of one prompt, so it cannot be cross-validated"
     if crossed["gain"] > crossed["standard_error"]:
@@ -318,7 +318,7 @@ def _why_unused(crossed: dict[str, Any] | None) -> str | None:
 
 
 def _on_run(fitted: Calibration, columns: Columns, seen: np.ndarray) -> dict[str, Any]:
-    """What a calibration makes of the run's own pairs that people judged, without those that it was fitted to."""
+    """Metrics before and after calibration on the run's human-judged pairs, without those that it was fitted to."""
     unseen = [i for i in columns.labeled.tolist() if columns.human[i] in (1, 2) and not seen[i]]
     human, prompts = [columns.human[i] for i in unseen], [columns.prompts[i] for i in unseen]
     before, after = [columns.p[i] for i in unseen], [fitted.apply(_judged(columns, i)) for i in unseen]
@@ -329,7 +329,7 @@ def _on_run(fitted: Calibration, columns: Columns, seen: np.ndarray) -> dict[str
 
 
 def _comparison(labels: dict[str, TaskLabels]) -> dict[str, Any]:
-    """Each labeler's numbers, and whether it agrees with people more or less often than the first."""
+    """Each labeler's results, and its agreement with human choices compared with the first labeler's."""
     first = next(iter(labels.values())).columns
     table = {}
     for name, one in labels.items():

@@ -1,4 +1,4 @@
-"""The stage rl by PPO, REINFORCE and rejection sampling: on one base, with the recipe's rewards."""
+"""The stage rl with PPO, REINFORCE or rejection sampling: on one base, with the recipe's rewards."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def run(context: Context) -> RlResults:
-    """Train ``policy/`` and ``value/``; return the first and last numbers of the run itself."""
+    """Train ``policy/`` and ``value/``; return the first and last metrics of training."""
 
     def train(trainer: PPOTrainer) -> None:
         trainer.train(resume_from_checkpoint=True)
@@ -33,7 +33,7 @@ def run(context: Context) -> RlResults:
 
 
 def run_rejection(context: Context) -> RlResults:
-    """The same by rejection sampling, which has no value."""
+    """The same with rejection sampling, which has no value model."""
 
     def train(trainer: PPOTrainer) -> None:
         iterations = count_iterations(trainer.selection, context.recipe.rl.config.get("total_episodes"))
@@ -61,7 +61,7 @@ def _run(context: Context, train: Callable[[PPOTrainer], None]) -> dict[str, Any
 
 
 def build_trainer(context: Context) -> tuple[PPOTrainer, dict[str, int]]:
-    """The trainer that the recipe describes, and how many prompts were skipped by reason."""
+    """The trainer for the recipe, and the number of prompts skipped by reason."""
     settings, base = rl_setup.config(context), context.load_base()
     dataset, skipped = rl_setup.prompts(context, base, settings.response_length)
     shared = SharedBase(base, context.start or context.lora, reference=context.reference)
@@ -82,7 +82,7 @@ def build_trainer(context: Context) -> tuple[PPOTrainer, dict[str, int]]:
 
 
 def _earlier_value(context: Context, *, trunk: bool) -> Path | None:
-    """The value model of the run before, from which training goes on; None where there is none of the same kind."""
+    """The previous run's value model, from which training continues; None if there is none of the same kind."""
     folder = context.previous[0] / artifacts.VALUE if context.previous else None
     same = folder is not None and folder.exists() and (folder / ADAPTER_FILE).exists() != trunk
     return folder if same else None
@@ -118,7 +118,7 @@ def _numbers(trainer: Any, skipped: dict[str, int]) -> dict[str, Any]:
 
 
 def _last_spreads(logged: list[dict[str, float]]) -> dict[str, float]:
-    """Between kinds of prompt, before and after each reward transform: means over what was logged."""
+    """Spread between prompt categories before and after each reward transform: means over the log entries."""
     found: dict[str, list[float]] = {}
     for entry in logged:
         for name, value in entry.items():

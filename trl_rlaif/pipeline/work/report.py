@@ -1,4 +1,4 @@
-"""The report: one HTML file from what the other stages left."""
+"""The report: one HTML file from the other stages' outputs."""
 
 from __future__ import annotations
 

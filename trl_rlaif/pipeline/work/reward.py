@@ -1,4 +1,4 @@
-"""The reward model: a LoRA adapter with a score head, trained on the soft labels."""
+"""The reward model: a LoRA adapter with a score head, trained on soft labels or human choices."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def trainer_config(context: Context) -> RewardConfig:
 def _datasets(
     context: Context, eval_fraction: float, max_length: int | None
 ) -> tuple[Dataset, Dataset, dict[str, int]]:
-    """Tokenized training and held-out pairs, which share no prompt, and how many pairs were too long."""
+    """Tokenized training and held-out pairs, which share no prompt, and the number of pairs that were too long."""
     tokenized, too_long = _tokenized(context, context.folder / artifacts.PREFERENCES, max_length)
     if not len(tokenized):
         raise UserError(
@@ -98,7 +98,7 @@ def _datasets(
 
 
 def _tokenized(context: Context, folder: Path, max_length: int | None) -> tuple[Dataset, dict[str, int]]:
-    """The pairs of a folder ``preferences/`` that are not too long, and how many are."""
+    """The pairs of a ``preferences/`` folder that are not too long, and the number of those that are."""
     from datasets import load_from_disk
 
     dataset = load_from_disk(str(folder))
@@ -113,7 +113,7 @@ def _tokenized(context: Context, folder: Path, max_length: int | None) -> tuple[
 
 
 def _with_log_ratios(context: Context, train: Dataset) -> Dataset:
-    """The training pairs with the start's importance weights against the named policies."""
+    """The training pairs with the initial policy's importance weights against the named policies."""
     from trl_rlaif.models.shared_model import SharedBase
     from trl_rlaif.reward.log_ratios import add_log_ratios
 
@@ -134,7 +134,7 @@ def _with_log_ratios(context: Context, train: Dataset) -> Dataset:
 
 
 def tokenize_preference(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> dict[str, Any]:
-    """``chosen_ids`` and ``rejected_ids`` (prompt, response and end token, as PPO has them), and their lengths."""
+    """``chosen_ids`` and ``rejected_ids`` (prompt, response and end token, as in PPO), and their lengths."""
     prompt = encode_prompt(tokenizer, as_rendered(row["prompt"], tokenizer))
 
     def text(response: Any) -> str:
@@ -183,9 +183,9 @@ def _save(trainer: Any, context: Context, folder: Path) -> None:
 
 
 def _held_out_numbers(context: Context, trainer: Any, held_out: Dataset) -> RewardResults:
-    """What the model makes of held-out pairs: ranking, calibration, and its scores by kind of prompt.
+    """The model's results on held-out pairs: ranking accuracy, calibration, and scores by prompt category.
 
-    A label of 0.5, a tie of the people's, and a pair that nobody was asked about are left out of the ranking; equal
+    Accuracy by labels leaves out labels of 0.5; accuracy by human choices, ties and pairs without a choice. Equal
     scores count half.
 
     Raises:
@@ -227,7 +227,7 @@ def _held_out_numbers(context: Context, trainer: Any, held_out: Dataset) -> Rewa
 
 
 def _calibration(p: list[float], held_out: Dataset) -> RewardResults:
-    """Calibration error of sigmoid(chosen - rejected) where people chose, or else against the soft labels."""
+    """Calibration error of sigmoid(chosen - rejected) against human choices if there are any, else the soft labels."""
     people = [None if human is None else float(human) for human in held_out["human"]]
     asked = len(people) - people.count(None)
     outcomes = people if asked else list(held_out["p"])
@@ -236,9 +236,9 @@ def _calibration(p: list[float], held_out: Dataset) -> RewardResults:
 
 
 def _without_end(scores: torch.Tensor, cut: torch.Tensor) -> dict[str, float | None]:
-    """How scores read at the end of a turn relate to those read at the last token before it, at which none is trained.
+    """Compare scores at the end token with those at the last token before it, where no score is trained.
 
-    Nobody uses the latter: that token is appended to a response that was cut. They tell what it would cost otherwise.
+    The latter are not used: the end token is appended to truncated responses. They show the cost of not doing so.
     """
     both = torch.stack((scores, cut)).double()
     correlation = torch.corrcoef(both)[0, 1].item() if both.std(1).min() > 0 else None
@@ -248,7 +248,7 @@ def _without_end(scores: torch.Tensor, cut: torch.Tensor) -> dict[str, float | N
 def _ranking(
     chosen: list[float], rejected: list[float], held_out: Dataset
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """Accuracy by the labels, by category too, and by people's choices; None where there are none."""
+    """Accuracy by labels (overall and by category), and by human choices; None if there are none."""
     columns = (held_out[name] for name in ("category", "prompt_key", "p", "human"))
     rows = list(zip(chosen, rejected, *columns, strict=True))
     sure = [row[:4] for row in rows if not is_even(row[4])]
@@ -261,7 +261,7 @@ def _ranking(
 
 
 def _write_scores(path: Path, held_out: Dataset, raw: torch.Tensor, after: torch.Tensor | None) -> None:
-    """A line a held-out pair: its scores as the model gives them and, with transforms, as PPO gets them."""
+    """Write a line per held-out pair: the model's scores and, with transforms, the scores as PPO gets them."""
     columns = {name: list(held_out[name]) for name in ("prompt_key", "category", "p", "human")}
     columns["chosen"], columns["rejected"] = (half.tolist() for half in raw.chunk(2))
     if after is not None:
@@ -273,7 +273,7 @@ def _write_scores(path: Path, held_out: Dataset, raw: torch.Tensor, after: torch
 def transformed(
     transforms: list[Any], raw: torch.Tensor, expected: torch.Tensor | None, categories: list[str | None]
 ) -> list[torch.Tensor]:
-    """Scores of chosen, then rejected responses after each of the transforms, as PPO gets them."""
+    """Scores of chosen, then rejected responses after each transform, as PPO gets them."""
     batch = ScoredBatch(
         prompts=[""] * len(raw),
         completions=[""] * len(raw),
@@ -286,6 +286,6 @@ def transformed(
     )
     steps = []
     for transform in transforms:
-        raw = transform.transform_pool(raw.clone(), batch)  # which may change what it is given
+        raw = transform.transform_pool(raw.clone(), batch)  # it may modify its argument
         steps.append(raw)
     return steps

@@ -1,4 +1,4 @@
-"""Pairs of responses: drawn from the starting policy, or read from the recipe's data."""
+"""Pairs of responses: sampled from the initial policy, or read from the recipe's data."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from trl_rlaif.recipe.inputs import read_pairs
 from trl_rlaif.responses import Response
 from trl_rlaif.stored_lines import StoredRows
 
-# What is counted of a prompt's draws, and belongs to no pair.
+# Counts of a prompt's samples, which are not part of a pair.
 _DRAWN = ("redraws", "responses", "ended", "tokens")
 
 
 def run(context: Context) -> SampleResults:
-    """Write ``pairs.jsonl`` and return how many there are, and what was dropped and why."""
+    """Write ``pairs.jsonl``; return the number of pairs, and what was dropped by reason."""
     return _read_pairs(context) if context.recipe.data.pairs else _sample_pairs(context)
 
 
@@ -61,7 +61,7 @@ def _read_pairs(context: Context) -> SampleResults:
 
 
 def _without_control_tokens(context: Context, pair: Pair) -> Pair:
-    """Rendered responses end with the chat template's end of turn, which is no text of theirs."""
+    """Remove the chat template's end-of-turn token from rendered responses: it is not part of their text."""
     if not is_rendered(pair.prompt, context.tokenizer):
         return pair
     first, second = (without_end_of_turn(context.tokenizer, text) for text in (pair.response_1, pair.response_2))
@@ -78,7 +78,7 @@ def _sample_pairs(context: Context) -> SampleResults:
     at_once = 1 if section.sampler else section.num_responses
     batches = length_batches([len(t) for t in tokens], max(1, section.batch_size // at_once))
     with progress_bar("Sampling", len(prompts), len(drawn.lines), "prompts") as advance, policy.role:
-        # The whole batch is drawn again even where a kill left part of it: the draws depend on it.
+        # A batch that a kill left incomplete is sampled again as a whole, since samples depend on their batch.
         todo = [batch for batch in batches if any(prompts[i].id not in drawn.lines for i in batch)]
         for _, rows in divided(todo, lambda of: sampler.draw([prompts[i] for i in of], [tokens[i] for i in of])):
             advance(drawn.add(rows))
@@ -101,15 +101,15 @@ def _sample_pairs(context: Context) -> SampleResults:
 
 
 class _Drawn:
-    """What became of the prompts so far: rows that stay on the disk, and what is counted of them.
+    """The outcome for the prompts so far: rows on disk, and their counts.
 
     Args:
-        path: The rows' file, which a kill may have left.
+        path: The rows' file, possibly left by a killed run.
 
     Attributes:
-        lines: Where each prompt's row is in it, by the prompt's id.
-        counts: Of pairs, revisions, redrawn prompts, and what ``per_response`` is computed from.
-        dropped: Prompts without a pair, by the reason.
+        lines: The line of each prompt's row in the file, by prompt id.
+        counts: Of pairs, revisions, redrawn prompts, and the inputs of ``per_response``.
+        dropped: The number of prompts without a pair, by reason.
     """
 
     def __init__(self, path: Path, section: SampleSection) -> None:
@@ -119,7 +119,7 @@ class _Drawn:
             self._take(row)
 
     def add(self, rows: Iterable[DrawnRow]) -> int:
-        """Append the rows of prompts that have none yet; how many these are."""
+        """Append the rows of prompts that have none yet; returns their number."""
         fresh = [row for row in rows if row["id"] not in self.lines]
         append_lines(self.path, fresh)
         for row in fresh:
@@ -132,16 +132,16 @@ class _Drawn:
         self.counts.update(pairs=pairs, revisions=revisions, redrawn=row["redraws"] > 0)
         self.dropped.update([row["dropped"]] if "dropped" in row else [])
         for name in ("ended", "tokens"):
-            if name in row:  # not in those of an earlier release
+            if name in row:  # missing in rows of an earlier release
                 self.counts.update({name: row[name], f"responses with {name}": row["responses"]})
 
     def per_response(self, name: str) -> float | None:
-        """The mean of ``ended`` or ``tokens``."""
+        """The mean of ``ended`` or ``tokens`` per response; None without responses."""
         responses = self.counts[f"responses with {name}"]
         return self.counts[name] / responses if responses else None
 
     def rows(self, ids: Sequence[str]) -> StoredRows:
-        """Those of these prompts."""
+        """The rows of these prompts."""
         return StoredRows(self.path, lines=[self.lines[id] for id in ids])
 
 
@@ -154,7 +154,7 @@ def _write_drawn(context: Context, drawn: _Drawn, ids: Sequence[str]) -> None:
 
 
 def _pairs_of(row: Mapping[str, Any], section: SampleSection) -> list[dict[str, Any]]:
-    """The lines of pairs.jsonl that a prompt's draws give."""
+    """A prompt's lines of pairs.jsonl."""
     if "dropped" in row:
         return []
     several = section.keep_pairs == "all" or section.sampler is not None
@@ -176,12 +176,12 @@ def _write_pairs(context: Context, rows: Iterable[Mapping[str, Any]]) -> None:
 
 @dataclass
 class _Sampler:
-    """Draws responses for a batch of prompts until two of them differ, or the redraws are used up."""
+    """Samples responses for a batch of prompts until two per prompt differ, or the redraws are used up."""
 
     policy: StartingPolicy
 
     def draw(self, prompts: list[Prompt], tokens: list[list[int]]) -> list[DrawnRow]:
-        """A row for each prompt: a pair, or ``dropped`` with the reason."""
+        """One row per prompt: one or more pairs, or ``dropped`` with the reason."""
         responses: dict[str, list[Response]] = {prompt.id: [] for prompt in prompts}
         section, redraws = self.policy.section, dict.fromkeys(responses, 0)
         missing = list(range(len(prompts)))
@@ -222,7 +222,7 @@ def _pair(prompt: Prompt, id: str, first: Response, second: Response) -> PairRow
 
 
 def _different(responses: list[Response]) -> list[Response]:
-    """The first of each answer, without empty ones."""
+    """The first response with each distinct, nonempty answer."""
     by_answer: dict[str, Response] = {}
     for response in responses:
         by_answer.setdefault(response.answer.strip(), response)

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of a LoRA adapter with TRL's SFTTrainer: the start of everything after it."""
+"""Supervised fine-tuning of a LoRA adapter with TRL's SFTTrainer; later stages start from it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def run(context: Context) -> SftResults:
-    """Train ``sft/`` and return its final numbers."""
+    """Train ``sft/``; return its results."""
     started = time.monotonic()
     trainer = build_trainer(context)
     output = train_from_last(context, trainer, "sft", "Fine-tuning")
@@ -40,7 +40,7 @@ def run(context: Context) -> SftResults:
 
 
 def build_trainer(context: Context) -> SFTTrainer:
-    """The trainer that the recipe describes."""
+    """The trainer for the recipe."""
     check_trl()
     from datasets import Dataset
     from trl import SFTTrainer
@@ -80,7 +80,7 @@ def trainer_config(context: Context, defaults: Mapping[str, Any] = types.Mapping
 
 
 def _taught(rows: list[dict[str, Any]], source: str) -> list[dict[str, Any]]:
-    """The conversations in which the assistant answers: a policy learns to say that, and not what users say."""
+    """The conversations with an assistant turn: a policy is trained on these turns, not on the user's."""
     kept = [row for row in rows if assistant_turns([row])]
     if not kept:
         raise UserError("No conversation has an assistant turn.", where=source)
@@ -90,7 +90,7 @@ def _taught(rows: list[dict[str, Any]], source: str) -> list[dict[str, Any]]:
 
 
 def _marks_turns(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether TRL knows, of the template or of its like, what the assistant says, the end of its turn included."""
+    """Whether the template, or TRL's training version of it, marks assistant turns including their end token."""
     from jinja2 import TemplateError
 
     try:
