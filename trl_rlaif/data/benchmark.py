@@ -1,4 +1,4 @@
-"""Preference files in RewardBench's format: a prompt, responses that are right, responses that are wrong, a subset."""
+"""Preference files in RewardBench's format: a prompt, right responses, wrong responses, a subset."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trl_rlaif.data.rows import Problems, Row, kind_of, open_source
 from trl_rlaif.errors import UserError
 from trl_rlaif.types import Message
 
-# RewardBench 2's subset with several right answers to a prompt, and its ids: a prompt with one of them, and with all.
+# RewardBench 2's subset with several right answers per prompt, and its ids: a row with one of them, and with all.
 TIES = "ties"
 REF, TIED = "ref", "tied"
 _TIES_ID = re.compile(rf"({REF}|{TIED}):(\d+)")
@@ -21,14 +21,14 @@ _TIES_ID = re.compile(rf"({REF}|{TIED}):(\d+)")
 
 @dataclass(frozen=True)
 class BenchmarkRow:
-    """A prompt and the responses that a reward model is to tell apart.
+    """A prompt and the responses that a reward model should distinguish.
 
     Args:
-        id: As the file has it; in the subset Ties ``ref:N`` or ``tied:N``.
-        subset, section: None where the file names none.
-        chosen: The right responses: one, and in rows of Ties that are tied two or more.
-        rejected: One wrong response or more.
-        where: The row's place.
+        id: As in the file; in the subset Ties ``ref:N`` or ``tied:N``.
+        subset, section: None if the file names none.
+        chosen: The right responses: one, or in tied rows of Ties two or more.
+        rejected: One or more wrong responses.
+        where: The row's location.
     """
 
     id: str
@@ -41,7 +41,7 @@ class BenchmarkRow:
 
     @property
     def ties(self) -> tuple[str, int] | None:
-        """In the subset Ties: whether the row is a ``ref`` or ``tied``, and the number that the two share."""
+        """In the subset Ties: ``ref`` or ``tied``, and the number that both rows share; otherwise None."""
         found = _TIES_ID.fullmatch(self.id) if is_ties(self.subset) else None
         return (found[1], int(found[2])) if found else None
 
@@ -61,7 +61,7 @@ def load_benchmark(source: str | Path) -> list[BenchmarkRow]:
         source: A file, a folder or a Hub id, as ``NAME:SPLIT``.
 
     Raises:
-        UserError: It cannot be read, or rows of it are wrong: up to ten problems with their places.
+        UserError: It cannot be read, or some of its rows are invalid: up to ten problems with their locations.
     """
     problems, found = Problems(), list[BenchmarkRow]()
     stem, rows = open_source(source, problems)

@@ -1,4 +1,4 @@
-"""Single columns of a row, checked; and the names that a file has for them."""
+"""Single columns of a row, checked; and a file's own names for them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trl_rlaif.errors import UserError
 
 
 def parse_id(value: Any, default: str) -> str:
-    """The row's id as text, or ``default`` where it has none."""
+    """The row's id as text, or ``default`` if it has none."""
     if blank(value):
         return default
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
@@ -32,7 +32,7 @@ def parse_category(value: Any, key: str) -> str | None:
 
 
 def parse_number(value: Any, key: str) -> float | None:
-    """A finite number, also as text (a CSV has nothing else); None for a missing one."""
+    """A finite number, possibly given as text (as in CSV); None for a missing one."""
     if blank(value):
         return None
     try:
@@ -50,11 +50,11 @@ def columns(row: Collection[str]) -> str:
 
 
 class Columns:
-    """What the columns of a file are called there.
+    """A file's own column names.
 
     Args:
-        names: Columns of the file, by the names under which they are read.
-        read: The names that this kind of data has a use for: these columns must be there.
+        names: Columns of the file by standard name.
+        read: The standard names used by this kind of data. A column in ``names`` for one of them must exist.
     """
 
     def __init__(self, names: Mapping[str, str], read: Collection[str]) -> None:
@@ -63,7 +63,7 @@ class Columns:
         self._first, self._seen = "", dict[str, None]()
 
     def renamed(self, row: Row) -> Row:
-        """The row with the names under which it is read. A column of that name that is not meant is left out."""
+        """The row under the standard names. An unrelated column that has one of them is dropped."""
         if not self.names:
             return row
         self._first = self._first or row.where
@@ -74,12 +74,12 @@ class Columns:
         return replace(row, values=found | {key: value for key, value in row.values.items() if key not in hidden})
 
     def explained(self, what: str) -> str:
-        """A message about a row, with the file's own names of the columns that it speaks of."""
+        """A message about a row, with the file's own names of the columns it mentions."""
         own = [f"{key!r} is the column {column!r}" for key, column in self.names.items() if repr(key) in what]
         return f"{what} (By data.columns, {', '.join(own)}.)" if own else what
 
     def check(self) -> None:
-        """Raises UserError where no row had one of the columns."""
+        """Raises UserError if one of the columns is in no row."""
         if not self._missing or not self._first:
             return
         key, column = min(self._missing.items())
@@ -92,7 +92,7 @@ class Columns:
 
 
 def parse_human(value: Any) -> int | None:
-    """1 or 2, the response that a person (or a strict majority of votes) preferred; 0 a tie; None unknown."""
+    """1 or 2, the response that a person (or a strict majority of votes) preferred; 0: a tie; None: unknown."""
     if isinstance(value, list):
         votes = [vote for vote in map(parse_human, value) if vote is not None]
         if not votes:

@@ -1,4 +1,4 @@
-"""Data for supervised fine-tuning, in the forms that TRL's SFTTrainer reads."""
+"""Data for supervised fine-tuning, in the formats of TRL's SFTTrainer."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _READ = ("messages", "conversations", "prompt", "completion", "instruction", "in
 def load_finetuning(
     source: str | Path, *, names: Mapping[str, str] | None = None, chat: bool = True
 ) -> list[dict[str, Any]]:
-    """Rows of one of TRL's forms: ``prompt`` and ``completion``, ``messages``, or ``text``.
+    """Rows in one of TRL's formats: ``prompt`` and ``completion``, ``messages``, or ``text``.
 
     ShareGPT's ``conversations`` become messages; Alpaca's ``instruction``, ``input`` and ``output`` become prompt and
     completion. Lists of text parts become texts.
 
     Args:
         source: As in `load_prompts`.
-        names: What the file calls the columns, such as ``{"completion": "answer"}``.
-        chat: Whether the model has a chat template: Alpaca's texts are then turns of a user and of the assistant.
+        names: The file's own column names, such as ``{"completion": "answer"}``.
+        chat: Whether the model has a chat template; Alpaca's texts then become user and assistant turns.
 
     Raises:
-        UserError: The source or some of its rows are wrong; up to ten problems with their places.
+        UserError: The source or some of its rows are invalid; up to ten problems with their locations.
     """
     problems, known = Problems(), Columns(names or {}, _READ)
     _, rows = open_source(source, problems)
@@ -48,10 +48,10 @@ def load_finetuning(
 
 
 def assistant_turns(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Conversations as TRL's ``prompt`` and ``completion``: a row for each turn of the assistant's.
+    """Conversations as TRL's ``prompt`` and ``completion``: one row per assistant turn.
 
     Args:
-        rows: With ``messages``. What an assistant says before anybody has asked is no completion.
+        rows: With ``messages``. An assistant turn with nothing before it is not a completion.
     """
     return [
         {"prompt": row["messages"][:i], "completion": [turn]}
@@ -62,7 +62,7 @@ def assistant_turns(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _form(row: dict[str, Any]) -> tuple[str, ...]:
-    """The columns by which a file's form is known."""
+    """The columns that identify a file's format."""
     form = next((form for form in _FORMS if row.keys() >= set(form)), None)
     if form is None:
         raise RowError(
@@ -115,7 +115,7 @@ def _text(row: dict[str, Any], chat: bool) -> dict[str, Any]:
     return {"text": _needed(row, "text")[0]}
 
 
-# How each form is read, by the columns that it is known by; the first that fits counts, as in TRL's SFTTrainer.
+# Parser of each format, by its identifying columns; the first match counts, as in TRL's SFTTrainer.
 _FORMS: dict[tuple[str, ...], Callable[[dict[str, Any], bool], dict[str, Any]]] = {
     ("prompt", "completion"): _completion,
     ("messages",): _conversation("messages"),

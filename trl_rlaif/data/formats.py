@@ -1,4 +1,4 @@
-"""From one row to a prompt or a pair: the shapes that data comes in, and what each of them must hold."""
+"""Parses one row into a prompt or a pair: the supported formats, and what each of them must contain."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from trl_rlaif.data.splitting import (
 from trl_rlaif.data.transcripts import is_transcript, parse_transcript
 from trl_rlaif.types import Message
 
-# The columns in which a prompt is looked for, in this order; of Alpaca's, "input" goes with "instruction".
+# The columns searched for a prompt, in this order; Alpaca's "input" goes with "instruction".
 PROMPT_KEYS = ("prompt", "messages", "conversations", "instruction")
-# What belongs to a prompt beside them.
+# Further columns that belong to a prompt.
 _BESIDE = {"instruction": {"input", "system"}, "messages": {"system"}, "conversations": {"system"}}
-# The columns of a list of responses, of which each has a score.
+# Columns with a list of responses, each with a score.
 SCORED_KEYS = ("responses", "completions")
-# What a row of a preference file says of its responses, which is no concern of its prompt.
+# Columns of a preference file about the responses, which its prompt does not use.
 RESPONSE_KEYS = ("chosen", "rejected", "response_1", "response_2", "human", "score_chosen", "score_rejected", "margin")
 RESPONSE_KEYS += ("completion", "label", *SCORED_KEYS, "scores")
 PROMPT_COLUMNS = ("id", "category", *PROMPT_KEYS, "input", "system")
-# Every name under which anything is read.
+# All column names that are read.
 COLUMNS = (*PROMPT_COLUMNS, *RESPONSE_KEYS, "output", "text")
 
 
@@ -43,10 +43,10 @@ COLUMNS = (*PROMPT_COLUMNS, *RESPONSE_KEYS, "output", "text")
 
 
 def find_prompt(row: dict[str, Any]) -> str | list[Message] | None:
-    """The prompt of the columns that hold nothing else; None where the row has no such column.
+    """The prompt in a row's prompt columns; None if it has none.
 
-    That is ``prompt``; ``messages`` or ``conversations`` up to the answer; or Alpaca's ``instruction``, and ``input``
-    after a blank line. With the last three, a column ``system`` is the first turn.
+    It is ``prompt``; ``messages`` or ``conversations`` up to the answer; or Alpaca's ``instruction``, with ``input``
+    after a blank line. With the last three, a column ``system`` becomes the first turn.
     """
     key = next((key for key in PROMPT_KEYS if row.get(key) is not None), None)
     key = key or next((key for key in PROMPT_KEYS if key in row), None)
@@ -62,7 +62,7 @@ def find_prompt(row: dict[str, Any]) -> str | list[Message] | None:
 
 
 def with_system(row: dict[str, Any], turns: Any) -> Any:
-    """A conversation with the column ``system`` as its first turn, where there is one with text."""
+    """A conversation with the column ``system`` as its first turn, if there is one with text."""
     system = row.get("system")
     if not isinstance(turns, list) or not isinstance(system, str) or not system.strip():
         return turns
@@ -70,13 +70,13 @@ def with_system(row: dict[str, Any], turns: Any) -> Any:
 
 
 def prompt_columns(row: dict[str, Any]) -> set[str]:
-    """The columns that ``find_prompt`` reads of a row."""
+    """The columns that ``find_prompt`` reads from a row."""
     key = next((key for key in PROMPT_KEYS if row.get(key) is not None), "prompt")
     return {"prompt", key} | _BESIDE.get(key, set())
 
 
 def alpaca_prompt(row: dict[str, Any]) -> Any:
-    """Alpaca's instruction, with the input after a blank line where there is one."""
+    """Alpaca's instruction, with the input after a blank line if there is one."""
     instruction, given = row["instruction"], row.get("input")
     for key, value in (("instruction", instruction), ("input", given)):
         if value is not None and not isinstance(value, str):
@@ -96,7 +96,7 @@ def parse_prompt_row(row: dict[str, Any]) -> tuple[str | list[Message], set[str]
 
 
 def is_preference(row: dict[str, Any]) -> bool:
-    """Whether a row says which responses are better, or holds two to be judged."""
+    """Whether a row rates its responses, or has two to be judged."""
     pair = {"chosen", "rejected"} <= row.keys() or {"response_1", "response_2"} <= row.keys()
     return pair or ("completion" in row and isinstance(row.get("label"), bool)) or any(k in row for k in SCORED_KEYS)
 
@@ -109,10 +109,10 @@ def _listed(keys: Sequence[str]) -> str:
 
 
 def detect_format(row: dict[str, Any]) -> str | None:
-    """Which shape a row has: "responses", "hh", "preference", "implicit", "kto" or "scored".
+    """The format of a row: "responses", "hh", "preference", "implicit", "kto" or "scored".
 
-    Returns None where every response is null, so that the row is of no use and says nothing about its
-    neighbours. Raises RowError where there are no columns for responses, or two kinds of them.
+    Returns None if every response is null: the row is unusable and does not determine the format.
+    Raises RowError if there are no columns for responses, or two kinds of them.
     """
     sides = [key for key in ("chosen", "rejected") if key in row]
     numbered = [key for key in ("response_1", "response_2") if key in row]
@@ -143,16 +143,16 @@ def detect_format(row: dict[str, Any]) -> str | None:
 
 
 def has_prompt(row: dict[str, Any]) -> bool:
-    """Whether a row has a column for a prompt alone."""
+    """Whether a row has a prompt column."""
     return any(key in row for key in PROMPT_KEYS)
 
 
-# The columns of each format's responses, of which a row has one at least.
+# The response columns of each format; a row has at least one.
 _COLUMNS = {"responses": ("response_1", "response_2"), "kto": ("completion", "label"), "scored": SCORED_KEYS}
 
 
 def check_columns(row: dict[str, Any], shape: str) -> None:
-    """Raises RowError where a row has neither of the two response columns of its format."""
+    """Raises RowError if a row has neither of the two response columns of its format."""
     keys = _COLUMNS.get(shape, ("chosen", "rejected"))
     if not any(key in row for key in keys):
         raise RowError(
@@ -171,7 +171,7 @@ def parse_responses(row: dict[str, Any]) -> tuple[str | list[Message], str, str]
 
 
 def parse_response(value: Any, key: str) -> str:
-    """The response's text: of a list of assistant messages, their contents joined by a blank line."""
+    """The response's text; the contents of a list of assistant messages are joined by a blank line."""
     if blank(value):
         raise RowSkip(EMPTY_RESPONSE)
     if isinstance(value, str):
@@ -182,15 +182,15 @@ def parse_response(value: Any, key: str) -> str:
 
 
 def is_tie(row: dict[str, Any]) -> bool:
-    """Whether a row gives both responses the same score: its order says nothing then."""
+    """Whether a row gives both responses the same score, so that their order is meaningless."""
     chosen, rejected = (parse_number(row.get(key), key) for key in ("score_chosen", "score_rejected"))
     return chosen is not None and chosen == rejected
 
 
 def parse_preference(row: dict[str, Any]) -> tuple[str | list[Message], str, str]:
-    """(prompt, chosen, rejected) of a row in TRL's preference format, with or without a prompt of its own.
+    """(prompt, chosen, rejected) of a row in TRL's preference format, with or without a prompt column.
 
-    A text prompt beside lists of messages counts as one user turn, and conversations that repeat the
+    With lists of messages, a text prompt counts as one user turn, and conversations that repeat the
     prompt are cut after it.
     """
     explicit = find_prompt(row)
@@ -225,7 +225,7 @@ def parse_hh(row: dict[str, Any]) -> tuple[list[Message], str, str]:
     chosen, rejected = sides
     if chosen[:-1] != rejected[:-1]:
         raise RowSkip(DIVERGED)
-    # The published data has oddities that its users cannot mend, so they are skipped and not errors.
+    # The published data has defects that its users cannot fix, so they are skipped, not errors.
     if len(chosen) < 2 or not chosen[-2]["content"]:
         raise RowSkip(EMPTY_PROMPT)
     return chosen[:-1], *check_pair(chosen[-1]["content"], rejected[-1]["content"])

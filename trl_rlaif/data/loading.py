@@ -1,4 +1,4 @@
-"""Loads prompts and pairs: runs every row through its format, and keeps ids, skips and problems in order."""
+"""Loads prompts and pairs: parses every row by its format, and tracks ids, skips and problems."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ def load_prompts(
 ) -> Loaded[Prompt]:
     """Reads prompts.
 
-    A row has a ``prompt``, which is a text, or a list of messages that ends with a user turn or with the beginning of
-    the answer; or ``messages`` or ShareGPT's ``conversations``, whose assistant turns at the end are dropped; or
-    Alpaca's ``instruction`` and ``input``. A row of a preference file has the prompt that `load_pairs` finds; where
-    such a file repeats one, it is read once. All rows are of one kind.
+    A row has a ``prompt``, which is a text, or a list of messages that ends with a user turn or with the start of
+    the answer; or ``messages`` or ShareGPT's ``conversations``, whose trailing assistant turns are dropped; or
+    Alpaca's ``instruction`` and ``input``. A row of a preference file has the prompt that `load_pairs` finds; a
+    repeated one is read once. All rows must be of one kind.
 
     Args:
-        source: A .jsonl, .json (one list), .csv or .txt (a prompt a line) file, each also with .gz, or a .parquet
+        source: A .jsonl, .json (one list), .csv or .txt (one prompt per line) file, each also with .gz, or a .parquet
             file; a folder written by `datasets.save_to_disk` or readable by `datasets.load_dataset`; or a Hub id. A
-            folder or an id may end with ``:split``; without it, the split is ``train``.
+            folder or an id may end with ``:split``; the default split is ``train``.
         category: The column with the kind of prompt; rows without it have None.
-        columns: What the file calls the columns, such as ``{"prompt": "question"}``.
+        columns: The file's own column names, such as ``{"prompt": "question"}``.
 
     Raises:
-        UserError: The source or some of its rows are wrong; up to ten problems with their places.
+        UserError: The source or some of its rows are invalid; up to ten problems with their locations.
     """
     uniform, known = _Uniform(), set[str]()
 
@@ -74,29 +74,28 @@ def load_pairs(
     r"""Reads prompts with two responses each.
 
     Formats: ``preference`` is TRL's (``chosen`` and ``rejected``, with a prompt as in `load_prompts`, which they may
-    repeat, or beginning with the same one); ``responses`` has a prompt, ``response_1``, ``response_2`` and maybe
-    ``human`` (1, 2, 0 for a tie, or a list of votes); ``hh`` is Anthropic's raw transcripts
+    repeat, or both starting with the same one); ``responses`` has a prompt, ``response_1``, ``response_2`` and
+    optionally ``human`` (1, 2, 0 for a tie, or a list of votes); ``hh`` is Anthropic's raw transcripts
     (``"\n\nHuman: ...\n\nAssistant: ..."`` in ``chosen`` and ``rejected``); ``kto`` has a prompt, a ``completion``
-    and a ``label``, true or false, and a good row makes a pair with the next bad one of the same prompt; ``scored``
-    has a prompt, ``responses`` or ``completions``, and ``scores``. ``auto`` goes by the first row, and all rows have
-    to be like it.
+    and a ``label``, true or false, and forms pairs from rows with the same prompt and opposite labels; ``scored``
+    has a prompt, ``responses`` or ``completions``, and ``scores``. ``auto`` detects the format of the first row, which
+    all rows must have.
 
-    Rows with an empty response, with identical responses, or whose conversations part before the last
-    turn are skipped and counted; so are KTO's rows that find no other. Where two responses come as better and worse,
-    which of them comes first is decided by a hash of the seed and the id, the same on every machine. Equal
-    ``score_chosen`` and ``score_rejected``, and equal scores, are a tie: ``human`` is 0. A ``margin`` is kept in
-    ``extra`` as a number.
+    Rows with an empty response, with identical responses, or whose conversations diverge before the last
+    turn are skipped and counted; so are KTO rows without a partner. If the data names the better response, a hash of
+    the seed and the id decides which comes first, the same on every machine. Equal ``score_chosen`` and
+    ``score_rejected``, and equal scores, are a tie: ``human`` is 0. A ``margin`` is kept in ``extra`` as a number.
 
     Args:
         source: As in `load_prompts`.
         format: The format of every row.
         category: The column with the kind of prompt; rows without it have None.
         seed: Seeds the order of the two responses.
-        columns: What the file calls the columns, such as ``{"response_1": "answer_a"}``.
-        scored: Which pairs of scored responses: all, or the best against the worst.
+        columns: The file's own column names, such as ``{"response_1": "answer_a"}``.
+        scored: Which pairs of scored responses to form: all, or the best against the worst.
 
     Raises:
-        UserError: The source or some of its rows are wrong (up to ten problems with their places), or
+        UserError: The source or some of its rows are invalid (up to ten problems with their locations), or
             every row was skipped.
     """
     stream = stream_pairs(source, format=format, category=category, seed=seed, columns=columns, scored=scored)
@@ -106,9 +105,9 @@ def load_pairs(
 def stream_pairs(
     source: str | Path, *, columns: Mapping[str, str] | None, format: PairFormat, category: str, seed: int, scored: str
 ) -> Stream[Pair]:
-    """As ``load_pairs``, but read again by each iteration: memory holds one pair at a time, and all ids.
+    """As ``load_pairs``, but each iteration reads the source again: memory holds one pair at a time, and all ids.
 
-    Of a .json or .csv file it holds all rows, too. What is wrong with the rows is raised behind the last one.
+    It also holds all rows of a .json or .csv file. Problems of rows are raised after the last one.
     """
     if format not in get_args(PairFormat):
         raise UserError(f"Unknown format {format!r}.", fix=f"Use one of {', '.join(get_args(PairFormat))}.")
@@ -122,21 +121,21 @@ def stream_pairs(
 
 
 def place_of(source: str | Path, id: str) -> str:
-    """Where the row with an id is: file and line, or row. The source itself where there is none of it."""
+    """Location of the row with an id: file and line, or row; the source itself if there is no such row."""
     stem, rows = open_source(source, Problems())
     found = (row.where for row in rows if fields.parse_id(row.values.get("id"), f"{stem}-{row.number}") == id)
     return next(found, str(source))
 
 
 class _Pairs:
-    """From rows to pairs: each row to the preference rows that it makes, and these to pairs."""
+    """Converts each row to preference rows, and these to pairs."""
 
     def __init__(self, format: PairFormat, category: str, seed: int, scored: str) -> None:
         self.format, self.category, self.seed, self.scored = format, category, seed, scored
         self.uniform, self.unpaired, self.shape = _Uniform(), Unpaired(), ""
 
     def split(self, row: Row, row_id: str) -> Iterable[Row]:
-        """The row itself; of scored and KTO's rows, the preference rows that follow from it."""
+        """The row itself; for scored and KTO rows, the resulting preference rows."""
         shape = self.format if self.format != "auto" else self.uniform.check_shape(row)
         formats.check_columns(row.values, shape)
         self.shape = "preference" if shape in ("kto", "scored") else shape
@@ -145,7 +144,7 @@ class _Pairs:
         return list(self.unpaired.pairs(row, row_id)) if shape == "kto" else [row]
 
     def parse(self, row: Row, row_id: str) -> Pair:
-        """A pair of what ``split`` gave last."""
+        """The pair of a row that ``split`` returned last."""
         values, human = row.values, None
         if self.shape == "responses":
             used = {"response_1", "response_2", "human"}
@@ -170,7 +169,7 @@ def _flipped(seed: int, row_id: str) -> bool:
 
 
 def _rest(row: Row, category: str, used: set[str]) -> tuple[str | None, dict]:
-    """The category of a row, and the columns that nothing else used."""
+    """The category of a row, and its unused columns."""
     extra = {key: value for key, value in row.values.items() if key not in used | {"id", category}}
     return fields.parse_category(row.values.get(category), category), extra
 
@@ -179,10 +178,10 @@ class Stream(Generic[T]):
     """The usable items of a source, in the order of its rows.
 
     Args:
-        begin: A pass over the source.
+        begin: Starts a pass over the source.
 
     Attributes:
-        skipped: The rows that the last whole pass left out.
+        skipped: The rows that the last complete pass skipped.
     """
 
     def __init__(self, begin: Callable[[], _Loading[T]]) -> None:
@@ -196,12 +195,12 @@ class Stream(Generic[T]):
         self.skipped = loading.skipped
 
     def skip_counts(self) -> dict[str, int]:
-        """As of Loaded."""
+        """As in Loaded."""
         return Loaded([], self.skipped).skip_counts()
 
 
 class _Uniform:
-    """Holds every row to the format and the kind of prompt of the first row that shows them."""
+    """Requires of every row the format and kind of prompt of the first row that shows them."""
 
     def __init__(self) -> None:
         self.shape: tuple[str, str] | None = None
@@ -251,11 +250,11 @@ class _Loading(Generic[T]):
     """One pass over a source.
 
     Args:
-        columns: What the file calls the columns.
-        read: The columns that this kind of data has a use for.
-        parse: From a row and its id to an item.
-        split: From a row and its id to the rows that are parsed.
-        left: Rows that are skipped in the end.
+        columns: The file's own column names.
+        read: The columns used by this kind of data.
+        parse: Makes an item from a row and its id.
+        split: Makes the rows to parse from a row and its id.
+        left: Returns further skipped rows at the end.
     """
 
     source: str | Path
@@ -268,7 +267,7 @@ class _Loading(Generic[T]):
     skipped: list[Skip] = field(default_factory=list)
 
     def items(self) -> Iterator[T]:
-        """The items; behind them what was wrong is raised, and ``skipped`` is complete."""
+        """The items; after the last one, problems are raised and ``skipped`` is complete."""
         stem, rows = open_source(self.source, self.problems)
         self.names = fields.Columns(self.columns or {}, self.read)
         self.ids, found = dict[str, str](), False
@@ -301,7 +300,7 @@ class _Loading(Generic[T]):
         return self.parse(row, row_id)
 
     def _attempt(self, row: Row, do: Callable[[Row, str], A], given: str) -> A | None:
-        """What comes out of a row; None where it is skipped or wrong."""
+        """The result for a row; None if it is skipped or invalid."""
         try:
             return do(row, given)
         except RowSkip as skip:

@@ -1,4 +1,4 @@
-"""Texts and conversations of a row: their roles, their contents, and what is wrong with them."""
+"""Texts and conversations of a row: their roles, contents and errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trl_rlaif.data.rows import kind_of
 from trl_rlaif.types import Message
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-# The names that ShareGPT's files and those like them give to who speaks ("from").
+# Names of speakers ("from") in ShareGPT's and similar files.
 _SHAREGPT = {
     **{role: role for role in ROLES},
     **dict.fromkeys(("human",), "user"),
@@ -21,7 +21,7 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 class RowError(Exception):
-    """The row is wrong: ``what`` was found and ``fix`` says what to write instead."""
+    """The row is invalid: ``what`` was found, and ``fix`` is what to write instead."""
 
     def __init__(self, what: str, fix: str = "") -> None:
         super().__init__(what)
@@ -29,7 +29,7 @@ class RowError(Exception):
 
 
 class RowSkip(Exception):
-    """The row is in order but of no use, for example because a response is empty."""
+    """The row is valid but unusable, for example because a response is empty."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -48,7 +48,7 @@ def blank(value: Any) -> bool:
 
 
 def check_text(value: str, key: str) -> str:
-    """Returns ``value`` if it can be written as UTF-8: JSON's escapes can spell half a character."""
+    """Returns ``value`` if it can be encoded as UTF-8: JSON escapes can contain half a surrogate pair."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
@@ -56,24 +56,24 @@ def check_text(value: str, key: str) -> str:
     return value
 
 
-# What chat templates read of a message beside its role and content: an author's thoughts, and what tools answer to.
+# Keys that chat templates read besides role and content, such as reasoning and the call that a tool answers.
 _BESIDE = ("name", "reasoning_content", "reasoning", "thinking", "tool_call_id")
 
 
 def parse_messages(value: Sequence[Any], key: str, *, null_response: bool = False) -> list[Message]:
-    """Checks a conversation and returns its roles and contents, and what else chat templates read.
+    """Checks a conversation and returns its roles and contents, and the other keys that chat templates read.
 
-    A developer's turn becomes a system turn, its older name, which every chat template knows. Text parts of a
-    content are joined without anything in between, as chat templates do.
+    A developer turn becomes a system turn, its older name, which every chat template knows; after a system turn it is
+    appended to that. Text parts of a content are joined without a separator, as in chat templates.
 
     Args:
-        value: The messages, with role and content, or ShareGPT's from and value; keys that no template reads are left
-            out.
+        value: The messages, with role and content, or ShareGPT's from and value; keys that no template reads are
+            dropped.
         key: The column's name, for the error.
-        null_response: Whether an assistant's content may be null, and counts as empty.
+        null_response: Whether an assistant's content may be null, which counts as empty.
 
     Raises:
-        RowError: One of them is no message of text.
+        RowError: One of them is not a text message.
     """
     messages: list[Message] = []
     for number, message in enumerate(value, 1):
@@ -100,7 +100,7 @@ def plain_turns(value: Sequence[Any], key: str) -> list[dict[str, Any]]:
 
 
 def _parsed(message: Any, number: int, key: str, null_response: bool) -> tuple[str, str]:
-    """The role and the text of a message."""
+    """The role and text of a message."""
     name = f"message {number} of {key!r}"
     role, content = _role_and_content(message, name)
     content = "" if content is None and role == "assistant" and null_response else content
@@ -148,7 +148,7 @@ def _upper(name: str) -> str:
 def parse_prompt(value: Any, key: str = "prompt") -> str | list[Message]:
     """Checks a prompt: a text, or messages with a user turn; not blank.
 
-    The last turn is to be answered (the user's or a tool's), or is an assistant's, which the response continues.
+    The last turn is a user's or a tool's, to be answered, or an assistant's, which the response continues.
     """
     if blank(value):
         found = "missing" if value is None else "empty"
@@ -158,7 +158,7 @@ def parse_prompt(value: Any, key: str = "prompt") -> str | list[Message]:
     if not isinstance(value, list):
         raise RowError(f"{key!r} is {kind_of(value)}.", "Write a text or a list of messages.")
     messages = parse_messages(value, key)
-    # A last turn without a word is where the response begins, as after no turn at all.
+    # An empty last assistant turn is the same as none: the response starts there.
     while messages and messages[-1]["role"] == "assistant" and not messages[-1]["content"].strip():
         messages.pop()
     if not messages or messages[-1]["role"] == "system":
@@ -175,7 +175,7 @@ def parse_prompt(value: Any, key: str = "prompt") -> str | list[Message]:
 
 
 def before_answer(value: Any, key: str) -> Any:
-    """A conversation without the assistant's turns at its end; a text is refused, all else left to others."""
+    """A conversation without its trailing assistant turns; a text is rejected, other values are returned unchanged."""
     if isinstance(value, str) and value.strip():
         raise RowError(f"{key!r} is a text.", 'Write a list of messages, or name the column "prompt".')
     if not isinstance(value, list):
@@ -194,12 +194,12 @@ def _is_assistant(message: Any) -> bool:
 
 
 def join_responses(messages: Sequence[Message]) -> str | None:
-    """The contents of assistant messages, joined by a blank line; None where somebody else speaks."""
+    """The contents of assistant messages, joined by a blank line; None if there is another role."""
     if any(message["role"] != "assistant" for message in messages):
         return None
     return "\n\n".join(message["content"] for message in messages if message["content"].strip())
 
 
 def same_turn(first: Message, second: Message) -> bool:
-    """Whether two turns say the same, whatever the white space."""
+    """Whether two turns are equal up to white space."""
     return first["role"] == second["role"] and first["content"].split() == second["content"].split()

@@ -1,4 +1,4 @@
-"""Whether two prompts are the same one, so that what is held out was not trained on."""
+"""Detects equal prompts, to keep held-out prompts out of training."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from trl_rlaif.types import Message
 
 
 def prompt_key(prompt: str | Sequence[Message]) -> str:
-    """A short text that is the same for equal prompts, whatever the white space and the case of the letters.
+    """A short digest that is the same for prompts that differ only in white space or case.
 
-    A text is a conversation of one user turn.
+    A text counts as a conversation of one user turn.
     """
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     said = [(turn["role"], " ".join(_text(turn).split()).casefold(), turn.get("tool_calls")) for turn in turns]
@@ -23,25 +23,25 @@ def prompt_key(prompt: str | Sequence[Message]) -> str:
 
 
 def question_key(prompt: str | Sequence[Message]) -> str:
-    """The same without system turns, for whether what is held out was trained on under other instructions."""
+    """The same without system turns, to detect held-out prompts trained on under other instructions."""
     if isinstance(prompt, str):
         return prompt_key(prompt)
     return prompt_key([turn for turn in prompt if turn["role"] not in ("system", "developer")])
 
 
 def finetuned_prompts(row: dict[str, Any]) -> list[str | list[Message]]:
-    """The prompts whose answers a row of ``load_finetuning`` teaches; none of a plain text."""
+    """The prompts whose answers a row of ``load_finetuning`` teaches; none for a plain text."""
     rows = assistant_turns([row]) if "messages" in row else [row]
     return [each["prompt"] for each in rows if "prompt" in each]
 
 
 def split_by_group(groups: Sequence[str], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Rows to train on and rows held out; the rows of one group stay together.
+    """Training and held-out rows; the rows of one group stay together.
 
     Args:
-        groups: Of N rows.
-        share: Of the rows to hold out, in [0, 1): as near to it as whole groups come, and never all of them.
-        seed: Of the drawing.
+        groups: Groups of N rows.
+        share: Fraction of rows to hold out, in [0, 1): approximated by whole groups, never all of them.
+        seed: Random seed.
 
     Returns:
         (training, held out), indices in increasing order.
@@ -60,6 +60,6 @@ def split_by_group(groups: Sequence[str], share: float, seed: int) -> tuple[list
 
 
 def _text(turn: Message) -> str:
-    """What is said in a turn; text parts joined."""
+    """The text of a turn; text parts are joined."""
     content = turn.get("content") or ""
     return content if isinstance(content, str) else "".join(str(part.get("text", part)) for part in content)

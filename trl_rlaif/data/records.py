@@ -1,4 +1,4 @@
-"""Rows of a data file as typed records of one's own, each problem with its line."""
+"""Rows of a data file as records of a given type; problems are reported with their lines."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ R = TypeVar("R", bound=BaseModel)
 
 
 def read_records(source: str | Path, model: type[R]) -> list[R]:
-    """All rows of a file, folder or Hub id, in its order.
+    """All rows of a file, folder or Hub dataset, in order.
 
     Args:
         source: As in `load_prompts`.
-        model: What a row is read as: its fields are the columns.
+        model: The type of a row; its fields are the columns.
 
     Raises:
-        UserError: The source or some of its rows are wrong, or it has none; up to ten problems with their places.
+        UserError: The source or some of its rows are invalid, or it has none; up to ten problems with their locations.
     """
     problems, found = Problems(), []
     _, rows = open_source(source, problems)

@@ -1,4 +1,4 @@
-"""From a file, a folder or a Hub id to plain rows, each of which knows the place it came from."""
+"""Reads a file, a folder or a Hub dataset into plain rows, each with its location."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from trl_rlaif.errors import Problem, UserError
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".txt", ".parquet")
 _HUB_ID = re.compile(r"(?P<name>\w[\w.-]*(?:/\w[\w.-]*)?)(?::(?P<split>.+))?")
 _HUB_ID_MAX = 96
-# Rows of a Parquet file that memory holds at a time.
+# Rows of a Parquet file in memory at a time.
 _AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: ``number`` counts rows from 1, ``where`` is what an error message shows."""
+    """One row: ``number`` counts rows from 1, ``where`` is the location for error messages."""
 
     where: str
     number: int
@@ -38,20 +38,20 @@ class Row:
 
 @dataclass
 class Problems:
-    """Collects what one pass finds, to report it together: the first ``limit``, and how many more."""
+    """Collects the problems of one pass to report them together: the first ``limit``, and the number of others."""
 
     limit: int = 10
     found: list[Problem] = field(default_factory=list)
     more: int = 0
 
     def add(self, what: str, *, where: str = "", fix: str = "", first: bool = False) -> None:
-        """Adds a problem at the end, or at the beginning where it is the cause of the others."""
+        """Adds a problem at the end, or at the beginning if it is the cause of the others."""
         self.found.insert(0 if first else len(self.found), Problem(what, where, fix))
         self.more += len(self.found) > self.limit
         del self.found[self.limit :]
 
     def raise_if_any(self) -> None:
-        """Raises UserError with everything that was added."""
+        """Raises UserError with all problems, if there are any."""
         if self.more:
             self.found.append(Problem(f"... and {self.more} more problem{'s' if self.more > 1 else ''}."))
             self.more = 0
@@ -83,7 +83,7 @@ def open_source(source: str | Path, problems: Problems) -> tuple[str, Iterator[R
 
 
 def _looks_like_path(text: str) -> bool:
-    """Whether a name that does not exist was more likely meant as a path than as a Hub id."""
+    """Whether a name that does not exist is more likely a path than a Hub id."""
     parent, name = os.path.split(text.partition(":")[0])
     return name.lower().endswith(SUFFIXES) or ("." in name and os.path.isdir(parent or "."))
 
@@ -122,14 +122,14 @@ def _open_file(path: Path, problems: Problems) -> tuple[str, Iterator[Row]]:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turns the system's refusal to read ``path`` into a UserError."""
+    """Turns an OSError on reading ``path`` into a UserError."""
     try:
         yield
     except OSError as error:
         raise UserError(f"The file cannot be read: {error.strerror or error}.", where=str(path)) from error
 
 
-# What a file begins with that is no text, or no data at all.
+# Initial bytes of files that are not text, or not data at all.
 _HEADS = {
     b"PAR1": ("This is Parquet data.", "Name it .parquet."),
     b"PK\x03\x04": ("This is a zip archive.", "Unpack it."),
@@ -140,7 +140,7 @@ _HEADS = {
 
 
 def _check_head(path: Path, compressed: bool) -> None:
-    """Names a wrong container or encoding once, where every line would fail with it."""
+    """Reports a wrong container or encoding once, instead of for every line."""
     with _readable(path), open(path, "rb") as stream:
         head = stream.read(32)
     if compressed and head and not head.startswith(b"\x1f\x8b"):
@@ -178,7 +178,7 @@ def _parse_json(text: str) -> Any:
 
 
 def _text_lines(path: Path, problems: Problems) -> Iterator[tuple[str, str]]:
-    """(place, text) of each line that is not blank."""
+    """(location, text) of each line that is not blank."""
     for number, line in _lines(path, problems):
         where = f"{path}:{number}"
         try:
@@ -252,7 +252,7 @@ def _read_json(path: Path, problems: Problems) -> Iterator[Row]:
 
 
 def _read_csv(path: Path, problems: Problems) -> Iterator[Row]:
-    # strict: without it, one quote that is never closed swallows the rest of the file in silence.
+    # strict: without it, one unclosed quote silently swallows the rest of the file.
     reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
     with _long_csv_cells():
         try:
@@ -273,7 +273,7 @@ def _read_csv(path: Path, problems: Problems) -> Iterator[Row]:
 
 
 def _cell(text: str) -> Any:
-    """A cell's text; messages as JSON or pandas writes them are messages; an empty cell is a missing one."""
+    """A cell's text; messages written by JSON or pandas are parsed; an empty cell is None."""
     if text.startswith("[{"):
         for parse in (_parse_json, ast.literal_eval):
             try:
@@ -287,7 +287,7 @@ def _cell(text: str) -> Any:
 
 @contextmanager
 def _long_csv_cells() -> Iterator[None]:
-    """Lifts the csv module's limit of 128 KiB a cell, which is a setting of the whole process."""
+    """Lifts the csv module's limit of 128 KiB per cell, a process-wide setting."""
     before = csv.field_size_limit(2**31 - 1)
     try:
         yield
@@ -357,7 +357,7 @@ def _dataset_rows(dataset: Any, name: str) -> Iterator[Row]:
 
 
 def _plain(value: Any) -> Any:
-    """Arrow's values as JSON's: NaN is null, and what JSON lacks (dates, decimals) is text."""
+    """Arrow's values as JSON's: NaN and infinities become null, and types that JSON lacks (dates, decimals) text."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -373,6 +373,6 @@ def _one_line(error: object) -> str:
 
 
 def kind_of(value: Any) -> str:
-    """What a JSON value is, in words for an error message."""
+    """The type of a JSON value, in words for an error message."""
     kinds = {dict: "an object", list: "a list", str: "a text", bool: "a truth value", type(None): "null"}
     return kinds.get(type(value), "a number")

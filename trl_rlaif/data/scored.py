@@ -1,4 +1,4 @@
-"""Pairs out of rows with scored responses, and out of rows with one response that was found good or bad."""
+"""Pairs from rows with scored responses, and from rows with one response labeled good or bad."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trl_rlaif.types import Skip
 FEW = "fewer than two responses with a score"
 UNPAIRED = "no row of the same prompt with the other label"
 
-# Where a response is an object: the names of its text and of its score.
+# If a response is an object: the keys of its text and of its score.
 _TEXT, _SCORE = ("response", "completion", "content", "text"), ("overall_score", "score", "rating")
 _LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
@@ -28,12 +28,12 @@ def scored_pairs(row: Row, row_id: str, which: str) -> Iterator[Row]:
 
     Args:
         row: A prompt, ``responses`` (or ``completions``) and their ``scores``; or objects that hold both.
-        row_id: Begins the pairs' ids, which end with the places of both responses, counted from 1.
+        row_id: Prefix of the pairs' ids, which end with the positions of both responses, counted from 1.
         which: "all", or "best_worst" for the first of the best against the last of the worst.
 
     Raises:
         RowError: There is not one number for each response.
-        RowSkip: There are no two responses with a score.
+        RowSkip: Fewer than two responses have a score.
     """
     values = row.values
     key = next((key for key in SCORED_KEYS if values.get(key) is not None), SCORED_KEYS[0])
@@ -52,7 +52,7 @@ def scored_pairs(row: Row, row_id: str, which: str) -> Iterator[Row]:
 
 
 def _responses(values: dict[str, Any], key: str) -> list[tuple[Any, float | None]]:
-    """Each response with its score, None where it has none."""
+    """Each response with its score, None if it has none."""
     responses, scores = values.get(key), values.get("scores")
     if responses is None:
         raise RowSkip(FEW)
@@ -78,7 +78,7 @@ def _of_object(value: Any, name: str) -> tuple[Any, float | None]:
 
 
 class Unpaired:
-    """Rows with one response each, good or bad, joined with the next of the same prompt and the other label."""
+    """Pairs rows with one good or bad response each with the next of the same prompt and the opposite label."""
 
     def __init__(self) -> None:
         self._waiting: dict[str, list[tuple[Row, str, bool]]] = {}
@@ -106,12 +106,12 @@ class Unpaired:
         yield replace(row, values=rest | sides | {"id": good_id})
 
     def left(self) -> list[Skip]:
-        """The rows that found no other."""
+        """The rows without a partner."""
         return [Skip(row.where, UNPAIRED) for waiting in self._waiting.values() for row, *_ in waiting]
 
 
 def parse_label(value: Any) -> bool:
-    """Whether a response was found good; a CSV has it as text.
+    """Whether a response is labeled good; in CSV, labels are text.
 
     Raises:
         RowSkip: There is no label.

@@ -1,4 +1,4 @@
-"""Where the prompt of two texts or conversations ends and their responses begin."""
+"""Separates the prompt of two texts or conversations from their responses."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ OTHER_PROMPT = "conversation does not begin with the prompt"
 
 
 def shared_prompt(row: dict[str, Any]) -> str | list[Message]:
-    """The prompt of a preference row that has no column for it.
+    """The prompt of a preference row without a prompt column.
 
-    That is what chosen and rejected begin with, up to the last user turn of conversations. Rows that are of no use as
-    pairs still have a prompt: their responses may be equal or missing.
+    It is the shared prefix of chosen and rejected, up to the last user turn of conversations. Rows that are unusable as
+    pairs, because responses are equal or missing, still have a prompt.
     """
     sides = {key: read_side(row[key], key) for key in ("chosen", "rejected") if not blank(row.get(key))}
     if not sides:
@@ -53,7 +53,7 @@ def shared_prompt(row: dict[str, Any]) -> str | list[Message]:
 
 
 def read_side(value: Any, key: str) -> str | list[Any]:
-    """``chosen`` or ``rejected``: a text or messages; one message stands for a list of one."""
+    """``chosen`` or ``rejected``: a text or messages; a single message becomes a list."""
     value = [value] if isinstance(value, dict) else value
     if not isinstance(value, (str, list)):
         raise RowError(f"{key!r} is {kind_of(value)}.", "Write a text or a list of messages.")
@@ -61,7 +61,7 @@ def read_side(value: Any, key: str) -> str | list[Any]:
 
 
 def check_alike(chosen: Any, rejected: Any) -> None:
-    """Raises RowError where one response is a text and the other messages."""
+    """Raises RowError if one response is a text and the other is messages."""
     if type(chosen) is not type(rejected):
         raise RowError(
             f"'chosen' is {kind_of(chosen)} and 'rejected' is {kind_of(rejected)}.",
@@ -70,7 +70,7 @@ def check_alike(chosen: Any, rejected: Any) -> None:
 
 
 def join(messages: Sequence[Message]) -> str:
-    """The text of a response; RowSkip where somebody else than the assistant speaks."""
+    """The text of a response; raises RowSkip if there is a role other than the assistant."""
     joined = join_responses(messages)
     if joined is None:
         raise RowSkip(DIVERGED)
@@ -78,14 +78,14 @@ def join(messages: Sequence[Message]) -> str:
 
 
 def unusable(first: str, second: str) -> str | None:
-    """Why two responses make no pair, if they do not."""
+    """Why two responses do not form a pair; None if they do."""
     if not first.strip() or not second.strip():
         return EMPTY_RESPONSE
     return IDENTICAL if first.strip() == second.strip() else None
 
 
 def check_pair(first: str, second: str) -> tuple[str, str]:
-    """Both responses as they are; RowSkip where they make no pair."""
+    """Both responses unchanged; raises RowSkip if they do not form a pair."""
     reason = unusable(first, second)
     if reason is not None:
         raise RowSkip(reason)
@@ -95,9 +95,9 @@ def check_pair(first: str, second: str) -> tuple[str, str]:
 def split_after(
     explicit: str | list[Message], chosen: list[Message], rejected: list[Message]
 ) -> tuple[list[Message], str, str]:
-    """Splits two conversations after the prompt that they repeat, and after what else they share of users' turns.
+    """Splits two conversations after the prompt that they repeat, and any further shared turns up to a user's.
 
-    A system turn with which both begin belongs to a prompt that has none.
+    If both start with the same system turn, it is added to a prompt that has none.
     """
     if isinstance(explicit, str):
         is_talk = explicit.lstrip().startswith("Human:")
@@ -112,10 +112,10 @@ def split_after(
 
 
 def _after(prompt: list[Message], side: list[Message]) -> list[Message]:
-    """What follows the prompt in a conversation that repeats it; all of one that begins with the answer.
+    """The rest of a conversation that repeats the prompt; all of one that starts with the answer.
 
-    White space and system turns may differ. Where the prompt ends with the beginning of the answer, the rest of it
-    is what follows.
+    White space and system turns may differ. If the prompt ends with the start of the answer, the rest starts with the
+    remainder of the answer.
     """
     wanted = [turn for turn in prompt if turn["role"] != "system"]
     spoken = [turn for turn in side if turn["role"] != "system"]
@@ -131,21 +131,21 @@ def _after(prompt: list[Message], side: list[Message]) -> list[Message]:
 
 
 def _shared(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """The length of the beginning that the two share."""
+    """The length of the shared prefix."""
     shortest = min(len(first), len(second))
     return next((index for index in range(shortest) if first[index] != second[index]), shortest)
 
 
 def _last_user(messages: Sequence[Message], end: int) -> int:
-    """How many of the first ``end`` messages there are up to the last user turn; 0 where there is none."""
+    """Number of messages up to the last user or tool turn among the first ``end``; 0 if there is none."""
     return next((index for index in range(end, 0, -1) if messages[index - 1]["role"] in ("user", "tool")), 0)
 
 
 def split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
     """Splits two texts after the prompt that they share.
 
-    As trl's `extract_prompt`, and a space in between goes to the responses; but words are not cut in
-    two, because a judge reads the responses as they are.
+    As in TRL's `extract_prompt`, where a space in between goes to the responses; but words are not
+    split, because a judge reads the responses unchanged.
     """
     if chosen.strip() == rejected.strip():
         raise RowSkip(IDENTICAL)

@@ -15,7 +15,7 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def is_transcript(value: Any) -> bool:
-    """Whether a value is a text that begins and goes on as a transcript does."""
+    """Whether a value is a text with the markers of a transcript."""
     return isinstance(value, str) and value.lstrip().startswith("Human:") and "\n\nAssistant:" in value
 
 

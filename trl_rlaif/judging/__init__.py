@@ -1,1 +1,1 @@
-"""A language model as judge: its prompt, its exact probabilities, and what they say about a pair."""
+"""A language model as judge: its prompt, its exact probabilities, and labels from them."""

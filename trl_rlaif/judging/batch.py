@@ -1,4 +1,4 @@
-"""A judge that is asked through OpenAI-style batch files: it writes down its requests, or reads the answers to them."""
+"""A judge queried through OpenAI-style batch files: it records its requests, or reads the answers to them."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from trl_rlaif.judging.remote import RemoteJudge
 from trl_rlaif.judging.server import Connection, Server, Unreadable
 
 URLS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
-# Nothing is sent: no address, and no key.
+# Nothing is sent, so the address is a placeholder.
 _NOWHERE = "http://batch.invalid/v1"
 
-# Of a request's digest.
+# Length of a request's digest.
 DIGITS = 16
 
 Body = dict[str, Any]
 
 
 def body_digest(body: Body) -> str:
-    """What tells a request from others: DIGITS hexadecimal digits."""
+    """Identifies a request: DIGITS hexadecimal digits."""
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:DIGITS]
 
 
 class _Files(Connection):
-    """Requests that are written down, and answered by those of a file."""
+    """Records requests, and answers them from a file."""
 
     def __init__(self, model: str, server: Server) -> None:
         super().__init__(model, replace(server, base_url=_NOWHERE))
-        self._known, self._may_ask_more = True, False  # nothing can be found out, and nothing asked again
+        self._known, self._may_ask_more = True, False  # nothing can be detected or requested again
         self.asked: dict[str, Body] = {}
         self.answers: Mapping[str, Body | str] = {}
 
@@ -54,14 +54,14 @@ class _Files(Connection):
 
 
 class BatchJudge(RemoteJudge):
-    """A model that is asked through files, and whose answers are read as a server's are.
+    """A model queried through files; its answers are read as a server's are.
 
-    What is answered depends on nothing but the request, so that one is known by ``body_digest``.
+    An answer depends on its request alone, identified by ``body_digest``.
 
     Args:
         model: Its name.
         prompt: Makes the questions.
-        server: How a server would be asked; ``prefill`` is known, and ``votes`` is 0.
+        server: Settings as for a server; ``prefill`` is not "auto", and ``votes`` is 0.
     """
 
     _connection: _Files
@@ -70,14 +70,14 @@ class BatchJudge(RemoteJudge):
         super().__init__(model, prompt, server, _Files(model, server))
 
     def begin(self, answers: Mapping[str, Body | str] | None = None) -> None:
-        """Forget what was asked.
+        """Forget earlier requests.
 
         Args:
-            answers: By request, the answer's body, or why there is none.
+            answers: By request digest, the answer's body, or the reason why there is none.
         """
         self._connection.asked, self._connection.answers = {}, answers or {}
 
     @property
     def asked(self) -> dict[str, Body]:
-        """The requests since then."""
+        """Requests since ``begin``, by digest."""
         return self._connection.asked

@@ -1,4 +1,4 @@
-"""The answers that a judge chooses from, as tokens: probabilities of strings, whatever the tokenizer makes of them."""
+"""A judge's candidate answers as tokens: probabilities of strings, however they are tokenized."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Candidates behind one ending.
+    """Candidates after one ending.
 
     Args:
-        dropped: Tokens to take off the ending: where a tokenizer joins the ending's last characters with the
-            candidate, the continuations begin where all encodings part. Usually none.
+        dropped: Tokens to remove from the ending, usually none: if the tokenizer merges the ending's last characters
+            with the candidate, the continuations start where the encodings diverge.
         continuations: Token lists whose log-probabilities are needed.
         whole: For each candidate, the continuations that spell it (their probabilities add up).
-        longer: For each candidate, the continuations that spell it and go on to another candidate, such as
+        longer: For each candidate, the continuations that spell it and continue to another candidate, such as
             "10" for "1" (their probability is not the candidate's).
     """
 
@@ -40,13 +40,13 @@ class Candidates:
         encode: Callable[[str], list[int]],
         tokenizer: PreTrainedTokenizerBase,
     ) -> Candidates:
-        """The candidates behind an ending.
+        """The candidates after an ending.
 
         Args:
             texts: The candidates.
             ending: What they complete.
             encode: Token ids of a prompt that ends with the text given.
-            tokenizer: Its vocabulary is looked into for the rest of a longer candidate.
+            tokenizer: Its vocabulary is searched for the rest of a longer candidate.
         """
         bare, full = encode(ending), [encode(ending + text) for text in texts]
         shared = 0
@@ -62,7 +62,7 @@ class Candidates:
                     continue
                 joined = full[j][shared:]
                 if joined[: len(continuations[i])] == continuations[i]:
-                    longer[i].append(j)  # "10" is "1" and more tokens: P("1") must not hold it
+                    longer[i].append(j)  # "10" is "1" and more tokens: P("1") must not include it
                 elif (rest := long[len(short) :]) in vocabulary:
                     # "10" is a token of its own; "1" and then "0" spells the same.
                     continuations.append([*continuations[i], vocabulary[rest]])

@@ -1,4 +1,4 @@
-"""Several criteria in place of one question: their options, and how what is said by each becomes one label."""
+"""Several criteria instead of one question: their options, and how their verdicts combine into one label."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ class CriteriaOptions(ThinkingOptions):
 
     @property
     def weighed(self) -> dict[str, CriterionOptions]:
-        """The criteria that count by their weight."""
+        """The weighted criteria, which are not vetoes."""
         return {name: of for name, of in self.criteria.items() if not of.veto}
 
     @property
     def vetoes(self) -> dict[str, str]:
-        """What must hold, by name."""
+        """Descriptions of the vetoes, by name."""
         return {name: of.description or name for name, of in self.criteria.items() if of.veto}
 
 
@@ -83,7 +83,7 @@ def weighted_logit(logits: Sequence[float], weights: Sequence[float]) -> float:
 
     Criteria that are certain of opposite sides contradict each other: 0.
     """
-    total = sum(weight * logit for logit, weight in zip(logits, weights, strict=True))  # fsum refuses both infinities
+    total = sum(weight * logit for logit, weight in zip(logits, weights, strict=True))  # fsum raises on both infinities
     return 0.0 if math.isnan(total) else total / math.fsum(weights)
 
 

@@ -1,4 +1,4 @@
-"""Distributions of weighted sums of a judge's answers, exactly, where the answers are independent of each other."""
+"""Exact distributions of weighted sums of a judge's answers, which are assumed to be independent."""
 
 from __future__ import annotations
 

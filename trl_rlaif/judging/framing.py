@@ -21,10 +21,10 @@ _LENGTH, _TRIES = 4, 8
 
 
 def frame_code(texts: Iterable[str], seed: Iterable[str]) -> str:
-    """A code that none of the texts contains, not even in other letters or with spaces between them.
+    """A code that none of the texts contains, even in lookalike letters or with spaces between them.
 
-    It is a function of the seed, so labels are reproducible and both orders of a pair share their beginning. Where a
-    text contains it, another is derived; codes get longer after several tries, so one is always found.
+    It is a function of the seed, so labels are reproducible and both orders of a pair share a prefix. If a text
+    contains it, another is derived; codes get longer after several tries, so one is always found.
 
     Args:
         texts: All texts that will be framed.
@@ -51,6 +51,6 @@ def framed(text: str, code: str) -> str:
 
 
 def unframed(text: str) -> str:
-    """What ``framed`` was given; a text without a frame as it is."""
+    """The text inside a frame; a text without one is returned unchanged."""
     found = re.fullmatch(rf"<([{_LETTERS}]{{{_LENGTH},}})>(.*)</\1>", text, re.DOTALL)
     return found[2] if found else text

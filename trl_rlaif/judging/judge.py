@@ -1,4 +1,4 @@
-"""What every judge offers to labelers, wherever its model runs."""
+"""The interface of judges for labelers, wherever the model runs."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Judge(ABC):
                 shared prefix is computed once. All have the same ending.
             candidates: The texts to choose from, such as "1" and "2".
             thinking: Rationales to write first, if any.
-            done: Indices of groups whose answers are already known. The others are computed exactly as
-                without it.
+            done: Indices of groups whose answers are already known. It does not change how the others are
+                computed.
 
         Yields:
             The index of the group and an Answer for each of its questions. If a question cannot be answered,
@@ -83,10 +83,10 @@ def ask_together(
     thinking: Thinking | None = None,
     done: Collection[int] = (),
 ) -> Iterator[tuple[int, dict[Candidates, list[list[Answer]]]]]:
-    """Answer items with several groups of questions, which may have different candidates, as each item is complete.
+    """Answer items with several groups of questions, whose candidates may differ; yields each item when complete.
 
-    Questions are computed together where they are a group: those of a pair's two responses, say, are two groups, since
-    the criteria that a response is judged by share more than the responses do.
+    The questions of a group are computed together. A pair's two responses, for example, form two groups, since the
+    questions about one response share a longer prefix than the two responses do.
 
     Args:
         judge: The judge, which is asked once for each set of candidates.

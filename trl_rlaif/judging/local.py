@@ -1,4 +1,4 @@
-"""A judge whose model runs in this process, by transformers."""
+"""A judge whose model runs in this process, with transformers."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 
 class LocalJudge(TokenJudge):
-    """A causal language model of transformers.
+    """A causal language model from transformers.
 
-    Batches follow from all questions, also from those that are done.
+    Batches are formed from all questions, including those already done.
 
     Args:
         model: In eval mode. Any dtype, NF4 too.
-        tokenizer, prompt, name, chat_template_kwargs: As of every TokenJudge.
+        tokenizer, prompt, name, chat_template_kwargs: As in TokenJudge.
         batch_tokens: Maximum tokens per batch.
-        context: Called for a context around every forward pass, for a judge that is a role of a shared base.
-        precision: Of float32 matrix products. "auto" takes the lowest that leaves the first questions' answers
-            within 1e-4; what it found is then in ``probe``.
+        context: Returns a context for every forward pass, for a judge that is a role of a shared base.
+        precision: Of float32 matrix products. "auto" picks the lowest that changes the probabilities of a few questions
+            by at most 1e-4, and stores its findings in ``probe``.
     """
 
     PROBED = 4
@@ -60,7 +60,7 @@ class LocalJudge(TokenJudge):
 
     @property
     def pad_id(self) -> int:
-        """Of a token that pads; it is masked."""
+        """Token id for padding, which is masked."""
         return self.tokenizer.pad_token_id or 0
 
     def _scorer(self, known: Candidates, contexts: Sequence[Sequence[list[int]]], longest: int) -> ContinuationScorer:
@@ -79,7 +79,7 @@ class LocalJudge(TokenJudge):
 
     def _choose_precision(self, scorer: ContinuationScorer, contexts: Sequence[Sequence[list[int]]]) -> None:
         if self.precision != "auto" or self.probe is not None or self.model.dtype != torch.float32:
-            return  # weights in less than float32 leave no choice
+            return  # lower-precision weights leave no choice
         few = contexts[:: max(1, len(contexts) // self.PROBED)][: self.PROBED]
 
         def probabilities() -> list[float]:

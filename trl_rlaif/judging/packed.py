@@ -1,4 +1,4 @@
-"""Forward passes over many sequences in one row, in which what sequences begin with is computed once."""
+"""Forward passes over many sequences packed in one row; shared prefixes are computed once."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ KeyValues = list[tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass
 class _Layout:
-    """Who sees whom in a packed row.
+    """The attention pattern of a packed row.
 
     Args:
-        groups: For each group the starts and ends of its segments in the row: first what its sequences share,
-            then each sequence's own tokens, which see the prefix, what is shared, and themselves.
-        prefix: Keys and values by layer of what stands before every group, (heads, P, width) each.
-        keep: Where keys and values are to be kept, a list that is filled layer by layer.
+        groups: For each group the starts and ends of its segments in the row: first the tokens its sequences share,
+            then each sequence's own, which attend to the prefix, the shared tokens, and themselves.
+        prefix: Keys and values by layer of the prefix of all groups, (heads, P, width) each.
+        keep: A list to fill with keys and values layer by layer, if they are to be kept.
         windows: Filled with every layer's sliding window.
-        masks: Those of this row so far.
+        masks: Masks of this row so far.
     """
 
     groups: list[list[tuple[int, int]]]
@@ -44,12 +44,12 @@ class _Layout:
 
     @property
     def longest(self) -> int:
-        """Most tokens that one token of the row sees."""
+        """Maximum number of tokens that a token of the row attends to."""
         lengths = [[end - start for start, end in segments] for segments in self.groups]
         return self.cached + max(shared + max(own, default=0) for shared, *own in lengths)
 
     def mask(self, query: torch.Tensor, seen: int, window: int | None) -> torch.Tensor:
-        """(tokens, seen), added to the scores of the last tokens, which see ``window`` tokens up to themselves."""
+        """(tokens, seen) additive mask for the last tokens, which attend to ``window`` tokens up to themselves."""
         count = query.shape[2]
         key = count, seen, min(window or seen, seen)
         if key not in self.masks:
@@ -69,7 +69,7 @@ class _Row:
     wanted: list[int] = field(default_factory=list)
 
     def add(self, group: Sequence[Tokens], cached: int, keep: int) -> None:
-        """A group of sequences without their first ``cached`` tokens: what they share, then each one's own."""
+        """Append a group without its first ``cached`` tokens: the shared tokens, then each sequence's own."""
         shared = shared_prefix(group, least=keep)
         segments = [self._append(group[0], cached, shared)]
         for tokens in group:
@@ -84,9 +84,9 @@ class _Row:
         return start, len(self.ids)
 
 
-# What a trial of each model said.
+# Result of each model's trial.
 _tried: WeakKeyDictionary[torch.nn.Module, list[int | None] | None] = WeakKeyDictionary()
-# That of the present row is the last one. The same for all threads: a backward pass on a GPU runs in one of its own.
+# The last one is the current row's. Shared by all threads: a backward pass on a GPU runs in a thread of its own.
 _layouts: list[_Layout] = []
 _NAME = "trl_rlaif_packed"
 
@@ -113,8 +113,8 @@ def _attention(
         prefix = layout.prefix[module.layer_idx] if layout.prefix else ()
         return _trainable(query, (key, value), prefix, layout, sliding_window, scaling), None
     cached, heads = layout.cached, key.shape[1]
-    # The prefix is copied once a layer. Behind it come what a group shares, and behind that each of its segments
-    # in turn: what a token does not see is not computed either.
+    # The prefix is copied once per layer, followed by a group's shared tokens, then by each of its segments in turn:
+    # attention is not computed over tokens that are not seen.
     keys, values = (key.new_empty(heads, layout.longest, x.shape[-1]) for x in (key, value))
     if layout.prefix:
         keys[:, :cached], values[:, :cached] = layout.prefix[module.layer_idx]
@@ -138,7 +138,7 @@ def _attention(
 
 
 def _heads_of(query: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Keys or values: on a GPU, whose fused kernels take no mask together with shared heads, one for each query."""
+    """Keys or values; on a GPU, repeated for each query head: its fused kernels take no mask with shared heads."""
     repeats = query.shape[1] // x.shape[1]
     return x.repeat_interleave(repeats, 1) if query.is_cuda and repeats > 1 else x
 
@@ -151,7 +151,7 @@ def _trainable(
     window: int | None,
     scaling: float | None,
 ) -> torch.Tensor:
-    """The same with gradients, which pass to the keys and values of the row, not to those of a cached prefix."""
+    """The same with gradients, which flow to the keys and values of the row, not to those of a cached prefix."""
     # Split once: the backward pass of a slice would fill a tensor of the whole row's size for each segment.
     sizes = [end - start for segments in layout.groups for start, end in segments]
     parts = zip(*(x.split(sizes, 2) for x in (query, *(_heads_of(query, x) for x in row))), strict=True)
@@ -187,20 +187,19 @@ def _packed(model: torch.nn.Module, layout: _Layout) -> Iterator[None]:
 
 
 def packed_length(group: Sequence[Tokens], cached: int = 0) -> int:
-    """Tokens that a group takes in a packed row behind a cached prefix."""
+    """Tokens that a group takes in a packed row after a cached prefix."""
     shared = shared_prefix(group)
     return shared - cached + sum(len(tokens) - shared for tokens in group)
 
 
 class PackedModel:
-    """A causal language model that reads groups of sequences without padding and without repetition.
+    """A causal language model that processes groups of sequences without padding or repeated computation.
 
-    Three levels are shared: a prefix of all sequences, whose keys and values are computed once and kept;
-    within a group what its sequences begin with; and the rest of each. Exact: every token sees its own
-    sequence and nothing else.
+    There are three levels: a prefix of all sequences, whose keys and values are computed once and kept; the shared
+    prefix within a group; and the rest of each sequence. Exact: every token attends to its own sequence only.
 
     Args:
-        model: Of transformers, with full attention or sliding windows, in eval mode.
+        model: From transformers, with full attention or sliding windows, in eval mode.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -211,13 +210,13 @@ class PackedModel:
 
     @staticmethod
     def can_read(model: torch.nn.Module, longest: int) -> bool:
-        """Whether a model gives the same packed as plain, tried out once on a few tokens.
+        """Whether packing leaves a model's results unchanged, tested once on a few tokens.
 
-        Some architectures add to the attention what this one does not know of (sinks, soft caps, biases).
+        Some architectures use attention features that are not supported here (sinks, soft caps, biases).
 
         Args:
-            longest: Tokens of the longest sequence that will come. Where that exceeds a sliding window, the
-                layers that have it must say so; attention in chunks must not be exceeded.
+            longest: Maximum sequence length in tokens. If it exceeds a sliding window, the layers that have one must
+                report it; it must not exceed the chunk size of chunked attention.
         """
         config = model.config.get_text_config()
         window, chunk = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
@@ -232,7 +231,7 @@ class PackedModel:
 
     @staticmethod
     def _try_out(model: torch.nn.Module) -> list[int | None] | None:
-        """Every layer's sliding window as it told the attention, or None where packing changes the result."""
+        """Every layer's sliding window as passed to the attention, or None if packing changes the result."""
         rows = [[*range(3, 20), *ends] for ends in ((5, 9, 4), (4, 8), (7,))]
         packed = PackedModel(model)
         windows: list[int | None] = []
@@ -240,7 +239,7 @@ class PackedModel:
             try:
                 packed.cache(rows[0][:6], windows=windows)
                 found = packed.logits([rows[:2], rows[2:]], 1)[:, 0].float().log_softmax(-1)
-            except Exception:  # whatever an architecture raises that takes no such attention
+            except Exception:  # whatever an architecture that does not support this attention raises
                 return None
             plain = [model(input_ids=torch.tensor([row], device=found.device), use_cache=False) for row in rows]
         expected = torch.stack([out.logits[0, -1] for out in plain]).float().log_softmax(-1)
@@ -253,7 +252,7 @@ class PackedModel:
 
     @torch.no_grad()
     def cache(self, prefix: Tokens, *, windows: list[int | None] | None = None) -> None:
-        """Compute a prefix, which all sequences begin with from here on; it may be empty.
+        """Compute the prefix, possibly empty, of all sequences from now on.
 
         Args:
             windows: Filled with the sliding window of every layer.
@@ -268,7 +267,7 @@ class PackedModel:
 
     @contextmanager
     def kept_packed(self) -> Iterator[None]:
-        """Forward passes stay packed until the end, so that gradient checkpointing repeats them as they were.
+        """Keep forward passes packed until exit, so that gradient checkpointing recomputes them identically.
 
         For one forward pass and its backward pass.
         """
@@ -282,8 +281,8 @@ class PackedModel:
         """Logits at the last positions of every sequence.
 
         Args:
-            groups: Groups of sequences that begin alike, each with the prefix and at least ``keep`` more tokens.
-            keep: Positions wanted.
+            groups: Groups of sequences that share a prefix, each with the cached one and at least ``keep`` more tokens.
+            keep: Number of positions.
 
         Returns:
             (sequences, keep, vocabulary) in the model's dtype, group by group.

@@ -1,6 +1,6 @@
-"""Interchangeable servers of one model: each request goes to the least busy, and a dead one is left out for a while.
+"""Interchangeable servers of one model: each request goes to the least busy, and a failed one is skipped for a while.
 
-One that is overloaded is asked less at once.
+An overloaded one gets fewer concurrent requests.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
     from trl_rlaif.judging.server import Server
 
-# Seconds that a server is left out after a failure; twice as long after each further one.
+# Seconds for which a server is skipped after a failure; doubled after each further one.
 FIRST_REST, LONGEST_REST = 1.0, 60.0
-# Of the answers that say no, those that the same request may not get again, or not from another server.
+# Client errors that may not recur on a retry, or on another server.
 _PASSING = (408, 409, 429)
-# Those of a server that is asked more than it can do. Seconds within which they are about the same requests.
+# Errors of an overloaded server. Seconds within which they count as one event.
 _OVERLOADED, _SAME = (429, 503), 1.0
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class _Member:
-    """A server, with its requests under way, how many these may be, and its failures since it last answered."""
+    """A server, with its requests in progress, their limit, and its failures since its last answer."""
 
     client: OpenAI
     most: float
@@ -45,12 +45,12 @@ class _Member:
 
     @property
     def awake(self) -> bool:
-        """Whether it may be asked. One that has failed is asked once at a time until it answers."""
+        """Whether it may get a request. After a failure, it gets one at a time until it answers."""
         return time.monotonic() >= self.rests_until and not (self.failures and self.busy)
 
     @property
     def has_room(self) -> bool:
-        """Whether it may have another request under way."""
+        """Whether its limit allows another request."""
         return self.busy < int(self.most)
 
     @property
@@ -58,18 +58,18 @@ class _Member:
         return str(self.client.base_url)
 
     def halve(self) -> None:
-        """Ask for half as much at once: additive increase, multiplicative decrease (Chiu and Jain 1989)."""
+        """Halve the limit: additive increase, multiplicative decrease (Chiu and Jain 1989)."""
         now = time.monotonic()
         if now - self.halved_at >= _SAME:
             self.most, self.halved_at = max(1.0, min(self.most, self.busy) / 2), now
 
 
 class ServerPool:
-    """The servers of a judge. Each has as many requests under way as it takes, ``Server.concurrency`` at most: after an
-    answer of 429 or 503, or none in time, half as many, and one more for as many good answers.
+    """The servers of a judge. Each has its own limit on concurrent requests, at most ``Server.concurrency``: a 429, a
+    503 or a timeout halves it, and as many successful answers as the limit raise it by one.
 
     Args:
-        server: With their addresses.
+        server: Settings, with the addresses.
 
     Raises:
         UserError: The package openai is not installed, or a key is needed and not set.
@@ -92,7 +92,7 @@ class ServerPool:
         self._concurrency = server.concurrency
 
         def member(url: str | None) -> _Member:
-            # The client's own retries are heard, too.
+            # This also sees the client's own retries.
             heard = DefaultHttpxClient(event_hooks={"response": [lambda response: self._hear(made, response)]})
             client = OpenAI(base_url=url, api_key=key or "none", http_client=heard, **options)
             made = _Member(client, most=server.concurrency)
@@ -104,25 +104,25 @@ class ServerPool:
 
     @property
     def addresses(self) -> list[str]:
-        """Where the servers are."""
+        """Addresses of the servers."""
         return [member.address for member in self._members]
 
     def origin(self, error: APIError) -> OpenAI | None:
-        """The client whose request an error came of."""
+        """The client whose request caused an error; None if unknown."""
         url = str(error.request.url)
         return next((member.client for member in self._members if url.startswith(member.address)), None)
 
     def request(self, send: Callable[[OpenAI], T]) -> T:
-        """What one of the servers answers.
+        """One server's answer.
 
-        What a retry may mend, such as a dropped connection, leaves the server out for a while, and the next one is
-        asked. The last that is left retries as often as the client is told to.
+        After a transient error, such as a dropped connection, the server is skipped for a while and the next one is
+        tried. The last one left retries up to ``Server.max_retries`` times.
 
         Args:
             send: Makes the request.
 
         Raises:
-            APIError: None has answered, or one has refused the request itself.
+            APIError: No server has answered, or one has rejected the request itself.
         """
         import openai
 
@@ -154,12 +154,12 @@ class ServerPool:
                 member.halve()
 
     def _take(self, tried: Collection[_Member]) -> tuple[_Member, bool]:
-        """The least busy of those that may be asked, once one has room, and whether there is no other."""
+        """The least busy available server, once one has room, and whether there is no other."""
         with self._freed:
             while (awake := self._awake(tried)) and not any(member.has_room for member in awake):
                 self._freed.wait()
             free = [member for member in awake if member.has_room]
-            # Where all rest, the one whose rest ends first.
+            # If all rest, the one whose rest ends first.
             found = min(free or self._members, key=lambda member: member.busy if free else member.rests_until)
             found.busy += 1
             return found, len(awake) < 2
@@ -168,13 +168,13 @@ class ServerPool:
         return [member for member in self._members if member not in tried and member.awake]
 
     def _rest(self, member: _Member, error: APIError) -> bool:
-        """Leave a server out for a while; False where the error is no reason to."""
+        """Skip a server for a while; False if the error is not a reason to."""
         status = getattr(error, "status_code", None)
         if status is not None and status < 500 and status not in _PASSING:
             return False
         with self._lock:
             now = time.monotonic()
-            if now < member.rests_until:  # what was under way when it failed
+            if now < member.rests_until:  # a request in progress when it failed
                 return True
             if not member.failures and len(self._members) > 1:
                 others = "the other servers are asked until it answers again"
@@ -186,7 +186,7 @@ class ServerPool:
 
 
 def _asked_for(error: APIError) -> float:
-    """Seconds that a server asks to be left alone for (Retry-After); 0 where it does not."""
+    """Seconds to wait that a server asks for (Retry-After); 0 if it does not."""
     response = getattr(error, "response", None)
     text = response.headers.get("retry-after", "") if response is not None else ""
     return float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else 0.0

@@ -1,4 +1,4 @@
-"""The fastest matrix products that leave the labels alone, found by trying them on a few questions."""
+"""The lowest precision of matrix products that leaves the labels unchanged, tested on a few questions."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import torch
 
 Precision = Literal["highest", "high", "medium"]
 
-# Largest change of a probability that is taken for rounding.
+# Largest change of a probability that counts as rounding.
 TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What was tried.
+    """The precisions tried.
 
     Args:
         precision: The choice, for ``torch.set_float32_matmul_precision``.
-        deviation: Largest change of a probability under each precision tried, against "highest"; 1 for no number.
+        deviation: Largest change of a probability under each precision tried, against "highest"; 1 for NaN.
     """
 
     precision: Precision
@@ -41,10 +41,10 @@ def matmul_precision(precision: Precision) -> Iterator[None]:
 
 
 def choose_precision(probabilities: Callable[[], Sequence[float]]) -> Probe:
-    """The lowest precision under which probabilities stay within 1e-4 of what they are under the highest.
+    """The lowest precision whose probabilities are within 1e-4 of those under the highest.
 
-    What "medium" and "high" mean depends on the processor (bfloat16 in one or several passes, TF32), so it is
-    measured. Speed is not, so that a resumed run chooses the same.
+    What "medium" and "high" mean depends on the processor (bfloat16 in one or several passes, TF32), so the error is
+    measured. Speed is not, so that a resumed run makes the same choice.
     """
     with matmul_precision("highest"):
         exact = probabilities()

@@ -32,11 +32,11 @@ FILES = (
     "check.txt", "check.jinja", "check_ending.txt", "check_thinking.txt", "draft.txt", "draft.jinja", "frame.txt",
 )  # fmt: skip
 _REQUIRED = FILES[:3]
-# What rubrics are drafted with; no label depends on it.
+# For drafting rubrics; no label depends on them.
 _DRAFT = ("draft.txt", "draft.jinja")
 # The frames' code in a template's context.
 _CODE = "_code"
-# What each template is given besides the columns of the data.
+# Variables of each template besides the columns of the data.
 _VALUES = {
     "sample.jinja": ("context", "response_1", "response_2", "criterion"),
     "rating.jinja": ("context", "response", "criterion"),
@@ -68,12 +68,12 @@ class JudgePrompt:
         name: The folder's name.
         parts: Content of its files by name. ``base.txt`` and ``detailed.txt`` are preambles,
             ``sample.jinja`` a template with ``context``, ``response_1`` and ``response_2``, ``ending.txt``
-            what the judge completes with 1 or 2, ``thinking.txt`` what a rationale begins with. To rate one
+            the text that the judge completes with 1 or 2, ``thinking.txt`` the start of a rationale. To rate one
             response: ``rubric.txt``, ``rating.jinja`` with ``context`` and ``response``,
             ``rating_ending.txt``, ``rating_thinking.txt``. To check one response: ``check.txt``, ``check.jinja`` with
             ``context``, ``response`` and ``criterion``, ``check_ending.txt``, ``check_thinking.txt``. To draft rubrics:
             ``draft.txt``, ``draft.jinja`` with ``context``. ``frame.txt``: see ``frame``. In the other templates,
-            ``criterion`` is empty but where one of several is asked about. All may name columns of the data, too.
+            ``criterion`` is empty unless one of several is asked about. All may also name columns of the data.
         exemplars: From ``exemplars.jsonl``; those that are shown have the columns that ``sample.jinja`` names.
     """
 
@@ -83,11 +83,11 @@ class JudgePrompt:
 
     @classmethod
     def load(cls, folder: str | Path) -> JudgePrompt:
-        """Read a prompt folder, UTF-8. Line ends around a part do not count; a space at an ending's end does.
+        """Read a prompt folder, UTF-8. Newlines around a part are stripped; an ending's trailing space is kept.
 
         Raises:
             UserError: The folder or one of base.txt, sample.jinja and ending.txt is missing, a file cannot be
-                read, a template does not compile or names a text of another template, an exemplar is not complete.
+                read, a template does not compile or uses a variable of another template, or an exemplar is incomplete.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -112,7 +112,7 @@ class JudgePrompt:
         return replace(bare, exemplars=exemplars)
 
     def _check_template(self, name: str, path: Path) -> None:
-        """Refuse a template that does not compile, fails on empty texts, or names a text of another template."""
+        """Reject a template that does not compile, fails on empty texts, or uses a variable of another template."""
         foreign = _RESERVED.intersection(self.columns_of(name))
         if foreign:
             tree = self._environment.parse(self.parts[name])
@@ -129,22 +129,22 @@ class JudgePrompt:
             raise UserError(error.problems[0].what, where=str(path)) from None
 
     def columns_of(self, template: str) -> tuple[str, ...]:
-        """The columns of the data that a template names, sorted; none of one that is missing or does not compile."""
+        """The columns of the data that a template names, sorted; empty if it is missing or does not compile."""
         return _undeclared(self.parts.get(template, ""), _VALUES[template])
 
     @property
     def frame(self) -> str:
-        """What the judge is told of the frames around the texts, behind the preamble; empty: there are no frames.
+        """The notice about frames around the texts, placed after the preamble; empty: there are no frames.
 
-        It is ``frame.txt``, such as a translation. Without the file it is ``framing.NOTICE``.
+        Taken from ``frame.txt``, such as a translation; without the file, ``framing.NOTICE``.
         """
         return self.parts.get("frame.txt", NOTICE).strip()
 
     @cached_property
     def revision(self) -> str:
-        """Changes with any of the files that labels depend on, and with the frames: 16 hexadecimal digits."""
+        """Hash of the files that labels depend on, and of the frames: 16 hexadecimal digits."""
         form = [self.frame, framed("", frame_code((), ()))] if self.frame else []
-        # frame.txt is in the form.
+        # frame.txt is part of the form.
         parts = {name: text for name, text in self.parts.items() if name not in ("frame.txt", *_DRAFT)}
         shown = [{key: value for key, value in vars(e).items() if key != "columns" or value} for e in self.exemplars]
         content = json.dumps([parts, shown, *form], sort_keys=True)
@@ -168,14 +168,14 @@ class JudgePrompt:
             prompt: The prompt of the responses.
             response_1, response_2: In the order in which they are shown.
             criterion: Criterion of the comparison, in words; empty: the one in the prompt.
-            columns: The row's other columns: texts, numbers, and lists and mappings of these. None where no row is
-                at hand, to see whether the folder has all parts: the sample is then left blank.
+            columns: The row's other columns: texts, numbers, and lists and mappings of these. None, without a row, to
+                check that the folder has all parts: the sample is then left blank.
             preamble: The short or the detailed preamble.
             shots: Number of exemplars, 0..len(exemplars).
             think: Whether a rationale precedes the answer, also in the exemplars.
 
         Raises:
-            UserError: The folder lacks what is asked for, its template shows no criterion, the row has no value in a
+            UserError: The folder lacks a required part, its template shows no criterion, the row has no value in a
                 column that the template names, or the template fails on it.
         """
         if shots > len(self.exemplars):
@@ -219,7 +219,7 @@ class JudgePrompt:
     ) -> Question:
         """Ask whether a response meets a criterion; the candidates are Yes and No.
 
-        Questions about one response differ in the criterion alone. Args and raises as ``compare``.
+        Questions about one response differ in the criterion alone. Arguments and errors as in ``compare``.
         """
         values = {"context": as_text(prompt), "response": response, "criterion": criterion}
         return self._single("check.txt", "check", values, columns, think)
@@ -237,14 +237,14 @@ class JudgePrompt:
     def _single(
         self, preamble: str, kind: str, values: dict[str, str], columns: Columns | None, think: bool
     ) -> Question:
-        """A question about one response, from the files that are named after its kind."""
-        # The code follows from the prompt alone, so that it is computed once for all responses to it.
+        """A question about one response, from the files named after its kind."""
+        # The code depends on the prompt alone, so that the prompt is computed once for all responses to it.
         messages = [self._turn(f"{kind}.jinja", values, columns, seed=[values["context"]])]
         thinking = self._part(f"{kind}_thinking.txt") if think else ""
         return self._question(preamble, messages, self._part(f"{kind}_ending.txt"), thinking)
 
     def quote(self, text: str) -> str:
-        """A text that is put into the prompt, such as a rationale, unable to pass for a part of the prompt."""
+        """A text to insert into the prompt, such as a rationale, quoted so that it cannot imitate the prompt."""
         return quoted(text, self._headers)
 
     def _question(self, preamble: str, messages: list[Message], ending: str, thinking: str) -> Question:
@@ -259,13 +259,13 @@ class JudgePrompt:
 
     @cached_property
     def _headers(self) -> re.Pattern[str]:
-        """Lines of the prompt's own that no judged text may imitate: the templates', and the endings."""
+        """The prompt's own lines that no judged text may imitate: those of templates and endings."""
         own = [self._wording(name) for name in (_VALUES.keys() & self.parts.keys()).difference(_DRAFT)]
         own += [text for name, text in self.parts.items() if name.endswith(("ending.txt", "thinking.txt"))]
         return headers("\n".join(own))
 
     def _wording(self, name: str) -> str:
-        """A template's own words, of all of its branches; and what it makes of empty texts, if it needs no columns."""
+        """A template's literal text in all branches; and its output for empty texts, if it needs no columns."""
         blank = "" if self.columns_of(name) else self._render(name, dict.fromkeys(_VALUES[name], ""))
         tree = self._environment.parse(self.parts[name])
         return "".join([blank, "\n", *(text.data for text in tree.find_all(nodes.TemplateData))])
@@ -277,7 +277,7 @@ class JudgePrompt:
         return self._turn("sample.jinja", texts | {"criterion": criterion}, columns, seed=texts.values())
 
     def _turn(self, template: str, values: dict[str, str], columns: Columns | None, seed: Iterable[str]) -> Message:
-        """What the judge is shown: the template with the texts and columns, quoted and framed."""
+        """A user turn: the template with the texts and columns, quoted and framed."""
         self._part(template)
         needed = self.columns_of(template)
         if values.get("criterion") and "criterion" not in _undeclared(self.parts[template], ()):
@@ -320,7 +320,7 @@ class JudgePrompt:
         )
 
     def _render(self, name: str, values: dict[str, str], code: str = "") -> str:
-        """A template with values, which are inserted, in frames, and never parsed as templates themselves."""
+        """Render a template. Values are inserted in frames, and never parsed as templates themselves."""
         self._part(name)
         try:
             return self._environment.get_template(name).render({**values, _CODE: code})
@@ -332,7 +332,7 @@ class JudgePrompt:
 
 @pass_context
 def _framed_value(context: Context, value: Any) -> Any:
-    """What an expression of a template prints: a frame around whatever its filters left of a text."""
+    """The output of a template's expression: text is framed after all filters."""
     code = context.get(_CODE)
     if not code or value is None or isinstance(value, int | float):
         return value
@@ -345,7 +345,7 @@ def _undeclared(template: str, given: tuple[str, ...]) -> tuple[str, ...]:
     environment = ImmutableSandboxedEnvironment()
     try:
         found = meta.find_undeclared_variables(environment.parse(template))
-    except TemplateError:  # said when it is rendered
+    except TemplateError:  # reported when it is rendered
         return ()
     return tuple(sorted(found - {*given, *environment.globals}))
 

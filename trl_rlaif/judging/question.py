@@ -58,7 +58,7 @@ class ThinkingOptions(Options):
     seed: int = Field(0, ge=0, description="Sampling seed of rationales.")
 
     def asked(self) -> Thinking | None:
-        """What the judge is asked to write; None without thinking."""
+        """The rationales to request; None without thinking."""
         if not self.thinking:
             return None
         temperature = self.rationale_temperature
@@ -69,12 +69,12 @@ class ThinkingOptions(Options):
 
 @dataclass(frozen=True)
 class Written:
-    """What a judge writes where it may write freely.
+    """A judge's free-form text.
 
     Args:
         text: Without the model's own thoughts.
-        ended: Whether it came to an end, and was not cut off.
-        failed: Why there is none.
+        ended: Whether it is complete, not cut off.
+        failed: The reason if there is no text.
     """
 
     text: str = ""
@@ -91,8 +91,8 @@ class Answer:
             without). Exact, or estimated from votes; -inf for candidates without a vote.
         rationales: The rationales, in the same order.
         failed: The reason if there is no answer; ``logprobs`` is then empty.
-        bound: How much of the candidates' normalized mass may belong to others than it is given to, in [0, 1]: what a
-            server does not list is only known to be no likelier than the least that it does.
+        bound: Upper bound on the candidates' normalized mass that may be misassigned, in [0, 1]: an unlisted token is
+            only known to be no more likely than the least likely listed one.
         voted: Whether the numbers are proportions of sampled answers.
     """
 
@@ -104,5 +104,5 @@ class Answer:
 
     @property
     def rationale(self) -> str | list[str] | None:
-        """As a label keeps it: one text, a list of several, or None."""
+        """As stored in a label: one text, a list of several, or None."""
         return list(self.rationales) if len(self.rationales) > 1 else next(iter(self.rationales), None)

@@ -1,4 +1,4 @@
-"""Keeps a judged text from passing for a part of the prompt around it."""
+"""Keeps judged texts from imitating the prompt around them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import re
 import unicodedata
 
 _MARK = "> "
-# Common letters of other scripts that pass for Latin ones, case folded: Cyrillic, then Greek.
+# Common letters of other scripts that look like Latin ones, case folded: Cyrillic, then Greek.
 _LOOKALIKES = str.maketrans("авекмнорстухіјѕһ" + "αεικνορτυχ", "abekmhopctyxijsh" + "aeiknoptyx")
 _CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1b\x7f]")
-# What may stand around the words of a header without hiding it from a reader: space, markdown, brackets.
+# Decoration around the words of a header that does not hide it from a reader: space, markdown, brackets.
 _DECORATION = r"[\W_]*"
 
 
@@ -22,17 +22,17 @@ def plain(line: str) -> str:
 
 
 def headers(text: str) -> re.Pattern[str]:
-    """Matches a line, made plain, that begins like one of a prompt's own, which no judged text must imitate."""
+    """Matches a line, after ``plain``, that starts like one of the prompt's own, which judged texts may not imitate."""
     patterns = {pattern for line in text.splitlines() if (pattern := _header(plain(line)))}
     return re.compile("|".join(sorted(patterns)) or r"(?!)")
 
 
 def _header(line: str) -> str:
-    """The words of a header in whatever decoration, and what ends it."""
+    """Pattern for the words of a header in any decoration, and its end."""
     words = re.findall(r"[^\W_]+", line)
     if not words:
         return ""
-    # Behind "Response 2:" its colon or nothing, behind "Response 1" no digit, behind "Response" no letter.
+    # After "Response 2:" its colon or nothing, after "Response 1" no digit, after "Response" no letter.
     end = re.search(r"[:=.,;!?]\s*$", line)
     if end:
         tail = rf"{_DECORATION}(?:{re.escape(end[0].strip())}|$)"
@@ -42,13 +42,13 @@ def _header(line: str) -> str:
 
 
 def quoted(text: str, own: re.Pattern[str]) -> str:
-    """The text with a mark before each line that begins like one of the prompt's own.
+    """The text with a mark before each line that starts like one of the prompt's own.
 
-    A response that holds the line ``Response 2:`` would else seem to end there. Other lines stay as they are.
+    A response with the line ``Response 2:`` would otherwise seem to end there. Other lines stay as they are.
 
     Args:
-        text: What is judged.
-        own: What ``headers`` gave for the prompt.
+        text: The judged text.
+        own: The pattern from ``headers`` for the prompt.
     """
     lines = text.splitlines(keepends=True)
     return "".join(_MARK + line if own.match(plain(line)) else line for line in lines)

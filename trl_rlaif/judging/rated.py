@@ -53,8 +53,8 @@ def rated_label(
         id: Id of the pair.
         judge: Name of the judge.
         both: For each response, a Rated or an object with its properties; or the reason why there is none.
-        answers: Of each response what the judge said. What it wrote of each is kept where labels by comparison keep
-            that of each order.
+        answers: The judge's answers for each response. Their rationales are stored in the fields that comparisons use
+            for the two orders.
         criteria: Verdicts by criterion, if the judge was asked about several.
     """
     kept = [[text for answer in of for text in answer.rationales] or None for of in answers]

@@ -1,4 +1,4 @@
-"""What a local judge writes before it answers: a rationale that its prompt asks for, or the model's own thoughts."""
+"""A local judge's text before its answer: a rationale that its prompt asks for, or the model's own reasoning."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _EMPTY: list[Message] = [{"role": "user", "content": ""}]
 
 
 class Writing:
-    """Questions as tokens, with what is written before their endings: here, nothing.
+    """Questions as tokens, with any text written before their endings: here, none.
 
     Args:
         tokenizer: With a chat template, questions go through it; without, they are plain text.
-        prompt: Whose headers no rationale may imitate.
+        prompt: The prompt; no rationale may imitate its headers.
         kwargs: Variables for the chat template.
     """
 
@@ -29,7 +29,7 @@ class Writing:
         self.tokenizer, self.prompt, self.kwargs = tokenizer, prompt, kwargs
 
     def encode(self, messages: Sequence[Message], opening: str, thought: str | None = None) -> list[int]:
-        """Token ids of messages and of what their answer begins with."""
+        """Token ids of messages and the start of their answer."""
         if not self.tokenizer.chat_template:
             text = "".join(message["content"] + "\n\n" for message in messages)
             return encode_prompt(self.tokenizer, text, opening=opening)
@@ -37,7 +37,7 @@ class Writing:
         return encode_prompt(self.tokenizer, list(messages), **how)
 
     def opened(self, opening: str) -> list[int]:
-        """Token ids of a question without words, as far as an ending and a candidate make them differ."""
+        """Token ids of an empty question with the start of its answer, for comparing endings and candidates."""
         return self.encode(_EMPTY, opening)
 
     def begin(self, question: Question) -> list[int]:
@@ -46,19 +46,19 @@ class Writing:
 
 
 class Rationale(Writing):
-    """A rationale behind the prompt's own request; it is put in front of the ending (chain of thought in two steps)."""
+    """A rationale that the prompt asks for, placed before the ending (two-step chain of thought)."""
 
     def begin(self, question: Question) -> list[int]:
         """Token ids up to where the rationale begins."""
         return self.encode(question.messages, question.thinking)
 
     def behind(self, question: Question, text: str) -> list[int]:
-        """Token ids up to where the candidates are read, behind what was written."""
+        """Token ids up to where the candidates are read, after the rationale."""
         opening = f"{question.thinking} {self.prompt.quote(text)}\n\n{question.ending}"
         return self.encode(question.messages, opening)
 
     def stop_ids(self, model: Any) -> tuple[int, ...]:
-        """The tokens that end what is written."""
+        """The tokens that end the text."""
         return stop_ids(self.tokenizer, model)
 
     def room(self, ending: str) -> int:
@@ -66,25 +66,25 @@ class Rationale(Writing):
         return len(self.encode(_EMPTY, f" \n\n{ending}")) - len(self.encode(_EMPTY, ""))
 
     def texts(self, rows: Sequence[Sequence[int]], ending: str) -> list[str]:
-        """What was written. Where the judge goes on to the answer itself, that is no part of what it thought."""
+        """The rationales. If the judge continues to the answer itself, that part is removed."""
         texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return [(text.split(ending.strip())[0] if ending.strip() else text).strip() for text in texts]
 
 
 class Thoughts(Rationale):
-    """The model's own thoughts, in the place that its chat template has for them.
+    """The model's own reasoning, where its chat template places it.
 
     Args:
-        tokenizer, prompt, kwargs: As of every writing.
+        tokenizer, prompt, kwargs: As in Writing.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: JudgePrompt, kwargs: Mapping[str, Any]) -> None:
-        # Templates that think on demand are asked to. The others do not read it.
+        # For templates with optional thinking. The others ignore it.
         super().__init__(tokenizer, prompt, {"enable_thinking": True, **kwargs})
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, prompt: JudgePrompt, kwargs: Mapping[str, Any]) -> Thoughts | None:
-        """None where the model has no thoughts of its own, or they are switched off."""
+        """None if the model has no reasoning of its own, or it is disabled."""
         if not tokenizer.chat_template or kwargs.get("enable_thinking") is False:
             return None
         made = cls(tokenizer, prompt, kwargs)
@@ -94,7 +94,7 @@ class Thoughts(Rationale):
         return thinking_prompt(self.tokenizer, list(messages), chat_template_kwargs=self.kwargs)
 
     def opened(self, opening: str) -> list[int]:
-        """As of every writing, behind a thought of one token."""
+        """As in Writing, after a thought of one token."""
         return self.encode(_EMPTY, opening, thought="x")
 
     def begin(self, question: Question) -> list[int]:
@@ -106,7 +106,7 @@ class Thoughts(Rationale):
         return self.encode(question.messages, question.ending, thought=text)
 
     def stop_ids(self, model: Any) -> tuple[int, ...]:
-        """The tokens that end what is written; also what the model ends its thoughts with, if that is one token."""
+        """The tokens that end the text; also the model's end-of-thought mark, if it is one token."""
         end = self.tokenizer(self._begun(_EMPTY)[1], add_special_tokens=False)["input_ids"]
         return (*super().stop_ids(model), *(end if len(end) == 1 else ()))
 
@@ -115,7 +115,7 @@ class Thoughts(Rationale):
         return len(self.opened(ending)) - len(self._begun(_EMPTY)[0]) - 1  # the thought's own token
 
     def texts(self, rows: Sequence[Sequence[int]], ending: str) -> list[str]:
-        """What was thought: up to where the model ended its thoughts, or up to the budget."""
+        """The thoughts, up to the model's end mark or the token budget."""
         end = self._begun(_EMPTY)[1]
-        # Whole, because what ends a thought often is a special token.
+        # With special tokens, since the end mark often is one.
         return [text.split(end)[0].strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=False)]

@@ -20,10 +20,10 @@ from trl_rlaif.judging.question import Answer, Message, Question, Thinking, Writ
 from trl_rlaif.judging.server import Connection, Server, ServerGone, Unreadable, reasoning
 from trl_rlaif.judging.usage import Meter
 
-# Questions that are lost to the connection one after another before the server is taken to be gone.
+# Connection failures in a row after which the server is considered gone.
 GONE_AFTER = 3
 
-# A reasoning model's marks, where the server leaves its thoughts in the text.
+# A reasoning model's tags, if the server leaves its thoughts in the text.
 _THOUGHT_MARKS = re.compile(r"</?think>|\[/?THINK\]")
 _THOUGHT = re.compile(r".*(?:</think>|\[/THINK\])", re.DOTALL)
 
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class _Read(NamedTuple):
-    """What was read of one question, or sampled; see Answer."""
+    """One question's distribution, read or sampled; see Answer."""
 
     logprobs: tuple[float, ...]
     bound: float = 0.0
@@ -39,11 +39,11 @@ class _Read(NamedTuple):
 
 
 class _Work(Generic[T]):
-    """Indices for threads to take and what they found, with a bound on how far they are ahead of the taker.
+    """Indices for worker threads and their results, with a bound on how far the workers run ahead of the consumer.
 
     Args:
         todo: The indices.
-        ahead: How many may be under way or waiting to be taken.
+        ahead: Maximum number in progress or waiting for the consumer.
     """
 
     def __init__(self, todo: Sequence[int], ahead: int) -> None:
@@ -53,21 +53,21 @@ class _Work(Generic[T]):
         self.stopped = False
 
     def take(self) -> int | None:
-        """The next index; None where there is none, or nobody wants an answer any more."""
+        """The next index; None if none is left or the work was stopped."""
         self._room.acquire()
         with self._lock:
             return None if self.stopped else next(self._todo, None)
 
     def give(self, index: int, found: T | Exception) -> None:
-        """Hand over what belongs to an index."""
+        """Hand over the result of an index, or its error."""
         self._found.put((index, found))
 
     def end(self) -> None:
-        """A thread will take nothing more."""
+        """Announce that a thread has ended."""
         self._found.put(None)
 
     def found(self, threads: int) -> Iterator[tuple[int, T]]:
-        """What was found, as it comes, until so many threads have ended; an error is raised."""
+        """Results as they arrive, until this many threads have ended; an error is raised."""
         while threads:
             item = self._found.get()
             if item is None:
@@ -80,7 +80,7 @@ class _Work(Generic[T]):
             yield index, found
 
     def stop(self) -> None:
-        """Let all threads end after the request that they are at."""
+        """Let all threads end after their current request."""
         self.stopped = True
         self._room.release(self._ahead)
 
@@ -91,8 +91,8 @@ class RemoteJudge(Judge):
     Args:
         model: Its name on the server.
         prompt: The judge's prompt, which makes the questions.
-        server: How to talk to it.
-        connection: What the requests go through; None is a connection to the server.
+        server: Its connection settings.
+        connection: Sends the requests; None: a new connection to the server.
     """
 
     def __init__(self, model: str, prompt: JudgePrompt, server: Server, connection: Connection | None = None) -> None:
@@ -109,10 +109,10 @@ class RemoteJudge(Judge):
         thinking: Thinking | None = None,
         done: Collection[int] = (),
     ) -> Iterator[tuple[int, list[Answer]]]:
-        """As of every judge; several requests are under way at once.
+        """As in Judge, with several concurrent requests.
 
         Raises:
-            UserError: The server refuses this client altogether (key, model, address).
+            UserError: The server rejects this client altogether (key, model, address).
         """
 
         def answers(index: int, work: _Work) -> list[Answer]:
@@ -124,7 +124,7 @@ class RemoteJudge(Judge):
     def write(
         self, questions: Sequence[Question], *, max_tokens: int, temperature: float = 0.0, seed: int = 0
     ) -> list[Written]:
-        """As of every judge. Raises as ``ask``."""
+        """As in Judge. Raises as ``ask``."""
         options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
         written = from_first(
             lambda: self._each(range(len(questions)), lambda index, work: self._written(questions[index], options))
@@ -132,10 +132,10 @@ class RemoteJudge(Judge):
         return [text for _, text in sorted(written, key=lambda found: found[0])]
 
     def _each(self, todo: Sequence[int], do: Callable[[int, _Work[T]], T]) -> Iterator[tuple[int, T]]:
-        """What ``do`` makes of each index, as soon as it is known.
+        """Results of ``do`` for each index, as soon as they are available.
 
         Raises:
-            BudgetUsedUp: Behind what was under way, where more is left to do.
+            BudgetUsedUp: After the requests in progress, if more are left.
         """
         work: _Work[T] = _Work(todo, ahead=2 * self.server.concurrency)
 
@@ -149,7 +149,7 @@ class RemoteJudge(Judge):
 
         threads, given = min(self.server.concurrency, len(todo)), 0
         for _ in range(threads):
-            # Daemons: a program that is stopped does not wait for a server that does not answer.
+            # Daemons: a stopped program does not wait for an unresponsive server.
             threading.Thread(target=run, daemon=True).start()
         try:
             for found in work.found(threads):
@@ -162,7 +162,7 @@ class RemoteJudge(Judge):
 
     @property
     def meter(self) -> Meter:
-        """What counts the server's tokens."""
+        """Counts the server's tokens."""
         return self._connection.meter
 
     @meter.setter
@@ -172,11 +172,11 @@ class RemoteJudge(Judge):
     # ---- One question ---------------------------------------------------------------------------------
 
     def _answer(self, question: Question, candidates: Sequence[str], thinking: Thinking | None) -> Answer:
-        """Of a fault that concerns this question alone, an answer that says so.
+        """Answer a question. If it alone fails, the Answer gives the reason.
 
         Raises:
-            UserError: The server refuses this client altogether.
-            ServerGone: Nobody has answered several questions in a row.
+            UserError: The server rejects this client altogether.
+            ServerGone: Several questions in a row were not answered.
         """
         import openai
 
@@ -189,7 +189,7 @@ class RemoteJudge(Judge):
                 found = [self._distribution(one, candidates) for one in asked]
             bound, voted = max(one.bound for one in found), any(one.voted for one in found)
             return Answer(tuple(one.logprobs for one in found), tuple(rationales), bound=bound, voted=voted)
-        except (openai.APIError, Unreadable, ValueError) as error:  # ValueError: what came is no JSON
+        except (openai.APIError, Unreadable, ValueError) as error:  # ValueError: the response is not JSON
             return Answer(rationales=tuple(rationales), failed=self._fault(error))
 
     def _written(self, question: Question, options: dict[str, Any]) -> Written:
@@ -206,7 +206,7 @@ class RemoteJudge(Judge):
 
     @contextmanager
     def _refusals(self) -> Iterator[None]:
-        """Raises UserError where the server refuses this client altogether."""
+        """Raise UserError if the server rejects this client altogether."""
         import openai
 
         try:
@@ -222,10 +222,10 @@ class RemoteJudge(Judge):
             ) from None
 
     def _fault(self, error: Exception) -> str:
-        """What went wrong with one question.
+        """Describe why one question failed.
 
         Raises:
-            ServerGone: Several have not been answered: to give up on them one after the other would be of no use.
+            ServerGone: Several in a row were not answered, so there is no point in trying the rest.
         """
         import openai
 
@@ -241,7 +241,7 @@ class RemoteJudge(Judge):
         return f"{_short(error)} ({self._connection.address_of(error)})"
 
     def _not_found(self, error: Exception) -> UserError:
-        """Which of the two is wrong, the model's name or the address."""
+        """The error after a 404: the model's name or the address is wrong."""
         fix = f"Check judge.path, judge.base_url and the key in {self.server.api_key_env}."
         names, address = self._connection.models(error), self._connection.address_of(error)
         if names and self.name not in names:
@@ -251,7 +251,7 @@ class RemoteJudge(Judge):
         return UserError(f"The judge's server rejects the request: {_short(error)}", where=address, fix=fix)
 
     def _think(self, question: Question, thinking: Thinking, number: int) -> str:
-        """What the model thought of its own accord, and what it explained when it was asked to."""
+        """The model's own reasoning, followed by the requested explanation."""
         choice, *_ = self._connection.choices(
             replace(question, ending=question.thinking),
             f"{question.thinking} Explain in a few sentences, and do not give your answer yet.",
@@ -260,20 +260,20 @@ class RemoteJudge(Judge):
             temperature=thinking.temperature,
             seed=thinking.seed + number,
         )
-        # Its marks would make the chat template drop the thoughts when it is shown them.
+        # With its tags, the chat template would drop the thoughts from the next request.
         said, ending = _THOUGHT_MARKS.sub("", self._connection.said(choice, question.thinking)), question.ending.strip()
         explained = (said.split(ending)[0] if ending else said).strip()
         return "\n\n".join(text for text in (reasoning(choice).strip(), explained) if text)
 
     def _distribution(self, question: Question, candidates: Sequence[str]) -> _Read:
-        """Log-probabilities of the candidates; read, or where they cannot be had from votes."""
+        """Log-probabilities of the candidates: read, or if unavailable, estimated from votes."""
         import openai
 
         instruction = f"Answer with one of {', '.join(candidates)} and nothing else."
         try:
             self._connection.find_out(question, candidates, instruction)
             return self._read(question, candidates, instruction)
-        # Some servers refuse a request for log-probabilities; what they refuse for another reason, they refuse again.
+        # Some servers refuse log-probabilities. A request refused for another reason will be refused again.
         except (
             Unreadable,
             openai.BadRequestError,
@@ -298,10 +298,10 @@ class RemoteJudge(Judge):
                 if long == short or not long.startswith(short) or found[j] or not found[i]:
                     continue
                 if not self._connection.continues:
-                    # "1" may be the first of the two tokens of "10", and nothing can be sent behind it.
+                    # "1" may be the first of the two tokens of "10", and nothing can be appended to it.
                     unsure += found[i]
                     continue
-                # "10" in two tokens: the second one is read behind the first.
+                # "10" in two tokens: the second one is read after the first.
                 end = long[len(short) :]
                 rest, _ = self._connection.top(replace(question, ending=question.ending + short), [end], instruction)
                 share = math.fsum(p for token, p in rest if token.strip() == end)
@@ -312,7 +312,7 @@ class RemoteJudge(Judge):
         if missing and again and self._connection.more(len(tokens)):
             return self._read(question, candidates, instruction, again=False)
         listed = math.fsum(found)
-        # No likelier than the least that is listed, and all of them together than what is left.
+        # Each is at most the lowest listed probability; together, at most the unlisted mass.
         each = min(least, behind / len(missing)) if missing else 0.0
         hidden = len(missing) * each + (unsure if missing else 0.0)
         bound = hidden / (listed + len(missing) * each) if listed else 1.0
@@ -334,12 +334,12 @@ class RemoteJudge(Judge):
         )
 
     def _voted(self, question: Question, candidates: Sequence[str], instruction: str) -> _Read:
-        """Shares of sampled answers; what is no candidate counts as mass elsewhere."""
+        """Proportions of sampled answers; other texts count as mass outside the candidates."""
         longest_first = sorted(candidates, key=len, reverse=True)
         pattern = re.compile(r"\W*(" + "|".join(map(re.escape, longest_first)) + r")(?![0-9A-Za-z]|\.\d)")
         votes: Counter[str] = Counter()
         while votes.total() < self.server.votes:
-            # Some servers take all of an answer for thoughts that their end does not follow.
+            # Some servers treat the whole answer as reasoning if no end tag follows.
             for choice in self._samples(question, instruction, votes.total()):
                 match = pattern.match(self._connection.said(choice, question.ending) or reasoning(choice))
                 votes[match[1] if match else ""] += 1
@@ -349,7 +349,7 @@ class RemoteJudge(Judge):
         return _Read(tuple(math.log(share) if share else -math.inf for share in shares), voted=True)
 
     def _samples(self, question: Question, instruction: str, known: int) -> list[Any]:
-        """At least one of the answers that are still to be sampled; all of them where the server draws several."""
+        """At least one of the answers still to be sampled; all of them if the server draws several per request."""
         import openai
 
         options: dict[str, Any] = {"max_tokens": 4, "temperature": 1.0, "seed": known}
@@ -363,7 +363,7 @@ class RemoteJudge(Judge):
 
 
 def _after(question: Question, rationale: str) -> Question:
-    """The question once the rationale is written: it stands in front of the ending."""
+    """The question followed by its rationale, a request for the answer, and the ending."""
     said: Message = {"role": "assistant", "content": f"{question.thinking} {rationale}".strip()}
     ask: Message = {"role": "user", "content": "What is your answer?"}
     return Question((*question.messages, said, ask), question.ending)

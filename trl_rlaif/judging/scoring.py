@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 class ContinuationScorer:
     """Log-probabilities of the same continuations after many contexts, each token computed once.
 
-    Contexts come in groups that begin alike, such as the two orders of a pair. Where the model's architecture
+    Contexts come in groups that share a prefix, such as the two orders of a pair. If the model's architecture
     does not allow packing (see PackedModel), they are padded instead.
 
     Args:
         model: Causal language model that takes ``logits_to_keep``.
         continuations: K token lists, each at least one token.
-        longest: Tokens of the longest context that will come.
+        longest: Maximum tokens of a context.
         pad_id: Any valid id; it is masked.
     """
 
@@ -43,13 +43,13 @@ class ContinuationScorer:
         self._prefix: list[int] = []
 
     def begin(self, contexts: Sequence[Tokens]) -> None:
-        """Compute what all contexts that will come begin with, once."""
+        """Compute the shared prefix of all contexts once."""
         shared = shared_prefix(contexts, least=self._keep)
         self._prefix = list(contexts[0][:shared]) if self.packs and shared >= self.MIN_PREFIX else []
         self._packed.cache(self._prefix)
 
     def batches(self, groups: Sequence[Sequence[Tokens]], budget: int) -> list[list[int]]:
-        """Indices of groups in batches within a budget of tokens that are computed at once."""
+        """Indices of groups in batches, each within a token budget."""
         if self.packs:
             return packed_batches([packed_length(group, self._packed.cached) for group in groups], budget)
         return token_batches([len(group) * max(map(len, group)) for group in groups], budget)
@@ -63,10 +63,10 @@ class ContinuationScorer:
         """log P(continuation | context): (contexts, K) float32, nats, group by group, with gradients if they are on.
 
         A continuation's log-probability is the sum over its tokens. Continuations
-        that share a beginning, such as "1" and "10", share a sequence.
+        that share a prefix, such as "1" and "10", share a sequence.
         """
         groups = [[[*context, *prefix] for context in group for prefix in self._prefixes] for group in groups]
-        # A context that comes later, such as one behind a rationale, may be in other tokens from early on.
+        # A later context, such as one after a rationale, may be tokenized differently from early on.
         packs = self.packs and all(row[: len(self._prefix)] == self._prefix for group in groups for row in group)
         logits = self._packed.logits(groups, self._keep) if packs else self._padded(groups)
         keep, prefixes = self._keep, self._prefixes
@@ -80,7 +80,7 @@ class ContinuationScorer:
         return torch.stack(result, 1)
 
     def kept_packed(self) -> AbstractContextManager[None]:
-        """As ``PackedModel.kept_packed``; nothing where contexts are padded."""
+        """As ``PackedModel.kept_packed``; no effect if contexts are padded."""
         return self._packed.kept_packed()
 
     def _padded(self, groups: Sequence[Sequence[Tokens]]) -> torch.Tensor:
@@ -95,13 +95,13 @@ class ContinuationScorer:
 
 
 def _maximal_prefixes(continuations: Sequence[Tokens]) -> list[tuple[int, ...]]:
-    """What must stand behind the context so that every continuation's tokens are predicted once."""
+    """Prefixes to append to the context so that every continuation's tokens are predicted once."""
     prefixes = {tuple(c[:-1]) for c in continuations}
     return sorted(p for p in prefixes if not any(q != p and q[: len(p)] == p for q in prefixes))
 
 
 def subtract(whole: float, part: float) -> float:
-    """log(exp(whole) - exp(part)); -inf where rounding leaves nothing."""
+    """log(exp(whole) - exp(part)); -inf if rounding leaves nothing."""
     return whole + math.log1p(-math.exp(part - whole)) if part < whole else -math.inf
 
 

@@ -1,4 +1,4 @@
-"""A model on an OpenAI-compatible server: what it is asked in, and what it was found to be able to do."""
+"""A model on an OpenAI-compatible server: its requests, and detection of what the server supports."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from trl_rlaif.progress import say
 if TYPE_CHECKING:
     from openai import OpenAI
 
-# How many of the likeliest tokens to ask for; and how many where a candidate is not among them.
+# Number of top tokens to request; and once a candidate is not among them.
 _USUAL, _MORE = 20, 200
-# What to ask for where a server refuses as many as were wanted.
+# Numbers to try next if a server refuses that many.
 _FEWER = (20, 10, 5, 1)
 _WITHOUT = "the server gives no log-probabilities (set judge.votes to sample answers)"
 
 
 @dataclass(frozen=True)
 class Server:
-    """How a judge's server is talked to.
+    """Connection settings of a judge's server.
 
     Args:
-        base_url: None takes OPENAI_BASE_URL, or OpenAI's own. Of several, all with the same model on the same kind of
+        base_url: None: OPENAI_BASE_URL, or OpenAI's own. With several, all serving the same model on the same kind of
             server, each request goes to the least busy.
         api_key_env: The environment variable that holds the key. Local servers need none.
-        api: ``chat`` asks with messages, ``completions`` with plain text (base models).
-        prefill: The server lets a chat answer begin with given text (vLLM's continue_final_message); ``auto`` finds out
-            by the first question.
-        top_logprobs: How many of the likeliest tokens to ask for; servers allow 5 to 20, or more. ``auto`` asks for 20,
-            and for 200 once a candidate is not among them, where the server gives so many.
-        votes: Where log-probabilities cannot be had: answers to sample instead. 0 gives up on the question.
-        tolerance: How much of the candidates' mass, in [0, 1], may hide behind the likeliest tokens. A candidate that
-            is not among them is no likelier than the least of them, and counts as that.
-        concurrency: Requests at once, on all servers together; fewer on one that is overloaded.
-        timeout: Seconds that a request may take.
-        max_retries: After a rate limit, a server error, a dropped connection or a timeout. The wait grows,
-            and what the server asks for (Retry-After) is honoured.
-        chat_template_kwargs: Sent along with every chat request, as vLLM, SGLang and llama.cpp's server take them.
-            Where ``enable_thinking`` is among them, it is for rationales: the answer itself is asked for without.
-        extra_body: Further fields of every request's body.
+        api: ``chat`` sends messages, ``completions`` plain text (base models).
+        prefill: Whether the server continues a partial chat answer (vLLM's continue_final_message); ``auto`` tests it
+            with the first question.
+        top_logprobs: Number of top tokens to request; servers allow 5 to 20, or more. ``auto`` requests 20, and 200
+            once a candidate is not among them, if the server gives that many.
+        votes: Answers to sample per question if log-probabilities are unavailable; 0: the question fails.
+        tolerance: Maximum fraction of the candidates' mass, in [0, 1], that may be unlisted. An unlisted candidate
+            counts as its upper bound: the lowest listed probability or, if less, an equal part of the unlisted mass.
+        concurrency: Maximum concurrent requests over all servers; fewer on an overloaded one.
+        timeout: Maximum seconds per request.
+        max_retries: After a rate limit, a server error, a dropped connection or a timeout, with increasing delay;
+            Retry-After is honoured.
+        chat_template_kwargs: Sent with every chat request, as accepted by vLLM, SGLang and llama.cpp's server.
+            ``enable_thinking`` applies to rationales only; it is False for the answer itself.
+        extra_body: Further fields of every request body.
     """
 
     base_url: str | Sequence[str] | None = None
@@ -64,31 +64,31 @@ class Server:
 
 
 class ServerGone(RunError, UserError):
-    """Nobody answers any more. Also a UserError: on one of those in a reward, the trainers save what was learned."""
+    """No server answers any longer. Also a UserError: if a reward raises one, the trainers save their progress."""
 
     exit_code = RunError.exit_code
 
 
 class Unreadable(Exception):
-    """The server answered, and the answer does not hold what was asked for."""
+    """The server's answer lacks what was requested."""
 
 
 class NoLogProbabilities(Unreadable):
-    """The answer comes without any."""
+    """The answer has no log-probabilities."""
 
 
 class Connection:
-    """Requests to one model on a server, in the most exact way that its first question found out.
+    """Requests to one model on a server, by the most exact method that it supports, detected with the first question.
 
     Args:
         model: Its name on the server.
-        server: How to talk to it.
+        server: Its connection settings.
     """
 
     def __init__(self, model: str, server: Server) -> None:
         self.model, self.server = model, server
         self._servers, self.meter = ServerPool(server), Meter()
-        # Found out by the first question; until then it is asked alone.
+        # Detected with the first question, which is sent alone.
         self.prefills = server.prefill if server.api == "chat" else False
         self._known, self._names, self._lists = False, False, True
         self._finding_out = threading.Lock()
@@ -98,11 +98,11 @@ class Connection:
 
     @property
     def address(self) -> str:
-        """Where the server is, or all of them are."""
+        """Address of the server, or of all servers."""
         return ", ".join(self._servers.addresses)
 
     def address_of(self, error: Exception) -> str:
-        """Where the server is that an error came from; where all are, if the error does not say."""
+        """Address of the server that raised an error; of all servers if unknown."""
         client = self._origin(error)
         return self.address if client is None else str(client.base_url)
 
@@ -113,7 +113,7 @@ class Connection:
 
     @property
     def continues(self) -> bool:
-        """Whether the model goes on where the given text ends."""
+        """Whether the model continues the given text."""
         return self.prefills is True or self.server.api == "completions"
 
     def say(self, text: str) -> None:
@@ -121,22 +121,22 @@ class Connection:
         say(f"Judge {self.model} at {self.address}: {text}")
 
     def models(self, error: Exception) -> list[str]:
-        """The names that the server knows from which an error came; empty where it does not tell."""
+        """Model names on the server that raised an error; empty if it does not list them."""
         client = self._origin(error)
         if client is None:
             return []
         try:
             return sorted(model.id for model in client.with_options(max_retries=0, timeout=5).models.list())
-        except Exception:  # whatever a server that is none of OpenAI's kind answers
+        except Exception:  # whatever a server that does not follow OpenAI's API answers
             return []
 
-    # ---- What the server can do -------------------------------------------------------------------------
+    # ---- Capabilities of the server ---------------------------------------------------------------------
 
     def find_out(self, question: Question, texts: Sequence[str], instruction: str) -> None:
-        """What the server can do, by the first question, and say so; nothing once it is known.
+        """Detect and report the server's capabilities with the first question; does nothing once they are known.
 
         Args:
-            question: Asked alone.
+            question: Sent alone.
             texts: The candidates.
             instruction: See ``choices``.
         """
@@ -156,10 +156,10 @@ class Connection:
         self.say(f"{told}, and {read if self._lists else 'nothing can be'} read.")
 
     def _find_prefill(self, question: Question, texts: Sequence[str], instruction: str) -> bool | Literal["auto"]:
-        """Whether the server continues the answer that it is given, by which way gives the candidates more.
+        """Whether the server continues a given answer: tries with and without, and compares the candidates' mass.
 
-        Where neither can be read, nothing is begun: the server may take no notice of it. A question that is refused
-        both ways decides nothing.
+        If neither can be read, the answer is not prefilled: the server may ignore it. A question refused both ways
+        leaves "auto".
         """
         import openai
 
@@ -182,24 +182,24 @@ class Connection:
         return mass.get(True, 0.0) > 0 and mass[True] >= mass.get(False, 0.0)
 
     def _find_names(self, question: Question, texts: Sequence[str], instruction: str) -> bool:
-        """Whether the server gives the log-probabilities of tokens that are named, as vLLM does."""
+        """Whether the server returns log-probabilities of specified tokens, as vLLM does."""
         import openai
 
         try:
             tokens = self._token_ids(question, texts) if self._lists else {}
             return bool(tokens) and bool(self._named(question, instruction, tokens))
-        except (Unreadable, openai.APIError):  # whatever a gateway does with a field that it does not know
+        except (Unreadable, openai.APIError):  # whatever a gateway does with an unknown field
             return False
 
     def more(self, listed: int) -> bool:
-        """Whether more of the likeliest tokens can be asked for than were listed; from now on they are."""
+        """Whether more top tokens than were listed can be requested; if so, later requests do."""
         with self._finding_out:
             if self._may_ask_more and not self._names:
                 self._may_ask_more, self._most = False, _MORE
             return listed < self._most and not self._names
 
     def _token_ids(self, question: Question, texts: Sequence[str]) -> dict[int, str]:
-        """The tokens that the texts begin with behind the ending, and the shortest text each; empty if unknown."""
+        """First tokens of the texts after the ending, each with its shortest text; empty if unknown."""
         for text in texts:
             if (question.ending, text) not in self._ids:
                 self._ids[question.ending, text] = self._token_id(question, text)
@@ -218,17 +218,17 @@ class Connection:
         before, behind = (
             self._tokenize(self._prompt(replace(question, ending=question.ending + end))) for end in ("", text)
         )
-        # Where the text is joined to the ending's last token, the server cannot be asked behind the ending.
+        # If the text merges with the ending's last token, it has no first token of its own.
         return behind[len(before)] if len(behind) > len(before) > 0 and behind[: len(before)] == before else None
 
     def _prompt(self, question: Question) -> dict[str, Any]:
-        """A question, as vLLM's /tokenize takes it, with its ending."""
+        """A question with its ending, as a request to vLLM's /tokenize."""
         if self.server.api == "completions":
             return {"prompt": _plain(question)}
         return {"messages": self._messages(question, None)} | self._body(prefills=True, thinks=False)
 
     def _tokenize(self, body: dict[str, Any]) -> list[int]:
-        """Token ids by vLLM's /tokenize, which is not below /v1; empty where there is no such thing."""
+        """Token ids from vLLM's /tokenize, which is not under /v1; empty if the server has no such endpoint."""
         import openai
 
         def send(client: OpenAI) -> Any:
@@ -256,13 +256,13 @@ class Connection:
 
         Args:
             question: Up to its ending.
-            instruction: Stands in for an ending that the answer cannot begin with.
-            thinks: Whether the model's own thoughts are welcome.
-            prefills: Whether the answer is begun for the server; None: as it is known to take it.
-            options: Of the request.
+            instruction: Replaces the ending if the answer cannot be prefilled.
+            thinks: Whether the model may reason first.
+            prefills: Whether the answer is prefilled; None: if the server is known to support it.
+            options: Further arguments of the request.
 
         Raises:
-            Unreadable: There is none.
+            Unreadable: There is no choice.
         """
         body = options.pop("extra_body", {})
         if self.server.api == "completions":
@@ -281,13 +281,13 @@ class Connection:
         return list(made.choices)
 
     def send(self, asked: dict[str, Any]) -> Any:
-        """The answer to a request of these arguments."""
+        """The answer to a request with these arguments."""
         if self.server.api == "completions":
             return self._servers.request(lambda client: client.completions.create(**asked))
         return self._servers.request(lambda client: client.chat.completions.create(**asked))
 
     def _messages(self, question: Question, instruction: str | None) -> list[Message]:
-        """The question's, with the beginning of the answer, or else an instruction."""
+        """The question's messages, followed by the start of the answer; or with an instruction appended."""
         if instruction is None:
             return [*question.messages, {"role": "assistant", "content": question.ending}]
         *before, last = question.messages
@@ -305,10 +305,10 @@ class Connection:
 
         Args:
             choice: The server's.
-            begun: What the answer was begun with, which llama.cpp's server repeats.
+            begun: The prefilled text, which llama.cpp's server repeats.
 
         Raises:
-            Unreadable: It has none.
+            Unreadable: It has no text.
         """
         try:
             text = (choice.text if self.server.api == "completions" else choice.message.content) or ""
@@ -317,18 +317,17 @@ class Connection:
         return text.removeprefix(begun) if self.prefills is True else text
 
     def top(self, question: Question, texts: Sequence[str], instruction: str) -> tuple[list[tuple[str, float]], bool]:
-        """First tokens of the answer with their probabilities, and whether they are of a thought.
+        """First tokens of the answer with their probabilities, and whether they belong to a thought.
 
-        They are those that the texts begin with, where the server gives the log-probabilities of named tokens; else
-        its likeliest.
+        The first tokens of the texts, if the server returns log-probabilities of specified tokens; else its top tokens.
 
         Args:
             question: Up to its ending.
-            texts: What the answer may be.
+            texts: The candidates.
             instruction: See ``choices``.
 
         Raises:
-            Unreadable: There are none.
+            Unreadable: There are no log-probabilities.
         """
         if not self._lists:
             raise NoLogProbabilities(_WITHOUT)
@@ -338,7 +337,7 @@ class Connection:
     def _named(self, question: Question, instruction: str, tokens: Mapping[int, str]) -> list[tuple[str, float]]:
         """Probabilities of the tokens with these ids."""
         body = {"logprob_token_ids": list(tokens), "return_tokens_as_token_ids": True}
-        # The list may hold what was sampled, too.
+        # The list may also include the sampled token.
         options = self._options(max(self._most, len(tokens) + 1)) | {"extra_body": body}
         found = dict(self._probabilities(self.choices(question, instruction, **options)[0]))
         try:
@@ -349,7 +348,7 @@ class Connection:
     def _listed(
         self, question: Question, instruction: str, prefills: bool | None = None
     ) -> tuple[list[tuple[str, float]], bool]:
-        """As many of the likeliest tokens as the server gives, up to what was asked for."""
+        """As many top tokens as the server gives, up to the number wanted; and whether the answer has reasoning."""
         import openai
 
         while True:
@@ -365,7 +364,7 @@ class Connection:
                 self.say(f"{most} log-probabilities are refused; asking for {fewer}.")
 
     def _options(self, most: int) -> dict[str, Any]:
-        """Of a request for the first token with this many others."""
+        """Options of a request for one token with this many top log-probabilities."""
         chat = {"logprobs": True, "top_logprobs": most}
         listed = {"logprobs": most} if self.server.api == "completions" else chat
         return {"max_tokens": 1, "temperature": 1.0} | listed
@@ -387,7 +386,7 @@ class Connection:
 
 
 def reasoning(choice: Any) -> str:
-    """A reasoning model's thoughts, where the server tells them from the answer."""
+    """A reasoning model's thoughts, if the server separates them from the answer."""
     message = getattr(choice, "message", None)
     told = (getattr(message, name, None) for name in ("reasoning_content", "reasoning"))
     return next((text for text in told if isinstance(text, str) and text), "")

@@ -1,4 +1,4 @@
-"""Responses that address whoever judges them: a few clear patterns, counted for the report."""
+"""Responses that address their judge: a few clear patterns, counted for the report."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ _READ = {
     ),
 }
 _PATTERNS = {kind: re.compile("|".join(patterns), re.MULTILINE) for kind, patterns in _READ.items()}
-# Matched against the text as it is: overridden directions, fillers that look like nothing, tag characters (a flag has
-# fewer), words split by zero-width characters.
+# Matched against the raw text: direction overrides, invisible fillers, tag characters (a flag has fewer), words split
+# by zero-width characters.
 _INVISIBLE = re.compile(
     r"[\u202a-\u202e\u2066-\u2069\u3164\uffa0\u115f\u1160]|[\U000e0020-\U000e007e]{8}|(?:\w[\u200b\u2060\ufeff]){3}"
 )
 
 
 def suspicious(text: str) -> list[str]:
-    """What of a response is aimed at its judge.
+    """Kinds of text in a response that are aimed at its judge.
 
     Args:
         text: The response.
@@ -57,7 +57,7 @@ def suspicious(text: str) -> list[str]:
 
 
 def count_suspicious(groups: Iterable[Iterable[str]]) -> dict[str, Any]:
-    """How many groups of responses, such as pairs, hold one that is aimed at its judge.
+    """Count the groups of responses, such as pairs, with one that is aimed at its judge.
 
     Returns:
         ``found``, groups with one; ``of``, all groups; ``kinds``, groups by kind.

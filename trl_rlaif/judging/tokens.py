@@ -1,4 +1,4 @@
-"""What judges have in common whose model is given tokens, wherever it is computed."""
+"""The base of judges whose model takes tokens, wherever it runs."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ TOO_LONG = "longer than the judge's context"
 
 
 class Scorer(Protocol):
-    """Log-probabilities of the same continuations after contexts, which come in groups that begin alike."""
+    """Log-probabilities of the same continuations after contexts, which come in groups that share a prefix."""
 
     def batches(self, groups: Sequence[Sequence[Tokens]], budget: int) -> list[list[int]]:
-        """Indices of groups in batches within a budget of tokens."""
+        """Indices of groups in batches, each within a token budget."""
 
     def __call__(self, groups: Sequence[Sequence[Tokens]]) -> torch.Tensor:
         """(contexts, continuations), nats, group by group."""
@@ -40,16 +40,16 @@ class Scorer(Protocol):
 class TokenJudge(Judge):
     """A causal language model that answers from the log-probabilities of the candidates' tokens.
 
-    A judge that thinks uses the model's own thoughts, where its chat template has a place for them and
-    ``enable_thinking`` is not False; else it writes a rationale that the prompt asks for.
+    To think first, it uses the model's own reasoning if its chat template supports it and ``enable_thinking`` is not
+    False; otherwise it writes a rationale that the prompt asks for.
 
     Args:
-        model: Whose ``generation_config`` may name tokens that end a text.
+        model: Its ``generation_config`` may name stop tokens.
         tokenizer: With a chat template, questions go through it; without, they are plain text.
-        prompt, name: As of every judge.
+        prompt, name: As in Judge.
         batch_tokens: Maximum tokens per batch.
-        chat_template_kwargs: Variables for the chat template, such as ``enable_thinking``, over those that
-            ``set_template_kwargs`` gave the tokenizer.
+        chat_template_kwargs: Variables for the chat template, such as ``enable_thinking``; they override those set by
+            ``set_template_kwargs``.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class TokenJudge(Judge):
 
     @abstractmethod
     def _scorer(self, known: Candidates, contexts: Sequence[Sequence[list[int]]], longest: int) -> Scorer:
-        """What scores the candidates after these contexts, and others of at most ``longest`` tokens."""
+        """A scorer of the candidates after these contexts, and others of at most ``longest`` tokens."""
 
     @abstractmethod
     def _sample(
@@ -87,22 +87,22 @@ class TokenJudge(Judge):
         stop_ids: Sequence[int],
         keep_end: bool = False,
     ) -> list[list[list[int]]]:
-        """As ``sample_responses``; what is drawn follows from ``seed`` and contexts."""
+        """As ``sample_responses``; samples are determined by ``seed`` and contexts."""
 
     def _computing(self) -> AbstractContextManager[None]:
-        """What all computing is done in."""
+        """Context for all computation."""
         return nullcontext()
 
     def encode(self, question: Question, opening: str) -> list[int]:
-        """Token ids of a question and of what its answer begins with."""
+        """Token ids of a question and the start of its answer."""
         return self._writing(None).encode(question.messages, opening)
 
     def candidates(self, texts: Sequence[str], ending: str, thinking: Thinking | None = None) -> Candidates:
-        """The candidates as the tokenizer spells them behind an ending."""
+        """The candidates as tokenized after an ending."""
         return Candidates.behind(texts, ending, self._writing(thinking).opened, self.tokenizer)
 
     def _writing(self, thinking: Thinking | None) -> Any:
-        """How questions are put, with what is written before the answer."""
+        """The encoding of questions, with any text written before the answer."""
         how = self.tokenizer, self.prompt, self.template_kwargs
         return Writing(*how) if thinking is None else Thoughts.of(*how) or Rationale(*how)
 
@@ -114,7 +114,7 @@ class TokenJudge(Judge):
         thinking: Thinking | None = None,
         done: Collection[int] = (),
     ) -> Iterator[tuple[int, list[Answer]]]:
-        """As of every judge. Batches follow from all groups, also those in ``done``."""
+        """As in Judge. Batches are formed from all groups, including those in ``done``."""
         if not groups:
             return
         writing, ending = self._writing(thinking), groups[0][0].ending
@@ -132,12 +132,12 @@ class TokenJudge(Judge):
                 yield index, [Answer(failed=TOO_LONG)] * len(group)
         if not contexts:
             return
-        # Nobody knows how many tokens a rationale is read as: decoded, it may be split otherwise.
+        # A rationale's limit does not bound its length when read: decoded, it may be tokenized differently.
         longest = self.max_length if thinking else max(len(context) for group in contexts for context in group)
         scorer = self._scorer(known, contexts, longest)
 
         def answers(batch: list[int]) -> list[list[Answer]]:
-            # The whole batch, also where a part is known: what is computed together may change the last digits.
+            # The whole batch, even if part of it is known: the batch's composition may change the last digits.
             asked = [contexts[i] for i in batch]
             if thinking is None:
                 return self._answers(scorer, known, asked)
@@ -153,7 +153,7 @@ class TokenJudge(Judge):
     def write(
         self, questions: Sequence[Question], *, max_tokens: int, temperature: float = 0.0, seed: int = 0
     ) -> list[Written]:
-        """As of every judge, in one batch."""
+        """As in Judge, in one batch."""
         contexts = [self.encode(question, "") for question in questions]
         fitting = [context for context in contexts if len(context) + max_tokens <= self.max_length]
         reader = ResponseReader(self.tokenizer, stop_ids(self.tokenizer, self.model))
@@ -182,12 +182,12 @@ class TokenJudge(Judge):
         contexts: Sequence[Sequence[list[int]]],
         thinking: Thinking,
     ) -> list[list[Answer]]:
-        """Step one writes the rationales, step two reads the distribution behind each of them."""
+        """Step one writes the rationales, step two reads the distribution after each of them."""
         limit, writing = self.max_length - max(map(len, known.continuations)), self._writing(thinking)
         flat = [context for group in contexts for context in group]
         rationales = iter(self._rationales(writing, flat, asked[0][0].ending, thinking))
         written = [[next(rationales) for _ in group] for group in asked]
-        # A question with each of its rationales is a group: they begin with the question itself.
+        # A question with each of its rationales is a group: they share the question as a prefix.
         behind = [
             [known.cut(writing.behind(question, rationale)) for rationale in of_question]
             for group, of_group in zip(asked, written, strict=True)
@@ -203,7 +203,7 @@ class TokenJudge(Judge):
         self, writing: Rationale, contexts: Sequence[list[int]], ending: str, thinking: Thinking
     ) -> list[list[str]]:
         count = thinking.rationales
-        drawn_count = count if thinking.temperature > 0 else 1  # the likeliest one is the same each time
+        drawn_count = count if thinking.temperature > 0 else 1  # greedy decoding always gives the same one
         drawn = self._sample(
             contexts,
             seed=(thinking.seed, "rationale"),
@@ -222,7 +222,7 @@ def _answer(known: Candidates, logprobs: list[float]) -> Answer:
 
 
 def _joined(answers: list[Answer], rationales: list[str]) -> Answer:
-    """One answer of those behind each rationale."""
+    """The answers after each rationale, joined into one."""
     failed = next((answer.failed for answer in answers if answer.failed), None)
     if failed:
         return Answer(rationales=tuple(rationales), failed=failed)

@@ -1,4 +1,4 @@
-"""What a judge on a server uses: tokens as the server counts them, what they cost, and a budget for both."""
+"""Usage of a judge on a server: tokens as the server counts them, their cost, and a budget for both."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from trl_rlaif.errors import RunError
 
 @dataclass(frozen=True)
 class Usage:
-    """What was used so far.
+    """Usage so far.
 
     Args:
         input_tokens, output_tokens: As the server counts them.
-        cost: Of these tokens, in the currency of the price; None where no judge has one.
-        uncounted: Answers that came without a count.
+        cost: Of these tokens, in the currency of the price; None if no judge has one.
+        uncounted: Answers without a count.
     """
 
     input_tokens: int = 0
@@ -26,7 +26,7 @@ class Usage:
 
     @property
     def tokens(self) -> int:
-        """Both."""
+        """Input and output tokens."""
         return self.input_tokens + self.output_tokens
 
     def __add__(self, other: Usage) -> Usage:
@@ -41,7 +41,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Price:
-    """Of a million tokens."""
+    """Price per million tokens."""
 
     input: float
     output: float
@@ -49,39 +49,39 @@ class Price:
 
 @dataclass(frozen=True)
 class Budget:
-    """What may be used; None is as much as it takes."""
+    """Limits on usage; None: unlimited."""
 
     tokens: int | None = None
     cost: float | None = None
 
 
 class BudgetUsedUp(RunError):
-    """The run may go on with a larger budget."""
+    """The run can be resumed with a larger budget."""
 
 
 class Total:
-    """What several judges have used together, in any number of threads.
+    """Total usage of several judges; thread-safe.
 
     Args:
-        used: What counts already.
+        used: The initial usage.
     """
 
     def __init__(self, used: Usage = Usage()) -> None:
         self.used, self._lock = used, threading.Lock()
 
     def add(self, used: Usage) -> None:
-        """Count more."""
+        """Add to the total."""
         with self._lock:
             self.used += used
 
 
 class Meter:
-    """Counts what the answers of a judge used.
+    """Counts the usage of a judge's answers.
 
     Args:
         price: Of the judge's tokens.
-        budget: No further question is begun once the total has used it up; what is under way is finished.
-        total: What it is added to.
+        budget: No further question is started once the total has reached it; those in progress are finished.
+        total: The total to add to; None: a new one.
     """
 
     def __init__(self, price: Price | None = None, budget: Budget = Budget(), total: Total | None = None) -> None:
@@ -89,17 +89,17 @@ class Meter:
 
     @property
     def used(self) -> Usage:
-        """In total."""
+        """The total usage."""
         return self.total.used
 
     def add(self, usage: Any) -> None:
-        """Count what an answer used.
+        """Count the usage of an answer.
 
         Args:
-            usage: OpenAI's object, or None where the server sends none.
+            usage: OpenAI's object, or None if the server sends none.
 
         Raises:
-            RunError: Without a count, no budget can be kept.
+            RunError: There is no count, but a budget, which cannot be enforced without one.
         """
         counts = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
         read, written = (count if isinstance(count, int) else 0 for count in counts)
@@ -111,12 +111,12 @@ class Meter:
 
     @property
     def used_up(self) -> bool:
-        """Whether nothing is left of the budget."""
+        """Whether the budget is used up."""
         used, tokens, cost = self.used, self.budget.tokens, self.budget.cost
         return (tokens is not None and used.tokens >= tokens) or (cost is not None and (used.cost or 0.0) >= cost)
 
     def error(self) -> BudgetUsedUp:
-        """What to raise once it is used up and something is left to be asked."""
+        """The error to raise if it is used up and questions are left."""
         used, budget = self.used, self.budget
         tokens = f"{used.tokens:,}" + (f" of {budget.tokens:,}" if budget.tokens else "")
         cost = f", at a cost of {used.cost or 0.0:.4g} of {budget.cost:.4g}" if budget.cost else ""

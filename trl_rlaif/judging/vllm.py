@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from trl_rlaif.batching import Tokens
 
-# Tokens that the engine is given at once: it schedules them itself, and labels are kept when all are answered.
+# Tokens given to the engine at once: it schedules them itself, and labels are saved when all are answered.
 BATCH_TOKENS = 1 << 18
 
 
@@ -37,8 +37,8 @@ class Engine:
 
     Args:
         llm: The engine.
-        generation_config: The checkpoint's, for the tokens that end a text; None where it has none.
-        adapter: A folder with a LoRA adapter that all requests use.
+        generation_config: The checkpoint's, for its stop tokens; None if it has none.
+        adapter: Folder of a LoRA adapter for all requests.
     """
 
     llm: LLM
@@ -50,12 +50,12 @@ class Engine:
         """Load a model into a new engine.
 
         Args:
-            spec: Path and type of the weights. The folder of a LoRA adapter stands for its base with it.
+            spec: Path and dtype of the weights. The folder of a LoRA adapter loads its base with the adapter.
             adapter: As of the class.
             options: Further arguments of ``vllm.LLM``.
 
         Raises:
-            UserError: vLLM is not installed, or too old; or there would be two adapters.
+            UserError: vLLM is not installed or too old, or there would be two adapters.
         """
         from peft import LoraConfig
         from peft.utils import CONFIG_NAME
@@ -86,14 +86,14 @@ class Engine:
 
     @property
     def max_length(self) -> int:
-        """Tokens of a request, the answer counted."""
+        """Maximum tokens of a request, including the answer."""
         return self.llm.model_config.max_model_len
 
     def generate(self, prompts: Sequence[Tokens], params: Sequence[Mapping[str, Any]]) -> list[Any]:
         """One RequestOutput for each prompt, in order.
 
         Args:
-            params: Those of ``vllm.SamplingParams``, for each prompt.
+            params: Arguments of ``vllm.SamplingParams`` for each prompt.
         """
         from vllm import SamplingParams
 
@@ -114,10 +114,9 @@ class Engine:
 class EngineScorer:
     """Log-probabilities of the same continuations after contexts.
 
-    Each beginning of a continuation, such as nothing and "1" of "10", is a request for one token, and vLLM names the
-    log-probabilities of those that may be next there (``logprob_token_ids``), of the softmax over the whole vocabulary.
-    What requests begin with is computed once: vLLM's prefix cache is not read where ``prompt_logprobs`` are asked for,
-    which would give the same numbers.
+    Each proper prefix of a continuation, such as "" and "1" of "10", is a request for one token. vLLM returns the
+    log-probabilities of its possible next tokens (``logprob_token_ids``) under the softmax over the whole vocabulary.
+    Shared prefixes are computed once. ``prompt_logprobs`` would give the same numbers, but bypass vLLM's prefix cache.
 
     Args:
         engine: The model.
@@ -132,7 +131,7 @@ class EngineScorer:
                 self._next.setdefault(tuple(continuation[:place]), {})[token] = None
 
     def batches(self, groups: Sequence[Sequence[Tokens]], budget: int) -> list[list[int]]:
-        """Indices of groups in order, as many together as are within a budget of tokens wherever they come from."""
+        """Indices of groups in order, in batches of one size that keeps any of them within the token budget."""
         size = max(1, budget // max(sum(map(len, group)) for group in groups))
         return [list(range(start, min(start + size, len(groups)))) for start in range(0, len(groups), size)]
 
@@ -159,11 +158,11 @@ class EngineScorer:
 class VLLMJudge(TokenJudge):
     """A causal language model in vLLM.
 
-    What requests share a forward pass, and may change their last digits, is up to the engine.
+    The engine decides which requests share a forward pass, which may change the last digits.
 
     Args:
         model: The engine.
-        tokenizer, prompt, name, chat_template_kwargs: As of every TokenJudge.
+        tokenizer, prompt, name, chat_template_kwargs: As in TokenJudge.
     """
 
     model: Engine
@@ -199,7 +198,7 @@ class VLLMJudge(TokenJudge):
         stop_ids: Sequence[int],
         keep_end: bool = False,
     ) -> list[list[list[int]]]:
-        """As of every TokenJudge. Each context has a seed of its own."""
+        """As in TokenJudge. Each context has its own seed."""
         shared: dict[str, Any] = {"n": num_responses, "max_tokens": max_new_tokens, "temperature": temperature}
         shared |= {"stop_token_ids": list(stop_ids), "ignore_eos": True}  # no other token ends a text
         params = [shared | {"seed": derived_seed(*seed, *context)} for context in contexts]
@@ -213,6 +212,6 @@ def _response(ids: Sequence[int], stop_ids: Sequence[int], keep_end: bool) -> li
 
 
 def max_lora_rank(config: LoraConfig) -> int:
-    """The least number that vLLM takes for a rank of at least an adapter's."""
+    """The smallest ``max_lora_rank`` that vLLM accepts for an adapter."""
     largest = max(config.r, *config.rank_pattern.values(), 8)
     return 1 << (largest - 1).bit_length()

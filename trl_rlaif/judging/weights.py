@@ -1,4 +1,4 @@
-"""Weights of criteria: numbers that can be counted exactly."""
+"""Weights of criteria, which are represented exactly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run needs on a GPU, predicted from its recipe and the model's configuration alone."""
+"""GPU memory of a run, predicted from its recipe and the model's configuration alone."""
 
 from trl_rlaif.memory.activations import Activations, Precision
 from trl_rlaif.memory.counting import Adapter, ModelShape, adapter, weight_bytes

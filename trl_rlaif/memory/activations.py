@@ -1,10 +1,10 @@
-"""Formulas of what forward and backward passes keep, for decoder layers like Llama's.
+"""Formulas for the memory of forward and backward passes through decoder layers like Llama's.
 
-Counted from what autograd saves in Llama, Qwen, Mistral and Gemma layers of transformers 5 with LoRA, PEFT 0.21's
-and the PPO loop's leaner one, under torch 2.13; a test compares them with the tensors that it really saves. "A token"
-is a position that is computed, padding included. Attention is a fused kernel (flash or memory-efficient): scores of
-S x S are never kept, only the mask is. Sequences are padded, so that there is a mask, and transformers repeats keys
-and values for every query head in front of the kernel.
+Derived from the tensors that autograd saves in Llama, Qwen, Mistral and Gemma layers of transformers 5 with LoRA (PEFT
+0.21's, and the PPO loop's leaner one) under torch 2.13; a test compares them with the tensors actually saved. A token
+is a computed position, including padding. Attention is a fused kernel (flash or memory-efficient): S x S scores are
+never stored, only the mask is. Sequences are padded, so there is a mask, and transformers repeats keys and values for
+every query head before the kernel.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Precision:
-    """Bytes of a number in each place; adapters are float32.
+    """Bytes per element in each place; adapters are float32.
 
     Args:
-        stream: Of the residual stream, and of all weights that are not quantized.
-        autocast: Whether products are computed in bfloat16 whatever the weights are.
+        stream: For the residual stream, and for all weights that are not quantized.
+        autocast: Whether matrix products are computed in bfloat16, whatever the weights' dtype.
         quantized: Whether the base is NF4.
-        lean: Whether adapters and frozen weights are held as the PPO loop holds them: under autocast the input of
-            several layers is converted once for all, and frozen linear layers are in bfloat16 to begin with.
+        lean: Whether adapters and frozen weights are handled as in the PPO loop: under autocast, an input shared by
+            several layers is cast once, and frozen linear layers are stored in bfloat16.
     """
 
     stream: int
@@ -35,25 +35,25 @@ class Precision:
 
     @property
     def linear(self) -> int:
-        """Of what a linear layer gives; a 4-bit one gives what it was given."""
+        """For a linear layer's output; a 4-bit one returns its input's dtype."""
         return 2 if self.autocast and (self.lean or not self.quantized) else self.stream
 
     @property
     def attention(self) -> int:
-        """Of queries, keys and values in the kernel."""
+        """For queries, keys and values in the kernel."""
         return 2 if self.autocast else self.linear
 
     @property
     def lora(self) -> int:
-        """Of a LoRA factor's product."""
+        """For the product with a LoRA factor."""
         return 2 if self.autocast else FLOAT32
 
     @property
     def copies_input(self) -> bool:
         """Whether each adapter keeps a copy of its input.
 
-        PEFT converts it to the adapter's type first (but in front of a 4-bit layer under autocast), and
-        autocast converts it again.
+        PEFT casts it to the adapter's dtype first (except before a 4-bit layer under autocast), and
+        autocast casts it again.
         """
         if self.autocast and self.lean:
             return False
@@ -64,12 +64,12 @@ class Precision:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes kept by passes of one model with one adapter active.
+    """Bytes used by passes of one model with one active adapter.
 
     Args:
         shape: The model.
-        adapter: None for a pass without.
-        precision: The types.
+        adapter: The active adapter, if any.
+        precision: The dtypes.
     """
 
     shape: ModelShape
@@ -79,48 +79,48 @@ class Activations:
     # ---- A training pass ------------------------------------------------------------------------------
 
     def kept(self, rows: int, length: int, *, checkpointing: bool) -> int:
-        """What the forward pass of the layers leaves for the backward pass.
+        """Memory that the layers' forward pass saves for the backward pass.
 
         Args:
             rows: Sequences.
             length: Tokens of each, padding included.
-            checkpointing: Whether one hidden state a layer is kept and the rest computed again.
+            checkpointing: Whether one hidden state per layer is kept and the rest recomputed.
         """
         tokens, shape = rows * length, self.shape
         if checkpointing:
             return tokens * (shape.layers * self.precision.stream * shape.hidden + self._ends(length))
-        # Nothing below the first adapter has a gradient, so the first norm keeps nothing.
+        # Nothing below the first adapter has a gradient, so the first norm saves nothing.
         layers = shape.layers * self._layer(length) - self._norm()
         return tokens * (layers + self._ends(length)) + shape.layers * self._weight_copies()
 
     def peak(self, rows: int, length: int, *, checkpointing: bool) -> int:
-        """The most that is alive in the backward pass of the layers, what the forward pass left included."""
+        """Peak memory of the layers' backward pass, including what the forward pass saved."""
         tokens, kept = rows * length, self.kept(rows, length, checkpointing=checkpointing)
         if checkpointing:
             kept += tokens * self._layer(length) + self._weight_copies()
         return kept + tokens * self._passing(checkpointing)
 
     def _layer(self, length: int) -> int:
-        """A token's share of what one layer saves."""
+        """Bytes per token saved by one layer."""
         shape, p = self.shape, self.precision
         queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         saved = shape.norms * self._norm()
         if shape.head_norms:
             saved += FLOAT32 * (queries + keys + shape.heads + shape.kv_heads)
-        # The kernel: queries, repeated keys and values, result; the log-sum of each head; the mask's row.
+        # The kernel: queries, repeated keys and values, output; each head's log-sum-exp; the mask's row.
         saved += p.attention * (4 * queries + length) + FLOAT32 * shape.heads
         mlp = [x for x in shape.one_layer if not x.in_attention]
         ungated = mlp and sum(x.outputs for x in mlp if not x.closes) < 2 * shape.intermediate
-        # Gate, gate after its activation, and up; without a gate, what the activation was given.
+        # Gate, gate after its activation, and up; without a gate, the activation's input.
         return saved + p.linear * shape.intermediate * (1 if ungated else 3) + self._lora()
 
     def _lora(self) -> int:
-        """A token's share of what the adapters of one layer save: inputs, and the narrow products."""
+        """Bytes per token saved by the adapters of one layer: inputs, and low-rank products."""
         if self.adapter is None:
             return 0
         targets = [x for x in self.shape.one_layer if x in set(self.adapter.targets)]
         saved = self.adapter.rank * self.precision.lora * len(targets)
-        if self.adapter.dropout:  # a mask of a byte, and the input less what was dropped
+        if self.adapter.dropout:  # a one-byte mask, and the input after dropout
             return saved + sum((1 + self.precision.lora) * x.inputs for x in targets)
         if self.precision.copies_input:
             return saved + sum(self.precision.lora * x.inputs for x in targets)
@@ -133,22 +133,22 @@ class Activations:
         return FLOAT32 * (self.shape.hidden + 1)
 
     def _ends(self, length: int) -> int:
-        """Last norm and its output, the rotary tables, and the mask as it is given to every layer."""
+        """Last norm and its output, the rotary tables, and the mask passed to every layer."""
         return self._norm() + self.precision.stream * (self.shape.hidden + 2 * self.shape.head_dim) + length
 
     def _passing(self, checkpointing: bool) -> int:
-        """A token's share of what the busiest moment of the backward pass adds to what is saved.
+        """Bytes per token that the backward pass adds to what is saved, at its peak.
 
-        The factors are measured: with them the peaks of small Llamas come out within a tenth.
+        The factors are empirical: they predict the peaks of small Llamas within 10%.
         """
         shape, p = self.shape, self.precision
         wide, narrow = p.linear * shape.intermediate, p.stream * shape.hidden
         if p.copies_input and self._on_mlp(closing=True):
-            # The way down: its input, and that in the adapter's type.
+            # The down projection: its input, and a copy in the adapter's dtype.
             return wide + FLOAT32 * shape.intermediate + 4 * narrow
-        # Beside gate and up, what their adapters add.
+        # Besides gate and up, what their adapters add.
         layer = (3 * wide + 5 * narrow) // 2
-        # Where layers are not computed again, the last norm's gradients in float32 meet all that is saved.
+        # Without recomputation, the last norm's float32 gradients are added while everything is still saved.
         return layer if checkpointing else max(layer, (5 * FLOAT32 + p.stream) * shape.hidden)
 
     def _on_mlp(self, *, closing: bool) -> bool:
@@ -157,7 +157,7 @@ class Activations:
         return any(not x.in_attention and (x.closes or not closing) for x in self.adapter.targets)
 
     def _weight_copies(self) -> int:
-        """Weights of one layer that autocast converts and the graph holds."""
+        """Copies of one layer's weights that autocast casts and the graph keeps."""
         if not self.precision.autocast:
             return 0
         copies = 0
@@ -171,14 +171,14 @@ class Activations:
     # ---- Passes without gradient ----------------------------------------------------------------------
 
     def live(self, rows: int, length: int) -> int:
-        """The most that is alive in a forward pass without gradient, without the output head."""
+        """Peak memory of a forward pass without gradient, without the output head."""
         shape, p = self.shape, self.precision
         # Gate, up and their product; PEFT's adapters hold one more.
         wide = (4 if self._on_mlp(closing=False) and not p.lean else 3) * p.linear
         if p.copies_input and not p.autocast and self._on_mlp(closing=True):
             wide += FLOAT32
         narrow = 4 * p.stream + (FLOAT32 if p.copies_input and self.adapter is not None else 0)
-        # Autocast converts each adapter weight once and keeps it until its context ends.
+        # Autocast casts each adapter weight once and keeps it until its context ends.
         copies = 2 * self.adapter.numel if self.adapter is not None and p.autocast else 0
         return rows * length * (wide * shape.intermediate + narrow * shape.hidden + length) + copies
 
@@ -195,7 +195,7 @@ class Activations:
     # ---- The output head ------------------------------------------------------------------------------
 
     def head(self, tokens: int, *, gradient: bool) -> int:
-        """Logits of a chunk of tokens: as computed and two in float32; with gradient one more."""
+        """Logits of a chunk of tokens: as computed, and two copies in float32; with gradient, three."""
         logits = tokens * self.shape.vocab * (self.precision.attention + (3 if gradient else 2) * FLOAT32)
         return logits + self._head_copy()
 
@@ -205,7 +205,7 @@ class Activations:
         return weight + tokens * self.shape.vocab * (self.precision.attention + 4 * FLOAT32)
 
     def _head_copy(self) -> int:
-        """The head's weight in bfloat16, where it is not held so: the loop leaves one that is the embedding's."""
+        """A bfloat16 copy of the head's weight, unless stored so: the PPO loop does not cast a tied one."""
         held = self.precision.lean and not self.shape.head_is_tied
         converts = self.precision.autocast and self.precision.stream == FLOAT32 and not held
         return 2 * self.shape.vocab * self.shape.hidden if converts else 0

@@ -27,10 +27,10 @@ _LAST = {"o_proj", "out_proj", "down_proj", "dense", "dense_4h_to_h", "c_proj", 
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer: its name in the model, its width, and the decoder layer that it lies in, if any.
+    """A linear layer: its name in the model, its dimensions, and its decoder layer, if any.
 
     Args:
-        adaptable: Whether it may get an adapter: not in what reads images or sound.
+        adaptable: Whether it may get an adapter: not in image or audio encoders.
     """
 
     name: str
@@ -51,20 +51,20 @@ class Linear:
 
     @property
     def closes(self) -> bool:
-        """Whether it is the last of its block: the output of attention, or the way down of an MLP."""
+        """Whether it is the last of its block: the output projection of attention, or the down projection of an MLP."""
         return self.name.rpartition(".")[2] in _LAST
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What of a model's configuration memory depends on.
+    """The properties of a model that its memory depends on.
 
     Args:
-        numel: Parameters, a tied one counted once.
+        numel: Number of parameters, tied ones counted once.
         linears: All linear layers, the output head among them.
         head: Name of the output head.
         head_is_tied: Whether it shares the embedding's weight.
-        norms: Norms as wide as the hidden state, in one decoder layer.
+        norms: Number of norms over the hidden state in one decoder layer.
         head_norms: Whether queries and keys are normed.
         context: Longest sequence, or None.
     """
@@ -86,7 +86,7 @@ class ModelShape:
 
     @classmethod
     def from_config(cls, config: PretrainedConfig) -> ModelShape:
-        """Build the model without memory for its weights, and count.
+        """Build the model on the meta device, and count.
 
         Raises:
             UserError: transformers has no causal language model of this kind.
@@ -131,12 +131,12 @@ class ModelShape:
 
     @cached_property
     def quantizable(self) -> tuple[Linear, ...]:
-        """The linear layers that NF4 takes."""
+        """The linear layers that NF4 quantizes."""
         return tuple(x for x in self.linears if not _NOT_QUANTIZED & set(x.name.split(".")))
 
     @cached_property
     def one_layer(self) -> tuple[Linear, ...]:
-        """The linear layers of the last decoder layer: in mixed models a usual one."""
+        """The linear layers of the last decoder layer, a typical one in mixed models."""
         return tuple(x for x in self.linears if x.layer == self.layers - 1)
 
 
@@ -156,7 +156,7 @@ def _linears(model: Any) -> tuple[Linear, ...]:
 
 
 def _intermediate(text: Any, linears: tuple[Linear, ...]) -> int:
-    """Width of the MLP; of a mixture of experts, what one token passes through."""
+    """Width of the MLP; for a mixture of experts, of the experts used per token."""
     down = [x.inputs for x in linears if x.layer is not None and x.closes and not x.in_attention]
     if down:
         return max(down)
@@ -165,19 +165,19 @@ def _intermediate(text: Any, linears: tuple[Linear, ...]) -> int:
 
 
 def nf4_bytes(numel: int) -> int:
-    """A weight in NF4 with double quantization, its scales and tables included."""
+    """Bytes of a weight in NF4 with double quantization, including scales and tables."""
     scales = -(-numel // _BLOCK)
     return -(-numel // 2) + scales + 4 * -(-scales // _SCALE_BLOCK) + _TABLES
 
 
 def weight_bytes(shape: ModelShape, *, nf4: bool, item: int, head: bool = True, held: bool = False) -> tuple[int, int]:
-    """Bytes of the base: (of the quantized weights, of all others).
+    """Bytes of the base: (quantized weights, all others).
 
     Args:
         nf4: Whether the linear layers are quantized.
-        item: Bytes a weight of what is not quantized.
-        head: False leaves the output head out, as a classifier does; a tied one is the embedding and stays.
-        held: Whether linear layers that are not quantized are in bfloat16 whatever ``item`` is, as PPO holds them.
+        item: Bytes per weight that is not quantized.
+        head: False excludes the output head, as in a classifier; a tied one is the embedding and stays.
+        held: Whether linear layers that are not quantized are in bfloat16 whatever ``item`` is, as in PPO.
     """
     quantized = shape.quantizable if nf4 else ()
     rest = shape.numel - sum(x.numel for x in quantized)
@@ -193,9 +193,9 @@ class Adapter:
     """A LoRA adapter.
 
     Args:
-        targets: The linear layers that it is on.
+        targets: The linear layers that it adapts.
         rank: r.
-        dropout: In front of it.
+        dropout: Dropout before it.
     """
 
     targets: tuple[Linear, ...]
@@ -209,12 +209,12 @@ class Adapter:
 
     @property
     def numel(self) -> int:
-        """Parameters."""
+        """Number of parameters."""
         return sum(self.tensors)
 
 
 def adapter(shape: ModelShape, lora: LoraSection) -> Adapter:
-    """The adapter that PEFT would make of a recipe's LoRA section.
+    """The adapter that PEFT would create from a recipe's LoRA section.
 
     Raises:
         UserError: No linear layer has one of these names.
@@ -236,11 +236,11 @@ def adapter(shape: ModelShape, lora: LoraSection) -> Adapter:
 
 
 def optimizer_bytes(optim: str, tensors: tuple[int, ...]) -> tuple[int, int]:
-    """States of an optimizer of transformers': (bytes that stay on the GPU, bytes in paged memory).
+    """Optimizer states in transformers: (bytes that stay on the GPU, bytes in paged memory).
 
     Args:
-        optim: As TrainingArguments has it. One that is not known here counts as AdamW.
-        tensors: Sizes of what is trained, in float32.
+        optim: As in TrainingArguments. Unknown ones count as AdamW.
+        tensors: Sizes of the trained tensors, in float32.
     """
     states = _states(optim)
     eight, paged = "8bit" in optim, "paged" in optim
@@ -258,7 +258,7 @@ def optimizer_bytes(optim: str, tensors: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _states(optim: str) -> int:
-    if "sgd" in optim or "adafactor" in optim:  # adafactor keeps a row and a column of each matrix
+    if "sgd" in optim or "adafactor" in optim:  # adafactor keeps only a row and a column per matrix
         return 0
     if "ademamix" in optim:
         return 3

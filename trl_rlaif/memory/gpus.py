@@ -1,4 +1,4 @@
-"""Which cards hold a plan, and which settings would make it fit on a smaller one."""
+"""Which GPUs a plan fits on, and which settings would make it fit on a smaller one."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from trl_rlaif.pipeline.inputs import BATCH
 from trl_rlaif.pipeline.stages import STAGES
 from trl_rlaif.recipe import Recipe
 
-# What the cards are sold as, in GB.
+# Nominal sizes of GPUs, in GB.
 CARDS = (8, 12, 16, 24, 48, 80)
-# Of which the driver, error correction and often a display take some.
+# The driver, error correction and often a display use the rest.
 _USABLE = 0.97
 TRAINED = tuple(name for name, stage in STAGES.items() if stage.trains)
 _SHORTEST_RESPONSE = 32
-# How often a setting that could be raised is doubled at most.
+# Maximum number of doublings of a setting that could be raised.
 _DOUBLINGS = 3
 
 Changes = dict[tuple[str, str], Any]
@@ -27,12 +27,12 @@ Changes = dict[tuple[str, str], Any]
 
 @dataclass(frozen=True)
 class Advice:
-    """How a card fares.
+    """Whether a plan fits on a GPU.
 
     Args:
         card: Its size in GB.
-        fits: Whether it holds the plan as it is.
-        settings: What would make it fit, as ``--set`` takes it; empty if it fits, or if nothing does.
+        fits: Whether the plan fits unchanged.
+        settings: What would make it fit, as arguments of ``--set``; empty if it fits, or if nothing does.
     """
 
     card: int
@@ -41,18 +41,18 @@ class Advice:
 
 
 def capacity(card: int) -> int:
-    """Bytes that a run may use on a card of that many GB."""
+    """Bytes that a run may use on a GPU of that many GB."""
     return int(card * 2**30 * _USABLE)
 
 
 def advise(recipe: Recipe, shape: ModelShape, plan: MemoryPlan, cards: Sequence[int] = CARDS) -> list[Advice]:
-    """For each card whether it holds the plan, and else what would make it fit.
+    """For each GPU, whether the plan fits, and otherwise what would make it fit.
 
-    Settings are tried in the order of what they cost: time first, then what is learned.
+    Settings are tried in order of cost: first those that cost time, then those that change what is learned.
 
     Args:
-        recipe: What the plan was made of.
-        shape: Of its model.
+        recipe: The recipe of the plan.
+        shape: Shape of its model.
         plan: The plan.
         cards: Their sizes in GB.
     """
@@ -65,14 +65,14 @@ def advise(recipe: Recipe, shape: ModelShape, plan: MemoryPlan, cards: Sequence[
 
 
 def raises(recipe: Recipe, shape: ModelShape, card: int) -> list[str]:
-    """What could be raised on a card that holds the plan, each by itself and as ``--set`` takes it.
+    """Settings that could be raised on a GPU that the plan fits on, each by itself, as arguments of ``--set``.
 
-    Batches only take less time; longer responses and weights in 16 bits change what is learned.
+    Larger batches only save time; longer responses and 16-bit weights change what is learned.
 
     Args:
-        recipe: What fits.
-        shape: Of its model.
-        card: In GB.
+        recipe: A recipe that fits.
+        shape: Shape of its model.
+        card: Size in GB.
     """
     found = []
     for steps in _raises(recipe):
@@ -82,7 +82,7 @@ def raises(recipe: Recipe, shape: ModelShape, card: int) -> list[str]:
 
 
 def _raises(recipe: Recipe) -> Iterator[list[Changes]]:
-    """For each setting, ever higher values of it."""
+    """For each setting, increasing values."""
     for stage in (stage for stage in TRAINED if getattr(recipe, stage) is not None):
         rows, steps = (setting(recipe, stage, key) for key in BATCH[:2])
         larger: list[Changes] = []
@@ -99,7 +99,7 @@ def _raises(recipe: Recipe) -> Iterator[list[Changes]]:
 
 
 def _first_that_fits(recipe: Recipe, shape: ModelShape, room: int) -> Changes:
-    """The first combination that fits, without the changes that it does not need; empty if there is none."""
+    """The first combination that fits, without unneeded changes; empty if there is none."""
 
     def fits(changes: Changes) -> bool:
         return plan_memory(with_settings(recipe, changes), shape).peak <= room
@@ -115,7 +115,7 @@ def _first_that_fits(recipe: Recipe, shape: ModelShape, room: int) -> Changes:
 
 
 def _needed(steps: list[Changes], fits: Any) -> Changes:
-    """The steps less those without which it also fits: the costliest are given up first."""
+    """The steps without unneeded ones; the costliest are dropped first."""
     kept = list(steps)
     for step in reversed(steps):
         others = [s for s in kept if s is not step]
@@ -129,7 +129,7 @@ def _joined(steps: list[Changes]) -> Changes:
 
 
 def _steps(recipe: Recipe) -> Iterator[Changes]:
-    """Changes in the order of what they cost."""
+    """Changes in order of cost."""
     trained = [stage for stage in TRAINED if getattr(recipe, stage) is not None]
     for stage in trained:
         if not setting(recipe, stage, "gradient_checkpointing"):
@@ -155,7 +155,7 @@ def _steps(recipe: Recipe) -> Iterator[Changes]:
 
 
 def _smaller_batches(recipe: Recipe) -> Iterator[Changes]:
-    """Fewer sequences at once where nothing is trained: it costs time alone."""
+    """Smaller batches where nothing is trained, which only cost time."""
     for key, size in _sizes(recipe).items():
         least = 512 if key == ("label", "batch_tokens") else 1
         while size >= 2 * least:
@@ -164,7 +164,7 @@ def _smaller_batches(recipe: Recipe) -> Iterator[Changes]:
 
 
 def _sizes(recipe: Recipe) -> dict[tuple[str, str], int]:
-    """How much is computed at once where nothing is trained."""
+    """Batch sizes where nothing is trained."""
     sizes: dict[tuple[str, str], int] = {}
     if recipe.rl is not None:
         at_once = setting(recipe, "rl", "local_rollout_forward_batch_size") or 64

@@ -1,4 +1,4 @@
-"""What stages hold, in parts: those that are there always, and those of a phase."""
+"""Memory of the stages by part: permanent ones, and those of a phase."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from trl_rlaif.memory.plan import ALWAYS, Part
 from trl_rlaif.memory.settings import rl_batch, rl_rows, setting
 from trl_rlaif.recipe import JudgeSection, Recipe, VLLMJudgeSection
 
-# Prompts are this long where the recipe sets no limit.
+# Assumed length of prompts if the recipe sets no limit.
 ASSUMED_PROMPT = 512
-# Tokens that a judge computes at once where no section says.
+# Tokens per batch of a judge if no section sets them.
 JUDGE_TOKENS = 8192
 
 
@@ -25,8 +25,8 @@ class MemoryRun:
 
     Args:
         recipe: The recipe.
-        shape: The base.
-        judge: A local judge that is another model.
+        shape: Shape of the base.
+        judge: Shape of a local judge that is a separate model.
     """
 
     recipe: Recipe
@@ -41,16 +41,16 @@ class MemoryRun:
 
     @property
     def dtype(self) -> str:
-        """Type of all weights that are not quantized; auto on a GPU that computes bfloat16."""
+        """Dtype of all weights that are not quantized; auto counts as bfloat16."""
         return "bfloat16" if self.recipe.model.dtype == "auto" else self.recipe.model.dtype
 
     @property
     def item(self) -> int:
-        """Its bytes."""
+        """Bytes per element of this dtype."""
         return FLOAT32 if self.dtype == "float32" else 2
 
     def setting(self, stage: str, key: str) -> Any:
-        """The value of a key of ``sft``, ``reward`` or ``rl``; None where nothing says one."""
+        """The value of a key of ``sft``, ``reward`` or ``rl``; None if it is not set."""
         return setting(self.recipe, stage, key)
 
     @cached_property
@@ -59,13 +59,13 @@ class MemoryRun:
         return adapter(self.shape, self.recipe.model.lora)
 
     def activations(self, stage: str | None, *, bare: bool = False) -> Activations:
-        """Activations of a training stage; without one, of inference without autocast."""
+        """Activations of a training stage; if None, of inference without autocast."""
         autocast = bool(self.setting(stage, "bf16")) if stage else False
         precision = Precision(self.item, autocast, self.nf4, lean=stage == "rl")
         return Activations(self.shape, None if bare else self.adapter, precision)
 
     def generating(self, *, adapters: bool) -> Activations:
-        """Activations of sampling and evaluation: with adapters on 16-bit weights they are under autocast."""
+        """Activations of sampling and evaluation, which use autocast with adapters on 16-bit weights."""
         if not (adapters and self.item == 2):
             return self.activations(None, bare=not adapters)
         return Activations(self.shape, self.adapter, Precision(2, True, self.nf4, lean=True))
@@ -80,11 +80,11 @@ class MemoryRun:
         return limit
 
     def within(self, length: int) -> int:
-        """A length, at most the model's context."""
+        """A length, capped at the model's context."""
         return min(length, self.shape.context or length)
 
     def base(self, *, head: bool = True, held: bool = False) -> Iterator[Part]:
-        """The frozen base; ``held``: as PPO holds it under autocast."""
+        """The frozen base; ``held``: cast as in PPO under autocast."""
         held = held and self.item == FLOAT32
         dtype = f"{self.dtype}, linear layers bfloat16" if held else self.dtype
         sizes = weight_bytes(self.shape, nf4=self.nf4, item=self.item, head=head, held=held)
@@ -106,7 +106,7 @@ LAYERS, HEAD = "update: layers", "update: output head"
 
 
 def trained(run: MemoryRun, stage: str, what: str, tensors: tuple[int, ...], *, head: bool = True) -> Iterator[Part]:
-    """Weights, gradients and optimizer states of what a stage trains; gradients are gone after each update.
+    """Weights, gradients and optimizer states of a stage's trained tensors; gradients are freed after each update.
 
     Args:
         head: Whether the update has an output head.
@@ -137,7 +137,7 @@ def update(
 ) -> Iterator[Part]:
     """The update with an output head, a chunk of tokens at a time."""
     yield from backward(activations, rows, length, checkpointing)
-    # The last hidden state waits for the gradient that the head's chunks fill in.
+    # The head's chunks accumulate the gradient of the last hidden state.
     hidden = rows * length * activations.precision.stream * activations.shape.hidden
     yield Part("gradient of the last hidden state", hidden, LAYERS, "")
     kept = activations.kept(rows, length, checkpointing=checkpointing)
@@ -152,7 +152,7 @@ def generation(activations: Activations, rows: int, prompt: int, response: int) 
         yield Part(f"keys and values, {rows} x ({prompt} + {response}) tokens", cache, when, "")
     yield Part("activations of the prompts", activations.live(rows, prompt), "generation: prompts", "")
     step = activations.step_logits(rows) + activations.live(rows, 1)
-    # A cache that grows is copied a layer at a time.
+    # A growing cache is copied one layer at a time.
     yield Part("one step, with its logits", step + cache // activations.shape.layers, "generation: tokens", "")
 
 
@@ -165,7 +165,7 @@ def policy_training(run: MemoryRun) -> list[Part]:
     at_once = min(rl_batch(recipe), run.setting("rl", "local_rollout_forward_batch_size") or 64)
     chunk = min(_head_chunk(run.shape), rows * response)
     hidden = rows * length * activations.precision.stream * run.shape.hidden
-    # An update takes a micro-batch in parts where the recipe limits their tokens.
+    # An update splits a micro-batch if the recipe limits its tokens.
     limit = run.setting("rl", "micro_batch_tokens")
     trained = rl_rows(recipe)
     trained = max(1, min(trained, limit // length)) if limit else trained
@@ -184,7 +184,7 @@ def policy_training(run: MemoryRun) -> list[Part]:
 
 
 def _head_chunk(shape: ModelShape) -> int:
-    """Tokens whose logits the loop computes at once; a whole response's would be the largest tensor of the run."""
+    """Tokens per chunk of logits in the loop; those of whole responses would be the largest tensor of the run."""
     from trl_rlaif.models.kernels import HEAD_ELEMENTS
 
     return max(16, HEAD_ELEMENTS // shape.vocab)
@@ -204,12 +204,12 @@ def _roles(run: MemoryRun) -> Iterator[Part]:
 
 
 def _has_reference(recipe: Recipe) -> bool:
-    """Whether rl compares the policy with another adapter, and not with the bare base."""
+    """Whether rl's reference is another adapter rather than the bare base."""
     return recipe.sft is not None or (recipe.rounds is not None and recipe.rounds.reference == "previous")
 
 
 def judging(run: MemoryRun, judge: object, *, alone: bool) -> Iterator[Part]:
-    """A judge's forward passes, and its weights where it is a model of its own or there is nothing else."""
+    """A judge's forward passes, and its weights if it is a separate model or the only one loaded."""
     section = run.recipe.label
     tokens = section.batch_tokens if section else JUDGE_TOKENS
     if isinstance(judge, VLLMJudgeSection):
@@ -232,7 +232,7 @@ def judging(run: MemoryRun, judge: object, *, alone: bool) -> Iterator[Part]:
 
 
 def judge_pass(who: str, activations: Activations, tokens: int) -> Part:
-    """A forward pass of what judges or scores."""
+    """A forward pass of a judge or a scorer."""
     return Part(f"a pass of the {who}, {tokens} tokens", activations.live(1, tokens), "judging", "")
 
 

@@ -1,4 +1,4 @@
-"""The plan: every part of every stage, and the peak that follows."""
+"""The plan: every part of every stage, and the resulting peak."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from trl_rlaif.recipe import JudgeSection, Recipe
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# The driver's context and CUDA kernels that are loaded: 0.90 GiB on an H100, what the driver itself took included.
+# The CUDA context and loaded kernels: 0.90 GiB on an H100, including the driver's own memory.
 CONTEXT_BYTES = 900 * 2**20
-# Of cuBLAS, which torch allocates for each thread that multiplies, the forward and the backward pass's: 32 MiB each on
-# a Hopper GPU, 8 on others.
+# Workspaces of cuBLAS, one per thread that computes matrix products (forward and backward pass): 32 MiB each on a
+# Hopper GPU, 8 on others.
 WORKSPACES = 64 * 2**20
-# What the caching allocator holds in pieces that fit nothing, as a share of what is allocated: 0.052 on an H100, with
-# prompts of one length.
+# Fragmentation in the caching allocator, as a fraction of allocated memory: 0.052 on an H100, with prompts of one
+# length.
 MARGIN = 0.05
 ALWAYS = "always"
 
@@ -30,11 +30,11 @@ class Part:
     """Memory for one purpose.
 
     Args:
-        name: What it is.
-        bytes: How much.
-        when: ``always``, or the phase of the stage that it lives in, such as ``update: layers``.
+        name: Its purpose.
+        bytes: Its size.
+        when: ``always``, or the phase of the stage in which it is allocated, such as ``update: layers``.
         stage: The stage.
-        paged: It lives in paged memory and moves to the CPU when the GPU is full, so that it does not
+        paged: Whether it is in paged memory, which moves to the CPU when the GPU is full, so that it does not
             count towards the peak.
     """
 
@@ -47,13 +47,13 @@ class Part:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a run will need on each GPU.
+    """Predicted memory of a run on each GPU.
 
     Args:
         parts: Of all stages, in order.
-        notes: What was assumed, and what is not counted.
-        measured: Stages whose prediction was within 10% of what a GPU allocated, with such settings. The factors of the
-            others are counted and compared with tensors on a CPU alone.
+        notes: Assumptions, and what is not counted.
+        measured: Stages whose prediction, with such settings, was within 10% of a GPU's allocations. For the others,
+            the formulas have only been compared with tensors on a CPU.
     """
 
     parts: tuple[Part, ...]
@@ -61,14 +61,14 @@ class MemoryPlan:
     measured: frozenset[str] = frozenset()
 
     def phases(self) -> list[tuple[str, str]]:
-        """(stage, phase) of everything that is predicted, in order."""
+        """(stage, phase) of all predictions, in order."""
         return list(dict.fromkeys((part.stage, part.when) for part in self.parts if part.when != ALWAYS))
 
     def predict(self, phase: str, stage: str = "rl") -> int:
-        """Bytes that are allocated at the peak of a phase, as ``torch.cuda.max_memory_allocated`` counts them.
+        """Bytes allocated at the peak of a phase, as counted by ``torch.cuda.max_memory_allocated``.
 
         Args:
-            phase: ``update: layers``, or ``update`` for the largest of the phases that begin so.
+            phase: ``update: layers``, or ``update`` for the largest of the phases with this prefix.
             stage: The stage.
 
         Raises:
@@ -98,7 +98,7 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """Bytes that a card must have: what is allocated, the margin, and the context."""
+        """Bytes that a GPU must have: the allocations, the margin, and the context."""
         return self.allocated + self.margin + CONTEXT_BYTES
 
     def _sum(self, stage: str, when: str) -> int:
@@ -137,10 +137,10 @@ def plan_memory(
     Args:
         recipe: The recipe.
         model_config: The configuration of ``model.path``, or its shape; None reads it.
-        only: The one stage to plan; None plans all.
+        only: The only stage to plan; None plans all.
 
     Raises:
-        UserError: The configuration cannot be read, or the adapters fit no layer of it.
+        UserError: The configuration cannot be read, no layer matches the adapters' targets, or no stage needs a GPU.
     """
     from trl_rlaif.memory.parts import MemoryRun
     from trl_rlaif.pipeline.stages import active_stages
@@ -160,7 +160,7 @@ def plan_memory(
 
 
 def _measured(recipe: Recipe) -> frozenset[str]:
-    """The stages whose prediction a GPU has confirmed for such settings (benchmarks/results/gpu.md): PPO in NF4."""
+    """The stages whose prediction was confirmed on a GPU for such settings (benchmarks/results/gpu.md): PPO in NF4."""
     from trl_rlaif.memory.settings import setting
 
     if recipe.rl is None or recipe.rl.algorithm != "ppo" or recipe.model.quantization != "nf4":
@@ -171,7 +171,7 @@ def _measured(recipe: Recipe) -> frozenset[str]:
 
 
 def _judge_shape(recipe: Recipe) -> ModelShape | None:
-    """Shape of the judge that is loaded beside the base, if there is one."""
+    """Shape of the judge that is loaded in addition to the base, if there is one."""
     section = recipe.label
     if section is None or not isinstance(section.judge, JudgeSection):
         return None

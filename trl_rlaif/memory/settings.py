@@ -1,4 +1,4 @@
-"""What a stage will run with: the recipe's keys over the stage's own and the configuration's defaults."""
+"""Effective settings of a stage: the recipe's keys over the defaults of the stage and the configuration class."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ def class_defaults(stage: str) -> dict[str, Any]:
 
 
 def setting(recipe: Recipe, stage: str, key: str) -> Any:
-    """The value of a key of ``sft``, ``reward`` or ``rl``; None where nothing says one."""
+    """The value of a key of ``sft``, ``reward`` or ``rl``; None if it is not set."""
     section = getattr(recipe, stage)
     if key in type(section).model_fields:
         return getattr(section, key)
     if key in section.config:
         return section.config[key]
-    if key == "bf16":  # as Context.trainer_arguments has it
+    if key == "bf16":  # as in Context.trainer_arguments
         return recipe.model.dtype in ("auto", "bfloat16") or recipe.model.quantization == "nf4"
-    if key == "gradient_checkpointing":  # as pipeline.checkpointing has it, where memory is short
+    if key == "gradient_checkpointing":  # as in pipeline.checkpointing, if memory is short
         return True
     return STAGES[stage].defaults.get(key, class_defaults(stage).get(key))
 
 
 def with_settings(recipe: Recipe, changes: dict[tuple[str, str], Any]) -> Recipe:
-    """A recipe with other values, unchecked: only for plans.
+    """A recipe with changed values, unvalidated: only for plans.
 
     Args:
         changes: Values by (section, key).
@@ -51,12 +51,12 @@ def with_settings(recipe: Recipe, changes: dict[tuple[str, str], Any]) -> Recipe
 
 
 def rl_batch(recipe: Recipe) -> int:
-    """Responses of one update on one device."""
+    """Responses per update on one device."""
     rows, steps = (setting(recipe, "rl", key) for key in ("per_device_train_batch_size", "gradient_accumulation_steps"))
     return rows * (steps or 1)
 
 
 def rl_rows(recipe: Recipe) -> int:
-    """Responses of one forward and backward pass: a micro-batch, or a minibatch where that is smaller."""
+    """Responses per forward and backward pass: a micro-batch, or a minibatch if that is smaller."""
     rows, parts = (setting(recipe, "rl", key) for key in ("per_device_train_batch_size", "num_mini_batches"))
     return max(1, min(rows, rl_batch(recipe) // (parts or 1)))

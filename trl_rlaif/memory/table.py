@@ -15,11 +15,11 @@ _UNMEASURED = [
 
 
 def describe(recipe: Recipe, gpu: int | None = None) -> str:
-    """What ``trl-rlaif memory`` prints: parts, stages, peak and cards; of a comparison for the variant that needs most.
+    """Output of ``trl-rlaif memory``: parts, stages, peak and GPUs; for a comparison, of the variant that needs most.
 
     Args:
         recipe: The recipe.
-        gpu: The card that is asked about, in GB; None: all common ones.
+        gpu: The size of the GPU in GB; None: all common sizes.
 
     Raises:
         UserError: The model's configuration cannot be read, or does not suit the recipe.
@@ -43,7 +43,7 @@ def describe(recipe: Recipe, gpu: int | None = None) -> str:
 
 
 def _checkpointing(recipe: Recipe) -> list[str]:
-    """A line on the stages whose recipe leaves gradient checkpointing open."""
+    """A line on the stages whose recipe does not set gradient checkpointing."""
     sections = {name: getattr(recipe, name) for name in TRAINED}
     unset = [name for name, section in sections.items() if section and "gradient_checkpointing" not in section.config]
     if not unset:
@@ -52,7 +52,7 @@ def _checkpointing(recipe: Recipe) -> list[str]:
 
 
 def _peak_stage(plan: MemoryPlan) -> list[str]:
-    """Every part that is there at the peak, and their sum."""
+    """All parts allocated at the peak, and their sum."""
     stage, phase = plan.largest
     lines = [f"{f'At the peak, in {stage}, {phase}':<{_WIDTH}}{'GiB':>8}"]
     parts = [part for part in plan.parts if part.stage == stage and part.when in (ALWAYS, phase)]
@@ -67,7 +67,7 @@ def _peak_stage(plan: MemoryPlan) -> list[str]:
 
 
 def _all_phases(plan: MemoryPlan) -> list[str]:
-    """What each phase allocates; with a star where no GPU has confirmed it."""
+    """Memory allocated by each phase; a star marks those not confirmed on a GPU."""
     lines = [f"{'Allocated by phase':<{_WIDTH}}{'GiB':>8}"]
     for stage, phase in plan.phases():
         lines.append(_line(f"{stage}, {phase}", plan.predict(phase, stage)) + ("" if stage in plan.measured else " *"))

@@ -1,1 +1,1 @@
-"""Rankings of several responses out of comparisons: strengths, and which comparison to ask next."""
+"""Rankings of several responses from pairwise comparisons: strengths, and which comparison to ask next."""

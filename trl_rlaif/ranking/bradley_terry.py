@@ -1,4 +1,4 @@
-"""Strengths of K responses out of soft comparisons, with a position effect and intervals (Bradley and Terry 1952)."""
+"""Strengths of K responses from soft comparisons, with a position effect and intervals (Bradley and Terry 1952)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import expit
 
-# What is believed before the first answer, worth so many observations: answers as noisy as a coin's, and strengths with
-# a standard deviation of 1 nat.
+# The prior, worth PRIOR_WEIGHT observations: answers as noisy as coin flips, and strengths with a standard deviation of
+# 1 nat.
 PRIOR_WEIGHT, PRIOR_DISPERSION, PRIOR_VARIANCE = 2.0, 1.0, 1.0
 # Standard deviation of the prior of the position effect in nats, as in trl_rlaif.labels.calibration.
 POSITION_PRIOR = 1.0
-# A judge that contradicts itself nowhere, or prefers nothing, would otherwise leave nothing to divide by.
+# Avoids division by zero for a judge that never contradicts itself, or has no preferences.
 _LEAST = 1e-6
-# Newton's iteration ends where nothing moves further than this; a step further than so many nats is shortened.
+# Newton's method stops once nothing changes by more than the tolerance; steps over _LONGEST_STEP nats are shortened.
 _TOLERANCE, _MOST_STEPS, _LONGEST_STEP = 1e-8, 500, 2.0
 
 
@@ -28,7 +28,7 @@ class Comparisons:
         group: (N,) int64, 0..G-1.
         first, second: (N,) int64, the items compared.
         p: (N,) float64, the probability that ``first`` is better, in [0, 1]; 1/2 is a tie.
-        position: (N,) float64, 1 where the judge saw ``first`` first; 0 where both orders are averaged already.
+        position: (N,) float64, 1 if the judge saw ``first`` first; 0 if both orders are already averaged.
     """
 
     group: np.ndarray
@@ -40,15 +40,15 @@ class Comparisons:
 
 @dataclass(frozen=True)
 class Strengths:
-    """What the items of G groups, up to K of each, are worth. Beyond a group's size everything is 0.
+    """Strengths of the items of G groups, up to K each. Entries beyond a group's size are 0.
 
     Args:
-        values: (G, K) float64, in nats above the group's average: log-odds of winning are differences of them.
+        values: (G, K) float64, in nats relative to the group's average: their differences are log-odds of winning.
         covariance: (G, K, K) float64, of the values.
-        position: What being shown first is worth, in nats, the same in all groups.
+        position: Effect of being shown first, in nats, the same in all groups.
         position_error: Its standard error.
-        dispersion: Variance of the answers over that of coins with the same probabilities.
-        variance: Of the strengths, over all groups, in nats squared.
+        dispersion: Variance of the answers relative to coin flips with the same probabilities.
+        variance: Variance of the strengths over all groups, in nats squared.
     """
 
     values: np.ndarray
@@ -65,7 +65,7 @@ class Strengths:
         return self.values[group, first] - self.values[group, second], np.sqrt(np.maximum(variance, 0))
 
     def probabilities(self, group: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        """Probability that ``first`` is better, (N,) float64, averaged over what the strengths may be.
+        """Probability that ``first`` is better, (N,) float64, averaged over the uncertainty of the strengths.
 
         The mean of a logistic function over a normal distribution, by the approximation of MacKay (1992).
         """
@@ -80,16 +80,16 @@ class Strengths:
 def fit(comparisons: Comparisons, sizes: Sequence[int]) -> Strengths:
     """Penalized maximum likelihood of log-odds(first is better) = strength_first - strength_second + position effect.
 
-    Answers are probabilities, so the likelihood is Bernoulli's quasi-likelihood (Papke and Wooldridge 1996): the
-    cross-entropy divided by a dispersion, since an exact probability says more than one flip of a coin does. A tie is
-    half a win. Strengths are random effects around 0; dispersion and variance of the strengths are estimated together
-    with them over all groups (Schall 1991). Where all answers are wins, losses and ties, so few flips of coins tell
-    neither (Breslow and Lin 1995), and both stay at 1. The covariance is the inverse of that likelihood's observed
-    information, with the position effect's uncertainty in it and without that of the group's average. 95% intervals
-    from it hold the truth in 90% to 97% of cases, in simulations.
+    Answers are probabilities, so the likelihood is the Bernoulli quasi-likelihood (Papke and Wooldridge 1996): the
+    cross-entropy divided by a dispersion, since an exact probability is more informative than one coin flip. A tie is
+    half a win. Strengths are random effects around 0; their variance and the dispersion are estimated jointly with
+    them over all groups (Schall 1991). If all answers are wins, losses and ties, so few coin flips determine neither
+    (Breslow and Lin 1995), and both stay at 1. The covariance is the inverse of the observed information of that
+    likelihood; it includes the position effect's uncertainty and excludes that of the group's average. In simulations,
+    95% intervals from it cover the true value in 90% to 97% of cases.
 
     Args:
-        comparisons: Of any number; a group without one has strengths of 0.
+        comparisons: Any number; a group without one has strengths of 0.
         sizes: Items of each of the G groups.
 
     Returns:
@@ -103,7 +103,7 @@ def fit(comparisons: Comparisons, sizes: Sequence[int]) -> Strengths:
 
 
 class _State:
-    """Newton's iteration, in which the groups meet in the position effect alone."""
+    """Newton's method; the groups are coupled only through the position effect."""
 
     def __init__(self, comparisons: Comparisons, sizes: np.ndarray) -> None:
         self.c, self.sizes = comparisons, sizes
@@ -115,9 +115,10 @@ class _State:
         self.hard = bool(np.isin(comparisons.p, (0, 0.5, 1)).all())
 
     def _system(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-        """mu; the inverse information of each group's strengths alone; u, that times the coupling; and the rest.
+        """mu; the inverse information of each group's strengths; u, its product with the coupling; and ``rest``.
 
-        By blocks, the inverse of the whole is inverse + u u' / rest for the strengths and 1 / rest for the position.
+        Blockwise, the full inverse is inverse + u u' / rest for the strengths and 1 / rest for the position, where rest
+        is the Schur complement.
         """
         c, (groups, size) = self.c, self.values.shape
         mu = expit(self.values[c.group, c.first] - self.values[c.group, c.second] + self.position * c.position)
@@ -132,13 +133,13 @@ class _State:
         return mu, inverse, u, rest
 
     def _by_item(self, values: np.ndarray) -> np.ndarray:
-        """Sums over the comparisons of each item, (G, K): added where it is the first, subtracted where the second."""
+        """Sums over the comparisons of each item, (G, K): added if it is the first, subtracted if the second."""
         c, (groups, size) = self.c, self.values.shape
         added, taken = (np.bincount(c.group * size + item, values, groups * size) for item in (c.first, c.second))
         return (added - taken).reshape(groups, size)
 
     def step(self) -> float:
-        """One step of Newton's, and one of dispersion and variance; how far anything has moved at most."""
+        """One Newton step, then an update of dispersion and variance; returns the largest change (of their logs)."""
         c, before = self.c, (self.dispersion, self.variance)
         mu, inverse, u, rest = self._system()
         slope = self._by_item(c.p - mu) - self.dispersion / self.variance * self.values
@@ -155,10 +156,10 @@ class _State:
         return max(furthest, *changes)
 
     def _rescale(self, mu: np.ndarray, diagonal: np.ndarray, rest: float) -> None:
-        """Dispersion and variance by Schall's equations, with the prior's observations.
+        """Update dispersion and variance by Schall's equations, with the prior's observations.
 
         Args:
-            diagonal: (G, K), the strengths' part of the diagonal of the whole inverse.
+            diagonal: (G, K), the strengths' part of the full inverse's diagonal.
         """
         effective = int(self.sizes.sum()) - self.dispersion / self.variance * float(diagonal[self.exists].sum())
         free = len(self.c.p) - effective - (1 - self.dispersion / POSITION_PRIOR**2 / rest)
@@ -168,10 +169,10 @@ class _State:
         self.dispersion, self.variance = max(dispersion, _LEAST), max(variance, _LEAST)
 
     def result(self) -> Strengths:
-        """The strengths where the iteration is."""
+        """The strengths at the current iterate."""
         _, inverse, u, rest = self._system()
         covariance = self.dispersion * (inverse + u[:, :, None] * u[:, None, :] / rest)
-        # The strengths' sum is known by the prior alone, and is independent of their differences.
+        # The strengths' sum is determined by the prior alone, and is independent of their differences.
         covariance -= (self.variance / np.maximum(self.sizes, 1))[:, None, None]
         covariance[~(self.exists[:, :, None] & self.exists[:, None, :])] = 0
         error = math.sqrt(self.dispersion / rest)

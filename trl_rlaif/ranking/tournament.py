@@ -1,4 +1,4 @@
-"""Which comparison to ask next: the one after which the fewest pairs are expected to be in the wrong order."""
+"""Which comparison to ask next: the one that minimizes the expected number of pairs in the wrong order."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from scipy.stats import norm
 
 from trl_rlaif.ranking.bradley_terry import Comparisons, Strengths, fit
 
-# Where nobody says, a tournament asks one of so many questions about a group, which are its pairs in both orders.
+# By default, a tournament asks one in SHARE of the questions about a group, which are its pairs in both orders.
 SHARE = 3
-# Pairs x pairs of all groups that are looked at together.
+# Maximum of pairs x pairs over the groups that are processed together.
 _AT_ONCE = 2_000_000
 
 
@@ -27,7 +27,7 @@ class Asked:
 
 
 Ask = Callable[[list[Asked]], Sequence[float | None]]
-"""Answers each question with the probability that its first item is better; None where there is no answer."""
+"""Answers each question with the probability that its first item is better; None if there is no answer."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Ranking:
 
 
 def default_questions(size: int) -> int:
-    """A third of all questions about K items in both orders, and as many as connect them at least."""
+    """A third of all questions about K items in both orders, and at least as many as connect them."""
     return max(size - 1, size * (size - 1) // SHARE)
 
 
@@ -65,16 +65,16 @@ def rank_all(ask: Ask, sizes: Sequence[int]) -> Ranking:
 def rank_by_tournament(
     ask: Ask, sizes: Sequence[int], *, questions: int | None = None, at_once: int = 1, confidence: float = 1.0
 ) -> Ranking:
-    """Ask in rounds, in each about the most uncertain pairs given the answers so far.
+    """Ask in rounds, each about the pairs whose answers are expected to correct the most, given those so far.
 
-    A round asks up to ``at_once`` questions about each group and all groups together. Nothing is drawn at random: the
-    same answers lead to the same questions.
+    A round asks up to ``at_once`` questions about each group, for all groups together. It is deterministic: the same
+    answers lead to the same questions.
 
     Args:
         ask: Function that answers questions.
         sizes: Number of items of each group.
         questions: Budget per group; None: a third of all its pairs in both orders (``default_questions``).
-        at_once: Questions per group and round. More mean fewer, less informed rounds.
+        at_once: Questions per group and round. A larger number means fewer, less informed rounds.
         confidence: Stop asking about a group once the order of each of its pairs has this probability.
     """
     schedule = _Schedule(sizes, questions, at_once, confidence)
@@ -96,7 +96,7 @@ def _fitted(asked: Sequence[Asked], answers: Sequence[float | None], sizes: Sequ
 
 
 class _Schedule:
-    """What was asked of each group, and what comes next."""
+    """The questions asked about each group, and the next ones."""
 
     def __init__(self, sizes: Sequence[int], questions: int | None, at_once: int, confidence: float) -> None:
         size = max(sizes, default=0)
@@ -105,13 +105,13 @@ class _Schedule:
             [min(n * (n - 1), default_questions(n) if questions is None else questions) for n in sizes], dtype=np.int64
         )
         self.exists = self.other[None] < np.array(sizes, dtype=np.int64)[:, None]
-        # Of each pair whether it was asked with `one` first, and with `other` first.
+        # For each pair, whether it was asked with `one` first, and with `other` first.
         self.asked: np.ndarray = np.zeros((2, len(sizes), len(self.one)), dtype=bool)
         self.shown_first: np.ndarray = np.zeros((len(sizes), size), dtype=np.int64)  # more often than second
         self.at_once, self.confidence = at_once, confidence
 
     def next(self, strengths: Strengths) -> list[Asked]:
-        """The questions of a round; none where every group is done."""
+        """The questions of a round; empty if every group is done."""
         open_groups = np.flatnonzero(self.left > 0)
         rows = max(1, _AT_ONCE // max(1, len(self.one)) ** 2)
         found = [self._of(open_groups[i : i + rows], strengths) for i in range(0, len(open_groups), rows)]
@@ -130,7 +130,7 @@ class _Schedule:
         return found
 
     def _take(self, group: int, pair: int) -> Asked:
-        """Ask about a pair, with the item first that was shown first less often: a bias of its prompt cancels, too."""
+        """Ask about a pair, first showing the item shown first less often, so that a prompt's own bias also cancels."""
         one, other = int(self.one[pair]), int(self.other[pair])
         turned = bool(self.asked[0, group, pair])
         if not self.asked[:, group, pair].any():
@@ -144,12 +144,12 @@ class _Schedule:
 
 
 class _Prospect:
-    """How many pairs of each group may be in the wrong order now, and are expected to be after another answer.
+    """Expected number of pairs of each group in the wrong order, now and after another answer.
 
-    A difference d that is known with the standard error s is of the wrong sign with probability Phi(-|d| / s). An
-    answer will reduce s^2 by some D, which is known beforehand, and move d by a normal deviate of variance D. That the
-    sign of d is then wrong has the probability 2 T(d / s, sqrt(s^2 / D - 1)), with Owen's T (Owen 1956). The answer
-    that reduces the sum over all pairs most is the knowledge gradient's (Frazier, Powell and Dayanik 2008).
+    A difference d with standard error s has the wrong sign with probability Phi(-|d| / s). An answer reduces s^2 by
+    some D, which is known in advance, and moves d by a normal deviate of variance D. The sign of d is then wrong with
+    probability 2 T(d / s, sqrt(s^2 / D - 1)), where T is Owen's T (Owen 1956). The answer that reduces the sum over all
+    pairs most is the choice of the knowledge gradient (Frazier, Powell and Dayanik 2008).
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class _Prospect:
         return np.maximum(np.diagonal(self.covariance, axis1=1, axis2=2), 1e-12)
 
     def gains(self) -> np.ndarray:
-        """By how much the expected number of wrong pairs falls with an answer about each, (groups, pairs)."""
+        """Reduction of the expected number of wrong pairs by an answer about each pair, (groups, pairs)."""
         now = self._variances()
         reduction = self.covariance**2 / (now + self.noise)[:, None, :]  # of each pair's variance by each answer
         reduction += (self.variance - now)[:, :, None]
@@ -181,7 +181,7 @@ class _Prospect:
         return np.where(self.exists[:, :, None], self.wrong[:, :, None] - after, 0).sum(axis=1)
 
     def take(self, chosen: np.ndarray) -> None:
-        """Count on an answer about one pair of each group."""
+        """Update the covariance as after an answer about one pair of each group."""
         rows = np.arange(len(chosen))
         column = self.covariance[rows, :, chosen]
         scale = column[rows, chosen] + self.noise[rows, chosen]

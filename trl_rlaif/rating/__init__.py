@@ -1,4 +1,4 @@
-"""People as the judge: two responses side by side in a local page, blind, and the win rate of their votes."""
+"""Human evaluation: blind side-by-side comparisons in a local web page, and win rates from the votes."""
 
 from trl_rlaif.rating.pairs import Comparison, read_comparisons
 from trl_rlaif.rating.results import describe, people_results

@@ -1,4 +1,4 @@
-"""The pairs of responses of a run, and the blind order in which a rater sees them."""
+"""A run's pairs of responses, and the blinded order in which a rater sees them."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from trl_rlaif.files import read_lines
 from trl_rlaif.labels.store import pair_key
 from trl_rlaif.pipeline import artifacts
 
-# What a vote is about: the set, the prompt's id in it, and a digest of the texts that were shown.
+# The subject of a vote: the set, the prompt's id in it, and a digest of the texts shown.
 Name = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A held-out prompt with the responses of the start and of the trained policy.
+    """A held-out prompt with the responses of the initial and the trained policy.
 
     Args:
-        name: Set, id, and digest of the three texts: a vote on texts that are gone counts no more.
+        name: Set, id, and digest of the three texts: votes on outdated texts do not count.
         category: The kind of prompt, or None.
         messages: The prompt's turns, at least one.
         start, trained: The responses; either may be empty.
-        p_trained: The judge's probability in [0, 1] that ``trained`` is better; None where it was not judged.
+        p_trained: The judge's probability in [0, 1] that ``trained`` is better; None if it was not judged.
     """
 
     name: Name
@@ -46,7 +46,7 @@ class Comparison:
 
     @property
     def is_equal(self) -> bool:
-        """Whether both responses are one text, so that there is nothing to ask."""
+        """Whether both responses are identical, so that there is nothing to rate."""
         return self.start == self.trained
 
 
@@ -54,8 +54,8 @@ def read_comparisons(run: str | Path) -> list[Comparison]:
     """The pairs in a run's ``samples.jsonl``, in its order; at least one.
 
     Raises:
-        UserError: This is no run's folder, its evaluation has left no samples, or a sample lacks what is shown.
-        RunError: A line of the file is no JSON.
+        UserError: This is not a run's folder, its evaluation left no samples, or a sample lacks a required field.
+        RunError: A line of the file is not JSON.
     """
     run = Path(run)
     if not (run / artifacts.RECIPE).is_file():
@@ -97,7 +97,7 @@ def _comparison(row: Any, where: str) -> Comparison:
 
 
 def of_set(comparisons: Iterable[Comparison], name: str | None) -> list[Comparison]:
-    """The comparisons of one set, or all where ``name`` is None.
+    """The comparisons of one set, or all if ``name`` is None.
 
     Raises:
         UserError: There is no such set.
@@ -113,16 +113,16 @@ def of_set(comparisons: Iterable[Comparison], name: str | None) -> list[Comparis
 
 
 def blind_order(comparisons: Iterable[Comparison], rater: str, seed: int = 0) -> list[Comparison]:
-    """The comparisons in the rater's own shuffled order; a subset comes in the order that it has in the whole."""
+    """The comparisons in the rater's own shuffled order; a subset keeps the order it has in the whole."""
     return sorted(comparisons, key=lambda comparison: _draw("order", seed, rater, comparison))
 
 
 def trained_is_left(comparison: Comparison, rater: str, seed: int = 0) -> bool:
-    """On which side a rater sees the trained policy's response: a fair coin, the same at every start."""
+    """Whether a rater sees the trained policy's response on the left: a fair coin, the same at every start."""
     return _draw("side", seed, rater, comparison) % 2 == 1
 
 
 def _draw(purpose: str, seed: int, rater: str, comparison: Comparison) -> int:
-    # A digest and not a generator: each pair's draw must not depend on which other pairs there are.
+    # A digest, not a generator: a pair's draw must not depend on the other pairs.
     parts = json.dumps([purpose, seed, rater, *comparison.name])
     return int.from_bytes(hashlib.sha256(parts.encode()).digest(), "big")

@@ -1,4 +1,4 @@
-"""What people's votes say: the win rate by set, and how often they choose as the judge does."""
+"""Results of human votes: the win rate by set, and the agreement with the judge."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from trl_rlaif.report.formatting import count, label, percent
 
 
 def people_results(run: str | Path, *, rater: str | None = None, only: str | None = None) -> dict[str, Any]:
-    """Win rates of people's votes in a run's folder.
+    """Win rates from the human votes in a run's folder.
 
     Args:
         run: The run's folder.
-        rater: Count this one's votes alone; None: everybody's.
-        only: The set to look at; None: all.
+        rater: Count only this rater's votes; None: all raters'.
+        only: The only set to evaluate; None: all.
 
     Returns:
-        ``sets``: by set ``pairs``, ``rated``, ``equal``, ``votes``, ``raters``; where pairs are rated, also what
-        ``win_rate`` gives and ``judge``, the judge's ``agreement`` with people or None (see ``of_votes``).
-        ``outdated``: votes on responses that the run no longer holds; they do not count.
+        ``sets``: by set ``pairs``, ``rated``, ``equal``, ``votes``, ``raters``; if pairs are rated, also the results
+        of ``win_rate`` and ``judge``, the judge's ``agreement`` with people or None (see ``of_votes``).
+        ``outdated``: votes on responses that the run no longer has; they do not count.
 
     Raises:
-        UserError: This is no run with samples, there is no such set, or no vote of this rater.
-        RunError: A file of the run was changed by hand and cannot be read.
+        UserError: This is not a run with samples, there is no such set, or this rater has no votes.
+        RunError: A file of the run was edited by hand and cannot be read.
     """
     comparisons, standing = read_comparisons(run), VoteFile(Path(run) / artifacts.VOTES).standing()
     if rater is not None:
@@ -55,19 +55,19 @@ def people_results(run: str | Path, *, rater: str | None = None, only: str | Non
 
 
 def of_votes(comparisons: Sequence[Comparison], standing: Standing, seed: int = 0) -> dict[str, Any]:
-    """The numbers of one set.
+    """The results of one set.
 
-    A pair that several people rated is one comparison: the mean of their choices says who wins it, so that the
-    interval is over pairs and more raters do not narrow it by themselves. Equal responses are a tie unasked; they
-    count as far as raters have come, in the proportion that the set has them.
+    A pair rated by several people is one comparison, decided by the mean of their choices: the interval is over
+    pairs, and more raters alone do not narrow it. Equal responses are ties that are not shown; they count up to each
+    rater's progress, so in the same proportion as in the set.
 
     Args:
         comparisons: The set's pairs, at least one.
-        standing: The votes, of other sets too.
-        seed: Of the blind order.
+        standing: The votes, possibly also of other sets.
+        seed: Seed of the blinded order.
 
     Returns:
-        See ``people_results``. ``rated`` holds ``equal``, the ties that nobody was asked about.
+        See ``people_results``. ``rated`` includes ``equal``, the ties that were not shown.
     """
     names = {c.name for c in comparisons if not c.is_equal}
     chosen: dict[Name, list[float]] = defaultdict(list)
@@ -94,9 +94,9 @@ def of_votes(comparisons: Sequence[Comparison], standing: Standing, seed: int = 
 
 
 def _passed_ties(comparisons: Sequence[Comparison], rater: str, voted: Collection[Name], seed: int) -> list[Comparison]:
-    """The pairs with equal responses that the rater's order holds before the last vote; all, if nothing is open.
+    """The pairs with equal responses before the last vote in the rater's order; all, if no pair is open.
 
-    All of them beside a few votes would draw the win rate to a half, and make its interval too narrow.
+    Counting all of them with few votes would pull the win rate to one half, and make its interval too narrow.
     """
     order = blind_order(comparisons, rater, seed)
     reached = max((i for i, c in enumerate(order, 1) if c.name in voted), default=0)
@@ -109,7 +109,7 @@ def _passed_ties(comparisons: Sequence[Comparison], rater: str, voted: Collectio
 
 
 def describe(results: dict[str, Any]) -> str:
-    """``people_results`` as lines to read."""
+    """``people_results`` as readable text."""
     lines = [line for name, numbers in results["sets"].items() for line in _of_set(label(name), numbers)]
     if results["outdated"]:
         votes = "1 vote does" if results["outdated"] == 1 else f"{results['outdated']:,} votes do"

@@ -1,4 +1,4 @@
-"""The page's server: loopback only, closed to whoever does not know the token in its address."""
+"""The rating page's server: loopback only, and protected by a token in its address."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from trl_rlaif.rating.session import Session
 from trl_rlaif.rating.votes import VoteFile
 from trl_rlaif.report.formatting import count
 
-# The page's own requests have some 40 bytes.
+# The page's own requests have about 40 bytes.
 MAX_BODY = 4096
-# Names under which a browser may know this machine. Any other is a foreign site's that has been pointed at us (DNS
-# rebinding). The port is left open: behind an SSH tunnel it is another one.
+# Host names by which a browser may address this machine. Any other belongs to a foreign site that resolves to it (DNS
+# rebinding). The port is not checked: through an SSH tunnel it differs.
 HOSTS = ("127.0.0.1", "localhost")
 HEADERS = {
     "Cache-Control": "no-store",
@@ -44,18 +44,19 @@ HEADERS = {
 def rate_run(
     run: str | Path, *, rater: str | None = None, only: str | None = None, port: int = 0, browser: bool = True
 ) -> None:
-    """Serve the rating page of a run until Ctrl-C; the votes are in the run's ``votes.jsonl``.
+    """Serve the rating page of a run until Ctrl-C; votes are saved in the run's ``votes.jsonl``.
 
     Args:
         run: The run's folder.
-        rater: Who rates; None: the user's name on this machine.
-        only: The set to rate; None: all.
-        port: On 127.0.0.1; 0: a free one.
-        browser: Open the page.
+        rater: The rater's name; None: the user's name on this machine.
+        only: The only set to rate; None: all.
+        port: Port on 127.0.0.1; 0: a free one.
+        browser: Whether to open the page.
 
     Raises:
-        UserError: The folder holds nothing to rate, there is no such set, or the port is taken.
-        RunError: A file of the run was changed by hand and cannot be read.
+        UserError: The folder has nothing to rate, there is no such set, the port cannot be used, or the rater's name is
+        empty or too long.
+        RunError: A file of the run was edited by hand and cannot be read.
     """
     rater = _user() if rater is None else rater.strip()
     if not rater or len(rater) > 100:
@@ -87,11 +88,11 @@ def _user() -> str:
 
 
 class RatingServer(ThreadingHTTPServer):
-    """The page and its requests, on 127.0.0.1.
+    """Serves the page and its requests on 127.0.0.1.
 
     Args:
-        session: What is rated.
-        port: 0: a free one.
+        session: The rating session.
+        port: The port; 0: a free one.
 
     Raises:
         OSError: The port cannot be used.
@@ -104,14 +105,14 @@ class RatingServer(ThreadingHTTPServer):
 
     @property
     def address(self) -> str:
-        """Where the page is."""
+        """Address of the page."""
         return f"http://127.0.0.1:{self.server_port}/{self.token}/"
 
     @property
     def opening(self) -> str:
-        """An address that leads to the page once.
+        """A one-time address that redirects to the page.
 
-        A browser's arguments can be read by everybody on the machine, so it is not started with the token.
+        A browser's arguments are visible to every user of the machine, so it is not started with the token.
         """
         return f"http://127.0.0.1:{self.server_port}/{self._ticket}"
 
@@ -124,7 +125,7 @@ class RatingServer(ThreadingHTTPServer):
 
     @cached_property
     def page(self) -> tuple[bytes, str]:
-        """The page, and the policy that lets nothing but its own script and style act."""
+        """The page, and a content security policy that allows only its own script and style."""
         text = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
         digests = {}
         for tag in ("script", "style"):
@@ -137,7 +138,7 @@ class RatingServer(ThreadingHTTPServer):
         return text.encode(), policy
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that goes away in the middle of an answer is no news."""
+        """Ignore a browser that disconnects during a response."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 
@@ -185,7 +186,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(500, f"This could not be kept: {reason}")
         self._send_json(200, state)
 
-    # ---- Who may, and what they send ----------------------------------------------------------------------
+    # ---- Access and request bodies ------------------------------------------------------------------------
 
     def _is_ours(self) -> bool:
         """Whether the request is addressed to this machine, by one of its own names."""
@@ -193,7 +194,7 @@ class _Handler(BaseHTTPRequestHandler):
         return len(hosts) == 1 and re.sub(r":\d+$", "", hosts[0]) in HOSTS
 
     def _admitted(self) -> str | None:
-        """What lies behind the token in the address; None, and 403 sent, where either does not fit."""
+        """The path after the token in the address; None, after sending 403, if host or token do not match."""
         _, token, *rest = self.path.split("/", 2) if self.path.startswith("/") else ("", "")
         if rest and self._is_ours() and _equal(token, self.server.token):
             return rest[0]
@@ -201,7 +202,7 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def _body(self) -> dict[str, Any] | None:
-        """The JSON object sent; None, and a refusal sent, where it is none or too large to be read."""
+        """The JSON object sent; None, after sending an error, if it is not one or too large."""
         length = self.headers.get("Content-Length", "")
         if not (length.isascii() and length.isdigit()):
             self._refuse(411, "A length is needed.")
@@ -218,7 +219,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._refuse(400, "A JSON object is needed.")
         return None
 
-    # ---- Answers ------------------------------------------------------------------------------------------
+    # ---- Responses ----------------------------------------------------------------------------------------
 
     def _refuse(self, status: int, reason: str) -> None:
         self._send_json(status, {"error": reason})
@@ -238,4 +239,4 @@ class _Handler(BaseHTTPRequestHandler):
         return "trl-rlaif"
 
     def log_message(self, format: str, *args: Any) -> None:
-        """The terminal is the rater's."""
+        """Log nothing: the terminal belongs to the rater."""

@@ -1,4 +1,4 @@
-"""One rater at work: which pair comes next, and what a key does."""
+"""One rater's session: the next pair, votes, skips and undo."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ SIDES = ("left", "right", "tie")
 
 
 class Session:
-    """The pairs of one rater: a queue of what is to be rated, and a trail of what can be taken back.
+    """The pairs of one rater: a queue of pairs to rate, and a trail for undo.
 
-    It goes on where the votes on the disk stop. Its methods may be called from several threads.
+    It resumes after the votes on disk. Its methods are thread-safe.
 
     Args:
-        comparisons: The pairs; those whose responses are equal are not asked.
-        votes: Where every vote is kept before it is acknowledged.
-        rater: Who rates.
-        seed: Of the blind order.
+        comparisons: The pairs; those with equal responses are not shown.
+        votes: Saves every vote before it is acknowledged.
+        rater: The rater's name.
+        seed: Seed of the blinded order.
     """
 
     def __init__(self, comparisons: Iterable[Comparison], votes: VoteFile, rater: str, seed: int = 0) -> None:
@@ -43,20 +43,20 @@ class Session:
         return len(self._pairs)
 
     def state(self) -> dict[str, Any]:
-        """What the page shows: ``total`` and ``done`` pairs, ``can_undo``, the next ``pair`` or None, and how many more
-        are ``equal`` and not asked.
+        """State of the page: ``rater``, ``total`` and ``done`` pairs, ``can_undo``, the next ``pair`` or None, and how
+        many pairs are ``equal`` and not shown.
 
-        Nothing in it tells which response is whose.
+        It does not reveal which policy wrote which response.
         """
         with self._lock:
             return self._state()
 
     def vote(self, number: Any, side: Any) -> dict[str, Any]:
-        """Keep a choice: "left", "right" or "tie" for the pair of this number; return the new state.
+        """Save a choice: "left", "right" or "tie" for the pair with this number; return the new state.
 
         Raises:
             ValueError: There is no such pair or choice.
-            OSError: The vote could not be kept.
+            OSError: The vote could not be saved.
         """
         self._check(number)
         if side not in SIDES:
@@ -71,7 +71,7 @@ class Session:
             return self._state()
 
     def skip(self, number: Any) -> dict[str, Any]:
-        """Put a pair behind the others, without a vote; return the new state.
+        """Move a pair to the end of the queue, without a vote; return the new state.
 
         Raises:
             ValueError: There is no such pair.
@@ -86,10 +86,10 @@ class Session:
             return self._state()
 
     def undo(self) -> dict[str, Any]:
-        """Take back the last vote or skip, also one of an earlier start, and show its pair; return the new state.
+        """Take back the last skip or vote, even a vote of an earlier start, and show its pair; return the new state.
 
         Raises:
-            OSError: The withdrawal could not be kept, and the vote stands.
+            OSError: The withdrawal could not be saved, so the vote still counts.
         """
         with self._lock:
             if self._trail:

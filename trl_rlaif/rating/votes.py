@@ -1,4 +1,4 @@
-"""votes.jsonl: what people chose, appended as they choose it."""
+"""votes.jsonl: people's choices, appended as they are made."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trl_rlaif.files import append_lines, read_lines
 from trl_rlaif.locks import lock
 from trl_rlaif.rating.pairs import Name
 
-# By rater and pair the choice that counts, in the order in which the choices were made.
+# By rater and pair, the choice that counts, in order of voting.
 Standing = dict[str, dict[Name, float]]
 
 
@@ -22,8 +22,8 @@ class Vote:
     """A line of votes.jsonl.
 
     Args:
-        name: What was compared (``Comparison.name``).
-        rater: Who chose.
+        name: The comparison (``Comparison.name``).
+        rater: The rater's name.
         choice: Probability that ``trained`` is better: 1, 0.5 for a tie, or 0; None takes the last vote back.
     """
 
@@ -35,10 +35,10 @@ class Vote:
 class VoteFile:
     """The votes of a run. Lines are only ever appended; a rater's last line about a pair counts.
 
-    Several processes may write at once: a lock on the file keeps their lines apart.
+    Several processes may write concurrently: a file lock keeps their lines separate.
 
     Args:
-        path: votes.jsonl; it is made with the first vote.
+        path: votes.jsonl; it is created with the first vote.
     """
 
     def __init__(self, path: Path) -> None:
@@ -51,7 +51,7 @@ class VoteFile:
             yield
 
     def add(self, vote: Vote) -> None:
-        """Append a vote; when this returns, it is on the disk.
+        """Append a vote; it is on disk when this returns.
 
         Raises:
             OSError: It could not be written, and does not count.
@@ -66,14 +66,14 @@ class VoteFile:
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
         }
         with self._locked("ab"):
-            read_lines(self.path)  # removes what a kill or a full disk left of a last line: this one begins on its own
+            read_lines(self.path)  # removes an incomplete last line, left by a kill or a full disk
             append_lines(self.path, [row])
 
     def standing(self) -> Standing:
         """The votes that count.
 
         Raises:
-            RunError: A line is no vote: somebody changed the file.
+            RunError: A line is not a vote: the file was edited.
         """
         if not self.path.exists():
             return {}

@@ -1,4 +1,4 @@
-"""What a run relies on in what components return: the rules of each kind, and a guard that says who broke one."""
+"""Validates what components return: the contract of each kind, and errors that name who broke it."""
 
 from trl_rlaif.validation.blame import ComponentError, ContractViolation, Origin, RewardError, origin_of, tagged
 from trl_rlaif.validation.guard import validated

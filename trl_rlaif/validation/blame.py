@@ -1,4 +1,4 @@
-"""Who broke a rule or raised: errors that name the component, its distribution and its place in the recipe."""
+"""Errors that name the component that failed, its distribution and its place in the recipe."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from trl_rlaif.interrupts import is_fault
 if TYPE_CHECKING:
     from trl_rlaif.plugins import Registered
 
-# Where a component, or a reward function, keeps who it is.
+# Attribute of a component, or a reward function, with its Origin.
 ORIGIN = "_trl_rlaif_origin"
 _RESUME = "Finished work is kept: once this is fixed, continue with --resume."
 
 
 class ContractViolation(Exception):
-    """A rule that a component broke.
+    """A component broke its contract.
 
     Args:
-        what: What it does, to follow its name: ``returns a list``.
+        what: The violation, to follow the component's name: ``returns a list``.
         fix: What its author should write instead.
     """
 
@@ -33,24 +33,24 @@ class ContractViolation(Exception):
 
 
 class ComponentError(RunError):
-    """A component that a recipe names broke a rule or raised; the recipe is right, so the exit code is 1."""
+    """A component that a recipe names broke its contract or raised; the recipe is valid, so the exit code is 1."""
 
 
 class RewardError(ComponentError, UserError):
-    """The same of a reward. Also a UserError: on one of those in a reward, the trainers save what was learned."""
+    """The same for a reward. Also a UserError: if a reward raises one, the trainers save their progress."""
 
     exit_code = RunError.exit_code
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Who a component or a reward function is.
+    """The identity of a component or a reward function.
 
     Args:
         who: In words, with its distribution: ``labeler 'words' of my-words 0.1.0``.
         where: The place in the recipe.
-        picked: By a recipe; what it raises then ends the run in words. Without one it belongs to the caller's own
-            code: it raises what it raises, and a broken rule is a UserError.
+        picked: Whether a recipe picked it; its exceptions then end the run with a message. Otherwise it belongs to the
+            caller's own code: its exceptions propagate unchanged, and a broken contract is a UserError.
     """
 
     who: str
@@ -59,7 +59,7 @@ class Origin:
 
     @classmethod
     def of(cls, found: Registered, where: str) -> Origin:
-        """Of a component as it is registered."""
+        """The origin of a registered component."""
         kind = found.kind.replace("_", " ")
         return cls(f"{kind} '{found.name}' of {found.distribution} {found.version}".rstrip(), where)
 
@@ -71,11 +71,11 @@ class Origin:
 
     @contextmanager
     def blamed(self, method: str, kind: type[ComponentError] = ComponentError) -> Iterator[None]:
-        """Turn what is raised within into an error with this name on it.
+        """Turn exceptions raised within into errors that name this origin.
 
         Raises:
-            ComponentError: With the component's own exception as cause. One that speaks to users already keeps its
-                type and words, and is given the place in the recipe.
+            ComponentError: With the component's own exception as cause. A TrlRlaifError keeps its type and message,
+                and gets the place in the recipe.
         """
         try:
             yield
@@ -87,7 +87,7 @@ class Origin:
                 error.args = (str(error),)
             raise
         except BaseException as error:
-            # A generator that is closed early, and so its labels, is nobody's fault.
+            # Closing a generator of labels early is not a fault.
             if not self.picked or isinstance(error, GeneratorExit) or not is_fault(error):
                 raise
             what = f"failed in {method}: {type(error).__name__}: {error}".rstrip(".: ")
@@ -95,14 +95,14 @@ class Origin:
 
 
 def origin_of(subject: Any, kind: str) -> Origin:
-    """Who a component or function is; one that no recipe picked is called by its class or name."""
+    """The origin of a component or function; one that no recipe picked is named by its class or name."""
     name = getattr(subject, "__name__", None)
     who = f"{kind} '{name}'" if isinstance(name, str) else f"{kind} {type(subject).__name__}"
     return getattr(subject, ORIGIN, None) or Origin(who, picked=False)
 
 
 def tagged(function: Any, origin: Origin) -> Any:
-    """A reward function that knows which recipe picked it; the user's own stays as it is."""
+    """A wrapped reward function that knows its origin; the user's own is unchanged."""
 
     @wraps(function)
     def call(*arguments: Any, **named: Any) -> Any:

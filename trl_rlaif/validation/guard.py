@@ -1,4 +1,4 @@
-"""Guards components: every return value is checked, and what they raise is named."""
+"""Guards components: every return value is validated, and exceptions name the component."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ C = TypeVar("C", bound=Component)
 
 
 def validated(component: C, origin: Origin | None = None) -> C:
-    """The same component, whose every return value is checked from here on.
+    """The same component, with every return value validated from now on.
 
     Args:
-        component: Of any kind. One that is validated already stays as it is.
-        origin: Which recipe picked it; None outside of recipes.
+        component: Of any kind. One that is already validated is unchanged.
+        origin: Its origin in a recipe; None outside of recipes.
     """
     if ORIGIN in vars(component):
         return component
@@ -29,18 +29,18 @@ def validated(component: C, origin: Origin | None = None) -> C:
         if isinstance(component, base):
             setattr(component, ORIGIN, origin or origin_of(component, kind))
             for name, call in methods.items():
-                # On the instance: no place that calls it can forget the check.
+                # On the instance, so that no caller can bypass the check.
                 setattr(component, name, partial(call, getattr(component, ORIGIN), getattr(component, name)))
     return component
 
 
 def _call(name: str, origin: Origin, method: Callable[..., Any], *arguments: Any) -> Any:
-    """What only has to be named when it fails."""
+    """Call a method whose result is not validated; a failure names the component."""
     with origin.blamed(f"{name}()"):
         return method(*arguments)
 
 
-# For each kind what its methods are called through.
+# For each kind, the wrappers of its methods.
 _METHODS: dict[type[Component], tuple[str, dict[str, Callable[..., Any]]]] = {
     Labeler: ("labeler", {"label": label_call} | {name: partial(_call, name) for name in ("columns", "check_row")}),
     RewardTransform: (

@@ -1,4 +1,4 @@
-"""The rules for labels."""
+"""The contract for labels."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _RANGES = {
     "p": (0, 1), "p_12": (0, 1), "p_21": (0, 1), "mass_12": (0, 1), "mass_21": (0, 1),
     "score_1": (-1, 1), "score_2": (-1, 1), "spread_1": (0, math.inf), "spread_2": (0, math.inf),
 }  # fmt: skip
-# Of the sum of probabilities that were computed in float32.
+# Tolerance for the sum of probabilities computed in float32.
 _ROUNDING = 1e-5
 
 
 def checked_labels(found: Iterable[Any], pairs: Sequence[Pair], done: Collection[str]) -> Iterator[Label]:
-    """Labels as they come, each checked; in the end, that there is one of every pair that is not done.
+    """Labels as they come, each validated; at the end, checks that every pair that is not done has one.
 
     Raises:
-        ContractViolation: One is no Label, of another pair, of one that is done or labeled, or has values that cannot
-            be; or a pair has none.
+        ContractViolation: One is not a Label, is for an unknown, done or already labeled pair, or has invalid values;
+            or a pair has none.
     """
     known = {pair.id for pair in pairs}
     done, seen = set(done), set()
@@ -85,11 +85,11 @@ def _check_label(label: Label) -> None:
 def label_call(
     origin: Origin, label: Callable[..., Any], pairs: Sequence[Pair], judge: Judge, done: Collection[str] = ()
 ) -> Iterator[Label]:
-    """``Labeler.label`` of a component, its labels checked as they come."""
+    """``Labeler.label`` of a component, its labels validated as they come."""
     with origin.blamed("label()"):
         found = label(pairs, judge, done)
         try:
             yield from checked_labels(found, pairs, done)
         finally:
-            if hasattr(found, "close"):  # at once: it may have asked a server about more
+            if hasattr(found, "close"):  # at once: it may have more requests to a server in progress
                 found.close()

@@ -1,4 +1,4 @@
-"""The rules for the pairs of a sampler."""
+"""The contract for the pairs of a sampler."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from trl_rlaif.data import Prompt
 
 _DROP = "Yield SampledPair(prompt.id, dropped='why') instead."
-# Of pairs.jsonl, all that a sampler's extra columns must not be called.
+# Columns of pairs.jsonl, which a sampler's extra columns must not be named after.
 _PAIR_COLUMNS = {field.name for field in fields(Pair)}
 
 
 def checked_pairs(found: Iterable[Any], prompts: Sequence[Prompt]) -> dict[str, list[SampledPair]]:
-    """What a sampler made of each prompt, by its id.
+    """A sampler's pairs by prompt id.
 
     Raises:
-        ContractViolation: One is no SampledPair, of a prompt that was not given, or neither a pair nor dropped; or a
-            prompt has none, or a pair although it is dropped.
+        ContractViolation: One is not a SampledPair, is for an unknown prompt, or is neither a valid pair nor dropped;
+            or a prompt has none, or a pair although it is dropped.
     """
     by_prompt: dict[str, list[SampledPair]] = {prompt.id: [] for prompt in prompts}
     if isinstance(found, str | bytes) or not isinstance(found, Iterable):
@@ -72,6 +72,6 @@ def _check_pair(pair: SampledPair) -> None:
 def sample_call(
     origin: Origin, sample: Callable[..., Any], prompts: Sequence[Prompt], generate: Generate, seed: int
 ) -> list[SampledPair]:
-    """``PairSampler.sample`` of a component, checked."""
+    """``PairSampler.sample`` of a component, validated."""
     with origin.blamed("sample()"):
         return [pair for pairs in checked_pairs(sample(prompts, generate, seed), prompts).values() for pair in pairs]

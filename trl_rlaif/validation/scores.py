@@ -1,4 +1,4 @@
-"""The rules for a reward transform's scores and loss."""
+"""The contract for a reward transform's scores and loss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def check_scores(found: Any, given: torch.Tensor) -> None:
-    """That a transform made finite float32 scores of the given ones' shape.
+    """Check that a transform returned finite float32 scores with the shape and device of the given ones.
 
     Raises:
         ContractViolation: It did not.
@@ -40,7 +40,7 @@ def check_scores(found: Any, given: torch.Tensor) -> None:
 
 
 def check_loss(loss: Any) -> None:
-    """That a transform's loss is a finite scalar.
+    """Check that a transform's loss is a finite scalar tensor.
 
     Raises:
         ContractViolation: It is not.
@@ -64,7 +64,7 @@ def _is_finite_scalar(loss: Any) -> bool:
 def transform_call(
     method: str, origin: Origin, transform: Callable[..., Any], scores: torch.Tensor, batch: ScoredBatch
 ) -> torch.Tensor:
-    """A method of a transform that maps scores, checked."""
+    """A method of a transform that maps scores, validated."""
     with origin.blamed(f"{method}()"):
         found = transform(scores, batch)
         check_scores(found, scores)
@@ -72,11 +72,11 @@ def transform_call(
 
 
 def loss_call(origin: Origin, loss: Callable[..., Any], scores: PreferenceScores) -> torch.Tensor | None:
-    """``RewardTransform.loss`` of a component, checked."""
+    """``RewardTransform.loss`` of a component, validated."""
     with origin.blamed("loss()"):
         found = loss(scores)
-        # What a model whose training diverged gives is not the transform's fault. The scores are looked at only where
-        # it matters, since each look waits for a GPU.
+        # The loss of a diverged model is not the transform's fault. The scores are read only if needed, since each
+        # read waits for the GPU.
         sound = found is None or _is_finite_scalar(found)
         diverged = not sound and not (scores.chosen.isfinite().all() and scores.rejected.isfinite().all())
         if found is not None and not diverged:

@@ -1,4 +1,4 @@
-"""The rules for a data selector's selection."""
+"""The contract for a data selector's selection."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 def check_selection(found: Any, size: int) -> Selection:
-    """What a selector returned of a pool of ``size`` rows, as a Selection.
+    """A selector's result for a pool of ``size`` rows, as a Selection.
 
     Raises:
-        ContractViolation: It is neither a Selection nor indices; an index is not there; nothing is left to train on; or
-            strata, rehearsal, clusters or embeddings do not belong to the rows.
+        ContractViolation: It is neither a Selection nor indices; an index is out of range; no prompt is left; strata,
+            clusters or embeddings do not match the rows; or rehearsal is invalid.
     """
     if not isinstance(found, Selection):
         if isinstance(found, str | bytes) or not isinstance(found, Iterable):
@@ -85,10 +85,10 @@ def _check_clusters(found: Selection, size: int) -> None:
 
 
 def check_num_responses(count: Any) -> int:
-    """How many responses a prompt a selector asks for.
+    """The number of responses per prompt that a selector asks for.
 
     Raises:
-        ContractViolation: It is no whole number from 1.
+        ContractViolation: It is not a positive integer.
     """
     if type(count) is not int or count < 1:
         raise ContractViolation(f"says that num_responses is {count!r}", "Make it a whole number, 1 or more.")
@@ -96,6 +96,6 @@ def check_num_responses(count: Any) -> int:
 
 
 def select_call(origin: Origin, select: Callable[..., Any], pool: Pool) -> Selection:
-    """``DataSelector.select`` of a component, checked."""
+    """``DataSelector.select`` of a component, validated."""
     with origin.blamed("select()"):
         return check_selection(select(pool), len(pool))
