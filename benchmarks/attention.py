@@ -1,4 +1,4 @@
-"""Attention's forward and backward pass on a CPU by the ways that PPO chooses from, in ms.
+"""Forward and backward pass of the attention implementations that PPO chooses from, on a CPU, in ms.
 
 python benchmarks/attention.py
 """
@@ -17,7 +17,7 @@ ROWS, HEADS, KEY_HEADS, WIDTH = 8, 9, 3, 64  # SmolLM2-135M's, at batch 8
 
 
 def main() -> None:
-    """Print a row for each way, a column for each length."""
+    """Print a row per implementation, a column per length."""
     lengths = (96, 160, 224, 320)
     print(f"{'tokens':20}" + "".join(f"{length:8}" for length in lengths))
     for name in ("torch, bfloat16", "torch, float32", "whole_attention"):

@@ -1,10 +1,10 @@
-"""Time and memory of choosing what to rehearse among many prompts, and how well the clusters are found.
+"""Time and memory of selecting rehearsal pairs among many prompts, and quality of the clusters.
 
     python benchmarks/clustering.py --output benchmarks/results/clustering.md
 
-Embeddings are drawn around as many centres as there are kinds, in the width of a model's hidden states; every way is
-measured in a process of its own, whose memory with the embeddings alone is given beside its peak. "found" is the
-adjusted Rand index of the clusters and the kinds (1: the same).
+Embeddings of a model's hidden size are drawn around one center per kind; every method is measured in its own process,
+whose memory with the embeddings alone is reported with its peak. "found" is the adjusted Rand index between the
+clusters and the kinds (1: identical).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ KINDS = 24
 
 
 def main() -> None:
-    """Measure every way in a child process; print the table and, if asked to, write it."""
+    """Measure every method in a child process; print the table and, with ``--output``, write it."""
     args = _arguments()
     if args.way:
         print(json.dumps(_measure(args.way, args.prompts, args.width)))
@@ -88,7 +88,7 @@ def _measure(way: str, prompts: int, width: int) -> dict[str, Any]:
         response_ids=[[1]] * prompts,
         embed=lambda: embeddings,
     )
-    SelectiveRehearsal(clusters=2).select(pool.subset(range(100)))  # what is imported only now is not the measurement
+    SelectiveRehearsal(clusters=2).select(pool.subset(range(100)))  # warm-up: late imports are not measured
     before, began = _peak(), time.perf_counter()
     selection = SelectiveRehearsal(**WAYS[way]).select(pool)
     seconds = time.perf_counter() - began
@@ -103,7 +103,7 @@ def _measure(way: str, prompts: int, width: int) -> dict[str, Any]:
 
 
 def _peak() -> float:
-    """Most memory that this process has had so far, MiB."""
+    """Peak memory of this process so far, MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

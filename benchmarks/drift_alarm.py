@@ -1,11 +1,11 @@
-"""How often the regulator raises a drift alarm where nothing drifts, and how soon it finds a planted drift.
+"""False alarms of the regulator's drift test, and its delay in detecting a planted drift.
 
     python benchmarks/drift_alarm.py --output benchmarks/results/drift_alarm.md
 
-A run has 200 updates of 32 responses to prompts of 10 categories, whose means lie apart. The KL is above its budget
-all the time, so that the scores alone decide. In stationary runs every alarm of any category at any update is a false
-one; in the others the scores of one category rise in a line over the whole run, or at once after a quarter of it, and
-what counts is the first alarm of that category. Intervals are exact (Clopper and Pearson 1934), 95%.
+A run has 200 updates of 32 responses to prompts of 10 categories with different means. The KL is always above its
+budget, so the scores alone decide. In stationary runs any alarm in any category is false; in the others, the scores of
+one category rise linearly over the whole run, or at once after a quarter of it, and the first alarm in that category
+counts. Intervals are exact (Clopper and Pearson 1934), 95%.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SHAPES: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
 
 
 def main() -> None:
-    """All cases; print the table and, if asked to, write it."""
+    """Run all cases; print the table and, with ``--output``, write it."""
     args = _arguments()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
@@ -65,13 +65,13 @@ def main() -> None:
 
 
 def _first_alarm(seed: int, shape: str, group: int, kind: str, size: float) -> int | None:
-    """The first update, counted from 1, at which an alarm is raised; where there is a drift, in its category."""
+    """The first update, counted from 1, with an alarm; if there is a drift, with one in its category."""
     generator = np.random.default_rng(seed)
-    regulator = DistributionRegulator(warm_up=UPDATES)  # alarms are the same, and mapping all alike is faster
+    regulator = DistributionRegulator(warm_up=UPDATES)  # pooled statistics are faster, and alarms are the same
     for update in range(UPDATES):
         kinds = generator.integers(0, CATEGORIES, RESPONSES // group).repeat(group)
         scores = SHAPES[shape](generator, RESPONSES) + kinds
-        if group > 1:  # a prompt has its part in the score: half of the variance
+        if group > 1:  # the prompt accounts for half of the score's variance
             scores = (scores - kinds + generator.standard_normal(RESPONSES // group).repeat(group)) / 2**0.5 + kinds
         rise = size * (update / (UPDATES - 1) if kind == "in a line" else update >= UPDATES // 4)
         scores = scores + np.where(kinds == 0, rise, 0.0)
@@ -84,7 +84,7 @@ def _first_alarm(seed: int, shape: str, group: int, kind: str, size: float) -> i
 
 
 def _batch(kinds: np.ndarray, group: int) -> SimpleNamespace:
-    """As much of a batch as the regulator reads: 20 nats per response from the reference."""
+    """The parts of a batch that the regulator reads, with a KL of 20 nats per response."""
     return SimpleNamespace(
         prompts=[f"prompt {i // group}" for i in range(len(kinds))],
         categories=[f"c{kind}" for kind in kinds],

@@ -1,4 +1,4 @@
-"""Forward passes and gradients of tiny models in plain float64, and their differences from the project's own."""
+"""Forward passes and gradients of tiny models in plain float64, and their differences from the project's."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def _judge() -> LocalJudge:
 
 @torch.no_grad()
 def _continuations(question: Any, texts: list[str]) -> list[float]:
-    """log P(text | question and ending), each by one forward pass in float64 over the whole text.
+    """log P(text | question and ending), each from one forward pass in float64 over the whole text.
 
-    "1" is a beginning of "10" in this tokenizer: what goes on to "0" is not its own.
+    In this tokenizer "1" is a prefix of "10": the probability of continuing with "0" is not counted for "1".
     """
     judge = _judge()
     model, tokenizer = copy.deepcopy(judge.model).double(), judge.tokenizer
@@ -76,7 +76,7 @@ def _continuations(question: Any, texts: list[str]) -> list[float]:
 
 
 def distilled_difference() -> float:
-    """Of p_12, p_21 and the masses of ten pairs."""
+    """Largest difference in p_12, p_21 and the masses of ten pairs."""
     judge, largest = _judge(), 0.0
     for pair, label in zip(PAIRS, sorted(DistilledLabeler().label(PAIRS, judge), key=lambda x: int(x.id)), strict=True):
         for order, shown in (("12", (pair.response_1, pair.response_2)), ("21", (pair.response_2, pair.response_1))):
@@ -88,7 +88,7 @@ def distilled_difference() -> float:
 
 
 def direct_difference() -> float:
-    """Of the rewards of ten responses."""
+    """Largest difference in the rewards of ten responses."""
     judge, largest = _judge(), 0.0
     rewards = DirectLabeler(judge)([pair.prompt for pair in PAIRS], [pair.response_1 for pair in PAIRS])
     for pair, reward in zip(PAIRS, rewards, strict=True):
@@ -120,7 +120,7 @@ def _comparisons() -> Dataset:
 
 
 class _Gradients:
-    """Keeps the gradients that an optimizer is about to use."""
+    """Records the gradients before an optimizer step."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.found = model, {}
@@ -131,7 +131,7 @@ class _Gradients:
 
 
 def reward_difference(*, advantage: bool) -> float:
-    """Of the loss and its gradient in one step of RewardTrainer, relative to the largest value of each."""
+    """Largest difference in the loss and gradient of one RewardTrainer step, relative to the largest value of each."""
     model, rows = make_scorer(), _comparisons()
     if not advantage:
         rows = rows.remove_columns(["chosen_log_ratios", "rejected_log_ratios"])
@@ -155,7 +155,7 @@ def reward_difference(*, advantage: bool) -> float:
 
 
 def _pair_loss(model: nn.Module, row: dict[str, Any], advantage: bool) -> torch.Tensor:
-    """From one forward pass for each response, as the formulas stand."""
+    """The loss by its formula, from one forward pass per response."""
 
     def scores(ids: list[int], position: int) -> torch.Tensor:
         return model.score(model.model(torch.tensor([ids])).last_hidden_state[0, position])
@@ -186,10 +186,10 @@ def _relative(found: dict[str, torch.Tensor], reference: nn.Module) -> float:
 
 
 def regulator_difference() -> float:
-    """Of regulated scores from z-scores by each category's own mean and standard deviation.
+    """Difference of regulated scores from z-scores by each category's own mean and standard deviation.
 
-    Three categories of 5,600 scores, whose spreads and places are far apart. What is left is the priors' share, and the
-    exponential weights of the running figures.
+    Three categories of 5,600 scores with very different means and spreads. The remaining difference is due to the
+    priors and the exponential weights of the running statistics.
     """
     draw, shapes = np.random.default_rng(0), {"a": (1, 0), "b": (4, 9), "c": (0.3, -2)}
     raw = {name: (std * draw.standard_normal(5600) + mean).astype(np.float32) for name, (std, mean) in shapes.items()}
@@ -207,7 +207,7 @@ def regulator_difference() -> float:
 
 @torch.no_grad()
 def log_ratio_difference() -> float:
-    """Of log pi / pi' of eight whole responses."""
+    """Largest difference in log pi / pi' of eight whole responses."""
     models, rows = [make_llama(seed=seed) for seed in (0, 1)], _comparisons()
     found = add_log_ratios(rows.remove_columns(["chosen_log_ratios", "rejected_log_ratios"]), models[0], models[1:])
     policy, other = (copy.deepcopy(model).double() for model in models)
@@ -236,7 +236,7 @@ def _length_reward(completions: list[str], **_: Any) -> list[float]:
 
 
 class _Recorder(PPOTrainer):
-    """Keeps the rollout and its scores."""
+    """Records the rollout and its scores."""
 
     def transform(self, scores: Any, rollout: Any) -> Any:
         found = super().transform(scores, rollout)
@@ -246,10 +246,10 @@ class _Recorder(PPOTrainer):
 
 @cache
 def ppo_differences(*, rehearsal: bool = False) -> dict[str, float]:
-    """Of a rollout's log-probabilities and values, and of the gradient of one update, relative to its largest value."""
+    """Differences in a rollout's log-probabilities and values, and in an update's gradient, relative to its maximum."""
     tokenizer = make_tokenizer()
     prompts = [" ".join(["what is the", *WORDS[: 1 + i % 5], WORDS[-i]]) for i in range(8)]
-    ends = tokenizer.convert_ids_to_tokens(range(3, 70))  # so many that responses are of all lengths
+    ends = tokenizer.convert_ids_to_tokens(range(3, 70))  # many, so that responses have all lengths
     pairs = Dataset.from_dict({"prompt": prompts[:3], "completion": [" it is a city", " no", " over the lazy dog"]})
     with tempfile.TemporaryDirectory() as folder:
         config = PPOConfig(
@@ -264,7 +264,7 @@ def ppo_differences(*, rehearsal: bool = False) -> dict[str, float]:
             reward_funcs=[_length_reward], peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
             rehearsal_dataset=pairs if rehearsal else None,
         )  # fmt: skip
-        # A new adapter is the reference, and a new value head is zero: neither would show a mistake.
+        # A new adapter equals the reference, and a new value head is zero: neither would reveal an error.
         learned = [p for p in trainer.model.parameters() if p.requires_grad]
         for i, parameter in enumerate(learned):
             nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(i))
@@ -277,7 +277,7 @@ def ppo_differences(*, rehearsal: bool = False) -> dict[str, float]:
 
 
 class Role:
-    """A role of a shared base as a plain model in float64, with the LoRA weights as leaves."""
+    """A role of a shared base as a plain float64 model, with the LoRA weights as leaves."""
 
     def __init__(self, shared: Any, role: str | None) -> None:
         self.model = LlamaForCausalLM(shared.model.config).double().eval()
@@ -309,7 +309,7 @@ class Role:
         return torch.stack([logprobs[t - 1, ids[t]] for t in range(first, len(ids))])
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        """By the end of the parameter's name in the shared base."""
+        """Gradients by the suffix of the parameter's name in the shared base."""
         found = {f".{name}.lora_{x}.{self.role}.weight": leaf.grad for name, (a, b, _) in self.leaves.items()
                  for x, leaf in (("A", a), ("B", b))}  # fmt: skip
         return found | ({".score.weight": self.head.grad} if hasattr(self, "head") else {})
@@ -332,7 +332,7 @@ def _compare(
             off = max(off, (mine.detach() - theirs[i, : len(mine)].double()).abs().max().item())
     advantages = torch.cat([row[2] for row in rows])
     mean, deviation = advantages.mean(), advantages.std(correction=1)
-    # At the first step the ratio is 1 and no value has moved: nothing is clipped, and what is left has these gradients.
+    # At the first step the ratio is 1 and no value has moved: nothing is clipped, and these terms give the gradients.
     surrogate = torch.cat([(row[0] - row[0].detach()).exp() * (row[2] - mean) / deviation for row in rows]).mean()
     error = torch.cat([(row[1] - row[3]) ** 2 for row in rows]).mean()
     loss = -surrogate + VF * 0.5 * error
@@ -353,7 +353,7 @@ def _compare(
 
 @torch.no_grad()
 def _advantages(new: Any, ref: Any, values: Any, score: float, length: int, width: int) -> tuple[Any, Any]:
-    """Sums of discounted errors, written out (Schulman et al. 2016, eq. 16), and returns."""
+    """GAE as explicit sums of discounted errors (Schulman et al. 2016, eq. 16), and returns."""
     steps = len(values)
     rewards = torch.zeros(steps, dtype=torch.float64)
     rewards[:length] = -BETA * (new - ref)[:steps]

@@ -50,15 +50,15 @@ RLAIF, PENG = "Lee et al. 2023", "Peng et al. 2023"
 
 @dataclass(frozen=True)
 class Check:
-    """A formula, where it is from, and what computes the largest difference from it.
+    """A formula, its source, and the function that computes the largest difference from it.
 
     Args:
         formula: In LaTeX-free notation.
         source: Paper and section.
-        code: The public name that a user calls.
-        unit: Of the difference; ``count`` is a number of wrong choices.
-        limit: Largest difference that float32 arithmetic explains.
-        difference: Returns the largest absolute difference seen, or the largest relative to the largest value.
+        code: The public API that computes it.
+        unit: Unit of the difference; ``count`` is a number of wrong choices.
+        limit: Largest difference explained by float32 arithmetic.
+        difference: Returns the largest absolute difference, or the largest one relative to the largest value.
     """
 
     formula: str
@@ -73,7 +73,7 @@ CHECKS: list[Check] = []
 
 
 def check(formula: str, source: str, code: str, unit: str, limit: float) -> Callable[[Callable], Callable]:
-    """Registers a check."""
+    """Register a check."""
 
     def registered(function: Callable[[], float]) -> Callable[[], float]:
         CHECKS.append(Check(formula, source, code, unit, limit, function))
@@ -209,7 +209,7 @@ def rehearsal_gradient() -> float:
     return exact_models.ppo_differences(rehearsal=True)["gradient"]
 
 
-# ---- Choosing -------------------------------------------------------------------------------------------------
+# ---- Selection ------------------------------------------------------------------------------------------------
 
 
 def _pool() -> Pool:
@@ -257,7 +257,7 @@ def rejection() -> float:
     return len(wrong) + len(expected ^ {pair.response_ids[0] for pair in best.rehearsal})
 
 
-# ---- Measures -------------------------------------------------------------------------------------------------
+# ---- Metrics --------------------------------------------------------------------------------------------------
 
 
 @check("AI labeler alignment, position bias, ranking accuracy", f"{RLAIF}, 3.3 and 2.1",

@@ -1,17 +1,17 @@
-"""Forgetting where every answer can be checked: PPO on a reward that favours one subject, with and without rehearsal.
+"""Forgetting with checkable answers: PPO on a reward that favors one subject, with and without rehearsal.
 
     python benchmarks/forgetting.py --output benchmarks/results/forgetting.md
 
-A small language model is taught eight subjects by supervised fine-tuning: to each of sixteen questions of a subject
-there is one right answer of five words, however the question is put. One subject (the favoured one) is taught badly.
-The reward of PPO is the share of right words, in full for the favoured subject and a tenth of it for all others:
-raters care for one thing. The forget set is held-out wordings of the other subjects' questions: what the fine-tuned
-model was good at. There is no KL penalty by default; it, too, holds a policy near its start.
+A small language model is taught eight subjects by supervised fine-tuning: each of sixteen questions of a subject has
+one right answer of five words, however it is worded. One subject (the favored one) is taught badly. The reward of PPO
+is the fraction of right words, in full for the favored subject and a tenth of it for all others: raters care about one
+thing. The forget set is held-out wordings of the other subjects' questions, which the fine-tuned model was good at.
+There is no KL penalty by default, since it, too, keeps a policy near the initial one.
 
-Variants: plain PPO; Selective Rehearsal with as many pairs from 1, 8 and 32 clusters; as many random pairs; smaller
-weights gamma. Reported over seeds: the reward (of all prompts and of the favoured subject) at the end, the win rate of
-the trained model's greedy answers over the fine-tuned model's on the forget set (more right words win, a tie counts
-half), and the NLL of the better half of the fine-tuned model's own answers there, over the run."""
+Variants: plain PPO; Selective Rehearsal with equally many pairs from 1, 8 and 32 clusters; as many random pairs;
+smaller rehearsal weights. Reported over seeds: the final reward (on all prompts and on the favored subject), the win
+rate of the trained model's greedy answers over the fine-tuned model's on the forget set (more right words win, a tie
+counts half), and the NLL of the better half of the fine-tuned model's own answers there, over the run."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ ANSWERS = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to train: without rehearsal (no clusters), or with so many clusters, a criterion and a weight."""
+    """A training variant: without rehearsal (no clusters), or with clusters, a criterion and a weight."""
 
     name: str
     clusters: int = 0
@@ -66,7 +66,7 @@ class Variant:
 
     @property
     def title(self) -> str:
-        """Its name, with its weight where it has one."""
+        """Its name, with its weight if it has one."""
         return f"{self.name}, gamma = {self.coef:g}" if self.clusters else self.name
 
 
@@ -82,14 +82,14 @@ VARIANTS = (
 
 
 def right(prompt: str, answer: str) -> float:
-    """Share of an answer's words that are right."""
+    """Fraction of an answer's words that are right."""
     subject, question, _ = prompt.split()
     wanted = ANSWERS[subject, question]
     return sum(a == b for a, b in zip(answer.split(), wanted, strict=False)) / LENGTH
 
 
 def reward(prompts: list[str], completions: list[str], category: list[str], **columns: Any) -> list[float]:
-    """The favoured subject's answers in full, all others' at a tenth."""
+    """Fraction of right words, in full for the favored subject, a tenth of it for all others."""
     rows = zip(prompts, completions, category, strict=True)
     return [right(p, c) * (1.0 if subject == FAVOURED else OTHERS_WEIGHT) for p, c, subject in rows]
 
@@ -104,7 +104,7 @@ def _ids(words: Sequence[str]) -> list[int]:
 
 
 def _taught(seed: int, args: argparse.Namespace) -> LlamaForCausalLM:
-    """A language model that knows the subjects, as well as people who err taught it."""
+    """A language model fine-tuned on the subjects with imperfect answers."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
@@ -147,12 +147,12 @@ def _selector(variant: Variant, args: argparse.Namespace) -> SelectiveRehearsal:
         per_cluster=args.pairs // variant.clusters,
         criterion=variant.criterion,
         num_responses=args.responses,
-        duplicates=1.0,  # two wordings of a question are near, and both may be rehearsed
+        duplicates=1.0,  # two wordings of a question are similar, and both may be rehearsed
     )
 
 
 def _ppo(model: LlamaForCausalLM, variant: Variant, args: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """One run: reward by update, what was measured on the forget set, and rehearsal's share of the time."""
+    """One run: reward by update, the results on the forget set, and rehearsal's fraction of the time."""
     rng = random.Random(3000 + seed)
     requests = [_request(rng, FAVOURED if rng.random() < args.favoured_share else None) for _ in range(args.prompts)]
     data = Dataset.from_dict({"prompt": requests, "category": [request.split()[0] for request in requests]})
@@ -219,7 +219,7 @@ def _numbers(history: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """All variants under all seeds; print the tables and, if asked to, write them."""
+    """Run all variants with all seeds; print the tables and, with ``--output``, write them."""
     args = _arguments()
     logging.set_verbosity_error()
     disable_progress_bars()

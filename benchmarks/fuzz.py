@@ -1,4 +1,4 @@
-"""Damaged recipes, data files, run folders and single bits, and random small recipes: what `trl-rlaif` says of them.
+"""Fuzz `trl-rlaif` with damaged recipes, data files and run folders, flipped bits, and random small recipes.
 
     python benchmarks/fuzz.py recipes --cases 10000 --output runs/fuzz
     python benchmarks/fuzz.py data --cases 10000 --output runs/fuzz
@@ -6,13 +6,13 @@
     python benchmarks/fuzz.py flips --cases 100 --output runs/fuzz
     python benchmarks/fuzz.py runs --cases 1000 --limit 120 --output runs/fuzz
 
-Case number n is drawn from (seed, n) alone, and its outcome is a line of OUTPUT/<kind>.jsonl: the same command goes on
-where it was, and ``--case n`` shows one case. An outcome is ``accepted`` (exit code 0), ``refused`` (a message and exit
-code 1 or 2), ``traceback`` (an exception that nobody had foreseen), ``hang`` (longer than --limit seconds) or ``died``.
-Random recipes (``runs``) are checked, and what is accepted is run: ``ran`` to the end, ``message`` (a UserError) or
-``failed`` (another error with a message, such as a training that diverges); a run may take 120 seconds.
-Of a flipped bit it is ``noticed``, ``harmless`` (the run ends with what it would have without) or ``unnoticed``. Exit
-code 1 where there is a traceback, a hang, a death or an unnoticed bit.
+Case n depends only on (seed, n), and its outcome is a line of OUTPUT/<kind>.jsonl: repeating the command resumes, and
+``--case n`` shows one case. An outcome is ``accepted`` (exit code 0), ``refused`` (a message and exit code 1 or 2),
+``traceback`` (an unhandled exception), ``hang`` (longer than --limit seconds) or ``died``. Random recipes (``runs``)
+are checked, and accepted ones are run: ``ran`` to the end, ``message`` (a UserError) or ``failed`` (another error with
+a message, such as diverging training); a run may take 120 seconds. For a flipped bit, the outcome is ``noticed``,
+``harmless`` (the run ends with the same results) or ``unnoticed``. The exit code is 1 after a traceback, a hang, a
+death or an unnoticed bit.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-# The tests' helpers are no package.
+# The tests' helpers are not an installed package.
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[1] / "tests")]
 
 from fuzz_commands import BAD, BASES, ENVIRONMENT, bases  # noqa: E402
@@ -40,7 +40,7 @@ from fuzz_folders import flips, folders, make_bases  # noqa: E402
 from helpers import forked  # noqa: E402
 from helpers.random_recipes import outcome_of, write_random_recipe, write_sources  # noqa: E402
 
-# Seconds that the first case may take longer: the server that processes are forked from loads everything.
+# Extra seconds for the first case: the fork server loads all libraries.
 _LOADING = 300
 
 
@@ -56,7 +56,7 @@ KINDS: dict[str, Callable[[random.Random, Path], dict[str, Any]]] = {
 
 
 def main() -> int:
-    """Run what is left of the cases, print the table; the exit code."""
+    """Run the remaining cases, and print the table; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("--cases", type=int, default=100)
@@ -82,7 +82,7 @@ def main() -> int:
 
 
 def _all_cases(args: argparse.Namespace, scratch: Path) -> dict[int, dict[str, Any]]:
-    """The outcome of each case, those of before included."""
+    """The outcome of each case, including those of earlier calls."""
     path = args.output / f"{args.kind}-{args.seed}.jsonl"
     found = {row["case"]: row for row in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
     waiting = [n for n in range(args.cases) if n not in found]
@@ -95,12 +95,12 @@ def _all_cases(args: argparse.Namespace, scratch: Path) -> dict[int, dict[str, A
 
 
 class _Worker:
-    """A process that does its share of the cases one by one, and is replaced where one hangs or kills it."""
+    """A process that runs its share of the cases in turn, and is replaced if a case hangs or kills it."""
 
     def __init__(self, args: argparse.Namespace, share: list[int], scratch: Path, results: Path) -> None:
         self.args, self.share, self.scratch, self.results = args, share, scratch, results
         scratch.mkdir(parents=True)
-        self.done = scratch / "done"  # cases, a line each
+        self.done = scratch / "done"  # one line per case
         self.log = scratch / "log"
         self.log.touch()
         self.process = self._start()
@@ -134,7 +134,7 @@ class _Worker:
 
 
 def _cases(kind: str, seed: int, cases: list[int], scratch: str, results: str) -> None:
-    """In a process of its own: the outcome of each case, appended as soon as it is known."""
+    """Run in a separate process; append the outcome of each case as soon as it is known."""
     for case in cases:
         folder = Path(scratch) / "case"
         shutil.rmtree(folder, ignore_errors=True)

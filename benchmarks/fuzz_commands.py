@@ -1,4 +1,4 @@
-"""What `fuzz.py` runs of `trl-rlaif`, in its own process, and how that ended."""
+"""Runs `trl-rlaif` commands for `fuzz.py` in the same process, and classifies their outcomes."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-# How an exception ends that cli.main does not know.
+# Output after an exception that cli.main does not handle.
 RAW = ("Traceback (most recent call last)", "Add --debug behind trl-rlaif")
 BAD = ("traceback", "hang", "died", "unnoticed")
-# Where the processes find what a case damages.
+# Environment variable with the folder of the files that cases damage.
 BASES = "FUZZ_BASES"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def bases() -> Path:
-    """The folder of the runs and models that cases are copied from."""
+    """The folder of runs and models that cases copy."""
     return Path(os.environ[BASES])
 
 
 def command(*arguments: object) -> tuple[int, str]:
-    """Exit code of ``trl-rlaif ARGUMENTS`` in this process, and everything it said."""
+    """Exit code of ``trl-rlaif ARGUMENTS``, run in this process, and all of its output."""
     from trl_rlaif.cli import main
 
     sys.stdout.flush(), sys.stderr.flush()
@@ -36,7 +36,7 @@ def command(*arguments: object) -> tuple[int, str]:
             code: Any = 0
         except SystemExit as stopped:
             code = stopped.code or 0
-        except BaseException:  # what gets past cli.main
+        except BaseException:  # not handled by cli.main
             code = 1
             traceback.print_exc()
         finally:
@@ -48,7 +48,7 @@ def command(*arguments: object) -> tuple[int, str]:
 
 
 def judged(code: int, said: str, **more: Any) -> dict[str, Any]:
-    """The outcome of a command that ended by itself, with what else is known of the case."""
+    """The outcome of a command that ended by itself, with further details of the case."""
     raw = any(mark in said for mark in RAW) or "\x1b" in said or (code and not said.strip())
     outcome = "traceback" if raw else "refused" if code else "accepted"
     return {"outcome": outcome, **more, **({"said": said[-3000:]} if raw else {})}

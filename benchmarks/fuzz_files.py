@@ -1,4 +1,4 @@
-"""Damaged recipes and data files, as `fuzz.py` has them checked."""
+"""Damaged recipes and data files for `fuzz.py`."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _scalar(draw: random.Random, text: str) -> str:
 
 
 def _option(draw: random.Random, text: str) -> str:
-    """A key that the section knows, or a TRL field, with a value that may be senseless."""
+    """A key of the section, or a TRL field, with a possibly meaningless value."""
     from trl_rlaif.recipe import SECTIONS
 
     section = draw.choice(list(SECTIONS))
@@ -111,7 +111,7 @@ _EDITS: tuple[Callable[[random.Random, str], str], ...] = (_scalar, _scalar, _sc
 
 
 def bytes_damaged(draw: random.Random, content: bytes) -> bytes:
-    """Cut off, or with bytes changed, added or taken out."""
+    """Content that is truncated, or has bytes changed, added or removed."""
     found = bytearray(content)
     what = draw.randrange(4)
     if not found or what == 0:
@@ -151,7 +151,7 @@ _READ_AS = {"prompts": ("prompts",), "messages": ("prompts",), "finetuning": _FI
 
 
 def data(draw: random.Random, folder: Path) -> dict[str, Any]:
-    """A data file of one of the layouts, damaged in its rows, its bytes or its name, and read by a recipe."""
+    """A data file in one of the layouts, with damaged rows, bytes or name, read by a recipe."""
     layout = draw.choice(list(_LAYOUTS))
     rows: list[Any] = [{**_LAYOUTS[layout]} for _ in range(draw.choice((1, 4, 4, 40)))]
     for i, row in enumerate(rows):
@@ -178,7 +178,7 @@ def data(draw: random.Random, folder: Path) -> dict[str, Any]:
 def _reading(role: str, path: Path, folder: Path) -> str:
     good = folder / "good.jsonl"
     good.write_text('{"prompt": "Name a colour."}\n')
-    # No base that is here: to try adapters on it takes most of a check, and none of these cases is about it.
+    # No local base: checking adapters on it takes most of the time, and these cases do not concern it.
     sections: dict[str, Any] = {"model": {"path": "someone/somewhere"}, "data": {"prompts": str(good)}}
     sections |= {"sample": {}, "label": {}, "reward": {}}
     if role == "prompts":
@@ -199,7 +199,7 @@ def _value(draw: random.Random) -> Any:
 
 
 def damage_row(draw: random.Random, rows: list[Any]) -> None:
-    """Change one of these rows, or something in it, in place."""
+    """Change one of these rows, or a value in it, in place."""
     i = draw.randrange(len(rows))
     row, what = rows[i], draw.randrange(6)
     if what == 0 or not isinstance(row, dict) or not row:

@@ -1,4 +1,4 @@
-"""Damaged run folders and single flipped bits, as `fuzz.py` has them read and resumed."""
+"""Damaged run folders and single flipped bits for `fuzz.py`, read and resumed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fuzz_commands import BAD, ENVIRONMENT, RAW, bases, command, judged
 from fuzz_files import bytes_damaged, damage_row
 from helpers import forked
 
-# Of a run that is over, and of one that was killed while its policy trained.
+# A complete run, and one that was killed during policy training.
 _COMPLETE, _KILLED = "complete", "killed"
 
 
 def make_bases(folder: Path) -> None:
-    """A complete run on a tiny model with votes of a person, and one that was killed in rl; made once."""
+    """Make, once, a complete run on a tiny model with human votes, and one that was killed in rl."""
     from helpers.recipes import write_recipe
     from helpers.tiny import save_tiny_model
 
@@ -46,25 +46,25 @@ def make_bases(folder: Path) -> None:
 
 
 def _copied(name: str, folder: Path) -> tuple[Path, list[Path]]:
-    """A copy of a base, and the files of it that a run wrote."""
+    """A copy of a base, and those of its files that a run wrote."""
     run = folder / "run"
     shutil.copytree(bases() / name, run)
     return run, sorted(p for p in run.rglob("*") if p.is_file() and not p.name.endswith(".lock"))
 
 
 def _drawn(draw: random.Random, run: Path, files: list[Path]) -> Path:
-    """A file of one of the folder's entries, each as likely as the next, however many figures a report has."""
+    """A random file: each entry of the folder is equally likely, however many files it contains."""
     entry = draw.choice(sorted({path.relative_to(run).parts[0] for path in files}))
     return draw.choice([path for path in files if path.relative_to(run).parts[0] == entry])
 
 
 def _blank(figure: Any, file: Any, format: str, **options: Any) -> None:
-    """In place of matplotlib, which takes nearly all the time of a case: nine of ten go without."""
+    """Replaces matplotlib in nine of ten cases, since it takes nearly all the time."""
     file.write(b'<svg viewBox="0 0 1 1"/>' if format == "svg" else b"")
 
 
 def folders(draw: random.Random, folder: Path) -> dict[str, Any]:
-    """One or two damaged files of a run's folder, which all commands then read."""
+    """Damage one or two files of a run folder, and run all commands on it."""
     base = draw.choice((_COMPLETE, _COMPLETE, _KILLED))
     run, files = _copied(base, folder)
     damaged = [_drawn(draw, run, files) for _ in range(draw.choice((1, 1, 2)))]
@@ -122,7 +122,7 @@ def _damage_file(draw: random.Random, path: Path, files: list[Path]) -> str:
 
 
 def flips(draw: random.Random, folder: Path) -> dict[str, Any]:
-    """One flipped bit in a file of a run's folder, which is then resumed."""
+    """Flip one bit in a file of a run folder, and resume the run."""
     base = draw.choice((_COMPLETE, _KILLED))
     run, files = _copied(base, folder)
     path = _drawn(draw, run, [file for file in files if file.stat().st_size])
@@ -142,7 +142,7 @@ def flips(draw: random.Random, folder: Path) -> dict[str, Any]:
 
 
 def _same(run: Path, undisturbed: Path) -> bool:
-    """Whether a finished run holds the adapters, labels, pairs, samples and numbers of an undisturbed one."""
+    """Whether a finished run has the same adapters, labels, pairs, samples and numbers as an undisturbed one."""
     for path in undisturbed.rglob("*"):
         other = run / path.relative_to(undisturbed)
         kept = path.suffix in (".safetensors", ".jsonl") and "checkpoints" not in path.parts

@@ -1,11 +1,11 @@
-"""Each algorithm in two processes, started with each packaged configuration of accelerate's, against one process.
+"""Each algorithm in two processes, with each packaged accelerate configuration, against one process.
 
     python benchmarks/gpu_processes.py --output benchmarks/results/gpu_processes.md     # on a machine with two GPUs
     python benchmarks/gpu_processes.py --device cpu
 
-A tiny model learns in float32. The recipe of ``dpo`` also has the stages ``sft`` and ``reward``, of two steps each; the
-algorithms that sample make two updates, and are compared with DDP, since two processes draw other responses than one.
-Exit code 1 where a number differs by more than --tolerance, or a run fails.
+A tiny model is trained in float32. The recipe for ``dpo`` also has the stages ``sft`` and ``reward``, of two steps
+each; the algorithms that sample make two updates, and are compared with DDP, since two processes draw different
+responses than one. The exit code is 1 if a number differs by more than --tolerance, or a run fails.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from helpers.recipes import write_prompts, write_recipe, write_rows  # noqa: E40
 from trl_rlaif.recipe.paths import recipes_dir  # noqa: E402
 from trl_rlaif.testing import save_tiny_model  # noqa: E402
 
-# On CPUs, stages tell transformers so, and accelerate then takes DDP in place of DeepSpeed.
+# On CPUs, accelerate uses DDP instead of DeepSpeed.
 KINDS = {"cuda": ("ddp", "zero2", "fsdp2"), "cpu": ("ddp", "fsdp2")}
 SAMPLING = ("ppo", "reinforce", "rloo", "grpo")
 ALGORITHMS = ("dpo", *SAMPLING)
@@ -38,7 +38,7 @@ _NOT_RUN = dict.fromkeys(("sample", "label", "reward", "evaluate", "report"))
 
 
 def main() -> int:
-    """Run, compare, print; the exit code."""
+    """Run, compare, print; returns the exit code."""
     args = _arguments()
     worst, rows = 0.0, []
     with tempfile.TemporaryDirectory(prefix="gpu-processes-") as scratch:
@@ -73,7 +73,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _recipe(scratch: Path, model: str, name: str) -> Path:
-    """A recipe in a folder of its own; that of dpo fine-tunes and trains a reward model, too."""
+    """A recipe in its own folder; the one for dpo also fine-tunes and trains a reward model."""
     folder = scratch / name
     folder.mkdir()
     if name in SAMPLING:
@@ -96,7 +96,7 @@ def _recipe(scratch: Path, model: str, name: str) -> Path:
 
 
 def _run(recipe: Path, out: Path, kind: str | None, device: str) -> None:
-    """Run a recipe by this script itself, which has accelerate take FSDP on CPUs; ``kind`` None: in one process."""
+    """Run a recipe through this script, which lets accelerate use FSDP on CPUs; ``kind`` None: in one process."""
     command = [sys.executable]
     if kind is not None:
         config = recipes_dir() / "accelerate" / f"{kind}.yaml"

@@ -1,18 +1,17 @@
-"""Joining the votes of several judges without known answers: accuracy and calibration against the best of them.
+"""Combining the votes of several judges without ground truth: accuracy and calibration against the best judge.
 
     OMP_NUM_THREADS=1 python benchmarks/juries.py --output benchmarks/results/juries.md
 
 Simulated: response 1 of a pair is better than response 2 by d nats, d normal with a standard deviation of 2, and a
-person prefers it with log-odds d; that choice is the truth. A member sees d plus noise of its own, in multiples of d's
-standard deviation, of which members of a group share a part. It states its log-odds times its own confidence; 1 states
-what it sees, as if there was no noise. A member that was asked in one order has position bias, in nats, for the
-response that it was shown first, which is response 1 in half of the pairs; for the others, asked in both orders, such
-a bias cancels. In the last jury each member decides for the better response at a rate of its own, independently, as the
-model of Dawid and Skene has it, and is always 90% sure.
+human prefers it with log-odds d; that choice is the truth. A member observes d plus its own noise, in multiples of d's
+standard deviation, part of which is common to a group. It states its observation times its confidence; 1 ignores the
+noise. A member asked in one order has a position bias, in nats, towards the response shown first, which is response 1
+in half of the pairs; for the others, asked in both orders, such a bias cancels. In the last jury each member chooses
+the better response independently at its own rate, as in Dawid and Skene's model, and is always 90% confident.
 
-"by people": log_odds and then label.calibration on 100 further pairs whose better response is known. "best member" is
-the one that agrees with the truth most often, which a jury does not know. Numbers are means over seeds with half of
-their 95% t-interval.
+"by people": log_odds, then label.calibration on 100 further pairs whose better response is known. "best member" is the
+one that agrees with the truth most often, which a jury does not know. Numbers are means over seeds with half of their
+95% t-interval.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ HEAD = "| joined by | accuracy | ECE | log-loss |\n|---|---|---|---|"
 
 @dataclass(frozen=True)
 class Members:
-    """An entry a member: noise, confidence, the share of noise that a group has in common, and position bias."""
+    """One entry per member: noise, confidence, the fraction of noise common to a group, and position bias."""
 
     noise: tuple[float, ...]
     confidence: tuple[float, ...]
@@ -56,19 +55,19 @@ class Members:
 
 @dataclass(frozen=True)
 class Deciders:
-    """Members that decide for the better response at these rates, independently of each other."""
+    """Members that independently choose the better response at these rates."""
 
     rates: tuple[float, ...]
 
     def vote(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """As of ``Members``."""
+        """See ``Members``."""
         truth = rng.random(count) < 0.5
         right = rng.random((count, len(self.rates))) < self.rates
         return np.where(right == truth[:, None], 0.9, 0.1), truth
 
 
 def jury(noise: tuple[float, ...], **given: tuple[float, ...]) -> Members:
-    """With confidence 1, nothing shared and no bias, unless it is given."""
+    """Members; default: confidence 1, no common noise, no bias."""
     size = len(noise)
     defaults = {"confidence": (1.0,) * size, "shared": (0.0,) * size, "bias": (0.0,) * size}
     return Members(noise, **(defaults | given))
@@ -94,7 +93,7 @@ JURIES: dict[str, Members | Deciders] = {
 
 
 def calibrated(votes: np.ndarray, judged: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """A log-odds pool with the temperature that people's choices about other pairs ask for."""
+    """A log-odds pool with the temperature fitted to human choices on other pairs."""
     pool = LogOddsPool.fit(votes)
     fitted = Calibration.fit([{"p": p} for p in pool.join(judged[0]).tolist()], np.where(judged[1], 1, 2).tolist())
     return np.array([fitted.apply({"p": p}) for p in pool.join(votes).tolist()])
@@ -115,7 +114,7 @@ METHODS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def measure(p: np.ndarray, truth: np.ndarray) -> tuple[float, float, float]:
-    """Percent right (0.5 counts half), ECE in percent, nats a pair."""
+    """Accuracy in percent (0.5 counts half), ECE in percent, log loss in nats per pair."""
     human = np.where(truth, 1, 2).tolist()
     right = np.where(p == 0.5, 0.5, (p > 0.5) == truth)
     return 100 * right.mean(), 100 * calibration_error(p.tolist(), human), log_losses(p, human).mean()

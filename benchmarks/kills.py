@@ -1,13 +1,13 @@
-"""Runs of every stage, algorithm and way to start them, killed at random moments: they must end as undisturbed ones do.
+"""Runs with every stage, algorithm and launch method, killed at random: their results must equal undisturbed ones.
 
     python benchmarks/kills.py --kills 100 --output benchmarks/results/kills.md
 
-A tiny model, made on the spot, runs recipes that take all stages and algorithms once (tests/helpers/killing.py). Each
-recipe runs once undisturbed. Then runs of it are killed, with SIGKILL, Ctrl-C or SIGTERM: four times in five before a
-change to a file or folder of the run, drawn at random among all that it makes, and else after a random time. Each is
-resumed, and killed again, until it has ended. Compared are all files of both folders, bit by bit but for times: labels,
-pairs, samples, metrics, results, adapters, and the checkpoints' weights, optimizers and random states.
-Exit code 1 where anything differs, or a run cannot be resumed.
+A generated tiny model runs recipes that cover all stages and algorithms (tests/helpers/killing.py). Each recipe runs
+once undisturbed. Then runs of it are killed with SIGKILL, Ctrl-C or SIGTERM: four times in five before a random one of
+all its changes to files and folders, else after a random time. Each is resumed and killed again until it has completed.
+All files of both folders are compared bitwise, except for times: labels, pairs, samples, metrics, results, adapters,
+and the checkpoints' weights, optimizers and random states.
+The exit code is 1 if anything differs, or a run cannot be resumed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from helpers.tiny import save_tiny_model  # noqa: E402
 
 
 def main() -> int:
-    """Run, kill, resume, compare, write; the exit code."""
+    """Run, kill, resume, compare, write; returns the exit code."""
     args = _arguments()
     names = [name for name in killing.RECIPES if args.only in name]
     trials: dict[str, killing.Trial] = {}

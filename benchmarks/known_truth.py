@@ -1,12 +1,12 @@
-"""A task whose truth a program knows: requests of three kinds, raters who value kinds differently, and PPO.
+"""A task with a known true reward: requests of three kinds, raters who rate the kinds differently, and PPO.
 
-A request ("code", "chat" or "facts") is answered with six words. Every kind has words of its own, good ones and bad
-ones; the true reward is the share of good words of the request's own kind. A scorer, a small language model with a
-score head, first learns absolute ratings, in which raters are generous with code and strict with facts (offset) and
-tell good from bad more or less clearly (scale), and then comparisons of two answers to one request. Both answers of a
-comparison are of the request's kind, as in real data, so that nothing in it says that an answer of another kind is no
-answer. A policy can thus gain by answering everything with code. PPO trains LoRA on a policy that was taught to answer,
-and that slips a word of another kind in now and then.
+A request ("code", "chat" or "facts") is answered with six words. Every kind has its own good and bad words; the true
+reward is the fraction of good words of the request's kind. A scorer, a small language model with a score head, first
+learns absolute ratings, in which raters are generous with code and strict with facts (offset) and separate good from
+bad more or less clearly (scale), and then comparisons of two answers to a request. Both answers of a comparison are of
+the request's kind, as in real data, so nothing teaches that an answer of another kind is wrong. A policy can thus gain
+by answering everything with code. PPO trains LoRA on a policy that was taught to answer, and that occasionally uses a
+word of another kind.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from trl import RewardConfig
 from trl_rlaif import PPOConfig, PPOTrainer, RewardTrainer
 
 KINDS = ("code", "chat", "facts")
-# How raters of absolute scores treat each kind: rating = offset + scale * true reward.
+# Absolute ratings by kind: rating = offset + scale * true reward.
 RATINGS = {"code": (1.5, 2.0), "chat": (0.0, 1.0), "facts": (-1.5, 0.5)}
 PER_KIND, LENGTH, TOPICS = 4, 6, 8
 WORDS = [f"{kind}-{quality}{i}" for kind in KINDS for quality in ("good", "bad") for i in range(PER_KIND)]
@@ -45,7 +45,7 @@ INDEX = {word: i for i, word in enumerate(VOCABULARY)}
 
 
 def truth(kind: str, words: list[str]) -> float:
-    """Share of good words of the request's own kind, of all that an answer has room for."""
+    """Good words of the request's kind as a fraction of an answer's maximum length."""
     return sum(word.startswith(f"{kind}-good") for word in words) / LENGTH
 
 
@@ -56,7 +56,7 @@ def asked(rng: random.Random) -> tuple[str, list[str]]:
 
 
 def _answer(rng: random.Random, kind: str, slip: float) -> list[str]:
-    """Words of the request's kind, each of another one with probability ``slip``; how many are good varies."""
+    """Words of the request's kind, each of another kind with probability ``slip``; the number of good ones varies."""
     good = rng.random()
     kinds = [rng.choice(KINDS) if rng.random() < slip else kind for _ in range(LENGTH)]
     return [f"{k}-{'good' if rng.random() < good else 'bad'}{rng.randrange(PER_KIND)}" for k in kinds]
@@ -81,7 +81,7 @@ def _ids(words: list[str]) -> list[int]:
 
 
 def taught_policy(seed: int) -> LlamaForCausalLM:
-    """A language model that answers each kind of request with words of its kind, one word in ten another's."""
+    """A language model that answers with words of the request's kind, and one in ten of another kind."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(_config())
@@ -100,13 +100,13 @@ def taught_policy(seed: int) -> LlamaForCausalLM:
 
 
 def fresh_scorer(seed: int) -> LlamaForSequenceClassification:
-    """A score head on a small model that has learned nothing."""
+    """A score head on an untrained small model."""
     torch.manual_seed(seed)
     return LlamaForSequenceClassification(_config(num_labels=1)).eval()
 
 
 def rated_scorer(seed: int, steps: int = 300) -> LlamaForSequenceClassification:
-    """A score head on a small model that has learned the raters' absolute scores."""
+    """A score head on a small model, trained on the raters' absolute scores."""
     rng = random.Random(1000 + seed)
     model = fresh_scorer(seed).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -127,7 +127,7 @@ def rated_scorer(seed: int, steps: int = 300) -> LlamaForSequenceClassification:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two answers to a request, and how often people prefer the first."""
+    """Two answers to a request, and the probability that humans prefer the first."""
 
     request: list[str]
     answers: tuple[list[str], list[str]]
@@ -135,7 +135,7 @@ class Comparison:
 
 
 def comparisons(seed: int, count: int) -> list[Comparison]:
-    """What people are asked; they err where the answers are nearly as good."""
+    """Random comparisons for humans, who err if the answers are almost equally good."""
     rng, found = random.Random(seed), []
     for _ in range(count):
         kind, request = asked(rng)
@@ -146,7 +146,7 @@ def comparisons(seed: int, count: int) -> list[Comparison]:
 
 
 def preferences(found: Sequence[Comparison], seed: int) -> list[dict[str, Any]]:
-    """One person's choice in each comparison, as a reward trainer's rows."""
+    """One human choice per comparison, as rows for the reward trainer."""
     rng, rows = random.Random(seed), []
     for comparison in found:
         better, worse = comparison.answers[:: 1 if rng.random() < comparison.p else -1]
@@ -155,7 +155,7 @@ def preferences(found: Sequence[Comparison], seed: int) -> list[dict[str, Any]]:
 
 
 def labeled(found: Sequence[Comparison], scorer: LlamaForSequenceClassification) -> list[dict[str, Any]]:
-    """A scorer's soft label of each comparison, as a reward trainer's rows."""
+    """A scorer's soft label for each comparison, as rows for the reward trainer."""
     p = probabilities(found, scorer)
     return [_row(c.request, *c.answers) | {"p": float(p)} for c, p in zip(found, p, strict=True)]
 
@@ -166,7 +166,7 @@ def _row(request: list[str], better: list[str], worse: list[str]) -> dict[str, A
 
 @torch.no_grad()
 def probabilities(found: Sequence[Comparison], scorer: LlamaForSequenceClassification) -> list[float]:
-    """How often the scorer says that people prefer the first answer."""
+    """The scorer's probabilities that humans prefer the first answer."""
     sides = [torch.tensor([_ids(c.request + c.answers[side]) for c in found]) for side in (0, 1)]
     first, second = (scorer(input_ids=ids).logits[:, 0].double() for ids in sides)
     return torch.sigmoid(first - second).tolist()
@@ -181,7 +181,7 @@ def learned(
     centre: float | None = None,
     epochs: int = 4,
 ) -> LlamaForSequenceClassification:
-    """A copy of ``start`` after the comparisons, by this project's trainer."""
+    """A copy of ``start``, trained on the comparisons by this project's trainer."""
     scorer = copy.deepcopy(start)
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -206,10 +206,10 @@ def learned(
 
 
 class _Watched(PPOTrainer):
-    """Notes the truth beside what the policy is paid for."""
+    """Logs the true reward in addition to the proxy reward."""
 
     def compute_metrics(self, rollout: Any, scores: torch.Tensor, stats: Any) -> dict[str, float]:
-        """The parent's, and the true reward and the share of words of another kind."""
+        """The base trainer's metrics, the true reward, and the fraction of words of another kind."""
         metrics = super().compute_metrics(rollout, scores, stats)
         true, other = [], []
         for kind, text in zip(rollout.columns["category"], rollout.completions, strict=True):
@@ -228,7 +228,7 @@ def ppo(
     transforms: Sequence[Any] = (),
     kl_coef: float = 0.05,
 ) -> list[dict[str, float]]:
-    """Truth, proxy, KL and share of other kinds' words at every update."""
+    """True reward, proxy, KL and fraction of other kinds' words at every update."""
     rng = random.Random(3000 + seed)
     requests = [asked(rng) for _ in range(512)]
     data = Dataset.from_dict({"prompt": [" ".join(r) for _, r in requests], "category": [k for k, _ in requests]})

@@ -1,14 +1,13 @@
-"""What pairs and labels take on the host: memory, seconds and bytes on disk, in the stage `label` itself.
+"""Cost of pairs and labels on the host: memory, time and disk space, in the stage `label` itself.
 
     OMP_NUM_THREADS=1 python benchmarks/label_store.py --pairs 100000 1000000 \
         --output benchmarks/results/label_store.json
 
-Pairs are synthetic (a prompt and two responses of 1,000 characters each), and a scripted judge labels them: no model
-computes anything. A run is killed when all but ``--made`` pairs are labeled. A process of its own then makes the index
-of the labels, as if it were missing; another one resumes; another one resumes, has the judge label the rest, and
-completes the stage; and the last one draws pairs in the stage `sample`, from a scripted policy. Seconds are the
-processor's, except those of adding labels and of the whole stage. Bytes of memory are of the resident set at its peak;
-those of the stage are with and without the imported libraries.
+Pairs are synthetic (a prompt and two responses of 1,000 characters each), and a scripted judge labels them, without a
+model. A run is killed when all but ``--made`` pairs are labeled. Separate processes then rebuild the index of the
+labels; resume up to the first question; resume, label the rest, and complete the stage; and draw pairs in the stage
+`sample` from a scripted policy. Seconds are CPU time, except for adding labels and for the whole stage. Memory is the
+peak resident set; for the stage, with and without the imported libraries.
 """
 
 from __future__ import annotations
@@ -46,16 +45,16 @@ from trl_rlaif.testing.models import save_tiny_model
 from trl_rlaif.types import Label, Pair
 
 CHARACTERS, TOKENS = 1000, 256
-# Each a token of the tiny model.
+# Each is a token of the tiny model.
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog")
-# Labels that are added one by one for the measure of that.
+# Labels added one by one to measure it.
 ADDED = 2000
-# Pairs that `sample` draws at most, and before its memory is measured.
+# Maximum number of pairs drawn in `sample`, and number drawn before its memory is measured.
 SAMPLED, SETTLED = 50_000, 2000
 
 
 def make_pair(number: int) -> Pair:
-    """A pair with texts of its own."""
+    """A pair with unique texts."""
     draw = random.Random(number)
     prompt, first, second = (f"{draw.getrandbits(4 * CHARACTERS):0{CHARACTERS}x}" for _ in range(3))
     return Pair(str(number), prompt, first, second, "general", None, {})
@@ -69,12 +68,12 @@ def make_label(number: int) -> Label:
 
 
 class Scripted(Judge):
-    """Answers at once, with other numbers each time."""
+    """Answers immediately, with different numbers each time."""
 
     def ask(
         self, groups: Sequence[Group], candidates: Sequence[str], *, thinking: Any = None, done: Collection[int] = ()
     ) -> Iterator[tuple[int, list[Answer]]]:
-        """As of every judge."""
+        """See Judge."""
         draw = random.Random(len(groups))
         for index in range(len(groups)):
             if index not in done:
@@ -99,10 +98,10 @@ def opened(folder: Path) -> Context:
 
 
 def write(folder: Path, pairs: int, labeled: int) -> dict[str, float]:
-    """The files of a run of so many pairs, some of them labeled; seconds and bytes of one."""
+    """Write the files of a run with ``pairs`` pairs, ``labeled`` of them labeled; seconds and bytes per item."""
     save_tiny_model(folder / "model")
     pairs_path, labels_path = folder / artifacts.PAIRS, folder / artifacts.LABELS
-    pairs_path.touch()  # which the recipe names
+    pairs_path.touch()  # named in the recipe
     context = opened(folder)
     key = label_key(context, label_tasks(context.recipe)[0])
     added = [(make_pair(number), make_label(number)) for number in range(ADDED)]
@@ -127,7 +126,7 @@ def write(folder: Path, pairs: int, labeled: int) -> dict[str, float]:
 
 
 def index(folder: Path) -> dict[str, float]:
-    """The index is made from the labels."""
+    """Build the index from the labels."""
     state = RunFolder(folder).state
     (state / artifacts.LABEL_INDEX).unlink()
     began = time.process_time()
@@ -137,7 +136,7 @@ def index(folder: Path) -> dict[str, float]:
 
 
 def resume(folder: Path) -> dict[str, float]:
-    """What the stage does before its first question, or to see that there is none."""
+    """The stage's work before its first question, or to find that none is left."""
     began, seconds = time.process_time(), 0.0
 
     def asked(*_: Any) -> None:
@@ -156,7 +155,7 @@ def resume(folder: Path) -> dict[str, float]:
 
 
 def stage(folder: Path) -> dict[str, float]:
-    """All of the stage."""
+    """The whole stage."""
     import datasets
 
     context, before, began = opened(folder), _peak(), time.perf_counter()
@@ -173,13 +172,13 @@ def stage(folder: Path) -> dict[str, float]:
 
 
 class Drawn(sample.StartingPolicy):
-    """Answers at once, each time with other texts."""
+    """Answers immediately, with different texts each time."""
 
     def __post_init__(self) -> None:
         self.role, self._number = nullcontext(), 0
 
     def draw(self, tokens: Sequence[list[int]], *seeds: object, num_responses: int = 1) -> list[list[Response]]:
-        """As of every policy."""
+        """See StartingPolicy."""
         self._number += 1
         draw = random.Random(self._number)
         return [
@@ -189,12 +188,12 @@ class Drawn(sample.StartingPolicy):
 
 
 def draw_pairs(folder: Path) -> dict[str, float]:
-    """The stage `sample` as it draws pairs: by how much its peak grows with each."""
+    """The stage `sample`: growth of its peak memory per drawn pair."""
     sample.StartingPolicy = Drawn
     pairs = min(SAMPLED, sum(1 for _ in (folder / artifacts.PAIRS).open()))
     with (folder / "prompts.jsonl").open("w") as file:
         for number in range(pairs):
-            words = random.Random(number).choices(WORDS, k=TOKENS - 16)  # the template has some tokens, too
+            words = random.Random(number).choices(WORDS, k=TOKENS - 16)  # leaves room for the template's tokens
             file.write(to_line({"prompt": " ".join(words)}))
     peaks = []
     for name, most in (("few", SETTLED), ("all", pairs)):
@@ -234,7 +233,7 @@ def _processor() -> str:
 
 
 def main() -> None:
-    """Write every size, and take every step in a process of its own."""
+    """For every size, write the files and run every step in a separate process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", nargs="+", type=int, default=[100_000, 1_000_000])
     parser.add_argument("--made", type=int, default=20_000, help="Labels that the stage makes.")

@@ -1,4 +1,4 @@
-"""Labeling speed: one `generate` a prompt, this project, and the machine's limit, side by side.
+"""Labeling speed: one `generate` per prompt, this project, and the machine's limit, side by side.
 
     python benchmarks/labeling.py DATA.jsonl --pairs 24 --output benchmarks/results/labeling.json
 
@@ -35,7 +35,7 @@ CANDIDATES = ("1", "2")
 
 
 def main() -> None:
-    """Measure, print, and write what was measured."""
+    """Measure, print, and write the results."""
     args = _arguments()
     model = load_model(ModelSpec(args.model, args.dtype)).eval().requires_grad_(False).to(args.device)
     prompt = JudgePrompt.load(prompt_folder(args.prompt))
@@ -53,7 +53,7 @@ def main() -> None:
     tokens = _tokens(encoded)
     ids = [ids[0] for ids in judge.candidates(CANDIDATES, groups[0][0].ending).continuations]
     warm_up = groups[:2]
-    list(judge.ask(warm_up, CANDIDATES))  # also settles the precision
+    list(judge.ask(warm_up, CANDIDATES))  # also determines the precision
     loop_time = ours_time = float("inf")
     for _ in range(args.rounds):
         seconds, looped = _timed(lambda: _loop(model, encoded, ids))
@@ -111,7 +111,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _tokens(encoded: list[list[list[int]]]) -> dict[str, int]:
-    """Tokens of all questions, and those left when what questions begin with is counted once."""
+    """Tokens of all questions, and of all questions with shared prefixes counted once."""
     flat = [ids for group in encoded for ids in group]
     prefix = shared_prefix(flat)
     return {

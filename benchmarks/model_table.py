@@ -1,9 +1,9 @@
-"""For each model family, how closely the judge, the reward trainer and PPO match a plain computation.
+"""How closely the judge, the reward trainer and PPO match a plain computation, by model family.
 
     python benchmarks/model_table.py --output docs/models.md
 
-Tiny models with random weights in float32 take a few seconds per family. Each number is the largest difference seen;
-cells of models that are refused say so.
+Tiny models with random weights in float32 take a few seconds per family. Each number is the largest difference;
+models that are refused are marked.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from trl_rlaif.models.loading import ModelSpec, load_model  # noqa: E402
 from trl_rlaif.testing.models import make_tokenizer  # noqa: E402
 
 TOKENIZER = make_tokenizer()
-# Prompts and responses, in tokens: beyond the windows, and padded as they come.
+# Lengths of prompts and responses in tokens: longer than the attention windows, and unequal, so that they are padded.
 PROMPTS, RESPONSES = (70, 9, 33, 52), (20, 60, 5, 31)
 ANSWERS = ([7], [8, 9], [8, 10, 11])
 Difference = float | tuple[float, ...]
@@ -55,7 +55,7 @@ logger = logging.getLogger("trl_rlaif.model_table")
 
 
 def tokens(count: int, seed: int) -> list[int]:
-    """So many token ids, none of which is special."""
+    """``count`` random token ids, none of them special."""
     return torch.randint(3, 300, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
@@ -64,11 +64,11 @@ def tokens(count: int, seed: int) -> list[int]:
 
 @torch.no_grad()
 def judge(folder: Path, quantization: str = "none") -> float:
-    """Log-probabilities of answers to pairs of questions that begin alike, against one sequence at a time."""
+    """Log-probabilities of answers to pairs of questions with a common prefix, against one sequence at a time."""
     model = load_model(ModelSpec(str(folder), "float32", quantization)).eval()
     pairs = zip(PROMPTS, RESPONSES, strict=True)
     groups = [[tokens(n, n) + tokens(m, i) for i in (m, m + 1)] for n, m in pairs]
-    groups = [[tokens(20, 0) + context for context in group] for group in groups]  # as a judge's preamble
+    groups = [[tokens(20, 0) + context for context in group] for group in groups]  # like a judge's preamble
     flat = [context for group in groups for context in group]
     scorer = ContinuationScorer(model, ANSWERS, longest=max(map(len, flat)))
     scorer.begin(flat)
@@ -121,7 +121,7 @@ def nf4_reward(folder: Path) -> float:
     lora = LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=["score"])
     trainer = _reward_trainer(RewardTrainer, model, folder, peft_config=lora)
     for parameter in trainer.model.parameters():
-        if parameter.requires_grad:  # TRL makes the adapters of a 4-bit base bfloat16
+        if parameter.requires_grad:  # TRL casts the adapters of a 4-bit base to bfloat16
             parameter.data = parameter.data.float()
     trainer.model.eval()
     rows = [*trainer.train_dataset]
@@ -139,7 +139,7 @@ def nf4_reward(folder: Path) -> float:
 
 
 def ppo(folder: Path) -> tuple[float, float]:
-    """Log-probabilities of a rollout against one sequence at a time; and KL to the reference, which is the start."""
+    """Log-probabilities of a rollout against one sequence at a time; and KL to the reference, the initial policy."""
     try:
         return _rollout(folder, "all-linear")
     except (UserError, ValueError) as error:
@@ -219,7 +219,7 @@ A cell that differed from what transformers renders and tokenizes would say **wr
 
 
 class Notes:
-    """What is written below the table, numbered."""
+    """Numbered notes below a table."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -232,26 +232,26 @@ class Notes:
 
 
 class Warnings(logging.Handler):
-    """The warnings of trl_rlaif since the last cell."""
+    """Collects the warnings of trl_rlaif since the last cell."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.texts: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep one."""
+        """Keep a warning."""
         self.texts.append(record.getMessage())
 
 
 def cells(value: Any, names: tuple[str, ...], compute: Callable[[Any], Any], notes: Notes) -> list[str]:
-    """What a function finds, as one cell a column; or why there is nothing."""
+    """A function's results, one cell per column; or the reason for having none."""
     heard = Warnings()
     logging.getLogger("trl_rlaif").addHandler(heard)
     try:
         found = compute(value)
     except UserError as error:
         return [notes("refused", str(error).replace(str(value), "FOLDER"))] * len(names)
-    except Exception as error:  # of whatever library: the table says so, and goes on
+    except Exception as error:  # from any library: noted in the table, which continues
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0].replace(str(value), "FOLDER")
         return [notes("**failed**", reason)] * len(names)
     finally:
@@ -263,12 +263,12 @@ def cells(value: Any, names: tuple[str, ...], compute: Callable[[Any], Any], not
 
 
 def table(first: str, kinds: Iterable[Kind], functions: Mapping[tuple[str, ...], Callable[[Any], Any]]) -> str:
-    """All cells of some kinds in markdown, a row each, with the notes below.
+    """A markdown table with one row per kind, and the notes below it.
 
     Args:
         first: Head of the first column.
-        kinds: Their names, each with a context that gives what the functions compute with.
-        functions: Of the other columns, by their heads.
+        kinds: Names, each with a context manager that yields the functions' input.
+        functions: Functions of the other columns, by their heads.
     """
     columns, notes = [name for names in functions for name in names], Notes()
     lines = ["| " + " | ".join((first, *columns)) + " |", "|---" * (len(columns) + 1) + "|"]
@@ -278,7 +278,7 @@ def table(first: str, kinds: Iterable[Kind], functions: Mapping[tuple[str, ...],
             with context as value:
                 row = [cell for names, compute in functions.items() for cell in cells(value, names, compute, notes)]
         except UserError as error:
-            where = tempfile.gettempdir()  # a folder's name says nothing
+            where = tempfile.gettempdir()  # names of temporary folders are removed
             row = [notes("refused", re.sub(rf"'{where}[^']*'", "'FOLDER'", str(error)))] * len(columns)
         lines.append("| " + " | ".join((kind, *(cell.replace("|", "\\|") for cell in row))) + " |")
         print(lines[-1], f"{time.monotonic() - began:.1f} s", flush=True)
@@ -287,7 +287,7 @@ def table(first: str, kinds: Iterable[Kind], functions: Mapping[tuple[str, ...],
 
 @contextmanager
 def saved(family: str) -> Iterator[Path]:
-    """The folder of a family's tiny model, for a while."""
+    """A temporary folder with a family's tiny model."""
     with tempfile.TemporaryDirectory() as folder:
         model_zoo.save(family, Path(folder), len(TOKENIZER))
         yield Path(folder)

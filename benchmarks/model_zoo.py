@@ -1,4 +1,4 @@
-"""Tiny models with random weights, of every family that people align: what `model_table.py` computes with."""
+"""Tiny models with random weights of all commonly aligned families, for `model_table.py`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-WINDOW = 48  # of sliding attention: shorter than the sequences that are compared
+WINDOW = 48  # of sliding attention: shorter than the compared sequences
 _ALTERNATING = ["sliding_attention", "full_attention"]
 
-# One size under the names of all families; a configuration keeps what it does not know as an attribute.
+# The same sizes under the names of all families; a configuration keeps unknown ones as attributes.
 _SIZES: dict[str, Any] = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 2048,
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -44,8 +44,8 @@ _PER_LAYER = {
     "vocab_size_per_layer_input": 400, "hidden_size_per_layer_input": 16,
 }  # fmt: skip
 
-# By transformers' name of the architecture, with what makes it of that kind; "name: variant" where there are several.
-# What is `...` is left to the configuration.
+# By transformers' name of the architecture, with its specific options; "name: variant" if there are several.
+# `...` leaves the value to the configuration.
 FAMILIES: dict[str, dict[str, Any]] = {
     "apertus": {}, "arcee": {}, "bamba": _MAMBA | {"attn_layer_indices": [1]}, "bloom": {"n_layer": 2, "n_head": 4},
     "cohere": {}, "cohere2": _SLIDING, "deepseek_v3": _EXPERTS | _LATENT, "doge": {}, "dots1": _EXPERTS,
@@ -95,7 +95,7 @@ def installed() -> Iterator[str]:
 
 
 def save(name: str, folder: Path, vocab_size: int) -> None:
-    """Write a family's model, in float32, whose weights are so large that a wrong mask or position shows."""
+    """Write a family's float32 model with weights large enough to reveal a wrong mask or position."""
     options = {key: value for key, value in (_SIZES | FAMILIES[name]).items() if value is not ...}
     config = CONFIG_MAPPING[name.partition(":")[0]](vocab_size=vocab_size, **options)
     torch.manual_seed(0)

@@ -5,10 +5,10 @@
 
 Stock is `trl.experimental.ppo.PPOTrainer` (TRL 1.11 or 1.12) as its documentation sets it up: a LoRA policy, a
 separate value model and a separate reward model, and its own defaults. Ours gets the same model, LoRA, prompts,
-batch, response length and defaults, with all roles on one base. Each measurement is a process of its own; both sides
-alternate. Time is the fastest update after the first, by phase. Memory is the peak resident set above the import of
-the libraries, once as it is and once with MALLOC_MMAP_THRESHOLD_=65536 (much of the first is heap that glibc keeps);
-on a GPU the peak of allocated memory.
+batch, response length and defaults, with all roles on one base. Each measurement is a separate process; both sides
+alternate. Time is the fastest update after the first, by phase. Memory is the peak resident set minus that after
+importing the libraries, by default and with MALLOC_MMAP_THRESHOLD_=65536 (much of the former is heap kept by glibc);
+on a GPU, the peak of allocated memory.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _seconds: dict[str, float] = defaultdict(float)
 
 
 def main() -> None:
-    """Run both sides in alternation, print their ratios, and append what was measured to the results."""
+    """Run both sides in alternation, print their ratios, and append the measurements to the results."""
     args = _arguments()
     if args.side:
         print(json.dumps(_measure(args)))
@@ -91,7 +91,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def run_side(script: str, side: str, threshold: str | None) -> dict[str, Any]:
-    """What one side of a script measures in a process of its own."""
+    """The measurement of one side of a script in a separate process."""
     environment = os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1"}
     if threshold:
         environment["MALLOC_MMAP_THRESHOLD_"] = threshold
@@ -117,7 +117,7 @@ def _setting(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-# ---- One side, in a process of its own ------------------------------------------------------------------
+# ---- One side, in a separate process --------------------------------------------------------------------
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory now."""
+    """Current resident memory of this process in bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
 
@@ -168,7 +168,7 @@ def _config(kind: type, args: argparse.Namespace, folder: str, **more: Any) -> A
 
 
 def _parts(args: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
-    """Model, tokenizer, prompts of exactly so many random tokens, and LoRA."""
+    """Model, tokenizer, prompts of an exact number of random tokens, and LoRA."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -211,7 +211,7 @@ def _stock(args: argparse.Namespace, folder: str) -> Any:
 
 
 def clock_stock(trainer: Any) -> None:
-    """Account for the seconds of the stock trainer's phases."""
+    """Time the phases of the stock trainer."""
     from trl.experimental.ppo import ppo_trainer
 
     time_phase(ppo_trainer, "batch_generation", "generation")
@@ -252,7 +252,7 @@ def _ours(args: argparse.Namespace, folder: str) -> Any:
 
 
 def our_phases(trainer: Any) -> list[tuple[Any, str, str]]:
-    """(owner, method, phase) of what this project's loop spends its time and memory on."""
+    """(owner, method, phase) of the main consumers of time and memory in this project's loop."""
     return [
         (trainer.generator, "_generate", "generation"),
         (trainer.generator, "_judged", "forwards"),
@@ -262,7 +262,7 @@ def our_phases(trainer: Any) -> list[tuple[Any, str, str]]:
 
 
 def reward_adapter(shared: Any, folder: Path) -> Path:
-    """A random reward adapter of the policy's size with a head, written as the reward stage writes it."""
+    """A random reward adapter of the policy's size with a head, in the format of the reward stage."""
     import torch
     from peft import LoraConfig
     from safetensors.torch import load_file, save_file
@@ -280,7 +280,7 @@ def reward_adapter(shared: Any, folder: Path) -> Path:
 
 
 def time_phase(owner: Any, name: str, phase: str) -> None:
-    """Count the seconds of a function towards a phase."""
+    """Add the seconds of a function to a phase."""
     function = getattr(owner, name)
 
     @wraps(function)
@@ -304,13 +304,13 @@ def synchronize() -> None:
 
 
 def timed_updates(trainer: Any) -> list[dict[str, float]]:
-    """Filled with every update's seconds by phase while the trainer runs."""
+    """A list that is filled with every update's seconds by phase while the trainer runs."""
     from transformers import TrainerCallback
 
     updates: list[dict[str, float]] = []
 
     class Clock(TrainerCallback):
-        """Closes an update's account when the next one begins."""
+        """Records an update's times at its end."""
 
         def __init__(self) -> None:
             self.started = 0.0

@@ -1,12 +1,12 @@
-"""Every packaged recipe in one process, in two and in three: by how much its artefacts differ.
+"""Every packaged recipe in one, two and three processes: differences between the artifacts.
 
     python benchmarks/processes.py --output benchmarks/results/processes.md
 
-The recipes are made tiny (tests/helpers/packaged.py), with batches of twelve rows and a single step of each trainer:
-the rows fill the batches. Compared are all artefacts, without times (tests/helpers/comparing.py). Where ``rl`` draws
-responses, the policy is another one in each run: then the stages before it are compared, and ``evaluate`` is made again
-by several processes in a copy of the run of one.
-Exit code 1 where artefacts differ by more than --tolerance, or a run fails.
+The recipes are made tiny (tests/helpers/packaged.py), with batches of twelve rows and a single step per trainer, so
+that the rows fill the batches. All artifacts are compared, without times (tests/helpers/comparing.py). If ``rl`` draws
+responses, the policies differ: then the stages before it are compared, and ``evaluate`` is repeated by several
+processes in a copy of the single-process run.
+The exit code is 1 if artifacts differ by more than --tolerance, or a run fails.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-os.environ["OMP_NUM_THREADS"] = "1"  # a product's last digits depend on it
+os.environ["OMP_NUM_THREADS"] = "1"  # the rounding of matrix products depends on it
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from helpers import killing, packaged  # noqa: E402  (the tests' helpers are no package)
@@ -38,12 +38,12 @@ _SMALL = {"per_device_train_batch_size": _ROWS, "max_steps": 1, "total_episodes"
 _STEP = {"max_steps": 1, "per_device_train_batch_size": _ROWS}
 _DRAWING = {"total_episodes": _ROWS, "response_length": 4, "per_device_train_batch_size": _ROWS}
 _DATA = {"prompts": 20, "pairs": 20, "data": _ROWS}
-# What is made before rl draws responses: the same whatever it draws.
+# Artifacts made before rl draws responses, and thus independent of them.
 _BEFORE_RL = {name for stage in STAGES.values() if stage.prepares for name in (*stage.outputs, *stage.companions)}
 
 
 def main() -> int:
-    """Run, compare, write; the exit code."""
+    """Run, compare, write; returns the exit code."""
     args = _arguments()
     names = args.recipes or list(packaged_recipes())
     rows: list[str] = []
@@ -77,7 +77,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _compared(recipe: Path, model: str, folder: Path, count: int) -> dict[str, float]:
-    """Run a recipe in so many processes; by artefact the difference from the run of one, which comes first."""
+    """Run a recipe in ``count`` processes; differences by artifact from the single-process run, which comes first."""
     written = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     draws = "rl" in written and written["rl"].get("algorithm") != "dpo"
     options = [word for text in _overrides(recipe, written, model, folder) for word in ("--set", text)]
@@ -98,7 +98,7 @@ def _compared(recipe: Path, model: str, folder: Path, count: int) -> dict[str, f
 
 def _overrides(recipe: Path, written: Mapping[str, Any], model: str, folder: Path) -> Iterator[str]:
     dpo = (written.get("rl") or {}).get("algorithm") == "dpo"
-    # A warmup's first step moves nothing, and bfloat16, in which a 4-bit base computes, would hide a wrong share of a
+    # The first step of a warmup changes nothing, and bfloat16, used with a 4-bit base, would hide a wrongly split
     # batch.
     judge, model_section = _STEP | {"warmup_steps": 0}, {"dtype": "float32", "quantization": "none"}
     bounds = {
@@ -109,7 +109,7 @@ def _overrides(recipe: Path, written: Mapping[str, Any], model: str, folder: Pat
 
 
 def _is_before_rl(name: str, written: Mapping[str, Any]) -> bool:
-    """Whether an artefact was made before the policy first drew responses to train on."""
+    """Whether an artifact was made before the policy first drew responses for training."""
     parts = name.split("/")
     if "compare" in written or "rounds" in written:
         kind, which, *parts = parts if len(parts) > 2 else ["", "", *parts]

@@ -1,12 +1,12 @@
-"""Whether the quickstart's policy is better, by a judge that was taught on other contrasts and on people's choices.
+"""Whether the quickstart improves the policy, by a judge taught with other contrasts and with human choices.
 
     python benchmarks/quickstart_effect.py PANDALM --seeds 1 2 3 --output benchmarks/results/quickstart_effect.md
 
-PANDALM is a file of pairs with people's choices. Those of half of its prompts teach the examiner, and so do contrasts
-of every kind from other responses, to other prompts, than the quickstart's judge learned from. The other half shows how
-often the examiner agrees with people; all of them, how often the quickstart's own judge does, which was taught by no
-person. The quickstart is run once per seed; its start and its policy then answer prompts that it was neither trained
-nor evaluated on, several times each. Each step is a run in a folder of its own, so an interrupted measurement resumes.
+PANDALM is a file of pairs with human choices. Those on half of its prompts teach the examiner, as do contrasts of every
+kind, from other responses to other prompts than those of the quickstart's judge. The other half measures the examiner's
+agreement with humans; all of them, that of the quickstart's own judge, which saw no human choices. The quickstart is
+run once per seed; its initial policy and its trained policy then answer unseen prompts, several times each. Each step
+is a run in its own folder, so an interrupted measurement resumes.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from trl_rlaif.teaching import KINDS
 
 DATA = Path(__file__).parents[1] / "recipes" / "data"
 PROMPTS, EXAMINERS_PROMPTS = DATA / "quickstart_prompts.jsonl", DATA / "quickstart_eval_prompts.jsonl"
-# Answers of each policy to a prompt: a prompt's own are no independent draws, and count as one group.
+# Answers of each policy per prompt: those to the same prompt are not independent, and count as one group.
 ANSWERS = 3
 TAUGHT = {"contrasts": list(KINDS), "max_contrasts": 300, "max_length": 200, "learning_rate": 1e-3}
-# Drawn for contrasts: those of 40 prompts must yield enough of each kind.
+# Responses for contrasts: those to 40 prompts must yield enough of each kind.
 SAMPLED = {"num_responses": 8, "keep_pairs": "all", "temperature": 1.0}
-# Of what is no part of the quickstart: teaching the examiner, and asking both judges about many pairs.
+# For the steps outside the quickstart: teaching the examiner, and asking both judges about many pairs.
 DTYPE = "auto"
 
 
@@ -94,13 +94,13 @@ def _quickstart(args: argparse.Namespace, seed: int, name: str, evaluate: dict[s
 
 
 def _minutes(run: RunFolder) -> float:
-    """Of all its stages, also where several calls made them."""
+    """Minutes of all its stages, over all calls."""
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     return sum(stage.get("seconds", 0) for stage in results.values() if isinstance(stage, dict)) / 60
 
 
 def _unseen_prompts(args: argparse.Namespace, run: RunFolder) -> Path:
-    """Those of the training file that the run did not train on, each several times."""
+    """Prompts of the training file that the run did not train on, each several times."""
     recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
     unseen = read_lines(PROMPTS)[recipe["data"]["max_prompts"] :]
     rows = [row | {"id": f"{row['id']}-{number}"} for number in range(ANSWERS) for row in unseen]
@@ -110,7 +110,7 @@ def _unseen_prompts(args: argparse.Namespace, run: RunFolder) -> Path:
 
 
 def _examiner(args: argparse.Namespace, run: RunFolder, people: Path) -> Path:
-    """The folder of a judge that was taught people's choices, and contrasts of other responses to other prompts."""
+    """The folder of a judge taught with human choices, and contrasts of other responses to other prompts."""
     recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
     sections = {
         "model": recipe["model"] | {"dtype": DTYPE},
@@ -125,7 +125,7 @@ def _examiner(args: argparse.Namespace, run: RunFolder, people: Path) -> Path:
 
 
 def _labels(args: argparse.Namespace, name: str, judge: Path, pairs: Path) -> list[tuple[Pair, dict[str, Any]]]:
-    """Pairs with what a taught judge says of them."""
+    """Pairs with a taught judge's labels."""
     recipe = yaml.safe_load((args.runs / f"quickstart-{args.seeds[0]}" / "recipe.yaml").read_text(encoding="utf-8"))
     asked = {key: recipe["label"][key] for key in ("labeler", "prompt", "batch_tokens")}
     judge_section = {"path": str(judge.resolve()), "dtype": DTYPE}

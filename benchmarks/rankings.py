@@ -1,19 +1,18 @@
-"""How well a third of the questions ranks K responses: agreement with the truth, and with all pairs in both orders.
+"""Ranking K responses with a third of the questions: agreement with the truth, and with all pairs in both orders.
 
     OMP_NUM_THREADS=1 python benchmarks/rankings.py --output benchmarks/results/rankings.md
     OMP_NUM_THREADS=1 python benchmarks/rankings.py --labels RUN/labels.jsonl --pairs RUN/pairs.jsonl --output FILE.md
 
-A simulated judge: the responses to a prompt have strengths of standard deviation 1 nat, and the one that is shown
-first is better with log-odds of their difference, plus the position bias, plus noise, which is drawn for each
-question once: the same question gets the same answer. The position bias is that of all prompts, or differs by prompt.
-With --labels the judge is a real one, whose answers about all pairs in both orders a run has made (sample.keep_pairs:
-all).
+A simulated judge: the responses to a prompt have strengths of standard deviation 1 nat, and the one shown first is
+preferred with log-odds of their difference, plus the position bias, plus noise, which is drawn once per question: the
+same question gets the same answer. The position bias is the same for all prompts, or differs by prompt. With --labels
+the judge is a real one, whose answers about all pairs in both orders are from a run (sample.keep_pairs: all).
 
-Agreement is Kendall's tau of two rankings as a percentage of pairs in the same order, (1 + tau) / 2. There are two
-runs of all pairs in both orders, with other noise: the agreement of these two is the ceiling for what any method
-agrees with the second one. The first shares its answers with the methods. Numbers are means over seeds with half of
-their 95% t-interval. All rankings are by the Bradley-Terry model of trl_rlaif.ranking; "expected right" is the share
-of pairs in the right order that it itself expects.
+Agreement is Kendall's tau of two rankings as a percentage of pairs in the same order, (1 + tau) / 2. There are two runs
+of all pairs in both orders with different noise: their agreement is the ceiling for any method's agreement with the
+second run. The first shares its answers with the methods. Numbers are means over seeds with half of their 95%
+t-interval. All rankings are by the Bradley-Terry model of trl_rlaif.ranking; "expected right" is the fraction of pairs
+in the right order that the model itself expects.
 """
 
 from __future__ import annotations
@@ -45,16 +44,16 @@ HEAD = (
 
 @dataclass(frozen=True)
 class Answers:
-    """(G, K, K) probabilities that the row's response is better where it is shown first; the diagonal is not read."""
+    """(G, K, K) probabilities that the row's response is better if shown first; the diagonal is not read."""
 
     p: np.ndarray
 
     def ask(self, asked: list[Asked]) -> list[float]:
-        """As a tournament asks."""
+        """The answers to a tournament's questions."""
         return [float(self.p[q.group, q.first, q.second]) for q in asked]
 
     def fit(self, asked: np.ndarray) -> Strengths:
-        """The strengths by the questions of which ``asked``, (G, K, K) bool, says that they were asked."""
+        """Strengths fitted to the questions marked in ``asked``, (G, K, K) bool."""
         group, first, second = np.nonzero(asked)
         p = self.p[group, first, second]
         return fit(Comparisons(group, first, second, p, np.ones_like(p)), [self.p.shape[1]] * len(self.p))
@@ -62,7 +61,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class World:
-    """What one seed draws: the truth, if it is known, and two runs of the judge, if there are two."""
+    """The draw of one seed: the truth, if known, and one or two runs of the judge."""
 
     answers: Answers
     other: Answers | None = None
@@ -70,7 +69,7 @@ class World:
 
     @classmethod
     def simulated(cls, seed: int, prompts: int, size: int, noise: float, bias: float, spread: float) -> World:
-        """A judge as the head of this file says."""
+        """A simulated judge as described in the module docstring."""
         rng = np.random.default_rng(seed)
         truth = rng.normal(0, 1, (prompts, size))
         biases = bias + rng.normal(0, spread, (prompts, 1, 1))
@@ -94,7 +93,7 @@ def one_order(answers: Answers, rng: np.random.Generator) -> np.ndarray:
 
 
 def at_random(share: int) -> Callable[[Answers, np.random.Generator], np.ndarray]:
-    """One of ``share`` questions about each prompt."""
+    """One in ``share`` questions about each prompt."""
 
     def choose(answers: Answers, rng: np.random.Generator) -> np.ndarray:
         groups, size, _ = answers.p.shape
@@ -107,7 +106,7 @@ def at_random(share: int) -> Callable[[Answers, np.random.Generator], np.ndarray
 
 
 def tournament(share: int, at_once: int = 1) -> Callable[[Answers, np.random.Generator], np.ndarray]:
-    """As many questions, chosen one after the other."""
+    """As many questions, chosen sequentially."""
 
     def choose(answers: Answers, rng: np.random.Generator) -> np.ndarray:
         groups, size, _ = answers.p.shape
@@ -121,7 +120,7 @@ def tournament(share: int, at_once: int = 1) -> Callable[[Answers, np.random.Gen
 
 
 def methods(size: int) -> dict[str, Callable[[Answers, np.random.Generator], np.ndarray]]:
-    """By name what chooses the questions."""
+    """The functions that choose the questions, by name."""
     return {
         "all pairs, both orders": all_pairs,
         "all pairs, one order": one_order,
@@ -140,7 +139,7 @@ def agreement(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def measured(world: World, seed: int, choose: Callable[[Answers, np.random.Generator], np.ndarray]) -> list[float]:
-    """A row of the table for one seed; NaN where there is nothing to compare with."""
+    """A row of the table for one seed; NaN if there is nothing to compare with."""
     rng = np.random.default_rng([seed, 1])
     asked = choose(world.answers, rng)
     found, whole = world.answers.fit(asked), world.answers.fit(all_pairs(world.answers, rng))
@@ -158,7 +157,7 @@ def measured(world: World, seed: int, choose: Callable[[Answers, np.random.Gener
 
 
 def table(worlds: list[World]) -> Iterator[str]:
-    """Its lines, as soon as they are known."""
+    """The table's lines, as soon as they are known."""
     yield HEAD
     for name, choose in methods(worlds[0].answers.p.shape[1]).items():
         columns = np.array([measured(world, seed, choose) for seed, world in enumerate(worlds)]).T
@@ -169,7 +168,7 @@ def table(worlds: list[World]) -> Iterator[str]:
 
 
 def of_run(labels: Path, pairs: Path) -> dict[int, World]:
-    """By the number of responses, the prompts of a run as worlds of one judge without a known truth."""
+    """The prompts of a run by number of responses, as worlds of one judge without a known truth."""
     known = {
         row["pair"]: row for row in read_lines(labels) if row.get("p_12") is not None and row.get("p_21") is not None
     }
@@ -208,7 +207,7 @@ def _cases(args: argparse.Namespace) -> Iterator[tuple[str, list[World]]]:
 
 
 def main() -> None:
-    """All cases; print the tables and, if asked to, write them."""
+    """Run all cases; print the tables and, with ``--output``, write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--prompts", type=int, default=200)

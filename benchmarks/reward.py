@@ -3,10 +3,9 @@
     python benchmarks/reward.py hh_rlhf_harmless_base_1500.jsonl.gz --output benchmarks/results/reward.json
 
 Both get the same model, LoRA, pairs in the same order, batch of pairs and precision, and their own defaults for the
-rest. Each measurement is a process of its own; the sides alternate. Time is that of whole epochs after the first;
-memory is the peak resident set above the import of the libraries, once as it is and once with
-MALLOC_MMAP_THRESHOLD_=65536 (much of the first is heap that glibc keeps); with `--cuda` the peak that torch allocated
-on the GPU.
+rest. Each measurement is a separate process; the sides alternate. Time is that of whole epochs after the first; memory
+is the peak resident set minus that after importing the libraries, by default and with MALLOC_MMAP_THRESHOLD_=65536
+(much of the former is heap kept by glibc); with `--cuda`, the peak that torch allocated on the GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from ppo import SIDES, append, resident, run_side, synchronize
 
 
 def main() -> None:
-    """Run both sides in alternation, print their ratios, and append what was measured to the results."""
+    """Run both sides in alternation, print their ratios, and append the measurements to the results."""
     args = _arguments()
     if args.side:
         print(json.dumps(_measure(args)))
@@ -101,7 +100,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
             synchronize()
             seconds.append(time.perf_counter() - self.started)
 
-    torch.manual_seed(0)  # both sides begin with the same head
+    torch.manual_seed(0)  # both sides have the same initial head
     with tempfile.TemporaryDirectory() as folder:
         trainer = kind(
             model=load_model(ModelSpec(args.model), num_labels=1),
@@ -135,7 +134,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _dataset(args: argparse.Namespace) -> Any:
-    """Prompt, chosen and rejected as messages, as TRL takes them."""
+    """Prompt, chosen and rejected as messages, in TRL's format."""
     from datasets import Dataset
 
     from trl_rlaif.data import load_pairs

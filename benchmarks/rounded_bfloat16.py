@@ -1,9 +1,9 @@
-"""`trl-rlaif` in bfloat16 on a processor that only emulates it, at about a third of its speed in float32.
+"""`trl-rlaif` in bfloat16 on a CPU without native support, at about a third of the float32 speed.
 
     python benchmarks/rounded_bfloat16.py run quickstart --output runs/bfloat16
 
-Matrix products of bfloat16 numbers are computed in float32 and their results rounded once, which is what AMX does:
-`auto` takes bfloat16, as it would there. To compare what a run learns in either type; its times mean nothing.
+Matrix products of bfloat16 numbers are computed in float32 and rounded once, like AMX does; `auto` selects bfloat16, as
+on such a CPU. For comparing the results of a run in either dtype; its times are not meaningful.
 """
 
 from __future__ import annotations

@@ -1,15 +1,14 @@
-"""Rubric rewards where a program knows which criteria are met: GRPO and PPO, judged by a language model that errs.
+"""Rubric rewards with criteria that a program can verify: GRPO and PPO with an imperfect language model as the judge.
 
     python benchmarks/rubric_reward.py --output benchmarks/results/rubric_reward.md
 
 A request such as "with fox owl without dog short" is answered with up to ten words. Its rubric: "has fox" (weight 2),
-"has owl" (2), "has dog" (-2), "short" or "long" (1: at most five words, or more), "repeats" (-1: a word stands twice).
-The judge is a small language model that learned to answer these questions from random answers, for so few steps that it
-errs; its accuracy is measured against the program, on answers of the start and of each trained policy. The policy, a
-small language model, was taught to answer, and meets some criteria by chance. TRL's own GRPOTrainer, and PPOTrainer,
-follow `RubricLabeler(judge)`. Reported over seeds: the score of answers to held-out requests, whose two wanted words
-stand together in no training request, as the program and as the judge sees it, and how often each kind of criterion is
-met.
+"has owl" (2), "has dog" (-2), "short" or "long" (1: at most five words, or more), "repeats" (-1: a word occurs twice).
+The judge is a small language model trained on these questions about random answers, for few steps, so that it errs; its
+accuracy is measured against the program, on answers of the initial and of each trained policy. The policy, a small
+language model, was taught to answer, and meets some criteria by chance. TRL's own GRPOTrainer, and PPOTrainer, optimize
+`RubricLabeler(judge)`. Reported over seeds: the score of answers to held-out requests, whose two wanted words never
+occur together in training, by the program and by the judge, and how often each kind of criterion is met.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ VOCABULARY = [
     *"with without short long has repeats answer criterion met judge Yes No".split(),
 ]
 INDEX = {word: i for i, word in enumerate(VOCABULARY)}
-# No frames: their codes are no words of this vocabulary, and no answer here imitates a prompt.
+# No frames: their codes are not in this vocabulary, and no answer here imitates a prompt.
 PROMPT = JudgePrompt(
     "words",
     {
@@ -66,7 +65,7 @@ KINDS = {"has": "has a wanted word", "not": "has an unwanted word", "size": "is 
 
 
 def met(criterion: str, words: list[str]) -> bool:
-    """What the program says."""
+    """Whether the criterion is met, by the program."""
     if criterion.startswith("has "):
         return criterion.removeprefix("has ") in words
     if criterion == "repeats":
@@ -83,7 +82,7 @@ def request(wanted: tuple[str, str], unwanted: str, size: str) -> dict[str, Any]
 
 
 def requests(rng: random.Random, held_out: int, count: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Training requests and held-out ones; a pair of wanted words is in one of the two alone."""
+    """Training and held-out requests; a pair of wanted words occurs in only one of the two."""
     pairs = list(itertools.combinations(WORDS, 2))
     rng.shuffle(pairs)
     apart = len(pairs) // 5
@@ -100,13 +99,13 @@ def requests(rng: random.Random, held_out: int, count: int) -> tuple[list[dict[s
 
 
 def answer(rng: random.Random, asked: dict[str, Any]) -> list[str]:
-    """Words at random, some of them those of the request."""
+    """Random words, some of them from the request."""
     named = [word for word in asked["prompt"].split() if word in WORDS]
     return [rng.choice(named if rng.random() < 0.25 else WORDS) for _ in range(rng.randint(1, LONGEST))]
 
 
 def main() -> None:
-    """All seeds; print the tables and, if asked to, write them."""
+    """Run all seeds; print the tables and, with ``--output``, write them."""
     args = _arguments()
     logging.set_verbosity_error()
     torch.set_num_threads(args.threads)
@@ -142,7 +141,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _taught(seed: int, steps: int, batch: Callable[[random.Random], list[tuple[list[int], list[int]]]]) -> Any:
-    """A small Llama, trained on rows of token ids to continue each with others."""
+    """A small Llama, trained on pairs of token id lists: a prompt and its continuation."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(VOCABULARY), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
@@ -166,7 +165,7 @@ def _taught(seed: int, steps: int, batch: Callable[[random.Random], list[tuple[l
 
 
 def taught_policy(seed: int, train: list[dict[str, Any]], steps: int) -> LlamaForCausalLM:
-    """A language model that answers as ``answer`` does."""
+    """A language model trained on the answers of ``answer``."""
 
     def batch(rng: random.Random) -> list[tuple[list[int], list[int]]]:
         asked = rng.choices(train, k=64)
@@ -176,7 +175,7 @@ def taught_policy(seed: int, train: list[dict[str, Any]], steps: int) -> LlamaFo
 
 
 def taught_judge(seed: int, train: list[dict[str, Any]], steps: int) -> LocalJudge:
-    """A judge that has seen random answers, and what the program says of them."""
+    """A judge trained on random answers with the program's verdicts."""
     tokenizer = word_tokenizer(INDEX)
 
     def batch(rng: random.Random) -> list[tuple[list[int], list[int]]]:
@@ -245,11 +244,11 @@ def _ppo(
     return trainer.shared.peft.merge_and_unload(adapter_names=["policy"]).eval()
 
 
-# ---- Measuring ------------------------------------------------------------------------------------------
+# ---- Measurement ----------------------------------------------------------------------------------------
 
 
 def measured(policy: LlamaForCausalLM, judge: LocalJudge, held_out: list[dict[str, Any]], seed: int) -> dict[str, Any]:
-    """The score of answers to held-out requests by the program and by the judge; and how far the two agree."""
+    """Scores of answers to held-out requests by the program and by the judge, and their agreement."""
     torch.manual_seed(3000 + seed)
     tokenizer = word_tokenizer(INDEX)
     ids = [_ids(asked["prompt"].split()) for asked in held_out]

@@ -1,10 +1,10 @@
-"""Time, memory and cost of larger runs, simulated from what was measured on one GPU and one processor.
+"""Time, memory and cost of larger runs, simulated from measurements on one GPU and one CPU.
 
 `scaling_table.py` writes the scenarios as results/scaling.md.
 
-Every quantity has a best and a worst value. A rate comes from a file in `results/`; where several measurements
-disagree, they are its two ends. What was not measured is an assumption, with its range. Each scenario is computed
-twice, with everything at its best and at its worst, so a result's range is as wide as what is known. No model runs.
+Every quantity has a best and a worst value. A rate comes from a file in `results/`; if several measurements disagree,
+they are its bounds. Unmeasured quantities are assumptions, with ranges. Each scenario is computed twice, with all
+quantities at their best and at their worst, so a result's range reflects the uncertainty. No model runs.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from gpu.models import SIZES, Size
 RESULTS = Path(__file__).parent / "results"
 BEST, WORST = 0, 1
 GB, HOUR = 1e9, 3600
-# The workload, as in the packaged recipe qlora_24gb: prompts of this many tokens, and responses that are all full.
+# The workload, as in the packaged recipe qlora_24gb: prompts of this many tokens, and responses of full length.
 PROMPT, RESPONSE, ROWS, REWARD_PAIRS, EPISODES = 256, 256, 32, 16, 100_000
-# Tokens of a judge's question besides the texts, in both orders (pipeline/stage.py), and GPUs of one machine.
+# Tokens of a judge's question besides the texts, in both orders (pipeline/stage.py), and GPUs per machine.
 QUESTION, NODE = 80, 8
 RECIPE, RANK = "qlora_24gb", 16
 MODELS = {
@@ -41,7 +41,7 @@ LABELS, GPUS = (10_000, 1_000_000, 100_000_000), (1, 8, 64)
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number with its range: the best and the worst case for time, memory or cost, and where it is from."""
+    """A number with its range: the best and the worst case for time, memory or cost, and its source."""
 
     best: float
     worst: float
@@ -65,7 +65,7 @@ ASSUMED = {
 }
 
 
-# ---- What was measured ----------------------------------------------------------------------------------
+# ---- Measurements ---------------------------------------------------------------------------------------
 
 
 def _source(file: str, numbers: Mapping[str, float], *keys: str) -> str:
@@ -76,7 +76,7 @@ def _source(file: str, numbers: Mapping[str, float], *keys: str) -> str:
 
 
 def recorded(file: str) -> Any:
-    """What a file of results holds."""
+    """The content of a results file."""
     return json.loads((RESULTS / file).read_text())
 
 
@@ -94,7 +94,7 @@ def _of_gpu() -> dict[str, Quantity]:
     rows, four = (speed[f"ms a token, {n} rows"] / 1e3 for n in (32, 4))
     trained = {f"pairs, nf4, {of}, packed, fused: pairs a second": n for of, n in REWARD_TOKENS.items()}
     short, long = (pairs[key] * tokens for key, tokens in trained.items())
-    tokens = 4 * (256 + 256)  # of the update that was measured
+    tokens = 4 * (256 + 256)  # of the measured update
 
     def of_speed(*keys: str) -> str:
         return _source("gpu_checks.json", speed, *keys)
@@ -105,7 +105,7 @@ def _of_gpu() -> dict[str, Quantity]:
     load = speed["seconds to load, NF4"]
     generated, passed, learned = (_source("gpu.json", ppo, name) for name in ("generation", "forwards", "update"))
     both = _source("gpu_checks.json", pairs, *trained)
-    # A rate of 1.5B is taken to 8B by its layers at best, and by its parameters at worst.
+    # A rate of 1.5B is extrapolated to 8B by the number of layers at best, and of parameters at worst.
     ways = "by layers; by parameters"
     return {
         "token of 32 rows": Quantity(rows, slower, "s", f"{of_speed('ms a token, 32 rows')}; {generated} by layers"),
@@ -124,7 +124,7 @@ def _of_gpu() -> dict[str, Quantity]:
 def _of_host() -> dict[str, Quantity]:
     few, many = recorded("label_store.json")
     busy, added, peak = "add: processor seconds a label", "add: seconds a label", "stage: peak bytes"
-    # The stage's memory grows by so much with each pair.
+    # Growth of the stage's memory per pair.
     held = (many[peak] - few[peak]) / (many["pairs"] - few["pairs"])
     process, index = many[peak] - held * many["pairs"], many["index: bytes on disk"] / many["pairs"]
     resumed, drawn = many["resume: seconds"] / many["pairs"], few["sample: bytes a pair"]
@@ -147,32 +147,32 @@ def _of_host() -> dict[str, Quantity]:
 
 
 def parameters(size: Size) -> int:
-    """Of a Llama without biases."""
+    """Number of parameters of a Llama without biases."""
     head = size.hidden // size.heads
     layer = 2 * size.hidden**2 + 2 * size.hidden * size.kv_heads * head + 3 * size.hidden * size.intermediate
     return (1 if size.tied else 2) * size.vocab * size.hidden + size.layers * (layer + 2 * size.hidden) + size.hidden
 
 
 def adapter_bytes(size: Size) -> int:
-    """Of a LoRA's gradients on all linear layers, in float32."""
+    """Bytes of the float32 gradients of LoRA on all linear layers."""
     narrow = size.kv_heads * size.hidden // size.heads
     sums = 2 * 2 * size.hidden + 2 * (size.hidden + narrow) + 3 * (size.hidden + size.intermediate)
     return 4 * RANK * size.layers * sums
 
 
 def all_reduce(size: int, gpus: int, within: float, between: float) -> float:
-    """Seconds of a ring over ``gpus``: 2 (n - 1) / n of the bytes pass the slowest link (Patarasuk and Yuan 2009)."""
+    """Seconds of a ring all-reduce: 2 (n - 1) / n of the bytes pass the slowest link (Patarasuk and Yuan 2009)."""
     return 2 * (gpus - 1) / gpus * size / (GB * (within if gpus <= NODE else between))
 
 
 @dataclass(frozen=True)
 class Run:
-    """Seconds by stage, and what breaks.
+    """Time by stage, host memory and cost of a run.
 
     Args:
         model: A key of MODELS.
-        labels: Pairs that are drawn and labeled, in both orders, by the policy's own base.
-        gpus: A process each, with the recipe's rows for each of them.
+        labels: Number of pairs drawn and labeled, in both orders, by the policy's own base.
+        gpus: Number of GPUs, with a process and the recipe's rows each.
         case: BEST or WORST.
     """
 
@@ -211,12 +211,12 @@ class Run:
 
     @property
     def adding(self) -> float:
-        """Seconds in which the first process writes labels, one by one, and the others wait."""
+        """Seconds in which the first process writes labels one by one while the others wait."""
         return self.labels * self.rate("add")
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Of each stage; rl's are of EPISODES episodes."""
+        """Seconds of each stage; those of rl are for EPISODES episodes."""
         rounds = math.ceil(math.ceil(2 * self.labels / ROWS) / self.gpus)
         question = PROMPT + 4 * RESPONSE + QUESTION
         steps, updates = (math.ceil(n / (of * self.gpus)) for n, of in ((self.labels, REWARD_PAIRS), (EPISODES, ROWS)))
@@ -232,19 +232,19 @@ class Run:
 
     @property
     def host_gb(self) -> dict[str, float]:
-        """Of one machine, whose processes hold as much each, at the end of a stage."""
+        """Host memory of a machine at the end of a stage; each of its processes holds the same amount."""
         held = {"sample": self.rate("drawn"), "label": self.rate("labeled")}
         processes = min(self.gpus, NODE)
         return {of: processes * (self.rate("process") + self.labels * each) / GB for of, each in held.items()}
 
     @property
     def cost(self) -> float:
-        """USD."""
+        """Cost in USD."""
         return sum(self.seconds.values()) / HOUR * self.gpus * self.rate("price")
 
 
 def breaks(model: str, labels: int, gpus: int, card_gib: float) -> list[str]:
-    """What does not hold any more: first what stops a run (``card_gib``: what each GPU needs), then what delays it."""
+    """Exceeded limits: first those that stop a run (``card_gib``: memory needed per GPU), then those that delay it."""
     best, worst = (Run(model, labels, gpus, case) for case in (BEST, WORST))
     found: list[str] = []
     if REWARD_PAIRS % gpus or ROWS % gpus:

@@ -1,4 +1,4 @@
-"""Writes results/scaling.md: the scenarios of `scaling.py`, its quantities, and predictions beside what was measured.
+"""Writes results/scaling.md: the scenarios of `scaling.py`, its quantities, and predictions against measurements.
 
 PYTHONPATH=.:plugins python benchmarks/scaling_table.py --output benchmarks/results/scaling.md
 """
@@ -51,7 +51,7 @@ The peak that `trl-rlaif memory` predicts, for any number of GPUs: every process
 
 
 def memory_gib(model: str, quantization: str) -> float:
-    """What ``trl-rlaif memory`` predicts as the peak of each GPU."""
+    """The peak memory per GPU predicted by ``trl-rlaif memory``."""
     from trl_rlaif.memory import plan_memory
     from trl_rlaif.plugins import installed_plugins
     from trl_rlaif.recipe import parse_recipe
@@ -63,13 +63,13 @@ def memory_gib(model: str, quantization: str) -> float:
         return plan_memory(recipe).peak / 2**30
 
 
-# ---- Predictions beside what was measured ----------------------------------------------------------------
+# ---- Predictions against measurements --------------------------------------------------------------------
 
 Validation = tuple[str, str, float, float, float]
 
 
 def validations() -> Iterator[Validation]:
-    """(What, from what, best, worst, measured) of configurations other than those that the prediction is from."""
+    """(Quantity, source, best, worst, measured) for configurations other than those behind the prediction."""
     speed, pairs, ppo = (recorded(of) for of in ("gpu_checks.json", "gpu_checks.json", "gpu.json"))
     speed, pairs, ppo = speed["speed"], pairs["pairs"], ppo[0]["ours"]
     four, small, whole = speed["ms a token, 4 rows"] / 1e3, MODELS["1.5B"], MODELS["8B"]
@@ -84,7 +84,7 @@ def validations() -> Iterator[Validation]:
         + sum(4 * 512 / measured()[name][case] for name in ("forwards", "update"))
         for case in (BEST, WORST)
     ]
-    # "The first three took 190 s" (gpu.md); whether with loading was not kept.
+    # "The first three took 190 s" (gpu.md); whether this includes loading was not recorded.
     yield ("PPO's update, 8B, 4 x (256 + 256) tokens: s", "the quantities below", update[0], update[1], 190 / 3)
     short, long = (
         next(r for r in recorded("ppo.json") if r.get("dtype") == "bfloat16" and r["response_tokens"] == tokens)[
@@ -133,7 +133,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
 
 
 def _number(value: float) -> str:
-    """Two digits that count."""
+    """A number with two significant digits."""
     return f"{float(f'{value:.2g}'):,.10g}"
 
 
@@ -153,7 +153,7 @@ def _scenario(model: str, labels: int, gpus: int, card: float) -> list[str]:
 
 
 def lines() -> Iterator[str]:
-    """The whole file."""
+    """All lines of the file."""
     cards = {(model, kind): memory_gib(model, kind) for model in ("8B", "70B") for kind in ("nf4", "none")}
     yield from TITLE.splitlines()
     yield from ["", *SCENARIOS.splitlines(), ""]
@@ -191,7 +191,7 @@ def _three(value: float) -> str:
 
 
 def main() -> None:
-    """Write or print it."""
+    """Write or print the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()

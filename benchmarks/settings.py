@@ -1,4 +1,4 @@
-"""What the small trainings of several benchmarks have in common."""
+"""Common settings of the small training runs in several benchmarks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ QUIET: dict[str, Any] = {
 
 
 def word_tokenizer(index: Mapping[str, int]) -> PreTrainedTokenizerFast:
-    """One token a word; ``<pad>`` and ``<end>`` are among them."""
+    """A tokenizer with one token per word, including ``<pad>`` and ``<end>``."""
     backend = Tokenizer(models.WordLevel(dict(index), unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<end>", padding_side="left")

@@ -1,4 +1,4 @@
-"""What the benchmarks' tables of several seeds are written with."""
+"""Formatting of benchmark tables over several seeds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from scipy import stats
 
 
 def interval(values: Sequence[float], digits: int) -> str:
-    """Mean over seeds and half of its 95% t-interval; the mean alone of a single value."""
+    """Mean over seeds and half of its 95% t-interval; only the mean for a single value."""
     mean = float(np.mean(values))
     if len(values) < 2:
         return f"{mean:.{digits}f}"

@@ -1,12 +1,12 @@
-"""What teaching does for a small judge, against people's choices, and beside a reward model that learns from the same.
+"""The effect of teaching on a small judge, against human choices, compared with a reward model on the same data.
 
     python benchmarks/taught_judge.py PANDALM HH --output benchmarks/results/taught_judge.md
 
-PANDALM and HH are files of pairs with people's choices; those on some of PANDALM's prompts teach, those on its other
-prompts and HH are held out. Contrasts are made of the model's own responses to the quickstart's prompts. Each setting
-is a run of the stage judge in a folder of its own, so an interrupted measurement resumes; the judge is then asked about
-all held-out pairs. The reward model is what RLHF would make of the same people's pairs: such an adapter with a score
-head, trained as long.
+PANDALM and HH are files of pairs with human choices; those on some of PANDALM's prompts are for teaching, its other
+prompts and HH are held out. Contrasts are made from the model's own responses to the quickstart's prompts. Each setting
+is a run of the stage judge in its own folder, so an interrupted measurement resumes; the judge is then asked about all
+held-out pairs. The reward model is that of RLHF on the same human-labeled pairs: the same adapter with a score head,
+trained for as long.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from trl_rlaif.reward.scoring import score_pairs
 
 PROMPTS = Path(__file__).parents[1] / "recipes" / "data" / "quickstart_prompts.jsonl"
 LORA = {"r": 16, "alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
-# As in the quickstart: what is drawn at 1.0, and what is cut off, teaches less (benchmarks/results/quickstart.md).
+# As in the quickstart: responses at temperature 1.0, and truncated ones, teach less (benchmarks/results/quickstart.md).
 SAMPLED = {"temperature": 0.7, "max_new_tokens": 32, "batch_size": 64}
 KINDS = ["other_prompt", "looping", "shuffled"]
 TRAINED = {"evaluations": 2, "per_device_train_batch_size": 8, "num_train_epochs": 1, "learning_rate": 2e-3}
@@ -88,7 +88,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _data(args: argparse.Namespace) -> tuple[Path, dict[str, Path]]:
-    """The file that teaches, and those that are held out by name: no prompt is in both."""
+    """The teaching file, and the held-out files by name, without common prompts."""
     args.runs.mkdir(parents=True, exist_ok=True)
     pandalm = [pair for pair in load_pairs(str(args.pandalm)).items if pair.human in (1, 2)]
     prompts = [prompt_key(pair.prompt) for pair in pandalm]
@@ -141,7 +141,7 @@ def _judge(
 
 
 def _reward(args: argparse.Namespace, people: Path, held_out: dict[str, Path]) -> str:
-    """The same of a reward model that learns from the people's pairs."""
+    """The same for a reward model trained on the human-labeled pairs."""
     learned = {key: TRAINED[key] for key in ("per_device_train_batch_size", "num_train_epochs", "learning_rate")}
     preferences = args.runs / "preferences.jsonl"
     chosen = [(pair.prompt, *pair.responses[:: 1 if pair.human == 1 else -1]) for pair in load_pairs(str(people)).items]

@@ -1,4 +1,4 @@
-"""What is read of a tokenizer and its chat template, against what transformers renders and tokenizes."""
+"""Checks of what is read from a tokenizer and its chat template, against transformers' rendering and tokenization."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trl_rlaif.stopping import end_of_turn, stop_ids
 
 ASKED = [{"role": "user", "content": "What is 2+2?"}]
 RATINGS = tuple(map(str, range(1, 11)))
-# What policies write: tags, code, markup, thoughts, other scripts, emoji.
+# Typical policy outputs: tags, code, markup, reasoning, other scripts, emoji.
 WRITTEN = (
     "<b>bold</b> and <table><tr><td>1</td></tr></table>",
     "def f(a, b):\n    return a<b and b>a  # `x`\n\n\tprint(1)",
@@ -30,7 +30,7 @@ WRITTEN = (
 
 
 def same(found: Any, expected: Any) -> str:
-    """Empty where they are the same, else a cry."""
+    """Empty if they are equal, else a mark of the failure."""
     return "" if found == expected else f" **wrong: {expected!r}**"
 
 
@@ -39,7 +39,7 @@ def _rendered(tokenizer: Any, *more: dict[str, str], **options: Any) -> str:
 
 
 def end(tokenizer: Any) -> str:
-    """The end of a turn, which follows what an assistant says in the template's own text; and the other stop tokens."""
+    """The end of a turn, which follows an assistant's content in the rendered template, and the other stop tokens."""
     own = end_of_turn(tokenizer)
     shown = f"`{tokenizer.convert_ids_to_tokens(own)}`"
     if tokenizer.chat_template:
@@ -54,7 +54,7 @@ def end(tokenizer: Any) -> str:
 
 
 def ending(tokenizer: Any) -> str:
-    """What stands before a judge's ending, which an answer has to follow and no thought."""
+    """The text before a judge's ending, which must be followed by an answer, not by reasoning."""
     found = tokenizer.decode(
         encode_prompt(tokenizer, ASKED if tokenizer.chat_template else "What?", opening="The score is")
     )
@@ -86,7 +86,7 @@ def ten(tokenizer: Any) -> str:
 
 
 def _model(size: int, likely: list[int]) -> LlamaForCausalLM:
-    """A tiny model to which digits are likely, so that differences are visible."""
+    """A tiny model that makes digits likely, so that differences are visible."""
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=size, max_position_embeddings=4096, **shape)).eval()
@@ -117,15 +117,15 @@ def _spelled(model: Any, full: dict[str, list[int]], bare: list[int], vocabulary
 
 
 def padding(tokenizer: Any) -> str:
-    """The padding token, which must end no response."""
+    """The padding token, which must not end responses."""
     return f"`{tokenizer.pad_token}`" + same(tokenizer.pad_token_id in stop_ids(tokenizer), False)
 
 
 def tags(tokenizer: Any) -> str:
-    """Whether the reward trainer sees, of what a policy writes, the tokens that PPO scores."""
+    """Whether the reward trainer sees a policy's output in the same tokens that PPO scores."""
     reader, wrong = ResponseReader(tokenizer, stop_ids(tokenizer)), []
     _, close, _ = reasoning_marks(tokenizer) or ("", "", "")
-    # Where the prompt opens the reasoning, a response without its end would be all reasoning.
+    # If the prompt opens the reasoning, a response without its end would be reasoning only.
     before = tokenizer(f"hm{close}\n\n", add_special_tokens=False)["input_ids"] if reader.prompted else []
     for text in WRITTEN:
         answer = [*_sampled(tokenizer, text), end_of_turn(tokenizer)]
@@ -136,7 +136,7 @@ def tags(tokenizer: Any) -> str:
 
 
 def _sampled(tokenizer: Any, text: str) -> list[int]:
-    """A response in the tokens in which models are trained on it: those of the whole conversation."""
+    """A response's tokens in training: those in the tokenization of the whole conversation."""
     if not tokenizer.chat_template:
         return tokenizer(tokenizer.eos_token + text, add_special_tokens=False)["input_ids"][1:]
     start = encode_prompt(tokenizer, ASKED, opening="")
@@ -145,7 +145,7 @@ def _sampled(tokenizer: Any, text: str) -> list[int]:
 
 
 def reasoning(tokenizer: Any) -> str:
-    """What ends the reasoning, and whether an answer behind it is read without it."""
+    """The end of the reasoning, and whether the answer after it is read without the reasoning."""
     marks = reasoning_marks(tokenizer)
     if marks is None:
         return "none"

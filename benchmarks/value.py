@@ -1,12 +1,12 @@
-"""What PPO learns with the value on an adapter of its own, and with the value read off the policy's trunk.
+"""PPO with the value model on its own adapter, against a value head on the policy's trunk.
 
     python benchmarks/value.py --output benchmarks/results/value.md
 
 The task of known_truth.py with the truth as the reward: a request of one of three kinds is answered with six words,
-and the reward is the share of good words of the request's own kind, plus an offset of the kind that no answer can
-change. So most of a reward's variance is the request's, and what PPO learns from is good only if the value knows it.
-Policy, value and reference are one small model with LoRA; the settings are TRL's defaults (4 epochs a batch, vf_coef
-0.1, kl_coef 0.05), the learning rate is the only one that varies. Reported over seeds.
+and the reward is the fraction of good words of the request's kind, plus an offset of the kind that no answer can
+change. Most of the reward's variance is thus between requests, and advantages are accurate only if the value predicts
+it. Policy, value and reference are one small model with LoRA; the settings are TRL's defaults (4 epochs per batch,
+vf_coef 0.1, kl_coef 0.05), only the learning rate varies. Reported over seeds.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ VALUES = ("adapter", "trunk")
 
 
 def reward(prompts: list[str], completions: list[str], category: list[str], **columns: Any) -> list[float]:
-    """The offset of the request's kind, and the share of good words of that kind."""
+    """The offset of the request's kind plus the fraction of good words of that kind."""
     return [RATINGS[kind][0] + truth(kind, text.split()) for kind, text in zip(category, completions, strict=True)]
 
 
 def trained(policy: LlamaForCausalLM, value: str, rate: float, args: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """The metrics of every update, and the processor's seconds."""
+    """The metrics of every update, and CPU seconds."""
     rng = random.Random(3000 + seed)
     requests = [asked(rng) for _ in range(512)]
     data = Dataset.from_dict({"prompt": [" ".join(r) for _, r in requests], "category": [k for k, _ in requests]})
@@ -63,7 +63,7 @@ def trained(policy: LlamaForCausalLM, value: str, rate: float, args: argparse.Na
 
 
 def figures(run: dict[str, Any], marks: list[int]) -> dict[str, float]:
-    """Of one run: the reward around some updates, and KL, the value's explained variance and seconds at the end."""
+    """Summary of a run: reward around some updates; KL, explained variance of the value and seconds at the end."""
     history = run["history"]
 
     def near(name: str, update: int) -> float:
@@ -75,7 +75,7 @@ def figures(run: dict[str, Any], marks: list[int]) -> dict[str, float]:
 
 
 def main() -> None:
-    """All variants under all seeds; print the table and, if asked to, write it."""
+    """Run all variants with all seeds; print the table and, with ``--output``, write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--updates", type=int, default=60)

@@ -1,4 +1,4 @@
-"""PPO rewarded by a rubric: the weighted share of its prompt's criteria that a response meets.
+"""PPO rewarded by a rubric: the weighted fraction of its prompt's criteria that a response meets.
 
 python examples/ppo_rubric.py --model Qwen/Qwen2.5-0.5B-Instruct --judge Qwen/Qwen2.5-7B-Instruct
 """

@@ -1,4 +1,4 @@
-"""All hooks that a plugin may implement, and their pluggy markers."""
+"""All hooks that plugins can implement, and their pluggy markers."""
 
 from __future__ import annotations
 

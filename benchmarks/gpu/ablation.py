@@ -1,4 +1,4 @@
-"""What each kernel of this project is worth in PPO: the same trainer, with one of them switched off in each update."""
+"""The effect of each kernel of this project in PPO: the same trainer with one of them switched off in each update."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 from trl_rlaif.models.kernels import kernels
 
 PARTS = ("fused_lora", "cast_weights", "logprob_head")
-# The first update warms up; the last is the second again, for the noise. None: without any of them.
+# The first update is a warm-up; the last repeats the second, to estimate the noise. None: without any of them.
 ORDER: tuple[tuple[str, ...] | None, ...] = ((), (), *((part,) for part in PARTS), None, ())
 
 
 def ablate(trainer: Any, side: Any) -> None:
-    """Train for one update at a time, and keep seconds and peaks by phase in ``side.ablation``."""
+    """Train one update at a time, and record seconds and peaks by phase in ``side.ablation``."""
     for off in ORDER:
         with kernels({part: off is not None and part not in off for part in PARTS}):
             trainer.train()

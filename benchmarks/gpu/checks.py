@@ -1,10 +1,10 @@
-"""On a GPU: is what it computes right, and how fast are decoding, judging and reward training of a large NF4 model?
+"""GPU checks: correctness, and the speed of decoding, judging and reward training with a large NF4 model.
 
     PYTHONPATH=.:plugins:tests python benchmarks/gpu/checks.py checks --output checks.json
     ... speed /tmp/models/8b --output speed.json          # a checkpoint of gpu.py's
     ... pairs /tmp/models/8b --output pairs.json
 
-Every number is printed beside the limit that it has to stay below; --device cpu shows that all of it runs.
+Every number is printed with its upper limit; --device cpu tests that everything runs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ KINDS = {"float32": ("float32", "none"), "bfloat16": ("bfloat16", "none"), "nf4"
 
 
 class Record:
-    """Numbers by name: printed and written as soon as they are known, since a time limit may end the process.
+    """Numbers by name, printed and written immediately, since a time limit may end the process.
 
     Args:
         device: Where models are computed; on a CPU sizes are a twentieth.
@@ -50,7 +50,7 @@ class Record:
         self.shrink = 20 if device == "cpu" else 1
 
     def add(self, name: str, value: float | str, below: float | None = None) -> None:
-        """Keep one number, and say whether it is below its limit."""
+        """Record a number, and print whether it is below its limit."""
         self.numbers[name] = value
         if self.output:
             self.output.write_text(json.dumps(self.numbers, indent=1) + "\n")
@@ -58,7 +58,7 @@ class Record:
         print(f"{name:<58}{value if isinstance(value, str) else f'{value:.4g}'}{verdict}", flush=True)
 
     def failed(self, name: str, error: Exception) -> None:
-        """Keep what stopped a check; the others go on."""
+        """Record the error of a failed check; the others continue."""
         traceback.print_exc()
         self.add(name, f"FAILED {type(error).__name__}: {str(error)[:200]}")
 
@@ -68,12 +68,12 @@ class Record:
         return model if kind == "nf4" else model.to(self.device)
 
     def wait(self) -> None:
-        """Until the GPU has done what it was given."""
+        """Wait for the GPU's queued work."""
         if self.device == "cuda":
             torch.cuda.synchronize()
 
     def seconds(self, run: Callable[[], Any], times: int = 3) -> float:
-        """The fastest of some runs, after one to warm up."""
+        """The fastest of several runs, after a warm-up."""
         run()
         found = []
         for _ in range(times):
@@ -93,11 +93,11 @@ def _tokens(count: int, seed: int) -> list[int]:
     return torch.randint(3, 300, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-# ---- Is it right? ---------------------------------------------------------------------------------------
+# ---- Correctness ----------------------------------------------------------------------------------------
 
 
 def check_nf4(record: Record, folder: str) -> None:
-    """bitsandbytes' kernels: one product for few rows, another one for many, and the gradient's."""
+    """bitsandbytes' kernels: the product for few rows, the one for many, and the gradient."""
     import bitsandbytes as bnb
 
     layer = bnb.nn.Linear4bit(1024, 512, bias=False, quant_type="nf4", compute_dtype=torch.bfloat16).to(record.device)
@@ -111,7 +111,7 @@ def check_nf4(record: Record, folder: str) -> None:
 
 
 def check_padding(record: Record, folder: str) -> None:
-    """Gradients where padding sees nothing, at the lengths at which cuDNN's attention gives NaN (torch 2.11)."""
+    """Gradients with fully masked padding rows, at lengths for which cuDNN's attention gives NaN (torch 2.11)."""
     for length in (64, 192, 320):
         query = torch.randn(2, 4, length, 64, device=record.device, dtype=torch.bfloat16, requires_grad=True)
         mask = torch.ones(2, 1, length, length, dtype=torch.bool, device=record.device).tril()
@@ -126,7 +126,7 @@ def check_padding(record: Record, folder: str) -> None:
 
 
 def check_judge(record: Record, folder: str) -> None:
-    """Packed questions against each of them alone."""
+    """Packed questions against single ones."""
     prefix = _tokens(40, 1)
     groups = [[[*prefix, *_tokens(90, 2), *_tokens(30, s)] for s in (3, 4)], [[*prefix, *_tokens(17, 5)]]]
     for kind in KINDS:
@@ -142,7 +142,7 @@ def check_judge(record: Record, folder: str) -> None:
 
 
 def check_reward(record: Record, folder: str) -> None:
-    """Packed pairs; the check is the one that a run makes."""
+    """Packed pairs, by the same check as in a run."""
     for kind in ("float32", "bfloat16"):
         model = make_scorer(hidden_size=64).to(record.device, getattr(torch, kind))
         record.add(f"reward, {kind}: does not pack", not can_pack(model), 0.5)
@@ -174,7 +174,7 @@ def check_lora(record: Record, folder: str) -> None:
 
 
 def check_ppo(record: Record, folder: str) -> None:
-    """Two updates; then one, a checkpoint, and the other: the same to the last bit?"""
+    """Two updates, against one update, a checkpoint and the second update: bitwise equal?"""
     from helpers.ppo_task import make_trainer
 
     def trainer(out: Path, kind: str) -> Any:
@@ -204,7 +204,7 @@ def check_ppo(record: Record, folder: str) -> None:
 
 
 def check_paging(record: Record, folder: str) -> None:
-    """A paged optimizer's states after a resumption: paged as before, with the same values, and the same next step."""
+    """A paged optimizer's states after resuming: paged as before, with equal values and an equal next step."""
     from bitsandbytes.optim import PagedAdamW8bit
 
     torch.manual_seed(0)
@@ -232,7 +232,7 @@ def check_paging(record: Record, folder: str) -> None:
 
 
 def checks(record: Record, folder: Path | None) -> None:
-    """Whether everything is right, on a tiny model."""
+    """All correctness checks, on a tiny model."""
     with tempfile.TemporaryDirectory() as tiny:
         save_tiny_model(tiny, hidden_size=64)
         for check in (check_nf4, check_padding, check_judge, check_reward, check_lora, check_paging, check_ppo):
@@ -242,11 +242,11 @@ def checks(record: Record, folder: Path | None) -> None:
                 record.failed(check.__name__, error)
 
 
-# ---- How fast? ------------------------------------------------------------------------------------------
+# ---- Speed ----------------------------------------------------------------------------------------------
 
 
 def speed(record: Record, folder: Path) -> None:
-    """Decoding and judging with a checkpoint in NF4, and which operations a token takes."""
+    """Decoding and judging with an NF4 checkpoint, and the operations per token."""
     model, vocab = record.load(folder, "nf4"), load_tokenizer(str(folder)).vocab_size
     shared = SharedBase(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     tokens = 32 if record.shrink == 1 else 4
@@ -274,7 +274,7 @@ def speed(record: Record, folder: Path) -> None:
 
 
 def _judging(record: Record, model: Any, shared: SharedBase, vocab: int) -> None:
-    """Questions of 300 tokens that all share, 250 that both orders share, and 150 of each."""
+    """Questions with 300 tokens shared by all, 250 shared by both orders, and 150 unique."""
 
     def rest(count: int) -> list[int]:
         return torch.randint(4, vocab, (count // record.shrink,)).tolist()

@@ -1,4 +1,4 @@
-"""PPO on one GPU: seconds and memory of this project and of TRL's stock trainer, and what was predicted.
+"""PPO on one GPU: time and memory of this project and of TRL's stock trainer, against the prediction.
 
     python benchmarks/gpu/gpu.py
     python benchmarks/gpu/gpu.py --sizes 8b --only ours --cards 12 --limit 500
@@ -6,8 +6,8 @@
     python benchmarks/gpu/gpu.py --sizes tiny --device cpu
 
 Nothing is downloaded: models of published Llama shapes get random bfloat16 weights, are saved to a temporary folder
-(16 GB for 8b; `--models` keeps them for the next command), and are loaded from there as any checkpoint is. Each step
-is a process of its own with a time limit, and what it measured is appended to the results as soon as it ends.
+(16 GB for 8b; `--models` keeps them for the next command), and are loaded from there like any checkpoint. Each step
+is a separate process with a time limit, and its measurements are appended to the results as soon as it ends.
 
 Ours is the `rl` stage of a packaged recipe: policy, value, reward and reference on one base in NF4. Stock is
 `trl.experimental.ppo.PPOTrainer` (TRL 1.11 or 1.12) with the same settings as far as it knows them (it does not act
@@ -40,7 +40,7 @@ STOCK = ("stock-nf4", "stock-bf16")
 
 
 def main() -> None:
-    """Run every step in a process of its own; store and print what each measured."""
+    """Run every step in a separate process; store and print its measurements."""
     args = _arguments()
     if args.step:
         from sides import step
@@ -65,7 +65,7 @@ def _measure(args: argparse.Namespace, sides: list[str], size: str, models: Path
         found = _run(args, side, size, models, card)
         record |= {key: found.pop(key) for key in ("setting", "machine") if key in found}
         record[side] = found
-        if "setting" not in record:  # it did not come so far as to say what it runs on
+        if "setting" not in record:  # it ended before recording its settings
             print(f"{size} {side}: {found['error']}")
             continue
         record["ratio"] = _ratios(record, known)
@@ -80,7 +80,7 @@ def _stored(output: Path | None) -> list[dict[str, Any]]:
 
 
 def _ratios(record: dict[str, Any], known: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Stock over ours; a side that was measured alone meets the newest of the other with the same settings."""
+    """Stock over ours; a side measured alone is compared with the latest of the other with the same settings."""
     sides: dict[str, Any] = {}
     for other in [*known, record]:
         if all(other.get(key) == record[key] for key in ("setting", "machine")):
@@ -123,12 +123,12 @@ def _arguments() -> argparse.Namespace:
 
 
 def _run(args: argparse.Namespace, step: str, size: str, models: Path, card: int | None = None) -> dict[str, Any]:
-    """One step in a process of its own: what it wrote, with ``error`` where it did not reach its end."""
+    """Run one step in a separate process; returns its record, with ``error`` if it did not complete."""
     print(f"{size} {step} ...", file=sys.stderr, flush=True)
     environment = os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
     above = str(Path(__file__).parents[1])  # whose parts the sides share
     environment["PYTHONPATH"] = os.pathsep.join([above, *filter(None, [environment.get("PYTHONPATH")])])
-    if step == "ours":  # as the command `run` has it
+    if step == "ours":  # as in the command `run`
         environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if args.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -138,7 +138,7 @@ def _run(args: argparse.Namespace, step: str, size: str, models: Path, card: int
         command = [sys.executable, __file__, *sys.argv[1:], "--step", step, "--sizes", size]
         command += ["--models", str(models), "--result", str(result), *(["--card", str(card)] if card else [])]
         try:
-            # stdout is this script's own; what libraries print there is of no use.
+            # stdout is reserved for this script; libraries' output goes to stderr.
             code = subprocess.run(command, env=environment, stdout=sys.stderr, timeout=args.limit).returncode
             ended = None if code == 0 else f"ended with {code}"
         except subprocess.TimeoutExpired:

@@ -16,7 +16,7 @@ class Size:
 
     Args:
         like: The published model that has this shape.
-        tokens: Length of prompts and of responses, where none is asked for.
+        tokens: Default length of prompts and of responses.
     """
 
     like: str
@@ -31,7 +31,7 @@ class Size:
     tokens: int = 256
 
     def config(self) -> Any:
-        """As transformers has it."""
+        """The transformers configuration."""
         from transformers import LlamaConfig
 
         return LlamaConfig(
@@ -60,7 +60,7 @@ SIZES = {
 
 
 def make_model(size: Size, folder: Path, device: str) -> None:
-    """A random checkpoint in bfloat16, made and saved 2 GiB at a time; config.json comes last."""
+    """Make a random bfloat16 checkpoint, generated and saved 2 GiB at a time; config.json comes last."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM

@@ -1,4 +1,4 @@
-"""One side of `gpu.py`, measured in a process of its own."""
+"""One side of `gpu.py`, measured in a separate process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PACKAGES = ("torch", "bitsandbytes", "transformers", "trl", "peft", "accelerate
 
 
 def step(args: argparse.Namespace) -> None:
-    """Make the model, or measure a side; what was found is in ``args.result``, with ``error`` where it says why not."""
+    """Make the model, or measure a side; the record is in ``args.result``, with ``error`` after a failure."""
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -49,14 +49,14 @@ def step(args: argparse.Namespace) -> None:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    # Replaced as a whole: the process may be ended at its time limit at any moment.
+    # Replaced atomically: the time limit may end the process at any moment.
     building = path.with_suffix(".new")
     building.write_text(json.dumps(content))
     building.replace(path)
 
 
 class Side:
-    """One side's measurement; what is known so far is stored after every update."""
+    """One side's measurement; intermediate results are stored after every update."""
 
     def __init__(self, args: argparse.Namespace, model: Path) -> None:
         import peft  # noqa: F401
@@ -68,7 +68,7 @@ class Side:
         self.args, self.model, self.cuda = args, model, args.device == "cuda"
         self.size = SIZES[args.sizes[0]]
         self.recipe = _recipe(args, self.size, model)
-        # Found out before anything is measured.
+        # Collected before the measurement.
         self.known = {"setting": self._setting(), "machine": _machine(self.cuda)}
         if args.step == "ours":
             self.known |= _prediction(self.recipe)
@@ -100,7 +100,7 @@ class Side:
         self.store()
 
     def watch(self, owner: Any, name: str, phase: str) -> None:
-        """Take a function's peak of GPU memory for a phase of its own."""
+        """Record a function's peak of GPU memory as a separate phase."""
         function = getattr(owner, name)
 
         @wraps(function)
@@ -114,7 +114,7 @@ class Side:
         setattr(owner, name, watched)
 
     def close(self, phase: str) -> None:
-        """Put the peak since the last call down to a phase."""
+        """Assign the peak since the last call to a phase."""
         if not self.cuda:
             return
         import torch
@@ -126,7 +126,7 @@ class Side:
         torch.cuda.reset_peak_memory_stats()
 
     def store(self, error: str | None = None) -> None:
-        """Write what is known."""
+        """Write the results so far."""
         self.close("rest")
         later = self.updates[1:] or self.updates
         if self.ablation:
@@ -185,7 +185,7 @@ class Side:
 
 
 def prompt_lengths(rows: int, longest: int) -> list[int]:
-    """Lengths from a quarter of the longest up to it, evenly spread and in an order of chance; one is the longest."""
+    """Evenly spaced lengths from a quarter of the longest up to it, in random order; one is the longest."""
     least = max(1, longest // 4)
     lengths = [longest - (longest - least) * i // max(1, rows - 1) for i in range(rows)]
     return random.Random(0).sample(lengths, rows)
@@ -199,7 +199,7 @@ def _storing(side: Side) -> Any:
     from transformers import TrainerCallback
 
     class Store(TrainerCallback):
-        """Writes the result so far, for the case that the time limit ends the next update."""
+        """Writes the result so far, in case the time limit ends the next update."""
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             side.store()
@@ -230,7 +230,7 @@ def _machine(cuda: bool) -> dict[str, Any]:
 
 
 def _recipe(args: argparse.Namespace, size: Size, model: Path) -> Any:
-    """The packaged recipe for this model, less the stages that are not measured."""
+    """The packaged recipe for this model, without the stages that are not measured."""
     from trl_rlaif.plugins import installed_plugins
     from trl_rlaif.recipe import parse_recipe, recipes_dir
 
@@ -252,7 +252,7 @@ def _recipe(args: argparse.Namespace, size: Size, model: Path) -> Any:
 
 
 def _prediction(recipe: Any) -> dict[str, Any]:
-    """What `trl-rlaif memory` expects torch to allocate in the rl stage, in all and by phase."""
+    """The memory that torch allocates in the rl stage as predicted by `trl-rlaif memory`, in total and by phase."""
     from trl_rlaif.memory import plan_memory
 
     plan = plan_memory(recipe)
@@ -294,10 +294,10 @@ def _ours(side: Side, folder: Path) -> Any:
 
 
 def stock_arguments(arguments: dict[str, Any], known: set[str], *, nf4: bool) -> dict[str, Any]:
-    """What stock's PPOConfig takes of ours.
+    """The arguments of ours that stock's PPOConfig accepts.
 
-    A paged optimizer takes managed memory for what the card has not: with the states of a whole value model of 8
-    billion weights it can hang the GPU, where running out of memory would end the process. There it is not paged.
+    A paged optimizer uses managed memory beyond the GPU's: with the states of a full value model of 8 billion weights,
+    this can hang the GPU instead of running out of memory. There it is not paged.
     """
     taken = {key: value for key, value in arguments.items() if key in known}
     if nf4:

@@ -1,4 +1,4 @@
-"""Drops the shared libraries of a wheel but for those that end as told: slim_wheel.py WHEEL ENDING..."""
+"""Removes a wheel's shared libraries except those with the given endings: slim_wheel.py WHEEL ENDING..."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def slim(path: Path, endings: tuple[str, ...]) -> None:
-    """Rewrite a wheel without its other .so files, in its RECORD too."""
+    """Rewrite a wheel and its RECORD without the other .so files."""
     with zipfile.ZipFile(path) as wheel:
         names = [name for name in wheel.namelist() if not name.endswith(".so") or name.endswith(endings)]
         files = {name: wheel.read(name) for name in names}

@@ -6,7 +6,7 @@ from typing import Any
 
 _PHASES = ("generation", "forwards", "update", "total")
 _MEMORY = ("allocated", "reserved", "on_card", "resident")
-# Our phases, and what the plan calls them.
+# Our phases, and their names in the memory plan.
 _PLANNED = {"generation": "generation", "forwards": "scoring", "update": "update"}
 
 

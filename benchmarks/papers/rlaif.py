@@ -1,13 +1,13 @@
-"""RLAIF against RLHF against SFT, and direct against distilled RLAIF, from the same people's pairs.
+"""RLAIF against RLHF against SFT, and direct against distilled RLAIF, from the same human-labeled pairs.
 
     python benchmarks/papers/rlaif.py PANDALM --output benchmarks/results/rlaif.md
 
-Lee et al. 2023, sections 4.1 and 4.3. PANDALM is a file of pairs with people's choices. Those on half of its prompts
-teach (a) a reward model, which is RLHF, and (b) a judge. The judge's ratings are a reward as they are (direct RLAIF),
-and label pairs of the initial policy's responses, from which a second reward model learns (distilled RLAIF). Three
-policies follow the three rewards from the same start with the same settings. An examiner, a judge that was taught
-the pairs on the other half of the prompts and contrasts, compares their answers to prompts that none was trained on,
-with each other and with those of the start, an instruct model, which is SFT. Each step is a run in a folder of its own.
+Lee et al. 2023, sections 4.1 and 4.3. PANDALM is a file of pairs with human choices. Those on half of its prompts
+train (a) a reward model, which is RLHF, and (b) a judge. The judge's ratings are used directly as a reward (direct
+RLAIF), and label pairs of the initial policy's responses, from which a second reward model learns (distilled RLAIF).
+Three policies optimize the three rewards with the same initial policy and settings. An examiner, a judge taught the
+pairs on the other half of the prompts and contrasts, compares their answers to unseen prompts with each other and with
+those of the initial policy, an instruct model, which is SFT. Each step is a run in its own folder.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.report.plots import win_rates
 
 EXAMINERS_PROMPTS = PROMPTS.with_name("quickstart_eval_prompts.jsonl")
-TRAINED = 100  # of the training prompts; what is left is asked at the end
-ANSWERS = 2  # of each policy to a prompt, which count as one group
+TRAINED = 100  # training prompts; the remaining ones are for the evaluation
+ANSWERS = 2  # per policy and prompt, which count as one group
 REWARD = {"num_train_epochs": 1, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "eval_fraction": 0.1}
-# All rewards are brought to one scale first, so that the prices of length and of a missing end mean the same.
+# All rewards are first normalized to one scale, so that the penalties of length and of a missing end are equivalent.
 RL = {
     "algorithm": "grpo",
     "transforms": ["distribution_regulator", {"length_penalty": {"per_token": -0.08}},
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def _taught(args: argparse.Namespace, name: str, seed: int, prompts: Path, judge: dict[str, Any]) -> Path:
-    """The folder of a judge that rates."""
+    """The folder of a taught judge that rates."""
     sections = {
         "run": {"seed": seed},
         "model": model_section(args, lora=LORA),

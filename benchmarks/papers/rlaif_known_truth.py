@@ -1,12 +1,12 @@
-"""RLAIF against RLHF against SFT where the truth is known.
+"""RLAIF against RLHF against SFT with known truth.
 
     python benchmarks/papers/rlaif_known_truth.py --output benchmarks/results/rlaif_known_truth.md
 
-Lee et al. 2023, section 4.1, on the task of known_truth.py. People compare few pairs of answers. RLHF: a reward model
-learns from these alone. Distilled RLAIF: a judge, which knows what absolute raters say and learns from the same pairs,
-labels many pairs softly, and another reward model learns from its labels. Direct RLAIF: the judge's
-score is the reward. PPO follows each; the truth decides. Beside them, RLHF with as many people's pairs as the judge
-labels, and a judge that people taught nothing.
+Lee et al. 2023, section 4.1, on the task of known_truth.py. Humans compare few pairs of answers. RLHF: a reward model
+learns from these alone. Distilled RLAIF: a judge, pretrained on absolute ratings and taught the same pairs, gives many
+pairs soft labels, from which another reward model learns. Direct RLAIF: the judge's score is the reward. PPO optimizes
+each; the true reward decides. For comparison, RLHF with as many human-labeled pairs as the judge labels, and a judge
+without human comparisons.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from trl_rlaif.report.plots import Panel, curves
 
 ARMS = ("RLHF, few pairs", "distilled RLAIF", "direct RLAIF", "distilled RLAIF, untaught judge", "RLHF, many pairs")
 HELD_OUT = 1000
-# After so few steps the judge is right on about three quarters of comparisons, as the paper's are on people's.
+# With this few steps, the judge is right on about three quarters of comparisons, like the paper's on human choices.
 JUDGE_STEPS = 20
 
 
 def main() -> None:
-    """All arms under all seeds; the page after each."""
+    """Measure all variants with all seeds; write the page after each."""
     parser = arguments(__doc__, "rlaif_known_truth", seeds=5)
     parser.add_argument("--people", type=int, default=200, help="comparisons that people make")
     parser.add_argument("--labeled", type=int, default=2000, help="comparisons that the judge labels")
@@ -57,7 +57,7 @@ def main() -> None:
 
 def _measure(args: Any, seed: int, arm: str, start: dict[str, Any]) -> dict[str, Any]:
     few, many = comparisons(2000 + seed, args.people), comparisons(5000 + seed, args.labeled)
-    # As many steps on few pairs as on many: what differs is what is known, not how long it is learned.
+    # The same number of steps for few pairs as for many: only the data differ, not the training time.
     epochs = 4 * args.labeled // args.people
     if not start:
         start |= {"policy": taught_policy(seed), "rated": rated_scorer(seed, JUDGE_STEPS)}

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-# Margins move within this factor of where they began.
+# Margins stay within this factor of their initial values.
 RANGE = 4.0
-# The part of a running figure that one batch makes up.
+# Weight of one batch in the running moments.
 SHARE = 0.05
 
 
@@ -47,18 +47,18 @@ class AdaptiveMargins:
         for name, values in rows.items():
             moments = self._moments.setdefault(name, [0.0, 0.0, 0.0])
             found = (1.0, sum(values) / len(values), sum(v * v for v in values) / len(values))
-            # A weight kept beside the sums corrects for the start at zero.
+            # The running weight corrects for the initialization at zero, as in Adam.
             moments[:] = [(1 - SHARE) * old + SHARE * new for old, new in zip(moments, found, strict=True)]
             std = self.std(name or None)
             step = 1 - self.rate if std > high else 1 + self.rate if std < low else 1.0
             self.factor[name] = min(max(self.factor.get(name, 1.0) * step, 1 / RANGE), RANGE)
 
     def state_dict(self) -> dict[str, Any]:
-        """Factors and running figures."""
+        """Factors and running moments."""
         return {"factor": dict(self.factor), "moments": {k: list(v) for k, v in self._moments.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` gave."""
+        """Restore the result of ``state_dict``."""
         self.factor, self._moments = dict(state["factor"]), {k: list(v) for k, v in state["moments"].items()}
 
 

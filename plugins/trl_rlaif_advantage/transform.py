@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from trl_rlaif import Options, PreferenceScores, RewardTransform, ScoredBatch, UserError
 from trl_rlaif_advantage.margins import AdaptiveMargins
 
-if TYPE_CHECKING:  # imported where tensors are at hand: a recipe is checked without
+if TYPE_CHECKING:  # imported on use: checking a recipe does not need torch
     import torch
 
 
@@ -53,7 +53,7 @@ class AdvantageOptions(Options):
 
 
 class AdvantageModel(RewardTransform):
-    """Learns a(x, y) = r(x, y) - e(x), bounded on every kind of prompt (Peng et al. 2023).
+    """Learns a(x, y) = r(x, y) - e(x), bounded in every category of prompts (Peng et al. 2023).
 
     Trained with the log-ratios of other policies, a is (1 - share) r - ((N - 1) / N) e, and RL uses the same. The
     share reweights a response of another policy. RL's responses are the policy's own, and the other policies are
@@ -69,11 +69,11 @@ class AdvantageModel(RewardTransform):
         super().__init__(**options)
         chosen = self.options
         self.margins = AdaptiveMargins(chosen.margins, chosen.margin, chosen.std_band, chosen.rate)
-        # Of a training with other policies: N, and the sum and the number of its responses' shares.
+        # After training with other policies: N, and the sum and the number of the responses' shares.
         self._trained: dict[str, float] = {}
 
     def loss(self, scores: PreferenceScores) -> torch.Tensor:
-        """The three-term loss, a scalar. What RL needs to know of the training is kept while gradients are recorded."""
+        """The three-term loss, a scalar. While gradients are recorded, the statistics that RL needs are updated."""
         import torch
         from accelerate.utils import gather_object
 
@@ -86,13 +86,13 @@ class AdvantageModel(RewardTransform):
         )
         margins = self._margins(scores.categories, chosen.device)
         if self.options.adapt == "variance" and torch.is_grad_enabled():
-            # Every process sees every batch, so that all have the same margins.
+            # Every process sees every batch, so all have the same margins.
             rows = zip(scores.categories, torch.stack((chosen, rejected), 1).detach().tolist(), strict=True)
             self.margins.observe(gather_object(list(rows)))
         return advantage_loss(chosen, rejected, scores.p, margins)
 
     def transform(self, scores: torch.Tensor, batch: ScoredBatch) -> torch.Tensor:
-        """Scores in which a(x, y) takes the place of the reward model's r(x, y), (B,) float32.
+        """Scores with the reward model's r(x, y) replaced by a(x, y), (B,) float32.
 
         a is clipped to plus and minus m: values beyond were never trained. It has the weight of r; other rewards
         are unchanged.
@@ -121,10 +121,10 @@ class AdvantageModel(RewardTransform):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.margins.load_state_dict(state)
-        self._trained = dict(state.get("policies", {}))  # older states have none: they pay r - e
+        self._trained = dict(state.get("policies", {}))  # older states have none: the reward is r - e
 
     def _shares(self, scores: PreferenceScores) -> tuple[torch.Tensor | float, torch.Tensor | float, float | None]:
-        """What the other policies' ratios take of r, chosen and rejected, and N; (0, 0, None) without them."""
+        """Shares of r taken by other policies' ratios (chosen, rejected), and N; (0, 0, None) without such policies."""
         import torch
         from accelerate.utils import gather_object
 

@@ -1,4 +1,4 @@
-"""The labeler `direct`: a judge rates one response from 1 to 10, and that is its reward (Lee et al. 2023)."""
+"""The labeler `direct`: a judge rates one response from 1 to 10, which gives its reward (Lee et al. 2023)."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from trl_rlaif import (
 )
 from trl_rlaif_direct.rating import RATINGS, Rating, rating
 
-# By candidates, what a judge says of one response.
+# A judge's answers about one response, by candidates.
 Answers = Mapping[tuple[str, ...], Sequence[Answer]]
 
 
@@ -33,7 +33,7 @@ class CriteriaRating(Rated):
         score: Distribution of the weighted mean of the ratings as rewards, in [-1, 1]; -1 if a veto fails.
         mass: Total probability of all ten ratings, averaged over the criteria.
         ratings: Ratings by criterion, of those with a weight.
-        holds: The probability that each veto holds.
+        holds: Probability that each veto's statement holds.
     """
 
     ratings: list[Rating]
@@ -44,7 +44,7 @@ def rate_by_criteria(options: CriteriaOptions, answers: Answers) -> CriteriaRati
     """A response's rating, or the reason why there is none.
 
     Args:
-        options: With the criteria.
+        options: Contain the criteria.
         answers: The judge's ratings by each criterion that has a weight, and its answers "Yes" or "No" to each veto;
             independent of each other.
     """
@@ -60,14 +60,14 @@ def rate_by_criteria(options: CriteriaOptions, answers: Answers) -> CriteriaRati
 
 
 def label_by_criteria(id: str, options: CriteriaOptions, both: Sequence[Answers], judge: str) -> Label:
-    """A pair's label, from what the judge says of each response, as ``rate_by_criteria`` takes it."""
+    """A pair's label, from the judge's answers about each response, in the format of ``rate_by_criteria``."""
     rated = [rate_by_criteria(options, one) for one in both]
     answers = [[answer for of in one.values() for answer in of] for one in both]
     return rated_label(id, judge, rated, answers, partial(by_criterion, options))
 
 
 def by_criterion(options: CriteriaOptions, first: CriteriaRating, second: CriteriaRating) -> list[CriterionLabel]:
-    """What a label keeps of both responses' ratings."""
+    """Both responses' ratings as stored in a label."""
     rated = zip(options.weighed.items(), first.ratings, second.ratings, strict=True)
     found = [CriterionLabel(name, of.weight, score_1=one.reward, score_2=two.reward) for (name, of), one, two in rated]
     held = zip(options.vetoes, first.holds, second.holds, strict=True)

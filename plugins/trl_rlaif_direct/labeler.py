@@ -54,7 +54,7 @@ class DirectLabeler(RewardLabeler):
     def __init__(self, judge: Judge | None = None, **options: Any) -> None:
         super().__init__(judge, **options)
         if self.options.criteria:
-            self.candidates = ()  # a judge is taught one question
+            self.candidates = ()  # judge training supports a single question only
 
     def check_prompt(self, prompt: JudgePrompt) -> None:
         """See Labeler."""
@@ -79,12 +79,12 @@ class DirectLabeler(RewardLabeler):
             yield self._label(pairs[index].id, answers, judge.name)
 
     def questions(self, pair: Pair, prompt: JudgePrompt) -> list[Question]:
-        """One for each response."""
+        """One question per response."""
         how: dict[str, Any] = {"columns": pair.extra, "think": self.options.thinking}
         return [prompt.rate(pair.prompt, response, **how) for response in pair.responses]
 
     def teaching_loss(self, logprobs: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-        """The cross-entropy of which response is rated higher, ties counted half, as in the label."""
+        """Cross-entropy of which response is rated higher, ties counting half, as in the label."""
         import torch
 
         def log_higher(rating: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -96,7 +96,7 @@ class DirectLabeler(RewardLabeler):
         return -(p * log_higher(first, second) + (1 - p) * log_higher(second, first))
 
     def _by_criteria(self, pairs: Sequence[Pair], judge: Judge, known: Collection[int]) -> Iterator[Label]:
-        """Every criterion is a question of its own; those about one response are computed together."""
+        """Every criterion is a separate question; the questions about one response are computed together."""
         asked = [[self._questions(judge.prompt, pair.prompt, r, pair.extra) for r in pair.responses] for pair in pairs]
         items = [{kind: [*first[kind], *second[kind]] for kind in first} for first, second in asked]
         for index, found in ask_together(judge, items, thinking=self.options.asked(), done=known):
@@ -122,7 +122,7 @@ class DirectLabeler(RewardLabeler):
         return [None if isinstance(one, str) else one for one in read]
 
     def _questions(self, template: JudgePrompt, prompt: Any, response: str, columns: Mapping[str, Any] | None) -> Asked:
-        """What is asked about one response: its rating, or that by each criterion, and what must hold."""
+        """The questions about one response: its rating, overall or by each criterion, and the vetoes."""
         options = self.options
         how: dict[str, Any] = {"columns": columns, "think": options.thinking}
         criteria = [of.description or name for name, of in options.weighed.items()] or [""]

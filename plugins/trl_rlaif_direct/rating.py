@@ -1,4 +1,4 @@
-"""From a judge's distribution over 1..10 to a reward and its uncertainty."""
+"""Converts a judge's distribution over 1..10 to a reward and its uncertainty."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Rating:
         return math.sqrt(math.fsum(squares))
 
     def above(self, other: Rating) -> float:
-        """Probability that it is rated higher if both are drawn from their distributions; ties count half."""
+        """Probability that this rating is higher, both drawn from their distributions; ties count half."""
         below = 0.0
         p = 0.0
         for a, b in zip(self.probabilities, other.probabilities, strict=True):
@@ -50,7 +50,7 @@ def rating(draws: Sequence[Sequence[float]]) -> Rating:
     """The mean of distributions, one for each rationale (a single one without).
 
     Args:
-        draws: Log-probabilities of the ten candidates in nats; -inf for one that was never given.
+        draws: Log-probabilities of the ten candidates in nats; -inf for a candidate that never occurred.
     """
     normalized, masses = [], []
     for logprobs in draws:

@@ -1,4 +1,4 @@
-"""The labeler `distilled`: a judge's token probabilities, both orders, as soft labels (Lee et al. 2023)."""
+"""The labeler `distilled`: soft labels from a judge's token probabilities in both orders (Lee et al. 2023)."""
 
 from trl_rlaif import hookimpl
 from trl_rlaif_distilled.labeler import DistilledLabeler, DistilledOptions

@@ -23,16 +23,16 @@ def label_by_criteria(
     """The label of a pair.
 
     Args:
-        id: The pair's.
-        options: With the criteria.
+        id: ID of the pair.
+        options: Contain the criteria.
         debias: How the two orders are combined, for each criterion and overall.
         compared: By order, the answers "1" or "2" to each criterion with a weight.
-        checked: For each response, the answers "Yes" or "No" to each veto; nothing without vetoes.
+        checked: For each response, the answers "Yes" or "No" to each veto; empty without vetoes.
         judge: The judge's name.
 
     Returns:
-        ``p`` from the weighted means of the criteria's log-odds in each order; where a veto tells the responses apart,
-        it decides. ``p_12`` and ``p_21`` likewise of each order.
+        ``p`` from the weighted means of the criteria's log-odds in each order; if a veto holds for only one response,
+        it decides. ``p_12`` and ``p_21`` likewise for each order.
     """
     answers = [answer for of in (*compared.values(), *checked) for answer in of]
     rationales: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Pairs to probabilities by reading a judge's distribution over "1" and "2" in both orders."""
+"""Labels pairs with probabilities from a judge's distribution over "1" and "2" in both orders."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class DistilledLabeler(Labeler):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         if self.options.criteria:
-            self.candidates = ()  # a judge is taught one question
+            self.candidates = ()  # judge training supports a single question only
 
     def check_prompt(self, prompt: JudgePrompt) -> None:
         """See Labeler."""
@@ -84,7 +84,7 @@ class DistilledLabeler(Labeler):
             yield self._label(pairs[index].id, answers, judge.name)
 
     def questions(self, pair: Pair, prompt: JudgePrompt) -> list[Question]:
-        """One for each order."""
+        """One question per order."""
         shown = {
             "12": (pair.response_1, pair.response_2),
             "21": (pair.response_2, pair.response_1),
@@ -92,7 +92,7 @@ class DistilledLabeler(Labeler):
         return [self._question(prompt, pair.prompt, *shown[order], pair.extra) for order in self._orders()]
 
     def teaching_loss(self, logprobs: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-        """The cross-entropy over both candidates, the mean over the orders."""
+        """Cross-entropy over both candidates, averaged over the orders."""
         import torch
 
         target = torch.stack((p, 1 - p), -1)
@@ -100,7 +100,7 @@ class DistilledLabeler(Labeler):
         return -(targets * logprobs).sum(-1).mean(-1)
 
     def _by_criteria(self, pairs: Sequence[Pair], judge: Judge, known: Collection[int]) -> Iterator[Label]:
-        """Every criterion is a question of its own; those about one order are computed together."""
+        """Every criterion is a separate question; the questions about one order are computed together."""
         options, orders = self.options, self._orders()
         items = [self._criteria_questions(pair, judge.prompt) for pair in pairs]
         for index, found in ask_together(judge, items, thinking=options.asked(), done=known):

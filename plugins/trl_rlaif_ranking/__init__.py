@@ -1,4 +1,4 @@
-"""The labeler `ranking`: rewards each response for the other responses to its prompt that it beats."""
+"""The labeler `ranking`: rewards each response by how often it beats the other responses to its prompt."""
 
 from __future__ import annotations
 

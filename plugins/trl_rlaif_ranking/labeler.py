@@ -1,4 +1,4 @@
-"""Rewards of a group of responses from a judge's comparisons within the group."""
+"""Rewards for a group of responses from a judge's comparisons within the group."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class RankingOptions(DistilledOptions):
 
 @dataclass
 class _Group:
-    """A prompt, its responses, each text once, and of each completion its row and its response."""
+    """A prompt, its distinct responses, and the row and the response index of each completion."""
 
     prompt: Any
     columns: dict[str, Any]
@@ -49,7 +49,7 @@ class _Group:
     rows: list[tuple[int, int]] = field(default_factory=list)
 
     def add(self, row: int, text: str) -> None:
-        """One more completion."""
+        """Add a completion."""
         self.rows.append((row, self.responses.setdefault(text, len(self.responses))))
 
 
@@ -57,11 +57,11 @@ class RankingLabeler(RewardLabeler, DistilledLabeler):
     """Group-relative rewards: how much better a response is than the others to the same prompt.
 
     With a judge it is a reward function of TRL's GRPOTrainer and RLOOTrainer, ``reward_funcs=[RankingLabeler(judge)]``.
-    The judge compares responses to the same prompt, each two in one order; a Bradley-Terry model of all answers of a
-    call (trl_rlaif.ranking) finds how likely each beats each other one. A response's reward is the mean over the others
-    of 2 p - 1: it is in [-1, 1], and rewards of a group add up to 0. The same text has the same reward.
+    The judge compares responses to the same prompt; a Bradley-Terry model fitted to all answers of a call
+    (trl_rlaif.ranking) gives the probability p that one response beats another. A response's reward is the mean of
+    2 p - 1 over the others: it is in [-1, 1], and a group's rewards sum to 0. Equal texts have equal rewards.
 
-    Pairs are labeled as by `distilled`.
+    It labels pairs like `distilled`.
 
     Args:
         judge: The judge to ask when called as a reward function.
@@ -79,8 +79,8 @@ class RankingLabeler(RewardLabeler, DistilledLabeler):
         """See RewardLabeler; None for a response without any judged comparison.
 
         Args:
-            prompts: Equal prompts form a group, wherever they are.
-            columns: The other columns of the data, which the judge's prompt may use.
+            prompts: Rows with the same prompt form a group, in any order.
+            columns: Other data columns, which the judge's prompt may use.
 
         Raises:
             UserError: A prompt has a single completion.
@@ -102,7 +102,7 @@ class RankingLabeler(RewardLabeler, DistilledLabeler):
         return [found[row] for row in range(len(prompts))]
 
     def _rewards(self, groups: list[_Group], judge: Judge) -> dict[int, float | None]:
-        """By row."""
+        """Rewards by row."""
         texts = [list(group.responses) for group in groups]
         ranking = self.rank([group.prompt for group in groups], texts, judge, [group.columns for group in groups])
         compared = {
@@ -113,7 +113,7 @@ class RankingLabeler(RewardLabeler, DistilledLabeler):
         }
         found: dict[int, float | None] = {}
         for number, group in enumerate(groups):
-            # A text is no better than itself; of a group that says one thing only, no comparison is needed.
+            # A text ties with itself; a group of identical responses needs no comparison.
             known = [(row, i) for row, i in group.rows if (number, i) in compared or len(group.responses) == 1]
             items = np.array([i for _, i in known], dtype=np.int64)
             group_of = np.full(len(items) ** 2, number)
@@ -130,10 +130,10 @@ class RankingLabeler(RewardLabeler, DistilledLabeler):
         judge: Judge,
         columns: Sequence[Mapping[str, Any]] | None = None,
     ) -> Ranking:
-        """The different responses to each prompt in order; ``failed`` says which questions had no answer, and why.
+        """Rank the distinct responses to each prompt; ``failed`` lists the reasons of unanswered questions.
 
         Args:
-            columns: Of each prompt the data's other columns, which the judge's prompt may name.
+            columns: Other data columns by prompt, which the judge's prompt may use.
         """
         rows = columns or [{} for _ in prompts]
 

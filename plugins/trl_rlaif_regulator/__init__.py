@@ -1,4 +1,4 @@
-"""Reward transforms of the scores in RL: the distribution regulator, and small ones."""
+"""Reward transforms for RL: the distribution regulator and simple ones."""
 
 from __future__ import annotations
 

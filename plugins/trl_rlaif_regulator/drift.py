@@ -1,36 +1,36 @@
-"""A sequential test of whether a category's scores have risen since the run began."""
+"""A sequential test of whether a category's scores have risen since the start of the run."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-# Probability, at most, that a run whose scores do not rise raises an alarm in any category at any update. It is to stay
-# below 5% for scores that are not normally distributed, too: benchmarks/drift_alarm.py.
+# Nominal bound on the probability of any false alarm in a run, over all categories and updates. It should stay below
+# 5% for scores that are not normally distributed, too: benchmarks/drift_alarm.py.
 ALPHA = 0.02
-# Values from which a category's mean and spread are known well enough to judge the next one by them.
+# Number of values after which a category's mean and spread are known well enough to test the next value.
 FEWEST = 20
-# Values after which the test is the most sensitive, about ten times this number.
+# The precision rho of the prior: the test is most sensitive after about ten times as many values.
 _MIXTURE = 16
-# One value counts for at most so many standard deviations upwards, so that a heavy tail is no rise.
+# Residuals are capped at this many standard deviations, so that a heavy upper tail does not count as a rise.
 _MOST = 3.0
-# Of one value in the recent mean, which thus remembers about 30 values.
+# Weight of a new value in the recent mean, which thus spans about 30 values.
 _RECENT = 1 / 32
 
 
 @dataclass
 class Rise:
-    """Evidence that the values of one category are higher than those before them, valid at every moment.
+    """Anytime-valid evidence that the values of one category have risen.
 
-    Each value beyond the first ``FEWEST`` is compared with the mean and the standard deviation of all values before it
-    (self-starting residuals, Hawkins 1987), so that what is not yet known of the start is part of the comparison.
-    Without a rise the residuals are martingale differences of variance 1. Their sum S over n values gives the
+    Each value after the first ``FEWEST`` is compared with the mean and the standard deviation of all values before it
+    (self-starting residuals, Hawkins 1987), which accounts for the uncertainty of the baseline. Without a rise, the
+    residuals are martingale differences of variance 1. Their sum S over n values gives the
     likelihood ratio of a rise, averaged over a half-normal prior of its size with precision rho,
 
         E = 2 sqrt(rho / (n + rho)) exp(S^2 / (2 (n + rho))) Phi(S / sqrt(n + rho)),
 
-    a supermartingale that begins at 1: without a rise it ever exceeds 1 / alpha with a probability of alpha at most,
-    however often one looks (Robbins 1970; Howard et al. 2021, one-sided normal mixture).
+    a supermartingale that starts at 1: without a rise, the probability that it ever exceeds 1 / alpha is at most alpha,
+    however often it is checked (Robbins 1970; Howard et al. 2021, one-sided normal mixture).
     """
 
     count: int = 0
@@ -42,10 +42,10 @@ class Rise:
     raised: bool = False
 
     def add(self, value: float) -> None:
-        """Take in a value: the mean score of one prompt's responses, for these are not independent."""
+        """Update with a value: the mean score of one prompt's responses, since these are not independent."""
         std = self.std
         if self.count >= FEWEST and std > 0:
-            free = self.count - 1  # of Student's t, which is scaled to variance 1
+            free = self.count - 1  # degrees of freedom of Student's t, which is scaled to variance 1
             residual = (value - self.mean) / std * math.sqrt(self.count / (self.count + 1) * (free - 2) / free)
             self.residuals += min(residual, _MOST)
         self.count += 1
@@ -59,12 +59,12 @@ class Rise:
 
     @property
     def std(self) -> float:
-        """Standard deviation of all values, in their unit."""
+        """Sample standard deviation of all values; 0 before the second."""
         return math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else 0.0
 
     @property
     def size(self) -> float:
-        """How far the recent mean is above that of the first values, in standard deviations; 0 until it is known."""
+        """Recent mean minus mean of the first values, in standard deviations; 0 until known."""
         return (self.recent - self.start) / self.std if self.std > 0 else 0.0
 
     @property
@@ -77,5 +77,5 @@ class Rise:
         return math.log(math.erfc(-z / math.sqrt(2))) + 0.5 * (math.log(_MIXTURE / tested) + z * z)
 
     def significant(self, tests: int) -> bool:
-        """Whether it has risen for sure, where ``tests`` categories are watched (Bonferroni)."""
+        """Whether the rise is significant if ``tests`` categories are monitored (Bonferroni)."""
         return self.log_evidence >= math.log(tests / ALPHA)

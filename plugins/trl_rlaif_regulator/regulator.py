@@ -1,4 +1,4 @@
-"""The distribution regulator: no category of prompts has higher rewards than another (Peng et al. 2023)."""
+"""The distribution regulator: equalizes the reward distributions of prompt categories (Peng et al. 2023)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Below this a category's scores are all alike, and there is nothing to scale.
+# Lower bound on the standard deviation to divide by: below it, a category's scores are practically equal.
 LEAST_STD = 1e-3
-# Of a score in the figures of a pool, in which all count alike.
+# Weight of a new score in the statistics of a pool: so small that all scores count equally.
 _ALL_ALIKE = 1e-9
-# What the metrics call the scores without a category.
+# Name of the scores without a category in metrics.
 UNNAMED = "unnamed"
 # Category, score, KL and prompt (as a number) of a response.
 Row = tuple[str | None, float, float, int]
@@ -69,9 +69,9 @@ class DistributionRegulator(RewardTransform):
         self._numbers: dict[str, float] = {}
 
     def transform(self, scores: torch.Tensor, batch: ScoredBatch) -> torch.Tensor:
-        """(B,) float32, in which all categories have mean 0 and the same variance, at the start 1 at most.
+        """(B,) float32: all categories have mean 0 and the same variance, initially at most 1.
 
-        Every process uses the scores of all processes, so that all have the same statistics.
+        Scores are gathered over all processes, so all have the same statistics.
         """
         self._take(scores, batch)
         if self.batches <= self.options.warm_up:
@@ -83,7 +83,7 @@ class DistributionRegulator(RewardTransform):
         return self._mapped(scores, [figures[category] for category in batch.categories], spread)
 
     def transform_pool(self, scores: torch.Tensor, batch: ScoredBatch) -> torch.Tensor:
-        """The same with the statistics of the pool alone, independent of the running ones."""
+        """The same with the statistics of the pool alone, independent of the running statistics."""
         rows = self._take(scores, batch)
         pool = RunningScores(_ALL_ALIKE, self.options.prior)
         pool.add((category, score) for category, score, _, _ in rows)
@@ -92,7 +92,7 @@ class DistributionRegulator(RewardTransform):
         return self._mapped(scores, figures, self._spread(pool, settled=True))
 
     def _take(self, scores: torch.Tensor, batch: ScoredBatch) -> list[Row]:
-        """Take in the scores of all processes; they are returned."""
+        """Update with the scores of all processes, and return them."""
         from accelerate.utils import gather_object
 
         prompts = [zlib.crc32(repr(prompt).encode()) for prompt in batch.prompts]
@@ -108,11 +108,11 @@ class DistributionRegulator(RewardTransform):
         return spread * self.options.bound * (scaled / self.options.bound).tanh()
 
     def _spread(self, running: RunningScores, *, settled: bool) -> float:
-        """What a standard deviation of a category becomes: the same for all of them.
+        """Standard deviation of the regulated scores, the same for all categories.
 
-        The scores' own spread, brought down to 1 where it is above that once it is known. From then on it follows the
-        scores: were it always 1, ever more would be paid for ever smaller differences as a policy learns and its
-        scores come closer together, against the same price of a KL.
+        It is the spread within categories, divided by the first known spread if that is above 1. It then follows the
+        scores: if it were always 1, ever smaller score differences would be amplified as the policy learns and its
+        scores converge, against an unchanged KL penalty.
         """
         spread, known = running.within()
         if self.unit is None and known and settled:
@@ -120,7 +120,7 @@ class DistributionRegulator(RewardTransform):
         return spread / (self.unit or max(spread, 1.0))
 
     def metrics(self) -> dict[str, float]:
-        """Running mean and standard deviation of each category before regulation, and 1 where it drifts."""
+        """Running mean and standard deviation of each category before regulation, and 1 if it drifts."""
         return self._numbers
 
     def state_dict(self) -> dict[str, Any]:
@@ -136,16 +136,16 @@ class DistributionRegulator(RewardTransform):
         self.batches, self.unit = state["batches"], state.get("unit")
         self.rises = {category: Rise(*values) for category, values in state.get("rises", {}).items()}
 
-    # ---- Signs of reward hacking: the score of a kind of prompt rises while its KL budget is overdrawn ----------
+    # ---- Signs of reward hacking: the scores of a category rise while it exceeds its KL budget ------------------
 
     def _watch(self, rows: list[Row]) -> None:
-        """Take in the scores of all processes, by prompt, and say what rises."""
+        """Update the drift test with the scores of all processes, and warn about rising categories."""
         kinds: dict[str | None, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
         for category, score, kl, prompt in rows:
             kinds[category or None][prompt].append((score, kl))
         for category, prompts in kinds.items():
             rise = self.rises.setdefault(category, Rise())
-            # In an order of chance: prompts of a pool come as the data has them, which may be from hard to easy.
+            # In pseudorandom order (by hash): a pool has the data's order, which may go from hard to easy.
             for prompt in sorted(prompts):
                 rise.add(fmean(score for score, _ in prompts[prompt]))
         self._numbers = {}

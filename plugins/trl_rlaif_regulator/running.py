@@ -1,4 +1,4 @@
-"""Mean and standard deviation of each category's scores; few scores are steadied by the other categories."""
+"""Mean and standard deviation of each category's scores; categories with few scores borrow from the others."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import scipy  # its subpackages are imported on first use
 
 POOLED = ""
 UNNAMED = None  # in a state
-# Degrees of freedom from which a spread is known well enough (to about a fifth).
+# Degrees of freedom from which a spread is known well enough (to about 20%).
 ENOUGH = 16
-# Of a mean square: float64's, some times over. What float32 scores can tell apart is above it.
+# Relative rounding error of a mean square: a multiple of float64's, below the resolution of float32 scores.
 _ROUNDING = 1e-14
-# Half of the fewest degrees of freedom that a prior of the variances may have; fewer than any that counts.
+# Half the minimum degrees of freedom of the prior of the variances: negligibly few.
 _LEAST = 0.01
 
 
 @dataclass
 class Moments:
-    """Exponentially weighted mean and variance, corrected for their start at nothing.
+    """Exponentially weighted mean and variance with bias correction.
 
-    A batch's scores come in together: with ``share`` s of a new score, n of them replace 1 - (1 - s)^n of the past.
-    Sums of weights stand beside the weighted sums, which is the bias correction of Adam (Kingma and Ba 2015).
+    A batch is added at once: if a new score has weight ``share`` = s, n of them replace 1 - (1 - s)^n of the past.
+    The sum of weights is tracked with the weighted sums, which is Adam's bias correction (Kingma and Ba 2015).
     """
 
     weight: float = 0.0
@@ -35,9 +35,9 @@ class Moments:
     count: int = 0
 
     def add(self, values: list[float], share: float) -> None:
-        """Take in a batch of scores, at least one."""
+        """Update with a batch of scores, at least one."""
         keep = (1 - share) ** len(values)
-        new = 1 - keep  # one number in all three: what rounding does to a small one cancels
+        new = 1 - keep  # the same number in all three, so that its rounding error cancels
         mean, square = sum(values) / len(values), sum(v * v for v in values) / len(values)
         self.weight = keep * self.weight + new
         self.total = keep * self.total + new * mean
@@ -55,7 +55,7 @@ class Moments:
 
     @property
     def variance(self) -> float:
-        """Mean square of the deviations from the mean; 0 where it is no more than the rounding of equal scores."""
+        """Mean squared deviation from the mean; 0 if it is within the rounding error of equal scores."""
         variance = self.second - self.mean**2
         return variance if variance > _ROUNDING * self.second else 0.0
 
@@ -64,9 +64,9 @@ class RunningScores:
     """Mean and standard deviation of the scores of each category.
 
     Args:
-        share: Of one new score in the running figures, 0 < share < 1.
-        prior: The figures of the other categories count as this many scores of a category at most: as many where
-            categories are alike, ever fewer the more they differ. 0 leaves every category to itself.
+        share: Weight of a new score in the running statistics, 0 < share < 1.
+        prior: Maximum weight, in scores, of the other categories' statistics; it decreases the more the categories
+            differ. 0 treats every category separately.
     """
 
     def __init__(self, share: float, prior: float) -> None:
@@ -75,7 +75,7 @@ class RunningScores:
         self.unnamed = Moments()  # of the scores without a category
 
     def add(self, scores: Iterable[tuple[str | None, float]]) -> None:
-        """Take in a batch of scores with their categories."""
+        """Update with a batch of scores with their categories."""
         rows: dict[str, list[float]] = defaultdict(list)
         scores = list(scores)
         for category, score in scores:
@@ -93,14 +93,14 @@ class RunningScores:
         return self.moments[name].mean, math.sqrt(self.moments[name].variance)
 
     def pooled(self) -> tuple[float, float]:
-        """Mean and standard deviation of all scores together, whatever their category: (0, 1) before the first."""
+        """Mean and standard deviation of all scores, regardless of category; (0, 1) before the first."""
         return self.own(POOLED) if self.moments else (0.0, 1.0)
 
     def within(self) -> tuple[float, bool]:
         """Standard deviation of the scores about their own category's mean, 0 before the first.
 
         Returns:
-            It, and whether it comes from enough scores; until then it is that of all scores together.
+            The standard deviation, and whether it rests on enough scores; until then, it is that of all scores.
         """
         own = list(self._kinds().values())
         free = sum(self._size(m) - 1 for m in own)
@@ -109,15 +109,15 @@ class RunningScores:
         return math.sqrt(sum(self._size(m) * m.variance for m in own) / free), True
 
     def figures(self, category: str | None) -> tuple[float, float]:
-        """Mean and standard deviation of a category as ``table`` has them; of one never seen, the pooled ones."""
+        """A category's mean and standard deviation from ``table``; pooled ones for an unseen category."""
         return self.table().get(category or UNNAMED, self.pooled())
 
     def table(self) -> dict[str | None, tuple[float, float]]:
-        """Mean and standard deviation of every category; None stands for the scores without one.
+        """Mean and standard deviation by category; None for the scores without one.
 
-        Empirical Bayes, in which the spread between categories is no part of the spread within them: means are drawn
-        to a common one as far as they may differ by chance (one-way random effects), and so are variances, on their
-        logarithmic scale (Smyth 2004, section 6.2).
+        Empirical Bayes, with the spread between categories kept apart from the spread within them: means are shrunk
+        towards a common mean as far as they may differ by chance (one-way random effects), and variances likewise, on
+        the log scale (Smyth 2004, section 6.2).
         """
         kinds = self._kinds()
         if not sum(self._size(m) > 1 for m in kinds.values()):
@@ -135,7 +135,7 @@ class RunningScores:
         return dict(zip(kinds, zip(drawn.tolist(), np.sqrt(variances).tolist(), strict=True), strict=True))
 
     def _variances(self, sizes: np.ndarray, variances: np.ndarray) -> np.ndarray:
-        """(C,) posterior variances: a scaled inverse chi-square prior, whose weight and place the categories tell."""
+        """(C,) posterior variances under a scaled inverse chi-square prior estimated from the categories."""
         free: np.ndarray = sizes - 1
         squares = sizes * variances
         known = (free > 0) & (squares > 0)
@@ -150,7 +150,7 @@ class RunningScores:
             common + (scipy.special.digamma(half_prior) - math.log(half_prior) if half_prior < math.inf else 0.0)
         )
         weight = min(self.prior, 2 * half_prior) if len(sizes) > 1 else 0.0
-        # Without a prior one score alone has no spread.
+        # Without a prior, the spread of a single score is unknown: the common one is used.
         return np.where(weight + free > 0, (weight * place + squares) / np.maximum(weight + free, 1e-9), place)
 
     def _kinds(self) -> dict[str | None, Moments]:
@@ -158,26 +158,26 @@ class RunningScores:
         return named | {UNNAMED: self.unnamed} if self.unnamed.count else named
 
     def _size(self, moments: Moments) -> float:
-        """Scores that running figures remember: a category of long ago is still known as well as a fresh one."""
+        """Effective number of scores; it does not decay while a category is absent."""
         return min(moments.count, 1 / self.share)
 
     def state_dict(self) -> dict[str, Any]:
-        """The figures of every category."""
+        """The moments of every category."""
         found: dict[Any, Any] = {name: (m.weight, m.total, m.squares, m.count) for name, m in self.moments.items()}
         u = self.unnamed
         return found | {UNNAMED: (u.weight, u.total, u.squares, u.count)} if u.count else found
 
     def load_state_dict(self, state: dict[Any, Any]) -> None:
-        """Take over what ``state_dict`` gave."""
+        """Restore the result of ``state_dict``."""
         self.moments = {name: Moments(*values) for name, values in state.items() if name != UNNAMED}
         self.unnamed = Moments(*state.get(UNNAMED, ()))
 
 
 def _random_effects(values: np.ndarray, variances: np.ndarray) -> tuple[float, float]:
-    """Common mean of (C,) values with errors of known variances, and the variance of the true values about it.
+    """Common mean of (C,) values with known error variances, and the variance of the true values about it.
 
-    That variance is what leaves C - 1 in the weighted sum of squares, or 0 (Paule and Mandel 1982; a single value tells
-    nothing of it).
+    That variance makes the weighted sum of squares equal to C - 1, or it is 0 (Paule and Mandel 1982); 0 for a single
+    value.
     """
 
     def common(between: float) -> float:

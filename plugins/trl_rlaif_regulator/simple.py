@@ -1,4 +1,4 @@
-"""Small reward transforms."""
+"""Simple reward transforms."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ClipOptions(Options):
 
 
 class Clip(RewardTransform):
-    """Keeps scores within two limits."""
+    """Clips scores to [low, high]."""
 
     Options = ClipOptions
     options: ClipOptions
@@ -56,7 +56,7 @@ class EnsembleOptions(Options):
 
 
 class Ensemble(RewardTransform):
-    """Combines several rewards, against over-optimization of a single one (Coste et al. 2023).
+    """Combines several rewards to prevent over-optimization of a single one (Coste et al. 2023).
 
     It uses the individual rewards, weighted and normalized, so it comes first. If a response lacks some of them,
     it combines the others. Rewards of weight 0 are only logged and have no effect.

@@ -1,4 +1,4 @@
-"""Data selectors: what PPO rehearses and trains on, and what rejection sampling accepts."""
+"""Data selectors: prompts and rehearsal pairs for PPO, and responses for rejection sampling."""
 
 from __future__ import annotations
 

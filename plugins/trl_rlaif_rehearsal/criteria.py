@@ -16,8 +16,8 @@ def _advantage(pool: Pool) -> np.ndarray:
 
 
 def _entropy(pool: Pool) -> np.ndarray:
-    assert pool.entropies is not None  # every pool that RL draws has them
-    return -pool.entropies.numpy()  # what the policy is sure of comes first
+    assert pool.entropies is not None  # every pool drawn in RL has them
+    return -pool.entropies.numpy()  # confident responses first
 
 
 def _length(pool: Pool) -> np.ndarray:
@@ -52,8 +52,8 @@ def worth(pool: Pool, criterion: str | Mapping[Any, float]) -> np.ndarray:
 
     Args:
         criterion: A name: advantage (the pool's score), entropy (the lower the better), length (in tokens), human
-            (the column), random. Or weights by name: each criterion then has zero mean and unit variance over the
-            pool before it is weighted, and a negative weight turns it around.
+            (the column), random. Or weights by name: each criterion is then standardized over the pool before it is
+            weighted, and a negative weight reverses it.
     """
     if isinstance(criterion, str):
         return CRITERIA[criterion](pool).astype(np.float64)

@@ -1,4 +1,4 @@
-"""Clusters of prompts by their embeddings."""
+"""Clusters prompts by their embeddings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import Field
 
 from trl_rlaif import Options, Pool, UserError, as_text
 
-# KMeans looks at every row in every iteration; above this MiniBatchKMeans finds as good clusters much sooner.
+# Above this number, MiniBatchKMeans finds clusters as good as those of KMeans, which is much slower.
 MANY_PROMPTS = 10_000
 
 
@@ -34,7 +34,7 @@ class Kinds:
 
     Args:
         labels: (N,) int64, the cluster of each row, the largest one 0.
-        directions: (N, H) float32, embeddings less their mean, at unit length.
+        directions: (N, H) float32, embeddings minus their mean, normalized to unit length.
     """
 
     labels: np.ndarray
@@ -47,7 +47,7 @@ def kinds_of(pool: Pool, options: ClusterOptions) -> Kinds:
     Raises:
         UserError: More clusters than prompts, or sentence-transformers or its model is not available.
     """
-    from trl_rlaif import cluster, directions  # with scikit-learn: a recipe is checked without
+    from trl_rlaif import cluster, directions  # imports scikit-learn, which checking a recipe does not need
 
     rows = pool.rows.numpy()
     _, first, place = np.unique(rows, return_index=True, return_inverse=True)
@@ -73,6 +73,6 @@ def _sentence_embeddings(name: str, texts: list[str]) -> np.ndarray:
         ) from None
     try:
         model = SentenceTransformer(name)
-    except Exception as error:  # whatever the Hub, the disk or the model's own code raises
+    except Exception as error:  # anything raised by the Hub, the file system or the model's own code
         raise UserError(f"The embedding model '{name}' cannot be loaded: {error}") from error
     return np.asarray(model.encode(texts, show_progress_bar=False), dtype=np.float32)

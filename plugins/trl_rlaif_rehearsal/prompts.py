@@ -1,4 +1,4 @@
-"""Which prompts PPO trains on: those with something to learn, the hard ones more often, in stratified batches."""
+"""Selects PPO's prompts: those with a learning signal, hard ones more often, in stratified batches."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class PromptOptions(ClusterOptions):
 
 
 class PromptSelection(DataSelector):
-    """Leaves out prompts without a learning signal (like DAPO's dynamic sampling, Yu et al. 2025), adds hard ones."""
+    """Drops prompts without a learning signal (like DAPO's dynamic sampling, Yu et al. 2025), repeats hard ones."""
 
     Options = PromptOptions
     options: PromptOptions
@@ -67,7 +67,7 @@ class PromptSelection(DataSelector):
 
 
 def _more_of_the_hard(kept: np.ndarray, means: np.ndarray, share: float) -> np.ndarray:
-    """Prompts to draw again, the hardest first and in turn, until the lower half makes up the share."""
+    """Prompts to repeat, cycling from the hardest, until the harder half makes up the fraction ``share``."""
     hard = kept[np.argsort(means, kind="stable")][: len(kept) // 2]
     # (hard + more) / (all + more) = share
     more = int(np.ceil(max(0.0, (share * len(kept) - len(hard)) / (1 - share)) - 1e-9))

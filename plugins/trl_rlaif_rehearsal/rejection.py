@@ -76,21 +76,21 @@ class RejectionSampling(DataSelector):
         return Selection(rehearsal=pairs)
 
     def _bounds(self, pool: Pool) -> list[tuple[float, str]]:
-        """What a score must reach in this selection, and what that is called."""
+        """Minimum scores in this selection, with their descriptions."""
         bounds: list[tuple[float, str]] = []
         if self.options.threshold is not None:
-            # Rounded as the scores are, or 0.7 would be refused at a threshold of 0.7.
+            # Rounded to float32 like the scores, or 0.7 would be rejected at a threshold of 0.7.
             value = float(np.float32(_at(self.options.threshold, pool.selection)))
             bounds.append((value, f"the threshold {value:.4g}"))
         if self.options.quantile is not None:
             share = _at(self.options.quantile, pool.selection)
-            # One of the scores themselves: no rounding between two of them refuses the best.
+            # An actual score: an interpolated value could be rounded above the best.
             value = float(np.quantile(pool.scores.double().numpy(), share, method="higher"))
             bounds.append((value, f"{value:.4g}, the {share:g} quantile of {len(pool)} scores"))
         return bounds
 
     def _candidates(self, pool: Pool) -> list[tuple[int, str]]:
-        """Rows that may be accepted, in the pool's order, and what speaks for each one."""
+        """Candidate rows in the pool's order (best of N: by prompt), each with the reason for its selection."""
         if self.options.keep == "above":
             return [(i, "") for i in range(len(pool))]
         of_prompt: dict[int, list[int]] = {}
@@ -104,5 +104,5 @@ class RejectionSampling(DataSelector):
 
 
 def _at(values: _T | list[_T], selection: int) -> _T:
-    """The value of a selection, counted from 0; the last one stays."""
+    """The value for a selection, counted from 0; the last one is kept."""
     return values[min(selection, len(values) - 1)] if isinstance(values, list) else values

@@ -64,7 +64,7 @@ class SelectiveRehearsal(DataSelector):
         return Selection(rehearsal=pairs, clusters=kinds.labels.tolist(), embeddings=kinds.directions)
 
     def _best(self, pool: Pool, label: int, ranked: np.ndarray, directions: np.ndarray) -> list[RehearsalPair]:
-        """The first of a cluster's rows, in their order, that are no near-duplicates and hold a response."""
+        """The best rows of a cluster: no near-duplicates, no repeated prompts, no empty responses."""
         kept: list[int] = []
         pairs = []
         for rank, i in enumerate(ranked.tolist(), 1):

@@ -1,4 +1,4 @@
-"""The pair sampler `revise`: the model criticizes its own response by a principle, and revises it."""
+"""The pair sampler `revise`: the model critiques its own response under a principle, and revises it."""
 
 from __future__ import annotations
 

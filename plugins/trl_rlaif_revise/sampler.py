@@ -1,4 +1,4 @@
-"""A response, its critique by a principle, and its revision: a pair, and a text to fine-tune on."""
+"""Samples a response, its critique under a principle, and its revision: a pair, and text for fine-tuning."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Principle(Options):
-    """A row of the file of principles: the requests for a critique and for a revision."""
+    """A row of the principles file: the requests for a critique and for a revision."""
 
     name: str = Field(pattern=r"\S", description="Name of the principle in pairs.")
     critique: str = Field(pattern=r"\S", description="Asks the model to criticize its response.")
@@ -31,12 +31,12 @@ class ReviseOptions(Options):
 class Revise(PairSampler):
     """Critique and revision, the supervised stage of Constitutional AI (Bai et al. 2022, section 3.1).
 
-    For each prompt, a principle is drawn. The model responds, criticizes its response when it is asked the principle's
-    critique request in the same conversation, and then revises it at the revision request. The pair is (response,
-    revision); which one is better is left to the judge. Revisions are kept to fine-tune on.
+    For each prompt, a principle is drawn. The model responds, critiques its response at the principle's critique
+    request in the same conversation, and then revises it at the revision request. The pair is (response, revision);
+    the judge decides which one is better. Revisions are kept for fine-tuning.
 
-    A prompt is dropped if one of the three is empty or does not fit into the model's context, if the revision is
-    equal to the response, or if the prompt ends with an assistant turn, which a revision would not continue.
+    A prompt is dropped if one of the three is empty or does not fit into the model's context, if the revision equals
+    the response, or if the prompt ends with an assistant turn, which a revision would not continue.
     """
 
     Options = ReviseOptions
@@ -71,7 +71,7 @@ class Revise(PairSampler):
 def _answers(
     generate: Generate, conversations: Mapping[str, Any], what: str, dropped: dict[str, str]
 ) -> dict[str, str]:
-    """What the model answers; why it does not is added to ``dropped``."""
+    """The model's answers; reasons for missing ones are added to ``dropped``."""
     answers = generate(conversations) if conversations else {}
     for id, text in answers.items():
         if not text:

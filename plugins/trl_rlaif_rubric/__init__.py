@@ -1,4 +1,4 @@
-"""The labeler `rubric`: a judge checks a response by a list of criteria; the reward is the weighted fraction met."""
+"""The labeler `rubric`: a judge checks a response against criteria; the reward is the weighted fraction met."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rewards and labels from a rubric: yes or no by criterion, with the judge's exact probabilities."""
+"""Rewards and labels from a rubric: yes or no per criterion, with the judge's exact probabilities."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from trl_rlaif_rubric.rubric import NOTHING_TO_GAIN, Criterion, grade, read_rubr
 
 
 class CriterionOptions(Options):
-    """A criterion that is shared by all prompts."""
+    """A criterion shared by all prompts."""
 
     criterion: str = Field(min_length=1, description="A statement that a response either meets or not.")
     weight: float = Field(1.0, description="Weight of the criterion; below 0: the response should not meet it.")
@@ -66,13 +66,13 @@ class RubricOptions(ThinkingOptions):
         return self
 
     def criteria(self) -> list[Criterion]:
-        """The shared ones."""
+        """The shared criteria."""
         return read_rubric([one if isinstance(one, str) else one.model_dump() for one in self.shared])
 
 
 @contextmanager
 def _as_value_error() -> Iterator[None]:
-    """What a recipe's reader takes from an option's validator."""
+    """Convert UserError to the ValueError that a pydantic validator must raise."""
     try:
         yield
     except UserError as error:
@@ -82,10 +82,10 @@ def _as_value_error() -> Iterator[None]:
 class RubricLabeler(RewardLabeler):
     """Rubric rewards (Gunjal et al. 2025; graded as HealthBench, Arora et al. 2025).
 
-    Every criterion is a separate question, "Yes" or "No", after prompt and response, which are computed once for all
-    of a response's criteria. With a judge it is a reward function for PPOTrainer and for TRL's GRPOTrainer and
-    RLOOTrainer: ``reward_funcs=[RubricLabeler(judge)]``, with a column ``rubric`` in the dataset. As a labeler it
-    grades both responses of a pair.
+    Every criterion is a separate "Yes" or "No" question after prompt and response, whose computation all criteria of a
+    response share. With a judge it is a reward function for PPOTrainer and for TRL's GRPOTrainer and RLOOTrainer:
+    ``reward_funcs=[RubricLabeler(judge)]``, with a column ``rubric`` in the dataset. As a labeler it grades both
+    responses of a pair.
 
     Args:
         judge: The judge to ask when called as a reward function.
@@ -187,7 +187,7 @@ def _graded(rubric: Sequence[Criterion], answers: Sequence[Answer]) -> _Graded |
     met = yes(answers)
     if isinstance(met, str):
         return met
-    # What the judge gave to Yes and No together, on average over the criteria.
+    # The judge's total probability of Yes and No, averaged over the criteria.
     mass = fmean(sum(map(math.exp, draw)) for answer in answers for draw in answer.logprobs)
     return _Graded(grade(rubric, met), min(1.0, mass), met)
 

@@ -1,4 +1,4 @@
-"""Rubrics as the data has them, and how a response scores by one."""
+"""Reads rubrics from the data, and scores responses by them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from trl_rlaif import ScoreDistribution, UserError, check_weight, weighted_sum
 
 NOTHING_TO_GAIN = "A rubric has no criterion of positive weight."
-# What a criterion's text and weight are called: here, in HealthBench, and in the data of Rubrics as Rewards.
+# Keys of a criterion's text and weight: here, in HealthBench, and in the data of Rubrics as Rewards.
 _TEXTS, _WEIGHTS = ("criterion", "description"), ("weight", "points")
 
 
@@ -32,12 +32,11 @@ class Criterion:
 
 
 def read_rubric(value: Any) -> list[Criterion]:
-    """The criteria of a rubric as the data has it.
+    """The criteria of a rubric in the data's format.
 
     Args:
-        value: A list with a text for each criterion of weight 1, or a mapping with the ``criterion`` (also
-            ``description``) and its ``weight`` (also ``points``). Further keys, such as HealthBench's tags, are passed
-            over.
+        value: A list whose entries are a text (weight 1) or a mapping with the ``criterion`` (also ``description``)
+            and its ``weight`` (also ``points``). Other keys, such as HealthBench's tags, are ignored.
 
     Raises:
         UserError: It is not a rubric, or an entry is not a criterion.
@@ -52,7 +51,7 @@ def read_rubric(value: Any) -> list[Criterion]:
 def _criterion(entry: Any) -> Criterion:
     if isinstance(entry, str | Criterion):
         return entry if isinstance(entry, Criterion) else Criterion(entry)
-    # Where some rows of a data set lack a key, Arrow gives them None.
+    # If some rows of a dataset lack a key, Arrow sets it to None.
     known = {key: item for key, item in entry.items() if item is not None} if isinstance(entry, Mapping) else {}
     texts, weights = ([known[key] for key in keys if key in known] for keys in (_TEXTS, _WEIGHTS))
     if len(texts) != 1 or len(weights) > 1:
@@ -70,14 +69,14 @@ def _shown(value: Any) -> str:
 def grade(rubric: Sequence[Criterion], met: Sequence[float]) -> ScoreDistribution:
     """Score of a response, given the probability that each criterion is met.
 
-    The score is HealthBench's (Arora et al. 2025, arXiv 2505.08775): the sum of the weights of the criteria that are
-    met over the sum of all positive ones, here clipped to [0, 1] for each response. With positive weights alone its
-    mean is the weighted fraction that is met, sum(weight * p) / sum(weight) (Gunjal et al. 2025, "Rubrics as Rewards",
+    The score is HealthBench's (Arora et al. 2025, arXiv 2505.08775): the sum of the weights of the criteria met
+    divided by the sum of all positive weights, here clipped to [0, 1] for each response. If all weights are positive,
+    its mean is the weighted fraction met, sum(weight * p) / sum(weight) (Gunjal et al. 2025, "Rubrics as Rewards",
     arXiv 2507.17746, explicit aggregation).
 
     Args:
         rubric: At least one criterion of positive weight.
-        met: Probabilities in [0, 1] that they are met, independently of each other.
+        met: Probabilities in [0, 1] that each criterion is met, assumed independent.
 
     Raises:
         UserError: No weight is positive.

@@ -1,4 +1,4 @@
-"""Recipes: YAML files that say what a run does, read into typed sections with the line of every key."""
+"""Recipes: YAML files that define a run, parsed into typed sections with the line of every key."""
 
 from trl_rlaif.recipe.parsing import Recipe, parse_recipe
 from trl_rlaif.recipe.paths import packaged_recipes, prompt_folder, recipes_dir

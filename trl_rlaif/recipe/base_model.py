@@ -1,4 +1,4 @@
-"""What of a recipe its base cannot do, found from the base's configuration: nothing is loaded or computed."""
+"""Checks a recipe against the configuration of its base model, without loading weights."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from trl_rlaif.recipe.parsing import Recipe
 
 
 def check_base(recipe: Recipe) -> bool:
-    """Try the recipe's adapters on its base without weights.
+    """Check that the recipe's adapters and lengths fit its base model, without loading weights.
 
-    A base whose configuration cannot be read here is not checked: a Hub id without a network, a GGUF file that was
-    never loaded (to read its configuration is to convert the whole model).
+    A base whose configuration is not available locally is not checked: a Hub id without a network, a GGUF file that was
+    never loaded (reading its configuration requires converting the whole model).
 
     Returns:
         Whether the configuration could be read.
 
     Raises:
-        UserError: Its package or file is missing, transformers has no causal language model of this kind, or the
-            adapters cannot work on it.
+        UserError: Its package or file is missing, transformers has no causal language model of this type, a length
+            exceeds its context, or the adapters do not fit it.
     """
     path = resolved(recipe.model.path)
     if path is None:
         return False
-    from transformers import AutoConfig  # what else is imported takes seconds, which not every check has to pay
+    from transformers import AutoConfig  # the slower imports follow only if they are needed
 
     try:
         config = known_config(path) or AutoConfig.from_pretrained(path)
@@ -60,7 +60,7 @@ def check_base(recipe: Recipe) -> bool:
 
 
 def _check_lengths(recipe: Recipe, context: int | None) -> None:
-    """A response must leave room for a prompt in the model's context, in tokens."""
+    """Check that responses leave room for a prompt in the model's context, in tokens."""
     problems = [
         Problem(
             f"'{key}' in section '{section}' is {length}; the model's context has {context} tokens in all.",

@@ -1,4 +1,4 @@
-"""Turns what pydantic found wrong with a section or an option into problems in plain words."""
+"""Converts pydantic's validation errors of a section or an option into readable problems."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from trl_rlaif.recipe.formatting import how_to_mend, nearest_or_all, shown
 from trl_rlaif.recipe.source import KeyPath, Source
 
 _UNKNOWN_KEY = {"extra_forbidden", "invalid_key"}
-# Of ``sections.Named``, whose message and fix are in the context.
+# Error type of ``sections.Named``, whose message and fix are in the context.
 _NOT_FOUND = "not_found"
 _OWN_MESSAGE = {"value_error", "assertion_error"}
-# Here the type alone would not say what is wrong, so pydantic's sentence is the better one.
+# Errors for which the expected type is not informative: pydantic's message is used.
 _NOT_THE_TYPE = {"string_pattern_mismatch", "multiple_of", "too_long", "string_too_long"}
 
 
 def report_invalid(
     error: ValidationError, model: type[BaseModel], data: Any, source: Source, base: KeyPath, owner: str
 ) -> None:
-    """Report each key that a model refused.
+    """Report each key that a model rejected.
 
     Args:
-        error: What validating ``data`` with ``model`` raised.
+        error: Raised by validating ``data`` with ``model``.
         model: A section's model or a component's options.
-        data: What was validated.
-        source: Takes the problems.
+        data: The validated data.
+        source: Collects the problems.
         base: Key path of ``data`` in the recipe.
         owner: What the keys belong to, for example ``section 'sample'``.
     """
@@ -44,7 +44,7 @@ def report_invalid(
     for detail, (path, value) in zip(details, places, strict=True):
         if path in not_found and detail["type"] != _NOT_FOUND:
             continue  # another branch of a union
-        # A union reports each of its branches: of `str | list[str]` for [a, 3] only the 3 is wrong.
+        # A union reports every branch: with `str | list[str]`, only the 3 in [a, 3] is wrong.
         deeper = any(len(other) > len(path) and other[: len(path)] == path for other, _ in places)
         if deeper and detail["type"] not in {"missing", *_UNKNOWN_KEY}:
             continue
@@ -62,7 +62,7 @@ def _describe(detail: Any, model: type[BaseModel], path: KeyPath, value: Any, ow
         known = keys_at(model, path[:-1], detail["loc"])
         return unknown_key(dotted(path), owner), nearest_or_all(str(path[-1]), known, "Known keys")
     if kind == _NOT_FOUND:
-        # A name that is itself a key, as of {reward: weight}, is meant as the entry that it is in.
+        # If the invalid name is a key, as in {reward: weight}, report the entry that contains it.
         entry = path[:-1] if detail["loc"][-1] == "[key]" else path
         return f"'{dotted(entry)}' in {owner}: {detail['ctx']['what']}", detail["ctx"]["fix"]
     if kind in _OWN_MESSAGE:
@@ -80,22 +80,22 @@ def _describe(detail: Any, model: type[BaseModel], path: KeyPath, value: Any, ow
 
 
 def unknown_key(key: str, owner: str) -> str:
-    """The sentence for a key that does not exist."""
+    """The message for a key that does not exist."""
     return f"unknown key '{key}' in {owner}."
 
 
 def wrong_value(key: str, owner: str, value: Any) -> str:
-    """The sentence for a key with a value of the wrong type or range."""
+    """The message for a key with a value of the wrong type or range."""
     return f"'{key}' in {owner} is {shown(value)}."
 
 
 def dotted(path: Sequence[Any]) -> str:
-    """A key path as ``--set`` writes it."""
+    """A key path in the notation of ``--set``."""
     return ".".join(map(str, path))
 
 
 def hint_at(model: Any, path: KeyPath) -> tuple[Any, Iterable[Any]]:
-    """The type that a model wants at a key path, and the field's metadata; Any where it is not known."""
+    """The type that a model expects at a key path, and the field's metadata; Any if unknown."""
     hint, metadata = model, ()
     for part in path:
         hint, metadata = _inside(hint, part)
@@ -103,7 +103,7 @@ def hint_at(model: Any, path: KeyPath) -> tuple[Any, Iterable[Any]]:
 
 
 def keys_at(model: Any, path: KeyPath, loc: Sequence[Any] = ()) -> list[str]:
-    """The keys that a model allows at a key path; of a union's, those of the form that ``loc`` names by its tag."""
+    """The keys that a model allows at a key path; in a tagged union, those of the member whose tag is in ``loc``."""
     hint, _ = hint_at(model, path)
     models = [member for member in _members(hint, loc) if _is_model(member)]
     return [field.alias or name for member in models for name, field in member.model_fields.items()]
@@ -118,7 +118,7 @@ def _inside(hint: Any, part: Any) -> tuple[Any, Iterable[Any]]:
         if part in (name, field.alias)
     ]
     if fields:
-        # Where several forms have the key, such as a judge's `backend`, all that they allow.
+        # If several union members have the key, such as a judge's `backend`, the union of their types.
         return reduce(or_, (field.annotation for field in fields)), fields[0].metadata
     for member in _members(hint):
         args = get_args(member)
@@ -130,10 +130,10 @@ def _inside(hint: Any, part: Any) -> tuple[Any, Iterable[Any]]:
 
 
 def _members(hint: Any, loc: Sequence[Any] = ()) -> list[Any]:
-    """The alternatives of a union, without annotations; the type itself where it is none.
+    """The members of a union, without annotations; the type itself if it is not a union.
 
     Args:
-        loc: Pydantic's location. Of tagged alternatives, only those count whose tag is in it, if any is.
+        loc: Pydantic's location. If it contains the tag of a member, only members with such a tag count.
     """
     if get_origin(hint) is Annotated:
         return _members(get_args(hint)[0], loc)
@@ -149,7 +149,7 @@ def _is_model(hint: Any) -> bool:
 
 
 def _walk(data: Any, loc: Sequence[Any]) -> tuple[KeyPath, Any]:
-    """The part of pydantic's location that are keys of the data (the rest names union branches)."""
+    """The parts of pydantic's location that are keys of the data, not names of union branches; and the value there."""
     path: KeyPath = ()
     for part in loc:
         in_dict = isinstance(data, dict) and part in data

@@ -1,4 +1,4 @@
-"""Reads the components that a recipe picks by name, and checks their options with the component's model."""
+"""Resolves the components that a recipe names, and validates their options with each component's model."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _HOW = "Write 'name', or {name: {option: value}} with the options indented below
 
 
 def pick_components(section: str, keys: dict[Any, Any], source: Source, finder: PathFinder) -> None:
-    """Replace each component that the section's keys name by a ComponentRef, in place.
+    """Replace each component named in the section by a ComponentRef, in place.
 
-    What does not fit is reported, and a stand-in takes its place so that it is reported only once.
+    Invalid ones are reported and replaced by a placeholder, so that each is reported only once.
     """
     for (owner, key), (kind, many) in COMPONENT_KEYS.items():
         if owner != section:
@@ -59,12 +59,12 @@ def pick_components(section: str, keys: dict[Any, Any], source: Source, finder: 
 
 
 def _check_criteria(labeler: str, source: Source, registry: ComponentLookup) -> None:
-    """``label.criteria`` is an option of the labeler, which must have it."""
+    """Check that the labeler has the option criteria if ``label.criteria`` is set."""
 
     def takes(name: str) -> bool:
         try:
             return "criteria" in registry.options_model("labeler", name).model_fields
-        except UserError:  # a plugin that cannot be used is reported where it is named
+        except UserError:  # an unusable plugin is reported where it is named
             return False
 
     if labeler in registry.names("labeler") and not takes(labeler):
@@ -91,7 +91,7 @@ def _component(written: Any, path: KeyPath, kind: str, source: Source, finder: P
             source.report(path, f"there is no {_words(kind)} '{name}'.", fix)
             return ComponentRef(name, where=where)
         model = finder.registry.options_model(kind, name)
-    except UserError as error:  # a plugin that cannot be used; its own message names the one to blame
+    except UserError as error:  # an unusable plugin, which the message names
         for problem in error.problems:
             source.report(path, problem.what, problem.fix)
         return ComponentRef(name, where=where)

@@ -1,4 +1,4 @@
-"""Checks between the sections of a recipe: what a stage needs of the others."""
+"""Checks across the sections of a recipe: each stage's requirements on the others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trl_rlaif.recipe.source import Source
 
 
 def check_together(source: Source) -> None:
-    """Report each stage that lacks what it works on."""
+    """Report each stage whose requirements are not met."""
     present = set(source.data)
     if not present & set(STAGES):
         source.report((), "the recipe has no stage.", f"Add at least one of {', '.join(STAGES)}.")
@@ -46,7 +46,7 @@ def _check_pairs(source: Source, present: set[Any]) -> None:
 
 
 def _check_sampler(source: Source) -> None:
-    """What says how pairs are drawn is of no use where a plugin makes them."""
+    """Report keys that control sampling if a plugin makes the pairs."""
     for key in ("num_responses", "redraws", "keep_pairs"):
         if _value(source, "sample", key) not in (None, SampleSection.model_fields[key].default):
             what = f"'{key}' controls how pairs are sampled, but sample.sampler makes them."
@@ -57,7 +57,7 @@ def _check_sampler(source: Source) -> None:
 
 
 def _check_rounds(source: Source, present: set[Any]) -> None:
-    """A round samples, labels what it sampled, and has rl learn from these labels."""
+    """Check that a round samples, labels its samples, and trains the policy on these labels."""
     number, previous = _value(source, "rounds", "number"), _value(source, "rounds", "previous")
     if number in (None, 1) and previous is None:
         return
@@ -85,7 +85,7 @@ def _check_rounds(source: Source, present: set[Any]) -> None:
 
 
 def _check_taught(source: Source, present: set[Any]) -> None:
-    """A taught judge needs the stage that teaches it, and contrasts need responses."""
+    """Check that a taught judge has a stage that teaches it, and contrasts have responses."""
     asked = [("label", "judge"), ("evaluate", "judge")]
     for section, key in (("label", "compare"), ("evaluate", "judges")):
         several = _value(source, section, key)
@@ -134,7 +134,7 @@ def _check_jury(source: Source) -> None:
 
 
 def _check_preferences(source: Source, present: set[Any], section: str, who: str) -> None:
-    """What ``label`` or people's own choices say must be there for those who learn from it."""
+    """Check that a section that trains on preferences has them, from ``label`` or in the pairs."""
     if "label" in present:
         return
     layout = _value(source, "data", "format") or "auto"
@@ -168,7 +168,7 @@ def _check_rl(source: Source, present: set[Any]) -> None:
 
 
 def _check_batches(source: Source) -> None:
-    """A batch must divide into minibatches. RLOO and GRPO count in processes, too; TRL checks these."""
+    """Check that a batch divides into minibatches. For RLOO and GRPO it depends on processes, too; TRL checks these."""
     parts = _value(source, "rl", "num_mini_batches")
     rows = _value(source, "rl", "per_device_train_batch_size") or 8  # the defaults of TrainingArguments
     steps = _value(source, "rl", "gradient_accumulation_steps") or 1
@@ -180,7 +180,7 @@ def _check_batches(source: Source) -> None:
 
 
 def _algorithm(source: Source) -> Algorithm | None:
-    """The recipe's; None where its name is unknown, which is reported elsewhere."""
+    """The recipe's algorithm; None if its name is unknown, which is reported elsewhere."""
     name = _value(source, "rl", "algorithm")
     return ALGORITHMS.get(name) if isinstance(name, str) else None
 
@@ -193,7 +193,7 @@ def _check_selectors(source: Source) -> None:
 
 
 def _check_labelers(source: Source) -> None:
-    """Options are those of a reward, and of one only once."""
+    """Check that each entry is for a reward in use, and none is repeated."""
     labelers, rewards = (_value(source, "rl", key) for key in ("labelers", "rewards"))
     if not isinstance(labelers, list) or not isinstance(rewards, list | None):
         return

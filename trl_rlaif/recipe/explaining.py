@@ -1,4 +1,4 @@
-"""What one key of a recipe means, may hold and defaults to, in words."""
+"""Explains a recipe key: meaning, allowed values and default, in words."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Key:
     """A key of a recipe.
 
     Args:
-        name: Without the keys above it.
-        type: What it may hold, with its range, in words.
-        default: As JSON; empty where there is none.
+        name: Without its parent keys.
+        type: Type and range, in words.
+        default: As JSON; empty if there is none.
         description: One line; may be empty.
     """
 
@@ -32,21 +32,21 @@ class Key:
     description: str
 
     def lines(self, indent: str = "") -> list[str]:
-        """As ``explain`` prints it."""
+        """The lines that ``explain`` prints."""
         default = f", default {self.default}" if self.default else ""
         wrap = {"initial_indent": f"{indent}  ", "subsequent_indent": f"{indent}  "}
         return [f"{indent}{self.name}: {self.type}{default}", *textwrap.wrap(self.description, _WIDTH, **wrap)]
 
 
 def explain(schema: dict[str, Any], key: str) -> str:
-    """A key with its type, default and description, and the keys below it.
+    """A key with its type, default and description, and its subkeys.
 
     Args:
-        schema: Of ``recipe_schema``.
-        key: ``rl.kl_coef``; a section; or of a component, ``rl.transforms.advantage.margin``.
+        schema: Result of ``recipe_schema``.
+        key: ``rl.kl_coef``; a section; or an option of a component, ``rl.transforms.advantage.margin``.
 
     Raises:
-        UserError: There is no such key; the nearest is named.
+        UserError: The key does not exist; the message names the nearest.
     """
     lines = _key(key, _find(schema, key), schema).lines()
     for below in keys_below(schema, key):
@@ -55,7 +55,7 @@ def explain(schema: dict[str, Any], key: str) -> str:
 
 
 def keys_below(schema: dict[str, Any], key: str) -> list[Key]:
-    """The keys that a key of a recipe has below it; of "", the sections. Arguments and errors as of ``explain``."""
+    """The subkeys of a key; of "", the sections. Arguments and errors as in ``explain``."""
     return [_key(name, child, schema) for name, child in _below(_find(schema, key), schema)]
 
 
@@ -76,7 +76,7 @@ def _key(name: str, node: dict[str, Any], schema: dict[str, Any]) -> Key:
 
 
 def _alternatives(node: dict[str, Any], schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """What a value may be, references followed."""
+    """The alternatives of a value's schema, with references resolved."""
     if "$ref" in node:
         yield from _alternatives(schema["$defs"][node["$ref"].rpartition("/")[2]], schema)
     elif branches := node.get("anyOf") or node.get("oneOf"):
@@ -87,14 +87,14 @@ def _alternatives(node: dict[str, Any], schema: dict[str, Any]) -> Iterator[dict
 
 
 def _below(node: dict[str, Any], schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The keys in a value, also in the entries of a list; each once."""
+    """The distinct keys of a value, or of the entries of a list."""
     found: dict[str, dict[str, Any]] = {}
     for choice in _alternatives(node, schema):
         for name, child in choice.get("properties", {}).items():
             known = found.setdefault(name, child)
             values = known.get("enum") or [known.get("const")]
             if None not in values and child.get("const", values[0]) not in values:
-                # What tells the forms apart, such as a judge's backend.
+                # The discriminator of a union, such as a judge's backend.
                 found[name] = {**known, "enum": [*values, child["const"]]}
         if "items" in choice:
             found = dict(_below(choice["items"], schema)) | found

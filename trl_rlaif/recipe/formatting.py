@@ -1,4 +1,4 @@
-"""Plain words for what a recipe holds, what it should hold, and what was probably meant."""
+"""Plain words for a recipe's values, the expected ones, and probably intended names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SHOWN_LENGTH = 60
 
 
 def shown(value: Any) -> str:
-    """A value as its author would recognise it, with its kind where that could be mistaken."""
+    """A value in a form recognizable to its author, with its type if that is ambiguous."""
     if value is None:
         return "empty (null)"
     if isinstance(value, bool):
@@ -42,13 +42,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def nearest_or_all(name: str, known: Iterable[str], label: str) -> str:
-    """The nearest known name, or where none is near all of them after ``label``."""
+    """Suggest the nearest known name, or if none is near, list all after ``label``."""
     known = list(known)
     return did_you_mean(name, known) or f"{label}: {', '.join(known) or 'none'}."
 
 
 def how_to_mend(hint: Any, value: Any, metadata: Iterable[Any] = ()) -> str:
-    """A sentence that says what to write in place of ``value`` where ``hint`` is the type wanted."""
+    """A sentence with the fix for ``value`` if the type ``hint`` is expected."""
     if isinstance(value, str) and (near := did_you_mean(value, _texts(hint))):
         return near
     wanted = expected(hint, metadata)
@@ -61,7 +61,7 @@ def how_to_mend(hint: Any, value: Any, metadata: Iterable[Any] = ()) -> str:
 
 
 def _texts(hint: Any) -> list[str]:
-    """The texts that a type lists."""
+    """The strings in a type's literals."""
     if get_origin(hint) is Literal:
         return [value for value in get_args(hint) if isinstance(value, str)]
     if get_origin(hint) is Annotated:
@@ -72,7 +72,7 @@ def _texts(hint: Any) -> list[str]:
 
 
 def expected(hint: Any, metadata: Iterable[Any] = ()) -> str:
-    """What a type allows, in words: ``a whole number of at least 2``. Empty where it allows anything."""
+    """The values that a type allows, in words: ``a whole number of at least 2``. Empty if it allows anything."""
     if get_origin(hint) is Annotated:
         hint, *inner = get_args(hint)
         return expected(hint, [*inner, *metadata])

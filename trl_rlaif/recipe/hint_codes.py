@@ -1,4 +1,4 @@
-"""The types of a configuration's fields as JSON, and back without the library that the configuration is of."""
+"""Encodes the types of configuration fields as JSON, and decodes them without importing their library."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PLAIN: dict[str, Any] = {
 
 
 def coded(hint: Any) -> Any:
-    """A type as JSON: an enum by the values of its members; what YAML cannot hold as ``any``."""
+    """A type as JSON: an enum by its members' values; ``any`` for a type that YAML cannot represent."""
     for name, plain in _PLAIN.items():
         if hint is plain:
             return name
@@ -29,7 +29,7 @@ def coded(hint: Any) -> Any:
 
 
 def decoded(code: Any) -> Any:
-    """The type of a code of ``coded``; an enum is one of its own with the same values."""
+    """The type encoded by ``coded``; an enum becomes a new one with the same values."""
     if isinstance(code, str):
         return _PLAIN[code]
     kind, parts = code

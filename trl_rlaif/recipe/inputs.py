@@ -1,4 +1,4 @@
-"""The data of a recipe, read as its stages read it: by them, and all of it at once before anything is computed."""
+"""Reads a recipe's data: for each stage, and all of it before a run to check it."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from trl_rlaif.progress import say
 from trl_rlaif.recipe.parsing import Recipe
 from trl_rlaif.types import Message
 
-# Bytes of a data file up to which it is read a second time before a run, for what its prompts share with others.
+# Maximum size in bytes of a data file that is read again before a run to find prompts shared with others.
 SMALL_FILE = 16 << 20
-# Keys of what is held out.
+# Keys of held-out data.
 _EVALUATED = ("evaluate.sets.", "data.eval_prompts")
 _CALIBRATION = "label.calibration"
 
 
 def read_prompts(recipe: Recipe, source: str, key: str = "prompts") -> Loaded[Prompt]:
-    """Prompts of a file, folder or Hub id; ``key`` says whose columns it has, ``prompts`` or ``eval_prompts``.
+    """Prompts of a file, folder or Hub id, with the columns configured for ``key``: ``prompts`` or ``eval_prompts``.
 
-    Of ``prompts`` the first ``data.max_prompts``; each ends with ``data.instruction``.
+    For ``prompts``, only the first ``data.max_prompts``. Each ends with ``data.instruction``.
     """
     loaded = load_prompts(source, category=recipe.data.category, columns=recipe.data.columns_of(key))
     items = loaded.items[: recipe.data.max_prompts] if key == "prompts" else loaded.items
@@ -47,7 +47,7 @@ def _instructed(prompt: str | list[Message], text: str) -> str | list[Message]:
 
 
 def read_pairs(recipe: Recipe) -> Stream[Pair]:
-    """The pairs of ``data.pairs``, which may be more than memory holds."""
+    """The pairs of ``data.pairs``, as a stream: they may exceed memory."""
     data = recipe.data
     return stream_pairs(
         data.pairs,
@@ -72,19 +72,19 @@ def read_judged(recipe: Recipe) -> Loaded[Pair]:
 
 
 def read_finetuning(recipe: Recipe, chat: bool = True) -> list[dict[str, Any]]:
-    """The rows of ``sft.data``, for a model with a chat template or without."""
+    """The rows of ``sft.data``, for a model with or without a chat template."""
     return load_finetuning(recipe.sft.data, names=recipe.data.columns_of("sft"), chat=chat)
 
 
 def read_rehearsal(recipe: Recipe, chat: bool = True) -> list[dict[str, Any]]:
-    """The pairs of ``rl.rehearsal``, read as ``sft.data`` is: each turn of the assistant's with what comes before it.
+    """The pairs of ``rl.rehearsal``, read like ``sft.data``: each assistant turn with the preceding turns.
 
     Args:
-        recipe: Whose.
+        recipe: The recipe.
         chat: Whether the model has a chat template.
 
     Raises:
-        UserError: As ``load_finetuning``; or a row is a plain text, or its completion is no single answer.
+        UserError: As in ``load_finetuning``; or a row is plain text, or its completion is not a single answer.
     """
     source = recipe.rl.rehearsal
     rows = load_finetuning(source, names=recipe.data.columns_of("rehearsal"), chat=chat)
@@ -104,10 +104,10 @@ def read_rehearsal(recipe: Recipe, chat: bool = True) -> list[dict[str, Any]]:
 
 
 def check_data(recipe: Recipe) -> None:
-    """Read all files that a recipe's stages will read. What lies in folders and on the Hub waits for its stage.
+    """Read all files that a recipe's stages will read. Folders and Hub datasets are read only by their stage.
 
     Raises:
-        UserError: With every problem of every file, where it would otherwise end a run that has computed for hours.
+        UserError: With every problem in every file, which could otherwise end a run after hours.
     """
     problems: list[Problem] = []
     for _, source, read in _sources(recipe):
@@ -121,23 +121,23 @@ def check_data(recipe: Recipe) -> None:
 
 
 def prompt_overlaps(recipe: Recipe, largest: int | None = None) -> list[dict[str, Any]]:
-    """Where prompts that something is measured or calibrated on are also trained on.
+    """Find evaluation and calibration prompts that are also trained on.
 
     Args:
-        recipe: Its evaluated sets are held against ``label.calibration`` and all that is trained on, and
-            ``label.calibration`` against the latter.
-        largest: Local files of at most so many bytes; None reads everything, from the Hub, too.
+        recipe: Its evaluation sets are compared with ``label.calibration`` and all training data, and
+            ``label.calibration`` with the training data.
+        largest: Only local files of at most this many bytes; None reads everything, including the Hub.
 
     Returns:
         For every two keys of the recipe that share prompts: ``held_out`` and ``training``, the keys; ``prompts``, the
-        number of different ones of the first; and ``shared``, how many of them the second has, too.
+        number of distinct prompts of the first; and ``shared``, how many of them the second contains.
     """
     keys: dict[str, set[str]] = {}
     for name, source, read in _sources(recipe):
         if largest is None or (os.path.isfile(source) and os.path.getsize(source) <= largest):
             try:
                 keys[name] = {question_key(prompt) for prompt in _prompts_of(read())}
-            except UserError:  # check_data says so, or the stage that reads it
+            except UserError:  # reported by check_data, or by the stage that reads it
                 continue
     order = [name for name in keys if name.startswith(_EVALUATED)] + [name for name in keys if name == _CALIBRATION]
     found = []
@@ -151,7 +151,7 @@ def prompt_overlaps(recipe: Recipe, largest: int | None = None) -> list[dict[str
 
 
 def warn_of_overlaps(recipe: Recipe, section: str) -> list[dict[str, Any]]:
-    """Warn of each of ``prompt_overlaps`` with what a section, ``evaluate`` or ``label``, holds out; return them."""
+    """Warn about each of ``prompt_overlaps`` with the held-out data of ``evaluate`` or ``label``; return them."""
     own = {"evaluate": _EVALUATED, "label": (_CALIBRATION,)}[section]
     found = [of for of in prompt_overlaps(recipe) if of["held_out"].startswith(own)]
     for of in found:
@@ -160,7 +160,7 @@ def warn_of_overlaps(recipe: Recipe, section: str) -> list[dict[str, Any]]:
 
 
 def overlap_warning(overlap: dict[str, Any]) -> str:
-    """One of ``prompt_overlaps``' in a sentence."""
+    """The warning for an entry of ``prompt_overlaps``."""
     shared, prompts, held_out, training = (overlap[k] for k in ("shared", "prompts", "held_out", "training"))
     return (
         f"Warning: {shared} of the {prompts} prompts of {held_out} are also in {training}. Results on these may "
@@ -178,7 +178,7 @@ def _prompts_of(rows: Any) -> Iterator[Any]:
 
 
 def _sources(recipe: Recipe) -> Iterator[tuple[str, str, Callable[[], Any]]]:
-    """Each source of data that the stages read: its key in the recipe, itself, and how they read it."""
+    """Each data source that the stages read: its key in the recipe, the source, and the function that reads it."""
     data, rl, evaluate = recipe.data, recipe.rl, recipe.evaluate
     if recipe.sft:
         yield "sft.data", recipe.sft.data, partial(read_finetuning, recipe)

@@ -1,4 +1,4 @@
-"""From a recipe's file to its typed sections, with every problem in it reported at once."""
+"""Parses a recipe file into its typed sections, reporting all problems at once."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ from trl_rlaif.recipe.variants import take_arms
 
 _REQUIRED = ("model", "data")
 _ROUNDS = "rounds"
-# What decides which of two responses wins, in evaluate, compare and the forgetting tracker: both orders, the mean of
-# their log-odds, no rationales. The options of the section label do not apply: an ablation there, such as one order
-# alone, would give a judge that prefers a position a win rate of 100%.
+# Decides which of two responses wins, in evaluate, compare and the forgetting tracker: both orders, the mean of their
+# log-odds, no rationales. The options of the section label do not apply: with an ablation there, such as a single
+# order, a judge with a position bias could produce a win rate of 100%.
 WHO_WINS = ComponentRef("distilled", {"orders": "both", "debias": "mean_logit"})
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe, checked. A stage whose section is None does not run.
+    """A validated recipe. A stage whose section is None does not run.
 
     Args:
-        source: The file it was read from, absolute.
-        places: ``file:line`` (or ``--set ...``) of each key path that was written.
-        variants: What the list ``compare`` describes, by name: each the recipe with what the variant changes in it. The
-            recipe itself is then what they share, and need not be whole.
+        source: Absolute path of its file.
+        places: ``file:line`` (or ``--set ...``) of each key path in it.
+        variants: The variants in the list ``compare``, by name: each is the recipe with the variant's changes. The
+            recipe itself then holds what they share, and need not be complete.
     """
 
     run: RunSection
@@ -76,17 +76,17 @@ class Recipe:
 
     @property
     def previous(self) -> str | None:
-        """The folder of the run that this one goes on from."""
+        """The folder of the run that this one continues from."""
         return self.rounds.previous if self.rounds else None
 
     @property
     def evaluation_prompt(self) -> str:
-        """Name or folder of what the main judge of ``evaluate`` is asked: that of ``label`` where it names none."""
+        """Name or folder of the prompt for the main judge of ``evaluate``; default: that of ``label``."""
         return self.evaluate.prompt or (self.label.prompt if self.label else "general")
 
     @property
     def teaching_prompt(self) -> str:
-        """Name or folder of what the judge is taught to answer: that of ``label`` where ``judge`` names none."""
+        """Name or folder of the prompt that ``judge`` teaches the judge to answer; default: that of ``label``."""
         return self.judge.prompt or (self.label.prompt if self.label else "general")
 
     @property
@@ -95,14 +95,14 @@ class Recipe:
         return self.label.labeler if self.label else ComponentRef("distilled")
 
     def deciding_labeler(self, judge: Any) -> ComponentRef:
-        """The labeler by which a judge, as ``evaluate`` names it, decides which of two responses wins: one that was
-        taught ratings is no better at comparisons than before."""
+        """The labeler with which a judge named in ``evaluate`` decides which of two responses wins. A taught judge uses
+        the labeler that it was taught: teaching ratings does not improve comparisons."""
         taught = self.teaching_labeler if judge == "taught" else WHO_WINS
         return WHO_WINS if taught.name == WHO_WINS.name else taught
 
     @property
     def reward_labelers(self) -> dict[str, ComponentRef]:
-        """The labelers among the rewards of ``rl``, by name, with the options of ``rl.labelers`` or of ``label``."""
+        """The labelers among the rewards of ``rl``, by name, with their options from ``rl.labelers`` or ``label``."""
         if self.rl is None:
             return {}
         known = [*self.rl.labelers, *([self.label.main_labeler] if self.label else [])]
@@ -114,7 +114,7 @@ class Recipe:
         return found
 
     def asks_taught(self, *sections: str) -> bool:
-        """Whether one of the sections ``label``, ``rl`` and ``evaluate`` asks the judge that the stage judge taught."""
+        """Whether any of the sections (of ``label``, ``rl``, ``evaluate``) uses the judge taught by the stage judge."""
         label, evaluate = self.label, self.evaluate
         asked: list[Any] = []
         if "label" in sections and label:
@@ -126,11 +126,11 @@ class Recipe:
         return "taught" in asked
 
     def line(self, key_path: KeyPath) -> str:
-        """``file:line`` of a key such as ``("rl", "kl_coef")``, or of what is nearest around it."""
+        """``file:line`` of a key such as ``("rl", "kl_coef")``, or of its nearest parent in the file."""
         return Source(self.source, str(self.source), {}, dict(self.places)).where(key_path)
 
     def to_dict(self) -> dict[str, Any]:
-        """All sections with their defaults and absolute paths, as a recipe that parses to the same again."""
+        """All sections with defaults and absolute paths, as a recipe that parses to the same result."""
         own = self._sections()
         if self.variants:
             own[VARIANTS] = [
@@ -144,25 +144,24 @@ class Recipe:
 
 
 def _changes(own: dict[str, Any], variant: dict[str, Any]) -> dict[str, Any]:
-    """The sections in which a variant is another recipe; None where it lacks one."""
+    """The sections in which a variant differs from the recipe; None for a section that it lacks."""
     return {name: variant.get(name) for name in SECTIONS if variant.get(name) != own.get(name)}
 
 
 def parse_recipe(recipe: str | Path, *, overrides: Sequence[str] = (), registry: ComponentLookup) -> Recipe:
     """Read and check a recipe without loading a model.
 
-    A section that is written and left empty (``report:``) is present with its defaults. An override
-    ``rl=null`` removes the section. Relative paths are looked up beside the recipe, then in the current
-    folder, then among the packaged recipes.
+    An empty section (``report:``) is present with its defaults. An override ``rl=null`` removes the section. Relative
+    paths are resolved against the recipe's folder, then the current folder, then the packaged recipes.
 
     Args:
         recipe: A path, or the name of a packaged recipe.
         overrides: ``key.path=value`` each, the value in YAML; list entries by index (``a.0.b=1``).
-        registry: The components that are installed.
+        registry: The installed components.
 
     Raises:
-        UserError: With every problem of the recipe, by line. A file that is not plain YAML is reported
-            before its contents are looked at.
+        UserError: With every problem of the recipe, by line. A file that is not plain YAML is reported before its
+            contents are checked.
     """
     path, label = find_recipe(recipe)
     source = read_source(path, label)
@@ -193,14 +192,14 @@ def parse_recipe(recipe: str | Path, *, overrides: Sequence[str] = (), registry:
 
 
 class _Reader:
-    """Reads each section: its components first, then the section's model looks up paths and checks the rest."""
+    """Parses each section: first its components, then the section's model resolves paths and validates the rest."""
 
     def __init__(self, source: Source, registry: ComponentLookup) -> None:
         self.source = source
         self.finder = PathFinder.beside(source.path, registry)
 
     def sections(self) -> dict[str, Any]:
-        """The sections that are present; what is wrong is reported to the source."""
+        """The sections that are present; problems are reported to the source."""
         data = self.source.data
         self._spell_out_rounds()
         for name in data:
@@ -213,11 +212,11 @@ class _Reader:
         present = {name for name in SECTIONS if name in data} | {"run"}
         found = {name: self._section(name, data.get(name)) for name in SECTIONS if name in present}
         if (rounds := found.get("rounds")) and not rounds.repeats:
-            del found["rounds"]  # one round is a run
+            del found["rounds"]  # a single round is a plain run
         return found
 
     def _spell_out_rounds(self) -> None:
-        """``rounds: 3`` as ``rounds: {number: 3}``."""
+        """Expand ``rounds: 3`` to ``rounds: {number: 3}``."""
         written = self.source.data.get(_ROUNDS)
         if type(written) is int:
             self.source.data[_ROUNDS] = {"number": written}
@@ -248,6 +247,6 @@ def _kind(value: Any) -> str:
 
 
 def _name_from(path: Path) -> str:
-    """A run's name from its recipe's file, with what a folder's name should not hold replaced."""
+    """A run's name from its recipe's file name, with characters unsuitable for a folder name replaced."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-")[:100]
     return name or "run"

@@ -1,4 +1,4 @@
-"""Where a recipe, its data, its models and its prompts are found."""
+"""Resolves the paths of recipes, data, models and prompts."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _FILE_ENDINGS = (
 
 _FUNCTION = re.compile(r"(?P<place>[^:]+):(?P<name>[A-Za-z_]\w*)")
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
-# What a prompt folder must hold for ratings.
+# Files that a prompt folder must contain for ratings.
 _RATING_FILES = ("rubric.txt", "rating.jinja", "rating_ending.txt")
 
 
 def recipes_dir() -> Path:
-    """The folder of the recipes that come with the package, and of their prompts and data.
+    """The folder of the packaged recipes with their prompts and data.
 
-    In an installed wheel it lies in the package, in an editable install beside it.
+    In an installed wheel it is inside the package, in an editable install next to it.
     """
     package = Path(__file__).resolve().parents[1]
     inside = package / "recipes"
@@ -40,17 +40,17 @@ def recipes_dir() -> Path:
 
 
 def packaged_recipes() -> dict[str, Path]:
-    """The recipes that come with the package, by name, in alphabetical order."""
+    """The packaged recipes by name, in alphabetical order."""
     return {path.stem: path for path in sorted(recipes_dir().glob("*.yaml"))}
 
 
 def find_recipe(recipe: str | Path) -> tuple[Path, str]:
-    """The file that RECIPE means, and how to call it in messages.
+    """The file that the argument RECIPE refers to, and its name in messages.
 
-    A file of that path goes before a packaged recipe of that name.
+    A file with that path takes precedence over a packaged recipe with that name.
 
     Raises:
-        UserError: There is neither, or it is a folder.
+        UserError: Neither exists, or it is a folder.
     """
     path = Path(recipe).expanduser()
     if path.exists() and not path.is_dir():
@@ -70,17 +70,17 @@ def find_recipe(recipe: str | Path) -> tuple[Path, str]:
 
 
 def prompt_folder(prompt: str) -> Path:
-    """The folder of a prompt as a parsed recipe names it: a packaged prompt's name or a path."""
+    """The folder of a prompt in a parsed recipe: a packaged prompt's name or a path."""
     packaged = recipes_dir() / "prompts" / prompt
     return packaged if _is_bare(prompt) and packaged.is_dir() else Path(prompt)
 
 
 @dataclass(frozen=True)
 class PathFinder:
-    """Looks names up beside the recipe first, then in the current folder, then among the packaged recipes.
+    """Looks up names first in the recipe's folder, then in the current folder, then among the packaged recipes.
 
-    Each method returns what the recipe should hold instead, and raises UserError where nothing is found.
-    ``sections.Named`` says which of them a key takes.
+    Each method returns the resolved value for the recipe, and raises UserError if nothing is found.
+    ``sections.Named`` defines which method a key uses.
     """
 
     folders: Sequence[Path]
@@ -88,22 +88,22 @@ class PathFinder:
 
     @classmethod
     def beside(cls, recipe: Path, registry: ComponentLookup) -> PathFinder:
-        """For a recipe's file."""
+        """Create one for a recipe's file."""
         return cls((recipe.parent, Path.cwd(), recipes_dir()), registry)
 
     def data(self, name: str) -> str:
-        """An absolute path, or a dataset's Hub id as it is: ``org/name`` or ``org/name:split``."""
+        """An absolute path, or a dataset's Hub id unchanged: ``org/name`` or ``org/name:split``."""
         is_id = bool(_DATASET_ID.fullmatch(name)) and not name.lower().endswith(_FILE_ENDINGS)
         return self._path(name, is_id, "Write a path or a Hub id (org/name).")
 
     def model(self, name: str) -> str:
-        """An absolute path, or as it is a model's Hub id, ``org/name`` or ``name``, or ``package:name``."""
+        """An absolute path, or unchanged: a model's Hub id (``org/name`` or ``name``) or ``package:name``."""
         is_id = bool(_MODEL_ID.fullmatch(name)) and not name.lower().endswith(_FILE_ENDINGS)
         is_id |= name.startswith("package:")
         return self._path(name, is_id, "Write a Hub id, a model folder, a .gguf file or package:NAME.")
 
     def prompt(self, name: str) -> str:
-        """A packaged prompt's name as it is, or the absolute path of a prompt folder."""
+        """A packaged prompt's name unchanged, or the absolute path of a prompt folder."""
         folder = recipes_dir() / "prompts"
         if _is_bare(name) and (folder / name).is_dir():
             return name
@@ -126,7 +126,7 @@ class PathFinder:
         return str(found)
 
     def rating_prompt(self, name: str) -> str:
-        """A prompt that the labeler ``direct`` rates with."""
+        """A prompt that supports ratings (the labeler ``direct``)."""
         if "direct" not in self.registry.names("labeler"):
             raise UserError("ratings come from the labeler 'direct', and none of that name is installed.")
         found = self.prompt(name)
@@ -136,13 +136,13 @@ class PathFinder:
         return found
 
     def run_folder(self, name: str) -> str:
-        """The absolute path of a run's folder that has labels."""
+        """The absolute path of a run folder that has labels."""
         from trl_rlaif.pipeline.artifacts import LABELS
 
         return self._run_with(name, LABELS, "label")
 
     def trained_run(self, name: str) -> str:
-        """The absolute path of a run's folder that has a policy."""
+        """The absolute path of a run folder that has a policy."""
         from trl_rlaif.pipeline.artifacts import POLICY
 
         return self._run_with(name, POLICY, "rl")
@@ -159,7 +159,7 @@ class PathFinder:
         return name if name == "base" else self.model(name)
 
     def reward(self, name: str) -> str:
-        """A reward of ``rl.rewards``; a .py file in it becomes absolute. Nothing is imported."""
+        """A reward of ``rl.rewards``, with the path of a .py file made absolute. Nothing is imported."""
         known = ["reward", *self.registry.rewards()]
         if name in known:
             return name
@@ -177,13 +177,13 @@ class PathFinder:
         )
 
     def find(self, name: str) -> Path | None:
-        """The first that exists, absolute; None where none does."""
+        """The absolute path of the first match; None if there is none."""
         try:
             candidates = [folder / Path(name).expanduser() for folder in self.folders]
             found = next((path for path in candidates if path.exists()), None)
-        except (OSError, ValueError, RuntimeError):  # a name that is too long, holds a NUL, or '~nobody'
+        except (OSError, ValueError, RuntimeError):  # a name that is too long, contains a NUL, or '~nobody'
             return None
-        # Not resolve(): a link in a model cache must keep the name under which its siblings are found.
+        # Not resolve(): in a model cache, sibling files are found by the link's name, not its target's.
         return Path(os.path.abspath(found)) if found is not None else None
 
     def _path(self, name: str, is_id: bool, otherwise: str) -> str:
@@ -196,7 +196,7 @@ class PathFinder:
         raise UserError(f"there is no file or folder '{name}'.", fix=fix)
 
     def _siblings(self, name: str) -> list[str]:
-        """Names that exist where ``name`` was looked for, written the way it is."""
+        """Existing names in the searched folders, in the same form as ``name``."""
         parent = Path(name).parent
         names: list[str] = []
         for folder in self.folders:
@@ -205,7 +205,7 @@ class PathFinder:
 
 
 def _nearest_file(name: str, known: Iterable[str]) -> str:
-    """``did_you_mean`` for paths: the folder and the ending, which many have in common, make none of them alike."""
+    """``did_you_mean`` for paths: a common folder or file extension does not count as similarity."""
     wanted = Path(name)
     alike = [path for path in known if difflib.get_close_matches(wanted.stem, [Path(path).stem])]
     near = difflib.get_close_matches(str(wanted), alike, n=1, cutoff=0)

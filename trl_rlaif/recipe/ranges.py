@@ -1,4 +1,4 @@
-"""Which numbers the fields of TRL's configurations may hold: they themselves take any."""
+"""Allowed ranges of numeric fields of TRL's configurations, which do not validate them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 
 class Range(NamedTuple):
-    """Numbers from ``least`` to ``most``; an open end is no part of them."""
+    """Numbers from ``least`` to ``most``; an open end is excluded."""
 
     least: float = -math.inf
     most: float = math.inf
@@ -61,12 +61,12 @@ RANGES: dict[str, Range] = {
 }  # fmt: skip
 
 
-# Infinite, they do nothing: REINFORCE's preset has no clipped ratio.
+# Fields for which infinity means no limit: REINFORCE's preset does not clip the ratio.
 _NO_LIMIT = {"cliprange", "cliprange_value", "max_grad_norm", "score_clip", "delta", "max_update_kl"}
 
 
 def out_of_range(key: str, value: Any) -> str | None:
-    """What a field's number must be, where it is not; None where it is, or is no number."""
+    """The requirement that a field's number violates, in words; None if it is valid or not a number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     if math.isnan(value) or (math.isinf(value) and not (key in _NO_LIMIT and value > 0)):

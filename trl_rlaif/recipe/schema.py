@@ -27,11 +27,11 @@ _KINDS = sorted({kind for kind, _ in COMPONENT_KEYS.values()})
 def recipe_schema(registry: ComponentLookup, defaults: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
     """The JSON Schema of recipes: a document of draft 2020-12.
 
-    It says what single keys may hold. What several must have in common, and whether files exist, ``check`` says.
+    It covers single keys. Constraints between keys, and whether files exist, are checked by ``check``.
 
     Args:
-        registry: Of the components that are installed.
-        defaults: By section, what its stage sets of its configuration's fields; the recipe's keys take precedence.
+        registry: The installed components.
+        defaults: By section, the configuration fields that its stage sets; the recipe's keys take precedence.
     """
     definitions: dict[str, Any] = {}
     properties = {name: _section(name, definitions) for name in SECTIONS}
@@ -55,7 +55,7 @@ def recipe_schema(registry: ComponentLookup, defaults: Mapping[str, Mapping[str,
 
 
 def _variant() -> dict[str, Any]:
-    changed = {name: {"type": ["object", "integer", "null"]} for name in CHANGEABLE}  # a section in part
+    changed = {name: {"type": ["object", "integer", "null"]} for name in CHANGEABLE}  # a partial section
     changes = {"type": ["object", "null"], "properties": changed, "additionalProperties": False}
     named = {"type": "object", "additionalProperties": changes, "minProperties": 1, "maxProperties": 1}
     return {"anyOf": [{"type": "string"}, named]}
@@ -73,15 +73,15 @@ def _section(name: str, definitions: dict[str, Any]) -> dict[str, Any]:
     if name in CONFIG_CLASSES:
         del properties["config"]
         algorithms = [None, *(key for key, known in ALGORITHMS.items() if known.config)] if name == "rl" else [None]
-        for algorithm in reversed(algorithms):  # PPOConfig's own last: its defaults are shown
+        for algorithm in reversed(algorithms):  # PPOConfig last, so that its defaults are shown
             properties |= _config(name, algorithm, set(SECTIONS[name].model_fields))
     if name == "run":
-        del schema["required"]  # its name is the file's where none is written
+        del schema["required"]  # the name defaults to the file's
     return {"anyOf": [schema, {"type": "null"}]}
 
 
 def _config(section: str, algorithm: str | None, own: set[str]) -> dict[str, Any]:
-    """The fields of a section's configuration that a recipe may write."""
+    """The fields of a section's configuration that a recipe may set."""
     module, name = ALGORITHMS[algorithm].config if algorithm else CONFIG_CLASSES[section]
     config = getattr(importlib.import_module(module), name)
     hints, found = config_hints(section, algorithm), {}
@@ -120,7 +120,7 @@ def _components(kind: str, registry: ComponentLookup, definitions: dict[str, Any
         model = registry.options_model(kind, name)
         schema = model.model_json_schema(ref_template=_REFERENCE)
         definitions |= schema.pop("$defs", {})
-        schema.pop("description", None)  # of the class that options derive from
+        schema.pop("description", None)  # inherited from the options' base class
         options[name] = {"anyOf": [schema, {"type": "null"}]}
     names = {"enum": [*options]}
     with_options = {"type": "object", "properties": options, "additionalProperties": False, "minProperties": 1}

@@ -1,4 +1,4 @@
-"""A recipe's text as plain data that remembers the line of every key, and ``--set`` overrides on it."""
+"""Reads a recipe's text as plain data with the line of every key, and applies ``--set`` overrides."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _SCALAR_TAGS = {_TAG + name for name in ("null", "bool", "int", "float", "str", 
 
 @dataclass
 class Source:
-    """Plain data, where each key of it was written, and what was wrong with it so far.
+    """Plain data, the place of each key, and the problems found so far.
 
     Args:
         path: The recipe's file.
         label: The file's name as the user wrote it, for messages.
-        data: The recipe as dicts, lists and scalars; no object occurs in it twice.
-        places: ``file:line`` of each key path, or ``--set a.b=c`` where an override wrote it.
+        data: The recipe as dicts, lists and scalars; no object is shared.
+        places: ``file:line`` of each key path, or ``--set a.b=c`` if an override set it.
     """
 
     path: Path
@@ -38,7 +38,7 @@ class Source:
     problems: list[Problem] = field(default_factory=list)
 
     def where(self, key_path: Sequence[Any] = ()) -> str:
-        """The place of a key, or of the nearest thing around it that was written."""
+        """The place of a key, or of its nearest parent that was written."""
         path = tuple(key_path)
         while path and path not in self.places:
             path = path[:-1]
@@ -49,7 +49,7 @@ class Source:
         self.problems.append(Problem(what, self.where(key_path), fix))
 
     def in_order(self) -> list[Problem]:
-        """The problems by line, those of overrides last, each only once."""
+        """The distinct problems by line, those of overrides last."""
 
         def order(problem: Problem) -> tuple[int, int]:
             if not problem.where.startswith(f"{self.label}:"):
@@ -63,8 +63,8 @@ def read_source(path: Path, label: str) -> Source:
     """Read a recipe's file as safe YAML.
 
     Raises:
-        UserError: The file cannot be read, is no UTF-8, is no valid or plain YAML, is too large, or
-            does not hold a mapping. Duplicate keys are noted in the result and do not stop the reading.
+        UserError: The file cannot be read, is not UTF-8, is not valid and plain YAML, is too large, or does not contain
+            a mapping. Duplicate keys do not raise; they are reported in the result.
     """
     text = _read_text(path, label)
 
@@ -145,9 +145,9 @@ def _syntax_error(error: yaml.MarkedYAMLError, label: str, place: Callable[[yaml
 
 
 class _Builder:
-    """Turns composed YAML nodes into fresh plain data, noting the place of every key path.
+    """Converts composed YAML nodes to plain data, recording the place of every key path.
 
-    Every alias is expanded into a copy of its own, so that an override of one place changes only that one.
+    Every alias is expanded into a separate copy, so that an override changes only one place.
     """
 
     def __init__(self, loader: yaml.SafeLoader, place: Callable[[yaml.Mark], str]) -> None:
@@ -158,7 +158,7 @@ class _Builder:
         self.fatal: list[Problem] = []
 
     def count(self, node: yaml.Node, known: dict[int, int | None]) -> int:
-        """How many nodes the expanded tree has; refuses aliases that explode or contain themselves."""
+        """Number of nodes in the expanded tree; rejects aliases that explode or contain themselves."""
         if id(node) in known:
             total = known[id(node)]
             if total is None:
@@ -179,7 +179,7 @@ class _Builder:
         return total
 
     def build(self, node: yaml.Node, path: KeyPath) -> Any:
-        """The node's plain data."""
+        """The node as plain data."""
         self.places.setdefault(path, self.place(node.start_mark))
         if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
             return self._mapping(node, path)
@@ -194,7 +194,7 @@ class _Builder:
     def _scalar(self, node: yaml.ScalarNode) -> Any:
         try:
             value = self.loader.construct_object(node)
-        except (ValueError, LookupError, ArithmeticError, AttributeError):  # what PyYAML's constructors let escape
+        except (ValueError, LookupError, ArithmeticError, AttributeError):  # raised by PyYAML's constructors
             self._refuse(node, "this value cannot be read.", "Put it in quotes if it is meant as text.")
             return None
         if isinstance(value, int) and value.bit_length() > 64:
@@ -224,7 +224,7 @@ class _Builder:
         return data
 
     def _merged(self, node: yaml.Node) -> list[tuple[Any, yaml.Node, yaml.Node]]:
-        """Entries that ``<<`` brings in; of several with one key the first counts, as YAML wants it."""
+        """Entries merged by ``<<``; the first of several with the same key counts, as YAML requires."""
         if isinstance(node, yaml.SequenceNode):
             return [entry for item in node.value for entry in self._merged(item)]
         if not isinstance(node, yaml.MappingNode) or node.tag != _TAG + "map":
@@ -249,7 +249,7 @@ class _Builder:
 
 
 def apply_overrides(source: Source, overrides: Sequence[str]) -> None:
-    """Apply each ``a.b=value`` to the source in turn; what is malformed is noted as a problem."""
+    """Apply each ``a.b=value`` to the source in turn; malformed ones are reported as problems."""
     for override in overrides:
         label = f"--set {override}"
         try:
@@ -274,13 +274,13 @@ def _apply(source: Source, override: str, label: str) -> None:
     if value is None and not path:
         source.data.pop(last, None)
         return
-    # With the keys inside, or a stage would not be redone when one of them changes.
+    # Including the keys inside, or a stage would not be redone when one of them changes.
     source.places |= {(*path, last, *key): label for key in {(), *inside}}
     container[last] = value
 
 
 def _container(source: Source, parts: list[str], label: str) -> tuple[Any, KeyPath]:
-    """The dict or list that holds the last part, made where it is absent; and its key path."""
+    """The dict or list that contains the last part, created if absent, and its key path."""
     current: Any = source.data
     path: KeyPath = ()
     for part in parts[:-1]:
@@ -297,7 +297,7 @@ def _container(source: Source, parts: list[str], label: str) -> tuple[Any, KeyPa
 
 
 def _entry(container: Any, part: str, path: KeyPath) -> Any:
-    """The key or the list index that ``part`` stands for."""
+    """The key or the list index that ``part`` denotes."""
     if isinstance(container, dict):
         return part
     if part.isascii() and part.isdigit() and int(part) < len(container):

@@ -61,7 +61,7 @@ _SET_BY_US = {
 }  # fmt: skip
 
 _NOTHING_HELD_OUT = "reward.eval_fraction and the section evaluate hold out data; the trainers are given none"
-# Fields whose other values mean nothing here: the one that may be written, and why.
+# Fields with only one supported value: the value, and the reason.
 _ONLY: dict[str, tuple[Any, str]] = {
     "eval_strategy": ("no", _NOTHING_HELD_OUT),
     "eval_on_start": (False, _NOTHING_HELD_OUT),
@@ -72,7 +72,7 @@ _STOPS = (
     "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "save_strategy", "save_steps", "save_total_limit",
     "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
 )  # fmt: skip
-# Values that cannot be used in a section, and why.
+# Values that a section does not support, and the reason.
 _NOT_IN: dict[tuple[str, str], tuple[Any, str]] = {
     **dict.fromkeys((("sft", "save_strategy"), ("reward", "save_strategy"), ("rl", "save_strategy")),
                     ("best", _NOTHING_HELD_OUT)),
@@ -84,19 +84,19 @@ _NOT_IN: dict[tuple[str, str], tuple[Any, str]] = {
 
 
 def own_keys(section: str) -> list[str]:
-    """The keys of a section that are not a configuration's."""
+    """The keys of a section that are not configuration fields."""
     return [name for name in SECTIONS[section].model_fields if name != "config"]
 
 
 def is_refused(section: str, key: str) -> bool:
-    """Whether a field of a section's configuration cannot be written, whatever its value."""
+    """Whether a field of a section's configuration cannot be set to any value."""
     return key in _SET_BY_US or (section == "judge" and key in _STOPS)
 
 
 def take_config(section: str, keys: dict[Any, Any], source: Source) -> None:
     """Move the configuration's fields among the section's keys into one dict at ``keys["config"]``, in place.
 
-    What does not fit is reported.
+    Invalid ones are reported.
     """
     own = own_keys(section)
     others = {key: keys.pop(key) for key in list(keys) if key not in own}
@@ -129,7 +129,7 @@ def take_config(section: str, keys: dict[Any, Any], source: Source) -> None:
 
 
 def _refused(section: str, key: str, value: Any) -> str:
-    """What to write instead of a value of the right type that a field cannot have; empty where it can."""
+    """The fix for a value of the right type that a field does not accept; empty if it does."""
     if key in _ONLY and value != _ONLY[key][0]:
         return f"Leave it out: {_ONLY[key][1]}."
     if (section, key) in _NOT_IN and value == _NOT_IN[section, key][0]:
@@ -139,7 +139,7 @@ def _refused(section: str, key: str, value: Any) -> str:
 
 
 def _known_hints(section: str, algorithm: Any) -> dict[str, Any]:
-    """``config_hints`` as they were found once with the libraries that are installed: to import TRL takes seconds."""
+    """``config_hints``, cached for the installed libraries: importing TRL takes seconds."""
 
     def found() -> dict[str, Any]:
         return {key: coded(hint) for key, hint in config_hints(section, algorithm).items()}
@@ -149,11 +149,11 @@ def _known_hints(section: str, algorithm: Any) -> dict[str, Any]:
 
 
 def config_hints(section: str, algorithm: Any = None) -> dict[str, Any]:
-    """The fields of a section's configuration with their types; Any where a type cannot be resolved.
+    """The fields of a section's configuration with their types; Any if a type cannot be resolved.
 
     Args:
-        section: With a configuration.
-        algorithm: Of the section ``rl``; one that TRL trains adds its own configuration's fields.
+        section: A section with a configuration.
+        algorithm: ``rl.algorithm``; one that TRL trains adds the fields of its configuration.
     """
     check_trl()
     found: dict[str, Any] = {}
@@ -168,7 +168,7 @@ def config_hints(section: str, algorithm: Any = None) -> dict[str, Any]:
 
 
 def _hint_of(field: dataclasses.Field, hint: Any) -> Any:
-    """A field's type; where it is text and lists what it may be, only that."""
+    """A field's type; for text with listed choices, a Literal of these."""
     choices = field.metadata.get("choices")
     if not choices or hint not in (str, str | None):
         return hint
@@ -182,7 +182,7 @@ def _classes(section: str, algorithm: Any) -> list[tuple[str, str]]:
 
 
 def convert(hint: Any, value: Any) -> Any:
-    """The value as a field of that type takes it, still plain data.
+    """Convert a value to the type of a field, still as plain data.
 
     Raises:
         pydantic.ValidationError: The value is of another type.
@@ -195,7 +195,7 @@ def convert(hint: Any, value: Any) -> Any:
 
 
 def strict_hint(hint: Any) -> Any:
-    """The type without silent conversions and with plain data only; Any for what YAML cannot hold."""
+    """The type without silent conversions, for plain data only; Any for types that YAML cannot represent."""
     if hint in (int, bool, str):
         return Annotated[hint, Strict()]
     if hint is float:
@@ -209,10 +209,10 @@ def strict_hint(hint: Any) -> Any:
     args = get_args(hint)
     if get_origin(hint) in (Union, types.UnionType):
         if any(isinstance(arg, type) and issubclass(arg, enum.Enum) for arg in args):
-            # `SchedulerType | str` means: an enum's value. Any other text fails when training starts.
+            # `SchedulerType | str` means an enum's value. Any other text would fail when training starts.
             args = tuple(arg for arg in args if arg is not str)
         if any((get_origin(arg) or arg) is dict for arg in args):
-            # `dict | str` means: JSON on a command line.
+            # `dict | str` means JSON on a command line.
             args = tuple(arg for arg in args if arg is not str)
         return Union[tuple(strict_hint(arg) for arg in args)]  # noqa: UP007 - the members are computed
     if get_origin(hint) in (list, dict):
@@ -221,5 +221,5 @@ def strict_hint(hint: Any) -> Any:
 
 
 def _no(value: Any) -> Any:
-    """``save_strategy: no`` reaches us as false, because YAML 1.1 reads it so."""
+    """Convert false back to ``no``: YAML 1.1 reads ``save_strategy: no`` as false."""
     return "no" if value is False else value

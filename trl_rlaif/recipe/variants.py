@@ -1,4 +1,4 @@
-"""The variants of a comparison: a recipe's list ``compare`` as recipes of their own."""
+"""The variants of a comparison: expands a recipe's list ``compare`` into separate recipes."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from trl_rlaif.recipe.source import KeyPath, Source
 
 KEY = "compare"
 
-# What a variant may change. All variants share the initial policy, the seed and the evaluation, to be comparable.
+# Sections that a variant may change. All share the initial policy, the seed and the evaluation, to be comparable.
 CHANGEABLE = ("data", "rounds", "sample", "label", "reward", "rl")
 _EVALUATED = "eval_prompts"
-# The starting policy takes part under this name.
+# Name of the initial policy in the comparison.
 START = "start"
 _HOW = "Write a name, or {name: {section: {key: value}}} with what differs from the recipe itself."
 
 
 def take_arms(source: Source) -> dict[str, Source]:
-    """Take ``compare`` out of a recipe's source, and return each variant's own by name; what is wrong is reported.
+    """Remove ``compare`` from a recipe's source, and return each variant's source by name; problems are reported.
 
-    A variant is the recipe without ``compare``, with the variant's own keys laid over it: a mapping is merged, anything
-    else replaced, and a section that a variant sets to null is removed. Places still say where a key was written.
+    A variant is the recipe without ``compare``, overlaid with the variant's keys: a mapping is merged, anything else is
+    replaced, and a section that a variant sets to null is removed. Places still refer to where a key was written.
     """
     if KEY not in source.data:
         return {}
@@ -46,7 +46,7 @@ def take_arms(source: Source) -> dict[str, Source]:
 
 
 def _entry(entry: Any) -> tuple[Any, Any]:
-    """A variant's name and what it changes."""
+    """A variant's name and its changes."""
     if isinstance(entry, dict) and len(entry) == 1:
         name, changes = next(iter(entry.items()))
         return name, {} if changes is None else changes
@@ -68,7 +68,7 @@ def _problem(name: Any, known: dict[str, Source]) -> str:
 
 
 def _lay_over(source: Source, variant: Source, changes: Any, path: KeyPath) -> None:
-    """Write a variant's changes over its data, and their places over its places."""
+    """Overlay a variant's changes on its data, and their places on its places."""
     if not isinstance(changes, dict):
         source.report(path, f"the variant '{path[-1]}' has no sections.", _HOW)
         return

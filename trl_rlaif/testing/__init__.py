@@ -1,6 +1,6 @@
-"""The test kit: tiny models and data, a scripted judge, and contract checks for components.
+"""Test kit: tiny models and data, a scripted judge, and contract checks for components.
 
-Nothing in it needs pytest or a network. What is imported is loaded on first use.
+It needs neither pytest nor a network. Its parts are imported on first use.
 """
 
 from __future__ import annotations

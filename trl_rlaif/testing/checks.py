@@ -1,4 +1,4 @@
-"""What the checks of all kinds share: a failure in words, fresh instances, options, equality of nested records."""
+"""Shared by all contract checks: failure messages, fresh instances, options, equality of nested records."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ T = TypeVar("T")
 
 
 class Subject:
-    """A component under test: makes instances with the same options, and reports what is wrong.
+    """A component under test: creates instances with the same options, and reports failures.
 
     Args:
         component: An instance, or a class whose options all have defaults.
-        base: What it must be a subclass of.
+        base: The required base class.
     """
 
     def __init__(self, component: Any, base: type[Component]) -> None:
@@ -42,19 +42,19 @@ class Subject:
             self.fail("has no options", "Call super().__init__(**options) in __init__.")
 
     def fail(self, what: str, fix: str) -> NoReturn:
-        """Raise AssertionError: the component, what is wrong, how to fix it."""
+        """Raise AssertionError with the component, the problem and the fix."""
         raise AssertionError(f"{self.name}: {what}. {fix}")
 
     @contextmanager
     def rules(self, where: str) -> Iterator[None]:
-        """A rule of ``trl_rlaif.validation`` that is broken within is a failure of what ``where`` names."""
+        """Report a contract violation (``trl_rlaif.validation``) in the block as a failure of ``where``."""
         try:
             yield
         except ContractViolation as violation:
             self.fail(f"{where} {violation.what}", violation.fix)
 
     def fresh(self) -> Any:
-        """A new instance with the same options, made as a recipe makes it."""
+        """A new instance with the same options, created as for a recipe."""
         try:
             return self.cls(**self.options)
         except ValidationError as error:
@@ -68,12 +68,12 @@ class Subject:
             ) from error
 
     def call(self, where: str, function: Callable[[], T], *, may_refuse: bool = False) -> Any:
-        """What a function of the component returns; what it raises is a failure.
+        """Call a function of the component and return its result; an exception is a failure.
 
         Args:
-            where: The function and what it is given, in words.
+            where: The function and its arguments, in words.
             function: Calls it.
-            may_refuse: A UserError, which tells the user what to change, is an answer too; the result is then None.
+            may_refuse: Accept a UserError, which tells the user what to change; the result is then None.
         """
         try:
             return function()
@@ -98,7 +98,7 @@ class Subject:
 
 
 def same(first: Any, second: Any) -> bool:
-    """Whether two nested records are equal to the last bit; NaN equals NaN."""
+    """Whether two nested records are bitwise equal; NaN equals NaN."""
     import numpy as np
     import torch
 
@@ -123,7 +123,7 @@ def same(first: Any, second: Any) -> bool:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """The generators of Python, NumPy and torch begin at a seed, and are afterwards where they were."""
+    """Seed the generators of Python, NumPy and torch within the block, and restore their states afterwards."""
     import numpy as np
     import torch
 

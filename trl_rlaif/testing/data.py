@@ -1,4 +1,4 @@
-"""Small data made on the spot: pairs, datasets, rollouts, comparisons and pools, ordinary and ragged."""
+"""Small generated data: pairs, datasets, rollouts, comparisons and pools, ordinary and ragged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _WORDS = "please quick brown fox lazy dog capital city country judge over thanks".split()
 
-# Texts that have broken prompts, templates, parsers and terminals before.
+# Texts known to break prompts, templates, parsers and terminals.
 HOSTILE = {
     "one letter": "a",
     "very long": "over the lazy dog " * 2000,
@@ -32,7 +32,7 @@ def _sentence(generator: random.Random, longest: int = 8) -> str:
 
 
 def make_pairs(count: int = 8, *, seed: int = 0) -> list[Pair]:
-    """Make ordinary pairs: prompts as text and as messages, two categories, some judged by a person.
+    """Make ordinary pairs: prompts as text and as messages, two categories, some with a human choice.
 
     Args:
         count: Number of pairs; ids are pair-0, pair-1, ...
@@ -57,8 +57,8 @@ def make_pairs(count: int = 8, *, seed: int = 0) -> list[Pair]:
 
 
 def make_ragged_pairs() -> list[Pair]:
-    """Pairs that real data holds sooner or later; none has a category. Each text stands once as a prompt, once as a
-    response; and there is a conversation of several turns."""
+    """Edge cases of real data, without categories: each hostile text occurs as a prompt and as a response, and there
+    is a multi-turn conversation."""
     pairs = []
     for name, text in HOSTILE.items():
         pairs.append(Pair(f"{name} as response", "What is this?", text, "It is a city."))
@@ -79,7 +79,7 @@ def make_prompt_dataset(count: int = 8, *, seed: int = 0, chat: bool = True) -> 
 
 
 def make_preference_dataset(count: int = 8, *, seed: int = 0, chat: bool = True) -> Dataset:
-    """TRL's preference format (prompt, chosen, rejected) with ``p`` and ``category``, as RewardTrainer takes it."""
+    """TRL's preference format (prompt, chosen, rejected) with ``p`` and ``category``, as for RewardTrainer."""
     prompts, generator = make_prompt_dataset(count, seed=seed, chat=chat), random.Random(seed + 1)
 
     def responses(opening: str) -> list[Any]:
@@ -125,7 +125,7 @@ def make_preference_scores(
 def make_rollout(batch: int = 6, *, seed: int = 0, categories: bool = True, chat: bool = True) -> Rollout:
     """Make a rollout before scoring.
 
-    Lengths range from the whole response to nothing, if there are enough rows.
+    Response lengths range from full to zero, if there are enough rows.
 
     Args:
         batch: B, number of responses.

@@ -1,4 +1,4 @@
-"""A judge that answers by a rule, and a short prompt for tests."""
+"""A judge scripted by a function, and a short prompt for tests."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def shown(prompt: JudgePrompt, question: Question) -> dict[str, str]:
     """The texts in a question: context, response_1 and response_2, or response, and the criterion, if any."""
     names = ("context", "response_1", "response_2", "response", "criterion")
     for name in ("sample.jinja", "check.jinja", "rating.jinja"):
-        for asked in (names, names[:-1]):  # templates have another end where there is a criterion
+        for asked in (names, names[:-1]):  # with a criterion, templates end differently
             keys = dict.fromkeys(names, "") | {key: f"\ue000{key}\ue001" for key in asked}
             rendered = Environment().from_string(prompt.parts.get(name, "\ue002")).render(**keys)
             pattern = re.sub("\ue000(\\w+)\ue001", r"(?P<\1>.*)", re.escape(rendered))
@@ -55,13 +55,13 @@ def shown(prompt: JudgePrompt, question: Question) -> dict[str, str]:
 
 
 class ScriptedJudge(Judge):
-    """A judge that answers by a rule, the last group first.
+    """A judge that answers by a function, the last group first.
 
     Args:
         rule: Called with a question's texts (context, response_1, response_2 in the order shown; or context,
-            response; or context, response, criterion). Returns log-odds of the first candidate of two, a log-weight
-            for each candidate, or a text with the reason why there is no answer. Without a rule, answers are arbitrary
-            but the same for the same question.
+            response; or context, response, criterion). Returns log-odds of the first of two candidates, a log-weight
+            for each candidate, or a text with the reason for a missing answer. By default, answers are arbitrary but
+            deterministic by question.
         prompt: The judge's prompt; the packaged ``general`` by default.
         mass: Total probability of all candidates.
         rationale: Function that writes rationales: (texts, number of the rationale) -> rationale.
@@ -90,7 +90,7 @@ class ScriptedJudge(Judge):
         thinking: Thinking | None = None,
         done: Collection[int] = (),
     ) -> Iterator[tuple[int, list[Answer]]]:
-        """As of every judge."""
+        """See Judge."""
         self.asked.append({"groups": groups, "candidates": candidates, "thinking": thinking, "done": done})
         for index in reversed(range(len(groups))):
             if index not in done:

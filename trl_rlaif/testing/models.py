@@ -26,7 +26,7 @@ _TEXT = [
 
 
 def make_tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with 400 tokens at most, with its own padding and end tokens."""
+    """A byte-level BPE tokenizer with at most 400 tokens, with its own padding and end tokens."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -69,7 +69,7 @@ def _config(vocab_size: int, hidden_size: int, length: int = 512, **extra: objec
 
 
 def make_llama(vocab_size: int = 400, *, seed: int = 0, hidden_size: int = 32, length: int = 512) -> LlamaForCausalLM:
-    """A two-layer Llama with random float32 weights, and room for ``length`` tokens."""
+    """A two-layer Llama with random float32 weights and a context of ``length`` tokens."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(_config(vocab_size, hidden_size, length)).eval()
 
@@ -91,7 +91,7 @@ def save_tiny_model(folder: object, *, seed: int = 0, hidden_size: int = 32, len
 
     Args:
         folder: The folder to write to.
-        length: Context length. The packaged prompts of judges need 2,048 tokens of this tokenizer.
+        length: Context length. The packaged judge prompts need 2,048 tokens of this tokenizer.
     """
     tokenizer = make_tokenizer()
     model = make_llama(len(tokenizer), seed=seed, hidden_size=hidden_size, length=length)

@@ -20,9 +20,9 @@ from trl_rlaif.validation import check_num_responses, check_selection
 def check_data_selector(selector: DataSelector | type[DataSelector], *, pool: Pool | None = None) -> None:
     """Check that a data selector fulfills its contract.
 
-    Indices of the pool that are there, strata and clusters in step with their rows, rehearsal pairs, all of which can
-    be sent to other processes; the same choice from the same pool, whatever came before; the pool as it was; pools of
-    one prompt, of equal scores, without categories, of any text, answered or refused with a UserError.
+    Indices must be in the pool, strata and clusters must match their rows, rehearsal pairs must be valid, and all must
+    be picklable; the same pool must give the same selection, regardless of earlier calls; the pool must stay unchanged;
+    pools of one prompt, of equal scores, without categories, or of any text must be handled or raise a UserError.
 
     Args:
         selector: An instance, whose options are used, or a class whose options all have defaults.
@@ -46,7 +46,7 @@ class _Check:
         self.subject, self.count, self.pool, self.fail = subject, count, pool, subject.fail
 
     def select(self, selector: DataSelector, pool: Pool, what: str, *, ragged: bool = False) -> Selection | None:
-        """A checked selection; None where a ragged pool is refused in words."""
+        """A checked selection; None if a ragged pool is refused with a UserError."""
         given = _copied(pool)
         where = f"select() on {what}"
         found = self.subject.call(where, lambda: selector.select(given), may_refuse=ragged)
@@ -65,7 +65,7 @@ class _Check:
         return found
 
     def repeated(self) -> None:
-        """The same pool gives the same choice: to a fresh instance, and to one that has chosen before."""
+        """Check that a fresh and a used instance select the same from the same pool."""
         used = self.subject.fresh()
         with seeded(1):
             first = self.select(used, self.pool, "an ordinary pool")
@@ -84,7 +84,7 @@ class _Check:
             )
 
     def ragged(self) -> None:
-        """Pools that training meets sooner or later."""
+        """Check edge cases of pools in training."""
         texts, n = list(HOSTILE.values()), self.count
         rows = [text for text in texts for _ in range(n)]
         columns = {name: [values[0]] * len(rows) for name, values in self.pool.columns.items()}
@@ -110,7 +110,7 @@ def _copied(pool: Pool) -> Pool:
 
 
 def _plain(selection: Selection | None) -> Any:
-    """What two selections are compared by, whichever sequences hold it."""
+    """A selection in a comparable form, independent of its sequence types."""
     if selection is None:
         return None
 

@@ -26,10 +26,10 @@ def check_reward_transform(
 ) -> None:
     """Check that a reward transform fulfills its contract.
 
-    Finite float32 scores of the same shape, the same in every run under a seed; a state that is its own, can be
-    saved, and lets a fresh instance go on exactly where the other one was; a loss that is None, or a finite scalar
-    with gradients; inputs as they were; batches of one, of equal scores, without categories, of any text, with
-    responses that lack one of the rewards, and without a KL, unless it ``needs_kl``; a whole pool at once.
+    Scores must be finite float32, keep their shape, and be reproducible under a seed; the state must not be shared,
+    must be savable, and must let a fresh instance continue exactly; the loss must be None, or a finite scalar with
+    gradients; inputs must stay unchanged. It must handle batches of one, of equal scores, without categories, of any
+    text, with responses that lack a reward, and without KL unless it ``needs_kl``; and a whole pool at once.
 
     Args:
         transform: An instance, whose options are used, or a class whose options all have defaults.
@@ -52,7 +52,7 @@ def check_reward_transform(
 
 
 def raw_scores(batch: ScoredBatch) -> torch.Tensor:
-    """(B,) float32, what the transforms begin with: the sum of the rewards that each response has."""
+    """(B,) float32, the input of the first transform: the sum of each response's available rewards."""
     return sum((part.nan_to_num() for part in batch.parts.values()), torch.zeros(len(batch.prompts)))
 
 
@@ -70,7 +70,7 @@ class _Check:
         ragged: bool = False,
         name: str = "transform",
     ) -> Any:
-        """One batch's scores, checked; None where a ragged one is refused in words."""
+        """One batch's checked scores; None if a ragged batch is refused with a UserError."""
         scores, given = raw_scores(batch), copy.deepcopy(batch)
         before = scores.clone()
         where = f"{name}() on {what}"
@@ -110,7 +110,7 @@ class _Check:
             )
 
     def without_kl(self) -> None:
-        """As RLOO and GRPO hand batches over, unless they are told to compute it."""
+        """Check batches without KL, as RLOO and GRPO pass them by default."""
         if self.subject.cls.needs_kl:
             return
         batch, found = self.batches[0], []
@@ -130,7 +130,7 @@ class _Check:
             )
 
     def ragged(self) -> None:
-        """Batches that training meets sooner or later, by a fresh instance each, and behind ordinary ones."""
+        """Check edge cases of batches in training, each with a fresh instance and after ordinary batches."""
         texts = list(HOSTILE.values())
         hostile = make_scored_batch(len(texts), expected=self.expected, chat=False)
         equal = {name: torch.ones(6) for name in ("first", "second")}
@@ -190,7 +190,7 @@ class _Check:
     # ---- The state --------------------------------------------------------------------------------------
 
     def state(self) -> None:
-        """A checkpoint holds what it needs, and nothing else reaches into it."""
+        """Check that a checkpoint is complete, and is not changed from outside."""
         original = self._used()
         state = self.subject.call("state_dict()", original.state_dict)
         if not isinstance(state, dict):
@@ -222,7 +222,7 @@ class _Check:
         self.subject.call("load_state_dict() of what state_dict() gave", lambda: transform.load_state_dict(state))
 
     def _used(self) -> RewardTransform:
-        """An instance that has been trained with and has transformed all batches but the last."""
+        """An instance that was used in training and has transformed all batches but the last."""
         transform = self.subject.fresh()
         with seeded(_SEED):
             for seed in range(3):
@@ -232,7 +232,7 @@ class _Check:
         return transform
 
     def _ahead(self, transform: RewardTransform) -> list[Any]:
-        """What it gives next."""
+        """Its next results."""
         with seeded(_SEED):
             comparisons = make_preference_scores(seed=9, expected=self.expected)
             found = [self._loss(transform, comparisons, "comparisons") for _ in range(2)]
@@ -240,7 +240,7 @@ class _Check:
         return [*found, dict(transform.metrics())]
 
     def _saved(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The state as a checkpoint gives it back."""
+        """The state as restored from a checkpoint."""
         file = io.BytesIO()
         try:
             torch.save(state, file)

@@ -40,12 +40,12 @@ SECTIONS: dict[str, type[Section]] = {
     **STAGE_SECTIONS,
 }
 
-# In order; trl_rlaif.pipeline.stages says what each is.
+# In order; trl_rlaif.pipeline.stages describes each.
 STAGES = tuple(STAGE_SECTIONS)
 
 
 def plain(value: Any) -> Any:
-    """A section, or any value in one, as data that ``yaml.safe_dump`` writes and a recipe can hold again."""
+    """A section, or any value in one, as plain data that ``yaml.safe_dump`` can write and a recipe can contain."""
     if isinstance(value, ComponentRef):
         return {value.name: plain(value.options)} if value.options else value.name
     if isinstance(value, BaseModel):

@@ -1,4 +1,4 @@
-"""The sections ``data``, ``sft`` and ``sample``: prompts, pairs, and what a run begins with."""
+"""The sections ``data``, ``sft`` and ``sample``: prompts, pairs and supervised fine-tuning."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from trl_rlaif.data import COLUMNS, PairFormat, ScoredPairs
 from trl_rlaif.recipe.formatting import nearest_or_all, shown
 from trl_rlaif.recipe.sections.values import Component, DataPath, Number, Section, Text
 
-# Whose columns may be named apart: the keys of ``data``, and data that other sections name.
+# Sources with their own column names: keys of ``data``, and data named in other sections.
 SOURCES = ("prompts", "eval_prompts", "pairs", "sft", "judge", "calibration", "rehearsal")
 
 
 def known_columns(value: dict[str, str | dict[str, str]]) -> dict[str, str | dict[str, str]]:
-    """Refuse names under which nothing is read."""
+    """Reject names of columns that are not read."""
     for key, column in value.items():
         if (key in SOURCES) != isinstance(column, dict):
             raise ValueError(f"'{key}' is {shown(column)}. " + nearest_or_all(key, COLUMNS, "Names that are read"))
@@ -58,7 +58,7 @@ class DataSection(Section):
         return self
 
     def columns_of(self, source: str) -> dict[str, str]:
-        """What a source's file calls the columns.
+        """The column names in a source's file.
 
         Args:
             source: One of SOURCES.
@@ -93,5 +93,5 @@ class SampleSection(Section):
 
     @property
     def pairs_a_prompt(self) -> int:
-        """How many pairs a prompt's responses make, where all of them are different."""
+        """Number of pairs that a prompt's responses form if all of them differ."""
         return math.comb(self.num_responses, 2) if self.keep_pairs == "all" else 1

@@ -18,7 +18,7 @@ from trl_rlaif.recipe.sections.values import (
     name_besides,
 )
 
-# The name of an evaluated set whose prompts the start is good at.
+# Name of the evaluation set of prompts that the initial policy is good at.
 FORGET_SET = "forget"
 
 

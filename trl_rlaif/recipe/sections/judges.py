@@ -1,4 +1,4 @@
-"""Who judges, and the section ``judge``, which teaches one."""
+"""Judges in a recipe, and the section ``judge``, which teaches one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from trl_rlaif.teaching import Contrast
 
 
 def _addresses(value: str | list[str] | None) -> str | list[str] | None:
-    """Refuse what no request can be sent to, and a server that is named twice."""
+    """Reject invalid addresses and a server that is named twice."""
     named = value if isinstance(value, list) else [value] if value is not None else []
     for address in named:
         web_address(address)
@@ -43,7 +43,7 @@ class JudgeSection(Section):
     chat_template_kwargs: TemplateKwargs
 
     def __hash__(self) -> int:
-        """By content, so that a judge that is asked twice is loaded once."""
+        """By content, so that a judge used twice is loaded once."""
         return hash(self.model_dump_json())
 
 
@@ -117,7 +117,7 @@ class ServerJudgeSection(Section):
     )
 
     def __hash__(self) -> int:
-        """By content, so that a judge that is asked twice is connected to once."""
+        """By content, so that a judge used twice has one connection."""
         return hash(self.model_dump_json())
 
     @model_validator(mode="after")

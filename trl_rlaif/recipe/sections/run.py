@@ -1,4 +1,4 @@
-"""The sections ``run``, ``rounds`` and ``report``: the run as a whole."""
+"""The sections ``run``, ``rounds`` and ``report``, which concern the whole run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from trl_rlaif.recipe.sections.values import Named, Number, SafeName, Section, Text
 
-# Ways to compute the same numbers with less work; see trl_rlaif.models.kernels.
+# Optimizations that do not change the results; see trl_rlaif.models.kernels.
 Kernel = Literal["packing", "fused_lora", "logprob_head", "cpu_attention", "cast_weights", "static_cache"]
 
 KERNELS = get_args(Kernel)
@@ -53,5 +53,5 @@ class RoundsSection(Section):
 
     @property
     def repeats(self) -> bool:
-        """Whether there are several rounds, or one after another run."""
+        """Whether there are several rounds, or one that continues another run."""
         return self.number > 1 or self.previous is not None

@@ -10,13 +10,13 @@ from trl_rlaif.algorithms import ALGORITHMS
 from trl_rlaif.recipe.formatting import shown
 from trl_rlaif.recipe.sections.values import Component, DataPath, Named, Number, Reward, Section, Text
 
-# Keys of ``rl`` that decide when failing rewards stop a run, and change nothing of what it learns. A stopped run may be
-# resumed with other values.
+# Keys of ``rl`` that decide when failing rewards stop a run, and do not affect training. A stopped run may be resumed
+# with other values.
 STOPPING_LIMITS = ("max_failed", "reward_timeout")
 
 
 def one_weight(value: str | dict[str, float]) -> str | dict[str, float]:
-    """Refuse an entry of ``rl.rewards`` that names several rewards, or none."""
+    """Reject an entry of ``rl.rewards`` that names several rewards, or none."""
     if isinstance(value, dict) and len(value) != 1:
         raise ValueError("Write each reward as an entry of its own: [{reward: 1.0}, {direct: 0.5}].")
     return value
@@ -33,7 +33,7 @@ def reward_weight(entry: str | dict[str, float]) -> float:
 
 
 def distinct_rewards(entries: list[str | dict[str, float]]) -> list[str | dict[str, float]]:
-    """Refuse a reward that is listed twice: each has one weight."""
+    """Reject a reward that is listed twice: each has one weight."""
     weights: dict[str, list[float]] = {}
     for entry in entries:
         weights.setdefault(reward_name(entry), []).append(reward_weight(entry))
@@ -44,7 +44,7 @@ def distinct_rewards(entries: list[str | dict[str, float]]) -> list[str | dict[s
 
 
 def some_weight(entries: list[str | dict[str, float]]) -> list[str | dict[str, float]]:
-    """Refuse weights with which every score is 0."""
+    """Reject weights with which every score would be 0."""
     if not any(map(reward_weight, entries)):
         raise ValueError(
             "Every reward has the weight 0, which only logs it. Give at least one of them another weight: "
@@ -110,7 +110,7 @@ class RlSection(Section):
 
     @property
     def reward_weights(self) -> list[float] | None:
-        """Their weights, in the order of PPOConfig's: the reward model first. None where the recipe gives none."""
+        """Their weights, in PPOConfig's order: the reward model first. None if the recipe has none."""
         if all(isinstance(entry, str) for entry in self.rewards):
             return None
         entries = sorted(self.rewards, key=lambda entry: reward_name(entry) != "reward")

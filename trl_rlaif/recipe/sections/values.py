@@ -1,4 +1,4 @@
-"""What keys of a recipe may hold: types of values, and what they refuse."""
+"""Types of values in a recipe, and their validators."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 @dataclass(frozen=True)
 class ComponentRef:
-    """A plugin's component as a recipe picks it: ``name`` or ``{name: {option: value}}``.
+    """A reference to a plugin's component in a recipe: ``name`` or ``{name: {option: value}}``.
 
     Args:
-        name: The name it is registered by.
-        options: Its options, validated, defaults filled in, as plain data.
-        where: The place in the recipe, for later messages.
-        files: The options that name data, of the type DataPath.
+        name: Its registered name.
+        options: Its validated options with defaults, as plain data.
+        where: Its place in the recipe, for later messages.
+        files: The options of type DataPath, which name data.
     """
 
     name: str
@@ -45,7 +45,7 @@ class ComponentRef:
 
 
 class ComponentLookup(Protocol):
-    """What a recipe needs to know of the installed plugins.
+    """A recipe's view of the installed plugins.
 
     Kinds are ``labeler``, ``reward_transform``, ``data_selector`` and ``pair_sampler``.
     """
@@ -64,19 +64,19 @@ class ComponentLookup(Protocol):
 
 
 def text_as_number(value: Any) -> Any:
-    """YAML 1.1 reads ``1e-5`` as text, because it wants a dot; it is taken as the number it is."""
+    """Convert ``1e-5``, which YAML 1.1 reads as text because it lacks a dot, to a number."""
     return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
 
 
 def safe_name(value: str) -> str:
-    """Refuse what could not be a folder's name everywhere."""
+    """Reject a name that is not a valid folder name on every platform."""
     if not _SAFE_NAME.fullmatch(value):
         raise ValueError("Write up to 100 letters, digits, '.', '_' and '-', a letter or digit first.")
     return value
 
 
 def name_besides(taken: str, whose: str) -> AfterValidator:
-    """Of a type: as ``safe_name``, and refuse a name that is taken already."""
+    """Validator for a type: like ``safe_name``, and rejects the name ``taken``."""
 
     def check(value: str) -> str:
         if value == taken:
@@ -87,7 +87,7 @@ def name_besides(taken: str, whose: str) -> AfterValidator:
 
 
 def exact_weight(value: float) -> float:
-    """Refuse a weight that cannot be counted exactly."""
+    """Reject a weight that cannot be represented exactly."""
     try:
         check_weight(value, "a criterion")
     except UserError as error:
@@ -96,11 +96,11 @@ def exact_weight(value: float) -> float:
 
 
 def web_address(value: str) -> str:
-    """Refuse what no request can be sent to."""
+    """Reject an invalid address."""
     try:
         parts = urlsplit(value)
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number, brackets without an address
+    except ValueError:  # a port that is not a number, brackets without an address
         good = False
     if not good or re.search(r"\s", value):
         raise ValueError("Write an address such as http://localhost:8000/v1.")
@@ -130,7 +130,7 @@ TemplateKwargs = Annotated[
 
 @dataclass(frozen=True)
 class Named:
-    """Marks a text that names something outside of the recipe, to be replaced by what the parser finds for it.
+    """Marks a text that names something outside the recipe, to be replaced by the resolved name.
 
     Args:
         kind: The method of ``paths.PathFinder`` that looks it up.
@@ -161,6 +161,6 @@ Reward = Annotated[Text, Named("reward")]
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are refused, no value is silently converted."""
+    """Base of all sections: unknown keys are rejected, no value is silently converted."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
