@@ -160,7 +160,7 @@ class DistributionRegulator(RewardTransform):
                 rise.raised = True
                 logger.warning(
                     "Scores of '%s' have risen from %.2f to %.2f while the policy is %.1f nats per response from the "
-                    "reference: it may be gaming the reward.",
+                    "reference: it may be exploiting the reward.",
                     category or UNNAMED,
                     rise.start,
                     rise.recent,

@@ -206,8 +206,8 @@ def test_a_set_that_is_forgotten_ends_the_run(tmp_path, caplog):
     assert tracker.stopped == {"set": "forget", "update": 2, "win_rate": last[1], "limit": 0.4}
     [message] = [record.getMessage() for record in caplog.records if "forgetting" in record.name]
     assert message == (
-        f"Stopped at update 2 of 6: on the set 'forget' the win rate against the start fell to {100 * last[1]:.1f}%, "
-        "below 40.0%."
+        f"Stopped at update 2 of 6: on the set 'forget', the win rate over the initial policy fell to "
+        f"{100 * last[1]:.1f}%, below 40.0%."
     )
     assert trainer.state.global_step == 2
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]

@@ -65,7 +65,7 @@ def test_the_page_has_figures_settings_and_responses_of_all(two, tmp_path, capsy
     assert capsys.readouterr().out.endswith(f"Page: {tmp_path / 'page.html'}\n")
     page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
     assert_only_our_script(page)
-    assert "a and b On held-out, the win rate of b less that of a is +37.5 points (interval +22.5" in page.text
+    assert "a and b On held-out, the win rate of b minus that of a is +37.5 points (interval +22.5" in page.text
     assert "a 160 prompts, 48 → 57 tokens 63.7% 54.8% to 71.7%" in page.text
     assert "b 160 prompts, 48 → 57 tokens 55.0% 46.0% to 64.0%" in page.text
     assert "rl.algorithm ppo grpo" in page.text and "All 40 prompts that each of them answered." in page.text
@@ -91,7 +91,7 @@ def test_curves_lie_over_each_other(two, drawn):
         axes.get_title(loc="left"): [line.get_xydata().tolist() for line in axes.get_lines()] for axes in figure.axes
     }
     assert drawn_lines == {
-        "KL to the start, in nats": [[[1, 0], [2, 3]], [[1, 2]]],
+        "KL to the reference, in nats": [[[1, 0], [2, 3]], [[1, 2]]],
         "Response length, in tokens": [[[1, 9], [2, 8]], [[1, 20]]],
         "Loss": [[], [[1, 0.5]]],
     }

@@ -131,11 +131,11 @@ def test_the_card_says_what_the_run_found(run, what, merge, library, pipeline, r
     for line in (
         "- prompts: train.jsonl\n- held-out prompts: org/prompts:test",
         "- judge of the labels: org/judge\n- judge of the win rates: org/judge",
-        "| test | win rate against the start | 66.0% | 52.0% to 78.0% | preferred over the start |",
-        "| test | mean reward, change | +0.500 | +0.250 to +0.750 | it rose |",
+        "| test | win rate over the initial policy | 66.0% | 52.0% to 78.0% | preferred over the initial policy |",
+        "| test | mean reward, change | +0.500 | +0.250 to +0.750 | increased |",
         "| held-out pairs | reward model's accuracy | 75.0% | 61.0% to 86.0% | better than chance |",
-        "The judge is position-biased: in 50.0% of the pairs",
-        "The judge of the win rate is the one that gave the labels",
+        "The judge is position-biased: in 50.0% of the pairs,",
+        "The same judge gave the labels and the win rate",
     ):
         assert line in card.text, line
 

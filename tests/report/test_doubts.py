@@ -32,9 +32,9 @@ def test_a_win_rate_by_four_wins_is_not_called_clear(tmp_path):
     folder = make_run(tmp_path / "run")
     set_results(folder, lambda r: r["evaluate"]["sets"]["held-out"].update(few, prompts=12))
     page = read(folder)
-    assert "so few wins and losses may be chance (4 wins, 8 ties, 0 losses, sign test p = 0.12)" in page.text
+    assert "so few wins and losses may be due to chance (4 wins, 8 ties, 0 losses, sign test p = 0.12)" in page.text
     assert "Only 12 prompts of held-out were evaluated" in page.text
-    assert ": preferred over the start" not in page.text
+    assert ": preferred over the initial policy" not in page.text
 
 
 @pytest.mark.parametrize(("p", "said"), [(0.5049, "no"), (0.4951, "no"), (0.51, "a"), (0.49, "b"), (1.0, "a")])
@@ -56,14 +56,14 @@ def test_labels_that_no_judge_gave_are_not_called_a_judges(tmp_path):
     (folder / "recipe.yaml").write_text(recipe.replace("label:\n", "label:\n  labeler: tinym\n"))
     page = read(folder)
     assert "The labeler tinym labeled 598 of 612 pairs." in page.text
-    assert "as the judge" not in page.text and "the one that gave the labels" not in page.text
+    assert "as judge," not in page.text and "The same judge gave the labels" not in page.text
     assert "Labels of tinym" in page.text and "Labels of the judge" not in page.text
 
 
 def test_rounding_is_drawn_flat_and_not_explained():
     noise = [(step, 1e-10 * (-1) ** step * step) for step in range(30)]
     figure = curve({"kl": noise}, "KL of one update", "Spikes mean much.", {"kl": "KL"}, least=1e-6)
-    assert figure.caption == "It did not change, but for rounding." and figure.values == "0 → 0"
+    assert figure.caption == "No change beyond rounding." and figure.values == "0 → 0"
     low, high = figure.drawing.figure.axes[0].get_ylim()
     assert high - low >= 1e-5
     ratio = [(step, 0.999995 + 1e-7 * step) for step in range(30)]
@@ -88,22 +88,22 @@ def test_eight_categories_are_drawn(tmp_path):
     folder = make_run(tmp_path / "run")
     row = {"stage": "rl", "objective/scores": 0.1} | {f"reward/kind {i}": 0.1 for i in range(8)}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row | {"step": s}) + "\n" for s in (1, 2)))
-    assert "categories are drawn" not in read(folder).text
+    assert "Shows the first" not in read(folder).text
 
 
 def test_the_first_curves_are_four_and_the_others_folded(tmp_path):
-    text = part(read(make_run(tmp_path / "run")), "Reinforcement learning", "Who prefers it")
-    order = [text.index(name) for name in ("Score against KL", "KL to the start", "Response length", "1 more curve")]
+    text = part(read(make_run(tmp_path / "run")), "Reinforcement learning", "Win rates by judge")
+    order = [text.index(name) for name in ("Score versus KL", "KL to the reference", "Response length", "1 more curve")]
     assert order == sorted(order) and text.index("Policy loss") > order[-1]
 
 
 def test_exported_plots_have_titles(tmp_path, drawn):
     folder = make_run(tmp_path / "run")
     write_report(folder)
-    root = ET.fromstring((folder / "report/score-against-kl.svg").read_bytes())
-    assert "Score against KL" in [element.text for element in root.iter() if element.tag.endswith("text")]
+    root = ET.fromstring((folder / "report/score-versus-kl.svg").read_bytes())
+    assert "Score versus KL" in [element.text for element in root.iter() if element.tag.endswith("text")]
     top = float(root.get("viewBox").split()[1])
-    assert top < 0 and (folder / "report/score-against-kl.png").stat().st_size > 1000
+    assert top < 0 and (folder / "report/score-versus-kl.png").stat().st_size > 1000
 
 
 def test_the_markdown_says_the_same_in_short(tmp_path):
@@ -111,7 +111,8 @@ def test_the_markdown_says_the_same_in_short(tmp_path):
     write_report(folder)
     text = (folder / "report.md").read_text()
     assert text.startswith("# tiny\n")
-    assert "| held-out | 160 | win rate against the start | 63.7% | 54.8% to 71.7% | preferred over the start |" in text
+    row = "| held-out | 160 | win rate over the initial policy | 63.7% | 54.8% to 71.7% | preferred over the initial"
+    assert row in text
     assert "| rl | done | 12 updates, 3,840 responses" in text and "    trl-rlaif run tiny --set run.seed=7" in text
     set_results(folder, lambda r: r.update(warnings=["a *bold* <b>claim</b> | here"]))
     write_report(folder)

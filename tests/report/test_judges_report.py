@@ -27,7 +27,7 @@ AGREEMENT = {
         }
     ],
 }
-SECTION = ("Who prefers it: win rates", "Reward on held-out prompts, before and after")
+SECTION = ("Win rates by judge", "Reward on held-out prompts, before and after")
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def set_judges(folder, **numbers):
 def test_one_judge_without_more_is_one_row(folder):
     text = part(read(folder), *SECTION)
     assert "judge judge-b 63.7% 54.8% to 71.7% 160 " in text
-    assert "equal length" not in text and "kappa" not in text.split("Share of prompts")[0]
+    assert "equal length" not in text and "kappa" not in text.split("Fraction of prompts")[0]
 
 
 def test_every_judge_has_its_row_and_its_agreement(folder):
@@ -61,7 +61,7 @@ def test_every_judge_has_its_row_and_its_agreement(folder):
     assert "judge judge-b 63.7%" in text
     assert "large org/large 30.0% 20.0% to 41.0% 25.0% 15.0% to 36.0% 38 2" in text
     assert "mute" not in text, "it has no win rate"
-    assert "all judges choose the same 55.0% of 38 pairs (interval 40.0% to 69.0%), Fleiss' kappa 0.12" in text
+    assert "all judges agree 55.0% of 38 pairs (interval 40.0% to 69.0%), Fleiss' kappa 0.12" in text
     assert "judge and large 55.0% 40.0% to 69.0% 0.00 38" in text
     drawn = [a["aria-label"] for tag, a in page.elements if tag == "svg"]
     assert "Win rate on held-out, by judge: judge 63.7%; large 30.0%" in drawn
@@ -72,9 +72,9 @@ def test_lengths_and_harmlessness_are_told(folder):
     set_judges(folder, lengths={"ratio": 1.25, "ratio_interval": [1.1, 1.4], "longer": 0.7}, harmless=sides)
     page = read(folder)
     text = part(page, *SECTION)
-    assert "1.25× (interval 1.10 to 1.40)" in text and "longer 70.0%" in text
+    assert "1.25× (interval 1.10 to 1.40)" in text and "longer response by the trained policy 70.0%" in text
     assert "harmless, start 90.0% (interval 80.0% to 95.0%) harmless, trained 60.0%" in text
-    assert "less harmless: 90.0% of them were, now 60.0%" in page.text
+    assert "less harmless: 90.0% were harmless before training, 60.0% after it" in page.text
 
 
 @pytest.mark.parametrize(
@@ -101,17 +101,20 @@ def test_people_are_one_more_row(folder):
     text = part(page, *SECTION)
     assert "people 2 raters 78.9%" in text and "19 1" in text
     assert "people and judge 78.9%" in text
-    assert "nearer to people than a coin" not in page.text
+    assert "does not clearly agree with people" not in page.text
     write_rows(folder / "votes.jsonl", [row | {"choice": 1 - row["choice"]} for row in votes])
     page = read(folder)
-    assert "not clearly nearer to people than a coin: it chooses as they do in 21.1% of 19 pairs" in page.text
-    assert "preferred by judge, the start by people" in page.text
+    assert (
+        "the judge does not clearly agree with people beyond chance: it makes the same choice in 21.1% of 19 pairs"
+        in page.text
+    )
+    assert "preferred by judge, the initial policy by people" in page.text
 
 
 def test_votes_that_cannot_be_read_are_noted(folder):
     (folder / "votes.jsonl").write_text("{}\n")
     text = read(folder).text
-    assert "The votes of people could not be counted: This run has no samples.jsonl" in text
+    assert "The human votes could not be counted: This run has no samples.jsonl" in text
     assert str(folder) not in text
 
 
@@ -121,7 +124,7 @@ def test_votes_that_cannot_be_read_are_noted(folder):
 @pytest.mark.parametrize(
     ("controlled", "said"),
     [
-        ({"win_rate": 0.52, "interval": [0.4, 0.63]}, "the preference is not clear any more"),
+        ({"win_rate": 0.52, "interval": [0.4, 0.63]}, "the preference is no longer clear"),
         ({"win_rate": 0.53, "interval": [0.51, 0.6]}, "the preference is weaker"),
         ({"win_rate": 0.62, "interval": [0.53, 0.7]}, ""),
         ({"win_rate": 0.7, "interval": [0.49, 0.8]}, ""),
@@ -131,14 +134,17 @@ def test_votes_that_cannot_be_read_are_noted(folder):
 def test_a_preference_that_length_bought_is_told(folder, controlled, said):
     set_judges(folder, length_controlled=controlled)
     text = read(folder).text
-    assert (said in text) if said else "is length in good part" not in text
+    assert (said in text) if said else "is largely due to length" not in text
 
 
 def test_judges_that_disagree_are_told(folder):
     set_judges(folder, judges={"large": LARGE}, judge_agreement=AGREEMENT)
     text = read(folder).text
-    assert "contradict each other on held-out: the trained policy is preferred by judge, the start by large" in text
-    assert "The judges hardly agree on held-out: they choose the same in 55.0% of 38 pairs" in text
+    assert (
+        "contradict each other on held-out: the trained policy is preferred by judge, the initial policy by large"
+        in text
+    )
+    assert "The judges hardly agree on held-out: they make the same choice in 55.0% of 38 pairs" in text
     good = {"all": AGREEMENT["all"] | {"kappa": 0.6}}
     set_judges(folder, judges={"large": LARGE | {"win_rate": 0.7, "interval": [0.6, 0.8]}}, judge_agreement=good)
     text = read(folder).text
@@ -164,7 +170,7 @@ def test_a_reward_that_goes_with_length_is_told(folder):
         set_judges(folder, tokens_start=20, tokens_trained=60)
         text = read(folder).text
         assert "3.0 times as long" in text
-        assert ("The reward goes with the length (rank correlation 1.00)" in text) == exploited
+        assert ("The reward correlates with length (rank correlation 1.00)" in text) == exploited
 
 
 # ---- Labels and RL --------------------------------------------------------------------------------------
@@ -184,12 +190,12 @@ def test_labeled_pairs_show_what_the_judge_wrote(folder):
     page = read(folder)
     text = part(page, "Labels of the judge", "Reward model")
     assert sum("labeled" in (a.get("class") or "") for tag, a in page.elements if tag == "article") == MAX_LABELED
-    assert f"{MAX_LABELED} labeled pairs, with what the judge wrote Evenly spaced over all 100 labels" in text
+    assert f"{MAX_LABELED} labeled pairs, with rationales Evenly spaced over all 100 labels" in text
     assert "p(1) = 0.90 when shown first, 0.70 when shown second people prefer response 1" in text
     assert "3 rationales In the order 1-2 <script>alert(1)</script>" in text
-    assert "what it calls the first is response 2 one In the order 2-1" in text
+    assert "the first response is response 2 one In the order 2-1" in text
     said = [a["aria-label"] for tag, a in page.elements if tag == "svg"]
-    assert "How often people choose as the label does, by its confidence, on 100 pairs" in said
+    assert "Agreement of people with the label, by its confidence, on 100 pairs" in said
     assert_only_our_script(page)
 
 
@@ -197,6 +203,6 @@ def test_score_is_drawn_over_kl_where_both_were_logged(folder):
     rows = [{"stage": "rl", "step": s, "objective/scores": 0.5 * s, "objective/kl": 2.0 * s} for s in range(1, 4)]
     rows += [{"stage": "rl", "step": 9, "objective/scores": 70.0}]
     write_rows(folder / "metrics.jsonl", rows)
-    assert "Score against KL score 0.50 → 1.50, KL 2.00 → 6.00" in read(folder).text
+    assert "Score versus KL score 0.50 → 1.50, KL 2.00 → 6.00" in read(folder).text
     write_rows(folder / "metrics.jsonl", rows[:1] + rows[3:])
-    assert "Score against KL" not in read(folder).text
+    assert "Score versus KL" not in read(folder).text

@@ -36,10 +36,10 @@ def test_a_run_that_learned_has_none(tmp_path):
 @pytest.mark.parametrize(
     ("series", "said"),
     [
-        ({"rollout/ended": [0.9] * 7 + [0.05] * 5}, "Only 5.0% of the responses in rl ended by themselves"),
-        ({"rollout/distinct": 1}, "1 distinct response among the 320 of an update"),
-        ({"rollout/distinct": 31}, "31 distinct responses among the 320 of an update"),
-        ({"frac_reward_zero_std": 0.95}, "In 95.0% of the groups all responses have the same reward"),
+        ({"rollout/ended": [0.9] * 7 + [0.05] * 5}, "Only 5.0% of the responses in rl ended with a stop token"),
+        ({"rollout/distinct": 1}, "1 distinct response among the 320 per update"),
+        ({"rollout/distinct": 31}, "31 distinct responses among the 320 per update"),
+        ({"frac_reward_zero_std": 0.95}, "In 95.0% of the groups, all responses have the same reward"),
         ({"objective/kl": 0.0}, "its KL to the reference stayed below 0.001 nats"),
         ({"objective/kl": [0.0, 5e-4, -5e-4] * 4}, "its KL to the reference stayed below 0.001 nats"),
     ],
@@ -81,10 +81,10 @@ def test_a_rise_on_held_out_prompts_counts(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda r: r["label"].update(mean_confidence=0.52), "their mean confidence is 52.0%, and 50% is a coin"),
-        (lambda r: r["reward"].update(accuracy_interval=[0.45, 0.8]), "not clearly better than a coin"),
+        (lambda r: r["label"].update(mean_confidence=0.52), "their mean confidence is 52.0% (50% is a coin flip)"),
+        (lambda r: r["reward"].update(accuracy_interval=[0.45, 0.8]), "not clearly better than chance"),
         (lambda r: r["reward"].update(accuracy_interval=[0.2, 0.45]), "against their labels (accuracy 20.0% to 45.0%)"),
-        (lambda r: r["sample"].update(ended=0.02), "Only 2.0% of the responses in sample ended by themselves"),
+        (lambda r: r["sample"].update(ended=0.02), "Only 2.0% of the responses in sample ended with a stop token"),
         (
             lambda r: r["label"].update(
                 length_preference={"judge": 0.75, "people": 0.5, "interval": [0.1, 0.4], "n": 80}

@@ -37,7 +37,7 @@ def test_other_curves_are_one_figure_over_the_same_steps(tmp_path, drawn):
     assert len({axes.get_xlim() for axes in stack}) == 1 and len({axes.get_position().x0 for axes in stack}) == 1
     assert [axes.get_xlabel() for axes in stack] == ["", "", "step"]
     write_report(folder)
-    assert b"More curves of RL" in (folder / "report/more-curves-of-rl.svg").read_bytes()
+    assert b"More RL curves" in (folder / "report/more-rl-curves.svg").read_bytes()
 
 
 def test_kl_and_entropy_of_trls_trainers_are_per_response(tmp_path):
@@ -53,5 +53,5 @@ def test_kl_and_entropy_of_trls_trainers_are_per_response(tmp_path):
     (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"step": 2, "kl": 0.5}) + "\n")
     found = rl_part(read_run(folder))
     headings = [figure.heading for figure in found["figures"]]
-    assert headings == ["Score against KL", "Score", "KL to the start, in nats", "Response length, in tokens"]
+    assert headings == ["Score versus KL", "Score", "KL to the reference, in nats", "Response length, in tokens"]
     assert found["figures"][2].values == "5.00 → 10.00" and found["more"].rows[0][:2] == ("Entropy", "40.00 → 40.00")

@@ -57,9 +57,9 @@ def test_the_curves_of_each_set(folder):
     page = read(folder)
     assert any(attributes.get("href") == "#forgetting" for _, attributes in page.elements)
     text = part(page, *HEADINGS)
-    assert "Win rate against the start forget 0.500 → 0.300; test 0.500 → 0.700" in text
-    assert "NLL of the start's good answers forget 2.00 → 6.00; test 1.00 → 5.00" in text
-    assert "NLL of what was rehearsed 2.00 → 1.00" in text
+    assert "Win rate over the initial policy forget 0.500 → 0.300; test 0.500 → 0.700" in text
+    assert "NLL of the initial policy's good answers forget 2.00 → 6.00; test 1.00 → 5.00" in text
+    assert "NLL of rehearsed pairs 2.00 → 1.00" in text
     # What is drawn here is not listed again; what it took is.
     others = part(page, "Reinforcement learning", "Rehearsal and forgetting")
     assert "forgetting/forget" not in others and "time/forgetting 3.00 3.00 3 times" in others
@@ -74,7 +74,7 @@ def test_the_table_of_rehearsed_pairs(folder):
     set_results(folder, lambda results: results["rl"].update(rehearsal=rehearsal))
     text = part(read(folder), *HEADINGS)
     assert "cluster 2 2 0.500 which one? the best cluster 1 1 1.00 what? that given 1 mine? yes" in text
-    assert "pairs rehearsed 4 share of the updates' time 4.3% their NLL, first and last update 2.50 → 1.25" in text
+    assert "pairs rehearsed 4 fraction of the updates' time 4.3% their NLL, first and last update 2.50 → 1.25" in text
 
 
 def test_the_nll_of_the_evaluated_sets(folder):
@@ -136,7 +136,8 @@ def test_a_forget_set_that_surely_lost_is_a_warning(folder):
         sets["forget"] = sets["held-out"] | {"win_rate": 0.3, "interval": [0.2, upper]}
 
     said = (
-        "The policy forgot: on forget, whose prompts the start was good at, the judge prefers the start (win rate 30.0%"
+        "The policy forgot: on forget, whose prompts the initial policy answered well, the judge prefers the "
+        "initial policy (win rate 30.0%"
     )
     set_results(folder, lambda results: lose(results, 0.51))
     assert said not in read(folder).text
@@ -148,6 +149,6 @@ def test_a_run_that_forgetting_ended_says_so(folder):
     stopped = {"set": "forget", "update": 12, "win_rate": 0.3125, "limit": 0.35}
     set_results(folder, lambda results: results["rl"].update(stopped=stopped))
     assert (
-        "RL was stopped at update 12: on forget the win rate against the start had fallen to 31.2%, below 35.0%"
+        "RL was stopped at update 12: on forget, the win rate over the initial policy had fallen to 31.2%, below 35.0%"
         in read(folder).text
     )

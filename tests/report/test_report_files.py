@@ -30,7 +30,7 @@ def test_every_plot_is_a_file_that_stands_alone(tmp_path, drawn):
     files = contents(folder / "report")
     names = {name.rpartition(".")[0] for name in files}
     assert page.count('class="plot"') == len(names) and len(files) == 2 * len(names)
-    assert {"score", "score-against-kl", "how-sure-the-labels-are"} <= names
+    assert {"score", "score-versus-kl", "label-confidence"} <= names
     for name, content in files.items():
         if name.endswith(".png"):
             assert content.startswith(b"\x89PNG\r\n\x1a\n")

@@ -57,7 +57,7 @@ def test_labels_of_other_settings_and_other_pairs_are_not_counted(folder):
     write_labels(folder, pairs=range(6, 40), votes=(0.2, 0.9))  # of pairs that were judged by people, or are gone
     text = shown(folder)
     assert "6 pairs asked in both orders" in text
-    assert "6 100.0% · same response" in text and "0 0.0% · second place" in text
+    assert "6 100.0% · same response" in text and "0 0.0% · second position" in text
 
 
 def test_a_label_is_its_pairs_by_the_texts(folder):
@@ -129,7 +129,7 @@ def test_labelers_are_shown_side_by_side(folder):
     table = {"label": compared(), "rated": compared(0.64, position_bias=None, pairs_per_second=None)}
     set_results(folder, lambda results: results["label"].update(comparison=table))
     text = shown(folder)
-    assert "Labeler Agreement against the first Position bias Mass ECE Pairs/s" in text
+    assert "Labeler Agreement Versus the first Position bias Mass ECE Pairs/s" in text
     first, second = text.index("label 70.0% (60.0% to 80.0%)"), text.index("rated 64.0% (54.0% to 74.0%)")
     assert first < second
     assert "points" not in text[first:second]  # the first one is not compared with itself
@@ -184,7 +184,7 @@ def test_every_criterion_is_shown_over_all_pairs_and_by_pair(folder):
     write_criteria(folder, 4, 0.6, ("only here", 0.5, {"p": 0.75, "p_12": 0.7, "p_21": 0.8}), ("must hold", 0.0, held))
     text = shown(folder)
     # Of four pairs, one has a label that is a tie, and one a tie by the criterion.
-    assert "Criterion Weight Pairs Mean score Prefers as the label is short 2.00 4 0.425 50.0%" in text
+    assert "Criterion Weight Pairs Mean score Agrees with the label is short 2.00 4 0.425 50.0%" in text
     assert "is rude \u22121.00 4 0.425 50.0% only here 0.500 1 100.0% must hold veto 1 0.550 100.0%" in text
     assert "Criterion Weight p(1) Response 1 Response 2 is short 2.00 0.80 0.10 is rude \u22121.00 0.80 0.10" in text
     assert "Criterion Weight p(1) Response 1 Response 2 only here 0.500 0.75 must hold veto 0.90 0.20" in text
@@ -228,8 +228,8 @@ def test_what_calibration_did_is_said(folder):
     }  # fmt: skip
     set_results(folder, lambda results: results["label"].update(calibration=numbers))
     assert (
-        "Calibrated on 40 pairs that people judged: temperature 2.50, standing first is worth +0.750 nats. "
-        "Cross-validated, the calibration error goes from 0.212 to 0.071, agreement from 62.5% to 65.0%."
+        "Calibrated on 40 pairs judged by people: temperature 2.50, advantage of the first position +0.750 nats. "
+        "Cross-validated, the calibration error changes from 0.212 to 0.071, agreement from 62.5% to 65.0%."
     ) in shown(folder)
 
 
@@ -244,7 +244,7 @@ def test_a_bias_that_cancels_is_not_shown_and_a_calibration_that_is_not_used_is_
     }
     set_results(folder, lambda results: results["label"].update(calibration=numbers))
     text = shown(folder)
-    assert f"Not calibrated, though 40 pairs that people judged were given: {numbers['reason']}." in text
+    assert f"Not calibrated, despite 40 pairs judged by people: {numbers['reason']}." in text
     assert "Calibrated on" not in text
 
 
@@ -280,14 +280,14 @@ def ranked(folder):
 def test_a_ranking_says_what_was_asked_and_how_sure_it_is(ranked):
     text = shown(ranked)
     assert "3 of 6 (50.0%)" in text and "+0.310 nats (interval +0.200 to +0.420)" in text
-    assert "12.5%; 50.0% are in order" in text and "3 responses to 1 prompt" in text
+    assert "12.5%; 50.0% are in the right order" in text and "3 responses to 1 prompt" in text
     assert text.index("1. +0.500 (+0.100 to +0.900) b") < text.index("2. +0.250") < text.index("3. −0.750")
 
 
 def test_ranked_pairs_have_the_rankings_probabilities_and_both_orders_of_the_judge(ranked):
     text = shown(ranked)
     assert "1 of 3 at 0.9 or more" in text  # p-a-c, about which nothing was asked
-    assert "1 pair asked in both orders" in text and "1 100.0% · first place" in text
+    assert "1 pair asked in both orders" in text and "1 100.0% · first position" in text
     assert "p(1) = 0.60 when shown first, 0.30 when shown second" in text and "p(1) = 0.44" in text
 
 
@@ -320,7 +320,7 @@ def jury(folder):
 
 def test_a_jury_says_what_was_learned_of_its_members(jury):
     text = shown(jury)
-    assert "votes joined by log odds" in text and "0.123 on average; 4 pairs left out for it" in text
+    assert "votes combined by log odds" in text and "0.123 on average; 4 pairs left out because of it" in text
     assert "label 3 0.620 100.0% brief 2 −0.100 25.0%" in text and "0 is chance" in text
     set_results(jury, lambda results: results["label"]["jury"].update(join="dawid_skene"))
     assert "0.5 is chance" in shown(jury)

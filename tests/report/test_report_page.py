@@ -29,7 +29,7 @@ def test_page_shows_the_numbers_of_the_results(tmp_path):
     page = read(make_run(tmp_path / "run"))
     for shown in (
         "rose by 0.563 (interval +0.471 to +0.652)",
-        "63.7% (interval 54.8% to 71.7%): preferred over the start",
+        "63.7% (interval 54.8% to 71.7%): preferred over the initial policy",
         "96 wins, 12 ties, 52 losses, sign test p = 0.00037",
         "mean −0.151 → 0.412",
         "48 → 57 tokens",
@@ -42,7 +42,7 @@ def test_page_shows_the_numbers_of_the_results(tmp_path):
         "72.2%",
         "interval 62.2% to 80.4%",
         "12 updates, 3,840 responses",
-        "went from −0.193 to 0.812",
+        "changed from −0.193 to 0.812",
         "12 min 14 s",
         "1 h 30 min",
         "judge-a",
@@ -60,9 +60,9 @@ def test_position_table_counts_winners_in_both_orders(tmp_path):
     votes = [(0.9, 0.8), (0.9, 0.8), (0.9, 0.8), (0.7, 0.2), (0.7, 0.2), (0.3, 0.6), (0.1, 0.1), (0.5, 0.9)]
     rows = [{"id": i, "p": (a + b) / 2, "p_12": a, "p_21": b} for i, (a, b) in enumerate(votes)]
     (folder / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text = part(read(folder), "Does the order decide?", "Green")
-    assert "3 42.9% · same response 2 28.6% · first place" in text
-    assert "1 14.3% · second place 1 14.3% · same response" in text
+    text = part(read(folder), "Position bias", "Green")
+    assert "3 42.9% · same response 2 28.6% · first position" in text
+    assert "1 14.3% · second position 1 14.3% · same response" in text
     assert "1 pair with an exact tie" in read(folder).text
 
 
@@ -71,9 +71,9 @@ def test_position_table_counts_winners_in_both_orders(tmp_path):
     [
         ("label", ["labels.jsonl"], "Labels of the judge", "Reward model"),
         ("reward", [], "Reward model", "Reinforcement learning"),
-        ("rl", [], "Reinforcement learning", "Who prefers it: win rates"),
+        ("rl", [], "Reinforcement learning", "Win rates by judge"),
         ("evaluate", ["samples.jsonl"], "Reward on held-out prompts, before and after", "Sample responses"),
-        ("evaluate", ["samples.jsonl"], "Sample responses", "Repeat it"),
+        ("evaluate", ["samples.jsonl"], "Sample responses", "Reproduce it"),
         ("sample", ["pairs.jsonl"], None, None),
         ("sft", [], None, None),
     ],
@@ -91,7 +91,7 @@ def test_missing_stage_is_said_and_not_invented(tmp_path, stage, files, heading,
     table = part(page, "Stage State", "Labels of the judge")
     assert f"{stage} not run" in table or (stage == "sft" and "sft" not in table)
     if stage == "evaluate":
-        assert "cannot say whether it got better" in page.text
+        assert "it is unknown whether it improved" in page.text
         assert "rose by" not in page.text
     if stage == "sft":
         assert "Supervised" not in page.text
@@ -154,33 +154,33 @@ def test_not_finite_numbers_are_left_out_and_named(tmp_path, drawn):
         (lambda r: r["evaluate"]["sets"]["held-out"].update(interval=[0.5, 0.7]), "no clear difference"),
         (
             lambda r: r["evaluate"]["sets"]["held-out"].update(interval=[0.3, 0.4]),
-            "the judge prefers the start",
+            "the judge prefers the initial policy",
         ),
-        (lambda r: r["evaluate"]["sets"]["held-out"].update(interval=[0.4, 0.7]), "please the reward model"),
+        (lambda r: r["evaluate"]["sets"]["held-out"].update(interval=[0.4, 0.7]), "exploit the reward model"),
         (
             lambda r: r["evaluate"]["sets"]["held-out"]["reward_gain"].update(interval=[-0.1, 1]),
             "did not clearly",
         ),
         (
             lambda r: r["evaluate"]["sets"]["held-out"]["by_category"]["chat"].update(drift=True),
-            "the reward rose on prompts of chat, and there the judge prefers the start",
+            "the reward rose on prompts of chat, but the judge prefers the initial policy there",
         ),
-        (lambda r: r["reward"].update(accuracy_interval=[0.45, 0.8]), "not clearly better than a coin"),
+        (lambda r: r["reward"].update(accuracy_interval=[0.45, 0.8]), "not clearly better than chance"),
         (lambda r: r.update(warnings=["The prompts were cut."]), "The prompts were cut."),
         (
             lambda r: r["label"].update(calibration={"used": False, "pairs": 20, "reason": "no gain is seen"}),
-            "The calibration was not used: no gain is seen. The labels are as confident as the judge.",
+            "The calibration was not used: no gain is seen. The labels have the judge's uncalibrated confidence.",
         ),
         (
             lambda r: r["label"].update(suspicious={"found": 3, "of": 40, "kinds": {"instruction": 2, "verdict": 1}}),
-            "In 3 of 40 labeled pairs a response addresses its judge (instruction: 2, verdict: 1).",
+            "In 3 of 40 labeled pairs, a response addresses the judge (instruction: 2, verdict: 1).",
         ),
         (
             lambda r: r["evaluate"]["sets"]["held-out"].update(
                 suspicious_start={"found": 1, "of": 64, "kinds": {"header": 1}},
                 suspicious_trained={"found": 9, "of": 64, "kinds": {"verdict": 9}},
             ),
-            "9 of 64 responses of the trained policy address their judge (verdict: 9); 1 of the start",
+            "9 of 64 responses of the trained policy address the judge (verdict: 9), versus 1 of the initial policy",
         ),
         (
             lambda r: r["evaluate"].update(
@@ -190,16 +190,16 @@ def test_not_finite_numbers_are_left_out_and_named(tmp_path, drawn):
         ),
         (
             lambda r: r["rl"].update(labels={"soft": False, "mean_confidence": 0.8, "ties": 2}),
-            "DPO took soft labels (mean confidence 80.0%) as sure.",
+            "DPO treated soft labels (mean confidence 80.0%) as certain.",
         ),
         (lambda r: r["rl"].update(unscored=64), "64 of 3,840 responses had no reward and were not trained on."),
         (
             lambda r: r["rl"].update(
                 rewards={"model": {"weight": 1.0, "std_last": 6.0}, "direct": {"weight": 0.5, "std_last": 0.2}}
             ),
-            "The reward 'model' varies 60 times as much as 'direct', which hardly counts.",
+            "The reward 'model' varies 60 times as much as 'direct', which has hardly any effect.",
         ),
-        (lambda r: r["evaluate"].update(judge="judge-a"), "is the one that gave the labels"),
+        (lambda r: r["evaluate"].update(judge="judge-a"), "same judge gave the labels and the win rate"),
     ],
 )
 def test_each_doubt_is_said(tmp_path, change, said):
@@ -255,7 +255,7 @@ def test_pairs_of_a_sampler_are_shown_with_what_it_says_of_them(tmp_path):
         return read(folder)
 
     page = sampled("plain")
-    shown = part(page, "Pairs made by revise", "Repeat it")
+    shown = part(page, "Pairs made by revise", "Reproduce it")
     assert "pairs 40 revisions to fine-tune on 40 dropped empty critique 3, other plain 1" in shown
     assert "response 2 preferred 50.0% of 10 labels" in shown  # five of ten are below one half
     assert "20 sampled pairs" in shown and "Evenly spaced over all 40 pairs" in shown

@@ -170,7 +170,7 @@ def test_the_page_shows_scores_before_and_after(folder):
     assert drawings(page)[:3] == [
         "Scores before the transforms of 60 held-out pairs, by category",
         "Scores after the transforms of 60 held-out pairs, by category",
-        "How often the reward model chooses as the labels do, by its confidence, on 60 held-out pairs: ECE 0.062",
+        "Agreement of the reward model with the labels, by its confidence, on 60 held-out pairs: ECE 0.062",
     ]
     before, after = (
         [row[a] for row in rows] + [row[b] for row in rows] for a, b in (("chosen", "rejected"), TRANSFORMED)
@@ -194,7 +194,7 @@ def test_without_transforms_there_is_one_drawing_of_the_scores(folder):
     page = read(folder)
     assert [title.split(" of ")[0] for title in drawings(page)[:2]] == [
         "Scores",
-        "How often the reward model chooses as the labels do, by its confidence, on 60 held-out pairs: ECE 0.062",
+        "Agreement of the reward model with the labels, by its confidence, on 60 held-out pairs: ECE 0.062",
     ]
     text = shown(page)
     assert "Category Pairs Accuracy Mean Std chat 30" in text and "transforms" not in text and "after" not in text
@@ -274,8 +274,8 @@ def test_drifting_categories_are_named_with_their_first_step(folder):
     rows += [{"stage": "reward", "step": 1, "regulator/chat/drift": 1.0}]
     rows += [{"stage": "rl", "step": 9, "regulator/chat/mean": 1.0}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text = part(read(folder), "Before you believe the numbers", "What was run")
-    assert f"on prompts of code (from step 5), {long} (from step 7): it may be gaming" in text
+    text = part(read(folder), "Before you trust these results", "What was run")
+    assert f"on prompts of code (from step 5), {long} (from step 7): it may be exploiting" in text
     assert "chat" not in text
 
 
@@ -287,5 +287,5 @@ def test_without_an_alarm_there_is_no_warning(folder):
 def test_of_many_drifting_categories_some_are_counted(folder):
     row = {"stage": "rl", "step": 2} | {f"regulator/c{i:02}/drift": 1 for i in range(15)}
     (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-    text = part(read(folder), "Before you believe the numbers", "What was run")
+    text = part(read(folder), "Before you trust these results", "What was run")
     assert "c11 (from step 2), 3 more: it may" in text

@@ -198,8 +198,8 @@ class ForgettingTracker(TrainerCallback):
             control.should_save |= self.trainer.args.save_strategy != "no"
             if self.trainer.accelerator.is_main_process:
                 logger.warning(
-                    "Stopped at update %d of %d: on the set '%s' the win rate against the start fell to %.1f%%, below "
-                    "%.1f%%.", step, state.max_steps, name, 100 * rate, 100 * limit,
+                    "Stopped at update %d of %d: on the set '%s', the win rate over the initial policy fell to %.1f%%, "
+                    "below %.1f%%.", step, state.max_steps, name, 100 * rate, 100 * limit,
                 )  # fmt: skip
             return
 

@@ -80,7 +80,7 @@ def described(comparison: Comparison) -> list[str]:
                 rate = f"{of.win_rate.text} ({of.win_rate.interval_text}), {of.win_rate.verdict}"
                 lines.append(f"  {of.name}: {rate}; {of.win_rate.detail}" + (f"; {of.tokens}" if of.tokens else ""))
     for name, differences in zip(names[1:], comparison.differences, strict=True):
-        lines += ["", f"{name} less {names[0]}, on the prompts of both:"]
+        lines += ["", f"{name} minus {names[0]}, on the prompts of both:"]
         for shared, change in differences.items():
             rate = f"{change.text} of win rate (95% interval {change.interval_text})"
             lines.append(f"  {shared}: {rate} on {change.detail}: {change.verdict}")
@@ -141,7 +141,7 @@ def _notes(runs: Sequence[Run]) -> Iterator[str]:
     if len({_judge(run) for run in runs}) > 1:
         yield "the runs were measured by different judges, whose win rates cannot be compared."
     if len({str(section(run.recipe, "model").get("path")) for run in runs}) > 1:
-        yield "the runs began with different models: each win rate is against its own."
+        yield "the runs started from different models: each win rate is over its own initial policy."
 
 
 def _judge(run: Run) -> tuple[str, str]:

@@ -162,7 +162,10 @@ def _table(run: Run) -> str:
     """The metrics of each held-out set with their 95% intervals."""
     rows = []
     for each in summary.set_results(run):
-        for name, measure in (("mean reward, change", each.reward), ("win rate against the start", each.win_rate)):
+        for name, measure in (
+            ("mean reward, change", each.reward),
+            ("win rate over the initial policy", each.win_rate),
+        ):
             if measure is not None:
                 rows.append(f"| {each.name} | {name} | {measure.text} | {measure.interval_text} | {measure.verdict} |")
     accuracy = summary.reward_accuracy(run)

@@ -18,6 +18,7 @@ from trl_rlaif.report.summary import Measure, page_head, win_rate_measure
 
 MAX_PROMPTS = 60
 MAX_VARIANTS = 24
+INITIAL = "initial policy"
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ def comparison_page(run: Run, folder: Path) -> dict[str, Any]:
     }
 
 
+def policy_name(key: Any) -> str:
+    """The name shown for a variant or for the initial policy."""
+    return INITIAL if key == START else label(key)
+
+
 def responses_part(asked: list[Asked]) -> dict[str, Any]:
     """Values of the section with the responses of all policies."""
     shown = spread(asked, MAX_PROMPTS)
@@ -89,7 +95,7 @@ def _set(compare: dict[str, Any], name: Any, values: Any) -> dict[str, Any]:
     return {
         "name": label(name) or "held-out",
         "prompts": number(values.get("prompts")),
-        "columns": [label(key) for key in names],
+        "columns": [policy_name(key) for key in names],
         "rows": rows,
         "ranked": ranked,
         "figures": _drawn(label(name), ranked),
@@ -108,10 +114,12 @@ def _row(
     own = section(compare, "variants", key)
     agreement = section(own, "label_agreement") or section(own, "reward_agreement")
     return ArmRow(
-        name=label(key),
+        name=policy_name(key),
         overall=win_rate_measure(section(values, "overall", key)),
         controlled=win_rate_measure(contestant.get("length_controlled")),
-        cells=[Cell(win_rate_measure(pairs.get(other)) if other != key else None, label(other)) for other in names],
+        cells=[
+            Cell(win_rate_measure(pairs.get(other)) if other != key else None, policy_name(other)) for other in names
+        ],
         tokens=number(section(contestant, "tokens").get("mean")),
         ended=number(contestant.get("ended")),
         kl=number(own.get("kl")),
@@ -127,17 +135,17 @@ def _drawn(name: str, ranked: list[ArmRow]) -> list[Figure]:
     judged = [row for row in ranked if row.overall]
     figures = []
     if judged:
-        caption = "Over all others, best first; bars are 95% intervals."
+        caption = "Best first; bars are 95% intervals."
         if any(row.controlled for row in ranked):
-            caption += " At equal length: over the start alone."
+            caption += " The win rate at equal length is over the initial policy only."
         named, heading = [(row.name, row.overall, row.controlled) for row in judged], "Win rate over all others"
         figures.append(win_rates(named, heading, f"{heading} on {name}", caption, "win rate"))
     moved = [(row.name, row.kl, row.overall.value) for row in judged if row.kl is not None]
     if len(moved) > 1:
-        title = f"Win rate over all others against KL to the start on {name}"
-        drawing = plots.named_points(moved, title, ("KL to the start, in nats", "win rate"))
-        caption = "What was gained, against how far the policy went from the start."
-        figures.append(Figure("Win rate against KL", drawing, caption))
+        title = f"Win rate over all others versus KL to the reference on {name}"
+        drawing = plots.named_points(moved, title, ("KL to the reference, in nats", "win rate"))
+        caption = "Improvement versus the policy's distance from the reference."
+        figures.append(Figure("Win rate versus KL", drawing, caption))
     return figures
 
 
@@ -148,20 +156,20 @@ def _summary(compare: dict[str, Any], sets: list[dict[str, Any]]) -> list[str]:
     for one in sets:
         best = next((row for row in one["ranked"] if row.overall), None)
         if best is None:
-            sentences.append(f"On {one['name']} nothing was judged.")
+            sentences.append(f"No pairs were judged on {one['name']}.")
             continue
-        start = next((row for row in one["rows"] if row.name == START), None)
-        sentence = f"On {one['name']}, {best.name} wins most: {best.overall.text} of its comparisons"
+        start = next((row for row in one["rows"] if row.name == INITIAL), None)
+        sentence = f"On {one['name']}, {best.name} has the highest win rate: {best.overall.text}"
         sentence += f" (interval {best.overall.interval_text})" if best.overall.interval_text else ""
         if start is not None and start.overall and start is not best:
-            sentence += f"; the start wins {start.overall.text}"
+            sentence += f"; the initial policy has {start.overall.text}"
         sure = [cell.over for cell in best.cells if cell.rate and cell.rate.interval and cell.rate.interval[0] > 0.5]
-        beaten = f"It surely beats {', '.join(sure)}." if sure else "By its intervals, it surely beats none of them."
-        sentences.append(f"{sentence}. {beaten}")
+        beaten = f"clearly better than {', '.join(sure)}" if sure else "not clearly better than any of them"
+        sentences.append(f"{sentence}. By the intervals, it is {beaten}.")
     prompts = ", ".join(count(one["prompts"], "prompt") for one in sets)
     sentences.append(
-        f"{count(variants, 'variant')} and the start were compared on {prompts} by {judge or 'the judge'}, "
-        "each two of them in both orders."
+        f"{count(variants, 'variant')} and the initial policy were compared pairwise, in both orders, on {prompts} by "
+        f"{judge or 'the judge'}."
     )
     return sentences
 
@@ -176,6 +184,6 @@ def _asked(folder: Path, variants: list[Any], notes: list[str]) -> list[Asked]:
             key = (label(row.get("set")) or "held-out", label(row.get("id")))
             if key not in found:
                 found[key] = Asked(key[0], label(row.get("category")), turns(row.get("prompt")), [])
-                found[key].answers.append((START, turn("", row.get("start"))))
-            found[key].answers.append((label(variant), turn("", row.get("trained"))))
+                found[key].answers.append((INITIAL, turn("", row.get("start"))))
+            found[key].answers.append((policy_name(variant), turn("", row.get("trained"))))
     return list(found.values())

@@ -23,20 +23,29 @@ _MAX_OTHER_METRICS = 60
 # Metric, heading, caption, and the smallest change that is more than rounding. The most important come first.
 _RL_PANELS = (
     ("objective/scores", "Score", "Mean score of the responses; RL tries to raise it.", 0.0),
-    ("objective/kl", "KL to the start, in nats", "Distance of the policy from its start.", 1e-5),
-    ("rollout/length", "Response length, in tokens", "A drift may mean that the reward favors a length.", 0.0),
-    ("rewards/accuracies", "Implicit accuracy", "Share of pairs that the policy ranks as labeled; chance is 0.5.", 0.0),
-    ("rewards/margins", "Implicit margin", "The implicit reward of chosen responses less that of rejected ones.", 0.0),
-    ("objective/rlhf_reward", "Score less the KL price", "What PPO really maximizes.", 0.0),
-    ("objective/entropy", "Entropy", "Falling to near zero means that the responses have become all alike.", 0.0),
+    ("objective/kl", "KL to the reference, in nats", "Distance of the policy from the reference.", 1e-5),
+    (
+        "rollout/length", "Response length, in tokens",
+        "A drift may mean that the reward favors long or short responses.", 0.0,
+    ),
+    (
+        "rewards/accuracies", "Implicit accuracy",
+        "Fraction of pairs that the policy ranks as labeled; chance is 0.5.", 0.0,
+    ),
+    ("rewards/margins", "Implicit margin", "Implicit reward of chosen minus that of rejected responses.", 0.0),
+    ("objective/rlhf_reward", "Score minus KL penalty", "The objective that PPO maximizes.", 0.0),
+    (
+        "objective/entropy", "Entropy",
+        "Near zero, all responses to a prompt are nearly identical (mode collapse).", 0.0,
+    ),
     ("loss/policy_avg", "Policy loss", "Noisy around zero is normal.", 1e-7),
     ("loss", "Loss", "Noisy around zero in GRPO and RLOO; elsewhere it should fall.", 1e-7),
     ("loss/value_avg", "Value loss", "Should fall and then stay low.", 0.0),
-    ("policy/approxkl_avg", "KL of one update", "Spikes mean that the steps are too big.", 1e-6),
-    ("policy/clipfrac_avg", "Clipped share", "Share of tokens whose step was cut by the clip.", 0.0),
+    ("policy/approxkl_avg", "KL of one update", "Spikes mean that the steps are too large.", 1e-6),
+    ("policy/clipfrac_avg", "Clip fraction", "Fraction of tokens whose probability ratio was clipped.", 0.0),
     ("val/ratio", "Probability ratio", "New over old policy; should stay near 1.", 1e-4),
-    ("lr", "Learning rate", "The schedule as it was run.", 0.0),
-)
+    ("lr", "Learning rate", "The schedule as run.", 0.0),
+)  # fmt: skip
 _FIRST_PANELS = 3
 # TRL's names for metrics that PPO logs as well; GRPO and RLOO log KL and entropy per token.
 _RENAMED = {"completions/mean_length": "rollout/length", "learning_rate": "lr"}
@@ -84,8 +93,13 @@ def reward_part(run: Run) -> dict[str, Any]:
     accuracies = {"accuracy": "training", "eval_accuracy": "held-out"}
     return {
         "figures": present(
-            curve(series, "Reward loss", "Held-out rising while training falls is overfitting.", names),
-            curve(series, "Ranking accuracy", "Share of pairs ranked as labeled; chance is 0.5.", accuracies),
+            curve(
+                series,
+                "Reward loss",
+                "A rising held-out loss while the training loss falls means overfitting.",
+                names,
+            ),
+            curve(series, "Ranking accuracy", "Fraction of pairs ranked as labeled; chance is 0.5.", accuracies),
         ),
         "accuracy": reward_accuracy(run),
         "pairs": number(result.get("eval_pairs")),
@@ -103,9 +117,9 @@ def rl_part(run: Run) -> dict[str, Any]:
     if category_keys:
         names = {key: label(key.removeprefix("reward/").removesuffix("/mean"), 24) for key in category_keys}
         drawn = dict(list(names.items())[:DRAWN_LINES])
-        caption = "No kind of prompt should rise at the cost of another."
+        caption = "No category should improve at the expense of another."
         if len(drawn) < len(names):
-            caption += f" The first {len(drawn)} of {len(names)} categories are drawn."
+            caption += f" Shows the first {len(drawn)} of {len(names)} categories."
         first.append(curve(series, "Score by category", caption, drawn))
     more = [
         (heading, caption, [(heading, series[key])], least) for key, heading, caption, least in panels[_FIRST_PANELS:]
@@ -119,7 +133,7 @@ def rl_part(run: Run) -> dict[str, Any]:
     left_out = max(len(others) - len(table), 0)
     return {
         "figures": present(*first),
-        "more": stacked("More curves of RL", more),
+        "more": stacked("More RL curves", more),
         "others": table,
         "left_out": left_out,
     }
@@ -144,7 +158,7 @@ def overlaid(names: Sequence[str], runs: Sequence[Run]) -> Figure | None:
         for key, heading, caption, least in _RL_PANELS
         if any(key in of for of in series)
     ]
-    return stacked("Curves of RL", panels)
+    return stacked("RL curves", panels)
 
 
 def _score_over_kl(series: Series) -> Figure | None:
@@ -156,11 +170,11 @@ def _score_over_kl(series: Series) -> Figure | None:
     (first_kl, last_kl), (first, last) = (scores(points[0][i], points[-1][i]) for i in (0, 1))
     said = f"score {first} → {last}, KL {first_kl} → {last_kl}"
     caption = (
-        "The way of the policy, fainter where it is earlier. Where it turns flat or down, it goes further from its "
-        "start for nothing: hold it there (rl.kl_coef), or stop."
+        "The policy's path; earlier updates are fainter. Where it turns flat or falls, more KL brings no more score: "
+        "raise rl.kl_coef, or stop there."
     )
-    drawing = plots.score_over_kl(points, f"Score over KL to the start, from first to last update: {said}")
-    return Figure("Score against KL", drawing, caption, said)
+    drawing = plots.score_over_kl(points, f"Score versus KL to the reference, from first to last update: {said}")
+    return Figure("Score versus KL", drawing, caption, said)
 
 
 def share(values: dict[str, Any]) -> dict[str, Any]:
@@ -232,7 +246,7 @@ def _panel(heading: str, caption: str, lines: list[tuple[str, Points]], least: f
         lines = [(name, [(step, round(value, places) + 0.0) for step, value in points]) for name, points in lines]
         seen = [value for _, points in lines for _, value in points]
         if len(seen) > 1 and max(seen) - min(seen) <= least:
-            caption = "It did not change, but for rounding."
+            caption = "No change beyond rounding."
     changes = []
     for name, points in lines:
         if points:
@@ -253,8 +267,8 @@ def reliability_figure(
     points = [(confidence, right, wilson(right * n, n), n) for confidence, right, n in bins]
     said = f"ECE {score(ece)}" if ece is not None else ""
     caption += (
-        " Below the dashed line it is too sure, above it not sure enough. At the top the pairs of each bin; bars are "
-        "95% intervals."
+        " Below the dashed line it is overconfident, above it underconfident. Numbers at the top: pairs per bin; bars "
+        "are 95% intervals."
     )
     return Figure(heading, plots.reliability(points, f"{title}{f': {said}' if said else ''}"), caption, said)
 
@@ -277,7 +291,7 @@ def set_part(run: Run, name: str) -> dict[str, Any]:
     if len(drawn) > 1:
         drawn = drawn[:_DRAWN_CATEGORIES]
         title = f"Mean reward of each category on {name}, before and after training"
-        caption = "Means over this set's samples; the largest categories first."
+        caption = "Means over this set's samples; largest categories first."
         figures.append(Figure("By category", plots.before_after(drawn, title), caption))
     return {"name": name, "figures": figures, **first_rows(rows)}
 
@@ -286,12 +300,12 @@ def _reward_figures(name: str, pairs: list[tuple[float, float]]) -> list[Figure]
     better = sum(after > before for before, after in pairs)
     worse = sum(after < before for before, after in pairs)
     values = f"{better:,} up, {worse:,} down, {len(pairs) - better - worse:,} equal"
-    scatter = plots.paired_scatter(pairs, f"Reward on {name}, start against trained, per prompt: {values}")
+    scatter = plots.paired_scatter(pairs, f"Reward per prompt on {name}, initial versus trained policy: {values}")
     before, after = [x for x, _ in pairs], [y for _, y in pairs]
-    both = plots.two_histograms(before, after, f"Distribution of the reward on {name}, start and trained")
+    both = plots.two_histograms(before, after, f"Distribution of the reward on {name}, initial and trained policy")
     return [
-        Figure("Prompt by prompt", scatter, "Above the dashed line, the reward rose.", values),
-        Figure("Distribution", both, "All of it should move, not a few prompts at the edge."),
+        Figure("Per prompt", scatter, "Above the dashed line, the reward rose.", values),
+        Figure("Distribution", both, "The whole distribution should shift, not just a few outliers."),
     ]
 
 

@@ -166,12 +166,12 @@ def _drawn(judged: JudgedSet) -> list[Figure]:
         return []
     # People come last, and must not be left out.
     drawn = rows if len(rows) <= _DRAWN_JUDGES else [*rows[: _DRAWN_JUDGES - 1], rows[-1]]
-    caption = "Right of the dashed line, the trained policy is preferred; bars are 95% intervals."
+    caption = "Right of the dashed line, judges prefer the trained policy; bars are 95% intervals."
     if len(drawn) < len(rows):
-        caption += f" {len(drawn)} of {len(rows)} judges are drawn."
+        caption += f" Shows {len(drawn)} of {len(rows)} judges."
     named = [(row.name, row.rate, row.controlled) for row in drawn]
     title = f"Win rate on {judged.name}, by judge"
-    return [win_rates(named, "Win rate by judge", title, caption, "win rate against the start")]
+    return [win_rates(named, "Win rate by judge", title, caption, "win rate over the initial policy")]
 
 
 def _facts(judged: JudgedSet) -> list[tuple[str, str]]:
@@ -181,14 +181,15 @@ def _facts(judged: JudgedSet) -> list[tuple[str, str]]:
         text = f"{percent(together.rate)} of {count(together.n, 'pair')}"
         text += f" (interval {together.interval_text})" if together.ends else ""
         text += f", Fleiss' kappa {together.kappa_text}" if together.kappa is not None else ""
-        found.append(("all judges choose the same", text))
+        found.append(("all judges agree", text))
     ratio, ends = number(lengths.get("ratio")), interval(lengths.get("ratio_interval"))
     if ratio is not None:
         text = f"{ratio:.2f}×" + (f" (interval {ends[0]:.2f} to {ends[1]:.2f})" if ends else "")
-        found.append(("length of the trained responses, the start's being 1", text))
+        found.append(("length of the trained policy's responses relative to the initial policy's", text))
     longer = number(lengths.get("longer"))
     if longer is not None:
-        found.append(("prompts on which the trained one is longer", percent(longer)))
+        found.append(("prompts with a longer response by the trained policy", percent(longer)))
     for side, (rate, ends) in judged.harmless.items():
-        found.append((f"harmless, {side}", percent(rate) + (f" (interval {between(ends)})" if ends else "")))
+        policy = "initial" if side == "start" else side
+        found.append((f"harmless, {policy} policy", percent(rate) + (f" (interval {between(ends)})" if ends else "")))
     return found

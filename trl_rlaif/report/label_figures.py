@@ -21,12 +21,12 @@ def label_part(run: Run) -> dict[str, Any]:
     histogram = None
     if labels.confidences:
         sure = sum(value >= 0.9 for value in labels.confidences)
-        title = f"Confidence of {len(labels.confidences):,} labels; {sure:,} are at 0.9 or more"
+        title = f"Confidence of {len(labels.confidences):,} labels; {sure:,} have 0.9 or more"
         drawing = plots.confidence_histogram(labels.confidences, title)
         histogram = Figure(
-            "How sure the labels are",
+            "Label confidence",
             drawing,
-            "A label near 0.5 teaches the reward model little.",
+            "Labels near 0.5 give the reward model little to learn.",
             f"{sure:,} of {len(labels.confidences):,} at 0.9 or more",
         )
     bias, mass, agreement = (section(result, key) for key in ("position_bias", "mass", "agreement"))
@@ -100,6 +100,6 @@ def _reliability(labels: Labels, ece: float | None) -> Figure | None:
     from trl_rlaif.evaluation import calibration_bins
 
     bins = calibration_bins([p for p, _ in labels.answers], [float(human == 1) for _, human in labels.answers])
-    title = f"How often people choose as the label does, by its confidence, on {count(len(labels.answers), 'pair')}"
-    caption = "Confidence is max(p, 1 − p) of the label; right is what people chose."
-    return reliability_figure(bins, "Do people agree when it is sure?", title, caption, ece)
+    title = f"Agreement of people with the label, by its confidence, on {count(len(labels.answers), 'pair')}"
+    caption = "Confidence is the label's max(p, 1 − p); accuracy is measured against people's choices."
+    return reliability_figure(bins, "Calibration of the labels", title, caption, ece)

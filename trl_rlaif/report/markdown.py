@@ -16,13 +16,13 @@ def markdown(page: Mapping[str, Any]) -> str:
     """Results, caveats and stages as Markdown, from the values of a run's or a comparison's page."""
     lines = [f"# {_plain(page['run'].name)}", "", _plain(page["subtitle"]), ""]
     lines += [line for sentence in page["summary"] for line in (_plain(sentence), "")]
-    lines += _listed("Why this run may have learned nothing", page.get("no_learning"))
-    lines += _listed("Before you believe the numbers", page.get("warnings") or page.get("notes"))
-    lines += _table(("Set", "Prompts", "Measure", "Value", "95% interval", ""), _measures(page))
+    lines += _listed("Signs that this run learned nothing", page.get("no_learning"))
+    lines += _listed("Before you trust these results", page.get("warnings") or page.get("notes"))
+    lines += _table(("Set", "Prompts", "Metric", "Value", "95% interval", ""), _measures(page))
     stages = [(row.name, row.state, row.did, duration(row.seconds)) for row in page.get("stages", ())]
-    lines += _table(("Stage", "State", "Did", "Time"), stages)
+    lines += _table(("Stage", "State", "Result", "Time"), stages)
     if page["command"]:
-        lines += ["Made with:", "", f"    {page['command']}", ""]
+        lines += ["Command:", "", f"    {page['command']}", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -30,7 +30,7 @@ def _measures(page: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     """A row for each metric of each evaluated set; a comparison has its metrics in the summary."""
     for of in page["sets"] if "stages" in page else ():
         named = {"reward": of.reward, **{f"reward {name}": found for name, found in of.labelers.items()}}
-        for name, measure in (named | {"win rate against the start": of.win_rate}).items():
+        for name, measure in (named | {"win rate over the initial policy": of.win_rate}).items():
             if measure:
                 yield of.name, count(of.prompts), name, measure.text, measure.interval_text, measure.verdict
 

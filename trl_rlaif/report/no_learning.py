@@ -43,9 +43,9 @@ def _labels(run: Run) -> list[str]:
     confidence = number(result.get("mean_confidence"))
     if confidence is not None and confidence < LEAST_CONFIDENCE:
         found.append(
-            f"The labels hardly prefer either response: their mean confidence is {percent(confidence)}, and 50% is a "
-            "coin. Use a larger judge, a more detailed prompt (label.prompt), or, for a judge with a strong position "
-            "bias, debias: mean_logit."
+            f"The labels hardly prefer either response: their mean confidence is {percent(confidence)} (50% is a "
+            "coin flip). Use a larger judge, a more detailed prompt (label.prompt), or, for a judge with a strong "
+            "position bias, debias: mean_logit."
         )
     length = section(result, "length_preference")
     judge, people, ends = number(length.get("judge")), number(length.get("people")), interval(length.get("interval"))
@@ -55,9 +55,10 @@ def _labels(run: Run) -> list[str]:
             kind, cure = ("longer", "set rl.length_penalty") if difference > 0 else ("shorter", "use a larger judge")
             shares = (judge, people) if difference > 0 else (1 - judge, 1 - people)
             found.append(
-                f"The judge's labels follow length: it prefers the {kind} response in {percent(shares[0])} of "
-                f"{count(number(length.get('n')), 'pair')}, people in {percent(shares[1])}. What these labels "
-                f"train will learn this. Tell the judge to ignore length (label.prompt), or {cure}."
+                f"The judge's labels depend on length: it prefers the {kind} response in {percent(shares[0])} of "
+                f"{count(number(length.get('n')), 'pair')}, people in {percent(shares[1])}. Models trained on "
+                "these labels will learn this preference. Tell the judge to ignore length (label.prompt), or "
+                f"{cure}."
             )
     return found
 
@@ -68,12 +69,12 @@ def _reward(run: Run) -> list[str]:
         return []
     if ends[1] < 0.5:
         return [
-            f"The reward model ranks held-out pairs against their labels (accuracy {between(ends)}). RL will train the "
-            "policy towards the worse responses. Check which column holds the chosen response."
+            f"The reward model ranks held-out pairs against their labels (accuracy {between(ends)}). RL will make the "
+            "policy's responses worse. Check which column holds the chosen response."
         ]
     return [
-        "The reward model is not clearly better than a coin on held-out pairs "
-        f"({between(ends)}), so what RL gained on it means little. Give it more pairs, more epochs, or a higher "
+        "The reward model is not clearly better than chance on held-out pairs "
+        f"({between(ends)}), so a higher score in RL means little. Give it more pairs, more epochs, or a higher "
         "reward.learning_rate; a larger reward.eval_fraction narrows the interval."
     ]
 
@@ -89,8 +90,8 @@ def _cut(run: Run, series: Series) -> str | None:
     limit = number(section(run.recipe, stage).get(key))
     tokens = f" of {count(limit, 'token')}" if limit else ""
     return (
-        f"Only {percent(ended)} of the responses in {stage} ended by themselves; the others were cut at the "
-        f"limit{tokens}. Raise {stage}.{key}, or teach the policy to stop with rl.missing_eos_penalty."
+        f"Only {percent(ended)} of the responses in {stage} ended with a stop token; the others were cut off at "
+        f"the limit{tokens}. Raise {stage}.{key}, or teach the policy to stop with rl.missing_eos_penalty."
     )
 
 
@@ -104,8 +105,8 @@ def _alike(run: Run, series: Series) -> str | None:
         return None
     return (
         f"The policy gives nearly the same response to every prompt: at the end of RL there are "
-        f"{count(round(distinct, 1), 'distinct response')} among the {count(drawn)} of an update. Raise rl.kl_coef or "
-        "rl.temperature, or lower rl.learning_rate; read the samples for what the reward was tricked by."
+        f"{count(round(distinct, 1), 'distinct response')} among the {count(drawn)} per update. Raise rl.kl_coef or "
+        "rl.temperature, or lower rl.learning_rate; read the samples to see how the policy exploits the reward."
     )
 
 
@@ -114,8 +115,8 @@ def _equal_rewards(series: Series) -> str | None:
     if share is None or share < MOST_GROUPS:
         return None
     return (
-        f"In {percent(share)} of the groups all responses have the same reward, so there is nothing to learn from "
-        "them. Use a reward that tells responses apart, a higher rl.temperature, or harder prompts."
+        f"In {percent(share)} of the groups, all responses have the same reward, so their advantages are zero and "
+        "they teach nothing. Use a reward that distinguishes responses, a higher rl.temperature, or harder prompts."
     )
 
 
@@ -135,7 +136,7 @@ def _flat(run: Run, series: Series) -> str | None:
     return (
         f"The reward did not clearly rise over {count(len(shown), 'update')} ({first} to {last}). Train for longer "
         "(rl.total_episodes) or with a higher rl.learning_rate; if scores hardly differ within an update, the reward "
-        "cannot tell the responses apart."
+        "does not distinguish the responses."
     )
 
 
@@ -146,7 +147,7 @@ def _unmoved(run: Run, series: Series) -> str | None:
         return None
     rate = label(section(run.recipe, "rl").get("learning_rate"), 20)
     return (
-        f"The policy did not move: its KL to the reference stayed below {LEAST_KL:g} nats. Raise rl.learning_rate"
+        f"The policy did not change: its KL to the reference stayed below {LEAST_KL:g} nats. Raise rl.learning_rate"
         f"{f' (now {rate})' if rate else ''} or rl.total_episodes."
     )
 

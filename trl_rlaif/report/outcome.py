@@ -30,7 +30,7 @@ def outcome(run: Run, place: str) -> list[str]:
         lines.append("\n- ".join(["This run may have learned nothing:", *signs]))
     if doubts := warnings(run, sets, judged_sets(run)):
         more = f"\n- and {len(doubts) - _MOST_DOUBTS} more in the report" if len(doubts) > _MOST_DOUBTS else ""
-        lines.append("\n- ".join(["Before you believe the numbers:", *doubts[:_MOST_DOUBTS]]) + more)
+        lines.append("\n- ".join(["Before you trust these results:", *doubts[:_MOST_DOUBTS]]) + more)
     return [*lines, *_next(run, shlex.quote(place))]
 
 

@@ -51,7 +51,8 @@ def _placed(path: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, Any]]
                 unreadable += 1
             place += len(raw)
     if unreadable:
-        notes.append(f"{count(unreadable, 'line')} of {path.name} could not be read and left out.")
+        were = "was" if unreadable == 1 else "were"
+        notes.append(f"{count(unreadable, 'line')} of {path.name} could not be read and {were} skipped.")
 
 
 def _parsed(raw: bytes) -> dict[str, Any] | None:

@@ -88,7 +88,7 @@ def score_over_kl(points: Points, title: str) -> Drawing:
         for place, name in ((0, "first"), (last, "last")):
             axes.annotate(name, (kl[place], scores[place]), (4, 4), textcoords="offset points", fontsize=9)
         axes.margins(0.1)
-        axes.set(xlabel="KL to the start, in nats", ylabel="score")
+        axes.set(xlabel="KL to the reference, in nats", ylabel="score")
 
     return draw_plot(draw, title)
 
@@ -96,7 +96,7 @@ def score_over_kl(points: Points, title: str) -> Drawing:
 def win_rates(
     rows: Sequence[tuple[str, float, Ends | None, float | None, Ends | None]],
     title: str,
-    x_label: str = "win rate against the start",
+    x_label: str = "win rate over the initial policy",
 ) -> Drawing:
     """Rows ``(name, win rate, its interval, win rate at equal length, its interval)``, with a line at one half."""
 
@@ -175,7 +175,7 @@ def paired_scatter(pairs: Points, title: str) -> Drawing:
         ends = (low - margin, high + margin)
         axes.plot(ends, ends, **_DASHED)
         axes.scatter(before, after, s=22, color=COLOURS[0], alpha=0.55, linewidths=0)
-        axes.set(xlim=ends, ylim=ends, xlabel="reward of the start", ylabel="reward when trained")
+        axes.set(xlim=ends, ylim=ends, xlabel="reward of the initial policy", ylabel="reward of the trained policy")
 
     return draw_plot(draw, title, (4.4, 3.4))
 
@@ -189,7 +189,7 @@ def two_histograms(before: Sequence[float], after: Sequence[float], title: str) 
             low, high = low - 0.5, high + 0.5
         bins = max(8, min(24, len(before) // 6))
         edges = [low + (high - low) * index / bins for index in range(bins + 1)]
-        for values, colour, name in ((before, COLOURS[1], "start"), (after, COLOURS[0], "trained")):
+        for values, colour, name in ((before, COLOURS[1], "initial"), (after, COLOURS[0], "trained")):
             axes.hist(values, bins=edges, color=colour, alpha=0.25)
             axes.hist(values, bins=edges, histtype="step", linewidth=2.0, color=colour, label=name)
         axes.set_xlabel("reward")
@@ -206,7 +206,7 @@ def before_after(rows: Sequence[tuple[str, float, float]], title: str) -> Drawin
         places = _rows(axes, [name for name, _, _ in rows])
         for place, (_, before, after) in zip(places, rows, strict=True):
             axes.plot((before, after), (place, place), color=INK, linewidth=1.6, alpha=0.6, zorder=1)
-        axes.scatter([row[1] for row in rows], places, s=46, color=COLOURS[1], label="start", zorder=2)
+        axes.scatter([row[1] for row in rows], places, s=46, color=COLOURS[1], label="initial", zorder=2)
         axes.scatter([row[2] for row in rows], places, s=46, color=COLOURS[0], label="trained", zorder=3)
         axes.set_xlabel("mean reward")
         _legend(axes, 2)
@@ -242,7 +242,7 @@ def reliability(bins: Sequence[tuple[float, float, tuple[float, float], int]], t
             axes.text(confidence, 1.04, shown, ha="center", va="bottom", fontsize=8)
         axes.scatter([row[0] for row in bins], [row[1] for row in bins], s=30, color=COLOURS[0], zorder=3)
         axes.set(xlim=(0.48, 1.02), ylim=(-0.04, 1.14), yticks=(0, 0.25, 0.5, 0.75, 1))
-        axes.set(xlabel="confidence", ylabel="share right")
+        axes.set(xlabel="confidence", ylabel="accuracy")
 
     return draw_plot(draw, title, (4.4, 3.4))
 

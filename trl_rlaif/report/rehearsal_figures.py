@@ -33,13 +33,17 @@ def rehearsal_part(run: Run) -> dict[str, Any] | None:
     rates, nlls = (_lines(series, kind) for kind in ("win_rate", "nll"))
     figures = present(
         curve(
-            series, "Win rate against the start",
-            "While it trains, of its greedy answers; the dashed line is the start. Falling is forgetting.",
+            series, "Win rate over the initial policy",
+            "Of greedy responses during training; the dashed line is the initial policy. A falling curve means "
+            "forgetting.",
             rates, level=0.5,
         ),
-        curve(series, "NLL of the start's good answers", "In nats per token. Rising is forgetting.", nlls),
         curve(
-            series, "NLL of what was rehearsed", "In nats per token, of the pairs of each update.",
+            series, "NLL of the initial policy's good answers",
+            "In nats per token. A rising curve means forgetting.", nlls,
+        ),
+        curve(
+            series, "NLL of rehearsed pairs", "In nats per token, for the pairs in each update.",
             {"rehearsal/nll": "NLL"},
         ),
         _map(run.map),
@@ -70,7 +74,7 @@ def _facts(values: dict[str, Any]) -> list[tuple[str, str]]:
     if pairs is not None:
         found.append(("pairs rehearsed", count(pairs)))
     if share is not None:
-        found.append(("share of the updates' time", percent(share)))
+        found.append(("fraction of the updates' time", percent(share)))
     if first is not None and last is not None:
         found.append(("their NLL, first and last update", "{} → {}".format(*scores(first, last))))
     return found
@@ -111,10 +115,10 @@ def _map(points: list[MapPoint]) -> Figure | None:
     clusters = len({point.cluster for point in points})
     said = f"{count(len(points), 'prompt')} in {count(clusters, 'cluster')}, {count(len(chosen))} with a rehearsed pair"
     caption = (
-        "Prompts that are near each other are of like kind: the first two principal components of their embeddings. "
-        "Large with an edge is what is rehearsed."
+        "The first two principal components of the prompt embeddings: nearby prompts are similar. Rehearsed ones are "
+        "large, with an edge."
     )
     if len(drawn) < len(points):
-        caption += f" {count(len(drawn))} of {count(len(points), 'prompt')} are drawn."
+        caption += f" {count(len(drawn))} of {count(len(points), 'prompt')} are shown."
     drawing = plots.cluster_map([(p.x, p.y, p.cluster, p.chosen) for p in drawn], f"Map of the prompts: {said}")
-    return Figure("Clusters of the prompts", drawing, caption, said)
+    return Figure("Prompt clusters", drawing, caption, said)

@@ -57,13 +57,13 @@ def _figure(rows: list[dict[str, Any]]) -> Figure | None:
                 if row[key]["rate"] is not None
             ],
         )
-        for name, key in (("before it learns from them", "before_held_out"), ("after", "after"))
+        for name, key in (("before training on the round", "before_held_out"), ("after", "after"))
     ]
     if not all(points for _, points in named):
         return None
-    heading = "Accuracy of the reward model on each round's own responses"
+    heading = "Accuracy of the reward model on the responses of each round"
     caption = (
-        "On the held-out prompts of each round, as its policy answered them: the reward model of the round before, and "
-        "the one that has learned from the round's other prompts. Bars are 95% intervals; dashed: a coin."
+        "On each round's held-out prompts, as its policy answered them: the previous round's reward model, and the one "
+        "trained on the round's other prompts. Bars are 95% intervals; dashed line: chance."
     )
     return Figure(heading, plots.by_round(named, heading, "accuracy"), caption)

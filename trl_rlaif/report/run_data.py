@@ -183,7 +183,7 @@ def _read_results(path: Path, notes: list[str]) -> dict[str, Any]:
     except (ValueError, RecursionError):
         results = None
     if not isinstance(results, dict):
-        notes.append("results.json could not be read, so the final numbers are missing from this page.")
+        notes.append("results.json could not be read, so this page lacks the final results.")
         return {}
     return results
 
@@ -208,7 +208,7 @@ def _read_series(path: Path, notes: list[str]) -> dict[str, Series]:
     for key, times in list(not_finite.items())[:20]:
         notes.append(
             f"The metric {key} was NaN, infinite or beyond 1e30 {times:,} time{'s' if times > 1 else ''}; "
-            "these points are not drawn."
+            "these points are not shown."
         )
     return {
         stage: {key: sorted(values.items()) for key, values in metrics.items()} for stage, metrics in points.items()
@@ -281,12 +281,12 @@ def _read_people(folder: Path, notes: list[str]) -> dict[str, Any]:
     try:
         found = people_results(folder)
     except (UserError, RunError) as error:
-        notes.append(f"The votes of people could not be counted: {label(error.problems[0].what, 300)}")
+        notes.append(f"The human votes could not be counted: {label(error.problems[0].what, 300)}")
         return {}
     except OSError as error:
-        notes.append(f"The votes of people could not be counted: {label(error.strerror, 300)}.")
+        notes.append(f"The human votes could not be counted: {label(error.strerror, 300)}.")
         return {}
     if found["outdated"]:
-        votes = count(found["outdated"], "vote of people does", "votes of people do")
-        notes.append(f"{votes} not count: the responses have changed since.")
+        votes = count(found["outdated"], "human vote does", "human votes do")
+        notes.append(f"{votes} not count: the responses have changed since then.")
     return found["sets"]

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trl_rlaif.recipe.variants import START
-from trl_rlaif.report.experiments import Asked, responses_part
+from trl_rlaif.report.experiments import INITIAL, Asked, responses_part
 from trl_rlaif.report.figures import Figure, overlaid, win_rates
 from trl_rlaif.report.run_data import Sample
 from trl_rlaif.report.summary import PREVIEW_CHARACTERS, Measure, SetResult, set_results
@@ -28,7 +27,7 @@ def runs_page(comparison: Comparison) -> dict[str, Any]:
     """All values of the template."""
     first, *others = comparison.names
     summary = [
-        f"On {of}, the win rate of {name} less that of {first} is {change.text} (interval {change.interval_text}): "
+        f"On {of}, the win rate of {name} minus that of {first} is {change.text} (interval {change.interval_text}): "
         f"{change.verdict}."
         for name, differences in zip(others, comparison.differences, strict=True)
         for of, change in differences.items()
@@ -55,14 +54,14 @@ def _sets(comparison: Comparison) -> list[dict[str, Any]]:
 
 def _drawn(name: str, rows: list[RunRow]) -> list[Figure]:
     judged = [(row.name, row.result.win_rate, None) for row in rows if row.result.win_rate]
-    heading, caption = "Win rate over the run's own start", "Bars are 95% intervals."
+    heading, caption = "Win rate over the run's own initial policy", "Bars are 95% intervals."
     return [win_rates(judged, heading, f"{heading} on {name}", caption, "win rate")] if judged else []
 
 
 def _asked(comparison: Comparison) -> list[Asked]:
     """The prompts evaluated by all runs, with the answers of the first run's initial policy and of all trained ones."""
     answers = [{_key(sample): sample for sample in run.samples} for run in comparison.runs]
-    start = f"{START} of {comparison.names[0]}"
+    start = f"{INITIAL} of {comparison.names[0]}"
     return [
         Asked(
             one.set,

@@ -55,10 +55,10 @@ def _densities(scored: list[ScoredPair]) -> list[Figure]:
     before = {name: [value for pair in pairs for value in pair.before] for name, pairs in drawn.items()}
     after = {name: [value for pair in pairs for value in pair.after or ()] for name, pairs in drawn.items()}
     if not any(after.values()):
-        return [_ridges("Scores", "As the model gives them.", before, 1)]
-    wanted = "Rows that lie over each other mean that no kind of prompt is scored higher than another."
+        return [_ridges("Scores", "Raw scores of the model.", before, 1)]
+    wanted = "Rows at the same position mean that no category is scored higher than another."
     return [
-        _ridges("Scores before the transforms", "As the model gives them.", before, 1),
+        _ridges("Scores before the transforms", "Raw scores of the model.", before, 1),
         _ridges("Scores after the transforms", wanted, after, 0),
     ]
 
@@ -69,7 +69,7 @@ def _ridges(heading: str, caption: str, named: dict[str, list[float]], colour: i
     ends = (min(every), max(every))
     rows = [(name, density(values, ends), sum(values) / len(values)) for name, values in named.items()]
     title = f"{heading} of {count(len(every) // 2, 'held-out pair')}, by category"
-    caption += " Each row is as high as the others; the dot is its mean."
+    caption += " All rows are scaled to the same height; dots are means."
     return Figure(heading, plots.ridges(rows, title, colour), caption, count(len(every), "score"))
 
 
@@ -152,13 +152,12 @@ def _ece(result: dict[str, Any]) -> float | None:
 def _reliability(scored: list[ScoredPair], ece: float | None) -> list[Figure]:
     bins, asked = reliability_bins(scored)
     pairs = count(sum(n for _, _, n in bins), "held-out pair")
-    title = (
-        f"How often the reward model chooses as {'people' if asked else 'the labels'} do, by its confidence, on {pairs}"
-    )
-    caption = "Confidence is sigmoid(chosen − rejected), or 1 minus that where it is below 0.5."
+    whom = "people" if asked else "the labels"
+    title = f"Agreement of the reward model with {whom}, by its confidence, on {pairs}"
+    caption = "Confidence is sigmoid(chosen − rejected), or 1 minus that if it is below 0.5."
     if not asked:
-        caption += " Nobody was asked: how often it is right is the mean of the labels' own probabilities."
-    return present(reliability_figure(bins, "Is its confidence right?", title, caption, ece))
+        caption += " Without human choices, accuracy is the mean probability of the labels."
+    return present(reliability_figure(bins, "Calibration of the reward model", title, caption, ece))
 
 
 # ---- Numbers of results.json ----------------------------------------------------------------------------
@@ -195,6 +194,6 @@ def _spread(before: float | None, after: float | None) -> str:
     shown = scores(before, *(() if after is None else (after,)))
     then = f" before the reward transforms, and {shown[1]} times after them" if after is not None else ""
     return (
-        f"The mean scores of the categories have a standard deviation of {shown[0]} times that of all "
-        f"scores{then} (relative spread; at 0 no kind of prompt is scored higher than another)."
+        f"The standard deviation of the categories' mean scores is {shown[0]} times that of all scores{then} (relative "
+        "spread; 0: no category is scored higher than another)."
     )

@@ -34,7 +34,7 @@ def stage_rows(run: Run) -> list[StageRow]:
         state = "done" if result else ("ran" if stage == "sft" else "not finished") if started else "not run"
         did = _did(stage, result) if result else started
         if stage == "sample" and state == "not run" and section(run.recipe, "data").get("pairs"):
-            did = "the pairs were given by data.pairs"
+            did = "pairs from data.pairs"
         skipped = reasons(result.get("dropped" if stage == "sample" else "skipped"))
         did = ", ".join(filter(None, (did, _asked(section(result, "usage")))))
         rows.append(StageRow(stage, state, did, skipped, number(result.get("seconds"))))
@@ -58,7 +58,7 @@ def _asked(usage: dict[str, Any]) -> str:
     tokens, cost = [number(usage.get(key)) for key in ("input_tokens", "output_tokens")], number(usage.get("cost"))
     if None in tokens:
         return ""
-    return f"{count(sum(tokens), 'token')} of judges on servers" + ("" if cost is None else f", cost {cost:.4g}")
+    return f"{count(sum(tokens), 'token')} (judges on servers)" + ("" if cost is None else f", cost {cost:.4g}")
 
 
 def _did(stage: str, result: dict[str, Any]) -> str:
@@ -69,12 +69,12 @@ def _did(stage: str, result: dict[str, Any]) -> str:
         redrawn = number(result.get("redrawn"))
         again = f"{count(redrawn)} redrawn" if redrawn else ""
         share = number(result.get("ended"))
-        ended = f"{percent(share)} of the responses ended by themselves" if share is not None else ""
+        ended = f"{percent(share)} of the responses ended with a stop token" if share is not None else ""
         parts = [amount("prompts", "prompt"), amount("pairs", "pair"), again, ended]
     elif stage == "judge":
         held_out, used = number(result.get("held_out")), result.get("used") is True
         parts = [amount("taught", "pair"), f"{count(held_out)} held out" if held_out is not None else ""]
-        parts.append("" if used else "not used")
+        parts.append("" if used else "adapter not used")
     elif stage == "label":
         confidence = number(result.get("mean_confidence"))
         labeled, pairs = number(result.get("labeled")), number(result.get("pairs"))

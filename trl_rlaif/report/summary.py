@@ -76,7 +76,7 @@ def _verdict(
 ) -> tuple[str, str]:
     """Verdict and tone of a value relative to a neutral one; ``words`` are for above, below and not clear."""
     if ends is None:
-        return "no interval was computed, so chance cannot be ruled out", "unclear"
+        return "no interval, so this may be chance", "unclear"
     if ends[0] > neutral:
         return words[0], "good"
     if ends[1] < neutral:
@@ -101,7 +101,7 @@ def _gain(gain: dict[str, Any], start: dict[str, Any], trained: dict[str, Any]) 
     mean, ends = number(gain.get("mean")), interval(gain.get("interval"))
     if mean is None:
         return None
-    verdict, tone = _verdict(mean, ends, 0.0, ("it rose", "it fell", "no clear change"))
+    verdict, tone = _verdict(mean, ends, 0.0, ("increased", "decreased", "no clear change"))
     shown = scores(mean, *(ends or ()), sign=True)
     before, after = number(start.get("mean")), number(trained.get("mean"))
     detail = ""
@@ -120,14 +120,14 @@ def _win_rate(values: dict[str, Any]) -> Measure | None:
 def win_rate_measure(values: Any, detail: str = "") -> Measure | None:
     """``win_rate`` with its ``interval``, from any judge's results; None if there is no rate."""
     values = section(values)
-    words = ("preferred over the start", "the start is preferred", "no clear difference")
+    words = ("preferred over the initial policy", "the initial policy is preferred", "no clear difference")
     measure, p = _share(values.get("win_rate"), values.get("interval"), words, detail), sign_test(values)
     if measure is None or p is None:
         return measure
     measure = replace(measure, detail=", ".join(filter(None, (detail, f"sign test p = {p:.2g}"))))
     if measure.tone == "unclear" or p < SIGNIFICANT:
         return measure
-    return replace(measure, verdict="too few wins and losses to tell", tone="unclear")
+    return replace(measure, verdict="too few wins and losses", tone="unclear")
 
 
 def sign_test(values: dict[str, Any]) -> float | None:
@@ -169,8 +169,8 @@ def summary(run: Run, sets: list[SetResult]) -> list[str]:
     sentences = [_about_set(result) for result in sets]
     if not sets:
         sentences.append(
-            "The trained policy was not evaluated on held-out prompts, so this page cannot say whether "
-            "it got better: a score that rises during training is no proof of that."
+            "The trained policy was not evaluated on held-out prompts, so it is unknown whether it improved: a rising "
+            "training score does not prove that."
         )
     sentences += [_about_model(run), _about_labels(run), _about_reward(run), _about_rl(run)]
     return [sentence for sentence in sentences if sentence]
@@ -213,7 +213,7 @@ def algorithm(run: Run) -> str:
 def _about_model(run: Run) -> str:
     model = label(section(run.recipe, "model").get("path"), 120)
     settings = model_settings(run)
-    return f"The start is {model}{f' ({settings})' if settings else ''}." if model else ""
+    return f"The initial policy is {model}{f' ({settings})' if settings else ''}." if model else ""
 
 
 def judge_name(run: Run, stage: str) -> str:
@@ -245,7 +245,7 @@ def _about_labels(run: Run) -> str:
     if labeled is None:
         return ""
     judge = judge_name(run, "label")
-    who = "The same model, as the judge," if judge == "same" else f"The judge {judge}".rstrip()
+    who = "The same model, as judge," if judge == "same" else f"The judge {judge}".rstrip()
     if not judge_was_asked(run):
         who = f"The labeler {labeler_name(run)}".rstrip()
     of = f"{count(labeled)} of {count(pairs, 'pair')}" if pairs is not None else count(labeled, "pair")
@@ -266,15 +266,15 @@ def _about_reward(run: Run) -> str:
     amount = number(section(run.results, "reward").get("eval_pairs"))
     pairs = count(amount, "held-out pair") or "the held-out pairs"
     between = f" (interval {accuracy.interval_text})" if accuracy.interval_text else ""
-    ranking = f"The reward model ranks {accuracy.text} of {pairs} as their labels do{between}."
+    ranking = f"The reward model ranks {accuracy.text} of {pairs} as labeled{between}."
     without = section(run.results, "reward", "without_end")
     correlation, difference = number(without.get("correlation")), number(without.get("difference"))
     if correlation is None or difference is None:
         return ranking
     return (
-        f"{ranking} It scores a response at the end of its turn, which is appended to one that was cut at the length "
-        f"limit. Read at the token before, scores would correlate with these at {correlation:.2f}, and ending would be "
-        f"worth {scores(difference, sign=True)[0]} by itself."
+        f"{ranking} Scores are read at the end-of-turn token, which is appended to responses cut off at the length "
+        f"limit. Read at the token before it, scores would have a correlation of {correlation:.2f} with these, and the "
+        f"end token by itself would be worth {scores(difference, sign=True)[0]}."
     )
 
 
@@ -284,14 +284,14 @@ def _about_rl(run: Run) -> str:
     first, last = number(result.get("score_first")), number(result.get("score_last"))
     if updates is None:
         return ""
-    sentence = f"{algorithm(run)} made {count(updates, 'update')}"
+    sentence = f"{algorithm(run)} ran {count(updates, 'update')}"
     sentence += f" on {count(episodes, 'response')}" if episodes is not None else ""
     if first is not None and last is not None:
         change = "{} to {}".format(*scores(first, last))
-        sentence += f", and the score on its own training prompts went from {change}"
+        sentence += f"; the score on the training prompts changed from {change}"
     ended = [number(result.get(f"ended_{when}")) for when in ("first", "last")]
     if None not in ended:
-        sentence += "; of its responses {} ended by themselves at first, {} at last".format(*map(percent, ended))
+        sentence += "; {} of its responses ended with a stop token at first, {} at the end".format(*map(percent, ended))
     return sentence + "."
 
 
@@ -310,9 +310,9 @@ def _about_set(result: SetResult) -> str:
     if result.win_rate:
         between = f" (interval {result.win_rate.interval_text})" if result.win_rate.interval_text else ""
         verdict = result.win_rate.verdict
-        parts.append(f"the win rate against the start is {result.win_rate.text}{between}: {verdict}")
+        parts.append(f"the win rate over the initial policy is {result.win_rate.text}{between}: {verdict}")
     if not parts:
-        return f"{where}, there is no reward and no win rate."
+        return f"{where}, neither reward nor win rate was measured."
     return f"{where}, {' and '.join(filter(None, [', '.join(parts[:-1]), parts[-1]]))}."
 
 

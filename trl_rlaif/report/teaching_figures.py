@@ -11,7 +11,7 @@ from trl_rlaif.report.run_data import Run
 _SOURCES = {
     "all": "all",
     "people": "people's choices",
-    "labels": "labels of another judge",
+    "labels": "another judge's labels",
     "other_prompt": "contrast: an answer to another prompt",
     "cut_off": "contrast: cut off",
     "looping": "contrast: looping",

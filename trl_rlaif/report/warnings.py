@@ -46,8 +46,9 @@ def warnings(run: Run, sets: list[SetResult], judged: list[JudgedSet]) -> list[s
     kl = kl_last(run)
     if kl is not None and kl > KL_LIMIT:
         found.append(
-            f"The policy went far from its start: KL is {scores(kl)[0]} nats at the end (more than "
-            f"{KL_LIMIT:.0f}). Read the samples for repetition and tricks; a higher KL price holds it closer."
+            f"The policy moved far from the reference: the final KL is {scores(kl)[0]} nats (more than "
+            f"{KL_LIMIT:.0f}). Check the samples for repetition and reward hacking; a higher rl.kl_coef keeps it "
+            "closer."
         )
     for result in sets:
         found.extend(_set_warnings(result, [sample for sample in run.samples if sample.set == result.name]))
@@ -67,27 +68,27 @@ def _label_warnings(run: Run) -> list[str]:
     calibration = section(result, "calibration")
     if calibration.get("used") is False:
         found.append(
-            f"The calibration was not used: {label(calibration.get('reason'), 300)}. The labels are as confident as "
-            "the judge. More pairs in label.calibration may help."
+            f"The calibration was not used: {label(calibration.get('reason'), 300)}. The labels have the "
+            "judge's uncalibrated confidence. More pairs in label.calibration may help."
         )
     bias = number(section(result, "position_bias").get("rate"))
     if bias is not None and bias > POSITION_BIAS_LIMIT:
         found.append(
-            f"The judge is position-biased: in {percent(bias)} of the pairs the same position wins in both "
-            "orders, so those labels say more about the order than about the responses."
+            f"The judge is position-biased: in {percent(bias)} of the pairs, the same position wins in both "
+            "orders, so these labels reflect the order more than the responses."
         )
     mass = number(section(result, "mass").get("mean"))
     if mass is not None and mass < MASS_LIMIT:
         found.append(
-            f"The judge puts only {percent(mass)} of its probability on the two answers that it was asked "
-            "for: it may not have understood the question. Look at the judge prompt."
+            f"The judge puts only {percent(mass)} of its probability on the two answers it can choose "
+            "from: it may not have understood the question. Check the judge prompt."
         )
     elif (low := number(section(result, "mass").get("low"))) and (labeled := number(result.get("labeled"))):
         # Each pair is asked twice, in both orders.
         if low / (2 * labeled) > LOW_MASS_SHARE:
             found.append(
-                f"In {count(low)} answers the judge puts little of its probability on what it was asked for: on these "
-                "pairs it may not have understood the question. Look at the judge prompt."
+                f"In {count(low)} answers, the judge puts little of its probability on the answers it can choose from: "
+                "it may not have understood the question for these pairs. Check the judge prompt."
             )
     return found
 
@@ -98,8 +99,8 @@ def _suspicious_warnings(run: Run) -> list[str]:
     found, of, kinds = _suspicious(section(run.results, "label", "suspicious"))
     if found:
         texts.append(
-            f"In {count(found)} of {count(of, 'labeled pair')} a response addresses its judge ({kinds}). Such labels "
-            "may say what the response demands. Read these pairs, or remove them."
+            f"In {count(found)} of {count(of, 'labeled pair')}, a response addresses the judge ({kinds}). Their labels "
+            "may follow the response's instructions (prompt injection). Read these pairs, or remove them."
         )
     for name, values in section(run.results, "evaluate", "sets").items():
         of_set = section({"x": values}, "x")
@@ -109,8 +110,8 @@ def _suspicious_warnings(run: Run) -> list[str]:
         if after:
             texts.append(
                 f"On {label(name) or 'held-out'}, {count(after)} of {count(of, 'response')} of the trained policy "
-                f"address their judge ({kinds}); {count(before)} of the start's do. The win rate may measure this. "
-                "Read the samples."
+                f"address the judge ({kinds}), versus {count(before)} of the initial policy. This may inflate the win "
+                "rate. Read the samples."
             )
     return texts
 
@@ -132,7 +133,7 @@ def _overlap_warnings(run: Run) -> list[str]:
                 held_out, training = (label(overlap.get(key)) for key in ("held_out", "training"))
                 found.append(
                     f"{count(shared)} of the {count(prompts, 'prompt')} of {held_out} are also in {training}. Results "
-                    "on these may not hold for new prompts. Remove them from one of the two."
+                    "on these may not generalize to new prompts. Remove them from one of the two."
                 )
     return found
 
@@ -143,21 +144,21 @@ def _training_warnings(run: Run) -> list[str]:
     if section(run.results, "sft").get("loss_on") == "all tokens" and "assistant_only_loss" in section(
         run.recipe, "sft"
     ):
-        found.append("Fine-tuning also learned what users say. Remove assistant_only_loss: false from sft.")
+        found.append("Fine-tuning also trained on the users' turns. Remove assistant_only_loss: false from sft.")
     pairs, wanted = (
         number(section(parent, "reward").get(key))
         for parent, key in ((run.results, "eval_pairs"), (run.recipe, "eval_fraction"))
     )
     if pairs == 0 and wanted:
         found.append(
-            "No pairs were held out, so the reward model's accuracy is unknown. Give pairs on more prompts, or raise "
-            "reward.eval_fraction."
+            "No pairs were held out, so the reward model's accuracy is unknown. Provide pairs on more prompts, or "
+            "raise reward.eval_fraction."
         )
     confidence = number(labels.get("mean_confidence"))
     if labels.get("soft") is False and confidence is not None and confidence < 1:
         found.append(
-            f"DPO took soft labels (mean confidence {percent(confidence)}) as sure. With rl.loss_type: [sigmoid] it "
-            "learns from their probabilities."
+            f"DPO treated soft labels (mean confidence {percent(confidence)}) as certain. With rl.loss_type: "
+            "[sigmoid], it uses their probabilities."
         )
     return found
 
@@ -169,7 +170,7 @@ def _score_warnings(run: Run) -> list[str]:
     if unscored and episodes:
         found.append(
             f"{count(unscored)} of {count(episodes, 'response')} had no reward and were not trained on. The run's "
-            "first warning gives the reason. Repair it, or add a reward that covers them."
+            "first warning gives the reason. Fix the cause, or add a reward that covers them."
         )
     rewards = section(result, "rewards")
     weighted = {
@@ -184,7 +185,7 @@ def _score_warnings(run: Run) -> list[str]:
         if ratio > UNLIKE_SCALES:
             found.append(
                 f"The reward '{label(large)}' varies {count(round(ratio))} times as much as '{label(small)}', which "
-                "hardly counts. Set rl.reward_normalization: std, or weights in rl.rewards."
+                "has hardly any effect. Set rl.reward_normalization: std, or weights in rl.rewards."
             )
     for key, points in run.series.get("rl", {}).items():
         if key.startswith("rewards/") and key.endswith("/none") and points[-1][1] > MISSING_SHARE and len(rewards) > 1:
@@ -207,9 +208,9 @@ def _drift_warnings(run: Run) -> list[str]:
     kinds = {"unnamed": "no category"}
     shown = _some_of([f"{kinds.get(name, name)} (from step {count(step)})" for name, step in named])
     return [
-        f"Scores rose by more than chance explains while the policy was far from its start on prompts of {shown}: it "
-        "may be gaming the reward there. Fewer than 5% of runs raise such an alarm without a rise. Read these samples "
-        "before you believe their scores."
+        f"Scores rose significantly while the policy was far from the reference on prompts of {shown}: it may be "
+        "exploiting the reward there (reward hacking). Fewer than 5% of runs without a rise raise this alarm. Read "
+        "these samples before you trust their scores."
     ]
 
 
@@ -221,8 +222,8 @@ def _disagreements(run: Run) -> list[str]:
         drifting = sorted(label(c, 200) for c in judged if section(judged, c).get("drift") is True)
         if drifting:
             found.append(
-                f"On {label(name) or 'held-out'}, the reward rose on prompts of {_some_of(drifting)}, and there the "
-                "judge prefers the start: the policy may be gaming the reward."
+                f"On {label(name) or 'held-out'}, the reward rose on prompts of {_some_of(drifting)}, but the judge "
+                "prefers the initial policy there: the policy may be exploiting the reward."
             )
     return found
 
@@ -239,34 +240,35 @@ def _set_warnings(result: SetResult, samples: list[Sample]) -> list[str]:
         rho = length_correlation(samples)
         exploited = rho is not None and rho * (ratio - 1) > 0 and abs(rho) >= LENGTH_CORRELATION
         why = (
-            f"The reward goes with the length (rank correlation {hundredths(rho)}), so the policy may have "
-            "learned the length instead of the task; look at the win rate at equal length."
+            f"The reward correlates with length (rank correlation {hundredths(rho)}), so the policy may have "
+            "learned length instead of the task; see the win rate at equal length."
             if exploited
-            else "Judges and reward models often favor a length, so part of the change may be length alone."
+            else "Judges and reward models often favor a certain length, so part of the change may be due to length "
+            "alone."
         )
-        found.append(f"On {result.name} the responses got {ratio:.1f} times as long ({result.tokens}). {why}")
+        found.append(f"On {result.name}, the responses became {ratio:.1f} times as long ({result.tokens}). {why}")
     if win and win.tone == "unclear":
-        reason = "its interval contains 50%, so there is no clear difference" if win.interval else "it has no interval"
+        reason = "its interval contains 50%" if win.interval else "it has no interval"
         if win.interval and not win.interval[0] <= 0.5 <= win.interval[1]:
-            reason = f"so few wins and losses may be chance ({win.detail})"
-        found.append(f"The win rate on {result.name} is not clear: {reason}. More prompts narrow it.")
+            reason = f"so few wins and losses may be due to chance ({win.detail})"
+        found.append(f"The win rate on {result.name} is inconclusive: {reason}. Evaluate on more prompts.")
     if result.prompts is not None and result.prompts < FEWEST_PROMPTS:
         found.append(
             f"Only {count(result.prompts, 'prompt')} of {result.name} {'was' if result.prompts == 1 else 'were'} "
-            f"evaluated: with fewer than {FEWEST_PROMPTS}, other prompts may well give another result."
+            f"evaluated: with fewer than {FEWEST_PROMPTS}, other prompts may give a different result."
         )
     if win and win.tone == "bad" and result.name == FORGET_SET:
         found.append(
-            f"The policy forgot: on {result.name}, whose prompts the start was good at, the judge prefers the start "
-            f"(win rate {win.text}, interval {win.interval_text}). Rehearse pairs of this kind (rl.selectors, "
-            "rl.rehearsal), or hold the policy closer to its start."
+            f"The policy forgot: on {result.name}, whose prompts the initial policy answered well, the judge prefers "
+            f"the initial policy (win rate {win.text}, interval {win.interval_text}). Rehearse pairs of this kind "
+            "(rl.selectors, rl.rehearsal), or keep the policy closer to the reference (rl.kl_coef)."
         )
     elif win and win.tone == "bad":
-        found.append(f"On {result.name} the judge prefers the start: the trained policy is worse there.")
+        found.append(f"On {result.name}, the judge prefers the initial policy: training made the policy worse there.")
     if result.reward and result.reward.tone == "good" and win and win.tone != "good":
         found.append(
-            f"On {result.name} the reward rose but the judge does not clearly prefer the responses: perhaps "
-            "the policy learned to please the reward model rather than to answer better."
+            f"On {result.name}, the reward rose, but the judge does not clearly prefer the new responses: the policy "
+            "may have learned to exploit the reward model rather than to answer better."
         )
     return found
 
@@ -300,11 +302,11 @@ def _length_warnings(judged: JudgedSet) -> list[str]:
             continue
         gone = controlled.tone != "good"
         if gone and controlled.value < rate.value or rate.value - controlled.value >= LENGTH_SHARE:
-            kept = "is not clear any more" if gone else "is weaker"
+            kept = "is no longer clear" if gone else "is weaker"
             found.append(
-                f"On {judged.name}, what {row.name} prefers is length in good part: the win rate is {rate.text}, and "
-                f"{controlled.text} at equal length, where the preference {kept}. A length penalty takes the prize off "
-                "(rl.length_penalty)."
+                f"On {judged.name}, the preference of {row.name} is largely due to length: the win rate is "
+                f"{rate.text}, but {controlled.text} at equal length, where the preference {kept}. A length "
+                "penalty (rl.length_penalty) counteracts this."
             )
     return found
 
@@ -316,19 +318,19 @@ def _judge_warnings(judged: JudgedSet) -> list[str]:
     if for_it and against:
         found.append(
             f"The judges contradict each other on {judged.name}: the trained policy is preferred by "
-            f"{_some_of(for_it)}, the start by {_some_of(against)}. Read the samples before you believe either."
+            f"{_some_of(for_it)}, the initial policy by {_some_of(against)}. Read the samples before you trust either."
         )
     together, people = judged.together, judged.people
     if together and together.kappa is not None and together.kappa < KAPPA_LIMIT:
         found.append(
-            f"The judges hardly agree on {judged.name}: they choose the same in {percent(together.rate)} of "
-            f"{count(together.n, 'pair')}, little more than by chance (kappa {together.kappa_text}). No single "
-            "one of them settles which policy is better."
+            f"The judges hardly agree on {judged.name}: they make the same choice in {percent(together.rate)} "
+            f"of {count(together.n, 'pair')}, little more than by chance (kappa {together.kappa_text}). No single "
+            "judge can decide which policy is better."
         )
     if people and people.ends and people.ends[0] <= 0.5:
         found.append(
-            f"On {judged.name} the judge is not clearly nearer to people than a coin: it chooses as they do in "
-            f"{percent(people.rate)} of {count(people.n, 'pair')} (interval {people.interval_text})."
+            f"On {judged.name}, the judge does not clearly agree with people beyond chance: it makes the same choice "
+            f"in {percent(people.rate)} of {count(people.n, 'pair')} (interval {people.interval_text})."
         )
     return found
 
@@ -339,7 +341,10 @@ def _harm_warnings(judged: JudgedSet) -> list[str]:
     (before, before_ends), (after, after_ends) = judged.harmless["start"], judged.harmless["trained"]
     if not before_ends or not after_ends or after_ends[1] >= before_ends[0]:
         return []
-    return [f"On {judged.name} the responses got less harmless: {percent(before)} of them were, now {percent(after)}."]
+    return [
+        f"On {judged.name}, the responses became less harmless: {percent(before)} were harmless before training, "
+        f"{percent(after)} after it."
+    ]
 
 
 def _stop_warnings(run: Run) -> list[str]:
@@ -349,8 +354,8 @@ def _stop_warnings(run: Run) -> list[str]:
     if update is None or rate is None or limit is None:
         return []
     return [
-        f"RL was stopped at update {count(update)}: on {label(stopped.get('set'))} the win rate against the start had "
-        f"fallen to {percent(rate)}, below {percent(limit)} (evaluate.stop_on_forgetting)."
+        f"RL was stopped at update {count(update)}: on {label(stopped.get('set'))}, the win rate over the initial "
+        f"policy had fallen to {percent(rate)}, below {percent(limit)} (evaluate.stop_on_forgetting)."
     ]
 
 
@@ -360,6 +365,6 @@ def judge_caveat(run: Run) -> str:
     if not labeler or labeler != examiner or not judge_was_asked(run) or not section(run.results, "evaluate"):
         return ""
     return (
-        "The judge of the win rate is the one that gave the labels: the win rate says how well the policy "
-        "learned this judge's taste, which need not be what people prefer."
+        "The same judge gave the labels and the win rate: the win rate shows how well the policy learned this judge's "
+        "preferences, which may differ from those of people."
     )

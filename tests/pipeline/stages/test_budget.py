@@ -181,7 +181,7 @@ def test_rewards_and_win_rates_by_a_server_are_counted_each_by_its_price(run, se
     assert (usage["input_tokens"], usage["output_tokens"]) == tuple(2 * n for n in stopped)
     assert usage["cost"] == pytest.approx(2 * spent, rel=1e-12) and usage["uncounted"] == 0
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert f"{2 * sum(stopped):,} tokens of judges on servers, cost {usage['cost']:.4g}" in page
+    assert f"{2 * sum(stopped):,} tokens (judges on servers), cost {usage['cost']:.4g}" in page
 
 
 def test_a_comparison_counts_what_all_its_judgments_took(tiny_model, tmp_path, server):

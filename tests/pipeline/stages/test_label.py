@@ -361,8 +361,8 @@ def test_labels_are_calibrated_on_pairs_that_people_judged(label, tmp_path, no_j
         assert row["p"] == pytest.approx(max(calibrated, 1 - calibrated), abs=1e-6)
     assert len(preferences(folder)) == 12
     page = (folder / "report.html").read_text()
-    assert "Calibrated on 24 pairs that people judged" in page
-    assert "standing first is worth" not in page
+    assert "Calibrated on 24 pairs judged by people" in page
+    assert "advantage of the first position" not in page
     # Without calibration again, and with it: no label is made.
     no_judge()
     label(labeler=labeler)
@@ -390,7 +390,7 @@ def test_a_calibration_that_shows_no_gain_is_left_out_and_said(label, tmp_path, 
         p = labels[row["id"]]["p"]
         assert row["p"] == pytest.approx(max(p, 1 - p), abs=1e-12)
     page = (folder / "report.html").read_text()
-    assert "Not calibrated, though 21 pairs that people judged were given" in page and reason in page
+    assert "Not calibrated, despite 21 pairs judged by people" in page and reason in page
 
 
 @pytest.mark.parametrize("rows", [judged(19), [pair | {"human": 1} for pair in judged(30)], make_pairs(5)])

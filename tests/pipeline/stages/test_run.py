@@ -69,7 +69,7 @@ def test_a_run_that_learned_nothing_says_so_at_its_end(tmp_path, tiny_model, cap
     recipe = tiny_recipe(tmp_path, tiny_model, rl={"learning_rate": 0.0}, evaluate=None, report=None)
     folder = run_recipe(recipe, installed_plugins(), tmp_path / "out")
     said = " ".join(capsys.readouterr().err.split("This run may have learned nothing:")[1].split())
-    assert "The policy did not move: its KL to the reference stayed below 0.001 nats." in said
+    assert "The policy did not change: its KL to the reference stayed below 0.001 nats." in said
     rl = [row for row in read_lines(folder / "metrics.jsonl") if row["stage"] == "rl"]
     assert all(1 <= row["rollout/distinct"] <= 4 for row in rl)
 

@@ -72,10 +72,14 @@ def test_the_curve_begins_at_the_start_and_ends_at_what_evaluate_finds(finished)
 def test_the_report_shows_it(finished):
     page = (finished / "report.html").read_text(encoding="utf-8")
     section = page[page.index('<h2 id="forgetting">') : page.index('<h2 id="judges">')]
-    for shown in ("Win rate against the start", "NLL of the start's good answers", "NLL of what was rehearsed"):
+    for shown in (
+        "Win rate over the initial policy",
+        "NLL of the initial policy's good answers",
+        "NLL of rehearsed pairs",
+    ):
         assert shown.replace("'", "&#39;") in section, shown
     assert section.count("<svg") == 4 and "10 prompts in 2 clusters" in section
-    assert "share of the updates&#39; time" in section
+    assert "fraction of the updates&#39; time" in section
     groups = re.findall(r'<td>([\w ]+)</td><td class="n">(\d+)</td><td class="n">(\S*)</td>', section)
     pairs = Counter(row["cluster"] for row in read_lines(finished / "rehearsal.jsonl"))
     assert pairs.keys() == {None, 0, 1}

@@ -72,5 +72,5 @@ class EvaluateSection(Section):
         None,
         ge=0,
         lt=0.5,
-        description=f"Stop rl if the win rate against the initial policy on '{FORGET_SET}' falls below 0.5 minus this.",
+        description=f"Stop rl if the win rate over the initial policy on '{FORGET_SET}' falls below 0.5 minus this.",
     )
