@@ -69,7 +69,7 @@ def test_the_page_has_figures_settings_and_responses_of_all(two, tmp_path, capsy
     assert "a 160 prompts, 48 → 57 tokens 63.7% 54.8% to 71.7%" in page.text
     assert "b 160 prompts, 48 → 57 tokens 55.0% 46.0% to 64.0%" in page.text
     assert "rl.algorithm ppo grpo" in page.text and "All 40 prompts that each of them answered." in page.text
-    assert [a["aria-label"][:20] for _, a in page.elements if a.get("class") == "plot"][1] == "Curves of RL, first "
+    assert [a["aria-label"].split(",")[0] for _, a in page.elements if a.get("class") == "plot"][1] == "RL curves"
 
 
 def test_hostile_text_stays_text(tmp_path):

@@ -73,7 +73,7 @@ def test_lengths_and_harmlessness_are_told(folder):
     page = read(folder)
     text = part(page, *SECTION)
     assert "1.25× (interval 1.10 to 1.40)" in text and "longer response by the trained policy 70.0%" in text
-    assert "harmless, start 90.0% (interval 80.0% to 95.0%) harmless, trained 60.0%" in text
+    assert "harmless, initial policy 90.0% (interval 80.0% to 95.0%) harmless, trained policy 60.0%" in text
     assert "less harmless: 90.0% were harmless before training, 60.0% after it" in page.text
 
 

@@ -106,7 +106,7 @@ def test_a_large_map_is_thinned_and_every_chosen_prompt_stays(folder):
     rows = points(4, of_each=500)
     put(folder, "selection_map.jsonl", rows)
     page = read(folder)
-    assert "800 of 2,000 prompts are drawn." in page.text
+    assert "800 of 2,000 prompts are shown." in page.text
     assert "2,000 prompts in 4 clusters, 4 with a rehearsed pair" in page.text
     assert sum(tag == "use" for tag, _ in page.elements) >= 800
     assert (folder / "report.html").stat().st_size < 250_000

@@ -346,7 +346,9 @@ def test_a_taught_judge_that_rates_has_no_position(folder):
     judge = {"judge": "tiny", "used": True, "gain": 0.4, "standard_error": 0.1}
     source = {"taught": 160, "held_out": 40, "before": side, "after": side}
     set_results(folder, lambda results: results.update(judge=judge | {"sources": {"all": source}}))
-    rated = "Right before after ECE before after all 160 40 90.0% (80.0% to 95.0%) 90.0% (80.0% to 95.0%) 0.100 0.100"
+    rated = (
+        "Accuracy before after ECE before after all 160 40 90.0% (80.0% to 95.0%) 90.0% (80.0% to 95.0%) 0.100 0.100"
+    )
     assert rated in read(folder).text
     side["position_bias"] = {"rate": 0.25, "interval": None, "n": 40}
     set_results(folder, lambda results: results["judge"].update(sources={"all": source}))

@@ -149,9 +149,9 @@ def test_not_finite_numbers_are_left_out_and_named(tmp_path, drawn):
         (lambda r: r["label"]["position_bias"].update(rate=0.31), "position-biased: in 31.0%"),
         (lambda r: r["label"]["mass"].update(mean=0.42), "only 42.0% of its probability"),
         (lambda r: r["rl"].update(kl_last=12.5), "KL is 12.50 nats"),
-        (lambda r: r["evaluate"]["sets"]["held-out"].update(tokens_trained=100), "got 2.1 times as long"),
-        (lambda r: r["evaluate"]["sets"]["held-out"].update(tokens_trained=20), "got 0.4 times as long"),
-        (lambda r: r["evaluate"]["sets"]["held-out"].update(interval=[0.5, 0.7]), "no clear difference"),
+        (lambda r: r["evaluate"]["sets"]["held-out"].update(tokens_trained=100), "became 2.1 times as long"),
+        (lambda r: r["evaluate"]["sets"]["held-out"].update(tokens_trained=20), "became 0.4 times as long"),
+        (lambda r: r["evaluate"]["sets"]["held-out"].update(interval=[0.5, 0.7]), "its interval contains 50%"),
         (
             lambda r: r["evaluate"]["sets"]["held-out"].update(interval=[0.3, 0.4]),
             "the judge prefers the initial policy",
@@ -228,7 +228,7 @@ def test_rewards_of_labelers_on_held_out_prompts_are_shown(tmp_path):
     page = read(folder)
     assert "the mean reward rose by 0.563 (interval +0.471 to +0.652), the reward rubric rose by 0.125" in page.text
     tile = part(page, "Change of the reward rubric on held-out", "Win rate")
-    assert "+0.125 it rose" in tile and "interval +0.040 to +0.210" in tile
+    assert "+0.125 increased" in tile and "interval +0.040 to +0.210" in tile
     assert "mean 0.412 → 0.537, 38 prompts, 2 not scored" in tile and "reward direct" not in page.text
     odd = {HOSTILE: {"gain": gain}, "x": [1], "y": {"gain": {"mean": "1", "interval": [1]}, "start": 3}}
     set_results(folder, lambda r: r["evaluate"]["sets"]["held-out"].update(labeler_rewards=odd))

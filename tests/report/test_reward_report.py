@@ -192,7 +192,7 @@ def test_the_page_shows_scores_before_and_after(folder):
 def test_without_transforms_there_is_one_drawing_of_the_scores(folder):
     put(folder, plain(scored_rows()))
     page = read(folder)
-    assert [title.split(" of ")[0] for title in drawings(page)[:2]] == [
+    assert [title.split(" of 60")[0] for title in drawings(page)[:2]] == [
         "Scores",
         "Agreement of the reward model with the labels, by its confidence, on 60 held-out pairs: ECE 0.062",
     ]

@@ -276,7 +276,7 @@ def test_the_report_and_the_status_show_every_round(finished):
     page = (folder / "report.html").read_text(encoding="utf-8")
     part = page[page.index('id="rounds"') : page.index('id="labels"')]
     assert part.count('<th scope="row">') == 2 and "50.0% of the earlier rounds" in part
-    assert "KL is to the initial policy" in part and "on each round" in part
+    assert "KL is to the initial policy" in part and "on the responses of each round" in part
     status = read_status(folder.path)
     assert [stage.name for stage in status.stages] == ["round 1", "round 2", "evaluate", "report"]
     assert status.state == "done" and all(stage.state == "done" for stage in status.stages)
