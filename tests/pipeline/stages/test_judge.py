@@ -159,7 +159,7 @@ def test_a_finished_stage_is_redone_when_what_it_is_made_from_changes(recipe, tm
 @pytest.mark.parametrize(
     ("section", "label", "expected"),
     [
-        ({"contrasts": [], "pairs": None}, {}, "they teach nothing"),
+        ({"contrasts": [], "pairs": None}, {}, "nothing to learn from"),
         ({"labels": "nowhere"}, {}, "no folder"),
         ({"labels": "prompt"}, {}, "no labels.jsonl"),
         ({"eval_strategy": "no"}, {}, "judge.evaluations"),
