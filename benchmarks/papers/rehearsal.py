@@ -60,6 +60,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "PPO": {},
     "AM-PPO": {"advantage": True},
     **{f"AM-PPO, rehearsal {g:g}": {"advantage": True, "gamma": g} for g in GAMMAS},
+    # What the selection does, and not the rehearsal: the right answers are rehearsed, whatever the reward model says.
+    "AM-PPO, right answers 1": {"advantage": True, "gamma": 1.0, "right": True},
 }
 
 
@@ -98,7 +100,8 @@ def _files(args: argparse.Namespace) -> dict[str, str]:
         for row in read_lines(PROMPTS)[: TRAINED - PRACTISED]
     ]
     judged = [pair for pair in load_pairs(str(args.pandalm)).items if pair.human in (1, 2)][: args.pairs]
-    rows = {"prompts": others + practised, "forget": held_out, "preferences": preferences(judged)}
+    answers = [{"prompt": row["prompt"], "completion": row["answer"]} for row in practised]
+    rows = {"prompts": others + practised, "forget": held_out, "preferences": preferences(judged), "answers": answers}
     return {name: str(write_rows(args.runs / f"{name}.jsonl", of)) for name, of in rows.items()}
 
 
@@ -110,7 +113,9 @@ def _run(args: argparse.Namespace, seed: int, name: str, arm: dict[str, Any], on
     rl = RL | {"total_episodes": 16 * args.updates}
     if "advantage" in arm:
         rl |= {"transforms": ["advantage", "distribution_regulator"]}
-    if "gamma" in arm:
+    if "right" in arm:
+        rl |= {"rehearsal": files["answers"], "rehearsal_coef": arm["gamma"]}
+    elif "gamma" in arm:
         selector = {"clusters": 8, "per_cluster": 8, "criterion": "advantage", "num_responses": 2}
         rl |= {"selectors": [{"selective_rehearsal": selector}], "rehearsal_coef": arm["gamma"]}
     recipe = {
