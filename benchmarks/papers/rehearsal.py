@@ -4,10 +4,11 @@
 
 Peng et al. 2023, section 3.3 and its ablation: the Advantage Model alone lowers the losses on the forget set, and
 rehearsal lowers them further. A plain reward model and an Advantage Model with the paper's margin of 2.5 learn from
-PANDALM's human choices. PPO optimizes them on the quickstart's prompts, a fifth of them replaced by requests to repeat
-a sentence, which the initial policy almost always does. The forget set is such requests with other words; measured are
-how often the sentence is repeated, and the NLL of the right answer, before and after. Rehearsal, with the paper's
-weight of 0.01 and larger ones, selects by advantage among the initial policy's responses to the prompts of PPO.
+PANDALM's human choices. PPO optimizes them on the quickstart's prompts, a quarter of them replaced by requests to
+repeat a sentence, which the initial policy almost always does. The forget set is such requests with other words;
+measured are how often the sentence is repeated, and the NLL of the right answer, before and after. Rehearsal, with the
+paper's weight of 0.01 and larger ones, selects by advantage among the initial policy's responses to the prompts of PPO.
+One arm rehearses the right answers to PPO's requests instead.
 """
 
 from __future__ import annotations
@@ -146,9 +147,19 @@ def _measure(args: argparse.Namespace, seed: int, name: str) -> dict[str, Any]:
     updates = [row for row in read_lines(done / "metrics.jsonl") if "objective/scores" in row]
     nll, start = _nll(args, done / "policy")
     return {
-        "kept": float(np.mean(kept)), "known": float(np.mean(known)), "nll": nll, "nll_start": start,
+        "rehearsed": _rehearsed(done), "kept": float(np.mean(kept)), "known": float(np.mean(known)),
+        "nll": nll, "nll_start": start,
         "scores": [row["objective/scores"] for row in updates], "kl": [row["objective/kl"] for row in updates],
     }  # fmt: skip
+
+
+def _rehearsed(done: RunFolder) -> float | None:
+    """Fraction of the rehearsed responses to requests of the skill that are right; None: nothing is rehearsed."""
+    if not (done / "rehearsal.jsonl").exists():
+        return None
+    answers = {row["prompt"]: row["answer"] for row in _skill()[0]}
+    rows = [(row["prompt"][-1]["content"], str(row["response"])) for row in read_lines(done / "rehearsal.jsonl")]
+    return float(np.mean([answers[prompt].rstrip(".") in response for prompt, response in rows if prompt in answers]))
 
 
 @torch.no_grad()
@@ -178,7 +189,7 @@ def _page(args: argparse.Namespace, found: list[dict[str, Any]]) -> None:
                 "kl": lambda run: np.mean(run["kl"][-5:])}  # fmt: skip
         return np.array([ends[key](seed[arm]) if key in ends else seed[arm][key] for seed in found])
 
-    am, rehearsed = "AM-PPO", [arm for arm in ARMS if "rehearsal" in arm]
+    am, rehearsed = "AM-PPO", [arm for arm, options in ARMS.items() if "gamma" in options]
     verdicts = [
         verdict("PPO forgets: the loss on the forget set rises", each("PPO", "nll") - each("PPO", "nll_start")),
         verdict("AM-PPO forgets less than PPO, by the loss", each("PPO", "nll") - each(am, "nll")),
@@ -187,8 +198,12 @@ def _page(args: argparse.Namespace, found: list[dict[str, Any]]) -> None:
         *(verdict(f"{arm}: more of the skill than AM-PPO", each(arm, "kept") - each(am, "kept")) for arm in rehearsed),
     ]
     keys = {"kept": "skill kept", "nll": "loss on the forget set", "gained": "score gained", "kl": "KL at the end"}
-    lines = [f"| variant | {' | '.join(keys.values())} |", "|---" * (1 + len(keys)) + "|"]
-    lines += [f"| {arm} | " + " | ".join(interval(each(arm, key), 3) for key in keys) + " |" for arm in ARMS]
+    lines = [f"| variant | {' | '.join(keys.values())} | right among what is rehearsed of the skill |"]
+    lines.append("|---" * (2 + len(keys)) + "|")
+    for arm in ARMS:
+        right = [seed[arm]["rehearsed"] for seed in found]
+        cells = [*(interval(each(arm, key), 3) for key in keys), "" if None in right else f"{np.mean(right):.0%}"]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
     known, loss = each("PPO", "known").mean(), each("PPO", "nll_start").mean()
     lines += ["", f"The start: {known:.2f} of the skill, a loss of {loss:.3f} nats per token. Scores of a plain reward "
               "model and of an Advantage Model are on different scales."]  # fmt: skip

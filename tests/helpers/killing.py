@@ -26,7 +26,7 @@ from helpers.recipes import write_prompt_folder, write_recipe, write_rows
 # What is measured in time, says how the command was given, or names the run's folder.
 _TIMED = re.compile(r"seconds|.*_per_second|share_of_time|eps|.*time|time/.*|command|best_model_checkpoint")
 _SHOWN_TIMES = re.compile(
-    r"\d+(\.\d+)? (s|min|h)\b|<td>(eps|time/).*|share of the updates.*?</dd>|<pre><code>trl-rlaif run.*"
+    r"\d+(\.\d+)? (s|min|h)\b|<td>(eps|time/).*|fraction of the updates.*?</dd>|<pre><code>trl-rlaif run.*"
 )
 # What a run keeps only while it is at work.
 _AT_WORK = ("progress.json", "lock", "writable")
