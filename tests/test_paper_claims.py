@@ -59,6 +59,8 @@ def test_differences_are_of_prompts():
     ]
     theirs = [row | {"p": 0.4} for row in ours]
     assert claims.by_prompt(ours, theirs) == [0.5, 0.0]
+    with pytest.raises(ValueError, match="not of the same pairs"):
+        claims.by_prompt(ours, theirs[1:])
 
 
 def test_a_part_is_measured_once(tmp_path):

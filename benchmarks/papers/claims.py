@@ -142,6 +142,8 @@ def by_prompt(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, A
     """
     found: dict[str, list[float]] = defaultdict(list)
     sides = [agreement_points([row["p"] for row in rows], [row["human"] for row in rows]) for rows in (ours, theirs)]
+    if any((a["prompt"], a["human"]) != (b["prompt"], b["human"]) for a, b in zip(ours, theirs, strict=False)):
+        raise ValueError("The rows are not of the same pairs: one of the judges has no answer to some.")
     for row, a, b in zip(ours, *sides, strict=False):
         found[row["prompt"]].append(a - b)
     return [float(np.mean(points)) for points in found.values()]

@@ -209,10 +209,19 @@ def model_files(settings: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     from trl_rlaif.models.loading import model_revision
 
     def known(path: Path) -> str:
-        return model_revision(str(path)) if path.is_dir() else digest(str(path))
+        if path.is_dir():
+            return model_revision(str(path))
+        stat = path.stat()
+        return _digest_of_model(str(path), stat.st_size, stat.st_mtime_ns)
 
     paths = {key: Path(path) for key, path in settings.items() if key.endswith(".path") and path}
     return {key: {"path": str(path), "digest": known(path)} for key, path in paths.items() if path.exists()}
+
+
+@cache
+def _digest_of_model(path: str, size: int, modified: int) -> str:
+    """``digest`` of a GGUF file, of gigabytes, that all stages depend on: read once while it is the same."""
+    return digest(path)
 
 
 def prompt_file(name: str) -> dict[str, str]:
