@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from decimal import Decimal
 from typing import Any
 
 from trl_rlaif.errors import RunError
@@ -15,13 +17,14 @@ class Usage:
 
     Args:
         input_tokens, output_tokens: As the server counts them.
-        cost: Of these tokens, in the currency of the price; None if no judge has one.
+        cost: Of these tokens, in the currency of the price; None if no judge has one. Exact, so that it does not
+            depend on the order in which concurrent answers arrive.
         uncounted: Answers without a count.
     """
 
     input_tokens: int = 0
     output_tokens: int = 0
-    cost: float | None = None
+    cost: Decimal | None = None
     uncounted: int = 0
 
     @property
@@ -34,9 +37,20 @@ class Usage:
         return Usage(
             self.input_tokens + other.input_tokens,
             self.output_tokens + other.output_tokens,
-            sum(costs) if costs else None,
+            sum(costs, Decimal()) if costs else None,
             self.uncounted + other.uncounted,
         )
+
+    def row(self) -> dict[str, Any]:
+        """As in a JSON file; ``of_row`` reads it."""
+        return asdict(self) | {"cost": None if self.cost is None else float(self.cost)}
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> Usage:
+        """From a JSON file; an empty row is no usage."""
+        cost = row.get("cost")
+        # A float of up to 15 digits is the shortest text that reads back as it: nothing is lost in a file.
+        return cls(**{**row, "cost": None if cost is None else Decimal(str(cost))})
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,10 @@ class Price:
 
     input: float
     output: float
+
+    def of(self, read: int, written: int) -> Decimal:
+        """The price of so many input and output tokens, exact for the prices as the recipe writes them."""
+        return (read * Decimal(str(self.input)) + written * Decimal(str(self.output))) / 1_000_000
 
 
 @dataclass(frozen=True)
@@ -106,20 +124,20 @@ class Meter:
         counted = isinstance(counts[0], int)
         if not counted and self.budget != Budget():
             raise RunError("The judge's server does not report its token usage.", fix="Leave out label.budget.")
-        cost = None if self.price is None else (read * self.price.input + written * self.price.output) / 1e6
+        cost = self.price.of(read, written) if self.price else None
         self.total.add(Usage(read, written, cost, int(not counted)))
 
     @property
     def used_up(self) -> bool:
         """Whether the budget is used up."""
         used, tokens, cost = self.used, self.budget.tokens, self.budget.cost
-        return (tokens is not None and used.tokens >= tokens) or (cost is not None and (used.cost or 0.0) >= cost)
+        return (tokens is not None and used.tokens >= tokens) or (cost is not None and float(used.cost or 0) >= cost)
 
     def error(self) -> BudgetUsedUp:
         """The error to raise if it is used up and questions are left."""
         used, budget = self.used, self.budget
         tokens = f"{used.tokens:,}" + (f" of {budget.tokens:,}" if budget.tokens else "")
-        cost = f", at a cost of {used.cost or 0.0:.4g} of {budget.cost:.4g}" if budget.cost else ""
+        cost = f", at a cost of {float(used.cost or 0):.4g} of {budget.cost:.4g}" if budget.cost else ""
         return BudgetUsedUp(
             f"label.budget is used up: {tokens} tokens{cost}.",
             fix="Answers so far are kept. Raise label.budget and add --resume to continue.",

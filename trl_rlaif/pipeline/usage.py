@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,12 +49,12 @@ class StoredTotal(Total):
     def _keep(self) -> None:
         if self.used != Usage() and not self._closed:
             self._path.parent.mkdir(exist_ok=True)
-            write_state(self._path, asdict(self.used), by_all=True)
+            write_state(self._path, self.used.row(), by_all=True)
             self._kept = time.monotonic()
 
 
 def _read(path: Path) -> Usage:
-    return Usage(**read_state(path, "Without it what the judge's server has counted is counted from zero again."))
+    return Usage.of_row(read_state(path, "Without it what the judge's server has counted is counted from zero again."))
 
 
 @contextmanager
@@ -74,7 +73,7 @@ def usage_numbers(context: Context, stage: str) -> AskedResults:
     """The usage of all processes; empty if no server was asked."""
     files = sorted(_folder(context, stage).glob(artifacts.usage_of("*")))
     used = sum(map(_read, files), Usage())
-    return {} if used == Usage() else {"usage": asdict(used)}
+    return {} if used == Usage() else {"usage": used.row()}
 
 
 def spent(numbers: Mapping[str, Any]) -> str:

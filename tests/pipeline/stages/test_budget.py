@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import time
-from dataclasses import asdict
+from decimal import Decimal
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from helpers.server import scripted_server
 from trl_rlaif.errors import RunError
 from trl_rlaif.experiments.pairwise import play
 from trl_rlaif.files import read_lines
-from trl_rlaif.judging.usage import Usage
+from trl_rlaif.judging.usage import Budget, Meter, Price, Usage
 from trl_rlaif.labels import LabelStore
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.pipeline.runner import run_recipe
@@ -61,7 +62,7 @@ def test_tokens_and_their_price_are_in_the_results_and_the_report(label, server)
     read, written = used(server)
     cost = (3 * read + 20 * written) / 1e6
     assert results(folder)["usage"] == {
-        "input_tokens": read, "output_tokens": written, "cost": pytest.approx(cost, rel=1e-12), "uncounted": 0,
+        "input_tokens": read, "output_tokens": written, "cost": cost, "uncounted": 0,
     }  # fmt: skip
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert f"{read:,} read, {written:,} written; cost {cost:.4g}" in page
@@ -166,7 +167,7 @@ def test_rewards_and_win_rates_by_a_server_are_counted_each_by_its_price(run, se
     run("sample", "label")
     usage = run("rl")["usage"]
     assert len(server.requests) == 8 and (usage["input_tokens"], usage["output_tokens"]) == used(server)
-    assert usage["cost"] == pytest.approx(cost(server), rel=1e-12)
+    assert usage["cost"] == cost(server)
     assert f", {sum(used(server)):,} tokens for {usage['cost']:.4g}" in capsys.readouterr().err
 
     def stop(*_):
@@ -179,7 +180,7 @@ def test_rewards_and_win_rates_by_a_server_are_counted_each_by_its_price(run, se
     usage = run("evaluate", "report", "evaluate")["usage"]  # all is asked again, and counts again
     assert used(server) == stopped and 8 < len(server.requests)  # ratings of 4 prompts' responses, and comparisons
     assert (usage["input_tokens"], usage["output_tokens"]) == tuple(2 * n for n in stopped)
-    assert usage["cost"] == pytest.approx(2 * spent, rel=1e-12) and usage["uncounted"] == 0
+    assert usage["cost"] == 2 * spent and usage["uncounted"] == 0
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert f"{2 * sum(stopped):,} tokens (judges on servers), cost {usage['cost']:.4g}" in page
 
@@ -198,10 +199,31 @@ def test_a_comparison_counts_what_all_its_judgments_took(tiny_model, tmp_path, s
     assert len(server.requests) == 3 * 3 * 2
 
 
+def test_the_cost_does_not_depend_on_the_order_of_the_answers():
+    """Answers arrive as threads end, and floats of 0.1 or 0.7 add up to another last digit in another order."""
+    answers = [(number * 37 % 101, number % 5) for number in range(200)]
+    costs = set()
+    for seed in range(20):
+        meter = Meter(Price(0.1, 0.7))
+        for read, written in random.Random(seed).sample(answers, len(answers)):
+            meter.add(SimpleNamespace(prompt_tokens=read, completion_tokens=written))
+        costs.add(meter.used.row()["cost"])
+    read, written = (sum(counts) for counts in zip(*answers, strict=True))
+    assert costs == {(read + 7 * written) / 1e7}
+    assert Usage.of_row(meter.used.row()) == meter.used
+
+
+def test_a_budget_of_money_is_used_up_once_the_cost_is_equal():
+    meter = Meter(Price(0.1, 0.1), Budget(cost=0.1))
+    for tokens, full in ((999_999, False), (1, True)):
+        meter.add(SimpleNamespace(prompt_tokens=tokens, completion_tokens=0))
+        assert meter.used_up is full
+
+
 def test_each_process_counts_in_a_file_of_its_own(tmp_path, monkeypatch):
     """The second of two rewards its own responses; one process alone goes on after a kill."""
     context = SimpleNamespace(folder=RunFolder(tmp_path), total=None)
-    for rank, used in enumerate([Usage(10, 1, 0.5), Usage(20, 2, None, 3)]):
+    for rank, used in enumerate([Usage(10, 1, Decimal("0.5")), Usage(20, 2, None, 3)]):
         with monkeypatch.context() as patch:
             for name, value in {"LOCAL_RANK": rank, "RANK": rank, "WORLD_SIZE": 2}.items():
                 patch.setenv(name, str(value))
@@ -209,7 +231,9 @@ def test_each_process_counts_in_a_file_of_its_own(tmp_path, monkeypatch):
                 context.total.add(used)
     with counted(context, "rl"):
         context.total.add(Usage(100, 10))
-    assert usage_numbers(context, "rl")["usage"] == asdict(Usage(130, 13, 0.5, 3))
+    assert usage_numbers(context, "rl")["usage"] == {
+        "input_tokens": 130, "output_tokens": 13, "cost": 0.5, "uncounted": 3,
+    }  # fmt: skip
     assert usage_numbers(context, "evaluate") == {}
 
 
