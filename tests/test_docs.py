@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import io
 import math
 import re
-import shlex
 import sys
 import textwrap
 from dataclasses import replace
@@ -18,11 +16,10 @@ import jsonschema
 import pluggy
 import pytest
 import torch
-import typer
 import yaml
 from helpers.labeling import make_pairs, mapped_in_turn
 from helpers.pages import Reader, python_blocks
-from helpers.recipes import write_prompts, write_recipe, write_rows
+from helpers.recipes import write_recipe, write_rows
 from helpers.trained import add_trained
 
 import trl_rlaif
@@ -246,21 +243,6 @@ def test_yaml_is_a_part_of_a_recipe(block, schema):
     assert not errors, errors[0].message
 
 
-def _commands(page):
-    """Every line of a page that calls trl-rlaif: its arguments."""
-    return re.findall(r"^ +trl-rlaif (.*?)(?: +#.*)?$", re.sub(r"\\\n *", "", PAGES[page]), re.MULTILINE)
-
-
-@pytest.mark.parametrize("command", sorted({command for page in PAGES for command in _commands(page)}))
-def test_a_command_exists_with_its_options(command):
-    words, whole = shlex.split(command.partition(" > ")[0]), typer.main.get_command(app)
-    here = whole
-    while words and words[0] in getattr(here, "commands", {}):
-        here = here.commands[words.pop(0)]
-    assert here is not whole
-    here.make_context("trl-rlaif", words)
-
-
 # Pages whose Python needs more than the folder below, or must give certain numbers: the tests that run all of it.
 RUN_BY = {
     "docs/moving_in.md": "test_moving_in.py",
@@ -312,34 +294,6 @@ def test_the_python_of_a_page_runs(page, reader):
     for block in python_blocks(page):
         reader.run(block, names)
     assert SHOWN[page](names)
-
-
-# Commands of seconds. Of the others, run, label, rate and so on have tests of their own, as has compare, of whole runs.
-QUICK = "check doctor explain export init memory new-plugin plugins recipes report schema status".split()
-
-
-def _quick(page):
-    return [command for command in _commands(page) if command.split()[0] in QUICK and "--to hub" not in command]
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-@pytest.mark.parametrize("page", [page for page in PAGES if _quick(page)])
-def test_the_quick_commands_of_a_page_run_in_its_order(page, reader, monkeypatch, capsys):
-    for file, count in (("my_prompts.jsonl", 40), ("my_eval_prompts.jsonl", 4)):
-        write_prompts(Path(file), count)
-    for command in _quick(page):
-        monkeypatch.setattr("sys.stdin", Terminal(f"{reader.model}\nmy_prompts.jsonl\n8\nppo\n"))
-        words, _, file = command.replace("RECIPE", "my.yaml").partition(" > ")
-        capsys.readouterr()
-        assert not app(shlex.split(words), standalone_mode=False), command
-        said = capsys.readouterr().out
-        assert said, command
-        if file:
-            Path(file).write_text(said, encoding="utf-8")
 
 
 def test_the_site_shows_every_page():

@@ -120,10 +120,11 @@ class RubricLabeler(RewardLabeler):
         """
         column = self.options.column
         own = columns.get(column) if column else []
-        if own is None and not self.shared:
+        if own is None and not any(criterion.weight > 0 for criterion in self.shared):
             raise UserError(
                 f"There is no column '{column}', which the labeler 'rubric' reads.",
-                fix="Give every prompt its criteria, or set the options column or shared.",
+                fix="Give every prompt its criteria (`trl-rlaif draft-rubrics` drafts them), or set the options column "
+                "or shared.",
             )
         found = [*read_rubric(own or []), *self.shared]
         if not any(criterion.weight > 0 for criterion in found):

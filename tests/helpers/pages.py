@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,21 @@ def _comparisons() -> Dataset:
     return Dataset.from_list(whole)
 
 
+def commands(page: Path) -> list[tuple[list[str], str]]:
+    """The arguments of every call of trl-rlaif in an indented line, with the file that gets its output, or ""."""
+    text = re.sub(r"\\\n *", "", page.read_text(encoding="utf-8"))
+    lines = re.findall(r"^ +trl-rlaif (.*?)(?: +#.*)?$", text, re.MULTILINE)
+    return [(shlex.split(words), file) for words, _, file in (line.partition(" > ") for line in lines)]
+
+
+_PAGES = [
+    *sorted(ROOT.glob("docs/**/*.md")),
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "examples/README")),
+]
+# The commands of each page that has any.
+COMMANDS = {str(page.relative_to(ROOT)): found for page in _PAGES if (found := commands(page))}
+
+
 class Reader:
     """Who runs blocks of Python in a folder of their own.
 
@@ -68,6 +84,10 @@ class Reader:
 
     def run(self, block: str, names: dict[str, Any]) -> None:
         """Run a block in a namespace, which those before it may have filled."""
+        exec(compile(self.tiny(block), "page", "exec", dont_inherit=True), names)
+
+    def tiny(self, text: str) -> str:
+        """A text that names the tiny models and data."""
         for named, tiny in self._instead.items():
-            block = re.sub(named, tiny, block)
-        exec(compile(block, "page", "exec", dont_inherit=True), names)
+            text = re.sub(named, tiny, text)
+        return text

@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import random
 import re
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.request import ProxyHandler, Request, build_opener
 
@@ -432,6 +434,19 @@ def scripted_server(port: int = 0) -> Iterator[ScriptedServer]:
     finally:
         process.kill()
         process.wait()
+
+
+def batch_answers(server: ScriptedServer, file: Path) -> list[dict[str, Any]]:
+    """What the server's batch service makes of a file of requests: the answers in any order."""
+    opener, rows = build_opener(ProxyHandler({})), []
+    for line in map(json.loads, file.read_text().splitlines()):
+        assert line["method"] == "POST"
+        request = Request(server.root + line["url"], json.dumps(line["body"]).encode())
+        with opener.open(request, timeout=10) as answer:
+            response = {"status_code": 200, "request_id": "r", "body": json.load(answer)}
+        rows.append({"id": "b", "custom_id": line["custom_id"], "response": response, "error": None})
+    random.Random(3).shuffle(rows)
+    return rows
 
 
 if __name__ == "__main__":

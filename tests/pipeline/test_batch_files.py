@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import random
-from urllib.request import ProxyHandler, Request, build_opener
 
 import pytest
 from helpers.labeling import LABEL_ALONE, make_pairs
 from helpers.recipes import run_cli, tiny_recipe, write_rows
-from helpers.server import scripted_server
+from helpers.server import batch_answers, scripted_server
 
 from trl_rlaif.errors import UserError
 from trl_rlaif.files import read_lines
@@ -49,19 +47,6 @@ def recipe(tiny_model, tmp_path, server):
     return recipe
 
 
-def answers(server, file):
-    """What the server's batch service makes of a file of requests: the answers in any order."""
-    opener, rows = build_opener(ProxyHandler({})), []
-    for line in map(json.loads, file.read_text().splitlines()):
-        assert line["method"] == "POST"
-        request = Request(server.root + line["url"], json.dumps(line["body"]).encode())
-        with opener.open(request, timeout=10) as answer:
-            response = {"status_code": 200, "request_id": "r", "body": json.load(answer)}
-        rows.append({"id": "b", "custom_id": line["custom_id"], "response": response, "error": None})
-    random.Random(3).shuffle(rows)
-    return rows
-
-
 def labels(folder):
     return {row["id"]: row for row in read_lines(folder / "labels.jsonl")}
 
@@ -88,7 +73,7 @@ def test_labels_are_those_of_the_server(recipe, plugins, server, tmp_path, judge
     assert len({line["custom_id"] for line in lines}) == len(lines)
     asked = {json.dumps((line["url"], line["body"]), sort_keys=True) for line in lines}
     assert len(asked) == len(lines) and asked == {json.dumps(one, sort_keys=True) for one in sent}
-    write_rows(tmp_path / "answers.jsonl", answers(server, tmp_path / "ask.jsonl"))
+    write_rows(tmp_path / "answers.jsonl", batch_answers(server, tmp_path / "ask.jsonl"))
     server.forget()
     found = import_batch(made, plugins, offline.path, [tmp_path / "answers.jsonl"])
     assert (found.labeled, found.known, found.missing, found.foreign) == (len(PAIRS), 0, [], 0) and not found.failed
@@ -107,7 +92,7 @@ def test_errors_and_missing_answers_are_counted_and_named(recipe, plugins, serve
     folder = run_recipe(made, plugins, tmp_path / "out", only=["sample"])
     assert export_batch(made, plugins, folder.path, ask) == (6, 12)
     ids = [json.loads(line)["custom_id"] for line in ask.read_text().splitlines()]  # two a pair, in the pairs' order
-    rows = {row["custom_id"]: row for row in answers(server, ask)}
+    rows = {row["custom_id"]: row for row in batch_answers(server, ask)}
     whole = list(rows.values())
     failed = {"status_code": 400, "body": {"error": {"message": "the context is too long"}}}
     rows[ids[0]] = {"custom_id": ids[0], "response": failed, "error": None}
@@ -141,7 +126,7 @@ def test_answers_to_other_settings_are_not_taken(recipe, plugins, server, tmp_pa
     ask, told = tmp_path / "ask.jsonl", tmp_path / "answers.jsonl"
     folder = run_recipe(recipe(), plugins, tmp_path / "out", only=["sample"])
     export_batch(recipe(), plugins, folder.path, ask)
-    write_rows(told, answers(server, ask))
+    write_rows(told, batch_answers(server, ask))
     found = import_batch(recipe({"path": "another"}), plugins, folder.path, [told])
     assert (found.labeled, len(found.missing), found.foreign) == (0, 6, 12)
     assert not (folder / "labels.jsonl").exists()
@@ -180,7 +165,7 @@ def test_the_command(recipe, server, tmp_path, monkeypatch, capsys):
     assert code == 2 and "Give either --export-batch or --import-batch." in said and "--only label" in said
     assert run_cli(monkeypatch, capsys, "run", file, "--output", tmp_path / "out", "--only", "sample")[0] == 0
     assert run_cli(monkeypatch, capsys, *label, "--export-batch", ask) == (0, "")
-    rows = answers(server, ask)
+    rows = batch_answers(server, ask)
     write_rows(told, rows[:5])
     write_rows(tmp_path / "more.jsonl", rows[5:])
     assert (
