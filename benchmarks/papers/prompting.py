@@ -104,7 +104,7 @@ def _judge(args: argparse.Namespace, judge: str, people: list[Pair]) -> dict[str
 def _ask(
     args: argparse.Namespace, judge: str, setting: str, pairs: list[Pair], people: list[Pair]
 ) -> list[dict[str, Any]]:
-    """A row per judged pair: prompt, human choice, and the judge's probabilities."""
+    """A row per judged pair: prompt, human choice, the longer response (None: neither), and the probabilities."""
     options = SETTINGS[setting]
     shown = pairs[: args.cot_pairs if options.get("thinking") else args.pairs]
     sections = {
@@ -117,28 +117,41 @@ def _ask(
     name = f"{_name(judge)}-{setting.replace(' ', '').replace(',', '-')}"
     rows = {row["pair"]: row for row in read_lines(run(args, name, sections) / "labels.jsonl")}
     return [
-        {"prompt": prompt_key(pair.prompt), "human": pair.human} | {key: row[key] for key in ("p", "p_12", "p_21")}
+        {"prompt": prompt_key(pair.prompt), "human": pair.human, "longer": _longer(pair)}
+        | {key: row[key] for key in ("p", "p_12", "p_21")}
         for pair in shown
         if (row := rows[pair_key(pair)])["p"] is not None
     ]
 
 
+def _longer(pair: Pair) -> int | None:
+    first, second = map(len, pair.responses)
+    return None if first == second else 1 + (second > first)
+
+
+def _longer_preferred(rows: list[dict[str, Any]], p: list[float]) -> str:
+    return share(agreement(p, [row["longer"] for row in rows], [row["prompt"] for row in rows]))
+
+
 def _page(args: argparse.Namespace, found: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
     verdicts, drawn = [], []
-    lines = ["| judge | setting | pairs | agreement with people | position bias | ECE |", "|---|---|---|---|---|---|"]
+    columns = ["judge", "setting", "pairs", "agreement with people", "prefers the longer", "position bias", "ECE"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for judge, settings in found.items():
         for setting, rows in settings.items():
             p, human = [row["p"] for row in rows], [row["human"] for row in rows]
             agrees = agreement(p, human, [row["prompt"] for row in rows])
             bias = position_bias([row["p_12"] for row in rows], [row["p_21"] for row in rows])
             ece = f"{calibration_error(p, human):.3f}"
-            cells = [_name(judge), setting, str(len(rows)), share(agrees), share(bias), ece]
+            cells = [_name(judge), setting, str(len(rows)), share(agrees), _longer_preferred(rows, p), share(bias), ece]
             lines.append(f"| {' | '.join(cells)} |")
             drawn.append((f"{_name(judge)}: {setting}", agrees["rate"], tuple(agrees["interval"]), None, None))
         for setting, without in WITHOUT.items():
             more = by_prompt(settings[setting], settings[without])
             verdicts.append(verdict(f"{_name(judge)}: '{setting}' agrees more than '{without}'", more, unit="prompts"))
-    head = f"{made_with()}; prompt `general`, dtype {args.dtype}."
+    rows = next(iter(found.values()))["detailed"]
+    people = _longer_preferred(rows, [{1: 1.0, 2: 0.0}.get(row["human"], 0.5) for row in rows])
+    head = f"{made_with()}; prompt `general`, dtype {args.dtype}. People prefer the longer response in {people}."
     figure = win_rates(drawn, "Agreement with people", "agreement with people")
     write(args, head, lines, verdicts, {"Agreement with people": figure})
 
