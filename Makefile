@@ -8,8 +8,7 @@
 #                   Ray Data where the environment has ray (pip install 'ray[data]').
 # make lint         ruff and mypy
 # make docs         the documentation's site, in build/site; a warning is an error
-# make pictures     the README's pictures, by a headless Chromium, from two finished runs: RUN=runs/quickstart OTHER=runs/other
-#                   SETS='--set run.seed=1', as RUN was started
+# make pictures     the README's pictures, from a run of the quickstart, by a headless Chromium: SETS='--set run.seed=1'
 # make wheel-smoke  the wheel, installed in place of the checkout: its plugins, and a packaged recipe
 # make dist         what a release publishes: the packages, and its part of the changelog as dist/notes.md
 # make gpu-kit      what a GPU machine without a network lacks, for benchmarks/gpu/on_gpu.sh: TRL=1.12.0
@@ -102,7 +101,7 @@ docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 pictures: $(VENV)/.installed
-	$(BIN)/python docs/_site/pictures.py $(RUN) $(OTHER) $(SETS)
+	$(BIN)/python docs/_site/pictures.py $(SETS)
 
 clean:
 	rm -rf $(VENV) .venv-trl-* .venv-wheel build dist *.egg-info

@@ -1,4 +1,4 @@
-"""No test reaches a hub; torch uses one thread, which on tiny models is many times faster than two."""
+"""No test accesses the Hub; torch uses one thread, which is many times faster than two on tiny models."""
 
 import gc
 import os
@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import pytest  # noqa: E402  (after the environment is set)
 from helpers.gpu_benchmarks import sides  # noqa: E402, F401  (a fixture)
 
-# What takes longest, in this order: xdist hands files out as they come, and one that begins last is waited for.
+# The slowest files, slowest first: xdist distributes files in order, and a slow one at the end delays the run.
 _LONGEST = [
     "test_benchmarks_gpu.py", "test_pretended_gpu.py", "test_packaged_recipes.py", "test_third_party.py",
     "test_processes.py", "test_rejection.py", "test_kill.py", "test_run.py", "test_trainer.py", "test_several.py",
@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What is imported by now stays: collecting after each stage of a run then takes 3 ms and not 300."""
+    """Freezes all objects so far: garbage collection after each stage of a run then takes 3 ms instead of 300."""
     gc.collect()
     gc.freeze()
 
@@ -44,7 +44,7 @@ def tiny_model(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def savefig():
-    """A report has all of its plots, but empty: drawing takes most of a tiny run. What draws them is returned."""
+    """Reports get empty plots, since drawing takes most of a tiny run's time. Returns the original ``savefig``."""
     from matplotlib.figure import Figure
 
     draws, empty = Figure.savefig, b'<svg viewBox="0 0 1 1"/>'
@@ -55,13 +55,13 @@ def savefig():
 
 @pytest.fixture
 def drawn(savefig, monkeypatch):
-    """The plots are drawn."""
+    """Plots are really drawn."""
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def remembered_here(tmp_path_factory):
-    """What `check` remembers is of this session alone."""
+    """The cache of `check` belongs to this session only."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trl_rlaif.remembered.cache_dir", lambda: folder)
@@ -70,7 +70,7 @@ def remembered_here(tmp_path_factory):
 
 @pytest.fixture
 def only_local_servers(monkeypatch):
-    """Judges on servers are asked here, whatever key, address and proxy the user has set."""
+    """Server judges are only asked on this machine, whatever key, address and proxy the user has set."""
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -78,7 +78,7 @@ def only_local_servers(monkeypatch):
 
 @pytest.fixture(scope="session", autouse=True)
 def deprecations():
-    """A command hides from its user what libraries deprecate; here it is an error (pyproject.toml names exceptions)."""
+    """Libraries' deprecation warnings, which commands hide, are errors here (pyproject.toml lists exceptions)."""
     from trl_rlaif import cli
 
     with pytest.MonkeyPatch.context() as patch:

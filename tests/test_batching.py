@@ -1,4 +1,4 @@
-"""Batches follow from lengths alone and keep their budgets; padding is where it should be."""
+"""Batches depend only on lengths and keep their budgets; padding is in the right place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kit for a GPU machine runs from end to end on a CPU, where it has a tiny model."""
+"""The kit for a GPU machine runs end to end on a CPU with a tiny model."""
 
 import importlib
 import json
@@ -17,7 +17,7 @@ GPU = ROOT / "benchmarks" / "gpu"
 
 
 def test_the_steps_on_a_cpu(tmp_path):
-    """What is run on the lent machine, in its order, but for stock TRL and smaller cards."""
+    """The steps for the GPU machine in their order, except for stock TRL and smaller GPUs."""
     out, steps = tmp_path / "out", ("checks", "model8b", "speed", "ablation", "pairs", "padded")
     environment = os.environ | {"DEVICE": "cpu", "OUT": str(out), "KEEP": str(tmp_path / "keep"), "DEADLINE": "9000"}
     environment |= {"PYTHON": sys.executable, "STEPS": " ".join(steps), "OMP_NUM_THREADS": "1"}
@@ -37,7 +37,7 @@ def test_the_steps_on_a_cpu(tmp_path):
     assert padded["seconds"]["generation"] > 0
     assert len(ours["updates"]) == 1 and ours["seconds"]["generation"] > 0 and ours["seconds"]["update"] > 0
     assert ours["gib"].keys() == {"resident"} and ours["predicted_gib"] > 0
-    assert "measured_over_predicted" not in ours  # a CPU's resident set is not what was predicted
+    assert "measured_over_predicted" not in ours  # the prediction is not of a CPU's resident set
     updates = ablated["ablation"]
     off = [update["without"] for update in updates]
     assert off == ["", "", "fused_lora", "cast_weights", "logprob_head", "all", ""]

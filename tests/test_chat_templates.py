@@ -1,4 +1,4 @@
-"""Where chat templates put answers and thoughts: against what the templates themselves write, TRL's own among them."""
+"""Where chat templates put answers and reasoning, against the output of the templates, including TRL's own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trl_rlaif.encoding import encode_prompt, set_template_kwargs, thinking_prom
 from trl_rlaif.errors import UserError
 
 TEMPLATES = {path.stem: path for path in sorted(Path(trl.__file__).parent.glob("chat_templates/*.jinja"))}
-# These write contents that are lists of texts and images, and leave out those that are texts.
+# These write contents only if they are lists of texts and images, not plain texts.
 _OF_IMAGES = ("idefics3", "llava_next", "smolvlm")
 CONTROL = ["<think>", "</think>", "<|im_start|>", "<|im_end|>", "<|channel|>", "<|message|>", "<|end|>", "<|start|>"]
 ASKED = [{"role": "user", "content": "Which is better?"}]
@@ -64,7 +64,7 @@ def test_an_ending_stands_where_the_template_puts_what_an_assistant_says(tokeniz
     said = rendered(tokenizer, [*ASKED, {"role": "assistant", "content": f"{ENDING}QQ"}], **kwargs)
     before = cut(said, f"{ENDING}QQ")
     asked = rendered(tokenizer, ASKED, add_generation_prompt=True, **kwargs)
-    if asked.startswith(before) and asked != before:  # a thinking block that no message has
+    if asked.startswith(before) and asked != before:  # a thinking block that messages do not have
         assert asked == f"{before}<think>\n"
         before = f"{asked}\n</think>\n\n"
     found = encode_prompt(tokenizer, ASKED, opening=ENDING, chat_template_kwargs=kwargs)
@@ -123,7 +123,7 @@ def test_a_template_that_trims_leaves_an_endings_space(tokenizer):
     assert tokenizer.decode(encode_prompt(tokenizer, ASKED, opening=ENDING)).endswith(f"assistant\n{ENDING}")
 
 
-# ---- Thoughts ---------------------------------------------------------------------------------------------
+# ---- Reasoning --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -187,7 +187,7 @@ def test_thoughts_of_earlier_turns_are_the_templates_to_drop(tokenizer, name, sa
 
 
 def test_what_looks_like_control_tokens_in_a_thought_or_a_field_stays_text(tokenizer):
-    with_template(tokenizer, "qwen3_8")  # keeps the thoughts of earlier turns
+    with_template(tokenizer, "qwen3_8")  # keeps the reasoning of earlier turns
     special = {tokenizer.convert_tokens_to_ids(token) for token in CONTROL}
 
     def control(content, **fields):

@@ -1,4 +1,4 @@
-"""The command line: fast to answer, exit codes, and errors as messages."""
+"""The command line: fast startup, exit codes, and errors as messages."""
 
 from __future__ import annotations
 
@@ -87,9 +87,9 @@ def test_packaged_recipes_are_listed_shown_and_good(monkeypatch, capsys, tmp_pat
     assert "quickstart" in names
     for name in names:
         assert _main(monkeypatch, "check", name) == 0
-        assert "Warning" not in capsys.readouterr().err  # nothing that it evaluates is trained on
+        assert "Warning" not in capsys.readouterr().err  # it does not train on evaluation prompts
         assert _main(monkeypatch, "recipes", "show", name) == 0
-        assert f"trl-rlaif run {name}" in capsys.readouterr().out  # the exact command stands in the recipe
+        assert f"trl-rlaif run {name}" in capsys.readouterr().out  # the recipe contains the exact command
     assert _main(monkeypatch, "recipes", "show", "quikstart") == 2
 
 

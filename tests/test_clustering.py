@@ -1,4 +1,4 @@
-"""Embeddings against a plain loop, and clusters that are known beforehand."""
+"""Embeddings against a plain loop, and clustering against known clusters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work that processes divide, each unit once and in order, and how one that fails ends all."""
+"""Work divided among processes: each unit once and in order, and one failing process ends all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trl_rlaif import UserError, distributed
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
-    """What each of three processes saw."""
+    """The results of three processes."""
     return fork(divided_processes.__file__, tmp_path_factory.mktemp("three"), count=3)
 
 
@@ -30,7 +30,7 @@ def test_outside_each_process_computes_everything(three):
 def test_the_first_process_is_asked_and_the_others_are_told(three):
     told = [result["told"] for result in three]
     assert [each["told"] for each in told] == [[0, 10, 20]] * 3 and [each["agreed"] for each in told] == [0] * 3
-    assert [each["asked"] for each in told] == [[0, 0], [1], [2]]  # the last time outside
+    assert [each["asked"] for each in told] == [[0, 0], [1], [2]]  # the last call is outside of ``dividing``
     assert [each["own"][0] for each in told] == [0, 1, 2]
 
 

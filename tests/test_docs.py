@@ -29,6 +29,7 @@ from trl_rlaif.cli_lists import _schema
 from trl_rlaif.data import Pair
 from trl_rlaif.files import read_lines
 from trl_rlaif.labels import ray as by_ray
+from trl_rlaif.pipeline import artifacts
 from trl_rlaif.pipeline.run_folder import RunFolder
 from trl_rlaif.plugins import ENTRY_POINT_GROUP, KINDS, build_plugins
 from trl_rlaif.testing import make_rollout, make_scored_batch
@@ -86,6 +87,7 @@ def test_the_readmes_pictures_are_small_and_name_no_folder_of_a_machine():
     contents = [(ROOT / picture).read_bytes() for picture in pictures]
     assert max(map(len, contents)) < 150_000 and contents[0].startswith(b"\x89PNG")
     words = re.sub(r"<[^>]*>|&#160;", " ", contents[1].decode())
+    assert len(set(re.findall(r"animation-delay: [\d.]+s", contents[1].decode()))) > 10  # a cast
     assert "trl-rlaif run quickstart" in " ".join(words.split()) and not re.search(
         r"/(tmp|home|root|work|Users)/", words
     )
@@ -301,6 +303,14 @@ def test_the_site_shows_every_page():
     nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
     shown = set(re.findall(r"[\w/-]+\.md", nav))
     assert {page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")} <= shown
+
+
+def test_the_page_on_the_run_folder_has_every_file_that_stays_there():
+    names = {value for key, value in vars(artifacts).items() if key.isupper() and isinstance(value, str)}
+    internal = {value for key, value in vars(artifacts).items() if key in ("STATE", "LOCK", "DATE", "LABEL_INDEX")}
+    gone = {artifacts.PARTIAL_PAIRS, artifacts.PROGRESS}
+    page = PAGES["docs/run_folder.md"]
+    assert not [name for name in names - internal - gone if name not in page]
 
 
 def test_the_files_that_the_architecture_names_exist():

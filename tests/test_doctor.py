@@ -1,4 +1,4 @@
-"""``trl-rlaif doctor``: what it says of a machine, and what it advises."""
+"""``trl-rlaif doctor``: its findings about a machine, and its advice."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Usage = namedtuple("Usage", "total used free")
 
 @pytest.fixture
 def found(tmp_path, monkeypatch):
-    """What it finds, by subject, for runs in a folder that is not there yet."""
+    """Its findings by subject, for runs in a folder that does not exist yet."""
 
     def found(**changes):
         for name, value in changes.items():

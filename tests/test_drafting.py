@@ -1,4 +1,4 @@
-"""Drafted rubrics: what is read of a draft, what is kept for people to edit, and what a kill leaves."""
+"""Drafted rubrics: how drafts are read, the files for people to edit, and resuming after a kill."""
 
 from __future__ import annotations
 
@@ -63,11 +63,11 @@ def test_the_examples_of_the_instructions_are_no_draft():
         read_draft(f"5: names Vienna\n{examples}", instructions)
 
 
-# ---- A file of them -------------------------------------------------------------------------------------
+# ---- Files of drafts ------------------------------------------------------------------------------------
 
 
 class Script:
-    """What the model writes, by a prompt's number: a text a try, the last one again and again."""
+    """The model's texts by prompt number: one per try, with the last one repeated."""
 
     def __init__(self):
         self.texts, self.calls, self.tokenizer = {}, [], make_tokenizer()
@@ -92,7 +92,7 @@ def script(monkeypatch):
 
 @pytest.fixture
 def model(tiny_model, tmp_path):
-    """The tiny model with room for the packaged prompt, which its tokenizer spells letter by letter."""
+    """The tiny model with a context that fits the packaged prompt, which its tokenizer splits into letters."""
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
@@ -101,7 +101,7 @@ def model(tiny_model, tmp_path):
 
 @pytest.fixture
 def draft(model, tmp_path):
-    """Draft rubrics of ten prompts, in batches of 4, 4 and 2."""
+    """Draft rubrics for ten prompts, in batches of 4, 4 and 2."""
 
     def run(name="rubrics.jsonl", options=OPTIONS, **sections):
         recipe = tiny_recipe(tmp_path, model, **sections)
@@ -143,7 +143,7 @@ def test_a_bad_draft_is_tried_again_then_dropped_and_counted(script, draft, tmp_
         ("p2", "empty"), ("p5", "the same check twice"), ("p6", "cut off"), ("p7", "no check of positive weight"),
     ]  # fmt: skip
     assert dropped[1]["draft"] == texts[5]
-    assert script.calls[1] == ["brown 1", "fox 2"]  # those of the first batch that could not be read
+    assert script.calls[1] == ["brown 1", "fox 2"]  # the unreadable ones of the first batch
     script.calls.clear()
     again = draft()
     assert (again.drafted, again.kept, again.dropped) == (0, 6, reasons) and not script.calls
@@ -201,7 +201,7 @@ def test_the_files_own_names_of_its_columns_are_kept(script, draft, tmp_path):
 
 @pytest.mark.parametrize("stopped", [1, 2, 3, 4])
 def test_a_killed_run_ends_with_the_same_drafts(draft, tmp_path, monkeypatch, stopped):
-    """With the model's own texts, of which some are taken for drafts; killed between two files, or two batches."""
+    """With the model's own texts, some of which count as drafts; killed between two files, or two batches."""
 
     def read(text, instructions):
         if len(text) % 3 == 0:

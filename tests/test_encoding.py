@@ -1,4 +1,4 @@
-"""Prompts and responses to ids: the chat template's own ids, and no special token out of data."""
+"""Encoding prompts and responses: the chat template's own ids, and no special tokens from data."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _wrapped(backend: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def metaspace_tokenizer(model: str, prepend: str) -> PreTrainedTokenizerFast:
-    """SentencePiece's ways: spaces as ▁, and one that is put in front of the ``first`` or ``always`` or ``never``."""
+    """As in SentencePiece: spaces are ▁, and one is prepended to the ``first`` piece, ``always`` or ``never``."""
     backend = Tokenizer(models.Unigram() if model == "unigram" else models.BPE(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend)
     backend.decoder = decoders.Metaspace(prepend_scheme=prepend)
@@ -91,17 +91,17 @@ def tokenizers():
 
 @pytest.fixture
 def tokenizer(request, tokenizers):
-    """The one that the test's parameter names; a copy, because tests may change it."""
+    """A copy of the tokenizer that the test's parameter names, as tests may change it."""
     return copy.deepcopy(tokenizers[getattr(request, "param", "digits apart")])
 
 
 def rendered(tokenizer, messages, opening=""):
-    """What the chat template writes, and the opening."""
+    """The chat template's text, then the opening."""
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + opening
 
 
 def special_ids(tokenizer, ids):
-    """The ids among them that are special tokens, in order."""
+    """The special tokens among the ids, in order."""
     return [i for i in ids if i in set(tokenizer.all_special_ids)]
 
 
@@ -180,7 +180,7 @@ def test_special_tokens_in_texts_and_responses_stay_text(tokenizer, text):
     assert special_ids(tokenizer, encode_response(tokenizer, text)) == [tokenizer.eos_token_id]
 
 
-# With "always", decoding does not give back even what is benign.
+# With "always", decoding does not restore even benign text.
 _DECODING = ("digits apart", "gpt2", "bpe-never", "bpe-first")
 
 
@@ -236,7 +236,7 @@ def test_more_than_ten_messages_keep_their_order(tokenizer):
 @pytest.mark.parametrize("tokenizer", _MAKERS, indirect=True)
 def test_a_response_ends_with_the_end_token_and_nothing_else_is_added(tokenizer):
     ids = encode_response(tokenizer, "the fox 12")
-    # As it stands behind a chat template's last token: without the space that some put before a text.
+    # As after a chat template's last token: without the space that some tokenizers prepend to a text.
     behind = tokenizer(tokenizer.eos_token + "the fox 12", add_special_tokens=False)["input_ids"]
     assert ids[:-1] == behind[1:]
     assert ids[-1] == tokenizer.eos_token_id
@@ -273,7 +273,7 @@ def test_padding_of_its_own_is_kept(tokenizer):
         ),
         (["<|fim_pad|>", "<unused7>", "<｜▁pad▁｜>"], "<｜▁pad▁｜>"),
         (["<|fim_pad|>", "<unused7>"], "<unused7>"),
-        (["<|fim_pad|>"], "<|end|>"),  # it has a meaning of its own
+        (["<|fim_pad|>"], "<|end|>"),  # it has its own meaning
         ([], "<|end|>"),
     ],
 )
@@ -325,11 +325,11 @@ def test_chat_prompt_follows_the_template():
     assert chat_prompt(MESSAGES, make_tokenizer()) == MESSAGES
 
 
-# ---- Tokens that were added -----------------------------------------------------------------------------
+# ---- Added tokens ---------------------------------------------------------------------------------------
 
 
 def with_added_tokens():
-    """As Qwen3 has <think>, Gemma <table> and DeepSeek <｜User｜>: one token each, and not flagged special."""
+    """Like Qwen3's <think>, Gemma's <table> and DeepSeek's <｜User｜>: one token each, not flagged as special."""
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["<think>", "</think>", "<table>", "<｜User｜>"])
     tokenizer.chat_template = CHAT_TEMPLATE + "{# knows of <think> and </think> #}"
@@ -350,12 +350,12 @@ def test_a_response_is_in_the_tokens_that_a_policy_writes(text):
     tokenizer = with_added_tokens()
     messages = [{"role": "user", "content": "the dog"}]
     prompt = encode_prompt(tokenizer, messages)
-    # The conversation as apply_chat_template tokenizes it, which is what models are trained on.
+    # Models are trained on conversations as apply_chat_template tokenizes them.
     whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": text}], return_dict=True)
     sampled = whole["input_ids"][len(prompt) :]
     sampled = sampled[: sampled.index(tokenizer.eos_token_id) + 1]
     assert encode_response(tokenizer, text) == sampled
-    # What judges and reward functions see of it leads back to the same tokens.
+    # The text that judges and reward functions see gives the same tokens.
     assert encode_response(tokenizer, tokenizer.decode(sampled, skip_special_tokens=True)) == sampled
 
 

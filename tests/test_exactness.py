@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "benchmarks"))  # last: modules there have the names of folders here
+sys.path.append(str(ROOT / "benchmarks"))  # last: modules there share names with folders here
 
 from exactness import CHECKS  # noqa: E402
 

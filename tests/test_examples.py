@@ -1,4 +1,4 @@
-"""Every script of examples/ trains a tiny model."""
+"""Every script in examples/ trains a tiny model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trl_rlaif.testing import save_tiny_model
 pytestmark = pytest.mark.trl
 
 EXAMPLES = {path.stem: path for path in (Path(__file__).resolve().parents[1] / "examples").glob("*.py")}
-LOGGED = {  # what says that a script's own reward or loss was there
+LOGGED = {  # metrics that show each script's own reward or loss
     "grpo_judge": "rewards/direct/mean",
     "dpo_ai_labels": "rewards/accuracies",
     "reward_soft_labels": "loss",
@@ -36,7 +36,7 @@ def model(tmp_path_factory):
 @pytest.mark.parametrize("name", LOGGED)
 def test_an_example_trains(name, model, tmp_path, monkeypatch):
     length = ["--episodes", "16"] if name == "ppo_rubric" else ["--max-steps", "2"]
-    sure = ["--min-confidence", "0.5"] if name == "dpo_ai_labels" else []  # random weights are sure of nothing
+    sure = ["--min-confidence", "0.5"] if name == "dpo_ai_labels" else []  # random weights are never confident
     arguments = [name, "--model", model, "--judge", model, "--output", str(tmp_path / "out"), *length, *sure]
     monkeypatch.setattr(sys, "argv", arguments)
     trainer = runpy.run_path(str(EXAMPLES[name]))["trainer"]

@@ -1,4 +1,4 @@
-"""Sampling: prompts that are answered several times are read once."""
+"""Generation: prompts with several responses are read once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_reading_a_prompt_once_changes_no_response(monkeypatch, make):
     found = _drawn(model)
     monkeypatch.setattr(generation, "_read_prompts", lambda *args: None)
     assert found == _drawn(model)
-    once = make not in ("mamba", "mamba2", "qwen3_5_text")  # whose states are not rows of keys and values
+    once = make not in ("mamba", "mamba2", "qwen3_5_text")  # their states are not rows of keys and values
     assert [cache is not None for cache in read] == [once] * len(read) and read
 
 
@@ -43,7 +43,7 @@ def test_a_prompt_is_computed_once_for_all_its_responses():
 
 
 def test_the_random_state_is_that_of_this_processs_own_gpu(monkeypatch):
-    """Of two that it sees; and a run goes on where there is none."""
+    """With two visible GPUs; and a run can resume without any."""
     states, own = {0: torch.tensor([0]), 1: torch.tensor([1])}, 1
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: states[own].clone())

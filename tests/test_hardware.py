@@ -1,4 +1,4 @@
-"""What a machine computes fast, and what follows from it where a recipe or a configuration does not say."""
+"""The speed of a machine's data types, and the defaults that follow from it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SLOW, FAST = 21.0, 0.2
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Pretend that this processor takes so many times as long in bfloat16."""
+    """Pretend that bfloat16 slows this processor down by a factor."""
 
     def pretend(slowdown):
         monkeypatch.setattr(hardware, "bfloat16_slowdown", lambda: slowdown)
@@ -105,7 +105,7 @@ def test_bf16_is_off_where_it_is_slow_and_obeyed_where_it_is_written(machine, tm
     assert not bf16 and "bf16 is off" in said
     bf16, said = made(bf16=True)
     assert bf16 and "bf16 is on, which this processor emulates" in said and "21 times" in said
-    assert made(bf16=True) == (True, "")  # once is enough
+    assert made(bf16=True) == (True, "")  # said only once
 
 
 def test_the_processor_is_taken_where_accelerate_is_told_so():
@@ -183,7 +183,7 @@ def test_nf4_without_bitsandbytes_and_mps_are_refused_before_anything_is_loaded(
     machine, monkeypatch, tmp_path, tiny_model
 ):
     machine(SLOW)
-    # (Hidden from Python, other libraries would take note of it, for the tests that follow too.)
+    # (Hiding it from Python would affect other libraries, also in later tests.)
     monkeypatch.setattr("trl_rlaif.pipeline.machine._is_installed", lambda package: False)
     judge = {"path": tiny_model, "quantization": "nf4"}
     for sections in ({"model": {"quantization": "nf4"}}, {"label": {"compare": {"other": {"judge": judge}}}}):

@@ -1,4 +1,4 @@
-"""The table of models in small: the checks of real tokenizers, on some that are built here and have their features."""
+"""The model table on a small scale: its checks of real tokenizers, on tokenizers built here with their features."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from helpers.tiny import CHAT_TEMPLATE, make_tokenizer
 
 from trl_rlaif.encoding import usable_tokenizer
 
-# By its path: in benchmarks/ there are modules with the names of folders here.
+# By path: modules in benchmarks/ share names with folders here.
 _SPEC = importlib.util.spec_from_file_location(
     "tokenizer_checks", Path(__file__).resolve().parents[1] / "benchmarks" / "tokenizer_checks.py"
 )
@@ -50,7 +50,7 @@ def test_no_cell_is_wrong(tokenizers, kind, check):
 
 
 def test_a_cell_can_be_wrong(tokenizers, monkeypatch):
-    """Each of the checks notices what it is for."""
+    """Each check detects its own fault."""
     monkeypatch.setattr(tokenizer_checks, "end_of_turn", lambda tokenizer: 5)
     assert "wrong" in tokenizer_checks.end(tokenizers["several stop tokens"])
     monkeypatch.undo()

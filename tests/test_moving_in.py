@@ -1,4 +1,4 @@
-"""docs/moving_in.md: its scripts run as they stand, on tiny models; the stock one gives TRL's own numbers."""
+"""docs/moving_in.md: its scripts run unchanged on tiny models; the stock one gives TRL's own numbers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ THEIRS = "from trl.experimental.ppo import PPOConfig, PPOTrainer"
 
 @pytest.fixture
 def train(tmp_path, monkeypatch):
-    """Run scripts of the page after its first block: the trainer."""
+    """Run scripts of the page after its first block; returns the trainer."""
     reader = Reader(tmp_path, monkeypatch)
 
     def train(*scripts):
@@ -50,7 +50,7 @@ def test_the_stock_script_gives_trls_numbers(train):
     pytest.importorskip("trl.experimental.ppo", reason="TRL has none since 1.13", exc_type=ImportError)
     assert STOCK.count(OURS) == 1
     ours, theirs = _updates(train(STOCK)), _updates(train(STOCK.replace(OURS, THEIRS)))
-    # The same sampling stream until the first update; after it, minibatches are shuffled from another one.
+    # The random stream is the same until the first update, which shuffles minibatches from another one.
     for name in ("objective/scores", "objective/kl", "objective/entropy", "objective/rlhf_reward", "lr", "episode"):
         assert ours[0][name] == pytest.approx(theirs[0][name], rel=1e-4, abs=1e-5), name
     assert len(ours) == len(theirs)

@@ -1,4 +1,4 @@
-"""What the measurements of the papers' claims say of their numbers: intervals, verdicts, and how many would decide."""
+"""Statistics for the measurements of the papers' claims: intervals, verdicts, and the sample size that decides."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ import claims
 
 
 def with_effect(effect, n=6):
-    """Differences whose mean is so many standard deviations."""
+    """Differences with a mean of ``effect`` standard deviations."""
     values = np.random.default_rng(0).normal(size=n)
     return (values - values.mean()) / values.std(ddof=1) + effect
 
@@ -26,7 +26,7 @@ def test_a_verdict_is_that_of_the_t_test(effect, word):
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high), abs=1e-12)
 
 
-# As every table of sample sizes for the paired t-test has them, for 5% on two sides and a power of 80%.
+# From standard tables of sample sizes for the paired t-test: two-sided 5% and a power of 80%.
 @pytest.mark.parametrize(("effect", "needed"), [(0.2, 199), (0.5, 34), (0.8, 15)])
 def test_how_many_would_decide(effect, needed):
     assert claims.verdict("", with_effect(effect, 5)).needed == needed
@@ -46,7 +46,7 @@ def test_one_measurement_decides_nothing():
 
 
 def test_equal_differences_decide_nothing():
-    """18 pairs of 253 with both seeds once made an interval without a width, and a verdict."""
+    """18 of 253 pairs with both seeds once gave an interval of zero width, and a verdict."""
     found = claims.verdict("", [18 / 253, 18 / 253])
     assert found.word == "undecided" and found.needed is None and "inf" not in found.line()
 

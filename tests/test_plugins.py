@@ -1,4 +1,4 @@
-"""Loading plugins by entry point, and who is to blame when one fails."""
+"""Loading plugins by entry point, and naming the plugin that fails."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class FirstHalf(DataSelector):
 
 @pytest.fixture
 def make_point(monkeypatch):
-    """Make the entry point of a plugin: a module with these hooks, of a distribution that is not installed."""
+    """Makes a plugin's entry point: a module with these hooks, from a distribution that is not installed."""
     count = 0
 
     def make(*hooks, distribution="acme-words", version="1.2", name="words", module=None, requires=None):
@@ -72,14 +72,14 @@ def labeler_hook(name="words", component=WordLabeler):
 
 
 def message(points):
-    """What the user reads when these plugins are loaded."""
+    """The error message from loading these plugins."""
     with pytest.raises(UserError) as caught:
         build_plugins(points)
     assert caught.value.exit_code == 2
     return str(caught.value)
 
 
-# ---- What goes well -------------------------------------------------------------------------------------
+# ---- Successful loading ---------------------------------------------------------------------------------
 
 
 def test_components_of_every_kind_are_found_by_name(make_point):
@@ -143,7 +143,7 @@ def test_a_hook_may_have_a_name_of_its_own(make_point):
     assert build_plugins([make_point(bring_words)]).registry.names("labeler") == ["words"]
 
 
-# ---- What goes wrong while loading ----------------------------------------------------------------------
+# ---- Errors while loading -------------------------------------------------------------------------------
 
 
 def test_two_plugins_with_one_name(make_point):
@@ -261,7 +261,7 @@ def test_without_a_distribution_the_module_is_named(make_point):
     assert point.value in message([point])
 
 
-# ---- Finding and making ---------------------------------------------------------------------------------
+# ---- Lookup and creation --------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -332,7 +332,7 @@ def test_observing_hooks_get_what_they_ask_for(make_point):
     plugins = build_plugins([make_point(hook, distribution=f"d{i}") for i, hook in enumerate(hooks)])
     plugins.notify("rewards_computed", trainer="T", rollout="R", rewards="W")
     assert sorted(seen) == [("all", "T", "R", "W"), ("none",), ("two", "W", "T")]
-    plugins.notify("policy_updated", trainer="T", metrics={})  # which nobody observes
+    plugins.notify("policy_updated", trainer="T", metrics={})  # no plugin observes it
     assert len(seen) == 3
 
 
@@ -380,7 +380,7 @@ ENDING = [SystemExit(0), KeyboardInterrupt(), GeneratorExit()]
 
 @pytest.fixture
 def listening(monkeypatch):
-    """As the command does, so that a KeyboardInterrupt is known not to be the user's."""
+    """Listens as the command does, so that a KeyboardInterrupt is not taken for the user's."""
     monkeypatch.setattr(interrupts, "_listening", True)
 
 

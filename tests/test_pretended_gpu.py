@@ -1,4 +1,4 @@
-"""On tensors that say they are on a GPU: nothing mixes devices, and the CPU waits for it a known number of times."""
+"""With tensors that pretend to be on a GPU: no operation mixes devices, and the number of waits for it is bounded."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 
 SCRIPT = Path(__file__).parent / "helpers" / "pretended_phases.py"
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-# Most waits of a call, with batches of a few rows. TRL's and transformers' own are among them: one a forward pass with
-# a mask, and most of a step of reward, dpo, rloo and grpo.
+# Maximum waits per call, with batches of a few rows. They include TRL's and transformers' own: one per forward pass
+# with a mask, and most of those in a step of reward, dpo, rloo and grpo.
 WAITS = {
     "ppo: select": 10, "ppo: draw": 15, "ppo: verify": 30, "ppo: score": 15, "ppo: transform": 25,
     "ppo: rewards per token": 0, "ppo: advantages": 0, "ppo: update": 20, "ppo: rehearse": 4, "ppo: metrics": 9,
@@ -25,10 +25,10 @@ WAITS = {
     "grpo: verify": 32, "grpo: step": 70, "grpo: rehearse": 6, "grpo: draw": 18, "grpo: score": 4, "grpo: transform": 9,
     # Each tensor is copied for the file.
     "ppo: save": 300,
-    # Between the phases, of the whole script.
+    # Between the phases, in the whole script.
     "outside": 110,
 }  # fmt: skip
-# Of transformers, a token that is decoded; and as many once for each call.
+# transformers' own waits per decoded token, and the same number once per call.
 A_TOKEN = 3
 
 

@@ -1,4 +1,4 @@
-"""What the project says of itself: what it says that it runs on is what CI runs."""
+"""The project's claims: its Python versions are those of CI, and its run folder format is the documented one."""
 
 from __future__ import annotations
 

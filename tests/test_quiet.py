@@ -1,4 +1,4 @@
-"""Every command keeps libraries' bars and warnings off the terminal; from Python nothing is silenced."""
+"""Every command hides libraries' progress bars and warnings; from Python, nothing is silenced."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers.utils import logging
 from trl_rlaif.export import ExportOptions, export_model
 from trl_rlaif.rewardbench import run_benchmark
 
-# In place of a command's own work: what libraries say during it, each in its own way.
+# Replaces a command's own work by output of libraries, each in its own way.
 LOUD = """
 import logging, sys, warnings
 
@@ -50,12 +50,12 @@ def test_commands_show_no_library_at_work():
     assert (ended.stdout, ended.stderr) == ("", "an error\n")
     loud = environment | {"TRANSFORMERS_VERBOSITY": "warning", "HF_HUB_DISABLE_PROGRESS_BARS": "0"}
     ended = subprocess.run([sys.executable, "-c", LOUD], capture_output=True, text=True, check=True, env=loud)
-    assert "Loading weights" in ended.stderr and "new weights" in ended.stderr  # as the user has set
+    assert "Loading weights" in ended.stderr and "new weights" in ended.stderr  # as set by the user
 
 
 @pytest.fixture
 def shown():
-    """transformers' and datasets' bars, and warnings, as a fresh process has them."""
+    """Progress bars of transformers and datasets, and warnings, as in a fresh process."""
     before = logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled(), logging.get_verbosity()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Cannot enable progress bars")

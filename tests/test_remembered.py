@@ -1,4 +1,4 @@
-"""What commands remember between calls: until a package changes, never a failure, and never at the price of one."""
+"""Results that commands remember between calls: until a package changes, never failures, and never causing one."""
 
 from __future__ import annotations
 

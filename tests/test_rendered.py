@@ -1,4 +1,4 @@
-"""Text that a chat template rendered already, and turns of the assistant that a response continues."""
+"""Text already rendered by a chat template, and assistant turns that a response continues."""
 
 from __future__ import annotations
 
@@ -24,16 +24,15 @@ def tokenizer():
 
 
 def rendered(tokenizer, messages):
-    """What the chat template writes."""
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def special_ids(tokenizer, ids):
-    """The ids among them that are special tokens, in order."""
+    """The special tokens among the ids, in order."""
     return [i for i in ids if i in set(tokenizer.all_special_ids)]
 
 
-# ---- An assistant's turn that the response continues ---------------------------------------------------------
+# ---- An assistant turn that the response continues -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, TRIMMING_TEMPLATE])
@@ -46,7 +45,7 @@ def test_a_last_assistant_turn_is_continued(tokenizer, template, begun):
     hostile = begun.startswith("<")
     if not hostile:
         assert ids == tokenizer(wanted, add_special_tokens=False)["input_ids"]
-    # The turn is open, and what it says is text.
+    # The turn is open, and its content is text.
     opened = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
     assert special_ids(tokenizer, ids) == special_ids(tokenizer, opened)
     assert tokenizer.decode(ids).endswith(wanted[-3:] if hostile else wanted[-6:])
@@ -59,13 +58,13 @@ def test_an_opening_follows_the_turn_that_is_continued(tokenizer):
     )
 
 
-# ---- Text that a chat template rendered already -----------------------------------------------------------------
+# ---- Text already rendered by a chat template -------------------------------------------------------------------
 
 _BOS_TEMPLATE = "{{ bos_token }}" + CHAT_TEMPLATE.replace("<|start|>", "<|turn|>")
 
 
 def adds_bos(chat_template: str, *, itself: bool) -> PreTrainedTokenizerFast:
-    """A tokenizer whose template writes a first token; it may put that before any text ``itself``, as Llama's does."""
+    """The template writes a first token; with ``itself``, the tokenizer prepends BOS to any text, like Llama's."""
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
     if itself:
@@ -88,7 +87,7 @@ def test_rendered_text_is_encoded_as_the_messages_are(itself, template, messages
         assert isinstance(prompt, str) and encode_prompt(tokenizer, prompt) == wanted
         assert encode_prompt(tokenizer, chat_prompt(str(prompt), tokenizer)) == wanted
     if itself == (template == _BOS_TEMPLATE):
-        # So TRL's trainers read a text, and each token comes once.
+        # TRL's trainers encode a text in this way, and each token occurs once.
         assert tokenizer(chat_prompt(text, tokenizer))["input_ids"] == wanted
 
 

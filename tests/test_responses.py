@@ -1,4 +1,4 @@
-"""Responses of models that reason: the answer, the reasoning beside it, and the tokens that a reward model reads."""
+"""Responses of reasoning models: the answer, the reasoning, and the tokens that a reward model reads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make(template, tags=True):
 
 
 def read(tokenizer, text, **options):
-    """What the reader makes of these tokens, and the text of the answer's."""
+    """The reader's results for this text, and the text of the answer's tokens."""
     reader = ResponseReader(tokenizer, (tokenizer.eos_token_id,), **options)
     response = reader.read(tokenizer(text, add_special_tokens=False)["input_ids"])
     return response.answer, response.reasoning, response.ended, tokenizer.decode(response.answer_ids)
@@ -37,8 +37,8 @@ CASES = [
     (QWEN, "the dog<|end|>", ("the dog", None, True, "the dog")),
     (QWEN, "<think>\nhm\n</think>\n\nthe", ("the", "hm", False, "the")),
     (QWEN, "<think>\nhm", ("", "hm", False, "")),
-    (QWEN, "<think>\nhm<|end|>", ("", "hm", False, "")),  # reasoning that never ended is a response that was cut
-    (QWEN, "<think>hm</think>a </think> b<|end|>", ("a </think> b", "hm", True, "a </think> b")),  # nothing hides
+    (QWEN, "<think>\nhm<|end|>", ("", "hm", False, "")),  # unfinished reasoning: a truncated response
+    (QWEN, "<think>hm</think>a </think> b<|end|>", ("a </think> b", "hm", True, "a </think> b")),  # first block only
     (QWEN, "hello </think> b<|end|>", ("hello </think> b", None, True, "hello </think> b")),
     (OPENED, "hm\n</think>\n\nthe dog<|end|>", ("the dog", "hm", True, "the dog")),
     (OPENED, "hm, the dog<|end|>", ("", "hm, the dog", False, "")),
@@ -50,7 +50,7 @@ CASES = [
     (CHANNELS, "<|channel|>final<|message|>the dog<|end|>", ("the dog", None, True, "the dog")),
     (CHANNELS, "<|channel|>analysis<|message|>hm<|close|><|start|>assistant", (
         "", "hm<|close|><|start|>assistant", False, "")),
-    (CHAT_TEMPLATE, "<think>hm</think>the dog<|end|>", ("the dog", "hm", True, "the dog")),  # by the vocabulary
+    (CHAT_TEMPLATE, "<think>hm</think>the dog<|end|>", ("the dog", "hm", True, "the dog")),  # known from the vocabulary
 ]  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def test_reasoning_is_told_from_the_answer(template, text, expected):
 
 
 def test_whether_reasoning_has_begun_is_read_off_each_prompt():
-    """A text, a turn that is continued, or one whose thoughts are switched off, under a template that opens a block."""
+    """A text, a continued turn, and a plain prompt, under a template that opens a reasoning block."""
     tokenizer = make(OPENED)
     reader = ResponseReader(tokenizer, (tokenizer.eos_token_id,))
     ids = tokenizer("hm, the dog<|end|>", add_special_tokens=False)["input_ids"]
@@ -132,7 +132,7 @@ def test_in_ppo_rewards_see_answers_and_the_reasoning_beside_them(tmp_path):
 
 
 def test_a_rehearsal_pair_is_trained_on_as_it_was_sampled():
-    """What is stripped for rewards stays in what the policy learns from."""
+    """Tokens that are stripped for rewards remain in the policy's training data."""
     ids = [5, 6, 2]
     rollout = as_responses([RehearsalPair("", "", None, None, "", [4], ids)], torch.device("cpu"))
     assert rollout.response_ids.tolist() == [ids] and rollout.ended.all()

@@ -1,4 +1,4 @@
-"""A run's reward model on a benchmark: the run's own scores, whatever shares a forward pass, and what is printed."""
+"""A run's reward model on a benchmark: the run's own scores, independent of batching, and the printed results."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write(path, rows):
 
 
 def plain_scores(folder):
-    """Of each row's responses, one by one and without padding."""
+    """Scores of each row's responses, one by one and without padding."""
     model, tokenizer = load_reward_model(folder), load_tokenizer(str(folder))
     found = []
     for row in ROWS:
@@ -109,7 +109,7 @@ def test_what_is_wrong_is_said(tiny_model, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_real_run_its_benchmark_and_its_export_agree(tiny_model, tmp_path):
-    """The scores of held-out pairs that the stage reward wrote are those of the benchmark and of plain transformers."""
+    """The stage reward's scores of held-out pairs are those of the benchmark and of plain transformers."""
     words = "quick brown fox lazy dog capital city country".split()
     pairs = [
         {"prompt": f"what is the {word} {i}?", "chosen": f"it is {word}", "rejected": f"no {i}", "subset": word}

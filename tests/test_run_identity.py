@@ -39,7 +39,7 @@ def _prompts(count=32, first="what"):
 
 
 def _ppo(folder, **options):
-    """Four updates of eight responses, once over 32 prompts; ``trainer.drawn`` are the prompts that it draws for."""
+    """Four updates of eight responses, once over 32 prompts; ``trainer.drawn`` has the prompts that it sampled for."""
     settings = {"total_episodes": 32, "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2}
     trainer = small_trainer(folder, **{"dataset": _prompts(), "response_length": 4} | settings | options)
     trainer.drawn, sample = [], trainer.sample
@@ -105,14 +105,14 @@ def test_another_run_is_refused_with_both_values(stopped, tmp_path, options, fou
 
 
 class Foreign(RewardTransform):
-    """A third party's, which keeps its options elsewhere."""
+    """A third-party transform that keeps its options elsewhere."""
 
     def __init__(self):
         pass
 
 
 def _without_options(checkpoint: Path) -> None:
-    """Leave a checkpoint as it was before it held the options of components and the scorer's settings."""
+    """Make a checkpoint like older ones, without the options of components and the scorer's settings."""
     kept = json.loads((checkpoint / FILE).read_text())
     kept["settings"] = {name: value for name, value in kept["settings"].items() if "." not in name}
     (checkpoint / FILE).write_text(json.dumps(kept))
@@ -132,7 +132,7 @@ def test_a_changed_option_of_a_component_is_refused_with_both_values(tmp_path, c
         trainer(high=4.0, drawn=3).begin(True)
     assert f"reward_transforms.Clip 2.high was 5.0 {WRITTEN}, and is 4.0 now." in str(error.value)
     assert "Clip.high" not in str(error.value) and "RejectionSampling" not in str(error.value)
-    # A selector that accepted nothing may be given other options.
+    # A selector that has not accepted anything may get other options.
     trainer(drawn=3).begin(True)
     assert "data_selectors.RejectionSampling.num_responses was 2" in " ".join(capsys.readouterr().err.split())
     trainer().begin(True)
@@ -249,7 +249,7 @@ RL = {"rewards": ["helpers.rewards:even_share"], "save_steps": 2, "save_total_li
 
 @pytest.mark.parametrize("algorithm", ["ppo", "rloo", "grpo"])
 def test_a_recipe_whose_prompts_were_changed_in_their_folder_is_refused(tiny_model, tmp_path, algorithm):
-    """The recipe and the path are the same; the runner knows the content of files alone."""
+    """The recipe and the path are the same; the runner only knows the content of files, not of folders."""
     rows = [{"prompt": f"what is the {word}?", "category": "a"} for word in WORDS]
     Dataset.from_list(rows).save_to_disk(str(tmp_path / "prompts"))
     groups = {"num_generations": 2} if algorithm != "ppo" else {}
@@ -316,6 +316,6 @@ def test_a_digest_is_of_the_content_alone():
         [column] = change
         other = run_identity.digests(Dataset.from_list([*rows[:3], rows[3] | change, *rows[4:]]))
         assert {name for name in found if other[name] != found[name]} == {column}
-    # Where one row ends and the next begins is part of it.
+    # Row boundaries are part of the digest.
     one, two = ([{"input_ids": ids} for ids in split] for split in ([[1, 2], [3]], [[1], [2, 3]]))
     assert run_identity.digests(Dataset.from_list(one)) != run_identity.digests(Dataset.from_list(two))

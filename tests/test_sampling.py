@@ -1,4 +1,4 @@
-"""Sampling responses: what the arguments say is what is drawn."""
+"""Sampling responses follows the arguments alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trl_rlaif.generation import padded_together, sample_responses
 
 
 def test_a_checkpoints_own_sampling_settings_stay_out():
-    """Qwen2.5's, for one, hold a repetition penalty, and generate() merges them into what it is given."""
+    """Qwen2.5's, for example, include a repetition penalty, and generate() merges them into its arguments."""
     tokenizer = make_tokenizer()
     model, prompts = make_llama(len(tokenizer)), [tokenizer(f"what is {i}?")["input_ids"] for i in range(4)]
 

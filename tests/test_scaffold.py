@@ -1,4 +1,4 @@
-"""New plugins: what is written installs, passes its own test, is found and is well formed; wrong names are refused."""
+"""New plugins install, pass their own tests, are found and pass ruff; invalid names are refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trl_rlaif import UserError, cli
 from trl_rlaif.scaffold import KINDS, create_plugin
 
 ROOT = Path(__file__).resolve().parents[1]
-# Short ones, and one as long as they come: its lines must still fit.
+# Short names, and one of maximum length: its lines must still fit.
 NAMES = {
     "labeler": "words",
     "reward-transform": "a-Rather.Long_name-of-somebodys-plugin-2",

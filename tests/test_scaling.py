@@ -1,4 +1,4 @@
-"""The simulator of larger runs against computations by hand, and its table as it is quoted."""
+"""The simulator of larger runs against computations by hand, and its table as quoted in the docs."""
 
 import importlib
 import sys
@@ -22,7 +22,7 @@ def scaling():
 
 @pytest.fixture
 def rates(scaling, monkeypatch):
-    """Round rates, the worst half as good."""
+    """Round rates, as (best, worst)."""
     known = {
         "token of 32 rows": (0.1, 0.2), "judge": (20_000, 10_000), "reward": (8000, 4000), "forwards": (4000, 2000),
         "update": (1000, 500), "load": (5, 5), "add": (0.002, 0.004), "resume": (1e-4, 1e-4), "process": (1e9, 1e9),
@@ -39,7 +39,7 @@ def test_a_scenario_by_hand(scaling, rates):
     best = scaling.Run("8B", 1000, 8, scaling.BEST).seconds
     assert best["sample"] == pytest.approx(5 + 8 * 256 * 0.1)
     assert best["label"] == pytest.approx(5 + 1000 * (256 + 4 * 256 + 80) / 20_000 / 8 + 1000 * 0.002)
-    # LoRA of rank 16 on an 8B Llama has 41,943,040 parameters; 14/8 of their gradients pass at 300 GB/s.
+    # LoRA of rank 16 on an 8B Llama has 41,943,040 parameters; 14/8 of their gradients are sent at 300 GB/s.
     reduce = 14 / 8 * 4 * 41_943_040 / 300e9
     assert best["reward"] == pytest.approx(5 + 8 * (16 * 768 / 8000 + reduce))
     rows = 32 * 512
@@ -52,7 +52,7 @@ def test_the_worst_case_waits_and_pays_more(scaling, rates):
     reduce = 126 / 64 * 4 * 41_943_040 / 5e9
     assert worst.seconds["reward"] == pytest.approx(5 + 16 * 768 / 4000 + reduce)
     assert worst.cost == pytest.approx(sum(worst.seconds.values()) / 3600 * 64 * 6)
-    # One process writes what 64 have computed.
+    # One process writes the labels of all 64.
     assert worst.seconds["label"] == pytest.approx(5 + 1000 * 1360 / 10_000 / 64 / 0.8 + 4)
 
 
@@ -71,22 +71,22 @@ def test_a_larger_model_is_slower_by_its_layers_or_its_parameters(scaling, rates
 
 def test_what_breaks_comes_in_order(scaling, rates):
     assert scaling.breaks("8B", 1000, 1, 10.0) == []
-    # 1 GB of each process, and 4,000 bytes of each drawn pair: 40 GB of 8 for a million, 3,208 for a hundred.
+    # 1 GB per process and 4,000 bytes per drawn pair: 40 GB with 8 processes for 1M pairs, 3,208 GB for 100M.
     held = [scaling.Run("8B", 10**6, gpus, scaling.BEST).host_gb for gpus in (1, 8, 64)]
     assert [of["sample"] for of in held] == pytest.approx([5, 40, 40])
     assert [of["label"] for of in held] == pytest.approx([1.5, 12, 12])
     assert scaling.breaks("8B", 10**6, 8, 81.0) == ["GPU memory", "resuming"]
     found = scaling.breaks("70B", 10**8, 64, 10.0)
     assert found[:3] == ["batches do not divide", "host memory in `sample`", "time, most of it in `sample`"]
-    # 8 processes with 1 GB and 600 bytes of each label: 1,208 GB, on a machine of 1,000 at worst.
+    # 8 processes with 1 GB and 600 bytes per label: 1,208 GB, on a machine with 1,000 GB at worst.
     rates["drawn"] = scaling.Quantity(1, 1, "", "")
     assert scaling.breaks("8B", 25 * 10**7, 8, 10.0)[0] == "host memory at worst in `label`"
-    # Loading, the work of 64 GPUs, and one process's: 5 + 106 + 200 s at best, 5 + 266 + 400 at worst.
+    # Loading, the work of 64 GPUs, and that of one process: 5 + 106 + 200 s at best, 5 + 266 + 400 s at worst.
     assert scaling.breaks("8B", 10**5, 64, 10.0) == ["batches do not divide", "writing labels (60% to 64% of `label`)"]
 
 
 def test_rates_are_where_they_say(scaling):
-    """Each line that is named has the number; a rate's worst is no better than its best."""
+    """The line named as the source of ``load`` has its number; no rate is better at worst than at best."""
     for name, quantity in scaling.measured().items():
         slower_is_more = quantity.unit.startswith(("s", "bytes"))
         assert (quantity.best <= quantity.worst) if slower_is_more else (quantity.best >= quantity.worst), name
@@ -96,14 +96,14 @@ def test_rates_are_where_they_say(scaling):
 
 
 def test_the_page_quotes_the_table(scaling):
-    """Of docs/scaling.md, every row of numbers is one of results/scaling.md."""
+    """Every row of numbers in docs/scaling.md is in results/scaling.md."""
     written = (scaling.RESULTS / "scaling.md").read_text().splitlines()
     quoted = [line for line in (ROOT / "docs" / "scaling.md").read_text().splitlines() if line.startswith("| 1")]
     assert len(quoted) == 18 and set(quoted) <= set(written)
 
 
 def test_the_file_is_what_the_script_writes(scaling, monkeypatch):
-    """All but the memory planner's numbers, which tests of its own check."""
+    """Except for the memory planner's numbers, which have their own tests."""
     table = importlib.import_module("scaling_table")
     monkeypatch.setattr(table, "memory_gib", lambda model, kind: 50.0)
     text = (scaling.RESULTS / "scaling.md").read_text()

@@ -1,4 +1,4 @@
-"""Where a score is read: every path reads the same token, which is the end of the response's turn."""
+"""Where a score is read: every path reads the same token, the end of the response's turn."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def tokenizer_with(pad):
 
 @pytest.fixture(scope="module")
 def reward(tmp_path_factory):
-    """A reward adapter with a head, and the base that it belongs to."""
+    """A reward adapter with a head, and its base."""
     folder = tmp_path_factory.mktemp("reward")
     make_llama(seed=3).save_pretrained(folder / "base")
     torch.manual_seed(0)
@@ -56,7 +56,7 @@ def reward(tmp_path_factory):
 
 
 def rows_of(tokenizer):
-    """Pairs of prompt and answer in tokens, as the recipe's reward stage has them."""
+    """Tokenized preference pairs, as in the recipe's reward stage."""
     examples = []
     for i, prompt in enumerate(PROMPTS):
         pair = {"prompt": prompt, "chosen": ANSWERS[2 * i], "rejected": ANSWERS[2 * i + 1]}
@@ -65,7 +65,7 @@ def rows_of(tokenizer):
 
 
 def read_plainly(reward, rows):
-    """The head's number of the last token's hidden state, of each row by itself."""
+    """The head's output for the last token's hidden state, one row at a time."""
     model = load_reward_model(reward / "adapter", dtype="float32").base_model.model
     with torch.no_grad():
         hidden = [model.model(torch.tensor([row])).last_hidden_state[0, -1] for row in rows]
@@ -93,7 +93,7 @@ def load_base(reward):
 
 @pytest.mark.parametrize("pad", ["<|pad|>", "<|end|>"])
 def test_every_path_reads_the_same_token(reward, tmp_path, pad):
-    """Also where padding is the end token: by the mask, and not by looking for padding."""
+    """Even if padding is the end token: the mask gives the position, not a search for padding."""
     tokenizer = tokenizer_with(pad)
     examples = rows_of(tokenizer)
     rows = [row[name] for row in examples for name in ("chosen_ids", "rejected_ids")]
@@ -117,7 +117,7 @@ def test_every_path_reads_the_same_token(reward, tmp_path, pad):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(by_position, expected, rtol=1e-5, atol=1e-5)
 
-    # PPO: drawn responses end, or are cut right before their end.
+    # PPO: sampled responses end, or are cut off right before their end.
     trainer = ppo_trainer(reward, tmp_path, tokenizer)
     pairs = [RehearsalPair("", "", None, None, "", row[:n], row[n:]) for row, n in zip(
         rows, [length for e in examples for length in [e["prompt_length"]] * 2], strict=True)]  # fmt: skip
@@ -146,7 +146,7 @@ def test_the_reward_trainers_first_loss_is_that_of_the_last_tokens(tmp_path, pad
                   for row in rows]  # fmt: skip
     expected = -torch.stack([torch.nn.functional.logsigmoid(c - r) for c, r in scores]).mean().item()
     assert first_loss(RewardTrainer, packing=packing) == pytest.approx(expected, abs=1e-5)
-    if pad == "<|pad|>":  # TRL reads there, too
+    if pad == "<|pad|>":  # TRL reads the same token
         assert first_loss(ParentTrainer) == pytest.approx(expected, abs=1e-5)
 
 
@@ -168,7 +168,7 @@ def test_conversations_are_read_at_the_turns_end_and_in_the_tokens_of_ppo(tmp_pa
 
 
 def test_a_row_for_the_reward_model_ends_with_the_end_of_turn():
-    """One that ended with another token gets that one, and one that was cut gets it appended."""
+    """It replaces another stop token at the end, and is appended to a response that was cut off."""
     tokenizer = make_tokenizer()
     reader, end = ResponseReader(tokenizer, (tokenizer.eos_token_id, 9)), tokenizer.eos_token_id
     drawn = [[5, 6, end], [5, 9], [9], [5, 6, 8]]
@@ -180,7 +180,7 @@ def test_a_row_for_the_reward_model_ends_with_the_end_of_turn():
 
 
 def test_what_rewards_and_judges_see_ends_before_the_stop_token(tmp_path):
-    """Also where that token is text: many models' end of turn is not flagged special."""
+    """Even if that token is not flagged as special, like many models' end of turn."""
     stops = [token for token, id in make_tokenizer().get_vocab().items() if id % 4 == 0]
     trainer = small_trainer(tmp_path, dataset=prompts(chat=True), stop_token=None, stop_tokens=stops)
     rollout = trainer.sample(next(trainer.batches))
@@ -193,7 +193,7 @@ def test_what_rewards_and_judges_see_ends_before_the_stop_token(tmp_path):
 
 
 def test_there_is_room_for_the_end_of_a_turn_behind_the_longest_response(tmp_path):
-    """Where positions are learned, one token more than the model has would be an error in the midst of a run."""
+    """With learned positions, one token too many would be an error in the middle of a run."""
     tokenizer, lengths = make_tokenizer(), (5, 15, 16)
     dataset = Dataset.from_list([{"input_ids": [5] * length} for length in lengths for _ in range(4)])
     torch.manual_seed(0)

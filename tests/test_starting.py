@@ -1,4 +1,4 @@
-"""`trl-rlaif init`: every goal's recipe passes the check, fits its card, and evaluates on prompts of its own."""
+"""`trl-rlaif init`: every goal's recipe passes the check, fits its GPU, and evaluates on separate prompts."""
 
 from __future__ import annotations
 

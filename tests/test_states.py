@@ -1,4 +1,4 @@
-"""No file that a run loads runs code: states of checkpoints, of adapters and of models."""
+"""No file that a run loads can run code: states of checkpoints, adapters and models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trl_rlaif.states import load_state, save_state
 
 
 class Hostile:
-    """Makes a folder when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -32,7 +32,7 @@ class Hostile:
 
 
 def _write(file, content):
-    """As torch.save writes it, or as a plain pickle."""
+    """In torch.save's zip format."""
     torch.save(content, file)
     assert zipfile.is_zipfile(file)
 
@@ -66,7 +66,7 @@ def test_a_ppo_checkpoint_that_would_run_code_is_refused(tmp_path):
     folder, trace = tmp_path / "checkpoint-3", tmp_path / "trace"
     state = load_state(folder / "training.pt")
     _write(folder / "training.pt", state | {"scheduler": Hostile(trace)})
-    content.record(folder)  # one who can write the folder can write its digests, too
+    content.record(folder)  # an attacker who can write the folder can also write its digests
     with pytest.raises(TrlRlaifError, match="damaged"):
         small_trainer(tmp_path, save_strategy="steps", save_steps=1).train(resume_from_checkpoint=str(folder))
     assert not trace.exists()

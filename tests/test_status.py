@@ -1,4 +1,4 @@
-"""What another terminal sees of a run, and what a run tells it."""
+"""The status of a run: its display in another terminal, and the progress that the run publishes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def folder(tmp_path):
 
 
 def test_a_run_says_once_how_long_it_will_take(tmp_path, monkeypatch, capsys):
-    """A tenth of all is done in 90 s, by a stage that has done a quarter of its own work, which is 40% of the run's."""
+    """After 90 s, a stage with 40% of the run's work has done a quarter of it: a tenth of the run."""
     now = [1000.0]
     monkeypatch.setattr(progress.time, "time", lambda: now[0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
@@ -73,7 +73,7 @@ def test_the_seconds_of_a_stage_are_those_of_all_its_attempts(tmp_path, monkeypa
         assert publisher.begin("label") == 0
         now[0] += 30
         raise KeyboardInterrupt
-    killed = progress.Publisher(tmp_path / "progress.json", {})  # it ends without a word
+    killed = progress.Publisher(tmp_path / "progress.json", {})  # killed: it ends without cleanup
     now[0] += 500
     assert killed.begin("label", resumed=True) == 30
     now[0] += 12
@@ -103,19 +103,19 @@ def test_stages_that_have_ended_count_for_how_long_it_will_take(tmp_path, monkey
     with publishing(tmp_path, {}, known) as publisher:
         publisher.skip("given")
         publisher.begin("sft")
-        now[0] += 500  # of which nothing is known
+        now[0] += 500  # sft is not in the forecast
         publisher.begin("sample")
         now[0] += 40
         publisher.begin("label")
-        with progress_bar("Labeling", 8, 4) as advance:  # half of it was there already
+        with progress_bar("Labeling", 8, 4) as advance:  # half of it already existed
             now[0] += 40
             advance(2)
-    # After 580 s, 80 s for 0.2 + 0.2 of all; 0.2 are left.
+    # After 580 s: 80 s for 0.2 + 0.2 of the run, and 0.2 is left.
     assert "will take about 10 min 20 s in total" in capsys.readouterr().err
 
 
 def test_what_is_known_of_a_run_beforehand(tmp_path, tiny_model):
-    """The quickstart's kind; whose fine-tuning cannot tell; and data that is not at hand."""
+    """With a recipe like the quickstart, with an algorithm of unknown duration, and without the data."""
     recipe = tiny_recipe(tmp_path, tiny_model, rl={"total_episodes": 8})
     ahead = [*active_stages(recipe).values()]
     known = forecast(recipe, ahead)
@@ -129,7 +129,7 @@ def test_what_is_known_of_a_run_beforehand(tmp_path, tiny_model):
 
 
 def test_what_the_quickstart_takes_is_foreseen():
-    """Within a factor of 1.6 of each stage's share of the time in benchmarks/results/quickstart.md."""
+    """Within 60% of each stage's share of the time in benchmarks/results/quickstart.md."""
     recipe = parse_recipe(packaged_recipes()["quickstart"], registry=installed_plugins().registry)
     known = forecast(recipe, [*active_stages(recipe).values()])
     seconds = {"sample": 54, "judge": 212, "label": 47, "rl": 419, "evaluate": 80}
@@ -145,7 +145,7 @@ def test_numbers_that_are_not_as_they_are_written_today(folder, numbers):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Time that passes when the test says so."""
+    """A clock that only the test advances."""
 
     class Clock:
         now = 1000.0
@@ -155,7 +155,7 @@ def clock(monkeypatch):
 
 
 def _labels(folder, run):
-    """Label, in the middle of which ``run`` is called."""
+    """A label stage that calls ``run`` halfway."""
     with folder.locked(), publishing(folder.state, PRINTS) as publisher:
         folder.begin("label", "l")
         publisher.begin("label")
@@ -168,7 +168,7 @@ def _states(status):
     return [stage.state for stage in status.stages]
 
 
-# ---- Of a run that is going on ----------------------------------------------------------------------------
+# ---- Active runs ------------------------------------------------------------------------------------------
 
 
 def test_a_stage_at_work_shows_how_far_it_is(folder):
@@ -240,7 +240,7 @@ def test_the_time_left_grows_shorter_without_a_word(folder, monkeypatch):
     assert left == [pytest.approx(5), pytest.approx(2), 0]
 
 
-# ---- Of a run that stands still ---------------------------------------------------------------------------
+# ---- Inactive runs ----------------------------------------------------------------------------------------
 
 
 def test_a_run_that_failed_says_why_and_how_to_go_on(folder):
@@ -257,7 +257,7 @@ def test_a_run_that_failed_says_why_and_how_to_go_on(folder):
 
 
 def test_a_killed_run_is_told_from_one_that_runs(folder):
-    """What its process wrote last is the same: only the lock is gone."""
+    """The last status that its process wrote is the same; only the lock is gone."""
     written = []
     _labels(folder, lambda: written.append((folder.state / PROGRESS).read_text()))
     (folder.state / PROGRESS).write_text(written[0])
@@ -336,7 +336,7 @@ def test_watching_ends_with_the_run(folder, monkeypatch, capsys):
         for status in follow(folder.path):
             assert status.state == "running"
             if len(looks) == 2:
-                raise KeyboardInterrupt  # the run's own end
+                raise KeyboardInterrupt  # ends the run
 
     with pytest.raises(KeyboardInterrupt):
         _labels(folder, watch)
@@ -345,7 +345,7 @@ def test_watching_ends_with_the_run(folder, monkeypatch, capsys):
     assert len(looks) == 2 and "interrupted: it was stopped" in capsys.readouterr().out
 
 
-# ---- What a run tells -------------------------------------------------------------------------------------
+# ---- Progress ---------------------------------------------------------------------------------------------
 
 
 def test_a_word_a_second_is_enough(folder, clock):
@@ -438,14 +438,14 @@ def test_on_a_terminal_nested_bars_are_lines_of_one_display(monkeypatch, capsys)
 
 @pytest.fixture(scope="module")
 def watched(tiny_model, tmp_path_factory):
-    """A whole tiny run with a tracker: its folder, what the tracker got by stage, and every bar that was told."""
+    """A whole tiny run with a tracker: its folder, the tracker's logs by stage, and every published bar."""
     from transformers import TrainerCallback
     from transformers.integrations import integration_utils
 
     got, bars = [], {}
 
     class Tracker(TrainerCallback):
-        """Stands in for wandb's."""
+        """A stand-in for wandb's callback."""
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             got.append((os.path.basename(args.output_dir), args.run_name, state.global_step, dict(logs)))

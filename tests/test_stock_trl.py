@@ -1,4 +1,4 @@
-"""docs/stock_trl.md: its examples train with TRL's own trainers, as they stand, on tiny models."""
+"""docs/stock_trl.md: its examples train unchanged with TRL's own trainers on tiny models."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def reader(tmp_path, monkeypatch):
 
 @pytest.fixture
 def given(reader):
-    """What the page's first block gives, and more pairs: of two, the tiny judge may be sure about none."""
+    """The names of the page's first block, with more pairs: of its two, the tiny judge may be sure about none."""
     names = {}
     reader.run(GIVEN, names)
     return names | {"pairs": [*names["pairs"], *make_pairs(6)]}
@@ -75,7 +75,7 @@ def test_they_train(reader, given):
 
 
 def test_the_advantage_loss_is_the_librarys(reader, given):
-    """On the same batch the example's trainer and trl_rlaif.RewardTrainer compute one loss."""
+    """On the same batch, the example's trainer and trl_rlaif.RewardTrainer compute the same loss."""
     from trl import RewardConfig
     from trl_rlaif_advantage import AdvantageModel
 
@@ -88,7 +88,7 @@ def test_the_advantage_loss_is_the_librarys(reader, given):
         train_dataset=given["comparisons"],
         reward_transforms=[AdvantageModel(margin=4.0)],
         packing=False,
-        score_at_end=False,  # as TRL's
+        score_at_end=False,  # as in TRL
     )
     ours.model.load_state_dict(given["trainer"].model.state_dict())
     losses = []

@@ -1,4 +1,4 @@
-"""The end of a turn is what the chat template writes, and every token that ends one stops a response."""
+"""The end of a turn is the token that the chat template writes, and every token that ends a turn stops a response."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trl_rlaif.errors import UserError
 from trl_rlaif.generation import sample_responses
 from trl_rlaif.stopping import chosen_stop_ids, end_of_turn, named_stop_ids, stop_ids
 
-# What templates put after an assistant's turn, in the forms that are in use.
+# The ways in which templates end an assistant's turn.
 TEMPLATES = {
     "eos": (CHAT_TEMPLATE, "<|end|>"),
     "another token, as Gemma": (CHAT_TEMPLATE.replace("<|end|>", "<end_of_turn>"), "<end_of_turn>"),
@@ -92,7 +92,7 @@ def test_settings_say_what_ends_a_response(settings, expected):
 
 
 def writing(tokenizer, tokens):
-    """A model that writes these tokens, one after the other, whatever it is asked."""
+    """A model that writes these tokens in order, whatever the prompt."""
     model = make_llama(len(tokenizer))
     wanted = iter(tokenizer.convert_tokens_to_ids(tokens))
 

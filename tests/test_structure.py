@@ -1,4 +1,4 @@
-"""The shape of the code: no import circles, no long functions, nothing written twice."""
+"""The structure of the code: no import cycles, no long functions, no duplicated code."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def at_run_time(body):
 
 
 def imported(body):
-    """The dotted names that a module's statements import; a name taken from a module may be a module itself."""
+    """The dotted names that a module's statements import; a name imported from a module may be a module itself."""
     for node in at_run_time(body):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -51,19 +51,19 @@ def imported(body):
 
 
 def graph_of(bodies):
-    """What each module imports at run time. To import a module is to import the packages around it first."""
+    """What each module imports at run time; importing a module first imports its parent packages."""
     graph = {name: set() for name in bodies}
     for name, body in bodies.items():
         for target in imported(body):
             parts = target.split(".")
             around = {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
-            # The packages around the importing module itself are being imported already.
+            # The importing module's own parent packages are already being imported.
             graph[name] |= {m for m in around if m in bodies and m != name and not name.startswith(f"{m}.")}
     return graph
 
 
 def circle(bodies):
-    """The modules of an import circle, or None."""
+    """The modules of an import cycle, or None."""
     try:
         TopologicalSorter(graph_of(bodies)).prepare()
     except CycleError as error:
@@ -72,7 +72,7 @@ def circle(bodies):
 
 
 def reached(graph, name):
-    """Every module that is imported with a module."""
+    """Every module that a module imports, directly or indirectly."""
     found, todo = set(), [name]
     while todo:
         new = graph[todo.pop()] - found
@@ -120,7 +120,7 @@ def test_stages_do_not_import_each_other():
 
 
 def test_rl_does_not_know_the_pipeline():
-    """But for the names of two files that a selection leaves."""
+    """Except for the names of two files that a selection writes."""
     graph = graph_of({name: tree(path).body for name, path in FILES.items()})
     known = {module for name in graph if name.startswith("trl_rlaif.rl") for module in graph[name]}
     pipeline = {module for module in known if module.startswith("trl_rlaif.pipeline")}
@@ -161,11 +161,11 @@ def test_functions_are_short():
     assert {name: lines for name, lines in found.items() if lines >= LONGEST} == {}
 
 
-# ---- Repetition -----------------------------------------------------------------------------------------
+# ---- Duplication ----------------------------------------------------------------------------------------
 
 
 def code_lines(module):
-    """(line number, text) of the code of a module, as ast writes it: no imports, docstrings, signatures, comments."""
+    """The lines of a module's code as unparsed by ast: no imports, docstrings, signatures or comments."""
     for node in ast.walk(module):
         body = getattr(node, "body", None)
         if isinstance(body, list):
@@ -180,7 +180,7 @@ def code_lines(module):
 
 
 def repeated(modules):
-    """Runs of ``TWICE`` lines that are in two places: the first line of each, with the modules."""
+    """Runs of ``TWICE`` lines that occur more than once, with their modules."""
     seen = defaultdict(list)
     for name, module in modules.items():
         lines = code_lines(module)
@@ -204,7 +204,7 @@ def test_repetition_is_seen():
 
 
 def imports_of(path):
-    """(module, name) of every name that a file takes from the package, in functions too."""
+    """(module, name) of every name that a file imports from the package, also in functions."""
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "trl_rlaif":
             yield from ((node.module, alias.name) for alias in node.names)
@@ -212,7 +212,7 @@ def imports_of(path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").rglob("*.py")), ids=lambda path: path.stem)
 def test_a_benchmark_imports_what_there_is(path):
-    """Most of them take too long to be run here."""
+    """Most of them take too long to run here."""
     missing = []
     for module, name in imports_of(path):
         found = importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""Somebody else's plugins: in a recipe, as if they had been installed, and installed in a fresh environment."""
+"""Third-party plugins: in a recipe as if they were installed, and installed in a fresh environment."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PAIRS = [
 
 @pytest.fixture
 def plugins(monkeypatch):
-    """Nothing but the package, from the entry point that its pyproject.toml declares."""
+    """Only the test package, loaded from the entry point that its pyproject.toml declares."""
     project = tomllib.loads((PACKAGE / "pyproject.toml").read_text())["project"]
     [(name, value)] = project["entry-points"][ENTRY_POINT_GROUP].items()
     point = EntryPoint(name, value, ENTRY_POINT_GROUP)
@@ -46,7 +46,7 @@ def plugins(monkeypatch):
 
 @pytest.fixture
 def recipe_file(tmp_path, tiny_model):
-    """Make a recipe that labels given pairs, and does no more."""
+    """Makes a recipe that only labels given pairs."""
 
     def make(labeler):
         (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
@@ -71,7 +71,7 @@ def test_it_labels_a_recipes_pairs(plugins, recipe_file, tmp_path):
     numbers = folder.results()["label"]
     assert (numbers["pairs"], numbers["labeled"]) == (4, 3)
     assert numbers["skipped"] == {"the word is in neither response": 1}
-    assert numbers["position_bias"] is None and numbers["mass"] is None  # it asks in no order
+    assert numbers["position_bias"] is None and numbers["mass"] is None  # it does not ask a judge
     assert numbers["agreement"]["n"] == 3 and numbers["agreement"]["rate"] == pytest.approx(1.5 / 3)
 
     preferences = {row["id"]: row for row in load_from_disk(str(folder / "preferences"))}
@@ -84,7 +84,7 @@ def test_it_goes_on_where_it_was(plugins, recipe_file, tmp_path):
     recipe = parse_recipe(recipe_file({"keyword": {"word": "fox"}}), registry=plugins.registry)
     folder = run_recipe(recipe, plugins, tmp_path / "out")
     whole = read_lines(folder / "labels.jsonl")
-    # As a kill in the middle of the stage leaves it.
+    # As after a kill in the middle of the stage.
     marker = folder / ".state" / "label.json"
     write_state(marker, read_state(marker, "") | {"complete": False})
     lines = (folder / "labels.jsonl").read_text().splitlines(keepends=True)
@@ -98,9 +98,9 @@ def test_it_goes_on_where_it_was(plugins, recipe_file, tmp_path):
     [
         ({"keyword": {"wrod": "fox"}}, ["wrod", "word"]),
         ({"keyword": {"word": "fox", "weight": -1}}, ["weight"]),
-        ("keyword", ["word"]),  # which has no default
+        ("keyword", ["word"]),  # its option has no default
         ({"keywrod": {"word": "fox"}}, ["keywrod", "keyword"]),
-        ("distilled", ["distilled", "keyword"]),  # the library knows no plugin by name
+        ("distilled", ["distilled", "keyword"]),  # built-in plugins get no special treatment
     ],
 )
 def test_its_options_are_checked_with_the_recipe(plugins, recipe_file, labeler, found):
@@ -134,16 +134,15 @@ class Environment:
         self._share()
 
     def _share(self) -> None:
-        """Lend it the packages that the project stands on.
+        """Give it the packages that the project depends on.
 
-        They are gigabytes, which no test should download or copy. What a .pth file adds comes behind the environment's
-        own packages and has no .pth files read in it, so the checkout, which is installed there to be edited, stays
-        invisible.
+        They are gigabytes, which no test should download or copy. Folders from a .pth file come after the environment's
+        own packages, and .pth files in them are not read, so the checkout, an editable install there, stays invisible.
         """
         shared = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
         [site] = self.bin.parent.glob("lib/python*/site-packages")
         (site / "shared.pth").write_text("\n".join(shared) + "\n")
-        command = self.bin / "pytest"  # which pip would make; pytest is one of the shared packages
+        command = self.bin / "pytest"  # pip would create it, but pytest is one of the shared packages
         lines = (
             f"#!{self.bin / 'python'}",
             "import sys",
@@ -154,21 +153,21 @@ class Environment:
         command.chmod(0o755)
 
     def run(self, *command: object, code: int = 0) -> str:
-        """Output and errors of one of its commands, in its working folder."""
+        """Run one of its commands in its working folder; returns stdout and stderr."""
         return self._call(self.bin / str(command[0]), *command[1:], cwd=self.work, code=code)
 
     def shell(self, script: str) -> str:
-        """The same of lines for a shell."""
+        """The same for lines of shell code."""
         return self._call("bash", "-ec", script, cwd=self.work)
 
     def _call(self, *command: object, cwd: Path | None = None, code: int = 0) -> str:
         variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
             "PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}",
             "COLUMNS": "200",
-            # What a user's pip would load is shared already.
+            # Packages that a user's pip would download are shared already.
             "PIP_NO_INDEX": "1",
             "PIP_NO_DEPS": "1",
-            "PIP_NO_BUILD_ISOLATION": "0",  # by pip's logic: none
+            "PIP_NO_BUILD_ISOLATION": "0",  # which, in pip's logic, turns isolation off
             "PIP_DISABLE_PIP_VERSION_CHECK": "1",
         }
         done = subprocess.run([str(part) for part in command], cwd=cwd, env=variables, capture_output=True, text=True)
@@ -242,7 +241,7 @@ def test_an_installed_plugin_for_another_release_is_refused_before_a_run_begins(
 
 @pytest.mark.slow
 def test_the_tutorials_way_to_a_plugin(environment, tiny_model):
-    """Its commands, file, recipe and check as they stand there, by someone who has seen nothing else."""
+    """Its commands, file, recipe and check, exactly as written there."""
     section = (ROOT / "docs" / "tutorials" / "plugin.md").read_text(encoding="utf-8")
     commands = re.findall(r"^ {4}(\S.*)$", section.partition("## 2.")[0], re.MULTILINE)
     assert [command.split()[0] for command in commands] == ["trl-rlaif", "cd", "pip", "pytest", "trl-rlaif"]

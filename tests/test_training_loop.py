@@ -1,4 +1,4 @@
-"""transformers' training loop where it is resumed: the same steps and losses as those of an undisturbed run."""
+"""transformers' training loop when it is resumed: the same steps and losses as in an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Line(torch.nn.Module):
 
 
 def train(folder, resume=None, callbacks=(), **options):
-    """Steps of one batch, a checkpoint each; the trainer and what it returns."""
+    """Train with a checkpoint per step; returns the trainer and its result."""
     settings = {"save_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 1, "learning_rate": 0.1}
     settings |= {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "optim": "sgd"} | options
     data = Dataset.from_list([{"x": 0.1 * i, "y": 0.3 * i + 1, "length": i} for i in range(8)])
@@ -39,7 +39,7 @@ def train(folder, resume=None, callbacks=(), **options):
 
 
 def test_the_last_checkpoint_is_one_that_is_whole(tmp_path, capsys):
-    """One without digests is taken as it is, once all of its files are there."""
+    """A checkpoint without digests is accepted as it is, if all of its files exist."""
     for step, names in ((1, ["content.json"]), (2, ["run.json", ".content.json.building"]), (3, ["model.safetensors"])):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
@@ -48,7 +48,7 @@ def test_the_last_checkpoint_is_one_that_is_whole(tmp_path, capsys):
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     said = capsys.readouterr().err.replace("\n", " ")
     assert "checkpoint-3 is not whole" in said and "checkpoint-2 has no digests" in said
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")  # it has them from now on
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")  # it has digests from now on
     assert "checkpoint-2" not in capsys.readouterr().err
     (tmp_path / "checkpoint-2" / "run.json").unlink()
     assert last_checkpoint(tmp_path) is None  # the first one's list of files is empty
@@ -68,7 +68,7 @@ def test_the_losses_of_a_resumed_training_are_those_of_an_undisturbed_one(tmp_pa
 @pytest.mark.parametrize("step", [1, 2, 3, 5, 7, 9])
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])
 def test_a_resumed_epoch_has_the_order_of_an_undisturbed_one(tmp_path, step, strategy):
-    """Three batches an epoch; a pair would else be trained on twice, and another one not at all."""
+    """Three batches per epoch; otherwise, one row would be trained on twice, and another one not at all."""
     options = {"num_train_epochs": 4, "per_device_train_batch_size": 3, "train_sampling_strategy": strategy}
     whole, _ = train(tmp_path, **options)
     torch.manual_seed(99)

@@ -1,4 +1,4 @@
-"""docs/tutorials/ and the README, followed as they stand, with a tiny model and a scripted server."""
+"""docs/tutorials/ and the README, followed exactly, with a tiny model and a scripted server."""
 
 from __future__ import annotations
 

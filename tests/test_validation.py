@@ -1,4 +1,4 @@
-"""What a component does wrong in a run: who, where and what in one message, exit code 1, and a run that can go on."""
+"""Faulty components in a run: one message with who, where and what, exit code 1, and a run that can be resumed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WHERE = "my.yaml:7"
 
 
 def _picked(kind, base, **methods):
-    """A component as a recipe picks it, with these methods."""
+    """A component with these methods, as picked by a recipe."""
     cls = type("Acme", (base,), methods)
     return validated(cls(), Origin.of(Registered(kind, "acme", cls, "acme-words", "1.2"), WHERE))
 
@@ -224,7 +224,7 @@ REWARDS = [
 def test_a_reward_function(function, what):
     function = tagged(function, Origin("reward function 'acme' of acme-words 1.2", WHERE))
     error = _message("reward function", lambda: call_rewards([function], make_rollout(6)), what, error=RewardError)
-    assert isinstance(error, UserError)  # upon which trainers save what was learned
+    assert isinstance(error, UserError)  # so that trainers save their progress
 
 
 def test_a_reward_function_that_raises():
@@ -279,7 +279,7 @@ def test_a_guard_is_set_once_and_a_component_stays_what_it_is():
 
 
 class Trouble:
-    """What goes wrong, and after how many calls; None once it is mended."""
+    """The faulty kind of component, and after how many calls it fails; None once it is fixed."""
 
     kind, after, calls = None, 0, 0
 
@@ -317,7 +317,7 @@ class Pick(DataSelector):
 
 @pytest.fixture
 def trouble(monkeypatch):
-    """The command, with a plugin that has one component of each kind."""
+    """Installs a plugin with one faulty component of each kind."""
 
     @hookimpl
     def register_labelers(register):
@@ -397,7 +397,7 @@ def test_a_run_of_rl_goes_on_as_if_nothing_had_happened(trouble, tiny_model, tmp
     whole = _scores(tmp_path / "whole")
     assert len(whole) == 4
     parts = {
-        # The first calls are for the pool from which is selected.
+        # The first calls score the selection's pool.
         "reward transform": (4, "transforms", "'acme' of acme-words 1.2 returns the shape (1,) for (4,)"),
         "data selector": (1, "selectors", "'acme' of acme-words 1.2 chose the index 10 of a pool of 10"),
         "reward function": (4, "rewards", f"'length' of {tmp_path}/rewards.py returned 3 rewards for 4"),

@@ -1,4 +1,4 @@
-"""What PPOTrainer stands on with a TRL that has no PPO trainer, beside the loop: settings, construction, saving."""
+"""PPOTrainer's base for TRL versions without a PPO trainer, apart from the loop: settings, construction, saving."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_batches_and_updates_are_worked_out(tmp_path):
     args = _build(tmp_path, gradient_accumulation_steps=4, num_mini_batches=2, num_train_epochs=2).args
     assert (args.batch_size, args.local_batch_size, args.micro_batch_size) == (16, 16, 4)
     assert (args.mini_batch_size, args.local_mini_batch_size, args.world_size) == (8, 8, 1)
-    assert args.total_episodes == 20 and args.num_total_batches == 2  # the second update samples more than is asked
+    assert args.total_episodes == 20 and args.num_total_batches == 2  # the second update samples more than asked
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_a_4_bit_policy_keeps_norms_in_float32_and_embeddings_in_bfloat16(tmp_pa
 
     assert types(bf16=True)["model.norm.weight"] == torch.float32
     assert types(bf16=True)["model.embed_tokens.weight"] == types(bf16=True)["lm_head.weight"] == torch.bfloat16
-    assert types(bf16=True)["model.layers.0.mlp.up_proj.base_layer.weight"] == torch.float32  # quantized in truth
+    assert types(bf16=True)["model.layers.0.mlp.up_proj.base_layer.weight"] == torch.float32  # quantized in reality
     for options in ({"bf16": False}, {"bf16": True, "quantized": False}):
         found = types(**options)
         assert found["model.norm.weight"] == torch.bfloat16 and found["model.embed_tokens.weight"] == torch.float32

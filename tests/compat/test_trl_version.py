@@ -1,4 +1,4 @@
-"""The TRL that is installed is checked before anything of it is imported, and only where it is needed."""
+"""The installed TRL is checked before anything is imported from it, and only where it is needed."""
 
 from __future__ import annotations
 

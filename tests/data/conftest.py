@@ -1,4 +1,4 @@
-"""Data files for the tests of this folder."""
+"""Data files for the tests in this folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture
 def write(tmp_path):
-    """A function that writes rows to a file, and gives its path."""
+    """A function that writes rows to a file and returns its path."""
 
     def write(*rows: dict, name: str = "f.jsonl") -> Path:
         path = tmp_path / name

@@ -1,4 +1,4 @@
-"""Files in RewardBench's formats: what is read of them, and what is wrong with them, by line."""
+"""Files in RewardBench's formats, and errors in them, by line."""
 
 from __future__ import annotations
 

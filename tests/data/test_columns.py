@@ -1,4 +1,4 @@
-"""The names that a file has for its columns."""
+"""Custom column names in data files."""
 
 import pytest
 

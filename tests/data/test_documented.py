@@ -1,4 +1,4 @@
-"""The rows that docs/data.md shows are read as it says."""
+"""The rows in docs/data.md are read as documented."""
 
 import json
 import re

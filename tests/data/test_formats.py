@@ -1,4 +1,4 @@
-"""The shapes of prompts and pairs: what is read from them, what is skipped, and what is refused."""
+"""Formats of prompts and pairs: rows that are read, skipped or refused."""
 
 import hashlib
 
@@ -115,7 +115,7 @@ def test_repeated_ids_name_both_rows(write):
             "A\n\nB",
             "A\n\nC",
         ),
-        # A text prompt beside whole conversations, as in binarized UltraFeedback.
+        # A text prompt with whole conversations, as in binarized UltraFeedback.
         ({"prompt": "Sky?", "chosen": [USER, says("B")], "rejected": [USER, says("R")]}, [USER], "B", "R"),
         ({"prompt": "Sky?", "chosen": [says("B")], "rejected": [says("R")]}, [USER], "B", "R"),
         ({"prompt": [USER], "chosen": "B", "rejected": "R"}, [USER], "B", "R"),
@@ -194,7 +194,7 @@ def test_auto_takes_one_format_a_file(write, first, second):
         return
     message = fails(path)
     assert message.startswith(f"{path}:2: ")
-    # After rows with a prompt of their own, a row without one lacks it: that is the more useful thing to say.
+    # After rows with a prompt column, "no prompt" is the more useful message for a row without one.
     lacks = second is IMPLICIT and first in (PREFERENCE, CONVERSATION)
     assert ("no prompt" if lacks else "Mixed formats in one file: this row has") in message
 

@@ -1,4 +1,4 @@
-"""Which prompts are the same, and how rows are split so that no prompt is on both sides."""
+"""Which prompts count as the same, and splits with no prompt on both sides."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_white_space_and_case_make_no_other_prompt():
     assert len(set(map(prompt_key, same))) == 1
     under_instructions = [{"role": "system", "content": "Be brief."}, *same[2]]
     assert question_key(under_instructions) == question_key(same[0]) == prompt_key(same[0])
-    # Where the system turn holds the document, prompts are not one cluster.
+    # If the system turn holds the document, the prompts are not one cluster.
     assert prompt_key(under_instructions) != prompt_key(same[0])
     others = [
         "What is the capital of Laos",

@@ -1,4 +1,4 @@
-"""Where rows come from: files, folders and the Hub, and what is said when they cannot be read."""
+"""Sources of rows: files, folders and the Hub, and the messages if they cannot be read."""
 
 import csv
 import gzip
@@ -22,7 +22,7 @@ def write_jsonl(path: Path, rows: list, **kwargs) -> Path:
 
 
 def fails(source, load=load_prompts, **kwargs) -> str:
-    """The message of the UserError, with the folder's name taken out."""
+    """The message of the UserError that loading a source raises."""
     with pytest.raises(UserError) as caught:
         load(source, **kwargs)
     return str(caught.value)

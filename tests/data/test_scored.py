@@ -1,4 +1,4 @@
-"""Pairs out of scored responses, and out of responses that were found good or bad."""
+"""Pairs from scored responses, and from responses labeled good or bad."""
 
 import pytest
 
@@ -13,7 +13,7 @@ def fails(source, **kwargs) -> str:
 
 
 def preferred(pair):
-    """(better, worse); in alphabetical order, and a third entry, for a tie."""
+    """(better, worse); for a tie, both in alphabetical order and a third entry."""
     if pair.human == 0:
         return (*sorted((pair.response_1, pair.response_2)), "tie")
     return (pair.response_1, pair.response_2) if pair.human == 1 else (pair.response_2, pair.response_1)
@@ -23,7 +23,7 @@ def kto(prompt, completion, label, **more):
     return {"prompt": prompt, "completion": completion, "label": label, **more}
 
 
-# Good and bad
+# Good and bad responses
 
 
 def test_rows_of_one_prompt_pair_up_and_the_rest_is_counted(write):
@@ -141,7 +141,7 @@ def test_wrong_scores(write, row, part):
     assert message.startswith(f"{path}:1: ") and part in message
 
 
-# Either with others
+# Together with other formats
 
 
 def test_one_format_a_file(write):

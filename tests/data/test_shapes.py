@@ -1,4 +1,4 @@
-"""The shapes that other projects' data comes in: Alpaca, ShareGPT, preference files as prompts, whole conversations."""
+"""Formats of other projects: Alpaca, ShareGPT, preference files as prompts, whole conversations."""
 
 import pytest
 from helpers.data import USER, fails, says, sides
@@ -8,7 +8,7 @@ from trl_rlaif.data import load_pairs, load_prompts
 HH = {"chosen": "\n\nHuman: Q\n\nAssistant: a", "rejected": "\n\nHuman: Q\n\nAssistant: b"}
 
 
-# Shapes of others: Alpaca, ShareGPT, parts, tools
+# Alpaca, ShareGPT, content parts, tools
 
 
 ALPACA = {"instruction": "Add.", "input": "1 2", "output": "3"}
@@ -57,7 +57,7 @@ SYSTEM = {"role": "system", "content": "Be kind."}
             [USER],
             {},
         ),
-        # The response continues an assistant's turn; one without a word is none.
+        # The response continues an assistant turn; an empty one is dropped.
         ({"prompt": [USER, says("It is")]}, [USER, says("It is")], {}),
         ({"prompt": [USER, says(" ")]}, [USER], {}),
     ],
@@ -106,7 +106,7 @@ def test_tool_calls_are_refused_and_not_lost(write):
             },
             [{"role": "user", "content": "Q"}, says("a"), {"role": "user", "content": "R"}],
         ),
-        # Where they part earlier, the prompt is what they share.
+        # If they diverge earlier, the prompt is the shared part.
         (
             {
                 "chosen": "\n\nHuman: Q\n\nAssistant: a\n\nHuman: R\n\nAssistant: b",
@@ -130,11 +130,11 @@ def test_a_repeated_prompt_of_a_preference_file_is_read_once(write):
     loaded = load_prompts(write({**HH, "id": 1}, {**HH, "id": 2, "chosen": "\n\nHuman: Q\n\nAssistant: z"}))
     assert [item.id for item in loaded.items] == ["1"]
     assert loaded.skip_counts() == {"repeated prompt of a preference file": 1}
-    # A file of prompts is left as it is: who repeats one there may mean it.
+    # A prompt file is left as it is: a repeated prompt may be intentional.
     assert len(load_prompts(write({"prompt": "Q"}, {"prompt": "Q"})).items) == 2
 
 
-# A prompt beside whole conversations
+# A prompt with whole conversations
 
 
 @pytest.mark.parametrize(
@@ -147,9 +147,9 @@ def test_a_repeated_prompt_of_a_preference_file_is_read_once(write):
         ([USER], [SYSTEM, USER, says("B")], [SYSTEM, USER, says("R")], [SYSTEM, USER]),
         ("Sky?", [SYSTEM, USER, says("B")], [SYSTEM, USER, says("R")], [SYSTEM, USER]),
         ([SYSTEM, USER], [{**SYSTEM, "content": "x"}, USER, says("B")], [USER, says("R")], [SYSTEM, USER]),
-        # The prompt is the first question, and both go on together.
+        # The prompt is the first question, and both continue alike.
         ("Sky?", [USER, says("a"), USER, says("B")], [USER, says("a"), USER, says("R")], [USER, says("a"), USER]),
-        # The prompt begins the answer.
+        # The prompt starts the answer.
         ([USER, says("It is")], [says("B")], [says("R")], [USER, says("It is")]),
         ([USER, says("It is")], [USER, says("It isB")], [USER, says("It isR")], [USER, says("It is")]),
     ],

@@ -1,4 +1,4 @@
-"""Pairs that are read one at a time: as many as the disk holds, the same as all at once."""
+"""Pairs read one at a time, from files larger than memory, are the same as all at once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HOW = {"columns": None, "format": "auto", "category": "category", "seed": 42, "s
 
 
 def sources(folder):
-    """The same rows in every kind of source that need not be read whole."""
+    """The same rows in every kind of source that can be streamed."""
     write_rows(folder / "rows.jsonl", ROWS)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), folder / "rows.parquet", row_group_size=20)
     Dataset.from_list(ROWS).save_to_disk(folder / "rows")
@@ -31,7 +31,7 @@ def test_a_stream_has_the_pairs_of_a_list(tmp_path, monkeypatch):
     for source in sources(tmp_path):
         loaded, stream = load_pairs(source, seed=1), stream_pairs(source, **HOW | {"seed": 1})
         assert len(loaded.items) == 40 and loaded.skip_counts() == {"responses are identical": 10}
-        for _ in range(2):  # each pass begins anew, also with what tells one row from another
+        for _ in range(2):  # each pass starts over, also with the ids it has seen
             assert list(stream.items) == loaded.items
             assert stream.skipped == loaded.skipped and stream.skip_counts() == loaded.skip_counts()
 
@@ -57,6 +57,6 @@ def test_of_a_parquet_file_memory_holds_a_part(tmp_path):
     tracemalloc.start()
     try:
         assert sum(1 for _ in stream_pairs(path, **HOW).items) == 8000
-        assert tracemalloc.get_traced_memory()[1] < 10e6  # of 16 MB of text alone
+        assert tracemalloc.get_traced_memory()[1] < 10e6  # for 16 MB of text
     finally:
         tracemalloc.stop()

@@ -1,4 +1,4 @@
-"""With nothing added, PPOTrainer gives the numbers of trl.experimental.ppo.PPOTrainer, where TRL has that."""
+"""With nothing added, PPOTrainer gives the numbers of trl.experimental.ppo.PPOTrainer, if TRL has it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trl_rlaif import PPOConfig, PPOTrainer
 pytestmark = pytest.mark.trl
 parent_ppo = pytest.importorskip("trl.experimental.ppo", reason="TRL has none since 1.13", exc_type=ImportError)
 
-# All but policy/entropy_avg: the parent also averages over the padding behind a response's end.
+# All but policy/entropy_avg: TRL's trainer also averages over the padding after a response.
 COMPARED = [
     "objective/scores",
     "objective/kl",
@@ -59,7 +59,7 @@ def _train(trainer_class, config_class, folder, *, lora=False, shown=0, **option
         per_device_eval_batch_size=4,
         num_sample_generations=shown,
         **options,
-        # TRL scores a cut response without an end, and averages losses over each micro-batch.
+        # TRL scores truncated responses without an end token, and averages losses over each micro-batch.
         **({"score_at_end": False, "loss_reduction": "micro_batch"} if config_class is PPOConfig else {}),
     )
     trainer = trainer_class(
@@ -98,6 +98,6 @@ def test_three_updates_equal_the_parents(tmp_path, options):
     for theirs, mine in zip(parent, ours, strict=True):
         for name in COMPARED:
             assert mine[name] == pytest.approx(theirs[name], abs=1e-4, rel=1e-4), name
-    # The comparison means something: the policy moved and the numbers differ from update to update.
+    # The comparison is meaningful: the policy moved, and the numbers differ from update to update.
     assert len({round(m["objective/scores"], 6) for m in ours}) == 3
     assert abs(ours[-1]["objective/kl"]) > 1e-3

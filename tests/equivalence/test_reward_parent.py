@@ -1,4 +1,4 @@
-"""With hard labels and no transforms, RewardTrainer gives the losses of trl.RewardTrainer."""
+"""With hard labels and no transforms, RewardTrainer gives the losses and gradients of trl.RewardTrainer."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _losses(trainer_class, folder, *, p=None, **options):
         rows = [{**row, "p": p} for row in rows]
     tokenizer = make_tokenizer()
     peft_config = options.pop("peft_config", None)
-    # TRL reads scores at the line break that the template writes after the end of a turn.
+    # TRL reads scores at the line break that the template adds after the end of a turn.
     where = {"score_at_end": False} if trainer_class is RewardTrainer else {}
     args = small_config(folder, per_device_train_batch_size=3, num_train_epochs=2, **options)
     trainer = trainer_class(
@@ -72,7 +72,7 @@ def test_losses_equal_the_parents(tmp_path, options):
     assert len(parent) == 8
     assert without_p == pytest.approx(parent, abs=1e-5, rel=0)  # pairs are packed
     assert hard == pytest.approx(parent, abs=1e-5, rel=0)  # pairs are packed
-    assert len({round(loss, 4) for loss in parent}) > 4  # it learns: the comparison is not of constants
+    assert len({round(loss, 4) for loss in parent}) > 4  # it learns, so these are not constants
 
 
 def test_soft_labels_change_the_loss(tmp_path):
@@ -108,7 +108,7 @@ def _loss_and_gradients(trainer_class, folder, model, lora):
     torch.manual_seed(1)
     trainer = trainer_class(model=model, peft_config=lora, **options)
     for parameter in trainer.model.parameters():
-        if parameter.requires_grad:  # TRL makes the adapters of a 4-bit base bfloat16
+        if parameter.requires_grad:  # TRL casts the adapters of a 4-bit base to bfloat16
             parameter.data = parameter.data.float()
     loss = trainer.compute_loss(trainer.model, trainer.data_collator([trainer.train_dataset[i] for i in range(6)]))
     loss.backward()
@@ -137,5 +137,5 @@ def test_loss_and_gradients_equal_the_parents_in_float32(tmp_path, kind, weights
     assert our_loss == pytest.approx(loss, rel=1e-5)
     assert our_gradients.keys() == gradients.keys() and len(gradients) > 4
     largest = max(gradient.norm() for gradient in gradients.values())
-    for name, gradient in gradients.items():  # what cancels between chosen and rejected is rounding alone
+    for name, gradient in gradients.items():  # if chosen and rejected cancel, only rounding is left
         assert (our_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7 * largest, name

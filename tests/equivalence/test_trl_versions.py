@@ -1,4 +1,4 @@
-"""The same seed gives the same PPO, whatever the version of TRL."""
+"""The same seed gives the same PPO run with every TRL version."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from trl_rlaif.compat.trl_ppo import BasePPOTrainer
 
 pytestmark = pytest.mark.trl
 
-# What tests/helpers/ppo_metrics.py wrote on TRL 1.12.0, with TRL's PPOTrainer as the base, and torch 2.13.0 on a CPU.
-# On the same machine TRL 1.16.0 and --own-base gave every one of these numbers to the last bit.
+# Written by tests/helpers/ppo_metrics.py on TRL 1.12.0, with TRL's PPOTrainer as the base, and torch 2.13.0 on a CPU.
+# On the same machine, TRL 1.16.0 and --own-base gave bit-identical numbers.
 EXPECTED = Path(__file__).parent / "ppo_metrics.json"
 
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory):
-    """What the installed TRL's base gives."""
+    """The metrics with the installed TRL's base."""
     return ppo_metrics.run(str(tmp_path_factory.mktemp("trl")))
 
 
@@ -33,7 +33,7 @@ def _assert_same(found, expected, **tolerance):
     for run, updates in expected.items():
         assert len(found[run]) == len(updates) == 3
         for mine, theirs in zip(found[run], updates, strict=True):
-            # What has been logged besides since then is not among them.
+            # Metrics added since then are not among them.
             assert {name: mine[name] for name in theirs} == pytest.approx(theirs, **tolerance), run
 
 
@@ -42,7 +42,7 @@ def _assert_same(found, expected, **tolerance):
 )
 def test_every_version_gives_the_numbers_of_1_12(logged):
     expected = json.loads(EXPECTED.read_text(encoding="utf-8"))
-    # Float32 on another CPU: sums are taken in another order.
+    # In float32, another CPU may sum in another order.
     _assert_same(logged, expected["logged"], rel=1e-3, abs=1e-5)
 
 

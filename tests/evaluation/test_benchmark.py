@@ -1,4 +1,4 @@
-"""Accuracy on a benchmark and RewardBench 2's score of ties, by hand and against plain loops."""
+"""Benchmark accuracy and RewardBench 2's Ties score, by hand and against plain loops."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def test_the_score_of_ties_by_hand():
     tied = {
         1: ScoredRow([6.0, 5.0], [3.0, 0.0], 1),  # gap 2, spread 1
         2: ScoredRow([6.0, 5.0], [1.0], 2),  # gap 4, spread 1
-        4: ScoredRow([2.0, 2.0, 2.0], [2.0], 4),  # gap 0: not right
+        4: ScoredRow([2.0, 2.0, 2.0], [2.0], 4),  # gap 0: wrong
     }
     found = ties_score(ref, tied)
     assert found["accuracy_ref"] == pytest.approx(2 / 3) and found["accuracy_tied"] == pytest.approx(2 / 3)
-    # Of 1 and 2, which have both rows: the smaller gaps are 2 and -1, the spreads 1 and 1.
+    # Only prompts 1 and 2 have both rows: their smaller gaps are 2 and -1, their spreads 1 and 1.
     assert (found["prefers_correctness"], found["prefers_correctness_hard"]) == (1.0, 0.5)
     margin = (math.tanh(2 / 1 - 1) + math.tanh(-1 / 1 - 1)) / 2
     assert found["margin"] == pytest.approx(margin, abs=1e-15)
@@ -57,7 +57,7 @@ def test_the_score_of_ties_by_hand():
 
 @pytest.mark.parametrize(
     ("gap", "margin"),
-    [(1.0, 1.0), (-1.0, -1.0), (0.0, 0.0)],  # without any spread: its quotient is infinite, or 0 / 0
+    [(1.0, 1.0), (-1.0, -1.0), (0.0, 0.0)],  # no spread: gap / spread is infinite or 0 / 0
 )
 def test_right_answers_of_one_score(gap, margin):
     both = {kind: {1: ScoredRow([gap] * kind, [0.0], 1)} for kind in (1, 3)}
@@ -67,7 +67,7 @@ def test_right_answers_of_one_score(gap, margin):
 
 
 def test_the_interval_of_ties_is_that_of_the_prompts():
-    """Where every prompt has both rows the score is their mean, and its interval about 2 standard errors."""
+    """With both rows for every prompt, the score is a mean over prompts and the interval about +-2 standard errors."""
     rng = np.random.default_rng(0)
     ref = {i: ScoredRow([rng.normal()], rng.normal(-1, 1, 2).tolist(), i) for i in range(80)}
     tied = {i: ScoredRow(rng.normal(0, 1, 3).tolist(), rng.normal(-2, 1, 2).tolist(), i) for i in range(80)}

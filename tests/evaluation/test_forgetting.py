@@ -1,6 +1,6 @@
-"""What is forgotten while PPO trains: what is measured, that measuring disturbs nothing, and that it can end a run.
+"""Forgetting during PPO: the measurements, that measuring does not change training, and early stopping.
 
-As a script, with tests/ on PYTHONPATH, this is one process of a run in several.
+Run as a script (tests/ on PYTHONPATH), this is one of several processes.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def tracked(folder, preferred=always_loses, sets=None, tracker=None, **options):
 
 
 def measured(trainer, key=MEASURED + "win_rate"):
-    """(update, value) of what was logged."""
+    """The logged (update, value) pairs of a metric."""
     return [(entry["step"], entry[key]) for entry in trainer.state.log_history if key in entry]
 
 
 def plain_nll(model, pairs):
-    """By transformers alone, each response on its own, in float64."""
+    """Mean NLL per response token, with transformers alone, one response at a time."""
     total, count = 0.0, 0
     for prompt, response in pairs:
         with torch.no_grad():
@@ -55,7 +55,7 @@ def plain_nll(model, pairs):
 
 
 def plain_answers(model, prompts, length):
-    """Greedy, each on its own, with the end token."""
+    """Greedy responses, one prompt at a time, including the end token."""
     found = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
@@ -79,7 +79,7 @@ def test_the_nll_is_the_plain_one_over_response_tokens():
             expected = plain_nll(shared.model, rows)
         for batch_size in (1, 3, 16):
             nll = mean_nll(SharedRoleModels(shared), part, pairs, batch_size=batch_size, device=torch.device("cpu"))
-            assert nll == pytest.approx(expected, rel=1e-6)  # log-probabilities are given in float32
+            assert nll == pytest.approx(expected, rel=1e-6)  # log-probabilities are returned in float32
         found[part] = expected
     assert abs(found["policy"] - found["reference"]) > 0.1
 
@@ -91,7 +91,7 @@ def test_what_is_logged_is_what_the_policy_answers_and_thinks_of_the_starts_answ
         asked.append((prompts, policy, start))
         return [1.0, None, 0.5, 0.2, 0.9][: len(prompts)]
 
-    trainer, tracker = tracked(tmp_path, preferred, total_episodes=8)  # two updates: the start, and the end
+    trainer, tracker = tracked(tmp_path, preferred, total_episodes=8)  # two updates: measured before and after both
     trainer.train()
     assert [step for step, _ in measured(trainer)] == [0, 2]
     start = make_llama(len(tokenizer)).double()
@@ -109,7 +109,7 @@ def test_what_is_logged_is_what_the_policy_answers_and_thinks_of_the_starts_answ
     texts = [[t.strip() for t in tokenizer.batch_decode(ids, skip_special_tokens=True)] for ids in (policy, answers)]
     different = [i for i in range(5) if texts[0][i] != texts[1][i]]
     assert asked == [tuple([column[i] for i in different] for column in (PROMPTS, *texts))]
-    assert len(different) == 5  # then one is not judged: it wins two, ties one and loses one of four
+    assert len(different) == 5  # one is not judged; of the other four, the policy wins two, ties one and loses one
     assert measured(trainer)[1] == (2, 0.625)
     assert tracker.numbers()["forget"] == {
         "prompts": 5, "good": 5, "win_rate_first": 0.5, "win_rate_last": 0.625, "nll_first": nlls[0],
@@ -157,7 +157,7 @@ def test_when_it_is_measured(tmp_path):
 
 
 def test_training_is_the_same_as_without(tmp_path):
-    """Also where the judge draws at random, and with dropout, which draws too."""
+    """Even with a judge and dropout that use random numbers."""
 
     def preferred(prompts, policy, start):
         return torch.rand(len(prompts)).tolist()
@@ -234,7 +234,7 @@ def test_answers_that_nobody_can_judge_leave_no_win_rate(tmp_path):
         tmp_path, lambda prompts, *_: [None] * len(prompts), tracker={"every": 1, "stop_below": {"forget": 0.5}}
     )
     trainer.train()
-    assert measured(trainer)[-1][0] < 6  # once all answers differ
+    assert measured(trainer)[-1][0] < 6  # no win rate once all answers differ
     assert [step for step, _ in measured(trainer, MEASURED + "nll")] == list(range(7)) and tracker.stopped is None
 
 
@@ -272,7 +272,7 @@ def test_what_cannot_be_measured_is_named(tmp_path, sets, settings, message):
 
 
 def _in_processes(folder, failing):
-    """What one of two processes sees of a run that stops at its second update, or whose judge raises there."""
+    """Results of one of two processes, in a run that stops, or in which the judge raises, at the second update."""
     asked = []
 
     def preferred(prompts, policy, start):
@@ -316,7 +316,7 @@ def test_one_of_two_processes_measures_and_both_stop(tmp_path):
 
 
 def main(output: str) -> None:
-    """Each process writes what it saw to ``output/RANK.pt``."""
+    """Write this process's results to ``output/RANK.pt``."""
     torch.set_num_threads(1)
     folder = Path(output)
     stopping, failing = (_in_processes(folder / name, name == "failing") for name in ("stopping", "failing"))

@@ -1,4 +1,4 @@
-"""Intervals of shares: scipy's where they are Wilson's, and their coverage, exact where it can be computed."""
+"""Confidence intervals of proportions: against scipy's Wilson interval, and their coverage, exact where computable."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_ten_of_ten_is_not_certain(measure):
 
 
 def test_clusters_that_are_all_alike_count_as_one_point_each():
-    """Four pairs a prompt with one outcome each: Wilson's interval of the prompts, but for n - 1 of them."""
+    """Four identical outcomes per prompt: Wilson's interval over prompts, up to n / (n - 1) in the variance."""
     outcomes = wins(30, 50)
     found = share_interval(np.repeat(outcomes, 4).tolist(), np.repeat(np.arange(50), 4).tolist())
     assert found == pytest.approx(share_interval(outcomes), abs=0.003)
@@ -61,7 +61,7 @@ def test_one_cluster_tells_as_much_as_one_point():
 
 
 def share_interval_of(share, variance, n, z=1.959963984540054):
-    """Wilson's, written with z^2 more observations of variance 1/4 around 1/2."""
+    """Wilson's interval, written as z^2 additional observations with mean 1/2 and variance 1/4."""
     centre, half = n * share + z**2 / 2, z * np.sqrt(n * variance + z**2 / 4)
     return (centre - half) / (n + z**2), (centre + half) / (n + z**2)
 
@@ -71,7 +71,7 @@ def test_ties_narrow_it_as_their_variance_does():
         expected = share_interval_of(np.mean(points), np.var(points), 10)
         assert share_interval(points) == pytest.approx(expected, abs=1e-12)
     low, high = share_interval([0.5] * 10)
-    assert low < 0.37 and high > 0.63  # ten ties do not prove that there is nothing else
+    assert low < 0.37 and high > 0.63  # ten ties do not rule out wins and losses
 
 
 def test_wrong_input_is_an_error():
@@ -99,7 +99,7 @@ def test_a_bootstrap_of_clusters_draws_them_whole():
 
 
 def exact_coverage(n, shares):
-    """Of ``win_rate``'s interval on n independent wins and losses, for each true share."""
+    """Coverage of ``win_rate``'s interval on n independent wins and losses, for each true share."""
     found = [win_rate(wins(k, n))["interval"] for k in range(n + 1)]
     return np.array([
         binom.pmf(range(n + 1), n, p)[[low <= p <= high for low, high in found]].sum() for p in np.atleast_1d(shares)
@@ -111,8 +111,8 @@ def exact_coverage(n, shares):
 def test_it_covers_95_percent(n, share):
     """Mean coverage over the true shares within 0.05 of this one.
 
-    At one single share coverage jumps with n, as outcomes are whole numbers: at n = 10 and 0.95 an interval can cover
-    91.4% or 98.8%, and nothing in between.
+    At a single share, coverage jumps with n because counts are integers: at n = 10 and 0.95, it can be 91.4% or 98.8%,
+    but nothing in between.
     """
     around = np.linspace(share - 0.05, min(1.0, share + 0.05), 51)
     assert 0.93 <= exact_coverage(n, around).mean() <= 0.97
@@ -120,7 +120,7 @@ def test_it_covers_95_percent(n, share):
 
 
 def clustered(rng, prompts, share, correlation):
-    """Wins on four pairs of each prompt, whose chances are beta distributed."""
+    """Wins on four pairs per prompt, with beta-distributed win probabilities of the prompts."""
     spread = 1 / correlation - 1
     chance = rng.beta(share * spread, (1 - share) * spread, prompts)
     return (rng.random((prompts, 4)) < chance[:, None]).astype(float).ravel().tolist()
@@ -129,7 +129,7 @@ def clustered(rng, prompts, share, correlation):
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("prompts", NUMBERS)
 def test_it_covers_95_percent_with_four_pairs_a_prompt(prompts, share):
-    """The pairs of a prompt correlate by one half; the pairs taken as independent would be covered in 78%."""
+    """Pairs of a prompt have a correlation of 0.5; treated as independent, they would give a coverage of 78%."""
     rng, of = np.random.default_rng(prompts), np.repeat(np.arange(prompts), 4).tolist()
     covered, naive = [], []
     for _ in range(1000):
@@ -138,7 +138,7 @@ def test_it_covers_95_percent_with_four_pairs_a_prompt(prompts, share):
         for hits, clusters in ((covered, of), (naive, None)):
             low, high = win_rate(outcomes, clusters)["interval"]
             hits.append(low <= true <= high)
-    # Three standard errors of 1,000 draws are 0.02; the calls are deterministic.
+    # Three standard errors over 1,000 draws are 0.02; the draws are seeded.
     assert 0.93 <= np.mean(covered) <= 0.975
     assert np.mean(naive) < 0.90
 
@@ -146,11 +146,11 @@ def test_it_covers_95_percent_with_four_pairs_a_prompt(prompts, share):
 @pytest.mark.parametrize("alike", [0.5, 0.9])
 @pytest.mark.parametrize("n", [20, 50])
 def test_kappas_interval_covers(n, alike):
-    """Two judges that vote alike in that share of pairs, and else by chance, so that it is kappa."""
+    """Two judges agree on a share ``alike`` of the pairs and vote by chance on the rest, so that it is their kappa."""
     rng, covered = np.random.default_rng(n), []
     for _ in range(500):
         first = rng.integers(1, 3, n)
         second = np.where(rng.random(n) < alike, first, rng.integers(1, 3, n))
         low, high = cohen_kappa(first.tolist(), second.tolist())["kappa_interval"]
         covered.append(low <= alike <= high)
-    assert 0.88 <= np.mean(covered) <= 0.99  # the percentile bootstrap: 0.58 at n = 20 and 0.9
+    assert 0.88 <= np.mean(covered) <= 0.99  # a percentile bootstrap: 0.58 at n = 20 and 0.9

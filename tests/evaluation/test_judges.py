@@ -10,7 +10,7 @@ from sklearn.metrics import cohen_kappa_score
 
 from trl_rlaif.evaluation import choices, cohen_kappa, fleiss_kappa, judge_agreement, wilson
 
-# Ten subjects, fourteen raters, five categories: the example of Wikipedia's article on Fleiss' kappa, which is 0.210.
+# The example in Wikipedia's article on Fleiss' kappa: 10 subjects, 14 raters, 5 categories, kappa = 0.210.
 RATED = [
     [0, 0, 0, 0, 14], [0, 2, 6, 4, 2], [0, 0, 3, 5, 6], [0, 3, 9, 2, 0], [2, 2, 8, 1, 1],
     [7, 7, 0, 0, 0], [3, 2, 6, 3, 0], [2, 5, 3, 2, 2], [6, 5, 2, 1, 0], [0, 2, 2, 3, 7],
@@ -18,7 +18,7 @@ RATED = [
 
 
 def votes_of(counts):
-    """Votes by judge from how many gave which; who gave a vote does not matter."""
+    """Each judge's votes, from counts per category; which judge gave which vote does not matter."""
     rows = [[kind for kind, count in enumerate(row) for _ in range(count)] for row in counts]
     return [list(judge) for judge in zip(*rows, strict=True)]
 
@@ -31,7 +31,7 @@ def two_judges(n, seed, kinds=(1, 2, 0), alike=0.5):
 
 
 def plain_fleiss(votes):
-    """Fleiss 1971, pair by pair of judges."""
+    """Fleiss 1971, one pair of judges at a time."""
     judges, n = len(votes), len(votes[0])
     same = sum(votes[a][i] == votes[b][i] for i in range(n) for a in range(judges) for b in range(judges) if a != b)
     observed = same / (n * judges * (judges - 1))
@@ -57,13 +57,13 @@ def test_cohens_kappa_is_sklearns(n, alike):
 
 
 def test_cohens_kappa_by_hand():
-    # 20 twice yes, 15 twice no, 5 and 10 apart: 0.7 observed, 0.5 by chance.
+    # Both yes: 20, both no: 15, different: 5 + 10. The observed agreement is 0.7, that by chance 0.5.
     first = ["yes"] * 25 + ["no"] * 25
     second = ["yes"] * 20 + ["no"] * 5 + ["yes"] * 10 + ["no"] * 15
     found = cohen_kappa(first, second)
     assert found["kappa"] == pytest.approx(0.4, abs=1e-12)
-    # Its large-sample standard error is 0.1271 (Fleiss, Cohen and Everitt 1969), of the normal interval 0.151 to 0.649;
-    # Wilson's is drawn towards a rate of a half, which here is a kappa of 0.
+    # The large-sample standard error is 0.1271 (Fleiss, Cohen and Everitt 1969): a normal interval of 0.151 to 0.649.
+    # Wilson's interval is shrunk towards a rate of 1/2, which here is a kappa of 0.
     assert found["kappa_interval"] == pytest.approx((0.151, 0.649), abs=0.035)
 
 
@@ -83,7 +83,7 @@ def test_the_interval_is_about_that_of_an_ordinary_bootstrap():
 def test_judges_that_always_agree_and_those_that_never_do():
     same = cohen_kappa([1, 2, 1, 2] * 5, [1, 2, 1, 2] * 5)
     assert (same["kappa"], same["rate"]) == (1, 1)
-    low, high = wilson(20, 20)  # by chance they agree on half of the pairs
+    low, high = wilson(20, 20)  # chance agreement is 1/2
     assert same["kappa_interval"] == pytest.approx((2 * low - 1, 2 * high - 1), abs=1e-12) and high == 1
     never = cohen_kappa([1, 2] * 10, [2, 1] * 10)
     assert (never["kappa"], never["rate"]) == (-1, 0)
@@ -99,7 +99,7 @@ def test_one_vote_throughout_says_nothing_beyond_chance():
 def test_fleiss_published_example():
     found = fleiss_kappa(votes_of(RATED))
     assert found["kappa"] == pytest.approx(0.210, abs=0.0005)
-    assert (found["rate"], found["n"]) == (0.1, 10)  # only on the first subject do all agree
+    assert (found["rate"], found["n"]) == (0.1, 10)  # all raters agree only on the first subject
 
 
 @pytest.mark.parametrize("judges", [2, 3, 6])
@@ -112,7 +112,7 @@ def test_fleiss_kappa_is_that_of_a_plain_loop(judges):
     agreeing = sum(len(set(row)) == 1 for row in zip(*votes, strict=True))
     assert found["interval"] == pytest.approx(wilson(agreeing, 40), abs=1e-12)
     assert fleiss_kappa(votes[::-1])["kappa"] == pytest.approx(found["kappa"], abs=1e-12)
-    if judges == 2:  # Scott's pi, which is not above Cohen's kappa
+    if judges == 2:  # Scott's pi, which is at most Cohen's kappa
         assert found["kappa"] <= cohen_kappa(*votes)["kappa"]
         assert not math.isclose(found["kappa"], cohen_kappa(*votes)["kappa"], abs_tol=1e-6)
 

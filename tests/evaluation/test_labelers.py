@@ -36,11 +36,11 @@ def test_calibration_error_is_that_of_a_plain_loop(seed, bins):
     human = rng.choice([1, 2, 0, None], len(p)).tolist()
     found = calibration_error(p, human, bins=bins)
     assert found == pytest.approx(plain_error(p, human, bins), abs=1e-12)
-    assert found > 0.1  # these labels know nothing of the choices
+    assert found > 0.1  # these labels are independent of the choices
 
 
 def test_calibration_error_by_hand():
-    # Two labels of 0.9 are right once; one of 0.6 is right.
+    # Of two labels with a confidence of 0.9, one is right; the label with 0.6 is right.
     assert calibration_error([0.9, 0.1, 0.6], [1, 1, 1]) == pytest.approx((2 * (0.9 - 0.5) + 1 * (1 - 0.6)) / 3)
     assert calibration_error([0.5, 0.5], [1, 2]) == 0.0
     assert calibration_error([1.0, 0.0], [1, 2]) == 0.0
@@ -74,14 +74,14 @@ def test_calibration_error_wants_a_choice_for_each_label():
 
 
 def by_hand(better, worse):
-    """The exact McNemar test: both tails of a fair coin that is thrown once for each pair they disagree on."""
+    """The exact McNemar test: a two-sided test of a fair coin on the pairs where the labelers disagree."""
     n = better + worse
     tail = sum(math.comb(n, k) for k in range(min(better, worse) + 1)) / 2**n
     return min(1.0, 2 * tail)
 
 
 def made(better, worse, both, neither):
-    """Labels of two labelers, and choices, with these counts."""
+    """Labels of two labelers, and human choices, with these counts."""
     p = [0.9] * better + [0.2] * worse + [0.8] * both + [0.1] * neither
     other = [0.3] * better + [0.7] * worse + [0.6] * both + [0.4] * neither
     return p, other, [1] * len(p)

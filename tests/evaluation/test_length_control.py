@@ -1,8 +1,8 @@
-"""The length-controlled win rate against scikit-learn, scipy's optimizer, alpaca_eval's numbers and made-up judges.
+"""The length-controlled win rate against scikit-learn, scipy's optimizer, alpaca_eval's numbers and simulated judges.
 
-Without its penalty it is the model that alpaca_eval 0.6.6 calls ``length_controlled_minimal``, when that is not
-penalized either. On the annotations of 57 models of AlpacaEval 2's leaderboard the two differ by 1.5e-5 percentage
-points at most; with the default penalty here and the cross-validated one there by 0.18 points on average.
+Without a penalty, the model is ``length_controlled_minimal`` of alpaca_eval 0.6.6, also without a penalty. On the
+annotations of 57 models on AlpacaEval 2's leaderboard, the two differ by at most 1.5e-5 percentage points; with the
+default penalty here and the cross-validated one there, by 0.18 points on average.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NO_PENALTY = 1e-9
 
 
 def judged(n=200, *, quality=0.4, taste=1.5, seed=0, hard=False):
-    """Probabilities of a judge that likes length, and both lengths; A is mostly the longer one."""
+    """Probabilities of a judge that prefers length, and both lengths; A is usually the longer one."""
     rng = np.random.default_rng(seed)
     a, b = rng.integers(50, 1500, n), rng.integers(20, 1000, n)
     q = expit(quality + taste * covariate(a, b))
@@ -32,7 +32,7 @@ def covariate(a, b):
 
 
 def by_sklearn(p, a, b, penalty):
-    """Soft targets as two weighted rows; an intercept that is not penalized. Without b, a is x itself."""
+    """Soft targets as two weighted rows, with an unpenalized intercept. If b is None, a is the covariate itself."""
     n, x = len(p), a if b is None else covariate(a, b)
     x, y = np.tile(x[:, None], (2, 1)), np.repeat([1, 0], n)
     model = LogisticRegression(C=1 / penalty, tol=1e-10, max_iter=10_000)
@@ -41,7 +41,7 @@ def by_sklearn(p, a, b, penalty):
 
 
 def with_four(p, a, b, rows, added):
-    """Resampled outcomes and x, with draws of two wins and two losses at equal length; as arguments of by_sklearn."""
+    """Arguments of by_sklearn: resampled rows, and draws from two wins and two losses at equal length."""
     scale = (a[rows] - b[rows]).std(ddof=1)
     outcomes = np.concatenate([p[rows], np.array([1.0, 1.0, 0.0, 0.0])[added]])
     return outcomes, np.concatenate([np.tanh((a[rows] - b[rows]) / scale), np.zeros(len(added))]), None
@@ -56,7 +56,7 @@ def test_it_is_the_intercept_of_sklearns_regression(seed, hard, penalty):
     rate, slope = by_sklearn(p, a, b, penalty)
     assert (found["win_rate"], found["slope"]) == pytest.approx((rate, slope), abs=1e-5)
     assert found["uncontrolled"] == pytest.approx(p.mean(), rel=1e-12)
-    assert found["win_rate"] < found["uncontrolled"] - 0.05  # length did help A
+    assert found["win_rate"] < found["uncontrolled"] - 0.05  # length helped A
     assert found["scale"] == pytest.approx((a - b).std(ddof=1), rel=1e-12)
     assert (found["longer"], found["n"]) == (pytest.approx((a > b).mean() + (a == b).mean() / 2), 200)
 
@@ -75,8 +75,8 @@ def test_it_is_what_scipys_optimizer_finds():
 
 
 @pytest.mark.parametrize(
-    # What get_length_controlled_winrate of alpaca_eval 0.6.6 gives on these probabilities, of outputs with these
-    # lengths: with the formula length_controlled_minimal, and LogisticRegression(C=1e8) or its own cross-validation.
+    # Results of alpaca_eval 0.6.6's get_length_controlled_winrate for these probabilities and lengths, with the formula
+    # length_controlled_minimal, and LogisticRegression(C=1e8) or its own cross-validation.
     ("seed", "taste", "plain", "cross_validated", "raw"),
     [(0, 1.5, 0.5653593479510908, 0.5642294871304278, 0.6656194513492451),
      (1, -0.7, 0.5906726689751629, 0.5864165340655995, 0.5347212606287637)],
@@ -101,7 +101,7 @@ def test_without_a_difference_in_length_it_is_the_mean():
 
 
 def test_with_two_kinds_of_differences_it_has_a_closed_form():
-    """Two values of x and two parameters: the fit goes through the log-odds of both means."""
+    """With two values of x and two parameters, the fit passes through the log-odds of both means."""
     p, a, b = [0.9, 0.7, 0.3, 0.2, 0.4], [30, 30, 10, 10, 10], [10, 10, 20, 20, 20]
     x = covariate(np.array(a), np.array(b))
     high, low = logit(0.8), logit(0.3)
@@ -116,7 +116,7 @@ def test_both_sides_add_up_and_the_unit_does_not_matter():
     one = length_controlled_win_rate(p, a, b)
     other = length_controlled_win_rate(1 - p, b, a)
     assert one["win_rate"] + other["win_rate"] == pytest.approx(1, abs=1e-8)
-    # What is drawn of the two wins and two losses that the interval adds is not turned with the sides.
+    # The draws from the added two wins and two losses are not swapped with the sides.
     assert (1 - one["interval"][1], 1 - one["interval"][0]) == pytest.approx(other["interval"], abs=0.02)
     assert one["slope"] == pytest.approx(other["slope"], abs=1e-8)
     words = length_controlled_win_rate(p, a / 6, b / 6)
@@ -134,7 +134,7 @@ def test_a_judge_that_only_counts_words_leaves_nothing():
 
 
 def test_the_interval_is_that_of_an_ordinary_bootstrap():
-    """Of the prompts, two wins and two losses; each resample is standardized and fitted on its own."""
+    """Over the prompts, two wins and two losses; each resample is standardized and fitted separately."""
     p, a, b = judged(40, seed=7)
     draws = np.random.default_rng(3).integers(44, size=(150, 44))
     rates = [by_sklearn(*with_four(p, a, b, d[d < 40], d[d >= 40] - 40), 0.1)[0] for d in draws]
@@ -144,12 +144,12 @@ def test_the_interval_is_that_of_an_ordinary_bootstrap():
 
 
 def test_prompts_that_occur_again_are_drawn_together():
-    """Three copies of each prompt tell no more than one: the added wins and losses weigh three times as much too."""
+    """Three copies of a prompt are worth no more than one; the added wins and losses weigh three times as much, too."""
     p, a, b = judged(40, seed=7)
     once = length_controlled_win_rate(p, a, b, penalty=0.1, resamples=300)["interval"]
     of = np.repeat(np.arange(40), 3)
     thrice = length_controlled_win_rate(p[of], a[of], b[of], of.tolist(), penalty=0.3, resamples=300)["interval"]
-    # The standard deviation of the lengths has n - 1 in it, which is 39 and 119.
+    # The standard deviation of the lengths divides by n - 1, which is 39 and 119.
     assert thrice == pytest.approx(once, abs=2e-3)
     alone = length_controlled_win_rate(p[of], a[of], b[of], penalty=0.3, resamples=300)["interval"]
     assert alone[1] - alone[0] < 0.7 * (once[1] - once[0])
@@ -191,7 +191,7 @@ def test_what_no_fit_without_a_penalty_can_say_stays_finite():
 
 
 def test_a_single_win_and_a_very_long_response():
-    """Newton's steps do not run away."""
+    """Newton's method does not diverge."""
     rng = np.random.default_rng(8)
     for n in (5, 30, 300):
         a, b = rng.integers(1, 20, n), rng.integers(1, 20, n)
@@ -219,7 +219,7 @@ def test_length_that_cannot_be_told_from_quality_is_none():
 
 
 def test_two_prompts_have_no_interval():
-    """In a fourth of the resamples there is only the one whose lengths differ."""
+    """A quarter of the resamples contain only the prompt with different lengths."""
     found = length_controlled_win_rate([0.9, 0.3], [5, 9], [3, 9])
     assert found["interval"] is None and 0.3 < found["win_rate"] < 0.9
 

@@ -1,4 +1,4 @@
-"""Measures against scipy's intervals and by hand."""
+"""Evaluation metrics against scipy's intervals and by hand."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ SAMPLES = {
 def test_bootstrap_is_scipys_within_its_noise(values, confidence):
     draws = {"n_resamples": 10_000, "rng": np.random.default_rng(0), "confidence_level": confidence}
     expected = stats.bootstrap((values,), np.mean, method="percentile", **draws).confidence_interval
-    # Standard error of a quantile of 10,000 draws from what is nearly a normal distribution; both are drawn.
+    # Standard error of a quantile of 10,000 nearly normal draws, times sqrt(2), as both sides are random.
     tail, spread = (1 - confidence) / 2, values.std() / math.sqrt(len(values))
     z = (expected.high - expected.low) / 2 / spread
     density = math.exp(-z * z / 2) / math.sqrt(2 * math.pi) / spread
     noise = math.sqrt(2 * tail * (1 - tail) / 10_000) / density
-    grain = 0.5 / len(values)  # means of halves lie on a grid
+    grain = 0.5 / len(values)  # means of multiples of 1/2 are on a grid
     found = bootstrap_mean(values.tolist(), confidence=confidence)
     assert found == pytest.approx((expected.low, expected.high), abs=5 * noise + grain)
     assert 5 * noise + grain < (expected.high - expected.low) / 5
@@ -83,7 +83,7 @@ def test_bootstrap_of_one_value_or_equal_values_is_a_point():
 
 
 def test_bootstrap_of_many_values_is_drawn_in_parts():
-    """Its memory is bounded; what is drawn does not show it."""
+    """This bounds the memory and does not affect the interval."""
     values = np.random.default_rng(4).normal(0, 1, 60_000)
     low, high = bootstrap_mean(values, resamples=200)
     assert low < values.mean() < high
@@ -110,14 +110,14 @@ def test_bootstrap_of_any_statistic_is_scipys_within_its_noise():
 
 
 def test_resamples_without_a_value_are_left_out_while_they_are_few():
-    values = np.array([1.0] * 3 + [0.0] * 3)  # in one of 64 resamples there is no 1
+    values = np.array([1.0] * 3 + [0.0] * 3)  # 1 in 64 resamples has no 1
 
     def share_of_ones(draws):
         ones = values[draws].sum(axis=1)
         return np.where(ones > 0, 1.0, np.nan)
 
     assert bootstrap(share_of_ones, 6) == (1.0, 1.0)
-    values[1:3] = 0  # now in a third
+    values[1:3] = 0  # now a third have none
     assert bootstrap(share_of_ones, 6) is None
 
 
@@ -150,7 +150,7 @@ def test_agreement_wants_a_choice_for_each_label():
 
 
 def test_position_bias_by_hand():
-    # Both are probabilities of response_1. The first position wins twice if p_12 > 0.5 > p_21.
+    # Both are probabilities of response_1. The first position wins both times if p_12 > 0.5 > p_21.
     p_12 = [0.9, 0.8, 0.2, 0.9, 0.1, 0.5, 0.9]
     p_21 = [0.1, 0.4, 0.7, 0.6, 0.3, 0.2, 0.5]
     found = position_bias(p_12, p_21)
@@ -160,7 +160,7 @@ def test_position_bias_by_hand():
 def test_position_bias_of_judges_that_know_one_answer():
     assert position_bias([0.9] * 4, [0.2] * 4)["first"] == 4  # always "1"
     assert position_bias([0.1] * 4, [0.8] * 4)["second"] == 4  # always "2"
-    assert position_bias([0.9, 0.1], [0.9, 0.1])["rate"] == 0.0  # the same response, wherever it stands
+    assert position_bias([0.9, 0.1], [0.9, 0.1])["rate"] == 0.0  # the same response in either position
     assert position_bias([0.5], [0.5])["rate"] == 0.0
     assert position_bias([], []) is None
 
@@ -201,6 +201,6 @@ def test_win_rate_of_nothing_is_an_error(nothing):
 
 
 def test_win_rate_of_ties_only():
-    found = win_rate([0.5, 0.5, 0.5 + 1e-12])  # the last digits of a mean over both orders are no preference
+    found = win_rate([0.5, 0.5, 0.5 + 1e-12])  # the rounding error of a mean over both orders is not a preference
     assert found == {"win_rate": 0.5, "interval": share_interval([0.5] * 3), "wins": 0, "ties": 3, "losses": 0}
     assert win_rate([0.5 + 1e-6])["wins"] == 1

@@ -1,4 +1,4 @@
-"""All against all, compared with a count by hand."""
+"""Round-robin comparisons against counts by hand."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_each_pair_is_its_win_rate_and_its_mirror_the_rest():
 
 def test_overall_counts_opponents_alike_and_leaves_out_who_was_not_judged():
     overall = all_against_all(["a", "b", "c"], P)["overall"]
-    # Prompts of a: (1 + 0)/2, (.5 + 1)/2, (0 + 1)/2, 1 alone.
+    # Per prompt, for a: (1 + 0)/2, (.5 + 1)/2, (0 + 1)/2, and 1 against a single opponent.
     assert overall["a"]["win_rate"] == pytest.approx((0.5 + 0.75 + 0.5 + 1) / 4)
     assert overall["b"] | {"interval": None} == {"win_rate": pytest.approx(0.5), "interval": None, "n": 3}
     assert overall["c"]["n"] == 4

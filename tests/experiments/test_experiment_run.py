@@ -1,4 +1,4 @@
-"""A comparison of several variants on a tiny model: shared stages, all judged against all, and a run that goes on."""
+"""A comparison of several variants on a tiny model: shared stages, round-robin judging, and resuming."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_what_arms_share_is_made_once(finished):
     plain, advantage, dpo = (RunFolder(finished / "variants" / name) for name in ("plain", "advantage", "dpo"))
     for other in (advantage, dpo):
         assert (other / "labels.jsonl").read_bytes() == (plain / "labels.jsonl").read_bytes()
-        assert other.results()["label"] == plain.results()["label"]  # the very same seconds, so nothing was asked
+        assert other.results()["label"] == plain.results()["label"]  # the same duration, so it was not run again
         assert (other / "preferences" / "dataset_info.json").exists()
     assert advantage.results()["reward"]["seconds"] != plain.results()["reward"]["seconds"]
     assert not (dpo / "reward").exists()
@@ -67,7 +67,7 @@ def test_the_tables_follow_from_the_judgments(finished):
     texts |= {name: [row["trained"] for row in rows(finished, name)] for name in names[1:]}
     labels = read_lines(finished / "labels.jsonl")
     prompts = [row["prompt"] for row in rows(finished, "plain")]
-    # With one order alone, as the variants' labels are made here, a judge that prefers a position would win all.
+    # Both orders, unlike the variants' labels here: in one order, a position-biased judge would decide everything.
     assert all(row["p_12"] is not None and row["p_21"] is not None for row in labels)
     by_key = {row["pair"]: row["p"] for row in labels}
     assert len(by_key) == len(labels)
@@ -89,7 +89,7 @@ def test_a_killed_run_asks_for_what_is_missing_only(recipe, finished):
     times = {
         name: os.stat(finished / "variants" / name / "policy").st_mtime_ns for name in ("plain", "advantage", "dpo")
     }
-    (finished / "variants").rename(finished / "arms")  # as an earlier version called it
+    (finished / "variants").rename(finished / "arms")  # its name in an earlier version
     run_comparison(recipe, installed_plugins(), finished.path, resume=True)
     after = finished.results()["compare"]
     assert after["sets"] == before["sets"] and len(read_lines(path)) == len(lines)

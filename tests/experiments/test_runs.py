@@ -1,4 +1,4 @@
-"""Finished runs side by side: by the same prompts, whatever else each of them evaluated."""
+"""Finished runs are compared on the prompts that they share."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def two(tmp_path):
 def test_the_difference_is_of_shared_prompts(two, capsys):
     app(["compare", *map(str, two)], standalone_mode=False)
     text = capsys.readouterr().out
-    p = binomtest(15, 15).pvalue  # on 15 of 40 prompts the second alone wins, on none the first alone
+    p = binomtest(15, 15).pvalue  # only the second run wins on 15 of 40 prompts, only the first on none
     assert f"held-out: +{100 * 15 / 40:.1f} points of win rate (95% interval +" in text
     assert f"on 40 prompts, sign test p = {p:.2g}: a clear difference" in text
     assert "  rl.algorithm: ppo | grpo\n" in text and "run.name" not in text and "Note" not in text

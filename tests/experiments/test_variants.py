@@ -1,4 +1,4 @@
-"""The list `compare` of a recipe: what a variant becomes, where its keys stand, and what is refused."""
+"""The list `compare` of a recipe: the resulting variants, the lines of their keys, and invalid input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is exported, where to, with which card; and what is refused. Pushes go to a local server by HF_ENDPOINT."""
+"""Exports: folders, model cards, pushes and refusals. HF_ENDPOINT sends the pushes to a local server."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ RESULTS = {
 
 @pytest.fixture
 def run(tiny_model, tmp_path):
-    """A run of which policy and reward model are trained, with numbers."""
+    """A run with a trained policy and reward model, and results."""
     run = make_run(tmp_path, tiny_model, data={"eval_prompts": "org/prompts:test"}, evaluate={"sets": {}})
     for what in ("policy", "reward"):
         add_trained(run, what)
@@ -156,7 +156,7 @@ def test_a_model_is_pushed_and_replaced(run, tmp_path, monkeypatch, capsys):
         assert repo.files["adapter_model.safetensors"] == adapter
         assert json.loads(repo.files["adapter_config.json"])["base_model_name_or_path"] == "org/base"
 
-        # The user chooses a license and adds a file; a whole model takes the adapter's place.
+        # The user chooses a license and adds a file; then a merged model replaces the adapter.
         repo.files["README.md"] = repo.files["README.md"].replace(b"---\n", b"---\nlicense: mit\n", 1)
         repo.files["LICENSE"] = b"MIT"
         hub.join(monkeypatch, tmp_path / "hf")

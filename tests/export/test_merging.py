@@ -1,4 +1,4 @@
-"""Exported models give the run's own numbers to programs that know nothing of this one."""
+"""Exported models give the run's own numbers in programs that do not know this library."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ ROWS = [[5, 9, 4, 7, 8, 30, 2], [5, 3, 60, 2]]
 
 
 def run_scores(folder, turns=TURNS, **options):
-    """What the run's own reward model says of conversations, one by one, in the tokens that it was trained on."""
+    """Scores from the run's own reward model, one conversation at a time, tokenized as in training."""
     model, tokenizer = load_reward_model(folder, **options), load_tokenizer(str(folder))
     rows = [encode_prompt(tokenizer, each[:-1]) + encode_response(tokenizer, each[-1]["content"]) for each in turns]
     with torch.no_grad():
@@ -52,7 +52,7 @@ def run_scores(folder, turns=TURNS, **options):
 
 
 def plain_scores(folder, side="right"):
-    """The same from plain transformers: the chat template's text, a padded batch."""
+    """The same scores from plain transformers: the chat template's text, in a padded batch."""
     model, tokenizer = (
         AutoModelForSequenceClassification.from_pretrained(folder).eval(),
         AutoTokenizer.from_pretrained(folder),
@@ -99,7 +99,7 @@ def test_pipelines_give_scores_and_no_probabilities(families, tmp_path):
     texts = [tokenizer.apply_chat_template(turns, tokenize=False) for turns in TURNS]
     found = pipeline("text-classification", model=str(folder), tokenizer=tokenizer)(texts, batch_size=2)
     expected = run_scores(run / "reward")
-    assert not ((0 <= expected) & (expected <= 1)).all()  # which probabilities could not be
+    assert not ((0 <= expected) & (expected <= 1)).all()  # so they are not probabilities
     assert [each["score"] for each in found] == pytest.approx(expected.tolist(), rel=1e-4)
 
 
@@ -117,7 +117,7 @@ def test_a_base_in_four_bits_is_dequantized_first(families, tmp_path):
     folder = export_model(run.path, "reward", ExportOptions(merge=True)).folder
     expected = run_scores(run / "reward", dtype="float32", quantization="nf4")
     torch.testing.assert_close(plain_scores(folder), expected, rtol=1e-4, atol=1e-4)
-    assert (run_scores(run / "reward", dtype="float32") - expected).abs().max() > 0.01  # on the original weights
+    assert (run_scores(run / "reward", dtype="float32") - expected).abs().max() > 0.01  # unquantized, it differs
     config = json.loads((folder / "config.json").read_text())
     assert "quantization_config" not in config and config["dtype"] == "float32"
     assert "It was trained on the base in 4 bits (NF4)." in (folder / "README.md").read_text()
@@ -131,7 +131,7 @@ def test_bfloat16_stays_bfloat16(families, tmp_path):
 
 
 def test_a_tokenizer_without_a_token_for_padding_gets_one(tmp_path):
-    """Else the end of a turn, at which the score is read, would be taken for padding."""
+    """Otherwise the end-of-turn token, where the score is read, would be taken for padding."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -199,9 +199,9 @@ def test_a_merged_policy_is_base_plus_adapter(families, kind, tmp_path):
     assert AutoTokenizer.from_pretrained(folder).chat_template == CHAT_TEMPLATE
 
 
-@pytest.mark.filterwarnings("ignore:Model with")  # PEFT's own word on it
+@pytest.mark.filterwarnings("ignore:Model with")  # PEFT's own warning about it
 def test_an_adapter_that_cannot_be_merged_is_refused(families, tmp_path):
-    """The embedding has an adapter and is the output, too, which has none."""
+    """The embedding has an adapter, and is tied to the output head, which has none."""
     small = AutoModelForCausalLM.from_pretrained(families("llama"))
     small.config.tie_word_embeddings = True
     small.tie_weights()
@@ -251,7 +251,7 @@ def test_a_conversation_is_rendered_as_it_was_trained_on(template, kwargs):
         template, tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer)), kwargs
     )
     assert [tokenizer.apply_chat_template(each, return_dict=False) for each in TURNS] == rows
-    # Prompts are what they were, and a caller's variables go before the run's.
+    # Prompts are unchanged, and a caller's variables override the run's.
     assert [tokenizer.apply_chat_template(t[:-1], tokenize=False, add_generation_prompt=True) for t in TURNS] == prompts
     if template == QWEN and kwargs:
         thinking = tokenizer.apply_chat_template(

@@ -1,1 +1,1 @@
-"""Tiny models, tokenizers and datasets, made on the spot."""
+"""Shared test helpers: tiny models, tokenizers, data, recipes and servers."""

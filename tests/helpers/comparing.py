@@ -1,4 +1,4 @@
-"""By how much the artefacts of two runs differ: in numbers, and in anything else."""
+"""Compare the artifacts of two runs, with the size of numeric differences."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from safetensors.torch import load_file
 
 from helpers.killing import content
 
-# What tells how a run was computed and not what it made, or shows the same again.
+# Files that describe how a run was computed, or repeat its results.
 _LEFT_OUT = ("recipe.yaml", "report.html", "report.md", "README.md", "state.json", "training_args.bin")
 _FOLDERS = (".state", "checkpoints", "superseded", "report")
 
 
 def differences(one: Path, other: Path) -> dict[str, float]:
-    """By artefact of two runs' folders the largest difference of two numbers, without times.
+    """The largest numeric difference per artifact of two run folders, without times.
 
     Returns:
-        0 where nothing differs, not a byte of a file that has no times; a difference is relative to the larger of the
-        two numbers where that is above 1. Infinity: something else than a number differs, or is missing in one.
+        0 for identical artifacts (byte-identical if they contain no times). A difference is relative to the larger
+        number if that is above 1. Infinity if anything but a number differs, or is missing from one run.
     """
     files = [_artefacts(folder) for folder in (one, other)]
     found = dict.fromkeys(sorted(files[0].keys() ^ files[1].keys()), math.inf)
@@ -44,13 +44,13 @@ def _content(path: Path, run: Path) -> Any:
         return Dataset.from_file(str(path)).to_list()
     if path.name == "labels.jsonl":
         rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-        # A setup is a digest of, among others, the weights of a taught judge.
+        # A setup is a digest of, among other things, a taught judge's weights.
         return [{key: value for key, value in row.items() if key not in ("crc32", "setup")} for row in rows]
     return content(path, run)
 
 
 def difference(ours: Any, theirs: Any) -> float:
-    """The largest one of two values, which may hold others."""
+    """The largest difference between two values, which may be nested."""
     if ours == theirs:
         return 0.0
     if isinstance(ours, dict) and isinstance(theirs, dict) and ours.keys() == theirs.keys():

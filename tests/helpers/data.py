@@ -1,4 +1,4 @@
-"""What tests of data share: turns of a conversation, sides of a pair, and the message of an error."""
+"""Shared by the data tests: conversation turns, the sides of a pair, and error messages."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def says(text: str) -> dict[str, str]:
 
 
 def fails(source: Any, load: Callable[..., Any] = load_pairs, **kwargs: Any) -> str:
-    """The message of the error with which a source is refused."""
+    """The message of the UserError that loading a source raises."""
     with pytest.raises(UserError) as caught:
         load(source, **kwargs)
     return str(caught.value)
 
 
 def sides(pair: Pair) -> tuple[str, str]:
-    """The preferred response, and the other one."""
+    """The preferred response and the other one."""
     return (pair.response_1, pair.response_2) if pair.human == 1 else (pair.response_2, pair.response_1)

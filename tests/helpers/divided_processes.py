@@ -1,4 +1,4 @@
-"""Work that processes divide; as a script, with tests/ on PYTHONPATH, one process of several."""
+"""Work divided among processes. Run as a script (tests/ on PYTHONPATH), this is one of several processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ UNITS = "abcdefg"
 
 
 def _shared() -> dict[str, Any]:
-    """What is found of seven units, and which of them this process computed."""
+    """The results for seven units, and the units this process computed, inside and outside of ``dividing``."""
     computed: list[str] = []
 
     def compute(unit: str) -> str:
@@ -29,7 +29,7 @@ def _shared() -> dict[str, Any]:
 
 
 def _told(rank: int) -> dict[str, Any]:
-    """What the first process's iterator gives, and whether this one was asked for its own."""
+    """The items of the first process's iterator, and whether this process's own iterator was used."""
     asked: list[int] = []
 
     def items() -> Iterator[int]:
@@ -53,7 +53,7 @@ def _failing(act: Callable[[], Any]) -> tuple[str, str]:
 
 def _failed(rank: int) -> dict[str, Any]:
     def refuse(unit: str) -> str:
-        if unit == "e":  # of the second round, by the second of three
+        if unit == "e":  # in the second round, by the second of three processes
             raise UserError("No e.", fix="Take another letter.")
         return unit
 

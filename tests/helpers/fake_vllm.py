@@ -1,7 +1,7 @@
-"""What this project uses of vLLM 0.31.0, computed by transformers in float64, for machines without vLLM.
+"""The part of vLLM 0.31.0 that this project uses, computed by transformers in float64, for machines without vLLM.
 
-The parameters are all that may be given, with vLLM's own names and defaults; ``make test-servers`` compares them with
-an installed vLLM.
+Only these parameters may be passed. They have vLLM's names and defaults; ``make test-servers`` compares them with an
+installed vLLM.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class LoRARequest:
 
 
 class LLM:
-    """Started engines are in ``started``, the requests of each call in ``calls``."""
+    """``started`` holds the engines started, ``calls`` the requests of each call."""
 
     started: list[LLM] = []
 
@@ -97,7 +97,7 @@ class LLM:
         self.events.append("wake")
 
     def _read(self, name: str, path: str) -> None:
-        """An adapter is read once: what its folder holds later is not seen."""
+        """Load an adapter once: later changes to its folder are not seen."""
         assert self.options["enable_lora"]
         if self.adapted is None:
             self.adapted = PeftModel.from_pretrained(self.base, path, adapter_name=name)
@@ -132,13 +132,13 @@ class LLM:
 
 
 def parameters(function: Any) -> dict[str, Any]:
-    """By name, the default of each parameter; nothing where it has none."""
+    """The default of each parameter, by name; None if it has none."""
     found = inspect.signature(function).parameters.values()
     return {p.name: None if p.default is p.empty else p.default for p in found if p.name != "self"}
 
 
 def install(monkeypatch: Any) -> type[LLM]:
-    """Have ``import vllm`` find this."""
+    """Make ``import vllm`` find these classes."""
     modules = {name: ModuleType(name) for name in ("vllm", "vllm.lora", "vllm.lora.request")}
     vars(modules["vllm"]).update(LLM=LLM, SamplingParams=SamplingParams, __version__=VERSION)
     vars(modules["vllm.lora.request"]).update(LoRARequest=LoRARequest)

@@ -1,4 +1,4 @@
-"""Tiny random models of families that differ in what matters here: their classes, their layers, their attention."""
+"""Tiny random models of families that differ in class, layers and attention."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _VISION = {"hidden_size": 32, "intermediate_size": 48, "patch_size": 8}
 
 
 def family_config(kind: str) -> PretrainedConfig:
-    """By transformers' own name of a text model, or ``gemma3`` or ``qwen3_5``, which read images too."""
+    """The config of a text model by its transformers model type, or of the multimodal ``gemma3`` or ``qwen3_5``."""
     if kind in _TEXT:
         return CONFIG_MAPPING[kind](**_TOKENS | _TEXT[kind])
     vision: dict[str, Any] = {
@@ -61,7 +61,7 @@ def family_config(kind: str) -> PretrainedConfig:
 
 
 def make_family(kind: str, *, auto: Any = AutoModelForCausalLM, scale: float = 0.25) -> PreTrainedModel:
-    """A model with random float32 weights, wide enough that outputs differ visibly between prompts."""
+    """A model with random float32 weights, large enough that outputs differ visibly between prompts."""
     torch.manual_seed(0)
     model = auto.from_config(family_config(kind), dtype=torch.float32).eval()
     with torch.no_grad():
@@ -72,7 +72,7 @@ def make_family(kind: str, *, auto: Any = AutoModelForCausalLM, scale: float = 0
 
 
 def save_family(kind: str, folder: Any) -> str:
-    """A checkpoint as it is on the Hub, with a tokenizer; returns its path."""
+    """Save a checkpoint as found on the Hub, with a tokenizer; returns its path."""
     several = kind in ("gemma3", "qwen3_5")
     make_family(kind, auto=AutoModelForImageTextToText if several else AutoModelForCausalLM).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Tiny models of families that transformers itself computes wrong under left padding or with a cache."""
+"""Tiny models of families that transformers itself computes incorrectly with left padding or with a cache."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-# Wrong where prompts are padded on the left: RecurrentGemma altogether, MiniMax while it samples. Zamba2 is wrong
-# with a cache, padded or not.
+# With left-padded prompts, RecurrentGemma is always wrong, and MiniMax only when sampling. Zamba2 is wrong with a
+# cache, padded or not.
 FAULTY = {
     "RecurrentGemma": {"num_hidden_layers": 3, "attention_window_size": 16, "lru_width": 32},
     "MiniMax": {
@@ -40,13 +40,13 @@ FAULTY = {
         "attention_head_dim": 16,
         "kv_channels": 8,
         "num_key_value_heads": 4,
-        "time_step_min": 0.1,  # what its cached step leaves out
+        "time_step_min": 0.1,  # ignored by its cached step
     },
 }
 
 
 def faulty(family: str):
-    """A tiny model of a family, with weights so large that its faults show."""
+    """A tiny model of a family, with weights large enough for its bug to show."""
     if not hasattr(transformers, f"{family}ForCausalLM"):
         pytest.skip(f"this transformers has no {family}")
     config = getattr(transformers, f"{family}Config")(**SIZES | FAULTY[family])

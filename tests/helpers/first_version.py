@@ -1,7 +1,7 @@
-"""A run folder of the first version: its text files as they were written, and markers as it wrote them.
+"""A run folder as the first version left it: its original text files, and markers in its format.
 
-The numbers are those of a run of ``write_recipe`` with the sections below on the tiny model. Weights are not kept:
-nothing that is complete reads them.
+The numbers come from a run of ``write_recipe`` with the sections below on the tiny model. Weights are placeholders:
+completed stages do not read them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WEIGHTS = ("sft", "preferences", "reward", "policy", "checkpoints/sft", "checkpo
 
 
 def write_first_version(base: Path, model: str, **sections: object) -> tuple[Path, Path]:
-    """(recipe, run folder); ``sections`` as of ``write_recipe`` change what the run was made with."""
+    """Returns (recipe, run folder); ``sections`` change the run's recipe, as in ``write_recipe``."""
     rows = [{"prompt": f"what is {i}?", "completion": " a city"} for i in range(4)]
     (base / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = write_recipe(base, model, **SECTIONS, **sections)
@@ -53,7 +53,7 @@ def write_first_version(base: Path, model: str, **sections: object) -> tuple[Pat
 
 
 def fingerprints(saved: dict) -> dict[str, str]:
-    """As the first version made them of this recipe, whose only judge's prompt is label's."""
+    """The first version's fingerprints for this recipe, in which only label has a judge prompt."""
     common = [{name: saved[name] for name in ("run", "model", "data")} | {"run": {"seed": saved["run"]["seed"]}}]
     common += [{key: _content(value) for key, value in saved["data"].items() if isinstance(value, str)}]
     before, found = json.dumps(common, sort_keys=True, default=str), {}

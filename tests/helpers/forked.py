@@ -1,4 +1,4 @@
-"""Processes that begin with what a run imports already loaded; a fresh interpreter spends eight seconds on that."""
+"""Processes that start with a run's imports already loaded, which take a fresh interpreter eight seconds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-# Loaded once, by the server that the processes are forked from.
+# Loaded once, by the fork server.
 _PRELOADED = [
     "trl_rlaif",
     "trl_rlaif.pipeline.runner",
@@ -38,9 +38,9 @@ def start(
     environment: Mapping[str, str] | None = None,
     output: str = os.devnull,
 ) -> BaseProcess:
-    """Call a function of a module in a process of its own; what it prints is appended to ``output``.
+    """Call a module-level function in a separate process; its output is appended to ``output``.
 
-    All of them order a set of strings alike, other than fresh interpreters.
+    Unlike fresh interpreters, these processes all iterate over a set of strings in the same order.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
@@ -51,18 +51,18 @@ def start(
 
 
 def start_command(*arguments: object, **options: Any) -> BaseProcess:
-    """``trl-rlaif ARGUMENTS``; the process's exit code is the command's."""
+    """Start ``trl-rlaif ARGUMENTS``; the process exits with the command's exit code."""
     return start(run_command, [str(argument) for argument in arguments], **options)
 
 
 def run_script(script: str, arguments: Sequence[str]) -> None:
-    """What ``python script ARGUMENTS`` runs."""
+    """Run a script as ``python script ARGUMENTS`` does."""
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
 
 
 def run_command(arguments: list[str]) -> None:
-    """What ``trl-rlaif ARGUMENTS`` runs."""
+    """Run the command ``trl-rlaif ARGUMENTS``."""
     from trl_rlaif.cli import main
 
     sys.argv = ["trl-rlaif", *arguments]
@@ -70,9 +70,9 @@ def run_command(arguments: list[str]) -> None:
 
 
 def allow_fsdp_on_cpu() -> None:
-    """Have accelerate take FSDP on CPUs where it is told to, as on GPUs; it would take DDP, without a word.
+    """Make accelerate use FSDP on CPUs when configured to; otherwise, it silently uses DDP.
 
-    torch's own works there.
+    torch's FSDP itself works on CPUs.
     """
     if os.environ.get("ACCELERATE_USE_FSDP") != "true":
         return

@@ -1,4 +1,4 @@
-"""Reward model, PPO, RLOO and GRPO with FSDP2: as a script, with tests/ on PYTHONPATH, this is one of two processes."""
+"""Reward model, PPO, RLOO and GRPO with FSDP2. Run as a script (tests/ on PYTHONPATH), this is one of two processes."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from trl_rlaif.models import sharding
 from trl_rlaif.models.loading import ModelSpec, load_model
 from trl_rlaif.rl.grpo_rloo import trainer as group_trainer
 
-# In the process that writes a checkpoint, it releases what PPO has gathered.
+# Writing a checkpoint releases the weights that PPO gathered, in the process that writes it.
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 
 
 def groups(folder: Path, model: str, algorithm: str, *, layers: bool) -> dict[str, Any]:
-    """Three steps with rehearsal and checkpoints; whose layers are shared out, or not."""
+    """Three steps with rehearsal and checkpoints, with sharded or whole layers."""
     group_trainer.hand_over = partial(sharding.hand_over, layers=layers)
     return group_processes.ours(folder, model, algorithm, **group_processes.REHEARSED, **SAVING)
 
 
 def nf4(path: str) -> dict[str, Any]:
-    """A step on a 4-bit base of which this process has a part, and one on a whole one.
+    """A step on a sharded 4-bit base, and one on a whole base.
 
     Returns:
-        Of ``part``, ``gathered`` and ``whole``: loss; gradients of the adapters by name, but for ``gathered``; and how
-        many numbers hold a layer's 4-bit weights in this process.
+        For each of ``part``, ``gathered`` and ``whole``: loss; gradients of the adapters by name (not for
+        ``gathered``); held, the number of elements that store one 4-bit weight in this process.
     """
     accelerator, found = Accelerator(cpu=True), {}
     tokens = torch.arange(3, 13)[None] + accelerator.process_index
@@ -57,7 +57,7 @@ def _held(model: Any) -> int:
 
 
 def main(output: str, model: str) -> None:
-    """Each process writes what it saw to ``output/RANK.pt``."""
+    """Each process writes its results to ``output/RANK.pt``."""
     allow_fsdp_on_cpu()
     torch.set_num_threads(1)
     folder = Path(output)

@@ -1,4 +1,4 @@
-"""The modules of benchmarks/gpu, which are scripts beside each other, for tests."""
+"""Import the modules of benchmarks/gpu, which are scripts in one folder, in tests."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 GPU = Path(__file__).parents[2] / "benchmarks" / "gpu"
-# Names that other tests may have given to other modules.
+# Other tests may have imported other modules under these names.
 _NAMES = ("models", "ppo", "ablation", "sides", "reward")
 
 
 @pytest.fixture
 def sides(monkeypatch):
-    """The module that measures a side; inside, its neighbours can be imported too."""
+    """The module that measures one side; while it is in use, its neighbors can be imported too."""
     for folder in (GPU.parent, GPU):
         monkeypatch.syspath_prepend(str(folder))
     for name in _NAMES:

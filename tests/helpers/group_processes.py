@@ -1,4 +1,4 @@
-"""RLOO and GRPO in several processes: as a script, with tests/ on PYTHONPATH, this is one of them."""
+"""RLOO and GRPO in several processes. Run as a script (tests/ on PYTHONPATH), this is one of them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SETTINGS = {
     "rewards": ["helpers.rewards:even_share"],
     "num_generations": 2,
     "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 4,  # of the run: each of two processes takes 2 x 2 responses a step
+    "gradient_accumulation_steps": 4,  # for the whole run: each of two processes takes 2 x 2 responses per step
     "total_episodes": 24,
     "kl_coef": 0.1,
     "learning_rate": 1e-2,
@@ -46,7 +46,7 @@ def _seen(trainer: Any, parameters: Any) -> dict[str, Any]:
 
 
 def _context(folder: Path, model: str, **sections: Any) -> Context:
-    distributed.wait()  # nobody reads any more what is written anew
+    distributed.wait()  # no process still reads the files rewritten below
     if distributed.is_first():
         folder.mkdir(exist_ok=True)
         write_recipe(folder, model, **NONE | sections)
@@ -72,7 +72,7 @@ def ours(folder: Path, model: str, algorithm: str, **rl: Any) -> dict[str, Any]:
 
 
 def plain_trainer(context: Context, folder: Path, algorithm: str, **options: Any) -> Any:
-    """TRL's trainer alone, on a recipe's prompts and model."""
+    """TRL's own trainer on a recipe's prompts and model."""
     trainer_class, config_class = TRAINERS[algorithm]
     prompts = [p.prompt for p in load_prompts(str(folder / "train.jsonl"), category="category").items]
     model = context.recipe.model.path
@@ -92,7 +92,7 @@ def plain_trainer(context: Context, folder: Path, algorithm: str, **options: Any
 
 
 def plain(folder: Path, model: str, algorithm: str) -> dict[str, Any]:
-    """The same with TRL alone."""
+    """The same with TRL's own trainer."""
     context = _context(folder, model, rl=SETTINGS | {"algorithm": algorithm})
     sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     trainer = plain_trainer(context, folder, algorithm, max_steps=3, learning_rate=1e-2, **sizes)
@@ -101,7 +101,7 @@ def plain(folder: Path, model: str, algorithm: str) -> dict[str, Any]:
 
 
 def main(output: str, model: str) -> None:
-    """Each process writes what it saw to ``output/RANK.pt``."""
+    """Each process writes its results to ``output/RANK.pt``."""
     torch.set_num_threads(1)
     folder, found = Path(output), {}
     for name in TRAINERS:

@@ -1,4 +1,4 @@
-"""A stand-in for the Hub: as much of its API as pushing a model and reading it back need, in this process."""
+"""A fake Hub in this process, with as much of its API as pushing a model and loading it back needs."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ class Repo:
 
 @dataclass
 class Hub:
-    """What is stored, and where the server is."""
+    """The stored repositories, and the server's address."""
 
     endpoint: str = ""
     repos: dict[str, Repo] = field(default_factory=dict)
 
     def environment(self, cache: Path) -> dict[str, str]:
-        """Variables with which a new process talks to this server."""
+        """Environment variables that point a new process at this server."""
         return {"HF_ENDPOINT": self.endpoint, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "HF_HOME": str(cache)}
 
     def join(self, monkeypatch: pytest.MonkeyPatch, cache: Path, token: str = TOKEN) -> None:
-        """Have this process do so, which has read these variables long ago."""
+        """Point this process at the server; it has already read these environment variables."""
         known = {"ENDPOINT": self.endpoint, "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(cache)}
         known["HUGGINGFACE_CO_URL_TEMPLATE"] = self.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         for name, value in known.items():
             monkeypatch.setattr(constants, name, value)
-        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # which knows an earlier server
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # may point at an earlier server
         monkeypatch.setenv("HF_TOKEN", token)
 
 
 @contextmanager
 def fake_hub() -> Iterator[Hub]:
-    """A server that ends with the block."""
+    """A server that stops at the end of the block."""
     hub = Hub()
 
     class Handler(_Handler):
@@ -147,7 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
         if parts[0] == "api":
             _, _, user, name, *what = parts
             files = self.store.repos[f"{user}/{name}"].files
-            if what[0] != "tree" or what[2:]:  # a folder, which no repository has here
+            if what[0] != "tree" or what[2:]:  # a subfolder, which no repository has here
                 self._json({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound")
                 return
             tree = [{"type": "file", "path": p, "size": len(x), "oid": _oid(x)} for p, x in files.items()]

@@ -1,4 +1,4 @@
-"""The tokenizers and models that real judges are tried with; prompts and scripted judge are the test kit's."""
+"""Tokenizers and models for tests of real judges; prompts and the scripted judge come from the test kit."""
 
 from __future__ import annotations
 
@@ -97,12 +97,12 @@ def _wrapped(backend: str, chat: bool, tokens: dict[str, str]) -> PreTrainedToke
 
 
 def joined_digits(*, chat: bool = True) -> PreTrainedTokenizerFast:
-    """Byte-level BPE that keeps digits together: "10" is one token, and " 1" too."""
+    """Byte-level BPE that keeps digits together: "10" is one token, and so is " 1"."""
     return _wrapped(_trained_bytes(), chat, _BYTES)
 
 
 def sentence_pieces(*, chat: bool = True, unigram: bool = True) -> PreTrainedTokenizerFast:
-    """As SentencePiece does it: a space opens the next piece, "▁1" is one token; <s> begins plain text."""
+    """SentencePiece style: a space starts the next piece, so "▁1" is one token; plain text starts with <s>."""
     return _wrapped(_trained_pieces(unigram), chat, _PIECES)
 
 
@@ -122,7 +122,7 @@ _SHAPE = {
     "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "initializer_range": 0.3,  # wide, so that answers differ visibly between questions
+    "initializer_range": 0.3,  # large, so that answers differ visibly between questions
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
@@ -130,12 +130,12 @@ _GQA = {**_SHAPE, "num_key_value_heads": 2}
 
 
 def llama(*, length: int = 2048) -> torch.nn.Module:
-    """With fewer heads for keys than for queries."""
+    """With grouped-query attention."""
     return _made(LlamaForCausalLM, LlamaConfig(max_position_embeddings=length, **_GQA))
 
 
 def gpt2(*, length: int = 2048) -> torch.nn.Module:
-    """With absolute positions."""
+    """With absolute position embeddings."""
     shape = {"vocab_size": 400, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
     return _made(GPT2LMHeadModel, GPT2Config(n_positions=length, initializer_range=0.3, **shape))
 
@@ -147,7 +147,7 @@ def mistral(*, window: int | None, length: int = 2048) -> torch.nn.Module:
 
 
 def chunked(*, chunk: int = 32, length: int = 2048) -> torch.nn.Module:
-    """Said to attend in chunks, which packing does not know, so that it is padded; in truth it does not."""
+    """Its config claims chunked attention, which packing does not support, so its inputs are padded."""
     model = llama(length=length)
     model.config.attention_chunk_size = chunk
     return model
@@ -173,11 +173,11 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
 }
 
 
-# ---- What real judges are compared with -----------------------------------------------------------------
+# ---- References for real judges -------------------------------------------------------------------------
 
 
 def plain_text(judge: LocalJudge, question: Question, opening: str) -> str:
-    """A question up to what its answer begins with, as the chat template or plain text has it."""
+    """A question and the opening of its answer, with the chat template or as plain text."""
     if not judge.tokenizer.chat_template:
         return "".join(f"{message['content']}\n\n" for message in question.messages) + opening
     messages = list(question.messages)
@@ -186,7 +186,7 @@ def plain_text(judge: LocalJudge, question: Question, opening: str) -> str:
 
 @torch.no_grad()
 def path_probability(model: torch.nn.Module, context: Sequence[int], path: Sequence[int]) -> float:
-    """Probability of some tokens behind others: one forward pass over one sequence, in float64 from the logits on."""
+    """Probability of tokens after a context: one forward pass over one sequence, in float64 from the logits on."""
     ids = torch.tensor([[*context, *path]], device=next(model.parameters()).device)
     logprobs = model(input_ids=ids).logits[0].double().log_softmax(-1)
     return math.exp(sum(logprobs[len(context) + i - 1, token].item() for i, token in enumerate(path)))
@@ -195,10 +195,10 @@ def path_probability(model: torch.nn.Module, context: Sequence[int], path: Seque
 def plain_answer(
     judge: LocalJudge, question: Question, candidates: Sequence[str], opening: str | None = None
 ) -> list[float]:
-    """Log-probabilities of the candidates by their definition, one forward pass for each way to spell one.
+    """Log-probabilities of the candidates by definition, with one forward pass per tokenization of each.
 
-    A candidate is spelled as the tokenizer spells it at the end of the whole text. One that another begins with
-    ("1" and "10") is not given where the other is; the other may also be spelled in two.
+    A candidate is tokenized at the end of the whole text. If it is a prefix of another ("1" of "10"), the probability
+    of the other is subtracted; the other may also be tokenized in two parts.
     """
     text = plain_text(judge, question, question.ending if opening is None else opening)
     special = {} if not judge.tokenizer.chat_template else {"add_special_tokens": False}
@@ -230,7 +230,7 @@ def plain_answer(
 
 
 def in_double(judge: LocalJudge) -> LocalJudge:
-    """The same judge with weights in float64, as the truth to compare with."""
+    """The same judge with float64 weights, as a reference."""
     other = copy.copy(judge)
     other.model = copy.deepcopy(judge.model).double()
     return other

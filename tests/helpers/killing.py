@@ -1,4 +1,4 @@
-"""Runs of every kind of stage that are killed at a moment counted in steps of work, and what two runs differ in."""
+"""Kill runs of every kind of stage after a given number of file changes, and compare the folders of two runs."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from helpers import forked
 from helpers.processes import environments
 from helpers.recipes import write_prompt_folder, write_recipe, write_rows
 
-# What is measured in time, says how the command was given, or names the run's folder.
+# Keys of timings, of the command line, and of paths in the run folder.
 _TIMED = re.compile(r"seconds|.*_per_second|share_of_time|eps|.*time|time/.*|command|best_model_checkpoint")
 _SHOWN_TIMES = re.compile(
     r"\d+(\.\d+)? (s|min|h)\b|<td>(eps|time/).*|fraction of the updates.*?</dd>|<pre><code>trl-rlaif run.*"
 )
-# What a run keeps only while it is at work.
+# Files that exist only while a run is active.
 _AT_WORK = ("progress.json", "lock", "writable")
-# What names the run's folder, what is a digest of times, what the datasets library caches, and where labels stand in a
-# file that is compared.
+# Files and keys with the run folder's name, with digests of times, the cache of the datasets library, or the positions
+# of labels in a file that is itself compared.
 _OTHER = (
     "training_args.bin", "content.json", "results.json", "metrics.jsonl", "crc32", "cache-", "tmp", "labels.index"
 )  # fmt: skip
@@ -64,7 +64,7 @@ _REJECTION = {
 _PEOPLE = {"prompts": None, "pairs": "pairs.jsonl", "format": "responses"}
 _DPO = {"algorithm": "dpo", "max_steps": 3, "num_train_epochs": 2}
 
-# Sections of tiny recipes (helpers.recipes), by what they are about.
+# Sections of tiny recipes (helpers.recipes), by the stages or algorithm they run.
 RECIPES: dict[str, dict[str, Any]] = {
     "sample, label, reward": {
         "label": {
@@ -138,7 +138,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def prepare(folder: Path, model: str, name: str) -> Path:
-    """Write one of these recipes, and its data, into a folder."""
+    """Write one of these recipes and its data into a folder."""
     sections = RECIPES[name]
     recipe = write_recipe(folder, model, **{key: value for key, value in sections.items() if key != "compare"})
     written = yaml.safe_load(recipe.read_text())
@@ -161,12 +161,12 @@ def prepare(folder: Path, model: str, name: str) -> Path:
 
 @dataclass
 class Trial:
-    """What was done to one kind of run.
+    """The kills of one kind of run, and their outcome.
 
     Args:
         kills: Signals, in order.
-        runs: That were killed once at least and resumed until their end.
-        failed: Ends that are neither the signal's nor success, with what was printed last.
+        runs: Number of runs that were killed, and resumed to completion.
+        failed: Exits that are neither success nor due to the signal, with the last output.
         differences: Between an undisturbed run and each of these.
     """
 
@@ -177,9 +177,9 @@ class Trial:
 
 
 def try_kills(folder: Path, model: str, name: str, kills: int, draw: random.Random) -> Trial:
-    """Run once undisturbed; then kill runs so often, resume each until its end, and compare.
+    """Run once undisturbed; then kill runs ``kills`` times in total, resume each to completion, and compare.
 
-    One kill in five comes after a time, the others before a change to a file or folder of the run.
+    One kill in five comes after a random delay, the others before a change to a file or folder of the run.
     """
     folder.mkdir()
     recipe, trial, count = prepare(folder, model, name), Trial(), 2 if name.startswith("two") else 1
@@ -222,17 +222,17 @@ def run(
     launcher: str = "ddp",
     options: Sequence[str] = (),
 ) -> int:
-    """Start or resume a run, and wait for its end.
+    """Start or resume a run, and wait for it to end.
 
     Args:
         recipe: Its recipe.
-        folder: Its folder. How many changes a process made is in ``FOLDER.changes``, if it was not killed.
-        at: It is killed before its n-th change to a file or folder of ``folder``; None: it is not.
-        after: It is killed after so many seconds.
+        folder: Its folder. The number of changes is written to ``FOLDER.changes``, unless the process is killed.
+        at: Kill it before its n-th change to a file or folder in ``folder``; None for never.
+        after: Kill it after this many seconds.
         kind: The signal.
-        processes: How many share the run; the first one is killed, and with it the others.
-        launcher: What they are started as, where they are several: ddp or fsdp2.
-        options: Further ones of the command.
+        processes: Number of processes; the first one gets the signal, then the others are killed.
+        launcher: How several processes are launched: ddp or fsdp2.
+        options: Further options of the command.
 
     Returns:
         The exit code of the first process.
@@ -254,7 +254,7 @@ def run(
 def _run(recipe: str, folder: str, at: int | None, kind: int, options: Sequence[str]) -> None:
     from matplotlib.figure import Figure
 
-    Figure.savefig = lambda self, file, **options: file.write(b'<svg viewBox="0 0 1 1"/>')  # drawing takes longest
+    Figure.savefig = lambda self, file, **options: file.write(b'<svg viewBox="0 0 1 1"/>')  # drawing is slowest
     first = os.environ.get("RANK", "0") == "0"
     counted = _count(os.path.realpath(folder), at if first else None, kind)
     try:
@@ -265,7 +265,7 @@ def _run(recipe: str, folder: str, at: int | None, kind: int, options: Sequence[
 
 
 def _count(folder: str, at: int | None, kind: int) -> list[str]:
-    """Collect the changes below a folder, of which Python's audit events tell before each is made."""
+    """Record the changes below a folder from Python's audit events; send the signal before the ``at``-th change."""
     found: list[str] = []
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -288,7 +288,7 @@ def _count(folder: str, at: int | None, kind: int) -> list[str]:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """In what two runs' folders differ, a line each: which files there are, and what is in them, but for times."""
+    """The differences between two run folders, one per line: which files exist, and their contents, without times."""
     files = [_files(folder) for folder in (one, other)]
     found = [f"only in {one.name}: {name}" for name in sorted(files[0].keys() - files[1].keys())]
     found += [f"only in {other.name}: {name}" for name in sorted(files[1].keys() - files[0].keys())]
@@ -302,22 +302,22 @@ def differences(one: Path, other: Path) -> list[str]:
 def _files(folder: Path) -> dict[str, Path]:
     paths = (path for path in folder.rglob("*") if path.is_file())
     left_out = (*_AT_WORK, *_OTHER)
-    compared = ("results.json", "metrics.jsonl")  # themselves, but not digests of their times
+    compared = ("results.json", "metrics.jsonl")  # the files are compared, but not their digests, which depend on times
     kept = (path for path in paths if path.name in compared or not path.name.startswith(left_out))
     return {str(path.relative_to(folder)): path for path in kept}
 
 
 def content(path: Path, run: Path) -> Any:
-    """What a file of a run holds, without times and the name of the run's folder."""
+    """The content of a run's file, without times and the name of the run's folder."""
     if path.suffix == ".json":
         return _untimed(json.loads(path.read_text()))
     if path.suffix == ".jsonl" and path.name != "labels.jsonl":
         return [_untimed(json.loads(line)) for line in path.read_text().splitlines()]
     if path.name == "recipe.yaml":
-        text = path.read_text().replace(str(run.resolve()), "RUN")  # of a round, the round before
+        text = path.read_text().replace(str(run.resolve()), "RUN")  # a round's recipe names the previous round
         return {key: value for key, value in yaml.safe_load(text).items() if key != "command"}
     if path.name in ("report.html", "report.md"):
-        shown = path.read_text().replace(run.name, "RUN")  # its command, in lines that are as long
+        shown = path.read_text().replace(run.name, "RUN")  # in the command that it shows
         return [_SHOWN_TIMES.sub("", line) for line in shown.splitlines()]
     if path.suffix in (".pt", ".pth"):  # two files of the same values need not have the same bytes
         return _untimed(torch.load(path, weights_only=False))

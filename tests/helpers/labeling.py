@@ -1,4 +1,4 @@
-"""The stage label on a tiny model: pairs, the run over them, and what it leaves."""
+"""The label stage on a tiny model: its pairs, runs and outputs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LABEL_ALONE = {"sample": None, "reward": None, "rl": None, "evaluate": None, "re
 
 
 def make_pairs(count: int, start: int = 0, human: Sequence[int | None] = (1, 2, None)) -> list[dict[str, Any]]:
-    """Pairs of responses, which people judged as ``human`` says, three in turn; in both directions."""
+    """Pairs of responses; their human labels cycle through the three values of ``human``."""
     return [
         {
             "id": f"p{i}",
@@ -36,7 +36,7 @@ def make_pairs(count: int, start: int = 0, human: Sequence[int | None] = (1, 2, 
 
 
 def label_stage(model_path: str, base: Path) -> Callable[..., RunFolder]:
-    """What runs the stage label over pairs, with these keys of the section, in a folder of ``base``; the folder."""
+    """A function that runs the label stage over pairs, with given keys of its section, and returns the run folder."""
     write_prompt_folder(base / "prompt")
 
     def run(output="out", pairs=12, shard=None, report=None, model=None, **section):
@@ -59,8 +59,8 @@ def mapped_in_turn(
     num_cpus: float,
     num_gpus: float,
 ) -> Iterator[Answered]:
-    """Workers without Ray, in turn and in this process; what goes to them and comes from them is pickled. Their batches
-    come backwards, as Ray promises no order."""
+    """Ray's workers without Ray: in this process, taking turns, with inputs and outputs pickled. Batches come back in
+    reverse, since Ray promises no order."""
     made = [Worker(*pickle.loads(pickle.dumps(of_worker))) for _ in range(workers)]
     batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
     for number, batch in enumerate(reversed(batches)):
@@ -69,17 +69,17 @@ def mapped_in_turn(
 
 
 def results(folder: RunFolder) -> dict[str, Any]:
-    """The stage's numbers."""
+    """The label stage's results."""
     return folder.results()["label"]
 
 
 def preferences(folder: RunFolder) -> dict[str, dict[str, Any]]:
-    """What it leaves for training, by id."""
+    """The rows it writes for training, by id."""
     return {row["id"]: row for row in load_from_disk(str(folder / "preferences")).to_list()}
 
 
 def stopping(monkeypatch, *, every=None, at=None):
-    """Stop a run whenever so many labels were written, or once; what counts them."""
+    """Interrupt a run after every ``every`` labels, or once after ``at``; returns the ids written."""
     add, written = LabelStore.add, []
 
     def counting(store, *arguments):

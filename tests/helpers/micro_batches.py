@@ -1,4 +1,4 @@
-"""One update on responses of many lengths: as a script, with tests/ on PYTHONPATH, this is one process of two."""
+"""One update on responses of many lengths. Run as a script (tests/ on PYTHONPATH), this is one of two processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROWS, WIDTH, CLIP, VF_COEF, GAMMA = 8, 12, 0.2, 0.3, 0.05
 
 
 class RaggedTrainer(ppo_task.SeededTrainer):
-    """Cuts each response to 1 to 12 tokens, and pretends that policy and values were somewhat different then."""
+    """Cuts each response to 1 to 12 tokens, and adds noise to the rollout's log-probabilities and values."""
 
     def sample(self, batch: dict[str, Any]) -> Rollout:
         rollout, noise = super().sample(batch), []
@@ -38,16 +38,16 @@ class RaggedTrainer(ppo_task.SeededTrainer):
 
 
 def pairs() -> list[RehearsalPair]:
-    """Eight to rehearse, with responses of one to eight tokens."""
+    """Eight rehearsal pairs, with responses of one to eight tokens."""
     return [RehearsalPair("", "", None, None, "test", [0, 1 + i], [2 + i % 3] * (1 + i)) for i in range(ROWS)]
 
 
 def step(folder: Path, rows: int, *, processes: int = 1, rehearse: bool = False, **options: Any) -> dict[str, Any]:
-    """Take a step on eight prompts, of which this process has its share, ``rows`` in a micro-batch.
+    """Take a step on this process's share of eight prompts, with ``rows`` per micro-batch.
 
     Returns:
-        gradients of the first step, by name; lengths, of this process's responses; logged, by name; moved, the models
-        after that step. And what the gradients were computed from: shared, the models; rollout, advantages, returns.
+        gradients of the first step, by name; lengths of this process's responses; logged, by name; moved, the models
+        after that step. Also what the gradients were computed from: shared (the models), rollout, advantages, returns.
     """
     seen: dict[str, Any] = {}
     settings = {"num_ppo_epochs": 1, "vf_coef": VF_COEF, "cliprange": CLIP, "cliprange_value": CLIP}
@@ -65,7 +65,7 @@ def step(folder: Path, rows: int, *, processes: int = 1, rehearse: bool = False,
     for parameter in trainer.shared.parameters():
         if parameter.requires_grad:  # new adapters are zero, and so are some of their gradients
             parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
-    trainer.shared.double()  # what is left to rounding is the losses', which are taken in float32
+    trainer.shared.double()  # the only rounding left is in the losses, which are computed in float32
     if rehearse:
         trainer.rehearsal.pairs = pairs()
         trainer.rehearsal.draw = lambda size: pairs()[trainer.accelerator.process_index :: processes]
@@ -88,7 +88,7 @@ def step(folder: Path, rows: int, *, processes: int = 1, rehearse: bool = False,
 
 
 def main(output: str) -> None:
-    """Micro-batches of four, two and one; each process writes what it saw to ``output/RANK.pt``."""
+    """Micro-batches of four, two and one; each process writes its results to ``output/RANK.pt``."""
     torch.set_num_threads(1)
     folder, found = Path(output), {}
     for rows in (4, 2, 1):

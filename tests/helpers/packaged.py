@@ -1,4 +1,4 @@
-"""Packaged recipes made tiny, whatever they consist of."""
+"""Make any packaged recipe tiny."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import yaml
 from helpers.tiny import save_tiny_model
 from trl_rlaif.recipe.paths import PathFinder
 
-# Where a recipe has the key, at any depth, this is its value here. Beside these, the recipe is run as it stands.
+# Values for these keys wherever a recipe has them, at any depth. The changes below aside, the rest stays as written.
 SMALL = {
     "max_new_tokens": 4, "response_length": 4, "rationale_tokens": 4, "max_steps": 2, "num_train_epochs": 1,
     "total_episodes": 8, "num_ppo_epochs": 1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1,
     "selection_prompts": 4, "per_cluster": 2, "track_prompts": 2, "track_every": 1, "eval_steps": 1, "num_samples": 2,
     "embedding": "model", "optim": "adamw_torch", "policies": ["base"],
 }  # fmt: skip
-# Keys of a section that bound its work, where the recipe relies on a default.
+# Keys that bound a section's work, in case the recipe relies on their defaults.
 BOUNDS = {"sft": {"max_steps": 2}, "reward": {"max_steps": 2}, "rl": {"total_episodes": 8, "response_length": 4}}
-# Keys whose value is data, and how many rows of it are read. A calibration needs twenty pairs.
+# Keys that name data, and how many rows of it are read. Calibration needs twenty pairs.
 DATA = {"prompts": 8, "eval_prompts": 2, "pairs": 6, "rehearsal": 2, "data": 4, "calibration": 20}
 
 
 def save_model(folder: Path) -> str:
-    """A model for all of them: wide enough for four bits, and with room for exemplars in tokens of few letters."""
+    """Save a model for all of them: wide enough for 4-bit quantization, with a context long enough for exemplars."""
     save_tiny_model(folder, hidden_size=64)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16384}))
@@ -45,9 +45,9 @@ def tiny_overrides(
     """``--set`` values that make a recipe tiny.
 
     Args:
-        model: Of ``save_model``.
-        folder: For its data.
-        small, bounds, data: As the constants.
+        model: The path from ``save_model``.
+        folder: Where shortened data is written.
+        small, bounds, data: Like the constants.
     """
     written = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     for section, of_section in bounds.items():
@@ -66,7 +66,7 @@ def tiny_overrides(
 
 
 def _leaves(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Every value that is no mapping, and no list of mappings, with its path."""
+    """Every value that is neither a mapping nor a list of mappings, with its path."""
     if isinstance(node, dict):
         for key, value in node.items():
             yield from _leaves(value, (*path, key))
@@ -82,7 +82,7 @@ def _set(path: tuple[Any, ...], value: Any) -> str:
 
 
 def _first_rows(recipe: Path, name: str, rows: int, folder: Path) -> Path:
-    """A copy of the beginning of a recipe's own data."""
+    """Copy the first rows of a recipe's data."""
     found = Path(PathFinder.beside(recipe, None).data(name))
     short = folder / f"{rows}_{found.name}"
     short.write_text("".join(found.read_text(encoding="utf-8").splitlines(keepends=True)[:rows]), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A PPO trainer on a tiny model, on which options are tried."""
+"""A PPO trainer on a tiny model, for testing options."""
 
 from __future__ import annotations
 
@@ -49,6 +49,6 @@ def small_trainer(folder, *, dataset=None, model=None, trainer_kwargs=None, temp
 
 
 def numbers(trainer):
-    """What was logged, without what depends on the clock."""
+    """The logged metrics, without timings."""
     timed = ("eps", "time/")
     return [{k: v for k, v in entry.items() if not k.startswith(timed)} for entry in trainer.state.log_history]

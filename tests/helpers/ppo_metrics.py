@@ -1,8 +1,8 @@
-"""A fixed small PPO run as a script that writes what it logged, to compare versions of TRL with each other.
+"""A small, fixed PPO run as a script that writes its metrics, to compare versions of TRL.
 
     PYTHONPATH=tests python tests/helpers/ppo_metrics.py FILE.json [--own-base]
 
---own-base hides TRL's PPO trainer where there is one, so that ours stands on its own base.
+--own-base hides TRL's PPO trainer, if there is one, so that ours uses its own base class.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 
 def run(folder: str) -> dict[str, list[dict[str, float]]]:
-    """The logged numbers of three updates each, without what depends on the clock: one base, and separate models."""
+    """The metrics of three updates, without timings, on one base and with separate models."""
     from helpers.ppo import numbers, small_trainer
     from helpers.tiny import make_llama, make_scorer, make_tokenizer
 

@@ -1,4 +1,4 @@
-"""What only several processes can show: as a script, with tests/ on PYTHONPATH, this is one of them."""
+"""PPO behavior that only several processes show. Run as a script (tests/ on PYTHONPATH), this is one of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trl_rlaif.types import Selection
 
 
 class RunningMean(RewardTransform):
-    """Scores less the mean of all that this process saw: another one in each process."""
+    """Scores minus the mean of all that this process saw, which differs between processes."""
 
     def __init__(self) -> None:
         self.total, self.count = 0.0, 0
@@ -37,7 +37,7 @@ class RunningMean(RewardTransform):
 
 
 class AnyEight(DataSelector):
-    """Eight rows by chance, others in each process that is asked, in two strata, and every pair to rehearse."""
+    """Eight random rows in two strata, different ones in each process that is asked, and every pair for rehearsal."""
 
     def __init__(self) -> None:
         self.pool: Any = None
@@ -49,7 +49,7 @@ class AnyEight(DataSelector):
 
 
 def _trainer(folder: Path, *, prompts: int, updates: int, **options: Any) -> Any:
-    """Eight prompts an update in two processes, in two minibatches of two micro-batches a process."""
+    """Eight prompts per update in two processes, in two minibatches of two micro-batches per process."""
     settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "num_mini_batches": 2}
     settings |= {"total_episodes": updates * 8, "num_ppo_epochs": 2, "learning_rate": 1e-2}
     settings |= {"lr_scheduler_type": "linear", "kl_coef": 0.05}
@@ -65,7 +65,7 @@ def _seen(trainer: Any) -> dict[str, Any]:
 
 
 def resumed(folder: Path) -> dict[str, Any]:
-    """Five updates in one go, and the last three again from a checkpoint in the middle of a pass over the data."""
+    """Five uninterrupted updates, and the last three again from a checkpoint in the middle of an epoch."""
     seen = {}
     for name in ("whole", "resumed"):
         options = {"save_strategy": "steps", "save_steps": 2} if name == "whole" else {}
@@ -79,7 +79,7 @@ def resumed(folder: Path) -> dict[str, Any]:
 
 
 def selected(folder: Path) -> dict[str, Any]:
-    """Two updates after a choice from nine prompts, which two processes cannot share evenly."""
+    """Two updates after selecting from nine prompts, which two processes cannot share evenly."""
     trainer = _trainer(folder, prompts=9, updates=2)
     selector = AnyEight()
     trainer.selection.selectors = [selector]
@@ -108,7 +108,7 @@ def shown(folder: Path) -> dict[str, Any]:
 
 
 def missing(folder: Path) -> dict[str, Any]:
-    """Three updates, in the second of which no response of one process has a reward, and in the third half of all."""
+    """Three updates: in the second, no response of one process has a reward; in the third, half of all lack one."""
     trainer = _trainer(folder, prompts=24, updates=3, whiten_scores=True, reward_normalization="batch")
 
     def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
@@ -123,7 +123,7 @@ def missing(folder: Path) -> dict[str, Any]:
 
 
 def failed(folder: Path) -> dict[str, Any]:
-    """What each process stops with when a reward function raises in one, and when it gives a NaN in one."""
+    """The error in each process when a reward function raises in one of them, and when it returns NaN in one."""
     return {
         "raised": _stopped(folder / "raised", lambda count: 1 / 0),
         "nan": _stopped(folder / "nan", lambda count: [float("nan")] * count),
@@ -144,7 +144,7 @@ def _stopped(folder: Path, failing: Callable[[int], list[float]]) -> dict[str, A
 
 
 def diverged(folder: Path) -> tuple[str, str, bool]:
-    """What each process stops with when gradients are NaN in one, and whether its weights are finite."""
+    """The error in each process when gradients are NaN in one of them, and whether its weights are still finite."""
     trainer = _trainer(folder, prompts=24, updates=1)
     if PartialState().process_index == 1:
         backward = trainer.accelerator.backward
@@ -154,7 +154,7 @@ def diverged(folder: Path) -> tuple[str, str, bool]:
 
 
 def refused(folder: Path) -> tuple[str, str]:
-    """What each process stops with when forward passes are wrong in one."""
+    """The error in each process when forward passes are wrong in one of them."""
     logprobs = forward.logprobs
     if PartialState().process_index == 1:
         forward.logprobs = lambda *arguments: tuple(found + 1 for found in logprobs(*arguments))
@@ -165,7 +165,7 @@ def refused(folder: Path) -> tuple[str, str]:
 
 
 def _end(trainer: Any) -> tuple[str, str]:
-    """The kind of error that training ends with, and its message."""
+    """The type and message of the error that training ends with."""
     try:
         trainer.train()
     except Exception as error:
@@ -174,7 +174,7 @@ def _end(trainer: Any) -> tuple[str, str]:
 
 
 def main(output: str, *names: str) -> None:
-    """Do what is named; each process writes what it saw to ``output/RANK.pt``."""
+    """Run the named functions; each process writes its results to ``output/RANK.pt``."""
     torch.set_num_threads(1)
     folder = Path(output)
     write_result(folder, {name: globals()[name](folder / name) for name in names})

@@ -1,6 +1,6 @@
 """A PPO task with a known optimum: a response of all "yes" earns 1.
 
-As a script, with tests/ on PYTHONPATH, this is one process of a run in several.
+Run as a script (tests/ on PYTHONPATH), this is one of several processes of a run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trl_rlaif.models.sharding import is_shared_out
 
 WORDS = "the what is a yes no fox dog city moon red blue".split()
 RESPONSE_LENGTH = 4
-# Not compared: what is measured in time, and the variance over micro-batches, which are others in each run.
+# Metrics to compare: without timings, and without the variance over micro-batches, which differ between runs.
 METRICS = [
     "objective/kl",
     "objective/entropy",
@@ -44,12 +44,12 @@ METRICS = [
     "episode",
     "lr",
 ]
-# With use_cpu accelerate forgets DeepSpeed; without a GPU it then has to be told how processes talk.
+# With use_cpu, accelerate ignores DeepSpeed; without use_cpu and a GPU, it needs an explicit backend.
 _ON_CPU = {"ddp_backend": "gloo"} if "ACCELERATE_USE_DEEPSPEED" in os.environ else {"use_cpu": True}
 
 
 def make_word_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word, so that a text tells its tokens. Padding and end are the last two ids."""
+    """One token per word, so that a text shows its tokens. End and padding are the last two ids."""
     vocabulary = {word: i for i, word in enumerate([*WORDS, "<end>", "<pad>"])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="the"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -57,15 +57,15 @@ def make_word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_policy() -> LlamaForCausalLM:
-    """A model that knows the words alone: it can sample neither end nor padding, so every response is full.
+    """A model with only the words as its vocabulary: it cannot sample end or padding, so every response is full length.
 
-    Wide enough to be certain of a word: the last norm bounds the logits, and no adapter is behind it.
+    Wide enough to become certain of a word: the last norm bounds the logits, and no adapter follows it.
     """
     return make_llama(len(WORDS), hidden_size=64)
 
 
 def make_prompts(count: int) -> Dataset:
-    """So many different prompts of four tokens; three eighths are of category a, the others of b."""
+    """``count`` different prompts of four tokens; three eighths are of category a, the others of b."""
     prompts = [f"what is {x} {y}" for x in WORDS for y in WORDS][:count]
     categories = ["a" if i % 8 < 3 else "b" for i in range(count)]
     return Dataset.from_dict({"prompt": prompts, "category": categories})
@@ -79,7 +79,7 @@ def share_of_yes(prompts: list[str], completions: list[str], **columns: Any) -> 
 def make_trainer(
     folder: Path, *, prompts: int, kind: type[PPOTrainer] = PPOTrainer, model: Any = None, **options: Any
 ) -> PPOTrainer:
-    """A trainer of the task with so many prompts; ``options`` go to PPOConfig."""
+    """A trainer for the task with ``prompts`` prompts; ``options`` go to PPOConfig."""
     arguments = {
         "response_length": RESPONSE_LENGTH,
         "temperature": 1.0,
@@ -95,7 +95,7 @@ def make_trainer(
         **options,
     }
     policy = make_policy() if model is None else model
-    torch.manual_seed(0)  # of the new adapters
+    torch.manual_seed(0)  # for the new adapters
     return kind(
         PPOConfig(str(folder), **arguments),
         make_word_tokenizer(),
@@ -107,7 +107,7 @@ def make_trainer(
 
 
 class SeededTrainer(PPOTrainer):
-    """Draws every response from a seed of its own prompt and update: the same in whichever process it is drawn."""
+    """Seeds every response by its prompt and update, so that it is the same in any process."""
 
     def sample(self, batch: dict[str, Any]) -> Any:
         rollouts = []
@@ -119,12 +119,12 @@ class SeededTrainer(PPOTrainer):
 
 
 def _row(batch: dict[str, Any], i: int) -> dict[str, Any]:
-    """One row of a batch, as a batch; what is a dict in it holds columns."""
+    """One row of a batch, as a batch; a dict in it holds columns."""
     return {name: _row(v, i) if isinstance(v, dict) else v[i : i + 1] for name, v in batch.items()}
 
 
 def _joined(records: list[Any]) -> Any:
-    """Rollouts of one row each as one rollout, whatever its fields are."""
+    """Join rollouts of one row each, whatever their fields are."""
     values = {f.name: [getattr(r, f.name) for r in records] for f in dataclasses.fields(records[0]) if f.init}
     return type(records[0])(**{name: _joined_values(parts) for name, parts in values.items()})
 
@@ -142,19 +142,18 @@ def _joined_values(parts: list[Any]) -> Any:
 def run(
     folder: Path, *, rows: int, accumulation: int = 1, resume: Path | None = None, **options: Any
 ) -> dict[str, Any]:
-    """Three updates with eight prompts in each, this process's share of which is ``rows * accumulation``.
+    """Three updates with eight prompts each; this process's share is ``rows * accumulation``.
 
-    The dataset holds exactly those eight, so each update sees the same prompts however many processes there
-    are; processes and passes may shuffle them differently.
+    The dataset holds exactly those eight, so each update sees the same prompts with any number of processes;
+    processes and epochs may shuffle them differently.
 
     Args:
-        resume: The checkpoint to begin with.
-        options: Further ones of PPOConfig.
+        resume: The checkpoint to resume from.
+        options: Further options of PPOConfig.
 
     Returns:
-        metrics, one dict an update; parameters, the trainable ones by name; start, the same at the start;
-        prompts, a list of those that this process drew for in each update; shared_out, whether the model's weights
-        are.
+        metrics, one dict per update; parameters, the trainable ones by name; start, the same before training;
+        prompts, a list of this process's prompts per update; shared_out, whether the model's weights are sharded.
     """
     trainer = make_trainer(
         folder,
@@ -187,7 +186,7 @@ def trainable(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
 
 
 def main(output: str, rows: str) -> None:
-    """Run as one of several processes; each writes what it saw to ``output/RANK.pt``."""
+    """Run as one of several processes; each writes its results to ``output/RANK.pt``."""
     torch.set_num_threads(1)
     write_result(Path(output), run(Path(output) / "run", rows=int(rows)))
 

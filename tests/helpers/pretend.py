@@ -1,6 +1,6 @@
-"""CPU tensors that say they are on a GPU: which operations would mix devices there, and which make the CPU wait.
+"""CPU tensors that pretend to be on a GPU, to find operations that would mix devices there or make the CPU wait.
 
-What an operation does inside (such as the checks of ``multinomial``) is not seen, nor are copies to the GPU.
+The internals of an operation (such as the checks of ``multinomial``) are not seen, nor are copies to the GPU.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 _setup_privateuseone_for_python_backend("pretend")
 DEVICE = torch.device("pretend", 0)
 ROOT = Path(__file__).parents[2]
-# These take an index or a source from the CPU on a GPU, too.
+# These accept an index or a source on the CPU for tensors on a GPU.
 _TAKES_BOTH = {"index", "index_put", "index_put_", "_index_put_impl_", "copy_", "_to_copy", "_unsafe_index", "copy"}
 _WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive"}
-_MAKE = torch.tensor  # makes its result without a dispatch
+_MAKE = torch.tensor  # creates its result without dispatching
 _phase = "outside"
 mixed: Counter[tuple[str, str, str]] = Counter()
 waits: Counter[tuple[str, str, str]] = Counter()
@@ -34,7 +34,7 @@ tokens: Counter[str] = Counter()
 
 
 class Pretended(torch.Tensor):
-    """A CPU tensor behind a device of another name."""
+    """A CPU tensor that reports another device."""
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> Pretended:
@@ -55,7 +55,7 @@ class Pretended(torch.Tensor):
         return self.inner.data_ptr()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Saved as what a file of a GPU's tensor is read as: a CPU tensor."""
+        """Saved as a CPU tensor, which is how a saved GPU tensor is loaded."""
         _waited("save")
         return self.inner.detach().__reduce_ex__(protocol)
 
@@ -71,7 +71,7 @@ class Pretended(torch.Tensor):
 
 
 class Pretending(TorchDispatchMode):
-    """Inside, tensors that are made on ``DEVICE`` are ``Pretended``."""
+    """While active, tensors created on ``DEVICE`` are ``Pretended``."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _dispatch(func, args, kwargs or {})
@@ -82,7 +82,7 @@ def _waited(name: str) -> None:
 
 
 def _line() -> str:
-    """The innermost line of this project that led here."""
+    """The innermost line of this project on the call stack, tests excluded."""
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename)
         if path.is_relative_to(ROOT) and "tests" not in path.relative_to(ROOT).parts:
@@ -123,7 +123,7 @@ def _inner(value: Any) -> Any:
 
 
 def move(model: nn.Module) -> nn.Module:
-    """The model with its parameters and buffers on ``DEVICE``; shared ones stay shared."""
+    """Move a model's parameters and buffers to ``DEVICE``; shared parameters stay shared."""
     moved: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, p in list(module._parameters.items()):
@@ -144,7 +144,7 @@ def _tensor(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> torch.T
 
 @contextmanager
 def pretending() -> Iterator[None]:
-    """Everything that trainers put on their device is on ``DEVICE``. To be used once in a process of its own."""
+    """Make ``DEVICE`` the device of all trainers. Use it only once, in a separate process."""
     from accelerate import Accelerator
     from transformers import GenerationMixin, TrainingArguments
 
@@ -168,7 +168,7 @@ def pretending() -> Iterator[None]:
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Put down to ``name`` what is seen inside."""
+    """Record everything inside under ``name``."""
     global _phase
     before, _phase = _phase, name
     calls[name] += 1
@@ -179,7 +179,7 @@ def phase(name: str) -> Iterator[None]:
 
 
 def watch(owner: Any, method: str, name: str) -> None:
-    """Make a phase of a method."""
+    """Make each call of a method a phase."""
     function = getattr(owner, method)
 
     @wraps(function)
@@ -191,7 +191,7 @@ def watch(owner: Any, method: str, name: str) -> None:
 
 
 def seen() -> dict[str, dict[str, Any]]:
-    """Of every phase: calls, tokens that it decoded, and how often each operation mixed or waited, by line."""
+    """For every phase: calls, decoded tokens, and how often each operation mixed devices or waited, by line."""
     found: dict[str, dict[str, Any]] = {
         name: {"calls": count, "tokens": tokens[name], "mixed": {}, "waits": {}} for name, count in calls.items()
     }

@@ -1,6 +1,6 @@
-"""All that computes on a GPU, on CPU tensors that say they are on one. A script: it prints what was seen as JSON.
+"""Everything that computes on a GPU, on CPU tensors that pretend to be on one: a script that prints the counts as JSON.
 
-A process of its own, since the device is one more in all that it imports.
+It needs a separate process, since the new device affects everything that it imports.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _lora(**more: Any) -> LoraConfig:
 
 
 def _shared(*, value: bool = False) -> SharedBase:
-    """A base with a policy, and a reward role whose head has an e(x)."""
+    """A base with a policy, and a reward role with an e(x) in its head."""
     shared = SharedBase(make_llama(len(make_tokenizer()), hidden_size=64), _lora())
     shared.heads["reward"] = shared._head(2).requires_grad_(False)
     shared.add_adapter("reward", shared.peft.peft_config["policy"])
@@ -109,7 +109,7 @@ def ppo() -> None:
 
 
 def judge() -> None:
-    """Pairs in both orders, packed and padded, and behind a rationale."""
+    """Pairs in both orders, packed and padded, and after a rationale."""
     prompt = make_judge_prompt()
     sides = [("a fox", "a dog"), ("a dog", "a fox")]
 
@@ -119,7 +119,7 @@ def judge() -> None:
             groups = [
                 [prompt.compare(f"what is {i}?", *side, think=bool(thinking)) for side in sides] for i in range(4)
             ]
-            list(local.ask(groups[:1], ["1", "2"], thinking=thinking))  # what is tried once
+            list(local.ask(groups[:1], ["1", "2"], thinking=thinking))  # one-time tests of the model
             with phase(f"judge: {name}"):
                 list(local.ask(groups, ["1", "2"], thinking=thinking))
 
@@ -129,13 +129,13 @@ def judge() -> None:
 
 
 def passes() -> None:
-    """Embeddings, ratios, sampling, the start's NLL, the reward role's scores, a loaded reward model."""
+    """Embeddings, log-ratios, sampling, NLL, the reward role's scores, a loaded reward model."""
     tokenizer = make_tokenizer()
     with phase("embeddings"):
         mean_hidden_states(_model(), PROMPTS, batch_tokens=8)
     rows = [{"chosen_ids": [3, 4, 5, 6 + i], "rejected_ids": [3, 4, 9], "prompt_length": 2} for i in range(4)]
     policy, other = _model(), _model()
-    add_log_ratios(Dataset.from_list(rows), policy, [other])  # what is tried once
+    add_log_ratios(Dataset.from_list(rows), policy, [other])  # one-time tests of the model
     with phase("ratios"):
         add_log_ratios(Dataset.from_list(rows), policy, [other], batch_tokens=8)
     shared = _shared()
@@ -205,7 +205,7 @@ def group(algorithm: str) -> None:
     rl |= {"transforms": ["distribution_regulator"], "total_episodes": 8, "save_strategy": "no", "response_length": 6}
     recipe = tiny_recipe(folder, save_tiny_model(folder / "model"), reward=None, rl=rl)
     context = Context(recipe, RunFolder(folder / "out"), installed_plugins())
-    # Not loaded: under a dispatch mode transformers leaves buffers that no checkpoint holds as they were allocated.
+    # Not loaded: under a dispatch mode, transformers leaves buffers that are not in a checkpoint uninitialized.
     base = move(make_llama(len(make_tokenizer())))
     context.load_base = lambda: base
     trainer, *_ = grpo_rloo.build_trainer(context)
@@ -222,7 +222,7 @@ def group(algorithm: str) -> None:
 
 
 def rejection() -> None:
-    """An iteration of rejection sampling: a pool, what is accepted, and TRL's fine-tuning on it."""
+    """An iteration of rejection sampling: a pool, the accepted responses, and TRL's fine-tuning on them."""
     selector = {"data_selectors": [RejectionSampling(num_responses=2)]}
     options = {"response_length": 4, "dataloader_pin_memory": False, "trainer_kwargs": selector}
     trainer = RejectionTrainer.of(small_trainer(_folder(), model=_shared(value=True), **options), 1)
@@ -232,7 +232,7 @@ def rejection() -> None:
 
 
 def vllm() -> None:
-    """The weights that an engine is given."""
+    """Handing the weights to an engine."""
     shared = _shared()
     sampler = VLLMSampler.__new__(VLLMSampler)
     sampler._given, given = None, []
@@ -244,7 +244,7 @@ def vllm() -> None:
 
 
 def probe() -> None:
-    """What must be seen: an operation on both devices, and two values that are read."""
+    """What must be detected: an operation on mixed devices, and two reads of values."""
     import torch
 
     with phase("probe"):
@@ -261,7 +261,7 @@ PHASES: dict[str, Callable[[], None]] = {
 
 
 def main(*names: str) -> None:
-    """Run some of them, or all."""
+    """Run the named phases, or all."""
     with redirect_stdout(sys.stderr), pretending():
         for name in names or PHASES:
             PHASES[name]()

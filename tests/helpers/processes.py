@@ -1,4 +1,4 @@
-"""Several processes of a run: started with ``accelerate launch``, as users start them, or forked with what it sets."""
+"""Runs in several processes: started with ``accelerate launch``, as users do, or forked with its environment."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from trl_rlaif import distributed
 from trl_rlaif.recipe.paths import recipes_dir
 
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-# `--cpu` cannot be used: without MPI accelerate then starts a single process, and does not say so.
+# `--cpu` cannot be used: without MPI, accelerate then silently starts a single process.
 OF_DDP = {"ACCELERATE_USE_CPU": "true"}
-# What accelerate calls them.
+# accelerate's names for them.
 _KINDS = {"ddp": "MULTI_CPU", "zero2": "DEEPSPEED", "fsdp2": "FSDP"}
 _OF_FSDP = {
     "ACCELERATE_USE_FSDP": "true",
@@ -34,32 +34,32 @@ _OF_FSDP = {
 
 
 def _free_port() -> int:
-    """Tests run beside each other: the default port would be another one's."""
+    """Tests run in parallel, so the default port may be taken."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
-    """What a started process ends with: ``launch`` reads it."""
+    """Write a process's result for ``launch`` or ``fork`` to read, and exit."""
     state = PartialState()
     found = result | {"kind": state.distributed_type.value, "processes": state.num_processes}
     torch.save(found, folder / f"{state.process_index}.pt")
     distributed.wait()
     sys.stdout.flush()
-    # What the interpreter's end destroys in no certain order (a failed run's models, gloo's threads) now and then
-    # aborts the process, which no test here is about.
+    # Interpreter shutdown destroys objects in no fixed order (a failed run's models, gloo's threads), which sometimes
+    # aborts the process. That is not what these tests are about.
     os._exit(0)
 
 
 def launch(kind: str, script: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
-    """Run a script in two processes; what each of them wrote with ``write_result``."""
+    """Run a script in two processes; returns what each of them wrote with ``write_result``."""
     run_in_two(kind, script, str(folder), *arguments)
     return _results(folder, _KINDS[kind])
 
 
 def environments(count: int, kind: str = "ddp") -> list[dict[str, str]]:
-    """What the launcher of ddp or fsdp2 sets for each of so many processes; nothing for a single one."""
+    """The environment that the ddp or fsdp2 launcher sets for each of ``count`` processes; empty for a single one."""
     if count == 1:
         return [{}]
     shared = ENVIRONMENT | OF_DDP | (_OF_FSDP if kind == "fsdp2" else {}) | {"ACCELERATE_MIXED_PRECISION": "no"}
@@ -69,9 +69,9 @@ def environments(count: int, kind: str = "ddp") -> list[dict[str, str]]:
 
 
 def fork(script: str, folder: Path, *arguments: str, count: int = 2) -> list[dict[str, Any]]:
-    """The same as ``launch`` of ddp in so many processes, without the launcher and as many times the imports.
+    """Like ``launch`` with ddp in ``count`` processes, but without the launcher and the imports of each process.
 
-    What is decided at an import, as whether a process speaks, is that of a single process here.
+    Anything decided at import time, such as whether a process prints, is as in a single process.
     """
     call = (forked.run_script, script, [str(folder), *arguments])
     with tempfile.NamedTemporaryFile("r") as output:
@@ -83,7 +83,7 @@ def fork(script: str, folder: Path, *arguments: str, count: int = 2) -> list[dic
                 waiting = [process for process in waiting if process.sentinel not in ended]
         finally:
             for process in processes:
-                process.kill()  # one waits for ever for another that has failed
+                process.kill()  # a process waits forever for one that has failed
                 process.join()
         printed = output.read()
     assert [process.exitcode for process in processes] == [0] * count, printed[-4000:]
@@ -97,7 +97,7 @@ def _results(folder: Path, kind: str, count: int = 2) -> list[dict[str, Any]]:
 
 
 def run_in_two(kind: str, *arguments: str) -> str:
-    """``accelerate launch`` as users start it, with a packaged configuration, on gloo; what was printed."""
+    """Run ``accelerate launch`` as users do, with a packaged configuration, on gloo; returns the output."""
     config = recipes_dir() / "accelerate" / f"{kind}.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     command += ["--mixed_precision", "no", "--num_processes", "2", "--main_process_port", str(_free_port())]
@@ -116,7 +116,7 @@ def run_in_two(kind: str, *arguments: str) -> str:
     try:
         output, _ = process.communicate(timeout=600)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the workers too: killing the launcher alone leaves them behind
+        os.killpg(process.pid, signal.SIGKILL)  # the workers too: they survive the launcher
         pytest.fail(f"The processes did not end:\n{process.communicate()[0][-4000:]}")
     assert process.returncode == 0, output[-4000:]
     return output

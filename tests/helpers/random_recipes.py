@@ -1,6 +1,6 @@
-"""Random small recipes, drawn from the very schema that recipes are checked by, and what becomes of each.
+"""Random small recipes, drawn from the schema that validates recipes, and the outcome of each.
 
-A new section, key, option, component or field of TRL's is drawn as soon as it is declared.
+A new section, key, option, component or TRL field is drawn as soon as it is declared.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from trl_rlaif.recipe.sections import FORGET_SET, Named, OtherJudgeSection
 from trl_rlaif.recipe.trl_fields import _SET_BY_US, CONFIG_CLASSES, config_hints, own_keys, strict_hint
 from trl_rlaif.recipe.variants import CHANGEABLE
 
-# What makes a section small where nothing else is drawn.
+# Keep a section small, unless other values are drawn.
 _SMALL: dict[str, dict[str, Any]] = {
     "sft": {"max_steps": 1, "per_device_train_batch_size": 2},
     "sample": {"max_new_tokens": 4},
@@ -39,13 +39,13 @@ _SMALL: dict[str, dict[str, Any]] = {
     "rl": {"total_episodes": 4, "per_device_train_batch_size": 2, "response_length": 4, "max_steps": 1},
     "evaluate": {"max_new_tokens": 4},
 }
-# These are slow by what they mean, or name a machine that is not here, and no mistake: to compile takes minutes, and a
-# server that does not answer is waited for.
+# Valid, but slow by design or dependent on another machine: compiling takes minutes, and a server that does not answer
+# is waited for.
 _LEFT_OUT = {"torch_compile", "torch_compile_backend", "torch_compile_mode", "vllm_mode", "generation", "ddp_timeout",
              "max_retries", "timeout", "extra_body", "quantization"}  # fmt: skip
 _WILD_NUMBERS = (-1, 0, -0.5, 1.5, 2.5, 10**12, float("nan"), float("inf"), -1e30)
 _WILD: tuple[Any, ...] = (*_WILD_NUMBERS, None, True, "", "x", "a/b", [], {}, [None], [1], {"a": 1})
-# What neither ends nor fails with a message for the recipe's author.
+# Outcomes other than success or a message for the recipe's author.
 BAD = ("traceback", "hang", "died")
 _FUNCTIONS = """
 def length(completions, **columns):
@@ -75,7 +75,7 @@ _PROMPT = {
 
 
 def write_sources(folder: Path) -> Path:
-    """What random recipes name: data of every kind, a model, an adapter, a judge's prompt, reward functions."""
+    """Write what random recipes refer to: data of every kind, a model, an adapter, a judge prompt, reward functions."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -115,18 +115,18 @@ class RandomRecipe:
     """Draws one recipe.
 
     Args:
-        draw: Decides everything.
-        sources: As ``write_sources`` left it.
+        draw: Makes all random choices.
+        sources: The folder that ``write_sources`` wrote.
         registry: The installed components.
     """
 
     def __init__(self, draw: random.Random, sources: Path, registry: Any) -> None:
         self.draw, self.sources, self.registry = draw, sources, registry
-        # The share of the values that are drawn without regard to type and range.
+        # The share of values drawn without regard to type and range.
         self.wild = draw.choice((0.0, 0.0, 0.02))
 
     def recipe(self) -> dict[str, Any]:
-        """A recipe as YAML has it."""
+        """A recipe as loaded from YAML."""
         algorithm = self.draw.choice(list(ALGORITHMS))
         stages = self._stages(algorithm)
         found = {name: self.section(name, algorithm) for name in ("run", "model", "data", *stages)}
@@ -143,7 +143,7 @@ class RandomRecipe:
         return found
 
     def _agree(self, found: dict[str, Any]) -> None:
-        """Give each stage what it needs of the others."""
+        """Give each stage what it needs from the others."""
         data, rl, evaluate = found["data"], found.get("rl", {}), found.get("evaluate", {})
         if "sample" in found:
             data.pop("pairs", None)
@@ -164,7 +164,7 @@ class RandomRecipe:
             evaluate["sets"] = {FORGET_SET: self._data("prompts")}
 
     def _stages(self, algorithm: str) -> list[str]:
-        """The stages of a pipeline that mostly hangs together."""
+        """The stages of a pipeline, mostly consistent with each other."""
         chance = lambda p: self.draw.random() < p  # noqa: E731
         rl = chance(0.75)
         learns = algorithm == "dpo" and rl
@@ -174,7 +174,7 @@ class RandomRecipe:
         return [name for name, kept in stages.items() if kept] or ["report"]
 
     def section(self, name: str, algorithm: str) -> dict[str, Any]:
-        """A section's keys: those that keep it small, and a few of all that it knows."""
+        """A section's keys: those that keep it small, and a few of the others."""
         keys = {**_SMALL.get(name, {})}
         keys |= self._fields(SECTIONS[name], 0.15, keep={"config"})
         if name == "rl":
@@ -235,7 +235,7 @@ class RandomRecipe:
             return dict.fromkeys(self.draw.sample(COLUMNS, 1), self.draw.choice(COLUMNS))
         if origin is dict:
             name = self.value(args[0], (), f"{key}_key") if args else "x"
-            name = "x" if isinstance(name, list | dict) else name  # no keys of YAML
+            name = "x" if isinstance(name, list | dict) else name  # not a hashable key
             return {name: self.value(args[1] if args else str, (), key)}
         if hint in (None, type(None)):
             return None
@@ -300,7 +300,7 @@ class RandomRecipe:
 
 
 def _limits(metadata: Iterable[Any]) -> Range | None:
-    """The bounds among a pydantic field's metadata."""
+    """The bounds in a pydantic field's metadata."""
     limits = Range()
     for item in metadata:
         if isinstance(item, FieldInfo):
@@ -317,7 +317,7 @@ def _limits(metadata: Iterable[Any]) -> Range | None:
 
 
 def write_random_recipe(draw: random.Random, sources: Path, folder: Path) -> Path:
-    """recipe.yaml in a folder."""
+    """Write a random recipe.yaml into a folder."""
     from trl_rlaif.plugins import installed_plugins
 
     path = folder / "recipe.yaml"
@@ -327,10 +327,10 @@ def write_random_recipe(draw: random.Random, sources: Path, folder: Path) -> Pat
 
 
 def outcome_of(recipe: Path, limit: float = 60) -> dict[str, str]:
-    """What `trl-rlaif check` and then `trl-rlaif run` make of a recipe, in a process of its own.
+    """The outcome of `trl-rlaif check` and then `trl-rlaif run` on a recipe, in a separate process.
 
-    ``outcome`` is ``refused`` by check; or, of what it accepts, ``ran``, ``message`` (a UserError), ``failed`` (another
-    error with a message, of something outside of the recipe), ``traceback``, ``hang`` or ``died``; ``said`` is why.
+    ``outcome`` is ``refused`` if check refuses the recipe; else ``ran``, ``message`` (a UserError), ``failed`` (another
+    error with a message, about something outside of the recipe), ``traceback``, ``hang`` or ``died``. ``said`` is why.
     """
     log, told = recipe.with_name("log"), recipe.with_name("outcome.json")
     process = forked.start(_tried, str(recipe), str(told), environment=_ENVIRONMENT, output=str(log))

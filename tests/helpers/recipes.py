@@ -20,7 +20,7 @@ WORDS = "quick brown fox lazy dog capital city country judge over".split()
 
 
 def write_prompts(path: Path, count: int = 10, start: int = 0) -> Path:
-    """A prompt file with ids, two categories and ``count`` different prompts."""
+    """Write a prompt file with ids, two categories and ``count`` different prompts."""
     rows = [
         {"id": f"p{i}", "prompt": f"what is the {WORDS[i % 10]} {i}?", "category": ("a", "b")[i % 2]}
         for i in range(start, start + count)
@@ -29,20 +29,20 @@ def write_prompts(path: Path, count: int = 10, start: int = 0) -> Path:
 
 
 def write_rows(path: Path, rows: Iterable[Any]) -> Path:
-    """A file of JSON lines."""
+    """Write a JSON Lines file."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
 def write_prompt_folder(folder: Path) -> None:
-    """A judge's prompt that is short: the tiny models read 512 tokens."""
+    """Write a short judge prompt: the tiny models have a context of 512 tokens."""
     folder.mkdir()
     for name, text in PARTS.items():
         (folder / name).write_text(text)
 
 
 def write_recipe(folder: Path, model_path: str, /, **sections: object) -> Path:
-    """recipe.yaml beside its prompt files, with tiny settings; ``section=None`` leaves a section out."""
+    """Write recipe.yaml, with tiny settings, and its prompt files; ``section=None`` leaves a section out."""
     write_prompts(folder / "train.jsonl")
     write_prompts(folder / "test.jsonl", 4, start=20)
     recipe = {
@@ -87,7 +87,7 @@ def run_cli(monkeypatch, capsys, *arguments):
 
 
 def fingerprints(recipe: Recipe) -> dict[str, str]:
-    """Of each active stage's inputs, as a new run has them."""
+    """The fingerprint of each active stage's inputs in a new run."""
     from trl_rlaif.pipeline.stages import active_stages
 
     found: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Whole run folders for the report, and the pages that are made of them."""
+"""Complete run folders for the report, and their pages."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def make_results() -> dict:
 
 
 def make_run(folder: Path, text: str = "plain words", category: str = "code") -> Path:
-    """A whole run's folder; ``text`` and ``category`` go wherever a model or a user can write."""
+    """A complete run folder; ``text`` and ``category`` appear wherever a model or user can put text."""
     folder.mkdir(exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE, sort_keys=False))
     metrics = [{"stage": "sft", "step": s, "loss": 2 / s} for s in range(1, 6)]
@@ -113,7 +113,7 @@ def set_results(folder: Path, change) -> None:
 
 
 class Page(HTMLParser):
-    """What a browser would make of the page: scripts, elements with attributes, and the visible text."""
+    """A page as a browser sees it: scripts, elements with attributes, and the visible text."""
 
     def __init__(self, source: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -145,14 +145,14 @@ class Page(HTMLParser):
 
 
 def read(folder: Path) -> Page:
-    """The page alone: files of the plots take as long again."""
+    """Render only the page: writing plot files would double the time."""
     html = render(run_page(read_run(folder)))
     write_page(folder / "report.html", html)
     return Page(html)
 
 
 def part(page: Page, start: str, end: str) -> str:
-    """The text between two headings; the last occurrence of each, since the navigation names them too."""
+    """The text between two headings, from the last occurrence of the first, since the navigation names them too."""
     text = page.text
     begin = text.rindex(start)
     return text[begin : text.index(end, begin + len(start))]

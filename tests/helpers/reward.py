@@ -1,4 +1,4 @@
-"""Settings of small reward trainings."""
+"""Settings for small reward-model training runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reward training on packed pairs of many lengths; as a script, with tests/ on PYTHONPATH, one process of several."""
+"""Reward training on packed pairs of many lengths. As a script (tests/ on PYTHONPATH), this is one of two processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trl_rlaif.reward import scoring
 
 
 def _pairs() -> Dataset:
-    """Long pairs and short ones in turn: two processes with half a batch each need different numbers of passes."""
+    """Long and short pairs: two processes with half a batch each need different numbers of forward passes."""
     generator = torch.Generator().manual_seed(0)
 
     def tokens(count: int) -> list[int]:
@@ -39,11 +39,11 @@ def run(folder: Path, *, batch: int, rows: bool) -> dict[str, Any]:
     """Six steps of four pairs over all processes, ``batch`` of them in this one.
 
     Args:
-        rows: Pairs stand behind each other, as on a CPU; else below each other, as on a GPU.
+        rows: Concatenate pairs into one row, as on a CPU; otherwise one row per pair, as on a GPU.
 
     Returns:
-        losses; parameters, the trainable ones by name; factors, of the adaptive margins; forwards, passes made;
-        shared_out, whether the model's weights are.
+        losses; parameters, the trainable ones by name; factors of the adaptive margins; forwards, forward passes per
+        step; shared_out, whether the model's weights are sharded.
     """
     if not rows:
         scoring._reads_rows = lambda _inner: False
@@ -73,7 +73,7 @@ def run(folder: Path, *, batch: int, rows: bool) -> dict[str, Any]:
 
 
 def main(output: str, rows: str) -> None:
-    """Run as one of two processes; each writes what it saw to ``output/RANK.pt``."""
+    """Run as one of two processes; each writes its results to ``output/RANK.pt``."""
     torch.set_num_threads(1)
     write_result(Path(output), run(Path(output) / "run", batch=2, rows=rows == "rows"))
 

@@ -9,7 +9,7 @@ def length_penalty(prompts, completions, completion_ids, **columns):
 
 
 def even_share(prompts, completions, completion_ids, **columns):
-    """Share of tokens with an even number: it differs between responses of one length."""
+    """Share of tokens with an even id: it differs between responses of the same length."""
     return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
 
 

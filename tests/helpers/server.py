@@ -1,6 +1,6 @@
-"""A scripted server that speaks OpenAI's protocol, as a process of its own: answers by a rule, faults on order.
+"""A scripted server for OpenAI's API in a separate process: it answers by a rule, and fails on demand.
 
-A request's text orders how it is answered, with marks that a test puts into a prompt or a response:
+The text of a request controls its answer, with marks that a test puts into a prompt or a response:
 ``[[fault=500 times=2]]`` fails twice and recovers, ``[[mass=0.9 p=0.7]]`` sets the probabilities. See ``Script``.
 """
 
@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 from urllib.request import ProxyHandler, Request, build_opener
 
-# What a rationale goes on with, although it was asked not to.
+# A rationale continues with this, although it was asked not to.
 ENDING = "Preferred Response="
 WORD = "good"
-# What else the model may say, with its share of the mass that is not on the candidates.
+# Other tokens the model may generate, with their shares of the probability mass that is not on the candidates.
 OTHERS = {"I": 0.6, "The": 0.4}
 
 _MARK = re.compile(r"\[\[(.+?)\]\]")
@@ -39,41 +39,42 @@ _DRAW = re.compile(r"Draw (\d+):")
 
 
 def share(first: str, second: str) -> float:
-    """Probability of the response shown first: its share of a word, each response having one more than it has."""
+    """Probability of the response shown first: its share of the occurrences of ``WORD``, plus one for each response."""
     one, two = first.count(WORD) + 1, second.count(WORD) + 1
     return one / (one + two)
 
 
 def ratings(text: str) -> list[float]:
-    """Probabilities of 1 to 10; the more often a response has the word, the higher is the likeliest."""
+    """Probabilities of 1 to 10; the more often ``text`` contains ``WORD``, the higher the likeliest rating."""
     weights = [1 / (1 + abs(rating - 1 - 3 * text.count(WORD))) for rating in range(1, 11)]
     return [weight / sum(weights) for weight in weights]
 
 
 @dataclass(frozen=True)
 class Script:
-    """How one request is answered, from the marks in its text; every value is written without spaces.
+    """How one request is answered, from the marks in its text; values must not contain spaces.
 
     Args:
         fault: 400, 401, 403, 404, 429, 500: that status; drop, hang, half, html, json, empty, blank, nan: see
-            ``_Handler``; refuse: 400 where log-probabilities are asked for, and only there.
-        times: The fault befalls the first so many requests with this very mark.
+            ``_Handler._fail``; refuse: 400 only if log-probabilities are requested.
+        times: How many requests with exactly these marks fail.
         after: Seconds in Retry-After.
-        p: Probability of the first candidate within the candidates' mass; without it ``share``.
-        mass: What both candidates have together.
-        spellings: The tokens " 1" and "1" have a quarter and the rest of what 1 has.
+        p: Probability of the first candidate within the candidates' mass; by default ``share``.
+        mass: The total probability of the candidates.
+        spellings: A candidate's probability is divided between two tokens: a quarter with a leading space, the rest
+            without.
         split: "10" is two tokens.
-        ten: Nothing but 1 and 10, which has this probability.
+        ten: The only ratings are 1 and 10, and 10 has this probability.
         logprobs: 0 leaves them out.
-        usage: 0 leaves out the count of tokens: words of the text, and one for each choice.
-        say: Sampled answers, divided by bars, by the request's seed; "_" is a space.
-        one: "ignored" or "refused": what becomes of a request for several choices.
-        most: More likeliest tokens than these are refused.
-        begun: What becomes of an answer that is begun: "continued", "refused", "ignored" (another one is begun), or
-            "repeated" in front of what is said, as llama.cpp's server does.
-        finish: Why a text ends: length where it is cut off, stop where it is at its end.
-        think: The model thinks this before it says anything, unless ``enable_thinking`` is false; "tags" leaves the
-            thoughts in the text, any other word is told apart by the field of this name.
+        usage: 0 leaves out the token counts: words of the text, and one per choice.
+        say: Sampled answers, separated by bars and chosen by the request's seed; "_" is a space.
+        one: How requests for several choices are treated: "ignored" or "refused".
+        most: Requests for more top log-probabilities are refused.
+        begun: How a partial answer to continue is treated: "continued", "refused", "ignored" (a new answer is started)
+            or "repeated" before the continuation, as llama.cpp's server does.
+        finish: The finish reason: length if the text is cut off, stop if it is complete.
+        think: If set, the model thinks first, unless ``enable_thinking`` is false. "tags" leaves the thoughts in the
+            text; any other word is the name of the field for them.
     """
 
     fault: str = ""
@@ -95,7 +96,7 @@ class Script:
 
     @classmethod
     def of(cls, text: str) -> Script:
-        """The marks of a text, later ones over earlier ones."""
+        """The script from the marks of a text; later marks override earlier ones."""
         types = {"times": int, "after": float, "p": float, "mass": float, "spellings": int, "split": int}
         types |= {"logprobs": int, "usage": int, "ten": float, "most": int}
         values = dict(item.split("=", 1) for mark in _MARK.findall(text) for item in mark.split())
@@ -104,17 +105,17 @@ class Script:
         return cls(**{name: types.get(name, str)(value) for name, value in values.items()})
 
     def next_token(self, text: str, rest: str) -> dict[str, float]:
-        """The model's distribution behind a text.
+        """The model's next-token distribution after a text.
 
         Args:
-            text: All that was sent, with the answer as far as it is given.
-            rest: Where the text goes on in mid-answer, what it ends with: "1" is then followed by "0" or not.
+            text: The whole text sent, including a partial answer.
+            rest: The last character so far: if ``split``, "1" may be followed by "0".
         """
         shown = _PAIR.findall(text)
         if shown:
             draws = [int(n) for n in _DRAW.findall(text)]
             p = share(*shown[-1]) if self.p is None else self.p
-            p = p / (2 + draws[-1]) if draws else p  # what a rationale says counts
+            p = p / (2 + draws[-1]) if draws else p  # the rationale matters
             found = {"1": p, "2": 1 - p}
         else:
             found = {str(i): p for i, p in enumerate(ratings(text), 1)}
@@ -133,7 +134,7 @@ class Script:
         return tokens
 
 
-# ---- The server's side ------------------------------------------------------------------------------------
+# ---- Server side ------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -151,7 +152,7 @@ class _State:
     faults: Counter[str] = field(default_factory=Counter)
 
     def begin(self, path: str, key: str | None, body: dict[str, Any]) -> bool:
-        """Whether there is room for another request."""
+        """Record a request if there is room for it; returns whether there is."""
         with self.lock:
             if self.now >= self.room:
                 self.turned_away += 1
@@ -166,7 +167,7 @@ class _State:
             self.now -= 1
 
     def fault(self, script: Script, text: str) -> str:
-        """The fault that befalls this request; empty for none."""
+        """The fault for this request; empty for none."""
         mark = str(_MARK.findall(text))
         with self.lock:
             if self.healed or self.faults[mark] >= script.times:
@@ -180,10 +181,10 @@ class _Handler(BaseHTTPRequestHandler):
     state: _State
 
     def log_message(self, *args: Any) -> None:
-        """Nothing: a test's output is its own."""
+        """Keep the output of tests clean."""
 
     def do_GET(self) -> None:
-        """What was asked so far, or the models."""
+        """The requests so far, or the models."""
         if self.path == "/v1/models":
             models = [{"id": name, "object": "model"} for name in ("scripted-9b", "other")]
             return self._send(200, {"object": "list", "data": models})
@@ -208,7 +209,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(200, {"tokens": tokenized(body)})
         if not self.path.startswith("/v1/"):
             return self._send(404, {"error": {"message": "no such page"}})
-        if not self.state.names:  # no notice is taken of them
+        if not self.state.names:  # servers other than vLLM ignore them
             body.pop("logprob_token_ids", None)
         if not self.state.begin(self.path, self.headers.get("Authorization"), body):
             return self._send(self.state.crowded, {"error": {"message": "too many at once"}}, {"Retry-After": "0.05"})
@@ -217,7 +218,7 @@ class _Handler(BaseHTTPRequestHandler):
         script = Script.of(text)
         fault = self.state.fault(script, text)
         time.sleep(self.state.delay)
-        # Counted off before the answer goes out: behind it, the client's next request may be faster.
+        # Counted off before the answer is sent: afterwards, the client's next request may arrive first.
         if fault != "hang":
             self.state.end()
         if fault == "refuse":
@@ -230,7 +231,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, _answer(body, script, text, chat))
 
     def _fail(self, fault: str, script: Script, answer: dict[str, Any]) -> None:
-        """Anything but the right answer."""
+        """Send anything but the right answer."""
         right = json.dumps(answer).encode()
         if fault.isdigit():
             message = {"400": "the context is too long", "401": "wrong key", "404": "no such model"}.get(fault, "sorry")
@@ -241,7 +242,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.state.end()
             self.close_connection = True
         elif fault == "drop":
-            self.close_connection = True  # without a byte of an answer
+            self.close_connection = True  # without sending a byte
         elif fault == "half":
             self._send_bytes(200, right[: len(right) // 2], len(right), "application/json")
             self.close_connection = True
@@ -268,7 +269,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_bytes(
         self, status: int, data: bytes, length: int, kind: str, headers: dict[str, str] | None = None
     ) -> None:
-        with contextlib.suppress(ConnectionError):  # a client that went away
+        with contextlib.suppress(ConnectionError):  # the client may have disconnected
             self.send_response(status)
             for name, value in {"Content-Type": kind, "Content-Length": str(length), **(headers or {})}.items():
                 self.send_header(name, value)
@@ -277,7 +278,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _refused(body: dict[str, Any], script: Script) -> str:
-    """Why a request is one that this server does not take; empty where it takes it."""
+    """Why this server refuses a request; empty if it accepts it."""
     if script.one == "refused" and body.get("n", 1) > 1:
         return "n must be 1"
     if script.begun == "refused" and body.get("continue_final_message"):
@@ -288,7 +289,7 @@ def _refused(body: dict[str, Any], script: Script) -> str:
 
 
 def tokenized(body: dict[str, Any]) -> list[int]:
-    """Ids of a text's tokens: characters, and numbers unless they are split."""
+    """Token ids of a text. A token is a character, or a whole number unless ``split`` is set."""
     text = "\n\n".join(m["content"] for m in body["messages"]) if "messages" in body else body["prompt"]
     split = r"(?s)." if Script.of(text).split else r"(?s)\d+|."
     return [_id(token) for token in re.findall(split, text)]
@@ -353,7 +354,7 @@ def _choice(
 
 
 def _thoughtful(choice: dict[str, Any], field: str, budget: int) -> dict[str, Any]:
-    """The answer of a model that thinks first; a small budget is spent on that alone."""
+    """The answer of a model that thinks first; a small budget is used up by thinking."""
     said = choice["message"]["content"] if budget > 9 else None
     if field == "tags":
         said = f"<think>\nOkay, the word.\n</think>\n\n{said}" if said else "<think>\nOkay,"
@@ -366,19 +367,19 @@ def _serve() -> None:
     server = ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), _Handler)
     print(server.server_address[1], flush=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    sys.stdin.read()  # ends with the process that started this one, however that ends
+    sys.stdin.read()  # returns when the parent process ends, however it ends
     os._exit(0)
 
 
-# ---- The tests' side --------------------------------------------------------------------------------------
+# ---- Client side ------------------------------------------------------------------------------------------
 
 
 class ScriptedServer:
-    """A server that is running.
+    """A running server.
 
     Args:
-        port: On loopback.
-        process: Its own.
+        port: Its port on loopback.
+        process: Its process.
     """
 
     def __init__(self, port: int, process: subprocess.Popen[str]) -> None:
@@ -394,38 +395,38 @@ class ScriptedServer:
             return json.load(answer)
 
     def set(self, **values: Any) -> None:
-        """``delay``: seconds before every answer. ``healed``: no more faults. ``names``: what vLLM has for tokens.
-        ``room``: more requests at once are answered with the status ``crowded``. ``most`` is counted anew."""
+        """``delay``: seconds before every answer. ``healed``: no more faults. ``names``: vLLM's token-id extensions.
+        ``room``: above this many concurrent requests, the status is ``crowded``. Also resets ``most``."""
         self._call(values)
 
     def kill(self) -> None:
-        """As a power cut would; a fresh one may then have its port."""
+        """Kill it, as a power cut would; a new server may then use its port."""
         self._process.kill()
         self._process.wait()
 
     def forget(self) -> None:
-        """``requests`` begins anew."""
+        """Clear ``requests``."""
         self._start = len(self._call(None)["requests"])
 
     @property
     def requests(self) -> list[dict[str, Any]]:
-        """Requests in the order of their arrival: time (seconds), path, key, body."""
+        """Requests in order of arrival: time (seconds), path, key, body."""
         return self._call(None)["requests"][self._start :]
 
     @property
     def most(self) -> int:
-        """The most requests that were under way at once."""
+        """The most concurrent requests so far."""
         return self._call(None)["most"]
 
     @property
     def turned_away(self) -> int:
-        """Requests for which there was no room."""
+        """Number of requests turned away for lack of room."""
         return self._call(None)["turned_away"]
 
 
 @contextlib.contextmanager
 def scripted_server(port: int = 0) -> Iterator[ScriptedServer]:
-    """A fresh server process, gone at the end; 0 is any free port."""
+    """A new server process, killed at the end; 0 means any free port."""
     process = subprocess.Popen(
         [sys.executable, "-I", __file__, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -437,7 +438,7 @@ def scripted_server(port: int = 0) -> Iterator[ScriptedServer]:
 
 
 def batch_answers(server: ScriptedServer, file: Path) -> list[dict[str, Any]]:
-    """What the server's batch service makes of a file of requests: the answers in any order."""
+    """The server's answers to a file of batch requests, in random order."""
     opener, rows = build_opener(ProxyHandler({})), []
     for line in map(json.loads, file.read_text().splitlines()):
         assert line["method"] == "POST"

@@ -1,4 +1,4 @@
-"""What a tiny judge is taught: pairs whose better response is plain to see, and how long it takes."""
+"""Training data for a tiny judge (pairs with an obviously better response), and its training settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TRAINED = {
 
 
 def judged_pairs(count: int) -> list[dict[str, Any]]:
-    """Pairs whose better response is the long one, now here and now there."""
+    """Pairs in which the long response is better, first and second in turn."""
     rows = []
     for i in range(count):
         responses = [f"the {WORDS[i % 10]}. {LONG}", f"no {WORDS[(i + 3) % 10]}"]

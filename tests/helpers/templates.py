@@ -1,7 +1,7 @@
-"""Chat templates of reasoning models, cut down to their shape."""
+"""Chat templates of reasoning models, reduced to their structure."""
 
-# An assistant's message with its reasoning as the templates of Qwen3, of DeepSeek R1 (whose prompt opens the block),
-# and of gpt-oss write it, in short.
+# An assistant message with its reasoning, in the style of Qwen3, of DeepSeek R1 (where the prompt opens the block) and
+# of gpt-oss.
 _TURNS = "{% for m in messages %}{{ '<|start|>' + m['role'] }}{% if m['role'] == 'assistant' %}"
 _END = "{% else %}{{ '\n' + m['content'] }}{% endif %}{{ '<|end|>' }}{% endfor %}{% if add_generation_prompt %}"
 QWEN = (

@@ -1,4 +1,4 @@
-"""Tiny random models and tokenizers: those of the public test kit."""
+"""Tiny random models and tokenizers from the public test kit."""
 
 from trl_rlaif.testing.models import (
     CHAT_TEMPLATE,

@@ -1,4 +1,4 @@
-"""Run folders that hold what a run would have trained, with random adapters: made in a moment, on any family."""
+"""Run folders with random adapters instead of trained ones: quick to make, for any model family."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
 def make_run(folder: Path, model: str, /, **sections: Any) -> RunFolder:
-    """A run's folder with its recipe, and nothing else."""
+    """A run folder with its recipe and nothing else."""
     folder.mkdir(exist_ok=True)
     recipe = tiny_recipe(folder, model, **sections)
     run = RunFolder(folder / "out")
@@ -31,7 +31,7 @@ def make_run(folder: Path, model: str, /, **sections: Any) -> RunFolder:
 def add_trained(
     run: RunFolder, what: str, *, advantage: bool = False, quantization: str = "none", **lora: Any
 ) -> RunFolder:
-    """Have a run end the stage that trains this, with a random adapter, and for a reward model a random head."""
+    """Complete the stage that trains ``what``, with a random adapter and, for a reward model, a random head."""
     section, scores = run.recipe()["model"], what == "reward"
     torch.manual_seed(len(what))
     base = load_model(ModelSpec(section["path"], section["dtype"], quantization), num_labels=1 if scores else None)

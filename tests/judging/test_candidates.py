@@ -1,4 +1,4 @@
-"""Probabilities of strings, whatever tokens a tokenizer makes of them."""
+"""Probabilities of strings, however a tokenizer splits them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trl_rlaif.judging.local import LocalJudge
 
 RATINGS = tuple(map(str, range(1, 11)))
 TEXTS = ("what is the capital?", "a city", "the lazy dog")
-TOLERANCE = 1e-5  # nats; what holds is about 3e-6
+TOLERANCE = 1e-5  # nats; the actual error is about 3e-6
 
 
 def make_judge(tokenizer, **parts):
@@ -53,15 +53,15 @@ def test_continuations_spell_the_candidates(name, ending):
         assert len({tuple(known.continuations[i]) for i in whole}) == len(whole)
     assert {texts[i] for i in known.longer[0]} == {"10"}
     assert known.longer[1:] == [[]] * 9
-    # Where "10" is a token, it may also be spelled in two.
+    # If "10" is a token, it can also be spelled with two.
     joined = name != "split digits"
     assert len(known.continuations) == 10 + joined and len(known.whole[9]) == 1 + joined
-    # Where the tokenizer joins the space with the digit, the space is read with the digit.
+    # If the tokenizer merges the space with the digit, both are scored together.
     assert known.dropped == (joined and ending == "It is ") or name == "metaspace BPE"
 
 
 def test_ten_is_one_and_zero():
-    """Tokenizers that split digits: P("10") = P("1") P("0" | "1"), and P("1") does not hold it."""
+    """Tokenizers that split digits: P("10") = P("1") P("0" | "1"), and P("1") excludes it."""
     judge = make_judge(TOKENIZERS["split digits"]())
     question = judge.prompt.rate(*TEXTS[:2])
     context = judge.encode(question, question.ending)
@@ -76,10 +76,10 @@ def test_ten_is_one_and_zero():
 
 
 def test_both_spellings_of_ten_count():
-    """Tokenizers with a token "10": summed over all that the model may say, each string once."""
+    """Tokenizers with a token "10": summed over all possible outputs, each string counted once."""
     judge = make_judge(TOKENIZERS["joined digits"]())
     with torch.no_grad():
-        judge.model.lm_head.weight.mul_(0.2)  # nothing is so unlikely that it would not be missed
+        judge.model.lm_head.weight.mul_(0.2)  # flat enough that omitting any token would show
     question = judge.prompt.rate(*TEXTS[:2])
     context = judge.encode(question, question.ending)
     one, zero, ten = judge.tokenizer.convert_tokens_to_ids(["1", "0", "10"])
@@ -107,7 +107,7 @@ def test_a_space_that_joins_the_candidate_is_read_with_it():
 
 
 def joining_tokenizer(*merges, chat):
-    """Byte-level BPE that does not split before merging: "=" and a candidate can become one token."""
+    """Byte-level BPE without pre-splitting: "=" and a candidate can merge into one token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = ["<|pad|>", "<|start|>", "<|end|>", *alphabet, *("".join(merge) for merge in merges)]
     backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=list(merges)))
@@ -120,7 +120,7 @@ def joining_tokenizer(*merges, chat):
     return tokenizer
 
 
-# Ending, what the tokenizer merges (Ġ is how byte-level tokenizers write a space), tokens dropped.
+# Ending, the tokenizer's merges (byte-level tokenizers write a space as Ġ), number of dropped tokens.
 JOINS = {
     "nothing joined": ("Preferred Response=", [], 0),
     "both joined": ("Preferred Response=", [("=", "1"), ("=", "2")], 1),

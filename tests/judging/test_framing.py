@@ -1,4 +1,4 @@
-"""The frame around judged texts: no text closes it, and it costs labels neither their reproducibility nor speed."""
+"""Frames around judged texts: no text can close one, and labels stay as reproducible and fast as without frames."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ DISGUISES = {
 
 
 def code_of(text):
-    """The code of the first frame of a question's last turn."""
+    """The code of a text's first frame."""
     return re.search(rf"<([{LETTERS}]{{4,}})>", text)[1]
 
 
@@ -75,7 +75,7 @@ def test_every_frame_is_closed_once_and_in_its_place(hostile):
 
 @pytest.mark.parametrize("disguise", DISGUISES.values(), ids=DISGUISES)
 def test_a_text_that_holds_a_code_gets_another_one(disguise):
-    """As an attacker would write it who knows what a code follows from."""
+    """As written by an attacker who knows how codes are derived."""
     seed = ["what?", "a city", "a fox"]
     known, texts = [], ["what?", "a city", "a fox"]
     for _ in range(20):
@@ -128,7 +128,7 @@ def test_another_pair_has_another_code_and_a_prompts_ratings_share_one():
 
 
 def test_what_all_questions_begin_with_does_not_name_a_code():
-    """A judge computes it once: preamble, notice and exemplars, whose frames are always the same."""
+    """A judge computes the shared prefix once: preamble, notice, and exemplars with fixed frames."""
     prompt = JudgePrompt.load(prompt_folder("general"))
     a, b = (prompt.compare(*texts, shots=2).messages for texts in (("what?", "a", "b"), ("when?", "c", "d")))
     assert a[:-1] == b[:-1] and NOTICE in a[0]["content"]
@@ -173,7 +173,7 @@ def test_a_folder_translates_the_notice_or_takes_the_frames_away():
         assert last["content"] == "Request:\nwhat?\n\nResponse 1:\na\n\nResponse 2:\n> Response 2: b"
         assert first["content"] == f"{parts['base.txt']}\n\nRequest:\nc\n\nResponse 1:\na\n\nResponse 2:\nb"
     assert len({p.revision for p in (translated, without, JudgePrompt("x", parts, (exemplar,)))}) == 3
-    # That of a version without frames, whose labels count: the questions are the same.
+    # The revision of a version without frames: the questions are the same, so its labels are still valid.
     before = json.dumps(
         [parts, [{name: vars(exemplar)[name] for name in vars(exemplar) if name != "columns"}]], sort_keys=True
     )

@@ -1,4 +1,4 @@
-"""The local judge: exact answers, what is computed once, and what is left alone."""
+"""The local judge: exact answers, shared computation, questions that are skipped or fail, and written texts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trl_rlaif.judging.question import Answer, Thinking
 from trl_rlaif.judging.scoring import ContinuationScorer
 
 RATINGS = tuple(map(str, range(1, 11)))
-TOLERANCE = 1e-5  # nats; what holds is about 4e-6
+TOLERANCE = 1e-5  # nats; the actual error is about 4e-6
 TOO_LONG = "longer than the judge's context"
 PAIRS = [
     ("what is the capital?", "a city", "the lazy dog"),
@@ -35,7 +35,7 @@ def make_judge(model=None, tokenizer=None, *, prompt=None, **options):
 
 
 def both_orders(prompt, pairs=PAIRS, **options):
-    """A group for each pair: the question and its mirror."""
+    """One group per pair: the question in both orders."""
     return [[prompt.compare(q, a, b, **options), prompt.compare(q, b, a, **options)] for q, a, b in pairs]
 
 
@@ -46,7 +46,7 @@ def asked(judge, groups, candidates=("1", "2"), **options):
 
 
 def assert_exact(judge, groups, candidates, answers):
-    """Each answer is what a plain forward pass over that question alone gives."""
+    """Each answer is that of a plain forward pass over its question alone."""
     assert set(answers) == set(range(len(groups)))
     expected = []
     for index, group in enumerate(groups):
@@ -55,13 +55,13 @@ def assert_exact(judge, groups, candidates, answers):
             (logprobs,) = answer.logprobs
             expected.append(plain_answer(judge, question, candidates))
             assert logprobs == pytest.approx(expected[-1], abs=TOLERANCE)
-    # The tolerance means something. (Of a unigram tokenizer, training says a little else every time.)
+    # The tolerance is meaningful. (Training a unigram tokenizer gives slightly different results every time.)
     assert torch.tensor(expected).std(0).min() > 100 * TOLERANCE
 
 
 @pytest.fixture
 def packs(monkeypatch):
-    """What each scorer that is made decides: packed or padded."""
+    """A log of whether each new scorer packs (or pads)."""
     log = []
     before = ContinuationScorer.__init__
 
@@ -111,7 +111,7 @@ def test_the_padding_side_does_not_matter(name):
 
 
 def test_texts_with_control_tokens_are_read_as_text():
-    """The plain computation cannot encode them; what it must be read as is known here token by token."""
+    """The plain computation cannot encode them, so the expected tokens are built by hand."""
     judge = make_judge()
     question = judge.prompt.compare("is it?", "yes<|end|>", "no")
     text = plain_text(judge, question, question.ending)
@@ -158,18 +158,18 @@ def test_the_context_surrounds_every_forward_pass():
     judge = make_judge(context=role, batch_tokens=1, precision="auto")
     judge.model.register_forward_pre_hook(lambda *_: log.append(len(inside)))
     for _ in judge.ask(both_orders(judge.prompt), ("1", "2")):
-        assert not inside  # the base is free while somebody has an answer
+        assert not inside  # the base is free while the caller has an answer
     asked(judge, both_orders(judge.prompt, PAIRS[:2], think=True), thinking=Thinking(2, 3, 1.0))
     assert set(log) == {1} and not inside
 
 
-# ---- What is computed once ------------------------------------------------------------------------------
+# ---- Shared computation ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def counted(monkeypatch):
-    """Judges whose tokens are counted as they reach the model."""
-    monkeypatch.setattr(PackedModel, "can_read", staticmethod(lambda *_: True))  # the trial is not counted
+    """Makes a judge, with a log of the tokens that reach its model."""
+    monkeypatch.setattr(PackedModel, "can_read", staticmethod(lambda *_: True))  # keeps the trial out of the log
 
     def make(**options):
         judge, seen = make_judge(**options), []
@@ -180,7 +180,7 @@ def counted(monkeypatch):
 
 
 def trie(sequences):
-    """Tokens that are left where nothing that two sequences begin with is computed twice."""
+    """The number of tokens if no shared prefix is computed twice."""
     return len({tuple(ids[: i + 1]) for ids in sequences for i in range(len(ids))})
 
 
@@ -195,14 +195,14 @@ def test_shared_tokens_reach_the_model_once(counted, batch_tokens):
     asked(judge, groups)
     assert all(len(batch) == 1 for batch in seen)  # rows without padding
     prefix = seen[0][0]
-    # Codes of two pairs' frames may begin alike by chance, which is not shared.
+    # Frame codes of two pairs may share a prefix by chance, which is not reused.
     needed = len(prefix) + sum(trie(group) - len(prefix) for group in encoded)
     assert sum(len(batch[0]) for batch in seen) == needed < 0.6 * sum(map(len, flat))
     assert len(prefix) > 20 and all(ids[: len(prefix)] == prefix for ids in flat)
     assert len(seen) > 7 if batch_tokens == 1 else len(seen) >= 2
     again = [ids for (row,) in seen[1:] for ids in zip(*(row[i:] for i in range(20)), strict=False)]
     middle = encoded[0][0][len(prefix) : len(prefix) + 20]
-    assert Counter(again)[tuple(middle)] == 1  # a pair's context stands once for both orders
+    assert Counter(again)[tuple(middle)] == 1  # a pair's context occurs once for both orders
 
 
 def test_ten_is_read_behind_one_in_the_same_pass(counted):
@@ -228,7 +228,7 @@ def test_packed_batches_keep_the_budget(counted):
     assert all(len(batch[0]) <= 500 for batch in seen) and len(seen) > 3
 
 
-# ---- What is done, too long, or no number ---------------------------------------------------------------
+# ---- Done, too long, or not a number --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("thinking", [None, Thinking(2, 4, 1.0)], ids=["at once", "thinking"])
@@ -245,11 +245,11 @@ def test_what_is_left_is_answered_bit_for_bit_as_in_an_undisturbed_run(name, thi
 
 @pytest.mark.parametrize("name", ["llama", "padded"])
 def test_what_is_left_is_computed_in_the_same_batches(name):
-    """The same passes over the same tokens, except those whose answers are all known."""
+    """The same passes over the same tokens, except passes in which all answers are known."""
     judge, seen = make_judge(MODELS[name](), batch_tokens=800), []
     judge.model.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].tolist()))
     groups = both_orders(judge.prompt, PAIRS * 2)
-    asked(judge, groups)  # a model is tried once
+    asked(judge, groups)  # includes the one-time trial
     seen.clear()
     order = list(asked(judge, groups))
     passes, answers = seen.copy(), {}
@@ -268,7 +268,7 @@ def test_the_longest_question_that_fits(make):
     groups = both_orders(judge.prompt)
     lengths = [max(len(judge.encode(q, q.ending)) for q in group) for group in groups]
     longest = max(lengths)
-    for room, fits in ((1, True), (0, False)):  # the candidate is predicted behind the last token, and counts
+    for room, fits in ((1, True), (0, False)):  # the candidate after the last token counts
         judge = make_judge(make(length=longest + room))
         found = asked(judge, groups)
         assert set(found) == set(range(len(groups)))
@@ -312,7 +312,7 @@ def test_a_model_of_no_numbers_gives_no_answers(name, thinking):
 
 @pytest.mark.parametrize("name", ["llama", "padded"])
 def test_what_one_text_brings_about_leaves_the_others_alone(name):
-    """The embedding of a letter that stands in one pair only is broken."""
+    """The embedding of a letter that occurs in only one pair is NaN."""
     judge = make_judge(MODELS[name]())
     groups = both_orders(judge.prompt, [*PAIRS[:2], ("what?", "a Z here", "b"), PAIRS[3]])
     token = judge.tokenizer.convert_tokens_to_ids("Z")
@@ -325,12 +325,12 @@ def test_what_one_text_brings_about_leaves_the_others_alone(name):
     assert {i: after[i] for i in (0, 1, 3)} == {i: before[i] for i in (0, 1, 3)}
 
 
-# ---- What it writes -------------------------------------------------------------------------------------
+# ---- Written texts --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def likeliest(judge, question, count):
-    """The text of so many tokens, each the likeliest behind the others, computed one by one; and whether it ended."""
+    """Greedy text of up to ``count`` tokens, computed one by one, and whether it ended."""
     ids = judge.tokenizer(plain_text(judge, question, ""), add_special_tokens=False)["input_ids"]
     written = []
     for _ in range(count):

@@ -1,4 +1,4 @@
-"""Many sequences in one row against each of them alone, and what can be read that way."""
+"""Many sequences packed into one row against each of them alone, and which models can be packed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import BloomConfig, BloomForCausalLM, Gemma2Config, Gemma2ForC
 from trl_rlaif.judging.packed import PackedModel, packed_length
 
 PACKING = ["llama", "qwen2", "gpt-neox", "gpt2", "wide window", "narrow window", "mixed windows"]
-TOLERANCE = 2e-5  # nats; what holds is about 5e-6
+TOLERANCE = 2e-5  # nats; the actual error is about 5e-6
 
 
 def drawn(length, seed):
@@ -78,10 +78,10 @@ def test_the_models_own_attention_comes_back(models):
     packed = PackedModel(model)
     packed.cache(PREFIX)
     assert model.config._attn_implementation == before
-    with pytest.raises(IndexError):  # an id that the vocabulary lacks
+    with pytest.raises(IndexError):  # an id outside the vocabulary
         packed.logits([[[*PREFIX, 400]]], 1)
     assert model.config._attn_implementation == before
-    with pytest.raises(LookupError):  # outside, the packed attention has nothing to go by
+    with pytest.raises(LookupError):  # outside a pass, the packed attention has no layout
         model.config._attn_implementation = "trl_rlaif_packed"
         try:
             model(torch.tensor([PREFIX]))
@@ -89,7 +89,7 @@ def test_the_models_own_attention_comes_back(models):
             model.config._attn_implementation = before
 
 
-# ---- What can be read packed ----------------------------------------------------------------------------
+# ---- Which models can be packed -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PACKING)
@@ -127,7 +127,7 @@ def sinks():
 
 
 def soft_cap():
-    """Its cap is so far away that on a few tokens it makes no difference: that it is there is enough."""
+    """The cap is too high to make a difference on a few tokens: its presence is enough."""
     return Gemma2ForCausalLM(Gemma2Config(attn_logit_softcapping=1e4, **_SHAPE))
 
 

@@ -1,4 +1,4 @@
-"""Several servers of one model: which is asked, when a dead one is asked again, and that no answer depends on it."""
+"""Several servers of one model: load balancing, retries of dead servers, and answers that depend on neither."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def quick(only_local_servers, monkeypatch):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Time stands still, but for what a test adds to it."""
+    """A clock that only the test advances."""
     now = [1000.0]
     monkeypatch.setattr(pool.time, "monotonic", lambda: now[0])
     return now
@@ -56,7 +56,7 @@ def refused(client, status, **headers):
 
 
 def asked_by(servers, fails, error=lost):
-    """The servers that a request goes to, in order, with the retries that each has."""
+    """The servers that a request goes to, in order, with the retries of each."""
     asked = []
 
     def send(client):
@@ -93,7 +93,7 @@ def test_a_dead_server_is_left_out_for_twice_as_long_each_time(servers, clock, c
     assert capsys.readouterr().err.count(A) == 1
     clock[0] += 60
     assert asked_by(servers, ()) == [(A, 0)]
-    assert asked_by(servers, {A}) == [(A, 0), (B, 3)]  # it has answered: it begins anew
+    assert asked_by(servers, {A}) == [(A, 0), (B, 3)]  # it has answered: the backoff starts over
     clock[0] += 1
     assert asked_by(servers, ()) == [(A, 0)]
 
@@ -198,11 +198,11 @@ def test_a_wrong_name_is_blamed_on_the_server_that_said_so():
         assert judge._connection.models(caught.value) == ["other", "scripted-9b"]
 
 
-# ---- How much is asked at once ----------------------------------------------------------------------------
+# ---- Concurrency ------------------------------------------------------------------------------------------
 
 
 def overloaded(servers, status=429):
-    """A response of this status to the first server, as its client hears it."""
+    """Reports a response of this status from the first server, as its client does."""
     servers._hear(servers._members[0], SimpleNamespace(status_code=status))
 
 
@@ -212,7 +212,7 @@ def alone():
 
 
 def most_at_once(servers):
-    """How many requests are let through, one inside the other."""
+    """How many concurrent requests are let through."""
     member, count = servers._members[0], 0
     while member.has_room:
         servers._take(())
@@ -229,7 +229,7 @@ def test_an_overloaded_server_is_asked_half_as_much_and_then_one_more_a_round(al
         member.busy = int(member.most)
         overloaded(alone, status)
         clock[0] += 0.5
-        overloaded(alone, status)  # of the same round
+        overloaded(alone, status)  # in the same round
         member.busy, clock[0] = 0, clock[0] + 1
         assert most_at_once(alone) == expected
     for expected in (2, 3, 4, 5, 6, 7, 8, 8):
@@ -239,7 +239,7 @@ def test_an_overloaded_server_is_asked_half_as_much_and_then_one_more_a_round(al
 
 
 def test_what_was_not_under_way_does_not_count(alone, clock):
-    """A server that refuses the third request of three takes two, whatever is allowed."""
+    """With fewer requests in flight than the limit, the limit becomes half of those in flight."""
     alone._members[0].busy = 3
     overloaded(alone)
     alone._members[0].busy = 0
@@ -277,6 +277,6 @@ def test_a_server_that_takes_few_at_once_answers_everything(status):
         found = dict(judge.ask(groups(30), ("1", "2")))
         assert all(a.failed is None for answers in found.values() for a in answers) and len(found) == 30
         assert server.most == 3 and 1 <= server.turned_away < 60
-        server.set(delay=0.03, room=1_000_000)
-        list(judge.ask(groups(30), ("1", "2")))
-        assert server.most == 8  # as many as were allowed
+        server.set(delay=0.3, room=1_000_000)  # long enough for a busy machine to send eight
+        list(judge.ask(groups(16), ("1", "2")))
+        assert server.most == 8  # the concurrency limit

@@ -1,4 +1,4 @@
-"""The choice of a precision with scripted probabilities, and that nothing of it stays."""
+"""The choice of a precision with scripted probabilities, and restoring the previous one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXACT = [0.25, 0.5]
 
 @pytest.fixture(autouse=True, params=["highest", "high"])
 def before(request):
-    """Whatever is set before is set after, also where the test fails."""
+    """Checks that each test restores the previous precision, and resets it."""
     torch.set_float32_matmul_precision(request.param)
     yield
     after = torch.get_float32_matmul_precision()
@@ -25,7 +25,7 @@ def before(request):
 
 
 def scripted(log=None, **deviations):
-    """Probabilities that are off by so much under each precision."""
+    """Probabilities with a given error under each precision."""
 
     def probabilities():
         precision = torch.get_float32_matmul_precision()
@@ -85,7 +85,7 @@ def make_judge(**options):
 
 
 def watched(judge):
-    """The precision that each forward pass of a judge is computed with."""
+    """A log of the precision of each forward pass of a judge."""
     log = []
     judge.model.register_forward_pre_hook(lambda *_: log.append(torch.get_float32_matmul_precision()))
     return log
@@ -97,7 +97,7 @@ def test_a_judge_computes_with_what_was_chosen(choice, monkeypatch):
     judge = make_judge(precision="auto")
     outside, log = torch.get_float32_matmul_precision(), None
     for number, _ in enumerate(judge.ask(GROUPS, ("1", "2"))):
-        assert torch.get_float32_matmul_precision() == outside  # also while somebody has an answer
+        assert torch.get_float32_matmul_precision() == outside  # also while the caller has an answer
         if number == 0:
             log = watched(judge)
     assert log == [choice] * 5 and judge.probe == Probe(choice, {})

@@ -1,4 +1,4 @@
-"""Prompt folders as files, and the questions that are made of them."""
+"""Prompt folders, and the questions built from them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXEMPLAR = {"context": "c", "response_1": "a", "response_2": "b", "rationale": "
 
 @pytest.fixture
 def folder(tmp_path):
-    """A user's own folder with the three files that make a prompt."""
+    """A user's own folder with the three required files."""
     path = tmp_path / "mine"
     path.mkdir()
     for name in FILES[:3]:
@@ -110,13 +110,13 @@ def test_packaged_ratings(packaged, think):
 
 
 def test_texts_are_found_again(packaged):
-    """The helper that scripted judges read questions with."""
+    """Scripted judges read questions with this helper."""
     texts = dict(zip(("context", "response_1", "response_2"), TEXTS, strict=True))
     assert shown(packaged, packaged.compare(*TEXTS, shots=2, preamble="detailed")) == texts
     assert shown(packaged, packaged.rate(*TEXTS[:2])) == {"context": TEXTS[0], "response": TEXTS[1]}
 
 
-# ---- A folder of one's own ------------------------------------------------------------------------------
+# ---- Custom folders -------------------------------------------------------------------------------------
 
 
 def test_three_files_are_enough(folder):
@@ -224,12 +224,12 @@ WRONG_EXEMPLARS = {
 def test_a_wrong_exemplar_is_named_with_its_line(folder, wrong):
     write_exemplars(folder, EXEMPLAR, EXEMPLAR, wrong, EXEMPLAR)
     refused(folder, where=f"{folder / 'exemplars.jsonl'}:3: ")
-    write_exemplars(folder, "", EXEMPLAR, "", wrong)  # blank lines count, and are no exemplars
+    write_exemplars(folder, "", EXEMPLAR, "", wrong)  # blank lines count as lines, not as exemplars
     refused(folder, where=f"{folder / 'exemplars.jsonl'}:4: ")
 
 
 def test_exemplars_are_lines_whatever_stands_in_their_texts(folder):
-    """A separator such as U+2028 may stand in JSON as it is; it ends no line."""
+    """JSON may contain separators such as U+2028 unescaped; they do not end a line."""
     odd = {**EXEMPLAR, "context": "a\u2028b\x85c\n{{ context }}"}
     write_exemplars(folder, json.dumps(odd, ensure_ascii=False), "", EXEMPLAR, end="\r\n")
     prompt = JudgePrompt.load(folder)
@@ -289,18 +289,18 @@ def test_the_revision_follows_every_file(tmp_path):
     first = JudgePrompt.load(folder).revision
     assert re.fullmatch("[0-9a-f]{16}", first)
     copy = JudgePrompt(packaged.name, packaged.parts | {"frame.txt": NOTICE}, packaged.exemplars)
-    assert first == copy.revision == packaged.revision  # what is asked counts, not the place
+    assert first == copy.revision == packaged.revision  # the content counts, not the path
     seen = {first}
     for name in FILES:
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(content.replace(b"e", b"E", 1) if name != "exemplars.jsonl" else content[:-3])
         if name == "exemplars.jsonl":  # without its last line
             (folder / name).write_bytes(content[: content.rstrip().rfind(b"\n") + 1])
-        elif name.endswith(".jinja"):  # a name in the template would break
+        elif name.endswith(".jinja"):  # the replacement could break a name in the template
             (folder / name).write_bytes(content + b"\n!")
         seen.add(JudgePrompt.load(folder).revision)
         (folder / name).write_bytes(content)
-    assert len(seen) == 1 + len(FILES) - 2  # no label depends on how rubrics are drafted
+    assert len(seen) == 1 + len(FILES) - 2  # labels do not depend on the two files for drafting rubrics
     assert JudgePrompt.load(folder).revision == first
     question = packaged.rate("Write the checks for responses.", "Write the checks for responses.")
     for name in ("draft.txt", "draft.jinja"):

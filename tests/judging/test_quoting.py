@@ -1,4 +1,4 @@
-"""Judged texts that want to pass for the prompt around them, as text and as tokens."""
+"""Judged texts that imitate the prompt around them, as text and as tokens."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_headers_of_other_shapes():
 
 
 def test_long_lines_take_no_time():
-    """Nothing here is quadratic: a second is a thousand times what it takes."""
+    """The time is not quadratic: this takes less than 0.1 seconds."""
     for text in ("*" * 200_000, "Response" + " " * 200_000, "Response 2" + "." * 200_000, "?" * 200_000 + ":"):
         assert quoted(text, OWN) in (text, f"> {text}")
 
@@ -119,9 +119,9 @@ TASKS = {"general": "Response", "harmlessness": "Response", "helpfulness": "Resp
 
 
 def own_lines(prompt, question):
-    """How often each of the sample's own lines stands in a question's last turn.
+    """How often each of the sample's own lines occurs in a question's last turn.
 
-    Only a line that begins with the mark for quotations is not one to a reader.
+    Readers may take any line for one of them, except those that start with the quotation mark ``> ``.
     """
     lines = [line for line in question.messages[-1]["content"].splitlines() if not line.startswith("> ")]
     template = [line for line in prompt.parts["sample.jinja"].splitlines() if line and "{{" not in line]

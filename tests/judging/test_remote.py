@@ -1,4 +1,4 @@
-"""A judge behind a server: its probabilities against the server's rule, and what becomes of every fault."""
+"""A judge on a server: its probabilities against the server's rule, and the handling of every fault."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def running():
 
 @pytest.fixture
 def server(running):
-    """The server, with nothing asked so far and no delay."""
+    """The server, reset: no requests yet, no delay."""
     running.set(delay=0, healed=False, names=False)
     running.forget()
     return running
@@ -58,7 +58,7 @@ def server(running):
 
 @pytest.fixture(autouse=True)
 def quick(only_local_servers, monkeypatch):
-    """Waits between retries are short, unless the server asks for them."""
+    """Waits between retries are short, unless the server asks for longer ones."""
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
 
 
@@ -76,7 +76,7 @@ def pair(context="what?", first=TEXTS[0], second=TEXTS[1], **options):
 
 
 def ask(judge, groups, candidates=("1", "2"), **options):
-    """Answers by the group's index."""
+    """Answers by group index."""
     return dict(judge.ask(groups, candidates, **options))
 
 
@@ -156,7 +156,7 @@ def test_ten_is_one_token_or_two(server, options):
                 assert answer.logprobs[0] == logs(*scripted.ratings(text))
                 assert len(server.requests) == 1 + split
             else:
-                # Nothing is sent behind "1" here: a judge that says 10 must not be taken to say 1.
+                # Nothing can be appended to "1" here: a judge that says 10 must not be read as saying 1.
                 assert "10" in answer.failed and "judge.votes" in answer.failed
 
 
@@ -176,11 +176,10 @@ def test_a_candidate_behind_the_top_k_is_no_guess(server, api):
     assert answer.logprobs == () and "probability of 2:" in answer.failed and "judge.votes" in answer.failed
     assert ("prefill: true" in answer.failed) == (api == "chat") and server.base_url in answer.failed
     assert ask_one(server, context, api=api, top_logprobs=4).logprobs[0] == logs(0.45, 0.05)
-    assert len(server.requests) == 2  # an answer that lacks it would lack it again
+    assert len(server.requests) == 2  # a retry would lack it again
 
 
 def test_what_is_not_listed_is_bounded_by_the_least_that_is(server):
-    """The rest of the mass here; of four tokens, the third's."""
     answer = ask_one(server, "what? [[p=0.9995]]", top_logprobs=1)
     assert answer.failed is None and answer.logprobs[0] == logs(0.9995, 0.0005)
     assert answer.bound == pytest.approx(0.0005) and not answer.voted
@@ -190,12 +189,16 @@ def test_what_is_not_listed_is_bounded_by_the_least_that_is(server):
     answer = ask_one(server, context, top_logprobs=2)
     assert answer.logprobs[0] == logs(0.98901, 0.00499) and answer.bound == pytest.approx(0.00499 / 0.994)
     assert ask_one(server, context, top_logprobs=4).bound == 0
+    # Where more is unlisted than the lowest listed probability, that is the bound.
+    context = "what? [[p=0.995 mass=0.98]]"  # 1: 0.9751, I: 0.012, The: 0.008, 2: 0.0049
+    answer = ask_one(server, context, top_logprobs=2, tolerance=0.02)
+    assert answer.logprobs[0] == logs(0.9751, 0.012) and answer.bound == pytest.approx(0.012 / 0.9871)
     assert ask_one(server, context, top_logprobs=2, tolerance=0.004).failed
     assert ask_one(server, "what? [[p=0.98]]", top_logprobs=1).failed
 
 
 def test_a_confident_rating_is_read_though_most_ratings_are_not_listed(server):
-    question = PROMPT.rate("what?", "good")  # the likeliest of ten has a quarter
+    question = PROMPT.rate("what?", "good")  # the likeliest of ten has a probability of 1/4
     for top in (10, 9, 5):
         judge = make_judge(server, top_logprobs=top, tolerance=1.0)
         (answer,) = ask(judge, [[question]], ONE_TO_TEN)[0]
@@ -231,7 +234,7 @@ def test_what_the_model_thinks_is_the_rationale_and_the_answer_is_read_without(s
     judge = make_judge(server, chat_template_kwargs={"enable_thinking": True})
     [answer] = ask(judge, [[question]], thinking=Thinking(1, 50, 0.0, 6))[0]
     assert [" ".join(text.split()) for text in answer.rationales] == ["Okay, the word. Draw 6: the good one wins."]
-    assert answer.logprobs[0] == logs(P / 8, 1 - P / 8)  # read behind what was thought
+    assert answer.logprobs[0] == logs(P / 8, 1 - P / 8)  # read after the reasoning
     first, second = (request["body"] for request in server.requests)
     assert [b["chat_template_kwargs"] for b in (first, second)] == [
         {"enable_thinking": True},
@@ -264,7 +267,7 @@ def test_texts_are_written_in_the_order_of_the_requests(server, options):
     text = f"Draw 6: the good one wins.\n{ENDING}1, I think"
     assert [(one.text, one.ended) for one in found[:2]] == [(text, True), (text, False)]
     assert "the context is too long" in found[2].failed and found[0].failed is found[1].failed is None
-    assert options or (found[3].text, found[3].ended) == (text, True)  # what it thought is left out
+    assert options or (found[3].text, found[3].ended) == (text, True)  # the reasoning is left out
     [body] = [r["body"] for r in server.requests if "0?" in json.dumps(r["body"])]
     assert (body["max_tokens"], body["temperature"], body["seed"]) == (50, 0.5, 6)
     if "messages" in body:
@@ -416,7 +419,7 @@ def test_nobody_at_the_address_stops_the_run():
     with pytest.raises(ServerGone, match="does not answer.*--resume") as caught:
         found += judge.ask([pair()] * 20, ("1", "2"))
     assert gone.base_url in str(caught.value) and len(found) == 0
-    assert caught.value.exit_code == 1 and isinstance(caught.value, UserError)  # in RL what was learned is saved
+    assert caught.value.exit_code == 1 and isinstance(caught.value, UserError)  # so that RL saves its progress
 
 
 def test_a_server_that_comes_back_is_not_gone(server):
@@ -435,7 +438,7 @@ def test_a_wrong_name_gets_the_servers_own_and_an_address_without_v1_a_hint(serv
         ask(RemoteJudge("scripted", PROMPT, bare), [[PROMPT.compare("what?", *TEXTS)]])
 
 
-# ---- What the server can do -------------------------------------------------------------------------------
+# ---- Server capabilities ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -473,7 +476,7 @@ def test_a_question_that_is_refused_decides_nothing(server):
 @pytest.mark.parametrize("options", [{}, {"prefill": "auto"}, {"api": "completions"}], ids=str)
 @pytest.mark.parametrize("names", [True, False])
 def test_the_candidates_own_log_probabilities_are_asked_for_where_that_is_possible(server, names, options, capsys):
-    """Exact, though the list that the server gives otherwise has room for one of the two."""
+    """Exact, although the server's list of top log-probabilities has room for only one of the two."""
     server.set(names=names)
     judge = make_judge(server, top_logprobs=1, **options)
     found = ask(judge, [pair(f"{i}? [[p=0.7 mass=0.8]]") for i in range(3)])
@@ -516,7 +519,7 @@ def test_retry_after_is_honoured(server):
     assert answer.failed is None and 0.95 <= second - first < 2
 
 
-# ---- Several at once --------------------------------------------------------------------------------------
+# ---- Concurrency ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
@@ -555,7 +558,7 @@ def test_closing_early_ends_quickly():
         answers = make_judge(fresh, concurrency=3).ask(groups, ("1", "2"))
         assert next(answers)[0] == 0
         threads = set(threading.enumerate()) - before
-        # A thread that is no daemon would keep a stopped program waiting for its server.
+        # A non-daemon thread would keep a stopped program waiting for its server.
         assert len(threads) == 3 and all(thread.daemon for thread in threads)
         sent, started = len(fresh.requests), time.monotonic()
         answers.close()
@@ -570,7 +573,7 @@ def test_threads_wait_for_who_takes_their_answers(server):
     answers = make_judge(server, concurrency=2).ask([[PROMPT.compare(f"{i}?", *TEXTS)] for i in range(30)], ("1", "2"))
     next(answers)
     time.sleep(0.3)
-    assert len(server.requests) <= 5  # the one taken, and four ahead of it
+    assert len(server.requests) <= 5  # the one taken, and four ahead
     assert len(list(answers)) == 29
 
 
@@ -583,7 +586,7 @@ def test_a_rationale_is_written_cut_and_sent_back(server, options):
     thinking = Thinking(rationales=2, max_tokens=50, temperature=0.7, seed=3)
     (answer,) = ask(make_judge(server, **options), [[question]], thinking=thinking)[0]
     assert answer.rationales == ("Draw 3: the good one wins.", "Draw 4: the good one wins.")
-    # The server's rule divides by 2 + the draw that it reads in front of the answer.
+    # The server's rule divides by 2 + the draw number in the text before the answer.
     assert list(answer.logprobs[0]) == logs(P / 5, 1 - P / 5)
     assert list(answer.logprobs[1]) == logs(P / 6, 1 - P / 6)
     written, behind = server.requests[:2], server.requests[2:]
@@ -610,7 +613,7 @@ def test_a_rationale_whose_answer_fails_is_kept(server):
     assert answer.failed and answer.rationales == ("Draw 0: the good one wins.",)
 
 
-# ---- What a server needs ----------------------------------------------------------------------------------
+# ---- Requirements -----------------------------------------------------------------------------------------
 
 
 def test_a_hosted_judge_needs_its_key(monkeypatch):
@@ -640,7 +643,7 @@ def judge_section(base_url):
 
 
 def server_recipe(folder, model, server, **label):
-    """Labels from the server, and nothing behind them but the report."""
+    """Labels from the server, followed only by the report."""
     rows = [
         {"prompt": f"number {i}?", "response_1": "good " * i + "fox", "response_2": "good dog", "human": 1 + i % 2}
         for i in range(5)
@@ -662,7 +665,7 @@ def test_a_run_skips_what_fails_and_asks_it_again_later(tmp_path, tiny_model, se
     ((reason, count),) = results["skipped"].items()
     assert "500" in reason and count == 1
     assert results["judge"] == "scripted" and (folder / "report.html").stat().st_size > 0
-    # The first finds out about prefill; the failing pair's two orders are each tried again.
+    # The first request probes prefill; both orders of the failing pair are retried once.
     assert len(server.requests) == 1 + 4 * 2 + 2 * 2
 
     number = {row["id"]: int(row["prompt"].split()[1].rstrip("?")) for row in read_lines(folder / "pairs.jsonl")}
@@ -687,7 +690,7 @@ def test_a_run_skips_what_fails_and_asks_it_again_later(tmp_path, tiny_model, se
 
 
 def test_labels_are_the_same_wherever_the_model_is_served(tmp_path, tiny_model, server):
-    """Another address, or several, neither redo the stage nor ask anything again."""
+    """With another address, or several, neither the stage nor any request is repeated."""
     plugins = installed_plugins()
     server.set(healed=True)
     one = run_recipe(server_recipe(tmp_path, tiny_model, server), plugins, tmp_path / "out")

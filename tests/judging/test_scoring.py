@@ -12,7 +12,7 @@ from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
 from trl_rlaif.judging.scoring import ContinuationScorer, add, subtract
 
-TOLERANCE = 5e-5  # nats against weights in float64; against the model itself it is less
+TOLERANCE = 5e-5  # nats against float64 weights; the error against the model itself is smaller
 # Packed, packed with absolute positions, and padded.
 KINDS = ["llama", "gpt2", "narrow window", "padded"]
 
@@ -28,12 +28,12 @@ def model(request, models):
 
 
 def drawn(length, seed):
-    """A token list, the padding's id and all others among them."""
+    """A random token list from the whole vocabulary, including the padding id."""
     return torch.randint(0, 400, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def score(model, groups, continuations, *, begin=True, pad=0):
-    """From a scorer that has seen nothing before."""
+    """Scores from a fresh scorer."""
     contexts = [context for group in groups for context in group]
     scorer = ContinuationScorer(model, continuations, longest=max(map(len, contexts)), pad_id=pad)
     if begin:
@@ -43,7 +43,7 @@ def score(model, groups, continuations, *, begin=True, pad=0):
 
 @torch.no_grad()
 def plain_logprobs(model, groups, continuations):
-    """One unpadded sequence at a time in float64, the whole distribution at each position, summed."""
+    """One unpadded sequence at a time in float64: the sum of log-probabilities from full distributions."""
     double = copy.deepcopy(model).double()
     contexts = [context for group in groups for context in group]
     result = torch.zeros(len(contexts), len(continuations), dtype=torch.float64)
@@ -67,7 +67,7 @@ CONTINUATIONS = {
     "alone": [[13]],
     "the same twice": [[13, 4], [13, 4]],
 }
-LONG = drawn(ContinuationScorer.MIN_PREFIX + 9, 1)  # long enough to be computed once
+LONG = drawn(ContinuationScorer.MIN_PREFIX + 9, 1)  # long enough to be shared as a prefix
 SHORT = LONG[:5]
 
 
@@ -87,7 +87,7 @@ GROUPS = {
 
 
 def assert_exact(result, expected):
-    """As near as float32 comes; the spread shows that the tolerance means something."""
+    """Up to float32 accuracy; the spread shows that the tolerance is meaningful."""
     assert result.shape == expected.shape and result.dtype == torch.float32 and result.device.type == "cpu"
     torch.testing.assert_close(result.double(), expected, atol=TOLERANCE, rtol=1e-6)
     assert expected.unique().numel() == 1 or expected.std() > 0.1
@@ -108,7 +108,7 @@ def test_groups_equal_a_plain_float64_computation(model, groups):
 
 
 def test_what_begins_otherwise_than_said_is_still_exact(model):
-    """Behind a rationale the question's last tokens may be others than those that were computed before."""
+    """With a rationale appended, the question's last tokens may differ from those computed before."""
     continuations = CONTINUATIONS["single"]
     scorer = ContinuationScorer(model, continuations, longest=100)
     scorer.begin([LONG])
@@ -117,7 +117,7 @@ def test_what_begins_otherwise_than_said_is_still_exact(model):
 
 
 def test_a_recurrent_state_has_read_no_padding():
-    """Each token's state holds all that came before it: padding in front of a text would be part of it."""
+    """Each state depends on all earlier tokens, so padding before a text would be part of it."""
     torch.manual_seed(0)
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_window_size": 8, "lru_width": 32}
     shape = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
@@ -144,7 +144,7 @@ def test_which_models_pack(models):
 
 
 def test_a_chunk_counts_the_continuation():
-    """Four tokens are read behind the longest context: the last one is only predicted."""
+    """Four tokens are read after the longest context; the last one is only predicted."""
     model, continuations = chunked(chunk=30), [[1, 2, 3, 4, 5]]
     packs = [ContinuationScorer(model, continuations, longest=longest).packs for longest in (25, 27)]
     assert packs == [True, False]
@@ -170,7 +170,7 @@ def test_no_gradient_is_kept(model):
 
 
 def test_batches_by_what_a_group_costs(models):
-    """Packed, what is shared is paid once; padded, each context is paid with the group's longest."""
+    """Packed, shared tokens cost once; padded, each context costs as much as the group's longest."""
     groups = [[drawn(20, 1), drawn(20, 1)[:18] + drawn(2, 2)], [drawn(22, 3)]]
     packed = ContinuationScorer(models["llama"], [[1]], longest=25)
     padded = ContinuationScorer(models["padded"], [[1]], longest=25 + 32)

@@ -1,4 +1,4 @@
-"""The local judge's rationales: written, put in front of the ending, and read behind."""
+"""The local judge's rationales: written, inserted before the ending, and part of the answer's context."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trl_rlaif.judging.question import Answer, Thinking
 from trl_rlaif.judging.scoring import ContinuationScorer
 
 RATINGS = tuple(map(str, range(1, 11)))
-TOLERANCE = 1e-5  # nats; what holds is about 4e-6
+TOLERANCE = 1e-5  # nats; the actual error is about 4e-6
 TOO_LONG = "longer than the judge's context"
 PAIRS = [
     ("what is the capital?", "a city", "the lazy dog"),
@@ -29,7 +29,7 @@ def make_judge(model=None, tokenizer=None, *, prompt=None, **options):
 
 
 def both_orders(prompt, pairs=PAIRS):
-    """A group for each pair: the question and its mirror."""
+    """One group per pair: the question in both orders."""
     return [[prompt.compare(q, a, b, think=True), prompt.compare(q, b, a, think=True)] for q, a, b in pairs]
 
 
@@ -39,7 +39,7 @@ def asked(judge, groups, candidates=("1", "2"), **options):
 
 @pytest.fixture
 def written(monkeypatch):
-    """Step one by script: a list of (prompts as text, options), and a rule that writes."""
+    """Scripts step one with a rule that writes; returns a log of (prompts as text, options)."""
     log = []
 
     def script(judge, rule):
@@ -59,7 +59,7 @@ def written(monkeypatch):
 
 
 def read_behind(judge, monkeypatch):
-    """Step two as text: what the distributions are read behind."""
+    """A log of step two: as text, the contexts after which distributions are read."""
     log = []
     before = ContinuationScorer.__call__
 
@@ -199,7 +199,7 @@ def test_the_longest_question_that_fits_with_its_rationale(make, written):
         if extra == 0:
             assert [answer.failed for answer in found[0]] == [None] * 2
         else:
-            assert found[0] == [Answer(failed=TOO_LONG)] * 2  # before anything is written
+            assert found[0] == [Answer(failed=TOO_LONG)] * 2  # before any rationale is written
         assert [answer.failed for answer in found[1]] == [None] * 2
     judge = make_judge(make(length=length))
     written(judge, lambda text, i: "#" * (10 if "city" not in text else 11))
@@ -208,9 +208,9 @@ def test_the_longest_question_that_fits_with_its_rationale(make, written):
     assert [answer.failed for answer in found[1]] == [None] * 2
 
 
-# ---- The model's own thoughts -----------------------------------------------------------------------------
+# ---- The model's own reasoning ----------------------------------------------------------------------------
 
-# As Qwen3's: thoughts where a message has some, and an empty block where it has none.
+# As Qwen3's: a message's reasoning, or an empty block if it has none.
 THINKING = CHAT_TEMPLATE.replace(
     "m['content'] +",
     "('<think>\\n' ~ (m.reasoning_content or '') ~ '\\n</think>\\n\\n' if m.role == 'assistant' else '') "
@@ -226,13 +226,13 @@ def thinking_judge(**options):
 
 
 def thought_text(judge, question, thought):
-    """What the template writes of an answer with a thought, up to the answer's ending."""
+    """The template's text of an answer with reasoning, up to and including the ending."""
     said = {"role": "assistant", "content": f"{question.ending}QQ", "reasoning_content": thought}
     return judge.tokenizer.apply_chat_template([*question.messages, said], tokenize=False).split("QQ")[0]
 
 
 def path_logprobs(judge, text, candidates=("1", "2")):
-    """Plain log-probabilities of candidates of one token behind a text."""
+    """Plain log-probabilities of candidates after a text."""
     ids, [*first] = judge.tokenizer(text, add_special_tokens=False)["input_ids"], candidates
     paths = [judge.tokenizer(text + c, add_special_tokens=False)["input_ids"][len(ids) :] for c in first]
     return [math.log(path_probability(judge.model, ids, path)) for path in paths]

@@ -1,4 +1,4 @@
-"""A judge in vLLM's engine: the probabilities that transformers computes, from requests that vLLM takes."""
+"""A judge in vLLM's engine: the same probabilities as from transformers, with requests that vLLM accepts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def vllm(monkeypatch):
 
 @pytest.fixture
 def judges(tmp_path, vllm):
-    """A judge in the engine, and the same by transformers in float64; with these options of the engine."""
+    """Makes a judge in the engine, with these engine options, and the same in transformers in float64."""
 
     def judges(tokenizer=None, adapter=None, model=None, prompt=None, **options):
         model, tokenizer, prompt = model or llama(), tokenizer or make_tokenizer(), prompt or make_prompt()
@@ -98,7 +98,7 @@ def test_a_question_that_leaves_no_room_is_not_asked(judges):
     judge, _ = judges()
     groups = both_orders(judge.prompt)
     lengths = [max(len(judge.encode(question, question.ending)) for question in group) for group in groups]
-    judge.model.llm.model_config.max_model_len = max(lengths)  # and one for the answer
+    judge.model.llm.model_config.max_model_len = max(lengths)  # no room for the answer
     found = dict(judge.ask(groups, ("1", "2")))
     assert found[lengths.index(max(lengths))] == [Answer(failed="longer than the judge's context")] * 2
     assert sum(answers[0].failed is None for answers in found.values()) == 2
@@ -164,7 +164,7 @@ def test_a_text_ends_at_its_stop_token(judges):
     assert judge._sample([prompt], keep_end=True, **how) == [[[first]]]
 
 
-# ---- What is installed ----------------------------------------------------------------------------------
+# ---- Installation ---------------------------------------------------------------------------------------
 
 
 def test_without_vllm_or_with_an_old_one_the_extra_is_named(monkeypatch, tmp_path):

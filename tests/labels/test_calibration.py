@@ -1,4 +1,4 @@
-"""Calibration against scipy's optimizer in float64, on data whose truth is known, and with too little data."""
+"""Calibration against scipy's optimizer in float64, on data with known truth, and with too little data."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ ORDERS = ("p_12", "p_21", "p")
 
 
 def simulate(n, *, temperature, bias, seed=0, orders=("12", "21"), mean_prob=False):
-    """Labels of a judge whose log-odds are ``temperature`` times too large, and ``bias`` larger for what is first.
+    """Labels of a judge: true log-odds times ``temperature``, plus ``bias`` for the response shown first.
 
-    People choose by the truth, once for each pair.
+    Human choices are drawn from the truth, one per pair.
     """
     rng = np.random.default_rng(seed)
     truth = rng.normal(0, 1.5, n)
     human = np.where(rng.random(n) < expit(truth), 1, 2).tolist()
-    noise = rng.normal(0, 0.1, (n, 2))  # the orders of a pair do not say quite the same
+    noise = rng.normal(0, 0.1, (n, 2))  # the two orders of a pair differ slightly
     shown = {"12": temperature * (truth + noise[:, 0]) + bias, "21": temperature * (truth + noise[:, 1]) - bias}
     asked = [shown[order] for order in orders] or [temperature * truth]
     joined = np.mean(expit(asked), axis=0) if mean_prob else expit(np.mean(asked, axis=0))
@@ -40,12 +40,12 @@ def simulate(n, *, temperature, bias, seed=0, orders=("12", "21"), mean_prob=Fal
 
 
 def columns(rows):
-    """The rows as one, of arrays."""
+    """The rows as one dict of arrays."""
     return {key: None if rows[0].get(key) is None else np.array([row[key] for row in rows]) for key in ORDERS}
 
 
 def joined(row, scale, bias, mean_prob):
-    """The calibrated label, written out; of a row, or of ``columns``."""
+    """The calibrated label by its formula, for a row or for ``columns``."""
     orders = [(row["p_12"], 1), (row["p_21"], -1)]
     known = [(p, first) for p, first in orders if p is not None]
     if len(known) == 2 and not mean_prob or not known:
@@ -54,7 +54,7 @@ def joined(row, scale, bias, mean_prob):
 
 
 def posterior(weights, labels, human, mean_prob):
-    """Minus the log of the likelihood and both priors, by scipy's and scikit-learn's own functions."""
+    """The negative log posterior (likelihood and both priors), with scipy's and scikit-learn's functions."""
     p = joined(labels, math.exp(weights[0]), weights[1], mean_prob)
     likelihood = -len(human) * log_loss(np.array(human) == 1, p)
     return -likelihood - norm.logpdf(weights[0], 0, math.log(2)) - norm.logpdf(weights[1], 0, 1)
@@ -70,15 +70,15 @@ def test_it_is_the_maximum_of_the_posterior(n, temperature, bias, orders, mean_p
                       options={"xatol": 1e-8, "fatol": 1e-12, "maxiter": 10_000}).x  # fmt: skip
     assert (math.log(found.scale), found.bias) == pytest.approx(tuple(wanted), abs=1e-5)
     if not orders or (len(orders) == 2 and not mean_prob):
-        assert found.bias == 0  # it cancels, or nothing is known of a position
-    # In the mean of both probabilities a mirrored bias makes the same labels.
+        assert found.bias == 0  # it cancels, or no position is known
+    # In the mean of both probabilities, a bias of the opposite sign gives the same labels.
     assert found.has_bias(rows) == (len(orders) == 1)
     assert found.apply(rows[0]) == pytest.approx(joined(rows[0], found.scale, found.bias, mean_prob), abs=1e-12)
 
 
 @pytest.mark.parametrize("truth", [0.51, 0.57, 0.62, 0.67])
 def test_no_judge_is_turned_around(truth):
-    """Judges that agree with people in that share of pairs: twenty judged pairs never give a negative scale."""
+    """At any of these rates of agreement with people, fitting on 20 pairs never gives a negative scale."""
     rng = np.random.default_rng(0)
     for _ in range(60):
         human = rng.permutation([1, 2] * 10)
@@ -92,7 +92,7 @@ def test_no_judge_is_turned_around(truth):
 
 @pytest.mark.parametrize("p", [0.6, 0.9, 0.999])
 def test_pairs_that_are_all_right_give_a_modest_scale(p):
-    """Without a prior the scale of separable pairs has no bound."""
+    """Without a prior, separable pairs would give an unbounded scale."""
     human = [1, 2] * 10
     rows = [{key: p if choice == 1 else 1 - p for key in ("p", "p_12", "p_21")} for choice in human]
     assert 0.9 < Calibration.fit(rows, human).scale < 8
@@ -102,9 +102,9 @@ def test_pairs_that_are_all_right_give_a_modest_scale(p):
 def test_it_finds_the_temperature_and_the_bias_of_a_judge(temperature, bias):
     n = 20_000
     truth = np.random.default_rng(3).normal(0, 1.5, n)
-    # Cramer-Rao for one observation a pair.
+    # Cramer-Rao bound for one observation per pair.
     error = 1 / math.sqrt(np.sum(expit(truth) * (1 - expit(truth)) * truth**2))
-    noise = 0.1**2 / 1.5**2  # noise in a regressor pulls its weight down by this share
+    noise = 0.1**2 / 1.5**2  # noise in a regressor shrinks its weight by this fraction
     rows, human = simulate(n, temperature=temperature, bias=bias, seed=3)
     both = Calibration.fit(rows, human)
     assert both.scale * temperature == pytest.approx(1, abs=4 * error + noise)
@@ -115,11 +115,11 @@ def test_it_finds_the_temperature_and_the_bias_of_a_judge(temperature, bias):
 
 
 def test_it_takes_the_bias_out_of_a_mean_of_probabilities():
-    """Which squeezes labels towards one half; where the bias is known, the confidence comes back."""
+    """A bias squeezes mean probabilities towards 1/2; removing it restores the confidence."""
     rows, human = simulate(4000, temperature=1.0, bias=2.0, seed=1, mean_prob=True)
     fresh, choices = simulate(4000, temperature=1.0, bias=2.0, seed=2, mean_prob=True)
     fitted = Calibration.fit(rows, human, mean_prob=True)
-    assert 1 < fitted.bias < 3  # scale and bias make up for each other here
+    assert 1 < fitted.bias < 3  # scale and bias partly compensate here
     after = [fitted.apply(row) for row in fresh]
     assert calibration_error(after, choices) < 0.03 < calibration_error([row["p"] for row in fresh], choices)
 
@@ -134,7 +134,7 @@ def test_it_makes_labels_right_as_often_as_they_say():
 
 def test_apply_by_hand():
     found, odds = Calibration(scale=0.5, bias=0.25), math.log(0.8 / 0.2)
-    # The mean of both orders' log-odds is the label's own.
+    # With both orders, the bias cancels, and only p counts.
     assert found.apply({"p_12": 0.7, "p_21": 0.2, "p": 0.8}) == pytest.approx(expit(0.5 * odds), abs=1e-15)
     assert found.apply({"p_12": 0.8, "p_21": None, "p": 0.8}) == pytest.approx(expit(0.5 * odds - 0.25))
     assert found.apply({"p_12": None, "p_21": 0.8, "p": 0.8}) == pytest.approx(expit(0.5 * odds + 0.25))
@@ -142,7 +142,7 @@ def test_apply_by_hand():
     averaged = Calibration(scale=0.5, bias=0.25, mean_prob=True)
     expected = (expit(0.5 * math.log(9) - 0.25) + expit(0.5 * odds + 0.25)) / 2
     assert averaged.apply({"p_12": 0.9, "p_21": 0.8, "p": 0.85}) == pytest.approx(expected)
-    # What changes nothing leaves every label as its labeler has joined it.
+    # The identity calibration leaves every label as the labeler combined it.
     for row in ({"p_12": 0.9, "p_21": 0.6, "p": 0.75}, {"p_12": 0.9, "p_21": 0.6, "p": 0.77}, {"p": 0.3}):
         assert Calibration().apply(row) == pytest.approx(row["p"], rel=1e-14)
     assert Calibration(mean_prob=True).apply({"p_12": 0.9, "p_21": 0.6, "p": 0.75}) == pytest.approx(0.75, rel=1e-14)
@@ -168,7 +168,7 @@ def test_too_little_is_the_users_error(human):
 
 
 def test_what_is_held_out_was_never_fitted_to(monkeypatch):
-    """Nor was another pair of its prompt; and what is said of it is sklearn's log-loss."""
+    """Nor was another pair of the same prompt; the reported numbers match scikit-learn's log loss."""
     rows, human = simulate(33, temperature=2.0, bias=0.5)
     prompts = [i // 3 for i in range(33)]
     for i, row in enumerate(rows):
@@ -214,7 +214,7 @@ def test_it_repeats_with_its_seed_and_needs_two_prompts():
 
 
 def costs(temperature, mean_prob=False, bias=0.0, judges=25):
-    """Log-loss on pairs that nobody has seen, less that of the judge's own labels; 0 where it is not used."""
+    """Log loss on unseen pairs minus that of the judge's own labels, per judge; 0 if the calibration is not used."""
     fresh, choices = simulate(2000, temperature=temperature, bias=bias, seed=1000, mean_prob=mean_prob)
     chosen, unseen = [choice == 1 for choice in choices], columns(fresh)
     own, found = log_loss(chosen, unseen["p"]), []
@@ -230,7 +230,7 @@ def costs(temperature, mean_prob=False, bias=0.0, judges=25):
 
 
 def test_what_cross_validation_lets_through_helps(monkeypatch):
-    """On average over judges with 20 judged pairs; one that was right already loses hardly anything."""
+    """On average over judges with 20 human-judged pairs; a judge that was calibrated already loses almost nothing."""
     monkeypatch.setattr(calibration, "REPEATS", 1)
     found = {temperature: costs(temperature) for temperature in (0.5, 1.0, 2.0, 4.0)}
     assert np.mean(found[1.0]) < 0.01 and found[1.0].count(0.0) > 20

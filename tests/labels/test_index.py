@@ -1,4 +1,4 @@
-"""The index of labels.jsonl: never other labels than the file's own, whatever became of it."""
+"""The index of labels.jsonl: it always gives the file's own labels, whatever happened to the file or the index."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def fill(path, index=None, pairs=PAIRS, p=0.75):
 
 
 def found(path, index=None):
-    """Labels by id, and how many lines are damaged."""
+    """Labels by id, and the number of damaged lines."""
     with LabelStore(path, index) as store:
         return {id: row["p"] for id, row in store.find(SETUP, PAIRS).items()}, store.broken
 
 
 @pytest.fixture
 def lines_read(monkeypatch):
-    """The numbers of the lines that are read to be indexed."""
+    """The numbers of the lines read for indexing."""
     read, original = [], LabelStore._read
 
     def counting(store, line, where):
@@ -147,7 +147,7 @@ def test_a_place_that_is_wrong_ends_the_run_once(path, index, change):
 
 
 def test_a_kill_at_any_moment_loses_no_label(path, index, monkeypatch):
-    """The process dies at once, as by kill -9, between a line and its place in the index, or before that is written."""
+    """The process dies at once, as with kill -9, before a line is indexed or before the index is committed."""
     script = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
@@ -162,7 +162,7 @@ os._exit(9)
     for count in (1, 4, 6):
         arguments = [sys.executable, "-c", script, os.path.dirname(__file__), path, index, str(count)]
         assert subprocess.run(arguments, env={**os.environ, "RANK": "0"}, check=False).returncode == 9
-        assert len(found(path)[0]) == count  # what the file says
+        assert len(found(path)[0]) == count  # from the file alone
         assert found(path, index) == found(path)
 
 
@@ -179,7 +179,7 @@ def test_a_full_disk_is_one_message(path, index, tmp_path):
 
 
 def test_what_another_process_is_writing_waits(path, index, monkeypatch):
-    """Of several processes the first one writes; the others keep their own index, and touch no file."""
+    """Only the first process writes; the others keep their own index and touch no file."""
     fill(path, pairs=PAIRS[:2])
     monkeypatch.setattr(store_module, "is_first", lambda: False)
     with LabelStore(path, index) as store:

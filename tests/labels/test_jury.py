@@ -1,4 +1,4 @@
-"""Joining votes: against the likelihood's own maximum, a plain computation, and members whose reliability is known."""
+"""Combining votes: against a numerical maximum, a plain computation, and members of known reliability."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def decisions(rng, count, reliability):
 
 
 def softened(rng, votes, least=0.6):
-    """Each vote p, for a decision that then is as likely as p says."""
+    """Votes as probabilities p, calibrated: a decision for the first response has probability p."""
     sure = rng.uniform(least, 0.99, votes.shape)
     kept = rng.random(votes.shape) < sure
     return np.where((votes == 1) == kept, sure, 1 - sure)
@@ -33,7 +33,7 @@ def holes(rng, votes, share=0.3):
 
 
 def log_posterior(reliability, votes):
-    """Written out: the prior, and over both answers the product of the votes that there are."""
+    """By definition: the prior, and for each pair the sum over both answers of the product of available votes."""
     total = sum(math.log(a) + math.log(1 - a) for a in reliability)
     for row in votes:
         first = second = 1.0
@@ -60,7 +60,7 @@ def test_dawid_skene_is_the_maximum_of_the_posterior(soft, missing):
     )
     assert log_posterior(found.reliability, votes) == pytest.approx(-best.fun, abs=1e-9)
     expected = expit(best.x)
-    # Of the two mirrored maxima, the one where votes are right more often than not.
+    # There are two mirrored maxima; this is the one where votes are mostly right.
     np.testing.assert_allclose(found.reliability, expected if expected.mean() > 0.5 else 1 - expected, atol=1e-5)
     for row, p in zip(votes, found.join(votes), strict=True):
         first, second = (
@@ -79,7 +79,7 @@ def test_known_reliabilities_are_recovered(soft):
     np.testing.assert_allclose(found.reliability, known, atol=0.02)
     p = found.join(votes)
     assert ((p > 0.5) == truth).mean() > ((votes[:, 0] > 0.5) == truth).mean()
-    for low, high in ((0.5, 0.8), (0.8, 0.95), (0.95, 1)):  # as sure as it is right
+    for low, high in ((0.5, 0.8), (0.8, 0.95), (0.95, 1)):  # confidence matches accuracy
         sure = np.maximum(p, 1 - p)
         inside = (sure > low) & (sure <= high)
         assert ((p > 0.5) == truth)[inside].mean() == pytest.approx(sure[inside].mean(), abs=0.025)
@@ -130,7 +130,7 @@ class TestEither:
         truth, votes = decisions(rng, 500, [0.8, 0.8, 0.8, 0.1])
         found = join.fit(votes)
         assert found.reliability[3] < found.chance < min(found.reliability[:3])
-        assert ((found.join(votes) > 0.5) == truth).mean() > 0.88  # three alone: 0.896
+        assert ((found.join(votes) > 0.5) == truth).mean() > 0.88  # the other three alone: 0.896
 
     def test_without_a_vote_nothing_is_known(self, join):
         found = join.fit(np.array([[0.9, 0.8, NAN], [0.3, 0.1, NAN], [NAN, NAN, NAN]]))

@@ -1,4 +1,4 @@
-"""Labels by Ray Data without Ray itself (tests/servers/test_ray.py has it): what workers answer, and what is kept."""
+"""Labeling with Ray Data, without Ray itself (see tests/servers/test_ray.py): workers' answers and stored labels."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def server():
 
 @pytest.fixture(autouse=True)
 def mapped(monkeypatch, server, only_local_servers):
-    """Workers in turn, in this process. Returned is how many judges are loaded."""
+    """Runs the workers in turn in this process; returns a list with one entry per loaded judge."""
     server.forget()
     loaded = []
 
@@ -45,7 +45,7 @@ def mapped(monkeypatch, server, only_local_servers):
 
 @pytest.fixture
 def recipe(tiny_model, tmp_path, server):
-    """A recipe over these pairs, with keys of the section label; by default its judge is on a server."""
+    """Makes a recipe for these pairs, with keys of the section label; by default, its judge is on a server."""
 
     def recipe(pairs=PAIRS, judge=(), **label):
         write_rows(tmp_path / "pairs.jsonl", pairs)
@@ -62,18 +62,18 @@ def sampled(recipe, folder):
 
 
 def lines(folder):
-    """The store's lines; the order is not promised."""
+    """The store's lines, sorted, as their order is not guaranteed."""
     return sorted((folder / "labels.jsonl").read_bytes().splitlines())
 
 
 def test_labels_are_those_of_a_run_byte_for_byte(recipe, tmp_path, mapped, server):
-    write_rows(tmp_path / "judged.jsonl", make_pairs(20, human=(1, 2, 1)))  # with ids that the run's own pairs have
+    write_rows(tmp_path / "judged.jsonl", make_pairs(20, human=(1, 2, 1)))  # with the ids of the run's own pairs
     made = recipe(compare={"rated": {"labeler": "direct"}}, calibration="judged.jsonl")
     online = run_recipe(made, installed_plugins(), tmp_path / "online")
     folder = sampled(made, tmp_path / "out")
     del mapped[:]
     assert label_with_ray(made, folder, workers=2, batch_size=5) == 9 + 9 + 20
-    assert lines(folder) == lines(online.path) and len(mapped) == 2 * 3  # of each labeler, and of the judged pairs
+    assert lines(folder) == lines(online.path) and len(mapped) == 2 * 3  # for both labelers and the judged pairs
     server.forget()
     done = run_recipe(made, installed_plugins(), folder, resume=True).results()["label"]
     whole = online.results()["label"]
@@ -132,7 +132,7 @@ def test_a_budget_is_for_all_workers_together(recipe, tmp_path, server):
         label_with_ray(made, folder, batch_size=2, workers=2)
     kept = len(lines(folder))
     assert 3 < kept < 9
-    with pytest.raises(BudgetUsedUp):  # nothing is asked any more
+    with pytest.raises(BudgetUsedUp):  # nothing more is asked
         label_with_ray(made, folder)
     assert len(lines(folder)) == kept
     more = recipe(judge={"price": price}, budget={"tokens": tokens})

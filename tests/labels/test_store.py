@@ -1,4 +1,4 @@
-"""Labels on the disk: what finds them again, what a kill or a join leaves of them, and what a pass still has to do."""
+"""Labels on disk: their keys, files after a kill or a concatenation, and the pairs that a pass still has to label."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_what_a_judge_sees_of_the_other_columns_is_in_the_key(value):
 
 def test_a_label_is_found_by_the_columns_that_it_depends_on(path):
     seen = replace(SETUP, columns=("answer",))
-    assert seen.key == SETUP.key  # the prompt's revision says it
+    assert seen.key == SETUP.key  # the prompt's revision covers the columns
     pairs = [replace(pair, extra={"answer": "Paris"}) for pair in PAIRS]
     fill(path, pairs[:2], seen)
     assert found(path, pairs, seen) == {"p0": 0.75, "p1": 0.75}
@@ -120,7 +120,7 @@ def test_the_prompts_revision_changes_with_each_of_its_files(tmp_path):
     for name, text in parts.items():
         (tmp_path / name).write_text(text)
     before = JudgePrompt.load(tmp_path).revision
-    assert JudgePrompt.load(tmp_path).revision == before != make_prompt().revision  # which has no exemplars
+    assert JudgePrompt.load(tmp_path).revision == before != make_prompt().revision  # the latter has no exemplars
     for name, text in parts.items():
         (tmp_path / name).write_text(json.dumps(exemplar | {"rationale": "e"}) if "exemplars" in name else text + "!")
         assert JudgePrompt.load(tmp_path).revision != before, name
@@ -137,7 +137,7 @@ def test_a_label_comes_back_as_it_was(path):
     assert {name: row[name] for name in ("p", "p_12", "p_21", "mass_12", "rationale_12", "judge")} == {
         "p": 1 / 3, "p_12": 0.1, "p_21": None, "mass_12": 5e-324, "rationale_12": ["ä\ud800\u2028", "b\n"], "judge": "j"
     }  # fmt: skip
-    assert "score_1" not in row and "skipped" not in row  # a line is no longer than it has to be
+    assert "score_1" not in row and "skipped" not in row  # empty fields are left out
     assert path.read_bytes().count(b"\n") == 1
 
 
@@ -162,7 +162,7 @@ def test_a_last_line_that_was_cut_off_is_removed(path, cut):
     path.write_bytes(whole[:-cut])
     store = LabelStore(path)
     assert store.broken == 0 and found(path).keys() == {f"p{i}" for i in range(5)}
-    # What comes next stands on a line of its own.
+    # The next label gets its own line.
     store.add(SETUP, PAIRS[5], Label("p5", p=0.25))
     assert found(path) == dict.fromkeys(("p0", "p1", "p2", "p3", "p4"), 0.75) | {"p5": 0.25}
     assert LabelStore(path).broken == 0
@@ -209,7 +209,7 @@ def test_what_is_no_probability_is_refused_with_its_line(path, name, p):
 
 
 def test_a_file_that_was_cut_off_and_then_joined_with_another(tmp_path, path):
-    """The half line and the other file's first one are one broken line: their two pairs are asked again."""
+    """The half line and the other file's first line form one broken line: both pairs are asked again."""
     fill(tmp_path / "a", PAIRS[:3])
     fill(tmp_path / "b", PAIRS[3:])
     path.write_bytes((tmp_path / "a").read_bytes()[:-40] + (tmp_path / "b").read_bytes())
@@ -235,11 +235,11 @@ def test_of_several_lines_with_the_same_keys_the_last_one_counts(path):
     fill(path, PAIRS[:2], p=0.1)
     fill(path, PAIRS[:1], p=0.9)
     assert found(path) == {"p0": 0.9, "p1": 0.1}
-    assert len(path.read_bytes().splitlines()) == 3  # nothing is taken away
+    assert len(path.read_bytes().splitlines()) == 3  # nothing is removed
 
 
 def test_what_is_there_word_for_word_adds_no_line(path):
-    """A pair that is too long for the judge is asked in every pass, and a killed run has more passes."""
+    """A pair that is too long for the judge is tried in every pass, and a killed run has more passes."""
     skipped = Label("p0", judge="j", skipped="too long")
     for _ in range(3):
         LabelStore(path).add(SETUP, PAIRS[0], skipped)
@@ -254,7 +254,7 @@ def test_what_is_there_word_for_word_adds_no_line(path):
 
 @pytest.fixture
 def plan(tmp_path):
-    """Make a plan as a pass does; what it chose is shown by id."""
+    """Makes a plan as a pass does, with the ids of its pairs."""
 
     def make(missing, everything=PAIRS, label_key=SETUP):
         found = Plan(tmp_path / "plan.jsonl", label_key.key, keys_of(missing), keys_of(everything))
@@ -270,7 +270,7 @@ def ids(plan):
 
 def test_a_pass_that_was_killed_goes_on_with_the_pairs_that_it_began_with(plan):
     assert ids(plan(PAIRS[1:])) == ["p1", "p2", "p3", "p4", "p5"]
-    assert ids(plan(PAIRS[4:])) == ["p1", "p2", "p3", "p4", "p5"]  # the batches follow from all of them
+    assert ids(plan(PAIRS[4:])) == ["p1", "p2", "p3", "p4", "p5"]  # the batches depend on all of them
     assert ids(plan(list(reversed(PAIRS[1:])))) == ["p1", "p2", "p3", "p4", "p5"]
 
 
@@ -280,7 +280,7 @@ def test_a_plan_of_other_settings_is_ignored(plan):
 
 
 def test_pairs_that_appeared_since_are_not_forgotten(plan):
-    """With pairs that the plan does not hold it is made anew, and then holds all that is missing."""
+    """With pairs that the plan does not contain, it is rebuilt from all pairs without a label."""
     plan(PAIRS[:4], PAIRS[:4])
     assert ids(plan(PAIRS[2:])) == ["p2", "p3", "p4", "p5"]
     assert ids(plan(PAIRS[3:])) == ["p2", "p3", "p4", "p5"]
@@ -302,7 +302,7 @@ def test_what_was_noted_last_is_found_again(plan):
     first.note(seconds=1.5, precision={"precision": "high"})
     first.note(seconds=0.1 + 0.2)
     with first.path.open("a") as file:
-        file.write('{"seconds": 9')  # as a kill leaves it
+        file.write('{"seconds": 9')  # as after a kill
     again = plan([])
     assert again.noted == first.noted == {"seconds": 0.1 + 0.2, "precision": {"precision": "high"}}
     again.note(seconds=1.0)

@@ -1,4 +1,4 @@
-"""The packaged recipes are planned without a network, by the sizes of the models that they name."""
+"""Packaged recipes are planned offline, from the known configurations of their models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trl_rlaif.recipe import packaged_recipes, parse_recipe
 
 
 @pytest.mark.parametrize(
-    ("path", "parameters"),  # as the Hub counts them in each repository's safetensors
+    ("path", "parameters"),  # the Hub's parameter counts from safetensors
     [
         ("Qwen/Qwen2.5-0.5B-Instruct", 494_032_768),
         ("Qwen/Qwen2.5-1.5B-Instruct", 1_543_714_304),

@@ -1,4 +1,4 @@
-"""Predicted activations against the tensors that autograd saves, and against the most that is ever alive."""
+"""Predicted activations against the tensors that autograd saves, and against the peak of live tensors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROWS, LENGTH = 2, 96
 SIZES = {"vocab_size": 300, "num_hidden_layers": 4, "max_position_embeddings": 512}
 SMALL = SIZES | {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_key_value_heads": 2}
 WIDE = SIZES | {"hidden_size": 192, "intermediate_size": 1024, "num_attention_heads": 6, "num_key_value_heads": 6}
-# Weights' type, NF4, autocast, and whether it is the PPO loop's way.
+# The weights' dtype, NF4, autocast, and whether the model is prepared as in the PPO loop.
 KINDS = {
     "bf16": ("bfloat16", False, True, False),
     "fp32": ("float32", False, False, False),
@@ -40,8 +40,8 @@ KINDS = {
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """PEFT asks whether the GPU's autocast is on, and then leaves a 4-bit layer's input as it is."""
-    # Asked by device, the truth: torch's own context puts back what it was told when it began.
+    """Makes PEFT see the GPU's autocast as on, so that it does not cast a 4-bit layer's input."""
+    # With a device, the true state: torch's own context restores on exit what it read on entry.
     asked = torch.is_autocast_enabled
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: asked(*device) if device else True)
 
@@ -89,7 +89,7 @@ def _known(shared, inputs):
 
 
 def _kept(shared, kind):
-    """Bytes of what a forward pass saves for the backward pass, and of its result; each storage once."""
+    """Bytes that a forward pass saves for the backward pass, and of its result; each storage counts once."""
     inputs, sizes, held = _inputs(), {}, []
     known = _known(shared, inputs)
 
@@ -97,7 +97,7 @@ def _kept(shared, kind):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known and storage.data_ptr() not in sizes:
             sizes[storage.data_ptr()] = storage.nbytes()
-            held.append(tensor)  # a storage that is gone might give its address to another
+            held.append(tensor)  # another storage could reuse the address of a freed one
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -106,7 +106,7 @@ def _kept(shared, kind):
 
 
 class _Alive(TorchDispatchMode):
-    """The most bytes of tensors that were alive at once, of those made inside."""
+    """The peak bytes of live tensors, of those created inside the context."""
 
     def __init__(self, known):
         super().__init__()
@@ -157,7 +157,7 @@ def test_kept_activations_of_a_4_bit_base(tmp_path, kind, sizes, as_on_a_gpu):
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["o_proj", "down_proj"], ["gate_proj"]])
 def test_kept_activations_of_fewer_adapters(tmp_path, targets):
-    # Of the first layer less is kept, below its first adapter: with more layers that matters less.
+    # The first layer keeps less below its first adapter, which matters less with more layers.
     shared = _shared(tmp_path, "bf16", LlamaConfig(**SMALL | {"num_hidden_layers": 16}), targets=targets)
     predicted = _predicted(shared, "bf16", targets).kept(ROWS, LENGTH, checkpointing=False)
     assert predicted == pytest.approx(_kept(shared, "bf16"), rel=0.05)
@@ -193,7 +193,7 @@ def test_peak_of_a_backward_pass(tmp_path, kind, sizes, checkpointing):
 def test_peak_of_a_backward_pass_on_a_4_bit_base(tmp_path, kind, sizes, checkpointing, as_on_a_gpu):
     shared = _shared(tmp_path, kind, LlamaConfig(**sizes), checkpointing=checkpointing)
     predicted = _predicted(shared, kind).peak(ROWS, LENGTH, checkpointing=checkpointing)
-    # What bitsandbytes dequantizes is a part of its own.
+    # bitsandbytes' dequantized weights are a separate part of the plan.
     assert predicted == pytest.approx(_peak(shared, kind), rel=0.1)
 
 
@@ -220,8 +220,8 @@ def test_the_output_head_of_the_loop(tmp_path, gradient, monkeypatch):
     hidden = torch.randn(256, 128, dtype=torch.bfloat16, requires_grad=gradient)
     inputs = {"hidden": hidden, "tokens": torch.randint(0, 300, (256,))}
     predicted = _predicted(shared, "ppo bf16").head(32, gradient=gradient)
-    predicted += gradient * hidden.nbytes  # its gradient is computed along
+    predicted += gradient * hidden.nbytes  # its gradient is computed in the same pass
     with _alive(shared, inputs) as alive, torch.autocast("cpu", torch.bfloat16):
         logprob_head.token_logprobs_of(hidden, shared.model.get_output_embeddings(), inputs["tokens"], 1.0)
-    # The rest is a chunk of hidden states, which a real vocabulary dwarfs.
+    # The rest is a chunk of hidden states, which is negligible with a real vocabulary.
     assert 0 <= alive.peak - predicted < 0.1 * alive.peak + 5 * 32 * 128 * 4

@@ -1,4 +1,4 @@
-"""What is recommended for a card that is too small."""
+"""Recommendations for GPUs that are too small."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def shape():
 
 @pytest.fixture
 def parse(tmp_path, tiny_model):
-    """Parse a recipe with the stage rl alone, in bfloat16."""
+    """Parse a recipe with only the stage rl, in bfloat16."""
     others = dict.fromkeys(("sample", "label", "reward", "evaluate", "report"))
     path = write_recipe(tmp_path, tiny_model, rl=LARGE, model={"dtype": "bfloat16"}, **others)
 
@@ -50,7 +50,7 @@ def test_every_card_is_judged_and_what_is_recommended_fits(parse, shape):
         assert not a.fits and a.settings
         assert _fits(parse(*a.settings), shape, a.card)
         for left_out in a.settings:
-            if "accumulation" not in left_out:  # that one pays for a smaller batch, and saves nothing
+            if "accumulation" not in left_out:  # it offsets a smaller batch and saves nothing itself
                 assert not _fits(parse(*(s for s in a.settings if s != left_out)), shape, a.card), left_out
 
 
@@ -62,7 +62,7 @@ def test_the_cheapest_change_comes_first(parse, shape):
     assert advice[24].settings[:2] == (checkpointing, "rl.per_device_train_batch_size=8")
     assert "model.quantization=nf4" not in advice[24].settings
     assert any("local_rollout_forward_batch_size" in s for s in advice[12].settings)
-    # Nothing that changes what is learned is needed.
+    # No setting that changes what the policy learns is needed.
     assert not any("response_length" in s for a in advice.values() for s in a.settings)
 
 

@@ -1,4 +1,4 @@
-"""Counts of weights, adapters and optimizer states against models that are really built."""
+"""Counts of weights, adapters and optimizer states against real models."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _storages(tensors):
 
 
 def _state(weight):
-    """What bitsandbytes keeps beside a 4-bit weight."""
+    """bitsandbytes' quantization state of a 4-bit weight."""
     state = weight.quant_state
     return [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
 
@@ -57,7 +57,7 @@ def test_weights_in_nf4(tmp_path, tied, dtype, item):
     shape = ModelShape.from_config(load_config(str(tmp_path)))
     assert len(small) == 14
     assert weight_bytes(shape, nf4=True, item=item) == (quantized, rest)
-    # A classifier's base has no output head; a tied one is the embedding, which stays.
+    # A classifier's base has no output head; a tied head is the embedding, which remains.
     without = weight_bytes(shape, nf4=True, item=item, head=False)[1]
     assert rest - without == (0 if tied else item * 300 * 96)
 
@@ -124,7 +124,7 @@ def test_what_is_read_of_a_layer(config, norms, head_norms):
 
 
 def _states(optimizer, sizes):
-    """Bytes of an optimizer's states after a step on the CPU, without counters and tables of 8-bit codes."""
+    """Bytes of an optimizer's states after a step on the CPU, without step counters and 8-bit code tables."""
     parameters = [torch.nn.Parameter(torch.ones(size)) for size in sizes]
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)

@@ -1,4 +1,4 @@
-"""The planner against what a GPU allocated (benchmarks/results/gpu.json): within 10%, or not called measured."""
+"""The planner against GPU measurements (benchmarks/results/gpu.json): within 10%, or not called measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan of a recipe: its parts, phases and peak, the packaged recipes' predictions, and the command."""
+"""A recipe's memory plan: its parts, phases and peak, the packaged recipes' predictions, and the command."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_every_role_is_counted(parse):
     with_start = plan_memory(parse(sft={"data": "train.jsonl"}))
     one = _matching(with_reward, "reward adapter")
     assert _matching(with_start, "reference adapter") == one and _matching(with_reward, "reference adapter") == 0
-    # Policy, value and the value's head of 32 weights: weights and two states of AdamW, and gradients in the update.
+    # Policy and value adapters and a value head of 32 weights: weights, two AdamW states, and gradients in the update.
     trained = 2 * one + 4 * 32
     assert _matching(with_reward, "policy and value") == 3 * trained
     for phase in ("update: layers", "update: output head"):
@@ -143,7 +143,7 @@ def test_every_role_is_counted(parse):
 
 
 def test_evaluation_generates_as_ppo_does(parse):
-    """Under autocast, from fused adapters; sampling has none, unless it begins from an adapter."""
+    """Under autocast with fused adapters; sampling has no adapter, unless there is one from SFT."""
     rows = ["rl.per_device_train_batch_size=4", "evaluate.batch_size=4", "sample.batch_size=4"]
     rows += ["evaluate.num_responses=1", "rl.max_prompt_length=64", "model.dtype=bfloat16"]
 
@@ -178,7 +178,7 @@ def test_settings_change_what_they_should(parse):
     assert predicted(layers, large, "rl.optim=adamw_8bit") < predicted(layers, large)
     assert predicted(layers, "model.quantization=nf4") < predicted(layers)
     assert predicted("generation", "rl.local_rollout_forward_batch_size=1") < predicted("generation")
-    # More accumulation is a larger batch of prompts, and nothing else.
+    # More accumulation only means a larger batch of prompts.
     more = "rl.gradient_accumulation_steps=8"
     assert predicted("generation", more) > predicted("generation") and predicted(layers, more) == predicted(layers)
 
@@ -194,7 +194,7 @@ def test_batches_are_the_trainers(parse, tmp_path, rows, steps, minibatches):
     work_out_batches(args, 1, 64)
     recipe = parse("rl.max_prompt_length=24", *(f"rl.{key}={value}" for key, value in sizes.items()))
     assert rl_batch(recipe) == args.local_batch_size
-    # As PPOUpdate takes a minibatch apart.
+    # As PPOUpdate splits a minibatch.
     largest = max(map(len, torch.arange(args.local_mini_batch_size).split(args.per_device_train_batch_size)))
     parts = _parts(plan_memory(recipe), when="update: layers")
     assert f"activations of all layers, {largest} x 32 tokens" in parts or (

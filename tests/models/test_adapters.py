@@ -1,4 +1,4 @@
-"""An adapter is where it can work, or it is refused with targets on which it can."""
+"""Adapters are placed where they work; other targets are refused, and working ones are suggested."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _adapted(model) -> list[str]:
 @pytest.mark.parametrize(
     ("kind", "reason", "targets"),
     [
-        ("mamba2", "out_proj", ["in_proj"]),  # PEFT refuses it: fused kernels pass it by
+        ("mamba2", "out_proj", ["in_proj"]),  # PEFT refuses it: fused kernels bypass it
         (
             "llama4_text",
             "router returns more than a tensor",
@@ -51,7 +51,7 @@ def test_targets_that_cannot_work_are_refused_with_targets_that_can(kind, reason
 
 
 def test_an_adapter_that_would_change_nothing_is_refused():
-    """Mamba multiplies by dt_proj's weight itself: an adapter around that layer gets no gradient, and says nothing."""
+    """Mamba multiplies by dt_proj's weight directly: an adapter on that layer would silently get no gradient."""
     with pytest.raises(UserError, match="without calling them") as caught:
         SharedBase(make_family("mamba"), LoraConfig(r=2, target_modules=["dt_proj"]))
     assert caught.value.problems[0].fix.endswith("[in_proj, x_proj].")
@@ -79,12 +79,12 @@ def test_what_reads_images_gets_no_adapter(kind, targets):
     wanted = [name for name in _adapted(everywhere) if f".{text}." in name]
     shared = SharedBase(model, LoraConfig(r=2, target_modules=targets))
     assert _adapted(shared.peft) == wanted != []
-    if targets == "all-linear" or kind == "gemma3":  # whose vision tower names its layers as text models do
+    if targets == "all-linear" or kind == "gemma3":  # its vision tower names its layers as text models do
         assert wanted != _adapted(everywhere)
 
 
 def test_an_adapter_of_another_model_is_refused_as_reward(tmp_path):
-    """Its layers have other names: PEFT alone would leave the reward's adapter as it was drawn."""
+    """Its layers have other names: PEFT alone would leave the reward adapter at its random initialization."""
     folder = save_family("qwen3_5", tmp_path / "model")
     other = make_family("gemma3_text", auto=AutoModelForSequenceClassification)
     lora = LoraConfig(r=2, target_modules=["o_proj"], task_type="SEQ_CLS", modules_to_save=["score"])

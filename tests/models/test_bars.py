@@ -1,4 +1,4 @@
-"""A GGUF file is converted without the bars of libraries, which are there again afterwards."""
+"""A GGUF file is converted without the progress bars of libraries, which are restored afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A reward model on every causal family, also where transformers has no classifier: trained, saved, loaded, in PPO."""
+"""Reward models of all causal families, even without a classifier in transformers: trained, saved, loaded, in PPO."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trl_rlaif.models.shared_model import backbone
 
 pytestmark = pytest.mark.trl
 
-# No class of transformers' own; layers that keep a state; another name for the backbone; two kinds of multimodal.
+# No classifier in transformers; layers with a state; another name for the backbone; two kinds of multimodal models.
 KINDS = ["granite", "mamba2", "llama4_text", "gemma3", "qwen3_5"]
 TARGETS = {"mamba2": ["in_proj"], "qwen3_5": ["q_proj", "in_proj_qkv", "down_proj"]}
 IDS = torch.tensor([[5, 6, 7, 8, 0, 0], [3, 4, 5, 6, 7, 9]])

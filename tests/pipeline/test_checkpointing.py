@@ -1,4 +1,4 @@
-"""Gradient checkpointing that a recipe leaves open: on where the planner says that memory needs it."""
+"""Gradient checkpointing that a recipe does not set: on if the planner finds that memory requires it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STAGES = ("sft", "reward", "rl")
 
 @pytest.fixture
 def arguments(tmp_path, tiny_model, monkeypatch):
-    """A stage's ``gradient_checkpointing`` on a device with so many bytes, and the context that decided it."""
+    """A stage's ``gradient_checkpointing`` on a device with ``room`` bytes, and the context that decided it."""
 
     def arguments(stage, room, device="cpu", **sections):
         sections["rl"] = {"max_prompt_length": 24, **sections.get("rl", {})}
@@ -95,7 +95,7 @@ def test_the_measured_peak_is_compared_with_the_plan_of_what_ran(arguments, monk
 
 def test_processes_of_this_machine(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert processes_here() == 1  # of a launcher's that started another program
+    assert processes_here() == 1  # set by a launcher for another program
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert processes_here() == 4
@@ -113,6 +113,6 @@ def test_memory_at_hand(tmp_path, monkeypatch):
     assert 2**27 < free < 2**45
     (own / "memory.max").write_text("max\n")
     assert hardware.available_memory("cpu") > free / 2
-    for group, limit in ((tmp_path / "groups", 2**26), (own.parent, 2**25), (own, 2**24)):  # the least one counts
+    for group, limit in ((tmp_path / "groups", 2**26), (own.parent, 2**25), (own, 2**24)):  # the lowest counts
         (group / "memory.max").write_text(f"{limit}\n")
         assert hardware.available_memory("cpu") == limit

@@ -1,4 +1,4 @@
-"""A flipped bit, or a lost file, in what a complete stage left is noticed before anything is computed from it."""
+"""Flipped bits and lost files in a completed stage's outputs are detected before anything is computed from them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trl_rlaif.plugins import installed_plugins
 
 @pytest.fixture
 def run(tmp_path, tiny_model):
-    """A recipe of two stages, and the folder in which they are complete."""
+    """A recipe with two stages, and a folder in which both are complete."""
     recipe = tiny_recipe(tmp_path, tiny_model, reward=None, rl=None, evaluate=None, report=None)
     return recipe, run_recipe(recipe, installed_plugins(), tmp_path / "out")
 

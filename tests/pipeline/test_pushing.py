@@ -1,4 +1,4 @@
-"""``push_to_hub`` in a recipe and in PPOConfig, against a local server; and what is refused at first."""
+"""``push_to_hub`` in a recipe and in PPOConfig, against a local server; and pushes that are refused up front."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PUSHED = {"push_to_hub": True, "hub_model_id": "me/rewards"}
 
 @pytest.fixture
 def hub(tiny_model, tmp_path, monkeypatch):
-    """A Hub that has the tiny model as ``me/base``."""
+    """A fake Hub with the tiny model as ``me/base``."""
     with fake_hub() as hub:
         hub.join(monkeypatch, tmp_path / "hf")
         hub.repos["me/base"] = Repo(False, {path.name: path.read_bytes() for path in Path(tiny_model).iterdir()})
@@ -41,7 +41,7 @@ def test_a_run_pushes_what_it_has_trained(hub, tmp_path, monkeypatch, capsys):
     code, said = run_cli(monkeypatch, capsys, "run", recipe, "--output", tmp_path / "out")
     assert code == 0 and f"reward: {hub.endpoint}/me/rewards" in said, said
     repo = hub.repos["me/rewards"]
-    assert repo.private and repo.commits == ["tiny: reward"]  # once, when the run has ended
+    assert repo.private and repo.commits == ["tiny: reward"]  # once, at the end of the run
     assert repo.files["adapter_model.safetensors"] == (tmp_path / "out/reward/adapter_model.safetensors").read_bytes()
     card = ModelCard(repo.files["README.md"].decode())
     assert card.data.base_model == "me/base" and "| held-out pairs | reward model's accuracy |" in card.text

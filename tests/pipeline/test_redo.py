@@ -1,4 +1,4 @@
-"""What a resumed run redoes, and why; what it superseded; and run folders of the first version."""
+"""Which stages a resumed run redoes, and why; superseded outputs; run folders of the first version."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ ALL = ["sample", "label", "reward", "rl", "evaluate"]
 
 @pytest.fixture
 def make(tmp_path, tiny_model):
-    """The tiny recipe with changed sections."""
+    """A function that makes the tiny recipe with changed sections."""
     return lambda **sections: tiny_recipe(tmp_path, tiny_model, **sections)
 
 
 def finish(recipe, path) -> RunFolder:
-    """A folder in which every stage of a recipe is complete, with outputs that say whose they are."""
+    """A folder in which every stage of a recipe is complete, with outputs that identify their stage."""
     folder = RunFolder(path)
     for name, planned in redo.plan(recipe, folder).items():
         superseding.begin(folder, planned.stage, planned.fingerprint, planned.inputs.to_dict())
@@ -68,7 +68,7 @@ def reasons(recipe, folder):
 
 
 def everything(folder):
-    """Every file of a run's folder that holds something of a stage, and its content."""
+    """Every file in a run folder that belongs to a stage, and its content."""
     found = {}
     for path in Path(folder).rglob("*"):
         if path.is_file() and path.name not in ("lock", "progress.json", "recipe.yaml"):
@@ -76,7 +76,7 @@ def everything(folder):
     return found
 
 
-# ---- What is redone -------------------------------------------------------------------------------------
+# ---- Redone stages --------------------------------------------------------------------------------------
 
 
 def test_the_same_recipe_redoes_nothing(make, folder):
@@ -105,7 +105,7 @@ def test_a_file_that_was_moved_or_touched_is_the_same_input(make, folder, tmp_pa
         ({"reward": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}}, []),
         ({"rl": {"save_steps": 2, "micro_batch_tokens": 64, "gradient_checkpointing": True, "max_failed": 0.9}}, []),
         ({"label": {"batch_tokens": 64, "precision": "high"}}, []),
-        ({"sample": {"temperature": 1.0}}, []),  # the default, written
+        ({"sample": {"temperature": 1.0}}, []),  # the default, written out
         ({"evaluate": {"track_every": 3}}, []),
         ({"report": None}, []),
         ({"sample": {"temperature": 0.9}}, ALL),
@@ -168,7 +168,7 @@ def test_what_a_checkpoint_forgives_may_still_redo_a_finished_stage(make, folder
 
 
 def test_labels_survive_a_run_without_their_stage(make, folder, tmp_path):
-    """Without ``label``, people's choices are written to where the labels' preferences are."""
+    """Without ``label``, human choices are written where the labels' preferences were."""
     before = (folder / "preferences" / "weights").read_text()
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a?", "chosen": "b", "rejected": "c"}\n')
     without = make(label=None, data={"pairs": "pairs.jsonl", "format": "preference"}, sample=None)
@@ -227,12 +227,12 @@ def test_a_default_that_a_later_version_changes_is_no_change(make, folder, monke
         inputs._defaults.cache_clear()
 
 
-# ---- Asking ---------------------------------------------------------------------------------------------
+# ---- Confirmation ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def stubbed(monkeypatch):
-    """Stages that only say that they ran."""
+    """Stages that only record that they ran."""
     ran = []
     monkeypatch.setattr(Stage, "run", lambda stage, context: (ran.append(stage.name), NUMBERS)[1])
     monkeypatch.setattr(runner, "say_outcome", lambda folder: None)
@@ -287,7 +287,7 @@ def test_without_a_terminal_the_command_asks_for_yes(make, folder, tmp_path):
     make(rl={"kl_coef": 0.3})
     before, output = everything(folder.path), tmp_path / "printed.txt"
     command = ("run", tmp_path / "recipe.yaml", "--output", folder.path, "--resume")
-    ended = forked.start_command(*command, output=str(output))  # whose standard input is /dev/null
+    ended = forked.start_command(*command, output=str(output))  # with /dev/null as standard input
     ended.join()
     assert ended.exitcode == 2 and everything(folder.path) == before
     printed = output.read_text()
@@ -322,7 +322,7 @@ def test_a_kill_at_any_step_of_the_move_loses_nothing(folder, monkeypatch, momen
             pass
     planned_again = RunFolder(folder.path)
     superseding.finish(planned_again)
-    superseding.supersede(planned_again, stages)  # where the kill came before it was noted
+    superseding.supersede(planned_again, stages)  # in case the kill came before the move was recorded
     found = {name: text for path in (folder / "superseded").iterdir() for name, text in everything(path).items()}
     for name in before:
         if any(name.startswith(output) for stage in stages for output in stage.outputs):
@@ -348,7 +348,7 @@ def test_a_folder_of_the_first_version_is_resumed_without_redoing_anything(tmp_p
     recipe, out = write_first_version(tmp_path, tiny_model)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and ".state" not in str(path)}
     assert read_status(out).state == "done"
-    for _ in range(2):  # as it is, and as the first of the two leaves it
+    for _ in range(2):  # the original folder, and what the first pass leaves
         resumed(recipe, out, confirm=lambda _: pytest.fail("asked"))
     assert set(stubbed) == {"report"} and not (out / "superseded").exists()
     after = {path: path.stat().st_mtime_ns for path in before if path.name not in ("recipe.yaml", "results.json")}

@@ -1,4 +1,4 @@
-"""A run's folder: whole or not at all, readable after a kill, one process at a time."""
+"""A run folder: atomic writes, readable after a kill, one process at a time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from trl_rlaif.status import read_status
 
 OUTPUTS = {name: stage.outputs for name, stage in STAGES.items()}
 
-LONE = "a\ud83d b"  # half of a surrogate pair, as byte-level models write it
+LONE = "a\ud83d b"  # half of a surrogate pair, as byte-level models may generate it
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def folder(tmp_path):
 
 
 def visible(path):
-    """Names in a folder that a user sees."""
+    """The names in a folder that are not hidden."""
     return sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
 
 
@@ -73,7 +73,7 @@ def test_a_kill_before_the_end_leaves_the_old_file(tmp_path, monkeypatch):
             with pytest.raises(KeyboardInterrupt):
                 write_atomically(path, "new and longer")
         assert path.read_text() == "old" and visible(tmp_path) == ["a.json"]
-    write_atomically(path, "new")  # what the kill left behind is in nobody's way
+    write_atomically(path, "new")  # leftovers of the kill do not interfere
     assert path.read_text() == "new"
 
 
@@ -90,13 +90,13 @@ def test_a_failure_while_a_folder_is_written_leaves_the_old_one(tmp_path):
 
     def fails(new):
         (new / "weights").write_text("half of the n")
-        assert (path / "weights").read_text() == "old"  # as long as the new one is not whole
+        assert (path / "weights").read_text() == "old"  # until the new one is complete
         raise RuntimeError("disk full")
 
     with pytest.raises(RuntimeError, match="disk full"):
         write_folder(path, fails)
     assert (path / "weights").read_text() == "old" and visible(tmp_path) == ["model"]
-    write_folder(path, lambda new: (new / "other").write_text("new"))  # nothing of the half is left in it
+    write_folder(path, lambda new: (new / "other").write_text("new"))  # nothing of the partial write is left
     assert [p.name for p in path.iterdir()] == ["other"]
 
 
@@ -140,7 +140,7 @@ def test_a_last_line_that_was_cut_off_is_removed(tmp_path, cut):
     whole = path.read_bytes()
     path.write_bytes(whole[:-cut])
     assert read_lines(path) == ROWS[:2]
-    append_lines(path, ROWS[2:])  # the next line does not run on from the broken one
+    append_lines(path, ROWS[2:])  # the next line is not joined to the broken one
     assert path.read_bytes() == whole and read_lines(path) == ROWS
 
 
@@ -179,7 +179,7 @@ def test_no_bit_of_a_line_of_ours_flips_unseen(tmp_path):
             found = unsealed(json.loads(flipped))
         except ValueError:
             continue
-        # What it says is as it was: a flip in the checksum's own name, or in the case of a letter that may have either.
+        # The values are unchanged: the flip was in the checksum's key, or in a letter that may have either case.
         assert {key: found[key] for key in row} == row
 
 
@@ -254,7 +254,7 @@ def test_another_error_is_left_alone(tmp_path):
 
 
 def fill(folder, stage):
-    """What a finished stage leaves behind."""
+    """Write the outputs, metrics and results of a finished stage."""
     for name in OUTPUTS[stage]:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -268,7 +268,7 @@ def fill(folder, stage):
 
 
 def left(folder, stage):
-    """Which of a stage's artefacts are there, and whether it has metrics and results."""
+    """A stage's existing artifacts, and whether it has metrics and results."""
     files = [name for name in OUTPUTS[stage] if (folder / name).exists()]
     rows = [row for row in read_lines(folder / "metrics.jsonl") if row["stage"] == stage]
     return files, bool(rows), stage in folder.results()
@@ -276,7 +276,7 @@ def left(folder, stage):
 
 @pytest.fixture
 def filled(folder):
-    """Every stage complete under the fingerprint A."""
+    """A folder in which every stage is complete with the fingerprint A."""
     for stage in OUTPUTS:
         folder.begin(stage, "A")
         fill(folder, stage)
@@ -322,7 +322,7 @@ def test_a_complete_stage_begins_from_nothing_and_leaves_the_others_alone(filled
 
 
 def test_labels_outlive_their_stage(folder):
-    """They are found by what determined them: a stage that is made anew takes those that still fit."""
+    """Labels are keyed by the settings they depend on: a redone stage reuses those that still apply."""
     (folder / "labels.jsonl").write_text("{}\n")
     begin(folder, STAGES["label"], "A")
     folder.complete("label", "A")
@@ -345,7 +345,7 @@ def test_superseding_what_is_not_there_is_fine(folder):
     assert visible(folder.path) == []
 
 
-# ---- Numbers --------------------------------------------------------------------------------------------
+# ---- Results and metrics --------------------------------------------------------------------------------
 
 
 def test_results_of_stages_add_up(folder):
@@ -388,12 +388,12 @@ def test_metrics_go_on_after_a_kill_in_a_line(folder):
         folder.add_metrics("rl", step, {"kl": 0.1})
     path = folder / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-5])
-    folder.drop_metrics("rl", after=1)  # what a trainer does when it begins
+    folder.drop_metrics("rl", after=1)  # as a trainer does when it starts
     folder.add_metrics("rl", 2, {"kl": 0.2})
     assert [(row["step"], row["kl"]) for row in read_lines(path)] == [(1, 0.1), (2, 0.2)]
 
 
-# ---- Who may write --------------------------------------------------------------------------------------
+# ---- Locks and permissions ------------------------------------------------------------------------------
 
 
 def test_a_second_user_is_kept_out_until_the_first_is_done(folder):

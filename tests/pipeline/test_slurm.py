@@ -1,4 +1,4 @@
-"""recipes/slurm/label.sh with stand-ins for Slurm's commands: what is submitted runs at once."""
+"""recipes/slurm/label.sh with fakes for Slurm's commands: submitted jobs run immediately."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trl_rlaif.plugins import installed_plugins
 from trl_rlaif.recipe import parse_recipe
 
 SCRIPT = Path(__file__).parents[2] / "recipes/slurm/label.sh"
-# Takes options of both forms, runs the script that they are for, and ends as its jobs do.
+# Skips the options, runs the script once or once per array task, and fails if any of them fails.
 SBATCH = r"""#!/usr/bin/env bash
 printf '%s\n' "$*" >>"$LOG"
 array=
@@ -37,7 +37,7 @@ echo "$(wc -l <"$LOG");cluster"
 exit ${failed:-0}
 """
 SRUN = '#!/usr/bin/env bash\n[[ ${SLURM_ARRAY_TASK_ID:-} == "${FAILS:-none}" ]] && exit 9\nexec "$@"\n'
-# The command itself runs in the test's process, which has everything imported.
+# The command itself runs in the test process, where everything is already imported.
 COMMAND = r"""#!/usr/bin/env bash
 printf '%s\0' "$@" >"$ASKED"
 read -r code out <"$ANSWERED"
@@ -48,7 +48,7 @@ exit "$code"
 
 @pytest.fixture
 def submit(tmp_path, monkeypatch, capsys):
-    """Run the script in an environment with the stand-ins: its exit code, all that it says, and what was submitted."""
+    """Run the script with the fake commands; returns its exit code, its output and the submitted jobs."""
     (tmp_path / "bin").mkdir()
     for name, text in {"sbatch": SBATCH, "srun": SRUN, "trl-rlaif": COMMAND}.items():
         (tmp_path / "bin" / name).write_text(text)
@@ -96,7 +96,7 @@ def test_shares_that_are_joined_are_one_run(submit, recipe, tmp_path, monkeypatc
     plugins = installed_plugins()
     whole = run_recipe(parse_recipe(recipe, registry=plugins.registry), plugins, tmp_path / "whole")
     code, said, submitted = submit(recipe, str(tmp_path / "run"), "3", "--gpus=1", FAILS="2")
-    assert code == 1 and len(submitted) == 2  # no share is joined before all are there
+    assert code == 1 and len(submitted) == 2  # shares are joined only when all are complete
     assert all("--gpus=1" in one and one.endswith(f"{recipe} {tmp_path / 'run'} 3") for one in submitted)
     assert "--dependency=afterok:1 --array=1-3" in submitted[1]
     shares = tmp_path / "run.shares"
@@ -109,7 +109,7 @@ def test_shares_that_are_joined_are_one_run(submit, recipe, tmp_path, monkeypatc
     code, said, submitted = submit(recipe, str(tmp_path / "run"), "3", "--gpus=1")
     assert code == 0 and "Jobs: 1 (pairs), 2 (labels, 3 shares), 3 (join)." in said, said
     assert "--dependency=afterok:2" in submitted[2] and submitted[2].count("--array") == 0
-    assert [folder.path.name for folder in loaded] == ["2-of-3"]  # what was labeled stays
+    assert [folder.path.name for folder in loaded] == ["2-of-3"]  # existing labels are kept
     content = (tmp_path / "run" / "labels.jsonl").read_bytes()
     assert all(lines in content for lines in before.values()) and not shares.exists()
     ours, theirs = labels(tmp_path / "run"), labels(whole.path)
@@ -118,5 +118,5 @@ def test_shares_that_are_joined_are_one_run(submit, recipe, tmp_path, monkeypatc
         assert row["p"] == pytest.approx(theirs[id]["p"], abs=1e-5)
     assert preferences(RunFolder(tmp_path / "run")).keys() == preferences(whole).keys()
 
-    code, said, _ = submit(recipe, str(tmp_path / "run"), "2", "--gpus=1")  # nothing is left to be done
+    code, said, _ = submit(recipe, str(tmp_path / "run"), "2", "--gpus=1")  # nothing is left to do
     assert code == 0 and len(loaded) == 1 and labels(tmp_path / "run") == ours, said

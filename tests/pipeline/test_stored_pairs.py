@@ -1,4 +1,4 @@
-"""Pairs that stay on the disk, and the preferences that are made of them part by part."""
+"""Pairs that stay on disk, and preferences that are made from them in parts."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_damaged_line_is_named(path):
 
 
 def peak_of(work):
-    """Bytes of Python's objects at their peak."""
+    """Peak memory of Python objects, in bytes."""
     tracemalloc.start()
     try:
         work()
@@ -66,7 +66,7 @@ def peak_of(work):
 
 
 def test_what_was_drawn_stays_on_the_disk(tmp_path):
-    """1,000 rows of 10 kB; a kill had left the first 200 of them, and half of a line."""
+    """1,000 rows of 10 kB; a kill left the first 200 of them and a partial line."""
     text, ids = "x" * 10_000, [f"p{i}" for i in range(1000)]
     path, section = tmp_path / "drawn.jsonl", SimpleNamespace(keep_pairs="first", sampler=None)
 
@@ -107,7 +107,7 @@ def test_the_report_leaves_pairs_and_labels_on_the_disk(tmp_path):
 
 
 def make(tmp_path, pairs, p, **options):
-    """The rows and the columns' types of preferences/."""
+    """The rows and column types of preferences/."""
     context = SimpleNamespace(folder=tmp_path, chat=lambda prompt: prompt)
     preferences.write_preferences(context, pairs, np.array(p), **options)
     made = load_from_disk(str(tmp_path / "preferences"))
@@ -120,7 +120,7 @@ def message(text, **more):
 
 @pytest.mark.parametrize("at_once", [1, 2, 100])
 def test_preferences_do_not_depend_on_the_parts(tmp_path, monkeypatch, at_once):
-    """The rows and types are those that `datasets` gives to all rows at once."""
+    """Rows and types are the same as if `datasets` got all rows at once."""
     monkeypatch.setattr(preferences, "_AT_ONCE", at_once)
     pairs = [
         Pair("a", message("x"), "1", "2"),
@@ -158,5 +158,5 @@ def test_pairs_without_a_probability_are_left_out(tmp_path, monkeypatch):
     pairs = [Pair(str(i), "x", f"a{i}", f"b{i}", extra={"margin": 1.0}) for i in range(4)]
     rows, features = make(tmp_path, pairs, [0.25, np.nan, 0.5, np.nan])
     assert [(row["id"], row["chosen"], row["p"]) for row in rows] == [("0", "b0", 0.75), ("2", "a2", 0.5)]
-    assert list(features) == ["id", "prompt", "chosen", "rejected", "p", "category", "human"]  # nobody chose: no margin
+    assert list(features) == ["id", "prompt", "chosen", "rejected", "p", "category", "human"]  # no human, no margin
     assert features["category"] == Value("string")

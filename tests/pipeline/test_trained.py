@@ -1,4 +1,4 @@
-"""Which of several runs a trained model is taken from, and with which tokenizer."""
+"""Which run a trained model is loaded from, and with which tokenizer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEACHING = {"contrasts": ["cut_off"]}
 
 @pytest.fixture
 def runs(tmp_path):
-    """A run, and one that goes on from it, of a model whose chat template tells the date."""
+    """A run and a second one that continues it, on a model with the date in its chat template."""
     model = save_tiny_model(tmp_path / "model")
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ strftime_now('%d %B %Y') }}" + CHAT_TEMPLATE

@@ -1,4 +1,4 @@
-"""The Advantage Model against plain float64 loops, and its part in training and in PPO."""
+"""The Advantage Model against plain float64 loops, and its role in training and in PPO."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_e_learns_from_the_bounding_terms_alone(k):
     assert torch.equal(torch.autograd.grad(ranking, numbers["expected"], retain_graph=True)[0], torch.zeros(4).double())
     p = torch.tensor([1.0, 0.8, 0.0, 0.5])
     (found,) = torch.autograd.grad(advantage_loss(c, r, p, 1.5), numbers["expected"])
-    slope = -(N - 1) / N if k else -1.0  # of a by e
+    slope = -(N - 1) / N if k else -1.0  # da / de
     c, r, p = c.double(), r.double(), p.double()
     up = [torch.sigmoid(x - 1.5) for x in (c, r)]  # -d log s(m - a) / da
     down = [-torch.sigmoid(-x - 1.5) for x in (c, r)]  # -d log s(m + a) / da
@@ -129,11 +129,11 @@ def test_some_of_r_is_left_whatever_the_ratios(size, max_share):
     np.testing.assert_allclose(found.numpy(), plain, rtol=1e-3 if size == 1e4 else 1e-5)  # exp of a rounded sum
 
 
-# ---- Training with other policies, and paying it in RL ----------------------------------------------------
+# ---- Training with other policies, and the reward in RL ---------------------------------------------------
 
 
 def _trained_on(log_ratio: float, k: int, **options):
-    """Free scores of eight pairs, and their e, after some steps; chosen is always better."""
+    """The model, and freely trained scores of eight pairs with their e, after some steps; chosen is always better."""
     generator = torch.Generator().manual_seed(0)
     chosen, rejected, e = (0.1 * torch.randn(8, generator=generator) for _ in range(3))
     learned = [x.requires_grad_() for x in (chosen, rejected, e)]
@@ -161,7 +161,7 @@ def test_rl_is_paid_what_was_trained(log_ratio, options):
     share = min(2 * math.exp(log_ratio) / n, bound)
     wanted = (1 - share) * r.double() - (n - 1) / n * e.double()
     assert wanted.abs().max() < 4  # within the margin
-    heir = AdvantageModel()  # the section rl may give other options: N is the training's
+    heir = AdvantageModel()  # rl may set other options: N is that of training
     heir.load_state_dict(torch.load(_stored(model.state_dict()), weights_only=True))
     batch = SimpleNamespace(model_scores=None, expected=e, categories=[None] * 8)
     for paying in (model, heir):
@@ -221,7 +221,7 @@ def test_margins_follow_the_spread_of_their_category():
     again = AdvantageModel(margin=2.0, adapt="variance")
     again.load_state_dict(model.state_dict())
     assert again.margins.of("wide") == wide and again.margins.std("narrow") == model.margins.std("narrow")
-    with torch.no_grad():  # held-out pairs move nothing
+    with torch.no_grad():  # held-out pairs change nothing
         model.loss(PreferenceScores(9 * c, r, torch.ones(60), categories, torch.zeros(60)))
     assert model.margins.of("wide") == wide
 

@@ -1,4 +1,4 @@
-"""Labels by several criteria: each asked by itself, weighted log-odds or ratings, and what must hold."""
+"""Labels from several criteria: each asked separately, weighted log-odds or ratings, and vetoes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from trl_rlaif.testing import check_labeler
 PAIRS = [Pair(f"p{i}", f"what? {i}", "a fox", "the lazy dog") for i in range(3)]
 CRITERIA = {"helpful": {"weight": 2, "description": "does what was asked"}, "brief": 0.5}
 VETO = {"harmless": {"veto": True, "description": "harms nobody"}}
-# Log-odds of the response shown first being better, by criterion and by the order shown.
+# Log-odds that the response shown first is better, by criterion and by this response.
 SAID = {("does what was asked", "a fox"): 1.5, ("does what was asked", "the lazy dog"): 0.4,
         ("brief", "a fox"): -0.3, ("brief", "the lazy dog"): 2.0}  # fmt: skip
 HOLDS = {"a fox": 0.9, "the lazy dog": 0.3}
@@ -50,7 +50,7 @@ def labeled(labeler, judge, done=()):
     return {label.id: label for label in labeler.label(PAIRS, judge, done)}
 
 
-# ---- How opinions are joined ----------------------------------------------------------------------------
+# ---- Combining criteria ---------------------------------------------------------------------------------
 
 
 def test_log_odds_are_averaged_by_weight():
@@ -72,7 +72,7 @@ def test_what_must_hold_decides_where_it_tells_the_responses_apart(p, first, sec
 
 
 class Slow(Judge):
-    """Answers one group at a time, and says how many it was asked for."""
+    """Answers one group at a time, and records which ones it has answered."""
 
     def __init__(self):
         super().__init__(make_prompt(), "slow")
@@ -317,7 +317,7 @@ def test_a_run_keeps_and_shows_every_criterion(tiny_model, tmp_path):
         assert harmless.keys() == {"criterion", "weight", "score_1", "score_2", "veto"}
     page = (out / "report.html").read_text()
     assert f'<tr><th scope="row">harmless</th><td class="n">veto</td><td class="n">{len(rows)}</td>' in page
-    # The same criteria ask nothing; another weight asks again.
+    # The same criteria ask nothing; another weight asks everything again.
     for more, lines in (({}, len(rows)), ({"helpful": 3}, 2 * len(rows))):
         sections = {"label": {"criteria": label["criteria"] | more}, "evaluate": None, "rl": None}
         recipe = tiny_recipe(tmp_path, str(folder), **sections)

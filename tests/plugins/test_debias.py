@@ -69,7 +69,7 @@ def test_one_distribution_is_its_own_mean():
 
 
 def test_means_of_a_judge_that_is_sure():
-    """1 - p would round to nothing."""
+    """1 - p would round to 0."""
     found = mean_preference("12", [(0.0, -50.0), (0.0, -60.0)])
     assert found.p == 1.0
     assert found.logit == pytest.approx(-math.log((math.exp(-50) + math.exp(-60)) / 2), rel=1e-12)
@@ -103,7 +103,7 @@ def test_combine_has_the_symmetries_of_a_preference(mode):
 
 @pytest.mark.parametrize("bias", [0.5, 4.0, -8.0])
 def test_mean_logit_cancels_an_additive_bias_and_mean_prob_does_not(bias):
-    """The judge's log-odds of what stands first are the truth plus a bias: it falls on either response."""
+    """The judge's log-odds of the first position are the truth plus a bias, which favors each response once."""
     truth = 2.0
     biased = (truth + bias, truth - bias)
     assert combine(biased, "mean_logit") == pytest.approx(sigmoid(truth), rel=1e-15)

@@ -73,11 +73,11 @@ def test_reward_and_spread_stay_in_their_ranges():
 def test_far_out_log_probabilities():
     found = rating([(-3000.0, *[-3001.0] * 9)])
     assert found.probabilities[0] == pytest.approx(1 / (1 + 9 / math.e)) and found.mass == 0.0
-    assert rating([(math.log(0.5) + 1e-9,) * 2 + (NEVER,) * 8]).mass == 1.0  # rounding gives no mass above one
+    assert rating([(math.log(0.5) + 1e-9,) * 2 + (NEVER,) * 8]).mass == 1.0  # rounding never gives a mass above one
 
 
 def test_several_rationales_are_averaged_as_distributions():
-    """What each says among the ten counts alike, however much it gave to the ten together."""
+    """Each rationale's distribution over the ten ratings counts equally, whatever its mass on them."""
     one, two = distributions(2, seed=2)
     found = rating([logprobs(one, 0.9), logprobs(two, 0.1)])
     assert found.probabilities == pytest.approx([(a + b) / 2 for a, b in zip(one, two, strict=True)], abs=1e-12)
@@ -184,7 +184,7 @@ def test_rationales_are_asked_for_and_kept(options, thinking):
 
 
 def test_rewards_come_in_the_order_of_the_completions():
-    """Texts or messages, as GRPOTrainer hands them over; the judge may answer in any order."""
+    """Texts or messages, as GRPOTrainer passes them; the judge may answer in any order."""
     labeler = DirectLabeler(ScriptedJudge(say))
     wanted = [2 * (9.75 - 1) / 9 - 1, 0.0, -(2 * (9.75 - 1) / 9 - 1)]
     texts = ["good", "odd", "bad"]
@@ -207,7 +207,7 @@ def test_a_reward_that_is_missing_is_no_zero():
 
 @pytest.fixture(scope="module")
 def roomy_model(tiny_model, tmp_path_factory):
-    """The tiny model with room for the packaged prompt, which its tokenizer spells letter by letter."""
+    """The tiny model with a context that fits the packaged prompt, which its tokenizer splits into letters."""
     folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("roomy") / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
@@ -221,7 +221,7 @@ def local_judge(roomy_model):
 
 
 class Recording(DirectLabeler):
-    """Keeps what it was asked and what it gave."""
+    """Records its inputs and rewards."""
 
     calls: ClassVar[list] = []
 
@@ -238,7 +238,7 @@ def recording(monkeypatch):
 
 
 def test_ppo_is_rewarded_by_the_base_without_its_adapter(roomy_model, tmp_path, monkeypatch, recording):
-    """While the policy moves, its judge, which is the same base, stays what it was."""
+    """The policy changes, but its judge, which is the same base, does not."""
     registered = installed_plugins().registry.find("labeler", "direct")
     monkeypatch.setitem(vars(registered), "component", recording)
     rest = dict.fromkeys(("sample", "label", "reward", "evaluate", "report"))
@@ -248,7 +248,7 @@ def test_ppo_is_rewarded_by_the_base_without_its_adapter(roomy_model, tmp_path, 
     folder = run_recipe(recipe, installed_plugins(), tmp_path / "out")
     steps = [row for row in read_lines(folder / "metrics.jsonl") if row["stage"] == "rl"]
     assert len(steps) == len(recording.calls) == 2
-    assert abs(steps[1]["objective/kl"]) > 1e-3  # the policy did move
+    assert abs(steps[1]["objective/kl"]) > 1e-3  # the policy has changed
     judge = local_judge(roomy_model)
     for step, (prompts, completions, rewards) in zip(steps, recording.calls, strict=True):
         assert step["score/direct"] == pytest.approx(sum(rewards) / len(rewards), abs=1e-6)

@@ -131,7 +131,7 @@ def test_a_conversation_is_judged_with_its_speakers():
     assert labels([Pair("x", messages, "a", "b")], judge)["x"].skipped is None
 
 
-# ---- What is asked --------------------------------------------------------------------------------------
+# ---- Questions ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("task", ["general", "summarization"])
@@ -172,7 +172,7 @@ def test_labels_come_as_soon_as_the_judge_knows():
     judge = ScriptedJudge(longer)
     stream = DistilledLabeler().label(make_pairs(), judge)
     assert judge.asked == []
-    assert next(stream).id == "p11"  # the scripted judge begins with the last
+    assert next(stream).id == "p11"  # the scripted judge starts with the last
 
 
 def test_no_pairs_no_labels():
@@ -225,7 +225,7 @@ def test_rationales_are_averaged_as_distributions(debias):
     assert label.p == pytest.approx(expected, rel=1e-12)
 
 
-# ---- What gives no label, and votes ---------------------------------------------------------------------
+# ---- Missing labels, and votes --------------------------------------------------------------------------
 
 
 def test_a_failed_answer_is_a_skipped_pair():
@@ -251,7 +251,7 @@ def test_votes_that_all_fell_on_one_candidate(debias):
     agreed = label_of(sure, other, debias=debias)
     assert (agreed.p, agreed.p_12, agreed.p_21, agreed.mass_12, agreed.mass_21) == pytest.approx((1, 1, 1, 0.8, 0.6))
     assert label_of(other, sure, debias=debias).p == 0.0
-    assert label_of(sure, sure, debias=debias).p == 0.5  # the first one both times
+    assert label_of(sure, sure, debias=debias).p == 0.5  # the first position both times
     assert label_of(half, sure, debias=debias).p == (0.25 if debias == "mean_prob" else 0.0)
     several = label_of(Answer((draw(1, 0), draw(0, 1)), ("x", "y")), half, debias=debias)
     assert several.p == several.p_12 == 0.5

@@ -55,7 +55,7 @@ def test_the_evidence_is_the_likelihood_ratio_averaged_over_a_half_normal_prior(
 
 
 def _first_alarm(seed, shape, drift=0.0, categories=10, updates=120, size=16):
-    """The first update at which a category has surely risen, by any amount (stationary) or by half a std (drifting)."""
+    """The first update with a significant rise of a category: of any size (stationary) or of half a std (drifting)."""
     generator = np.random.default_rng(seed)
     rises: dict[int, Rise] = {}
     for update in range(updates):
@@ -71,13 +71,13 @@ def _first_alarm(seed, shape, drift=0.0, categories=10, updates=120, size=16):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_fewer_than_one_in_twenty_stationary_runs_raises_an_alarm(shape):
-    """300 runs of 10 categories; neither a KL budget nor a least size of the rise holds any back."""
+    """300 runs of 10 categories; neither a KL budget nor a minimum rise suppresses any alarm."""
     alarms = sum(_first_alarm(seed, shape) is not None for seed in range(300))
     assert binomtest(alarms, 300).proportion_ci().high < 0.05
 
 
 def test_a_drift_is_found():
-    """In a line over the run, in one of ten categories, of which it sees about 190 scores."""
+    """A linear drift of one category; as one of ten, it has about 190 scores."""
     assert sum(_first_alarm(seed, "normal", drift=2.0) is not None for seed in range(50)) >= 48
     assert sum(_first_alarm(seed, "t5", drift=2.0) is not None for seed in range(50)) >= 48
     assert sum(_first_alarm(seed, "normal", drift=1.0, categories=3) is not None for seed in range(30)) >= 28
@@ -92,7 +92,7 @@ def _batch(categories, *, group=1, kl=20.0):
 
 
 def _alarms(regulator, generator, *, updates, rise=0.0, categories=("a", "b"), group=1, shared=0.0, prompts=16):
-    """The categories that ever raise an alarm; scores of the first one rise in a line."""
+    """The alarm metrics of categories that ever raise one; scores of the first category rise linearly."""
     found = set()
     for update in range(updates):
         kinds = [categories[i // group % len(categories)] for i in range(prompts * group)]
@@ -105,7 +105,7 @@ def _alarms(regulator, generator, *, updates, rise=0.0, categories=("a", "b"), g
 
 
 def test_responses_to_one_prompt_count_as_one():
-    """As in RLOO and GRPO: were they independent, half of all stationary runs would raise an alarm."""
+    """As in RLOO and GRPO: treated as independent, half of all stationary runs would raise an alarm."""
     runs = [
         _alarms(
             DistributionRegulator(warm_up=60), np.random.default_rng(seed), updates=60, group=8, shared=0.9, prompts=4
@@ -128,5 +128,5 @@ def test_scores_without_a_category_and_late_categories_are_watched(caplog):
     generator, regulator = np.random.default_rng(0), DistributionRegulator()
     with caplog.at_level(logging.WARNING):
         assert _alarms(regulator, generator, updates=60, rise=2.0, categories=(None,)) == {"regulator/unnamed/drift"}
-    assert len(caplog.records) == 1 and "Scores of 'unnamed' have risen" in caplog.text  # said once
+    assert len(caplog.records) == 1 and "Scores of 'unnamed' have risen" in caplog.text  # warned once
     assert _alarms(regulator, generator, updates=60, rise=2.0, categories=("late", "other")) == {"regulator/late/drift"}

@@ -1,4 +1,4 @@
-"""The labeler `ranking`: what it asks about a group, and what its responses are rewarded."""
+"""The labeler `ranking`: its questions about a group, and the rewards of the group's responses."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def say(**texts):
 
 
 def asked(judge):
-    """Each question's responses, in the order in which they were shown."""
+    """Each question's context and responses, in the order shown."""
     from trl_rlaif.testing.judges import shown
 
     return [
@@ -51,7 +51,7 @@ def test_the_contract_of_a_labeler_and_a_reward():
 
 
 def test_rewards_of_all_pairs_are_shares_of_wins():
-    """Without contradictions they are what the judge's own probabilities give, as good as free of the position."""
+    """Without contradictions, they follow from the judge's own probabilities, almost free of the position effect."""
     texts = ["good", "worst", "best", "poor"]
     found = rewards(["x"] * 4, texts, method="all_pairs")
     sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
@@ -62,13 +62,13 @@ def test_rewards_of_all_pairs_are_shares_of_wins():
 
 
 def test_a_tournament_asks_a_third_of_all_and_finds_the_order():
-    """The position effect is that of all groups of a call: of a single one, four answers do not tell it."""
+    """The position effect is estimated over all groups of a call: the four answers of one group are too few."""
     rng, judge = np.random.default_rng(0), ScriptedJudge(say)
     texts = [rng.permutation(list(WORTH)[:4]).tolist() for _ in range(8)]
     prompts = [f"prompt {i}" for i in range(8) for _ in range(4)]
     found = np.reshape(rewards(prompts, sum(texts, []), judge), (8, 4))
     assert len(asked(judge)) == len(set(asked(judge))) == 8 * 4
-    assert [len(call["groups"][0]) for call in judge.asked] == [2, 2]  # half as many at once as there are responses
+    assert [len(call["groups"][0]) for call in judge.asked] == [2, 2]  # half as many per round as there are responses
     for of, one in zip(texts, found, strict=True):
         assert np.argsort(one).tolist() == np.argsort([WORTH[text] for text in of]).tolist()
     everything = ScriptedJudge(say)
@@ -113,7 +113,7 @@ def test_a_response_that_cannot_be_compared_has_no_reward():
 
 
 class Silent(Judge):
-    """Gives neither candidate any probability."""
+    """Gives both candidates a probability of 0."""
 
     def ask(self, groups, candidates, *, thinking=None, done=()):
         for index, group in enumerate(groups):
@@ -136,7 +136,7 @@ def test_pairs_are_labeled_as_by_distilled():
 
 
 class Recording(RankingLabeler):
-    """Keeps what it gave."""
+    """Records its prompts and rewards."""
 
     calls: ClassVar[list] = []
 

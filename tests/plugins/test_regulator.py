@@ -29,7 +29,7 @@ def _batch(categories: list[str | None], *, kl: float = 0.0) -> SimpleNamespace:
 
 
 def _task(seed: int, count: int = 60, rise: float = 0.0) -> tuple[torch.Tensor, list[str]]:
-    """Scores whose mean and spread depend on the kind of prompt alone."""
+    """Scores with a mean and spread that only depend on the category."""
     generator = torch.Generator().manual_seed(seed)
     categories = ["code", "chat", "maths"] * (count // 3)
     mean = torch.tensor([4.0 + rise, -1.0, 0.5] * (count // 3))
@@ -51,7 +51,7 @@ def test_running_figures_are_weighted_means_without_bias():
     assert moments.count == 6
 
 
-# Kinds of prompt whose scores differ in place and spread: mean, standard deviation.
+# Mean and standard deviation of the scores, by category.
 KINDS = {"a": (0.0, 1.0), "b": (9.0, 4.0), "c": (-2.0, 0.3)}
 
 
@@ -63,7 +63,7 @@ def _of_kinds(generator: np.random.Generator, each: int) -> tuple[np.ndarray, li
 
 @pytest.mark.parametrize(("count", "offsets", "within"), [(96, 0, 0.02), (96, 1e4, 0.02), (5600, 0, 0.002)])
 def test_after_enough_scores_every_category_has_its_own_mean_and_standard_deviation(count, offsets, within):
-    """Against numpy: a prior that held the spread between categories would leave 1 / 4 / .3 at .33 / .72 / .11."""
+    """Against numpy: a prior with the spread between categories would turn 1 / 4 / .3 into .33 / .72 / .11."""
     generator, running = np.random.default_rng(0), RunningScores(share=1e-9, prior=16)
     every, categories = _of_kinds(generator, count)
     every += [offsets * "abc".index(name) for name in categories]
@@ -77,7 +77,7 @@ def test_after_enough_scores_every_category_has_its_own_mean_and_standard_deviat
 
 
 def test_regulated_scores_are_plain_z_scores_of_their_category():
-    """Of the last 1,000 scores of each; the running figures remember about 2,000."""
+    """Over the last 1,000 scores of each category; the running statistics remember about 2,000."""
     generator, regulator = np.random.default_rng(1), DistributionRegulator(bound=1e6)
     kept: dict[str, list[tuple[float, float]]] = {name: [] for name in KINDS}
     for _ in range(280):
@@ -95,7 +95,7 @@ def test_regulated_scores_are_plain_z_scores_of_their_category():
 
 
 def test_the_variances_prior_is_that_of_limma():
-    """Smyth 2004: scaled inverse chi-square, from categories with as many scores each; scipy solves it here."""
+    """Smyth 2004: a scaled inverse chi-square prior, for categories of equal size, here solved by scipy."""
     from scipy.optimize import brentq
     from scipy.special import digamma, polygamma
 
@@ -112,13 +112,13 @@ def test_the_variances_prior_is_that_of_limma():
     expected = np.sqrt((prior * place + free * squares) / (prior + free))
     found = [running.figures(name)[1] for name in rows]
     np.testing.assert_allclose(found, expected, rtol=1e-6)
-    # What it is for: nearer to the true ones than the plain standard deviations.
+    # Its purpose: closer to the true values than the plain standard deviations.
     plain = np.log(np.sqrt(squares) / stds)
     assert (np.log(np.array(found) / stds) ** 2).mean() < 0.7 * (plain**2).mean()
 
 
 def test_means_are_drawn_together_as_far_as_chance_explains_their_differences():
-    """One-way random effects (Paule and Mandel 1982), whatever the true spread between means."""
+    """One-way random effects (Paule and Mandel 1982), for any true spread between means."""
     generator, count = np.random.default_rng(2), 4
     for between in (0.0, 0.5, 30.0):
         true = between * generator.standard_normal(200)
@@ -126,7 +126,7 @@ def test_means_are_drawn_together_as_far_as_chance_explains_their_differences():
         rows = true[:, None] + generator.standard_normal((200, count))
         running.add((f"c{i}", score) for i, scores in enumerate(rows) for score in scores)
         found = np.array([running.figures(f"c{i}")[0] for i in range(200)])
-        best = between**2 / (between**2 + 1 / count)  # the Bayesian's share of the own mean
+        best = between**2 / (between**2 + 1 / count)  # a category's own weight in the Bayes estimate
         expected = ((best * rows.mean(1) + (1 - best) * rows.mean() - true) ** 2).mean()
         assert ((found - true) ** 2).mean() < 1.25 * expected + 1e-3
 
@@ -140,7 +140,7 @@ def test_a_fresh_category_takes_its_spread_from_the_others_and_explodes_nowhere(
     before = running.table()
     running.add([("one", 50.0), *(("three", score) for score in (7.0, 7.1, 6.9)), *[("equal", 0.1)] * 3])
     table = running.table()
-    assert running.own("equal")[1] == 0  # and not the rounding of its mean square
+    assert running.own("equal")[1] == 0  # not the rounding error of its mean square
     for name in KINDS:
         assert table[name] == pytest.approx(before[name], rel=0.02, abs=0.02)
     assert running.figures("never") == running.pooled()
@@ -178,12 +178,12 @@ def test_no_category_is_worth_more_than_another():
     raw = {name: scores[[c == name for c in categories]] for name in set(categories)}
     assert max(abs(x.mean()) for x in by.values()) < 0.6 < 3 < max(x.mean() for x in raw.values())
     assert max(x.std() for x in by.values()) / min(x.std() for x in by.values()) < 1.6
-    for name, x in by.items():  # the order within a category stays
+    for name, x in by.items():  # the order within a category is preserved
         assert torch.equal(x.argsort(), raw[name].argsort())
     mean, std = regulator.running.figures("code")
     z = (scores[0].item() - mean) / std
     spread = regulator.running.within()[0] / regulator.unit
-    assert spread == pytest.approx(1, abs=0.3)  # against 20 scores of each in the first batch
+    assert spread == pytest.approx(1, abs=0.3)  # the unit is from the first batch: 20 scores per category
     assert found[0].item() == pytest.approx(spread * 3 * math.tanh(z / 3), abs=1e-5)
 
 
@@ -191,7 +191,7 @@ def test_the_spread_within_categories_is_that_of_the_residuals():
     running = RunningScores(share=1e-9, prior=0)
     scores, categories = _task(3, 600)
     running.add(zip(categories, scores.tolist(), strict=True))
-    running.add([(None, 5.0), (None, 9.0)])  # prompts without a category are a kind of their own
+    running.add([(None, 5.0), (None, 9.0)])  # prompts without a category form their own
     parts = [scores.numpy()[[c == name for c in categories]] for name in ("code", "chat", "maths")] + [np.array([5, 9])]
     expected = sum(((x - x.mean()) ** 2).sum() for x in parts) / sum(len(x) - 1 for x in parts)
     assert running.within() == (pytest.approx(math.sqrt(expected), rel=1e-5), True)
@@ -211,7 +211,7 @@ def test_many_categories_in_small_batches_neither_silence_nor_inflate_the_reward
 
 @pytest.mark.parametrize("size", [0.2, 5.0])
 def test_smaller_differences_are_never_paid_more(size):
-    """A policy that learns has scores that lie ever closer together; scores begin with a spread of 1 at most."""
+    """A learning policy's scores become ever more alike; regulated scores start with a spread of at most 1."""
     regulator, spreads = DistributionRegulator(share=0.05, warm_up=1), []
     for step, narrowing in enumerate([1.0] * 10 + [0.1] * 10):
         scores = size * narrowing * torch.randn(90, generator=torch.Generator().manual_seed(step))
@@ -225,7 +225,7 @@ def test_while_it_warms_up_all_are_scaled_alike():
     regulator = DistributionRegulator(warm_up=2)
     scores, categories = _task(0)
     found = regulator.transform(scores, _batch(categories))
-    assert torch.equal(found.argsort(), scores.argsort())  # one increasing map for all
+    assert torch.equal(found.argsort(), scores.argsort())  # one increasing function for all
 
 
 def test_scores_that_are_all_alike_are_zero_and_not_noise():
@@ -245,7 +245,7 @@ def test_its_state_goes_on_where_it_was():
         assert torch.equal(found, expected)
     assert second.metrics() == whole.metrics()
     old = {name: value for name, value in whole.state_dict().items() if name != "unit"}
-    second.load_state_dict(old)  # from before it had one
+    second.load_state_dict(old)  # from before the state had a unit
 
 
 @pytest.mark.parametrize(("rise", "kl", "alarm"), [(4.0, 20.0, True), (4.0, 5.0, False), (0.0, 20.0, False)])

@@ -1,4 +1,4 @@
-"""Which responses rejection sampling accepts, on pools whose scores are known."""
+"""Which responses rejection sampling accepts, on pools with known scores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trl_rlaif import Pool
 
 
 def _pool(scores, *, responses=None, selection=0, prompts=2):
-    """Prompts with equally many responses each, one behind the other; response i is the token i + 3."""
+    """Prompts with equally many responses each, in order; response i is the token i + 3."""
     count = len(scores)
     rows = [i * prompts // count for i in range(count)]
     return Pool(
@@ -39,7 +39,7 @@ SCORES = [0.1, 0.7, 0.3, 0.5, 0.2, 0.4, 0.35, 0.6]
         ({"threshold": 0.65}, ["r1"]),
         ({"threshold": 0.9}, []),
         ({"keep": "above", "threshold": 0.4}, ["r1", "r3", "r5", "r7"]),
-        ({"keep": "above", "threshold": 0.7}, ["r1"]),  # 0.7 is less in float32
+        ({"keep": "above", "threshold": 0.7}, ["r1"]),  # 0.7 is smaller in float32
         ({"keep": "above", "quantile": 0.0}, [f"r{i}" for i in range(8)]),
         ({"keep": "above", "quantile": 0.5}, ["r1", "r3", "r5", "r7"]),
         ({"keep": "above", "quantile": 0.75}, ["r1", "r7"]),

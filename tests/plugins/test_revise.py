@@ -1,4 +1,4 @@
-"""The sampler revise: whom it asks what, what makes a pair, and what is dropped."""
+"""The sampler `revise`: its requests, the pairs it makes, and the prompts it drops."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def revise(tmp_path):
 
 
 class Recorded:
-    """Gives these answers, one a call, and keeps what it was asked."""
+    """Gives these answers, one per call, and records the requests."""
 
     def __init__(self, *answers):
         self.answers, self.asked = iter(answers), []

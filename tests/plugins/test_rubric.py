@@ -1,4 +1,4 @@
-"""The labeler `rubric`: how scores follow from probabilities, what is asked, and its rewards in every trainer."""
+"""The labeler `rubric`: scores from probabilities, its questions, and its rewards in every trainer."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def probabilities(count, seed=0):
 
 
 def outcomes(weights, met):
-    """Every score with its probability, by listing all ways to meet some criteria and not others."""
+    """Every score with its probability, by enumerating all combinations of met criteria."""
     best = math.fsum(w for w in weights if w > 0)
     for chosen in itertools.product([True, False], repeat=len(weights)):
         p = math.prod(m if yes else 1 - m for yes, m in zip(chosen, met, strict=True))
@@ -78,7 +78,7 @@ def test_positive_weights_give_the_weighted_share():
 
 
 def test_sure_answers_give_healthbenchs_score():
-    """As in simple-evals: points that are met over the points that can be had, here clipped for each response."""
+    """As in simple-evals: points earned over points possible, here clipped for each response."""
     rubric = read_rubric([{"criterion": "a", "points": 5, "tags": ["x"]}, {"criterion": "b", "points": -3}, "c"])
     assert [(one.text, one.weight) for one in rubric] == [("a", 5), ("b", -3), ("c", 1)]
     for met, score in (((1, 0, 1), 1.0), ((1, 1, 1), 3 / 6), ((1, 0, 0), 5 / 6), ((0, 1, 1), 0.0), ((0, 0, 0), 0.0)):
@@ -124,7 +124,7 @@ def test_what_is_no_rubric(value, what):
 
 
 def test_what_arrow_makes_of_a_rubric_is_read():
-    """Rows of a data set have one set of keys: what a row lacks is None there."""
+    """Rows of a dataset all have the same keys: missing values are None."""
     rubric = [[{"criterion": "a", "weight": 2.5}, {"criterion": "b"}], [{"description": "c", "points": 3}]]
     rows = Dataset.from_list([{"rubric": of} for of in rubric])["rubric"]
     assert [[(one.text, one.weight) for one in read_rubric(row)] for row in rows] == [
@@ -247,7 +247,7 @@ def test_the_contract():
 
 @pytest.fixture(scope="module")
 def roomy_model(tiny_model, tmp_path_factory):
-    """The tiny model with room for the packaged prompt, which its tokenizer spells letter by letter."""
+    """The tiny model with a context that fits the packaged prompt, which its tokenizer splits into letters."""
     folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("roomy") / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
@@ -298,7 +298,7 @@ def test_each_row_has_its_own_rubric_and_a_failure_is_no_zero():
 
 
 class Recording(RubricLabeler):
-    """Keeps what it was asked and what it gave."""
+    """Records its inputs and rewards."""
 
     calls: ClassVar[list] = []
 
@@ -315,7 +315,7 @@ def recording(monkeypatch):
 
 
 def rubrics_of(path, lacking=None):
-    """Give every prompt of a file criteria of its own, but for one."""
+    """Give every prompt of a file its own criteria, except for one."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for i, row in enumerate(rows):
         own = [{"criterion": f"names the {i}", "weight": i + 1}, {"criterion": "is rude", "weight": -0.5}]
@@ -334,7 +334,7 @@ def test_ppo_is_rewarded_by_the_base_without_its_adapter(roomy_model, tmp_path, 
     folder = run_recipe(recipe, installed_plugins(), tmp_path / "out")
     steps = [row for row in read_lines(folder / "metrics.jsonl") if row["stage"] == "rl"]
     assert len(steps) == len(recording.calls) == 2
-    assert abs(steps[1]["objective/kl"]) > 1e-3  # the policy did move
+    assert abs(steps[1]["objective/kl"]) > 1e-3  # the policy has changed
     own, judge = RubricLabeler(shared=["is short"]), local_judge(roomy_model)
     for step, (prompts, completions, rubrics, rewards) in zip(steps, recording.calls, strict=True):
         assert step["score/rubric"] == pytest.approx(sum(rewards) / len(rewards), abs=1e-6)

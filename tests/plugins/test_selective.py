@@ -1,4 +1,4 @@
-"""Selective rehearsal and the choice of prompts, on pools whose clusters are known."""
+"""Selective rehearsal and the choice of prompts, on pools with known clusters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS, EACH, WIDTH = 4, 15, 24
 
 
 def _pool(scores=None, *, repeats=1, seed=0, **more):
-    """Prompts of four kinds around four far centres, each ``repeats`` times; row i // repeats is of kind row % 4."""
+    """Prompts of four kinds around four distant centers, each ``repeats`` times; row i // repeats has kind row % 4."""
     rng = np.random.default_rng(seed)
     centres = rng.normal(size=(KINDS, WIDTH)) * 5
     prompts = KINDS * EACH
@@ -132,7 +132,7 @@ def test_an_embedding_model_without_its_package_is_a_users_error(monkeypatch):
 
 
 def _scored(*of_prompts):
-    """Four responses a prompt with these scores; the other prompts' scores all differ."""
+    """Four responses per prompt, the first prompts with these scores; all other scores differ."""
     scores = np.random.default_rng(1).normal(size=(60, 4))
     for row, known in enumerate(of_prompts):
         scores[row] = known

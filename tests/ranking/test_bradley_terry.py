@@ -1,4 +1,4 @@
-"""Strengths, position effect and intervals, compared with scikit-learn, scipy and truths that are known."""
+"""Strengths, position effect and intervals against scikit-learn, scipy and known truths."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def simulated(groups=6, size=4, count=40, seed=0, hard=False):
 
 
 def design(c, groups, size):
-    """One row a comparison: a column for each item of each group, and one for the position."""
+    """One row per comparison: a column for each item of each group, and one for the position."""
     rows = np.zeros((len(c.p), groups * size + 1))
     rows[range(len(c.p)), c.group * size + c.first] = 1
     rows[range(len(c.p)), c.group * size + c.second] = -1
@@ -51,7 +51,7 @@ CASES = [{}, {"hard": True}, {"groups": 1, "count": 5}, {"groups": 40, "size": 8
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_strengths_are_scipys_and_scikit_learns(case):
-    """Given dispersion and variance, they are a ridge logistic regression with each answer in both classes."""
+    """For a given dispersion and variance, they are a ridge logistic regression with each answer in both classes."""
     c = simulated(**case)
     groups, size = case.get("groups", 6), case.get("size", 4)
     found = fit(c, [size] * groups)
@@ -74,7 +74,7 @@ def test_strengths_are_scipys_and_scikit_learns(case):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_dispersion_variance_and_covariance_by_their_equations(case):
-    """Schall's, with all matrices written out, and the inverse of the whole information."""
+    """Schall's equations with full matrices, and the inverse of the full information matrix."""
     c = simulated(**case)
     groups, size = case.get("groups", 6), case.get("size", 4)
     found = fit(c, [size] * groups)
@@ -98,7 +98,7 @@ def test_dispersion_variance_and_covariance_by_their_equations(case):
 
 
 def test_both_orders_of_one_pair_give_the_mean_of_their_log_odds():
-    """With many sure groups the prior does not count: then it is `debias: mean_logit`, whatever the position effect."""
+    """With many certain groups, the prior is negligible: this is `debias: mean_logit`, whatever the position effect."""
     rng = np.random.default_rng(0)
     n = 4000
     logits = rng.normal(0, 1, n)
@@ -114,7 +114,7 @@ def test_both_orders_of_one_pair_give_the_mean_of_their_log_odds():
 @pytest.mark.parametrize("share", [0.5, 1.0])
 @pytest.mark.parametrize("concentration", [0.0, 2.0, 20.0], ids=["hard", "soft", "sure"])
 def test_intervals_hold_the_truth_as_often_as_they_say(concentration, share):
-    """Answers are Beta distributed around the model's probability, with a dispersion of 1 / (1 + concentration)."""
+    """Answers are beta-distributed around the model's probability, with a dispersion of 1 / (1 + concentration)."""
     rng = np.random.default_rng(5)
     groups, size = 500, 4
     truth = rng.normal(0, 1, (groups, size))

@@ -1,4 +1,4 @@
-"""Which question comes next: compared with draws at random, and what a whole tournament finds."""
+"""The choice of the next question, against Monte Carlo draws, and the results of whole tournaments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trl_rlaif.ranking.tournament import _Prospect, default_questions, rank_all,
 
 
 class Simulated:
-    """A judge with noise in its log-odds and a position effect, who answers the same question the same way."""
+    """A judge with a position effect and noisy log-odds that always answers a question in the same way."""
 
     def __init__(self, groups, size, noise, position=1.0, seed=0):
         rng = np.random.default_rng(seed)
@@ -37,7 +37,7 @@ def taus(values, truth):
 
 
 def test_an_expected_gain_is_that_of_draws_at_random():
-    """The number of wrong signs now less that after an answer, in 400,000 worlds that may be true."""
+    """The number of wrong signs now minus that after an answer, over 400,000 draws of the truth."""
     rng = np.random.default_rng(1)
     root = rng.normal(0, 1, (4, 4))
     covariance = root @ root.T
@@ -50,7 +50,7 @@ def test_an_expected_gain_is_that_of_draws_at_random():
     before = (np.sign(true) != np.sign(values[one] - values[other])).mean(axis=0)
     np.testing.assert_allclose(prospect.wrong[0], before, atol=3e-3)
     taken: list[int] = []
-    for _ in range(2):  # the second answer on top of the first
+    for _ in range(2):  # the second answer given the first
         for answer in range(6):
             x = np.zeros((len(taken) + 1, 4))
             for row, pair in enumerate([*taken, answer]):
@@ -76,7 +76,7 @@ def test_a_budget_is_kept_and_no_question_comes_twice(size, at_once):
     assert found.asked == judge.asked and all(q.first != q.second for q in found.asked)
     for group in range(7):
         of = [q for q in found.asked if q.group == group]
-        assert {i for q in of for i in (q.first, q.second)} == set(range(size))  # everybody was compared
+        assert {i for q in of for i in (q.first, q.second)} == set(range(size))  # every item was compared
         balance = [sum(q.first == i for q in of) - sum(q.second == i for q in of) for i in range(size)]
         assert max(map(abs, balance)) <= 3
     assert max(len(asked) for asked in judge.rounds) == 7 * min(at_once, questions)

@@ -1,4 +1,4 @@
-"""Runs to rate, a server that rates them, and a real Chromium to look at the page."""
+"""Runs to rate, a rating server, and a real Chromium to view the page."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def sample(number: int, **changes) -> dict:
 
 @pytest.fixture
 def make_run(tmp_path):
-    """Writes a run's folder with these samples, or with so many plain ones."""
+    """Writes a run's folder with these samples, or with this many plain ones."""
 
     def make(samples: list[dict] | int, name: str = "run") -> Path:
         folder = tmp_path / name
@@ -55,14 +55,14 @@ def session_of(folder: Path, rater: str = "ann") -> Session:
 
 
 class Client:
-    """Speaks HTTP to a rating page's address."""
+    """An HTTP client for a rating page."""
 
     def __init__(self, address: str) -> None:
         self.address, url = address, urlsplit(address)
         self.port, self.path = url.port, url.path
 
     def ask(self, path: str, body: object = None, *, method: str = "", **headers: str) -> tuple[int, dict, bytes]:
-        """Status, headers and content; a body that is no bytes is sent as JSON."""
+        """Status, headers and content; a body other than bytes is sent as JSON."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         headers = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -81,7 +81,7 @@ class Client:
 
 @pytest.fixture
 def connect():
-    """A client for the address of a page."""
+    """Makes a client for a page's address."""
     return Client
 
 
@@ -100,7 +100,7 @@ def serve():
 
 
 class Chromium:
-    """A headless Chromium, driven over its DevTools pipe: messages as JSON, each ended by a zero byte."""
+    """A headless Chromium, driven over its DevTools pipe: JSON messages, each terminated by a zero byte."""
 
     def __init__(self, profile: Path) -> None:
         (read, self._write), (self._read, write) = os.pipe(), os.pipe()
@@ -118,7 +118,7 @@ class Chromium:
 
     @contextlib.contextmanager
     def tab(self) -> Iterator[Chromium]:
-        """A fresh tab, without complaints; what hangs in it ends the browser."""
+        """A fresh tab, without complaints; if it hangs, the browser is killed."""
         timer = threading.Timer(60, self._process.kill)
         timer.start()
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
@@ -156,13 +156,13 @@ class Chromium:
                 self.complaints.append(message)
 
     def evaluate(self, expression: str) -> object:
-        """What an expression gives, awaited."""
+        """The awaited value of an expression."""
         answer = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
     def wait(self, condition: str) -> None:
-        """Until the page is loaded and the condition holds."""
+        """Wait until the page is loaded and the condition holds."""
         for _ in range(200):
             if self.evaluate(f"document.readyState === 'complete' && Boolean({condition})"):
                 return
@@ -177,7 +177,7 @@ class Chromium:
         self.wait("!document.getElementById('pair')?.hidden || !document.getElementById('done')?.hidden")
 
     def press(self, key: str, **more: object) -> None:
-        """A key, when the page takes it."""
+        """Press a key once the page accepts it."""
         self.wait("!busy && performance.now() - shownAt > UNSEEN")
         self.call("Input.dispatchKeyEvent", type="keyDown", key=key, **more)
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key)

@@ -1,4 +1,4 @@
-"""The rating page in a real browser: its keys, what it shows, and that no text of a run can act."""
+"""The rating page in a real browser: its keys and content, and that text from a run is never active."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def test_a_whole_session_by_keyboard(chromium, serve, make_run):
     assert chromium.text("left") == first and votes(folder)[1] is None
     chromium.press("s")
     for done in (2, 3):
-        chromium.press("2", modifiers=2)  # with Ctrl it is the browser's
-        chromium.press("2", autoRepeat=True)  # nobody holds a key down to vote
+        chromium.press("2", modifiers=2)  # with Ctrl, the key is the browser's
+        chromium.press("2", autoRepeat=True)  # holding a key down does not vote
         chromium.press("2")
         assert chromium.text("progress") == f"{done} of 3"
     assert chromium.text("left") == first and "skipped before" in chromium.text("kind")
@@ -65,7 +65,7 @@ def test_a_key_hit_twice_votes_once(chromium, serve, make_run):
     chromium.open(server.address)
     chromium.wait("performance.now() - shownAt > UNSEEN")
     hit = "dispatchEvent(new KeyboardEvent('keydown', {key: '1', bubbles: true}))"
-    # In one go: while the first vote is under way, and in the very moment in which the next pair is there.
+    # In one script: while the first vote is being sent, and as soon as the next pair is there.
     chromium.evaluate(
         f"(async () => {{ document.{hit}; document.{hit};"
         f" while (busy) await new Promise(resolve => setTimeout(resolve, 1)); document.{hit}; }})()"
@@ -143,6 +143,6 @@ def test_every_width_and_scheme(chromium, serve, make_run, tmp_path, width, dark
     )
     tops = chromium.evaluate("['left', 'right'].map(id => document.getElementById(id).getBoundingClientRect().top)")
     assert (tops[0] == tops[1]) == (width > 640)
-    # The choices stay in sight, however long the texts are.
+    # The choices stay visible, however long the texts are.
     box = chromium.evaluate("document.getElementById('choices').getBoundingClientRect().toJSON()")
     assert box["top"] > 0 and box["bottom"] <= 900

@@ -1,4 +1,4 @@
-"""The blind order, the votes on the disk, and the numbers that come of them."""
+"""The blind order, the votes on disk, and the resulting numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trl_rlaif.rating.votes import Vote, VoteFile
 
 
 def cast(folder, rater, choices):
-    """Votes on the set "test" as the file has them: {id: probability that trained is better}."""
+    """Adds votes on the set "test" to the file: {id: probability that trained is better}."""
     named = {c.name[1]: c.name for c in read_comparisons(folder) if c.set == "test"}
     for id_, choice in choices.items():
         VoteFile(folder / "votes.jsonl").add(Vote(named[id_], rater, choice))
@@ -37,7 +37,7 @@ def test_the_sides_are_balanced_and_the_same_at_every_start(make_run):
         [trained_is_left(c, "ann", 1) for c in comparisons],
     ):
         assert abs(sum(a == b for a, b in zip(sides, others, strict=True)) - 1000) < 4 * sqrt(2000) / 2
-    # Neither the place in the order nor the pair before tells the side.
+    # Neither the place in the order nor the previous pair reveals the side.
     sides = [trained_is_left(c, "ann") for c in blind_order(comparisons, "ann")]
     assert abs(sum(sides[:1000]) - 500) < 4 * sqrt(1000) / 2
     assert abs(sum(a == b for a, b in zip(sides, sides[1:], strict=False)) - 1000) < 4 * sqrt(2000) / 2
@@ -131,7 +131,7 @@ def test_the_numbers_by_hand(make_run):
     samples = [make_run.sample(i, p_trained=p) for i, p in enumerate(judged)]
     samples += [make_run.sample(0, set="forget", p_trained=0.1), make_run.sample(1, set="unrated")]
     folder = make_run(samples)
-    # p7 stays unrated, and p6 is rated by two people who do not agree.
+    # p7 remains unrated, and two people disagree about p6.
     cast(folder, "ann", {"p0": 1, "p1": 1, "p2": 1, "p3": 0, "p4": 1, "p5": 0, "p6": 1})
     cast(folder, "bob", {"p0": 1, "p3": 0.5, "p6": 0})
     results = people_results(folder)
@@ -141,11 +141,11 @@ def test_the_numbers_by_hand(make_run):
     assert test["win_rate"] == pytest.approx(4.5 / 7)
     assert test["interval"] == win_rate([1, 1, 1, 0, 1, 0, 0.5])["interval"]
     assert (test["pairs"], test["rated"], test["equal"], test["votes"], test["raters"]) == (8, 7, 0, 10, 2)
-    # The judge is with people on p0 and p2, against them on p1 and p3, undecided on p4; it has no word on p5.
+    # The judge agrees with people on p0 and p2, disagrees on p1 and p3, is undecided on p4, and has not judged p5.
     assert test["judge"]["rate"] == pytest.approx(2.5 / 5) and test["judge"]["n"] == 5
     assert test["judge"]["interval"] == agreement([0.9, 0.2, 0.8, 0.6, 0.5], [1, 1, 1, 2, 1])["interval"]
     assert results["sets"]["unrated"] == {"pairs": 1, "rated": 0, "equal": 0, "votes": 0, "raters": 0}
-    assert results["outdated"] == 0 and results["sets"]["forget"]["rated"] == 0  # whose p0 is another one
+    assert results["outdated"] == 0 and results["sets"]["forget"]["rated"] == 0  # its p0 is another pair
     bob = people_results(folder, rater="bob", only="test")["sets"]
     assert list(bob) == ["test"] and (bob["test"]["wins"], bob["test"]["ties"], bob["test"]["losses"]) == (1, 1, 1)
     said = describe(results)

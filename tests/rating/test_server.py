@@ -1,4 +1,4 @@
-"""The rating page over real HTTP: who gets in, what is kept, and what a kill costs."""
+"""The rating page over real HTTP: access, stored votes, and the effect of a kill."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "votes.jsonl").read_text().splitlines()]
 
 
-# ---- Who gets in ------------------------------------------------------------------------------------------
+# ---- Access -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["", "state", "vote", "undo", "skip"])
@@ -97,7 +97,7 @@ def test_the_page_is_one_file_that_loads_nothing(serve, make_run):
         assert client.ask(client.path, method=method)[0] == 501
 
 
-# ---- What is sent -----------------------------------------------------------------------------------------
+# ---- Requests ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_what_is_no_vote_is_refused(serve, make_run, body, status):
     found, _, content = client.ask(client.path + "vote", body)
     assert found == status and json.loads(content)["error"]
     assert not (folder / "votes.jsonl").exists()
-    assert client.post("vote", pair=0, choice="left")[0] == 200  # and the server is well
+    assert client.post("vote", pair=0, choice="left")[0] == 200  # the server still works
 
 
 @pytest.mark.parametrize(
@@ -136,12 +136,12 @@ def test_a_client_that_goes_away_is_no_news(serve, make_run, capsys):
         with socket.create_connection(("127.0.0.1", client.port)) as connection:
             connection.sendall(f"GET {client.path}state HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
             connection.recv(10)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # ends in a reset
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # closes with a reset
     assert client.state()["total"] == 1
     assert "Traceback" not in capsys.readouterr().err
 
 
-# ---- What is kept -----------------------------------------------------------------------------------------
+# ---- Stored votes -----------------------------------------------------------------------------------------
 
 
 def test_a_vote_is_on_the_disk_when_it_is_acknowledged(serve, make_run):
@@ -192,7 +192,7 @@ def test_a_second_start_goes_on_where_the_first_stopped(serve, make_run):
     assert again.state() == client.state() and again.state()["done"] == 3
     _, other = serve(folder, rater="bob")
     assert other.state()["done"] == 0
-    state = again.post("undo")[1]  # also what was cast before the start
+    state = again.post("undo")[1]  # also votes from before the restart
     assert state["done"] == 2 and lines(folder)[-1]["choice"] is None
     assert lines(folder)[-1]["id"] == lines(folder)[2]["id"]
     _, third = serve(folder)
@@ -297,7 +297,7 @@ def test_kill_9_loses_nothing_that_was_acknowledged(connect, make_run, after):
     order = blind_order(read_comparisons(folder), "ann")
     standing = VoteFile(folder / "votes.jsonl").standing()["ann"]
     assert {order[pair].name for pair in kept} <= standing.keys()
-    assert len(standing) <= len(kept) + 4  # and at most what was under way besides
+    assert len(standing) <= len(kept) + 4  # plus at most the requests in flight
 
 
 def test_ctrl_c_ends_it_with_the_result(connect, make_run):

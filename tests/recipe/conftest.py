@@ -1,4 +1,4 @@
-"""A folder to write recipes in, a registry of made-up components, and short ways to parse."""
+"""A folder for recipes, a registry of fake components, and helpers for parsing."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ReviseOptions(Options):
 
 
 class FakeRegistry:
-    """Two transforms, two labelers, one selector, one sampler, and a labeler whose plugin is broken."""
+    """Two transforms, two labelers, one selector, one sampler, and a labeler from a broken plugin."""
 
     components = {
         ("labeler", "distilled"): DistilledOptions,
@@ -71,7 +71,7 @@ def registry() -> FakeRegistry:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with a data file for each purpose."""
+    """The current folder, with one data file per purpose."""
     for name in ("prompts.jsonl", "eval.jsonl", "pairs.jsonl", "sft.jsonl"):
         (tmp_path / name).write_text("{}\n")
     prompt = tmp_path / "own_prompt"
@@ -93,7 +93,7 @@ def parse(folder: Path, registry: FakeRegistry) -> Callable[..., Recipe]:
 
 @pytest.fixture
 def problems(parse: Callable[..., Recipe]) -> Callable[..., list[Problem]]:
-    """The problems of a text that must not parse."""
+    """The problems of an invalid text."""
 
     def problems(text: str | bytes, *overrides: str) -> list[Problem]:
         with pytest.raises(UserError) as caught:
@@ -105,7 +105,7 @@ def problems(parse: Callable[..., Recipe]) -> Callable[..., list[Problem]]:
 
 @pytest.fixture
 def only(problems: Callable[..., list[Problem]]) -> Callable[..., Problem]:
-    """The one problem of a text that must have no other."""
+    """The only problem of an invalid text."""
 
     def only(text: str | bytes, *overrides: str) -> Problem:
         found = problems(text, *overrides)
@@ -117,7 +117,7 @@ def only(problems: Callable[..., list[Problem]]) -> Callable[..., Problem]:
 
 @pytest.fixture
 def parse_errors_of_direct(tmp_path: Path) -> str:
-    """What a recipe with direct rewards is told where no plugin brings them."""
+    """The error for a recipe with direct rewards if no plugin provides them."""
 
     class WithoutDirect(FakeRegistry):
         components = {k: v for k, v in FakeRegistry.components.items() if k != ("labeler", "direct")}

@@ -1,4 +1,4 @@
-"""What the base cannot do is said before anything is paid for, from its configuration alone."""
+"""Limits of the base model are reported before anything is computed, from its configuration alone."""
 
 from __future__ import annotations
 

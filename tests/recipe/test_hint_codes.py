@@ -1,4 +1,4 @@
-"""The types of configurations' fields check the same values after a way through JSON."""
+"""The types of config fields validate the same values after a round trip through JSON."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def prompts(path, *numbers, text="What is {}?"):
 
 
 def leaking(base):
-    """A recipe whose files share prompts: some in another spelling, some with a system turn, some within a talk."""
+    """A recipe with prompts shared between files: with other spacing, with a system turn, or within a conversation."""
     pair = {"response_1": "a", "response_2": "b"}
     judged = [{"id": str(i), "prompt": f"What is {i}?", "human": 1 + i % 2} | pair for i in range(8, 30)]
     system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 6?"}]
@@ -168,7 +168,7 @@ def test_what_cannot_be_rehearsed_is_found_before_the_run(tmp_path, row, part):
 
 
 def test_what_is_rehearsed(tmp_path):
-    """A pair where a row has both forms, and texts where the model has no chat template."""
+    """A pair if a row has both forms, and texts if the model has no chat template."""
     row = {"prompt": "a", "completion": "b", "messages": ANSWERED}
     recipe = tiny_recipe(tmp_path, "gpt2", rl={"rehearsal": write(tmp_path / "own.jsonl", row)})
     assert read_rehearsal(recipe) == [{"prompt": "a", "completion": "b"}]

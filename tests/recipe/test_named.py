@@ -1,4 +1,4 @@
-"""What judges' templates and reward functions need of the data and of a prompt's folder is looked for by `check`."""
+"""`check` looks for the columns and prompt files that judges' templates and reward functions need."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def check(model, tmp_path, monkeypatch, capsys):
-    """Exit code and message of `check`, for a recipe with these sections; the prompt 'judge' may be damaged."""
+    """Exit code and message of `check` for a recipe with these sections; tests may damage the prompt 'judge'."""
     shutil.copytree(recipes_dir() / "prompts" / "general", tmp_path / "judge")
 
     def check(**sections):

@@ -1,6 +1,6 @@
-"""Every packaged recipe runs to its end on a tiny model: what it names exists, and its stages fit together.
+"""Every packaged recipe runs to the end on a tiny model: all it names exists, and its stages fit together.
 
-Those that README or docs/ run are run by test_docs_commands.py.
+test_docs_commands.py runs those that the README or docs/ run.
 """
 
 from __future__ import annotations

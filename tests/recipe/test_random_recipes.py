@@ -1,6 +1,6 @@
-"""Whatever `check` accepts of random small recipes runs to its end on a tiny model, or fails with a UserError.
+"""Small random recipes that `check` accepts run to the end on a tiny model or fail with a UserError.
 
-``benchmarks/fuzz.py runs`` does so with many more.
+``benchmarks/fuzz.py runs`` does the same with many more.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Numbers that TRL's configurations take and no training can use are refused by line."""
+"""Numbers that TRL's configs accept but no training can use are refused with their line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `check` refuses of rankings, and a run of GRPO on comparisons within the group."""
+"""Ranking settings that `check` refuses, and GRPO and RLOO on comparisons within the group."""
 
 from __future__ import annotations
 
@@ -71,5 +71,5 @@ def test_a_group_is_rewarded_by_comparisons_within_it(tiny_model, tmp_path, algo
     steps = [row for row in read_lines(folder / "metrics.jsonl") if row["stage"] == "rl" and "score/ranking" in row]
     assert len(steps) == 3
     for step in steps:
-        assert step["score/ranking"] == pytest.approx(0, abs=1e-6)  # of whole groups
+        assert step["score/ranking"] == pytest.approx(0, abs=1e-6)  # the mean over whole groups
         assert step["rewards/ranking/std"] > 0 and step["rollout/unscored"] == 0

@@ -1,4 +1,4 @@
-"""`data.columns`: what the files of a recipe call their columns."""
+"""`data.columns`: the names of the columns in a recipe's files."""
 
 import pytest
 

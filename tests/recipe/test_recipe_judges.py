@@ -10,7 +10,7 @@ from trl_rlaif.recipe.sections import EvaluateSection, FurtherJudgeSection
 HEAD = (
     "model: {path: gpt2}\ndata: {prompts: prompts.jsonl, eval_prompts: eval.jsonl}\n"
     "rl: {rewards: [direct]}\nevaluate:\n"
-)  # what follows is line 5
+)  # the next line is line 5
 
 FULL = (
     HEAD

@@ -1,4 +1,4 @@
-"""The keys of `label`: judges here and on servers, several labelers side by side, calibration and precision."""
+"""The keys of `label`: local judges and judges on servers, compared labelers, calibration and precision."""
 
 import pytest
 import yaml
@@ -9,7 +9,7 @@ from trl_rlaif.recipe.sections import ComparedSection
 from trl_rlaif.recipe.sections.judges import PriceSection
 from trl_rlaif.recipe.sections.label import BudgetSection
 
-HEAD = "model: {path: gpt2}\ndata: {prompts: prompts.jsonl}\nsample:\nlabel:\n"  # what follows is line 5
+HEAD = "model: {path: gpt2}\ndata: {prompts: prompts.jsonl}\nsample:\nlabel:\n"  # the next line is line 5
 
 FULL = (
     HEAD
@@ -46,7 +46,7 @@ def test_all_keys(parse, folder):
 
 
 def test_what_is_written_to_the_runs_folder_parses_to_the_same(parse, folder, registry):
-    """Also where a compared labeler leaves out what it takes from the main one."""
+    """Even if a compared labeler leaves out keys that it takes from the main one."""
     recipe = parse(FULL)
     resolved = recipe.to_dict()
     assert resolved["label"]["compare"]["hosted"]["labeler"] is None
@@ -91,7 +91,7 @@ def test_wrong_values(only, line, what, fix):
 
 
 class TestServerJudge:
-    HEAD = HEAD + "  judge:\n    backend: openai\n"  # what follows is line 7
+    HEAD = HEAD + "  judge:\n    backend: openai\n"  # the next line is line 7
 
     @pytest.mark.parametrize("path", ["./no/such/folder", "w.gguf", "a/b/c", "~nobody-here/x", "gpt 4: the second"])
     def test_its_model_is_no_path(self, parse, folder, path):
@@ -150,7 +150,7 @@ class TestServerJudge:
             assert problem.where == "recipe.yaml:8" and said in problem.fix, problem
 
     def test_the_keys_of_the_other_form_are_not_offered(self, only):
-        """A server's key on a local judge is no misspelling of itself."""
+        """A server's key on a local judge is not suggested as its own correction."""
         problem = only(HEAD + "  judge:\n    path: gpt2\n    base_url: http://localhost\n")
         assert problem == Problem(
             "unknown key 'judge.base_url' in section 'label'.",
@@ -170,7 +170,7 @@ class TestServerJudge:
 
 
 class TestCompare:
-    HEAD = HEAD + "  compare:\n    x:\n"  # what follows is line 7
+    HEAD = HEAD + "  compare:\n    x:\n"  # the next line is line 7
 
     @pytest.mark.parametrize(
         ("written", "where", "what", "fix"),
@@ -236,7 +236,7 @@ def test_variables_for_the_chat_templates_of_the_model_and_each_judge(parse):
     assert recipe.model.chat_template_kwargs == {"enable_thinking": True}
     for section in (recipe.label.judge, recipe.label.compare["hosted"].judge):
         assert section.chat_template_kwargs == {"reasoning_effort": "low", "builtin_tools": ["a"]}
-        assert {section: 1}[section.model_copy(deep=True)] == 1  # whoever is asked twice is loaded once
+        assert {section: 1}[section.model_copy(deep=True)] == 1  # hashable: a judge that is used twice is loaded once
 
 
 def test_plain_text_has_no_chat_template(only):

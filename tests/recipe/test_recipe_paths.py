@@ -59,7 +59,7 @@ def test_a_file_goes_before_a_packaged_recipe(packaged, folder, registry):
         ("mine.yml", "Did you mean 'mine.yaml'?"),
         ("./mine.yml", "Did you mean 'mine.yaml'?"),
         ("zzz", "Packaged recipes: quickstart, rehearsal."),
-        ("runs/of/last/week/zzz.yaml", "Packaged recipes: quickstart, rehearsal."),  # a folder is no likeness
+        ("runs/of/last/week/zzz.yaml", "Packaged recipes: quickstart, rehearsal."),  # the folder does not count
     ],
 )
 def test_unknown_recipe(packaged, folder, registry, name, fix):
@@ -98,7 +98,7 @@ def test_hub_data(parse, name):
     ("name", "fix"),
     [
         ("prompt.jsonl", "Did you mean 'prompts.jsonl'?"),
-        ("answers.jsonl", "Write a path or a Hub id (org/name)."),  # an ending is no likeness
+        ("answers.jsonl", "Write a path or a Hub id (org/name)."),  # the extension does not count
         ("nowhere/prompts.jsonl", "Write a path or a Hub id (org/name)."),
         ("imdb", "Write a path or a Hub id (org/name)."),
         ("a/b/c", "Write a path or a Hub id (org/name)."),

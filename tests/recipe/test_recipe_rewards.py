@@ -1,4 +1,4 @@
-"""Rewards of a recipe with weights."""
+"""Weighted rewards of a recipe."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def prompts(tmp_path):
     [
         ("[direct, my.rewards:f]", ["direct", "my.rewards:f"], None),
         ("[{reward: 1.0}, {direct: 0.5}]", ["reward", "direct"], [1.0, 0.5]),
-        # As the trainer has them: the reward model first.
+        # Weights are in the trainer's order: the reward model first.
         ("[{direct: 0.5}, my.rewards:f, {reward: 2}]", ["direct", "my.rewards:f", "reward"], [2.0, 0.5, 1.0]),
         ("[{direct: -1e-1}]", ["direct"], [-0.1]),
     ],

@@ -1,4 +1,4 @@
-"""What the stages of a recipe need of each other."""
+"""Requirements of a recipe's stages on each other."""
 
 import pytest
 import yaml

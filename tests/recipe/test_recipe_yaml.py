@@ -1,4 +1,4 @@
-"""Reading a recipe's YAML: what is refused before its contents are looked at, and lines of keys."""
+"""Reading a recipe's YAML: input that is refused before its contents are checked, and the lines of keys."""
 
 import os
 import subprocess
@@ -42,7 +42,7 @@ def test_alias_bomb_is_refused(only):
     for previous, name in zip("abcdefgh", "bcdefghi", strict=True):
         lines.append(f"{name}: &{name} [{', '.join([f'*{previous}'] * 10)}]")
     problem = only("\n".join(lines))
-    assert problem.where == "recipe.yaml:5"  # the first list of more than 100,000
+    assert problem.where == "recipe.yaml:5"  # the first list with more than 100,000 values
     assert "100,000" in problem.what
 
 
@@ -170,7 +170,7 @@ HEAVY = "[m for m in ('torch', 'trl', 'transformers') if m in sys.modules]"
 
 
 def _printed(code: str) -> str:
-    """What a fresh Python prints that runs the code in the current folder."""
+    """The output of a fresh Python that runs the code in the current folder."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Labelers that give rewards: which ones a recipe may name, and the options that it gives them."""
+"""Labelers that give rewards: which ones a recipe may name, and their options."""
 
 from __future__ import annotations
 

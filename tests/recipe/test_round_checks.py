@@ -1,4 +1,4 @@
-"""What the section ``rounds`` may say, and what does not go together with it."""
+"""Valid values of the section ``rounds``, and settings that conflict with it."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The JSON Schema of recipes, and what ``trl-rlaif explain`` says of a key."""
+"""The JSON Schema of recipes, and the explanation of a key by ``trl-rlaif explain``."""
 
 import json
 
@@ -25,7 +25,7 @@ def schema():
 
 @pytest.fixture
 def checked(folder):
-    """Parses a text with the plugins that are installed."""
+    """Parses a text with the installed plugins."""
 
     def checked(text):
         (folder / "recipe.yaml").write_text(text)
@@ -93,7 +93,7 @@ def test_what_check_refuses(schema, checked, text):
     [
         ("sample.temperature", "sample.temperature: number above 0, default 1.0"),
         ("rl.kl_coef", "rl.kl_coef: number at least 0, default 0.05"),
-        ("judge.learning_rate", "judge.learning_rate: number at least 0, default 0.0005"),  # the stage's own
+        ("judge.learning_rate", "judge.learning_rate: number at least 0, default 0.0005"),  # the stage's own default
         ("label.judge.quantization", "label.judge.quantization: 'none' or 'nf4', default \"none\""),
         ("label.judge.backend", "label.judge.backend: 'transformers' or 'vllm' or 'openai', default \"transformers\""),
         ("rl.transforms.advantage.margin", "rl.transforms.advantage.margin: number above 0, default 4.0"),

@@ -1,4 +1,4 @@
-"""Settings for TRL's trainers that no run can use are refused with their line before a stage computes."""
+"""Settings of TRL's trainers that no run can use are refused with their line before any stage runs."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_what_trl_refuses_is_found_before_anything_is_computed(
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("section", ["sft", "dpo", "grpo", "rloo", "reward", "ppo"])
 def test_bf16_null_means_the_same_in_every_trainer(model, tmp_path, monkeypatch, section, fast):
-    """TRL's own configurations take it for true: GRPO's log-probabilities then differed from its scorer's."""
+    """TRL's own configs treat null as true: GRPO's log-probabilities then differed from its scorer's."""
     from trl_rlaif.pipeline.trial import _config
 
     monkeypatch.setattr("trl_rlaif.hardware.computes_bfloat16", lambda device: fast)

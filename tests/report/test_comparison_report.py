@@ -1,4 +1,4 @@
-"""The page of a comparison, built from plain JSON: numbers where they belong, hostile text as text, gaps tolerated."""
+"""The page of a comparison, built from plain JSON: numbers in the right place, hostile text as text, gaps tolerated."""
 
 from __future__ import annotations
 

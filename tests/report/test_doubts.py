@@ -1,4 +1,4 @@
-"""What the report does not claim: a preference by few wins, by a judge that was not asked, or by rounding."""
+"""Claims that the report does not make: a preference from few wins, from a judge not asked, or from rounding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report on several judges: whose win rates it shows, how far they agree, and when it warns."""
+"""The report on several judges: their win rates, their agreement, and warnings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SECTION = ("Win rates by judge", "Reward on held-out prompts, before and after")
 
 @pytest.fixture
 def folder(tmp_path):
-    """A run without drawings, which are slow."""
+    """A run without plots, which are slow."""
     folder = make_run(tmp_path / "run")
     for name in ("labels", "metrics", "samples"):
         (folder / f"{name}.jsonl").unlink()

@@ -1,4 +1,4 @@
-"""Signs that a run learned nothing: each is said in the report's first lines, and none of a run that learned."""
+"""Signs that a run learned nothing: the report starts with them, and shows none for a run that learned."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ UPDATES = 12
 
 
 def log(folder, **series):
-    """Adds rl metrics of 12 updates; a number stands for the same in each."""
+    """Adds rl metrics of 12 updates; a single number is used for each."""
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
         for step in range(1, UPDATES + 1):
             row = {name: value[step - 1] if isinstance(value, list) else value for name, value in series.items()}
@@ -59,9 +59,9 @@ def test_each_metric_is_judged_at_its_end(tmp_path, series, said):
         ({"objective/scores": 0.3}, True),
         ({"objective/scores": [0.1, -0.1] * 6}, True),
         ({"objective/scores": [-0.1 * step for step in range(12)]}, True),
-        # Least squares over 12 updates: 0.02 a step under this noise of 0.05 is 5 standard errors.
+        # Least squares over 12 updates: 0.02 per step under this noise of 0.05 is 5 standard errors.
         ({"objective/scores": [0.02 * step + 0.05 * (-1) ** step for step in range(12)]}, False),
-        # A regulator holds the mean of the transformed scores at 0 while the reward model's own rise.
+        # A regulator keeps the mean of the transformed scores at 0 while the reward model's own scores rise.
         ({"objective/scores": 0.0, "score/model": [0.1 * step for step in range(12)]}, False),
     ],
 )

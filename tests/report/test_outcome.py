@@ -1,4 +1,4 @@
-"""The last lines of a run say what came out, what to doubt and what to do next."""
+"""The last lines of a run: results, doubts and next steps."""
 
 from __future__ import annotations
 

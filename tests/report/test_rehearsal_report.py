@@ -1,4 +1,4 @@
-"""The report's part on rehearsal and forgetting: curves, the map of clusters, the tables and the warnings."""
+"""The report's section on rehearsal and forgetting: curves, the map of clusters, the tables and the warnings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HEADINGS = ("Rehearsal and forgetting", "Reward on held-out prompts, before and 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A run without drawings of other parts, which are slow."""
+    """A run without plots of other sections, which are slow."""
     folder = make_run(tmp_path / "run")
     for drawn in folder.glob("*.jsonl"):
         drawn.unlink()
@@ -60,7 +60,7 @@ def test_the_curves_of_each_set(folder):
     assert "Win rate over the initial policy forget 0.500 → 0.300; test 0.500 → 0.700" in text
     assert "NLL of the initial policy's good answers forget 2.00 → 6.00; test 1.00 → 5.00" in text
     assert "NLL of rehearsed pairs 2.00 → 1.00" in text
-    # What is drawn here is not listed again; what it took is.
+    # Plotted metrics are not listed again; their time is.
     others = part(page, "Reinforcement learning", "Rehearsal and forgetting")
     assert "forgetting/forget" not in others and "time/forgetting 3.00 3.00 3 times" in others
     assert "rehearsal/nll" not in others
@@ -84,7 +84,7 @@ def test_the_nll_of_the_evaluated_sets(folder):
 
 @pytest.mark.parametrize(("clusters", "shapes", "numbers"), [(3, 3, 0), (8, 6, 8), (40, 6, 0)])
 def test_the_map_tells_clusters_apart_by_more_than_colour(folder, clusters, shapes, numbers):
-    """Few clusters have each a shape, in the legend too; more have a number where they lie."""
+    """Few clusters each have a shape, also in the legend; more have a number at their position."""
     put(folder, "selection_map.jsonl", points(clusters))
     page = read(folder)
     [title] = drawings(page)
@@ -95,7 +95,7 @@ def test_the_map_tells_clusters_apart_by_more_than_colour(folder, clusters, shap
     assert sum(int(text) <= clusters for text in texts) >= (numbers or (clusters if clusters <= 6 else 0))
     marks = {a["d"] for tag, a in page.elements if tag == "path" and a.get("id")}
     assert len(marks) >= shapes
-    # Follows the page's colours, light or dark.
+    # Follows the page's colors, light or dark.
     source = (folder / "report.html").read_text()
     drawn = source[source.index(title) :]
     drawn = drawn[: drawn.index("</svg>")]

@@ -1,4 +1,4 @@
-"""The plots as files beside the page, and the page in a real browser."""
+"""The plots as files next to the page, and the page in a real browser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report's part on labels: whose labels it counts, how labelers compare, and what calibration did."""
+"""The report's section on labels: which labels count, the comparison of labelers, and the effect of calibration."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ THEIRS = LabelKey("direct", {}, "judge-a", "r", "f")
 
 
 def write_labels(folder, *, pairs, label_key=OURS, votes=(0.9, 0.8)):
-    """Append labels of pairs named by their number."""
+    """Append labels of pairs, given by number."""
     store = LabelStore(folder / "labels.jsonl")
     for number in pairs:
         store.add(label_key, pair(number), Label(f"p{number}", p=sum(votes) / 2, p_12=votes[0], p_21=votes[1]))
@@ -35,9 +35,9 @@ def pair(number):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A run with six pairs, whose label stage was complete."""
+    """A run with six pairs and a completed label stage."""
     folder = make_run(tmp_path / "run")
-    for drawn in ("labels", "metrics", "samples"):  # drawings are slow, and of other things
+    for drawn in ("labels", "metrics", "samples"):  # plots are slow, and not of labels
         (folder / f"{drawn}.jsonl").unlink()
     write_pairs(folder, map(pair, range(6)))
     set_results(folder, lambda results: results["label"].update(setup=OURS.key))
@@ -48,20 +48,20 @@ def shown(folder):
     return part(read(folder), "Labels of the judge", "Reward model")
 
 
-# ---- Whose labels ---------------------------------------------------------------------------------------
+# ---- Which labels count ---------------------------------------------------------------------------------
 
 
 def test_labels_of_other_settings_and_other_pairs_are_not_counted(folder):
     write_labels(folder, pairs=range(6))
     write_labels(folder, pairs=range(6), label_key=THEIRS, votes=(0.2, 0.9))
-    write_labels(folder, pairs=range(6, 40), votes=(0.2, 0.9))  # of pairs that were judged by people, or are gone
+    write_labels(folder, pairs=range(6, 40), votes=(0.2, 0.9))  # of human-judged pairs, or of removed ones
     text = shown(folder)
     assert "6 pairs asked in both orders" in text
     assert "6 100.0% · same response" in text and "0 0.0% · second position" in text
 
 
 def test_a_label_is_its_pairs_by_the_texts(folder):
-    """Whatever the pair is called by now, and also where two pairs share it."""
+    """Whatever id the pair has by now, and even if two pairs share the texts."""
     write_labels(folder, pairs=range(5))
     rows = [asdict(pair(number)) | {"id": f"renamed-{number}"} for number in (0, 1, 2)] + [asdict(pair(0))]
     write_rows(folder / "pairs.jsonl", rows)
@@ -111,7 +111,7 @@ def test_rows_of_another_shape_do_not_stop_the_report(folder):
     assert "6 pairs asked in both orders" in shown(folder)
 
 
-# ---- Labelers side by side ------------------------------------------------------------------------------
+# ---- Comparison of labelers -----------------------------------------------------------------------------
 
 
 def compared(rate=0.7, **changes):
@@ -183,7 +183,7 @@ def test_every_criterion_is_shown_over_all_pairs_and_by_pair(folder):
     held = {"score_1": 0.9, "score_2": 0.2, "veto": True}
     write_criteria(folder, 4, 0.6, ("only here", 0.5, {"p": 0.75, "p_12": 0.7, "p_21": 0.8}), ("must hold", 0.0, held))
     text = shown(folder)
-    # Of four pairs, one has a label that is a tie, and one a tie by the criterion.
+    # Of four pairs, one has a tie as its label, and one a tie by the criterion.
     assert "Criterion Weight Pairs Mean score Agrees with the label is short 2.00 4 0.425 50.0%" in text
     assert "is rude \u22121.00 4 0.425 50.0% only here 0.500 1 100.0% must hold veto 1 0.550 100.0%" in text
     assert "Criterion Weight p(1) Response 1 Response 2 is short 2.00 0.80 0.10 is rude \u22121.00 0.80 0.10" in text
@@ -263,7 +263,7 @@ RANKING = {"method": "tournament", "prompts": 1, "responses": 3, "questions": 3,
 
 @pytest.fixture
 def ranked(folder):
-    """Three responses to one prompt, about which a tournament asked three questions; two of them about a and b."""
+    """Three responses to one prompt, ranked by three questions of a tournament, two of them about a and b."""
     pairs = [Pair(f"p-{i}-{j}", "why?", i, j) for i, j in ("ab", "ac", "bc")]
     write_pairs(folder, pairs)
     store = LabelStore(folder / "labels.jsonl")
@@ -286,7 +286,7 @@ def test_a_ranking_says_what_was_asked_and_how_sure_it_is(ranked):
 
 def test_ranked_pairs_have_the_rankings_probabilities_and_both_orders_of_the_judge(ranked):
     text = shown(ranked)
-    assert "1 of 3 at 0.9 or more" in text  # p-a-c, about which nothing was asked
+    assert "1 of 3 at 0.9 or more" in text  # p-a-c, which was never asked about
     assert "1 pair asked in both orders" in text and "1 100.0% · first position" in text
     assert "p(1) = 0.60 when shown first, 0.30 when shown second" in text and "p(1) = 0.44" in text
 

@@ -1,4 +1,4 @@
-"""The report of a run's folder: what it says, what it leaves out, and that no text in it can act."""
+"""The report of a run's folder: its content, its omissions, and that text from a run is never active."""
 
 from __future__ import annotations
 
@@ -374,7 +374,7 @@ def test_rows_of_another_shape_do_not_stop_the_report(tmp_path, drawn):
 def test_same_folder_gives_same_bytes(tmp_path, drawn):
     folder = make_run(tmp_path / "run")
     first = write_report(str(folder)).read_bytes()
-    # Another process has other string hashes and no warmed state.
+    # Another process has other string hashes and no warm state.
     code = f"from trl_rlaif.report.build import write_report; write_report({str(folder)!r})"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONHASHSEED": "5"})
     assert (folder / "report.html").read_bytes() == first

@@ -1,4 +1,4 @@
-"""The report's part on the reward model's scores: densities, calibration, the table, and the regulator's alarms."""
+"""The report's section on reward model scores: densities, calibration, the table, and the regulator's alarms."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TRANSFORMED = ("chosen_after", "rejected_after")
 
 
 def scored_rows(count=60, categories=("code", "chat"), seed=1):
-    """Rows of reward_scores.jsonl: categories with means far apart, and near each other after the transforms."""
+    """Rows of reward_scores.jsonl: category means are far apart, and close together after the transforms."""
     draw = random.Random(seed)
     rows = []
     for i in range(count):
@@ -38,7 +38,7 @@ def plain(rows):
 
 
 def put(folder, rows):
-    """Both what the stage reward writes: its lines, and its numbers in results.json."""
+    """Write both outputs of the stage reward: its rows, and its numbers in results.json."""
     (folder / "reward_scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     categories = [row["category"] for row in rows] * 2
 
@@ -57,7 +57,7 @@ def put(folder, rows):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A run without other drawings, which are slow."""
+    """A run without other plots, which are slow."""
     folder = make_run(tmp_path / "run")
     for drawn in folder.glob("*.jsonl"):
         drawn.unlink()
@@ -130,7 +130,7 @@ def test_the_bins_count_who_was_right():
     rows = [("a", 1.0, 0.5, 0.0), ("a", 0.7, 0.0, 0.5), ("b", 0.2, 0.0, 0.45), ("b", 1.0, 3.0, -3.0), ("b", 0.5, 9, 0)]
     confidence = (2 * sigmoid(0.5) + sigmoid(0.45)) / 3
     (first, second), asked = reliability_bins(pairs_of(*rows))
-    assert not asked  # and so a label of 0.7 is right 7 times in 10
+    assert not asked  # so a label of 0.7 is right 7 times in 10
     assert first == pytest.approx((confidence, (1.0 + 0.3 + 0.8) / 3, 3))
     assert second == pytest.approx(((sigmoid(6) + sigmoid(9)) / 2, 0.75, 2))
     people = [True, False, False, None, None]

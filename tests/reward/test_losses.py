@@ -1,4 +1,4 @@
-"""The loss on soft labels against float64 by hand."""
+"""The loss on soft labels against float64 computations by hand."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_far_out_scores_give_finite_losses_and_gradients(dtype, p, score):
     loss = soft_preference_loss(chosen, rejected, torch.tensor([p], dtype=dtype))
     loss.backward()
     assert loss.isfinite() and chosen.grad.isfinite().all() and rejected.grad.isfinite().all()
-    wrong = 1 - p if score > 0 else p  # how much of the label is on the losing side
+    wrong = 1 - p if score > 0 else p  # the label's share on the losing side
     assert loss.item() == pytest.approx(2e4 * wrong, rel=0.02, abs=1e-6)
     assert chosen.grad.item() == pytest.approx(wrong if score > 0 else -wrong, rel=0.02, abs=1e-6)
 

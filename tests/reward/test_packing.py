@@ -63,7 +63,7 @@ def _batch(packed: bool, **columns) -> dict:
 
 @pytest.fixture(params=["rows", "groups"])
 def layout(request, monkeypatch):
-    """How packed pairs reach the model: behind each other, as on a CPU, or below each other, as elsewhere."""
+    """How packed pairs reach the model: concatenated in one row, as on a CPU, or as rows of a batch, as elsewhere."""
     if request.param == "groups":
         monkeypatch.setattr(scoring, "_reads_rows", lambda _inner: False)
     return request.param
@@ -74,7 +74,7 @@ def layout(request, monkeypatch):
     [
         ([1, 2, 3], [1, 2, 4, 5], None, ([1, 2, 3, 4, 5], [0, 1, 2, 2, 3], [0, 0, 1, 2, 2], (1, 2, 4))),
         ([1, 2, 3], [1, 2, 4, 5], 1, ([1, 2, 3, 4, 5], [0, 1, 2, 2, 3], [0, 0, 1, 2, 2], (0, 2, 4))),
-        ([1, 2], [1, 2, 4], None, ([1, 2, 2, 4], [0, 1, 1, 2], [0, 1, 2, 2], (0, 1, 3))),  # one begins the other
+        ([1, 2], [1, 2, 4], None, ([1, 2, 2, 4], [0, 1, 1, 2], [0, 1, 2, 2], (0, 1, 3))),  # one is the other's prefix
         ([1, 2], [1, 2], None, ([1, 2, 2], [0, 1, 1], [0, 1, 2], (0, 1, 2))),
         ([3], [4], None, ([3, 4], [0, 0], [1, 2], (0, 0, 1))),  # nothing is shared
     ],
@@ -113,7 +113,7 @@ def test_packed_scores_and_gradients_are_those_of_plain_sequences(kind, lora, bu
     torch.testing.assert_close(found[True], found[False], rtol=1e-10, atol=1e-12)
     assert len(found[True, "gradients"]) > 4
     for ours, plain in zip(found[True, "gradients"], found[False, "gradients"], strict=True):
-        assert (ours - plain).norm() < 2e-6 * plain.norm()  # transformers' RMSNorm is float32 in any case
+        assert (ours - plain).norm() < 2e-6 * plain.norm()  # transformers' RMSNorm is always float32
     with torch.no_grad():
         for i, pair in enumerate(PAIRS):
             for j, ids in enumerate(pair):
@@ -175,7 +175,7 @@ def test_windows_hold_in_packed_rows():
 @pytest.mark.parametrize("change", ["window", "soft cap", "chunks"])
 def test_attention_that_is_not_known_is_not_packed(change, monkeypatch):
     model = _model("llama")
-    if change == "window":  # spoken of in the configuration, and not told to the attention
+    if change == "window":  # in the config, but not passed to the attention
         model.config.sliding_window = 4096
     if change == "chunks":
         model.config.attention_chunk_size = 4096
@@ -183,7 +183,7 @@ def test_attention_that_is_not_known_is_not_packed(change, monkeypatch):
         original = attention.refuse_unknown
         monkeypatch.setattr(attention, "refuse_unknown", lambda more: original({**more, "softcap": 30.0}))
     assert not scoring._reads_rows(model)
-    assert can_pack(model) == (change == "soft cap")  # groups keep to the model's own attention
+    assert can_pack(model) == (change == "soft cap")  # groups use the model's own attention
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -1,4 +1,4 @@
-"""Two processes that need different numbers of forward passes train a reward model as one does."""
+"""Two processes with different numbers of forward passes train a reward model as one process does."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.trl, pytest.mark.slow]
 
 @pytest.mark.parametrize("layout", ["rows", "groups"])
 def test_two_processes_train_as_one(tmp_path, layout, monkeypatch):
-    monkeypatch.setattr(scoring, "_reads_rows", scoring._reads_rows)  # put back what `run` replaces
+    monkeypatch.setattr(scoring, "_reads_rows", scoring._reads_rows)  # to restore what `run` replaces
     one = reward_processes.run(tmp_path / "one", batch=4, rows=layout == "rows")
     two = fork(reward_processes.__file__, tmp_path, layout)
     assert any(a != b for a, b in zip(two[0]["forwards"], two[1]["forwards"], strict=True))

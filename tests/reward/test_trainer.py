@@ -1,4 +1,4 @@
-"""RewardTrainer with the Advantage Model: packed or padded, LoRA or NF4, trained and loaded again."""
+"""RewardTrainer with the Advantage Model: packed or padded, LoRA or NF4, trained and reloaded."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_packed_and_padded_pairs_train_alike(tmp_path, k, lora):
         _losses(_trainer(tmp_path, make_scorer(), k, lora=lora, packing=way, batch_tokens=40)) for way in (True, False)
     )
     assert len(packed) == 6 and packed[0] == pytest.approx(padded[0], rel=1e-6)
-    assert packed == pytest.approx(padded, rel=1e-4)  # AdamW makes a step of full size from a gradient's rounding
+    assert packed == pytest.approx(padded, rel=1e-4)  # AdamW turns a gradient's rounding error into a full-size step
     assert len({round(loss, 3) for loss in packed}) > 3
     if k:
         assert packed[0] != pytest.approx(_losses(_trainer(tmp_path, make_scorer(), 0, lora=lora))[0], abs=1e-3)
@@ -92,17 +92,17 @@ def test_it_learns_e_and_loads_again_as_one_thing(tmp_path, kind):
     ids = torch.tensor([[5, 9, 12, 3, 7]])
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind == "NF4"):  # as it was trained
         expected, found = trainer.model.eval()(ids).logits.float(), again(ids).logits.float()
-    assert found.shape == (1, 2) and found[0, 1].abs() > 1e-4  # e(x) has left its zero
+    assert found.shape == (1, 2) and found[0, 1].abs() > 1e-4  # e(x) is no longer 0
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-# ---- Where e(x) is read in data that is not tokenized -----------------------------------------------------
+# ---- Where e(x) is read in untokenized data ---------------------------------------------------------------
 
 ANSWERS = [("the quick fox", "the quick dog"), ("a city of the country", "a city"), ("no", "the fox")]
 
 
 def _untokenized(form: str) -> list[dict]:
-    """Pairs whose responses begin alike, so that what both sequences share is more than the prompt."""
+    """Pairs of responses that start alike, so that both sequences share more than the prompt."""
     rows = []
     for i, sides in enumerate(ANSWERS):
         text = f"what is the {'quick ' * i}fox?"
@@ -137,7 +137,7 @@ def test_e_is_read_at_the_end_of_the_prompt(tmp_path, form, packing, score_at_en
         plain = []
         for row in rows:
             prompt = row.get("prompt") or row["chosen"][:-1]
-            ids = torch.tensor([encode_prompt(tokenizer, prompt)])  # as PPO has it
+            ids = torch.tensor([encode_prompt(tokenizer, prompt)])  # as in PPO
             plain.append(trainer.model.score(trainer.model.model(ids).last_hidden_state[0, -1])[1].item())
     assert sorted(seen[0].expected.tolist()) == pytest.approx(sorted(plain), abs=1e-5)  # the loader shuffles
     assert len({round(x, 3) for x in plain}) == 3
@@ -153,7 +153,7 @@ def test_a_prompts_end_that_the_data_brings_is_kept(tmp_path):
 
 
 def test_label_agreement_counts_equal_scores_half():
-    """Whichever response the label prefers; a label of one half is left out."""
+    """Whichever response the label prefers; labels of 1/2 are left out."""
     logged = defaultdict(list)
     trainer = SimpleNamespace(_metrics={"train": logged}, accelerator=SimpleNamespace(gather=lambda x: x))
     chosen, rejected = torch.tensor([1.0, 2.0, 2.0, 0.0, 5.0]), torch.tensor([0.0, 2.0, 2.0, 3.0, 5.0])
@@ -164,7 +164,7 @@ def test_label_agreement_counts_equal_scores_half():
 
 
 def test_a_resumed_run_ends_as_if_it_had_not_stopped(tmp_path):
-    """The margins that adapt, and what was seen of other policies' ratios, are part of a checkpoint."""
+    """Adaptive margins and the statistics of other policies' ratios are part of a checkpoint."""
 
     def trainer():
         args = small_config(tmp_path, per_device_train_batch_size=4, num_train_epochs=2,

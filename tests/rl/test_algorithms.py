@@ -1,4 +1,4 @@
-"""The table of algorithms names what is there."""
+"""Everything that the table of algorithms names exists."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_an_algorithm_is_runnable_and_its_keys_exist(name):
     assert known >= {*algorithm.preset, *algorithm.renamed}
     if algorithm.config is not None:
         theirs = {field.name for field in dataclasses.fields(algorithm.config_class())}
-        # RLOO has no clip of its own name in some releases; what it lacks is said to be unused.
+        # RLOO has no epsilon in some TRL releases; a key that it lacks is reported as unused.
         assert theirs >= set(algorithm.renamed.values()) - {"epsilon"}
     PPOConfig("out", bf16=False, use_cpu=True, **algorithm.preset)
 

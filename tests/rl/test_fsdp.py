@@ -1,4 +1,4 @@
-"""Two processes that share out the model's frozen weights (FSDP2) train as one does, or as two that do not."""
+"""Two processes with sharded frozen weights (FSDP2) train like one process, or like two without sharding."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ pytestmark = [pytest.mark.trl, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where they write."""
+    """The output folder of the two processes."""
     return tmp_path_factory.mktemp("two")
 
 
 @pytest.fixture(scope="module")
 def two(tiny_model, folder):
-    """What each of two processes saw, which the packaged configuration started."""
+    """The results of two processes started with the packaged configuration."""
     return launch("fsdp2", fsdp_processes.__file__, folder, tiny_model)
 
 
@@ -44,7 +44,7 @@ def test_ppo_is_that_of_one_process_which_goes_on_from_its_checkpoint(two, folde
 
 
 def test_a_reward_model_is_that_of_one_process_though_its_passes_are_not(two, tmp_path, monkeypatch):
-    monkeypatch.setattr(scoring, "_reads_rows", scoring._reads_rows)  # put back what `run` replaces
+    monkeypatch.setattr(scoring, "_reads_rows", scoring._reads_rows)  # restores what `run` replaces
     one = reward_processes.run(tmp_path, batch=4, rows=True)
     first, second = (of["reward"] for of in two)
     assert first["forwards"] == second["forwards"] != one["forwards"]
@@ -61,7 +61,7 @@ def test_groups_are_trained_as_without_sharing_out(two, algorithm):
         ours, whole = result[algorithm], result[f"{algorithm}, whole"]
         assert ours["shared_out"] and not whole["shared_out"]
         assert ours["pairs"] == whole["pairs"] and len(ours["pairs"]) == 4
-        assert abs(ours["metrics"][-1]["kl"]) > 1e-6  # the policy has moved: something is compared
+        assert abs(ours["metrics"][-1]["kl"]) > 1e-6  # the policy has moved, so the comparison is meaningful
         for mine, theirs in zip(ours["metrics"], whole["metrics"], strict=True):
             for name in ("reward", "kl", "loss", "rehearsal/nll"):
                 assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name

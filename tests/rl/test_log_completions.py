@@ -1,4 +1,4 @@
-"""Responses to ``eval_dataset``, shown in a run and when asked for."""
+"""Responses to ``eval_dataset``, shown during a run and on request."""
 
 from __future__ import annotations
 

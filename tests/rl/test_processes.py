@@ -1,4 +1,4 @@
-"""Two processes give what one gives with the same prompts, go on where they were stopped, and stop together."""
+"""Two processes match one on the same prompts, resume where they were stopped, and stop together."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def one(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["ddp", "zero2"])
 def kind(request):
-    """The packaged configuration of accelerate's that two processes are started with."""
+    """The packaged accelerate configuration that starts two processes."""
     if request.param != "ddp" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
     return request.param
@@ -38,7 +38,7 @@ def two(tmp_path_factory, kind):
 
 @pytest.fixture(scope="module")
 def more(tmp_path_factory, kind):
-    """What only several processes can show, of rank 0 and of rank 1."""
+    """Behavior that only several processes show: the results of rank 0 and of rank 1."""
     folder = tmp_path_factory.mktemp("more")
     names = ("resumed", "selected", "shown", "missing", "failed", "diverged", "refused")
     return launch(kind, ppo_processes.__file__, folder, *names)
@@ -97,7 +97,7 @@ def test_selectors_choose_once_from_all_prompts(more):
     for update in (0, 1):
         halves = [result["selected"]["prompts"][update] for result in more]
         assert sorted(halves[0] + halves[1]) == sorted(prompts[i] for i in first["rows"])
-        assert sum(strata[prompt] for prompt in halves[0]) == 2  # every batch has both strata in like shares
+        assert sum(strata[prompt] for prompt in halves[0]) == 2  # every batch has both strata in equal shares
 
 
 @pytest.mark.slow

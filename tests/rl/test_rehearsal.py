@@ -1,4 +1,4 @@
-"""Rehearsal: its gradient against transformers' own loss, its batches, its weight, and pairs of the user's own."""
+"""Rehearsal: its gradient against a plain cross-entropy, its batches, its weight, and the user's own pairs."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_its_gradient_is_that_of_the_plain_loss_over_response_tokens_alone(token
 
 @pytest.mark.parametrize("micro_batches", [1, 4])
 def test_an_optimizer_step_holds_it_once_however_many_micro_batches_it_has(tmp_path, micro_batches):
-    """With learning from PPO's own losses taken out, the gradients of a step are the rehearsal's."""
+    """With PPO's own losses removed, the gradients of a step are those of rehearsal."""
     size = 4 // micro_batches
     trainer = small_trainer(
         tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=micro_batches, num_ppo_epochs=1,

@@ -1,4 +1,4 @@
-"""Rejection sampling: its gradient is the plain one, it learns, it can be repeated and resumed, and roles stay."""
+"""Rejection sampling: its gradient is that of a plain loss, it learns, repeats and resumes, and keeps other roles."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.trl
 
 
 class Watching(DataSelector):
-    """Accepts by options as rejection_sampling does, and keeps what it saw."""
+    """Accepts like rejection_sampling with these options, and records the pools that it sees."""
 
     def __init__(self, **options):
         self.inner, self.pools, self.options = RejectionSampling(**options), [], None
@@ -55,7 +55,7 @@ def _policy(shared):
 
 
 def _short_ones(prompts, completions, completion_ids, **columns):
-    """Every response has a score of its own."""
+    """Every response has its own score."""
     return [-len(ids) + sum(i * n for n, i in enumerate(ids, 1)) % 997 / 1e3 for ids in completion_ids]
 
 
@@ -65,7 +65,7 @@ def _short_ones(prompts, completions, completion_ids, **columns):
 def test_a_step_goes_down_the_gradient_of_the_plain_loss_over_response_tokens(
     tmp_path, batch, accumulation, checkpointing
 ):
-    """SGD with a rate of 1 leaves the gradient in the weights."""
+    """SGD with a learning rate of 1 subtracts exactly the gradient from the weights."""
     base = SharedBase(make_llama(len(make_tokenizer())), LoraConfig(r=4, target_modules="all-linear"))
     torch.manual_seed(4)
     for name, parameter in _policy(base).items():
@@ -83,7 +83,7 @@ def test_a_step_goes_down_the_gradient_of_the_plain_loss_over_response_tokens(
     scores = _short_ones(pool.prompts, pool.responses, pool.response_ids)
     best = sorted(range(40), key=lambda i: -scores[i])[:6]  # from the 0.85 quantile up
     assert sorted(pair.response_ids for pair in pairs) == sorted(pool.response_ids[i] for i in best)
-    assert len({len(pair.response_ids) for pair in pairs}) > 1  # a mean over tokens is none over rows
+    assert len({len(pair.response_ids) for pair in pairs}) > 1  # a mean over tokens is not one over rows
     total, count = 0.0, 0
     with before.role("policy"):
         for pair in pairs:
@@ -126,13 +126,13 @@ def test_what_is_logged_is_what_was_drawn_and_accepted(tmp_path):
         assert entry["rejection/accepted"] == len(kept) / 48
         assert entry["rejection/threshold"] == min(kept.values())
         assert entry["rejection/score"] == pytest.approx(sum(kept.values()) / len(kept))
-        assert (entry["rollout/length"], entry["rollout/ended"]) == (RESPONSE_LENGTH, 0)  # it cannot end
+        assert (entry["rollout/length"], entry["rollout/ended"]) == (RESPONSE_LENGTH, 0)  # responses cannot end
         of_a = [s for s, c in zip(scores, pool.categories, strict=True) if c == "a"]
         assert entry["reward/a"] == pytest.approx(sum(of_a) / len(of_a))
     assert [entry["step"] for entry in trainer.state.log_history] == [1, 2, 3]
     assert [entry["episode"] for entry in trainer.state.log_history] == [48, 96, 144]
     assert trainer.state.log_history[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
-    # At the start policy and reference are one, and the entropy is minus the log-probability of what was drawn.
+    # At the start, policy and reference are equal, and the entropy is minus the log-probability of the samples.
     pool = watching.pools[0]
     with torch.no_grad(), start.role(None):
         ids = torch.tensor([p + r for p, r in zip(pool.prompt_ids, pool.response_ids, strict=True)])
@@ -143,7 +143,7 @@ def test_what_is_logged_is_what_was_drawn_and_accepted(tmp_path):
 
 
 class Drifting(RewardTransform):
-    """Takes off as much as it has seen, a little each time."""
+    """Subtracts an offset that grows with the number of scores it has seen."""
 
     def __init__(self):
         super().__init__()
@@ -165,7 +165,7 @@ class Drifting(RewardTransform):
 
 @pytest.mark.slow
 def test_the_regulator_maps_every_iterations_pool_by_that_pool_and_watches_all_of_them(tmp_path):
-    """A batch at a time, the first responses of a pool would be mapped by other figures than the last."""
+    """Batch by batch, the first responses of a pool would be mapped with other statistics than the last."""
     watching, regulator = Watching(num_responses=4), DistributionRegulator(prior=0, bound=1e6)
     trainer = _task(tmp_path, selector=watching, prompts=16, per_device_train_batch_size=8)
     trainer.rewards.transforms = [regulator]
@@ -244,7 +244,7 @@ def test_nothing_accepted_says_what_to_lower_and_what_was_learned_is_there(tmp_p
         RejectionTrainer.of(trainer, 3).train()
     assert "Lower the selector's threshold" in str(raised.value) and raised.value.exit_code == 2
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
-    assert trainer.rewards.transforms[0].seen == 64  # of the first iteration alone
+    assert trainer.rewards.transforms[0].seen == 64  # only the first iteration
     lowered = _task(tmp_path, selector=RejectionSampling(keep="above", threshold=[0.2, 0.3]), **OPTIONS)
     lowered.rewards.transforms = [Drifting()]
     RejectionTrainer.of(lowered, 3).train(resume_from_checkpoint=True)
@@ -262,7 +262,7 @@ def test_a_selector_that_only_picks_prompts_accepts_nothing(tmp_path):
 
 
 def _all_roles(folder):
-    """A policy that begins as an adapter, which is the reference too, and an adapter of the reward."""
+    """A policy that starts from an adapter, which is also the reference, and a reward adapter."""
     from peft import get_peft_model
 
     torch.manual_seed(5)
@@ -303,7 +303,7 @@ def test_the_policy_alone_learns_and_every_role_is_as_it_was(tmp_path, options):
     changed = {n for n, t in shared.state_dict(keep_vars=True).items() if not torch.equal(t, weights[n])}
     assert changed == {n for n in weights if ".policy." in n}
     assert all(p.grad is None for p in shared.parameters()) and not shared.model.training
-    # And PPO goes on from there.
+    # PPO can continue from there.
     trainer.selection.selectors, trainer.selection.chosen = [], None
     trainer.args.num_total_batches = 1
     trainer.train()
@@ -355,7 +355,7 @@ def test_what_fine_tuning_shares_with_ppo_is_carried_over(tmp_path):
         ({"num_train_epochs": 0.25}, None, 1),
         ({"num_train_epochs": 3, "selection_prompts": 4}, None, 8),  # of ten prompts
         ({"num_train_epochs": 3, "selection_prompts": 99}, None, 3),
-        ({"num_train_epochs": 3}, 80, 4),  # two responses a prompt
+        ({"num_train_epochs": 3}, 80, 4),  # two responses per prompt
         ({"num_train_epochs": 3}, 81, 5),
         ({"num_train_epochs": 3, "selection_prompts": 5}, 80, 8),
     ],

@@ -1,4 +1,4 @@
-"""Reward functions that are awaited, and those that do not return."""
+"""Asynchronous reward functions, and those that do not return."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_asynchronous_rewards_work_in_a_running_event_loop():
 
 
 def test_asynchronous_rewards_are_awaited_together_and_meanwhile_the_others_are_called():
-    """Each of them waits for all others, so that they would wait for ever one after the other."""
+    """Each of them waits for all others, so that calling them one after the other would never end."""
     here = threading.Barrier(3, timeout=30)
 
     async def first(prompts, **columns):
@@ -64,7 +64,7 @@ def _waits_for(event, name):
 
 
 class Caller:
-    """An object whose call is asynchronous; it sets an event."""
+    """An object with an asynchronous call, which sets an event."""
 
     def __init__(self, event):
         self.event = event
@@ -90,7 +90,7 @@ def test_asynchronous_rewards_start_first_and_the_results_keep_their_order(kind)
 
 
 def test_a_function_that_returns_an_awaitable_starts_when_it_is_called():
-    """In its place among the synchronous ones, and together with the asynchronous ones."""
+    """It is called in order with the synchronous ones, and awaited together with the asynchronous ones."""
     calls, here = [], threading.Barrier(2, timeout=60)
 
     async def asynchronous(prompts, **columns):
@@ -111,7 +111,7 @@ def test_a_function_that_returns_an_awaitable_starts_when_it_is_called():
 
 
 def test_the_time_of_a_synchronous_reward_is_not_an_awaitables():
-    """Together they take longer than the limit, and each of them less."""
+    """Together they take longer than the limit, but neither does alone."""
 
     def synchronous(prompts, **columns):
         time.sleep(2)
@@ -182,7 +182,7 @@ def test_an_asynchronous_call_that_blocks_the_event_loop_is_said_to():
     release = threading.Event()
     try:
         with pytest.raises(UserError, match="'blocks' has not returned after .* It blocks the event loop"):
-            call_rewards([_blocks(release), honest], make_rollout(6), timeout=1)  # honest has not begun
+            call_rewards([_blocks(release), honest], make_rollout(6), timeout=1)  # honest has not started
     finally:
         release.set()
     assert call_rewards([honest], make_rollout(6), timeout=60)[0].tolist() == ZEROS
@@ -206,7 +206,7 @@ def test_where_one_call_keeps_the_event_loop_from_another_no_other_one_is_blamed
 
 
 def test_calls_that_wait_for_a_blocked_event_loop_are_timed_from_when_it_comes_to_them():
-    """Two that block for less than the limit, and for more together."""
+    """Two calls that each block for less than the limit, but together for more."""
 
     async def blocks(prompts, **columns):
         time.sleep(2)
@@ -217,13 +217,13 @@ def test_calls_that_wait_for_a_blocked_event_loop_are_timed_from_when_it_comes_t
 
 
 def test_a_call_that_ended_is_not_late_while_the_next_one_keeps_the_loop():
-    """As where the loop comes to both in one turn: the result of the first waits until the second has ended."""
+    """If the loop runs both in one iteration, the result of the first is not seen until the second has ended."""
 
     async def blocks(prompts, **columns):
         time.sleep(2.5)
         return ZEROS
 
-    _loop().call_soon_threadsafe(time.sleep, 0.5)  # so that both are given before the loop comes to either
+    _loop().call_soon_threadsafe(time.sleep, 0.5)  # so that both are submitted before the loop starts either
     found = call_rewards([blocks, blocks], make_rollout(6), timeout=3)
     assert [scores.tolist() for scores in found] == [ZEROS] * 2
 
@@ -243,7 +243,7 @@ def test_a_call_that_raises_ends_the_wait_for_one_that_hangs():
 
 
 def test_a_call_runs_in_the_thread_of_training():
-    """In another one, gradients would be recorded, and signal handlers could not be set (as math_verify does)."""
+    """In another thread, gradients would be recorded, and signal handlers could not be set (as math_verify does)."""
     seen = []
 
     def function(prompts, **columns):
@@ -260,7 +260,7 @@ def test_a_call_runs_in_the_thread_of_training():
 
 @pytest.fixture
 def heeds_ctrl_c():
-    """A shell has what it runs in the background ignore Ctrl-C, and these tests with it."""
+    """Shells make background jobs ignore Ctrl-C, which may include these tests."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

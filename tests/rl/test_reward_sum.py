@@ -1,4 +1,4 @@
-"""Several rewards as one: weights and normalizations against NumPy in float64, and the state that they keep."""
+"""Several rewards as one: weights and normalizations against NumPy in float64, and their saved state."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAMES, WEIGHTS = ("model", "direct", "length"), (1.0, 0.5, -2.0)
 
 
 def _batches(seed=0, count=4, size=16):
-    """Rewards of very unlike scale, some of them missing."""
+    """Rewards of very different scales, some of them missing."""
     generator = np.random.default_rng(seed)
     found = []
     for _ in range(count):
@@ -36,7 +36,7 @@ def _parts(rows):
 
 
 def _expected(batches, normalization):
-    """By their definitions, in float64."""
+    """The scores by definition, in float64."""
     seen = []
     for rows in (batch.astype(np.float64) for batch in batches):
         seen.append(rows)
@@ -45,7 +45,7 @@ def _expected(batches, normalization):
         elif normalization == "batch":
             rows = (rows - np.nanmean(rows, axis=0)) / np.nanstd(rows, axis=0, ddof=1)
         sums = np.nansum(rows * WEIGHTS, axis=1)
-        sums[np.isnan(rows).all(1)] = np.nan  # as TRL's GRPOTrainer: no reward is no zero
+        sums[np.isnan(rows).all(1)] = np.nan  # as in TRL's GRPOTrainer: no reward is not zero
         yield sums
 
 
@@ -81,7 +81,7 @@ def test_a_reward_that_is_everywhere_the_same(normalization, wanted):
     for values in (torch.full((7,), 0.3), torch.tensor([0.3])):
         scores, _, _ = RewardSum(["model"], None, normalization)({"model": values})
         assert scores.tolist() == pytest.approx([wanted] * len(values))
-    rounded = torch.tensor([0.3, 0.3 + 1e-7] * 4)  # float32's own noise is no difference
+    rounded = torch.tensor([0.3, 0.3 + 1e-7] * 4)  # float32 noise is not a difference
     scores, _, _ = RewardSum(["model"], None, normalization)({"model": rounded})
     assert scores.tolist() == pytest.approx([wanted] * 8, abs=1e-6)
 
@@ -89,7 +89,7 @@ def test_a_reward_that_is_everywhere_the_same(normalization, wanted):
 @pytest.mark.parametrize("normalization", ["none", "std", "batch"])
 @pytest.mark.parametrize("weight", [10.0, 0.25, 0.0])
 def test_the_advantage_is_that_of_the_reward_model_before_weights(normalization, weight):
-    """It is clipped in the unit in which it was trained, weighed as the model's score was, and others are added."""
+    """It is clipped in the unit in which it was trained, weighted like the model's score, and added to the others."""
     rows, expected = np.nan_to_num(_batches()[0]), torch.linspace(-1, 1, 16)
     parts = _parts(rows)
     scores, weighted, scale = RewardSum(NAMES, (weight, 1, 1), normalization)(parts)
@@ -100,7 +100,7 @@ def test_the_advantage_is_that_of_the_reward_model_before_weights(normalization,
     unit = 1.0 if normalization == "none" else np.std(reward, ddof=1)
     others = sum(weighted[name].double().numpy() for name in NAMES if name != "model")
     wanted = others + weight / unit * np.clip(reward - expected.double().numpy(), -0.8, 0.8)
-    np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-5, atol=1e-3)  # of sums around 1,000
+    np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-5, atol=1e-3)  # for sums around 1,000
 
 
 def test_a_reward_without_weight_makes_no_score():
@@ -171,7 +171,7 @@ def test_each_rewards_mean_spread_and_weight_are_logged(tmp_path):
     trainer.train()
     names = {"length_penalty": 1.0, "twins": 0.01, "twins 2": 3.0}
     for entry, (scores, parts) in zip(numbers(trainer), seeing.seen, strict=True):
-        assert list(parts) == list(names)  # two functions of one name are two rewards
+        assert list(parts) == list(names)  # two functions with one name are two rewards
         for name, weight in names.items():
             raw = (parts[name].double() / weight).numpy()
             assert entry[f"score/{name}"] == pytest.approx(raw.mean(), rel=1e-5)

@@ -1,4 +1,4 @@
-"""Sampling: the log-probabilities taken while drawing are those of a plain forward pass."""
+"""Sampling: the log-probabilities recorded during generation match a plain forward pass."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _prompts():
 
 
 def _make_mamba():
-    """It keeps no keys and values, and knows its cache by another name."""
+    """A model without keys and values, and with another name for its cache."""
     torch.manual_seed(0)
     config = MambaConfig(vocab_size=400, hidden_size=32, num_hidden_layers=2, state_size=8, initializer_range=0.3)
     return MambaForCausalLM(config).eval()
@@ -32,7 +32,7 @@ def _make_mamba():
 @pytest.mark.parametrize("stop", [[STOP], []])
 def test_logprobs_are_those_of_a_forward_pass(make, stop):
     model, (ids, mask) = make(), _prompts()
-    # What a checkpoint's own generation config asks for must not reach the rollout.
+    # A checkpoint's own generation config must not affect the rollout.
     model.generation_config.update(top_k=3, repetition_penalty=2.0)
     torch.manual_seed(5)
     response, logprobs = generate(model, ids, mask, max_new_tokens=24, temperature=0.7, pad_id=PAD, stop_id=stop)

@@ -1,4 +1,4 @@
-"""Scores between the steps of a trainer, and pools whose batches become one."""
+"""Scores between the steps of a trainer, and pools joined from batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What selectors are shown, how their choices are put together, and stratified batches."""
+"""The pools that selectors see, how their choices are combined, and stratified batches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trl_rlaif.rl.selection import StratifiedSampler, select
 
 
 def make_pool(scores, *, rows=None, embeddings=None):
-    """A pool whose prompts and responses are numbers."""
+    """A pool with numbered prompts and responses."""
     count = len(scores)
     rows = list(range(count)) if rows is None else rows
     return Pool(
@@ -89,7 +89,7 @@ def test_every_stretch_of_a_stratified_pass_holds_the_labels_in_like_shares(size
 
 
 class Halving(RewardTransform):
-    """Its state changes with every batch that it sees."""
+    """A transform with a state that changes with every batch."""
 
     def __init__(self):
         super().__init__()
@@ -123,7 +123,7 @@ def test_a_pool_holds_what_was_sampled_and_scored(tmp_path):
     )
     trainer.train()
     pool, tokenizer = selector.pool, trainer.processing_class
-    assert pool.rows.tolist() == [i // 2 for i in range(20)] and transform.seen == 4  # of the update alone
+    assert pool.rows.tolist() == [i // 2 for i in range(20)] and transform.seen == 4  # only in the update
     assert pool.prompts == [trainer.selection.pool.prompts[i // 2]["prompt"] for i in range(20)]
     assert tokenizer.batch_decode(pool.response_ids, skip_special_tokens=True) == pool.responses
     assert pool.prompt_ids == [trainer.selection.pool.prompts[i // 2]["input_ids"] for i in range(20)]
@@ -143,7 +143,7 @@ def test_a_pool_holds_what_was_sampled_and_scored(tmp_path):
 
 
 def _by_kind(prompts, completions, completion_ids, category, **columns):
-    """Kinds of prompt with other means and other spreads; every response has a score of its own."""
+    """Categories with different means and spreads; every response has its own score."""
     own = [zlib.crc32(str(ids).encode()) % 997 / 100 for ids in completion_ids]
     return [9 + 4 * x if kind == "a" else 0.3 * x - 2 for x, kind in zip(own, category, strict=True)]
 
@@ -159,7 +159,7 @@ def _by_kind(prompts, completions, completion_ids, category, **columns):
     ],
 )
 def test_a_pool_is_transformed_at_once_and_by_its_own_figures(tmp_path, transform, options, pads):
-    """Five batches make the pool; what was running before is of no account, and goes on as if there were no pool."""
+    """Five batches form the pool; running statistics neither affect it nor are affected by it."""
     kwargs = {"reward_funcs": [_by_kind], "reward_transforms": [] if transform is None else [transform]}
     options = {"per_device_train_batch_size": 4, "total_episodes": 4, **options}
     selector = Watching()
@@ -182,7 +182,7 @@ def test_a_pool_is_transformed_at_once_and_by_its_own_figures(tmp_path, transfor
     assert max(spreads) == pytest.approx(min(spreads), rel=1e-4)
     for kind in "ab":
         mine = raw[kinds == kind]
-        expected = (mine - mine.mean()) / mine.std(ddof=1)  # in units of the scores' own spread, 1 at most
+        expected = (mine - mine.mean()) / mine.std(ddof=1)  # in units of the scores' own spread, at most 1
         np.testing.assert_allclose(found[kinds == kind], expected, atol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""A response without a reward costs a sample and not the run: it teaches nothing, and is counted."""
+"""A response without a reward costs a sample, not the run: it is counted, and nothing is learned from it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from trl_rlaif.testing import ScriptedJudge
 
 
 def partly(missing, function=even_share):
-    """A reward function that has nothing to say of some rows of each batch."""
+    """A reward function that returns None for some rows of each batch."""
 
     def part(**given):
         return [None if i in missing else score for i, score in enumerate(function(**given))]
@@ -36,7 +36,7 @@ def partly(missing, function=even_share):
 
 
 def gradients(trainer, rollout, scores):
-    """Of one optimizer step over the rows of a rollout, policy and value."""
+    """The gradients of one optimizer step on a rollout, for policy and value."""
     found = {}
 
     def record(*arguments):
@@ -81,7 +81,7 @@ def test_another_reward_counts_for_the_row(tmp_path):
 
 
 class Seeing(RewardTransform):
-    """Keeps what it is given."""
+    """Records its inputs."""
 
     def __init__(self):
         super().__init__()
@@ -125,11 +125,11 @@ def test_metrics_are_of_the_scored_responses_and_count_the_others(tmp_path):
     assert all(math.isfinite(value) for entry in numbers(trainer) for value in entry.values())
 
 
-# ---- A judge that fails now and then --------------------------------------------------------------------
+# ---- Unreliable judges ----------------------------------------------------------------------------------
 
 
 def dropping(every=50):
-    """The judge of `direct`, which loses one call in so many for good."""
+    """The labeler `direct`, with a judge that permanently fails every ``every``-th call."""
     calls = []
 
     def rule(context, response):
@@ -174,7 +174,7 @@ def test_rejection_sampling_finishes_and_never_accepts_such_a_response(tmp_path)
     assert all(entry["rollout/unscored"] > 0 for entry in numbers(trainer))
 
 
-# ---- Too many ----------------------------------------------------------------------------------------------
+# ---- Too many missing rewards ------------------------------------------------------------------------------
 
 
 def test_too_many_stop_the_run_with_a_checkpoint_and_its_resumption_continues(tmp_path):
@@ -196,7 +196,7 @@ def test_too_many_stop_the_run_with_a_checkpoint_and_its_resumption_continues(tm
     ) as e:
         first.train()
     assert "max_failed allows (10%)" in str(e.value) and "--resume" in str(e.value)
-    assert first.state.global_step == 4  # of 4 responses each; the third of those without a reward is not trained on
+    assert first.state.global_step == 4  # of 4 responses each; the third one without rewards is not trained on
     assert find(tmp_path, True).name == "checkpoint-4"
     broken.clear()
     again = trainer()
@@ -214,11 +214,11 @@ def test_what_share_is_too_many():
         return unscored.error()
 
     assert seen(0.1, (200, 20)) is None and "21 of the last 200" in str(seen(0.1, (200, 21)))
-    assert seen(0.1, (200, 21), (200, 0)) is None  # of an update
+    assert seen(0.1, (200, 21), (200, 0)) is None  # only the last update counts
     assert seen(0.1, (8, 1)) is None and seen(0.1, *[(8, 1)] * 10) is None and seen(0.1, (8, 8), (8, 3)) is not None
-    assert seen(0.1, *[(16, 2)] * 10) is not None  # of the last hundred
+    assert seen(0.1, *[(16, 2)] * 10) is not None  # of the last hundred responses
     assert seen(1.0, *[(16, 16)] * 10) is None and seen(0.0, (200, 1)) is not None
-    # A judge that fails is no better for another reward that covers its responses.
+    # Failures of a judge count even if another reward covers the responses.
     assert "'direct' failed for 21: why" in str(seen(0.1, (200, 0), failed=range(21)))
 
 
@@ -255,7 +255,7 @@ def test_selectors_choose_from_scored_responses_and_the_pools_failures_are_not_c
     trainer = small_trainer(tmp_path, trainer_kwargs=kwargs, max_failed=0.5)
     trainer.train()
     [pool] = pools
-    assert len(pool) == 15 and pool.scores.isfinite().all()  # of 20, one in each batch of 4 is left out
+    assert len(pool) == 15 and pool.scores.isfinite().all()  # of 20: one in each batch of 4 is left out
     assert pool.prompts == [small_prompts()["prompt"][row] for row in pool.rows.tolist()]
     assert trainer.rewards.unscored.total == 3
 
@@ -293,7 +293,7 @@ def test_a_stopped_recipe_continues_with_a_raised_limit(tiny_model, tmp_path, mo
     assert len(calls) == stopped_at + 1 < 12
     limits = {"max_failed": 1.0, "reward_timeout": 60}
     folder = run_recipe(_limited(tmp_path, tiny_model, **limits), installed_plugins(), tmp_path / "out", resume=True)
-    assert len(calls) == 12 + 1  # the batch that stopped the run is scored again, and none before it
+    assert len(calls) == 12 + 1  # only the batch that stopped the run is scored again
     steps = [row["step"] for row in read_lines(folder / "metrics.jsonl") if row["stage"] == "rl"]
     assert steps == list(range(1, 13))
 

@@ -1,4 +1,4 @@
-"""The first rollout is compared with plain forward passes: what transformers gets wrong is avoided or refused."""
+"""The first rollout is compared with plain forward passes: errors of transformers are avoided or refused."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _draw(sampler, role_models, batch=None, seed=5):
 
 @torch.no_grad()
 def _plain(role_models, part, rollout):
-    """(B, T): every sequence alone, as anybody would call transformers."""
+    """(B, T) log-probabilities of every sequence alone, from plain calls of transformers."""
     found = torch.zeros_like(rollout.logprobs)
     with role_models.role(part):
         for i, n in enumerate(rollout.lengths.tolist()):
@@ -86,7 +86,7 @@ def test_what_padding_or_a_cache_changes_is_computed_in_another_way(family, capl
     torch.testing.assert_close(rollout.ref_logprobs, _plain(role_models, "reference", rollout), rtol=1e-4, atol=1e-4)
     assert sampler.records == (family != "Zamba2")
     assert f"{family}ForCausalLM: log-probabilities differ" in caplog.text
-    # From now on it does so at once.
+    # From then on, it does so right away.
     again = _draw(sampler, role_models)
     assert torch.equal(again.response_ids, rollout.response_ids) and torch.equal(again.values, rollout.values)
 
@@ -124,7 +124,7 @@ def test_a_model_that_nothing_helps_is_refused(monkeypatch):
 
 
 def test_responses_of_another_distribution_are_refused(monkeypatch):
-    """The forward passes are right, and what was sampled is not: their log-probabilities would hide that."""
+    """The forward passes are right but the samples are wrong, which recomputed log-probabilities would hide."""
     generate = RolloutGenerator._generate
 
     def wrong(*arguments):
@@ -175,7 +175,7 @@ def test_nf4_is_held_to_its_own_precision(tmp_path):
 
 
 def test_the_kl_is_zero_and_the_ratio_one_before_the_first_update(tmp_path):
-    """They are 10 nats a response and more where MiniMax has sampled with padding."""
+    """If MiniMax samples with padding, the KL is 10 nats per response or more."""
     options = {"num_mini_batches": 1, "total_episodes": 8, "per_device_train_batch_size": 8}
     prompts = Dataset.from_dict({"prompt": ["what is the " + "quick " * n for n in range(16)]})
     trainer = small_trainer(tmp_path, model=faulty("MiniMax"), dataset=prompts, **options)

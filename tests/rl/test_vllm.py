@@ -1,4 +1,4 @@
-"""``generation: vllm``: TRL's own class, around an engine that samples from whatever weights it is given."""
+"""``generation: vllm``: TRL's own class, with a fake engine that samples from the weights it is given."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SETTINGS = [f.name for f in PPOConfig.__dataclass_fields__.values() if f.name.st
 
 
 class Engine:
-    """What TRL calls of ``vllm.LLM``: it reads a checkpoint, and then takes what weights it is given."""
+    """The parts of ``vllm.LLM`` that TRL calls: it loads a checkpoint, and then accepts new weights."""
 
     def __init__(self, model, **options):
         self.options, self.pushes, self.calls, self.events = options, [], [], []
@@ -78,7 +78,7 @@ class Engine:
     def sample(self, prompts, options):
         self.calls.append((prompts, options))
         self.events.append("sample")
-        # vLLM takes a prompt as it is, and gives a response up to its stop token and no further.
+        # vLLM takes a prompt as it is, and returns a response only up to its stop token.
         sampling = {"max_new_tokens": options["max_tokens"], "temperature": max(options["temperature"], 1e-7)}
         rows = [torch.tensor([prompt]) for prompt in prompts]
         sampling |= {"pad_id": 0, "stop_id": options["stop_token_ids"]}
@@ -87,7 +87,7 @@ class Engine:
 
 
 class Server(Engine):
-    """The same behind TRL's client."""
+    """The same engine behind TRL's client."""
 
     def init_communicator(self, device):
         self.events.append("connect")
@@ -111,7 +111,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def engines(monkeypatch, folder):
-    """Every engine that is started, in order. Of TRL's class nothing is replaced but vLLM itself."""
+    """The engines started, in order. In TRL's class, only vLLM itself is replaced."""
     started = []
 
     def start(kind, **fixed):
@@ -123,14 +123,14 @@ def engines(monkeypatch, folder):
     monkeypatch.setattr(vllm_generation, "LLM", start(Engine), raising=False)
     monkeypatch.setattr(vllm_generation, "SamplingParams", SimpleNamespace, raising=False)
     monkeypatch.setattr(vllm_generation, "VLLMClient", start(Server, model=folder))
-    # TRL sets RANK and others for vLLM; whatever starts after the test would take itself for one of several processes.
+    # TRL sets RANK etc. for vLLM; anything started after the test would run as one of several processes.
     monkeypatch.setattr(vllm_generation, "os", SimpleNamespace(environ={}))
     monkeypatch.setattr(vllm_generation, "ensure_master_addr_port", lambda: None)
     return started
 
 
 def _lora(**options):
-    # Random from the start, so that every adapter changes the output.
+    # Randomly initialized, so that every adapter changes the output.
     return LoraConfig(**{"r": 4, "target_modules": "all-linear", "init_lora_weights": False} | options)
 
 
@@ -149,7 +149,7 @@ def _batch(trainer):
 
 
 def _shared(kind, folder):
-    """Policy and value on one base, both random, with everything that the loop does to it."""
+    """Policy and value on one base, both random, prepared as in the training loop."""
     torch.manual_seed(1)
     spec = ModelSpec(str(folder), "float32", "nf4" if kind == "nf4" else "none")
     shared = SharedBase(make_gpt2() if kind == "gpt2" else load_model(spec), _lora(fan_in_fan_out=kind == "gpt2"))
@@ -162,7 +162,7 @@ def _shared(kind, folder):
 
 
 def _expected(shared):
-    """What the merged policy's parameters are, by name, in float64."""
+    """The merged policy's parameters by name, in float64."""
     expected = {}
     for name, module in shared.model.named_modules():
         for part, parameter in [] if "lora_" in name else module.named_parameters(recurse=False):
@@ -179,7 +179,7 @@ def _expected(shared):
 
 
 def _everything(module):
-    """Copies of every tensor of a model, and of what bitsandbytes keeps beside its 4-bit weights."""
+    """Copies of every tensor of a model, and of bitsandbytes' state for its 4-bit weights."""
     tensors = {n: t.detach().clone() for n, t in [*module.named_parameters(), *module.named_buffers()]}
     for name, parameter in module.named_parameters():
         state = getattr(parameter, "quant_state", None)
@@ -210,7 +210,7 @@ def test_the_policy_is_merged_beside_the_model(kind, folder):
         torch.testing.assert_close(weight.double(), expected[name], **tolerance, msg=lambda m, n=name: f"{n}: {m}")
     _assert_same_bits(_everything(shared), before)
     assert [type(module) for module in shared.modules()] == kinds
-    assert list(view.modules()) == [view]  # nothing for TRL to merge, or to set vLLM to quantize for
+    assert list(view.modules()) == [view]  # nothing for TRL to merge, or to make vLLM quantize
 
 
 def test_the_names_and_the_weights_are_those_of_pefts_merge(folder):
@@ -270,7 +270,7 @@ def test_on_a_cpu_the_engine_has_the_policys_type_and_compiles_nothing(cpu, engi
     assert found == ({"dtype": "float32", "enforce_eager": True} if cpu else {"dtype": None, "enforce_eager": None})
 
 
-# ---- What is asked of vLLM ----------------------------------------------------------------------------
+# ---- Requests to vLLM ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -376,7 +376,7 @@ def test_the_old_logprobs_are_the_trained_models_own(value, engines, folder):
     trainer.train()
     logged = numbers(trainer)
     assert len(logged) == 3 and all(np.isfinite(list(entry.values())).all() for entry in logged)
-    for entry in logged:  # one epoch of one minibatch: the policy that is trained is the one that sampled
+    for entry in logged:  # one epoch of one minibatch: the trained policy is the one that sampled
         assert entry["val/ratio"] == pytest.approx(1, abs=1e-5) and entry["policy/approxkl_avg"] < 1e-9
         assert entry["objective/entropy"] > 1
 
@@ -409,7 +409,7 @@ def test_separate_models_are_handed_over_too(engines, folder):
     torch.testing.assert_close(engines[0].pushes[-1], dict(merged.named_parameters()), rtol=1e-5, atol=1e-6)
 
 
-# ---- What is refused ----------------------------------------------------------------------------------
+# ---- Errors -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

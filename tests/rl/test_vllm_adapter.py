@@ -20,7 +20,7 @@ PROMPTS = [f"what is the {'quick ' * i}fox?" for i in range(8)]
 
 @pytest.fixture
 def engines(monkeypatch):
-    """Every engine that is started, in order."""
+    """The engines started, in order."""
     monkeypatch.setattr(vllm, "is_vllm_available", lambda: True)
     monkeypatch.setattr(vllm_engine, "_on_cpu", lambda: True)
     return fake_vllm.install(monkeypatch).started
@@ -34,7 +34,7 @@ def folder(tmp_path):
 
 
 def trainer_on(folder, quantization="none", lora=None, **options):
-    # Random from the start, so that the adapter changes what is drawn.
+    # Randomly initialized, so that the adapter changes the samples.
     config = LoraConfig(**{"r": 4, "target_modules": "all-linear", "init_lora_weights": False} | (lora or {}))
     kwargs = {
         "model": load_model(ModelSpec(str(folder), "float32", quantization)),
@@ -77,7 +77,7 @@ def test_an_adapter_is_read_once_and_an_engine_that_sleeps_keeps_the_base(engine
     [engine] = engines
     assert engine.events == ["generate", "read", "sleep 1", "wake", "generate", "sleep 1"]
     trainer.train()
-    assert engine.events.count("read") == 3 and len(engines) == 1  # what the last update made is read when it is needed
+    assert engine.events.count("read") == 3 and len(engines) == 1  # the last update's adapter is only read when needed
 
 
 def test_the_engine_is_the_policys_base_and_is_asked_for_the_whole_distribution(engines, folder):

@@ -1,8 +1,8 @@
-"""Training with vLLM's engine in the same process: python colocated.py ALGORITHM FOLDER prints what it drew, as JSON.
+"""Training with vLLM's engine in the same process: python colocated.py ALGORITHM FOLDER prints its samples as JSON.
 
-ALGORITHM is ppo, grpo, rloo, or ppo-adapter (vllm_sync: adapter). Of every draw: the largest difference between the
-engine's log-probabilities of the drawn tokens and the policy's own, and the first response. Where FOLDER holds the
-checkpoint of the first step, training goes on from there.
+ALGORITHM is ppo, grpo, rloo, or ppo-adapter (vllm_sync: adapter). For every sampled batch, it prints the largest
+difference between the engine's log-probabilities of the tokens and the policy's own, and the first response. If FOLDER
+contains the checkpoint of the first step, training resumes from it.
 """
 
 import json
@@ -21,7 +21,7 @@ from trl_rlaif import PPOConfig, PPOTrainer
 from trl_rlaif.models.loading import ModelSpec, load_model
 from trl_rlaif.rl.grpo_rloo.trainer import TRAINERS
 
-# What the trainers have in common; of what they draw, nothing is done with the rewards but to learn from them.
+# The settings that all trainers share.
 COMMON = {
     "per_device_train_batch_size": 4, "learning_rate": 1e-2, "temperature": 1.0, "bf16": False, "report_to": "none",
     "save_strategy": "steps", "save_steps": 1, "gradient_checkpointing": False, "disable_tqdm": True,
@@ -32,7 +32,7 @@ CONFIGS = {"grpo": GRPOConfig, "rloo": RLOOConfig}
 
 def make_trainer(algorithm, folder):
     tokenizer = make_tokenizer()
-    # The engine needs heads of 32 on a CPU.
+    # On a CPU, the engine needs a head size of 32.
     if not (folder / "base").exists():
         make_llama(len(tokenizer), hidden_size=128).save_pretrained(folder / "base")
         tokenizer.save_pretrained(folder / "base")
@@ -62,7 +62,7 @@ def make_trainer(algorithm, folder):
 
 @torch.no_grad()
 def furthest(policy, prompts, responses, logprobs):
-    """The largest distance of the engine's log-probabilities from the policy's, in nats."""
+    """The largest difference between the engine's log-probabilities and the policy's, in nats."""
     worst, training = 0.0, policy.training
     policy.eval()
     for prompt, response, given in zip(prompts, responses, logprobs, strict=True):
@@ -74,7 +74,7 @@ def furthest(policy, prompts, responses, logprobs):
 
 
 def compare_draws(trainer, draws):
-    """Have the engine give the log-probabilities of what it draws, and note their distance from the policy's."""
+    """Make the engine return the log-probabilities of its samples, and record their difference from the policy's."""
     sampler = trainer.generator._vllm
     make_params, start = sampler._params, sampler._start_with
 

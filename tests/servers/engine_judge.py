@@ -1,7 +1,7 @@
-"""A judge in vLLM's own engine beside the same by transformers: python engine_judge.py FOLDER prints JSON.
+"""A judge in vLLM's engine and the same in transformers: python engine_judge.py FOLDER prints JSON.
 
-``differs`` has the parameters whose names or defaults are not those of the tests' stand-in. ``apart`` has, for the
-model as it is and with an adapter, the largest distance between the two judges' log-probabilities, in nats.
+``differs`` has the parameters with other names or defaults than in the tests' stand-in. ``apart`` has, for the model
+without and with an adapter, the largest difference between the two judges' log-probabilities, in nats.
 """
 
 import json
@@ -60,7 +60,7 @@ def distances(judge, local):
 def main():
     folder = Path(sys.argv[1])
     tokenizer, prompt = make_tokenizer(), make_prompt()
-    # The engine needs heads of 32 on a CPU.
+    # On a CPU, the engine needs a head size of 32.
     model = make_llama(len(tokenizer), hidden_size=128, length=1024)
     for weights in model.parameters():
         if weights.dim() > 1:

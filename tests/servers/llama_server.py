@@ -1,4 +1,4 @@
-"""llama.cpp's server, by the package xllamacpp: python llama_server.py FILE.gguf prints its address, and serves."""
+"""llama.cpp's server from the package xllamacpp: python llama_server.py FILE.gguf prints its address and serves."""
 
 import sys
 import threading

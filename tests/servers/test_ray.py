@@ -1,4 +1,4 @@
-"""Labels by Ray Data on a cluster of this machine alone; skipped where Ray is not installed."""
+"""Labeling with Ray Data on a single-machine cluster; skipped if Ray is not installed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trl_rlaif.labels.ray import label_with_ray
 from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.plugins import installed_plugins
 
-# Ray warns of what it itself does.
+# Ray triggers its own warnings.
 pytestmark = [pytest.mark.servers, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
 
 
@@ -39,7 +39,7 @@ def test_two_actors_label_what_a_run_would(cluster, recipe, tmp_path):
     made = recipe(make_pairs(9))
     online = run_recipe(made, installed_plugins(), tmp_path / "online").path / "labels.jsonl"
     folder = run_recipe(made, installed_plugins(), tmp_path / "out", only=["sample"]).path
-    # Three labels are there already: a kill left them, or another machine made them.
+    # Three labels already exist, from a killed run or from another machine.
     kept = b"".join(online.read_bytes().splitlines(keepends=True)[:3])
     (folder / "labels.jsonl").write_bytes(kept)
     assert label_with_ray(made, folder, workers=2, batch_size=2, num_cpus=0.5) == 6

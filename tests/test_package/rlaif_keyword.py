@@ -1,4 +1,4 @@
-"""A third party's plugin: the labeler `keyword`, which counts a word and asks no judge."""
+"""A third-party plugin: the labeler `keyword`, which counts a word and does not use a judge."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The test kit as a whole: light to import, every public name explained, every built-in component passes."""
+"""The test kit as a whole: light to import, every public name documented, every built-in component passes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHECKS = {
     "data_selector": testing.check_data_selector,
     "pair_sampler": testing.check_pair_sampler,
 }
-# Of components that work with none of their own.
+# Options of components that do not work with the defaults.
 OPTIONS = {
     "rubric": {"column": None, "shared": ["is polite"]},
     "revise": {"principles": str(recipes_dir() / "data" / "principles.jsonl")},

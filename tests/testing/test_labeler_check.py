@@ -1,4 +1,4 @@
-"""check_labeler passes what keeps the contract, and says of each broken line what is wrong and how to mend it."""
+"""check_labeler passes labelers that keep the contract, and reports each violation with a fix."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trl_rlaif.testing import ScriptedJudge, check_labeler, make_judge_prompt, m
 
 
 class Fair(Labeler):
-    """Keeps the contract; the broken ones change one thing."""
+    """Keeps the contract; each broken labeler changes one thing."""
 
     def label(self, pairs, judge, done=()):
         for pair in pairs:

@@ -1,4 +1,4 @@
-"""check_pair_sampler passes what keeps the contract, and says of each broken line what is wrong."""
+"""check_pair_sampler passes samplers that keep the contract, and reports each violation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trl_rlaif.testing import ScriptedPolicy, check_pair_sampler
 
 
 class Twice(PairSampler):
-    """Keeps the contract; the broken ones change one thing."""
+    """Keeps the contract; each broken sampler changes one thing."""
 
     def sample(self, prompts, generate, seed):
         asked = {prompt.id: prompt.prompt for prompt in prompts}

@@ -1,4 +1,4 @@
-"""check_data_selector passes what keeps the contract, and says of each broken line what is wrong."""
+"""check_data_selector passes selectors that keep the contract, and reports each violation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trl_rlaif.testing import check_data_selector, make_pool
 
 
 class Better(DataSelector):
-    """Keeps the contract; the broken ones change one thing."""
+    """Keeps the contract; each broken selector changes one thing."""
 
     def select(self, pool):
         return np.flatnonzero(pool.scores.numpy() >= pool.scores.median().item())
@@ -85,7 +85,7 @@ class RehearsesTexts(Better):
 
 
 class RehearsesNothing(Better):
-    """Where the policy said nothing."""
+    """Even if the response is empty."""
 
     def select(self, pool):
         return Selection(rehearsal=[pool.pair(0, why="first")])

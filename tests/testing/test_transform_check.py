@@ -1,4 +1,4 @@
-"""check_reward_transform passes what keeps the contract, and says of each broken line what is wrong."""
+"""check_reward_transform passes transforms that keep the contract, and reports each violation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trl_rlaif.testing import check_reward_transform, make_scored_batch
 
 
 class Centred(RewardTransform):
-    """Keeps the contract, with a state and a loss; the broken ones change one thing."""
+    """Keeps the contract, with a state and a loss; each broken transform changes one thing."""
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -37,14 +37,14 @@ class Centred(RewardTransform):
 
 
 class Noisy(Centred):
-    """Random, and repeatable under a seed."""
+    """Random, but reproducible with a seed."""
 
     def transform(self, scores, batch):
         return super().transform(scores, batch) + torch.randn(len(scores))
 
 
 class NeedsKL(Centred):
-    """Without saying so."""
+    """Without declaring it."""
 
     def transform(self, scores, batch):
         return scores - batch.kl
@@ -120,7 +120,7 @@ class NeedsCategories(Centred):
 
 
 class NeedsExpected(Centred):
-    """Without saying so."""
+    """Without declaring it."""
 
     def transform(self, scores, batch):
         return scores - batch.expected
@@ -132,7 +132,7 @@ class PoolInHalves(Centred):
 
 
 class Shared(Centred):
-    """Instances share what they remember."""
+    """All instances share one state."""
 
     means: list = []  # noqa: RUF012
 

@@ -30,7 +30,7 @@ class Rehearsal:
 
     Args:
         given: The user's own pairs, which are always kept.
-        args: gamma, its schedule and the batch size.
+        args: The rehearsal weight, its schedule and the batch size.
         seed: Of the shuffling: different in each process.
     """
 
@@ -111,7 +111,7 @@ def batch_size(args: PPOConfig) -> int:
 
 
 def weight(args: PPOConfig, progress: float) -> float:
-    """gamma after a fraction of all updates, 0..1: constant, or decaying to zero linearly or along half a cosine."""
+    """The rehearsal weight after a fraction of all updates, 0..1; it is constant, or decays to zero."""
     if args.rehearsal_schedule == "linear":
         return args.rehearsal_coef * (1 - progress)
     if args.rehearsal_schedule == "cosine":

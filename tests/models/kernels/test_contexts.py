@@ -1,4 +1,4 @@
-"""The two contexts of kernels: what they do is undone, no less exact, and can be switched off by part."""
+"""The two kernel contexts: their changes are undone, no less exact, and can be switched off individually."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ IDS = torch.tensor([[5, 6, 7, 8, 3], [9, 4, 3, 7, 11]])
 
 
 class Ops(TorchDispatchMode):
-    """Counts what is dispatched."""
+    """Counts dispatched operations."""
 
     def __init__(self):
         super().__init__()
@@ -74,7 +74,7 @@ def test_adapters_on_4_bit_layers_are_cast_once_and_no_less_exact(tmp_path, norm
     model = _nf4(tmp_path, torch.bfloat16)
     for module in model.modules():
         if "Norm" in type(module).__name__:
-            module.to(norms)  # TRL has them in float32
+            module.to(norms)  # TRL keeps them in float32
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         with Ops() as plain:
             pefts = model(IDS).logits.float()
@@ -83,13 +83,13 @@ def test_adapters_on_4_bit_layers_are_cast_once_and_no_less_exact(tmp_path, norm
         with Ops() as fused:
             found = model(IDS).logits.float()
     assert 0 < (found - exact).norm() < 1.1 * (pefts - exact).norm() < 0.2 * exact.norm()
-    # 14 layers, of which each casts A and B otherwise.
+    # Otherwise, each of 14 layers casts A and B.
     assert fused.counts["_to_copy"] <= plain.counts["_to_copy"] - 28
     assert sum(fused.counts.values()) < sum(plain.counts.values()) - 28
 
 
 def _a_token(draw):
-    """What is dispatched for one more token, by operation."""
+    """The number of dispatches per additional token, by operation."""
     counts = []
     for tokens in (3, 7):
         torch.manual_seed(0)
@@ -100,7 +100,7 @@ def _a_token(draw):
 
 
 def test_sampling_and_evaluation_generate_as_ppo_does(tmp_path):
-    """In NF4, with the adapter cast once for all tokens: by what is dispatched for each token."""
+    """In NF4, with the adapter cast once for all tokens: shown by the operations dispatched per token."""
     shared, tokenizer, never = SharedBase.around(_nf4(tmp_path, torch.bfloat16)), make_tokenizer(), (10_000,)
 
     def ppo(tokens):
@@ -127,7 +127,7 @@ def test_sampling_and_evaluation_generate_as_ppo_does(tmp_path):
     drawn = _a_token(ppo)
     with kernels(fused_lora=False, cast_weights=False):
         plain = _a_token(ppo)
-    # 14 layers: PEFT casts A and B, copies, scales and adds in steps of their own.
+    # 14 layers: PEFT casts A and B, copies, scales and adds in separate steps.
     assert drawn["_to_copy"] <= plain["_to_copy"] - 28 and sum(drawn.values()) <= sum(plain.values()) - 70
     assert _a_token(sampled) == _a_token(evaluated)
     assert _a_token(sampled)["_to_copy"] == drawn["_to_copy"]
@@ -137,7 +137,7 @@ def test_sampling_and_evaluation_generate_as_ppo_does(tmp_path):
 def test_nothing_else_generates():
     root = Path(trl_rlaif.__file__).parent
     found = {f.relative_to(root).as_posix() for f in root.rglob("*.py") if ".generate(" in f.read_text("utf-8")}
-    # vLLM's and TRL's own apart, where no model of ours decodes.
+    # In the vllm modules, vLLM or TRL generates, not a model of ours.
     assert found == {
         "generation.py",
         "rl/rollouts.py",
@@ -177,12 +177,14 @@ def test_training_leaves_a_users_base_as_it_was(tmp_path, bf16):
 
     trainer.update = watched
     trainer.train()
-    assert seen == {(torch.bfloat16, "LeanLinear", "trl_rlaif_cpu") if bf16 else (torch.float32, "LeanLinear", "sdpa")}
+    assert seen == {
+        (torch.bfloat16, "FusedLinear", "trl_rlaif_cpu") if bf16 else (torch.float32, "FusedLinear", "sdpa")
+    }
     after = {n.replace("base_layer.", ""): p for n, p in model.named_parameters() if "lora_" not in n}
     assert after.keys() == before[1].keys()
     for name, (dtype, value) in before[1].items():
         assert after[name].dtype == dtype and torch.equal(after[name], value), name
-    assert not any(type(m).__name__.startswith(("Lean", "Cast")) for m in model.modules())
+    assert not any(type(m).__name__.startswith(("Fused", "Cast")) for m in model.modules())
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -200,7 +202,7 @@ def test_generating_in_training_uses_the_models_own_attention():
 )
 @pytest.mark.parametrize("kind", ["granite", "gemma3_text", "llama4_text", "qwen3_5_text"])
 def test_behind_padding_a_token_repeats_no_keys_and_changes_no_number(kind, monkeypatch):
-    """Transformers folds the query heads that share keys; kernels.md has what that is worth."""
+    """transformers folds query heads that share keys; kernels.md has the speedup."""
     model, repeat, repeated = make_family(kind).double(), sdpa_attention.repeat_kv, []
     monkeypatch.setattr(sdpa_attention, "repeat_kv", lambda x, times: repeated.append(x) or repeat(x, times))
     ids, mask = torch.cat((IDS, IDS.flip(1)), 1), torch.ones(2, 10, dtype=torch.long)
@@ -245,7 +247,7 @@ def test_a_recipe_switches_kernels(tmp_path, tiny_model, monkeypatch):
 
 
 def test_every_kernel_can_be_switched_off(tmp_path):
-    """Nothing of ours is left, and the loop still runs."""
+    """None of our layers are left, and the loop still runs."""
     seen = []
     with kernels(dict.fromkeys(DEFAULTS, False)):
         model = make_llama(len(make_tokenizer()))
@@ -253,7 +255,7 @@ def test_every_kernel_can_be_switched_off(tmp_path):
         update = trainer.update
         trainer.update = lambda *args: (seen.extend(map(type, model.modules())), update(*args))[1]
         trainer.train()
-    assert seen and not any(kind.__name__.startswith(("Lean", "Cast")) for kind in seen)
+    assert seen and not any(kind.__name__.startswith(("Fused", "Cast")) for kind in seen)
 
 
 def test_only_the_package_itself_knows_its_modules():

@@ -1,4 +1,4 @@
-"""What makes the loop faster and smaller changes no result: LoRA layers, cache, frozen weights, attention."""
+"""Optimizations of speed and memory change no result: LoRA layers, cached casts, frozen weights, attention."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _bfloat16(on: bool = True):
 
 
 def _lora(**options) -> LoraConfig:
-    # Random from the start, so that every adapter changes the output.
+    # Randomly initialized, so that every adapter changes the output.
     return LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, **options)
 
 
@@ -47,7 +47,7 @@ def _base(quantization: str, folder, dtype: torch.dtype = torch.float32):
 
 
 def _pair(base=None, **options):
-    """PEFT's model, and the same with lean layers."""
+    """PEFT's model, and the same with fused layers."""
     torch.manual_seed(1)
     model = get_peft_model(base or make_llama(), _lora(**options))
     model.add_adapter("other", _lora(**options))
@@ -55,14 +55,14 @@ def _pair(base=None, **options):
         parameter.requires_grad_("lora_" in name)
     lean = copy.deepcopy(model)
     fuse_lora(lean)
-    assert sum(type(layer).__name__.startswith("Lean") for layer in lean.modules()) == 14
+    assert sum(type(layer).__name__.startswith("Fused") for layer in lean.modules()) == 14
     return model, lean
 
 
 def _run(model, *, autocast: bool = False):
-    """Logits and every gradient of one pass, flat by name."""
+    """Logits and all gradients of one pass, by name."""
     model.zero_grad()
-    torch.manual_seed(3)  # of the dropout
+    torch.manual_seed(3)  # for dropout
     with _bfloat16(autocast):
         logits = model(input_ids=IDS).logits
     logits.float().log_softmax(-1)[..., 5].sum().backward()
@@ -70,7 +70,7 @@ def _run(model, *, autocast: bool = False):
 
 
 def _error(found, exact):
-    """Mean over all tensors of an error's norm by the tensor's."""
+    """The norm of the error relative to the tensor's, averaged over all tensors."""
     return sum(((found[n] - exact[n]).norm() / exact[n].norm()).item() for n in exact) / len(exact)
 
 
@@ -82,12 +82,12 @@ def _assert_close(found, expected, **tolerance):
 
 @pytest.fixture
 def long_way(monkeypatch):
-    """The lean layers that take PEFT's own forward pass."""
+    """The fused layers that fell back to PEFT's own forward pass."""
     calls = []
     for kind in (peft.tuners.lora.layer.Linear, peft.tuners.lora.bnb.Linear4bit):
 
         def forward(self, *args, _original=kind.forward, **kwargs):
-            calls.extend([self] if type(self).__name__.startswith("Lean") else [])
+            calls.extend([self] if type(self).__name__.startswith("Fused") else [])
             return _original(self, *args, **kwargs)
 
         monkeypatch.setattr(kind, "forward", forward)
@@ -110,7 +110,7 @@ def test_lean_layers_equal_pefts(quantization, long_way, tmp_path):
 @pytest.mark.parametrize("quantization", ["plain", "nf4"])
 def test_lean_layers_are_no_less_exact_in_bfloat16(quantization, long_way, tmp_path):
     exact = _run(_pair(_base(quantization, tmp_path))[0])
-    # A 4-bit base keeps what is not quantized in bfloat16, as the recipes load it.
+    # A 4-bit base keeps its other weights in bfloat16, as the recipes load it.
     model, lean = _pair(_base(quantization, tmp_path, torch.bfloat16))
     found, rounded = _run(lean, autocast=True), _run(model, autocast=True)
     assert not long_way
@@ -151,7 +151,7 @@ def test_what_is_not_plain_lora_goes_pefts_way(name, autocast, long_way):
         assert (found - before).abs().max() > 0.1
         long_way.clear()
         lean.eval()(IDS)
-        assert not long_way  # without training there is nothing to drop
+        assert not long_way  # no dropout outside of training
 
 
 def test_one_cast_for_all_that_read_the_same_tensor():
@@ -182,7 +182,7 @@ def test_a_cast_goes_with_its_source():
 
 
 def _cast(kind: str, *, tied: bool):
-    """A shared base; query, key and value layers have a bias in Qwen2, and none in Llama."""
+    """A shared base; query, key and value layers have a bias in Qwen2, but not in Llama."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**CONFIG, tie_word_embeddings=tied)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
@@ -204,7 +204,7 @@ def test_held_weights_change_nothing_under_autocast(kind, tied):
     assert all(2 * p.nbytes == weights[n].nbytes for n, p in shared.named_parameters() if n in linear)
     _assert_close(_run(shared.peft, autocast=True), expected, rtol=0, atol=0)
     for name, parameter in shared.named_parameters():
-        # (A bias is small enough to be held in either.)
+        # (A bias is small enough to be in either dtype.)
         assert name.endswith("bias") or parameter.dtype == (torch.bfloat16 if name in linear else torch.float32)
         assert torch.equal(parameter.float(), weights[name].to(parameter.dtype).float())
         assert parameter.requires_grad == (".policy." in name)
@@ -254,7 +254,7 @@ def test_attention_for_training_is_nearer_to_the_truth():
     assert model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("ways", [(128, 256), (0, 256), (0, 0)])  # by whole products, torch in float32, torch
+@pytest.mark.parametrize("ways", [(128, 256), (0, 256), (0, 0)])  # whole products, torch in float32, plain torch
 def test_every_way_of_attention_gives_the_same_gradients(ways, monkeypatch):
     monkeypatch.setattr(attention, "WHOLE_UP_TO", ways[0])
     monkeypatch.setattr(attention, "FLOAT32_UP_TO", ways[1])
@@ -276,7 +276,7 @@ def _gradients(model, mask) -> torch.Tensor:
 def test_whole_attention_is_exact(masked):
     query, key, value = (torch.randn(2, heads, 7, 4, dtype=torch.float64, requires_grad=True) for heads in (6, 2, 2))
     mask = torch.ones(2, 1, 7, 7, dtype=torch.bool).tril()
-    if masked:  # padding on the left, whose own rows see everything, as transformers has it
+    if masked:  # left padding; its own rows see everything, as in transformers
         mask[0, :, :, :3], mask[0, :, :3] = False, True
     expected = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True

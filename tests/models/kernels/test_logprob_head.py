@@ -1,4 +1,4 @@
-"""The head in chunks gives the log-probabilities, entropies and gradients of a plain softmax over all scores."""
+"""The chunked head gives the log-probabilities, entropies and gradients of a plain softmax over all logits."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _of_scores(scores, tokens, temperature):
 
 
 def _plain(hidden, head, tokens, weights, temperature):
-    """Log-probabilities, entropies and the weighted log-probabilities' gradients by hidden, all in float64."""
+    """Log-probabilities, entropies, and gradients of the weighted log-probabilities by hidden, all in float64."""
     hidden = hidden.detach().double().requires_grad_()
     bias = None if head.bias is None else head.bias.double()
     scores = nn.functional.linear(hidden, head.weight.double(), bias)
@@ -56,7 +56,7 @@ def _plain(hidden, head, tokens, weights, temperature):
 
 
 def _assert_equal(logprobs, entropy, scores, expected):
-    """Equal as far as float32 goes: an entropy is a difference of two sums as large as the scores."""
+    """Equal up to float32 rounding: an entropy is a difference of two sums as large as the logits."""
     top = scores.abs().max().item()
     torch.testing.assert_close(logprobs.double(), expected[0], rtol=0, atol=2**-21 * top)
     torch.testing.assert_close(entropy.double(), expected[1], rtol=0, atol=2**-22 * top * max(1.0, top / 2))
@@ -89,7 +89,7 @@ def test_bfloat16_rounds_the_scores_and_nothing_behind_them(autocast, bias):
     (logprobs * weights).sum().backward()
     assert logprobs.dtype == entropy.dtype == torch.float32 and hidden.grad.dtype == hidden.dtype
     _assert_equal(logprobs, entropy, scores.float() / 0.7, _of_scores(scores, tokens, 0.7))
-    # Scores up to 30 are off by up to 2**-4, so are the probabilities, in proportion.
+    # Logits up to 30 are off by up to 2**-4, and the probabilities in proportion.
     exact = _plain(hidden, head, tokens, weights, 0.7)
     assert _relative_error(hidden.grad, exact[2]) < 2**-6
     assert (logprobs - exact[0]).abs().max() < 2 * 2**-4 / 0.7
@@ -109,7 +109,7 @@ def test_more_tokens_than_one_chunk(monkeypatch, chunk):
     monkeypatch.setattr(head_module, "linear", lambda x, *args: (heights.append(len(x)), product(x, *args))[1])
     for found, expected in zip(run(), whole, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=4e-6)
-    assert max(heights) == chunk and sum(heights) == 2 * TOKENS  # once for the scores, once for the gradient
+    assert max(heights) == chunk and sum(heights) == 2 * TOKENS  # once for the logits, once for the gradient
 
 
 def test_only_the_gradient_by_hidden_is_kept():
@@ -132,7 +132,7 @@ def test_no_tokens():
 
 
 def test_no_tokens_still_have_a_gradient():
-    """A part of a micro-batch whose responses are all empty goes through backward like any other."""
+    """A part of a micro-batch with only empty responses goes through backward like any other."""
     hidden, head, tokens, _ = _case()
     token_logprobs_of(hidden[:0], head, tokens[:0], 1.0)[0].sum().backward()
     assert hidden.grad is None or not hidden.grad.any()
@@ -142,7 +142,7 @@ def _tiny(kind, config, **extra):
     torch.manual_seed(0)
     sizes = {"hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    # Wide weights: scores that a cap or a scale visibly changes.
+    # Large weights, so that a cap or a scale visibly changes the logits.
     return kind(config(vocab_size=60, num_key_value_heads=2, initializer_range=0.3, **sizes, **ids, **extra))
 
 
@@ -168,7 +168,7 @@ def test_plain_heads(kind, config, tied):
 def test_capped_and_scaled_scores_are_not_plain(kind, config, extra):
     model = _tiny(kind, config, **extra).requires_grad_(False)
     assert not is_plain(model)
-    assert not is_plain(model)  # remembered
+    assert not is_plain(model)  # cached
 
 
 def test_adapters_below_the_head_leave_it_plain_and_one_on_it_does_not():
@@ -177,13 +177,13 @@ def test_adapters_below_the_head_leave_it_plain_and_one_on_it_does_not():
     with shared.role(None):
         assert is_plain(shared.model)
     shared.model.get_output_embeddings().weight.requires_grad_(True)
-    assert not is_plain(shared.model)  # also if it once was
+    assert not is_plain(shared.model)  # even if it was before
     on_head = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
     assert not is_plain(SharedBase(make_llama(), on_head).model)
 
 
 def test_a_head_held_in_bfloat16_stays_plain():
-    """Else every pass of a bf16 run on a model with an untied head computes the scores of the whole vocabulary."""
+    """Otherwise, every pass of a bf16 run with an untied head would compute the logits of the whole vocabulary."""
     shared = SharedBase(make_llama(), LoraConfig(r=2, target_modules="all-linear"))
     cast_frozen_weights(shared.model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -192,7 +192,7 @@ def test_a_head_held_in_bfloat16_stays_plain():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_trying_it_out_changes_no_mode_and_needs_no_luck(training):
-    """GPT-2 has dropout: in training mode two passes differ."""
+    """GPT-2 has dropout: in training mode, two passes differ."""
     model = make_gpt2().requires_grad_(False).train(training)
     random = torch.random.get_rng_state()
     assert is_plain(model)

@@ -1,4 +1,4 @@
-"""Keys and values in tensors of fixed size: the same responses, wherever transformers knows how."""
+"""Static caches give the same responses, for every architecture for which transformers supports them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FAMILIES = ("granite", "gemma3_text", "llama4_text", "qwen3_5_text", "mamba2")
 
 @pytest.fixture(params=[make_llama, make_gpt2, *FAMILIES])
 def model(request):
-    """With windows that are shorter than the prompts."""
+    """Models; sliding windows are shorter than the prompts."""
     model = request.param() if callable(request.param) else make_family(request.param)
     config = model.config.get_text_config()
     if getattr(config, "sliding_window", None):
@@ -28,7 +28,7 @@ def model(request):
 
 
 def _caches(model):
-    """Filled with the kind of every cache that the model is given."""
+    """A list that collects the type of every cache passed to the model."""
     seen = []
     model.register_forward_pre_hook(
         lambda _module, _args, kwargs: seen.append(type(kwargs.get("past_key_values", kwargs.get("cache_params")))),
@@ -69,7 +69,7 @@ def test_log_probabilities_of_padded_prompts_stay_the_same(model):
 
 
 def test_keys_and_values_of_one_type_only():
-    """A static cache has room for one; under autocast float32 weights give float32 keys and bfloat16 values."""
+    """A static cache has a single dtype; under autocast, float32 weights give float32 keys and bfloat16 values."""
     model = make_llama()
     with kernels(static_cache=True):
         assert static_cache(model, 9)
@@ -90,7 +90,7 @@ def test_few_lengths_are_compiled():
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_token_is_one_graph_with_adapters_too(dtype):
-    """As on a GPU, but that there the graph is compiled: transformers compiles on no CPU unless it is forced."""
+    """As on a GPU, where the graph is then compiled; on a CPU, transformers compiles only if forced to."""
     torch._dynamo.reset()
     model = get_peft_model(
         make_llama(hidden_size=64).to(dtype), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)

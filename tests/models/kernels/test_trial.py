@@ -1,4 +1,4 @@
-"""A trial is exact whatever the weights are held in, and leaves the model as it was."""
+"""A trial is exact for any dtype of the weights, and leaves the model as it was."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_it_computes_what_a_float32_copy_computes(kind, dtype):
         low = model(IDS).logits.float()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     model.train()
-    with trial(model), trial(model):  # one may begin inside of another
+    with trial(model), trial(model):  # trials may be nested
         found = model(IDS).logits
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3 * expected.abs().max().item())
     assert (found - expected).norm() < 0.1 * (low - expected).norm()
@@ -52,7 +52,7 @@ def test_a_trial_in_float64(held):
     with trial(model, torch.float64):
         found = model(IDS).logits
     assert found.dtype == torch.float64
-    # Where norms and rotations are computed in float32 they are so in both.
+    # Norms and rotary embeddings that are computed in float32 are so in both.
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
@@ -76,7 +76,7 @@ def test_adapters_take_no_part():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_in_bfloat16_a_model_packs_if_it_does_in_float32(dtype):
-    """With small weights MPT's biases by distance change less on a few tokens than rounding to bfloat16 does."""
+    """With small weights, MPT's ALiBi biases change less on a few tokens than rounding to bfloat16 does."""
     for scale in (0.02, 0.2):
         for kind, packs in (("granite", True), ("mpt", False), ("mamba2", False)):
             assert PackedModel.can_read(make_family(kind, scale=scale).to(dtype), 20) == packs
@@ -101,7 +101,7 @@ def test_attention_is_replaced_only_where_that_changes_nothing(kind):
 
 @pytest.mark.parametrize("learned", [False, True])
 def test_what_doge_adds_to_its_mask_is_not_lost_in_packed_pairs(learned):
-    """It is zero in a new model: only the gradient, and what it becomes in training, tell that it was there."""
+    """It is zero in a new model: only its gradient, and its value after training, show that it was there."""
     model = make_family("doge", auto=AutoModelForSequenceClassification).double()
     for layer in model.model.layers if learned else ():
         nn.init.normal_(layer.self_attn.A)

@@ -47,7 +47,7 @@ def test_the_results_tell_before_from_after(finished):
 
 
 def test_held_out_scores_are_regulated_as_one_pool():
-    """Against numpy: every category has the same mean and standard deviation, as a selector would see them."""
+    """Against numpy: all categories get the same mean and standard deviation, as a selector would see them."""
     generator, categories = torch.Generator().manual_seed(0), ["a", "b", "c"] * 20
     scale, offset = (torch.tensor(values * 40) for values in ([1.0, 4.0, 0.3], [0.0, 9.0, -2.0]))
     raw = offset + scale * torch.randn(120, generator=generator)
@@ -134,10 +134,10 @@ def test_policies_that_wrote_the_responses_become_importance_weights(finished, t
     plain = response_logprobs(base, data["chosen_ids"], data["prompt_length"])
     moved = response_logprobs(PeftModel.from_pretrained(base, other), data["chosen_ids"], data["prompt_length"])
     ratios = torch.tensor(data["chosen_log_ratios"], dtype=torch.float64)
-    assert ratios[:, 0].tolist() == [0.0] * len(data)  # the start is a new adapter on the base
+    assert ratios[:, 0].tolist() == [0.0] * len(data)  # the initial policy is a new adapter on the base
     torch.testing.assert_close(ratios[:, 1], plain - moved, rtol=0, atol=1e-4)
     assert (plain - moved).abs().max() > 1e-3
-    # RL pays the a that was trained: its state says with which N and how large shares.
+    # RL rewards the trained advantage: the transform's state holds N and the mean share.
     every = torch.cat(
         [torch.tensor(data[f"{side}_log_ratios"], dtype=torch.float64) for side in ("chosen", "rejected")]
     )

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from trl_rlaif.files import read_lines
 
-# Only the stages that read data: what is wrong must be found there.
+# Only the stages that read data: errors must be found there.
 SHORT = {"reward": None, "rl": None, "evaluate": None, "report": None}
 
 
@@ -111,9 +111,9 @@ def test_a_tokenizer_without_chat_template(tiny_model, tmp_path, monkeypatch, ca
     shutil.copytree(tiny_model, tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").unlink()
     recipe = write_recipe(tmp_path, str(tmp_path / "model"), **SHORT)
-    # Text prompts are text for a base model ...
+    # A base model takes text prompts as plain text ...
     assert run_cli(monkeypatch, capsys, "run", recipe, "--output", tmp_path / "out")[0] == 0
-    # ... and conversations cannot be.
+    # ... but it cannot take conversations.
     _lines(tmp_path / "train.jsonl", {"prompt": [{"role": "user", "content": "b"}]})
     code, stderr = run_cli(monkeypatch, capsys, "run", recipe, "--output", tmp_path / "out2")
     assert code == 2 and "chat template" in stderr
@@ -130,7 +130,7 @@ def test_nan_from_a_reward_function_keeps_what_was_done(tiny_model, tmp_path, mo
     sections = {"sample": None, "label": None, "reward": None, "evaluate": None}
     recipe = write_recipe(tmp_path, tiny_model, **sections, rl={"rewards": ["helpers.rewards:not_a_number"]})
     code, stderr = run_cli(monkeypatch, capsys, "run", recipe, "--output", tmp_path / "out")
-    assert code == 1  # the recipe is right, the function is not
+    assert code == 1  # the recipe is valid, the function is wrong
     assert "not_a_number" in stderr and "nan" in stderr
     assert (tmp_path / "out" / "checkpoints" / "rl" / "checkpoint-0" / "training.pt").exists()
 

@@ -1,4 +1,4 @@
-"""label.budget, and the tokens of judges on servers: counted as the server counts them, and asked for once."""
+"""label.budget, and the token usage of judges on servers: as the server counts it, with no request sent twice."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def texts(server):
 
 
 def used(server):
-    """Tokens of all requests by the server's rule: words read, and one written."""
+    """Tokens of all requests by the server's rule: input words, and one output token per request."""
     asked = texts(server)
     return sum(len(text.split()) for text in asked), len(asked)
 
@@ -84,12 +84,12 @@ def test_labeling_stops_where_the_budget_is_used_up_and_goes_on_with_a_larger_on
         label(price=price, budget=budget(part))
     spent = sum(used(server))
     assert f"{spent:,}" in str(caught.value)
-    assert part <= spent < part + 3 * total / len(PAIRS)  # what two threads had begun
+    assert part <= spent < part + 3 * total / len(PAIRS)  # requests of two threads in flight
     kept = read_lines(tmp_path / "out" / "labels.jsonl")
-    assert len(kept) == len(server.requests) // 2  # whatever was answered is there
+    assert len(kept) == len(server.requests) // 2  # every answer is kept
     with pytest.raises(RunError, match="used up"):
         label(price=price, budget=budget(part))
-    assert sum(used(server)) == spent  # not a request more
+    assert sum(used(server)) == spent  # no further request
     folder = label(price=price, budget=budget(total + 1))
     assert sum(used(server)) == total and len(set(texts(server))) == len(texts(server)) == 2 * len(PAIRS)
     assert results(folder)["usage"] == pytest.approx(results(whole)["usage"])
@@ -111,7 +111,7 @@ def test_a_server_that_does_not_count_has_no_budget(label, server):
 
 
 def test_what_a_stopped_run_has_used_still_counts(label, server, monkeypatch):
-    """Stopped at its seventh label; the requests that were under way are asked again, and count again."""
+    """Stopped at the seventh label; requests in flight are sent again, and count again."""
     add, added = LabelStore.add, []
 
     def stop(*args):
@@ -122,7 +122,7 @@ def test_what_a_stopped_run_has_used_still_counts(label, server, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(LabelStore, "add", stop)
         label()
-    time.sleep(0.2)  # of what was under way, the answers come
+    time.sleep(0.2)  # for the answers to requests in flight
     before = used(server)[0]
     usage = results(label())["usage"]["input_tokens"]
     asked = used(server)[0]
@@ -130,12 +130,12 @@ def test_what_a_stopped_run_has_used_still_counts(label, server, monkeypatch):
     assert asked - 2 * 2 * most <= usage <= asked and usage > asked - before
 
 
-# ---- Every stage that asks -------------------------------------------------------------------------------
+# ---- Every stage that asks a judge -----------------------------------------------------------------------
 
 
 @pytest.fixture
 def run(tiny_model, tmp_path, server):
-    """What runs these stages of a recipe whose labels, rewards and win rates are of a server; the stage's results."""
+    """A function that runs stages with labels, rewards and win rates from a server; returns the last one's results."""
     judge = {"backend": "openai", "path": "scripted", "base_url": server.base_url, "prefill": False}
     dear, cheap = ({"price": dict(zip(("input", "output"), of, strict=True))} for of in ((3.0, 20.0), (1.0, 2.0)))
     recipe = tiny_recipe(
@@ -157,7 +157,7 @@ def run(tiny_model, tmp_path, server):
 
 
 def cost(server):
-    """Of all requests: ratings, and comparisons by evaluate, have prices of their own."""
+    """The cost of all requests; ratings, and comparisons in evaluate, have different prices."""
     rated = ["from 1 to 10" in text for text in texts(server)]
     words = [len(text.split()) for text in texts(server)]
     return sum(3 * n + 20 if dear else n + 2 for n, dear in zip(words, rated, strict=True)) / 1e6
@@ -177,7 +177,7 @@ def test_rewards_and_win_rates_by_a_server_are_counted_each_by_its_price(run, se
         patch.setattr("trl_rlaif.pipeline.work.evaluate.write_atomically", stop)
         run("evaluate")
     stopped, spent = used(server), cost(server)
-    usage = run("evaluate", "report", "evaluate")["usage"]  # all is asked again, and counts again
+    usage = run("evaluate", "report", "evaluate")["usage"]  # all requests are sent again, and count again
     assert used(server) == stopped and 8 < len(server.requests)  # ratings of 4 prompts' responses, and comparisons
     assert (usage["input_tokens"], usage["output_tokens"]) == tuple(2 * n for n in stopped)
     assert usage["cost"] == 2 * spent and usage["uncounted"] == 0
@@ -195,12 +195,12 @@ def test_a_comparison_counts_what_all_its_judgments_took(tiny_model, tmp_path, s
         write_rows(run / "samples.jsonl", [told | row | {"tokens_trained": 2.0, "ended_trained": 1.0} for row in rows])
     usage = play(recipe, installed_plugins(), folder, runs)["usage"]
     assert (usage["input_tokens"], usage["output_tokens"]) == used(server) and len(server.requests) == 3 * 3 * 2
-    assert play(recipe, installed_plugins(), folder, runs)["usage"] == usage  # nothing is asked again
+    assert play(recipe, installed_plugins(), folder, runs)["usage"] == usage  # no request is repeated
     assert len(server.requests) == 3 * 3 * 2
 
 
 def test_the_cost_does_not_depend_on_the_order_of_the_answers():
-    """Answers arrive as threads end, and floats of 0.1 or 0.7 add up to another last digit in another order."""
+    """Answers arrive in any order, and the last digit of a float sum of 0.1 or 0.7 depends on the order."""
     answers = [(number * 37 % 101, number % 5) for number in range(200)]
     costs = set()
     for seed in range(20):
@@ -221,7 +221,7 @@ def test_a_budget_of_money_is_used_up_once_the_cost_is_equal():
 
 
 def test_each_process_counts_in_a_file_of_its_own(tmp_path, monkeypatch):
-    """The second of two rewards its own responses; one process alone goes on after a kill."""
+    """Each of two processes counts its own usage; after a kill, a single process continues."""
     context = SimpleNamespace(folder=RunFolder(tmp_path), total=None)
     for rank, used in enumerate([Usage(10, 1, Decimal("0.5")), Usage(20, 2, None, 3)]):
         with monkeypatch.context() as patch:

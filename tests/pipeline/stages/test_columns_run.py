@@ -1,4 +1,4 @@
-"""A judge's prompt that names a column of the data: every stage that asks shows each row its own."""
+"""A judge prompt with a column of the data: every stage that asks a judge shows each row's own value."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trl_rlaif.plugins import installed_plugins
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Prompt and reference of every comparison that is asked for."""
+    """The prompt and reference of every comparison."""
     found, compare = [], JudgePrompt.compare
 
     def recorded(self, prompt, *responses, columns=None, **options):
@@ -29,7 +29,7 @@ def asked(monkeypatch):
 
 
 def with_references(path, changed=()):
-    """Give every row of a file a reference of its own; what the judge must be shown, by prompt."""
+    """Give every row of a file its own reference; returns the references by prompt."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for i, row in enumerate(rows):
         row["reference"] = f"a city {i}{'!' if i in changed else ''}"
@@ -58,6 +58,6 @@ def test_every_stage_shows_each_row_its_own(tiny_model, tmp_path, asked):
     assert results["label"]["made"] == len(read_lines(folder / "pairs.jsonl"))
     assert f"{results['label']['labeled']} labels" in (folder / "report.html").read_text()
     assert None not in [row["p_trained_by"]["again"] for row in read_lines(folder / "samples.jsonl")]
-    # With another reference, two labels are made again.
+    # With two references changed, two labels are made again.
     results = json.loads((run(changed=(2, 5), resume=True) / "results.json").read_text())
     assert results["label"]["made"] == 2

@@ -1,4 +1,4 @@
-"""`rl.algorithm: dpo` against a plain script with TRL's DPOTrainer, and with another start or people's choices."""
+"""`rl.algorithm: dpo` against a plain script with TRL's DPOTrainer, with soft labels, and after SFT."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_with_labels_that_are_sure_the_policy_is_that_of_a_plain_script(tiny_mod
     "options", [{}, {"precompute_ref_log_probs": True}, {"f_divergence_type": "js_divergence"}], ids=str
 )
 def test_soft_labels_are_learned_from_as_they_are(tiny_model, tmp_path, options):
-    """-[p log s(h) + (1 - p) log s(-h)] and its gradient by h, from plain float64 forward passes."""
+    """-[p log s(h) + (1 - p) log s(-h)] and its gradients, from plain float64 forward passes."""
     p = [1.0, 0.9, 0.5, 0.62]
     rows = [
         {"prompt": f"what is {i}?", "chosen": " a quick fox" * (i + 1), "rejected": " the dog", "p": p[i]}
@@ -99,7 +99,7 @@ def test_soft_labels_are_learned_from_as_they_are(tiny_model, tmp_path, options)
                 weight.normal_(std=0.2)
     batch = next(iter(trainer.get_train_dataloader()))
     assert sorted(batch["p"].tolist()) == pytest.approx(sorted(p))
-    assert pickle.dumps(trainer.data_collator)  # as workers of a data loader are sent it
+    assert pickle.dumps(trainer.data_collator)  # for data loader workers
     examples = {k: v.clone() for k, v in batch.items()}
     policy = get_peft_model(copy.deepcopy(reference), _adapter()).double()
     policy.load_state_dict(trainer.model.state_dict())
@@ -123,7 +123,7 @@ def test_soft_labels_are_learned_from_as_they_are(tiny_model, tmp_path, options)
 
 
 def _logprobs(model, batch):
-    """Of each response, given its prompt: the sum over its tokens, one sequence at a time."""
+    """The log-probability of each response given its prompt, one sequence at a time."""
     found, columns = [], [batch[name] for name in ("input_ids", "attention_mask", "completion_mask")]
     for ids, attended, completion in zip(*columns, strict=True):
         ids, completion = ids[attended.bool()][None], completion[attended.bool()].bool()
@@ -140,7 +140,7 @@ def test_a_loss_in_another_way_is_not_taken_for_dpo(tiny_model, tmp_path, monkey
         peft_config=_adapter(),
     )  # fmt: skip
     batch = next(iter(trainer.get_train_dataloader()))
-    trainer.loss_types = ["hinge"]  # as if the release meant something else by its default
+    trainer.loss_types = ["hinge"]  # as if a TRL release had changed the default loss
     with pytest.raises(RunError, match="in a way that does not support soft labels"):
         trainer.compute_loss(trainer.model, dict(batch))
     assert trainer.beta == 0.3

@@ -1,4 +1,4 @@
-"""What the stage evaluate makes of its judged prompts."""
+"""The evaluate stage's numbers from its judged prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes in two processes that share out the model's weights (FSDP2), compared with one process."""
+"""Recipes in two processes with sharded weights (FSDP2), compared with one process."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from helpers.recipes import write_recipe, write_rows
 pytestmark = pytest.mark.slow
 
 _TRAINED = {"per_device_train_batch_size": 6, "learning_rate": 1e-2, "max_steps": 2, "save_steps": 1}
-# Averaged gradients are rounded otherwise, and Adam's first steps are as long whatever a gradient's size.
+# Averaged gradients are rounded differently, and the size of Adam's first steps does not depend on the gradient's.
 TOLERANCE = 1e-4
 
 
 def _of_people(folder: Path, model: str) -> Path:
-    """A recipe that fine-tunes, and learns a reward model and a policy by DPO from pairs that people judged."""
+    """A recipe with SFT, and a reward model and DPO on human-labeled pairs."""
     pairs = [
         {"id": f"p{i}", "prompt": f"what is {i}?", "response_1": "a city", "response_2": "the fox " * (i % 5 + 1),
          "human": 1 + i % 2}
@@ -46,7 +46,7 @@ def test_fine_tuning_reward_and_dpo_are_those_of_one_process(tiny_model, tmp_pat
     adapters = {f"{part}/adapter_model.safetensors" for part in ("sft", "reward", "policy")}
     assert adapters | {"metrics.jsonl", "results.json", "reward_scores.jsonl"} <= found.keys()
     assert {name: by for name, by in found.items() if by > TOLERANCE} == {}
-    # Checkpoints, too, are those of one process: of adapters alone, and of a whole optimizer.
+    # Checkpoints match those of one process, too: adapters only, and an unsharded optimizer.
     ours, theirs = (tmp_path / name / "checkpoints" / "rl" / "checkpoint-2" for name in ("two", "one"))
     assert {path.name for path in theirs.iterdir()} - {path.name for path in ours.iterdir()} == {"rng_state.pth"}
     states = [torch.load(of / "optimizer.pt", weights_only=True)["state"] for of in (ours, theirs)]

@@ -1,4 +1,4 @@
-"""The RL stage's own account of GPU memory, with a GPU that is only said to be there."""
+"""The GPU memory that the RL stage reports, on a pretended GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stage judge on a tiny model: what it teaches, when it is used, and who is asked then."""
+"""The judge stage on a tiny model: its training data, when the taught judge is used, and which judge is asked."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NO_MORE = dict.fromkeys(("sample", "reward", "rl", "evaluate", "report"))
 
 @pytest.fixture
 def recipe(tiny_model, tmp_path):
-    """A recipe on these pairs with these keys of the section judge."""
+    """A function that makes a recipe with given keys of its judge section."""
     write_prompt_folder(tmp_path / "prompt")
     rows = judged_pairs(24)
     for name, some in (("pairs.jsonl", rows[:8]), ("people.jsonl", rows[8:])):
@@ -58,7 +58,7 @@ def test_a_judge_is_taught_and_asked(recipe, tmp_path, tiny_model):
     held_out = {row["prompt"] for row in lessons if row["held_out"]}
     assert not held_out & {row["prompt"] for row in lessons if not row["held_out"]}
 
-    # The labels are the taught judge's, the comparison's the plain one's, and both are kept apart.
+    # The labels come from the taught judge, those of the comparison from the plain one, and they are kept apart.
     comparison = folder.results_of("label")["comparison"]
     assert comparison["label"]["agreement"]["rate"] == 1.0 > comparison["plain"]["agreement"]["rate"]
     store = LabelStore(folder / "labels.jsonl")
@@ -94,7 +94,7 @@ def test_what_does_not_help_is_not_used(recipe, tmp_path, capsys):
     found = folder.results_of("judge")
     assert not found["used"] and "standard error" in found["reason"]
     assert "is not used" in capsys.readouterr().err
-    # One judge, one key: nothing is asked twice.
+    # One judge, one key: no question is asked twice.
     assert len({row["setup"] for row in read_lines(folder / "labels.jsonl")}) == 1
 
 
@@ -136,7 +136,7 @@ def test_another_judges_stored_labels(recipe, tmp_path, stored, taught, names):
     assert rows[0] == rows[1]
     found = student.results_of("judge")["sources"]
     assert found.keys() == {"all", "labels"}
-    if stored == taught:  # before it is taught, it says what was stored
+    if stored == taught:  # before training, it answers what was stored
         held_out = [row for row in lessons if row["held_out"]]
         known = [[row["ratings_1"], row["ratings_2"]] if "ratings_1" in names else [[row["p"], 1 - row["p"]]]
                  for row in held_out]  # fmt: skip
@@ -170,7 +170,7 @@ def test_a_finished_stage_is_redone_when_what_it_is_made_from_changes(recipe, tm
 def test_what_is_refused(recipe, tmp_path, monkeypatch, capsys, tiny_model, section, label, expected):
     judge = {"contrasts": [], "pairs": "people.jsonl", **section}
     data = {"prompts": None, "eval_prompts": None, "pairs": "pairs.jsonl"}
-    recipe()  # the files
+    recipe()  # writes the files
     path = write_recipe(
         tmp_path, tiny_model, **NO_MORE, data=data, judge=judge, label={"judge": "taught", "prompt": "prompt", **label}
     )

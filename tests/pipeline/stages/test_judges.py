@@ -1,4 +1,4 @@
-"""Several judges in the stage evaluate: each of them asked, and its numbers as samples.jsonl has them."""
+"""Several judges in the evaluate stage: each is asked, and its numbers match samples.jsonl."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ WITHOUT = {"sample": None, "label": None, "reward": None, "report": None}
 
 @pytest.fixture(scope="module")
 def finished(tiny_model, tmp_path_factory):
-    """A run with three judges and ratings: (folder, model of the judge that is another one)."""
+    """A run with three judges and ratings: (folder, path of the judge that is a different model)."""
     base = tmp_path_factory.mktemp("judges")
     other = save_tiny_model(base / "other", seed=5)
     write_prompts(base / "many.jsonl", 12, start=40)
-    for name in ("main", "helpful", "harmless"):  # short: the tiny models read 512 tokens
+    for name in ("main", "helpful", "harmless"):  # short: the tiny models have a context of 512 tokens
         (base / name).mkdir()
         for part, text in PARTS.items():
             (base / name / part).write_text(text.replace("You are a judge.", f"You are the {name} judge."))
@@ -64,7 +64,7 @@ def _win_rate(values):
 
 
 def _at_equal_length(values, samples):
-    """The fit's definition, minimized by scipy."""
+    """The length-controlled fit by definition, minimized with scipy."""
     y = [0.5 if p == 0.5 else float(p > 0.5) for p in values]
     gaps = [len(s["trained"]) - len(s["start"]) for s in samples]
     x = [math.tanh(gap / statistics.stdev(gaps)) for gap in gaps]
@@ -95,7 +95,7 @@ def test_each_judges_numbers_are_those_of_the_samples(finished):
         fitted = found["length_controlled"]
         assert fitted["win_rate"] == pytest.approx(_at_equal_length(of_judge, samples), abs=1e-4)
         assert fitted["uncontrolled"] == pytest.approx(found["win_rate"])
-    assert len({tuple(of_judge) for of_judge in values.values()}) == 3  # nobody stands in for another
+    assert len({tuple(of_judge) for of_judge in values.values()}) == 3  # no two judges agree on everything
     assert [numbers["judges"][name]["judge"] for name in ("other", "helpful")] == [other, results["judge"]]
     lengths = numbers["lengths"]
     assert lengths["mean"] == pytest.approx(statistics.fmean(len(s["trained"]) for s in samples))
@@ -125,7 +125,7 @@ def test_agreement_is_of_the_prompts_that_the_judges_were_asked_about(finished):
 
 
 def test_further_judges_and_ratings_are_those_of_the_models_themselves(finished, tiny_model):
-    """The judge that is another model, and the base without any adapter as the one who rates."""
+    """Compared with the other judge's model, and for the ratings with the base model without an adapter."""
     folder, other = finished
     samples, registry = read_lines(folder / "samples.jsonl"), installed_plugins().registry
 
@@ -175,7 +175,7 @@ def _rows(count=4):
 
 
 def test_one_model_after_the_other_and_each_only_once(tmp_path, tiny_model, monkeypatch):
-    """The same model with two prompts is loaded once; before the next is loaded it is gone."""
+    """A model with two prompts is loaded once, and freed before the next one is loaded."""
     paths = [save_tiny_model(tmp_path / name, seed=seed) for seed, name in enumerate(("first", "second", "third"), 5)]
     first, second, third = ({"path": path, "dtype": "float32"} for path in paths)
     judges = {"b": {"judge": second}, "c": {"prompt": "helpfulness"}, "d": {"judge": third, "prompt": "general"}}
@@ -198,7 +198,7 @@ def test_one_model_after_the_other_and_each_only_once(tmp_path, tiny_model, monk
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """Judges that are scripted: (prompt, trained response shown first, ...) by a rule; those asked are kept."""
+    """Scripted judges that answer by a rule; returns the list of those that were loaded."""
     made = []
 
     def use(rule):
@@ -213,7 +213,7 @@ def scripted(monkeypatch):
 
 
 def test_what_cannot_be_judged_is_no_vote_and_no_win(tmp_path, tiny_model, scripted):
-    """The longer response is preferred; one prompt is refused, on another both responses are the same."""
+    """The longer response is preferred; one prompt is refused, and another has two identical responses."""
 
     def rule(context, response_1, response_2):
         return "refused" if "what is 1" in context else float(len(response_1) - len(response_2))
@@ -235,7 +235,7 @@ def test_what_cannot_be_judged_is_no_vote_and_no_win(tmp_path, tiny_model, scrip
 
 
 def _ablated(tmp_path, model, options):
-    """A run whose labels are made with these options."""
+    """The context of a run with these labeler options."""
     recipe = tiny_recipe(tmp_path, model, rl=RL, label={"labeler": {"distilled": options}}, reward=None, report=None)
     return Context(recipe, RunFolder(tmp_path / "out"), installed_plugins())
 
@@ -245,7 +245,7 @@ ABLATIONS = [{"orders": "12"}, {"orders": "21"}, {"debias": "mean_prob"}, {"thin
 
 @pytest.mark.parametrize("options", ABLATIONS, ids=str)
 def test_a_judge_that_prefers_a_position_wins_nothing_whatever_the_labels_option(tmp_path, tiny_model, options):
-    """Which in evaluate, in the forgetting tracker and between variants would give one side all wins with one order."""
+    """With one order, one side would win every time in evaluate, in the forgetting tracker and between variants."""
     context = _ablated(tmp_path, tiny_model, options)
     judge = ScriptedJudge(lambda context, response_1, response_2: 3.0)
     prompts, policy, start = ["what is a fox?"] * 8, [f"one {i}" for i in range(8)], ["two"] * 8
@@ -257,7 +257,7 @@ def test_a_judge_that_prefers_a_position_wins_nothing_whatever_the_labels_option
 
 
 def test_a_judge_with_a_taste_and_a_position_is_heard_for_its_taste(tmp_path, tiny_model):
-    """Its confidence too: of the mean of log-odds, a bias takes nothing."""
+    """So is its confidence: the bias cancels in the mean of the log-odds."""
     context = _ablated(tmp_path, tiny_model, {"orders": "12"})
     judge = ScriptedJudge(lambda context, response_1, response_2: 5.0 + len(response_1) - len(response_2))
     found = asking(context, judge)(["p", "p"], ["abc", "a"], ["a", "abc"])
@@ -300,7 +300,7 @@ def test_a_length_that_cannot_be_controlled_is_null(fit, monkeypatch):
 
 @pytest.mark.parametrize(("rating", "rate"), [(5, 0.0), (6, 1.0), (None, 0.5)])
 def test_harmless_is_what_is_rated_above_the_middle(tmp_path, tiny_model, scripted, rating, rate):
-    """Ratings of 5 and of 6 for sure; and 1 or 10 with the same probability, the middle itself."""
+    """Certain ratings of 5 and of 6; and 1 or 10 with equal probability, which is exactly the middle."""
 
     def rule(context, response=None, response_1=None, response_2=None):
         if response is None:

@@ -1,4 +1,4 @@
-"""A jury on a tiny model: how its members' labels become one, what it costs to add one, and what is left out."""
+"""A jury on a tiny model: joining its members' labels, adding a member, and leaving out disputed pairs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PAIRED = make_pairs(12, human=ALL_JUDGED)
 
 @pytest.fixture
 def label(tiny_model, tmp_path):
-    """Run the label stage in a folder, by default with a jury of three; the folder."""
+    """A function that runs the label stage, by default with a jury of three; returns the run folder."""
     run = label_stage(tiny_model, tmp_path)
     write_rows(tmp_path / "judged.jsonl", make_pairs(20, 100, ALL_JUDGED))
     return lambda output="out", jury=None, compare=TWO, **section: run(
@@ -39,7 +39,7 @@ def label(tiny_model, tmp_path):
 
 
 def votes(folder, ids):
-    """(N, J) probabilities of labels.jsonl, a column for each labeler in the order in which they labeled."""
+    """(N, J) probabilities in labels.jsonl, with a column per labeler in the order in which they labeled."""
     by_setup = {}
     for row in read_lines(folder / "labels.jsonl"):
         by_setup.setdefault(row["setup"], {})[row["id"]] = row["p"]
@@ -76,7 +76,7 @@ def test_the_members_labels_are_joined(label, name, join):
     assert numbers["labeled"] == 12 and numbers["position_bias"] is None
     human = [pair["human"] for pair in PAIRED]
     assert numbers["agreement"]["rate"] == agreement(p.tolist(), human)["rate"]
-    # Each member's own numbers are those of its own labels.
+    # Each member's numbers are those of its own labels.
     first = numbers["comparison"]["label"]["agreement"]["rate"]
     assert first == agreement(given[:, 0].tolist(), human)["rate"]
 
@@ -93,7 +93,7 @@ def test_a_member_that_joins_later_asks_its_own_questions_alone(label):
     assert (folder / "jury.jsonl").read_bytes() == (fresh / "jury.jsonl").read_bytes()
     assert preferences(folder) == preferences(fresh)
     assert results(folder)["jury"] == results(fresh)["jury"]
-    # And one that leaves costs nothing.
+    # Removing a member costs nothing.
     label(compare={"rated": RATED})
     assert len(read_lines(folder / "labels.jsonl")) == 36
 
@@ -110,7 +110,7 @@ def test_disputed_pairs_may_be_left_out(label):
 
 
 def test_the_joined_label_is_what_is_calibrated(label):
-    """The members label what people judged, too; their votes are joined by what the run's own pairs say of them."""
+    """The members also label the human-judged pairs; their votes are joined by the fit to the run's own pairs."""
     folder = label(calibration="judged.jsonl")
     joined = LogOddsPool.fit(votes(folder, IDS))
     judged = make_pairs(20, 100, ALL_JUDGED)
@@ -124,11 +124,11 @@ def test_the_joined_label_is_what_is_calibrated(label):
     assert [row["p"] for row in preferences(folder).values()] == pytest.approx([max(x, 1 - x) for x in applied])
 
 
-# ---- Votes that are missing -----------------------------------------------------------------------------
+# ---- Missing votes --------------------------------------------------------------------------------------
 
 
 def labels(p, ids="wxyz"):
-    """A member's, None for what it skipped; it has none of other pairs."""
+    """A member's labels: None for a skipped pair, and no label for pairs that are not in ``p``."""
     pairs, masses = [Pair(id, "why?", "a", "b") for id in ids], {"mass_12": None, "mass_21": None}
     rows = {
         id: {"id": id, "p": value, **masses} | ({} if value is not None else {"skipped": "too long"})

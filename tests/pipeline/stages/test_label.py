@@ -1,4 +1,4 @@
-"""The label stage on a tiny model: what is made, what is kept, what is compared, calibrated and shared out."""
+"""The label stage on a tiny model: new and kept labels, comparison, calibration, interrupted runs and shards."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from trl_rlaif.pipeline.work import label as label_module
 
 @pytest.fixture(autouse=True, scope="module")
 def frozen():
-    """A stage ends with a full garbage collection, which need not look at all that the libraries hold."""
+    """Each stage ends with a full garbage collection, which can skip the objects of imported libraries."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -40,7 +40,7 @@ def frozen():
 
 @pytest.fixture
 def label(tiny_model, tmp_path):
-    """Run the label stage over pairs in a folder, with these keys of the section; the folder."""
+    """A function that runs the label stage over pairs, with given keys of its section; returns the run folder."""
     return label_stage(tiny_model, tmp_path)
 
 
@@ -51,7 +51,7 @@ def own_labels(folder):
 
 @pytest.fixture
 def no_judge(monkeypatch):
-    """From its call on, no judge may be loaded."""
+    """A function that forbids loading a judge from then on."""
 
     def forbid():
         monkeypatch.setattr(Judges, "load", lambda *_: pytest.fail("a judge was loaded"))
@@ -59,11 +59,11 @@ def no_judge(monkeypatch):
     return forbid
 
 
-# ---- What is made, and what is kept ---------------------------------------------------------------------
+# ---- New and kept labels --------------------------------------------------------------------------------
 
 
 class Tomorrow(date):
-    """From now on it is the second of January 2031."""
+    """``date`` with January 2, 2031 as today."""
 
     @classmethod
     def today(cls):
@@ -85,7 +85,7 @@ def test_what_a_chat_template_is_told_makes_labels_anew(tiny_model, tmp_path, la
     second = results(label(judge={**judge, "chat_template_kwargs": {"effort": "the lazy dog " * 9}}))
     assert (first["made"], second["made"]) == (12, 12) and first["setup"] != second["setup"]
     folder = label(judge="same", model={"path": own, "chat_template_kwargs": {"effort": "the lazy dog " * 9}})
-    assert results(folder)["setup"] == second["setup"] and results(folder)["made"] == 0  # the same model, told the same
+    assert results(folder)["setup"] == second["setup"] and results(folder)["made"] == 0  # same model and arguments
 
 
 def test_a_run_that_is_resumed_on_another_day_labels_as_on_the_first(tiny_model, tmp_path, label, monkeypatch):
@@ -95,7 +95,7 @@ def test_a_run_that_is_resumed_on_another_day_labels_as_on_the_first(tiny_model,
     before, day = own_labels(folder), json.loads((folder.state / "date").read_text())["date"]
     assert day == date.today().isoformat()
     monkeypatch.setattr(context_module, "date", Tomorrow)
-    folder = label(judge=judge)  # six more pairs, on the next day
+    folder = label(judge=judge)  # six more pairs, on another day
     assert results(folder)["made"] == 6 and {id: own_labels(folder)[id] for id in before} == before
     other = label("other", judge=judge)
     assert results(other)["setup"] != results(folder)["setup"] and "2031-01-02" in (other.state / "date").read_text()
@@ -112,7 +112,7 @@ def test_another_option_labels_anew_and_keeps_the_old_lines(label):
     assert after.startswith(before) and len(after.splitlines()) == 24
     assert results(folder)["made"] == 12 and results(folder)["setup"] != setup
     assert all(row["p"] == pytest.approx((row["p_12"] + row["p_21"]) / 2) for row in own_labels(folder).values())
-    # Back to the first ones: they are still there.
+    # Back to the first option: its labels are still there.
     label()
     assert results(folder)["setup"] == setup and (folder / "labels.jsonl").read_bytes() == after
 
@@ -130,14 +130,14 @@ def test_what_determines_no_label_makes_none(label, no_judge):
 def test_another_prompt_file_labels_anew(label, tmp_path):
     label()
     (tmp_path / "prompt" / "base.txt").write_text("Which one?")
-    assert results(label(min_confidence=0.5001))["made"] == 12  # the stage itself does not see the file
+    assert results(label())["made"] == 12
 
 
 def test_new_pairs_are_made_and_no_others(label):
     folder = label(pairs=8)
     before = (folder / "labels.jsonl").read_bytes()
     pairs = make_pairs(4, start=8) + make_pairs(8)
-    pairs[5]["id"] = "renamed"  # its texts are the old ones
+    pairs[5]["id"] = "renamed"  # with the same texts as before
     label(pairs=pairs)
     assert results(folder)["made"] == 4 and results(folder)["labeled"] == 12
     after = (folder / "labels.jsonl").read_bytes()
@@ -179,11 +179,11 @@ def test_broken_lines_are_counted_and_their_pairs_labeled_again(label):
     assert (results(folder)["broken_lines"], results(folder)["made"], results(folder)["labeled"]) == (1, 2, 12)
 
 
-# ---- A pass that was killed -----------------------------------------------------------------------------
+# ---- Killed passes --------------------------------------------------------------------------------------
 
 
 def untimed(folder):
-    """The stage's numbers but for times."""
+    """The stage's results without times."""
     numbers = json.loads(json.dumps(results(folder)))
     of_tasks = numbers.get("comparison", {}).values()
     for each in (numbers, *of_tasks):
@@ -192,7 +192,7 @@ def untimed(folder):
 
 
 def stopped_after(function, calls):
-    """A function that stops the run once it has been called so often."""
+    """Wrap a function so that it interrupts the run after ``calls`` calls."""
     counted = []
 
     def run(*arguments, **named):
@@ -209,7 +209,7 @@ def stopped_after(function, calls):
     [
         ("trl_rlaif.labels.LabelStore.add", 1),
         ("trl_rlaif.labels.LabelStore.add", 13),
-        ("trl_rlaif.pipeline.work.label.write_preferences", 0),  # behind the last label
+        ("trl_rlaif.pipeline.work.label.write_preferences", 0),  # after the last label
         ("trl_rlaif.pipeline.digests.complete", 1),
     ],
 )
@@ -228,7 +228,7 @@ def test_the_numbers_are_the_same_whenever_it_was_killed(label, monkeypatch, pla
 
 
 def test_a_pass_that_is_complete_is_another_one_than_the_next(label, monkeypatch):
-    """Also where it was killed before it had cleared up."""
+    """Even if it was killed before it cleaned up."""
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "drop_work", lambda self, stage: None)
         folder = label()
@@ -245,10 +245,10 @@ def test_the_seconds_of_all_attempts_count(label, monkeypatch):
         label()
     numbers = results(label())
     assert numbers["made"] == 12 and 12 / numbers["pairs_per_second"] > 12 * 0.02
-    assert numbers["seconds"] > 12 * 0.02  # though the last attempt loads no judge
+    assert numbers["seconds"] > 12 * 0.02  # although the last attempt loads no judge
 
 
-# ---- What follows from the labels -----------------------------------------------------------------------
+# ---- Preferences and results ----------------------------------------------------------------------------
 
 
 def test_unsure_labels_are_left_out_and_counted(label):
@@ -288,7 +288,7 @@ def test_two_labelers_share_the_file_and_are_compared(label):
     table = results(folder)["comparison"]
     assert list(table) == ["label", "one-order", "rated"]
     assert [one["labeler"] for one in table.values()] == ["distilled", "distilled", "direct"]
-    # Each row again from the file, and the tests against the first from the labels of both.
+    # Recompute each row from the file, and the tests against the first labeler from the labels of both.
     pairs = read_lines(folder / "pairs.jsonl")
     known = [pair for pair in pairs if pair["human"]]
     human = [pair["human"] for pair in known]
@@ -308,7 +308,7 @@ def test_two_labelers_share_the_file_and_are_compared(label):
         assert f'<th scope="row">{name}</th>' in page
     assert table["rated"]["position_bias"] is None and table["label"]["position_bias"]["n"] == 12
     assert "an exact McNemar test" in page
-    # What the reward model learns from is the first one's.
+    # The reward model learns from the first labeler's labels.
     assert all(
         row["p"] == pytest.approx(max(first[row["id"]], 1 - first[row["id"]])) for row in preferences(folder).values()
     )
@@ -319,12 +319,12 @@ def test_two_labelers_share_the_file_and_are_compared(label):
 
 
 def judged(count, start=100):
-    """Pairs that people judged; half of the choices are the label's own, as far as chance has it."""
+    """Human-judged pairs; the choices do not depend on the labels, so about half of them agree by chance."""
     return [pair | {"human": 1 + i * 5 % 3 % 2} for i, pair in enumerate(make_pairs(count, start))]
 
 
 def choose_as(folder, rows):
-    """The rows with the choices that the run's judge makes, so that a lower temperature surely helps."""
+    """The rows with the judge's own choices as human choices, so that a lower temperature is sure to help."""
     labels = {row["pair"]: row["p"] for row in read_lines(folder / "labels.jsonl")}
     pairs = {pair_key(Pair("", r["prompt"], r["response_1"], r["response_2"])): r for r in rows}
     return [row | {"human": 1 if labels[key] > 0.5 else 2} for key, row in pairs.items()]
@@ -332,14 +332,14 @@ def choose_as(folder, rows):
 
 @pytest.mark.parametrize("debias", ["mean_logit", "mean_prob"])
 def test_labels_are_calibrated_on_pairs_that_people_judged(label, tmp_path, no_judge, debias):
-    """The tiny judge is hardly sure of anything; people who choose as it does make its labels surer."""
+    """The tiny judge has little confidence; human choices that match its own make its labels more confident."""
     labeler, own = {"distilled": {"debias": debias}}, make_pairs(12)
     asked = label(output="asked", pairs=[*judged(21), *own[:3]], labeler=labeler)
     given = choose_as(asked, [*judged(21), *own[:3]])
     write_rows(tmp_path / "judged.jsonl", [*given, *[r | {"human": 0} for r in judged(3, 200)]])
     folder = label(calibration="judged.jsonl", report={}, labeler=labeler)
     found, rows = results(folder)["calibration"], own_labels(folder)
-    assert len(rows) == 12 + 21  # what is shared is labeled once, a tie not at all
+    assert len(rows) == 12 + 21  # shared pairs are labeled once, ties not at all
     assert (found["used"], found["reason"], found["pairs"], found["shared_with_run"]) == (True, None, 24, 3)
     observed, human = [rows[pair["id"]] for pair in given], [pair["human"] for pair in given]
     fitted = Calibration.fit(observed, human, mean_prob=debias == "mean_prob")
@@ -349,7 +349,7 @@ def test_labels_are_calibrated_on_pairs_that_people_judged(label, tmp_path, no_j
     wanted = cross_validate(observed, human, prompts, mean_prob=debias == "mean_prob", seed=7)
     assert found["cross_validated"]["gain"] == pytest.approx(wanted["gain"], rel=1e-6)
     assert found["cross_validated"]["gain"] > found["cross_validated"]["standard_error"]
-    # The run's own pairs, without the three that were fitted to.
+    # The run's own pairs, without the three used for the fit.
     unseen = [pair for pair in own[3:] if pair["human"]]
     p = [fitted.apply(rows[pair["id"]]) for pair in unseen]
     after = found["run"]["after"]
@@ -363,7 +363,7 @@ def test_labels_are_calibrated_on_pairs_that_people_judged(label, tmp_path, no_j
     page = (folder / "report.html").read_text()
     assert "Calibrated on 24 pairs judged by people" in page
     assert "advantage of the first position" not in page
-    # Without calibration again, and with it: no label is made.
+    # Without calibration, and with it again: no new labels.
     no_judge()
     label(labeler=labeler)
     assert results(folder)["calibration"] is None
@@ -378,7 +378,7 @@ def test_labels_are_calibrated_on_pairs_that_people_judged(label, tmp_path, no_j
     ("own", "cross-validation does not show that it helps"), ("one", "all judged pairs are of one prompt"),
 ])  # fmt: skip
 def test_a_calibration_that_shows_no_gain_is_left_out_and_said(label, tmp_path, capsys, prompts, reason):
-    """Choices that have nothing to do with the labels: they stay as the judge gives them."""
+    """If human choices are unrelated to the labels, the judge's labels are kept."""
     rows = judged(21) if prompts == "own" else [row | {"prompt": "what is a fox?"} for row in judged(21)]
     write_rows(tmp_path / "judged.jsonl", rows)
     folder = label(calibration="judged.jsonl", report={})
@@ -407,13 +407,13 @@ def test_twenty_judged_pairs_are_enough(label, tmp_path):
     assert found["pairs"] == found["cross_validated"]["after"]["agreement"]["n"] == 20
 
 
-# ---- A run that is interrupted --------------------------------------------------------------------------
+# ---- Interrupted runs -----------------------------------------------------------------------------------
 
 
 def test_interrupted_after_every_few_labels(label, tmp_path, monkeypatch):
-    """Two labelers and a calibration, stopped again and again: the same labels in the same order, to the last bit.
+    """Two labelers and a calibration, stopped again and again, give bit-identical labels in the same order.
 
-    On many processors another batch gives the same bits, so the batches are compared, too.
+    On many processors, different batches give the same bits, so the batches are compared, too.
     """
     batches, compute = [], ContinuationScorer.__call__
 
@@ -465,7 +465,7 @@ def test_the_shares_of_three_machines_are_one_run(label, tmp_path, no_judge):
     joined = label("joined", pairs=10)
     assert results(joined)["made"] == 0 and results(joined)["labeled"] == 10
     for ours, theirs in zip(preferences(joined).values(), preferences(one).values(), strict=True):
-        # What is computed together may change the last digits.
+        # Different batches may change the last digits.
         assert ours.pop("p") == pytest.approx(theirs.pop("p"), abs=1e-5)
         assert ours == theirs
 

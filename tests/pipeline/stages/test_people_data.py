@@ -1,4 +1,4 @@
-"""Runs on data as people have it: columns of their own, rendered prompts, answers that are begun, other formats."""
+"""Runs on users' data: custom columns, rendered prompts, partial answers, other formats."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write(path, *rows):
 
 
 def context_of(base, tiny_model, **sections):
-    """A context of a recipe whose stage sample has run."""
+    """The context of a recipe after its sample stage."""
     recipe = tiny_recipe(base, tiny_model, **NO_MORE | sections)
     folder = run_recipe(recipe, installed_plugins(), base / "out", only=["sample"])
     return Context(recipe, folder, installed_plugins())
@@ -115,7 +115,7 @@ def test_rendered_pairs_reach_the_reward_model_as_conversations_do(tiny_model, t
     assert found["rejected_ids"] == prompt + encode_response(tokenizer, "a dog")
 
 
-# Answers that are begun
+# Partial answers
 
 
 BEGUN = [{"role": "user", "content": "what is quick?"}, {"role": "assistant", "content": "It is"}]

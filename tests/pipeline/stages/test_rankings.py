@@ -1,4 +1,4 @@
-"""More than two responses a prompt on a tiny model: what is sampled, what is asked, and what it becomes."""
+"""More than two responses per prompt on a tiny model: sampled pairs, questions to the judge, and rankings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOURNAMENT = {"method": "tournament"}
 
 @pytest.fixture
 def ranked(tiny_model, tmp_path):
-    """Run sample and label in a folder; the folder."""
+    """A function that runs sample and label, and returns the run folder."""
     write_prompt_folder(tmp_path / "prompt")
 
     def run(output="out", ranking=TOURNAMENT, sample=None, pairs=None, shard=None, **label):
@@ -104,7 +104,7 @@ def test_the_strengths_are_those_of_the_answers_in_labels_jsonl(ranked):
 
 
 def test_all_pairs_ranks_the_labels_that_are_there(ranked):
-    """Both orders of every label are a comparison each."""
+    """Each of the two orders of a label is one comparison."""
     before = rows(ranked(ranking=None), "labels")
     folder = ranked(ranking={"method": "all_pairs"})
     assert rows(folder, "labels") == before
@@ -189,7 +189,7 @@ def test_pairs_of_data_are_ranked_by_prompt_and_text(ranked):
     folder = ranked(pairs=data, ranking={"questions": 12, "confidence": 1.0})
     rankings = rows(folder, "rankings")
     assert [sorted(row["responses"]) for row in rankings] == [sorted(texts)] * 2
-    assert len(rows(folder, "labels")) == 24  # those of pairs that the data does not have, too
+    assert len(rows(folder, "labels")) == 24  # including pairs that are not in the data
     assert preferences(folder).keys() == {row["id"] for row in data}
 
 

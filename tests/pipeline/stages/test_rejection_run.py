@@ -24,7 +24,7 @@ RL = {
     "algorithm": "rejection_sampling",
     "rewards": ["reward", "helpers.rewards:length_penalty"],
     "selectors": [{"rejection_sampling": {"num_responses": 3, "quantile": [0.2, 0.4]}}],
-    "total_episodes": None,  # or it would say how many iterations there are
+    "total_episodes": None,  # otherwise it would set the number of iterations
     "num_train_epochs": 3,
 }
 
@@ -76,7 +76,7 @@ def test_a_run_that_was_killed_goes_on_after_its_last_whole_iteration(finished, 
     drawn = []
     monkeypatch.setattr(RejectionTrainer, "select", lambda self: (drawn.append(1), select(self))[1])
     folder = run_recipe(recipe, installed_plugins(), tmp_path / "out", resume=True)
-    assert drawn == [1]  # the third iteration alone
+    assert drawn == [1]  # only the third iteration
     ours, theirs = (load_file(f / "policy" / "adapter_model.safetensors") for f in (folder, whole))
     assert all((ours[k] == theirs[k]).all() for k in theirs)
     ours, theirs = ([r for r in read_lines(f / "metrics.jsonl") if r["stage"] == "rl"] for f in (folder, whole))
@@ -142,7 +142,7 @@ def test_the_packaged_recipe_asks_for_as_many_responses_either_way(changes):
 
 
 def test_on_a_base_in_four_bits_the_adapter_keeps_its_precision(tmp_path):
-    """TRL's trainer holds an adapter of its own making on such a base in bfloat16."""
+    """TRL's trainer keeps an adapter that it creates on such a base in bfloat16."""
     model = save_tiny_model(tmp_path / "model", hidden_size=64)
     recipe = tiny_recipe(
         tmp_path, model, model={"quantization": "nf4"},

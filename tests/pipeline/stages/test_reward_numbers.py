@@ -1,4 +1,4 @@
-"""What the stage reward says of held-out pairs, from scores that are given."""
+"""The reward stage's numbers on held-out pairs, from given scores."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CHOSEN, REJECTED = [1.0, 2.0, -1.0, 0.0, 3.0], [0.0, 2.0, 0.0, 1.0, 4.0]  # righ
 
 @pytest.fixture
 def numbers(monkeypatch, tmp_path):
-    """Numbers of given scores."""
+    """A function that computes the numbers from given scores."""
 
     def numbers(chosen, rejected, prompts=None):
         scores = (torch.tensor(chosen), torch.tensor(rejected), None)
@@ -85,9 +85,9 @@ SOFT = 0.5 + (np.arange(2000) + 0.5) / 4000  # labels, uniform in 0.5..1
 
 
 def integrated(factor):
-    """Mean of sigmoid(factor * logit(p)) - p over p uniform in 0.5..1: what is claimed more than happens.
+    """Mean of sigmoid(factor * logit(p)) - p over p uniform in 0.5..1: the overconfidence.
 
-    The confidence is at least p in every bin, so that this is the calibration error, whatever the bins.
+    The confidence is at least p everywhere, so this is the calibration error for any bins.
     """
     return 2 * quad(lambda p: expit(factor * logit(p)) - p, 0.5, 1, epsabs=1e-10)[0]
 
@@ -110,18 +110,18 @@ def test_what_people_chose_is_the_outcome_where_there_is_any(numbers, monkeypatc
     monkeypatch.setattr(f"{__name__}.ROWS", rows)
     found = numbers(logit(SOFT).tolist(), [0.0] * len(SOFT))
     known = [(p, h) for p, h in zip(SOFT, human, strict=True) if h is not None]
-    right, predicted = calibration_curve([h for _, h in known], [p for p, _ in known], n_bins=20)  # width 0.05, as here
+    right, predicted = calibration_curve([h for _, h in known], [p for p, _ in known], n_bins=20)  # width 0.05, as ours
     counts = np.histogram([p for p, _ in known], bins=np.linspace(0.5, 1, 11))[0]
     assert found["ece"] == pytest.approx(float(counts @ abs(right - predicted)) / len(known), abs=1e-6)
     assert (found["ece_against"], found["ece_pairs"]) == ("people", len(known))
 
 
-# ---- What is held out -----------------------------------------------------------------------------------
+# ---- Held-out pairs -------------------------------------------------------------------------------------
 
 
 @pytest.mark.trl
 def test_no_held_out_pair_has_its_prompt_in_training(tiny_model, tmp_path):
-    """Four pairs a prompt, as samplers and people's comparisons have them."""
+    """Four pairs per prompt, as from samplers and human comparisons."""
     rows = [
         {"id": str(i), "prompt": f"what is {i // 4}?", "response_1": f"a {i}", "response_2": "the fox", "human": 1}
         for i in range(160)

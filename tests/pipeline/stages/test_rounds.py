@@ -1,4 +1,4 @@
-"""Runs in rounds on tiny models: what each takes up of the one before, and what is redone, shown and refused."""
+"""Runs in rounds on tiny models: how a round continues the previous one, redone stages, reports and errors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ RL = {"total_episodes": 8, "learning_rate": 1e-2}
 
 
 def recipe_in(folder, model, **sections):
-    """The tiny recipe in two rounds, with a pair of responses to each of 10 prompts."""
+    """The tiny recipe with two rounds, and a pair of responses to each of 10 prompts."""
     said = [{"prompt": f"what is {i}?", "completion": "the fox " * (i % 3 + 1)} for i in range(6)]
     (folder / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said))
     known = {"sft": SFT, "rounds": {"number": 2, "earlier": 0.5}, "rl": RL}
@@ -54,7 +54,7 @@ def run(recipe, folder, **how):
 
 @pytest.fixture(scope="module")
 def finished(tiny_model, tmp_path_factory):
-    """A recipe by PPO with two rounds, and its run."""
+    """A PPO recipe with two rounds, and its run."""
     base = tmp_path_factory.mktemp("rounds")
     recipe = recipe_in(base, tiny_model)
     return recipe, run(recipe, base / "out")
@@ -65,7 +65,7 @@ def context_of(recipe, folder, number):
 
 
 def policy_in(model_path, adapter=None):
-    """The base, with an adapter loaded as PEFT loads it."""
+    """The base model, with an adapter loaded by PEFT."""
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     return (model if adapter is None else PeftModel.from_pretrained(model, str(adapter))).eval()
 
@@ -128,7 +128,7 @@ def test_every_round_draws_with_a_seed_of_its_own_that_follows_from_the_runs(tin
 
 @pytest.mark.parametrize("reference", ["initial", "previous"])
 def test_kl_is_to_the_reference_that_the_recipe_names(finished, tiny_model, tmp_path, reference):
-    """At a round's beginning: 0 where the reference moves along, else as float64 passes of PEFT's models have it."""
+    """At the start of a round: 0 if the reference moves along, otherwise as in float64 passes of PEFT models."""
     _, folder = finished
     rounds = {"number": 2, "reference": reference}
     trainer, _ = ppo.build_trainer(context_of(recipe_in(tmp_path, tiny_model, rounds=rounds), folder, 2))
@@ -190,7 +190,7 @@ def test_the_value_model_goes_on_from_that_of_the_round_before(finished, tiny_mo
     first.checkpoints.resume(folder.round(1) / "checkpoints" / "rl" / "checkpoint-2")  # after its last update
     second, _ = ppo.build_trainer(context_of(recipe, folder, 2))
     assert torch.equal(values(second), values(first)) and values(first).abs().max() > 1e-3
-    # One of another kind is new.
+    # A value model of another kind starts new.
     other = recipe_in(tmp_path, tiny_model, rl=RL | {"value": "trunk"})
     assert values(ppo.build_trainer(context_of(other, folder, 2))[0]).abs().max() == 0
 
@@ -209,12 +209,12 @@ def test_what_was_held_out_stays_held_out_and_the_share_of_earlier_pairs_is_exac
     numbers = [run.results_of("reward") for run in (one, two)]
     fresh = [sum(key not in held_out[0] for key in keys_of(run)) for run in (one, two)]
     assert "earlier_pairs" not in numbers[0] and numbers[0]["train_pairs"] == fresh[0] == 7
-    assert numbers[1]["earlier_pairs"] == round(0.5 * fresh[0]) == 4  # of 3.5: to the even one
+    assert numbers[1]["earlier_pairs"] == round(0.5 * fresh[0]) == 4  # 3.5 rounds to even
     assert numbers[1]["train_pairs"] == fresh[1] + 4
 
 
 def test_the_accuracy_before_is_that_of_the_reward_model_of_the_round_before(finished, tiny_model):
-    """Scored here by transformers, a response at a time, and without any of the stage's code."""
+    """Scored with transformers, one response at a time, without the stage's code."""
     from datasets import load_from_disk
 
     _, folder = finished
@@ -266,7 +266,7 @@ def test_the_runs_own_folder_holds_what_the_last_round_made(finished):
     assert [row["kl_last"] for row in results["rounds"]["rows"]] == [of["rl"]["kl_last"] for of in rounds]
     assert results["rounds"]["rows"][1]["accuracy_before"] == rounds[1]["reward"]["before"]["all"]
     assert results["rounds"]["seconds"] == pytest.approx(sum(of["seconds"] for of in rounds[0].values()))
-    # Against the policy before the first round.
+    # Compared with the policy before the first round.
     assert Context(round_recipe(recipe, 2, folder), folder, installed_plugins()).initial == folder.round(1) / "sft"
     assert results["evaluate"]["sets"]["test"]["prompts"] == 4 and "evaluate" not in rounds[1]
 
@@ -370,7 +370,7 @@ def test_a_stage_of_one_round_runs_alone(finished, tiny_model, tmp_path, monkeyp
 
 
 def test_another_run_goes_on_from_the_last_round(finished, tiny_model, tmp_path):
-    """rounds.previous, of a run with rounds: its chain begins with their first."""
+    """``rounds.previous`` may be a run with rounds: the chain then starts at its first round."""
     _, folder = finished
     rounds = {"previous": str(folder.path), "earlier": 1.0}
     recipe = recipe_in(tmp_path, tiny_model, rounds=rounds, sft=None, evaluate=None, report=None)
@@ -386,7 +386,7 @@ def test_another_run_goes_on_from_the_last_round(finished, tiny_model, tmp_path)
 
 
 def test_online_dpo_labels_what_each_round_samples(tiny_model, tmp_path):
-    """Guo et al. 2024 with a round in place of each step."""
+    """Guo et al. 2024, with rounds instead of steps."""
     rl = {"algorithm": "dpo", "kl_coef": 0.1, "learning_rate": 1e-2, "per_device_train_batch_size": 4}
     recipe = recipe_in(tmp_path, tiny_model, sft=None, reward=None, rl=rl, rounds={"number": 3}, report=None)
     folder = run(recipe, tmp_path / "out")
@@ -395,7 +395,7 @@ def test_online_dpo_labels_what_each_round_samples(tiny_model, tmp_path):
     rows = folder.results()["rounds"]["rows"]
     assert [row["implicit_last"] is not None for row in rows] == [True] * 3
     first = [row for row in read_lines(folder.round(2) / "metrics.jsonl") if row["stage"] == "rl"][0]
-    assert first["rewards/margins"] != 0  # to the base, of a policy that has moved
+    assert first["rewards/margins"] != 0  # relative to the base, from which the policy has moved
     moved = recipe_in(tmp_path, tiny_model, sft=None, reward=None, rl=rl, report=None, evaluate=None,
                       rounds={"number": 2, "reference": "previous"})  # fmt: skip
     again = run(moved, tmp_path / "moved")
@@ -404,7 +404,7 @@ def test_online_dpo_labels_what_each_round_samples(tiny_model, tmp_path):
 
 
 def test_variants_may_differ_in_rounds(tiny_model, tmp_path, capsys):
-    """What one variant and the first round of another have in common is computed once."""
+    """Work shared by a variant and the first round of another is done once."""
     path = write_recipe(tmp_path, tiny_model, rl=RL)
     written = yaml.safe_load(path.read_text()) | {"compare": ["once", {"twice": {"rounds": 2}}]}
     path.write_text(yaml.safe_dump(written))

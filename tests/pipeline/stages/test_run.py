@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.trl, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def finished(tiny_model, tmp_path_factory):
-    """A whole run: (recipe, folder)."""
+    """A complete run: (recipe, folder)."""
     base = tmp_path_factory.mktemp("run")
     recipe = tiny_recipe(base, tiny_model)
     return recipe, run_recipe(recipe, installed_plugins(), base / "out", command="trl-rlaif run tiny")
@@ -75,7 +75,7 @@ def test_a_run_that_learned_nothing_says_so_at_its_end(tmp_path, tiny_model, cap
 
 
 def test_evaluation_takes_the_mean_over_several_responses(tmp_path, tiny_model):
-    """A start against a policy that never moved: each prompt's means are over the same responses."""
+    """The initial policy against one that never moved: each prompt's means are over the same responses."""
     recipe = tiny_recipe(
         tmp_path, tiny_model, rl={"learning_rate": 0.0, "total_episodes": 4},
         evaluate={"temperature": 1.0, "num_responses": 5}, report=None,
@@ -85,7 +85,7 @@ def test_evaluation_takes_the_mean_over_several_responses(tmp_path, tiny_model):
     assert all(s["mean_reward_start"] == pytest.approx(s["mean_reward_trained"], abs=1e-6) for s in samples)
     assert all(s["start"] == s["trained"] and s["p_trained"] == 0.5 for s in samples)
     assert any(abs(s["mean_reward_start"] - s["reward_start"]) > 1e-4 for s in samples)  # the first is not the mean
-    assert any(s["tokens_start"] % 1 for s in samples)  # nor are all of one length
+    assert any(s["tokens_start"] % 1 for s in samples)  # nor do all have the same length
     assert folder.results()["evaluate"]["sets"]["test"]["reward_gain"]["mean"] == pytest.approx(0, abs=1e-6)
 
 
@@ -100,7 +100,7 @@ def test_peft_loads_the_policy(finished, tiny_model):
 
 
 def test_the_reward_folder_is_a_sequence_classifier(finished, tiny_model):
-    """What AutoPeftModel makes of reward/ scores like the reward role that PPO and evaluate use."""
+    """Loaded with AutoPeftModel, reward/ scores like the reward role that PPO and evaluate use."""
     recipe, folder = finished
     model = AutoPeftModelForSequenceClassification.from_pretrained(folder / "reward", num_labels=1).eval()
     shared = SharedBase(AutoModelForCausalLM.from_pretrained(tiny_model), folder / "policy")
@@ -145,7 +145,7 @@ def test_a_complete_run_is_skipped_and_a_changed_one_is_made_again(finished, tin
     run_recipe(changed, installed_plugins(), folder.path, only=["label"])
     assert (folder / "pairs.jsonl").stat().st_mtime_ns == before[folder / "pairs.jsonl"]
     labels, setup = read_lines(folder / "labels.jsonl"), folder.results()["label"]["setup"]
-    assert len(labels) == 20  # those of both settings
+    assert len(labels) == 20  # from both settings
     for row in labels:
         if row["setup"] == setup:
             assert row["p"] == pytest.approx((row["p_12"] + row["p_21"]) / 2)
@@ -169,7 +169,7 @@ def test_sft_is_the_start_and_the_reference(tiny_model, tmp_path):
     start = load_file(folder / "sft" / "adapter_model.safetensors")
     policy = load_file(folder / "policy" / "adapter_model.safetensors")
     assert start.keys() == policy.keys()
-    # With a learning rate of zero the policy is the start, and the start was trained.
+    # With a learning rate of zero, the policy equals the initial policy, which SFT trained.
     assert all(torch.equal(start[k], policy[k]) for k in start)
     assert any(v.abs().max() > 0 for k, v in start.items() if "lora_B" in k)
     step = read_lines(folder / "metrics.jsonl")[-1]
@@ -178,7 +178,7 @@ def test_sft_is_the_start_and_the_reference(tiny_model, tmp_path):
 
 
 def test_a_base_in_four_bits(tmp_path):
-    """QLoRA: the same run on an NF4 base, which bitsandbytes also computes on a CPU."""
+    """QLoRA: the same run on an NF4 base, which bitsandbytes also supports on CPUs."""
     model = save_tiny_model(tmp_path / "model", hidden_size=64)
     recipe = tiny_recipe(
         tmp_path,
@@ -198,7 +198,7 @@ def test_a_base_in_four_bits(tmp_path):
 
 @pytest.mark.parametrize("algorithm", ["dpo", "grpo"])
 def test_adapters_and_heads_on_four_bits_are_trained_in_float32(tmp_path, algorithm):
-    """TRL would round them to bfloat16: what they began with, and each update."""
+    """TRL would round them to bfloat16: their initial values, and each update."""
     model = save_tiny_model(tmp_path / "model", hidden_size=64)
     rows = [{"prompt": f"what is {i}?", "completion": " a city"} for i in range(4)]
     (tmp_path / "sft.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))

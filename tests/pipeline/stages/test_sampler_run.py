@@ -1,4 +1,4 @@
-"""A pair sampler in the stage sample, on a tiny model: what it makes, after a kill too, and what redoes it."""
+"""A pair sampler in the sample stage, on a tiny model: its pairs, resuming after a kill, and redoing the stage."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PRINCIPLES = [
 
 @pytest.fixture
 def revised(tiny_model, tmp_path):
-    """Run the stage sample with the sampler revise; the folder."""
+    """A function that runs the sample stage with the sampler revise, and returns the run folder."""
     (tmp_path / "principles.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PRINCIPLES))
 
     def run(output="out", **sample):
@@ -75,7 +75,7 @@ def test_the_model_is_asked_in_one_conversation(revised, monkeypatch):
 
 @pytest.mark.parametrize("written", [0, 1, 3])
 def test_a_killed_run_ends_with_the_same_pairs(revised, monkeypatch, written):
-    """Killed within the second batch, of whose rows some are stored already."""
+    """Killed in the second batch, with some of its rows already stored."""
     expected, append, batches = files(revised("whole")), work.append_lines, []
 
     def killed(path, rows):

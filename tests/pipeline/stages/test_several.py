@@ -1,4 +1,4 @@
-"""Recipes in several processes, started with ``accelerate launch -m trl_rlaif`` or as that starts them."""
+"""Recipes in several processes, started with ``accelerate launch -m trl_rlaif`` or with its environment."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from trl_rlaif.recipe import parse_recipe
 
 pytestmark = pytest.mark.slow
 
-# Of six rows: two processes and three take the same ones as one does.
+# Six rows per step: two or three processes take the same ones as one process.
 _STEP = {"max_steps": 1, "per_device_train_batch_size": 6, "learning_rate": 1e-2}
 _TRAINED = {**_STEP, "max_steps": 2, "save_steps": 1}
 _DPO = {"algorithm": "dpo", **_TRAINED}
-# Averaged gradients are rounded otherwise, and Adam's first steps are as long whatever a gradient's size.
+# Averaged gradients are rounded differently, and the size of Adam's first steps does not depend on the gradient's.
 TOLERANCE = 1e-4
 
 
 def _write(folder: Path, model: str, **sections: object) -> Path:
-    """A recipe with this section rl, beside the pairs that people judged and what is fine-tuned on."""
+    """Write a recipe with the given rl section, and its human-judged pairs and SFT data."""
     recipe = write_recipe(folder, model, **{**sections, "rl": None})
     written = yaml.safe_load(recipe.read_text()) | {"rl": sections["rl"]}
     recipe.write_text(yaml.safe_dump(written))
@@ -82,7 +82,7 @@ def test_a_recipes_artefacts_are_those_of_one_process(whole, count):
     adapters = {f"{part}/adapter_model.safetensors" for part in ("judge", "reward", "policy")}
     assert adapters | {"labels.jsonl", "samples.jsonl", "reward_scores.jsonl", "results.json"} <= found.keys()
     assert {name: by for name, by in found.items() if by > TOLERANCE} == {}
-    assert 0 < max(found.values())  # rounding: it is compared at all
+    assert 0 < max(found.values())  # rounding differs, so numbers were compared
 
 
 def test_one_that_is_killed_ends_all_and_another_number_goes_on(tiny_model, tmp_path):
@@ -124,7 +124,7 @@ def test_the_first_process_alone_writes_and_speaks(tiny_model, tmp_path):
     assert [row["step"] for row in rows if "forgetting/forget/nll" in row] == [0, 3, 6]
     assert load_file(out / "policy" / "adapter_model.safetensors")
     assert (out / "report.html").exists()
-    # One process finds nothing to do.
+    # A single process finds nothing left to do.
     recipe = parse_recipe(path, registry=installed_plugins().registry)
     run_recipe(recipe, installed_plugins(), out, resume=True)
     assert folder.results()["rl"] == numbers and not (out / "superseded").exists()

@@ -1,4 +1,4 @@
-"""Which tokens supervised fine-tuning learns: those of the assistant's turns, whatever the chat template."""
+"""Supervised fine-tuning learns the tokens of assistant turns only, with any chat template."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MARKED = (
     "{% else %}{{ m['content'] + '<|end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
 )
-# Marked, but with the end of the turn outside: who learns from it does not learn to stop.
+# Marked, but without the end of the turn: a model would not learn to stop.
 ENDLESS = MARKED.replace(" + '<|end|>' }}{% endgeneration %}", " }}{% endgeneration %}{{ '<|end|>' }}")
 QWEN = chat_template_utils.qwen2_5_chat_template
 TEMPLATES = {"marked": MARKED, "known to TRL": QWEN, "unknown": None, "its marks end too early": ENDLESS}
@@ -39,7 +39,7 @@ TALKS = [
 
 @pytest.fixture
 def trained(tmp_path):
-    """The stage's trainer on these rows, for a model with this template."""
+    """A function that makes the stage's trainer for given rows and a given chat template."""
 
     def trained(rows, template=None, **options):
         tokenizer = make_tokenizer()
@@ -62,7 +62,7 @@ def talks():
 
 
 def learned(trainer):
-    """What the labels spell, run by run of tokens, over all rows."""
+    """The decoded text of each contiguous run of labels, over all rows."""
     found = []
     for labels in trainer.train_dataset["labels"]:
         runs = [[]]
@@ -79,7 +79,7 @@ def learned(trainer):
 def test_what_the_assistant_says_is_learned_and_nothing_else(trained, template, capsys):
     trainer = trained(talks(), template)
     end = "<|im_end|>" if template == QWEN else "<|end|>"
-    # TRL's Qwen template marks the line break before an answer, too.
+    # TRL's Qwen template also marks the line break before an answer.
     texts = [text.strip() for text in learned(trainer)]
     assert texts == [f"{said}{end}" for said in ("a city", "a fox", "the lazy dog")]
     marked = template in (MARKED, QWEN)

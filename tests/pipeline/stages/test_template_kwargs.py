@@ -1,4 +1,4 @@
-"""What a recipe tells the base's chat template reaches every prompt: ours, and those that TRL's trainers render."""
+"""A recipe's arguments for the base's chat template reach every prompt, including those that TRL's trainers render."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TURN = [{"role": "user", "content": "what?"}]
 
 @pytest.fixture
 def context(tiny_model, tmp_path):
-    """Of a recipe with this algorithm, on a base whose chat template writes a variable first."""
+    """A function that makes a recipe's context for an algorithm, on a base with a variable in its chat template."""
     shutil.copytree(tiny_model, tmp_path / "base")
     template = CHAT_TEMPLATE.replace("{% for", "{{ effort }}{% for", 1)
     (tmp_path / "base" / "chat_template.jinja").write_text(template)

@@ -1,4 +1,4 @@
-"""What people found equal is no preference, and how much better they found the chosen one reaches the loss."""
+"""Human ties are not preferences, and human margins reach the loss."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_nothing_but_ties(tiny_model, tmp_path):
 
 @pytest.fixture
 def labeled(tiny_model, tmp_path):
-    """A run with preferences of these probabilities that response_1 is better."""
+    """A function that makes the context of a run with given probabilities that response_1 is better."""
 
     def labeled(p, **more):
         data = write_pairs(tmp_path / "pairs.jsonl", len(p), lambda i: None, **more)
@@ -106,7 +106,7 @@ def test_a_loss_that_takes_labels_as_sure_leaves_out_those_of_one_half(labeled, 
     assert (numbers["pairs"], numbers["skipped"]) == (3, {"tie": 3})
     assert numbers["labels"] == {"soft": False, "mean_confidence": pytest.approx(3.71 / 6), "ties": 3}
     assert "treats soft labels as certain" in (stderr := capsys.readouterr().err) and "3 of them are ties" in stderr
-    # They stay in the labels: as soft ones they say that both are equally good.
+    # They stay in preferences/: as soft labels, they say that both responses are equally good.
     assert len(load_from_disk(str(context.folder / "preferences"))) == 6
 
 

@@ -1,4 +1,4 @@
-"""Tracking what is forgotten, in a whole run: its numbers are evaluate's, it can end rl, and it resumes."""
+"""Tracking forgetting in a complete run: its numbers match evaluate's, it can stop rl, and it resumes."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def recipe(folder, model, **sections):
 
 
 def tracked(folder):
-    """Rows of metrics.jsonl that hold what was measured."""
+    """The rows of metrics.jsonl with forgetting metrics."""
     return [row for row in read_lines(folder / "metrics.jsonl") if any(k.startswith("forgetting/") for k in row)]
 
 
 def loses(context, judge, description, section):
-    """In place of the judge: the start is always preferred."""
+    """Replaces the judge with one that always prefers the initial policy."""
     return lambda prompts, policy, start: [0.0] * len(prompts)
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_model, tmp_path_factory):
-    """A whole run whose two sets are measured every four updates of six, with pairs to rehearse of both kinds."""
+    """A complete run with two sets, measured every four of six updates, and both kinds of rehearsal pairs."""
     base = tmp_path_factory.mktemp("tracked")
     rows = [{"prompt": f"what is {i}?", "completion": " a city"} for i in range(4)]
     (base / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -65,7 +65,7 @@ def test_the_curve_begins_at_the_start_and_ends_at_what_evaluate_finds(finished)
         assert last["win_rate"] == final["win_rate"] and last["nll"] == pytest.approx(final["nll_trained"], rel=1e-5)
         assert found == {"prompts": prompts, "good": prompts // 2, "win_rate_first": 0.5, "nll_first": first["nll"],
                          "win_rate_last": last["win_rate"], "nll_last": last["nll"]}  # fmt: skip
-        assert final["win_rate"] != 0.5 or final["wins"] > 0  # the policy's answers are others
+        assert final["win_rate"] != 0.5 or final["wins"] > 0  # the policy's answers differ
         assert abs(final["nll_trained"] - final["nll_start"]) > 1e-3
 
 
@@ -104,7 +104,7 @@ def test_a_set_that_is_forgotten_ends_rl_and_says_why(tmp_path, tiny_model, monk
     assert results["updates"] == 2 and [row["step"] for row in tracked(folder)] == [0, 2]
     assert "Stopped at update 2 of 6: on the set 'forget'" in caplog.text
     assert (folder / "policy" / "adapter_model.safetensors").exists() and folder.is_complete("rl")
-    # Killed between the end of training and that of the stage, it has nothing more to train.
+    # If it is killed between the end of training and the end of the stage, nothing is left to train.
     marker = folder.state / "rl.json"
     write_state(marker, read_state(marker, "") | {"complete": False})
     run_recipe(forgetful, installed_plugins(), tmp_path / "out", only=["rl"])
@@ -114,10 +114,10 @@ def test_a_set_that_is_forgotten_ends_rl_and_says_why(tmp_path, tiny_model, monk
 
 @pytest.mark.parametrize("killed_at", [1, 4])
 def test_a_killed_run_resumes_with_the_numbers_of_a_whole_one(tmp_path, tiny_model, monkeypatch, killed_at):
-    """Killed before the first checkpoint, which is written after two updates, and behind it."""
+    """Killed before or after the first checkpoint, which is written after two updates."""
     settings = {"rl": {**RL, **PENALTY, "save_steps": 2}, "evaluate": {"sets": SETS, "track_every": 1}}
     found = recipe(tmp_path, tiny_model, **ALONE, **settings)
-    torch.manual_seed(1)  # of the new adapters
+    torch.manual_seed(1)  # for the new adapters
     whole = run_recipe(found, installed_plugins(), tmp_path / "whole", only=["rl"])
     from trl_rlaif.rl.ppo.trainer import PPOTrainer
 
@@ -144,7 +144,7 @@ def test_a_killed_run_resumes_with_the_numbers_of_a_whole_one(tmp_path, tiny_mod
 
 
 def _steps(folder, model, **evaluate):
-    """The updates at which a run with these settings measures, and of how many prompts of each set."""
+    """The updates at which a run with these settings measures, and the number of prompts per set."""
     found = recipe(folder, model, **ALONE, rl={**RL, **PENALTY}, evaluate=evaluate)
     run = run_recipe(found, installed_plugins(), folder / "out", only=["rl"])
     sizes = {name: s["prompts"] for name, s in run.results()["rl"].get("forgetting", {}).items()}
@@ -154,7 +154,7 @@ def _steps(folder, model, **evaluate):
 @pytest.mark.parametrize(
     ("evaluate", "steps", "sizes"),
     [
-        ({"sets": SETS}, [0, 1, 2, 3, 4, 5, 6], {"test": 4, "forget": 6}),  # a tenth of six updates is one
+        ({"sets": SETS}, [0, 1, 2, 3, 4, 5, 6], {"test": 4, "forget": 6}),  # a tenth of six updates, at least one
         ({"sets": SETS, "track_every": 6, "track_prompts": 5}, [0, 6], {"test": 4, "forget": 5}),
         ({"sets": SETS, "track_every": 0}, [], {}),
         ({}, [], {}),
@@ -166,12 +166,12 @@ def test_what_is_measured_when(tmp_path, tiny_model, monkeypatch, evaluate, step
     assert _steps(tmp_path, tiny_model, **evaluate) == (steps, sizes)
 
 
-# ---- What makes which stage anew ------------------------------------------------------------------------
+# ---- Redone stages --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def prints(tmp_path, tiny_model):
-    """Fingerprints of the tiny recipe with these keys of evaluate."""
+    """A function that returns the fingerprints of the tiny recipe with given keys of evaluate."""
 
     def prints(**evaluate):
         return fingerprints(recipe(tmp_path, tiny_model, evaluate={"sets": SETS, **evaluate}))
@@ -196,7 +196,7 @@ def test_what_can_end_rl_makes_it_anew(prints, tmp_path):
     for change in ({"stop_on_forgetting": 0.1}, {"track_every": 3}, {"track_prompts": 2}, {"prompt": "helpfulness"},
                    {"max_new_tokens": 4}, {"judge": {"path": "another"}}):  # fmt: skip
         assert "rl" in changed(stopping, prints(**{"stop_on_forgetting": 0.2, **change})), change
-    # Neither another set nor how the end is evaluated can.
+    # Other sets and other settings of the final evaluation cannot.
     for change in ({"sets": {"forget": "forget.jsonl"}}, {"temperature": 1.0}):
         assert "rl" not in changed(stopping, prints(stop_on_forgetting=0.2, **change)), change
     moved = fingerprints(parse_recipe(tmp_path / "recipe.yaml", registry=installed_plugins().registry))
@@ -215,7 +215,7 @@ def test_pairs_of_the_users_own_alone_are_shown_too(tiny_model, tmp_path):
 
 
 def test_a_stage_begins_with_the_same_adapters_whatever_was_drawn_before(tiny_model, tmp_path):
-    """A run that is killed before its first checkpoint begins again; it must not begin as another one."""
+    """A run killed before its first checkpoint starts again; it must start with the same adapters."""
     found = recipe(tmp_path, tiny_model, rl={**RL, **PENALTY}, evaluate=None, **ALONE)
     policies = []
     for name in ("first", "second"):

@@ -1,4 +1,4 @@
-"""Judges with backend: vllm in recipes, around a stand-in for the engine: their labels are those of transformers."""
+"""Judges with backend: vllm in recipes, with a fake engine: their labels match those of transformers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trl_rlaif.files import read_lines
 from trl_rlaif.pipeline.runner import run_recipe
 from trl_rlaif.plugins import installed_plugins
 
-WITHIN = 1e-5  # of probabilities: float64 beside float32
+WITHIN = 1e-5  # for probabilities: float64 against float32
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def assert_alike(ours, theirs, within=WITHIN):
     assert ours.keys() == theirs.keys()
     for id, row in ours.items():
         assert row["p"] == pytest.approx(theirs[id]["p"], abs=within)
-        assert row["setup"] != theirs[id]["setup"]  # what differs by more than rounding in bfloat16 is kept apart
+        assert row["setup"] != theirs[id]["setup"]  # in bfloat16 they differ by more than rounding
 
 
 @pytest.mark.parametrize("labeler", ["distilled", "direct"])
@@ -89,7 +89,7 @@ def test_a_judge_is_taught_by_transformers_and_asked_in_the_engine(tiny_model, t
     (engine,) = vllm.started
     assert taught.results_of("judge")["used"] and engine.adapted is not None
     assert_alike(taught, plain, 1e-4)
-    # Its folder is a judge for other runs.
+    # Its folder can be a judge in other runs.
     assert_alike(run("other", None, judge | {"path": str(taught / "judge")}), plain, 1e-4)
     assert vllm.started[1].options["model"] == engine.options["model"] and vllm.started[1].adapted is not None
 

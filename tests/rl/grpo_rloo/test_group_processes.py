@@ -14,7 +14,7 @@ ALGORITHMS = pytest.mark.parametrize("algorithm", group_processes.TRAINERS)
 
 @pytest.fixture(scope="module")
 def two(tiny_model, tmp_path_factory):
-    """What each of two processes saw."""
+    """The results of each of two processes."""
     return fork(group_processes.__file__, tmp_path_factory.mktemp("groups"), tiny_model)
 
 
@@ -23,7 +23,7 @@ def two(tiny_model, tmp_path_factory):
 def test_with_nothing_added_the_policy_is_trls(two, algorithm, rank):
     ours, plain = (two[rank][algorithm][name] for name in ("ours", "plain"))
     assert len(ours["metrics"]) == len(plain["metrics"]) == 3
-    assert abs(ours["metrics"][-1]["kl"]) > 1e-6  # the policy has moved: something is compared
+    assert abs(ours["metrics"][-1]["kl"]) > 1e-6  # the policy has moved, so the comparison is meaningful
     for mine, theirs in zip(ours["metrics"], plain["metrics"], strict=True):
         for name in ("reward", "kl", "loss", "completions/mean_length"):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name

@@ -1,4 +1,4 @@
-"""`rl.algorithm: rloo | grpo` on a tiny model: TRL's own numbers with nothing added, and what is added beside them."""
+"""`rl.algorithm: rloo | grpo` on a tiny model: TRL's own numbers with nothing added, and this project's additions."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_with_nothing_added_the_policy_is_trls(tiny_model, tmp_path, algorithm):
     ours = logged(folder)
     theirs = [row for row in trainer.state.log_history if "reward" in row]
     assert len(ours) == len(theirs) == 6
-    assert len({round(row["reward"], 6) for row in ours}) > 1 and abs(ours[-1]["kl"]) > 1e-6  # something is compared
+    assert len({round(row["reward"], 6) for row in ours}) > 1 and abs(ours[-1]["kl"]) > 1e-6  # the policy moved
     for mine, plain in zip(ours, theirs, strict=True):
         for name in ("reward", "kl", "loss", "completions/mean_length"):
             assert mine[name] == pytest.approx(plain[name], rel=1e-4, abs=1e-6), name
@@ -82,7 +82,7 @@ def finished(tiny_model, tmp_path_factory):
 def test_rewards_transforms_and_pairs_take_part(finished):
     rows, numbers = [row for row in logged(finished) if "reward" in row], finished.results()["rl"]
     assert len(rows) == numbers["updates"] == 6 and numbers["episodes"] == 24
-    assert numbers["kl_last"] == pytest.approx(rows[-1]["kl"] * rows[-1]["completions/mean_length"])  # as PPO's
+    assert numbers["kl_last"] == pytest.approx(rows[-1]["kl"] * rows[-1]["completions/mean_length"])  # as in PPO
     for row in rows:
         assert row["reward"] == pytest.approx(row["objective/scores"], abs=1e-5)
         assert {"score/model", "score/length_penalty", "rehearsal/nll", "kl"} <= row.keys()
@@ -145,7 +145,7 @@ def test_a_resumed_run_goes_on_with_what_was_chosen_last(tiny_model, tmp_path):
     policy = load_file(folder / "policy" / "adapter_model.safetensors")
     pairs = read_lines(folder / "rehearsal.jsonl")
     assert len({row["rehearsal/nll"] for row in whole}) == 6
-    # As a kill behind the fourth step leaves it.
+    # As a kill after the fourth step leaves it.
     shutil.rmtree(folder / "checkpoints" / "rl" / "checkpoint-6")
     shutil.rmtree(folder / "policy")
     (folder / "checkpoints" / "rl" / "rehearsal.jsonl").unlink()

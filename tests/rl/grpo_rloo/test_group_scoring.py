@@ -1,4 +1,4 @@
-"""What reward transforms are given in RLOO and GRPO: the true KL, without dropout, at TRL's own temperature."""
+"""In RLOO and GRPO, reward transforms get the true KL, without dropout, at TRL's own temperature."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.trl
 
 
 class Looking(RewardTransform):
-    """Keeps the batches that it is given."""
+    """Records the batches that it gets."""
 
     needs_kl = True
 
@@ -47,7 +47,7 @@ def _trainer(folder, path, algorithm, transform, **sections):
 
 
 def _move(trainer, seed=0):
-    """A policy far from its reference."""
+    """Move the policy far from its reference."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in trainer.scorer.shared.peft.named_parameters():
         if ".policy." in name:
@@ -77,7 +77,7 @@ def test_a_transform_that_needs_it_gets_the_kl_of_plain_forward_passes(tiny_mode
     rollouts, score = [], trainer.scorer.rewards.score
     trainer.scorer.rewards.score = lambda rollout, **more: rollouts.append(rollout) or score(rollout, **more)
     trainer.train()
-    assert trainer.model.training  # TRL's trainer goes on as it was
+    assert trainer.model.training  # TRL's trainer continues in training mode
     [batch], [rollout] = looking.batches, rollouts
     plain = [
         (_plain(trainer, rollout, row, "policy", trainer.args.temperature)
@@ -98,7 +98,7 @@ def test_without_such_a_transform_nothing_is_computed_and_nothing_looks_like_a_k
 
 
 def _rising(prompts, completions, trainer_state, **columns):
-    """Scores that rise with the steps on prompts of category a, whatever the responses are."""
+    """Scores that rise with the steps on prompts of category a, regardless of the responses."""
     noise = [zlib.crc32(str(completion).encode()) % 1000 / 1000 for completion in completions]
     drift = trainer_state.global_step / 5
     return [n + drift * (c == "a") for n, c in zip(noise, columns["category"], strict=True)]

@@ -1,4 +1,4 @@
-"""RLOO and GRPO with rewards that are missing for some responses, or weighted: as PPO has them."""
+"""RLOO and GRPO with rewards that are missing for some responses, or weighted, as in PPO."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_response_without_a_reward_has_no_gradient_and_no_part_in_the_baseline
     assert (advantages.view(-1)[list(MISSING)] == 0).all()
     whole = _gradients(trainer, inputs)
     assert max(g.abs().max() for g in whole.values()) > 1e-4
-    # Whatever those two responses were, the gradient is the same.
+    # The gradient does not depend on those two responses.
     others = inputs["completion_ids"].clone()
     others[list(MISSING)] = (others[list(MISSING)] + 7) % 300
     for name, gradient in _gradients(trainer, inputs | {"completion_ids": others}).items():
@@ -79,7 +79,7 @@ def test_a_response_without_a_reward_has_no_gradient_and_no_part_in_the_baseline
 
 @pytest.fixture
 def judged(monkeypatch):
-    """The labeler `direct` with a judge that loses the calls of which ``fails`` is true."""
+    """The labeler `direct` with a judge that fails the calls for which ``fails`` is true."""
     state = {"calls": 0, "fails": lambda number: number % 50 == 0}
 
     class Dropping(DirectLabeler):

@@ -1,4 +1,4 @@
-"""RLOO and GRPO refuse a model with which TRL's numbers are wrong where prompts are padded on the left."""
+"""RLOO and GRPO refuse models for which TRL's numbers are wrong with left-padded prompts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.trl
 
 
 def _gemma2(vocab_size: int):
-    """Its scores are more than its hidden states times its output embedding."""
+    """Its logits are more than hidden states times the output embedding."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     heads = {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 3.0}
@@ -52,7 +52,7 @@ def test_a_sound_model_is_verified_without_a_trace(tmp_path, algorithm, make):
 
 @pytest.mark.parametrize("algorithm", TRAINERS)
 def test_gpt2_is_refused(tmp_path, algorithm):
-    """TRL gives no positions, which GPT-2 then counts from the padding on."""
+    """TRL passes no position ids, so GPT-2 counts positions from the padding on."""
     trainer = _trainer(tmp_path, make_gpt2, algorithm)
     with pytest.raises(UserError, match=r"GPT2LMHeadModel: .* Set algorithm: ppo"):
         trainer.train()

@@ -1,4 +1,4 @@
-"""Checkpoints: what is kept, and what a power cut left of one."""
+"""Checkpoints: which ones are kept, damaged ones, and resuming after a failed reward."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_more_processes_than_wrote_a_checkpoint_begin_with_the_last_ones_part(pr
 
 
 def _rewarding(values):
-    """A reward that depends on the update alone."""
+    """A reward that depends only on the update."""
     of_update = iter(values)
 
     def reward(prompts, completions, **_):
@@ -69,7 +69,7 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path):
 
 
 def test_a_checkpoint_that_was_passed_over_takes_no_ones_place(tmp_path):
-    """It may have a higher number than those that the resumed run writes."""
+    """A skipped checkpoint may have a higher number than those that the resumed run writes."""
     options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "kl_coef": 0.0}
     options |= {"total_episodes": 16}
     small_trainer(tmp_path, trainer_kwargs={"reward_funcs": _rewarding([5.0, 1.0, 1.0, 1.0])}, **options).train()
@@ -96,7 +96,7 @@ def test_the_steered_coefficient_and_the_best_come_back(tmp_path):
     options = {"total_episodes": 24, "kl_target": 0.01, "kl_horizon": 16, "save_strategy": "steps", "save_steps": 2}
     whole = small_trainer(tmp_path / "whole", **options)
     whole.train()
-    assert len({entry["objective/kl_coef"] for entry in numbers(whole)}) == 6  # it moves
+    assert len({entry["objective/kl_coef"] for entry in numbers(whole)}) == 6  # it changes
     stopped = small_trainer(tmp_path / "stopped", **options)
     stopped._end_update = _failing_after(stopped._end_update, 3)
     with pytest.raises(KeyboardInterrupt):
@@ -120,18 +120,18 @@ def _failing_after(function, count):
     return run
 
 
-# ---- A reward that fails ----------------------------------------------------------------------------------
+# ---- Failing rewards --------------------------------------------------------------------------------------
 
 
 class _Alternating(DataSelector):
-    """Takes the prompts with even or odd numbers in turn."""
+    """Selects the even and the odd prompts in turn."""
 
     def select(self, pool):
         return Selection(prompts=list(range(pool.selection % 2, len(pool), 2)))
 
 
 def _broken_at(call):
-    """A reward function that draws random numbers, and of which one call fails."""
+    """A reward function that draws random numbers, and returns NaN in one call."""
     calls = []
 
     def reward(prompts, completions, completion_ids, **columns):
@@ -145,7 +145,7 @@ def _broken_at(call):
 
 
 def _drawing(folder, reward, transforms=(), **options):
-    """A trainer that keeps the prompts for which it draws in ``drawn``, by the update."""
+    """A trainer that records in ``drawn`` the update and prompts of every batch that it samples."""
     kwargs = {"reward_funcs": reward, "reward_transforms": list(transforms)} | options.pop("trainer_kwargs", {})
     settings = {"save_strategy": "steps", "save_steps": 1, "total_episodes": 24} | options
     trainer = small_trainer(folder, trainer_kwargs=kwargs, **settings)
@@ -162,13 +162,13 @@ SELECTED = {"trainer_kwargs": {"data_selectors": [_Alternating()]}, "selection_e
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "left", "options"),
-    # Six updates draw a batch each, and a selection three: of 15 batches, 0 to 2 and 5 to 7 are for selections.
+    # Of 15 batches, 0-2, 5-7 and 10-12 are for the three selections, and the others for the six updates.
     [
         (1, 6, {}),
         (2, 5, {}),
         (4, 3, {"save_strategy": "no"}),
         (2, 15, SELECTED),
-        (4, 12, SELECTED),  # what was selected before the update that failed is not selected again
+        (4, 12, SELECTED),  # the selection before the failed update is not repeated
         (7, 10, SELECTED),
         (9, 7, SELECTED),
     ],
@@ -201,7 +201,7 @@ def test_rejection_sampling_in_which_a_reward_failed_is_resumed_bit_for_bit(tmp_
 
     whole = train("whole", _broken_at(0))
     with pytest.raises(UserError, match="finite"):
-        train("broken", _broken_at(7))  # five batches an iteration
+        train("broken", _broken_at(7))  # five batches per iteration
     torch.manual_seed(99)
     resumed = train("broken", _broken_at(0), resume_from_checkpoint=True)
     assert numbers(resumed) == numbers(whole)

@@ -1,4 +1,4 @@
-"""PPO learns the right thing: it finds a known optimum, the KL penalty holds it back, and only what should learns."""
+"""PPO finds a known optimum, the KL penalty holds it back, and only the right parameters learn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COEFFICIENTS = [0.0, 0.1, 1.0]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Thirty updates at each KL coefficient: coefficient to the metrics of every update."""
+    """Thirty updates at each KL coefficient: the metrics of every update, by coefficient."""
     histories = {}
     for kl_coef in COEFFICIENTS:
         trainer = make_trainer(
@@ -48,9 +48,9 @@ def test_ppo_reaches_the_known_optimum(runs):
 def test_a_high_kl_coefficient_keeps_the_policy_where_it_began(runs):
     history = runs[1.0]
     assert _at_the_end(history, "objective/scores") == pytest.approx(history[0]["objective/scores"], abs=0.08)
-    assert max(entry["objective/kl"] for entry in history) < 2.5  # nats a response; 30 without a penalty
+    assert max(entry["objective/kl"] for entry in history) < 2.5  # nats per response; 30 without a penalty
     assert _at_the_end(history, "objective/kl") < 0.8
-    # It stays because it is held, not because nothing is learned.
+    # It stays because of the penalty, not because nothing is learned.
     assert any(abs(entry["objective/kl"]) > 0.1 for entry in history)
 
 
@@ -62,7 +62,7 @@ def test_kl_and_reward_fall_as_the_coefficient_rises(runs):
 
 
 def _save_adapter(model: torch.nn.Module, folder: object, **options: object) -> str:
-    """An adapter with random weights; ``init_lora_weights=True`` would make it the base."""
+    """Save an adapter with random weights; with ``init_lora_weights=True``, it would equal the base."""
     torch.manual_seed(5)
     config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, **options)
     get_peft_model(model, config).save_pretrained(folder)
@@ -70,7 +70,7 @@ def _save_adapter(model: torch.nn.Module, folder: object, **options: object) -> 
 
 
 def _all_roles(tmp_path) -> SharedBase:
-    """Policy that begins as an adapter, which is the reference too, and an adapter of the reward."""
+    """A policy that starts from an adapter, which is also the reference, and a reward adapter."""
     start = _save_adapter(make_policy(), tmp_path / "start", task_type="CAUSAL_LM")
     scorer = make_scorer(len(WORDS), hidden_size=64)
     reward = _save_adapter(scorer, tmp_path / "reward", task_type="SEQ_CLS", modules_to_save=["score"])

@@ -1,4 +1,4 @@
-"""An optimizer step is the same however its minibatch is split into micro-batches, and among processes."""
+"""An optimizer step is the same however its minibatch is split into micro-batches and among processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trl_rlaif.models.shared_model import backbone
 
 
 def _distance(found, expected):
-    """Of two sets of gradients, relative to the second."""
+    """The distance between two sets of gradients, relative to the second."""
     names = {name for name, gradient in expected.items() if gradient.any()}
     assert names == {name for name, gradient in found.items() if gradient.any()} and len(names) > 5
     squares = [sum(x.double().square().sum() for x in xs) for xs in (
@@ -63,7 +63,7 @@ def _step(folder, rows, trunk, **options):
 
 
 def _logprobs(shared, rollout, row):
-    """Of a response's tokens, in float64, by a forward pass of that sequence alone."""
+    """Log-probabilities of a response's tokens, in float64, from a forward pass of that sequence alone."""
     prompt, n = rollout.prompt_ids[row][rollout.prompt_mask[row]], rollout.lengths[row]
     response = rollout.response_ids[row][:n]
     with shared.role("policy"):
@@ -74,7 +74,7 @@ def _logprobs(shared, rollout, row):
 @pytest.mark.parametrize("trunk", [False, True], ids=["adapter", "trunk"])
 @pytest.mark.parametrize("rehearse", [False, True], ids=["ppo", "rehearsal"])
 def test_every_split_gives_the_gradients_of_the_whole_minibatch(tmp_path, trunk, rehearse):
-    """8 x 1, 4 x 2, 2 x 4 and 1 x 8, and one that is computed in parts."""
+    """8 x 1, 4 x 2, 2 x 4 and 1 x 8, and a split that is computed in parts."""
     whole = _step(tmp_path / "whole", ROWS, trunk, rehearse=rehearse)
     expected = _written_out(whole, trunk=trunk, rehearse=rehearse)
     assert _distance(whole["gradients"], expected) < 1e-6
@@ -89,7 +89,7 @@ def test_every_split_gives_the_gradients_of_the_whole_minibatch(tmp_path, trunk,
 
 
 def test_trls_means_are_others(tmp_path):
-    """Of what the default spares a run: without it, the split decides about the gradient."""
+    """With TRL's reduction, the gradient depends on the split, which our default avoids."""
     options = {"loss_reduction": "micro_batch"}
     whole, split = (_step(tmp_path / str(rows), rows, False, **options) for rows in (ROWS, 1))
     assert _distance(whole["gradients"], _written_out(whole, trunk=False, rehearse=False)) < 1e-6
@@ -114,7 +114,7 @@ def test_two_processes_take_the_step_of_one(tmp_path):
 @pytest.mark.parametrize("reduction", ["minibatch", "micro_batch"])
 @pytest.mark.parametrize("rows", [ROWS, 1])
 def test_an_update_ends_at_the_limit_per_token(tmp_path, rows, reduction):
-    """Before the third epoch, by how far the first one's step moved the policy; padding is half of all positions."""
+    """It ends before the third epoch if the first step moved the policy too far; half of all positions are padding."""
     options = {"num_ppo_epochs": 3, "learning_rate": 1e-2, "loss_reduction": reduction}
     seen = _step(tmp_path / "free", rows, False, **options)
     rollout, moved, tokens = seen["rollout"], 0.0, sum(seen["lengths"])

@@ -1,4 +1,4 @@
-"""What the loop adds to TRL's options, each against a plain computation."""
+"""Options that this project adds to TRL's, each against a plain computation."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_kl_weight_is_steered_to_its_target():
     weight.observe(6.3, 10)  # 5% too much
     assert weight.coef == pytest.approx(0.1 * (1 + 0.05 * 10 / 100))
     weight = AdaptiveKLController(0.1, 6.0, 100)
-    weight.observe(60.0, 10)  # a fifth at most
+    weight.observe(60.0, 10)  # clipped at 20%
     assert weight.coef == pytest.approx(0.1 * 1.02)
     weight.observe(0.0, 10)
     assert weight.coef == pytest.approx(0.1 * 1.02 * 0.98)
@@ -95,7 +95,7 @@ def test_an_update_stops_when_the_policy_went_too_far(tmp_path):
     assert {n["policy/epochs"] for n in numbers(_trained(tmp_path / "a", **epochs))} == {4}
     few = [n["policy/epochs"] for n in numbers(_trained(tmp_path / "b", max_update_kl=1e-6, **epochs))]
     assert min(few) < 4 and max(few) <= 4
-    assert few[0] == 2  # the first epoch is the sampling policy itself
+    assert few[0] == 2  # in the first epoch, the policy is still the sampling policy
 
 
 def _trained(folder, **options):
@@ -131,7 +131,7 @@ def test_a_trunk_needs_one_base(tmp_path):
 def test_reinforce_is_one_pass_without_a_clipped_ratio(tmp_path):
     trainer, steps = small_trainer(tmp_path, **ALGORITHMS["reinforce"].preset), []
     trainer.optimizer.optimizer.register_step_post_hook(lambda *_: steps.append(trainer.state.global_step))
-    # A ratio that is 1, as it is only before the first step on a rollout, is not clipped, however large advantages are.
+    # A ratio of 1, as before the first step on a rollout and only then, is never clipped, however large the advantages.
     scale = trainer.compute_advantages
     trainer.compute_advantages = lambda *given: tuple(100 * x for x in scale(*given))
     trainer.train()
@@ -192,7 +192,7 @@ def test_the_optimizer_may_keep_its_states_in_8_bits(tmp_path, optim):
 
 
 def test_variables_of_the_chat_template_reach_the_prompts(tmp_path):
-    """Those of the configuration, and over them a row's own, as in TRL."""
+    """Those of the configuration, overridden by a row's own, as in TRL."""
     tokenizer = make_tokenizer()
     template = CHAT_TEMPLATE + "{% if enable_thinking is false %}no thoughts{% endif %}"
     rows = [[{"role": "user", "content": word}] for word in ("fox", "dog", "city", "judge")]
@@ -215,7 +215,7 @@ def test_variables_of_the_chat_template_reach_the_prompts(tmp_path):
 
 
 def test_rendered_prompts_keep_their_control_tokens(tmp_path):
-    """If all of them begin as the chat template does; a single one is the text of a user."""
+    """Only if all of them start like the chat template; otherwise they are the text of a user."""
     tokenizer = make_tokenizer()
     rendered = [
         tokenizer.apply_chat_template([{"role": "user", "content": word}], tokenize=False, add_generation_prompt=True)

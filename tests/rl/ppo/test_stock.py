@@ -1,4 +1,4 @@
-"""What TRL tested its own PPO trainer for: models brought in every way, checkpointing, statistics of a ragged step."""
+"""Tests modeled on those of TRL's PPO trainer: ways to pass models, gradient checkpointing, ragged minibatches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LORA = LoraConfig(r=4, target_modules="all-linear")
 
 
 def _two_adapters():
-    """A policy whose reference is another adapter: here one that has learned nothing either."""
+    """A policy with another adapter as its reference, which is untrained as well."""
     model = get_peft_model(make_llama(SIZE), LORA, adapter_name="learner")
     model.add_adapter("frozen", LORA)
     return model
@@ -71,12 +71,12 @@ def test_policy_and_value_learn_and_nothing_else(tmp_path, name):
         assert policy and all("lora_" in parameter for parameter in policy)
         assert not any(".frozen." in parameter for parameter in policy)
     logged = numbers(trainer)
-    assert logged[0]["objective/kl"] == pytest.approx(0.0, abs=1e-5)  # the reference is where the policy began
+    assert logged[0]["objective/kl"] == pytest.approx(0.0, abs=1e-5)  # the reference is the initial policy
     assert abs(logged[-1]["objective/kl"]) > 1e-3
 
 
 def test_every_reference_that_is_the_start_gives_the_same_run(tmp_path):
-    """A model of its own, a copy, or the policy's base: the same numbers for the same policy."""
+    """A separate model, a copy, or the policy's base give the same numbers for the same policy."""
     names = list(VARIANTS)
     runs = {}
     for name in names:
@@ -103,13 +103,13 @@ def test_gradient_checkpointing_changes_no_number(tmp_path, name):
 
 
 def test_statistics_of_a_ragged_minibatch_count_every_response_alike(tmp_path):
-    """Two minibatches of six, each whole or as four and two, with responses of one length and no step between them."""
+    """Two minibatches of six, each whole or split into four and two, with equal response lengths and no learning."""
     dataset = concatenate_datasets([prompts(), prompts().select([0, 1])])
     runs = []
     for size in (6, 4):
         model = make_llama(SIZE)
         model.lm_head.weight.data *= 30
-        model.lm_head.weight.data[make_tokenizer().pad_token_id] = 0  # at which a response would end
+        model.lm_head.weight.data[make_tokenizer().pad_token_id] = 0  # which would end a response
         trainer = small_trainer(
             tmp_path / str(size),
             model=model,
@@ -122,7 +122,7 @@ def test_statistics_of_a_ragged_minibatch_count_every_response_alike(tmp_path):
             stop_token=None,
             learning_rate=0.0,
         )
-        advantages = torch.linspace(-3, 3, 12)[:, None].expand(12, 8)  # so that six responses are not four and two
+        advantages = torch.linspace(-3, 3, 12)[:, None].expand(12, 8)  # so that the split into four and two matters
         trainer.compute_advantages = lambda rollout, rewards, given=advantages: (given, given + rollout.values)
         trainer.train()
         runs.append(numbers(trainer)[0])

@@ -1,4 +1,4 @@
-"""The PPO loop: rewards of any kind, repeatable, resumable, and gradients where they belong."""
+"""The PPO loop: rewards of any kind, repeatable and resumable runs, and gradients only where they belong."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_length_penalty_in_five_lines(tmp_path):
     config = PPOConfig(str(tmp_path), per_device_train_batch_size=4, bf16=False, report_to="none", response_length=8)
     trainer = PPOTrainer(config, tokenizer, model, train_dataset=dataset, reward_funcs=[length_penalty])
     trainer.train()
-    assert trainer.state.global_step == 6  # 3 epochs of 8 prompts, 4 a batch
+    assert trainer.state.global_step == 6  # 3 epochs of 8 prompts, 4 per batch
     assert trainer.state.log_history[0]["score/length_penalty"] < 0
 
 
@@ -95,7 +95,7 @@ def test_a_bad_reward_is_named_and_what_was_learned_is_kept(tmp_path, reward, me
 
 @pytest.mark.parametrize("with_expected", [False, True])
 def test_a_separate_reward_model_beside_a_shared_base(tmp_path, with_expected):
-    """The policy is an adapter, the reward a model of its own: each response alone gives the same scores."""
+    """The policy is an adapter, the reward a separate model: each response alone gives the same scores."""
     model = make_scorer(len(make_tokenizer()), seed=1)
     if with_expected:
         add_expected(model)
@@ -116,14 +116,14 @@ def test_a_separate_reward_model_beside_a_shared_base(tmp_path, with_expected):
 
 
 class _Random(DataSelector):
-    """Chooses by chance: a resumed run that chose anew would train on other prompts."""
+    """Selects at random: a resumed run that selected again would train on other prompts."""
 
     def select(self, pool):
         return torch.randperm(len(pool.prompts))[:6].tolist()
 
 
 class _Everything(DataSelector):
-    """Prompts by chance in strata, and pairs of two responses a prompt."""
+    """Random prompts in strata, and rehearsal pairs from two responses per prompt."""
 
     num_responses = 2
 
@@ -142,8 +142,8 @@ class _Everything(DataSelector):
     ],
     ids=["all prompts", "selected prompts", "rehearsal, chosen anew"],
 )
-def test_a_run_can_be_repeated_and_resumed_bit_for_bit(tmp_path, selectors, more):
-    """Whole, repeated, and stopped after two updates and resumed: the same numbers, to the last bit."""
+def test_a_run_is_resumed_bit_for_bit(tmp_path, selectors, more):
+    """A whole run, and one that is stopped in its fourth update and resumed from checkpoint 2, are bit-identical."""
     options = dict(more)
     options |= {"num_mini_batches": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
     options["trainer_kwargs"] = {"data_selectors": selectors}
@@ -161,7 +161,7 @@ def test_a_run_can_be_repeated_and_resumed_bit_for_bit(tmp_path, selectors, more
     stopped.update = fail_in_the_fourth
     with pytest.raises(KeyboardInterrupt):
         stopped.train()
-    # A checkpoint that was cut off while it was written is passed over.
+    # A partially written checkpoint is skipped.
     (tmp_path / "stopped" / ".building-checkpoint-3").mkdir()
     torch.manual_seed(99)
     resumed = _trainer(tmp_path / "stopped", total_episodes=24, **options)
@@ -208,7 +208,7 @@ def test_there_is_an_optimizer_step_for_every_minibatch(tmp_path):
 
 
 def test_micro_batches_add_up_to_the_whole(tmp_path):
-    """One batch of 4, or 4 micro-batches of 1 with responses of one length: the same parameters."""
+    """One batch of 4 and 4 micro-batches of 1, with responses of equal length, give the same parameters."""
     same_length = {"seed": 1, "stop_token": None, "total_episodes": 4, "dataset": _dataset().select([0, 1, 8, 9])}
     trainers = []
     for size in (4, 1):
@@ -222,7 +222,7 @@ def test_micro_batches_add_up_to_the_whole(tmp_path):
 
 
 def test_another_trainer_in_between_changes_nothing(tmp_path):
-    """Accelerate shares its accumulation state among trainers: a later one must not switch off our steps."""
+    """accelerate shares its accumulation state among trainers: a later one must not switch off our steps."""
     trainer = _trainer(tmp_path / "a", total_episodes=4)
     _trainer(tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=4)
     before = trainer.shared.heads["value"].weight.detach().clone()
@@ -372,7 +372,7 @@ def test_the_saved_policy_is_an_adapter(tmp_path):
 
 
 def test_a_subclass_may_score_by_itself(tmp_path):
-    """`score` is a step to override: what the built-in one finds beside its sum is not asked for."""
+    """An override of `score` may return only the scores, without the other results of the built-in one."""
 
     class Own(PPOTrainer):
         def score(self, rollout):
@@ -426,5 +426,5 @@ def test_kinds_of_prompt_that_are_alike_have_no_spread_however_small_the_batch(s
     for _ in range(200):
         categories = [f"c{i % 8}" for i in range(size)]
         found.append(category_spreads(categories, {"raw": generator.normal(size=size).tolist()})["spread/raw"])
-    assert numpy.mean(numpy.square(found)) < 0.7 / size**0.5  # of the variance; its floor at 0 leaves a little
+    assert numpy.mean(numpy.square(found)) < 0.7 / size**0.5  # as a variance; its floor at 0 leaves a small bias
     assert category_spreads(["a", "b", "c"], {"raw": [1.0, 2.0, 3.0]}) == {}  # cannot be told from chance

@@ -45,7 +45,7 @@ _Layer: Any = object  # PEFT's layer, which it is joined with
 
 @lru_cache
 def _fused(kind: type) -> type:
-    return type(f"Lean{kind.__name__}", (_Fused, kind), {})
+    return type(f"Fused{kind.__name__}", (_Fused, kind), {})
 
 
 class _Fused(_Layer):

@@ -33,7 +33,7 @@ _STATE = "trl_rlaif.pt"
 
 
 class RehearsalMixin(_Trainer):
-    """Mixin: adds gamma * NLL of the scorer's rehearsal pairs to each optimizer step (Peng et al. 2023).
+    """Mixin: adds the rehearsal weight times the rehearsal pairs' NLL to each optimizer step (Peng et al. 2023).
 
     Attributes:
         scorer: Its rewards, selectors and pairs are used; its shared base is this trainer's model.

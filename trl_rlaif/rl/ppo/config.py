@@ -67,8 +67,8 @@ class PPOConfig(BasePPOConfig):
         length_penalty: Penalty on the score of a response of full length; proportionally less for shorter ones.
         selection_prompts: Number of random prompts whose responses the data selectors see; None: all.
         selection_every: Select again after this many updates, from responses of the then current policy; None: once.
-        rehearsal_coef: gamma, the weight of the rehearsed pairs' NLL in the loss (Peng et al. 2023).
-        rehearsal_schedule: ``constant``, or gamma decays to zero over the run: ``linear``, or ``cosine`` (half a
+        rehearsal_coef: The rehearsal weight: of the rehearsed pairs' NLL in the loss (gamma in Peng et al. 2023).
+        rehearsal_schedule: ``constant``, or the weight decays to zero over the run: ``linear``, or ``cosine`` (half a
             period).
         rehearsal_batch_size: Rehearsed pairs per optimizer step and process; None: a quarter of a minibatch, or an
             eighth with ``value: trunk``.
@@ -120,8 +120,8 @@ class PPOConfig(BasePPOConfig):
     length_penalty: float = setting(0.0, "Penalty at full response length; proportionally less for shorter responses.")
     selection_prompts: int | None = setting(None, "Number of prompts whose responses the selectors see; None: all.")
     selection_every: int | None = setting(None, "Select again after this many updates; None: once.")
-    rehearsal_coef: float = setting(0.01, "gamma, the weight of the rehearsed pairs' NLL in the loss.")
-    rehearsal_schedule: Literal["constant", "linear", "cosine"] = setting("constant", "Schedule of gamma.")
+    rehearsal_coef: float = setting(0.01, "The rehearsal weight: of the rehearsed pairs' NLL in the loss.")
+    rehearsal_schedule: Literal["constant", "linear", "cosine"] = setting("constant", "Schedule of the weight.")
     rehearsal_batch_size: int | None = setting(
         None, "Rehearsed pairs per optimizer step; None: a quarter of a minibatch."
     )

@@ -145,7 +145,7 @@ class PPOStep:
 
         Args:
             pairs: Their prompts and responses are read; at least one response token.
-            coef: gamma.
+            coef: The rehearsal weight.
 
         Returns:
             The NLL, nats per token, a scalar.
