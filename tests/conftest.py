@@ -17,9 +17,9 @@ from helpers.gpu_benchmarks import sides  # noqa: E402, F401  (a fixture)
 
 # The slowest files, slowest first: xdist distributes files in order, and a slow one at the end delays the run.
 _LONGEST = [
-    "test_benchmarks_gpu.py", "test_pretended_gpu.py", "test_packaged_recipes.py", "test_third_party.py",
-    "test_processes.py", "test_rejection.py", "test_kill.py", "test_run.py", "test_trainer.py", "test_several.py",
-    "test_fsdp.py", "test_experiment_run.py", "test_calibration.py", "test_report_page.py",
+    "test_docs_commands.py", "test_benchmarks_gpu.py", "test_pretended_gpu.py", "test_packaged_recipes.py",
+    "test_third_party.py", "test_processes.py", "test_rejection.py", "test_kill.py", "test_run.py", "test_trainer.py",
+    "test_several.py", "test_fsdp.py", "test_experiment_run.py", "test_calibration.py", "test_report_page.py",
 ]  # fmt: skip
 
 
