@@ -28,7 +28,7 @@ LINE_SECONDS = 30.0
 # Minimum seconds between writes of a run's progress to its folder.
 PUBLISH_SECONDS = 1.0
 # Seconds of computation after which a run's total time is predicted.
-FORETOLD_AFTER = 60.0
+ESTIMATE_AFTER = 60.0
 
 
 @dataclass
@@ -264,14 +264,14 @@ class Publisher:
         """Remove a stage, which need not be computed, from the forecast."""
         self._forecast.shares.pop(stage, None)
 
-    def _foretell(self) -> None:
+    def _estimate(self) -> None:
         """Print once how long the run will take, after a minute of computation and 1% of the total."""
         stage, shares, outermost = self._state["stage"], self._forecast.shares, _open[0] if _open else None
         if stage not in shares or stage not in self._forecast.measured or outermost is None or not outermost.total:
             return
         seconds = self._computing + time.time() - self._state["stage_started_at"]
         made = self._made + shares[stage] * (outermost.done - outermost.first) / outermost.total
-        if seconds < FORETOLD_AFTER or made < 0.01:
+        if seconds < ESTIMATE_AFTER or made < 0.01:
             return
         left = (sum(shares.values()) - shares[stage] * outermost.done / outermost.total) * seconds / made
         without = f", without {', '.join(self._forecast.unknown)}" if self._forecast.unknown else ""
@@ -292,7 +292,7 @@ class Publisher:
         if not at_once and now - self._last < PUBLISH_SECONDS:
             return
         self._last = now
-        self._foretell()
+        self._estimate()
         bars = [meter.to_dict() for meter in _open]
         text = json.dumps(self._state | {"updated_at": time.time(), "bars": bars, "spent": self._spent})
         building = self._path.with_name(f".{self._path.name}.building")

@@ -91,10 +91,10 @@ def run_recipe(recipe: Recipe, plugins: Plugins, output: str | Path, **options: 
         prepare(recipe, folder, how.command, began)
         known = {name: each.fingerprint for name, each in planned.items()}
         ahead = _ahead(folder, planned, only) if how.shard is None else []
-        foretold = forecast(recipe, ahead)
+        predicted = forecast(recipe, ahead)
         if ahead:
-            _say_ahead(planned, ahead, foretold, earlier_time(folder, planned, ahead, began["processor"]))
-        with publishing(folder.state, known, foretold) as publisher:
+            _say_ahead(planned, ahead, predicted, earlier_time(folder, planned, ahead, began["processor"]))
+        with publishing(folder.state, known, predicted) as publisher:
             run_stages(recipe, plugins, folder, planned, how, publisher)
         if how.shard is None and not how.without:
             say_outcome(folder)
@@ -147,10 +147,10 @@ def _say_ahead(
     shares = known.shares if known else {}
     if len(shares) > 1:
         longest = max(shares, key=lambda name: shares[name])
-        said += f" Most of the time goes to {longest} ({shares[longest]:.0%} of what can be foretold)."
+        said += f" Most of the time goes to {longest} ({shares[longest]:.0%} of the predicted time)."
     if took is not None:
         said += f" With these settings, {took[0]} took {duration(took[1])} for these stages."
-    say(said + (" After the first minute of computing, the run says how long it will take." if shares else ""))
+    say(said + (" A time estimate follows after the first minute of computation." if shares else ""))
 
 
 def check_unused(folder: RunFolder, how: RunOptions) -> None:
