@@ -231,7 +231,7 @@ def test_a_report_is_built_again_only_if_something_changed(tmp_path, tiny_model,
     recipe = tiny_recipe(tmp_path, tiny_model, reward=None, rl=None, evaluate=None, label=None)
     folder = run_recipe(recipe, installed_plugins(), "out").path
     said = capsys.readouterr().err
-    assert "To run: sample, report. After the first minute" in said
+    assert "To run: sample, report. A time estimate follows after the first minute" in said
     page = folder / "report.html"
     page.write_text("untouched")
     run_recipe(recipe, installed_plugins(), "out", resume=True)
