@@ -79,6 +79,8 @@ def test_the_readmes_shares_are_those_of_the_results_that_it_names():
     results = "".join((ROOT / file).read_text(encoding="utf-8") for file in set(files))
     shares = re.findall(r"\d[\d.]*%(?: \(.*?%\))?", README)
     assert len(shares) >= 5 and not [share for share in shares if share not in results]
+    evidence = " ".join(PAGES["docs/evidence.md"].split())
+    assert not [share for share in shares if share not in evidence]
 
 
 def test_the_readmes_pictures_are_small_and_name_no_folder_of_a_machine():
