@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import namedtuple
+from importlib.metadata import version
 
 import huggingface_hub
 import pytest
@@ -33,7 +34,7 @@ def found(tmp_path, monkeypatch):
 
 def test_this_machine(found, monkeypatch, capsys, tmp_path):
     said = found()
-    assert said["packages"].found.startswith("trl-rlaif ") and f"torch {torch.__version__}" in said["packages"].found
+    assert said["packages"].found.startswith("trl-rlaif ") and f"torch {version('torch')}" in said["packages"].found
     assert not said["packages"].advice and not said["plugins"].advice
     assert said["disk for runs"].found.endswith(str(tmp_path / "runs" / "mine")) and not (tmp_path / "runs").exists()
     assert said["the Hub"] == ("the Hub", "not asked: HF_HUB_OFFLINE is set", "")
