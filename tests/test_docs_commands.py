@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import typer
 from helpers.hub import fake_hub
 from helpers.labeling import make_pairs
-from helpers.packaged import tiny_overrides
+from helpers.packaged import assert_complete, tiny_overrides
 from helpers.pages import COMMANDS, Reader
 from helpers.recipes import write_prompts, write_recipe, write_rows
 from helpers.server import batch_answers, scripted_server
@@ -30,7 +31,7 @@ INSTEAD = {"RECIPE": "my.yaml", "allenai/reward-bench-2:test": "my_preferences.j
 # What a reader brings along.
 BROUGHT = {"my_prompts.jsonl": 40, "my_eval_prompts.jsonl": 4}
 PAIRS = ("my_pairs.jsonl", "pandalm_600.jsonl")
-MADE = {"reward", "policy", "judge"}
+MADE = ("reward", "policy", "judge")
 COPIES = {"share2", "runs/a", "runs/b"}  # of runs/my, as the pages say
 
 
@@ -128,10 +129,12 @@ def hub(monkeypatch, tmp_path):
 def test_the_commands_of_a_page_run_in_its_order(page, tmp_path, monkeypatch, capsys, server):
     reader = CommandReader(tmp_path, monkeypatch, server, {words[0] for words, _ in COMMANDS[page]})
     for words, file in COMMANDS[page]:
-        print(words)
         capsys.readouterr()
         reader.type(words)
         said = "".join(capsys.readouterr())
         assert said, words
+        if words[0] == "run" and not {"--only", "--shard"} & {*words}:
+            (folder,) = re.findall(r"^The run is in (.+)$", said, re.MULTILINE)
+            assert_complete(Path(folder))
         if file:
             Path(file).write_text(said, encoding="utf-8")

@@ -2,8 +2,8 @@
 
     python benchmarks/papers/rehearsal.py PANDALM --output benchmarks/results/rehearsal.md
 
-Peng et al. 2023, table 2: with the Advantage Model alone, PPO loses fewer comparisons with SFT on the forget set, and
-with rehearsal fewer still. A plain reward model and an Advantage Model with the paper's margin of 2.5 learn from
+Peng et al. 2023, table 2: with the Advantage Model alone, PPO loses fewer comparisons with SFT on the forget set;
+rehearsal is to mitigate the rest. A plain reward model and an Advantage Model with the paper's margin of 2.5 learn from
 PANDALM's human choices. PPO optimizes them on the quickstart's prompts, a quarter of them replaced by requests to
 repeat a sentence, which the initial policy almost always does. The forget set is such requests with other words;
 measured are how often the sentence is repeated, and the NLL of the right answer, before and after. Rehearsal, with the

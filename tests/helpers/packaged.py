@@ -11,6 +11,7 @@ import yaml
 
 from helpers.tiny import save_tiny_model
 from trl_rlaif.recipe.paths import PathFinder
+from trl_rlaif.status import read_status
 
 # Values for these keys wherever a recipe has them, at any depth. The changes below aside, the rest stays as written.
 SMALL = {
@@ -31,6 +32,14 @@ def save_model(folder: Path) -> str:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16384}))
     return str(folder)
+
+
+def assert_complete(folder: Path) -> None:
+    """A run, or each variant of a comparison, has completed all stages, and there is a report."""
+    for each in list(folder.glob("variants/*")) or [folder]:
+        status = read_status(each)
+        assert status.state == "done" and status.stages, status
+    assert (folder / "report.html").stat().st_size > 0
 
 
 def tiny_overrides(
